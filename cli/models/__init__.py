@@ -1,0 +1,11 @@
+"""Models without a hub: small checkpoints that are built on the spot, in the layout that Hugging Face checkpoints have.
+
+`make_model(name, directory)` builds one of the named models; `random_checkpoint(directory, config, ...)` builds random
+weights for any Mixtral or Qwen3-MoE `config.json`. Both need no network, except for the model `demo`.
+"""
+
+from cli.models.checkpoint import DTYPES
+from cli.models.make import make_model, model_names
+from cli.models.random_weights import random_checkpoint
+
+__all__ = ["DTYPES", "make_model", "model_names", "random_checkpoint"]

@@ -1,0 +1,157 @@
+"""Unix stream sockets that carry messages and file descriptors between processes of one user.
+
+Framing: 4 bytes little-endian length, then one message of `codec.py`; descriptors accompany the length's first byte.
+Used for handles.py (HMM <-> rank) and keeper.py (HMM <-> keeper). Blocking calls have a deadline.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from common.protocol.codec import Codec, Message, Received, encode
+from common.protocol.errors import DeadlineExceeded, ProtocolError, Unauthorized, Unavailable
+from common.protocol.limits import MESSAGE_BYTES_MAX
+from common.transport import PathLock
+
+T = TypeVar("T")
+
+FDS_MAX = 253  # SCM_MAX_FD of Linux
+
+
+class Channel(Generic[T]):
+    """One connected socket. Owns it, and every received descriptor until the caller takes it."""
+
+    def __init__(self, sock: socket.socket, identity: str, codec: Codec[T]) -> None:
+        self._sock = sock
+        self._identity = identity
+        self._codec = codec
+
+    def fileno(self) -> int:
+        """For polling: readable at a message and at the peer's end."""
+        return self._sock.fileno()
+
+    def send(self, body: Message, fds: tuple[int, ...] = (), *, epoch: int = 0, deadline_ms: int = 5_000) -> None:
+        """Send one message with `fds` (they stay the caller's). Raises Unavailable when the peer is gone."""
+        if len(fds) > FDS_MAX:
+            raise ProtocolError(f"{len(fds)} descriptors exceed the limit of {FDS_MAX} per message")
+        raw = encode(body, sender=self._identity, epoch=epoch)
+        self._sock.settimeout(deadline_ms / 1e3)
+        try:
+            head = struct.pack("<I", len(raw))
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            sent = self._sock.sendmsg([head], rights)
+            self._sock.sendall(head[sent:] + raw)
+        except TimeoutError:
+            raise DeadlineExceeded(f"peer did not take a message within {deadline_ms} ms") from None
+        except OSError as error:
+            raise Unavailable(f"peer is gone: {error.strerror}") from None
+
+    def receive(self, *, deadline_ms: int = 5_000) -> tuple[Received[T], list[int]]:
+        """Take one message and its descriptors (now the caller's, close-on-exec).
+
+        Raises Unavailable at the peer's end, DeadlineExceeded, ProtocolError (no descriptor stays open then).
+        """
+        fds: list[int] = []
+        try:
+            head = self._read(4, time.monotonic() + deadline_ms / 1e3, fds)
+            (length,) = struct.unpack("<I", head)
+            if length > MESSAGE_BYTES_MAX:
+                raise ProtocolError(f"message of {length} bytes exceeds the limit of {MESSAGE_BYTES_MAX}")
+            return self._codec.decode(self._read(length, time.monotonic() + deadline_ms / 1e3, fds)), fds
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    def _read(self, nbytes: int, deadline: float, fds: list[int]) -> bytes:
+        data = bytearray()
+        while len(data) < nbytes:
+            self._sock.settimeout(max(1e-3, deadline - time.monotonic()))
+            try:
+                part, ancillary, flags, _ = self._sock.recvmsg(
+                    min(nbytes - len(data), 1 << 20), socket.CMSG_SPACE(FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC
+                )
+            except TimeoutError:
+                raise DeadlineExceeded("peer did not send a whole message in time") from None
+            except OSError as error:
+                raise Unavailable(f"peer is gone: {error.strerror}") from None
+            for level, kind, payload in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    received = array.array("i")
+                    received.frombytes(payload[: len(payload) - len(payload) % 4])
+                    fds.extend(received)
+            if flags & socket.MSG_CTRUNC:
+                raise ProtocolError("descriptors were cut off: the limit of open files is reached")
+            if not part:
+                raise Unavailable("peer closed the connection")
+            data += part
+        return bytes(data)
+
+    def close(self) -> None:
+        """Close the socket. Idempotent."""
+        self._sock.close()
+
+
+class Listener:
+    """A bound Unix stream socket that accepts processes of this user only."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises Conflict when another process has bound `path`."""
+        self._lock = PathLock(path)
+        self._path = path
+        path.unlink(missing_ok=True)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self._sock.bind(os.fspath(path))
+        os.chmod(path, 0o600)
+        self._sock.listen(128)
+
+    def fileno(self) -> int:
+        """For polling: readable when somebody connects."""
+        return self._sock.fileno()
+
+    def accept(self, identity: str, codec: Codec[T]) -> Channel[T] | None:
+        """Take one connection without waiting; None when there is none. Raises Unauthorized for another user's."""
+        try:
+            connection, _ = self._sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        uid = _peer_uid(connection)
+        if uid != os.geteuid():
+            connection.close()
+            raise Unauthorized(f"peer uid {uid} is not {os.geteuid()}", code="wrong_uid")
+        return Channel(connection, identity, codec)
+
+    def close(self) -> None:
+        """Close and remove the path. Idempotent."""
+        if self._sock.fileno() >= 0:
+            self._sock.close()
+            self._path.unlink(missing_ok=True)
+            Path(f"{self._path}.lock").unlink(missing_ok=True)
+            self._lock.release()
+
+
+def connect(path: Path, identity: str, codec: Codec[T], *, deadline_ms: int = 5_000) -> Channel[T]:
+    """Connect to a Listener of the same user. Raises Unavailable, or Unauthorized when another user listens there."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock.settimeout(deadline_ms / 1e3)
+    try:
+        sock.connect(os.fspath(path))
+    except OSError as error:
+        sock.close()
+        raise Unavailable(f"{path.stem} is not there: {error.strerror or error}") from None
+    uid = _peer_uid(sock)
+    if uid != os.geteuid():
+        sock.close()
+        raise Unauthorized(f"peer uid {uid} is not {os.geteuid()}", code="wrong_uid")
+    return Channel(sock, identity, codec)
+
+
+def _peer_uid(sock: socket.socket) -> int:
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)

@@ -1,0 +1,118 @@
+"""Which rank sits on which device, and where each expert lives. Pure; the invariants are checked here.
+
+A *layout* is immutable and numbered by its epoch. A *seat* is one rank's place: its device and its slot on the bus.
+A slot stays with its device for as long as the device is part of the deployment, so that routing tables, mailboxes and
+shared-memory rows can be addressed by it across epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from common.protocol.errors import ConfigError
+from common.protocol.limits import RANKS_MAX
+
+
+class RankId(msgspec.Struct, frozen=True, order=True, array_like=True):
+    """(replica, tp index): replica = one copy of attention; tp index = the share of it that this rank computes."""
+
+    replica: int
+    tp: int
+
+    def __str__(self) -> str:
+        return f"r{self.replica}t{self.tp}"
+
+
+class Seat(msgspec.Struct, frozen=True):
+    """One rank's place: `slot` on the bus and `device` whose memory it computes on."""
+
+    rank: RankId
+    slot: int
+    device: str
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """One epoch's placement.
+
+    `homes[layer][expert]` are the slots whose devices hold that expert, in ascending order; the first is the one that
+    serves it unless a routing table says otherwise. A layer without experts has an empty tuple.
+    """
+
+    epoch: int
+    tp: int
+    seats: tuple[Seat, ...]
+    homes: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @property
+    def dp(self) -> int:
+        """Number of replicas."""
+        return len(self.seats) // self.tp
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """All slots in use, ascending."""
+        return tuple(sorted(seat.slot for seat in self.seats))
+
+    def seat_of(self, rank: RankId) -> Seat:
+        """The seat of `rank`. Raises KeyError when the layout has no such rank."""
+        for seat in self.seats:
+            if seat.rank == rank:
+                return seat
+        raise KeyError(str(rank))
+
+    def seat_on(self, device: str) -> Seat | None:
+        """The seat on `device`, or None when the layout does not use it."""
+        return next((seat for seat in self.seats if seat.device == device), None)
+
+    def experts_on(self, slot: int, layer: int) -> tuple[int, ...]:
+        """Experts of `layer` that live on `slot`'s device, ascending."""
+        return tuple(expert for expert, slots in enumerate(self.homes[layer]) if slot in slots)
+
+    def num_experts_on(self, slot: int) -> int:
+        """Expert records on `slot`'s device over all layers."""
+        return sum(len(self.experts_on(slot, layer)) for layer in range(len(self.homes)))
+
+    def owners(self, layer: int) -> tuple[int, ...]:
+        """Routing table of `layer`: for each expert the slot that computes it."""
+        return tuple(slots[0] for slots in self.homes[layer])
+
+    def check(self) -> None:
+        """Verify the invariants. Raises ValueError naming the first that is broken (a programming error)."""
+        slots = [seat.slot for seat in self.seats]
+        if self.epoch < 1 or self.tp < 1 or not self.seats:
+            raise ValueError(f"layout needs epoch >= 1, tp >= 1 and a seat; has {self.epoch}, {self.tp}, {len(slots)}")
+        if len(set(slots)) != len(slots) or not all(0 <= slot < RANKS_MAX for slot in slots):
+            raise ValueError(f"slots {slots} are not unique numbers below {RANKS_MAX}")
+        if len({seat.device for seat in self.seats}) != len(self.seats):
+            raise ValueError("two seats share a device")
+        ranks = sorted(seat.rank for seat in self.seats)
+        replicas = sorted({rank.replica for rank in ranks})
+        if ranks != [RankId(replica, tp) for replica in replicas for tp in range(self.tp)]:
+            raise ValueError(f"ranks {[str(rank) for rank in ranks]} are not whole replicas of tp={self.tp}")
+        for layer, experts in enumerate(self.homes):
+            for expert, homes in enumerate(experts):
+                if not homes or list(homes) != sorted(set(homes)) or not set(homes) <= set(slots):
+                    raise ValueError(f"expert {expert} of layer {layer} has homes {homes}, not a sorted set of {slots}")
+
+
+def initial_layout(num_experts: Sequence[int], devices: Sequence[str], *, tp: int = 1, epoch: int = 1) -> Layout:
+    """Place a model on fresh devices: one seat per device, experts spread within one of each other.
+
+    `num_experts[layer]` is that layer's number of experts (0: dense). The remainder of an uneven division rotates with
+    the layer, so that no device carries it in every layer. Raises ConfigError when the devices make no whole replicas.
+    """
+    if not devices or len(devices) % tp:
+        raise ConfigError(f"{len(devices)} devices make no whole replicas of tp={tp}")
+    if len(devices) > RANKS_MAX:
+        raise ConfigError(f"{len(devices)} devices exceed the limit of {RANKS_MAX} ranks")
+    seats = tuple(Seat(RankId(i // tp, i % tp), i, device) for i, device in enumerate(devices))
+    size = len(devices)
+    homes = tuple(
+        tuple((((expert * size) // count + layer) % size,) for expert in range(count))
+        for layer, count in enumerate(num_experts)
+    )
+    layout = Layout(epoch, tp, seats, homes)
+    layout.check()
+    return layout

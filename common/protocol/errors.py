@@ -1,0 +1,132 @@
+"""The system's errors: one base, few families, each with a stable `code`, `retryable` and an HTTP status.
+
+Texts are for users: they give the limit and the value, never a path of this machine's memory, a repr or a stack.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ElasticMoEError(Exception):
+    """Base of all errors that may cross a process boundary.
+
+    `code` is stable and machine-readable; `retryable` says whether the same call may succeed later unchanged.
+    """
+
+    code: str = "internal_error"
+    retryable: bool = False
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, code: str | None = None, retryable: bool | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if code is not None:
+            self.code = code
+        if retryable is not None:
+            self.retryable = retryable
+
+
+class InvalidRequest(ElasticMoEError):
+    """The caller's input breaks a stated bound; nothing happened."""
+
+    code = "invalid_request"
+    http_status = 400
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.param = param
+
+
+class Unauthorized(ElasticMoEError):
+    """The credential is missing or wrong."""
+
+    code = "invalid_api_key"
+    http_status = 401
+
+
+class NotFound(ElasticMoEError):
+    """The thing that the caller names does not exist."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class Conflict(ElasticMoEError):
+    """The state does not allow the operation now."""
+
+    code = "conflict"
+    http_status = 409
+
+
+class PayloadTooLarge(ElasticMoEError):
+    """A body or message exceeds its limit."""
+
+    code = "payload_too_large"
+    http_status = 413
+
+
+class DoesNotFit(ElasticMoEError):
+    """An operation would exceed a byte budget; the text gives the figures."""
+
+    code = "does_not_fit"
+    http_status = 422
+
+
+class Overloaded(ElasticMoEError):
+    """A bounded queue is full; retry after a pause."""
+
+    code = "overloaded"
+    retryable = True
+    http_status = 429
+
+
+class Unavailable(ElasticMoEError):
+    """A part that is needed is down or not ready yet."""
+
+    code = "unavailable"
+    retryable = True
+    http_status = 503
+
+
+class DeadlineExceeded(ElasticMoEError):
+    """The request's own deadline passed."""
+
+    code = "deadline_exceeded"
+    retryable = True
+    http_status = 504
+
+
+class Fenced(ElasticMoEError):
+    """The sender acts under an epoch that has been superseded; it must stop."""
+
+    code = "stale_epoch"
+    http_status = 409
+
+
+class ProtocolError(ElasticMoEError):
+    """A message that cannot be decoded, or one of another protocol version."""
+
+    code = "protocol_error"
+    http_status = 400
+
+
+class CheckpointError(ElasticMoEError):
+    """A checkpoint that must not be served: header, names, shapes, dtypes or lengths are wrong."""
+
+    code = "bad_checkpoint"
+    http_status = 422
+
+
+class ConfigError(ElasticMoEError):
+    """A configuration that stops the start."""
+
+    code = "bad_config"
+    http_status = 400
+
+
+class DeviceError(ElasticMoEError):
+    """A device call failed, or a rule of device memory would be broken."""
+
+    code = "device_error"
+    http_status = 500

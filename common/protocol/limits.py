@@ -1,0 +1,37 @@
+"""Every bound of the system in one place. A limit has a unit in its name or in the comment beside it."""
+
+PROTOCOL_VERSION = 1
+
+# Messages
+MESSAGE_BYTES_MAX = 64 * 1024 * 1024
+NAME_CHARS_MAX = 128
+REQUEST_ID_CHARS_MAX = 128
+ERROR_TEXT_CHARS_MAX = 2_000
+DETAIL_ITEMS_MAX = 64
+
+# Geometry
+RANKS_MAX = 64  # slots of one bus
+LAYERS_MAX = 256
+EXPERTS_MAX = 1_024
+TOP_K_EXPERTS_MAX = 32
+HIDDEN_MAX = 65_536
+VOCAB_MAX = 1_048_576
+DEVICES_MAX = 1_024
+
+# Sequences
+PROMPT_TOKENS_MAX = 1_048_576
+STOP_TOKEN_IDS_MAX = 64
+STOP_STRINGS_MAX = 16
+STOP_STRING_CHARS_MAX = 256
+LOGIT_BIAS_MAX = 1_024
+LOGPROBS_MAX = 20
+TEMPERATURE_MAX = 10.0
+REQUEST_SECONDS_MAX = 24 * 3_600.0
+
+# Checkpoints
+SAFETENSORS_HEADER_BYTES_MAX = 8 * 1024 * 1024
+SAFETENSORS_TENSORS_MAX = 100_000
+CONFIG_JSON_BYTES_MAX = 1024 * 1024
+
+# Sockets: a Unix socket's path must fit sockaddr_un.sun_path, its final NUL included
+SOCKET_PATH_BYTES_MAX = 107

@@ -1,0 +1,28 @@
+"""The two answers that any request may get."""
+
+from __future__ import annotations
+
+from common.protocol.codec import Message
+from common.protocol.errors import ElasticMoEError
+from common.protocol.limits import ERROR_TEXT_CHARS_MAX
+
+
+class Ack(Message, frozen=True):
+    """Done, with nothing to tell."""
+
+
+class Refused(Message, frozen=True):
+    """Not done; nothing changed. `code` is stable, `message` gives the limit and the value."""
+
+    code: str
+    message: str
+    retryable: bool = False
+
+    def raise_(self) -> None:
+        """Raise this refusal as an ElasticMoEError."""
+        raise ElasticMoEError(self.message, code=self.code, retryable=self.retryable)
+
+
+def refusal(error: ElasticMoEError) -> Refused:
+    """The refusal that carries `error` to the requester."""
+    return Refused(error.code, error.message[:ERROR_TEXT_CHARS_MAX], error.retryable)

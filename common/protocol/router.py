@@ -1,0 +1,66 @@
+"""What a router can be told by the ranks. One Tokens message carries a whole step's tokens for that router."""
+
+from __future__ import annotations
+
+import msgspec
+
+from common.layout import RankId
+from common.protocol.codec import Codec, Message
+from common.protocol.replies import Ack, Refused
+
+
+class Logprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log probability of one token and of the most probable alternatives, best first."""
+
+    token: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request. `index` is the number of its output tokens before `ids`: the router drops what it has
+    seen. `finish` is `stop` or `length` with the last one, else None; a stop token itself is not among `ids`."""
+
+    request_id: str
+    index: int
+    ids: tuple[int, ...]
+    finish: str | None = None
+    stop_token: int | None = None
+    logprobs: tuple[Logprob, ...] | None = None
+    prompt_logprobs: tuple[Logprob, ...] | None = None
+
+
+class Tokens(Message, frozen=True):
+    """What one step made for the receiving router."""
+
+    deltas: tuple[Delta, ...]
+
+
+class Failed(Message, frozen=True):
+    """The one terminal event of a request that ends without a finish reason."""
+
+    request_id: str
+    code: str
+    message: str
+    retryable: bool
+
+
+class RankStatus(Message, frozen=True):
+    """A rank's load, for the balancer; sent when it changes, at most ten times a second, from the work loop.
+
+    `progress` counts steps and idle turns: it grows only while the loop does.
+    """
+
+    rank: RankId
+    incarnation: str
+    progress: int
+    running: int
+    waiting: int
+    tokens_queued: int
+    blocks_free: int
+    blocks_total: int
+    max_model_len: int
+    step_share_outside_math: float = 0.0
+
+
+ToRouter = Tokens | Failed | RankStatus | Ack | Refused
+CODEC: Codec[ToRouter] = Codec(ToRouter)

@@ -1,0 +1,213 @@
+"""The only importer of redis: the deployment's keys, their types, and what each is for.
+
+The store coordinates; it is never on the path of a token, and what it says is checked by the resources (fence.py). All
+keys share the prefix `elasticmoe:<deployment>:`. Values are MessagePack of the types named here, decoded strictly.
+
+| key | type | lives | holds |
+|---|---|---|---|
+| `layout` | Layout | for ever | the committed layout; its changes are published on the channel of the same name |
+| `fence` | integer | for ever | the last fencing epoch given out; never falls |
+| `lease` | holder's identity | `lease_ms` | who may act as scaler |
+| `events` | stream of Event | the last EVENTS_MAX | the operation journal and every decision, with reason |
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+import msgspec
+import redis
+import redis.asyncio
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from common.config import Common
+from common.layout import Layout
+from common.protocol.errors import ConfigError, ElasticMoEError, Unavailable
+
+EVENTS_MAX = 10_000
+VALUE_BYTES_MAX = 32 * 1024 * 1024
+CALL_SECONDS_MAX = 2.0
+POLL_SECONDS = 1.0  # a layout is seen at the latest after this time, also when its publication was lost
+
+R = TypeVar("R")
+
+_ACQUIRE = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return {0, holder} end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+local fence = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(ARGV[3])) + 1
+redis.call('SET', KEYS[2], fence)
+return {fence, ARGV[1]}
+"""
+_RENEW = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One line of the journal. `facts` are the inputs that the reason rests on, as text."""
+
+    kind: str
+    reason: str
+    epoch: int
+    sender: str
+    time_unix: float
+    facts: dict[str, str] = {}
+
+
+_layouts = msgspec.msgpack.Decoder(Layout)
+_events = msgspec.msgpack.Decoder(Event)
+
+
+def store_url(config: Common) -> str:
+    """The URL that this deployment's store answers at. The embedded server's password is read from its file."""
+    if config.store_url:
+        return config.store_url
+    password = config.secret("store.password")
+    try:
+        secret = password.read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"store password {password.name} cannot be read: {error.strerror}") from None
+    return f"unix://:{secret}@{config.socket('store')}"
+
+
+class Store:
+    """Blocking access, for the scaler and the command line. Every call ends within CALL_SECONDS_MAX."""
+
+    def __init__(self, url: str, deployment: str) -> None:
+        """Raises ConfigError for a URL that cannot be read; connects at the first call."""
+        try:
+            self._redis = redis.Redis.from_url(
+                url,
+                socket_timeout=CALL_SECONDS_MAX,
+                socket_connect_timeout=CALL_SECONDS_MAX,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError as error:
+            raise ConfigError(f"store URL: {error}") from None
+        self._prefix = f"elasticmoe:{deployment}:"
+
+    def _key(self, name: str) -> str:
+        return self._prefix + name
+
+    def ping(self) -> None:
+        """Raises Unavailable unless the store answers."""
+        _guard(self._redis.ping)
+
+    def acquire_lease(self, holder: str, lease_ms: int, fence_min: int) -> int | str:
+        """Become the scaler: a new fencing epoch above `fence_min` and all earlier ones, or the other holder's name."""
+        keys = [self._key("lease"), self._key("fence")]
+        fence, who = _guard(lambda: self._redis.eval(_ACQUIRE, 2, *keys, holder, lease_ms, fence_min))
+        return int(fence) if int(fence) else bytes(who).decode(errors="replace")
+
+    def renew_lease(self, holder: str, lease_ms: int) -> bool:
+        """Extend the lease (or take it back if nobody has); False when somebody else holds it."""
+        return bool(_guard(lambda: self._redis.eval(_RENEW, 1, self._key("lease"), holder, lease_ms)))
+
+    def release_lease(self, holder: str) -> None:
+        """Give the lease back if `holder` has it."""
+        _guard(lambda: self._redis.eval(_RELEASE, 1, self._key("lease"), holder))
+
+    def put_layout(self, layout: Layout) -> None:
+        """Make `layout` the committed one and publish it."""
+        raw = msgspec.msgpack.encode(layout)
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.set(self._key("layout"), raw)
+        pipeline.publish(self._key("layout"), str(layout.epoch))
+        _guard(pipeline.execute)
+
+    def get_layout(self) -> Layout | None:
+        """The committed layout, or None before the first."""
+        return _decode(_guard(lambda: self._redis.get(self._key("layout"))), _layouts)
+
+    def append_event(self, event: Event) -> None:
+        """Add to the journal; the oldest fall out beyond EVENTS_MAX."""
+        raw = msgspec.msgpack.encode(event)
+        _guard(lambda: self._redis.xadd(self._key("events"), {"e": raw}, maxlen=EVENTS_MAX, approximate=True))
+
+    def events(self, most: int) -> list[Event]:
+        """The newest `most` events, newest first."""
+        entries: Any = _guard(lambda: self._redis.xrevrange(self._key("events"), count=most))
+        decoded = (_decode(fields.get(b"e"), _events) for _, fields in entries)
+        return [event for event in decoded if event is not None]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._redis.close()
+
+
+class AsyncStore:
+    """What a router needs, for one asyncio loop."""
+
+    def __init__(self, url: str, deployment: str) -> None:
+        self._redis = redis.asyncio.Redis.from_url(
+            url, socket_timeout=CALL_SECONDS_MAX * 2, socket_connect_timeout=CALL_SECONDS_MAX
+        )
+        self._key = f"elasticmoe:{deployment}:layout"
+
+    async def get_layout(self) -> Layout | None:
+        """The committed layout, or None before the first. Raises Unavailable."""
+        try:
+            return _decode(await self._redis.get(self._key), _layouts)
+        except redis.RedisError as error:
+            raise Unavailable(f"store does not answer: {type(error).__name__}", code="store_unavailable") from None
+
+    async def watch_layout(self) -> AsyncIterator[Layout]:
+        """Each committed layout with an epoch above the last seen one, the present one first.
+
+        Never ends by itself: an outage only delays. A store that was wiped or rolled back yields nothing until its
+        epoch passes the last one seen.
+        """
+        seen = 0
+        while True:
+            try:
+                async with self._redis.pubsub() as channel:
+                    await channel.subscribe(self._key)
+                    while True:
+                        layout = await self.get_layout()
+                        if layout is not None and layout.epoch > seen:
+                            seen = layout.epoch
+                            yield layout
+                        await channel.get_message(ignore_subscribe_messages=True, timeout=POLL_SECONDS)
+            except (redis.RedisError, OSError, ElasticMoEError):
+                await asyncio.sleep(POLL_SECONDS / 4)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._redis.aclose()
+
+
+def store_of(config: Common) -> Store:
+    """The blocking store of this deployment."""
+    return Store(store_url(config), config.deployment)
+
+
+def async_store_of(config: Common) -> AsyncStore:
+    """The asyncio store of this deployment."""
+    return AsyncStore(store_url(config), config.deployment)
+
+
+def _guard(call: Callable[[], R]) -> Any:
+    """Run one store call; its failures become Unavailable."""
+    try:
+        return call()
+    except redis.RedisError as error:
+        raise Unavailable(f"store does not answer: {type(error).__name__}", code="store_unavailable") from None
+
+
+def _decode(raw: Any, decoder: msgspec.msgpack.Decoder[R]) -> R | None:
+    if raw is None:
+        return None
+    if len(raw) > VALUE_BYTES_MAX:
+        raise Unavailable(f"store value of {len(raw)} bytes exceeds the limit of {VALUE_BYTES_MAX}")
+    try:
+        return decoder.decode(raw)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise Unavailable(f"store value is not valid: {error}", code="store_corrupt") from None

@@ -1,0 +1,300 @@
+"""The only importer of zmq: one option block for all sockets, typed send and receive.
+
+Each service binds one ROUTER socket at `<run>/sockets/<name>.sock` and answers there; whoever wants something of it
+connects a DEALER. Sockets belong to the thread that made them. Nothing here blocks without a deadline.
+
+Facts that shaped it: a second binder of an ipc path steals it silently, so a lock file is taken first; a ROUTER drops
+messages to unknown peers unless ROUTER_MANDATORY is set; two peers with one identity lose messages, so identities are
+`name:uuid`, one per incarnation; queues are bounded and LINGER is 0, so a dead peer costs neither memory nor exit time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import zmq
+import zmq.asyncio
+
+from common.protocol.codec import Codec, Message, Received, decode_envelope, encode
+from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, ProtocolError, Unavailable
+from common.protocol.limits import MESSAGE_BYTES_MAX
+from common.protocol.replies import Refused, refusal
+
+T = TypeVar("T")
+POLLIN = zmq.POLLIN
+
+_HIGH_WATER = 10_000  # messages queued to one peer; more means that the peer is gone or wedged
+_OPTIONS: dict[int, int] = {
+    zmq.LINGER: 0,
+    zmq.SNDHWM: _HIGH_WATER,
+    zmq.RCVHWM: _HIGH_WATER,
+    zmq.MAXMSGSIZE: MESSAGE_BYTES_MAX,
+    zmq.RECONNECT_IVL: 20,
+    zmq.RECONNECT_IVL_MAX: 500,
+}
+
+
+def new_identity(name: str) -> str:
+    """`name:uuid`, unique per process incarnation."""
+    return f"{name}:{uuid.uuid4().hex[:16]}"
+
+
+def _configure(socket: Any, identity: str | None = None) -> None:
+    for option, value in _OPTIONS.items():
+        socket.setsockopt(option, value)
+    if identity is not None:
+        socket.setsockopt(zmq.IDENTITY, identity.encode())
+
+
+class PathLock:
+    """Exclusive right to bind the socket at `path`; held until `release` or the process's end."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises Conflict when another process holds it."""
+        self._fd = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise Conflict(f"socket {path.name} is in use by another process", code="already_running") from None
+
+    def release(self) -> None:
+        """Give the right back. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Server(Generic[T]):
+    """A bound ROUTER socket that receives one closed union of messages.
+
+    Bad messages are counted in `num_bad` and answered with Refused where the envelope can be read; they never raise.
+    """
+
+    def __init__(self, path: Path, identity: str, codec: Codec[T]) -> None:
+        """Raises Conflict when another process has bound `path`."""
+        self.identity = identity
+        self.num_bad = 0
+        self.num_unsent = 0
+        self._codec = codec
+        self._lock = PathLock(path)
+        self._path = path
+        path.unlink(missing_ok=True)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        _configure(self._socket)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind(f"ipc://{path}")
+        os.chmod(path, 0o600)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, POLLIN)
+
+    def watch(self, fd: int) -> None:
+        """Let `poll` also return when `fd` is readable."""
+        self._poller.register(fd, POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """Undo `watch`."""
+        self._poller.unregister(fd)
+
+    def poll(self, timeout_ms: int) -> set[int]:
+        """Wait until a message or a watched descriptor is ready, at most `timeout_ms`.
+
+        Returns the readable watched descriptors; messages are then taken with `receive`.
+        """
+        return {ready for ready, _ in self._poller.poll(timeout_ms) if isinstance(ready, int)}
+
+    def receive(self) -> tuple[bytes, Received[T]] | None:
+        """Take the next valid message without waiting: (peer, message), or None when there is none."""
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            if len(frames) != 2:
+                self.num_bad += 1
+                continue
+            try:
+                return frames[0], self._codec.decode(frames[1])
+            except ProtocolError as error:
+                self.num_bad += 1
+                self._answer_bad(frames[0], frames[1], error)
+
+    def _answer_bad(self, peer: bytes, raw: bytes, error: ProtocolError) -> None:
+        try:
+            seq = decode_envelope(raw).seq
+        except ProtocolError:
+            seq = 0
+        self.send(peer, refusal(error), seq=seq)
+
+    def send(self, peer: bytes, body: Message, *, seq: int = 0, epoch: int = 0) -> bool:
+        """Send without waiting. False when the peer is unknown or its queue is full: it is gone or wedged."""
+        raw = encode(body, sender=self.identity, epoch=epoch, seq=seq)
+        try:
+            self._socket.send_multipart([peer, raw], zmq.NOBLOCK)
+        except (zmq.Again, zmq.ZMQError):
+            self.num_unsent += 1
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the socket and remove its path. Idempotent."""
+        if not self._socket.closed:
+            self._socket.close()
+            self._context.term()
+            self._path.unlink(missing_ok=True)
+            Path(f"{self._path}.lock").unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class Client(Generic[T]):
+    """A DEALER connected to one server; sends any message, receives one closed union. One thread may use it."""
+
+    def __init__(self, path: Path, identity: str, codec: Codec[T]) -> None:
+        self.identity = identity
+        self.epoch = 0
+        self._codec = codec
+        self._seq = 0
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        _configure(self._socket, identity)
+        self._name = path.stem
+        self._socket.connect(f"ipc://{path}")
+
+    def fileno(self) -> int:
+        """The socket's edge-triggered descriptor: after it is readable, `receive` until None."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def send(self, body: Message) -> int:
+        """Queue a message without waiting; returns its seq. Raises Unavailable when the queue is full."""
+        self._seq += 1
+        try:
+            self._socket.send(encode(body, sender=self.identity, epoch=self.epoch, seq=self._seq), zmq.NOBLOCK)
+        except zmq.Again:
+            raise Unavailable(f"{self._name} does not take messages") from None
+        return self._seq
+
+    def receive(self, timeout_ms: int = 0) -> Received[T] | None:
+        """Take the next message, waiting at most `timeout_ms`; None when there is none. Raises ProtocolError."""
+        if timeout_ms and not self._socket.poll(timeout_ms):
+            return None
+        try:
+            raw = self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        return self._codec.decode(raw)
+
+    def call(self, body: Message, *, deadline_ms: int) -> tuple[T, list[Received[T]]]:
+        """Send and wait for the answer: (answer, other messages that came meanwhile).
+
+        Raises DeadlineExceeded, or the refusal as an ElasticMoEError with its code.
+        """
+        seq = self.send(body)
+        others: list[Received[T]] = []
+        deadline = time.monotonic() + deadline_ms / 1e3
+        while (left_ms := int((deadline - time.monotonic()) * 1e3)) > 0:
+            received = self.receive(left_ms)
+            if received is None:
+                continue
+            if received.seq != seq:
+                others.append(received)
+                continue
+            if isinstance(received.body, Refused):
+                received.body.raise_()
+            return received.body, others
+        raise DeadlineExceeded(f"{self._name} did not answer {type(body).__name__} within {deadline_ms} ms")
+
+    def close(self) -> None:
+        """Close the socket; what is queued is dropped. Idempotent."""
+        if not self._socket.closed:
+            self._socket.close()
+            self._context.term()
+
+
+class AsyncClient(Generic[T]):
+    """`Client` for one asyncio loop."""
+
+    def __init__(self, path: Path, identity: str, codec: Codec[T]) -> None:
+        self.identity = identity
+        self.epoch = 0
+        self.num_bad = 0
+        self._codec = codec
+        self._seq = 0
+        self._name = path.stem
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        _configure(self._socket, identity)
+        self._socket.connect(f"ipc://{path}")
+        self._pending: dict[int, asyncio.Future[T]] = {}
+
+    def send(self, body: Message) -> int:
+        """Queue a message without waiting; returns its seq. Raises Unavailable when the queue is full."""
+        self._seq += 1
+        raw = encode(body, sender=self.identity, epoch=self.epoch, seq=self._seq)
+        try:
+            zmq.Socket.send(self._socket, raw, zmq.NOBLOCK)
+        except zmq.Again:
+            raise Unavailable(f"{self._name} does not take messages") from None
+        return self._seq
+
+    async def receive(self) -> Received[T]:
+        """The next valid message; bad ones are counted and dropped, answers to `call` are handed to it.
+
+        One task at a time may receive.
+        """
+        while True:
+            raw = await self._socket.recv()
+            try:
+                received = self._codec.decode(raw)
+            except ProtocolError:
+                self.num_bad += 1
+                continue
+            future = self._pending.pop(received.seq, None) if received.seq else None
+            if future is None:
+                return received
+            if not future.done():
+                future.set_result(received.body)
+
+    async def call(self, body: Message, *, deadline_ms: int) -> T:
+        """Send and wait for the answer, while another task receives.
+
+        Raises DeadlineExceeded, or the refusal as an ElasticMoEError with its code.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        seq = self.send(body)
+        self._pending[seq] = future
+        try:
+            answer = await asyncio.wait_for(future, deadline_ms / 1e3)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{self._name} did not answer {type(body).__name__} within {deadline_ms} ms"
+            ) from None
+        finally:
+            self._pending.pop(seq, None)
+        if isinstance(answer, Refused):
+            answer.raise_()
+        return answer
+
+    def close(self) -> None:
+        """Close the socket; what is queued is dropped. Idempotent."""
+        if not self._socket.closed:
+            self._socket.close()
+            self._context.term()
+
+
+def describe(error: ElasticMoEError) -> str:
+    """`code: text`, for logs and command lines."""
+    return f"{error.code}: {error.message}"

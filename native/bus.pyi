@@ -1,0 +1,188 @@
+"""The shared-memory bus of one deployment: membership, abortable barriers, step publication, token exchange.
+
+One segment, created and formatted by the HMM, mapped by every rank. Each rank has a slot (0 ≤ slot < ``max_ranks`` ≤ 64).
+Membership has one writer, the HMM; everything else in a slot has one writer, its rank. A process may be killed at any
+instruction: nothing it leaves behind blocks the others beyond the next membership generation.
+
+**Lockstep.** Members of a running generation make the same blocking calls (``barrier``, ``step``, ``dispatch``,
+``combine``) in the same order. Each of them meets at one barrier (``step``, ``dispatch``, ``combine``: exactly one each).
+
+**Alone.** A rank that is no member yet warms up on a private bus: any zeroed, aligned memory formatted with ``max_ranks=1``.
+
+**Replacing and removing.** A generation is the unit of recovery: whoever is replaced, or fails in mid-step, starts again at
+count 0 in a greater generation. Before the HMM publishes a *running* generation, every process that has lost its slot must have
+left or died (else it may still write into the areas of ranks that go on). The usual way is two generations: first
+``running=False``, which makes everybody raise ``BusAborted``; then, when the leaving ranks have left, ``running=True``.
+
+Addresses are plain integers of this process; buffers are contiguous and owned by the caller, valid during the call. Blocking
+calls release the GIL, and handle Python signals at least every 100 ms. Bad arguments raise ``ValueError``. The segment must
+stay mapped as long as a ``Bus`` over it exists.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+MAX_RANKS: Final[int]
+"""The most rank slots a bus can have (64)."""
+
+class BusAborted(RuntimeError):
+    """The generation is over: membership changed, is not running, or another incarnation took the slot. Discard the step."""
+
+    generation: int
+    """The generation current when the wait was given up."""
+
+class BusTimeout(TimeoutError):
+    """The deadline passed before every member arrived. The arrival stands: the same call may be repeated to go on waiting."""
+
+class BusDesync(RuntimeError):
+    """Members made different calls at one barrier, or published nonsense: an error in the program, not a failure to recover from."""
+
+def bus_bytes(max_ranks: int, max_tokens: int, hidden: int, top_k: int) -> int:
+    """Size of a segment. Most of it is exchange area that takes real memory only once touched: for each rank
+    ``max_tokens × (1 + top_k) × hidden × 4`` bytes. ``ValueError`` where a parameter or the size is out of range."""
+
+def format_bus(addr: int, nbytes: int, max_ranks: int, max_tokens: int, hidden: int, top_k: int) -> None:
+    """Write the header into a segment of zeros (HMM only, before anyone opens it). ``addr`` is a multiple of 64."""
+
+class Routing:
+    """Owner slot of every expert of one layer. Immutable; the same on all members of a generation."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def owners(self) -> list[int]:
+        """Owner slot by expert id; -1 where an expert has no home."""
+
+def make_routing(owners: Sequence[int]) -> Routing:
+    """Routing from the owner slot of each expert: -1 (no home; using the expert is then an error) or 0 ≤ slot < ``MAX_RANKS``."""
+
+class Bus:
+    """One participant's view of the segment.
+
+    Blocking calls come from one thread at a time (``ValueError`` otherwise); all other methods may be called from any thread.
+    """
+
+    def __init__(self, addr: int, nbytes: int, slot: int = -1) -> None:
+        """Open a formatted segment as ``slot``, or as an observer (-1), such as the HMM.
+
+        ``ValueError`` where magic, version or geometry do not fit ``nbytes``.
+        """
+
+    @property
+    def slot(self) -> int: ...
+    @property
+    def max_ranks(self) -> int: ...
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of one rank in one exchange."""
+
+    @property
+    def hidden(self) -> int:
+        """Elements of one token's row."""
+
+    @property
+    def top_k(self) -> int:
+        """Expert choices of one token."""
+    spin_us: int
+    """Microseconds to spin before sleeping in a barrier. -1 (the default) chooses: 30 where every member can have a core, else 0."""
+
+    # Membership: written by the HMM alone.
+    def set_membership(self, generation: int, members: int, running: bool) -> None:
+        """Publish a generation and wake every waiter. ``members`` is a bit mask of slots.
+
+        ``ValueError`` unless ``generation`` is greater than the current one and < 2**32. A writer killed half-way leaves
+        the old generation in force.
+        """
+
+    def membership(self) -> tuple[int, int, bool]:
+        """``(generation, members, running)``, all of one publication; ``(0, 0, False)`` before the first. Never blocks."""
+
+    def wait_membership(self, generation: int, deadline_ms: float) -> tuple[int, int, bool]:
+        """Block until the generation is greater than ``generation`` and return it; ``BusTimeout`` after ``deadline_ms`` from now."""
+
+    # The own slot and others' slots.
+    def join(self, incarnation: int) -> None:
+        """Take the own slot. ``incarnation`` (0 < u64) tells this process from its predecessor, which is fenced: if it still
+        lives, its next blocking call raises ``BusAborted``."""
+
+    def leave(self) -> None:
+        """Give the own slot back (incarnation 0), unless another incarnation has taken it. Not a member afterwards by itself:
+        the HMM publishes membership."""
+
+    def incarnation(self, slot: int) -> int:
+        """Who holds a slot; 0 = nobody."""
+
+    def bump_progress(self) -> None:
+        """Count up the progress counter of the own slot: the rank's work loop is alive."""
+
+    def progress(self, slot: int) -> int:
+        """Progress counter of a slot. Counts on across incarnations."""
+
+    def step_count(self, slot: int) -> int:
+        """Number of steps that a slot completed. Counts on across incarnations."""
+
+    # Meeting. `deadline_ms` is from now, ≥ 0; the own slot must be joined and a member (ValueError).
+    def barrier(self, generation: int, deadline_ms: float) -> None:
+        """Block until every member has arrived as often as this rank in this generation.
+
+        ``BusAborted`` as soon as another generation is current or this one is not running; ``BusTimeout`` at the deadline.
+        """
+
+    def step(
+        self, generation: int, num_tokens: int, flags: int, deadline_ms: float
+    ) -> list[tuple[int, int, int]]:
+        """Publish ``num_tokens`` and ``flags`` (u32 both), meet, and return ``(slot, num_tokens, flags)`` of every member by slot.
+
+        Repeated after ``BusTimeout`` it goes on waiting, and what was published first stands. Raises as ``barrier`` does.
+        """
+
+    def idle_wait(self, generation: int, deadline_ms: float) -> bool:
+        """Sleep without arriving, until a peer waits at the next barrier or ``nudge`` was called for this slot: True.
+
+        False at the deadline. ``BusAborted`` as in ``barrier``. An idle rank waits here rather than stepping with no tokens.
+        """
+
+    def nudge(self, slot: int) -> None:
+        """Wake ``idle_wait`` of a slot, or make its next call return at once. From any thread or process."""
+
+    # Token exchange of one MoE layer: dispatch, experts, combine.
+    def dispatch(
+        self,
+        routing: Routing,
+        generation: int,
+        x_addr: int,
+        ids_addr: int,
+        w_addr: int,
+        n: int,
+        rows_addr: int,
+        rows_cap: int,
+        counts_addr: int,
+        deadline_ms: float,
+    ) -> int:
+        """Send own tokens to the experts' owners and collect the rows for own experts. Returns their number.
+
+        In: ``x`` float32 [n, hidden], ``ids`` int32 [n, top_k] global expert ids (-1 = unused), ``w`` float32 [n, top_k];
+        0 ≤ n ≤ ``max_tokens``. Out: ``rows`` float32 [rows_cap, hidden], sorted by (expert, source slot, token), and
+        ``counts`` int32 [num_experts], rows of each expert (0 for those of other owners). At most
+        ``top_k × sum of all members' n`` rows. ``x``, ``ids`` and ``w`` need not outlive the call.
+
+        ``ValueError`` for an id out of range or without a home among the members (before arriving), or if ``rows_cap`` is
+        too small (after arriving: the step is lost). Raises as ``barrier`` does.
+        """
+
+    def combine(
+        self, routing: Routing, generation: int, y_addr: int, out_addr: int, n: int, deadline_ms: float
+    ) -> None:
+        """Return expert outputs to their tokens' ranks and sum: ``out[t] = Σ_j w[t, j] · y(ids[t, j])``.
+
+        In: ``y`` float32 [rows, hidden], in the row order of the last ``dispatch``; the same ``routing`` and ``n``. Out:
+        ``out`` float32 [n, hidden]. The sum runs over j in ascending order whoever owns the experts, so the result does
+        not depend on the layout. A token without experts gets zeros. Raises as ``barrier`` does.
+        """
+
+    # Figures.
+    def take_wait_ns(self) -> int:
+        """Nanoseconds spent waiting for others in barriers since the last call."""
+
+    def take_exchange_ns(self) -> int:
+        """Nanoseconds spent in ``step``, ``dispatch`` and ``combine``, waiting included, since the last call."""

@@ -1,0 +1,105 @@
+#include "host/pages.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/checked.h"
+#include "core/system.h"
+#include "host/xxh64.h"
+
+namespace elasticmoe {
+namespace {
+
+// Parts of files are addressed with a signed 64-bit offset.
+void require_file_part(int fd, uint64_t offset, uint64_t nbytes) {
+  require(fd >= 0, "fd must not be negative");
+  require(checked_add(offset, nbytes) <= static_cast<uint64_t>(INT64_MAX), "offset + nbytes must be below 2**63");
+}
+
+template <typename T>
+T* pointer(uint64_t addr) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(addr));
+}
+
+// One request reads at most this much, so that signals are seen now and then.
+constexpr uint64_t kReadChunk = 64ULL << 20;
+
+}  // namespace
+
+uint64_t page_bytes() {
+  static const auto value = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  return value;
+}
+
+void allocate(int fd, uint64_t offset, uint64_t nbytes) {
+  require_file_part(fd, offset, nbytes);
+  require(nbytes > 0, "nbytes must be greater than zero");
+  if (fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(nbytes)) != 0) throw_errno(errno, "fallocate");
+}
+
+void punch_hole(int fd, uint64_t offset, uint64_t nbytes) {
+  require_file_part(fd, offset, nbytes);
+  require(nbytes > 0, "nbytes must be greater than zero");
+  if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                static_cast<off_t>(nbytes)) != 0) {
+    throw_errno(errno, "fallocate punch hole");
+  }
+}
+
+void read_into(int fd, uint64_t file_offset, uint64_t addr, uint64_t nbytes, uint64_t& done) {
+  require_file_part(fd, file_offset, nbytes);
+  require_memory("addr", addr, nbytes);
+  while (done < nbytes) {
+    const uint64_t chunk = std::min(nbytes - done, kReadChunk);
+    const ssize_t got = pread(fd, pointer<char>(addr + done), chunk, static_cast<off_t>(file_offset + done));
+    if (got < 0) throw_errno(errno, "pread");
+    if (got == 0) {
+      throw_errno(EIO, "short read: the file ends at " + std::to_string(file_offset + done) + ", " +
+                           std::to_string(nbytes - done) + " bytes early");
+    }
+    done += static_cast<uint64_t>(got);
+  }
+}
+
+void copy_memory(uint64_t dst_addr, uint64_t src_addr, uint64_t nbytes) {
+  require_memory("dst_addr", dst_addr, nbytes);
+  require_memory("src_addr", src_addr, nbytes);
+  const uint64_t distance = dst_addr > src_addr ? dst_addr - src_addr : src_addr - dst_addr;
+  require(distance >= nbytes, "source and destination overlap");
+  if (nbytes != 0) std::memcpy(pointer<void>(dst_addr), pointer<const void>(src_addr), nbytes);
+}
+
+void zero_memory(uint64_t addr, uint64_t nbytes) {
+  require_memory("addr", addr, nbytes);
+  if (nbytes != 0) std::memset(pointer<void>(addr), 0, nbytes);
+}
+
+uint64_t checksum_memory(uint64_t addr, uint64_t nbytes) {
+  require_memory("addr", addr, nbytes);
+  return xxh64(pointer<const void>(addr), nbytes);
+}
+
+uint64_t resident_bytes(uint64_t addr, uint64_t nbytes) {
+  require_memory("addr", addr, nbytes);
+  const uint64_t page = page_bytes();
+  const uint64_t end = addr + nbytes;
+  constexpr uint64_t kBatch = 4096;
+  unsigned char residence[kBatch];
+  uint64_t total = 0;
+  for (uint64_t at = addr & ~(page - 1); at < end; at += std::min(kBatch * page, end - at)) {
+    const uint64_t length = std::min(kBatch * page, end - at);
+    if (mincore(pointer<void>(at), length, residence) != 0) throw_errno(errno, "mincore");
+    for (uint64_t index = 0; index * page < length; ++index) {
+      if ((residence[index] & 1) == 0) continue;
+      const uint64_t first = std::max(at + index * page, addr);
+      total += std::min(at + (index + 1) * page, end) - first;
+    }
+  }
+  return total;
+}
+
+}  // namespace elasticmoe

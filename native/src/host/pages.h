@@ -1,0 +1,23 @@
+// Pages of files and bulk work on mapped memory. System errors are std::system_error, bad arguments std::invalid_argument.
+#pragma once
+
+#include <cstdint>
+
+namespace elasticmoe {
+
+uint64_t page_bytes();
+
+// Each of these may be cut short by a signal: they then throw EINTR (`allocate`, `punch_hole`: without effect) and may be
+// called again, so that the caller gets to handle the signal.
+void allocate(int fd, uint64_t offset, uint64_t nbytes);
+void punch_hole(int fd, uint64_t offset, uint64_t nbytes);
+
+// Reads on from `done` to `nbytes`, which lets a caller resume after EINTR. EIO where the file ends early.
+void read_into(int fd, uint64_t file_offset, uint64_t addr, uint64_t nbytes, uint64_t& done);
+
+void copy_memory(uint64_t dst_addr, uint64_t src_addr, uint64_t nbytes);
+void zero_memory(uint64_t addr, uint64_t nbytes);
+uint64_t checksum_memory(uint64_t addr, uint64_t nbytes);
+uint64_t resident_bytes(uint64_t addr, uint64_t nbytes);
+
+}  // namespace elasticmoe
