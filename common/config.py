@@ -1,7 +1,7 @@
 """The only reader of the environment: one frozen struct per service, composed of shared sections.
 
-Values come from a file (`$ELASTICMOE_CONFIG`, TOML), are overridden by the environment (`ELASTICMOE_<FIELD>`), and those
-by flags that a command passes as `overrides`. An unknown key in the file or the environment stops the start.
+Values come from a file (`$ELASTICMOE_CONFIG`, TOML), are overridden by the environment (`ELASTICMOE_<FIELD>`), and
+those by flags that a command passes as `overrides`. An unknown key in the file or the environment stops the start.
 """
 
 from __future__ import annotations
@@ -99,17 +99,18 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     pool_name: Annotated[str, Meta(pattern="^[a-z0-9-]{1,32}$")] = "pool"
     standbys: Annotated[int, Meta(ge=0, le=64)] = 2
-    rank_restarts_max: Annotated[int, Meta(ge=0, le=1_000)] = 5
-    rank_restarts_window_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
 
 
 class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The scaler owns the layout, so it knows the model."""
+    """The scaler owns the layout, so it knows the model. A rank that died is replaced at most `rank_restarts_max` times
+    in `rank_restarts_window_s`."""
 
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8100
-    pools: str = "pool"
+    pool_name: Annotated[str, Meta(pattern="^[a-z0-9-]{1,32}$")] = "pool"
     lease_ms: Annotated[int, Meta(ge=100, le=600_000)] = 5_000
+    rank_restarts_max: Annotated[int, Meta(ge=0, le=1_000)] = 5
+    rank_restarts_window_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
 
 
 class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):

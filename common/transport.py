@@ -244,9 +244,10 @@ class AsyncClient(Generic[T]):
         """Queue a message without waiting; returns its seq. Raises Unavailable when the queue is full."""
         self._seq += 1
         raw = encode(body, sender=self.identity, epoch=self.epoch, seq=self._seq)
-        try:
-            zmq.Socket.send(self._socket, raw, zmq.NOBLOCK)
-        except zmq.Again:
+        # The asyncio socket's own send: the descriptor is edge-triggered, and a plain send may consume the edge that
+        # announces an incoming message, which this one then looks for. With NOBLOCK the future is always done.
+        sent: Any = self._socket.send(raw, zmq.NOBLOCK)
+        if sent.exception() is not None:
             raise Unavailable(f"{self._name} does not take messages") from None
         return self._seq
 

@@ -2,13 +2,17 @@
 
 One row for each running sequence: an opaque blob (request id, sampling parameters), its tokens, its KV block table and the
 committed position. One process writes a row at a time. A kill at any instruction leaves each row as it was before the operation
-or after it; an operation on several rows is atomic for each of them. Readers check all counts against the geometry.
+or after it; an operation on several rows is atomic for each of them. Readers check all counts against the geometry and raise
+``LedgerCorrupt`` where somebody else wrote into the segment.
 
 Nothing here blocks. Bad arguments raise ``ValueError`` and change nothing. Tokens and blocks are int32 ≥ 0. The segment must stay
 mapped as long as a ``Ledger`` over it exists; ``addr`` is a multiple of 64.
 """
 
 from collections.abc import Sequence
+
+class LedgerCorrupt(RuntimeError):
+    """A row's state or counts are impossible."""
 
 def ledger_bytes(num_rows: int, max_tokens: int, max_blocks: int, blob_bytes: int) -> int:
     """Size of a segment. Limits: ``max_tokens`` < 2**22, ``max_blocks`` < 2**20, ``num_rows`` ≤ 2**20, ``blob_bytes`` ≤ 2**20."""
@@ -68,7 +72,7 @@ class Ledger:
         """
 
     def commit_many(self, commits: Sequence[tuple[int, int, int]]) -> None:
-        """``commit`` of one token for each ``(row, kv_len, token)``. All are checked before the first is applied."""
+        """``commit`` of one token for each ``(row, kv_len, token)``. All are checked before the first is applied; no row twice."""
 
     def rewind(self, row: int, kv_len: int, num_blocks: int) -> None:
         """Forget KV (preemption): lower the committed position and the number of blocks, in one publication. Tokens stay.

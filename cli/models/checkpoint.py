@@ -45,6 +45,12 @@ class TensorPlan:
         return math.prod(self.shape)
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError if `seed` is negative."""
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+
+
 def parse_dtype(name: str) -> torch.dtype:
     """The torch dtype of a checkpoint dtype's name. Raises ValueError that lists the known names."""
     try:
@@ -60,7 +66,7 @@ def staged_directory(directory: Path) -> Iterator[Path]:
     When the block raises, the folder and any parents made for it are removed, so that nothing is left behind. Raises
     ValueError if `directory` is a file, a mount point (it could not be replaced), or a folder that is not empty.
     """
-    target = Path(os.path.realpath(directory.expanduser()))
+    target = Path(os.path.realpath(directory))
     _check_target(target)
     made_parents = _make_parents(target.parent)
     stage = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
@@ -123,7 +129,7 @@ def write_weights(
     if len(set(names)) != len(names):
         raise ValueError("two tensors of the checkpoint have the same name")
     total = _total_bytes(plans, dtype)
-    check_free_space(stage, total)
+    _check_free_space(stage, total)
     groups = _split(plans, shards)
     weight_map: dict[str, str] = {}
     done = 0
@@ -146,11 +152,10 @@ def write_weights(
         write_json(stage / "model.safetensors.index.json", index_json)
 
 
-def check_free_space(path: Path, nbytes: int) -> None:
-    """Raise ValueError with both figures unless the file system of `path` has room for `nbytes` and a small margin."""
-    free = shutil.disk_usage(path).free
+def _check_free_space(stage: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(stage).free
     if free < nbytes + _FREE_MARGIN_BYTES:
-        raise ValueError(f"not enough disk space in {path.parent}: {nbytes:,} bytes are needed, {free:,} are free")
+        raise ValueError(f"not enough disk space in {stage.parent}: {nbytes:,} bytes are needed, {free:,} are free")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -130,7 +130,7 @@ def _random(config: dict[str, Any]) -> _Maker:
 
 
 def _demo(directory: Path, *, seed: int, dtype: str, progress: Progress | None) -> Path:
-    # Imported here because only this model needs the gguf package.
+    # Imported here because only this model needs the gguf package, and what that imports.
     from cli.models.upcycle import make_demo
 
     return make_demo(directory, seed=seed, dtype=dtype, progress=progress)

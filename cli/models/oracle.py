@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from cli.models import byte_tokenizer
-from cli.models.checkpoint import Progress, TensorPlan, staged_directory, write_json, write_weights
+from cli.models.checkpoint import Progress, TensorPlan, check_seed, staged_directory, write_json, write_weights
 from cli.models.random_weights import generator_of, positive
 
 MODULUS = 65521
@@ -58,8 +58,7 @@ def make_oracle(directory: Path, *, seed: int, dtype: str, progress: Progress | 
     """
     if dtype != "float32":
         raise ValueError(f"the oracle model holds whole numbers that only float32 keeps exact, got dtype {dtype!r}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
+    check_seed(seed)
     with staged_directory(directory) as stage:
         write_json(stage / "config.json", ORACLE_CONFIG)
         byte_tokenizer.write_byte_tokenizer(stage)

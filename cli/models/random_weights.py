@@ -18,7 +18,15 @@ import numpy as np
 import torch
 
 from cli.models.byte_tokenizer import write_byte_tokenizer
-from cli.models.checkpoint import Progress, TensorPlan, parse_dtype, staged_directory, write_json, write_weights
+from cli.models.checkpoint import (
+    Progress,
+    TensorPlan,
+    check_seed,
+    parse_dtype,
+    staged_directory,
+    write_json,
+    write_weights,
+)
 
 # A small embedding lets attention and experts, not the last token alone, decide the next token: lost context shows.
 _EMBEDDING_STD = 0.25
@@ -57,8 +65,7 @@ def random_checkpoint(
 
 def random_plans(config: Mapping[str, Any], seed: int) -> list[TensorPlan]:
     """The tensors of `config`'s family, with seeded random values. Raises ValueError like `random_checkpoint`."""
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
+    check_seed(seed)
     architectures = config.get("architectures") or [None]
     layer_shapes = _FAMILIES.get(architectures[0])
     if layer_shapes is None:
@@ -131,10 +138,8 @@ def _qwen3_moe_layer(config: Mapping[str, Any], layer: int) -> Iterator[_Spec]:
     yield from _attention(config, prefix, has_bias=bool(config.get("attention_bias", False)))
     for name in ("q_norm", "k_norm"):
         yield _norm(f"{prefix}.self_attn.{name}.weight", _head_dim(config))
-    is_sparse = layer not in (config.get("mlp_only_layers") or []) and (
-        (layer + 1) % config.get("decoder_sparse_step", 1) == 0
-    )
-    if not is_sparse:
+    step = positive(config, "decoder_sparse_step") if "decoder_sparse_step" in config else 1
+    if layer in (config.get("mlp_only_layers") or []) or (layer + 1) % step:
         yield from _ffn(f"{prefix}.mlp", names, hidden, positive(config, "intermediate_size"))
         return
     num_experts, width = positive(config, "num_experts"), positive(config, "moe_intermediate_size")

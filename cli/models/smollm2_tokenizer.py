@@ -15,7 +15,8 @@ _CONTROL = 3
 def build_tokenizer(source: SmolLM2) -> Tokenizer:
     """Byte-level BPE with the GGUF's tokens and merges; its control tokens are special tokens with their own ids.
 
-    Raises ValueError if the file's tokenizer is not of SmolLM's kind (model "gpt2", pre-tokenizer "smollm").
+    SmolLM2's vocabulary lacks the six control characters 04, 06, 13, 14, 16 and 1D (hex): like the original, the
+    tokenizer drops them. Raises ValueError if the file's tokenizer is not of SmolLM's kind.
     """
     kind = (source.field("tokenizer.ggml.model"), source.field("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):

@@ -29,7 +29,10 @@ class Forget(Message, frozen=True):
 
 
 class Fetch(Message, frozen=True):
-    """HMM -> keeper: hand me all descriptors. Answered by Kept."""
+    """HMM -> keeper: hand me the descriptors of names above `after`, in their order, as many as one message can carry.
+    Answered by Kept; one without names says that there are no more."""
+
+    after: Annotated[str, Meta(max_length=NAME_CHARS_MAX)] = ""
 
 
 class Kept(Message, frozen=True):

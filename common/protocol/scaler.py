@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from common.layout import RankId
+from common.layout import Layout, RankId
 from common.protocol.codec import Codec, Message
 from common.protocol.replies import Ack, Refused
 
@@ -37,6 +37,7 @@ class HmmStatus(Message, frozen=True):
     members: tuple[int, ...]
     running: bool
     op_id: str | None = None
+    layout: Layout | None = None
 
 
 class RankStarted(Message, frozen=True):

@@ -9,7 +9,7 @@
 
 #include "core/checked.h"
 #include "core/system.h"
-#include "host/xxh64.h"
+#include "core/xxh64.h"
 
 namespace elasticmoe {
 namespace {

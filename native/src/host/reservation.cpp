@@ -72,6 +72,7 @@ void Reservation::check_part(const MapPart& part) const {
   require(is_aligned(part.offset, page) && is_aligned(part.fd_offset, page) && is_aligned(part.nbytes, page),
           "offset, fd_offset and nbytes must be multiples of the page size");
   require(checked_add(part.offset, part.nbytes) <= nbytes_, "part passes the end of the reservation");
+  require(checked_add(part.fd_offset, part.nbytes) <= INT64_MAX, "fd_offset + nbytes must be below 2**63");
 }
 
 // Notes a mapping as live; throws where it would overlap another.
@@ -85,10 +86,9 @@ void Reservation::insert(uint64_t offset, uint64_t nbytes) {
   live_.emplace_hint(next, offset, nbytes);
 }
 
-void Reservation::make_inaccessible(uint64_t offset, uint64_t nbytes) const {
+bool Reservation::try_make_inaccessible(uint64_t offset, uint64_t nbytes) const {
   // Replaces in one step: the range never has a hole that another thread's mmap could take.
-  void* got = mmap(pointer(base_ + offset), nbytes, PROT_NONE, kReserveFlags | MAP_FIXED, -1, 0);
-  if (got == MAP_FAILED) throw_errno(errno, "unmapping");
+  return mmap(pointer(base_ + offset), nbytes, PROT_NONE, kReserveFlags | MAP_FIXED, -1, 0) != MAP_FAILED;
 }
 
 void Reservation::map(const std::vector<MapPart>& parts, bool writable, bool populate) {
@@ -109,8 +109,8 @@ void Reservation::map(const std::vector<MapPart>& parts, bool writable, bool pop
     }
   } catch (...) {
     for (size_t index = 0; index < num_noted; ++index) {
-      make_inaccessible(parts[index].offset, parts[index].nbytes);
-      live_.erase(parts[index].offset);
+      // What cannot be undone stays noted: the notes must never say less than the truth.
+      if (try_make_inaccessible(parts[index].offset, parts[index].nbytes)) live_.erase(parts[index].offset);
     }
     throw;
   }
@@ -121,7 +121,7 @@ void Reservation::unmap(uint64_t offset, uint64_t nbytes) {
   if (found == live_.end() || found->second != nbytes) {
     invalid("no mapping is exactly " + std::to_string(nbytes) + " bytes at " + std::to_string(offset));
   }
-  make_inaccessible(offset, nbytes);
+  if (!try_make_inaccessible(offset, nbytes)) throw_errno(errno, "unmapping");
   live_.erase(found);
 }
 

@@ -36,7 +36,7 @@ class Reservation {
  private:
   void check_part(const MapPart& part) const;
   void insert(uint64_t offset, uint64_t nbytes);
-  void make_inaccessible(uint64_t offset, uint64_t nbytes) const;
+  bool try_make_inaccessible(uint64_t offset, uint64_t nbytes) const;
 
   uint64_t base_ = 0;
   uint64_t nbytes_ = 0;

@@ -1,4 +1,4 @@
-#include "host/xxh64.h"
+#include "core/xxh64.h"
 
 #include <bit>
 #include <cstring>

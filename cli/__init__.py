@@ -1,0 +1,1 @@
+"""The command `elasticmoe`: starts, watches and uses a deployment on one machine. Nothing in `services` imports it."""

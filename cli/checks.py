@@ -1,0 +1,120 @@
+"""What `up` verifies before it starts anything. Each check raises one error that names the limit and the value."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+
+from cli.console import size
+from cli.settings import Settings, bind_once
+from common.families import load_spec, records
+from common.model_spec import ModelSpec, kv_geometry, round_up
+from common.protocol.errors import DoesNotFit, InvalidRequest
+from common.protocol.limits import RANKS_MAX
+
+TP_MAX = 1  # tensor parallelism within a replica is not implemented yet
+_MEMORY_SHARE = 0.8  # of what is available; the rest is for activations, the processes and everybody else
+_DISK_BYTES_MIN = 64 * 1024 * 1024
+
+
+def check_topology(settings: Settings) -> None:
+    """tp, and that the replicas fit on the devices. Raises InvalidRequest."""
+    scaler = settings.scaler
+    if scaler.tp > TP_MAX:
+        raise InvalidRequest(f"--tp {scaler.tp} exceeds the limit of {TP_MAX}", code="tp_unsupported")
+    if scaler.num_devices > RANKS_MAX:
+        raise InvalidRequest(
+            f"--devices {scaler.devices} exceeds the limit of {RANKS_MAX} devices", code="too_many_devices"
+        )
+    needed = scaler.replicas * scaler.tp
+    if needed > scaler.num_devices:
+        raise InvalidRequest(
+            f"{scaler.replicas} replicas of {scaler.tp} need {needed} devices, and --devices {scaler.devices} has "
+            f"{scaler.num_devices}",
+            code="too_few_devices",
+        )
+
+
+def check_ports(settings: Settings) -> None:
+    """Both listeners' ports are free. Raises InvalidRequest."""
+    router, scaler = settings.router, settings.scaler
+    if router.port == scaler.admin_port:
+        raise InvalidRequest(f"--port and --admin-port are both {router.port}", code="port_in_use")
+    for host, port, flag in (
+        (router.host, router.port, "--port"),
+        (scaler.admin_host, scaler.admin_port, "--admin-port"),
+    ):
+        try:
+            bind_once(host, port)
+        except InvalidRequest as error:
+            if error.code != "port_in_use":
+                raise
+            raise InvalidRequest(
+                f"port {port} on {host} is in use; choose another with {flag}", code="port_in_use"
+            ) from None
+
+
+def check_memory(settings: Settings, model: Path) -> None:
+    """The model fits into the devices and those into the machine. Raises DoesNotFit with the figures, CheckpointError
+    when config.json describes no model that can be served."""
+    scaler = settings.scaler
+    spec = load_spec(model, scaler.dtype)
+    granularity = settings.hmm.granularity
+    weights = device_weights_bytes(spec, scaler.replicas * scaler.tp, granularity)
+    kv_min = kv_geometry(spec, scaler.block_size, granularity).handle_bytes
+    num_used = scaler.replicas * scaler.tp
+    available = available_bytes()
+    if settings.hmm.device_bytes:
+        budget, origin = settings.hmm.device_bytes, "--device-memory"
+        if weights + kv_min > budget:
+            raise DoesNotFit(
+                f"{_shares(spec, weights, kv_min)} per device exceed its {size(budget)} ({origin})",
+                code="out_of_memory",
+            )
+    needed = num_used * (weights + kv_min)
+    if needed > available * _MEMORY_SHARE:
+        raise DoesNotFit(
+            f"{num_used} devices need {size(needed)} ({_shares(spec, weights, kv_min)} each), and "
+            f"{_MEMORY_SHARE:.0%} of the {size(available)} that are available are {size(available * _MEMORY_SHARE)}",
+            code="out_of_memory",
+        )
+
+
+def check_disk(run_dir: Path) -> None:
+    """The run directory's file system has room for the journal and the logs. Raises DoesNotFit."""
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < _DISK_BYTES_MIN:
+        raise DoesNotFit(
+            f"{folder} has {size(free)} free, less than the {size(_DISK_BYTES_MIN)} that a run directory needs",
+            code="storage_full",
+        )
+
+
+def device_weights_bytes(spec: ModelSpec, num_devices: int, granularity: int) -> int:
+    """Most weight bytes of one device: everything but experts, and its share of each layer's experts."""
+    replicated, experts = 0, 0
+    for record in records(spec):
+        nbytes = round_up(record.nbytes, granularity)
+        if record.key.kind == "expert":
+            experts += nbytes
+        else:
+            replicated += nbytes
+    return replicated + -(-experts // num_devices)
+
+
+def available_bytes() -> int:
+    """Memory that processes can still get: the machine's, or the container's where that is less."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return min(available, max(0, int(limit) - used)) if limit.isdigit() else available
+
+
+def _shares(spec: ModelSpec, weights: int, kv: int) -> str:
+    return f"{size(weights)} of {spec.dtype} weights and at least {size(kv)} of KV"

@@ -1,0 +1,102 @@
+"""One child process of the launcher: start, watch, stop. Its output goes to a log file, its life ends with ours."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli.record import ProcessRecord, start_ticks
+
+_LOG_TAIL_BYTES = 16 * 1024
+_LOG_LINE_CHARS_MAX = 400
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """A process that the launcher keeps running.
+
+    `argv[0]` is an absolute path. `grace_s`: seconds between SIGTERM and SIGKILL. `awaits`: a Unix socket that must
+    exist before the next child is started; None: start the next at once.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    grace_s: float = 10.0
+    awaits: Path | None = None
+
+
+class Child:
+    """A running (or ended, not yet reaped) process. Owns its pidfd and its process group until `reap`."""
+
+    def __init__(self, spec: ChildSpec, environment: Mapping[str, str], directory: Path, log: Path) -> None:
+        """Start it in its own process group with `directory` as working directory. Raises OSError."""
+        self.spec = spec
+        self._log = log
+        wrapper = Path(__file__).with_name("child.py")
+        with open(log, "ab") as file:
+            self._log_start = file.tell()
+            self._popen = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(wrapper), str(os.getpid()), *spec.argv],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                cwd=directory,
+                process_group=0,
+            )
+        self.pidfd = os.pidfd_open(self._popen.pid)
+        self._ticks = start_ticks(self._popen.pid) or 0
+
+    @property
+    def pid(self) -> int:
+        """Process id; it stays reserved until `reap`."""
+        return self._popen.pid
+
+    def record(self, num_restarts: int) -> ProcessRecord:
+        """How `deployment.json` names it."""
+        return ProcessRecord(self.spec.name, self.pid, self._ticks, num_restarts)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended, waiting at most `timeout_s`. Does not reap."""
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return bool(poller.poll(max(0, timeout_s) * 1e3))
+
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM to the process alone: it ends its own children in order)."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+        except ProcessLookupError:
+            pass  # it has ended; wait() and reap() see that
+
+    def kill(self) -> None:
+        """SIGKILL to the whole process group. Call before `reap` only: until then the group's number is ours."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # nobody of the group is left
+
+    def reap(self) -> int:
+        """Collect an ended process and whatever is left of its group. Returns the exit code, negative for a signal."""
+        self.kill()
+        code = self._popen.wait(timeout=10)
+        os.close(self.pidfd)
+        return code
+
+    def last_line(self) -> str:
+        """The last line that this incarnation logged, shortened; empty when it logged nothing."""
+        try:
+            with open(self._log, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(self._log_start, size - _LOG_TAIL_BYTES))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return "".join(char if char.isprintable() else "?" for char in last[:_LOG_LINE_CHARS_MAX])

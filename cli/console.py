@@ -1,0 +1,159 @@
+"""What the user sees while something takes time: one bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import TracebackType
+from typing import IO, Protocol, Self
+
+from rich.console import Console as RichTerminal
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+_PLAIN_STEP_PERCENT = 25
+
+
+class Console(Protocol):
+    """Where progress and lines go. One at a time per process."""
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar if there is one."""
+
+    def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """Show `phase`; with `total` > 0 as a share of bytes."""
+
+    def close(self) -> None:
+        """Take the bar away. Idempotent; a later `progress` shows a new one."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+
+
+class _Closing:
+    def close(self) -> None:
+        """Nothing to take away."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class TerminalConsole(_Closing):
+    """A bar with phase, bytes and seconds.
+
+    Drawn only from the caller's thread: the launcher must not have a second one when it starts children.
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self._terminal = RichTerminal(file=file, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._phase = ""
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self._terminal.print(text, markup=False)
+
+    def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """Draw the bar; one without a total pulses."""
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TimeElapsedColumn(),
+                console=self._terminal,
+                transient=True,
+                auto_refresh=False,
+            )
+            self._bar.start()
+            self._task, self._phase = None, ""
+        if self._task is None or phase != self._phase:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task, self._phase = self._bar.add_task(phase, total=None), phase
+        self._bar.update(self._task, completed=done, total=total or None)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class PlainConsole(_Closing):
+    """Lines for files and pipes: one per phase and per quarter of it."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self._shown: tuple[str, int] = ("", -1)
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        try:
+            print(text, file=self._file, flush=True)
+        except OSError:
+            pass  # the reader is gone or the disk is full; neither may stop a deployment
+
+    def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """Print the phase when it is new, and its share when it grew by a quarter."""
+        step = done * 100 // total // _PLAIN_STEP_PERCENT if total else 0
+        if (phase, step) == self._shown:
+            return
+        self._shown = (phase, step)
+        self.line(f"{phase}: {size(done)} of {size(total)}" if total else f"{phase}…")
+
+
+class PipeConsole(_Closing):
+    """For a detached launcher: everything goes to its log, and as JSON lines to the waiting parent until `finish`."""
+
+    def __init__(self, report_fd: int, log: IO[str]) -> None:
+        self._pipe: IO[str] | None = open(report_fd, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._log = PlainConsole(log)
+
+    def _send(self, **entry: object) -> None:
+        if self._pipe is None:
+            return
+        try:
+            self._pipe.write(json.dumps(entry) + "\n")
+        except OSError:
+            self._pipe = None  # the parent left; the deployment goes on
+
+    def line(self, text: str) -> None:
+        """One line for both."""
+        self._log.line(text)
+        self._send(line=text)
+
+    def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """Progress for both."""
+        self._log.progress(phase, done, total)
+        self._send(phase=phase, done=done, total=total)
+
+    def finish(self, error: str | None = None) -> None:
+        """Tell the parent that all is ready, or the error line that it shall end with. Idempotent."""
+        self._send(ready=error is None, error=error)
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+
+
+def make_console(file: IO[str] | None = None) -> Console:
+    """A bar when `file` (default stdout) is a terminal, plain lines otherwise."""
+    file = file or sys.stdout
+    return TerminalConsole(file) if file.isatty() else PlainConsole(file)
+
+
+def size(nbytes: float) -> str:
+    """`1.29 GiB`, for people: three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(nbytes) < 1000 or unit == "TiB":
+            break
+        nbytes /= 1024
+    decimals = 0 if unit == "B" or nbytes >= 100 else 1 if nbytes >= 10 else 2
+    return f"{nbytes:.{decimals}f} {unit}"

@@ -1,0 +1,75 @@
+"""`elasticmoe down`: stop the deployment of a run directory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+
+from cli.paths import run_dir_of
+from cli.record import ProcessRecord, living_record
+from cli.rundir import RunDir
+from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError
+
+HELP = "stop a deployment"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `down`."""
+    parser.add_argument("--run-dir", metavar="DIR", help="the deployment's run directory")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="give up waiting after that (120)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0 when nothing runs any more. Raises DeadlineExceeded when it still stops after `--timeout`."""
+    path = run_dir_of(args.run_dir)
+    record = living_record(path)
+    if record is None:
+        return _nothing_runs(args)
+    print(f"stopping {record.served_name} in {path}", flush=True)
+    if not terminate(record.launcher, args.timeout):
+        raise DeadlineExceeded(f"the deployment in {path} still stops after {args.timeout:g} s", code="still_stopping")
+    print("stopped")
+    return 0
+
+
+def _nothing_runs(args: argparse.Namespace) -> int:
+    """Say so; what a launcher that was killed left behind is removed, except its logs."""
+    path = run_dir_of(args.run_dir)
+    left = path.is_dir() and (path / "launcher.lock").exists()
+    if left and (path / "secrets").exists():
+        try:
+            RunDir(path).remove(keep_logs=True)
+        except Conflict:
+            raise ElasticMoEError(
+                f"a launcher is starting in {path}; try again in a moment", code="starting", retryable=True
+            ) from None
+        print(f"nothing runs in {path}; what an interrupted run left was removed, its logs are in {path / 'logs'}")
+    else:
+        print(f"nothing runs in {path}")
+    return 0
+
+
+def terminate(process: ProcessRecord, timeout_s: float) -> bool:
+    """SIGTERM to exactly that process, and wait: whether it ended in time. True when it does not run.
+
+    The pidfd is opened before the start time is compared, so that a process that gets the same id later is not hit.
+    """
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        if not process.is_alive():
+            return True
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        return bool(poller.poll(timeout_s * 1e3))
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        raise ElasticMoEError(f"process {process.pid} is another user's", code="not_permitted") from None
+    finally:
+        os.close(pidfd)

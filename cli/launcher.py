@@ -1,0 +1,214 @@
+"""Starts the processes of a deployment, keeps them running and stops them. One thread, no decision of its own.
+
+What happens when a child ends is decided in `supervisor.py`; this is the shell around it: processes, signals, clock. All
+children are started by the main thread, because their ties to our life (see `child.py`) are to the thread that did.
+"""
+
+from __future__ import annotations
+
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal, Protocol
+
+from cli.children import Child, ChildSpec
+from cli.console import Console
+from cli.probes import Progress
+from cli.record import ProcessRecord
+from cli.supervisor import ChildState, Exit, Fatal, Limits, decide, describe_exit
+from common.protocol.errors import DeadlineExceeded, ElasticMoEError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PROBE_INTERVAL_S = 0.1
+_IDLE_S = 60.0  # nothing is due; an exit or a signal wakes us
+_KILL_SECONDS_MAX = 10.0
+
+State = Literal["starting", "serving", "stopping"]
+
+
+class Probing(Protocol):
+    """What the launcher needs of `probes.Probe`."""
+
+    def progress(self) -> Progress | None:
+        """None when the deployment is ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run. `answers(spec)`: whether the process that `spec.awaits` a socket for can be used.
+
+    `record`: called with the state and the living processes at each change.
+    """
+
+    specs: Sequence[ChildSpec]
+    environment: Mapping[str, str]
+    directory: Path
+    probe: Probing
+    answers: Callable[[ChildSpec], bool]
+    record: Callable[[State, tuple[ProcessRecord, ...]], None]
+    ready_seconds_max: float = 600.0
+    limits: Limits = Limits()
+
+
+class StopRequested(Exception):
+    """A signal asked for the end while the deployment was starting."""
+
+
+class Launcher:
+    """One run of a plan. Owns all children from `start` until `stop` returns."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self._plan = plan
+        self._console = console
+        self._specs = {spec.name: spec for spec in plan.specs}
+        self._children: dict[str, Child] = {}
+        self._states = {name: ChildState() for name in self._specs}
+        self._due: dict[str, float] = {}
+        self._state: State = "starting"
+        self._num_signals = 0
+        self._selector = selectors.DefaultSelector()
+        self.num_unclean = 0
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Record SIGTERM, SIGINT and SIGHUP instead of dying by them; a handler does nothing but wake the loop."""
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._selector.register(reader, selectors.EVENT_READ, reader)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            self._selector.close()
+            reader.close()
+            writer.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._num_signals += 1
+
+    def start(self) -> None:
+        """Start everything and wait until it is ready.
+
+        Raises StopRequested, DeadlineExceeded, or ElasticMoEError (`start_failed`) with the child's last line.
+        """
+        deadline = time.monotonic() + self._plan.ready_seconds_max
+        for spec in self._plan.specs:
+            self._console.progress(f"starting {spec.name}")
+            self._spawn(spec.name)
+            while spec.awaits is not None and not self._plan.answers(spec):
+                self._pause(deadline, f"{spec.name} did not answer")
+        phase = "the deployment was not ready"
+        while (progress := self._plan.probe.progress()) is not None:
+            self._console.progress(progress.phase, progress.bytes_done, progress.bytes_total)
+            self._pause(deadline, f"{phase} ({progress.phase})")
+        self._console.close()
+        self._state = "serving"
+        self._record()
+
+    def _pause(self, deadline: float, text: str) -> None:
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"{text} within {self._plan.ready_seconds_max:g} s", code="start_timeout")
+        self._turn(_PROBE_INTERVAL_S)
+        if self._num_signals:
+            raise StopRequested
+
+    def supervise(self) -> None:
+        """Keep the children running until a signal asks for the end. Raises ElasticMoEError (`child_failed`)."""
+        while not self._num_signals:
+            now = time.monotonic()
+            for name in [name for name, due in self._due.items() if due <= now]:
+                del self._due[name]
+                self._spawn(name)
+            self._turn(min([_IDLE_S, *(max(0.0, due - now) for due in self._due.values())]))
+
+    def _turn(self, timeout_s: float) -> None:
+        """Wait for exits and signals, and handle the exits."""
+        for key, _ in self._selector.select(timeout_s):
+            if isinstance(key.data, str):
+                self._on_exit(key.data)
+            else:
+                try:
+                    key.data.recv(4096)
+                except BlockingIOError:
+                    pass  # another wake-up took the bytes
+
+    def _spawn(self, name: str) -> None:
+        try:
+            child = Child(self._specs[name], self._plan.environment, self._plan.directory, self._log_path(name))
+        except OSError as error:
+            self._decide(name, 127, f"cannot be started: {error.strerror}")
+            return
+        self._children[name] = child
+        self._selector.register(child.pidfd, selectors.EVENT_READ, name)
+        self._record()
+
+    def _log_path(self, name: str) -> Path:
+        return self._plan.directory / "logs" / f"{name}.log"
+
+    def _on_exit(self, name: str) -> None:
+        child = self._children.pop(name)
+        self._selector.unregister(child.pidfd)
+        last_line = child.last_line()
+        self._decide(name, child.reap(), last_line)
+        self._record()
+
+    def _decide(self, name: str, code: int, last_line: str) -> None:
+        now = time.monotonic()
+        event = Exit(code, starting=self._state == "starting")
+        self._states[name], decision = decide(now, self._states[name], event, self._plan.limits)
+        ended = f"{name} ended with {describe_exit(code)}"
+        said = f"; its last line: {last_line}" if last_line else "; it logged nothing"
+        if isinstance(decision, Fatal):
+            # While it starts, the child's own words are the explanation; later the rule that was broken is part of it.
+            reason = "" if event.starting else f" and {decision.reason}"
+            raise ElasticMoEError(ended + reason + said, code="start_failed" if event.starting else "child_failed")
+        self._due[name] = decision.at
+        self._console.line(f"{ended}; restart {decision.number} of {decision.limit} in {decision.at - now:.1f} s{said}")
+
+    def _record(self) -> None:
+        records = tuple(child.record(self._states[name].num_restarts) for name, child in self._children.items())
+        self._plan.record(self._state, records)
+
+    def stop(self) -> None:
+        """Stop all children in reverse order: SIGTERM, then SIGKILL after the child's grace. Idempotent.
+
+        A further signal meanwhile kills what is left at once. Counts in `num_unclean` the children that were killed or
+        ended with another exit code than 0.
+        """
+        self._state = "stopping"
+        self._record()
+        self._num_signals = 0
+        for name in [name for name in reversed(self._specs) if name in self._children]:
+            self._console.progress(f"stopping {name}")
+            child = self._children.pop(name)
+            self._selector.unregister(child.pidfd)
+            child.terminate()
+            if not self._wait(child, self._specs[name].grace_s):
+                self._console.line(f"{name} did not end within {self._specs[name].grace_s:g} s of SIGTERM; killed")
+                child.kill()
+                child.wait(_KILL_SECONDS_MAX)
+            last_line = child.last_line()
+            code = child.reap()
+            if code != 0:
+                self.num_unclean += 1
+                self._console.line(f"{name} ended with {describe_exit(code)}; its last line: {last_line}")
+        self._console.close()
+
+    def _wait(self, child: Child, grace_s: float) -> bool:
+        """Whether `child` ended in time; a signal cuts the time short."""
+        deadline = time.monotonic() + grace_s
+        while not self._num_signals and (left_s := deadline - time.monotonic()) > 0:
+            if child.wait(min(left_s, 0.2)):  # a signal's handler runs between the turns
+                return True
+        return child.wait(0)

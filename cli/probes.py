@@ -1,0 +1,76 @@
+"""How the launcher learns that a deployment serves: what the scaler's and the router's `/ready` say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import httpx
+import msgspec
+
+from common.protocol.errors import ElasticMoEError
+from common.protocol.replies import Refused
+
+_TIMEOUT_S = 2.0
+_PHASE_CHARS_MAX = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the deployment does now; bytes of the checkpoint, 0 when they are not known."""
+
+    phase: str
+    bytes_done: int = 0
+    bytes_total: int = 0
+
+
+class _Body(msgspec.Struct, frozen=True):
+    phase: str = "starting"
+    reason: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
+    error: Refused | None = None
+
+
+class Probe:
+    """Asks the two listeners. Owns its connections until `close`."""
+
+    def __init__(self, url: str, admin_url: str) -> None:
+        self._ready_urls = (f"{admin_url}/ready", f"{url}/ready")
+        # Not by a proxy of the environment: both are on this machine.
+        self._client = httpx.Client(timeout=_TIMEOUT_S, trust_env=False)
+
+    def progress(self) -> Progress | None:
+        """What is still going on, or None when both are ready. Blocks for at most a few seconds.
+
+        Raises ElasticMoEError when the scaler says that it cannot get ready.
+        """
+        scaler, router = self._ready_urls
+        answer = self._get(scaler)
+        if answer is None:
+            return Progress("starting")
+        if answer.status_code != 200:
+            return _parse(answer)
+        answer = self._get(router)
+        return None if answer is not None and answer.status_code == 200 else Progress("waiting for the router")
+
+    def _get(self, url: str) -> httpx.Response | None:
+        try:
+            return self._client.get(url)
+        except httpx.HTTPError:
+            return None
+
+    def close(self) -> None:
+        """Close the connections. Idempotent."""
+        self._client.close()
+
+
+def _parse(answer: httpx.Response) -> Progress:
+    try:
+        body = msgspec.json.decode(answer.content, type=_Body)
+    except msgspec.DecodeError:
+        return Progress("starting")
+    if body.phase == "failed":
+        if body.error is not None:
+            body.error.raise_()
+        raise ElasticMoEError(body.reason or "the scaler gave up", code="start_failed")
+    return Progress(body.phase[:_PHASE_CHARS_MAX] or "starting", max(0, body.bytes_done), max(0, body.bytes_total))

@@ -1,0 +1,162 @@
+"""The settings of a deployment: flags over the environment over the configuration file, resolved once by `up`.
+
+The children get the result through the environment, so that all of them see the same values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cli.paths import HOME_VARIABLE, package_root, run_dir_of
+from common import config
+from common.protocol.errors import ConfigError, InvalidRequest
+
+C = TypeVar("C", bound=config.Common)
+
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `up` starts. `values`: every setting that is not a service's own default, by its name in common.config."""
+
+    scaler: config.ScalerConfig
+    router: config.RouterConfig
+    hmm: config.HmmConfig
+    values: Mapping[str, Any]
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches the router."""
+        return f"http://{_reachable(self.router.host)}:{self.router.port}"
+
+    @property
+    def admin_url(self) -> str:
+        """Where an operator on this machine reaches the scaler."""
+        return f"http://{_reachable(self.scaler.admin_host)}:{self.scaler.admin_port}"
+
+    def replace(self, **values: Any) -> Settings:
+        """The same settings with other values. Raises ConfigError."""
+        return resolve({**self.values, **values})
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `4GiB`, `256 MiB` or `1048576`. Raises argparse.ArgumentTypeError: it is the type of flags."""
+    match = _SIZE.fullmatch(text)
+    unit = match.group(2).lower() if match else ""
+    if match is None or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: use a number with KiB, MiB, GiB or TiB")
+    return int(float(match.group(1)) * _UNITS[unit])
+
+
+def from_flags(args: argparse.Namespace) -> Settings:
+    """Resolve the flags of `up`; a port 0 becomes a free one. Raises ConfigError."""
+    flags = {
+        "run_dir": str(run_dir_of(args.run_dir)),
+        "store_url": args.store,
+        "model": args.model,
+        "served_name": args.served_name,
+        "devices": args.devices,
+        "replicas": args.replicas,
+        "tp": args.tp,
+        "dtype": args.dtype,
+        "host": args.host,
+        "port": args.port,
+        "admin_port": args.admin_port,
+        "device_bytes": args.device_memory,
+        "kv_bytes": args.kv_memory,
+        "max_model_len": args.max_model_len,
+        "max_sequences": args.max_sequences,
+    }
+    settings = resolve({name: value for name, value in flags.items() if value is not None})
+    if settings.router.port == 0:
+        settings = settings.replace(port=free_port(settings.router.host))
+    if settings.scaler.admin_port == 0:
+        taken = settings.router.port  # not bound yet, so the kernel may offer it
+        while (port := free_port(settings.scaler.admin_host)) == taken:
+            pass
+        settings = settings.replace(admin_port=port)
+    return settings
+
+
+def resolve(values: Mapping[str, Any]) -> Settings:
+    """Every service's configuration with `values` over the environment and the file. Raises ConfigError."""
+    scaler = load(config.ScalerConfig, values)
+    router = load(config.RouterConfig, values)
+    return Settings(scaler, router, load(config.HmmConfig, values), dict(values))
+
+
+def load(kind: type[C], values: Mapping[str, Any]) -> C:
+    """config.load without the one ELASTICMOE_ variable that is the command line's own, which it would refuse."""
+    home = os.environ.pop(HOME_VARIABLE, None)
+    try:
+        return config.load(kind, values)
+    finally:
+        if home is not None:
+            os.environ[HOME_VARIABLE] = home
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """The environment of every child: ours, with the resolved settings, able to import our packages from anywhere."""
+    environment = {key: value for key, value in os.environ.items() if key != HOME_VARIABLE}
+    environment |= config.environment_of(settings.values)
+    file = environment.get("ELASTICMOE_CONFIG")
+    if file:
+        environment["ELASTICMOE_CONFIG"] = str(Path(file).absolute())  # children have another working directory
+    paths = [str(package_root()), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(str(Path(path).absolute()) for path in paths))
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment
+
+
+def free_port(host: str) -> int:
+    """A port of `host` that nobody listens on now. Raises InvalidRequest for a host that is not this machine's."""
+    return bind_once(host, 0)
+
+
+def bind_once(host: str, port: int) -> int:
+    """Bind a TCP port for a moment, as the services will (SO_REUSEADDR); returns its number.
+
+    Raises InvalidRequest saying why it cannot be bound.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError):
+        raise InvalidRequest(f"host {host!r} cannot be resolved", code="bad_host") from None
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(1)
+        except OSError as error:
+            raise InvalidRequest(f"port {port} on {host}: {error.strerror}", code=_bind_code(error)) from None
+        return int(listener.getsockname()[1])
+
+
+def _bind_code(error: OSError) -> str:
+    codes = {errno.EADDRINUSE: "port_in_use", errno.EADDRNOTAVAIL: "bad_host", errno.EACCES: "port_not_allowed"}
+    return codes.get(error.errno or 0, "port_unusable")
+
+
+def _reachable(host: str) -> str:
+    """The address by which this machine reaches a listener on `host`."""
+    if host in ("", "0.0.0.0"):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
+def require_run_dir(settings: Settings) -> Path:
+    """The run directory as a path. Raises ConfigError when its socket paths would be too long for the kernel."""
+    settings.scaler.socket("x" * 16)  # services' names are shorter than this
+    return settings.scaler.run_path

@@ -1,0 +1,181 @@
+"""`elasticmoe status`: what runs in a run directory, as tables or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import select
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cli.console import size
+from cli.paths import run_dir_of
+from cli.record import DeploymentRecord, living_record
+from cli.rundir import FAILURE_FILE
+
+HELP = "show a deployment's processes, devices and ranks"
+
+_TIMEOUT_S = 3.0
+_WATCH_INTERVAL_S = 1.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `status`."""
+    parser.add_argument("--run-dir", metavar="DIR", help="the deployment's run directory")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    how.add_argument("--watch", action="store_true", help="refresh every second until Ctrl-C or q")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0 when a deployment runs there, 1 when none does."""
+    path = run_dir_of(args.run_dir)
+    if args.watch:
+        return _watch(path)
+    status = collect(path)
+    if args.json:
+        print(json.dumps(status, indent=2))
+    else:
+        Console(highlight=False).print(render(status))
+    return 0 if status["running"] else 1
+
+
+def collect(run_dir: Path) -> dict[str, Any]:
+    """Everything that can be learnt now, as JSON values. A part that does not answer is given as its error's text."""
+    record = living_record(run_dir)
+    status: dict[str, Any] = {"run_dir": str(run_dir), "running": record is not None}
+    if record is None:
+        failure = run_dir / "logs" / FAILURE_FILE
+        return status | ({"failure": failure.read_text().strip()} if failure.is_file() else {})
+    status["deployment"] = msgspec.to_builtins(record)
+    status["uptime_s"] = round(time.time() - record.started_at, 1)
+    for process, entry in zip(record.processes, status["deployment"]["processes"], strict=True):
+        entry["alive"] = process.is_alive()
+    token = _read(run_dir / "secrets" / "admin.token")
+    with httpx.Client(timeout=_TIMEOUT_S, trust_env=False) as client:
+        for name, path in (("layout", "/v1/layout"), ("devices", "/v1/devices")):
+            status[name] = _get(client, record.admin_url + path, {"Authorization": f"Bearer {token}"})
+        status["load"] = _get(client, f"{record.url}/load", {})
+    return status
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""  # the request is then refused, and the refusal is shown
+
+
+def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Any:
+    try:
+        answer = client.get(url, headers=headers)
+        body = answer.json()
+    except httpx.HTTPError as error:
+        return {"error": f"does not answer: {type(error).__name__}"}
+    except ValueError:
+        return {"error": f"answered {answer.status_code} without JSON"}
+    if answer.status_code != 200:
+        detail = body.get("error") if isinstance(body, dict) else None
+        return {"error": detail["message"] if isinstance(detail, dict) and "message" in detail else str(body)[:200]}
+    return body
+
+
+def render(status: dict[str, Any]) -> RenderableType:
+    """Tables of what `collect` found."""
+    if not status["running"]:
+        text = f"nothing runs in {status['run_dir']}"
+        if "failure" in status:
+            text += f"\nthe last run failed: {status['failure']}"
+        return Text(text)
+    record = msgspec.convert(status["deployment"], DeploymentRecord)
+    head = Text(
+        f"{record.served_name} ({record.dtype})  {record.state} for {_duration(status['uptime_s'])}\n"
+        f"{record.url}/v1   admin {record.admin_url}   run directory {status['run_dir']}"
+    )
+    parts: list[RenderableType] = [head, _processes(status), _devices(status["devices"]), _ranks(status["layout"])]
+    parts.append(_load(status["load"]))
+    return Group(*parts)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Texts left, numbers (in parentheses the unit, if any) right: all columns after the first two are numbers."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
+    return table
+
+
+def _processes(status: dict[str, Any]) -> Table:
+    table = _table("Processes", "name", "state", "pid", "restarts")
+    table.add_row("launcher", "running", str(status["deployment"]["launcher"]["pid"]), "0")
+    for process in status["deployment"]["processes"]:
+        state = Text("running") if process["alive"] else Text("ended", style="red")
+        table.add_row(process["name"], state, str(process["pid"]), str(process["restarts"]))
+    return table
+
+
+def _devices(devices: dict[str, Any]) -> RenderableType:
+    if "error" in devices:
+        return Text(f"Devices: {devices['error']}")
+    table = _table("Devices", "device", "state", "budget", "weights", "KV", "other", "free")
+    for device in devices.get("devices", ()):
+        memory = device.get("memory") or {}
+        figures = (size(memory.get(name, 0)) for name in ("budget", "weights", "kv", "other", "free"))
+        table.add_row(str(device.get("device")), str(device.get("state")), *figures)
+    table.caption = f"{devices.get('standby_processes', 0)} standby processes"
+    return table
+
+
+def _ranks(layout: dict[str, Any]) -> RenderableType:
+    if "error" in layout:
+        return Text(f"Ranks: {layout['error']}")
+    table = _table(
+        f"Ranks (epoch {layout.get('epoch')}, {layout.get('phase')})",
+        *("rank", "device", "state", "slot", "pid", "experts", "KV blocks"),
+    )
+    for rank in layout.get("ranks", ()):
+        name = f"r{rank.get('replica')}t{rank.get('tp')}"
+        state = "ready" if rank.get("ready") else "starting" if rank.get("pid") else "empty"
+        row = (rank.get("slot"), rank.get("pid") or "", rank.get("experts"), rank.get("kv_blocks"))
+        table.add_row(name, str(rank.get("device")), state, *map(str, row))
+    return table
+
+
+def _load(load: Any) -> RenderableType:
+    if not isinstance(load, dict):
+        return Text(f"Load: {load}")
+    if "error" in load:
+        return Text(f"Load: {load['error']}")
+    facts = [f"{key} {value}" for key, value in load.items() if isinstance(value, (int, float, str))]
+    return Text("Load: " + ", ".join(facts))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _watch(path: Path) -> int:
+    console = Console(highlight=False)
+    keys = sys.stdin.isatty()
+    try:
+        with Live(render(collect(path)), console=console, auto_refresh=False, screen=console.is_terminal) as live:
+            while True:
+                if keys and select.select([sys.stdin], [], [], _WATCH_INTERVAL_S)[0]:
+                    if sys.stdin.readline().strip() in ("", "q"):
+                        return 0
+                elif not keys:
+                    time.sleep(_WATCH_INTERVAL_S)
+                live.update(render(collect(path)), refresh=True)
+    except KeyboardInterrupt:
+        return 0

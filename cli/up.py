@@ -1,0 +1,222 @@
+"""`elasticmoe up`: check, start, supervise and stop a deployment on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import sys
+import time
+
+import msgspec
+
+from cli import checks, settings
+from cli.children import ChildSpec
+from cli.console import Console, PipeConsole, make_console
+from cli.detach import start_detached
+from cli.embedded_store import is_answering
+from cli.launcher import Launcher, Plan, State, StopRequested
+from cli.probes import Probe
+from cli.processes import process_specs
+from cli.record import DeploymentRecord, ProcessRecord, read_record, start_ticks, write_record
+from cli.resolve import resolve_model
+from cli.rundir import RunDir
+from common.protocol.errors import ElasticMoEError
+from common.transport import describe
+
+HELP = "start a deployment on this machine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `up`. Those without a default take it from the configuration file, the environment or the service."""
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="MODEL",
+        help="demo, tiny, oracle, another name of `model list`, a folder, or org/name of a hub",
+    )
+    add("--served-name", metavar="NAME", help="the name that clients use (default: the model's)")
+    add("--devices", metavar="host:N", help="the devices that the deployment may use (default host:2)")
+    add("--replicas", type=int, metavar="N", help="replicas to start with (default 2)")
+    add("--tp", type=int, metavar="N", help="devices per replica (only 1 for now)")
+    add("--dtype", choices=("bfloat16", "float32"), help="dtype of weights and KV (default bfloat16)")
+    add("--host", help="address of the OpenAI-compatible listener (default 127.0.0.1)")
+    add("--port", type=int, metavar="N", help="its port (default 8000; 0: a free one)")
+    add(
+        "--admin-port",
+        type=int,
+        metavar="N",
+        help="port of the admin listener on 127.0.0.1 (default 8100; 0: a free one)",
+    )
+    add("--run-dir", metavar="DIR", help="sockets, secrets, state and logs of this deployment")
+    add("--store", metavar="URL", help="a Valkey or Redis server (default: an embedded one)")
+    size = settings.parse_size
+    add("--device-memory", type=size, metavar="SIZE", help="budget of each device (default: a share of what is free)")
+    add("--kv-memory", type=size, metavar="SIZE", help="most KV memory of each device (default 256MiB)")
+    add("--max-model-len", type=int, metavar="N", help="longest sequence in tokens (default 2048)")
+    add("--max-sequences", type=int, metavar="N", help="most sequences of a replica at once (default 64)")
+    add("--ready-timeout", type=float, default=600.0, metavar="S", help="give up when it is not ready by then (600)")
+    add("--keep-logs", action="store_true", help="keep the logs also after a clean end")
+    add("--detach", action="store_true", help="return when it is ready and leave it running")
+    add("--report-fd", type=int, help=argparse.SUPPRESS)  # how `--detach` calls itself
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 after a clean end (`--detach`: when it is ready), 1 when it failed. Raises ElasticMoEError."""
+    if args.report_fd is not None:
+        return _run_detached(args)
+    with make_console() as console:
+        resolved = settings.from_flags(args)
+        checks.check_topology(resolved)
+        checks.check_ports(resolved)
+        run_dir = RunDir(settings.require_run_dir(resolved))
+        try:
+            resolved = _with_model(resolved, console)
+            if args.detach:
+                run_dir.prepare(resolved.scaler)
+                run_dir.release()  # the detached process claims it again
+                return start_detached(args, resolved, console)
+            return _serve(args, resolved, run_dir, console)
+        finally:
+            run_dir.release()
+
+
+def _run_detached(args: argparse.Namespace) -> int:
+    """The detached process: everything is in its environment; the parent hears how it went."""
+    console = PipeConsole(args.report_fd, sys.stdout)
+    try:
+        resolved = settings.from_flags(args)
+        status = _serve(args, resolved, RunDir(settings.require_run_dir(resolved)), console)
+        console.finish("stopped: it was asked to stop before it was ready")
+        return status
+    except ElasticMoEError as error:
+        console.line(f"elasticmoe: {describe(error)}")
+        console.finish(describe(error))
+        return 1
+
+
+def _with_model(resolved: settings.Settings, console: Console) -> settings.Settings:
+    """The settings with the model's folder, served name and every value that the children need; checked to fit."""
+    checks.check_disk(resolved.scaler.run_path)
+    model = resolve_model(resolved.scaler.model, console)
+    resolved = resolved.replace(
+        model=str(model.path),
+        served_name=resolved.scaler.served_name or model.name,
+        run_dir=str(resolved.scaler.run_path),
+    )
+    checks.check_memory(resolved, model.path)
+    return resolved
+
+
+def _serve(args: argparse.Namespace, resolved: settings.Settings, run_dir: RunDir, console: Console) -> int:
+    """Start, supervise, stop, clean up. Raises ElasticMoEError when the deployment could not start or had to end."""
+    _forget_another(resolved, run_dir, console)
+    run_dir.prepare(resolved.scaler)
+    _raise_file_limit()
+    if args.report_fd is None:
+        run_dir.clear_logs()
+    probe = Probe(resolved.url, resolved.admin_url)
+    launcher = Launcher(_plan(args, resolved, probe), console)
+    failed: ElasticMoEError | None = None
+    with launcher.signals():
+        try:
+            launcher.start()
+            _announce(resolved, console)
+            launcher.supervise()
+        except StopRequested:
+            console.close()
+        except ElasticMoEError as error:
+            console.close()
+            failed = error
+        finally:
+            launcher.stop()
+            probe.close()
+    if failed is not None:
+        run_dir.note_failure(describe(failed))
+    keep_logs = args.keep_logs or failed is not None or launcher.num_unclean > 0
+    run_dir.remove(keep_logs=keep_logs)
+    if keep_logs:
+        console.line(f"logs are kept in {run_dir.path / 'logs'}")
+    if failed is not None:
+        raise failed
+    return 0
+
+
+def _raise_file_limit() -> None:
+    """Open files as far as we may: each record of a model is one descriptor of the HMM and of every rank."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ValueError, OSError):
+        pass  # `doctor` tells; small models do not need it
+
+
+def _forget_another(resolved: settings.Settings, run_dir: RunDir, console: Console) -> None:
+    """A deployment that was cut off here is resumed from its journal, unless it was one of another model."""
+    left = read_record(run_dir.path)
+    if left is None:
+        return
+    scaler = resolved.scaler
+    if (left.model, left.dtype, left.devices) == (scaler.model, scaler.dtype, scaler.devices):
+        console.line(f"resuming the deployment that was cut off in {run_dir.path}")
+    else:
+        run_dir.forget_state()
+
+
+def _plan(args: argparse.Namespace, resolved: settings.Settings, probe: Probe) -> Plan:
+    scaler, run_path = resolved.scaler, resolved.scaler.run_path
+    base = DeploymentRecord(
+        state="starting",
+        launcher=_own_record(),
+        processes=(),
+        model=scaler.model,
+        served_name=scaler.served_name,
+        dtype=scaler.dtype,
+        devices=scaler.devices,
+        url=resolved.url,
+        admin_url=resolved.admin_url,
+        port=resolved.router.port,
+        admin_port=scaler.admin_port,
+        started_at=time.time(),
+    )
+    password = scaler.secret("store.password").read_text().strip()
+
+    def answers(spec: ChildSpec) -> bool:
+        if spec.awaits is None:
+            return True
+        return is_answering(spec.awaits, password) if spec.name == "store" else spec.awaits.is_socket()
+
+    def record(state: State, processes: tuple[ProcessRecord, ...]) -> None:
+        try:
+            write_record(run_path, msgspec.structs.replace(base, state=state, processes=processes))
+        except OSError:
+            pass  # a full disk does not end a deployment; the launcher's own entry was written at the start
+
+    return Plan(
+        specs=process_specs(resolved),
+        environment=settings.child_environment(resolved),
+        directory=run_path,
+        probe=probe,
+        answers=answers,
+        record=record,
+        ready_seconds_max=args.ready_timeout,
+    )
+
+
+def _own_record() -> ProcessRecord:
+    return ProcessRecord("launcher", os.getpid(), start_ticks(os.getpid()) or 0)
+
+
+def _announce(resolved: settings.Settings, console: Console) -> None:
+    name = resolved.router.served_name
+    body = f'{{"model": "{name}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    key = resolved.router.api_key_file
+    header = f' -H "Authorization: Bearer $(cat {key})"' if key else ""
+    console.line(f"{name} is served at   {resolved.url}/v1")
+    console.line(f"admin listener      {resolved.admin_url}  (token in {resolved.scaler.secret('admin.token')})")
+    console.line(f"run directory       {resolved.scaler.run_path}")
+    console.line(
+        f"try: curl -N {resolved.url}/v1/chat/completions -H 'Content-Type: application/json'{header} -d '{body}'"
+    )
+    if isinstance(console, PipeConsole):
+        console.finish()

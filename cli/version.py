@@ -1,0 +1,26 @@
+"""`elasticmoe version`."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import metadata
+
+HELP = "print the version"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No flags."""
+
+
+def version() -> str:
+    """The installed package's version, or `unknown` in a checkout that is not installed."""
+    try:
+        return metadata.version("elasticmoe")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print it."""
+    print(f"elasticmoe {version()}")
+    return 0

@@ -1,0 +1,421 @@
+"""The interface of all device backends, and the rules of device memory, enforced here for every backend.
+
+Owner and users of memory are different processes: the HMM *creates* page handles and *exports* them, a rank *imports*
+and *maps* them. Both *reserve* address ranges and map whole handles into them. A rule that some accelerator has holds
+on all of them, so that a test on the host finds what would break on a device. Each breach is a DeviceError with a code:
+
+| code                | rule                                                                              |
+|---------------------|-----------------------------------------------------------------------------------|
+| not_granular        | sizes and offsets are positive multiples of the granularity                       |
+| out_of_range        | a mapping, tensor or copy lies inside its reserved range                          |
+| mapping_live        | nothing is mapped over a live mapping                                             |
+| mixed_range         | a range holds local handles only or imported ones only                            |
+| other_device        | a range holds handles of its own device only                                      |
+| already_imported    | a handle is imported once per process                                             |
+| export_and_import   | one process exports or imports, never both                                        |
+| not_local           | only local handles are exported                                                   |
+| not_mapped          | unmap undoes exactly one map; only mapped memory is copied                        |
+| still_mapped        | a mapped handle is not released, a range with mappings is not given back          |
+| released            | a released handle, range or device is not used again                              |
+| read_only           | what was exported read-only is mapped read-only                                   |
+
+A Device and everything made by it belong to one thread at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Hashable, Iterable
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from common.protocol.errors import DeviceError, DoesNotFit
+
+if TYPE_CHECKING:
+    import torch
+
+Space = Literal["weights", "kv", "shared"]
+SPACES: Final[tuple[Space, ...]] = ("weights", "kv", "shared")
+Origin = Literal["local", "imported"]
+
+
+class Token(NamedTuple):
+    """What one process hands another so that it can import a handle: a descriptor and a part of what it names.
+
+    The descriptor belongs to the exporting device; it travels as a duplicate (SCM_RIGHTS).
+    """
+
+    fd: int
+    offset: int
+    nbytes: int
+
+
+class Handle:
+    """One physical allocation of `nbytes` on `device`, mapped whole. Made by `create`, `import_` or a backend's
+    restoration; ends with `release`. Compared by identity."""
+
+    __slots__ = ("backing", "device", "is_live", "nbytes", "num_mappings", "origin", "space", "writable")
+
+    def __init__(
+        self, device: str, nbytes: int, origin: Origin, space: Space | None, writable: bool, backing: Any
+    ) -> None:
+        self.device = device
+        self.nbytes = nbytes
+        self.origin: Origin = origin
+        self.space: Space | None = space  # None for imported handles: the importer does not know
+        self.writable = writable
+        self.backing = backing
+        self.num_mappings = 0
+        self.is_live = True
+
+
+class Range:
+    """A reserved part of the address space: `nbytes` from address `base`, with memory only where handles are mapped.
+    Made by `Device.reserve`, ends with `Device.unreserve`."""
+
+    __slots__ = ("backing", "base", "device", "is_live", "mappings", "nbytes", "origin", "starts")
+
+    def __init__(self, device: str, base: int, nbytes: int, backing: Any) -> None:
+        self.device = device
+        self.base = base
+        self.nbytes = nbytes
+        self.backing = backing
+        self.origin: Origin | None = None  # of the handles that are mapped in it; None while there are none
+        self.starts: list[int] = []  # offsets of live mappings, ascending
+        self.mappings: dict[int, Handle] = {}
+        self.is_live = True
+
+    def address(self, offset: int) -> int:
+        """The address of `offset`. Stable for the range's life, whatever is mapped."""
+        return self.base + offset
+
+    def is_mapped(self, offset: int, nbytes: int) -> bool:
+        """Whether mappings cover all of [offset, offset + nbytes)."""
+        at = bisect_right(self.starts, offset) - 1
+        end = offset
+        while 0 <= at < len(self.starts) and self.starts[at] <= end < offset + nbytes:
+            end = max(end, self.starts[at] + self.mappings[self.starts[at]].nbytes)
+            at += 1
+        return end >= offset + nbytes
+
+
+class ProcessRules:
+    """What the rules say about the process as a whole: its role, and what it has imported. One per process."""
+
+    def __init__(self) -> None:
+        self._role: Literal["exports", "imports"] | None = None
+        self._imported: set[Hashable] = set()
+        self._ranges: dict[int, Range] = {}  # live ones, by base
+
+    def take_role(self, role: Literal["exports", "imports"]) -> None:
+        """Fix whether this process exports or imports. Raises DeviceError export_and_import."""
+        if self._role not in (None, role):
+            raise DeviceError(
+                f"a process that {self._role} handles cannot also be one that {role} them", code="export_and_import"
+            )
+        self._role = role
+
+    def add_import(self, identity: Hashable) -> None:
+        """Note that a handle was imported. Raises DeviceError already_imported."""
+        if identity in self._imported:
+            raise DeviceError("this process has already imported the handle", code="already_imported")
+        self._imported.add(identity)
+
+    def drop_import(self, identity: Hashable) -> None:
+        """Undo `add_import`."""
+        self._imported.discard(identity)
+
+    def add_range(self, range_: Range) -> None:
+        """Note a live range."""
+        self._ranges[range_.base] = range_
+
+    def drop_range(self, range_: Range) -> None:
+        """Undo `add_range`."""
+        self._ranges.pop(range_.base, None)
+
+    def check_mapped(self, address: int, nbytes: int) -> None:
+        """Raise DeviceError out_of_range or not_mapped unless all of it is mapped memory of one range."""
+        for base, range_ in self._ranges.items():
+            if base <= address and address + nbytes <= base + range_.nbytes:
+                if not range_.is_mapped(address - base, nbytes):
+                    raise DeviceError(f"{nbytes} bytes to copy are not all mapped", code="not_mapped")
+                return
+        raise DeviceError(f"{nbytes} bytes to copy do not lie inside one reserved range", code="out_of_range")
+
+
+PROCESS = ProcessRules()
+
+
+class Device(ABC):
+    """One device's memory, as this process uses it. `budget`: bytes that `create` may have out at once; 0 for a process
+    that only imports. `granularity`: bytes; a power of two, and a multiple of the page size.
+
+    Public methods check the rules and call the backend's method of the same name with an underscore, which may assume
+    them. Nothing here blocks for long except `create` (pages are made now), `copy` and `fence`.
+    """
+
+    def __init__(self, name: str, granularity: int, budget: int, rules: ProcessRules) -> None:
+        self.name = name
+        self.granularity = granularity
+        self.budget = budget
+        self.used: dict[Space, int] = dict.fromkeys(SPACES, 0)
+        self._rules = rules
+        self._local: set[Handle] = set()
+        self._imports: dict[Handle, Hashable] = {}
+        self._ranges: set[Range] = set()
+        self._is_closed = False
+
+    # ---- Handles
+
+    @property
+    def free(self) -> int:
+        """Bytes of the budget that no handle uses."""
+        return self.budget - sum(self.used.values())
+
+    def create(self, nbytes: int, space: Space) -> Handle:
+        """Allocate a handle of zeroed memory, for records of the class `space`. Blocks while pages are made.
+
+        Raises DoesNotFit with the figures beyond the budget or where the machine's memory is short; nothing changed
+        then. DeviceError not_granular.
+        """
+        self._check_open()
+        self._check_size(nbytes)
+        if nbytes > self.free:
+            used = sum(self.used.values())
+            raise DoesNotFit(f"{self.name}: {nbytes} bytes do not fit: {used} of {self.budget} bytes are in use")
+        handle = Handle(self.name, nbytes, "local", space, True, self._create(nbytes, space))
+        self._own(handle, space)
+        return handle
+
+    def _own(self, handle: Handle, space: Space) -> None:
+        self._local.add(handle)
+        self.used[space] += handle.nbytes
+
+    def release(self, handle: Handle) -> None:
+        """End a handle. A local one's memory is gone and its bytes are free; an imported one stays its owner's.
+
+        Raises DeviceError still_mapped, released, other_device.
+        """
+        self._check_handle(handle)
+        if handle.num_mappings:
+            raise DeviceError(
+                f"{self.name}: the handle is still mapped {handle.num_mappings} times", code="still_mapped"
+            )
+        self._release(handle)
+        handle.is_live = False
+        if handle.origin == "imported":
+            self._rules.drop_import(self._imports.pop(handle))
+        elif handle.space is not None:
+            self._local.discard(handle)
+            self.used[handle.space] -= handle.nbytes
+
+    def export(self, handle: Handle) -> Token:
+        """What another process needs to import `handle`; valid while the handle is. Weights are exported read-only
+        where the backend can. Raises DeviceError export_and_import, not_local."""
+        self._check_handle(handle)
+        if handle.origin != "local":
+            raise DeviceError(f"{self.name}: an imported handle cannot be exported", code="not_local")
+        self._rules.take_role("exports")
+        return self._export(handle)
+
+    def import_(self, token: Token) -> Handle:
+        """Make another process's handle usable here. `token.fd` stays the caller's and may be closed afterwards.
+
+        Raises DeviceError already_imported, export_and_import, not_granular; invalid_token where it names no memory.
+        """
+        self._check_open()
+        self._check_size(token.nbytes)
+        if token.offset < 0 or token.offset % self.granularity:
+            raise DeviceError(
+                f"{self.name}: token offset {token.offset} is not a multiple of {self.granularity}", code="not_granular"
+            )
+        self._rules.take_role("imports")
+        identity = self._identity(token)
+        self._rules.add_import(identity)
+        try:
+            backing, writable = self._import(token)
+        except BaseException:
+            self._rules.drop_import(identity)
+            raise
+        handle = Handle(self.name, token.nbytes, "imported", None, writable, backing)
+        self._imports[handle] = identity
+        return handle
+
+    # ---- Ranges and mappings
+
+    def reserve(self, nbytes: int) -> Range:
+        """Reserve address space, a multiple of the granularity. No memory. Raises DeviceError not_granular."""
+        self._check_open()
+        self._check_size(nbytes)
+        base, backing = self._reserve(nbytes)
+        range_ = Range(self.name, base, nbytes, backing)
+        self._ranges.add(range_)
+        self._rules.add_range(range_)
+        return range_
+
+    def unreserve(self, range_: Range) -> None:
+        """Give a range back. Tensors over it must be gone. Raises DeviceError still_mapped, released."""
+        self._check_range(range_)
+        if range_.starts:
+            raise DeviceError(f"{self.name}: the range still has {len(range_.starts)} mappings", code="still_mapped")
+        range_.is_live = False
+        self._ranges.discard(range_)
+        self._rules.drop_range(range_)
+        self._unreserve(range_)
+
+    def map(self, range_: Range, offset: int, handle: Handle, writable: bool) -> None:
+        """Map the whole `handle` at `offset` of the range. Raises as `map_many` does."""
+        self.map_many(range_, [(offset, handle)], writable)
+
+    def map_many(
+        self, range_: Range, parts: Iterable[tuple[int, Handle]], writable: bool, *, populate: bool = False
+    ) -> None:
+        """Map whole handles, each at its offset of the range: all or none. `populate` also makes the page tables now.
+
+        Raises DeviceError not_granular, out_of_range, mapping_live, mixed_range, other_device, read_only, released.
+        """
+        self._check_range(range_)
+        ordered = sorted(parts, key=lambda part: part[0])
+        end = 0
+        for offset, handle in ordered:
+            self._check_part(range_, offset, handle, writable)
+            if offset < end:
+                raise DeviceError(f"{self.name}: two parts to map overlap at {offset}", code="mapping_live")
+            end = offset + handle.nbytes
+        if len({handle.origin for _, handle in ordered} | {range_.origin} - {None}) > 1:
+            raise DeviceError(f"{self.name}: a range cannot hold local and imported handles", code="mixed_range")
+        if not ordered:
+            return
+        self._map_many(range_, ordered, writable, populate)
+        for offset, handle in ordered:
+            insort(range_.starts, offset)
+            range_.mappings[offset] = handle
+            handle.num_mappings += 1
+        range_.origin = ordered[0][1].origin
+
+    def unmap(self, range_: Range, offset: int) -> None:
+        """Undo one mapping: the one that begins at `offset`. Fences first, so no operation of this process is in
+        flight; that other threads and processes have stopped to use it is the caller's to know. Raises DeviceError
+        not_mapped."""
+        self._check_range(range_)
+        handle = range_.mappings.get(offset)
+        if handle is None:
+            raise DeviceError(f"{self.name}: no mapping begins at {offset}", code="not_mapped")
+        self.fence()
+        self._unmap(range_, offset, handle.nbytes)
+        del range_.mappings[offset]
+        range_.starts.remove(offset)
+        handle.num_mappings -= 1
+        if not range_.starts:
+            range_.origin = None
+
+    def wrap(
+        self, range_: Range, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str
+    ) -> torch.Tensor:
+        """A tensor over a part of the range, without a copy. `offset`: bytes; `strides`: elements, None for row-major;
+        `dtype`: as TensorSpec has it. Parts of it may be unmapped, if nobody touches them. It owns nothing: it must be
+        gone before `unreserve`. Raises DeviceError out_of_range, invalid_dtype."""
+        self._check_range(range_)
+        return self._wrap(range_, offset, shape, strides, dtype)
+
+    def copy(self, dst: int, src: int, nbytes: int) -> None:
+        """Copy between two addresses of mapped memory, also of two devices; they must not overlap. Returns when done.
+
+        Raises DeviceError out_of_range, not_mapped.
+        """
+        self._check_open()
+        self._rules.check_mapped(dst, nbytes)
+        self._rules.check_mapped(src, nbytes)
+        self._copy(dst, src, nbytes)
+
+    def close(self) -> None:
+        """Give everything back, mapped or not; for the process's end and for tests. Idempotent."""
+        if self._is_closed:
+            return
+        for range_ in list(self._ranges):
+            range_.is_live = False
+            self._rules.drop_range(range_)
+            self._unreserve(range_)
+        for identity in self._imports.values():
+            self._rules.drop_import(identity)
+        self._close()
+        self._is_closed = True
+
+    # ---- Checks
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise DeviceError(f"{self.name} is closed", code="released")
+
+    def _check_size(self, nbytes: int) -> None:
+        if nbytes <= 0 or nbytes % self.granularity:
+            raise DeviceError(
+                f"{self.name}: {nbytes} bytes are not a positive multiple of {self.granularity}", code="not_granular"
+            )
+
+    def _check_handle(self, handle: Handle) -> None:
+        self._check_open()
+        if handle.device != self.name:
+            raise DeviceError(f"a handle of {handle.device} was given to {self.name}", code="other_device")
+        if not handle.is_live:
+            raise DeviceError(f"{self.name}: the handle has been released", code="released")
+
+    def _check_range(self, range_: Range) -> None:
+        self._check_open()
+        if range_.device != self.name:
+            raise DeviceError(f"a range of {range_.device} was given to {self.name}", code="other_device")
+        if not range_.is_live:
+            raise DeviceError(f"{self.name}: the range has been given back", code="released")
+
+    def _check_part(self, range_: Range, offset: int, handle: Handle, writable: bool) -> None:
+        self._check_handle(handle)
+        if offset % self.granularity:
+            raise DeviceError(
+                f"{self.name}: offset {offset} is not a multiple of {self.granularity}", code="not_granular"
+            )
+        end = offset + handle.nbytes
+        if offset < 0 or end > range_.nbytes:
+            raise DeviceError(
+                f"{self.name}: [{offset}, {end}) exceeds the range of {range_.nbytes} bytes", code="out_of_range"
+            )
+        if writable and not handle.writable:
+            raise DeviceError(f"{self.name}: the handle was exported read-only", code="read_only")
+        at = bisect_left(range_.starts, offset)
+        if at < len(range_.starts) and range_.starts[at] < end:
+            raise DeviceError(f"{self.name}: [{offset}, {end}) is already mapped", code="mapping_live")
+        if at > 0:
+            before = range_.starts[at - 1]
+            if before + range_.mappings[before].nbytes > offset:
+                raise DeviceError(f"{self.name}: [{offset}, {end}) is already mapped", code="mapping_live")
+
+    # ---- What a backend does
+
+    @abstractmethod
+    def _create(self, nbytes: int, space: Space) -> Any: ...
+    @abstractmethod
+    def _release(self, handle: Handle) -> None: ...
+    @abstractmethod
+    def _export(self, handle: Handle) -> Token: ...
+    @abstractmethod
+    def _identity(self, token: Token) -> Hashable: ...
+    @abstractmethod
+    def _import(self, token: Token) -> tuple[Any, bool]: ...
+    @abstractmethod
+    def _reserve(self, nbytes: int) -> tuple[int, Any]: ...
+    @abstractmethod
+    def _unreserve(self, range_: Range) -> None: ...
+    @abstractmethod
+    def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool, populate: bool) -> None: ...
+    @abstractmethod
+    def _unmap(self, range_: Range, offset: int, nbytes: int) -> None: ...
+    @abstractmethod
+    def _wrap(
+        self, range_: Range, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str
+    ) -> torch.Tensor: ...
+    @abstractmethod
+    def _copy(self, dst: int, src: int, nbytes: int) -> None: ...
+    @abstractmethod
+    def _close(self) -> None: ...
+    @abstractmethod
+    def fence(self) -> None:
+        """Wait until no operation of this process on the device is in flight."""

@@ -1,0 +1,286 @@
+#include "bus/meeting.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <string>
+
+#include "core/checked.h"
+#include "core/clock.h"
+#include "core/futex.h"
+
+namespace elasticmoe::bus {
+namespace {
+
+constexpr uint64_t kRunningBit = 1;
+constexpr uint64_t kIndexBit = 2;
+constexpr int64_t kDefaultSpinNs = 30'000;
+
+uint32_t generation_of(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
+uint32_t count_of(uint64_t word) { return static_cast<uint32_t>(word); }
+uint64_t pack(uint32_t generation, uint32_t low) { return static_cast<uint64_t>(generation) << 32 | low; }
+
+// Calls `visit(slot)` for every member.
+template <typename Visit>
+void for_each_member(uint64_t members, Visit visit) {
+  for (; members != 0; members &= members - 1) visit(static_cast<uint32_t>(std::countr_zero(members)));
+}
+
+template <typename Test>
+bool every_member(uint64_t members, Test test) {
+  for (; members != 0; members &= members - 1) {
+    if (!test(static_cast<uint32_t>(std::countr_zero(members)))) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+Meeting::Meeting(const Segment& segment, int slot) : segment_(segment), slot_(slot) {
+  require(slot >= -1 && slot < static_cast<int>(segment.geometry().max_ranks),
+          "slot must be -1 or below the bus's max_ranks");
+}
+
+uint32_t Meeting::slot() const {
+  require(slot_ >= 0, "an observer has no slot");
+  return static_cast<uint32_t>(slot_);
+}
+
+void Meeting::set_membership(uint64_t generation, uint64_t members, bool is_running) {
+  const uint32_t max_ranks = segment_.geometry().max_ranks;
+  require(max_ranks == 64 || members >> max_ranks == 0, "members has slots beyond max_ranks");
+  require_range("generation", generation, 1, UINT32_MAX);
+  Membership& shared = segment_.membership();
+  uint64_t before = shared.current.load(std::memory_order_seq_cst);
+  if (generation <= generation_of(before)) {
+    invalid("generation is " + std::to_string(generation) + ", must be greater than the current one, " +
+            std::to_string(generation_of(before)));
+  }
+  const uint64_t index_bit = (before & kIndexBit) ^ kIndexBit;
+  shared.members[index_bit != 0].store(members, std::memory_order_seq_cst);
+  const uint64_t after = generation << 32 | index_bit | (is_running ? kRunningBit : 0);
+  require(shared.current.compare_exchange_strong(before, after, std::memory_order_seq_cst),
+          "another process publishes membership too");
+  segment_.wakeup().word.fetch_add(1, std::memory_order_seq_cst);
+  futex_wake_all(segment_.wakeup().word);
+}
+
+MembershipView Meeting::membership() const {
+  const Membership& shared = segment_.membership();
+  uint64_t word = shared.current.load(std::memory_order_seq_cst);
+  for (;;) {
+    // A mask is rewritten only after `current` has moved on to the other one.
+    const uint64_t members = shared.members[(word & kIndexBit) != 0].load(std::memory_order_acquire);
+    const uint64_t again = shared.current.load(std::memory_order_seq_cst);
+    if (again == word) return {generation_of(word), members, (word & kRunningBit) != 0};
+    word = again;
+  }
+}
+
+bool Meeting::is_current(uint32_t generation) const {
+  std::atomic_thread_fence(std::memory_order_acquire);
+  const uint64_t word = segment_.membership().current.load(std::memory_order_seq_cst);
+  return generation_of(word) == generation && (word & kRunningBit) != 0;
+}
+
+Outcome Meeting::wait_membership(uint32_t known_generation, int64_t deadline_ns) {
+  std::atomic<uint32_t>& word = segment_.wakeup().word;
+  const uint32_t seen = word.load(std::memory_order_seq_cst);
+  if (membership().generation > known_generation) return Outcome::done;
+  const int64_t now = now_ns();
+  if (now >= deadline_ns) return Outcome::timeout;
+  futex_wait(word, seen, std::min(deadline_ns, now + kSliceNs));
+  return membership().generation > known_generation ? Outcome::done : Outcome::interrupted;
+}
+
+void Meeting::join(uint64_t incarnation) {
+  require(incarnation != 0, "incarnation must not be zero");
+  segment_.slot(slot()).incarnation.store(incarnation, std::memory_order_seq_cst);
+  incarnation_.store(incarnation, std::memory_order_relaxed);
+  last_arrived_ = 0;
+  met_ = {};
+}
+
+void Meeting::leave() {
+  uint64_t own = incarnation_.exchange(0, std::memory_order_relaxed);
+  if (own != 0) segment_.slot(slot()).incarnation.compare_exchange_strong(own, 0, std::memory_order_seq_cst);
+}
+
+void Meeting::wake(uint32_t num_waiting) {
+  if (num_waiting == 0) return;
+  segment_.wakeup().word.fetch_add(1, std::memory_order_seq_cst);
+  futex_wake_all(segment_.wakeup().word);
+}
+
+void Meeting::nudge(uint32_t slot) {
+  require(slot < segment_.geometry().max_ranks, "slot must be below the bus's max_ranks");
+  segment_.slot(slot).is_nudged.store(1, std::memory_order_seq_cst);
+  wake(segment_.wakeup().num_idlers.load(std::memory_order_seq_cst));
+}
+
+bool Meeting::is_under_way(uint32_t generation, Kind kind) const {
+  if (!met_.is_pending || met_.generation != generation) return false;
+  require(met_.kind == kind, "another call that timed out must be ended first in this generation");
+  return true;
+}
+
+Outcome Meeting::check_current(uint32_t generation) const {
+  const uint64_t own = incarnation_.load(std::memory_order_relaxed);
+  require(own != 0, "the slot has not been joined");
+  if (!is_current(generation)) return Outcome::aborted;
+  const MembershipView view = membership();
+  if (view.generation != generation) return Outcome::aborted;
+  require(view.has(slot()), "the own slot is not a member of this generation");
+  const Slot& mine = segment_.slot(slot());
+  if (mine.incarnation.load(std::memory_order_seq_cst) != own) return Outcome::aborted;
+  // Another incarnation has arrived here already: its count is not ours to continue.
+  const uint64_t word = mine.arrived.load(std::memory_order_seq_cst);
+  const bool is_first = generation_of(word) < generation;
+  return is_first || word == last_arrived_ ? Outcome::done : Outcome::aborted;
+}
+
+Outcome Meeting::arrive(uint32_t generation, Kind kind, uint64_t payload) {
+  if (const Outcome outcome = check_current(generation); outcome != Outcome::done) return outcome;
+  Slot& mine = segment_.slot(slot());
+  uint64_t before = mine.arrived.load(std::memory_order_seq_cst);
+  const uint32_t count = generation_of(before) == generation ? count_of(before) + 1 : 1;
+  Publication& publication = mine.published[count & 1];
+  publication.payload.store(payload, std::memory_order_release);
+  publication.kind.store(static_cast<uint32_t>(kind), std::memory_order_release);
+  // A compare-exchange, so that a predecessor that was only asleep cannot undo what its successor did.
+  const uint64_t after = pack(generation, count);
+  if (!mine.arrived.compare_exchange_strong(before, after, std::memory_order_seq_cst)) return Outcome::aborted;
+  last_arrived_ = after;
+  met_ = {generation, count, kind, payload, membership().members, true};
+  if (all_arrived()) {
+    wake(segment_.wakeup().num_sleepers.load(std::memory_order_seq_cst) |
+         segment_.wakeup().num_idlers.load(std::memory_order_seq_cst));
+  } else {
+    wake(segment_.wakeup().num_idlers.load(std::memory_order_seq_cst));
+  }
+  return Outcome::done;
+}
+
+bool Meeting::all_arrived() const {
+  return every_member(met_.members, [&](uint32_t member) {
+    const uint64_t word = segment_.slot(member).arrived.load(std::memory_order_seq_cst);
+    return generation_of(word) == met_.generation && has_reached(count_of(word), met_.count);
+  });
+}
+
+bool Meeting::do_all_agree() const {
+  const bool is_payload_common = met_.kind == Kind::dispatch || met_.kind == Kind::combine;
+  return every_member(met_.members, [&](uint32_t member) {
+    const Publication& publication = segment_.slot(member).published[met_.count & 1];
+    return publication.kind.load(std::memory_order_acquire) == static_cast<uint32_t>(met_.kind) &&
+           (!is_payload_common || publication.payload.load(std::memory_order_acquire) == met_.payload);
+  });
+}
+
+int64_t Meeting::spin_ns(uint64_t members) const {
+  const int configured = spin_us.load(std::memory_order_relaxed);
+  if (configured >= 0) return static_cast<int64_t>(configured) * 1000;
+  static const long num_cores = sysconf(_SC_NPROCESSORS_ONLN);
+  return num_cores < std::popcount(members) ? 0 : kDefaultSpinNs;
+}
+
+Outcome Meeting::wait(int64_t deadline_ns) {
+  const auto conclude = [&] {
+    // A publication may have been overwritten if its writer is already in a later generation: that is no desync.
+    const bool is_agreed = do_all_agree();
+    if (!is_current(met_.generation)) return Outcome::aborted;
+    return is_agreed ? Outcome::done : Outcome::desync;
+  };
+  Outcome outcome = Outcome::interrupted;
+  if (all_arrived()) {
+    outcome = conclude();
+  } else {
+    const int64_t start = now_ns();
+    outcome = wait_slice(deadline_ns);
+    wait_ns_.fetch_add(now_ns() - start, std::memory_order_relaxed);
+    if (outcome == Outcome::done) outcome = conclude();
+  }
+  if (outcome != Outcome::timeout && outcome != Outcome::interrupted) met_.is_pending = false;
+  return outcome;
+}
+
+// Spins, then sleeps once for kSliceNs or until the deadline.
+Outcome Meeting::wait_slice(int64_t deadline_ns) {
+  const int64_t start = now_ns();
+  const int64_t spin_end = std::min(start + spin_ns(met_.members), deadline_ns);
+  while (now_ns() < spin_end) {
+    for (int turn = 0; turn < 16; ++turn) {
+      if (all_arrived()) return Outcome::done;
+      if (!is_current(met_.generation)) return Outcome::aborted;
+      cpu_pause();
+    }
+  }
+  const int64_t slice_end = std::min(deadline_ns, start + kSliceNs);
+  Wakeup& wakeup = segment_.wakeup();
+  bool was_signalled = false;
+  for (;;) {
+    const uint32_t seen = wakeup.word.load(std::memory_order_seq_cst);
+    wakeup.num_sleepers.fetch_add(1, std::memory_order_seq_cst);
+    const bool is_aborted = !is_current(met_.generation);
+    const bool is_complete = !is_aborted && all_arrived();
+    const bool is_over = is_aborted || is_complete || was_signalled || now_ns() >= slice_end;
+    if (!is_over) was_signalled = !futex_wait(wakeup.word, seen, slice_end);
+    wakeup.num_sleepers.fetch_sub(1, std::memory_order_seq_cst);
+    if (is_aborted) return Outcome::aborted;
+    if (is_complete) return Outcome::done;
+    if (is_over) return now_ns() >= deadline_ns ? Outcome::timeout : Outcome::interrupted;
+  }
+}
+
+Outcome Meeting::meet(uint32_t generation, Kind kind, uint64_t payload, int64_t deadline_ns) {
+  if (!is_under_way(generation, kind)) {
+    if (const Outcome outcome = arrive(generation, kind, payload); outcome != Outcome::done) return outcome;
+  }
+  return wait(deadline_ns);
+}
+
+Outcome Meeting::step(uint32_t generation, uint32_t num_tokens, uint32_t flags, int64_t deadline_ns,
+                      std::vector<StepEntry>& entries) {
+  const Outcome outcome = meet(generation, Kind::step, pack(num_tokens, flags), deadline_ns);
+  if (outcome != Outcome::done) return outcome;
+  entries.clear();
+  for_each_member(met_.members, [&](uint32_t member) {
+    const Publication& publication = segment_.slot(member).published[met_.count & 1];
+    const uint64_t payload = publication.payload.load(std::memory_order_acquire);
+    entries.push_back({member, static_cast<uint32_t>(payload >> 32), static_cast<uint32_t>(payload)});
+  });
+  if (!is_current(generation)) return Outcome::aborted;
+  segment_.slot(slot()).num_steps.fetch_add(1, std::memory_order_relaxed);
+  return Outcome::done;
+}
+
+bool Meeting::is_peer_ahead(const MembershipView& view, uint32_t own_count) const {
+  return !every_member(view.members, [&](uint32_t member) {
+    const uint64_t word = segment_.slot(member).arrived.load(std::memory_order_seq_cst);
+    return generation_of(word) != view.generation || has_reached(own_count, count_of(word));
+  });
+}
+
+Outcome Meeting::idle_wait(uint32_t generation, int64_t deadline_ns) {
+  require(!met_.is_pending || met_.generation != generation, "a call that timed out must be ended first");
+  const int64_t slice_end = std::min(deadline_ns, now_ns() + kSliceNs);
+  Wakeup& wakeup = segment_.wakeup();
+  bool was_signalled = false;
+  for (;;) {
+    const uint32_t seen = wakeup.word.load(std::memory_order_seq_cst);
+    if (const Outcome outcome = check_current(generation); outcome != Outcome::done) return outcome;
+    Slot& mine = segment_.slot(slot());
+    const uint64_t word = mine.arrived.load(std::memory_order_seq_cst);
+    const uint32_t own_count = generation_of(word) == generation ? count_of(word) : 0;
+    wakeup.num_idlers.fetch_add(1, std::memory_order_seq_cst);
+    const bool is_wanted = is_peer_ahead(membership(), own_count) || mine.is_nudged.exchange(0) != 0;
+    const bool is_over = is_wanted || was_signalled || now_ns() >= slice_end;
+    if (!is_over) was_signalled = !futex_wait(wakeup.word, seen, slice_end);
+    wakeup.num_idlers.fetch_sub(1, std::memory_order_seq_cst);
+    if (is_wanted) return Outcome::done;
+    if (is_over) return now_ns() >= deadline_ns ? Outcome::timeout : Outcome::interrupted;
+  }
+}
+
+}  // namespace elasticmoe::bus

@@ -1,0 +1,115 @@
+// Membership and the abortable barrier that all meetings of the members go through.
+//
+// Arrive, then check: each member stores its own arrived word (seq_cst) and then looks at all of them (seq_cst). In the one total
+// order of these operations some member's store is the last, and that member sees every other: it is done, and wakes whoever
+// sleeps. A sleeper counts itself as asleep (seq_cst) and looks once more before it sleeps; if it still misses the last
+// arrival, its count precedes that arrival in the order, so the last arriver sees the count and calls the kernel; and the futex
+// word, read before the look, has then changed. No lock and no counter is shared, so a process killed at any instruction blocks
+// nobody beyond the next generation: its arrived word is either there or not, and the HMM's publication wakes everybody without
+// asking the counters. Should a waker die between publishing and waking, sleepers look again after kSliceNs by themselves.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "bus/segment.h"
+
+namespace elasticmoe::bus {
+
+struct MembershipView {
+  uint32_t generation;
+  uint64_t members;
+  bool is_running;
+
+  bool has(uint32_t slot) const { return (members >> slot & 1) != 0; }
+};
+
+struct StepEntry {
+  uint32_t slot;
+  uint32_t num_tokens;
+  uint32_t flags;
+};
+
+// How a blocking operation ended. After `interrupted` and `timeout` the arrival stands and the same operation may be called again;
+// `interrupted` comes at least every kSliceNs so that the caller can handle signals.
+enum class Outcome { done, aborted, timeout, interrupted, desync };
+
+enum class Kind : uint32_t { none, barrier, step, dispatch, combine };
+
+inline constexpr int64_t kSliceNs = 100'000'000;
+
+// One participant's view of membership and meetings. Blocking operations are for one thread at a time, the rest for any.
+class Meeting {
+ public:
+  static constexpr int kSpinAuto = -1;
+
+  Meeting(const Segment& segment, int slot);
+
+  // Membership, published by the HMM alone.
+  void set_membership(uint64_t generation, uint64_t members, bool is_running);
+  MembershipView membership() const;
+  Outcome wait_membership(uint32_t known_generation, int64_t deadline_ns);
+
+  void join(uint64_t incarnation);
+  void leave();
+  void nudge(uint32_t slot);
+
+  // Meets the others; `payload` goes to all of them, and must be the same from all for dispatch and combine (else `desync`).
+  // Blocks until the deadline at most, in slices.
+  Outcome meet(uint32_t generation, Kind kind, uint64_t payload, int64_t deadline_ns);
+  // Meets, and gives what every member said, by slot.
+  Outcome step(uint32_t generation, uint32_t num_tokens, uint32_t flags, int64_t deadline_ns,
+               std::vector<StepEntry>& entries);
+
+  // A meeting in two halves, with something to write for the others before the first and to read after the second. `arrive` is
+  // left out where a meeting of this kind is under way, which `wait` ends.
+  bool is_under_way(uint32_t generation, Kind kind) const;
+  // Whether this rank takes part in the generation now: asked before it writes what others read.
+  Outcome check_current(uint32_t generation) const;
+  Outcome arrive(uint32_t generation, Kind kind, uint64_t payload);
+  Outcome wait(int64_t deadline_ns);
+  // The members of the meeting. Whoever acts on what it read from others' areas first asks `is_current`: members of a later
+  // generation may already have begun to overwrite.
+  uint64_t members() const { return met_.members; }
+  bool is_current(uint32_t generation) const;
+
+  // Sleeps without arriving until a peer waits at the next meeting or this slot is nudged (`done`).
+  Outcome idle_wait(uint32_t generation, int64_t deadline_ns);
+
+  const Segment& segment() const { return segment_; }
+  uint32_t slot() const;  // throws for an observer
+  int slot_or_observer() const { return slot_; }
+  int64_t take_wait_ns() { return wait_ns_.exchange(0, std::memory_order_relaxed); }
+
+  std::atomic<int> spin_us{kSpinAuto};
+
+ private:
+  struct Current {
+    uint32_t generation = 0;
+    uint32_t count = 0;
+    Kind kind = Kind::none;
+    uint64_t payload = 0;
+    uint64_t members = 0;
+    bool is_pending = false;
+  };
+
+  bool all_arrived() const;
+  bool is_peer_ahead(const MembershipView& view, uint32_t own_count) const;
+  bool do_all_agree() const;
+  int64_t spin_ns(uint64_t members) const;
+  void wake(uint32_t num_waiting);
+  Outcome wait_slice(int64_t deadline_ns);
+
+  Segment segment_;
+  int slot_;
+  std::atomic<uint64_t> incarnation_{0};
+  uint64_t last_arrived_ = 0;
+  Current met_;
+  std::atomic<int64_t> wait_ns_{0};
+};
+
+// Whether a count has reached another, where both may have wrapped around.
+inline bool has_reached(uint32_t count, uint32_t goal) { return static_cast<int32_t>(count - goal) >= 0; }
+
+}  // namespace elasticmoe::bus

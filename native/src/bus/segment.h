@@ -1,0 +1,113 @@
+// Layout of the bus segment, and its checked opening.
+//
+//   Header | Membership | Wakeup | Slot[max_ranks] | for each rank, page-aligned: Mailbox, ids, x, returned rows
+//
+// Whatever several processes touch is a lock-free atomic in a cache line of its writer, except for the bulk arrays of the
+// exchange, which barriers order (exchange.h).
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace elasticmoe::bus {
+
+inline constexpr uint32_t kMaxRanks = 64;
+inline constexpr uint32_t kMaxTopK = 256;
+inline constexpr uint64_t kMagic = 0x31535542454F4D45;  // "EMOEBUS1"
+inline constexpr uint32_t kVersion = 1;
+inline constexpr size_t kLine = 64;
+
+struct Geometry {
+  uint32_t max_ranks;
+  uint32_t max_tokens;
+  uint32_t hidden;
+  uint32_t top_k;
+
+  bool operator==(const Geometry&) const = default;
+};
+
+struct alignas(kLine) Header {
+  std::atomic<uint64_t> magic;  // written last
+  uint32_t version;
+  Geometry geometry;
+  uint64_t nbytes;
+};
+
+// `current` is generation << 32 | index << 1 | running, where index says which of the two masks belongs to it. The writer fills
+// the other mask and then swings `current`, so a writer killed half-way leaves the old publication whole (an odd seqlock
+// would leave readers spinning).
+struct alignas(kLine) Membership {
+  std::atomic<uint64_t> current;
+  std::atomic<uint64_t> members[2];
+};
+
+// All sleepers of the bus sleep on one word. The counters say whether a waker must call the kernel; one leaked by a killed
+// sleeper costs needless wake-ups and nothing else.
+struct alignas(kLine) Wakeup {
+  std::atomic<uint32_t> word;
+  std::atomic<uint32_t> num_sleepers;
+  std::atomic<uint32_t> num_idlers;
+};
+
+// What a rank says at one meeting. Two of them by the parity of the count: the next meeting's is written while slow members
+// still read this one's; the one after that cannot begin before they have arrived at the next, and so have read.
+struct Publication {
+  std::atomic<uint64_t> payload;
+  std::atomic<uint32_t> kind;
+};
+
+struct Slot {
+  // `arrived` is generation << 32 | count of the meetings that the rank arrived at in that generation.
+  alignas(kLine) std::atomic<uint64_t> arrived;
+  Publication published[2];
+  alignas(kLine) std::atomic<uint64_t> incarnation;
+  std::atomic<uint64_t> progress;
+  std::atomic<uint64_t> num_steps;
+  alignas(kLine) std::atomic<uint32_t> is_nudged;
+};
+
+struct alignas(kLine) Mailbox {
+  std::atomic<uint32_t> num_tokens;
+};
+
+static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
+static_assert(sizeof(Header) == kLine && sizeof(Membership) == kLine && sizeof(Wakeup) == kLine);
+static_assert(sizeof(Slot) == 3 * kLine && alignof(Slot) == kLine && sizeof(Mailbox) == kLine);
+
+uint64_t bus_bytes(const Geometry& geometry);
+void format_bus(uint64_t addr, uint64_t nbytes, const Geometry& geometry);
+
+// Pointers into an opened segment, which the caller keeps mapped. Every offset was checked against the segment's size.
+class Segment {
+ public:
+  Segment(uint64_t addr, uint64_t nbytes);
+
+  const Geometry& geometry() const { return geometry_; }
+  Membership& membership() const { return *membership_; }
+  Wakeup& wakeup() const { return *wakeup_; }
+  Slot& slot(uint32_t index) const { return slots_[index]; }
+
+  Mailbox& mailbox(uint32_t rank) const { return *reinterpret_cast<Mailbox*>(area(rank)); }
+  // int32 [max_tokens, top_k] expert ids of the rank's tokens.
+  int32_t* ids(uint32_t rank) const { return reinterpret_cast<int32_t*>(area(rank) + ids_offset_); }
+  // float32 [max_tokens, hidden] rows of the rank's tokens.
+  float* x(uint32_t rank) const { return reinterpret_cast<float*>(area(rank) + x_offset_); }
+  // float32 [max_tokens, top_k, hidden] what the owners of the rank's experts answer, one row for each choice of a token.
+  float* returned(uint32_t rank) const { return reinterpret_cast<float*>(area(rank) + returned_offset_); }
+
+ private:
+  std::byte* area(uint32_t rank) const { return areas_ + area_stride_ * rank; }
+
+  Geometry geometry_;
+  Membership* membership_;
+  Wakeup* wakeup_;
+  Slot* slots_;
+  std::byte* areas_;
+  uint64_t area_stride_;
+  uint64_t ids_offset_;
+  uint64_t x_offset_;
+  uint64_t returned_offset_;
+};
+
+}  // namespace elasticmoe::bus

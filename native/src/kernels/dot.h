@@ -1,0 +1,176 @@
+// Products of rows: out[m, n] = x[m] · w[n], the weight read in its stored dtype. Included only by isa.cpp.
+//
+// Every result is the sum of one vector of running sums, taken over k in order and then reduced in one fixed order, whatever
+// the tile: so a row's result does not depend on how many rows are computed with it.
+#pragma once
+
+#include "kernels/simd.h"
+
+namespace elasticmoe::kernels::ELASTICMOE_ISA {
+
+// Registers: kTileRows × kTileCols running sums, kTileCols weights, one x.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline constexpr int64_t kTileRows = 3;
+#else
+inline constexpr int64_t kTileRows = 6;
+#endif
+inline constexpr int64_t kTileCols = 4;
+inline constexpr int64_t kLineBytes = 64;
+
+// What to fetch while a tile is computed: `lines` cache lines from `from` for each kStep of k.
+struct Ahead {
+  const char* from = nullptr;
+  int64_t lines = 0;
+};
+
+template <typename T, int64_t kPart, int64_t kRows, int64_t kCols>
+inline void accumulate(F32 (&sums)[kRows][kCols], const float* x, const typename T::Element* w, int64_t w_stride) {
+  F32 weights[kCols];
+#pragma GCC unroll 8
+  for (int64_t n = 0; n < kCols; ++n) weights[n] = T::template part<kPart>(w + n * w_stride);
+#pragma GCC unroll 8
+  for (int64_t m = 0; m < kRows; ++m) {
+    const F32 value = load(x + (kPart * kRows + m) * kLanes);
+#pragma GCC unroll 8
+    for (int64_t n = 0; n < kCols; ++n) sums[m][n] += weights[n] * value;
+  }
+}
+
+template <typename T, int64_t kRows, int64_t kCols>
+inline void accumulate_all(F32 (&sums)[kRows][kCols], const float* x, const typename T::Element* w, int64_t w_stride) {
+  accumulate<T, 0>(sums, x, w, w_stride);
+  if constexpr (T::kParts == 2) accumulate<T, 1>(sums, x, w, w_stride);
+}
+
+// One tile. x: packed, the rows' vectors of each place side by side. add: whether out is added to.
+template <typename T, int64_t kRows, int64_t kCols>
+void dot_tile(const float* x, const typename T::Element* w, int64_t w_stride, int64_t depth, float* out,
+              int64_t out_stride, bool add, Ahead ahead) {
+  using Element = typename T::Element;
+  F32 sums[kRows][kCols] = {};
+  int64_t k = 0;
+  for (; k + T::kStep <= depth; k += T::kStep) {
+    for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + line * kLineBytes, 0, 2);
+    ahead.from += ahead.lines * kLineBytes;
+    accumulate_all<T>(sums, x + k * kRows, w + k, w_stride);
+  }
+  if (k < depth) {
+    Element tail[kCols][T::kStep] = {};
+    for (int64_t n = 0; n < kCols; ++n) {
+      std::memcpy(tail[n], w + n * w_stride + k, static_cast<size_t>(depth - k) * sizeof(Element));
+    }
+    accumulate_all<T>(sums, x + k * kRows, tail[0], T::kStep);
+  }
+#pragma GCC unroll 8
+  for (int64_t m = 0; m < kRows; ++m) {
+    float* row = out + m * out_stride;
+    if constexpr (kCols % 4 == 0) {
+#pragma GCC unroll 2
+      for (int64_t n = 0; n < kCols; n += 4) {
+        F32x4 result = sum4(sums[m][n], sums[m][n + 1], sums[m][n + 2], sums[m][n + 3]);
+        if (add) {
+          F32x4 before;
+          std::memcpy(&before, row + n, sizeof before);
+          result += before;
+        }
+        std::memcpy(row + n, &result, sizeof result);
+      }
+    } else {
+      for (int64_t n = 0; n < kCols; ++n) {
+        const float result = sum(sums[m][n]);
+        row[n] = add ? row[n] + result : result;
+      }
+    }
+  }
+}
+
+// `num_rows` <= kTileRows rows against `num_cols` weights.
+template <typename T, int64_t kRows>
+void dot_rows(const float* x, const typename T::Element* w, int64_t w_stride, int64_t num_cols,
+              int64_t depth, float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes) {
+  constexpr int64_t kCols = kRows == 1 ? 2 * kTileCols : kTileCols;
+  int64_t n = 0;
+  for (; n + kCols <= num_cols; n += kCols) {
+    dot_tile<T, kRows, kCols>(x, w + n * w_stride, w_stride, depth, out + n, out_stride, add, ahead);
+    ahead.from += ahead_tile_bytes;
+  }
+  for (; n < num_cols; ++n) {
+    dot_tile<T, kRows, 1>(x, w + n * w_stride, w_stride, depth, out + n, out_stride, add, {});
+  }
+}
+
+template <typename T>
+void dot_block(int64_t num_rows, const float* x, const typename T::Element* w, int64_t w_stride,
+               int64_t num_cols, int64_t depth, float* out, int64_t out_stride, bool add, Ahead ahead,
+               int64_t ahead_tile_bytes) {
+#define ELASTICMOE_ROWS(rows)                                                                                        \
+  case rows:                                                                                                         \
+    if constexpr (rows <= kTileRows) {                                                                               \
+      dot_rows<T, rows>(x, w, w_stride, num_cols, depth, out, out_stride, add, ahead, ahead_tile_bytes);   \
+    }                                                                                                                \
+    break
+  switch (num_rows) {
+    ELASTICMOE_ROWS(1);
+    ELASTICMOE_ROWS(2);
+    ELASTICMOE_ROWS(3);
+    ELASTICMOE_ROWS(4);
+    ELASTICMOE_ROWS(5);
+    ELASTICMOE_ROWS(6);
+  }
+#undef ELASTICMOE_ROWS
+}
+
+inline constexpr int64_t kPanelBytes = 64 * 1024;  // of weights that stay in the second-level cache for all rows
+
+// The rows are computed in blocks of nearly equal size.
+inline int64_t num_row_blocks(int64_t num_rows) { return (num_rows + kTileRows - 1) / kTileRows; }
+inline int64_t block_end(int64_t num_rows, int64_t block) { return num_rows * (block + 1) / num_row_blocks(num_rows); }
+
+// Pack rows for `product`: block after block. `to` has room for num_rows × padded<T>(depth).
+template <typename T>
+void pack_rows(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, float* to) {
+  int64_t row = 0;
+  for (int64_t block = 0; row < num_rows; ++block) {
+    const int64_t begin = row, end = block_end(num_rows, block);
+    for (; row < end; ++row) {
+      pack<T>(x + row * x_stride, depth, to + begin * padded<T>(depth) + (row - begin) * kLanes, (end - begin) * kLanes);
+    }
+  }
+}
+
+// out[m, n] (+)= x[m] · w[n] for x from `pack_rows` and contiguous w.
+template <typename T>
+void product(const float* x, int64_t num_rows, const typename T::Element* w, int64_t num_cols, int64_t depth, float* out,
+             int64_t out_stride, bool add) {
+  const int64_t x_stride = padded<T>(depth);
+  const int64_t num_blocks = num_row_blocks(num_rows);
+  const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(typename T::Element));
+  const bool single = num_blocks == 1;
+  int64_t panel = num_cols;
+  if (!single) {
+    panel = kPanelBytes / row_bytes / (2 * kTileCols) * (2 * kTileCols);
+    if (panel < 2 * kTileCols) panel = 2 * kTileCols;
+  }
+  // Each tile fetches its share of the panel (or tile) after this one.
+  const int64_t tile_cols = single && num_rows == 1 ? 2 * kTileCols : kTileCols;
+  const int64_t lines = single ? tile_cols : (kTileCols + num_blocks - 1) / num_blocks;
+  const int64_t ahead_tile_bytes = single ? tile_cols * row_bytes : kTileCols * row_bytes * lines / kTileCols;
+  for (int64_t n = 0; n < num_cols; n += panel) {
+    const int64_t cols = num_cols - n < panel ? num_cols - n : panel;
+    const char* next = reinterpret_cast<const char*>(w + (n + (single ? tile_cols : panel)) * depth);
+    int64_t row = 0;
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const int64_t end = block_end(num_rows, block);
+      Ahead ahead{next, lines};
+      if (!single) {
+        const int64_t begin_bytes = block * (panel / kTileCols) * ahead_tile_bytes;
+        ahead = begin_bytes < panel * row_bytes ? Ahead{next + begin_bytes, lines} : Ahead{};
+      }
+      dot_block<T>(end - row, x + row * x_stride, w + n * depth, depth, cols, depth, out + row * out_stride + n,
+                   out_stride, add, ahead, ahead_tile_bytes);
+      row = end;
+    }
+  }
+}
+
+}  // namespace elasticmoe::kernels::ELASTICMOE_ISA

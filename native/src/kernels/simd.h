@@ -1,0 +1,159 @@
+// Vectors of one instruction set. Included only by isa.cpp, which is compiled once for each set with its own compiler flags
+// and with ELASTICMOE_ISA as its namespace: nothing here may have external linkage outside of it, or the linker could pick
+// a copy that the machine cannot run. Hence no std:: function templates either.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace elasticmoe::kernels::ELASTICMOE_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int64_t kLanes = 8;
+#else
+inline constexpr int64_t kLanes = 4;
+#endif
+
+using F32 = float __attribute__((vector_size(kLanes * 4)));
+using U32 = uint32_t __attribute__((vector_size(kLanes * 4)));
+using I32 = int32_t __attribute__((vector_size(kLanes * 4)));
+using F32x4 = float __attribute__((vector_size(16)));
+
+inline F32 load(const float* from) {
+  F32 v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline void store(float* to, F32 v) { std::memcpy(to, &v, sizeof v); }
+
+inline F32 splat(float value) { return F32{} + value; }
+
+template <typename To, typename From>
+inline To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &v, sizeof to);
+  return to;
+}
+
+// Elements of a stored dtype, `kStep` at a time, as `kParts` vectors of floats. The bfloat16 vectors hold the even and the
+// odd elements: one shift and one mask widen 2 × kLanes of them. Whatever meets them in a product is permuted likewise.
+struct Float32 {
+  using Element = float;
+  static constexpr int64_t kParts = 1;
+  static constexpr int64_t kStep = kLanes;
+
+  template <int64_t kPart>
+  static F32 part(const Element* from) {
+    return load(from);
+  }
+  static Element narrow(float value) { return value; }
+  static float widen(Element value) { return value; }
+};
+
+struct Bfloat16 {
+  using Element = uint16_t;
+  static constexpr int64_t kParts = 2;
+  static constexpr int64_t kStep = 2 * kLanes;
+
+  template <int64_t kPart>
+  static F32 part(const Element* from) {
+    U32 pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    return kPart == 0 ? bits<F32>(pairs << 16) : bits<F32>(pairs & 0xffff0000u);
+  }
+  // Round to nearest, ties to even; a NaN stays one.
+  static Element narrow(float value) {
+    const uint32_t u = bits<uint32_t>(value);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<Element>((u >> 16) | 0x40u);
+    return static_cast<Element>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+  }
+  static float widen(Element value) { return bits<float>(static_cast<uint32_t>(value) << 16); }
+};
+
+template <typename T>
+inline int64_t padded(int64_t count) {
+  return (count + T::kStep - 1) / T::kStep * T::kStep;
+}
+
+// Permute `count` floats to the order of T's vectors, each vector `to_stride` floats after the one before, and fill the last
+// step up with zeros.
+template <typename T>
+inline void pack(const float* from, int64_t count, float* to, int64_t to_stride = kLanes) {
+  int64_t i = 0;
+  for (; i + T::kStep <= count; i += T::kStep, to += T::kParts * to_stride) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      for (int64_t part = 0; part < T::kParts; ++part) to[part * to_stride + lane] = from[i + lane * T::kParts + part];
+    }
+  }
+  if (i == count) return;
+  for (int64_t j = 0; j < T::kStep; ++j) {
+    to[j % T::kParts * to_stride + j / T::kParts] = i + j < count ? from[i + j] : 0.0f;
+  }
+}
+
+// The inverse of pack, each value times `factor`.
+template <typename T>
+inline void unpack(const float* from, int64_t count, float factor, float* to) {
+  int64_t i = 0;
+  for (; i + T::kStep <= count; i += T::kStep) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      for (int64_t part = 0; part < T::kParts; ++part) {
+        to[i + lane * T::kParts + part] = from[i + part * kLanes + lane] * factor;
+      }
+    }
+  }
+  for (int64_t j = 0; i + j < count; ++j) to[i + j] = from[i + j % T::kParts * kLanes + j / T::kParts] * factor;
+}
+
+// Sum of four vectors' lanes each. The order of additions is the same for all four and that of `sum`.
+inline F32x4 halves(F32 v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof v);
+  F32x4 quarter[kLanes / 4];
+  std::memcpy(quarter, lanes, sizeof lanes);
+  for (int64_t n = kLanes / 8; n > 0; n /= 2) {
+    for (int64_t i = 0; i < n; ++i) quarter[i] += quarter[i + n];
+  }
+  return quarter[0];
+}
+
+inline F32x4 sum4(F32 a, F32 b, F32 c, F32 d) {
+  const F32x4 a4 = halves(a), b4 = halves(b), c4 = halves(c), d4 = halves(d);
+  const F32x4 ab = __builtin_shufflevector(a4, b4, 0, 4, 1, 5) + __builtin_shufflevector(a4, b4, 2, 6, 3, 7);
+  const F32x4 cd = __builtin_shufflevector(c4, d4, 0, 4, 1, 5) + __builtin_shufflevector(c4, d4, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+inline float sum(F32 v) {
+  const F32x4 q = halves(v);
+  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
+inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
+
+// e^x within 2 units in the last place for -87 <= x <= 88; clamped to that interval outside of it. NaN stays NaN.
+inline F32 exp(F32 x) {
+  const F32 kept = x;
+  x = min(max(x, splat(-87.0f)), splat(88.0f));
+  const F32 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const F32 shifted = x * 1.44269504088896341f + magic;
+  const F32 n = shifted - magic;
+  const F32 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  F32 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const I32 exponent = bits<I32>(shifted) - bits<I32>(magic);
+  const F32 result = bits<F32>(bits<I32>(p) + (exponent << 23));
+  return kept == kept ? result : kept;
+}
+
+}  // namespace elasticmoe::kernels::ELASTICMOE_ISA

@@ -1,0 +1,284 @@
+"""Strict reading of safetensors checkpoints: all is verified against the model's records before memory is touched.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON object
+{name: {dtype, shape, data_offsets}}, then the tensors' bytes without gaps. It permits duplicate names, for the last of
+which readers differ, and any number of empty tensors: both are refused or bounded here. The format has no checksums, so
+changed bytes *inside* a tensor cannot be seen; everything that describes them is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple, NoReturn
+
+from common.model_spec import RecordSpec, Source
+from common.protocol.errors import CheckpointError
+from common.protocol.limits import (
+    CHECKPOINT_FILES_MAX,
+    CHECKPOINT_INDEX_BYTES_MAX,
+    SAFETENSORS_HEADER_BYTES_MAX,
+    SAFETENSORS_TENSORS_MAX,
+)
+
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+
+SOURCE_BYTES: Final[dict[str, int]] = {"F32": 4, "F16": 2, "BF16": 2}  # dtypes that weights may be stored in
+_ALL_BYTES: Final[dict[str, int]] = {
+    **SOURCE_BYTES,
+    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4},
+    **{"F64": 8, "I64": 8, "U64": 8},
+}
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_ROTARY = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_HEAD = "lm_head.weight"  # written by some tools although it is tied to the embedding
+
+
+class StoredTensor(NamedTuple):
+    """One tensor in a file: its bytes are [begin, end) of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size in bytes."""
+        return self.end - self.begin
+
+
+class CheckpointFile:
+    """One open safetensors file with a verified header. Owns its descriptor."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError for a file that breaks the format or a limit."""
+        self.name = path.name
+        self.bytes_read = 0  # of tensors
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hang the start
+        except OSError as error:
+            raise CheckpointError(f"{self.name} cannot be read: {error.strerror}") from None
+        try:
+            self.tensors = self._read_header()
+        except OSError as error:
+            os.close(self.fd)
+            raise CheckpointError(f"{self.name} cannot be read: {error.strerror}") from None
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _fail(self, text: str) -> NoReturn:
+        raise CheckpointError(f"{self.name}: {text}")
+
+    def _read_header(self) -> dict[str, StoredTensor]:
+        self._status = status = os.fstat(self.fd)
+        if not stat.S_ISREG(status.st_mode):
+            self._fail("is not a regular file")
+        head = os.pread(self.fd, 8, 0)
+        if len(head) < 8:
+            self._fail(f"has {status.st_size} bytes, too few for a header")
+        (length,) = struct.unpack("<Q", head)
+        if not 2 <= length <= SAFETENSORS_HEADER_BYTES_MAX:
+            self._fail(f"header of {length} bytes is not within [2, {SAFETENSORS_HEADER_BYTES_MAX}]")
+        if 8 + length > status.st_size:
+            self._fail(f"header of {length} bytes exceeds the file of {status.st_size} bytes")
+        raw = os.pread(self.fd, length, 8)
+        if len(raw) != length or raw[:1] != b"{":
+            self._fail("header is not a JSON object")
+        return self._check_ranges(self._parse(raw), 8 + length, status.st_size)
+
+    def _parse(self, raw: bytes) -> dict[str, Any]:
+        def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            fields: dict[str, Any] = {}
+            for name, value in pairs:
+                if name in fields:
+                    self._fail(f"header has the name {name!r:.200} twice")
+                fields[name] = value
+            return fields
+
+        try:
+            header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        except (ValueError, RecursionError) as error:
+            self._fail(f"header is not valid JSON: {error!s:.200}")
+        if not isinstance(header, dict):
+            self._fail("header is not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            self._fail("__metadata__ must map strings to strings")
+        if len(header) > SAFETENSORS_TENSORS_MAX:
+            self._fail(f"{len(header)} tensors exceed the limit of {SAFETENSORS_TENSORS_MAX}")
+        return header
+
+    def _check_ranges(self, header: dict[str, Any], start: int, size: int) -> dict[str, StoredTensor]:
+        tensors = {name: self._tensor(name, entry, start) for name, entry in header.items()}
+        at = start
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+            if tensor.begin != at:
+                self._fail(f"tensor {name!r:.200} begins at {tensor.begin}, not at {at}: a gap or an overlap")
+            at = tensor.end
+        if at != size:
+            self._fail(f"has {size} bytes; its header describes {at}")
+        return tensors
+
+    def _tensor(self, name: str, entry: Any, start: int) -> StoredTensor:
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            self._fail(f"tensor {name!r:.200} must have exactly dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _ALL_BYTES:
+            self._fail(f"tensor {name!r:.200} has the dtype {dtype!r:.40}; known: {', '.join(_ALL_BYTES)}")
+        if not _are_sizes(shape) or len(shape) > 8:
+            self._fail(f"tensor {name!r:.200} has the shape {shape!r:.80}")
+        if not _are_sizes(offsets) or len(offsets) != 2:
+            self._fail(f"tensor {name!r:.200} has the data_offsets {offsets!r:.80}")
+        nbytes = _ALL_BYTES[dtype]
+        for dim in shape:
+            nbytes *= dim
+        if offsets[1] - offsets[0] != nbytes:
+            self._fail(f"tensor {name!r:.200} needs {nbytes} bytes; data_offsets {offsets!r:.80} give another number")
+        return StoredTensor(dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if somebody wrote to the file since its header was read."""
+        now = os.fstat(self.fd)
+        if (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns):
+            self._fail("was changed while it was read")
+
+    def close(self) -> None:
+        """Close the descriptor. Idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+class Checkpoint:
+    """A checkpoint whose every needed tensor has been found with the right shape and a dtype that can be converted.
+    Owns its files; a context manager."""
+
+    def __init__(self, directory: Path, records: Iterable[RecordSpec], *, tied_head: bool) -> None:
+        """Verify the checkpoint in `directory` against `records`. Reads headers only.
+
+        `tied_head`: the head is the embedding, so a stored one is ignored. Raises CheckpointError.
+        """
+        self._files: list[CheckpointFile] = []
+        try:
+            self._open(directory)
+            self._where = self._index(directory)
+            self._check(records, tied_head)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, directory: Path) -> None:
+        if (directory / SINGLE).exists():
+            self._map: dict[str, str] | None = None
+            self._files.append(CheckpointFile(directory / SINGLE))
+            return
+        if not (directory / INDEX).exists():
+            raise CheckpointError(f"checkpoint {directory.name!r} has neither {SINGLE} nor {INDEX}")
+        self._map = _read_index(directory / INDEX)
+        names = sorted(set(self._map.values()))
+        if len(names) > CHECKPOINT_FILES_MAX:
+            raise CheckpointError(f"{INDEX}: {len(names)} files exceed the limit of {CHECKPOINT_FILES_MAX}")
+        for name in names:
+            self._files.append(CheckpointFile(directory / name))
+
+    def _index(self, directory: Path) -> dict[str, tuple[CheckpointFile, StoredTensor]]:
+        where: dict[str, tuple[CheckpointFile, StoredTensor]] = {}
+        for file in self._files:
+            for name, tensor in file.tensors.items():
+                if name in where:
+                    raise CheckpointError(f"tensor {name!r:.200} is in {where[name][0].name} and in {file.name}")
+                if self._map is not None and self._map.get(name) != file.name:
+                    place = self._map.get(name, "no file")
+                    raise CheckpointError(f"{file.name} has the tensor {name!r:.200}; {INDEX} places it in {place}")
+                where[name] = (file, tensor)
+        for name, file_name in (self._map or {}).items():
+            if name not in where:
+                raise CheckpointError(f"{file_name} lacks the tensor {name!r:.200}, which {INDEX} places there")
+        if len(where) > SAFETENSORS_TENSORS_MAX:
+            raise CheckpointError(
+                f"checkpoint {directory.name!r}: {len(where)} tensors exceed the limit of {SAFETENSORS_TENSORS_MAX}"
+            )
+        return where
+
+    def _check(self, records: Iterable[RecordSpec], tied_head: bool) -> None:
+        needed = set()
+        for source in (source for record in records for tensor in record.tensors for source in tensor.sources):
+            needed.add(source.name)
+            if source.name not in self._where:
+                raise CheckpointError(f"checkpoint lacks the tensor {source.name!r:.200}")
+            file, stored = self._where[source.name]
+            if stored.shape != source.shape:
+                raise CheckpointError(
+                    f"{file.name}: tensor {source.name!r:.200} has the shape {list(stored.shape)}, "
+                    f"config.json asks for {list(source.shape)}"
+                )
+            if stored.dtype not in SOURCE_BYTES:
+                raise CheckpointError(
+                    f"{file.name}: tensor {source.name!r:.200} has the dtype {stored.dtype}; "
+                    f"supported: {', '.join(SOURCE_BYTES)}"
+                )
+        unexpected = [
+            name
+            for name in sorted(set(self._where) - needed)
+            if not _ROTARY.fullmatch(name) and not (tied_head and name == _HEAD)
+        ]
+        if unexpected:
+            shown = ", ".join(repr(name)[:200] for name in unexpected[:3])
+            raise CheckpointError(f"checkpoint has {len(unexpected)} tensors that the model does not know: {shown}")
+
+    def find(self, source: Source) -> tuple[CheckpointFile, StoredTensor]:
+        """The file and place of a source of the verified records."""
+        return self._where[source.name]
+
+    @property
+    def bytes_read(self) -> dict[str, int]:
+        """Bytes of tensors read so far, by file name."""
+        return {file.name: file.bytes_read for file in self._files}
+
+    def files(self) -> Iterator[CheckpointFile]:
+        """The files in order of their names."""
+        yield from self._files
+
+    def close(self) -> None:
+        """Close all files. Idempotent."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        size = path.stat().st_size
+        if size > CHECKPOINT_INDEX_BYTES_MAX:
+            raise CheckpointError(f"{INDEX} has {size} bytes; the limit is {CHECKPOINT_INDEX_BYTES_MAX}")
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{INDEX} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{INDEX} is not valid JSON: {error!s:.200}") from None
+    weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX} must have a weight_map with entries")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not _FILE_NAME.fullmatch(file_name):
+            raise CheckpointError(
+                f"{INDEX}: {file_name!r:.200} for {name!r:.200} is not a plain .safetensors file name"
+            )
+    return weight_map

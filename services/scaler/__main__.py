@@ -1,0 +1,48 @@
+"""`python -m services.scaler`: start the scaler and its admin listener."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import uvicorn
+
+from common.config import ScalerConfig, load, make_run_dirs
+from common.protocol.errors import ConfigError, ElasticMoEError
+from common.store import store_of
+from common.telemetry import setup_logging
+from common.transport import describe
+from services.scaler.admin import bind, build_app
+from services.scaler.service import Scaler
+
+
+def main() -> int:
+    """Run until SIGTERM; the exit status."""
+    try:
+        config = load(ScalerConfig)
+        make_run_dirs(config)
+        log = setup_logging("scaler", level=config.log_level, as_json=config.log_json)
+        try:
+            token = config.secret("admin.token").read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"admin token file cannot be read: {error.strerror}") from None
+        scaler = Scaler(config, store_of(config))
+        app = build_app(scaler.board, token)
+        sock = bind(config.admin_host, config.admin_port)
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, lifespan="off", limit_concurrency=64, timeout_keep_alive=30)
+        )
+        listener = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="admin", daemon=True)
+        listener.start()
+        log.info("admin listener", host=config.admin_host, port=sock.getsockname()[1])
+        scaler.run()
+        server.should_exit = True
+        listener.join(5.0)
+    except ElasticMoEError as error:
+        print(f"elasticmoe-scaler: {describe(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

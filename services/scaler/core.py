@@ -1,0 +1,107 @@
+"""What to do next to bring the deployment to its layout. Pure: no sockets, no store, no clock.
+
+The scaler is level-triggered: it observes what is, compares it with the layout that should be, and takes the next
+steps. So a restart of any part needs no memory of what was in flight: the next observation says what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from common.layout import Layout, Seat
+from common.protocol.replies import Refused
+from common.protocol.scaler import HmmStatus, PoolStatus
+
+Phase = Literal["starting", "loading", "attaching", "serving", "degraded", "failed"]
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """Let the HMM create and fill the layout's memory."""
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """Seat a standby."""
+
+    seat: Seat
+
+
+class Publish(msgspec.Struct, frozen=True, tag=True):
+    """Let the ranks of all seats step together, or park them."""
+
+    running: bool
+
+
+class CommitLayout(msgspec.Struct, frozen=True, tag=True):
+    """The layout serves: write it to the store, where the routers see it."""
+
+
+Action = Load | Start | Publish | CommitLayout
+
+
+class Observed(msgspec.Struct, frozen=True):
+    """What the scaler saw last; None for a part that does not answer. `starting` are seats whose rank was asked for and
+    has neither come nor failed; `restarts_left`: ranks that may still be replaced now."""
+
+    hmm: HmmStatus | None
+    pool: PoolStatus | None
+    committed_epoch: int
+    starting: frozenset[int]
+    ever_served: bool
+    restarts_left: int
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """The next steps, the phase they belong to, and why. `error` is set in the phase `failed`."""
+
+    actions: tuple[Action, ...]
+    phase: Phase
+    reason: str
+    error: Refused | None = None
+
+
+def decide(layout: Layout, seen: Observed) -> Decision:
+    """The next steps toward `layout`."""
+    if seen.hmm is None:
+        return Decision((), _waiting(seen), "the HMM does not answer")
+    if seen.hmm.phase == "failed":
+        return Decision((), "failed", "the HMM could not load the model", seen.hmm.error)
+    if seen.hmm.phase == "empty":
+        return Decision((Load(),), "loading", "the HMM holds nothing")
+    if seen.hmm.phase == "loading":
+        return Decision((), "loading", "the HMM loads the model")
+    if seen.pool is None:
+        return Decision((), _waiting(seen), "the worker pool does not answer")
+    return _decide_ranks(layout, seen, seen.hmm, seen.pool)
+
+
+def _decide_ranks(layout: Layout, seen: Observed, hmm: HmmStatus, pool: PoolStatus) -> Decision:
+    ranks = {rank.slot: rank for rank in pool.ranks}
+    empty = [seat for seat in layout.seats if seat.slot not in ranks and seat.slot not in seen.starting]
+    ready = all(seat.slot in ranks and ranks[seat.slot].ready for seat in layout.seats)
+    if empty:
+        if seen.ever_served and seen.restarts_left <= 0:
+            error = Refused("rank_crash_loop", f"ranks {_names(empty)} died too often; see the worker's log", False)
+            return Decision((), "failed", error.message, error)
+        # A seat is filled only after the HMM has let go of its last holder.
+        attached = {device.device for device in hmm.devices if device.attached}
+        free = [seat for seat in empty if seat.device not in attached]
+        starts = tuple(Start(seat) for seat in free[: pool.standby])
+        return Decision(starts, _waiting(seen), f"seats {_names(empty)} have no rank; {pool.standby} standbys")
+    if not ready:
+        return Decision((), _waiting(seen), "ranks attach")
+    if not hmm.running or hmm.members != layout.slots:
+        return Decision((Publish(True),), _waiting(seen), "all ranks are ready")
+    if seen.committed_epoch != layout.epoch:
+        return Decision((CommitLayout(),), "serving", f"layout {layout.epoch} serves")
+    return Decision((), "serving", "nothing to do")
+
+
+def _waiting(seen: Observed) -> Phase:
+    return "degraded" if seen.ever_served else "attaching"
+
+
+def _names(seats: Sequence[Seat]) -> str:
+    return ", ".join(str(seat.rank) for seat in seats)

@@ -1,0 +1,1 @@
+"""The engine's decisions: sequences, KV blocks, the scheduler (all pure) and the sampler."""

@@ -1,0 +1,1 @@
+"""Exchange of tokens between ranks: to the experts' owners and back."""

@@ -1,0 +1,62 @@
+"""Interface of the expert exchange: send tokens to the ranks that hold their experts, bring the results back.
+
+Shape suffixes: N own tokens, K experts per token, H hidden, R rows received, E experts of the layer (all of the model's).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+
+
+class ExchangeTimes(NamedTuple):
+    """Nanoseconds: in the exchange altogether, and the part of them spent waiting for other ranks."""
+
+    exchange_ns: int
+    wait_ns: int
+
+
+class Exchange(ABC):
+    """Dispatch and combine of one rank. All ranks of a layout make the same calls in the same order.
+
+    Held by the caller: every rank of the layout runs the same step; every layer with experts is dispatched and combined
+    exactly once, in order, also with no tokens; expert memory and routing stay as they are from `begin_step` to the
+    step's end; one thread. Each call may block for the slowest rank, up to the step's deadline.
+
+    When membership changes in mid-step, a call raises BusAborted (or BusTimeout at the deadline): the step is lost, its
+    results are discarded, and the same work starts again with `begin_step`. KV that it wrote is written again, equally.
+    """
+
+    rows_RH: torch.Tensor
+    """float32 [>= R, H]: the rows for this rank's experts, sorted by expert, valid from `dispatch` to `combine`. The
+    caller may overwrite them (in place experts)."""
+
+    counts_E: torch.Tensor
+    """int32 [E]: rows of each expert; 0 for experts of other ranks. Valid as `rows_RH`."""
+
+    @abstractmethod
+    def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
+        """Start a step in which all ranks together have `total_tokens` tokens; room for their rows is made here.
+
+        `deadline_ms`: the longest that one later call may block, in milliseconds.
+        """
+
+    @abstractmethod
+    def dispatch(self, layer: int, x_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor, n: int) -> int:
+        """Send the first `n` rows of x (float32) to the owners of their experts; returns R, the rows received.
+
+        `ids`: int32 expert ids, -1 = unused; `weights`: float32. All contiguous; free for reuse after the call.
+        """
+
+    @abstractmethod
+    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: torch.Tensor, n: int) -> None:
+        """Return expert outputs (float32, in the order of `rows_RH`) and sum: out[t] = sum over k of weight * y.
+
+        The sum runs over k in order whoever owns the experts, so that it does not depend on the layout.
+        """
+
+    @abstractmethod
+    def take_times(self) -> ExchangeTimes:
+        """Time spent since the last call of this method."""

@@ -1,0 +1,79 @@
+"""The exchange between ranks of one host: the shared-memory bus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from native.bus import Bus, Routing, make_routing
+from services.worker.exchange.base import Exchange, ExchangeTimes
+
+
+class ShmExchange(Exchange):
+    """One rank's end of the bus. `num_experts[layer]` is the model's (0: dense); `bus` stays the caller's.
+
+    Needs `set_routing` before the first step, and again whenever the generation or the placement changes.
+    """
+
+    def __init__(self, bus: Bus, num_experts: Sequence[int]) -> None:
+        self._bus = bus
+        self._hidden = bus.hidden
+        self._top_k = bus.top_k
+        self._generation = 0
+        self._routings: list[Routing | None] = [None] * len(num_experts)
+        self._num_experts = tuple(num_experts)
+        self._deadline_ms = 0.0
+        self.rows_RH = torch.empty((0, bus.hidden), dtype=torch.float32)
+        self.counts_E = torch.zeros(max(self._num_experts, default=0), dtype=torch.int32)
+        self._counts_addr = self.counts_E.data_ptr()
+
+    def set_routing(self, generation: int, owners: Sequence[Sequence[int]]) -> None:
+        """Use `owners[layer][expert]`, the slot that computes each expert (`Layout.owners`), in this bus generation.
+
+        Between steps only. Raises ValueError where the numbers of experts are not the model's.
+        """
+        if tuple(len(slots) for slots in owners) != self._num_experts:
+            raise ValueError(
+                f"routing of {[len(slots) for slots in owners]} experts, the model has {self._num_experts}"
+            )
+        self._routings = [make_routing(list(slots)) if slots else None for slots in owners]
+        self._generation = generation
+
+    def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
+        """See Exchange. The rows' buffer grows to the largest step seen; its pages become real when they are used."""
+        self._deadline_ms = deadline_ms
+        capacity = total_tokens * self._top_k
+        if capacity > self.rows_RH.shape[0]:
+            self.rows_RH = torch.empty((capacity, self._hidden), dtype=torch.float32)
+
+    def dispatch(self, layer: int, x_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor, n: int) -> int:
+        """See Exchange. Raises BusAborted, BusTimeout; ValueError for an id without a home."""
+        return self._bus.dispatch(
+            self._routing(layer),
+            self._generation,
+            x_NH.data_ptr(),
+            ids_NK.data_ptr(),
+            weights_NK.data_ptr(),
+            n,
+            self.rows_RH.data_ptr(),
+            self.rows_RH.shape[0],
+            self._counts_addr,
+            self._deadline_ms,
+        )
+
+    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: torch.Tensor, n: int) -> None:
+        """See Exchange. Raises BusAborted, BusTimeout."""
+        self._bus.combine(
+            self._routing(layer), self._generation, y_RH.data_ptr(), out_NH.data_ptr(), n, self._deadline_ms
+        )
+
+    def take_times(self) -> ExchangeTimes:
+        """See Exchange. Includes the bus's `step` calls since the last call."""
+        return ExchangeTimes(self._bus.take_exchange_ns(), self._bus.take_wait_ns())
+
+    def _routing(self, layer: int) -> Routing:
+        routing = self._routings[layer]
+        if routing is None:
+            raise ValueError(f"layer {layer} has no routing")
+        return routing

@@ -1,0 +1,1 @@
+"""The models: decoder families over native kernels, and the oracle model."""

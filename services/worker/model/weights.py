@@ -1,0 +1,43 @@
+"""What a rank computes on: tensors over mapped records, and the KV cache. Made by `services/worker/attach.py`.
+
+Shape suffixes: E experts (all of the model's, present or not). Everything here is memory of the HMM that this process
+has mapped; nothing is copied, and nothing may be written but the KV blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from common.model_spec import KvGeometry, ModelSpec
+
+
+@dataclass(slots=True)
+class KvCache:
+    """The KV blocks that are mapped: block b lies at `base_addr + b * geometry.block_stride` bytes.
+
+    Inside a block: [layers, 2 (k, v), kv heads, block_size, head_dim] in the model's dtype, contiguous. `num_blocks` may
+    change between steps, as blocks are mapped or unmapped at the end; a batch is checked against it.
+    """
+
+    base_addr: int
+    num_blocks: int
+    geometry: KvGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class RankWeights:
+    """Tensors by the names of `common/families.py`.
+
+    `base`: of the base record. `layers[layer]`: of the layer's record. `experts[layer][name]`: one strided tensor
+    [E, *shape] over the layer's reserved range, `stride(0)` elements from slot to slot; the slots of experts that this
+    rank does not hold are not mapped, and touching one is a fault. Dense layers have no entries. The mappings must stay
+    as they are while a step runs, and the ranges for as long as a model built on them lives.
+    """
+
+    spec: ModelSpec
+    base: dict[str, torch.Tensor]
+    layers: list[dict[str, torch.Tensor]]
+    experts: list[dict[str, torch.Tensor]]
+    kv: KvCache

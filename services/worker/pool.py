@@ -1,0 +1,246 @@
+"""The worker pool: keeps standby processes ready and turns them into ranks when the scaler asks.
+
+A standby is forked from a server process that has everything imported (multiprocessing's forkserver), so it is there
+in milliseconds; it holds no memory of the model. The pool sees a child end by its sentinel, reports it, and forks another
+standby. It makes no decisions: which seat gets a rank, and whether a dead one is replaced, is the scaler's to say.
+
+A child leaves when its pipe to the pool ends, so no rank outlives its pool. One thread owns everything here.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+from types import FrameType
+
+import msgspec
+
+from common.config import PoolConfig
+from common.protocol import pool as pool_messages
+from common.protocol.codec import Codec, Message, encode
+from common.protocol.errors import Conflict, ElasticMoEError, NotFound, ProtocolError, Unavailable
+from common.protocol.pool import GetPool, StartRank, StopRank, ToPool
+from common.protocol.replies import Ack, Refused, refusal
+from common.protocol.scaler import PoolRank, PoolStatus, RankExited, RankReady, RankStarted
+from common.telemetry import get_logger
+from common.transport import Server, new_identity
+from services.worker.standby import standby_main
+
+log = get_logger("pool")
+
+FromRank = RankReady | Refused
+FROM_RANK: Codec[FromRank] = Codec(FromRank)
+
+POLL_MS = 1_000
+STOP_GRACE_S = 10.0
+STANDBY_FAILURES_MAX = 5  # in a row, before the pool gives up
+STANDBY_BACKOFF_S = 0.2
+
+
+class Child:
+    """One forked process and what the pool knows of it. Owned by the pool."""
+
+    def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Connection) -> None:
+        self.process = process
+        self.pipe = pipe
+        self.seat: StartRank | None = None  # None: a standby
+        self.is_ready = False
+        self.reason = ""
+        self.kill_at: float | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id in this pid namespace."""
+        return self.process.pid or 0
+
+
+class Pool:
+    """Owns the children and the pool's socket."""
+
+    def __init__(self, config: PoolConfig) -> None:
+        """Raises Conflict when the pool's socket is in use."""
+        self._config = config
+        self._identity = new_identity(config.pool_name)
+        self._server: Server[ToPool] = Server(config.socket(config.pool_name), self._identity, pool_messages.CODEC)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["services.worker.standby", "services.worker.rank"])
+        self._children: list[Child] = []
+        self._subscriber: bytes | None = None  # the scaler that asked last: receives events
+        self._failures = 0
+        self._fork_at = 0.0
+        self._stopping = False
+
+    def stop(self, *_: int | FrameType | None) -> None:
+        """Signal handler: only records."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serve until a signal comes. Raises Unavailable when standbys cannot be kept alive."""
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, self.stop)
+        try:
+            while not self._stopping:
+                self._fork_standbys()
+                self._wait(POLL_MS)
+                self._take_messages()
+                self._reap()
+        finally:
+            self._stop_all()
+            self._server.close()
+
+    # ---- children -------------------------------------------------------------------------------------------------
+
+    def _fork_standbys(self) -> None:
+        """Keep `standbys` processes without a seat, beyond the ranks."""
+        while sum(child.seat is None for child in self._children) < self._config.standbys:
+            if time.monotonic() < self._fork_at:
+                return
+            ours, theirs = self._context.Pipe()
+            settings = msgspec.json.encode(self._config)
+            process = self._context.Process(target=standby_main, args=(theirs, settings), daemon=False)
+            process.start()
+            theirs.close()
+            self._children.append(Child(process, ours))
+            self._server.watch(process.sentinel)
+            self._server.watch(ours.fileno())
+
+    def _wait(self, timeout_ms: int) -> None:
+        timers = [child.kill_at for child in self._children if child.kill_at is not None]
+        if self._fork_at > time.monotonic():
+            timers.append(self._fork_at)
+        if timers:
+            timeout_ms = min(timeout_ms, max(0, int((min(timers) - time.monotonic()) * 1e3) + 1))
+        readable = self._server.poll(timeout_ms)
+        for child in self._children:
+            if child.pipe.fileno() in readable:
+                self._take_report(child)
+
+    def _take_report(self, child: Child) -> None:
+        try:
+            if not child.pipe.poll():
+                return
+            received = FROM_RANK.decode(child.pipe.recv_bytes())
+        except (EOFError, OSError):
+            self._server.unwatch(child.pipe.fileno())
+            child.pipe.close()
+            return
+        except ProtocolError as error:
+            log.warning("bad report", pid=child.pid, because=error.message)
+            return
+        if isinstance(received.body, RankReady):
+            child.is_ready = True
+            self._failures = 0
+            self._notify(received.body)
+        else:
+            child.reason = f"{received.body.code}: {received.body.message}"
+
+    def _reap(self) -> None:
+        now = time.monotonic()
+        for child in list(self._children):
+            if child.process.is_alive():
+                if child.kill_at is not None and now >= child.kill_at:
+                    child.process.kill()
+                    child.kill_at = None
+                continue
+            if not child.pipe.closed:
+                self._take_report(child)  # its last words
+            self._forget(child)
+            if child.seat is None:
+                self._on_standby_death(child)
+            else:
+                self._on_rank_exit(child, child.seat)
+
+    def _forget(self, child: Child) -> None:
+        self._children.remove(child)
+        self._server.unwatch(child.process.sentinel)
+        if not child.pipe.closed:
+            self._server.unwatch(child.pipe.fileno())
+            child.pipe.close()
+        child.process.join()
+
+    def _on_standby_death(self, child: Child) -> None:
+        self._failures += 1
+        log.warning("standby died", pid=child.pid, exit_code=child.process.exitcode, failures=self._failures)
+        if self._failures > STANDBY_FAILURES_MAX:
+            raise Unavailable(
+                f"{self._failures} standby processes died in a row; the last with {child.process.exitcode}"
+            )
+        self._fork_at = time.monotonic() + STANDBY_BACKOFF_S * 2**self._failures
+
+    def _on_rank_exit(self, child: Child, seat: StartRank) -> None:
+        code = child.process.exitcode or 0
+        reason = child.reason or (f"killed by signal {-code}" if code < 0 else f"exited with status {code}")
+        log.warning("rank exited", rank=seat.rank, pid=child.pid, reason=reason)
+        self._notify(RankExited(seat.rank, seat.slot, seat.incarnation, code, reason))
+
+    def _stop_all(self) -> None:
+        for child in self._children:
+            child.process.terminate()
+        deadline = time.monotonic() + STOP_GRACE_S
+        for child in self._children:
+            child.process.join(max(0.0, deadline - time.monotonic()))
+            if child.process.is_alive():
+                child.process.kill()
+                child.process.join()
+
+    # ---- messages -------------------------------------------------------------------------------------------------
+
+    def _notify(self, event: Message) -> None:
+        if self._subscriber is not None:
+            self._server.send(self._subscriber, event)
+
+    def _take_messages(self) -> None:
+        while (received := self._server.receive()) is not None:
+            peer, message = received
+            try:
+                answer = self._answer(peer, message.body)
+            except ElasticMoEError as error:
+                answer = refusal(error)
+            self._server.send(peer, answer, seq=message.seq)
+
+    def _answer(self, peer: bytes, message: ToPool) -> Message:
+        if isinstance(message, StartRank):
+            return self._start_rank(message)
+        if isinstance(message, StopRank):
+            return self._stop_rank(message)
+        assert isinstance(message, GetPool)
+        self._subscriber = peer
+        return self._status()
+
+    def _status(self) -> PoolStatus:
+        return PoolStatus(
+            sum(child.seat is None for child in self._children),
+            tuple(
+                PoolRank(child.seat.rank, child.seat.slot, child.seat.device, child.seat.incarnation, child.pid, ready)
+                for child in self._children
+                for ready in (child.is_ready,)
+                if child.seat is not None
+            ),
+        )
+
+    def _start_rank(self, message: StartRank) -> RankStarted:
+        for child in self._children:
+            if child.seat is None:
+                continue
+            if child.seat.incarnation == message.incarnation:
+                return RankStarted(message.rank, message.incarnation, child.pid)
+            if child.seat.slot == message.slot:
+                raise Conflict(f"slot {message.slot} has a living rank {child.seat.incarnation}", code="seat_taken")
+        for child in self._children:
+            if child.seat is None and child.process.is_alive():
+                child.pipe.send_bytes(encode(message, sender=self._identity))
+                child.seat = message
+                log.info("rank started", rank=message.rank, device=message.device, pid=child.pid)
+                return RankStarted(message.rank, message.incarnation, child.pid)
+        raise Unavailable("no standby process is ready", code="no_standby")
+
+    def _stop_rank(self, message: StopRank) -> Ack:
+        for child in self._children:
+            if child.seat is not None and child.seat.incarnation == message.incarnation:
+                os.kill(child.pid, signal.SIGTERM)
+                child.kill_at = time.monotonic() + message.grace_ms / 1e3
+                return Ack()
+        raise NotFound(f"no rank {message.incarnation} in this pool", code="unknown_rank")

@@ -1,0 +1,95 @@
+"""Layouts, model geometry and records."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.families import parse_spec, record, records
+from common.layout import RankId, Seat, initial_layout
+from common.model_spec import TENSOR_ALIGN_BYTES, RecordKey, kv_geometry
+from common.protocol.errors import CheckpointError, ConfigError
+from tests.unit.specs import TINY_MIXTRAL, tiny_mixtral_spec, tiny_qwen3_spec
+
+
+@given(
+    layers=st.lists(st.sampled_from([0, 1, 5, 7, 64]), min_size=1, max_size=6),
+    num_devices=st.integers(1, 8),
+)
+def test_initial_layout_is_balanced_within_one(layers: list[int], num_devices: int) -> None:
+    layout = initial_layout(layers, [f"host:{i}" for i in range(num_devices)])
+    for layer, count in enumerate(layers):
+        held = [len(layout.experts_on(slot, layer)) for slot in layout.slots]
+        assert sum(held) == count
+        assert max(held) - min(held) <= 1
+        assert len(layout.owners(layer)) == count
+
+
+def test_layout_invariants_are_checked() -> None:
+    layout = initial_layout([4], ["host:0", "host:1"])
+    layout.check()
+    broken = [
+        msgspec.structs.replace(layout, homes=(((0,), (0,), (), (1,)),)),
+        msgspec.structs.replace(layout, homes=(((0,), (0,), (2,), (1,)),)),
+        msgspec.structs.replace(layout, homes=(((1, 0), (0,), (1,), (1,)),)),
+        msgspec.structs.replace(layout, seats=(layout.seats[0], layout.seats[0])),
+        msgspec.structs.replace(layout, tp=2),
+        msgspec.structs.replace(layout, epoch=0),
+        msgspec.structs.replace(layout, seats=(layout.seats[0], Seat(RankId(1, 0), 1, "host:0"))),
+    ]
+    for bad in broken:
+        with pytest.raises(ValueError, match=r"\w"):
+            bad.check()
+    with pytest.raises(ConfigError, match="3 devices make no whole replicas of tp=2"):
+        initial_layout([4], ["a", "b", "c"], tp=2)
+
+
+@pytest.mark.parametrize("spec", [tiny_mixtral_spec(), tiny_qwen3_spec("bfloat16")], ids=["mixtral", "qwen3"])
+def test_records_name_every_tensor_once_and_do_not_overlap(spec) -> None:  # type: ignore[no-untyped-def]
+    names = []
+    for item in records(spec):
+        end = 0
+        for tensor in item.tensors:
+            assert tensor.offset % TENSOR_ALIGN_BYTES == 0
+            assert tensor.offset >= end
+            end = tensor.offset + tensor.nbytes
+            names += [source.name for source in tensor.sources]
+        assert item.nbytes >= end
+        assert record(spec, item.key) == item
+    assert len(names) == len(set(names))
+    sizes = {record(spec, RecordKey("expert", layer, 0)).nbytes for layer in range(spec.num_layers)}
+    assert len(sizes) == 1
+
+
+@given(st.sampled_from([4096, 1 << 16, 1 << 21]), st.integers(1, 64), st.integers(1, 9), st.sampled_from([64, 80, 128]))
+def test_kv_handles_are_filled_by_whole_blocks(granularity: int, layers: int, kv_heads: int, head_dim: int) -> None:
+    spec = tiny_mixtral_spec(
+        num_hidden_layers=layers, num_key_value_heads=kv_heads, num_attention_heads=kv_heads, head_dim=head_dim
+    )
+    geometry = kv_geometry(spec, 16, granularity)
+    assert geometry.handle_bytes % granularity == 0
+    assert geometry.blocks_per_handle * geometry.block_stride == geometry.handle_bytes
+    assert geometry.block_bytes <= geometry.block_stride <= geometry.block_bytes * 1.03 + TENSOR_ALIGN_BYTES
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*not supported"),
+        ({"hidden_size": -1}, r"hidden_size must be an integer in \[1, 65536\], is -1"),
+        ({"hidden_size": "32"}, "hidden_size must be an integer"),
+        ({"num_experts_per_tok": 9}, "top-k 9 exceeds the 5 experts"),
+        ({"num_key_value_heads": 3}, "4 heads are no multiple of 3 kv heads"),
+        ({"sliding_window": 128}, "sliding_window=128 below max_position_embeddings=256"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number"),
+        ({"eos_token_id": "x"}, "eos_token_id must be token ids"),
+    ],
+)
+def test_bad_configs_are_refused_with_limit_and_value(changes: dict[str, object], text: str) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        parse_spec(TINY_MIXTRAL | changes, "float32")

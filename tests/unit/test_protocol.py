@@ -1,0 +1,190 @@
+"""Every message: encoded here, decoded by an independent MessagePack library, decoded again strictly; and bad bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any, get_args
+
+import msgpack
+import msgspec
+import pytest
+
+from common.layout import RankId, initial_layout
+from common.model_spec import KvGeometry, RecordKey
+from common.protocol import handles, hmm, keeper, pool, rank, router, scaler
+from common.protocol.codec import Codec, Message, encode
+from common.protocol.errors import ProtocolError
+from common.protocol.handles import Extent, RecordExtent
+from common.protocol.limits import PROTOCOL_VERSION
+from common.protocol.replies import Ack, Refused
+from common.protocol.router import Delta, Logprob
+from common.protocol.scaler import DeviceStatus, PoolRank
+from tests.unit.specs import tiny_mixtral_spec
+
+LAYOUT = initial_layout([3, 0, 3], ["host:0", "host:1"])
+RANK = RankId(1, 0)
+NAME = "rank-r1t0:0123456789abcdef"
+SAMPLING = rank.Sampling(seed=7, temperature=0.5, logit_bias=((3, -1.5),), logprobs=2)
+EXTENT = Extent(0, 4096, 8192)
+
+RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
+    "hmm": (
+        hmm.CODEC,
+        (
+            hmm.LoadModel("op", "/models/x", "bfloat16", LAYOUT, 16, 1 << 20, 256, 32, 2048),
+            hmm.GetHmmStatus(),
+            hmm.SetMembership((0, 1), True),
+            hmm.CheckIntegrity(True),
+        ),
+    ),
+    "pool": (
+        pool.CODEC,
+        (
+            pool.StartRank(RANK, 1, "host:1", NAME, 1, 256, 32, 2048),
+            pool.StopRank(RANK, NAME, 100),
+            pool.GetPool(),
+        ),
+    ),
+    "rank": (
+        rank.CODEC,
+        (
+            rank.Submit("r1", (1, 2, 3), 5, SAMPLING, (0,), 1, 30.0, -3, True),
+            rank.Cancel("r1"),
+            rank.Watch(),
+            rank.GetRankIntegrity(),
+        ),
+    ),
+    "router": (
+        router.CODEC,
+        (
+            router.Tokens((Delta("r1", 0, (5,), "stop", 2, (Logprob(-0.5, ((5, -0.5),)),), None),)),
+            router.Failed("r1", "queue_full", "64 requests wait; the limit is 64", True),
+            router.RankStatus(RANK, NAME, 3, 1, 2, 30, 9, 10, 2048, 0.25),
+            Ack(),
+            Refused("conflict", "text", False),
+        ),
+    ),
+    "scaler": (
+        scaler.CODEC,
+        (
+            scaler.HmmStatus(
+                "ready", 1, 2, None, (DeviceStatus("host:0", 9, 1, 2, 3, 3, 4, 5, NAME),), 3, (0, 1), True, "op", LAYOUT
+            ),
+            scaler.RankStarted(RANK, NAME, 12),
+            scaler.RankReady(RANK, 1, NAME, 1.5, 2.5),
+            scaler.RankExited(RANK, 1, NAME, -9, "killed by signal 9"),
+            scaler.PoolStatus(2, (PoolRank(RANK, 1, "host:1", NAME, 12, True),)),
+            scaler.Integrity(("finding",), {"host:0/base": 1 << 63}),
+            Ack(),
+            Refused("conflict", "text", False),
+        ),
+    ),
+    "keeper": (keeper.TO_KEEPER, (keeper.Keep("a"), keeper.Forget("a"), keeper.Fetch())),
+    "hmm from keeper": (keeper.TO_HMM, (keeper.Kept(("a",)), Ack(), Refused("x", "y", True))),
+    "hmm from rank": (handles.TO_HMM, (handles.Attach(RANK, 1, "host:1", NAME, True),)),
+    "rank from hmm": (
+        handles.TO_RANK,
+        (
+            handles.AttachReply(
+                tiny_mixtral_spec(),
+                1,
+                4096,
+                (RecordExtent(RecordKey("expert", 0, 2), EXTENT),),
+                (EXTENT,),
+                KvGeometry(16, 4096, 4096, 1, 4096),
+                1 << 20,
+                EXTENT,
+                EXTENT,
+                (0, 1),
+                (1, 2),
+                ((0, 1),),
+            ),
+            Refused("conflict", "text", False),
+        ),
+    ),
+}
+CASES = [(name, message) for name, (_, messages) in RECEIVERS.items() for message in messages]
+
+
+def kinds_of(codec: Codec[Any]) -> set[str]:
+    union = codec._decoder.type
+    return {kind.__name__ for kind in (get_args(union) or (union,))}
+
+
+@pytest.mark.parametrize("receiver", RECEIVERS)
+def test_every_message_of_the_union_has_an_example(receiver: str) -> None:
+    codec, messages = RECEIVERS[receiver]
+    assert {type(message).__name__ for message in messages} == kinds_of(codec)
+
+
+@pytest.mark.parametrize(("receiver", "message"), CASES, ids=[f"{n}-{type(m).__name__}" for n, m in CASES])
+def test_round_trip_and_independent_decoding(receiver: str, message: Message) -> None:
+    raw = encode(message, sender="test:1", epoch=3, seq=9)
+    plain = msgpack.unpackb(raw)
+    assert {key: plain[key] for key in ("version", "epoch", "sender", "seq")} == {
+        "version": PROTOCOL_VERSION,
+        "epoch": 3,
+        "sender": "test:1",
+        "seq": 9,
+    }
+    assert plain["body"]["type"] == type(message).__name__
+    assert plain["body"] == json.loads(msgspec.json.encode(message))
+    received = RECEIVERS[receiver][0].decode(raw)
+    assert (received.epoch, received.sender, received.seq, received.body) == (3, "test:1", 9, message)
+
+
+def test_another_version_is_told_apart_whatever_its_body() -> None:
+    raw = msgpack.packb({"version": 2, "epoch": 0, "sender": "x:1", "seq": 1, "body": {"type": "New", "deep": [[]]}})
+    with pytest.raises(ProtocolError, match="version 2 is not 1") as caught:
+        rank.CODEC.decode(raw)
+    assert caught.value.code == "version_mismatch"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"type": "Unknown"},
+        {"type": "Cancel"},
+        {"type": "Cancel", "request_id": 5},
+        {"type": "Cancel", "request_id": "a", "extra": 1},
+        {"type": "Cancel", "request_id": ""},
+        {"type": "Submit", "request_id": "a", "prompt": [], "max_tokens": 1, "sampling": {"seed": 1}},
+        {"type": "Submit", "request_id": "a", "prompt": [-1], "max_tokens": 1, "sampling": {"seed": 1}},
+        {"type": "Submit", "request_id": "a", "prompt": [1], "max_tokens": 1, "sampling": {"seed": 1, "top_p": 0.0}},
+        {
+            "type": "Submit",
+            "request_id": "a",
+            "prompt": [1],
+            "max_tokens": 1,
+            "sampling": {"seed": 1, "temperature": float("nan")},
+        },
+        [],
+        None,
+        7,
+    ],
+)
+def test_bodies_out_of_bounds_are_refused(body: Any) -> None:
+    raw = msgpack.packb({"version": PROTOCOL_VERSION, "epoch": 0, "sender": "x:1", "seq": 1, "body": body})
+    with pytest.raises(ProtocolError):
+        rank.CODEC.decode(raw)
+
+
+def test_no_bytes_raise_anything_else() -> None:
+    rng = random.Random(1)
+    samples = [(codec, encode(m, sender="t:1")) for codec, messages in RECEIVERS.values() for m in messages]
+    bombs = [b"\x91" * 100_000, b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"", b"\xc1", b"\x81" * 50_000]
+    num_refused = 0
+    for turn in range(20_000):
+        codec, raw = samples[turn % len(samples)]
+        data = bytearray(bombs[turn % len(bombs)] if turn % 50 == 0 else raw)
+        for _ in range(rng.randint(0, 4)):
+            if data:
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del data[rng.randrange(len(data) + 1) :]
+        try:
+            codec.decode(bytes(data))
+        except ProtocolError:
+            num_refused += 1
+    assert num_refused > 1_000

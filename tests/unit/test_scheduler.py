@@ -1,0 +1,140 @@
+"""The scheduler and its blocks against a model that never computes: every sequence ends, nothing leaks."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.protocol.errors import InvalidRequest, Overloaded
+from common.protocol.rank import Sampling, Submit
+from services.worker.engine.blocks import BlockManager
+from services.worker.engine.scheduler import Scheduler
+
+PEER = b"router:1"
+
+
+def submit(name: str, prompt: list[int], max_tokens: int, priority: int = 0) -> Submit:
+    return Submit(name, tuple(prompt), max_tokens, Sampling(seed=1), priority=priority)
+
+
+def make(num_blocks: int = 16, block_size: int = 4, **options: int) -> Scheduler:
+    sizes = {"max_tokens": 8, "max_sequences": 4, "max_model_len": 64, "max_waiting": 100} | options
+    return Scheduler(BlockManager(num_blocks, block_size), **sizes)
+
+
+def run_step(scheduler: Scheduler, token: int = 7) -> int:
+    plan = scheduler.plan()
+    assert plan.num_tokens <= scheduler.max_tokens
+    scheduler.commit(plan.chunks, [token for chunk in plan.chunks if chunk.sample])
+    for chunk in plan.chunks:
+        if chunk.sequence.finish_reason(scheduler.capacity_tokens):
+            scheduler.remove(chunk.sequence)
+    assert scheduler.check_integrity() == []
+    return plan.num_tokens
+
+
+def test_long_prompt_is_computed_in_chunks_while_others_decode() -> None:
+    scheduler = make()
+    scheduler.add(submit("short", [1, 2], 20), PEER, 0.0)
+    assert run_step(scheduler) == 2
+    long = scheduler.add(submit("long", list(range(20)), 5), PEER, 0.0)
+    counts = []
+    while long.num_output == 0:
+        plan = scheduler.plan()
+        counts.append([chunk.num_tokens for chunk in plan.chunks])
+        scheduler.commit(plan.chunks, [7 for chunk in plan.chunks if chunk.sample])
+    assert counts == [[1, 7], [1, 7], [1, 6]]
+
+
+def test_same_beginning_shares_blocks() -> None:
+    scheduler = make()
+    first = scheduler.add(submit("a", list(range(10)), 10), PEER, 0.0)
+    run_step(scheduler)
+    run_step(scheduler)
+    second = scheduler.add(submit("b", [*range(8), 99], 1), PEER, 0.0)
+    run_step(scheduler)
+    assert second.num_output == 1
+    third = scheduler.add(submit("c", [*range(8), 98, 97], 4), PEER, 0.0)
+    plan = scheduler.plan()
+    assert third.blocks[:2] == first.blocks[:2]
+    assert next(chunk for chunk in plan.chunks if chunk.sequence is third).start == 8
+
+
+def test_plan_that_is_given_up_is_planned_again() -> None:
+    scheduler = make()
+    sequence = scheduler.add(submit("a", list(range(6)), 3), PEER, 0.0)
+    first, second = scheduler.plan(), scheduler.plan()
+    assert first.chunks == second.chunks
+    assert [s.request.request_id for s in first.admitted] == ["a"]
+    assert second.admitted == []
+    assert sequence.kv_len == 0
+
+
+def test_preemption_prefers_the_older() -> None:
+    scheduler = make(num_blocks=4, max_tokens=16, max_model_len=16)
+    old = scheduler.add(submit("old", [1, 2, 3, 4], 12), PEER, 0.0)
+    new = scheduler.add(submit("new", [5, 6, 7, 8], 12), PEER, 0.0)
+    done: list[str] = []
+    for _ in range(100):
+        plan = scheduler.plan()
+        scheduler.commit(plan.chunks, [7 for chunk in plan.chunks if chunk.sample])
+        for chunk in plan.chunks:
+            if chunk.sequence.finish_reason(scheduler.capacity_tokens):
+                scheduler.remove(chunk.sequence)
+                done.append(chunk.sequence.request.request_id)
+        assert scheduler.check_integrity() == []
+    assert done == ["old", "new"]
+    assert (old.num_output, new.num_output) == (12, 12)
+
+
+def test_refusals() -> None:
+    scheduler = make(max_waiting=1)
+    with pytest.raises(InvalidRequest, match="context of 64"):
+        scheduler.add(submit("long", [1] * 64, 1), PEER, 0.0)
+    scheduler.add(submit("a", [1], 1), PEER, 0.0)
+    with pytest.raises(InvalidRequest, match="in use"):
+        scheduler.add(submit("a", [1], 1), PEER, 0.0)
+    with pytest.raises(Overloaded, match="limit is 1"):
+        scheduler.add(submit("b", [1], 1), PEER, 0.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_everything_ends_and_nothing_leaks(seed: int) -> None:
+    rng = random.Random(seed)
+    scheduler = make(num_blocks=rng.randint(16, 40), max_tokens=rng.randint(1, 20), max_sequences=rng.randint(1, 6))
+    expected: dict[str, int] = {}
+    ended: dict[str, int] = {}
+    for turn in range(400):
+        if turn < 200 and rng.random() < 0.4:
+            prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 40))]
+            name = f"r{turn}"
+            expected[name] = rng.randint(1, 20)
+            scheduler.add(submit(name, prompt, expected[name], rng.randint(0, 1)), PEER, 0.0)
+        if scheduler.sequences() and rng.random() < 0.05:
+            victim = rng.choice(scheduler.sequences())
+            scheduler.remove(victim)
+            del expected[victim.request.request_id]
+        plan = scheduler.plan()
+        if rng.random() < 0.1:
+            continue  # the exchange was aborted
+        scheduler.commit(plan.chunks, [rng.randint(0, 1) for chunk in plan.chunks if chunk.sample])
+        for chunk in plan.chunks:
+            if chunk.sequence.finish_reason(scheduler.capacity_tokens):
+                scheduler.remove(chunk.sequence)
+                ended[chunk.sequence.request.request_id] = chunk.sequence.num_output
+        assert scheduler.check_integrity() == []
+    turns = 0
+    while scheduler.sequences():
+        turns += 1
+        assert turns < 20_000
+        plan = scheduler.plan()
+        assert plan.chunks or plan.freed_rows
+        scheduler.commit(plan.chunks, [0 for chunk in plan.chunks if chunk.sample])
+        for chunk in plan.chunks:
+            if chunk.sequence.finish_reason(scheduler.capacity_tokens):
+                scheduler.remove(chunk.sequence)
+                ended[chunk.sequence.request.request_id] = chunk.sequence.num_output
+    assert {name: ended[name] for name in expected} == expected
+    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
