@@ -5,10 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import psutil
-
 from cli.console import size
-from cli.settings import Settings, bind_once
+from cli.probes import bind_once
+from cli.settings import Settings
 from common.families import load_spec, records
 from common.model_spec import ModelSpec, kv_geometry, round_up
 from common.protocol.errors import DoesNotFit, InvalidRequest
@@ -67,10 +66,10 @@ def check_memory(settings: Settings, model: Path) -> None:
     num_used = scaler.replicas * scaler.tp
     available = available_bytes()
     if settings.hmm.device_bytes:
-        budget, origin = settings.hmm.device_bytes, "--device-memory"
+        budget = settings.hmm.device_bytes
         if weights + kv_min > budget:
             raise DoesNotFit(
-                f"{_shares(spec, weights, kv_min)} per device exceed its {size(budget)} ({origin})",
+                f"{_shares(spec, weights, kv_min)} per device exceed the {size(budget)} of --device-memory",
                 code="out_of_memory",
             )
     needed = num_used * (weights + kv_min)
@@ -107,7 +106,8 @@ def device_weights_bytes(spec: ModelSpec, num_devices: int, granularity: int) ->
 
 def available_bytes() -> int:
     """Memory that processes can still get: the machine's, or the container's where that is less."""
-    available = int(psutil.virtual_memory().available)
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())

@@ -1,8 +1,8 @@
 """Run as a script by the launcher: `child.py LAUNCHER_PID PROGRAM ARG...` becomes PROGRAM, tied to the launcher's life.
 
-The kernel then kills the program when the launcher dies, however it dies (also by SIGKILL). The tie is made here, in the
-new process, and not between fork and exec in the launcher: no Python runs in a forked copy of it. Imports nothing but
-the standard library, so that it costs milliseconds.
+The kernel then kills the program when the launcher dies, however it dies (also by SIGKILL). The tie is made here, in
+the new process, and not between fork and exec in the launcher: no Python runs in a forked copy of it. Imports nothing
+but the standard library, so that it costs milliseconds.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """Starts the processes of a deployment, keeps them running and stops them. One thread, no decision of its own.
 
-What happens when a child ends is decided in `supervisor.py`; this is the shell around it: processes, signals, clock. All
-children are started by the main thread, because their ties to our life (see `child.py`) are to the thread that did.
+What happens when a child ends is decided in `supervisor.py`; this is the shell around it: processes, signals, clock.
+All children are started by the main thread, because their ties to our life (see `child.py`) are to the thread that did.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Literal, Protocol
@@ -53,7 +53,7 @@ class Plan:
     answers: Callable[[ChildSpec], bool]
     record: Callable[[State, tuple[ProcessRecord, ...]], None]
     ready_seconds_max: float = 600.0
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
 
 class StopRequested(Exception):
@@ -94,7 +94,7 @@ class Launcher:
             reader.close()
             writer.close()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, *_: int | FrameType | None) -> None:
         self._num_signals += 1
 
     def start(self) -> None:

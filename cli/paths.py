@@ -1,4 +1,4 @@
-"""Where the command line keeps things of a user: models and chat history in the home, run directories in a runtime dir."""
+"""Where things of a user are kept: models and chat history in a home, run directories in a runtime folder."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
-"""How the launcher learns that a deployment serves: what the scaler's and the router's `/ready` say."""
+"""Questions about listeners: whether a port is free, and whether a deployment serves (what its `/ready`s say)."""
 
 from __future__ import annotations
 
+import errno
+import socket
 from dataclasses import dataclass
 
 import httpx
 import msgspec
 
-from common.protocol.errors import ElasticMoEError
+from common.protocol.errors import ElasticMoEError, InvalidRequest
 from common.protocol.replies import Refused
 
 _TIMEOUT_S = 2.0
@@ -74,3 +76,32 @@ def _parse(answer: httpx.Response) -> Progress:
             body.error.raise_()
         raise ElasticMoEError(body.reason or "the scaler gave up", code="start_failed")
     return Progress(body.phase[:_PHASE_CHARS_MAX] or "starting", max(0, body.bytes_done), max(0, body.bytes_total))
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of `host` that nobody listens on now. Raises InvalidRequest for a host that is not this machine's."""
+    return bind_once(host, 0)
+
+
+def bind_once(host: str, port: int) -> int:
+    """Bind a TCP port for a moment, as the services will (SO_REUSEADDR); returns its number.
+
+    Raises InvalidRequest saying why it cannot be bound.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError):
+        raise InvalidRequest(f"host {host!r} cannot be resolved", code="bad_host") from None
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(1)
+        except OSError as error:
+            raise InvalidRequest(f"port {port} on {host}: {error.strerror}", code=_bind_code(error)) from None
+        return int(listener.getsockname()[1])
+
+
+def _bind_code(error: OSError) -> str:
+    codes = {errno.EADDRINUSE: "port_in_use", errno.EADDRNOTAVAIL: "bad_host", errno.EACCES: "port_not_allowed"}
+    return codes.get(error.errno or 0, "port_unusable")

@@ -6,18 +6,18 @@ The children get the result through the environment, so that all of them see the
 from __future__ import annotations
 
 import argparse
-import errno
+import hashlib
+import ipaddress
 import os
 import re
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cli.paths import HOME_VARIABLE, package_root, run_dir_of
+from cli.probes import free_port
 from common import config
-from common.protocol.errors import ConfigError, InvalidRequest
 
 C = TypeVar("C", bound=config.Common)
 
@@ -78,6 +78,10 @@ def from_flags(args: argparse.Namespace) -> Settings:
         "max_sequences": args.max_sequences,
     }
     settings = resolve({name: value for name, value in flags.items() if value is not None})
+    if settings.scaler.store_url and settings.scaler.deployment == "default":
+        # A server that others use too: the name keeps deployments of other run directories apart in it.
+        digest = hashlib.sha256(str(settings.scaler.run_path).encode()).hexdigest()[:12]
+        settings = settings.replace(deployment=f"run-{digest}")
     if settings.router.port == 0:
         settings = settings.replace(port=free_port(settings.router.host))
     if settings.scaler.admin_port == 0:
@@ -118,42 +122,15 @@ def child_environment(settings: Settings) -> dict[str, str]:
     return environment
 
 
-def free_port(host: str) -> int:
-    """A port of `host` that nobody listens on now. Raises InvalidRequest for a host that is not this machine's."""
-    return bind_once(host, 0)
-
-
-def bind_once(host: str, port: int) -> int:
-    """Bind a TCP port for a moment, as the services will (SO_REUSEADDR); returns its number.
-
-    Raises InvalidRequest saying why it cannot be bound.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (socket.gaierror, UnicodeError):
-        raise InvalidRequest(f"host {host!r} cannot be resolved", code="bad_host") from None
-    with socket.socket(family, kind, protocol) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            listener.listen(1)
-        except OSError as error:
-            raise InvalidRequest(f"port {port} on {host}: {error.strerror}", code=_bind_code(error)) from None
-        return int(listener.getsockname()[1])
-
-
-def _bind_code(error: OSError) -> str:
-    codes = {errno.EADDRINUSE: "port_in_use", errno.EADDRNOTAVAIL: "bad_host", errno.EACCES: "port_not_allowed"}
-    return codes.get(error.errno or 0, "port_unusable")
-
-
 def _reachable(host: str) -> str:
-    """The address by which this machine reaches a listener on `host`."""
-    if host in ("", "0.0.0.0"):
-        return "127.0.0.1"
-    if host == "::":
-        return "[::1]"
-    return f"[{host}]" if ":" in host else host
+    """The address by which this machine reaches a listener on `host`, as it stands in a URL."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host  # a name
+    if address.is_unspecified:  # it listens on all addresses
+        return "[::1]" if address.version == 6 else "127.0.0.1"
+    return f"[{host}]" if address.version == 6 else host
 
 
 def require_run_dir(settings: Settings) -> Path:

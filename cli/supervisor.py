@@ -26,7 +26,7 @@ class ChildState:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """A child ended. `code` is negative for a signal; `starting`: before the deployment was ready for the first time."""
+    """A child ended. `code`: negative for a signal; `starting`: before the deployment was ready for the first time."""
 
     code: int
     starting: bool

@@ -20,7 +20,7 @@ def version() -> str:
         return "unknown"
 
 
-def run(args: argparse.Namespace) -> int:
+def run(_: argparse.Namespace) -> int:
     """Print it."""
     print(f"elasticmoe {version()}")
     return 0

@@ -28,8 +28,12 @@ from cli.models.checkpoint import (
     write_weights,
 )
 
-# A small embedding lets attention and experts, not the last token alone, decide the next token: lost context shows.
-_EMBEDDING_STD = 0.25
+# An embedding below 1 lets attention and experts, not the last token alone, decide the next token: lost context shows.
+_EMBEDDING_STD = 0.5
+# Queries are longer than keys, so that attention picks tokens out. Otherwise it averages over all of them, which makes
+# the positions of a long prompt alike: few experts get most tokens, and one lost token changes little. Much more than 2
+# makes the model so sensitive that bfloat16 rounding decides tokens.
+_QUERY_GAIN = 2.0
 _NORM_STD = 0.05
 _BIAS_STD = 0.1
 
@@ -48,7 +52,8 @@ def random_checkpoint(
 
     Writes `config.json` (with `torch_dtype` set to `dtype`), the weights in at most `shards` files, and, with
     `tokenizer`, the byte-level tokenizer filled up to the vocabulary's size. `seed` >= 0; `dtype` is "bfloat16" or
-    "float32". Linear weights have a standard deviation of 1/sqrt(fan_in), norms are 1 plus a little noise.
+    "float32". Linear weights have a standard deviation of 1/sqrt(fan_in), norms are 1 plus a little noise; queries have
+    twice that size.
 
     Atomic: `directory` must be absent or empty and appears complete or not at all. Returns it. Raises ValueError for a
     config that is not one of these families or lacks a field, for a bad argument and for a folder that is not empty.
@@ -113,18 +118,18 @@ def _draw(spec: _Spec, seed: int) -> torch.Tensor:
     return torch.from_numpy(values)
 
 
-def _linear(name: str, num_out: int, num_in: int) -> _Spec:
-    return _Spec(name, (num_out, num_in), 1 / math.sqrt(num_in))
+def _linear(name: str, num_out: int, num_in: int, *, gain: float = 1.0) -> _Spec:
+    return _Spec(name, (num_out, num_in), gain / math.sqrt(num_in))
 
 
-def _norm(name: str, width: int) -> _Spec:
-    return _Spec(name, (width,), _NORM_STD, mean=1.0)
+def _norm(name: str, width: int, *, mean: float = 1.0) -> _Spec:
+    return _Spec(name, (width,), _NORM_STD, mean)
 
 
 def _mixtral_layer(config: Mapping[str, Any], layer: int) -> Iterator[_Spec]:
     prefix = f"model.layers.{layer}"
     hidden = positive(config, "hidden_size")
-    yield from _attention(config, prefix, has_bias=False)
+    yield from _attention(config, prefix, query_gain=_QUERY_GAIN, has_bias=False)
     num_experts, width = positive(config, "num_local_experts"), positive(config, "intermediate_size")
     _check_top_k(config, num_experts)
     yield _linear(f"{prefix}.block_sparse_moe.gate.weight", num_experts, hidden)
@@ -135,9 +140,10 @@ def _mixtral_layer(config: Mapping[str, Any], layer: int) -> Iterator[_Spec]:
 def _qwen3_moe_layer(config: Mapping[str, Any], layer: int) -> Iterator[_Spec]:
     prefix = f"model.layers.{layer}"
     hidden, names = positive(config, "hidden_size"), ("gate_proj", "up_proj", "down_proj")
-    yield from _attention(config, prefix, has_bias=bool(config.get("attention_bias", False)))
-    for name in ("q_norm", "k_norm"):
-        yield _norm(f"{prefix}.self_attn.{name}.weight", _head_dim(config))
+    yield from _attention(config, prefix, query_gain=1.0, has_bias=bool(config.get("attention_bias", False)))
+    # The norm undoes what the projection's size is, so the queries get theirs here.
+    yield _norm(f"{prefix}.self_attn.q_norm.weight", _head_dim(config), mean=_QUERY_GAIN)
+    yield _norm(f"{prefix}.self_attn.k_norm.weight", _head_dim(config))
     step = positive(config, "decoder_sparse_step") if "decoder_sparse_step" in config else 1
     if layer in (config.get("mlp_only_layers") or []) or (layer + 1) % step:
         yield from _ffn(f"{prefix}.mlp", names, hidden, positive(config, "intermediate_size"))
@@ -167,7 +173,7 @@ def _check_top_k(config: Mapping[str, Any], num_experts: int) -> None:
         raise ValueError(f"config asks for {top_k} experts per token and has only {num_experts}")
 
 
-def _attention(config: Mapping[str, Any], prefix: str, *, has_bias: bool) -> Iterator[_Spec]:
+def _attention(config: Mapping[str, Any], prefix: str, *, query_gain: float, has_bias: bool) -> Iterator[_Spec]:
     hidden, head_dim = positive(config, "hidden_size"), _head_dim(config)
     heads, kv_heads = positive(config, "num_attention_heads"), positive(config, "num_key_value_heads")
     if heads % kv_heads:
@@ -179,7 +185,8 @@ def _attention(config: Mapping[str, Any], prefix: str, *, has_bias: bool) -> Ite
     num_q, num_k = heads * head_dim, kv_heads * head_dim
     projections = (("q", num_q, hidden), ("k", num_k, hidden), ("v", num_k, hidden), ("o", hidden, num_q))
     for name, num_out, num_in in projections:
-        yield _linear(f"{prefix}.self_attn.{name}_proj.weight", num_out, num_in)
+        gain = query_gain if name == "q" else 1.0
+        yield _linear(f"{prefix}.self_attn.{name}_proj.weight", num_out, num_in, gain=gain)
         if has_bias:
             yield _Spec(f"{prefix}.self_attn.{name}_proj.bias", (num_out,), _BIAS_STD)
 

@@ -87,8 +87,13 @@ class HostDevice(Device):
         return self._reach
 
     def files(self) -> dict[Space, int]:
-        """The descriptors of all spaces, made where they were not there. They stay the device's."""
-        return {space: self._file(space).fd for space in SPACES}
+        """The descriptors of the spaces in use, for a successor. They stay the device's."""
+        return {space: file.fd for space, file in self._files.items()}
+
+    def create_files(self) -> None:
+        """Make the files of all spaces, which is otherwise left to the first `create`."""
+        for space in SPACES:
+            self._file(space)
 
     def _file(self, space: Space) -> _File:
         file = self._files.get(space)

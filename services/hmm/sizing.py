@@ -95,8 +95,8 @@ def size_devices(
         num_kv = max(0, min(load.kv_bytes_max, room)) // geometry.handle_bytes
         if num_kv < handles_min:
             raise DoesNotFit(
-                f"{seat.device}: budget {budget} bytes, weights {weights}, ledger {ledger.nbytes}: {max(0, room)} bytes "
-                f"are left and kv_bytes_max is {load.kv_bytes_max}, but the KV of one sequence of "
+                f"{seat.device}: of the budget of {budget} bytes, weights take {weights}, the ledger {ledger.nbytes}; "
+                f"{max(0, room)} are left and kv_bytes_max is {load.kv_bytes_max}, but the KV of one sequence of "
                 f"{load.max_model_len} tokens needs {kv_min}"
             )
         result[seat.device] = DeviceSizes(keys, weights, ledger.nbytes, num_kv)

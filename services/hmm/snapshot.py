@@ -1,5 +1,4 @@
-"""The catalog in a memfd that the keeper holds: two slots, written in turn, so that a kill at any instruction leaves one
-that is whole.
+"""The catalog in a memfd that the keeper holds: two slots, written in turn. A kill at any instruction leaves one whole.
 
 A slot is `seq, length, checksum` (three u64, little-endian) and `length` bytes. The checksum covers the other two and
 the bytes, so a slot that is half written is recognized, and the other one, which was not touched, counts.

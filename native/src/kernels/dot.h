@@ -50,7 +50,7 @@ void dot_tile(const float* x, const typename T::Element* w, int64_t w_stride, in
   F32 sums[kRows][kCols] = {};
   int64_t k = 0;
   for (; k + T::kStep <= depth; k += T::kStep) {
-    for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + line * kLineBytes, 0, 2);
+    for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + line * kLineBytes, 0, 3);
     ahead.from += ahead.lines * kLineBytes;
     accumulate_all<T>(sums, x + k * kRows, w + k, w_stride);
   }
@@ -126,16 +126,22 @@ inline constexpr int64_t kPanelBytes = 64 * 1024;  // of weights that stay in th
 inline int64_t num_row_blocks(int64_t num_rows) { return (num_rows + kTileRows - 1) / kTileRows; }
 inline int64_t block_end(int64_t num_rows, int64_t block) { return num_rows * (block + 1) / num_row_blocks(num_rows); }
 
-// Pack rows for `product`: block after block. `to` has room for num_rows × padded<T>(depth).
-template <typename T>
-void pack_rows(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, float* to) {
+// Pack rows for `product`: block after block. `row_at(i)` is the address of row i. `to` has room for num_rows ×
+// padded<T>(depth).
+template <typename T, typename RowAt>
+void pack_rows(RowAt row_at, int64_t num_rows, int64_t depth, float* to) {
   int64_t row = 0;
   for (int64_t block = 0; row < num_rows; ++block) {
     const int64_t begin = row, end = block_end(num_rows, block);
     for (; row < end; ++row) {
-      pack<T>(x + row * x_stride, depth, to + begin * padded<T>(depth) + (row - begin) * kLanes, (end - begin) * kLanes);
+      pack<T>(row_at(row), depth, to + begin * padded<T>(depth) + (row - begin) * kLanes, (end - begin) * kLanes);
     }
   }
+}
+
+template <typename T>
+void pack_rows(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, float* to) {
+  pack_rows<T>([=](int64_t row) { return x + row * x_stride; }, num_rows, depth, to);
 }
 
 // out[m, n] (+)= x[m] · w[n] for x from `pack_rows` and contiguous w.

@@ -1,0 +1,128 @@
+"""`elasticmoe bench serve`: steady state. Tokens per second, TTFT and TPOT at several concurrencies.
+
+For each model and number of replicas a deployment is started, warmed up, measured and stopped; rounds are interleaved
+over the concurrencies, because shared machines drift, and the best round of each is reported beside the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from cli.bench.load import Figures, Shape, figures, run_clients
+from cli.bench.report import provenance, table, write_raw
+from cli.probes import free_port
+from common.families import read_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench serve`."""
+    parser.add_argument("--models", default="demo,qwen3-moe-1b", help="names or paths, comma-separated")
+    parser.add_argument("--replicas", default="1,2", help="numbers of replicas, comma-separated")
+    parser.add_argument("--concurrency", default="1,8,32")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=128)
+    parser.add_argument("--requests-per-client", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, write raw data and the plot; the exit status (1: some request failed)."""
+    rows: list[dict[str, Any]] = []
+    raw: list[dict[str, Any]] = []
+    for model in args.models.split(","):
+        for replicas in (int(n) for n in args.replicas.split(",")):
+            for row, data in _measure(args, model, replicas):
+                rows.append(row)
+                raw.append(data)
+    print(table(rows))
+    data = {"provenance": provenance(" ".join(["elasticmoe", *sys.argv[1:]])), "rows": rows, "rounds": raw}
+    path = write_raw(args.output, "serve", data)
+    _plot(rows, args.output / "serve.png")
+    print(f"raw data: {path}")
+    return 1 if any(row["failed"] for row in rows) else 0
+
+
+def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    concurrencies = [int(n) for n in args.concurrency.split(",")]
+    with tempfile.TemporaryDirectory(prefix="em-bench-") as directory:
+        port, admin_port = free_port(), free_port()
+        up = ["--model", model, "--replicas", str(replicas), "--devices", f"host:{replicas}", "--port", str(port)]
+        up += ["--admin-port", str(admin_port), "--run-dir", f"{directory}/run", "--detach"]
+        subprocess.run([sys.executable, "-m", "cli.main", "up", *up], check=True)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            shape = Shape(args.prompt_tokens, args.output_tokens, _vocab(url))
+            asyncio.run(run_clients(url, shape, 2 * replicas, 2 * replicas, seed=0))
+            results: dict[int, list[tuple[Figures, float]]] = {n: [] for n in concurrencies}
+            for turn in range(args.rounds):
+                for n in concurrencies:
+                    num = max(n * args.requests_per_client, 2)
+                    samples = asyncio.run(run_clients(url, shape, n, num, seed=1 + turn * 100 + n))
+                    results[n].append((figures(samples, n), _share_outside_math(url)))
+        finally:
+            subprocess.run([sys.executable, "-m", "cli.main", "down", "--run-dir", f"{directory}/run"], check=True)
+    return [_summary(model, replicas, rounds) for rounds in results.values()]
+
+
+def _vocab(url: str) -> int:
+    """Ids below the model's vocabulary, as the server reports it."""
+    root = httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["root"]
+    return int(read_config(Path(root))["vocab_size"])
+
+
+def _share_outside_math(url: str) -> float:
+    ranks = httpx.get(f"{url}/load", timeout=10).json()["ranks"]
+    return max(float(rank["step_share_outside_math"]) for rank in ranks)
+
+
+def _summary(
+    model: str, replicas: int, rounds: list[tuple[Figures, float]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    found = [item for item, _ in rounds]
+    best = max(found, key=lambda item: item.tokens_per_s)
+    row = {
+        "model": Path(model).name,
+        "replicas": replicas,
+        "concurrency": best.concurrency,
+        "tokens/s best": best.tokens_per_s,
+        "tokens/s median": statistics.median(item.tokens_per_s for item in found),
+        "TTFT p50 ms": best.ttft_p50_ms,
+        "TPOT p50 ms": best.tpot_p50_ms,
+        "TPOT p99 ms": best.tpot_p99_ms,
+        "outside math %": min(share for _, share in rounds) * 100,
+        "failed": sum(item.failed for item in found),
+    }
+    raw = {"model": Path(model).name, "replicas": replicas, "rounds": [msgspec.to_builtins(item) for item in rounds]}
+    return row, raw
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'elasticmoe[bench]')")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for key in sorted({(row["model"], row["replicas"]) for row in rows}):
+        mine = [row for row in rows if (row["model"], row["replicas"]) == key]
+        axes.plot(
+            [r["concurrency"] for r in mine], [r["tokens/s best"] for r in mine], "o-", label=f"{key[0]}, {key[1]} ranks"
+        )
+    axes.set(xlabel="concurrent requests", ylabel="tokens per second", xscale="log", ylim=(0, None))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,258 @@
+"""`elasticmoe doctor`: what this machine offers, and what to do where it is not enough."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import mmap
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cli.checks import available_bytes
+from cli.console import size
+from cli.embedded_store import is_answering, server_binary
+from cli.paths import default_run_dir
+from cli.probes import bind_once
+from cli.version import version
+from common.config import HmmConfig
+from common.protocol.errors import ConfigError, ElasticMoEError
+
+HELP = "check whether this machine can run a deployment"
+
+_PYTHON_MIN = (3, 11)
+_TORCH = "2.13"
+_NATIVE = ("native.bus", "native.host", "native.ledger")
+_MAP_COUNT_WISHED = 262_144
+_FILES_WISHED = 8_192
+_MEMORY_WISHED = 4 << 30
+_HUGE_BYTES = 2 << 20
+_MADV_COLLAPSE = 25
+_STORE_SECONDS_MAX = 10.0
+_COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check's result. `fix` says what to do; empty when `level` is ok."""
+
+    name: str
+    level: Literal["ok", "warn", "fail"]
+    text: str
+    fix: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `doctor`."""
+    parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 1 when a check fails, else 0."""
+    findings = [check() for check in CHECKS]
+    if args.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        table = Table(header_style="bold")
+        for column in ("check", "", "found", "what to do"):
+            table.add_column(column, overflow="fold")
+        for finding in findings:
+            level = Text(finding.level, style=_COLORS[finding.level])
+            table.add_row(finding.name, level, Text(finding.text), Text(finding.fix))
+        Console(highlight=False).print(table)
+    return 1 if any(finding.level == "fail" for finding in findings) else 0
+
+
+def check_python() -> Finding:
+    """The interpreter."""
+    text = f"elasticmoe {version()}, Python {platform.python_version()} on {platform.machine()}"
+    if sys.version_info < _PYTHON_MIN:
+        return Finding("python", "fail", text, f"use Python {'.'.join(map(str, _PYTHON_MIN))} or newer")
+    return Finding("python", "ok", text)
+
+
+def check_torch() -> Finding:
+    """The tensor library, in the version that the package pins."""
+    try:
+        found = str(importlib.import_module("torch").__version__)
+    except ImportError as error:
+        return Finding("torch", "fail", str(error), "make install")
+    if not found.startswith(f"{_TORCH}."):
+        return Finding("torch", "fail", found, f"install torch=={_TORCH}.*")
+    return Finding("torch", "ok", found)
+
+
+def check_native() -> Finding:
+    """Our own C++ modules."""
+    for name in _NATIVE:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            return Finding("native modules", "fail", f"{name}: {error}", "make install (needs a C++20 compiler)")
+    return Finding("native modules", "ok", ", ".join(_NATIVE))
+
+
+def check_cores() -> Finding:
+    """Cores that this process may use."""
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2:
+        return Finding("cores", "warn", str(cores), "two ranks share one core; give the machine or container more")
+    return Finding("cores", "ok", str(cores))
+
+
+def check_memory() -> Finding:
+    """Memory that is available, the container's limit included."""
+    available = available_bytes()
+    if available < _MEMORY_WISHED:
+        return Finding(
+            "memory", "warn", f"{size(available)} available", f"the demo needs about {size(_MEMORY_WISHED)}; try tiny"
+        )
+    return Finding("memory", "ok", f"{size(available)} available")
+
+
+def check_map_count() -> Finding:
+    """Mappings per process: each record and each group of KV blocks is one."""
+    count = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if count < _MAP_COUNT_WISHED:
+        fix = f"large models: sysctl -w vm.max_map_count={_MAP_COUNT_WISHED}"
+        return Finding("vm.max_map_count", "warn", str(count), fix)
+    return Finding("vm.max_map_count", "ok", str(count))
+
+
+def check_files() -> Finding:
+    """Open files per process: each record is a descriptor of the HMM and of its ranks. `up` raises the soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    text = f"{soft} (may be raised to {'any number' if hard == resource.RLIM_INFINITY else hard})"
+    if hard != resource.RLIM_INFINITY and hard < _FILES_WISHED:
+        return Finding("open files", "warn", text, f"large models: raise the hard limit to {_FILES_WISHED}")
+    return Finding("open files", "ok", text)
+
+
+def check_memfd() -> Finding:
+    """Anonymous shared memory with seals: what host devices are made of."""
+    try:
+        fd = os.memfd_create("doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        return Finding("memfd", "fail", str(error.strerror), "use a kernel (or a sandbox) with memfd_create")
+    try:
+        os.ftruncate(fd, mmap.PAGESIZE)
+        mmap.mmap(fd, mmap.PAGESIZE).close()
+    except OSError as error:
+        return Finding("memfd", "fail", str(error.strerror), "use a kernel (or a sandbox) with memfd_create")
+    finally:
+        os.close(fd)
+    return Finding("memfd", "ok", "works")
+
+
+def check_huge_pages() -> Finding:
+    """Huge pages for shared memory: fewer TLB misses in the kernels. Never needed."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    try:
+        text = setting.read_text()
+        chosen = text[text.index("[") + 1 : text.index("]")]
+    except (OSError, ValueError):
+        return Finding("huge pages", "warn", "this kernel has none for shared memory", "not needed; costs some speed")
+    collapses = _can_collapse()
+    text = f"shmem_enabled is {chosen}, MADV_COLLAPSE {'works' if collapses else 'does not work'}"
+    if not collapses and chosen in ("never", "deny"):
+        return Finding("huge pages", "warn", text, f"for more speed: echo advise > {setting}")
+    return Finding("huge pages", "ok", text)
+
+
+def _can_collapse() -> bool:
+    try:
+        from native.host import Reservation
+    except ImportError:
+        return False  # check_native tells
+    fd = os.memfd_create("doctor", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, _HUGE_BYTES)
+        pages = Reservation(_HUGE_BYTES, _HUGE_BYTES)
+        pages.map(0, fd, 0, _HUGE_BYTES, True, populate=True)
+        try:
+            return pages.collapse(0, _HUGE_BYTES)
+        finally:
+            pages.close()
+    finally:
+        os.close(fd)
+
+
+def check_store() -> Finding:
+    """The embedded store starts and answers."""
+    try:
+        binary = server_binary()
+    except ElasticMoEError as error:
+        return Finding("embedded store", "warn", error.message, "make install, or name a server with --store")
+    with tempfile.TemporaryDirectory(prefix="em-") as folder:
+        path = Path(folder) / "store.sock"
+        conf = f'port 0\nunixsocket {path}\ndir {folder}\nsave ""\nrequirepass doctor\n'
+        server = subprocess.Popen(
+            [binary, "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+        )
+        try:
+            server.stdin.write(conf)  # type: ignore[union-attr]  # it is a pipe
+            server.stdin.close()  # type: ignore[union-attr]
+            deadline = time.monotonic() + _STORE_SECONDS_MAX
+            while time.monotonic() < deadline and server.poll() is None:
+                if is_answering(path, "doctor"):
+                    return Finding("embedded store", "ok", "starts and answers")
+                time.sleep(0.02)
+        except BrokenPipeError:
+            pass  # it ended before it read; reported below
+        finally:
+            server.kill()
+            server.wait()
+    fix = "name a Valkey or Redis server with --store"
+    return Finding("embedded store", "warn", f"{binary.name} does not start here (code {server.returncode})", fix)
+
+
+def check_port(port: int, flag: str) -> Finding:
+    """A default port is free."""
+    try:
+        bind_once("127.0.0.1", port)
+    except ElasticMoEError as error:
+        return Finding(f"port {port}", "warn", error.message, f"choose another with {flag}")
+    return Finding(f"port {port}", "ok", "free")
+
+
+def check_run_dir() -> Finding:
+    """The default run directory can be made, is private to us, and its sockets' paths are short enough."""
+    path = default_run_dir()
+    folder = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Finding("run directory", "fail", f"{folder} is not writable", "choose another with --run-dir")
+    try:
+        HmmConfig(run_dir=str(path)).socket("x" * 16)
+    except ConfigError as error:
+        return Finding("run directory", "fail", error.message, "choose a shorter one with --run-dir")
+    return Finding("run directory", "ok", str(path))
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    check_python,
+    check_torch,
+    check_native,
+    check_cores,
+    check_memory,
+    check_map_count,
+    check_files,
+    check_memfd,
+    check_huge_pages,
+    check_store,
+    lambda: check_port(8000, "--port"),
+    lambda: check_port(8100, "--admin-port"),
+    check_run_dir,
+)

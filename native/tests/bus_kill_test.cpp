@@ -1,0 +1,177 @@
+// Processes on one bus, one of them killed at a random moment again and again: the others must notice through the next
+// generation within a second, go on with its replacement, and never see a wrong result.
+#include <signal.h>
+
+#include <random>
+#include <thread>
+
+#include "exchange_model.h"
+
+using namespace testing;
+
+namespace {
+
+constexpr Geometry kGeometry{.max_ranks = 6, .max_tokens = 6, .hidden = 48, .top_k = 3};
+constexpr uint32_t kNumExperts = 20;
+constexpr int64_t kSecond = 1'000'000'000;
+
+// What the processes tell the test, beside the bus.
+struct Board {
+  std::atomic<uint32_t> seen_stopped[64];  // the last stopped generation that a rank has noticed
+};
+
+// A rank's life: works in running generations until membership is empty.
+void live(uint64_t addr, uint64_t nbytes, Board& board, int slot, uint64_t incarnation) {
+  ExchangeRank rank(addr, nbytes, slot, kNumExperts);
+  Meeting& meeting = rank.meeting();
+  meeting.spin_us = slot % 2 == 0 ? 0 : 3;
+  meeting.join(incarnation);
+  for (;;) {
+    const MembershipView view = meeting.membership();
+    if (!view.is_running || !view.has(meeting.slot())) {
+      board.seen_stopped[slot] = view.generation;
+      if (view.generation != 0 && view.members == 0) return;
+      (void)meeting.wait_membership(view.generation, now_ns() + kSecond);
+      continue;
+    }
+    for (uint64_t step = 0;; ++step) {
+      std::vector<StepEntry> entries;
+      Outcome outcome = finish([&] {
+        return meeting.step(view.generation, static_cast<uint32_t>(slot), view.generation, now_ns() + 60 * kSecond, entries);
+      });
+      if (outcome == Outcome::done) {
+        for (const StepEntry& entry : entries) CHECK(entry.num_tokens == entry.slot && entry.flags == view.generation);
+        outcome = rank.run_layer(view.generation, view.generation, step, 60 * kSecond);
+      }
+      CHECK(outcome == Outcome::done || outcome == Outcome::aborted);
+      if (outcome == Outcome::aborted) break;
+    }
+  }
+}
+
+class Deployment {
+ public:
+  Deployment() {
+    for (int slot = 0; slot < kNumRanks; ++slot) start(slot);
+  }
+  ~Deployment() {
+    for (const pid_t pid : pids_) {
+      if (pid > 0) kill(pid, SIGKILL), waitpid(pid, nullptr, 0);
+    }
+  }
+  Deployment(const Deployment&) = delete;
+  Deployment& operator=(const Deployment&) = delete;
+
+  static constexpr int kNumRanks = 6;
+
+  void start(int slot) {
+    const uint64_t incarnation = ++last_incarnation_;
+    pids_[slot] = spawn([&] { live(memory_.addr(), memory_.nbytes(), *board_memory_.as<Board>(), slot, incarnation); });
+  }
+  void kill_rank(int slot) {
+    kill(pids_[slot], SIGKILL);
+    CHECK(WIFSIGNALED(wait_status(pids_[slot])));
+    pids_[slot] = 0;
+  }
+  void publish(uint64_t members, bool is_running) { hmm_.set_membership(++generation_, members, is_running); }
+  uint64_t steps(int slot) const { return hmm_.segment().slot(static_cast<uint32_t>(slot)).num_steps; }
+
+  void wait_for(const char* what, const std::function<bool()>& condition, int64_t limit_ns) const {
+    const int64_t start = now_ns();
+    while (!condition()) {
+      if (now_ns() - start > limit_ns) throw Failure(std::string("waited too long for ") + what);
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
+  }
+  void wait_for_steps(uint64_t members, uint64_t num_more) const {
+    uint64_t goals[kNumRanks];
+    for (int slot = 0; slot < kNumRanks; ++slot) goals[slot] = steps(slot) + num_more;
+    for (int slot = 0; slot < kNumRanks; ++slot) {
+      if ((members >> slot & 1) != 0) wait_for("steps", [&] { return steps(slot) >= goals[slot]; }, 60 * kSecond);
+    }
+  }
+  void wait_for_stop(uint64_t members, int64_t limit_ns) {
+    auto* board = board_memory_.as<Board>();
+    for (int slot = 0; slot < kNumRanks; ++slot) {
+      if ((members >> slot & 1) == 0) continue;
+      wait_for("survivors to stop", [&] { return board->seen_stopped[slot] == generation_; }, limit_ns);
+    }
+  }
+  void expect_clean_exit() {
+    for (int slot = 0; slot < kNumRanks; ++slot) {
+      if (pids_[slot] == 0) continue;
+      const int status = wait_status(pids_[slot]);
+      pids_[slot] = 0;
+      CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    }
+  }
+
+ private:
+  static Segment formatted(const SharedMemory& memory) {
+    format_bus(memory.addr(), memory.nbytes(), kGeometry);
+    return Segment(memory.addr(), memory.nbytes());
+  }
+
+  SharedMemory memory_{bus_bytes(kGeometry)};
+  SharedMemory board_memory_{sizeof(Board)};
+  Meeting hmm_{formatted(memory_), -1};
+  pid_t pids_[kNumRanks] = {};
+  uint64_t last_incarnation_ = 0;
+  uint32_t generation_ = 0;
+};
+
+constexpr uint64_t kEverybody = (1 << Deployment::kNumRanks) - 1;
+
+}  // namespace
+
+TEST(survivors_of_a_kill_stop_and_go_on) {
+  Deployment deployment;
+  std::mt19937_64 random(20251002);
+  for (int round = 0; round < 60; ++round) {
+    deployment.publish(kEverybody, true);
+    deployment.wait_for_steps(kEverybody, 3);
+    std::this_thread::sleep_for(std::chrono::microseconds(random() % 3000));
+    const int victim = static_cast<int>(random() % Deployment::kNumRanks);
+    deployment.kill_rank(victim);
+    std::this_thread::sleep_for(std::chrono::microseconds(random() % 2 * 2000));  // long enough for the others to sleep, or not
+    deployment.publish(kEverybody, false);
+    deployment.wait_for_stop(kEverybody & ~(uint64_t{1} << victim), 2 * kSecond);
+    deployment.start(victim);
+  }
+  deployment.publish(0, false);
+  deployment.expect_clean_exit();
+}
+
+TEST(membership_shrinks_and_grows_under_load) {
+  Deployment deployment;
+  std::mt19937_64 random(7);
+  for (int round = 0; round < 60; ++round) {
+    const uint64_t members = random() % kEverybody + 1;
+    deployment.publish(members, true);
+    deployment.wait_for_steps(members, 3);
+    deployment.publish(members, false);
+    deployment.wait_for_stop(members, 2 * kSecond);
+  }
+  deployment.publish(0, false);
+  deployment.expect_clean_exit();
+}
+
+TEST(an_observer_killed_while_publishing_blocks_nobody) {
+  SharedMemory memory(bus_bytes(kGeometry));
+  format_bus(memory.addr(), memory.nbytes(), kGeometry);
+  Meeting reader(Segment(memory.addr(), memory.nbytes()), -1);
+  std::mt19937_64 random(11);
+  for (int round = 0; round < 40; ++round) {
+    const uint64_t first = reader.membership().generation + 1;
+    const pid_t pid = spawn([&] {
+      Meeting hmm(Segment(memory.addr(), memory.nbytes()), -1);
+      for (uint64_t generation = first;; ++generation) hmm.set_membership(generation, generation % 61, true);
+    });
+    while (reader.membership().generation < first + 10) std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::microseconds(random() % 500));
+    kill(pid, SIGKILL);
+    CHECK(WIFSIGNALED(wait_status(pid)));
+    const MembershipView view = reader.membership();
+    CHECK(view.members == view.generation % 61);
+  }
+}

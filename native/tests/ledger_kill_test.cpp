@@ -1,0 +1,95 @@
+// A writer killed at random moments: whatever it leaves must be a state between two of its operations.
+#include <signal.h>
+
+#include <random>
+#include <thread>
+
+#include "ledger/ledger.h"
+#include "testing.h"
+
+using namespace elasticmoe::ledger;
+using testing::SharedMemory;
+
+namespace {
+
+constexpr Geometry kGeometry{.num_rows = 8, .max_tokens = 64, .max_blocks = 16, .blob_bytes = 64};
+
+// Everything in a row follows from its number and its life, which the blob tells.
+int32_t value_of(uint64_t row, uint64_t life, uint64_t index, int32_t kind) {
+  return static_cast<int32_t>((row * 7919 + life * 104729 + index * 31 + static_cast<uint64_t>(kind)) & 0x7FFFFFFF);
+}
+
+std::vector<int32_t> values_of(uint64_t row, uint64_t life, uint64_t first, uint64_t num, int32_t kind) {
+  std::vector<int32_t> values;
+  for (uint64_t index = first; index < first + num; ++index) values.push_back(value_of(row, life, index, kind));
+  return values;
+}
+
+uint64_t num_prompt_of(uint64_t row, uint64_t life) { return (row + life) % 9; }
+
+std::string blob_of(uint64_t life) {
+  std::string blob = std::to_string(life) + ":";
+  blob.resize(8 + life % 50, '.');
+  return blob;
+}
+
+// Does random valid operations for ever.
+[[noreturn]] void write_for_ever(Ledger& ledger, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  for (uint64_t life = seed * 1'000'000;; ++life) {
+    const uint64_t number = random() % kGeometry.num_rows;
+    const auto row = static_cast<int64_t>(number);
+    const std::optional<Row> old = ledger.read_row(row);
+    if (!old) {
+      const uint64_t num_prompt = num_prompt_of(number, life);
+      ledger.open_row(row, blob_of(life), values_of(number, life, 0, num_prompt, 0), values_of(number, life, 0, 1, 1));
+      continue;
+    }
+    const uint64_t of_life = std::stoull(old->blob);
+    const uint64_t num_new = random() % 4;
+    const bool is_full = old->tokens.size() + num_new > kGeometry.max_tokens || old->blocks.size() >= kGeometry.max_blocks;
+    if (is_full || random() % 20 == 0) {
+      ledger.close_row(row);
+    } else if (random() % 10 == 0) {
+      ledger.rewind(row, old->kv_len / 2, static_cast<int64_t>(old->blocks.size() / 2));
+    } else if (random() % 3 == 0) {
+      ledger.append_blocks(row, values_of(number, of_life, old->blocks.size(), 1, 1));
+    } else {
+      const uint64_t num_tokens = old->tokens.size() + num_new;
+      ledger.commit(row, static_cast<int64_t>(num_tokens), values_of(number, of_life, old->tokens.size(), num_new, 0));
+    }
+  }
+}
+
+void check_row(uint64_t number, const Row& row) {
+  const uint64_t life = std::stoull(row.blob);
+  CHECK(row.blob == blob_of(life));
+  CHECK(row.num_prompt == num_prompt_of(number, life));
+  CHECK(row.tokens == values_of(number, life, 0, row.tokens.size(), 0));
+  CHECK(row.blocks == values_of(number, life, 0, row.blocks.size(), 1));
+  CHECK(row.tokens.size() >= row.num_prompt && row.kv_len <= row.tokens.size());
+}
+
+}  // namespace
+
+TEST(a_killed_writer_leaves_whole_rows) {
+  const SharedMemory memory(ledger_bytes(kGeometry));
+  format_ledger(memory.addr(), memory.nbytes(), kGeometry);
+  const Ledger reader(memory.addr(), memory.nbytes());
+  std::mt19937_64 random(3);
+  uint64_t num_seen = 0;
+  for (uint64_t round = 1; round <= 150; ++round) {
+    const pid_t pid = testing::spawn([&] {
+      Ledger ledger(memory.addr(), memory.nbytes());
+      write_for_ever(ledger, round);
+    });
+    std::this_thread::sleep_for(std::chrono::microseconds(500 + random() % 3000));
+    kill(pid, SIGKILL);
+    CHECK(WIFSIGNALED(testing::wait_status(pid)));
+    for (const uint32_t row : reader.live_rows()) {
+      check_row(row, *reader.read_row(row));
+      ++num_seen;
+    }
+  }
+  CHECK(num_seen > 100);
+}

@@ -1,0 +1,34 @@
+"""`python -m services.hmm`: the HMM of one run directory. It needs the keeper (`python -m services.hmm.keeper`)."""
+
+from __future__ import annotations
+
+import sys
+
+from common.config import HmmConfig, load, make_run_dirs
+from common.protocol.errors import ElasticMoEError
+from common.transport import describe
+from services.hmm.service import Hmm
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; 1, with one line on stderr, when it cannot start."""
+    try:
+        config = load(HmmConfig)
+        make_run_dirs(config)
+        hmm = Hmm(config)
+    except ElasticMoEError as error:
+        print(f"elasticmoe-hmm: {describe(error)}", file=sys.stderr)
+        return 1
+    try:
+        hmm.start()
+        hmm.run()
+    except ElasticMoEError as error:
+        print(f"elasticmoe-hmm: {describe(error)}", file=sys.stderr)
+        return 1
+    finally:
+        hmm.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

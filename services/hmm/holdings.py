@@ -1,0 +1,218 @@
+"""All that outlives the HMM: devices' memory, the bus, doorbells and the catalog, and their way through the keeper.
+
+At any instant the keeper holds what the snapshot names: descriptors are parked before the catalog that needs them is
+written. So a start finds either everything, and adopts it without touching the data, or nothing of use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from common.config import HmmConfig
+from common.devices.base import SPACES
+from common.devices.host import HostDevice
+from common.layout import Layout
+from common.protocol.errors import ConfigError, DeviceError
+from common.telemetry import Logger
+from services.hmm.catalog import Catalog, DeviceEntry, Loaded, check_integrity, decode, encode
+from services.hmm.memory import BusSegment, DeviceMemory, default_budget
+from services.hmm.parking import CATALOG, Parking
+from services.hmm.snapshot import Snapshot
+
+
+class Holdings:
+    """Made by `start`; `prepare` before a load and `commit` or `discard` after it. `memories` belong to the load's
+    thread in between."""
+
+    def __init__(self, config: HmmConfig, parking: Parking, log: Logger) -> None:
+        self._config = config
+        self._parking = parking
+        self._log = log
+        self._snapshot: Snapshot | None = None
+        self.granularity = config.granularity
+        self.memories: dict[str, DeviceMemory] = {}
+        self.segment: BusSegment | None = None
+        self.doorbells: dict[int, int] = {}
+        self.loaded: Loaded | None = None
+
+    # ---- Start
+
+    def start(self) -> None:
+        """Adopt what the keeper holds, or begin afresh where it holds nothing valid.
+
+        Raises ConfigError where what it holds does not match the configuration; ElasticMoEError of the keeper channel.
+        """
+        kept = self._parking.fetch()
+        is_adopted = False
+        try:
+            is_adopted = self._adopt(kept)
+        finally:
+            for name, fd in kept.items():  # _adopt takes out what it keeps
+                os.close(fd)
+                if not is_adopted:
+                    self._log.debug("dropped", name=name)
+        for name in kept:
+            self._parking.forget(name)
+        if not is_adopted:
+            self._begin()
+        self._park_all()
+
+    def _adopt(self, kept: dict[str, int]) -> bool:
+        fd = kept.pop(CATALOG, None)
+        if fd is None:
+            return False
+        self._snapshot = Snapshot(fd)
+        raw = self._snapshot.read()
+        try:
+            if raw is None:
+                raise ValueError("there is none")
+            catalog = decode(raw)
+            self._check_config(catalog)
+            for entry in catalog.devices:
+                self._adopt_device(entry, kept)
+            if catalog.loaded is not None:
+                self._adopt_model(catalog.loaded, kept)
+        except (KeyError, ValueError, DeviceError) as error:
+            self._log.warning("no valid catalog, so what was kept is dropped", reason=str(error))
+            self.close()
+            return False
+        return True
+
+    def _check_config(self, catalog: Catalog) -> None:
+        kept = (catalog.granularity, [entry.device for entry in catalog.devices])
+        if kept != (self.granularity, self._names()):
+            raise ConfigError(
+                f"the keeper holds the memory of {len(kept[1])} devices with granularity {kept[0]}; the configuration "
+                f"says {self._config.devices} and {self.granularity}: stop the keeper to start afresh",
+                code="keeper_mismatch",
+            )
+
+    def _adopt_device(self, entry: DeviceEntry, kept: dict[str, int]) -> None:
+        files = {space: kept.pop(name) for space in SPACES if (name := f"{entry.device}.{space}") in kept}
+        device = HostDevice(entry.device, self.granularity, entry.budget, files=files)
+        self.memories[entry.device] = memory = DeviceMemory(device)
+        memory.restore(entry)
+
+    def _adopt_model(self, loaded: Loaded, kept: dict[str, int]) -> None:
+        self.segment = BusSegment(kept.pop("bus"))
+        self.segment.open(loaded.bus_bytes)
+        for slot in loaded.layout.slots:
+            self.doorbells[slot] = kept.pop(_doorbell(slot))
+        self.loaded = loaded
+
+    def _begin(self) -> None:
+        names = self._names()
+        budget = self._config.device_bytes // self.granularity * self.granularity
+        if not self._config.device_bytes:
+            budget = default_budget(len(names), self.granularity)
+        if not budget:
+            raise ConfigError(
+                f"a device of {self._config.device_bytes} bytes is smaller than the granularity of {self.granularity}"
+            )
+        for name in names:
+            self.memories[name] = DeviceMemory(HostDevice(name, self.granularity, budget))
+        self._snapshot = Snapshot.create()
+        self._write()
+
+    def _names(self) -> list[str]:
+        kind, count = self._config.devices.split(":")
+        return [f"{kind}:{index}" for index in range(int(count))]
+
+    # ---- A model's way in
+
+    def prepare(self, layout: Layout) -> BusSegment:
+        """Make and park the descriptors that a load of `layout` will fill: all before any of them is in a catalog."""
+        self.segment = BusSegment(os.memfd_create("bus", os.MFD_CLOEXEC))
+        for slot in layout.slots:
+            self.doorbells[slot] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        for seat in layout.seats:
+            self.memories[seat.device].device.create_files()
+        self._park_all()
+        return self.segment
+
+    def commit(self, loaded: Loaded) -> None:
+        """A load is complete: from now on a restart finds it."""
+        self.loaded = loaded
+        self._write()
+
+    def discard(self) -> None:
+        """A load failed and has released its handles: end the rest of what `prepare` made."""
+        if self.segment is not None:
+            self._parking.forget("bus")
+            self.segment.close()
+            self.segment = None
+        for slot, fd in self.doorbells.items():
+            self._parking.forget(_doorbell(slot))
+            os.close(fd)
+        self.doorbells.clear()
+
+    def ring(self) -> None:
+        """Ring every doorbell."""
+        for fd in self.doorbells.values():
+            try:
+                os.eventfd_write(fd, 1)
+            except BlockingIOError:
+                pass  # the counter is full: it is ringing already
+
+    # ---- The catalog
+
+    def catalog(self) -> Catalog:
+        """What there is now."""
+        entries = tuple(memory.entry() for memory in self.memories.values())
+        return Catalog(granularity=self.granularity, devices=entries, loaded=self.loaded)
+
+    def _write(self) -> None:
+        assert self._snapshot is not None, "there is a snapshot from start on"
+        self._snapshot.write(encode(self.catalog()))
+
+    def check_integrity(self) -> list[str]:
+        """Findings about the catalog and the devices; empty when all is well."""
+        findings = check_integrity(self.catalog())
+        for memory in self.memories.values():
+            findings += memory.device.check_integrity()
+        return findings
+
+    def checksum_jobs(self) -> list[tuple[str, int, int]]:
+        """(name, address, bytes) of each weight record on each device."""
+        return [
+            (f"{name}/{key}", memory.address(handle), handle.nbytes)
+            for name, memory in self.memories.items()
+            for key, handle in memory.records.items()
+        ]
+
+    # ---- Parking
+
+    def _park_all(self) -> None:
+        self._each_fd(self._parking.keep)
+
+    def _each_fd(self, act: Callable[[str, int], None]) -> None:
+        for name, memory in self.memories.items():
+            for space, fd in memory.device.files().items():
+                act(f"{name}.{space}", fd)
+        if self.segment is not None:
+            act("bus", self.segment.fd)
+        for slot, fd in self.doorbells.items():
+            act(_doorbell(slot), fd)
+        if self._snapshot is not None:
+            act(CATALOG, self._snapshot.fd)
+
+    def close(self) -> None:
+        """Close this process's descriptors and mappings; what the keeper holds lives on. Idempotent."""
+        for memory in self.memories.values():
+            memory.device.close()
+        self.memories.clear()
+        if self.segment is not None:
+            self.segment.close()
+            self.segment = None
+        for fd in self.doorbells.values():
+            os.close(fd)
+        self.doorbells.clear()
+        if self._snapshot is not None:
+            self._snapshot.close()
+            self._snapshot = None
+        self.loaded = None
+
+
+def _doorbell(slot: int) -> str:
+    return f"doorbell.{slot}"

@@ -1,0 +1,136 @@
+"""The keeper: a process that holds file descriptors and does nothing else, so that memory outlives the HMM.
+
+Run as `python -m services.hmm.keeper`. It loads neither numpy nor torch, has no state on disk and never maps what it
+holds: it has as little reason to fail as a process can have.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+from typing import Final
+
+from common.config import KeeperConfig, load, make_run_dirs
+from common.fdchannel import FDS_MAX, Channel, Listener
+from common.protocol.codec import Message
+from common.protocol.errors import ElasticMoEError, ProtocolError
+from common.protocol.keeper import TO_KEEPER, Fetch, Forget, Keep, Kept
+from common.protocol.replies import Ack, refusal
+from common.telemetry import setup_logging
+from common.transport import describe, new_identity
+
+KEPT_MAX: Final = 512  # descriptors; more would run into the limit of open files
+CHANNELS_MAX: Final = 16
+_RECEIVE_MS: Final = 1_000
+
+
+class Keeper:
+    """The loop and the descriptors. Owns both."""
+
+    def __init__(self, config: KeeperConfig) -> None:
+        """Raises Conflict when another keeper runs in this run directory."""
+        self._identity = new_identity("keeper")
+        self._listener = Listener(config.socket("keeper"))
+        self._log = setup_logging("keeper", level=config.log_level, as_json=config.log_json)
+        self._kept: dict[str, int] = {}
+        self._channels: dict[int, Channel[Keep | Forget | Fetch]] = {}
+        self._wake_out, self._wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._is_stopping = False
+
+    def stop(self, *_: object) -> None:
+        """Signal handler: only records."""
+        self._is_stopping = True
+
+    def run(self) -> None:
+        """Serve until a signal."""
+        signal.set_wakeup_fd(self._wake_in, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+        self._log.info("keeper ready", pid=os.getpid())
+        while not self._is_stopping:
+            poller = select.poll()
+            for fd in (self._wake_out, self._listener.fileno(), *self._channels):
+                poller.register(fd, select.POLLIN)
+            ready = {fd for fd, _ in poller.poll(60_000)}
+            for fd in ready & set(self._channels):
+                self._serve(fd)
+            if self._listener.fileno() in ready:
+                self._accept()
+
+    def _accept(self) -> None:
+        try:
+            channel = self._listener.accept(self._identity, TO_KEEPER)
+        except ElasticMoEError as error:
+            self._log.warning("connection refused", code=error.code, reason=error.message)
+            return
+        if channel is None:
+            return
+        if len(self._channels) >= CHANNELS_MAX:
+            self._log.warning("connection refused", code="too_many", limit=CHANNELS_MAX)
+            channel.close()
+            return
+        self._channels[channel.fileno()] = channel
+
+    def _serve(self, fd: int) -> None:
+        channel = self._channels[fd]
+        try:
+            received, fds = channel.receive(deadline_ms=_RECEIVE_MS)
+            answer, answer_fds = self._handle(received.body, fds)
+            channel.send(answer, answer_fds, deadline_ms=_RECEIVE_MS)
+        except ElasticMoEError as error:
+            if isinstance(error, ProtocolError):
+                self._log.warning("bad message", code=error.code, reason=error.message)
+            del self._channels[fd]
+            channel.close()
+
+    def _handle(self, body: Keep | Forget | Fetch, fds: list[int]) -> tuple[Message, tuple[int, ...]]:
+        if len(fds) != isinstance(body, Keep):
+            _close(fds)
+            return refusal(ProtocolError(f"{type(body).__name__} came with {len(fds)} descriptors")), ()
+        if isinstance(body, Fetch):
+            names = tuple(sorted(name for name in self._kept if name > body.after))[:FDS_MAX]
+            return Kept(names), tuple(self._kept[name] for name in names)
+        if isinstance(body, Keep) and body.name not in self._kept and len(self._kept) >= KEPT_MAX:
+            _close(fds)
+            return refusal(ElasticMoEError(f"{KEPT_MAX} descriptors are held, the limit", code="too_many")), ()
+        old = self._kept.pop(body.name, None)
+        if old is not None:
+            os.close(old)
+        if isinstance(body, Keep):
+            self._kept[body.name] = fds[0]
+        return Ack(), ()
+
+    def close(self) -> None:
+        """Close everything; memory that only the keeper held is gone then."""
+        for channel in self._channels.values():
+            channel.close()
+        self._listener.close()
+        _close([*self._kept.values(), self._wake_in, self._wake_out])
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; 1 when it cannot start."""
+    try:
+        config = load(KeeperConfig)
+        make_run_dirs(config)
+        keeper = Keeper(config)
+    except ElasticMoEError as error:
+        print(f"elasticmoe-keeper: {describe(error)}", file=sys.stderr)
+        return 1
+    try:
+        keeper.run()
+    finally:
+        signal.set_wakeup_fd(-1)
+        keeper.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

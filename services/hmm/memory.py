@@ -1,0 +1,158 @@
+"""The HMM's own view of its memory: the handles of each device, where it maps them itself, and the bus segment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from common.devices.base import Handle, Range, Space
+from common.devices.host import HostDevice
+from common.model_spec import RecordKey
+from common.protocol.errors import DeviceError
+from native.bus import Bus, format_bus
+from native.host import Reservation
+from services.hmm.catalog import DeviceEntry, Placed, Span
+from services.hmm.sizing import BusSizes
+
+_AVAILABLE_SHARE = 0.8  # of memory, for all devices together, where the operator gives no figure
+
+
+class DeviceMemory:
+    """All handles of one device. Weights and ledgers are mapped here as long as they live, each at its own offset of
+    one window per space, so their addresses are stable; KV is never mapped by the HMM.
+
+    Belongs to the load's thread during a load, else to the service's loop.
+    """
+
+    def __init__(self, device: HostDevice) -> None:
+        self.device = device
+        self.records: dict[RecordKey, Handle] = {}
+        self.kv: list[Handle] = []
+        self.ledger: Handle | None = None
+        self._windows: dict[Space, Range] = {}
+
+    def create_record(self, key: RecordKey, nbytes: int) -> None:
+        """Create and map the handle of a weight record. Raises DoesNotFit."""
+        handle = self.device.create(nbytes, "weights")
+        self.records[key] = handle
+        self._map(handle)
+
+    def create_ledger(self, nbytes: int) -> None:
+        """Create and map the ledger's handle. Raises DoesNotFit."""
+        self.ledger = self.device.create(nbytes, "shared")
+        self._map(self.ledger)
+
+    def create_kv(self, nbytes: int) -> None:
+        """Create one more KV handle. Raises DoesNotFit."""
+        self.kv.append(self.device.create(nbytes, "kv"))
+
+    def _map(self, handle: Handle) -> None:
+        assert handle.space is not None, "the HMM maps local handles only"
+        window = self._windows.get(handle.space)
+        if window is None:
+            window = self._windows[handle.space] = self.device.reserve(self.device.reach)
+        self.device.map(window, self.device.offset_of(handle), handle, writable=True)
+
+    def address(self, handle: Handle) -> int:
+        """Where a record's or the ledger's handle is mapped."""
+        assert handle.space is not None, "the HMM maps local handles only"
+        return self._windows[handle.space].address(self.device.offset_of(handle))
+
+    def view(self, handle: Handle, offset: int, nbytes: int) -> memoryview:
+        """A part of a record's memory."""
+        assert handle.space is not None, "the HMM maps local handles only"
+        return self.device.view(self._windows[handle.space], self.device.offset_of(handle) + offset, nbytes)
+
+    def clear(self) -> None:
+        """Unmap and release every handle."""
+        for handle in [*self.records.values(), *([self.ledger] if self.ledger else [])]:
+            if handle.num_mappings and handle.space is not None:
+                self.device.unmap(self._windows[handle.space], self.device.offset_of(handle))
+            self.device.release(handle)
+        for handle in self.kv:
+            self.device.release(handle)
+        self.records.clear()
+        self.kv.clear()
+        self.ledger = None
+
+    def entry(self) -> DeviceEntry:
+        """The catalog's entry of this device."""
+        records = tuple(Placed(key, self._span(handle)) for key, handle in self.records.items())
+        kv = tuple(self._span(handle) for handle in self.kv)
+        ledger = self._span(self.ledger) if self.ledger else None
+        return DeviceEntry(self.device.name, self.device.budget, records, kv, ledger)
+
+    def _span(self, handle: Handle) -> Span:
+        return Span(self.device.offset_of(handle), handle.nbytes)
+
+    def restore(self, entry: DeviceEntry) -> None:
+        """Take over what a predecessor created, and give back what it did not record. Raises DeviceError."""
+        for placed in entry.records:
+            handle = self.device.restore("weights", placed.span.offset, placed.span.nbytes)
+            self.records[placed.key] = handle
+            self._map(handle)
+        self.kv = [self.device.restore("kv", span.offset, span.nbytes) for span in entry.kv]
+        if entry.ledger:
+            self.ledger = self.device.restore("shared", entry.ledger.offset, entry.ledger.nbytes)
+            self._map(self.ledger)
+        self.device.trim()
+
+
+class BusSegment:
+    """The bus's memfd. It is working memory like activations, outside the devices' budgets: its exchange areas take
+    pages only when they are touched. Owns the descriptor and the mapping."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.nbytes = 0
+        self.bus: Bus | None = None
+        self._mapping: Reservation | None = None
+
+    def format(self, sizes: BusSizes) -> None:
+        """Give an empty segment its size and header, and open it."""
+        os.ftruncate(self.fd, sizes.nbytes)
+        base = self._map(sizes.nbytes)
+        format_bus(base, sizes.nbytes, sizes.max_ranks, sizes.max_tokens, sizes.hidden, sizes.top_k)
+        self.bus = Bus(base, sizes.nbytes)
+
+    def open(self, nbytes: int) -> None:
+        """Open a segment that a predecessor formatted. Raises DeviceError."""
+        try:
+            self.bus = Bus(self._map(nbytes), nbytes)
+        except (OSError, ValueError) as error:
+            raise DeviceError(f"the bus of {nbytes} bytes cannot be opened: {error}", code="invalid_extent") from None
+
+    def _map(self, nbytes: int) -> int:
+        self.nbytes = nbytes
+        self._mapping = Reservation(nbytes)
+        self._mapping.map(0, self.fd, 0, nbytes, True)
+        return self._mapping.base
+
+    def close(self) -> None:
+        """Unmap and close."""
+        self.bus = None
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
+        os.close(self.fd)
+
+
+def default_budget(num_devices: int, granularity: int) -> int:
+    """An equal share of most of the memory that is available now, in bytes, a multiple of the granularity."""
+    share = int(_available_bytes() * _AVAILABLE_SHARE) // num_devices
+    return share // granularity * granularity
+
+
+def _available_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such version of control groups, or "max"
+            room = int((group / limit).read_text()) - int((group / used).read_text())
+            available = min(available, max(0, room))
+    return available

@@ -1,0 +1,131 @@
+"""The HMM's side of the keeper channel: which descriptors the keeper shall hold, also after it was away."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from common.fdchannel import Channel, connect
+from common.protocol.codec import Message
+from common.protocol.errors import ElasticMoEError, ProtocolError, Unavailable
+from common.protocol.keeper import TO_HMM, Fetch, Forget, Keep, Kept
+from common.protocol.replies import Ack, Refused
+from common.telemetry import Logger
+
+CATALOG: Final = "catalog"  # parked last: where it is, everything that it names is
+_CALL_MS: Final = 2_000
+_RETRY_MS: Final = 250  # a keeper that does not answer must not stop the HMM's loop for longer
+_RETRY_EVERY_S: Final = 1.0
+
+
+class Parking:
+    """Keeps the keeper up to date. `keep` and `forget` never fail: while the keeper is away they are remembered, and
+    `retry` parks everything again once it is back. Belongs to the service's loop."""
+
+    def __init__(self, path: Path, identity: str, log: Logger) -> None:
+        self._path = path
+        self._identity = identity
+        self._log = log
+        self._channel: Channel[Kept | Ack | Refused] | None = None
+        self._wanted: dict[str, int] = {}
+        self._retry_at = 0.0
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the keeper was there at the last call."""
+        return self._channel is not None
+
+    def fileno(self) -> int:
+        """The channel's descriptor, readable when the keeper has gone; -1 while it is away."""
+        return self._channel.fileno() if self._channel else -1
+
+    def connect(self, *, deadline_ms: int = _CALL_MS) -> None:
+        """Connect. Raises Unavailable."""
+        self._channel = connect(self._path, self._identity, TO_HMM, deadline_ms=deadline_ms)
+
+    def fetch(self, *, deadline_ms: int = _CALL_MS) -> dict[str, int]:
+        """All descriptors that the keeper holds, by name; now the caller's. Raises ElasticMoEError."""
+        kept: dict[str, int] = {}
+        try:
+            while True:
+                answer, fds = self._call(Fetch(after=max(kept, default="")), deadline_ms=deadline_ms)
+                names = answer.names if isinstance(answer, Kept) else ()
+                if len(names) != len(fds):
+                    _close(fds)
+                    raise ProtocolError(f"the keeper sent {len(fds)} descriptors for {len(names)} names")
+                kept.update(zip(names, fds, strict=True))
+                if not names:
+                    return kept
+        except BaseException:
+            _close(kept.values())
+            raise
+
+    def keep(self, name: str, fd: int) -> None:
+        """Park `fd`, which stays the caller's, open until `forget`."""
+        self._wanted[name] = fd
+        self._try(Keep(name), (fd,))
+
+    def forget(self, name: str) -> None:
+        """Let the keeper close what it holds under `name`."""
+        self._wanted.pop(name, None)
+        self._try(Forget(name))
+
+    def _try(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        if self._channel is None:
+            return
+        try:
+            self._call(message, fds)
+        except ElasticMoEError as error:
+            self.lose(error.message)
+
+    def _call(
+        self, message: Message, fds: tuple[int, ...] = (), *, deadline_ms: int = _CALL_MS
+    ) -> tuple[Kept | Ack, list[int]]:
+        if self._channel is None:
+            raise Unavailable("the keeper is away")
+        self._channel.send(message, fds, deadline_ms=deadline_ms)
+        received, received_fds = self._channel.receive(deadline_ms=deadline_ms)
+        if isinstance(received.body, Refused):
+            _close(received_fds)
+            raise ElasticMoEError(received.body.message, code=received.body.code)
+        return received.body, received_fds
+
+    def lose(self, reason: str) -> None:
+        """The keeper is gone: what it held is safe only in this process until it is back."""
+        if self._channel is not None:
+            self._log.warning("keeper lost", reason=reason)
+            self._channel.close()
+            self._channel = None
+
+    def retry(self) -> bool:
+        """Where the keeper is away: try, now and then, to reach it and park everything. True when that worked now."""
+        if self._channel is not None or time.monotonic() < self._retry_at:
+            return False
+        self._retry_at = time.monotonic() + _RETRY_EVERY_S
+        try:
+            self.connect(deadline_ms=_RETRY_MS)
+            kept = self.fetch(deadline_ms=_RETRY_MS)
+            _close(kept.values())
+            for name in sorted(set(kept) - set(self._wanted)):
+                self._call(Forget(name))
+            for name in sorted(self._wanted, key=lambda name: (name == CATALOG, name)):
+                self._call(Keep(name), (self._wanted[name],))
+        except ElasticMoEError as error:
+            self.lose(error.message)
+            return False
+        self._log.info("keeper is back", descriptors=len(self._wanted))
+        return True
+
+    def close(self) -> None:
+        """Close the channel; the keeper goes on holding. Idempotent."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""The front door: OpenAI-compatible REST, tokenization, admission, choice of replica, streams."""

@@ -1,0 +1,299 @@
+"""Brings generations and replicas together: submits, cancels, hands tokens to their streams, and notices losses.
+
+What can go wrong, and who ends a stream then:
+- a rank says Failed: its error, or another try elsewhere when it is retryable and no token has come;
+- a rank is silent for LOST_S, or another incarnation speaks in its place and does not go on with the stream within
+  ADOPT_S (a replacement goes on with what the ledger holds): another try when no token has come, else `rank_lost`;
+- tokens are missing for GAP_S: `rank_lost`;
+- the deadline passes: `deadline_exceeded`.
+A stream may move: tokens for it count whichever rank sends them, and it is that rank's from then on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from common.layout import Layout, RankId
+from common.protocol.codec import Message, Received
+from common.protocol.errors import DeadlineExceeded, ElasticMoEError, ProtocolError, Unavailable
+from common.protocol.rank import Cancel
+from common.protocol.replies import Refused
+from common.protocol.router import Delta, Failed, RankStatus, Tokens, ToRouter
+from common.telemetry import get_logger
+from common.transport import new_identity
+from services.router.balancer import LOST_S, Candidate, decide
+from services.router.history import History
+from services.router.links import RankLink
+from services.router.metrics import Metrics
+from services.router.streams import Ending, Stream
+
+log = get_logger("router")
+
+ADOPT_S = 2.0
+GAP_S = 2.0
+SUBMITS_MAX = 3
+LEAVE_S = 5.0  # a link to a rank that left stays this long at least: the rank may come back
+TICK_S = 0.1
+
+
+class Dispatcher:
+    """Owns the links and the streams. For one asyncio loop; `now` is `time.monotonic()`."""
+
+    def __init__(self, socket_of: Callable[[str], Path], metrics: Metrics, history: History, identity: str) -> None:
+        self.layout: Layout | None = None
+        self.links: dict[RankId, RankLink] = {}
+        self.streams: dict[str, Stream] = {}
+        self._socket_of = socket_of
+        self._metrics = metrics
+        self._history = history
+        self._identity = identity  # one for all links: whichever rank has the stream knows its router by it
+        self._tasks: dict[RankId, asyncio.Task[None]] = {}
+        self._turns = itertools.count()
+
+    # ---- layout ------------------------------------------------------------------------------------------------------
+
+    def apply_layout(self, layout: Layout, now: float) -> None:
+        """Connect to replicas that came; those that left get no new work. An older epoch or a broken layout is ignored."""
+        if self.layout is not None and layout.epoch <= self.layout.epoch:
+            return
+        try:
+            layout.check()
+        except ValueError as error:
+            log.error("layout is broken and ignored", epoch=layout.epoch, error=str(error))
+            return
+        self.layout = layout
+        leaders = {seat.rank for seat in layout.seats if seat.rank.tp == 0}
+        for rank in sorted(leaders):
+            if rank in self.links:
+                self.links[rank].left_at = None
+            else:
+                self._open_link(rank, now)
+        for rank, link in self.links.items():
+            if rank not in leaders and link.left_at is None:
+                link.left_at = now
+        log.info("layout", epoch=layout.epoch, replicas=layout.dp, tp=layout.tp)
+
+    def _open_link(self, rank: RankId, now: float) -> None:
+        link = RankLink(rank, self._socket_of(f"rank-{rank}"), self._identity, now)
+        self.links[rank] = link
+        self._tasks[rank] = asyncio.create_task(link.run(self._on_message), name=f"link {rank}")
+        link.watch(now)
+
+    def _close_link(self, rank: RankId) -> None:
+        self._tasks.pop(rank).cancel()
+        self.links.pop(rank).close()
+
+    def candidates(self, now: float) -> list[Candidate]:
+        """All replicas that have reported and belong to the layout."""
+        found = (link.candidate(now) for link in self.links.values())
+        return [candidate for candidate in found if candidate is not None]
+
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output together that every replica takes. Raises Unavailable before any has reported."""
+        lengths = [link.status.max_model_len for link in self.links.values() if link.status and link.left_at is None]
+        if not lengths:
+            raise Unavailable("no replica has reported yet", code="not_ready")
+        return min(lengths)
+
+    def readiness(self, now: float) -> tuple[bool, str]:
+        """Whether a request would find a replica, and why."""
+        rank, reason = decide(self.candidates(now), 0)
+        return rank is not None, reason
+
+    # ---- streams -----------------------------------------------------------------------------------------------------
+
+    def open(self, stream: Stream, now: float) -> None:
+        """Accept a stream and submit it. Raises Unavailable when no replica takes it: then it was not accepted."""
+        link = self._submit(stream, self.candidates(now), now)
+        self._history.accepted(
+            stream.name,
+            prompt_tokens=len(stream.submit.prompt),
+            max_tokens=stream.submit.max_tokens,
+            rank=str(link.rank),
+        )
+
+    def _submit(self, stream: Stream, candidates: list[Candidate], now: float) -> RankLink:
+        rank, reason = decide(candidates, next(self._turns))
+        if rank is None:
+            raise Unavailable(reason, code="not_ready")
+        link = self.links[rank]
+        stream.seq = link.send(stream.submit)
+        stream.num_submits += 1
+        stream.rank, stream.sender = rank, link.sender
+        self.streams[stream.submit.request_id] = stream
+        link.streams[stream.submit.request_id] = stream
+        log.debug("submitted", request=stream.submit.request_id, rank=rank, reason=reason)
+        return link
+
+    def cancel(self, stream: Stream) -> None:
+        """The client left, or its other choices failed. Nothing happens to a stream that has ended."""
+        if stream.end(Ending("cancelled", "cancelled")):
+            self._forget(stream, tell_rank=True)
+
+    def _fail(self, stream: Stream, error: ElasticMoEError) -> None:
+        if stream.end(Ending("error", error.code, error)):
+            self._forget(stream, tell_rank=True)
+
+    def _forget(self, stream: Stream, *, tell_rank: bool) -> None:
+        """The stream has ended: record it, and free what its rank holds."""
+        self._release(stream, tell_rank=tell_rank)
+        ending = stream.ending
+        assert ending is not None
+        retryable = ending.error is not None and ending.error.retryable
+        self._history.terminal(
+            stream.name, ending.kind, ending.reason, retryable=retryable, tokens=stream.num_tokens
+        )
+        self._metrics.ended(stream, time.monotonic())
+
+    def _release(self, stream: Stream, *, tell_rank: bool) -> None:
+        request_id = stream.submit.request_id
+        self.streams.pop(request_id, None)
+        link = self.links.get(stream.rank) if stream.rank else None
+        if link is not None:
+            link.streams.pop(request_id, None)
+            if tell_rank:
+                self._send_quietly(link, Cancel(request_id))
+
+    def _send_quietly(self, link: RankLink, body: Message) -> None:
+        try:
+            link.send(body)
+        except Unavailable as error:
+            log.debug("rank does not take messages", rank=link.rank, error=error.message)
+
+    def _retry_or_fail(self, stream: Stream, error: ElasticMoEError, now: float, *, avoid: RankId | None) -> None:
+        """Submit an untouched stream anew, under another id so that the two tries cannot be confused; or end it."""
+        if not (stream.is_untouched and error.retryable and stream.num_submits < SUBMITS_MAX and now < stream.deadline):
+            self._fail(stream, error)
+            return
+        self._release(stream, tell_rank=True)
+        name = f"{stream.name}~{stream.num_submits}"
+        stream.restart(msgspec.structs.replace(stream.submit, request_id=name, deadline_s=stream.deadline - now))
+        others = [candidate for candidate in self.candidates(now) if candidate.rank != avoid]
+        try:
+            link = self._submit(stream, others, now)
+        except Unavailable:
+            self._fail(stream, error)
+            return
+        self._metrics.resubmitted.inc()
+        log.warning("submitted anew", request=stream.name, rank=link.rank, reason=error.code)
+
+    # ---- messages ----------------------------------------------------------------------------------------------------
+
+    def _on_message(self, link: RankLink, received: Received[ToRouter], now: float) -> None:
+        """One message of a rank. Whatever it says, the loop goes on."""
+        if link.hear(received, now):
+            log.warning("another process speaks for the rank", rank=link.rank, sender=received.sender)
+        body = received.body
+        if isinstance(body, Tokens):
+            for delta in body.deltas:
+                self._on_delta(link, delta, now)
+        elif isinstance(body, RankStatus):
+            link.report(body, now)
+        elif isinstance(body, Failed):
+            self._on_failed(link, body, now)
+        elif isinstance(body, Refused):
+            self._on_refused(link, body, received.seq, now)
+
+    def _on_delta(self, link: RankLink, delta: Delta, now: float) -> None:
+        stream = self.streams.get(delta.request_id)
+        if stream is None:
+            if delta.finish is None:  # a cancel was lost or is still on its way
+                self._send_quietly(link, Cancel(delta.request_id))
+            return
+        self._move(stream, link)
+        index, first_at, last_at = stream.num_tokens, stream.first_at, stream.last_at
+        try:
+            ids = stream.accept(delta, now)
+        except ProtocolError as error:
+            log.error("rank sent nonsense", rank=link.rank, request=stream.name, error=error.message)
+            self._metrics.bad_messages.inc()
+            self._fail(stream, ElasticMoEError("the engine sent an invalid answer"))
+            return
+        if ids:
+            stream.last_at = now
+            if first_at is None:
+                stream.first_at = now
+            self._history.chunk(stream.name, index, ids)
+            self._metrics.tokens(len(ids), now - (stream.accepted_at if first_at is None else last_at), first_at is None)
+        if stream.ending is not None:
+            self._forget(stream, tell_rank=delta.finish is None)
+
+    def _move(self, stream: Stream, link: RankLink) -> None:
+        """The stream is `link`'s, in its present incarnation."""
+        stream.sender = link.sender
+        if stream.rank != link.rank:
+            old = self.links.get(stream.rank) if stream.rank else None
+            if old is not None:
+                old.streams.pop(stream.submit.request_id, None)
+            stream.rank = link.rank
+            link.streams[stream.submit.request_id] = stream
+
+    def _on_failed(self, link: RankLink, failed: Failed, now: float) -> None:
+        stream = self.streams.get(failed.request_id)
+        if stream is None:
+            return
+        error = ElasticMoEError(failed.message, code=failed.code, retryable=failed.retryable)
+        self._retry_or_fail(stream, error, now, avoid=link.rank)
+
+    def _on_refused(self, link: RankLink, refused: Refused, seq: int, now: float) -> None:
+        log.warning("rank refused a message", rank=link.rank, code=refused.code, reason=refused.message)
+        for stream in [stream for stream in link.streams.values() if seq and stream.seq == seq]:
+            error = ElasticMoEError(refused.message, code=refused.code, retryable=refused.retryable)
+            self._retry_or_fail(stream, error, now, avoid=link.rank)
+
+    # ---- time --------------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """What time brings: questions to silent ranks, losses, deadlines. Called every TICK_S."""
+        for rank, link in list(self.links.items()):
+            link.watch(now)
+            self._check_link(link, now)
+            if link.left_at is not None and not link.streams and now - link.left_at > LEAVE_S:
+                self._close_link(rank)
+        for stream in list(self.streams.values()):
+            if now >= stream.deadline:
+                limit = stream.deadline - stream.accepted_at
+                self._fail(stream, DeadlineExceeded(f"the request did not end within {limit:.0f} s"))
+            elif stream.gap_since is not None and now - stream.gap_since > GAP_S:
+                self._fail(stream, _lost(stream.rank))
+        self._history.flush()
+
+    def _check_link(self, link: RankLink, now: float) -> None:
+        if not link.streams:
+            return
+        is_silent = link.silent_s(now) > LOST_S
+        given_up = now - link.changed_at > ADOPT_S
+        has_none = link.status is not None and link.status.running + link.status.waiting == 0
+        for stream in list(link.streams.values()):
+            is_orphan = stream.sender != link.sender and given_up and (stream.is_untouched or has_none)
+            if not is_silent and not is_orphan and not self._waited_long(stream, link, now):
+                continue
+            self._retry_or_fail(stream, _lost(link.rank), now, avoid=link.rank if is_silent else None)
+
+    async def run(self) -> None:
+        """Tick for ever."""
+        while True:
+            self.tick(time.monotonic())
+            await asyncio.sleep(TICK_S)
+
+    def close(self) -> None:
+        """End what still runs and close the links. Idempotent."""
+        for stream in list(self.streams.values()):
+            self._fail(stream, Unavailable("the router is shutting down", code="shutting_down"))
+        for rank in list(self.links):
+            self._close_link(rank)
+
+
+def _lost(rank: RankId | None) -> Unavailable:
+    return Unavailable(f"rank {rank} was lost while it worked on the request", code="rank_lost")
+
+
+def router_identity() -> str:
+    """This incarnation's name in messages."""
+    return new_identity("router")

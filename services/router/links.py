@@ -1,0 +1,123 @@
+"""The router's connection to one replica: to its leader, the rank with tp index 0, which speaks for the replica.
+
+A link outlives the process at its other end: the socket reconnects by itself, and a new process is told by the sender's
+uuid in its messages. What is true of the rank is what it said last; silence makes it doubtful, then lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common.layout import RankId
+from common.protocol.codec import Message, Received
+from common.protocol.errors import Unavailable
+from common.protocol.rank import Watch
+from common.protocol.router import CODEC, RankStatus, Tokens, ToRouter
+from common.telemetry import get_logger
+from common.transport import AsyncClient
+from services.router.balancer import Candidate
+from services.router.streams import Stream
+
+log = get_logger("router")
+
+WATCH_EVERY_S = 1.0  # a rank that has been silent for this long is asked
+
+
+class RankLink:
+    """One AsyncClient and what its rank reported. For one asyncio loop; times are of the monotonic clock.
+
+    `streams`: those that this rank works on, by request id. `sender` names the incarnation heard last, `changed_at` is
+    when it appeared. `left_at`: when the rank left the layout; the link stays until its streams have ended.
+    """
+
+    def __init__(self, rank: RankId, path: Path, identity: str, now: float) -> None:
+        self.rank = rank
+        self.streams: dict[str, Stream] = {}
+        self.status: RankStatus | None = None
+        self.heard_at = now
+        self.sender = ""
+        self.changed_at = now
+        self.left_at: float | None = None
+        self._status_at = -WATCH_EVERY_S
+        self._progress_at = now
+        self._watched_at = -WATCH_EVERY_S
+        self._client: AsyncClient[ToRouter] = AsyncClient(path, identity, CODEC)
+
+    @property
+    def num_bad(self) -> int:
+        """Messages that could not be decoded."""
+        return self._client.num_bad
+
+    def send(self, body: Message) -> int:
+        """Queue a message; returns its seq. Raises Unavailable when the rank does not take messages."""
+        return self._client.send(body)
+
+    async def run(self, handle: Callable[[RankLink, Received[ToRouter], float], None]) -> None:
+        """Give every message to `handle`, for ever. One that it cannot digest is logged and dropped."""
+        while True:
+            received = await self._client.receive()
+            try:
+                handle(self, received, time.monotonic())
+            except Exception:
+                log.exception("message could not be handled", rank=self.rank, kind=type(received.body).__name__)
+            await asyncio.sleep(0)  # a flood of messages must not keep their readers from running
+
+    def hear(self, received: Received[ToRouter], now: float) -> bool:
+        """Note who speaks; True when it is not the incarnation that spoke before."""
+        self.heard_at = now
+        if isinstance(received.body, Tokens):
+            self._progress_at = now
+        if received.sender == self.sender:
+            return False
+        is_change = self.sender != ""
+        self.sender, self.changed_at, self._progress_at = received.sender, now, now
+        self.status = None
+        return is_change
+
+    def report(self, status: RankStatus, now: float) -> None:
+        """Take a status."""
+        last = self.status
+        if last is None or status.progress != last.progress or status.running + status.waiting == 0:
+            self._progress_at = now
+        self.status, self._status_at = status, now
+
+    def watch(self, now: float) -> None:
+        """Ask for a status when none came for WATCH_EVERY_S."""
+        if now - max(self._status_at, self._watched_at) < WATCH_EVERY_S:
+            return
+        self._watched_at = now
+        try:
+            self.send(Watch())
+        except Unavailable as error:
+            log.debug("rank does not take messages", rank=self.rank, error=error.message)
+
+    def silent_s(self, now: float) -> float:
+        """Seconds since the last message; since the link's beginning when there was none."""
+        return now - self.heard_at
+
+    def candidate(self, now: float) -> Candidate | None:
+        """What the balancer may know; None before an incarnation's first status and for a rank that left.
+
+        Statuses lag behind by up to a tenth of a second, so the router's own count of what it sent counts where it is
+        larger: otherwise a burst would go to one replica.
+        """
+        status = self.status
+        if status is None or self.left_at is not None:
+            return None
+        unstarted = sum(len(stream.submit.prompt) for stream in self.streams.values() if stream.is_untouched)
+        return Candidate(
+            rank=self.rank,
+            requests=max(status.running + status.waiting, len(self.streams)),
+            tokens_queued=max(status.tokens_queued, unstarted),
+            blocks_free=status.blocks_free,
+            blocks_total=status.blocks_total,
+            silent_s=self.silent_s(now),
+            stalled_s=now - self._progress_at,
+        )
+
+    def close(self) -> None:
+        """Close the socket. Idempotent."""
+        self._client.close()

@@ -1,0 +1,160 @@
+"""One accepted generation: its tokens in order and once each, its text, and its one end.
+
+A Stream knows nothing of sockets. The dispatcher feeds it what ranks say; the HTTP side takes text out of it. Tokens are
+counted by index, so it does not matter who produced them or how often they come: what is known is dropped, what comes
+too early waits for what is missing. Its end is decided here and once: `end` is idempotent, the first call wins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from common.layout import RankId
+from common.protocol.errors import ElasticMoEError, ProtocolError
+from common.protocol.limits import VOCAB_MAX
+from common.protocol.rank import Submit
+from common.protocol.router import Delta, Logprob
+from services.router.detokenizer import TextStream
+
+EARLY_DELTAS_MAX = 64
+FINISH_REASONS = ("stop", "length")
+
+
+class Ending(NamedTuple):
+    """How a generation ended: `finish` with a finish reason, `error` with an error, or `cancelled` by its client."""
+
+    kind: str
+    reason: str
+    error: ElasticMoEError | None = None
+
+
+class TokenInfo(NamedTuple):
+    """A token with its log probabilities. `text_offset`: characters of the output before it."""
+
+    token_id: int
+    logprob: Logprob
+    text_offset: int
+
+
+class Output(NamedTuple):
+    """What became available since the last `take`. `tokens` only where log probabilities are asked for."""
+
+    text: str
+    tokens: list[TokenInfo]
+
+
+class Stream:
+    """One generation, from acceptance to its end. For one asyncio loop.
+
+    `name` identifies it in records; `submit.request_id` identifies it to the ranks and changes when it is submitted
+    anew. `wake` is set whenever the HTTP side has something to look at; several streams may share it. Times are seconds
+    of the monotonic clock. `rank` and `sender` tell who works on it: a rank, in which incarnation.
+    """
+
+    def __init__(self, name: str, submit: Submit, text: TextStream, wake: asyncio.Event, *, now: float) -> None:
+        self.name = name
+        self.submit = submit
+        self.wake = wake
+        self.ending: Ending | None = None
+        self.num_tokens = 0  # that count: up to the one that completed a stop string
+        self.num_submits = 0
+        self.seq = 0  # of the message that submitted it
+        self.prompt_logprobs: tuple[Logprob, ...] | None = None
+        self.accepted_at = now
+        self.deadline = now + submit.deadline_s
+        self.first_at: float | None = None
+        self.last_at = now
+        self.gap_since: float | None = None  # tokens are missing before ones that have come
+        self.rank: RankId | None = None
+        self.sender = ""
+        self._text = text
+        self._wants_logprobs = submit.sampling.logprobs >= 0
+        self._texts: list[str] = []
+        self._tokens: list[TokenInfo] = []
+        self._early: list[Delta] = []
+
+    @property
+    def is_untouched(self) -> bool:
+        """No token has come: it may start anew elsewhere without anyone noticing."""
+        return self.num_tokens == 0
+
+    def restart(self, submit: Submit) -> None:
+        """Begin anew with `submit`; only while untouched."""
+        self.submit = submit
+        self._early.clear()
+        self.gap_since = None
+
+    def accept(self, delta: Delta, now: float) -> tuple[int, ...]:
+        """Take what is new of `delta` and of what waited for it; returns the ids that count.
+
+        Sets `ending` when this was the last. Raises ProtocolError for a delta that no working rank sends.
+        """
+        if self.ending is not None:
+            return ()
+        _check(delta)
+        if delta.prompt_logprobs is not None and self.prompt_logprobs is None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        accepted: tuple[int, ...] = ()
+        for part in self._in_order(delta):
+            accepted += self._accept_part(part)
+            if self.ending is not None:
+                break
+        self.gap_since = (self.gap_since or now) if self._early else None
+        return accepted
+
+    def _in_order(self, delta: Delta) -> Iterator[Delta]:
+        """`delta` if it goes on where the output ends (or overlaps it), then all that has waited for it."""
+        if delta.index > self.num_tokens:
+            if len(self._early) >= EARLY_DELTAS_MAX:
+                raise ProtocolError(f"{len(self._early)} deltas came before their predecessors")
+            self._early.append(delta)
+            return
+        yield delta
+        while ready := [early for early in self._early if early.index <= self.num_tokens]:
+            self._early = [early for early in self._early if early.index > self.num_tokens]
+            yield from ready
+
+    def _accept_part(self, delta: Delta) -> tuple[int, ...]:
+        known = self.num_tokens - delta.index
+        ids = delta.ids[known:] if known else delta.ids
+        for position, token_id in enumerate(ids, start=known):
+            if self._wants_logprobs and delta.logprobs is not None:
+                self._tokens.append(TokenInfo(token_id, delta.logprobs[position], self._text.num_chars))
+            self._texts.append(self._text.feed(token_id))
+            self.num_tokens += 1
+            if self._text.has_stopped:
+                self.end(Ending("finish", "stop"))
+                return ids[: position - known + 1]
+        if delta.finish is not None and self.num_tokens >= delta.index + len(delta.ids):
+            self.end(Ending("finish", delta.finish))
+        elif ids:
+            self.wake.set()
+        return ids
+
+    def end(self, ending: Ending) -> bool:
+        """End it, unless it has ended: then False."""
+        if self.ending is not None:
+            return False
+        self.ending = ending
+        self._early.clear()
+        if ending.kind == "finish":
+            self._texts.append(self._text.finish())
+        self.wake.set()
+        return True
+
+    def take(self) -> Output:
+        """Everything that came since the last call."""
+        output = Output("".join(self._texts), self._tokens)
+        self._texts, self._tokens = [], []
+        return output
+
+
+def _check(delta: Delta) -> None:
+    if delta.index < 0 or not all(0 <= token_id < VOCAB_MAX for token_id in delta.ids):
+        raise ProtocolError(f"a delta has a negative index or a token id outside [0, {VOCAB_MAX})")
+    if delta.finish is not None and delta.finish not in FINISH_REASONS:
+        raise ProtocolError("a delta has an unknown finish reason")
+    if delta.logprobs is not None and len(delta.logprobs) != len(delta.ids):
+        raise ProtocolError(f"a delta has {len(delta.logprobs)} log probabilities for {len(delta.ids)} tokens")

@@ -1,0 +1,226 @@
+"""House rules that a machine can check. Each one names the file and the line that break it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LINES_MAX = 400
+FUNCTION_LINES_MAX = 70
+SOURCE = ("common", "services", "cli", "native")
+
+# Modules that may be imported by one module (or package) of the project only.
+SOLE_IMPORTERS = {
+    "zmq": "common/transport.py",
+    "redis": "common/store.py",
+    "torch": ("services/worker/", "common/devices/", "cli/models/", "cli/doctor", "cli/checks", "cli/version", "tests/"),
+    "transformers": "tests/",
+}
+# Pure cores: decisions are functions of their arguments.
+PURE = [
+    "services/scaler/core.py",
+    "services/router/balancer.py",
+    "services/hmm/catalog.py",
+    "services/worker/engine/blocks.py",
+    "services/worker/engine/scheduler.py",
+    "services/worker/engine/sequence.py",
+    "common/layout.py",
+    "common/model_spec.py",
+    "common/families.py",
+    "cli/supervisor.py",
+]
+IMPURE_MODULES = {"time", "random", "socket", "zmq", "redis", "torch", "asyncio", "threading", "subprocess", "secrets"}
+FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
+FORBIDDEN_NAMES = {"eval", "exec"}
+FORBIDDEN_ATTRIBUTES = {("torch", "load"), ("torch", "save"), ("os", "system")}
+FORBIDDEN_ANYWHERE = {"recv_pyobj", "send_pyobj", "trust_remote_code"}
+
+
+def tracked(*endings: str) -> list[Path]:
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return [ROOT / line for line in listing.splitlines() if line.endswith(endings) and (ROOT / line).is_file()]
+
+
+PYTHON = tracked(".py")
+CODE = [path for path in PYTHON if path.relative_to(ROOT).parts[0] in SOURCE]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(module: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.lineno, node.module
+
+
+def runtime_imports(module: ast.Module) -> Iterator[tuple[int, str]]:
+    """Imports that are not only for the type checker."""
+    skipped = {
+        id(child)
+        for node in ast.walk(module)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(module):
+        if id(node) not in skipped and isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imports(ast.Module(body=[node], type_ignores=[]))
+
+
+def test_files_and_functions_have_a_bounded_size() -> None:
+    found = []
+    for path in [*CODE, *tracked(".cpp", ".hpp", ".h")]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if len(lines) > LINES_MAX and "Longer than" not in "\n".join(lines[:12]):
+            found.append(f"{name(path)}: {len(lines)} lines, and its top does not say why")
+        if path.suffix == ".py":
+            found += [
+                f"{name(path)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno} lines"
+                for node in ast.walk(tree(path))
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                and (node.end_lineno or 0) - node.lineno > FUNCTION_LINES_MAX
+            ]
+    assert found == []
+
+
+def test_no_bytes_become_objects_and_nothing_is_evaluated() -> None:
+    found = []
+    for path in PYTHON:
+        if path == Path(__file__):
+            continue
+        module = tree(path)
+        found += [f"{name(path)}:{line} {what}" for line, what in imports(module) if what in FORBIDDEN_IMPORTS]
+        for node in ast.walk(module):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_NAMES:
+                found.append(f"{name(path)}:{node.lineno} {node.func.id}")
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                if (node.value.id, node.attr) in FORBIDDEN_ATTRIBUTES:
+                    found.append(f"{name(path)}:{node.lineno} {node.value.id}.{node.attr}")
+            if isinstance(node, ast.Attribute | ast.keyword):
+                used = node.attr if isinstance(node, ast.Attribute) else node.arg
+                if used in FORBIDDEN_ANYWHERE:
+                    found.append(f"{name(path)}: {used}")
+    assert found == []
+
+
+@pytest.mark.parametrize("dependency", SOLE_IMPORTERS)
+def test_dependencies_have_one_importer(dependency: str) -> None:
+    allowed = SOLE_IMPORTERS[dependency]
+    found = [
+        f"{name(path)}:{line}"
+        for path in PYTHON
+        for line, what in runtime_imports(tree(path))
+        if what.split(".")[0] == dependency and not name(path).startswith(allowed) and not name(path).startswith("tests/")
+    ]
+    assert found == []
+
+
+def test_services_do_not_import_one_another_and_common_imports_no_service() -> None:
+    found = []
+    for path in CODE:
+        parts = name(path).split("/")
+        for line, what in imports(tree(path)):
+            target = what.split(".")
+            if target[0] == "cli" and parts[0] != "cli":
+                found.append(f"{name(path)}:{line} imports {what}")
+            if target[0] != "services":
+                continue
+            if parts[0] in ("common", "native") or (parts[0] == "services" and target[1:2] != parts[1:2]):
+                found.append(f"{name(path)}:{line} imports {what}")
+    assert found == []
+
+
+def test_cores_are_pure() -> None:
+    missing = [path for path in PURE if not (ROOT / path).is_file()]
+    assert missing == []
+    found = [
+        f"{path}:{line} imports {what}"
+        for path in PURE
+        for line, what in runtime_imports(tree(ROOT / path))
+        if what.split(".")[0] in IMPURE_MODULES
+    ]
+    assert found == []
+
+
+def test_only_config_reads_the_environment() -> None:
+    allowed = ("common/config.py", "cli/", "tests/", "benchmarks/")
+    found = [
+        f"{name(path)}:{node.lineno}"
+        for path in CODE
+        if not name(path).startswith(allowed)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and (node.value.id, node.attr) in {("os", "environ"), ("os", "getenv")}
+    ]
+    assert found == []
+
+
+def test_nothing_listens_everywhere() -> None:
+    found = [
+        f"{name(path)}:{number}"
+        for path in CODE
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if "0.0.0.0" in line or "tcp://*" in line
+    ]
+    assert found == []
+
+
+def test_no_error_is_swallowed() -> None:
+    found = []
+    for path in CODE:
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            if broad and all(isinstance(part, ast.Pass | ast.Continue) for part in node.body):
+                found.append(f"{name(path)}:{node.lineno}")
+    assert found == []
+
+
+def test_public_things_have_docstrings() -> None:
+    found = []
+    for path in CODE:
+        module = tree(path)
+        if ast.get_docstring(module) is None:
+            found.append(f"{name(path)}: module")
+        scopes = [module, *(node for node in module.body if isinstance(node, ast.ClassDef))]
+        for scope in scopes:
+            for node in scope.body:
+                if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    continue
+                special = node.name.startswith("_") and node.name != "__call__"
+                if not special and ast.get_docstring(node) is None and "abstractmethod" not in ast.unparse(node):
+                    found.append(f"{name(path)}:{node.lineno} {node.name}")
+    assert found == []
+
+
+def test_every_test_waits_for_events() -> None:
+    found = [
+        f"{name(path)}:{node.lineno}"
+        for path in tracked("_test.py", ".py")
+        if name(path).startswith("tests/")
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if (node.value.id, node.attr) == ("time", "sleep")
+    ]
+    assert found == []

@@ -1,0 +1,88 @@
+"""The scaler's decisions, one observation at a time, and a bring-up played to its end."""
+
+from __future__ import annotations
+
+import msgspec
+
+from common.layout import initial_layout
+from common.protocol.replies import Refused
+from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
+from services.scaler.core import CommitLayout, Decision, Load, Observed, Publish, Start, decide
+
+LAYOUT = initial_layout([4, 4], ["host:0", "host:1"])
+
+
+def device(name: str, attached: str | None = None) -> DeviceStatus:
+    return DeviceStatus(name, 100, 10, 10, 10, 70, 4, 8, attached)
+
+
+EMPTY = HmmStatus("empty", 0, 0, None, (device("host:0"), device("host:1")), 0, (), False)
+READY = msgspec.structs.replace(EMPTY, phase="ready", layout=LAYOUT)
+
+
+def rank(slot: int, ready: bool) -> PoolRank:
+    seat = LAYOUT.seats[slot]
+    return PoolRank(seat.rank, slot, seat.device, f"rank:{slot}", 100 + slot, ready)
+
+
+def seen(**changes: object) -> Observed:
+    base = Observed(
+        hmm=READY,
+        pool=PoolStatus(2, ()),
+        committed_epoch=0,
+        starting=frozenset(),
+        ever_served=False,
+        restarts_left=5,
+    )
+    return msgspec.structs.replace(base, **changes)
+
+
+def test_nothing_is_done_blind() -> None:
+    assert decide(LAYOUT, seen(hmm=None)).actions == ()
+    assert decide(LAYOUT, seen(pool=None)).actions == ()
+    loading = msgspec.structs.replace(READY, phase="loading")
+    assert decide(LAYOUT, seen(hmm=loading)) == Decision((), "loading", "the HMM loads the model")
+
+
+def test_a_failed_load_is_reported_with_its_error() -> None:
+    error = Refused("bad_checkpoint", "tensor x is missing", False)
+    decision = decide(LAYOUT, seen(hmm=msgspec.structs.replace(EMPTY, phase="failed", error=error)))
+    assert (decision.phase, decision.error, decision.actions) == ("failed", error, ())
+
+
+def test_seats_are_filled_only_when_their_device_is_let_go_and_a_standby_is_there() -> None:
+    assert decide(LAYOUT, seen()).actions == (Start(LAYOUT.seats[0]), Start(LAYOUT.seats[1]))
+    assert decide(LAYOUT, seen(pool=PoolStatus(1, ()))).actions == (Start(LAYOUT.seats[0]),)
+    held = msgspec.structs.replace(READY, devices=(device("host:0", "rank:old"), device("host:1")))
+    assert decide(LAYOUT, seen(hmm=held)).actions == (Start(LAYOUT.seats[1]),)
+    assert decide(LAYOUT, seen(starting=frozenset({0, 1}))).actions == ()
+
+
+def test_a_crash_loop_ends() -> None:
+    decision = decide(LAYOUT, seen(ever_served=True, restarts_left=0))
+    assert decision.phase == "failed"
+    assert decision.error is not None
+    assert decision.error.code == "rank_crash_loop"
+
+
+def test_bring_up_to_serving_and_recovery_of_a_rank() -> None:
+    phases = []
+
+    def step(**changes: object) -> tuple[object, ...]:
+        decision = decide(LAYOUT, seen(**changes))
+        phases.append(decision.phase)
+        return decision.actions
+
+    both = PoolStatus(2, (rank(0, True), rank(1, True)))
+    running = msgspec.structs.replace(READY, generation=1, members=(0, 1), running=True)
+    assert step(hmm=EMPTY) == (Load(),)
+    assert len(step()) == 2
+    assert step(pool=PoolStatus(2, (rank(0, True), rank(1, False)))) == ()
+    assert step(pool=both) == (Publish(True),)
+    assert step(pool=both, hmm=running) == (CommitLayout(),)
+    assert step(pool=both, hmm=running, committed_epoch=1) == ()
+    parked = msgspec.structs.replace(running, generation=2, running=False)
+    dead = {"hmm": parked, "committed_epoch": 1, "ever_served": True}
+    assert step(pool=PoolStatus(2, (rank(0, True),)), **dead) == (Start(LAYOUT.seats[1]),)
+    assert step(pool=both, **dead) == (Publish(True),)
+    assert phases == ["loading", *["attaching"] * 3, "serving", "serving", "degraded", "degraded"]

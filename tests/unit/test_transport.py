@@ -1,0 +1,207 @@
+"""Sockets on real Unix paths: typed answers, refusals, fencing, stolen paths, descriptors in flight."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+import msgpack
+import pytest
+
+from common import fdchannel, transport
+from common.fence import Fence
+from common.layout import RankId
+from common.protocol import keeper, pool, rank, scaler
+from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, Fenced, ProtocolError, Unavailable
+from common.protocol.keeper import Fetch, Keep, Kept
+from common.protocol.pool import GetPool, StopRank
+from common.protocol.replies import Ack, Refused
+from common.protocol.scaler import PoolStatus
+from common.transport import Client, Server, new_identity
+
+
+@pytest.fixture
+def server(tmp_path: Path):  # type: ignore[no-untyped-def]
+    with Server(tmp_path / "pool.sock", new_identity("pool"), pool.CODEC) as server:
+        yield server
+
+
+@pytest.fixture
+def client(tmp_path: Path):  # type: ignore[no-untyped-def]
+    client = Client(tmp_path / "pool.sock", new_identity("scaler"), scaler.CODEC)
+    yield client
+    client.close()
+
+
+def answer(server: Server, body: object) -> threading.Thread:  # type: ignore[type-arg]
+    """Answer one request with `body` from another thread's point of view: the caller waits in this one."""
+
+    def serve() -> None:
+        while (received := server.receive()) is None:
+            server.poll(1_000)
+        peer, message = received
+        server.send(peer, body, seq=message.seq)  # type: ignore[arg-type]
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return thread
+
+
+def test_call_returns_the_answer_and_events_that_came_before_it(server, client) -> None:  # type: ignore[no-untyped-def]
+    def serve() -> None:
+        while (received := server.receive()) is None:
+            server.poll(1_000)
+        peer, message = received
+        server.send(peer, scaler.RankExited(RankId(0, 0), 0, "r:1", -9, "killed"))
+        server.send(peer, PoolStatus(2, ()), seq=message.seq, epoch=4)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    status, events = client.call(GetPool(), deadline_ms=5_000)
+    thread.join()
+    assert status == PoolStatus(2, ())
+    assert [event.body.exit_code for event in events] == [-9]
+
+
+def test_refusal_is_raised_with_its_code(server, client) -> None:  # type: ignore[no-untyped-def]
+    thread = answer(server, Refused("no_standby", "no standby process is ready", True))
+    with pytest.raises(ElasticMoEError, match="no standby") as caught:
+        client.call(GetPool(), deadline_ms=5_000)
+    thread.join()
+    assert (caught.value.code, caught.value.retryable) == ("no_standby", True)
+
+
+def test_silence_ends_at_the_deadline(client) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(DeadlineExceeded, match="did not answer GetPool within 50 ms"):
+        client.call(GetPool(), deadline_ms=50)
+
+
+def test_bad_messages_are_counted_answered_and_survived(server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    other = Client(tmp_path / "pool.sock", new_identity("stranger"), scaler.CODEC)
+    other._socket.send(b"\xc1garbage")
+    other._socket.send(msgpack.packb({"version": 9, "epoch": 0, "sender": "x:1", "seq": 5, "body": None}))
+    other._socket.send_multipart([b"three", b"frames"])
+    other.send(rank.Watch())  # a valid message of another receiver
+    other.send(GetPool())
+    received = None
+    while received is None:
+        server.poll(1_000)
+        received = server.receive()
+    assert isinstance(received[1].body, GetPool)
+    assert server.num_bad == 4
+    codes = [other.receive(1_000).body.code for _ in range(3)]  # type: ignore[union-attr]
+    assert sorted(codes) == ["protocol_error", "protocol_error", "version_mismatch"]
+    other.close()
+
+
+def test_a_second_server_cannot_steal_the_path(server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(Conflict, match="in use by another process"):
+        Server(tmp_path / "pool.sock", new_identity("pool"), pool.CODEC)
+
+
+def test_path_is_private_and_removed_at_the_end(tmp_path: Path) -> None:
+    server = Server(tmp_path / "x.sock", new_identity("pool"), pool.CODEC)
+    assert (tmp_path / "x.sock").stat().st_mode & 0o077 == 0
+    server.close()
+    server.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_send_to_a_peer_that_is_gone_says_so(server, client) -> None:  # type: ignore[no-untyped-def]
+    assert server.send(b"nobody:1", Ack()) is False
+    assert server.num_unsent == 1
+
+
+def test_client_reaches_a_server_that_starts_later(tmp_path: Path) -> None:
+    client = Client(tmp_path / "late.sock", new_identity("scaler"), scaler.CODEC)
+    seq = client.send(StopRank(RankId(0, 0), "r:1"))
+    with Server(tmp_path / "late.sock", new_identity("pool"), pool.CODEC) as server:
+        received = None
+        while received is None:
+            server.poll(1_000)
+            received = server.receive()
+        assert received[1].seq == seq
+    client.close()
+
+
+def test_descriptors_travel_with_their_message(tmp_path: Path) -> None:
+    listener = fdchannel.Listener(tmp_path / "k.sock")
+    ours = fdchannel.connect(tmp_path / "k.sock", "hmm:1", keeper.TO_HMM)
+    theirs = listener.accept("keeper:1", keeper.TO_KEEPER)
+    assert theirs is not None
+    memfd = os.memfd_create("test")
+    os.write(memfd, b"hello")
+    ours.send(Keep("a"), (memfd,), epoch=7)
+    received, fds = theirs.receive()
+    assert (received.body, received.epoch, len(fds)) == (Keep("a"), 7, 1)
+    assert os.pread(fds[0], 5, 0) == b"hello"
+    assert os.get_inheritable(fds[0]) is False
+    theirs.send(Kept(("a",)), (fds[0],))
+    received_back, back = ours.receive()
+    assert received_back.body == Kept(("a",))
+    for fd in (memfd, *fds, *back):
+        os.close(fd)
+    theirs.close()
+    with pytest.raises(Unavailable, match="closed"):
+        ours.receive()
+    ours.close()
+    listener.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_descriptors_of_a_bad_message_are_closed(tmp_path: Path) -> None:
+    listener = fdchannel.Listener(tmp_path / "k.sock")
+    raw = socket.socket(socket.AF_UNIX)
+    raw.connect(str(tmp_path / "k.sock"))
+    channel = listener.accept("keeper:1", keeper.TO_KEEPER)
+    assert channel is not None
+    before = set(os.listdir("/proc/self/fd"))
+    socket.send_fds(raw, [b"\x03\x00\x00\x00abc"], [0, 1])
+    with pytest.raises(ProtocolError):
+        channel.receive()
+    assert set(os.listdir("/proc/self/fd")) == before
+    socket.send_fds(raw, [b"\xff\xff\xff\xff"], [])
+    with pytest.raises(ProtocolError, match="exceeds the limit"):
+        channel.receive()
+    raw.close()
+    channel.close()
+    listener.close()
+
+
+def test_peer_that_sends_half_a_message_meets_the_deadline(tmp_path: Path) -> None:
+    listener = fdchannel.Listener(tmp_path / "k.sock")
+    raw = socket.socket(socket.AF_UNIX)
+    raw.connect(str(tmp_path / "k.sock"))
+    channel = listener.accept("keeper:1", keeper.TO_KEEPER)
+    assert channel is not None
+    raw.send(b"\x10\x00")
+    with pytest.raises(DeadlineExceeded):
+        channel.receive(deadline_ms=50)
+    raw.close()
+    channel.close()
+    listener.close()
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="nobody is not there"):
+        fdchannel.connect(tmp_path / "nobody.sock", "hmm:1", keeper.TO_HMM)
+
+
+def test_fence_refuses_lower_epochs_also_after_a_restart(tmp_path: Path) -> None:
+    fence = Fence(tmp_path, "hmm")
+    fence.check(3, "scaler:a")
+    fence.check(3, "scaler:a")
+    fence.check(5, "scaler:b")
+    with pytest.raises(Fenced, match="scaler:a acts under epoch 3; epoch 5 has been seen"):
+        fence.check(3, "scaler:a")
+    again = Fence(tmp_path, "hmm")
+    assert again.epoch == 5
+    with pytest.raises(Fenced):
+        again.check(4, "scaler:a")
+    assert again.num_refused == 1
+
+
+def test_fetch_is_a_message_of_the_keeper() -> None:
+    assert keeper.TO_KEEPER.decode(transport.encode(Fetch(), sender="hmm:1")).body == Fetch()
