@@ -82,6 +82,8 @@ def from_flags(args: argparse.Namespace) -> Settings:
         # A server that others use too: the name keeps deployments of other run directories apart in it.
         digest = hashlib.sha256(str(settings.scaler.run_path).encode()).hexdigest()[:12]
         settings = settings.replace(deployment=f"run-{digest}")
+    if settings.router.api_key_file:  # children have another working directory
+        settings = settings.replace(api_key_file=str(Path(settings.router.api_key_file).absolute()))
     if settings.router.port == 0:
         settings = settings.replace(port=free_port(settings.router.host))
     if settings.scaler.admin_port == 0:
@@ -115,7 +117,7 @@ def child_environment(settings: Settings) -> dict[str, str]:
     environment |= config.environment_of(settings.values)
     file = environment.get("ELASTICMOE_CONFIG")
     if file:
-        environment["ELASTICMOE_CONFIG"] = str(Path(file).absolute())  # children have another working directory
+        environment["ELASTICMOE_CONFIG"] = str(Path(file).absolute())
     paths = [str(package_root()), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(str(Path(path).absolute()) for path in paths))
     environment["PYTHONUNBUFFERED"] = "1"

@@ -100,7 +100,7 @@ def make_model(
     """Make the model `name` (see `model_names`) in `directory` and return `directory`.
 
     Blocks: well under a second for the tiny models, up to a minute for the large ones, which write 1.4 to 2.1 GB and
-    hold at most about 1.5 GB of memory. Equal (name, seed, dtype) give equal files. `dtype` ("bfloat16" or "float32")
+    hold about 1 GB of memory. Equal (name, seed, dtype) give equal files. `dtype` ("bfloat16" or "float32")
     replaces the model's own; `progress(bytes_done, bytes_total)` is called after each tensor. Only `demo` uses the
     network, once: its source is kept in the user's cache folder.
 

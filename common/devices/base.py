@@ -25,125 +25,17 @@ A Device and everything made by it belong to one thread at a time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left, bisect_right, insort
+from bisect import insort
 from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from common.devices.rules import SPACES, Handle, ProcessRules, Range, Space, Token
 from common.protocol.errors import DeviceError, DoesNotFit
 
 if TYPE_CHECKING:
     import torch
 
-Space = Literal["weights", "kv", "shared"]
-SPACES: Final[tuple[Space, ...]] = ("weights", "kv", "shared")
-Origin = Literal["local", "imported"]
-
-
-class Token(NamedTuple):
-    """What one process hands another so that it can import a handle: a descriptor and a part of what it names.
-
-    The descriptor belongs to the exporting device; it travels as a duplicate (SCM_RIGHTS).
-    """
-
-    fd: int
-    offset: int
-    nbytes: int
-
-
-class Handle:
-    """One physical allocation of `nbytes` on `device`, mapped whole. Made by `create`, `import_` or a backend's
-    restoration; ends with `release`. Compared by identity."""
-
-    __slots__ = ("backing", "device", "is_live", "nbytes", "num_mappings", "origin", "space", "writable")
-
-    def __init__(
-        self, device: str, nbytes: int, origin: Origin, space: Space | None, writable: bool, backing: Any
-    ) -> None:
-        self.device = device
-        self.nbytes = nbytes
-        self.origin: Origin = origin
-        self.space: Space | None = space  # None for imported handles: the importer does not know
-        self.writable = writable
-        self.backing = backing
-        self.num_mappings = 0
-        self.is_live = True
-
-
-class Range:
-    """A reserved part of the address space: `nbytes` from address `base`, with memory only where handles are mapped.
-    Made by `Device.reserve`, ends with `Device.unreserve`."""
-
-    __slots__ = ("backing", "base", "device", "is_live", "mappings", "nbytes", "origin", "starts")
-
-    def __init__(self, device: str, base: int, nbytes: int, backing: Any) -> None:
-        self.device = device
-        self.base = base
-        self.nbytes = nbytes
-        self.backing = backing
-        self.origin: Origin | None = None  # of the handles that are mapped in it; None while there are none
-        self.starts: list[int] = []  # offsets of live mappings, ascending
-        self.mappings: dict[int, Handle] = {}
-        self.is_live = True
-
-    def address(self, offset: int) -> int:
-        """The address of `offset`. Stable for the range's life, whatever is mapped."""
-        return self.base + offset
-
-    def is_mapped(self, offset: int, nbytes: int) -> bool:
-        """Whether mappings cover all of [offset, offset + nbytes)."""
-        at = bisect_right(self.starts, offset) - 1
-        end = offset
-        while 0 <= at < len(self.starts) and self.starts[at] <= end < offset + nbytes:
-            end = max(end, self.starts[at] + self.mappings[self.starts[at]].nbytes)
-            at += 1
-        return end >= offset + nbytes
-
-
-class ProcessRules:
-    """What the rules say about the process as a whole: its role, and what it has imported. One per process."""
-
-    def __init__(self) -> None:
-        self._role: Literal["exports", "imports"] | None = None
-        self._imported: set[Hashable] = set()
-        self._ranges: dict[int, Range] = {}  # live ones, by base
-
-    def take_role(self, role: Literal["exports", "imports"]) -> None:
-        """Fix whether this process exports or imports. Raises DeviceError export_and_import."""
-        if self._role not in (None, role):
-            raise DeviceError(
-                f"a process that {self._role} handles cannot also be one that {role} them", code="export_and_import"
-            )
-        self._role = role
-
-    def add_import(self, identity: Hashable) -> None:
-        """Note that a handle was imported. Raises DeviceError already_imported."""
-        if identity in self._imported:
-            raise DeviceError("this process has already imported the handle", code="already_imported")
-        self._imported.add(identity)
-
-    def drop_import(self, identity: Hashable) -> None:
-        """Undo `add_import`."""
-        self._imported.discard(identity)
-
-    def add_range(self, range_: Range) -> None:
-        """Note a live range."""
-        self._ranges[range_.base] = range_
-
-    def drop_range(self, range_: Range) -> None:
-        """Undo `add_range`."""
-        self._ranges.pop(range_.base, None)
-
-    def check_mapped(self, address: int, nbytes: int) -> None:
-        """Raise DeviceError out_of_range or not_mapped unless all of it is mapped memory of one range."""
-        for base, range_ in self._ranges.items():
-            if base <= address and address + nbytes <= base + range_.nbytes:
-                if not range_.is_mapped(address - base, nbytes):
-                    raise DeviceError(f"{nbytes} bytes to copy are not all mapped", code="not_mapped")
-                return
-        raise DeviceError(f"{nbytes} bytes to copy do not lie inside one reserved range", code="out_of_range")
-
-
-PROCESS = ProcessRules()
+__all__ = ["Device", "Handle", "ProcessRules", "Range", "Space", "Token"]
 
 
 class Device(ABC):
@@ -198,9 +90,7 @@ class Device(ABC):
         """
         self._check_handle(handle)
         if handle.num_mappings:
-            raise DeviceError(
-                f"{self.name}: the handle is still mapped {handle.num_mappings} times", code="still_mapped"
-            )
+            raise self._broken("still_mapped", f"the handle is still mapped {handle.num_mappings} times")
         self._release(handle)
         handle.is_live = False
         if handle.origin == "imported":
@@ -214,7 +104,7 @@ class Device(ABC):
         where the backend can. Raises DeviceError export_and_import, not_local."""
         self._check_handle(handle)
         if handle.origin != "local":
-            raise DeviceError(f"{self.name}: an imported handle cannot be exported", code="not_local")
+            raise self._broken("not_local", "an imported handle cannot be exported")
         self._rules.take_role("exports")
         return self._export(handle)
 
@@ -226,9 +116,7 @@ class Device(ABC):
         self._check_open()
         self._check_size(token.nbytes)
         if token.offset < 0 or token.offset % self.granularity:
-            raise DeviceError(
-                f"{self.name}: token offset {token.offset} is not a multiple of {self.granularity}", code="not_granular"
-            )
+            raise self._broken("not_granular", f"token offset {token.offset} is not a multiple of {self.granularity}")
         self._rules.take_role("imports")
         identity = self._identity(token)
         self._rules.add_import(identity)
@@ -257,7 +145,7 @@ class Device(ABC):
         """Give a range back. Tensors over it must be gone. Raises DeviceError still_mapped, released."""
         self._check_range(range_)
         if range_.starts:
-            raise DeviceError(f"{self.name}: the range still has {len(range_.starts)} mappings", code="still_mapped")
+            raise self._broken("still_mapped", f"the range still has {len(range_.starts)} mappings")
         range_.is_live = False
         self._ranges.discard(range_)
         self._rules.drop_range(range_)
@@ -280,10 +168,10 @@ class Device(ABC):
         for offset, handle in ordered:
             self._check_part(range_, offset, handle, writable)
             if offset < end:
-                raise DeviceError(f"{self.name}: two parts to map overlap at {offset}", code="mapping_live")
+                raise self._broken("mapping_live", f"two parts to map overlap at {offset}")
             end = offset + handle.nbytes
         if len({handle.origin for _, handle in ordered} | {range_.origin} - {None}) > 1:
-            raise DeviceError(f"{self.name}: a range cannot hold local and imported handles", code="mixed_range")
+            raise self._broken("mixed_range", "a range cannot hold local and imported handles")
         if not ordered:
             return
         self._map_many(range_, ordered, writable, populate)
@@ -300,7 +188,7 @@ class Device(ABC):
         self._check_range(range_)
         handle = range_.mappings.get(offset)
         if handle is None:
-            raise DeviceError(f"{self.name}: no mapping begins at {offset}", code="not_mapped")
+            raise self._broken("not_mapped", f"no mapping begins at {offset}")
         self.fence()
         self._unmap(range_, offset, handle.nbytes)
         del range_.mappings[offset]
@@ -343,50 +231,42 @@ class Device(ABC):
 
     # ---- Checks
 
+    def _broken(self, code: str, text: str) -> DeviceError:
+        return DeviceError(f"{self.name}: {text}", code=code)
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise DeviceError(f"{self.name} is closed", code="released")
 
     def _check_size(self, nbytes: int) -> None:
         if nbytes <= 0 or nbytes % self.granularity:
-            raise DeviceError(
-                f"{self.name}: {nbytes} bytes are not a positive multiple of {self.granularity}", code="not_granular"
-            )
+            raise self._broken("not_granular", f"{nbytes} bytes are not a positive multiple of {self.granularity}")
 
     def _check_handle(self, handle: Handle) -> None:
         self._check_open()
         if handle.device != self.name:
             raise DeviceError(f"a handle of {handle.device} was given to {self.name}", code="other_device")
         if not handle.is_live:
-            raise DeviceError(f"{self.name}: the handle has been released", code="released")
+            raise self._broken("released", "the handle has been released")
 
     def _check_range(self, range_: Range) -> None:
         self._check_open()
         if range_.device != self.name:
             raise DeviceError(f"a range of {range_.device} was given to {self.name}", code="other_device")
         if not range_.is_live:
-            raise DeviceError(f"{self.name}: the range has been given back", code="released")
+            raise self._broken("released", "the range has been given back")
 
     def _check_part(self, range_: Range, offset: int, handle: Handle, writable: bool) -> None:
         self._check_handle(handle)
         if offset % self.granularity:
-            raise DeviceError(
-                f"{self.name}: offset {offset} is not a multiple of {self.granularity}", code="not_granular"
-            )
+            raise self._broken("not_granular", f"offset {offset} is not a multiple of {self.granularity}")
         end = offset + handle.nbytes
         if offset < 0 or end > range_.nbytes:
-            raise DeviceError(
-                f"{self.name}: [{offset}, {end}) exceeds the range of {range_.nbytes} bytes", code="out_of_range"
-            )
+            raise self._broken("out_of_range", f"[{offset}, {end}) exceeds the range of {range_.nbytes} bytes")
         if writable and not handle.writable:
-            raise DeviceError(f"{self.name}: the handle was exported read-only", code="read_only")
-        at = bisect_left(range_.starts, offset)
-        if at < len(range_.starts) and range_.starts[at] < end:
-            raise DeviceError(f"{self.name}: [{offset}, {end}) is already mapped", code="mapping_live")
-        if at > 0:
-            before = range_.starts[at - 1]
-            if before + range_.mappings[before].nbytes > offset:
-                raise DeviceError(f"{self.name}: [{offset}, {end}) is already mapped", code="mapping_live")
+            raise self._broken("read_only", "the handle was exported read-only")
+        if range_.overlaps(offset, end):
+            raise self._broken("mapping_live", f"[{offset}, {end}) is already mapped")
 
     # ---- What a backend does
 

@@ -16,8 +16,9 @@ import stat
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from common.devices.base import PROCESS, SPACES, Device, Handle, ProcessRules, Range, Space, Token
+from common.devices.base import Device
 from common.devices.extents import FreeList
+from common.devices.rules import PROCESS, SPACES, Handle, ProcessRules, Range, Space, Token
 from common.protocol.errors import DeviceError, DoesNotFit
 from native import host
 

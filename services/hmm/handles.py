@@ -45,7 +45,7 @@ def attach_reply(
     doorbells: Mapping[int, int],
     granularity: int,
 ) -> tuple[AttachReply, tuple[int, ...]]:
-    """What the rank on `memory`'s device is handed: the message, and the descriptors that it indexes (they stay their owners')."""
+    """What the rank on `memory`'s device is handed: the message, and the descriptors that it indexes, each once."""
     fds = _Fds()
 
     def export(handle: Handle) -> Extent:
@@ -100,17 +100,20 @@ class Attachments:
 
     def ended(self, ready: set[int]) -> list[Attached]:
         """Take out the ranks whose connections ended: what is readable there is the end, or a breach of protocol."""
-        gone = [attached for attached in self.by_slot.values() if attached.channel.fileno() in ready]
-        for attached in gone:
-            del self.by_slot[attached.slot]
-            attached.channel.close()
-        return gone
+        return [self._end(slot) for slot, one in list(self.by_slot.items()) if one.channel.fileno() in ready]
 
-    def has_ended(self, slot: int) -> bool:
-        """Whether the connection of an attached slot is readable at this moment: its rank is dead."""
+    def ended_now(self, slot: int) -> Attached | None:
+        """The rank of `slot`, taken out, if its connection ended after the loop last looked."""
+        if slot not in self.by_slot:
+            return None
         poller = select.poll()
         poller.register(self.by_slot[slot].channel.fileno(), select.POLLIN)
-        return bool(poller.poll(0))
+        return self._end(slot) if poller.poll(0) else None
+
+    def _end(self, slot: int) -> Attached:
+        attached = self.by_slot.pop(slot)
+        attached.channel.close()
+        return attached
 
     def accept(self, ready: set[int]) -> None:
         """Take new connections, and drop those that did not say who they are in time."""

@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable
 
 from common.config import HmmConfig
-from common.devices.base import SPACES
 from common.devices.host import HostDevice
+from common.devices.rules import SPACES
 from common.layout import Layout
 from common.protocol.errors import ConfigError, DeviceError
 from common.telemetry import Logger

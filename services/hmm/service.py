@@ -10,13 +10,13 @@ import os
 import select
 import signal
 import time
-from typing import Final
+from typing import Final, Literal
 
 from common.config import HmmConfig
 from common.fdchannel import Channel, Listener
 from common.fence import Fence
 from common.protocol.codec import Message, Received
-from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, InvalidRequest, NotFound, Unavailable
+from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
 from common.protocol.handles import Attach
 from common.protocol.hmm import CODEC, CheckIntegrity, GetHmmStatus, LoadModel, SetMembership, ToHmm
 from common.protocol.replies import Ack, Refused, refusal
@@ -218,7 +218,8 @@ class Hmm:
     def _publish(self, members: int, is_running: bool) -> None:
         """Raise the generation on the bus and wake everybody."""
         segment = self._holdings.segment
-        assert segment is not None and segment.bus is not None, "there is a bus while a model is loaded"
+        assert segment is not None, "a loaded model has a bus"
+        assert segment.bus is not None, "a loaded model's bus is open"
         generation = segment.bus.membership()[0] + 1
         segment.bus.set_membership(generation, members, is_running)
         self._holdings.ring()
@@ -257,7 +258,7 @@ class Hmm:
             return self._load.request.op_id
         return self._holdings.loaded.load.op_id if self._holdings.loaded else None
 
-    def _phase(self) -> str:
+    def _phase(self) -> Literal["empty", "loading", "ready", "failed"]:
         if self._is_loading:
             return "loading"
         if self._holdings.loaded is not None:
@@ -270,7 +271,7 @@ class Hmm:
         if not self._is_loading and holdings.segment is not None and holdings.segment.bus is not None:
             generation, members, is_running = holdings.segment.bus.membership()
         return HmmStatus(
-            phase=self._phase(),  # type: ignore[arg-type]
+            phase=self._phase(),
             bytes_done=load.bytes_done if load else 0,
             bytes_total=load.bytes_total if load else 0,
             error=self._load_error,
@@ -308,29 +309,37 @@ class Hmm:
         try:
             loaded = self._holdings.loaded
             seat = seat_for(loaded, request)
-            if request.slot in self._attachments.by_slot and self._attachments.has_ended(request.slot):
-                self._on_death(self._attachments.by_slot.pop(request.slot))
+            before = self._attachments.ended_now(request.slot)
+            if before is not None:
+                self._on_death(before)
             segment = self._holdings.segment
-            assert loaded is not None and segment is not None, "a seat is of a loaded model"
+            assert loaded is not None, "a seat is of a loaded model"
+            assert segment is not None, "a loaded model has a bus"
             memory = self._holdings.memories[seat.device]
             reply, fds = attach_reply(loaded, memory, segment, self._holdings.doorbells, self._holdings.granularity)
             self._attachments.admit(channel, request, reply, fds)
-        except (DeadlineExceeded, ElasticMoEError) as error:
+        except ElasticMoEError as error:
             self._log.warning("attach refused", slot=request.slot, code=error.code, reason=error.message)
             self._attachments.refuse(channel, error)
             return
         self._log.info(
             "rank attached", rank=request.rank, slot=request.slot, rank_id=request.incarnation, resumed=request.resume
         )
+        if not request.resume:  # its predecessor may have died while nobody was here to see it
+            self._park(request.slot)
 
     def _on_death(self, attached: Attached) -> None:
         """A rank's connection ended: the others must not wait for it."""
         self._log.warning("rank detached", rank=attached.rank, slot=attached.slot, rank_id=attached.incarnation)
+        self._park(attached.slot)
+
+    def _park(self, slot: int) -> None:
+        """Stop the running generation if `slot` takes part in it."""
         segment = self._holdings.segment
         if segment is None or segment.bus is None:
             return
         _, members, is_running = segment.bus.membership()
-        if is_running and members >> attached.slot & 1:
+        if is_running and members >> slot & 1:
             self._publish(members, False)
 
 

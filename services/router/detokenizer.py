@@ -65,7 +65,9 @@ def _token_rule(tokenizer: Tokenizer) -> Callable[[str], bytes]:
         elif kind == "ByteFallback":
             has_byte_tokens = True
         elif kind not in ("Fuse", "Strip"):  # Strip takes the space before a text's first word, not before a going-on
-            raise ConfigError(f"tokenizer.json: decoder {kind!s:.40} is not supported; supported: ByteLevel, ByteFallback")
+            raise ConfigError(
+                f"tokenizer.json: decoder {kind!s:.40} is not supported; supported: ByteLevel, ByteFallback"
+            )
 
     def rule(token: str) -> bytes:
         byte = _BYTE_TOKEN.fullmatch(token) if has_byte_tokens else None

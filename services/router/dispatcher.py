@@ -2,8 +2,9 @@
 
 What can go wrong, and who ends a stream then:
 - a rank says Failed: its error, or another try elsewhere when it is retryable and no token has come;
-- a rank is silent for LOST_S, or another incarnation speaks in its place and does not go on with the stream within
-  ADOPT_S (a replacement goes on with what the ledger holds): another try when no token has come, else `rank_lost`;
+- a rank is silent for LOST_S, or another incarnation speaks in its place and does not go on with the stream (a
+  replacement goes on with what the ledger holds) within ADOPT_S, or LOST_S while it is busy with others: another try
+  when no token has come, else `rank_lost`;
 - tokens are missing for GAP_S: `rank_lost`;
 - the deadline passes: `deadline_exceeded`.
 A stream may move: tokens for it count whichever rank sends them, and it is that rank's from then on.
@@ -146,9 +147,7 @@ class Dispatcher:
         ending = stream.ending
         assert ending is not None
         retryable = ending.error is not None and ending.error.retryable
-        self._history.terminal(
-            stream.name, ending.kind, ending.reason, retryable=retryable, tokens=stream.num_tokens
-        )
+        self._history.terminal(stream.name, ending.kind, ending.reason, retryable=retryable, tokens=stream.num_tokens)
         self._metrics.ended(stream, time.monotonic())
 
     def _release(self, stream: Stream, *, tell_rank: bool) -> None:
@@ -220,7 +219,9 @@ class Dispatcher:
             if first_at is None:
                 stream.first_at = now
             self._history.chunk(stream.name, index, ids)
-            self._metrics.tokens(len(ids), now - (stream.accepted_at if first_at is None else last_at), first_at is None)
+            self._metrics.tokens(
+                len(ids), now - (stream.accepted_at if first_at is None else last_at), first_at is None
+            )
         if stream.ending is not None:
             self._forget(stream, tell_rank=delta.finish is None)
 
@@ -267,14 +268,13 @@ class Dispatcher:
     def _check_link(self, link: RankLink, now: float) -> None:
         if not link.streams:
             return
-        is_silent = link.silent_s(now) > LOST_S
-        given_up = now - link.changed_at > ADOPT_S
+        is_silent, changed_s = link.silent_s(now) > LOST_S, now - link.changed_at
         has_none = link.status is not None and link.status.running + link.status.waiting == 0
         for stream in list(link.streams.values()):
-            is_orphan = stream.sender != link.sender and given_up and (stream.is_untouched or has_none)
-            if not is_silent and not is_orphan and not self._waited_long(stream, link, now):
-                continue
-            self._retry_or_fail(stream, _lost(link.rank), now, avoid=link.rank if is_silent else None)
+            patience_s = ADOPT_S if stream.is_untouched or has_none else LOST_S
+            is_orphan = stream.sender != link.sender and changed_s > patience_s
+            if is_silent or is_orphan:
+                self._retry_or_fail(stream, _lost(link.rank), now, avoid=link.rank if is_silent else None)
 
     async def run(self) -> None:
         """Tick for ever."""

@@ -42,8 +42,11 @@ Action = Load | Start | Publish | CommitLayout
 
 
 class Observed(msgspec.Struct, frozen=True):
-    """What the scaler saw last; None for a part that does not answer. `starting` are seats whose rank was asked for and
-    has neither come nor failed; `restarts_left`: ranks that may still be replaced now."""
+    """What the scaler saw last; None for a part that does not answer.
+
+    `starting`: seats whose rank was asked for and has neither come nor failed. `restarts_left`: ranks that may still be
+    replaced in this window; `is_backing_off`: not yet the next one; `last_exit`: why the last one ended.
+    """
 
     hmm: HmmStatus | None
     pool: PoolStatus | None
@@ -51,6 +54,8 @@ class Observed(msgspec.Struct, frozen=True):
     starting: frozenset[int]
     ever_served: bool
     restarts_left: int
+    is_backing_off: bool = False
+    last_exit: str = ""
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -82,9 +87,13 @@ def _decide_ranks(layout: Layout, seen: Observed, hmm: HmmStatus, pool: PoolStat
     empty = [seat for seat in layout.seats if seat.slot not in ranks and seat.slot not in seen.starting]
     ready = all(seat.slot in ranks and ranks[seat.slot].ready for seat in layout.seats)
     if empty:
-        if seen.ever_served and seen.restarts_left <= 0:
-            error = Refused("rank_crash_loop", f"ranks {_names(empty)} died too often; see the worker's log", False)
+        if seen.restarts_left <= 0:
+            error = Refused(
+                "rank_crash_loop", f"ranks {_names(empty)} died too often, last of: {seen.last_exit}", False
+            )
             return Decision((), "failed", error.message, error)
+        if seen.is_backing_off:
+            return Decision((), _waiting(seen), f"ranks {_names(empty)} died again; the next start waits")
         # A seat is filled only after the HMM has let go of its last holder.
         attached = {device.device for device in hmm.devices if device.attached}
         free = [seat for seat in empty if seat.device not in attached]

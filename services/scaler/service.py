@@ -27,6 +27,7 @@ log = get_logger("scaler")
 
 CALL_MS = 2_000
 TURN_MS = 50
+BACKOFF_S = 0.1  # doubles with each exit in the window
 START_SECONDS_MAX = 60.0  # a rank that has not come by then is asked for again
 
 
@@ -45,6 +46,8 @@ class Scaler:
         self._committed_epoch = 0
         self._starting: dict[int, float] = {}  # slot -> when its rank was asked for
         self._exits: deque[float] = deque(maxlen=1_000)
+        self._backoff_until = 0.0
+        self._last_exit = ""
         self._ever_served = False
         self._stopping = False
         self._last_reason = ""
@@ -126,7 +129,9 @@ class Scaler:
             committed_epoch=self._committed_epoch,
             starting=frozenset(self._starting),
             ever_served=self._ever_served,
-            restarts_left=self._restarts_left(now),
+            restarts_left=self._config.rank_restarts_max - self._recent_exits(now) + 1,
+            is_backing_off=now < self._backoff_until,
+            last_exit=self._last_exit,
         )
         decision = decide(layout, seen)
         self._show(decision, hmm, pool, fence)
@@ -165,13 +170,16 @@ class Scaler:
             log.info("rank ready", rank=event.rank, attach_ms=event.attach_ms, build_ms=event.build_ms)
         elif isinstance(event, RankExited):
             self._starting.pop(event.slot, None)
-            self._exits.append(time.monotonic())
+            now = time.monotonic()
+            self._exits.append(now)
+            # The first replacement starts at once: streams wait for it. Later ones wait longer and longer.
+            self._backoff_until = now + BACKOFF_S * (2 ** (self._recent_exits(now) - 1) - 1)
+            self._last_exit = event.reason
             log.warning("rank exited", rank=event.rank, exit_code=event.exit_code, reason=event.reason)
             self._journal("rank_exited", event.reason, rank=str(event.rank), exit_code=str(event.exit_code))
 
-    def _restarts_left(self, now: float) -> int:
-        recent = sum(1 for at in self._exits if now - at < self._config.rank_restarts_window_s)
-        return self._config.rank_restarts_max - recent + 1
+    def _recent_exits(self, now: float) -> int:
+        return sum(1 for at in self._exits if now - at < self._config.rank_restarts_window_s)
 
     def _find_layout(self, hmm: HmmStatus | None) -> Layout:
         """The layout in force: the HMM's, else the store's, else a first one."""

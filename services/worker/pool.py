@@ -1,8 +1,9 @@
 """The worker pool: keeps standby processes ready and turns them into ranks when the scaler asks.
 
 A standby is forked from a server process that has everything imported (multiprocessing's forkserver), so it is there
-in milliseconds; it holds no memory of the model. The pool sees a child end by its sentinel, reports it, and forks another
-standby. It makes no decisions: which seat gets a rank, and whether a dead one is replaced, is the scaler's to say.
+in milliseconds; it holds no memory of the model. The pool sees a child end by its sentinel, reports it, and forks
+another standby. It makes no decisions: which seat gets a rank, and whether a dead one is replaced, is the scaler's to
+say.
 
 A child leaves when its pipe to the pool ends, so no rank outlives its pool. One thread owns everything here.
 """
@@ -46,6 +47,7 @@ class Child:
     def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Connection) -> None:
         self.process = process
         self.pipe = pipe
+        self.pipe_fd = pipe.fileno()
         self.seat: StartRank | None = None  # None: a standby
         self.is_ready = False
         self.reason = ""
@@ -103,9 +105,10 @@ class Pool:
             process = self._context.Process(target=standby_main, args=(theirs, settings), daemon=False)
             process.start()
             theirs.close()
-            self._children.append(Child(process, ours))
+            child = Child(process, ours)
+            self._children.append(child)
             self._server.watch(process.sentinel)
-            self._server.watch(ours.fileno())
+            self._server.watch(child.pipe_fd)
 
     def _wait(self, timeout_ms: int) -> None:
         timers = [child.kill_at for child in self._children if child.kill_at is not None]
@@ -115,7 +118,7 @@ class Pool:
             timeout_ms = min(timeout_ms, max(0, int((min(timers) - time.monotonic()) * 1e3) + 1))
         readable = self._server.poll(timeout_ms)
         for child in self._children:
-            if child.pipe.fileno() in readable:
+            if child.pipe_fd in readable and not child.pipe.closed:
                 self._take_report(child)
 
     def _take_report(self, child: Child) -> None:
@@ -124,8 +127,7 @@ class Pool:
                 return
             received = FROM_RANK.decode(child.pipe.recv_bytes())
         except (EOFError, OSError):
-            self._server.unwatch(child.pipe.fileno())
-            child.pipe.close()
+            self._close_pipe(child)
             return
         except ProtocolError as error:
             log.warning("bad report", pid=child.pid, because=error.message)
@@ -157,9 +159,12 @@ class Pool:
         self._children.remove(child)
         self._server.unwatch(child.process.sentinel)
         if not child.pipe.closed:
-            self._server.unwatch(child.pipe.fileno())
-            child.pipe.close()
+            self._close_pipe(child)
         child.process.join()
+
+    def _close_pipe(self, child: Child) -> None:
+        self._server.unwatch(child.pipe_fd)
+        child.pipe.close()
 
     def _on_standby_death(self, child: Child) -> None:
         self._failures += 1

@@ -51,7 +51,12 @@ def test_unknown_keys_stop_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 @pytest.mark.parametrize(
     ("name", "value", "text"),
-    [("port", "65536", "<= 65535"), ("port", "x", "int"), ("requests_max", "0", ">= 1"), ("log_level", "loud", "regex")],
+    [
+        ("port", "65536", "<= 65535"),
+        ("port", "x", "int"),
+        ("requests_max", "0", ">= 1"),
+        ("log_level", "loud", "regex"),
+    ],
 )
 def test_bounds(name: str, value: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"ELASTICMOE_{name.upper()}", value)

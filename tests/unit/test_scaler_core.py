@@ -59,10 +59,15 @@ def test_seats_are_filled_only_when_their_device_is_let_go_and_a_standby_is_ther
 
 
 def test_a_crash_loop_ends() -> None:
-    decision = decide(LAYOUT, seen(ever_served=True, restarts_left=0))
+    decision = decide(LAYOUT, seen(restarts_left=0, last_exit="killed by signal 11"))
     assert decision.phase == "failed"
     assert decision.error is not None
     assert decision.error.code == "rank_crash_loop"
+    assert "killed by signal 11" in decision.error.message
+
+
+def test_a_rank_that_dies_again_is_replaced_later() -> None:
+    assert decide(LAYOUT, seen(is_backing_off=True)).actions == ()
 
 
 def test_bring_up_to_serving_and_recovery_of_a_rank() -> None:

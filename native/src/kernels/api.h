@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 namespace elasticmoe::kernels {
 
@@ -119,10 +120,13 @@ struct Kernels {
   int64_t (*greatest)(const float* x, int64_t count);
 };
 
-// The best kernels that this machine can run; chosen once.
+// The kernels in use: the best that this machine can run, unless another set was asked for.
 const Kernels& kernels();
 
-// All that are built and can run here, the best first (for tests).
+// Use the set called `name` from now on, in all threads. False if it is not among the built ones.
+bool use_instruction_set(std::string_view name);
+
+// All that are built and can run here, the best first.
 struct Built {
   const Kernels* sets[3];
   int64_t count;

@@ -1,4 +1,5 @@
 // Which kernels to run on this machine, and their scratch memory.
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
@@ -34,9 +35,12 @@ const Built& built_kernels() {
   return built;
 }
 
-const Kernels& kernels() { return *built_kernels().sets[0]; }
-
 namespace {
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> kernels = built_kernels().sets[0];
+  return kernels;
+}
 
 struct Buffer {
   float* data = nullptr;
@@ -46,6 +50,18 @@ struct Buffer {
 };
 
 }  // namespace
+
+const Kernels& kernels() { return *current().load(std::memory_order_acquire); }
+
+bool use_instruction_set(std::string_view name) {
+  const Built& built = built_kernels();
+  for (int64_t i = 0; i < built.count; ++i) {
+    if (name != built.sets[i]->name) continue;
+    current().store(built.sets[i], std::memory_order_release);
+    return true;
+  }
+  return false;
+}
 
 float* scratch(Scratch purpose, int64_t count) {
   static thread_local Buffer buffers[static_cast<int>(Scratch::kCount)];

@@ -1,0 +1,27 @@
+# native.kernels: one source, compiled once for each instruction set; dispatch.cpp picks at run time.
+
+set(ELASTICMOE_KERNEL_SETS baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  list(APPEND ELASTICMOE_KERNEL_SETS avx2 avx512)
+endif()
+set(ELASTICMOE_KERNEL_FLAGS_baseline)
+set(ELASTICMOE_KERNEL_FLAGS_avx2 -mavx2 -mfma)
+set(ELASTICMOE_KERNEL_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mprefer-vector-width=512)
+
+set(ELASTICMOE_KERNEL_OBJECTS)
+foreach(set IN LISTS ELASTICMOE_KERNEL_SETS)
+  add_library(kernels_${set} OBJECT ${CMAKE_CURRENT_LIST_DIR}/src/kernels/isa.cpp)
+  target_include_directories(kernels_${set} PRIVATE ${CMAKE_CURRENT_LIST_DIR}/src)
+  target_compile_definitions(kernels_${set} PRIVATE ELASTICMOE_ISA=${set})
+  # Sums of products are fused; nothing else may change what the source says (NaN and order of additions matter). -O3 also
+  # where the build type asks for less. -Wno-psabi: vectors are passed between inlined functions only.
+  target_compile_options(kernels_${set} PRIVATE ${ELASTICMOE_KERNEL_FLAGS_${set}} -O3 -ffp-contract=fast
+    -fno-math-errno -fno-trapping-math -Wno-psabi)
+  list(APPEND ELASTICMOE_KERNEL_OBJECTS $<TARGET_OBJECTS:kernels_${set}>)
+endforeach()
+
+elasticmoe_module(kernels
+  ${CMAKE_CURRENT_LIST_DIR}/src/kernels/bindings.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/src/kernels/dispatch.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/src/kernels/sampling.cpp
+  ${ELASTICMOE_KERNEL_OBJECTS})

@@ -1,0 +1,289 @@
+// native.kernels. Documentation: kernels.pyi.
+#include "bindings/common.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels/api.h"
+#include "kernels/sampling.h"
+
+namespace elasticmoe::kernels {
+namespace {
+
+namespace nb = nanobind;
+using bindings::natural;
+
+constexpr int64_t kMost = int64_t{1} << 31;  // of any count: products of three stay below 2^63 with what memory can hold
+
+int64_t number(const char* name, int64_t value, int64_t low) {
+  require_range(name, natural(name, value), static_cast<uint64_t>(low), static_cast<uint64_t>(kMost));
+  return value;
+}
+
+Dtype dtype_of(int64_t code) {
+  if (code != 0 && code != 1) invalid("dtype must be FLOAT32 or BFLOAT16");
+  return static_cast<Dtype>(code);
+}
+
+// Address of `count` elements; null only if there are none.
+template <typename T>
+T* memory(const char* name, int64_t address, int64_t count) {
+  const uint64_t addr = natural(name, address);
+  require_memory(name, addr, checked_mul(natural(name, count), sizeof(T)));
+  if (!is_aligned(addr, alignof(T))) invalid(std::string(name) + " is not aligned");
+  return reinterpret_cast<T*>(addr);
+}
+
+template <typename T>
+T* optional_memory(const char* name, int64_t address, int64_t count) {
+  return address == 0 ? nullptr : memory<T>(name, address, count);
+}
+
+const void* stored(const char* name, int64_t address, int64_t count, Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? static_cast<const void*>(memory<const float>(name, address, count))
+                                  : memory<const uint16_t>(name, address, count);
+}
+
+void init_cache(KvCache* self, int64_t base, int64_t num_blocks, int64_t stride, int64_t num_layers, int64_t num_heads,
+                int64_t block_size, int64_t head_dim, int64_t dtype_code) {
+  const Dtype dtype = dtype_of(dtype_code);
+  KvCache cache{nullptr,
+                number("num_blocks", num_blocks, 0),
+                number("block_stride", stride, 1),
+                number("num_layers", num_layers, 1),
+                number("num_heads", num_heads, 1),
+                number("block_size", block_size, 1),
+                number("head_dim", head_dim, 1),
+                dtype};
+  uint64_t bytes = static_cast<uint64_t>(element_bytes(dtype));
+  for (const int64_t factor : {num_layers, int64_t{2}, num_heads, block_size, head_dim}) {
+    bytes = checked_mul(bytes, static_cast<uint64_t>(factor));
+  }
+  require(bytes <= static_cast<uint64_t>(stride), "block_stride is less than a block");
+  require(is_aligned(static_cast<uint64_t>(stride), 4), "block_stride is not a multiple of 4");
+  checked_mul(static_cast<uint64_t>(num_blocks), static_cast<uint64_t>(stride));
+  cache.base = reinterpret_cast<char*>(memory<float>("base_addr", base, num_blocks * (stride / 4)));
+  new (self) KvCache(cache);
+}
+
+// The parts of a batch over a cache, checked once for all layers.
+struct CheckedParts {
+  KvCache cache;
+  Parts parts;
+  int64_t num_rows;
+};
+
+void init_parts(CheckedParts* self, const KvCache& cache, int64_t num_rows, int64_t num_parts, int64_t row_starts,
+                int64_t kv_lens, int64_t block_starts, int64_t blocks) {
+  number("num_rows", num_rows, 0);
+  number("num_parts", num_parts, 0);
+  Parts parts{num_parts, memory<const int32_t>("row_starts", row_starts, num_parts + 1),
+              memory<const int32_t>("kv_lens", kv_lens, num_parts),
+              memory<const int32_t>("block_starts", block_starts, num_parts + 1), nullptr};
+  require(parts.row_starts[0] == 0 && parts.row_starts[num_parts] == num_rows, "row_starts must go from 0 to num_rows");
+  require(parts.block_starts[0] == 0, "block_starts must begin with 0");
+  for (int64_t i = 0; i < num_parts; ++i) {
+    const int64_t rows = int64_t{parts.row_starts[i + 1]} - parts.row_starts[i];
+    const int64_t table = int64_t{parts.block_starts[i + 1]} - parts.block_starts[i];
+    require(rows > 0, "row_starts must grow");
+    require(parts.kv_lens[i] >= rows, "kv_lens must be at least the part's rows");
+    require(table >= 0 && table * cache.block_size >= parts.kv_lens[i], "a part has too few blocks");
+  }
+  const int64_t num_ids = parts.block_starts[num_parts];
+  parts.blocks = memory<const int32_t>("blocks", blocks, num_ids);
+  for (int64_t i = 0; i < num_ids; ++i) {
+    if (parts.blocks[i] < 0 || parts.blocks[i] >= cache.num_blocks) {
+      invalid("block " + std::to_string(parts.blocks[i]) + " is not among the " + std::to_string(cache.num_blocks) +
+              " of the cache");
+    }
+  }
+  new (self) CheckedParts{cache, parts, num_rows};
+}
+
+int64_t layer_of(const CheckedParts& parts, int64_t layer) {
+  require_range("layer", natural("layer", layer), 0, static_cast<uint64_t>(parts.cache.num_layers - 1));
+  return layer;
+}
+
+int64_t qkv_count(const CheckedParts& parts, int64_t q_heads) {
+  number("q_heads", q_heads, 1);
+  require(q_heads % parts.cache.num_heads == 0, "q_heads must be a multiple of the cache's heads");
+  return parts.num_rows * (q_heads + 2 * parts.cache.num_heads) * parts.cache.head_dim;
+}
+
+void linear(int64_t x, int64_t num_rows, int64_t w, int64_t dtype_code, int64_t num_cols, int64_t depth, int64_t out,
+            bool accumulate) {
+  const Dtype dtype = dtype_of(dtype_code);
+  number("num_rows", num_rows, 0);
+  number("num_cols", num_cols, 1);
+  number("depth", depth, 1);
+  kernels().linear({memory<const float>("x", x, num_rows * depth), num_rows, stored("w", w, num_cols * depth, dtype),
+                    dtype, num_cols, depth, memory<float>("out", out, num_rows * num_cols), accumulate});
+}
+
+void rms_norm(int64_t x, int64_t delta, int64_t rows, int64_t num_rows, int64_t hidden, int64_t weight, double eps,
+              int64_t out) {
+  number("num_rows", num_rows, 0);
+  const int64_t count = num_rows * number("hidden", hidden, 1);
+  const int64_t reach = rows == 0 ? count : hidden;  // with `rows` it is up to the caller
+  kernels().norm({memory<float>("x", x, num_rows == 0 ? 0 : reach), num_rows, hidden,
+                  optional_memory<const float>("delta", delta, reach),
+                  optional_memory<const int32_t>("rows", rows, num_rows), memory<const float>("weight", weight, hidden),
+                  static_cast<float>(eps), memory<float>("out", out, count)});
+}
+
+void embed(int64_t ids, int64_t num_rows, int64_t table, int64_t dtype_code, int64_t vocab, int64_t hidden,
+           int64_t out) {
+  const Dtype dtype = dtype_of(dtype_code);
+  number("num_rows", num_rows, 0);
+  number("vocab", vocab, 1);
+  number("hidden", hidden, 1);
+  const int32_t* tokens = memory<const int32_t>("ids", ids, num_rows);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    if (tokens[i] < 0 || tokens[i] >= vocab) {
+      invalid("token " + std::to_string(tokens[i]) + " is not below the vocabulary's " + std::to_string(vocab));
+    }
+  }
+  kernels().embed(tokens, num_rows, stored("table", table, vocab * hidden, dtype), dtype, hidden,
+                  memory<float>("out", out, num_rows * hidden));
+}
+
+void make_rope(const CheckedParts& parts, int64_t inv_freq, int64_t out) {
+  const int64_t dim = parts.cache.head_dim;
+  require(dim % 2 == 0, "head_dim must be even");
+  rope_table(parts.parts, memory<const float>("inv_freq", inv_freq, dim / 2), dim / 2,
+             memory<float>("out", out, parts.num_rows * dim));
+}
+
+void store(const CheckedParts& parts, int64_t layer, int64_t qkv, int64_t q_heads, int64_t rope, int64_t q_norm,
+           int64_t k_norm, double eps) {
+  const int64_t dim = parts.cache.head_dim;
+  require(dim % 2 == 0, "head_dim must be even");
+  kernels().store_kv({parts.cache, parts.parts, layer_of(parts, layer),
+                      memory<float>("qkv", qkv, qkv_count(parts, q_heads)), q_heads,
+                      memory<const float>("rope", rope, parts.num_rows * dim),
+                      optional_memory<const float>("q_norm", q_norm, dim),
+                      optional_memory<const float>("k_norm", k_norm, dim), static_cast<float>(eps)});
+}
+
+void attend(const CheckedParts& parts, int64_t layer, int64_t qkv, int64_t q_heads, double scale, int64_t out) {
+  kernels().attention({parts.cache, parts.parts, layer_of(parts, layer),
+                       memory<const float>("qkv", qkv, qkv_count(parts, q_heads)), q_heads, static_cast<float>(scale),
+                       memory<float>("out", out, parts.num_rows * q_heads * parts.cache.head_dim)});
+}
+
+void route(int64_t x, int64_t num_rows, int64_t hidden, int64_t gate, int64_t num_experts, int64_t top_k,
+           bool renormalize, int64_t ids, int64_t weights) {
+  number("num_rows", num_rows, 0);
+  number("hidden", hidden, 1);
+  number("num_experts", num_experts, 1);
+  require_range("top_k", natural("top_k", top_k), 1, static_cast<uint64_t>(num_experts));
+  kernels().router({memory<const float>("x", x, num_rows * hidden), num_rows, hidden,
+                    memory<const float>("gate", gate, num_experts * hidden), num_experts, top_k, renormalize,
+                    memory<int32_t>("ids", ids, num_rows * top_k), memory<float>("weights", weights, num_rows * top_k)});
+}
+
+void run_experts(int64_t rows, int64_t num_rows, int64_t counts, int64_t num_experts, int64_t w13, int64_t w13_stride,
+                 int64_t w2, int64_t w2_stride, int64_t dtype_code, int64_t hidden, int64_t width, int64_t out) {
+  const Dtype dtype = dtype_of(dtype_code);
+  number("num_rows", num_rows, 0);
+  number("num_experts", num_experts, 1);
+  number("hidden", hidden, 1);
+  number("width", width, 1);
+  const int32_t* each = memory<const int32_t>("counts", counts, num_experts);
+  int64_t total = 0;
+  for (int64_t i = 0; i < num_experts; ++i) {
+    require(each[i] >= 0, "counts must not be negative");
+    total += each[i];
+  }
+  require(total == num_rows, "counts must sum to num_rows");
+  const int64_t align = element_bytes(dtype);
+  require(natural("w13_stride", w13_stride) % static_cast<uint64_t>(align) == 0, "w13_stride splits an element");
+  require(natural("w2_stride", w2_stride) % static_cast<uint64_t>(align) == 0, "w2_stride splits an element");
+  kernels().experts({memory<const float>("rows", rows, num_rows * hidden), each, num_experts,
+                     static_cast<const char*>(stored("w13", w13, 2 * width * hidden, dtype)), w13_stride,
+                     static_cast<const char*>(stored("w2", w2, hidden * width, dtype)), w2_stride, dtype, hidden, width,
+                     memory<float>("out", out, num_rows * hidden)});
+}
+
+std::vector<int64_t> greatest(int64_t logits, int64_t num_rows, int64_t vocab) {
+  number("num_rows", num_rows, 0);
+  number("vocab", vocab, 1);
+  const float* rows = memory<const float>("logits", logits, num_rows * vocab);
+  std::vector<int64_t> tokens(static_cast<size_t>(num_rows));
+  for (int64_t i = 0; i < num_rows; ++i) tokens[static_cast<size_t>(i)] = kernels().greatest(rows + i * vocab, vocab);
+  return tokens;
+}
+
+int64_t draw_token(int64_t logits, int64_t vocab, double temperature, int64_t top_k, double top_p, double min_p,
+                   double uniform) {
+  number("vocab", vocab, 1);
+  number("top_k", top_k, 0);
+  require(temperature > 0 && top_p > 0 && min_p <= 1 && uniform >= 0 && uniform < 1, "sampling options out of range");
+  return draw(memory<const float>("logits", logits, vocab), vocab,
+              {static_cast<float>(temperature), top_k, top_p, min_p, uniform});
+}
+
+double log_total_of(int64_t logits, int64_t vocab) {
+  return log_total(memory<const float>("logits", logits, number("vocab", vocab, 1)), vocab);
+}
+
+std::vector<int32_t> top_of(int64_t logits, int64_t vocab, int64_t count) {
+  return top_tokens(memory<const float>("logits", logits, number("vocab", vocab, 1)), vocab, number("count", count, 0));
+}
+
+void select_instruction_set(const std::string& name) {
+  if (!use_instruction_set(name)) invalid("instruction set " + name + " is not built or cannot run here");
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (int64_t i = 0; i < built_kernels().count; ++i) names.emplace_back(built_kernels().sets[i]->name);
+  return names;
+}
+
+}  // namespace
+
+NB_MODULE(kernels, m) {
+  using released = nb::call_guard<nb::gil_scoped_release>;
+  m.attr("FLOAT32") = static_cast<int64_t>(Dtype::kFloat32);
+  m.attr("BFLOAT16") = static_cast<int64_t>(Dtype::kBfloat16);
+  m.def("instruction_sets", &instruction_sets);
+  m.def("use_instruction_set", &select_instruction_set, nb::arg("name"));
+
+  nb::class_<KvCache>(m, "KvView")
+      .def("__init__", &init_cache, nb::arg("base_addr"), nb::arg("num_blocks"), nb::arg("block_stride"),
+                  nb::arg("num_layers"), nb::arg("num_heads"), nb::arg("block_size"), nb::arg("head_dim"),
+                  nb::arg("dtype"));
+  nb::class_<CheckedParts>(m, "Parts")
+      .def("__init__", &init_parts, nb::arg("cache"), nb::arg("num_rows"), nb::arg("num_parts"),
+           nb::arg("row_starts_addr"), nb::arg("kv_lens_addr"), nb::arg("block_starts_addr"), nb::arg("blocks_addr"));
+
+  m.def("linear", &linear, released(), nb::arg("x_addr"), nb::arg("num_rows"), nb::arg("w_addr"), nb::arg("dtype"),
+        nb::arg("num_cols"), nb::arg("depth"), nb::arg("out_addr"), nb::arg("accumulate"));
+  m.def("rms_norm", &rms_norm, released(), nb::arg("x_addr"), nb::arg("delta_addr"), nb::arg("rows_addr"),
+        nb::arg("num_rows"), nb::arg("hidden"), nb::arg("weight_addr"), nb::arg("eps"), nb::arg("out_addr"));
+  m.def("embed", &embed, released(), nb::arg("ids_addr"), nb::arg("num_rows"), nb::arg("table_addr"), nb::arg("dtype"),
+        nb::arg("vocab"), nb::arg("hidden"), nb::arg("out_addr"));
+  m.def("rope_table", &make_rope, released(), nb::arg("parts"), nb::arg("inv_freq_addr"), nb::arg("out_addr"));
+  m.def("store_kv", &store, released(), nb::arg("parts"), nb::arg("layer"), nb::arg("qkv_addr"), nb::arg("q_heads"),
+        nb::arg("rope_addr"), nb::arg("q_norm_addr"), nb::arg("k_norm_addr"), nb::arg("eps"));
+  m.def("attention", &attend, released(), nb::arg("parts"), nb::arg("layer"), nb::arg("qkv_addr"), nb::arg("q_heads"),
+        nb::arg("scale"), nb::arg("out_addr"));
+  m.def("route", &route, released(), nb::arg("x_addr"), nb::arg("num_rows"), nb::arg("hidden"), nb::arg("gate_addr"),
+        nb::arg("num_experts"), nb::arg("top_k"), nb::arg("renormalize"), nb::arg("ids_addr"), nb::arg("weights_addr"));
+  m.def("experts", &run_experts, released(), nb::arg("rows_addr"), nb::arg("num_rows"), nb::arg("counts_addr"),
+        nb::arg("num_experts"), nb::arg("w13_addr"), nb::arg("w13_stride"), nb::arg("w2_addr"), nb::arg("w2_stride"),
+        nb::arg("dtype"), nb::arg("hidden"), nb::arg("width"), nb::arg("out_addr"));
+
+  m.def("greatest", &greatest, released(), nb::arg("logits_addr"), nb::arg("num_rows"), nb::arg("vocab"));
+  m.def("draw", &draw_token, released(), nb::arg("logits_addr"), nb::arg("vocab"), nb::arg("temperature"),
+        nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"), nb::arg("uniform"));
+  m.def("log_total", &log_total_of, released(), nb::arg("logits_addr"), nb::arg("vocab"));
+  m.def("top_tokens", &top_of, released(), nb::arg("logits_addr"), nb::arg("vocab"), nb::arg("count"));
+}
+
+}  // namespace elasticmoe::kernels

@@ -1,0 +1,33 @@
+// Choosing tokens from a row of logits, and positions' rotations. Plain C++: nothing here depends on the instruction set but
+// through Kernels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/api.h"
+
+namespace elasticmoe::kernels {
+
+struct Draw {
+  float temperature;  // > 0
+  int64_t top_k;      // 0: all
+  double top_p;       // 1: all
+  double min_p;       // 0: all
+  double uniform;     // in [0, 1)
+};
+
+// The token that `uniform` falls on; -1 if a logit is not finite.
+int64_t draw(const float* logits, int64_t vocab, const Draw& options);
+
+// log of the sum of e^logit. NaN if a logit is not finite.
+double log_total(const float* logits, int64_t vocab);
+
+// The `count` greatest, best first; of equals the lower id first.
+std::vector<int32_t> top_tokens(const float* logits, int64_t vocab, int64_t count);
+
+// to[row] = cosines and sines of position × inv_freq[i], rows of `parts` in order. The product is rounded to float32, as
+// the models were trained with.
+void rope_table(const Parts& parts, const float* inv_freq, int64_t half, float* to);
+
+}  // namespace elasticmoe::kernels

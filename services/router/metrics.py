@@ -1,0 +1,154 @@
+"""The router's metrics, under the names that dashboards and autoscalers for vLLM already read, and some of our own.
+
+What ranks report is read when it is scraped, so it cannot be stale; what the router counts is counted as it happens.
+Latencies are as the router sees them: from acceptance, tokenization excluded, network to the client excluded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from common.layout import Layout, RankId
+from services.router.links import RankLink
+from services.router.streams import Stream
+
+_FAST_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+_SLOW_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
+
+
+class Metrics:
+    """Counters and histograms of one router, in a registry of their own."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model_name
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of accepted requests")
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
+        self._ttft = self._histogram("vllm:time_to_first_token_seconds", "From acceptance to the first token", _FAST_S)
+        self._gap = self._histogram("vllm:inter_token_latency_seconds", "Between two tokens of a request", _FAST_S)
+        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "From acceptance to the end", _SLOW_S)
+        self._prompt_size = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
+        self._output_size = self._histogram("vllm:request_generation_tokens", "Tokens generated for a request", _TOKENS)
+        self._success = Counter(
+            "vllm:request_success",
+            "Requests that ended with a finish reason",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        for reason in ("stop", "length"):
+            self._success.labels(model_name, reason)
+        self._failed = Counter(
+            "elasticmoe:requests_failed",
+            "Accepted requests that ended with an error, by its code, or because the client left",
+            ["model_name", "code"],
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            "elasticmoe:requests_refused",
+            "Requests that were answered with an error, by HTTP status",
+            ["model_name", "status"],
+            registry=self.registry,
+        )
+        self.resubmitted = self._counter("elasticmoe:requests_resubmitted", "Requests given to another replica")
+        self.bad_messages = self._counter("elasticmoe:bad_messages", "Messages of ranks that made no sense")
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, ["model_name"], registry=self.registry).labels(self._model)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry).labels(self._model)
+
+    def accepted(self, prompt_tokens: int) -> None:
+        """A generation was submitted."""
+        self._prompt_tokens.inc(prompt_tokens)
+        self._prompt_size.observe(prompt_tokens)
+
+    def tokens(self, count: int, seconds: float, is_first: bool) -> None:
+        """`count` tokens came, `seconds` after the ones before or after acceptance."""
+        self._generation_tokens.inc(count)
+        (self._ttft if is_first else self._gap).observe(seconds)
+
+    def ended(self, stream: Stream, now: float) -> None:
+        """A generation has ended."""
+        assert stream.ending is not None
+        if stream.ending.kind == "finish":
+            self._success.labels(self._model, stream.ending.reason).inc()
+            self._e2e.observe(now - stream.accepted_at)
+            self._output_size.observe(stream.num_tokens)
+        else:
+            self._failed.labels(self._model, _known(stream.ending.reason)).inc()
+
+    def refused(self, status: int) -> None:
+        """An error was answered."""
+        self._refused.labels(self._model, str(status)).inc()
+
+    def watch(self, links: Mapping[RankId, RankLink], layout: Callable[[], Layout | None]) -> None:
+        """Report what the ranks of `links` say, from now on."""
+        self.registry.register(_RankCollector(self._model, links, layout))
+
+    def render(self) -> bytes:
+        """The Prometheus text."""
+        return generate_latest(self.registry)
+
+
+def _known(code: str) -> str:
+    """A code as a label: ranks choose codes, and a label must not grow without bound."""
+    return code if len(code) <= 40 and code.replace("_", "").isalnum() else "other"
+
+
+class _RankCollector(Collector):
+    """Gauges from the statuses of the moment."""
+
+    def __init__(self, model: str, links: Mapping[RankId, RankLink], layout: Callable[[], Layout | None]) -> None:
+        self._model = model
+        self._links = links
+        self._layout = layout
+
+    def collect(self) -> Iterable[Metric]:
+        """All gauges; a rank that has not reported or has left the layout has none."""
+        yield from self._engine_metrics()
+        yield from self._layout_metrics()
+
+    def _engine_metrics(self) -> Iterable[Metric]:
+        labels = ["model_name", "engine"]
+        running = GaugeMetricFamily("vllm:num_requests_running", "Requests that compute", labels=labels)
+        waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait", labels=labels)
+        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", labels=labels)
+        queued = GaugeMetricFamily("elasticmoe:prompt_tokens_queued", "Prompt tokens to be computed", labels=labels)
+        silent = GaugeMetricFamily("elasticmoe:rank_silent_seconds", "Since a rank's last message", labels=labels)
+        blocks = GaugeMetricFamily("elasticmoe:kv_blocks", "KV blocks of a rank", labels=[*labels, "state"])
+        overhead = GaugeMetricFamily(
+            "elasticmoe:step_share_outside_math", "Share of a step that is not arithmetic", labels=labels
+        )
+        now = time.monotonic()
+        for rank, link in self._links.items():
+            status = link.status
+            if status is None or link.left_at is not None:
+                continue
+            engine = [self._model, str(rank.replica)]
+            used = status.blocks_total - status.blocks_free
+            running.add_metric(engine, status.running)
+            waiting.add_metric(engine, status.waiting)
+            usage.add_metric(engine, used / status.blocks_total if status.blocks_total else 0.0)
+            queued.add_metric(engine, status.tokens_queued)
+            silent.add_metric(engine, link.silent_s(now))
+            blocks.add_metric([*engine, "free"], status.blocks_free)
+            blocks.add_metric([*engine, "used"], used)
+            overhead.add_metric(engine, status.step_share_outside_math)
+        return [running, waiting, usage, queued, silent, blocks, overhead]
+
+    def _layout_metrics(self) -> Iterable[Metric]:
+        layout = self._layout()
+        epoch = GaugeMetricFamily("elasticmoe:epoch", "Epoch of the layout that requests are sent by")
+        experts = GaugeMetricFamily("elasticmoe:experts_per_rank", "Expert records of a rank's device", labels=["rank"])
+        if layout is not None:
+            epoch.add_metric([], layout.epoch)
+            for seat in layout.seats:
+                experts.add_metric([str(seat.rank)], layout.num_experts_on(seat.slot))
+        return [epoch, experts]

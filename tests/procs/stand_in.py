@@ -1,0 +1,111 @@
+"""Stand-ins for the services, and `elasticmoe` with them in place of the real ones. Run as a module by test_launcher.
+
+`stand_in elasticmoe SPECS ARG...`: the command line with the children that SPECS (JSON: name -> behaviour) describes,
+after the real store if it is among them. `stand_in child BEHAVIOUR`: such a child; it says `up` when it can be used.
+
+Behaviours: `idle`; `scaler` and `router` (answer /ready on the ports of the environment); `never` (a scaler that loads
+for ever); `failed` (one that gives up); `exit` (ends at once with a message); `loop` (ends once the deployment serves);
+`stubborn` (ignores SIGTERM, and so does its own child); `pool` (has a child that leaves when its pipe ends).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+from cli import up
+from cli.children import ChildSpec
+from cli.embedded_store import store_spec
+from cli.main import main
+from cli.record import read_record
+from cli.settings import Settings
+
+_GRACE_S = 2.0
+
+
+def specs_of(behaviours: dict[str, str]) -> Any:
+    """A replacement of `processes.process_specs`."""
+
+    def process_specs(settings: Settings) -> list[ChildSpec]:
+        return [
+            store_spec(settings.scaler)
+            if behaviour == "store"
+            else ChildSpec(name, (sys.executable, "-m", "tests.procs.stand_in", "child", behaviour), _GRACE_S)
+            for name, behaviour in behaviours.items()
+        ]
+
+    return process_specs
+
+
+class Ready(BaseHTTPRequestHandler):
+    """Answers /ready as a scaler or a router does."""
+
+    behaviour = ""
+
+    def do_GET(self) -> None:
+        """Progress first, so that the launcher has something to show."""
+        body: dict[str, Any] = {"phase": "serving"}
+        if self.behaviour == "never":
+            body = {"phase": "loading", "bytes_done": 512, "bytes_total": 1024}
+        elif self.behaviour == "failed":
+            error = {"code": "bad_checkpoint", "message": "tensor x is missing", "retryable": False}
+            body = {"phase": "failed", "reason": "the HMM could not load the model", "error": error}
+        self.send_response(200 if body["phase"] == "serving" else 503)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+def child(behaviour: str) -> int:
+    """One stand-in; see the module's text."""
+    print(f"{behaviour} is up", file=sys.stderr, flush=True)
+    if behaviour == "exit":
+        print("elasticmoe-x: bad_thing: no luck today", file=sys.stderr)
+        return 3
+    if behaviour in ("scaler", "router", "never", "failed"):
+        Ready.behaviour = behaviour
+        port = os.environ["ELASTICMOE_PORT" if behaviour == "router" else "ELASTICMOE_ADMIN_PORT"]
+        server = HTTPServer(("127.0.0.1", int(port)), Ready)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        server.serve_forever()
+    if behaviour == "loop":
+        return loop()
+    if behaviour == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(15, 1); signal.pause()"])  # noqa: S603
+    elif behaviour == "pool":
+        reader, writer = os.pipe()
+        subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=reader)
+        os.close(reader)
+        os.set_inheritable(writer, False)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    while True:
+        signal.pause()
+
+
+def loop() -> int:
+    """Live until the deployment serves, then end."""
+    from pathlib import Path
+
+    run_dir = Path(os.environ["ELASTICMOE_RUN_DIR"])
+    while (record := read_record(run_dir)) is None or record.state == "starting":
+        select.select([], [], [], 0.01)
+    print("gave in", file=sys.stderr)
+    return 7
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "child":
+        sys.exit(child(sys.argv[2]))
+    up.process_specs = specs_of(json.loads(sys.argv[2]))
+    sys.exit(main(sys.argv[3:]))

@@ -1,0 +1,41 @@
+"""Waiting for what another process does: always for a condition, always with a deadline."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_TURN_S = 0.01
+
+
+def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 10.0) -> T:
+    """The first true value of `condition`. Fails the test, naming `what`, when there is none in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {timeout_s:g} s")
+        threading.Event().wait(_TURN_S)
+    return value
+
+
+def processes_of(run_dir: Path) -> dict[int, str]:
+    """Every living process that was started for a run directory, by its environment: pid -> command line."""
+    mark = b"ELASTICMOE_RUN_DIR=" + os.fsencode(run_dir)
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                if command:  # a zombie has none
+                    found[int(entry.name)] = command
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it ended meanwhile, or it is somebody else's
+    return found
