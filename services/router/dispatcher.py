@@ -56,6 +56,7 @@ class Dispatcher:
         self._identity = identity  # one for all links: whichever rank has the stream knows its router by it
         self._tasks: dict[RankId, asyncio.Task[None]] = {}
         self._turns = itertools.count()
+        metrics.watch(self.links, lambda: self.layout)
 
     # ---- layout ------------------------------------------------------------------------------------------------------
 
@@ -112,6 +113,7 @@ class Dispatcher:
     def open(self, stream: Stream, now: float) -> None:
         """Accept a stream and submit it. Raises Unavailable when no replica takes it: then it was not accepted."""
         link = self._submit(stream, self.candidates(now), now)
+        self._metrics.accepted(len(stream.submit.prompt))
         self._history.accepted(
             stream.name,
             prompt_tokens=len(stream.submit.prompt),

@@ -6,6 +6,7 @@ Latencies are as the router sees them: from acceptance, tokenization excluded, n
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -149,6 +150,7 @@ class _RankCollector(Collector):
         experts = GaugeMetricFamily("elasticmoe:experts_per_rank", "Expert records of a rank's device", labels=["rank"])
         if layout is not None:
             epoch.add_metric([], layout.epoch)
+            counts = collections.Counter(slot for layer in layout.homes for slots in layer for slot in slots)
             for seat in layout.seats:
-                experts.add_metric([str(seat.rank)], layout.num_experts_on(seat.slot))
+                experts.add_metric([str(seat.rank)], counts[seat.slot])
         return [epoch, experts]

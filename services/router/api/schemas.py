@@ -1,0 +1,273 @@
+"""What clients may send, field by field with its bounds. Decoded strictly: no coercion, no NaN, unknown fields ignored.
+
+The same structs describe the bodies in the OpenAPI document. A field that is None counts as not given, as OpenAI's
+clients send it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from common.protocol.limits import (
+    LOGIT_BIAS_MAX,
+    LOGPROBS_MAX,
+    PROMPT_TOKENS_MAX,
+    REQUEST_ID_CHARS_MAX,
+    STOP_STRING_CHARS_MAX,
+    STOP_STRINGS_MAX,
+    STOP_TOKEN_IDS_MAX,
+    TEMPERATURE_MAX,
+    VOCAB_MAX,
+)
+
+CHOICES_MAX = 16
+BATCH_MAX = 64
+MESSAGES_MAX = 4_096
+PARTS_MAX = 256
+USER_CHARS_MAX = 512
+MODEL_CHARS_MAX = 256
+REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"
+
+TokenId = Annotated[int, Meta(ge=0, lt=VOCAB_MAX)]
+StopString = Annotated[str, Meta(min_length=1, max_length=STOP_STRING_CHARS_MAX)]
+Prompt = str | Annotated[list[str | int | list[int]], Meta(min_length=1, max_length=PROMPT_TOKENS_MAX)]
+assert REQUEST_ID_CHARS_MAX == 128, "REQUEST_ID_PATTERN states the limit"
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """`include_usage`: one more chunk before the end, with the usage and no choices."""
+
+    include_usage: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True):
+    """Only `text` is supported; `json_object` and `json_schema` are refused."""
+
+    type: Annotated[str, Meta(max_length=64)]
+
+
+class ContentPart(msgspec.Struct, frozen=True):
+    """A part of a message; only `text` parts are supported."""
+
+    type: Annotated[str, Meta(max_length=64)]
+    text: str | None = None
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[ContentPart], Meta(max_length=PARTS_MAX)] | None = None
+    name: Annotated[str, Meta(max_length=USER_CHARS_MAX)] | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What chat and completions have in common."""
+
+    model: Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=PROMPT_TOKENS_MAX)] | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=TEMPERATURE_MAX)] | None = None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    n: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=STOP_STRINGS_MAX)] | None = None
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=LOGIT_BIAS_MAX)] | None
+    ) = None
+    response_format: ResponseFormat | None = None
+    user: Annotated[str, Meta(max_length=USER_CHARS_MAX)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=VOCAB_MAX)] | None = None
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=PROMPT_TOKENS_MAX)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=STOP_TOKEN_IDS_MAX // 2)] | None = None
+    skip_special_tokens: bool | None = None
+    priority: Annotated[int, Meta(ge=-1_000, le=1_000)] | None = None
+    request_id: Annotated[str, Meta(pattern=REQUEST_ID_PATTERN)] | None = None
+
+
+class ChatRequest(GenerateRequest, frozen=True, kw_only=True):
+    """POST /v1/chat/completions. `max_completion_tokens` is the newer name of `max_tokens`; without either, the rest of
+    the context may be used. `tools` are accepted only with `tool_choice` "none"."""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)]
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=PROMPT_TOKENS_MAX)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
+    tools: list[msgspec.Raw] | None = None
+    tool_choice: str | dict[str, msgspec.Raw] | None = None
+
+
+class CompletionRequest(GenerateRequest, frozen=True, kw_only=True):
+    """POST /v1/completions. `prompt`: a text, a list of texts, a list of token ids, or a list of those; at most 64
+    prompts. `suffix` and `best_of` above 1 are refused."""
+
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
+    suffix: str | None = None
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /tokenize: either `prompt` or `messages`."""
+
+    model: Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /detokenize."""
+
+    model: Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None = None
+    tokens: Annotated[list[TokenId], Meta(max_length=PROMPT_TOKENS_MAX)]
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """`type` is the family (`invalid_request_error`, `rate_limit_error`, ...), `code` the stable machine name."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """Every error, whatever its status."""
+
+    error: ErrorDetail
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens: the prompts' (each once, whatever `n`), and those generated, up to a stop string's last."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """An alternative to a token. `bytes`: what it stands for, also where it is no whole character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A generated token with its alternatives, best first."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """Log probabilities of a chat choice."""
+
+    content: list[TokenLogprob]
+
+
+class AnswerMessage(msgspec.Struct, frozen=True):
+    """The assistant's message."""
+
+    role: str
+    content: str
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class ChatCompletion(msgspec.Struct, frozen=True):
+    """Answer of /v1/chat/completions without streaming."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """Log probabilities of a completion, one entry a token; null for a prompt's first."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    """One completion."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """Answer of /v1/completions without streaming."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class Tokenized(msgspec.Struct, frozen=True):
+    """Answer of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(msgspec.Struct, frozen=True):
+    """Answer of /detokenize."""
+
+    prompt: str
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """A served model. `max_model_len`: null until a replica has reported."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    max_model_len: int | None
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """Answer of /v1/models."""
+
+    object: str
+    data: list[ModelCard]

@@ -1,0 +1,50 @@
+"""What every endpoint works with: one bundle, made by the service and handed to the app."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from common.config import RouterConfig
+from common.protocol.errors import NotFound
+from services.router.admission import ByteBudget, Permits
+from services.router.dispatcher import Dispatcher
+from services.router.metrics import Metrics
+from services.router.tokenizer import ServedModel
+
+BODIES_MAX = 32  # bodies of the largest size that are in memory at once
+
+
+@dataclass(slots=True)
+class Front:
+    """The parts of a running router. `is_draining`: no new requests, those that run may end. `api_key`: None for none."""
+
+    config: RouterConfig
+    model: ServedModel
+    dispatcher: Dispatcher
+    metrics: Metrics
+    permits: Permits
+    bodies: ByteBudget
+    api_key: bytes | None = None
+    is_draining: bool = False
+    started_unix: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> None:
+        """Raises NotFound for a model that is not served here; none given means the only one."""
+        if name is not None and name != self.model.name:
+            raise NotFound(f"model {name[:80]!r} is not served here", code="model_not_found")
+
+
+def make_front(
+    config: RouterConfig, model: ServedModel, dispatcher: Dispatcher, metrics: Metrics, api_key: bytes | None
+) -> Front:
+    """The bundle with its limits taken from `config`."""
+    return Front(
+        config=config,
+        model=model,
+        dispatcher=dispatcher,
+        metrics=metrics,
+        permits=Permits(config.requests_max),
+        bodies=ByteBudget(BODIES_MAX * config.body_bytes_max),
+        api_key=api_key,
+    )

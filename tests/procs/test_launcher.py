@@ -1,0 +1,363 @@
+"""The launcher with stand-ins for the services and the real store: start, supervision, stop (promises P18 and P19)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from cli.embedded_store import is_answering
+from cli.main import main
+from cli.probes import free_port
+from cli.record import DeploymentRecord, read_record
+from tests.procs.waiting import processes_of, wait_until
+
+pytestmark = pytest.mark.procs
+
+ROOT = Path(__file__).parent.parent.parent
+ALL = {"store": "store", "hmm": "idle", "pool": "pool", "scaler": "scaler", "router": "router"}
+SERVING = "is served at"
+
+
+class Run:
+    """`elasticmoe up` as a process of its own, with stand-ins. Its output is read line by line."""
+
+    def __init__(self, home: Path, run_dir: Path, behaviours: dict[str, str], *flags: str) -> None:
+        self.run_dir = run_dir
+        self.lines: list[str] = []
+        up = ["up", "--model", "oracle", "--port", "0", "--admin-port", "0", "--run-dir", str(run_dir), *flags]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.procs.stand_in", "elasticmoe", json.dumps(behaviours), *up],
+            cwd=ROOT,
+            env=os.environ | {"ELASTICMOE_HOME": str(home), "COLUMNS": "500"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,  # else lines wait in a buffer that select() does not see
+        )
+
+    @property
+    def output(self) -> IO[bytes]:
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def read(self, until: str, timeout_s: float = 30.0) -> str:
+        """Read lines until one contains `until`."""
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            if not select.select([self.output], [], [], left)[0]:
+                break
+            line = self.output.readline().decode()
+            if not line:
+                raise AssertionError(f"ended before {until!r}:\n{''.join(self.lines)}")
+            self.lines.append(line)
+            if until in line:
+                return line.strip()
+        raise AssertionError(f"no {until!r} within {timeout_s:g} s:\n{''.join(self.lines)}")
+
+    def end(self, timeout_s: float = 30.0) -> int:
+        """Wait for the end and take the rest of the output."""
+        code = self.process.wait(timeout_s)
+        self.lines += self.output.read().decode().splitlines(keepends=True)
+        return code
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.end()
+
+    def record(self) -> DeploymentRecord:
+        record = read_record(self.run_dir)
+        assert record is not None
+        return record
+
+    def pid(self, name: str) -> int:
+        return next(process.pid for process in self.record().processes if process.name == name)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.output.close()
+        wait_until(lambda: not processes_of(self.run_dir), "all processes gone")
+
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="em-"))  # short: socket paths have a limit
+    yield folder / "run"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def start(home: Path, run_dir: Path) -> Iterator[Start]:
+    runs: list[Run] = []
+
+    def go(behaviours: dict[str, str] = ALL, *flags: str, at: Path = run_dir) -> Run:
+        runs.append(Run(home, at, behaviours, *flags))
+        return runs[-1]
+
+    yield go
+    for run in runs:
+        run.close()
+
+
+def test_it_starts_in_order_serves_and_leaves_nothing(start: Start, run_dir: Path) -> None:
+    run = start()
+    assert "http://127.0.0.1:" in run.read(SERVING)
+    assert "curl -N" in run.read("try:")
+    text = "".join(run.lines)
+    order = [text.index(f"starting {name}") for name in ALL]
+    assert order == sorted(order)
+    record = run.record()
+    assert record.state == "serving"
+    assert [process.name for process in record.processes] == list(ALL)
+    assert all(process.is_alive() for process in (record.launcher, *record.processes))
+    assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+    for name in ("deployment.json", "secrets/admin.token", "secrets/store.password", "secrets/store.conf"):
+        assert stat.S_IMODE((run_dir / name).stat().st_mode) == 0o600, name
+    assert len((run_dir / "secrets/admin.token").read_text()) == 64
+    groups = {os.getpgid(process.pid) for process in (record.launcher, *record.processes)}
+    assert len(groups) == len(ALL) + 1
+    assert run.stop() == 0
+    stops = [line.split()[1].rstrip("…\n") for line in run.lines if line.startswith("stopping")]
+    assert stops == list(reversed(ALL))
+    assert not run_dir.exists()
+    assert processes_of(run_dir) == {}
+
+
+def test_the_store_keeps_its_password_and_its_socket_to_itself(start: Start, run_dir: Path) -> None:
+    run = start({"store": "store", "scaler": "scaler", "router": "router"})
+    run.read(SERVING)
+    path, password = run_dir / "sockets/store.sock", (run_dir / "secrets/store.password").read_text()
+    assert is_answering(path, password)
+    assert not is_answering(path, "guess")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert password not in Path(f"/proc/{run.pid('store')}/cmdline").read_text()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.sendall(b"PING\r\n")
+        assert connection.recv(100).startswith(b"-NOAUTH")
+    assert run.stop() == 0
+
+
+def test_an_end_while_starting_is_fatal_and_shows_the_childs_own_words(start: Start, run_dir: Path) -> None:
+    run = start({**ALL, "hmm": "exit"})
+    assert run.end() == 1
+    last = run.lines[-1].strip()
+    assert last.startswith("elasticmoe: start_failed: hmm ended with exit code 3")
+    assert last.endswith("elasticmoe-x: bad_thing: no luck today")
+    assert "Traceback" not in "".join(run.lines)
+    assert "bad_thing" in (run_dir / "logs/hmm.log").read_text()
+    assert sorted(path.name for path in run_dir.iterdir()) == ["launcher.lock", "logs"]
+    assert processes_of(run_dir) == {}
+
+
+def test_what_the_scaler_says_ends_the_start(start: Start) -> None:
+    run = start({**ALL, "scaler": "failed"})
+    assert run.end() == 1
+    assert run.lines[-1].strip() == "elasticmoe: bad_checkpoint: tensor x is missing"
+
+
+def test_a_start_has_a_deadline_and_tells_the_phase(start: Start) -> None:
+    run = start({**ALL, "scaler": "never"}, "--ready-timeout", "1.5")
+    run.read("loading: 512 B of 1.00 KiB")
+    assert run.end() == 1
+    assert "start_timeout: the deployment was not ready (loading) within 1.5 s" in run.lines[-1]
+
+
+def test_sigterm_while_starting_stops_it_cleanly(start: Start, run_dir: Path) -> None:
+    run = start({**ALL, "scaler": "never"})
+    run.read("loading")
+    assert run.stop() == 0
+    assert not run_dir.exists()
+
+
+def test_a_child_that_dies_is_started_again(start: Start, run_dir: Path) -> None:
+    run = start()
+    run.read(SERVING)
+    first = run.pid("hmm")
+    os.kill(first, signal.SIGKILL)
+    line = run.read("hmm ended")
+    assert "signal SIGKILL; restart 1 of 5 in 0.1 s; its last line: idle is up" in line
+    record = wait_until(lambda: (r := run.record()) and len(r.processes) == len(ALL) and r, "restart recorded")
+    hmm = next(process for process in record.processes if process.name == "hmm")
+    assert (hmm.pid != first, hmm.restarts) == (True, 1)
+    assert run.stop() == 0
+    assert not run_dir.exists()
+
+
+def test_a_dead_store_comes_back_with_its_data(start: Start, run_dir: Path) -> None:
+    run = start()
+    run.read(SERVING)
+    store_command(run_dir, "SET key kept")
+    os.kill(run.pid("store"), signal.SIGKILL)
+    run.read("store ended")
+    wait_until(lambda: b"kept" in store_command(run_dir, "GET key"), "store back")
+    assert run.stop() == 0
+
+
+def test_a_crash_loop_ends_the_deployment_visibly(start: Start, run_dir: Path) -> None:
+    run = start({**ALL, "hmm": "loop"})
+    assert run.end() == 1
+    restarts = [int(found) for line in run.lines for found in re.findall(r"restart (\d) of 5", line)]
+    assert restarts == [1, 2, 3, 4, 5]
+    text = "hmm ended with exit code 7 and it was restarted 5 times within 60 s, which is the limit"
+    assert run.lines[-1].strip() == f"elasticmoe: child_failed: {text}; its last line: gave in"
+    assert text in (run_dir / "logs/failure.txt").read_text()
+    assert processes_of(run_dir) == {}
+
+
+def test_no_orphan_survives_the_launchers_own_sigkill(start: Start, run_dir: Path) -> None:
+    run = start({**ALL, "odd": "stubborn"})
+    run.read(SERVING)
+    before = processes_of(run_dir)
+    assert len(before) >= len(ALL) + 2  # the pool's child among them
+    odd_child = next(pid for pid, command in before.items() if "signal.signal(15, 1)" in command)
+    run.process.kill()
+    run.process.wait()
+    # Whoever holds no pipe of its parent and ignores SIGTERM is not ours to promise; our services have such pipes.
+    wait_until(lambda: set(processes_of(run_dir)) <= {odd_child}, "no orphan", timeout_s=5.0)
+    os.kill(odd_child, signal.SIGKILL)
+
+
+def test_a_child_that_ignores_sigterm_is_killed_with_its_group(start: Start, run_dir: Path) -> None:
+    run = start({**ALL, "hmm": "stubborn"})
+    run.read(SERVING)
+    started = time.monotonic()
+    assert run.stop() == 0
+    assert 2.0 <= time.monotonic() - started < 10.0
+    text = "".join(run.lines)
+    assert "hmm did not end within 2 s of SIGTERM; killed" in text
+    assert f"logs are kept in {run_dir / 'logs'}" in text
+    assert processes_of(run_dir) == {}
+
+
+def test_a_second_signal_cuts_the_grace_short(start: Start) -> None:
+    run = start({"first": "idle", "hmm": "stubborn", "scaler": "scaler", "router": "router"})
+    run.read(SERVING)
+    run.process.send_signal(signal.SIGINT)
+    run.read("stopping hmm")
+    run.process.send_signal(signal.SIGINT)
+    assert run.end(timeout_s=1.9) == 0
+
+
+def test_a_run_directory_and_a_port_have_one_user(start: Start, run_dir: Path) -> None:
+    run = start()
+    run.read(SERVING)
+    second = start(ALL)
+    assert second.end() == 1
+    assert "elasticmoe: already_running: run directory" in second.lines[-1]
+    third = start(ALL, "--port", str(run.record().port), at=run_dir.with_name("other"))
+    assert third.end() == 1
+    port = run.record().port
+    assert third.lines[-1].strip() == (
+        f"elasticmoe: port_in_use: port {port} on 127.0.0.1 is in use; choose another with --port"
+    )
+    assert not run_dir.with_name("other").exists()
+    assert run.stop() == 0
+
+
+def test_two_deployments_run_side_by_side(start: Start, run_dir: Path) -> None:
+    one, two = start(), start(ALL, at=run_dir.with_name("two"))
+    one.read(SERVING)
+    two.read(SERVING)
+    store_command(run_dir, "SET key one")
+    assert b"one" not in store_command(run_dir.with_name("two"), "GET key")
+    assert one.stop() == 0
+    assert all(process.is_alive() for process in two.record().processes)
+    assert two.stop() == 0
+
+
+def test_a_cut_off_deployment_is_resumed_or_forgotten(start: Start, run_dir: Path) -> None:
+    run = start()
+    run.read(SERVING)
+    store_command(run_dir, "SET key kept")
+    wait_until(lambda: b"kept" in b"".join(p.read_bytes() for p in (run_dir / "store").rglob("*.aof")), "written")
+    run.process.kill()
+    run.process.wait()
+    wait_until(lambda: not processes_of(run_dir), "all gone")
+    again = start()
+    again.read("resuming the deployment that was cut off")
+    again.read(SERVING)
+    assert b"kept" in store_command(run_dir, "GET key")
+    again.process.kill()
+    again.process.wait()
+    wait_until(lambda: not processes_of(run_dir), "all gone")
+    other = start(ALL, "--dtype", "float32")
+    other.read(SERVING)
+    assert b"kept" not in store_command(run_dir, "GET key")
+    assert other.stop() == 0
+
+
+def test_down_stops_and_says_when_nothing_runs(
+    start: Start, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start()
+    run.read(SERVING)
+    assert main(["down", "--run-dir", str(run_dir)]) == 0
+    assert run.end() == 0
+    assert capsys.readouterr().out.splitlines() == [f"stopping oracle in {run_dir}", "stopped"]
+    assert main(["down", "--run-dir", str(run_dir)]) == 0
+    assert f"nothing runs in {run_dir}" in capsys.readouterr().out
+
+
+def test_down_after_a_kill_clears_what_was_left(
+    start: Start, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start()
+    run.read(SERVING)
+    run.process.kill()
+    run.process.wait()
+    wait_until(lambda: not processes_of(run_dir), "all gone")
+    assert main(["down", "--run-dir", str(run_dir)]) == 0
+    assert "what an interrupted run left was removed" in capsys.readouterr().out
+    assert sorted(path.name for path in run_dir.iterdir()) == ["launcher.lock", "logs"]
+
+
+def test_an_external_store_is_not_started(start: Start, run_dir: Path) -> None:
+    run = start({"scaler": "scaler", "router": "router"}, "--store", f"redis://127.0.0.1:{free_port()}/0")
+    run.read(SERVING)
+    environment = Path(f"/proc/{run.pid('scaler')}/environ").read_bytes().split(b"\0")
+    settings = dict(entry.split(b"=", 1) for entry in environment if entry.startswith(b"ELASTICMOE_"))
+    assert settings[b"ELASTICMOE_STORE_URL"].startswith(b"redis://")
+    assert settings[b"ELASTICMOE_DEPLOYMENT"].startswith(b"run-")
+    assert b"ELASTICMOE_HOME" not in settings
+    assert run.stop() == 0
+
+
+def store_command(run_dir: Path, command: str) -> bytes:
+    """Send one command to the store of a run directory; its raw answer, empty when it does not answer."""
+    password = (run_dir / "secrets/store.password").read_text()
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(5.0)
+            connection.connect(str(run_dir / "sockets/store.sock"))
+            connection.sendall(f"AUTH {password}\r\n{command}\r\nECHO done\r\n".encode())
+            answer = b""
+            while not answer.endswith(b"done\r\n") and (part := connection.recv(4096)):
+                answer += part
+            return answer
+    except OSError:
+        return b""
