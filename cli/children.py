@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class Child:
             )
         self.pidfd = os.pidfd_open(self._popen.pid)
         self._ticks = start_ticks(self._popen.pid) or 0
+        self._started = time.monotonic()
 
     @property
     def pid(self) -> int:
@@ -61,6 +63,11 @@ class Child:
     def record(self, num_restarts: int) -> ProcessRecord:
         """How `deployment.json` names it."""
         return ProcessRecord(self.spec.name, self.pid, self._ticks, num_restarts)
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since its start."""
+        return time.monotonic() - self._started
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it has ended, waiting at most `timeout_s`. Does not reap."""

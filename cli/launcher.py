@@ -28,6 +28,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROBE_INTERVAL_S = 0.1
 _IDLE_S = 60.0  # nothing is due; an exit or a signal wakes us
 _KILL_SECONDS_MAX = 10.0
+_COMING_UP_S = 10.0
 
 State = Literal["starting", "serving", "stopping"]
 
@@ -198,9 +199,10 @@ class Launcher:
                 self._console.line(f"{name} did not end within {self._specs[name].grace_s:g} s of SIGTERM; killed")
                 child.kill()
                 child.wait(_KILL_SECONDS_MAX)
-            last_line = child.last_line()
+            last_line, age_s = child.last_line(), child.age_s
             code = child.reap()
-            if code != 0:
+            # A process that still imports its modules has no handler yet; to die by the signal is its clean end.
+            if code != 0 and not (code == -signal.SIGTERM and age_s < _COMING_UP_S):
                 self.num_unclean += 1
                 self._console.line(f"{name} ended with {describe_exit(code)}; its last line: {last_line}")
         self._console.close()

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli.console import Console
+from cli.maker import make_elsewhere
 from cli.paths import home_dir, package_root
 from common.protocol.errors import CheckpointError, DeadlineExceeded, InvalidRequest, NotFound, Unavailable
 
 ALIASES = {"tiny": "tiny-mixtral"}
+NAMES = ("tiny-mixtral", "tiny-qwen3-moe", "oracle", "qwen3-moe-1b", "demo")  # cli.models knows them, and loads torch
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _HUB_FILES = ["config.json", "generation_config.json", "tokenizer*", "chat_template*", "*.safetensors", "*.index.json"]
 _MAKE_SECONDS_MAX = 1_800.0
@@ -35,23 +37,21 @@ class Resolved:
 def resolve_model(model: str, console: Console) -> Resolved:
     """Find, make or download `model`. Blocks while it does, with progress on `console`.
 
-    Raises an ElasticMoEError with one clear text.
+    A bare name of NAMES is always the named model: a folder that is called the same is meant by `./name`. Raises an
+    ElasticMoEError with one clear text.
     """
-    from cli.models import model_names
-
     if not model:
         raise InvalidRequest("no model is given; try --model demo", code="no_model")
     name = ALIASES.get(model, model)
     path = Path(model).expanduser()
-    if name in model_names() and not path.is_dir():
+    if name in NAMES:
         return Resolved(make_named(name, home_dir() / "models" / name, console), model)
     if path.exists():
         return Resolved(_checked_folder(path.resolve()), path.resolve().name)
     if _HUB_NAME.fullmatch(model):
         return Resolved(_checked_folder(_download(model, console)), model)
     raise NotFound(
-        f"model {model!r} is neither a folder nor one of {', '.join((*ALIASES, *model_names()))} nor a hub's "
-        f"organisation/name",
+        f"model {model!r} is neither a folder nor one of {', '.join((*ALIASES, *NAMES))} nor a hub's organisation/name",
         code="model_not_found",
     )
 
@@ -61,8 +61,6 @@ def make_named(name: str, directory: Path, console: Console) -> Path:
 
     Raises CheckpointError when it cannot be made, DeadlineExceeded when another process takes too long.
     """
-    from cli.models import make_model
-
     recipe = directory.with_name(f"{name}.recipe")
     with _lock(directory.with_name(f"{name}.lock"), name, console):
         if (directory / "config.json").is_file() and recipe.is_file() and recipe.read_text() == _recipe():
@@ -72,10 +70,10 @@ def make_named(name: str, directory: Path, console: Console) -> Path:
         phase = f"making model {name}"
         console.progress(phase)
         try:
-            make_model(name, directory, progress=lambda done, total: console.progress(phase, done, total))
+            make_elsewhere(name, directory, lambda done, total: console.progress(phase, done, total))
             recipe.write_text(_recipe())
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"model {name} cannot be made: {_one_line(error)}", code="model_failed") from None
+        except OSError as error:
+            raise CheckpointError(f"model {name} cannot be made: {error.strerror}", code="model_failed") from None
         finally:
             console.close()
     return directory

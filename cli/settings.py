@@ -112,15 +112,21 @@ def load(kind: type[C], values: Mapping[str, Any]) -> C:
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
-    """The environment of every child: ours, with the resolved settings, able to import our packages from anywhere."""
-    environment = {key: value for key, value in os.environ.items() if key != HOME_VARIABLE}
+    """The environment of every child: ours, with the resolved settings."""
+    environment = {key: value for key, value in importing_environment().items() if key != HOME_VARIABLE}
     environment |= config.environment_of(settings.values)
     file = environment.get("ELASTICMOE_CONFIG")
     if file:
         environment["ELASTICMOE_CONFIG"] = str(Path(file).absolute())
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment
+
+
+def importing_environment() -> dict[str, str]:
+    """Our environment, for a Python process that imports our packages whatever its working directory is."""
+    environment = dict(os.environ)
     paths = [str(package_root()), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(str(Path(path).absolute()) for path in paths))
-    environment["PYTHONUNBUFFERED"] = "1"
     return environment
 
 

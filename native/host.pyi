@@ -60,6 +60,8 @@ def allocate(fd: int, offset: int, nbytes: int) -> None:
     """Give ``fd`` real pages for a part of the file, growing it where needed (``fallocate`` mode 0). Blocks.
 
     Existing content stays. ``OSError`` with ``ENOSPC`` or ``ENOMEM`` where memory is short, and then nothing was allocated.
+    On memory files more than the machine has available now is refused with ``ENOMEM`` outright (the kernel would kill processes
+    instead), even if part of it was allocated before. Budgets below that are the caller's.
     """
 
 def punch_hole(fd: int, offset: int, nbytes: int) -> None:
@@ -78,7 +80,10 @@ def checksum(addr: int, nbytes: int) -> int:
     """XXH64 of memory with seed 0: 64 bits, not cryptographic."""
 
 def resident_bytes(addr: int, nbytes: int) -> int:
-    """Bytes of a mapped part whose pages are in memory now (``mincore``). ``OSError`` with ``ENOMEM`` where it is not mapped."""
+    """Bytes of a mapped part whose pages are in memory and filled (``mincore``): allocated but never touched ones do not count.
+
+    ``OSError`` with ``ENOMEM`` where it is not mapped.
+    """
 
 def read_into(fd: int, file_offset: int, addr: int, nbytes: int) -> None:
     """Read exactly ``nbytes`` of a file from ``file_offset`` to memory, without moving the file's position. Blocks.

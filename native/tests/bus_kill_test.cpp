@@ -135,7 +135,7 @@ TEST(survivors_of_a_kill_stop_and_go_on) {
     deployment.kill_rank(victim);
     std::this_thread::sleep_for(std::chrono::microseconds(random() % 2 * 2000));  // long enough for the others to sleep, or not
     deployment.publish(kEverybody, false);
-    deployment.wait_for_stop(kEverybody & ~(uint64_t{1} << victim), 2 * kSecond);
+    deployment.wait_for_stop(kEverybody & ~(uint64_t{1} << victim), kSecond);
     deployment.start(victim);
   }
   deployment.publish(0, false);
@@ -150,7 +150,7 @@ TEST(membership_shrinks_and_grows_under_load) {
     deployment.publish(members, true);
     deployment.wait_for_steps(members, 3);
     deployment.publish(members, false);
-    deployment.wait_for_stop(members, 2 * kSecond);
+    deployment.wait_for_stop(members, kSecond);
   }
   deployment.publish(0, false);
   deployment.expect_clean_exit();

@@ -1,5 +1,7 @@
 // Reservations, page allocation and bulk memory work.
 #include <fcntl.h>
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 
 #include <cstring>
@@ -18,6 +20,12 @@ namespace {
 const uint64_t kPage = page_bytes();
 
 char* at(uint64_t addr) { return reinterpret_cast<char*>(addr); }
+
+int open_readonly(int fd) {
+  const int readonly = open(("/proc/self/fd/" + std::to_string(fd)).c_str(), O_RDONLY | O_CLOEXEC);
+  CHECK(readonly >= 0);
+  return readonly;
+}
 
 uint64_t allocated_bytes(int fd) {
   struct stat status;
@@ -94,9 +102,7 @@ TEST(many_mappings_are_all_or_none) {
                range.map({{0, file.fd(), 0, kPage}, {kPage, file.fd(), 0, kPage}, {0, file.fd(), 0, kPage}}, true, false));
   CHECK(range.mapped().empty());
   // A descriptor without write access fails in the kernel, after the first part was mapped.
-  const std::string path = "/proc/self/fd/" + std::to_string(file.fd());
-  const int readonly = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  CHECK(readonly >= 0);
+  const int readonly = open_readonly(file.fd());
   CHECK_THROWS(std::system_error, range.map({{0, file.fd(), 0, kPage}, {kPage, readonly, 0, kPage}}, true, false));
   CHECK(range.mapped().empty());
   range.map({{0, file.fd(), 0, kPage}, {kPage, file.fd(), kPage, kPage}}, true, false);
@@ -129,6 +135,7 @@ TEST(allocation_takes_and_gives_back_pages) {
   allocate(file.fd(), kPage, 4 * kPage);
   CHECK(allocated_bytes(file.fd()) == 4 * kPage);
   std::memset(file.as<char>() + kPage, 7, 2 * kPage);
+  std::memset(file.as<char>() + 3 * kPage, 8, 2 * kPage);
   CHECK(resident_bytes(file.addr(), file.nbytes()) == 4 * kPage);
   CHECK(resident_bytes(file.addr() + kPage + 10, 100) == 100);
   CHECK(resident_bytes(file.addr() + kPage - 10, 100) == 90);
@@ -138,7 +145,25 @@ TEST(allocation_takes_and_gives_back_pages) {
   CHECK_THROWS(std::invalid_argument, allocate(file.fd(), 0, 0));
   CHECK_THROWS(std::invalid_argument, allocate(-1, 0, kPage));
   CHECK_THROWS(std::invalid_argument, allocate(file.fd(), UINT64_MAX, kPage));
-  CHECK_THROWS(std::system_error, allocate(file.fd(), 0, uint64_t{1} << 50));
+  const int readonly = open_readonly(file.fd());
+  CHECK_THROWS(std::system_error, allocate(readonly, 0, kPage));
+  close(readonly);
+}
+
+TEST(allocation_beyond_the_machine_is_refused) {
+  const SharedMemory file(kPage);
+  const pid_t pid = testing::spawn([&] {
+    // Should the refusal under test be missing, this limit is what keeps the machine alive.
+    const rlimit limit{1 << 20, 1 << 20};
+    CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0 && signal(SIGXFSZ, SIG_IGN) != SIG_ERR);
+    try {
+      allocate(file.fd(), 0, uint64_t{1} << 50);
+    } catch (const std::system_error& error) {
+      if (error.code().value() == ENOMEM) return;
+    }
+    throw testing::Failure("not refused with ENOMEM");
+  });
+  CHECK(testing::wait_status(pid) == 0);
 }
 
 TEST(copies_zeros_and_reads) {

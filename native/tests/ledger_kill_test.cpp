@@ -28,9 +28,7 @@ std::vector<int32_t> values_of(uint64_t row, uint64_t life, uint64_t first, uint
 uint64_t num_prompt_of(uint64_t row, uint64_t life) { return (row + life) % 9; }
 
 std::string blob_of(uint64_t life) {
-  std::string blob = std::to_string(life) + ":";
-  blob.resize(8 + life % 50, '.');
-  return blob;
+  return std::to_string(life) + ":" + std::string(life % 50, '.');
 }
 
 // Does random valid operations for ever.

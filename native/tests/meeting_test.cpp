@@ -55,7 +55,7 @@ TEST(segment_is_verified) {
   CHECK_THROWS(std::invalid_argument, Segment(bus.memory.addr(), bus.memory.nbytes()));
   CHECK_THROWS(std::invalid_argument, bus_bytes({65, 4, 16, 2}));
   CHECK_THROWS(std::invalid_argument, bus_bytes({0, 4, 16, 2}));
-  CHECK_THROWS(std::invalid_argument, bus_bytes({64, 1 << 20, 1 << 20, 256}));
+  CHECK_THROWS(std::invalid_argument, bus_bytes({64, (1 << 20) + 1, 16, 2}));
 }
 
 TEST(membership_grows_only) {

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from common.families import load_spec
 from common.protocol.errors import CheckpointError, ConfigError, InvalidRequest
+from common.protocol.limits import STOP_TOKEN_IDS_MAX
 from services.router.chat_template import ChatTemplate
 from services.router.detokenizer import TokenTable
 
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 TOKENIZER_BYTES_MAX = 128 * 1024 * 1024
 INLINE_CHARS_MAX = 8_192  # longer texts are tokenized off the event loop: about 3 ms
+EOS_IDS_MAX = STOP_TOKEN_IDS_MAX // 2  # the other half is the clients'
 _WORKERS = 2
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -36,7 +38,9 @@ class ServedModel:
         spec = load_spec(directory, "bfloat16")
         self.name = name
         self.vocab = spec.vocab
-        self.eos_ids = spec.eos_token_ids
+        self.eos_ids = tuple(token_id for token_id in spec.eos_token_ids if token_id < spec.vocab)
+        if len(self.eos_ids) > EOS_IDS_MAX:
+            raise CheckpointError(f"config.json has {len(self.eos_ids)} end-of-sequence ids; the limit is {EOS_IDS_MAX}")
         self._tokenizer = _read_tokenizer(directory / "tokenizer.json")
         largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= spec.vocab:

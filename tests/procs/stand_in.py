@@ -17,20 +17,19 @@ import signal
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
-
-from cli import up
-from cli.children import ChildSpec
-from cli.embedded_store import store_spec
-from cli.main import main
-from cli.record import read_record
-from cli.settings import Settings
 
 _GRACE_S = 2.0
 
 
-def specs_of(behaviours: dict[str, str]) -> Any:
-    """A replacement of `processes.process_specs`."""
+def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
+    """The command line with stand-ins."""
+    from cli import up
+    from cli.children import ChildSpec
+    from cli.embedded_store import store_spec
+    from cli.main import main
+    from cli.settings import Settings
 
     def process_specs(settings: Settings) -> list[ChildSpec]:
         return [
@@ -40,7 +39,8 @@ def specs_of(behaviours: dict[str, str]) -> Any:
             for name, behaviour in behaviours.items()
         ]
 
-    return process_specs
+    up.process_specs = process_specs
+    return main(argv)
 
 
 class Ready(BaseHTTPRequestHandler):
@@ -50,7 +50,7 @@ class Ready(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Progress first, so that the launcher has something to show."""
-        body: dict[str, Any] = {"phase": "serving"}
+        body: dict[str, Any] = {"phase": "serving" if others_are_up() else "attaching"}
         if self.behaviour == "never":
             body = {"phase": "loading", "bytes_done": 512, "bytes_total": 1024}
         elif self.behaviour == "failed":
@@ -64,8 +64,15 @@ class Ready(BaseHTTPRequestHandler):
         """Quiet."""
 
 
+def others_are_up() -> bool:
+    """Whether all children that were started so far handle signals by now, as services do when they are ready."""
+    logs = (Path(os.environ["ELASTICMOE_RUN_DIR"]) / "logs").glob("*.log")
+    return all(log.stem == "store" or " is up" in log.read_text() for log in logs)
+
+
 def child(behaviour: str) -> int:
     """One stand-in; see the module's text."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour == "stubborn" else lambda *_: os._exit(0))
     print(f"{behaviour} is up", file=sys.stderr, flush=True)
     if behaviour == "exit":
         print("elasticmoe-x: bad_thing: no luck today", file=sys.stderr)
@@ -74,28 +81,22 @@ def child(behaviour: str) -> int:
         Ready.behaviour = behaviour
         port = os.environ["ELASTICMOE_PORT" if behaviour == "router" else "ELASTICMOE_ADMIN_PORT"]
         server = HTTPServer(("127.0.0.1", int(port)), Ready)
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         server.serve_forever()
     if behaviour == "loop":
         return loop()
     if behaviour == "stubborn":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(15, 1); signal.pause()"])  # noqa: S603
+        subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(15, 1); signal.pause()"])
     elif behaviour == "pool":
         reader, writer = os.pipe()
         subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=reader)
         os.close(reader)
-        os.set_inheritable(writer, False)
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    else:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     while True:
         signal.pause()
 
 
 def loop() -> int:
     """Live until the deployment serves, then end."""
-    from pathlib import Path
+    from cli.record import read_record
 
     run_dir = Path(os.environ["ELASTICMOE_RUN_DIR"])
     while (record := read_record(run_dir)) is None or record.state == "starting":
@@ -107,5 +108,4 @@ def loop() -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "child":
         sys.exit(child(sys.argv[2]))
-    up.process_specs = specs_of(json.loads(sys.argv[2]))
-    sys.exit(main(sys.argv[3:]))
+    sys.exit(elasticmoe(json.loads(sys.argv[2]), sys.argv[3:]))

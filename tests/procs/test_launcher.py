@@ -283,8 +283,8 @@ def test_two_deployments_run_side_by_side(start: Start, run_dir: Path) -> None:
     one, two = start(), start(ALL, at=run_dir.with_name("two"))
     one.read(SERVING)
     two.read(SERVING)
-    store_command(run_dir, "SET key one")
-    assert b"one" not in store_command(run_dir.with_name("two"), "GET key")
+    store_command(run_dir, "SET key first")
+    assert b"first" not in store_command(run_dir.with_name("two"), "GET key")
     assert one.stop() == 0
     assert all(process.is_alive() for process in two.record().processes)
     assert two.stop() == 0
@@ -311,9 +311,7 @@ def test_a_cut_off_deployment_is_resumed_or_forgotten(start: Start, run_dir: Pat
     assert other.stop() == 0
 
 
-def test_down_stops_and_says_when_nothing_runs(
-    start: Start, run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_down_stops_and_says_when_nothing_runs(start: Start, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = start()
     run.read(SERVING)
     assert main(["down", "--run-dir", str(run_dir)]) == 0

@@ -91,7 +91,8 @@ Outcome Meeting::wait_membership(uint32_t known_generation, int64_t deadline_ns)
   const int64_t now = now_ns();
   if (now >= deadline_ns) return Outcome::timeout;
   futex_wait(word, seen, std::min(deadline_ns, now + kSliceNs));
-  return membership().generation > known_generation ? Outcome::done : Outcome::interrupted;
+  if (membership().generation > known_generation) return Outcome::done;
+  return now_ns() >= deadline_ns ? Outcome::timeout : Outcome::interrupted;
 }
 
 void Meeting::join(uint64_t incarnation) {

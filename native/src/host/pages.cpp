@@ -1,11 +1,15 @@
 #include "host/pages.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
+#include <fstream>
+#include <string>
 
 #include "core/checked.h"
 #include "core/system.h"
@@ -25,6 +29,24 @@ T* pointer(uint64_t addr) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(addr));
 }
 
+// Memory files have no size limit of their own: the kernel would fill the machine and then kill processes rather than answer
+// ENOSPC. So what cannot possibly fit is refused here. Small parts are not worth the look.
+void require_room(int fd, uint64_t nbytes) {
+  constexpr uint64_t kSmall = 1 << 20;
+  struct statfs filesystem;
+  if (nbytes < kSmall || fstatfs(fd, &filesystem) != 0 || filesystem.f_type != TMPFS_MAGIC) return;
+  std::ifstream meminfo("/proc/meminfo");
+  std::string key;
+  uint64_t kib = 0;
+  for (std::string unit; meminfo >> key >> kib; std::getline(meminfo, unit)) {
+    if (key == "MemAvailable:") break;
+  }
+  if (key == "MemAvailable:" && nbytes / 1024 > kib) {
+    throw_errno(ENOMEM, "allocating " + std::to_string(nbytes) + " bytes of memory where " + std::to_string(kib) +
+                            " KiB are available");
+  }
+}
+
 // One request reads at most this much, so that signals are seen now and then.
 constexpr uint64_t kReadChunk = 64ULL << 20;
 
@@ -38,6 +60,7 @@ uint64_t page_bytes() {
 void allocate(int fd, uint64_t offset, uint64_t nbytes) {
   require_file_part(fd, offset, nbytes);
   require(nbytes > 0, "nbytes must be greater than zero");
+  require_room(fd, nbytes);
   if (fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(nbytes)) != 0) throw_errno(errno, "fallocate");
 }
 

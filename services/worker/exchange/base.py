@@ -1,6 +1,7 @@
 """Interface of the expert exchange: send tokens to the ranks that hold their experts, bring the results back.
 
-Shape suffixes: N own tokens, K experts per token, H hidden, R rows received, E experts of the layer (all of the model's).
+Shape suffixes: N own tokens, K experts per token, H hidden, R rows received, E experts of the layer (all that the
+model has).
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class Batch:
 
     `num_rows`, `num_parts`, `num_logits` are N, S, M; the logits of a part follow those of the part before it. The
     `*_addr` are addresses of int32 arrays that live as long as the batch:
-    `token_ids` [N] · `row_starts` [S + 1] first row of each part, and N · `kv_lens` [S] tokens of the sequence once this
-    step is written · `block_starts` [S + 1] where a part's ids start in `blocks` · `blocks` [...] ·
+    `token_ids` [N] · `row_starts` [S + 1] first row of each part, and N · `kv_lens` [S] tokens of the sequence once
+    this step is written · `block_starts` [S + 1] where a part's ids start in `blocks` · `blocks` [...] ·
     `logit_rows` [M] rows whose logits are wanted, ascending.
 
     Raises ValueError for a part without tokens, with too few blocks, or with more logits than tokens. Token ids and
@@ -64,7 +64,7 @@ class Batch:
             used = -(-kv_len // block_size)
             if count == 0 or start < 0 or len(table) < used or not 0 <= num_logits <= count:
                 raise ValueError(
-                    f"part of {count} tokens from {start} with {len(table)} blocks of {block_size} and {num_logits} logits"
+                    f"part of {count} tokens from {start} with {num_logits} logits and {len(table)} blocks of {block_size}"
                 )
             row_starts.append(end)
             kv_lens.append(kv_len)

@@ -17,8 +17,8 @@ from common.model_spec import KvGeometry, ModelSpec
 class KvCache:
     """The KV blocks that are mapped: block b lies at `base_addr + b * geometry.block_stride` bytes.
 
-    Inside a block: [layers, 2 (k, v), kv heads, block_size, head_dim] in the model's dtype, contiguous. `num_blocks` may
-    change between steps, as blocks are mapped or unmapped at the end; a batch is checked against it.
+    Inside a block: [layers, 2 (k, v), kv heads, block_size, head_dim] in the model's dtype, contiguous. `num_blocks`
+    may change between steps, as blocks are mapped or unmapped at the end; a batch is checked against it.
     """
 
     base_addr: int

@@ -1,0 +1,153 @@
+"""Sends a generation's answer: an ASGI loop of its own, because every token passes here.
+
+One task per request waits for its streams and writes all that has come in one piece; another waits for the client to
+leave. The status line goes out with the first token, so a loss before it is still a plain 503.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Protocol
+
+from starlette.responses import Response
+
+from common.protocol.errors import ElasticMoEError, Unavailable
+from services.router.api.errors import Receive, Scope, Send, error_event, error_response
+from services.router.api.generate import Generation
+from services.router.streams import Ending, Output, Stream
+
+SLOW_READER_S = 60.0  # after the deadline of the last stream: for a client that reads slowly
+DONE = b"data: [DONE]\n\n"
+
+
+class Renderer(Protocol):
+    """What differs between chat and completions."""
+
+    def opening(self, index: int, stream: Stream) -> bytes:
+        """Events before a choice's first text."""
+
+    def events(self, index: int, output: Output, finish_reason: str | None) -> bytes:
+        """Events for new output, and for the end where there is one."""
+
+    def usage_event(self, generation: Generation) -> bytes:
+        """The last event before [DONE], where the client asked for it; else nothing."""
+
+    def body(self, generation: Generation, outputs: list[Output]) -> bytes:
+        """The whole answer, without streaming."""
+
+
+class Answer(Response):
+    """The response of one generation; owns it."""
+
+    def __init__(self, generation: Generation, renderer: Renderer, *, is_stream: bool) -> None:
+        super().__init__()
+        self._generation = generation
+        self._renderer = renderer
+        self._is_stream = is_stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until everything has ended or the client has left."""
+        watcher = asyncio.create_task(_watch(receive, self._generation))
+        last = max(stream.deadline for stream in self._generation.streams)
+        try:
+            async with asyncio.timeout(last - time.monotonic() + SLOW_READER_S):
+                error = await (self._stream(send) if self._is_stream else self._collect(send))
+                if error is not None:
+                    await error_response(error)(scope, receive, send)
+        except TimeoutError:
+            pass  # the answer stays incomplete, so the server closes the connection
+        finally:
+            watcher.cancel()
+            self._generation.close()
+
+    async def _collect(self, send: Send) -> ElasticMoEError | None:
+        """Wait for all choices and send them; or return the error that the answer is to be."""
+        generation = self._generation
+        while not generation.is_abandoned:
+            error = _first_error(generation)
+            if error is not None:
+                return error
+            if all(stream.ending for stream in generation.streams):
+                break
+            await _woken(generation)
+        else:
+            return None
+        body = self._renderer.body(generation, [stream.take() for stream in generation.streams])
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+        return None
+
+    async def _stream(self, send: Send) -> ElasticMoEError | None:
+        """Send what comes; or return the error of a request that failed before anything was sent."""
+        generation = self._generation
+        running = dict(enumerate(generation.streams))
+        opened: set[int] = set()
+        has_begun = False
+        while running:
+            await _woken(generation)
+            if generation.is_abandoned:
+                return None
+            events = self._take_events(running, opened)
+            error = _first_error(generation)
+            if error is not None:
+                if not has_begun:
+                    return error
+                events += [error_event(error), DONE]
+                running.clear()
+            elif not running:
+                events += [self._renderer.usage_event(generation), DONE]
+            data = b"".join(events)
+            if data and not has_begun:
+                has_begun = True
+                await _begin(send)
+            if data:
+                await send({"type": "http.response.body", "body": data, "more_body": bool(running)})
+        return None
+
+    def _take_events(self, running: dict[int, Stream], opened: set[int]) -> list[bytes]:
+        """What has come for the choices in `running`; those that have ended leave it."""
+        events: list[bytes] = []
+        for index, stream in list(running.items()):
+            finish_reason = _finish_reason(stream.ending)
+            if index not in opened and (stream.num_tokens or finish_reason):
+                opened.add(index)
+                events.append(self._renderer.opening(index, stream))
+            events.append(self._renderer.events(index, stream.take(), finish_reason))
+            if stream.ending is not None:
+                del running[index]
+        return events
+
+
+def _finish_reason(ending: Ending | None) -> str | None:
+    return ending.reason if ending is not None and ending.kind == "finish" else None
+
+
+def _first_error(generation: Generation) -> ElasticMoEError | None:
+    """The first choice's error, in order of the choices."""
+    for stream in generation.streams:
+        if stream.ending is not None and stream.ending.kind == "error":
+            return stream.ending.error or Unavailable("the request failed")
+    return None
+
+
+async def _begin(send: Send) -> None:
+    headers = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def _woken(generation: Generation) -> None:
+    await generation.wake.wait()
+    generation.wake.clear()
+
+
+async def _watch(receive: Receive, generation: Generation) -> None:
+    """Notice that the client leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    generation.abandon()

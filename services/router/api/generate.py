@@ -1,0 +1,118 @@
+"""From valid options and prompts to running streams: one HTTP request's generations, accepted all or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+
+from common.protocol.errors import InvalidRequest
+from common.protocol.limits import PROMPT_TOKENS_MAX
+from common.protocol.rank import Submit
+from services.router.admission import Permit
+from services.router.api.options import Options
+from services.router.detokenizer import TextStream
+from services.router.front import Front
+from services.router.streams import Stream
+
+
+class Generation:
+    """The streams of one request, in the order of their choices: all of the first prompt, then the next one's.
+
+    The request owns it and closes it, whatever happens: then whatever still runs is cancelled.
+    """
+
+    def __init__(self, front: Front, prompts: Sequence[Sequence[int]], num_choices: int) -> None:
+        self.prompts = prompts
+        self.num_choices = num_choices
+        self.streams: list[Stream] = []
+        self.wake = asyncio.Event()
+        self.is_abandoned = False
+        self._dispatcher = front.dispatcher
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each once."""
+        return sum(len(prompt) for prompt in self.prompts)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens generated so far."""
+        return sum(stream.num_tokens for stream in self.streams)
+
+    def abandon(self) -> None:
+        """The client left."""
+        self.is_abandoned = True
+        self.close()
+        self.wake.set()
+
+    def close(self) -> None:
+        """Cancel what still runs. Idempotent."""
+        for stream in self.streams:
+            self._dispatcher.cancel(stream)
+
+
+def start(
+    front: Front,
+    permit: Permit,
+    options: Options,
+    prompts: Sequence[Sequence[int]],
+    *,
+    kind: str,
+    prompt_logprobs: bool = False,
+) -> Generation:
+    """Submit every choice of every prompt.
+
+    Raises InvalidRequest for a prompt that does not fit, Overloaded without permits, Unavailable without replicas; then
+    nothing runs.
+    """
+    limit = front.dispatcher.max_model_len()
+    max_tokens = [_max_tokens(len(prompt), options, limit) for prompt in prompts]
+    permit.widen(len(prompts) * options.num_choices)
+    now = time.monotonic()
+    name = f"{kind}-{secrets.token_hex(12)}"
+    generation = Generation(front, prompts, options.num_choices)
+    try:
+        for prompt, most in zip(prompts, max_tokens, strict=True):
+            for choice in range(options.num_choices):
+                submit = Submit(
+                    request_id=f"{name}-{len(generation.streams)}",
+                    prompt=tuple(prompt),
+                    max_tokens=most,
+                    sampling=options.sampling_of(choice),
+                    stop_token_ids=options.stop_token_ids,
+                    min_tokens=min(options.min_tokens, most),
+                    deadline_s=front.config.request_seconds_max,
+                    priority=options.priority,
+                    prompt_logprobs=prompt_logprobs,
+                )
+                text = TextStream(
+                    front.model.table,
+                    stops=options.stops,
+                    skip_special=options.skip_special,
+                    min_tokens=options.min_tokens,
+                )
+                stream = Stream(submit.request_id, submit, text, generation.wake, now=now)
+                front.dispatcher.open(stream, now)
+                generation.streams.append(stream)
+    except BaseException:
+        generation.close()
+        raise
+    return generation
+
+
+def _max_tokens(num_prompt: int, options: Options, limit: int) -> int:
+    """Tokens that may be generated after a prompt. Raises InvalidRequest when prompt and output do not fit."""
+    limit = min(limit, PROMPT_TOKENS_MAX)
+    if num_prompt == 0:
+        raise InvalidRequest("the prompt has no tokens", param="prompt")
+    asked = options.max_tokens
+    if num_prompt + (asked or 1) > limit:
+        output = f"{asked} tokens of output" if asked else "room for output"
+        raise InvalidRequest(
+            f"the context holds {limit} tokens; {num_prompt} tokens of prompt and {output} exceed it",
+            code="context_length_exceeded",
+            param="max_tokens" if asked and num_prompt < limit else "prompt",
+        )
+    return asked or limit - num_prompt

@@ -1,0 +1,36 @@
+"""GET /v1/models."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from common.protocol.errors import Unavailable
+from services.router.api.docs import describe
+from services.router.api.errors import json_response
+from services.router.api.gate import front_of
+from services.router.api.schemas import ModelCard, ModelList
+from services.router.front import Front
+
+routes = APIRouter()
+
+
+def _card(front: Front) -> ModelCard:
+    try:
+        length: int | None = front.dispatcher.max_model_len()
+    except Unavailable:
+        length = None
+    return ModelCard(front.model.name, "model", front.started_unix, "elasticmoe", length)
+
+
+@routes.get("/v1/models", **describe(None, ModelList))
+async def models(request: Request) -> Response:
+    """The models that are served: one."""
+    return json_response(ModelList("list", [_card(front_of(request))]))
+
+
+@routes.get("/v1/models/{name:path}", **describe(None, ModelCard))
+async def model(request: Request, name: str) -> Response:
+    """One model."""
+    front = front_of(request)
+    front.check_model(name)
+    return json_response(_card(front))

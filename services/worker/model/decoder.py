@@ -1,0 +1,100 @@
+"""The decoder that all families are: norm, attention, norm, feed-forward, with the residual kept in float32.
+
+Attention and experts are given as classes, so that a family is a choice of parts. Per layer there are ten native calls.
+Shape suffixes: N rows of a step, H hidden, M rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from services.worker.exchange.base import Exchange
+from services.worker.model import ops
+from services.worker.model.attention import GroupedQueryAttention
+from services.worker.model.base import StepTimes
+from services.worker.model.batch import Batch
+from services.worker.model.moe import DenseFeedForward, RoutedExperts
+from services.worker.model.weights import RankWeights
+
+
+class _Layer(NamedTuple):
+    input_norm: ops.Operation
+    attention: GroupedQueryAttention
+    post_norm: ops.Operation
+    feed_forward: RoutedExperts | DenseFeedForward
+
+
+class Decoder:
+    """One model over one rank's memory (see Model). Owns its buffers, sized for `max_tokens` rows."""
+
+    def __init__(
+        self,
+        weights: RankWeights,
+        max_tokens: int,
+        *,
+        attention: type[GroupedQueryAttention],
+        experts: type[RoutedExperts],
+    ) -> None:
+        spec = weights.spec
+        self.times = StepTimes(0, 0, 0)
+        self._weights = weights
+        self._max_tokens = max_tokens
+        self._residual_NH, self._x_NH, self._delta_NH = (
+            torch.empty((max_tokens, spec.hidden), dtype=torch.float32) for _ in range(3)
+        )
+        self._head_VH = weights.base["embed" if spec.tie_embeddings else "head"]
+        self._logits_MV = torch.empty((0, spec.vocab), dtype=torch.float32)
+        self._head = ops.linear(self._x_NH, self._head_VH, self._logits_MV)
+        self._buffers = attention.make_buffers(spec, max_tokens)
+        self._embed = ops.embed(weights.base["embed"], self._residual_NH)
+        self._prepare = attention.make_prepare(spec, self._buffers)
+        self._layers = [self._make_layer(layer, attention, experts) for layer in range(spec.num_layers)]
+        self._final_norm = ops.final_norm(
+            self._residual_NH, self._delta_NH, weights.base["final_norm"], spec.norm_eps, self._x_NH
+        )
+
+    def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
+        """See Model."""
+        if batch.num_rows > self._max_tokens:
+            raise ValueError(f"a step of {batch.num_rows} rows; the limit is {self._max_tokens}")
+        started = time.perf_counter_ns()
+        exchange.take_times()
+        n = batch.num_rows
+        parts = ops.check_parts(batch, self._weights.kv, self._weights.spec)
+        self._embed(batch)
+        self._prepare(parts)
+        for input_norm, attention, post_norm, feed_forward in self._layers:
+            input_norm(n)
+            attention(parts, n)
+            post_norm(n)
+            feed_forward(exchange, n)
+        self._final_norm(batch)
+        logits_MV = self._compute_logits(batch.num_logits)
+        self.times = StepTimes(time.perf_counter_ns() - started, *exchange.take_times())
+        return logits_MV
+
+    def _make_layer(self, layer: int, attention: type[GroupedQueryAttention], experts: type[RoutedExperts]) -> _Layer:
+        spec, tensors = self._weights.spec, self._weights.layers[layer]
+        x_NH, residual_NH, delta_NH = self._x_NH, self._residual_NH, self._delta_NH
+        before = None if layer == 0 else delta_NH  # what the feed-forward before it left to be added
+        return _Layer(
+            ops.rms_norm(residual_NH, before, tensors["input_norm"], spec.norm_eps, x_NH),
+            attention(spec, layer, tensors, self._buffers, x_NH, residual_NH),
+            ops.rms_norm(residual_NH, None, tensors["post_norm"], spec.norm_eps, x_NH),
+            DenseFeedForward(spec, tensors, x_NH, delta_NH)
+            if layer in spec.dense_layers
+            else experts(spec, layer, tensors, self._weights.experts[layer], x_NH, delta_NH),
+        )
+
+    def _compute_logits(self, num_logits: int) -> torch.Tensor:
+        if num_logits > self._logits_MV.shape[0]:
+            # Grows to the largest number seen: few rows while decoding, a whole chunk's for prompt log probabilities.
+            self._logits_MV = torch.empty((num_logits, self._logits_MV.shape[1]), dtype=torch.float32)
+            self._head = ops.linear(self._x_NH, self._head_VH, self._logits_MV)
+        logits_MV = self._logits_MV[:num_logits]
+        if num_logits:
+            self._head(num_logits)
+        return logits_MV

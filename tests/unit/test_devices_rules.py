@@ -1,0 +1,236 @@
+"""Every rule of device memory is refused with its code, and a refusal changes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+
+from common.devices.base import Handle, ProcessRules, Range, Token
+from common.devices.host import HostDevice
+from common.protocol.errors import DeviceError
+
+PAGE = 4096
+
+
+@dataclass
+class World:
+    """An owner of two devices and a user of the same two, as two processes would be."""
+
+    owner: HostDevice
+    owner_other: HostDevice
+    user: HostDevice
+    user_other: HostDevice
+
+    def local(self, pages: int = 1) -> Handle:
+        return self.owner.create(pages * PAGE, "kv")
+
+    def imported(self, pages: int = 1) -> Handle:
+        return self.user.import_(self.owner.export(self.local(pages)))
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    here, there = ProcessRules(), ProcessRules()
+    devices = [
+        HostDevice("host:0", PAGE, 64 * PAGE, rules=here),
+        HostDevice("host:1", PAGE, 64 * PAGE, rules=here),
+        HostDevice("host:0", PAGE, rules=there),
+        HostDevice("host:1", PAGE, rules=there),
+    ]
+    yield World(*devices)
+    for device in devices:
+        device.close()
+
+
+def refuses(code: str, act: Callable[[], object]) -> None:
+    with pytest.raises(DeviceError) as caught:
+        act()
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("nbytes", [0, -PAGE, 1, PAGE + 1])
+def test_sizes_are_granular(world: World, nbytes: int) -> None:
+    refuses("not_granular", lambda: world.owner.create(nbytes, "kv"))
+    refuses("not_granular", lambda: world.owner.reserve(nbytes))
+    token = world.owner.export(world.local())
+    refuses("not_granular", lambda: world.user.import_(Token(token.fd, 0, nbytes)))
+    refuses("not_granular", lambda: world.user.import_(Token(token.fd, 7, PAGE)))
+
+
+@pytest.mark.parametrize(("offset", "code"), [(1, "not_granular"), (-PAGE, "out_of_range"), (3 * PAGE, "out_of_range")])
+def test_mappings_lie_in_the_range(world: World, offset: int, code: str) -> None:
+    range_ = world.owner.reserve(4 * PAGE)
+    refuses(code, lambda: world.owner.map(range_, offset, world.local(2), True))
+
+
+@pytest.mark.parametrize(("offset", "pages"), [(2, 2), (1, 2), (3, 1), (0, 8), (2, 1)])
+def test_nothing_is_mapped_over_a_live_mapping(world: World, offset: int, pages: int) -> None:
+    range_ = world.owner.reserve(16 * PAGE)
+    world.owner.map(range_, 2 * PAGE, world.local(2), True)
+    other = world.local(pages)
+    refuses("mapping_live", lambda: world.owner.map(range_, offset * PAGE, other, True))
+    assert other.num_mappings == 0
+    world.owner.unmap(range_, 2 * PAGE)
+    world.owner.map(range_, offset * PAGE, other, True)
+
+
+def test_many_parts_are_mapped_all_or_none(world: World) -> None:
+    range_ = world.owner.reserve(8 * PAGE)
+    first, second = world.local(2), world.local()
+    for parts in ([(0, first), (PAGE, second)], [(0, first), (9 * PAGE, second)]):
+        with pytest.raises(DeviceError):
+            world.owner.map_many(range_, parts, True)
+        assert (range_.starts, first.num_mappings) == ([], 0)
+    world.owner.map_many(range_, [(2 * PAGE, second), (0, first)], True)
+    assert range_.starts == [0, 2 * PAGE]
+    world.owner.map_many(range_, [], True)
+
+
+def test_a_range_holds_local_or_imported_handles(world: World) -> None:
+    user = HostDevice("host:0", PAGE, 4 * PAGE, rules=ProcessRules())  # a rank may have memory of its own, too
+    range_ = user.reserve(4 * PAGE)
+    local, imported = user.create(PAGE, "kv"), user.import_(world.owner.export(world.local()))
+    refuses("mixed_range", lambda: user.map_many(range_, [(0, local), (PAGE, imported)], True))
+    user.map(range_, 0, imported, True)
+    refuses("mixed_range", lambda: user.map(range_, PAGE, local, True))
+    user.unmap(range_, 0)
+    user.map(range_, 0, local, True)  # an empty range may hold either
+    refuses("mixed_range", lambda: user.map(range_, PAGE, imported, True))
+    user.close()
+
+
+def test_devices_do_not_mix(world: World) -> None:
+    foreign_range = world.owner_other.reserve(PAGE)
+    own = world.local()
+    own_range = world.owner.reserve(PAGE)
+    foreign = world.owner_other.create(PAGE, "kv")
+    refuses("other_device", lambda: world.owner.map(foreign_range, 0, own, True))
+    refuses("other_device", lambda: world.owner.map(own_range, 0, foreign, True))
+    refuses("other_device", lambda: world.owner.release(foreign))
+    refuses("other_device", lambda: world.owner.unreserve(foreign_range))
+
+
+def test_a_handle_is_imported_once_per_process_whatever_the_descriptor(world: World) -> None:
+    token = world.owner.export(world.local())
+    handle = world.user.import_(token)
+    again = os.dup(token.fd)
+    refuses("already_imported", lambda: world.user.import_(token._replace(fd=again)))
+    refuses("already_imported", lambda: world.user_other.import_(token))
+    os.close(again)
+    world.user.release(handle)
+    world.user.import_(token)
+
+
+def test_a_process_exports_or_imports(world: World) -> None:
+    token = world.owner.export(world.local())
+    refuses("export_and_import", lambda: world.owner.import_(token))
+    refuses("export_and_import", lambda: world.owner_other.import_(token))
+    user = HostDevice("host:0", PAGE, PAGE, rules=ProcessRules())
+    user.import_(token)
+    own = user.create(PAGE, "kv")
+    refuses("export_and_import", lambda: user.export(own))
+    user.close()
+
+
+def test_only_local_handles_are_exported(world: World) -> None:
+    imported = world.imported()
+    refuses("not_local", lambda: world.user.export(imported))
+
+
+def test_unmap_undoes_exactly_one_map(world: World) -> None:
+    range_ = world.owner.reserve(8 * PAGE)
+    handle = world.local(2)
+    world.owner.map(range_, PAGE, handle, True)
+    world.owner.map(range_, 3 * PAGE, world.local(), True)
+    for offset in (0, 2 * PAGE, 4 * PAGE):
+        refuses("not_mapped", partial(world.owner.unmap, range_, offset))
+    world.owner.unmap(range_, PAGE)
+    refuses("not_mapped", lambda: world.owner.unmap(range_, PAGE))
+    assert range_.starts == [3 * PAGE]
+
+
+def test_mapped_handles_and_ranges_are_not_given_back(world: World) -> None:
+    range_, handle = world.owner.reserve(2 * PAGE), world.local()
+    world.owner.map_many(range_, [(0, handle), (PAGE, handle)], True)
+    refuses("still_mapped", lambda: world.owner.release(handle))
+    refuses("still_mapped", lambda: world.owner.unreserve(range_))
+    world.owner.unmap(range_, 0)
+    refuses("still_mapped", lambda: world.owner.release(handle))
+    world.owner.unmap(range_, PAGE)
+    world.owner.release(handle)
+    world.owner.unreserve(range_)
+
+
+def test_what_is_released_is_not_used_again(world: World) -> None:
+    range_, handle = world.owner.reserve(PAGE), world.local()
+    world.owner.release(handle)
+    refuses("released", lambda: world.owner.release(handle))
+    refuses("released", lambda: world.owner.map(range_, 0, handle, True))
+    refuses("released", lambda: world.owner.export(handle))
+    world.owner.unreserve(range_)
+    refuses("released", lambda: world.owner.unreserve(range_))
+    refuses("released", lambda: world.owner.wrap(range_, 0, (1,), None, "float32"))
+    world.owner.close()
+    refuses("released", lambda: world.owner.create(PAGE, "kv"))
+    refuses("released", lambda: world.owner.reserve(PAGE))
+
+
+def test_read_only_handles_are_mapped_read_only(world: World) -> None:
+    handle = world.user.import_(world.owner.export(world.owner.create(PAGE, "weights")))
+    range_ = world.user.reserve(PAGE)
+    refuses("read_only", lambda: world.user.map(range_, 0, handle, True))
+    world.user.map(range_, 0, handle, False)
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides", "dtype", "code"),
+    [
+        (0, (1025,), None, "float32", "out_of_range"),
+        (PAGE, (1,), None, "float32", "out_of_range"),
+        (-4, (1,), None, "float32", "out_of_range"),
+        (2, (4,), None, "float32", "out_of_range"),
+        (0, (2, 2), (1024, 1), "float32", "out_of_range"),
+        (0, (2,), (-1,), "float32", "out_of_range"),
+        (0, (2, 2), (1,), "float32", "out_of_range"),
+        (0, (1 << 62,), None, "float32", "out_of_range"),
+        (0, (1,), None, "Tensor", "invalid_dtype"),
+    ],
+)
+def test_tensors_lie_in_the_range(
+    world: World, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str, code: str
+) -> None:
+    range_ = world.owner.reserve(PAGE)
+    refuses(code, lambda: world.owner.wrap(range_, offset, shape, strides, dtype))
+
+
+def both(world: World) -> tuple[Range, Range]:
+    ranges = world.owner.reserve(4 * PAGE), world.owner.reserve(4 * PAGE)
+    for range_ in ranges:
+        world.owner.map_many(range_, [(0, world.local()), (PAGE, world.local()), (3 * PAGE, world.local())], True)
+    return ranges
+
+
+def test_only_mapped_memory_is_copied_or_viewed(world: World) -> None:
+    dst, src = both(world)
+    world.owner.copy(dst.base, src.base, 2 * PAGE)
+    refuses("not_mapped", lambda: world.owner.copy(dst.base + PAGE, src.base, 2 * PAGE))
+    refuses("not_mapped", lambda: world.owner.copy(dst.base, src.base + 2 * PAGE, PAGE))
+    refuses("out_of_range", lambda: world.owner.copy(dst.base, 4096, PAGE))
+    refuses("out_of_range", lambda: world.owner.copy(dst.base, dst.base + 1, PAGE))
+    refuses("not_mapped", lambda: world.owner.view(dst, PAGE, 2 * PAGE))
+    refuses("not_mapped", lambda: world.owner.view(dst, -1, 2))
+
+
+def test_tokens_that_name_no_memory_are_refused(world: World) -> None:
+    token = world.owner.export(world.local())
+    refuses("invalid_token", lambda: world.user.import_(Token(token.fd, 1 << 40, PAGE)))
+    refuses("invalid_token", lambda: world.user.import_(Token(1 << 20, 0, PAGE)))
+    out, into = os.pipe()
+    refuses("invalid_token", lambda: world.user.import_(Token(out, 0, PAGE)))
+    os.close(out)
+    os.close(into)
+    world.user.import_(token)  # none of them left a trace
