@@ -178,7 +178,8 @@ class Launcher:
         self._console.line(f"{ended}; restart {decision.number} of {decision.limit} in {decision.at - now:.1f} s{said}")
 
     def _record(self) -> None:
-        records = tuple(child.record(self._states[name].num_restarts) for name, child in self._children.items())
+        living = [name for name in self._specs if name in self._children]
+        records = tuple(self._children[name].record(self._states[name].num_restarts) for name in living)
         self._plan.record(self._state, records)
 
     def stop(self) -> None:

@@ -5,7 +5,8 @@ keys share the prefix `elasticmoe:<deployment>:`. Values are MessagePack of the 
 
 | key | type | lives | holds |
 |---|---|---|---|
-| `layout` | Layout | for ever | the committed layout; its changes are published on the channel of the same name |
+| `layout` | Layout | for ever | the committed layout |
+| `epoch` | integer | for ever | that layout's epoch, which routers poll |
 | `fence` | integer | for ever | the last fencing epoch given out; never falls |
 | `lease` | holder's identity | `lease_ms` | who may act as scaler |
 | `events` | stream of Event | the last EVENTS_MAX | the operation journal and every decision, with reason |
@@ -20,17 +21,18 @@ from typing import Any, TypeVar
 import msgspec
 import redis
 import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from common.config import Common
 from common.layout import Layout
-from common.protocol.errors import ConfigError, ElasticMoEError, Unavailable
+from common.protocol.errors import ConfigError, Unavailable
 
 EVENTS_MAX = 10_000
 VALUE_BYTES_MAX = 32 * 1024 * 1024
 CALL_SECONDS_MAX = 2.0
-POLL_SECONDS = 1.0  # a layout is seen at the latest after this time, also when its publication was lost
+POLL_SECONDS = 0.2  # a new layout is seen after this time. Publications would be faster, and get lost.
 
 R = TypeVar("R")
 
@@ -116,11 +118,10 @@ class Store:
         _guard(lambda: self._redis.eval(_RELEASE, 1, self._key("lease"), holder))
 
     def put_layout(self, layout: Layout) -> None:
-        """Make `layout` the committed one and publish it."""
-        raw = msgspec.msgpack.encode(layout)
+        """Make `layout` the committed one, in one transaction with its epoch."""
         pipeline = self._redis.pipeline(transaction=True)
-        pipeline.set(self._key("layout"), raw)
-        pipeline.publish(self._key("layout"), str(layout.epoch))
+        pipeline.set(self._key("layout"), msgspec.msgpack.encode(layout))
+        pipeline.set(self._key("epoch"), layout.epoch)
         _guard(pipeline.execute)
 
     def get_layout(self) -> Layout | None:
@@ -148,15 +149,21 @@ class AsyncStore:
 
     def __init__(self, url: str, deployment: str) -> None:
         self._redis = redis.asyncio.Redis.from_url(
-            url, socket_timeout=CALL_SECONDS_MAX * 2, socket_connect_timeout=CALL_SECONDS_MAX
+            url,
+            socket_timeout=CALL_SECONDS_MAX * 2,
+            socket_connect_timeout=CALL_SECONDS_MAX,
+            retry=AsyncRetry(NoBackoff(), 0),
         )
-        self._key = f"elasticmoe:{deployment}:layout"
+        self._prefix = f"elasticmoe:{deployment}:"
 
     async def get_layout(self) -> Layout | None:
         """The committed layout, or None before the first. Raises Unavailable."""
+        return _decode(await self._get("layout"), _layouts)
+
+    async def _get(self, name: str) -> Any:
         try:
-            return _decode(await self._redis.get(self._key), _layouts)
-        except redis.RedisError as error:
+            return await self._redis.get(self._prefix + name)
+        except (redis.RedisError, OSError) as error:
             raise Unavailable(f"store does not answer: {type(error).__name__}", code="store_unavailable") from None
 
     async def watch_layout(self) -> AsyncIterator[Layout]:
@@ -168,16 +175,14 @@ class AsyncStore:
         seen = 0
         while True:
             try:
-                async with self._redis.pubsub() as channel:
-                    await channel.subscribe(self._key)
-                    while True:
-                        layout = await self.get_layout()
-                        if layout is not None and layout.epoch > seen:
-                            seen = layout.epoch
-                            yield layout
-                        await channel.get_message(ignore_subscribe_messages=True, timeout=POLL_SECONDS)
-            except (redis.RedisError, OSError, ElasticMoEError):
-                await asyncio.sleep(POLL_SECONDS / 4)
+                epoch = await self._get("epoch")
+                layout = await self.get_layout() if epoch is not None and int(epoch) > seen else None
+            except (Unavailable, ValueError):
+                layout = None
+            if layout is not None and layout.epoch > seen:
+                seen = layout.epoch
+                yield layout
+            await asyncio.sleep(POLL_SECONDS)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -1,1 +1,1 @@
-"""Native units of ElasticMoE: host mappings, the shared-memory bus and the ledger. Each unit is typed by the .pyi beside it."""
+"""Native units: host mappings, the shared-memory bus, the ledger, CPU kernels. Each is typed by the .pyi beside it."""

@@ -128,9 +128,7 @@ class Bus:
         ``BusAborted`` as soon as another generation is current or this one is not running; ``BusTimeout`` at the deadline.
         """
 
-    def step(
-        self, generation: int, num_tokens: int, flags: int, deadline_ms: float
-    ) -> list[tuple[int, int, int]]:
+    def step(self, generation: int, num_tokens: int, flags: int, deadline_ms: float) -> list[tuple[int, int, int]]:
         """Publish ``num_tokens`` and ``flags`` (u32 both), meet, and return ``(slot, num_tokens, flags)`` of every member by slot.
 
         Repeated after ``BusTimeout`` it goes on waiting, and what was published first stands. Raises as ``barrier`` does.

@@ -24,18 +24,14 @@ class Reservation:
     def nbytes(self) -> int:
         """Length of the range; 0 after ``close``."""
 
-    def map(
-        self, offset: int, fd: int, fd_offset: int, nbytes: int, writable: bool, populate: bool = False
-    ) -> None:
+    def map(self, offset: int, fd: int, fd_offset: int, nbytes: int, writable: bool, populate: bool = False) -> None:
         """Map ``nbytes`` of ``fd`` from ``fd_offset`` at ``base + offset``, shared with every other mapper.
 
         All three are multiples of the page size and the part lies inside the file and inside the range, else ``ValueError``;
         so it does over a live mapping. ``populate`` maps all pages now (may block long) rather than at their first touch.
         """
 
-    def map_many(
-        self, parts: list[tuple[int, int, int, int]], writable: bool, populate: bool = False
-    ) -> None:
+    def map_many(self, parts: list[tuple[int, int, int, int]], writable: bool, populate: bool = False) -> None:
         """Map many parts ``(offset, fd, fd_offset, nbytes)`` as ``map`` does. All or none: a failure unmaps what it had mapped."""
 
     def unmap(self, offset: int, nbytes: int) -> None:

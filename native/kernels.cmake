@@ -23,5 +23,6 @@ endforeach()
 elasticmoe_module(kernels
   ${CMAKE_CURRENT_LIST_DIR}/src/kernels/bindings.cpp
   ${CMAKE_CURRENT_LIST_DIR}/src/kernels/dispatch.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/src/kernels/oracle.cpp
   ${CMAKE_CURRENT_LIST_DIR}/src/kernels/sampling.cpp
   ${ELASTICMOE_KERNEL_OBJECTS})

@@ -135,6 +135,12 @@ def experts(
     rows [R, H] sorted by expert, counts int32 [E] rows of each (sum R). Expert e's w13 [2 I, H] lies at ``w13_addr + e × w13_stride``
     bytes, w2 [H, I] likewise; those of experts without rows are not touched. out [R, H]; may be ``rows`` itself."""
 
+def oracle_mix(parts: Parts, layer: int, kv_addr: int, modulus: int, base: int, out_addr: int) -> None:
+    """The oracle model's attention: write kv [N, 2, D] to the cache, then, from what the cache holds,
+    ``out[n] = sum of kv[j] × base^(position of n - j)`` over positions j up to the own one, modulo ``modulus`` (< 2**16).
+
+    All numbers are whole, ≥ 0 and < modulus, in float32. The cache is float32 with one head."""
+
 def greatest(logits_addr: int, num_rows: int, vocab: int) -> list[int]:
     """Index of the greatest of each row of logits [N, V], the first of equals; -1 where one is not finite."""
 

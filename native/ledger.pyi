@@ -17,9 +17,7 @@ class LedgerCorrupt(RuntimeError):
 def ledger_bytes(num_rows: int, max_tokens: int, max_blocks: int, blob_bytes: int) -> int:
     """Size of a segment. Limits: ``max_tokens`` < 2**22, ``max_blocks`` < 2**20, ``num_rows`` ≤ 2**20, ``blob_bytes`` ≤ 2**20."""
 
-def format_ledger(
-    addr: int, nbytes: int, num_rows: int, max_tokens: int, max_blocks: int, blob_bytes: int
-) -> None:
+def format_ledger(addr: int, nbytes: int, num_rows: int, max_tokens: int, max_blocks: int, blob_bytes: int) -> None:
     """Write the header into a segment of zeros (HMM only, before anyone opens it)."""
 
 class Row:

@@ -16,7 +16,8 @@ struct Options {
 void report(const char* what, std::vector<int64_t>& samples_ns) {
   std::sort(samples_ns.begin(), samples_ns.end());
   const auto at = [&](double share) {
-    return static_cast<double>(samples_ns[static_cast<size_t>(share * static_cast<double>(samples_ns.size() - 1))]) / 1e3;
+    return static_cast<double>(samples_ns[static_cast<size_t>(share * static_cast<double>(samples_ns.size() - 1))]) /
+           1e3;
   };
   std::printf("%-28s median %8.2f us   p10 %8.2f   p90 %8.2f   p99 %8.2f\n", what, at(0.5), at(0.1), at(0.9), at(0.99));
 }
@@ -33,7 +34,8 @@ void measure(const char* what, const Options& options, bool is_reporter, Operati
   if (is_reporter) report(what, samples);
 }
 
-void run_rank(const Options& options, const SharedMemory& memory, uint32_t slot, uint64_t members, uint32_t generation) {
+void run_rank(const Options& options, const SharedMemory& memory, uint32_t slot, uint64_t members,
+              uint32_t generation) {
   const Segment segment(memory.addr(), memory.nbytes());
   Meeting meeting(segment, static_cast<int>(slot));
   Exchange exchange(meeting);
@@ -64,7 +66,8 @@ void run_rank(const Options& options, const SharedMemory& memory, uint32_t slot,
                                {rows.data(), cap, counts.data()}, kNever, num_rows);
     });
     if (outcome != Outcome::done) return outcome;
-    return finish([&] { return exchange.combine(routing, generation, rows.data(), out.data(), options.num_tokens, kNever); });
+    return finish(
+        [&] { return exchange.combine(routing, generation, rows.data(), out.data(), options.num_tokens, kNever); });
   });
 }
 
@@ -92,8 +95,10 @@ void run(const Options& options, uint32_t num_ranks) {
 
 int main(int argc, char** argv) {
   Options options;
-  uint32_t* const numbers[] = {&options.num_ranks, &options.num_tokens, &options.hidden, &options.top_k, &options.rounds};
-  for (int index = 1; index < argc && index <= 5; ++index) *numbers[index - 1] = static_cast<uint32_t>(std::atoi(argv[index]));
+  uint32_t* const numbers[] = {&options.num_ranks, &options.num_tokens, &options.hidden, &options.top_k,
+                               &options.rounds};
+  for (int index = 1; index < argc && index <= 5; ++index)
+    *numbers[index - 1] = static_cast<uint32_t>(std::atoi(argv[index]));
   if (argc > 6) options.spin_us = std::atoi(argv[6]);
   run(options, options.num_ranks);
   if (options.num_ranks > 1) run(options, 1);

@@ -37,7 +37,8 @@ void live(uint64_t addr, uint64_t nbytes, Board& board, int slot, uint64_t incar
     for (uint64_t step = 0;; ++step) {
       std::vector<StepEntry> entries;
       Outcome outcome = finish([&] {
-        return meeting.step(view.generation, static_cast<uint32_t>(slot), view.generation, now_ns() + 60 * kSecond, entries);
+        return meeting.step(view.generation, static_cast<uint32_t>(slot), view.generation, now_ns() + 60 * kSecond,
+                            entries);
       });
       if (outcome == Outcome::done) {
         for (const StepEntry& entry : entries) CHECK(entry.num_tokens == entry.slot && entry.flags == view.generation);
@@ -133,7 +134,8 @@ TEST(survivors_of_a_kill_stop_and_go_on) {
     std::this_thread::sleep_for(std::chrono::microseconds(random() % 3000));
     const int victim = static_cast<int>(random() % Deployment::kNumRanks);
     deployment.kill_rank(victim);
-    std::this_thread::sleep_for(std::chrono::microseconds(random() % 2 * 2000));  // long enough for the others to sleep, or not
+    std::this_thread::sleep_for(
+        std::chrono::microseconds(random() % 2 * 2000));  // long enough for the others to sleep, or not
     deployment.publish(kEverybody, false);
     deployment.wait_for_stop(kEverybody & ~(uint64_t{1} << victim), kSecond);
     deployment.start(victim);

@@ -1,5 +1,5 @@
-// A rank that does exchanges whose outcome anybody can compute: inputs follow from (seed, step, slot), the experts are a simple
-// function, and all numbers are small dyadic fractions, so sums are exact and comparisons are for equality.
+// A rank that does exchanges whose outcome anybody can compute: inputs follow from (seed, step, slot), the experts are
+// a simple function, and all numbers are small dyadic fractions, so sums are exact and comparisons are for equality.
 #pragma once
 
 #include <random>
@@ -37,7 +37,9 @@ inline Batch make_batch(const Geometry& geometry, uint32_t num_experts, uint64_t
   return batch;
 }
 
-inline float expert(int32_t id, float x) { return x * static_cast<float>(id + 1) + static_cast<float>(id % 5); }
+inline float expert(int32_t id, float x) {
+  return x * static_cast<float>(id + 1) + static_cast<float>(id % 5);
+}
 
 inline std::vector<float> expected_output(const Geometry& geometry, const Batch& batch) {
   std::vector<float> out(batch.x.size(), 0.0F);
@@ -97,9 +99,8 @@ class ExchangeRank {
     if (outcome != Outcome::done) return outcome;
     apply_experts(routing, rows, counts, num_rows);
     std::vector<float> out(batch.x.size(), -1.0F);
-    outcome = finish([&] {
-      return exchange_.combine(routing, generation, rows.data(), out.data(), batch.num_tokens, deadline);
-    });
+    outcome = finish(
+        [&] { return exchange_.combine(routing, generation, rows.data(), out.data(), batch.num_tokens, deadline); });
     if (outcome != Outcome::done) return outcome;
     CHECK(out == expected_output(geometry, batch));
     return Outcome::done;

@@ -85,9 +85,8 @@ TEST(rows_are_sorted_by_expert_source_and_token) {
       float rows[16];
       int32_t counts[3];
       uint64_t num_rows = 0;
-      const Outcome outcome = finish([&] {
-        return exchange.dispatch(routing, 1, {x, ids, weights, 2}, {rows, 16, counts}, kNever, num_rows);
-      });
+      const Outcome outcome = finish(
+          [&] { return exchange.dispatch(routing, 1, {x, ids, weights, 2}, {rows, 16, counts}, kNever, num_rows); });
       const std::vector<float> got(rows, rows + num_rows);
       const std::vector<float> wanted =
           slot == 0 ? std::vector<float>{10, 11, 110, 111, 10, 110} : std::vector<float>{11, 111};

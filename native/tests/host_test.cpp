@@ -19,7 +19,9 @@ namespace {
 
 const uint64_t kPage = page_bytes();
 
-char* at(uint64_t addr) { return reinterpret_cast<char*>(addr); }
+char* at(uint64_t addr) {
+  return reinterpret_cast<char*>(addr);
+}
 
 int open_readonly(int fd) {
   const int readonly = open(("/proc/self/fd/" + std::to_string(fd)).c_str(), O_RDONLY | O_CLOEXEC);
@@ -84,8 +86,8 @@ TEST(mapping_refuses_what_is_wrong) {
   refused(5 * kPage, 1, kPage);
   refused(5 * kPage, 0, kPage + 1);
   refused(5 * kPage, 0, 0);
-  refused(7 * kPage, 0, 2 * kPage);           // passes the range's end
-  refused(5 * kPage, 7 * kPage, 2 * kPage);   // passes the file's end
+  refused(7 * kPage, 0, 2 * kPage);          // passes the range's end
+  refused(5 * kPage, 7 * kPage, 2 * kPage);  // passes the file's end
   refused(5 * kPage, UINT64_MAX & ~(kPage - 1), kPage);
   refused(UINT64_MAX & ~(kPage - 1), 0, kPage);
   CHECK_THROWS(std::invalid_argument, range.map({{5 * kPage, -1, 0, kPage}}, true, false));
@@ -98,8 +100,9 @@ TEST(mapping_refuses_what_is_wrong) {
 TEST(many_mappings_are_all_or_none) {
   SharedMemory file(8 * kPage);
   Reservation range(8 * kPage, kPage);
-  CHECK_THROWS(std::invalid_argument,
-               range.map({{0, file.fd(), 0, kPage}, {kPage, file.fd(), 0, kPage}, {0, file.fd(), 0, kPage}}, true, false));
+  CHECK_THROWS(
+      std::invalid_argument,
+      range.map({{0, file.fd(), 0, kPage}, {kPage, file.fd(), 0, kPage}, {0, file.fd(), 0, kPage}}, true, false));
   CHECK(range.mapped().empty());
   // A descriptor without write access fails in the kernel, after the first part was mapped.
   const int readonly = open_readonly(file.fd());

@@ -25,7 +25,9 @@ std::vector<int32_t> values_of(uint64_t row, uint64_t life, uint64_t first, uint
   return values;
 }
 
-uint64_t num_prompt_of(uint64_t row, uint64_t life) { return (row + life) % 9; }
+uint64_t num_prompt_of(uint64_t row, uint64_t life) {
+  return (row + life) % 9;
+}
 
 std::string blob_of(uint64_t life) {
   return std::to_string(life) + ":" + std::string(life % 50, '.');
@@ -45,7 +47,8 @@ std::string blob_of(uint64_t life) {
     }
     const uint64_t of_life = std::stoull(old->blob);
     const uint64_t num_new = random() % 4;
-    const bool is_full = old->tokens.size() + num_new > kGeometry.max_tokens || old->blocks.size() >= kGeometry.max_blocks;
+    const bool is_full =
+        old->tokens.size() + num_new > kGeometry.max_tokens || old->blocks.size() >= kGeometry.max_blocks;
     if (is_full || random() % 20 == 0) {
       ledger.close_row(row);
     } else if (random() % 10 == 0) {

@@ -136,7 +136,8 @@ TEST(a_reader_sees_whole_commits_meanwhile) {
   bool is_whole = true;
   do {
     const Row row = *reader.read_row(1);
-    for (size_t index = 0; index < row.tokens.size(); ++index) is_whole &= row.tokens[index] == static_cast<int32_t>(index);
+    for (size_t index = 0; index < row.tokens.size(); ++index)
+      is_whole &= row.tokens[index] == static_cast<int32_t>(index);
     is_whole &= row.kv_len + 1 == row.tokens.size();
   } while (!is_over);
   thread.join();

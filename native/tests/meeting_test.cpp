@@ -22,7 +22,9 @@ struct Fixture {
   Meeting open(int slot = -1) { return Meeting(Segment(memory.addr(), memory.nbytes()), slot); }
 };
 
-int64_t in_ms(int64_t ms) { return now_ns() + ms * 1'000'000; }
+int64_t in_ms(int64_t ms) {
+  return now_ns() + ms * 1'000'000;
+}
 
 // Repeats an operation while it is only interrupted.
 template <typename Operation>

@@ -1,4 +1,5 @@
-// A minimal test harness: TEST registers, CHECK stops the test, main runs all or those whose name contains its argument.
+// A minimal test harness: TEST registers, CHECK stops the test, main runs all or those whose name contains its
+// argument.
 #pragma once
 
 #include <sys/mman.h>
@@ -36,24 +37,24 @@ struct Registration {
   throw Failure(std::string(file) + ":" + std::to_string(line) + ": " + what);
 }
 
-#define TEST(name)                                              \
-  static void test_##name();                                    \
+#define TEST(name)                                                   \
+  static void test_##name();                                         \
   static const testing::Registration reg_##name{#name, test_##name}; \
   static void test_##name()
 
-#define CHECK(condition)                                                    \
-  do {                                                                      \
+#define CHECK(condition)                                                          \
+  do {                                                                            \
     if (!(condition)) testing::fail(__FILE__, __LINE__, "not true: " #condition); \
   } while (false)
 
-#define CHECK_THROWS(type, expression)                                                  \
-  do {                                                                                  \
-    bool has_thrown = false;                                                            \
-    try {                                                                               \
-      (void)(expression);                                                               \
-    } catch (const type&) {                                                             \
-      has_thrown = true;                                                                \
-    }                                                                                   \
+#define CHECK_THROWS(type, expression)                                                       \
+  do {                                                                                       \
+    bool has_thrown = false;                                                                 \
+    try {                                                                                    \
+      (void)(expression);                                                                    \
+    } catch (const type&) {                                                                  \
+      has_thrown = true;                                                                     \
+    }                                                                                        \
     if (!has_thrown) testing::fail(__FILE__, __LINE__, #expression " did not throw " #type); \
   } while (false)
 
@@ -62,7 +63,8 @@ class SharedMemory {
  public:
   explicit SharedMemory(uint64_t nbytes) : nbytes_(nbytes) {
     fd_ = memfd_create("elasticmoe-test", MFD_CLOEXEC);
-    if (fd_ < 0 || ftruncate(fd_, static_cast<off_t>(nbytes)) != 0) throw std::system_error(errno, std::generic_category());
+    if (fd_ < 0 || ftruncate(fd_, static_cast<off_t>(nbytes)) != 0)
+      throw std::system_error(errno, std::generic_category());
     data_ = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
     if (data_ == MAP_FAILED) throw std::system_error(errno, std::generic_category());
   }

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -44,9 +45,9 @@ def _byte_level(token: str) -> bytes:
         return token.encode()
 
 
-def _decoder_steps(tokenizer: Tokenizer) -> list[dict[str, object]]:
-    decoder = tokenizer.decoder
-    described = json.loads(decoder.__getstate__()) if decoder is not None else {"type": "none"}
+def _decoder_steps(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    decoder: Any = tokenizer.decoder
+    described: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder is not None else {"type": "none"}
     return list(described["decoders"]) if described["type"] == "Sequence" else [described]
 
 
@@ -137,8 +138,18 @@ class TextStream:
     `num_chars`: characters decoded so far, held ones included. Tokens up to `min_tokens` cannot stop.
     """
 
-    __slots__ = ("_first_chars", "_held", "_matchers", "_min_tokens", "_num_tokens", "_partial", "_skip", "_table")
-    __slots__ += ("has_stopped", "num_chars")
+    __slots__ = (
+        "_first_chars",
+        "_held",
+        "_matchers",
+        "_min_tokens",
+        "_num_tokens",
+        "_partial",
+        "_skip",
+        "_table",
+        "has_stopped",
+        "num_chars",
+    )
 
     def __init__(
         self, table: TokenTable, *, stops: Sequence[str] = (), skip_special: bool = True, min_tokens: int = 0

@@ -61,7 +61,7 @@ class Dispatcher:
     # ---- layout ------------------------------------------------------------------------------------------------------
 
     def apply_layout(self, layout: Layout, now: float) -> None:
-        """Connect to replicas that came; those that left get no new work. An older epoch or a broken layout is ignored."""
+        """Connect to replicas that came; those that left get no new work. Older and broken ones are ignored."""
         if self.layout is not None and layout.epoch <= self.layout.epoch:
             return
         try:
@@ -112,7 +112,7 @@ class Dispatcher:
 
     def open(self, stream: Stream, now: float) -> None:
         """Accept a stream and submit it. Raises Unavailable when no replica takes it: then it was not accepted."""
-        link = self._submit(stream, self.candidates(now), now)
+        link = self._submit(stream, self.candidates(now))
         self._metrics.accepted(len(stream.submit.prompt))
         self._history.accepted(
             stream.name,
@@ -121,7 +121,7 @@ class Dispatcher:
             rank=str(link.rank),
         )
 
-    def _submit(self, stream: Stream, candidates: list[Candidate], now: float) -> RankLink:
+    def _submit(self, stream: Stream, candidates: list[Candidate]) -> RankLink:
         rank, reason = decide(candidates, next(self._turns))
         if rank is None:
             raise Unavailable(reason, code="not_ready")
@@ -177,7 +177,7 @@ class Dispatcher:
         stream.restart(msgspec.structs.replace(stream.submit, request_id=name, deadline_s=stream.deadline - now))
         others = [candidate for candidate in self.candidates(now) if candidate.rank != avoid]
         try:
-            link = self._submit(stream, others, now)
+            link = self._submit(stream, others)
         except Unavailable:
             self._fail(stream, error)
             return

@@ -17,7 +17,7 @@ BODIES_MAX = 32  # bodies of the largest size that are in memory at once
 
 @dataclass(slots=True)
 class Front:
-    """The parts of a running router. `is_draining`: no new requests, those that run may end. `api_key`: None for none."""
+    """The parts of a running router. `is_draining`: no new requests; those that run may end. `api_key` None: open."""
 
     config: RouterConfig
     model: ServedModel

@@ -1,8 +1,8 @@
 """One accepted generation: its tokens in order and once each, its text, and its one end.
 
-A Stream knows nothing of sockets. The dispatcher feeds it what ranks say; the HTTP side takes text out of it. Tokens are
-counted by index, so it does not matter who produced them or how often they come: what is known is dropped, what comes
-too early waits for what is missing. Its end is decided here and once: `end` is idempotent, the first call wins.
+A Stream knows nothing of sockets. The dispatcher feeds it what ranks say; the HTTP side takes text out of it. Tokens
+are counted by index, so it does not matter who produced them or how often they come: what is known is dropped, what
+comes too early waits for what is missing. Its end is decided here and once: `end` is idempotent, the first call wins.
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ class Stream:
         self._early: list[Delta] = []
 
     @property
+    def has_ended(self) -> bool:
+        """Nothing more will come."""
+        return self.ending is not None
+
+    @property
     def is_untouched(self) -> bool:
         """No token has come: it may start anew elsewhere without anyone noticing."""
         return self.num_tokens == 0
@@ -91,7 +96,7 @@ class Stream:
 
         Sets `ending` when this was the last. Raises ProtocolError for a delta that no working rank sends.
         """
-        if self.ending is not None:
+        if self.has_ended:
             return ()
         _check(delta)
         if delta.prompt_logprobs is not None and self.prompt_logprobs is None:

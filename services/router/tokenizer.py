@@ -1,7 +1,7 @@
 """The served model as the router sees it: its tokenizer, chat template, vocabulary and end-of-sequence ids.
 
-Read once at start from the checkpoint's directory; nothing of it changes afterwards. Reading is strict: a tokenizer that
-can produce ids which the model's embedding does not have would poison the engine, so it stops the start.
+Read once at start from the checkpoint's directory; nothing of it changes afterwards. Reading is strict: a tokenizer
+that can produce ids which the model's embedding does not have would poison the engine, so it stops the start.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ServedModel:
         self.vocab = spec.vocab
         self.eos_ids = tuple(token_id for token_id in spec.eos_token_ids if token_id < spec.vocab)
         if len(self.eos_ids) > EOS_IDS_MAX:
-            raise CheckpointError(f"config.json has {len(self.eos_ids)} end-of-sequence ids; the limit is {EOS_IDS_MAX}")
+            raise CheckpointError(f"config.json has {len(self.eos_ids)} eos ids; the limit is {EOS_IDS_MAX}")
         self._tokenizer = _read_tokenizer(directory / "tokenizer.json")
         largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= spec.vocab:

@@ -87,7 +87,7 @@ def child(behaviour: str) -> int:
     if behaviour == "stubborn":
         subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(15, 1); signal.pause()"])
     elif behaviour == "pool":
-        reader, writer = os.pipe()
+        reader, _ = os.pipe()  # our end of it closes with us
         subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=reader)
         os.close(reader)
     while True:

@@ -36,7 +36,7 @@ PyObject* new_error(nb::module_& module, const char* name, PyObject* base) {
 [[noreturn]] void raise_aborted(uint32_t generation, uint32_t current) {
   const std::string text = "generation " + std::to_string(generation) + " is over, membership is now at generation " +
                            std::to_string(current);
-  nb::object error = nb::borrow(errors.aborted)(text);
+  nb::object error = nb::borrow(errors.aborted)(text.c_str());
   error.attr("generation") = current;
   PyErr_SetObject(errors.aborted, error.ptr());
   throw nb::python_error();
@@ -56,7 +56,8 @@ Element* buffer(const char* name, uint64_t addr, uint64_t num_elements) {
 
 class PyBus {
  public:
-  PyBus(uint64_t addr, uint64_t nbytes, int slot) : segment_(addr, nbytes), meeting_(segment_, slot), exchange_(meeting_) {}
+  PyBus(uint64_t addr, uint64_t nbytes, int slot)
+      : segment_(addr, nbytes), meeting_(segment_, slot), exchange_(meeting_) {}
 
   const Geometry& geometry() const { return segment_.geometry(); }
   Meeting& meeting() { return meeting_; }
@@ -257,9 +258,7 @@ void bind_bus(nb::module_& module) {
           "incarnation",
           [](PyBus& bus, int64_t slot) { return bus.slot(slot).incarnation.load(std::memory_order_seq_cst); }, "slot"_a)
       .def("bump_progress",
-           [](PyBus& bus) {
-             bus.slot(bus.meeting().slot()).progress.fetch_add(1, std::memory_order_relaxed);
-           })
+           [](PyBus& bus) { bus.slot(bus.meeting().slot()).progress.fetch_add(1, std::memory_order_relaxed); })
       .def(
           "progress", [](PyBus& bus, int64_t slot) { return bus.slot(slot).progress.load(std::memory_order_relaxed); },
           "slot"_a)

@@ -85,8 +85,7 @@ void bind_pages(nb::module_& module) {
       },
       "dst_addr"_a, "src_addr"_a, "nbytes"_a);
   module.def(
-      "zero",
-      [](uint64_t addr, int64_t nbytes) { without_gil([&] { zero_memory(addr, natural("nbytes", nbytes)); }); },
+      "zero", [](uint64_t addr, int64_t nbytes) { without_gil([&] { zero_memory(addr, natural("nbytes", nbytes)); }); },
       "addr"_a, "nbytes"_a);
   module.def(
       "checksum",

@@ -15,7 +15,8 @@ Routing::Routing(std::vector<int32_t> owners)
     : owners_(std::move(owners)), digest_(xxh64(owners_.data(), owners_.size() * sizeof(int32_t))) {
   require_range("number of experts", owners_.size(), 1, kMaxExperts);
   for (const int32_t owner : owners_) {
-    require(owner >= kNoOwner && owner < static_cast<int32_t>(kMaxRanks), "an expert's owner must be -1 or a slot below 64");
+    require(owner >= kNoOwner && owner < static_cast<int32_t>(kMaxRanks),
+            "an expert's owner must be -1 or a slot below 64");
   }
 }
 
@@ -148,7 +149,8 @@ void Exchange::return_rows(const float* y) {
   for (uint64_t at = 0; at < rows_.size(); ++at) {
     const Row& row = rows_[at];
     if (row.source == me) continue;
-    std::memcpy(segment_.returned(row.source) + uint64_t{row.pair} * hidden_, y + at * hidden_, hidden_ * sizeof(float));
+    std::memcpy(segment_.returned(row.source) + uint64_t{row.pair} * hidden_, y + at * hidden_,
+                hidden_ * sizeof(float));
   }
 }
 

@@ -1,21 +1,22 @@
 // Token exchange of one MoE layer over one-sided mailboxes: dispatch (barrier D), experts, combine (barrier C).
 //
-// Each rank has two areas in the segment: its *mailbox* (ids and x of its tokens), written by itself and read by all, and its
-// *returned rows*, one for each (token, choice), each written by the one owner of that expert and read by the rank.
-// Both are single-buffered. Why two barriers per layer are enough:
+// Each rank has two areas in the segment: its *mailbox* (ids and x of its tokens), written by itself and read by all,
+// and its *returned rows*, one for each (token, choice), each written by the one owner of that expert and read by the
+// rank. Both are single-buffered. Why two barriers per layer are enough:
 //
-//   Mailbox of i. Written by i before it arrives at D; read by others between D and their arrival at C. i writes it again in the
-//   next layer, after it has passed C, hence after all have arrived at C, hence after the last read.
-//   Returned rows of s. Written by owners before they arrive at C; read by s between C and its arrival at the next barrier, D'
-//   (or a step's). Owners write them again after they have passed D', hence after s has arrived there, hence after the last read.
-//   Across an abort. Everybody begins the next generation with an arrival, which follows all its reads and writes of the old one. So
-//   nobody who passes the first barrier of the new generation meets late writes of a member. A late *reader* may see a mailbox
-//   that is being overwritten: it checks every number that it reads, and asks whether its generation is still current before
-//   it gives out what it read. A process that is no member any more must have left or died before the new generation runs (bus.pyi).
+//   Mailbox of i. Written by i before it arrives at D; read by others between D and their arrival at C. i writes it
+//   again in the next layer, after it has passed C, hence after all have arrived at C, hence after the last read.
+//   Returned rows of s. Written by owners before they arrive at C; read by s between C and its arrival at the next
+//   barrier, D' (or a step's). Owners write them again after they have passed D', hence after s has arrived there,
+//   hence after the last read. Across an abort. Everybody begins the next generation with an arrival, which follows all
+//   its reads and writes of the old one. So nobody who passes the first barrier of the new generation meets late writes
+//   of a member. A late *reader* may see a mailbox that is being overwritten: it checks every number that it reads, and
+//   asks whether its generation is still current before it gives out what it read. A process that is no member any more
+//   must have left or died before the new generation runs (bus.pyi).
 //
-// Rows come back one for each choice, not summed by owner, and are weighted and added at home in the order of the choices: the result
-// then does not depend on which rank owns which expert, so scaling does not change it by a bit. Rows whose owner is the
-// token's own rank never pass through the segment.
+// Rows come back one for each choice, not summed by owner, and are weighted and added at home in the order of the
+// choices: the result then does not depend on which rank owns which expert, so scaling does not change it by a bit.
+// Rows whose owner is the token's own rank never pass through the segment.
 #pragma once
 
 #include <atomic>
@@ -61,8 +62,8 @@ class Exchange {
   };
 
   // `interrupted` and `timeout` may be followed by the same call, which goes on.
-  Outcome dispatch(const Routing& routing, uint32_t generation, const Tokens& tokens, const Rows& out, int64_t deadline_ns,
-                   uint64_t& num_rows);
+  Outcome dispatch(const Routing& routing, uint32_t generation, const Tokens& tokens, const Rows& out,
+                   int64_t deadline_ns, uint64_t& num_rows);
   Outcome combine(const Routing& routing, uint32_t generation, const float* y, float* out, uint32_t num_tokens,
                   int64_t deadline_ns);
 

@@ -5,7 +5,8 @@
 
 namespace elasticmoe::bus {
 
-// out[h] = sum over j < num_rows of weights[j] * rows[j][h], added in the order of j, for h < hidden. Zeros without rows.
+// out[h] = sum over j < num_rows of weights[j] * rows[j][h], added in the order of j, for h < hidden. Zeros without
+// rows.
 void weighted_sum(float* out, const float* const* rows, const float* weights, size_t num_rows, size_t hidden);
 
 }  // namespace elasticmoe::bus

@@ -17,9 +17,15 @@ constexpr uint64_t kRunningBit = 1;
 constexpr uint64_t kIndexBit = 2;
 constexpr int64_t kDefaultSpinNs = 30'000;
 
-uint32_t generation_of(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
-uint32_t count_of(uint64_t word) { return static_cast<uint32_t>(word); }
-uint64_t pack(uint32_t generation, uint32_t low) { return static_cast<uint64_t>(generation) << 32 | low; }
+uint32_t generation_of(uint64_t word) {
+  return static_cast<uint32_t>(word >> 32);
+}
+uint32_t count_of(uint64_t word) {
+  return static_cast<uint32_t>(word);
+}
+uint64_t pack(uint32_t generation, uint32_t low) {
+  return static_cast<uint64_t>(generation) << 32 | low;
+}
 
 // Calls `visit(slot)` for every member.
 template <typename Visit>

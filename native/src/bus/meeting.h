@@ -1,12 +1,13 @@
 // Membership and the abortable barrier that all meetings of the members go through.
 //
-// Arrive, then check: each member stores its own arrived word (seq_cst) and then looks at all of them (seq_cst). In the one total
-// order of these operations some member's store is the last, and that member sees every other: it is done, and wakes whoever
-// sleeps. A sleeper counts itself as asleep (seq_cst) and looks once more before it sleeps; if it still misses the last
-// arrival, its count precedes that arrival in the order, so the last arriver sees the count and calls the kernel; and the futex
-// word, read before the look, has then changed. No lock and no counter is shared, so a process killed at any instruction blocks
-// nobody beyond the next generation: its arrived word is either there or not, and the HMM's publication wakes everybody without
-// asking the counters. Should a waker die between publishing and waking, sleepers look again after kSliceNs by themselves.
+// Arrive, then check: each member stores its own arrived word (seq_cst) and then looks at all of them (seq_cst). In the
+// one total order of these operations some member's store is the last, and that member sees every other: it is done,
+// and wakes whoever sleeps. A sleeper counts itself as asleep (seq_cst) and looks once more before it sleeps; if it
+// still misses the last arrival, its count precedes that arrival in the order, so the last arriver sees the count and
+// calls the kernel; and the futex word, read before the look, has then changed. No lock and no counter is shared, so a
+// process killed at any instruction blocks nobody beyond the next generation: its arrived word is either there or not,
+// and the HMM's publication wakes everybody without asking the counters. Should a waker die between publishing and
+// waking, sleepers look again after kSliceNs by themselves.
 #pragma once
 
 #include <atomic>
@@ -31,15 +32,16 @@ struct StepEntry {
   uint32_t flags;
 };
 
-// How a blocking operation ended. After `interrupted` and `timeout` the arrival stands and the same operation may be called again;
-// `interrupted` comes at least every kSliceNs so that the caller can handle signals.
+// How a blocking operation ended. After `interrupted` and `timeout` the arrival stands and the same operation may be
+// called again; `interrupted` comes at least every kSliceNs so that the caller can handle signals.
 enum class Outcome { done, aborted, timeout, interrupted, desync };
 
 enum class Kind : uint32_t { none, barrier, step, dispatch, combine };
 
 inline constexpr int64_t kSliceNs = 100'000'000;
 
-// One participant's view of membership and meetings. Blocking operations are for one thread at a time, the rest for any.
+// One participant's view of membership and meetings. Blocking operations are for one thread at a time, the rest for
+// any.
 class Meeting {
  public:
   static constexpr int kSpinAuto = -1;
@@ -55,22 +57,22 @@ class Meeting {
   void leave();
   void nudge(uint32_t slot);
 
-  // Meets the others; `payload` goes to all of them, and must be the same from all for dispatch and combine (else `desync`).
-  // Blocks until the deadline at most, in slices.
+  // Meets the others; `payload` goes to all of them, and must be the same from all for dispatch and combine (else
+  // `desync`). Blocks until the deadline at most, in slices.
   Outcome meet(uint32_t generation, Kind kind, uint64_t payload, int64_t deadline_ns);
   // Meets, and gives what every member said, by slot.
   Outcome step(uint32_t generation, uint32_t num_tokens, uint32_t flags, int64_t deadline_ns,
                std::vector<StepEntry>& entries);
 
-  // A meeting in two halves, with something to write for the others before the first and to read after the second. `arrive` is
-  // left out where a meeting of this kind is under way, which `wait` ends.
+  // A meeting in two halves, with something to write for the others before the first and to read after the second.
+  // `arrive` is left out where a meeting of this kind is under way, which `wait` ends.
   bool is_under_way(uint32_t generation, Kind kind) const;
   // Whether this rank takes part in the generation now: asked before it writes what others read.
   Outcome check_current(uint32_t generation) const;
   Outcome arrive(uint32_t generation, Kind kind, uint64_t payload);
   Outcome wait(int64_t deadline_ns);
-  // The members of the meeting. Whoever acts on what it read from others' areas first asks `is_current`: members of a later
-  // generation may already have begun to overwrite.
+  // The members of the meeting. Whoever acts on what it read from others' areas first asks `is_current`: members of a
+  // later generation may already have begun to overwrite.
   uint64_t members() const { return met_.members; }
   bool is_current(uint32_t generation) const;
 
@@ -110,6 +112,8 @@ class Meeting {
 };
 
 // Whether a count has reached another, where both may have wrapped around.
-inline bool has_reached(uint32_t count, uint32_t goal) { return static_cast<int32_t>(count - goal) >= 0; }
+inline bool has_reached(uint32_t count, uint32_t goal) {
+  return static_cast<int32_t>(count - goal) >= 0;
+}
 
 }  // namespace elasticmoe::bus

@@ -51,7 +51,9 @@ std::byte* checked_base(uint64_t addr, uint64_t nbytes) {
 
 }  // namespace
 
-uint64_t bus_bytes(const Geometry& geometry) { return derive_offsets(geometry).nbytes; }
+uint64_t bus_bytes(const Geometry& geometry) {
+  return derive_offsets(geometry).nbytes;
+}
 
 void format_bus(uint64_t addr, uint64_t nbytes, const Geometry& geometry) {
   std::byte* base = checked_base(addr, nbytes);
@@ -72,7 +74,8 @@ Segment::Segment(uint64_t addr, uint64_t nbytes) {
   const auto* header = reinterpret_cast<const Header*>(base);
   require(header->magic.load(std::memory_order_acquire) == kMagic, "the segment is no bus (wrong magic)");
   if (header->version != kVersion) {
-    invalid("the bus has version " + std::to_string(header->version) + ", this build reads " + std::to_string(kVersion));
+    invalid("the bus has version " + std::to_string(header->version) + ", this build reads " +
+            std::to_string(kVersion));
   }
   geometry_ = header->geometry;
   const Offsets offsets = derive_offsets(geometry_);

@@ -2,8 +2,8 @@
 //
 //   Header | Membership | Wakeup | Slot[max_ranks] | for each rank, page-aligned: Mailbox, ids, x, returned rows
 //
-// Whatever several processes touch is a lock-free atomic in a cache line of its writer, except for the bulk arrays of the
-// exchange, which barriers order (exchange.h).
+// Whatever several processes touch is a lock-free atomic in a cache line of its writer, except for the bulk arrays of
+// the exchange, which barriers order (exchange.h).
 #pragma once
 
 #include <atomic>
@@ -34,24 +34,25 @@ struct alignas(kLine) Header {
   uint64_t nbytes;
 };
 
-// `current` is generation << 32 | index << 1 | running, where index says which of the two masks belongs to it. The writer fills
-// the other mask and then swings `current`, so a writer killed half-way leaves the old publication whole (an odd seqlock
-// would leave readers spinning).
+// `current` is generation << 32 | index << 1 | running, where index says which of the two masks belongs to it. The
+// writer fills the other mask and then swings `current`, so a writer killed half-way leaves the old publication whole
+// (an odd seqlock would leave readers spinning).
 struct alignas(kLine) Membership {
   std::atomic<uint64_t> current;
   std::atomic<uint64_t> members[2];
 };
 
-// All sleepers of the bus sleep on one word. The counters say whether a waker must call the kernel; one leaked by a killed
-// sleeper costs needless wake-ups and nothing else.
+// All sleepers of the bus sleep on one word. The counters say whether a waker must call the kernel; one leaked by a
+// killed sleeper costs needless wake-ups and nothing else.
 struct alignas(kLine) Wakeup {
   std::atomic<uint32_t> word;
   std::atomic<uint32_t> num_sleepers;
   std::atomic<uint32_t> num_idlers;
 };
 
-// What a rank says at one meeting. Two of them by the parity of the count: the next meeting's is written while slow members
-// still read this one's; the one after that cannot begin before they have arrived at the next, and so have read.
+// What a rank says at one meeting. Two of them by the parity of the count: the next meeting's is written while slow
+// members still read this one's; the one after that cannot begin before they have arrived at the next, and so have
+// read.
 struct Publication {
   std::atomic<uint64_t> payload;
   std::atomic<uint32_t> kind;
@@ -93,7 +94,8 @@ class Segment {
   int32_t* ids(uint32_t rank) const { return reinterpret_cast<int32_t*>(area(rank) + ids_offset_); }
   // float32 [max_tokens, hidden] rows of the rank's tokens.
   float* x(uint32_t rank) const { return reinterpret_cast<float*>(area(rank) + x_offset_); }
-  // float32 [max_tokens, top_k, hidden] what the owners of the rank's experts answer, one row for each choice of a token.
+  // float32 [max_tokens, top_k, hidden] what the owners of the rank's experts answer, one row for each choice of a
+  // token.
   float* returned(uint32_t rank) const { return reinterpret_cast<float*>(area(rank) + returned_offset_); }
 
  private:

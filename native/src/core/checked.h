@@ -1,4 +1,5 @@
-// Checked 64-bit size arithmetic and argument checks. Everything that derives an address from numbers goes through here.
+// Checked 64-bit size arithmetic and argument checks. Everything that derives an address from numbers goes through
+// here.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,9 @@
 
 namespace elasticmoe {
 
-[[noreturn]] inline void invalid(const std::string& text) { throw std::invalid_argument(text); }
+[[noreturn]] inline void invalid(const std::string& text) {
+  throw std::invalid_argument(text);
+}
 
 inline void require(bool condition, const char* text) {
   if (!condition) invalid(text);
@@ -30,9 +33,13 @@ inline uint64_t align_up(uint64_t value, uint64_t alignment) {
   return checked_add(value, alignment - 1) & ~(alignment - 1);
 }
 
-inline bool is_aligned(uint64_t value, uint64_t alignment) { return (value & (alignment - 1)) == 0; }
+inline bool is_aligned(uint64_t value, uint64_t alignment) {
+  return (value & (alignment - 1)) == 0;
+}
 
-inline bool is_power_of_two(uint64_t value) { return value != 0 && (value & (value - 1)) == 0; }
+inline bool is_power_of_two(uint64_t value) {
+  return value != 0 && (value & (value - 1)) == 0;
+}
 
 inline void require_range(const char* name, uint64_t value, uint64_t low, uint64_t high) {
   if (value < low || value > high) {

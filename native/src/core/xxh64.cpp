@@ -21,9 +21,13 @@ Word load(const unsigned char* from) {
   return word;
 }
 
-inline uint64_t accumulate(uint64_t lane, uint64_t word) { return std::rotl(lane + word * kPrime2, 31) * kPrime1; }
+inline uint64_t accumulate(uint64_t lane, uint64_t word) {
+  return std::rotl(lane + word * kPrime2, 31) * kPrime1;
+}
 
-inline uint64_t merge(uint64_t hash, uint64_t lane) { return (hash ^ accumulate(0, lane)) * kPrime1 + kPrime4; }
+inline uint64_t merge(uint64_t hash, uint64_t lane) {
+  return (hash ^ accumulate(0, lane)) * kPrime1 + kPrime4;
+}
 
 inline uint64_t avalanche(uint64_t hash) {
   hash = (hash ^ (hash >> 33)) * kPrime2;

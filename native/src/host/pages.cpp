@@ -29,8 +29,8 @@ T* pointer(uint64_t addr) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(addr));
 }
 
-// Memory files have no size limit of their own: the kernel would fill the machine and then kill processes rather than answer
-// ENOSPC. So what cannot possibly fit is refused here. Small parts are not worth the look.
+// Memory files have no size limit of their own: the kernel would fill the machine and then kill processes rather than
+// answer ENOSPC. So what cannot possibly fit is refused here. Small parts are not worth the look.
 void require_room(int fd, uint64_t nbytes) {
   constexpr uint64_t kSmall = 1 << 20;
   struct statfs filesystem;

@@ -1,4 +1,5 @@
-// Pages of files and bulk work on mapped memory. System errors are std::system_error, bad arguments std::invalid_argument.
+// Pages of files and bulk work on mapped memory. System errors are std::system_error, bad arguments
+// std::invalid_argument.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +8,8 @@ namespace elasticmoe {
 
 uint64_t page_bytes();
 
-// Each of these may be cut short by a signal: they then throw EINTR (`allocate`, `punch_hole`: without effect) and may be
-// called again, so that the caller gets to handle the signal.
+// Each of these may be cut short by a signal: they then throw EINTR (`allocate`, `punch_hole`: without effect) and may
+// be called again, so that the caller gets to handle the signal.
 void allocate(int fd, uint64_t offset, uint64_t nbytes);
 void punch_hole(int fd, uint64_t offset, uint64_t nbytes);
 

@@ -13,7 +13,9 @@
 namespace elasticmoe {
 namespace {
 
-void* pointer(uint64_t addr) { return reinterpret_cast<void*>(static_cast<uintptr_t>(addr)); }
+void* pointer(uint64_t addr) {
+  return reinterpret_cast<void*>(static_cast<uintptr_t>(addr));
+}
 
 constexpr int kReserveFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
@@ -21,8 +23,8 @@ constexpr int kReserveFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 #define MADV_COLLAPSE 25
 #endif
 
-// A mapping past the end of its file would kill whoever touches it (SIGBUS). Remembers the last file it asked about, as many
-// parts come from one file.
+// A mapping past the end of its file would kill whoever touches it (SIGBUS). Remembers the last file it asked about, as
+// many parts come from one file.
 class FileSizes {
  public:
   void require_inside(const MapPart& part) {

@@ -9,7 +9,9 @@ namespace elasticmoe::kernels {
 
 enum class Dtype : int64_t { kFloat32 = 0, kBfloat16 = 1 };
 
-inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+inline int64_t element_bytes(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? 4 : 2;
+}
 
 // A KV cache: blocks of [layers, 2, heads, block_size, head_dim], `stride` bytes apart.
 struct KvCache {
@@ -60,9 +62,9 @@ struct StoreKv {
   KvCache cache;
   Parts parts;
   int64_t layer;
-  float* qkv;         // [rows, (q_heads + 2 heads) * head_dim]; q is normed and rotated in place
+  float* qkv;  // [rows, (q_heads + 2 heads) * head_dim]; q is normed and rotated in place
   int64_t q_heads;
-  const float* rope;  // [rows, 2, head_dim / 2]: cosines, sines
+  const float* rope;    // [rows, 2, head_dim / 2]: cosines, sines
   const float* q_norm;  // [head_dim]; null: none
   const float* k_norm;
   float eps;
@@ -133,7 +135,8 @@ struct Built {
 };
 const Built& built_kernels();
 
-// Memory of the calling thread that lasts until its next call for the same purpose. Aligned to 64 bytes. Throws std::bad_alloc.
+// Memory of the calling thread that lasts until its next call for the same purpose. Aligned to 64 bytes. Throws
+// std::bad_alloc.
 enum class Scratch { kPacked, kWide, kPackedWide, kScores, kSums, kCount };
 float* scratch(Scratch purpose, int64_t count);
 

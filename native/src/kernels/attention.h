@@ -1,7 +1,7 @@
 // Causal grouped-query attention over a paged KV cache. Included only by isa.cpp.
 //
-// Online softmax over tiles of keys whose boundaries depend on positions only. With the fixed order of `dot_tile` a row's
-// result is the same bit by bit in a prompt's chunk of any size and in a decode step.
+// Online softmax over tiles of keys whose boundaries depend on positions only. With the fixed order of `dot_tile` a
+// row's result is the same bit by bit in a prompt's chunk of any size and in a decode step.
 #pragma once
 
 #include <cmath>
@@ -17,8 +17,8 @@ inline constexpr int64_t kValueVectors = 4;
 
 // sums[m] += sum over j of p[m, j] * v[j], for kSteps steps of columns.
 template <typename T, int64_t kRows, int64_t kSteps>
-void add_values(const float* p, int64_t p_stride, const typename T::Element* v, int64_t v_stride, int64_t count, float* sums,
-                int64_t sums_stride) {
+void add_values(const float* p, int64_t p_stride, const typename T::Element* v, int64_t v_stride, int64_t count,
+                float* sums, int64_t sums_stride) {
   constexpr int64_t kVectors = kSteps * T::kParts;
   F32 acc[kRows][kVectors];
 #pragma GCC unroll 8
@@ -48,8 +48,8 @@ void add_values(const float* p, int64_t p_stride, const typename T::Element* v, 
 }
 
 template <typename T, int64_t kRows>
-void add_value_rows(const float* p, int64_t p_stride, const typename T::Element* v, int64_t count, int64_t dim, float* sums,
-                    int64_t sums_stride) {
+void add_value_rows(const float* p, int64_t p_stride, const typename T::Element* v, int64_t count, int64_t dim,
+                    float* sums, int64_t sums_stride) {
   constexpr int64_t kSteps = kValueVectors / T::kParts;
   int64_t c = 0;
   for (; c + kSteps * T::kStep <= dim; c += kSteps * T::kStep) {
@@ -69,8 +69,8 @@ void add_value_rows(const float* p, int64_t p_stride, const typename T::Element*
 template <typename T>
 void add_value_block(int64_t num_rows, const float* p, int64_t p_stride, const typename T::Element* v, int64_t count,
                      int64_t dim, float* sums, int64_t sums_stride) {
-#define ELASTICMOE_ROWS(rows)                                                                          \
-  case rows:                                                                                           \
+#define ELASTICMOE_ROWS(rows)                                                                                \
+  case rows:                                                                                                 \
     if constexpr (rows <= kTileRows) add_value_rows<T, rows>(p, p_stride, v, count, dim, sums, sums_stride); \
     break
   switch (num_rows) {
@@ -178,9 +178,8 @@ void attend(const QueryTile& tile, const HeadCache<T>& head, int64_t num_keys, f
       const int64_t keys = count - at < size ? count - at : size;
       for (int64_t block = 0, row = 0; block < num_row_tiles; ++block) {
         const int64_t end = block_end(tile.num_rows, block);
-        add_value_block<T>(end - row, tile.scores + row * tile.stride + at, tile.stride,
-                           head.values(first + at / size), keys, dim, tile.sums + row * tile.sums_stride,
-                           tile.sums_stride);
+        add_value_block<T>(end - row, tile.scores + row * tile.stride + at, tile.stride, head.values(first + at / size),
+                           keys, dim, tile.sums + row * tile.sums_stride, tile.sums_stride);
         row = end;
       }
     }
@@ -208,10 +207,13 @@ void attention_as(const Attention& a) {
     const int64_t first_position = a.parts.first_position(part);
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t k_offset = (a.layer * 2 * heads + h) * size * dim;
-      const HeadCache<T> head{cache, a.parts.blocks + a.parts.block_starts[part], k_offset, k_offset + heads * size * dim};
+      const HeadCache<T> head{cache, a.parts.blocks + a.parts.block_starts[part], k_offset,
+                              k_offset + heads * size * dim};
       for (int64_t row = begin; row < end; row += queries) {
         const int64_t count = end - row < queries ? end - row : queries;
-        const auto offset = [=](int64_t i) { return (row + i / per_query) * width + (h * per_query + i % per_query) * dim; };
+        const auto offset = [=](int64_t i) {
+          return (row + i / per_query) * width + (h * per_query + i % per_query) * dim;
+        };
         tile.num_rows = count * per_query;
         tile.first_position = first_position + row - begin;
         pack_rows<T>([&](int64_t i) { return a.qkv + offset(i); }, tile.num_rows, dim, tile.packed);

@@ -1,13 +1,13 @@
 // native.kernels. Documentation: kernels.pyi.
-#include "bindings/common.h"
-
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <string>
 #include <vector>
 
+#include "bindings/common.h"
 #include "kernels/api.h"
+#include "kernels/oracle.h"
 #include "kernels/sampling.h"
 
 namespace elasticmoe::kernels {
@@ -16,7 +16,8 @@ namespace {
 namespace nb = nanobind;
 using bindings::natural;
 
-constexpr int64_t kMost = int64_t{1} << 31;  // of any count: products of three stay below 2^63 with what memory can hold
+constexpr int64_t kMost =
+    int64_t{1} << 31;  // of any count: products of three stay below 2^63 with what memory can hold
 
 int64_t number(const char* name, int64_t value, int64_t low) {
   require_range(name, natural(name, value), static_cast<uint64_t>(low), static_cast<uint64_t>(kMost));
@@ -162,11 +163,10 @@ void store(const CheckedParts& parts, int64_t layer, int64_t qkv, int64_t q_head
            int64_t k_norm, double eps) {
   const int64_t dim = parts.cache.head_dim;
   require(dim % 2 == 0, "head_dim must be even");
-  kernels().store_kv({parts.cache, parts.parts, layer_of(parts, layer),
-                      memory<float>("qkv", qkv, qkv_count(parts, q_heads)), q_heads,
-                      memory<const float>("rope", rope, parts.num_rows * dim),
-                      optional_memory<const float>("q_norm", q_norm, dim),
-                      optional_memory<const float>("k_norm", k_norm, dim), static_cast<float>(eps)});
+  kernels().store_kv(
+      {parts.cache, parts.parts, layer_of(parts, layer), memory<float>("qkv", qkv, qkv_count(parts, q_heads)), q_heads,
+       memory<const float>("rope", rope, parts.num_rows * dim), optional_memory<const float>("q_norm", q_norm, dim),
+       optional_memory<const float>("k_norm", k_norm, dim), static_cast<float>(eps)});
 }
 
 void attend(const CheckedParts& parts, int64_t layer, int64_t qkv, int64_t q_heads, double scale, int64_t out) {
@@ -183,7 +183,8 @@ void route(int64_t x, int64_t num_rows, int64_t hidden, int64_t gate, int64_t nu
   require_range("top_k", natural("top_k", top_k), 1, static_cast<uint64_t>(num_experts));
   kernels().router({memory<const float>("x", x, num_rows * hidden), num_rows, hidden,
                     memory<const float>("gate", gate, num_experts * hidden), num_experts, top_k, renormalize,
-                    memory<int32_t>("ids", ids, num_rows * top_k), memory<float>("weights", weights, num_rows * top_k)});
+                    memory<int32_t>("ids", ids, num_rows * top_k),
+                    memory<float>("weights", weights, num_rows * top_k)});
 }
 
 void run_experts(int64_t rows, int64_t num_rows, int64_t counts, int64_t num_experts, int64_t w13, int64_t w13_stride,
@@ -207,6 +208,15 @@ void run_experts(int64_t rows, int64_t num_rows, int64_t counts, int64_t num_exp
                      static_cast<const char*>(stored("w13", w13, 2 * width * hidden, dtype)), w13_stride,
                      static_cast<const char*>(stored("w2", w2, hidden * width, dtype)), w2_stride, dtype, hidden, width,
                      memory<float>("out", out, num_rows * hidden)});
+}
+
+void mix(const CheckedParts& parts, int64_t layer, int64_t kv, int64_t modulus, int64_t base, int64_t out) {
+  require(parts.cache.dtype == Dtype::kFloat32 && parts.cache.num_heads == 1, "the cache must be float32 with one head");
+  require_range("modulus", natural("modulus", modulus), 2, 65535);
+  require_range("base", natural("base", base), 1, 65535);
+  const int64_t count = parts.num_rows * 2 * parts.cache.head_dim;
+  oracle_mix({parts.cache, parts.parts, layer_of(parts, layer), memory<const float>("kv", kv, count), modulus, base,
+              memory<float>("out", out, count)});
 }
 
 std::vector<int64_t> greatest(int64_t logits, int64_t num_rows, int64_t vocab) {
@@ -256,8 +266,7 @@ NB_MODULE(kernels, m) {
 
   nb::class_<KvCache>(m, "KvView")
       .def("__init__", &init_cache, nb::arg("base_addr"), nb::arg("num_blocks"), nb::arg("block_stride"),
-                  nb::arg("num_layers"), nb::arg("num_heads"), nb::arg("block_size"), nb::arg("head_dim"),
-                  nb::arg("dtype"));
+           nb::arg("num_layers"), nb::arg("num_heads"), nb::arg("block_size"), nb::arg("head_dim"), nb::arg("dtype"));
   nb::class_<CheckedParts>(m, "Parts")
       .def("__init__", &init_parts, nb::arg("cache"), nb::arg("num_rows"), nb::arg("num_parts"),
            nb::arg("row_starts_addr"), nb::arg("kv_lens_addr"), nb::arg("block_starts_addr"), nb::arg("blocks_addr"));
@@ -278,6 +287,9 @@ NB_MODULE(kernels, m) {
   m.def("experts", &run_experts, released(), nb::arg("rows_addr"), nb::arg("num_rows"), nb::arg("counts_addr"),
         nb::arg("num_experts"), nb::arg("w13_addr"), nb::arg("w13_stride"), nb::arg("w2_addr"), nb::arg("w2_stride"),
         nb::arg("dtype"), nb::arg("hidden"), nb::arg("width"), nb::arg("out_addr"));
+
+  m.def("oracle_mix", &mix, released(), nb::arg("parts"), nb::arg("layer"), nb::arg("kv_addr"), nb::arg("modulus"),
+        nb::arg("base"), nb::arg("out_addr"));
 
   m.def("greatest", &greatest, released(), nb::arg("logits_addr"), nb::arg("num_rows"), nb::arg("vocab"));
   m.def("draw", &draw_token, released(), nb::arg("logits_addr"), nb::arg("vocab"), nb::arg("temperature"),

@@ -51,7 +51,9 @@ struct Buffer {
 
 }  // namespace
 
-const Kernels& kernels() { return *current().load(std::memory_order_acquire); }
+const Kernels& kernels() {
+  return *current().load(std::memory_order_acquire);
+}
 
 bool use_instruction_set(std::string_view name) {
   const Built& built = built_kernels();

@@ -1,7 +1,7 @@
 // Products of rows: out[m, n] = x[m] · w[n], the weight read in its stored dtype. Included only by isa.cpp.
 //
-// Every result is the sum of one vector of running sums, taken over k in order and then reduced in one fixed order, whatever
-// the tile: so a row's result does not depend on how many rows are computed with it.
+// Every result is the sum of one vector of running sums, taken over k in order and then reduced in one fixed order,
+// whatever the tile: so a row's result does not depend on how many rows are computed with it.
 #pragma once
 
 #include "kernels/simd.h"
@@ -86,8 +86,8 @@ void dot_tile(const float* x, const typename T::Element* w, int64_t w_stride, in
 
 // `num_rows` <= kTileRows rows against `num_cols` weights.
 template <typename T, int64_t kRows>
-void dot_rows(const float* x, const typename T::Element* w, int64_t w_stride, int64_t num_cols,
-              int64_t depth, float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes) {
+void dot_rows(const float* x, const typename T::Element* w, int64_t w_stride, int64_t num_cols, int64_t depth,
+              float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes) {
   constexpr int64_t kCols = kRows == 1 ? 2 * kTileCols : kTileCols;
   int64_t n = 0;
   for (; n + kCols <= num_cols; n += kCols) {
@@ -100,14 +100,13 @@ void dot_rows(const float* x, const typename T::Element* w, int64_t w_stride, in
 }
 
 template <typename T>
-void dot_block(int64_t num_rows, const float* x, const typename T::Element* w, int64_t w_stride,
-               int64_t num_cols, int64_t depth, float* out, int64_t out_stride, bool add, Ahead ahead,
-               int64_t ahead_tile_bytes) {
-#define ELASTICMOE_ROWS(rows)                                                                                        \
-  case rows:                                                                                                         \
-    if constexpr (rows <= kTileRows) {                                                                               \
-      dot_rows<T, rows>(x, w, w_stride, num_cols, depth, out, out_stride, add, ahead, ahead_tile_bytes);   \
-    }                                                                                                                \
+void dot_block(int64_t num_rows, const float* x, const typename T::Element* w, int64_t w_stride, int64_t num_cols,
+               int64_t depth, float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes) {
+#define ELASTICMOE_ROWS(rows)                                                                            \
+  case rows:                                                                                             \
+    if constexpr (rows <= kTileRows) {                                                                   \
+      dot_rows<T, rows>(x, w, w_stride, num_cols, depth, out, out_stride, add, ahead, ahead_tile_bytes); \
+    }                                                                                                    \
     break
   switch (num_rows) {
     ELASTICMOE_ROWS(1);
@@ -123,8 +122,12 @@ void dot_block(int64_t num_rows, const float* x, const typename T::Element* w, i
 inline constexpr int64_t kPanelBytes = 64 * 1024;  // of weights that stay in the second-level cache for all rows
 
 // The rows are computed in blocks of nearly equal size.
-inline int64_t num_row_blocks(int64_t num_rows) { return (num_rows + kTileRows - 1) / kTileRows; }
-inline int64_t block_end(int64_t num_rows, int64_t block) { return num_rows * (block + 1) / num_row_blocks(num_rows); }
+inline int64_t num_row_blocks(int64_t num_rows) {
+  return (num_rows + kTileRows - 1) / kTileRows;
+}
+inline int64_t block_end(int64_t num_rows, int64_t block) {
+  return num_rows * (block + 1) / num_row_blocks(num_rows);
+}
 
 // Pack rows for `product`: block after block. `row_at(i)` is the address of row i. `to` has room for num_rows ×
 // padded<T>(depth).
@@ -146,8 +149,8 @@ void pack_rows(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth
 
 // out[m, n] (+)= x[m] · w[n] for x from `pack_rows` and contiguous w.
 template <typename T>
-void product(const float* x, int64_t num_rows, const typename T::Element* w, int64_t num_cols, int64_t depth, float* out,
-             int64_t out_stride, bool add) {
+void product(const float* x, int64_t num_rows, const typename T::Element* w, int64_t num_cols, int64_t depth,
+             float* out, int64_t out_stride, bool add) {
   const int64_t x_stride = padded<T>(depth);
   const int64_t num_blocks = num_row_blocks(num_rows);
   const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(typename T::Element));

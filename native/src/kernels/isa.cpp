@@ -11,8 +11,7 @@ namespace ELASTICMOE_ISA {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    ELASTICMOE_TEXT(ELASTICMOE_ISA), linear, norm,  store_kv,     attention, router,
-    experts,                         embed,  exponentials, greatest,
+    ELASTICMOE_TEXT(ELASTICMOE_ISA), linear, norm, store_kv, attention, router, experts, embed, exponentials, greatest,
 };
 
 }  // namespace ELASTICMOE_ISA

@@ -16,7 +16,9 @@ void linear_as(const Linear& a) {
              a.add);
 }
 
-inline void linear(const Linear& a) { a.dtype == Dtype::kBfloat16 ? linear_as<Bfloat16>(a) : linear_as<Float32>(a); }
+inline void linear(const Linear& a) {
+  a.dtype == Dtype::kBfloat16 ? linear_as<Bfloat16>(a) : linear_as<Float32>(a);
+}
 
 // 1 / sqrt(mean of squares + eps)
 inline float rms_factor(const float* x, int64_t count, float eps) {

@@ -12,7 +12,9 @@ struct Candidate {
   int32_t id;
 };
 
-bool before(const Candidate& a, const Candidate& b) { return a.weight != b.weight ? a.weight > b.weight : a.id < b.id; }
+bool before(const Candidate& a, const Candidate& b) {
+  return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
+}
 
 // Token whose share of [0, total) holds uniform × total, in the order of ids. Weights are summed by blocks.
 int64_t draw_any(const float* weights, int64_t vocab, double uniform) {
@@ -22,7 +24,8 @@ int64_t draw_any(const float* weights, int64_t vocab, double uniform) {
   double total = 0;
   for (int64_t block = 0; block < num_blocks; ++block) {
     double sum = 0;
-    for (int64_t i = block * kBlock; i < std::min(vocab, (block + 1) * kBlock); ++i) sum += static_cast<double>(weights[i]);
+    for (int64_t i = block * kBlock; i < std::min(vocab, (block + 1) * kBlock); ++i)
+      sum += static_cast<double>(weights[i]);
     sums[static_cast<size_t>(block)] = sum;
     total += sum;
   }

@@ -1,5 +1,5 @@
-// Choosing tokens from a row of logits, and positions' rotations. Plain C++: nothing here depends on the instruction set but
-// through Kernels.
+// Choosing tokens from a row of logits, and positions' rotations. Plain C++: nothing here depends on the instruction
+// set but through Kernels.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ double log_total(const float* logits, int64_t vocab);
 // The `count` greatest, best first; of equals the lower id first.
 std::vector<int32_t> top_tokens(const float* logits, int64_t vocab, int64_t count);
 
-// to[row] = cosines and sines of position × inv_freq[i], rows of `parts` in order. The product is rounded to float32, as
-// the models were trained with.
+// to[row] = cosines and sines of position × inv_freq[i], rows of `parts` in order. The product is rounded to float32,
+// as the models were trained with.
 void rope_table(const Parts& parts, const float* inv_freq, int64_t half, float* to);
 
 }  // namespace elasticmoe::kernels

@@ -1,6 +1,6 @@
-// Vectors of one instruction set. Included only by isa.cpp, which is compiled once for each set with its own compiler flags
-// and with ELASTICMOE_ISA as its namespace: nothing here may have external linkage outside of it, or the linker could pick
-// a copy that the machine cannot run. Hence no std:: function templates either.
+// Vectors of one instruction set. Included only by isa.cpp, which is compiled once for each set with its own compiler
+// flags and with ELASTICMOE_ISA as its namespace: nothing here may have external linkage outside of it, or the linker
+// could pick a copy that the machine cannot run. Hence no std:: function templates either.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +27,13 @@ inline F32 load(const float* from) {
   return v;
 }
 
-inline void store(float* to, F32 v) { std::memcpy(to, &v, sizeof v); }
+inline void store(float* to, F32 v) {
+  std::memcpy(to, &v, sizeof v);
+}
 
-inline F32 splat(float value) { return F32{} + value; }
+inline F32 splat(float value) {
+  return F32{} + value;
+}
 
 template <typename To, typename From>
 inline To bits(From v) {
@@ -39,8 +43,9 @@ inline To bits(From v) {
   return to;
 }
 
-// Elements of a stored dtype, `kStep` at a time, as `kParts` vectors of floats. The bfloat16 vectors hold the even and the
-// odd elements: one shift and one mask widen 2 × kLanes of them. Whatever meets them in a product is permuted likewise.
+// Elements of a stored dtype, `kStep` at a time, as `kParts` vectors of floats. The bfloat16 vectors hold the even and
+// the odd elements: one shift and one mask widen 2 × kLanes of them. Whatever meets them in a product is permuted
+// likewise.
 struct Float32 {
   using Element = float;
   static constexpr int64_t kParts = 1;
@@ -79,8 +84,8 @@ inline int64_t padded(int64_t count) {
   return (count + T::kStep - 1) / T::kStep * T::kStep;
 }
 
-// Permute `count` floats to the order of T's vectors, each vector `to_stride` floats after the one before, and fill the last
-// step up with zeros.
+// Permute `count` floats to the order of T's vectors, each vector `to_stride` floats after the one before, and fill the
+// last step up with zeros.
 template <typename T>
 inline void pack(const float* from, int64_t count, float* to, int64_t to_stride = kLanes) {
   int64_t i = 0;
@@ -133,8 +138,12 @@ inline float sum(F32 v) {
   return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
-inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
-inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
+inline F32 max(F32 a, F32 b) {
+  return a > b ? a : b;
+}
+inline F32 min(F32 a, F32 b) {
+  return a < b ? a : b;
+}
 
 // e^x within 2 units in the last place for -87 <= x <= 88; clamped to that interval outside of it. NaN stays NaN.
 inline F32 exp(F32 x) {

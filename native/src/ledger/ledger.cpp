@@ -18,7 +18,8 @@ constexpr int kTokenBits = 22;
 constexpr int kBlockBits = 20;
 static_assert(2 * kTokenBits + kBlockBits == 64);
 
-// `state` is version << 2 | one of these. The version grows with each opening, so a reader notices that a row was reused.
+// `state` is version << 2 | one of these. The version grows with each opening, so a reader notices that a row was
+// reused.
 constexpr uint64_t kFree = 0;
 constexpr uint64_t kOpening = 1;
 constexpr uint64_t kLive = 2;
@@ -85,7 +86,9 @@ struct Ledger::Counts {
   uint64_t pack() const { return num_tokens << (kTokenBits + kBlockBits) | kv_len << kBlockBits | num_blocks; }
 };
 
-uint64_t ledger_bytes(const Geometry& geometry) { return derive_offsets(geometry).nbytes; }
+uint64_t ledger_bytes(const Geometry& geometry) {
+  return derive_offsets(geometry).nbytes;
+}
 
 void format_ledger(uint64_t addr, uint64_t nbytes, const Geometry& geometry) {
   std::byte* base = checked_base(addr, nbytes);
@@ -133,7 +136,9 @@ Ledger::RowHeader& Ledger::live_header_of(int64_t row) const {
   return header;
 }
 
-char* Ledger::blob_of(RowHeader& header) const { return reinterpret_cast<char*>(&header) + kLine; }
+char* Ledger::blob_of(RowHeader& header) const {
+  return reinterpret_cast<char*>(&header) + kLine;
+}
 
 int32_t* Ledger::tokens_of(RowHeader& header) const {
   return reinterpret_cast<int32_t*>(reinterpret_cast<std::byte*>(&header) + tokens_offset_);

@@ -2,9 +2,9 @@
 //
 //   Header | for each row, a cache line's multiple: RowHeader, blob, tokens, blocks
 //
-// A row's arrays only grow, and nothing in them counts until one word says so: `counts` holds the numbers of tokens, of tokens
-// with KV, and of blocks, and is stored last (release). `state` goes free -> opening -> live -> free; a row left opening by a kill is
-// as good as free. So a kill at any instruction leaves the row before or after the operation.
+// A row's arrays only grow, and nothing in them counts until one word says so: `counts` holds the numbers of tokens, of
+// tokens with KV, and of blocks, and is stored last (release). `state` goes free -> opening -> live -> free; a row left
+// opening by a kill is as good as free. So a kill at any instruction leaves the row before or after the operation.
 #pragma once
 
 #include <atomic>
@@ -42,7 +42,8 @@ struct Corrupt : std::runtime_error {
 uint64_t ledger_bytes(const Geometry& geometry);
 void format_ledger(uint64_t addr, uint64_t nbytes, const Geometry& geometry);
 
-// A view of the segment, which the caller keeps mapped. For one thread at a time; one writer per row among all processes.
+// A view of the segment, which the caller keeps mapped. For one thread at a time; one writer per row among all
+// processes.
 class Ledger {
  public:
   using Commit = std::tuple<int64_t, int64_t, int64_t>;  // row, kv_len, token

@@ -24,7 +24,7 @@ DONE = b"data: [DONE]\n\n"
 class Renderer(Protocol):
     """What differs between chat and completions."""
 
-    def opening(self, index: int, stream: Stream) -> bytes:
+    def opening(self, index: int, stream: Stream, /) -> bytes:
         """Events before a choice's first text."""
 
     def events(self, index: int, output: Output, finish_reason: str | None) -> bytes:

@@ -31,6 +31,8 @@ from services.router.detokenizer import TokenTable
 from services.router.front import Front
 from services.router.streams import Output, Stream, TokenInfo
 
+IMPOSSIBLE = -9999.0
+
 routes = APIRouter()
 _decoder = msgspec.json.Decoder(ChatRequest)
 _encode = msgspec.json.encode
@@ -126,7 +128,7 @@ class ChatRenderer:
             self._end,
         )
 
-    def opening(self, index: int, stream: Stream) -> bytes:
+    def opening(self, index: int, _stream: Stream) -> bytes:
         """The event with the role."""
         return self._event(index, b'{"role":"assistant","content":""}', b"null", b"null")
 
@@ -163,11 +165,16 @@ class ChatRenderer:
 
 def _token_logprob(table: TokenTable, token: TokenInfo, num_top: int) -> TokenLogprob:
     top = [
-        TopLogprob(table.text_of(token_id), value, list(table.bytes_of(token_id)))
+        TopLogprob(table.text_of(token_id), finite(value), list(table.bytes_of(token_id)))
         for token_id, value in token.logprob.top[:num_top]
     ]
     raw = table.bytes_of(token.token_id)
-    return TokenLogprob(raw.decode(errors="replace"), token.logprob.token, list(raw), top)
+    return TokenLogprob(raw.decode(errors="replace"), finite(token.logprob.token), list(raw), top)
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinities: an impossible token's log probability becomes OpenAI's -9999."""
+    return max(logprob, IMPOSSIBLE)
 
 
 def usage_of(generation: Generation) -> Usage:

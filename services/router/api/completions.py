@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from common.protocol.errors import InvalidRequest
 from common.protocol.router import Logprob
 from services.router.api.answer import Answer
-from services.router.api.chat import usage_of
+from services.router.api.chat import finite, usage_of
 from services.router.api.docs import describe
 from services.router.api.gate import front_of, permit_of, request_id_of
 from services.router.api.generate import Generation, start
@@ -181,7 +181,7 @@ class CompletionRenderer:
 def _token_logprobs(table: TokenTable, tokens: list[TokenInfo], num_top: int, offset: int) -> CompletionLogprobs:
     return CompletionLogprobs(
         [table.text_of(token.token_id) for token in tokens],
-        [token.logprob.token for token in tokens],
+        [finite(token.logprob.token) for token in tokens],
         [_top(table, token.logprob, num_top) for token in tokens],
         [offset + token.text_offset for token in tokens],
     )
@@ -200,11 +200,11 @@ def _prompt_logprobs(table: TokenTable, stream: Stream, num_top: int) -> Complet
         position += len(text)
     return CompletionLogprobs(
         texts,
-        [None if logprob is None else logprob.token for logprob in padded],
+        [None if logprob is None else finite(logprob.token) for logprob in padded],
         [None if logprob is None else _top(table, logprob, num_top) for logprob in padded],
         offsets,
     )
 
 
 def _top(table: TokenTable, logprob: Logprob, num_top: int) -> dict[str, float]:
-    return {table.text_of(token_id): value for token_id, value in logprob.top[:num_top]}
+    return {table.text_of(token_id): finite(value) for token_id, value in logprob.top[:num_top]}

@@ -24,7 +24,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 RETRY_AFTER_S = 1
-_SCOPE_REQUEST_ID = "elasticmoe.request_id"
+SCOPE_REQUEST_ID = "elasticmoe.request_id"
 
 # Errors of ranks cross a process boundary as codes; these are the families and the codes that stand for another status.
 _STATUS_BY_CODE = {
@@ -38,7 +38,7 @@ _STATUS_BY_CODE = {
     "method_not_allowed": 405,
     "unsupported_media_type": 415,
 }
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
 
 def status_of(error: ElasticMoEError) -> int:
@@ -79,12 +79,9 @@ def json_response(body: msgspec.Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
-async def on_error(request: Request, error: Exception) -> Response:
-    """Exception handler of the app."""
-    if isinstance(error, ElasticMoEError):
-        return error_response(error)
-    log.exception("unexpected error", request=request.scope.get(_SCOPE_REQUEST_ID))
-    return error_response(ElasticMoEError("unexpected error"))
+async def on_error(_: Request, error: Exception) -> Response:
+    """Exception handler of the app. What is unexpected goes on to the gate, which logs it."""
+    return error_response(error if isinstance(error, ElasticMoEError) else ElasticMoEError("unexpected error"))
 
 
 async def on_status(request: Request, error: Exception) -> Response:

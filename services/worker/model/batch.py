@@ -1,4 +1,4 @@
-"""One step's work in the form that kernels read: a few int32 arrays in one buffer.
+"""One step's work in the form that kernels read: a few int32 arrays.
 
 Rows are the step's tokens: those of the first part, then those of the second, and so on. N rows, S parts, M logits.
 """
@@ -9,8 +9,7 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-INT_BYTES = 4
-assert array("i").itemsize == INT_BYTES
+assert array("i").itemsize == 4
 
 
 class Part(NamedTuple):
@@ -30,8 +29,8 @@ class Part(NamedTuple):
 class Batch:
     """The parts of one step. Immutable. No parts is a valid batch: the rank computes other ranks' tokens only.
 
-    `num_rows`, `num_parts`, `num_logits` are N, S, M; the logits of a part follow those of the part before it. The
-    `*_addr` are addresses of int32 arrays that live as long as the batch:
+    `num_rows`, `num_parts`, `num_logits` are N, S, M; the logits of a part follow those of the part before it. Arrays
+    of int32, which live at their `*_addr` as long as the batch:
     `token_ids` [N] · `row_starts` [S + 1] first row of each part, and N · `kv_lens` [S] tokens of the sequence once
     this step is written · `block_starts` [S + 1] where a part's ids start in `blocks` · `blocks` [...] ·
     `logit_rows` [M] rows whose logits are wanted, ascending.
@@ -41,15 +40,20 @@ class Batch:
     """
 
     __slots__ = (
-        "_buffer",
+        "block_starts",
         "block_starts_addr",
+        "blocks",
         "blocks_addr",
+        "kv_lens",
         "kv_lens_addr",
+        "logit_rows",
         "logit_rows_addr",
         "num_logits",
         "num_parts",
         "num_rows",
+        "row_starts",
         "row_starts_addr",
+        "token_ids",
         "token_ids_addr",
     )
 
@@ -64,28 +68,17 @@ class Batch:
             used = -(-kv_len // block_size)
             if count == 0 or start < 0 or len(table) < used or not 0 <= num_logits <= count:
                 raise ValueError(
-                    f"part of {count} tokens from {start} with {num_logits} logits and {len(table)} blocks of {block_size}"
+                    f"part of {count} tokens from {start}, {num_logits} logits, {len(table)} blocks of {block_size}"
                 )
             row_starts.append(end)
             kv_lens.append(kv_len)
             blocks.extend(table if len(table) == used else table[:used])
             block_starts.append(len(blocks))
             logit_rows.extend(range(end - num_logits, end))
-        self.num_rows = len(token_ids)
-        self.num_parts = len(kv_lens)
-        self.num_logits = len(logit_rows)
-        arrays = (row_starts, kv_lens, block_starts, token_ids, blocks, logit_rows)
-        self._buffer = array("i")
-        offsets = []
-        for values in arrays:
-            offsets.append(len(self._buffer) * INT_BYTES)
-            self._buffer.extend(values)
-        base = self._buffer.buffer_info()[0]
-        (
-            self.row_starts_addr,
-            self.kv_lens_addr,
-            self.block_starts_addr,
-            self.token_ids_addr,
-            self.blocks_addr,
-            self.logit_rows_addr,
-        ) = (base + offset for offset in offsets)
+        self.num_rows, self.num_parts, self.num_logits = len(token_ids), len(kv_lens), len(logit_rows)
+        self.token_ids, self.token_ids_addr = token_ids, token_ids.buffer_info()[0]
+        self.row_starts, self.row_starts_addr = row_starts, row_starts.buffer_info()[0]
+        self.kv_lens, self.kv_lens_addr = kv_lens, kv_lens.buffer_info()[0]
+        self.block_starts, self.block_starts_addr = block_starts, block_starts.buffer_info()[0]
+        self.blocks, self.blocks_addr = blocks, blocks.buffer_info()[0]
+        self.logit_rows, self.logit_rows_addr = logit_rows, logit_rows.buffer_info()[0]

@@ -1,4 +1,4 @@
-"""The operations that models are made of, bound to their memory: the seam between models and kernels (host ones so far).
+"""The operations that models are made of, bound to their memory: the seam between models and the host kernels.
 
 An operation is made once, from tensors whose shapes, dtypes and contiguity are checked then. A step calls it with the
 number of rows and looks at no tensor again. The maker keeps the tensors alive for as long as it uses the operation.

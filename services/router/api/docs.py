@@ -1,0 +1,59 @@
+"""The OpenAPI document: bodies and answers are described from the structs that decode and encode them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+
+from services.router.api import health, schemas
+
+_REF = "#/components/schemas/"
+_ERRORS = {
+    "400": "The request breaks a stated bound, or asks for what is not supported",
+    "401": "The key is missing or wrong",
+    "404": "No such model or path",
+    "413": "The body is too large",
+    "429": "Too many requests are being served; see Retry-After",
+    "503": "No replica is ready; see Retry-After",
+}
+
+
+def describe(body: type[msgspec.Struct] | None, answer: type[msgspec.Struct] | None, *, is_stream: bool = False) -> Any:
+    """Keyword arguments of a route: how its body and its answers look. `answer` None: plain text."""
+    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if answer is not None:
+        content = {"application/json": {"schema": {"$ref": _REF + answer.__name__}}}
+    if is_stream:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    error = {"application/json": {"schema": {"$ref": _REF + "ErrorBody"}}}
+    codes = _ERRORS if body is not None else {"401": _ERRORS["401"], "503": _ERRORS["503"]}
+    responses: dict[str, Any] = {"200": {"description": "The answer", "content": content}}
+    responses |= {code: {"description": text, "content": error} for code, text in codes.items()}
+    extra: dict[str, Any] = {"responses": responses}
+    if body is not None:
+        schema = {"schema": {"$ref": _REF + body.__name__}}
+        extra["requestBody"] = {"required": True, "content": {"application/json": schema}}
+    return {"openapi_extra": extra, "response_model": None}
+
+
+def install(app: FastAPI) -> None:
+    """Let the app's OpenAPI document contain the structs' schemas."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = make()
+            structs = [
+                kind
+                for module in (schemas, health)
+                for kind in vars(module).values()
+                if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+            ]
+            _, components = msgspec.json.schema_components(structs, ref_template=_REF + "{name}")
+            document.setdefault("components", {})["schemas"] = components
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,191 @@
+"""The router process: wires the parts together, follows the layout, and stops cleanly.
+
+SIGTERM: not ready and no new requests, then what runs may end within DRAIN_S, then exit 0. A second one ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import uvicorn
+
+from common.config import RouterConfig
+from common.layout import Layout
+from common.protocol.errors import ConfigError, ElasticMoEError
+from common.telemetry import get_logger
+from services.router.api.app import build_app
+from services.router.dispatcher import Dispatcher, router_identity
+from services.router.front import Front, make_front
+from services.router.guard import guarded
+from services.router.history import History
+from services.router.metrics import Metrics
+from services.router.tokenizer import ServedModel
+
+log = get_logger("router")
+
+DRAIN_S = 30.0
+LAYOUT_RETRY_S = 0.5
+SPARE_CONNECTIONS = 256  # beyond those of running requests: idle ones, health checks, bodies on their way
+
+
+class LayoutSource(Protocol):
+    """Where layouts come from: the store, or a stand-in for it."""
+
+    def watch(self) -> AsyncIterator[Layout]:
+        """The present layout and every later one. May raise or end; it is then called again."""
+
+    async def close(self) -> None:
+        """Let go of connections."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling, which would end requests that may still run."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The service handles signals."""
+        yield
+
+
+class RouterService:
+    """One router. `run` returns when it has stopped; `stop` may be called from the same loop."""
+
+    def __init__(
+        self, config: RouterConfig, model: ServedModel, source: LayoutSource, listener: socket.socket, key: bytes | None
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._listener = listener
+        self._model = model
+        identity = router_identity()
+        path = config.run_path / "logs" / "history-router.jsonl" if config.history else None
+        self._history = _open_history(path, identity)
+        metrics = Metrics(model.name)
+        self.dispatcher = Dispatcher(config.socket, metrics, self._history, identity)
+        self.front: Front = make_front(config, model, self.dispatcher, metrics, key)
+        self._server = _Server(_uvicorn_config(self.front))
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Begin to drain; the second time, stop at once."""
+        if self._stopping.is_set():
+            self.dispatcher.close()
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Serve until a signal or `stop`. Raises whatever ends one of the loops that must not end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        essential = [
+            asyncio.create_task(self.dispatcher.run(), name="dispatcher"),
+            asyncio.create_task(self._follow_layout(), name="layout"),
+            asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http"),
+        ]
+        stopping = asyncio.create_task(self._stopping.wait(), name="stop")
+        gc.freeze()  # what was imported and loaded is never garbage; collections need not look at it
+        try:
+            await asyncio.wait([*essential, stopping], return_when=asyncio.FIRST_COMPLETED)
+            for task in essential:
+                if task.done():
+                    task.result()
+                    raise ElasticMoEError(f"the router's {task.get_name()} loop has ended")
+            await self._drain()
+        finally:
+            await self._shut_down(essential)
+
+    async def _drain(self) -> None:
+        self.front.is_draining = True
+        running = self.front.permits.num_held
+        log.info("draining", running=running, deadline_s=DRAIN_S)
+        deadline = time.monotonic() + DRAIN_S
+        while self.front.permits.num_held and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        log.info("drained", ended=running - self.front.permits.num_held, cut_off=self.front.permits.num_held)
+
+    async def _shut_down(self, essential: list[asyncio.Task[None]]) -> None:
+        """Give what is left an error, send it, and let go of everything."""
+        self.dispatcher.close()
+        self._server.should_exit = True
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(essential[-1]), 5.0)
+        for task in essential:
+            task.cancel()
+        await asyncio.gather(*essential, return_exceptions=True)
+        await self._source.close()
+        self._history.close()
+        self._model.close()
+
+    async def _follow_layout(self) -> None:
+        """Apply every layout. Without the store the last one stays in force."""
+        while True:
+            try:
+                async for layout in self._source.watch():
+                    self.dispatcher.apply_layout(layout, time.monotonic())
+            except (ElasticMoEError, OSError) as error:
+                log.warning("layout source failed", error=str(error)[:200])
+            await asyncio.sleep(LAYOUT_RETRY_S)
+
+
+def _uvicorn_config(front: Front) -> uvicorn.Config:
+    most = front.config.requests_max
+    return uvicorn.Config(
+        build_app(front),
+        http=guarded(2 * most + SPARE_CONNECTIONS, front.config.body_bytes_max),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=3,
+        backlog=1024,
+    )
+
+
+def _open_history(path: Path | None, identity: str) -> History:
+    try:
+        return History(path, identity)
+    except OSError as error:
+        raise ConfigError(f"history file cannot be opened: {error.strerror}") from None
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound TCP socket, not yet listening. Raises ConfigError when the port is taken or the address is not ours."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"host {host[:100]}: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} on {host} is in use", code="port_in_use") from None
+        raise ConfigError(f"port {port} on {host} cannot be used: {error.strerror}") from None
+    return listener
+
+
+def read_key(path: str) -> bytes | None:
+    """The API key in the file at `path`; None for no path. Raises ConfigError for an empty or unreadable one."""
+    if not path:
+        return None
+    try:
+        key = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"API key file cannot be read: {error.strerror}") from None
+    if not key:
+        raise ConfigError("API key file is empty")
+    return key

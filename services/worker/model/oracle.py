@@ -1,0 +1,129 @@
+"""The oracle model: exact integer arithmetic over what is really in memory (docs/oracle.md).
+
+Its next token depends on every value of the sequence's KV cache and on the weights of the experts that were routed to,
+and a few lines of plain Python compute it independently (tests/oracle.py). It uses the same batch, exchange, KV
+addresses and sampler as real models. All values are whole numbers below the modulus p < 2^16, exact in float32 on every way.
+
+Shape suffixes: N rows of a step, H hidden, D head_dim, E experts, K experts per token, R rows received, M logits,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from native import kernels
+from services.worker.exchange.base import Exchange
+from services.worker.model import ops
+from services.worker.model.base import StepTimes
+from services.worker.model.batch import Batch
+from services.worker.model.weights import RankWeights
+
+BASE = 17  # of the positions' powers; a primitive root of 65521, so that all distances up to 65520 differ
+FIRST_PRINTABLE, NUM_PRINTABLE = 32, 95  # bytes; a byte-level tokenizer's ids 0..255 are the bytes
+CHOSEN_LOGIT = 30.0  # all others are 0
+
+Ints = npt.NDArray[np.int64]
+
+
+class OracleModel:
+    """One rank's oracle model (see Model). Owns its buffers, sized for `max_tokens` rows."""
+
+    def __init__(self, weights: RankWeights, max_tokens: int) -> None:
+        spec = weights.spec
+        hidden, dim, top_k = spec.hidden, spec.attention.head_dim, spec.moe.top_k
+        self.times = StepTimes(0, 0, 0)
+        self._weights = weights
+        self._spec = spec
+        self._max_tokens = max_tokens
+        self._embed_VH = _ints(weights.base["embed"])
+        self._head_H = _ints(weights.base["head"])
+        self._salt_LH = [_ints(layer["salt"]) for layer in weights.layers]
+        self._experts = [(layer["mul"].numpy(), layer["add"].numpy()) for layer in weights.experts]
+        self._key_at_D, self._value_at_D = np.arange(dim) % hidden, np.arange(dim, 2 * dim) % hidden
+        self._dim_of_H = np.arange(hidden) % dim
+        self._router_H = np.arange(1, hidden + 1)
+        experts_E = np.arange(spec.moe.num_experts)
+        self._scale_E, self._shift_E = 2 * experts_E + 1, (experts_E + 1) ** 2 * 7919
+        self._kv_ND = torch.empty((max_tokens, 2 * dim), dtype=torch.float32)
+        self._mixed_ND = torch.empty((max_tokens, 2 * dim), dtype=torch.float32)
+        self._x_NH = torch.empty((max_tokens, hidden), dtype=torch.float32)
+        self._sum_NH = torch.empty((max_tokens, hidden), dtype=torch.float32)
+        self._ids_NK = torch.empty((max_tokens, top_k), dtype=torch.int32)
+        self._ones_NK = torch.ones((max_tokens, top_k), dtype=torch.float32)
+
+    def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
+        """See Model."""
+        if batch.num_rows > self._max_tokens:
+            raise ValueError(f"a step of {batch.num_rows} rows; the limit is {self._max_tokens}")
+        started = time.perf_counter_ns()
+        exchange.take_times()
+        parts = ops.check_parts(batch, self._weights.kv, self._spec)
+        token_ids = np.array(batch.token_ids, dtype=np.int64)
+        if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < self._spec.vocab:
+            raise ValueError(f"a token is not below the vocabulary's {self._spec.vocab}")
+        positions_N1 = _positions(batch)[:, None]
+        x_NH = self._embed_VH[token_ids]
+        for layer in range(self._spec.num_layers):
+            x_NH = self._attend(parts, layer, x_NH, positions_N1)
+            x_NH = self._route_and_compute(layer, x_NH, exchange)
+        logits_MV = self._logits(x_NH[np.array(batch.logit_rows, dtype=np.int64)])
+        self.times = StepTimes(time.perf_counter_ns() - started, *exchange.take_times())
+        return logits_MV
+
+    def _attend(self, parts: kernels.Parts, layer: int, x_NH: Ints, positions_N1: Ints) -> Ints:
+        """Write k and v, mix what the cache holds up to each row's position into x."""
+        p, salt_H, dim, n = self._spec.modulus, self._salt_LH[layer], self._spec.attention.head_dim, len(x_NH)
+        kv_ND = self._kv_ND.numpy()
+        key_at_D, value_at_D = self._key_at_D, self._value_at_D
+        kv_ND[:n, :dim] = (x_NH[:, key_at_D] * salt_H[key_at_D] + positions_N1 + 1) % p
+        kv_ND[:n, dim:] = (x_NH[:, value_at_D] + salt_H[value_at_D] * (positions_N1 + 1)) % p
+        kernels.oracle_mix(parts, layer, self._kv_ND.data_ptr(), p, BASE, self._mixed_ND.data_ptr())
+        mixed_ND = self._mixed_ND.numpy()[:n].astype(np.int64)
+        keys_NH, values_NH = mixed_ND[:, self._dim_of_H], mixed_ND[:, dim + self._dim_of_H]
+        mixed_NH: Ints = (x_NH + keys_NH + values_NH * salt_H) % p
+        return mixed_NH
+
+    def _route_and_compute(self, layer: int, x_NH: Ints, exchange: Exchange) -> Ints:
+        """Add the results of the top k experts, each with weight 1."""
+        p, top_k, n = self._spec.modulus, self._spec.moe.top_k, len(x_NH)
+        hash_N1 = (x_NH @ self._router_H % p)[:, None]
+        scores_NE = (hash_N1 * self._scale_E + self._shift_E) % p
+        self._ids_NK.numpy()[:n] = np.argsort(-scores_NE, axis=1, kind="stable")[:, :top_k]
+        self._x_NH.numpy()[:n] = x_NH
+        num_rows = exchange.dispatch(layer, self._x_NH, self._ids_NK, self._ones_NK, n)
+        if num_rows:
+            mul_EH, add_EH = self._experts[layer]
+            experts_R = np.repeat(np.arange(self._spec.moe.num_experts), exchange.counts_E.numpy())
+            rows_RH = exchange.rows_RH.numpy()[:num_rows]
+            # Indexing touches the slots of experts with rows only; the others may be unmapped.
+            mul_RH, add_RH = mul_EH[experts_R].astype(np.int64), add_EH[experts_R].astype(np.int64)
+            rows_RH[:] = (rows_RH.astype(np.int64) * mul_RH + add_RH) % p
+        exchange.combine(layer, exchange.rows_RH, self._sum_NH, n)
+        summed_NH: Ints = (x_NH + self._sum_NH.numpy()[:n].astype(np.int64)) % p
+        return summed_NH
+
+    def _logits(self, x_MH: Ints) -> torch.Tensor:
+        vocab = self._spec.vocab
+        hash_M = x_MH @ self._head_H % self._spec.modulus
+        has_printable = vocab >= FIRST_PRINTABLE + NUM_PRINTABLE
+        tokens_M = FIRST_PRINTABLE + hash_M % NUM_PRINTABLE if has_printable else hash_M % vocab
+        logits_MV = torch.zeros((len(x_MH), vocab), dtype=torch.float32)
+        logits_MV.numpy()[np.arange(len(x_MH)), tokens_M] = CHOSEN_LOGIT
+        return logits_MV
+
+
+def _ints(tensor: torch.Tensor) -> Ints:
+    return tensor.numpy().astype(np.int64)
+
+
+def _positions(batch: Batch) -> Ints:
+    """Position of each row."""
+    starts_S1 = np.array(batch.row_starts, dtype=np.int64)
+    counts_S = np.diff(starts_S1)
+    first_S = np.array(batch.kv_lens, dtype=np.int64) - counts_S
+    return np.arange(batch.num_rows) + np.repeat(first_S - starts_S1[:-1], counts_S)

@@ -1,0 +1,231 @@
+"""The HMM's catalog: what it says of placement, its serialized form, its snapshot, and the sizes of a load."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.families import records
+from common.layout import initial_layout
+from common.model_spec import RecordKey, kv_geometry, round_up
+from common.protocol.errors import DoesNotFit, InvalidRequest, PayloadTooLarge
+from common.protocol.hmm import LoadModel
+from services.hmm import snapshot as snapshot_module
+from services.hmm.catalog import (
+    Catalog,
+    DeviceEntry,
+    Loaded,
+    Placed,
+    Span,
+    check_integrity,
+    decode,
+    encode,
+    keys_on,
+)
+from services.hmm.sizing import check_layout, size_bus, size_devices, size_ledger
+from services.hmm.snapshot import SLOT_BYTES, Snapshot
+from tests.unit.specs import tiny_mixtral_spec, tiny_qwen3_spec
+
+PAGE = 4096
+SPEC = tiny_qwen3_spec()
+DEVICES = ("host:0", "host:1", "host:2")
+LAYOUT = initial_layout(SPEC.num_experts_by_layer, DEVICES[:2])
+LOAD = LoadModel("load-1", "/models/x", "float32", LAYOUT, 16, 1 << 24, 64, 8, 256)
+GEOMETRY = kv_geometry(SPEC, LOAD.block_size, PAGE)
+SIZES = {record.key: round_up(record.nbytes, PAGE) for record in records(SPEC)}
+
+
+def entry_of(device: str, slot: int) -> DeviceEntry:
+    placed, at = [], 0
+    for key in keys_on(LAYOUT, slot):
+        placed.append(Placed(key, Span(at, SIZES[key])))
+        at += SIZES[key]
+    kv = tuple(Span(i * GEOMETRY.handle_bytes, GEOMETRY.handle_bytes) for i in range(2))
+    return DeviceEntry(device, 1 << 25, tuple(placed), kv, Span(0, 16 * PAGE))
+
+
+def catalog() -> Catalog:
+    entries = (*(entry_of(seat.device, seat.slot) for seat in LAYOUT.seats), DeviceEntry("host:2", 1 << 25))
+    return Catalog(granularity=PAGE, devices=entries, loaded=Loaded(LOAD, SPEC, GEOMETRY, 1 << 20))
+
+
+def with_entry(index: int, **changes: Any) -> Catalog:
+    whole = catalog()
+    entries = list(whole.devices)
+    entries[index] = msgspec.structs.replace(entries[index], **changes)
+    return msgspec.structs.replace(whole, devices=tuple(entries))
+
+
+def test_a_good_catalog_has_no_findings_and_survives_serialization() -> None:
+    assert check_integrity(catalog()) == []
+    assert decode(encode(catalog())) == catalog()
+    empty = Catalog(granularity=PAGE, devices=tuple(DeviceEntry(name, PAGE) for name in DEVICES))
+    assert check_integrity(empty) == []
+    assert decode(encode(empty)) == empty
+    assert catalog().entry("host:1").device == "host:1"
+    with pytest.raises(KeyError):
+        catalog().entry("host:9")
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x81", msgspec.msgpack.encode({"granularity": 1}), b"\xff" * 40])
+def test_other_bytes_are_no_catalog(raw: bytes) -> None:
+    with pytest.raises(ValueError):
+        decode(raw)
+
+
+def test_another_version_is_no_catalog() -> None:
+    with pytest.raises(ValueError, match="version 2 is not 1"):
+        decode(encode(msgspec.structs.replace(catalog(), version=2)))
+
+
+def test_every_expert_has_one_home_and_every_device_the_rest() -> None:
+    keys = [list(keys_on(LAYOUT, slot)) for slot in LAYOUT.slots]
+    experts = [key for device in keys for key in device if key.kind == "expert"]
+    assert sorted(experts) == sorted(key for key in SIZES if key.kind == "expert")
+    for device in keys:
+        assert [key for key in device if key.kind != "expert"] == [
+            RecordKey("base"),
+            *(RecordKey("layer", layer) for layer in range(SPEC.num_layers)),
+        ]
+
+
+def _finding(broken: Catalog) -> str:
+    findings = check_integrity(broken)
+    assert len(findings) == 1, findings
+    return findings[0]
+
+
+def test_findings_name_what_is_wrong() -> None:
+    first = entry_of("host:0", 0)
+    last = first.records[-1]
+    moved = Placed(last.key, Span(first.records[0].span.offset, last.span.nbytes))
+    extra = Placed(RecordKey("expert", 0, 6), Span(1 << 24, SIZES[RecordKey("expert", 0, 6)]))
+    again = Placed(last.key, Span(1 << 24, last.span.nbytes))
+    grown = Placed(last.key, Span(last.span.offset, last.span.nbytes + PAGE))
+    shifted = Placed(last.key, Span(last.span.offset + 1, last.span.nbytes))
+    assert "overlap at 0" in _finding(with_entry(0, records=(*first.records[:-1], moved)))
+    assert "lacks base" in _finding(with_entry(0, records=first.records[1:]))
+    assert f"lacks {last.key}" in _finding(with_entry(0, records=first.records[:-1]))
+    assert "holds expert.0.6 without need" in _finding(with_entry(0, records=(*first.records, extra)))
+    assert f"holds {last.key} 2 times" in _finding(with_entry(0, records=(*first.records, again)))
+    assert f"{last.key} has {grown.span.nbytes} bytes" in _finding(with_entry(0, records=(*first.records[:-1], grown)))
+    assert "is not granular" in _finding(with_entry(0, records=(*first.records[:-1], shifted)))
+    assert "exceed the budget of 4096" in _finding(with_entry(0, budget=PAGE))
+    assert "KV handles are none" in _finding(with_entry(0, kv=()))
+    assert "has no ledger" in _finding(with_entry(0, ledger=None))
+    assert "host:2: holds memory without a seat" in _finding(with_entry(2, kv=first.kv))
+    homeless = msgspec.structs.replace(catalog(), devices=catalog().devices[1:])
+    assert "host:0: has a seat but is not of this host" in _finding(homeless)
+    modelless = msgspec.structs.replace(catalog(), loaded=None)
+    assert check_integrity(modelless) == ["host:0: holds memory of no model", "host:1: holds memory of no model"]
+
+
+def test_a_layout_of_another_model_is_found() -> None:
+    other = msgspec.structs.replace(LOAD, layout=initial_layout((3, 3), DEVICES[:2]))
+    broken = msgspec.structs.replace(catalog(), loaded=Loaded(other, SPEC, GEOMETRY, 1 << 20))
+    assert "layout: its experts are not the model's" in check_integrity(broken)
+    with pytest.raises(InvalidRequest, match="the layout has experts"):
+        check_layout(other, SPEC)
+    check_layout(LOAD, SPEC)
+
+
+# ---- Snapshot
+
+
+def test_the_snapshot_keeps_the_newest_content_across_readers() -> None:
+    subject = Snapshot.create()
+    assert subject.read() is None
+    for content in (b"one", b"two" * 1000, b"", b"four"):
+        subject.write(content)
+        assert Snapshot(os.dup(subject.fd)).read() == content
+    assert subject.read() == b"four"
+    subject.close()
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=64), st.binary(min_size=1, max_size=64), st.data())
+def test_a_kill_at_any_byte_of_a_write_leaves_the_old_or_the_new_content(old: bytes, new: bytes, data: Any) -> None:
+    before, after = Snapshot.create(), Snapshot.create()
+    for subject in (before, after):
+        subject.write(b"older")
+        subject.write(old)
+    after.write(new)
+    length = len(new) + 24
+    raw = os.pread(after.fd, length, SLOT_BYTES)  # the third write goes to the slot of the first
+    cut = data.draw(st.integers(0, length))
+    os.pwrite(before.fd, raw[:cut], SLOT_BYTES)
+    restarted = Snapshot(os.dup(before.fd))
+    found = restarted.read()
+    assert found == (new if cut == length else old) or (found == new and raw[cut:] == bytes(length - cut))
+    restarted.write(b"next")
+    assert restarted.read() == b"next"
+    for subject in (before, after, restarted):
+        subject.close()
+
+
+def test_a_catalog_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot_module, "SLOT_BYTES", 100)
+    subject = Snapshot.create()
+    with pytest.raises(PayloadTooLarge, match="catalog of 77 bytes exceeds the limit of 76"):
+        subject.write(b"x" * 77)
+    subject.close()
+
+
+# ---- Sizes
+
+
+def sizes_for(budget: int, **changes: Any) -> Any:
+    load = msgspec.structs.replace(LOAD, **changes)
+    ledger = size_ledger(load, PAGE)
+    budgets = dict.fromkeys(DEVICES, budget)
+    return size_devices(load, list(records(SPEC)), GEOMETRY, ledger, PAGE, budgets)
+
+
+def test_kv_takes_what_budget_and_limit_allow() -> None:
+    by_device = sizes_for(1 << 25)
+    assert set(by_device) == set(DEVICES[:2])
+    for device, size in by_device.items():
+        slot = DEVICES.index(device)
+        assert size.keys == tuple(keys_on(LAYOUT, slot))
+        assert size.weights_bytes == sum(SIZES[key] for key in size.keys)
+        assert size.num_kv_handles == LOAD.kv_bytes_max // GEOMETRY.handle_bytes
+    ledger = size_ledger(LOAD, PAGE).nbytes
+    tight = by_device["host:0"].weights_bytes + ledger + 3 * GEOMETRY.handle_bytes + PAGE
+    assert sizes_for(tight)["host:0"].num_kv_handles == 3
+
+
+def test_a_budget_without_room_for_one_sequence_is_refused_with_the_figures() -> None:
+    weights = sizes_for(1 << 25)["host:0"].weights_bytes
+    with pytest.raises(DoesNotFit, match=f"host:0: of the budget of {PAGE} bytes, weights take {weights}"):
+        sizes_for(PAGE)
+    with pytest.raises(DoesNotFit, match="kv_bytes_max is 1000, but the KV of one sequence of 256 tokens needs"):
+        sizes_for(1 << 25, kv_bytes_max=1000)
+    with pytest.raises(DoesNotFit, match="the ledger"):
+        sizes_for(1 << 25, max_sequences=65_536)
+
+
+def test_sizes_that_the_segments_cannot_have_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="no ledger of 8 rows"):
+        size_ledger(msgspec.structs.replace(LOAD, block_size=1, max_model_len=1 << 20), PAGE)
+    huge = msgspec.structs.replace(SPEC, hidden=1 << 40)
+    with pytest.raises(InvalidRequest, match="no bus of 8 ranks"):
+        size_bus(LOAD, huge, 3, PAGE)
+
+
+def test_the_bus_has_room_to_grow() -> None:
+    assert size_bus(LOAD, SPEC, 3, PAGE).max_ranks == 8
+    assert size_bus(LOAD, SPEC, 12, PAGE).max_ranks == 12
+    assert size_bus(LOAD, SPEC, 999, PAGE).max_ranks == 64
+    assert size_bus(LOAD, SPEC, 3, 1 << 16).nbytes % (1 << 16) == 0
+
+
+def test_a_layout_with_foreign_experts_is_refused() -> None:
+    spec = tiny_mixtral_spec()
+    load = msgspec.structs.replace(LOAD, layout=initial_layout((5, 6), DEVICES[:2]))
+    with pytest.raises(InvalidRequest, match=r"the layout places expert\.1\.5"):
+        size_devices(load, list(records(spec)), GEOMETRY, size_ledger(load, PAGE), PAGE, dict.fromkeys(DEVICES, 1 << 30))

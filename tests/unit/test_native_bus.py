@@ -1,0 +1,327 @@
+"""native.bus: membership, barriers and the token exchange between the threads of one process."""
+
+import ctypes
+import mmap
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from native.bus import MAX_RANKS, Bus, BusAborted, BusDesync, BusTimeout, bus_bytes, format_bus, make_routing
+
+SHAPE = (4, 6, 32, 3)  # ranks, tokens, hidden, top_k
+NUM_EXPERTS = 10
+LONG_MS = 30_000
+
+
+class Segment:
+    def __init__(self) -> None:
+        self.nbytes = bus_bytes(*SHAPE)
+        self.memory = mmap.mmap(-1, self.nbytes)
+        self.view = (ctypes.c_char * self.nbytes).from_buffer(self.memory)
+        self.addr = ctypes.addressof(self.view)
+        format_bus(self.addr, self.nbytes, *SHAPE)
+
+    def open(self, slot: int = -1) -> Bus:
+        return Bus(self.addr, self.nbytes, slot)
+
+    def join(self, slot: int, incarnation: int = 1) -> Bus:
+        bus = self.open(slot)
+        bus.join(incarnation)
+        return bus
+
+    def close(self) -> None:
+        del self.view
+        self.memory.close()
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    segment = Segment()
+    yield segment
+    segment.close()
+
+
+def in_threads(*works: Callable[[], object]) -> list[object]:
+    """Results of all works, run at the same time; an exception is a result too."""
+    results: list[object] = [None] * len(works)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = works[index]()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_geometry_is_read_back(segment):
+    bus = segment.open(2)
+    assert (bus.max_ranks, bus.max_tokens, bus.hidden, bus.top_k) == SHAPE
+    assert bus.slot == 2
+    assert segment.open().slot == -1
+    assert MAX_RANKS == 64
+
+
+def test_membership_only_grows(segment):
+    hmm = segment.open()
+    assert hmm.membership() == (0, 0, False)
+    hmm.set_membership(5, 0b11, True)
+    assert segment.open(1).membership() == (5, 0b11, True)
+    for generation, members in [(5, 1), (4, 1), (6, 1 << 4), (2**32, 1)]:
+        with pytest.raises(ValueError):
+            hmm.set_membership(generation, members, True)
+    assert hmm.wait_membership(4, 0) == (5, 0b11, True)
+    with pytest.raises(BusTimeout):
+        hmm.wait_membership(5, 1)
+
+
+def test_slots_are_taken_counted_and_left(segment):
+    hmm, rank = segment.open(), segment.join(3, incarnation=2**63 + 1)
+    rank.bump_progress()
+    rank.bump_progress()
+    assert (hmm.incarnation(3), hmm.progress(3), hmm.step_count(3)) == (2**63 + 1, 2, 0)
+    rank.leave()
+    assert hmm.incarnation(3) == 0
+    for call in (hmm.incarnation, hmm.progress, hmm.step_count, hmm.nudge):
+        with pytest.raises(ValueError):
+            call(4)
+    with pytest.raises(ValueError):
+        hmm.join(1)
+
+
+def test_steps_tell_everybody_everything(segment):
+    segment.open().set_membership(1, 0b1011, True)
+    slots = (0, 1, 3)
+
+    def work(slot):
+        rank = segment.join(slot)
+        return [rank.step(1, slot * 10 + n, n, LONG_MS) for n in range(50)], rank.step_count(slot)
+
+    expected = [[(slot, slot * 10 + n, n) for slot in slots] for n in range(50)]
+    assert in_threads(*(lambda slot=slot: work(slot) for slot in slots)) == [(expected, 50)] * 3
+
+
+def test_a_step_may_time_out_and_go_on(segment):
+    segment.open().set_membership(1, 0b11, True)
+    first, second = segment.join(0), segment.join(1)
+    with pytest.raises(BusTimeout):
+        first.step(1, 5, 6, 1)
+    with pytest.raises(TimeoutError):
+        first.step(1, 0, 0, 1)
+    with pytest.raises(ValueError, match="timed out"):
+        first.barrier(1, 1)
+    assert second.step(1, 7, 8, 1) == [(0, 5, 6), (1, 7, 8)]
+    assert first.step(1, 0, 0, 1) == [(0, 5, 6), (1, 7, 8)]
+    assert first.take_wait_ns() > 1_000_000
+    assert first.take_exchange_ns() > 1_000_000
+    assert first.take_wait_ns() == first.take_exchange_ns() == 0
+
+
+def test_a_new_generation_frees_waiters(segment):
+    hmm = segment.open()
+    hmm.set_membership(1, 0b11, True)
+    rank = segment.join(0)
+
+    def publish():
+        time.sleep(0.02)
+        hmm.set_membership(2, 0b11, False)
+
+    error, _ = in_threads(lambda: rank.barrier(1, LONG_MS), publish)
+    assert isinstance(error, BusAborted)
+    assert error.generation == 2
+    with pytest.raises(BusAborted, match="generation 2 is over"):
+        rank.barrier(2, LONG_MS)
+    with pytest.raises(BusAborted):
+        rank.idle_wait(2, LONG_MS)
+
+
+def test_a_successor_fences_its_predecessor(segment):
+    hmm = segment.open()
+    hmm.set_membership(1, 0b1, True)
+    old = segment.join(0, 1)
+    old.barrier(1, 0)
+    young = segment.join(0, 2)
+    with pytest.raises(BusAborted):
+        old.barrier(1, 0)
+    hmm.set_membership(2, 0b1, True)
+    with pytest.raises(BusAborted):
+        old.barrier(2, 0)
+    young.barrier(2, 0)
+
+
+def test_misuse_is_refused(segment):
+    segment.open().set_membership(1, 0b1, True)
+    for work in (
+        lambda: segment.open(0).barrier(1, 0),  # not joined
+        lambda: segment.open().barrier(1, 0),  # an observer
+        lambda: segment.join(1).barrier(1, 0),  # no member
+        lambda: segment.join(0).barrier(-1, 0),
+        lambda: segment.join(0).barrier(1, float("nan")),
+        lambda: segment.join(0).barrier(1, -1),
+        lambda: segment.join(0).step(1, 2**32, 0, 0),
+        lambda: segment.join(0).step(1, 0, -1, 0),
+        lambda: segment.open(4),
+        lambda: segment.open(-2),
+        lambda: Bus(segment.addr, segment.nbytes - 1),
+        lambda: Bus(segment.addr + 64, segment.nbytes - 64),
+        lambda: make_routing([]),
+        lambda: make_routing([64]),
+    ):
+        with pytest.raises(ValueError):
+            work()
+
+
+def test_only_one_thread_blocks_at_a_time(segment):
+    hmm, rank = segment.open(), segment.join(0)
+    hmm.set_membership(1, 0b11, True)
+    results = in_threads(*[lambda: rank.barrier(1, 100)] * 2)
+    assert {type(result) for result in results} == {ValueError, BusTimeout}
+
+
+def test_different_calls_are_noticed(segment):
+    segment.open().set_membership(1, 0b11, True)
+    first, second = segment.join(0), segment.join(1)
+    results = in_threads(lambda: first.barrier(1, LONG_MS), lambda: second.step(1, 0, 0, LONG_MS))
+    assert [type(result) for result in results] == [BusDesync, BusDesync]
+
+
+def test_idle_ranks_wake_for_work(segment):
+    segment.open().set_membership(1, 0b11, True)
+    first, second = segment.join(0), segment.join(1)
+    assert first.idle_wait(1, 1) is False
+    segment.open().nudge(0)
+    assert first.idle_wait(1, LONG_MS) is True
+    woken, error = in_threads(lambda: first.idle_wait(1, LONG_MS), lambda: second.barrier(1, 50))
+    assert woken is True
+    assert isinstance(error, BusTimeout)
+    first.barrier(1, 0)
+    second.barrier(1, 0)
+
+
+def test_python_signals_are_handled_in_a_wait(segment):
+    segment.open().set_membership(1, 0b11, True)
+    rank = segment.join(0)
+    rank.spin_us = 0
+
+    def interrupt(_number, _frame):
+        raise InterruptedError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
+    try:
+        with pytest.raises(InterruptedError):
+            rank.barrier(1, LONG_MS)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def experts(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return rows * (ids[:, None] + 1) + ids[:, None] % 3
+
+
+def run_rank(segment: Segment, slot: int, owners: list[list[int]], seed: int) -> float:
+    """Some layers of random tokens; the greatest difference from the direct computation."""
+    _, max_tokens, hidden, top_k = SHAPE
+    bus = segment.join(slot)
+    random = np.random.default_rng([seed, slot])
+    worst = 0.0
+    for layer_owners in owners:
+        routing = make_routing(layer_owners)
+        n = int(random.integers(0, max_tokens + 1))
+        x = random.standard_normal((n, hidden), dtype=np.float32)
+        ids = random.integers(-1, NUM_EXPERTS, (n, top_k), dtype=np.int32)
+        w = random.random((n, top_k), dtype=np.float32)
+        rows = np.empty((SHAPE[0] * max_tokens * top_k, hidden), np.float32)
+        counts = np.empty(NUM_EXPERTS, np.int32)
+        inputs = (x.ctypes.data, ids.ctypes.data, w.ctypes.data, n)
+        outputs = (rows.ctypes.data, len(rows), counts.ctypes.data)
+        num_rows = bus.dispatch(routing, 1, *inputs, *outputs, LONG_MS)
+        assert num_rows == counts.sum()
+        assert all(owner == slot for owner, count in zip(layer_owners, counts, strict=True) if count)
+        y = experts(np.repeat(np.arange(NUM_EXPERTS), counts), rows[:num_rows]).astype(np.float32)
+        out = np.full((n, hidden), np.nan, np.float32)
+        bus.combine(routing, 1, y.ctypes.data, out.ctypes.data, n, LONG_MS)
+        direct = np.zeros((n, hidden))
+        for j in range(top_k):
+            direct += np.where(ids[:, j] < 0, 0, w[:, j])[:, None] * experts(ids[:, j], x)
+        worst = max(worst, float(np.abs(out - direct).max(initial=0)))
+    return worst
+
+
+@pytest.mark.parametrize("members", [0b1, 0b1101, 0b1111])
+def test_the_exchange_equals_the_direct_computation(segment, members):
+    segment.open().set_membership(1, members, True)
+    slots = [slot for slot in range(4) if members >> slot & 1]
+    random = np.random.default_rng(members)
+    owners = [[slots[i] for i in random.integers(0, len(slots), NUM_EXPERTS)] for _ in range(20)]
+    results = in_threads(*(lambda slot=slot: run_rank(segment, slot, owners, members) for slot in slots))
+    assert all(isinstance(result, float) and result < 1e-4 for result in results), results
+
+
+def test_the_result_does_not_depend_on_the_owners(segment):
+    """Bit for bit, so that a scaling operation changes no token."""
+    random = np.random.default_rng(1)
+    _, n, hidden, top_k = SHAPE
+    x = random.standard_normal((n, hidden), dtype=np.float32)
+    ids = random.integers(0, NUM_EXPERTS, (n, top_k), dtype=np.int32)
+    w = random.random((n, top_k), dtype=np.float32)
+
+    def run(slot, generation, owners):
+        bus, routing = segment.join(slot), make_routing(owners)
+        own = n if slot == 0 else 0
+        rows, counts = np.empty((n * top_k, hidden), np.float32), np.empty(NUM_EXPERTS, np.int32)
+        out = np.empty((n, hidden), np.float32)
+        pointers = (x.ctypes.data, ids.ctypes.data, w.ctypes.data)
+        num_rows = bus.dispatch(
+            routing, generation, *pointers, own, rows.ctypes.data, len(rows), counts.ctypes.data, LONG_MS
+        )
+        y = experts(np.repeat(np.arange(NUM_EXPERTS), counts), rows[:num_rows]).astype(np.float32)
+        bus.combine(routing, generation, y.ctypes.data, out.ctypes.data, own, LONG_MS)
+        return out.tobytes()
+
+    results = set()
+    for generation in range(1, 9):
+        segment.open().set_membership(generation, 0b11, True)
+        owners = random.integers(0, 2, NUM_EXPERTS).tolist()
+        works = [lambda slot=slot, g=generation, o=owners: run(slot, g, o) for slot in (0, 1)]
+        results.add(in_threads(*works)[0])
+    assert len(results) == 1
+
+
+def test_wrong_exchanges_are_refused(segment):
+    segment.open().set_membership(1, 0b1, True)
+    bus = segment.join(0)
+    routing = make_routing([0, 1, -1])
+    x, w = np.ones((1, 32), np.float32), np.ones((1, 3), np.float32)
+    rows, counts = np.empty((3, 32), np.float32), np.empty(3, np.int32)
+
+    def dispatch(ids, n=1, cap=3, rows_addr=rows.ctypes.data):
+        array = np.array([ids], np.int32)
+        return bus.dispatch(
+            routing, 1, x.ctypes.data, array.ctypes.data, w.ctypes.data, n, rows_addr, cap, counts.ctypes.data, 0
+        )
+
+    for arguments in [([0, 0, 3],), ([0, 0, -2],), ([0, 1, 0],), ([0, 2, 0],), ([0, 0, 0], 7), ([0, 0, 0], -1)]:
+        with pytest.raises(ValueError):
+            dispatch(*arguments)
+    with pytest.raises(ValueError, match="misaligned"):
+        dispatch([0, 0, 0], 1, 3, rows.ctypes.data + 1)
+    with pytest.raises(ValueError, match="null"):
+        dispatch([0, 0, 0], 1, 3, 0)
+    with pytest.raises(ValueError, match="rows_cap"):
+        dispatch([0, 0, 0], cap=2)
+    with pytest.raises(ValueError, match="without a dispatch"):
+        bus.combine(routing, 1, rows.ctypes.data, x.ctypes.data, 1, 0)
+    assert dispatch([0, -1, 0]) == 2
+    assert counts.tolist() == [2, 0, 0]
+    assert routing.num_experts == 3
+    assert routing.owners == [0, 1, -1]
