@@ -15,7 +15,7 @@ RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))
     && python -m venv /opt/elasticmoe \
     && /opt/elasticmoe/bin/pip install --no-cache-dir --disable-pip-version-check \
       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --requirement requirements.txt \
-    && /opt/elasticmoe/bin/pip uninstall --yes --quiet pip setuptools \
+    && /opt/elasticmoe/bin/pip uninstall --yes --quiet pip \
     # torch's tests, headers and tools, a fifth of its size; `import torch` asks for the one tool that stays.
     && cd /opt/elasticmoe/lib/python3.11/site-packages/torch \
     && rm -rf include share test \

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import sys
 from types import TracebackType
 from typing import IO, Protocol, Self
@@ -11,6 +13,7 @@ from rich.console import Console as RichTerminal
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 _PLAIN_STEP_PERCENT = 25
+_FINISH_SECONDS_MAX = 5.0
 
 
 class Console(Protocol):
@@ -111,19 +114,35 @@ class PlainConsole(_Closing):
 
 
 class PipeConsole(_Closing):
-    """For a detached launcher: everything goes to its log, and as JSON lines to the waiting parent until `finish`."""
+    """For a detached launcher: everything goes to its log, and as JSON lines to the waiting parent until `finish`.
+
+    A parent that left or does not read never holds the launcher up.
+    """
 
     def __init__(self, report_fd: int, log: IO[str]) -> None:
-        self._pipe: IO[str] | None = open(report_fd, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+        """Owns `report_fd`, a pipe's writing end, until `finish`."""
+        os.set_blocking(report_fd, False)
+        self._fd = report_fd
         self._log = PlainConsole(log)
+        self._sent = ""
 
-    def _send(self, **entry: object) -> None:
-        if self._pipe is None:
+    def _send(self, wait_s: float = 0.0, **entry: object) -> None:
+        text = json.dumps(entry) + "\n"
+        if self._fd < 0 or text == self._sent:
             return
+        self._sent = text
         try:
-            self._pipe.write(json.dumps(entry) + "\n")
+            select.select([], [self._fd], [], wait_s)
+            os.write(self._fd, text.encode())
+        except BlockingIOError:
+            pass  # the parent is stopped and the pipe is full; what comes next is newer
         except OSError:
-            self._pipe = None  # the parent left; the deployment goes on
+            self._close()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def line(self, text: str) -> None:
         """One line for both."""
@@ -137,10 +156,8 @@ class PipeConsole(_Closing):
 
     def finish(self, error: str | None = None) -> None:
         """Tell the parent that all is ready, or the error line that it shall end with. Idempotent."""
-        self._send(ready=error is None, error=error)
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
+        self._send(_FINISH_SECONDS_MAX, ready=error is None, error=error)
+        self._close()
 
 
 def make_console(file: IO[str] | None = None) -> Console:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from common.protocol.errors import ConfigError
-from common.protocol.limits import RANKS_MAX
+from common.protocol.limits import EXPERTS_MAX, LAYERS_MAX, RANKS_MAX
 
 
 class RankId(msgspec.Struct, frozen=True, order=True, array_like=True):
@@ -85,6 +85,10 @@ class Layout(msgspec.Struct, frozen=True):
             raise ValueError(f"layout needs epoch >= 1, tp >= 1 and a seat; has {self.epoch}, {self.tp}, {len(slots)}")
         if len(set(slots)) != len(slots) or not all(0 <= slot < RANKS_MAX for slot in slots):
             raise ValueError(f"slots {slots} are not unique numbers below {RANKS_MAX}")
+        if len(slots) % self.tp:
+            raise ValueError(f"{len(slots)} seats make no whole replicas of tp={self.tp}")
+        if len(self.homes) > LAYERS_MAX or any(len(experts) > EXPERTS_MAX for experts in self.homes):
+            raise ValueError(f"homes exceed the limits of {LAYERS_MAX} layers or {EXPERTS_MAX} experts")
         if len({seat.device for seat in self.seats}) != len(self.seats):
             raise ValueError("two seats share a device")
         ranks = sorted(seat.rank for seat in self.seats)

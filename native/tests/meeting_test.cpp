@@ -142,6 +142,7 @@ TEST(threads_stay_in_lockstep) {
   std::atomic<uint32_t> rounds[kRanks] = {};
   std::atomic<int> num_bad{0};
   std::vector<std::thread> threads;
+  const int64_t start = now_ns();
   for (int slot = 0; slot < kRanks; ++slot) {
     threads.emplace_back([&, slot] {
       Meeting rank = bus.open(slot);
@@ -164,6 +165,7 @@ TEST(threads_stay_in_lockstep) {
   }
   for (std::thread& thread : threads) thread.join();
   CHECK(num_bad == 0);
+  CHECK(now_ns() - start < kRounds * kSliceNs / 10);  // sleepers were woken, rather than looking again by themselves
   const Meeting reader = bus.open();
   for (uint32_t slot = 0; slot < kRanks; ++slot) CHECK(reader.segment().slot(slot).num_steps == kRounds);
 }
@@ -192,6 +194,7 @@ TEST(a_new_generation_aborts_waiters_and_resets_counts) {
   hmm.set_membership(1, 0b11, true);
   Meeting first = bus.open(0);
   first.join(1);
+  int64_t total_ns = 0;
   for (uint32_t generation = 1; generation < 20; generation += 2) {
     std::atomic<int64_t> aborted_at{0};
     std::atomic<Outcome> outcome{Outcome::done};
@@ -204,10 +207,11 @@ TEST(a_new_generation_aborts_waiters_and_resets_counts) {
     hmm.set_membership(generation + 1, 0b11, false);
     waiter.join();
     CHECK(outcome == Outcome::aborted);
-    CHECK(aborted_at - published_at < 1'000'000'000);
+    total_ns += aborted_at - published_at;
     CHECK(meet(first, generation + 1, in_ms(1)) == Outcome::aborted);  // not running
     hmm.set_membership(generation + 2, 0b11, true);
   }
+  CHECK(total_ns < 10 * kSliceNs / 2);
 }
 
 TEST(a_predecessor_is_fenced) {

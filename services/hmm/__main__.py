@@ -19,6 +19,9 @@ def main() -> int:
     except ElasticMoEError as error:
         print(f"elasticmoe-hmm: {describe(error)}", file=sys.stderr)
         return 1
+    except (OSError, ValueError) as error:  # state that cannot be read
+        print(f"elasticmoe-hmm: cannot_start: {error}", file=sys.stderr)
+        return 1
     try:
         hmm.start()
         hmm.run()

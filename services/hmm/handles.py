@@ -21,6 +21,7 @@ from services.hmm.memory import BusSegment, DeviceMemory
 PENDING_MAX: Final = 128  # connections that have not said who they are
 PENDING_S: Final = 5.0  # that they have for it
 _RECEIVE_MS: Final = 1_000
+_SEND_MS: Final = 2_000  # a rank that asked and does not read must not hold up the loop for longer
 
 
 class _Fds:
@@ -169,7 +170,7 @@ class Attachments:
         if request.slot in self.by_slot:
             other = self.by_slot[request.slot]
             raise Conflict(f"slot {request.slot} is held by {other.incarnation}, which is alive")
-        channel.send(reply, () if request.resume else fds)
+        channel.send(reply, () if request.resume else fds, deadline_ms=_SEND_MS)
         self.by_slot[request.slot] = Attached(channel, request.rank, request.slot, request.incarnation)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from common.config import HmmConfig
 from common.devices.host import HostDevice
 from common.devices.rules import SPACES
 from common.layout import Layout
-from common.protocol.errors import ConfigError, DeviceError
+from common.protocol.errors import ConfigError, DeviceError, Unavailable
 from common.telemetry import Logger
 from services.hmm.catalog import Catalog, DeviceEntry, Loaded, check_integrity, decode, encode
 from services.hmm.memory import BusSegment, DeviceMemory, default_budget
@@ -44,15 +44,13 @@ class Holdings:
         Raises ConfigError where what it holds does not match the configuration; ElasticMoEError of the keeper channel.
         """
         kept = self._parking.fetch()
-        is_adopted = False
+        names = list(kept)
         try:
             is_adopted = self._adopt(kept)
         finally:
-            for name, fd in kept.items():  # _adopt takes out what it keeps
+            for fd in kept.values():  # _adopt takes out what it keeps
                 os.close(fd)
-                if not is_adopted:
-                    self._log.debug("dropped", name=name)
-        for name in kept:
+        for name in kept if is_adopted else names:
             self._parking.forget(name)
         if not is_adopted:
             self._begin()
@@ -122,12 +120,19 @@ class Holdings:
     # ---- A model's way in
 
     def prepare(self, layout: Layout) -> BusSegment:
-        """Make and park the descriptors that a load of `layout` will fill: all before any of them is in a catalog."""
-        self.segment = BusSegment(os.memfd_create("bus", os.MFD_CLOEXEC))
-        for slot in layout.slots:
-            self.doorbells[slot] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        for seat in layout.seats:
-            self.memories[seat.device].device.create_files()
+        """Make and park the descriptors that a load of `layout` will fill: all before any of them is in a catalog.
+
+        Raises Unavailable at the limit of open files.
+        """
+        try:
+            self.segment = BusSegment(os.memfd_create("bus", os.MFD_CLOEXEC))
+            for slot in layout.slots:
+                self.doorbells[slot] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            for seat in layout.seats:
+                self.memories[seat.device].device.create_files()
+        except OSError as error:
+            self.discard()
+            raise Unavailable(f"no descriptors for {len(layout.seats)} seats: {error.strerror}") from None
         self._park_all()
         return self.segment
 

@@ -110,9 +110,9 @@ class Parking:
             kept = self.fetch(deadline_ms=_RETRY_MS)
             _close(kept.values())
             for name in sorted(set(kept) - set(self._wanted)):
-                self._call(Forget(name))
+                self._call(Forget(name), deadline_ms=_RETRY_MS)
             for name in sorted(self._wanted, key=lambda name: (name == CATALOG, name)):
-                self._call(Keep(name), (self._wanted[name],))
+                self._call(Keep(name), (self._wanted[name],), deadline_ms=_RETRY_MS)
         except ElasticMoEError as error:
             self.lose(error.message)
             return False

@@ -280,6 +280,7 @@ class Hmm:
             members=_slots(members),
             running=is_running,
             op_id=self._op_id(),
+            layout=holdings.loaded.layout if holdings.loaded else None,
         )
 
     def _device_status(self, name: str) -> DeviceStatus:

@@ -2,9 +2,8 @@
 
 What can go wrong, and who ends a stream then:
 - a rank says Failed: its error, or another try elsewhere when it is retryable and no token has come;
-- a rank is silent for LOST_S, or another incarnation speaks in its place and does not go on with the stream (a
-  replacement goes on with what the ledger holds) within ADOPT_S, or LOST_S while it is busy with others: another try
-  when no token has come, else `rank_lost`;
+- a rank is silent for LOST_S, or another incarnation speaks in its place and does not go on with the stream (it may:
+  the ledger holds what its predecessor did): another try when no token has come, else `rank_lost`;
 - tokens are missing for GAP_S: `rank_lost`;
 - the deadline passes: `deadline_exceeded`.
 A stream may move: tokens for it count whichever rank sends them, and it is that rank's from then on.
@@ -13,7 +12,6 @@ A stream may move: tokens for it count whichever rank sends them, and it is that
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +34,8 @@ from services.router.streams import Ending, Stream
 
 log = get_logger("router")
 
-ADOPT_S = 2.0
+EMPTY_S = 0.3  # patience with a new incarnation that says it has no requests
+ADOPT_S = 2.0  # and with one that has some, for a stream that can be submitted anew; others wait for LOST_S
 GAP_S = 2.0
 SUBMITS_MAX = 3
 LEAVE_S = 5.0  # a link to a rank that left stays this long at least: the rank may come back
@@ -55,7 +54,7 @@ class Dispatcher:
         self._history = history
         self._identity = identity  # one for all links: whichever rank has the stream knows its router by it
         self._tasks: dict[RankId, asyncio.Task[None]] = {}
-        self._turns = itertools.count()
+        self._turn = 0
         metrics.watch(self.links, lambda: self.layout)
 
     # ---- layout ------------------------------------------------------------------------------------------------------
@@ -112,6 +111,7 @@ class Dispatcher:
 
     def open(self, stream: Stream, now: float) -> None:
         """Accept a stream and submit it. Raises Unavailable when no replica takes it: then it was not accepted."""
+        self._turn += 1
         link = self._submit(stream, self.candidates(now))
         self._metrics.accepted(len(stream.submit.prompt))
         self._history.accepted(
@@ -122,7 +122,7 @@ class Dispatcher:
         )
 
     def _submit(self, stream: Stream, candidates: list[Candidate]) -> RankLink:
-        rank, reason = decide(candidates, next(self._turns))
+        rank, reason = decide(candidates, self._turn)
         if rank is None:
             raise Unavailable(reason, code="not_ready")
         link = self.links[rank]
@@ -190,6 +190,7 @@ class Dispatcher:
         """One message of a rank. Whatever it says, the loop goes on."""
         if link.hear(received, now):
             log.warning("another process speaks for the rank", rank=link.rank, sender=received.sender)
+            link.watch(now)
         body = received.body
         if isinstance(body, Tokens):
             for delta in body.deltas:
@@ -271,9 +272,8 @@ class Dispatcher:
         if not link.streams:
             return
         is_silent, changed_s = link.silent_s(now) > LOST_S, now - link.changed_at
-        has_none = link.status is not None and link.status.running + link.status.waiting == 0
         for stream in list(link.streams.values()):
-            patience_s = ADOPT_S if stream.is_untouched or has_none else LOST_S
+            patience_s = EMPTY_S if link.has_no_requests else ADOPT_S if stream.is_untouched else LOST_S
             is_orphan = stream.sender != link.sender and changed_s > patience_s
             if is_silent or is_orphan:
                 self._retry_or_fail(stream, _lost(link.rank), now, avoid=link.rank if is_silent else None)

@@ -42,6 +42,7 @@ class RankLink:
         self.changed_at = now
         self.left_at: float | None = None
         self._status_at = -WATCH_EVERY_S
+        self._status_sender = ""
         self._progress_at = now
         self._watched_at = -WATCH_EVERY_S
         self._client: AsyncClient[ToRouter] = AsyncClient(path, identity, CODEC)
@@ -50,6 +51,12 @@ class RankLink:
     def num_bad(self) -> int:
         """Messages that could not be decoded."""
         return self._client.num_bad
+
+    @property
+    def has_no_requests(self) -> bool:
+        """The present incarnation says so; what its predecessor said does not count."""
+        status = self.status if self._status_sender == self.sender else None
+        return status is not None and status.running + status.waiting == 0
 
     def send(self, body: Message) -> int:
         """Queue a message; returns its seq. Raises Unavailable when the rank does not take messages."""
@@ -74,7 +81,8 @@ class RankLink:
             return False
         is_change = self.sender != ""
         self.sender, self.changed_at, self._progress_at = received.sender, now, now
-        self.status = None
+        self._status_at = self._watched_at = -WATCH_EVERY_S  # it does not know this router yet: ask at once
+        self._status_sender = ""
         return is_change
 
     def report(self, status: RankStatus, now: float) -> None:
@@ -82,7 +90,7 @@ class RankLink:
         last = self.status
         if last is None or status.progress != last.progress or status.running + status.waiting == 0:
             self._progress_at = now
-        self.status, self._status_at = status, now
+        self.status, self._status_at, self._status_sender = status, now, self.sender
 
     def watch(self, now: float) -> None:
         """Ask for a status when none came for WATCH_EVERY_S."""
@@ -99,7 +107,7 @@ class RankLink:
         return now - self.heard_at
 
     def candidate(self, now: float) -> Candidate | None:
-        """What the balancer may know; None before an incarnation's first status and for a rank that left.
+        """What the balancer may know; None before the first status and for a rank that left.
 
         Statuses lag behind by up to a tenth of a second, so the router's own count of what it sent counts where it is
         larger: otherwise a burst would go to one replica.

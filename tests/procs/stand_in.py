@@ -20,7 +20,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-_GRACE_S = 2.0
+_GRACE_S = {"slow": 60.0}  # by name; others:
+_GRACE_S_DEFAULT = 2.0
 
 
 def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
@@ -35,7 +36,7 @@ def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
         return [
             store_spec(settings.scaler)
             if behaviour == "store"
-            else ChildSpec(name, (sys.executable, "-m", "tests.procs.stand_in", "child", behaviour), _GRACE_S)
+            else ChildSpec(name, (sys.executable, "-m", "tests.procs.stand_in", "child", behaviour), _GRACE_S.get(name, _GRACE_S_DEFAULT))
             for name, behaviour in behaviours.items()
         ]
 

@@ -181,10 +181,10 @@ def test_what_the_scaler_says_ends_the_start(start: Start) -> None:
 
 
 def test_a_start_has_a_deadline_and_tells_the_phase(start: Start) -> None:
-    run = start({**ALL, "scaler": "never"}, "--ready-timeout", "1.5")
+    run = start({**ALL, "scaler": "never"}, "--ready-timeout", "5")
     run.read("loading: 512 B of 1.00 KiB")
     assert run.end() == 1
-    assert "start_timeout: the deployment was not ready (loading) within 1.5 s" in run.lines[-1]
+    assert "start_timeout: the deployment was not ready (loading) within 5 s" in run.lines[-1]
 
 
 def test_sigterm_while_starting_stops_it_cleanly(start: Start, run_dir: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_group(start: Start, run
     run.read(SERVING)
     started = time.monotonic()
     assert run.stop() == 0
-    assert 2.0 <= time.monotonic() - started < 10.0
+    assert 2.0 <= time.monotonic() - started < 30.0
     text = "".join(run.lines)
     assert "hmm did not end within 2 s of SIGTERM; killed" in text
     assert f"logs are kept in {run_dir / 'logs'}" in text
@@ -259,12 +259,12 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_group(start: Start, run
 
 
 def test_a_second_signal_cuts_the_grace_short(start: Start) -> None:
-    run = start({"first": "idle", "hmm": "stubborn", "scaler": "scaler", "router": "router"})
+    run = start({"first": "idle", "slow": "stubborn", "scaler": "scaler", "router": "router"})
     run.read(SERVING)
     run.process.send_signal(signal.SIGINT)
-    run.read("stopping hmm")
+    run.read("stopping slow")
     run.process.send_signal(signal.SIGINT)
-    assert run.end(timeout_s=1.9) == 0
+    assert run.end(timeout_s=30) == 0  # its grace is a minute
 
 
 def test_a_run_directory_and_a_port_have_one_user(start: Start, run_dir: Path) -> None:

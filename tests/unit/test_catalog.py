@@ -228,4 +228,6 @@ def test_a_layout_with_foreign_experts_is_refused() -> None:
     spec = tiny_mixtral_spec()
     load = msgspec.structs.replace(LOAD, layout=initial_layout((5, 6), DEVICES[:2]))
     with pytest.raises(InvalidRequest, match=r"the layout places expert\.1\.5"):
-        size_devices(load, list(records(spec)), GEOMETRY, size_ledger(load, PAGE), PAGE, dict.fromkeys(DEVICES, 1 << 30))
+        size_devices(
+            load, list(records(spec)), GEOMETRY, size_ledger(load, PAGE), PAGE, dict.fromkeys(DEVICES, 1 << 30)
+        )

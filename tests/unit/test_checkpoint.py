@@ -441,7 +441,9 @@ def test_too_many_tensors_are_refused(world: World, copied: Path) -> None:
 
 
 @given(st.data())
-def test_no_flipped_bit_of_a_header_passes_unseen(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_no_flipped_bit_of_a_header_passes_unseen(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     directory = tmp_path_factory.mktemp("flip")
     shapes = {"a": (2, 3), "b": (4,)}
     save_file({name: torch.ones(shape) for name, shape in shapes.items()}, directory / SINGLE, metadata={"m": "v"})

@@ -4,7 +4,6 @@ import ctypes
 import mmap
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -129,10 +128,10 @@ def test_a_step_may_time_out_and_go_on(segment):
 def test_a_new_generation_frees_waiters(segment):
     hmm = segment.open()
     hmm.set_membership(1, 0b11, True)
-    rank = segment.join(0)
+    rank, peer = segment.join(0), segment.join(1)
 
     def publish():
-        time.sleep(0.02)
+        assert peer.idle_wait(1, LONG_MS)  # the rank waits
         hmm.set_membership(2, 0b11, False)
 
     error, _ = in_threads(lambda: rank.barrier(1, LONG_MS), publish)

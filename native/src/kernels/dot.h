@@ -151,6 +151,7 @@ void pack_rows(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth
 template <typename T>
 void product(const float* x, int64_t num_rows, const typename T::Element* w, int64_t num_cols, int64_t depth,
              float* out, int64_t out_stride, bool add) {
+  if (num_rows == 0) return;
   const int64_t x_stride = padded<T>(depth);
   const int64_t num_blocks = num_row_blocks(num_rows);
   const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(typename T::Element));

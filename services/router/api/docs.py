@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
-from services.router.api import health, schemas
+from services.router.api import schemas
 
 _REF = "#/components/schemas/"
 _ERRORS = {
@@ -46,13 +46,13 @@ def install(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = make()
             structs = [
-                kind
-                for module in (schemas, health)
-                for kind in vars(module).values()
-                if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+                kind for kind in vars(schemas).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
             ]
             _, components = msgspec.json.schema_components(structs, ref_template=_REF + "{name}")
-            document.setdefault("components", {})["schemas"] = components
+            document["components"] = {**document.get("components", {}), "schemas": components}
+            for path in document["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)  # the framework's; ours is 400
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -34,6 +34,7 @@ _STATUS_BY_CODE = {
 } | {
     "queue_full": 429,
     "context_length_exceeded": 400,
+    "parameters_too_large": 400,
     "request_timeout": 408,
     "method_not_allowed": 405,
     "unsupported_media_type": 415,

@@ -5,53 +5,14 @@ from __future__ import annotations
 import time
 from importlib.metadata import PackageNotFoundError, version
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 
 from services.router.api.docs import describe
 from services.router.api.errors import json_response
 from services.router.api.gate import front_of
+from services.router.api.schemas import Health, Load, Ready, ReplicaLoad, Version
 
 routes = APIRouter()
-
-
-class Health(msgspec.Struct, frozen=True):
-    """The process lives."""
-
-    status: str
-
-
-class Ready(msgspec.Struct, frozen=True):
-    """Whether a request would be served, and why (not). `phase`: `serving`, `waiting` for replicas, or `draining`."""
-
-    phase: str
-    reason: str
-
-
-class Version(msgspec.Struct, frozen=True):
-    """The software's version."""
-
-    version: str
-
-
-class ReplicaLoad(msgspec.Struct, frozen=True):
-    """One replica as the balancer sees it. `is_fresh`: it makes progress and gets new work."""
-
-    rank: str
-    requests: int
-    prompt_tokens_queued: int
-    kv_blocks_free: int
-    kv_blocks_total: int
-    is_fresh: bool
-
-
-class Load(msgspec.Struct, frozen=True):
-    """`server_load`: generations that run, of at most `limit`."""
-
-    server_load: int
-    limit: int
-    epoch: int
-    replicas: list[ReplicaLoad]
 
 
 @routes.get("/health", **describe(None, Health))

@@ -271,3 +271,42 @@ class ModelList(msgspec.Struct, frozen=True):
 
     object: str
     data: list[ModelCard]
+
+
+class Health(msgspec.Struct, frozen=True):
+    """The process lives."""
+
+    status: str
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """Whether a request would be served, and why (not). `phase`: `serving`, `waiting` for replicas, or `draining`."""
+
+    phase: str
+    reason: str
+
+
+class Version(msgspec.Struct, frozen=True):
+    """The software's version."""
+
+    version: str
+
+
+class ReplicaLoad(msgspec.Struct, frozen=True):
+    """One replica as the balancer sees it. `is_fresh`: it makes progress and gets new work."""
+
+    rank: str
+    requests: int
+    prompt_tokens_queued: int
+    kv_blocks_free: int
+    kv_blocks_total: int
+    is_fresh: bool
+
+
+class Load(msgspec.Struct, frozen=True):
+    """`server_load`: generations that run, of at most `limit`."""
+
+    server_load: int
+    limit: int
+    epoch: int
+    replicas: list[ReplicaLoad]

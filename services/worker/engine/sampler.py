@@ -1,7 +1,7 @@
 """From logits to tokens. Counter-based: the same (seed, position, logits) always choose the same token.
 
-Order of what changes a row: bias, tokens that may not come yet, penalties, temperature, min-p, top-k, top-p. Reported log
-probabilities are those of the logits as the model gave them.
+Order of what changes a row: bias, tokens that may not come yet, penalties, temperature, min-p, top-k, top-p. Reported
+log probabilities are those of the logits as the model gave them.
 
 Shape suffixes: B sequences, V vocabulary, N rows of a prompt.
 """

@@ -2,7 +2,7 @@
 
 Its next token depends on every value of the sequence's KV cache and on the weights of the experts that were routed to,
 and a few lines of plain Python compute it independently (tests/oracle.py). It uses the same batch, exchange, KV
-addresses and sampler as real models. All values are whole numbers below the modulus p < 2^16, exact in float32 on every way.
+addresses and sampler as real models. All values are whole numbers below the modulus p < 2^16, so float32 keeps them.
 
 Shape suffixes: N rows of a step, H hidden, D head_dim, E experts, K experts per token, R rows received, M logits,
 V vocabulary.

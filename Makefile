@@ -1,0 +1,87 @@
+# make up: a deployment from nothing. make test, make lint: what CI runs. Everything lives in .venv and build/.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# Further arguments for the installation of torch, such as --index-url https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+# Arguments for `elasticmoe up`, such as --port 9000 --replicas 1
+UP ?=
+# Arguments for pytest, such as -k launcher
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/.installed
+NATIVE := $(shell find native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+CPP := $(filter %.cpp %.h,$(NATIVE))
+# Tools of the virtual environment (cmake, ninja, ctest) come first.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install up down test test-fast lint format native-test bench compose-test clean
+
+help:
+	@echo 'install       virtual environment with everything; fast when nothing changed'
+	@echo 'up            serve the demo model at http://127.0.0.1:8000/v1 until Ctrl-C (UP="--port 9000")'
+	@echo 'down          stop the deployment of the default run directory'
+	@echo 'test          all tests but those that need a container engine (ARGS="-k launcher")'
+	@echo 'test-fast     unit tests'
+	@echo 'lint          ruff, mypy, clang-format, house rules'
+	@echo 'format        rewrite sources as lint wants them'
+	@echo 'native-test   C++ unit tests, plain and with sanitizers (ARGS="plain asan tsan")'
+	@echo 'bench         steady-state benchmark (ARGS="--models demo")'
+	@echo 'compose-test  compose.yaml for real; needs a container engine'
+	@echo 'clean         remove what was built; .venv stays'
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$$($(PYTHON) --version) is too old: 3.11 or newer is needed (make PYTHON=python3.12)" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo 'no C++ compiler: install g++ or clang++ with C++20' >&2; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet $(TORCH_INDEX) '$(TORCH)'
+	$(PIP) install --quiet 'cmake>=3.25' ninja
+	$(PIP) install --quiet --editable '.[test,lint,bench]'
+	@touch $@
+
+up: install
+	$(BIN)/elasticmoe up --model demo $(UP)
+
+down: install
+	$(BIN)/elasticmoe down
+
+test: install
+	$(BIN)/python -m pytest -m 'not compose' $(ARGS)
+
+test-fast: install
+	$(BIN)/python -m pytest tests/unit tests/test_tidy.py -n 2 $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p common -p services -p cli
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/python -m pytest -q tests/test_tidy.py
+
+format: install
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+native-test: install
+	bash native/run_tests.sh $(ARGS)
+
+bench: install
+	$(BIN)/elasticmoe bench serve $(ARGS)
+
+compose-test:
+	bash deploy/compose_test.sh
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

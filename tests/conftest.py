@@ -1,0 +1,88 @@
+"""Fixtures of all tests: models that are made once, whole deployments, and the proof that a test leaks nothing."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.procs.deployment import Deployment
+from tests.procs.waiting import wait_until
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`model_folder("oracle")`: the folder of a small named model, made at its first use."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        from cli.models import make_model  # loads torch, which most tests do not need
+
+        path = root / name
+        return path if path.is_dir() else make_model(name, path)
+
+    return folder
+
+
+@pytest.fixture
+def deploy(model_folder: Callable[[str], Path]) -> Iterator[Callable[..., Deployment]]:
+    """`deploy("oracle", replicas=3, kv_bytes=1 << 20)`: a deployment that serves. The test calls its `stop`; one that
+    it leaves running is stopped here, with the same checks."""
+    deployments: list[Deployment] = []
+
+    def start(model: str = "oracle", **settings: object) -> Deployment:
+        deployments.append(Deployment(model_folder(model), **settings))  # type: ignore[arg-type]
+        return deployments[-1].wait_ready()
+
+    yield start
+    running = [deployment for deployment in deployments if deployment.launcher.poll() is None]
+    try:
+        for deployment in running:
+            deployment.stop()
+    finally:
+        for deployment in deployments:
+            deployment.discard()
+
+
+@pytest.fixture(autouse=True)
+def _no_leak(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests with real processes leave no descriptor, thread, shared memory or child process in ours (promise P17)."""
+    if request.node.get_closest_marker("procs") is None:
+        yield
+        return
+    before = _resources()
+    yield
+
+    def leaked() -> dict[str, set[str]]:
+        return {what: new - before[what] for what, new in _resources().items() if new - before[what]}
+
+    try:
+        # What was closed may take a moment to go: a thread that was told to end, a child that was killed.
+        wait_until(lambda: not leaked(), "nothing leaked", 5.0)
+    except AssertionError:
+        pytest.fail(f"the test leaked {leaked()}")
+
+
+def _resources() -> dict[str, set[str]]:
+    """What this process holds: descriptors by number and target, threads, living children; and shared memory files."""
+    descriptors = set()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            descriptors.add(f"{fd} -> {os.readlink(f'/proc/self/fd/{fd}')}")
+        except OSError:
+            continue  # the listing's own
+    children = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            children |= set((task / "children").read_text().split())
+        except OSError:
+            continue  # the thread ended
+    return {
+        "descriptors": descriptors,
+        "threads": {f"{thread.name}-{thread.ident}" for thread in threading.enumerate()},
+        "shared memory": {entry.name for entry in Path("/dev/shm").iterdir()},
+        "children": children,
+    }

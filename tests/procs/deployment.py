@@ -1,0 +1,209 @@
+"""A whole deployment as a test wants it: `elasticmoe up` on free ports in a run directory of its own, and a `stop` that
+proves that nothing was left behind and that every accepted request ended exactly once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cli.record import DeploymentRecord, read_record
+from common.config import environment_of
+from tests.history import Report, check_history
+from tests.procs.waiting import processes_of, wait_until
+
+ROOT = Path(__file__).parent.parent.parent
+READY_SECONDS_MAX = 120.0
+STOP_SECONDS_MAX = 60.0
+_LOG_TAIL_LINES = 30
+
+
+class Deployment:
+    """One deployment. Owns its launcher and its run directory until `stop` or `discard`.
+
+    `settings` are fields of common.config by name (`kv_bytes=1 << 20`); `flags` are further flags of `up`. The history
+    is on. The launcher is a child of the test, in the foreground, so that its end is seen at once.
+    """
+
+    def __init__(
+        self,
+        model: Path | str,
+        *,
+        replicas: int = 2,
+        devices: int | None = None,
+        dtype: str = "float32",
+        flags: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="em-"))  # short: socket paths have a limit
+        self.run_dir = self._folder / "run"
+        self.output_path = self._folder / "output"
+        self.report: Report | None = None
+        self._shared_memory = _shared_memory()
+        fixed = {"history": "true", "replicas": replicas, "devices": f"host:{devices or replicas}", "dtype": dtype}
+        fixed |= {"kv_bytes": 16 << 20, "device_bytes": 512 << 20}
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELASTICMOE_")}
+        up = ["up", "--model", str(model), "--run-dir", str(self.run_dir), "--port", "0", "--admin-port", "0"]
+        up += ["--keep-logs", "--ready-timeout", str(READY_SECONDS_MAX), *flags]
+        with open(self.output_path, "wb") as output:
+            self.launcher = subprocess.Popen(
+                [sys.executable, "-m", "cli.main", *up],
+                cwd=ROOT,
+                env=inherited | environment_of({**fixed, **settings}) | dict(environment or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_ready(self) -> Deployment:
+        """Wait until it serves. Fails the test with the logs' ends when it does not."""
+
+        def is_ready() -> bool:
+            if self.launcher.poll() is not None:
+                raise AssertionError(f"`up` ended with code {self.launcher.returncode}\n{self.explain()}")
+            record = read_record(self.run_dir)
+            return record is not None and record.state == "serving"
+
+        try:
+            wait_until(is_ready, "deployment ready", READY_SECONDS_MAX + 30)
+        except AssertionError:
+            self.discard()
+            raise
+        return self
+
+    # ---- what a test asks -------------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> DeploymentRecord:
+        """What the launcher wrote last."""
+        record = read_record(self.run_dir)
+        assert record is not None, "there is no deployment.json"
+        return record
+
+    @property
+    def base_url(self) -> str:
+        """The router's address, without /v1."""
+        return self.record.url
+
+    @property
+    def admin_url(self) -> str:
+        """The scaler's address."""
+        return self.record.admin_url
+
+    @property
+    def token(self) -> str:
+        """The admin token."""
+        return (self.run_dir / "secrets/admin.token").read_text().strip()
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of the launcher's children by name: store, keeper, hmm, pool, scaler, router."""
+        return {process.name: process.pid for process in self.record.processes}
+
+    def admin(self, path: str) -> Any:
+        """GET a JSON document of the admin listener."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        answer = httpx.get(self.admin_url + path, headers=headers, timeout=10, trust_env=False)
+        answer.raise_for_status()
+        return answer.json()
+
+    def rank_pids(self) -> dict[str, int]:
+        """Process ids of the ranks that are ready, by name (`r0t0`)."""
+        ranks = self.admin("/v1/layout")["ranks"]
+        return {f"r{rank['replica']}t{rank['tp']}": rank["pid"] for rank in ranks if rank["ready"]}
+
+    def log(self, name: str) -> str:
+        """What a child logged so far."""
+        path = self.run_dir / "logs" / f"{name}.log"
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+    def output(self) -> str:
+        """What the launcher printed so far."""
+        return self.output_path.read_text(errors="replace")
+
+    def history(self, *, is_running: bool = True) -> Report:
+        """The router's history so far, checked."""
+        return check_history(self.run_dir / "logs/history-router.jsonl", is_running=is_running)
+
+    def explain(self) -> str:
+        """The ends of all logs, for a failing test."""
+        parts = [f"--- launcher\n{_tail(self.output())}"]
+        for path in sorted((self.run_dir / "logs").glob("*.log")):
+            parts.append(f"--- {path.stem}\n{_tail(path.read_text(errors='replace'))}")
+        return "\n".join(parts)
+
+    # ---- what a test does -------------------------------------------------------------------------------------------
+
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int:
+        """Send a signal to a child of the launcher, or to a rank by its name. Returns the process id."""
+        pid = self.pids.get(name) or self.rank_pids()[name]
+        os.kill(pid, number)
+        return pid
+
+    def wait_restarted(self, name: str, old_pid: int, timeout_s: float = 30.0) -> int:
+        """Wait until the launcher has started `name` again; its new process id."""
+
+        def new_pid() -> int | None:
+            pid = self.pids.get(name)
+            return pid if pid != old_pid else None
+
+        pid = wait_until(new_pid, f"{name} restarted", timeout_s)
+        assert pid is not None
+        return pid
+
+    def wait_serving(self, timeout_s: float = 60.0) -> None:
+        """Wait until both listeners say that they are ready, as after a restart."""
+
+        def are_ready() -> bool:
+            try:
+                urls = (f"{self.admin_url}/ready", f"{self.base_url}/ready")
+                return all(httpx.get(url, timeout=5, trust_env=False).status_code == 200 for url in urls)
+            except httpx.HTTPError:
+                return False
+
+        wait_until(are_ready, "both listeners ready", timeout_s)
+
+    def stop(self, *, is_clean: bool = True) -> Report:
+        """SIGTERM, and what must hold then: exit status 0, no process, no socket, no shared memory, no state, every
+        accepted request ended once. `is_clean` False: children may end with another code than 0. Removes everything.
+        """
+        try:
+            self.launcher.send_signal(signal.SIGTERM)
+            code = self.launcher.wait(STOP_SECONDS_MAX)
+            assert code == 0, f"the launcher ended with code {code}\n{self.explain()}"
+            assert not processes_of(self.run_dir), f"left running: {processes_of(self.run_dir)}"
+            assert {entry.name for entry in self.run_dir.iterdir()} == {"launcher.lock", "logs"}
+            left = _shared_memory() - self._shared_memory
+            assert not left, f"left in /dev/shm: {left}"
+            if is_clean:
+                stopping = self.output().rpartition("stopping router")[2]
+                assert " ended with " not in stopping, f"a child did not stop cleanly\n{self.explain()}"
+            self.report = self.history(is_running=False)
+            return self.report
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Kill and remove whatever is left. Idempotent."""
+        if self.launcher.poll() is None:
+            self.launcher.kill()
+            self.launcher.wait()
+        wait_until(lambda: not processes_of(self.run_dir), "no process left", 10.0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _shared_memory() -> set[str]:
+    return {entry.name for entry in Path("/dev/shm").iterdir()}
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.splitlines()[-_LOG_TAIL_LINES:])

@@ -1,0 +1,259 @@
+"""A keeper and an HMM as real processes, and a test that plays the scaler and the ranks towards them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.config import HmmConfig, environment_of
+from common.devices.base import ProcessRules, Range, Token
+from common.devices.host import HostDevice
+from common.families import load_spec, parse_spec, records
+from common.fdchannel import Channel, connect
+from common.layout import Layout, RankId, initial_layout
+from common.model_spec import RecordKey
+from common.protocol import scaler
+from common.protocol.codec import Message
+from common.protocol.errors import ElasticMoEError
+from common.protocol.handles import TO_RANK, Attach, AttachReply, Extent
+from common.protocol.hmm import CheckIntegrity, GetHmmStatus, LoadModel, SetMembership
+from common.protocol.replies import Ack, Refused
+from common.protocol.scaler import HmmStatus, Integrity
+from common.transport import Client, new_identity
+from native import host
+from native.bus import Bus
+from native.ledger import Ledger
+from tests.procs.waiting import wait_until
+
+ROOT = Path(__file__).parent.parent.parent
+CALL_MS = 10_000
+
+
+class Deployment:
+    """One run directory. `close` ends every process and removes it."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.run_dir = Path(tempfile.mkdtemp(prefix="em-"))
+        defaults = {"run_dir": str(self.run_dir), "devices": "host:2", "device_bytes": 64 << 20}
+        self.settings: dict[str, Any] = {**defaults, **settings}
+        self.config = msgspec.convert(self.settings, HmmConfig)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._clients: list[Client[Any]] = []
+        self.keeper: subprocess.Popen[bytes] | None = None
+        self.hmm: subprocess.Popen[bytes] | None = None
+
+    def spawn(self, module: str, **settings: Any) -> subprocess.Popen[bytes]:
+        """Start a service; what it writes to stderr is `log_of` it."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("ELASTICMOE_")}
+        with open(self.run_dir / f"err-{len(self._processes)}", "wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module],
+                cwd=ROOT,
+                env=environment | environment_of({**self.settings, **settings}),
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+            )
+        self._processes.append(process)
+        return process
+
+    def log_of(self, process: subprocess.Popen[bytes]) -> str:
+        """What a process wrote to stderr so far."""
+        return (self.run_dir / f"err-{self._processes.index(process)}").read_text()
+
+    def start_keeper(self) -> None:
+        """Start a keeper and wait until it listens."""
+        self.keeper = process = self.spawn("services.hmm.keeper")
+        wait_until(lambda: "keeper ready" in self.log_of(process), "the keeper starts")
+
+    def start_hmm(self, **settings: Any) -> None:
+        """Start an HMM and wait until it serves."""
+        self.hmm = process = self.spawn("services.hmm", **settings)
+        wait_until(lambda: "hmm ready" in self.log_of(process) or process.poll() is not None, "the HMM starts")
+        assert process.poll() is None, self.log_of(process)
+
+    def kill_hmm(self) -> None:
+        """kill -9."""
+        assert self.hmm is not None
+        self.hmm.kill()
+        self.hmm.wait(10)
+
+    def client(self, epoch: int = 1) -> Client[Any]:
+        """A new scaler."""
+        client = Client(self.config.socket("hmm"), new_identity("scaler"), scaler.CODEC)
+        client.epoch = epoch
+        self._clients.append(client)
+        return client
+
+    def call(self, body: Message, epoch: int = 1) -> Any:
+        """One question of a new scaler. Raises the refusal."""
+        return self.client(epoch).call(body, deadline_ms=CALL_MS)[0]
+
+    def refusal(self, body: Message, epoch: int = 1) -> str:
+        """The code with which the HMM refuses."""
+        try:
+            self.call(body, epoch)
+        except ElasticMoEError as error:
+            return error.code
+        raise AssertionError(f"{body} was not refused")
+
+    def status(self) -> HmmStatus:
+        """The HMM's status, its figures checked."""
+        status = self.call(GetHmmStatus())
+        assert isinstance(status, HmmStatus)
+        for device in status.devices:
+            assert device.weights + device.kv + device.other + device.free == device.budget
+        return status
+
+    def wait_phase(self, phase: str) -> HmmStatus:
+        """Wait until the HMM is in `phase`."""
+
+        def reached() -> HmmStatus | None:
+            status = self.status()
+            assert status.phase in ("loading", phase), status
+            return status if status.phase == phase else None
+
+        return wait_until(reached, f"phase {phase}", 30.0)
+
+    def integrity(self, checksums: bool = False) -> Integrity:
+        """The HMM's findings."""
+        answer = self.call(CheckIntegrity(checksums))
+        assert isinstance(answer, Integrity)
+        return answer
+
+    def load(self, directory: Path, **changes: Any) -> LoadModel:
+        """Load a checkpoint on both devices and wait until it is ready."""
+        request = load_message(directory, **changes)
+        assert isinstance(self.call(request), Ack)
+        self.wait_phase("ready")
+        return request
+
+    def members(self, *slots: int, running: bool = True, epoch: int = 1) -> Any:
+        """Publish membership."""
+        return self.call(SetMembership(slots, running), epoch)
+
+    def stop(self, process: subprocess.Popen[bytes] | None) -> int:
+        """SIGTERM and wait; the exit code."""
+        assert process is not None
+        process.send_signal(signal.SIGTERM)
+        return process.wait(10)
+
+    def close(self) -> None:
+        """End all."""
+        for client in self._clients:
+            client.close()
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait(10)
+        shutil.rmtree(self.run_dir)
+
+
+def load_message(directory: Path, **changes: Any) -> LoadModel:
+    """A LoadModel for two devices."""
+    counts = load_spec(directory, "float32").num_experts_by_layer if (directory / "config.json").exists() else (2,)
+    layout: Layout = initial_layout(counts, ["host:0", "host:1"])
+    request = LoadModel("load-1", str(directory), "float32", layout, 16, 4 << 20, 32, 4, 64)
+    return msgspec.structs.replace(request, **changes)
+
+
+class Rank:
+    """One seat's memory as a rank maps it, in the test's own process. `close` is its death."""
+
+    def __init__(self, deployment: Deployment, slot: int, **changes: Any) -> None:
+        """Attach. Raises the HMM's refusal."""
+        self.request = msgspec.structs.replace(
+            Attach(RankId(slot, 0), slot, f"host:{slot}", f"r{slot}:{os.urandom(4).hex()}"), **changes
+        )
+        self.device = HostDevice(self.request.device, 4096, rules=ProcessRules())
+        self.channel = connect(deployment.config.socket("handles"), new_identity("rank"), TO_RANK)
+        try:
+            self.reply, self.fds = receive(self.channel, self.request)
+        except BaseException:
+            self.channel.close()
+            raise
+        self.records = {item.key: self._map(item.extent, False) for item in self.reply.records}
+        self.kv = [self._map(extent, True) for extent in self.reply.kv]
+        self._bus, self._ledger = self._map(self.reply.bus, True), self._map(self.reply.ledger, True)
+        self.bus = Bus(self._bus.base, self._bus.nbytes, slot)
+        self.ledger = Ledger(self._ledger.base, self._ledger.nbytes)
+
+    def _map(self, extent: Extent, writable: bool) -> Range:
+        range_ = self.device.reserve(extent.nbytes)
+        self.device.map(
+            range_, 0, self.device.import_(Token(self.fds[extent.fd], extent.offset, extent.nbytes)), writable
+        )
+        return range_
+
+    def resume(self, deployment: Deployment) -> None:
+        """Introduce the living rank to a restarted HMM."""
+        self.channel.close()
+        self.channel = connect(deployment.config.socket("handles"), new_identity("rank"), TO_RANK)
+        _, fds = receive(self.channel, msgspec.structs.replace(self.request, resume=True))
+        assert fds == []
+
+    def checksums(self) -> dict[str, int]:
+        """Hash of each record as this process sees it, named as the HMM names them."""
+        return {
+            f"{self.request.device}/{key}": host.checksum(range_.base, range_.nbytes)
+            for key, range_ in self.records.items()
+        }
+
+    def bytes_of(self, key: RecordKey, offset: int, nbytes: int) -> bytes:
+        """A part of a record."""
+        return bytes(self.device.view(self.records[key], offset, nbytes))
+
+    def is_rung(self) -> bool:
+        """Whether the own doorbell rang since it was last asked."""
+        fd = self.fds[self.reply.doorbells[self.reply.slots.index(self.request.slot)]]
+        try:
+            return os.eventfd_read(fd) > 0
+        except BlockingIOError:
+            return False
+
+    def close(self) -> None:
+        """Die."""
+        self.channel.close()
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+        del self.bus, self.ledger
+        self.device.close()
+
+
+def receive(channel: Channel[AttachReply | Refused], request: Attach) -> tuple[AttachReply, list[int]]:
+    """Ask to be attached. Raises the refusal."""
+    channel.send(request)
+    received, fds = channel.receive(deadline_ms=CALL_MS)
+    if isinstance(received.body, Refused):
+        raise ElasticMoEError(received.body.message, code=received.body.code)
+    return received.body, fds
+
+
+def hollow_checkpoint(directory: Path, config: dict[str, Any], stored: str = "F32") -> Path:
+    """A checkpoint of zeros that takes no disk space, however large: for loads that last a while."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    header, at = {}, 0
+    size = 4 if stored == "F32" else 2
+    for record in records(parse_spec(config, "float32")):
+        for source in (source for tensor in record.tensors for source in tensor.sources):
+            nbytes = size
+            for dim in source.shape:
+                nbytes *= dim
+            header[source.name] = {"dtype": stored, "shape": list(source.shape), "data_offsets": [at, at + nbytes]}
+            at += nbytes
+    raw = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + at)
+    return directory

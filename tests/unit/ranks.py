@@ -1,0 +1,182 @@
+"""Ranks without processes: models over plain memory, joined by a real bus, each in a thread while a step runs."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from common.families import load_spec, record, records
+from common.layout import initial_layout
+from common.model_spec import DTYPE_BYTES, ModelSpec, RecordKey, RecordSpec, TensorSpec, kv_geometry, round_up
+from native.bus import Bus, bus_bytes, format_bus
+from services.worker.exchange.shm import ShmExchange
+from services.worker.model.batch import Batch, Part
+from services.worker.model.registry import Model, build_model
+from services.worker.model.weights import KvCache, RankWeights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEADLINE_MS = 20_000.0
+GRANULARITY = 4096
+
+
+class Checkpoint:
+    """All tensors of a checkpoint folder, by name."""
+
+    def __init__(self, directory: Path) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self.tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def make(self, described: TensorSpec) -> torch.Tensor:
+        sources = [self.tensors[source.name] for source in described.sources]
+        assert [tuple(tensor.shape) for tensor in sources] == [source.shape for source in described.sources]
+        return torch.cat(sources).to(DTYPES[described.dtype]).contiguous()
+
+    def record(self, described: RecordSpec) -> dict[str, torch.Tensor]:
+        return {tensor.name: self.make(tensor) for tensor in described.tensors}
+
+
+def load_experts(checkpoint: Checkpoint, spec: ModelSpec, layer: int, held: set[int]) -> dict[str, torch.Tensor]:
+    """Strided tensors over slots for all experts; the slots of those not held are full of NaN."""
+    described = record(spec, RecordKey("expert", layer, 0))
+    stride = round_up(described.nbytes, GRANULARITY)
+    count = spec.num_experts_by_layer[layer]
+    memory = torch.full((count * stride,), 0xFF, dtype=torch.uint8)
+    slots = {}
+    for tensor in described.tensors:
+        typed = memory.view(DTYPES[tensor.dtype])
+        size = DTYPE_BYTES[tensor.dtype]
+        inner = [int(n) for n in torch.empty(tensor.shape, device="meta").stride()]
+        slots[tensor.name] = typed.as_strided((count, *tensor.shape), (stride // size, *inner), tensor.offset // size)
+    for expert in held:
+        for name, tensor in checkpoint.record(record(spec, RecordKey("expert", layer, expert))).items():
+            slots[name][expert] = tensor
+    return slots
+
+
+def load_weights(
+    checkpoint: Checkpoint, spec: ModelSpec, held: Sequence[set[int]], *, num_blocks: int, block_size: int
+) -> RankWeights:
+    """A rank's weights in plain memory, and a KV cache full of NaN: what is read must have been written."""
+    geometry = kv_geometry(spec, block_size, GRANULARITY)
+    kv = torch.full((num_blocks * geometry.block_stride // 4,), float("nan"))
+    keep_alive.append(kv)
+    by_key = {described.key: described for described in records(spec)}
+    return RankWeights(
+        spec,
+        checkpoint.record(by_key[RecordKey("base")]),
+        [checkpoint.record(by_key[RecordKey("layer", layer)]) for layer in range(spec.num_layers)],
+        [
+            load_experts(checkpoint, spec, layer, held[layer]) if count else {}
+            for layer, count in enumerate(spec.num_experts_by_layer)
+        ],
+        KvCache(kv.data_ptr(), num_blocks, geometry),
+    )
+
+
+keep_alive: list[torch.Tensor] = []  # KV memory, which weights know by its address only
+
+
+class Ranks:
+    """`size` ranks of one model. Each has all non-expert weights, its share of the experts and a KV cache of its own."""
+
+    def __init__(
+        self, directory: Path, size: int, *, dtype: str = "float32", max_tokens: int = 64, block_size: int = 4
+    ) -> None:
+        self.spec = load_spec(directory, dtype)
+        self.block_size = block_size
+        self.layout = initial_layout(self.spec.num_experts_by_layer, [f"device{i}" for i in range(size)])
+        checkpoint = Checkpoint(directory)
+        shape = (size, max_tokens, self.spec.hidden, self.spec.moe.top_k)
+        nbytes = bus_bytes(*shape)
+        self._segment = mmap.mmap(-1, nbytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._segment))
+        format_bus(address, nbytes, *shape)
+        Bus(address, nbytes).set_membership(1, (1 << size) - 1, True)
+        self.models: list[Model] = []
+        self.weights: list[RankWeights] = []
+        self._exchanges: list[ShmExchange] = []
+        for slot in range(size):
+            bus = Bus(address, nbytes, slot)
+            bus.join(slot + 1)
+            held = [set(self.layout.experts_on(slot, layer)) for layer in range(self.spec.num_layers)]
+            self.weights.append(load_weights(checkpoint, self.spec, held, num_blocks=64, block_size=block_size))
+            self.models.append(build_model(self.weights[-1], max_tokens))
+            exchange = ShmExchange(bus, self.spec.num_experts_by_layer)
+            exchange.set_routing(1, [self.layout.owners(layer) for layer in range(self.spec.num_layers)])
+            self._exchanges.append(exchange)
+
+    def step(self, work: Sequence[Sequence[Part]]) -> list[torch.Tensor]:
+        """Logits of each rank's parts, all ranks in lockstep."""
+        total = sum(len(part.token_ids) for parts in work for part in parts)
+        results: list[torch.Tensor | BaseException] = [RuntimeError("never ran")] * len(work)
+
+        def run(rank: int) -> None:
+            try:
+                self._exchanges[rank].begin_step(total, DEADLINE_MS)
+                batch = Batch(work[rank], self.block_size)
+                results[rank] = self.models[rank].forward(batch, self._exchanges[rank]).clone()
+            except Exception as error:
+                results[rank] = error
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(work))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in results if isinstance(result, torch.Tensor)]
+
+
+class Stream:
+    """A sequence on one rank: its tokens so far and the blocks that it uses."""
+
+    def __init__(self, prompt: Sequence[int], blocks: Sequence[int]) -> None:
+        self.tokens = list(prompt)
+        self.blocks = list(blocks)
+        self.kv_len = 0
+
+    def part(self, count: int, num_logits: int) -> Part:
+        start = self.kv_len
+        return Part(self.tokens[start : start + count], start, self.blocks, num_logits)
+
+
+def generate(
+    ranks: Ranks, streams: Sequence[Sequence[Stream]], num_tokens: int, chunk: Callable[[int], int] = lambda _: 7
+) -> dict[int, torch.Tensor]:
+    """Run all streams (by rank) greedily until each has `num_tokens` new tokens; logits of every row, by id(stream).
+
+    `chunk(step)` is how many prompt tokens a stream may compute in a step.
+    """
+    ends = {id(stream): len(stream.tokens) + num_tokens for row in streams for stream in row}
+    logits: dict[int, list[torch.Tensor]] = {key: [] for key in ends}
+    for step in range(10_000):
+        active = [[s for s in row if len(s.tokens) < ends[id(s)]] for row in streams]
+        if not any(active):
+            break
+        counts = [[min(len(s.tokens) - s.kv_len, chunk(step)) for s in row] for row in active]
+        work = [[s.part(n, n) for s, n in zip(row, ns, strict=True)] for row, ns in zip(active, counts, strict=True)]
+        for row, ns, result in zip(active, counts, ranks.step(work), strict=True):
+            at = 0
+            for stream, count in zip(row, ns, strict=True):
+                logits[id(stream)].append(result[at : at + count])
+                at += count
+                stream.kv_len += count
+                if stream.kv_len == len(stream.tokens):
+                    stream.tokens.append(int(result[at - 1].argmax()))
+    return {key: torch.cat(rows) for key, rows in logits.items()}
+
+
+def write_config(directory: Path, fields: dict[str, object]) -> None:
+    """Write config.json."""
+    (directory / "config.json").write_text(json.dumps(fields), encoding="utf-8")

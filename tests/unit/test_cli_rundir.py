@@ -1,0 +1,183 @@
+"""The run directory: private, claimed by one launcher, cleared of what we made and of nothing else."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cli import record
+from cli.down import terminate
+from cli.record import DeploymentRecord, ProcessRecord, living_record, read_record, start_ticks, write_record
+from cli.rundir import RunDir, ensure_secret
+from common.config import HmmConfig
+from common.protocol.errors import ConfigError, Conflict
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="em-") as folder:
+        yield Path(folder) / "run"
+
+
+def prepare(path: Path) -> RunDir:
+    run_dir = RunDir(path)
+    run_dir.prepare(HmmConfig(run_dir=str(path)))
+    return run_dir
+
+
+def test_all_of_it_is_private_and_has_secrets(path: Path) -> None:
+    run_dir = prepare(path)
+    for folder in (path, *(entry for entry in path.iterdir() if entry.is_dir())):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700, folder
+    token = path / "secrets/admin.token"
+    assert (len(token.read_text()), stat.S_IMODE(token.stat().st_mode)) == (64, 0o600)
+    run_dir.remove(keep_logs=False)
+    assert not path.exists()
+
+
+def test_a_secret_is_made_once(path: Path) -> None:
+    prepare(path).release()
+    before = (path / "secrets/admin.token").read_text()
+    (path / "secrets/store.password").write_text("")  # cut off while it was written
+    run_dir = prepare(path)
+    assert (path / "secrets/admin.token").read_text() == before
+    assert len((path / "secrets/store.password").read_text()) == 64
+    run_dir.release()
+
+
+def test_ensure_secret_takes_others_rights_away(path: Path) -> None:
+    path.mkdir()
+    secret = path / "token"
+    secret.write_text("mine")
+    secret.chmod(0o644)
+    ensure_secret(secret)
+    assert (secret.read_text(), stat.S_IMODE(secret.stat().st_mode)) == ("mine", 0o600)
+
+
+def test_one_launcher_at_a_time(path: Path) -> None:
+    first = RunDir(path)
+    with pytest.raises(Conflict, match="is used by a running deployment") as refused:
+        RunDir(path)
+    assert refused.value.code == "already_running"
+    first.release()
+    RunDir(path).release()
+
+
+def test_a_claim_on_a_file_that_was_removed_is_made_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = RunDir(path)
+    real, opened = os.open, []
+
+    def open_late(name: str | Path, *args: int) -> int:
+        fd = real(name, *args)
+        if not opened:  # the first launcher ends between our open and our lock
+            opened.append(fd)
+            first.remove(keep_logs=False)
+            path.mkdir()
+        return fd
+
+    monkeypatch.setattr(os, "open", open_late)
+    second = RunDir(path)
+    monkeypatch.undo()
+    with pytest.raises(Conflict):
+        RunDir(path)
+    second.release()
+
+
+def test_a_folder_with_somebodys_files_is_refused_and_left_alone(path: Path) -> None:
+    (path / "logs").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="not elasticmoe's"):
+        RunDir(path)
+    assert list(path.iterdir()) == [path / "logs"]
+
+
+def test_what_is_not_ours_survives(path: Path) -> None:
+    run_dir = prepare(path)
+    (path / "notes.txt").write_text("x")
+    run_dir.remove(keep_logs=False)
+    assert list(path.iterdir()) == [path / "notes.txt"]
+
+
+def test_kept_logs_do_not_stop_the_next_start(path: Path) -> None:
+    run_dir = prepare(path)
+    (path / "logs/hmm.log").write_text("x")
+    run_dir.note_failure("start_failed: no")
+    run_dir.remove(keep_logs=True)
+    assert {entry.name for entry in path.iterdir()} == {"launcher.lock", "logs"}
+    again = prepare(path)
+    again.clear_logs()
+    assert list((path / "logs").iterdir()) == []
+    again.release()
+
+
+def test_a_claim_that_made_nothing_leaves_nothing(path: Path) -> None:
+    RunDir(path).release()
+    assert not path.exists()
+
+
+def test_another_users_folder_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: 4_242)
+    with pytest.raises(ConfigError, match="belongs to uid"):
+        RunDir(path)
+
+
+def test_left_over_sockets_and_state_go(path: Path) -> None:
+    run_dir = prepare(path)
+    for name in ("sockets/hmm.sock", "state/fence-hmm", "store/dump", "logs/hmm.log"):
+        (path / name).write_text("x")
+    run_dir.forget_state()
+    assert {entry.name for entry in path.iterdir()} == {"launcher.lock", "logs", "secrets"}
+    run_dir.release()
+
+
+def entry(launcher: ProcessRecord) -> DeploymentRecord:
+    return DeploymentRecord(
+        state="serving",
+        launcher=launcher,
+        processes=(),
+        model="/m",
+        served_name="m",
+        dtype="float32",
+        devices="host:2",
+        url="http://127.0.0.1:1",
+        admin_url="http://127.0.0.1:2",
+        port=1,
+        admin_port=2,
+        started_at=0.0,
+    )
+
+
+def test_the_record_survives_a_round_trip_and_is_private(path: Path) -> None:
+    path.mkdir()
+    assert read_record(path) is None
+    written = entry(ProcessRecord("launcher", os.getpid(), start_ticks(os.getpid()) or 0))
+    write_record(path, written)
+    assert read_record(path) == written == living_record(path)
+    assert stat.S_IMODE((path / record.FILE_NAME).stat().st_mode) == 0o600
+    (path / record.FILE_NAME).write_text('{"state": "serving"')
+    with pytest.raises(ConfigError, match="damaged"):
+        read_record(path)
+
+
+def test_a_reused_process_id_is_neither_alive_nor_signalled(path: Path) -> None:
+    path.mkdir()
+    impostor = ProcessRecord("launcher", os.getpid(), (start_ticks(os.getpid()) or 0) - 1)
+    assert not impostor.is_alive()
+    assert terminate(impostor, 0.0)  # had it been signalled, this test would be gone
+    write_record(path, entry(impostor))
+    assert living_record(path) is None
+
+
+def test_a_process_that_is_gone_has_no_start_time() -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert start_ticks(pid) is None  # a zombie
+    os.waitpid(pid, 0)
+    assert start_ticks(pid) is None

@@ -1,0 +1,236 @@
+"""Settings and checks of `elasticmoe up`: resolved once, refused clearly, before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli import checks, settings, up
+from cli.console import size
+from cli.probes import bind_once, free_port
+from common.protocol.errors import CheckpointError, ConfigError, DoesNotFit, ElasticMoEError, InvalidRequest
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("ELASTICMOE_")]:
+        monkeypatch.delenv(name)
+
+
+def flags(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    up.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def resolved(tmp_path: Path, *argv: str) -> settings.Settings:
+    return settings.from_flags(flags("--run-dir", str(tmp_path), *argv))
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("4GiB", 4 << 30), ("256 MiB", 256 << 20), ("1.5kib", 1536), ("77", 77), ("8B", 8)]
+)
+def test_sizes(text: str, nbytes: int) -> None:
+    assert settings.parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "4GB", "1e9", "4 GiB x", "nan"])
+def test_wrong_sizes_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="not a size"):
+        settings.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1536, "1.50 KiB"), (1023 << 20, "1.00 GiB"), (24 << 30, "24.0 GiB")],
+)
+def test_sizes_for_people(nbytes: int, text: str) -> None:
+    assert size(nbytes) == text
+
+
+def test_flags_come_before_the_environment_and_that_before_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ELASTICMOE_REPLICAS", "1")
+    monkeypatch.setenv("ELASTICMOE_PORT", "9000")
+    monkeypatch.setenv("ELASTICMOE_HOME", str(tmp_path / "home"))
+    found = resolved(tmp_path, "--port", "9001", "--kv-memory", "1MiB")
+    assert (found.scaler.replicas, found.router.port, found.scaler.kv_bytes) == (1, 9001, 1 << 20)
+    assert (found.scaler.admin_port, found.scaler.dtype) == (8100, "bfloat16")
+    environment = settings.child_environment(found)
+    assert (environment["ELASTICMOE_PORT"], environment["ELASTICMOE_REPLICAS"]) == ("9001", "1")
+    assert "ELASTICMOE_HOME" not in environment
+    assert os.environ["ELASTICMOE_HOME"] == str(tmp_path / "home")
+
+
+def test_children_resolve_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_file = tmp_path / "deployment.toml"
+    config_file.write_text('max_sequences = 7\nlog_level = "debug"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ELASTICMOE_CONFIG", "deployment.toml")
+    first = resolved(tmp_path, "--devices", "host:3", "--device-memory", "64MiB", "--port", "0")
+    environment = settings.child_environment(first)
+    monkeypatch.chdir("/")
+    for name in [name for name in os.environ if name.startswith("ELASTICMOE_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        if name.startswith("ELASTICMOE_"):
+            monkeypatch.setenv(name, value)
+    again = settings.from_flags(flags())
+    assert (again.scaler, again.router, again.hmm) == (first.scaler, first.router, first.hmm)
+    assert (first.scaler.max_sequences, first.scaler.log_level) == (7, "debug")
+
+
+def test_an_unknown_variable_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTICMOE_REPLICA", "1")
+    with pytest.raises(ConfigError, match="unknown setting 'replica'"):
+        resolved(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (("--devices", "cuda:2"), "devices"),
+        (("--replicas", "0"), "replicas"),
+        (("--port", "70000"), "port"),
+        (("--max-model-len", "1"), "max_model_len"),
+    ],
+)
+def test_values_out_of_bounds_are_refused(tmp_path: Path, argv: tuple[str, ...], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        resolved(tmp_path, *argv)
+
+
+def test_port_zero_becomes_two_free_ports(tmp_path: Path) -> None:
+    found = resolved(tmp_path, "--port", "0", "--admin-port", "0")
+    assert len({0, found.router.port, found.scaler.admin_port}) == 3
+    checks.check_ports(found)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:1"), ("::1", "http://[::1]:1"), ("localhost", "http://localhost:1")],
+)
+def test_urls(tmp_path: Path, host: str, url: str) -> None:
+    assert resolved(tmp_path, "--host", host, "--port", "1").url == url
+
+
+def test_a_listener_on_all_addresses_is_reached_on_loopback(tmp_path: Path) -> None:
+    everywhere = ".".join("0000")
+    assert resolved(tmp_path, "--host", everywhere, "--port", "1").url == "http://127.0.0.1:1"
+
+
+def test_two_deployments_in_one_external_store_have_two_names(tmp_path: Path) -> None:
+    names = {
+        resolved(tmp_path / name, "--store", "redis://127.0.0.1/0").scaler.deployment for name in ("one", "two", "one")
+    }
+    assert len(names) == 2
+    assert resolved(tmp_path).scaler.deployment == "default"
+
+
+def test_a_long_run_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="shorter run directory"):
+        settings.require_run_dir(resolved(tmp_path / ("x" * 100)))
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "text"),
+    [
+        (("--tp", "2"), "tp_unsupported", "--tp 2 exceeds the limit of 1"),
+        (("--replicas", "3", "--devices", "host:2"), "too_few_devices", "3 replicas of 1 need 3 devices.* has 2"),
+        (("--devices", "host:65"), "too_many_devices", "limit of 64"),
+    ],
+)
+def test_impossible_topologies_are_refused(tmp_path: Path, argv: tuple[str, ...], code: str, text: str) -> None:
+    with pytest.raises(InvalidRequest, match=text) as refused:
+        checks.check_topology(resolved(tmp_path, *argv))
+    assert refused.value.code == code
+
+
+def test_a_port_in_use_is_named_with_its_flag(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for flag, other in (("--port", "--admin-port"), ("--admin-port", "--port")):
+            with pytest.raises(InvalidRequest) as refused:
+                checks.check_ports(resolved(tmp_path, flag, str(port), other, "0"))
+            assert refused.value.message == f"port {port} on 127.0.0.1 is in use; choose another with {flag}"
+
+
+def test_equal_ports_and_wrong_hosts_are_refused(tmp_path: Path) -> None:
+    port = str(free_port())
+    with pytest.raises(InvalidRequest, match="both"):
+        checks.check_ports(resolved(tmp_path, "--port", port, "--admin-port", port))
+    with pytest.raises(InvalidRequest, match="Cannot assign") as refused:
+        bind_once("192.0.2.1", 0)
+    assert refused.value.code == "bad_host"
+
+
+MIXTRAL: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "hidden_act": "silu",
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MIXTRAL))
+    return folder
+
+
+def test_a_model_that_fits_passes(tmp_path: Path, model: Path) -> None:
+    checks.check_memory(resolved(tmp_path), model)
+
+
+def test_too_small_devices_are_refused_with_the_figures(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(DoesNotFit, match=r"KiB of bfloat16 weights .* exceed the 64\.0 KiB of --device-memory"):
+        checks.check_memory(resolved(tmp_path, "--device-memory", "64KiB"), model)
+
+
+def test_too_little_memory_is_refused_with_the_figures(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "available_bytes", lambda: 4 << 20)
+    with pytest.raises(DoesNotFit, match=r"2 devices need .* and 80% of the 4\.00 MiB .* are 3\.20 MiB"):
+        checks.check_memory(resolved(tmp_path), model)
+
+
+def test_experts_are_shared_out_and_the_rest_is_not(model: Path) -> None:
+    from common.families import load_spec
+
+    spec = load_spec(model, "float32")
+    one, two, four = (checks.device_weights_bytes(spec, number, 4096) for number in (1, 2, 4))
+    assert one - two == 2 * (two - four)
+
+
+def test_a_model_that_is_none_is_refused(tmp_path: Path, model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    with pytest.raises(CheckpointError):
+        checks.check_memory(resolved(tmp_path), model)
+
+
+def test_every_refusal_is_one_line(tmp_path: Path, model: Path) -> None:
+    for argv in (("--tp", "9"), ("--replicas", "64")):
+        with pytest.raises(ElasticMoEError) as refused:
+            checks.check_topology(resolved(tmp_path, *argv))
+        assert "\n" not in refused.value.message
