@@ -4,37 +4,41 @@
 # For production pin the base by digest: --build-arg PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:<digest>
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
-# ---- What pyproject.toml asks for: a layer that the source does not touch.
+# ---- The lists of what pyproject.toml asks for: later layers are redone when these change, not with every other line.
+FROM ${PYTHON_IMAGE} AS requirements
+WORKDIR /requirements
+COPY pyproject.toml ./
+RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+    print(*p["project"]["dependencies"], sep="\n", file=open("runtime.txt", "w")); \
+    print(*p["build-system"]["requires"], sep="\n", file=open("build.txt", "w"))'
+
+# ---- The runtime's environment but for the project itself.
 FROM ${PYTHON_IMAGE} AS dependencies
 # The CPU build of torch has an index of its own; the one on PyPI brings gigabytes of CUDA libraries. Empty: not asked.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-WORKDIR /src
-COPY pyproject.toml ./
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-      >requirements.txt \
-    && python -m venv /opt/elasticmoe \
+COPY --from=requirements /requirements/runtime.txt /requirements/
+RUN python -m venv /opt/elasticmoe \
     && /opt/elasticmoe/bin/pip install --no-cache-dir --disable-pip-version-check \
-      ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --requirement requirements.txt \
+      ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --requirement /requirements/runtime.txt \
     && /opt/elasticmoe/bin/pip uninstall --yes --quiet pip \
     # torch's tests, headers and tools, a fifth of its size; `import torch` asks for the one tool that stays.
     && cd /opt/elasticmoe/lib/python3.11/site-packages/torch \
     && rm -rf include share test \
     && find bin -type f ! -name torch_shm_manager -delete
 
-# ---- The project's wheel.
+# ---- The project's wheel, installed into a folder of its own.
 FROM ${PYTHON_IMAGE} AS wheel
 RUN command -v g++ >/dev/null \
     || { apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*; }
-WORKDIR /src
-COPY pyproject.toml ./
+COPY --from=requirements /requirements/build.txt /requirements/
 # The second environment only says for which interpreter the wheel's commands are installed.
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
-      >requirements.txt \
-    && python -m venv /opt/build \
-    && /opt/build/bin/pip install --no-cache-dir --disable-pip-version-check cmake ninja --requirement requirements.txt \
+RUN python -m venv /opt/build \
+    && /opt/build/bin/pip install --no-cache-dir --disable-pip-version-check \
+      --requirement /requirements/build.txt 'cmake>=3.25' ninja \
     && python -m venv --without-pip /opt/elasticmoe
 ENV PATH=/opt/build/bin:$PATH
-COPY CMakeLists.txt LICENSE ./
+WORKDIR /src
+COPY pyproject.toml CMakeLists.txt LICENSE ./
 COPY native native
 # A wheel without the Python packages leaves the compiled objects behind: a change of Python code compiles nothing.
 RUN mkdir cli common services \

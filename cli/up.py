@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             resolved = _with_model(resolved, console)
             if args.detach:
                 run_dir.prepare(resolved.scaler)
+                run_dir.clear_logs()
                 run_dir.release()  # the detached process claims it again
                 return start_detached(args, resolved, console)
             return _serve(args, resolved, run_dir, console)

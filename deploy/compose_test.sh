@@ -3,14 +3,17 @@
 # stay where they are), down, and nothing left over. Prints SKIP and exits 0 where no container engine answers.
 #
 # ELASTICMOE_COMPOSE_MODEL: a checkpoint folder, or a name that `elasticmoe model list` knows (default tiny-mixtral).
+# ELASTICMOE_COMPOSE_READY_S: seconds until it serves, or serves again (default 300).
 # ELASTICMOE_COMPOSE_KEEP_IMAGE: use the image of this name as it is instead of building one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 BUILD_S=1800
-READY_S=300
+READY_S=${ELASTICMOE_COMPOSE_READY_S:-300}
 ANSWER_S=120
 DOWN_S=120
+HARDENING='{{.Config.User}} {{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}} {{.HostConfig.SecurityOpt}}'
+HARDENING+=' {{.HostConfig.Privileged}} pid={{.HostConfig.PidMode}} ipc={{.HostConfig.IpcMode}}'
 
 skip() { echo "SKIP: $*"; exit 0; }
 fail() { echo "FAIL: $*" >&2; exit 1; }
@@ -29,6 +32,7 @@ for tool in curl python3; do command -v "$tool" >/dev/null || skip "there is no 
 
 project="elasticmoe-test-$$-$RANDOM"
 work=$(mktemp -d)
+services=(store keeper hmm worker scaler router)
 label="label=com.docker.compose.project=$project"
 compose() { "${compose_command[@]}" --project-name "$project" --file compose.yaml "$@"; }
 compose_for() { # seconds, arguments: compose with a deadline
@@ -81,27 +85,30 @@ await() {
   done
 }
 
+has() { [ "$(docker inspect --format "$2" "$1")" = "$3" ]; } # container, template, value
 container() { compose ps --quiet "$1"; }
 incarnation() { docker inspect --format '{{.Id}} {{.State.StartedAt}} {{.RestartCount}}' "$(container "$1")"; }
 num_loads() { compose_for 60 logs --no-color hmm | grep -c 'load done' || true; }
 weights() { timeout "$ANSWER_S" docker exec --interactive "$(container hmm)" python - <deploy/weights.py; }
 
-chat() { # one greedy answer, streamed; its text as JSON
+chat() { # one greedy answer, streamed; its tokens and their logprobs, one a line
   curl --no-buffer --silent --show-error --fail-with-body --max-time "$ANSWER_S" "$url/v1/chat/completions" \
     --header 'Content-Type: application/json' \
     --data '{"messages": [{"role": "user", "content": "Tell me about expert models."}], "stream": true,
-             "temperature": 0, "max_tokens": 24, "ignore_eos": true}' | tee "$work/answer.txt" | python3 deploy/chat_text.py
+             "temperature": 0, "max_tokens": 24, "ignore_eos": true, "logprobs": true}' |
+    tee "$work/answer.txt" | python3 deploy/chat_tokens.py
 }
 
-await_chat() { # the router knows of a new rank when it has heard of it: ask until an answer is whole
+await_chat() { # file, what is awaited: ask until an answer is whole, and leave its tokens in the file
   local deadline=$((SECONDS + READY_S))
-  until chat 2>"$work/chat.log"; do
-    [ "$SECONDS" -lt "$deadline" ] || { cat "$work/chat.log" "$work/answer.txt" >&2; fail "$1"; }
+  until chat >"$1" 2>"$work/chat.log"; do
+    [ "$SECONDS" -lt "$deadline" ] || { cat "$work/chat.log" "$work/answer.txt" >&2; fail "$2"; }
     sleep 0.5
   done
+  step "streamed $(cat "$work/chat.log")"
 }
 
-# ---- the image and a model --------------------------------------------------------------------------------------------
+# ---- the image and a model -------------------------------------------------------------------------------------------
 
 export ELASTICMOE_IMAGE=${ELASTICMOE_COMPOSE_KEEP_IMAGE:-elasticmoe:compose-test}
 export ELASTICMOE_PORT=0 ELASTICMOE_ADMIN_PORT=0 # the engine chooses free ones
@@ -124,12 +131,12 @@ if [ -d "$model" ]; then
   ELASTICMOE_MODEL_DIR=$(cd "$model" && pwd)
 else
   step "making model $model"
-  timeout "$BUILD_S" docker run --rm --network none --user "$(id -u):$(id -g)" --volume "$work:/out" "$ELASTICMOE_IMAGE" \
-    elasticmoe model make "$model" /out/model >/dev/null || fail "model $model"
+  timeout "$BUILD_S" docker run --rm --network none --user "$(id -u):$(id -g)" --volume "$work:/out" \
+    "$ELASTICMOE_IMAGE" elasticmoe model make "$model" /out/model >/dev/null || fail "model $model"
   chmod -R a+rX "$work"
 fi
 
-# ---- up -----------------------------------------------------------------------------------------------------------------
+# ---- up --------------------------------------------------------------------------------------------------------------
 
 step "starting the containers"
 compose_for "$READY_S" up --detach --no-build >"$work/up.log" 2>&1 || { cat "$work/up.log" >&2; fail "up"; }
@@ -139,10 +146,9 @@ await "$READY_S" "the router's /ready" curl --silent --fail --max-time 5 "$url/r
 await "$READY_S" "the scaler's /ready" curl --silent --fail --max-time 5 "$admin/ready"
 step "ready at $url"
 
-for name in store keeper hmm worker scaler router; do
-  found=$(docker inspect --format '{{.Config.User}} {{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}} {{.HostConfig.SecurityOpt}} {{.HostConfig.Privileged}} pid={{.HostConfig.PidMode}} ipc={{.HostConfig.IpcMode}}' \
-    "$(container "$name")")
-  [ "$found" = "10001:10001 true [ALL] [no-new-privileges:true] false pid= ipc=private" ] || fail "$name runs as: $found"
+for name in "${services[@]}"; do
+  found=$(docker inspect --format "$HARDENING" "$(container "$name")")
+  [ "$found" = "10001:10001 true [ALL] [no-new-privileges:true] false pid= ipc=private" ] || fail "$name has: $found"
 done
 step "containers are unprivileged, read-only and have pid and ipc namespaces of their own"
 
@@ -154,32 +160,37 @@ curl --silent --fail --max-time 10 --header "Authorization: Bearer $token" "$adm
 
 # ---- an answer, a dead worker, the same answer -----------------------------------------------------------------------
 
-await_chat "a first answer" >"$work/before.json"
-step "streamed $(cat "$work/before.json") ($(cat "$work/chat.log"))"
+await_chat "$work/before.txt" "a first answer"
 weights >"$work/weights.before" || fail "the HMM's checksums"
-step "the HMM holds $(grep -c : "$work/weights.before") lines of records; $(head -1 "$work/weights.before")"
+step "the HMM holds $(grep -c / "$work/weights.before") records: $(head -1 "$work/weights.before")"
 hmm_before=$(incarnation hmm)
 [ "$(num_loads)" = 1 ] || fail "the HMM loaded $(num_loads) times"
 
 worker=$(container worker)
 worker_before=$(incarnation worker)
 docker kill --signal KILL "$worker" >/dev/null
-await 30 "the worker's end" sh -c "[ \"\$(docker inspect --format '{{.State.Running}}' $worker)\" = false ]"
+await 30 "the worker's end" has "$worker" '{{.State.Running}}' false
 step "killed the worker's container"
 docker start "$worker" >/dev/null
-await_chat "an answer after the worker's death" >"$work/after.json"
-step "streamed $(cat "$work/after.json") ($(cat "$work/chat.log"))"
+await_chat "$work/after.txt" "an answer after the worker's death"
 
 [ "$(incarnation worker)" != "$worker_before" ] || fail "the worker was not started again"
-cmp "$work/before.json" "$work/after.json" >&2 || fail "the greedy answer changed"
+cmp "$work/before.txt" "$work/after.txt" >&2 || fail "the greedy answer changed"
 weights >"$work/weights.after" || fail "the HMM's checksums after the worker's death"
 diff "$work/weights.before" "$work/weights.after" >&2 || fail "the weights changed"
 [ "$(incarnation hmm)" = "$hmm_before" ] || fail "the HMM is another one"
 [ "$(num_loads)" = 1 ] || fail "the HMM loaded $(num_loads) times"
 await "$READY_S" "the scaler's /ready after the worker's death" curl --silent --fail --max-time 5 "$admin/ready"
-step "the HMM lived on: one load, equal checksums, equal greedy text"
+step "the HMM lived on: one load, equal checksums, the same greedy answer"
 
-for name in store keeper hmm worker scaler router; do
-  await 60 "$name's health" sh -c "[ \"\$(docker inspect --format '{{.State.Health.Status}}' $(container "$name"))\" = healthy ]"
+for name in "${services[@]}"; do
+  await 60 "$name's health" has "$(container "$name")" '{{.State.Health.Status}}' healthy
 done
 step "all containers are healthy"
+
+compose_for "$DOWN_S" stop >"$work/stop.log" 2>&1 || { cat "$work/stop.log" >&2; fail "stop"; }
+for name in "${services[@]}"; do
+  id=$(docker ps --all --quiet --filter "$label" --filter "label=com.docker.compose.service=$name")
+  has "$id" '{{.State.ExitCode}}' 0 || fail "$name did not end with exit status 0 when it was asked to stop"
+done
+step "all containers stopped when asked, with exit status 0"

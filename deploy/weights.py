@@ -24,7 +24,8 @@ def main() -> int:
         client.close()
     assert isinstance(status, HmmStatus)
     assert isinstance(integrity, Integrity)
-    print(f"phase {status.phase} operation {status.op_id} epoch {status.layout.epoch if status.layout else None}")
+    epoch = status.layout.epoch if status.layout is not None else None
+    print(f"phase {status.phase}, operation {status.op_id}, layout {epoch}")
     for device in status.devices:
         print(f"{device.device} weights {device.weights} kv {device.kv} experts {device.num_experts}")
     for name, checksum in sorted(integrity.checksums.items()):

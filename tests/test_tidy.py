@@ -18,7 +18,15 @@ SOURCE = ("common", "services", "cli", "native")
 SOLE_IMPORTERS = {
     "zmq": "common/transport.py",
     "redis": "common/store.py",
-    "torch": ("services/worker/", "common/devices/", "cli/models/", "cli/doctor", "cli/checks", "cli/version", "tests/"),
+    "torch": (
+        "services/worker/",
+        "common/devices/",
+        "cli/models/",
+        "cli/doctor",
+        "cli/checks",
+        "cli/version",
+        "tests/",
+    ),
     "transformers": "tests/",
 }
 # Pure cores: decisions are functions of their arguments.
@@ -129,7 +137,9 @@ def test_dependencies_have_one_importer(dependency: str) -> None:
         f"{name(path)}:{line}"
         for path in PYTHON
         for line, what in runtime_imports(tree(path))
-        if what.split(".")[0] == dependency and not name(path).startswith(allowed) and not name(path).startswith("tests/")
+        if what.split(".")[0] == dependency
+        and not name(path).startswith(allowed)
+        and not name(path).startswith("tests/")
     ]
     assert found == []
 

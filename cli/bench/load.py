@@ -28,6 +28,7 @@ class Sample(msgspec.Struct, frozen=True):
 class Shape(msgspec.Struct, frozen=True):
     """What every request looks like."""
 
+    model: str
     prompt_tokens: int
     output_tokens: int
     vocab: int
@@ -62,7 +63,7 @@ async def one_request(url: str, prompt: Sequence[int], shape: Shape) -> Sample:
     parts = urlsplit(url)
     body = msgspec.json.encode(
         {
-            "model": "any",
+            "model": shape.model,
             "prompt": prompt,
             "max_tokens": shape.output_tokens,
             "temperature": shape.temperature,

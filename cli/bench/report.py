@@ -53,8 +53,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     heads = list(rows[0])
     cells = [[_cell(row.get(head, "")) for head in heads] for row in rows]
     widths = [max(len(head), *(len(row[i]) for row in cells)) for i, head in enumerate(heads)]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
-             for row in [heads, ["-" * width for width in widths], *cells]]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
+        for row in [heads, ["-" * width for width in widths], *cells]
+    ]
     return "\n".join(lines)
 
 

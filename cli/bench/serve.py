@@ -21,7 +21,9 @@ import msgspec
 from cli.bench.load import Figures, Shape, figures, run_clients
 from cli.bench.report import provenance, table, write_raw
 from cli.probes import free_port
-from common.families import read_config
+
+
+SAFE_VOCAB = 256  # byte ids, which every tokenizer here has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +64,8 @@ def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[
         subprocess.run([sys.executable, "-m", "cli.main", "up", *up], check=True)
         try:
             url = f"http://127.0.0.1:{port}"
-            shape = Shape(args.prompt_tokens, args.output_tokens, _vocab(url))
+            name, vocab = _served(url)
+            shape = Shape(name, args.prompt_tokens, args.output_tokens, vocab)
             asyncio.run(run_clients(url, shape, 2 * replicas, 2 * replicas, seed=0))
             results: dict[int, list[tuple[Figures, float]]] = {n: [] for n in concurrencies}
             for turn in range(args.rounds):
@@ -75,10 +78,9 @@ def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[
     return [_summary(model, replicas, rounds) for rounds in results.values()]
 
 
-def _vocab(url: str) -> int:
-    """Ids below the model's vocabulary, as the server reports it."""
-    root = httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["root"]
-    return int(read_config(Path(root))["vocab_size"])
+def _served(url: str) -> tuple[str, int]:
+    """The served model's name, and how many token ids are safe to send (all of the benchmark's models have them)."""
+    return str(httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]), SAFE_VOCAB
 
 
 def _share_outside_math(url: str) -> float:
@@ -86,9 +88,7 @@ def _share_outside_math(url: str) -> float:
     return max(float(rank["step_share_outside_math"]) for rank in ranks)
 
 
-def _summary(
-    model: str, replicas: int, rounds: list[tuple[Figures, float]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _summary(model: str, replicas: int, rounds: list[tuple[Figures, float]]) -> tuple[dict[str, Any], dict[str, Any]]:
     found = [item for item, _ in rounds]
     best = max(found, key=lambda item: item.tokens_per_s)
     row = {
@@ -120,7 +120,10 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     for key in sorted({(row["model"], row["replicas"]) for row in rows}):
         mine = [row for row in rows if (row["model"], row["replicas"]) == key]
         axes.plot(
-            [r["concurrency"] for r in mine], [r["tokens/s best"] for r in mine], "o-", label=f"{key[0]}, {key[1]} ranks"
+            [r["concurrency"] for r in mine],
+            [r["tokens/s best"] for r in mine],
+            "o-",
+            label=f"{key[0]}, {key[1]} ranks",
         )
     axes.set(xlabel="concurrent requests", ylabel="tokens per second", xscale="log", ylim=(0, None))
     axes.legend()

@@ -2,7 +2,9 @@
 // argument.
 #pragma once
 
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -95,6 +97,7 @@ inline pid_t spawn(const std::function<void()>& work) {
   const pid_t pid = fork();
   if (pid < 0) throw std::system_error(errno, std::generic_category());
   if (pid != 0) return pid;
+  prctl(PR_SET_PDEATHSIG, SIGKILL);  // nothing outlives a test that is killed
   try {
     work();
     _exit(0);

@@ -30,7 +30,9 @@ def main() -> int:
         app = build_app(scaler.board, token)
         sock = bind(config.admin_host, config.admin_port)
         server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, lifespan="off", limit_concurrency=64, timeout_keep_alive=30)
+            uvicorn.Config(
+                app, log_config=None, access_log=False, lifespan="off", limit_concurrency=64, timeout_keep_alive=30
+            )
         )
         listener = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="admin", daemon=True)
         listener.start()

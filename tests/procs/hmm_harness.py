@@ -49,6 +49,7 @@ class Deployment:
         self.config = msgspec.convert(self.settings, HmmConfig)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._clients: list[Client[Any]] = []
+        self.ranks: list[Rank] = []
         self.keeper: subprocess.Popen[bytes] | None = None
         self.hmm: subprocess.Popen[bytes] | None = None
 
@@ -149,6 +150,8 @@ class Deployment:
 
     def close(self) -> None:
         """End all."""
+        for rank in self.ranks:
+            rank.close()
         for client in self._clients:
             client.close()
         for process in self._processes:
@@ -181,6 +184,7 @@ class Rank:
         except BaseException:
             self.channel.close()
             raise
+        deployment.ranks.append(self)
         self.records = {item.key: self._map(item.extent, False) for item in self.reply.records}
         self.kv = [self._map(extent, True) for extent in self.reply.kv]
         self._bus, self._ledger = self._map(self.reply.bus, True), self._map(self.reply.ledger, True)
@@ -221,12 +225,11 @@ class Rank:
             return False
 
     def close(self) -> None:
-        """Die."""
+        """Die. Idempotent."""
         self.channel.close()
         for fd in self.fds:
             os.close(fd)
         self.fds = []
-        del self.bus, self.ledger
         self.device.close()
 
 

@@ -124,7 +124,7 @@ class FakeRank:
                     self._step(server)
                     if now - status_at > STATUS_EVERY_S:
                         status_at = now
-                        self._send_all(server, self._status(turns))
+                        self._send_all(server, self.status(turns))
 
     @staticmethod
     def _can_step(sequence: _Sequence) -> bool:
@@ -141,9 +141,10 @@ class FakeRank:
         elif isinstance(body, Watch):
             self._watchers.add(peer)
             if not self.is_muted.is_set():
-                server.send(peer, self._status(0))
+                server.send(peer, self.status(0))
 
-    def _status(self, progress: int) -> RankStatus:
+    def status(self, progress: int = 0) -> RankStatus:
+        """What it would report now."""
         return RankStatus(
             rank=self.rank,
             incarnation=self.incarnation,

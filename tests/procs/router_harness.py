@@ -44,11 +44,18 @@ def write_model(directory: Path) -> Path:
     return directory
 
 
+def plain_client(url: str) -> httpx.Client:
+    """A client that keeps no connection open, so that no test sees another's."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(base_url=url, trust_env=False, verify=False, timeout=WAIT_S, limits=limits)
+
+
 class RouterProcess:
     """One router as a child process. Its layout is what `set_layout` says."""
 
     def __init__(self, run_dir: Path, model: Path, layout: Layout, **settings: Any) -> None:
         self.run_dir = run_dir
+        self.http = plain_client("")
         self._layout_file = run_dir / "layout.json"
         self.sockets.mkdir(parents=True, exist_ok=True)
         self.set_layout(layout)
@@ -68,6 +75,7 @@ class RouterProcess:
             assert line, self.log_text
             self.port = int(line)
             self.url = f"http://127.0.0.1:{self.port}"
+            self.http.base_url = self.url
             wait_until(self._answers, "the router listens", timeout_s=30.0)
         except BaseException:
             self._kill()
@@ -86,13 +94,13 @@ class RouterProcess:
 
     def _answers(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health", trust_env=False).status_code == 200
+            return self.http.get("/health").status_code == 200
         except httpx.TransportError:
             return False
 
     def get(self, path: str) -> httpx.Response:
         """A plain GET."""
-        return httpx.get(self.url + path, trust_env=False, timeout=WAIT_S)
+        return self.http.get(path)
 
     def wait_ready(self, replicas: int = 1) -> None:
         """Until that many replicas have reported."""
@@ -120,6 +128,7 @@ class RouterProcess:
         return self.history()
 
     def _kill(self) -> None:
+        self.http.close()
         self.process.kill()
         self.process.wait()
         assert self.process.stdout is not None

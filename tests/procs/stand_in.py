@@ -36,7 +36,11 @@ def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
         return [
             store_spec(settings.scaler)
             if behaviour == "store"
-            else ChildSpec(name, (sys.executable, "-m", "tests.procs.stand_in", "child", behaviour), _GRACE_S.get(name, _GRACE_S_DEFAULT))
+            else ChildSpec(
+                name,
+                (sys.executable, "-m", "tests.procs.stand_in", "child", behaviour),
+                _GRACE_S.get(name, _GRACE_S_DEFAULT),
+            )
             for name, behaviour in behaviours.items()
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from cli.models import random_checkpoint
 from common.families import records
 from common.fdchannel import FDS_MAX, connect
 from common.layout import Layout, RankId, initial_layout
-from common.protocol.errors import ElasticMoEError
+from common.protocol.errors import ElasticMoEError, Unavailable
 from common.protocol.hmm import CheckIntegrity, SetMembership
 from common.protocol.keeper import TO_HMM, Fetch, Forget, Keep, Kept
 from common.protocol.replies import Ack, Refused
@@ -210,7 +211,8 @@ def test_a_bad_peer_of_the_handle_socket_costs_nothing(deployment: Deployment, m
             peer.connect(str(deployment.config.socket("handles")))
             peer.sendall(raw)
     rank = Rank(deployment, 0)
-    rank.channel.send(rank.request)  # a second request on a rank's connection breaks the protocol: it counts as its end
+    with contextlib.suppress(Unavailable):  # the HMM may hang up before all of it is sent
+        rank.channel.send(rank.request)  # a second request on a rank's connection breaks the protocol: it is its end
     wait_until(lambda: deployment.status().devices[0].attached is None, "the rank is detached")
     rank.close()
 
@@ -479,8 +481,9 @@ def kept_bytes(deployment: Deployment) -> int:
     assert deployment.keeper is not None
     total = 0
     for fd in Path(f"/proc/{deployment.keeper.pid}/fd").iterdir():
-        if "memfd:" in os.readlink(fd):
-            total += fd.stat().st_blocks * 512
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if "memfd:" in os.readlink(fd):
+                total += fd.stat().st_blocks * 512
     return total
 
 
@@ -508,7 +511,8 @@ def test_the_keeper_hands_back_more_than_one_message_can_carry(keeper: Deploymen
         os.close(fd)
         assert isinstance(channel.receive()[0].body, Ack)
     channel.close()
-    channel, found, after = keeper_channel(keeper), {}, ""
+    channel, after = keeper_channel(keeper), ""
+    found: dict[str, str] = {}
     for size in (FDS_MAX, 10, 0):
         channel.send(Fetch(after))
         received, fds = channel.receive()

@@ -86,7 +86,7 @@ keep_alive: list[torch.Tensor] = []  # KV memory, which weights know by its addr
 
 
 class Ranks:
-    """`size` ranks of one model. Each has all non-expert weights, its share of the experts and a KV cache of its own."""
+    """`size` ranks of one model. Each has all non-expert weights, its share of the experts and its own KV cache."""
 
     def __init__(
         self, directory: Path, size: int, *, dtype: str = "float32", max_tokens: int = 64, block_size: int = 4
@@ -100,10 +100,12 @@ class Ranks:
         self._segment = mmap.mmap(-1, nbytes)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._segment))
         format_bus(address, nbytes, *shape)
-        Bus(address, nbytes).set_membership(1, (1 << size) - 1, True)
+        self._observer = Bus(address, nbytes)
+        self._generation = 1
+        self._observer.set_membership(1, (1 << size) - 1, True)
         self.models: list[Model] = []
         self.weights: list[RankWeights] = []
-        self._exchanges: list[ShmExchange] = []
+        self.exchanges: list[ShmExchange] = []
         for slot in range(size):
             bus = Bus(address, nbytes, slot)
             bus.join(slot + 1)
@@ -111,8 +113,19 @@ class Ranks:
             self.weights.append(load_weights(checkpoint, self.spec, held, num_blocks=64, block_size=block_size))
             self.models.append(build_model(self.weights[-1], max_tokens))
             exchange = ShmExchange(bus, self.spec.num_experts_by_layer)
-            exchange.set_routing(1, [self.layout.owners(layer) for layer in range(self.spec.num_layers)])
-            self._exchanges.append(exchange)
+            self.exchanges.append(exchange)
+        self._set_routing()
+
+    def _set_routing(self) -> None:
+        for exchange in self.exchanges:
+            owners = [self.layout.owners(layer) for layer in range(self.spec.num_layers)]
+            exchange.set_routing(self._generation, owners)
+
+    def new_generation(self) -> None:
+        """Start afresh after a step was given up."""
+        self._generation += 1
+        self._observer.set_membership(self._generation, (1 << len(self.models)) - 1, True)
+        self._set_routing()
 
     def step(self, work: Sequence[Sequence[Part]]) -> list[torch.Tensor]:
         """Logits of each rank's parts, all ranks in lockstep."""
@@ -121,9 +134,9 @@ class Ranks:
 
         def run(rank: int) -> None:
             try:
-                self._exchanges[rank].begin_step(total, DEADLINE_MS)
+                self.exchanges[rank].begin_step(total, DEADLINE_MS)
                 batch = Batch(work[rank], self.block_size)
-                results[rank] = self.models[rank].forward(batch, self._exchanges[rank]).clone()
+                results[rank] = self.models[rank].forward(batch, self.exchanges[rank]).clone()
             except Exception as error:
                 results[rank] = error
 

@@ -40,21 +40,25 @@ class OracleModel:
         self._weights = weights
         self._spec = spec
         self._max_tokens = max_tokens
-        self._embed_VH = _ints(weights.base["embed"])
-        self._head_H = _ints(weights.base["head"])
-        self._salt_LH = [_ints(layer["salt"]) for layer in weights.layers]
+        # Views, so that each step reads what is in memory then.
+        self._embed_VH = weights.base["embed"].numpy()
+        self._head_H = weights.base["head"].numpy()
+        self._salt_LH = [layer["salt"].numpy() for layer in weights.layers]
         self._experts = [(layer["mul"].numpy(), layer["add"].numpy()) for layer in weights.experts]
         self._key_at_D, self._value_at_D = np.arange(dim) % hidden, np.arange(dim, 2 * dim) % hidden
         self._dim_of_H = np.arange(hidden) % dim
         self._router_H = np.arange(1, hidden + 1)
         experts_E = np.arange(spec.moe.num_experts)
         self._scale_E, self._shift_E = 2 * experts_E + 1, (experts_E + 1) ** 2 * 7919
-        self._kv_ND = torch.empty((max_tokens, 2 * dim), dtype=torch.float32)
-        self._mixed_ND = torch.empty((max_tokens, 2 * dim), dtype=torch.float32)
-        self._x_NH = torch.empty((max_tokens, hidden), dtype=torch.float32)
-        self._sum_NH = torch.empty((max_tokens, hidden), dtype=torch.float32)
+        # Tensors for kernels and exchange, and numpy's view of the same memory.
+        self._kv_ND, self._mixed_ND = (torch.empty((max_tokens, 2 * dim), dtype=torch.float32) for _ in range(2))
+        self._x_NH, self._sum_NH = (torch.empty((max_tokens, hidden), dtype=torch.float32) for _ in range(2))
         self._ids_NK = torch.empty((max_tokens, top_k), dtype=torch.int32)
         self._ones_NK = torch.ones((max_tokens, top_k), dtype=torch.float32)
+        self._kv, self._mixed, self._x, self._sum = (
+            tensor.numpy() for tensor in (self._kv_ND, self._mixed_ND, self._x_NH, self._sum_NH)
+        )
+        self._ids = self._ids_NK.numpy()
 
     def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
         """See Model."""
@@ -67,7 +71,7 @@ class OracleModel:
         if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < self._spec.vocab:
             raise ValueError(f"a token is not below the vocabulary's {self._spec.vocab}")
         positions_N1 = _positions(batch)[:, None]
-        x_NH = self._embed_VH[token_ids]
+        x_NH = self._embed_VH[token_ids].astype(np.int64)
         for layer in range(self._spec.num_layers):
             x_NH = self._attend(parts, layer, x_NH, positions_N1)
             x_NH = self._route_and_compute(layer, x_NH, exchange)
@@ -77,13 +81,13 @@ class OracleModel:
 
     def _attend(self, parts: kernels.Parts, layer: int, x_NH: Ints, positions_N1: Ints) -> Ints:
         """Write k and v, mix what the cache holds up to each row's position into x."""
-        p, salt_H, dim, n = self._spec.modulus, self._salt_LH[layer], self._spec.attention.head_dim, len(x_NH)
-        kv_ND = self._kv_ND.numpy()
+        p, dim, n = self._spec.modulus, self._spec.attention.head_dim, len(x_NH)
+        salt_H = self._salt_LH[layer].astype(np.int64)
         key_at_D, value_at_D = self._key_at_D, self._value_at_D
-        kv_ND[:n, :dim] = (x_NH[:, key_at_D] * salt_H[key_at_D] + positions_N1 + 1) % p
-        kv_ND[:n, dim:] = (x_NH[:, value_at_D] + salt_H[value_at_D] * (positions_N1 + 1)) % p
+        self._kv[:n, :dim] = (x_NH[:, key_at_D] * salt_H[key_at_D] + positions_N1 + 1) % p
+        self._kv[:n, dim:] = (x_NH[:, value_at_D] + salt_H[value_at_D] * (positions_N1 + 1)) % p
         kernels.oracle_mix(parts, layer, self._kv_ND.data_ptr(), p, BASE, self._mixed_ND.data_ptr())
-        mixed_ND = self._mixed_ND.numpy()[:n].astype(np.int64)
+        mixed_ND = self._mixed[:n].astype(np.int64)
         keys_NH, values_NH = mixed_ND[:, self._dim_of_H], mixed_ND[:, dim + self._dim_of_H]
         mixed_NH: Ints = (x_NH + keys_NH + values_NH * salt_H) % p
         return mixed_NH
@@ -93,8 +97,8 @@ class OracleModel:
         p, top_k, n = self._spec.modulus, self._spec.moe.top_k, len(x_NH)
         hash_N1 = (x_NH @ self._router_H % p)[:, None]
         scores_NE = (hash_N1 * self._scale_E + self._shift_E) % p
-        self._ids_NK.numpy()[:n] = np.argsort(-scores_NE, axis=1, kind="stable")[:, :top_k]
-        self._x_NH.numpy()[:n] = x_NH
+        self._ids[:n] = np.argsort(-scores_NE, axis=1, kind="stable")[:, :top_k]
+        self._x[:n] = x_NH
         num_rows = exchange.dispatch(layer, self._x_NH, self._ids_NK, self._ones_NK, n)
         if num_rows:
             mul_EH, add_EH = self._experts[layer]
@@ -104,21 +108,17 @@ class OracleModel:
             mul_RH, add_RH = mul_EH[experts_R].astype(np.int64), add_EH[experts_R].astype(np.int64)
             rows_RH[:] = (rows_RH.astype(np.int64) * mul_RH + add_RH) % p
         exchange.combine(layer, exchange.rows_RH, self._sum_NH, n)
-        summed_NH: Ints = (x_NH + self._sum_NH.numpy()[:n].astype(np.int64)) % p
+        summed_NH: Ints = (x_NH + self._sum[:n].astype(np.int64)) % p
         return summed_NH
 
     def _logits(self, x_MH: Ints) -> torch.Tensor:
         vocab = self._spec.vocab
-        hash_M = x_MH @ self._head_H % self._spec.modulus
+        hash_M = x_MH @ self._head_H.astype(np.int64) % self._spec.modulus
         has_printable = vocab >= FIRST_PRINTABLE + NUM_PRINTABLE
         tokens_M = FIRST_PRINTABLE + hash_M % NUM_PRINTABLE if has_printable else hash_M % vocab
         logits_MV = torch.zeros((len(x_MH), vocab), dtype=torch.float32)
         logits_MV.numpy()[np.arange(len(x_MH)), tokens_M] = CHOSEN_LOGIT
         return logits_MV
-
-
-def _ints(tensor: torch.Tensor) -> Ints:
-    return tensor.numpy().astype(np.int64)
 
 
 def _positions(batch: Batch) -> Ints:

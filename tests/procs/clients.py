@@ -1,0 +1,109 @@
+"""Streaming clients of a deployment for tests: what each received, token by token."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from tests.oracle import Oracle
+
+
+@dataclass
+class Stream:
+    """One request as its client saw it. `text` is what arrived; `finish` None for one that was left or failed."""
+
+    prompt: list[int]
+    max_tokens: int
+    text: str = ""
+    finish: str | None = None
+    error: str | None = None
+    chunks: list[str] = field(default_factory=list)
+
+
+async def stream_completion(
+    client: httpx.AsyncClient,
+    model: str,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    leave_after: int | None = None,
+    **fields: Any,
+) -> Stream:
+    """Stream one greedy completion. `leave_after`: disconnect after so many chunks."""
+    stream = Stream(list(prompt), max_tokens)
+    body = {"model": model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    body |= {"ignore_eos": True, **fields}
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        if answer.status_code != 200:
+            stream.error = msgspec.json.decode(await answer.aread())["error"]["code"]
+            return stream
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = msgspec.json.decode(line[6:])
+            if "error" in event:
+                stream.error = event["error"]["code"]
+                return stream
+            for choice in event["choices"]:
+                stream.text += choice["text"]
+                stream.chunks.append(choice["text"])
+                stream.finish = choice["finish_reason"] or stream.finish
+            if leave_after is not None and len(stream.chunks) >= leave_after:
+                return stream
+    return stream
+
+
+async def closed_loop(
+    base_url: str,
+    *,
+    clients: int,
+    requests: int,
+    seed: int,
+    leavers: float = 0.0,
+    prompt_tokens: Sequence[int] = (1, 3, 17, 40, 90),
+    vocab: int = 256,
+) -> list[Stream]:
+    """`requests` random requests by `clients` clients; the part `leavers` of them disconnects half-way."""
+    rng = random.Random(seed)
+    work = [
+        (
+            [rng.randrange(vocab) for _ in range(rng.choice(prompt_tokens))],
+            rng.randint(1, 40),
+            rng.randint(1, 5) if rng.random() < leavers else None,
+        )
+        for _ in range(requests)
+    ]
+    done: list[Stream] = []
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(base_url=base_url, timeout=60, limits=limits, trust_env=False) as http:
+        model = (await http.get("/v1/models")).json()["data"][0]["id"]
+
+        async def client() -> None:
+            while work:
+                prompt, max_tokens, leave_after = work.pop()
+                done.append(await stream_completion(http, model, prompt, max_tokens, leave_after=leave_after))
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+    return done
+
+
+def check_against_oracle(streams: Sequence[Stream], model: Path) -> int:
+    """Every stream's text is what the oracle says (its beginning, for those who left). Returns the tokens compared."""
+    oracle = Oracle(model)
+    num_tokens = 0
+    for stream in streams:
+        assert stream.error is None, f"a request failed with {stream.error}"
+        expected = bytes(oracle.generate(stream.prompt, stream.max_tokens)).decode("latin-1")
+        if stream.finish is None:
+            assert expected.startswith(stream.text), f"{stream.text!r} does not begin {expected!r}"
+        else:
+            assert (stream.text, stream.finish) == (expected, "length")
+        num_tokens += len(stream.text)
+    return num_tokens

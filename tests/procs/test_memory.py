@@ -1,0 +1,210 @@
+"""Zero copy, shown: what ranks hold privately, what is stored how often, what is read from disk, what a kill leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cli.models import random_checkpoint
+from common.families import load_spec, records
+from common.protocol import scaler
+from common.protocol.hmm import CheckIntegrity, GetHmmStatus
+from common.protocol.scaler import HmmStatus, Integrity
+from common.transport import Client, new_identity
+from tests.procs.clients import check_against_oracle, closed_loop
+from tests.procs.deployment import Deployment
+from tests.procs.waiting import wait_until
+
+pytestmark = pytest.mark.procs
+
+MIB = 1 << 20
+LARGE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 30,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "vocab_size": 260,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "eos_token_id": 257,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of about 190 MB: much more than what a process holds anyway."""
+    return random_checkpoint(
+        tmp_path_factory.mktemp("models") / "large", LARGE, seed=1, dtype="bfloat16", shards=3, tokenizer=True
+    )
+
+
+def ask_hmm(deployment: Deployment, message: GetHmmStatus | CheckIntegrity) -> HmmStatus | Integrity:
+    client = Client(deployment.run_dir / "sockets/hmm.sock", new_identity("test"), scaler.CODEC)
+    try:
+        answer, _ = client.call(message, deadline_ms=20_000)
+    finally:
+        client.close()
+    assert isinstance(answer, HmmStatus | Integrity)
+    return answer
+
+
+def smaps(pid: int) -> dict[str, dict[str, int]]:
+    """Bytes by mapping name and field, summed, from /proc/PID/smaps."""
+    found: dict[str, dict[str, int]] = {}
+    name = ""
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        head = re.match(r"[0-9a-f]+-[0-9a-f]+ (\S+) \S+ \S+ \S+\s*(.*)", line)
+        if head:
+            name = head[2] or "anonymous"
+            found.setdefault(name, {}).setdefault(f"perms {head[1]}", 1)
+            continue
+        fact = re.match(r"(\w+):\s+(\d+) kB", line)
+        if fact:
+            found[name][fact[1]] = found[name].get(fact[1], 0) + int(fact[2]) * 1024
+    return found
+
+
+def memory_files(pid: int) -> dict[str, Path]:
+    """The memfds that a process has open, by name: paths under /proc that read their content."""
+    found = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        target = os.readlink(entry)
+        if target.startswith("/memfd:"):
+            found[target.removeprefix("/memfd:").removesuffix(" (deleted)")] = entry
+    return found
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def test_ranks_hold_no_private_copy_and_experts_exist_once(large: Path) -> None:
+    deployment = Deployment(large, replicas=3, dtype="bfloat16", kv_bytes=8 * MIB, device_bytes=400 * MIB).wait_ready()
+    try:
+        answer = httpx.post(
+            f"{deployment.base_url}/v1/completions",
+            json={"model": large.name, "prompt": "hello", "max_tokens": 8, "ignore_eos": True},
+            timeout=30,
+            trust_env=False,
+        )
+        assert answer.status_code == 200, answer.text
+        spec = load_spec(large, "bfloat16")
+        experts = sum(r.nbytes for r in records(spec) if r.key.kind == "expert")
+        others = sum(r.nbytes for r in records(spec) if r.key.kind != "expert")
+        status = ask_hmm(deployment, GetHmmStatus())
+        assert isinstance(status, HmmStatus)
+        stored = sum(device.weights for device in status.devices)
+        # Each expert once, everything else once per replica; padding of records to pages is below 1 %.
+        assert experts + 3 * others <= stored <= 1.01 * (experts + 3 * others)
+        real = sum(
+            os.stat(path).st_blocks * 512
+            for name, path in memory_files(deployment.pids["hmm"]).items()
+            if "weights" in name
+        )
+        assert real == stored
+        for name, pid in deployment.rank_pids().items():
+            maps = smaps(pid)
+            weights = {key: value for key, value in maps.items() if "weights" in key}
+            assert weights, f"{name} maps no weights: {sorted(maps)}"
+            for fields in weights.values():
+                assert "perms r--s" in fields
+                assert fields["Anonymous"] == 0
+                assert fields["Private_Dirty"] == 0
+            anonymous = sum(fields.get("Anonymous", 0) for fields in maps.values())
+            # A torch process holds 100 to 150 MiB of its own; a copy of a third of the experts would be 60 MiB more.
+            assert anonymous < 200 * MIB
+            own = sum(f.get("Anonymous", 0) for key, f in maps.items() if key in ("anonymous", "[heap]"))
+            assert own < experts, f"{name} holds {own} bytes privately"
+        assert deployment.admin("/v1/layout")["ranks"][0]["experts"] == 4 * 10
+    finally:
+        deployment.stop()
+
+
+def test_loading_reads_each_byte_once_and_peaks_below_checkpoint_plus_15_percent(large: Path) -> None:
+    size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    deployment = Deployment(large, replicas=1, dtype="bfloat16", kv_bytes=2 * MIB, device_bytes=400 * MIB).wait_ready()
+    try:
+        pid = deployment.pids["hmm"]
+        io = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+        # rchar counts everything that read() returned, Python's own start included.
+        assert size <= int(io["rchar"]) < size + 16 * MIB
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        peak = int(status["VmHWM"].split()[0]) * 1024
+        base = 64 * MIB  # an HMM that has loaded nothing: interpreter, numpy, zmq
+        assert peak - base <= 1.15 * size, f"peak {peak / MIB:.0f} MiB for {size / MIB:.0f} MiB"
+    finally:
+        deployment.stop()
+
+
+async def test_kill_of_a_rank_leaves_weights_and_kv_and_a_standby_maps_them(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    deployment = deploy("oracle", replicas=2)
+    streams = await closed_loop(deployment.base_url, clients=4, requests=12, seed=1)
+    check_against_oracle(streams, model_folder("oracle"))
+    before = ask_hmm(deployment, CheckIntegrity(checksums=True))
+    assert isinstance(before, Integrity)
+    assert before.findings == ()
+    files = memory_files(deployment.pids["hmm"])
+    kv = {name: digest(path) for name, path in files.items() if name.endswith(".kv")}
+    assert len(kv) == 2
+    ranks = deployment.rank_pids()
+    deployment.kill("r0t0")
+    wait_until(lambda: deployment.rank_pids().get("r0t0") not in (None, ranks["r0t0"]), "a standby took the seat")
+    after = ask_hmm(deployment, CheckIntegrity(checksums=True))
+    assert isinstance(after, Integrity)
+    assert after.findings == ()
+    assert after.checksums == before.checksums
+    assert {name: digest(path) for name, path in files.items() if name.endswith(".kv")} == kv
+    assert deployment.rank_pids()["r1t0"] == ranks["r1t0"]
+    deployment.wait_serving()
+    again = await closed_loop(deployment.base_url, clients=8, requests=24, seed=2)
+    assert check_against_oracle(again, model_folder("oracle")) > 200
+
+
+async def test_kill_of_the_hmm_leaves_ranks_serving_and_the_catalog_comes_back(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    deployment = deploy("oracle", replicas=2)
+    before = ask_hmm(deployment, CheckIntegrity(checksums=True))
+    assert isinstance(before, Integrity)
+    ranks = deployment.rank_pids()
+    pid = deployment.kill("hmm")
+    during = await closed_loop(deployment.base_url, clients=8, requests=40, seed=3)
+    assert check_against_oracle(during, model_folder("oracle")) > 300
+    deployment.wait_restarted("hmm", pid)
+    deployment.wait_serving()
+    after = ask_hmm(deployment, CheckIntegrity(checksums=True))
+    assert isinstance(after, Integrity)
+    assert after.findings == ()
+    assert after.checksums == before.checksums
+    assert deployment.rank_pids() == ranks
+    assert deployment.log("hmm").count("load done") == 1
+    # The new HMM watches the old ranks: it notices when one dies.
+    wait_until(lambda: deployment.log("hmm").count("resumed=True") == 2, "both ranks introduced themselves")
+    deployment.kill("r1t0")
+    wait_until(lambda: deployment.rank_pids().get("r1t0") not in (None, ranks["r1t0"]), "a standby took the seat")
+    again = await closed_loop(deployment.base_url, clients=4, requests=8, seed=4)
+    check_against_oracle(again, model_folder("oracle"))

@@ -1,0 +1,224 @@
+"""What strangers send: no bytes on the socket may crash the router or keep others from being served (promise P15)."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.config import environment_of
+from common.protocol.hmm import GetHmmStatus
+from common.protocol.router import Delta, Failed, RankStatus, Tokens
+from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of
+from tests.procs.router_harness import ROOT, RouterProcess, write_model
+from tests.procs.waiting import wait_until
+
+pytestmark = pytest.mark.procs
+BODY_MAX = 4_096
+BODY_S = 0.5
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+    base = tmp_path_factory.mktemp("router")
+    process = RouterProcess(
+        base / "run",
+        write_model(base / "model"),
+        layout_of(0),
+        requests_max=4,
+        body_bytes_max=BODY_MAX,
+        body_seconds_max=BODY_S,
+        request_seconds_max=1.0,
+    )
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def rank(router: RouterProcess) -> Iterator[FakeRank]:
+    rank = FakeRank(router.sockets).start()
+    router.wait_ready()
+    yield rank
+    assert router.http.post("/v1/completions", json={"prompt": "x"}).status_code == 200, "still serves"
+    router.wait_idle()
+    rank.stop()
+
+
+def talk(router: RouterProcess, raw: bytes, *, until: bytes = b"") -> bytes:
+    """Send bytes; everything that comes back until the connection ends or `until` was seen."""
+    answer = b""
+    with socket.create_connection(("127.0.0.1", router.port), WAIT_S) as connection:
+        connection.sendall(raw)
+        try:
+            while chunk := connection.recv(65_536):
+                answer += chunk
+                if until and until in answer:
+                    break
+        except ConnectionResetError:
+            pass  # the router may close before it has read everything
+    return answer
+
+
+def head(*lines: str, path: str = "/v1/completions", host: str = "x") -> bytes:
+    """A POST's head."""
+    return "\r\n".join([f"POST {path} HTTP/1.1", f"Host: {host}", *lines, "", ""]).encode("latin-1")
+
+
+JSON = "Content-Type: application/json"
+
+
+def error_of(answer: bytes) -> tuple[int, str]:
+    """Status and code of an answer."""
+    status = int(answer.split(b" ", 2)[1])
+    return status, json.loads(answer[answer.index(b"\r\n\r\n") + 4 :])["error"]["code"]
+
+
+def test_a_declared_length_is_refused_before_the_body(rank: FakeRank, router: RouterProcess) -> None:
+    answer = talk(router, head(JSON, f"Content-Length: {BODY_MAX + 1}"), until=b"}}")
+    assert error_of(answer) == (413, "payload_too_large")
+    assert b"the limit of 4096 bytes" in answer
+
+
+def test_a_body_without_end_is_cut_off(rank: FakeRank, router: RouterProcess) -> None:
+    chunk = b"400\r\n" + b" " * 1024 + b"\r\n"
+    answer = talk(router, head(JSON, "Transfer-Encoding: chunked") + chunk * 5, until=b"}}")
+    assert error_of(answer) == (413, "payload_too_large")
+
+
+def test_a_body_of_the_largest_size_is_taken(rank: FakeRank, router: RouterProcess) -> None:
+    body = b'{"prompt": "x"' + b" " * (BODY_MAX - 15) + b"}"
+    assert len(body) == BODY_MAX
+    answer = router.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+
+
+def test_slow_bodies_keep_nobody_out(rank: FakeRank, router: RouterProcess) -> None:
+    slow = [socket.create_connection(("127.0.0.1", router.port), WAIT_S) for _ in range(20)]
+    try:
+        for connection in slow:
+            connection.sendall(head(JSON, "Content-Length: 100") + b"{")
+        for _ in range(5):
+            assert router.http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+        answer = slow[0].recv(65_536)  # when its time is up
+        assert error_of(answer) == (408, "request_timeout")
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_headers_without_end_are_cut_off(rank: FakeRank, router: RouterProcess) -> None:
+    assert error_of(talk(router, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 60_000)) == (431, "headers_too_large")
+    assert error_of(talk(router, b"GET / HTTP/1.1\r\na: " + b"b" * 400_000)) == (431, "headers_too_large")
+    assert error_of(talk(router, b"GET /" + b"b" * 400_000)) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01",
+        b"GET /\xff\xfe HTTP/1.1\r\n\r\n",
+        b"GET http://[::1 HTTP/1.1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"\x00" * 100,
+    ],
+)
+def test_what_is_not_http(rank: FakeRank, router: RouterProcess, raw: bytes) -> None:
+    assert error_of(talk(router, raw, until=b"}}"))[0] in (400, 413, 415)
+
+
+@pytest.mark.parametrize("host", ["", "a b", "[::", "x:99999", "\xff", "evil.example/health?"])
+def test_a_strange_host_is_nobodys_business(rank: FakeRank, router: RouterProcess, host: str) -> None:
+    body = b'{"prompt":"x"}'
+    answer = talk(router, head(JSON, f"Content-Length: {len(body)}", host=host) + body, until=b"total_tokens")
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("path", ["//v1/completions", "/v1/completions/..", "/%2e%2e/etc/passwd", "/v1/%00", "*", "/é"])
+def test_strange_paths(rank: FakeRank, router: RouterProcess, path: str) -> None:
+    body = b'{"prompt":"x"}'
+    answer = talk(router, head(JSON, f"Content-Length: {len(body)}", path=path) + body, until=b"}}")
+    assert error_of(answer)[0] in (400, 404)
+
+
+def test_an_upgrade_is_not_done(rank: FakeRank, router: RouterProcess) -> None:
+    raw = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    assert talk(router, raw, until=b"]}").startswith(b"HTTP/1.1 200")
+
+
+def test_an_expected_body_is_refused_unsent(rank: FakeRank, router: RouterProcess) -> None:
+    answer = talk(router, head(JSON, "Expect: 100-continue", f"Content-Length: {BODY_MAX * 2}"), until=b"}}")
+    assert error_of(answer)[0] == 413
+
+
+def test_the_deadline_ends_a_request(rank: FakeRank, router: RouterProcess) -> None:
+    rank.answer = Reply(b"never", after=threading.Event())
+    answer = router.http.post("/v1/completions", json={"prompt": "x"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert rank.seen.cancel() == rank.seen.submit().request_id
+    rank.answer = Reply(finish=None)
+    rank.max_model_len = 100_000
+    body = {"prompt": "x", "stream": True, "max_tokens": 90_000}
+    text = router.http.post("/v1/completions", json=body).text
+    assert '"code":"deadline_exceeded"' in text
+    assert text.endswith("data: [DONE]\n\n")
+    rank.answer = Reply(b"ok")
+
+
+def test_no_message_of_a_rank_harms_the_router(rank: FakeRank, router: RouterProcess) -> None:
+    rank.answer = Reply(b"slow", after=threading.Event())
+    bad_before = router.metric("elasticmoe:bad_messages_total")
+    for bad in (
+        {"index": -1, "ids": (1,)},
+        {"index": 0, "ids": (-5,)},
+        {"index": 0, "ids": (1 << 40,)},
+        {"index": 0, "ids": (1,), "finish": "because"},
+        {"index": 0, "ids": (1,), "logprobs": ()},
+    ):
+        rank.say(Tokens((Delta("nobody", **bad),)))
+        answers: list[int] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(router.http.post("/v1/completions", json={"prompt": "x"}).status_code)  # noqa: B023
+        )
+        thread.start()
+        rank.say(Tokens((Delta(rank.seen.submit().request_id, **bad),)))
+        thread.join(WAIT_S)
+        assert answers == [500]
+    assert router.metric("elasticmoe:bad_messages_total") - bad_before == 5
+    rank.say(Failed("nobody", "x" * 10_000, "", False))
+    rank.say(RankStatus(rank.rank, "", -5, -1, -1, -1, -1, 0, 0))
+    rank.say(GetHmmStatus())  # not a router's message
+    rank.answer = Reply(b"ok")
+    rank.say(rank.status())
+
+
+def test_an_occupied_port_and_a_bad_setting_are_told_in_a_line(router: RouterProcess, tmp_path: Path) -> None:
+    base = {"run_dir": tmp_path / "run", "model": router.run_dir.parent / "model"}
+    for settings, text in (
+        ({"port": router.port}, f"port {router.port} on 127.0.0.1 is in use"),
+        ({"port": 99_999}, "configuration of RouterConfig"),
+        ({"port": 0, "model": tmp_path}, "config.json cannot be read"),
+        ({"port": 0, "model": ""}, "model is not set"),
+        ({"port": 0, "api_key_file": tmp_path / "none"}, "API key file cannot be read"),
+        ({"port": 0, "host": "192.0.2.1"}, "port 0 on 192.0.2.1 cannot be used"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "services.router"],
+            cwd=ROOT,
+            env={"PATH": "/usr/bin", **environment_of({**base, **settings})},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        assert re.fullmatch(r"elasticmoe-router: [a-z_]+: [^\n]*\n", done.stderr), done.stderr
+        assert text in done.stderr
+    wait_until(lambda: router.get("/health").status_code == 200, "the first is undisturbed")

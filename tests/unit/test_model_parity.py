@@ -1,0 +1,162 @@
+"""Decoder families against transformers, on random checkpoints of odd sizes, over one to four ranks."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cli.models import random_checkpoint
+from cli.models.make import TINY_MIXTRAL, TINY_QWEN3_MOE
+from services.worker.model.batch import Batch, Part
+from tests.unit.ranks import Ranks, Stream, generate
+
+transformers = pytest.importorskip("transformers")
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mixtral": TINY_MIXTRAL,
+    "qwen3": TINY_QWEN3_MOE | {"mlp_only_layers": [1], "norm_topk_prob": False, "tie_word_embeddings": True},
+}
+NUM_TOKENS = 8
+FLOAT32_BOUND = 1e-4  # of logits with a standard deviation of 1
+# Weights and KV are rounded to bfloat16, activations are not: closer to float32 than transformers' own bfloat16 (0.1).
+BFLOAT16_BOUND = 0.06
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A checkpoint and transformers' model of it."""
+    directory = tmp_path_factory.mktemp(request.param) / "model"
+    random_checkpoint(directory, CONFIGS[request.param], seed=3, dtype="float32", shards=2)
+    return directory, reference_of(directory)
+
+
+def reference_of(directory: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def make_streams(size: int, lengths: tuple[int, ...], seed: int = 1) -> list[list[Stream]]:
+    """Streams of these prompt lengths on each of `size` ranks; no two ranks have the same prompts."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(size):
+        blocks = rng.sample(range(64), 64)
+        rows.append(
+            [Stream([rng.randrange(256) for _ in range(n)], [blocks.pop() for _ in range(14)]) for n in lengths]
+        )
+    return rows
+
+
+def worst_difference(reference: Any, streams: list[list[Stream]], logits: dict[int, torch.Tensor]) -> float:
+    """Greatest difference of any logit; checks that the tokens are the reference's greedy choice."""
+    worst = 0.0
+    for stream in (stream for row in streams for stream in row):
+        with torch.no_grad():
+            want = reference(torch.tensor([stream.tokens[:-1]])).logits[0]
+        worst = max(worst, float((want - logits[id(stream)]).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_logits_and_greedy_tokens(model: tuple[Path, Any], size: int) -> None:
+    directory, reference = model
+    streams = make_streams(size, (5, 17, 40, 1))
+    logits = generate(Ranks(directory, size), streams, NUM_TOKENS)
+    assert worst_difference(reference, streams, logits) < FLOAT32_BOUND
+    for stream in (stream for row in streams for stream in row):
+        with torch.no_grad():
+            want = reference(torch.tensor([stream.tokens])).logits[0].argmax(-1)
+        assert stream.tokens[-NUM_TOKENS:] == want[-NUM_TOKENS - 1 : -1].tolist()
+
+
+def test_placement_and_company_change_no_bit(model: tuple[Path, Any]) -> None:
+    """A sequence's logits are the same on any number of ranks, in any chunks, with whatever runs beside it."""
+    directory, _ = model
+    runs = []
+    for size, chunk, others in ((1, 40, False), (3, 5, True), (4, 11, True)):
+        streams = make_streams(size, (33, 9))
+        if not others:
+            del streams[0][1:], streams[1:]
+        logits = generate(Ranks(directory, size), streams, NUM_TOKENS, lambda _, chunk=chunk: chunk)
+        runs.append((streams[0][0].tokens, logits[id(streams[0][0])]))
+    for tokens, logits in runs[1:]:
+        assert tokens == runs[0][0]
+        assert torch.equal(logits, runs[0][1])
+
+
+def test_rank_without_tokens_takes_part(model: tuple[Path, Any]) -> None:
+    directory, reference = model
+    streams = make_streams(3, (12,))
+    del streams[0][:], streams[2][:]
+    logits = generate(Ranks(directory, 3), streams, NUM_TOKENS)
+    assert worst_difference(reference, streams, logits) < FLOAT32_BOUND
+
+
+def test_repeated_step_gives_the_same_bits(model: tuple[Path, Any]) -> None:
+    directory, _ = model
+    ranks = Ranks(directory, 2)
+    work = [[stream.part(len(stream.tokens), 2) for stream in row] for row in make_streams(2, (7, 13))]
+    first = ranks.step(work)
+    again = ranks.step(work)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert [len(rows) for rows in first] == [4, 4]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_within_its_bound(name: str, tmp_path: Path) -> None:
+    # All experts are chosen: with fewer, rounding can swap two that are nearly equal, which no bound covers.
+    config = CONFIGS[name]
+    count = config.get("num_experts", config.get("num_local_experts"))
+    random_checkpoint(tmp_path / "model", config | {"num_experts_per_tok": count}, seed=4, dtype="bfloat16")
+    streams = make_streams(2, (5, 40))
+    logits = generate(Ranks(tmp_path / "model", 2, dtype="bfloat16"), streams, NUM_TOKENS)
+    assert worst_difference(reference_of(tmp_path / "model"), streams, logits) < BFLOAT16_BOUND
+
+
+def test_bad_batches_are_refused(model: tuple[Path, Any]) -> None:
+    ranks = Ranks(model[0], 1, max_tokens=8)
+    for part, text in (
+        (Part([1] * 9, 0, [0, 1, 2], 1), "limit is 8"),
+        (Part([260], 0, [0], 1), "token 260"),
+        (Part([1], 0, [64], 1), "block 64"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ranks.step([[part]])
+    for ids, start, blocks, num_logits in (([], 0, [1], 0), ([1], 4, [1], 1), ([1], -1, [1], 1), ([1], 0, [1], 2)):
+        with pytest.raises(ValueError, match="part of"):
+            Batch([Part(ids, start, blocks, num_logits)], block_size=4)
+
+
+def test_times_add_up(model: tuple[Path, Any]) -> None:
+    ranks = Ranks(model[0], 2)
+    ranks.step([[Part([1, 2, 3], 0, [0], 1)], []])
+    for rank in ranks.models:
+        total_ns, exchange_ns, wait_ns = rank.times
+        assert 0 <= wait_ns <= exchange_ns < total_ns
+
+
+def test_an_aborted_step_can_be_repeated(model: tuple[Path, Any]) -> None:
+    """What breaks off in mid-step leaves nothing behind that changes the step's repetition."""
+
+    class Broken(RuntimeError):
+        pass
+
+    ranks, fresh = Ranks(model[0], 1), Ranks(model[0], 1)
+    exchange = ranks.exchanges[0]
+    work = [[Part([5, 6, 7], 0, [3], 3)]]
+
+    def fail(*_: object) -> None:
+        raise Broken
+
+    exchange.combine = fail  # type: ignore[method-assign]
+    with pytest.raises(Broken):
+        ranks.step(work)
+    del exchange.combine
+    # The bus is in mid-step: only a new generation begins afresh.
+    ranks.new_generation()
+    assert torch.equal(ranks.step(work)[0], fresh.step(work)[0])

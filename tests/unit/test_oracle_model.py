@@ -1,0 +1,149 @@
+"""The oracle model against plain Python, and that it notices every kind of loss."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli.models import make_model
+from services.worker.model.batch import Part
+from tests.oracle import next_tokens
+from tests.unit.ranks import Ranks, Stream, generate
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("oracle", tmp_path_factory.mktemp("oracle") / "model", seed=7)
+
+
+def make_streams(size: int, lengths: tuple[int, ...]) -> list[list[Stream]]:
+    rng = random.Random(size)
+    rows = []
+    for _ in range(size):
+        blocks = rng.sample(range(64), 64)
+        rows.append(
+            [Stream([rng.randrange(260) for _ in range(n)], [blocks.pop() for _ in range(16)]) for n in lengths]
+        )
+    return rows
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_tokens_equal_those_of_plain_python(directory: Path, size: int) -> None:
+    streams = make_streams(size, (1, 8, 39))
+    prompts = {id(stream): list(stream.tokens) for row in streams for stream in row}
+    generate(Ranks(directory, size), streams, COUNT)
+    for stream in (stream for row in streams for stream in row):
+        assert stream.tokens[-COUNT:] == next_tokens(directory, prompts[id(stream)], COUNT)
+
+
+def test_tokens_are_printable_and_varied(directory: Path) -> None:
+    tokens = next_tokens(directory, [1, 2, 3], 400)
+    assert all(32 <= token < 127 for token in tokens)
+    assert len(set(tokens)) > 80
+
+
+Change = Callable[[Ranks, Stream], None]
+
+
+def zero_block(ranks: Ranks, stream: Stream) -> None:
+    """A block was lost."""
+    kv = ranks.weights[0].kv
+    ctypes.memset(kv.base_addr + stream.blocks[1] * kv.geometry.block_stride, 0, kv.geometry.block_bytes)
+
+
+def swap_blocks(ranks: Ranks, stream: Stream) -> None:
+    """Two blocks changed places."""
+    del ranks
+    stream.blocks[0], stream.blocks[2] = stream.blocks[2], stream.blocks[0]
+
+
+def double_block(ranks: Ranks, stream: Stream) -> None:
+    """A block came twice, in the place of another."""
+    del ranks
+    stream.blocks[2] = stream.blocks[1]
+
+
+def change_one_value(ranks: Ranks, stream: Stream) -> None:
+    """A single number of the first layer's keys is off by one."""
+    kv = ranks.weights[0].kv
+    value = ctypes.c_float.from_address(kv.base_addr + stream.blocks[0] * kv.geometry.block_stride)
+    value.value += 1
+
+
+def skip_position(ranks: Ranks, stream: Stream) -> None:
+    """A step was counted and not computed: what the block held before is read in its place."""
+    del ranks
+    stream.tokens.append(stream.tokens[-1])
+    stream.kv_len += 1
+
+
+def swap_experts(ranks: Ranks, stream: Stream) -> None:
+    """Two experts of the first layer lie in each other's slot."""
+    del stream
+    for tensor in ranks.weights[0].experts[0].values():
+        tensor[[0, 1]] = tensor[[1, 0]]
+
+
+@pytest.mark.parametrize(
+    "change", [zero_block, swap_blocks, double_block, change_one_value, skip_position, swap_experts]
+)
+def test_loss_shows(directory: Path, change: Change) -> None:
+    ranks = Ranks(directory, 1)
+    kv = ranks.weights[0].kv
+    ctypes.memset(kv.base_addr, 0, 64 * kv.geometry.block_stride)
+    stream = Stream(list(range(40, 62)), range(20))
+    generate(ranks, [[stream]], 3)
+    prompt = list(stream.tokens)
+    change(ranks, stream)
+    changed = list(stream.tokens)
+    generate(ranks, [[stream]], COUNT)
+    got = stream.tokens[len(changed) :]
+    assert got != next_tokens(directory, prompt, COUNT)[: len(got)]
+
+
+def test_stale_block_shows(directory: Path) -> None:
+    """A block that still holds another sequence's tokens."""
+    ranks = Ranks(directory, 1)
+    other, stream = Stream(range(12), range(10)), Stream(range(50, 62), range(10, 20))
+    generate(ranks, [[other, stream]], 2)
+    stream.blocks[1] = other.blocks[1]
+    prompt = list(stream.tokens)
+    generate(ranks, [[stream]], COUNT)
+    assert stream.tokens[-COUNT:] != next_tokens(directory, prompt, COUNT)
+
+
+def test_every_cached_value_counts(directory: Path) -> None:
+    """Nearly every change of a single value changes even the very next token (by chance one in 95 does not)."""
+    ranks = Ranks(directory, 1)
+    kv, length, blocks = ranks.weights[0].kv, 9, [5, 2, 8]
+    ranks.step([[Part(range(30, 30 + length), 0, blocks, 0)]])
+
+    def run() -> torch.Tensor:
+        return ranks.step([[Part([77], length, blocks, 1)]])[0]
+
+    want = run()
+    places = [(block, at) for block in blocks[:2] for at in range(0, kv.geometry.block_bytes, 4 * 7)]  # every seventh
+    num_changed = 0
+    for block, at in places:
+        value = ctypes.c_float.from_address(kv.base_addr + block * kv.geometry.block_stride + at)
+        before = value.value
+        value.value = (before + 1) % ranks.spec.modulus
+        num_changed += not torch.equal(run(), want)
+        value.value = before
+    assert num_changed >= 0.9 * len(places) > 60
+    assert torch.equal(run(), want)
+
+
+def test_bad_tokens_are_refused(directory: Path) -> None:
+    ranks = Ranks(directory, 1, max_tokens=4)
+    with pytest.raises(ValueError, match="token"):
+        ranks.step([[Part([260], 0, [0], 1)]])
+    with pytest.raises(ValueError, match="limit is 4"):
+        ranks.step([[Part([1] * 5, 0, [0, 1], 1)]])
