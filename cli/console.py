@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import IO, Protocol, Self
 
 from rich.console import Console as RichTerminal
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 _PLAIN_STEP_PERCENT = 25
 _FINISH_SECONDS_MAX = 5.0
@@ -68,7 +68,7 @@ class TerminalConsole(_Closing):
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                DownloadColumn(binary_units=True),
+                TextColumn("{task.fields[share]}"),
                 TimeElapsedColumn(),
                 console=self._terminal,
                 transient=True,
@@ -79,8 +79,9 @@ class TerminalConsole(_Closing):
         if self._task is None or phase != self._phase:
             if self._task is not None:
                 self._bar.remove_task(self._task)
-            self._task, self._phase = self._bar.add_task(phase, total=None), phase
-        self._bar.update(self._task, completed=done, total=total or None)
+            self._task, self._phase = self._bar.add_task(phase, total=None, share=""), phase
+        share = f"{size(done)} of {size(total)}" if total else ""
+        self._bar.update(self._task, completed=done, total=total or None, share=share)
         self._bar.refresh()
 
     def close(self) -> None:

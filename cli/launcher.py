@@ -73,6 +73,7 @@ class Launcher:
         self._due: dict[str, float] = {}
         self._state: State = "starting"
         self._num_signals = 0
+        self._num_interrupts = 0
         self._selector = selectors.DefaultSelector()
         self.num_unclean = 0
 
@@ -95,8 +96,9 @@ class Launcher:
             reader.close()
             writer.close()
 
-    def _on_signal(self, *_: int | FrameType | None) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._num_signals += 1
+        self._num_interrupts += number == signal.SIGINT
 
     def start(self) -> None:
         """Start everything and wait until it is ready.
@@ -185,12 +187,12 @@ class Launcher:
     def stop(self) -> None:
         """Stop all children in reverse order: SIGTERM, then SIGKILL after the child's grace. Idempotent.
 
-        A further signal meanwhile kills what is left at once. Counts in `num_unclean` the children that were killed or
-        ended with another exit code than 0.
+        A further Ctrl-C meanwhile kills what is left at once; a further SIGTERM changes nothing, so that two `down` do
+        no harm. Counts in `num_unclean` the children that were killed or ended with another exit code than 0.
         """
         self._state = "stopping"
         self._record()
-        self._num_signals = 0
+        self._num_interrupts = 0
         for name in [name for name in reversed(self._specs) if name in self._children]:
             self._console.progress(f"stopping {name}")
             child = self._children.pop(name)
@@ -209,9 +211,9 @@ class Launcher:
         self._console.close()
 
     def _wait(self, child: Child, grace_s: float) -> bool:
-        """Whether `child` ended in time; a signal cuts the time short."""
+        """Whether `child` ended in time; an interrupt cuts the time short."""
         deadline = time.monotonic() + grace_s
-        while not self._num_signals and (left_s := deadline - time.monotonic()) > 0:
+        while not self._num_interrupts and (left_s := deadline - time.monotonic()) > 0:
             if child.wait(min(left_s, 0.2)):  # a signal's handler runs between the turns
                 return True
         return child.wait(0)

@@ -75,7 +75,9 @@ def _parse(answer: httpx.Response) -> Progress:
         if body.error is not None:
             body.error.raise_()
         raise ElasticMoEError(body.reason or "the scaler gave up", code="start_failed")
-    return Progress(body.phase[:_PHASE_CHARS_MAX] or "starting", max(0, body.bytes_done), max(0, body.bytes_total))
+    if body.phase != "loading":  # the scaler goes on to report the bytes that it has loaded
+        return Progress(body.phase[:_PHASE_CHARS_MAX] or "starting")
+    return Progress(body.phase, max(0, body.bytes_done), max(0, body.bytes_total))
 
 
 def free_port(host: str = "127.0.0.1") -> int:

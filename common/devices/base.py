@@ -155,10 +155,8 @@ class Device(ABC):
         """Map the whole `handle` at `offset` of the range. Raises as `map_many` does."""
         self.map_many(range_, [(offset, handle)], writable)
 
-    def map_many(
-        self, range_: Range, parts: Iterable[tuple[int, Handle]], writable: bool, *, populate: bool = False
-    ) -> None:
-        """Map whole handles, each at its offset of the range: all or none. `populate` also makes the page tables now.
+    def map_many(self, range_: Range, parts: Iterable[tuple[int, Handle]], writable: bool) -> None:
+        """Map whole handles, each at its offset of the range: all or none.
 
         Raises DeviceError not_granular, out_of_range, mapping_live, mixed_range, other_device, read_only, released.
         """
@@ -174,7 +172,7 @@ class Device(ABC):
             raise self._broken("mixed_range", "a range cannot hold local and imported handles")
         if not ordered:
             return
-        self._map_many(range_, ordered, writable, populate)
+        self._map_many(range_, ordered, writable)
         for offset, handle in ordered:
             insort(range_.starts, offset)
             range_.mappings[offset] = handle
@@ -285,7 +283,7 @@ class Device(ABC):
     @abstractmethod
     def _unreserve(self, range_: Range) -> None: ...
     @abstractmethod
-    def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool, populate: bool) -> None: ...
+    def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool) -> None: ...
     @abstractmethod
     def _unmap(self, range_: Range, offset: int, nbytes: int) -> None: ...
     @abstractmethod

@@ -228,10 +228,10 @@ class HostDevice(Device):
     def _unreserve(self, range_: Range) -> None:
         range_.backing.close()
 
-    def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool, populate: bool) -> None:
+    def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool) -> None:
         native_parts = [(at, part.backing.fd, part.backing.offset, part.nbytes) for at, part in parts]
         try:
-            range_.backing.map_many(native_parts, writable, populate)
+            range_.backing.map_many(native_parts, writable)
         except OSError as error:
             raise DeviceError(f"{self.name}: {len(parts)} handles cannot be mapped: {error.strerror}") from None
 

@@ -37,12 +37,12 @@ void live(uint64_t addr, uint64_t nbytes, Board& board, int slot, uint64_t incar
     for (uint64_t step = 0;; ++step) {
       std::vector<StepEntry> entries;
       Outcome outcome = finish([&] {
-        return meeting.step(view.generation, static_cast<uint32_t>(slot), view.generation, now_ns() + 60 * kSecond,
+        return meeting.step(view.generation, static_cast<uint32_t>(slot), view.generation, now_ns() + 15 * kSecond,
                             entries);
       });
       if (outcome == Outcome::done) {
         for (const StepEntry& entry : entries) CHECK(entry.num_tokens == entry.slot && entry.flags == view.generation);
-        outcome = rank.run_layer(view.generation, view.generation, step, 60 * kSecond);
+        outcome = rank.run_layer(view.generation, view.generation, step, 15 * kSecond);
       }
       CHECK(outcome == Outcome::done || outcome == Outcome::aborted);
       if (outcome == Outcome::aborted) break;
@@ -88,7 +88,7 @@ class Deployment {
     uint64_t goals[kNumRanks];
     for (int slot = 0; slot < kNumRanks; ++slot) goals[slot] = steps(slot) + num_more;
     for (int slot = 0; slot < kNumRanks; ++slot) {
-      if ((members >> slot & 1) != 0) wait_for("steps", [&] { return steps(slot) >= goals[slot]; }, 60 * kSecond);
+      if ((members >> slot & 1) != 0) wait_for("steps", [&] { return steps(slot) >= goals[slot]; }, 15 * kSecond);
     }
   }
   void wait_for_stop(uint64_t members, int64_t limit_ns) {

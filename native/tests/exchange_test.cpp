@@ -34,7 +34,7 @@ int run_ranks(Fixture& bus, uint32_t generation, uint64_t members, uint64_t num_
         ExchangeRank rank(bus.memory.addr(), bus.memory.nbytes(), slot, 24);
         rank.meeting().join(generation * 100 + static_cast<uint64_t>(slot) + 1);
         for (uint64_t step = 0; step < num_steps; ++step) {
-          CHECK(rank.run_layer(generation, 5, step, 60'000'000'000) == Outcome::done);
+          CHECK(rank.run_layer(generation, 5, step, 15'000'000'000) == Outcome::done);
         }
         ++num_good;
       } catch (const std::exception& error) {

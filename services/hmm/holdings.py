@@ -7,7 +7,6 @@ written. So a start finds either everything, and adopts it without touching the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 from common.config import HmmConfig
 from common.devices.host import HostDevice
@@ -189,18 +188,15 @@ class Holdings:
     # ---- Parking
 
     def _park_all(self) -> None:
-        self._each_fd(self._parking.keep)
-
-    def _each_fd(self, act: Callable[[str, int], None]) -> None:
         for name, memory in self.memories.items():
             for space, fd in memory.device.files().items():
-                act(f"{name}.{space}", fd)
+                self._parking.keep(f"{name}.{space}", fd)
         if self.segment is not None:
-            act("bus", self.segment.fd)
+            self._parking.keep("bus", self.segment.fd)
         for slot, fd in self.doorbells.items():
-            act(_doorbell(slot), fd)
+            self._parking.keep(_doorbell(slot), fd)
         if self._snapshot is not None:
-            act(CATALOG, self._snapshot.fd)
+            self._parking.keep(CATALOG, self._snapshot.fd)
 
     def close(self) -> None:
         """Close this process's descriptors and mappings; what the keeper holds lives on. Idempotent."""

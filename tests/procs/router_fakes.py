@@ -71,6 +71,7 @@ class FakeRank:
         self.max_model_len = 512
         self.blocks_free = 100
         self.is_muted = threading.Event()  # set: receives, but says nothing
+        self.is_watched = threading.Event()  # a router has introduced itself to this incarnation
         self._path = sockets / f"rank-{self.rank}.sock"
         self._step_s = step_s
         self._sequences: dict[tuple[bytes, str], _Sequence] = {}
@@ -85,7 +86,7 @@ class FakeRank:
         self.incarnation = new_identity(f"rank-{self.rank}")
         self._stop.clear()
         bound = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(bound,), name=f"fake {self.rank}")
+        self._thread = threading.Thread(target=self._run, args=(bound,), name=f"fake {self.rank}", daemon=True)
         self._thread.start()
         assert bound.wait(WAIT_S)
         return self
@@ -97,6 +98,7 @@ class FakeRank:
             self._thread.join(WAIT_S)
         self._sequences.clear()
         self._watchers.clear()
+        self.is_watched.clear()
 
     def say(self, message: Message) -> None:
         """Send `message` to every router that watches."""
@@ -140,6 +142,7 @@ class FakeRank:
             self.seen.cancels.put(body.request_id)
         elif isinstance(body, Watch):
             self._watchers.add(peer)
+            self.is_watched.set()
             if not self.is_muted.is_set():
                 server.send(peer, self.status(0))
 

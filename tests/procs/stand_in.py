@@ -5,7 +5,7 @@ after the real store if it is among them. `stand_in child BEHAVIOUR`: such a chi
 
 Behaviours: `idle`; `scaler` and `router` (answer /ready on the ports of the environment); `never` (a scaler that loads
 for ever); `failed` (one that gives up); `exit` (ends at once with a message); `loop` (ends once the deployment serves);
-`stubborn` (ignores SIGTERM, and so does its own child); `pool` (has a child that leaves when its pipe ends).
+`stubborn` (ignores SIGTERM, and so does its own child); `tidy` (takes a second to end); `pool` (has a child that leaves when its pipe ends).
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def others_are_up() -> bool:
 def child(behaviour: str) -> int:
     """One stand-in; see the module's text."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour == "stubborn" else lambda *_: os._exit(0))
+    if behaviour == "tidy":
+        signal.signal(signal.SIGTERM, tidy_up)
     print(f"{behaviour} is up", file=sys.stderr, flush=True)
     if behaviour == "exit":
         print("elasticmoe-x: bad_thing: no luck today", file=sys.stderr)
@@ -97,6 +99,12 @@ def child(behaviour: str) -> int:
         os.close(reader)
     while True:
         signal.pause()
+
+
+def tidy_up(*_: object) -> None:
+    """End after a second, as a router that drains."""
+    select.select([], [], [], 1.0)
+    os._exit(0)
 
 
 def loop() -> int:

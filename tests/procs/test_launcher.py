@@ -258,13 +258,23 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_group(start: Start, run
     assert processes_of(run_dir) == {}
 
 
-def test_a_second_signal_cuts_the_grace_short(start: Start) -> None:
+def test_a_second_interrupt_cuts_the_grace_short(start: Start) -> None:
     run = start({"first": "idle", "slow": "stubborn", "scaler": "scaler", "router": "router"})
     run.read(SERVING)
     run.process.send_signal(signal.SIGINT)
     run.read("stopping slow")
     run.process.send_signal(signal.SIGINT)
     assert run.end(timeout_s=30) == 0  # its grace is a minute
+
+
+def test_a_second_sigterm_changes_nothing(start: Start, run_dir: Path) -> None:
+    run = start({"hmm": "tidy", "scaler": "scaler", "router": "router"})
+    run.read(SERVING)
+    run.process.send_signal(signal.SIGTERM)
+    run.read("stopping hmm")
+    assert run.stop() == 0
+    assert "ended with" not in "".join(run.lines)
+    assert not run_dir.exists()
 
 
 def test_a_run_directory_and_a_port_have_one_user(start: Start, run_dir: Path) -> None:

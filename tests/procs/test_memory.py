@@ -144,7 +144,9 @@ def test_ranks_hold_no_private_copy_and_experts_exist_once(large: Path) -> None:
 
 def test_loading_reads_each_byte_once_and_peaks_below_checkpoint_plus_15_percent(large: Path) -> None:
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
-    deployment = Deployment(large, replicas=1, dtype="bfloat16", kv_bytes=2 * MIB, device_bytes=400 * MIB).wait_ready()
+    deployment = Deployment(
+        large, replicas=1, dtype="bfloat16", kv_bytes=2 * MIB, device_bytes=400 * MIB, max_model_len=256
+    ).wait_ready()
     try:
         pid = deployment.pids["hmm"]
         io = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())

@@ -37,10 +37,12 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
 def rank(router: RouterProcess) -> Iterator[FakeRank]:
     rank = FakeRank(router.sockets).start()
     router.wait_ready()
-    yield rank
-    router.wait_idle()
-    router.history(is_running=True)
-    rank.stop()
+    try:
+        yield rank
+        router.wait_idle()
+        router.history(is_running=True)
+    finally:
+        rank.stop()
 
 
 @pytest.fixture

