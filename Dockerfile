@@ -22,7 +22,7 @@ RUN python -m venv /opt/elasticmoe \
       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --requirement /requirements/runtime.txt \
     && /opt/elasticmoe/bin/pip uninstall --yes --quiet pip \
     # torch's tests, headers and tools, a fifth of its size; `import torch` asks for the one tool that stays.
-    && cd /opt/elasticmoe/lib/python3.11/site-packages/torch \
+    && cd /opt/elasticmoe/lib/python3.*/site-packages/torch \
     && rm -rf include share test \
     && find bin -type f ! -name torch_shm_manager -delete
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "cli.chat",
     "doctor": "cli.doctor",
     "model": "cli.model",
+    "bench": "cli.bench.command",
     "version": "cli.version",
 }
 _INTERRUPTED = 130

@@ -16,8 +16,8 @@ import msgspec
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One request: when it was sent and when each event with text came, in seconds of the monotonic clock; tokens as the
-    server counted them. `error` is empty for one that ended with a finish reason."""
+    """One request: when it was sent and when each event with text came, in seconds of the monotonic clock; tokens as
+    the server counted them. `error` is empty for one that ended with a finish reason."""
 
     sent: float
     arrivals: tuple[float, ...]

@@ -20,9 +20,12 @@ import msgspec
 
 from cli.bench.load import Figures, Shape, figures, run_clients
 from cli.bench.report import provenance, table, write_raw
-from cli.probes import free_port
+from cli.record import read_record
+from common.protocol import router as router_messages
+from common.protocol.rank import Watch
+from common.transport import Client, new_identity
 
-
+STATUS_MS = 5_000
 SAFE_VOCAB = 256  # byte ids, which every tokenizer here has
 
 
@@ -58,12 +61,15 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     concurrencies = [int(n) for n in args.concurrency.split(",")]
     with tempfile.TemporaryDirectory(prefix="em-bench-") as directory:
-        port, admin_port = free_port(), free_port()
-        up = ["--model", model, "--replicas", str(replicas), "--devices", f"host:{replicas}", "--port", str(port)]
-        up += ["--admin-port", str(admin_port), "--run-dir", f"{directory}/run", "--detach"]
+        run_dir = Path(directory) / "run"
+        up = ["--model", model, "--replicas", str(replicas), "--devices", f"host:{replicas}", "--port", "0"]
+        up += ["--admin-port", "0", "--run-dir", str(run_dir), "--detach"]
         subprocess.run([sys.executable, "-m", "cli.main", "up", *up], check=True)
         try:
-            url = f"http://127.0.0.1:{port}"
+            record = read_record(run_dir)
+            if record is None:
+                raise ValueError("the deployment left no record")
+            url = record.url
             name, vocab = _served(url)
             shape = Shape(name, args.prompt_tokens, args.output_tokens, vocab)
             asyncio.run(run_clients(url, shape, 2 * replicas, 2 * replicas, seed=0))
@@ -72,9 +78,9 @@ def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[
                 for n in concurrencies:
                     num = max(n * args.requests_per_client, 2)
                     samples = asyncio.run(run_clients(url, shape, n, num, seed=1 + turn * 100 + n))
-                    results[n].append((figures(samples, n), _share_outside_math(url)))
+                    results[n].append((figures(samples, n), _share_outside_math(run_dir, replicas)))
         finally:
-            subprocess.run([sys.executable, "-m", "cli.main", "down", "--run-dir", f"{directory}/run"], check=True)
+            subprocess.run([sys.executable, "-m", "cli.main", "down", "--run-dir", str(run_dir)], check=True)
     return [_summary(model, replicas, rounds) for rounds in results.values()]
 
 
@@ -83,9 +89,21 @@ def _served(url: str) -> tuple[str, int]:
     return str(httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]), SAFE_VOCAB
 
 
-def _share_outside_math(url: str) -> float:
-    ranks = httpx.get(f"{url}/load", timeout=10).json()["ranks"]
-    return max(float(rank["step_share_outside_math"]) for rank in ranks)
+def _share_outside_math(run_dir: Path, replicas: int) -> float:
+    """The largest share of a step, over the ranks, that was not tensor math (an average over the last steps)."""
+    shares = []
+    for replica in range(replicas):
+        path = run_dir / "sockets" / f"rank-r{replica}t0.sock"
+        client = Client(path, new_identity("bench"), router_messages.CODEC)
+        try:
+            client.send(Watch())
+            received = client.receive(STATUS_MS)
+        finally:
+            client.close()
+        if received is None or not isinstance(received.body, router_messages.RankStatus):
+            raise ValueError(f"rank r{replica}t0 sent no status within {STATUS_MS} ms")
+        shares.append(received.body.step_share_outside_math)
+    return max(shares)
 
 
 def _summary(model: str, replicas: int, rounds: list[tuple[Figures, float]]) -> tuple[dict[str, Any], dict[str, Any]]:

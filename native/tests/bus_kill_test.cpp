@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "exchange_model.h"
+#include "tracing.h"
 
 using namespace testing;
 
@@ -176,4 +177,55 @@ TEST(an_observer_killed_while_publishing_blocks_nobody) {
     const MembershipView view = reader.membership();
     CHECK(view.members == view.generation % 61);
   }
+}
+
+TEST(a_kill_at_any_instruction_of_an_arrival_blocks_nobody) {
+  const SharedMemory memory(bus_bytes(kGeometry));
+  format_bus(memory.addr(), memory.nbytes(), kGeometry);
+  const Segment segment(memory.addr(), memory.nbytes());
+  Meeting hmm(segment, -1);
+  Meeting survivor(segment, 0);
+  survivor.join(1);
+  uint32_t generation = 0;
+  uint64_t num_instructions = UINT64_MAX;  // known after the first round, which kills nobody
+  uint64_t stride = 1;
+  for (uint64_t goal = UINT64_MAX; num_instructions == UINT64_MAX || goal < num_instructions; goal += stride) {
+    hmm.set_membership(++generation, 0b11, true);
+    // The victim is the last to arrive: it is the one who must wake the survivor.
+    TracedProcess victim([&] {
+      Meeting rank(segment, 1);
+      rank.join(1000 + generation);
+      if (rank.meet(generation, Kind::barrier, 0, kNever) != Outcome::done) throw Failure("the victim did not pass");
+    });
+    if (!victim.is_traceable()) {
+      std::printf("      skipped: this machine forbids tracing\n");
+      return;
+    }
+    Outcome outcome = Outcome::interrupted;
+    std::jthread waiter([&] {
+      outcome = finish([&] { return survivor.meet(generation, Kind::barrier, 0, now_ns() + 15 * kSecond); });
+    });
+    while (segment.slot(0).arrived >> 32 != generation) std::this_thread::yield();
+    uint64_t done = 0;
+    while (done < goal && victim.step()) ++done;
+    victim.kill_now();
+    if (num_instructions == UINT64_MAX) {
+      num_instructions = done;
+      stride = done / 400 + 1;  // a sanitizer's build has ten times the instructions
+      goal = 0;
+    }
+    const int64_t killed_at = now_ns();
+    hmm.set_membership(++generation, 0b11, false);
+    waiter.join();
+    CHECK(outcome == Outcome::done || outcome == Outcome::aborted);
+    CHECK(now_ns() - killed_at < kSecond);
+    // The pair goes on with a replacement in the victim's slot.
+    hmm.set_membership(++generation, 0b11, true);
+    Meeting replacement(segment, 1);
+    replacement.join(2000 + generation);
+    CHECK(replacement.arrive(generation, Kind::barrier, 0) == Outcome::done);
+    CHECK(survivor.meet(generation, Kind::barrier, 0, 0) == Outcome::done);
+    CHECK(replacement.wait(0) == Outcome::done);
+  }
+  CHECK(num_instructions > 20);
 }

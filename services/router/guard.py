@@ -93,7 +93,7 @@ class GuardedProtocol(HttpToolsProtocol):
         code = "bad_http" if status == 400 else "headers_too_large"
         body = msgspec.json.encode(ErrorBody(ErrorDetail(text, "invalid_request_error", None, code)))
         head = f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        if not self._is_answering:  # never into the middle of an answer
+        if not self._is_answering or not self.cycle.response_started:  # never into the middle of an answer
             self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()
 

@@ -5,7 +5,8 @@ after the real store if it is among them. `stand_in child BEHAVIOUR`: such a chi
 
 Behaviours: `idle`; `scaler` and `router` (answer /ready on the ports of the environment); `never` (a scaler that loads
 for ever); `failed` (one that gives up); `exit` (ends at once with a message); `loop` (ends once the deployment serves);
-`stubborn` (ignores SIGTERM, and so does its own child); `tidy` (takes a second to end); `pool` (has a child that leaves when its pipe ends).
+`stubborn` (ignores SIGTERM, and so does its own child); `tidy` (takes a second to end); `pool` (has a child that leaves
+when its pipe ends).
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 import subprocess
 import sys
@@ -207,25 +206,16 @@ def test_no_message_of_a_rank_harms_the_router(rank: FakeRank, router: RouterPro
     rank.say(rank.status())
 
 
-def test_an_occupied_port_and_a_bad_setting_are_told_in_a_line(router: RouterProcess, tmp_path: Path) -> None:
-    base = {"run_dir": tmp_path / "run", "model": router.run_dir.parent / "model"}
-    for settings, text in (
-        ({"port": router.port}, f"port {router.port} on 127.0.0.1 is in use"),
-        ({"port": 99_999}, "configuration of RouterConfig"),
-        ({"port": 0, "model": tmp_path}, "config.json cannot be read"),
-        ({"port": 0, "model": ""}, "model is not set"),
-        ({"port": 0, "api_key_file": tmp_path / "none"}, "API key file cannot be read"),
-        ({"port": 0, "host": "192.0.2.1"}, "port 0 on 192.0.2.1 cannot be used"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "services.router"],
-            cwd=ROOT,
-            env={"PATH": "/usr/bin", **environment_of({**base, **settings})},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 1
-        assert re.fullmatch(r"elasticmoe-router: [a-z_]+: [^\n]*\n", done.stderr), done.stderr
-        assert text in done.stderr
-    wait_until(lambda: router.get("/health").status_code == 200, "the first is undisturbed")
+def test_an_occupied_port_is_told_in_a_line(router: RouterProcess, tmp_path: Path) -> None:
+    settings = {"run_dir": tmp_path / "run", "model": router.run_dir.parent / "model", "port": router.port}
+    done = subprocess.run(
+        [sys.executable, "-m", "services.router"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin", **environment_of(settings)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"elasticmoe-router: port_in_use: port {router.port} on 127.0.0.1 is in use\n"
+    assert router.get("/health").status_code == 200

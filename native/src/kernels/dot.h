@@ -42,6 +42,53 @@ inline void accumulate_all(F32 (&sums)[kRows][kCols], const float* x, const type
   if constexpr (T::kParts == 2) accumulate<T, 1>(sums, x, w, w_stride);
 }
 
+template <int64_t kQuad>
+inline void store_quad(F32 sums, float* out, bool add) {
+  F32x4 result = quad<kQuad>(sums);
+  if (add) {
+    F32x4 before;
+    std::memcpy(&before, out, sizeof before);
+    result += before;
+  }
+  std::memcpy(out, &result, sizeof result);
+}
+
+// Sum up the vectors of a tile: kQuads rows and four columns at a time.
+template <int64_t kRows, int64_t kCols>
+inline void store_sums(const F32 (&sums)[kRows][kCols], float* out, int64_t out_stride, bool add) {
+  if constexpr (kCols == 1) {
+    for (int64_t m = 0; m < kRows; ++m) {
+      const float result = sum(sums[m][0]);
+      out[m * out_stride] = add ? out[m * out_stride] + result : result;
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int64_t first = 0; first < kRows; first += kQuads) {
+#pragma GCC unroll 2
+      for (int64_t n = 0; n < kCols; n += 4) {
+        F32 folded[4];
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 4; ++i) {
+          F32 rows[kQuads];
+#pragma GCC unroll 4
+          for (int64_t q = 0; q < kQuads; ++q) rows[q] = sums[first + q < kRows ? first + q : kRows - 1][n + i];
+          folded[i] = fold(rows);
+        }
+        const F32 results = sum_quads(folded[0], folded[1], folded[2], folded[3]);
+        float* to = out + first * out_stride + n;
+        store_quad<0>(results, to, add);
+        if constexpr (kQuads > 1) {
+          if (first + 1 < kRows) store_quad<1>(results, to + out_stride, add);
+        }
+        if constexpr (kQuads > 2) {
+          if (first + 2 < kRows) store_quad<2>(results, to + 2 * out_stride, add);
+          if (first + 3 < kRows) store_quad<3>(results, to + 3 * out_stride, add);
+        }
+      }
+    }
+  }
+}
+
 // One tile. x: packed, the rows' vectors of each place side by side. add: whether out is added to.
 template <typename T, int64_t kRows, int64_t kCols>
 void dot_tile(const float* x, const typename T::Element* w, int64_t w_stride, int64_t depth, float* out,
@@ -61,27 +108,7 @@ void dot_tile(const float* x, const typename T::Element* w, int64_t w_stride, in
     }
     accumulate_all<T>(sums, x + k * kRows, tail[0], T::kStep);
   }
-#pragma GCC unroll 8
-  for (int64_t m = 0; m < kRows; ++m) {
-    float* row = out + m * out_stride;
-    if constexpr (kCols % 4 == 0) {
-#pragma GCC unroll 2
-      for (int64_t n = 0; n < kCols; n += 4) {
-        F32x4 result = sum4(sums[m][n], sums[m][n + 1], sums[m][n + 2], sums[m][n + 3]);
-        if (add) {
-          F32x4 before;
-          std::memcpy(&before, row + n, sizeof before);
-          result += before;
-        }
-        std::memcpy(row + n, &result, sizeof result);
-      }
-    } else {
-      for (int64_t n = 0; n < kCols; ++n) {
-        const float result = sum(sums[m][n]);
-        row[n] = add ? row[n] + result : result;
-      }
-    }
-  }
+  store_sums(sums, out, out_stride, add);
 }
 
 // `num_rows` <= kTileRows rows against `num_cols` weights.

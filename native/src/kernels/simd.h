@@ -1,10 +1,11 @@
 // Vectors of one instruction set. Included only by isa.cpp, which is compiled once for each set with its own compiler
 // flags and with ELASTICMOE_ISA as its namespace: nothing here may have external linkage outside of it, or the linker
-// could pick a copy that the machine cannot run. Hence no std:: function templates either.
+// could pick a copy that the machine cannot run. Hence no std:: functions either.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace elasticmoe::kernels::ELASTICMOE_ISA {
 
@@ -114,27 +115,60 @@ inline void unpack(const float* from, int64_t count, float factor, float* to) {
   for (int64_t j = 0; i + j < count; ++j) to[i + j] = from[i + j % T::kParts * kLanes + j / T::kParts] * factor;
 }
 
-// Sum of four vectors' lanes each. The order of additions is the same for all four and that of `sum`.
-inline F32x4 halves(F32 v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof v);
-  F32x4 quarter[kLanes / 4];
-  std::memcpy(quarter, lanes, sizeof lanes);
-  for (int64_t n = kLanes / 8; n > 0; n /= 2) {
-    for (int64_t i = 0; i < n; ++i) quarter[i] += quarter[i + n];
-  }
-  return quarter[0];
+template <auto kIndex, int64_t... kLane>
+inline F32 shuffle(F32 a, F32 b, std::integer_sequence<int64_t, kLane...> /*lanes*/) {
+  return __builtin_shufflevector(a, b, kIndex(kLane)...);
 }
 
-inline F32x4 sum4(F32 a, F32 b, F32 c, F32 d) {
-  const F32x4 a4 = halves(a), b4 = halves(b), c4 = halves(c), d4 = halves(d);
-  const F32x4 ab = __builtin_shufflevector(a4, b4, 0, 4, 1, 5) + __builtin_shufflevector(a4, b4, 2, 6, 3, 7);
-  const F32x4 cd = __builtin_shufflevector(c4, d4, 0, 4, 1, 5) + __builtin_shufflevector(c4, d4, 2, 6, 3, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+// Lane i of the result is lane kIndex(i) of a and b one after the other.
+template <auto kIndex>
+inline F32 shuffle(F32 a, F32 b) {
+  return shuffle<kIndex>(a, b, std::make_integer_sequence<int64_t, kLanes>());
+}
+
+// A vector's sum is taken in this order: halves onto each other until four lanes are left, then (0 + 2) + (1 + 3).
+// Quads: a vector in four neighbouring lanes each, of kQuads vectors.
+inline constexpr int64_t kQuads = kLanes / 4;
+
+inline F32 fold(const F32 (&v)[kQuads]) {
+  if constexpr (kQuads == 4) {
+    constexpr auto kLow = [](int64_t i) { return i < 8 ? i : i + 8; };
+    constexpr auto kHigh = [](int64_t i) { return i < 8 ? i + 8 : i + 16; };
+    constexpr auto kEven = [](int64_t i) { return i / 4 * 8 + i % 4; };
+    constexpr auto kOdd = [](int64_t i) { return i / 4 * 8 + i % 4 + 4; };
+    const F32 ab = shuffle<kLow>(v[0], v[1]) + shuffle<kHigh>(v[0], v[1]);
+    const F32 cd = shuffle<kLow>(v[2], v[3]) + shuffle<kHigh>(v[2], v[3]);
+    return shuffle<kEven>(ab, cd) + shuffle<kOdd>(ab, cd);
+  } else if constexpr (kQuads == 2) {
+    constexpr auto kLow = [](int64_t i) { return i < 4 ? i : i + 4; };
+    constexpr auto kHigh = [](int64_t i) { return i < 4 ? i + 4 : i + 8; };
+    return shuffle<kLow>(v[0], v[1]) + shuffle<kHigh>(v[0], v[1]);
+  } else {
+    return v[0];
+  }
+}
+
+// Quad q of the result holds the sums of quad q of a, b, c and d.
+inline F32 sum_quads(F32 a, F32 b, F32 c, F32 d) {
+  constexpr auto kFirst = [](int64_t i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * kLanes; };
+  constexpr auto kSecond = [](int64_t i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * kLanes + 2; };
+  constexpr auto kLeft = [](int64_t i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * kLanes; };
+  constexpr auto kRight = [](int64_t i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * kLanes + 2; };
+  const F32 ab = shuffle<kFirst>(a, b) + shuffle<kSecond>(a, b);
+  const F32 cd = shuffle<kFirst>(c, d) + shuffle<kSecond>(c, d);
+  return shuffle<kLeft>(ab, cd) + shuffle<kRight>(ab, cd);
+}
+
+template <int64_t kQuad>
+inline F32x4 quad(F32 v) {
+  constexpr int kLane = static_cast<int>(kQuad * 4);
+  return __builtin_shufflevector(v, v, kLane, kLane + 1, kLane + 2, kLane + 3);
 }
 
 inline float sum(F32 v) {
-  const F32x4 q = halves(v);
+  F32 same[kQuads];
+  for (F32& one : same) one = v;
+  const F32x4 q = quad<0>(fold(same));
   return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
