@@ -41,13 +41,13 @@ def layout_source(config: RouterConfig) -> LayoutSource:
 async def _serve(config: RouterConfig) -> None:
     log = setup_logging("router", level=config.log_level, as_json=config.log_json)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are what strangers send
-    listener = bind(config.host, config.port)
-    key = read_key(config.api_key_file)
-    model = load_model(config.model, config.served_name)
-    service = RouterService(config, model, layout_source(config), listener, key)
-    host, port = listener.getsockname()[:2]
-    log.info("serving", host=host, port=port, model=model.name, has_key=key is not None)
-    await service.run()
+    with bind(config.host, config.port) as listener:
+        key = read_key(config.api_key_file)
+        model = load_model(config.model, config.served_name)
+        service = RouterService(config, model, layout_source(config), listener, key)
+        host, port = listener.getsockname()[:2]
+        log.info("serving", host=host, port=port, model=model.name, has_key=key is not None)
+        await service.run()
 
 
 def main() -> int:

@@ -101,7 +101,7 @@ def stopped(text: str, *stops: str, min_tokens: int = 0) -> tuple[str, int]:
     out = ""
     for count, byte in enumerate(text.encode(), start=1):
         out += stream.feed(byte)
-        assert not any(stop in out for stop in stops) or count <= min_tokens
+        assert min_tokens or not any(stop in out for stop in stops)
         if stream.has_stopped:
             return out + stream.finish(), count
     return out + stream.finish(), -1

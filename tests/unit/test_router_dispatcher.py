@@ -1,0 +1,284 @@
+"""The dispatcher with real sockets and a clock of the test's own: losses, replacements, moves, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from cli.models.byte_tokenizer import build_byte_tokenizer
+from common.layout import RankId
+from common.protocol.codec import Message, Received
+from common.protocol.errors import Unavailable
+from common.protocol.rank import Sampling, Submit
+from common.protocol.replies import Refused
+from common.protocol.router import Delta, Failed, RankStatus, Tokens, ToRouter
+from services.router.balancer import LOST_S
+from services.router.detokenizer import TextStream, TokenTable
+from services.router.dispatcher import ADOPT_S, EMPTY_S, GAP_S, LEAVE_S, Dispatcher
+from services.router.history import History
+from services.router.metrics import Metrics
+from services.router.streams import Stream
+from tests.history import check_history
+from tests.procs.router_fakes import layout_of
+
+TABLE = TokenTable(build_byte_tokenizer())
+
+
+class Bench:
+    """A dispatcher whose ranks are the test: what they say is handed in directly."""
+
+    def __init__(self, directory: Path) -> None:
+        self.now = 1_000.0
+        self.path = directory / "history.jsonl"
+        self.history = History(self.path, "router:1")
+        self.metrics = Metrics("m")
+        self.dispatcher = Dispatcher(lambda name: directory / f"{name}.sock", self.metrics, self.history, "router:1")
+
+    def layout(self, *replicas: int, epoch: int = 1) -> None:
+        self.dispatcher.apply_layout(layout_of(*replicas, epoch=epoch), self.now)
+
+    def hear(self, replica: int, body: ToRouter, *, sender: str = "", seq: int = 0) -> None:
+        sender = sender or f"rank-r{replica}t0:first"
+        link = self.dispatcher.links[RankId(replica, 0)]
+        self.dispatcher._on_message(link, Received(0, sender, seq, body), self.now)
+
+    def status(self, replica: int, *, running: int = 0, sender: str = "", length: int = 100) -> None:
+        rank = RankId(replica, 0)
+        self.hear(replica, RankStatus(rank, sender, int(self.now * 10), running, 0, 0, 50, 100, length), sender=sender)
+
+    def tokens(
+        self, replica: int, stream: Stream, index: int, text: bytes, finish: str | None = None, **of: str
+    ) -> None:
+        self.hear(replica, Tokens((Delta(stream.submit.request_id, index, tuple(text), finish),)), **of)
+
+    def open(self, name: str = "r", deadline_s: float = 600.0) -> Stream:
+        submit = Submit(name, (1, 2), 100, Sampling(seed=1), deadline_s=deadline_s)
+        stream = Stream(name, submit, TextStream(TABLE), asyncio.Event(), now=self.now)
+        self.dispatcher.open(stream, self.now)
+        return stream
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.dispatcher.tick(self.now)
+
+    def sent(self, replica: int) -> list[Message]:
+        """What has been said to a rank."""
+        return self.dispatcher.links[RankId(replica, 0)].said  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest_asyncio.fixture
+async def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    from services.router.links import RankLink
+
+    def send(self: RankLink, body: Message) -> int:
+        said = self.__dict__.setdefault("said", [])
+        said.append(body)
+        return len(said)
+
+    monkeypatch.setattr(RankLink, "send", send)
+    bench = Bench(tmp_path)
+    yield bench
+    bench.dispatcher.close()
+    bench.history.close()
+    check_history(bench.path)
+
+
+def reason(stream: Stream) -> str:
+    return stream.ending.reason if stream.ending else "running"
+
+
+async def test_nothing_is_accepted_before_a_rank_has_reported(bench: Bench) -> None:
+    with pytest.raises(Unavailable):
+        bench.open()
+    bench.layout(0)
+    with pytest.raises(Unavailable):
+        bench.dispatcher.max_model_len()
+    with pytest.raises(Unavailable):
+        bench.open()
+    bench.status(0)
+    bench.open()
+    assert bench.dispatcher.max_model_len() == 100
+
+
+async def test_a_silent_rank_is_asked_and_then_given_up(bench: Bench) -> None:
+    bench.layout(0)
+    bench.status(0)
+    touched, fresh = bench.open("a"), bench.open("b")
+    bench.tokens(0, touched, 0, b"x")
+    asked = len(bench.sent(0))
+    bench.pass_time(1.1)
+    bench.pass_time(0.5)
+    assert len(bench.sent(0)) == asked + 1
+    bench.pass_time(LOST_S - 2.0)
+    assert (reason(touched), reason(fresh)) == ("running", "running")
+    bench.pass_time(1.0)
+    assert (reason(touched), reason(fresh)) == ("rank_lost", "rank_lost")
+    assert touched.ending and touched.ending.error and touched.ending.error.retryable
+
+
+async def test_an_untouched_stream_goes_to_another_replica(bench: Bench) -> None:
+    bench.layout(0, 1)
+    bench.status(0)
+    bench.status(1, running=5)
+    stream = bench.open()
+    assert stream.rank == RankId(0, 0)
+    for _ in range(11):
+        bench.pass_time(1.0)
+        bench.status(1)
+    assert (stream.rank, stream.submit.request_id, stream.num_submits) == (RankId(1, 0), "r~1", 2)
+    assert stream.submit.deadline_s == pytest.approx(589.0, abs=1.5)
+    bench.hear(0, Tokens((Delta("r", 0, (65,)),)))  # the first try comes back: told to stop, not listened to
+    assert stream.num_tokens == 0
+    bench.tokens(1, stream, 0, b"ok", "stop")
+    assert (reason(stream), stream.take().text) == ("stop", "ok")
+
+
+async def test_a_replacement_without_requests(bench: Bench) -> None:
+    bench.layout(0)
+    bench.status(0)
+    touched, fresh = bench.open("a"), bench.open("b")
+    bench.tokens(0, touched, 0, b"x")
+    bench.status(0, sender="rank-r0t0:second")
+    bench.pass_time(EMPTY_S + 0.01)
+    assert reason(touched) == "rank_lost"
+    assert (reason(fresh), fresh.num_submits, fresh.sender) == ("running", 2, "rank-r0t0:second")
+
+
+async def test_a_replacement_that_goes_on(bench: Bench) -> None:
+    bench.layout(0)
+    bench.status(0)
+    one, other = bench.open("a"), bench.open("b")
+    for stream in (one, other):
+        bench.tokens(0, stream, 0, b"abc")
+    bench.status(0, running=2, sender="rank-r0t0:second")
+    bench.pass_time(ADOPT_S + 1.0)
+    bench.tokens(0, one, 0, b"abcd", sender="rank-r0t0:second")
+    bench.pass_time(1.0)
+    bench.status(0, running=2, sender="rank-r0t0:second")
+    bench.tokens(0, one, 4, b"e", "stop", sender="rank-r0t0:second")
+    assert (reason(one), one.take().text, reason(other)) == ("stop", "abcde", "running")
+    for _ in range(10):
+        bench.pass_time(1.0)
+        bench.status(0, running=1, sender="rank-r0t0:second")
+    assert reason(other) == "rank_lost"
+
+
+async def test_a_stream_that_moves(bench: Bench) -> None:
+    bench.layout(0, 1)
+    bench.status(0)
+    bench.status(1, running=9)
+    stream = bench.open()
+    bench.tokens(0, stream, 0, b"ab")
+    bench.tokens(1, stream, 3, b"d")  # overtakes the old home's last one
+    assert stream.rank == RankId(1, 0)
+    bench.tokens(0, stream, 2, b"c")
+    bench.tokens(1, stream, 4, b"e")
+    assert stream.take().text == "abcde"
+    bench.layout(1, epoch=2)
+    bench.status(1)
+    bench.pass_time(LEAVE_S + 0.1)
+    assert list(bench.dispatcher.links) == [RankId(1, 0)]
+    bench.dispatcher.cancel(stream)
+    assert type(bench.sent(1)[-1]).__name__ == "Cancel"
+
+
+async def test_missing_tokens_are_not_waited_for_for_ever(bench: Bench) -> None:
+    bench.layout(0)
+    bench.status(0)
+    stream = bench.open()
+    bench.tokens(0, stream, 5, b"late", "stop")
+    bench.pass_time(GAP_S + 0.1)
+    assert reason(stream) == "rank_lost"
+
+
+async def test_failures_and_refusals(bench: Bench) -> None:
+    bench.layout(0)
+    bench.status(0)
+    failed, refused = bench.open("a"), bench.open("b")
+    bench.hear(0, Failed("a", "invalid_request", "no", False))
+    bench.hear(0, Refused("version_mismatch", "no"), seq=refused.seq)
+    assert (reason(failed), reason(refused)) == ("invalid_request", "version_mismatch")
+    bench.hear(0, Failed("a", "again", "no", False))
+    touched = bench.open("c")
+    bench.tokens(0, touched, 0, b"x")
+    bench.hear(0, Failed("c", "shutting_down", "x", True))
+    assert reason(touched) == "shutting_down"
+
+
+async def test_retries_are_bounded(bench: Bench) -> None:
+    bench.layout(0, 1)
+    bench.status(0)
+    bench.status(1)
+    stream = bench.open()
+    for _ in range(3):
+        assert reason(stream) == "running"
+        assert stream.rank is not None
+        bench.hear(stream.rank.replica, Failed(stream.submit.request_id, "queue_full", "full", True))
+    assert reason(stream) == "queue_full"
+
+
+async def test_the_deadline(bench: Bench) -> None:
+    bench.layout(0)
+    bench.status(0)
+    stream = bench.open(deadline_s=3.0)
+    bench.tokens(0, stream, 0, b"x")
+    bench.pass_time(2.9)
+    assert reason(stream) == "running"
+    bench.pass_time(0.2)
+    assert reason(stream) == "deadline_exceeded"
+
+
+async def test_a_burst_is_spread_before_any_status(bench: Bench) -> None:
+    bench.layout(0, 1, 2)
+    for replica in range(3):
+        bench.status(replica)
+    streams = [bench.open(str(index)) for index in range(9)]
+    ranks = [stream.rank.replica for stream in streams if stream.rank]
+    assert sorted(ranks) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+async def test_layouts(bench: Bench) -> None:
+    bench.layout(0, 1, epoch=5)
+    bench.layout(0, epoch=4)  # older
+    assert len(bench.dispatcher.links) == 2
+    bench.layout(1, epoch=6)
+    bench.status(0)
+    bench.status(1)
+    assert bench.open().rank == RankId(1, 0)
+    bench.layout(0, 1, epoch=7)
+    bench.pass_time(LEAVE_S + 1)
+    assert len(bench.dispatcher.links) == 2
+    ready, why = bench.dispatcher.readiness(bench.now)
+    assert ready, why
+
+
+async def test_a_handler_that_fails_does_not_end_the_link(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.layout(0)
+    link = bench.dispatcher.links[RankId(0, 0)]
+    heard: list[Received[ToRouter]] = []
+
+    async def receive() -> Received[ToRouter]:
+        if len(heard) == 3:
+            raise asyncio.CancelledError
+        return Received(0, "x", 0, Tokens(()))
+
+    def handle(_: object, received: Received[ToRouter], __: float) -> None:
+        heard.append(received)
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(link._client, "receive", receive)
+    with pytest.raises(asyncio.CancelledError):
+        await link.run(handle)
+    assert len(heard) == 3
+
+
+async def test_unknown_streams_are_cancelled_at_the_rank(bench: Bench) -> None:
+    bench.layout(0)
+    bench.status(0)
+    before = len(bench.sent(0))
+    bench.hear(0, Tokens((Delta("ghost", 0, (65,)), Delta("ended", 0, (65,), "stop"))))
+    assert [type(body).__name__ for body in bench.sent(0)[before:]] == ["Cancel"]
