@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs compose.yaml for real: build, up, a streamed answer, the worker's container killed and started again (the weights
-# stay where they are), down, and nothing left over. Prints SKIP and exits 0 where no container engine answers.
+# Runs compose.yaml for real: build, up, a streamed answer, the worker's container killed and started again, then the
+# HMM's (the weights stay where they are), down, and nothing left over. Prints SKIP and exits 0 where no engine answers.
 #
 # ELASTICMOE_COMPOSE_MODEL: a checkpoint folder, or a name that `elasticmoe model list` knows (default tiny-mixtral).
 # ELASTICMOE_COMPOSE_READY_S: seconds until it serves, or serves again (default 300).
@@ -182,6 +182,21 @@ diff "$work/weights.before" "$work/weights.after" >&2 || fail "the weights chang
 [ "$(num_loads)" = 1 ] || fail "the HMM loaded $(num_loads) times"
 await "$READY_S" "the scaler's /ready after the worker's death" curl --silent --fail --max-time 5 "$admin/ready"
 step "the HMM lived on: one load, equal checksums, the same greedy answer"
+
+# ---- a dead HMM: ranks go on, its successor takes over what the keeper holds -----------------------------------------
+
+hmm=$(container hmm)
+docker kill --signal KILL "$hmm" >/dev/null
+await 30 "the HMM's end" has "$hmm" '{{.State.Running}}' false
+await_chat "$work/without.txt" "an answer without the HMM"
+cmp "$work/before.txt" "$work/without.txt" >&2 || fail "the greedy answer changed without the HMM"
+docker start "$hmm" >/dev/null
+await "$READY_S" "the HMM's return" weights
+weights >"$work/weights.adopted" || fail "the checksums after the HMM's death"
+diff "$work/weights.before" "$work/weights.adopted" >&2 || fail "the weights changed with the HMM's death"
+[ "$(num_loads)" = 1 ] || fail "the HMM loaded $(num_loads) times"
+await "$READY_S" "the scaler's /ready after the HMM's death" curl --silent --fail --max-time 5 "$admin/ready"
+step "killed and started the HMM: an answer meanwhile, still one load, equal checksums"
 
 for name in "${services[@]}"; do
   await 60 "$name's health" has "$(container "$name")" '{{.State.Health.Status}}' healthy

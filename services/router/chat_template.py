@@ -20,6 +20,17 @@ TEMPLATE_CHARS_MAX = 1 << 20
 TEMPLATE_ERROR_CHARS_MAX = 300
 
 
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
 class _Refused(Exception):
     """The template called raise_exception."""
 
@@ -61,6 +72,6 @@ class ChatTemplate:
             return self._template.render(variables)
         except _Refused as error:
             raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from None
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        except _TEMPLATE_ERRORS as error:
             kind = type(error).__name__
             raise InvalidRequest(f"the chat template cannot render the messages ({kind})", param="messages") from None

@@ -105,6 +105,14 @@ class TokenTable:
         """A single token as text; partial characters become U+FFFD."""
         return self.bytes_of(token_id).decode(errors="replace")
 
+    def label_of(self, token_id: int) -> str:
+        """A single token's name where names must differ: its text, or `bytes:\\xe2\\x82` for a partial character."""
+        raw = self.bytes_of(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
 
 class _Matcher:
     """Knuth-Morris-Pratt over a stream of characters: `length` of the stop string's longest prefix that ends here."""

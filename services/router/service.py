@@ -19,8 +19,9 @@ from typing import Protocol
 import uvicorn
 
 from common.config import RouterConfig
-from common.layout import Layout
+from common.layout import Layout, RankId
 from common.protocol.errors import ConfigError, ElasticMoEError
+from common.protocol.limits import RANKS_MAX
 from common.telemetry import get_logger
 from services.router.api.app import build_app
 from services.router.dispatcher import Dispatcher, router_identity
@@ -66,6 +67,7 @@ class RouterService:
         self._source = source
         self._listener = listener
         self._model = model
+        config.socket(f"rank-{RankId(RANKS_MAX, 0)}")  # a path that is too long is a bad setting, not a late surprise
         identity = router_identity()
         path = config.run_path / "logs" / "history-router.jsonl" if config.history else None
         self._history = _open_history(path, identity)
@@ -131,8 +133,8 @@ class RouterService:
             try:
                 async for layout in self._source.watch():
                     self.dispatcher.apply_layout(layout, time.monotonic())
-            except (ElasticMoEError, OSError) as error:
-                log.warning("layout source failed", error=str(error)[:200])
+            except Exception:  # whatever it is, requests are served by the layout that is known
+                log.exception("layout source failed")
             await asyncio.sleep(LAYOUT_RETRY_S)
 
 

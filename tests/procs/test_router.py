@@ -110,6 +110,19 @@ def test_stream_has_the_same_text_and_logprobs(rank: FakeRank, client: openai.Op
     assert choices[-1].finish_reason == "stop"
 
 
+def test_logprobs_of_partial_characters(rank: FakeRank, client: openai.OpenAI) -> None:
+    rank.answer = Reply("€!".encode())
+    answer = client.completions.create(model=MODEL, prompt=[256, *"é".encode()], echo=True, logprobs=1)
+    assert answer.choices[0].text == "é€!"
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert logprobs.tokens[1:4] == ["bytes:\\xc3", "bytes:\\xa9", "bytes:\\xe2"]
+    assert logprobs.text_offset == [0, 0, 0, 1, 1, 1, 2]
+    assert logprobs.top_logprobs is not None
+    assert logprobs.top_logprobs[3] == {"bytes:\\xe2": -0.25}
+
+
 def test_chat_logprobs(rank: FakeRank, client: openai.OpenAI) -> None:
     rank.answer = Reply("é".encode())
     answer = client.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True, top_logprobs=3)

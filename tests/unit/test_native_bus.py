@@ -208,19 +208,27 @@ def test_idle_ranks_wake_for_work(segment):
 
 def test_python_signals_are_handled_in_a_wait(segment):
     segment.open().set_membership(1, 0b11, True)
-    rank = segment.join(0)
-    rank.spin_us = 0
+    rank, peer = segment.join(0), segment.join(1)
+    main = threading.get_ident()
 
     def interrupt(_number, _frame):
         raise InterruptedError
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.02)
+    def send():
+        peer.idle_wait(1, LONG_MS)  # until the rank waits
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    sender = threading.Thread(target=send)
+    sender.start()
     try:
         with pytest.raises(InterruptedError):
             rank.barrier(1, LONG_MS)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        sender.join()
+        signal.signal(signal.SIGUSR1, before)
+    peer.barrier(1, LONG_MS)  # the interrupted arrival stands
+    rank.barrier(1, 0)
 
 
 def experts(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:

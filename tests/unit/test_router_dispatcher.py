@@ -117,7 +117,9 @@ async def test_a_silent_rank_is_asked_and_then_given_up(bench: Bench) -> None:
     assert (reason(touched), reason(fresh)) == ("running", "running")
     bench.pass_time(1.0)
     assert (reason(touched), reason(fresh)) == ("rank_lost", "rank_lost")
-    assert touched.ending and touched.ending.error and touched.ending.error.retryable
+    assert touched.ending
+    assert touched.ending.error
+    assert touched.ending.error.retryable
 
 
 async def test_an_untouched_stream_goes_to_another_replica(bench: Bench) -> None:

@@ -3,7 +3,7 @@
 namespace elasticmoe::bus {
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(ELASTICMOE_NO_TARGET_CLONES)
-#define ELASTICMOE_SIMD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define ELASTICMOE_SIMD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define ELASTICMOE_SIMD_CLONES
 #endif

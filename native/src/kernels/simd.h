@@ -32,8 +32,9 @@ inline void store(float* to, F32 v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// Subtraction: the compiler may drop x - 0, but not 0 + x, which changes -0.
 inline F32 splat(float value) {
-  return F32{} + value;
+  return value - F32{};
 }
 
 template <typename To, typename From>

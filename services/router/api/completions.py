@@ -24,7 +24,7 @@ from services.router.api.schemas import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from services.router.detokenizer import TokenTable
+from services.router.detokenizer import TextStream, TokenTable
 from services.router.front import Front
 from services.router.streams import Output, Stream, TokenInfo
 
@@ -96,7 +96,7 @@ def _checked(front: Front, ids: list[int]) -> list[int]:
 
 
 def _echo(front: Front, prompt: _TextPrompt | list[int]) -> str:
-    return prompt.text if isinstance(prompt, _TextPrompt) else front.model.decode(prompt, skip_special=False)
+    return prompt.text if isinstance(prompt, _TextPrompt) else front.model.decode(prompt, skip_special=True)
 
 
 class CompletionRenderer:
@@ -180,7 +180,7 @@ class CompletionRenderer:
 
 def _token_logprobs(table: TokenTable, tokens: list[TokenInfo], num_top: int, offset: int) -> CompletionLogprobs:
     return CompletionLogprobs(
-        [table.text_of(token.token_id) for token in tokens],
+        [table.label_of(token.token_id) for token in tokens],
         [finite(token.logprob.token) for token in tokens],
         [_top(table, token.logprob, num_top) for token in tokens],
         [offset + token.text_offset for token in tokens],
@@ -193,13 +193,12 @@ def _prompt_logprobs(table: TokenTable, stream: Stream, num_top: int) -> Complet
     known: Sequence[Logprob | None] = stream.prompt_logprobs or ()
     padded = [*[None] * (len(ids) - len(known)), *known[-len(ids) :]]
     padded[0] = None
-    texts = [table.text_of(token_id) for token_id in ids]
-    offsets, position = [], 0
-    for text in texts:
-        offsets.append(position)
-        position += len(text)
+    text, offsets = TextStream(table), []
+    for token_id in ids:
+        offsets.append(text.num_chars)
+        text.feed(token_id)
     return CompletionLogprobs(
-        texts,
+        [table.label_of(token_id) for token_id in ids],
         [None if logprob is None else finite(logprob.token) for logprob in padded],
         [None if logprob is None else _top(table, logprob, num_top) for logprob in padded],
         offsets,
@@ -207,4 +206,4 @@ def _prompt_logprobs(table: TokenTable, stream: Stream, num_top: int) -> Complet
 
 
 def _top(table: TokenTable, logprob: Logprob, num_top: int) -> dict[str, float]:
-    return {table.text_of(token_id): finite(value) for token_id, value in logprob.top[:num_top]}
+    return {table.label_of(token_id): finite(value) for token_id, value in logprob.top[:num_top]}

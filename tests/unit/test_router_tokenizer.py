@@ -1,0 +1,148 @@
+"""The served model: prompts from texts and conversations, and checkpoints that must not be served."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.protocol.errors import CheckpointError, ConfigError, InvalidRequest
+from services.router.chat_template import TEMPLATE_CHARS_MAX, ChatTemplate
+from services.router.tokenizer import INLINE_CHARS_MAX, ServedModel, load_model
+from tests.procs.router_harness import write_model
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+def change(path: Path, **fields: Any) -> None:
+    content = json.loads(path.read_text())
+    content.update(fields)
+    path.write_text(json.dumps(content))
+
+
+def test_name_and_ids(directory: Path) -> None:
+    model = load_model(str(directory), "")
+    assert (model.name, model.vocab, model.eos_ids) == ("model", 260, (257,))
+    assert load_model(str(directory), "other").name == "other"
+    model.close()
+
+
+def test_bos_is_not_doubled(directory: Path) -> None:
+    change(
+        directory / "tokenizer.json",
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [256], "tokens": ["<|bos|>"]}},
+        },
+    )
+    model = ServedModel(directory, "m")
+    assert model.encode("a", add_special=True) == [256, 97]
+    assert model.encode("<|bos|>a", add_special=True) == [256, 97]
+    assert model.encode("a", add_special=False) == [97]
+    assert model.encode(model.render([{"role": "user", "content": "a"}]), add_special=False) == [256, 258, 97, 259]
+
+
+def test_truncation_and_padding_are_off(directory: Path) -> None:
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    padding |= {"pad_type_id": 0, "pad_token": "!"}
+    change(directory / "tokenizer.json", truncation=truncation, padding=padding)
+    assert ServedModel(directory, "m").encode("abc", add_special=True) == [97, 98, 99]
+
+
+def test_long_texts_are_tokenized_elsewhere(directory: Path) -> None:
+    model = ServedModel(directory, "m")
+    text = "x" * (INLINE_CHARS_MAX + 1)
+    ids = asyncio.run(model.run(lambda: model.encode(text, add_special=True), len(text)))
+    assert len(ids) == len(text)
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "text"),
+    [
+        ("tokenizer.json", None, "tokenizer.json is missing"),
+        ("tokenizer.json", b"[]", "tokenizer.json is not valid"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json is not valid JSON"),
+        ("tokenizer_config.json", b"[1]", "must hold a JSON object"),
+        ("tokenizer_config.json", b'{"chat_template": "{% if %}"}', "chat template does not compile"),
+        ("chat_template.jinja", b"\xff", "not UTF-8"),
+        ("config.json", None, "config.json cannot be read"),
+    ],
+)
+def test_bad_files(directory: Path, file: str, content: bytes | None, text: str) -> None:
+    if content is None:
+        (directory / file).unlink()
+    else:
+        (directory / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=text):
+        ServedModel(directory, "m")
+
+
+def test_a_tokenizer_that_is_larger_than_the_model(directory: Path) -> None:
+    change(directory / "config.json", vocab_size=200)
+    with pytest.raises(CheckpointError, match="token id 259"):
+        ServedModel(directory, "m")
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a directory"):
+        load_model(str(tmp_path / "none"), "")
+
+
+def test_where_the_template_comes_from(directory: Path) -> None:
+    change(directory / "tokenizer_config.json", chat_template=[{"name": "default", "template": "named"}])
+    assert ServedModel(directory, "m").render([]) == "named"
+    (directory / "chat_template.jinja").write_text("file {{ bos_token }}")
+    assert ServedModel(directory, "m").render([]) == "file <|bos|>"
+    (directory / "chat_template.jinja").unlink()
+    change(directory / "tokenizer_config.json", chat_template=None)
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        ServedModel(directory, "m").render([])
+
+
+def render(source: str, content: str = "hi", **options: Any) -> str:
+    return ChatTemplate(source, {"eos_token": "</s>"}).render([{"role": "user", "content": content}], **options)
+
+
+def test_helpers() -> None:
+    assert render("{{ messages | tojson }}", "<é>") == '[{"role": "user", "content": "<é>"}]'
+    assert len(render("{{ strftime_now('%Y') }}")) == 4
+    assert render("{% for m in messages %}\n  {{ m.content }}{% break %}\n{% endfor %}\n{{ eos_token }}") == "  hi</s>"
+    assert render("{{ add_generation_prompt }}", add_generation_prompt=False) == "False"
+    with pytest.raises(InvalidRequest, match="refuses the messages: roles must alternate"):
+        render("{{ raise_exception('roles must alternate') }}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ messages[9].content.x }}",
+        "{% for i in range(9999999) %}{% endfor %}",
+    ],
+)
+def test_the_sandbox(source: str) -> None:
+    with pytest.raises(InvalidRequest, match="cannot render"):
+        render(source + "{{ messages[9].content.x }}")
+
+
+def test_a_client_cannot_send_a_template() -> None:
+    assert render("{{ messages[0].content }}", "{{ 7 * 7 }}") == "{{ 7 * 7 }}"
+
+
+def test_a_huge_template() -> None:
+    with pytest.raises(CheckpointError, match="the limit is"):
+        ChatTemplate("x" * (TEMPLATE_CHARS_MAX + 1), {})
