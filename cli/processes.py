@@ -9,7 +9,7 @@ from cli.children import ChildSpec
 from cli.embedded_store import store_spec
 from cli.settings import Settings
 
-_ROUTER_GRACE_S = 35.0  # it lets running requests end
+_ROUTER_GRACE_S = 40.0  # it lets running requests end for up to 30 s
 _GRACE_S = 15.0
 
 

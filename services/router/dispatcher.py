@@ -37,7 +37,7 @@ log = get_logger("router")
 EMPTY_S = 0.3  # patience with a new incarnation that says it has no requests
 ADOPT_S = 2.0  # and with one that has some, for a stream that can be submitted anew; others wait for LOST_S
 GAP_S = 2.0
-SUBMITS_MAX = 3
+SUBMITS_MAX = 2  # a request that was lost twice may be what kills ranks
 LEAVE_S = 5.0  # a link to a rank that left stays this long at least: the rank may come back
 TICK_S = 0.1
 
@@ -130,7 +130,7 @@ class Dispatcher:
         stream.num_submits += 1
         stream.rank, stream.sender = rank, link.sender
         self.streams[stream.submit.request_id] = stream
-        link.streams[stream.submit.request_id] = stream
+        link.attach(stream)
         log.debug("submitted", request=stream.submit.request_id, rank=rank, reason=reason)
         return link
 
@@ -157,7 +157,7 @@ class Dispatcher:
         self.streams.pop(request_id, None)
         link = self.links.get(stream.rank) if stream.rank else None
         if link is not None:
-            link.streams.pop(request_id, None)
+            link.detach(stream)
             if tell_rank:
                 self._send_quietly(link, Cancel(request_id))
 
@@ -221,6 +221,7 @@ class Dispatcher:
             stream.last_at = now
             if first_at is None:
                 stream.first_at = now
+                link.started(stream)
             self._history.chunk(stream.name, index, ids)
             self._metrics.tokens(
                 len(ids), now - (stream.accepted_at if first_at is None else last_at), first_at is None
@@ -234,9 +235,9 @@ class Dispatcher:
         if stream.rank != link.rank:
             old = self.links.get(stream.rank) if stream.rank else None
             if old is not None:
-                old.streams.pop(stream.submit.request_id, None)
+                old.detach(stream)
             stream.rank = link.rank
-            link.streams[stream.submit.request_id] = stream
+            link.attach(stream)
 
     def _on_failed(self, link: RankLink, failed: Failed, now: float) -> None:
         stream = self.streams.get(failed.request_id)
@@ -258,6 +259,7 @@ class Dispatcher:
         for rank, link in list(self.links.items()):
             link.watch(now)
             self._check_link(link, now)
+            self._metrics.bad_messages.inc(link.take_bad())
             if link.left_at is not None and not link.streams and now - link.left_at > LEAVE_S:
                 self._close_link(rank)
         for stream in list(self.streams.values()):

@@ -43,14 +43,34 @@ class RankLink:
         self.left_at: float | None = None
         self._status_at = -WATCH_EVERY_S
         self._status_sender = ""
+        self._unstarted: dict[str, int] = {}  # prompt tokens by request id, of streams without a token
+        self._tokens_unstarted = 0
         self._progress_at = now
         self._watched_at = -WATCH_EVERY_S
+        self._num_bad = 0
         self._client: AsyncClient[ToRouter] = AsyncClient(path, identity, CODEC)
 
-    @property
-    def num_bad(self) -> int:
-        """Messages that could not be decoded."""
-        return self._client.num_bad
+    def attach(self, stream: Stream) -> None:
+        """The rank works on `stream` from now on."""
+        request_id = stream.submit.request_id
+        self.streams[request_id] = stream
+        if stream.is_untouched:
+            self._unstarted[request_id] = len(stream.submit.prompt)
+            self._tokens_unstarted += len(stream.submit.prompt)
+
+    def started(self, stream: Stream) -> None:
+        """Its first token has come: the prompt is computed. Idempotent."""
+        self._tokens_unstarted -= self._unstarted.pop(stream.submit.request_id, 0)
+
+    def detach(self, stream: Stream) -> None:
+        """The rank does not work on `stream` any more. Idempotent."""
+        self.started(stream)
+        self.streams.pop(stream.submit.request_id, None)
+
+    def take_bad(self) -> int:
+        """Messages that could not be decoded, since the last call."""
+        new, self._num_bad = self._client.num_bad - self._num_bad, self._client.num_bad
+        return new
 
     @property
     def has_no_requests(self) -> bool:
@@ -115,11 +135,10 @@ class RankLink:
         status = self.status
         if status is None or self.left_at is not None:
             return None
-        unstarted = sum(len(stream.submit.prompt) for stream in self.streams.values() if stream.is_untouched)
         return Candidate(
             rank=self.rank,
             requests=max(status.running + status.waiting, len(self.streams)),
-            tokens_queued=max(status.tokens_queued, unstarted),
+            tokens_queued=max(status.tokens_queued, self._tokens_unstarted),
             blocks_free=status.blocks_free,
             blocks_total=status.blocks_total,
             silent_s=self.silent_s(now),

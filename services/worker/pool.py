@@ -68,7 +68,7 @@ class Pool:
         self._identity = new_identity(config.pool_name)
         self._server: Server[ToPool] = Server(config.socket(config.pool_name), self._identity, pool_messages.CODEC)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["services.worker.standby", "services.worker.rank"])
+        self._context.set_forkserver_preload(["services.worker.standby", "services.worker.preload"])
         self._children: list[Child] = []
         self._subscriber: bytes | None = None  # the scaler that asked last: receives events
         self._failures = 0

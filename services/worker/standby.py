@@ -1,6 +1,6 @@
 """A standby process: everything imported, warmed up, no memory of the model; waits for a seat and becomes its rank.
 
-The fork server imports `services.worker.rank` before it forks the first standby; this module is also imported by the
+The fork server imports `services.worker.preload` before it forks the first standby; this module is also imported by the
 pool, which needs none of that, so the slow imports are inside the function.
 """
 

@@ -197,7 +197,7 @@ class Deployment:
         if self.launcher.poll() is None:
             self.launcher.kill()
             self.launcher.wait()
-        wait_until(lambda: not processes_of(self.run_dir), "no process left", 10.0)
+        wait_until(lambda: not processes_of(self.run_dir), "no process left", 30.0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

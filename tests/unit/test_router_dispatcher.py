@@ -18,7 +18,7 @@ from common.protocol.replies import Refused
 from common.protocol.router import Delta, Failed, RankStatus, Tokens, ToRouter
 from services.router.balancer import LOST_S
 from services.router.detokenizer import TextStream, TokenTable
-from services.router.dispatcher import ADOPT_S, EMPTY_S, GAP_S, LEAVE_S, Dispatcher
+from services.router.dispatcher import ADOPT_S, EMPTY_S, GAP_S, LEAVE_S, SUBMITS_MAX, Dispatcher
 from services.router.history import History
 from services.router.metrics import Metrics
 from services.router.streams import Stream
@@ -216,7 +216,7 @@ async def test_retries_are_bounded(bench: Bench) -> None:
     bench.status(0)
     bench.status(1)
     stream = bench.open()
-    for _ in range(3):
+    for _ in range(SUBMITS_MAX):
         assert reason(stream) == "running"
         assert stream.rank is not None
         bench.hear(stream.rank.replica, Failed(stream.submit.request_id, "queue_full", "full", True))

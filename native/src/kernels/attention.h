@@ -15,10 +15,10 @@ inline constexpr int64_t kKeys = 128;      // aim of a tile; at least one block
 inline constexpr int64_t kQueryRows = 48;  // aim of a tile: queries × heads that share a kv head
 inline constexpr int64_t kValueVectors = 4;
 
-// sums[m] += sum over j of p[m, j] * v[j], for kSteps steps of columns.
+// sums[m] += sum over j of p[m, j] * v[j], for kSteps steps of columns. `ahead`: what to fetch meanwhile, as much as v.
 template <typename T, int64_t kRows, int64_t kSteps>
 void add_values(const float* p, int64_t p_stride, const typename T::Element* v, int64_t v_stride, int64_t count,
-                float* sums, int64_t sums_stride) {
+                float* sums, int64_t sums_stride, const char* ahead) {
   constexpr int64_t kVectors = kSteps * T::kParts;
   F32 acc[kRows][kVectors];
 #pragma GCC unroll 8
@@ -27,6 +27,8 @@ void add_values(const float* p, int64_t p_stride, const typename T::Element* v, 
     for (int64_t i = 0; i < kVectors; ++i) acc[m][i] = load(sums + m * sums_stride + i * kLanes);
   }
   for (int64_t j = 0; j < count; ++j, v += v_stride) {
+    for (int64_t line = 0; line < kSteps; ++line) __builtin_prefetch(ahead + line * kLineBytes, 0, 3);
+    ahead += v_stride * static_cast<int64_t>(sizeof *v);
     F32 values[kVectors];
 #pragma GCC unroll 8
     for (int64_t step = 0; step < kSteps; ++step) {
@@ -49,29 +51,31 @@ void add_values(const float* p, int64_t p_stride, const typename T::Element* v, 
 
 template <typename T, int64_t kRows>
 void add_value_rows(const float* p, int64_t p_stride, const typename T::Element* v, int64_t count, int64_t dim,
-                    float* sums, int64_t sums_stride) {
+                    float* sums, int64_t sums_stride, const char* ahead) {
   constexpr int64_t kSteps = kValueVectors / T::kParts;
   int64_t c = 0;
   for (; c + kSteps * T::kStep <= dim; c += kSteps * T::kStep) {
-    add_values<T, kRows, kSteps>(p, p_stride, v + c, dim, count, sums + c, sums_stride);
+    add_values<T, kRows, kSteps>(p, p_stride, v + c, dim, count, sums + c, sums_stride,
+                                 ahead + c * static_cast<int64_t>(sizeof *v));
   }
   for (; c + T::kStep <= dim; c += T::kStep) {
-    add_values<T, kRows, 1>(p, p_stride, v + c, dim, count, sums + c, sums_stride);
+    add_values<T, kRows, 1>(p, p_stride, v + c, dim, count, sums + c, sums_stride,
+                            ahead + c * static_cast<int64_t>(sizeof *v));
   }
   if (c == dim) return;
   for (int64_t j = 0; j < count; ++j) {
     typename T::Element tail[T::kStep] = {};
     std::memcpy(tail, v + j * dim + c, static_cast<size_t>(dim - c) * sizeof tail[0]);
-    add_values<T, kRows, 1>(p + j, p_stride, tail, 0, 1, sums + c, sums_stride);
+    add_values<T, kRows, 1>(p + j, p_stride, tail, 0, 1, sums + c, sums_stride, ahead);
   }
 }
 
 template <typename T>
 void add_value_block(int64_t num_rows, const float* p, int64_t p_stride, const typename T::Element* v, int64_t count,
-                     int64_t dim, float* sums, int64_t sums_stride) {
-#define ELASTICMOE_ROWS(rows)                                                                                \
-  case rows:                                                                                                 \
-    if constexpr (rows <= kTileRows) add_value_rows<T, rows>(p, p_stride, v, count, dim, sums, sums_stride); \
+                     int64_t dim, float* sums, int64_t sums_stride, const char* ahead) {
+#define ELASTICMOE_ROWS(rows)                                                                                       \
+  case rows:                                                                                                        \
+    if constexpr (rows <= kTileRows) add_value_rows<T, rows>(p, p_stride, v, count, dim, sums, sums_stride, ahead); \
     break
   switch (num_rows) {
     ELASTICMOE_ROWS(1);
@@ -151,12 +155,14 @@ struct HeadCache {
   }
 };
 
+// While a block is computed the next one is fetched: blocks lie anywhere, so the hardware does not foresee them.
 template <typename T>
 void attend(const QueryTile& tile, const HeadCache<T>& head, int64_t num_keys, float scale) {
   const int64_t dim = head.cache.head_dim, size = head.cache.block_size;
   const int64_t blocks_per_tile = size < kKeys ? kKeys / size : 1;
   const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(typename T::Element));
   const int64_t num_row_tiles = num_row_blocks(tile.num_rows);
+  const int64_t last = (num_keys - 1) / size;
   for (int64_t first = 0; first * size < num_keys; first += blocks_per_tile) {
     const int64_t begin = first * size;
     const int64_t left = num_keys - begin, span = blocks_per_tile * size;
@@ -164,7 +170,7 @@ void attend(const QueryTile& tile, const HeadCache<T>& head, int64_t num_keys, f
     for (int64_t at = 0; at < count; at += size) {
       const int64_t keys = count - at < size ? count - at : size;
       const int64_t index = first + at / size;
-      Ahead ahead{reinterpret_cast<const char*>(head.values(index)), kTileCols};
+      Ahead ahead{reinterpret_cast<const char*>(head.keys(index < last ? index + 1 : last)), kTileCols};
       for (int64_t block = 0, row = 0; block < num_row_tiles; ++block) {
         const int64_t end = block_end(tile.num_rows, block);
         dot_block<T>(end - row, tile.packed + row * padded<T>(dim), head.keys(index), dim, keys, dim,
@@ -176,10 +182,12 @@ void attend(const QueryTile& tile, const HeadCache<T>& head, int64_t num_keys, f
     soften(tile, begin, count, scale);
     for (int64_t at = 0; at < count; at += size) {
       const int64_t keys = count - at < size ? count - at : size;
+      const int64_t index = first + at / size;
+      const char* ahead = reinterpret_cast<const char*>(head.values(index < last ? index + 1 : last));
       for (int64_t block = 0, row = 0; block < num_row_tiles; ++block) {
         const int64_t end = block_end(tile.num_rows, block);
-        add_value_block<T>(end - row, tile.scores + row * tile.stride + at, tile.stride, head.values(first + at / size),
-                           keys, dim, tile.sums + row * tile.sums_stride, tile.sums_stride);
+        add_value_block<T>(end - row, tile.scores + row * tile.stride + at, tile.stride, head.values(index), keys, dim,
+                           tile.sums + row * tile.sums_stride, tile.sums_stride, ahead);
         row = end;
       }
     }

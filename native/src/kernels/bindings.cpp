@@ -211,7 +211,8 @@ void run_experts(int64_t rows, int64_t num_rows, int64_t counts, int64_t num_exp
 }
 
 void mix(const CheckedParts& parts, int64_t layer, int64_t kv, int64_t modulus, int64_t base, int64_t out) {
-  require(parts.cache.dtype == Dtype::kFloat32 && parts.cache.num_heads == 1, "the cache must be float32 with one head");
+  require(parts.cache.dtype == Dtype::kFloat32 && parts.cache.num_heads == 1,
+          "the cache must be float32 with one head");
   require_range("modulus", natural("modulus", modulus), 2, 65535);
   require_range("base", natural("base", base), 1, 65535);
   const int64_t count = parts.num_rows * 2 * parts.cache.head_dim;
