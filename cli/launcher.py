@@ -115,6 +115,7 @@ class Launcher:
         while (progress := self._plan.probe.progress()) is not None:
             self._console.progress(progress.phase, progress.bytes_done, progress.bytes_total)
             self._pause(deadline, f"{phase} ({progress.phase})")
+        self._turn(0)  # a child that ended meanwhile ended while starting
         self._console.close()
         self._state = "serving"
         self._record()

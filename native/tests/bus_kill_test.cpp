@@ -229,3 +229,33 @@ TEST(a_kill_at_any_instruction_of_an_arrival_blocks_nobody) {
   }
   CHECK(num_instructions > 20);
 }
+
+TEST(membership_is_whole_wherever_its_reader_is_overtaken) {
+  const SharedMemory memory(bus_bytes(kGeometry));
+  const SharedMemory answer_memory(sizeof(MembershipView));
+  format_bus(memory.addr(), memory.nbytes(), kGeometry);
+  Meeting hmm(Segment(memory.addr(), memory.nbytes()), -1);
+  uint64_t generation = 0;
+  const auto publish = [&] {
+    ++generation;
+    hmm.set_membership(generation, generation % 61, generation % 2 == 0);
+  };
+  publish();
+  bool was_overtaken = true;
+  for (uint64_t goal = 0; was_overtaken; ++goal) {
+    TracedProcess reader([&] { *answer_memory.as<MembershipView>() = hmm.membership(); });
+    if (!reader.is_traceable()) {
+      std::printf("      skipped: this machine forbids tracing\n");
+      return;
+    }
+    uint64_t done = 0;
+    while (done < goal && reader.step()) ++done;
+    was_overtaken = done == goal;
+    // Twice, so that the mask under the reader's eyes is written again.
+    publish();
+    publish();
+    while (was_overtaken && reader.step()) ++done;
+    const MembershipView view = *answer_memory.as<MembershipView>();
+    CHECK(view.members == view.generation % 61 && view.is_running == (view.generation % 2 == 0));
+  }
+}

@@ -196,11 +196,18 @@ class Dispatcher:
             for delta in body.deltas:
                 self._on_delta(link, delta, now)
         elif isinstance(body, RankStatus):
-            link.report(body, now)
+            self._on_status(link, body, now)
         elif isinstance(body, Failed):
             self._on_failed(link, body, now)
         elif isinstance(body, Refused):
             self._on_refused(link, body, received.seq, now)
+
+    def _on_status(self, link: RankLink, status: RankStatus, now: float) -> None:
+        try:
+            link.report(status, now)
+        except ProtocolError as error:
+            log.error("rank sent nonsense", rank=link.rank, error=error.message)
+            self._metrics.bad_messages.inc()
 
     def _on_delta(self, link: RankLink, delta: Delta, now: float) -> None:
         stream = self.streams.get(delta.request_id)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.layout import RankId
 from common.protocol.codec import Message, Received
-from common.protocol.errors import Unavailable
+from common.protocol.errors import ProtocolError, Unavailable
 from common.protocol.rank import Watch
 from common.protocol.router import CODEC, RankStatus, Tokens, ToRouter
 from common.telemetry import get_logger
@@ -106,7 +106,12 @@ class RankLink:
         return is_change
 
     def report(self, status: RankStatus, now: float) -> None:
-        """Take a status."""
+        """Take a status. Raises ProtocolError for one that cannot be true; then the last one stands."""
+        counts = (status.running, status.waiting, status.tokens_queued, status.blocks_free)
+        if status.rank != self.rank or min(counts) < 0 or status.blocks_free > status.blocks_total:
+            raise ProtocolError(f"status of {self.rank} is of {status.rank}, or has impossible counts")
+        if status.max_model_len < 1:
+            raise ProtocolError(f"status of {self.rank} has max_model_len {status.max_model_len}")
         last = self.status
         if last is None or status.progress != last.progress or status.running + status.waiting == 0:
             self._progress_at = now

@@ -81,10 +81,10 @@ def child(behaviour: str) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour == "stubborn" else lambda *_: os._exit(0))
     if behaviour == "tidy":
         signal.signal(signal.SIGTERM, tidy_up)
-    print(f"{behaviour} is up", file=sys.stderr, flush=True)
     if behaviour == "exit":
         print("elasticmoe-x: bad_thing: no luck today", file=sys.stderr)
         return 3
+    print(f"{behaviour} is up", file=sys.stderr, flush=True)
     if behaviour in ("scaler", "router", "never", "failed"):
         Ready.behaviour = behaviour
         port = os.environ["ELASTICMOE_PORT" if behaviour == "router" else "ELASTICMOE_ADMIN_PORT"]

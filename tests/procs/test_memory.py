@@ -13,12 +13,11 @@ import pytest
 
 from cli.models import random_checkpoint
 from common.families import load_spec, records
-from common.protocol import scaler
-from common.protocol.hmm import CheckIntegrity, GetHmmStatus
-from common.protocol.scaler import HmmStatus, Integrity
-from common.transport import Client, new_identity
+from common.protocol.hmm import GetHmmStatus
+from common.protocol.scaler import HmmStatus
 from tests.procs.clients import check_against_oracle, closed_loop
 from tests.procs.deployment import Deployment
+from tests.procs.integrity import ask, check_integrity
 from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
@@ -57,16 +56,6 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_checkpoint(
         tmp_path_factory.mktemp("models") / "large", LARGE, seed=1, dtype="bfloat16", shards=3, tokenizer=True
     )
-
-
-def ask_hmm(deployment: Deployment, message: GetHmmStatus | CheckIntegrity) -> HmmStatus | Integrity:
-    client = Client(deployment.run_dir / "sockets/hmm.sock", new_identity("test"), scaler.CODEC)
-    try:
-        answer, _ = client.call(message, deadline_ms=20_000)
-    finally:
-        client.close()
-    assert isinstance(answer, HmmStatus | Integrity)
-    return answer
 
 
 def smaps(pid: int) -> dict[str, dict[str, int]]:
@@ -113,7 +102,7 @@ def test_ranks_hold_no_private_copy_and_experts_exist_once(large: Path) -> None:
         spec = load_spec(large, "bfloat16")
         experts = sum(r.nbytes for r in records(spec) if r.key.kind == "expert")
         others = sum(r.nbytes for r in records(spec) if r.key.kind != "expert")
-        status = ask_hmm(deployment, GetHmmStatus())
+        status = ask(deployment, "hmm", GetHmmStatus())
         assert isinstance(status, HmmStatus)
         stored = sum(device.weights for device in status.devices)
         # Each expert once, everything else once per replica; padding of records to pages is below 1 %.
@@ -166,19 +155,14 @@ async def test_kill_of_a_rank_leaves_weights_and_kv_and_a_standby_maps_them(
     deployment = deploy("oracle", replicas=2)
     streams = await closed_loop(deployment.base_url, clients=4, requests=12, seed=1)
     check_against_oracle(streams, model_folder("oracle"))
-    before = ask_hmm(deployment, CheckIntegrity(checksums=True))
-    assert isinstance(before, Integrity)
-    assert before.findings == ()
+    before = check_integrity(deployment, checksums=True)
     files = memory_files(deployment.pids["hmm"])
     kv = {name: digest(path) for name, path in files.items() if name.endswith(".kv")}
     assert len(kv) == 2
     ranks = deployment.rank_pids()
     deployment.kill("r0t0")
     wait_until(lambda: deployment.rank_pids().get("r0t0") not in (None, ranks["r0t0"]), "a standby took the seat")
-    after = ask_hmm(deployment, CheckIntegrity(checksums=True))
-    assert isinstance(after, Integrity)
-    assert after.findings == ()
-    assert after.checksums == before.checksums
+    assert check_integrity(deployment, checksums=True) == before
     assert {name: digest(path) for name, path in files.items() if name.endswith(".kv")} == kv
     assert deployment.rank_pids()["r1t0"] == ranks["r1t0"]
     deployment.wait_serving()
@@ -190,18 +174,14 @@ async def test_kill_of_the_hmm_leaves_ranks_serving_and_the_catalog_comes_back(
     deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:
     deployment = deploy("oracle", replicas=2)
-    before = ask_hmm(deployment, CheckIntegrity(checksums=True))
-    assert isinstance(before, Integrity)
+    before = check_integrity(deployment, checksums=True)
     ranks = deployment.rank_pids()
     pid = deployment.kill("hmm")
     during = await closed_loop(deployment.base_url, clients=8, requests=40, seed=3)
     assert check_against_oracle(during, model_folder("oracle")) > 300
     deployment.wait_restarted("hmm", pid)
     deployment.wait_serving()
-    after = ask_hmm(deployment, CheckIntegrity(checksums=True))
-    assert isinstance(after, Integrity)
-    assert after.findings == ()
-    assert after.checksums == before.checksums
+    assert check_integrity(deployment, checksums=True) == before
     assert deployment.rank_pids() == ranks
     assert deployment.log("hmm").count("load done") == 1
     # The new HMM watches the old ranks: it notices when one dies.

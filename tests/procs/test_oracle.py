@@ -9,6 +9,7 @@ import pytest
 
 from tests.procs.clients import check_against_oracle, closed_loop
 from tests.procs.deployment import Deployment
+from tests.procs.integrity import check_integrity
 
 pytestmark = pytest.mark.procs
 
@@ -21,6 +22,7 @@ async def test_32_streams_with_cancels_are_exact(
     streams = await closed_loop(deployment.base_url, clients=32, requests=160, seed=replicas, leavers=0.2)
     assert check_against_oracle(streams, model_folder("oracle")) > 1_500
     assert sum(stream.finish is None for stream in streams) >= 10
+    check_integrity(deployment)
     report = deployment.stop()
     assert len(report.requests) == 160
     assert report.count("error") == 0
@@ -35,3 +37,4 @@ async def test_small_kv_preempts_and_stays_exact(
         deployment.base_url, clients=32, requests=48, seed=5, prompt_tokens=(300, 500, 700), leavers=0.1
     )
     assert check_against_oracle(streams, model_folder("oracle")) > 500
+    check_integrity(deployment)

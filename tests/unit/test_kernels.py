@@ -68,6 +68,44 @@ def test_linear(dtype: torch.dtype, width: int, depth: int) -> None:
             assert_close(linear(x_NH, w_WH, torch.ones(rows, width)), want + 1)
 
 
+class Guarded:
+    """Memory that ends where a page ends that must not be touched."""
+
+    def __init__(self, content: torch.Tensor) -> None:
+        data = bytes(content.contiguous().view(torch.uint8).flatten().tolist())
+        pages = -(-len(data) // PAGE) * PAGE
+        self.fd = os.memfd_create("guarded")
+        os.ftruncate(self.fd, pages)
+        os.pwrite(self.fd, data, pages - len(data))
+        self.range = Reservation(pages + PAGE)
+        self.range.map(0, self.fd, 0, pages, True)
+        self.addr = self.range.base + pages - len(data)
+        self.nbytes = len(data)
+
+    def floats(self) -> torch.Tensor:
+        return torch.frombuffer(
+            bytearray(os.pread(self.fd, self.nbytes, self.addr - self.range.base)), dtype=torch.float32
+        )
+
+    def close(self) -> None:
+        self.range.close()
+        os.close(self.fd)
+
+
+@BY_DTYPE
+@pytest.mark.parametrize(("rows", "width", "depth"), [(1, 9, 33), (7, 12, 96), (13, 5, 31), (4, 8, 64)])
+def test_nothing_beyond_the_tensors_is_touched(dtype: torch.dtype, rows: int, width: int, depth: int) -> None:
+    x_NH, w_WH = random(rows, depth), random(width, depth, seed=1).to(dtype)
+    x, w, out = Guarded(x_NH), Guarded(w_WH), Guarded(torch.zeros(rows, width))
+    kernels.linear(x.addr, rows, w.addr, DTYPES[dtype], width, depth, out.addr, False)
+    assert_close(out.floats().view(rows, width), exact(x_NH, w_WH))
+    last = array("i", [width - 1])
+    kernels.embed(last.buffer_info()[0], 1, w.addr, DTYPES[dtype], width, depth, x.addr)
+    assert kernels.greatest(out.addr, rows, width) == out.floats().view(rows, width).argmax(1).tolist()
+    for memory in (x, w, out):
+        memory.close()
+
+
 @BY_DTYPE
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     w_WH, x_NH = random(70, 144, seed=1).to(dtype), random(50, 144)

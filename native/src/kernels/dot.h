@@ -146,7 +146,13 @@ void dot_block(int64_t num_rows, const float* x, const typename T::Element* w, i
 #undef ELASTICMOE_ROWS
 }
 
-inline constexpr int64_t kPanelBytes = 64 * 1024;  // of weights that stay in the second-level cache for all rows
+// Bytes of weights that stay in the second-level cache while all rows pass by: more for many rows, which are then read less
+// often; few for few, because nothing is fetched ahead of the first panel.
+inline int64_t panel_bytes(int64_t num_blocks) {
+  constexpr int64_t kLeast = 64 * 1024, kMost = 256 * 1024, kPerBlock = 8 * 1024;
+  const int64_t bytes = num_blocks * kPerBlock;
+  return bytes < kLeast ? kLeast : bytes > kMost ? kMost : bytes;
+}
 
 // The rows are computed in blocks of nearly equal size.
 inline int64_t num_row_blocks(int64_t num_rows) {
@@ -185,7 +191,7 @@ void product(const float* x, int64_t num_rows, const typename T::Element* w, int
   const bool single = num_blocks == 1;
   int64_t panel = num_cols;
   if (!single) {
-    panel = kPanelBytes / row_bytes / (2 * kTileCols) * (2 * kTileCols);
+    panel = panel_bytes(num_blocks) / row_bytes / (2 * kTileCols) * (2 * kTileCols);
     if (panel < 2 * kTileCols) panel = 2 * kTileCols;
   }
   // Each tile fetches its share of the panel (or tile) after this one.

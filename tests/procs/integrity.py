@@ -1,0 +1,36 @@
+"""`check_integrity()` of every owner of memory or blocks in a running deployment."""
+
+from __future__ import annotations
+
+from common.protocol import scaler
+from common.protocol.codec import Message
+from common.protocol.hmm import CheckIntegrity
+from common.protocol.rank import GetRankIntegrity
+from common.protocol.scaler import Integrity, ToScaler
+from common.transport import Client, new_identity
+from tests.procs.deployment import Deployment
+
+CALL_MS = 20_000
+
+
+def ask(deployment: Deployment, name: str, message: Message) -> ToScaler:
+    """Send one control message to the process that listens as `name`; its answer. Refusals are raised."""
+    client: Client[ToScaler] = Client(deployment.run_dir / f"sockets/{name}.sock", new_identity("test"), scaler.CODEC)
+    try:
+        answer, _ = client.call(message, deadline_ms=CALL_MS)
+    finally:
+        client.close()
+    return answer
+
+
+def check_integrity(deployment: Deployment, *, checksums: bool = False) -> dict[str, int]:
+    """Assert that the HMM and all ranks find nothing wrong; the checksums of all weight records, where asked for."""
+    answers = {"hmm": ask(deployment, "hmm", CheckIntegrity(checksums))}
+    for rank in deployment.rank_pids():
+        answers[f"rank-{rank}"] = ask(deployment, f"rank-{rank}", GetRankIntegrity())
+    for name, answer in answers.items():
+        assert isinstance(answer, Integrity)
+        assert answer.findings == (), f"{name}: {answer.findings}"
+    hmm = answers["hmm"]
+    assert isinstance(hmm, Integrity)
+    return hmm.checksums
