@@ -42,6 +42,7 @@ class TensorPlan:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
