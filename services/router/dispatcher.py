@@ -224,6 +224,10 @@ class Dispatcher:
             self._metrics.bad_messages.inc()
             self._fail(stream, ElasticMoEError("the engine sent an invalid answer"))
             return
+        except Exception:  # a bug here must not cost the step's other requests their tokens
+            log.exception("tokens could not be taken", rank=link.rank, request=stream.name)
+            self._fail(stream, ElasticMoEError("tokens could not be taken"))
+            return
         if ids:
             stream.last_at = now
             if first_at is None:

@@ -278,6 +278,15 @@ async def test_a_handler_that_fails_does_not_end_the_link(bench: Bench, monkeypa
     assert len(heard) == 3
 
 
+async def test_one_stream_that_fails_leaves_the_others_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.layout(0)
+    bench.status(0)
+    broken, other = bench.open("a"), bench.open("b")
+    monkeypatch.setattr(broken, "accept", lambda *_: 1 // 0)
+    bench.hear(0, Tokens((Delta("a", 0, (65,)), Delta("b", 0, (65,), "stop"))))
+    assert (reason(broken), reason(other)) == ("internal_error", "stop")
+
+
 async def test_unknown_streams_are_cancelled_at_the_rank(bench: Bench) -> None:
     bench.layout(0)
     bench.status(0)
