@@ -13,13 +13,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from cli.paths import HOME_VARIABLE, package_root, run_dir_of
+from cli.paths import package_root, run_dir_of
 from cli.probes import free_port
 from common import config
 
-C = TypeVar("C", bound=config.Common)
 
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
@@ -96,25 +95,14 @@ def from_flags(args: argparse.Namespace) -> Settings:
 
 def resolve(values: Mapping[str, Any]) -> Settings:
     """Every service's configuration with `values` over the environment and the file. Raises ConfigError."""
-    scaler = load(config.ScalerConfig, values)
-    router = load(config.RouterConfig, values)
-    return Settings(scaler, router, load(config.HmmConfig, values), dict(values))
-
-
-def load(kind: type[C], values: Mapping[str, Any]) -> C:
-    """config.load without the one ELASTICMOE_ variable that is the command line's own, which it would refuse."""
-    home = os.environ.pop(HOME_VARIABLE, None)
-    try:
-        return config.load(kind, values)
-    finally:
-        if home is not None:
-            os.environ[HOME_VARIABLE] = home
+    scaler = config.load(config.ScalerConfig, values)
+    router = config.load(config.RouterConfig, values)
+    return Settings(scaler, router, config.load(config.HmmConfig, values), dict(values))
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
     """The environment of every child: ours, with the resolved settings."""
-    environment = {key: value for key, value in importing_environment().items() if key != HOME_VARIABLE}
-    environment |= config.environment_of(settings.values)
+    environment = importing_environment() | config.environment_of(settings.values)
     file = environment.get("ELASTICMOE_CONFIG")
     if file:
         environment["ELASTICMOE_CONFIG"] = str(Path(file).absolute())

@@ -19,7 +19,7 @@ from common.protocol.errors import ConfigError
 from common.protocol.limits import SOCKET_PATH_BYTES_MAX
 
 PREFIX = "ELASTICMOE_"
-RESERVED = {"CONFIG", "FAILPOINT_DIR"}  # read elsewhere in this module, not fields
+RESERVED = {"CONFIG", "HOME"}  # this file's path, and the command line's cache: not fields
 
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Bytes = Annotated[int, Meta(ge=1)]
@@ -176,11 +176,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def environment_of(values: Mapping[str, Any]) -> dict[str, str]:
     """The environment variables that give a child process these settings."""
     return {PREFIX + key.upper(): str(value) for key, value in values.items() if value is not None}
-
-
-def failpoint_dir() -> str | None:
-    """Folder of armed failpoints, or None: the usual case."""
-    return os.environ.get(PREFIX + "FAILPOINT_DIR")
 
 
 CONFIGS: tuple[type[Common], ...] = (HmmConfig, KeeperConfig, PoolConfig, ScalerConfig, RouterConfig)

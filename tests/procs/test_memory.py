@@ -180,12 +180,12 @@ async def test_kill_of_the_hmm_leaves_ranks_serving_and_the_catalog_comes_back(
     during = await closed_loop(deployment.base_url, clients=8, requests=40, seed=3)
     assert check_against_oracle(during, model_folder("oracle")) > 300
     deployment.wait_restarted("hmm", pid)
+    wait_until(lambda: deployment.log("hmm").count("resumed=True") == 2, "both ranks introduced themselves")
     deployment.wait_serving()
     assert check_integrity(deployment, checksums=True) == before
     assert deployment.rank_pids() == ranks
     assert deployment.log("hmm").count("load done") == 1
     # The new HMM watches the old ranks: it notices when one dies.
-    wait_until(lambda: deployment.log("hmm").count("resumed=True") == 2, "both ranks introduced themselves")
     deployment.kill("r1t0")
     wait_until(lambda: deployment.rank_pids().get("r1t0") not in (None, ranks["r1t0"]), "a standby took the seat")
     again = await closed_loop(deployment.base_url, clients=4, requests=8, seed=4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 import threading
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from services.worker.model.weights import KvCache, RankWeights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEADLINE_MS = 20_000.0
 GRANULARITY = 4096
+NUM_BLOCKS = 64
 
 
 class Checkpoint:
@@ -62,13 +62,8 @@ def load_experts(checkpoint: Checkpoint, spec: ModelSpec, layer: int, held: set[
     return slots
 
 
-def load_weights(
-    checkpoint: Checkpoint, spec: ModelSpec, held: Sequence[set[int]], *, num_blocks: int, block_size: int
-) -> RankWeights:
-    """A rank's weights in plain memory, and a KV cache full of NaN: what is read must have been written."""
-    geometry = kv_geometry(spec, block_size, GRANULARITY)
-    kv = torch.full((num_blocks * geometry.block_stride // 4,), float("nan"))
-    keep_alive.append(kv)
+def load_weights(checkpoint: Checkpoint, spec: ModelSpec, held: Sequence[set[int]], kv: KvCache) -> RankWeights:
+    """A rank's weights in plain memory."""
     by_key = {described.key: described for described in records(spec)}
     return RankWeights(
         spec,
@@ -78,11 +73,8 @@ def load_weights(
             load_experts(checkpoint, spec, layer, held[layer]) if count else {}
             for layer, count in enumerate(spec.num_experts_by_layer)
         ],
-        KvCache(kv.data_ptr(), num_blocks, geometry),
+        kv,
     )
-
-
-keep_alive: list[torch.Tensor] = []  # KV memory, which weights know by its address only
 
 
 class Ranks:
@@ -95,6 +87,8 @@ class Ranks:
         self.block_size = block_size
         self.layout = initial_layout(self.spec.num_experts_by_layer, [f"device{i}" for i in range(size)])
         checkpoint = Checkpoint(directory)
+        geometry = kv_geometry(self.spec, block_size, GRANULARITY)
+        self._kv_memory: list[torch.Tensor] = []
         shape = (size, max_tokens, self.spec.hidden, self.spec.moe.top_k)
         nbytes = bus_bytes(*shape)
         self._segment = mmap.mmap(-1, nbytes)
@@ -110,7 +104,11 @@ class Ranks:
             bus = Bus(address, nbytes, slot)
             bus.join(slot + 1)
             held = [set(self.layout.experts_on(slot, layer)) for layer in range(self.spec.num_layers)]
-            self.weights.append(load_weights(checkpoint, self.spec, held, num_blocks=64, block_size=block_size))
+            # Full of NaN: what is read must have been written.
+            kv_memory = torch.full((NUM_BLOCKS * geometry.block_stride // 4,), float("nan"))
+            self._kv_memory.append(kv_memory)
+            kv = KvCache(kv_memory.data_ptr(), NUM_BLOCKS, geometry)
+            self.weights.append(load_weights(checkpoint, self.spec, held, kv))
             self.models.append(build_model(self.weights[-1], max_tokens))
             exchange = ShmExchange(bus, self.spec.num_experts_by_layer)
             self.exchanges.append(exchange)
@@ -188,8 +186,3 @@ def generate(
                 if stream.kv_len == len(stream.tokens):
                     stream.tokens.append(int(result[at - 1].argmax()))
     return {key: torch.cat(rows) for key, rows in logits.items()}
-
-
-def write_config(directory: Path, fields: dict[str, object]) -> None:
-    """Write config.json."""
-    (directory / "config.json").write_text(json.dumps(fields), encoding="utf-8")

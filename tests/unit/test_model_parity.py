@@ -159,3 +159,11 @@ def test_an_aborted_step_can_be_repeated(model: tuple[Path, Any]) -> None:
     # The bus is in mid-step: only a new generation begins afresh.
     ranks.new_generation()
     assert torch.equal(ranks.step(work)[0], fresh.step(work)[0])
+
+
+def test_exchange_wants_the_models_routing(model: tuple[Path, Any]) -> None:
+    ranks = Ranks(model[0], 1)
+    owners = [list(ranks.layout.owners(layer)) for layer in range(ranks.spec.num_layers)]
+    for wrong in (owners[:-1], [owners[0][:-1], *owners[1:]], [*owners, []]):
+        with pytest.raises(ValueError, match="routing"):
+            ranks.exchanges[0].set_routing(1, wrong)

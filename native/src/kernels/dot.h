@@ -146,8 +146,8 @@ void dot_block(int64_t num_rows, const float* x, const typename T::Element* w, i
 #undef ELASTICMOE_ROWS
 }
 
-// Bytes of weights that stay in the second-level cache while all rows pass by: more for many rows, which are then read less
-// often; few for few, because nothing is fetched ahead of the first panel.
+// Bytes of weights that stay in the second-level cache while all rows pass by: more for many rows, which are then read
+// less often; few for few, because nothing is fetched ahead of the first panel.
 inline int64_t panel_bytes(int64_t num_blocks) {
   constexpr int64_t kLeast = 64 * 1024, kMost = 256 * 1024, kPerBlock = 8 * 1024;
   const int64_t bytes = num_blocks * kPerBlock;

@@ -1,6 +1,7 @@
 #include "kernels/sampling.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -16,18 +17,26 @@ bool before(const Candidate& a, const Candidate& b) {
   return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
 }
 
+double sum_of(const float* weights, int64_t count) {
+  double sums[8] = {};  // independent, so that they overlap
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int64_t lane = 0; lane < 8; ++lane) sums[lane] += static_cast<double>(weights[i + lane]);
+  }
+  for (; i < count; ++i) sums[0] += static_cast<double>(weights[i]);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 // Token whose share of [0, total) holds uniform × total, in the order of ids. Weights are summed by blocks.
-int64_t draw_any(const float* weights, int64_t vocab, double uniform) {
+int64_t draw_from(const float* weights, int64_t vocab, double uniform) {
   constexpr int64_t kBlock = 256;
   const int64_t num_blocks = (vocab + kBlock - 1) / kBlock;
   std::vector<double> sums(static_cast<size_t>(num_blocks));
   double total = 0;
   for (int64_t block = 0; block < num_blocks; ++block) {
-    double sum = 0;
-    for (int64_t i = block * kBlock; i < std::min(vocab, (block + 1) * kBlock); ++i)
-      sum += static_cast<double>(weights[i]);
-    sums[static_cast<size_t>(block)] = sum;
-    total += sum;
+    const int64_t begin = block * kBlock;
+    sums[static_cast<size_t>(block)] = sum_of(weights + begin, std::min(kBlock, vocab - begin));
+    total += sums[static_cast<size_t>(block)];
   }
   double left = uniform * total;
   int64_t block = 0;
@@ -46,50 +55,62 @@ int64_t draw_any(const float* weights, int64_t vocab, double uniform) {
   return last;
 }
 
-int64_t draw_of(const std::vector<Candidate>& candidates, double uniform) {
-  double total = 0;
-  for (const Candidate& candidate : candidates) total += static_cast<double>(candidate.weight);
-  double left = uniform * total;
-  for (const Candidate& candidate : candidates) {
-    left -= static_cast<double>(candidate.weight);
-    if (left < 0) return candidate.id;
-  }
-  return candidates.back().id;
-}
+// How many of the greatest weights to keep: until there are `count` of them, or until they sum up to `sum`.
+struct Enough {
+  int64_t count;
+  double sum;
+};
 
-// The last of the `top_k` greatest. Reorders its argument.
-Candidate cutoff_of_top_k(std::vector<Candidate>& candidates, int64_t top_k) {
-  const auto last = candidates.begin() + (top_k - 1);
-  std::nth_element(candidates.begin(), last, candidates.end(), before);
-  return *last;
-}
-
-// The last of the fewest greatest whose sum reaches `top_p` of all, by bisection. Reorders its argument.
-Candidate cutoff_of_top_p(std::vector<Candidate>& candidates, double top_p) {
-  const auto sum = [](auto begin, auto end) {
-    double total = 0;
-    for (; begin != end; ++begin) total += static_cast<double>(begin->weight);
-    return total;
-  };
+// The last one to keep of `candidates`, by bisection. Reorders them.
+Candidate find_last(std::vector<Candidate>& candidates, Enough enough) {
   auto begin = candidates.begin(), end = candidates.end();
-  double left = top_p * sum(begin, end);
   while (end - begin > 1) {
     const auto middle = begin + (end - begin) / 2;
     std::nth_element(begin, middle, end, before);
-    const double upper = sum(begin, middle);
-    if (upper >= left) {
+    double sum = 0;
+    for (auto it = begin; it != middle; ++it) sum += static_cast<double>(it->weight);
+    if (middle - begin >= enough.count || sum >= enough.sum) {
       end = middle;
     } else {
-      left -= upper;
+      enough.count -= middle - begin;
+      enough.sum -= sum;
       begin = middle;
     }
   }
   return *begin;
 }
 
-// Drop what comes after `cutoff`; the order of the others stays that of their ids.
-void keep_until(std::vector<Candidate>& candidates, const Candidate& cutoff) {
-  std::erase_if(candidates, [&](const Candidate& candidate) { return before(cutoff, candidate); });
+// Keep the greatest weights until there is enough of them; of equals the lower ids. The others become 0.
+//
+// Weights are in [0, 1]: their bits, as numbers, are in their order. The upper ones sort them into bins in one pass,
+// and only the bin in which it becomes enough is looked into.
+void keep_greatest(float* weights, int64_t vocab, Enough enough) {
+  constexpr int kShift = 18;
+  constexpr size_t kBins = (0x3f800000u >> kShift) + 1;
+  const auto bin_of = [](float weight) { return std::bit_cast<uint32_t>(weight) >> kShift; };
+  std::vector<int64_t> counts(kBins);
+  std::vector<double> sums(kBins);
+  for (int64_t i = 0; i < vocab; ++i) {
+    if (weights[i] <= 0) continue;
+    counts[bin_of(weights[i])] += 1;
+    sums[bin_of(weights[i])] += static_cast<double>(weights[i]);
+  }
+  size_t bin = kBins - 1;
+  while (bin > 0 && counts[bin] < enough.count && sums[bin] < enough.sum) {
+    enough.count -= counts[bin];
+    enough.sum -= sums[bin];
+    --bin;
+  }
+  std::vector<Candidate> candidates;
+  for (int64_t i = 0; i < vocab; ++i) {
+    if (weights[i] > 0 && bin_of(weights[i]) == bin) candidates.push_back({weights[i], static_cast<int32_t>(i)});
+  }
+  if (candidates.empty()) return;
+  const Candidate last = find_last(candidates, enough);
+  for (int64_t i = 0; i < vocab; ++i) {
+    const bool kept = weights[i] > last.weight || (weights[i] == last.weight && i <= last.id);
+    weights[i] = kept ? weights[i] : 0.0f;
+  }
 }
 
 }  // namespace
@@ -100,23 +121,15 @@ int64_t draw(const float* logits, int64_t vocab, const Draw& options) {
   if (best < 0) return -1;
   float* weights = scratch(Scratch::kWide, vocab);
   k.exponentials(logits, vocab, logits[best], 1.0f / options.temperature, weights);
-  const bool limits_k = options.top_k > 0 && options.top_k < vocab;
-  if (!limits_k && options.top_p >= 1 && options.min_p <= 0) return draw_any(weights, vocab, options.uniform);
-  std::vector<Candidate> candidates;
-  for (int64_t i = 0; i < vocab; ++i) {
-    if (weights[i] > 0 && static_cast<double>(weights[i]) >= options.min_p) {
-      candidates.push_back({weights[i], static_cast<int32_t>(i)});
-    }
+  if (options.min_p > 0) {
+    const float least = static_cast<float>(options.min_p);  // the greatest weight is 1
+    for (int64_t i = 0; i < vocab; ++i) weights[i] = weights[i] >= least ? weights[i] : 0.0f;
   }
-  if (limits_k && options.top_k < static_cast<int64_t>(candidates.size())) {
-    std::vector<Candidate> work = candidates;
-    keep_until(candidates, cutoff_of_top_k(work, options.top_k));
+  if (options.top_k > 0 && options.top_k < vocab) {
+    keep_greatest(weights, vocab, {options.top_k, std::numeric_limits<double>::infinity()});
   }
-  if (options.top_p < 1) {
-    std::vector<Candidate> work = candidates;
-    keep_until(candidates, cutoff_of_top_p(work, options.top_p));
-  }
-  return draw_of(candidates, options.uniform);
+  if (options.top_p < 1) keep_greatest(weights, vocab, {vocab, options.top_p * sum_of(weights, vocab)});
+  return draw_from(weights, vocab, options.uniform);
 }
 
 double log_total(const float* logits, int64_t vocab) {
@@ -125,18 +138,18 @@ double log_total(const float* logits, int64_t vocab) {
   if (best < 0) return std::numeric_limits<double>::quiet_NaN();
   float* weights = scratch(Scratch::kWide, vocab);
   k.exponentials(logits, vocab, logits[best], 1.0f, weights);
-  double total = 0;
-  for (int64_t i = 0; i < vocab; ++i) total += static_cast<double>(weights[i]);
-  return static_cast<double>(logits[best]) + std::log(total);
+  return static_cast<double>(logits[best]) + std::log(sum_of(weights, vocab));
 }
 
 std::vector<int32_t> top_tokens(const float* logits, int64_t vocab, int64_t count) {
   std::vector<Candidate> top;  // sorted
   const size_t most = static_cast<size_t>(std::min(count, vocab));
   for (int64_t i = 0; i < vocab && most > 0; ++i) {
+    if (top.size() == most) {
+      if (logits[i] <= top.back().weight) continue;
+      top.pop_back();
+    }
     const Candidate candidate{logits[i], static_cast<int32_t>(i)};
-    if (top.size() == most && !before(candidate, top.back())) continue;
-    if (top.size() == most) top.pop_back();
     top.insert(std::lower_bound(top.begin(), top.end(), candidate, before), candidate);
   }
   std::vector<int32_t> ids;
