@@ -19,7 +19,6 @@ from cli.paths import package_root, run_dir_of
 from cli.probes import free_port
 from common import config
 
-
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
