@@ -25,6 +25,8 @@ from common.protocol import router as router_messages
 from common.protocol.rank import Watch
 from common.transport import Client, new_identity
 
+Shares = tuple[float, float]  # of a step: overhead, and waiting for a slower rank
+
 STATUS_MS = 5_000
 SAFE_VOCAB = 256  # byte ids, which every tokenizer here has
 
@@ -73,12 +75,12 @@ def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[
             name, vocab = _served(url)
             shape = Shape(name, args.prompt_tokens, args.output_tokens, vocab)
             asyncio.run(run_clients(url, shape, 2 * replicas, 2 * replicas, seed=0))
-            results: dict[int, list[tuple[Figures, float]]] = {n: [] for n in concurrencies}
+            results: dict[int, list[tuple[Figures, Shares]]] = {n: [] for n in concurrencies}
             for turn in range(args.rounds):
                 for n in concurrencies:
                     num = max(n * args.requests_per_client, 2)
                     samples = asyncio.run(run_clients(url, shape, n, num, seed=1 + turn * 100 + n))
-                    results[n].append((figures(samples, n), _share_outside_math(run_dir, replicas)))
+                    results[n].append((figures(samples, n), _shares(run_dir, replicas)))
         finally:
             subprocess.run([sys.executable, "-m", "cli.main", "down", "--run-dir", str(run_dir)], check=True)
     return [_summary(model, replicas, rounds) for rounds in results.values()]
@@ -89,9 +91,9 @@ def _served(url: str) -> tuple[str, int]:
     return str(httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]), SAFE_VOCAB
 
 
-def _share_outside_math(run_dir: Path, replicas: int) -> float:
-    """The largest share of a step, over the ranks, that was not tensor math (an average over the last steps)."""
-    shares = []
+def _shares(run_dir: Path, replicas: int) -> Shares:
+    """The largest shares over the ranks (see RankStatus), averages over their last steps."""
+    shares: list[Shares] = []
     for replica in range(replicas):
         path = run_dir / "sockets" / f"rank-r{replica}t0.sock"
         client = Client(path, new_identity("bench"), router_messages.CODEC)
@@ -102,11 +104,11 @@ def _share_outside_math(run_dir: Path, replicas: int) -> float:
             client.close()
         if received is None or not isinstance(received.body, router_messages.RankStatus):
             raise ValueError(f"rank r{replica}t0 sent no status within {STATUS_MS} ms")
-        shares.append(received.body.step_share_outside_math)
-    return max(shares)
+        shares.append((received.body.share_overhead, received.body.share_waiting))
+    return max(overhead for overhead, _ in shares), max(waiting for _, waiting in shares)
 
 
-def _summary(model: str, replicas: int, rounds: list[tuple[Figures, float]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _summary(model: str, replicas: int, rounds: list[tuple[Figures, Shares]]) -> tuple[dict[str, Any], dict[str, Any]]:
     found = [item for item, _ in rounds]
     best = max(found, key=lambda item: item.tokens_per_s)
     row = {
@@ -118,7 +120,8 @@ def _summary(model: str, replicas: int, rounds: list[tuple[Figures, float]]) -> 
         "TTFT p50 ms": best.ttft_p50_ms,
         "TPOT p50 ms": best.tpot_p50_ms,
         "TPOT p99 ms": best.tpot_p99_ms,
-        "outside math %": min(share for _, share in rounds) * 100,
+        "overhead %": min(overhead for _, (overhead, _) in rounds) * 100,
+        "waiting %": min(waiting for _, (_, waiting) in rounds) * 100,
         "failed": sum(item.failed for item in found),
     }
     raw = {"model": Path(model).name, "replicas": replicas, "rounds": [msgspec.to_builtins(item) for item in rounds]}

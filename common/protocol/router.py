@@ -47,7 +47,9 @@ class Failed(Message, frozen=True):
 class RankStatus(Message, frozen=True):
     """A rank's load, for the balancer; sent when it changes, at most ten times a second, from the work loop.
 
-    `progress` counts steps and idle turns: it grows only while the loop does.
+    `progress` counts steps and idle turns: it grows only while the loop does. Of the last steps' time, `share_waiting`
+    went into waiting for ranks that had more to compute, and `share_overhead` into everything else that is not tensor
+    math: scheduler, exchange, bus, ledger, messages.
     """
 
     rank: RankId
@@ -59,7 +61,8 @@ class RankStatus(Message, frozen=True):
     blocks_free: int
     blocks_total: int
     max_model_len: int
-    step_share_outside_math: float = 0.0
+    share_overhead: float = 0.0
+    share_waiting: float = 0.0
 
 
 ToRouter = Tokens | Failed | RankStatus | Ack | Refused

@@ -124,8 +124,8 @@ class _RankCollector(Collector):
         queued = GaugeMetricFamily("elasticmoe:prompt_tokens_queued", "Prompt tokens to be computed", labels=labels)
         silent = GaugeMetricFamily("elasticmoe:rank_silent_seconds", "Since a rank's last message", labels=labels)
         blocks = GaugeMetricFamily("elasticmoe:kv_blocks", "KV blocks of a rank", labels=[*labels, "state"])
-        overhead = GaugeMetricFamily(
-            "elasticmoe:step_share_outside_math", "Share of a step that is not arithmetic", labels=labels
+        shares = GaugeMetricFamily(
+            "elasticmoe:step_share", "Share of a step that is not tensor math", labels=[*labels, "part"]
         )
         now = time.monotonic()
         for rank, link in self._links.items():
@@ -141,8 +141,9 @@ class _RankCollector(Collector):
             silent.add_metric(engine, link.silent_s(now))
             blocks.add_metric([*engine, "free"], status.blocks_free)
             blocks.add_metric([*engine, "used"], used)
-            overhead.add_metric(engine, status.step_share_outside_math)
-        return [running, waiting, usage, queued, silent, blocks, overhead]
+            shares.add_metric([*engine, "overhead"], status.share_overhead)
+            shares.add_metric([*engine, "waiting"], status.share_waiting)
+        return [running, waiting, usage, queued, silent, blocks, shares]
 
     def _layout_metrics(self) -> Iterable[Metric]:
         layout = self._layout()

@@ -41,7 +41,7 @@ STATUS_S = 0.1  # at most this often
 LOOK_S = 0.05  # how often a busy rank looks at the pipe and the HMM's channel
 RESUME_S = 0.5  # between attempts to reach a restarted HMM
 STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
-SMOOTHING = 0.05  # of the reported share outside tensor math
+SMOOTHING = 0.05  # of the reported shares of a step
 
 
 class Rank:
@@ -74,7 +74,9 @@ class Rank:
         self._is_member = False
         self._is_awake = False
         self._progress = 0
-        self._outside_math = 0.0
+        self._met_ns = 0  # spent at the last step's first barrier
+        self._overhead = 0.0
+        self._waiting = 0.0
         self._last_status: RankStatus | None = None
         self._status_at = 0.0
         self._look_at = 0.0
@@ -135,7 +137,9 @@ class Rank:
             self._look(self._server.poll(IDLE_MS), time.monotonic())
             return
         try:
+            met = time.perf_counter_ns()
             total = self._meet(plan.num_tokens)
+            self._met_ns = time.perf_counter_ns() - met
             self._is_awake = total > 0
             if total:
                 self._step(plan, total, started)
@@ -172,8 +176,10 @@ class Rank:
         outcome = self._engine.compute(plan, total, STEP_MS_MAX)
         self._send(outcome)
         took = time.perf_counter_ns() - started
-        share = 1.0 - self._engine.cost.math_ns / max(1, took)
-        self._outside_math += SMOOTHING * (share - self._outside_math)
+        cost = self._engine.cost
+        waiting = (cost.wait_ns + self._met_ns) / took
+        self._waiting += SMOOTHING * (waiting - self._waiting)
+        self._overhead += SMOOTHING * (1.0 - cost.math_ns / took - waiting - self._overhead)
 
     def _sync_membership(self) -> None:
         generation, members, running = self._bus.membership()
@@ -286,7 +292,8 @@ class Rank:
             blocks_free=scheduler.blocks.num_free,
             blocks_total=scheduler.blocks.num_blocks,
             max_model_len=scheduler.capacity_tokens,
-            step_share_outside_math=round(self._outside_math, 4),
+            share_overhead=round(self._overhead, 4),
+            share_waiting=round(self._waiting, 4),
         )
         self._last_status = status
         self._status_at = now
