@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from common.protocol.errors import Fenced
+from common.protocol.errors import Fenced, Unavailable
 
 
 class Fence:
@@ -21,15 +21,24 @@ class Fence:
         self.epoch = int(self._path.read_text()) if self._path.is_file() else 0
 
     def check(self, epoch: int, sender: str) -> None:
-        """Let a command pass, or raise Fenced. A higher epoch is made durable before the command takes effect."""
+        """Let a command pass, or raise Fenced. A higher epoch is made durable before the command takes effect.
+
+        Raises Unavailable `storage_full` where it cannot be; the command must not be carried out then.
+        """
         if epoch < self.epoch:
             self.num_refused += 1
             raise Fenced(f"{sender} acts under epoch {epoch}; epoch {self.epoch} has been seen")
         if epoch > self.epoch:
-            temporary = self._path.with_suffix(".new")
+            self._write(epoch)
+            self.epoch = epoch
+
+    def _write(self, epoch: int) -> None:
+        temporary = self._path.with_suffix(".new")
+        try:
             with open(temporary, "w") as file:
                 file.write(str(epoch))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self._path)
-            self.epoch = epoch
+        except OSError as error:
+            raise Unavailable(f"epoch {epoch} cannot be made durable: {error.strerror}", code="storage_full") from None

@@ -203,5 +203,12 @@ def test_fence_refuses_lower_epochs_also_after_a_restart(tmp_path: Path) -> None
     assert again.num_refused == 1
 
 
+def test_fence_lets_nothing_pass_that_it_cannot_make_durable(tmp_path: Path) -> None:
+    fence = Fence(tmp_path / "gone", "hmm")
+    with pytest.raises(Unavailable, match="epoch 1 cannot be made durable") as caught:
+        fence.check(1, "scaler:a")
+    assert (caught.value.code, fence.epoch) == ("storage_full", 0)
+
+
 def test_fetch_is_a_message_of_the_keeper() -> None:
     assert keeper.TO_KEEPER.decode(transport.encode(Fetch(), sender="hmm:1")).body == Fetch()
