@@ -35,7 +35,7 @@ HELP = "check whether this machine can run a deployment"
 
 _PYTHON_MIN = (3, 11)
 _TORCH = "2.13"
-_NATIVE = ("native.bus", "native.host", "native.ledger")
+_NATIVE = ("native.bus", "native.host", "native.kernels", "native.ledger")
 _MAP_COUNT_WISHED = 262_144
 _FILES_WISHED = 8_192
 _MEMORY_WISHED = 4 << 30

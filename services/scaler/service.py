@@ -26,6 +26,7 @@ from services.scaler.core import Action, CommitLayout, Decision, Load, Observed,
 log = get_logger("scaler")
 
 CALL_MS = 2_000
+STARTING_MS = 200
 TURN_MS = 50
 BACKOFF_S = 0.1  # doubles with each exit in the window
 START_SECONDS_MAX = 60.0  # a rank that has not come by then is asked for again
@@ -149,7 +150,8 @@ class Scaler:
 
     def _ask_pool(self) -> PoolStatus | None:
         try:
-            answer, events = self._pool.call(GetPool(), deadline_ms=CALL_MS)
+            # At start the pool imports for seconds; loading must not wait for it.
+            answer, events = self._pool.call(GetPool(), deadline_ms=CALL_MS if self._ever_served else STARTING_MS)
         except (ElasticMoEError, ProtocolError):
             return None
         for event in events:
