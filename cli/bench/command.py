@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cli.bench import serve
+from cli.bench import attach, serve
 from common.protocol.errors import ElasticMoEError
 
 HELP = "measure this machine: prints a table, writes raw data and a plot"
@@ -13,11 +13,13 @@ HELP = "measure this machine: prints a table, writes raw data and a plot"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand per benchmark."""
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
-    command = benchmarks.add_parser(
-        "serve", help="steady state: tokens per second, TTFT, TPOT at several concurrencies"
-    )
-    serve.add_arguments(command)
-    command.set_defaults(bench=serve.run)
+    for name, module, text in (
+        ("serve", serve, "steady state: tokens per second, TTFT, TPOT at several concurrencies"),
+        ("attach", attach, "kill -9 of ranks: how long a standby takes to map their memory"),
+    ):
+        command = benchmarks.add_parser(name, help=text)
+        module.add_arguments(command)
+        command.set_defaults(bench=module.run)
 
 
 def run(args: argparse.Namespace) -> int:

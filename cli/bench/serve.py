@@ -9,18 +9,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 
+from cli.bench.deployment import running
 from cli.bench.load import Figures, Shape, figures, run_clients
 from cli.bench.report import provenance, table, write_raw
-from cli.record import read_record
 from common.protocol import router as router_messages
 from common.protocol.rank import Watch
 from common.transport import Client, new_identity
@@ -62,27 +60,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     concurrencies = [int(n) for n in args.concurrency.split(",")]
-    with tempfile.TemporaryDirectory(prefix="em-bench-") as directory:
-        run_dir = Path(directory) / "run"
-        up = ["--model", model, "--replicas", str(replicas), "--devices", f"host:{replicas}", "--port", "0"]
-        up += ["--admin-port", "0", "--run-dir", str(run_dir), "--detach"]
-        subprocess.run([sys.executable, "-m", "cli.main", "up", *up], check=True)
-        try:
-            record = read_record(run_dir)
-            if record is None:
-                raise ValueError("the deployment left no record")
-            url = record.url
-            name, vocab = _served(url)
-            shape = Shape(name, args.prompt_tokens, args.output_tokens, vocab)
-            asyncio.run(run_clients(url, shape, 2 * replicas, 2 * replicas, seed=0))
-            results: dict[int, list[tuple[Figures, Shares]]] = {n: [] for n in concurrencies}
-            for turn in range(args.rounds):
-                for n in concurrencies:
-                    num = max(n * args.requests_per_client, 2)
-                    samples = asyncio.run(run_clients(url, shape, n, num, seed=1 + turn * 100 + n))
-                    results[n].append((figures(samples, n), _shares(run_dir, replicas)))
-        finally:
-            subprocess.run([sys.executable, "-m", "cli.main", "down", "--run-dir", str(run_dir)], check=True)
+    results: dict[int, list[tuple[Figures, Shares]]] = {n: [] for n in concurrencies}
+    with running(model, replicas) as deployment:
+        name, vocab = _served(deployment.url)
+        shape = Shape(name, args.prompt_tokens, args.output_tokens, vocab)
+        asyncio.run(run_clients(deployment.url, shape, 2 * replicas, 2 * replicas, seed=0))
+        for turn in range(args.rounds):
+            for n in concurrencies:
+                num = max(n * args.requests_per_client, 2)
+                samples = asyncio.run(run_clients(deployment.url, shape, n, num, seed=1 + turn * 100 + n))
+                results[n].append((figures(samples, n), _shares(deployment.run_dir, replicas)))
     return [_summary(model, replicas, rounds) for rounds in results.values()]
 
 

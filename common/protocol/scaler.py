@@ -69,7 +69,7 @@ class RankExited(Message, frozen=True):
 
 
 class PoolRank(msgspec.Struct, frozen=True):
-    """A living rank of a pool."""
+    """A living rank of a pool. `attach_ms`: what mapping its memory took; 0 until it is ready."""
 
     rank: RankId
     slot: int
@@ -77,6 +77,7 @@ class PoolRank(msgspec.Struct, frozen=True):
     incarnation: str
     pid: int
     ready: bool
+    attach_ms: float = 0.0
 
 
 class PoolStatus(Message, frozen=True):

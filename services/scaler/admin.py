@@ -159,6 +159,7 @@ def layout_view(snapshot: Snapshot) -> dict[str, Any]:
                 "incarnation": rank.incarnation if rank else None,
                 "pid": rank.pid if rank else None,
                 "ready": bool(rank and rank.ready),
+                "attach_ms": rank.attach_ms if rank else None,
                 "experts": layout.num_experts_on(seat.slot),
                 "kv_blocks": device.kv_blocks if device else 0,
                 "memory": _memory(device) if device else None,

@@ -49,7 +49,7 @@ class Child:
         self.pipe = pipe
         self.pipe_fd = pipe.fileno()
         self.seat: StartRank | None = None  # None: a standby
-        self.is_ready = False
+        self.ready: RankReady | None = None
         self.reason = ""
         self.kill_at: float | None = None
 
@@ -133,7 +133,7 @@ class Pool:
             log.warning("bad report", pid=child.pid, because=error.message)
             return
         if isinstance(received.body, RankReady):
-            child.is_ready = True
+            child.ready = received.body
             self._failures = 0
             self._notify(received.body)
         else:
@@ -216,15 +216,8 @@ class Pool:
         return self._status()
 
     def _status(self) -> PoolStatus:
-        return PoolStatus(
-            sum(child.seat is None for child in self._children),
-            tuple(
-                PoolRank(child.seat.rank, child.seat.slot, child.seat.device, child.seat.incarnation, child.pid, ready)
-                for child in self._children
-                for ready in (child.is_ready,)
-                if child.seat is not None
-            ),
-        )
+        ranks = tuple(_describe(child, child.seat) for child in self._children if child.seat is not None)
+        return PoolStatus(len(self._children) - len(ranks), ranks)
 
     def _start_rank(self, message: StartRank) -> RankStarted:
         for child in self._children:
@@ -249,3 +242,8 @@ class Pool:
                 child.kill_at = time.monotonic() + message.grace_ms / 1e3
                 return Ack()
         raise NotFound(f"no rank {message.incarnation} in this pool", code="unknown_rank")
+
+
+def _describe(child: Child, seat: StartRank) -> PoolRank:
+    attach_ms = child.ready.attach_ms if child.ready else 0.0
+    return PoolRank(seat.rank, seat.slot, seat.device, seat.incarnation, child.pid, child.ready is not None, attach_ms)

@@ -355,7 +355,6 @@ def test_an_external_store_is_not_started(start: Start, run_dir: Path) -> None:
     settings = dict(entry.split(b"=", 1) for entry in environment if entry.startswith(b"ELASTICMOE_"))
     assert settings[b"ELASTICMOE_STORE_URL"].startswith(b"redis://")
     assert settings[b"ELASTICMOE_DEPLOYMENT"].startswith(b"run-")
-    assert b"ELASTICMOE_HOME" not in settings
     assert run.stop() == 0
 
 

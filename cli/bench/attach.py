@@ -1,0 +1,75 @@
+"""`elasticmoe bench attach`: kill -9 a rank again and again; how long a standby takes to map its memory and to serve.
+
+*attach* is the mapping alone: from asking the HMM to having every tensor. *serving again* runs from the kill until the
+scaler reports that all ranks step together; the exponential pause between repeated replacements is part of it, so only
+the first kill of each deployment counts there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cli.bench.deployment import running
+from cli.bench.report import provenance, table, write_raw
+
+DEADLINE_S = 60.0
+TURN_S = 0.005
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench attach`."""
+    parser.add_argument("--models", default="demo,qwen3-moe-1b", help="names or paths, comma-separated")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument(
+        "--deployments", type=int, default=3, help="deployments to start per model, one first kill each"
+    )
+    parser.add_argument("--kills", type=int, default=3, help="kills per deployment")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, write raw data. Raises ValueError when a rank did not come back."""
+    rows: list[dict[str, Any]] = []
+    for model in args.models.split(","):
+        attach_ms: list[float] = []
+        serving_ms: list[float] = []
+        for _ in range(args.deployments):
+            with running(model, args.replicas) as deployment:
+                for turn in range(args.kills):
+                    attached, served = _kill_and_wait(deployment.admin_url, deployment.token)
+                    attach_ms.append(attached)
+                    if turn == 0:
+                        serving_ms.append(served)
+        row = {"model": Path(model).name, "replicas": args.replicas, "kills": len(attach_ms)}
+        row |= {"attach ms median": statistics.median(attach_ms), "attach ms max": max(attach_ms)}
+        rows.append(row | {"serving again ms median": statistics.median(serving_ms)})
+    print(table(rows))
+    path = write_raw(
+        args.output, "attach", {"provenance": provenance(" ".join(["elasticmoe", *sys.argv[1:]])), "rows": rows}
+    )
+    print(f"raw data: {path}")
+    return 0
+
+
+def _kill_and_wait(admin_url: str, token: str) -> tuple[float, float]:
+    """Kill the first rank; milliseconds its successor took to attach, and until all step again."""
+    with httpx.Client(base_url=admin_url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as client:
+        victim = client.get("/v1/layout").json()["ranks"][0]
+        killed = time.perf_counter()
+        os.kill(victim["pid"], signal.SIGKILL)
+        while time.perf_counter() - killed < DEADLINE_S:
+            layout = client.get("/v1/layout").json()
+            rank = layout["ranks"][0]
+            if layout["phase"] == "serving" and rank["incarnation"] not in (None, victim["incarnation"]):
+                return float(rank["attach_ms"]), (time.perf_counter() - killed) * 1e3
+            time.sleep(TURN_S)
+    raise ValueError(f"no standby took the seat within {DEADLINE_S:g} s")
