@@ -91,6 +91,7 @@ class Server(Generic[T]):
         self._socket = self._context.socket(zmq.ROUTER)
         _configure(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())  # peers of other users are turned away
         self._socket.bind(f"ipc://{path}")
         os.chmod(path, 0o600)
         self._poller = zmq.Poller()

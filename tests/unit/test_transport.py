@@ -14,7 +14,15 @@ from common import fdchannel, transport
 from common.fence import Fence
 from common.layout import RankId
 from common.protocol import keeper, pool, rank, scaler
-from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, Fenced, ProtocolError, Unavailable
+from common.protocol.errors import (
+    Conflict,
+    DeadlineExceeded,
+    ElasticMoEError,
+    Fenced,
+    ProtocolError,
+    Unauthorized,
+    Unavailable,
+)
 from common.protocol.keeper import Fetch, Keep, Kept
 from common.protocol.pool import GetPool, StopRank
 from common.protocol.replies import Ack, Refused
@@ -94,6 +102,26 @@ def test_bad_messages_are_counted_answered_and_survived(server, tmp_path: Path) 
     codes = [other.receive(1_000).body.code for _ in range(3)]  # type: ignore[union-attr]
     assert sorted(codes) == ["protocol_error", "protocol_error", "version_mismatch"]
     other.close()
+
+
+def test_peers_of_other_users_are_turned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only root could become another user; so the servers take another one for themselves, and we are the stranger.
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    listener = fdchannel.Listener(tmp_path / "k.sock")
+    with Server(tmp_path / "x.sock", new_identity("pool"), pool.CODEC) as server:
+        monkeypatch.undo()
+        stranger = Client(tmp_path / "x.sock", new_identity("scaler"), scaler.CODEC)
+        stranger.send(GetPool())
+        server.poll(300)
+        assert server.receive() is None
+        stranger.close()
+    channel = fdchannel.connect(tmp_path / "k.sock", "hmm:1", keeper.TO_HMM)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(Unauthorized, match="peer uid"):
+        listener.accept("keeper:1", keeper.TO_KEEPER)
+    monkeypatch.undo()
+    channel.close()
+    listener.close()
 
 
 def test_a_second_server_cannot_steal_the_path(server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
