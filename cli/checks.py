@@ -10,8 +10,9 @@ from cli.probes import bind_once
 from cli.settings import Settings
 from common.families import load_spec, records
 from common.model_spec import ModelSpec, kv_geometry, round_up
-from common.protocol.errors import DoesNotFit, InvalidRequest
+from common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
 from common.protocol.limits import RANKS_MAX
+from common.store import store_of
 
 TP_MAX = 1  # tensor parallelism within a replica is not implemented yet
 _MEMORY_SHARE = 0.8  # of what is available; the rest is for activations, the processes and everybody else
@@ -53,6 +54,19 @@ def check_ports(settings: Settings) -> None:
             raise InvalidRequest(
                 f"port {port} on {host} is in use; choose another with {flag}", code="port_in_use"
             ) from None
+
+
+def check_store(settings: Settings) -> None:
+    """A store that --store names answers. Raises Unavailable; ConfigError for a URL that cannot be read."""
+    if not settings.scaler.store_url:
+        return
+    store = store_of(settings.scaler)
+    try:
+        store.ping()
+    except Unavailable as error:
+        raise Unavailable(f"--store: {error.message}", code=error.code) from None
+    finally:
+        store.close()
 
 
 def check_memory(settings: Settings, model: Path) -> None:

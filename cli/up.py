@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         resolved = settings.from_flags(args)
         checks.check_topology(resolved)
         checks.check_ports(resolved)
+        checks.check_store(resolved)
         run_dir = RunDir(settings.require_run_dir(resolved))
         try:
             resolved = _with_model(resolved, console)

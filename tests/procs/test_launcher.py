@@ -20,7 +20,7 @@ from typing import IO
 
 import pytest
 
-from cli.embedded_store import is_answering
+from cli.embedded_store import is_answering, server_binary
 from cli.main import main
 from cli.probes import free_port
 from cli.record import DeploymentRecord, read_record
@@ -348,8 +348,25 @@ def test_down_after_a_kill_clears_what_was_left(
     assert sorted(path.name for path in run_dir.iterdir()) == ["launcher.lock", "logs"]
 
 
-def test_an_external_store_is_not_started(start: Start, run_dir: Path) -> None:
-    run = start({"scaler": "scaler", "router": "router"}, "--store", f"redis://127.0.0.1:{free_port()}/0")
+@pytest.fixture
+def external_store(tmp_path: Path) -> Iterator[str]:
+    """The URL of a Valkey server that the test runs itself."""
+    port = free_port()
+    command = [server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    wait_until(lambda: _connects(port), "the server listens")
+    yield f"redis://127.0.0.1:{port}/0"
+    server.terminate()
+    server.wait(10)
+
+
+def _connects(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_an_external_store_is_not_started(start: Start, run_dir: Path, external_store: str) -> None:
+    run = start({"scaler": "scaler", "router": "router"}, "--store", external_store)
     run.read(SERVING)
     environment = Path(f"/proc/{run.pid('scaler')}/environ").read_bytes().split(b"\0")
     settings = dict(entry.split(b"=", 1) for entry in environment if entry.startswith(b"ELASTICMOE_"))

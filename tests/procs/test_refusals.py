@@ -87,6 +87,16 @@ def test_more_replicas_than_devices(run_dir: Path, model_folder: Callable[[str],
     assert "2" in line
 
 
+def test_store_that_does_not_answer(run_dir: Path, model_folder: Callable[[str], Path]) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        port = unused.getsockname()[1]
+        code, line = up(run_dir, "--model", str(model_folder("oracle")), "--store", f"redis://127.0.0.1:{port}/0")
+    assert code == 1
+    assert "store_unavailable" in line
+    assert not run_dir.exists()
+
+
 def test_model_folder_that_is_not_there(run_dir: Path) -> None:
     code, line = up(run_dir, "--model", "/nowhere/model")
     assert code == 1
