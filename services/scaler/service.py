@@ -12,6 +12,7 @@ import msgspec
 
 from common.config import ScalerConfig
 from common.families import load_spec
+from common.fence import Fence
 from common.layout import Layout, initial_layout
 from common.protocol.errors import ConfigError, ElasticMoEError, Fenced, ProtocolError, Unavailable
 from common.protocol.hmm import GetHmmStatus, LoadModel, SetMembership
@@ -43,6 +44,7 @@ class Scaler:
         self._spec = load_spec(Path(config.model), config.dtype)
         self._hmm: Client[ToScaler] = Client(config.socket("hmm"), self._identity, CODEC)
         self._pool: Client[ToScaler] = Client(config.socket(config.pool_name), self._identity, CODEC)
+        self._fence = Fence(config.state_dir, "scaler")
         self._layout: Layout | None = None
         self._committed_epoch = 0
         self._starting: dict[int, float] = {}  # slot -> when its rank was asked for
@@ -80,10 +82,12 @@ class Scaler:
         waiting_for = ""
         while not self._stopping:
             try:
-                got = self._store.acquire_lease(self._identity, self._config.lease_ms, 0)
+                # Above all epochs that this host has seen, also when the store was wiped or rolled back.
+                got = self._store.acquire_lease(self._identity, self._config.lease_ms, self._fence.epoch)
             except Unavailable as error:
                 got = error.message
             if isinstance(got, int):
+                self._fence.check(got, self._identity)
                 self._hmm.epoch = self._pool.epoch = got
                 self._lease_until = time.monotonic() + self._config.lease_ms / 1e3
                 log.info("lease acquired", fence=got)

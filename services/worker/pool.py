@@ -20,8 +20,9 @@ from types import FrameType
 import msgspec
 
 from common.config import PoolConfig
+from common.fence import Fence
 from common.protocol import pool as pool_messages
-from common.protocol.codec import Codec, Message, encode
+from common.protocol.codec import Codec, Message, Received, encode
 from common.protocol.errors import Conflict, ElasticMoEError, NotFound, ProtocolError, Unavailable
 from common.protocol.pool import GetPool, StartRank, StopRank, ToPool
 from common.protocol.replies import Ack, Refused, refusal
@@ -67,6 +68,7 @@ class Pool:
         self._config = config
         self._identity = new_identity(config.pool_name)
         self._server: Server[ToPool] = Server(config.socket(config.pool_name), self._identity, pool_messages.CODEC)
+        self._fence = Fence(config.state_dir, config.pool_name)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["services.worker.standby", "services.worker.preload"])
         self._children: list[Child] = []
@@ -201,25 +203,24 @@ class Pool:
         while (received := self._server.receive()) is not None:
             peer, message = received
             try:
-                answer = self._answer(peer, message.body)
+                answer = self._answer(peer, message)
             except ElasticMoEError as error:
                 answer = refusal(error)
             self._server.send(peer, answer, seq=message.seq)
 
-    def _answer(self, peer: bytes, message: ToPool) -> Message:
-        if isinstance(message, StartRank):
-            return self._start_rank(message)
-        if isinstance(message, StopRank):
-            return self._stop_rank(message)
-        assert isinstance(message, GetPool)
-        self._subscriber = peer
-        return self._status()
+    def _answer(self, peer: bytes, message: Received[ToPool]) -> Message:
+        body = message.body
+        if isinstance(body, GetPool):
+            self._subscriber = peer
+            return self._status()
+        self._fence.check(message.epoch, message.sender)
+        return self._start_rank(body, message.epoch) if isinstance(body, StartRank) else self._stop_rank(body)
 
     def _status(self) -> PoolStatus:
         ranks = tuple(_describe(child, child.seat) for child in self._children if child.seat is not None)
         return PoolStatus(len(self._children) - len(ranks), ranks)
 
-    def _start_rank(self, message: StartRank) -> RankStarted:
+    def _start_rank(self, message: StartRank, fence: int) -> RankStarted:
         for child in self._children:
             if child.seat is None:
                 continue
@@ -229,7 +230,7 @@ class Pool:
                 raise Conflict(f"slot {message.slot} has a living rank {child.seat.incarnation}", code="seat_taken")
         for child in self._children:
             if child.seat is None and child.process.is_alive():
-                child.pipe.send_bytes(encode(message, sender=self._identity))
+                child.pipe.send_bytes(encode(message, sender=self._identity, epoch=fence))
                 child.seat = message
                 log.info("rank started", rank=message.rank, device=message.device, pid=child.pid)
                 return RankStarted(message.rank, message.incarnation, child.pid)

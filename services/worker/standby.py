@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from common.config import PoolConfig
+from common.fence import Fence
 from common.protocol import pool as pool_messages
 from common.protocol.codec import encode
 from common.protocol.errors import ElasticMoEError
@@ -36,13 +37,16 @@ def standby_main(pipe: Connection, settings: bytes) -> None:
     config = msgspec.json.decode(settings, type=PoolConfig)
     torch.set_num_threads(1)  # more ranks than cores with one OpenMP pool each are ten times slower
     try:
-        message = pool_messages.CODEC.decode(pipe.recv_bytes()).body
+        received = pool_messages.CODEC.decode(pipe.recv_bytes())
     except (EOFError, OSError):
         return
+    message = received.body
     assert isinstance(message, StartRank)
     name = f"rank-{message.rank}"
     log = setup_logging(name, level=config.log_level, as_json=config.log_json)
     try:
+        # A seat fences by itself too: a rank of a superseded scaler must not map the memory of its successor's.
+        Fence(config.state_dir, f"rank-{message.slot}").check(received.epoch, received.sender)
         with Rank(config, message, pipe) as rank:
             rank.run()
     except ElasticMoEError as error:

@@ -1,0 +1,137 @@
+"""A worker pool as a real process: standbys, fencing, and its children's lives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.config import environment_of
+from common.layout import RankId
+from common.protocol import scaler
+from common.protocol.errors import ElasticMoEError
+from common.protocol.pool import GetPool, StartRank, StopRank
+from common.protocol.scaler import PoolStatus, RankExited, RankStarted, ToScaler
+from common.transport import Client, new_identity
+from tests.procs.waiting import processes_of, wait_until
+
+pytestmark = pytest.mark.procs
+
+ROOT = Path(__file__).parent.parent.parent
+CALL_MS = 20_000
+
+
+class Pool:
+    """A pool in a run directory of its own, without an HMM: its ranks cannot attach."""
+
+    def __init__(self) -> None:
+        self.run_dir = Path(tempfile.mkdtemp(prefix="em-"))
+        self.client: Client[ToScaler] = Client(self.run_dir / "sockets/pool.sock", new_identity("scaler"), scaler.CODEC)
+        self.start()
+
+    def start(self) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("ELASTICMOE_")}
+        with open(self.run_dir / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "services.worker"],
+                cwd=ROOT,
+                env=environment | environment_of({"run_dir": self.run_dir, "standbys": 2}),
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+            )
+        wait_until(lambda: self.status().standby == 2, "two standbys", 60.0)
+
+    def status(self) -> PoolStatus:
+        try:
+            answer, _ = self.client.call(GetPool(), deadline_ms=1_000)
+        except ElasticMoEError:
+            assert self.process.poll() is None, (self.run_dir / "log").read_text()
+            return PoolStatus(0, ())
+        assert isinstance(answer, PoolStatus)
+        return answer
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        wait_until(lambda: not processes_of(self.run_dir), "all children ended")
+        self.client.close()
+        shutil.rmtree(self.run_dir)
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+def seat(slot: int = 0) -> StartRank:
+    name = new_identity(f"rank-r{slot}t0")
+    return StartRank(RankId(slot, 0), slot, f"host:{slot}", name, 1, 16, 4, 64)
+
+
+def exit_of(pool: Pool, incarnation: str) -> RankExited:
+    while True:
+        received = pool.client.receive(CALL_MS)
+        assert received is not None, "the rank's exit was not reported"
+        if isinstance(received.body, RankExited) and received.body.incarnation == incarnation:
+            return received.body
+
+
+def test_a_superseded_scaler_is_refused_also_after_a_restart(pool: Pool) -> None:
+    pool.client.epoch = 5
+    wanted = seat()
+    started, _ = pool.client.call(wanted, deadline_ms=CALL_MS)
+    assert isinstance(started, RankStarted)
+    for _ in range(2):
+        pool.client.epoch = 4
+        for message in (seat(1), StopRank(wanted.rank, wanted.incarnation)):
+            with pytest.raises(ElasticMoEError, match="acts under epoch 4; epoch 5 has been seen") as caught:
+                pool.client.call(message, deadline_ms=CALL_MS)
+            assert caught.value.code == "stale_epoch"
+        assert pool.status() is not None  # whoever asks is answered
+        pool.process.send_signal(signal.SIGTERM)
+        assert pool.process.wait(30) == 0
+        pool.start()
+
+
+def test_a_seat_refuses_a_superseded_scaler_by_itself(pool: Pool) -> None:
+    (pool.run_dir / "state/fence-rank-0").write_text("9")  # what a rank of a later scaler left
+    pool.client.epoch = 8
+    wanted = seat()
+    pool.client.call(wanted, deadline_ms=CALL_MS)
+    exited = exit_of(pool, wanted.incarnation)
+    assert exited.exit_code == 1
+    assert exited.reason.startswith("stale_epoch:")
+    assert "epoch 8; epoch 9 has been seen" in exited.reason
+
+
+def test_a_rank_that_cannot_attach_says_why_and_is_followed_by_a_standby(pool: Pool) -> None:
+    pool.client.epoch = 1
+    wanted = seat()
+    pool.client.call(wanted, deadline_ms=CALL_MS)
+    exited = exit_of(pool, wanted.incarnation)
+    assert (exited.exit_code, exited.slot) == (1, 0)
+    assert exited.reason.startswith("unavailable: handles is not there")
+    wait_until(lambda: pool.status().standby == 2, "another standby", 30.0)
+
+
+def test_stopping_an_unknown_rank_is_refused(pool: Pool) -> None:
+    pool.client.epoch = 1
+    with pytest.raises(ElasticMoEError, match="no rank") as caught:
+        pool.client.call(StopRank(RankId(0, 0), "rank:unknown"), deadline_ms=CALL_MS)
+    assert caught.value.code == "unknown_rank"
+
+
+def test_a_dead_standby_is_replaced(pool: Pool) -> None:
+    children = [pid for pid, command in processes_of(pool.run_dir).items() if "forkserver" in command]
+    assert len(children) == 3  # the fork server and two standbys
+    os.kill(max(children), signal.SIGKILL)
+    wait_until(lambda: pool.status().standby == 2 and not Path(f"/proc/{max(children)}").exists(), "replaced", 30.0)
