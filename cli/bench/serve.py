@@ -131,7 +131,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
             [r["concurrency"] for r in mine],
             [r["tokens/s best"] for r in mine],
             "o-",
-            label=f"{key[0]}, {key[1]} ranks",
+            label=f"{key[0]}, replicas: {key[1]}",
         )
     axes.set(xlabel="concurrent requests", ylabel="tokens per second", xscale="log", ylim=(0, None))
     axes.legend()
