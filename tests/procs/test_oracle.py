@@ -14,7 +14,7 @@ from tests.procs.integrity import check_integrity
 pytestmark = pytest.mark.procs
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 3, 6])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 5, 6])
 async def test_32_streams_with_cancels_are_exact(
     replicas: int, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:
