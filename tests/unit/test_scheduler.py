@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +60,17 @@ def test_same_beginning_shares_blocks() -> None:
     plan = scheduler.plan()
     assert third.blocks[:2] == first.blocks[:2]
     assert next(chunk for chunk in plan.chunks if chunk.sequence is third).start == 8
+
+
+def test_prompt_logprobs_are_computed_not_taken_from_the_cache() -> None:
+    scheduler = make()
+    first = scheduler.add(submit("a", list(range(10)), 10), PEER, 0.0)
+    run_step(scheduler)
+    run_step(scheduler)
+    assert first.num_output == 1
+    scheduler.add(msgspec.structs.replace(submit("b", list(range(10)), 1), prompt_logprobs=True), PEER, 0.0)
+    chunk = next(chunk for chunk in scheduler.plan().chunks if chunk.sequence.request.request_id == "b")
+    assert chunk.start == 0
 
 
 def test_plan_that_is_given_up_is_planned_again() -> None:

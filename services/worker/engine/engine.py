@@ -160,7 +160,7 @@ class Engine:
 
     def _part(self, chunk: Chunk) -> Part:
         sequence, start, count, is_last = chunk
-        if sequence.request.prompt_logprobs and start < sequence.num_prompt:
+        if sequence.wants_prompt_logprobs:
             num_logits = count
         else:
             num_logits = 1 if is_last else 0
@@ -174,7 +174,7 @@ class Engine:
         at = 0
         for chunk in chunks:
             sequence = chunk.sequence
-            if sequence.request.prompt_logprobs and chunk.start < sequence.num_prompt:
+            if sequence.wants_prompt_logprobs:
                 self._note_prompt(chunk, logits[at : at + chunk.num_tokens])
                 at += chunk.num_tokens
             elif chunk.sample:

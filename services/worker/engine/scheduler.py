@@ -148,7 +148,7 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence, budget: int) -> bool:
-        matched = self.blocks.match(sequence.tokens)
+        matched = [] if sequence.wants_prompt_logprobs else self.blocks.match(sequence.tokens)
         sequence.blocks = matched
         sequence.kv_len = len(matched) * self.blocks.block_size
         sequence.cached = len(matched)

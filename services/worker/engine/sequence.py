@@ -51,6 +51,11 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether every row of the prompt is still needed: it must be computed, not taken from the prefix cache."""
+        return self.request.prompt_logprobs and self.num_output == 0
+
+    @property
     def order(self) -> tuple[int, int]:
         """Sort key: lower runs first and is preempted last."""
         return (self.request.priority, self.arrival)
