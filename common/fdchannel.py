@@ -101,14 +101,20 @@ class Channel(Generic[T]):
 class Listener:
     """A bound Unix stream socket that accepts processes of this user only."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises Conflict when another process has bound `path`."""
+    def __init__(self, path: Path, *, is_open: bool = True) -> None:
+        """Raises Conflict when another process has bound `path`. Unless `is_open`, whoever connects is refused at once
+        until `open`, rather than left to wait."""
         self._lock = PathLock(path)
         self._path = path
         path.unlink(missing_ok=True)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self._sock.bind(os.fspath(path))
         os.chmod(path, 0o600)
+        if is_open:
+            self.open()
+
+    def open(self) -> None:
+        """Let others connect from now on."""
         self._sock.listen(128)
 
     def fileno(self) -> int:

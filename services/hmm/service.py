@@ -46,11 +46,13 @@ class Hmm:
         self._identity = new_identity("hmm")
         self._server = Server(config.socket("hmm"), self._identity, CODEC)
         try:
-            listener = Listener(config.socket("handles"))
+            # Opened once everything is adopted: a rank that steps must not wait in a connection for that.
+            listener = Listener(config.socket("handles"), is_open=False)
         except BaseException:
             self._server.close()
             raise
         self._log = setup_logging("hmm", level=config.log_level, as_json=config.log_json)
+        self._listener = listener
         self._attachments = Attachments(listener, self._identity, self._log)
         self._parking = Parking(config.socket("keeper"), self._identity, self._log)
         self._holdings = Holdings(config, self._parking, self._log)
@@ -87,6 +89,7 @@ class Hmm:
                 poller.poll(50)
         if not self._is_stopping:
             self._holdings.start()
+            self._listener.open()
             self._log.info("hmm ready", **self._facts())
 
     def _facts(self) -> dict[str, object]:

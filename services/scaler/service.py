@@ -29,7 +29,8 @@ log = get_logger("scaler")
 CALL_MS = 2_000
 STARTING_MS = 200
 TURN_MS = 50
-BACKOFF_S = 0.1  # doubles with each exit in the window
+BACKOFF_S = 0.1  # doubles with each exit of a seat in the window
+BACKOFF_S_MAX = 5.0
 START_SECONDS_MAX = 60.0  # a rank that has not come by then is asked for again
 
 
@@ -48,7 +49,7 @@ class Scaler:
         self._layout: Layout | None = None
         self._committed_epoch = 0
         self._starting: dict[int, float] = {}  # slot -> when its rank was asked for
-        self._exits: deque[float] = deque(maxlen=1_000)
+        self._exits: dict[int, deque[float]] = {}  # slot -> when its last ranks ended
         self._backoff_until = 0.0
         self._last_exit = ""
         self._ever_served = False
@@ -120,14 +121,11 @@ class Scaler:
     def _turn(self, fence: int) -> None:
         hmm = self._ask_hmm()
         pool = self._ask_pool()
-        layout = self._layout or self._find_layout(hmm)
-        if hmm is not None:
+        layout = hmm.layout if hmm and hmm.layout else self._layout or self._find_layout(hmm)
+        if hmm is not None and hmm.phase != "loading":
             self._layout = layout
         now = time.monotonic()
-        self._starting = {slot: at for slot, at in self._starting.items() if now - at < START_SECONDS_MAX}
-        for rank in pool.ranks if pool else ():
-            if rank.ready:
-                self._starting.pop(rank.slot, None)
+        self._forget_starts(pool, now)
         seen = Observed(
             hmm=hmm,
             pool=pool,
@@ -144,6 +142,13 @@ class Scaler:
             self._act(action, layout)
         if not decision.actions:
             self._take_events(TURN_MS)
+
+    def _forget_starts(self, pool: PoolStatus | None, now: float) -> None:
+        """A rank that was asked for is the pool's from its answer on: what the pool does not list has ended."""
+        attaching = {rank.slot for rank in pool.ranks if not rank.ready} if pool else set(self._starting)
+        self._starting = {
+            slot: at for slot, at in self._starting.items() if slot in attaching and now - at < START_SECONDS_MAX
+        }
 
     def _ask_hmm(self) -> HmmStatus | None:
         try:
@@ -177,15 +182,17 @@ class Scaler:
         elif isinstance(event, RankExited):
             self._starting.pop(event.slot, None)
             now = time.monotonic()
-            self._exits.append(now)
-            # The first replacement starts at once: streams wait for it. Later ones wait longer and longer.
-            self._backoff_until = now + BACKOFF_S * (2 ** (self._recent_exits(now) - 1) - 1)
+            self._exits.setdefault(event.slot, deque(maxlen=100)).append(now)
+            # The first replacement starts at once: streams wait for it. Later ones wait longer, up to a limit.
+            self._backoff_until = now + min(BACKOFF_S_MAX, BACKOFF_S * (2 ** (self._recent_exits(now) - 1) - 1))
             self._last_exit = event.reason
             log.warning("rank exited", rank=event.rank, exit_code=event.exit_code, reason=event.reason)
             self._journal("rank_exited", event.reason, rank=str(event.rank), exit_code=str(event.exit_code))
 
     def _recent_exits(self, now: float) -> int:
-        return sum(1 for at in self._exits if now - at < self._config.rank_restarts_window_s)
+        """Of the seat whose ranks died most often in the window."""
+        window_s = self._config.rank_restarts_window_s
+        return max((sum(now - at < window_s for at in exits) for exits in self._exits.values()), default=0)
 
     def _find_layout(self, hmm: HmmStatus | None) -> Layout:
         """The layout in force: the HMM's, else the store's, else a first one."""
@@ -258,7 +265,7 @@ class Scaler:
 
     def _start(self, action: Start, layout: Layout) -> None:
         seat = action.seat
-        self._pool.call(
+        _, events = self._pool.call(
             StartRank(
                 rank=seat.rank,
                 slot=seat.slot,
@@ -272,3 +279,5 @@ class Scaler:
             deadline_ms=CALL_MS,
         )
         self._starting[seat.slot] = time.monotonic()
+        for event in events:
+            self._on_event(event.body)

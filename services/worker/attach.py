@@ -28,6 +28,7 @@ from native.ledger import Ledger
 from services.worker.model.weights import KvCache, RankWeights
 
 ATTACH_MS = 10_000
+RESUME_MS = 2_000  # the HMM listens only once it can answer; meanwhile this rank, and so all, do not step
 
 
 @dataclass(slots=True)
@@ -109,7 +110,7 @@ def _request(
     channel: fdchannel.Channel[AttachReply | Refused], seat: StartRank, *, resuming: bool = False
 ) -> tuple[AttachReply, list[int]]:
     channel.send(Attach(seat.rank, seat.slot, seat.device, seat.incarnation, resuming))
-    received, fds = channel.receive(deadline_ms=ATTACH_MS)
+    received, fds = channel.receive(deadline_ms=RESUME_MS if resuming else ATTACH_MS)
     if isinstance(received.body, Refused):
         for fd in fds:
             os.close(fd)

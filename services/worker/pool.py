@@ -11,7 +11,6 @@ A child leaves when its pipe to the pool ends, so no rank outlives its pool. One
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import time
 from multiprocessing.connection import Connection
@@ -39,6 +38,7 @@ FROM_RANK: Codec[FromRank] = Codec(FromRank)
 POLL_MS = 1_000
 STOP_GRACE_S = 10.0
 STANDBY_FAILURES_MAX = 5  # in a row, before the pool gives up
+STANDBY_SETTLED_S = 30.0  # whoever lived longer did not die of its start
 STANDBY_BACKOFF_S = 0.2
 
 
@@ -49,6 +49,7 @@ class Child:
         self.process = process
         self.pipe = pipe
         self.pipe_fd = pipe.fileno()
+        self.started_at = time.monotonic()
         self.seat: StartRank | None = None  # None: a standby
         self.ready: RankReady | None = None
         self.reason = ""
@@ -169,7 +170,8 @@ class Pool:
         child.pipe.close()
 
     def _on_standby_death(self, child: Child) -> None:
-        self._failures += 1
+        lived_s = time.monotonic() - child.started_at
+        self._failures = 1 if lived_s > STANDBY_SETTLED_S else self._failures + 1
         log.warning("standby died", pid=child.pid, exit_code=child.process.exitcode, failures=self._failures)
         if self._failures > STANDBY_FAILURES_MAX:
             raise Unavailable(
@@ -229,8 +231,12 @@ class Pool:
             if child.seat.slot == message.slot:
                 raise Conflict(f"slot {message.slot} has a living rank {child.seat.incarnation}", code="seat_taken")
         for child in self._children:
-            if child.seat is None and child.process.is_alive():
-                child.pipe.send_bytes(encode(message, sender=self._identity, epoch=fence))
+            if child.seat is None and not child.pipe.closed and child.process.is_alive():
+                try:
+                    child.pipe.send_bytes(encode(message, sender=self._identity, epoch=fence))
+                except OSError:  # it has just died; the next turn reaps it
+                    self._close_pipe(child)
+                    continue
                 child.seat = message
                 log.info("rank started", rank=message.rank, device=message.device, pid=child.pid)
                 return RankStarted(message.rank, message.incarnation, child.pid)
@@ -239,7 +245,7 @@ class Pool:
     def _stop_rank(self, message: StopRank) -> Ack:
         for child in self._children:
             if child.seat is not None and child.seat.incarnation == message.incarnation:
-                os.kill(child.pid, signal.SIGTERM)
+                child.process.terminate()
                 child.kill_at = time.monotonic() + message.grace_ms / 1e3
                 return Ack()
         raise NotFound(f"no rank {message.incarnation} in this pool", code="unknown_rank")

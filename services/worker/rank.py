@@ -40,6 +40,7 @@ IDLE_MS = 500  # the longest sleep, and so the slowest beat of an idle rank's st
 STATUS_S = 0.1  # at most this often
 LOOK_S = 0.05  # how often a busy rank looks at the pipe and the HMM's channel
 RESUME_S = 0.5  # between attempts to reach a restarted HMM
+MEET_MS = 500.0  # a rank that waits for others looks that often whether it shall stop
 STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
 SMOOTHING = 0.05  # of the reported shares of a step
 
@@ -57,14 +58,16 @@ class Rank:
         started = time.perf_counter()
         self._bus = self._memory.bus
         self._exchange = ShmExchange(self._bus, self._memory.reply.spec.num_experts_by_layer)
+        # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
+        ledger, max_tokens = self._memory.ledger, min(seat.max_tokens, self._bus.max_tokens)
         self._engine = Engine(
-            build_model(self._memory.weights, seat.max_tokens),
+            build_model(self._memory.weights, max_tokens),
             self._exchange,
             self._memory.weights.kv,
-            self._memory.ledger,
-            max_tokens=seat.max_tokens,
-            max_sequences=seat.max_sequences,
-            max_model_len=seat.max_model_len,
+            ledger,
+            max_tokens=max_tokens,
+            max_sequences=min(seat.max_sequences, ledger.num_rows),
+            max_model_len=min(seat.max_model_len, ledger.max_tokens),
         )
         self._server: Server[ToRank] = Server(config.socket(f"rank-{seat.rank}"), seat.incarnation, rank_messages.CODEC)
         self._build_ms = (time.perf_counter() - started) * 1e3
@@ -160,17 +163,19 @@ class Rank:
         Whoever comes from sleep first arrives, then rings those that are not there yet.
         """
         deadline = time.monotonic() + STEP_MS_MAX / 1e3
-        wait_ms = STEP_MS_MAX if self._is_awake else 0.0
+        wait_ms = MEET_MS if self._is_awake else 0.0
         while True:
             try:
                 return sum(tokens for _, tokens, _ in self._bus.step(self._generation, num_tokens, 0, wait_ms))
             except BusTimeout:
+                if self._stopping:
+                    return 0
                 if time.monotonic() > deadline:
                     raise
                 for slot, fd in self._memory.doorbells.items():
                     if slot != self._seat.slot:
                         os.eventfd_write(fd, 1)
-                wait_ms = STEP_MS_MAX
+                wait_ms = MEET_MS
 
     def _step(self, plan: Plan, total: int, started: int) -> None:
         outcome = self._engine.compute(plan, total, STEP_MS_MAX)

@@ -48,6 +48,17 @@ def test_long_prompt_is_computed_in_chunks_while_others_decode() -> None:
     assert counts == [[1, 7], [1, 7], [1, 6]]
 
 
+def test_an_urgent_prompt_does_not_stop_those_behind_it() -> None:
+    scheduler = make(num_blocks=40, max_model_len=120)
+    behind = scheduler.add(submit("behind", [1, 2], 20), PEER, 0.0)
+    run_step(scheduler)
+    scheduler.add(submit("urgent", list(range(60)), 5, priority=-1), PEER, 0.0)
+    for _ in range(6):
+        before = behind.num_output
+        assert run_step(scheduler) == 8
+        assert behind.num_output == before + 1
+
+
 def test_same_beginning_shares_blocks() -> None:
     scheduler = make()
     first = scheduler.add(submit("a", list(range(10)), 10), PEER, 0.0)

@@ -212,6 +212,15 @@ def test_peer_that_sends_half_a_message_meets_the_deadline(tmp_path: Path) -> No
     listener.close()
 
 
+def test_a_listener_that_is_not_open_yet_refuses_at_once(tmp_path: Path) -> None:
+    listener = fdchannel.Listener(tmp_path / "k.sock", is_open=False)
+    with pytest.raises(Unavailable, match="k is not there"):
+        fdchannel.connect(tmp_path / "k.sock", "rank:1", keeper.TO_HMM)
+    listener.open()
+    fdchannel.connect(tmp_path / "k.sock", "rank:1", keeper.TO_HMM).close()
+    listener.close()
+
+
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="nobody is not there"):
         fdchannel.connect(tmp_path / "nobody.sock", "hmm:1", keeper.TO_HMM)

@@ -117,7 +117,9 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
-            count = min(len(sequence.tokens) - sequence.kv_len, budget)
+            # A prompt leaves one token for each sequence behind it, so that a long one stops nobody's decoding.
+            room = max(1, budget - (len(self.running) - index - 1))
+            count = min(len(sequence.tokens) - sequence.kv_len, room)
             while not self._grow(sequence, sequence.kv_len + count):
                 victim = self.running[-1]
                 freed_rows.append(self._stop(victim))
