@@ -121,7 +121,8 @@ class Scaler:
     def _turn(self, fence: int) -> None:
         hmm = self._ask_hmm()
         pool = self._ask_pool()
-        layout = hmm.layout if hmm and hmm.layout else self._layout or self._find_layout(hmm)
+        # What the HMM holds is in force, whatever this scaler's own configuration would make of it.
+        layout = hmm.layout if hmm and hmm.layout else self._layout or self._first_layout()
         if hmm is not None and hmm.phase != "loading":
             self._layout = layout
         now = time.monotonic()
@@ -194,10 +195,8 @@ class Scaler:
         window_s = self._config.rank_restarts_window_s
         return max((sum(now - at < window_s for at in exits) for exits in self._exits.values()), default=0)
 
-    def _find_layout(self, hmm: HmmStatus | None) -> Layout:
-        """The layout in force: the HMM's, else the store's, else a first one."""
-        if hmm is not None and hmm.layout is not None:
-            return hmm.layout
+    def _first_layout(self) -> Layout:
+        """Epoch 1, for an HMM that holds nothing. Raises ConfigError for too few devices."""
         wanted, there = self._config.replicas * self._config.tp, self._config.num_devices
         if there < wanted:
             raise ConfigError(

@@ -1,4 +1,7 @@
-"""Loading: good checkpoints arrive exactly, bad ones are refused before memory is touched and leave nothing behind."""
+"""Loading: good checkpoints arrive exactly, bad ones are refused before memory is touched and leave nothing behind.
+
+Longer than other files because every way to damage a checkpoint is a case of its own over the same few helpers.
+"""
 
 from __future__ import annotations
 
