@@ -1,6 +1,6 @@
 """The HMM and its keeper as real processes: load, attach, deaths, restarts, fences, refusals.
 
-Longer than other files because all of it shares one set of fixtures: an HMM with a loaded model, and two attached ranks.
+Longer than other files because all of it shares one set of fixtures: an HMM with a model, and two attached ranks.
 """
 
 from __future__ import annotations
