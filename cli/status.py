@@ -14,6 +14,7 @@ import httpx
 import msgspec
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -21,11 +22,14 @@ from cli.console import size
 from cli.paths import run_dir_of
 from cli.record import DeploymentRecord, living_record
 from cli.rundir import FAILURE_FILE
+from cli.scale import phase_text
 
 HELP = "show a deployment's processes, devices and ranks"
 
 _TIMEOUT_S = 3.0
 _WATCH_INTERVAL_S = 1.0
+_WATCH_INTERVAL_BUSY_S = 0.2
+_PHASES = ("prepare", "commit", "migrate", "release")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +66,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         entry["alive"] = process.is_alive()
     token = _read(run_dir / "secrets" / "admin.token")
     with httpx.Client(timeout=_TIMEOUT_S, trust_env=False) as client:
-        for name, path in (("layout", "/v1/layout"), ("devices", "/v1/devices")):
+        for name, path in (("layout", "/v1/layout"), ("devices", "/v1/devices"), ("operations", "/v1/operations")):
             status[name] = _get(client, record.admin_url + path, {"Authorization": f"Bearer {token}"})
         status["load"] = _get(client, f"{record.url}/load", {})
     return status
@@ -103,7 +107,50 @@ def render(status: dict[str, Any]) -> RenderableType:
     )
     parts: list[RenderableType] = [head, _processes(status), _devices(status["devices"]), _ranks(status["layout"])]
     parts.append(_load(status["load"]))
+    parts += _operations(status.get("operations") or {})
     return Group(*parts)
+
+
+def _operations(operations: dict[str, Any]) -> list[RenderableType]:
+    """The operation in progress with its bars, or one line about the last one."""
+    if "error" in operations:
+        return [Text(f"Operations: {operations['error']}")]
+    listed = operations.get("operations") or []
+    if not listed:
+        return []
+    last = listed[0]
+    if last.get("outcome"):
+        return [Text("Last operation: " + operation_line(last))]
+    return [Text("Operation: " + operation_line(last), style="bold"), _bars(last)]
+
+
+def operation_line(operation: dict[str, Any]) -> str:
+    """One operation in one line."""
+    text = f"{operation['op_id']} ({operation['kind'].replace('_', ' ')}) "
+    if not operation.get("outcome"):
+        return text + f"{phase_text(operation)} for {operation['elapsed_s']:.1f} s: {operation['reason']}"
+    figures, error = operation.get("figures") or {}, operation.get("error") or {}
+    text += f"{operation['outcome']} after {operation['elapsed_s']:.2f} s"
+    if error:
+        return text + f": {error.get('code')}: {error.get('message')}"
+    facts = [f"{size(figures.get('bytes_copied', 0))} copied", f"{figures.get('sequences_moved', 0)} sequences moved"]
+    if figures.get("capacity_s") is not None:
+        facts.insert(0, f"capacity after {figures['capacity_s']:.2f} s")
+    return text + ", " + ", ".join(facts)
+
+
+def _bars(operation: dict[str, Any]) -> Table:
+    """A bar of the phases, and one of the bytes while some are copied."""
+    table = Table.grid(padding=(0, 1))
+    legs = max(1, operation.get("legs", 1))
+    done = (operation.get("leg", 1) - 1) * len(_PHASES) if operation.get("legs") else 0
+    done += _PHASES.index(operation["phase"]) if operation["phase"] in _PHASES else 0
+    table.add_row("phase", ProgressBar(legs * len(_PHASES), done, width=40), phase_text(operation))
+    progress = operation.get("progress")
+    if operation["phase"] == "prepare" and progress and progress.get("bytes_total"):
+        bar = ProgressBar(progress["bytes_total"], progress["bytes_done"], width=40)
+        table.add_row("bytes", bar, f"{size(progress['bytes_done'])} of {size(progress['bytes_total'])}")
+    return table
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -145,6 +192,8 @@ def _ranks(layout: dict[str, Any]) -> RenderableType:
     for rank in layout.get("ranks", ()):
         name = f"r{rank.get('replica')}t{rank.get('tp')}"
         state = "ready" if rank.get("ready") else "starting" if rank.get("pid") else "empty"
+        if rank.get("state") in ("joining", "leaving"):
+            state = rank["state"]
         row = (rank.get("slot"), rank.get("pid") or "", rank.get("experts"), rank.get("kv_blocks"))
         table.add_row(name, str(rank.get("device")), state, *map(str, row))
     return table
@@ -165,17 +214,25 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def _is_scaling(status: dict[str, Any]) -> bool:
+    listed = (status.get("operations") or {}).get("operations") or [{"outcome": "none"}]
+    return not listed[0].get("outcome")
+
+
 def _watch(path: Path) -> int:
     console = Console(highlight=False)
     keys = sys.stdin.isatty()
     try:
-        with Live(render(collect(path)), console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        status = collect(path)
+        with Live(render(status), console=console, auto_refresh=False, screen=console.is_terminal) as live:
             while True:
-                if keys and select.select([sys.stdin], [], [], _WATCH_INTERVAL_S)[0]:
+                wait_s = _WATCH_INTERVAL_BUSY_S if _is_scaling(status) else _WATCH_INTERVAL_S
+                if keys and select.select([sys.stdin], [], [], wait_s)[0]:
                     if sys.stdin.readline().strip() in ("", "q"):
                         return 0
                 elif not keys:
-                    time.sleep(_WATCH_INTERVAL_S)
-                live.update(render(collect(path)), refresh=True)
+                    time.sleep(wait_s)
+                status = collect(path)
+                live.update(render(status), refresh=True)
     except KeyboardInterrupt:
         return 0

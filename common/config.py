@@ -95,15 +95,21 @@ class KeeperConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`standbys`: processes kept ready beyond the running ranks. `name`: pools of one deployment differ in it."""
+    """`standbys`: processes kept ready beyond the running ranks; with 0 each rank is started from nothing, which takes
+    seconds. `name`: pools of one deployment differ in it.
+    `pin_cores`: the rank of device `host:i` runs on core i only (modulo their number), as on a slice of the machine.
+    `zero_copy` False: ranks copy their weights instead of mapping them, to measure what that costs."""
 
     pool_name: Annotated[str, Meta(pattern="^[a-z0-9-]{1,32}$")] = "pool"
     standbys: Annotated[int, Meta(ge=0, le=64)] = 2
+    pin_cores: bool = False
+    zero_copy: bool = True
 
 
 class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The scaler owns the layout, so it knows the model. A rank that died is replaced at most `rank_restarts_max` times
-    in `rank_restarts_window_s`."""
+    in `rank_restarts_window_s`. `copy_bytes_per_s`: of experts that move between replicas that serve, all copies of one
+    host together; 0 for no limit. `operation_deadline_s`: a scale operation that is not committed by then is undone."""
 
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8100
@@ -111,6 +117,8 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
     lease_ms: Annotated[int, Meta(ge=100, le=600_000)] = 5_000
     rank_restarts_max: Annotated[int, Meta(ge=0, le=1_000)] = 5
     rank_restarts_window_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
+    copy_bytes_per_s: Annotated[int, Meta(ge=0)] = 200 * 1024 * 1024
+    operation_deadline_s: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
 
 
 class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -78,13 +78,16 @@ class Layout(msgspec.Struct, frozen=True):
         """Routing table of `layer`: for each expert the slot that computes it."""
         return tuple(slots[0] for slots in self.homes[layer])
 
-    def check(self) -> None:
-        """Verify the invariants. Raises ValueError naming the first that is broken (a programming error)."""
+    def check(self, slots_max: int = RANKS_MAX) -> None:
+        """Verify the invariants. `slots_max`: slots of the bus; a simulation may have more than a real one.
+
+        Raises ValueError naming the first that is broken (a programming error).
+        """
         slots = [seat.slot for seat in self.seats]
         if self.epoch < 1 or self.tp < 1 or not self.seats:
             raise ValueError(f"layout needs epoch >= 1, tp >= 1 and a seat; has {self.epoch}, {self.tp}, {len(slots)}")
-        if len(set(slots)) != len(slots) or not all(0 <= slot < RANKS_MAX for slot in slots):
-            raise ValueError(f"slots {slots} are not unique numbers below {RANKS_MAX}")
+        if len(set(slots)) != len(slots) or not all(0 <= slot < slots_max for slot in slots):
+            raise ValueError(f"slots {slots} are not unique numbers below {slots_max}")
         if len(slots) % self.tp:
             raise ValueError(f"{len(slots)} seats make no whole replicas of tp={self.tp}")
         if len(self.homes) > LAYERS_MAX or any(len(experts) > EXPERTS_MAX for experts in self.homes):
@@ -95,22 +98,26 @@ class Layout(msgspec.Struct, frozen=True):
         replicas = sorted({rank.replica for rank in ranks})
         if ranks != [RankId(replica, tp) for replica in replicas for tp in range(self.tp)]:
             raise ValueError(f"ranks {[str(rank) for rank in ranks]} are not whole replicas of tp={self.tp}")
+        known = set(slots)
         for layer, experts in enumerate(self.homes):
             for expert, homes in enumerate(experts):
-                if not homes or list(homes) != sorted(set(homes)) or not set(homes) <= set(slots):
+                if not homes or list(homes) != sorted(set(homes)) or not known.issuperset(homes):
                     raise ValueError(f"expert {expert} of layer {layer} has homes {homes}, not a sorted set of {slots}")
 
 
-def initial_layout(num_experts: Sequence[int], devices: Sequence[str], *, tp: int = 1, epoch: int = 1) -> Layout:
+def initial_layout(
+    num_experts: Sequence[int], devices: Sequence[str], *, tp: int = 1, epoch: int = 1, slots_max: int = RANKS_MAX
+) -> Layout:
     """Place a model on fresh devices: one seat per device, experts spread within one of each other.
 
     `num_experts[layer]` is that layer's number of experts (0: dense). The remainder of an uneven division rotates with
-    the layer, so that no device carries it in every layer. Raises ConfigError when the devices make no whole replicas.
+    the layer, so that no device carries it in every layer. Raises ConfigError when the devices make no whole replicas
+    or are more than `slots_max`.
     """
     if not devices or len(devices) % tp:
         raise ConfigError(f"{len(devices)} devices make no whole replicas of tp={tp}")
-    if len(devices) > RANKS_MAX:
-        raise ConfigError(f"{len(devices)} devices exceed the limit of {RANKS_MAX} ranks")
+    if len(devices) > slots_max:
+        raise ConfigError(f"{len(devices)} devices exceed the limit of {slots_max} ranks")
     seats = tuple(Seat(RankId(i // tp, i % tp), i, device) for i, device in enumerate(devices))
     size = len(devices)
     homes = tuple(
@@ -118,5 +125,5 @@ def initial_layout(num_experts: Sequence[int], devices: Sequence[str], *, tp: in
         for layer, count in enumerate(num_experts)
     )
     layout = Layout(epoch, tp, seats, homes)
-    layout.check()
+    layout.check(slots_max)
     return layout

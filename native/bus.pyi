@@ -1,8 +1,9 @@
 """The shared-memory bus of one deployment: membership, abortable barriers, step publication, token exchange.
 
 One segment, created and formatted by the HMM, mapped by every rank. Each rank has a slot (0 ≤ slot < ``max_ranks`` ≤ 64).
-Membership has one writer, the HMM; everything else in a slot has one writer, its rank. A process may be killed at any
-instruction: nothing it leaves behind blocks the others beyond the next membership generation.
+Membership has one writer, the HMM, except that members may make its staged publication current; everything else in a slot
+has one writer, its rank. A process may be killed at any instruction: nothing it leaves behind blocks the others beyond the
+next membership generation.
 
 **Lockstep.** Members of a running generation make the same blocking calls (``barrier``, ``step``, ``dispatch``,
 ``combine``) in the same order. Each of them meets at one barrier (``step``, ``dispatch``, ``combine``: exactly one each).
@@ -13,6 +14,12 @@ instruction: nothing it leaves behind blocks the others beyond the next membersh
 count 0 in a greater generation. Before the HMM publishes a *running* generation, every process that has lost its slot must have
 left or died (else it may still write into the areas of ranks that go on). The usual way is two generations: first
 ``running=False``, which makes everybody raise ``BusAborted``; then, when the leaving ranks have left, ``running=True``.
+
+**Flipping.** Without a stop: the HMM stages a running membership upon the one in force (``stage_membership``); members who
+see it (``staged``) say so as the flags of their next ``step``; when all flags of one step are that generation, nobody has
+anything under way, and each calls ``flip`` instead of computing the step. The first one swings membership; the others get True
+too, or, those that still wait in that step, ``BusAborted``. All start at count 0 in the new generation, and no step is lost.
+A rank that the new membership leaves out has made its last arrival with that step, so it need not have left before.
 
 Addresses are plain integers of this process; buffers are contiguous and owned by the caller, valid during the call. Blocking
 calls release the GIL, and handle Python signals at least every 100 ms. Bad arguments raise ``ValueError``. The segment must
@@ -86,19 +93,40 @@ class Bus:
     spin_us: int
     """Microseconds to spin before sleeping in a barrier. -1 (the default) chooses: 30 where every member can have a core, else 0."""
 
-    # Membership: written by the HMM alone.
-    def set_membership(self, generation: int, members: int, running: bool) -> None:
-        """Publish a generation and wake every waiter. ``members`` is a bit mask of slots.
+    # Membership: written by the HMM alone, but for `flip`.
+    def set_membership(self, generation: int, members: int, running: bool, epoch: int = 0) -> None:
+        """Publish a generation and wake every waiter. ``members`` is a bit mask of slots, ``epoch`` (u64) the layout's.
 
-        ``ValueError`` unless ``generation`` is greater than the current one and < 2**32. A writer killed half-way leaves
-        the old generation in force.
+        Whatever was staged is void from then on. ``ValueError`` unless ``generation`` is greater than the current one (a
+        member may just have flipped to the staged one: read again) and < 2**32. A writer killed half-way leaves the old
+        generation in force, and what was staged upon it.
         """
 
-    def membership(self) -> tuple[int, int, bool]:
-        """``(generation, members, running)``, all of one publication; ``(0, 0, False)`` before the first. Never blocks."""
+    def stage_membership(self, generation: int, members: int, epoch: int) -> None:
+        """Offer the next *running* membership, that any member may then make current by ``flip``. Wakes nobody (``nudge``).
 
-    def wait_membership(self, generation: int, deadline_ms: float) -> tuple[int, int, bool]:
-        """Block until the generation is greater than ``generation`` and return it; ``BusTimeout`` after ``deadline_ms`` from now."""
+        Does nothing if just this is staged already. ``ValueError`` unless ``generation`` is greater than the current one and
+        than any staged before, the current one is running, and nothing else is staged upon it (``set_membership`` makes that
+        void). A writer killed half-way has staged nothing.
+        """
+
+    def staged(self) -> tuple[int, int, int]:
+        """``(generation, members, epoch)`` of the membership that ``flip`` would make current now; ``(0, 0, 0)`` where none is
+        staged or it has become current or void. Never blocks."""
+
+    def flip(self, generation: int) -> bool:
+        """Make the staged membership ``generation`` current and wake every waiter. Never blocks.
+
+        True if that generation is current now, whoever made it so: read ``membership`` then. False if it is not staged, or
+        another was published instead, such as a parked one. Only for those who know that all members agree (see above).
+        """
+
+    def membership(self) -> tuple[int, int, bool, int]:
+        """``(generation, members, running, epoch)``, all of one publication; ``(0, 0, False, 0)`` before the first. Never blocks."""
+
+    def wait_membership(self, generation: int, deadline_ms: float) -> tuple[int, int, bool, int]:
+        """Block until the generation is greater than ``generation`` and return ``membership``; ``BusTimeout`` after
+        ``deadline_ms`` from now."""
 
     # The own slot and others' slots.
     def join(self, incarnation: int) -> None:

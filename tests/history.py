@@ -6,6 +6,7 @@ run at the end of every test that serves requests with history on.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ class Request:
     """One accepted generation as the history tells it."""
 
     name: str
+    rank: str = ""
     tokens: list[int] = field(default_factory=list)
+    num_moves: int = 0
     terminal: dict[str, Any] | None = None
 
 
@@ -33,6 +36,11 @@ class Report:
         """Requests that ended as `finish`, `error` or `cancelled`, with that reason where one is given."""
         terminals = [request.terminal for request in self.requests.values() if request.terminal]
         return sum(t["kind"] == kind and reason in (None, t["reason"]) for t in terminals)
+
+    @property
+    def num_moves(self) -> int:
+        """How often a request changed its rank while it ran, over all requests."""
+        return sum(request.num_moves for request in self.requests.values())
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +81,7 @@ def _apply(event: dict[str, Any], report: Report, open_now: dict[str, Request]) 
     if kind == "accepted":
         if name in report.requests:
             return [f"{name} was accepted twice"]
-        report.requests[name] = open_now[name] = Request(name)
+        report.requests[name] = open_now[name] = Request(name, event["rank"])
         return []
     request = report.requests.get(name)
     if request is None:
@@ -82,6 +90,10 @@ def _apply(event: dict[str, Any], report: Report, open_now: dict[str, Request]) 
         return [f"{kind} of {name} after its end"]
     if kind == "chunk":
         return _apply_chunk(event, request)
+    if kind in ("moved", "resubmitted"):
+        return _apply_rank(event, request)
+    if kind != "terminal":
+        return [f"{name}: {kind!r} is no event"]
     request.terminal = event
     open_now.pop(name, None)
     return _check_terminal(event, request)
@@ -93,6 +105,20 @@ def _apply_chunk(event: dict[str, Any], request: Request) -> list[str]:
     findings = [] if event["ids"] else [f"{request.name}: a chunk without tokens"]
     if index != expected:
         findings.append(f"{request.name}: chunk at index {index} after {expected} tokens")
+    return findings
+
+
+def _apply_rank(event: dict[str, Any], request: Request) -> list[str]:
+    """A request changes its rank: moved with what it has, or submitted anew, which nobody notices without a token."""
+    findings = [] if re.fullmatch(r"r\d+t0", event["rank"]) else [f"{request.name}: {event['rank']!r} leads no replica"]
+    if event["event"] == "resubmitted":
+        if request.tokens:
+            findings.append(f"{request.name}: submitted anew after {len(request.tokens)} tokens")
+    else:
+        request.num_moves += 1
+        if event["rank"] == request.rank:
+            findings.append(f"{request.name}: moved to {request.rank}, where it was")
+    request.rank = event["rank"]
     return findings
 
 

@@ -32,6 +32,11 @@ SOLE_IMPORTERS = {
 # Pure cores: decisions are functions of their arguments.
 PURE = [
     "services/scaler/core.py",
+    "services/scaler/capacity.py",
+    "services/scaler/placement.py",
+    "services/scaler/plan.py",
+    "services/scaler/planner.py",
+    "services/scaler/seating.py",
     "services/router/balancer.py",
     "services/hmm/catalog.py",
     "services/worker/engine/blocks.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cli.bench import attach, serve
+from cli.bench import attach, plan, replicas, scaling, serve
 from common.protocol.errors import ElasticMoEError
 
 HELP = "measure this machine: prints a table, writes raw data and a plot"
@@ -15,7 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
     for name, module, text in (
         ("serve", serve, "steady state: tokens per second, TTFT, TPOT at several concurrencies"),
+        ("scaling", scaling, "grow and shrink under load, beside ablations and the paper's baselines"),
+        ("replicas", replicas, "what a second replica brings, each pinned to a core"),
         ("attach", attach, "kill -9 of ranks: how long a standby takes to map their memory"),
+        ("plan", plan, "planning for 384 devices, and its transitions simulated"),
     ):
         command = benchmarks.add_parser(name, help=text)
         module.add_arguments(command)

@@ -1,16 +1,33 @@
-"""A deployment for a benchmark: started with the ordinary command, on free ports, gone at the end."""
+"""Deployments for a benchmark: started with the ordinary command, on free ports, gone at the end."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cli.record import read_record
+import msgspec
+
+from cli import child
+from cli.bench.http import ask
+from cli.record import DeploymentRecord, read_record
+from cli.settings import importing_environment
+from common.config import environment_of
+from common.protocol.errors import ConfigError
+
+_COMMAND = [sys.executable, "-m", "cli.main"]
+_TURN_S = 0.02
+_KILL_SECONDS_MAX = 15.0
 
 
 @dataclass(frozen=True)
@@ -28,13 +45,20 @@ class Running:
 
 
 @contextmanager
-def running(model: str, replicas: int) -> Iterator[Running]:
-    """`elasticmoe up --detach` … `elasticmoe down`. Raises ValueError when it does not come up."""
+def running(model: str, replicas: int, **settings: Any) -> Iterator[Running]:
+    """`elasticmoe up --detach` … `elasticmoe down`. `settings` are fields of common.config by name.
+
+    Raises ValueError when it does not come up.
+    """
     with tempfile.TemporaryDirectory(prefix="em-bench-") as directory:
         run_dir = Path(directory) / "run"
         where = ["--run-dir", str(run_dir)]
         size = ["--replicas", str(replicas), "--devices", f"host:{replicas}", "--port", "0", "--admin-port", "0"]
-        up = subprocess.run([*_COMMAND, "up", "--model", model, "--detach", *where, *size], stdout=subprocess.DEVNULL)
+        up = subprocess.run(
+            [*_COMMAND, "up", "--model", model, "--detach", *where, *size],
+            stdout=subprocess.DEVNULL,
+            env=dict(os.environ) | environment_of(settings),
+        )
         record = read_record(run_dir)
         if up.returncode or record is None:
             raise ValueError(f"the deployment of {model} did not come up")
@@ -44,4 +68,155 @@ def running(model: str, replicas: int) -> Iterator[Running]:
             subprocess.run([*_COMMAND, "down", *where], check=True, stdout=subprocess.DEVNULL)
 
 
-_COMMAND = [sys.executable, "-m", "cli.main"]
+class Deployment:
+    """One deployment beside others, for benchmarks that go on working while it starts and stops.
+
+    Its launcher is our child, in a session of its own, so that Ctrl-C reaches it only through us; it dies with the
+    thread that made it. Owns a folder with the run directory and its logs until `remove`. `settings` are fields of
+    common.config by name.
+    """
+
+    def __init__(self, model: str, replicas: int, devices: int, *, port: int = 0, **settings: Any) -> None:
+        self.replicas = replicas
+        self._folder = Path(tempfile.mkdtemp(prefix="em-bench-"))  # short: socket paths have a limit
+        self.run_dir = self._folder / "run"
+        up = ["up", "--model", model, "--run-dir", str(self.run_dir), "--keep-logs"]
+        up += ["--replicas", str(replicas), "--devices", f"host:{devices}"]
+        up += ["--port", str(port), "--admin-port", "0"]
+        with open(self._folder / "output", "wb") as output:
+            self._launcher = subprocess.Popen(
+                [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), *_COMMAND, *up],
+                env=importing_environment() | environment_of(settings),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def record(self) -> DeploymentRecord | None:
+        """What the launcher wrote last; None before and after."""
+        try:
+            return read_record(self.run_dir)
+        except ConfigError:
+            return None
+
+    def pid(self, name: str) -> int | None:
+        """Process id of a child of the launcher (`hmm`, `pool`, …), None where it does not run."""
+        record = self.record
+        found = [process.pid for process in record.processes if process.name == name] if record else []
+        return found[0] if found else None
+
+    @property
+    def url(self) -> str:
+        """Where clients reach it. Only after `ready`."""
+        return self._living().url
+
+    @property
+    def port(self) -> int:
+        """The port of `url`."""
+        return self._living().port
+
+    @property
+    def history_path(self) -> Path:
+        """The router's history, where the setting `history` is on."""
+        return self.run_dir / "logs" / "history-router.jsonl"
+
+    def _living(self) -> DeploymentRecord:
+        record = self.record
+        if record is None:
+            raise ValueError(f"the deployment in {self.run_dir} does not run: {self._last_line()}")
+        return record
+
+    async def ready(self, timeout_s: float) -> Deployment:
+        """Wait until it serves. Raises ValueError with the launcher's last line when it ended or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while (record := self.record) is None or record.state != "serving":
+            if self._launcher.poll() is not None:
+                raise ValueError(f"the deployment did not come up: {self._last_line()}")
+            if time.monotonic() > deadline:
+                raise ValueError(f"the deployment was not ready within {timeout_s:g} s")
+            await asyncio.sleep(_TURN_S)
+        return self
+
+    async def get(self, path: str) -> Any:
+        """GET a JSON document of the admin listener. Raises ValueError for an answer that is an error."""
+        return await self._ask("GET", path, b"")
+
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """POST a JSON document to the admin listener. Raises ValueError for an answer that is an error."""
+        return await self._ask("POST", path, msgspec.json.encode(body))
+
+    async def _ask(self, method: str, path: str, body: bytes) -> Any:
+        token = (self.run_dir / "secrets" / "admin.token").read_text().strip()
+        return _document(path, *await ask(method, self._living().admin_url + path, token=token, body=body))
+
+    async def metrics(self) -> str:
+        """The router's metrics as text. Raises ValueError."""
+        return (await ask("GET", f"{self.url}/metrics"))[1].decode()
+
+    async def served_name(self) -> str:
+        """The model's name as requests have to give it. Raises ValueError."""
+        return str(_document("/v1/models", *await ask("GET", f"{self.url}/v1/models"))["data"][0]["id"])
+
+    async def stop(self, timeout_s: float, *, at_once: bool = False) -> None:
+        """Stop it and wait until none of its processes is left. `at_once`: running requests are cut off.
+
+        What does not end in time is killed, and ValueError raised. Idempotent.
+        """
+        if self._launcher.poll() is None:
+            self._launcher.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + timeout_s
+        interrupts = 2 if at_once else 0  # the first may come before the launcher listens for it
+        while self._launcher.poll() is None and time.monotonic() < deadline:
+            if interrupts and (record := self.record) is not None and record.state == "stopping":
+                self._launcher.send_signal(signal.SIGINT)  # while it stops: kill what is left
+                interrupts -= 1
+            await asyncio.sleep(_TURN_S)
+        if self._launcher.poll() is None:
+            self._launcher.kill()  # its children die with it
+            await self._wait_gone(_KILL_SECONDS_MAX)
+            raise ValueError(f"the deployment did not stop within {timeout_s:g} s and was killed")
+        await self._wait_gone(_KILL_SECONDS_MAX)
+
+    async def _wait_gone(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while left := processes_of(self.run_dir):
+            if time.monotonic() > deadline:
+                for pid in left:  # ours: only what we started has our folder's name in its environment
+                    os.kill(pid, signal.SIGKILL)
+                raise ValueError(f"{len(left)} processes outlived their launcher and were killed")
+            await asyncio.sleep(_TURN_S * 5)
+        self._launcher.poll()
+
+    def remove(self) -> None:
+        """Remove the folder with its logs. Kills what still runs. Idempotent."""
+        if self._launcher.poll() is None:
+            self._launcher.kill()
+            self._launcher.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _last_line(self) -> str:
+        lines = (self._folder / "output").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it printed nothing"
+
+
+def _document(path: str, status: int, body: bytes) -> Any:
+    if status >= 400:
+        raise ValueError(f"{path}: HTTP {status} {body[:200].decode(errors='replace')}")
+    return msgspec.json.decode(body)
+
+
+def processes_of(run_dir: Path) -> list[int]:
+    """Living processes that were started for a run directory, by their environment."""
+    mark = b"ELASTICMOE_RUN_DIR=" + os.fsencode(run_dir)
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0") and (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it ended meanwhile, or it is somebody else's
+    return found

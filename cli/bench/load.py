@@ -1,7 +1,7 @@
-"""Load on an OpenAI endpoint: closed-loop streaming clients, lean enough to share two cores with what they measure.
+"""Load on an OpenAI endpoint: streaming requests, lean enough to share two cores with what they measure.
 
-Each client keeps one connection and sends the next request when the last has ended. Prompts are token ids, different in
-every request, so that no prefix is shared; `ignore_eos` makes every request as long as asked for.
+Prompts are token ids, different in every request, so that no prefix is shared; `ignore_eos` makes every request as long
+as asked for. Here is one request, and closed-loop clients for a number of requests: each keeps one request under way.
 """
 
 from __future__ import annotations
@@ -15,24 +15,32 @@ from urllib.parse import urlsplit
 import msgspec
 
 
-class Sample(msgspec.Struct, frozen=True):
-    """One request: when it was sent and when each event with text came, in seconds of the monotonic clock; tokens as
-    the server counted them. `error` is empty for one that ended with a finish reason."""
+class Sample(msgspec.Struct):
+    """One request, filled in while it runs. Times in seconds of the monotonic clock.
 
-    sent: float
-    arrivals: tuple[float, ...]
-    tokens: int
-    error: str = ""
+    `sent`: when the connection stood; 0 before. `arrivals`: when each event with text came. `tokens`: as the server
+    counted them. `status`: HTTP status of the answer, 0 without one. `error`: None while it runs, empty when it ended
+    with a finish reason, else the reason. `ended`: when one or the other was known.
+    """
+
+    sent: float = 0.0
+    arrivals: list[float] = []
+    tokens: int = 0
+    status: int = 0
+    error: str | None = None
+    ended: float = 0.0
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """What every request looks like."""
+    """What every request looks like. `is_counted`: ask for log probabilities, with which every token is an event even
+    where it makes no text (the half of a character)."""
 
     model: str
     prompt_tokens: int
     output_tokens: int
     vocab: int
     temperature: float = 0.0
+    is_counted: bool = False
 
 
 class _Chunk(msgspec.Struct):
@@ -42,64 +50,87 @@ class _Chunk(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(_Chunk)
+CUT_OFF = "cut off"
+_LINE_BYTES_MAX = 1 << 20
 
 
 async def run_clients(url: str, shape: Shape, concurrency: int, num_requests: int, seed: int) -> list[Sample]:
-    """`num_requests` requests by `concurrency` clients; samples in order of their ends."""
+    """`num_requests` requests by `concurrency` clients; samples in order of their ends. Raises OSError when the server
+    takes no connection."""
     rng = random.Random(seed)
     prompts = [[rng.randrange(shape.vocab) for _ in range(shape.prompt_tokens)] for _ in range(num_requests)]
     samples: list[Sample] = []
 
     async def client() -> None:
         while prompts:
-            samples.append(await one_request(url, prompts.pop(), shape))
+            sample = Sample()
+            await one_request(url, prompts.pop(), shape, sample)
+            samples.append(sample)
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
     return samples
 
 
-async def one_request(url: str, prompt: Sequence[int], shape: Shape) -> Sample:
-    """Send one streaming completion and note when its parts came. Never raises for what the server does."""
+async def one_request(url: str, prompt: Sequence[int], shape: Shape, sample: Sample) -> None:
+    """Send one streaming completion and note in `sample` when its parts came.
+
+    Raises OSError when no connection can be made; what happens after that is in `sample.error`.
+    """
     parts = urlsplit(url)
-    body = msgspec.json.encode(
-        {
-            "model": shape.model,
-            "prompt": prompt,
-            "max_tokens": shape.output_tokens,
-            "temperature": shape.temperature,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    )
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=_LINE_BYTES_MAX)
+    sample.sent = time.monotonic()
+    sample.error = None
+    try:
+        writer.write(_encode(parts.netloc, prompt, shape))
+        sample.error = await _read(reader, sample)
+    except ConnectionError:
+        sample.error = CUT_OFF
+    finally:
+        sample.ended = time.monotonic()
+        writer.close()
+
+
+def _encode(host: str, prompt: Sequence[int], shape: Shape) -> bytes:
+    fields: dict[str, object] = {
+        "model": shape.model,
+        "prompt": prompt,
+        "max_tokens": shape.output_tokens,
+        "temperature": shape.temperature,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if shape.is_counted:
+        fields["logprobs"] = 0
+    body = msgspec.json.encode(fields)
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20)
-    sent = time.perf_counter()
-    arrivals: list[float] = []
-    tokens, error = 0, "the stream ended without usage"
-    try:
-        writer.write(head.encode() + body)
-        status = (await reader.readline()).split(b" ")[1]
-        if status != b"200":
-            return Sample(sent, (), 0, f"HTTP {status.decode()}")
-        while line := await reader.readline():
-            if not line.startswith(b"data: {"):
-                continue
-            now = time.perf_counter()
-            chunk = _decoder.decode(line[6:])
-            if chunk.error is not None:
-                error = str(chunk.error.get("code"))
-                break
-            if chunk.choices:
-                arrivals.append(now)
-            if chunk.usage is not None:
-                tokens, error = int(str(chunk.usage["completion_tokens"])), ""
-    finally:
-        writer.close()
-    return Sample(sent, tuple(arrivals), tokens, error)
+    return head.encode() + body
+
+
+async def _read(reader: asyncio.StreamReader, sample: Sample) -> str:
+    """Read the answer to its end; the error, empty for none."""
+    words = (await reader.readline()).split(b" ")
+    if len(words) < 2:
+        return CUT_OFF
+    sample.status = int(words[1])
+    if sample.status != 200:
+        return f"HTTP {sample.status}"
+    has_usage = False
+    while line := await reader.readline():
+        if not line.startswith(b"data: {"):
+            continue
+        now = time.monotonic()
+        chunk = _decoder.decode(line[6:])
+        if chunk.error is not None:
+            return str(chunk.error.get("code"))
+        if chunk.choices:
+            sample.arrivals.append(now)
+        if chunk.usage is not None:
+            sample.tokens, has_usage = int(str(chunk.usage["completion_tokens"])), True
+    return "" if has_usage else CUT_OFF
 
 
 class Figures(msgspec.Struct, frozen=True):

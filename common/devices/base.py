@@ -70,14 +70,17 @@ class Device(ABC):
         Raises DoesNotFit with the figures beyond the budget or where the machine's memory is short; nothing changed
         then. DeviceError not_granular.
         """
+        self._check_room(nbytes)
+        handle = Handle(self.name, nbytes, "local", space, True, self._create(nbytes, space))
+        self._own(handle, space)
+        return handle
+
+    def _check_room(self, nbytes: int) -> None:
         self._check_open()
         self._check_size(nbytes)
         if nbytes > self.free:
             used = sum(self.used.values())
             raise DoesNotFit(f"{self.name}: {nbytes} bytes do not fit: {used} of {self.budget} bytes are in use")
-        handle = Handle(self.name, nbytes, "local", space, True, self._create(nbytes, space))
-        self._own(handle, space)
-        return handle
 
     def _own(self, handle: Handle, space: Space) -> None:
         self._local.add(handle)
@@ -155,8 +158,11 @@ class Device(ABC):
         """Map the whole `handle` at `offset` of the range. Raises as `map_many` does."""
         self.map_many(range_, [(offset, handle)], writable)
 
-    def map_many(self, range_: Range, parts: Iterable[tuple[int, Handle]], writable: bool) -> None:
-        """Map whole handles, each at its offset of the range: all or none.
+    def map_many(
+        self, range_: Range, parts: Iterable[tuple[int, Handle]], writable: bool, *, populate: bool = False
+    ) -> None:
+        """Map whole handles, each at its offset of the range: all or none. `populate`: prepare every page now, which
+        takes time, rather than at its first touch.
 
         Raises DeviceError not_granular, out_of_range, mapping_live, mixed_range, other_device, read_only, released.
         """
@@ -172,7 +178,7 @@ class Device(ABC):
             raise self._broken("mixed_range", "a range cannot hold local and imported handles")
         if not ordered:
             return
-        self._map_many(range_, ordered, writable)
+        self._map_many(range_, ordered, writable, populate)
         for offset, handle in ordered:
             insort(range_.starts, offset)
             range_.mappings[offset] = handle
@@ -283,7 +289,7 @@ class Device(ABC):
     @abstractmethod
     def _unreserve(self, range_: Range) -> None: ...
     @abstractmethod
-    def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool) -> None: ...
+    def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool, populate: bool) -> None: ...
     @abstractmethod
     def _unmap(self, range_: Range, offset: int, nbytes: int) -> None: ...
     @abstractmethod

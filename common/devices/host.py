@@ -4,6 +4,9 @@ Memory lives in one memfd per space of a device (one per record would run into t
 is an extent of it. Extents are chosen first fit; their pages are made when the handle is created (fallocate), so that
 nothing fails later, and punched out when it is released. A memfd's offsets cost nothing, so it may reach far beyond the
 budget, and fragmentation cannot refuse what the budget allows.
+
+To make much memory without a pause, an owner divides `create`: `claim` takes the extent at once, `populate` makes its
+pages in pieces of the caller's choice, `settle` says that all are there. `punch` gives pages back ahead of `release`.
 """
 
 from __future__ import annotations
@@ -81,6 +84,7 @@ class HostDevice(Device):
         self._reach = max(granularity, budget // granularity * granularity * REACH)
         self._files: dict[Space, _File] = {space: _File(fd, self._reach) for space, fd in (files or {}).items()}
         self._imported: dict[Hashable, _Import] = {}
+        self._claimed: set[Handle] = set()  # whose pages are not all there yet
 
     @property
     def reach(self) -> int:
@@ -124,6 +128,51 @@ class HostDevice(Device):
         self._own(handle, space)
         return handle
 
+    def claim(self, nbytes: int, space: Space) -> Handle:
+        """`create` without its pages: `populate` makes them, `settle` ends that. The handle may be mapped meanwhile.
+
+        Raises DoesNotFit beyond the budget, DeviceError not_granular.
+        """
+        self._check_room(nbytes)
+        file = self._file(space)
+        offset = self._find(file, nbytes)
+        try:
+            if os.fstat(file.fd).st_size < offset + nbytes:
+                os.ftruncate(file.fd, offset + nbytes)
+        except OSError as error:
+            file.free.release(offset, nbytes)
+            raise DoesNotFit(f"{self.name}: no file of {offset + nbytes} bytes: {error.strerror}") from None
+        handle = Handle(self.name, nbytes, "local", space, True, Extent(file.fd, offset))
+        self._own(handle, space)
+        self._claimed.add(handle)
+        return handle
+
+    def populate(self, handle: Handle, offset: int, nbytes: int) -> None:
+        """Make the pages of a part of a claimed handle. Blocks meanwhile; any thread may, while the handle lives.
+
+        Raises DoesNotFit where the machine's memory is short.
+        """
+        extent: Extent = handle.backing
+        try:
+            host.allocate(extent.fd, extent.offset + offset, nbytes)
+        except OSError as error:
+            raise DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}") from None
+
+    def punch(self, handle: Handle, offset: int, nbytes: int) -> None:
+        """Give back the pages of a part of a local handle that nobody uses any more, ahead of its release. Any thread
+        may, while the handle lives."""
+        extent: Extent = handle.backing
+        host.punch_hole(extent.fd, extent.offset + offset, nbytes)
+
+    def settle(self, handle: Handle) -> None:
+        """All pages of a claimed handle are there."""
+        self._claimed.discard(handle)
+
+    @property
+    def pages(self) -> int:
+        """Real bytes of all spaces now, whoever made them. Any thread may ask."""
+        return sum(os.fstat(file.fd).st_blocks * 512 for file in list(self._files.values()))
+
     def trim(self) -> None:
         """Give back pages that no handle owns: what a predecessor allocated and did not record."""
         for file in self._files.values():
@@ -145,18 +194,17 @@ class HostDevice(Device):
             if end != self._reach:
                 findings.append(f"{self.name}.{space}: free and owned extents end at {end}, not at {self._reach}")
             owned_bytes = sum(nbytes for _, nbytes in owned)
+            claimed_bytes = sum(handle.nbytes for handle in self._claimed if handle.space == space)
             if owned_bytes != self.used[space]:
                 findings.append(f"{self.name}.{space}: {self.used[space]} bytes are counted, {owned_bytes} are owned")
             present = os.fstat(file.fd).st_blocks * 512
-            if present < owned_bytes:
+            if present < owned_bytes - claimed_bytes:
                 findings.append(f"{self.name}.{space}: {present} bytes are present, {owned_bytes} are owned")
         return findings
 
     def _create(self, nbytes: int, space: Space) -> Extent:
         file = self._file(space)
-        offset = file.free.allocate(nbytes)
-        if offset is None:
-            raise DoesNotFit(f"{self.name}: no gap of {nbytes} bytes is left in {self._reach} bytes of offsets")
+        offset = self._find(file, nbytes)
         try:
             host.allocate(file.fd, offset, nbytes)
         except OSError as error:
@@ -164,8 +212,15 @@ class HostDevice(Device):
             raise DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}") from None
         return Extent(file.fd, offset)
 
+    def _find(self, file: _File, nbytes: int) -> int:
+        offset = file.free.allocate(nbytes)
+        if offset is None:
+            raise DoesNotFit(f"{self.name}: no gap of {nbytes} bytes is left in {self._reach} bytes of offsets")
+        return offset
+
     def _release(self, handle: Handle) -> None:
         extent: Extent = handle.backing
+        self._claimed.discard(handle)
         if handle.origin == "imported":
             self._drop_file(extent.file)
         elif handle.space is not None:
@@ -228,10 +283,10 @@ class HostDevice(Device):
     def _unreserve(self, range_: Range) -> None:
         range_.backing.close()
 
-    def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool) -> None:
+    def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool, populate: bool) -> None:
         native_parts = [(at, part.backing.fd, part.backing.offset, part.nbytes) for at, part in parts]
         try:
-            range_.backing.map_many(native_parts, writable)
+            range_.backing.map_many(native_parts, writable, populate)
         except OSError as error:
             raise DeviceError(f"{self.name}: {len(parts)} handles cannot be mapped: {error.strerror}") from None
 

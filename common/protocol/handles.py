@@ -43,25 +43,54 @@ class RecordExtent(Message, frozen=True, tag=False):
     extent: Extent
 
 
-class AttachReply(Message, frozen=True):
-    """HMM -> rank: everything that the seat maps. Weights' descriptors are read-only.
+class Routing(Message, frozen=True, tag=False):
+    """`owners[layer][expert]`: the slot that computes the expert in the layout of `epoch`."""
 
+    epoch: int
+    owners: tuple[tuple[int, ...], ...]
+
+
+class SeatMemory(Message, frozen=True):
+    """HMM -> rank: all that a rank has mapped from now on, beside bus and ledger. Whoever has more unmaps it, whoever
+    has less maps it. Answered by Applied when that is done, perhaps after many steps.
+
+    `revision` grows with each that the HMM sends. `kv`: handles in order of their blocks; fewer than before: the blocks
+    behind them are vacated first. `routings`: by epoch, of every layout that a generation of the bus may name.
     `doorbells[i]` is the fd index of the eventfd of `slots[i]`: a rank sleeps on its own and rings the others'.
     """
 
-    spec: ModelSpec
-    layout_epoch: int
-    granularity: int
+    revision: int
     records: tuple[RecordExtent, ...]
     kv: tuple[Extent, ...]
+    routings: tuple[Routing, ...]
+    slots: tuple[int, ...]
+    doorbells: tuple[int, ...]
+
+
+class AttachReply(Message, frozen=True):
+    """HMM -> rank: the seat's memory. Weights' descriptors are read-only.
+
+    `memory_id` names this memory's creation: a rank that resumes leaves where it is another one than it has mapped.
+    A rank that attached anew has applied `seat` when it says RankReady; it answers Applied too.
+    """
+
+    memory_id: str
+    spec: ModelSpec
+    granularity: int
     kv_geometry: KvGeometry
     kv_bytes_reserved: int
     bus: Extent
     ledger: Extent
-    slots: tuple[int, ...]
-    doorbells: tuple[int, ...]
-    owners: tuple[tuple[int, ...], ...]
+    seat: SeatMemory
 
 
-TO_HMM: Codec[Attach] = Codec(Attach)
-TO_RANK: Codec[AttachReply | Refused] = Codec(AttachReply | Refused)
+class Applied(Message, frozen=True):
+    """Rank -> HMM: I have mapped exactly what the SeatMemory of this revision says."""
+
+    revision: int
+
+
+ToHmm = Attach | Applied
+FromHmm = AttachReply | SeatMemory | Refused
+TO_HMM: Codec[ToHmm] = Codec(ToHmm)
+TO_RANK: Codec[FromHmm] = Codec(FromHmm)

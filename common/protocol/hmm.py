@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
 from common.layout import Layout
-from common.model_spec import Dtype
+from common.model_spec import Dtype, RecordKey
 from common.protocol.codec import Codec, Message
-from common.protocol.limits import NAME_CHARS_MAX
+from common.protocol.limits import BLOCKS_PER_COPY_MAX, NAME_CHARS_MAX
+
+OpId = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+Slot = Annotated[int, Meta(ge=0, le=63)]
+Incarnation = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
 
 
 class LoadModel(Message, frozen=True):
@@ -20,7 +25,7 @@ class LoadModel(Message, frozen=True):
     one step; `max_sequences`: ledger rows per rank.
     """
 
-    op_id: Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+    op_id: OpId
     model_path: Annotated[str, Meta(min_length=1, max_length=4096)]
     dtype: Dtype
     layout: Layout
@@ -38,7 +43,7 @@ class GetHmmStatus(Message, frozen=True):
 class SetMembership(Message, frozen=True):
     """Publish on the bus which slots take part from now on. `running=False` parks the ranks. Answered by Ack."""
 
-    slots: tuple[Annotated[int, Meta(ge=0, le=63)], ...]
+    slots: tuple[Slot, ...]
     running: bool
 
 
@@ -49,5 +54,78 @@ class CheckIntegrity(Message, frozen=True):
     checksums: bool = False
 
 
-ToHmm = LoadModel | GetHmmStatus | SetMembership | CheckIntegrity
+class RecordCopy(msgspec.Struct, frozen=True, array_like=True):
+    """One weight record that has to come to the device `target`, from the device `source` that holds it; an empty
+    `source` stands for the checkpoint on disk, for a tensor that no device holds."""
+
+    key: RecordKey
+    source: str
+    target: str
+
+
+class StageLayout(Message, frozen=True):
+    """Make everything that `layout` needs beside what the layout in force uses: PREPARE. Answered at once by Ack or
+    Refused, then watched with GetHmmStatus (`HmmStatus.transition`). Idempotent for the same `op_id`.
+
+    `layout.epoch` is one above the epoch in force. `kv_handles[device]`: KV handles of each device of both layouts from
+    now until the release; where that is fewer than now, the device's rank vacates them first. `kv_handles_after`: from
+    the release on, for the devices of `layout`. `bytes_per_s_max`: of all copies together, 0 for no limit.
+    """
+
+    op_id: OpId
+    layout: Layout
+    copies: tuple[RecordCopy, ...]
+    kv_handles: dict[str, int]
+    kv_handles_after: dict[str, int]
+    bytes_per_s_max: Annotated[int, Meta(ge=0)] = 0
+
+
+class CommitLayout(Message, frozen=True):
+    """Let the staged layout come into force: the ranks flip to it at a step that they agree on. Refused
+    (`not_prepared`) unless each of its slots has a rank that has mapped everything. From here on there is only forward.
+    Answered by Ack; idempotent for the same `op_id`."""
+
+    op_id: OpId
+
+
+class ReleaseLayout(Message, frozen=True):
+    """The ranks have flipped: give back what only the old layout used, and make KV of it. Refused (`not_flipped`)
+    before. Answered by Ack at once, then watched with GetHmmStatus; idempotent."""
+
+    op_id: OpId
+
+
+class AbortLayout(Message, frozen=True):
+    """Give up a layout that was staged, or could not be, and is not committed: give back all that only it uses, and
+    make the KV that was vacated for it again. Refused (`still_attached`) while a rank of a new seat is attached,
+    (`committed`) after the commit. Answered by Ack at once, then watched with GetHmmStatus; idempotent."""
+
+    op_id: OpId
+
+
+class CopyBlocks(Message, frozen=True):
+    """Rank -> HMM: copy KV blocks of my device (`source`) to blocks that another rank keeps for me (`target`), as
+    (source block, target block). Answered by Ack when the copy is complete, or Refused: `stale_incarnation` when one of
+    the two ranks is not the one attached to its slot. Not fenced by an epoch: the incarnations fence it."""
+
+    source_slot: Slot
+    source_incarnation: Incarnation
+    target_slot: Slot
+    target_incarnation: Incarnation
+    pairs: Annotated[
+        tuple[tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]], ...], Meta(max_length=BLOCKS_PER_COPY_MAX)
+    ]
+
+
+ToHmm = (
+    LoadModel
+    | GetHmmStatus
+    | SetMembership
+    | CheckIntegrity
+    | StageLayout
+    | CommitLayout
+    | ReleaseLayout
+    | AbortLayout
+    | CopyBlocks
+)
 CODEC: Codec[ToHmm] = Codec(ToHmm)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
+from common.layout import RankId
 from common.protocol.codec import Codec, Message
 from common.protocol.limits import (
     LOGIT_BIAS_MAX,
     LOGPROBS_MAX,
+    MOVE_TARGETS_MAX,
+    NAME_CHARS_MAX,
     PROMPT_TOKENS_MAX,
     REQUEST_ID_CHARS_MAX,
     REQUEST_SECONDS_MAX,
     STOP_TOKEN_IDS_MAX,
+    TAIL_BYTES_MAX,
     TEMPERATURE_MAX,
     VOCAB_MAX,
 )
+from common.protocol.router import Logprob
 
 TokenId = Annotated[int, Meta(ge=0, lt=VOCAB_MAX)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=REQUEST_ID_CHARS_MAX)]
@@ -70,9 +76,76 @@ class Watch(Message, frozen=True):
     """A router introduces itself: it receives router.RankStatus at once and at every change from now on."""
 
 
+class Unwatch(Message, frozen=True):
+    """The router sends this rank nothing more: no status is wanted, no request will follow. No answer."""
+
+
+class GetRankLoad(Message, frozen=True):
+    """Answered by scaler.RankLoad."""
+
+
+class MoveTarget(msgspec.Struct, frozen=True):
+    """A rank that may take sequences over, at most `num_sequences` of them."""
+
+    rank: RankId
+    slot: Annotated[int, Meta(ge=0, le=63)]
+    num_sequences: Annotated[int, Meta(ge=0)]
+
+
+class Move(Message, frozen=True):
+    """Scaler -> rank, fenced: hand sequences over to `targets`, with their KV, while they run. Answered by Ack at once,
+    then watched with GetRankLoad. A new command replaces the one in force.
+
+    `is_leaving`: hand over all of them, those that come later too, to any of the targets (their numbers are ignored),
+    until another Move says otherwise; the rank ends by itself once it is no member any more and nobody needs it.
+    Without targets: hand over nothing, and leave no more.
+    """
+
+    op_id: Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+    targets: Annotated[tuple[MoveTarget, ...], Meta(max_length=MOVE_TARGETS_MAX)]
+    is_leaving: bool = False
+
+
+class Reserve(Message, frozen=True):
+    """Rank -> rank: keep a row and KV blocks for a sequence of `tokens` so far that I want to hand over. Answered by
+    peer.Reserved or Refused. `router`: who gets the tokens; a rank that does not know it refuses (`unknown_router`).
+    Idempotent for the same sender and request. What was reserved is kept until HandOver, Unreserve, or the sender's
+    end as the HMM's or the membership's news have it, RESERVATION_S at the longest."""
+
+    request_id: RequestId
+    router: Annotated[bytes, Meta(min_length=1, max_length=255)]
+    tokens: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=PROMPT_TOKENS_MAX)]
+    num_blocks: Annotated[int, Meta(ge=0)]
+
+
+class Unreserve(Message, frozen=True):
+    """Rank -> rank: the sequence stays with me. Answered by Ack, also when nothing was reserved."""
+
+    request_id: RequestId
+    router: Annotated[bytes, Meta(min_length=1, max_length=255)]
+
+
+class HandOver(Message, frozen=True):
+    """Rank -> rank: the sequence is yours from now on. Answered by peer.Taken or Refused; idempotent.
+
+    `request`: as it was submitted, its `deadline_s` counted from now. `output`: tokens so far, of which `num_sent` were
+    reported. `kv_len`: tokens whose KV is written. KV up to block number `num_copied` lies in the blocks that were
+    reserved; `tail` holds the blocks from there on, one after the other, each of the geometry's `block_bytes`.
+    """
+
+    request: Submit
+    router: Annotated[bytes, Meta(min_length=1, max_length=255)]
+    output: Annotated[tuple[TokenId, ...], Meta(max_length=PROMPT_TOKENS_MAX)]
+    num_sent: Annotated[int, Meta(ge=0)]
+    kv_len: Annotated[int, Meta(ge=0)]
+    num_copied: Annotated[int, Meta(ge=0)]
+    tail: Annotated[bytes, Meta(max_length=TAIL_BYTES_MAX)]
+    prompt_logprobs: tuple[Logprob, ...] | None = None
+
+
 class GetRankIntegrity(Message, frozen=True):
     """Verify blocks, rows and bus. Answered by scaler.Integrity."""
 
 
-ToRank = Submit | Cancel | Watch | GetRankIntegrity
+ToRank = Submit | Cancel | Watch | Unwatch | GetRankIntegrity | GetRankLoad | Move | Reserve | Unreserve | HandOver
 CODEC: Codec[ToRank] = Codec(ToRank)

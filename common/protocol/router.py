@@ -44,12 +44,21 @@ class Failed(Message, frozen=True):
     retryable: bool
 
 
+class Moved(Message, frozen=True):
+    """Another rank goes on with the request: cancel it there from now on. Its tokens may come before this message."""
+
+    request_id: str
+    rank: RankId
+
+
 class RankStatus(Message, frozen=True):
     """A rank's load, for the balancer; sent when it changes, at most ten times a second, from the work loop.
 
     `progress` counts steps and idle turns: it grows only while the loop does. Of the last steps' time, `share_waiting`
     went into waiting for ranks that had more to compute, and `share_overhead` into everything else that is not tensor
-    math: scheduler, exchange, bus, ledger, messages.
+    math: scheduler, exchange, bus, ledger, messages. `is_leaving`: it hands its requests over to others and
+    wants no new ones (those that come are handed over too). `recomputed`: tokens that this incarnation has computed and
+    computed again, because their blocks were taken or their step was given up.
     """
 
     rank: RankId
@@ -63,7 +72,9 @@ class RankStatus(Message, frozen=True):
     max_model_len: int
     share_overhead: float = 0.0
     share_waiting: float = 0.0
+    is_leaving: bool = False
+    recomputed: int = 0
 
 
-ToRouter = Tokens | Failed | RankStatus | Ack | Refused
+ToRouter = Tokens | Failed | Moved | RankStatus | Ack | Refused
 CODEC: Codec[ToRouter] = Codec(ToRouter)

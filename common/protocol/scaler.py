@@ -7,12 +7,14 @@ from typing import Literal
 import msgspec
 
 from common.layout import Layout, RankId
+from common.model_spec import KvGeometry
 from common.protocol.codec import Codec, Message
 from common.protocol.replies import Ack, Refused
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """One device's memory in bytes; `weights + kv + other + free == budget`. `attached`: incarnation of its rank."""
+    """One device's memory in bytes; `weights + kv + other + free == budget`. `attached`: incarnation of its rank.
+    `pages`: real memory behind it, whoever made it."""
 
     device: str
     budget: int
@@ -23,6 +25,50 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     num_experts: int
     kv_blocks: int
     attached: str | None
+    pages: int = 0
+
+
+class MemoryFacts(msgspec.Struct, frozen=True):
+    """What a planner must know of the devices' memory, in bytes. `footprint`: of weights and KV of one device at the
+    load: what experts leave becomes KV, up to it. `ledger`: of one rank. `kv_handles_min`: KV handles that one sequence
+    of full length needs; `kv_handles_load`: those that a device had at the load."""
+
+    granularity: int
+    kv: KvGeometry
+    footprint: int
+    ledger: int
+    kv_handles_min: int
+    kv_handles_load: int
+
+
+class TransitionStatus(msgspec.Struct, frozen=True):
+    """The HMM's part of a transition, the latest one also when it is over.
+
+    `phase`: `vacating` (ranks clear KV that has to go) · `copying` · `staged` (all is there; ranks map it) ·
+    `committed` (in force; ranks are about to flip) · `flipped` · `releasing` · `released` · `aborting` · `aborted` ·
+    `failed` (could not be staged: `error`; to be aborted). `prepared`: slots whose rank has mapped all that was sent to
+    it. `bytes_done` of `bytes_total` are copied. `peak_pages`: the most real bytes, by device, since it began.
+    """
+
+    op_id: str
+    epoch: int
+    phase: Literal[
+        "vacating",
+        "copying",
+        "staged",
+        "committed",
+        "flipped",
+        "releasing",
+        "released",
+        "aborting",
+        "aborted",
+        "failed",
+    ]
+    prepared: tuple[int, ...]
+    bytes_done: int
+    bytes_total: int
+    peak_pages: dict[str, int]
+    error: Refused | None = None
 
 
 class HmmStatus(Message, frozen=True):
@@ -38,6 +84,8 @@ class HmmStatus(Message, frozen=True):
     running: bool
     op_id: str | None = None
     layout: Layout | None = None
+    memory: MemoryFacts | None = None
+    transition: TransitionStatus | None = None
 
 
 class RankStarted(Message, frozen=True):
@@ -87,6 +135,26 @@ class PoolStatus(Message, frozen=True):
     ranks: tuple[PoolRank, ...]
 
 
+class RankLoad(Message, frozen=True):
+    """Answer to rank.GetRankLoad. `moving`: sequences on their way to another rank; `handed_over` and `taken_over`:
+    counts since the rank began; `move_op_id`: the Move command in force. `routers`: that watch it now. `epoch`: of the
+    layout that it computes by, 0 before its first step."""
+
+    rank: RankId
+    incarnation: str
+    running: int
+    waiting: int
+    moving: int
+    handed_over: int
+    taken_over: int
+    blocks_free: int
+    blocks_total: int
+    is_leaving: bool
+    move_op_id: str
+    routers: int
+    epoch: int
+
+
 class Integrity(Message, frozen=True):
     """Findings of check_integrity(); empty when all is well. `checksums`: record name -> hash, where asked for."""
 
@@ -94,5 +162,5 @@ class Integrity(Message, frozen=True):
     checksums: dict[str, int]
 
 
-ToScaler = HmmStatus | RankStarted | RankReady | RankExited | PoolStatus | Integrity | Ack | Refused
+ToScaler = HmmStatus | RankStarted | RankReady | RankExited | PoolStatus | RankLoad | Integrity | Ack | Refused
 CODEC: Codec[ToScaler] = Codec(ToScaler)

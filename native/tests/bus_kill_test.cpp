@@ -259,3 +259,77 @@ TEST(membership_is_whole_wherever_its_reader_is_overtaken) {
     CHECK(view.members == view.generation % 61 && view.is_running == (view.generation % 2 == 0));
   }
 }
+
+TEST(a_kill_at_any_instruction_of_a_flip_leaves_either_membership) {
+  const SharedMemory memory(bus_bytes(kGeometry));
+  format_bus(memory.addr(), memory.nbytes(), kGeometry);
+  Meeting hmm(Segment(memory.addr(), memory.nbytes()), -1);
+  uint32_t generation = 1;
+  hmm.set_membership(generation, 1, true, 1);
+  bool was_killed = true;
+  uint64_t num_flipped = 0;
+  for (uint64_t goal = 0; was_killed; ++goal) {
+    // First the HMM is killed while it stages, then a member while it flips.
+    const uint32_t next = generation + 1;
+    TracedProcess stager([&] { hmm.stage_membership(next, next % 61, next); });
+    if (!stager.is_traceable()) {
+      std::printf("      skipped: this machine forbids tracing\n");
+      return;
+    }
+    uint64_t done = 0;
+    while (done < goal && stager.step()) ++done;
+    was_killed = done == goal;
+    stager.kill_now();
+    const MembershipView half = hmm.staged();
+    CHECK(hmm.membership().generation == generation);
+    CHECK(half.generation == 0 || (half.generation == next && half.members == next % 61 && half.epoch == next));
+    hmm.stage_membership(next, next % 61, next);  // by its successor, whether it is staged already or not
+    TracedProcess flipper([&] {
+      if (!hmm.flip(next)) throw Failure("the flip was refused");
+    });
+    done = 0;
+    while (done < goal && flipper.step()) ++done;
+    was_killed |= done == goal;
+    flipper.kill_now();
+    const MembershipView view = hmm.membership();
+    num_flipped += view.generation == next;
+    CHECK(view.generation == next ? view.members == next % 61 && view.epoch == next : view.generation == generation);
+    CHECK(hmm.flip(next));
+    CHECK(hmm.membership().generation == next && hmm.membership().members == next % 61);
+    generation = next;
+  }
+  CHECK(num_flipped > 0 && num_flipped < generation);
+}
+
+TEST(a_flip_that_is_overtaken_at_any_instruction_revives_nothing) {
+  const SharedMemory memory(bus_bytes(kGeometry));
+  format_bus(memory.addr(), memory.nbytes(), kGeometry);
+  Meeting hmm(Segment(memory.addr(), memory.nbytes()), -1);
+  uint32_t generation = 0;
+  const auto publish = [&](bool is_running) {
+    ++generation;
+    hmm.set_membership(generation, generation % 61, is_running, generation);
+  };
+  bool was_overtaken = true;
+  for (uint64_t goal = 0; was_overtaken; ++goal) {
+    publish(true);
+    const uint32_t stale = generation + 1;
+    hmm.stage_membership(stale, stale % 61, stale);
+    TracedProcess flipper([&] { (void)hmm.flip(stale); });
+    if (!flipper.is_traceable()) {
+      std::printf("      skipped: this machine forbids tracing\n");
+      return;
+    }
+    uint64_t done = 0;
+    while (done < goal && flipper.step()) ++done;
+    was_overtaken = done == goal;
+    // As often as it takes to fill every entry again, and another one staged.
+    generation = hmm.membership().generation;
+    for (const bool is_running : {false, true, false, true}) publish(is_running);
+    const uint32_t fresh = generation + 1;
+    hmm.stage_membership(fresh, fresh % 61, fresh);
+    while (was_overtaken && flipper.step()) ++done;
+    CHECK(hmm.membership().generation == generation && hmm.membership().epoch == generation);
+    CHECK(hmm.staged().generation == fresh && hmm.staged().members == fresh % 61 && hmm.staged().epoch == fresh);
+  }
+}

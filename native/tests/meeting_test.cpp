@@ -1,45 +1,13 @@
 // Membership, barriers and steps between threads.
-#include "bus/meeting.h"
-
 #include <atomic>
 #include <memory>
 #include <thread>
 
-#include "core/clock.h"
-#include "testing.h"
+#include "meeting_fixture.h"
 
 using namespace elasticmoe;
 using namespace elasticmoe::bus;
 using testing::SharedMemory;
-
-namespace {
-
-constexpr Geometry kGeometry{.max_ranks = 8, .max_tokens = 4, .hidden = 16, .top_k = 2};
-
-struct Fixture {
-  SharedMemory memory{bus_bytes(kGeometry)};
-  Fixture() { format_bus(memory.addr(), memory.nbytes(), kGeometry); }
-  Meeting open(int slot = -1) { return Meeting(Segment(memory.addr(), memory.nbytes()), slot); }
-};
-
-int64_t in_ms(int64_t ms) {
-  return now_ns() + ms * 1'000'000;
-}
-
-// Repeats an operation while it is only interrupted.
-template <typename Operation>
-Outcome finish(Operation operation) {
-  Outcome outcome;
-  do outcome = operation();
-  while (outcome == Outcome::interrupted);
-  return outcome;
-}
-
-Outcome meet(Meeting& meeting, uint32_t generation, int64_t deadline) {
-  return finish([&] { return meeting.meet(generation, Kind::barrier, 0, deadline); });
-}
-
-}  // namespace
 
 TEST(segment_is_verified) {
   Fixture bus;
@@ -102,12 +70,19 @@ TEST(a_writer_killed_half_way_changes_nothing) {
   Fixture bus;
   Meeting hmm = bus.open();
   hmm.set_membership(1, 0b1, true);
-  // What a killed writer leaves: the mask that does not count was filled, `current` was not swung.
+  hmm.stage_membership(2, 0b11, 9);
+  // What a killed writer leaves: entries that do not count were filled, no word was written.
   Membership& shared = Segment(bus.memory.addr(), bus.memory.nbytes()).membership();
-  shared.members[(shared.current.load() & 2) == 0] = 0b111;
-  CHECK(hmm.membership().generation == 1 && hmm.membership().members == 0b1);
-  hmm.set_membership(2, 0b11, true);
-  CHECK(hmm.membership().members == 0b11);
+  for (uint32_t index = 0; index < kNumEntries; ++index) {
+    if (index == (shared.current.load() >> 1 & 3) || index == (shared.staged.load() >> 1 & 3)) continue;
+    shared.entries[index].members = 0b111;
+    shared.entries[index].epoch = 77;
+    shared.entries[index].base = shared.current.load();
+  }
+  CHECK(hmm.membership().generation == 1 && hmm.membership().members == 0b1 && hmm.membership().epoch == 0);
+  CHECK(hmm.staged().generation == 2 && hmm.staged().members == 0b11 && hmm.staged().epoch == 9);
+  hmm.set_membership(3, 0b110, true, 10);
+  CHECK(hmm.membership().members == 0b110 && hmm.membership().epoch == 10);
 }
 
 TEST(alone_the_barrier_is_free) {

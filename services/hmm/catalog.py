@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import msgspec
 
 from common.families import records
 from common.layout import Layout
 from common.model_spec import KvGeometry, ModelSpec, RecordKey, round_up
-from common.protocol.hmm import LoadModel
+from common.protocol.hmm import LoadModel, StageLayout
+from common.protocol.replies import Refused
 
-VERSION = 1  # of the serialized form
+Phase = Literal[
+    "vacating", "copying", "staged", "committed", "releasing", "released", "aborting", "aborted", "failed"
+]  # scaler.TransitionStatus has them, and `flipped`, which only the bus knows
+
+VERSION = 2  # of the serialized form
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
@@ -55,17 +61,42 @@ class DeviceEntry(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """The model that is in memory, and the command that brought it there."""
+    """The model that is in memory, and the command that brought it there. `layout` is the one in force; `memory_id`
+    names this memory's creation; `footprint`: bytes of weights and KV of one device at the load, and
+    `kv_handles` of it."""
 
     load: LoadModel
     spec: ModelSpec
     kv: KvGeometry
     bus_bytes: int
+    layout: Layout
+    memory_id: str
+    footprint: int
+    kv_handles: int
+
+
+class Transition(msgspec.Struct, frozen=True):
+    """The way from the layout `before` to that of `request`, the latest one also when it is over. `kv_before`: KV
+    handles of each device of `before` when it began."""
+
+    request: StageLayout
+    before: Layout
+    kv_before: dict[str, int]
+    phase: Phase
+    bytes_done: int = 0
+    bytes_total: int = 0
+    peak_pages: dict[str, int] = {}
+    error: Refused | None = None
 
     @property
-    def layout(self) -> Layout:
-        """The layout in force."""
-        return self.load.layout
+    def is_over(self) -> bool:
+        """Whether nothing is left to do for it."""
+        return self.phase in ("released", "aborted")
+
+    @property
+    def after(self) -> Layout:
+        """Where it leads."""
+        return self.request.layout
 
 
 class Catalog(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +105,7 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
     granularity: int
     devices: tuple[DeviceEntry, ...]
     loaded: Loaded | None = None
+    transition: Transition | None = None
     version: int = VERSION
 
     def entry(self, device: str) -> DeviceEntry:
@@ -113,9 +145,31 @@ def keys_on(layout: Layout, slot: int) -> Iterator[RecordKey]:
             yield RecordKey("expert", layer, expert)
 
 
+def layouts(loaded: Loaded, transition: Transition | None) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:
+    """(needed, allowed): whose records every device must hold now, and whose it may still hold. What is needed by none
+    of the first is on its way out."""
+    if transition is None or transition.is_over or transition.phase in ("vacating", "copying", "failed"):
+        return (loaded.layout,), (loaded.layout,)
+    both = (transition.before, transition.after)
+    if transition.phase in ("staged", "committed"):
+        return both, both
+    return ((transition.after,) if transition.phase == "releasing" else (transition.before,)), both
+
+
+def keys_of(wanted: Iterable[Layout], device: str) -> set[RecordKey]:
+    """The records that belong on `device` by any of the layouts."""
+    seats = ((layout, layout.seat_on(device)) for layout in wanted)
+    return {key for layout, seat in seats if seat is not None for key in keys_on(layout, seat.slot)}
+
+
+def slots_of(wanted: Iterable[Layout]) -> tuple[int, ...]:
+    """All slots of the layouts, ascending."""
+    return tuple(sorted({slot for layout in wanted for slot in layout.slots}))
+
+
 def check_integrity(catalog: Catalog) -> list[str]:
     """Findings; empty when all is well. Spans do not overlap, sizes are those of the model, budgets hold, and every
-    record is exactly where the layout wants it (so every expert of every layer has a home)."""
+    record is exactly where a layout wants it that counts now (so every expert of every layer has a home)."""
     findings: list[str] = []
     for entry in catalog.devices:
         findings += _check_spans(entry, catalog.granularity)
@@ -150,34 +204,34 @@ def _check_spans(entry: DeviceEntry, granularity: int) -> list[str]:
 
 def _check_placement(catalog: Catalog, loaded: Loaded) -> list[str]:
     findings = []
-    layout = loaded.layout
-    try:
-        layout.check()
-    except ValueError as error:
-        findings.append(f"layout: {error}")
-    if tuple(len(experts) for experts in layout.homes) != loaded.spec.num_experts_by_layer:
-        findings.append("layout: its experts are not the model's")
+    needed, allowed = layouts(loaded, catalog.transition)
+    for layout in allowed:
+        try:
+            layout.check()
+        except ValueError as error:
+            findings.append(f"layout: {error}")
+        if tuple(len(experts) for experts in layout.homes) != loaded.spec.num_experts_by_layer:
+            findings.append("layout: its experts are not the model's")
     sizes = {record.key: round_up(record.nbytes, catalog.granularity) for record in records(loaded.spec)}
-    seats = {seat.device: seat for seat in layout.seats}
     for entry in catalog.devices:
-        seat = seats.pop(entry.device, None)
-        if seat is None:
+        wanted, may_hold = keys_of(needed, entry.device), keys_of(allowed, entry.device)
+        held = Counter(placed.key for placed in entry.records)
+        if not may_hold:
             if _is_used(entry):
                 findings.append(f"{entry.device}: holds memory without a seat")
             continue
-        held = Counter(placed.key for placed in entry.records)
-        wanted = set(keys_on(layout, seat.slot))
         findings += [f"{entry.device}: lacks {key}" for key in sorted(wanted - set(held))]
-        findings += [f"{entry.device}: holds {key} without need" for key in sorted(set(held) - wanted)]
+        findings += [f"{entry.device}: holds {key} without need" for key in sorted(set(held) - may_hold)]
         findings += [f"{entry.device}: holds {key} {count} times" for key, count in held.items() if count > 1]
         findings += [
             f"{entry.device}: {placed.key} has {placed.span.nbytes} bytes, not {sizes.get(placed.key)}"
             for placed in entry.records
             if placed.span.nbytes != sizes.get(placed.key)
         ]
-        if not entry.kv or any(span.nbytes != loaded.kv.handle_bytes for span in entry.kv):
+        if (wanted and not entry.kv) or any(span.nbytes != loaded.kv.handle_bytes for span in entry.kv):
             findings.append(f"{entry.device}: KV handles are none, or not of {loaded.kv.handle_bytes} bytes")
-        if entry.ledger is None:
+        if wanted and entry.ledger is None:
             findings.append(f"{entry.device}: has no ledger")
-    findings += [f"{device}: has a seat but is not of this host" for device in seats]
-    return findings
+    known = {entry.device for entry in catalog.devices}
+    absent = {seat.device for layout in allowed for seat in layout.seats} - known
+    return findings + [f"{device}: has a seat but is not of this host" for device in sorted(absent)]

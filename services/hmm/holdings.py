@@ -7,6 +7,7 @@ written. So a start finds either everything, and adopts it without touching the 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from common.config import HmmConfig
 from common.devices.host import HostDevice
@@ -14,7 +15,16 @@ from common.devices.rules import SPACES
 from common.layout import Layout
 from common.protocol.errors import ConfigError, DeviceError, Unavailable
 from common.telemetry import Logger
-from services.hmm.catalog import Catalog, DeviceEntry, Loaded, check_integrity, decode, encode
+from services.hmm.catalog import (
+    Catalog,
+    DeviceEntry,
+    Loaded,
+    Transition,
+    check_integrity,
+    decode,
+    encode,
+    slots_of,
+)
 from services.hmm.memory import BusSegment, DeviceMemory, default_budget
 from services.hmm.parking import CATALOG, Parking
 from services.hmm.snapshot import Snapshot
@@ -34,6 +44,8 @@ class Holdings:
         self.segment: BusSegment | None = None
         self.doorbells: dict[int, int] = {}
         self.loaded: Loaded | None = None
+        self.transition: Transition | None = None
+        self.num_readers = 0  # threads that read records: none may be given back meanwhile
 
     # ---- Start
 
@@ -69,7 +81,7 @@ class Holdings:
             for entry in catalog.devices:
                 self._adopt_device(entry, kept)
             if catalog.loaded is not None:
-                self._adopt_model(catalog.loaded, kept)
+                self._adopt_model(catalog.loaded, catalog.transition, kept)
         except (KeyError, ValueError, DeviceError) as error:
             self._log.warning("no valid catalog, so what was kept is dropped", reason=str(error))
             self.close()
@@ -91,12 +103,12 @@ class Holdings:
         self.memories[entry.device] = memory = DeviceMemory(device)
         memory.restore(entry)
 
-    def _adopt_model(self, loaded: Loaded, kept: dict[str, int]) -> None:
+    def _adopt_model(self, loaded: Loaded, transition: Transition | None, kept: dict[str, int]) -> None:
         self.segment = BusSegment(kept.pop("bus"))
         self.segment.open(loaded.bus_bytes)
-        for slot in loaded.layout.slots:
+        for slot in _slots_in_use(loaded, transition):
             self.doorbells[slot] = kept.pop(_doorbell(slot))
-        self.loaded = loaded
+        self.loaded, self.transition = loaded, transition
 
     def _begin(self) -> None:
         names = self._names()
@@ -110,7 +122,7 @@ class Holdings:
         for name in names:
             self.memories[name] = DeviceMemory(HostDevice(name, self.granularity, budget))
         self._snapshot = Snapshot.create()
-        self._write()
+        self.write()
 
     def _names(self) -> list[str]:
         kind, count = self._config.devices.split(":")
@@ -138,7 +150,7 @@ class Holdings:
     def commit(self, loaded: Loaded) -> None:
         """A load is complete: from now on a restart finds it."""
         self.loaded = loaded
-        self._write()
+        self.write()
 
     def discard(self) -> None:
         """A load failed and has released its handles: end the rest of what `prepare` made."""
@@ -150,6 +162,35 @@ class Holdings:
             self._parking.forget(_doorbell(slot))
             os.close(fd)
         self.doorbells.clear()
+
+    # ---- Another layout's way in and out
+
+    def open_layout(self, layout: Layout) -> None:
+        """Make and park the descriptors that `layout` needs beside those that are there, before a catalog names it.
+
+        Raises Unavailable at the limit of open files; nothing stays made then.
+        """
+        slots = sorted(set(layout.slots) - set(self.doorbells))
+        try:
+            for slot in slots:
+                self.doorbells[slot] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            for seat in layout.seats:
+                self.memories[seat.device].device.create_files()
+        except OSError as error:
+            self.close_slots(slots)
+            raise Unavailable(f"no descriptors for {len(layout.seats)} seats: {error.strerror}") from None
+        for slot in slots:
+            self._parking.keep(_doorbell(slot), self.doorbells[slot])
+        for seat in layout.seats:
+            self._park_files(seat.device, self.memories[seat.device])
+
+    def close_slots(self, slots: Iterable[int]) -> None:
+        """End the doorbells of slots that no layout has any more, and that the catalog does not name."""
+        for slot in slots:
+            fd = self.doorbells.pop(slot, None)
+            if fd is not None:
+                self._parking.forget(_doorbell(slot))
+                os.close(fd)
 
     def ring(self) -> None:
         """Ring every doorbell."""
@@ -164,9 +205,10 @@ class Holdings:
     def catalog(self) -> Catalog:
         """What there is now."""
         entries = tuple(memory.entry() for memory in self.memories.values())
-        return Catalog(granularity=self.granularity, devices=entries, loaded=self.loaded)
+        return Catalog(granularity=self.granularity, devices=entries, loaded=self.loaded, transition=self.transition)
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Make what there is now durable: the handles of the catalog are complete, and no others are in it."""
         assert self._snapshot is not None, "there is a snapshot from start on"
         self._snapshot.write(encode(self.catalog()))
 
@@ -189,14 +231,17 @@ class Holdings:
 
     def _park_all(self) -> None:
         for name, memory in self.memories.items():
-            for space, fd in memory.device.files().items():
-                self._parking.keep(f"{name}.{space}", fd)
+            self._park_files(name, memory)
         if self.segment is not None:
             self._parking.keep("bus", self.segment.fd)
         for slot, fd in self.doorbells.items():
             self._parking.keep(_doorbell(slot), fd)
         if self._snapshot is not None:
             self._parking.keep(CATALOG, self._snapshot.fd)
+
+    def _park_files(self, name: str, memory: DeviceMemory) -> None:
+        for space, fd in memory.device.files().items():
+            self._parking.keep(f"{name}.{space}", fd)
 
     def close(self) -> None:
         """Close this process's descriptors and mappings; what the keeper holds lives on. Idempotent."""
@@ -212,7 +257,13 @@ class Holdings:
         if self._snapshot is not None:
             self._snapshot.close()
             self._snapshot = None
-        self.loaded = None
+        self.loaded = self.transition = None
+
+
+def _slots_in_use(loaded: Loaded, transition: Transition | None) -> tuple[int, ...]:
+    if transition is None or transition.is_over:
+        return loaded.layout.slots
+    return slots_of((transition.before, transition.after))
 
 
 def _doorbell(slot: int) -> str:

@@ -19,8 +19,8 @@ _AVAILABLE_SHARE = 0.8  # of memory, for all devices together, where the operato
 
 
 class DeviceMemory:
-    """All handles of one device. Weights and ledgers are mapped here as long as they live, each at its own offset of
-    one window per space, so their addresses are stable; KV is never mapped by the HMM.
+    """All handles of one device, mapped here as long as they live, each at its own offset of one window per space, so
+    that addresses are stable. `records`, `kv` and `ledger` are what the catalog names.
 
     Belongs to the load's thread during a load, else to the service's loop.
     """
@@ -44,8 +44,15 @@ class DeviceMemory:
         self._map(self.ledger)
 
     def create_kv(self, nbytes: int) -> None:
-        """Create one more KV handle. Raises DoesNotFit."""
+        """Create and map one more KV handle. Raises DoesNotFit."""
         self.kv.append(self.device.create(nbytes, "kv"))
+        self._map(self.kv[-1])
+
+    def claim(self, nbytes: int, space: Space) -> Handle:
+        """A mapped handle without pages that the catalog does not name yet (HostDevice.claim). Raises DoesNotFit."""
+        handle = self.device.claim(nbytes, space)
+        self._map(handle)
+        return handle
 
     def _map(self, handle: Handle) -> None:
         assert handle.space is not None, "the HMM maps local handles only"
@@ -55,26 +62,33 @@ class DeviceMemory:
         self.device.map(window, self.device.offset_of(handle), handle, writable=True)
 
     def address(self, handle: Handle) -> int:
-        """Where a record's or the ledger's handle is mapped."""
+        """Where a handle is mapped."""
         assert handle.space is not None, "the HMM maps local handles only"
         return self._windows[handle.space].address(self.device.offset_of(handle))
 
     def view(self, handle: Handle, offset: int, nbytes: int) -> memoryview:
-        """A part of a record's memory."""
+        """A part of a handle's memory."""
         assert handle.space is not None, "the HMM maps local handles only"
         return self.device.view(self._windows[handle.space], self.device.offset_of(handle) + offset, nbytes)
 
     def clear(self) -> None:
         """Unmap and release every handle."""
-        for handle in [*self.records.values(), *([self.ledger] if self.ledger else [])]:
-            if handle.num_mappings and handle.space is not None:
-                self.device.unmap(self._windows[handle.space], self.device.offset_of(handle))
-            self.device.release(handle)
-        for handle in self.kv:
-            self.device.release(handle)
+        for handle in self.take_all():
+            self.release(handle)
+
+    def take_all(self) -> list[Handle]:
+        """Every handle that the catalog names, which it does no more: they are the caller's, to `release`."""
+        handles = [*self.records.values(), *self.kv, *([self.ledger] if self.ledger else [])]
         self.records.clear()
         self.kv.clear()
         self.ledger = None
+        return handles
+
+    def release(self, handle: Handle) -> None:
+        """Unmap and release a handle that the catalog does not name."""
+        if handle.num_mappings and handle.space is not None:
+            self.device.unmap(self._windows[handle.space], self.device.offset_of(handle))
+        self.device.release(handle)
 
     def entry(self) -> DeviceEntry:
         """The catalog's entry of this device."""
@@ -92,7 +106,9 @@ class DeviceMemory:
             handle = self.device.restore("weights", placed.span.offset, placed.span.nbytes)
             self.records[placed.key] = handle
             self._map(handle)
-        self.kv = [self.device.restore("kv", span.offset, span.nbytes) for span in entry.kv]
+        for span in entry.kv:
+            self.kv.append(self.device.restore("kv", span.offset, span.nbytes))
+            self._map(self.kv[-1])
         if entry.ledger:
             self.ledger = self.device.restore("shared", entry.ledger.offset, entry.ledger.nbytes)
             self._map(self.ledger)

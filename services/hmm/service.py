@@ -10,7 +10,7 @@ import os
 import select
 import signal
 import time
-from typing import Final, Literal
+from typing import Final
 
 from common.config import HmmConfig
 from common.fdchannel import Channel, Listener
@@ -18,23 +18,43 @@ from common.fence import Fence
 from common.protocol.codec import Message, Received
 from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
 from common.protocol.handles import Attach
-from common.protocol.hmm import CODEC, CheckIntegrity, GetHmmStatus, LoadModel, SetMembership, ToHmm
+from common.protocol.handles import ToHmm as FromRank
+from common.protocol.hmm import (
+    CODEC,
+    AbortLayout,
+    CheckIntegrity,
+    CommitLayout,
+    CopyBlocks,
+    GetHmmStatus,
+    LoadModel,
+    ReleaseLayout,
+    SetMembership,
+    StageLayout,
+    ToHmm,
+)
 from common.protocol.replies import Ack, Refused, refusal
-from common.protocol.scaler import DeviceStatus, HmmStatus, Integrity
+from common.protocol.scaler import Integrity
 from common.telemetry import setup_logging
 from common.transport import Server, new_identity
 from native import host
+from services.hmm.attachments import Attached, Attachments
 from services.hmm.background import Background
+from services.hmm.blocks import BlockCopies, check_ranks
 from services.hmm.catalog import Loaded
-from services.hmm.handles import Attached, Attachments, attach_reply, seat_for
+from services.hmm.handles import attach_reply, full_view, seat_for
 from services.hmm.holdings import Holdings
 from services.hmm.loader import Load
+from services.hmm.membership import Membership, slots_of_mask
 from services.hmm.parking import Parking
+from services.hmm.status import Loading, hmm_status
+from services.hmm.supply import Supply
+from services.hmm.transition import Transitions
 
 _KEEPER_WAIT_S: Final = 10.0
 _STOP_WAIT_S: Final = 5.0
 _TURN_MS: Final = 500  # between looks at clocks: the keeper's return, silent connections
 _MESSAGES_PER_TURN: Final = 64
+_COPIES_WAIT_S: Final = 1.0  # for copies into a slot whose rank is gone: each of their parts takes microseconds
 
 
 class Hmm:
@@ -57,10 +77,18 @@ class Hmm:
         self._parking = Parking(config.socket("keeper"), self._identity, self._log)
         self._holdings = Holdings(config, self._parking, self._log)
         self._background = Background(self._log)
+        self._members = Membership(self._holdings, self._log)
+        self._copies = BlockCopies(self._background)
+        self._transitions = Transitions(
+            self._holdings,
+            self._attachments,
+            self._members,
+            self._copies,
+            Supply(self._holdings, self._background),
+            self._log,
+        )
         self._fence = Fence(config.state_dir, "hmm")
-        self._load: Load | None = None  # the latest one, also when it is over
-        self._is_loading = False
-        self._load_error: Refused | None = None
+        self._loading = Loading()
         self._wake_out, self._wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._watched: set[int] = set()
         self._is_stopping = False
@@ -89,6 +117,7 @@ class Hmm:
                 poller.poll(50)
         if not self._is_stopping:
             self._holdings.start()
+            self._transitions.adopt()
             self._listener.open()
             self._log.info("hmm ready", **self._facts())
 
@@ -96,7 +125,7 @@ class Hmm:
         budgets = {memory.device.budget for memory in self._holdings.memories.values()}
         return {
             "pid": os.getpid(),
-            "phase": self._phase(),
+            "phase": self._loading.phase(self._holdings),
             "devices": self._config.devices,
             "device_bytes": max(budgets),
             "granularity": self._holdings.granularity,
@@ -107,9 +136,9 @@ class Hmm:
         """Serve until a signal."""
         while not self._is_stopping:
             self._watch()
-            ready = self._server.poll(_TURN_MS)
+            ready = self._server.poll(self._attachments.turn_ms(_TURN_MS))
             self._background.finish()
-            for attached in self._attachments.ended(ready):
+            for attached in self._attachments.take(ready):
                 self._on_death(attached)
             if self._parking.fileno() in ready:
                 self._parking.lose("it closed the connection")
@@ -122,6 +151,7 @@ class Hmm:
                 if message is None:
                     break
                 self._on_message(*message)
+            self._transitions.advance()
         self._log.info("hmm stops")
 
     def _watch(self) -> None:
@@ -136,8 +166,10 @@ class Hmm:
 
     def close(self) -> None:
         """End everything of this process; what the keeper holds lives on. Idempotent but for the signal handlers."""
-        if self._load is not None and self._is_loading:
-            self._load.abort()
+        if self._loading.load is not None and self._loading.is_at_work:
+            self._loading.load.abort()
+        self._transitions.stop()
+        self._copies.close()
         is_quiet = self._background.join(_STOP_WAIT_S)
         signal.set_wakeup_fd(-1)
         self._attachments.close()
@@ -167,17 +199,32 @@ class Hmm:
     def _answer(self, peer: bytes, message: Received[ToHmm]) -> Message | None:
         body = message.body
         if isinstance(body, GetHmmStatus):
-            return self._status()
+            return hmm_status(self._holdings, self._attachments, self._members, self._loading, self._transitions)
         if isinstance(body, CheckIntegrity):
             return self._check_integrity(peer, message.seq, body)
+        if isinstance(body, CopyBlocks):
+            self._copy_blocks(peer, message.seq, body)
+            return None
         self._fence.check(message.epoch, message.sender)
-        return self._load_model(body) if isinstance(body, LoadModel) else self._set_membership(body)
+        if isinstance(body, LoadModel):
+            self._load_model(body)
+        elif isinstance(body, SetMembership):
+            self._set_membership(body)
+        elif isinstance(body, StageLayout):
+            self._transitions.stage(body)
+        elif isinstance(body, CommitLayout):
+            self._transitions.commit(body.op_id)
+        elif isinstance(body, ReleaseLayout):
+            self._transitions.release(body.op_id)
+        elif isinstance(body, AbortLayout):
+            self._transitions.abort(body.op_id)
+        return Ack()
 
-    def _load_model(self, request: LoadModel) -> Message:
-        current = self._op_id()
+    def _load_model(self, request: LoadModel) -> None:
+        current = self._loading.op_id(self._holdings)
         if current == request.op_id:
-            return Ack()
-        if self._is_loading or self._holdings.loaded is not None:
+            return
+        if self._loading.is_at_work or self._holdings.loaded is not None:
             raise Conflict(f"operation {current} has loaded a model or is about to; this one is {request.op_id}")
         try:
             request.layout.check()
@@ -188,24 +235,23 @@ class Hmm:
             raise NotFound(f"device {unknown[0]} is not one of {self._config.devices}")
         segment = self._holdings.prepare(request.layout)
         load = Load(request, self._holdings.memories, segment, self._holdings.granularity)
-        self._load, self._is_loading, self._load_error = load, True, None
+        self._loading = Loading(load, is_at_work=True)
         started = time.monotonic()
         self._log.info("load starts", op_id=request.op_id, seats=len(request.layout.seats))
         self._background.start("load", load.run, lambda result: self._on_loaded(load, result, started))
-        return Ack()
 
     def _on_loaded(self, load: Load, result: Loaded | ElasticMoEError, started: float) -> None:
-        self._is_loading = False
         op_id, seconds = load.request.op_id, time.monotonic() - started
         if isinstance(result, ElasticMoEError):
             self._holdings.discard()
-            self._load_error = refusal(result)
+            self._loading = Loading(load, error=refusal(result))
             self._log.error("load failed", op_id=op_id, code=result.code, reason=result.message)
             return
         self._holdings.commit(result)
+        self._loading = Loading(load)
         self._log.info("load done", op_id=op_id, seconds=seconds, bytes_read=load.bytes_done)
 
-    def _set_membership(self, request: SetMembership) -> Message:
+    def _set_membership(self, request: SetMembership) -> None:
         loaded = self._holdings.loaded
         if loaded is None:
             raise Conflict("no model is ready", code="not_ready")
@@ -215,21 +261,25 @@ class Hmm:
         absent = sorted(set(request.slots) - set(self._attachments.by_slot))
         if request.running and absent:  # the others would wait for it
             raise Unavailable(f"slot {absent[0]} has no attached rank", code="not_attached")
-        self._publish(sum(1 << slot for slot in set(request.slots)), request.running)
-        return Ack()
+        self._members.publish(request.slots, request.running)
 
-    def _publish(self, members: int, is_running: bool) -> None:
-        """Raise the generation on the bus and wake everybody."""
-        segment = self._holdings.segment
-        assert segment is not None, "a loaded model has a bus"
-        assert segment.bus is not None, "a loaded model's bus is open"
-        generation = segment.bus.membership()[0] + 1
-        segment.bus.set_membership(generation, members, is_running)
-        self._holdings.ring()
-        self._log.info("membership", generation=generation, members=_slots(members), running=is_running)
+    def _copy_blocks(self, peer: bytes, seq: int, request: CopyBlocks) -> None:
+        """Answered when it is over."""
+        loaded, by_slot = self._holdings.loaded, self._attachments.by_slot
+        source, target = by_slot.get(request.source_slot), by_slot.get(request.target_slot)
+        check_ranks(request, (source, target))
+        assert loaded is not None, "a rank is of a loaded model"
+        assert source is not None, "check_ranks has looked"
+        assert target is not None, "check_ranks has looked"
+
+        def answer(error: ElasticMoEError | None) -> None:
+            self._server.send(peer, Ack() if error is None else refusal(error), seq=seq)
+
+        memories = self._holdings.memories[source.device], self._holdings.memories[target.device]
+        self._copies.start(request, memories, loaded.kv, answer)
 
     def _check_integrity(self, peer: bytes, seq: int, request: CheckIntegrity) -> Message | None:
-        if self._is_loading:
+        if self._loading.is_at_work:
             raise Conflict("memory is being filled; ask again when the load is over", code="loading")
         findings = tuple(self._holdings.check_integrity() + self._check_members())
         if not request.checksums:
@@ -237,9 +287,11 @@ class Hmm:
         jobs = self._holdings.checksum_jobs()
 
         def answer(result: dict[str, int] | ElasticMoEError) -> None:
+            self._holdings.num_readers -= 1
             body = refusal(result) if isinstance(result, ElasticMoEError) else Integrity(findings, result)
             self._server.send(peer, body, seq=seq)
 
+        self._holdings.num_readers += 1
         self._background.start(
             "checksums", lambda: {name: host.checksum(address, nbytes) for name, address, nbytes in jobs}, answer
         )
@@ -247,80 +299,26 @@ class Hmm:
 
     def _check_members(self) -> list[str]:
         """No owner is dead: every member of a running generation is attached."""
-        segment = self._holdings.segment
-        if segment is None or segment.bus is None:
-            return []
-        _, members, is_running = segment.bus.membership()
-        absent = set(_slots(members)) - set(self._attachments.by_slot) if is_running else set()
+        _, members, is_running, _ = self._members.current()
+        absent = set(slots_of_mask(members)) - set(self._attachments.by_slot) if is_running else set()
         return [f"bus: slot {slot} is a running member, but no rank is attached there" for slot in sorted(absent)]
-
-    # ---- Status
-
-    def _op_id(self) -> str | None:
-        if self._load is not None:
-            return self._load.request.op_id
-        return self._holdings.loaded.load.op_id if self._holdings.loaded else None
-
-    def _phase(self) -> Literal["empty", "loading", "ready", "failed"]:
-        if self._is_loading:
-            return "loading"
-        if self._holdings.loaded is not None:
-            return "ready"
-        return "failed" if self._load_error is not None else "empty"
-
-    def _status(self) -> HmmStatus:
-        holdings, load = self._holdings, self._load
-        generation, members, is_running = 0, 0, False
-        if not self._is_loading and holdings.segment is not None and holdings.segment.bus is not None:
-            generation, members, is_running = holdings.segment.bus.membership()
-        return HmmStatus(
-            phase=self._phase(),
-            bytes_done=load.bytes_done if load else 0,
-            bytes_total=load.bytes_total if load else 0,
-            error=self._load_error,
-            devices=tuple(self._device_status(name) for name in holdings.memories),
-            generation=generation,
-            members=_slots(members),
-            running=is_running,
-            op_id=self._op_id(),
-            layout=holdings.loaded.layout if holdings.loaded else None,
-        )
-
-    def _device_status(self, name: str) -> DeviceStatus:
-        memory, loaded = self._holdings.memories[name], self._holdings.loaded
-        seat = loaded.layout.seat_on(name) if loaded else None
-        attached = self._attachments.by_slot.get(seat.slot) if seat else None
-        used = memory.device.used
-        num_experts, num_blocks = 0, 0
-        if loaded is not None:  # else the load's thread may be at work on these
-            num_experts = sum(key.kind == "expert" for key in memory.records)
-            num_blocks = len(memory.kv) * loaded.kv.blocks_per_handle
-        return DeviceStatus(
-            device=name,
-            budget=memory.device.budget,
-            weights=used["weights"],
-            kv=used["kv"],
-            other=used["shared"],
-            free=memory.device.budget - sum(used.values()),
-            num_experts=num_experts,
-            kv_blocks=num_blocks,
-            attached=attached.incarnation if attached else None,
-        )
 
     # ---- Ranks
 
-    def _on_attach(self, channel: Channel[Attach], request: Attach) -> None:
+    def _on_attach(self, channel: Channel[FromRank], request: Attach) -> None:
         try:
-            loaded = self._holdings.loaded
-            seat = seat_for(loaded, request)
+            loaded, transition = self._holdings.loaded, self._holdings.transition
+            seat = seat_for(loaded, transition, request)
             before = self._attachments.ended_now(request.slot)
             if before is not None:
                 self._on_death(before)
-            segment = self._holdings.segment
+            self._attachments.check_vacant(request.slot)
+            if not self._copies.wait_stopped(request.slot, _COPIES_WAIT_S):
+                raise Unavailable(f"blocks are still copied from or to slot {request.slot}", code="copying")
             assert loaded is not None, "a seat is of a loaded model"
-            assert segment is not None, "a loaded model has a bus"
             memory = self._holdings.memories[seat.device]
-            reply, fds = attach_reply(loaded, memory, segment, self._holdings.doorbells, self._holdings.granularity)
+            view = full_view(memory, loaded, transition)
+            reply, fds = attach_reply(view, memory, self._holdings, self._attachments.next_revision())
             self._attachments.admit(channel, request, reply, fds)
         except ElasticMoEError as error:
             self._log.warning("attach refused", slot=request.slot, code=error.code, reason=error.message)
@@ -329,23 +327,12 @@ class Hmm:
         self._log.info(
             "rank attached", rank=request.rank, slot=request.slot, rank_id=request.incarnation, resumed=request.resume
         )
+        self._transitions.on_attach(request.slot)
         if not request.resume:  # its predecessor may have died while nobody was here to see it
-            self._park(request.slot)
+            self._members.park(request.slot)
 
     def _on_death(self, attached: Attached) -> None:
         """A rank's connection ended: the others must not wait for it."""
         self._log.warning("rank detached", rank=attached.rank, slot=attached.slot, rank_id=attached.incarnation)
-        self._park(attached.slot)
-
-    def _park(self, slot: int) -> None:
-        """Stop the running generation if `slot` takes part in it."""
-        segment = self._holdings.segment
-        if segment is None or segment.bus is None:
-            return
-        _, members, is_running = segment.bus.membership()
-        if is_running and members >> slot & 1:
-            self._publish(members, False)
-
-
-def _slots(mask: int) -> tuple[int, ...]:
-    return tuple(slot for slot in range(mask.bit_length()) if mask >> slot & 1)
+        self._members.park(attached.slot)
+        self._copies.stop(attached.slot)

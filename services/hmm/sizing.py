@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from common.layout import Layout
 from common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, round_up
 from common.protocol.errors import DoesNotFit, InvalidRequest
 from common.protocol.hmm import LoadModel
@@ -67,6 +68,11 @@ def size_ledger(load: LoadModel, granularity: int) -> LedgerSizes:
     return LedgerSizes(load.max_sequences, load.max_model_len, blocks, round_up(nbytes, granularity))
 
 
+def kv_handles_min(load: LoadModel, geometry: KvGeometry) -> int:
+    """KV handles that one sequence of full length needs."""
+    return -(-load.max_model_len // (load.block_size * geometry.blocks_per_handle))
+
+
 def size_devices(
     load: LoadModel,
     records: Sequence[RecordSpec],
@@ -81,7 +87,7 @@ def size_devices(
     InvalidRequest when the layout is not for this model.
     """
     sizes = {record.key: round_up(record.nbytes, granularity) for record in records}
-    handles_min = -(-ledger.max_blocks // geometry.blocks_per_handle)
+    handles_min = kv_handles_min(load, geometry)
     kv_min = handles_min * geometry.handle_bytes
     result = {}
     for seat in load.layout.seats:
@@ -103,9 +109,9 @@ def size_devices(
     return result
 
 
-def check_layout(load: LoadModel, spec: ModelSpec) -> None:
+def check_layout(layout: Layout, spec: ModelSpec) -> None:
     """Raise InvalidRequest unless the layout gives exactly the model's experts a home."""
-    counts = tuple(len(experts) for experts in load.layout.homes)
+    counts = tuple(len(experts) for experts in layout.homes)
     if counts != spec.num_experts_by_layer:
         raise InvalidRequest(
             f"the layout has experts {list(counts)[:8]} in its first layers of {len(counts)}, the model has "

@@ -16,7 +16,8 @@ KV_PRESSURE_REQUESTS = 64.0  # weight of the share beyond it
 
 class Candidate(NamedTuple):
     """A replica's leader as the router sees it. `requests`: running and waiting. `silent_s`: since its last
-    message; `stalled_s`: since it was last seen to make progress or to have nothing to do."""
+    message; `stalled_s`: since it was last seen to make progress or to have nothing to do. `is_leaving`: it hands its
+    requests over to others."""
 
     rank: RankId
     requests: int
@@ -25,6 +26,7 @@ class Candidate(NamedTuple):
     blocks_total: int
     silent_s: float
     stalled_s: float
+    is_leaving: bool = False
 
     @property
     def is_fresh(self) -> bool:
@@ -47,16 +49,26 @@ class Candidate(NamedTuple):
 def decide(candidates: Sequence[Candidate], turn: int) -> tuple[RankId | None, str]:
     """Choose a replica: (rank, reason); (None, reason) when there is none.
 
-    The least loaded of the fresh ones; equal ones take turns by `turn`, a counter of requests. When all are stale, the
-    least loaded that may still live is better than a refusal: a rank that comes back finds its requests waiting.
+    The least loaded of the fresh ones that stay; equal ones take turns by `turn`, a counter of requests. When there is
+    none, a fresh one that leaves: it computes until another can take over. When all are stale, the least loaded that
+    may still live is better than a refusal: a rank that comes back finds its requests waiting.
     """
     alive = sorted(candidate for candidate in candidates if candidate.silent_s <= LOST_S)
     if not alive:
         return None, f"none of {len(candidates)} replicas has reported within {LOST_S:g} s"
-    fresh = [candidate for candidate in alive if candidate.is_fresh]
-    among = fresh or alive
+    kind, among = _best(alive)
     least = min((candidate.is_full, candidate.load) for candidate in among)
     equal = [candidate for candidate in among if (candidate.is_full, candidate.load) == least]
     chosen = equal[turn % len(equal)]
-    kind = "fresh" if fresh else "stale"
     return chosen.rank, f"load {chosen.load:.2f} is the least of {len(among)} {kind} replicas"
+
+
+def _best(alive: Sequence[Candidate]) -> tuple[str, Sequence[Candidate]]:
+    """The best kind of replica that there is, and all of that kind."""
+    fresh = [candidate for candidate in alive if candidate.is_fresh]
+    kinds = {
+        "fresh": [candidate for candidate in fresh if not candidate.is_leaving],
+        "leaving": fresh,
+        "stale": [candidate for candidate in alive if not candidate.is_leaving],
+    }
+    return next(((kind, among) for kind, among in kinds.items() if among), ("stale and leaving", alive))

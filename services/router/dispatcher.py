@@ -6,7 +6,10 @@ What can go wrong, and who ends a stream then:
   the ledger holds what its predecessor did): another try when no token has come, else `rank_lost`;
 - tokens are missing for GAP_S: `rank_lost`;
 - the deadline passes: `deadline_exceeded`.
-A stream may move: tokens for it count whichever rank sends them, and it is that rank's from then on.
+A stream may move while it runs: its rank says so (Moved), or another rank sends what follows, whichever comes first.
+It is that rank's from then on: cancels go there, and that rank's loss is the stream's. Tokens count whoever sends them,
+and late ones of the former rank do not bring it back. Where the news of two moves overtake each other, the next token
+tells whose it is; a stream that waits for its first one is at worst submitted anew.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from common.protocol.codec import Message, Received
 from common.protocol.errors import DeadlineExceeded, ElasticMoEError, ProtocolError, Unavailable
 from common.protocol.rank import Cancel
 from common.protocol.replies import Refused
-from common.protocol.router import Delta, Failed, RankStatus, Tokens, ToRouter
+from common.protocol.router import Delta, Failed, Moved, RankStatus, Tokens, ToRouter
 from common.telemetry import get_logger
 from common.transport import new_identity
 from services.router.balancer import LOST_S, Candidate, decide
@@ -38,7 +41,7 @@ EMPTY_S = 0.3  # patience with a new incarnation that says it has no requests
 ADOPT_S = 2.0  # and with one that has some, for a stream that can be submitted anew; others wait for LOST_S
 GAP_S = 2.0
 SUBMITS_MAX = 2  # a request that was lost twice may be what kills ranks
-LEAVE_S = 5.0  # a link to a rank that left stays this long at least: the rank may come back
+LEAVE_S = 5.0  # a link to a rank that left stays this long after its last stream: the rank may come back
 TICK_S = 0.1
 
 
@@ -60,7 +63,7 @@ class Dispatcher:
     # ---- layout ------------------------------------------------------------------------------------------------------
 
     def apply_layout(self, layout: Layout, now: float) -> None:
-        """Connect to replicas that came; those that left get no new work. Older and broken ones are ignored."""
+        """Connect to replicas that came; those that left get no new work. Older and broken layouts are ignored."""
         if self.layout is not None and layout.epoch <= self.layout.epoch:
             return
         try:
@@ -73,18 +76,29 @@ class Dispatcher:
         for rank in sorted(leaders):
             if rank in self.links:
                 self.links[rank].left_at = None
+                self.links[rank].watch(now)
             else:
                 self._open_link(rank, now)
         for rank, link in self.links.items():
             if rank not in leaders and link.left_at is None:
                 link.left_at = now
+                link.watch(now)
         log.info("layout", epoch=layout.epoch, replicas=layout.dp, tp=layout.tp)
 
-    def _open_link(self, rank: RankId, now: float) -> None:
+    def _open_link(self, rank: RankId, now: float) -> RankLink:
         link = RankLink(rank, self._socket_of(f"rank-{rank}"), self._identity, now)
         self.links[rank] = link
         self._tasks[rank] = asyncio.create_task(link.run(self._on_message), name=f"link {rank}")
         link.watch(now)
+        return link
+
+    def _link_to(self, rank: RankId, now: float) -> RankLink:
+        """The link to a rank that has, or may have, a stream. One outside the layout is closed like one that left."""
+        link = self.links.get(rank)
+        if link is None:
+            link = self._open_link(rank, now)
+            link.left_at = now
+        return link
 
     def _close_link(self, rank: RankId) -> None:
         self._tasks.pop(rank).cancel()
@@ -182,6 +196,7 @@ class Dispatcher:
             self._fail(stream, error)
             return
         self._metrics.resubmitted.inc()
+        self._history.resubmitted(stream.name, str(link.rank))
         log.warning("submitted anew", request=stream.name, rank=link.rank, reason=error.code)
 
     # ---- messages ----------------------------------------------------------------------------------------------------
@@ -199,12 +214,15 @@ class Dispatcher:
             self._on_status(link, body, now)
         elif isinstance(body, Failed):
             self._on_failed(link, body, now)
+        elif isinstance(body, Moved):
+            self._on_moved(link, body, now)
         elif isinstance(body, Refused):
             self._on_refused(link, body, received.seq, now)
 
     def _on_status(self, link: RankLink, status: RankStatus, now: float) -> None:
         try:
             link.report(status, now)
+            self._metrics.recomputed.inc(link.take_recomputed())
         except ProtocolError as error:
             log.error("rank sent nonsense", rank=link.rank, error=error.message)
             self._metrics.bad_messages.inc()
@@ -215,7 +233,10 @@ class Dispatcher:
             if delta.finish is None:  # a cancel was lost or is still on its way
                 self._send_quietly(link, Cancel(delta.request_id))
             return
-        self._move(stream, link)
+        if stream.rank == link.rank:
+            stream.sender = link.sender  # its present incarnation has taken it over
+        elif delta.index + len(delta.ids) > stream.reach:
+            self._move(stream, link)
         index, first_at, last_at = stream.num_tokens, stream.first_at, stream.last_at
         try:
             ids = stream.accept(delta, now)
@@ -232,7 +253,8 @@ class Dispatcher:
             stream.last_at = now
             if first_at is None:
                 stream.first_at = now
-                link.started(stream)
+                if stream.rank in self.links:
+                    self.links[stream.rank].started(stream)
             self._history.chunk(stream.name, index, ids)
             self._metrics.tokens(
                 len(ids), now - (stream.accepted_at if first_at is None else last_at), first_at is None
@@ -241,14 +263,29 @@ class Dispatcher:
             self._forget(stream, tell_rank=delta.finish is None)
 
     def _move(self, stream: Stream, link: RankLink) -> None:
-        """The stream is `link`'s, in its present incarnation."""
-        stream.sender = link.sender
-        if stream.rank != link.rank:
-            old = self.links.get(stream.rank) if stream.rank else None
-            if old is not None:
-                old.detach(stream)
-            stream.rank = link.rank
-            link.attach(stream)
+        """The stream is another rank's from now on: `link`'s, in its present incarnation, if it was ever heard."""
+        old = self.links.get(stream.rank) if stream.rank else None
+        if old is not None:
+            old.detach(stream)
+        stream.rank, stream.sender = link.rank, link.sender
+        stream.seq = 0  # it counts messages of the old link
+        link.attach(stream)
+        self._metrics.moved.inc()
+        self._history.moved(stream.name, str(link.rank))
+        log.debug("moved", request=stream.name, rank=link.rank)
+
+    def _on_moved(self, link: RankLink, moved: Moved, now: float) -> None:
+        if moved.rank.tp != 0 or moved.rank.replica < 0:
+            log.error("rank sent nonsense", rank=link.rank, error=f"{moved.rank} does not lead a replica")
+            self._metrics.bad_messages.inc()
+            return
+        stream = self.streams.get(moved.request_id)
+        if stream is None:  # it ended before, and the cancel went to a rank that did not have it any more
+            self._send_quietly(self._link_to(moved.rank, now), Cancel(moved.request_id))
+        elif stream.rank == link.rank != moved.rank:
+            new = self._link_to(moved.rank, now)
+            self._move(stream, new)
+            new.watch(now)
 
     def _on_failed(self, link: RankLink, failed: Failed, now: float) -> None:
         stream = self.streams.get(failed.request_id)
@@ -271,7 +308,7 @@ class Dispatcher:
             link.watch(now)
             self._check_link(link, now)
             self._metrics.bad_messages.inc(link.take_bad())
-            if link.left_at is not None and not link.streams and now - link.left_at > LEAVE_S:
+            if not link.streams and link.dismissed_at is not None and now - link.dismissed_at > LEAVE_S:
                 self._close_link(rank)
         for stream in list(self.streams.values()):
             if now >= stream.deadline:

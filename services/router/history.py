@@ -1,7 +1,8 @@
 """The record of what happened to every accepted request, one JSON object per line, for the checker in the tests.
 
-Events: `start` and `stop` of a router; `accepted`, `chunk` (index of its first token, the token ids) and `terminal`
-(`finish`, `error` or `cancelled`) of a generation. Written only where the configuration asks for it.
+Events: `start` and `stop` of a router; `accepted`, `chunk` (index of its first token, the token ids), `moved` (another
+rank goes on), `resubmitted` (it starts anew, before its first token) and `terminal` (`finish`, `error` or `cancelled`)
+of a generation. Written only where the configuration asks for it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ class History:
     def chunk(self, name: str, index: int, ids: Sequence[int]) -> None:
         """New tokens; `index` is the number of those before."""
         self._write({"event": "chunk", "id": name, "index": index, "ids": ids})
+
+    def moved(self, name: str, rank: str) -> None:
+        """Another rank goes on with it."""
+        self._write({"event": "moved", "id": name, "rank": rank})
+
+    def resubmitted(self, name: str, rank: str) -> None:
+        """It starts anew, at that rank or at the same one."""
+        self._write({"event": "resubmitted", "id": name, "rank": rank})
 
     def terminal(self, name: str, kind: str, reason: str, *, retryable: bool = False, tokens: int = 0) -> None:
         """The end: `reason` is the finish reason or the error's code."""

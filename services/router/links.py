@@ -14,7 +14,7 @@ from pathlib import Path
 from common.layout import RankId
 from common.protocol.codec import Message, Received
 from common.protocol.errors import ProtocolError, Unavailable
-from common.protocol.rank import Watch
+from common.protocol.rank import Unwatch, Watch
 from common.protocol.router import CODEC, RankStatus, Tokens, ToRouter
 from common.telemetry import get_logger
 from common.transport import AsyncClient
@@ -30,7 +30,9 @@ class RankLink:
     """One AsyncClient and what its rank reported. For one asyncio loop; times are of the monotonic clock.
 
     `streams`: those that this rank works on, by request id. `sender` names the incarnation heard last, `changed_at` is
-    when it appeared. `left_at`: when the rank left the layout; the link stays until its streams have ended.
+    when it appeared. `left_at`: when the rank left the layout; the link stays until its streams have ended, or are
+    another rank's. Then the rank is told that no request follows (Unwatch), so that it can end; `dismissed_at` is when.
+    Whatever is sent after that is preceded by another Watch.
     """
 
     def __init__(self, rank: RankId, path: Path, identity: str, now: float) -> None:
@@ -41,13 +43,16 @@ class RankLink:
         self.sender = ""
         self.changed_at = now
         self.left_at: float | None = None
+        self.dismissed_at: float | None = None
         self._status_at = -WATCH_EVERY_S
         self._status_sender = ""
         self._unstarted: dict[str, int] = {}  # prompt tokens by request id, of streams without a token
         self._tokens_unstarted = 0
         self._progress_at = now
         self._watched_at = -WATCH_EVERY_S
+        self._is_dismissed = False  # Unwatch was the last thing that was said
         self._num_bad = 0
+        self._num_recomputed = 0
         self._client: AsyncClient[ToRouter] = AsyncClient(path, identity, CODEC)
 
     def attach(self, stream: Stream) -> None:
@@ -72,6 +77,11 @@ class RankLink:
         new, self._num_bad = self._client.num_bad - self._num_bad, self._client.num_bad
         return new
 
+    def take_recomputed(self) -> int:
+        """Tokens that the rank has computed once more, since the last call."""
+        new, self._num_recomputed = self._num_recomputed, 0
+        return new
+
     @property
     def has_no_requests(self) -> bool:
         """The present incarnation says so; what its predecessor said does not count."""
@@ -80,7 +90,11 @@ class RankLink:
 
     def send(self, body: Message) -> int:
         """Queue a message; returns its seq. Raises Unavailable when the rank does not take messages."""
-        return self._client.send(body)
+        if self._is_dismissed and not isinstance(body, Watch):
+            self._client.send(Watch())
+        seq = self._client.send(body)
+        self._is_dismissed = isinstance(body, Unwatch)
+        return seq
 
     async def run(self, handle: Callable[[RankLink, Received[ToRouter], float], None]) -> None:
         """Give every message to `handle`, for ever. One that it cannot digest is logged and dropped."""
@@ -93,13 +107,19 @@ class RankLink:
             await asyncio.sleep(0)  # a flood of messages must not keep their readers from running
 
     def hear(self, received: Received[ToRouter], now: float) -> bool:
-        """Note who speaks; True when it is not the incarnation that spoke before."""
+        """Note who speaks; True when it is not the incarnation that spoke before.
+
+        Streams that were moved here before the rank was ever heard are those of the incarnation that speaks first.
+        """
         self.heard_at = now
         if isinstance(received.body, Tokens):
             self._progress_at = now
         if received.sender == self.sender:
             return False
         is_change = self.sender != ""
+        for stream in self.streams.values():
+            stream.sender = stream.sender or received.sender
+        self._is_dismissed = False  # this incarnation was not told yet
         self.sender, self.changed_at, self._progress_at = received.sender, now, now
         self._status_at = self._watched_at = -WATCH_EVERY_S  # it does not know this router yet: ask at once
         self._status_sender = ""
@@ -115,15 +135,29 @@ class RankLink:
         last = self.status
         if last is None or status.progress != last.progress or status.running + status.waiting == 0:
             self._progress_at = now
+        before = last.recomputed if last is not None and last.incarnation == status.incarnation else 0
+        self._num_recomputed += max(0, status.recomputed - before)
         self.status, self._status_at, self._status_sender = status, now, self.sender
 
     def watch(self, now: float) -> None:
-        """Ask for a status when none came for WATCH_EVERY_S."""
-        if now - max(self._status_at, self._watched_at) < WATCH_EVERY_S:
+        """Ask for a status when none came for WATCH_EVERY_S. A rank that left and has no streams is dismissed, once."""
+        is_needed = self.left_at is None or bool(self.streams)
+        if not is_needed and self._is_dismissed:
+            return
+        was_dismissed = self._is_dismissed
+        if is_needed and not was_dismissed and now - max(self._status_at, self._watched_at) < WATCH_EVERY_S:
             return
         self._watched_at = now
+        if is_needed:
+            self.dismissed_at = None
+        elif self.dismissed_at is None:
+            self.dismissed_at = now  # also where it takes no message
         try:
-            self.send(Watch())
+            self.send(Watch() if is_needed else Unwatch())
+            if not is_needed:
+                self.dismissed_at = now
+            elif was_dismissed:  # its silence was asked for, and its last status says nothing about now
+                self.heard_at, self.status = now, None
         except Unavailable as error:
             log.debug("rank does not take messages", rank=self.rank, error=error.message)
 
@@ -148,6 +182,7 @@ class RankLink:
             blocks_total=status.blocks_total,
             silent_s=self.silent_s(now),
             stalled_s=now - self._progress_at,
+            is_leaving=status.is_leaving,
         )
 
     def close(self) -> None:

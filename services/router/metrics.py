@@ -57,6 +57,8 @@ class Metrics:
             registry=self.registry,
         )
         self.resubmitted = self._counter("elasticmoe:requests_resubmitted", "Requests given to another replica")
+        self.moved = self._counter("elasticmoe:moved_requests", "Requests that another rank went on with")
+        self.recomputed = self._counter("elasticmoe:recomputed_tokens", "Tokens that ranks had to compute once more")
         self.bad_messages = self._counter("elasticmoe:bad_messages", "Messages of ranks that made no sense")
 
     def _counter(self, name: str, text: str) -> Counter:

@@ -60,7 +60,7 @@ class Stream:
         self.ending: Ending | None = None
         self.num_tokens = 0  # that count: up to the one that completed a stop string
         self.num_submits = 0
-        self.seq = 0  # of the message that submitted it
+        self.seq = 0  # of the message that submitted it, 0 once it has moved to another rank
         self.prompt_logprobs: tuple[Logprob, ...] | None = None
         self.accepted_at = now
         self.deadline = now + submit.deadline_s
@@ -84,6 +84,11 @@ class Stream:
     def is_untouched(self) -> bool:
         """No token has come: it may start anew elsewhere without anyone noticing."""
         return self.num_tokens == 0
+
+    @property
+    def reach(self) -> int:
+        """The end of the last token that has come, also where ones before it are missing."""
+        return max([self.num_tokens, *(early.index + len(early.ids) for early in self._early)])
 
     def restart(self, submit: Submit) -> None:
         """Begin anew with `submit`; only while untouched."""

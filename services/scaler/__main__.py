@@ -27,11 +27,17 @@ def main() -> int:
         except OSError as error:
             raise ConfigError(f"admin token file cannot be read: {error.strerror}") from None
         scaler = Scaler(config, store_of(config))
-        app = build_app(scaler.board, token)
+        app = build_app(scaler.board, scaler.desk, scaler.feed, scaler.meters, token, config.operation_deadline_s)
         sock = bind(config.admin_host, config.admin_port)
         server = uvicorn.Server(
             uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", limit_concurrency=64, timeout_keep_alive=30
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                limit_concurrency=64,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=2,
             )
         )
         listener = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="admin", daemon=True)

@@ -1,49 +1,54 @@
 """The operator's REST surface, on a listener of its own. Everything but /health and /ready asks for the token.
 
-The app reads one immutable snapshot that the scaler's loop replaces; it never touches the loop's sockets or the store.
+The app reads one immutable snapshot that the scaler's loop replaces, and hands orders to the loop through the desk; it
+never touches the loop's sockets or the store.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Response
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 
-from common.layout import Layout
-from common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest, NotFound, Unauthorized, Unavailable
-from common.protocol.replies import Refused
-from common.protocol.scaler import HmmStatus, PoolStatus
+from common.protocol.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    ElasticMoEError,
+    InvalidRequest,
+    NotFound,
+    PayloadTooLarge,
+    Unauthorized,
+)
+from common.protocol.limits import NAME_CHARS_MAX
+from services.scaler.desk import Cancel, Desk, Feed
+from services.scaler.meters import Meters, render_metrics
+from services.scaler.orders import parse_rebalance, parse_scale
+from services.scaler.snapshot import (
+    Board,
+    devices_view,
+    find_operation,
+    layout_view,
+    operation_view,
+    operations_view,
+    plan_view,
+    ready_view,
+)
 
+BODY_BYTES_MAX = 1024 * 1024
+BODY_S_MAX = 10.0
+HEARTBEAT_S = 10.0
 PUBLIC_PATHS = frozenset({"/health", "/ready"})
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-
-class Snapshot(msgspec.Struct, frozen=True):
-    """What the scaler knows at one moment. `config` is the resolved configuration without secrets."""
-
-    phase: str
-    reason: str
-    error: Refused | None
-    layout: Layout | None
-    hmm: HmmStatus | None
-    pool: PoolStatus | None
-    fence: int
-    config: dict[str, Any]
-
-
-class Board:
-    """Where the loop puts the newest snapshot and the app reads it. Assignment is atomic; no lock is needed."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
 
 
 class AdminGate:
@@ -80,33 +85,12 @@ def error_response(error: ElasticMoEError, status: int | None = None) -> Respons
     return Response(msgspec.json.encode(body), status or error.http_status, media_type="application/json")
 
 
-def build_app(board: Board, token: str) -> AdminGate:
-    """The admin app. Raises ConfigError for an empty token."""
+def build_app(board: Board, desk: Desk, feed: Feed, meters: Meters, token: str, deadline_s: float) -> AdminGate:
+    """The admin app; `deadline_s`: of operations that name none. Raises ConfigError for an empty token."""
     app = FastAPI(title="ElasticMoE scaler", docs_url=None, redoc_url=None)
-
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    def ready() -> Response:
-        return _ready(board.snapshot)
-
-    @app.get("/v1/layout")
-    def layout() -> Response:
-        return _json(layout_view(board.snapshot))
-
-    @app.get("/v1/devices")
-    def devices() -> Response:
-        return _json(devices_view(board.snapshot))
-
-    @app.get("/v1/config")
-    def config() -> Response:
-        return _json(board.snapshot.config)
-
-    @app.get("/metrics")
-    def metrics() -> Response:
-        return Response(render_metrics(board.snapshot), media_type="text/plain; version=0.0.4")
+    _add_views(app, board, meters)
+    _add_orders(app, desk, deadline_s)
+    _add_events(app, feed)
 
     async def on_error(_: Any, error: Exception) -> Response:
         assert isinstance(error, ElasticMoEError)
@@ -123,103 +107,97 @@ def build_app(board: Board, token: str) -> AdminGate:
     return AdminGate(app, token)
 
 
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+def _add_views(app: FastAPI, board: Board, meters: Meters) -> None:
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    def ready() -> Response:
+        snapshot = board.snapshot
+        return _json(ready_view(snapshot), 200 if snapshot.phase == "serving" else 503)
+
+    @app.get("/v1/layout")
+    def layout() -> Response:
+        return _json(layout_view(board.snapshot))
+
+    @app.get("/v1/devices")
+    def devices() -> Response:
+        return _json(devices_view(board.snapshot))
+
+    @app.get("/v1/operations")
+    def operations() -> Response:
+        return _json(operations_view(board.snapshot))
+
+    @app.get("/v1/operations/{op_id}")
+    def operation(op_id: str) -> Response:
+        return _json(find_operation(board.snapshot, op_id))
+
+    @app.get("/v1/config")
+    def config() -> Response:
+        return _json(board.snapshot.config)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(render_metrics(board.snapshot, meters), media_type="text/plain; version=0.0.4")
 
 
-def _ready(snapshot: Snapshot) -> Response:
-    hmm = snapshot.hmm
-    body = {
-        "phase": snapshot.phase,
-        "reason": snapshot.reason,
-        "bytes_done": hmm.bytes_done if hmm else 0,
-        "bytes_total": hmm.bytes_total if hmm else 0,
-        "error": snapshot.error,
-    }
-    status = 200 if snapshot.phase == "serving" else 503
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
+def _add_orders(app: FastAPI, desk: Desk, deadline_s: float) -> None:
+    @app.post("/v1/scale")
+    async def scale(request: Request) -> Response:
+        order = parse_scale(await _body(request), deadline_s)
+        accepted = await desk.ask(order)
+        if accepted.plan is not None:
+            return _json(plan_view(accepted.plan, accepted.operation))
+        return _json(operation_view(accepted.operation), 202)
+
+    @app.post("/v1/rebalance")
+    async def rebalance(request: Request) -> Response:
+        accepted = await desk.ask(parse_rebalance(await _body(request), deadline_s))
+        return _json(operation_view(accepted.operation), 202)
+
+    @app.delete("/v1/operations/{op_id}")
+    async def cancel(op_id: str) -> Response:
+        return _json(operation_view((await desk.ask(Cancel(op_id))).operation), 202)
 
 
-def layout_view(snapshot: Snapshot) -> dict[str, Any]:
-    """GET /v1/layout. Raises Unavailable before the first layout."""
-    layout = snapshot.layout
-    if layout is None:
-        raise Unavailable("no layout has been made yet")
-    by_device = {status.device: status for status in snapshot.hmm.devices} if snapshot.hmm else {}
-    pids = {rank.slot: rank for rank in snapshot.pool.ranks} if snapshot.pool else {}
-    ranks = []
-    for seat in layout.seats:
-        device, rank = by_device.get(seat.device), pids.get(seat.slot)
-        ranks.append(
-            {
-                "replica": seat.rank.replica,
-                "tp": seat.rank.tp,
-                "slot": seat.slot,
-                "device": seat.device,
-                "incarnation": rank.incarnation if rank else None,
-                "pid": rank.pid if rank else None,
-                "ready": bool(rank and rank.ready),
-                "attach_ms": rank.attach_ms if rank else None,
-                "experts": layout.num_experts_on(seat.slot),
-                "kv_blocks": device.kv_blocks if device else 0,
-                "memory": _memory(device) if device else None,
-            }
-        )
-    return {
-        "epoch": layout.epoch,
-        "fence": snapshot.fence,
-        "phase": snapshot.phase,
-        "reason": snapshot.reason,
-        "tp": layout.tp,
-        "replicas": layout.dp,
-        "ranks": ranks,
-        "experts": layout.homes,
-    }
+def _add_events(app: FastAPI, feed: Feed) -> None:
+    @app.get("/v1/events")
+    async def events(request: Request) -> Response:
+        feed.check()
+        last_id = request.headers.get("last-event-id", "")[:NAME_CHARS_MAX]
+
+        async def stream() -> AsyncIterator[bytes]:
+            yield b": events\n\n"
+            async for entry in feed.listen(last_id, HEARTBEAT_S):
+                if entry is None:
+                    yield b": heartbeat\n\n"
+                else:
+                    event_id, event = entry
+                    yield f"id: {event_id}\nevent: {event.kind}\ndata: ".encode() + msgspec.json.encode(event) + b"\n\n"
+
+        return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
-def devices_view(snapshot: Snapshot) -> dict[str, Any]:
-    """GET /v1/devices. Raises Unavailable while the HMM does not answer."""
-    if snapshot.hmm is None:
-        raise Unavailable("the HMM does not answer")
-    used = {seat.device for seat in snapshot.layout.seats} if snapshot.layout else set()
-    return {
-        "standby_processes": snapshot.pool.standby if snapshot.pool else 0,
-        "devices": [
-            {
-                "device": status.device,
-                "state": "used" if status.device in used else "free",
-                "attached": status.attached,
-                "memory": _memory(status),
-            }
-            for status in snapshot.hmm.devices
-        ],
-    }
+async def _body(request: Request) -> bytes:
+    """The whole body. Raises PayloadTooLarge beyond BODY_BYTES_MAX, DeadlineExceeded when it does not come in time."""
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_S_MAX):
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > BODY_BYTES_MAX:
+                    raise PayloadTooLarge(f"body exceeds the limit of {BODY_BYTES_MAX} bytes")
+    except TimeoutError:
+        raise DeadlineExceeded(f"the body did not come within {BODY_S_MAX:g} s") from None
+    except ClientDisconnect:
+        raise InvalidRequest("the client left before its body had come") from None
+    return b"".join(parts)
 
 
-def _memory(device: Any) -> dict[str, int]:
-    return {name: getattr(device, name) for name in ("budget", "weights", "kv", "other", "free")}
-
-
-def render_metrics(snapshot: Snapshot) -> bytes:
-    """Prometheus text of the snapshot."""
-    registry = CollectorRegistry()
-    epoch = Gauge("elasticmoe:epoch", "Epoch of the layout", registry=registry)
-    fence = Gauge("elasticmoe:fence", "Fencing epoch of this scaler", registry=registry)
-    serving = Gauge("elasticmoe:serving", "1 while all ranks of the layout step", registry=registry)
-    experts = Gauge("elasticmoe:experts_per_rank", "Expert records of a rank's device", ["rank"], registry=registry)
-    memory = Gauge("elasticmoe:device_bytes", "Device memory", ["device", "state"], registry=registry)
-    standby = Gauge("elasticmoe:standby_ranks", "Processes that wait for a seat", registry=registry)
-    fence.set(snapshot.fence)
-    serving.set(snapshot.phase == "serving")
-    if snapshot.layout:
-        epoch.set(snapshot.layout.epoch)
-        for seat in snapshot.layout.seats:
-            experts.labels(str(seat.rank)).set(snapshot.layout.num_experts_on(seat.slot))
-    for device in snapshot.hmm.devices if snapshot.hmm else ():
-        for state, nbytes in _memory(device).items():
-            memory.labels(device.device, state).set(nbytes)
-    standby.set(snapshot.pool.standby if snapshot.pool else 0)
-    return generate_latest(registry)
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
 def bind(host: str, port: int) -> socket.socket:

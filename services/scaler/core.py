@@ -15,6 +15,7 @@ from common.layout import Layout, Seat
 from common.protocol.replies import Refused
 from common.protocol.scaler import HmmStatus, PoolStatus
 
+FLIP_SECONDS_MAX = 5.0
 Phase = Literal["starting", "loading", "attaching", "serving", "degraded", "failed"]
 
 
@@ -34,11 +35,11 @@ class Publish(msgspec.Struct, frozen=True, tag=True):
     running: bool
 
 
-class CommitLayout(msgspec.Struct, frozen=True, tag=True):
+class AnnounceLayout(msgspec.Struct, frozen=True, tag=True):
     """The layout serves: write it to the store, where the routers see it."""
 
 
-Action = Load | Start | Publish | CommitLayout
+Action = Load | Start | Publish | AnnounceLayout
 
 
 class Observed(msgspec.Struct, frozen=True):
@@ -46,16 +47,18 @@ class Observed(msgspec.Struct, frozen=True):
 
     `starting`: seats whose rank was asked for and has neither come nor failed. `restarts_left`: ranks that may still be
     replaced in this window; `is_backing_off`: not yet the next one; `last_exit`: why the last one ended.
+    `committed_for_s`: for how long the HMM has had a committed layout that the ranks have not flipped to.
     """
 
     hmm: HmmStatus | None
     pool: PoolStatus | None
-    committed_epoch: int
+    announced_epoch: int
     starting: frozenset[int]
     ever_served: bool
     restarts_left: int
     is_backing_off: bool = False
     last_exit: str = ""
+    committed_for_s: float = 0.0
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -102,10 +105,17 @@ def _decide_ranks(layout: Layout, seen: Observed, hmm: HmmStatus, pool: PoolStat
     if not ready:
         return Decision((), _waiting(seen), "ranks attach")
     if not hmm.running or hmm.members != layout.slots:
+        if hmm.running and _is_flipping(hmm) and seen.committed_for_s < FLIP_SECONDS_MAX:
+            # The ranks are about to take the new membership themselves, at a step that they agree on.
+            return Decision((), "serving", "the ranks flip to the new layout")
         return Decision((Publish(True),), _waiting(seen), "all ranks are ready")
-    if seen.committed_epoch != layout.epoch:
-        return Decision((CommitLayout(),), "serving", f"layout {layout.epoch} serves")
+    if seen.announced_epoch != layout.epoch:
+        return Decision((AnnounceLayout(),), "serving", f"layout {layout.epoch} serves")
     return Decision((), "serving", "nothing to do")
+
+
+def _is_flipping(hmm: HmmStatus) -> bool:
+    return hmm.transition is not None and hmm.transition.phase == "committed"
 
 
 def _waiting(seen: Observed) -> Phase:

@@ -1,9 +1,10 @@
-"""The scaler's loop: observe, decide, act. One thread; the admin listener runs beside it and reads snapshots."""
+"""The scaler's loop: observe, decide, act. One thread; the admin listener, the lease and the journal have their own."""
 
 from __future__ import annotations
 
 import signal
 import time
+import uuid
 from collections import deque
 from pathlib import Path
 from types import FrameType
@@ -14,28 +15,39 @@ from common.config import ScalerConfig
 from common.families import load_spec
 from common.fence import Fence
 from common.layout import Layout, initial_layout
-from common.protocol.errors import ConfigError, ElasticMoEError, Fenced, ProtocolError, Unavailable
-from common.protocol.hmm import GetHmmStatus, LoadModel, SetMembership
-from common.protocol.pool import GetPool, StartRank
-from common.protocol.scaler import CODEC, HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
+from common.protocol.errors import ConfigError, ElasticMoEError, Fenced, InvalidRequest, NotFound, Unavailable
+from common.protocol.hmm import LoadModel, SetMembership
+from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
 from common.store import Event, Store
 from common.telemetry import get_logger
-from common.transport import Client, new_identity
-from services.scaler.admin import Board, Snapshot
-from services.scaler.core import Action, CommitLayout, Decision, Load, Observed, Publish, Start, decide
+from common.transport import new_identity
+from services.scaler import orders
+from services.scaler.core import Action, AnnounceLayout, Decision, Load, Observed, Publish, Start, decide
+from services.scaler.desk import Accepted, Cancel, Desk, Feed
+from services.scaler.driver import ENDED_MAX, Driver
+from services.scaler.journal import Journal
+from services.scaler.lease import Lease
+from services.scaler.links import Links
+from services.scaler.meters import Meters
+from services.scaler.operation import Operation
+from services.scaler.plan import Rates, sizes_of
+from services.scaler.snapshot import Board, Snapshot
+from services.scaler.way import plan_way
 
 log = get_logger("scaler")
 
-CALL_MS = 2_000
-STARTING_MS = 200
-TURN_MS = 50
+TURN_S = 0.01  # while something is to be brought about
+IDLE_TURN_S = 0.05
+AFTER_FAILURE_S = 0.2
 BACKOFF_S = 0.1  # doubles with each exit of a seat in the window
 BACKOFF_S_MAX = 5.0
-START_SECONDS_MAX = 60.0  # a rank that has not come by then is asked for again
+
+_operations = msgspec.msgpack.Decoder(Operation)
 
 
 class Scaler:
-    """Owns the layout. Everything in it belongs to the loop's thread; `board` is read by the admin listener."""
+    """Owns the layout. Everything in it belongs to the loop's thread; `board`, `desk`, `feed` and `meters` are shared
+    with the admin listener."""
 
     def __init__(self, config: ScalerConfig, store: Store) -> None:
         """Raises CheckpointError for a model that cannot be read, ConfigError for devices that make no replicas."""
@@ -43,19 +55,23 @@ class Scaler:
         self._store = store
         self._identity = new_identity("scaler")
         self._spec = load_spec(Path(config.model), config.dtype)
-        self._hmm: Client[ToScaler] = Client(config.socket("hmm"), self._identity, CODEC)
-        self._pool: Client[ToScaler] = Client(config.socket(config.pool_name), self._identity, CODEC)
-        self._fence = Fence(config.state_dir, "scaler")
+        self._links = Links(config, self._spec, self._identity, self._on_event)
+        fence = Fence(config.state_dir, "scaler")
+        self._lease = Lease(store, self._identity, config.lease_ms, fence)
+        self.meters = Meters()
+        self.desk = Desk(self._links.wake)
+        self.feed = Feed()
+        self._journal = Journal(store, self._identity, self._lease.lose, self._links.wake)
+        self._driver = Driver(config, self._links, self._journal, self.meters, self._tell)
         self._layout: Layout | None = None
-        self._committed_epoch = 0
-        self._starting: dict[int, float] = {}  # slot -> when its rank was asked for
+        self._hmm: HmmStatus | None = None
         self._exits: dict[int, deque[float]] = {}  # slot -> when its last ranks ended
         self._backoff_until = 0.0
         self._last_exit = ""
+        self._committed_since: float | None = None
         self._ever_served = False
         self._stopping = False
         self._last_reason = ""
-        self._lease_until = 0.0
         settings = {k: v for k, v in msgspec.structs.asdict(config).items() if k != "store_url"}
         self.board = Board(Snapshot("starting", "", None, None, None, None, 0, settings))
 
@@ -68,127 +84,84 @@ class Scaler:
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
         try:
-            fence = self._acquire_lease()
+            fence = self._lease.acquire(lambda: self._stopping)
+            if fence:
+                self._links.act_under(fence)
+                self.feed.fence = fence
+                self._recall()
             while not self._stopping:
-                self._keep_lease()
+                self._lease.check()
                 self._turn(fence)
         finally:
-            self._hmm.close()
-            self._pool.close()
-            self._release_lease()
+            self.feed.close()
+            self._links.close()
+            self._journal.close()
+            self._lease.release()
 
-    # ---- the lease ------------------------------------------------------------------------------------------------
-
-    def _acquire_lease(self) -> int:
-        waiting_for = ""
-        while not self._stopping:
-            try:
-                # Above all epochs that this host has seen, also when the store was wiped or rolled back.
-                got = self._store.acquire_lease(self._identity, self._config.lease_ms, self._fence.epoch)
-            except Unavailable as error:
-                got = error.message
-            if isinstance(got, int):
-                self._fence.check(got, self._identity)
-                self._hmm.epoch = self._pool.epoch = got
-                self._lease_until = time.monotonic() + self._config.lease_ms / 1e3
-                log.info("lease acquired", fence=got)
-                return got
-            if got != waiting_for:
-                log.info("waiting for the lease", because=got)
-                waiting_for = got
-            time.sleep(self._config.lease_ms / 10e3)
-        return 0
-
-    def _keep_lease(self) -> None:
-        """Renew at half time. An outage of the store ends no scaler: fencing keeps two from acting on the resources."""
-        if time.monotonic() < self._lease_until - self._config.lease_ms / 2e3:
-            return
-        self._lease_until = time.monotonic() + self._config.lease_ms / 1e3
+    def _recall(self) -> None:
+        """Take over what the store knows. Without the store, what the others say must do: see transition.tidy."""
         try:
-            if not self._store.renew_lease(self._identity, self._config.lease_ms):
-                raise Fenced("another scaler holds the lease")
+            ended = self._store.ended_operations(_operations)[:ENDED_MAX]
+            self._driver.resume(self._store.get_operation(_operations), ended)
         except Unavailable as error:
-            log.warning("lease could not be renewed", because=error.message)
-
-    def _release_lease(self) -> None:
-        try:
-            self._store.release_lease(self._identity)
-        except Unavailable as error:
-            log.warning("lease could not be released", because=error.message)
+            log.warning("the journal cannot be read", because=error.message)
 
     # ---- one turn -------------------------------------------------------------------------------------------------
 
     def _turn(self, fence: int) -> None:
-        hmm = self._ask_hmm()
-        pool = self._ask_pool()
+        hmm = self._hmm = self._links.ask_hmm()
+        pool = self._links.ask_pool(is_starting=not self._ever_served)
         # What the HMM holds is in force, whatever this scaler's own configuration would make of it.
         layout = hmm.layout if hmm and hmm.layout else self._layout or self._first_layout()
         if hmm is not None and hmm.phase != "loading":
             self._layout = layout
+        self.desk.serve(self._handle)
+        decision = decide(layout, self._observe(hmm, pool))
+        self._show(decision, hmm, pool, fence)
+        for action in decision.actions:
+            self._act(action, layout)
+        if self._ever_served or self._driver.operation is not None:
+            self._driver.turn(hmm, pool)
+        is_busy = self._driver.operation is not None or decision.phase == "degraded" or bool(decision.actions)
+        self._links.wait(TURN_S if is_busy else IDLE_TURN_S)
+
+    def _observe(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> Observed:
         now = time.monotonic()
-        self._forget_starts(pool, now)
-        seen = Observed(
+        is_committed = hmm is not None and hmm.transition is not None and hmm.transition.phase == "committed"
+        if not is_committed:
+            self._committed_since = None
+        elif self._committed_since is None:
+            self._committed_since = now
+        return Observed(
             hmm=hmm,
             pool=pool,
-            committed_epoch=self._committed_epoch,
-            starting=frozenset(self._starting),
+            announced_epoch=self._journal.announced_epoch,
+            starting=frozenset(self._links.starting),
             ever_served=self._ever_served,
             restarts_left=self._config.rank_restarts_max - self._recent_exits(now) + 1,
             is_backing_off=now < self._backoff_until,
             last_exit=self._last_exit,
+            committed_for_s=now - self._committed_since if self._committed_since is not None else 0.0,
         )
-        decision = decide(layout, seen)
-        self._show(decision, hmm, pool, fence)
-        for action in decision.actions:
-            self._act(action, layout)
-        if not decision.actions:
-            self._take_events(TURN_MS)
-
-    def _forget_starts(self, pool: PoolStatus | None, now: float) -> None:
-        """A rank that was asked for is the pool's from its answer on: what the pool does not list has ended."""
-        attaching = {rank.slot for rank in pool.ranks if not rank.ready} if pool else set(self._starting)
-        self._starting = {
-            slot: at for slot, at in self._starting.items() if slot in attaching and now - at < START_SECONDS_MAX
-        }
-
-    def _ask_hmm(self) -> HmmStatus | None:
-        try:
-            answer, _ = self._hmm.call(GetHmmStatus(), deadline_ms=CALL_MS)
-        except (ElasticMoEError, ProtocolError):
-            return None
-        return answer if isinstance(answer, HmmStatus) else None
-
-    def _ask_pool(self) -> PoolStatus | None:
-        try:
-            # At start the pool imports for seconds; loading must not wait for it.
-            answer, events = self._pool.call(GetPool(), deadline_ms=CALL_MS if self._ever_served else STARTING_MS)
-        except (ElasticMoEError, ProtocolError):
-            return None
-        for event in events:
-            self._on_event(event.body)
-        return answer if isinstance(answer, PoolStatus) else None
-
-    def _take_events(self, wait_ms: int) -> None:
-        try:
-            received = self._pool.receive(wait_ms)
-        except ProtocolError as error:
-            log.warning("bad message", because=error.message)
-            return
-        if received is not None:
-            self._on_event(received.body)
 
     def _on_event(self, event: ToScaler) -> None:
         if isinstance(event, RankReady):
             log.info("rank ready", rank=event.rank, attach_ms=event.attach_ms, build_ms=event.build_ms)
         elif isinstance(event, RankExited):
-            self._starting.pop(event.slot, None)
+            self._links.starting.pop(event.slot, None)
+            facts = {"rank": str(event.rank), "exit_code": str(event.exit_code)}
+            is_member = self._layout is None or event.slot in self._layout.slots
+            if self._driver.on_exit(event) or not is_member:
+                log.info("rank ended that joins or leaves", because=event.reason, **facts)
+                self._tell("rank_ended", event.reason, **facts)
+                return
             now = time.monotonic()
             self._exits.setdefault(event.slot, deque(maxlen=100)).append(now)
             # The first replacement starts at once: streams wait for it. Later ones wait longer, up to a limit.
             self._backoff_until = now + min(BACKOFF_S_MAX, BACKOFF_S * (2 ** (self._recent_exits(now) - 1) - 1))
             self._last_exit = event.reason
-            log.warning("rank exited", rank=event.rank, exit_code=event.exit_code, reason=event.reason)
-            self._journal("rank_exited", event.reason, rank=str(event.rank), exit_code=str(event.exit_code))
+            log.warning("rank exited", because=event.reason, **facts)
+            self._tell("rank_exited", event.reason, **facts)
 
     def _recent_exits(self, now: float) -> int:
         """Of the seat whose ranks died most often in the window."""
@@ -196,20 +169,36 @@ class Scaler:
         return max((sum(now - at < window_s for at in exits) for exits in self._exits.values()), default=0)
 
     def _first_layout(self) -> Layout:
-        """Epoch 1, for an HMM that holds nothing. Raises ConfigError for too few devices."""
+        """For an HMM that holds nothing: the one that was committed last, or a fresh one with a higher epoch, so that
+        routers, which take only higher ones, see it. Raises ConfigError for too few devices."""
         wanted, there = self._config.replicas * self._config.tp, self._config.num_devices
         if there < wanted:
             raise ConfigError(
                 f"{self._config.replicas} replicas of tp={self._config.tp} need {wanted} devices; there are {there}"
             )
-        devices = [f"host:{i}" for i in range(wanted)]
-        return initial_layout(self._spec.num_experts_by_layer, devices, tp=self._config.tp)
+        known = None
+        try:
+            known = self._store.get_layout()
+        except Unavailable as error:
+            log.warning("the committed layout cannot be read", because=error.message)
+        experts = self._spec.num_experts_by_layer
+        devices = [f"host:{i}" for i in range(there)]
+        if (
+            known is not None
+            and known.tp == self._config.tp
+            and tuple(len(homes) for homes in known.homes) == experts
+            and {seat.device for seat in known.seats} <= set(devices)
+        ):
+            return known
+        return initial_layout(
+            experts, devices[:wanted], tp=self._config.tp, epoch=known.epoch + 1 if known is not None else 1
+        )
 
     def _show(self, decision: Decision, hmm: HmmStatus | None, pool: PoolStatus | None, fence: int) -> None:
         if decision.reason != self._last_reason:
             self._last_reason = decision.reason
             log.info(decision.reason, phase=decision.phase)
-            self._journal("decision", decision.reason, phase=decision.phase)
+            self._tell("decision", decision.reason, phase=decision.phase)
         self._ever_served |= decision.phase == "serving"
         self.board.snapshot = Snapshot(
             decision.phase,
@@ -220,33 +209,79 @@ class Scaler:
             pool,
             fence,
             self.board.snapshot.config,
+            self._driver.operation,
+            tuple(self._driver.ended),
+            self._driver.loads_of(pool),
         )
 
-    def _journal(self, kind: str, reason: str, **facts: str) -> None:
+    def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
+        """Journal an event, and show it to those who listen."""
         epoch = self._layout.epoch if self._layout else 0
+        event = Event(kind, reason, epoch, self._identity, time.time(), facts)
+        self._journal.event(event)
+        self.feed.publish(event)
+
+    # ---- orders ---------------------------------------------------------------------------------------------------
+
+    def _handle(self, order: orders.Order | Cancel) -> Accepted:
+        """Carry one order of the admin surface out, or raise its refusal. The board shows it before the answer goes."""
+        accepted = self._carry_out(order)
+        self.board.snapshot = msgspec.structs.replace(self.board.snapshot, operation=self._driver.operation)
+        return accepted
+
+    def _carry_out(self, order: orders.Order | Cancel) -> Accepted:
+        driver = self._driver
+        if isinstance(order, Cancel):
+            operation = orders.cancelled(order.op_id, driver.operation, driver.ended)
+            if operation is not driver.operation:
+                driver.replace(operation)
+                self._tell("operation_cancel", "asked for by the operator", op_id=order.op_id)
+            return Accepted(operation)
+        if not order.is_dry_run:
+            known = orders.repeated(order, driver.operation, driver.ended)
+            if known is not None:
+                return Accepted(known)
+        if not self._ever_served:
+            raise Unavailable("the deployment does not serve yet", code="not_ready")
+        op_id = order.op_id or f"op-{uuid.uuid4().hex[:12]}"
+        if order.target is None:
+            operation = orders.accept(order, op_id, None, None, time.time())
+            driver.begin(operation)
+            return Accepted(operation)
+        memory, hmm = orders.memory_of(self._hmm), self._hmm
+        assert hmm is not None
+        assert hmm.layout is not None
+        assert hmm.memory is not None
+        sizes = sizes_of(self._spec, hmm.memory.granularity)
+        devices = [device.device for device in hmm.devices]
+        rates = Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s))
         try:
-            self._store.append_event(Event(kind, reason, epoch, self._identity, time.time(), facts))
-        except Unavailable as error:
-            log.warning("event not journaled", kind=kind, because=error.message)
+            plan = plan_way(hmm.layout, order.target, sizes, memory, devices, rates)
+        except (InvalidRequest, NotFound) as error:
+            raise orders.UnprocessableTarget(error.message, code=error.code) from None
+        operation = orders.accept(order, op_id, plan, orders.planned_of(plan, sizes), time.time())
+        if order.is_dry_run:
+            return Accepted(operation, plan)
+        driver.begin(operation)
+        return Accepted(operation)
 
     # ---- actions --------------------------------------------------------------------------------------------------
 
     def _act(self, action: Action, layout: Layout) -> None:
         try:
             if isinstance(action, Load):
-                self._hmm.call(self._load_message(layout), deadline_ms=CALL_MS)
+                self._links.tell_hmm(self._load_message(layout))
             elif isinstance(action, Start):
-                self._start(action, layout)
+                self._links.start(action.seat, layout.epoch)
             elif isinstance(action, Publish):
-                self._hmm.call(SetMembership(layout.slots, action.running), deadline_ms=CALL_MS)
-            elif isinstance(action, CommitLayout):
-                self._store.put_layout(layout)
-                self._committed_epoch = layout.epoch
+                self._links.tell_hmm(SetMembership(layout.slots, action.running))
+            elif isinstance(action, AnnounceLayout):
+                self._journal.announce(layout)
         except ElasticMoEError as error:
             if error.code == Fenced.code:
                 raise
             log.warning("action failed", action=type(action).__name__, code=error.code, because=error.message)
-            self._take_events(TURN_MS * 4)
+            self._links.wait(AFTER_FAILURE_S)
 
     def _load_message(self, layout: Layout) -> LoadModel:
         config = self._config
@@ -261,22 +296,3 @@ class Scaler:
             max_sequences=config.max_sequences,
             max_model_len=min(config.max_model_len, self._spec.max_positions),
         )
-
-    def _start(self, action: Start, layout: Layout) -> None:
-        seat = action.seat
-        _, events = self._pool.call(
-            StartRank(
-                rank=seat.rank,
-                slot=seat.slot,
-                device=seat.device,
-                incarnation=new_identity(f"rank-{seat.rank}"),
-                epoch=layout.epoch,
-                max_tokens=self._config.max_tokens_per_step,
-                max_sequences=self._config.max_sequences,
-                max_model_len=min(self._config.max_model_len, self._spec.max_positions),
-            ),
-            deadline_ms=CALL_MS,
-        )
-        self._starting[seat.slot] = time.monotonic()
-        for event in events:
-            self._on_event(event.body)

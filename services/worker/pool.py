@@ -14,6 +14,7 @@ import multiprocessing
 import signal
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from types import FrameType
 
 import msgspec
@@ -70,8 +71,8 @@ class Pool:
         self._identity = new_identity(config.pool_name)
         self._server: Server[ToPool] = Server(config.socket(config.pool_name), self._identity, pool_messages.CODEC)
         self._fence = Fence(config.state_dir, config.pool_name)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["services.worker.standby", "services.worker.preload"])
+        self._forks = multiprocessing.get_context("forkserver")
+        self._forks.set_forkserver_preload(["services.worker.standby", "services.worker.preload"])
         self._children: list[Child] = []
         self._subscriber: bytes | None = None  # the scaler that asked last: receives events
         self._failures = 0
@@ -103,15 +104,19 @@ class Pool:
         while sum(child.seat is None for child in self._children) < self._config.standbys:
             if time.monotonic() < self._fork_at:
                 return
-            ours, theirs = self._context.Pipe()
-            settings = msgspec.json.encode(self._config)
-            process = self._context.Process(target=standby_main, args=(theirs, settings), daemon=False)
-            process.start()
-            theirs.close()
-            child = Child(process, ours)
-            self._children.append(child)
-            self._server.watch(process.sentinel)
-            self._server.watch(child.pipe_fd)
+            self._add_child(self._forks)
+
+    def _add_child(self, context: ForkServerContext | SpawnContext) -> Child:
+        ours, theirs = context.Pipe()
+        settings = msgspec.json.encode(self._config)
+        process = context.Process(target=standby_main, args=(theirs, settings), daemon=False)
+        process.start()
+        theirs.close()
+        child = Child(process, ours)
+        self._children.append(child)
+        self._server.watch(process.sentinel)
+        self._server.watch(child.pipe_fd)
+        return child
 
     def _wait(self, timeout_ms: int) -> None:
         timers = [child.kill_at for child in self._children if child.kill_at is not None]
@@ -230,6 +235,8 @@ class Pool:
                 return RankStarted(message.rank, message.incarnation, child.pid)
             if child.seat.slot == message.slot:
                 raise Conflict(f"slot {message.slot} has a living rank {child.seat.incarnation}", code="seat_taken")
+        if not self._config.standbys:  # nothing is kept ready: imports and all, as without this pool
+            self._add_child(multiprocessing.get_context("spawn"))
         for child in self._children:
             if child.seat is None and not child.pipe.closed and child.process.is_alive():
                 try:

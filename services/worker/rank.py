@@ -1,16 +1,11 @@
 """A rank: the engine's shell. It takes messages, meets the other ranks at each step, and sends what came of it.
 
-One thread. While any rank has work, all step together: each step starts at a barrier of the bus where every rank says
-how many tokens it brings. When nobody brought any, all go to sleep on their sockets and their doorbell. Who gets work
-first arrives at the barrier and then rings; whoever wakes looks whether a peer waits there (a stale ring costs a look).
-
-When the bus's generation changes, because a rank died or joined, the step in flight is discarded and planned again once
-the HMM publishes a running generation.
+One thread does everything, and between steps what cannot be done during one: messages, changes of its memory, moving
+sequences to another rank. How ranks step together and change layouts: lockstep.py. What they have mapped: memory.py.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from multiprocessing.connection import Connection
@@ -18,72 +13,97 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from common.config import PoolConfig
+from common.fence import Fence
 from common.protocol import rank as rank_messages
-from common.protocol.codec import encode
+from common.protocol.codec import Message, Received, encode
 from common.protocol.errors import ElasticMoEError, Unavailable
 from common.protocol.pool import StartRank
-from common.protocol.rank import Cancel, GetRankIntegrity, Submit, ToRank, Watch
+from common.protocol.rank import (
+    Cancel,
+    GetRankIntegrity,
+    GetRankLoad,
+    HandOver,
+    Move,
+    Reserve,
+    Submit,
+    ToRank,
+    Unreserve,
+    Unwatch,
+    Watch,
+)
+from common.protocol.replies import Ack, refusal
 from common.protocol.router import Failed, RankStatus, Tokens
-from common.protocol.scaler import Integrity, RankReady
+from common.protocol.scaler import Integrity, RankLoad, RankReady
 from common.telemetry import get_logger
 from common.transport import Server
-from native.bus import BusAborted, BusTimeout
-from services.worker.attach import attach, resume
+from native.bus import BusAborted
 from services.worker.engine.engine import Engine, Outcome
+from services.worker.engine.kv_bytes import read_blocks, write_blocks
 from services.worker.engine.scheduler import Plan
+from services.worker.exchange.alone import Alone
 from services.worker.exchange.shm import ShmExchange
-from services.worker.model.registry import build_model
+from services.worker.hmm_link import HmmLink
+from services.worker.lockstep import STEP_MS_MAX, Lockstep
+from services.worker.memory import Memory
+from services.worker.migration import Migration
+from services.worker.model.batch import Batch, Part
+from services.worker.model.registry import Model, build_model
 
 log = get_logger("rank")
 
 IDLE_MS = 500  # the longest sleep, and so the slowest beat of an idle rank's status
+BUSY_MS = 5  # the longest sleep of a rank that does not step and has something else to do
 STATUS_S = 0.1  # at most this often
-LOOK_S = 0.05  # how often a busy rank looks at the pipe and the HMM's channel
-RESUME_S = 0.5  # between attempts to reach a restarted HMM
-MEET_MS = 500.0  # a rank that waits for others looks that often whether it shall stop
-STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
+LOOK_S = 0.01  # how often a stepping rank looks at its descriptors
 SMOOTHING = 0.05  # of the reported shares of a step
+WARM_UP_TOKENS = 4
 
 
 class Rank:
     """One seat's process. A context manager: leaving it unmaps the memory and closes the sockets."""
 
     def __init__(self, config: PoolConfig, seat: StartRank, pipe: Connection) -> None:
-        """Attach and build. Raises the HMM's refusal, Unavailable, or DeviceError; nothing stays open then."""
-        self._config = config
+        """Attach and build. Raises the HMM's refusal, Unavailable, or DeviceError; the process ends then."""
         self._seat = seat
         self._pipe = pipe
-        self._hmm_path = config.socket("handles")
-        self._memory = attach(self._hmm_path, seat, seat.incarnation)
         started = time.perf_counter()
+        self._server: Server[ToRank] = Server(config.socket(f"rank-{seat.rank}"), seat.incarnation, rank_messages.CODEC)
+        self._hmm = HmmLink(config.socket("handles"), seat, watch=self._server.watch, unwatch=self._server.unwatch)
+        self._fence = Fence(config.state_dir, f"rank-{seat.slot}")
+        reply, fds = self._hmm.attach()
+        self._memory = Memory(reply, fds, seat.device, seat.slot, zero_copy=config.zero_copy)
+        attached = time.perf_counter()
         self._bus = self._memory.bus
-        self._exchange = ShmExchange(self._bus, self._memory.reply.spec.num_experts_by_layer)
+        exchange = ShmExchange(self._bus, self._memory.spec.num_experts_by_layer)
         # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
         ledger, max_tokens = self._memory.ledger, min(seat.max_tokens, self._bus.max_tokens)
+        model = build_model(self._memory.weights, max_tokens)
         self._engine = Engine(
-            build_model(self._memory.weights, max_tokens),
-            self._exchange,
+            model,
+            exchange,
             self._memory.weights.kv,
             ledger,
             max_tokens=max_tokens,
             max_sequences=min(seat.max_sequences, ledger.num_rows),
             max_model_len=min(seat.max_model_len, ledger.max_tokens),
         )
-        self._server: Server[ToRank] = Server(config.socket(f"rank-{seat.rank}"), seat.incarnation, rank_messages.CODEC)
-        self._build_ms = (time.perf_counter() - started) * 1e3
+        self._lockstep = Lockstep(self._memory, exchange, seat.slot, lambda: self._stopping)
+        self._migration = Migration(
+            seat, self._engine, config.socket, watch=self._server.watch, unwatch=self._server.unwatch
+        )
+        warm_up(model, self._memory)
+        self._attach_ms = (attached - started) * 1e3
+        self._build_ms = (time.perf_counter() - attached) * 1e3
+        self._revision = reply.seat.revision
         self._watchers: set[bytes] = set()
-        self._channel_open = True
-        self._generation = 0
-        self._is_member = False
-        self._is_awake = False
         self._progress = 0
+        self._discarded = 0  # tokens of steps that were given up
         self._met_ns = 0  # spent at the last step's first barrier
         self._overhead = 0.0
         self._waiting = 0.0
         self._last_status: RankStatus | None = None
         self._status_at = 0.0
         self._look_at = 0.0
-        self._resume_at = 0.0
         self._stopping = False
 
     def __enter__(self) -> Self:
@@ -91,6 +111,8 @@ class Rank:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bus.leave()
+        self._migration.close()
+        self._hmm.close()
         self._server.close()
         self._memory.close()
 
@@ -99,16 +121,16 @@ class Rank:
         self._stopping = True
 
     def run(self) -> None:
-        """Serve until SIGTERM or the pool's end. Raises BusTimeout when a peer stays away beyond STEP_MS_MAX."""
+        """Serve until SIGTERM, the pool's end, or until it has left. Raises BusTimeout when a peer stays away too long,
+        ElasticMoEError `memory_replaced`."""
         signal.signal(signal.SIGTERM, self.stop)
         self._forget_predecessor()
         self._bus.join(int(self._seat.incarnation.rpartition(":")[2], 16))
-        for fd in (self._pipe.fileno(), self._memory.channel.fileno(), self._memory.doorbells[self._seat.slot]):
+        for fd in (self._pipe.fileno(), self._memory.doorbells[self._seat.slot]):
             self._server.watch(fd)
-        ready = RankReady(
-            self._seat.rank, self._seat.slot, self._seat.incarnation, self._memory.attach_ms, self._build_ms
-        )
+        ready = RankReady(self._seat.rank, self._seat.slot, self._seat.incarnation, self._attach_ms, self._build_ms)
         self._pipe.send_bytes(encode(ready, sender=self._seat.incarnation, epoch=self._seat.epoch))
+        self._hmm.applied(self._revision)
         log.info("attached", device=self._seat.device, attach_ms=ready.attach_ms, build_ms=ready.build_ms)
         while not self._stopping:
             self._turn()
@@ -133,49 +155,29 @@ class Rank:
             self._look(self._server.poll(0), now)
         self._progress += 1
         self._bus.bump_progress()
-        self._sync_membership()
-        plan = self._engine.plan() if self._is_member else None
-        if plan is None or not (self._is_awake or plan.num_tokens or self._peer_waits()):
+        self._change_memory()
+        for router, message in self._migration.turn(now):
+            self._tell(router, message)
+        self._send(self._engine.end_overlong())
+        self._lockstep.sync()
+        plan = self._engine.plan() if self._lockstep.is_member else None
+        if plan is None or not (plan.num_tokens or self._lockstep.shall_meet()):
             self._send_status(now)
-            self._look(self._server.poll(IDLE_MS), time.monotonic())
+            self._leave_if_unneeded()
+            is_busy = self._memory.is_changing or self._migration.has_work
+            self._look(self._server.poll(BUSY_MS if is_busy else IDLE_MS), time.monotonic())
             return
         try:
-            met = time.perf_counter_ns()
-            total = self._meet(plan.num_tokens)
+            met, total = time.perf_counter_ns(), 0
+            total = self._lockstep.meet(plan.num_tokens)
             self._met_ns = time.perf_counter_ns() - met
-            self._is_awake = total > 0
             if total:
                 self._step(plan, total, started)
         except BusAborted as aborted:
-            self._is_member = False  # until the next running generation
+            self._lockstep.abort()
+            self._discarded += plan.num_tokens if total else 0
             log.info("step discarded", generation=aborted.generation)
         self._send_status(now)
-
-    def _peer_waits(self) -> bool:
-        try:
-            return self._bus.idle_wait(self._generation, 0)
-        except BusAborted:
-            return False
-
-    def _meet(self, num_tokens: int) -> int:
-        """Arrive at the step's barrier and wait for the others; the tokens of all ranks together.
-
-        Whoever comes from sleep first arrives, then rings those that are not there yet.
-        """
-        deadline = time.monotonic() + STEP_MS_MAX / 1e3
-        wait_ms = MEET_MS if self._is_awake else 0.0
-        while True:
-            try:
-                return sum(tokens for _, tokens, _ in self._bus.step(self._generation, num_tokens, 0, wait_ms))
-            except BusTimeout:
-                if self._stopping:
-                    return 0
-                if time.monotonic() > deadline:
-                    raise
-                for slot, fd in self._memory.doorbells.items():
-                    if slot != self._seat.slot:
-                        os.eventfd_write(fd, 1)
-                wait_ms = MEET_MS
 
     def _step(self, plan: Plan, total: int, started: int) -> None:
         outcome = self._engine.compute(plan, total, STEP_MS_MAX)
@@ -186,48 +188,35 @@ class Rank:
         self._waiting += SMOOTHING * (waiting - self._waiting)
         self._overhead += SMOOTHING * (1.0 - cost.math_ns / took - waiting - self._overhead)
 
-    def _sync_membership(self) -> None:
-        generation, members, running = self._bus.membership()
-        if generation == self._generation:
-            return
-        self._generation = generation
-        self._is_member = running and bool(members >> self._seat.slot & 1)
-        if self._is_member:
-            self._exchange.set_routing(generation, self._memory.reply.owners)
-            self._is_awake = True  # the first step of a generation is everybody's
-        log.info("membership", generation=generation, members=bin(members), running=running)
+    def _change_memory(self) -> None:
+        """A slice of what the HMM asked for."""
+        if self._memory.is_changing and (revision := self._memory.advance(self._engine.resize_kv)):
+            log.info("memory changed", revision=revision)
+            self._hmm.applied(revision)
+
+    def _leave_if_unneeded(self) -> None:
+        """A rank that leaves ends once the others step without it, its sequences have gone, and no router sends it
+        any more."""
+        if (
+            self._migration.is_leaving
+            and not self._lockstep.is_member
+            and not (self._engine.scheduler.sequences() or self._migration.num_moving or self._watchers)
+        ):
+            log.info("left")
+            self._stopping = True
 
     # ---- descriptors ----------------------------------------------------------------------------------------------
 
     def _look(self, readable: set[int], now: float) -> None:
         self._look_at = now + LOOK_S
-        doorbell = self._memory.doorbells[self._seat.slot]
-        if doorbell in readable:
-            try:
-                os.eventfd_read(doorbell)
-            except BlockingIOError:  # a membership change was rung and answered between poll and read
-                log.debug("doorbell was silent")
+        if self._memory.doorbells[self._seat.slot] in readable:
+            self._lockstep.hear()
         if self._pipe.fileno() in readable:
             log.info("the pool is gone")
             self._stopping = True
-        if self._channel_open and self._memory.channel.fileno() in readable:
-            self._server.unwatch(self._memory.channel.fileno())
-            self._memory.channel.close()
-            self._channel_open = False
-            log.warning("the HMM is gone; serving goes on")
-        if not self._channel_open and now >= self._resume_at:
-            self._resume_at = now + RESUME_S
-            self._resume()
-
-    def _resume(self) -> None:
-        try:
-            self._memory.channel = resume(self._hmm_path, self._seat, self._seat.incarnation)
-        except ElasticMoEError as error:
-            log.debug("no HMM yet", because=error.message)
-            return
-        self._channel_open = True
-        self._server.watch(self._memory.channel.fileno())
-        log.info("introduced to the restarted HMM")
+        handed = self._hmm.look(readable, now)
+        if handed is not None:
+            self._memory.begin(*handed)
 
     # ---- messages -------------------------------------------------------------------------------------------------
 
@@ -238,14 +227,59 @@ class Rank:
             if isinstance(body, Submit):
                 self._submit(body, peer, now)
             elif isinstance(body, Cancel):
+                self._migration.cancel(peer, body.request_id)
                 self._engine.cancel(peer, body.request_id)
             elif isinstance(body, Watch):
                 self._watchers.add(peer)
                 self._last_status = None
+            elif isinstance(body, Unwatch):
+                self._watchers.discard(peer)
             else:
-                assert isinstance(body, GetRankIntegrity)
-                self._server.send(peer, Integrity(tuple(self._engine.check_integrity()), {}), seq=message.seq)
+                self._server.send(peer, self._answer(message, now), seq=message.seq)
         self._send_failures(self._engine.expire(now))
+
+    def _answer(self, message: Received[ToRank], now: float) -> Message:
+        """The answer to a command or a question."""
+        body, sender = message.body, message.sender
+        try:
+            if isinstance(body, GetRankIntegrity):
+                return Integrity(tuple(self._engine.check_integrity()), {})
+            if isinstance(body, GetRankLoad):
+                return self._load()
+            if isinstance(body, Reserve):
+                return self._migration.reserve(sender, body, is_known_router=body.router in self._watchers)
+            if isinstance(body, HandOver):
+                self._check(body.request, body.output)
+                return self._migration.take(sender, body, now)
+            if isinstance(body, Unreserve):
+                self._migration.unreserve(sender, body)
+                return Ack()
+            assert isinstance(body, Move)
+            self._fence.check(message.epoch, sender)
+            self._migration.command(body)
+            self._last_status = None  # routers shall know at once that it leaves
+            return Ack()
+        except ElasticMoEError as error:
+            log.debug("refused", message=type(body).__name__, code=error.code, because=error.message)
+            return refusal(error)
+
+    def _load(self) -> RankLoad:
+        scheduler, migration = self._engine.scheduler, self._migration
+        return RankLoad(
+            rank=self._seat.rank,
+            incarnation=self._seat.incarnation,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            moving=migration.num_moving,
+            handed_over=migration.handed_over,
+            taken_over=migration.taken_over,
+            blocks_free=scheduler.blocks.num_free,
+            blocks_total=scheduler.blocks.num_blocks,
+            is_leaving=migration.is_leaving,
+            move_op_id=migration.op_id,
+            routers=len(self._watchers),
+            epoch=self._lockstep.epoch,
+        )
 
     def _submit(self, request: Submit, peer: bytes, now: float) -> None:
         try:
@@ -254,11 +288,12 @@ class Rank:
         except ElasticMoEError as error:
             self._server.send(peer, Failed(request.request_id, error.code, error.message, error.retryable))
 
-    def _check(self, request: Submit) -> None:
-        """What the router has checked already, checked again where a bad index would hurt every tenant."""
-        vocab = self._memory.reply.spec.vocab
+    def _check(self, request: Submit, output: tuple[int, ...] = ()) -> None:
+        """What the sender has checked already, checked again where a bad index would hurt every tenant."""
+        vocab = self._memory.spec.vocab
         for name, ids in (
             ("prompt", request.prompt),
+            ("output", output),
             ("stop_token_ids", request.stop_token_ids),
             ("logit_bias", tuple(token for token, _ in request.sampling.logit_bias)),
         ):
@@ -267,16 +302,18 @@ class Rank:
                     f"{name} has token id {max(ids)}; the vocabulary has {vocab}", code="token_out_of_range"
                 )
 
+    def _tell(self, router: bytes, message: Message) -> None:
+        if not self._server.send(router, message):
+            self._drop_peer(router)
+
     def _send(self, outcome: Outcome) -> None:
-        for peer, deltas in outcome.deltas.items():
-            if not self._server.send(peer, Tokens(tuple(deltas))):
-                self._drop_peer(peer)
+        for router, deltas in outcome.deltas.items():
+            self._tell(router, Tokens(tuple(deltas)))
         self._send_failures(outcome.failures)
 
     def _send_failures(self, failures: list[tuple[bytes, Failed]]) -> None:
-        for peer, failed in failures:
-            if not self._server.send(peer, failed):
-                self._drop_peer(peer)
+        for router, failed in failures:
+            self._tell(router, failed)
 
     def _drop_peer(self, peer: bytes) -> None:
         log.warning("router is gone; its requests are dropped", peer=peer.decode(errors="replace"))
@@ -299,9 +336,27 @@ class Rank:
             max_model_len=scheduler.capacity_tokens,
             share_overhead=round(self._overhead, 4),
             share_waiting=round(self._waiting, 4),
+            is_leaving=self._migration.is_leaving,
+            recomputed=scheduler.recomputed + self._discarded,
         )
         self._last_status = status
         self._status_at = now
-        for peer in list(self._watchers):
-            if not self._server.send(peer, status):
-                self._drop_peer(peer)
+        for router in list(self._watchers):
+            self._tell(router, status)
+
+
+def warm_up(model: Model, memory: Memory) -> None:
+    """Compute one step alone, so that the first one with the others finds page tables, buffers and code in place.
+
+    Every held expert gets a row. Tokens of its own only where no sequence of a predecessor may have its KV in the block
+    that they use, and what was there comes back.
+    """
+    block_size, spec = memory.kv.geometry.block_size, memory.spec
+    alone = Alone(memory.held, max(spec.num_experts_by_layer), spec.hidden)
+    if memory.ledger.rows() or not memory.kv.num_blocks:
+        model.forward(Batch([], block_size), alone)
+        return
+    before = read_blocks(memory.kv, [0])
+    tokens = [0] * min(WARM_UP_TOKENS, block_size)
+    model.forward(Batch([Part(tokens, 0, [0], 1)], block_size), alone)
+    write_blocks(memory.kv, [0], before)

@@ -44,6 +44,8 @@ def standby_main(pipe: Connection, settings: bytes) -> None:
     assert isinstance(message, StartRank)
     name = f"rank-{message.rank}"
     log = setup_logging(name, level=config.log_level, as_json=config.log_json)
+    if config.pin_cores:
+        _pin(message.device)
     try:
         # A seat fences by itself too: a rank of a superseded scaler must not map the memory of its successor's.
         Fence(config.state_dir, f"rank-{message.slot}").check(received.epoch, received.sender)
@@ -57,6 +59,12 @@ def standby_main(pipe: Connection, settings: bytes) -> None:
         log.exception("rank failed")
         _report(pipe, ElasticMoEError(f"{type(error).__name__} in the rank; see the worker's log"), message.incarnation)
         sys.exit(1)
+
+
+def _pin(device: str) -> None:
+    """Run on the core that belongs to a device of this machine."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(device.rpartition(":")[2]) % len(cores)]})
 
 
 def _report(pipe: Connection, error: ElasticMoEError, sender: str) -> None:

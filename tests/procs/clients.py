@@ -94,6 +94,69 @@ async def closed_loop(
     return done
 
 
+class Load:
+    """Clients that go on until they are told to stop: each sends one request after the other, drawn from a fixed set
+    of prompts, so that a reference need not be computed for each. For `async with`; `streams` are those that ended.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        clients: int,
+        seed: int,
+        prompts: int = 24,
+        shortest: int = 1,
+        longest: int = 160,
+        vocab: int = 256,
+    ) -> None:
+        rng = random.Random(seed)
+        self.streams: list[Stream] = []
+        self._prompts = [[rng.randrange(vocab) for _ in range(rng.choice((1, 3, 17, 40, 90)))] for _ in range(prompts)]
+        self._rng = rng
+        self._lengths = shortest, longest
+        self._stopping = False
+        self._clients = clients
+        self._http = httpx.AsyncClient(
+            base_url=base_url, timeout=120, limits=httpx.Limits(max_connections=clients), trust_env=False
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Load:
+        self._model = (await self._http.get("/v1/models")).json()["data"][0]["id"]
+        self._tasks = [asyncio.create_task(self._client()) for _ in range(self._clients)]
+        return self
+
+    async def _client(self) -> None:
+        while not self._stopping:
+            prompt, max_tokens = self._rng.choice(self._prompts), self._rng.randint(*self._lengths)
+            self.streams.append(await stream_completion(self._http, self._model, prompt, max_tokens))
+
+    async def __aexit__(self, *_: object) -> None:
+        """Let all requests end."""
+        self._stopping = True
+        try:
+            await asyncio.gather(*self._tasks)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await self._http.aclose()
+
+
+def check_load_against_oracle(streams: Sequence[Stream], model: Path) -> int:
+    """As check_against_oracle, with each prompt computed once. Returns the tokens compared."""
+    oracle = Oracle(model)
+    longest: dict[tuple[int, ...], int] = {}
+    for stream in streams:
+        assert stream.error is None, f"a request failed with {stream.error}"
+        key = tuple(stream.prompt)
+        longest[key] = max(longest.get(key, 0), stream.max_tokens)
+    expected = {key: bytes(oracle.generate(key, count)).decode("latin-1") for key, count in longest.items()}
+    for stream in streams:
+        assert (stream.text, stream.finish) == (expected[tuple(stream.prompt)][: stream.max_tokens], "length")
+    return sum(len(stream.text) for stream in streams)
+
+
 def check_against_oracle(streams: Sequence[Stream], model: Path) -> int:
     """Every stream's text is what the oracle says (its beginning, for those who left). Returns the tokens compared."""
     oracle = Oracle(model)

@@ -116,6 +116,33 @@ class Deployment:
         answer.raise_for_status()
         return answer.json()
 
+    def admin_call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """Any request to the admin listener: status and JSON."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        answer = httpx.request(method, self.admin_url + path, headers=headers, json=body, timeout=10, trust_env=False)
+        return answer.status_code, answer.json()
+
+    def scale(self, **body: Any) -> dict[str, Any]:
+        """Start a scale operation and wait for its end; the operation as /v1/operations shows it."""
+        status, accepted = self.admin_call("POST", "/v1/scale", body)
+        assert status == 202, f"{body}: {status} {accepted}"
+        return self.wait_operation(accepted["op_id"])
+
+    def wait_operation(self, op_id: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        """Wait until an operation has ended; as /v1/operations shows it."""
+
+        def ended() -> dict[str, Any] | None:
+            status, shown = self.admin_call("GET", f"/v1/operations/{op_id}")
+            assert status == 200, shown
+            return shown if shown["phase"] in ("done", "aborted") else None
+
+        try:
+            operation = wait_until(ended, f"operation {op_id}", timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.explain()}") from None
+        assert operation is not None
+        return operation
+
     def rank_pids(self) -> dict[str, int]:
         """Process ids of the ranks that are ready, by name (`r0t0`)."""
         ranks = self.admin("/v1/layout")["ranks"]

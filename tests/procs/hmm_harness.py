@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import struct
@@ -16,7 +17,7 @@ from typing import Any
 import msgspec
 
 from common.config import HmmConfig, environment_of
-from common.devices.base import ProcessRules, Range, Token
+from common.devices.base import Handle, ProcessRules, Range, Token
 from common.devices.host import HostDevice
 from common.families import load_spec, parse_spec, records
 from common.fdchannel import Channel, connect
@@ -25,7 +26,7 @@ from common.model_spec import RecordKey
 from common.protocol import scaler
 from common.protocol.codec import Message
 from common.protocol.errors import ElasticMoEError
-from common.protocol.handles import TO_RANK, Attach, AttachReply, Extent
+from common.protocol.handles import TO_RANK, Applied, Attach, AttachReply, Extent, FromHmm, SeatMemory
 from common.protocol.hmm import CheckIntegrity, GetHmmStatus, LoadModel, SetMembership
 from common.protocol.replies import Ack, Refused
 from common.protocol.scaler import HmmStatus, Integrity
@@ -170,40 +171,90 @@ def load_message(directory: Path, **changes: Any) -> LoadModel:
 
 
 class Rank:
-    """One seat's memory as a rank maps it, in the test's own process. `close` is its death."""
+    """One seat's memory as a rank maps it, in the test's own process. It follows what the HMM sends only when it is
+    told to (`follow`). `close` is its death."""
 
     def __init__(self, deployment: Deployment, slot: int, **changes: Any) -> None:
-        """Attach. Raises the HMM's refusal."""
+        """Attach, map everything, and say so. Raises the HMM's refusal."""
         self.request = msgspec.structs.replace(
             Attach(RankId(slot, 0), slot, f"host:{slot}", f"r{slot}:{os.urandom(4).hex()}"), **changes
         )
         self.device = HostDevice(self.request.device, 4096, rules=ProcessRules())
+        self.fds: list[int] = []
+        self.records: dict[RecordKey, Range] = {}
+        self.kv: list[Range] = []
+        self.received: list[SeatMemory] = []
+        self._ranges: dict[tuple[int, int], tuple[Range, Handle]] = {}  # by inode and offset
         self.channel = connect(deployment.config.socket("handles"), new_identity("rank"), TO_RANK)
         try:
-            self.reply, self.fds = receive(self.channel, self.request)
+            self.reply, fds = receive(self.channel, self.request)
         except BaseException:
             self.channel.close()
             raise
         deployment.ranks.append(self)
-        self.records = {item.key: self._map(item.extent, False) for item in self.reply.records}
-        self.kv = [self._map(extent, True) for extent in self.reply.kv]
-        self._bus, self._ledger = self._map(self.reply.bus, True), self._map(self.reply.ledger, True)
+        self._bus, self._ledger = (self._map(extent, fds, True)[0] for extent in (self.reply.bus, self.reply.ledger))
+        self._fixed = set(self._ranges)
         self.bus = Bus(self._bus.base, self._bus.nbytes, slot)
         self.ledger = Ledger(self._ledger.base, self._ledger.nbytes)
+        self.apply(self.reply.seat, fds)
 
-    def _map(self, extent: Extent, writable: bool) -> Range:
-        range_ = self.device.reserve(extent.nbytes)
-        self.device.map(
-            range_, 0, self.device.import_(Token(self.fds[extent.fd], extent.offset, extent.nbytes)), writable
-        )
-        return range_
+    @property
+    def seat(self) -> SeatMemory:
+        """What the HMM sent last."""
+        return self.received[-1]
 
-    def resume(self, deployment: Deployment) -> None:
-        """Introduce the living rank to a restarted HMM."""
+    def _map(self, extent: Extent, fds: list[int], writable: bool) -> tuple[Range, tuple[int, int]]:
+        fd = fds[extent.fd]
+        name = (os.fstat(fd).st_ino, extent.offset)
+        if name not in self._ranges:
+            handle = self.device.import_(Token(fd, extent.offset, extent.nbytes))
+            range_ = self.device.reserve(extent.nbytes)
+            self.device.map(range_, 0, handle, writable)
+            self._ranges[name] = (range_, handle)
+        return self._ranges[name][0], name
+
+    def take(self, seat: SeatMemory, fds: list[int]) -> None:
+        """Map and unmap as `seat` says, without an answer."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = fds
+        self.received.append(seat)
+        records = {item.key: self._map(item.extent, fds, False) for item in seat.records}
+        kv = [self._map(extent, fds, True) for extent in seat.kv]
+        kept = self._fixed | {name for _, name in (*records.values(), *kv)}
+        for name in set(self._ranges) - kept:
+            range_, handle = self._ranges.pop(name)
+            self.device.unmap(range_, 0)
+            self.device.unreserve(range_)
+            self.device.release(handle)
+        self.records = {key: range_ for key, (range_, _) in records.items()}
+        self.kv = [range_ for range_, _ in kv]
+
+    def apply(self, seat: SeatMemory, fds: list[int]) -> None:
+        """`take`, and answer."""
+        self.take(seat, fds)
+        self.channel.send(Applied(seat.revision))
+
+    def next_seat(self) -> tuple[SeatMemory, list[int]]:
+        """The next message of the HMM, to be applied later."""
+        received, fds = self.channel.receive(deadline_ms=CALL_MS)
+        assert isinstance(received.body, SeatMemory)
+        return received.body, fds
+
+    def follow(self) -> None:
+        """Apply all that the HMM has sent by now."""
+        poller = select.poll()
+        poller.register(self.channel.fileno(), select.POLLIN)
+        while poller.poll(0):
+            self.apply(*self.next_seat())
+
+    def resume(self, deployment: Deployment, *, silent: bool = False) -> None:
+        """Introduce the living rank to a restarted HMM, and do as it says. `silent`: without an answer."""
         self.channel.close()
         self.channel = connect(deployment.config.socket("handles"), new_identity("rank"), TO_RANK)
-        _, fds = receive(self.channel, msgspec.structs.replace(self.request, resume=True))
-        assert fds == []
+        reply, fds = receive(self.channel, msgspec.structs.replace(self.request, resume=True))
+        assert reply.memory_id == self.reply.memory_id
+        (self.take if silent else self.apply)(reply.seat, fds)
 
     def checksums(self) -> dict[str, int]:
         """Hash of each record as this process sees it, named as the HMM names them."""
@@ -216,9 +267,15 @@ class Rank:
         """A part of a record."""
         return bytes(self.device.view(self.records[key], offset, nbytes))
 
+    def block(self, number: int) -> memoryview:
+        """One KV block."""
+        geometry = self.reply.kv_geometry
+        handle, index = divmod(number, geometry.blocks_per_handle)
+        return self.device.view(self.kv[handle], index * geometry.block_stride, geometry.block_bytes)
+
     def is_rung(self) -> bool:
         """Whether the own doorbell rang since it was last asked."""
-        fd = self.fds[self.reply.doorbells[self.reply.slots.index(self.request.slot)]]
+        fd = self.fds[self.seat.doorbells[self.seat.slots.index(self.request.slot)]]
         try:
             return os.eventfd_read(fd) > 0
         except BlockingIOError:
@@ -233,12 +290,13 @@ class Rank:
         self.device.close()
 
 
-def receive(channel: Channel[AttachReply | Refused], request: Attach) -> tuple[AttachReply, list[int]]:
+def receive(channel: Channel[FromHmm], request: Attach) -> tuple[AttachReply, list[int]]:
     """Ask to be attached. Raises the refusal."""
     channel.send(request)
     received, fds = channel.receive(deadline_ms=CALL_MS)
     if isinstance(received.body, Refused):
         raise ElasticMoEError(received.body.message, code=received.body.code)
+    assert isinstance(received.body, AttachReply)
     return received.body, fds
 
 

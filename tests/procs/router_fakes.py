@@ -16,8 +16,8 @@ from typing import Any
 from common.layout import Layout, RankId, Seat
 from common.protocol import rank as rank_messages
 from common.protocol.codec import Message
-from common.protocol.rank import Cancel, Submit, ToRank, Watch
-from common.protocol.router import Delta, Failed, Logprob, RankStatus, Tokens
+from common.protocol.rank import Cancel, Submit, ToRank, Unwatch, Watch
+from common.protocol.router import Delta, Failed, Logprob, Moved, RankStatus, Tokens
 from common.transport import Server, new_identity
 
 WAIT_S = 10.0
@@ -51,6 +51,7 @@ class Seen:
 
     submits: queue.Queue[Submit] = field(default_factory=queue.Queue)
     cancels: queue.Queue[str] = field(default_factory=queue.Queue)
+    unwatched: threading.Event = field(default_factory=threading.Event)
 
     def submit(self) -> Submit:
         """The next Submit."""
@@ -70,6 +71,7 @@ class FakeRank:
         self.answer: Reply | Callable[[Submit], Reply] = Reply(b"Hello!")
         self.max_model_len = 512
         self.blocks_free = 100
+        self.is_leaving = False
         self.is_muted = threading.Event()  # set: receives, but says nothing
         self.is_watched = threading.Event()  # a router has introduced itself to this incarnation
         self._path = sockets / f"rank-{self.rank}.sock"
@@ -77,6 +79,8 @@ class FakeRank:
         self._sequences: dict[tuple[bytes, str], _Sequence] = {}
         self._watchers: set[bytes] = set()
         self._extra: queue.Queue[Message] = queue.Queue()
+        self._handed_over: queue.Queue[FakeRank] = queue.Queue()
+        self._taken_over: queue.Queue[_Sequence] = queue.Queue()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.incarnation = ""
@@ -104,6 +108,21 @@ class FakeRank:
         """Send `message` to every router that watches."""
         self._extra.put(message)
 
+    def hand_over(self, other: FakeRank) -> None:
+        """Let `other` go on with all that runs here now, and tell the routers."""
+        self._handed_over.put(other)
+
+    def _move(self, server: Server[ToRank]) -> None:
+        while not self._taken_over.empty():
+            sequence = self._taken_over.get()
+            self._sequences[sequence.peer, sequence.submit.request_id] = sequence
+        while not self._handed_over.empty():
+            other = self._handed_over.get()
+            for (peer, request_id), sequence in self._sequences.items():
+                other._taken_over.put(sequence)
+                server.send(peer, Moved(request_id, other.rank))
+            self._sequences.clear()
+
     def _run(self, bound: threading.Event) -> None:
         with Server(self._path, self.incarnation, rank_messages.CODEC) as server:
             bound.set()
@@ -115,6 +134,7 @@ class FakeRank:
                 server.poll(max(0, int((next_step - now) * 1e3)) if busy else 10)
                 while (received := server.receive()) is not None:
                     self._take(server, received[0], received[1].body)
+                self._move(server)
                 if self.is_muted.is_set():
                     continue
                 while not self._extra.empty():
@@ -140,7 +160,11 @@ class FakeRank:
         elif isinstance(body, Cancel):
             self._sequences.pop((peer, body.request_id), None)
             self.seen.cancels.put(body.request_id)
+        elif isinstance(body, Unwatch):
+            self._watchers.discard(peer)
+            self.seen.unwatched.set()
         elif isinstance(body, Watch):
+            self.seen.unwatched.clear()
             self._watchers.add(peer)
             self.is_watched.set()
             if not self.is_muted.is_set():
@@ -158,6 +182,7 @@ class FakeRank:
             blocks_free=self.blocks_free,
             blocks_total=100,
             max_model_len=self.max_model_len,
+            is_leaving=self.is_leaving,
         )
 
     def _send_all(self, server: Server[ToRank], message: Message) -> None:

@@ -96,8 +96,8 @@ def test_what_a_rank_maps_is_what_the_checkpoint_holds(deployment: Deployment, m
                 assert torch.equal(torch.frombuffer(raw, dtype=torch.float32).reshape(tensor.shape), wanted)
         assert all(bytes(rank.device.view(kv, 0, kv.nbytes)) == bytes(kv.nbytes) for kv in rank.kv)
         assert (rank.ledger.num_rows, rank.ledger.rows()) == (4, [])
-        assert rank.reply.slots == (0, 1)
-        assert [len(owners) for owners in rank.reply.owners] == [5, 5]
+        assert rank.seat.slots == (0, 1)
+        assert [[len(owners) for owners in one.owners] for one in rank.seat.routings] == [[5, 5]]
         assert rank.reply.kv_bytes_reserved >= len(rank.kv) * rank.reply.kv_geometry.handle_bytes
         rank.close()
     assert homes == 10  # 5 experts in each of 2 layers, each on one device
@@ -105,11 +105,11 @@ def test_what_a_rank_maps_is_what_the_checkpoint_holds(deployment: Deployment, m
 
 def test_weights_cannot_be_written_by_a_rank(pair: tuple[Deployment, Rank, Rank]) -> None:
     _, rank, _ = pair
-    extent = rank.reply.records[0].extent
+    extent = rank.seat.records[0].extent
     for fd in (rank.fds[extent.fd],):
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.pwrite(fd, b"x", extent.offset)
-    os.pwrite(rank.fds[rank.reply.kv[0].fd], b"x", rank.reply.kv[0].offset)
+    os.pwrite(rank.fds[rank.seat.kv[0].fd], b"x", rank.seat.kv[0].offset)
 
 
 def test_status_gives_the_figures(pair: tuple[Deployment, Rank, Rank]) -> None:
@@ -225,15 +225,15 @@ def test_a_bad_peer_of_the_handle_socket_costs_nothing(deployment: Deployment, m
 
 def test_a_ranks_death_stops_the_others_at_once(pair: tuple[Deployment, Rank, Rank]) -> None:
     deployment, first, second = pair
-    assert first.bus.membership() == (1, 3, True)
+    assert first.bus.membership() == (1, 3, True, 1)
     second.channel.close()
-    assert first.bus.wait_membership(1, 1_000) == (2, 3, False)
+    assert first.bus.wait_membership(1, 1_000) == (2, 3, False, 1)
     wait_until(first.is_rung, "the doorbell", 1.0)
     assert deployment.status().devices[1].attached is None
     assert deployment.refusal(SetMembership((0, 1), True)) == "not_attached"
     replacement = Rank(deployment, 1)
     deployment.members(0, 1)
-    assert first.bus.membership() == (3, 3, True)
+    assert first.bus.membership() == (3, 3, True, 1)
     assert deployment.integrity().findings == ()
     replacement.close()
 
@@ -244,7 +244,7 @@ def test_the_death_of_a_rank_that_takes_no_part_stops_nobody(deployment: Deploym
     deployment.members(0)
     second.close()
     wait_until(lambda: deployment.status().devices[1].attached is None, "the rank is detached")
-    assert first.bus.membership() == (1, 1, True)
+    assert first.bus.membership() == (1, 1, True, 1)
     first.close()
 
 
@@ -252,7 +252,7 @@ def test_membership_of_foreign_slots_is_refused(pair: tuple[Deployment, Rank, Ra
     deployment, first, _ = pair
     assert deployment.refusal(SetMembership((0, 5), True)) == "not_found"
     deployment.members(0, 1, running=False)
-    assert first.bus.membership() == (2, 3, False)
+    assert first.bus.membership() == (2, 3, False, 1)
 
 
 def test_membership_without_a_model_is_refused(deployment: Deployment) -> None:
@@ -300,9 +300,9 @@ def test_a_rank_that_died_while_the_hmm_was_away_is_noticed_when_its_seat_is_tak
     second.channel.close()
     deployment.start_hmm()
     first.resume(deployment)
-    assert first.bus.membership() == (1, 3, True)
+    assert first.bus.membership() == (1, 3, True, 1)
     replacement = Rank(deployment, 1)
-    assert first.bus.wait_membership(1, 1_000) == (2, 3, False)
+    assert first.bus.wait_membership(1, 1_000) == (2, 3, False, 1)
     replacement.close()
 
 
@@ -389,7 +389,7 @@ def test_without_the_keeper_the_hmm_goes_on(pair: tuple[Deployment, Rank, Rank])
     assert deployment.stop(deployment.keeper) == 0
     assert deployment.integrity().findings == ()
     second.channel.close()
-    assert first.bus.wait_membership(1, 1_000) == (2, 3, False)
+    assert first.bus.wait_membership(1, 1_000) == (2, 3, False, 1)
 
 
 # ---- Fencing
@@ -456,7 +456,7 @@ def test_stop_is_clean(pair: tuple[Deployment, Rank, Rank]) -> None:
     assert deployment.stop(deployment.hmm) == 0
     sockets = deployment.run_dir / "sockets"
     assert sorted(path.name for path in sockets.iterdir()) == ["keeper.sock", "keeper.sock.lock"]
-    assert first.bus.membership() == (1, 3, True)
+    assert first.bus.membership() == (1, 3, True, 1)
     deployment.start_hmm()
     assert deployment.status().phase == "ready"
     assert deployment.stop(deployment.hmm) == 0

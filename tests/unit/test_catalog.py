@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.families import records
-from common.layout import initial_layout
+from common.layout import Layout, RankId, Seat, initial_layout
 from common.model_spec import RecordKey, kv_geometry, round_up
 from common.protocol.errors import DoesNotFit, InvalidRequest, PayloadTooLarge
-from common.protocol.hmm import LoadModel
+from common.protocol.hmm import LoadModel, StageLayout
 from services.hmm import snapshot as snapshot_module
 from services.hmm.catalog import (
     Catalog,
@@ -22,10 +22,14 @@ from services.hmm.catalog import (
     Loaded,
     Placed,
     Span,
+    Transition,
     check_integrity,
     decode,
     encode,
+    keys_of,
     keys_on,
+    layouts,
+    slots_of,
 )
 from services.hmm.sizing import check_layout, size_bus, size_devices, size_ledger
 from services.hmm.snapshot import SLOT_BYTES, Snapshot
@@ -51,7 +55,9 @@ def entry_of(device: str, slot: int) -> DeviceEntry:
 
 def catalog() -> Catalog:
     entries = (*(entry_of(seat.device, seat.slot) for seat in LAYOUT.seats), DeviceEntry("host:2", 1 << 25))
-    return Catalog(granularity=PAGE, devices=entries, loaded=Loaded(LOAD, SPEC, GEOMETRY, 1 << 20))
+    return Catalog(
+        granularity=PAGE, devices=entries, loaded=Loaded(LOAD, SPEC, GEOMETRY, 1 << 20, LAYOUT, "memory-1", 1 << 24, 3)
+    )
 
 
 def with_entry(index: int, **changes: Any) -> Catalog:
@@ -79,8 +85,8 @@ def test_other_bytes_are_no_catalog(raw: bytes) -> None:
 
 
 def test_another_version_is_no_catalog() -> None:
-    with pytest.raises(ValueError, match="version 2 is not 1"):
-        decode(encode(msgspec.structs.replace(catalog(), version=2)))
+    with pytest.raises(ValueError, match="version 1 is not 2"):
+        decode(encode(msgspec.structs.replace(catalog(), version=1)))
 
 
 def test_every_expert_has_one_home_and_every_device_the_rest() -> None:
@@ -127,11 +133,72 @@ def test_findings_name_what_is_wrong() -> None:
 
 def test_a_layout_of_another_model_is_found() -> None:
     other = msgspec.structs.replace(LOAD, layout=initial_layout((3, 3), DEVICES[:2]))
-    broken = msgspec.structs.replace(catalog(), loaded=Loaded(other, SPEC, GEOMETRY, 1 << 20))
+    broken = msgspec.structs.replace(
+        catalog(), loaded=Loaded(LOAD, SPEC, GEOMETRY, 1 << 20, other.layout, "memory-1", 1 << 24, 3)
+    )
     assert "layout: its experts are not the model's" in check_integrity(broken)
     with pytest.raises(InvalidRequest, match="the layout has experts"):
-        check_layout(other, SPEC)
-    check_layout(LOAD, SPEC)
+        check_layout(other.layout, SPEC)
+    check_layout(LAYOUT, SPEC)
+
+
+# ---- Transitions
+
+BOTH = msgspec.structs.replace(
+    LAYOUT,
+    epoch=2,
+    seats=(*LAYOUT.seats, Seat(RankId(2, 0), 2, "host:2")),
+    homes=tuple(tuple((2,) if expert == 0 else slots for expert, slots in enumerate(layer)) for layer in LAYOUT.homes),
+)
+
+
+def in_transition(phase: Any, *entries: DeviceEntry, forward: bool = False) -> Catalog:
+    request = StageLayout("op-1", BOTH, (), {}, {})
+    whole = catalog()
+    loaded = msgspec.structs.replace(whole.loaded, layout=BOTH if forward else LAYOUT)
+    transition = Transition(request, LAYOUT, {"host:0": 2, "host:1": 2}, phase)
+    return msgspec.structs.replace(whole, devices=entries or whole.devices, loaded=loaded, transition=transition)
+
+
+def entry_by(device: str, *layouts_: Layout) -> DeviceEntry:
+    placed, at = [], 0
+    for key in sorted(keys_of(layouts_, device)):
+        placed.append(Placed(key, Span(at, SIZES[key])))
+        at += SIZES[key]
+    kv = (Span(0, GEOMETRY.handle_bytes),)
+    return (
+        DeviceEntry(device, 1 << 25, tuple(placed), kv, Span(0, 16 * PAGE)) if placed else DeviceEntry(device, 1 << 25)
+    )
+
+
+@pytest.mark.parametrize(
+    ("phase", "needed", "allowed", "forward"),
+    [
+        ("vacating", (LAYOUT,), (LAYOUT,), False),
+        ("copying", (LAYOUT,), (LAYOUT,), False),
+        ("failed", (LAYOUT,), (LAYOUT,), False),
+        ("staged", (LAYOUT, BOTH), (LAYOUT, BOTH), False),
+        ("committed", (LAYOUT, BOTH), (LAYOUT, BOTH), True),
+        ("releasing", (BOTH,), (LAYOUT, BOTH), True),
+        ("released", (BOTH,), (BOTH,), True),
+        ("aborting", (LAYOUT,), (LAYOUT, BOTH), False),
+        ("aborted", (LAYOUT,), (LAYOUT,), False),
+    ],
+)
+def test_each_phase_says_what_devices_hold(phase: Any, needed: Any, allowed: Any, forward: bool) -> None:
+    least = in_transition(phase, *(entry_by(device, *needed) for device in DEVICES), forward=forward)
+    most = in_transition(phase, *(entry_by(device, *allowed) for device in DEVICES), forward=forward)
+    assert check_integrity(least) == check_integrity(most) == []
+    assert decode(encode(least)) == least
+    assert least.loaded is not None
+    assert layouts(least.loaded, least.transition) == (needed, allowed)
+    if set(allowed) == {LAYOUT}:
+        joined = in_transition(phase, *(entry_by(device, LAYOUT, BOTH) for device in DEVICES), forward=forward)
+        assert "host:2: holds memory without a seat" in check_integrity(joined)
+    else:
+        bare = in_transition(phase, *(DeviceEntry(device, 1 << 25) for device in DEVICES), forward=forward)
+        assert "host:0: lacks base" in check_integrity(bare)
+    assert slots_of((LAYOUT, BOTH)) == (0, 1, 2)
 
 
 # ---- Snapshot

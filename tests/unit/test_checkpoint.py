@@ -32,7 +32,7 @@ from common.protocol.limits import SAFETENSORS_HEADER_BYTES_MAX
 from native import host
 from native.bus import Bus
 from native.ledger import Ledger
-from services.hmm import loader as loader_module
+from services.hmm import reader as reader_module
 from services.hmm.catalog import Loaded
 from services.hmm.checkpoint import INDEX, SINGLE, Checkpoint
 from services.hmm.convert import convert
@@ -137,8 +137,8 @@ def write(path: Path, header: dict[str, Any] | bytes, body: bytes) -> None:
 def test_every_tensor_arrives_on_every_device_that_needs_it(
     world: World, tmp_path: Path, config: dict[str, Any], served: str, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module, "_STAGING_BYTES", 4096)  # so that pieces are cut
-    monkeypatch.setattr(loader_module, "_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(reader_module, "_STAGING_BYTES", 4096)  # so that pieces are cut
+    monkeypatch.setattr(reader_module, "_CHUNK_BYTES", 4096)
     directory = random_checkpoint(tmp_path / "m", config, seed=2, dtype="float32", shards=2)
     for path in shards(directory):
         save_file({name: t.to(getattr(torch, kept)) for name, t in load_file(path).items()}, path)
@@ -188,7 +188,7 @@ def test_ledgers_and_bus_are_formatted_and_kv_is_there(world: World, mixtral: Pa
     bus = world.segment.bus
     assert isinstance(bus, Bus)
     assert (bus.max_ranks, bus.max_tokens, bus.hidden, bus.top_k) == (8, 32, 32, 2)
-    assert bus.membership() == (0, 0, False)
+    assert bus.membership() == (0, 0, False, 0)
     assert loaded.bus_bytes == world.segment.nbytes
 
 

@@ -93,3 +93,13 @@ def test_kv_handles_are_filled_by_whole_blocks(granularity: int, layers: int, kv
 def test_bad_configs_are_refused_with_limit_and_value(changes: dict[str, object], text: str) -> None:
     with pytest.raises(CheckpointError, match=text):
         parse_spec(TINY_MIXTRAL | changes, "float32")
+
+
+def test_a_simulation_may_have_more_slots_than_a_bus() -> None:
+    devices = [f"host:{i}" for i in range(384)]
+    with pytest.raises(ConfigError, match="384 devices exceed the limit of 64 ranks"):
+        initial_layout([256], devices)
+    layout = initial_layout([256], devices, slots_max=384)
+    layout.check(slots_max=384)
+    with pytest.raises(ValueError, match="below 64"):
+        layout.check()

@@ -72,15 +72,89 @@ def test_geometry_is_read_back(segment):
 
 def test_membership_only_grows(segment):
     hmm = segment.open()
-    assert hmm.membership() == (0, 0, False)
-    hmm.set_membership(5, 0b11, True)
-    assert segment.open(1).membership() == (5, 0b11, True)
+    assert hmm.membership() == (0, 0, False, 0)
+    hmm.set_membership(5, 0b11, True, 2**64 - 1)
+    assert segment.open(1).membership() == (5, 0b11, True, 2**64 - 1)
     for generation, members in [(5, 1), (4, 1), (6, 1 << 4), (2**32, 1)]:
         with pytest.raises(ValueError):
             hmm.set_membership(generation, members, True)
-    assert hmm.wait_membership(4, 0) == (5, 0b11, True)
+    assert hmm.wait_membership(4, 0) == (5, 0b11, True, 2**64 - 1)
     with pytest.raises(BusTimeout):
         hmm.wait_membership(5, 1)
+    hmm.set_membership(6, 0b1, False)
+    assert hmm.membership() == (6, 0b1, False, 0)
+
+
+def test_a_staged_membership_is_flipped_to(segment):
+    hmm, rank = segment.open(), segment.open(1)
+    assert rank.staged() == (0, 0, 0)
+    with pytest.raises(ValueError, match="not running"):
+        hmm.stage_membership(1, 0b1, 1)
+    hmm.set_membership(1, 0b1, True, 7)
+    for generation, members in [(1, 1), (2, 1 << 4), (2**32, 1), (-1, 1)]:
+        with pytest.raises(ValueError):
+            hmm.stage_membership(generation, members, 8)
+    hmm.stage_membership(2, 0b11, 8)
+    hmm.stage_membership(2, 0b11, 8)
+    with pytest.raises(ValueError, match="staged already"):
+        hmm.stage_membership(3, 0b11, 8)
+    assert rank.staged() == (2, 0b11, 8)
+    assert rank.membership() == (1, 0b1, True, 7)
+    assert rank.flip(3) is False
+    assert rank.flip(2) is True
+    assert hmm.flip(2) is True
+    assert rank.membership() == (2, 0b11, True, 8)
+    assert rank.staged() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_publishing_makes_the_staged_membership_void(segment, is_running):
+    hmm, rank = segment.open(), segment.open(1)
+    hmm.set_membership(1, 0b1, True, 7)
+    hmm.stage_membership(3, 0b11, 8)
+    hmm.set_membership(2, 0b1, is_running, 7)
+    assert rank.staged() == (0, 0, 0)
+    assert rank.flip(3) is False
+    hmm.set_membership(3, 0b1, True, 7)
+    assert rank.staged() == (0, 0, 0)
+    assert rank.membership() == (3, 0b1, True, 7)
+    hmm.stage_membership(4, 0b11, 8)
+    assert rank.flip(4) is True
+    with pytest.raises(ValueError, match="greater"):
+        hmm.set_membership(4, 0b1, False)  # the flip was faster
+    assert hmm.membership() == (4, 0b11, True, 8)
+
+
+def test_members_flip_in_step(segment):
+    """One rank goes, one comes; each computes every step of both generations but the one that flips."""
+    hmm = segment.open()
+    hmm.set_membership(1, 0b011, True, 1)
+
+    def run(slot, steps):
+        rank = segment.join(slot)
+        steps_by_epoch = dict.fromkeys((1, 2), 0)
+        generation, members, _, epoch = rank.membership()
+        while not members >> slot & 1:
+            generation, members, _, epoch = rank.wait_membership(generation, LONG_MS)
+        while members >> slot & 1 and steps_by_epoch[2] < steps:
+            staged = rank.staged()[0]
+            try:
+                entries = rank.step(generation, 1, staged, LONG_MS)
+            except BusAborted:
+                generation, members, _, epoch = rank.membership()
+                continue
+            if staged and all(flags == staged for _, _, flags in entries):
+                assert rank.flip(staged)
+                generation, members, _, epoch = rank.membership()
+                continue
+            steps_by_epoch[epoch] += 1
+            if slot == 0 and steps_by_epoch[1] == steps and epoch == 1:
+                hmm.stage_membership(2, 0b101, 2)
+        return steps_by_epoch
+
+    first, leaving, joining = in_threads(*(lambda slot=slot: run(slot, 30) for slot in (0, 1, 2)))
+    assert first[1] == leaving[1] >= 30
+    assert (first[2], leaving[2], joining) == (30, 0, {1: 0, 2: 30})
 
 
 def test_slots_are_taken_counted_and_left(segment):

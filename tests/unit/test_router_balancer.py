@@ -16,8 +16,9 @@ def candidate(
     free: int = 100,
     silent_s: float = 0.0,
     stalled_s: float = 0.0,
+    is_leaving: bool = False,
 ) -> Candidate:
-    return Candidate(RankId(replica, 0), requests, queued, free, 100, silent_s, stalled_s)
+    return Candidate(RankId(replica, 0), requests, queued, free, 100, silent_s, stalled_s, is_leaving)
 
 
 def chosen(*candidates: Candidate, turn: int = 0) -> int | None:
@@ -50,6 +51,16 @@ def test_stale_replicas_get_nothing_while_others_are_fresh() -> None:
     assert chosen() is None
 
 
+def test_leaving_replicas_get_nothing_while_another_can_take_it() -> None:
+    leaving = candidate(0, is_leaving=True)
+    assert chosen(leaving, candidate(1, 100, free=0)) == 1
+    assert chosen(leaving, candidate(1, stalled_s=STALE_S + 0.1)) == 0  # it computes until another can
+    assert chosen(leaving, candidate(1, 5, is_leaving=True)) == 0
+    stale = candidate(0, silent_s=STALE_S + 0.1, is_leaving=True)
+    assert chosen(stale, candidate(1, 100, silent_s=STALE_S + 0.1)) == 1
+    assert chosen(stale) == 0
+
+
 @given(
     st.lists(
         st.builds(
@@ -60,6 +71,7 @@ def test_stale_replicas_get_nothing_while_others_are_fresh() -> None:
             st.integers(-5, 200),
             st.floats(0, 100),
             st.floats(0, 100),
+            st.booleans(),
         ),
         max_size=8,
     ),
@@ -69,3 +81,5 @@ def test_any_input_has_an_answer(candidates: list[Candidate], turn: int) -> None
     rank, _ = decide(candidates, turn)
     alive = {c.rank for c in candidates if c.silent_s <= LOST_S}
     assert (rank in alive) if alive else rank is None
+    if any(c.is_fresh and not c.is_leaving for c in candidates):
+        assert any(c.rank == rank and c.is_fresh and not c.is_leaving for c in candidates)

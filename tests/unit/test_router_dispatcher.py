@@ -15,7 +15,8 @@ from common.protocol.codec import Message, Received
 from common.protocol.errors import Unavailable
 from common.protocol.rank import Sampling, Submit
 from common.protocol.replies import Refused
-from common.protocol.router import Delta, Failed, RankStatus, Tokens, ToRouter
+from common.protocol.router import Delta, Failed, Moved, RankStatus, Tokens, ToRouter
+from common.transport import AsyncClient
 from services.router.balancer import LOST_S
 from services.router.detokenizer import TextStream, TokenTable
 from services.router.dispatcher import ADOPT_S, EMPTY_S, GAP_S, LEAVE_S, SUBMITS_MAX, Dispatcher
@@ -46,14 +47,30 @@ class Bench:
         link = self.dispatcher.links[RankId(replica, 0)]
         self.dispatcher._on_message(link, Received(0, sender, seq, body), self.now)
 
-    def status(self, replica: int, *, running: int = 0, sender: str = "", length: int = 100) -> None:
-        rank = RankId(replica, 0)
-        self.hear(replica, RankStatus(rank, sender, int(self.now * 10), running, 0, 0, 50, 100, length), sender=sender)
+    def status(
+        self, replica: int, *, running: int = 0, sender: str = "", length: int = 100, is_leaving: bool = False
+    ) -> None:
+        body = RankStatus(
+            rank=RankId(replica, 0),
+            incarnation=sender,
+            progress=int(self.now * 10),
+            running=running,
+            waiting=0,
+            tokens_queued=0,
+            blocks_free=50,
+            blocks_total=100,
+            max_model_len=length,
+            is_leaving=is_leaving,
+        )
+        self.hear(replica, body, sender=sender)
+
+    def moved(self, replica: int, stream: Stream, to: int, *, tp: int = 0) -> None:
+        self.hear(replica, Moved(stream.submit.request_id, RankId(to, tp)))
 
     def tokens(
-        self, replica: int, stream: Stream, index: int, text: bytes, finish: str | None = None, **of: str
+        self, replica: int, stream: Stream, index: int, text: bytes, finish: str | None = None, *, sender: str = ""
     ) -> None:
-        self.hear(replica, Tokens((Delta(stream.submit.request_id, index, tuple(text), finish),)), **of)
+        self.hear(replica, Tokens((Delta(stream.submit.request_id, index, tuple(text), finish),)), sender=sender)
 
     def open(self, name: str = "r", deadline_s: float = 600.0) -> Stream:
         submit = Submit(name, (1, 2), 100, Sampling(seed=1), deadline_s=deadline_s)
@@ -67,19 +84,25 @@ class Bench:
 
     def sent(self, replica: int) -> list[Message]:
         """What has been said to a rank."""
-        return self.dispatcher.links[RankId(replica, 0)].said  # type: ignore[attr-defined, no-any-return]
+        return self.dispatcher.links[RankId(replica, 0)]._client.said  # type: ignore[attr-defined, no-any-return]
+
+    def said(self, replica: int) -> list[str]:
+        """What has been said to a rank: the kinds of messages."""
+        return [type(body).__name__ for body in self.sent(replica)]
+
+    def replicas(self) -> list[int]:
+        """Those that it has links to."""
+        return sorted(rank.replica for rank in self.dispatcher.links)
 
 
 @pytest_asyncio.fixture
 async def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
-    from services.router.links import RankLink
-
-    def send(self: RankLink, body: Message) -> int:
+    def send(self: AsyncClient[ToRouter], body: Message) -> int:
         said = self.__dict__.setdefault("said", [])
         said.append(body)
         return len(said)
 
-    monkeypatch.setattr(RankLink, "send", send)
+    monkeypatch.setattr(AsyncClient, "send", send)
     bench = Bench(tmp_path)
     yield bench
     bench.dispatcher.close()

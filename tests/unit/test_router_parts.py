@@ -49,7 +49,10 @@ def test_byte_budget() -> None:
 def record(path: Path) -> History:
     history = History(path, "router:1")
     history.accepted("a", prompt_tokens=1, max_tokens=2, rank="r0t0")
+    history.resubmitted("a", "r0t0")
+    history.resubmitted("a", "r2t0")
     history.chunk("a", 0, (5, 6))
+    history.moved("a", "r1t0")
     return history
 
 
@@ -57,7 +60,8 @@ def test_a_good_history(tmp_path: Path) -> None:
     path = tmp_path / "h"
     history = record(path)
     history.flush()
-    assert check_history(path, is_running=True).num_tokens == 2
+    report = check_history(path, is_running=True)
+    assert (report.num_tokens, report.num_moves) == (2, 1)
     history.terminal("a", "finish", "stop", tokens=2)
     history.accepted("b", prompt_tokens=1, max_tokens=2, rank="r0t0")
     history.terminal("b", "error", "rank_lost", retryable=True)
@@ -82,6 +86,12 @@ def test_a_good_history(tmp_path: Path) -> None:
         (lambda h: h.terminal("a", "finish", "because", tokens=2), "ended as finish because"),
         (lambda h: h.accepted("a", prompt_tokens=1, max_tokens=2, rank="r0t0"), "accepted twice"),
         (lambda h: h.close(), "stopped while a ran"),
+        (lambda h: h.moved("a", "r1t0"), "moved to r1t0, where it was"),
+        (lambda h: h.moved("a", "r1t1"), "leads no replica"),
+        (lambda h: h.moved("b", "r0t0"), "never accepted"),
+        (lambda h: h.resubmitted("a", "r0t0"), "submitted anew after 2 tokens"),
+        (lambda h: (h.terminal("a", "finish", "stop", tokens=2), h.moved("a", "r0t0")), "after its end"),
+        (lambda h: h._write({"event": "other", "id": "a"}), "is no event"),
     ],
 )
 def test_bad_histories(tmp_path: Path, spoil: object, finding: str) -> None:

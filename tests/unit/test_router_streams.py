@@ -41,6 +41,16 @@ def test_in_order() -> None:
     assert stream.accept(delta(3, b"d"), 1.0) == ()
 
 
+def test_how_far_tokens_reach() -> None:
+    stream = make()
+    assert stream.reach == 0
+    stream.accept(delta(0, b"ab"), 1.0)
+    stream.accept(delta(3, b"de"), 1.0)
+    assert (stream.num_tokens, stream.reach) == (2, 5)
+    stream.accept(delta(2, b"c"), 1.0)
+    assert (stream.num_tokens, stream.reach) == (5, 5)
+
+
 def test_what_is_known_is_dropped() -> None:
     stream = make()
     stream.accept(delta(0, b"abc"), 1.0)

@@ -6,8 +6,8 @@ import msgspec
 
 from common.layout import initial_layout
 from common.protocol.replies import Refused
-from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
-from services.scaler.core import CommitLayout, Decision, Load, Observed, Publish, Start, decide
+from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, TransitionStatus
+from services.scaler.core import AnnounceLayout, Decision, Load, Observed, Publish, Start, decide
 
 LAYOUT = initial_layout([4, 4], ["host:0", "host:1"])
 
@@ -29,7 +29,7 @@ def seen(**changes: object) -> Observed:
     base = Observed(
         hmm=READY,
         pool=PoolStatus(2, ()),
-        committed_epoch=0,
+        announced_epoch=0,
         starting=frozenset(),
         ever_served=False,
         restarts_left=5,
@@ -70,6 +70,18 @@ def test_a_rank_that_dies_again_is_replaced_later() -> None:
     assert decide(LAYOUT, seen(is_backing_off=True)).actions == ()
 
 
+def test_ranks_that_are_about_to_flip_are_left_alone_unless_they_are_parked_or_it_takes_too_long() -> None:
+    status = TransitionStatus("op/0.0", 1, "committed", (0, 1), 0, 0, {})
+    running = msgspec.structs.replace(READY, generation=1, members=(0,), running=True, transition=status)
+    both = PoolStatus(0, (rank(0, True), rank(1, True)))
+    assert decide(LAYOUT, seen(hmm=running, pool=both)).actions == ()
+    assert decide(LAYOUT, seen(hmm=running, pool=both, committed_for_s=6.0)).actions == (Publish(True),)
+    parked = msgspec.structs.replace(running, running=False)
+    assert decide(LAYOUT, seen(hmm=parked, pool=both)).actions == (Publish(True),)
+    flipped = msgspec.structs.replace(running, transition=msgspec.structs.replace(status, phase="flipped"))
+    assert decide(LAYOUT, seen(hmm=flipped, pool=both)).actions == (Publish(True),)
+
+
 def test_bring_up_to_serving_and_recovery_of_a_rank() -> None:
     phases = []
 
@@ -84,10 +96,10 @@ def test_bring_up_to_serving_and_recovery_of_a_rank() -> None:
     assert len(step()) == 2
     assert step(pool=PoolStatus(2, (rank(0, True), rank(1, False)))) == ()
     assert step(pool=both) == (Publish(True),)
-    assert step(pool=both, hmm=running) == (CommitLayout(),)
-    assert step(pool=both, hmm=running, committed_epoch=1) == ()
+    assert step(pool=both, hmm=running) == (AnnounceLayout(),)
+    assert step(pool=both, hmm=running, announced_epoch=1) == ()
     parked = msgspec.structs.replace(running, generation=2, running=False)
-    dead = {"hmm": parked, "committed_epoch": 1, "ever_served": True}
+    dead = {"hmm": parked, "announced_epoch": 1, "ever_served": True}
     assert step(pool=PoolStatus(2, (rank(0, True),)), **dead) == (Start(LAYOUT.seats[1]),)
     assert step(pool=both, **dead) == (Publish(True),)
     assert phases == ["loading", *["attaching"] * 3, "serving", "serving", "degraded", "degraded"]

@@ -66,12 +66,19 @@ class PyBus {
     return segment_.slot(static_cast<uint32_t>(index));
   }
 
-  std::tuple<uint32_t, uint64_t, bool> membership() const {
+  using MembershipTuple = std::tuple<uint32_t, uint64_t, bool, uint64_t>;
+
+  MembershipTuple membership() const {
     const MembershipView view = meeting_.membership();
-    return {view.generation, view.members, view.is_running};
+    return {view.generation, view.members, view.is_running, view.epoch};
   }
 
-  std::tuple<uint32_t, uint64_t, bool> wait_membership(int64_t generation, double deadline_ms) {
+  std::tuple<uint32_t, uint64_t, uint64_t> staged() const {
+    const MembershipView view = meeting_.staged();
+    return {view.generation, view.members, view.epoch};
+  }
+
+  MembershipTuple wait_membership(int64_t generation, double deadline_ms) {
     const auto known = natural<uint32_t>("generation", generation);
     const int64_t deadline = deadline_from_ms(deadline_ms);
     if (!block_or_time_out(known, [&] { return meeting_.wait_membership(known, deadline); })) {
@@ -246,10 +253,23 @@ void bind_bus(nb::module_& module) {
           })
       .def(
           "set_membership",
-          [](PyBus& bus, int64_t generation, uint64_t members, bool running) {
-            bus.meeting().set_membership(natural("generation", generation), members, running);
+          [](PyBus& bus, int64_t generation, uint64_t members, bool running, uint64_t epoch) {
+            bus.meeting().set_membership(natural("generation", generation), members, running, epoch);
           },
-          "generation"_a, "members"_a, "running"_a)
+          "generation"_a, "members"_a, "running"_a, "epoch"_a = 0)
+      .def(
+          "stage_membership",
+          [](PyBus& bus, int64_t generation, uint64_t members, uint64_t epoch) {
+            bus.meeting().stage_membership(natural("generation", generation), members, epoch);
+          },
+          "generation"_a, "members"_a, "epoch"_a)
+      .def("staged", &PyBus::staged)
+      .def(
+          "flip",
+          [](PyBus& bus, int64_t generation) {
+            return bus.meeting().flip(natural<uint32_t>("generation", generation));
+          },
+          "generation"_a)
       .def("membership", &PyBus::membership)
       .def("wait_membership", &PyBus::wait_membership, "generation"_a, "deadline_ms"_a)
       .def("join", &PyBus::join, "incarnation"_a)

@@ -13,8 +13,7 @@
 namespace elasticmoe::bus {
 namespace {
 
-constexpr uint64_t kRunningBit = 1;
-constexpr uint64_t kIndexBit = 2;
+constexpr uint32_t kRunningBit = 1;
 constexpr int64_t kDefaultSpinNs = 30'000;
 
 uint32_t generation_of(uint64_t word) {
@@ -25,6 +24,22 @@ uint32_t count_of(uint64_t word) {
 }
 uint64_t pack(uint32_t generation, uint32_t low) {
   return static_cast<uint64_t>(generation) << 32 | low;
+}
+uint32_t index_of(uint64_t word) {
+  return static_cast<uint32_t>(word >> 1) % kNumEntries;
+}
+
+// An entry that neither of two membership words refers to.
+uint32_t free_index(uint64_t current, uint64_t staged) {
+  uint32_t index = 0;
+  while (index == index_of(current) || index == index_of(staged)) ++index;
+  return index;
+}
+
+void fill(MembershipEntry& entry, uint64_t members, uint64_t epoch, uint64_t base) {
+  entry.members.store(members, std::memory_order_seq_cst);
+  entry.epoch.store(epoch, std::memory_order_seq_cst);
+  entry.base.store(base, std::memory_order_seq_cst);
 }
 
 // Calls `visit(slot)` for every member.
@@ -53,35 +68,89 @@ uint32_t Meeting::slot() const {
   return static_cast<uint32_t>(slot_);
 }
 
-void Meeting::set_membership(uint64_t generation, uint64_t members, bool is_running) {
+void Meeting::check_publication(uint64_t generation, uint64_t members, uint64_t current) const {
   const uint32_t max_ranks = segment_.geometry().max_ranks;
   require(max_ranks == 64 || members >> max_ranks == 0, "members has slots beyond max_ranks");
   require_range("generation", generation, 1, UINT32_MAX);
+  if (generation <= generation_of(current)) {
+    invalid("generation is " + std::to_string(generation) + ", must be greater than the current one, " +
+            std::to_string(generation_of(current)));
+  }
+}
+
+void Meeting::set_membership(uint64_t generation, uint64_t members, bool is_running, uint64_t epoch) {
   Membership& shared = segment_.membership();
   uint64_t before = shared.current.load(std::memory_order_seq_cst);
-  if (generation <= generation_of(before)) {
-    invalid("generation is " + std::to_string(generation) + ", must be greater than the current one, " +
-            std::to_string(generation_of(before)));
+  uint64_t after = 0;
+  do {
+    check_publication(generation, members, before);
+    const uint32_t index = free_index(before, shared.staged.load(std::memory_order_seq_cst));
+    fill(shared.entries[index], members, epoch, 0);
+    after = pack(static_cast<uint32_t>(generation), index << 1 | (is_running ? kRunningBit : 0));
+    // It fails where a rank has made the staged publication current, once at most.
+  } while (!shared.current.compare_exchange_strong(before, after, std::memory_order_seq_cst));
+  wake_all();
+}
+
+void Meeting::stage_membership(uint64_t generation, uint64_t members, uint64_t epoch) {
+  Membership& shared = segment_.membership();
+  const uint64_t current = shared.current.load(std::memory_order_seq_cst);
+  check_publication(generation, members, current);
+  require((current & kRunningBit) != 0, "the current generation is not running: publish instead of staging");
+  if (const MembershipView before = staged(); before.generation != 0) {
+    if (before.generation == generation && before.members == members && before.epoch == epoch) return;
+    invalid("generation " + std::to_string(before.generation) + " is staged already, publish to make it void");
   }
-  const uint64_t index_bit = (before & kIndexBit) ^ kIndexBit;
-  shared.members[index_bit != 0].store(members, std::memory_order_seq_cst);
-  const uint64_t after = generation << 32 | index_bit | (is_running ? kRunningBit : 0);
-  require(shared.current.compare_exchange_strong(before, after, std::memory_order_seq_cst),
-          "another process publishes membership too");
-  segment_.wakeup().word.fetch_add(1, std::memory_order_seq_cst);
-  futex_wake_all(segment_.wakeup().word);
+  const uint64_t last = shared.staged.load(std::memory_order_seq_cst);
+  if (generation <= generation_of(last)) {
+    invalid("generation is " + std::to_string(generation) + ", must be greater than the last one staged, " +
+            std::to_string(generation_of(last)));
+  }
+  // Nothing is staged upon `current`, so nobody else can swing it meanwhile.
+  const uint32_t index = free_index(current, last);
+  fill(shared.entries[index], members, epoch, current);
+  shared.staged.store(pack(static_cast<uint32_t>(generation), index << 1 | kRunningBit), std::memory_order_seq_cst);
 }
 
 MembershipView Meeting::membership() const {
   const Membership& shared = segment_.membership();
   uint64_t word = shared.current.load(std::memory_order_seq_cst);
   for (;;) {
-    // A mask is rewritten only after `current` has moved on to the other one.
-    const uint64_t members = shared.members[(word & kIndexBit) != 0].load(std::memory_order_acquire);
+    // An entry is rewritten only after `current` has moved on to another one.
+    const MembershipEntry& entry = shared.entries[index_of(word)];
+    const uint64_t members = entry.members.load(std::memory_order_acquire);
+    const uint64_t epoch = entry.epoch.load(std::memory_order_acquire);
     const uint64_t again = shared.current.load(std::memory_order_seq_cst);
-    if (again == word) return {generation_of(word), members, (word & kRunningBit) != 0};
+    if (again == word) return {generation_of(word), members, epoch, (word & kRunningBit) != 0};
     word = again;
   }
+}
+
+MembershipView Meeting::staged() const {
+  const Membership& shared = segment_.membership();
+  const uint64_t word = shared.staged.load(std::memory_order_seq_cst);
+  const MembershipEntry& entry = shared.entries[index_of(word)];
+  const uint64_t members = entry.members.load(std::memory_order_acquire);
+  const uint64_t epoch = entry.epoch.load(std::memory_order_acquire);
+  const uint64_t base = entry.base.load(std::memory_order_acquire);
+  const bool is_pending = word != 0 && shared.current.load(std::memory_order_seq_cst) == base;
+  if (!is_pending || shared.staged.load(std::memory_order_seq_cst) != word) return {0, 0, 0, false};
+  return {generation_of(word), members, epoch, true};
+}
+
+bool Meeting::flip(uint32_t generation) {
+  Membership& shared = segment_.membership();
+  const uint64_t word = shared.staged.load(std::memory_order_seq_cst);
+  if (generation != 0 && generation_of(word) == generation) {
+    uint64_t base = shared.entries[index_of(word)].base.load(std::memory_order_acquire);
+    // An entry is rewritten only after `staged` has moved on to another one.
+    if (shared.staged.load(std::memory_order_seq_cst) == word) {
+      shared.current.compare_exchange_strong(base, word, std::memory_order_seq_cst);
+    }
+  }
+  if (generation == 0 || generation_of(shared.current.load(std::memory_order_seq_cst)) != generation) return false;
+  wake_all();  // also where another did it, who may have been killed before it woke anybody
+  return true;
 }
 
 bool Meeting::is_current(uint32_t generation) const {
@@ -115,7 +184,10 @@ void Meeting::leave() {
 }
 
 void Meeting::wake(uint32_t num_waiting) {
-  if (num_waiting == 0) return;
+  if (num_waiting != 0) wake_all();
+}
+
+void Meeting::wake_all() {
   segment_.wakeup().word.fetch_add(1, std::memory_order_seq_cst);
   futex_wake_all(segment_.wakeup().word);
 }

@@ -6,8 +6,8 @@
 // still misses the last arrival, its count precedes that arrival in the order, so the last arriver sees the count and
 // calls the kernel; and the futex word, read before the look, has then changed. No lock and no counter is shared, so a
 // process killed at any instruction blocks nobody beyond the next generation: its arrived word is either there or not,
-// and the HMM's publication wakes everybody without asking the counters. Should a waker die between publishing and
-// waking, sleepers look again after kSliceNs by themselves.
+// and a publication of membership wakes everybody without asking the counters. Should a waker die between publishing
+// and waking, sleepers look again after kSliceNs by themselves.
 #pragma once
 
 #include <atomic>
@@ -21,6 +21,7 @@ namespace elasticmoe::bus {
 struct MembershipView {
   uint32_t generation;
   uint64_t members;
+  uint64_t epoch;
   bool is_running;
 
   bool has(uint32_t slot) const { return (members >> slot & 1) != 0; }
@@ -49,8 +50,14 @@ class Meeting {
   Meeting(const Segment& segment, int slot);
 
   // Membership, published by the HMM alone.
-  void set_membership(uint64_t generation, uint64_t members, bool is_running);
+  void set_membership(uint64_t generation, uint64_t members, bool is_running, uint64_t epoch = 0);
   MembershipView membership() const;
+  // The running membership that may follow the current, running one without the HMM. By the HMM alone.
+  void stage_membership(uint64_t generation, uint64_t members, uint64_t epoch);
+  // Generation 0 where nothing is staged upon what is current.
+  MembershipView staged() const;
+  // Makes what is staged current and wakes everybody; true if that generation is current now, whoever did it.
+  bool flip(uint32_t generation);
   Outcome wait_membership(uint32_t known_generation, int64_t deadline_ns);
 
   void join(uint64_t incarnation);
@@ -100,7 +107,9 @@ class Meeting {
   bool is_peer_ahead(const MembershipView& view, uint32_t own_count) const;
   bool do_all_agree() const;
   int64_t spin_ns(uint64_t members) const;
+  void check_publication(uint64_t generation, uint64_t members, uint64_t current) const;
   void wake(uint32_t num_waiting);
+  void wake_all();
   Outcome wait_slice(int64_t deadline_ns);
 
   Segment segment_;

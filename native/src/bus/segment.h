@@ -15,8 +15,9 @@ namespace elasticmoe::bus {
 inline constexpr uint32_t kMaxRanks = 64;
 inline constexpr uint32_t kMaxTopK = 256;
 inline constexpr uint64_t kMagic = 0x31535542454F4D45;  // "EMOEBUS1"
-inline constexpr uint32_t kVersion = 1;
+inline constexpr uint32_t kVersion = 2;
 inline constexpr size_t kLine = 64;
+inline constexpr uint32_t kNumEntries = 4;
 
 struct Geometry {
   uint32_t max_ranks;
@@ -34,12 +35,28 @@ struct alignas(kLine) Header {
   uint64_t nbytes;
 };
 
-// `current` is generation << 32 | index << 1 | running, where index says which of the two masks belongs to it. The
-// writer fills the other mask and then swings `current`, so a writer killed half-way leaves the old publication whole
-// (an odd seqlock would leave readers spinning).
+// What one membership word refers to.
+struct MembershipEntry {
+  std::atomic<uint64_t> members;
+  std::atomic<uint64_t> epoch;
+  std::atomic<uint64_t> base;  // the value of `current` that a staged publication replaces
+};
+
+// Both words are generation << 32 | index << 1 | running, where index says which entry belongs to the word. The HMM
+// alone fills entries and writes `staged`. It fills an entry that neither word refers to and then writes the word, so a
+// writer killed half-way leaves both publications whole (an odd seqlock would leave readers spinning).
+//
+// `current` is swung by compare-exchange: by the HMM from whatever is current to a greater generation, and by any rank
+// from the base of the staged publication to `staged`, word for word. No value of either word ever returns, as the
+// generations of each only grow. So
+//   - whatever the HMM publishes makes a staged publication void in the same instant, as its base is gone;
+//   - a rank that has read `staged` and falls asleep can still swing `current` only while its base is current. As long
+//     as it is, the HMM writes neither `staged` nor that entry: what is staged is replaced by publishing, not by
+//     staging again.
 struct alignas(kLine) Membership {
   std::atomic<uint64_t> current;
-  std::atomic<uint64_t> members[2];
+  std::atomic<uint64_t> staged;  // 0: none yet
+  MembershipEntry entries[kNumEntries];
 };
 
 // All sleepers of the bus sleep on one word. The counters say whether a waker must call the kernel; one leaked by a
@@ -73,7 +90,7 @@ struct alignas(kLine) Mailbox {
 };
 
 static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
-static_assert(sizeof(Header) == kLine && sizeof(Membership) == kLine && sizeof(Wakeup) == kLine);
+static_assert(sizeof(Header) == kLine && sizeof(Membership) == 2 * kLine && sizeof(Wakeup) == kLine);
 static_assert(sizeof(Slot) == 3 * kLine && alignof(Slot) == kLine && sizeof(Mailbox) == kLine);
 
 uint64_t bus_bytes(const Geometry& geometry);

@@ -3,6 +3,9 @@
 A block holds `block_size` tokens of all layers. Full blocks are immutable, so that sequences with the same beginning
 share them: a full block is entered in the prefix cache under (its predecessor's entry, its tokens), compared exactly.
 A block without owners but with an entry stays available for a match until it is taken, oldest first.
+
+The number of blocks may change. When it falls, blocks beyond it that have owners stay theirs until they are released
+or relocated; nobody else gets them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ _Key = tuple[int, tuple[int, ...]]  # (entry number of the predecessor, the bloc
 
 
 class BlockManager:
-    """Owns the numbers 0 .. num_blocks - 1. Verbs come in pairs: allocate / release, match / register."""
+    """Owns the numbers 0 .. num_blocks - 1. Paired verbs: allocate / release, grow / shrink, match / register."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
@@ -61,7 +64,9 @@ class BlockManager:
                 raise AssertionError(f"block {block} has no owner")
             self._owners[block] -= 1
             if self._owners[block] == 0:
-                if block in self._entry_of:
+                if block >= self.num_blocks:
+                    self._drop_entry(block)
+                elif block in self._entry_of:
                     self._idle[block] = None
                 else:
                     self._free.append(block)
@@ -102,24 +107,75 @@ class BlockManager:
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
-        _, key = self._entry_of.pop(block)
-        del self._block_of[key]
+        self._drop_entry(block)
         return block
+
+    def _drop_entry(self, block: int) -> None:
+        entry = self._entry_of.pop(block, None)
+        if entry is not None:
+            del self._block_of[entry[1]]
+
+    # ---- another number of blocks -----------------------------------------------------------------------------------
+
+    def grow(self, num_blocks: int) -> None:
+        """Give out the blocks up to `num_blocks` - 1 from now on, after all others. Undoes a `shrink`."""
+        if num_blocks < self.num_blocks:
+            raise ValueError(f"{num_blocks} blocks are fewer than the {self.num_blocks} there are")
+        self._owners += [0] * (num_blocks - len(self._owners))
+        added = range(num_blocks - 1, self.num_blocks - 1, -1)
+        self._free[:0] = [block for block in added if self._owners[block] == 0]
+        self.num_blocks = num_blocks
+
+    def shrink(self, num_blocks: int) -> None:
+        """Give out blocks from `num_blocks` on no more; cached ones without owner are forgotten.
+
+        Those with owners are `blocks_to_vacate`; each ends with its `release`, or is moved with `relocate`.
+        """
+        if not 0 < num_blocks <= self.num_blocks:
+            raise ValueError(f"{num_blocks} blocks; must be from 1 to the {self.num_blocks} there are")
+        self.num_blocks = num_blocks
+        self._free = [block for block in self._free if block < num_blocks]
+        for block in [block for block in self._idle if block >= num_blocks]:
+            del self._idle[block]
+            self._drop_entry(block)
+
+    @property
+    def blocks_to_vacate(self) -> list[int]:
+        """Blocks beyond `num_blocks` that have owners, ascending."""
+        return [block for block in range(self.num_blocks, len(self._owners)) if self._owners[block]]
+
+    def relocate(self, old: int) -> int | None:
+        """Let a free block take the place of `old`, one of `blocks_to_vacate`; None while there is none.
+
+        All owners of `old` own the new block instead, and the prefix cache names it. The caller copies the content and
+        changes the owners' tables before it does anything else.
+        """
+        if old < self.num_blocks or self._owners[old] == 0:
+            raise AssertionError(f"block {old} of {self.num_blocks} is not to be vacated")
+        if not self.can_allocate(1):
+            return None
+        new = self.allocate(1)[0]
+        self._owners[new], self._owners[old] = self._owners[old], 0
+        entry = self._entry_of.pop(old, None)
+        if entry is not None:
+            self._entry_of[new] = entry
+            self._block_of[entry[1]] = new
+        return new
 
     def check_integrity(self, owned: Seq[Seq[int]]) -> list[str]:
         """Findings, empty when all is well; `owned` are the block tables of all sequences."""
-        counts = [0] * self.num_blocks
+        counts = [0] * len(self._owners)
         for table in owned:
             for block in table:
                 counts[block] += 1
         findings = [
             f"block {block}: {self._owners[block]} owners, {counts[block]} sequences"
-            for block in range(self.num_blocks)
+            for block in range(len(self._owners))
             if self._owners[block] != counts[block]
         ]
-        unowned = sum(1 for owners in self._owners if owners == 0)
-        if unowned != self.num_free or len(set(self._free) | set(self._idle)) != self.num_free:
-            findings.append(f"{unowned} blocks without owner, {self.num_free} in the free lists")
+        unowned = {block for block in range(self.num_blocks) if self._owners[block] == 0}
+        if len(unowned) != self.num_free or set(self._free) | set(self._idle) != unowned:
+            findings.append(f"{len(unowned)} blocks without owner, {self.num_free} in the free lists")
         if len(self._block_of) != len(self._entry_of):
             findings.append(f"{len(self._block_of)} cache keys, {len(self._entry_of)} cache entries")
         return findings

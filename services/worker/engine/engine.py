@@ -12,14 +12,15 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from common.protocol.errors import DeadlineExceeded, ElasticMoEError, InvalidRequest
-from common.protocol.rank import Submit
+from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, InvalidRequest
+from common.protocol.rank import HandOver, Submit
 from common.protocol.router import Delta, Failed, Logprob
 from native.ledger import Ledger
+from services.worker.engine import kv_bytes
 from services.worker.engine.blocks import BlockManager
 from services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
 from services.worker.engine.scheduler import Chunk, Plan, Scheduler
-from services.worker.engine.sequence import Sequence
+from services.worker.engine.sequence import Hold, Sequence
 from services.worker.exchange.base import Exchange
 from services.worker.model.batch import Batch, Part
 from services.worker.model.registry import Model
@@ -66,6 +67,7 @@ class Engine:
     ) -> None:
         self._model = model
         self._exchange = exchange
+        self._kv = kv
         self._ledger = ledger
         self._block_size = kv.geometry.block_size
         self._prompt_logprobs: dict[int, list[Logprob]] = {}  # by arrival, until the first token is reported
@@ -82,29 +84,32 @@ class Engine:
 
     def add(self, request: Submit, peer: bytes, now: float) -> None:
         """Accept a request, or raise an ElasticMoEError; then nothing stays of it."""
+        self._check_blob(request, peer)
+        self.scheduler.add(request, peer, now)
+
+    def _check_blob(self, request: Submit, peer: bytes) -> None:
         blob_bytes = len(_blob(request, peer))
         if blob_bytes > self._ledger.blob_bytes:
             raise InvalidRequest(
                 f"request parameters of {blob_bytes} bytes exceed the limit of {self._ledger.blob_bytes}",
                 code="parameters_too_large",
             )
-        self.scheduler.add(request, peer, now)
 
     def cancel(self, peer: bytes, request_id: str) -> None:
         """Forget a request, if it is known."""
         sequence = self.scheduler.get(peer, request_id)
         if sequence is not None:
-            self._remove(sequence)
+            self.forget(sequence)
 
     def cancel_peer(self, peer: bytes) -> None:
         """Forget all requests of a router that is gone."""
         for sequence in self.scheduler.sequences():
             if sequence.peer == peer:
-                self._remove(sequence)
+                self.forget(sequence)
 
     def fail_all(self, error: ElasticMoEError) -> list[tuple[bytes, Failed]]:
-        """End every request with `error`."""
-        return [self._fail(sequence, error) for sequence in self.scheduler.sequences()]
+        """End every request with `error`, but for those that another rank may have taken over."""
+        return [self._fail(s, error) for s in self.scheduler.sequences() if s not in self.scheduler.detached]
 
     def expire(self, now: float) -> list[tuple[bytes, Failed]]:
         """End the requests whose deadline has passed."""
@@ -114,11 +119,30 @@ class Engine:
             failures.append(self._fail(sequence, DeadlineExceeded(f"request exceeded its deadline of {limit:g} s")))
         return failures
 
+    def end_overlong(self) -> Outcome:
+        """End the sequences that no longer fit since the KV has shrunk: with `length`, or failed without any output."""
+        outcome = Outcome({}, [])
+        capacity = self.scheduler.capacity_tokens
+        if capacity == self.scheduler.max_model_len:
+            return outcome
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            if len(sequence.tokens) <= capacity:
+                continue
+            if sequence.num_output:
+                delta = Delta(sequence.request.request_id, sequence.num_sent, NO_TOKENS, "length")
+                outcome.deltas.setdefault(sequence.peer, []).append(delta)
+                self.forget(sequence)
+            else:
+                text = f"{sequence.num_prompt} prompt tokens leave no room in a context of {capacity}"
+                outcome.failures.append(self._fail(sequence, InvalidRequest(text, code="context_length_exceeded")))
+        return outcome
+
     def _fail(self, sequence: Sequence, error: ElasticMoEError) -> tuple[bytes, Failed]:
-        self._remove(sequence)
+        self.forget(sequence)
         return sequence.peer, Failed(sequence.request.request_id, error.code, error.message, error.retryable)
 
-    def _remove(self, sequence: Sequence) -> None:
+    def forget(self, sequence: Sequence) -> None:
+        """Free everything of a live sequence."""
         self._prompt_logprobs.pop(sequence.arrival, None)
         row = self.scheduler.remove(sequence)
         if row >= 0:
@@ -132,17 +156,20 @@ class Engine:
         for row in plan.freed_rows:
             self._ledger.close_row(row)
         for sequence in plan.admitted:
-            prompt = sequence.num_prompt
-            blob = _blob(sequence.request, sequence.peer)
-            self._ledger.open_row(sequence.row, blob, sequence.tokens[:prompt], sequence.blocks)
-            self._ledger.commit(sequence.row, sequence.kv_len, sequence.tokens[prompt:])
-            sequence.logged = len(sequence.blocks)
+            self._open_row(sequence)
         for chunk in plan.chunks:
             sequence = chunk.sequence
             if len(sequence.blocks) > sequence.logged:
                 self._ledger.append_blocks(sequence.row, sequence.blocks[sequence.logged :])
                 sequence.logged = len(sequence.blocks)
         return plan
+
+    def _open_row(self, sequence: Sequence) -> None:
+        prompt = sequence.num_prompt
+        blob = _blob(sequence.request, sequence.peer)
+        self._ledger.open_row(sequence.row, blob, sequence.tokens[:prompt], sequence.blocks)
+        self._ledger.commit(sequence.row, sequence.kv_len, sequence.tokens[prompt:])
+        sequence.logged = len(sequence.blocks)
 
     def compute(self, plan: Plan, total_tokens: int, deadline_ms: float) -> Outcome:
         """Run the step that all ranks have agreed on. `total_tokens`: of all ranks together.
@@ -237,12 +264,124 @@ class Engine:
         sequence.num_sent += len(delta.ids)
         outcome.deltas.setdefault(sequence.peer, []).append(delta)
         if finish is not None:
-            self._remove(sequence)
+            self.forget(sequence)
+
+    # ---- another number of KV blocks ------------------------------------------------------------------------------
+
+    def resize_kv(self, num_blocks: int, blocks_per_turn: int = 8) -> bool:
+        """Bring the rank to `num_blocks` KV blocks; called once between two steps until it returns True.
+
+        More blocks must be mapped before the first call; fewer may be unmapped once it has returned True. Sequences go
+        on meanwhile: at most `blocks_per_turn` of their blocks are moved in one call, as lower ones become free. What
+        is kept for other ranks' sequences is not moved, since the HMM may be writing there; it ends by itself.
+        """
+        blocks = self.scheduler.blocks
+        if num_blocks > blocks.num_blocks:
+            blocks.grow(num_blocks)
+        elif num_blocks < blocks.num_blocks:
+            blocks.shrink(num_blocks)
+        self._kv.num_blocks = max(self._kv.num_blocks, num_blocks)
+        held = {block for hold in self.scheduler.holds for block in hold.blocks}
+        places: dict[int, int] = {}
+        for old in [block for block in blocks.blocks_to_vacate if block not in held][:blocks_per_turn]:
+            new = blocks.relocate(old)
+            if new is None:
+                break
+            kv_bytes.copy_block(self._kv, old, new)
+            places[old] = new
+        if places:
+            self._follow(places)
+        if blocks.blocks_to_vacate:
+            return False
+        self._kv.num_blocks = num_blocks
+        return True
+
+    def _follow(self, places: dict[int, int]) -> None:
+        """Let the sequences name the blocks' new places. The old ones keep their bytes at least until all have: a kill
+        in between leaves rows that end before the first moved block, at worst."""
+        for sequence in self.scheduler.sequences():
+            moved = [index for index, block in enumerate(sequence.blocks) if block in places]
+            for index in moved:
+                sequence.blocks[index] = places[sequence.blocks[index]]
+            if not moved:
+                continue
+            sequence.relocations += 1
+            first = moved[0]
+            if first < sequence.logged:
+                self._ledger.rewind(sequence.row, min(sequence.kv_len, first * self._block_size), first)
+                self._ledger.append_blocks(sequence.row, sequence.blocks[first : sequence.logged])
+                self._ledger.commit(sequence.row, sequence.kv_len, NO_TOKENS)
+
+    # ---- to and from other ranks ----------------------------------------------------------------------------------
+
+    @property
+    def kv(self) -> KvCache:
+        """The rank's KV blocks."""
+        return self._kv
+
+    def hand_over(self, sequence: Sequence, num_copied: int, now: float) -> HandOver:
+        """All of a detached sequence, with the KV of its blocks from number `num_copied` on."""
+        end = self.scheduler.blocks.blocks_for(sequence.kv_len)
+        noted = self._prompt_logprobs.get(sequence.arrival) if sequence.kv_len else None
+        return HandOver(
+            request=msgspec.structs.replace(sequence.request, deadline_s=sequence.deadline - now),
+            router=sequence.peer,
+            output=tuple(sequence.tokens[sequence.num_prompt :]),
+            num_sent=sequence.num_sent,
+            kv_len=sequence.kv_len,
+            num_copied=num_copied,
+            tail=kv_bytes.read_blocks(self._kv, sequence.blocks[num_copied:end]),
+            prompt_logprobs=None if noted is None else tuple(noted),
+        )
+
+    def adopt(self, hold: Hold, message: HandOver, now: float) -> None:
+        """Go on with another rank's sequence in the place that `hold` keeps. Its KV up to block number
+        `message.num_copied` is there already. Raises an ElasticMoEError; then nothing has changed."""
+        sequence = Sequence(message.request, message.router, 0, now + message.request.deadline_s)
+        sequence.tokens += message.output
+        sequence.num_sent = message.num_sent
+        sequence.kv_len = max(message.kv_len, hold.num_cached * self._block_size)
+        self._check_hand_over(hold, message, sequence)
+        self.scheduler.adopt(hold, sequence)
+        if sequence.kv_len == 0:
+            return
+        end = self.scheduler.blocks.blocks_for(message.kv_len)
+        kv_bytes.write_blocks(self._kv, sequence.blocks[message.num_copied : end], message.tail)
+        self._open_row(sequence)
+        self.scheduler.register(sequence)
+        if sequence.wants_prompt_logprobs:
+            self._prompt_logprobs[sequence.arrival] = list(message.prompt_logprobs or ())
+
+    def _check_hand_over(self, hold: Hold, message: HandOver, sequence: Sequence) -> None:
+        """Raises Conflict for an id that is in use, InvalidRequest for figures that do not fit together."""
+        request_id, size = message.request.request_id, self._block_size
+        if self.scheduler.get(message.router, request_id) is not None:
+            raise Conflict(f"request id {request_id} is in use", code="duplicate_request_id")
+        self._check_blob(message.request, message.router)
+        num_tail = max(0, self.scheduler.blocks.blocks_for(message.kv_len) - message.num_copied)
+        num_noted = len(message.prompt_logprobs or ())
+        for is_wrong, what in (
+            (tuple(sequence.tokens[: len(hold.tokens)]) != hold.tokens, "tokens do not begin as was said"),
+            (sequence.num_output >= message.request.max_tokens, f"{sequence.num_output} output tokens"),
+            (sequence.num_sent > sequence.num_output, f"{sequence.num_sent} tokens sent"),
+            (len(sequence.tokens) >= self.scheduler.capacity_tokens, f"{len(sequence.tokens)} tokens"),
+            (sequence.kv_len >= len(sequence.tokens), f"KV of {sequence.kv_len} tokens"),
+            (sequence.kv_len > 0 and hold.row < 0, "KV without a row"),
+            (not hold.num_cached <= message.num_copied <= len(hold.blocks), f"{message.num_copied} blocks copied"),
+            (message.num_copied * size > sequence.kv_len, f"{message.num_copied} blocks copied"),
+            (len(message.tail) != num_tail * self._kv.geometry.block_bytes, f"a tail of {len(message.tail)} bytes"),
+            (
+                sequence.wants_prompt_logprobs and num_noted != sequence.kv_len,
+                f"log probabilities of {num_noted} prompt tokens",
+            ),
+        ):
+            if is_wrong:
+                raise InvalidRequest(f"sequence {request_id} cannot be taken over: {what}", code="bad_hand_over")
 
     def check_integrity(self) -> list[str]:
         """Findings, empty when all is well."""
         findings = self.scheduler.check_integrity()
-        rows = sorted(sequence.row for sequence in self.scheduler.running)
+        rows = sorted(sequence.row for sequence in self.scheduler.sequences() if sequence.row >= 0)
         if rows != self._ledger.rows():
             findings.append(f"ledger rows {self._ledger.rows()} are live, sequences hold {rows}")
         return findings

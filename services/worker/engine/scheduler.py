@@ -4,7 +4,8 @@ Continuous batching with chunked prefill: running sequences decode one token eac
 budget goes to prompts, oldest first, in chunks. A plan changes nothing but block ownership, so a step that is given up
 (its exchange was aborted) is simply planned again; `commit` makes it count.
 
-Invariant: running sequences hold blocks for `kv_len` plus what is planned; waiting ones hold nothing.
+Invariant: running sequences hold blocks for `kv_len` plus what is planned; waiting ones hold nothing. Detached ones, on
+their way to another rank, keep what they had and are not planned; a hold keeps a place for one that comes.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from __future__ import annotations
 from bisect import insort
 from typing import NamedTuple
 
-from common.protocol.errors import InvalidRequest, Overloaded
+from common.protocol.errors import DoesNotFit, InvalidRequest, Overloaded
 from common.protocol.rank import Submit
 from services.worker.engine.blocks import BlockManager
-from services.worker.engine.sequence import Sequence
+from services.worker.engine.sequence import Hold, Sequence
 
 
 class Chunk(NamedTuple):
@@ -54,8 +55,12 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.running: list[Sequence] = []  # in order
         self.waiting: list[Sequence] = []  # in order
+        self.detached: list[Sequence] = []
+        self.holds: list[Hold] = []
         self._by_id: dict[tuple[bytes, str], Sequence] = {}
+        self.recomputed = 0  # tokens whose KV was written before and lost
         self._arrivals = 0
+        self._adoptions = 0
         self._free_rows = list(range(max_sequences - 1, -1, -1))
 
     def add(self, request: Submit, peer: bytes, now: float) -> Sequence:
@@ -63,7 +68,7 @@ class Scheduler:
         if (peer, request.request_id) in self._by_id:
             raise InvalidRequest(f"request id {request.request_id} is in use", code="duplicate_request_id")
         length = len(request.prompt) + 1
-        capacity = min(self.max_model_len, self.blocks.num_blocks * self.blocks.block_size)
+        capacity = self.capacity_tokens
         if length > capacity:
             raise InvalidRequest(
                 f"{len(request.prompt)} prompt tokens leave no room in a context of {capacity}",
@@ -85,16 +90,16 @@ class Scheduler:
         """Forget a sequence, finished or not, and release its blocks. Returns the row it had, or -1."""
         del self._by_id[sequence.peer, sequence.request.request_id]
         if sequence.row < 0:
-            self.waiting.remove(sequence)
+            (self.detached if sequence in self.detached else self.waiting).remove(sequence)
             return -1
         return self._stop(sequence)
 
     def expired(self, now: float) -> list[Sequence]:
-        """Sequences whose deadline has passed."""
-        return [sequence for sequence in self._by_id.values() if sequence.deadline <= now]
+        """Sequences whose deadline has passed. Of a detached one the other rank decides."""
+        return [s for s in self._by_id.values() if s.deadline <= now and s not in self.detached]
 
     def sequences(self) -> list[Sequence]:
-        """All live sequences."""
+        """All live sequences, detached ones too."""
         return list(self._by_id.values())
 
     @property
@@ -131,7 +136,7 @@ class Scheduler:
                 chunks.append(_chunk(sequence, count))
                 index += 1
         admitted: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_sequences and not freed_rows:
+        while self.waiting and budget > 0 and self._free_rows and not freed_rows:
             sequence = self.waiting[0]
             if not self._admit(sequence, budget):
                 break
@@ -156,7 +161,7 @@ class Scheduler:
         sequence.cached = len(matched)
         count = min(len(sequence.tokens) - sequence.kv_len, budget)
         # One block per running sequence stays in hand, so that an admission does not preempt at the next step.
-        reserve = len(self.running)
+        reserve = self._blocks_in_hand
         missing = self.blocks.blocks_for(sequence.kv_len + count) - len(matched)
         if not self.blocks.can_allocate(missing + reserve):
             self.blocks.release(matched)
@@ -168,11 +173,16 @@ class Scheduler:
         sequence.row = self._free_rows.pop()
         return True
 
+    @property
+    def _blocks_in_hand(self) -> int:
+        return len(self.running) + sum(1 for hold in self.holds if hold.row >= 0)
+
     def _stop(self, sequence: Sequence) -> int:
         row = sequence.row
-        self.running.remove(sequence)
+        (self.detached if sequence in self.detached else self.running).remove(sequence)
         self.blocks.release(sequence.blocks)
         sequence.blocks, sequence.kv_len, sequence.cached, sequence.logged, sequence.row = [], 0, 0, 0, -1
+        sequence.stops += 1
         self._free_rows.append(row)
         return row
 
@@ -181,20 +191,118 @@ class Scheduler:
         chosen = iter(tokens)
         for sequence, start, count, sample in chunks:
             sequence.kv_len = start + count
+            self.recomputed += max(0, min(sequence.kv_len_max, sequence.kv_len) - start)
+            sequence.kv_len_max = max(sequence.kv_len_max, sequence.kv_len)
             if sample:
                 sequence.tokens.append(next(chosen))
-            full = sequence.kv_len // self.blocks.block_size
-            if full > sequence.cached:
-                sequence.cached = self.blocks.register(sequence.blocks, sequence.tokens, sequence.cached, full)
+            self.register(sequence)
+
+    # ---- to and from other ranks ----------------------------------------------------------------------------------
+
+    def detach(self, sequence: Sequence) -> None:
+        """Plan the sequence no more. It keeps its row and blocks until `restore` or `remove`."""
+        (self.running if sequence.row >= 0 else self.waiting).remove(sequence)
+        self.detached.append(sequence)
+
+    def restore(self, sequence: Sequence) -> None:
+        """Undo `detach`."""
+        self.detached.remove(sequence)
+        insort(self.running if sequence.row >= 0 else self.waiting, sequence, key=lambda s: s.order)
+
+    def hold(self, tokens: tuple[int, ...], num_blocks: int) -> Hold:
+        """Keep a place for a sequence that begins with `tokens`; with KV where `num_blocks` > 0: a row and blocks, the
+        first of them from the prefix cache. Raises Overloaded and DoesNotFit; then nothing is kept."""
+        hold = Hold(tokens)
+        if num_blocks:
+            hold.blocks = self.blocks.match(tokens)
+            hold.num_cached = len(hold.blocks)
+        try:
+            self.extend(hold, num_blocks)
+        except (Overloaded, DoesNotFit):
+            self.blocks.release(hold.blocks)
+            raise
+        self.holds.append(hold)
+        return hold
+
+    def extend(self, hold: Hold, num_blocks: int) -> None:
+        """Let a hold have `num_blocks` blocks, if it has fewer. Raises as `hold`; then it is as it was."""
+        if max(len(hold.tokens) + 1, (num_blocks - 1) * self.blocks.block_size) > self.capacity_tokens:
+            raise DoesNotFit(
+                f"{len(hold.tokens)} tokens in {num_blocks} blocks leave no room in a context of {self.capacity_tokens}"
+            )
+        if num_blocks == 0:
+            num_waiting = len(self.waiting) + sum(1 for other in self.holds if other.row < 0)
+            if num_waiting >= self.max_waiting:
+                raise Overloaded(f"{num_waiting} requests wait; the limit is {self.max_waiting}", code="queue_full")
+            return
+        if hold.row < 0 and not self._free_rows:
+            raise Overloaded(f"all {self.max_sequences} rows are in use", code="rows_exhausted")
+        missing = max(0, num_blocks - len(hold.blocks))
+        if not self.blocks.can_allocate(missing + self._blocks_in_hand):
+            raise Overloaded(
+                f"{missing} KV blocks wanted, {self.blocks.num_free} of {self.blocks.num_blocks} free, "
+                f"{self._blocks_in_hand} of them in hand",
+                code="kv_exhausted",
+            )
+        hold.blocks += self.blocks.allocate(missing)
+        if hold.row < 0:
+            hold.row = self._free_rows.pop()
+
+    def release_hold(self, hold: Hold) -> None:
+        """Undo `hold`."""
+        self.holds.remove(hold)
+        self.blocks.release(hold.blocks)
+        if hold.row >= 0:
+            self._free_rows.append(hold.row)
+
+    def adopt(self, hold: Hold, sequence: Sequence) -> None:
+        """Let `sequence`, whose `tokens` and `kv_len` are set, take the place of `hold`, which ends.
+
+        With KV it runs, before those that were here first: it has been served already. Else it waits. Raises Overloaded
+        when it has grown beyond what was held and no blocks are free; then nothing has changed.
+        """
+        blocks = self.blocks
+        if sequence.kv_len == 0:
+            self.release_hold(hold)
+            self._arrivals += 1
+            sequence.arrival = self._arrivals
+            insort(self.waiting, sequence, key=lambda s: s.order)
+        else:
+            missing = blocks.blocks_for(sequence.kv_len) - len(hold.blocks)
+            sequence.blocks = hold.blocks + (blocks.allocate(missing) if missing > 0 else [])
+            useful = blocks.blocks_for(len(sequence.tokens))
+            blocks.release(sequence.blocks[useful:])
+            del sequence.blocks[useful:]
+            self.holds.remove(hold)
+            sequence.row = hold.row
+            sequence.cached = hold.num_cached
+            self._adoptions -= 1
+            sequence.arrival = self._adoptions
+            insort(self.running, sequence, key=lambda s: s.order)
+        self._by_id[sequence.peer, sequence.request.request_id] = sequence
+
+    def register(self, sequence: Sequence) -> None:
+        """Enter its full blocks in the prefix cache."""
+        full = sequence.kv_len // self.blocks.block_size
+        if full > sequence.cached:
+            sequence.cached = self.blocks.register(sequence.blocks, sequence.tokens, sequence.cached, full)
 
     def check_integrity(self) -> list[str]:
         """Findings, empty when all is well."""
-        findings = self.blocks.check_integrity([s.blocks for s in self._by_id.values()])
-        if len(self.running) + len(self.waiting) != len(self._by_id):
-            findings.append(f"{len(self.running)} running and {len(self.waiting)} waiting of {len(self._by_id)} known")
-        for s in self.running:
+        tables = [s.blocks for s in self._by_id.values()] + [hold.blocks for hold in self.holds]
+        findings = self.blocks.check_integrity(tables)
+        listed = [*self.running, *self.waiting, *self.detached]
+        if len(listed) != len(self._by_id):
+            findings.append(
+                f"{len(self.running)} running, {len(self.waiting)} waiting and {len(self.detached)} detached "
+                f"of {len(self._by_id)} known"
+            )
+        for s in listed:
             if len(s.blocks) < self.blocks.blocks_for(s.kv_len):
                 findings.append(f"{s.request.request_id}: {len(s.blocks)} blocks for {s.kv_len} tokens")
+        rows = [s.row for s in listed if s.row >= 0] + [hold.row for hold in self.holds if hold.row >= 0]
+        if sorted(rows + self._free_rows) != list(range(self.max_sequences)):
+            findings.append(f"rows {sorted(rows)} are used and {sorted(self._free_rows)} free of {self.max_sequences}")
         return findings
 
 

@@ -1,4 +1,4 @@
-"""One request while a rank works on it."""
+"""One request while a rank works on it, and the place that is kept for one that comes from another rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ class Sequence:
 
     `tokens`: prompt and output so far. `kv_len`: how many of them have their KV written (the committed position).
     `blocks`: KV block ids by position. `row`: its ledger row while it runs, -1 while it waits.
-    `num_sent`: output tokens that were reported to the router.
+    `num_sent`: output tokens that were reported to the router. `stops` counts how often it lost its KV, `relocations`
+    how often blocks of it were moved.
     """
 
     __slots__ = (
@@ -19,11 +20,14 @@ class Sequence:
         "cached",
         "deadline",
         "kv_len",
+        "kv_len_max",
         "logged",
         "num_sent",
         "peer",
+        "relocations",
         "request",
         "row",
+        "stops",
         "tokens",
     )
 
@@ -34,11 +38,14 @@ class Sequence:
         self.deadline = deadline
         self.tokens: list[int] = list(request.prompt)
         self.kv_len = 0
+        self.kv_len_max = 0  # the most it has been here: what is computed below it is computed again
         self.blocks: list[int] = []
         self.row = -1
         self.cached = 0  # leading blocks that are registered in the prefix cache
         self.logged = 0  # leading blocks that its ledger row names
         self.num_sent = 0
+        self.stops = 0
+        self.relocations = 0
 
     @property
     def num_prompt(self) -> int:
@@ -69,3 +76,19 @@ class Sequence:
         if self.num_output >= self.request.max_tokens or len(self.tokens) >= max_model_len:
             return "length"
         return None
+
+
+class Hold:
+    """What is kept for a sequence with the beginning `tokens` that another rank hands over. Owned by the scheduler.
+
+    `blocks`: by position; the first `num_cached` hold its KV already and are shared. `row`: a ledger row that is not
+    open yet; -1 when it comes without KV, and then without blocks.
+    """
+
+    __slots__ = ("blocks", "num_cached", "row", "tokens")
+
+    def __init__(self, tokens: tuple[int, ...]) -> None:
+        self.tokens = tokens
+        self.blocks: list[int] = []
+        self.num_cached = 0
+        self.row = -1

@@ -1,0 +1,118 @@
+"""A client of a deployment's admin listener, and what the commands that scale share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from cli.record import living_record
+from common.protocol.errors import ConfigError, ElasticMoEError, Unavailable
+
+_TIMEOUT_S = 20.0
+_SILENCE_S_MAX = 60.0  # the event stream has heartbeats
+
+
+class Admin:
+    """Blocking calls, each bounded by a timeout. Raises ElasticMoEError with the listener's code."""
+
+    def __init__(self, url: str, token: str, transport: httpx.BaseTransport | None = None) -> None:
+        self.url = url
+        headers = {"Authorization": f"Bearer {token}"}
+        self._client = httpx.Client(
+            base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False, transport=transport
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._client.close()
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One request; its JSON object."""
+        try:
+            answer = self._client.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+        if answer.status_code >= 400:
+            raise _refusal(answer)
+        try:
+            value = answer.json()
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ElasticMoEError(f"{self.url} answered {answer.status_code} without JSON", code="bad_answer")
+        return value
+
+    def lines(self, path: str) -> Iterator[str]:
+        """The lines of a stream that goes on until the listener ends it."""
+        try:
+            with self._client.stream("GET", path, timeout=httpx.Timeout(_TIMEOUT_S, read=_SILENCE_S_MAX)) as answer:
+                if answer.status_code != 200:
+                    answer.read()
+                    raise _refusal(answer)
+                yield from answer.iter_lines()
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+
+    def _unreachable(self, error: Exception) -> Unavailable:
+        text = f"the admin listener at {self.url} does not answer: {type(error).__name__}"
+        return Unavailable(text, code="unreachable")
+
+
+def _refusal(answer: httpx.Response) -> ElasticMoEError:
+    try:
+        value = answer.json()
+    except ValueError:
+        value = None
+    detail = value.get("error") if isinstance(value, dict) else None
+    detail = detail if isinstance(detail, dict) else {}
+    return ElasticMoEError(
+        str(detail.get("message", f"answered {answer.status_code}")),
+        code=str(detail.get("code", f"http_{answer.status_code}")),
+        retryable=bool(detail.get("retryable")),
+    )
+
+
+def admin_of(run_dir: Path) -> Admin:
+    """The admin listener of the deployment in `run_dir`. Raises ElasticMoEError when none runs there."""
+    record = living_record(run_dir)
+    if record is None:
+        raise Unavailable(
+            f"no deployment runs in {run_dir}; start one with `elasticmoe up`, or name its --run-dir",
+            code="not_running",
+        )
+    try:
+        token = (run_dir / "secrets" / "admin.token").read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"admin token cannot be read: {error.strerror}") from None
+    return Admin(record.admin_url, token)
+
+
+def add_target(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
+    """The flags that name a target, and the run directory."""
+    what = parser.add_mutually_exclusive_group(required=is_required)
+    what.add_argument("--replicas", type=int, metavar="N", help="how many replicas to have")
+    what.add_argument(
+        "--devices", nargs="+", metavar="DEVICE", help="exactly the devices to use, such as host:0 host:2"
+    )
+    what.add_argument("--remove", nargs="+", metavar="REPLICA", help="replicas that leave, such as r1")
+    parser.add_argument("--run-dir", metavar="DIR", help="the deployment's run directory")
+
+
+def body_of(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """The body of POST /v1/scale for these flags; values that are None are left out."""
+    body = {name: getattr(args, name) for name in ("replicas", "devices", "remove")} | more
+    return {name: _split(value) for name, value in body.items() if value is not None}
+
+
+def _split(value: Any) -> Any:
+    """`--devices host:0,host:2` is as good as `--devices host:0 host:2`."""
+    if not isinstance(value, list):
+        return value
+    return [part for item in value for part in str(item).split(",") if part]

@@ -1,0 +1,97 @@
+"""What the HMM tells of itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from common.protocol.replies import Refused
+from common.protocol.scaler import DeviceStatus, HmmStatus, MemoryFacts
+from services.hmm.attachments import Attachments
+from services.hmm.holdings import Holdings
+from services.hmm.loader import Load
+from services.hmm.membership import Membership, slots_of_mask
+from services.hmm.sizing import kv_handles_min, size_ledger
+from services.hmm.transition import Transitions
+
+
+class Loading:
+    """The latest load of this process, also when it is over; `error` where it failed."""
+
+    def __init__(self, load: Load | None = None, *, is_at_work: bool = False, error: Refused | None = None) -> None:
+        self.load = load
+        self.is_at_work = is_at_work
+        self.error = error
+
+    def op_id(self, holdings: Holdings) -> str | None:
+        """Of this load, or of a predecessor's."""
+        if self.load is not None:
+            return self.load.request.op_id
+        return holdings.loaded.load.op_id if holdings.loaded else None
+
+    def phase(self, holdings: Holdings) -> Literal["empty", "loading", "ready", "failed"]:
+        """As HmmStatus has it."""
+        if self.is_at_work:
+            return "loading"
+        if holdings.loaded is not None:
+            return "ready"
+        return "failed" if self.error is not None else "empty"
+
+
+def hmm_status(
+    holdings: Holdings, attachments: Attachments, members: Membership, loading: Loading, transitions: Transitions
+) -> HmmStatus:
+    """The answer to GetHmmStatus."""
+    load = loading.load
+    # Before the members: ranks may flip in between, and whoever reads that they have must read the new members.
+    transition = transitions.status()
+    generation, mask, is_running, _ = members.current()
+    return HmmStatus(
+        phase=loading.phase(holdings),
+        bytes_done=load.bytes_done if load else 0,
+        bytes_total=load.bytes_total if load else 0,
+        error=loading.error,
+        devices=tuple(_device_status(name, holdings, attachments) for name in holdings.memories),
+        generation=generation,
+        members=slots_of_mask(mask),
+        running=is_running,
+        op_id=loading.op_id(holdings),
+        layout=holdings.loaded.layout if holdings.loaded else None,
+        memory=_memory_facts(holdings),
+        transition=transition,
+    )
+
+
+def _memory_facts(holdings: Holdings) -> MemoryFacts | None:
+    loaded = holdings.loaded
+    if loaded is None:
+        return None
+    return MemoryFacts(
+        granularity=holdings.granularity,
+        kv=loaded.kv,
+        footprint=loaded.footprint,
+        ledger=size_ledger(loaded.load, holdings.granularity).nbytes,
+        kv_handles_min=kv_handles_min(loaded.load, loaded.kv),
+        kv_handles_load=loaded.kv_handles,
+    )
+
+
+def _device_status(name: str, holdings: Holdings, attachments: Attachments) -> DeviceStatus:
+    memory, loaded = holdings.memories[name], holdings.loaded
+    attached = next((one.incarnation for one in attachments.by_slot.values() if one.device == name), None)
+    used = dict(memory.device.used)
+    num_experts, num_blocks = 0, 0
+    if loaded is not None:  # else the load's thread may be at work on these
+        num_experts = sum(key.kind == "expert" for key in memory.records)
+        num_blocks = len(memory.kv) * loaded.kv.blocks_per_handle
+    return DeviceStatus(
+        device=name,
+        budget=memory.device.budget,
+        weights=used["weights"],
+        kv=used["kv"],
+        other=used["shared"],
+        free=memory.device.budget - sum(used.values()),
+        num_experts=num_experts,
+        kv_blocks=num_blocks,
+        attached=attached,
+        pages=memory.device.pages,
+    )

@@ -1,0 +1,150 @@
+"""The work of a transition that takes time: making pages and filling them, in threads of its own, in small pieces.
+
+A thread touches the handles that it was given, and no catalog. Between two pieces it may be stopped, and it sleeps as
+the limit asks, so that serving keeps its throughput.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from common.devices.base import Handle
+from common.devices.host import HostDevice
+from common.families import record, records
+from common.model_spec import ModelSpec, RecordKey
+from common.protocol.errors import Unavailable
+from native import host
+from native.ledger import format_ledger
+from services.hmm.checkpoint import Checkpoint
+from services.hmm.reader import Reader
+from services.hmm.sizing import LEDGER_BLOB_BYTES, LedgerSizes
+
+_PIECE_BYTES: Final = 4 << 20
+_PIECE_BYTES_MIN: Final = 64 << 10  # a multiple of every page size
+_PIECES_PER_S: Final = 20  # at the least, where the limit allows pieces of the smallest size
+
+
+class Part(NamedTuple):
+    """One claimed handle to be made: at `address`, and filled from the address `source`, if not 0; from the checkpoint,
+    where `key` says which record; with an empty ledger's header, where `ledger` is given; else it stays zeros."""
+
+    device: HostDevice
+    handle: Handle
+    address: int
+    source: int = 0
+    key: RecordKey | None = None
+    ledger: LedgerSizes | None = None
+
+
+class Peaks:
+    """The most real bytes of each device since `begin`. Threads of different devices, and the loop, may sample."""
+
+    def __init__(self, by_device: Mapping[str, int] | None = None) -> None:
+        self.by_device: dict[str, int] = dict(by_device or {})
+
+    def sample(self, device: HostDevice) -> None:
+        """Look at the device now: after pages were made, and before some are given back."""
+        self.by_device[device.name] = max(self.by_device.get(device.name, 0), device.pages)
+
+
+class Transfer:
+    """Parts to be made, by device. `run` is called by as many threads as `num_threads` says, `stop` by anybody."""
+
+    def __init__(
+        self,
+        parts: Mapping[str, Sequence[Part]],
+        bytes_per_s_max: int,
+        peaks: Peaks,
+        spec: ModelSpec,
+        model_path: str,
+    ) -> None:
+        self.bytes_done = 0
+        self.bytes_total = sum(part.handle.nbytes for some in parts.values() for part in some if _is_copied(part))
+        self.parts = [part for some in parts.values() for part in some]
+        self._devices = deque(list(some) for some in parts.values() if some)
+        self.num_threads = max(1, min(1 if bytes_per_s_max else 2, len(self._devices)))
+        self._peaks = peaks
+        self._spec = spec
+        self._model_path = model_path
+        self._limit = bytes_per_s_max
+        self._due = time.monotonic()
+        pieces = bytes_per_s_max // _PIECES_PER_S // _PIECE_BYTES_MIN * _PIECE_BYTES_MIN
+        self._piece_bytes = min(_PIECE_BYTES, max(_PIECE_BYTES_MIN, pieces)) if bytes_per_s_max else _PIECE_BYTES
+        self._stop = threading.Event()
+        self._lock = threading.Lock()  # of bytes_done
+
+    def stop(self) -> None:
+        """Let `run` end soon, with Unavailable `aborted`."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Make whole devices' parts until none are left. Blocks. Raises DoesNotFit, CheckpointError, Unavailable."""
+        try:
+            while True:
+                try:
+                    parts = self._devices.popleft()
+                except IndexError:
+                    return
+                self._make(parts)
+        except BaseException:
+            self.stop()  # the others' work would be in vain
+            raise
+
+    def _make(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            for done in range(0, part.handle.nbytes, self._piece_bytes):
+                nbytes = min(self._piece_bytes, part.handle.nbytes - done)
+                part.device.populate(part.handle, done, nbytes)
+                self._peaks.sample(part.device)
+                self._pause(nbytes)
+            if part.source:
+                for done in range(0, part.handle.nbytes, self._piece_bytes):
+                    nbytes = min(self._piece_bytes, part.handle.nbytes - done)
+                    host.copy(part.address + done, part.source + done, nbytes)
+                    self._count(nbytes)
+                    self._pause(nbytes)
+            elif part.ledger is not None:
+                sizes = part.ledger
+                blob = LEDGER_BLOB_BYTES
+                format_ledger(part.address, sizes.nbytes, sizes.num_rows, sizes.max_tokens, sizes.max_blocks, blob)
+        self._read([part for part in parts if part.key is not None])
+
+    def _read(self, parts: Sequence[Part]) -> None:
+        if not parts:
+            return
+        spec = self._spec
+        with Checkpoint(Path(self._model_path), records(spec), tied_head=spec.tie_embeddings) as checkpoint:
+            reader = Reader(checkpoint, self._pause, chunk_bytes=self._piece_bytes)
+            for part in parts:
+                assert part.key is not None, "only records are read"
+                reader.add(record(spec, part.key), part.address)
+            reader.read()
+        self._count(sum(part.handle.nbytes for part in parts))
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.bytes_done += nbytes
+
+    def _pause(self, nbytes: int) -> None:
+        """Sleep as the limit asks after `nbytes`; what was not used of it before is not saved up."""
+        now = time.monotonic()
+        if self._limit:  # then there is one thread
+            self._due = max(self._due, now) + nbytes / self._limit
+        if self._stop.wait(max(0.0, self._due - now)) if self._limit else self._stop.is_set():
+            raise Unavailable("the transition was given up", code="aborted")
+
+
+def _is_copied(part: Part) -> bool:
+    return bool(part.source) or part.key is not None
+
+
+def punch(parts: Sequence[tuple[HostDevice, Handle]]) -> None:
+    """Give back the pages of handles that nobody uses any more, in pieces. Blocks; releasing them is quick then."""
+    for device, handle in parts:
+        for done in range(0, handle.nbytes, _PIECE_BYTES):
+            device.punch(handle, done, min(_PIECE_BYTES, handle.nbytes - done))

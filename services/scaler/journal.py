@@ -1,0 +1,176 @@
+"""What the scaler writes to the store, by a thread of its own: the loop never waits for the store.
+
+The operation in progress is written at each change of its state; the loop asks `is_durable` before it sends a command
+that needs the record. What the store does not take is kept and written later: the newest state of the operation, the
+newest layout, and events up to a bound. While there is nothing to write, it is checked that the store still has what
+was written.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from common.layout import Layout
+from common.protocol.errors import ElasticMoEError, Fenced
+from common.store import Event, Store
+from common.telemetry import get_logger
+from services.scaler.operation import Operation
+
+log = get_logger("scaler")
+
+EVENTS_QUEUED_MAX = 1_000
+RETRY_S = 0.5
+VERIFY_S = 2.0  # a store that was emptied or rolled back gets the layout and the operation again after this time
+CLOSE_S_MAX = 3.0
+
+Mark = tuple[str, tuple[object, ...]]
+
+
+class Journal:
+    """Made and called by the loop's thread; `on_fenced` and `on_written` are called by its own."""
+
+    def __init__(
+        self, store: Store, holder: str, on_fenced: Callable[[], None], on_written: Callable[[], None]
+    ) -> None:
+        self._store = store
+        self._holder = holder
+        self._on_fenced = on_fenced
+        self._on_written = on_written
+        self._lock = threading.Condition()
+        self._operation: Operation | None = None
+        self._ended: deque[Operation] = deque()
+        self._layout: Layout | None = None
+        self._events: deque[Event] = deque(maxlen=EVENTS_QUEUED_MAX)
+        self._written: Mark | None = None
+        self._announced = 0
+        self._closing = False
+        self._failing = False
+        self._last_layout: Layout | None = None
+        self._last_operation: Operation | None = None
+        self._verified_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def put(self, operation: Operation) -> None:
+        """Write the state of the operation in progress. Does not block."""
+        with self._lock:
+            self._operation = operation
+            self._lock.notify()
+
+    def end(self, operation: Operation) -> None:
+        """Move the operation to those that ended. Does not block."""
+        with self._lock:
+            self._operation = None
+            self._ended.append(operation)
+            self._lock.notify()
+
+    def announce(self, layout: Layout) -> None:
+        """Make `layout` the one that routers see. Does not block."""
+        with self._lock:
+            self._layout = layout
+            self._lock.notify()
+
+    def event(self, event: Event) -> None:
+        """Append an event. Does not block; the oldest unwritten ones fall out beyond EVENTS_QUEUED_MAX."""
+        with self._lock:
+            self._events.append(event)
+            self._lock.notify()
+
+    def is_durable(self, operation: Operation) -> bool:
+        """Whether the store holds this state of the operation."""
+        with self._lock:
+            return self._written == _mark(operation)
+
+    @property
+    def announced_epoch(self) -> int:
+        """Epoch of the layout that was announced last."""
+        with self._lock:
+            return self._announced
+
+    def adopt(self, operation: Operation) -> None:
+        """The operation was read from the store just now: its state needs no writing."""
+        self._last_operation = operation
+        with self._lock:
+            self._written = _mark(operation)
+
+    def close(self) -> None:
+        """Write what is left as long as the store takes it, and end the thread."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        self._thread.join(CLOSE_S_MAX)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._closing or (self._has_work() and not self._failing), RETRY_S)
+                self._failing = False
+                if self._closing and not self._has_work():
+                    return
+            try:
+                if self._has_work():
+                    self._write_next()
+                elif time.monotonic() - self._verified_at > VERIFY_S:
+                    self._verify()
+            except Fenced:
+                self._on_fenced()
+                return
+            except ElasticMoEError as error:
+                log.warning("the store does not take the journal", because=error.message)
+                with self._lock:
+                    if self._closing:
+                        return
+                    self._failing = True
+
+    def _verify(self) -> None:
+        """Write again what a store that was emptied or rolled back has lost."""
+        self._verified_at = time.monotonic()
+        layout, operation = self._last_layout, self._last_operation
+        if layout is not None and self._store.get_epoch() < layout.epoch:
+            log.warning("the store has lost the layout; it is written again", epoch=layout.epoch)
+            self._store.put_layout(layout)
+            if operation is not None:
+                self._store.put_operation(self._holder, operation)
+
+    def _has_work(self) -> bool:
+        return bool(self._operation or self._ended or self._layout or self._events)
+
+    def _write_next(self) -> None:
+        """Write one thing, the most urgent one; it is forgotten only when it is written."""
+        with self._lock:
+            ended = self._ended[0] if self._ended else None
+            operation, layout = self._operation, self._layout
+            event = self._events[0] if self._events else None
+        if ended is not None:  # before the next operation begins
+            self._store.end_operation(self._holder, ended)
+            self._last_operation = None
+            with self._lock:
+                self._ended.popleft()
+        elif operation is not None:
+            self._store.put_operation(self._holder, operation)
+            self._last_operation = operation
+            with self._lock:
+                self._written = _mark(operation)
+                if self._operation is operation:
+                    self._operation = None
+            self._on_written()
+        elif layout is not None:
+            self._store.put_layout(layout)
+            self._last_layout = layout
+            with self._lock:
+                self._announced = layout.epoch
+                if self._layout is layout:
+                    self._layout = None
+            self._on_written()
+        elif event is not None:
+            self._store.append_event(event)
+            with self._lock:
+                if self._events and self._events[0] is event:
+                    self._events.popleft()
+
+
+def _mark(operation: Operation) -> Mark:
+    return operation.op_id, operation.mark

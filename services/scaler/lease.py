@@ -1,0 +1,77 @@
+"""The scaler's lease in the store, renewed by a thread of its own: a store that hangs does not hold up the loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from common.fence import Fence
+from common.protocol.errors import Fenced, Unavailable
+from common.store import Store
+from common.telemetry import get_logger
+
+log = get_logger("scaler")
+
+
+class Lease:
+    """Who may act as scaler. Made, asked and released by the loop's thread."""
+
+    def __init__(self, store: Store, holder: str, lease_ms: int, fence: Fence) -> None:
+        self._store = store
+        self._holder = holder
+        self._lease_ms = lease_ms
+        self._fence = fence
+        self._lost = threading.Event()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self, is_stopping: Callable[[], bool]) -> int:
+        """Wait for the lease; the fencing epoch that comes with it, or 0 when `is_stopping` says so before."""
+        waiting_for = ""
+        while not is_stopping():
+            try:
+                # Above all epochs that this host has seen, also when the store was wiped or rolled back.
+                got = self._store.acquire_lease(self._holder, self._lease_ms, self._fence.epoch)
+            except Unavailable as error:
+                got = error.message
+            if isinstance(got, int):
+                self._fence.check(got, self._holder)
+                log.info("lease acquired", fence=got)
+                self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+                self._thread.start()
+                return got
+            if got != waiting_for:
+                log.info("waiting for the lease", because=got)
+                waiting_for = got
+            time.sleep(self._lease_ms / 10e3)
+        return 0
+
+    def check(self) -> None:
+        """Raises Fenced when another scaler holds the lease. Does not block."""
+        if self._lost.is_set():
+            raise Fenced("another scaler holds the lease")
+
+    def lose(self) -> None:
+        """Another part has found that somebody else holds the lease. Any thread."""
+        self._lost.set()
+
+    def _keep(self) -> None:
+        """Renew at half time. An outage of the store ends no scaler: fencing keeps two from acting on the resources."""
+        while not self._ended.wait(self._lease_ms / 2e3):
+            try:
+                if not self._store.renew_lease(self._holder, self._lease_ms):
+                    self._lost.set()
+                    return
+            except Unavailable as error:
+                log.warning("lease could not be renewed", because=error.message)
+
+    def release(self) -> None:
+        """Give the lease back. Waits for the thread, whose calls are bounded."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            self._store.release_lease(self._holder)
+        except Unavailable as error:
+            log.warning("lease could not be released", because=error.message)

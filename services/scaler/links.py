@@ -1,0 +1,138 @@
+"""The scaler's connections to the HMM, the worker pool and the ranks. The loop's thread only."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from common.config import ScalerConfig
+from common.layout import Seat
+from common.model_spec import ModelSpec
+from common.protocol.codec import Message
+from common.protocol.errors import ElasticMoEError, ProtocolError
+from common.protocol.hmm import GetHmmStatus
+from common.protocol.pool import GetPool, StartRank
+from common.protocol.scaler import CODEC, HmmStatus, PoolStatus, ToScaler
+from common.telemetry import get_logger
+from common.transport import Client, new_identity
+from services.scaler.peers import Peers
+
+log = get_logger("scaler")
+
+CALL_MS = 2_000
+STARTING_MS = 200
+START_SECONDS_MAX = 60.0  # a rank that has not come by then is asked for again
+
+T = TypeVar("T", HmmStatus, PoolStatus)
+
+
+class Links:
+    """`on_event` gets what the pool tells unasked. `starting`: slot -> when its rank was asked for."""
+
+    def __init__(
+        self, config: ScalerConfig, spec: ModelSpec, identity: str, on_event: Callable[[ToScaler], None]
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._on_event = on_event
+        self._hmm: Client[ToScaler] = Client(config.socket("hmm"), identity, CODEC)
+        self._pool: Client[ToScaler] = Client(config.socket(config.pool_name), identity, CODEC)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.peers = Peers(config, identity)
+        self.starting: dict[int, float] = {}
+
+    def act_under(self, fence: int) -> None:
+        """Send everything with this fencing epoch from now on."""
+        self._hmm.epoch = self._pool.epoch = self.peers.epoch = fence
+
+    def ask_hmm(self) -> HmmStatus | None:
+        """What the HMM says now; None when it does not answer in time."""
+        return self._ask(self._hmm, GetHmmStatus(), HmmStatus, CALL_MS)
+
+    def ask_pool(self, *, is_starting: bool) -> PoolStatus | None:
+        """What the pool says now. At start it imports for seconds; loading must not wait for it."""
+        status = self._ask(self._pool, GetPool(), PoolStatus, STARTING_MS if is_starting else CALL_MS)
+        # A rank that was asked for is the pool's from its answer on: what the pool does not list has ended.
+        now = time.monotonic()
+        coming = {rank.slot for rank in status.ranks if not rank.ready} if status else set(self.starting)
+        self.starting = {
+            slot: at for slot, at in self.starting.items() if slot in coming and now - at < START_SECONDS_MAX
+        }
+        return status
+
+    def _ask(self, client: Client[ToScaler], question: Message, kind: type[T], deadline_ms: int) -> T | None:
+        try:
+            answer, events = client.call(question, deadline_ms=deadline_ms)
+        except (ElasticMoEError, ProtocolError):
+            return None
+        for event in events:
+            self._on_event(event.body)
+        return answer if isinstance(answer, kind) else None
+
+    def tell_hmm(self, command: Message) -> None:
+        """Send a command and wait for its answer. Raises ElasticMoEError: the refusal, or DeadlineExceeded."""
+        self._hmm.call(command, deadline_ms=CALL_MS)
+
+    def tell_pool(self, command: Message) -> None:
+        """Send a command and wait for its answer. Raises ElasticMoEError: the refusal, or DeadlineExceeded."""
+        _, events = self._pool.call(command, deadline_ms=CALL_MS)
+        for event in events:
+            self._on_event(event.body)
+
+    def start(self, seat: Seat, epoch: int) -> None:
+        """Let a standby take `seat` of the layout of `epoch`. Raises ElasticMoEError."""
+        self.tell_pool(
+            StartRank(
+                rank=seat.rank,
+                slot=seat.slot,
+                device=seat.device,
+                incarnation=new_identity(f"rank-{seat.rank}"),
+                epoch=epoch,
+                max_tokens=self._config.max_tokens_per_step,
+                max_sequences=self._config.max_sequences,
+                max_model_len=min(self._config.max_model_len, self._spec.max_positions),
+            )
+        )
+        self.starting[seat.slot] = time.monotonic()
+
+    def wake(self) -> None:
+        """Let `wait` return. Any thread."""
+        os.eventfd_write(self._wake, 1)
+
+    def wait(self, wait_s: float) -> None:
+        """Until something comes, at most `wait_s`. What has come is handled."""
+        if self._drain():
+            return
+        # The sockets' descriptors are edge-triggered: they were drained just now.
+        poller = select.poll()
+        for fd in (self._wake, self._hmm.fileno(), self._pool.fileno(), *self.peers.filenos()):
+            poller.register(fd, select.POLLIN)
+        if any(fd == self._wake for fd, _ in poller.poll(max(1, int(wait_s * 1e3)))):
+            os.eventfd_read(self._wake)
+        self._drain()
+
+    def _drain(self) -> bool:
+        self.peers.receive()
+        came = False
+        for client in (self._pool, self._hmm):
+            while True:
+                try:
+                    received = client.receive()
+                except ProtocolError as error:
+                    log.warning("bad message", because=error.message)
+                    continue
+                if received is None:
+                    break
+                if not received.seq:  # otherwise an answer that came too late
+                    self._on_event(received.body)
+                    came = True
+        return came
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._hmm.close()
+        self._pool.close()
+        self.peers.close()

@@ -1,0 +1,138 @@
+"""The phases after the flip, and what is done about transitions that no operation answers for. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from common.layout import Seat
+from common.protocol.rank import MoveTarget
+from common.protocol.scaler import HmmStatus
+from services.scaler.leveling import level
+from services.scaler.operation import Abort, Action, MoveSequences, Operation, Release, StopSeat
+from services.scaler.steps import (
+    BEFORE_COMMIT,
+    LEAVE_S,
+    MIGRATE_S_MAX,
+    OVER,
+    ROUND_S,
+    Seen,
+    Step,
+    empty_leavers,
+    enter,
+    names,
+    ours,
+    stay,
+    take_back,
+)
+
+
+def tidy(seen: Seen, since_s: float) -> tuple[tuple[Action, ...], str]:
+    """Undo or finish what no operation answers for: a transition that no journal knows, ranks without a seat, ranks
+    that were told to leave. `since_s`: for how long that has been seen."""
+    if seen.hmm is None or seen.pool is None or seen.hmm.phase != "ready" or seen.hmm.layout is None:
+        return (), ""
+    transition, seats = seen.hmm.transition, seen.hmm.layout.seats
+    active = transition is not None and transition.phase not in OVER
+    strays = tuple(
+        StopSeat("tidy", rank.rank, rank.incarnation)
+        for rank in seen.pool.ranks
+        if rank.slot not in {seat.slot for seat in seats}
+    )
+    if transition is None or not active:
+        back = take_back("tidy", seats, seen)
+        return (*strays, *back), "ranks without an operation" if strays or back else ""
+    if transition.phase in BEFORE_COMMIT:
+        return (*strays, Abort(transition.op_id)), f"transition {transition.op_id} is in no journal: given up"
+    # Ranks that left by a committed layout end by themselves once no router needs them.
+    late = strays if since_s > LEAVE_S and transition.phase != "committed" else ()
+    release = (Release(transition.op_id),) if transition.phase == "flipped" else ()
+    return (*late, *release), f"transition {transition.op_id} is in no journal: finished"
+
+
+def migrate(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
+    """Level the load, for MIGRATE_S_MAX at the longest; then release, or for a rebalance: done."""
+    actions = _keep_leaving(operation, seen)
+    if operation.kind != "rebalance" and not (operation.current_leg().joining or operation.current_leg().leaving):
+        return enter(operation, "release", "no replica came or went")
+    leaders = [seat for seat in hmm.layout.seats if seat.rank.tp == 0] if hmm.layout else []
+    loads = {seat.slot: seen.loads[seat.slot] for seat in leaders if seat.slot in seen.loads}
+    if operation.phase_s > MIGRATE_S_MAX:
+        return _end_migration(operation, leaders, actions, f"leveling has had its {MIGRATE_S_MAX:g} s")
+    if len(loads) < len(leaders) or not leaders:
+        return stay(operation, "ranks tell their load", *actions)
+    is_moving = any(load.moving for load in loads.values())
+    if operation.num_rounds and (is_moving or operation.elapsed_s - operation.moves_s < ROUND_S):
+        return stay(operation, "sequences move", *actions)
+    moves = level({slot: load.running + load.waiting + load.moving for slot, load in loads.items()})
+    if not moves:
+        return _end_migration(operation, leaders, actions, "all replicas have the same load within one")
+    rounds = operation.num_rounds + 1
+    seats = {seat.slot: seat for seat in leaders}
+    sources = tuple(sorted({move.source for move in moves}))
+    for source in sources:
+        targets = tuple(
+            MoveTarget(seats[move.target].rank, move.target, move.num_sequences)
+            for move in moves
+            if move.source == source
+        )
+        actions.append(MoveSequences(f"{operation.stage_id}.level{rounds}", seats[source], targets, False))
+    sources = tuple(sorted({*operation.sources, *sources}))
+    operation = msgspec.structs.replace(operation, num_rounds=rounds, sources=sources, moves_s=operation.elapsed_s)
+    return stay(operation, "sequences move", *actions)
+
+
+def _end_migration(operation: Operation, leaders: Iterable[Seat], actions: list[Action], why: str) -> Step:
+    ends = [
+        MoveSequences(f"{operation.stage_id}.end", seat, (), False)
+        for seat in leaders
+        if seat.slot in operation.sources
+    ]
+    step = enter(operation, "done" if operation.kind == "rebalance" else "release", why)
+    return Step(step.operation, (*actions, *ends))
+
+
+def _keep_leaving(operation: Operation, seen: Seen) -> list[Action]:
+    """A rank that has left by a layout in force hands over whatever it still gets."""
+    return empty_leavers(operation, seen)[0] if operation.plan else []
+
+
+def release(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
+    """Wait until the HMM has released and who left has ended; then the next leg, or done."""
+    leg, transition = operation.current_leg(), ours(operation, hmm)
+    actions = _keep_leaving(operation, seen)
+    since_s = operation.elapsed_s - (operation.flipped_s if operation.flipped_s is not None else operation.elapsed_s)
+    ranks = seen.ranks
+    left = [seat for seat in leg.leaving if seat.slot in ranks]
+    if since_s > LEAVE_S:
+        actions += [StopSeat(operation.stage_id, seat.rank, ranks[seat.slot].incarnation) for seat in left]
+    if transition is None:
+        assert hmm.layout is not None
+        if hmm.layout.epoch >= leg.layout.epoch and not left:
+            return _finish_leg(operation, "the HMM keeps the new layout and no transition")
+        return stay(operation, "the HMM has no transition of this leg", *actions)
+    if transition.phase == "released":
+        return _finish_leg(operation, "released") if not left else stay(operation, "ranks end", *actions)
+    if transition.phase == "flipped":
+        actions.append(Release(operation.stage_id))
+    ending = f"; ranks {names(left)} end" if left else ""
+    return stay(operation, f"the HMM gives back what only the old layout used{ending}", *actions)
+
+
+def _finish_leg(operation: Operation, why: str) -> Step:
+    following = operation.leg + 1
+    if following >= operation.num_legs:
+        return enter(operation, "done", why)
+    step = enter(operation, "prepare", f"leg {following + 1} of {operation.num_legs}")
+    fresh = msgspec.structs.replace(
+        step.operation,
+        leg=following,
+        attempt=0,
+        retry_s=0.0,
+        committed_s=None,
+        flipped_s=None,
+        sources=(),
+        num_rounds=0,
+    )
+    return Step(fresh)

@@ -1,0 +1,114 @@
+"""What a step of an operation is made of: what was seen, what comes of it, and the parts that phases share. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from common.layout import Seat
+from common.protocol.rank import MoveTarget
+from common.protocol.replies import Refused
+from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankLoad, TransitionStatus
+from services.scaler.operation import TIMINGS_MAX, Action, MoveSequences, Operation, Phase, PhaseTime
+
+MIGRATE_S_MAX = 5.0  # leveling is best effort
+ROUND_S = 0.25  # between two looks at what leveling has done
+LEAVE_S = 10.0  # a rank that left and still runs after this time is ended
+TAKE_BACK_S = 10.0  # an abort waits this long for ranks to say that they leave no more
+BACKOFF_S = 0.5
+BACKOFF_S_MAX = 10.0
+
+LAYOUT_CHANGED = "layout_changed"
+BEFORE_COMMIT = frozenset({"vacating", "copying", "staged", "failed"})
+OVER = frozenset({"released", "aborted"})
+PAST_FLIP = frozenset({"flipped", "releasing", "released"})
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """What was observed last; None for a part that does not answer.
+
+    `loads`: by slot, fresh ones of ranks that live. `starting`: slots whose rank was asked for and has not come.
+    `exits`: why ranks of joining seats ended since this attempt began. `refused`: the HMM's answer to its staging.
+    `is_durable`: the journal holds the operation's present state.
+    """
+
+    hmm: HmmStatus | None
+    pool: PoolStatus | None
+    loads: Mapping[int, RankLoad]
+    starting: frozenset[int] = frozenset()
+    exits: Mapping[int, str] = {}
+    refused: Refused | None = None
+    is_durable: bool = True
+
+    @property
+    def ranks(self) -> dict[int, PoolRank]:
+        """The pool's living ranks by slot."""
+        return {rank.slot: rank for rank in self.pool.ranks} if self.pool else {}
+
+    def is_attached(self, seat: Seat) -> bool:
+        """Whether some rank is attached to the seat's device."""
+        assert self.hmm is not None
+        return any(device.device == seat.device and device.attached for device in self.hmm.devices)
+
+
+class Step(msgspec.Struct, frozen=True):
+    """The operation as it is now, and the commands that bring it on. `operation.why` says why."""
+
+    operation: Operation
+    actions: tuple[Action, ...] = ()
+
+
+def ours(operation: Operation, hmm: HmmStatus) -> TransitionStatus | None:
+    """The HMM's transition where it is this leg's present attempt."""
+    transition = hmm.transition
+    return transition if transition is not None and transition.op_id == operation.stage_id else None
+
+
+def is_empty(load: RankLoad) -> bool:
+    """Whether the rank has no sequence left, nor one on its way."""
+    return load.running + load.waiting + load.moving == 0
+
+
+def stay(operation: Operation, why: str, *actions: Action) -> Step:
+    """Stay in the phase, with commands."""
+    return Step(msgspec.structs.replace(operation, why=why), actions)
+
+
+def enter(operation: Operation, phase: Phase, why: str, **changes: object) -> Step:
+    """Go to `phase`, with changed fields."""
+    timings = operation.timings
+    if phase != operation.phase:
+        timings = (*timings, PhaseTime(operation.leg, operation.phase, round(operation.phase_s, 4)))[-TIMINGS_MAX:]
+        changes["phase_s"] = 0.0
+    return Step(msgspec.structs.replace(operation, phase=phase, why=why, timings=timings, **changes))
+
+
+def names(seats: Iterable[Seat]) -> str:
+    """The seats' ranks, for texts."""
+    return ", ".join(str(seat.rank) for seat in seats)
+
+
+def empty_leavers(operation: Operation, seen: Seen) -> tuple[list[Action], list[Seat]]:
+    """Tell leaving ranks to hand over what they have, unless their own word is that they do; who is not empty yet."""
+    leg = operation.current_leg()
+    op_id = f"{operation.op_id}/{operation.leg}.out"
+    # Members of both layouts take over: a joining rank computes only after the flip.
+    joining = {seat.slot for seat in leg.joining}
+    stayers = [seat for seat in leg.layout.seats if seat.slot not in joining]
+    actions: list[Action] = []
+    busy = []
+    for seat in leg.leaving:
+        load = seen.loads.get(seat.slot)
+        if load is None or not is_empty(load) or load.move_op_id != op_id or not load.is_leaving:
+            busy.append(seat)
+        if load is not None and (load.move_op_id != op_id or not load.is_leaving):
+            targets = tuple(MoveTarget(to.rank, to.slot, 0) for to in stayers if to.rank.tp == seat.rank.tp)
+            actions.append(MoveSequences(op_id, seat, targets, True))
+    return actions, busy
+
+
+def take_back(op_id: str, seats: Iterable[Seat], seen: Seen) -> tuple[Action, ...]:
+    """Tell the ranks of these seats that say that they leave to stay."""
+    leaving = [seat for seat in seats if seat.slot in seen.loads and seen.loads[seat.slot].is_leaving]
+    return tuple(MoveSequences(f"{op_id}.stay", seat, (), False) for seat in leaving)

@@ -1,0 +1,258 @@
+"""The state machine of a scale operation: what is seen decides what comes next. Pure.
+
+plan -> (prepare -> commit -> migrate -> release) once per leg -> done; or abort -> aborted, before the HMM has
+committed the first leg. It is level-triggered: a phase asks what is still missing and commands that, so a scaler that
+restarts goes on from the journaled operation and from what it sees. Commands are idempotent and may be repeated.
+
+Two commands wait until the journal has the operation's state: staging and the commit. From the HMM's commit on there
+is only forward, also without a store.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from common.layout import Seat
+from common.protocol.replies import Refused
+from common.protocol.scaler import HmmStatus, TransitionStatus
+from services.scaler.figures import count
+from services.scaler.operation import (
+    Abort,
+    Action,
+    Commit,
+    Operation,
+    Stage,
+    StartSeat,
+    StopSeat,
+)
+from services.scaler.settle import migrate, release, tidy
+from services.scaler.steps import (
+    BACKOFF_S,
+    BACKOFF_S_MAX,
+    LAYOUT_CHANGED,
+    OVER,
+    PAST_FLIP,
+    TAKE_BACK_S,
+    Seen,
+    Step,
+    empty_leavers,
+    enter,
+    names,
+    ours,
+    stay,
+    take_back,
+)
+
+
+def advance(operation: Operation, seen: Seen, now: float) -> Step:
+    """The next step at monotonic time `now`. At most one change of phase."""
+    if operation.is_finished:
+        return Step(operation)
+    operation = count(operation, seen.hmm, seen.loads, now)
+    if seen.hmm is None:
+        return _blind(operation, "the HMM does not answer")
+    if operation.phase == "plan":
+        return _plan(operation)
+    if operation.phase == "migrate":
+        return migrate(operation, seen, seen.hmm)
+    if seen.hmm.phase != "ready" or seen.hmm.layout is None:
+        return _blind(operation, "the HMM holds no layout yet")
+    if operation.phase == "abort":
+        return _abort(operation, seen, seen.hmm)
+    if seen.pool is None:
+        return _blind(operation, "the worker pool does not answer")
+    if operation.phase == "release":
+        return release(operation, seen, seen.hmm)
+    return _before_flip(operation, seen, seen.hmm)
+
+
+def cancel(operation: Operation) -> Operation:
+    """Ask for an abort. Only before the commit of the first leg: see `can_cancel`."""
+    return msgspec.structs.replace(operation, is_cancelled=True)
+
+
+def can_cancel(operation: Operation) -> bool:
+    """Whether a cancel still leads back to the old layout."""
+    return operation.phase in ("plan", "prepare", "abort") and operation.leg == 0 and operation.kind != "rebalance"
+
+
+# ---- before the flip -------------------------------------------------------------------------------------------------
+
+
+def _plan(operation: Operation) -> Step:
+    if operation.kind == "rebalance":
+        return enter(operation, "migrate", "sequences are levelled")
+    if not operation.num_legs:
+        return enter(operation, "done", "nothing to do")
+    return enter(operation, "prepare", f"leg 1 of {operation.num_legs}")
+
+
+def _before_flip(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
+    """The phases prepare and commit: they differ in what a failure means and in what is sent when all is prepared."""
+    leg, transition = operation.current_leg(), ours(operation, hmm)
+    if transition and (transition.phase == "committed" or transition.phase in PAST_FLIP):
+        return _committed(operation, transition)
+    if hmm.layout == leg.layout:
+        return enter(operation, "migrate", f"layout {leg.layout.epoch} is in force", flipped_s=operation.elapsed_s)
+    failure = _failure(operation, seen, transition)
+    if failure is not None and (operation.leg == 0 or failure.code == LAYOUT_CHANGED):
+        return enter(operation, "abort", failure.message, error=failure)
+    if transition is None:
+        return _stage(operation, seen, hmm)
+    if transition.phase == "failed":
+        why = transition.error.message if transition.error else "staging failed"
+        return stay(operation, f"{why}; it is staged again", Abort(transition.op_id))
+    if transition.phase == "aborting":
+        return stay(operation, "the HMM gives the staged layout up")
+    if transition.phase == "aborted":
+        return _retry(operation, "the HMM has given the staged layout up")
+    return _make_ready(operation, seen, transition)
+
+
+def _failure(operation: Operation, seen: Seen, transition: TransitionStatus | None) -> Refused | None:
+    """Why the first leg has to be given up, if it has to be. A later one only where what it starts from is gone."""
+    before = operation.layout_before()
+    if transition is None and seen.hmm and seen.hmm.layout and seen.hmm.layout != before:
+        have, want = seen.hmm.layout.epoch, before.epoch
+        return Refused(LAYOUT_CHANGED, f"layout {have} is in force and not the layout {want} that was planned from")
+    if operation.is_cancelled:
+        return Refused("cancelled", "cancelled by the operator")
+    if operation.elapsed_s > operation.deadline_s:
+        text = f"not committed within {operation.deadline_s:g} s; it waited for: {operation.why}"
+        return Refused("deadline_exceeded", text, True)
+    if transition and transition.phase == "failed":
+        return transition.error or Refused("stage_failed", "the HMM could not stage the layout")
+    if seen.refused is not None and transition is None and not seen.refused.retryable:
+        return seen.refused
+    joining = {seat.slot: seat for seat in operation.current_leg().joining}
+    for slot, text in seen.exits.items():
+        if slot in joining:
+            return Refused("joiner_exited", f"rank {joining[slot].rank} ended before it joined: {text}", True)
+    return None
+
+
+def _stage(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
+    other, leg = hmm.transition, operation.current_leg()
+    if other is not None and other.phase not in OVER:
+        actions, why = tidy(seen, operation.phase_s)
+        return stay(operation, why, *actions)
+    if operation.elapsed_s < operation.retry_s:
+        return stay(operation, "the next attempt to stage waits")
+    if seen.refused is not None and not seen.refused.retryable:
+        return _retry(operation, f"staging was refused: {seen.refused.message}")
+    if operation.phase == "commit":
+        return enter(operation, "prepare", "the HMM has lost what was staged", attempt=operation.attempt + 1)
+    if not seen.is_durable:
+        return stay(operation, "the store does not take the journal")
+    return stay(operation, "the layout is staged", Stage(operation.stage_id, leg, not leg.joining))
+
+
+def _retry(operation: Operation, why: str) -> Step:
+    attempt = operation.attempt + 1
+    wait_s = min(BACKOFF_S_MAX, BACKOFF_S * 2 ** min(attempt, 10))
+    return enter(operation, "prepare", why, attempt=attempt, retry_s=operation.elapsed_s + wait_s)
+
+
+def _make_ready(operation: Operation, seen: Seen, transition: TransitionStatus) -> Step:
+    """Start who joins, empty who leaves, and commit when every member of the new layout has mapped everything."""
+    leg = operation.current_leg()
+    actions: list[Action] = []
+    waits = []
+    if transition.phase != "staged":
+        waits.append("the HMM makes room" if transition.phase == "vacating" else "the HMM copies")
+    else:
+        starts, missing = _start_joiners(operation, seen)
+        actions += starts
+        unprepared = sorted(set(leg.layout.slots) - set(transition.prepared))
+        if missing:
+            waits.append(f"ranks {names(missing)} join")
+        elif unprepared:
+            waits.append(f"slots {unprepared} map the new layout")
+    if transition.phase != "vacating":
+        moves, busy = empty_leavers(operation, seen)
+        actions += moves
+        if busy:
+            waits.append(f"ranks {names(busy)} hand their sequences over")
+    if waits:
+        return stay(operation, "; ".join(waits), *actions)
+    if operation.phase == "prepare":
+        return enter(operation, "commit", "everything is prepared")
+    if not seen.is_durable:
+        return stay(operation, "the store does not take the commit record", *actions)
+    if operation.committed_s is None:
+        operation = msgspec.structs.replace(operation, committed_s=operation.elapsed_s)
+    return stay(operation, "the layout is committed", *actions, Commit(operation.stage_id))
+
+
+def _start_joiners(operation: Operation, seen: Seen) -> tuple[list[Action], list[Seat]]:
+    assert seen.pool is not None
+    leg, ranks = operation.current_leg(), seen.ranks
+    missing = [seat for seat in leg.joining if not (seat.slot in ranks and ranks[seat.slot].ready)]
+    free = [
+        seat
+        for seat in missing
+        if seat.slot not in ranks and seat.slot not in seen.starting and not seen.is_attached(seat)
+    ]
+    return [StartSeat(operation.stage_id, seat, leg.layout.epoch) for seat in free[: seen.pool.standby]], missing
+
+
+def _committed(operation: Operation, transition: TransitionStatus) -> Step:
+    if operation.phase == "prepare":  # the commit was sent by this scaler's predecessor, or crossed an abort
+        return enter(operation, "commit", "the HMM has committed", committed_s=operation.elapsed_s, error=None)
+    since_s = operation.elapsed_s if operation.committed_s is None else operation.committed_s
+    operation = msgspec.structs.replace(operation, committed_s=since_s)
+    if transition.phase == "committed":
+        return stay(operation, "the ranks flip")
+    figures = operation.figures
+    flip_s = max(figures.flip_s_max or 0.0, operation.elapsed_s - since_s)
+    capacity_s = figures.capacity_s
+    if capacity_s is None and operation.current_leg().joining:
+        capacity_s = operation.elapsed_s
+    figures = msgspec.structs.replace(figures, flip_s_max=flip_s, capacity_s=capacity_s)
+    return enter(operation, "migrate", "all ranks flipped", flipped_s=operation.elapsed_s, figures=figures)
+
+
+# ---- back ------------------------------------------------------------------------------------------------------------
+
+
+def _abort(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
+    leg, transition = operation.current_leg(), ours(operation, hmm)
+    if hmm.layout == leg.layout or (transition and (transition.phase in PAST_FLIP or transition.phase == "committed")):
+        # A commit that had been sent was carried out: from here there is only forward.
+        return enter(operation, "commit", "the HMM has committed", error=None, is_cancelled=False)
+    ranks = seen.ranks
+    joiners = [seat for seat in leg.joining if seat.slot in ranks or seat.slot in seen.starting]
+    stops = tuple(
+        StopSeat(operation.stage_id, seat.rank, ranks[seat.slot].incarnation) for seat in joiners if seat.slot in ranks
+    )
+    if joiners and seen.pool is not None:
+        return stay(operation, f"ranks {names(joiners)} end", *stops)
+    if transition and transition.phase not in OVER:
+        abort = () if transition.phase == "aborting" else (Abort(operation.stage_id),)
+        return stay(operation, "the HMM gives the staged layout up", *abort)
+    back = take_back(operation.stage_id, leg.leaving, seen)
+    silent = [seat for seat in leg.leaving if seat.slot in ranks and seat.slot not in seen.loads]
+    if (back or silent) and operation.phase_s < TAKE_BACK_S:
+        return stay(operation, "ranks leave no more", *back)
+    return Step(enter(operation, "aborted", operation.error.message if operation.error else "").operation, back)
+
+
+def _blind(operation: Operation, why: str) -> Step:
+    """Nothing can be seen. Before anything was commanded, the deadline and a cancel still count."""
+    is_late = operation.elapsed_s > operation.deadline_s
+    if operation.phase == "plan" and (is_late or operation.is_cancelled):
+        code = "cancelled" if operation.is_cancelled else "deadline_exceeded"
+        return enter(operation, "aborted", why, error=Refused(code, f"{why}; nothing was begun", not is_late))
+    return stay(operation, why)
+
+
+Outcome = Literal["done", "cancelled", "aborted"]
+
+
+def outcome(operation: Operation) -> Outcome:
+    """How a finished operation ended."""
+    if operation.phase == "done":
+        return "done"
+    return "cancelled" if operation.error and operation.error.code == "cancelled" else "aborted"

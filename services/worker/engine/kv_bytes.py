@@ -1,0 +1,32 @@
+"""The bytes of KV blocks in this rank's mapped memory. Nobody else may be writing the blocks meanwhile."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence as Seq
+
+from native import host
+from services.worker.model.weights import KvCache
+
+
+def copy_block(kv: KvCache, source: int, target: int) -> None:
+    """Copy one block to another place."""
+    host.copy(_address(kv, target), _address(kv, source), kv.geometry.block_bytes)
+
+
+def read_blocks(kv: KvCache, blocks: Seq[int]) -> bytes:
+    """The blocks' bytes one after the other, `block_bytes` each."""
+    return b"".join(ctypes.string_at(_address(kv, block), kv.geometry.block_bytes) for block in blocks)
+
+
+def write_blocks(kv: KvCache, blocks: Seq[int], data: bytes) -> None:
+    """Undo `read_blocks`. Raises ValueError unless `data` has just the bytes of the blocks."""
+    size = kv.geometry.block_bytes
+    if len(data) != len(blocks) * size:
+        raise ValueError(f"{len(data)} bytes for {len(blocks)} blocks of {size}")
+    for index, block in enumerate(blocks):
+        ctypes.memmove(_address(kv, block), data[index * size : (index + 1) * size], size)
+
+
+def _address(kv: KvCache, block: int) -> int:
+    return kv.base_addr + block * kv.geometry.block_stride

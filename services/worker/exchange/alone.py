@@ -1,0 +1,38 @@
+"""An exchange without other ranks, for warming up: each held expert gets a row, whatever the tokens chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from services.worker.exchange.base import Exchange, ExchangeTimes
+
+
+class Alone(Exchange):
+    """`held[layer]`: the experts that are mapped; `num_experts`: the most that a layer has. Combines to zeros."""
+
+    def __init__(self, held: Sequence[Sequence[int]], num_experts: int, hidden: int) -> None:
+        self._held = held
+        self.rows_RH = torch.zeros((max((len(experts) for experts in held), default=0), hidden), dtype=torch.float32)
+        self.counts_E = torch.zeros(num_experts, dtype=torch.int32)
+
+    def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
+        """See Exchange. Nothing to prepare."""
+
+    def dispatch(self, layer: int, x_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor, n: int) -> int:
+        """See Exchange. One row of zeros for each held expert."""
+        del x_NH, ids_NK, weights_NK, n
+        self.counts_E.zero_()
+        self.counts_E[list(self._held[layer])] = 1
+        self.rows_RH.zero_()
+        return len(self._held[layer])
+
+    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: torch.Tensor, n: int) -> None:
+        """See Exchange. Zeros."""
+        del layer, y_RH
+        out_NH[:n].zero_()
+
+    def take_times(self) -> ExchangeTimes:
+        """See Exchange. Nobody was waited for."""
+        return ExchangeTimes(0, 0)

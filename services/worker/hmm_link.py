@@ -1,0 +1,120 @@
+"""A rank's connection to the HMM: by it memory is handed over, and its end is how the HMM sees the rank's death.
+
+Without an HMM the rank serves on with what it has mapped; it introduces itself to the next one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from common import fdchannel
+from common.protocol.errors import ElasticMoEError, ProtocolError
+from common.protocol.handles import TO_RANK, Applied, Attach, AttachReply, FromHmm, SeatMemory
+from common.protocol.pool import StartRank
+from common.protocol.replies import Refused
+from common.telemetry import get_logger
+
+log = get_logger("rank")
+
+ATTACH_MS = 10_000
+RESUME_MS = 2_000  # the HMM listens only once it can answer; meanwhile this rank, and so all, do not step
+RECEIVE_MS = 500  # for the rest of a message that has begun to come
+RESUME_S = 0.5  # between attempts to reach a restarted HMM
+
+Handed = tuple[SeatMemory, list[int]]
+
+
+class HmmLink:
+    """Owned by the rank's thread. `watch` and `unwatch` tell the rank's poll about the connection's descriptor."""
+
+    def __init__(
+        self, path: Path, seat: StartRank, *, watch: Callable[[int], None], unwatch: Callable[[int], None]
+    ) -> None:
+        self._path = path
+        self._seat = seat
+        self._watch = watch
+        self._unwatch = unwatch
+        self._memory_id = ""
+        self._channel: fdchannel.Channel[FromHmm] | None = None
+        self._resume_at = 0.0
+
+    def attach(self) -> tuple[AttachReply, list[int]]:
+        """Ask for the seat's memory: the answer and its descriptors, which are the caller's. Blocks, at most ATTACH_MS.
+
+        Raises the HMM's refusal, Unavailable without an HMM.
+        """
+        reply, fds = self._introduce(is_resuming=False)
+        self._memory_id = reply.memory_id
+        return reply, fds
+
+    def look(self, readable: set[int], now: float) -> Handed | None:
+        """Take what came: a new SeatMemory with its descriptors, which are the caller's, or None. Does not wait for
+        anything that has not begun to come. Raises ElasticMoEError `memory_replaced` where a restarted HMM has lost
+        the memory that this rank has mapped: nobody else can ever see it again."""
+        if self._channel is not None and self._channel.fileno() in readable:
+            try:
+                received, fds = self._channel.receive(deadline_ms=RECEIVE_MS)
+                if isinstance(received.body, SeatMemory):
+                    return received.body, fds
+                for fd in fds:
+                    os.close(fd)
+                raise ProtocolError(f"{type(received.body).__name__} was not asked for")
+            except ElasticMoEError as error:
+                log.warning("the HMM is gone; serving goes on", because=error.message)
+                self.close()
+        if self._channel is None and now >= self._resume_at:
+            self._resume_at = now + RESUME_S
+            return self._resume()
+        return None
+
+    def applied(self, revision: int) -> None:
+        """Tell the HMM what has been reached. Where it is away, the next one asks again."""
+        if self._channel is None:
+            return
+        try:
+            self._channel.send(Applied(revision), deadline_ms=RECEIVE_MS)
+        except ElasticMoEError as error:
+            log.warning("the HMM is gone; serving goes on", because=error.message)
+            self.close()
+
+    def _resume(self) -> Handed | None:
+        try:
+            reply, fds = self._introduce(is_resuming=True)
+        except ElasticMoEError as error:
+            log.debug("no HMM yet", because=error.message)
+            return None
+        if reply.memory_id != self._memory_id:
+            for fd in fds:
+                os.close(fd)
+            raise ElasticMoEError("the HMM has lost the memory that this rank has mapped", code="memory_replaced")
+        log.info("introduced to the restarted HMM")
+        return reply.seat, fds
+
+    def _introduce(self, *, is_resuming: bool) -> tuple[AttachReply, list[int]]:
+        seat = self._seat
+        connect_ms, answer_ms = (200, RESUME_MS) if is_resuming else (5_000, ATTACH_MS)
+        channel = fdchannel.connect(self._path, seat.incarnation, TO_RANK, deadline_ms=connect_ms)
+        try:
+            channel.send(Attach(seat.rank, seat.slot, seat.device, seat.incarnation, is_resuming))
+            received, fds = channel.receive(deadline_ms=answer_ms)
+            if not isinstance(received.body, AttachReply):
+                for fd in fds:
+                    os.close(fd)
+                if isinstance(received.body, Refused):
+                    received.body.raise_()
+                raise ProtocolError(f"{type(received.body).__name__} does not answer Attach")
+        except BaseException:
+            channel.close()
+            raise
+        self._channel = channel
+        self._watch(channel.fileno())
+        return received.body, fds
+
+    def close(self) -> None:
+        """End the connection: to the HMM this rank is dead, unless it introduces itself again. Idempotent."""
+        if self._channel is not None:
+            self._unwatch(self._channel.fileno())
+            self._channel.close()
+            self._channel = None

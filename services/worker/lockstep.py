@@ -1,0 +1,133 @@
+"""One rank's part in the lockstep: its generation of the bus, the meeting at each step's start, the flip.
+
+While any rank has work, all step together: each step starts at a barrier of the bus where every rank says how many
+tokens it brings. When nobody brought any, all go to sleep on their sockets and their doorbell. Who gets work first
+arrives at the barrier and then rings; whoever wakes looks whether a peer waits there (a stale ring costs a look).
+
+When the bus's generation changes, because a rank died or joined, the step in flight is discarded and planned again once
+the HMM publishes a running generation.
+
+A new layout needs no discarded step. The HMM *stages* a generation on the bus; a rank that sees it says so at its next
+meeting, and when all have said so at the same meeting, all know that all know: nobody computes that step, they make
+the staged generation the current one and go on in it, by its routing. (Who is slow to leave that meeting finds the
+generation over, as after any change; it had not begun to compute either.)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from common.telemetry import get_logger
+from native.bus import Bus, BusAborted, BusTimeout
+from services.worker.exchange.shm import ShmExchange
+from services.worker.memory import Memory
+
+log = get_logger("rank")
+
+MEET_MS = 500.0  # a rank that waits for others looks that often whether it shall stop
+STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
+
+
+class Lockstep:
+    """Owned by the rank's thread. `memory` and `exchange` stay the rank's.
+
+    `is_member`: takes part in the present generation. `is_awake`: steps with the others, also without work of its own.
+    `epoch`: of the layout whose routing is in use; 0 before the first generation.
+    """
+
+    def __init__(self, memory: Memory, exchange: ShmExchange, slot: int, is_stopping: Callable[[], bool]) -> None:
+        self._memory = memory
+        self._bus: Bus = memory.bus
+        self._exchange = exchange
+        self._slot = slot
+        self._is_stopping = is_stopping
+        self._generation = 0
+        self.epoch = 0
+        self.is_member = False
+        self.is_awake = False
+
+    def sync(self) -> None:
+        """Follow the bus to its present generation."""
+        generation, members, running, epoch = self._bus.membership()
+        if generation == self._generation:
+            return
+        routing = self._memory.routings.get(epoch)
+        if running and members >> self._slot & 1 and routing is None:
+            return  # the HMM's message with it has not been read yet
+        self._generation = generation
+        self.is_member = running and bool(members >> self._slot & 1)
+        if self.is_member and routing is not None:
+            self._exchange.set_routing(generation, routing.owners)
+            self.epoch = epoch
+            self.is_awake = True  # the first step of a generation is everybody's
+        log.info("membership", generation=generation, members=bin(members), running=running, epoch=epoch)
+
+    def shall_meet(self) -> bool:
+        """Whether the others step, or are about to flip, though this rank has no work."""
+        if self.is_awake or self._staged():
+            return True
+        try:
+            return self._bus.idle_wait(self._generation, 0)
+        except BusAborted:
+            return False
+
+    def _staged(self) -> int:
+        """The generation that this rank is ready to flip to; 0 for none."""
+        generation, _, epoch = self._bus.staged()
+        return generation if generation and epoch in self._memory.routings else 0
+
+    def meet(self, num_tokens: int) -> int:
+        """Arrive at the step's barrier with `num_tokens` and wait for the others; the tokens of all ranks together, to
+        be computed now; 0 when there is nothing to compute, be it that the ranks have flipped to a new layout.
+
+        Whoever comes from sleep first arrives, then rings those that are not there yet. Raises BusAborted when the
+        generation is over, BusTimeout when a peer stays away beyond STEP_MS_MAX.
+        """
+        deadline = time.monotonic() + STEP_MS_MAX / 1e3
+        flags = self._staged()
+        wait_ms = MEET_MS if self.is_awake else 0.0
+        while True:
+            try:
+                said = self._bus.step(self._generation, num_tokens, flags, wait_ms)
+                break
+            except BusTimeout:
+                if self._is_stopping():
+                    return 0
+                if time.monotonic() > deadline:
+                    raise
+                self.ring()
+                wait_ms = MEET_MS
+        staged = said[0][2]
+        if staged and all(flag == staged for _, _, flag in said):
+            self._flip(staged)
+            return 0
+        total = sum(tokens for _, tokens, _ in said)
+        self.is_awake = total > 0
+        return total
+
+    def _flip(self, generation: int) -> None:
+        is_done = self._bus.flip(generation)
+        log.info("flipped" if is_done else "flip was overtaken", generation=generation)
+        self.ring()  # new members sleep
+
+    def abort(self) -> None:
+        """The generation is over: wait for the next."""
+        self.is_member = False
+
+    def ring(self) -> None:
+        """Wake the other ranks."""
+        for slot, fd in self._memory.doorbells.items():
+            if slot != self._slot:
+                try:
+                    os.eventfd_write(fd, 1)
+                except BlockingIOError:
+                    pass  # the counter is full: it is ringing already
+
+    def hear(self) -> None:
+        """Silence the own doorbell."""
+        try:
+            os.eventfd_read(self._memory.doorbells[self._slot])
+        except BlockingIOError:
+            pass  # somebody's ring was answered between poll and read

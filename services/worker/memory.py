@@ -1,0 +1,330 @@
+"""What a rank has mapped, and how it follows what the HMM says the seat shall have.
+
+One virtual range for each of the base and layer records; one per MoE layer with a slot for *every* expert of the model
+at `expert * stride`, of which only the held ones are mapped, so that an expert's address never changes; one for the KV
+blocks, reserved for the most that the device could hold; one each for the bus and the ledger.
+
+A SeatMemory is a goal: what is named and not mapped is mapped, what is mapped and not named is unmapped, all else stays
+untouched. The rank works at it between its steps, a slice at a time, so that serving goes on; experts that come or go
+are in no routing table that a step uses, and KV blocks that go are vacated first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from common.devices.base import Handle, ProcessRules, Range, Token
+from common.devices.host import HostDevice
+from common.families import record
+from common.model_spec import DTYPE_BYTES, RecordKey, RecordSpec, round_up
+from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
+from common.protocol.handles import AttachReply, Extent, Routing, SeatMemory
+from native import host
+from native.bus import Bus
+from native.ledger import Ledger
+from services.worker.model.weights import KvCache, RankWeights
+
+SLICE_BYTES = 16 << 20  # mapped or unmapped between two steps: populating it takes about 2 ms
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapping:
+    """One record or KV handle in its place."""
+
+    range_: Range
+    offset: int
+    handle: Handle
+    extent: tuple[int, int]  # offset and bytes in the device's file: its identity
+
+
+@dataclass(slots=True)
+class _Goal:
+    """A SeatMemory that is not reached yet. Owns the descriptors until then; the list is emptied when they close."""
+
+    seat: SeatMemory
+    fds: list[int]
+    unmap: list[RecordKey]
+    map: list[tuple[RecordKey, Extent]]
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+
+
+class Memory:
+    """A seat's memory in this process. Owned by the rank's thread; `close` unmaps everything, after which no tensor may
+    be touched.
+
+    `doorbells`: eventfd of each slot; the rank sleeps on its own. `routings`: owners of the experts, by epoch.
+    `zero_copy` False: weights are copied into memory of this process instead of being mapped, for measurements.
+    """
+
+    def __init__(self, reply: AttachReply, fds: list[int], device: str, slot: int, *, zero_copy: bool = True) -> None:
+        """Map what `reply` says; `fds` are closed and the list is emptied.
+
+        Raises DeviceError for a hand-over that breaks the device's rules, ProtocolError, ElasticMoEError
+        missing_record; nothing stays mapped or open then.
+        """
+        self.memory_id = reply.memory_id
+        self.spec = reply.spec
+        self.device = HostDevice(device, reply.granularity)
+        self._private = None if zero_copy else HostDevice(device, reply.granularity, 1 << 40, rules=ProcessRules())
+        self._weights_device = self._private or self.device
+        self.doorbells: dict[int, int] = {}
+        self.routings: dict[int, Routing] = {}
+        self._slot = slot
+        self._records: dict[RecordKey, _Mapping] = {}
+        self._kv: list[_Mapping] = []
+        self._geometry = reply.kv_geometry
+        self._goal: _Goal | None = None
+        try:
+            self._map_all(reply, fds)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for fd in fds:
+                os.close(fd)
+            fds.clear()
+
+    def _map_all(self, reply: AttachReply, fds: list[int]) -> None:
+        self._experts = [self._reserve_experts(layer) for layer in range(self.spec.num_layers)]
+        handle_bytes = self._geometry.handle_bytes
+        self._kv_range = self.device.reserve(max(reply.kv_bytes_reserved, len(reply.seat.kv) * handle_bytes))
+        self.kv = KvCache(self._kv_range.base, 0, self._geometry)
+        self.bus = Bus(*self._map_one(reply.bus, fds), self._slot)
+        self.ledger = Ledger(*self._map_one(reply.ledger, fds))
+        self.begin(reply.seat, fds)
+        while not self.advance(self._set_num_blocks, populate=False):
+            pass
+        self.weights = self._wrap()
+
+    def _set_num_blocks(self, num_blocks: int) -> bool:
+        self.kv.num_blocks = num_blocks
+        return True
+
+    @property
+    def held(self) -> list[list[int]]:
+        """Experts that are mapped, ascending, by layer."""
+        held: list[list[int]] = [[] for _ in range(self.spec.num_layers)]
+        for key in sorted(self._records):
+            if key.kind == "expert":
+                held[key.layer].append(key.expert)
+        return held
+
+    # ---- Goals
+
+    def begin(self, seat: SeatMemory, fds: list[int]) -> None:
+        """Take a new goal in place of the one in progress. `fds` belong to it from now on, also after an error.
+
+        Raises ProtocolError, or DeviceError `record_moved` where something mapped is said to lie elsewhere."""
+        if self._goal is not None:
+            self._goal.close()
+        wanted = {item.key: item.extent for item in seat.records}
+        for key, mapping in self._records.items():
+            if key in wanted and mapping.extent != _identity(wanted[key]):
+                raise DeviceError(f"record {key} cannot move while it is mapped", code="record_moved")
+        for at, (mapping, extent) in enumerate(zip(self._kv, seat.kv, strict=False)):
+            if mapping.extent != _identity(extent):
+                raise DeviceError(f"KV handle {at} cannot move while it is mapped", code="record_moved")
+        self._goal = _Goal(
+            seat,
+            fds,
+            [key for key in self._records if key not in wanted],
+            [(key, extent) for key, extent in wanted.items() if key not in self._records],
+        )
+        self._take_doorbells(seat, fds)
+        self.routings = {routing.epoch: routing for routing in seat.routings}
+
+    def _take_doorbells(self, seat: SeatMemory, fds: list[int]) -> None:
+        for slot in set(self.doorbells) - set(seat.slots):
+            os.close(self.doorbells.pop(slot))
+        for slot, index in zip(seat.slots, seat.doorbells, strict=True):
+            # A slot that was given to another rank has a new doorbell; the own one is being slept on and never changes.
+            if slot != self._slot or slot not in self.doorbells:
+                new = os.dup(_fd(fds, index))
+                if slot in self.doorbells:
+                    os.close(self.doorbells[slot])
+                self.doorbells[slot] = new
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether a goal is being worked at."""
+        return self._goal is not None
+
+    def advance(self, resize_kv: Callable[[int], bool], *, populate: bool = True) -> int:
+        """Work at the goal, between two steps: at most SLICE_BYTES are mapped or unmapped. `resize_kv(num_blocks)` sets
+        the number of blocks in use, and vacates those behind; it is asked again at the next call while it says False.
+
+        Returns the revision that is now reached, else 0. Raises DeviceError, ProtocolError.
+        """
+        goal = self._goal
+        if goal is None:
+            return 0
+        num_kv, per_handle = len(goal.seat.kv), self._geometry.blocks_per_handle
+        if num_kv < len(self._kv):
+            if not resize_kv(num_kv * per_handle):
+                return 0
+            while len(self._kv) > num_kv:
+                self._unmap(self._kv.pop())
+        left = SLICE_BYTES if populate else 1 << 62
+        while goal.unmap and left > 0:
+            mapping = self._records.pop(goal.unmap.pop())
+            left -= mapping.handle.nbytes
+            self._unmap(mapping)
+        left = self._map_records(goal, left, populate)
+        if left > 0:
+            left = self._map_kv(goal, left)
+        if left <= 0 or not resize_kv(num_kv * per_handle):
+            return 0
+        goal.close()
+        self._goal = None
+        return goal.seat.revision
+
+    def _map_records(self, goal: _Goal, left: int, populate: bool) -> int:
+        """Map records until `left` bytes are used up; what is left then."""
+        by_range: dict[int, tuple[Range, list[tuple[int, Handle]]]] = {}
+        while goal.map and left > 0:
+            key, extent = goal.map.pop()
+            range_, offset = self._place(key, extent)
+            handle = self._import_weights(extent, goal.fds)
+            by_range.setdefault(range_.base, (range_, []))[1].append((offset, handle))
+            self._records[key] = _Mapping(range_, offset, handle, _identity(extent))
+            left -= extent.nbytes
+        for range_, parts in by_range.values():
+            self._weights_device.map_many(range_, parts, False, populate=populate)
+        return left
+
+    def _import_weights(self, extent: Extent, fds: list[int]) -> Handle:
+        shared = self.device.import_(_token(extent, fds))
+        if self._private is None:
+            return shared
+        copy, source = self._private.create(extent.nbytes, "weights"), self.device.reserve(extent.nbytes)
+        target = self._private.reserve(extent.nbytes)
+        self.device.map(source, 0, shared, False)
+        self._private.map(target, 0, copy, True)
+        host.copy(target.base, source.base, extent.nbytes)
+        for device, range_ in ((self.device, source), (self._private, target)):
+            device.unmap(range_, 0)
+            device.unreserve(range_)
+        self.device.release(shared)
+        return copy
+
+    def _map_kv(self, goal: _Goal, left: int) -> int:
+        parts = []
+        while len(self._kv) < len(goal.seat.kv) and left > 0:
+            extent = goal.seat.kv[len(self._kv)]
+            offset = len(self._kv) * self._geometry.handle_bytes
+            handle = self.device.import_(_token(extent, goal.fds))
+            parts.append((offset, handle))
+            self._kv.append(_Mapping(self._kv_range, offset, handle, _identity(extent)))
+            left -= extent.nbytes
+        self.device.map_many(self._kv_range, parts, True)
+        return left
+
+    def _unmap(self, mapping: _Mapping) -> None:
+        device = self.device if mapping.range_ is self._kv_range else self._weights_device
+        device.unmap(mapping.range_, mapping.offset)
+        device.release(mapping.handle)
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+        if self._goal is not None:
+            self._goal.close()
+            self._goal = None
+        for fd in self.doorbells.values():
+            os.close(fd)
+        self.doorbells.clear()
+        self.device.close()
+        if self._private is not None:
+            self._private.close()
+
+    # ---- Places
+
+    def _map_one(self, extent: Extent, fds: list[int]) -> tuple[int, int]:
+        """Map one handle read-write in a range of its own: (address, bytes)."""
+        range_ = self.device.reserve(extent.nbytes)
+        self.device.map(range_, 0, self.device.import_(_token(extent, fds)), True)
+        return range_.base, extent.nbytes
+
+    def _reserve_experts(self, layer: int) -> tuple[Range, int] | None:
+        """A slot for every expert of the layer: the range, and the bytes from slot to slot."""
+        count = self.spec.num_experts_by_layer[layer]
+        if not count:
+            return None
+        stride = round_up(self._described(RecordKey("expert", layer, 0)).nbytes, self.device.granularity)
+        return self._weights_device.reserve(count * stride), stride
+
+    def _place(self, key: RecordKey, extent: Extent) -> tuple[Range, int]:
+        """Where a record belongs. Raises ProtocolError for one that the model does not have."""
+        if key.kind != "expert":
+            return self._weights_device.reserve(extent.nbytes), 0
+        slots = self._experts[key.layer] if 0 <= key.layer < len(self._experts) else None
+        if slots is None or not 0 <= key.expert < self.spec.num_experts_by_layer[key.layer]:
+            raise ProtocolError(f"{key} is not a record of this model")
+        return slots[0], key.expert * slots[1]
+
+    def _described(self, key: RecordKey) -> RecordSpec:
+        return record(self.spec, key)
+
+    # ---- Tensors
+
+    def _wrap(self) -> RankWeights:
+        spec = self.spec
+        base = self._wrap_record(RecordKey("base"))
+        layers = [self._wrap_record(RecordKey("layer", layer)) for layer in range(spec.num_layers)]
+        experts = [self._wrap_experts(layer) for layer in range(spec.num_layers)]
+        return RankWeights(spec, base, layers, experts, self.kv)
+
+    def _wrap_record(self, key: RecordKey) -> dict[str, torch.Tensor]:
+        described, mapping = self._described(key), self._records.get(key)
+        if mapping is None or mapping.handle.nbytes < described.nbytes:
+            raise ElasticMoEError(f"record {key} was not handed over, or too small", code="missing_record")
+        return {
+            tensor.name: self._weights_device.wrap(mapping.range_, tensor.offset, tensor.shape, None, tensor.dtype)
+            for tensor in described.tensors
+        }
+
+    def _wrap_experts(self, layer: int) -> dict[str, torch.Tensor]:
+        """One strided tensor over all slots of the layer, mapped or not."""
+        slots, count = self._experts[layer], self.spec.num_experts_by_layer[layer]
+        if slots is None:
+            return {}
+        range_, stride = slots
+        return {
+            tensor.name: self._weights_device.wrap(
+                range_,
+                tensor.offset,
+                (count, *tensor.shape),
+                (stride // DTYPE_BYTES[tensor.dtype], *_strides(tensor.shape)),
+                tensor.dtype,
+            )
+            for tensor in self._described(RecordKey("expert", layer, 0)).tensors
+        }
+
+
+def _strides(shape: Iterable[int]) -> tuple[int, ...]:
+    """Of a row-major tensor."""
+    strides = [1]
+    for dim in list(shape)[:0:-1]:
+        strides.insert(0, strides[0] * dim)
+    return tuple(strides)
+
+
+def _identity(extent: Extent) -> tuple[int, int]:
+    return extent.offset, extent.nbytes
+
+
+def _fd(fds: list[int], index: int) -> int:
+    if not 0 <= index < len(fds):
+        raise ProtocolError(f"message names descriptor {index} of {len(fds)}")
+    return fds[index]
+
+
+def _token(extent: Extent, fds: list[int]) -> Token:
+    return Token(_fd(fds, extent.fd), extent.offset, extent.nbytes)

@@ -1,0 +1,108 @@
+"""The receiving side: keep a place, take a sequence over, or let go of either.
+
+What another rank may have written, or may have the HMM write, belongs to nobody else meanwhile: a place ends with the
+hand-over, with the sender's word, or RESERVATION_S after its last one. The sender does not let the HMM write later than
+that (outgoing.py).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from common.layout import RankId
+from common.protocol.errors import Conflict, Unavailable
+from common.protocol.peer import Reserved, Taken
+from common.protocol.pool import StartRank
+from common.protocol.rank import HandOver, Reserve, Unreserve
+from common.telemetry import get_logger
+from services.worker.engine.engine import Engine
+from services.worker.engine.sequence import Hold
+
+log = get_logger("migration")
+
+RESERVATION_S = 30.0
+REMEMBERED_MAX = 4096  # sequences taken over, for hand-overs that are repeated
+
+Key = tuple[bytes, str]  # router, request id: names a sequence in the whole deployment
+
+
+class _Reservation:
+    """A place and since when nothing was heard; None until the next turn."""
+
+    __slots__ = ("heard_at", "hold")
+
+    def __init__(self, hold: Hold) -> None:
+        self.hold = hold
+        self.heard_at: float | None = None
+
+
+class Incoming:
+    """Owns the reservations that others have here. `release(router, request_id)` ends a sequence wherever it is now."""
+
+    def __init__(self, seat: StartRank, engine: Engine, release: Callable[[bytes, str], None]) -> None:
+        self._rank: RankId = seat.rank
+        self._slot = seat.slot
+        self._incarnation = seat.incarnation
+        self._engine = engine
+        self._release = release
+        self._reservations: dict[tuple[str, Key], _Reservation] = {}
+        self._senders: OrderedDict[Key, str] = OrderedDict()  # of what was taken over
+        self.taken_over = 0
+
+    def reserve(self, sender: str, message: Reserve, *, is_known_router: bool, is_leaving: bool) -> Reserved:
+        """Keep a place. Raises Unavailable (`leaving`, `unknown_router`), Conflict, or what the scheduler refuses."""
+        key = (message.router, message.request_id)
+        if self._senders.get(key) == sender:
+            del self._senders[key]  # the sender has it again: what it says from now on is not about what it gave before
+        reservation = self._reservations.get((sender, key))
+        if reservation is None:
+            if is_leaving:
+                raise Unavailable(f"rank {self._rank} hands its own sequences over", code="leaving")
+            if not is_known_router:
+                raise Unavailable(f"rank {self._rank} does not know the router yet", code="unknown_router")
+            if self._engine.scheduler.get(*key) is not None:
+                raise Conflict(f"request id {message.request_id} is in use", code="duplicate_request_id")
+            reservation = _Reservation(self._engine.scheduler.hold(message.tokens, message.num_blocks))
+            self._reservations[sender, key] = reservation
+        else:
+            self._engine.scheduler.extend(reservation.hold, message.num_blocks)
+        reservation.heard_at = None
+        hold = reservation.hold
+        return Reserved(message.request_id, self._incarnation, self._slot, tuple(hold.blocks), hold.num_cached)
+
+    def unreserve(self, sender: str, message: Unreserve) -> None:
+        """The sequence is not for this rank: free its place, or the sequence itself where it came from `sender`."""
+        key = (message.router, message.request_id)
+        reservation = self._reservations.pop((sender, key), None)
+        if reservation is not None:
+            self._engine.scheduler.release_hold(reservation.hold)
+        if self._senders.get(key) == sender:
+            del self._senders[key]
+            self._release(*key)
+
+    def take(self, sender: str, message: HandOver, now: float) -> Taken:
+        """Go on with a sequence. Raises Conflict (`not_reserved`) or what the engine refuses, and changes nothing."""
+        key = (message.router, message.request.request_id)
+        if self._senders.get(key) == sender:
+            return Taken(message.request.request_id)  # said before: the answer was lost
+        reservation = self._reservations.get((sender, key))
+        if reservation is None:
+            raise Conflict(f"no place is kept for request {message.request.request_id}", code="not_reserved")
+        self._engine.adopt(reservation.hold, message, now)
+        del self._reservations[sender, key]
+        self._senders[key] = sender
+        if len(self._senders) > REMEMBERED_MAX:
+            self._senders.popitem(last=False)
+        self.taken_over += 1
+        return Taken(message.request.request_id)
+
+    def expire(self, now: float) -> None:
+        """Free the places whose senders have said nothing for RESERVATION_S."""
+        for name, reservation in list(self._reservations.items()):
+            if reservation.heard_at is None:
+                reservation.heard_at = now
+            elif now - reservation.heard_at > RESERVATION_S:
+                log.warning("reservation expired", sender=name[0], request_id=name[1][1])
+                self._engine.scheduler.release_hold(reservation.hold)
+                del self._reservations[name]

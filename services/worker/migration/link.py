@@ -1,0 +1,67 @@
+"""Questions of this rank to another rank or to the HMM, and their answers, without waiting for either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from common.protocol.codec import Message
+from common.protocol.errors import ElasticMoEError, ProtocolError
+from common.protocol.peer import CODEC, ToPeer
+from common.telemetry import get_logger
+from common.transport import Client
+
+log = get_logger("migration")
+
+Subject = TypeVar("Subject")
+
+
+class Link(Generic[Subject]):
+    """A client and what each question under way is about. Owns the client; its descriptor is watched until `close`."""
+
+    def __init__(
+        self, path: Path, identity: str, *, watch: Callable[[int], None], unwatch: Callable[[int], None]
+    ) -> None:
+        self._client = Client(path, identity, CODEC)
+        self._fd = self._client.fileno()
+        self._unwatch = unwatch
+        self._asked: dict[int, Subject] = {}
+        self.used_at = 0.0
+        watch(self._fd)
+
+    def ask(self, question: Message, subject: Subject, now: float) -> None:
+        """Send; the answer comes out of `answers` with `subject`. Raises an ElasticMoEError when it cannot be sent."""
+        self._asked[self._client.send(question)] = subject
+        self.used_at = now
+
+    def tell(self, message: Message, now: float) -> None:
+        """Send without asking for the answer. One that cannot be sent is dropped."""
+        try:
+            self._client.send(message)
+        except ElasticMoEError as error:
+            log.warning("message dropped", message=type(message).__name__, because=error.message)
+        self.used_at = now
+
+    def drop(self, subject: Subject) -> None:
+        """Ignore the answers about `subject` that may still come."""
+        self._asked = {seq: other for seq, other in self._asked.items() if other is not subject}
+
+    def answers(self) -> Iterator[tuple[Subject, ToPeer]]:
+        """What has come, without waiting."""
+        while True:
+            try:
+                received = self._client.receive()
+            except ProtocolError as error:
+                log.warning("bad answer", because=error.message)
+                continue
+            if received is None:
+                return
+            subject = self._asked.pop(received.seq, None)
+            if subject is not None:
+                yield subject, received.body
+
+    def close(self) -> None:
+        """Drop what is queued and all answers."""
+        self._unwatch(self._fd)
+        self._client.close()

@@ -1,0 +1,338 @@
+"""The handing side: each sequence on its way is a Transfer that goes through stages, a little at each turn.
+
+reserving  the target was asked for a place; the sequence runs on here
+ready      the next thing can be done: copy what is full, or hand over
+copying    the HMM copies full blocks, which nobody writes any more; the sequence runs on here
+handing    the sequence is detached and with the target, which may go on with it
+draining   given up, but the HMM may still be writing to the target's place
+
+Up to `handing` the sequence is this rank's, and giving up costs nothing. From there it is in doubt until the answer.
+When none comes both ranks may go on with it: they choose the same tokens, and the router drops what it has seen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from common.layout import RankId
+from common.protocol.codec import Message
+from common.protocol.errors import ElasticMoEError
+from common.protocol.hmm import CopyBlocks
+from common.protocol.limits import BLOCKS_PER_COPY_MAX, TAIL_BYTES_MAX
+from common.protocol.peer import Reserved, Taken, ToPeer
+from common.protocol.pool import StartRank
+from common.protocol.rank import HandOver, MoveTarget, Reserve, Unreserve
+from common.protocol.replies import Ack, Refused
+from common.protocol.router import Moved
+from common.telemetry import get_logger
+from services.worker.engine.engine import Engine
+from services.worker.engine.sequence import Sequence
+from services.worker.migration.link import Link
+from services.worker.migration.targets import Targets
+
+log = get_logger("migration")
+
+IN_TRANSIT_MAX = 8
+ANSWER_S = 5.0  # of a rank; it answers between two steps
+HAND_OVER_ATTEMPTS = 3
+COPY_S = 10.0  # of the HMM. With FRESH_S less than the target's RESERVATION_S, so that no copy outlives its place
+KEPT_S = 25.0  # a place that was asked for again within this is the same: it cannot have expired in between
+FRESH_S = 10.0  # a copy does not begin later than this after the target's place was asked for; it is asked again
+TAIL_BLOCKS = 4  # full blocks that rather travel with the hand-over than with one more copy
+ROUNDS_MAX = 8  # copies that chase a sequence; what is full after them travels in the tail if it can
+COPY_BYTES_MAX = 256 << 20  # of one CopyBlocks
+AHEAD_TOKENS = 128  # that a sequence may grow by until it is handed over
+LINK_IDLE_S = 60.0
+
+Stage = Literal["reserving", "ready", "copying", "handing", "draining"]
+
+
+class Transfer:
+    """One sequence on its way. `place`: the target's answer. KV up to its block number `num_copied` is there; the copy
+    under way brings it to `copying_to`."""
+
+    def __init__(self, sequence: Sequence, target: MoveTarget) -> None:
+        self.sequence = sequence
+        self.target = target
+        self.stage: Stage = "reserving"
+        self.stops = sequence.stops
+        self.relocations = 0
+        self.place: Reserved | None = None
+        self.num_copied = 0
+        self.copying_to = 0
+        self.rounds = 0
+        self.reserved_at = 0.0
+        self.reserved_before = 0.0
+        self.asked_at = 0.0
+        self.is_known = False  # to the target
+        self.message: HandOver | None = None
+        self.attempts = 0
+
+
+class Outgoing:
+    """Owns the transfers and the links. `on_taken(sequence, target)` is called once the target has a sequence."""
+
+    def __init__(
+        self,
+        seat: StartRank,
+        engine: Engine,
+        targets: Targets,
+        socket_of: Callable[[str], Path],
+        *,
+        watch: Callable[[int], None],
+        unwatch: Callable[[int], None],
+        on_taken: Callable[[Sequence, MoveTarget], None],
+    ) -> None:
+        self._seat = seat
+        self._engine = engine
+        self._targets = targets
+        self._socket_of = socket_of
+        self._watch = watch
+        self._unwatch = unwatch
+        self._on_taken = on_taken
+        self._links: dict[str, Link[Transfer]] = {}
+        self._hmm_silent_until = 0.0
+        self._moved: list[tuple[bytes, Message]] = []
+        self.transfers: list[Transfer] = []
+
+    def turn(self, now: float) -> list[tuple[bytes, Message]]:
+        """Advance everything. What is to be told to routers."""
+        self._receive(now)
+        for transfer in list(self.transfers):
+            self._check(transfer, now)
+        self._begin(now)
+        self._receive(now)  # a send may have consumed the edge of an answer's descriptor
+        for name in [n for n, link in self._links.items() if now - link.used_at > LINK_IDLE_S]:
+            self._close(name)
+        moved, self._moved = self._moved, []
+        return moved
+
+    @property
+    def on_the_way(self) -> Counter[RankId]:
+        """Sequences by the rank that they move to."""
+        return Counter(transfer.target.rank for transfer in self.transfers if transfer.stage != "draining")
+
+    @property
+    def candidates(self) -> list[Sequence]:
+        """Sequences that could move, those with the most output still to come first, then those that wait."""
+        busy = {id(transfer.sequence) for transfer in self.transfers}
+        scheduler = self._engine.scheduler
+        running = sorted(scheduler.running, key=lambda s: s.num_output - s.request.max_tokens)
+        return [sequence for sequence in (*running, *scheduler.waiting) if id(sequence) not in busy]
+
+    def tell(self, rank: RankId, message: Message, now: float) -> None:
+        """Send a message to a rank without waiting for its answer."""
+        self._link(f"rank-{rank}").tell(message, now)
+
+    def give_up(self, transfer: Transfer, now: float) -> None:
+        """The sequence, if it lives, goes on here. The target is told once nobody writes to its place any more."""
+        sequence = transfer.sequence
+        if transfer.stage == "copying":
+            transfer.stage = "draining"
+            return
+        if transfer.stage == "handing" and self._is_live(sequence):
+            self._engine.scheduler.restore(sequence)
+        self._end(transfer)
+        if transfer.is_known:
+            self.tell(transfer.target.rank, Unreserve(sequence.request.request_id, sequence.peer), now)
+
+    def close(self) -> None:
+        """Close all links."""
+        for name in list(self._links):
+            self._close(name)
+
+    # ---- links ----------------------------------------------------------------------------------------------------
+
+    def _link(self, name: str) -> Link[Transfer]:
+        if name not in self._links:
+            self._links[name] = Link(
+                self._socket_of(name), self._seat.incarnation, watch=self._watch, unwatch=self._unwatch
+            )
+        return self._links[name]
+
+    def _close(self, name: str) -> None:
+        self._links.pop(name).close()
+
+    def _receive(self, now: float) -> None:
+        for link in list(self._links.values()):
+            for transfer, answer in link.answers():
+                self._take_answer(transfer, answer, now)
+
+    def _end(self, transfer: Transfer) -> None:
+        self.transfers.remove(transfer)
+        for link in self._links.values():
+            link.drop(transfer)
+
+    def _ask(self, transfer: Transfer, name: str, question: Message, now: float) -> None:
+        """Ask about a transfer; one that cannot be asked about is given up when no answer has come."""
+        transfer.asked_at = now
+        try:
+            self._link(name).ask(question, transfer, now)
+            transfer.is_known = True
+        except ElasticMoEError as error:
+            log.warning("cannot be sent", to=name, message=type(question).__name__, because=error.message)
+
+    # ---- one transfer ---------------------------------------------------------------------------------------------
+
+    def _is_live(self, sequence: Sequence) -> bool:
+        return self._engine.scheduler.get(sequence.peer, sequence.request.request_id) is sequence
+
+    def _begin(self, now: float) -> None:
+        wanted = self._targets.wanted(self.on_the_way)
+        while wanted and len(self.transfers) < IN_TRANSIT_MAX:
+            chosen = self._targets.choose(self.candidates, wanted, now)
+            if chosen is None:
+                return
+            transfer = Transfer(*chosen)
+            self.transfers.append(transfer)
+            self._reserve(transfer, now)
+            wanted = self._targets.wanted(self.on_the_way)
+
+    def _reserve(self, transfer: Transfer, now: float) -> None:
+        sequence, blocks = transfer.sequence, self._engine.scheduler.blocks
+        tokens, num_blocks = sequence.tokens, 0
+        if sequence.kv_len:
+            longest = min(sequence.num_prompt + sequence.request.max_tokens, self._engine.scheduler.capacity_tokens)
+            num_blocks = blocks.blocks_for(min(len(tokens) + AHEAD_TOKENS, max(longest, len(tokens))))
+            if sequence.wants_prompt_logprobs:
+                tokens = tokens[: sequence.kv_len + 1]  # what was not computed must be, whatever the target's cache has
+        transfer.stage = "reserving"
+        transfer.reserved_before, transfer.reserved_at = transfer.reserved_at, now
+        message = Reserve(sequence.request.request_id, sequence.peer, tuple(tokens), num_blocks)
+        self._ask(transfer, f"rank-{transfer.target.rank}", message, now)
+
+    def _check(self, transfer: Transfer, now: float) -> None:
+        """Do what the transfer's stage and the time ask for."""
+        if transfer.stage == "draining":
+            if now - transfer.asked_at > COPY_S:
+                self._lose_hmm(now)
+        elif not self._is_live(transfer.sequence):
+            self.give_up(transfer, now)
+        elif transfer.stage == "handing":
+            self._check_handing(transfer, now)
+        elif transfer.sequence.stops != transfer.stops or not self._targets.has(transfer.target.rank):
+            self.give_up(transfer, now)
+        elif transfer.stage == "ready":
+            self._advance(transfer, now)
+        elif transfer.stage == "reserving" and now - transfer.asked_at > ANSWER_S:
+            log.warning("no answer", rank=str(transfer.target.rank), request_id=transfer.sequence.request.request_id)
+            self._targets.pause_all(transfer.target.rank, now)
+            self.give_up(transfer, now)
+        elif transfer.stage == "copying" and now - transfer.asked_at > COPY_S:
+            self._lose_hmm(now)
+
+    def _check_handing(self, transfer: Transfer, now: float) -> None:
+        if now - transfer.asked_at <= ANSWER_S:
+            return
+        if transfer.attempts < HAND_OVER_ATTEMPTS:
+            self._send_hand_over(transfer, now)
+            return
+        log.warning("sequence taken back", rank=str(transfer.target.rank), attempts=transfer.attempts)
+        self._targets.pause_all(transfer.target.rank, now)
+        self.give_up(transfer, now)
+
+    def _lose_hmm(self, now: float) -> None:
+        """The HMM does not answer. What it has not read yet is dropped; the targets' places expire by themselves, since
+        it may still be writing to them."""
+        log.warning("the HMM does not copy", seconds=COPY_S)
+        self._hmm_silent_until = now + COPY_S
+        self._close("hmm")
+        for transfer in [t for t in self.transfers if t.stage in ("copying", "draining")]:
+            self._targets.pause(transfer.sequence, transfer.target.rank, now)
+            self._end(transfer)
+
+    def _take_answer(self, transfer: Transfer, answer: ToPeer, now: float) -> None:
+        stage = transfer.stage
+        if isinstance(answer, Refused):
+            log.debug("refused", rank=str(transfer.target.rank), stage=stage, code=answer.code, because=answer.message)
+            self._targets.pause(transfer.sequence, transfer.target.rank, now)
+            if stage in ("copying", "draining"):
+                transfer.stage = "ready"
+            self.give_up(transfer, now)
+        elif stage == "reserving" and isinstance(answer, Reserved) and answer.num_cached <= len(answer.blocks):
+            if not _is_same_place(transfer, answer, now):
+                transfer.num_copied = answer.num_cached
+            transfer.place = answer
+            transfer.stage = "ready"
+        elif stage == "copying" and isinstance(answer, Ack):
+            if transfer.relocations == transfer.sequence.relocations:  # else a block may have changed under the copy
+                transfer.num_copied = transfer.copying_to
+            transfer.rounds += 1
+            transfer.stage = "ready"
+        elif stage == "draining" and isinstance(answer, Ack):
+            transfer.stage = "ready"
+            self.give_up(transfer, now)
+        elif stage == "handing" and isinstance(answer, Taken):
+            if self._is_live(transfer.sequence):
+                self._finish(transfer)
+            else:
+                self.give_up(transfer, now)  # cancelled meanwhile
+
+    def _advance(self, transfer: Transfer, now: float) -> None:
+        sequence, kv, place = transfer.sequence, self._engine.kv, transfer.place
+        assert place is not None
+        full = sequence.kv_len // kv.geometry.block_size
+        num_tail = self._engine.scheduler.blocks.blocks_for(sequence.kv_len) - transfer.num_copied
+        must_copy = num_tail * kv.geometry.block_bytes > TAIL_BYTES_MAX
+        may_copy = full - transfer.num_copied > TAIL_BLOCKS and transfer.rounds < ROUNDS_MAX
+        room = min(full, len(place.blocks))
+        if sequence.kv_len and not place.blocks:  # it has begun to run meanwhile
+            self._reserve(transfer, now)
+        elif not (must_copy or may_copy) or full <= transfer.num_copied:
+            self._hand_over(transfer, now)
+        elif room <= transfer.num_copied or now - transfer.reserved_at > FRESH_S:
+            self._reserve(transfer, now)
+        elif now < self._hmm_silent_until:
+            self._targets.pause(sequence, transfer.target.rank, now)
+            self.give_up(transfer, now)
+        else:
+            self._copy(transfer, place, room, now)
+
+    def _copy(self, transfer: Transfer, place: Reserved, room: int, now: float) -> None:
+        first = transfer.num_copied
+        num_blocks_max = max(1, min(BLOCKS_PER_COPY_MAX, COPY_BYTES_MAX // self._engine.kv.geometry.block_bytes))
+        last = min(room, first + num_blocks_max)
+        pairs = tuple(zip(transfer.sequence.blocks[first:last], place.blocks[first:last], strict=True))
+        transfer.copying_to = last
+        transfer.relocations = transfer.sequence.relocations
+        transfer.stage = "copying"
+        seat = self._seat
+        message = CopyBlocks(seat.slot, seat.incarnation, place.slot, place.incarnation, pairs)
+        self._ask(transfer, "hmm", message, now)
+
+    def _hand_over(self, transfer: Transfer, now: float) -> None:
+        sequence = transfer.sequence
+        if sequence.deadline <= now:
+            self.give_up(transfer, now)  # it is about to expire here
+            return
+        self._engine.scheduler.detach(sequence)
+        transfer.message = self._engine.hand_over(sequence, transfer.num_copied, now)
+        transfer.stage = "handing"
+        self._send_hand_over(transfer, now)
+
+    def _send_hand_over(self, transfer: Transfer, now: float) -> None:
+        assert transfer.message is not None
+        transfer.attempts += 1
+        self._ask(transfer, f"rank-{transfer.target.rank}", transfer.message, now)
+
+    def _finish(self, transfer: Transfer) -> None:
+        sequence, target = transfer.sequence, transfer.target
+        self._end(transfer)
+        self._engine.forget(sequence)
+        self._targets.note_done(target.rank)
+        self._moved.append((sequence.peer, Moved(sequence.request.request_id, target.rank)))
+        self._on_taken(sequence, target)
+
+
+def _is_same_place(transfer: Transfer, answer: Reserved, now: float) -> bool:
+    """Whether what was copied to the place that the target named before lies in the one that it names now."""
+    before = transfer.place
+    return (
+        before is not None
+        and now - transfer.reserved_before < KEPT_S
+        and (before.incarnation, before.num_cached) == (answer.incarnation, answer.num_cached)
+        and before.blocks == answer.blocks[: len(before.blocks)]
+    )

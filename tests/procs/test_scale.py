@@ -1,0 +1,112 @@
+"""Growing and shrinking under load: nothing fails, nothing is lost, nothing is computed twice, and the bytes are where
+the plan says."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.procs.clients import Load, check_load_against_oracle
+from tests.procs.deployment import Deployment
+from tests.procs.integrity import check_integrity
+
+pytestmark = pytest.mark.procs
+
+RESIZES = 50
+DEVICES = 6
+SETTINGS: dict[str, Any] = {"max_sequences": 48, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 3}
+
+
+def replicas_of(deployment: Deployment) -> list[int]:
+    return [rank["replica"] for rank in deployment.admin("/v1/layout")["ranks"]]
+
+
+def draw_target(rng: random.Random, present: list[int]) -> dict[str, Any]:
+    """A random resize: to a number of replicas, or without some that may be any."""
+    while True:
+        if len(present) > 1 and rng.random() < 0.4:
+            return {"remove": rng.sample(present, rng.randint(1, len(present) - 1))}
+        replicas = rng.randint(1, DEVICES)
+        if replicas != len(present):
+            return {"replicas": replicas}
+
+
+def check_figures(operation: dict[str, Any]) -> None:
+    """What was done is what was planned, and real pages never exceeded what was predicted."""
+    assert operation["phase"] == "done", operation
+    figures = operation["figures"]
+    assert figures["bytes_copied"] == figures["bytes_planned"] == operation["planned"]["bytes_copied"], operation
+    assert 0 < figures["peak_bytes_total"] <= figures["peak_bytes_planned"] == operation["planned"]["peak_bytes"]
+    for device, change in operation["planned"]["devices"].items():
+        assert figures["peak_bytes"].get(device, 0) <= change["peak_bytes"], (device, operation)
+
+
+async def test_50_random_resizes_under_32_streams_are_exact(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    rng = random.Random(20251002)
+    deployment = deploy("oracle", replicas=2, devices=DEVICES, **SETTINGS)
+    async with Load(deployment.base_url, clients=32, seed=1) as load:
+        for _ in range(RESIZES):
+            target = draw_target(rng, await asyncio.to_thread(replicas_of, deployment))
+            operation = await asyncio.to_thread(deployment.scale, **target)
+            check_figures(operation)
+            await asyncio.to_thread(check_integrity, deployment)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 10_000
+    metrics = httpx.get(deployment.base_url + "/metrics", trust_env=False).text
+    (recomputed,) = re.findall(r"^elasticmoe:recomputed_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)
+    assert float(recomputed) == 0
+    report = deployment.stop()
+    assert report.count("error") == 0
+    assert report.count("finish") == len(load.streams)
+
+
+@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-qwen3-moe"])
+async def test_greedy_streams_across_a_resize_equal_an_undisturbed_run(
+    name: str, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(name, replicas=2, devices=4, max_model_len=512, standbys=3)
+    async with Load(deployment.base_url, clients=8, seed=3, prompts=12, shortest=200, longest=200) as load:
+        for replicas in (4, 1, 3, 2):
+            assert (await asyncio.to_thread(deployment.scale, replicas=replicas))["phase"] == "done"
+            await asyncio.to_thread(check_integrity, deployment)
+    reference: dict[tuple[int, ...], str] = {}
+    with httpx.Client(base_url=deployment.base_url, timeout=60, trust_env=False) as client:
+        for key in {tuple(stream.prompt) for stream in load.streams}:
+            body = {"model": name, "prompt": key, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+            reference[key] = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert len(load.streams) >= 8
+    for stream in load.streams:
+        assert (stream.error, stream.finish, stream.text) == (None, "length", reference[tuple(stream.prompt)])
+
+
+def kv_blocks(deployment: Deployment) -> dict[str, int]:
+    return {rank["device"]: rank["kv_blocks"] for rank in deployment.admin("/v1/layout")["ranks"]}
+
+
+def weights(deployment: Deployment) -> dict[str, int]:
+    return {entry["device"]: entry["memory"]["weights"] for entry in deployment.admin("/v1/devices")["devices"]}
+
+
+def test_memory_that_experts_leave_becomes_kv_and_comes_back(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy("tiny-mixtral", replicas=1, devices=3, kv_bytes=4 << 20, device_bytes=64 << 20)
+    before_kv, before_weights = kv_blocks(deployment), weights(deployment)
+    assert deployment.scale(replicas=3)["phase"] == "done"
+    after_kv, after_weights = kv_blocks(deployment), weights(deployment)
+    given_up = before_weights["host:0"] - after_weights["host:0"]
+    assert given_up > 0
+    status = deployment.admin("/v1/devices")["devices"][0]["memory"]
+    grown = after_kv["host:0"] - before_kv["host:0"]
+    bytes_per_block = status["kv"] // after_kv["host:0"]
+    handle_bytes = 2 << 20
+    assert 0 <= given_up - grown * bytes_per_block < handle_bytes  # in whole handles
+    assert deployment.scale(remove=[1, 2])["phase"] == "done"
+    assert (kv_blocks(deployment), weights(deployment)["host:0"]) == (before_kv, before_weights["host:0"])
+    check_integrity(deployment)

@@ -1,0 +1,244 @@
+"""Memory in and out of a transition: claimed handles, threads that fill them, limits, stops, and copies of blocks."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from common.devices.host import HostDevice
+from common.devices.rules import ProcessRules
+from common.model_spec import KvGeometry, RecordKey
+from common.protocol.errors import DoesNotFit, ElasticMoEError, InvalidRequest, Overloaded, Unavailable
+from common.protocol.hmm import CopyBlocks
+from common.telemetry import get_logger
+from native import host
+from services.hmm import blocks as blocks_module
+from services.hmm.background import Background
+from services.hmm.blocks import BlockCopies, check_ranks
+from services.hmm.memory import DeviceMemory
+from services.hmm.supply import Supply
+from services.hmm.transfer import Part, Peaks, Transfer
+from tests.unit.specs import tiny_mixtral_spec
+
+PAGE = 4096
+SPEC = tiny_mixtral_spec()
+RECORD = 32 * PAGE
+
+
+@pytest.fixture
+def memories() -> Iterator[dict[str, DeviceMemory]]:
+    rules = ProcessRules()
+    made = {f"host:{i}": DeviceMemory(HostDevice(f"host:{i}", PAGE, 64 * RECORD, rules=rules)) for i in range(3)}
+    yield made
+    for memory in made.values():
+        memory.device.close()
+
+
+@pytest.fixture
+def background() -> Iterator[Background]:
+    made = Background(get_logger("test"))
+    yield made
+    assert made.join(10.0)
+    made.close()
+
+
+def finish(background: Background, condition: Callable[[], bool]) -> None:
+    """Be the loop until `condition`."""
+    deadline = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < deadline, "the jobs do not end"
+        background.join(0.01)
+        background.finish()
+
+
+def sources(memory: DeviceMemory, count: int) -> list[int]:
+    """Addresses of records with some content."""
+    addresses = []
+    for number in range(count):
+        key = RecordKey("expert", 0, number)
+        memory.create_record(key, RECORD)
+        memory.view(memory.records[key], 0, RECORD)[:] = bytes([number + 1]) * RECORD
+        addresses.append(memory.address(memory.records[key]))
+    return addresses
+
+
+def parts_of(memories: dict[str, DeviceMemory], addresses: list[int]) -> dict[str, list[Part]]:
+    parts: dict[str, list[Part]] = {}
+    for name in ("host:1", "host:2"):
+        memory = memories[name]
+        for address in addresses:
+            handle = memory.claim(RECORD, "weights")
+            parts.setdefault(name, []).append(Part(memory.device, handle, memory.address(handle), address))
+    return parts
+
+
+def transfer_of(parts: dict[str, list[Part]], limit: int = 0) -> Transfer:
+    return Transfer(parts, limit, Peaks(), SPEC, "/nowhere")
+
+
+def test_claimed_handles_are_counted_at_once_and_get_pages_as_they_are_filled(
+    memories: dict[str, DeviceMemory],
+) -> None:
+    addresses = sources(memories["host:0"], 3)
+    parts = parts_of(memories, addresses)
+    device = memories["host:1"].device
+    assert (device.used["weights"], device.pages) == (3 * RECORD, 0)
+    assert device.check_integrity() == []  # pages of claimed handles may be absent
+    transfer = transfer_of(parts)
+    assert (transfer.num_threads, transfer.bytes_total) == (2, 6 * RECORD)
+    transfer.run()
+    assert transfer.bytes_done == 6 * RECORD
+    for part in parts["host:1"]:
+        assert host.checksum(part.address, RECORD) == host.checksum(part.source, RECORD)
+        device.settle(part.handle)
+    assert device.pages == 3 * RECORD
+    assert device.check_integrity() == []
+
+
+def test_a_limit_holds_for_made_and_copied_bytes_together_and_is_kept_by_one_thread(
+    memories: dict[str, DeviceMemory],
+) -> None:
+    addresses = sources(memories["host:0"], 1)
+    transfer = transfer_of(parts_of(memories, addresses), limit=2 << 20)
+    assert transfer.num_threads == 1
+    started = time.monotonic()
+    transfer.run()
+    assert time.monotonic() - started >= 4 * RECORD / (2 << 20)  # two records, each made and then copied
+
+
+def test_a_transfer_can_be_stopped_while_it_sleeps(memories: dict[str, DeviceMemory]) -> None:
+    transfer = transfer_of(parts_of(memories, sources(memories["host:0"], 1)), limit=1)  # days, at this rate
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            transfer.run()
+        except Unavailable as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    transfer.stop()
+    thread.join(10.0)
+    assert [getattr(error, "code", "") for error in caught] == ["aborted"]
+
+
+def test_a_machine_without_memory_fails_the_transfer_and_all_is_given_back(
+    memories: dict[str, DeviceMemory], background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holdings: Any = SimpleNamespace(memories=memories, granularity=PAGE)
+    loaded: Any = SimpleNamespace(
+        spec=SPEC, load=SimpleNamespace(model_path="/nowhere"), kv=KvGeometry(16, PAGE, PAGE, 32, RECORD)
+    )
+    supply, errors = Supply(holdings, background), []
+    allocate, num_calls = host.allocate, 0
+
+    def fail(fd: int, offset: int, nbytes: int) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 3:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        allocate(fd, offset, nbytes)
+
+    supply.begin()
+    parts = {name: supply.claim_kv(memories[name], 4, loaded) for name in ("host:1", "host:2")}
+    monkeypatch.setattr(host, "allocate", fail)
+    supply.start(parts, 0, loaded, errors.append)
+    finish(background, lambda: bool(errors))
+    assert isinstance(errors[0], DoesNotFit)
+    supply.drop_claims()
+    finish(background, lambda: not supply.is_releasing)
+    for memory in memories.values():
+        assert (memory.device.pages, memory.device.free) == (0, memory.device.budget)
+        assert memory.device.check_integrity() == []
+    assert 0 < sum(supply.peaks.by_device.values()) <= 3 * RECORD
+
+
+def test_a_claim_beyond_the_budget_is_refused(memories: dict[str, DeviceMemory]) -> None:
+    with pytest.raises(DoesNotFit, match="do not fit"):
+        memories["host:0"].claim(65 * RECORD, "kv")
+    assert memories["host:0"].device.free == 64 * RECORD
+
+
+# ---- Blocks
+
+GEOMETRY = KvGeometry(16, 1000, 1024, 4, PAGE)
+
+
+def request(*pairs: tuple[int, int], target: int = 1) -> CopyBlocks:
+    return CopyBlocks(0, "a", target, "b", pairs)
+
+
+def with_kv(memories: dict[str, DeviceMemory]) -> tuple[DeviceMemory, DeviceMemory]:
+    for name in ("host:0", "host:1"):
+        for _ in range(2):
+            memories[name].create_kv(PAGE)
+    return memories["host:0"], memories["host:1"]
+
+
+def test_blocks_go_where_the_geometry_says(memories: dict[str, DeviceMemory], background: Background) -> None:
+    source, target = with_kv(memories)
+    source.view(source.kv[1], 1024, 1000)[:] = b"x" * 1000
+    copies, ended = BlockCopies(background), []
+    copies.start(request((5, 2)), (source, target), GEOMETRY, ended.append)
+    assert copies.is_busy("host:0")
+    assert copies.is_busy("host:1")
+    finish(background, lambda: bool(ended))
+    assert ended == [None]
+    assert not copies.is_busy("host:0")
+    assert bytes(target.view(target.kv[0], 2048, 1024)) == b"x" * 1000 + bytes(24)
+    for pair in ((8, 0), (0, 8)):
+        with pytest.raises(InvalidRequest, match="block 8 is not one of the 8"):
+            copies.start(request(pair), (source, target), GEOMETRY, ended.append)
+
+
+def test_a_copy_ends_with_either_rank_and_the_slot_is_free_only_then(
+    memories: dict[str, DeviceMemory], background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = with_kv(memories)
+    began, go_on, num_copied = threading.Semaphore(0), threading.Event(), 0
+
+    def copy(*_: int) -> None:
+        nonlocal num_copied
+        num_copied += 1
+        began.release()
+        assert go_on.wait(10.0)
+
+    monkeypatch.setattr(host, "copy", copy)
+    monkeypatch.setattr(blocks_module, "RUNNING_MAX", 1)
+    monkeypatch.setattr(blocks_module, "WAITING_MAX", 1)
+    copies = BlockCopies(background)
+    ended: list[ElasticMoEError | None] = []
+    copies.start(request((0, 0), (1, 1), (2, 2)), (source, target), GEOMETRY, ended.append)
+    assert began.acquire(timeout=10.0)
+    copies.start(request((3, 3)), (source, target), GEOMETRY, ended.append)  # waits
+    with pytest.raises(Overloaded):
+        copies.start(request((3, 3)), (source, target), GEOMETRY, ended.append)
+    assert copies.wait_stopped(1, 0.0)  # nobody has stopped it
+    copies.stop(1)
+    assert [error and error.code for error in ended] == ["stale_incarnation"]  # the one that waited
+    assert not copies.wait_stopped(1, 0.0)
+    assert copies.wait_stopped(2, 0.0)
+    go_on.set()
+    assert copies.wait_stopped(1, 10.0)
+    finish(background, lambda: len(ended) == 2)
+    assert ended[1] is not None
+    assert (ended[1].code, num_copied) == ("stale_incarnation", 1)
+
+
+def test_both_ranks_must_be_the_named_ones() -> None:
+    first: Any = SimpleNamespace(incarnation="a")
+    second: Any = SimpleNamespace(incarnation="b")
+    check_ranks(request(), (first, second))
+    for ranks in ((second, first), (first, None), (None, second)):
+        with pytest.raises(ElasticMoEError) as caught:
+            check_ranks(request(), ranks)
+        assert caught.value.code == "stale_incarnation"
+    with pytest.raises(InvalidRequest):
+        check_ranks(request(target=0), (first, first))

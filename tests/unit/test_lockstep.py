@@ -1,0 +1,169 @@
+"""Ranks that flip to a new layout: at one step, all together, with nothing lost. Real bus, real doorbells, threads."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from common.protocol.handles import Routing
+from native.bus import Bus, BusAborted, bus_bytes, format_bus
+from services.worker.exchange.shm import ShmExchange
+from services.worker.lockstep import Lockstep
+from services.worker.memory import Memory
+
+DEADLINE_S = 20.0
+SLOTS = 4
+
+
+class Member:
+    """A rank that computes nothing: what it would compute, in which epoch."""
+
+    def __init__(self, base: int, nbytes: int, slot: int, doorbells: dict[int, int], epochs: tuple[int, ...]) -> None:
+        self.bus = Bus(base, nbytes, slot)
+        self.bus.join(slot + 1)
+        self.slot = slot
+        self.steps: list[tuple[int, int]] = []  # (epoch, tokens of all)
+        self.aborts = 0
+        self.stopping = False
+        self.routed: list[int] = []
+        routings = {epoch: Routing(epoch, ((0,),)) for epoch in epochs}
+        self.memory = SimpleNamespace(bus=self.bus, routings=routings, doorbells=doorbells)
+        exchange = SimpleNamespace(set_routing=lambda *args: self.routed.append(args[0]))
+        self.lockstep = Lockstep(cast(Memory, self.memory), cast(ShmExchange, exchange), slot, lambda: self.stopping)
+        self.num_tokens = 1
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self) -> None:
+        while not self.stopping:
+            self.lockstep.sync()
+            if not (self.lockstep.is_member and (self.num_tokens or self.lockstep.shall_meet())):
+                self.bus_wait()
+                continue
+            try:
+                total = self.lockstep.meet(self.num_tokens)
+            except BusAborted:
+                self.aborts += 1
+                self.lockstep.abort()
+                continue
+            if total:
+                self.steps.append((self.lockstep.epoch, total))
+
+    def bus_wait(self) -> None:
+        """Sleep on the doorbell, as a rank does."""
+        ready = threading.Event()
+        ready.wait(0.002)
+        self.lockstep.hear()
+
+
+class Harness:
+    """The segment, its members and the HMM's view."""
+
+    def __init__(self) -> None:
+        self.nbytes = bus_bytes(SLOTS, 8, 16, 2)
+        self.segment = mmap.mmap(-1, self.nbytes)
+        self.base = ctypes.addressof(ctypes.c_char.from_buffer(self.segment))
+        format_bus(self.base, self.nbytes, SLOTS, 8, 16, 2)
+        self.hmm = Bus(self.base, self.nbytes)
+        self.doorbells = {slot: os.eventfd(0, os.EFD_NONBLOCK) for slot in range(SLOTS)}
+        self.members: list[Member] = []
+
+    def add(self, slot: int, *epochs: int) -> Member:
+        member = Member(self.base, self.nbytes, slot, dict(self.doorbells), epochs)
+        self.members.append(member)
+        return member
+
+    def wait(self, test: Any, what: str) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not test():
+            assert time.monotonic() < deadline, f"{what} did not come"
+            threading.Event().wait(0.001)
+
+    def close(self) -> None:
+        for member in self.members:
+            member.stopping = True
+        generation = max(self.hmm.membership()[0], self.hmm.staged()[0]) + 1
+        self.hmm.set_membership(generation, 0, False, 0)
+        for member in self.members:
+            if member.thread.is_alive():
+                member.thread.join(DEADLINE_S)
+                assert not member.thread.is_alive()
+        for fd in self.doorbells.values():
+            os.close(fd)
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    made = Harness()
+    yield made
+    made.close()
+
+
+def test_two_members_take_in_a_third_and_let_one_go_without_losing_a_step(harness: Harness) -> None:
+    members = [harness.add(0, 1, 2, 3), harness.add(1, 1, 2, 3)]
+    joiner = harness.add(2, 1, 2, 3)
+    harness.hmm.set_membership(1, 0b011, True, 1)
+    for member in (*members, joiner):
+        member.thread.start()
+    harness.wait(lambda: len(members[0].steps) > 50, "steps of epoch 1")
+    assert joiner.steps == []
+    harness.hmm.stage_membership(2, 0b111, 2)
+    harness.wait(lambda: len(joiner.steps) > 50, "steps of epoch 2")
+    assert harness.hmm.membership() == (2, 0b111, True, 2)
+    harness.hmm.stage_membership(3, 0b101, 3)  # slot 1 leaves
+    harness.wait(lambda: members[0].steps[-1][0] == 3 and len(members[0].steps) > 200, "steps of epoch 3")
+    harness.wait(lambda: not members[1].lockstep.is_member, "the leaver's notice")
+    for member in members:
+        # Every step that was computed in an epoch had all of its members: nobody computed while others had flipped.
+        assert {epoch: {total for e, total in member.steps if e == epoch} for epoch, _ in member.steps} == {
+            epoch: {{1: 2, 2: 3, 3: 2}[epoch]} for epoch, _ in member.steps
+        }
+    assert [total for epoch, total in members[1].steps if epoch == 3] == []
+    assert len([s for s in members[0].steps if s[0] == 1]) == len([s for s in members[1].steps if s[0] == 1])
+
+
+def test_idle_members_flip_too(harness: Harness) -> None:
+    members = [harness.add(0, 1, 2), harness.add(1, 1, 2)]
+    for member in members:
+        member.num_tokens = 0
+    harness.hmm.set_membership(1, 0b11, True, 1)
+    for member in members:
+        member.thread.start()
+    harness.wait(lambda: all(m.lockstep.epoch == 1 and not m.lockstep.is_awake for m in members), "sleep")
+    harness.hmm.stage_membership(2, 0b11, 2)
+    harness.wait(lambda: all(member.lockstep.epoch == 2 for member in members), "the flip")
+
+
+def test_nobody_flips_before_everyone_is_ready(harness: Harness) -> None:
+    ready, late = harness.add(0, 1, 2), harness.add(1, 1)
+    harness.hmm.set_membership(1, 0b11, True, 1)
+    for member in (ready, late):
+        member.thread.start()
+    harness.hmm.stage_membership(2, 0b11, 2)
+    seen = len(ready.steps)
+    harness.wait(lambda: len(ready.steps) > seen + 200, "steps of the old epoch")
+    assert harness.hmm.membership()[3] == 1
+    late.memory.routings[2] = Routing(2, ((0,),))
+    harness.wait(lambda: ready.lockstep.epoch == late.lockstep.epoch == 2, "the flip")
+
+
+def test_a_parked_generation_makes_the_staged_one_void(harness: Harness) -> None:
+    members = [harness.add(0, 1, 2), harness.add(1, 1)]  # the second is never ready
+    harness.hmm.set_membership(1, 0b11, True, 1)
+    for member in members:
+        member.thread.start()
+    harness.hmm.stage_membership(2, 0b11, 2)
+    harness.wait(lambda: len(members[0].steps) > 20, "steps")
+    harness.hmm.set_membership(3, 0b11, False, 2)
+    harness.wait(lambda: not any(member.lockstep.is_member for member in members), "the halt")
+    assert harness.hmm.staged() == (0, 0, 0)
+    members[1].memory.routings[2] = Routing(2, ((0,),))
+    harness.hmm.set_membership(4, 0b11, True, 2)
+    harness.wait(lambda: all(member.lockstep.epoch == 2 for member in members), "the new generation")

@@ -1,0 +1,215 @@
+"""A rank's memory follows what it is told, slice by slice: real memfds, real mappings, no other process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from common.devices.host import HostDevice
+from common.devices.rules import Handle, ProcessRules
+from common.families import record
+from common.model_spec import KvGeometry, RecordKey, kv_geometry, round_up
+from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
+from common.protocol.handles import AttachReply, Extent, RecordExtent, Routing, SeatMemory
+from native.bus import bus_bytes, format_bus
+from native.ledger import format_ledger, ledger_bytes
+from services.worker import memory as memory_module
+from services.worker.memory import Memory
+from tests.unit.specs import tiny_mixtral_spec
+
+GRANULARITY = 4096
+SPEC = tiny_mixtral_spec()
+SLOT = 1
+
+
+def geometry() -> KvGeometry:
+    return kv_geometry(SPEC, 4, GRANULARITY, handle_bytes_min=GRANULARITY)
+
+
+@dataclass
+class Owner:
+    """What the HMM would hold: handles of all records, filled with a number of their own."""
+
+    device: HostDevice
+    handles: dict[RecordKey, Handle] = field(default_factory=dict)
+    kv: list[Handle] = field(default_factory=list)
+    revision: int = 0
+    fds: list[int] = field(default_factory=list)
+
+    def extent(self, handle: Handle) -> Extent:
+        token = self.device.export(handle)
+        self.fds.append(os.dup(token.fd))
+        return Extent(len(self.fds) - 1, token.offset, token.nbytes)
+
+    def seat(self, experts: list[tuple[int, int]], num_kv: int, epochs: tuple[int, ...] = (1,)) -> SeatMemory:
+        """The goal with these experts; the descriptors that it indexes are in `fds`."""
+        self.revision += 1
+        self.fds = []
+        fixed = [RecordKey("base"), *(RecordKey("layer", layer) for layer in range(SPEC.num_layers))]
+        keys = [*fixed, *(RecordKey("expert", layer, expert) for layer, expert in experts)]
+        records = tuple(RecordExtent(key, self.extent(self.handle(key))) for key in keys)
+        while len(self.kv) < num_kv:
+            self.kv.append(self.device.create(geometry().handle_bytes, "kv"))
+        kv = tuple(self.extent(handle) for handle in self.kv[:num_kv])
+        doorbells = []
+        for _ in range(2):
+            doorbells.append(len(self.fds))
+            self.fds.append(os.eventfd(0))
+        routings = tuple(Routing(epoch, ((0,),)) for epoch in epochs)
+        return SeatMemory(self.revision, records, kv, routings, (0, SLOT), tuple(doorbells))
+
+    def handle(self, key: RecordKey) -> Handle:
+        if key not in self.handles:
+            nbytes = round_up(record(SPEC, key).nbytes, GRANULARITY)
+            handle = self.handles[key] = self.device.create(nbytes, "weights")
+            range_ = self.device.reserve(nbytes)
+            self.device.map(range_, 0, handle, True)
+            self.device.view(range_, 0, nbytes)[:] = bytes([number_of(key)]) * nbytes
+            self.device.unmap(range_, 0)
+        return self.handles[key]
+
+    def reply(self, seat: SeatMemory) -> AttachReply:
+        bus, ledger = bus_bytes(2, 8, 8, 2), ledger_bytes(4, 32, 8, 256)
+        extents = []
+        for nbytes, make in (
+            (round_up(bus, GRANULARITY), lambda at, n: format_bus(at, n, 2, 8, 8, 2)),
+            (round_up(ledger, GRANULARITY), lambda at, n: format_ledger(at, n, 4, 32, 8, 256)),
+        ):
+            handle = self.device.create(nbytes, "shared")
+            range_ = self.device.reserve(nbytes)
+            self.device.map(range_, 0, handle, True)
+            make(range_.base, nbytes)
+            extents.append(self.extent(handle))
+        reserved = 64 * geometry().handle_bytes
+        return AttachReply("id", SPEC, GRANULARITY, geometry(), reserved, extents[0], extents[1], seat)
+
+
+def number_of(key: RecordKey) -> int:
+    return 1 + key.layer * 16 + key.expert if key.kind == "expert" else 200
+
+
+@pytest.fixture
+def owner() -> Iterator[Owner]:
+    device = HostDevice("host:1", GRANULARITY, 64 << 20, rules=ProcessRules())
+    yield Owner(device)
+    device.close()
+
+
+def attach(owner: Owner, experts: list[tuple[int, int]], num_kv: int = 2, *, zero_copy: bool = True) -> Memory:
+    seat = owner.seat(experts, num_kv)
+    return Memory(owner.reply(seat), owner.fds, "host:1", SLOT, zero_copy=zero_copy)
+
+
+def byte_of(memory: Memory, layer: int, expert: int) -> int:
+    return int(memory.weights.experts[layer]["w13"][expert].view(-1).view(memory_module.torch.uint8)[0])
+
+
+def reach(memory: Memory, *, refusals: int = 0) -> tuple[int, list[int]]:
+    """Advance to the goal; the revision, and what KV sizes were asked for."""
+    asked: list[int] = []
+
+    def resize(num_blocks: int) -> bool:
+        asked.append(num_blocks)
+        if len(asked) <= refusals:
+            return False
+        memory.kv.num_blocks = num_blocks
+        return True
+
+    for _ in range(1_000):
+        if revision := memory.advance(resize):
+            return revision, asked
+    raise AssertionError("the goal was not reached")
+
+
+def test_attach_maps_what_is_named_and_closes_every_descriptor(owner: Owner) -> None:
+    memory = attach(owner, [(0, 0), (0, 3), (1, 2)])
+    assert owner.fds == []
+    assert memory.held == [[0, 3], [2]]
+    assert byte_of(memory, 0, 3) == number_of(RecordKey("expert", 0, 3))
+    assert memory.kv.num_blocks == 2 * geometry().blocks_per_handle
+    assert not memory.is_changing
+    memory.close()
+
+
+@pytest.mark.parametrize("zero_copy", [True, False])
+def test_experts_come_and_go_and_what_stays_keeps_its_place(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch, zero_copy: bool
+) -> None:
+    monkeypatch.setattr(memory_module, "SLICE_BYTES", 1)  # one record between two steps
+    memory = attach(owner, [(0, 0), (0, 3), (1, 2)], zero_copy=zero_copy)
+    address = memory.weights.experts[0]["w13"].data_ptr()
+    memory.begin(owner.seat([(0, 0), (0, 1), (1, 2), (1, 3)], 2, (1, 2)), owner.fds)
+    assert memory.is_changing
+    assert set(memory.routings) == {1, 2}
+    revision, _ = reach(memory)
+    assert revision == owner.revision
+    assert owner.fds == []
+    assert memory.held == [[0, 1], [2, 3]]
+    assert memory.weights.experts[0]["w13"].data_ptr() == address
+    assert [byte_of(memory, layer, expert) for layer, expert in ((0, 0), (0, 1), (1, 3))] == [
+        number_of(RecordKey("expert", *key)) for key in ((0, 0), (0, 1), (1, 3))
+    ]
+    memory.close()
+
+
+def test_kv_shrinks_only_when_its_blocks_are_vacated_and_grows_again(owner: Owner) -> None:
+    memory = attach(owner, [(0, 0)], num_kv=4)
+    per_handle = geometry().blocks_per_handle
+    memory.begin(owner.seat([(0, 0)], 1), owner.fds)
+    revision, asked = reach(memory, refusals=3)
+    assert revision == owner.revision
+    assert asked[:4] == [per_handle] * 4
+    assert memory.kv.num_blocks == per_handle
+    memory.begin(owner.seat([(0, 0)], 3), owner.fds)
+    assert reach(memory)[0] == owner.revision
+    assert memory.kv.num_blocks == 3 * per_handle
+    memory.close()
+
+
+def test_a_newer_goal_replaces_one_in_progress(owner: Owner) -> None:
+    memory = attach(owner, [(0, 0)], num_kv=2)
+    shrink, shrink_fds = owner.seat([(0, 0)], 1), owner.fds
+    memory.begin(shrink, shrink_fds)
+    assert memory.advance(lambda _: False) == 0
+    memory.begin(owner.seat([(0, 0), (0, 1)], 2), owner.fds)
+    assert shrink_fds == []
+    revision, asked = reach(memory)
+    assert revision == owner.revision
+    assert asked[-1] == 2 * geometry().blocks_per_handle  # the shrinking is taken back
+    assert memory.held[0] == [0, 1]
+    memory.close()
+
+
+def test_what_is_mapped_cannot_be_said_to_lie_elsewhere(owner: Owner) -> None:
+    memory = attach(owner, [(0, 0), (0, 1)])
+    seat = owner.seat([(0, 0), (0, 1)], 2)
+    first, *others = [item for item in seat.records if item.key.kind == "expert"]
+    moved = RecordExtent(first.key, others[0].extent)
+    records = (*(item for item in seat.records if item.key != first.key), moved)
+    bad = SeatMemory(9, records, seat.kv, seat.routings, seat.slots, seat.doorbells)
+    with pytest.raises(DeviceError, match=r"expert\.0\.0 cannot move"):
+        memory.begin(bad, owner.fds)
+    memory.close()
+
+
+@pytest.mark.parametrize("key", [RecordKey("expert", 0, 99), RecordKey("expert", 7, 0)])
+def test_records_of_another_model_are_refused(owner: Owner, key: RecordKey) -> None:
+    memory = attach(owner, [(0, 0)])
+    seat = owner.seat([(0, 0), (0, 1)], 2)
+    records = (*seat.records, RecordExtent(key, seat.records[-1].extent))
+    memory.begin(SeatMemory(9, records, seat.kv, seat.routings, seat.slots, seat.doorbells), owner.fds)
+    with pytest.raises(ProtocolError, match="is not a record of this model"):
+        reach(memory)
+    memory.close()
+
+
+def test_a_record_that_is_not_handed_over_fails_the_attach(owner: Owner) -> None:
+    seat = owner.seat([(0, 0)], 1)
+    cut = SeatMemory(1, seat.records[1:], seat.kv, seat.routings, seat.slots, seat.doorbells)
+    reply = owner.reply(cut)
+    with pytest.raises(ElasticMoEError, match="record base was not handed over"):
+        Memory(reply, owner.fds, "host:1", SLOT)
+    assert owner.fds == []

@@ -1,0 +1,340 @@
+"""The admin surface: orders through the desk, their refusals, views of operations, events, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, NotFound, Overloaded
+from common.protocol.replies import Refused
+from common.store import Event
+from services.scaler import admin, desk
+from services.scaler.admin import build_app
+from services.scaler.desk import Accepted, Cancel, Desk, Feed
+from services.scaler.meters import Meters
+from services.scaler.operation import Request
+from services.scaler.orders import (
+    Order,
+    accept,
+    cancelled,
+    parse_rebalance,
+    parse_scale,
+    planned_of,
+    repeated,
+)
+from services.scaler.plan import Sizes, Target
+from services.scaler.snapshot import Board, Snapshot
+from tests.unit.transitions import DOWN, UP, World, operation_of
+
+SIZES = Sizes(100, (10,), (7,))
+
+
+def snapshot_of(world: World, **changes: Any) -> Snapshot:
+    seen = world.seen()
+    base = Snapshot("serving", "nothing to do", None, world.layout, seen.hmm, seen.pool, 3, {"model": "/m"})
+    return msgspec.structs.replace(base, **changes)
+
+
+class Loop:
+    """A scaler's loop that answers orders with `handle`, in a thread as the real one."""
+
+    def __init__(self, handle: Callable[[Any], Accepted]) -> None:
+        self._woken = threading.Event()
+        self._ended = False
+        self.desk = Desk(self._woken.set)
+        self._handle = handle
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended:
+            self._woken.wait(5)
+            self._woken.clear()
+            self.desk.serve(self._handle)
+
+    def close(self) -> None:
+        self._ended = True
+        self._woken.set()
+        self._thread.join(5)
+
+
+class Listener:
+    """The app with everything behind it."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.orders: list[Any] = []
+        self.answer: Accepted | ElasticMoEError = Accepted(operation_of(None))
+        self.loop = Loop(self._handle)
+        self.board, self.feed, self.meters = Board(snapshot), Feed(), Meters()
+        self.app = build_app(self.board, self.loop.desk, self.feed, self.meters, "secret", 600.0)
+
+    def _handle(self, order: Any) -> Accepted:
+        self.orders.append(order)
+        if isinstance(self.answer, ElasticMoEError):
+            raise self.answer
+        return self.answer
+
+    async def call(self, method: str, path: str, body: Any = None, raw: bytes | None = None) -> httpx.Response:
+        transport = httpx.ASGITransport(app=self.app)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://scaler") as client:
+            content = raw if raw is not None else b"" if body is None else json.dumps(body).encode()
+            return await client.request(
+                method, path, content=content, headers={"Authorization": "Bearer secret"}, timeout=10
+            )
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    listener = Listener(snapshot_of(World(UP.before)))
+    yield listener
+    listener.loop.close()
+
+
+# ---- bodies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"nonsense",
+        b"{}",
+        b'{"replicas": 0}',
+        b'{"replicas": 65}',
+        b'{"replicas": "2"}',
+        b'{"replicas": true}',
+        b'{"replicas": 2, "devices": ["host:0"]}',
+        b'{"replicas": 2, "colour": 1}',
+        b'{"devices": []}',
+        b'{"devices": [""]}',
+        b'{"devices": "host:0"}',
+        b'{"remove": []}',
+        b'{"remove": ["t1"]}',
+        b'{"remove": [-1]}',
+        b'{"remove": [1.5]}',
+        b'{"replicas": 2, "op_id": ""}',
+        b'{"replicas": 2, "op_id": "a/b"}',
+        b'{"replicas": 2, "deadline_s": 0}',
+        b'{"replicas": 2, "deadline_s": NaN}',
+        b'{"replicas": 2, "deadline_s": 1e9}',
+        b'{"replicas": 2, "dry_run": 1}',
+        b'{"replicas": 2, "reason": "' + b"x" * 501 + b'"}',
+        b"[" * 100_000,
+    ],
+)
+async def test_bad_bodies_are_refused_before_the_loop_hears_of_them(listener: Listener, body: bytes) -> None:
+    answer = await listener.call("POST", "/v1/scale", raw=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] in ("invalid_request", "invalid_target")
+    assert listener.orders == []
+
+
+def test_bodies_become_orders() -> None:
+    order = parse_scale(b'{"remove": ["r1", 2, "r1t0"], "op_id": "x", "dry_run": true, "deadline_s": 5}', 600.0)
+    assert order == Order("x", Request(remove=(1, 2), deadline_s=5.0), Target(remove=(1, 2)), True)
+    assert parse_scale(b'{"replicas": 3}', 600.0).request.deadline_s == 600.0
+    assert parse_rebalance(b"", 9.0) == Order("", Request(deadline_s=9.0), None)
+
+
+async def test_a_body_without_end_is_refused(listener: Listener) -> None:
+    answer = await listener.call("POST", "/v1/scale", raw=b" " * (admin.BODY_BYTES_MAX + 1))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "payload_too_large")
+
+
+# ---- what becomes of an order ----------------------------------------------------------------------------------------
+
+
+async def test_scaling_is_accepted_and_a_dry_run_shows_the_plan(listener: Listener) -> None:
+    order = parse_scale(b'{"replicas": 3}', 600.0)
+    operation = accept(order, "op-1", UP, planned_of(UP, SIZES), 5.0)
+    listener.answer = Accepted(operation)
+    answer = await listener.call("POST", "/v1/scale", {"replicas": 3})
+    assert answer.status_code == 202
+    assert (answer.json()["op_id"], answer.json()["phase"], answer.json()["legs"]) == ("op-1", "plan", 2)
+    assert listener.orders == [order]
+    listener.answer = Accepted(operation, UP)
+    answer = await listener.call("POST", "/v1/scale", {"replicas": 3, "dry_run": True})
+    assert answer.status_code == 200
+    plan = answer.json()
+    assert (plan["kind"], len(plan["legs"]), plan["planned"]["joining"]) == ("scale_up", 2, ["r2t0"])
+    assert plan["legs"][0]["copies"] == [["expert.0.0", "host:0", "host:1"]]
+    assert plan["planned"]["devices"]["host:1"]["bytes_in"] == 14
+
+
+async def test_refusals_keep_their_code(listener: Listener) -> None:
+    listener.answer = Conflict("operation a is in progress", code="operation_running")
+    answer = await listener.call("POST", "/v1/scale", {"replicas": 3})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "operation_running")
+    answer = await listener.call("POST", "/v1/rebalance")
+    assert answer.status_code == 409
+    listener.answer = NotFound("no operation x", code="unknown_operation")
+    answer = await listener.call("DELETE", "/v1/operations/x")
+    assert (answer.status_code, listener.orders[-1]) == (404, Cancel("x"))
+
+
+def test_an_op_id_names_one_operation() -> None:
+    order = parse_scale(b'{"replicas": 3, "op_id": "op"}', 600.0)
+    operation = accept(order, "op", UP, planned_of(UP, SIZES), 0.0)
+    assert repeated(order, operation, []) is operation
+    assert repeated(order, None, [operation]) is operation
+    assert repeated(order, None, []) is None
+    with pytest.raises(Conflict, match="another request") as reused:
+        repeated(parse_scale(b'{"replicas": 2, "op_id": "op"}', 600.0), None, [operation])
+    assert reused.value.code == "op_id_reused"
+    with pytest.raises(Conflict, match="operation op is in progress") as running:
+        repeated(parse_scale(b'{"replicas": 2}', 600.0), operation, [])
+    assert running.value.code == "operation_running"
+
+
+def test_cancelling_depends_on_the_phase() -> None:
+    operation = operation_of(UP)
+    assert cancelled("op", operation, []).is_cancelled
+    late = msgspec.structs.replace(operation, phase="release")
+    for current, ended, code in ((late, [], "committed"), (None, [operation], "operation_ended")):
+        with pytest.raises(Conflict) as refused:
+            cancelled("op", current, ended)
+        assert refused.value.code == code
+    with pytest.raises(NotFound):
+        cancelled("other", operation, [])
+
+
+async def test_a_loop_that_does_not_answer_is_waited_for_no_longer_than_stated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(desk, "ANSWER_S_MAX", 0.05)
+    silent = Desk(lambda: None)
+    with pytest.raises(DeadlineExceeded):
+        await silent.ask(Cancel("x"))
+    silent.serve(lambda _: pytest.fail("nobody waits for it any more"))
+    waits = [asyncio.create_task(silent.ask(Cancel(str(i)))) for i in range(desk.ORDERS_MAX + 1)]
+    done = await asyncio.gather(*waits, return_exceptions=True)
+    assert isinstance(done[-1], Overloaded)
+
+
+# ---- views -----------------------------------------------------------------------------------------------------------
+
+
+async def test_operations_are_shown_with_the_hmms_progress(listener: Listener) -> None:
+    world = World(UP.before)
+    operation = world.run_to(operation_of(UP), "prepare")
+    operation = world.step(operation)
+    ended = msgspec.structs.replace(operation, op_id="old", phase="aborted", error=Refused("cancelled", "no"))
+    listener.board.snapshot = snapshot_of(world, operation=operation, ended=(ended,))
+    listed = (await listener.call("GET", "/v1/operations")).json()["operations"]
+    assert [(item["op_id"], item["outcome"]) for item in listed] == [("op", None), ("old", "cancelled")]
+    assert listed[0]["progress"]["bytes_total"] == 1000
+    assert listed[1]["progress"] is None
+    one = await listener.call("GET", "/v1/operations/op")
+    assert one.json()["phase"] == "prepare"
+    assert (await listener.call("GET", "/v1/operations/none")).json()["error"]["code"] == "unknown_operation"
+
+
+@pytest.mark.parametrize(("plan", "slot", "state"), [(UP, 2, "joining"), (DOWN, 1, "leaving")])
+async def test_layout_and_devices_tell_who_joins_and_who_leaves(
+    listener: Listener, plan: Any, slot: int, state: str
+) -> None:
+    world = World(plan.before)
+    operation = world.run_to(operation_of(plan), "prepare")
+    listener.board.snapshot = snapshot_of(world, operation=operation, blocks={0: (3, 9)})
+    devices = (await listener.call("GET", "/v1/devices")).json()["devices"]
+    assert (devices[slot]["state"], devices[0]["state"], devices[3]["state"]) == (state, "used", "free")
+    layout = (await listener.call("GET", "/v1/layout")).json()
+    assert [rank["state"] for rank in layout["ranks"] if rank["slot"] == slot] == [state]
+    assert layout["ranks"][0]["kv_blocks_free"] == 3
+
+
+async def test_metrics_never_reset(listener: Listener) -> None:
+    world = World(DOWN.before)
+    done = world.run(operation_of(DOWN))
+    listener.meters.operation(done, "done")
+    listener.meters.phase("prepare", 0.2)
+    listener.board.snapshot = snapshot_of(world, blocks={0: (3, 9), 2: (4, 9)})
+    text = (await listener.call("GET", "/metrics")).text
+    for line in (
+        'elasticmoe:scale_operations_total{kind="scale_down",outcome="done"} 1.0',
+        'elasticmoe:scale_phase_seconds_count{phase="prepare"} 1.0',
+        "elasticmoe:scale_pause_seconds_count 1.0",
+        "elasticmoe:scale_bytes_moved_total 1000.0",
+        'elasticmoe:kv_blocks{state="free"} 7.0',
+        'elasticmoe:kv_blocks{state="used"} 11.0',
+        "elasticmoe:epoch 2.0",
+        'elasticmoe:experts_per_rank{rank="r0t0"} 2.0',
+    ):
+        assert line in text, line
+
+
+async def test_everything_asks_for_the_token_and_browsers_are_refused(listener: Listener) -> None:
+    transport = httpx.ASGITransport(app=listener.app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://scaler") as client:
+        for method, path in (("POST", "/v1/scale"), ("GET", "/v1/events"), ("DELETE", "/v1/operations/x")):
+            answer = await client.request(method, path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_admin_token")
+            answer = await client.request(method, path, headers={"Origin": "http://evil"})
+            assert answer.status_code == 403
+        assert (await client.get("/ready")).status_code == 200
+    assert listener.orders == []
+
+
+# ---- events ----------------------------------------------------------------------------------------------------------
+
+
+def event(reason: str) -> Event:
+    return Event("operation_phase", reason, 1, "scaler:a", 5.0, {"phase": "commit"})
+
+
+async def test_events_go_on_where_a_listener_left_off() -> None:
+    feed = Feed()
+    feed.fence = 4
+    for reason in ("one", "two", "three"):
+        feed.publish(event(reason))
+    stream = feed.listen("4-1", 5.0)
+    assert [(await anext(stream))[0] for _ in range(2)] == ["4-2", "4-3"]  # type: ignore[index]
+    waiting = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    threading.Thread(target=feed.publish, args=(event("four"),)).start()
+    found = await asyncio.wait_for(waiting, 5)
+    assert found is not None
+    assert (found[0], found[1].reason) == ("4-4", "four")
+    quiet = feed.listen("", 0.01)
+    assert await anext(quiet) is None  # a heartbeat
+    unknown = feed.listen("3-99", 5.0)  # of an earlier scaler: all that is left
+    assert (await anext(unknown))[0] == "4-1"  # type: ignore[index]
+    for listening in (stream, quiet, unknown):
+        await listening.aclose()  # type: ignore[attr-defined]
+
+
+async def test_listeners_are_bounded_and_end_with_the_scaler() -> None:
+    feed = Feed()
+    streams = [feed.listen("", 0.01) for _ in range(desk.LISTENERS_MAX)]
+    for stream in streams:
+        assert await anext(stream) is None
+    with pytest.raises(Overloaded, match="16 listeners"):
+        await anext(feed.listen("", 0.01))
+    feed.close()
+    for stream in streams:
+        assert [item async for item in stream] == []
+    feed.check()
+
+
+async def test_the_stream_has_ids_and_kinds(listener: Listener) -> None:
+    listener.feed.publish(event("first"))
+    task = asyncio.create_task(listener.call("GET", "/v1/events"))
+    while not listener.feed._listeners:
+        await asyncio.sleep(0.001)
+    listener.feed.publish(event("second"))
+    await asyncio.sleep(0.05)
+    listener.feed.close()
+    answer = await asyncio.wait_for(task, 10)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    blocks = answer.text.strip().split("\n\n")
+    assert blocks[0] == ": events"
+    assert blocks[1].startswith("id: 0-2\nevent: operation_phase\ndata: {")
+    assert json.loads(blocks[1].splitlines()[2][6:])["reason"] == "second"

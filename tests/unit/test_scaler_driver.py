@@ -1,0 +1,292 @@
+"""The driver and the journal: what is written before what is sent, and what happens when the store or an answer is
+missing. The HMM, the pool and the ranks are values (transitions.World); the store fails on demand."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import ScalerConfig
+from common.layout import Seat
+from common.protocol import hmm as to_hmm
+from common.protocol.codec import Message
+from common.protocol.errors import DoesNotFit, Fenced, Unavailable
+from common.protocol.pool import StopRank
+from common.protocol.rank import Move
+from common.protocol.scaler import RankExited
+from common.store import Event
+from services.scaler import journal as journal_module
+from services.scaler.driver import Driver
+from services.scaler.journal import Journal
+from services.scaler.meters import Meters
+from services.scaler.operation import Abort, Commit, MoveSequences, Operation, Release, Stage, StartSeat, StopSeat
+from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
+
+
+class FakeStore:
+    """Keeps what a store would; raises `failure` instead while it is set."""
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.operation: Operation | None = None
+        self.ended: list[Operation] = []
+        self.layout: Any = None
+        self.events: list[Event] = []
+        self.changed = threading.Condition()
+
+    def _write(self, name: str, value: Any) -> None:
+        with self.changed:
+            if self.failure is not None:
+                raise self.failure
+            setattr(self, name, value)
+            self.changed.notify_all()
+
+    def put_operation(self, holder: str, operation: Operation) -> None:
+        self._write("operation", operation)
+
+    def end_operation(self, holder: str, operation: Operation) -> None:
+        self._write("ended", [operation, *self.ended])
+        self.operation = None
+
+    def put_layout(self, layout: Any) -> None:
+        self._write("layout", layout)
+
+    def get_epoch(self) -> int:
+        return self.layout.epoch if self.layout else 0
+
+    def append_event(self, event: Event) -> None:
+        self._write("events", [*self.events, event])
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, 10)
+
+
+class FakePeers:
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def keep(self, seats: Any) -> None: ...
+
+    def ask(self, seats: Any, interval_s: float) -> None: ...
+
+    def receive(self) -> None: ...
+
+    def loads(self, ranks: Any, age_s_max: float) -> Any:
+        loads = self._world.seen().loads
+        return {slot: loads[slot] for slot in ranks if slot in loads}
+
+    def tell(self, rank: Any, command: Message) -> None:
+        assert isinstance(command, Move)
+        seat = next(seat for seat in SEATS if seat.rank == rank)
+        self._world.obey(MoveSequences(command.op_id, seat, command.targets, command.is_leaving))
+
+
+class FakeLinks:
+    """Turns messages back into the actions that the world obeys."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.starting: dict[int, float] = {}
+        self.peers = FakePeers(world)
+        self.refusal: Exception | None = None
+
+    def tell_hmm(self, command: Message) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        if isinstance(command, to_hmm.StageLayout):
+            leg = next(leg for plan in (UP, DOWN) for leg in plan.legs if leg.layout == command.layout)
+            assert (command.bytes_per_s_max == 0) == bool(leg.joining)
+            self.world.obey(Stage(command.op_id, leg, not leg.joining))
+        elif isinstance(command, to_hmm.CommitLayout):
+            self.world.obey(Commit(command.op_id))
+        elif isinstance(command, to_hmm.ReleaseLayout):
+            self.world.obey(Release(command.op_id))
+        elif isinstance(command, to_hmm.AbortLayout):
+            self.world.obey(Abort(command.op_id))
+
+    def tell_pool(self, command: Message) -> None:
+        assert isinstance(command, StopRank)
+        self.world.obey(StopSeat("", command.rank, command.incarnation))
+
+    def start(self, seat: Seat, epoch: int) -> None:
+        self.world.obey(StartSeat("", seat, epoch))
+
+
+class Scene:
+    def __init__(self, world: World, tmp_path: Path) -> None:
+        self.world, self.store, self.told = world, FakeStore(), []
+        self.fenced, self.woken = threading.Event(), threading.Event()
+        self.journal = Journal(self.store, "scaler:a", self.fenced.set, self.woken.set)  # type: ignore[arg-type]
+        self.links = FakeLinks(world)
+        config = ScalerConfig(run_dir=str(tmp_path))
+        self.driver = Driver(config, self.links, self.journal, Meters(), self._tell, lambda: world.now)  # type: ignore[arg-type]
+
+    def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
+        self.told.append((kind, facts.get("phase") or facts.get("outcome")))
+
+    def turn(self) -> None:
+        """One turn, with the journal caught up first if it can."""
+        operation = self.driver.operation
+        if operation is not None and self.store.failure is None:
+            self.store.wait(lambda: self.journal.is_durable(operation))
+        self.world.is_durable = operation is not None and self.journal.is_durable(operation)
+        seen = self.world.seen()
+        self.driver.turn(seen.hmm, seen.pool)
+        self.world.progress()
+
+    def run(self, turns: int = 100) -> None:
+        for _ in range(turns):
+            if self.driver.operation is None:
+                return
+            self.turn()
+        raise AssertionError(f"still in progress: {self.driver.operation}")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[[World], Scene]]:
+    scenes: list[Scene] = []
+
+    def make(world: World) -> Scene:
+        scenes.append(Scene(world, tmp_path))
+        return scenes[-1]
+
+    yield make
+    for scene in scenes:
+        scene.journal.close()
+
+
+@pytest.mark.parametrize("plan", [UP, DOWN])
+def test_an_operation_runs_to_its_end_and_is_kept(make: Callable[[World], Scene], plan: Any) -> None:
+    scene = make(World(plan.before))
+    scene.driver.begin(operation_of(plan))
+    scene.run()
+    assert scene.world.layout == plan.after
+    ended = scene.driver.ended[0]
+    assert (ended.phase, ended.plan, ended.op_id) == ("done", None, "op")
+    scene.store.wait(lambda: scene.store.ended == [ended])
+    assert scene.store.operation is None
+    assert scene.told[0][0] == "operation_accepted"
+    assert scene.told[-1] == ("operation_ended", "done")
+
+
+def test_another_scaler_resumes_from_the_store(make: Callable[[World], Scene]) -> None:
+    first = make(World(UP.before))
+    first.driver.begin(operation_of(UP))
+    while first.world.layout == UP.before:
+        first.turn()
+    record = first.store.operation
+    assert record is not None
+    second = make(first.world)
+    second.driver.resume(record, [])
+    second.run()
+    assert second.world.layout == UP.after
+
+
+def test_nothing_is_staged_before_the_store_has_the_record(make: Callable[[World], Scene]) -> None:
+    scene = make(World(UP.before))
+    scene.store.failure = Unavailable("store does not answer")
+    scene.driver.begin(operation_of(UP))
+    for _ in range(5):
+        scene.turn()
+    assert scene.world.log == []
+    assert scene.driver.operation is not None
+    assert scene.driver.operation.phase == "prepare"
+    scene.store.failure = None
+    scene.run()
+    assert scene.world.layout == UP.after
+
+
+def test_a_refused_staging_ends_the_operation(make: Callable[[World], Scene]) -> None:
+    scene = make(World(UP.before))
+    scene.links.refusal = DoesNotFit("needs 5 bytes, has 4")
+    scene.driver.begin(operation_of(UP))
+    scene.run()
+    error = scene.driver.ended[0].error
+    assert error is not None
+    assert (error.code, scene.driver.ended[0].phase) == ("does_not_fit", "aborted")
+
+
+def test_a_command_that_is_fenced_ends_the_scaler(make: Callable[[World], Scene]) -> None:
+    scene = make(World(UP.before))
+    scene.links.refusal = Fenced("epoch 2 has been seen")
+    scene.driver.begin(operation_of(UP))
+    with pytest.raises(Fenced):
+        scene.run()
+
+
+def test_the_end_of_a_rank_that_joins_or_leaves_is_no_crash(make: Callable[[World], Scene]) -> None:
+    def end_of(slot: int) -> RankExited:
+        return RankExited(SEATS[slot].rank, slot, "x", 1, "killed")
+
+    up, down = make(World(UP.before)), make(World(DOWN.before))
+    assert not up.driver.on_exit(end_of(2))
+    up.driver.begin(operation_of(UP))
+    up.turn()
+    assert up.driver.on_exit(end_of(2))
+    assert not up.driver.on_exit(end_of(0))
+    down.driver.begin(operation_of(DOWN))
+    down.turn()
+    assert not down.driver.on_exit(end_of(1))  # before the commit it is a member
+    while down.driver.operation is not None and down.driver.operation.phase != "release":
+        down.turn()
+    assert down.driver.on_exit(end_of(1))
+
+
+def test_a_transition_without_an_operation_is_tidied(make: Callable[[World], Scene]) -> None:
+    world = World(UP.before)
+    lost = make(world)
+    lost.driver.begin(operation_of(UP))
+    for _ in range(4):
+        lost.turn()
+    assert world.transition is not None
+    assert world.transition.phase in ("copying", "staged")
+    scene = make(world)
+    for _ in range(6):
+        scene.turn()
+    assert world.transition.phase == "aborted"
+    assert set(world.ranks) == {0, 1}
+
+
+# ---- the journal -----------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_state_is_written_and_nothing_is_lost_in_an_outage(make: Callable[[World], Scene]) -> None:
+    scene = make(World(UP.before))
+    scene.store.failure = Unavailable("store does not answer")
+    operation = operation_of(UP)
+    scene.journal.put(operation)
+    scene.journal.announce(UP.before)
+    for reason in ("one", "two"):
+        scene.journal.event(Event("x", reason, 1, "scaler:a", 0.0))
+    assert not scene.journal.is_durable(operation)
+    assert scene.journal.announced_epoch == 0
+    scene.store.failure = None
+    scene.store.wait(lambda: [event.reason for event in scene.store.events] == ["one", "two"])
+    assert scene.journal.is_durable(operation)
+    assert scene.journal.announced_epoch == 1
+
+
+def test_a_store_that_was_emptied_gets_everything_again(
+    make: Callable[[World], Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "VERIFY_S", 0.05)
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.05)
+    scene = make(World(UP.before))
+    operation = operation_of(UP)
+    scene.journal.put(operation)
+    scene.journal.announce(UP.before)
+    scene.store.wait(lambda: scene.store.layout is not None and scene.store.operation is not None)
+    scene.store.layout = scene.store.operation = None
+    scene.store.wait(lambda: (scene.store.layout, scene.store.operation) == (UP.before, operation))
+
+
+def test_a_journal_that_is_fenced_says_so(make: Callable[[World], Scene]) -> None:
+    scene = make(World(UP.before))
+    scene.store.failure = Fenced("another scaler holds the lease")
+    scene.journal.put(operation_of(UP))
+    assert scene.fenced.wait(10)

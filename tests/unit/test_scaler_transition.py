@@ -1,0 +1,358 @@
+"""The state machine of an operation: its way, every failure in every phase, resuming, and random worlds."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.protocol.replies import Refused
+from services.scaler.operation import Abort, MoveSequences, Operation, Release, StopSeat
+from services.scaler.plan import Plan
+from services.scaler.settle import tidy
+from services.scaler.steps import LEAVE_S
+from services.scaler.transition import advance, can_cancel, cancel, outcome
+from tests.unit.transitions import DOWN, UP, World, operation_of, plan_of
+
+BEFORE = ("plan", "prepare")
+PHASES = ("prepare", "commit", "migrate", "release")
+
+
+def world_of(plan: Plan) -> World:
+    return World(plan.before)
+
+
+def test_scaling_up_brings_replicas_in_first_and_moves_experts_then() -> None:
+    world = world_of(UP)
+    done = world.run(operation_of(UP))
+    assert (done.phase, outcome(done), world.layout) == ("done", "done", UP.after)
+    order = [name for name in world.log if name != "MoveSequences"]
+    assert order == ["Stage", "StartSeat", "Commit", "Release", "Stage", "Commit", "Release"]
+    assert [(time.leg, time.phase) for time in done.timings] == [
+        (0, "plan"),
+        *((leg, phase) for leg in (0, 1) for phase in PHASES),
+    ]
+    figures = done.figures
+    assert figures.capacity_s is not None
+    assert figures.capacity_s < done.elapsed_s
+    assert (figures.bytes_copied, figures.peak_bytes_total) == (2000, 60)
+    assert figures.sequences_moved == 1
+    assert sorted(world.running.values()) == [1, 1, 2]
+
+
+def test_leaving_replicas_are_empty_before_the_commit() -> None:
+    world = world_of(DOWN)
+    done = world.run(operation_of(DOWN))
+    assert (done.phase, world.layout, set(world.ranks)) == ("done", DOWN.after, {0, 2})
+    assert world.running[1] == 0
+    assert done.figures.sequences_moved >= 2
+    assert done.figures.capacity_s is None
+
+
+def test_nothing_to_do_is_done() -> None:
+    world = world_of(UP)
+    done = world.run(operation_of(plan_of("none", UP.before)))
+    assert (done.phase, world.log) == ("done", [])
+
+
+def test_a_rebalance_only_moves_sequences() -> None:
+    world = World(UP.before, {0: 9, 1: 0})
+    done = world.run(operation_of(None))
+    assert (done.phase, set(world.log)) == ("done", {"MoveSequences"})
+    assert sorted(world.running.values()) == [4, 5]
+
+
+def test_leveling_that_leads_nowhere_ends() -> None:
+    world = World(UP.before, {0: 9, 1: 0})
+    world._move = lambda _: None  # type: ignore[method-assign]
+    assert world.run(operation_of(None)).phase == "done"
+
+
+@pytest.mark.parametrize("plan", [UP, DOWN])
+@pytest.mark.parametrize("phase", BEFORE)
+def test_a_cancel_before_the_commit_leads_back(plan: Plan, phase: str) -> None:
+    world = world_of(plan)
+    operation = world.run_to(operation_of(plan), phase)
+    world.progress()
+    operation = world.step(operation)
+    assert can_cancel(operation)
+    done = world.run(cancel(operation))
+    assert (done.phase, outcome(done), world.layout) == ("aborted", "cancelled", plan.before)
+    assert set(world.ranks) == set(plan.before.slots)
+    assert not world.leaving
+
+
+@pytest.mark.parametrize("phase", ["commit", "migrate", "release"])
+def test_there_is_no_cancel_after_that(phase: str) -> None:
+    operation = world_of(UP).run_to(operation_of(UP), phase)
+    assert not can_cancel(operation)
+    assert not can_cancel(msgspec.structs.replace(operation, leg=1, phase="prepare"))
+
+
+def test_a_deadline_before_the_commit_aborts() -> None:
+    world = world_of(DOWN)
+    world._move = lambda _: None  # type: ignore[method-assign]
+    done = world.run(operation_of(DOWN, deadline_s=3.0))
+    assert done.phase == "aborted"
+    assert done.error is not None
+    assert done.error.code == "deadline_exceeded"
+    assert "r1t0 hand their sequences over" in done.error.message
+    assert world.layout == DOWN.before
+
+
+def test_a_deadline_after_the_commit_only_warns() -> None:
+    world = world_of(UP)
+    operation = world.run_to(operation_of(UP, deadline_s=5.0), "release")
+    world.now += 100
+    done = world.run(operation)
+    assert (done.phase, done.is_late) == ("done", True)
+
+
+@pytest.mark.parametrize("code", ["device_error", ""])
+def test_staging_that_fails_aborts_the_first_leg(code: str) -> None:
+    world = world_of(UP)
+    operation = world.run_to(operation_of(UP), "prepare")
+    operation = world.step(operation)
+    world.transition = msgspec.structs.replace(
+        world.transition, phase="failed", error=Refused(code, "no memory") if code else None
+    )
+    done = world.run(operation)
+    assert (done.phase, world.layout) == ("aborted", UP.before)
+    assert done.error is not None
+    assert done.error.code == (code or "stage_failed")
+
+
+def test_staging_that_is_refused_aborts_the_first_leg_and_a_busy_hmm_does_not() -> None:
+    world = world_of(UP)
+    operation = world.run_to(operation_of(UP), "prepare")
+    world.refused = Refused("busy", "later", True)
+    assert world.step(operation).phase == "prepare"
+    world = world_of(UP)
+    world.refused = Refused("does_not_fit", "too much")
+    done = world.run(operation)
+    assert (done.phase, done.error) == ("aborted", world.refused)
+
+
+def test_a_joiner_that_ends_aborts_the_first_leg() -> None:
+    world = world_of(UP)
+    operation = world.run_to(operation_of(UP), "prepare")
+    for _ in range(3):
+        operation = world.step(operation)
+        world.progress()
+    world.end(2)
+    world.exits = {2: "killed by signal 11"}
+    done = world.run(operation)
+    assert done.error is not None
+    assert (done.error.code, done.phase, world.layout) == ("joiner_exited", "aborted", UP.before)
+    assert "signal 11" in done.error.message
+
+
+@pytest.mark.parametrize("how", ["failed", "aborted", "forgotten"])
+def test_a_later_leg_is_staged_again_until_it_succeeds(how: str) -> None:
+    world = world_of(UP)
+    operation = world.run_to(operation_of(UP), "prepare", leg=1)
+    operation = world.step(operation)
+    for _ in range(3):
+        if how == "forgotten":
+            world.transition = None
+        else:
+            world.transition = msgspec.structs.replace(world.transition, phase=how)
+        for _ in range(8):
+            operation = world.step(operation)
+            if world.transition and world.transition.phase == "copying":
+                break
+            world.progress()
+    done = world.run(operation)
+    assert (done.phase, world.layout) == ("done", UP.after)
+
+
+def test_a_store_outage_before_the_commit_waits_and_aborts_at_the_deadline() -> None:
+    world = world_of(UP)
+    operation = world.run_to(operation_of(UP, deadline_s=20.0), "commit")
+    world.is_durable = False
+    for _ in range(10):
+        operation = world.step(operation)
+        world.progress()
+        assert operation.phase == "commit"
+    assert "Commit" not in world.log
+    done = world.run(operation)
+    assert (done.phase, world.layout) == ("aborted", UP.before)
+
+
+@pytest.mark.parametrize("phase", ["migrate", "release"])
+def test_a_store_outage_after_the_flip_holds_nothing_up(phase: str) -> None:
+    world = world_of(DOWN)
+    operation = world.run_to(operation_of(DOWN), phase)
+    world.is_durable = False
+    assert world.run(operation).phase == "done"
+
+
+@pytest.mark.parametrize("plan", [UP, DOWN])
+@pytest.mark.parametrize("leg", [0, 1])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_restarted_scaler_goes_on_in_every_phase(plan: Plan, leg: int, phase: str) -> None:
+    if leg >= len(plan.legs):
+        return
+    world = world_of(plan)
+    operation = world.run_to(operation_of(plan), phase, leg)
+    raw = msgspec.msgpack.encode(operation)
+    for _ in range(2):  # what the first scaler did after its last record
+        operation = world.step(operation)
+        world.progress()
+    again = msgspec.structs.replace(msgspec.msgpack.decode(raw, type=Operation), clock=None)
+    world.now = 5.0  # another process's clock
+    done = world.run(again)
+    assert (done.phase, world.layout) == ("done", plan.after)
+    assert world.starts <= 1
+
+
+def test_a_commit_that_crosses_an_abort_is_gone_through_with() -> None:
+    world = world_of(UP)
+    operation = world.run_to(operation_of(UP), "commit")
+    operation = msgspec.structs.replace(operation, phase="abort", error=Refused("deadline_exceeded", "late"))
+    assert world.transition is not None
+    world.layout = UP.legs[0].layout
+    world.transition = msgspec.structs.replace(world.transition, phase="committed")
+    done = world.run(operation)
+    assert (done.phase, done.error, world.layout) == ("done", None, UP.after)
+
+
+def test_a_rank_that_does_not_end_by_itself_is_stopped() -> None:
+    world = world_of(DOWN)
+    operation = world.run_to(operation_of(DOWN), "release")
+    world.ranks[1] = "stubborn"
+    world.progress = lambda: None  # type: ignore[method-assign]
+    actions: list[object] = []
+    for _ in range(40):
+        world.now += LEAVE_S / 20
+        actions = list(advance(operation, world.seen(), world.now).actions)
+        operation = world.step(operation)
+        if any(isinstance(action, StopSeat) for action in actions):
+            break
+    assert any(isinstance(action, StopSeat) and action.incarnation == "stubborn" for action in actions)
+    assert operation.elapsed_s - (operation.flipped_s or 0) > LEAVE_S
+
+
+def test_an_hmm_that_lost_the_plans_ground_ends_the_operation() -> None:
+    world = world_of(UP)
+    operation = world.run_to(operation_of(UP), "prepare", leg=1)
+    world.layout = msgspec.structs.replace(UP.before, epoch=7)
+    world.transition = None
+    done = world.run(operation)
+    assert done.error is not None
+    assert (done.phase, done.error.code) == ("aborted", "layout_changed")
+
+
+# ---- what no operation answers for -----------------------------------------------------------------------------------
+
+
+def test_a_transition_that_no_journal_knows_is_given_up_before_the_commit() -> None:
+    world = world_of(UP)
+    operation = world.run_to(operation_of(UP), "prepare")
+    for _ in range(3):
+        operation = world.step(operation)
+        world.progress()
+    for _ in range(5):
+        for action in tidy(world.seen(), 0.0)[0]:
+            world.obey(action)
+        world.progress()
+    assert tidy(world.seen(), 0.0) == ((), "")
+    assert (world.layout, set(world.ranks)) == (UP.before, {0, 1})
+    assert world.transition is not None
+    assert world.transition.phase == "aborted"
+
+
+def test_a_transition_that_no_journal_knows_is_finished_after_the_commit() -> None:
+    world = world_of(DOWN)
+    operation = world.run_to(operation_of(DOWN), "commit")
+    world.step(operation)
+    assert tidy(world.seen(), 0.0)[0] == ()  # the ranks flip by themselves
+    world.progress()
+    assert tidy(world.seen(), 0.0)[0] == (Release("op/0.0"),)
+    assert any(isinstance(action, StopSeat) for action in tidy(world.seen(), LEAVE_S + 1)[0])
+
+
+def test_ranks_that_still_leave_are_taken_back() -> None:
+    world = world_of(DOWN)
+    world.leaving[1] = "forgotten"
+    actions, reason = tidy(world.seen(), 0.0)
+    assert [(type(action), action.targets) for action in actions if isinstance(action, MoveSequences)] == [
+        (MoveSequences, ())
+    ]
+    assert reason
+    assert not any(isinstance(action, Abort) for action in actions)
+
+
+# ---- random worlds ---------------------------------------------------------------------------------------------------
+
+FAULTS = ("hmm", "pool", "store", "fail", "exit", "restart", "cancel", "die", "forget", "standby")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    plan=st.sampled_from([UP, DOWN]),
+    faults=st.lists(st.tuples(st.integers(0, 40), st.sampled_from(FAULTS)), max_size=8),
+    deadline_s=st.sampled_from([3.0, 60.0]),
+)
+def test_whatever_fails_it_ends_in_the_old_layout_or_the_new_one(
+    plan: Plan, faults: list[tuple[int, str]], deadline_s: float
+) -> None:
+    world = world_of(plan)
+    operation = operation_of(plan, deadline_s=deadline_s)
+    for turn in range(41):
+        world.hmm_answers = world.pool_answers = world.is_durable = True
+        world.standby, world.exits = 2, {}
+        for at, fault in faults:
+            if at == turn:
+                operation = inject(world, operation, fault)
+        operation = world.step(operation)
+        world.progress()
+        heal(world)
+    world.hmm_answers = world.pool_answers = world.is_durable = True
+    world.standby, world.exits = 2, {}
+    for _ in range(200):
+        if operation.is_finished:
+            break
+        operation = world.step(operation)
+        world.progress()
+        heal(world)
+    assert operation.is_finished, operation.why
+    assert world.layout == (plan.after if operation.phase == "done" else plan.before)
+    assert (operation.phase == "aborted") == (operation.error is not None)
+
+
+def inject(world: World, operation: Operation, fault: str) -> Operation:
+    status = world.transition
+    if fault == "hmm":
+        world.hmm_answers = False
+    elif fault == "pool":
+        world.pool_answers = False
+    elif fault == "store":
+        world.is_durable = False
+    elif fault == "standby":
+        world.standby = 0
+    elif fault == "fail" and status and status.phase in ("copying", "staged"):
+        world.transition = msgspec.structs.replace(status, phase="failed", error=Refused("device_error", "no"))
+    elif fault == "forget" and status and status.phase not in ("committed", "flipped", "releasing"):
+        world.transition, world.staged = None, None
+    elif fault == "exit" and 2 in world.ranks and 2 not in world.layout.slots:
+        world.end(2)
+        world.exits = {2: "killed"}
+    elif fault == "die":
+        world.end(0)
+        world.transition = msgspec.structs.replace(status, prepared=()) if status else None
+    elif fault == "restart":
+        raw = msgspec.msgpack.encode(operation)
+        return msgspec.structs.replace(msgspec.msgpack.decode(raw, type=Operation), clock=None)
+    elif fault == "cancel" and can_cancel(operation) and not operation.is_finished:
+        return cancel(operation)
+    return operation
+
+
+def heal(world: World) -> None:
+    """The base duties: seats of the layout in force are filled."""
+    for slot in world.layout.slots:
+        if slot not in world.ranks:
+            world.starts += 1
+            world.ranks[slot] = f"rank-{slot}:{world.starts}"
