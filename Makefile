@@ -21,14 +21,16 @@ CPP := $(filter %.cpp %.h,$(NATIVE))
 # Tools of the virtual environment (cmake, ninja, ctest) come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install up down test test-fast lint format native-test bench compose-test clean
+.PHONY: help install up down test test-fast test-sim soak lint format native-test bench compose-test clean
 
 help:
 	@echo 'install       virtual environment with everything; fast when nothing changed'
 	@echo 'up            serve the demo model at http://127.0.0.1:8000/v1 until Ctrl-C (UP="--port 9000")'
 	@echo 'down          stop the deployment of the default run directory'
 	@echo 'test          all tests but those that need a container engine (ARGS="-k launcher")'
-	@echo 'test-fast     unit tests'
+	@echo 'test-fast     unit tests and the simulation'
+	@echo 'test-sim      the simulation alone: all cores in one thread, 1,100 seeds (one: python -m tests.sim SEED)'
+	@echo 'soak          half an hour of load, random faults and random resizes (ARGS="--seed 7 --minutes 60")'
 	@echo 'lint          ruff, mypy, clang-format, house rules'
 	@echo 'format        rewrite sources as lint wants them'
 	@echo 'native-test   C++ unit tests, plain and with sanitizers (ARGS="plain asan tsan")'
@@ -59,7 +61,13 @@ test: install
 	$(BIN)/python -m pytest -m 'not compose' $(ARGS)
 
 test-fast: install
-	$(BIN)/python -m pytest tests/unit tests/test_tidy.py -n 2 $(ARGS)
+	$(BIN)/python -m pytest tests/unit tests/sim tests/test_tidy.py -n 2 $(ARGS)
+
+test-sim: install
+	$(BIN)/python -m pytest tests/sim $(ARGS)
+
+soak: install
+	$(BIN)/elasticmoe chaos --minutes 30 $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

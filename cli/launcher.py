@@ -29,6 +29,7 @@ _PROBE_INTERVAL_S = 0.1
 _IDLE_S = 60.0  # nothing is due; an exit or a signal wakes us
 _KILL_SECONDS_MAX = 10.0
 _COMING_UP_S = 10.0
+_RECORD_AGAIN_S = 1.0
 
 State = Literal["starting", "serving", "stopping"]
 
@@ -44,7 +45,8 @@ class Probing(Protocol):
 class Plan:
     """What to run. `answers(spec)`: whether the process that `spec.awaits` a socket for can be used.
 
-    `record`: called with the state and the living processes at each change.
+    `record`: called with the state and the living processes at each change, and again after a while where it answers
+    that it could not write them.
     """
 
     specs: Sequence[ChildSpec]
@@ -52,7 +54,7 @@ class Plan:
     directory: Path
     probe: Probing
     answers: Callable[[ChildSpec], bool]
-    record: Callable[[State, tuple[ProcessRecord, ...]], None]
+    record: Callable[[State, tuple[ProcessRecord, ...]], bool]
     ready_seconds_max: float = 600.0
     limits: Limits = field(default_factory=Limits)
 
@@ -74,6 +76,7 @@ class Launcher:
         self._state: State = "starting"
         self._num_signals = 0
         self._num_interrupts = 0
+        self._is_recorded = True
         self._selector = selectors.DefaultSelector()
         self.num_unclean = 0
 
@@ -134,7 +137,10 @@ class Launcher:
             for name in [name for name, due in self._due.items() if due <= now]:
                 del self._due[name]
                 self._spawn(name)
-            self._turn(min([_IDLE_S, *(max(0.0, due - now) for due in self._due.values())]))
+            if not self._is_recorded:
+                self._record()
+            idle_s = _IDLE_S if self._is_recorded else _RECORD_AGAIN_S
+            self._turn(min([idle_s, *(max(0.0, due - now) for due in self._due.values())]))
 
     def _turn(self, timeout_s: float) -> None:
         """Wait for exits and signals, and handle the exits."""
@@ -183,7 +189,7 @@ class Launcher:
     def _record(self) -> None:
         living = [name for name in self._specs if name in self._children]
         records = tuple(self._children[name].record(self._states[name].num_restarts) for name in living)
-        self._plan.record(self._state, records)
+        self._is_recorded = self._plan.record(self._state, records)
 
     def stop(self) -> None:
         """Stop all children in reverse order: SIGTERM, then SIGKILL after the child's grace. Idempotent.

@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": "cli.doctor",
     "model": "cli.model",
     "bench": "cli.bench.command",
+    "chaos": "cli.chaos",
     "version": "cli.version",
 }
 _INTERRUPTED = 130

@@ -100,7 +100,7 @@ def _watch(admin: Admin, operation: dict[str, Any], console: Console) -> dict[st
             operation, lost_at = admin.call("GET", path), None
         except ElasticMoEError as error:
             lost_at = lost_at or time.monotonic()
-            if error.code != "unreachable" or time.monotonic() - lost_at > _UNREACHABLE_S_MAX:
+            if error.code not in ("unreachable", "not_ready") or time.monotonic() - lost_at > _UNREACHABLE_S_MAX:
                 raise
     return operation
 

@@ -188,11 +188,12 @@ def _plan(args: argparse.Namespace, resolved: settings.Settings, probe: Probe) -
             return True
         return is_answering(spec.awaits, password) if spec.name == "store" else spec.awaits.is_socket()
 
-    def record(state: State, processes: tuple[ProcessRecord, ...]) -> None:
+    def record(state: State, processes: tuple[ProcessRecord, ...]) -> bool:
         try:
             write_record(run_path, msgspec.structs.replace(base, state=state, processes=processes))
         except OSError:
-            pass  # a full disk does not end a deployment; the launcher's own entry was written at the start
+            return False  # a full disk does not end a deployment; the launcher's own entry was written at the start
+        return True
 
     return Plan(
         specs=process_specs(resolved),

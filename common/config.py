@@ -27,13 +27,15 @@ Bytes = Annotated[int, Meta(ge=1)]
 
 class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every process knows. `run_dir` (mode 0700) holds sockets, secrets, state and logs of one deployment;
-    `store_url` is empty for the embedded server's socket in it; `deployment` names this one in the store."""
+    `store_url` is empty for the embedded server's socket in it; `deployment` names this one in the store.
+    `failpoint_dir`: empty but in tests that make processes fail; see common/failpoint.py."""
 
     run_dir: str
     store_url: str = ""
     deployment: Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,64}$")] = "default"
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
     log_json: bool = False
+    failpoint_dir: str = ""
 
     @property
     def run_path(self) -> Path:
@@ -109,7 +111,11 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The scaler owns the layout, so it knows the model. A rank that died is replaced at most `rank_restarts_max` times
     in `rank_restarts_window_s`. `copy_bytes_per_s`: of experts that move between replicas that serve, all copies of one
-    host together; 0 for no limit. `operation_deadline_s`: a scale operation that is not committed by then is undone."""
+    host together; 0 for no limit. `operation_deadline_s`: a scale operation that is not committed by then is undone.
+    `rank_stall_s`: a rank that lives and makes no progress for so long, while others do, is killed and replaced; it
+    must exceed what the mathematics of one layer takes for `max_tokens_per_step` tokens. For comparisons:
+    `copy_from_disk` reads from the checkpoint what devices could copy from one another; `scale_legs` 1 lets a new
+    replica wait for its experts."""
 
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8100
@@ -119,6 +125,9 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
     rank_restarts_window_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
     copy_bytes_per_s: Annotated[int, Meta(ge=0)] = 200 * 1024 * 1024
     operation_deadline_s: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
+    copy_from_disk: bool = False
+    scale_legs: Annotated[int, Meta(ge=1, le=2)] = 2
+    rank_stall_s: Annotated[float, Meta(gt=0, le=86_400)] = 2.4
 
 
 class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):

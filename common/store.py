@@ -52,6 +52,7 @@ return {fence, ARGV[1]}
 _RENEW = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
+if not holder and tonumber(redis.call('GET', KEYS[2]) or '0') > tonumber(ARGV[3]) then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
@@ -131,9 +132,11 @@ class Store:
         fence, who = _guard(lambda: self._redis.eval(_ACQUIRE, 2, *keys, holder, lease_ms, fence_min))
         return int(fence) if int(fence) else bytes(who).decode(errors="replace")
 
-    def renew_lease(self, holder: str, lease_ms: int) -> bool:
-        """Extend the lease (or take it back if nobody has); False when somebody else holds it."""
-        return bool(_guard(lambda: self._redis.eval(_RENEW, 1, self._key("lease"), holder, lease_ms)))
+    def renew_lease(self, holder: str, lease_ms: int, fence: int) -> bool:
+        """Extend the lease, or take it back if nobody has it; False when somebody else holds it, or has held it since
+        `holder` got its fencing epoch `fence`: what that one did is in the journal, which is read with a new lease."""
+        keys = [self._key("lease"), self._key("fence")]
+        return bool(_guard(lambda: self._redis.eval(_RENEW, 2, *keys, holder, lease_ms, fence)))
 
     def release_lease(self, holder: str) -> None:
         """Give the lease back if `holder` has it."""
@@ -272,10 +275,13 @@ def async_store_of(config: Common) -> AsyncStore:
 
 
 def _guard(call: Callable[[], R]) -> Any:
-    """Run one store call; its failures become Unavailable."""
+    """Run one store call; its failures become Unavailable, `storage_full` where it has no room for what is written."""
     try:
         return call()
     except redis.RedisError as error:
+        # MISCONF: the server cannot write its own files.
+        if isinstance(error, redis.exceptions.OutOfMemoryError) or str(error).startswith("MISCONF "):
+            raise Unavailable("store takes no writes: it is out of memory or disk", code="storage_full") from None
         raise Unavailable(f"store does not answer: {type(error).__name__}", code="store_unavailable") from None
 
 

@@ -5,7 +5,8 @@ connects a DEALER. Sockets belong to the thread that made them. Nothing here blo
 
 Facts that shaped it: a second binder of an ipc path steals it silently, so a lock file is taken first; a ROUTER drops
 messages to unknown peers unless ROUTER_MANDATORY is set; two peers with one identity lose messages, so identities are
-`name:uuid`, one per incarnation; queues are bounded and LINGER is 0, so a dead peer costs neither memory nor exit time.
+`name:uuid`, one per incarnation, and a client that is opened again gets a number; queues are bounded and LINGER is 0,
+so a dead peer costs neither memory nor exit time.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import fcntl
 import os
 import time
 import uuid
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -37,7 +39,7 @@ _OPTIONS: dict[int, int] = {
     zmq.RCVHWM: _HIGH_WATER,
     zmq.MAXMSGSIZE: MESSAGE_BYTES_MAX,
     zmq.RECONNECT_IVL: 20,
-    zmq.RECONNECT_IVL_MAX: 500,
+    zmq.RECONNECT_IVL_MAX: 80,  # on one machine an attempt costs little, and streams wait for it
 }
 
 
@@ -162,7 +164,10 @@ class Server(Generic[T]):
 
 
 class Client(Generic[T]):
-    """A DEALER connected to one server; sends any message, receives one closed union. One thread may use it."""
+    """A DEALER connected to one server; sends any message, receives one closed union. One thread may use it. Messages
+    carry `identity` as their sender; to the socket it is unique among this process's."""
+
+    _opened: ClassVar[Counter[tuple[Path, str]]] = Counter()
 
     def __init__(self, path: Path, identity: str, codec: Codec[T]) -> None:
         self.identity = identity
@@ -171,7 +176,10 @@ class Client(Generic[T]):
         self._seq = 0
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        _configure(self._socket, identity)
+        # A server that has not noticed the end of a connection ignores a second one with its identity, for ever.
+        number = self._opened[path, identity]
+        self._opened[path, identity] += 1
+        _configure(self._socket, f"{identity}.{number}" if number else identity)
         self._name = path.stem
         self._socket.connect(f"ipc://{path}")
 

@@ -22,6 +22,7 @@ class Request:
     rank: str = ""
     tokens: list[int] = field(default_factory=list)
     num_moves: int = 0
+    num_resubmits: int = 0
     terminal: dict[str, Any] | None = None
 
 
@@ -109,11 +110,10 @@ def _apply_chunk(event: dict[str, Any], request: Request) -> list[str]:
 
 
 def _apply_rank(event: dict[str, Any], request: Request) -> list[str]:
-    """A request changes its rank: moved with what it has, or submitted anew, which nobody notices without a token."""
+    """A request changes its rank: moved with what it has, or submitted anew with its tokens."""
     findings = [] if re.fullmatch(r"r\d+t0", event["rank"]) else [f"{request.name}: {event['rank']!r} leads no replica"]
     if event["event"] == "resubmitted":
-        if request.tokens:
-            findings.append(f"{request.name}: submitted anew after {len(request.tokens)} tokens")
+        request.num_resubmits += 1
     else:
         request.num_moves += 1
         if event["rank"] == request.rank:

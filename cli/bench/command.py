@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cli.bench import attach, plan, replicas, scaling, serve
+from cli.bench import attach, plan, recovery, replicas, scaling, serve
 from common.protocol.errors import ElasticMoEError
 
 HELP = "measure this machine: prints a table, writes raw data and a plot"
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("scaling", scaling, "grow and shrink under load, beside ablations and the paper's baselines"),
         ("replicas", replicas, "what a second replica brings, each pinned to a core"),
         ("attach", attach, "kill -9 of ranks: how long a standby takes to map their memory"),
+        ("recovery", recovery, "kill -9 of ranks under load: gaps, failures, recomputed tokens, beside a restart"),
         ("plan", plan, "planning for 384 devices, and its transitions simulated"),
     ):
         command = benchmarks.add_parser(name, help=text)

@@ -80,6 +80,7 @@ async def run_once(recipe: Recipe, kind: Kind, seed: int) -> Run:
         for size in (recipe.sizes[1], recipe.sizes[0]):
             outcomes.append(await method.scale(size))
             windows.append(await _steady(recipe))
+        await asyncio.sleep(recipe.settle_s)  # requests of the last window reach their verdict
         await load.stop()
         await sampler.stop()
         deployments = [*scene.deployments, *scene.ended]

@@ -52,7 +52,8 @@ class Submit(Message, frozen=True):
 
     `prompt`: token ids, at least one. `stop_token_ids` end the sequence (the model's own eos ids come with them unless
     the client ignores eos); before `min_tokens` they are never chosen. `deadline_s`: seconds from receipt.
-    `priority`: lower runs first; equal ones in order of arrival.
+    `priority`: lower runs first; equal ones in order of arrival. `output`: what another rank, which was lost, has
+    generated so far: it is computed like the prompt, counts as generated, and is not reported again.
     """
 
     request_id: RequestId
@@ -64,6 +65,7 @@ class Submit(Message, frozen=True):
     deadline_s: Annotated[float, Meta(gt=0.0, le=REQUEST_SECONDS_MAX)] = 600.0
     priority: Annotated[int, Meta(ge=-1_000, le=1_000)] = 0
     prompt_logprobs: bool = False
+    output: Annotated[tuple[TokenId, ...], Meta(max_length=PROMPT_TOKENS_MAX)] = ()
 
 
 class Cancel(Message, frozen=True):

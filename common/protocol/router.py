@@ -45,10 +45,12 @@ class Failed(Message, frozen=True):
 
 
 class Moved(Message, frozen=True):
-    """Another rank goes on with the request: cancel it there from now on. Its tokens may come before this message."""
+    """Another rank goes on with the request: cancel it there from now on. Its tokens may come before this message.
+    `incarnation`: the process that took it, as far as is known; a later one may not have it."""
 
     request_id: str
     rank: RankId
+    incarnation: str = ""
 
 
 class RankStatus(Message, frozen=True):

@@ -9,12 +9,13 @@ import msgspec
 from common.layout import Layout, RankId
 from common.model_spec import KvGeometry
 from common.protocol.codec import Codec, Message
+from common.protocol.limits import RANKS_MAX
 from common.protocol.replies import Ack, Refused
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
     """One device's memory in bytes; `weights + kv + other + free == budget`. `attached`: incarnation of its rank.
-    `pages`: real memory behind it, whoever made it."""
+    `pages`: real memory behind it, whoever made it. `progress`: what that rank has counted on the bus."""
 
     device: str
     budget: int
@@ -26,6 +27,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     kv_blocks: int
     attached: str | None
     pages: int = 0
+    progress: int = 0
 
 
 class MemoryFacts(msgspec.Struct, frozen=True):
@@ -72,7 +74,8 @@ class TransitionStatus(msgspec.Struct, frozen=True):
 
 
 class HmmStatus(Message, frozen=True):
-    """`phase`: empty (nothing loaded), loading, ready, failed. Bytes count what was read from the checkpoint."""
+    """`phase`: empty (nothing loaded), loading, ready, failed. Bytes count what was read from the checkpoint.
+    `num_fenced`: commands that this HMM refused because their sender's fencing epoch was superseded."""
 
     phase: Literal["empty", "loading", "ready", "failed"]
     bytes_done: int
@@ -86,6 +89,7 @@ class HmmStatus(Message, frozen=True):
     layout: Layout | None = None
     memory: MemoryFacts | None = None
     transition: TransitionStatus | None = None
+    num_fenced: int = 0
 
 
 class RankStarted(Message, frozen=True):
@@ -129,10 +133,16 @@ class PoolRank(msgspec.Struct, frozen=True):
 
 
 class PoolStatus(Message, frozen=True):
-    """`standby`: processes that wait for a seat."""
+    """`standby`: processes that wait for a seat. `is_cold`: none are kept, ranks are started from nothing."""
 
     standby: int
     ranks: tuple[PoolRank, ...]
+    is_cold: bool = False
+
+    @property
+    def num_startable(self) -> int:
+        """Ranks that can be started now."""
+        return RANKS_MAX if self.is_cold else self.standby
 
 
 class RankLoad(Message, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from common import failpoint
 from common.config import HmmConfig, load, make_run_dirs
 from common.protocol.errors import ElasticMoEError
 from common.transport import describe
@@ -15,6 +16,7 @@ def main() -> int:
     try:
         config = load(HmmConfig)
         make_run_dirs(config)
+        failpoint.enable(config.failpoint_dir, "hmm")
         hmm = Hmm(config)
     except ElasticMoEError as error:
         print(f"elasticmoe-hmm: {describe(error)}", file=sys.stderr)

@@ -54,7 +54,11 @@ def wanted_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | N
     kv = memory.kv
     if transition is not None and transition.phase == "vacating":
         kv = kv[: transition.request.kv_handles.get(name, len(kv))]
-    return View({key: handle for key, handle in memory.records.items() if key in keys}, kv, needed)
+    routed = needed
+    if transition is not None and transition.phase in ("vacating", "copying"):
+        # Early, so that a rank to which nothing else comes is prepared before the copies are over.
+        routed = (transition.before, transition.after)
+    return View({key: handle for key, handle in memory.records.items() if key in keys}, kv, routed)
 
 
 def seat_memory(

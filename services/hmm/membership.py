@@ -30,6 +30,10 @@ class Membership:
         """(generation, mask of members, running, epoch); zeros without a model."""
         return self._bus.membership() if self._bus is not None else (0, 0, False, 0)
 
+    def progress(self, slot: int) -> int:
+        """How often the rank of `slot` has counted up its progress; 0 without a model."""
+        return self._bus.progress(slot) if self._bus is not None else 0
+
     def publish(self, slots: tuple[int, ...], is_running: bool) -> None:
         """Make `slots` the members, by the layout in force, and wake everybody. A staged membership is void then."""
         while not self._try(sum(1 << slot for slot in set(slots)), is_running):

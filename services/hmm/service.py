@@ -199,7 +199,14 @@ class Hmm:
     def _answer(self, peer: bytes, message: Received[ToHmm]) -> Message | None:
         body = message.body
         if isinstance(body, GetHmmStatus):
-            return hmm_status(self._holdings, self._attachments, self._members, self._loading, self._transitions)
+            return hmm_status(
+                self._holdings,
+                self._attachments,
+                self._members,
+                self._loading,
+                self._transitions,
+                self._fence.num_refused,
+            )
         if isinstance(body, CheckIntegrity):
             return self._check_integrity(peer, message.seq, body)
         if isinstance(body, CopyBlocks):

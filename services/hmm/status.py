@@ -38,9 +38,14 @@ class Loading:
 
 
 def hmm_status(
-    holdings: Holdings, attachments: Attachments, members: Membership, loading: Loading, transitions: Transitions
+    holdings: Holdings,
+    attachments: Attachments,
+    members: Membership,
+    loading: Loading,
+    transitions: Transitions,
+    num_fenced: int = 0,
 ) -> HmmStatus:
-    """The answer to GetHmmStatus."""
+    """The answer to GetHmmStatus. `num_fenced`: commands that were refused as superseded."""
     load = loading.load
     # Before the members: ranks may flip in between, and whoever reads that they have must read the new members.
     transition = transitions.status()
@@ -50,7 +55,7 @@ def hmm_status(
         bytes_done=load.bytes_done if load else 0,
         bytes_total=load.bytes_total if load else 0,
         error=loading.error,
-        devices=tuple(_device_status(name, holdings, attachments) for name in holdings.memories),
+        devices=tuple(_device_status(name, holdings, attachments, members) for name in holdings.memories),
         generation=generation,
         members=slots_of_mask(mask),
         running=is_running,
@@ -58,6 +63,7 @@ def hmm_status(
         layout=holdings.loaded.layout if holdings.loaded else None,
         memory=_memory_facts(holdings),
         transition=transition,
+        num_fenced=num_fenced,
     )
 
 
@@ -75,9 +81,9 @@ def _memory_facts(holdings: Holdings) -> MemoryFacts | None:
     )
 
 
-def _device_status(name: str, holdings: Holdings, attachments: Attachments) -> DeviceStatus:
+def _device_status(name: str, holdings: Holdings, attachments: Attachments, members: Membership) -> DeviceStatus:
     memory, loaded = holdings.memories[name], holdings.loaded
-    attached = next((one.incarnation for one in attachments.by_slot.values() if one.device == name), None)
+    attached = next((one for one in attachments.by_slot.values() if one.device == name), None)
     used = dict(memory.device.used)
     num_experts, num_blocks = 0, 0
     if loaded is not None:  # else the load's thread may be at work on these
@@ -92,6 +98,7 @@ def _device_status(name: str, holdings: Holdings, attachments: Attachments) -> D
         free=memory.device.budget - sum(used.values()),
         num_experts=num_experts,
         kv_blocks=num_blocks,
-        attached=attached,
+        attached=attached.incarnation if attached else None,
         pages=memory.device.pages,
+        progress=members.progress(attached.slot) if attached else 0,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from common.devices.base import Handle, Space
+from common.failpoint import failpoint
 from common.model_spec import RecordKey
 from common.protocol.errors import ElasticMoEError
 from services.hmm.background import Background
@@ -63,6 +64,7 @@ class Supply:
 
         Raises DoesNotFit; `drop_claims` takes back what was claimed by then.
         """
+        failpoint("hmm.claim")
         memories, request = self._holdings.memories, transition.request
         parts: dict[str, list[Part]] = {}
         ledger = size_ledger(loaded.load, self._holdings.granularity)

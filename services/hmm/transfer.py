@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 from common.devices.base import Handle
 from common.devices.host import HostDevice
+from common.failpoint import failpoint
 from common.families import record, records
 from common.model_spec import ModelSpec, RecordKey
 from common.protocol.errors import Unavailable
@@ -106,6 +107,7 @@ class Transfer:
                 for done in range(0, part.handle.nbytes, self._piece_bytes):
                     nbytes = min(self._piece_bytes, part.handle.nbytes - done)
                     host.copy(part.address + done, part.source + done, nbytes)
+                    failpoint("hmm.copy")
                     self._count(nbytes)
                     self._pause(nbytes)
             elif part.ledger is not None:

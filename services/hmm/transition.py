@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from common.devices.base import Handle
+from common.failpoint import failpoint
 from common.layout import Layout, Seat
 from common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound
 from common.protocol.hmm import StageLayout
@@ -95,6 +96,7 @@ class Transitions:
             return
         if current is not None and not current.is_over:
             raise Conflict(f"operation {current.request.op_id} is {current.phase}", code="in_transition")
+        failpoint("hmm.stage")
         check_stage(holdings.catalog(), loaded, request, self._members.max_ranks)
         holdings.open_layout(request.layout)
         before = {seat.device: len(holdings.memories[seat.device].kv) for seat in loaded.layout.seats}
@@ -222,7 +224,9 @@ class Transitions:
         self._holdings.transition = msgspec.structs.replace(
             transition, phase=phase, peak_pages=dict(self._supply.peaks.by_device), error=error or transition.error
         )
+        failpoint(f"hmm.{phase}.before")
         self._changed()
+        failpoint(f"hmm.{phase}.after")
         self._log.info(
             "transition",
             op_id=transition.request.op_id,
@@ -261,6 +265,7 @@ class Transitions:
                 continue
             gone, memory.kv[:] = memory.kv[wanted:], memory.kv[:wanted]
             self._changed()
+            failpoint("hmm.vacate")
             self._supply.give_back([(memory, handle) for handle in gone])
             return True
         if not is_done or self._supply.is_releasing:
@@ -326,7 +331,9 @@ class Transitions:
             handles = [memory.records.pop(key) for key in extra] if keys else memory.take_all()
             gone += [(memory, handle) for handle in handles]
         if gone:
+            failpoint("hmm.give_back.before")
             self._changed()
+            failpoint("hmm.give_back.after")
             self._supply.give_back(gone)
         return is_done
 
@@ -365,7 +372,9 @@ class Transitions:
             self._supply.drop_claims()
             return
         self._supply.settle()
+        failpoint("hmm.kv_grown.before")
         self._changed()
+        failpoint("hmm.kv_grown.after")
 
 
 def _slot_of(seat: Seat) -> int:

@@ -1,11 +1,13 @@
 """Brings generations and replicas together: submits, cancels, hands tokens to their streams, and notices losses.
 
 What can go wrong, and who ends a stream then:
-- a rank says Failed: its error, or another try elsewhere when it is retryable and no token has come;
-- a rank is silent for LOST_S, or another incarnation speaks in its place and does not go on with the stream (it may:
-  the ledger holds what its predecessor did): another try when no token has come, else `rank_lost`;
-- tokens are missing for GAP_S: `rank_lost`;
+- a rank says Failed: its error, or another try elsewhere when it is retryable;
+- a rank is silent for LOST_S, or another incarnation speaks in its place and does not go on with the stream: another
+  try, else `rank_lost`. As a rule it does go on, since the ledger holds what its predecessor did: then it says so first
+  of all, with every token from the first on;
+- tokens are missing for GAP_S, or log probabilities were lost with a rank: another try, else `rank_lost`;
 - the deadline passes: `deadline_exceeded`.
+Another try carries the tokens that have come, and goes on behind them with the same ones as the first would have.
 A stream may move while it runs: its rank says so (Moved), or another rank sends what follows, whichever comes first.
 It is that rank's from then on: cancels go there, and that rank's loss is the stream's. Tokens count whoever sends them,
 and late ones of the former rank do not bring it back. Where the news of two moves overtake each other, the next token
@@ -18,8 +20,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-import msgspec
 
 from common.layout import Layout, RankId
 from common.protocol.codec import Message, Received
@@ -37,10 +37,12 @@ from services.router.streams import Ending, Stream
 
 log = get_logger("router")
 
-EMPTY_S = 0.3  # patience with a new incarnation that says it has no requests
-ADOPT_S = 2.0  # and with one that has some, for a stream that can be submitted anew; others wait for LOST_S
+EMPTY_S = 0.3  # patience with a new incarnation that has not named a stream, once its status has come
+ADOPT_S = 2.0  # where the stream may wait there unnamed, submitted while nobody was there
 GAP_S = 2.0
-SUBMITS_MAX = 2  # a request that was lost twice may be what kills ranks
+SUBMITS_MAX = 2  # of a request that ranks refuse
+LOSSES_MAX = 4  # a request that was lost more often may be what kills ranks
+LOST = "rank_lost"
 LEAVE_S = 5.0  # a link to a rank that left stays this long after its last stream: the rank may come back
 TICK_S = 0.1
 
@@ -182,13 +184,16 @@ class Dispatcher:
             log.debug("rank does not take messages", rank=link.rank, error=error.message)
 
     def _retry_or_fail(self, stream: Stream, error: ElasticMoEError, now: float, *, avoid: RankId | None) -> None:
-        """Submit an untouched stream anew, under another id so that the two tries cannot be confused; or end it."""
-        if not (stream.is_untouched and error.retryable and stream.num_submits < SUBMITS_MAX and now < stream.deadline):
+        """Submit a stream anew with what it has, under another id so that the tries cannot be confused; or end it."""
+        if error.code == LOST:
+            stream.num_losses += 1
+        num_refusals = stream.num_submits - stream.num_losses
+        is_bounded = stream.num_losses <= LOSSES_MAX and num_refusals < SUBMITS_MAX
+        if not (error.retryable and is_bounded and now < stream.deadline):
             self._fail(stream, error)
             return
         self._release(stream, tell_rank=True)
-        name = f"{stream.name}~{stream.num_submits}"
-        stream.restart(msgspec.structs.replace(stream.submit, request_id=name, deadline_s=stream.deadline - now))
+        stream.restart(f"{stream.name}~{stream.num_submits}", now)
         others = [candidate for candidate in self.candidates(now) if candidate.rank != avoid]
         try:
             link = self._submit(stream, others)
@@ -237,6 +242,9 @@ class Dispatcher:
             stream.sender = link.sender  # its present incarnation has taken it over
         elif delta.index + len(delta.ids) > stream.reach:
             self._move(stream, link)
+        if stream.rank == link.rank and stream.lacks(delta):
+            self._retry_or_fail(stream, _lost(link.rank), now, avoid=None)
+            return
         index, first_at, last_at = stream.num_tokens, stream.first_at, stream.last_at
         try:
             ids = stream.accept(delta, now)
@@ -262,12 +270,12 @@ class Dispatcher:
         if stream.ending is not None:
             self._forget(stream, tell_rank=delta.finish is None)
 
-    def _move(self, stream: Stream, link: RankLink) -> None:
-        """The stream is another rank's from now on: `link`'s, in its present incarnation, if it was ever heard."""
+    def _move(self, stream: Stream, link: RankLink, incarnation: str = "") -> None:
+        """The stream is another rank's from now on: `link`'s, in `incarnation`, or its present one if it was heard."""
         old = self.links.get(stream.rank) if stream.rank else None
         if old is not None:
             old.detach(stream)
-        stream.rank, stream.sender = link.rank, link.sender
+        stream.rank, stream.sender = link.rank, incarnation or link.sender
         stream.seq = 0  # it counts messages of the old link
         link.attach(stream)
         self._metrics.moved.inc()
@@ -284,7 +292,7 @@ class Dispatcher:
             self._send_quietly(self._link_to(moved.rank, now), Cancel(moved.request_id))
         elif stream.rank == link.rank != moved.rank:
             new = self._link_to(moved.rank, now)
-            self._move(stream, new)
+            self._move(stream, new, moved.incarnation)
             new.watch(now)
 
     def _on_failed(self, link: RankLink, failed: Failed, now: float) -> None:
@@ -292,7 +300,10 @@ class Dispatcher:
         if stream is None:
             return
         error = ElasticMoEError(failed.message, code=failed.code, retryable=failed.retryable)
-        self._retry_or_fail(stream, error, now, avoid=link.rank)
+        if failed.code == LOST:  # a rank says that of a request that may be what kills ranks
+            self._fail(stream, error)
+        else:
+            self._retry_or_fail(stream, error, now, avoid=link.rank)
 
     def _on_refused(self, link: RankLink, refused: Refused, seq: int, now: float) -> None:
         log.warning("rank refused a message", rank=link.rank, code=refused.code, reason=refused.message)
@@ -315,7 +326,7 @@ class Dispatcher:
                 limit = stream.deadline - stream.accepted_at
                 self._fail(stream, DeadlineExceeded(f"the request did not end within {limit:.0f} s"))
             elif stream.gap_since is not None and now - stream.gap_since > GAP_S:
-                self._fail(stream, _lost(stream.rank))
+                self._retry_or_fail(stream, _lost(stream.rank), now, avoid=None)
         self._history.flush()
 
     def _check_link(self, link: RankLink, now: float) -> None:
@@ -323,7 +334,8 @@ class Dispatcher:
             return
         is_silent, changed_s = link.silent_s(now) > LOST_S, now - link.changed_at
         for stream in list(link.streams.values()):
-            patience_s = EMPTY_S if link.has_no_requests else ADOPT_S if stream.is_untouched else LOST_S
+            is_unnamed = link.has_no_requests or (link.has_reported and not stream.is_untouched)
+            patience_s = EMPTY_S if is_unnamed else ADOPT_S if stream.is_untouched else LOST_S
             is_orphan = stream.sender != link.sender and changed_s > patience_s
             if is_silent or is_orphan:
                 self._retry_or_fail(stream, _lost(link.rank), now, avoid=link.rank if is_silent else None)
@@ -343,7 +355,7 @@ class Dispatcher:
 
 
 def _lost(rank: RankId | None) -> Unavailable:
-    return Unavailable(f"rank {rank} was lost while it worked on the request", code="rank_lost")
+    return Unavailable(f"rank {rank} was lost while it worked on the request", code=LOST)
 
 
 def router_identity() -> str:

@@ -1,8 +1,8 @@
 """The record of what happened to every accepted request, one JSON object per line, for the checker in the tests.
 
 Events: `start` and `stop` of a router; `accepted`, `chunk` (index of its first token, the token ids), `moved` (another
-rank goes on), `resubmitted` (it starts anew, before its first token) and `terminal` (`finish`, `error` or `cancelled`)
-of a generation. Written only where the configuration asks for it.
+rank goes on), `resubmitted` (another try, behind the tokens that have come) and `terminal` (`finish`, `error` or
+`cancelled`) of a generation. Written only where the configuration asks for it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class History:
         self._write({"event": "moved", "id": name, "rank": rank})
 
     def resubmitted(self, name: str, rank: str) -> None:
-        """It starts anew, at that rank or at the same one."""
+        """Another try goes on with it, at that rank or at the same one."""
         self._write({"event": "resubmitted", "id": name, "rank": rank})
 
     def terminal(self, name: str, kind: str, reason: str, *, retryable: bool = False, tokens: int = 0) -> None:

@@ -24,6 +24,7 @@ from services.router.streams import Stream
 log = get_logger("router")
 
 WATCH_EVERY_S = 1.0  # a rank that has been silent for this long is asked
+WATCH_BUSY_S = 0.25  # and one that has streams: another process may be in its place, which does not know this router
 
 
 class RankLink:
@@ -83,9 +84,14 @@ class RankLink:
         return new
 
     @property
+    def has_reported(self) -> bool:
+        """The present incarnation has sent a status, so that what it said before has come too."""
+        return self.status is not None and self._status_sender == self.sender
+
+    @property
     def has_no_requests(self) -> bool:
         """The present incarnation says so; what its predecessor said does not count."""
-        status = self.status if self._status_sender == self.sender else None
+        status = self.status if self.has_reported else None
         return status is not None and status.running + status.waiting == 0
 
     def send(self, body: Message) -> int:
@@ -145,7 +151,9 @@ class RankLink:
         if not is_needed and self._is_dismissed:
             return
         was_dismissed = self._is_dismissed
-        if is_needed and not was_dismissed and now - max(self._status_at, self._watched_at) < WATCH_EVERY_S:
+        asked_s = now - max(self._status_at, self._watched_at)
+        is_busy = bool(self.streams) and now - self.heard_at >= WATCH_BUSY_S
+        if is_needed and not was_dismissed and asked_s < (WATCH_BUSY_S if is_busy else WATCH_EVERY_S):
             return
         self._watched_at = now
         if is_needed:

@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from common.layout import RankId
 from common.protocol.errors import ElasticMoEError, ProtocolError
 from common.protocol.limits import VOCAB_MAX
@@ -49,8 +51,9 @@ class Stream:
     """One generation, from acceptance to its end. For one asyncio loop.
 
     `name` identifies it in records; `submit.request_id` identifies it to the ranks and changes when it is submitted
-    anew. `wake` is set whenever the HTTP side has something to look at; several streams may share it. Times are seconds
-    of the monotonic clock. `rank` and `sender` tell who works on it: a rank, in which incarnation.
+    anew, with the `tokens` that have come. `wake` is set whenever the HTTP side has something to look at; several
+    streams may share it. Times are seconds of the monotonic clock. `rank` and `sender` tell who works on it: a rank, in
+    which incarnation.
     """
 
     def __init__(self, name: str, submit: Submit, text: TextStream, wake: asyncio.Event, *, now: float) -> None:
@@ -58,8 +61,9 @@ class Stream:
         self.submit = submit
         self.wake = wake
         self.ending: Ending | None = None
-        self.num_tokens = 0  # that count: up to the one that completed a stop string
+        self.tokens: list[int] = []  # that count: up to the one that completed a stop string
         self.num_submits = 0
+        self.num_losses = 0  # how often the rank that worked on it was lost
         self.seq = 0  # of the message that submitted it, 0 once it has moved to another rank
         self.prompt_logprobs: tuple[Logprob, ...] | None = None
         self.accepted_at = now
@@ -72,8 +76,13 @@ class Stream:
         self._text = text
         self._wants_logprobs = submit.sampling.logprobs >= 0
         self._texts: list[str] = []
-        self._tokens: list[TokenInfo] = []
+        self._infos: list[TokenInfo] = []
         self._early: list[Delta] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that count so far."""
+        return len(self.tokens)
 
     @property
     def has_ended(self) -> bool:
@@ -82,7 +91,7 @@ class Stream:
 
     @property
     def is_untouched(self) -> bool:
-        """No token has come: it may start anew elsewhere without anyone noticing."""
+        """No token has come."""
         return self.num_tokens == 0
 
     @property
@@ -90,11 +99,22 @@ class Stream:
         """The end of the last token that has come, also where ones before it are missing."""
         return max([self.num_tokens, *(early.index + len(early.ids) for early in self._early)])
 
-    def restart(self, submit: Submit) -> None:
-        """Begin anew with `submit`; only while untouched."""
-        self.submit = submit
+    def restart(self, request_id: str, now: float) -> None:
+        """Go on with a submit under another id, from the tokens that have come. Text and log probabilities stay."""
+        self.submit = msgspec.structs.replace(
+            self.submit, request_id=request_id, deadline_s=self.deadline - now, output=tuple(self.tokens)
+        )
         self._early.clear()
         self.gap_since = None
+
+    def lacks(self, delta: Delta) -> bool:
+        """Whether `delta` has new tokens without what the client asked for beside them. A rank that goes on with what
+        another had cannot tell the log probabilities whose report was lost with it; computing them anew can."""
+        is_new = delta.index + len(delta.ids) > self.num_tokens
+        if is_new and self._wants_logprobs and delta.logprobs is None:
+            return True
+        wants_prompt = self.submit.prompt_logprobs and self.prompt_logprobs is None
+        return wants_prompt and delta.prompt_logprobs is None and (is_new or delta.finish is not None)
 
     def accept(self, delta: Delta, now: float) -> tuple[int, ...]:
         """Take what is new of `delta` and of what waited for it; returns the ids that count.
@@ -131,9 +151,9 @@ class Stream:
         ids = delta.ids[known:] if known else delta.ids
         for position, token_id in enumerate(ids, start=known):
             if self._wants_logprobs and delta.logprobs is not None:
-                self._tokens.append(TokenInfo(token_id, delta.logprobs[position], self._text.num_chars))
+                self._infos.append(TokenInfo(token_id, delta.logprobs[position], self._text.num_chars))
             self._texts.append(self._text.feed(token_id))
-            self.num_tokens += 1
+            self.tokens.append(token_id)
             if self._text.has_stopped:
                 self.end(Ending("finish", "stop"))
                 return ids[: position - known + 1]
@@ -156,8 +176,8 @@ class Stream:
 
     def take(self) -> Output:
         """Everything that came since the last call."""
-        output = Output("".join(self._texts), self._tokens)
-        self._texts, self._tokens = [], []
+        output = Output("".join(self._texts), self._infos)
+        self._texts, self._infos = [], []
         return output
 
 

@@ -7,6 +7,7 @@ import threading
 
 import uvicorn
 
+from common import failpoint
 from common.config import ScalerConfig, load, make_run_dirs
 from common.protocol.errors import ConfigError, ElasticMoEError
 from common.store import store_of
@@ -21,6 +22,7 @@ def main() -> int:
     try:
         config = load(ScalerConfig)
         make_run_dirs(config)
+        failpoint.enable(config.failpoint_dir, "scaler")
         log = setup_logging("scaler", level=config.log_level, as_json=config.log_json)
         try:
             token = config.secret("admin.token").read_text().strip()

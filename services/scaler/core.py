@@ -100,7 +100,7 @@ def _decide_ranks(layout: Layout, seen: Observed, hmm: HmmStatus, pool: PoolStat
         # A seat is filled only after the HMM has let go of its last holder.
         attached = {device.device for device in hmm.devices if device.attached}
         free = [seat for seat in empty if seat.device not in attached]
-        starts = tuple(Start(seat) for seat in free[: pool.standby])
+        starts = tuple(Start(seat) for seat in free[: pool.num_startable])
         return Decision(starts, _waiting(seen), f"seats {_names(empty)} have no rank; {pool.standby} standbys")
     if not ready:
         return Decision((), _waiting(seen), "ranks attach")

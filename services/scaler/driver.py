@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from common.config import ScalerConfig
+from common.failpoint import failpoint
 from common.protocol import hmm as to_hmm
 from common.protocol.errors import ElasticMoEError, Fenced
 from common.protocol.pool import StopRank
@@ -45,6 +46,16 @@ FRESH_IDLE_S = 5.0
 ENDED_MAX = 100
 
 Tell = Callable[..., None]
+
+_PLACES: dict[type[Action], str] = {  # of failpoints
+    Stage: "stage",
+    Commit: "send_commit",
+    Release: "send_release",
+    Abort: "send_abort",
+    StartSeat: "start_joiner",
+    StopSeat: "stop_rank",
+    MoveSequences: "move",
+}
 
 
 class Driver:
@@ -135,7 +146,8 @@ class Driver:
         ranks = {rank.slot: rank for rank in pool.ranks if rank.ready} if pool else {}
         if pool is not None:
             living = [seat for seat in seats if seat.slot in ranks]
-            self._links.peers.keep(seats)
+            if hmm is not None:  # else it is not known which seats there are
+                self._links.peers.keep(seats)
             self._links.peers.ask(living, LOADS_S if operation else LOADS_IDLE_S)
         self._links.peers.receive()
         return Seen(
@@ -202,7 +214,10 @@ class Driver:
                 continue
             self._sent[key_of(action)] = now
             try:
+                place = f"scaler.{_PLACES[type(action)]}"
+                failpoint(f"{place}.before")
                 self._send(action)
+                failpoint(f"{place}.after")
                 if isinstance(action, Stage):
                     self._refused = None
             except ElasticMoEError as error:
@@ -216,9 +231,10 @@ class Driver:
         if isinstance(action, Stage):
             rate = self._config.copy_bytes_per_s if action.is_throttled else 0
             leg = action.leg
-            command = to_hmm.StageLayout(
-                action.op_id, leg.layout, leg.copies, leg.kv_handles, leg.kv_handles_after, rate
-            )
+            copies = leg.copies
+            if self._config.copy_from_disk:
+                copies = tuple(to_hmm.RecordCopy(copy.key, "", copy.target) for copy in copies)
+            command = to_hmm.StageLayout(action.op_id, leg.layout, copies, leg.kv_handles, leg.kv_handles_after, rate)
             self._links.tell_hmm(command)
         elif isinstance(action, Commit):
             self._links.tell_hmm(to_hmm.CommitLayout(action.op_id))

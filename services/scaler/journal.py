@@ -13,8 +13,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from common.failpoint import failpoint
 from common.layout import Layout
-from common.protocol.errors import ElasticMoEError, Fenced
+from common.protocol.errors import ElasticMoEError, Fenced, Unavailable
 from common.store import Event, Store
 from common.telemetry import get_logger
 from services.scaler.operation import Operation
@@ -48,6 +49,7 @@ class Journal:
         self._announced = 0
         self._closing = False
         self._failing = False
+        self._full = ""
         self._last_layout: Layout | None = None
         self._last_operation: Operation | None = None
         self._verified_at = 0.0
@@ -90,6 +92,12 @@ class Journal:
         with self._lock:
             return self._announced
 
+    def check_room(self) -> None:
+        """Raises Unavailable `storage_full` while the store takes no writes for want of room."""
+        with self._lock:
+            if self._full:
+                raise Unavailable(f"nothing can be journaled: {self._full}", code="storage_full")
+
     def adopt(self, operation: Operation) -> None:
         """The operation was read from the store just now: its state needs no writing."""
         self._last_operation = operation
@@ -113,6 +121,8 @@ class Journal:
             try:
                 if self._has_work():
                     self._write_next()
+                    with self._lock:
+                        self._full = ""
                 elif time.monotonic() - self._verified_at > VERIFY_S:
                     self._verify()
             except Fenced:
@@ -121,6 +131,7 @@ class Journal:
             except ElasticMoEError as error:
                 log.warning("the store does not take the journal", because=error.message)
                 with self._lock:
+                    self._full = error.message if error.code == "storage_full" else ""
                     if self._closing:
                         return
                     self._failing = True
@@ -145,12 +156,17 @@ class Journal:
             operation, layout = self._operation, self._layout
             event = self._events[0] if self._events else None
         if ended is not None:  # before the next operation begins
+            failpoint(f"scaler.{ended.phase}.before")
             self._store.end_operation(self._holder, ended)
+            failpoint(f"scaler.{ended.phase}.after")
             self._last_operation = None
             with self._lock:
                 self._ended.popleft()
         elif operation is not None:
+            place = f"scaler.leg{operation.leg + 1}.{operation.phase}"
+            failpoint(f"{place}.before")
             self._store.put_operation(self._holder, operation)
+            failpoint(f"{place}.after")
             self._last_operation = operation
             with self._lock:
                 self._written = _mark(operation)

@@ -15,13 +15,16 @@ log = get_logger("scaler")
 
 
 class Lease:
-    """Who may act as scaler. Made, asked and released by the loop's thread."""
+    """Who may act as scaler. Made, asked and released by the loop's thread. `why_not`: while `acquire` waits."""
 
     def __init__(self, store: Store, holder: str, lease_ms: int, fence: Fence) -> None:
         self._store = store
         self._holder = holder
         self._lease_ms = lease_ms
         self._fence = fence
+        self.why_not = Unavailable("no scaler has the lease yet", code="not_ready")
+        self._full: Unavailable | None = None
+        self._epoch = 0
         self._lost = threading.Event()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -33,10 +36,14 @@ class Lease:
             try:
                 # Above all epochs that this host has seen, also when the store was wiped or rolled back.
                 got = self._store.acquire_lease(self._holder, self._lease_ms, self._fence.epoch)
+                if isinstance(got, str):
+                    self.why_not = Unavailable(f"{got} holds the lease", code="not_ready")
             except Unavailable as error:
-                got = error.message
+                got, self.why_not = error.message, error
             if isinstance(got, int):
-                self._fence.check(got, self._holder)
+                got = self._remember(got)
+            if isinstance(got, int):
+                self._epoch = got
                 log.info("lease acquired", fence=got)
                 self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
                 self._thread.start()
@@ -47,10 +54,29 @@ class Lease:
             time.sleep(self._lease_ms / 10e3)
         return 0
 
+    def _remember(self, fence: int) -> int | str:
+        """Make the epoch durable on this host. Where the disk takes nothing the lease is given back, so that serving
+        goes on without a scaler and another host's may have it: returns why."""
+        try:
+            self._fence.check(fence, self._holder)
+        except Unavailable as error:
+            try:
+                self._store.release_lease(self._holder)
+            except Unavailable:
+                pass  # it expires by itself
+            self.why_not = error
+            return "the fencing epoch cannot be kept on this host's disk"
+        return fence
+
     def check(self) -> None:
         """Raises Fenced when another scaler holds the lease. Does not block."""
         if self._lost.is_set():
             raise Fenced("another scaler holds the lease")
+
+    def check_room(self) -> None:
+        """Raises Unavailable `storage_full` while the lease cannot be renewed because the store takes no writes."""
+        if (full := self._full) is not None:
+            raise full
 
     def lose(self) -> None:
         """Another part has found that somebody else holds the lease. Any thread."""
@@ -60,10 +86,12 @@ class Lease:
         """Renew at half time. An outage of the store ends no scaler: fencing keeps two from acting on the resources."""
         while not self._ended.wait(self._lease_ms / 2e3):
             try:
-                if not self._store.renew_lease(self._holder, self._lease_ms):
+                if not self._store.renew_lease(self._holder, self._lease_ms, self._epoch):
                     self._lost.set()
                     return
+                self._full = None
             except Unavailable as error:
+                self._full = error if error.code == "storage_full" else None
                 log.warning("lease could not be renewed", because=error.message)
 
     def release(self) -> None:

@@ -17,6 +17,7 @@ from common.fence import Fence
 from common.layout import Layout, initial_layout
 from common.protocol.errors import ConfigError, ElasticMoEError, Fenced, InvalidRequest, NotFound, Unavailable
 from common.protocol.hmm import LoadModel, SetMembership
+from common.protocol.pool import StopRank
 from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
 from common.store import Event, Store
 from common.telemetry import get_logger
@@ -32,6 +33,7 @@ from services.scaler.meters import Meters
 from services.scaler.operation import Operation
 from services.scaler.plan import Rates, sizes_of
 from services.scaler.snapshot import Board, Snapshot
+from services.scaler.watchdog import Watchdog, pulses_of
 from services.scaler.way import plan_way
 
 log = get_logger("scaler")
@@ -63,6 +65,7 @@ class Scaler:
         self.feed = Feed()
         self._journal = Journal(store, self._identity, self._lease.lose, self._links.wake)
         self._driver = Driver(config, self._links, self._journal, self.meters, self._tell)
+        self._watchdog = Watchdog(config.rank_stall_s)
         self._layout: Layout | None = None
         self._hmm: HmmStatus | None = None
         self._exits: dict[int, deque[float]] = {}  # slot -> when its last ranks ended
@@ -84,7 +87,7 @@ class Scaler:
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
         try:
-            fence = self._lease.acquire(lambda: self._stopping)
+            fence = self._lease.acquire(self._refuse_orders)
             if fence:
                 self._links.act_under(fence)
                 self.feed.fence = fence
@@ -97,6 +100,15 @@ class Scaler:
             self._links.close()
             self._journal.close()
             self._lease.release()
+
+    def _refuse_orders(self) -> bool:
+        """While the lease is waited for: answer orders with the reason. True when a signal has come."""
+
+        def refuse(_: orders.Order | Cancel) -> Accepted:
+            raise self._lease.why_not
+
+        self.desk.serve(refuse)
+        return self._stopping
 
     def _recall(self) -> None:
         """Take over what the store knows. Without the store, what the others say must do: see transition.tidy."""
@@ -118,6 +130,7 @@ class Scaler:
         self.desk.serve(self._handle)
         decision = decide(layout, self._observe(hmm, pool))
         self._show(decision, hmm, pool, fence)
+        self._eject(hmm, pool)
         for action in decision.actions:
             self._act(action, layout)
         if self._ever_served or self._driver.operation is not None:
@@ -143,6 +156,19 @@ class Scaler:
             last_exit=self._last_exit,
             committed_for_s=now - self._committed_since if self._committed_since is not None else 0.0,
         )
+
+    def _eject(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> None:
+        """Kill ranks that live and make no progress; what follows is what follows any rank's death."""
+        for stalled in self._watchdog.look(time.monotonic(), pulses_of(hmm, pool)):
+            reason = f"no progress for {stalled.still_s:.1f} s; the limit is {stalled.limit_s:g} s"
+            log.warning("rank ejected", rank=stalled.rank, rank_id=stalled.incarnation, because=reason)
+            self._tell("rank_ejected", reason, rank=str(stalled.rank), incarnation=stalled.incarnation)
+            try:
+                self._links.tell_pool(StopRank(stalled.rank, stalled.incarnation, 0))
+            except ElasticMoEError as error:
+                if error.code == Fenced.code:
+                    raise
+                log.warning("rank could not be ejected", rank=stalled.rank, because=error.message)
 
     def _on_event(self, event: ToScaler) -> None:
         if isinstance(event, RankReady):
@@ -243,6 +269,9 @@ class Scaler:
                 return Accepted(known)
         if not self._ever_served:
             raise Unavailable("the deployment does not serve yet", code="not_ready")
+        if not order.is_dry_run:
+            self._lease.check_room()
+            self._journal.check_room()
         op_id = order.op_id or f"op-{uuid.uuid4().hex[:12]}"
         if order.target is None:
             operation = orders.accept(order, op_id, None, None, time.time())
@@ -256,7 +285,7 @@ class Scaler:
         devices = [device.device for device in hmm.devices]
         rates = Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s))
         try:
-            plan = plan_way(hmm.layout, order.target, sizes, memory, devices, rates)
+            plan = plan_way(hmm.layout, order.target, sizes, memory, devices, rates, legs_max=self._config.scale_legs)
         except (InvalidRequest, NotFound) as error:
             raise orders.UnprocessableTarget(error.message, code=error.code) from None
         operation = orders.accept(order, op_id, plan, orders.planned_of(plan, sizes), time.time())

@@ -156,11 +156,13 @@ def operations_view(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def find_operation(snapshot: Snapshot, op_id: str) -> dict[str, Any]:
-    """GET /v1/operations/{op_id}. Raises NotFound."""
+    """GET /v1/operations/{op_id}. Raises NotFound; Unavailable `not_ready` while it is not known what there was."""
     current = [snapshot.operation] if snapshot.operation else []
     for operation in (*current, *snapshot.ended):
         if operation.op_id == op_id:
             return operation_view(operation, snapshot.hmm)
+    if snapshot.phase == "starting":  # a scaler that waits for its lease has not read the journal
+        raise Unavailable("the journal has not been read yet", code="not_ready")
     raise NotFound(f"no operation {op_id}", code="unknown_operation")
 
 

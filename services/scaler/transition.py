@@ -27,6 +27,7 @@ from services.scaler.operation import (
     StartSeat,
     StopSeat,
 )
+from services.scaler.plan import Leg
 from services.scaler.settle import migrate, release, tidy
 from services.scaler.steps import (
     BACKOFF_S,
@@ -146,7 +147,21 @@ def _stage(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
         return enter(operation, "prepare", "the HMM has lost what was staged", attempt=operation.attempt + 1)
     if not seen.is_durable:
         return stay(operation, "the store does not take the journal")
-    return stay(operation, "the layout is staged", Stage(operation.stage_id, leg, not leg.joining))
+    return stay(operation, "the layout is staged", Stage(operation.stage_id, _fitted(leg, hmm), not leg.joining))
+
+
+def _fitted(leg: Leg, hmm: HmmStatus) -> Leg:
+    """The leg with no more KV until its release than there is: where KV did not grow after an earlier leg, for want of
+    memory, devices have less than was planned."""
+    if hmm.memory is None:
+        return leg
+    now = {device.device: device.kv // hmm.memory.kv.handle_bytes for device in hmm.devices}
+    joining = {seat.device for seat in leg.joining}
+    kv_handles = {
+        device: count if device in joining else min(count, now.get(device, count))
+        for device, count in leg.kv_handles.items()
+    }
+    return msgspec.structs.replace(leg, kv_handles=kv_handles)
 
 
 def _retry(operation: Operation, why: str) -> Step:
@@ -195,7 +210,7 @@ def _start_joiners(operation: Operation, seen: Seen) -> tuple[list[Action], list
         for seat in missing
         if seat.slot not in ranks and seat.slot not in seen.starting and not seen.is_attached(seat)
     ]
-    return [StartSeat(operation.stage_id, seat, leg.layout.epoch) for seat in free[: seen.pool.standby]], missing
+    return [StartSeat(operation.stage_id, seat, leg.layout.epoch) for seat in free[: seen.pool.num_startable]], missing
 
 
 def _committed(operation: Operation, transition: TransitionStatus) -> Step:

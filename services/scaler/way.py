@@ -16,10 +16,17 @@ from services.scaler.planner import make_plan
 
 
 def plan_way(
-    layout: Layout, target: Target, sizes: Sizes, memory: Memory, devices: Sequence[str], rates: Rates
+    layout: Layout,
+    target: Target,
+    sizes: Sizes,
+    memory: Memory,
+    devices: Sequence[str],
+    rates: Rates,
+    *,
+    legs_max: int = 2,
 ) -> Plan:
-    """Plan the way from `layout` to `target`. Raises what make_plan raises."""
-    plan = make_plan(layout, target, sizes, memory, devices, rates)
+    """Plan the way from `layout` to `target`, as make_plan does, and raises what that raises."""
+    plan = make_plan(layout, target, sizes, memory, devices, rates, legs_max=legs_max)
     after = {seat.device for seat in plan.after.seats}
     before = {seat.device for seat in layout.seats}
     if not after.isdisjoint(before):

@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable
 
+from common.failpoint import failpoint
 from common.telemetry import get_logger
 from native.bus import Bus, BusAborted, BusTimeout
 from services.worker.exchange.shm import ShmExchange
@@ -48,14 +49,14 @@ class Lockstep:
         self.is_member = False
         self.is_awake = False
 
-    def sync(self) -> None:
-        """Follow the bus to its present generation."""
+    def sync(self) -> bool:
+        """Follow the bus to its present generation. Whether the others' processes may be new ones since."""
         generation, members, running, epoch = self._bus.membership()
         if generation == self._generation:
-            return
+            return False
         routing = self._memory.routings.get(epoch)
         if running and members >> self._slot & 1 and routing is None:
-            return  # the HMM's message with it has not been read yet
+            return False  # the HMM's message with it has not been read yet
         self._generation = generation
         self.is_member = running and bool(members >> self._slot & 1)
         if self.is_member and routing is not None:
@@ -63,6 +64,7 @@ class Lockstep:
             self.epoch = epoch
             self.is_awake = True  # the first step of a generation is everybody's
         log.info("membership", generation=generation, members=bin(members), running=running, epoch=epoch)
+        return self.is_member
 
     def shall_meet(self) -> bool:
         """Whether the others step, or are about to flip, though this rank has no work."""
@@ -98,6 +100,7 @@ class Lockstep:
                 if time.monotonic() > deadline:
                     raise
                 self.ring()
+                self._bus.bump_progress()  # who waits is not who is stuck
                 wait_ms = MEET_MS
         staged = said[0][2]
         if staged and all(flag == staged for _, _, flag in said):
@@ -108,7 +111,9 @@ class Lockstep:
         return total
 
     def _flip(self, generation: int) -> None:
+        failpoint("rank.flip.before")
         is_done = self._bus.flip(generation)
+        failpoint("rank.flip.after")
         log.info("flipped" if is_done else "flip was overtaken", generation=generation)
         self.ring()  # new members sleep
 

@@ -225,7 +225,7 @@ class Pool:
 
     def _status(self) -> PoolStatus:
         ranks = tuple(_describe(child, child.seat) for child in self._children if child.seat is not None)
-        return PoolStatus(len(self._children) - len(ranks), ranks)
+        return PoolStatus(len(self._children) - len(ranks), ranks, not self._config.standbys)
 
     def _start_rank(self, message: StartRank, fence: int) -> RankStarted:
         for child in self._children:

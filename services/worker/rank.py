@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from common.config import PoolConfig
+from common.failpoint import failpoint
 from common.fence import Fence
 from common.protocol import rank as rank_messages
 from common.protocol.codec import Message, Received, encode
@@ -32,11 +33,12 @@ from common.protocol.rank import (
     Watch,
 )
 from common.protocol.replies import Ack, refusal
-from common.protocol.router import Failed, RankStatus, Tokens
+from common.protocol.router import Delta, Failed, RankStatus, Tokens
 from common.protocol.scaler import Integrity, RankLoad, RankReady
 from common.telemetry import get_logger
 from common.transport import Server
 from native.bus import BusAborted
+from services.worker.engine.adoption import adopt_rows
 from services.worker.engine.engine import Engine, Outcome
 from services.worker.engine.kv_bytes import read_blocks, write_blocks
 from services.worker.engine.scheduler import Plan
@@ -48,6 +50,7 @@ from services.worker.memory import Memory
 from services.worker.migration import Migration
 from services.worker.model.batch import Batch, Part
 from services.worker.model.registry import Model, build_model
+from services.worker.reports import Reports
 
 log = get_logger("rank")
 
@@ -70,6 +73,7 @@ class Rank:
         self._server: Server[ToRank] = Server(config.socket(f"rank-{seat.rank}"), seat.incarnation, rank_messages.CODEC)
         self._hmm = HmmLink(config.socket("handles"), seat, watch=self._server.watch, unwatch=self._server.unwatch)
         self._fence = Fence(config.state_dir, f"rank-{seat.slot}")
+        failpoint("rank.attach")
         reply, fds = self._hmm.attach()
         self._memory = Memory(reply, fds, seat.device, seat.slot, zero_copy=config.zero_copy)
         attached = time.perf_counter()
@@ -91,10 +95,12 @@ class Rank:
         self._migration = Migration(
             seat, self._engine, config.socket, watch=self._server.watch, unwatch=self._server.unwatch
         )
+        failpoint("rank.warm_up")
         warm_up(model, self._memory)
         self._attach_ms = (attached - started) * 1e3
         self._build_ms = (time.perf_counter() - attached) * 1e3
         self._revision = reply.seat.revision
+        self._reports = Reports(self._server.send)
         self._watchers: set[bytes] = set()
         self._progress = 0
         self._discarded = 0  # tokens of steps that were given up
@@ -105,6 +111,7 @@ class Rank:
         self._status_at = 0.0
         self._look_at = 0.0
         self._stopping = False
+        self._is_orphaned = False
 
     def __enter__(self) -> Self:
         return self
@@ -124,26 +131,29 @@ class Rank:
         """Serve until SIGTERM, the pool's end, or until it has left. Raises BusTimeout when a peer stays away too long,
         ElasticMoEError `memory_replaced`."""
         signal.signal(signal.SIGTERM, self.stop)
-        self._forget_predecessor()
+        self._adopt(time.monotonic())
         self._bus.join(int(self._seat.incarnation.rpartition(":")[2], 16))
         for fd in (self._pipe.fileno(), self._memory.doorbells[self._seat.slot]):
             self._server.watch(fd)
         ready = RankReady(self._seat.rank, self._seat.slot, self._seat.incarnation, self._attach_ms, self._build_ms)
+        failpoint("rank.ready")
         self._pipe.send_bytes(encode(ready, sender=self._seat.incarnation, epoch=self._seat.epoch))
         self._hmm.applied(self._revision)
         log.info("attached", device=self._seat.device, attach_ms=ready.attach_ms, build_ms=ready.build_ms)
         while not self._stopping:
             self._turn()
-        self._send_failures(self._engine.fail_all(Unavailable("the rank is shutting down", code="shutting_down")))
+        if not self._is_orphaned:  # else the next pool's rank goes on with them
+            self._send_failures(self._engine.fail_all(Unavailable("the rank is shutting down", code="shutting_down")))
 
-    def _forget_predecessor(self) -> None:
-        """Close the rows that the seat's last holder left. (Its sequences end at the router, which sees a new
-        incarnation.)"""
-        rows = self._memory.ledger.rows()
-        for row in rows:
-            self._memory.ledger.close_row(row)
-        if rows:
-            log.warning("sequences of the predecessor dropped", num=len(rows))
+    def _adopt(self, now: float) -> None:
+        """Go on with the sequences of the seat's last rank. Their routers are still to connect to this one."""
+        num_rows = len(self._memory.ledger.rows())
+        outcome = adopt_rows(self._engine, self._memory.spec.vocab)
+        self._reports.expect({*outcome.deltas, *(router for router, _ in outcome.failures)}, now)
+        self._send(outcome)
+        if num_rows:
+            num_live = len(self._engine.scheduler.sequences())
+            log.info("sequences adopted", num=num_live, rows=num_rows, failed=len(outcome.failures))
 
     # ---- one turn -------------------------------------------------------------------------------------------------
 
@@ -156,15 +166,18 @@ class Rank:
         self._progress += 1
         self._bus.bump_progress()
         self._change_memory()
+        for router in self._reports.turn(now):
+            self._drop_peer(router)
         for router, message in self._migration.turn(now):
             self._tell(router, message)
         self._send(self._engine.end_overlong())
-        self._lockstep.sync()
+        if self._lockstep.sync():
+            self._migration.ask_again()
         plan = self._engine.plan() if self._lockstep.is_member else None
         if plan is None or not (plan.num_tokens or self._lockstep.shall_meet()):
             self._send_status(now)
             self._leave_if_unneeded()
-            is_busy = self._memory.is_changing or self._migration.has_work
+            is_busy = self._memory.is_changing or self._migration.has_work or self._reports.is_waiting
             self._look(self._server.poll(BUSY_MS if is_busy else IDLE_MS), time.monotonic())
             return
         try:
@@ -192,6 +205,7 @@ class Rank:
         """A slice of what the HMM asked for."""
         if self._memory.is_changing and (revision := self._memory.advance(self._engine.resize_kv)):
             log.info("memory changed", revision=revision)
+            failpoint("rank.applied")
             self._hmm.applied(revision)
 
     def _leave_if_unneeded(self) -> None:
@@ -213,9 +227,10 @@ class Rank:
             self._lockstep.hear()
         if self._pipe.fileno() in readable:
             log.info("the pool is gone")
-            self._stopping = True
+            self._stopping = self._is_orphaned = True
         handed = self._hmm.look(readable, now)
         if handed is not None:
+            failpoint("rank.apply")
             self._memory.begin(*handed)
 
     # ---- messages -------------------------------------------------------------------------------------------------
@@ -283,7 +298,10 @@ class Rank:
 
     def _submit(self, request: Submit, peer: bytes, now: float) -> None:
         try:
-            self._check(request)
+            self._check(request, request.output)
+            if request.output and not self._engine.scheduler.has_room(request):
+                self._tell(peer, Tokens((Delta(request.request_id, len(request.output), (), "length"),)))
+                return
             self._engine.add(request, peer, now)
         except ElasticMoEError as error:
             self._server.send(peer, Failed(request.request_id, error.code, error.message, error.retryable))
@@ -303,7 +321,7 @@ class Rank:
                 )
 
     def _tell(self, router: bytes, message: Message) -> None:
-        if not self._server.send(router, message):
+        if not self._reports.tell(router, message):
             self._drop_peer(router)
 
     def _send(self, outcome: Outcome) -> None:

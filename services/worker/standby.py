@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
+from common import failpoint
 from common.config import PoolConfig
 from common.fence import Fence
 from common.protocol import pool as pool_messages
@@ -43,6 +44,7 @@ def standby_main(pipe: Connection, settings: bytes) -> None:
     message = received.body
     assert isinstance(message, StartRank)
     name = f"rank-{message.rank}"
+    failpoint.enable(config.failpoint_dir, str(message.rank))
     log = setup_logging(name, level=config.log_level, as_json=config.log_json)
     if config.pin_cores:
         _pin(message.device)

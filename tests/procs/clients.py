@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ async def stream_completion(
     max_tokens: int,
     *,
     leave_after: int | None = None,
+    on_chunk: Callable[[], None] | None = None,
     **fields: Any,
 ) -> Stream:
-    """Stream one greedy completion. `leave_after`: disconnect after so many chunks."""
+    """Stream one greedy completion. `leave_after`: disconnect after so many chunks; `on_chunk`: called for each."""
     stream = Stream(list(prompt), max_tokens)
     body = {"model": model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, "stream": True}
     body |= {"ignore_eos": True, **fields}
@@ -51,6 +52,8 @@ async def stream_completion(
             if "error" in event:
                 stream.error = event["error"]["code"]
                 return stream
+            if on_chunk is not None:
+                on_chunk()
             for choice in event["choices"]:
                 stream.text += choice["text"]
                 stream.chunks.append(choice["text"])

@@ -133,6 +133,8 @@ class Deployment:
 
         def ended() -> dict[str, Any] | None:
             status, shown = self.admin_call("GET", f"/v1/operations/{op_id}")
+            if status == 503:
+                return None  # a restarted scaler that has not read the journal yet
             assert status == 200, shown
             return shown if shown["phase"] in ("done", "aborted") else None
 

@@ -155,7 +155,7 @@ class FakeRank:
     def _take(self, server: Server[ToRank], peer: bytes, body: Any) -> None:
         if isinstance(body, Submit):
             reply = self.answer if isinstance(self.answer, Reply) else self.answer(body)
-            self._sequences[peer, body.request_id] = _Sequence(body, peer, reply)
+            self._sequences[peer, body.request_id] = _Sequence(body, peer, reply, len(body.output))
             self.seen.submits.put(body)
         elif isinstance(body, Cancel):
             self._sequences.pop((peer, body.request_id), None)

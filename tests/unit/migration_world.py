@@ -184,7 +184,7 @@ class World:
         while (received := self.hmm.receive()) is not None:
             peer, message = received
             assert isinstance(message.body, CopyBlocks)
-            assert message.body.source_incarnation == peer.decode()
+            assert message.body.source_incarnation == message.sender
             self.hmm.send(peer, self.copy(message.body), seq=message.seq)
 
     def copy(self, message: CopyBlocks) -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common.layout import RankId
 from common.protocol.replies import Refused
+from common.protocol.router import Moved
 from services.router.balancer import LOST_S
 from services.router.dispatcher import ADOPT_S, LEAVE_S
 from tests.history import check_history
@@ -63,9 +64,22 @@ async def test_a_moved_stream_is_lost_with_its_new_rank(bench: Bench) -> None:
     for _ in range(11):
         bench.pass_time(1.0)
         bench.status(0)
-    assert reason(touched) == "rank_lost"
-    assert (reason(fresh), fresh.rank, fresh.num_submits) == ("running", RankId(0, 0), 2)
+    for stream in (touched, fresh):
+        assert (reason(stream), stream.rank, stream.num_submits) == ("running", RankId(0, 0), 2)
     bench.tokens(0, fresh, 0, b"y", "stop")
+    bench.tokens(0, touched, 1, b"y", "stop")
+    assert touched.take().text == "xy"
+
+
+async def test_a_stream_that_moved_to_a_process_that_has_died(bench: Bench) -> None:
+    bench.layout(0, 1)
+    bench.status(0)
+    bench.status(1, running=9)
+    stream = bench.open()
+    bench.status(1, running=9, sender="rank-r1t0:second")
+    bench.hear(0, Moved("r", RankId(1, 0), "rank-r1t0:first"))  # the news are older than the second's
+    bench.pass_time(ADOPT_S + 0.1)
+    assert stream.num_submits == 2
 
 
 async def test_a_refusal_of_another_message_does_not_hit_a_moved_stream(bench: Bench) -> None:

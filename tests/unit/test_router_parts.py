@@ -89,7 +89,7 @@ def test_a_good_history(tmp_path: Path) -> None:
         (lambda h: h.moved("a", "r1t0"), "moved to r1t0, where it was"),
         (lambda h: h.moved("a", "r1t1"), "leads no replica"),
         (lambda h: h.moved("b", "r0t0"), "never accepted"),
-        (lambda h: h.resubmitted("a", "r0t0"), "submitted anew after 2 tokens"),
+        (lambda h: h.resubmitted("a", "r0t1"), "leads no replica"),
         (lambda h: (h.terminal("a", "finish", "stop", tokens=2), h.moved("a", "r0t0")), "after its end"),
         (lambda h: h._write({"event": "other", "id": "a"}), "is no event"),
     ],

@@ -235,6 +235,9 @@ async def test_operations_are_shown_with_the_hmms_progress(listener: Listener) -
     one = await listener.call("GET", "/v1/operations/op")
     assert one.json()["phase"] == "prepare"
     assert (await listener.call("GET", "/v1/operations/none")).json()["error"]["code"] == "unknown_operation"
+    listener.board.snapshot = msgspec.structs.replace(listener.board.snapshot, phase="starting", operation=None)
+    unread = await listener.call("GET", "/v1/operations/op")
+    assert (unread.status_code, unread.json()["error"]["code"]) == (503, "not_ready")  # the journal may know it
 
 
 @pytest.mark.parametrize(("plan", "slot", "state"), [(UP, 2, "joining"), (DOWN, 1, "leaving")])

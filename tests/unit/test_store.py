@@ -62,8 +62,8 @@ def store(server: Server) -> Iterator[Store]:
 def test_lease_has_one_holder_and_epochs_rise(store: Store) -> None:
     assert store.acquire_lease("a", 60_000, 0) == 1
     assert store.acquire_lease("b", 60_000, 0) == "a"
-    assert store.renew_lease("a", 60_000) is True
-    assert store.renew_lease("b", 60_000) is False
+    assert store.renew_lease("a", 60_000, 1) is True
+    assert store.renew_lease("b", 60_000, 1) is False
     store.release_lease("b")
     assert store.acquire_lease("b", 60_000, 0) == "a"
     store.release_lease("a")
@@ -83,8 +83,17 @@ def test_lease_expires_and_may_be_taken_back_while_nobody_has_it(store: Store, s
     store.acquire_lease("a", 60_000, 0)
     with redis.Redis.from_url(server.url) as raw:
         raw.delete("elasticmoe:test:lease")
-    assert store.renew_lease("a", 60_000) is True
+    assert store.renew_lease("a", 60_000, 1) is True
     assert store.acquire_lease("b", 60_000, 0) == "a"
+
+
+def test_a_lease_is_not_taken_back_after_somebody_else_has_had_it(store: Store) -> None:
+    store.acquire_lease("a", 60_000, 0)
+    store.release_lease("a")
+    assert store.acquire_lease("b", 60_000, 0) == 2
+    store.release_lease("b")
+    assert store.renew_lease("a", 60_000, 1) is False
+    assert store.renew_lease("b", 60_000, 2) is True
 
 
 def test_layout_and_journal_come_back(store: Store) -> None:

@@ -249,3 +249,13 @@ def test_fence_lets_nothing_pass_that_it_cannot_make_durable(tmp_path: Path) -> 
 
 def test_fetch_is_a_message_of_the_keeper() -> None:
     assert keeper.TO_KEEPER.decode(transport.encode(Fetch(), sender="hmm:1")).body == Fetch()
+
+
+def test_a_client_that_is_opened_again_at_once_is_answered(server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    identity = new_identity("scaler")
+    for _ in range(20):
+        client = Client(tmp_path / "pool.sock", identity, scaler.CODEC)
+        thread = answer(server, PoolStatus(2, ()))
+        assert client.call(GetPool(), deadline_ms=5_000)[0] == PoolStatus(2, ())
+        thread.join()
+        client.close()

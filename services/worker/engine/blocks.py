@@ -57,6 +57,13 @@ class BlockManager:
             taken.append(block)
         return taken
 
+    def claim(self, tables: Seq[Seq[int]]) -> None:
+        """Own what a predecessor's sequences own, once per table that names a block. Only of a fresh manager."""
+        for table in tables:
+            for block in table:
+                self._owners[block] += 1
+        self._free = [block for block in self._free if not self._owners[block]]
+
     def release(self, blocks: Seq[int]) -> None:
         """Give up one ownership of each block. Cached ones stay matchable until they are taken."""
         for block in reversed(blocks):  # the end of a sequence goes first: its beginning is matched more often
@@ -98,7 +105,10 @@ class BlockManager:
         for index in range(first, last):
             parent = self._entry_of[blocks[index - 1]][0] if index else 0
             key = (parent, tuple(tokens[index * self.block_size : (index + 1) * self.block_size]))
-            if key in self._block_of:
+            known = self._block_of.get(key)
+            if known == blocks[index]:
+                continue  # shared, and entered by another of its owners
+            if known is not None:
                 return index
             self._block_of[key] = blocks[index]
             self._entry_of[blocks[index]] = (self._next_entry, key)

@@ -18,6 +18,7 @@ from common.protocol.router import Delta, Failed, Logprob
 from native.ledger import Ledger
 from services.worker.engine import kv_bytes
 from services.worker.engine.blocks import BlockManager
+from services.worker.engine.rows import encode_entry, entry_bytes_max
 from services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
 from services.worker.engine.scheduler import Chunk, Plan, Scheduler
 from services.worker.engine.sequence import Hold, Sequence
@@ -27,13 +28,6 @@ from services.worker.model.registry import Model
 from services.worker.model.weights import KvCache
 
 NO_TOKENS: tuple[int, ...] = ()
-
-
-class LedgerEntry(msgspec.Struct, frozen=True, array_like=True):
-    """What a ledger row's blob holds: whom to answer, and the request without its prompt (the row has the tokens)."""
-
-    peer: bytes
-    request: Submit
 
 
 class Outcome(NamedTuple):
@@ -88,7 +82,7 @@ class Engine:
         self.scheduler.add(request, peer, now)
 
     def _check_blob(self, request: Submit, peer: bytes) -> None:
-        blob_bytes = len(_blob(request, peer))
+        blob_bytes = entry_bytes_max(request, peer)
         if blob_bytes > self._ledger.blob_bytes:
             raise InvalidRequest(
                 f"request parameters of {blob_bytes} bytes exceed the limit of {self._ledger.blob_bytes}",
@@ -166,8 +160,7 @@ class Engine:
 
     def _open_row(self, sequence: Sequence) -> None:
         prompt = sequence.num_prompt
-        blob = _blob(sequence.request, sequence.peer)
-        self._ledger.open_row(sequence.row, blob, sequence.tokens[:prompt], sequence.blocks)
+        self._ledger.open_row(sequence.row, encode_entry(sequence), sequence.tokens[:prompt], sequence.blocks)
         self._ledger.commit(sequence.row, sequence.kv_len, sequence.tokens[prompt:])
         sequence.logged = len(sequence.blocks)
 
@@ -241,7 +234,9 @@ class Engine:
             noted += prompt_logprobs(logits[: len(ids)], ids, max(0, sequence.request.sampling.logprobs))
 
     def _commit_ledger(self, chunks: list[Chunk]) -> None:
-        commits = [(c.sequence.row, c.sequence.kv_len, max(0, c.sequence.tokens[-1])) for c in chunks if c.sample]
+        # A token below 0 is an error's: nothing of that step counts, and the sequence ends.
+        sampled = [c.sequence for c in chunks if c.sample and c.sequence.tokens[-1] >= 0]
+        commits = [(sequence.row, sequence.kv_len, sequence.tokens[-1]) for sequence in sampled]
         if commits:
             self._ledger.commit_many(commits)
         for chunk in chunks:
@@ -319,6 +314,24 @@ class Engine:
         """The rank's KV blocks."""
         return self._kv
 
+    @property
+    def ledger(self) -> Ledger:
+        """The rank's rows."""
+        return self._ledger
+
+    def adopt_in_place(self, sequences: list[Sequence]) -> None:
+        """Go on with sequences of the seat's last rank, in their rows, with their blocks. Each row is written anew, so
+        that it tells how often it was adopted; a kill in between costs its KV, not its stream."""
+        self.scheduler.adopt_rows(sequences)
+        for sequence in sequences:
+            self._ledger.close_row(sequence.row)
+            self._open_row(sequence)
+
+    def adopt_without_kv(self, sequence: Sequence) -> None:
+        """Let a sequence of the seat's last rank start over."""
+        self._ledger.close_row(sequence.row)
+        self.scheduler.adopt_waiting(sequence)
+
     def hand_over(self, sequence: Sequence, num_copied: int, now: float) -> HandOver:
         """All of a detached sequence, with the KV of its blocks from number `num_copied` on."""
         end = self.scheduler.blocks.blocks_for(sequence.kv_len)
@@ -340,7 +353,7 @@ class Engine:
         sequence = Sequence(message.request, message.router, 0, now + message.request.deadline_s)
         sequence.tokens += message.output
         sequence.num_sent = message.num_sent
-        sequence.kv_len = max(message.kv_len, hold.num_cached * self._block_size)
+        sequence.kv_len = sequence.kv_len_max = max(message.kv_len, hold.num_cached * self._block_size)
         self._check_hand_over(hold, message, sequence)
         self.scheduler.adopt(hold, sequence)
         if sequence.kv_len == 0:
@@ -385,7 +398,3 @@ class Engine:
         if rows != self._ledger.rows():
             findings.append(f"ledger rows {self._ledger.rows()} are live, sequences hold {rows}")
         return findings
-
-
-def _blob(request: Submit, peer: bytes) -> bytes:
-    return msgspec.msgpack.encode(LedgerEntry(peer, msgspec.structs.replace(request, prompt=request.prompt[:1])))

@@ -67,20 +67,23 @@ class Scheduler:
         """Accept a request. Raises InvalidRequest for one that can never run here, Overloaded for a full queue."""
         if (peer, request.request_id) in self._by_id:
             raise InvalidRequest(f"request id {request.request_id} is in use", code="duplicate_request_id")
-        length = len(request.prompt) + 1
+        length = len(request.prompt) + len(request.output) + 1
         capacity = self.capacity_tokens
         if length > capacity:
             raise InvalidRequest(
-                f"{len(request.prompt)} prompt tokens leave no room in a context of {capacity}",
+                f"{length - 1} prompt tokens leave no room in a context of {capacity}",
                 code="context_length_exceeded",
             )
         if len(self.waiting) >= self.max_waiting:
             raise Overloaded(f"{len(self.waiting)} requests wait; the limit is {self.max_waiting}", code="queue_full")
-        self._arrivals += 1
-        sequence = Sequence(request, peer, self._arrivals, now + request.deadline_s)
-        self._by_id[peer, request.request_id] = sequence
-        insort(self.waiting, sequence, key=lambda s: s.order)
+        sequence = Sequence(request, peer, 0, now + request.deadline_s)
+        self._enter(sequence, self.waiting)
         return sequence
+
+    def has_room(self, request: Submit) -> bool:
+        """Whether a request with output so far may have another token here."""
+        num_tokens = len(request.prompt) + len(request.output)
+        return num_tokens < self.capacity_tokens and len(request.output) < request.max_tokens
 
     def get(self, peer: bytes, request_id: str) -> Sequence | None:
         """A live sequence by its owner and id."""
@@ -183,6 +186,7 @@ class Scheduler:
         self.blocks.release(sequence.blocks)
         sequence.blocks, sequence.kv_len, sequence.cached, sequence.logged, sequence.row = [], 0, 0, 0, -1
         sequence.stops += 1
+        sequence.adoptions = 0
         self._free_rows.append(row)
         return row
 
@@ -280,6 +284,27 @@ class Scheduler:
             sequence.arrival = self._adoptions
             insort(self.running, sequence, key=lambda s: s.order)
         self._by_id[sequence.peer, sequence.request.request_id] = sequence
+
+    def adopt_rows(self, sequences: list[Sequence]) -> None:
+        """Let sequences of this seat's last rank, oldest first, run in the rows and blocks that they have. Only before
+        anything else was added."""
+        self.blocks.claim([sequence.blocks for sequence in sequences])
+        rows = {sequence.row for sequence in sequences}
+        self._free_rows = [row for row in self._free_rows if row not in rows]
+        for sequence in sequences:
+            self._enter(sequence, self.running)
+            self.register(sequence)
+
+    def adopt_waiting(self, sequence: Sequence) -> None:
+        """Let a sequence of this seat's last rank start over, without row and blocks."""
+        sequence.blocks, sequence.kv_len, sequence.row = [], 0, -1
+        self._enter(sequence, self.waiting)
+
+    def _enter(self, sequence: Sequence, queue: list[Sequence]) -> None:
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        self._by_id[sequence.peer, sequence.request.request_id] = sequence
+        insort(queue, sequence, key=lambda s: s.order)
 
     def register(self, sequence: Sequence) -> None:
         """Enter its full blocks in the prefix cache."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from common.protocol.rank import Submit
 
 
@@ -11,10 +13,13 @@ class Sequence:
     `tokens`: prompt and output so far. `kv_len`: how many of them have their KV written (the committed position).
     `blocks`: KV block ids by position. `row`: its ledger row while it runs, -1 while it waits.
     `num_sent`: output tokens that were reported to the router. `stops` counts how often it lost its KV, `relocations`
-    how often blocks of it were moved.
+    how often blocks of it were moved. `adoptions`: ranks in a row that went on with it from position `adopted_at` and
+    died before a step was committed. `request` is without `output`, which `tokens` has.
     """
 
     __slots__ = (
+        "adopted_at",
+        "adoptions",
         "arrival",
         "blocks",
         "cached",
@@ -32,20 +37,23 @@ class Sequence:
     )
 
     def __init__(self, request: Submit, peer: bytes, arrival: int, deadline: float) -> None:
-        self.request = request
+        self.request = msgspec.structs.replace(request, output=()) if request.output else request
         self.peer = peer
         self.arrival = arrival
         self.deadline = deadline
-        self.tokens: list[int] = list(request.prompt)
+        self.tokens: list[int] = [*request.prompt, *request.output]
         self.kv_len = 0
-        self.kv_len_max = 0  # the most it has been here: what is computed below it is computed again
+        # The most it has been: what is computed below it is computed again.
+        self.kv_len_max = len(self.tokens) - 1 if request.output else 0
         self.blocks: list[int] = []
         self.row = -1
         self.cached = 0  # leading blocks that are registered in the prefix cache
         self.logged = 0  # leading blocks that its ledger row names
-        self.num_sent = 0
+        self.num_sent = len(request.output)
         self.stops = 0
         self.relocations = 0
+        self.adoptions = 0
+        self.adopted_at = 0
 
     @property
     def num_prompt(self) -> int:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
-from native.bus import Bus, Routing, make_routing
+from native.bus import Bus, BusTimeout, Routing, make_routing
 from services.worker.exchange.base import Exchange, ExchangeTimes
+
+WAIT_MS = 500.0  # a rank that waits for others in a step says that often that it is not the one that is stuck
+
+
+T = TypeVar("T")
 
 
 class ShmExchange(Exchange):
@@ -49,24 +55,43 @@ class ShmExchange(Exchange):
 
     def dispatch(self, layer: int, x_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor, n: int) -> int:
         """See Exchange. Raises BusAborted, BusTimeout; ValueError for an id without a home."""
-        return self._bus.dispatch(
-            self._routing(layer),
-            self._generation,
-            x_NH.data_ptr(),
-            ids_NK.data_ptr(),
-            weights_NK.data_ptr(),
-            n,
-            self.rows_RH.data_ptr(),
-            self.rows_RH.shape[0],
-            self._counts_addr,
-            self._deadline_ms,
+        routing = self._routing(layer)
+        return self._patiently(
+            lambda wait_ms: self._bus.dispatch(
+                routing,
+                self._generation,
+                x_NH.data_ptr(),
+                ids_NK.data_ptr(),
+                weights_NK.data_ptr(),
+                n,
+                self.rows_RH.data_ptr(),
+                self.rows_RH.shape[0],
+                self._counts_addr,
+                wait_ms,
+            )
         )
 
     def combine(self, layer: int, y_RH: torch.Tensor, out_NH: torch.Tensor, n: int) -> None:
         """See Exchange. Raises BusAborted, BusTimeout."""
-        self._bus.combine(
-            self._routing(layer), self._generation, y_RH.data_ptr(), out_NH.data_ptr(), n, self._deadline_ms
+        routing = self._routing(layer)
+        self._patiently(
+            lambda wait_ms: self._bus.combine(routing, self._generation, y_RH.data_ptr(), out_NH.data_ptr(), n, wait_ms)
         )
+
+    def _patiently(self, exchange: Callable[[float], T]) -> T:
+        """Make one exchange, counting up the rank's progress before it and while it waits for the others.
+
+        One that times out is repeated: the arrival stands. Raises BusTimeout when the step's deadline has passed.
+        """
+        left_ms = self._deadline_ms
+        while True:
+            self._bus.bump_progress()
+            try:
+                return exchange(min(left_ms, WAIT_MS))
+            except BusTimeout:
+                left_ms -= WAIT_MS
+                if left_ms <= 0:
+                    raise
 
     def take_times(self) -> ExchangeTimes:
         """See Exchange. Includes the bus's `step` calls since the last call."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
+from common.failpoint import failpoint
 from common.layout import RankId
 from common.protocol.errors import Conflict, Unavailable
 from common.protocol.peer import Reserved, Taken
@@ -87,9 +88,15 @@ class Incoming:
         if self._senders.get(key) == sender:
             return Taken(message.request.request_id)  # said before: the answer was lost
         reservation = self._reservations.get((sender, key))
+        here = self._engine.scheduler.get(*key)
+        if reservation is None and here is not None and here.num_output >= len(message.output):
+            self._senders[key] = sender  # taken by this rank's predecessor, whose answer was lost with it
+            return Taken(message.request.request_id)
         if reservation is None:
             raise Conflict(f"no place is kept for request {message.request.request_id}", code="not_reserved")
+        failpoint("rank.take.before")
         self._engine.adopt(reservation.hold, message, now)
+        failpoint("rank.take.after")
         del self._reservations[sender, key]
         self._senders[key] = sender
         if len(self._senders) > REMEMBERED_MAX:

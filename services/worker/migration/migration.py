@@ -109,6 +109,11 @@ class Migration:
         self._incoming.expire(now)
         return self._outgoing.turn(now)
 
+    def ask_again(self) -> None:
+        """A rank may have died with what it was asked, and another is in its place: sequences that were handed over and
+        not answered for are handed over again at the next turn."""
+        self._outgoing.ask_again()
+
     def close(self) -> None:
         """Close the sockets. Sequences stay with the engine."""
         self._outgoing.close()

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from common.failpoint import failpoint
 from common.layout import RankId
 from common.protocol.codec import Message
 from common.protocol.errors import ElasticMoEError
@@ -138,6 +139,12 @@ class Outgoing:
         self._end(transfer)
         if transfer.is_known:
             self.tell(transfer.target.rank, Unreserve(sequence.request.request_id, sequence.peer), now)
+
+    def ask_again(self) -> None:
+        """Hand over again what is in doubt, without waiting for the answer any longer."""
+        for transfer in self.transfers:
+            if transfer.stage == "handing":
+                transfer.asked_at = -ANSWER_S
 
     def close(self) -> None:
         """Close all links."""
@@ -311,6 +318,7 @@ class Outgoing:
         self._engine.scheduler.detach(sequence)
         transfer.message = self._engine.hand_over(sequence, transfer.num_copied, now)
         transfer.stage = "handing"
+        failpoint("rank.hand_over")
         self._send_hand_over(transfer, now)
 
     def _send_hand_over(self, transfer: Transfer, now: float) -> None:
@@ -323,7 +331,8 @@ class Outgoing:
         self._end(transfer)
         self._engine.forget(sequence)
         self._targets.note_done(target.rank)
-        self._moved.append((sequence.peer, Moved(sequence.request.request_id, target.rank)))
+        incarnation = transfer.place.incarnation if transfer.place else ""
+        self._moved.append((sequence.peer, Moved(sequence.request.request_id, target.rank, incarnation)))
         self._on_taken(sequence, target)
 
 

@@ -1,0 +1,147 @@
+"""`elasticmoe chaos`: load, random faults and random resizes on a deployment of its own, and which promises held."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import time
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from cli.bench.deployment import Deployment
+from cli.chaos_faults import KILL, draw_faults, draw_resizes
+from cli.chaos_load import BROKEN, HUNG, Clients, Tally
+from cli.chaos_run import BLAMELESS_S, Run, Seen
+from common.protocol.errors import ConfigError, ElasticMoEError
+
+HELP = "try a deployment: load, random faults, random resizes; tells which promises held"
+
+_READY_S_MAX = 300.0
+_STOP_S_MAX = 60.0
+# With the pool all ranks end at once: nobody is left to take requests until it has started again.
+_POOL_CODES = {"rank_lost", "not_ready", "shutting_down"}
+
+
+class Verdict(NamedTuple):
+    """One line of the table. `has_held` None: not tried in this run."""
+
+    promise: str
+    what: str
+    has_held: bool | None
+    figure: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `chaos`."""
+    add = parser.add_argument
+    add("--minutes", type=float, default=5.0, metavar="M", help="how long (5)")
+    add("--seed", type=int, metavar="S", help="faults, resizes and requests are drawn from it (default: a random one)")
+    add("--model", default="oracle", metavar="MODEL", help="a model as `up` takes it (oracle)")
+    add("--replicas", type=int, default=3, metavar="N", help="replicas to start with (3)")
+    add("--devices", default="host:5", metavar="host:N", help="devices to use (host:5)")
+    add("--clients", type=int, default=16, metavar="N", help="requests under way at once (16)")
+    add("--fault-every", type=float, default=30.0, metavar="S", help="mean time between faults in seconds (30)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 when every promise held, 1 when one broke. Raises ElasticMoEError when it could not be tried."""
+    seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
+    kind, _, count = args.devices.partition(":")
+    if kind != "host" or not count.isdigit() or not 1 <= args.replicas <= int(count):
+        raise ConfigError(f"devices {args.devices!r}: give host:N with N at least --replicas, {args.replicas}")
+    print(f"seed {seed}: {args.minutes:g} minutes on {args.devices}, {args.clients} clients", flush=True)
+    try:
+        seen, tally = asyncio.run(_run(args, seed, int(count)))
+    except ValueError as error:
+        raise ElasticMoEError(f"{error}; seed {seed}", code="chaos_failed") from None
+    verdicts = judge(seen, tally)
+    _print(verdicts, seen, tally)
+    return 0 if all(verdict.has_held is not False for verdict in verdicts) else 1
+
+
+async def _run(args: argparse.Namespace, seed: int, devices: int) -> tuple[Seen, Tally]:
+    begun = time.monotonic()
+
+    def tell(text: str) -> None:
+        print(f"{time.monotonic() - begun:7.1f} s  {text}", flush=True)
+
+    settings: dict[str, Any] = {"standbys": 3}
+    if args.model == "oracle":  # integers, which only float32 holds exactly; and a few MiB in all
+        settings |= {"dtype": "float32", "kv_bytes": 16 << 20, "device_bytes": 256 << 20}
+    deployment = Deployment(args.model, args.replicas, devices, **settings)
+    try:
+        await deployment.ready(_READY_S_MAX)
+        clients = Clients(deployment.url, await deployment.served_name(), args.clients, seed)
+        await clients.learn()
+        seconds = args.minutes * 60.0
+        faults, resizes = draw_faults(seed, seconds, args.fault_every), draw_resizes(seed, seconds, devices)
+        tell(f"serves; {len(faults)} faults and {len(resizes)} resizes follow")
+        seen = await Run(deployment, clients, tell).run(faults, resizes, seconds, args.replicas)
+        await deployment.stop(_STOP_S_MAX)
+        return seen, clients.tally
+    finally:
+        deployment.remove()
+
+
+def judge(seen: Seen, tally: Tally) -> list[Verdict]:
+    """What held and what did not."""
+    kinds = {fault.target for *_, fault in seen.faults}
+    blamed = [(code, target) for at, code in tally.errors if (target := _excuse(seen, at, code)) is None]
+    excused = len(tally.errors) - len(blamed)
+    hung = tally.by_code()[HUNG]
+    falls = [pair for pair in zip(seen.epochs, seen.epochs[1:], strict=False) if pair[1] < pair[0]]
+    done = sum(operation["phase"] == "done" for operation in seen.operations)
+    codes = ", ".join(f"{code} {count}" for code, count in tally.by_code().most_common()) or "none"
+    return [
+        Verdict("P1", "every request ended", not hung, f"{tally.good + tally.wrong} answered, {hung} hung"),
+        Verdict("P2 P5 P6 P9", "no request failed", not blamed, f"{len(blamed)} failed, {excused} excused ({codes})"),
+        Verdict("oracle", "no token was wrong", not tally.wrong, f"{tally.wrong} wrong texts; {tally.tokens} tokens"),
+        Verdict(
+            "P3",
+            "every operation ended",
+            not seen.stuck if seen.operations or seen.stuck else None,
+            f"{done} done, {len(seen.operations) - done} undone, {len(seen.stuck)} stuck",
+        ),
+        Verdict(
+            "P7", "the epoch never fell", not falls, f"{seen.epochs[0]} to {seen.epochs[-1]}" if seen.epochs else ""
+        ),
+        Verdict(
+            "P5 P6 P7 P9",
+            "recovered after every fault",
+            not seen.not_recovered if kinds else None,
+            f"{len(seen.faults)} faults of {', '.join(sorted(kinds))}; not after: {seen.not_recovered or 'none'}",
+        ),
+        Verdict("integrity", "memory and blocks are sound", not seen.findings, "; ".join(seen.findings[:3]) or "sound"),
+        Verdict("P17", "nothing leaked", not seen.leaks, "; ".join(seen.leaks[:3]) or "as before"),
+    ]
+
+
+def _excuse(seen: Seen, at: float, code: str) -> str | None:
+    """The target of the fault that excuses an error: a killed router's own connections, a killed pool's ranks."""
+    for begun, recovered, fault in seen.faults:
+        if fault.kind != KILL or at < begun:
+            continue
+        if fault.target == "router" and code == BROKEN and at <= recovered + BLAMELESS_S:
+            return fault.target
+        if fault.target == "pool" and code in _POOL_CODES and at <= recovered + BLAMELESS_S:
+            return fault.target
+    return None
+
+
+def _print(verdicts: list[Verdict], seen: Seen, tally: Tally) -> None:
+    table = Table("promise", "what", "held", "figures", title="what held")
+    words = {True: "yes", False: "NO", None: "not tried"}
+    for verdict in verdicts:
+        table.add_row(verdict.promise, verdict.what, words[verdict.has_held], verdict.figure)
+    calm = [gap for at, gap in tally.gaps if not any(begin <= at <= end for begin, end, _ in seen.faults)]
+    table.add_row(
+        "",
+        "pauses of streams",
+        "",
+        f"p99 {tally.percentile_gap(99) * 1e3:.0f} ms, longest {tally.percentile_gap(100) * 1e3:.0f} ms, "
+        f"longest outside of faults {max(calm, default=0.0) * 1e3:.0f} ms",
+    )
+    Console(highlight=False).print(table)

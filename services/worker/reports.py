@@ -1,0 +1,66 @@
+"""What a rank says to routers, and patience with those that its predecessor served.
+
+A router's socket reconnects by itself, which takes some milliseconds; before that nothing can be sent to it. What a new
+rank has to say is kept until then, for GRACE_S: a router that has not come by then is taken for gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from common.protocol.codec import Message
+
+GRACE_S = 10.0
+MESSAGES_MAX = 4096  # kept for one router: a step has one
+TRY_S = 0.002  # between attempts
+
+
+class Reports:
+    """Owned by the rank's thread. `send(router, message)` is the transport's: False when the router is not connected.
+
+    Nothing blocks. The order of messages to one router is kept.
+    """
+
+    def __init__(self, send: Callable[[bytes, Message], bool]) -> None:
+        self._send = send
+        self._kept: dict[bytes, list[Message]] = {}
+        self._until: dict[bytes, float] = {}
+        self._try_at = 0.0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a router is still to come: `turn` should be called within some milliseconds."""
+        return bool(self._kept)
+
+    def expect(self, routers: Iterable[bytes], now: float) -> None:
+        """Keep what is said to these until they are connected."""
+        for router in routers:
+            self._kept.setdefault(router, [])
+            self._until[router] = now + GRACE_S
+
+    def tell(self, router: bytes, message: Message) -> bool:
+        """Send or keep. False when the router is gone: nothing that it asked for matters any more."""
+        kept = self._kept.get(router)
+        if kept is None:
+            return self._send(router, message)
+        kept.append(message)
+        if len(kept) > MESSAGES_MAX:
+            del self._kept[router]
+            return False
+        return True
+
+    def turn(self, now: float) -> list[bytes]:
+        """Send what can be sent. Returns the routers whose time is over."""
+        if not self._kept or now < self._try_at:
+            return []
+        self._try_at = now + TRY_S
+        gone = []
+        for router, kept in list(self._kept.items()):
+            if kept and self._send(router, kept[0]):
+                del self._kept[router]
+                if not all(self._send(router, message) for message in kept[1:]):
+                    gone.append(router)
+            elif now > self._until[router]:
+                del self._kept[router]
+                gone.append(router)
+        return gone

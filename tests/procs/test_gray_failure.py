@@ -1,0 +1,90 @@
+"""Ranks that live and do not get on: noticed by their progress within 3 s, killed, replaced, without losing a request
+(promise P9)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.procs.clients import check_load_against_oracle
+from tests.procs.deployment import Deployment
+from tests.procs.failpoints import Failpoints
+from tests.procs.gaps import TimedLoad
+from tests.procs.integrity import check_integrity
+from tests.procs.waiting import wait_until
+
+pytestmark = [pytest.mark.procs, pytest.mark.slow]
+
+EJECTED_S = 3.0
+GAP_S = 4.0
+SETTINGS: dict[str, Any] = {"max_sequences": 32, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs or is stopped; one that was killed and awaits its parent counts as dead."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def stop_rank(deployment: Deployment, name: str) -> int:
+    """Stop one rank, and wait until it is dead and another serves in its seat. Returns the old process id."""
+    pid = deployment.kill(name, signal.SIGSTOP)
+    wait_until(lambda: not is_alive(pid), f"{name} ejected", EJECTED_S + 0.3)  # the limit, and a look at it
+    wait_until(lambda: deployment.rank_pids().get(name) not in (None, pid), f"{name} replaced", 15.0)
+    return pid
+
+
+async def test_a_stopped_rank_is_ejected_a_slow_one_is_not_and_no_request_notices(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    points = Failpoints(tmp_path / "failpoints")
+    deployment = deploy("oracle", replicas=3, devices=4, failpoint_dir=str(points.folder), **SETTINGS)
+    async with TimedLoad(deployment.base_url, clients=16, seed=9) as load:
+        await load.wait_streams(20)
+        # Stopped for a second, three times: slow, but it gets on, so it stays.
+        before = deployment.rank_pids()
+        for _ in range(3):
+            deployment.kill("r0t0", signal.SIGSTOP)
+            await asyncio.sleep(1.0)  # the fault's length, not a wait for something
+            os.kill(before["r0t0"], signal.SIGCONT)
+            await load.wait_streams(8)
+        assert deployment.rank_pids() == before
+        begin = load.now()
+        old = await asyncio.to_thread(stop_rank, deployment, "r1t0")
+        await load.wait_streams(40)
+        longest_s = load.longest_gap(begin)
+        # A late SIGCONT finds nobody: what was ejected is dead, and its number is no rank's any more.
+        assert old not in deployment.rank_pids().values()
+        with pytest.raises(ProcessLookupError):
+            os.kill(old, signal.SIGCONT)
+        # A call in the work loop that does not return, in the midst of a resize: the seat's next rank does its part.
+        points.arm("rank.apply@r0t0", "sleep 60")
+        operation = await asyncio.to_thread(deployment.scale, replicas=4)
+        assert operation["phase"] == "done", operation
+        points.clear()
+        assert deployment.rank_pids()["r0t0"] != before["r0t0"]
+        await load.wait_streams(16)
+    print(f"longest gap of a stream around the ejection: {longest_s:.2f} s")
+    assert longest_s <= GAP_S
+    check_load_against_oracle(load.streams, model_folder("oracle"))
+    assert "rank ejected" in deployment.log("scaler")
+    check_integrity(deployment)
+    assert deployment.stop().count("error") == 0
+
+
+def test_a_rank_alone_is_ejected_too_after_the_longer_limit(deploy: Callable[..., Deployment]) -> None:
+    """Nobody waits for it: it might be in a long step."""
+    deployment = deploy("oracle", replicas=1, rank_stall_s="0.5", **SETTINGS)
+    stop_rank(deployment, "r0t0")
+    deployment.wait_serving()
+    check_integrity(deployment)
+    deployment.stop()

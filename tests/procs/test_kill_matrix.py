@@ -1,0 +1,335 @@
+"""kill -9 of any process at any step of a scale operation: afterwards the old layout is in force or the new one, never
+something between, within CONVERGE_S (promise P3).
+
+A cell is an operation (`up`: 2 -> 3 replicas, in two legs; `down`: 3 -> 2), a point (common/failpoint.py) at which it
+is held, and who is killed meanwhile. `hmm.staged.before/2` is a point in the second leg. Clients stream throughout;
+what they get must be exact, and only those whose rank or router was killed may get an error, a retryable one.
+
+By default each point is taken once, with victims in turn (about four minutes on two cores). The whole product, about an
+hour:
+
+    pytest -m soak tests/procs/test_kill_matrix.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import cycle, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+from tests.procs.deployment import Deployment
+from tests.procs.elastic import STANDBYS, Elastic, Expected, TolerantLoad, event_descriptors, in_thread, start_elastic
+from tests.procs.integrity import check_integrity
+from tests.procs.waiting import wait_until
+
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
+
+CONVERGE_S = 30.0
+SERVICES = ("scaler", "hmm", "router", "pool")
+STAYS, COMES_OR_GOES = "r1t0", "r2t0"
+VICTIMS = ("scaler", "hmm", STAYS, "router", COMES_OR_GOES, "pool")
+KILLS_MAX, KILLS_WINDOW_S = 4, 60.0  # of one service: the launcher gives a deployment up after five
+BODIES: dict[str, dict[str, Any]] = {"up": {"replicas": 3}, "down": {"remove": [2]}}
+BACK: dict[str, dict[str, Any]] = {"up": {"remove": [2]}, "down": {"replicas": 3}}
+ATTEMPTS = 5
+LAYOUTS = {"up": ([0, 1], [0, 1, 2]), "down": ([0, 1, 2], [0, 1])}  # before and after
+MAY_FAIL = {
+    "scaler": frozenset[str](),
+    "hmm": frozenset[str](),
+    "router": frozenset({"connection", "not_ready", "shutting_down"}),
+    "pool": frozenset({"rank_lost", "not_ready"}),
+    STAYS: frozenset({"rank_lost", "not_ready"}),
+    COMES_OR_GOES: frozenset({"rank_lost", "not_ready"}),
+}
+
+JOURNAL = [
+    f"scaler.leg1.{phase}.{when}"
+    for phase in ("prepare", "commit", "migrate", "release")
+    for when in ("before", "after")
+]
+JOURNAL_2 = [
+    f"scaler.leg2.{phase}.{when}"
+    for phase in ("prepare", "commit", "migrate", "release")
+    for when in ("before", "after")
+]
+ENDED = ["scaler.done.before", "scaler.done.after"]
+COMMANDS = [
+    f"scaler.{what}.{when}" for what in ("stage", "send_commit", "send_release") for when in ("before", "after")
+]
+MOVES = ["scaler.move.before", "scaler.move.after"]
+JOINS = ["scaler.start_joiner.before", "scaler.start_joiner.after"]
+HMM = ["hmm.stage", "hmm.claim"] + [
+    f"hmm.{phase}.{when}"
+    for phase in ("vacating", "copying", "staged", "committed", "releasing", "released")
+    for when in ("before", "after")
+]
+EXPERTS = ["hmm.copy", "hmm.give_back.before", "hmm.give_back.after", "hmm.kv_grown.before", "hmm.kv_grown.after"]
+RANK = ["rank.apply@r1t0", "rank.applied@r1t0", "rank.flip.before", "rank.flip.after"]
+JOINER = ["rank.attach@r2t0", "rank.warm_up@r2t0", "rank.ready@r2t0"]
+HAND_OVER = ["rank.hand_over", "rank.take.before", "rank.take.after"]
+
+AFTER_FLIP = ("scaler.leg1.migrate", "scaler.leg1.release", "scaler.send_release", "scaler.done")
+AFTER_FLIP += ("hmm.releas", "hmm.give_back", "hmm.kv_grown")
+POINTS = {
+    "up": [
+        *JOURNAL, *JOURNAL_2, *ENDED, *COMMANDS, *JOINS, *MOVES, *HMM, "hmm.copy", *RANK, *JOINER, *HAND_OVER,
+        *(f"{point}/2" for point in (*COMMANDS, *HMM, *EXPERTS, *RANK)),
+    ],
+    "down": [*JOURNAL, *ENDED, *COMMANDS, *MOVES, *HMM, "hmm.vacate", *EXPERTS, *RANK, *HAND_OVER],
+}  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """One entry of the matrix."""
+
+    kind: str
+    point: str
+    victim: str
+
+    def __str__(self) -> str:
+        return "-".join(self)
+
+
+def applies(cell: Cell) -> bool:
+    """Whether the victim is there when the point is reached: who joins, not before; who leaves, until the flip."""
+    if cell.victim != COMES_OR_GOES:
+        return True
+    after_flip = cell.point.startswith(AFTER_FLIP)
+    if cell.kind == "down":
+        return not after_flip
+    return after_flip or cell.point.startswith(("hmm.committed", "rank.flip", "rank.take")) or "2" in cell.point
+
+
+def all_cells() -> list[Cell]:
+    cells = [Cell(kind, point, victim) for kind, points in POINTS.items() for point in points for victim in VICTIMS]
+    return [cell for cell in cells if applies(cell)]
+
+
+def chosen_cells() -> list[Cell]:
+    """Each point once, where it is reached in several ways: in turn growing, shrinking, in the second leg of growing;
+    victims in turn, but the pool, which takes longest to come back, half as often."""
+    victims, ways = cycle((*VICTIMS, *VICTIMS[:-1])), cycle((("up", ""), ("down", ""), ("up", "/2"), ("down", "")))
+    cells: dict[str, Cell] = {}
+    for kind in POINTS:
+        for point in POINTS[kind]:
+            name = point.partition("@")[0].removesuffix("/2").replace("leg2", "leg1")
+            if name in cells:
+                continue
+            way, leg = next(ways)
+            place = (way, point + leg) if point + leg in POINTS[way] else (kind, point)
+            cells[name] = next(cell for victim in victims if applies(cell := Cell(*place, victim)))
+    ups = [cell for cell in cells.values() if cell.kind == "up"]
+    downs = [cell for cell in cells.values() if cell.kind == "down"]
+    return [cell for pair in zip_longest(ups, downs) for cell in pair if cell is not None]
+
+
+class Stage:
+    """The deployment that cells share, until one breaks it or its launcher would give it up."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.expected = Expected(model)
+        self._model = model
+        self._folder = folder
+        self._open = ExitStack()
+        self._elastic: Elastic | None = None
+        self._kills: list[tuple[str, float]] = []
+
+    def get(self, victim: str) -> Elastic:
+        """A deployment in which `victim` may be killed once more."""
+        recent = [name for name, at in self._kills if time.monotonic() - at < KILLS_WINDOW_S]
+        if self._elastic is None or recent.count(victim) >= KILLS_MAX:
+            self.close()
+            settings = {"rank_restarts_window_s": 0.1}
+            self._elastic = self._open.enter_context(start_elastic(self._model, self._folder, replicas=2, **settings))
+        return self._elastic
+
+    def note_kill(self, victim: str) -> None:
+        if victim in SERVICES:
+            self._kills.append((victim, time.monotonic()))
+
+    def explain(self) -> str:
+        """The logs' ends, for a cell that failed."""
+        return self._elastic.deployment.explain() if self._elastic is not None else ""
+
+    def discard(self) -> None:
+        """What a failed cell leaves is of no use."""
+        elastic, self._elastic, self._open = self._elastic, None, ExitStack()
+        self._kills.clear()
+        if elastic is not None:
+            elastic.points.forget()  # who is held there could not end
+            elastic.deployment.discard()
+
+    def close(self) -> None:
+        self._elastic = None
+        self._kills.clear()
+        self._open.close()
+
+
+@pytest.fixture
+def _no_leak() -> None:
+    """Cells share a deployment, whose `stop` looks for what is left."""
+
+
+@pytest.fixture(scope="module")
+def stage(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    stage = Stage(model_folder("oracle"), tmp_path_factory.mktemp("points"))
+    yield stage
+    stage.close()
+
+
+def pid_of(elastic: Elastic, victim: str, held_pid: int, point: str) -> int:
+    if victim in SERVICES:
+        return elastic.deployment.pids[victim]
+    if point.endswith(f"@{victim}"):
+        return held_pid
+
+    def pid() -> int | None:
+        ranks = elastic.deployment.admin("/v1/layout")["ranks"]
+        return next((rank["pid"] for rank in ranks if f"r{rank['replica']}t{rank['tp']}" == victim), None)
+
+    found = wait_until(pid, f"{victim} lives", 5.0)
+    assert found is not None
+    return found
+
+
+def hold_and_kill(elastic: Elastic, cell: Cell) -> tuple[str, int]:
+    """Begin the operation, hold it at the cell's point, kill, let go. The op_id, and the process id that was killed."""
+    point = cell.point.partition("/")[0]
+    for _ in range(ATTEMPTS):
+        op_id, held_pid = hold(elastic, cell)
+        if held_pid:
+            break
+        elastic.resize(**BACK[cell.kind])
+    pid = pid_of(elastic, cell.victim, held_pid, point)
+    os.kill(pid, signal.SIGKILL)
+    elastic.points.disarm(point)
+    return op_id, pid
+
+
+def hold(elastic: Elastic, cell: Cell) -> tuple[str, int]:
+    """Begin the operation and wait until a process is at the cell's point: its process id. 0 where the operation passed
+    by: the journal writes the newest state, and so may leave out one that lasted for a moment only."""
+    points = elastic.points
+    point, _, leg = cell.point.partition("/")
+    gate = "scaler.leg2.prepare.before"
+    points.arm(gate if leg else point)
+    op_id = elastic.scale(**BODIES[cell.kind])
+    if leg:
+        points.wait_hit(gate)
+        points.arm(point)
+        points.release(gate)
+
+    def is_hit_or_over() -> bool:
+        return points.is_hit(point) or elastic.operation(op_id)["phase"] in ("done", "aborted")
+
+    if point.startswith("scaler.leg"):
+        wait_until(is_hit_or_over, f"{point}, or the operation's end", 30.0)
+    return op_id, 0 if point.startswith("scaler.leg") and not points.is_hit(point) else points.wait_hit(point)
+
+
+def unsettled(elastic: Elastic, cell: Cell, op_id: str, killed: int) -> str:
+    """What is not yet as it has to be at last; empty when all is."""
+    deployment = elastic.deployment
+    assert deployment.launcher.poll() is None, "the launcher gave the deployment up"
+    if killed in deployment.pids.values():
+        return f"{cell.victim} was not started again"
+    try:
+        status, operation = deployment.admin_call("GET", f"/v1/operations/{op_id}")
+        layout, devices = deployment.admin("/v1/layout"), deployment.admin("/v1/devices")
+        urls = (f"{deployment.admin_url}/ready", f"{deployment.base_url}/ready")
+        ready = [httpx.get(url, timeout=5, trust_env=False).status_code for url in urls]
+    except httpx.HTTPError as error:
+        return repr(error)
+    if status == 503:
+        return f"operation: {operation}"
+    if status == 404:
+        # Nothing had been commanded when the operation's first state was about to be written.
+        assert (cell.victim, cell.point) == ("scaler", "scaler.leg1.prepare.before"), "the journal lost the operation"
+    elif operation["phase"] not in ("done", "aborted"):
+        return f"operation: {operation['phase']}: {operation['reason']}"
+    if ready != [200, 200]:
+        return f"ready: {ready}"
+    ranks = layout["ranks"]
+    if killed in {rank["pid"] for rank in ranks}:
+        return f"{cell.victim} is not seen to be dead"
+    if layout["phase"] != "serving" or layout["operation"] or not all(rank["ready"] for rank in ranks):
+        return f"layout: {layout['phase']}: {layout['reason']}"
+    replicas = sorted(rank["replica"] for rank in ranks)
+    before, after = LAYOUTS[cell.kind]
+    assert replicas in (before, after), f"between the layouts: {replicas}"
+    if status == 200:
+        assert replicas == (after if operation["phase"] == "done" else before), operation
+    return _extra(elastic, ranks, devices)
+
+
+def _extra(elastic: Elastic, ranks: list[dict[str, Any]], devices: dict[str, Any]) -> str:
+    """What is held beyond the layout; this goes within moments."""
+    used = {rank["device"] for rank in ranks}
+    for entry in devices["devices"]:
+        memory = entry["memory"]
+        counted = memory["weights"] + memory["kv"] + memory["other"]
+        if bool(entry["attached"]) != (entry["device"] in used):
+            return f"{entry['device']}: attached: {entry['attached']}; used: {sorted(used)}"
+        if entry["pages"] != counted or bool(counted) != (entry["device"] in used):
+            return f"{entry['device']}: {entry['pages']} bytes of pages, {counted} counted, used: {sorted(used)}"
+    if devices["standby_processes"] != STANDBYS:
+        return f"{devices['standby_processes']} standbys"
+    doorbells = event_descriptors(elastic.deployment.pids["keeper"])
+    return "" if doorbells == len(ranks) else f"{doorbells} doorbells of {len(ranks)} ranks"
+
+
+def converge(elastic: Elastic, cell: Cell, op_id: str, killed: int) -> None:
+    try:
+        wait_until(lambda: not unsettled(elastic, cell, op_id, killed), "converged", CONVERGE_S)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {unsettled(elastic, cell, op_id, killed)}") from None
+
+
+async def run_cell(stage: Stage, cell: Cell) -> None:
+    elastic = await in_thread(stage.get, cell.victim)
+    deployment: Deployment = elastic.deployment
+    before, _ = LAYOUTS[cell.kind]
+    if await in_thread(elastic.replicas) != before:
+        await in_thread(elastic.resize, **BACK[cell.kind])
+    async with TolerantLoad(deployment.base_url, clients=6, seed=7, prompts=12, longest=120) as load:
+        stage.note_kill(cell.victim)
+        op_id, killed = await in_thread(hold_and_kill, elastic, cell)
+        await in_thread(converge, elastic, cell, op_id, killed)
+        await in_thread(elastic.points.clear)
+        await in_thread(check_integrity, deployment)
+    stage.expected.check(load.streams, MAY_FAIL[cell.victim])
+    further = {"remove": [2]} if len(await in_thread(elastic.replicas)) == 3 else {"replicas": 3}
+    await in_thread(elastic.resize, **further)
+    async with TolerantLoad(deployment.base_url, clients=4, seed=7, prompts=12, longest=20) as load:
+        await asyncio.sleep(0)  # one request of each client
+    assert stage.expected.check(load.streams) > 0
+    await in_thread(check_integrity, deployment)
+
+
+async def check_cell(stage: Stage, cell: Cell) -> None:
+    try:
+        await run_cell(stage, cell)
+    except BaseException:
+        print(stage.explain())
+        await in_thread(stage.discard)
+        raise
+
+
+@pytest.mark.parametrize("cell", chosen_cells(), ids=str)
+async def test_killed_at_each_point(stage: Stage, cell: Cell) -> None:
+    await check_cell(stage, cell)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("cell", all_cells(), ids=str)
+async def test_whole_matrix(stage: Stage, cell: Cell) -> None:
+    await check_cell(stage, cell)

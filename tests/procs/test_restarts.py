@@ -1,0 +1,342 @@
+"""Every process but the ranks is killed, stopped or made to refuse under load: requests do not notice, the epoch of the
+layout never falls, and scaling works again afterwards (promises P4, P6, P7)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from common.layout import RankId
+from common.protocol import scaler as to_scaler
+from common.protocol.errors import ElasticMoEError, Fenced
+from common.protocol.hmm import GetHmmStatus, SetMembership
+from common.protocol.rank import GetRankLoad
+from common.protocol.scaler import HmmStatus, RankLoad, ToScaler
+from common.transport import Client, new_identity
+from tests.procs.clients import check_load_against_oracle
+from tests.procs.deployment import Deployment
+from tests.procs.faults import another, roll_back, snapshot_of, store_client, wait_answers
+from tests.procs.gaps import TimedLoad
+from tests.procs.integrity import ask, check_integrity
+from tests.procs.waiting import wait_until
+
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
+
+Deploy = Callable[..., Deployment]
+
+RECONCILED_S = 10.0
+SETTINGS: dict[str, Any] = {"max_sequences": 32, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}
+RETRYABLE = {"rank_lost", "not_ready", "shutting_down"}
+
+
+def view(deployment: Deployment) -> tuple[str, int]:
+    """Phase and epoch as the scaler shows them; ("", 0) while none answers."""
+    try:
+        layout = deployment.admin("/v1/layout")
+    except httpx.HTTPError:
+        return "", 0
+    return layout["phase"], layout["epoch"] or 0
+
+
+def epoch_in_store(deployment: Deployment) -> int:
+    """The committed layout's epoch, as routers read it; 0 while there is none."""
+    try:
+        with store_client(deployment) as client:
+            raw: Any = client.get("elasticmoe:default:epoch")
+    except redis.ConnectionError:
+        return 0
+    return int(raw or 0)
+
+
+def wait_reconciled(deployment: Deployment, epoch: int, timeout_s: float = RECONCILED_S) -> None:
+    """Wait until the deployment serves, and the store says so, by a layout that is not older than `epoch`."""
+
+    def is_reconciled() -> bool:
+        phase, shown = view(deployment)
+        assert shown == 0 or shown >= epoch, f"epoch fell from {epoch} to {shown}"
+        if phase != "serving" or shown < epoch or epoch_in_store(deployment) != shown:
+            return False
+        return is_attached(hmm_status(deployment))
+
+    wait_until(is_reconciled, "reconciled", timeout_s)
+
+
+def is_attached(status: HmmStatus) -> bool:
+    """Whether the HMM knows a rank for each member; after its restart they come within a moment."""
+    attached = {device.device for device in status.devices if device.attached}
+    return status.layout is not None and {seat.device for seat in status.layout.seats} <= attached
+
+
+def resize(deployment: Deployment) -> None:
+    """Scale between two and three replicas."""
+    replicas = 5 - len(deployment.rank_pids())
+    assert deployment.scale(replicas=replicas)["phase"] == "done"
+
+
+@asynccontextmanager
+async def loaded(deployment: Deployment, clients: int = 16) -> AsyncIterator[TimedLoad]:
+    """Load that is under way."""
+    async with TimedLoad(deployment.base_url, clients=clients, seed=4) as load:
+        await load.wait_streams(clients)
+        yield load
+
+
+async def settle(deployment: Deployment, load: TimedLoad, epoch: int) -> None:
+    """After a fault: reconciled, sound, streaming, and able to scale."""
+    await asyncio.to_thread(wait_reconciled, deployment, epoch)
+    await asyncio.to_thread(check_integrity, deployment)
+    await load.wait_streams(8)
+    await asyncio.to_thread(resize, deployment)
+
+
+@pytest.fixture
+def oracle_folder(model_folder: Callable[[str], Path]) -> Path:
+    return model_folder("oracle")
+
+
+async def test_the_control_plane_dies_piece_by_piece_and_no_request_notices(
+    deploy: Deploy, oracle_folder: Path
+) -> None:
+    deployment = deploy("oracle", replicas=2, devices=3, **SETTINGS)
+    async with loaded(deployment) as load:
+        begin = load.now()
+        await load.wait_streams(48)
+        steady_s = load.p99_gap(begin, load.now())
+        print(f"\nsteady: p99 of the pauses between tokens {steady_s * 1e3:.0f} ms")
+        for name in ("hmm", "scaler", "store", "keeper"):
+            epoch = view(deployment)[1]
+            begin = load.now()
+            old = await asyncio.to_thread(deployment.kill, name)
+            await asyncio.to_thread(deployment.wait_restarted, name, old)
+            await asyncio.to_thread(wait_reconciled, deployment, epoch)
+            print(f"{name} killed: longest pause {load.longest_gap(begin) * 1e3:.0f} ms")
+            await settle(deployment, load, epoch)
+    assert load.broken == 0
+    assert check_load_against_oracle(load.streams, oracle_folder) > 2_000
+    assert deployment.stop().count("error") == 0
+
+
+async def test_the_store_is_emptied_rolled_back_hung_full_and_read_only(deploy: Deploy, oracle_folder: Path) -> None:
+    deployment = deploy("oracle", replicas=2, devices=3, **SETTINGS)
+    with store_client(deployment) as client:
+        async with loaded(deployment) as load:
+            old = await asyncio.to_thread(snapshot_of, client)
+            await asyncio.to_thread(resize, deployment)
+            epoch = view(deployment)[1]
+
+            await asyncio.to_thread(roll_back, client, old)
+            assert epoch_in_store(deployment) < epoch
+            await settle(deployment, load, epoch)
+
+            epoch = view(deployment)[1]
+            await asyncio.to_thread(client.flushall)
+            await settle(deployment, load, epoch)
+
+            # Emptied while no scaler runs: the next one learns from the HMM what is in force.
+            epoch = view(deployment)[1]
+            scaler = await asyncio.to_thread(deployment.kill, "scaler")
+            await asyncio.to_thread(client.flushall)
+            await asyncio.to_thread(deployment.wait_restarted, "scaler", scaler)
+            await settle(deployment, load, epoch)
+
+            epoch = view(deployment)[1]
+            await full_for_a_while(deployment, load, client)
+            await settle(deployment, load, epoch)
+
+            epoch = view(deployment)[1]
+            await refused_for_a_while(deployment, load, client.execute_command, READ_ONLY, WRITABLE)
+            await settle(deployment, load, epoch)
+
+            epoch = view(deployment)[1]
+            await hung_for_a_while(deployment, load)
+            await settle(deployment, load, epoch)
+    assert load.broken == 0
+    assert check_load_against_oracle(load.streams, oracle_folder) > 2_000
+    assert deployment.stop().count("error") == 0
+
+
+READ_ONLY = ("REPLICAOF", "127.0.0.1", "1")
+WRITABLE = ("REPLICAOF", "NO", "ONE")
+
+
+async def refused_for_a_while(
+    deployment: Deployment, load: TimedLoad, call: Callable[..., Any], begin: tuple[Any, ...], end: tuple[Any, ...]
+) -> None:
+    """The store takes no writes: an operation waits, requests do not; then it does, and the operation is done."""
+    await asyncio.to_thread(call, *begin)
+    op_id = await asyncio.to_thread(start_operation, deployment)
+    await load.wait_streams(24)
+    assert not has_begun(deployment, op_id)
+    await asyncio.to_thread(call, *end)
+    assert (await asyncio.to_thread(deployment.wait_operation, op_id))["phase"] == "done"
+
+
+def has_begun(deployment: Deployment, op_id: str) -> bool:
+    """Whether the HMM was told anything of an operation. Nothing is staged that is not in the journal."""
+    transition = hmm_status(deployment).transition
+    return transition is not None and transition.op_id.startswith(op_id)
+
+
+async def full_for_a_while(deployment: Deployment, load: TimedLoad, client: redis.Redis) -> None:
+    """The store has no room: operations are refused, requests are not."""
+    await asyncio.to_thread(client.config_set, "maxmemory", 1)
+
+    def refusal() -> str:
+        if "lease could not be renewed" not in deployment.log("scaler"):
+            return ""
+        status, answer = deployment.admin_call("POST", "/v1/scale", {"replicas": 5 - len(deployment.rank_pids())})
+        return f"{status} {answer['error']['code']}"
+
+    assert await asyncio.to_thread(wait_until, refusal, "the scaler noticed", 10.0) == "503 storage_full"
+    await load.wait_streams(24)
+    await asyncio.to_thread(client.config_set, "maxmemory", 256 << 20)
+
+    def accepted() -> str:
+        body = {"replicas": 5 - len(deployment.rank_pids()), "op_id": "again"}
+        return "again" if deployment.admin_call("POST", "/v1/scale", body)[0] == 202 else ""
+
+    op_id = await asyncio.to_thread(wait_until, accepted, "operations are accepted again", 10.0)
+    assert (await asyncio.to_thread(deployment.wait_operation, op_id))["phase"] == "done"
+
+
+async def hung_for_a_while(deployment: Deployment, load: TimedLoad) -> None:
+    """The store is stopped for longer than a lease lives."""
+    pid = await asyncio.to_thread(deployment.kill, "store", signal.SIGSTOP)
+    try:
+        op_id = await asyncio.to_thread(start_operation, deployment)
+        until = time.monotonic() + 6.0
+        while time.monotonic() < until:
+            await load.wait_streams(8)
+        assert not has_begun(deployment, op_id)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert (await asyncio.to_thread(deployment.wait_operation, op_id))["phase"] == "done"
+
+
+def start_operation(deployment: Deployment) -> str:
+    """Ask for the other number of replicas; the operation's name."""
+    status, accepted = deployment.admin_call("POST", "/v1/scale", {"replicas": 5 - len(deployment.rank_pids())})
+    assert status == 202, accepted
+    op_id: str = accepted["op_id"]
+    return op_id
+
+
+async def test_the_pool_dies_with_its_ranks_and_everything_comes_back(deploy: Deploy, oracle_folder: Path) -> None:
+    deployment = deploy("oracle", replicas=2, devices=3, **SETTINGS)
+    epoch = view(deployment)[1]
+    async with loaded(deployment) as load:
+        old = await asyncio.to_thread(deployment.kill, "pool")
+        await asyncio.to_thread(deployment.wait_restarted, "pool", old)
+        await asyncio.to_thread(wait_reconciled, deployment, epoch, 60.0)
+        await settle(deployment, load, epoch)
+    print(f"\npool killed: {load.num_good} streams were good, failed: {load.errors}")
+    assert set(load.errors) <= RETRYABLE
+    good = [stream for stream in load.streams if stream.error is None]
+    assert check_load_against_oracle(good, oracle_folder) > 500
+    deployment.stop()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def loads(deployment: Deployment) -> list[RankLoad]:
+    answers = [ask(deployment, f"rank-{name}", GetRankLoad()) for name in deployment.rank_pids()]
+    return [answer for answer in answers if isinstance(answer, RankLoad)]
+
+
+async def test_a_router_dies_its_requests_are_cleaned_up_and_another_one_serves(
+    deploy: Deploy, oracle_folder: Path
+) -> None:
+    deployment = deploy("oracle", replicas=2, devices=3, **SETTINGS)
+    port = free_port()
+    idle = sum(load.blocks_free for load in loads(deployment))
+    with another(deployment, "router", port=port, history="false") as router:
+        url = f"http://127.0.0.1:{port}"
+        await asyncio.to_thread(wait_answers, url + "/ready", router)
+        async with loaded(deployment, clients=8) as first, TimedLoad(url, clients=8, seed=5) as second:
+            await second.wait_streams(8)
+            old = await asyncio.to_thread(deployment.kill, "router")
+            await second.wait_streams(16)
+            await asyncio.to_thread(deployment.wait_restarted, "router", old)
+            await asyncio.to_thread(deployment.wait_serving)
+            await first.wait_streams(8)
+    assert first.broken >= 8  # its own connections
+    assert second.broken == 0
+    check_load_against_oracle(second.streams, oracle_folder)
+    check_load_against_oracle(first.streams, oracle_folder)
+
+    def is_empty() -> bool:
+        now = loads(deployment)
+        return all(load.running + load.waiting == 0 for load in now) and sum(load.blocks_free for load in now) == idle
+
+    wait_until(is_empty, "orphans cleaned up", 10.0)
+    check_integrity(deployment)
+    deployment.stop()
+
+
+def stale_command(deployment: Deployment, fence: int) -> None:
+    """Park the ranks, as a scaler of an earlier fencing epoch would."""
+    client: Client[ToScaler] = Client(deployment.run_dir / "sockets/hmm.sock", new_identity("scaler"), to_scaler.CODEC)
+    client.epoch = fence
+    try:
+        with pytest.raises(ElasticMoEError) as caught:
+            client.call(SetMembership((), False), deadline_ms=5_000)
+        assert caught.value.code == Fenced.code
+    finally:
+        client.close()
+
+
+def hmm_status(deployment: Deployment) -> HmmStatus:
+    status = ask(deployment, "hmm", GetHmmStatus())
+    assert isinstance(status, HmmStatus)
+    return status
+
+
+async def test_a_scaler_that_slept_past_its_lease_is_fenced(deploy: Deploy, oracle_folder: Path) -> None:
+    deployment = deploy("oracle", replicas=2, devices=3, lease_ms=1_000, copy_bytes_per_s=1 << 20, **SETTINGS)
+    port = free_port()
+    fence = deployment.admin("/v1/layout")["fence"]
+    async with loaded(deployment) as load:
+        op_id = await asyncio.to_thread(start_operation, deployment)
+        sleeper = deployment.kill("scaler", signal.SIGSTOP)  # in the midst of it
+        # (Stopping a deployment kills what is stopped, so nothing is left should this test fail.)
+        with another(deployment, "scaler", admin_port=port) as successor:
+            await asyncio.to_thread(wait_answers, f"http://127.0.0.1:{port}/ready", successor)
+            headers = {"Authorization": f"Bearer {deployment.token}"}
+
+            def is_done() -> bool:
+                url = f"http://127.0.0.1:{port}/v1/operations/{op_id}"
+                answer = httpx.get(url, headers=headers, timeout=10, trust_env=False)
+                return answer.status_code == 200 and answer.json()["phase"] in ("done", "aborted")
+
+            await asyncio.to_thread(wait_until, is_done, "the operation resumed", 30.0)
+            before = hmm_status(deployment)
+            await asyncio.to_thread(stale_command, deployment, fence)
+            os.kill(sleeper, signal.SIGCONT)
+            await asyncio.to_thread(deployment.wait_restarted, "scaler", sleeper)
+            assert "another scaler holds the lease" in deployment.log("scaler")
+            await load.wait_streams(16)
+            after = hmm_status(deployment)
+            assert (after.layout, after.generation) == (before.layout, before.generation)
+            assert after.num_fenced >= 1
+        # The successor is gone: the launcher's scaler, which waits for the lease, takes over.
+        await asyncio.to_thread(deployment.wait_serving)
+        assert after.layout is not None
+        await settle(deployment, load, after.layout.epoch)
+    assert load.broken == 0
+    check_load_against_oracle(load.streams, oracle_folder)
+    assert RankId(0, 0) in {seat.rank for seat in after.layout.seats}
+    assert deployment.stop().count("error") == 0

@@ -1,0 +1,553 @@
+"""The HMM: the product's transitions, membership, catalog and checks over memory that is only counted.
+
+What is simulated: pages (sets and counts), the threads that make and release them (time passes), the keeper's snapshot,
+the channel to each rank (ordered, nothing is lost while both live), the bus (values), the copies of KV blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from common.layout import Layout
+from common.model_spec import KvGeometry, RecordKey
+from common.protocol import hmm as to_hmm
+from common.protocol.codec import Message, Received
+from common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound, Unavailable
+from common.protocol.handles import Attach
+from common.protocol.hmm import LoadModel
+from common.protocol.replies import Ack, refusal
+from common.protocol.scaler import DeviceStatus, HmmStatus, MemoryFacts
+from common.telemetry import get_logger
+from native.ledger import Ledger, format_ledger
+from native.ledger import ledger_bytes as native_ledger_bytes
+from services.hmm.blocks import check_ranks
+from services.hmm.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition, keys_on
+from services.hmm.handles import View, full_view, seat_for
+from services.hmm.membership import Membership
+from services.hmm.sizing import kv_handles_min, size_ledger
+from services.hmm.staging import record_bytes
+from services.hmm.transition import Transitions
+from tests.sim.heap import Actor, Sim
+from tests.sim.store import DiskFence
+from tests.unit.specs import tiny_mixtral_spec
+
+if TYPE_CHECKING:
+    from tests.sim.rank import Rank
+
+PAGE = 4096
+SPEC = tiny_mixtral_spec(num_local_experts=4, num_hidden_layers=2)
+BLOCK_SIZE, BLOCKS_PER_HANDLE = 4, 4
+GEOMETRY = KvGeometry(BLOCK_SIZE, 4 * BLOCK_SIZE, 4 * BLOCK_SIZE, BLOCKS_PER_HANDLE, PAGE)
+MAX_TOKENS, MAX_SEQUENCES, MAX_MODEL_LEN = 16, 4, 48
+BLOCKS_MAX = 4096
+CHANNEL_S = 0.003
+
+
+class Memory:
+    """One device: real KV bytes and a real ledger, which outlive every process; counted pages. `budget` in bytes."""
+
+    def __init__(self, name: str, budget: int) -> None:
+        self.device = SimpleNamespace(name=name, budget=budget)
+        self.records: dict[RecordKey, RecordKey] = {}
+        self.kv: list[int] = []
+        self.ledger: object | None = None
+        self.num_releasing = 0  # bytes
+        self.num_claimed = 0
+        self.buffer = ctypes.create_string_buffer(budget // PAGE * BLOCKS_PER_HANDLE * GEOMETRY.block_bytes)
+        self.values = memoryview(self.buffer).cast("B").cast("i")
+        sizes = (MAX_SEQUENCES, MAX_MODEL_LEN, MAX_MODEL_LEN // BLOCK_SIZE + 4, 4096)
+        self._row_bytes = native_ledger_bytes(*sizes)
+        self._row_sizes = sizes
+        self._rows = ctypes.create_string_buffer(self._row_bytes + 64)
+        self._next_kv = 0
+        self.format()
+
+    def format(self) -> None:
+        """A new ledger."""
+        address = (ctypes.addressof(self._rows) + 63) // 64 * 64
+        ctypes.memset(address, 0, self._row_bytes)
+        format_ledger(address, self._row_bytes, *self._row_sizes)
+        self.rows = Ledger(address, self._row_bytes)
+
+    def take_all(self) -> list[Any]:
+        """Empty the device."""
+        taken = [*self.records, *self.kv, *(("ledger",) if self.ledger else ())]
+        self.records, self.kv, self.ledger = {}, [], None
+        return taken
+
+    def new_kv(self) -> int:
+        """A KV handle."""
+        self._next_kv += 1
+        return self._next_kv
+
+
+class SimSeat(NamedTuple):
+    """What stands for a SeatMemory on the channel."""
+
+    revision: int
+    records: frozenset[RecordKey]
+    kv: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+
+
+def seat_memory(view: View, memory: Memory, holdings: Any, revision: int) -> tuple[SimSeat, tuple[int, ...]]:
+    """In the place of the product's: no descriptors."""
+    return SimSeat(revision, frozenset(view.records), tuple(view.kv), view.layouts), ()  # type: ignore[arg-type]
+
+
+class Bus:
+    """The shared memory of the bus, as values."""
+
+    def __init__(self) -> None:
+        self.now = (0, 0, False, 0)
+        self.next = (0, 0, 0)
+        self.max_ranks = 8
+
+    def membership(self) -> tuple[int, int, bool, int]:
+        """See native.bus."""
+        return self.now
+
+    def staged(self) -> tuple[int, int, int]:
+        """See native.bus."""
+        return self.next if self.next[0] > self.now[0] else (0, 0, 0)
+
+    def set_membership(self, generation: int, members: int, running: bool, epoch: int = 0) -> None:
+        """See native.bus."""
+        if generation <= self.now[0]:
+            raise ValueError("not greater")
+        self.now, self.next = (generation, members, running, epoch), (0, 0, 0)
+
+    def stage_membership(self, generation: int, members: int, epoch: int) -> None:
+        """See native.bus."""
+        self.next = (generation, members, epoch)
+
+    def flip(self, generation: int) -> bool:
+        """See native.bus."""
+        staged, members, epoch = self.next
+        if self.now[0] == generation:
+            return True
+        if staged != generation or generation <= self.now[0] or not self.now[2]:
+            return False
+        self.now, self.next = (generation, members, True, epoch), (0, 0, 0)
+        return True
+
+    def progress(self, slot: int) -> int:
+        """Not simulated."""
+        return 0
+
+
+class Supply:
+    """Threads that make and give back memory: it takes time, and making may fail."""
+
+    def __init__(self, hmm: Hmm) -> None:
+        self._hmm = hmm
+        self._claims: list[tuple[Memory, str, Any, int]] = []
+        self.is_transferring = False
+        self._num_releasing = 0
+        self.bytes_copied = self.bytes_done = 0
+        self.peaks = SimpleNamespace(by_device={})
+
+    @property
+    def is_releasing(self) -> bool:
+        """See services.hmm.supply."""
+        return self._num_releasing > 0
+
+    def begin(self, peaks: Any = None) -> None:
+        """See services.hmm.supply."""
+
+    def _claim(self, memory: Memory, space: str, key: Any, nbytes: int) -> None:
+        if self._hmm.bytes_of(memory) + nbytes > memory.device.budget:
+            raise DoesNotFit(f"{memory.device.name}: no room for {nbytes} bytes")
+        memory.num_claimed += nbytes
+        self._claims.append((memory, space, key, nbytes))
+
+    def claim_stage(self, transition: Transition, loaded: Loaded) -> dict[str, list[Any]]:
+        """See services.hmm.supply."""
+        memories, sizes = self._hmm.memories, record_bytes(loaded, PAGE)
+        for seat in transition.after.seats:
+            if transition.before.seat_on(seat.device) is None:
+                memory = memories[seat.device]
+                self._claim(memory, "ledger", None, self._hmm.ledger_bytes)
+                self.claim_kv(memory, transition.request.kv_handles[seat.device], loaded)
+        for copy in transition.request.copies:
+            self._hmm.expect(
+                not copy.source or copy.key in memories[copy.source].records, f"{copy.key} is copied from nothing"
+            )
+            self._claim(memories[copy.target], "records", copy.key, sizes[copy.key])
+        return {"": []}
+
+    def claim_kv(self, memory: Memory, count: int, loaded: Loaded) -> list[Any]:
+        """See services.hmm.supply."""
+        for _ in range(count):
+            self._claim(memory, "kv", memory.new_kv(), loaded.kv.handle_bytes)
+        return []
+
+    def start(self, parts: Any, rate: int, loaded: Loaded, then: Callable[[ElasticMoEError | None], None]) -> None:
+        """See services.hmm.supply."""
+        self.is_transferring = True
+        hmm = self._hmm
+        fails = hmm.sim.rng.random() < hmm.failure_rate
+
+        def over() -> None:
+            self.is_transferring = False
+            then(Unavailable("the disk is full", code="storage_full") if fails else None)
+            hmm.turn()
+
+        hmm.after(0.02 + hmm.sim.rng.random() * (1.5 if rate else 0.3), over)
+
+    def settle(self) -> None:
+        """See services.hmm.supply."""
+        for memory, space, key, nbytes in self._claims:
+            memory.num_claimed -= nbytes
+            if space == "records":
+                memory.records[key] = key
+            elif space == "kv":
+                memory.kv.append(key)
+            else:
+                memory.ledger = True
+                memory.format()
+        self._claims.clear()
+
+    def drop_claims(self) -> None:
+        """See services.hmm.supply."""
+        for memory, _, _, nbytes in self._claims:
+            memory.num_claimed -= nbytes
+        self._claims.clear()
+
+    def stop(self) -> None:
+        """See services.hmm.supply."""
+
+    def give_back(self, gone: Sequence[tuple[Memory, Any]]) -> None:
+        """See services.hmm.supply. Nobody may have it mapped."""
+        for memory, handle in gone:
+            self._hmm.check_unused(memory, handle)
+        nbytes = [(memory, self._hmm.handle_bytes(handle)) for memory, handle in gone]
+        for memory, size in nbytes:
+            memory.num_releasing += size
+        self._num_releasing += 1
+
+        def over() -> None:
+            for memory, size in nbytes:
+                memory.num_releasing -= size
+            self._num_releasing -= 1
+            self._hmm.turn()
+
+        self._hmm.after(0.02, over)
+
+
+class Hmm(Actor):
+    """The service. `memories`, `loaded`, `transition`: its holdings; `disk`: fences; `bus`: memory that outlives it.
+
+    `ranks[incarnation]`: the living ranks, to hand memory to.
+    """
+
+    def __init__(self, sim: Sim, devices: Sequence[str], budget: int, load: LoadModel, disk: dict[str, int]) -> None:
+        super().__init__(sim, "hmm")
+        self.memories = {name: Memory(name, budget) for name in devices}
+        self.granularity = PAGE
+        self.num_readers = 0
+        self.failure_rate = 0.0
+        self.ledger_bytes = size_ledger(load, PAGE).nbytes
+        self.bus = Bus()
+        self.segment = SimpleNamespace(bus=self.bus)
+        self.ranks: dict[str, Rank] = {}
+        self._disk = disk
+        self._sizes: dict[RecordKey, int] = {}
+        self.fence_seen = 0  # the checker's own
+        self.on_change: Callable[[], None] = lambda: None
+        self.expect: Callable[[bool, str], None] = lambda _is_true, _text: None
+        self.loaded: Loaded | None = None
+        self.transition: Transition | None = None
+        self.doorbells: dict[int, int] = {}
+        self._fill(load)
+        self._spans: dict[tuple[RecordKey, int], Placed] = {}
+        self._begin()
+        self.write()
+        sim.actors["hmm"] = self
+
+    def _fill(self, load: LoadModel) -> None:
+        footprint = 0
+        for seat in load.layout.seats:
+            memory = self.memories[seat.device]
+            memory.records = {key: key for key in keys_on(load.layout, seat.slot)}
+            memory.ledger = True
+            memory.kv = [memory.new_kv() for _ in range(load.kv_bytes_max // PAGE)]
+        self.loaded = Loaded(load, SPEC, GEOMETRY, PAGE, load.layout, "memory", 0, load.kv_bytes_max // PAGE)
+        self._sizes = record_bytes(self.loaded, PAGE)
+        for memory in self.memories.values():
+            footprint = max(footprint, sum(self._sizes[key] for key in memory.records) + len(memory.kv) * PAGE)
+        self.loaded = Loaded(load, SPEC, GEOMETRY, PAGE, load.layout, "memory", footprint, load.kv_bytes_max // PAGE)
+        self.doorbells = dict.fromkeys(load.layout.slots, 0)
+
+    def _begin(self) -> None:
+        """What a process of its own has."""
+        self.is_alive = True
+        self.by_slot: dict[int, Any] = {}
+        self.supply = Supply(self)
+        self._revision = 0
+        self._copying: list[Any] = []
+        self.fence = DiskFence(self._disk, "hmm")
+        log = get_logger("sim")
+        self.members = Membership(self, log)  # type: ignore[arg-type]
+        self.transitions = Transitions(self, self, self.members, self, self.supply, log)  # type: ignore[arg-type]
+
+    # ---- holdings, attachments and copies, as the transitions see them
+
+    def write(self) -> None:
+        """The snapshot."""
+        held = {name: (dict(m.records), list(m.kv), m.ledger) for name, m in self.memories.items()}
+        self._snapshot = (self.loaded, self.transition, held, dict(self.doorbells))
+        self.on_change()
+
+    def catalog(self) -> Catalog:
+        """As the product's, with made-up places."""
+        entries = []
+        for name, memory in self.memories.items():
+            placed = tuple(self._placed(key, index) for index, key in enumerate(memory.records))
+            kv = tuple(Span(i * PAGE, PAGE) for i in range(len(memory.kv)))
+            ledger = Span(0, self.ledger_bytes) if memory.ledger else None
+            entries.append(DeviceEntry(name, memory.device.budget, placed, kv, ledger))
+        return Catalog(granularity=PAGE, devices=tuple(entries), loaded=self.loaded, transition=self.transition)
+
+    def _placed(self, key: RecordKey, index: int) -> Placed:
+        if (key, index) not in self._spans:
+            self._spans[key, index] = Placed(key, Span(index << 24, self._sizes[key]))
+        return self._spans[key, index]
+
+    def bytes_of(self, memory: Memory) -> int:
+        """All that is in use, or about to be."""
+        held = sum(self._sizes[key] for key in memory.records) + len(memory.kv) * PAGE
+        return held + (self.ledger_bytes if memory.ledger else 0) + memory.num_claimed + memory.num_releasing
+
+    def handle_bytes(self, handle: Any) -> int:
+        """Of a record, a KV handle or a ledger."""
+        if isinstance(handle, RecordKey):
+            return self._sizes[handle]
+        return PAGE if isinstance(handle, int) else self.ledger_bytes
+
+    def open_layout(self, layout: Layout) -> None:
+        """See services.hmm.holdings."""
+        for slot in layout.slots:
+            self.doorbells.setdefault(slot, 0)
+
+    def close_slots(self, slots: set[int]) -> None:
+        """See services.hmm.holdings."""
+        for slot in slots:
+            self.doorbells.pop(slot, None)
+
+    def ring(self) -> None:
+        """Everybody looks at the bus in every turn."""
+
+    def is_busy(self, device: str) -> bool:
+        """Whether blocks are copied from or to a device."""
+        return any(device in devices for devices, *_ in self._copying)
+
+    def _next_revision(self) -> int:
+        self._revision = max(self._revision + 1, int(self.sim.now * 1000))
+        return self._revision
+
+    def update(self, attached: Any, seat: SimSeat, fds: tuple[int, ...]) -> None:
+        """Send a seat's memory, unless it is what was sent last."""
+        if seat._replace(revision=0) == attached.sent._replace(revision=0):
+            return
+        attached.sent = seat._replace(revision=self._next_revision())
+        rank = self.ranks.get(attached.incarnation)
+        if rank is not None:
+            rank.after(CHANNEL_S, rank.begin_memory, self.life, attached.sent)
+
+    def check_unused(self, memory: Memory, handle: Any) -> None:
+        """What is given back is mapped by no living rank."""
+        for rank in self.ranks.values():
+            if rank.is_alive and rank.is_attached and rank.seat.device == memory.device.name:
+                self.expect(handle not in rank.held, f"{handle} of {memory.device.name} is mapped and given back")
+
+    # ---- ranks
+
+    def attach(self, rank: Rank, is_resumed: bool) -> None:
+        """A rank introduces itself."""
+        request = Attach(rank.seat.rank, rank.seat.slot, rank.seat.device, rank.seat.incarnation, is_resumed)
+        try:
+            seat = seat_for(self.loaded, self.transition, request)
+            if seat.slot in self.by_slot:
+                raise Conflict(f"slot {seat.slot} is taken", code="occupied")
+        except ElasticMoEError as error:
+            self.sim.note(f"hmm: attach of {rank.seat.incarnation} refused: {error.message}")
+            rank.after(CHANNEL_S, rank.refused, error)
+            return
+        assert self.loaded is not None
+        memory = self.memories[seat.device]
+        sent, _ = seat_memory(full_view(memory, self.loaded, self.transition), memory, self, self._next_revision())  # type: ignore[arg-type]
+        self.by_slot[seat.slot] = SimpleNamespace(
+            rank=seat.rank, device=seat.device, incarnation=rank.seat.incarnation, sent=sent, applied=0, version=-1
+        )
+        self.ranks[rank.seat.incarnation] = rank
+        rank.is_attached = True
+        rank.after(CHANNEL_S, rank.attached, self.life, sent, memory, is_resumed)
+        self.transitions.on_attach(seat.slot)
+        if not is_resumed:
+            self.members.park(seat.slot)
+        self.turn()
+
+    def applied(self, slot: int, incarnation: str, revision: int) -> None:
+        """A rank has mapped what was sent."""
+        attached = self.by_slot.get(slot)
+        if attached is not None and attached.incarnation == incarnation:
+            attached.applied = max(attached.applied, revision)
+            self.turn()
+
+    def detached(self, slot: int, incarnation: str) -> None:
+        """A rank's connection ended."""
+        self.ranks.pop(incarnation, None)
+        attached = self.by_slot.get(slot)
+        if attached is not None and attached.incarnation == incarnation:
+            del self.by_slot[slot]
+            self.members.park(slot)
+            for job in [job for job in self._copying if slot in (job[1].source_slot, job[1].target_slot)]:
+                self._copied(job)
+            self.turn()
+
+    # ---- messages
+
+    def turn(self) -> None:
+        """What the loop does after everything."""
+        self.transitions.advance()
+        self.on_change()
+
+    def receive(self, sender: str, message: Received[Any]) -> None:
+        """One message."""
+        try:
+            answer = self._answer(sender, message)
+        except ElasticMoEError as error:
+            self.sim.note(f"hmm: refused {type(message.body).__name__}: {error.message}")
+            answer = refusal(error)
+        if answer is not None:
+            self.sim.send("hmm", sender, Received(0, "hmm:1", message.seq, answer))
+        self.turn()
+
+    def _answer(self, sender: str, message: Received[Any]) -> Message | None:
+        body = message.body
+        if isinstance(body, to_hmm.GetHmmStatus):
+            return self.status()
+        if isinstance(body, to_hmm.CopyBlocks):
+            self._copy(sender, message.seq, body)
+            return None
+        self.fence.check(message.epoch, message.sender)
+        self.expect(message.epoch >= self.fence_seen, f"hmm obeys epoch {message.epoch} after {self.fence_seen}")
+        self.fence_seen = max(self.fence_seen, message.epoch)
+        if isinstance(body, to_hmm.SetMembership):
+            self._set_membership(body)
+        elif isinstance(body, to_hmm.StageLayout):
+            self.transitions.stage(body)
+        elif isinstance(body, to_hmm.CommitLayout):
+            self.transitions.commit(body.op_id)
+        elif isinstance(body, to_hmm.ReleaseLayout):
+            self.transitions.release(body.op_id)
+        elif isinstance(body, to_hmm.AbortLayout):
+            self.transitions.abort(body.op_id)
+        return Ack()
+
+    def _set_membership(self, body: to_hmm.SetMembership) -> None:
+        assert self.loaded is not None
+        if set(body.slots) - set(self.loaded.layout.slots):
+            raise NotFound("a slot is not of the layout in force")
+        if body.running and set(body.slots) - set(self.by_slot):
+            raise Unavailable("a slot has no attached rank", code="not_attached")
+        self.members.publish(body.slots, body.running)
+
+    def _copy(self, sender: str, seq: int, body: to_hmm.CopyBlocks) -> None:
+        source, target = self.by_slot.get(body.source_slot), self.by_slot.get(body.target_slot)
+        check_ranks(body, (source, target))
+        assert source is not None
+        assert target is not None
+        job = ((source.device, target.device), body, sender, seq)
+        self._copying.append(job)
+        self.after(0.01 + 0.2 * self.sim.rng.random(), self._copied, job)
+
+    def _copied(self, job: Any) -> None:
+        if job not in self._copying:
+            return
+        (source, target), body, sender, seq = job
+        self._copying.remove(job)
+        one, other = self.memories[source].values, self.memories[target].values
+        by_slot = self.by_slot
+        try:
+            check_ranks(body, (by_slot.get(body.source_slot), by_slot.get(body.target_slot)))
+        except ElasticMoEError as error:  # one has died: the copy was stopped
+            self.sim.send("hmm", sender, Received(0, "hmm:1", seq, refusal(error)))
+            return
+        for a, b in body.pairs:
+            other[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE] = one[a * BLOCK_SIZE : (a + 1) * BLOCK_SIZE]
+        self.sim.send("hmm", sender, Received(0, "hmm:1", seq, Ack()))
+        self.turn()
+
+    def status(self) -> HmmStatus:
+        """Answer to GetHmmStatus."""
+        assert self.loaded is not None
+        attached = {one.device: one.incarnation for one in self.by_slot.values()}
+        devices = []
+        for name, memory in self.memories.items():
+            weights = sum(self._sizes[key] for key in memory.records)
+            kv, other = len(memory.kv) * PAGE, self.ledger_bytes if memory.ledger else 0
+            budget, blocks = memory.device.budget, len(memory.kv) * BLOCKS_PER_HANDLE
+            free = budget - weights - kv - other
+            devices.append(DeviceStatus(name, budget, weights, kv, other, free, 0, blocks, attached.get(name)))
+        generation, members, running, _ = self.bus.membership()
+        load = self.loaded.load
+        facts = MemoryFacts(
+            PAGE,
+            GEOMETRY,
+            self.loaded.footprint,
+            self.ledger_bytes,
+            kv_handles_min(load, GEOMETRY),
+            self.loaded.kv_handles,
+        )
+        slots = tuple(slot for slot in range(8) if members >> slot & 1)
+        return HmmStatus(
+            "ready",
+            0,
+            0,
+            None,
+            tuple(devices),
+            generation,
+            slots,
+            running,
+            load.op_id,
+            self.loaded.layout,
+            facts,
+            self.transitions.status(),
+            self.fence.num_refused,
+        )
+
+    # ---- life
+
+    def crash(self, down_s: float) -> None:
+        """Killed, and back later with what the keeper has."""
+        self.sim.note(f"hmm: killed for {down_s:.2f} s")
+        self.end()
+        for rank in self.ranks.values():
+            rank.lose_hmm()
+        self.sim.push(self.sim.now + down_s, None, 0, self._restart, ())
+
+    def _restart(self) -> None:
+        self.sim.note("hmm: back")
+        self.loaded, self.transition, held, self.doorbells = self._snapshot
+        for name, (records, kv, ledger) in held.items():
+            memory = self.memories[name]
+            memory.records, memory.kv, memory.ledger = dict(records), list(kv), ledger
+            memory.num_claimed = memory.num_releasing = 0
+        ranks, self.ranks = self.ranks, {}
+        self._begin()
+        self.transitions.adopt()
+        for rank in ranks.values():
+            if rank.is_alive:
+                rank.after(0.05 + 0.2 * self.sim.rng.random(), rank.resume)
+        self.beat(self.life)
+
+    def beat(self, life: int) -> None:
+        """Turns without an event, as the loop has them."""
+        if life == self.life and self.is_alive:
+            self.turn()
+            self.after(1.0, self.beat, life)

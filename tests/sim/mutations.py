@@ -1,0 +1,67 @@
+"""Mistakes that the simulation has to find: each takes one safeguard out of the product for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import msgspec
+
+from common.fence import Fence
+from services.hmm.catalog import Transition
+from services.hmm.transition import Transitions
+from services.router.streams import Stream
+from services.worker.engine.engine import Engine
+
+
+class Mutation(NamedTuple):
+    """`place` in an object is `instead` meanwhile; one of `found` is part of what the simulation then says."""
+
+    where: Any
+    place: str
+    instead: Any
+    found: tuple[str, ...]
+
+
+def _double(self: Stream, delta: Any) -> tuple[int, ...]:
+    """What is known is taken once more."""
+    for token in delta.ids:
+        self.tokens.append(token)
+    return tuple(delta.ids)
+
+
+def _without_tail(hand_over: Callable[..., Any]) -> Callable[..., Any]:
+    """A hand-over whose last blocks are of somebody else."""
+
+    def cut(self: Engine, sequence: Any, num_copied: int, now: float) -> Any:
+        message = hand_over(self, sequence, num_copied, now)
+        return msgspec.structs.replace(message, tail=bytes(len(message.tail)))
+
+    return cut
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "a commit does not wait until all are prepared": Mutation(
+        Transitions, "_prepared", lambda _: tuple(range(8)), ("is committed",)
+    ),
+    "memory is given back while ranks have it mapped": Mutation(
+        Transitions, "_is_let_go", lambda *_: True, ("is mapped and given back",)
+    ),
+    "commands of superseded scalers are obeyed": Mutation(Fence, "check", lambda *_: None, (" obeys epoch ",)),
+    "a transition begins before the last one is over": Mutation(
+        Transition, "is_over", property(lambda _: True), ("in the middle", "catalog: ", "computes by epoch")
+    ),
+    "a router takes tokens that it has": Mutation(Stream, "_accept_part", _double, ("tokens", "history")),
+    "a hand-over loses the end of the KV": Mutation(Engine, "hand_over", _without_tail(Engine.hand_over), ("tokens",)),
+}
+
+
+@contextmanager
+def mutated(name: str) -> Iterator[None]:
+    """With the mistake called `name`."""
+    mutation = MUTATIONS[name]
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(mutation.where, mutation.place, mutation.instead))
+        yield

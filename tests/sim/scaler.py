@@ -1,0 +1,342 @@
+"""The scaler: the product's driver, state machine, decisions and journal in a loop that is driven by the event heap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from common.config import ScalerConfig
+from common.layout import RankId, Seat
+from common.protocol.codec import Message, Received
+from common.protocol.errors import ElasticMoEError, Fenced, Unavailable
+from common.protocol.hmm import GetHmmStatus, SetMembership
+from common.protocol.pool import GetPool, StartRank
+from common.protocol.rank import GetRankLoad
+from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankExited, RankLoad
+from services.scaler import orders
+from services.scaler.core import AnnounceLayout, Observed, Publish, Start, decide
+from services.scaler.driver import Driver
+from services.scaler.journal import RETRY_S, VERIFY_S, Journal
+from services.scaler.operation import Operation, Request
+from services.scaler.plan import Rates, Target, sizes_of
+from services.scaler.way import plan_way
+from tests.sim.heap import Actor, Crashed
+from tests.sim.hmm import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC
+from tests.sim.store import DiskFence
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+LEASE_MS = 3_000
+CALL_S = 2.0
+TURN_S, IDLE_TURN_S = 0.2, 0.6
+SIZES = sizes_of(SPEC, PAGE)
+CONFIG = ScalerConfig(run_dir="/nonexistent")
+
+
+class Quiet:
+    """Meters that count nothing."""
+
+    def phase(self, phase: str, seconds: float) -> None:
+        """See services.scaler.meters."""
+
+    def operation(self, operation: Operation, outcome: str) -> None:
+        """See services.scaler.meters."""
+
+
+class SimPeers:
+    """The scaler's connections to ranks."""
+
+    def __init__(self, scaler: Scaler) -> None:
+        self._scaler = scaler
+        self._loads: dict[RankId, tuple[RankLoad, float]] = {}
+        self._asked: dict[RankId, float] = {}
+
+    def keep(self, seats: Iterable[Seat]) -> None:
+        """See services.scaler.peers."""
+        wanted = {seat.rank for seat in seats}
+        for rank in [rank for rank in self._loads if rank not in wanted]:
+            del self._loads[rank]
+
+    def ask(self, seats: Iterable[Seat], interval_s: float) -> None:
+        """See services.scaler.peers."""
+        now = self._scaler.sim.now
+        for seat in seats:
+            if now - self._asked.get(seat.rank, -9.0) >= min(interval_s, 0.4):
+                self._asked[seat.rank] = now
+                self.tell(seat.rank, GetRankLoad())
+
+    def tell(self, rank: RankId, command: Message) -> None:
+        """See services.scaler.peers."""
+        self._scaler.send(f"rank-{rank}", command)
+
+    def receive(self) -> None:
+        """See services.scaler.peers: answers are taken as they come."""
+
+    def take(self, load: RankLoad) -> None:
+        """An answer."""
+        self._loads[load.rank] = load, self._scaler.sim.now
+
+    def loads(self, ranks: Mapping[int, PoolRank], age_s_max: float) -> dict[int, RankLoad]:
+        """See services.scaler.peers."""
+        found = {}
+        for slot, rank in ranks.items():
+            load, at = self._loads.get(rank.rank, (None, 0.0))
+            if load is not None and at >= self._scaler.sim.now - age_s_max and load.incarnation == rank.incarnation:
+                found[slot] = load
+        return found
+
+
+class SimJournal(Journal):
+    """The product's journal without its thread: `pump` does one round of it."""
+
+    verified_at = 0.0
+
+    def pump(self, now: float) -> float:
+        """Write or verify; seconds until the next round."""
+        try:
+            if self._has_work():
+                self._write_next()
+                return 0.02
+            if now - self.verified_at > VERIFY_S:
+                self.verified_at = now
+                self._verify()
+        except Fenced:
+            self._on_fenced()
+        except ElasticMoEError:
+            return RETRY_S
+        return 0.1
+
+
+class Scaler(Actor):
+    """One process. It waits for the lease, acts under its fencing epoch, and ends when it is fenced."""
+
+    def __init__(self, world: World, number: int) -> None:
+        super().__init__(world.sim, f"scaler:{number}")
+        self.world = world
+        self.epoch = 0
+        self.fence = DiskFence(world.disk, "scaler")
+        self.starting: dict[int, float] = {}
+        self.peers = SimPeers(self)
+        self.driver: Driver | None = None
+        self.journal: SimJournal
+        self.has_served = False
+        self.phase = "waiting"
+        self.last_turn_s = -1.0
+        self._is_fenced = False
+        self._committed_since: float | None = None
+        self._hmm: HmmStatus | None = None
+        self._num_started = 0
+        self._mark: Any = None
+        world.sim.actors[self.name] = self
+        self.after(0.01, self._acquire)
+
+    # ---- the lease
+
+    def _acquire(self) -> None:
+        try:
+            got = self.world.store.acquire_lease(self.name, LEASE_MS, self.fence.epoch)
+        except Unavailable:
+            got = "nobody"
+        if isinstance(got, str):
+            self.after(LEASE_MS / 10e3, self._acquire)
+            return
+        self.fence.check(got, self.name)
+        self.epoch = got
+        self.sim.note(f"{self.name}: acts under epoch {got}")
+        self.journal = SimJournal(self.world.store, self.name, self._lose, lambda: None)  # type: ignore[arg-type]
+        self.driver = Driver(CONFIG, self, self.journal, Quiet(), self._tell, lambda: self.sim.now)  # type: ignore[arg-type]
+        try:
+            self.driver.resume(self.world.store.get_operation(), self.world.store.ended_operations())
+        except Unavailable:
+            pass
+        self.aside(LEASE_MS / 2e3, self._renew)
+        self.aside(0.02, self._pump)
+        self._loop()
+
+    def _renew(self) -> None:
+        try:
+            if not self.world.store.renew_lease(self.name, LEASE_MS, self.epoch):
+                self._lose()
+                return
+        except Unavailable:
+            pass
+        self.aside(LEASE_MS / 2e3, self._renew)
+
+    def _pump(self) -> None:
+        self.aside(self.journal.pump(self.sim.now), self._pump)
+
+    def _lose(self) -> None:
+        self._is_fenced = True
+
+    def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
+        if kind != "operation_phase":
+            self.sim.note(f"{self.name}: {kind} {facts.get('op_id', '')} {reason}")
+
+    # ---- links
+
+    def send(self, address: str, body: Message) -> None:
+        """A message to a rank; its answer comes by `receive`."""
+        self.sim.send(self.name, address, Received(self.epoch, self.name, self.sim.next_seq(), body))
+
+    def receive(self, sender: str, message: Received[Any]) -> None:
+        """What comes unasked, or too late."""
+        if isinstance(message.body, RankLoad):
+            self.peers.take(message.body)
+        elif isinstance(message.body, RankExited):
+            self.starting.pop(message.body.slot, None)
+            if self.driver is not None:
+                self.driver.on_exit(message.body)
+
+    def _call(self, address: str, body: Message) -> Any:
+        return self.sim.call(self, self.name, address, self.epoch, body, CALL_S)
+
+    def tell_hmm(self, command: Message) -> None:
+        """See services.scaler.links."""
+        self._call("hmm", command)
+
+    def tell_pool(self, command: Message) -> None:
+        """See services.scaler.links."""
+        self._call("pool", command)
+
+    def start(self, seat: Seat, epoch: int) -> None:
+        """See services.scaler.links."""
+        self.world.num_started += 1
+        incarnation = f"rank-{seat.rank}:{self.world.num_started:016x}"
+        self.tell_pool(
+            StartRank(seat.rank, seat.slot, seat.device, incarnation, epoch, MAX_TOKENS, MAX_SEQUENCES, MAX_MODEL_LEN)
+        )
+        self.starting[seat.slot] = self.sim.now
+
+    def _ask(self, address: str, question: Message) -> Any:
+        try:
+            return self._call(address, question)
+        except ElasticMoEError:
+            return None
+
+    # ---- the loop
+
+    def _loop(self) -> None:
+        try:
+            is_busy = self._turn()
+        except Crashed:
+            return
+        except ElasticMoEError as error:
+            if error.code != Fenced.code:
+                raise
+            self.sim.note(f"{self.name}: fenced: {error.message}")
+            self.crash(0.3)
+            return
+        self.after(TURN_S if is_busy else IDLE_TURN_S, self._loop)
+
+    def _turn(self) -> bool:
+        assert self.driver is not None
+        if self._is_fenced:
+            raise Fenced("another scaler holds the lease")
+        hmm: HmmStatus | None = self._ask("hmm", GetHmmStatus())
+        pool: PoolStatus | None = self._ask("pool", GetPool())
+        now = self.sim.now
+        coming = {rank.slot for rank in pool.ranks if not rank.ready} if pool else set(self.starting)
+        self.starting = {slot: at for slot, at in self.starting.items() if slot in coming and now - at < 60.0}
+        self._hmm = hmm
+        if hmm is None or hmm.layout is None:
+            if self.driver.operation is not None or self.has_served:
+                self.driver.turn(hmm, pool)
+            return True
+        layout = hmm.layout
+        self._serve_orders()
+        decision = decide(layout, self._observe(hmm, pool))
+        self.phase = decision.phase
+        self.has_served |= decision.phase == "serving"
+        for action in decision.actions:
+            try:
+                if isinstance(action, Start):
+                    self.start(action.seat, layout.epoch)
+                elif isinstance(action, Publish):
+                    self.tell_hmm(SetMembership(layout.slots, action.running))
+                elif isinstance(action, AnnounceLayout):
+                    self.journal.announce(layout)
+            except ElasticMoEError as error:
+                if error.code == Fenced.code:
+                    raise
+        if self.has_served or self.driver.operation is not None:
+            self.driver.turn(hmm, pool)
+        self._note_operation()
+        return self.driver.operation is not None or decision.phase != "serving" or bool(decision.actions)
+
+    def _note_operation(self) -> None:
+        assert self.driver is not None
+        operation = self.driver.operation
+        mark = (operation.phase, operation.leg, operation.attempt, operation.why) if operation else None
+        if operation is not None and mark != self._mark:
+            self.sim.note(f"{self.name}: {operation.stage_id} {operation.phase}: {operation.why}")
+        self._mark = mark
+
+    def _observe(self, hmm: HmmStatus, pool: PoolStatus | None) -> Observed:
+        now = self.sim.now
+        is_committed = hmm.transition is not None and hmm.transition.phase == "committed"
+        if not is_committed:
+            self._committed_since = None
+        elif self._committed_since is None:
+            self._committed_since = now
+        return Observed(
+            hmm=hmm,
+            pool=pool,
+            announced_epoch=self.journal.announced_epoch,
+            starting=frozenset(self.starting),
+            ever_served=self.has_served,
+            restarts_left=5,
+            committed_for_s=now - self._committed_since if self._committed_since is not None else 0.0,
+        )
+
+    # ---- orders
+
+    def _serve_orders(self) -> None:
+        while self.has_served and self.world.orders:
+            op_id, target = self.world.orders.popleft()
+            try:
+                self._begin(op_id, target)
+            except ElasticMoEError as error:
+                self.sim.note(f"{self.name}: order {op_id} refused: {error.message}")
+                self.world.refused[op_id] = error.code
+
+    def _begin(self, op_id: str, target: Target | str | None) -> None:
+        driver = self.driver
+        assert driver is not None
+        if isinstance(target, str):
+            operation = orders.cancelled(target, driver.operation, driver.ended)
+            if operation is not driver.operation:
+                driver.replace(operation)
+            self.sim.note(f"{self.name}: {target} is cancelled")
+            return
+        request = Request(reason=op_id, deadline_s=self.world.deadline_s)
+        if target is not None:
+            request = msgspec.structs.replace(
+                request, replicas=target.replicas, devices=target.devices, remove=target.remove
+            )
+        order = orders.Order(op_id, request, target)
+        if orders.repeated(order, driver.operation, driver.ended) is not None:
+            return
+        hmm = self._hmm
+        if target is None:
+            driver.begin(orders.accept(order, op_id, None, None, 0.0))
+            return
+        memory = orders.memory_of(hmm)
+        assert hmm is not None
+        assert hmm.layout is not None
+        devices = [device.device for device in hmm.devices]
+        plan = plan_way(hmm.layout, target, SIZES, memory, devices, Rates())
+        driver.begin(orders.accept(order, op_id, plan, orders.planned_of(plan, SIZES), 0.0))
+        self.sim.note(f"{self.name}: {op_id} begins: {target}")
+
+    def crash(self, down_s: float) -> None:
+        """It ends; a supervisor starts another one."""
+        if not self.is_alive:
+            return
+        self.sim.note(f"{self.name}: ended for {down_s:.2f} s")
+        self.end()
+        self.sim.actors.pop(self.name, None)
+        self.world.scalers.remove(self)
+        self.sim.push(self.sim.now + down_s, None, 0, self.world.start_scaler, ())

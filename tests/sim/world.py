@@ -1,0 +1,267 @@
+"""All services together, what is checked at every step (safety), and what has to hold once it is quiet (liveness)."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from common.families import records
+from common.layout import Layout, initial_layout
+from common.protocol.hmm import LoadModel
+from services.hmm import catalog as catalog_module
+from services.hmm.catalog import Transition, check_integrity, keys_of
+from services.scaler.plan import Target
+from tests.sim.heap import Sim, Violation
+from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm, seat_memory
+from tests.sim.rank import PeerClient, Pool, Rank
+from tests.sim.router import Router, RouterClient
+from tests.sim.scaler import Scaler
+from tests.sim.store import Store
+
+DEVICES = tuple(f"host:{i}" for i in range(4))
+BEAT_S, IDLE_BEAT_S = 0.1, 0.4
+STEP_S = 0.25  # a step is slow, so that requests live long enough to move
+
+
+class World:
+    """Everything of one seed. `orders`: what operators ask for, until a scaler takes it."""
+
+    def __init__(self, seed: int, *, verbose: bool = False) -> None:
+        self.sim = Sim(seed, verbose=verbose)
+        rng = self.sim.rng
+        self.disk: dict[str, int] = {}
+        self.orders: deque[tuple[str, Target | str | None]] = deque()
+        self.refused: dict[str, str] = {}
+        self.deadline_s = 600.0
+        self.num_started = self.num_scalers = self.num_flips = 0
+        self.is_healed = False
+        self.crash_rate = 0.0  # of a member, at each step
+        self._stepped_at = 0.0
+        self._fences: dict[str, int] = {}
+        self._needs: dict[int, dict[int, frozenset[Any]]] = {}
+        self.store = Store(self.sim)
+        layout = initial_layout(SPEC.num_experts_by_layer, DEVICES[: rng.choice((1, 2, 2, 3))])
+        kv_bytes = rng.choice((4, 6, 8)) * PAGE
+        load = LoadModel(
+            "load-1", "/m", "float32", layout, BLOCK_SIZE, kv_bytes, MAX_TOKENS, MAX_SEQUENCES, MAX_MODEL_LEN
+        )
+        self.hmm = Hmm(self.sim, DEVICES, rng.choice((330, 360, 420)) << 10, load, self.disk)
+        self.hmm.expect = self.expect
+        self._was: tuple[Layout, Transition | None] = (layout, None)
+        self._state: Any = None
+        self.hmm.on_change = self._check_hmm
+        self.pool = Pool(self, 3)
+        self.scalers: list[Scaler] = []
+        self.start_scaler()
+        self.router = Router(self)
+        self.sim.push(0.05, None, 0, self._beat, ())
+
+    def start_scaler(self) -> None:
+        """One more scaler; it waits for the lease."""
+        self.num_scalers += 1
+        self.scalers.append(Scaler(self, self.num_scalers))
+
+    # ---- steps
+
+    def _beat(self) -> None:
+        ranks = [rank for rank in self.pool.ranks.values() if rank.is_ready]
+        for rank in ranks:
+            if rank.is_alive and not rank.is_paused:
+                rank.turn()
+        ranks = [rank for rank in ranks if rank.is_alive]
+        self._meet(ranks)
+        _, _, is_running, _ = self.hmm.bus.membership()
+        is_busy = not is_running or self.hmm.bus.staged()[0] or any(rank.is_busy for rank in ranks)
+        self.sim.push(self.sim.now + (BEAT_S if is_busy else IDLE_BEAT_S), None, 0, self._beat, ())
+
+    def _meet(self, ranks: list[Rank]) -> None:
+        """All members step together, or flip, or wait for one that is not there."""
+        bus, rng = self.hmm.bus, self.sim.rng
+        generation, members, is_running, epoch = bus.membership()
+        here = [rank for rank in ranks if members >> rank.seat.slot & 1]
+        if not is_running or len(here) != members.bit_count():
+            return
+        if any(rank.generation != generation or not rank.is_member or rank.is_paused for rank in here):
+            return
+        self.expect(all(rank.epoch == epoch for rank in here), "two layouts are in force")
+        is_early = self.sim.now < self._stepped_at + STEP_S
+        plans = [rank.engine.plan() for rank in here] if not is_early else []
+        staged, _, following = bus.staged()
+        if staged and all(following in rank.routings for rank in here):
+            self.expect(bus.flip(staged), "a staged generation cannot be flipped to")
+            self.num_flips += 1
+            self.sim.note(f"bus: flipped to generation {staged}, epoch {following}")
+            return
+        if not any(plan.num_tokens for plan in plans):
+            return
+        self._stepped_at = self.sim.now
+        self._check_homes(here, epoch)
+        victim = rng.choice(here) if self.crash_rate and rng.random() < self.crash_rate else None
+        for rank, plan in zip(here, plans, strict=True):
+            if victim is None or (rank is not victim and rng.random() < 0.5):
+                rank._send(rank.engine.run(plan))
+        if victim is not None:
+            victim.exit("killed in a step")
+
+    # ---- safety
+
+    def expect(self, is_true: bool, text: str) -> None:
+        """Fail with what is broken."""
+        if not is_true:
+            raise Violation(text)
+
+    def note_fence(self, resource: str, epoch: int) -> None:
+        """A resource obeys a command of this fencing epoch."""
+        highest = self._fences.get(resource, 0)
+        self.expect(epoch >= highest, f"{resource} obeys epoch {epoch} after {highest}")
+        self._fences[resource] = epoch
+
+    def _check_homes(self, ranks: list[Rank], epoch: int) -> None:
+        """Each expert is mapped by the rank that the routing in force sends its tokens to."""
+        layout: Layout = ranks[0].routings[epoch]
+        if epoch not in self._needs:
+            needs: dict[int, set[Any]] = {seat.slot: set() for seat in layout.seats}
+            for layer, experts in enumerate(layout.homes):
+                for expert, homes in enumerate(experts):
+                    needs[homes[0]].add(("expert", layer, expert))
+            self._needs[epoch] = {slot: frozenset(keys) for slot, keys in needs.items()}
+        for rank in ranks:
+            held = {(key.kind, key.layer, key.expert) for key in rank.held if not isinstance(key, int)}
+            missing = self._needs[epoch].get(rank.seat.slot, frozenset()) - held
+            self.expect(not missing, f"{rank.name} computes by epoch {epoch} without {missing}")
+
+    def _check_hmm(self) -> None:
+        """The HMM's state after every change of it."""
+        hmm = self.hmm
+        loaded, transition = hmm.loaded, hmm.transition
+        if loaded is None:
+            return
+        sizes = tuple((len(m.records), len(m.kv), m.num_claimed, m.num_releasing) for m in hmm.memories.values())
+        state = (loaded.layout.epoch, transition and (transition.request.op_id, transition.phase), sizes)
+        if state == self._state:
+            return
+        self._state = state
+        before, last = self._was
+        self._was = loaded.layout, transition
+        for memory in hmm.memories.values():
+            used = hmm.bytes_of(memory)
+            self.expect(used <= memory.device.budget, f"{memory.device.name}: {used} bytes exceed the budget")
+        findings = check_integrity(hmm.catalog())
+        self.expect(not findings, f"catalog: {findings}")
+        if transition is not None and (last is None or last.request.op_id != transition.request.op_id):
+            self.expect(last is None or last.is_over, f"{transition.request.op_id} begins in the middle of another one")
+            self.sim.note(f"hmm: {transition.request.op_id} {transition.phase}")
+        elif transition is not None and last is not None and last.phase != transition.phase:
+            self.sim.note(f"hmm: {transition.request.op_id} {transition.phase}")
+        if loaded.layout != before:
+            self._check_commit(before, loaded.layout)
+
+    def _check_commit(self, before: Layout, after: Layout) -> None:
+        self.expect(after.epoch == before.epoch + 1, f"epoch {after.epoch} follows {before.epoch}")
+        for seat in after.seats:
+            attached = self.hmm.by_slot.get(seat.slot)
+            rank = self.hmm.ranks.get(attached.incarnation) if attached else None
+            self.expect(rank is not None, f"epoch {after.epoch} is committed, and nobody is in slot {seat.slot}")
+            assert rank is not None
+            missing = keys_of((after,), seat.device) - rank.held
+            text = f"epoch {after.epoch} is committed, and {rank.name} lacks"
+            self.expect(not missing, f"{text} {missing}")
+            self.expect(after.epoch in rank.routings, f"{text} its routing")
+
+    # ---- liveness
+
+    def unrest(self) -> str:
+        """What is not as it must be in the end; empty when all is quiet and in agreement."""
+        hmm, bus = self.hmm, self.hmm.bus
+        acting = [scaler for scaler in self.scalers if scaler.driver is not None and not scaler._is_fenced]
+        if not acting:
+            return "no scaler acts"
+        assert hmm.loaded is not None
+        layout, transition = hmm.loaded.layout, hmm.transition
+        if self.orders:
+            return "orders wait"
+        for scaler in acting:
+            if scaler.driver is not None and scaler.driver.operation is not None:
+                operation = scaler.driver.operation
+                return f"{operation.op_id} is in progress: {operation.phase}, {operation.why}"
+        if self.store.data.get("operation") is not None:
+            return "the journal has an operation"
+        if transition is not None and not transition.is_over:
+            return f"transition {transition.request.op_id} is {transition.phase}"
+        if self.store.get_layout() != layout or self.router.dispatcher.layout != layout:
+            return "the store's, the router's and the HMM's layouts differ"
+        _, members, is_running, epoch = bus.membership()
+        if not is_running or epoch != layout.epoch or members != sum(1 << slot for slot in layout.slots):
+            return f"the members {members:b} run by epoch {epoch}: {is_running}"
+        if sorted(self.pool.ranks) != list(layout.slots):
+            return f"ranks in slots {sorted(self.pool.ranks)}"
+        if self.router.dispatcher.streams:
+            return f"requests {sorted(self.router.dispatcher.streams)} run"
+        return self._unrest_of_ranks(layout)
+
+    def _unrest_of_ranks(self, layout: Layout) -> str:
+        for slot, rank in self.pool.ranks.items():
+            if not rank.is_ready or rank.goal is not None or rank.epoch != layout.epoch:
+                return f"{rank.name} is not there yet"
+            scheduler, memory = rank.engine.scheduler, self.hmm.memories[rank.seat.device]
+            self.expect(not rank.engine.check_integrity(), f"{rank.name}: {rank.engine.check_integrity()}")
+            if scheduler.sequences() or scheduler.holds or rank.migration.num_moving:
+                return f"{rank.name} has sequences, holds or transfers"
+            if rank.migration.is_leaving:
+                return f"{rank.name} leaves"
+            blocks = scheduler.blocks
+            if blocks.num_free != blocks.num_blocks or blocks.num_blocks != 4 * len(memory.kv):
+                return f"{rank.name}: {blocks.num_free} of {blocks.num_blocks} blocks free"
+            if {*memory.records, *memory.kv} != rank.held:
+                return f"{rank.name} has something else mapped than the HMM says"
+            self.expect(rank.seat.slot == slot, "a rank is in another slot")
+        return ""
+
+
+class _NoThread:
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def start(self) -> None:
+        """Nothing: the simulation pumps."""
+
+
+class _Clock:
+    """In the place of the module time, for the cores that look at it."""
+
+    world: World | None = None
+
+    def monotonic(self) -> float:
+        """Virtual."""
+        return self.world.sim.now if self.world else 0.0
+
+
+CLOCK = _Clock()
+
+
+@contextmanager
+def simulated() -> Iterator[None]:
+    """Sockets, threads, clocks and logs of the product are the simulation's meanwhile."""
+    all_records = lru_cache(maxsize=4)(lambda spec: tuple(records(spec)))
+    replaced: list[tuple[str, Any]] = [
+        ("services.hmm.transition.seat_memory", seat_memory),
+        ("services.hmm.transition.time", CLOCK),
+        ("services.hmm.staging.records", all_records),
+        ("services.router.links.AsyncClient", RouterClient),
+        ("services.worker.migration.link.Client", PeerClient),
+        ("services.scaler.journal.threading", SimpleNamespace(Condition=threading.Condition, Thread=_NoThread)),
+    ]
+    with ExitStack() as stack:
+        for name, value in replaced:
+            stack.enter_context(mock.patch(name, value))
+        stack.enter_context(mock.patch.object(catalog_module, "records", all_records))
+        logging.disable(logging.CRITICAL)
+        stack.callback(logging.disable, logging.NOTSET)
+        yield

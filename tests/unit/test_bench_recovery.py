@@ -1,0 +1,46 @@
+"""`bench recovery`: gaps from a router's history."""
+
+from __future__ import annotations
+
+import json
+
+from cli.bench.recovery import Gaps, gaps_around
+
+
+def history(*events: tuple[float, str, str, str]) -> list[bytes]:
+    return [json.dumps({"t": t, "event": event, "id": name, "rank": rank}).encode() for t, event, name, rank in events]
+
+
+def test_gaps_of_the_killed_rank_s_streams_and_of_the_others() -> None:
+    lines = history(
+        (0.0, "accepted", "a", "r0t0"),
+        (0.0, "accepted", "b", "r1t0"),
+        (0.0, "accepted", "ended", "r0t0"),
+        (0.1, "accepted", "waiting", "r0t0"),
+        (0.5, "chunk", "a", ""),
+        (0.5, "chunk", "ended", ""),
+        (0.6, "terminal", "ended", ""),
+        (0.9, "chunk", "a", ""),
+        (0.95, "chunk", "b", ""),
+        (1.25, "chunk", "b", ""),  # the kill was at 1.0
+        (1.3, "accepted", "late", "r1t0"),
+        (1.4, "chunk", "a", ""),
+        (1.45, "chunk", "late", ""),
+        (1.5, "chunk", "a", ""),
+        (9.0, "chunk", "late", ""),
+        (9.1, "chunk", "b", ""),
+    )
+    found = gaps_around([*lines, b'{"t": 9.2, "ev'], "r0t0", 1.0, 3.0)
+    assert (round(found.of_rank, 6), round(found.of_others, 6), found.num_streams) == (0.5, 0.3, 1)
+
+
+def test_a_stream_that_never_goes_on_counts_to_the_end() -> None:
+    lines = history(
+        (0.0, "accepted", "a", "r0t0"),
+        (0.5, "chunk", "a", ""),
+        (0.6, "moved", "a", "r1t0"),
+        (2.0, "accepted", "b", "r0t0"),
+    )
+    assert gaps_around(lines, "r1t0", 1.0, 4.5) == Gaps(4.0, -1.0, 1)
+    assert gaps_around(lines[:2], "r0t0", 1.0, 4.5) == Gaps(4.0, -1.0, 1)  # nothing has come since
+    assert gaps_around([], "r1t0", 1.0, 4.5) == Gaps(-1.0, -1.0, 0)

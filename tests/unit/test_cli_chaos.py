@@ -1,0 +1,94 @@
+"""What `elasticmoe chaos` draws from a seed, and what it makes of what it saw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cli.chaos import Verdict, judge
+from cli.chaos_faults import KILL, STOP, TARGETS, Fault, Resize, draw_faults, draw_resizes
+from cli.chaos_load import BROKEN, HUNG, Tally
+from cli.chaos_run import Seen
+from cli.chaos_state import FDS_MORE_MAX, Holdings
+
+
+def test_a_seed_gives_the_same_run() -> None:
+    assert draw_faults(7, 1_800, 30) == draw_faults(7, 1_800, 30) != draw_faults(8, 1_800, 30)
+    assert draw_resizes(7, 1_800, 5) == draw_resizes(7, 1_800, 5) != draw_resizes(8, 1_800, 5)
+
+
+def test_half_an_hour_has_every_kind_of_fault_about_every_30_seconds() -> None:
+    faults = [fault for seed in range(10) for fault in draw_faults(seed, 1_800, 30)]
+    assert 55 <= len(faults) / 10 <= 65
+    assert {fault.target for fault in faults} == set(TARGETS)
+    assert {fault.kind for fault in faults} == {KILL, STOP}
+    assert all((fault.seconds > 0) == (fault.kind == STOP) for fault in faults)
+
+
+def test_resizes_stay_within_the_devices_and_name_replicas_that_are_there() -> None:
+    for resize in draw_resizes(1, 10_000, 5):
+        body = resize.body([0, 2, 7])
+        if body is None:
+            assert resize.choice == 3
+        elif "remove" in body:
+            assert body["remove"][0] in (0, 2, 7)
+        else:
+            assert 1 <= body["replicas"] <= 5
+    assert Resize(1.0, 4, 0.1).body([3]) == {"replicas": 4}  # the last one is not removed
+
+
+def broken(verdicts: list[Verdict]) -> set[str]:
+    return {verdict.promise for verdict in verdicts if verdict.has_held is False}
+
+
+def seen_with(**changes: Any) -> Seen:
+    seen = Seen(0.0, epochs=[1, 2, 3])
+    for name, value in changes.items():
+        setattr(seen, name, value)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("changes", "tally", "expected"),
+    [
+        ({}, {}, set()),
+        ({}, {"wrong": 1}, {"oracle"}),
+        ({}, {"errors": [(5.0, "rank_lost")]}, {"P2 P5 P6 P9"}),
+        ({}, {"errors": [(5.0, HUNG)]}, {"P1", "P2 P5 P6 P9"}),
+        ({"epochs": [1, 3, 2]}, {}, {"P7"}),
+        ({"stuck": ["x"]}, {}, {"P3"}),
+        ({"findings": ["hmm: a block has two owners"]}, {}, {"integrity"}),
+        ({"leaks": ["/dev/shm has x"]}, {}, {"P17"}),
+        (
+            {"faults": [(1.0, 9.0, Fault(1, KILL, "hmm", 0, 0))], "not_recovered": ["kill hmm"]},
+            {},
+            {"P5 P6 P7 P9"},
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(changes: dict[str, Any], tally: dict[str, Any], expected: set[str]) -> None:
+    assert broken(judge(seen_with(**changes), Tally(good=10, **tally))) == expected
+
+
+def test_only_a_killed_router_excuses_broken_connections_and_only_a_killed_pool_lost_ranks() -> None:
+    router, pool, hmm = (Fault(1, KILL, name, 0, 0) for name in ("router", "pool", "hmm"))
+
+    def fails(fault: Fault, at: float, code: str) -> bool:
+        seen = seen_with(faults=[(10.0, 20.0, fault)])
+        return bool(broken(judge(seen, Tally(good=1, errors=[(at, code)]))))
+
+    assert not fails(router, 10.1, BROKEN)
+    assert fails(router, 10.1, "rank_lost")
+    assert fails(router, 9.0, BROKEN)
+    assert fails(router, 40.0, BROKEN)
+    assert not fails(pool, 12.0, "rank_lost")
+    assert fails(hmm, 12.0, "rank_lost")
+
+
+def test_leaks_are_what_is_more_than_before() -> None:
+    before = Holdings({"hmm": 100, "pool": 20}, 12, frozenset({"a"}), 1_000_000)
+    same = Holdings({"hmm": 100 + FDS_MORE_MAX, "pool": 10}, 12, frozenset(), 1_010_000)
+    assert same.leaks_since(before) == []
+    more = Holdings({"hmm": 101 + FDS_MORE_MAX}, 13, frozenset({"b"}), 1_100_000)
+    assert len(more.leaks_since(before)) == 4

@@ -1,0 +1,108 @@
+"""Who is ejected for making no progress, and who is not: a long step, a watcher that slept, a suspended machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from common.layout import RankId
+from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
+from services.scaler.watchdog import ALONE_FACTOR, Pulse, Stalled, Watchdog, pulses_of
+
+STALL_S = 2.4
+TURN_S = 0.05
+
+
+def run(
+    watchdog: Watchdog, progress: Callable[[float, int], int], *, until: float, ranks: Iterable[int] = (0, 1, 2)
+) -> list[tuple[float, Stalled]]:
+    """Observe `ranks` every TURN_S; `progress(now, slot)` is each one's counter. What was ejected, and when."""
+    ejected = []
+    for turn in range(int(until / TURN_S)):
+        now = turn * TURN_S
+        pulses = [Pulse(slot, RankId(slot, 0), f"rank:{slot}", progress(now, slot)) for slot in ranks]
+        ejected += [(now, stalled) for stalled in watchdog.look(now, pulses)]
+    return ejected
+
+
+def beats(now: float) -> int:
+    """A rank that waits counts up every half second."""
+    return int(now / 0.5)
+
+
+def test_one_that_stands_while_others_move_is_ejected_in_time() -> None:
+    ejected = run(Watchdog(STALL_S), lambda now, slot: 7 if slot == 1 else beats(now), until=2.6)
+    assert [stalled.incarnation for _, stalled in ejected] == ["rank:1"]
+    at, stalled = ejected[0]
+    assert STALL_S <= at <= STALL_S + 2 * TURN_S
+    assert (stalled.rank, stalled.limit_s) == (RankId(1, 0), STALL_S)
+
+
+def test_two_that_stand_are_both_ejected() -> None:
+    ejected = run(Watchdog(STALL_S), lambda now, slot: beats(now) if slot == 2 else 0, until=2.6)
+    assert sorted(stalled.incarnation for _, stalled in ejected) == ["rank:0", "rank:1"]
+
+
+def test_a_long_step_of_all_is_no_wedge() -> None:
+    """Everybody computes for 6 s; nobody waits."""
+    assert run(Watchdog(STALL_S), lambda now, _: int(now / 6.0), until=30.0) == []
+
+
+def test_where_nobody_moves_for_long_one_is_ejected_not_all() -> None:
+    ejected = run(Watchdog(STALL_S), lambda *_: 3, until=STALL_S * ALONE_FACTOR + 0.2)
+    assert len(ejected) == 1
+    assert ejected[0][1].limit_s == STALL_S * ALONE_FACTOR
+
+
+def test_a_rank_alone_has_the_longer_limit() -> None:
+    ejected = run(Watchdog(STALL_S), lambda *_: 3, until=STALL_S * ALONE_FACTOR + 0.2, ranks=[0])
+    assert [round(at, 1) for at, _ in ejected] == [round(STALL_S * ALONE_FACTOR, 1)]
+
+
+def test_slow_is_not_wedged() -> None:
+    """Stopped two seconds of three, as by SIGSTOP and SIGCONT in turns: it gets on, if slowly."""
+    assert run(Watchdog(STALL_S), lambda now, slot: int(now / 2.0) if slot == 0 else beats(now), until=30.0) == []
+
+
+def test_a_watcher_that_slept_blames_nobody() -> None:
+    """The machine was suspended for a minute: no counter moved, and nobody was observed to stand."""
+    watchdog = Watchdog(STALL_S)
+    pulses = [Pulse(slot, RankId(slot, 0), f"rank:{slot}", 5) for slot in range(3)]
+    assert watchdog.look(0.0, pulses) == ()
+    assert watchdog.look(60.0, pulses) == ()
+    moved = [Pulse(slot, RankId(slot, 0), f"rank:{slot}", 6) for slot in range(3)]
+    assert watchdog.look(60.1, moved) == ()
+
+
+def test_a_successor_starts_with_a_clean_slate() -> None:
+    watchdog = Watchdog(STALL_S)
+
+    def look(now: float, incarnation: str) -> tuple[Stalled, ...]:
+        others = Pulse(1, RankId(1, 0), "rank:b", int(now * 10))
+        return watchdog.look(now, [Pulse(0, RankId(0, 0), incarnation, 9), others])
+
+    for turn in range(20):
+        assert look(turn * 0.1, "rank:a") == ()
+    for turn in range(20, 40):
+        assert look(turn * 0.1, "rank:a2") == ()
+
+
+def test_who_is_not_killed_is_named_again() -> None:
+    ejected = run(Watchdog(STALL_S), lambda now, slot: 7 if slot == 1 else beats(now), until=3 * STALL_S + 0.3)
+    assert [stalled.incarnation for _, stalled in ejected] == ["rank:1"] * 3
+
+
+def test_only_ranks_that_are_attached_and_ready_are_watched() -> None:
+    def device(name: str, attached: str | None, progress: int) -> DeviceStatus:
+        return DeviceStatus(name, 100, 10, 10, 10, 70, 4, 8, attached, progress=progress)
+
+    devices = (device("host:0", "rank:a", 4), device("host:1", "rank:b", 5), device("host:2", None, 0))
+    hmm = HmmStatus("ready", 0, 0, None, devices, 1, (0, 1), True)
+    pool = PoolStatus(
+        0,
+        tuple(
+            PoolRank(RankId(slot, 0), slot, f"host:{slot}", f"rank:{name}", 100 + slot, is_ready)
+            for slot, name, is_ready in ((0, "a", True), (1, "b", False), (2, "c", True))
+        ),
+    )
+    assert pulses_of(hmm, pool) == (Pulse(0, RankId(0, 0), "rank:a", 4),)
+    assert pulses_of(None, pool) == pulses_of(hmm, None) == ()
