@@ -5,9 +5,10 @@ A cell is an operation (`up`: 2 -> 3 replicas, in two legs; `down`: 3 -> 2), a p
 is held, and who is killed meanwhile. `hmm.staged.before/2` is a point in the second leg. Clients stream throughout;
 what they get must be exact, and only those whose rank or router was killed may get an error, a retryable one.
 
-By default each point is taken once, with victims in turn (about four minutes on two cores). The whole product, about an
-hour:
+By default every third point is taken, once, with victims in turn (some two minutes on two cores). Every point once, and
+the whole product, about an hour:
 
+    pytest -m soak tests/procs/test_kill_matrix.py -k each_point
     pytest -m soak tests/procs/test_kill_matrix.py
 """
 
@@ -41,6 +42,7 @@ KILLS_MAX, KILLS_WINDOW_S = 4, 60.0  # of one service: the launcher gives a depl
 BODIES: dict[str, dict[str, Any]] = {"up": {"replicas": 3}, "down": {"remove": [2]}}
 BACK: dict[str, dict[str, Any]] = {"up": {"remove": [2]}, "down": {"replicas": 3}}
 ATTEMPTS = 5
+SHARE = 3  # of the points, one in so many is taken by default
 LAYOUTS = {"up": ([0, 1], [0, 1, 2]), "down": ([0, 1, 2], [0, 1])}  # before and after
 MAY_FAIL = {
     "scaler": frozenset[str](),
@@ -324,7 +326,11 @@ async def check_cell(stage: Stage, cell: Cell) -> None:
         raise
 
 
-@pytest.mark.parametrize("cell", chosen_cells(), ids=str)
+@pytest.mark.parametrize(
+    "cell",
+    [pytest.param(cell, marks=[pytest.mark.soak] if at % SHARE else []) for at, cell in enumerate(chosen_cells())],
+    ids=str,
+)
 async def test_killed_at_each_point(stage: Stage, cell: Cell) -> None:
     await check_cell(stage, cell)
 
