@@ -5,8 +5,8 @@ A cell is an operation (`up`: 2 -> 3 replicas, in two legs; `down`: 3 -> 2), a p
 is held, and who is killed meanwhile. `hmm.staged.before/2` is a point in the second leg. Clients stream throughout;
 what they get must be exact, and only those whose rank or router was killed may get an error, a retryable one.
 
-By default every third point is taken, once, with victims in turn (some two minutes on two cores). Every point once, and
-the whole product, about an hour:
+By default every third point is taken, once, with victims in turn (some three minutes on two cores). Every point once,
+and the whole product, about an hour by estimate:
 
     pytest -m soak tests/procs/test_kill_matrix.py -k each_point
     pytest -m soak tests/procs/test_kill_matrix.py
