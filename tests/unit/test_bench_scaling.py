@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -333,12 +333,20 @@ OK = b"HTTP/1.1 200 OK\r\n\r\n"
 async def server(*answers: bytes) -> AsyncIterator[str]:
     """Answers each request with the next of `answers`, and with the last from then on."""
     left = list(answers)
+    handlers: set[asyncio.Task[None]] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(left.pop(0) if len(left) > 1 else left[0])
-        await writer.drain()
-        writer.close()
+        task = asyncio.current_task()
+        assert task is not None
+        handlers.add(task)
+        with suppress(OSError, asyncio.IncompleteReadError):  # a client that was stopped left in the midst of it
+            try:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(left.pop(0) if len(left) > 1 else left[0])
+                await writer.drain()
+            finally:
+                writer.close()
+                await writer.wait_closed()
 
     running = await asyncio.start_server(handle, "127.0.0.1", 0)
     try:
@@ -346,6 +354,8 @@ async def server(*answers: bytes) -> AsyncIterator[str]:
     finally:
         running.close()
         await running.wait_closed()
+        async with asyncio.timeout(10):  # no connection outlives the loop
+            await asyncio.gather(*handlers)
 
 
 async def until(condition: Callable[[], bool]) -> None:
