@@ -84,7 +84,7 @@ class HostDevice(Device):
         self._reach = max(granularity, budget // granularity * granularity * REACH)
         self._files: dict[Space, _File] = {space: _File(fd, self._reach) for space, fd in (files or {}).items()}
         self._imported: dict[Hashable, _Import] = {}
-        self._claimed: set[Handle] = set()  # whose pages are not all there yet
+        self._unsettled: set[Handle] = set()  # whose pages are not all there: yet, or any more
 
     @property
     def reach(self) -> int:
@@ -144,7 +144,7 @@ class HostDevice(Device):
             raise DoesNotFit(f"{self.name}: no file of {offset + nbytes} bytes: {error.strerror}") from None
         handle = Handle(self.name, nbytes, "local", space, True, Extent(file.fd, offset))
         self._own(handle, space)
-        self._claimed.add(handle)
+        self._unsettled.add(handle)
         return handle
 
     def populate(self, handle: Handle, offset: int, nbytes: int) -> None:
@@ -158,15 +158,18 @@ class HostDevice(Device):
         except OSError as error:
             raise DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}") from None
 
+    def retire(self, handle: Handle) -> None:
+        """Nobody uses a local handle any more: `punch` may give its pages back, until it is released."""
+        self._unsettled.add(handle)
+
     def punch(self, handle: Handle, offset: int, nbytes: int) -> None:
-        """Give back the pages of a part of a local handle that nobody uses any more, ahead of its release. Any thread
-        may, while the handle lives."""
+        """Give back the pages of a part of a retired handle, ahead of its release. Any thread may, while it lives."""
         extent: Extent = handle.backing
         host.punch_hole(extent.fd, extent.offset + offset, nbytes)
 
     def settle(self, handle: Handle) -> None:
         """All pages of a claimed handle are there."""
-        self._claimed.discard(handle)
+        self._unsettled.discard(handle)
 
     @property
     def pages(self) -> int:
@@ -182,7 +185,7 @@ class HostDevice(Device):
                     host.punch_hole(file.fd, offset, min(nbytes, size - offset))
 
     def check_integrity(self) -> list[str]:
-        """Findings: free + owned = total in every space, and all owned pages are there. Empty when all is well."""
+        """Findings: free + owned = total in every space, and all pages of settled handles are there. Empty when all is well."""
         findings = []
         for space, file in self._files.items():
             owned = sorted((self.offset_of(handle), handle.nbytes) for handle in self._local if handle.space == space)
@@ -194,11 +197,11 @@ class HostDevice(Device):
             if end != self._reach:
                 findings.append(f"{self.name}.{space}: free and owned extents end at {end}, not at {self._reach}")
             owned_bytes = sum(nbytes for _, nbytes in owned)
-            claimed_bytes = sum(handle.nbytes for handle in self._claimed if handle.space == space)
+            unsettled_bytes = sum(handle.nbytes for handle in self._unsettled if handle.space == space)
             if owned_bytes != self.used[space]:
                 findings.append(f"{self.name}.{space}: {self.used[space]} bytes are counted, {owned_bytes} are owned")
             present = os.fstat(file.fd).st_blocks * 512
-            if present < owned_bytes - claimed_bytes:
+            if present < owned_bytes - unsettled_bytes:
                 findings.append(f"{self.name}.{space}: {present} bytes are present, {owned_bytes} are owned")
         return findings
 
@@ -220,7 +223,7 @@ class HostDevice(Device):
 
     def _release(self, handle: Handle) -> None:
         extent: Extent = handle.backing
-        self._claimed.discard(handle)
+        self._unsettled.discard(handle)
         if handle.origin == "imported":
             self._drop_file(extent.file)
         elif handle.space is not None:

@@ -147,5 +147,7 @@ class Supply:
 
         for device in {memory.device.name: memory.device for memory, _ in gone}.values():
             self.peaks.sample(device)
+        for memory, handle in gone:
+            memory.device.retire(handle)
         self._num_releasing += 1
         self._background.start("release", lambda: punch([(memory.device, one) for memory, one in gone]), over)
