@@ -58,7 +58,7 @@ down: install
 	$(BIN)/elasticmoe down
 
 test: install
-	$(BIN)/python -m pytest -m 'not compose' $(ARGS)
+	$(BIN)/python -m pytest -m 'not compose' -n 2 --dist loadfile $(ARGS)
 
 test-fast: install
 	$(BIN)/python -m pytest tests/unit tests/sim tests/test_tidy.py -n 2 $(ARGS)

@@ -100,7 +100,8 @@ class Move(Message, frozen=True):
 
     `is_leaving`: hand over all of them, those that come later too, to any of the targets (their numbers are ignored),
     until another Move says otherwise; the rank ends by itself once it is no member any more and nobody needs it.
-    Without targets: hand over nothing, and leave no more.
+    Without targets: hand over nothing, and leave no more. A target that is no member yet gets places reserved and full
+    blocks copied; sequences are handed over to it when it steps with the others.
     """
 
     op_id: Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
@@ -110,9 +111,9 @@ class Move(Message, frozen=True):
 
 class Reserve(Message, frozen=True):
     """Rank -> rank: keep a row and KV blocks for a sequence of `tokens` so far that I want to hand over. Answered by
-    peer.Reserved or Refused. `router`: who gets the tokens; a rank that does not know it refuses (`unknown_router`).
-    Idempotent for the same sender and request. What was reserved is kept until HandOver, Unreserve, or the sender's
-    end as the HMM's or the membership's news have it, RESERVATION_S at the longest."""
+    peer.Reserved or Refused. `router`: who gets the tokens. Idempotent for the same sender and request. What was
+    reserved is kept until HandOver, Unreserve, or the sender's end as the HMM's or the membership's news have it,
+    RESERVATION_S at the longest."""
 
     request_id: RequestId
     router: Annotated[bytes, Meta(min_length=1, max_length=255)]

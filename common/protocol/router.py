@@ -53,6 +53,14 @@ class Moved(Message, frozen=True):
     incarnation: str = ""
 
 
+class MayMove(Message, frozen=True):
+    """The request may go on at another rank soon: connect to that rank, so that its tokens find the way. It may be one
+    that no layout names yet."""
+
+    request_id: str
+    rank: RankId
+
+
 class RankStatus(Message, frozen=True):
     """A rank's load, for the balancer; sent when it changes, at most ten times a second, from the work loop.
 
@@ -78,5 +86,5 @@ class RankStatus(Message, frozen=True):
     recomputed: int = 0
 
 
-ToRouter = Tokens | Failed | Moved | RankStatus | Ack | Refused
+ToRouter = Tokens | Failed | Moved | MayMove | RankStatus | Ack | Refused
 CODEC: Codec[ToRouter] = Codec(ToRouter)

@@ -26,7 +26,7 @@ from common.protocol.codec import Message, Received
 from common.protocol.errors import DeadlineExceeded, ElasticMoEError, ProtocolError, Unavailable
 from common.protocol.rank import Cancel
 from common.protocol.replies import Refused
-from common.protocol.router import Delta, Failed, Moved, RankStatus, Tokens, ToRouter
+from common.protocol.router import Delta, Failed, MayMove, Moved, RankStatus, Tokens, ToRouter
 from common.telemetry import get_logger
 from common.transport import new_identity
 from services.router.balancer import LOST_S, Candidate, decide
@@ -221,6 +221,8 @@ class Dispatcher:
             self._on_failed(link, body, now)
         elif isinstance(body, Moved):
             self._on_moved(link, body, now)
+        elif isinstance(body, MayMove):
+            self._on_may_move(link, body, now)
         elif isinstance(body, Refused):
             self._on_refused(link, body, received.seq, now)
 
@@ -282,10 +284,20 @@ class Dispatcher:
         self._history.moved(stream.name, str(link.rank))
         log.debug("moved", request=stream.name, rank=link.rank)
 
+    def _leads(self, rank: RankId, link: RankLink) -> bool:
+        """Whether what `link` says can be true: that `rank` has, or gets, a sequence."""
+        if rank.tp == 0 and rank.replica >= 0:
+            return True
+        log.error("rank sent nonsense", rank=link.rank, error=f"{rank} does not lead a replica")
+        self._metrics.bad_messages.inc()
+        return False
+
+    def _on_may_move(self, link: RankLink, news: MayMove, now: float) -> None:
+        if self._leads(news.rank, link) and news.request_id in link.streams and news.rank not in self.links:
+            self._link_to(news.rank, now)
+
     def _on_moved(self, link: RankLink, moved: Moved, now: float) -> None:
-        if moved.rank.tp != 0 or moved.rank.replica < 0:
-            log.error("rank sent nonsense", rank=link.rank, error=f"{moved.rank} does not lead a replica")
-            self._metrics.bad_messages.inc()
+        if not self._leads(moved.rank, link):
             return
         stream = self.streams.get(moved.request_id)
         if stream is None:  # it ended before, and the cancel went to a rank that did not have it any more

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -13,6 +13,11 @@ class SequenceMove(msgspec.Struct, frozen=True):
     source: int
     target: int
     num_sequences: int
+
+
+def level_ahead(loads: Mapping[int, int], joining: Collection[int]) -> tuple[SequenceMove, ...]:
+    """The moves that bring the slots in `joining`, which hold nothing yet, to what the others keep."""
+    return tuple(move for move in level({**loads, **dict.fromkeys(joining, 0)}) if move.target in joining)
 
 
 def level(loads: Mapping[int, int]) -> tuple[SequenceMove, ...]:

@@ -140,6 +140,11 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.op_id}/{self.leg}.{self.attempt}"
 
     @property
+    def ahead_id(self) -> str:
+        """The op_id under which ranks are told to get sequences ready for this attempt's joining ranks."""
+        return f"{self.stage_id}.ahead"
+
+    @property
     def is_finished(self) -> bool:
         """Whether nothing will happen any more."""
         return self.phase in FINISHED

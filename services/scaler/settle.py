@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from common.layout import Seat
 from common.protocol.rank import MoveTarget
-from common.protocol.scaler import HmmStatus
-from services.scaler.leveling import level
+from common.protocol.scaler import HmmStatus, RankLoad
+from services.scaler.leveling import SequenceMove, level, level_ahead
 from services.scaler.operation import Abort, Action, MoveSequences, Operation, Release, StopSeat
 from services.scaler.steps import (
     BEFORE_COMMIT,
@@ -59,36 +59,63 @@ def migrate(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     leaders = [seat for seat in hmm.layout.seats if seat.rank.tp == 0] if hmm.layout else []
     loads = {seat.slot: seen.loads[seat.slot] for seat in leaders if seat.slot in seen.loads}
     if operation.phase_s > MIGRATE_S_MAX:
-        return _end_migration(operation, leaders, actions, f"leveling has had its {MIGRATE_S_MAX:g} s")
+        return _end_migration(operation, loads, leaders, actions, f"leveling has had its {MIGRATE_S_MAX:g} s")
     if len(loads) < len(leaders) or not leaders:
         return stay(operation, "ranks tell their load", *actions)
     is_moving = any(load.moving for load in loads.values())
-    if operation.num_rounds and (is_moving or operation.elapsed_s - operation.moves_s < ROUND_S):
+    if is_moving or (operation.num_rounds and operation.elapsed_s - operation.moves_s < ROUND_S):
         return stay(operation, "sequences move", *actions)
     moves = level({slot: load.running + load.waiting + load.moving for slot, load in loads.items()})
     if not moves:
-        return _end_migration(operation, leaders, actions, "all replicas have the same load within one")
+        return _end_migration(operation, loads, leaders, actions, "all replicas have the same load within one")
     rounds = operation.num_rounds + 1
-    seats = {seat.slot: seat for seat in leaders}
-    sources = tuple(sorted({move.source for move in moves}))
-    for source in sources:
-        targets = tuple(
-            MoveTarget(seats[move.target].rank, move.target, move.num_sequences)
-            for move in moves
-            if move.source == source
-        )
-        actions.append(MoveSequences(f"{operation.stage_id}.level{rounds}", seats[source], targets, False))
-    sources = tuple(sorted({*operation.sources, *sources}))
+    actions += _commands(f"{operation.stage_id}.level{rounds}", moves, leaders)
+    sources = tuple(sorted({*operation.sources, *(move.source for move in moves)}))
     operation = msgspec.structs.replace(operation, num_rounds=rounds, sources=sources, moves_s=operation.elapsed_s)
     return stay(operation, "sequences move", *actions)
 
 
-def _end_migration(operation: Operation, leaders: Iterable[Seat], actions: list[Action], why: str) -> Step:
-    ends = [
-        MoveSequences(f"{operation.stage_id}.end", seat, (), False)
-        for seat in leaders
-        if seat.slot in operation.sources
-    ]
+def _commands(op_id: str, moves: Iterable[SequenceMove], seats: Iterable[Seat]) -> list[Action]:
+    by_slot = {seat.slot: seat for seat in seats}
+    targets: dict[int, list[MoveTarget]] = {}
+    for move in moves:
+        target = MoveTarget(by_slot[move.target].rank, move.target, move.num_sequences)
+        targets.setdefault(move.source, []).append(target)
+    return [MoveSequences(op_id, by_slot[source], tuple(some), False) for source, some in sorted(targets.items())]
+
+
+def move_ahead(operation: Operation, seen: Seen) -> list[Action]:
+    """Let ranks get sequences ready for those that join, so that these have work from their first step on: places are
+    reserved and KV is copied before the commit; sequences are handed over after the flip."""
+    leg = operation.current_leg()
+    leaders = [seat for seat in leg.layout.seats if seat.rank.tp == 0]
+    joining = {seat.slot for seat in leg.joining}
+    stayers = {seat.slot for seat in leaders} - joining
+    if not joining or leg.leaving or not stayers <= set(seen.loads):
+        return []
+    if not all(seen.is_attached(seat) for seat in leg.joining):
+        return []  # it would not listen yet
+    told = _told_ahead(operation, seen.loads)
+    counts = {slot: seen.loads[slot].running + seen.loads[slot].waiting for slot in stayers}
+    moves = level_ahead(counts, {seat.slot for seat in leaders} & joining)
+    return _commands(operation.ahead_id, [move for move in moves if move.source not in told], leaders)
+
+
+def end_ahead(operation: Operation, loads: Mapping[int, RankLoad], seats: Iterable[Seat]) -> list[Action]:
+    """Tell the ranks that were told so by `move_ahead` to get nothing ready any more."""
+    told = _told_ahead(operation, loads)
+    return [MoveSequences(f"{operation.stage_id}.end", seat, (), False) for seat in seats if seat.slot in told]
+
+
+def _told_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> set[int]:
+    return {slot for slot, load in loads.items() if load.move_op_id == operation.ahead_id}
+
+
+def _end_migration(
+    operation: Operation, loads: Mapping[int, RankLoad], leaders: Sequence[Seat], actions: list[Action], why: str
+) -> Step:
+    told = {*operation.sources, *_told_ahead(operation, loads)}
+    ends = [MoveSequences(f"{operation.stage_id}.end", seat, (), False) for seat in leaders if seat.slot in told]
     step = enter(operation, "done" if operation.kind == "rebalance" else "release", why)
     return Step(step.operation, (*actions, *ends))
 

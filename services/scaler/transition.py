@@ -28,7 +28,7 @@ from services.scaler.operation import (
     StopSeat,
 )
 from services.scaler.plan import Leg
-from services.scaler.settle import migrate, release, tidy
+from services.scaler.settle import end_ahead, migrate, move_ahead, release, tidy
 from services.scaler.steps import (
     BACKOFF_S,
     BACKOFF_S_MAX,
@@ -179,7 +179,7 @@ def _make_ready(operation: Operation, seen: Seen, transition: TransitionStatus) 
         waits.append("the HMM makes room" if transition.phase == "vacating" else "the HMM copies")
     else:
         starts, missing = _start_joiners(operation, seen)
-        actions += starts
+        actions += [*starts, *move_ahead(operation, seen)]
         unprepared = sorted(set(leg.layout.slots) - set(transition.prepared))
         if missing:
             waits.append(f"ranks {names(missing)} join")
@@ -247,7 +247,7 @@ def _abort(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if transition and transition.phase not in OVER:
         abort = () if transition.phase == "aborting" else (Abort(operation.stage_id),)
         return stay(operation, "the HMM gives the staged layout up", *abort)
-    back = take_back(operation.stage_id, leg.leaving, seen)
+    back = (*take_back(operation.stage_id, leg.leaving, seen), *end_ahead(operation, seen.loads, leg.layout.seats))
     silent = [seat for seat in leg.leaving if seat.slot in ranks and seat.slot not in seen.loads]
     if (back or silent) and operation.phase_s < TAKE_BACK_S:
         return stay(operation, "ranks leave no more", *back)

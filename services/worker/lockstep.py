@@ -35,7 +35,8 @@ class Lockstep:
     """Owned by the rank's thread. `memory` and `exchange` stay the rank's.
 
     `is_member`: takes part in the present generation. `is_awake`: steps with the others, also without work of its own.
-    `epoch`: of the layout whose routing is in use; 0 before the first generation.
+    `members`: bit mask of the slots that take part in the present generation. `epoch`: of the layout whose routing is
+    in use; 0 before the first generation.
     """
 
     def __init__(self, memory: Memory, exchange: ShmExchange, slot: int, is_stopping: Callable[[], bool]) -> None:
@@ -46,6 +47,7 @@ class Lockstep:
         self._is_stopping = is_stopping
         self._generation = 0
         self.epoch = 0
+        self.members = 0
         self.is_member = False
         self.is_awake = False
 
@@ -57,7 +59,7 @@ class Lockstep:
         routing = self._memory.routings.get(epoch)
         if running and members >> self._slot & 1 and routing is None:
             return False  # the HMM's message with it has not been read yet
-        self._generation = generation
+        self._generation, self.members = generation, members
         self.is_member = running and bool(members >> self._slot & 1)
         if self.is_member and routing is not None:
             self._exchange.set_routing(generation, routing.owners)

@@ -58,6 +58,7 @@ IDLE_MS = 500  # the longest sleep, and so the slowest beat of an idle rank's st
 BUSY_MS = 5  # the longest sleep of a rank that does not step and has something else to do
 STATUS_S = 0.1  # at most this often
 LOOK_S = 0.01  # how often a stepping rank looks at its descriptors
+WELCOME_S = 0.01  # the longest wait of a new member for what others hand over to it as it comes
 SMOOTHING = 0.05  # of the reported shares of a step
 WARM_UP_TOKENS = 4
 
@@ -166,13 +167,12 @@ class Rank:
         self._progress += 1
         self._bus.bump_progress()
         self._change_memory()
+        self._follow_members()
         for router in self._reports.turn(now):
             self._drop_peer(router)
-        for router, message in self._migration.turn(now):
+        for router, message in self._migration.turn(now, self._lockstep.members):
             self._tell(router, message)
         self._send(self._engine.end_overlong())
-        if self._lockstep.sync():
-            self._migration.ask_again()
         plan = self._engine.plan() if self._lockstep.is_member else None
         if plan is None or not (plan.num_tokens or self._lockstep.shall_meet()):
             self._send_status(now)
@@ -191,6 +191,18 @@ class Rank:
             self._discarded += plan.num_tokens if total else 0
             log.info("step discarded", generation=aborted.generation)
         self._send_status(now)
+
+    def _follow_members(self) -> None:
+        """Learn who steps together now. A rank that comes in by a flip finds places kept for sequences that others hand
+        over at this very moment: it waits for them a little, so that they do not miss a step."""
+        is_new = not self._lockstep.is_member
+        if not self._lockstep.sync():
+            return
+        self._migration.ask_again()
+        until = time.monotonic() + WELCOME_S
+        while is_new and self._migration.num_expected and (left_s := until - time.monotonic()) > 0:
+            self._look(self._server.poll(max(1, int(left_s * 1e3))), time.monotonic())
+            self._take_messages(time.monotonic())
 
     def _step(self, plan: Plan, total: int, started: int) -> None:
         outcome = self._engine.compute(plan, total, STEP_MS_MAX)
@@ -262,10 +274,13 @@ class Rank:
             if isinstance(body, GetRankLoad):
                 return self._load()
             if isinstance(body, Reserve):
-                return self._migration.reserve(sender, body, is_known_router=body.router in self._watchers)
+                return self._migration.reserve(sender, body)
             if isinstance(body, HandOver):
                 self._check(body.request, body.output)
-                return self._migration.take(sender, body, now)
+                taken = self._migration.take(sender, body, now)
+                if body.router not in self._watchers:
+                    self._reports.expect((body.router,), now)
+                return taken
             if isinstance(body, Unreserve):
                 self._migration.unreserve(sender, body)
                 return Ack()

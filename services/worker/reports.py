@@ -43,6 +43,9 @@ class Reports:
         kept = self._kept.get(router)
         if kept is None:
             return self._send(router, message)
+        if not kept and self._send(router, message):
+            del self._kept[router]
+            return True
         kept.append(message)
         if len(kept) > MESSAGES_MAX:
             del self._kept[router]

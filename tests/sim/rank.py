@@ -163,7 +163,7 @@ class Rank(Actor):
         self.held: set[Any] = set()
         self.routings: dict[int, Any] = {}
         self.goal: SimSeat | None = None
-        self.generation = 0
+        self.generation = self.members = 0
         self.epoch = 0
         self.num_kv = 0
         self.memory: Memory | None = None
@@ -273,13 +273,13 @@ class Rank(Actor):
         self._progress += 1
         self._send_failures(self.engine.expire(now))
         self._change_memory()
-        for router in self.reports.turn(now):
-            self._drop_peer(router)
-        for router, message in self.migration.turn(now):
-            self._tell(router, message)
-        self._send(self.engine.end_overlong())
         if self._sync():
             self.migration.ask_again()
+        for router in self.reports.turn(now):
+            self._drop_peer(router)
+        for router, message in self.migration.turn(now, self.members):
+            self._tell(router, message)
+        self._send(self.engine.end_overlong())
         self._send_status(now)
         has_work = self.engine.scheduler.sequences() or self.migration.num_moving or self._watchers
         if self.migration.is_leaving and not self.is_member and not has_work:
@@ -292,7 +292,7 @@ class Rank(Actor):
         is_member = running and bool(members >> self.seat.slot & 1)
         if is_member and epoch not in self.routings:
             return False
-        self.generation, self.is_member = generation, is_member
+        self.generation, self.members, self.is_member = generation, members, is_member
         if is_member:
             self.epoch = epoch
         return is_member
@@ -332,9 +332,12 @@ class Rank(Actor):
             if isinstance(body, GetRankLoad):
                 return self._load()
             if isinstance(body, Reserve):
-                return self.migration.reserve(sender, body, is_known_router=body.router in self._watchers)
+                return self.migration.reserve(sender, body)
             if isinstance(body, HandOver):
-                return self.migration.take(sender, body, now)
+                taken = self.migration.take(sender, body, now)
+                if body.router not in self._watchers:
+                    self.reports.expect((body.router,), now)
+                return taken
             if isinstance(body, Unreserve):
                 self.migration.unreserve(sender, body)
                 return Ack()

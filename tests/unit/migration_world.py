@@ -18,7 +18,7 @@ from common.protocol.hmm import CopyBlocks
 from common.protocol.pool import StartRank
 from common.protocol.rank import HandOver, Move, MoveTarget, Reserve, Sampling, Submit, ToRank, Unreserve
 from common.protocol.replies import Ack, Refused, refusal
-from common.protocol.router import Delta, Failed, Logprob, Moved
+from common.protocol.router import Delta, Failed, Logprob, MayMove, Moved
 from common.transport import Server
 from native import host
 from native.ledger import Ledger, format_ledger, ledger_bytes
@@ -76,7 +76,6 @@ class Node:
         self.migration = Migration(
             self.seat, self.engine, world.socket, watch=self.watched.add, unwatch=self.watched.remove
         )
-        self.knows_router = True
         self.is_alive = True
         self.is_deaf = False
         self.is_stepping = True
@@ -88,7 +87,7 @@ class Node:
             return
         if not self.is_deaf:
             self.take_messages()
-        for router, message in self.migration.turn(self.world.now):
+        for router, message in self.migration.turn(self.world.now, self.world.members):
             assert router == ROUTER
             self.world.hear(self, message)
         for _, failed in self.engine.expire(self.world.now):
@@ -111,7 +110,7 @@ class Node:
     def answer(self, sender: str, body: ToRank) -> Message:
         try:
             if isinstance(body, Reserve):
-                return self.migration.reserve(sender, body, is_known_router=self.knows_router)
+                return self.migration.reserve(sender, body)
             if isinstance(body, HandOver):
                 return self.migration.take(sender, body, self.world.now)
             assert isinstance(body, Unreserve)
@@ -162,6 +161,7 @@ class World:
         self.directory = directory
         self.folder = folder
         self.now = 1000.0
+        self.members = -1  # bit mask of the slots that step: all
         self.tick = 0.002
         self.requests: dict[str, Request] = {}
         self.hmm = Server(self.socket("hmm"), "hmm:1", hmm_messages.CODEC)
@@ -242,7 +242,7 @@ class World:
     def hear(self, node: Node, message: Message) -> None:
         if isinstance(message, Moved):
             self.requests[message.request_id].node = next(n for n in self.nodes if n.rank == message.rank)
-        else:
+        elif not isinstance(message, MayMove):
             assert isinstance(message, Failed)
             self.requests[message.request_id].failed = message
 

@@ -152,14 +152,32 @@ def test_prompt_logprobs_are_computed_though_the_target_has_the_prompt(world: Wo
 
 
 def test_target_that_refuses_is_asked_again(world: World) -> None:
-    a, b, _ = world.nodes
+    a, b, c = world.nodes
     request = world.submit(a, "r", prompt(1, 30), 100)
     world.until(lambda: running(a, "r"))
-    b.knows_router, world.tick = False, 0.02
+    b.move_to((c, 0), is_leaving=True)
+    world.tick = 0.02
     a.move_to((b, 1))
     world.until(lambda: b.seen_of(Reserve) >= 3)
     assert a.migration.has_work
-    b.knows_router = True
+    b.move_to()
+    world.until(lambda: request.node is b)
+    world.finish()
+
+
+def test_a_target_that_does_not_step_yet_gets_copies_and_no_sequence(world: World) -> None:
+    a, b, _ = world.nodes
+    request = world.submit(a, "r", prompt(1, 60), 60)
+    world.members = 0b001
+    a.move_to((b, 1))
+    world.until(lambda: world.num_copied > 0)
+    world.until(lambda: len(request.tokens) > 20)
+    assert request.node is a
+    assert not b.seen_of(HandOver)
+    places = b.seen_of(Reserve)
+    world.now += 11.0  # what is not heard of for long expires there
+    world.until(lambda: b.seen_of(Reserve) > places)
+    world.members = 0b011
     world.until(lambda: request.node is b)
     world.finish()
 
@@ -331,7 +349,7 @@ def test_deadline_is_kept(world: World) -> None:
 
 def reserve(node: Node, tokens: list[int], num_blocks: int, sender: str = "x:1") -> Reserved:
     message = Reserve("r", ROUTER, tuple(tokens), num_blocks)
-    return node.migration.reserve(sender, message, is_known_router=True)
+    return node.migration.reserve(sender, message)
 
 
 def hand_over(node: Node, tokens: list[int], kv_len: int, num_copied: int, tail_blocks: int) -> HandOver:
@@ -383,8 +401,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(world: World) -> None:
 
 def test_places_are_bounded_and_expire(world: World) -> None:
     node = world.nodes[0]
-    with pytest.raises(ElasticMoEError, match="router"):
-        node.migration.reserve("x:1", Reserve("r", ROUTER, (1,), 0), is_known_router=False)
     with pytest.raises(ElasticMoEError, match="leave no room"):
         reserve(node, [1] * 160, 40)
     for number in range(4):

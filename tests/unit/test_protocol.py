@@ -95,6 +95,7 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
             router.Tokens((Delta("r1", 0, (5,), "stop", 2, (Logprob(-0.5, ((5, -0.5),)),), None),)),
             router.Failed("r1", "queue_full", "64 requests wait; the limit is 64", True),
             router.Moved("r1", RANK),
+            router.MayMove("r1", RANK),
             router.RankStatus(RANK, NAME, 3, 1, 2, 30, 9, 10, 2048, 0.25, 0.5, True),
             Ack(),
             Refused("conflict", "text", False),

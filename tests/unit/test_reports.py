@@ -69,9 +69,20 @@ def test_what_is_kept_is_bounded() -> None:
 
 
 def test_one_that_fails_half_way_is_gone() -> None:
-    sent: list[Message] = []
-    reports = Reports(lambda _, message: len(sent) < 1 and not sent.append(message))  # type: ignore[func-returns-value]
+    wire = Wire()
+    reports = Reports(lambda router, message: wire.send(router, message) and len(wire.got) < 2)
     reports.expect([A], 0.0)
     for number in range(3):
-        reports.tell(A, said(number))
+        assert reports.tell(A, said(number))
+    wire.connected.add(A)
     assert reports.turn(TRY_S) == [A]
+
+
+def test_one_that_is_connected_already_need_not_wait() -> None:
+    wire = Wire()
+    wire.connected.add(A)
+    reports = Reports(wire.send)
+    reports.expect([A], 0.0)
+    assert reports.tell(A, said(0))
+    assert wire.got == [(A, said(0))]
+    assert not reports.is_waiting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common.layout import RankId
 from common.protocol.replies import Refused
-from common.protocol.router import Moved
+from common.protocol.router import MayMove, Moved
 from services.router.balancer import LOST_S
 from services.router.dispatcher import ADOPT_S, LEAVE_S
 from tests.history import check_history
@@ -91,6 +91,32 @@ async def test_a_refusal_of_another_message_does_not_hit_a_moved_stream(bench: B
     bench.moved(0, stream, 1)
     bench.hear(1, Refused("version_mismatch", "no"), seq=seq)
     assert reason(stream) == "running"
+
+
+async def test_a_rank_that_may_get_a_stream_is_connected_ahead(bench: Bench) -> None:
+    bench.layout(0)
+    bench.status(0)
+    bench.open()
+    bench.hear(0, MayMove("unknown", RankId(3, 0)))
+    bench.hear(0, MayMove("r", RankId(4, 1)))  # leads no replica
+    assert bench.replicas() == [0]
+    bench.hear(0, MayMove("r", RankId(7, 0)))
+    assert (bench.replicas(), bench.said(7)) == ([0, 7], ["Watch"])
+    assert [candidate.rank for candidate in bench.dispatcher.candidates(bench.now)] == [RankId(0, 0)]
+    bench.layout(0, 7, epoch=2)  # it joins
+    bench.status(7)
+    assert len(bench.dispatcher.candidates(bench.now)) == 2
+
+
+async def test_a_rank_that_did_not_get_a_stream_is_forgotten(bench: Bench) -> None:
+    bench.layout(0)
+    bench.status(0)
+    bench.open()
+    bench.hear(0, MayMove("r", RankId(7, 0)))
+    for _ in range(12):
+        bench.pass_time(1.0)
+        bench.status(0)
+    assert bench.replicas() == [0]
 
 
 async def test_a_move_to_a_rank_outside_the_layout(bench: Bench) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scaler.leveling import SequenceMove, level
+from services.scaler.leveling import SequenceMove, level, level_ahead
 
 
 def test_examples() -> None:
@@ -13,6 +13,13 @@ def test_examples() -> None:
     assert level({0: 3, 1: 2}) == ()
     assert level({0: 4, 1: 0}) == (SequenceMove(0, 1, 2),)
     assert level({0: 5, 1: 5, 2: 0}) == (SequenceMove(0, 2, 1), SequenceMove(1, 2, 2))
+
+
+def test_only_who_joins_gets_sequences_ahead() -> None:
+    assert level_ahead({0: 6, 1: 5}, {2}) == (SequenceMove(0, 2, 2), SequenceMove(1, 2, 1))
+    assert level_ahead({0: 9, 1: 1}, {2}) == (SequenceMove(0, 2, 3),)
+    assert level_ahead({0: 1, 1: 1}, {2}) == ()
+    assert level_ahead({}, {2}) == ()
 
 
 @given(st.dictionaries(st.integers(0, 63), st.integers(0, 500), min_size=1, max_size=16))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.protocol.replies import Refused
 from services.scaler.operation import Abort, MoveSequences, Operation, Release, StopSeat
 from services.scaler.plan import Plan
-from services.scaler.settle import tidy
+from services.scaler.settle import move_ahead, tidy
 from services.scaler.steps import LEAVE_S
 from services.scaler.transition import advance, can_cancel, cancel, outcome
 from tests.unit.transitions import DOWN, UP, World, operation_of, plan_of
@@ -39,6 +39,45 @@ def test_scaling_up_brings_replicas_in_first_and_moves_experts_then() -> None:
     assert (figures.bytes_copied, figures.peak_bytes_total) == (2000, 60)
     assert figures.sequences_moved == 1
     assert sorted(world.running.values()) == [1, 1, 2]
+
+
+def test_sequences_are_got_ready_for_who_joins_and_go_there_after_the_flip() -> None:
+    world = world_of(UP)
+    world.running = {0: 6, 1: 5}
+    operation = world.run_to(operation_of(UP), "commit")
+    operation = world.step(operation)
+    assert {slot: world.commands[slot] for slot in (0, 1)} == dict.fromkeys((0, 1), operation.ahead_id)
+    assert (world.targets, world.running) == ({0: ((2, 2),), 1: ((2, 1),)}, {0: 6, 1: 5})
+    done = world.run(operation)
+    assert (done.phase, sorted(world.running.values())) == ("done", [3, 4, 4])
+    assert all(world.commands[slot].endswith(".end") for slot in (0, 1))
+
+
+def test_nothing_is_got_ready_while_a_load_is_unknown_or_nobody_listens() -> None:
+    world = world_of(UP)
+    operation = world.run_to(operation_of(UP), "prepare")
+    for _ in range(3):
+        operation = world.step(operation)
+        assert not world.targets
+        world.progress()
+    assert 2 in world.ranks
+    seen = world.seen()
+    assert move_ahead(operation, seen)
+    assert not move_ahead(operation, msgspec.structs.replace(seen, loads={0: seen.loads[0]}))
+
+
+def test_an_abort_ends_what_was_got_ready() -> None:
+    world = world_of(UP)
+    world.running = {0: 6, 1: 5}
+    operation = world.run_to(operation_of(UP), "prepare")
+    while world.commands[0] != operation.ahead_id:
+        operation = world.step(operation)
+        if 2 not in world.ranks:
+            world.progress()
+    assert operation.phase == "prepare"
+    done = world.run(cancel(operation))
+    assert (outcome(done), world.running, world.layout) == ("cancelled", {0: 6, 1: 5}, UP.before)
+    assert all(world.commands[slot].endswith(".end") and not world.targets[slot] for slot in (0, 1))
 
 
 def test_leaving_replicas_are_empty_before_the_commit() -> None:

@@ -217,12 +217,13 @@ class World:
     def progress(self) -> None:
         self.now += 0.3
         for slot, targets in list(self.targets.items()):
-            for target, count in targets:
+            here = [(target, count) for target, count in targets if target in self.layout.slots]
+            for target, count in here:
                 count = min(count, self.running[slot]) if slot not in self.leaving else self.running[slot]
                 self.running[slot] -= count
                 self.running[target] = self.running.get(target, 0) + count
                 self.handed[slot] += count
-            self.targets[slot] = () if slot not in self.leaving else targets
+            self.targets[slot] = tuple(set(targets) - set(here)) if slot not in self.leaving else targets
         status = self.transition
         if status is None or self.staged is None:
             return

@@ -51,8 +51,13 @@ class Incoming:
         self._senders: OrderedDict[Key, str] = OrderedDict()  # of what was taken over
         self.taken_over = 0
 
-    def reserve(self, sender: str, message: Reserve, *, is_known_router: bool, is_leaving: bool) -> Reserved:
-        """Keep a place. Raises Unavailable (`leaving`, `unknown_router`), Conflict, or what the scheduler refuses."""
+    @property
+    def num_places(self) -> int:
+        """Places that are kept."""
+        return len(self._reservations)
+
+    def reserve(self, sender: str, message: Reserve, *, is_leaving: bool) -> Reserved:
+        """Keep a place. Raises Unavailable `leaving`, Conflict, or what the scheduler refuses."""
         key = (message.router, message.request_id)
         if self._senders.get(key) == sender:
             del self._senders[key]  # the sender has it again: what it says from now on is not about what it gave before
@@ -60,8 +65,6 @@ class Incoming:
         if reservation is None:
             if is_leaving:
                 raise Unavailable(f"rank {self._rank} hands its own sequences over", code="leaving")
-            if not is_known_router:
-                raise Unavailable(f"rank {self._rank} does not know the router yet", code="unknown_router")
             if self._engine.scheduler.get(*key) is not None:
                 raise Conflict(f"request id {message.request_id} is in use", code="duplicate_request_id")
             reservation = _Reservation(self._engine.scheduler.hold(message.tokens, message.num_blocks))

@@ -69,6 +69,11 @@ class Migration:
         return self._incoming.taken_over
 
     @property
+    def num_expected(self) -> int:
+        """Sequences of other ranks that a place is kept for."""
+        return self._incoming.num_places
+
+    @property
     def has_work(self) -> bool:
         """Whether `turn` should be called within some milliseconds: a sequence moves, or is to be moved."""
         if self._outgoing.transfers:
@@ -84,9 +89,9 @@ class Migration:
         targets = tuple(target for target in move.targets if target.rank != own)
         self._targets.command(Move(move.op_id, targets, move.is_leaving))
 
-    def reserve(self, sender: str, message: Reserve, *, is_known_router: bool) -> Reserved:
+    def reserve(self, sender: str, message: Reserve) -> Reserved:
         """Keep a place for another rank's sequence. Raises an ElasticMoEError that says why not; idempotent."""
-        return self._incoming.reserve(sender, message, is_known_router=is_known_router, is_leaving=self.is_leaving)
+        return self._incoming.reserve(sender, message, is_leaving=self.is_leaving)
 
     def unreserve(self, sender: str, message: Unreserve) -> None:
         """Free that place, or end the sequence that `sender` has handed over: it goes on there, or was cancelled."""
@@ -103,11 +108,12 @@ class Migration:
         """End a request here and wherever it went from here."""
         self._release(router, request_id)
 
-    def turn(self, now: float) -> list[tuple[bytes, Message]]:
-        """Receive answers; begin, advance and end hand-overs. Returns what is to be told to routers."""
+    def turn(self, now: float, members: int) -> list[tuple[bytes, Message]]:
+        """Receive answers; begin, advance and end hand-overs. `members`: bit mask of the slots that step together.
+        Returns what is to be told to routers."""
         self._now = now
         self._incoming.expire(now)
-        return self._outgoing.turn(now)
+        return self._outgoing.turn(now, members)
 
     def ask_again(self) -> None:
         """A rank may have died with what it was asked, and another is in its place: sequences that were handed over and

@@ -1,7 +1,7 @@
 """The handing side: each sequence on its way is a Transfer that goes through stages, a little at each turn.
 
 reserving  the target was asked for a place; the sequence runs on here
-ready      the next thing can be done: copy what is full, or hand over
+ready      the next thing can be done: copy what is full, or hand over, once the target steps with the others
 copying    the HMM copies full blocks, which nobody writes any more; the sequence runs on here
 handing    the sequence is detached and with the target, which may go on with it
 draining   given up, but the HMM may still be writing to the target's place
@@ -27,7 +27,7 @@ from common.protocol.peer import Reserved, Taken, ToPeer
 from common.protocol.pool import StartRank
 from common.protocol.rank import HandOver, MoveTarget, Reserve, Unreserve
 from common.protocol.replies import Ack, Refused
-from common.protocol.router import Moved
+from common.protocol.router import MayMove, Moved
 from common.telemetry import get_logger
 from services.worker.engine.engine import Engine
 from services.worker.engine.sequence import Sequence
@@ -96,11 +96,13 @@ class Outgoing:
         self._on_taken = on_taken
         self._links: dict[str, Link[Transfer]] = {}
         self._hmm_silent_until = 0.0
-        self._moved: list[tuple[bytes, Message]] = []
+        self._members = 0
+        self._news: list[tuple[bytes, Message]] = []
         self.transfers: list[Transfer] = []
 
-    def turn(self, now: float) -> list[tuple[bytes, Message]]:
-        """Advance everything. What is to be told to routers."""
+    def turn(self, now: float, members: int) -> list[tuple[bytes, Message]]:
+        """Advance everything. `members`: bit mask of the slots that step together. What is to be told to routers."""
+        self._members = members
         self._receive(now)
         for transfer in list(self.transfers):
             self._check(transfer, now)
@@ -108,8 +110,8 @@ class Outgoing:
         self._receive(now)  # a send may have consumed the edge of an answer's descriptor
         for name in [n for n, link in self._links.items() if now - link.used_at > LINK_IDLE_S]:
             self._close(name)
-        moved, self._moved = self._moved, []
-        return moved
+        news, self._news = self._news, []
+        return news
 
     @property
     def on_the_way(self) -> Counter[RankId]:
@@ -196,6 +198,8 @@ class Outgoing:
             transfer = Transfer(*chosen)
             self.transfers.append(transfer)
             self._reserve(transfer, now)
+            sequence = transfer.sequence
+            self._news.append((sequence.peer, MayMove(sequence.request.request_id, transfer.target.rank)))
             wanted = self._targets.wanted(self.on_the_way)
 
     def _reserve(self, transfer: Transfer, now: float) -> None:
@@ -289,7 +293,10 @@ class Outgoing:
         if sequence.kv_len and not place.blocks:  # it has begun to run meanwhile
             self._reserve(transfer, now)
         elif not (must_copy or may_copy) or full <= transfer.num_copied:
-            self._hand_over(transfer, now)
+            if self._members >> transfer.target.slot & 1:
+                self._hand_over(transfer, now)
+            elif now - transfer.reserved_at > FRESH_S:
+                self._reserve(transfer, now)  # a place is kept for those who are heard of
         elif room <= transfer.num_copied or now - transfer.reserved_at > FRESH_S:
             self._reserve(transfer, now)
         elif now < self._hmm_silent_until:
@@ -332,7 +339,7 @@ class Outgoing:
         self._engine.forget(sequence)
         self._targets.note_done(target.rank)
         incarnation = transfer.place.incarnation if transfer.place else ""
-        self._moved.append((sequence.peer, Moved(sequence.request.request_id, target.rank, incarnation)))
+        self._news.append((sequence.peer, Moved(sequence.request.request_id, target.rank, incarnation)))
         self._on_taken(sequence, target)
 
 
