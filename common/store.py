@@ -11,13 +11,17 @@ keys share the prefix `elasticmoe:<deployment>:`. Values are MessagePack of the 
 | `fence` | integer | for ever | the last fencing epoch given out; never falls |
 | `lease` | holder's identity | `lease_ms` | who may act as scaler |
 | `events` | stream of Event | the last EVENTS_MAX | phase changes of operations and every decision, with reason |
+| `decisions` | stream of the scaler's Decision | the last DECISIONS_MAX | decisions with all their inputs, compressed |
 | `operation` | the scaler's Operation | until it ends | the operation in progress, as of its latest phase |
+| `journal` | random text | for ever | names the last write of `operation`, so that its loss is noticed |
 | `operations` | list of the scaler's Operation | the last OPERATIONS_MAX | operations that ended, newest first |
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
+import zlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
@@ -33,6 +37,8 @@ from common.layout import Layout
 from common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
 
 EVENTS_MAX = 10_000
+DECISIONS_MAX = 500
+DECISION_BYTES_MAX = 128 * 1024
 OPERATIONS_MAX = 100
 VALUE_BYTES_MAX = 32 * 1024 * 1024
 CALL_SECONDS_MAX = 2.0
@@ -41,37 +47,59 @@ POLL_SECONDS = 0.2  # a new layout is seen after this time at the latest, also w
 
 R = TypeVar("R")
 
+# Keys expire by the server's wall clock. Where that went back after the last renewal, a dead holder's lease would last
+# for as long as it went back: who waits shortens it to what it was given for. A living holder renews it before.
 _ACQUIRE = """
 local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return {0, holder} end
+if holder and holder ~= ARGV[1] then
+  local left_ms = redis.call('PTTL', KEYS[1])
+  if left_ms < 0 or left_ms > 2 * tonumber(ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+  return {0, holder}
+end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-local fence = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(ARGV[3])) + 1
+local fence = math.max(tonumber(redis.call('GET', KEYS[2]) or '0') or 0, tonumber(ARGV[3])) + 1
 redis.call('SET', KEYS[2], fence)
 return {fence, ARGV[1]}
 """
-_RENEW = """
+# Every write begins so. The highest fencing epoch wins: where a higher one was given out, or another scaler holds the
+# lease under the same, nothing is written. A lower one is what a store that was emptied or rolled back knows; it is
+# put right, and a scaler that has renewed its lease under it has it no more.
+_GUARD = """
 local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-if not holder and tonumber(redis.call('GET', KEYS[2]) or '0') > tonumber(ARGV[3]) then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+local fence, own = tonumber(redis.call('GET', KEYS[2]) or '0') or 0, tonumber(ARGV[2])
+local is_foreign = holder and holder ~= ARGV[1]
+if fence > own or (fence == own and is_foreign) then return 0 end
+if fence < own then
+  redis.call('SET', KEYS[2], ARGV[2])
+  if is_foreign then redis.call('DEL', KEYS[1]) end
+end
+"""
+_RENEW = f"{_GUARD} redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3]) return 1"
+_PUT_OPERATION = f"{_GUARD} redis.call('SET', KEYS[3], ARGV[3]) redis.call('SET', KEYS[4], ARGV[4]) return 1"
+_NO_OPERATION = f"{_GUARD} redis.call('DEL', KEYS[3]) redis.call('SET', KEYS[4], ARGV[3]) return 1"
+_END_OPERATION = f"""{_GUARD}
+redis.call('DEL', KEYS[3])
+redis.call('SET', KEYS[4], ARGV[4])
+redis.call('LPUSH', KEYS[5], ARGV[3])
+redis.call('LTRIM', KEYS[5], 0, tonumber(ARGV[5]) - 1)
 return 1
 """
-# Written only by the holder of the lease, or while nobody holds it: a scaler that slept past its lease changes nothing.
-_PUT_OPERATION = """
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[2], ARGV[2])
+_PUT_LAYOUT = f"""{_GUARD}
+redis.call('SET', KEYS[3], ARGV[3])
+redis.call('SET', KEYS[4], ARGV[4])
+redis.call('XADD', KEYS[5], 'MAXLEN', ARGV[5], '*', 'epoch', ARGV[4])
 return 1
 """
-_END_OPERATION = """
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('DEL', KEYS[2])
-redis.call('LPUSH', KEYS[3], ARGV[2])
-redis.call('LTRIM', KEYS[3], 0, tonumber(ARGV[3]) - 1)
-return 1
-"""
+_APPEND = f"{_GUARD} redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[4], '*', 'e', ARGV[3]) return 1"
+_APPEND_DECISION = f"{_GUARD} redis.call('XADD', KEYS[3], 'MAXLEN', ARGV[4], '*', 'd', ARGV[3]) return 1"
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+
+
+class Writer(msgspec.Struct, frozen=True):
+    """Who writes: a scaler by its identity, and the fencing epoch that it got with the lease."""
+
+    holder: str
+    fence: int
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -132,23 +160,28 @@ class Store:
         fence, who = _guard(lambda: self._redis.eval(_ACQUIRE, 2, *keys, holder, lease_ms, fence_min))
         return int(fence) if int(fence) else bytes(who).decode(errors="replace")
 
-    def renew_lease(self, holder: str, lease_ms: int, fence: int) -> bool:
+    def _write(self, script: str, by: Writer, names: tuple[str, ...], *arguments: bytes | str | int) -> bool:
+        keys = [self._key(name) for name in ("lease", "fence", *names)]
+        return bool(_guard(lambda: self._redis.eval(script, len(keys), *keys, by.holder, by.fence, *arguments)))
+
+    def _write_or_raise(self, script: str, by: Writer, names: tuple[str, ...], *arguments: bytes | str | int) -> None:
+        if not self._write(script, by, names, *arguments):
+            raise Fenced("another scaler holds the lease")
+
+    def renew_lease(self, by: Writer, lease_ms: int) -> bool:
         """Extend the lease, or take it back if nobody has it; False when somebody else holds it, or has held it since
-        `holder` got its fencing epoch `fence`: what that one did is in the journal, which is read with a new lease."""
-        keys = [self._key("lease"), self._key("fence")]
-        return bool(_guard(lambda: self._redis.eval(_RENEW, 2, *keys, holder, lease_ms, fence)))
+        `by` got its fencing epoch: what that one did is in the journal, which is read with a new lease. A holder under
+        a lower epoch loses it: the store has lost its memory meanwhile."""
+        return self._write(_RENEW, by, (), lease_ms)
 
     def release_lease(self, holder: str) -> None:
         """Give the lease back if `holder` has it."""
         _guard(lambda: self._redis.eval(_RELEASE, 1, self._key("lease"), holder))
 
-    def put_layout(self, layout: Layout) -> None:
-        """Make `layout` the committed one, in one transaction with its epoch and the news of it."""
-        pipeline = self._redis.pipeline(transaction=True)
-        pipeline.set(self._key("layout"), msgspec.msgpack.encode(layout))
-        pipeline.set(self._key("epoch"), layout.epoch)
-        pipeline.xadd(self._key("layouts"), {"epoch": layout.epoch}, maxlen=LAYOUTS_MAX, approximate=False)
-        _guard(pipeline.execute)
+    def put_layout(self, by: Writer, layout: Layout) -> None:
+        """Make `layout` the committed one, in one transaction with its epoch and the news of it. Raises Fenced."""
+        names, raw = ("layout", "epoch", "layouts"), _encode(layout)
+        self._write_or_raise(_PUT_LAYOUT, by, names, raw, layout.epoch, LAYOUTS_MAX)
 
     def get_layout(self) -> Layout | None:
         """The committed layout, or None before the first."""
@@ -162,10 +195,9 @@ class Store:
         except ValueError:
             raise Unavailable("store value is not valid: epoch is no number", code="store_corrupt") from None
 
-    def append_event(self, event: Event) -> None:
-        """Add to the journal; the oldest fall out beyond EVENTS_MAX."""
-        raw = msgspec.msgpack.encode(event)
-        _guard(lambda: self._redis.xadd(self._key("events"), {"e": raw}, maxlen=EVENTS_MAX, approximate=True))
+    def append_event(self, by: Writer, event: Event) -> None:
+        """Add to the journal; the oldest fall out beyond EVENTS_MAX. Raises Fenced."""
+        self._write_or_raise(_APPEND, by, ("events",), msgspec.msgpack.encode(event), EVENTS_MAX)
 
     def events(self, most: int) -> list[Event]:
         """The newest `most` events, newest first."""
@@ -173,19 +205,40 @@ class Store:
         decoded = (_decode(fields.get(b"e"), _events) for _, fields in entries)
         return [event for event in decoded if event is not None]
 
-    def put_operation(self, holder: str, operation: msgspec.Struct) -> None:
-        """Make `operation` the one in progress. Raises Fenced when another scaler than `holder` has the lease."""
-        keys = [self._key("lease"), self._key("operation")]
-        raw = _encode(operation)
-        if not _guard(lambda: self._redis.eval(_PUT_OPERATION, 2, *keys, holder, raw)):
-            raise Fenced("another scaler holds the lease")
+    def append_decision(self, by: Writer, decision: msgspec.Struct) -> None:
+        """Keep a decision with its inputs; the oldest fall out beyond DECISIONS_MAX. Raises Fenced, and PayloadTooLarge
+        for one of more than DECISION_BYTES_MAX when compressed."""
+        raw = zlib.compress(msgspec.msgpack.encode(decision), 1)
+        if len(raw) > DECISION_BYTES_MAX:
+            raise PayloadTooLarge(f"decision of {len(raw)} bytes exceeds the limit of {DECISION_BYTES_MAX}")
+        self._write_or_raise(_APPEND_DECISION, by, ("decisions",), raw, DECISIONS_MAX)
 
-    def end_operation(self, holder: str, operation: msgspec.Struct) -> None:
-        """Move the operation in progress to the ended ones, as `operation`, in one transaction. Raises Fenced."""
-        keys = [self._key("lease"), self._key("operation"), self._key("operations")]
-        raw = _encode(operation)
-        if not _guard(lambda: self._redis.eval(_END_OPERATION, 3, *keys, holder, raw, OPERATIONS_MAX)):
-            raise Fenced("another scaler holds the lease")
+    def decisions(self, decoder: msgspec.msgpack.Decoder[R]) -> list[R]:
+        """All decisions that are kept, oldest first. Raises Unavailable `store_corrupt` for what `decoder` refuses."""
+        entries: Any = _guard(lambda: self._redis.xrange(self._key("decisions")))
+        found = (_decode(_inflate(fields.get(b"d")), decoder) for _, fields in entries)
+        return [decision for decision in found if decision is not None]
+
+    def put_operation(self, by: Writer, operation: msgspec.Struct | None) -> str:
+        """Make `operation` the one in progress; None: there is none. Returns what `journal_mark` says until somebody
+        else writes. Raises Fenced when another scaler has the lease, or has had it since `by` got its epoch."""
+        mark, names = secrets.token_hex(8), ("operation", "journal")
+        if operation is None:
+            self._write_or_raise(_NO_OPERATION, by, names, mark)
+        else:
+            self._write_or_raise(_PUT_OPERATION, by, names, _encode(operation), mark)
+        return mark
+
+    def end_operation(self, by: Writer, operation: msgspec.Struct) -> str:
+        """Move the operation in progress to the ended ones, as `operation`, in one transaction. Returns and raises as
+        put_operation."""
+        mark, names = secrets.token_hex(8), ("operation", "journal", "operations")
+        self._write_or_raise(_END_OPERATION, by, names, _encode(operation), mark, OPERATIONS_MAX)
+        return mark
+
+    def journal_mark(self) -> str:
+        """Tells the last write of the operation in progress from all others; empty before the first."""
+        return bytes(_guard(lambda: self._redis.get(self._key("journal"))) or b"").decode(errors="replace")
 
     def get_operation(self, decoder: msgspec.msgpack.Decoder[R]) -> R | None:
         """The operation in progress, or None. Raises Unavailable `store_corrupt` for what `decoder` does not take."""
@@ -291,6 +344,15 @@ def _encode(value: msgspec.Struct) -> bytes:
     if len(raw) > VALUE_BYTES_MAX:
         raise PayloadTooLarge(f"store value of {len(raw)} bytes exceeds the limit of {VALUE_BYTES_MAX}")
     return raw
+
+
+def _inflate(raw: bytes | None) -> bytes | None:
+    if raw is None:
+        return None
+    try:
+        return zlib.decompressobj().decompress(raw, VALUE_BYTES_MAX)
+    except zlib.error as error:
+        raise Unavailable(f"store value is not valid: {error}", code="store_corrupt") from None
 
 
 def _decode(raw: Any, decoder: msgspec.msgpack.Decoder[R]) -> R | None:

@@ -32,6 +32,7 @@ SOLE_IMPORTERS = {
 # Pure cores: decisions are functions of their arguments.
 PURE = [
     "services/scaler/core.py",
+    "services/scaler/decisions.py",
     "services/scaler/capacity.py",
     "services/scaler/placement.py",
     "services/scaler/plan.py",

@@ -16,6 +16,7 @@ from common.protocol.rank import Move
 from common.protocol.replies import Refused, refusal
 from common.protocol.scaler import HmmStatus, PoolStatus, RankExited
 from common.telemetry import get_logger
+from services.scaler.decisions import PlanMade, Tidied, digests, step_taken
 from services.scaler.journal import Journal
 from services.scaler.links import Links
 from services.scaler.meters import Meters
@@ -96,10 +97,12 @@ class Driver:
         log.info("operation resumed", op_id=operation.op_id, phase=operation.phase, leg=operation.leg + 1)
         self._tell("operation_resumed", operation.why, op_id=operation.op_id, phase=operation.phase)
 
-    def begin(self, operation: Operation) -> None:
-        """Take on an operation. Only while none is in progress."""
+    def begin(self, operation: Operation, made: PlanMade | None = None) -> None:
+        """Take on an operation, with what its plan was made from. Only while none is in progress."""
         assert self.operation is None
         self.operation = operation
+        if made is not None:
+            self._journal.decision(made)
         self._journal.put(operation)
         self._forget()
         facts = {"op_id": operation.op_id, "kind": operation.kind}
@@ -127,13 +130,14 @@ class Driver:
         if self.operation is None:
             self._tidy(seen)
             return
-        before = self.operation
-        step = advance(before, seen, self._clock())
+        before, now = self.operation, self._clock()
+        step = advance(before, seen, now)
         self.operation = step.operation
         if step.operation.is_late and not before.is_late:
             log.warning("operation is past its deadline", op_id=before.op_id, phase=before.phase)
             self._tell("operation_late", step.operation.why, op_id=before.op_id, phase=before.phase)
         if step.operation.mark != before.mark:
+            self._journal.decision(step_taken(before, seen, now, step))
             self._changed(before, step.operation)
         self._act(step.actions)
 
@@ -176,6 +180,7 @@ class Driver:
             self._untidy_since = now
             log.warning(reason)
             self._tell("tidy", reason)
+            self._journal.decision(Tidied(seen, now - since, reason, digests(actions)))
         self._act(actions)
 
     def _changed(self, before: Operation, after: Operation) -> None:

@@ -3,7 +3,8 @@
 The operation in progress is written at each change of its state; the loop asks `is_durable` before it sends a command
 that needs the record. What the store does not take is kept and written later: the newest state of the operation, the
 newest layout, and events up to a bound. While there is nothing to write, it is checked that the store still has what
-was written.
+was written: one that was emptied or rolled back, or that a superseded scaler wrote to before its fencing epoch was
+restored, is put right.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from collections.abc import Callable
 
 from common.failpoint import failpoint
 from common.layout import Layout
-from common.protocol.errors import ElasticMoEError, Fenced, Unavailable
-from common.store import Event, Store
+from common.protocol.errors import ElasticMoEError, Fenced, PayloadTooLarge, Unavailable
+from common.store import Event, Store, Writer
 from common.telemetry import get_logger
+from services.scaler.decisions import Decision, PlanMade
 from services.scaler.operation import Operation
 
 log = get_logger("scaler")
 
 EVENTS_QUEUED_MAX = 1_000
+DECISIONS_QUEUED_MAX = 100
+PLANS_QUEUED_MAX = 8
 RETRY_S = 0.5
 VERIFY_S = 2.0  # a store that was emptied or rolled back gets the layout and the operation again after this time
 CLOSE_S_MAX = 3.0
@@ -37,7 +41,7 @@ class Journal:
         self, store: Store, holder: str, on_fenced: Callable[[], None], on_written: Callable[[], None]
     ) -> None:
         self._store = store
-        self._holder = holder
+        self._writer = Writer(holder, 0)
         self._on_fenced = on_fenced
         self._on_written = on_written
         self._lock = threading.Condition()
@@ -45,7 +49,10 @@ class Journal:
         self._ended: deque[Operation] = deque()
         self._layout: Layout | None = None
         self._events: deque[Event] = deque(maxlen=EVENTS_QUEUED_MAX)
+        self._plans: deque[PlanMade] = deque(maxlen=PLANS_QUEUED_MAX)
+        self._decisions: deque[Decision] = deque(maxlen=DECISIONS_QUEUED_MAX)
         self._written: Mark | None = None
+        self._stored = ""  # what the store's mark is after our own last write
         self._announced = 0
         self._closing = False
         self._failing = False
@@ -55,6 +62,13 @@ class Journal:
         self._verified_at = 0.0
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
+
+    def act_under(self, fence: int) -> None:
+        """Begin to write, with this fencing epoch. After the store's journal has been read: what it has from before and
+        was not adopted is dropped."""
+        with self._lock:
+            self._writer = Writer(self._writer.holder, fence)
+            self._lock.notify()
 
     def put(self, operation: Operation) -> None:
         """Write the state of the operation in progress. Does not block."""
@@ -79,6 +93,16 @@ class Journal:
         """Append an event. Does not block; the oldest unwritten ones fall out beyond EVENTS_QUEUED_MAX."""
         with self._lock:
             self._events.append(event)
+            self._lock.notify()
+
+    def decision(self, decision: Decision) -> None:
+        """Keep a decision with what it was made from. Does not block; the oldest unwritten ones fall out beyond
+        DECISIONS_QUEUED_MAX. A plan is written before the operation that it is of."""
+        with self._lock:
+            if isinstance(decision, PlanMade):
+                self._plans.append(decision)
+            else:
+                self._decisions.append(decision)
             self._lock.notify()
 
     def is_durable(self, operation: Operation) -> bool:
@@ -137,17 +161,22 @@ class Journal:
                     self._failing = True
 
     def _verify(self) -> None:
-        """Write again what a store that was emptied or rolled back has lost."""
+        """Write again what the store has lost, or what somebody else has put in its place."""
         self._verified_at = time.monotonic()
+        if not self._writer.fence:
+            return
         layout, operation = self._last_layout, self._last_operation
         if layout is not None and self._store.get_epoch() < layout.epoch:
             log.warning("the store has lost the layout; it is written again", epoch=layout.epoch)
-            self._store.put_layout(layout)
-            if operation is not None:
-                self._store.put_operation(self._holder, operation)
+            self._store.put_layout(self._writer, layout)
+        if self._store.journal_mark() != self._stored:
+            if self._stored:
+                log.warning("the store has lost the journal; it is written again")
+            self._stored = self._store.put_operation(self._writer, operation)
 
     def _has_work(self) -> bool:
-        return bool(self._operation or self._ended or self._layout or self._events)
+        has_any = self._operation or self._ended or self._layout or self._events or self._plans or self._decisions
+        return bool(has_any and self._writer.fence)
 
     def _write_next(self) -> None:
         """Write one thing, the most urgent one; it is forgotten only when it is written."""
@@ -155,9 +184,12 @@ class Journal:
             ended = self._ended[0] if self._ended else None
             operation, layout = self._operation, self._layout
             event = self._events[0] if self._events else None
-        if ended is not None:  # before the next operation begins
+            is_plan_next, has_decisions = bool(self._plans and ended is None), bool(self._decisions)
+        if is_plan_next:
+            self._write_decision(self._plans)
+        elif ended is not None:  # before the next operation begins
             failpoint(f"scaler.{ended.phase}.before")
-            self._store.end_operation(self._holder, ended)
+            self._stored = self._store.end_operation(self._writer, ended)
             failpoint(f"scaler.{ended.phase}.after")
             self._last_operation = None
             with self._lock:
@@ -165,7 +197,7 @@ class Journal:
         elif operation is not None:
             place = f"scaler.leg{operation.leg + 1}.{operation.phase}"
             failpoint(f"{place}.before")
-            self._store.put_operation(self._holder, operation)
+            self._stored = self._store.put_operation(self._writer, operation)
             failpoint(f"{place}.after")
             self._last_operation = operation
             with self._lock:
@@ -174,7 +206,7 @@ class Journal:
                     self._operation = None
             self._on_written()
         elif layout is not None:
-            self._store.put_layout(layout)
+            self._store.put_layout(self._writer, layout)
             self._last_layout = layout
             with self._lock:
                 self._announced = layout.epoch
@@ -182,10 +214,23 @@ class Journal:
                     self._layout = None
             self._on_written()
         elif event is not None:
-            self._store.append_event(event)
+            self._store.append_event(self._writer, event)
             with self._lock:
                 if self._events and self._events[0] is event:
                     self._events.popleft()
+        elif has_decisions:
+            self._write_decision(self._decisions)
+
+    def _write_decision(self, queue: deque[PlanMade] | deque[Decision]) -> None:
+        with self._lock:
+            decision = queue[0]
+        try:
+            self._store.append_decision(self._writer, decision)
+        except PayloadTooLarge as error:
+            log.warning("a decision is not kept", because=error.message)
+        with self._lock:
+            if queue and queue[0] is decision:
+                queue.popleft()
 
 
 def _mark(operation: Operation) -> Mark:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from common.fence import Fence
 from common.protocol.errors import Fenced, Unavailable
-from common.store import Store
+from common.store import Store, Writer
 from common.telemetry import get_logger
 
 log = get_logger("scaler")
@@ -24,7 +24,7 @@ class Lease:
         self._fence = fence
         self.why_not = Unavailable("no scaler has the lease yet", code="not_ready")
         self._full: Unavailable | None = None
-        self._epoch = 0
+        self._writer = Writer(holder, 0)
         self._lost = threading.Event()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -33,18 +33,8 @@ class Lease:
         """Wait for the lease; the fencing epoch that comes with it, or 0 when `is_stopping` says so before."""
         waiting_for = ""
         while not is_stopping():
-            try:
-                # Above all epochs that this host has seen, also when the store was wiped or rolled back.
-                got = self._store.acquire_lease(self._holder, self._lease_ms, self._fence.epoch)
-                if isinstance(got, str):
-                    self.why_not = Unavailable(f"{got} holds the lease", code="not_ready")
-            except Unavailable as error:
-                got, self.why_not = error.message, error
+            got = self.attempt()
             if isinstance(got, int):
-                got = self._remember(got)
-            if isinstance(got, int):
-                self._epoch = got
-                log.info("lease acquired", fence=got)
                 self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
                 self._thread.start()
                 return got
@@ -54,19 +44,39 @@ class Lease:
             time.sleep(self._lease_ms / 10e3)
         return 0
 
+    def attempt(self) -> int | str:
+        """Try once to get the lease: the fencing epoch, made durable on this host, or why not."""
+        try:
+            # Above all epochs that this host has seen, also when the store was wiped or rolled back; read anew, because
+            # another scaler of this host may have had the lease while this one waited.
+            got = self._store.acquire_lease(self._holder, self._lease_ms, self._fence.refresh())
+            if isinstance(got, str):
+                self.why_not = Unavailable(f"{got} holds the lease", code="not_ready")
+        except Unavailable as error:
+            got, self.why_not = error.message, error
+        if isinstance(got, int):
+            got = self._remember(got)
+        if isinstance(got, int):
+            self._writer = Writer(self._holder, got)
+            log.info("lease acquired", fence=got)
+        return got
+
     def _remember(self, fence: int) -> int | str:
         """Make the epoch durable on this host. Where the disk takes nothing the lease is given back, so that serving
         goes on without a scaler and another host's may have it: returns why."""
         try:
-            self._fence.check(fence, self._holder)
+            self._fence.claim(fence, self._holder)
+        except Fenced as error:
+            why, self.why_not = error.message, Unavailable(error.message, code="not_ready")
         except Unavailable as error:
-            try:
-                self._store.release_lease(self._holder)
-            except Unavailable:
-                pass  # it expires by itself
-            self.why_not = error
-            return "the fencing epoch cannot be kept on this host's disk"
-        return fence
+            why, self.why_not = "the fencing epoch cannot be kept on this host's disk", error
+        else:
+            return fence
+        try:
+            self._store.release_lease(self._holder)
+        except Unavailable:
+            pass  # it expires by itself
+        return why
 
     def check(self) -> None:
         """Raises Fenced when another scaler holds the lease. Does not block."""
@@ -85,14 +95,21 @@ class Lease:
     def _keep(self) -> None:
         """Renew at half time. An outage of the store ends no scaler: fencing keeps two from acting on the resources."""
         while not self._ended.wait(self._lease_ms / 2e3):
-            try:
-                if not self._store.renew_lease(self._holder, self._lease_ms, self._epoch):
-                    self._lost.set()
-                    return
-                self._full = None
-            except Unavailable as error:
-                self._full = error if error.code == "storage_full" else None
-                log.warning("lease could not be renewed", because=error.message)
+            if not self.renew():
+                return
+
+    def renew(self) -> bool:
+        """Renew once, as far as the store answers. False, and `check` raises from now on, when another scaler has been
+        given a higher epoch: the store says so, or, where it was emptied, this host's disk."""
+        try:
+            if self._fence.refresh() > self._writer.fence or not self._store.renew_lease(self._writer, self._lease_ms):
+                self._lost.set()
+                return False
+            self._full = None
+        except Unavailable as error:
+            self._full = error if error.code == "storage_full" else None
+            log.warning("lease could not be renewed", because=error.message)
+        return True
 
     def release(self) -> None:
         """Give the lease back. Waits for the thread, whose calls are bounded."""

@@ -24,6 +24,7 @@ from common.telemetry import get_logger
 from common.transport import new_identity
 from services.scaler import orders
 from services.scaler.core import Action, AnnounceLayout, Decision, Load, Observed, Publish, Start, decide
+from services.scaler.decisions import PhaseChosen, PlanMade
 from services.scaler.desk import Accepted, Cancel, Desk, Feed
 from services.scaler.driver import ENDED_MAX, Driver
 from services.scaler.journal import Journal
@@ -34,7 +35,6 @@ from services.scaler.operation import Operation
 from services.scaler.plan import Rates, sizes_of
 from services.scaler.snapshot import Board, Snapshot
 from services.scaler.watchdog import Watchdog, pulses_of
-from services.scaler.way import plan_way
 
 log = get_logger("scaler")
 
@@ -92,6 +92,7 @@ class Scaler:
                 self._links.act_under(fence)
                 self.feed.fence = fence
                 self._recall()
+                self._journal.act_under(fence)
             while not self._stopping:
                 self._lease.check()
                 self._turn(fence)
@@ -128,7 +129,10 @@ class Scaler:
         if hmm is not None and hmm.phase != "loading":
             self._layout = layout
         self.desk.serve(self._handle)
-        decision = decide(layout, self._observe(hmm, pool))
+        observed = self._observe(hmm, pool)
+        decision = decide(layout, observed)
+        if decision.reason != self._last_reason:
+            self._journal.decision(PhaseChosen(layout, observed, decision))
         self._show(decision, hmm, pool, fence)
         self._eject(hmm, pool)
         for action in decision.actions:
@@ -282,16 +286,24 @@ class Scaler:
         assert hmm.layout is not None
         assert hmm.memory is not None
         sizes = sizes_of(self._spec, hmm.memory.granularity)
-        devices = [device.device for device in hmm.devices]
-        rates = Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s))
+        basis = PlanMade(
+            op_id=op_id,
+            layout=hmm.layout,
+            target=order.target,
+            sizes=sizes,
+            memory=memory,
+            devices=tuple(device.device for device in hmm.devices),
+            rates=Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s)),
+            legs_max=self._config.scale_legs,
+        )
         try:
-            plan = plan_way(hmm.layout, order.target, sizes, memory, devices, rates, legs_max=self._config.scale_legs)
+            plan, made = basis.make()
         except (InvalidRequest, NotFound) as error:
             raise orders.UnprocessableTarget(error.message, code=error.code) from None
         operation = orders.accept(order, op_id, plan, orders.planned_of(plan, sizes), time.time())
         if order.is_dry_run:
             return Accepted(operation, plan)
-        driver.begin(operation)
+        driver.begin(operation, made)
         return Accepted(operation)
 
     # ---- actions --------------------------------------------------------------------------------------------------

@@ -10,19 +10,24 @@ from unittest import mock
 import msgspec
 
 from common.fence import Fence
+from common.store import Writer
 from services.hmm.catalog import Transition
 from services.hmm.transition import Transitions
 from services.router.streams import Stream
+from services.scaler.journal import Journal
 from services.worker.engine.engine import Engine
+from tests.sim.store import Store
 
 
 class Mutation(NamedTuple):
-    """`place` in an object is `instead` meanwhile; one of `found` is part of what the simulation then says."""
+    """`place` in an object is `instead` meanwhile, and so are those of `also`; one of `found` is part of what the
+    simulation then says."""
 
     where: Any
     place: str
     instead: Any
     found: tuple[str, ...]
+    also: tuple[tuple[Any, str, Any], ...] = ()
 
 
 def _double(self: Stream, delta: Any) -> tuple[int, ...]:
@@ -42,6 +47,18 @@ def _without_tail(hand_over: Callable[..., Any]) -> Callable[..., Any]:
     return cut
 
 
+def _verify_layout(self: Journal) -> None:
+    """Only the layout is looked after."""
+    if self._last_layout is not None and self._store.get_epoch() < self._last_layout.epoch:
+        self._store.put_layout(self._writer, self._last_layout)
+
+
+def _may_write_by_lease(self: Store, by: Writer) -> bool:
+    """The store asks for the lease, not for the epoch."""
+    self._check()
+    return self._holder() in ("", by.holder)
+
+
 MUTATIONS: dict[str, Mutation] = {
     "a commit does not wait until all are prepared": Mutation(
         Transitions, "_prepared", lambda _: tuple(range(8)), ("is committed",)
@@ -53,6 +70,14 @@ MUTATIONS: dict[str, Mutation] = {
     "a transition begins before the last one is over": Mutation(
         Transition, "is_over", property(lambda _: True), ("in the middle", "catalog: ", "computes by epoch")
     ),
+    # Each of the three is enough.
+    "a stale scaler's writes are taken and stay, and it does not look at the disk": Mutation(
+        Journal,
+        "_verify",
+        _verify_layout,
+        ("the journal has an operation",),
+        ((Store, "_may_write", _may_write_by_lease), (Fence, "refresh", lambda fence: fence.epoch)),
+    ),
     "a router takes tokens that it has": Mutation(Stream, "_accept_part", _double, ("tokens", "history")),
     "a hand-over loses the end of the KV": Mutation(Engine, "hand_over", _without_tail(Engine.hand_over), ("tokens",)),
 }
@@ -63,5 +88,6 @@ def mutated(name: str) -> Iterator[None]:
     """With the mistake called `name`."""
     mutation = MUTATIONS[name]
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(mutation.where, mutation.place, mutation.instead))
+        for where, place, instead in ((mutation.where, mutation.place, mutation.instead), *mutation.also):
+            stack.enter_context(mock.patch.object(where, place, instead))
         yield

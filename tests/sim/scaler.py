@@ -17,11 +17,12 @@ from common.protocol.rank import GetRankLoad
 from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankExited, RankLoad
 from services.scaler import orders
 from services.scaler.core import AnnounceLayout, Observed, Publish, Start, decide
+from services.scaler.decisions import PhaseChosen, PlanMade
 from services.scaler.driver import Driver
 from services.scaler.journal import RETRY_S, VERIFY_S, Journal
+from services.scaler.lease import Lease
 from services.scaler.operation import Operation, Request
 from services.scaler.plan import Rates, Target, sizes_of
-from services.scaler.way import plan_way
 from tests.sim.heap import Actor, Crashed
 from tests.sim.hmm import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC
 from tests.sim.store import DiskFence
@@ -117,7 +118,7 @@ class Scaler(Actor):
         super().__init__(world.sim, f"scaler:{number}")
         self.world = world
         self.epoch = 0
-        self.fence = DiskFence(world.disk, "scaler")
+        self.lease = Lease(world.store, self.name, LEASE_MS, DiskFence(world.disk, "scaler"))  # type: ignore[arg-type]
         self.starting: dict[int, float] = {}
         self.peers = SimPeers(self)
         self.driver: Driver | None = None
@@ -125,51 +126,49 @@ class Scaler(Actor):
         self.has_served = False
         self.phase = "waiting"
         self.last_turn_s = -1.0
-        self._is_fenced = False
         self._committed_since: float | None = None
         self._hmm: HmmStatus | None = None
         self._num_started = 0
         self._mark: Any = None
+        self._last_reason = ""
         world.sim.actors[self.name] = self
         self.after(0.01, self._acquire)
 
     # ---- the lease
 
     def _acquire(self) -> None:
-        try:
-            got = self.world.store.acquire_lease(self.name, LEASE_MS, self.fence.epoch)
-        except Unavailable:
-            got = "nobody"
+        got = self.lease.attempt()
         if isinstance(got, str):
             self.after(LEASE_MS / 10e3, self._acquire)
             return
-        self.fence.check(got, self.name)
         self.epoch = got
         self.sim.note(f"{self.name}: acts under epoch {got}")
-        self.journal = SimJournal(self.world.store, self.name, self._lose, lambda: None)  # type: ignore[arg-type]
+        self.journal = SimJournal(self.world.store, self.name, self.lease.lose, lambda: None)  # type: ignore[arg-type]
         self.driver = Driver(CONFIG, self, self.journal, Quiet(), self._tell, lambda: self.sim.now)  # type: ignore[arg-type]
         try:
             self.driver.resume(self.world.store.get_operation(), self.world.store.ended_operations())
         except Unavailable:
             pass
+        self.journal.act_under(got)
         self.aside(LEASE_MS / 2e3, self._renew)
         self.aside(0.02, self._pump)
         self._loop()
 
     def _renew(self) -> None:
+        if self.lease.renew():
+            self.aside(LEASE_MS / 2e3, self._renew)
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether it knows that another one has the lease."""
         try:
-            if not self.world.store.renew_lease(self.name, LEASE_MS, self.epoch):
-                self._lose()
-                return
-        except Unavailable:
-            pass
-        self.aside(LEASE_MS / 2e3, self._renew)
+            self.lease.check()
+        except Fenced:
+            return True
+        return False
 
     def _pump(self) -> None:
         self.aside(self.journal.pump(self.sim.now), self._pump)
-
-    def _lose(self) -> None:
-        self._is_fenced = True
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
         if kind != "operation_phase":
@@ -233,8 +232,7 @@ class Scaler(Actor):
 
     def _turn(self) -> bool:
         assert self.driver is not None
-        if self._is_fenced:
-            raise Fenced("another scaler holds the lease")
+        self.lease.check()
         hmm: HmmStatus | None = self._ask("hmm", GetHmmStatus())
         pool: PoolStatus | None = self._ask("pool", GetPool())
         now = self.sim.now
@@ -247,7 +245,11 @@ class Scaler(Actor):
             return True
         layout = hmm.layout
         self._serve_orders()
-        decision = decide(layout, self._observe(hmm, pool))
+        observed = self._observe(hmm, pool)
+        decision = decide(layout, observed)
+        if decision.reason != self._last_reason:
+            self.journal.decision(PhaseChosen(layout, observed, decision))
+            self._last_reason = decision.reason
         self.phase = decision.phase
         self.has_served |= decision.phase == "serving"
         for action in decision.actions:
@@ -326,9 +328,18 @@ class Scaler(Actor):
         memory = orders.memory_of(hmm)
         assert hmm is not None
         assert hmm.layout is not None
-        devices = [device.device for device in hmm.devices]
-        plan = plan_way(hmm.layout, target, SIZES, memory, devices, Rates())
-        driver.begin(orders.accept(order, op_id, plan, orders.planned_of(plan, SIZES), 0.0))
+        devices = tuple(device.device for device in hmm.devices)
+        basis = PlanMade(
+            op_id=op_id,
+            layout=hmm.layout,
+            target=target,
+            sizes=SIZES,
+            memory=memory,
+            devices=devices,
+            rates=Rates(),
+        )
+        plan, made = basis.make()
+        driver.begin(orders.accept(order, op_id, plan, orders.planned_of(plan, SIZES), 0.0), made)
         self.sim.note(f"{self.name}: {op_id} begins: {target}")
 
     def crash(self, down_s: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from services.scaler.plan import Target
+from tests.replay import DECISIONS, replay
 from tests.sim.heap import Faults, Violation
 from tests.sim.world import CLOCK, DEVICES, World
 
@@ -51,6 +52,7 @@ def _figures(world: World) -> dict[str, int]:
         "moved": world.router.history.report.num_moves,
         "resubmitted": sum(r.num_resubmits for r in world.router.history.report.requests.values()),
         "fenced": world.hmm.fence.num_refused,
+        "decisions": len(world.store.decisions),
         "seconds": int(world.sim.now),
     }
 
@@ -78,6 +80,8 @@ def _play(world: World) -> None:
         sim.run(sim.now + LOOK_S)
         unrest = world.unrest()
     _check_requests(world, is_plain=is_plain)
+    differences = replay([DECISIONS.decode(raw) for raw in world.store.decisions])
+    world.expect(not differences, "; ".join(differences))
 
 
 def heal(world: World) -> None:
@@ -144,8 +148,11 @@ def _fault(world: World) -> None:
         world.start_scaler()
         new = world.scalers[-1]
         old.pause(rng.uniform(3.0, 9.0))
-        if rng.random() < 0.4:
+        draw = rng.random()
+        if draw < 0.4:
             sim.push(sim.now + rng.uniform(4.0, 9.0), None, 0, new.crash, (down_s,))
+        elif draw < 0.8:  # once the new one acts: both leases run out, and the store forgets whose was the higher epoch
+            sim.push(sim.now + 3.4, None, 0, _store_lost, (world, rng.uniform(4.0, 7.0)))
     elif kind in ("hmm", "pool", "router"):
         actor = getattr(world, kind)
         if actor.is_alive and not actor.is_paused:
@@ -163,6 +170,11 @@ def _store_down(world: World, seconds: float) -> None:
         world.sim.note("store: down")
         world.store.is_down = True
         world.sim.push(world.sim.now + seconds, None, 0, _store_up, (world,))
+
+
+def _store_lost(world: World, seconds: float) -> None:
+    _store_down(world, seconds)
+    world.store.wipe()
 
 
 def _store_up(world: World) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from common.fence import Fence
 from common.layout import Layout
 from common.protocol.errors import Fenced, Unavailable
+from common.store import Writer
 from services.scaler.operation import Operation
 from tests.sim.heap import Sim
 
@@ -18,19 +23,36 @@ class Store:
     def __init__(self, sim: Sim) -> None:
         self._sim = sim
         self.is_down = False
-        self.checks_fence = True
         self.data: dict[str, Any] = {}
         self.lease_until = 0.0
+        self.decisions: list[bytes] = []
+        self._num_writes = 0
         self._earlier: dict[str, Any] = {}
 
     def _check(self) -> None:
         if self.is_down:
             raise Unavailable("the store does not answer", code="store_unavailable")
 
-    def _check_holder(self, holder: str) -> None:
+    def _may_write(self, by: Writer) -> bool:
         self._check()
-        if self._holder() not in ("", holder):
-            raise Fenced(f"{self._holder()} holds the lease")
+        fence, holder = self.data.get("fence", 0), self._holder()
+        is_foreign = holder not in ("", by.holder)
+        if fence > by.fence or (fence == by.fence and is_foreign):
+            return False
+        if fence < by.fence:
+            self.data["fence"] = by.fence
+            if is_foreign:
+                self.data.pop("lease")
+        return True
+
+    def _check_writer(self, by: Writer) -> None:
+        if not self._may_write(by):
+            raise Fenced("another scaler holds the lease")
+
+    def _mark(self) -> str:
+        self._num_writes += 1
+        self.data["journal"] = str(self._num_writes)
+        return str(self._num_writes)
 
     def _holder(self) -> str:
         return str(self.data.get("lease", "")) if self._sim.now < self.lease_until else ""
@@ -44,26 +66,39 @@ class Store:
         self.data["fence"] = max(self.data.get("fence", 0), fence_min) + 1
         return int(self.data["fence"])
 
-    def renew_lease(self, holder: str, lease_ms: int, fence: int) -> bool:
+    def renew_lease(self, by: Writer, lease_ms: int) -> bool:
         """See common.store."""
-        self._check()
-        if self._holder() not in ("", holder):
+        if not self._may_write(by):
             return False
-        if not self._holder() and self.data.get("fence", 0) > fence and self.checks_fence:
-            return False
-        self.data["lease"], self.lease_until = holder, self._sim.now + lease_ms / 1e3
+        self.data["lease"], self.lease_until = by.holder, self._sim.now + lease_ms / 1e3
         return True
 
-    def put_operation(self, holder: str, operation: Operation) -> None:
+    def release_lease(self, holder: str) -> None:
         """See common.store."""
-        self._check_holder(holder)
-        self.data["operation"] = operation
+        self._check()
+        if self._holder() == holder:
+            self.data.pop("lease")
 
-    def end_operation(self, holder: str, operation: Operation) -> None:
+    def put_operation(self, by: Writer, operation: Operation | None) -> str:
         """See common.store."""
-        self._check_holder(holder)
+        self._check_writer(by)
+        if operation is None:
+            self.data.pop("operation", None)
+        else:
+            self.data["operation"] = operation
+        return self._mark()
+
+    def end_operation(self, by: Writer, operation: Operation) -> str:
+        """See common.store."""
+        self._check_writer(by)
         self.data.pop("operation", None)
         self.data["ended"] = [operation, *self.data.get("ended", [])]
+        return self._mark()
+
+    def journal_mark(self) -> str:
+        """See common.store."""
+        self._check()
+        return str(self.data.get("journal", ""))
 
     def get_operation(self) -> Operation | None:
         """See common.store."""
@@ -75,9 +110,9 @@ class Store:
         self._check()
         return list(self.data.get("ended", []))
 
-    def put_layout(self, layout: Layout) -> None:
+    def put_layout(self, by: Writer, layout: Layout) -> None:
         """See common.store."""
-        self._check()
+        self._check_writer(by)
         self.data["layout"] = layout
 
     def get_layout(self) -> Layout | None:
@@ -90,9 +125,14 @@ class Store:
         layout = self.get_layout()
         return layout.epoch if layout else 0
 
-    def append_event(self, event: object) -> None:
+    def append_event(self, by: Writer, event: object) -> None:
         """See common.store."""
-        self._check()
+        self._check_writer(by)
+
+    def append_decision(self, by: Writer, decision: Any) -> None:
+        """See common.store. What was written is kept here also when the store is emptied: it is for the checker."""
+        self._check_writer(by)
+        self.decisions.append(msgspec.msgpack.encode(decision))
 
     def remember(self) -> None:
         """A snapshot on its disk."""
@@ -110,14 +150,19 @@ class Store:
 
 
 class DiskFence(Fence):
-    """The product's fence, with a dictionary for a disk. `read` at the start of a process, as the file is."""
+    """The product's fence, with a dictionary for a disk."""
 
     def __init__(self, disk: dict[str, int], name: str) -> None:
         self._disk = disk
         self._name = name
-        self._path = Path(name)
-        self.num_refused = 0
-        self.epoch = disk.get(name, 0)
+        super().__init__(Path(), name)
+
+    def _read(self) -> int:
+        return self._disk.get(self._name, 0)
+
+    @contextmanager
+    def _locked(self, epoch: int) -> Iterator[None]:
+        yield
 
     def _write(self, epoch: int) -> None:
         self._disk[self._name] = epoch

@@ -180,7 +180,7 @@ class World:
     def unrest(self) -> str:
         """What is not as it must be in the end; empty when all is quiet and in agreement."""
         hmm, bus = self.hmm, self.hmm.bus
-        acting = [scaler for scaler in self.scalers if scaler.driver is not None and not scaler._is_fenced]
+        acting = [scaler for scaler in self.scalers if scaler.driver is not None and not scaler.is_fenced]
         if not acting:
             return "no scaler acts"
         assert hmm.loaded is not None

@@ -18,7 +18,7 @@ from common.protocol.errors import DoesNotFit, Fenced, Unavailable
 from common.protocol.pool import StopRank
 from common.protocol.rank import Move
 from common.protocol.scaler import RankExited
-from common.store import Event
+from common.store import Event, Writer
 from services.scaler import journal as journal_module
 from services.scaler.driver import Driver
 from services.scaler.journal import Journal
@@ -36,6 +36,8 @@ class FakeStore:
         self.ended: list[Operation] = []
         self.layout: Any = None
         self.events: list[Event] = []
+        self.mark = ""
+        self.num_writes = 0
         self.changed = threading.Condition()
 
     def _write(self, name: str, value: Any) -> None:
@@ -45,20 +47,32 @@ class FakeStore:
             setattr(self, name, value)
             self.changed.notify_all()
 
-    def put_operation(self, holder: str, operation: Operation) -> None:
+    def put_operation(self, by: Writer, operation: Operation | None) -> str:
         self._write("operation", operation)
+        return self._marked()
 
-    def end_operation(self, holder: str, operation: Operation) -> None:
+    def end_operation(self, by: Writer, operation: Operation) -> str:
         self._write("ended", [operation, *self.ended])
         self.operation = None
+        return self._marked()
 
-    def put_layout(self, layout: Any) -> None:
+    def _marked(self) -> str:
+        self.num_writes += 1
+        self.mark = str(self.num_writes)
+        return self.mark
+
+    def journal_mark(self) -> str:
+        return self.mark
+
+    def put_layout(self, by: Writer, layout: Any) -> None:
         self._write("layout", layout)
 
     def get_epoch(self) -> int:
         return self.layout.epoch if self.layout else 0
 
-    def append_event(self, event: Event) -> None:
+    def append_decision(self, by: Writer, decision: Any) -> None: ...
+
+    def append_event(self, by: Writer, event: Event) -> None:
         self._write("events", [*self.events, event])
 
     def wait(self, condition: Callable[[], bool]) -> None:
@@ -122,6 +136,7 @@ class Scene:
         self.world, self.store, self.told = world, FakeStore(), []
         self.fenced, self.woken = threading.Event(), threading.Event()
         self.journal = Journal(self.store, "scaler:a", self.fenced.set, self.woken.set)  # type: ignore[arg-type]
+        self.journal.act_under(1)
         self.links = FakeLinks(world)
         config = ScalerConfig(run_dir=str(tmp_path))
         self.driver = Driver(config, self.links, self.journal, Meters(), self._tell, lambda: world.now)  # type: ignore[arg-type]
@@ -281,8 +296,36 @@ def test_a_store_that_was_emptied_gets_everything_again(
     scene.journal.put(operation)
     scene.journal.announce(UP.before)
     scene.store.wait(lambda: scene.store.layout is not None and scene.store.operation is not None)
-    scene.store.layout = scene.store.operation = None
+    scene.store.wait(lambda: scene.journal.is_durable(operation) and scene.journal.announced_epoch == 1)
+    scene.store.layout, scene.store.operation, scene.store.mark = None, None, ""
     scene.store.wait(lambda: (scene.store.layout, scene.store.operation) == (UP.before, operation))
+    # Rolled back to a time when the layout was the same and the operation had not begun, or was another one.
+    for operation_then in (None, operation_of(DOWN)):
+        scene.store.operation, scene.store.mark = operation_then, "earlier"
+        scene.store.wait(lambda: scene.store.operation == operation)
+    scene.journal.end(operation)
+    scene.store.wait(lambda: scene.store.ended == [operation])
+    scene.store.operation, scene.store.mark = operation_of(DOWN), "somebody else's"
+    scene.store.wait(lambda: scene.store.operation is None)
+
+
+def test_nothing_is_written_or_dropped_before_the_lease_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.01)
+    store, woken = FakeStore(), threading.Event()
+    store.operation = operation_of(DOWN)
+    journal = Journal(store, "scaler:a", lambda: None, woken.set)  # type: ignore[arg-type]
+    try:
+        journal.event(Event("decision", "because", 1, "scaler:a", 0.0))
+        journal.put(operation_of(UP))
+        assert not woken.wait(0.1)
+        assert (store.events, store.operation) == ([], operation_of(DOWN))
+        journal.act_under(1)
+        assert woken.wait(10)
+        assert store.operation == operation_of(UP)
+    finally:
+        journal.close()
 
 
 def test_a_journal_that_is_fenced_says_so(make: Callable[[World], Scene]) -> None:

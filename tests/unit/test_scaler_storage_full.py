@@ -11,7 +11,7 @@ import redis
 
 from common.fence import Fence
 from common.protocol.errors import Unavailable
-from common.store import Event, _guard
+from common.store import Event, Writer, _guard
 from services.scaler.journal import Journal
 from services.scaler.lease import Lease
 from tests.procs.waiting import wait_until
@@ -34,19 +34,24 @@ class FakeStore:
         self.holder = holder
         return self.fence
 
-    def renew_lease(self, holder: str, lease_ms: int, fence: int) -> bool:
+    def renew_lease(self, by: Writer, lease_ms: int) -> bool:
         self._check()
         return True
 
     def release_lease(self, holder: str) -> None:
         self.holder = ""
 
-    def append_event(self, event: Event) -> None:
+    def append_decision(self, by: Writer, decision: Any) -> None: ...
+
+    def append_event(self, by: Writer, event: Event) -> None:
         self._check()
         self.events.append(event)
 
     def get_epoch(self) -> int:
         return 0
+
+    def journal_mark(self) -> str:
+        return ""
 
     def _check(self) -> None:
         if self.error is not None:
@@ -108,6 +113,7 @@ def test_a_lease_that_cannot_be_renewed_for_want_of_room_refuses_orders(tmp_path
 def test_a_journal_without_room_says_so_until_it_could_write() -> None:
     store: Any = FakeStore()
     journal = Journal(store, "scaler:a", lambda: None, lambda: None)
+    journal.act_under(1)
     try:
         journal.check_room()
         store.error = FULL

@@ -1,0 +1,116 @@
+"""Durations, deadlines and leases go by the monotonic clock (promise P22): here are all the places that read the wall
+clock, each with what it is for. `tests/procs/test_clock.py` moves the clock under a running deployment."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.test_tidy import CODE, ROOT, name, tracked, tree
+
+# (file, what it reads): why that may be the wall clock. All of it is shown or compared for equality, never waited for.
+ALLOWED = {
+    ("cli/bench/report.py", "time.strftime"): "the date in a report's heading",
+    ("cli/events.py", "time.strftime"): "shows an event's time",
+    ("cli/events.py", "time.localtime"): "shows an event's time",
+    ("cli/status.py", "time.time"): "shows for how long a deployment has run, of which its record has the wall time",
+    ("cli/up.py", "time.time"): "the record's time of the start, shown",
+    ("common/telemetry.py", "time.strftime"): "the time of a log line",
+    ("common/telemetry.py", "time.localtime"): "the time of a log line",
+    ("services/hmm/checkpoint.py", ".st_mtime_ns"): "equality: whether a file was changed while it was read",
+    ("services/router/api/chat.py", "time.time"): "`created` of an answer",
+    ("services/router/api/completions.py", "time.time"): "`created` of an answer",
+    ("services/router/chat_template.py", "datetime.now"): "`strftime_now` of chat templates",
+    ("services/router/front.py", "time.time"): "`created` of the model, shown",
+    ("services/scaler/service.py", "time.time"): "the time of an event, and when an operation was accepted, shown",
+}
+
+WALL = {
+    "time": {"time", "time_ns", "localtime", "gmtime", "ctime", "asctime", "strftime", "mktime"},
+    "datetime": {"now", "utcnow", "today", "fromtimestamp", "utcfromtimestamp"},
+    "date": {"today", "fromtimestamp"},
+}
+FILE_TIMES = {f"st_{which}{unit}" for which in ("mtime", "atime", "ctime") for unit in ("", "_ns")}
+FILE_TIMES |= {"getmtime", "getatime", "getctime", "CLOCK_REALTIME", "clock_gettime"}
+NATIVE = re.compile(
+    r"system_clock|high_resolution_clock|utc_clock|file_clock|CLOCK_REALTIME|CLOCK_TAI|\bgettimeofday\b|\bstd::time\b"
+    r"|\btime\((?:nullptr|NULL|0|&)|\blocaltime|\bgmtime|\bftime\b|\btimespec_get\b"
+    # These wait until a time of the wall clock, unless they are told otherwise.
+    r"|\bsem_timedwait\b|\bpthread_\w*timed\w+|\bmq_timed\w+|FUTEX_CLOCK_REALTIME"
+)
+
+
+def wall_clock_in(module: ast.Module) -> list[str]:
+    """What a Python module reads of the wall clock."""
+    found = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and node.module == "time":
+            found += [f"from time import {alias.name}" for alias in node.names if alias.name in WALL["time"]]
+        elif isinstance(node, ast.Attribute):
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            if node.attr in WALL.get(owner, ()):
+                found.append(f"{owner}.{node.attr}")
+            elif node.attr in FILE_TIMES:
+                found.append(f".{node.attr}")
+    return found
+
+
+def test_the_wall_clock_is_read_only_for_what_is_shown() -> None:
+    found = {(name(path), what) for path in CODE for what in wall_clock_in(tree(path))}
+    assert found == set(ALLOWED)
+
+
+def test_native_code_reads_no_wall_clock() -> None:
+    sources = [path for path in tracked(".cpp", ".h", ".hpp", ".cc") if name(path).startswith("native/")]
+    assert len(sources) > 10
+    found = [
+        f"{name(path)}:{number}: {line.strip()}"
+        for path in sources
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if NATIVE.search(line)
+    ]
+    assert found == []
+
+
+def test_the_store_counts_a_lease_in_milliseconds_from_now() -> None:
+    """No time of day is sent to the store, and none is read there; its own clock is in tests/procs/test_clock.py."""
+    text = Path(ROOT / "common/store.py").read_text(encoding="utf-8")
+    used = Counter(re.findall(r"'(PX|EX|PXAT|EXAT|TIME|EXPIREAT|PEXPIREAT)'", text))
+    assert used == {"PX": 2}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import time\ntime.time()",
+        "import time as t\nfrom time import time",
+        "import datetime\ndatetime.datetime.now()",
+        "from datetime import datetime\ndatetime.utcnow()",
+        "from datetime import date\ndate.today()",
+        "import time\nclock = time.time",
+        "import time\ntime.clock_gettime(time.CLOCK_REALTIME)",
+        "import os\nos.stat('x').st_mtime",
+    ],
+)
+def test_each_way_to_read_it_is_seen(code: str) -> None:
+    assert wall_clock_in(ast.parse(code))
+    assert not wall_clock_in(ast.parse("import time\ntime.monotonic(); time.perf_counter(); time.sleep(1)"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "auto now = std::chrono::system_clock::now();",
+        "clock_gettime(CLOCK_REALTIME, &now);",
+        "gettimeofday(&now, nullptr);",
+        "seed(time(nullptr));",
+        "pthread_cond_timedwait(&condition, &mutex, &until);",
+    ],
+)
+def test_each_native_way_is_seen(line: str) -> None:
+    assert NATIVE.search(line)
+    assert not NATIVE.search("clock_gettime(CLOCK_MONOTONIC, &now);")

@@ -1,0 +1,199 @@
+"""What the journal keeps of each decision suffices to make it again, and the present code decides as it did (promise
+P20). Here one operation at a time, by way of a real store; all faults together: the end of each seed of tests/sim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import common.store
+from common.config import ScalerConfig
+from common.protocol.errors import PayloadTooLarge, Unavailable
+from common.store import Store, Writer
+from services.scaler import core, transition
+from services.scaler.core import Observed, decide
+from services.scaler.decisions import Decision, PhaseChosen, PlanMade, StepTaken, Tidied
+from services.scaler.driver import Driver
+from services.scaler.journal import Journal
+from services.scaler.meters import Meters
+from services.scaler.operation import Operation
+from services.scaler.plan import Memory, Rates, Sizes, Target
+from services.scaler.transition import cancel
+from tests.procs.waiting import wait_until
+from tests.replay import DECISIONS, replay
+from tests.unit.test_scaler_driver import FakeLinks
+from tests.unit.test_store import Server
+from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
+
+A = Writer("a", 1)
+HANDLES = dict.fromkeys(DEVICES, 4)
+SIZES = Sizes(10, (5,), (8,))
+MEMORY = Memory(dict.fromkeys(DEVICES, 1_000), 200, 7, 16, 2, HANDLES, 4)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    server = Server(tmp_path)
+    store = Store(server.url, "test")
+    yield store
+    store.close()
+    server.stop()
+
+
+class Run:
+    """One operation, from its plan to its end, as a scaler with a real journal and a real store carries it out."""
+
+    def __init__(self, store: Store, folder: Path, target: Target, before: Any) -> None:
+        basis = PlanMade(
+            op_id="op",
+            layout=before,
+            target=target,
+            sizes=SIZES,
+            memory=MEMORY,
+            devices=DEVICES,
+            rates=Rates(),
+        )
+        plan, made = basis.make()
+        self.store, self.world = store, World(before)
+        self.journal = Journal(store, "a", lambda: None, lambda: None)
+        self.journal.act_under(1)
+        config = ScalerConfig(run_dir=str(folder))
+        self.driver = Driver(config, Links(self.world, plan), self.journal, Meters(), _tell, lambda: self.world.now)  # type: ignore[arg-type]
+        self.driver.begin(operation_of(plan), made)
+
+    def turn(self) -> None:
+        operation = self.driver.operation
+        if operation is not None:
+            wait_until(lambda: self.journal.is_durable(operation), "the operation is in the store")
+        seen = self.world.seen()
+        self.driver.turn(seen.hmm, seen.pool)
+        self.world.progress()
+
+    def finish(self) -> Operation:
+        for _ in range(100):
+            if self.driver.operation is None:
+                break
+            self.turn()
+        self.journal.close()
+        return self.driver.ended[0]
+
+
+class Links(FakeLinks):
+    """Obeys the commands of one plan."""
+
+    def __init__(self, world: World, plan: Any) -> None:
+        super().__init__(world)
+        self._plan = plan
+
+    def tell_hmm(self, command: Any) -> None:
+        if hasattr(command, "layout"):
+            leg = next(leg for leg in self._plan.legs if leg.layout == command.layout)
+            self.world.obey(transition.Stage(command.op_id, leg, not leg.joining))
+        else:
+            super().tell_hmm(command)
+
+
+def _tell(kind: str, reason: str, /, **facts: str) -> None: ...
+
+
+def journaled(store: Store) -> list[Decision]:
+    """What the store has, oldest first."""
+    return store.decisions(DECISIONS)
+
+
+@pytest.mark.parametrize(
+    ("target", "before"), [(Target(replicas=3), UP.before), (Target(remove=(1,)), DOWN.before), (Target(2), UP.before)]
+)
+def test_an_operation_is_decided_again_as_it_was(store: Store, tmp_path: Path, target: Target, before: Any) -> None:
+    ended = Run(store, tmp_path, target, before).finish()
+    decisions = journaled(store)
+    assert isinstance(decisions[0], PlanMade)
+    steps = [decision for decision in decisions if isinstance(decision, StepTaken)]
+    assert [ended.phase, ended.op_id] == ["done", "op"] == [steps[-1].after.phase, steps[-1].after.op_id]
+    assert len(steps) >= (1 if ended.kind == "none" else 5)
+    assert replay(decisions) == []
+
+
+def test_a_cancelled_operation_too_and_what_is_tidied_up(store: Store, tmp_path: Path) -> None:
+    run = Run(store, tmp_path, Target(replicas=3), UP.before)
+    for _ in range(3):
+        run.turn()
+    assert run.driver.operation is not None
+    run.driver.replace(cancel(run.driver.operation))
+    for _ in range(20):
+        if run.driver.operation is not None:
+            run.turn()
+    run.world.ranks[3] = "rank-r3t0:9"  # a stray
+    run.turn()
+    assert run.finish().phase == "aborted"
+    decisions = journaled(store)
+    assert {type(decision) for decision in decisions} == {PlanMade, StepTaken, Tidied}
+    assert replay(decisions) == []
+
+
+def phase_chosen() -> PhaseChosen:
+    seen = World(UP.before).seen()
+    observed = Observed(seen.hmm, seen.pool, 0, frozenset({2}), True, 5)
+    return PhaseChosen(UP.before, observed, decide(UP.before, observed))
+
+
+def test_another_code_is_told_apart(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Run(store, tmp_path, Target(replicas=3), UP.before).finish()
+    decisions = [*journaled(store), phase_chosen()]
+    assert replay(decisions) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(transition, "empty_leavers", lambda *_: ([], []))
+        patch.setattr(transition, "migrate", lambda operation, *_: transition.enter(operation, "done", "over"))
+        assert [text for text in replay(decisions) if "done, over and not release" in text]
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "_waiting", lambda _: "loading")
+        patch.setattr(core, "_is_flipping", lambda _: True)
+        degraded = msgspec.structs.replace(decisions[-1].observed, pool=None)  # type: ignore[union-attr]
+        chosen = PhaseChosen(UP.before, degraded, decide(UP.before, degraded))
+        patch.undo()
+        assert len(replay([chosen])) == 1
+
+
+def test_an_input_that_is_missing_or_another_one_is_told_apart(store: Store, tmp_path: Path) -> None:
+    Run(store, tmp_path, Target(replicas=3), UP.before).finish()
+    decisions = journaled(store)
+    made = decisions[0]
+    assert isinstance(made, PlanMade)
+    for changed in (
+        msgspec.structs.replace(made, memory=msgspec.structs.replace(MEMORY, footprint=180)),
+        msgspec.structs.replace(made, sizes=Sizes(11, (5,), (8,))),
+        msgspec.structs.replace(made, legs_max=1),
+        msgspec.structs.replace(made, rates=Rates(step_s=1.0)),
+    ):
+        assert replay([changed]) == ["op: another plan"]
+    assert replay(decisions[1:2]) == ["op: the journal has a step and no plan"]
+    for number, step in enumerate(decisions):
+        if isinstance(step, StepTaken) and step.before.phase == "prepare":
+            blind = msgspec.structs.replace(step, seen=msgspec.structs.replace(step.seen, hmm=None))
+            assert len(replay([made, blind])) == 1, number
+
+
+def test_decisions_are_few_and_small_in_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.store, "DECISIONS_MAX", 3)
+    for _ in range(5):
+        store.append_decision(A, phase_chosen())
+    assert journaled(store) == [phase_chosen()] * 3
+    monkeypatch.setattr(common.store, "DECISION_BYTES_MAX", 100)
+    with pytest.raises(PayloadTooLarge, match="exceeds the limit of 100"):
+        store.append_decision(A, phase_chosen())
+    monkeypatch.setattr(common.store, "VALUE_BYTES_MAX", 100)  # of what is read, when it is no longer compressed
+    with pytest.raises(Unavailable) as caught:
+        journaled(store)
+    assert caught.value.code == "store_corrupt"
+
+
+def test_a_decision_that_is_too_large_holds_up_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.store, "DECISION_BYTES_MAX", 100)
+    assert Run(store, tmp_path, Target(replicas=3), UP.before).finish().phase == "done"
+    assert journaled(store) == []
