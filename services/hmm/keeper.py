@@ -82,8 +82,16 @@ class Keeper:
         except ElasticMoEError as error:
             if isinstance(error, ProtocolError):
                 self._log.warning("bad message", code=error.code, reason=error.message)
+                if error.code == "version_mismatch":  # told, so that the other side can say why it does not start
+                    self._refuse(channel, error)
             del self._channels[fd]
             channel.close()
+
+    def _refuse(self, channel: Channel[Keep | Forget | Fetch], error: ProtocolError) -> None:
+        try:
+            channel.send(refusal(error), deadline_ms=_RECEIVE_MS)
+        except ElasticMoEError:
+            pass  # the peer is gone: nobody is left to be told
 
     def _handle(self, body: Keep | Forget | Fetch, fds: list[int]) -> tuple[Message, tuple[int, ...]]:
         if len(fds) != isinstance(body, Keep):

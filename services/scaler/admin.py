@@ -27,9 +27,11 @@ from common.protocol.errors import (
     Unauthorized,
 )
 from common.protocol.limits import NAME_CHARS_MAX
+from services.scaler import docs
 from services.scaler.desk import Cancel, Desk, Feed
+from services.scaler.docs import describe
 from services.scaler.meters import Meters, render_metrics
-from services.scaler.orders import parse_rebalance, parse_scale
+from services.scaler.orders import RebalanceBody, ScaleBody, parse_rebalance, parse_scale
 from services.scaler.snapshot import (
     Board,
     devices_view,
@@ -91,6 +93,7 @@ def build_app(board: Board, desk: Desk, feed: Feed, meters: Meters, token: str, 
     _add_views(app, board, meters)
     _add_orders(app, desk, deadline_s)
     _add_events(app, feed)
+    docs.install(app)
 
     async def on_error(_: Any, error: Exception) -> Response:
         assert isinstance(error, ElasticMoEError)
@@ -108,42 +111,42 @@ def build_app(board: Board, desk: Desk, feed: Feed, meters: Meters, token: str, 
 
 
 def _add_views(app: FastAPI, board: Board, meters: Meters) -> None:
-    @app.get("/health")
+    @app.get("/health", **describe("Health", docs.PUBLIC))
     def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", **docs.describe_ready())
     def ready() -> Response:
         snapshot = board.snapshot
         return _json(ready_view(snapshot), 200 if snapshot.phase == "serving" else 503)
 
-    @app.get("/v1/layout")
+    @app.get("/v1/layout", **describe("Layout", docs.READING))
     def layout() -> Response:
         return _json(layout_view(board.snapshot))
 
-    @app.get("/v1/devices")
+    @app.get("/v1/devices", **describe("Devices", docs.READING))
     def devices() -> Response:
         return _json(devices_view(board.snapshot))
 
-    @app.get("/v1/operations")
+    @app.get("/v1/operations", **describe("Operations", docs.READING))
     def operations() -> Response:
         return _json(operations_view(board.snapshot))
 
-    @app.get("/v1/operations/{op_id}")
+    @app.get("/v1/operations/{op_id}", **describe("Operation", docs.FINDING))
     def operation(op_id: str) -> Response:
         return _json(find_operation(board.snapshot, op_id))
 
-    @app.get("/v1/config")
+    @app.get("/v1/config", **describe("Config", docs.READING))
     def config() -> Response:
         return _json(board.snapshot.config)
 
-    @app.get("/metrics")
+    @app.get("/metrics", **describe("text/plain", docs.READING))
     def metrics() -> Response:
         return Response(render_metrics(board.snapshot, meters), media_type="text/plain; version=0.0.4")
 
 
 def _add_orders(app: FastAPI, desk: Desk, deadline_s: float) -> None:
-    @app.post("/v1/scale")
+    @app.post("/v1/scale", **describe("Operation", docs.ORDERING, body=ScaleBody, status=202))
     async def scale(request: Request) -> Response:
         order = parse_scale(await _body(request), deadline_s)
         accepted = await desk.ask(order)
@@ -151,18 +154,18 @@ def _add_orders(app: FastAPI, desk: Desk, deadline_s: float) -> None:
             return _json(plan_view(accepted.plan, accepted.operation))
         return _json(operation_view(accepted.operation), 202)
 
-    @app.post("/v1/rebalance")
+    @app.post("/v1/rebalance", **describe("Operation", docs.ORDERING, body=RebalanceBody, status=202))
     async def rebalance(request: Request) -> Response:
         accepted = await desk.ask(parse_rebalance(await _body(request), deadline_s))
         return _json(operation_view(accepted.operation), 202)
 
-    @app.delete("/v1/operations/{op_id}")
+    @app.delete("/v1/operations/{op_id}", **describe("Operation", docs.CANCELLING, status=202))
     async def cancel(op_id: str) -> Response:
         return _json(operation_view((await desk.ask(Cancel(op_id))).operation), 202)
 
 
 def _add_events(app: FastAPI, feed: Feed) -> None:
-    @app.get("/v1/events")
+    @app.get("/v1/events", **describe("text/event-stream", docs.READING))
     async def events(request: Request) -> Response:
         feed.check()
         last_id = request.headers.get("last-event-id", "")[:NAME_CHARS_MAX]

@@ -40,6 +40,11 @@ class HmmLink:
         self._channel: fdchannel.Channel[FromHmm] | None = None
         self._resume_at = 0.0
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether an HMM would see this connection's end."""
+        return self._channel is not None
+
     def attach(self) -> tuple[AttachReply, list[int]]:
         """Ask for the seat's memory: the answer and its descriptors, which are the caller's. Blocks, at most ATTACH_MS.
 

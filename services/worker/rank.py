@@ -51,6 +51,7 @@ from services.worker.migration import Migration
 from services.worker.model.batch import Batch, Part
 from services.worker.model.registry import Model, build_model
 from services.worker.reports import Reports
+from services.worker.shortage import Shortage
 
 log = get_logger("rank")
 
@@ -93,6 +94,7 @@ class Rank:
             max_model_len=min(seat.max_model_len, ledger.max_tokens),
         )
         self._lockstep = Lockstep(self._memory, exchange, seat.slot, lambda: self._stopping)
+        self._shortage = Shortage(self._engine, exchange, self._lockstep, self._hmm)
         self._migration = Migration(
             seat, self._engine, config.socket, watch=self._server.watch, unwatch=self._server.unwatch
         )
@@ -205,7 +207,7 @@ class Rank:
             self._take_messages(time.monotonic())
 
     def _step(self, plan: Plan, total: int, started: int) -> None:
-        outcome = self._engine.compute(plan, total, STEP_MS_MAX)
+        outcome = self._shortage.compute(plan, total, STEP_MS_MAX)
         self._send(outcome)
         took = time.perf_counter_ns() - started
         cost = self._engine.cost

@@ -91,11 +91,16 @@ def check(answer: httpx.Response, what: str) -> None:
 
 @pytest.fixture(scope="module")
 def router(tmp_path_factory: pytest.TempPathFactory) -> App:
-    base: Path = tmp_path_factory.mktemp("r")
+    """A router without replicas."""
+    return make_router(tmp_path_factory.mktemp("r"), Dispatcher)
+
+
+def make_router(base: Path, make_dispatcher: type[Dispatcher]) -> App:
+    """A router's app with files in `base`."""
     model = ServedModel(write_model(base / "model"), "m")
     config = RouterConfig(run_dir=str(base), model=str(base / "model"), served_name="m", body_bytes_max=64 << 10)
     metrics = Metrics("m")
-    dispatcher = Dispatcher(config.socket, metrics, History(None, "r"), router_identity())
+    dispatcher = make_dispatcher(config.socket, metrics, History(None, "r"), router_identity())
     return build_router(make_front(config, model, dispatcher, metrics, None))
 
 

@@ -14,23 +14,37 @@ _ERRORS = {
     "400": "The request breaks a stated bound, or asks for what is not supported",
     "401": "The key is missing or wrong",
     "404": "No such model or path",
+    "408": "The body did not arrive in time",
     "413": "The body is too large",
+    "415": "The body is not JSON by its content type",
     "429": "Too many requests are being served; see Retry-After",
     "503": "No replica is ready; see Retry-After",
+    "504": "The request exceeded its deadline",
 }
 
 
-def describe(body: type[msgspec.Struct] | None, answer: type[msgspec.Struct] | None, *, is_stream: bool = False) -> Any:
-    """Keyword arguments of a route: how its body and its answers look. `answer` None: plain text."""
+def describe(
+    body: type[msgspec.Struct] | None,
+    answer: type[msgspec.Struct] | None,
+    *,
+    is_stream: bool = False,
+    names_model: bool = False,
+    unready: type[msgspec.Struct] | None = None,
+) -> Any:
+    """Keyword arguments of a route: how its body and its answers look. `answer` None: plain text. `names_model`: its
+    path does, and may name none. `unready`: the body of its 503, where that is no error's."""
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     if answer is not None:
         content = {"application/json": {"schema": {"$ref": _REF + answer.__name__}}}
     if is_stream:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     error = {"application/json": {"schema": {"$ref": _REF + "ErrorBody"}}}
-    codes = _ERRORS if body is not None else {"401": _ERRORS["401"], "503": _ERRORS["503"]}
+    short = ("401", "404", "503") if names_model else ("401", "503")
+    codes = _ERRORS if body is not None else {code: _ERRORS[code] for code in short}
     responses: dict[str, Any] = {"200": {"description": "The answer", "content": content}}
     responses |= {code: {"description": text, "content": error} for code, text in codes.items()}
+    if unready is not None:
+        responses["503"]["content"] = {"application/json": {"schema": {"$ref": _REF + unready.__name__}}}
     extra: dict[str, Any] = {"responses": responses}
     if body is not None:
         schema = {"schema": {"$ref": _REF + body.__name__}}

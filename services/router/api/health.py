@@ -21,7 +21,7 @@ async def health() -> Response:
     return json_response(Health("ok"))
 
 
-@routes.get("/ready", **describe(None, Ready))
+@routes.get("/ready", **describe(None, Ready, unready=Ready))
 async def ready(request: Request) -> Response:
     """200 when requests are served, else 503."""
     front = front_of(request)

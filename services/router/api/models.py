@@ -28,7 +28,7 @@ async def models(request: Request) -> Response:
     return json_response(ModelList("list", [_card(front_of(request))]))
 
 
-@routes.get("/v1/models/{name:path}", **describe(None, ModelCard))
+@routes.get("/v1/models/{name:path}", **describe(None, ModelCard, names_model=True))
 async def model(request: Request, name: str) -> Response:
     """One model."""
     front = front_of(request)

@@ -103,14 +103,14 @@ class Engine:
 
     def fail_all(self, error: ElasticMoEError) -> list[tuple[bytes, Failed]]:
         """End every request with `error`, but for those that another rank may have taken over."""
-        return [self._fail(s, error) for s in self.scheduler.sequences() if s not in self.scheduler.detached]
+        return [self.fail(s, error) for s in self.scheduler.sequences() if s not in self.scheduler.detached]
 
     def expire(self, now: float) -> list[tuple[bytes, Failed]]:
         """End the requests whose deadline has passed."""
         failures = []
         for sequence in self.scheduler.expired(now):
             limit = sequence.request.deadline_s
-            failures.append(self._fail(sequence, DeadlineExceeded(f"request exceeded its deadline of {limit:g} s")))
+            failures.append(self.fail(sequence, DeadlineExceeded(f"request exceeded its deadline of {limit:g} s")))
         return failures
 
     def end_overlong(self) -> Outcome:
@@ -128,10 +128,11 @@ class Engine:
                 self.forget(sequence)
             else:
                 text = f"{sequence.num_prompt} prompt tokens leave no room in a context of {capacity}"
-                outcome.failures.append(self._fail(sequence, InvalidRequest(text, code="context_length_exceeded")))
+                outcome.failures.append(self.fail(sequence, InvalidRequest(text, code="context_length_exceeded")))
         return outcome
 
-    def _fail(self, sequence: Sequence, error: ElasticMoEError) -> tuple[bytes, Failed]:
+    def fail(self, sequence: Sequence, error: ElasticMoEError) -> tuple[bytes, Failed]:
+        """End a live sequence with `error`."""
         self.forget(sequence)
         return sequence.peer, Failed(sequence.request.request_id, error.code, error.message, error.retryable)
 
@@ -217,7 +218,7 @@ class Engine:
             error = sampled.errors.get(index)
             if error is not None:
                 chunk.sequence.tokens.pop()
-                outcome.failures.append(self._fail(chunk.sequence, error))
+                outcome.failures.append(self.fail(chunk.sequence, error))
             else:
                 self._report(chunk.sequence, sampled.logprobs[index], outcome)
             index += 1
@@ -228,8 +229,7 @@ class Engine:
         sequence = chunk.sequence
         ids = sequence.tokens[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, sequence.num_prompt)]
         noted = self._prompt_logprobs.setdefault(sequence.arrival, [])
-        if chunk.start == 0:
-            noted.clear()  # a preempted sequence starts over
+        del noted[chunk.start :]  # a preempted sequence starts over, a step that was given up is repeated
         if ids:
             noted += prompt_logprobs(logits[: len(ids)], ids, max(0, sequence.request.sampling.logprobs))
 

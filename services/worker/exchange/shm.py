@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from common.failpoint import failpoint
 from native.bus import Bus, BusTimeout, Routing, make_routing
 from services.worker.exchange.base import Exchange, ExchangeTimes
 
@@ -30,6 +31,7 @@ class ShmExchange(Exchange):
         self._routings: list[Routing | None] = [None] * len(num_experts)
         self._num_experts = tuple(num_experts)
         self._deadline_ms = 0.0
+        self._num_left = 0  # layers that this step has still to exchange
         self.rows_RH = torch.empty((0, bus.hidden), dtype=torch.float32)
         self.counts_E = torch.zeros(max(self._num_experts, default=0), dtype=torch.int32)
         self._counts_addr = self.counts_E.data_ptr()
@@ -49,6 +51,8 @@ class ShmExchange(Exchange):
     def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
         """See Exchange. The rows' buffer grows to the largest step seen; its pages become real when they are used."""
         self._deadline_ms = deadline_ms
+        self._num_left = sum(count > 0 for count in self._num_experts)
+        failpoint("rank.step.begun")
         capacity = total_tokens * self._top_k
         if capacity > self.rows_RH.shape[0]:
             self.rows_RH = torch.empty((capacity, self._hidden), dtype=torch.float32)
@@ -77,6 +81,12 @@ class ShmExchange(Exchange):
         self._patiently(
             lambda wait_ms: self._bus.combine(routing, self._generation, y_RH.data_ptr(), out_NH.data_ptr(), n, wait_ms)
         )
+        self._num_left -= 1
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether others wait, or will, for this rank's part in the step that it began last."""
+        return self._num_left > 0 and self._bus.membership()[1].bit_count() > 1
 
     def _patiently(self, exchange: Callable[[float], T]) -> T:
         """Make one exchange, counting up the rank's progress before it and while it waits for the others.

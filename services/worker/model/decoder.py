@@ -92,8 +92,9 @@ class Decoder:
     def _compute_logits(self, num_logits: int) -> torch.Tensor:
         if num_logits > self._logits_MV.shape[0]:
             # Grows to the largest number seen: few rows while decoding, a whole chunk's for prompt log probabilities.
-            self._logits_MV = torch.empty((num_logits, self._logits_MV.shape[1]), dtype=torch.float32)
-            self._head = ops.linear(self._x_NH, self._head_VH, self._logits_MV)
+            larger_MV = torch.empty((num_logits, self._logits_MV.shape[1]), dtype=torch.float32)
+            self._head = ops.linear(self._x_NH, self._head_VH, larger_MV)
+            self._logits_MV = larger_MV  # last: where there is no memory for it, the step is repeated
         logits_MV = self._logits_MV[:num_logits]
         if num_logits:
             self._head(num_logits)

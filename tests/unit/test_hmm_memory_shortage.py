@@ -1,0 +1,276 @@
+"""A machine that runs out of memory anywhere in a transition: the operation is refused, fails or goes on with less KV;
+the layout in force stays whole and nothing is lost (promise P11). Real memory, catalog and bus; ranks as values."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cli.models import random_checkpoint
+from common.config import HmmConfig
+from common.layout import Layout, RankId, Seat, initial_layout
+from common.protocol.errors import DoesNotFit, Unavailable
+from common.protocol.handles import SeatMemory
+from common.protocol.hmm import LoadModel, RecordCopy, StageLayout
+from common.telemetry import get_logger
+from native import host
+from services.hmm.background import Background
+from services.hmm.catalog import keys_of
+from services.hmm.holdings import Holdings
+from services.hmm.loader import Load
+from services.hmm.membership import Membership
+from services.hmm.supply import Supply
+from services.hmm.transition import Transitions
+from tests.unit.specs import TINY_MIXTRAL
+
+BUDGET = 32 << 20
+LOG = get_logger("test")
+WAIT_S = 10.0
+REAL = host.allocate
+
+
+class Memory:
+    """The machine's: fails the allocations whose number is in `failing`."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self.failing: range = range(0)
+
+    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
+        self.num_calls += 1
+        if self.num_calls in self.failing:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        REAL(fd, offset, nbytes)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the first of them was asked for."""
+        return self.num_calls >= self.failing.start
+
+
+class World:
+    """An HMM without sockets that has a model loaded on two of three devices. Ranks map at once what they are sent."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.machine = Memory()
+        config = HmmConfig(run_dir=str(folder), devices="host:3", device_bytes=BUDGET)
+        parking: Any = SimpleNamespace(fetch=dict, keep=lambda *_: None, forget=lambda _: None)
+        self.holdings = Holdings(config, parking, LOG)
+        self.holdings.start()
+        layout = initial_layout((5, 5), ["host:0", "host:1"])
+        request = LoadModel("load", str(model), "float32", layout, 16, 3 << 21, 64, 4, 64)
+        load = Load(request, self.holdings.memories, self.holdings.prepare(layout), self.holdings.granularity)
+        self.holdings.commit(load.run())
+        self.background = Background(LOG)
+        self.members = Membership(self.holdings, LOG)
+        self.by_slot: dict[int, Any] = {}
+        self.num_requests = 0
+        attachments: Any = SimpleNamespace(by_slot=self.by_slot, update=self._update)
+        copies: Any = SimpleNamespace(is_busy=lambda _: False)
+        supply = Supply(self.holdings, self.background)
+        self.transitions = Transitions(self.holdings, attachments, self.members, copies, supply, LOG)
+        self.supply = supply
+        for slot in layout.slots:
+            self.attach(slot)
+        self.members.publish(layout.slots, True)
+        self.kv = {name: len(memory.kv) for name, memory in self.holdings.memories.items() if memory.kv}
+        self.sums = self.checksums()
+
+    def _update(self, attached: Any, seat: SeatMemory, _: tuple[int, ...]) -> None:
+        attached.applied = seat.revision
+        attached.sent = seat
+
+    def attach(self, slot: int) -> None:
+        sent = SimpleNamespace(revision=0)
+        self.by_slot[slot] = SimpleNamespace(slot=slot, device=f"host:{slot}", sent=sent, applied=0, version=-1)
+
+    def checksums(self) -> dict[str, int]:
+        jobs = self.holdings.checksum_jobs()
+        return {name: host.checksum(address, nbytes) for name, address, nbytes in jobs}
+
+    @property
+    def layout(self) -> Layout:
+        assert self.holdings.loaded is not None
+        return self.holdings.loaded.layout
+
+    def request(self, *slots: int) -> StageLayout:
+        """To `slots`; a KV handle fewer until the release, and one more after it."""
+        self.num_requests += 1
+        before = self.layout
+        homes = tuple(tuple((slots[(expert + layer) % len(slots)],) for expert in range(5)) for layer in range(2))
+        seats = tuple(Seat(RankId(slot, 0), slot, f"host:{slot}") for slot in slots)
+        layout = Layout(before.epoch + 1, 1, seats, homes)
+        old = {seat.device for seat in before.seats}
+        devices = old | {seat.device for seat in seats}
+        fewer = {name: max(1, len(self.holdings.memories[name].kv) - 1) for name in devices}
+        more = {seat.device: max(self.kv.values()) for seat in seats}
+        return StageLayout(f"op-{self.num_requests}", layout, copies_of(before, layout), fewer, more)
+
+    def turn_to(self, *phases: str) -> str:
+        """Be the loop until the transition is in one of `phases`."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            self.background.finish()
+            self.transitions.advance()
+            status = self.transitions.status()
+            assert status is not None
+            if status.phase in phases and not self.supply.is_releasing:
+                return status.phase
+            assert time.monotonic() < deadline, f"still {status}"
+            self.background.join(0.001)
+
+    def flip(self) -> None:
+        bus = self.members._bus
+        assert bus is not None
+        assert bus.flip(bus.staged()[0])
+
+    def check(self) -> None:
+        """Whole: every page has an owner, every owner its pages, every record its bytes, and somebody runs."""
+        assert self.holdings.check_integrity() == []
+        wanted: dict[str, int] = {}
+        for name, value in self.sums.items():
+            wanted[name.split("/")[1]] = value
+        for name, value in self.checksums().items():
+            assert value == wanted[name.split("/")[1]]
+        for name, memory in self.holdings.memories.items():
+            keys = keys_of((self.layout,), name)
+            assert set(memory.records) == keys
+            handles = [*memory.records.values(), *memory.kv, *([memory.ledger] if memory.ledger else [])]
+            assert memory.device.pages == sum(handle.nbytes for handle in handles)
+            assert memory.device.free == memory.device.budget - memory.device.pages
+            assert bool(memory.kv) == bool(memory.ledger) == bool(keys)
+        _, members, is_running, epoch = self.members.current()
+        assert (members, is_running, epoch) == (sum(1 << slot for slot in self.layout.slots), True, self.layout.epoch)
+        assert set(self.holdings.doorbells) == set(self.layout.slots)
+
+    def close(self) -> None:
+        assert self.background.join(WAIT_S)
+        self.background.close()
+        self.holdings.close()
+
+
+def copies_of(before: Layout, after: Layout) -> tuple[RecordCopy, ...]:
+    """Every record that a device needs anew, from any that has it."""
+    copies = []
+    for seat in after.seats:
+        held = keys_of((before,), seat.device) if before.seat_on(seat.device) else set()
+        for key in sorted(keys_of((after,), seat.device) - held):
+            source = next(one.device for one in before.seats if key in keys_of((before,), one.device))
+            copies.append(RecordCopy(key, source, seat.device))
+    return tuple(copies)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("m") / "m", TINY_MIXTRAL, seed=5, dtype="float32")
+
+
+@pytest.fixture
+def world(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    made = World(model, tmp_path)
+    monkeypatch.setattr(host, "allocate", made.machine.allocate)
+    yield made
+    made.close()
+
+
+def try_transition(world: World, slots: tuple[int, ...]) -> str:
+    """One whole transition, given up where it cannot be staged; how it ended."""
+    request, before = world.request(*slots), world.layout
+    world.transitions.stage(request)
+    if world.turn_to("staged", "failed") == "failed":
+        status = world.transitions.status()
+        assert status is not None
+        assert status.error is not None
+        assert (status.error.code, "no memory" in status.error.message) == ("does_not_fit", True)
+        world.transitions.abort(request.op_id)
+        world.turn_to("aborted")
+        assert world.layout == before
+        return "aborted"
+    for slot in set(slots) - set(before.slots):
+        world.attach(slot)
+    world.turn_to("staged")
+    world.transitions.commit(request.op_id)
+    world.flip()
+    world.turn_to("flipped")
+    for slot in set(before.slots) - set(slots):
+        del world.by_slot[slot]
+    world.transitions.release(request.op_id)
+    world.turn_to("released")
+    assert world.layout == request.layout
+    return "released"
+
+
+def undo(world: World) -> None:
+    """Back to the first layout with the KV that it had, on a machine that has memory again."""
+    world.machine.failing = range(0)
+    while (
+        world.layout.slots != (0, 1) or {n: len(m.kv) for n, m in world.holdings.memories.items() if m.kv} != world.kv
+    ):
+        assert try_transition(world, (0, 1) if world.layout.slots != (0, 1) else (0, 1, 2)) == "released"
+
+
+@pytest.mark.parametrize("num_failing", [1, 1_000_000])
+@pytest.mark.parametrize("slots", [(0, 1, 2), (0, 2), (0,)])
+def test_any_failing_allocation_of_a_transition_leaves_a_whole_layout(
+    world: World, slots: tuple[int, ...], num_failing: int
+) -> None:
+    """`num_failing` 1: one allocation fails, and the next would not; else none succeeds any more from there on."""
+    ends: list[str] = []
+    for number in range(1, 1_000):
+        world.machine.num_calls, world.machine.failing = 0, range(number, number + num_failing)
+        ends.append(try_transition(world, slots))
+        world.check()
+        if not world.machine.has_failed:
+            break
+        undo(world)
+        world.check()
+    assert len(ends) > 3
+    assert ends[-1] == "released"
+    assert {len(memory.kv) for memory in world.holdings.memories.values() if memory.kv} == set(world.kv.values())
+    if slots != (0,):  # there nothing comes, so nothing can fail to: only KV is made, after the flip
+        assert ends[0] == "aborted"
+
+
+def test_kv_that_cannot_be_made_again_is_told_and_made_by_the_next_transition(world: World) -> None:
+    world.machine.failing = range(1, 1_000)
+    request = world.request(0)
+    world.transitions.stage(request)
+    if world.turn_to("staged", "failed") == "failed":
+        world.transitions.abort(request.op_id)
+        world.turn_to("aborted")
+    else:
+        world.transitions.commit(request.op_id)
+        world.flip()
+        world.turn_to("flipped")
+        del world.by_slot[1]
+        world.transitions.release(request.op_id)
+        world.turn_to("released")
+    status = world.transitions.status()
+    assert status is not None
+    assert status.error is not None
+    assert status.error.code == DoesNotFit.code
+    world.check()
+    undo(world)
+    world.check()
+
+
+def test_no_descriptors_for_another_layout_is_a_refusal(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.eventfd
+
+    def eventfd(*arguments: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "eventfd", eventfd)
+    request = world.request(0, 1, 2)
+    with pytest.raises(Unavailable, match="no descriptors for 3 seats"):
+        world.transitions.stage(request)
+    world.check()
+    monkeypatch.setattr(os, "eventfd", real)
+    assert try_transition(world, (0, 1, 2)) == "released"

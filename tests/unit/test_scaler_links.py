@@ -1,0 +1,91 @@
+"""The scaler's connections, where what answers on them says nonsense: it counts as no answer, and the next one is heard
+(promises P14 and P21)."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import ScalerConfig
+from common.protocol import hmm, pool
+from common.protocol.codec import Codec, Message
+from common.protocol.scaler import HmmStatus, PoolStatus, ToScaler
+from common.transport import Server, new_identity
+from services.scaler.links import Links
+from tests.procs.fuzz import Thrower, thrower
+from tests.procs.waiting import wait_until
+from tests.unit.specs import tiny_mixtral_spec
+
+SEED = 7
+ROUNDS, PER_ROUND = 40, 50
+
+
+class Hostile:
+    """Answers each question with `answer`, after much nonsense while `is_hostile`."""
+
+    def __init__(self, path: Path, codec: Codec[Any], answer: Message) -> None:
+        self.is_hostile = True
+        self.thrown: Thrower = thrower(random.Random(SEED), "scaler")
+        self._answer = answer
+        self._server: Server[Any] = Server(path, new_identity("hostile"), codec)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._server.poll(10)
+            while (received := self._server.receive()) is not None:
+                peer, message = received
+                for _ in range(PER_ROUND if self.is_hostile else 0):
+                    self._server._socket.send_multipart([peer, self.thrown.draw()])
+                self._server.send(peer, self._answer, seq=message.seq)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._server.close()
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="em-"))  # short: socket paths have a limit
+    (made / "sockets").mkdir()
+    yield made
+    shutil.rmtree(made)
+
+
+def test_nonsense_on_a_connection_is_no_answer_and_the_next_one_is_heard(run_dir: Path) -> None:
+    config = ScalerConfig(run_dir=str(run_dir), model="/nowhere")
+    events: list[ToScaler] = []
+    status = HmmStatus("empty", 0, 0, None, (), 0, (), False)
+    servers = (
+        Hostile(config.socket("hmm"), hmm.CODEC, status),
+        Hostile(config.socket(config.pool_name), pool.CODEC, PoolStatus(2, ())),
+    )
+    links = Links(config, tiny_mixtral_spec(), new_identity("scaler"), events.append)
+    try:
+        for _ in range(ROUNDS):
+            assert links.ask_hmm() in (None, status)
+            assert links.ask_pool(is_starting=False) in (None, PoolStatus(2, ()))
+            links.wait(0.001)
+        for server in servers:
+            assert server.thrown.num_invalid > ROUNDS * PER_ROUND // 2
+            server.is_hostile = False
+
+        def hears() -> bool:
+            links.wait(0.001)  # drains what was still to come
+            return links.ask_hmm() == status and links.ask_pool(is_starting=False) == PoolStatus(2, ())
+
+        wait_until(hears, "both are heard")
+    finally:
+        links.close()
+        for server in servers:
+            server.close()
