@@ -8,6 +8,7 @@ what the file said:
     wait             until `<name>.release` is there, or `<name>.hit` is gone; WAIT_S_MAX at the longest
     die              SIGKILL for the own process
     sleep SECONDS    at most WAIT_S_MAX
+    hold_gil SECONDS the same in a C call that keeps the interpreter's lock: none of the process's threads runs Python
     raise CODE       the error of that code
 
 A file that says anything else ends the process with a ValueError, as a mistake of the test. Any thread may call.
@@ -15,6 +16,7 @@ A file that says anything else ends the process with a ValueError, as a mistake 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -70,6 +72,9 @@ def _act(hit: Path, action: list[str], name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case ["sleep", seconds]:
             time.sleep(min(float(seconds), WAIT_S_MAX))
+        case ["hold_gil", seconds]:
+            # PyDLL calls without releasing the lock, as C code that never gives it back would.
+            ctypes.PyDLL(None).usleep(int(min(float(seconds), WAIT_S_MAX) * 1e6))
         case ["raise", code]:
             raise _error(code, f"failpoint {name}")
         case _:

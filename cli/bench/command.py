@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cli.bench import attach, plan, recovery, replicas, scaling, serve
+from cli.bench import attach, overload, plan, recovery, replicas, scaling, serve
 from common.protocol.errors import ElasticMoEError
 
 HELP = "measure this machine: prints a table, writes raw data and a plot"
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("replicas", replicas, "what a second replica brings, each pinned to a core"),
         ("attach", attach, "kill -9 of ranks: how long a standby takes to map their memory"),
         ("recovery", recovery, "kill -9 of ranks under load: gaps, failures, recomputed tokens, beside a restart"),
+        ("overload", overload, "0.5 to 3 times the peak and back: what is served in time, what is refused"),
         ("plan", plan, "planning for 384 devices, and its transitions simulated"),
     ):
         command = benchmarks.add_parser(name, help=text)

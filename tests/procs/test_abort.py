@@ -19,7 +19,7 @@ from tests.procs.waiting import wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(180)]
 
-CLIENTS = 4
+CLIENTS = 8  # with answers so long that every rank has a sequence at every moment
 UP: dict[str, Any] = {"replicas": 4}  # r3t0 joins on the free device
 DOWN: dict[str, Any] = {"remove": [2]}
 
@@ -106,7 +106,7 @@ def elastic(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPa
 async def load(elastic: Elastic, model_folder: Callable[[str], Path]) -> Any:
     """Clients that stream throughout the test; afterwards every token is compared, and nothing else has changed."""
     await in_thread(settle, elastic)
-    async with Load(elastic.deployment.base_url, clients=CLIENTS, seed=5, longest=120) as load:
+    async with Load(elastic.deployment.base_url, clients=CLIENTS, seed=5, shortest=120, longest=240) as load:
         try:
             yield load
             await in_thread(elastic.points.clear)
@@ -246,9 +246,6 @@ async def test_after_commit_growing_completes(
             await in_thread(elastic.resize, remove=[3])
         finally:
             elastic.points.forget()
-    lost = [stream for stream in load.streams if stream.error is not None]
-    assert not lost or (fault == "r3t0" and {stream.error for stream in lost} <= {"rank_lost"})
-    whole = [stream for stream in load.streams if stream.error is None]
-    assert check_load_against_oracle(whole, model_folder("oracle")) > 0
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 0
     after = await in_thread(holding, elastic)
     assert (after.pages, after.files, after.memory) == (before.pages, before.files, before.memory)

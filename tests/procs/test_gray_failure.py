@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tests.procs.waiting import wait_until
 pytestmark = [pytest.mark.procs, pytest.mark.slow]
 
 EJECTED_S = 3.0
+ALONE_S = 4 * 2.4
 GAP_S = 4.0
 SETTINGS: dict[str, Any] = {"max_sequences": 32, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}
 
@@ -40,6 +42,16 @@ def stop_rank(deployment: Deployment, name: str) -> int:
     pid = deployment.kill(name, signal.SIGSTOP)
     wait_until(lambda: not is_alive(pid), f"{name} ejected", EJECTED_S + 0.3)  # the limit, and a look at it
     wait_until(lambda: deployment.rank_pids().get(name) not in (None, pid), f"{name} replaced", 15.0)
+    return pid
+
+
+def wait_held_rank_ejected(points: Failpoints, name: str) -> int:
+    """Wait until a rank has come to the failpoint, and until it is dead, sooner than if nobody waited for it. Returns
+    its process id. EJECTED_S is for `stop_rank` to prove: the scaler does not count time in which it had no core."""
+    pid = points.wait_hit(name)
+    begun = time.monotonic()
+    wait_until(lambda: not is_alive(pid), f"the rank at {name} ejected", ALONE_S)
+    print(f"{name} ejected {time.monotonic() - begun:.2f} s after it was held")
     return pid
 
 
@@ -72,6 +84,13 @@ async def test_a_stopped_rank_is_ejected_a_slow_one_is_not_and_no_request_notice
         assert operation["phase"] == "done", operation
         points.clear()
         assert deployment.rank_pids()["r0t0"] != before["r0t0"]
+        # A C call that never gives the interpreter's lock back: no thread of that process could say that it lives.
+        points.arm("rank.apply@r2t0", "hold_gil 60")
+        resize = asyncio.create_task(asyncio.to_thread(deployment.scale, remove=[3]))
+        held = await asyncio.to_thread(wait_held_rank_ejected, points, "rank.apply@r2t0")
+        operation = await resize
+        assert operation["phase"] == "done", operation
+        assert held == before["r2t0"] != deployment.rank_pids()["r2t0"]
         await load.wait_streams(16)
     print(f"longest gap of a stream around the ejection: {longest_s:.2f} s")
     assert longest_s <= GAP_S

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def test_die_is_sigkill(tmp_path: Path) -> None:
     code = f"from common import failpoint as f; f.enable({str(tmp_path)!r}); f.failpoint('a')"
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == -signal.SIGKILL
     assert points.wait_hit("a") > 0
+
+
+def test_hold_gil_stops_every_thread(points: Failpoints) -> None:
+    points.arm("a", "hold_gil 0.3")
+    thread = threading.Thread(target=failpoint.failpoint, args=("a",))
+    last, longest = time.monotonic(), 0.0
+    thread.start()
+    while thread.is_alive():  # this thread would go on at once, if it could
+        now = time.monotonic()
+        last, longest = now, max(longest, now - last)
+    assert max(longest, time.monotonic() - last) >= 0.3
+    points.clear()
 
 
 def test_a_mistaken_action_is_an_error(points: Failpoints) -> None:
