@@ -60,6 +60,11 @@ def allocate(fd: int, offset: int, nbytes: int) -> None:
     instead), even if part of it was allocated before. Budgets below that are the caller's.
     """
 
+def write_from(fd: int, file_offset: int, addr: int, nbytes: int) -> None:
+    """Write memory to a part of a file, with new pages where it has none: cheaper than ``allocate`` and ``copy``, which clear
+    them first. Blocks. Raises as ``allocate``; some of it may have been written then.
+    """
+
 def punch_hole(fd: int, offset: int, nbytes: int) -> None:
     """Give back the pages of a part of the file, which then reads as zeros; the file's size stays. Blocks.
 

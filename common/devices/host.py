@@ -158,6 +158,14 @@ class HostDevice(Device):
         except OSError as error:
             raise DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}") from None
 
+    def write(self, handle: Handle, offset: int, address: int, nbytes: int) -> None:
+        """Make the pages of a part of a claimed handle with what is at `address`. Blocks, and raises, as `populate`."""
+        extent: Extent = handle.backing
+        try:
+            host.write_from(extent.fd, extent.offset + offset, address, nbytes)
+        except OSError as error:
+            raise DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}") from None
+
     def retire(self, handle: Handle) -> None:
         """Nobody uses a local handle any more: `punch` may give its pages back, until it is released."""
         self._unsettled.add(handle)

@@ -153,6 +153,20 @@ TEST(allocation_takes_and_gives_back_pages) {
   close(readonly);
 }
 
+TEST(writing_allocates_what_is_written) {
+  SharedMemory file(8 * kPage);
+  std::vector<char> source(3 * kPage, 5);
+  write_from(file.fd(), 2 * kPage, reinterpret_cast<uint64_t>(source.data()), 3 * kPage);
+  CHECK(allocated_bytes(file.fd()) == 3 * kPage);
+  CHECK(file.as<char>()[2 * kPage] == 5 && file.as<char>()[5 * kPage - 1] == 5);
+  CHECK_THROWS(std::invalid_argument, write_from(file.fd(), 0, reinterpret_cast<uint64_t>(source.data()), 0));
+  CHECK_THROWS(std::invalid_argument, write_from(file.fd(), UINT64_MAX, reinterpret_cast<uint64_t>(source.data()), 1));
+  CHECK_THROWS(std::invalid_argument, write_from(file.fd(), 0, 0, kPage));
+  const int readonly = open_readonly(file.fd());
+  CHECK_THROWS(std::system_error, write_from(readonly, 0, reinterpret_cast<uint64_t>(source.data()), kPage));
+  close(readonly);
+}
+
 TEST(allocation_beyond_the_machine_is_refused) {
   const SharedMemory file(kPage);
   const pid_t pid = testing::spawn([&] {

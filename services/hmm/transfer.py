@@ -19,7 +19,6 @@ from common.failpoint import failpoint
 from common.families import record, records
 from common.model_spec import ModelSpec, RecordKey
 from common.protocol.errors import Unavailable
-from native import host
 from native.ledger import format_ledger
 from services.hmm.checkpoint import Checkpoint
 from services.hmm.reader import Reader
@@ -100,17 +99,15 @@ class Transfer:
         for part in parts:
             for done in range(0, part.handle.nbytes, self._piece_bytes):
                 nbytes = min(self._piece_bytes, part.handle.nbytes - done)
-                part.device.populate(part.handle, done, nbytes)
-                self._peaks.sample(part.device)
-                self._pause(nbytes)
-            if part.source:
-                for done in range(0, part.handle.nbytes, self._piece_bytes):
-                    nbytes = min(self._piece_bytes, part.handle.nbytes - done)
-                    host.copy(part.address + done, part.source + done, nbytes)
+                if part.source:
+                    part.device.write(part.handle, done, part.source + done, nbytes)
                     failpoint("hmm.copy")
                     self._count(nbytes)
-                    self._pause(nbytes)
-            elif part.ledger is not None:
+                else:
+                    part.device.populate(part.handle, done, nbytes)
+                self._peaks.sample(part.device)
+                self._pause(nbytes)
+            if part.ledger is not None:
                 sizes = part.ledger
                 blob = LEDGER_BLOB_BYTES
                 format_ledger(part.address, sizes.nbytes, sizes.num_rows, sizes.max_tokens, sizes.max_blocks, blob)

@@ -33,7 +33,7 @@ from tests.unit.specs import TINY_MIXTRAL
 BUDGET = 32 << 20
 LOG = get_logger("test")
 WAIT_S = 10.0
-REAL = host.allocate
+ALLOCATE, WRITE_FROM = host.allocate, host.write_from
 
 
 class Memory:
@@ -44,10 +44,17 @@ class Memory:
         self.failing: range = range(0)
 
     def allocate(self, fd: int, offset: int, nbytes: int) -> None:
+        self._count()
+        ALLOCATE(fd, offset, nbytes)
+
+    def write_from(self, fd: int, file_offset: int, addr: int, nbytes: int) -> None:
+        self._count()
+        WRITE_FROM(fd, file_offset, addr, nbytes)
+
+    def _count(self) -> None:
         self.num_calls += 1
         if self.num_calls in self.failing:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        REAL(fd, offset, nbytes)
 
     @property
     def has_failed(self) -> bool:
@@ -176,6 +183,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     made = World(model, tmp_path)
     monkeypatch.setattr(host, "allocate", made.machine.allocate)
+    monkeypatch.setattr(host, "write_from", made.machine.write_from)
     yield made
     made.close()
 

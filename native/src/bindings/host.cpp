@@ -79,6 +79,13 @@ void bind_pages(nb::module_& module) {
       },
       "fd"_a, "offset"_a, "nbytes"_a);
   module.def(
+      "write_from",
+      [](int64_t fd, int64_t file_offset, uint64_t addr, int64_t nbytes) {
+        without_gil(
+            [&] { write_from(descriptor(fd), natural("file_offset", file_offset), addr, natural("nbytes", nbytes)); });
+      },
+      "fd"_a, "file_offset"_a, "addr"_a, "nbytes"_a);
+  module.def(
       "copy",
       [](uint64_t dst_addr, uint64_t src_addr, int64_t nbytes) {
         without_gil([&] { copy_memory(dst_addr, src_addr, natural("nbytes", nbytes)); });

@@ -73,6 +73,20 @@ void punch_hole(int fd, uint64_t offset, uint64_t nbytes) {
   }
 }
 
+void write_from(int fd, uint64_t file_offset, uint64_t addr, uint64_t nbytes) {
+  require_file_part(fd, file_offset, nbytes);
+  require_memory("addr", addr, nbytes);
+  require(nbytes > 0, "nbytes must be greater than zero");
+  require_room(fd, nbytes);
+  for (uint64_t done = 0; done < nbytes;) {
+    const ssize_t put =
+        pwrite(fd, pointer<const char>(addr + done), nbytes - done, static_cast<off_t>(file_offset + done));
+    if (put < 0) throw_errno(errno, "pwrite");
+    if (put == 0) throw_errno(ENOSPC, "pwrite");
+    done += static_cast<uint64_t>(put);
+  }
+}
+
 void read_into(int fd, uint64_t file_offset, uint64_t addr, uint64_t nbytes, uint64_t& done) {
   require_file_part(fd, file_offset, nbytes);
   require_memory("addr", addr, nbytes);

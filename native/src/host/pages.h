@@ -13,6 +13,9 @@ uint64_t page_bytes();
 void allocate(int fd, uint64_t offset, uint64_t nbytes);
 void punch_hole(int fd, uint64_t offset, uint64_t nbytes);
 
+// Pages that are allocated by being written need not be cleared first.
+void write_from(int fd, uint64_t file_offset, uint64_t addr, uint64_t nbytes);
+
 // Reads on from `done` to `nbytes`, which lets a caller resume after EINTR. EIO where the file ends early.
 void read_into(int fd, uint64_t file_offset, uint64_t addr, uint64_t nbytes, uint64_t& done);
 
