@@ -193,7 +193,7 @@ class HostDevice(Device):
                     host.punch_hole(file.fd, offset, min(nbytes, size - offset))
 
     def check_integrity(self) -> list[str]:
-        """Findings: free + owned = total in every space, and all pages of settled handles are there. None: all is well."""
+        """Findings: free + owned = total in every space, and pages of settled handles are there. None: all is well."""
         findings = []
         for space, file in self._files.items():
             owned = sorted((self.offset_of(handle), handle.nbytes) for handle in self._local if handle.space == space)

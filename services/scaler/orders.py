@@ -163,8 +163,10 @@ def cancelled(op_id: str, current: Operation | None, ended: Sequence[Operation])
 
 
 def memory_of(hmm: HmmStatus | None) -> Memory:
-    """What bounds a plan now. Raises Unavailable while nothing is loaded."""
-    if hmm is None or hmm.phase != "ready" or hmm.memory is None or hmm.layout is None:
+    """What bounds a plan now. Raises Unavailable `not_ready` while the HMM is away, and while nothing is loaded."""
+    if hmm is None:
+        raise Unavailable("the HMM does not answer", code="not_ready")
+    if hmm.phase != "ready" or hmm.memory is None or hmm.layout is None:
         raise Unavailable("the HMM has loaded no model yet", code="not_ready")
     facts, used = hmm.memory, {seat.device for seat in hmm.layout.seats}
     return Memory(

@@ -79,9 +79,16 @@ def is_attached(status: HmmStatus) -> bool:
 
 
 def resize(deployment: Deployment) -> None:
-    """Scale between two and three replicas."""
-    replicas = 5 - len(deployment.rank_pids())
-    assert deployment.scale(replicas=replicas)["phase"] == "done"
+    """Scale between two and three replicas. The scaler may not have heard of a restarted HMM yet, and says so."""
+    order = {"replicas": 5 - len(deployment.rank_pids())}
+
+    def accepted() -> Any:
+        status, answer = deployment.admin_call("POST", "/v1/scale", order)
+        assert status == 202 or answer["error"]["code"] == "not_ready", (status, answer)
+        return answer if status == 202 else None
+
+    operation = deployment.wait_operation(wait_until(accepted, "the order is taken")["op_id"])
+    assert operation["phase"] == "done", operation
 
 
 @asynccontextmanager
