@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from common.protocol import scaler
 from common.protocol.codec import Message
-from common.protocol.hmm import CheckIntegrity
+from common.protocol.hmm import CheckIntegrity, GetHmmStatus
 from common.protocol.rank import GetRankIntegrity
-from common.protocol.scaler import Integrity, ToScaler
+from common.protocol.scaler import HmmStatus, Integrity, ToScaler
 from common.transport import Client, new_identity
 from tests.procs.deployment import Deployment
+from tests.procs.waiting import wait_until
 
 CALL_MS = 20_000
 
@@ -23,8 +24,22 @@ def ask(deployment: Deployment, name: str, message: Message) -> ToScaler:
     return answer
 
 
+def hmm_status(deployment: Deployment) -> HmmStatus:
+    """What the HMM says of itself."""
+    status = ask(deployment, "hmm", GetHmmStatus())
+    assert isinstance(status, HmmStatus)
+    return status
+
+
+def is_attached(status: HmmStatus) -> bool:
+    """Whether the HMM knows a rank for each member; after its restart they come within a moment."""
+    attached = {device.device for device in status.devices if device.attached}
+    return status.layout is not None and {seat.device for seat in status.layout.seats} <= attached
+
+
 def check_integrity(deployment: Deployment, *, checksums: bool = False) -> dict[str, int]:
     """Assert that the HMM and all ranks find nothing wrong; the checksums of all weight records, where asked for."""
+    wait_until(lambda: is_attached(hmm_status(deployment)), "all ranks attached")
     answers = {"hmm": ask(deployment, "hmm", CheckIntegrity(checksums))}
     for rank in deployment.rank_pids():
         answers[f"rank-{rank}"] = ask(deployment, f"rank-{rank}", GetRankIntegrity())

@@ -20,15 +20,15 @@ import redis
 from common.layout import RankId
 from common.protocol import scaler as to_scaler
 from common.protocol.errors import ElasticMoEError, Fenced
-from common.protocol.hmm import GetHmmStatus, SetMembership
+from common.protocol.hmm import SetMembership
 from common.protocol.rank import GetRankLoad
-from common.protocol.scaler import HmmStatus, RankLoad, ToScaler
+from common.protocol.scaler import RankLoad, ToScaler
 from common.transport import Client, new_identity
 from tests.procs.clients import check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.faults import another, roll_back, snapshot_of, store_client, wait_answers
 from tests.procs.gaps import TimedLoad
-from tests.procs.integrity import ask, check_integrity
+from tests.procs.integrity import ask, check_integrity, hmm_status, is_attached
 from tests.procs.waiting import wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -70,12 +70,6 @@ def wait_reconciled(deployment: Deployment, epoch: int, timeout_s: float = RECON
         return is_attached(hmm_status(deployment))
 
     wait_until(is_reconciled, "reconciled", timeout_s)
-
-
-def is_attached(status: HmmStatus) -> bool:
-    """Whether the HMM knows a rank for each member; after its restart they come within a moment."""
-    attached = {device.device for device in status.devices if device.attached}
-    return status.layout is not None and {seat.device for seat in status.layout.seats} <= attached
 
 
 def resize(deployment: Deployment) -> None:
@@ -304,12 +298,6 @@ def stale_command(deployment: Deployment, fence: int) -> None:
         assert caught.value.code == Fenced.code
     finally:
         client.close()
-
-
-def hmm_status(deployment: Deployment) -> HmmStatus:
-    status = ask(deployment, "hmm", GetHmmStatus())
-    assert isinstance(status, HmmStatus)
-    return status
 
 
 async def test_a_scaler_that_slept_past_its_lease_is_fenced(deploy: Deploy, oracle_folder: Path) -> None:
