@@ -136,7 +136,7 @@ def _print(verdicts: list[Verdict], seen: Seen, tally: Tally) -> None:
     words = {True: "yes", False: "NO", None: "not tried"}
     for verdict in verdicts:
         table.add_row(verdict.promise, verdict.what, words[verdict.has_held], verdict.figure)
-    calm = [gap for at, gap in tally.gaps if not any(begin <= at <= end for begin, end, _ in seen.faults)]
+    calm = [gap for at, gap in tally.gaps if not any(begin <= at and at - gap <= end for begin, end, _ in seen.faults)]
     table.add_row(
         "",
         "pauses of streams",

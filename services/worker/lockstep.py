@@ -52,7 +52,8 @@ class Lockstep:
         self.is_awake = False
 
     def sync(self) -> bool:
-        """Follow the bus to its present generation. Whether the others' processes may be new ones since."""
+        """Follow the bus to its present generation, also as one who is no member. Whether it is a new one that runs:
+        the others' processes may be new ones since."""
         generation, members, running, epoch = self._bus.membership()
         if generation == self._generation:
             return False
@@ -66,7 +67,7 @@ class Lockstep:
             self.epoch = epoch
             self.is_awake = True  # the first step of a generation is everybody's
         log.info("membership", generation=generation, members=bin(members), running=running, epoch=epoch)
-        return self.is_member
+        return running
 
     def shall_meet(self) -> bool:
         """Whether the others step, or are about to flip, though this rank has no work."""

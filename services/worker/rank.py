@@ -197,11 +197,12 @@ class Rank:
     def _follow_members(self) -> None:
         """Learn who steps together now. A rank that comes in by a flip finds places kept for sequences that others hand
         over at this very moment: it waits for them a little, so that they do not miss a step."""
-        is_new = not self._lockstep.is_member
+        was_member = self._lockstep.is_member
         if not self._lockstep.sync():
             return
         self._migration.ask_again()
         until = time.monotonic() + WELCOME_S
+        is_new = self._lockstep.is_member and not was_member
         while is_new and self._migration.num_expected and (left_s := until - time.monotonic()) > 0:
             self._look(self._server.poll(max(1, int(left_s * 1e3))), time.monotonic())
             self._take_messages(time.monotonic())

@@ -187,10 +187,12 @@ def _store_counts(deployment: Deployment) -> dict[str, int]:
 
 
 def growing(samples: list[Sample], cycles_between: int) -> dict[str, float]:
-    """What grows or shrinks, per cycle, beyond what it may."""
+    """What grows or shrinks, per cycle, beyond what it may: counts by one or more over all samples (a connection that
+    is being made or closed when a sample is taken is no growth), private memory by more than PRIVATE_KIB_MAX."""
     names = {name for sample in samples for name in sample.counts}
     counted = {name: [float(sample.counts.get(name, 0)) for sample in samples] for name in names}
-    found = {name: slope(values) / cycles_between for name, values in counted.items() if len(set(values)) > 1}
+    slopes = {name: slope(values) for name, values in counted.items()}
+    found = {name: each / cycles_between for name, each in slopes.items() if abs(each) * len(samples) >= 1.0}
     for name in samples[0].private_kib.keys() - {OTHER}:  # that one is a new process every few cycles
         kib = slope([float(sample.private_kib[name]) for sample in samples]) / cycles_between
         if kib > PRIVATE_KIB_MAX:

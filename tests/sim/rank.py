@@ -295,7 +295,7 @@ class Rank(Actor):
         self.generation, self.members, self.is_member = generation, members, is_member
         if is_member:
             self.epoch = epoch
-        return is_member
+        return running
 
     @property
     def is_busy(self) -> bool:

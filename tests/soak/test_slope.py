@@ -1,7 +1,7 @@
 """Two hundred scale cycles leave nothing behind, in any process (promise P17): `pytest -m soak -s tests/soak`.
 
 What can be counted (descriptors, threads, children, shared memory that is mapped, sockets, device pages, keys) must not
-change at all in the second half; the first is for what is made once. Why private memory may: tests/procs/samples.py.
+grow or shrink over the second half; the first is for what is made once. Why private memory may: tests/procs/samples.py.
 """
 
 from __future__ import annotations

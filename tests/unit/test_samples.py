@@ -17,11 +17,13 @@ def test_slope_is_that_of_the_best_line() -> None:
 
 
 @pytest.mark.parametrize(("what", "per_cycle"), [("descriptors of hmm", 1.0), ("keys", 0.2), ("threads of pool", -0.2)])
-def test_what_is_counted_may_not_change(what: str, per_cycle: float) -> None:
+def test_what_is_counted_may_not_grow_or_shrink(what: str, per_cycle: float) -> None:
     samples = [Sample({what: round(20 + n * per_cycle * EACH), "keys of another": 4}, {}) for n in range(20)]
     assert growing(samples, EACH) == {what: pytest.approx(per_cycle)}
-    once = [Sample({what: int(n == 10)}, {}) for n in range(20)]
-    assert list(growing(once, EACH)) == [what]
+    kept = [Sample({what: int(n >= 10)}, {}) for n in range(20)]
+    assert list(growing(kept, EACH)) == [what]
+    passing = [Sample({what: int(n == 10)}, {}) for n in range(20)]
+    assert growing(passing, EACH) == {}
 
 
 def test_private_memory_may_take_one_arena_more() -> None:
