@@ -61,7 +61,7 @@ test: install
 	$(BIN)/python -m pytest -m 'not compose' -n 2 --dist loadfile $(ARGS)
 
 test-fast: install
-	$(BIN)/python -m pytest tests/unit tests/sim tests/test_tidy.py -n 2 $(ARGS)
+	$(BIN)/python -m pytest tests/unit tests/sim tests/test_tidy.py -m 'not slow' -n 2 $(ARGS)
 
 test-sim: install
 	$(BIN)/python -m pytest tests/sim $(ARGS)

@@ -30,6 +30,8 @@ from services.hmm.supply import Supply
 from services.hmm.transition import Transitions
 from tests.unit.specs import TINY_MIXTRAL
 
+pytestmark = pytest.mark.slow
+
 BUDGET = 32 << 20
 LOG = get_logger("test")
 WAIT_S = 10.0

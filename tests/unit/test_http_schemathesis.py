@@ -30,6 +30,8 @@ from tests.unit import test_http_surfaces as surfaces
 from tests.unit.test_scaler_admin import Listener, snapshot_of
 from tests.unit.transitions import UP, World, operation_of
 
+pytestmark = pytest.mark.slow
+
 App = Callable[..., Any]
 
 empty_router = surfaces.router

@@ -26,6 +26,8 @@ from tests.unit.migration_world import make_engine, make_ledger
 from tests.unit.ranks import Ranks
 from tests.unit.test_engine import PEER, Listener
 
+pytestmark = pytest.mark.slow
+
 DEADLINE_MS = 20_000.0
 PAIR_MS = 5_000.0
 MODELS = ("oracle", "tiny-mixtral")
