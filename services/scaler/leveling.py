@@ -16,8 +16,11 @@ class SequenceMove(msgspec.Struct, frozen=True):
 
 
 def level_ahead(loads: Mapping[int, int], joining: Collection[int]) -> tuple[SequenceMove, ...]:
-    """The moves that bring the slots in `joining`, which hold nothing yet, to what the others keep."""
-    return tuple(move for move in level({**loads, **dict.fromkeys(joining, 0)}) if move.target in joining)
+    """One sequence for each of the slots in `joining`, which hold nothing yet, where others have too many: enough to
+    begin with. The rest follows when KV and new requests there are known: a joiner begins with little KV."""
+    moves = [move for move in level({**loads, **dict.fromkeys(joining, 0)}) if move.target in joining]
+    first = {move.target: move for move in reversed(moves)}
+    return tuple(SequenceMove(move.source, target, 1) for target, move in sorted(first.items()))
 
 
 def level(loads: Mapping[int, int]) -> tuple[SequenceMove, ...]:

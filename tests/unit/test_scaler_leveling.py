@@ -16,8 +16,8 @@ def test_examples() -> None:
 
 
 def test_only_who_joins_gets_sequences_ahead() -> None:
-    assert level_ahead({0: 6, 1: 5}, {2}) == (SequenceMove(0, 2, 2), SequenceMove(1, 2, 1))
-    assert level_ahead({0: 9, 1: 1}, {2}) == (SequenceMove(0, 2, 3),)
+    assert level_ahead({0: 6, 1: 5}, {2}) == (SequenceMove(0, 2, 1),)
+    assert level_ahead({0: 9, 1: 1}, {2, 3}) == (SequenceMove(0, 2, 1), SequenceMove(0, 3, 1))
     assert level_ahead({0: 1, 1: 1}, {2}) == ()
     assert level_ahead({}, {2}) == ()
 
