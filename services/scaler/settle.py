@@ -95,10 +95,10 @@ def move_ahead(operation: Operation, seen: Seen) -> list[Action]:
         return []
     if not all(seen.is_attached(seat) for seat in leg.joining):
         return []  # it would not listen yet
-    told = _told_ahead(operation, seen.loads)
+    if _told_ahead(operation, seen.loads):
+        return []  # loads change: another rank would be told as well
     counts = {slot: seen.loads[slot].running + seen.loads[slot].waiting for slot in stayers}
-    moves = level_ahead(counts, {seat.slot for seat in leaders} & joining)
-    return _commands(operation.ahead_id, [move for move in moves if move.source not in told], leaders)
+    return _commands(operation.ahead_id, level_ahead(counts, {seat.slot for seat in leaders} & joining), leaders)
 
 
 def end_ahead(operation: Operation, loads: Mapping[int, RankLoad], seats: Iterable[Seat]) -> list[Action]:
