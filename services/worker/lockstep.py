@@ -28,6 +28,7 @@ from services.worker.memory import Memory
 log = get_logger("rank")
 
 MEET_MS = 500.0  # a rank that waits for others looks that often whether it shall stop
+URGENT_STEPS_MAX = 2  # that a staged layout may ask for: who has not heard of it by then is slow for other reasons
 STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
 
 
@@ -46,6 +47,8 @@ class Lockstep:
         self._slot = slot
         self._is_stopping = is_stopping
         self._generation = 0
+        self._is_first = False  # no step of the generation was met for yet
+        self._urgent_steps = 0  # in this generation, while another one is staged
         self.epoch = 0
         self.members = 0
         self.is_member = False
@@ -65,7 +68,8 @@ class Lockstep:
         if self.is_member and routing is not None:
             self._exchange.set_routing(generation, routing.owners)
             self.epoch = epoch
-            self.is_awake = True  # the first step of a generation is everybody's
+            self.is_awake = self._is_first = True  # the first step of a generation is everybody's
+            self._urgent_steps = 0
         log.info("membership", generation=generation, members=bin(members), running=running, epoch=epoch)
         return running
 
@@ -77,6 +81,12 @@ class Lockstep:
             return self._bus.idle_wait(self._generation, 0)
         except BusAborted:
             return False
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether somebody waits for the end of the next step, so that it should be a short one: streams after a pause,
+        or those that are about to flip. The rank meets the others for it, whether it has work or not."""
+        return (self._is_first and self.is_awake) or (self._urgent_steps < URGENT_STEPS_MAX and self._staged() != 0)
 
     def _staged(self) -> int:
         """The generation that this rank is ready to flip to; 0 for none."""
@@ -92,6 +102,7 @@ class Lockstep:
         """
         deadline = time.monotonic() + STEP_MS_MAX / 1e3
         flags = self._staged()
+        self._urgent_steps += flags != 0
         wait_ms = MEET_MS if self.is_awake else 0.0
         while True:
             try:
@@ -105,6 +116,7 @@ class Lockstep:
                 self.ring()
                 self._bus.bump_progress()  # who waits is not who is stuck
                 wait_ms = MEET_MS
+        self._is_first = False
         staged = said[0][2]
         if staged and all(flag == staged for _, _, flag in said):
             self._flip(staged)

@@ -99,7 +99,8 @@ class Rank:
             seat, self._engine, config.socket, watch=self._server.watch, unwatch=self._server.unwatch
         )
         failpoint("rank.warm_up")
-        warm_up(model, self._memory)
+        if not self._is_awaited:
+            warm_up(model, self._memory)
         self._attach_ms = (attached - started) * 1e3
         self._build_ms = (time.perf_counter() - attached) * 1e3
         self._revision = reply.seat.revision
@@ -115,6 +116,12 @@ class Rank:
         self._look_at = 0.0
         self._stopping = False
         self._is_orphaned = False
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether the others cannot step until this rank is there: its predecessor died."""
+        generation, members, running, _ = self._bus.membership()
+        return generation > 0 and not running and bool(members >> self._seat.slot & 1)
 
     def __enter__(self) -> Self:
         return self
@@ -175,7 +182,7 @@ class Rank:
         for router, message in self._migration.turn(now, self._lockstep.members):
             self._tell(router, message)
         self._send(self._engine.end_overlong())
-        plan = self._engine.plan() if self._lockstep.is_member else None
+        plan = self._engine.plan(decode_only=self._lockstep.is_urgent) if self._lockstep.is_member else None
         if plan is None or not (plan.num_tokens or self._lockstep.shall_meet()):
             self._send_status(now)
             self._leave_if_unneeded()
@@ -382,7 +389,8 @@ class Rank:
 
 
 def warm_up(model: Model, memory: Memory) -> None:
-    """Compute one step alone, so that the first one with the others finds page tables, buffers and code in place.
+    """Compute one step alone, so that the first one with the others finds page tables, buffers and code in place. Who
+    is waited for does without it: its first step maps what that step needs.
 
     Every held expert gets a row. Tokens of its own only where no sequence of a predecessor may have its KV in the block
     that they use, and what was there comes back.

@@ -167,3 +167,40 @@ def test_a_parked_generation_makes_the_staged_one_void(harness: Harness) -> None
     members[1].memory.routings[2] = Routing(2, ((0,),))
     harness.hmm.set_membership(4, 0b11, True, 2)
     harness.wait(lambda: all(member.lockstep.epoch == 2 for member in members), "the new generation")
+
+
+def test_steps_that_others_wait_for_are_urgent_and_bounded_in_number(harness: Harness) -> None:
+    one, other = (harness.add(slot, 1, 2) for slot in (0, 1))
+    harness.hmm.set_membership(1, 0b01, True, 1)
+    one.lockstep.sync()
+    assert one.lockstep.is_urgent  # the first of a generation
+    assert one.lockstep.meet(1) == 1
+    assert not one.lockstep.is_urgent
+
+    harness.hmm.set_membership(2, 0b11, True, 1)
+    for member in (one, other):
+        member.lockstep.sync()
+    other.memory.routings.pop(2)  # it learns of the next layout late
+    met = threading.Thread(target=lambda: [other.lockstep.meet(1) for _ in range(4)])
+    met.start()
+    urgent = []
+    for number in range(4):
+        if number == 1:
+            harness.hmm.stage_membership(3, 0b11, 2)
+        urgent.append(one.lockstep.is_urgent)
+        assert one.lockstep.meet(1) == 2
+    met.join(DEADLINE_S)
+    assert urgent == [True, True, True, False]
+
+    harness.hmm.set_membership(4, 0b11, True, 1)
+    one.lockstep.sync()
+    assert one.lockstep.is_urgent
+
+
+def test_a_first_step_that_nobody_has_work_for_leaves_no_urgency(harness: Harness) -> None:
+    member = harness.add(0, 1)
+    harness.hmm.set_membership(1, 0b01, True, 1)
+    member.lockstep.sync()
+    assert member.lockstep.meet(0) == 0
+    assert not member.lockstep.is_urgent
+    assert not member.lockstep.is_awake

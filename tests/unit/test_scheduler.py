@@ -48,6 +48,25 @@ def test_long_prompt_is_computed_in_chunks_while_others_decode() -> None:
     assert counts == [[1, 7], [1, 7], [1, 6]]
 
 
+def test_a_step_of_decodes_alone_leaves_prompts_where_they_are() -> None:
+    scheduler = make()
+    decoding = scheduler.add(submit("decoding", [1, 2], 20), PEER, 0.0)
+    run_step(scheduler)
+    half_read = scheduler.add(submit("half read", list(range(20)), 5), PEER, 0.0)
+    run_step(scheduler)
+    waiting = scheduler.add(submit("waiting", [3, 4, 5], 5), PEER, 0.0)
+    before = half_read.kv_len, waiting.kv_len
+    plan = scheduler.plan(decode_only=True)
+    assert [(chunk.sequence, chunk.num_tokens) for chunk in plan.chunks] == [(decoding, 1)]
+    assert not plan.admitted
+    scheduler.commit(plan.chunks, [7])
+    assert (half_read.kv_len, waiting.kv_len) == before
+    assert scheduler.check_integrity() == []
+    assert run_step(scheduler) == scheduler.max_tokens
+    scheduler.remove(decoding)
+    assert scheduler.plan(decode_only=True).num_tokens == 0
+
+
 def test_an_urgent_prompt_does_not_stop_those_behind_it() -> None:
     scheduler = make(num_blocks=40, max_model_len=120)
     behind = scheduler.add(submit("behind", [1, 2], 20), PEER, 0.0)

@@ -145,9 +145,9 @@ class Engine:
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
+    def plan(self, *, decode_only: bool = False) -> Plan:
         """Choose the next step's work, and write to the ledger which sequences run and which blocks are theirs."""
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(decode_only=decode_only)
         for row in plan.freed_rows:
             self._ledger.close_row(row)
         for sequence in plan.admitted:

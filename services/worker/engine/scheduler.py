@@ -117,8 +117,8 @@ class Scheduler:
             max(0, len(s.tokens) - s.kv_len - 1) for s in self.running
         )
 
-    def plan(self) -> Plan:
-        """Choose the next step's work and allocate its blocks."""
+    def plan(self, *, decode_only: bool = False) -> Plan:
+        """Choose the next step's work and allocate its blocks. `decode_only`: prompts wait for the next step."""
         budget = self.max_tokens
         chunks: list[Chunk] = []
         freed_rows: list[int] = []
@@ -128,6 +128,9 @@ class Scheduler:
             # A prompt leaves one token for each sequence behind it, so that a long one stops nobody's decoding.
             room = max(1, budget - (len(self.running) - index - 1))
             count = min(len(sequence.tokens) - sequence.kv_len, room)
+            if decode_only and len(sequence.tokens) - sequence.kv_len > 1:
+                index += 1
+                continue
             while not self._grow(sequence, sequence.kv_len + count):
                 victim = self.running[-1]
                 freed_rows.append(self._stop(victim))
@@ -139,7 +142,7 @@ class Scheduler:
                 chunks.append(_chunk(sequence, count))
                 index += 1
         admitted: list[Sequence] = []
-        while self.waiting and budget > 0 and self._free_rows and not freed_rows:
+        while self.waiting and budget > 0 and self._free_rows and not freed_rows and not decode_only:
             sequence = self.waiting[0]
             if not self._admit(sequence, budget):
                 break
