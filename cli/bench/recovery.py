@@ -1,11 +1,13 @@
-"""`elasticmoe bench recovery`: kill -9 a rank under load, and what its streams and the others' see of it.
+"""`elasticmoe bench recovery`: kill -9 of one process after the other under load, and what the streams see of it.
 
-Beside it, what the same fault costs where nobody keeps a rank's memory: the whole deployment is stopped and started
-again, and its clients, whose requests are cut off, send them once more until they are served.
+Each rank in its turn, and the services that serving can do without for a while. Beside them, what a rank's death costs
+where nobody keeps its memory: the whole deployment is stopped and started again, and its clients, whose requests are
+cut off, send them once more until they are served.
 
-*gap*: the longest time between two tokens of one stream around the kill; of the killed rank's streams, and of the
-others', which wait because all ranks step together. For the restart: from the last token before to the first one after.
-Times of the first are the router's own (its history), those of the second the clients'.
+*gap*: the longest time between two tokens of one stream that falls into the time from the kill until all ranks step
+again; of a killed rank's streams, and of the others', which wait because all ranks step together. Where no rank was
+killed: of all streams, until AFTER_S after the service was there again. For the restart: from the last token before to the first one after. Times are the router's own (its
+history), those of the restart the clients'.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import msgspec
 
 from cli.bench.deployment import Deployment
 from cli.bench.load import Shape
+from cli.bench.recovery_gaps import gaps_around, gaps_within
 from cli.bench.report import provenance, table, write_raw
 from cli.bench.scaling_load import Load, Target
 from cli.bench.scaling_methods import Scene, counters
@@ -32,80 +35,30 @@ from cli.bench.scaling_run import SAFE_VOCAB
 from cli.settings import parse_size
 
 TURN_S = 0.02
-AFTER_S = 2.0  # watched after all ranks step again
+SERVICE_TURN_S = 0.1
+AFTER_S = 2.0  # watched after all is as before
+RANK = "rank"
+SERVICES = ("hmm", "scaler", "store", "keeper", "pool")
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
-    """One kill. Milliseconds; below 0 where no stream was there. `steady_ms`: the longest gap of any stream in the
-    seconds before it, which is what steps take on this machine. `back_ms`: until all ranks stepped, or it served again.
-    `discarded`: tokens that were computed for clients and thrown away; `recomputed`: as the ranks count them, with the
-    other ranks' discarded step; `resubmitted`: streams that the router had to start anew."""
+    """One kill. Milliseconds; below 0 where no stream was there. `p99_ms`: of the gaps of all streams in the seconds
+    before it; `later_ms`: the longest of all that ended until AFTER_S after all was as before, ordinary ones too.
+    `back_ms`: until all was as before: the process is there again and all ranks step. `discarded`: tokens that were
+    computed for clients and thrown away; `recomputed`: as the ranks count them, with the other ranks' discarded step;
+    `resubmitted`: streams that the router had to start anew."""
 
-    method: str
+    fault: str
     gap_ms: float
     others_gap_ms: float
-    steady_ms: float
+    p99_ms: float
+    later_ms: float
     back_ms: float
     streams: int
     failed: int
     discarded: int
     recomputed: int = 0
     resubmitted: int = 0
-
-
-class _Event(msgspec.Struct):
-    t: float
-    event: str
-    id: str = ""
-    rank: str = ""
-
-
-_decoder = msgspec.json.Decoder(_Event)
-
-
-class Gaps(msgspec.Struct, frozen=True):
-    """The longest gaps in seconds, -1 for none, and the number of streams on the rank."""
-
-    of_rank: float
-    of_others: float
-    num_streams: int
-
-
-def gaps_around(lines: Iterable[bytes], rank: str, killed: float, until: float) -> Gaps:
-    """From a router's history: the longest gaps that ended between `killed` and `until`, of the streams that had begun
-    on `rank` by the time `killed`, and of those on other ranks. A stream that never went on counts up to `until`."""
-    rank_of: dict[str, str] = {}
-    last: dict[str, float] = {}
-    there: dict[str, str] = {}  # streams with a token at the kill -> their rank then
-    longest: dict[str, float] = {}
-    is_after = False
-    for line in lines:
-        try:
-            event = _decoder.decode(line)
-        except msgspec.DecodeError:
-            continue  # half a line, that is being written
-        if event.t > until:
-            break
-        if event.t > killed and not is_after:
-            is_after = True
-            there = {name: rank_of[name] for name in last}
-        if event.event == "chunk":
-            if name_is_watched := event.id in there:
-                longest[event.id] = max(longest.get(event.id, 0.0), event.t - last[event.id])
-            if name_is_watched or not is_after:
-                last[event.id] = event.t
-        elif event.event == "terminal":
-            longest.setdefault(event.id, 0.0)
-            if not is_after:
-                last.pop(event.id, None)
-        elif event.rank:
-            rank_of[event.id] = event.rank
-    if not is_after:  # nothing has come since
-        there = {name: rank_of[name] for name in last}
-    gaps = {name: longest.get(name, until - last[name]) for name in there}
-    own = [gaps[name] for name, place in there.items() if place == rank]
-    others = [gaps[name] for name, place in there.items() if place != rank]
-    return Gaps(max(own, default=-1.0), max(others, default=-1.0), len(own))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clients", type=int, default=16, help="of the closed loop")
     add("--prompt-tokens", type=int, default=64)
     add("--output-tokens", type=int, default=64, help="on average")
-    add("--rounds", type=int, default=5, help="kills")
+    faults = ", ".join((RANK, *SERVICES))
+    add("--faults", type=_faults, default=(RANK, *SERVICES[:-1]), help=f"comma-separated, of {faults}")
+    add("--rounds", type=int, default=5, help="kills of each")
     add("--restarts", type=int, default=2, help="restarts of the whole deployment, for comparison")
     add("--settle-s", type=float, default=4.0, help="between two kills")
     add("--timeout-s", type=float, default=180.0)
@@ -125,25 +80,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, default=Path("benchmarks/results"))
 
 
+def _faults(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in (RANK, *SERVICES)]:
+        raise argparse.ArgumentTypeError(f"nothing is called {unknown[0]!r}")
+    return names
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write raw data. Raises ValueError when nothing could be measured."""
     rounds = asyncio.run(_run(args))
-    print(table([_row(method, rounds) for method in dict.fromkeys(one.method for one in rounds)]))
+    print(table([_row(fault, rounds) for fault in dict.fromkeys(one.fault for one in rounds)]))
     facts = provenance(" ".join(["elasticmoe", *sys.argv[1:]]))
     path = write_raw(args.output, "recovery", {"provenance": facts, "rounds": [msgspec.to_builtins(r) for r in rounds]})
     print(f"raw data: {path}")
     return 0
 
 
-def _row(method: str, rounds: list[Round]) -> dict[str, Any]:
-    ours = [one for one in rounds if one.method == method]
+def _row(fault: str, rounds: list[Round]) -> dict[str, Any]:
+    ours = [one for one in rounds if one.fault == fault]
+    ratios = [max(one.gap_ms, one.others_gap_ms) / one.p99_ms for one in ours if one.p99_ms > 0]
     return {
-        "method": method,
-        "kills": len(ours),
+        "fault": fault,
+        "times": len(ours),
         "gap ms median": statistics.median(one.gap_ms for one in ours),
         "gap ms max": max(one.gap_ms for one in ours),
         "others' gap ms max": max(one.others_gap_ms for one in ours),
-        "gap before ms median": statistics.median(one.steady_ms for one in ours),
+        "p99 gap before ms median": statistics.median(one.p99_ms for one in ours),
+        "gap / p99 before, max": max(ratios, default=-1.0),
+        f"any gap until {AFTER_S:g} s later ms max": max(one.later_ms for one in ours),
         "back ms median": statistics.median(one.back_ms for one in ours),
         "requests failed": sum(one.failed for one in ours),
         "tokens thrown away": sum(one.discarded for one in ours),
@@ -166,9 +131,10 @@ async def _run(args: argparse.Namespace) -> list[Round]:
         load.start_closed(args.clients)
         await asyncio.sleep(2 * args.settle_s)
         for number in range(args.rounds):
-            await _wait_tokens(load, args.timeout_s)
-            rounds.append(await _kill(deployment, load, number, args))
-            await asyncio.sleep(args.settle_s)
+            for fault in args.faults:
+                await _wait_tokens(load, args.timeout_s)
+                rounds.append(await _kill(deployment, load, fault, number, args))
+                await asyncio.sleep(args.settle_s)
         for _ in range(args.restarts):
             one, deployment = await _restart(scene, deployment, load, args)
             rounds.append(one)
@@ -192,27 +158,34 @@ async def _wait_tokens(load: Load, timeout_s: float) -> None:
     raise ValueError(f"no token came within {timeout_s:g} s")
 
 
-async def _kill(deployment: Deployment, load: Load, number: int, args: argparse.Namespace) -> Round:
+async def _kill(deployment: Deployment, load: Load, fault: str, number: int, args: argparse.Namespace) -> Round:
     ranks = (await deployment.get("/v1/layout"))["ranks"]
     victim = ranks[number % len(ranks)]
-    name = f"r{victim['replica']}t{victim['tp']}"
+    name = f"r{victim['replica']}t{victim['tp']}" if fault == RANK else ""
+    pid = victim["pid"] if fault == RANK else deployment.pid(fault)
+    if pid is None:
+        raise ValueError(f"no process {fault} runs")
     before = await deployment.metrics()
     failed = _num_failed(load)
     killed = time.monotonic()
-    os.kill(victim["pid"], signal.SIGKILL)
-    back = await _wait_back(deployment, number % len(ranks), victim["incarnation"], args.timeout_s)
+    os.kill(pid, signal.SIGKILL)
+    if fault == RANK:
+        back = await _wait_rank(deployment, number % len(ranks), victim["incarnation"], args.timeout_s)
+    else:
+        back = await _wait_service(deployment, fault, pid, args.timeout_s)
     await asyncio.sleep(AFTER_S)
     until = time.monotonic()
     await asyncio.sleep(0.5)  # the router writes its history ten times a second
     after = await deployment.metrics()
     lines = deployment.history_path.read_bytes().splitlines()
-    gaps = gaps_around(lines, name, killed, until)
-    steady = gaps_around(lines, name, killed - args.settle_s, killed)
+    gaps = gaps_around(lines, name, killed, back if name else until, until)
+    steady, later = gaps_within(lines, killed - args.settle_s, killed), gaps_within(lines, killed, until)
     return Round(
-        method="kill -9 of a rank",
-        gap_ms=gaps.of_rank * 1e3,
-        others_gap_ms=gaps.of_others * 1e3,
-        steady_ms=max(steady.of_rank, steady.of_others) * 1e3,
+        fault=f"kill -9 of a {RANK}" if fault == RANK else f"kill -9 of the {fault}",
+        gap_ms=(gaps.of_rank if name else gaps.of_others) * 1e3,
+        others_gap_ms=gaps.of_others * 1e3 if name else -1.0,
+        p99_ms=steady[int(0.99 * (len(steady) - 1))] * 1e3 if steady else -1.0,
+        later_ms=later[-1] * 1e3 if later else -1.0,
         back_ms=(back - killed) * 1e3,
         streams=gaps.num_streams,
         failed=_num_failed(load) - failed,
@@ -222,7 +195,7 @@ async def _kill(deployment: Deployment, load: Load, number: int, args: argparse.
     )
 
 
-async def _wait_back(deployment: Deployment, index: int, old: str, timeout_s: float) -> float:
+async def _wait_rank(deployment: Deployment, index: int, old: str, timeout_s: float) -> float:
     """When all ranks stepped again. Raises ValueError when they do not."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -231,6 +204,22 @@ async def _wait_back(deployment: Deployment, index: int, old: str, timeout_s: fl
             return time.monotonic()
         await asyncio.sleep(TURN_S)
     raise ValueError(f"no standby took the seat within {timeout_s:g} s")
+
+
+async def _wait_service(deployment: Deployment, name: str, old: int, timeout_s: float) -> float:
+    """When another process of the service was there and the scaler, which may have been killed, said that all ranks
+    step. Asked rarely: it would take time from what it waits for. Raises ValueError."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        await asyncio.sleep(SERVICE_TURN_S)
+        if deployment.pid(name) in (None, old):
+            continue
+        try:
+            if (await deployment.get("/v1/layout"))["phase"] == "serving":
+                return time.monotonic()
+        except (OSError, ValueError):
+            continue  # the scaler is not there yet
+    raise ValueError(f"after the {name} was killed the deployment did not serve again within {timeout_s:g} s")
 
 
 async def _restart(
@@ -251,12 +240,14 @@ async def _restart(
     last = max((at for at in _arrivals(load) if at <= ended), default=killed)
     cut = [request for request in running if request.error]
     gap_ms = (first - last) * 1e3
+    pairs = [pair for request in running for pair in zip(request.arrivals, request.arrivals[1:], strict=False)]
+    steady = sorted(after - before for before, after in pairs)
     one = Round(
-        method="restart of the deployment",
+        fault="restart of the deployment",
         gap_ms=gap_ms,
         others_gap_ms=gap_ms,
-        steady_ms=max([b - a for r in running for a, b in zip(r.arrivals, r.arrivals[1:], strict=False)], default=0)
-        * 1e3,
+        p99_ms=steady[int(0.99 * (len(steady) - 1))] * 1e3 if steady else -1.0,
+        later_ms=gap_ms,
         back_ms=(back - killed) * 1e3,
         streams=len(running),
         failed=_num_failed(load) - failed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from cli.bench.recovery import Gaps, gaps_around
+from cli.bench.recovery_gaps import Gaps, gaps_around, gaps_within
 
 
 def history(*events: tuple[float, str, str, str]) -> list[bytes]:
@@ -27,10 +27,10 @@ def test_gaps_of_the_killed_rank_s_streams_and_of_the_others() -> None:
         (1.4, "chunk", "a", ""),
         (1.45, "chunk", "late", ""),
         (1.5, "chunk", "a", ""),
+        (8.0, "chunk", "a", ""),  # began long after all was well again
         (9.0, "chunk", "late", ""),
-        (9.1, "chunk", "b", ""),
     )
-    found = gaps_around([*lines, b'{"t": 9.2, "ev'], "r0t0", 1.0, 3.0)
+    found = gaps_around([*lines, b'{"t": 9.2, "ev'], "r0t0", 1.0, 1.45, 9.5)
     assert (round(found.of_rank, 6), round(found.of_others, 6), found.num_streams) == (0.5, 0.3, 1)
 
 
@@ -41,6 +41,20 @@ def test_a_stream_that_never_goes_on_counts_to_the_end() -> None:
         (0.6, "moved", "a", "r1t0"),
         (2.0, "accepted", "b", "r0t0"),
     )
-    assert gaps_around(lines, "r1t0", 1.0, 4.5) == Gaps(4.0, -1.0, 1)
-    assert gaps_around(lines[:2], "r0t0", 1.0, 4.5) == Gaps(4.0, -1.0, 1)  # nothing has come since
-    assert gaps_around([], "r1t0", 1.0, 4.5) == Gaps(-1.0, -1.0, 0)
+    assert gaps_around(lines, "r1t0", 1.0, 1.1, 4.5) == Gaps(4.0, -1.0, 1)
+    assert gaps_around(lines[:2], "r0t0", 1.0, 1.1, 4.5) == Gaps(4.0, -1.0, 1)  # nothing has come since
+    assert gaps_around([], "r1t0", 1.0, 1.1, 4.5) == Gaps(-1.0, -1.0, 0)
+
+
+def test_all_gaps_that_ended_within_a_time() -> None:
+    lines = history(
+        (0.5, "chunk", "a", ""),
+        (0.9, "chunk", "a", ""),
+        (1.1, "chunk", "a", ""),
+        (1.2, "chunk", "b", ""),
+        (1.3, "terminal", "b", ""),
+        (1.9, "chunk", "b", ""),  # another request of that name
+        (2.0, "chunk", "a", ""),
+        (2.6, "chunk", "a", ""),
+    )
+    assert [round(gap, 6) for gap in gaps_within([*lines, b"{"], 1.0, 2.5)] == [0.2, 0.9]

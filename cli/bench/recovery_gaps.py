@@ -1,0 +1,83 @@
+"""What a router's history says of the time between the tokens of its streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+
+class _Event(msgspec.Struct):
+    t: float
+    event: str
+    id: str = ""
+    rank: str = ""
+
+
+_decoder = msgspec.json.Decoder(_Event)
+
+
+class Gaps(msgspec.Struct, frozen=True):
+    """The longest gaps in seconds, -1 for none, and the number of streams on the rank."""
+
+    of_rank: float
+    of_others: float
+    num_streams: int
+
+
+def gaps_around(lines: Iterable[bytes], rank: str, killed: float, back: float, until: float) -> Gaps:
+    """From a router's history: the longest gaps that lasted at some moment between `killed` and `back`, of the streams
+    that had begun on `rank` by the time `killed`, and of those on other ranks. A stream that did not go on before
+    `until` counts up to then."""
+    rank_of: dict[str, str] = {}
+    last: dict[str, float] = {}
+    there: dict[str, str] = {}  # streams with a token at the kill -> their rank then
+    longest: dict[str, float] = {}
+    is_after = False
+    for line in lines:
+        try:
+            event = _decoder.decode(line)
+        except msgspec.DecodeError:
+            continue  # half a line, that is being written
+        if event.t > until:
+            break
+        if event.t > killed and not is_after:
+            is_after = True
+            there = {name: rank_of[name] for name in last}
+        if event.event == "chunk":
+            name_is_watched = event.id in there
+            if name_is_watched and last[event.id] <= back:
+                longest[event.id] = max(longest.get(event.id, 0.0), event.t - last[event.id])
+            if name_is_watched or not is_after:
+                last[event.id] = event.t
+        elif event.event == "terminal":
+            longest.setdefault(event.id, 0.0)
+            if not is_after:
+                last.pop(event.id, None)
+        elif event.rank:
+            rank_of[event.id] = event.rank
+    if not is_after:  # nothing has come since
+        there = {name: rank_of[name] for name in last}
+    gaps = {name: longest.get(name, until - last[name]) for name in there}
+    own = [gaps[name] for name, place in there.items() if place == rank]
+    others = [gaps[name] for name, place in there.items() if place != rank]
+    return Gaps(max(own, default=-1.0), max(others, default=-1.0), len(own))
+
+
+def gaps_within(lines: Iterable[bytes], begin: float, end: float) -> list[float]:
+    """The times between two chunks of one stream, in seconds, ascending; those that ended between `begin` and `end`."""
+    last: dict[str, float] = {}
+    found: list[float] = []
+    for line in lines:
+        try:
+            event = _decoder.decode(line)
+        except msgspec.DecodeError:
+            continue
+        if event.event == "terminal":
+            last.pop(event.id, None)
+        if event.event != "chunk":
+            continue
+        if event.id in last and begin <= event.t <= end:
+            found.append(event.t - last[event.id])
+        last[event.id] = event.t
+    return sorted(found)
