@@ -6,8 +6,8 @@ cut off, send them once more until they are served.
 
 *gap*: the longest time between two tokens of one stream that falls into the time from the kill until all ranks step
 again; of a killed rank's streams, and of the others', which wait because all ranks step together. Where no rank was
-killed: of all streams, until AFTER_S after the service was there again. For the restart: from the last token before to the first one after. Times are the router's own (its
-history), those of the restart the clients'.
+killed: of all streams, until AFTER_S after the service was there again. For the restart: from the last token before to
+the first one after. Times are the router's own (its history), those of the restart the clients'.
 """
 
 from __future__ import annotations

@@ -40,3 +40,4 @@ CHECKPOINT_FILES_MAX = 512
 
 # Sockets: a Unix socket's path must fit sockaddr_un.sun_path, its final NUL included
 SOCKET_PATH_BYTES_MAX = 107
+URGENT_STEPS_MAX = 16  # steps in a row that only decode

@@ -20,6 +20,7 @@ from common.protocol.limits import (
     STOP_TOKEN_IDS_MAX,
     TAIL_BYTES_MAX,
     TEMPERATURE_MAX,
+    URGENT_STEPS_MAX,
     VOCAB_MAX,
 )
 from common.protocol.router import Logprob
@@ -102,11 +103,14 @@ class Move(Message, frozen=True):
     until another Move says otherwise; the rank ends by itself once it is no member any more and nobody needs it.
     Without targets: hand over nothing, and leave no more. A target that is no member yet gets places reserved and full
     blocks copied; sequences are handed over to it when it steps with the others.
+
+    `urgent_steps`: the rank's next so many steps only decode, because what is commanded waits for their ends.
     """
 
     op_id: Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
     targets: Annotated[tuple[MoveTarget, ...], Meta(max_length=MOVE_TARGETS_MAX)]
     is_leaving: bool = False
+    urgent_steps: Annotated[int, Meta(ge=0, le=URGENT_STEPS_MAX)] = 0
 
 
 class Reserve(Message, frozen=True):

@@ -252,4 +252,5 @@ class Driver:
         elif isinstance(action, StopSeat):
             self._links.tell_pool(StopRank(action.rank, action.incarnation, STOP_GRACE_MS))
         elif isinstance(action, MoveSequences):
-            self._links.peers.tell(action.seat.rank, Move(action.op_id, action.targets, action.is_leaving))
+            move = Move(action.op_id, action.targets, action.is_leaving, action.urgent_steps)
+            self._links.peers.tell(action.seat.rank, move)

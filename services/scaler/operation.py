@@ -182,12 +182,14 @@ class StartSeat(msgspec.Struct, frozen=True, tag=True):
 
 
 class MoveSequences(msgspec.Struct, frozen=True, tag=True):
-    """Tell the rank of `seat` to hand sequences over; without targets, to hand over nothing."""
+    """Tell the rank of `seat` to hand sequences over; without targets, to hand over nothing. Its next `urgent_steps`
+    steps only decode."""
 
     op_id: str
     seat: Seat
     targets: tuple[MoveTarget, ...]
     is_leaving: bool
+    urgent_steps: int = 0
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):

@@ -27,6 +27,8 @@ from services.scaler.steps import (
     take_back,
 )
 
+URGENT_STEPS = 6  # what it takes to ask for a place, to copy, and to flip, with one to spare for each
+
 
 def tidy(seen: Seen, since_s: float) -> tuple[tuple[Action, ...], str]:
     """Undo or finish what no operation answers for: a transition that no journal knows, ranks without a seat, ranks
@@ -75,7 +77,7 @@ def migrate(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     return stay(operation, "sequences move", *actions)
 
 
-def _commands(op_id: str, moves: Iterable[SequenceMove], seats: Iterable[Seat]) -> list[Action]:
+def _commands(op_id: str, moves: Iterable[SequenceMove], seats: Iterable[Seat]) -> list[MoveSequences]:
     by_slot = {seat.slot: seat for seat in seats}
     targets: dict[int, list[MoveTarget]] = {}
     for move in moves:
@@ -86,19 +88,32 @@ def _commands(op_id: str, moves: Iterable[SequenceMove], seats: Iterable[Seat]) 
 
 def move_ahead(operation: Operation, seen: Seen) -> list[Action]:
     """Let ranks get sequences ready for those that join, so that these have work from their first step on: places are
-    reserved and KV is copied before the commit; sequences are handed over after the flip."""
+    reserved and KV is copied before the commit; sequences are handed over after the flip. All of that, and the flip,
+    waits for the ends of steps, so they are kept short meanwhile."""
     leg = operation.current_leg()
     leaders = [seat for seat in leg.layout.seats if seat.rank.tp == 0]
     joining = {seat.slot for seat in leg.joining}
     stayers = {seat.slot for seat in leaders} - joining
     if not joining or leg.leaving or not stayers <= set(seen.loads):
         return []
-    if not all(seen.is_attached(seat) for seat in leg.joining):
-        return []  # it would not listen yet
+    if not all(seat.slot in seen.ranks or seat.slot in seen.starting for seat in leg.joining):
+        return []  # it would not listen for long
     if _told_ahead(operation, seen.loads):
         return []  # loads change: another rank would be told as well
     counts = {slot: seen.loads[slot].running + seen.loads[slot].waiting for slot in stayers}
-    return _commands(operation.ahead_id, level_ahead(counts, {seat.slot for seat in leaders} & joining), leaders)
+    moves = level_ahead(counts, {seat.slot for seat in leaders} & joining)
+    commands = {command.seat.slot: command for command in _commands(operation.ahead_id, moves, leaders)}
+    return [
+        MoveSequences(
+            operation.ahead_id,
+            seat,
+            commands[seat.slot].targets if seat.slot in commands else (),
+            False,
+            urgent_steps=URGENT_STEPS,
+        )
+        for seat in leaders
+        if seat.slot in stayers and moves
+    ]
 
 
 def end_ahead(operation: Operation, loads: Mapping[int, RankLoad], seats: Iterable[Seat]) -> list[Action]:

@@ -28,7 +28,8 @@ from services.worker.memory import Memory
 log = get_logger("rank")
 
 MEET_MS = 500.0  # a rank that waits for others looks that often whether it shall stop
-URGENT_STEPS_MAX = 2  # that a staged layout may ask for: who has not heard of it by then is slow for other reasons
+STAGED_STEPS_MAX = 2  # urgent because a layout is staged: who has not heard of it by then is slow for other reasons
+FIRST_STEPS = 3  # urgent after ranks came in: who brings them work needs up to two steps
 STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
 
 
@@ -47,8 +48,8 @@ class Lockstep:
         self._slot = slot
         self._is_stopping = is_stopping
         self._generation = 0
-        self._is_first = False  # no step of the generation was met for yet
-        self._urgent_steps = 0  # in this generation, while another one is staged
+        self._num_urgent = 0  # of the next steps
+        self._num_staged = 0  # steps of this generation while another one was staged
         self.epoch = 0
         self.members = 0
         self.is_member = False
@@ -63,13 +64,15 @@ class Lockstep:
         routing = self._memory.routings.get(epoch)
         if running and members >> self._slot & 1 and routing is None:
             return False  # the HMM's message with it has not been read yet
+        is_larger = bool(members & ~self.members)
         self._generation, self.members = generation, members
         self.is_member = running and bool(members >> self._slot & 1)
         if self.is_member and routing is not None:
             self._exchange.set_routing(generation, routing.owners)
             self.epoch = epoch
-            self.is_awake = self._is_first = True  # the first step of a generation is everybody's
-            self._urgent_steps = 0
+            self.is_awake = True  # the first step of a generation is everybody's
+            self._num_staged = 0
+            self.hurry(FIRST_STEPS if is_larger else 1)
         log.info("membership", generation=generation, members=bin(members), running=running, epoch=epoch)
         return running
 
@@ -85,8 +88,12 @@ class Lockstep:
     @property
     def is_urgent(self) -> bool:
         """Whether somebody waits for the end of the next step, so that it should be a short one: streams after a pause,
-        or those that are about to flip. The rank meets the others for it, whether it has work or not."""
-        return (self._is_first and self.is_awake) or (self._urgent_steps < URGENT_STEPS_MAX and self._staged() != 0)
+        ranks that are about to flip, or whom `hurry` was called for. The rank meets the others for it anyway."""
+        return (self.is_awake and self._num_urgent > 0) or (self._num_staged < STAGED_STEPS_MAX and self._staged() != 0)
+
+    def hurry(self, num_steps: int) -> None:
+        """Let at least so many of the next steps be urgent."""
+        self._num_urgent = max(self._num_urgent, num_steps)
 
     def _staged(self) -> int:
         """The generation that this rank is ready to flip to; 0 for none."""
@@ -102,7 +109,7 @@ class Lockstep:
         """
         deadline = time.monotonic() + STEP_MS_MAX / 1e3
         flags = self._staged()
-        self._urgent_steps += flags != 0
+        self._num_staged += flags != 0
         wait_ms = MEET_MS if self.is_awake else 0.0
         while True:
             try:
@@ -116,7 +123,7 @@ class Lockstep:
                 self.ring()
                 self._bus.bump_progress()  # who waits is not who is stuck
                 wait_ms = MEET_MS
-        self._is_first = False
+        self._num_urgent = max(0, self._num_urgent - 1)
         staged = said[0][2]
         if staged and all(flag == staged for _, _, flag in said):
             self._flip(staged)

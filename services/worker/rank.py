@@ -60,6 +60,7 @@ BUSY_MS = 5  # the longest sleep of a rank that does not step and has something 
 STATUS_S = 0.1  # at most this often
 LOOK_S = 0.01  # how often a stepping rank looks at its descriptors
 WELCOME_S = 0.01  # the longest wait of a new member for what others hand over to it as it comes
+WELCOMES = 3  # of its first turns in which it waits so
 SMOOTHING = 0.05  # of the reported shares of a step
 WARM_UP_TOKENS = 4
 
@@ -106,6 +107,7 @@ class Rank:
         self._revision = reply.seat.revision
         self._reports = Reports(self._server.send)
         self._watchers: set[bytes] = set()
+        self._num_welcomes = 0  # left
         self._progress = 0
         self._discarded = 0  # tokens of steps that were given up
         self._met_ns = 0  # spent at the last step's first barrier
@@ -202,15 +204,18 @@ class Rank:
         self._send_status(now)
 
     def _follow_members(self) -> None:
-        """Learn who steps together now. A rank that comes in by a flip finds places kept for sequences that others hand
-        over at this very moment: it waits for them a little, so that they do not miss a step."""
+        """Learn who steps together now. A rank that has come in by a flip finds places kept for sequences that others
+        hand over at this very moment: it waits for them a little, so that they do not miss a step."""
         was_member = self._lockstep.is_member
-        if not self._lockstep.sync():
+        if self._lockstep.sync():
+            self._migration.ask_again()
+            if self._lockstep.is_member and not was_member:
+                self._num_welcomes = WELCOMES
+        if not self._num_welcomes:
             return
-        self._migration.ask_again()
+        self._num_welcomes -= 1
         until = time.monotonic() + WELCOME_S
-        is_new = self._lockstep.is_member and not was_member
-        while is_new and self._migration.num_expected and (left_s := until - time.monotonic()) > 0:
+        while self._migration.num_expected and (left_s := until - time.monotonic()) > 0:
             self._look(self._server.poll(max(1, int(left_s * 1e3))), time.monotonic())
             self._take_messages(time.monotonic())
 
@@ -297,6 +302,7 @@ class Rank:
             assert isinstance(body, Move)
             self._fence.check(message.epoch, sender)
             self._migration.command(body)
+            self._lockstep.hurry(body.urgent_steps)
             self._last_status = None  # routers shall know at once that it leaves
             return Ack()
         except ElasticMoEError as error:

@@ -169,32 +169,36 @@ def test_a_parked_generation_makes_the_staged_one_void(harness: Harness) -> None
     harness.wait(lambda: all(member.lockstep.epoch == 2 for member in members), "the new generation")
 
 
-def test_steps_that_others_wait_for_are_urgent_and_bounded_in_number(harness: Harness) -> None:
+def urgency(member: Member, num_steps: int) -> list[bool]:
+    """Of the next steps; each is met for."""
+    seen = []
+    for _ in range(num_steps):
+        seen.append(member.lockstep.is_urgent)
+        assert member.lockstep.meet(1) > 0
+    return seen
+
+
+def test_steps_that_somebody_waits_for_are_urgent_and_bounded_in_number(harness: Harness) -> None:
     one, other = (harness.add(slot, 1, 2) for slot in (0, 1))
     harness.hmm.set_membership(1, 0b01, True, 1)
     one.lockstep.sync()
-    assert one.lockstep.is_urgent  # the first of a generation
-    assert one.lockstep.meet(1) == 1
-    assert not one.lockstep.is_urgent
+    assert urgency(one, 4) == [True, True, True, False]  # ranks came in
+    harness.hmm.set_membership(2, 0b01, True, 1)
+    one.lockstep.sync()
+    assert urgency(one, 2) == [True, False]  # one was replaced
+    one.lockstep.hurry(2)
+    assert urgency(one, 3) == [True, True, False]
 
-    harness.hmm.set_membership(2, 0b11, True, 1)
+    harness.hmm.set_membership(3, 0b11, True, 1)
     for member in (one, other):
         member.lockstep.sync()
     other.memory.routings.pop(2)  # it learns of the next layout late
-    met = threading.Thread(target=lambda: [other.lockstep.meet(1) for _ in range(4)])
+    met = threading.Thread(target=lambda: [other.lockstep.meet(1) for _ in range(6)])
     met.start()
-    urgent = []
-    for number in range(4):
-        if number == 1:
-            harness.hmm.stage_membership(3, 0b11, 2)
-        urgent.append(one.lockstep.is_urgent)
-        assert one.lockstep.meet(1) == 2
+    urgency(one, 3)
+    harness.hmm.stage_membership(4, 0b11, 2)
+    assert urgency(one, 3) == [True, True, False]
     met.join(DEADLINE_S)
-    assert urgent == [True, True, True, False]
-
-    harness.hmm.set_membership(4, 0b11, True, 1)
-    one.lockstep.sync()
-    assert one.lockstep.is_urgent
 
 
 def test_a_first_step_that_nobody_has_work_for_leaves_no_urgency(harness: Harness) -> None:

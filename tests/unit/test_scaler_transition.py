@@ -47,7 +47,7 @@ def test_sequences_are_got_ready_for_who_joins_and_go_there_after_the_flip() -> 
     operation = world.run_to(operation_of(UP), "commit")
     operation = world.step(operation)
     assert world.commands[0] == operation.ahead_id
-    assert (world.targets, world.running) == ({0: ((2, 1),)}, {0: 6, 1: 5})
+    assert (world.targets, world.running) == ({0: ((2, 1),), 1: ()}, {0: 6, 1: 5})
     done = world.run(operation)
     assert (done.phase, sorted(world.running.values())) == ("done", [3, 4, 4])
     assert all(world.commands[slot].endswith(".end") for slot in (0, 1))
