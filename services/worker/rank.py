@@ -40,18 +40,16 @@ from common.transport import Server
 from native.bus import BusAborted
 from services.worker.engine.adoption import adopt_rows
 from services.worker.engine.engine import Engine, Outcome
-from services.worker.engine.kv_bytes import read_blocks, write_blocks
 from services.worker.engine.scheduler import Plan
-from services.worker.exchange.alone import Alone
 from services.worker.exchange.shm import ShmExchange
 from services.worker.hmm_link import HmmLink
 from services.worker.lockstep import STEP_MS_MAX, Lockstep
 from services.worker.memory import Memory
 from services.worker.migration import Migration
-from services.worker.model.batch import Batch, Part
-from services.worker.model.registry import Model, build_model
+from services.worker.model.registry import build_model
 from services.worker.reports import Reports
 from services.worker.shortage import Shortage
+from services.worker.warm_up import warm_up
 
 log = get_logger("rank")
 
@@ -62,7 +60,6 @@ LOOK_S = 0.01  # how often a stepping rank looks at its descriptors
 WELCOME_S = 0.01  # the longest wait of a new member for what others hand over to it as it comes
 WELCOMES = 3  # of its first turns in which it waits so
 SMOOTHING = 0.05  # of the reported shares of a step
-WARM_UP_TOKENS = 4
 
 
 class Rank:
@@ -392,21 +389,3 @@ class Rank:
         self._status_at = now
         for router in list(self._watchers):
             self._tell(router, status)
-
-
-def warm_up(model: Model, memory: Memory) -> None:
-    """Compute one step alone, so that the first one with the others finds page tables, buffers and code in place. Who
-    is waited for does without it: its first step maps what that step needs.
-
-    Every held expert gets a row. Tokens of its own only where no sequence of a predecessor may have its KV in the block
-    that they use, and what was there comes back.
-    """
-    block_size, spec = memory.kv.geometry.block_size, memory.spec
-    alone = Alone(memory.held, max(spec.num_experts_by_layer), spec.hidden)
-    if memory.ledger.rows() or not memory.kv.num_blocks:
-        model.forward(Batch([], block_size), alone)
-        return
-    before = read_blocks(memory.kv, [0])
-    tokens = [0] * min(WARM_UP_TOKENS, block_size)
-    model.forward(Batch([Part(tokens, 0, [0], 1)], block_size), alone)
-    write_blocks(memory.kv, [0], before)
