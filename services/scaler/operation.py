@@ -140,6 +140,11 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.op_id}/{self.leg}.{self.attempt}"
 
     @property
+    def soon_id(self) -> str:
+        """The op_id under which ranks are told to keep their steps short while the HMM copies."""
+        return f"{self.stage_id}.soon"
+
+    @property
     def ahead_id(self) -> str:
         """The op_id under which ranks are told to get sequences ready for this attempt's joining ranks."""
         return f"{self.stage_id}.ahead"

@@ -86,34 +86,43 @@ def _commands(op_id: str, moves: Iterable[SequenceMove], seats: Iterable[Seat]) 
     return [MoveSequences(op_id, by_slot[source], tuple(some), False) for source, some in sorted(targets.items())]
 
 
+def hurry(operation: Operation, seen: Seen) -> list[Action]:
+    """While the HMM copies for those that join: keep steps short, for the ranks learn of the layout between two."""
+    leg, op_id = operation.current_leg(), operation.soon_id
+    if not leg.joining or leg.leaving or any(load.move_op_id == op_id for load in seen.loads.values()):
+        return []
+    seats = [seat for seat in _leading_stayers(operation) if seat.slot in seen.loads]
+    return [MoveSequences(op_id, seat, (), False, URGENT_STEPS) for seat in seats]
+
+
 def move_ahead(operation: Operation, seen: Seen) -> list[Action]:
     """Let ranks get sequences ready for those that join, so that these have work from their first step on: places are
     reserved and KV is copied before the commit; sequences are handed over after the flip. All of that, and the flip,
     waits for the ends of steps, so they are kept short meanwhile."""
-    leg = operation.current_leg()
-    leaders = [seat for seat in leg.layout.seats if seat.rank.tp == 0]
+    leg, stayers = operation.current_leg(), _leading_stayers(operation)
     joining = {seat.slot for seat in leg.joining}
-    stayers = {seat.slot for seat in leaders} - joining
-    if not joining or leg.leaving or not stayers <= set(seen.loads):
+    if not joining or leg.leaving or not {seat.slot for seat in stayers} <= set(seen.loads):
         return []
-    if not all(seat.slot in seen.ranks or seat.slot in seen.starting for seat in leg.joining):
+    if not all(slot in seen.ranks or slot in seen.starting for slot in joining):
         return []  # it would not listen for long
     if _told_ahead(operation, seen.loads):
         return []  # loads change: another rank would be told as well
-    counts = {slot: seen.loads[slot].running + seen.loads[slot].waiting for slot in stayers}
+    leaders = [seat for seat in leg.layout.seats if seat.rank.tp == 0]
+    counts = {seat.slot: seen.loads[seat.slot].running + seen.loads[seat.slot].waiting for seat in stayers}
     moves = level_ahead(counts, {seat.slot for seat in leaders} & joining)
-    commands = {command.seat.slot: command for command in _commands(operation.ahead_id, moves, leaders)}
+    targets = {command.seat.slot: command.targets for command in _commands(operation.ahead_id, moves, leaders)}
+    if not moves:
+        return []
     return [
-        MoveSequences(
-            operation.ahead_id,
-            seat,
-            commands[seat.slot].targets if seat.slot in commands else (),
-            False,
-            urgent_steps=URGENT_STEPS,
-        )
-        for seat in leaders
-        if seat.slot in stayers and moves
+        MoveSequences(operation.ahead_id, seat, targets.get(seat.slot, ()), False, URGENT_STEPS) for seat in stayers
     ]
+
+
+def _leading_stayers(operation: Operation) -> list[Seat]:
+    """Seats of the leg's new layout that are in the old one too, one of each replica."""
+    leg = operation.current_leg()
+    joining = {seat.slot for seat in leg.joining}
+    return [seat for seat in leg.layout.seats if seat.rank.tp == 0 and seat.slot not in joining]
 
 
 def end_ahead(operation: Operation, loads: Mapping[int, RankLoad], seats: Iterable[Seat]) -> list[Action]:

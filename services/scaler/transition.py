@@ -28,7 +28,7 @@ from services.scaler.operation import (
     StopSeat,
 )
 from services.scaler.plan import Leg
-from services.scaler.settle import end_ahead, migrate, move_ahead, release, tidy
+from services.scaler.settle import end_ahead, hurry, migrate, move_ahead, release, tidy
 from services.scaler.steps import (
     BACKOFF_S,
     BACKOFF_S_MAX,
@@ -177,6 +177,7 @@ def _make_ready(operation: Operation, seen: Seen, transition: TransitionStatus) 
     waits = []
     if transition.phase != "staged":
         waits.append("the HMM makes room" if transition.phase == "vacating" else "the HMM copies")
+        actions += hurry(operation, seen)
     else:
         starts, missing = _start_joiners(operation, seen)
         actions += [*starts, *move_ahead(operation, seen)]

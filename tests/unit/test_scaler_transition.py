@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.protocol.replies import Refused
 from services.scaler.operation import Abort, MoveSequences, Operation, Release, StopSeat
 from services.scaler.plan import Plan
-from services.scaler.settle import move_ahead, tidy
+from services.scaler.settle import hurry, move_ahead, tidy
 from services.scaler.steps import LEAVE_S
 from services.scaler.transition import advance, can_cancel, cancel, outcome
 from tests.unit.transitions import DOWN, UP, World, operation_of, plan_of
@@ -51,6 +51,24 @@ def test_sequences_are_got_ready_for_who_joins_and_go_there_after_the_flip() -> 
     done = world.run(operation)
     assert (done.phase, sorted(world.running.values())) == ("done", [3, 4, 4])
     assert all(world.commands[slot].endswith(".end") for slot in (0, 1))
+
+
+def test_steps_are_kept_short_while_the_hmm_copies_for_who_joins_and_for_nobody_else() -> None:
+    world = world_of(UP)
+    operation = world.step(world.run_to(operation_of(UP), "prepare"))
+    assert world.seen().hmm.transition.phase == "copying"
+    told = hurry(operation, world.seen())
+    assert [(action.op_id, action.seat.slot, action.targets, action.is_leaving) for action in told] == [
+        (operation.soon_id, slot, (), False) for slot in (0, 1)
+    ]
+    assert all(action.urgent_steps for action in told)
+    operation = world.step(operation)
+    assert world.commands == {0: operation.soon_id, 1: operation.soon_id}
+    assert hurry(operation, world.seen()) == []
+
+    leaving = world_of(DOWN)
+    operation = leaving.step(leaving.run_to(operation_of(DOWN), "prepare"))
+    assert hurry(operation, leaving.seen()) == []
 
 
 def test_nothing_is_got_ready_while_a_load_is_unknown_or_nobody_listens() -> None:
