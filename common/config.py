@@ -115,7 +115,8 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
     `rank_stall_s`: a rank that lives and makes no progress for so long, while others do, is killed and replaced; it
     must exceed what the mathematics of one layer takes for `max_tokens_per_step` tokens. For comparisons:
     `copy_from_disk` reads from the checkpoint what devices could copy from one another; `scale_legs` 1 lets a new
-    replica wait for its experts."""
+    replica wait for its experts; `expert_slots` False lets the HMM do the copies, and hold the memory, that experts
+    without slots of their own would take."""
 
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8100
@@ -127,6 +128,7 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
     operation_deadline_s: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
     copy_from_disk: bool = False
     scale_legs: Annotated[int, Meta(ge=1, le=2)] = 2
+    expert_slots: bool = True
     rank_stall_s: Annotated[float, Meta(gt=0, le=86_400)] = 2.4
 
 

@@ -324,6 +324,7 @@ KINDS: dict[str, Kind] = {
     "no-standby": Kind(Elastic, {"standbys": 0}),
     "no-p2p": Kind(Elastic, {"copy_from_disk": "true"}),
     "no-zero-copy": Kind(Elastic, {"zero_copy": "false"}, has_private=True),
+    "no-expert-slots": Kind(Elastic, {"expert_slots": "false"}),
     "one-leg": Kind(Elastic, {"scale_legs": 1}),
     "cold-restart": Kind(ColdRestart),
     "horizontal": Kind(Horizontal),

@@ -18,6 +18,14 @@ def record_bytes(loaded: Loaded, granularity: int) -> dict[RecordKey, int]:
     return {record.key: round_up(record.nbytes, granularity) for record in records(loaded.spec)}
 
 
+def packed_records(before: Layout, after: Layout, device: str) -> list[RecordKey]:
+    """What a device would have to copy within itself if the experts of a layer lay side by side: where any come or go,
+    those that stay move to a new buffer. With a slot for each expert nothing does."""
+    held, wanted = keys_of((before,), device), keys_of((after,), device)
+    changed = {key.layer for key in held ^ wanted if key.kind == "expert"}
+    return sorted(key for key in held & wanted if key.kind == "expert" and key.layer in changed)
+
+
 def check_stage(catalog: Catalog, loaded: Loaded, request: StageLayout, max_ranks: int) -> None:
     """Verify that `request` leads from the layout in force to another one, and within every budget.
 

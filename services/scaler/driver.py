@@ -239,8 +239,10 @@ class Driver:
             copies = leg.copies
             if self._config.copy_from_disk:
                 copies = tuple(to_hmm.RecordCopy(copy.key, "", copy.target) for copy in copies)
-            command = to_hmm.StageLayout(action.op_id, leg.layout, copies, leg.kv_handles, leg.kv_handles_after, rate)
-            self._links.tell_hmm(command)
+            kv, kv_after, is_packed = leg.kv_handles, leg.kv_handles_after, not self._config.expert_slots
+            self._links.tell_hmm(
+                to_hmm.StageLayout(action.op_id, leg.layout, copies, kv, kv_after, rate, is_packed=is_packed)
+            )
         elif isinstance(action, Commit):
             self._links.tell_hmm(to_hmm.CommitLayout(action.op_id))
         elif isinstance(action, Release):
