@@ -24,6 +24,7 @@ from services.hmm.checkpoint import Checkpoint
 from services.hmm.reader import Reader
 from services.hmm.sizing import LEDGER_BLOB_BYTES, LedgerSizes
 
+_THREADS: Final = 2  # while there is no limit; a joining replica waits for one device only
 _PIECE_BYTES: Final = 4 << 20
 _PIECE_BYTES_MIN: Final = 64 << 10  # a multiple of every page size
 _PIECES_PER_S: Final = 20  # at the least, where the limit allows pieces of the smallest size
@@ -42,14 +43,17 @@ class Part(NamedTuple):
 
 
 class Peaks:
-    """The most real bytes of each device since `begin`. Threads of different devices, and the loop, may sample."""
+    """The most real bytes of each device since `begin`. Any thread may sample."""
 
     def __init__(self, by_device: Mapping[str, int] | None = None) -> None:
         self.by_device: dict[str, int] = dict(by_device or {})
+        self._lock = threading.Lock()
 
     def sample(self, device: HostDevice) -> None:
         """Look at the device now: after pages were made, and before some are given back."""
-        self.by_device[device.name] = max(self.by_device.get(device.name, 0), device.pages)
+        pages = device.pages
+        with self._lock:
+            self.by_device[device.name] = max(self.by_device.get(device.name, 0), pages)
 
 
 class Transfer:
@@ -66,8 +70,8 @@ class Transfer:
         self.bytes_done = 0
         self.bytes_total = sum(part.handle.nbytes for some in parts.values() for part in some if _is_copied(part))
         self.parts = [part for some in parts.values() for part in some]
-        self._devices = deque(list(some) for some in parts.values() if some)
-        self.num_threads = max(1, min(1 if bytes_per_s_max else 2, len(self._devices)))
+        self._shares = deque(share for some in parts.values() for share in _shares(some))
+        self.num_threads = max(1, min(1 if bytes_per_s_max else _THREADS, len(self._shares)))
         self._peaks = peaks
         self._spec = spec
         self._model_path = model_path
@@ -83,11 +87,11 @@ class Transfer:
         self._stop.set()
 
     def run(self) -> None:
-        """Make whole devices' parts until none are left. Blocks. Raises DoesNotFit, CheckpointError, Unavailable."""
+        """Make shares until none are left. Blocks. Raises DoesNotFit, CheckpointError, Unavailable."""
         try:
             while True:
                 try:
-                    parts = self._devices.popleft()
+                    parts = self._shares.popleft()
                 except IndexError:
                     return
                 self._make(parts)
@@ -140,6 +144,19 @@ class Transfer:
 
 def _is_copied(part: Part) -> bool:
     return bool(part.source) or part.key is not None
+
+
+def _shares(parts: Sequence[Part]) -> list[list[Part]]:
+    """One device's parts in as many shares of about the same size as there are threads; what is read from the
+    checkpoint stays together, because files are read from their beginning to their end."""
+    read = [part for part in parts if part.key is not None]
+    shares: list[list[Part]] = [[] for _ in range(_THREADS)]
+    sizes = [0] * _THREADS
+    for part in sorted((part for part in parts if part.key is None), key=lambda part: -part.handle.nbytes):
+        least = sizes.index(min(sizes))
+        shares[least].append(part)
+        sizes[least] += part.handle.nbytes
+    return [share for share in (read, *shares) if share]
 
 
 def punch(parts: Sequence[tuple[HostDevice, Handle]]) -> None:

@@ -101,6 +101,25 @@ def test_claimed_handles_are_counted_at_once_and_get_pages_as_they_are_filled(
     assert device.check_integrity() == []
 
 
+def test_two_threads_share_what_one_device_needs(memories: dict[str, DeviceMemory], background: Background) -> None:
+    parts = parts_of(memories, sources(memories["host:0"], 5))
+    memory = memories["host:1"]
+    grown = memory.claim(4 * RECORD, "kv")
+    zeros = Part(memory.device, grown, memory.address(grown))
+    peaks = Peaks()
+    transfer = Transfer({"host:1": [*parts["host:1"], zeros]}, 0, peaks, SPEC, "/nowhere")
+    assert transfer.num_threads == 2
+    ended: list[ElasticMoEError | None] = []
+    for _ in range(transfer.num_threads):
+        background.start("transfer", transfer.run, ended.append)
+    finish(background, lambda: len(ended) == 2)
+    assert ended == [None, None]
+    assert transfer.bytes_done == transfer.bytes_total == 5 * RECORD
+    for part in parts["host:1"]:
+        assert host.checksum(part.address, RECORD) == host.checksum(part.source, RECORD)
+    assert peaks.by_device == {"host:1": memory.device.pages} == {"host:1": 9 * RECORD}
+
+
 def test_a_limit_is_kept_by_one_thread(
     memories: dict[str, DeviceMemory],
 ) -> None:
