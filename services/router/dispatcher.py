@@ -243,7 +243,7 @@ class Dispatcher:
         if stream.rank == link.rank:
             stream.sender = link.sender  # its present incarnation has taken it over
         elif delta.index + len(delta.ids) > stream.reach:
-            self._move(stream, link)
+            self._move(stream, link, now)
         if stream.rank == link.rank and stream.lacks(delta):
             self._retry_or_fail(stream, _lost(link.rank), now, avoid=None)
             return
@@ -272,12 +272,12 @@ class Dispatcher:
         if stream.ending is not None:
             self._forget(stream, tell_rank=delta.finish is None)
 
-    def _move(self, stream: Stream, link: RankLink, incarnation: str = "") -> None:
+    def _move(self, stream: Stream, link: RankLink, now: float, incarnation: str = "") -> None:
         """The stream is another rank's from now on: `link`'s, in `incarnation`, or its present one if it was heard."""
         old = self.links.get(stream.rank) if stream.rank else None
         if old is not None:
             old.detach(stream)
-        stream.rank, stream.sender = link.rank, incarnation or link.sender
+        stream.rank, stream.sender, stream.moved_at = link.rank, incarnation or link.sender, now
         stream.seq = 0  # it counts messages of the old link
         link.attach(stream)
         self._metrics.moved.inc()
@@ -304,7 +304,7 @@ class Dispatcher:
             self._send_quietly(self._link_to(moved.rank, now), Cancel(moved.request_id))
         elif stream.rank == link.rank != moved.rank:
             new = self._link_to(moved.rank, now)
-            self._move(stream, new, moved.incarnation)
+            self._move(stream, new, now, moved.incarnation)
             new.watch(now)
 
     def _on_failed(self, link: RankLink, failed: Failed, now: float) -> None:
@@ -344,11 +344,10 @@ class Dispatcher:
     def _check_link(self, link: RankLink, now: float) -> None:
         if not link.streams:
             return
-        is_silent, changed_s = link.silent_s(now) > LOST_S, now - link.changed_at
+        is_silent = link.silent_s(now) > LOST_S
         for stream in list(link.streams.values()):
-            is_unnamed = link.has_no_requests or (link.has_reported and not stream.is_untouched)
-            patience_s = EMPTY_S if is_unnamed else ADOPT_S if stream.is_untouched else LOST_S
-            is_orphan = stream.sender != link.sender and changed_s > patience_s
+            since_s = now - max(link.changed_at, stream.moved_at)
+            is_orphan = stream.sender != link.sender and since_s > _patience_s(link, stream)
             if is_silent or is_orphan:
                 self._retry_or_fail(stream, _lost(link.rank), now, avoid=link.rank if is_silent else None)
 
@@ -364,6 +363,14 @@ class Dispatcher:
             self._fail(stream, Unavailable("the router is shutting down", code="shutting_down"))
         for rank in list(self.links):
             self._close_link(rank)
+
+
+def _patience_s(link: RankLink, stream: Stream) -> float:
+    """How long a stream may be at a rank whose present incarnation is not the one that has it."""
+    if stream.moved_at > link.changed_at:  # to one that has not spoken yet: what its predecessor said means nothing
+        return LOST_S if link.heard_at <= stream.moved_at else ADOPT_S
+    is_unnamed = link.has_no_requests or (link.has_reported and not stream.is_untouched)
+    return EMPTY_S if is_unnamed else ADOPT_S if stream.is_untouched else LOST_S
 
 
 def _lost(rank: RankId | None) -> Unavailable:

@@ -64,8 +64,8 @@ class Bench:
         )
         self.hear(replica, body, sender=sender)
 
-    def moved(self, replica: int, stream: Stream, to: int, *, tp: int = 0) -> None:
-        self.hear(replica, Moved(stream.submit.request_id, RankId(to, tp)))
+    def moved(self, replica: int, stream: Stream, to: int, *, tp: int = 0, incarnation: str = "") -> None:
+        self.hear(replica, Moved(stream.submit.request_id, RankId(to, tp), incarnation))
 
     def tokens(
         self, replica: int, stream: Stream, index: int, text: bytes, finish: str | None = None, *, sender: str = ""
@@ -276,6 +276,35 @@ async def test_a_stream_that_moves(bench: Bench) -> None:
     assert list(bench.dispatcher.links) == [RankId(1, 0)]
     bench.dispatcher.cancel(stream)
     assert type(bench.sent(1)[-1]).__name__ == "Cancel"
+
+
+@pytest.mark.parametrize("ended", ["it speaks", "it is silent", "another one speaks"])
+async def test_a_stream_that_moves_to_a_rank_whose_predecessor_was_known(bench: Bench, ended: str) -> None:
+    bench.layout(0, 1)
+    bench.status(0)
+    bench.status(1, sender="rank-r1t0:left")  # it leaves, and a rank of the same name joins later
+    stream = bench.open()
+    bench.tokens(0, stream, 0, b"ab")
+    bench.pass_time(EMPTY_S + 1.0)
+    bench.status(0, running=1)
+    bench.moved(0, stream, 1, incarnation="rank-r1t0:joined")  # before the router has heard of it
+    bench.pass_time(0.1)
+    assert stream.num_submits == 1
+    if ended == "another one speaks":
+        bench.status(1, sender="rank-r1t0:third")
+        bench.pass_time(EMPTY_S + 0.1)
+        assert stream.num_submits == 2
+        return
+    if ended == "it is silent":
+        bench.now += LOST_S
+        bench.status(0, running=1)
+        bench.pass_time(0.0)
+        assert stream.num_submits == 2
+        return
+    bench.status(1, sender="rank-r1t0:joined")
+    bench.pass_time(EMPTY_S + 1.0)
+    bench.tokens(1, stream, 2, b"c", "stop", sender="rank-r1t0:joined")
+    assert (reason(stream), stream.take().text, stream.num_submits) == ("stop", "abc", 1)
 
 
 async def test_missing_tokens_are_not_waited_for_for_ever(bench: Bench) -> None:
