@@ -57,8 +57,8 @@ IDLE_MS = 500  # the longest sleep, and so the slowest beat of an idle rank's st
 BUSY_MS = 5  # the longest sleep of a rank that does not step and has something else to do
 STATUS_S = 0.1  # at most this often
 LOOK_S = 0.01  # how often a stepping rank looks at its descriptors
-WELCOME_S = 0.01  # the longest wait of a new member for what others hand over to it as it comes
-WELCOMES = 3  # of its first turns in which it waits so
+WELCOME_S = 0.05  # a new member waits for what others hand over to it as it comes; megabytes of KV take 10 to 20 ms
+WELCOMES = 3  # of its first turns in which it waits so, WELCOME_S in all
 SMOOTHING = 0.05  # of the reported shares of a step
 
 
@@ -105,6 +105,7 @@ class Rank:
         self._reports = Reports(self._server.send)
         self._watchers: set[bytes] = set()
         self._num_welcomes = 0  # left
+        self._welcome_s = 0.0  # left
         self._progress = 0
         self._discarded = 0  # tokens of steps that were given up
         self._met_ns = 0  # spent at the last step's first barrier
@@ -207,14 +208,17 @@ class Rank:
         if self._lockstep.sync():
             self._migration.ask_again()
             if self._lockstep.is_member and not was_member:
-                self._num_welcomes = WELCOMES
+                self._num_welcomes, self._welcome_s = WELCOMES, WELCOME_S
         if not self._num_welcomes:
             return
         self._num_welcomes -= 1
-        until = time.monotonic() + WELCOME_S
-        while self._migration.num_expected and (left_s := until - time.monotonic()) > 0:
-            self._look(self._server.poll(max(1, int(left_s * 1e3))), time.monotonic())
-            self._take_messages(time.monotonic())
+        now = time.monotonic()
+        until = now + self._welcome_s
+        while self._migration.num_expected and now < until:
+            self._look(self._server.poll(max(1, int((until - now) * 1e3))), now)
+            now = time.monotonic()
+            self._take_messages(now)
+        self._welcome_s = until - now
 
     def _step(self, plan: Plan, total: int, started: int) -> None:
         outcome = self._shortage.compute(plan, total, STEP_MS_MAX)
