@@ -18,7 +18,7 @@ _decoder = msgspec.json.Decoder(_Event)
 
 
 class Gaps(msgspec.Struct, frozen=True):
-    """The longest gaps in seconds, -1 for none, and the number of streams on the rank."""
+    """The longest gaps in seconds, -1 for none, and the number of streams on the rank; of all where none is named."""
 
     of_rank: float
     of_others: float
@@ -28,7 +28,7 @@ class Gaps(msgspec.Struct, frozen=True):
 def gaps_around(lines: Iterable[bytes], rank: str, killed: float, back: float, until: float) -> Gaps:
     """From a router's history: the longest gaps that lasted at some moment between `killed` and `back`, of the streams
     that had begun on `rank` by the time `killed`, and of those on other ranks. A stream that did not go on before
-    `until` counts up to then."""
+    `until` counts up to then, or to its end without another token."""
     rank_of: dict[str, str] = {}
     last: dict[str, float] = {}
     there: dict[str, str] = {}  # streams with a token at the kill -> their rank then
@@ -45,23 +45,23 @@ def gaps_around(lines: Iterable[bytes], rank: str, killed: float, back: float, u
             is_after = True
             there = {name: rank_of[name] for name in last}
         if event.event == "chunk":
-            name_is_watched = event.id in there
-            if name_is_watched and last[event.id] <= back:
+            is_watched = event.id in there and event.id in last
+            if is_watched and last[event.id] <= back:
                 longest[event.id] = max(longest.get(event.id, 0.0), event.t - last[event.id])
-            if name_is_watched or not is_after:
+            if is_watched or not is_after:
                 last[event.id] = event.t
         elif event.event == "terminal":
-            longest.setdefault(event.id, 0.0)
-            if not is_after:
-                last.pop(event.id, None)
+            if event.id in there and event.id in last and last[event.id] <= back:
+                longest[event.id] = max(longest.get(event.id, 0.0), event.t - last[event.id])
+            last.pop(event.id, None)
         elif event.rank:
             rank_of[event.id] = event.rank
     if not is_after:  # nothing has come since
         there = {name: rank_of[name] for name in last}
-    gaps = {name: longest.get(name, until - last[name]) for name in there}
+    gaps = {name: longest[name] if name in longest else until - last[name] for name in there}
     own = [gaps[name] for name, place in there.items() if place == rank]
     others = [gaps[name] for name, place in there.items() if place != rank]
-    return Gaps(max(own, default=-1.0), max(others, default=-1.0), len(own))
+    return Gaps(max(own, default=-1.0), max(others, default=-1.0), len(own) if rank else len(there))
 
 
 def gaps_within(lines: Iterable[bytes], begin: float, end: float) -> list[float]:

@@ -123,6 +123,8 @@ def _check_budgets(catalog: Catalog, loaded: Loaded, request: StageLayout) -> No
         for device, num_handles in sorted(kv_handles.items()):
             budget = catalog.entry(device).budget
             weights = sum(sizes[key] for key in keys_of(wanted, device))
+            if request.is_packed and wanted is during:
+                weights += sum(sizes[key] for key in packed_records(*during, device))
             kv = num_handles * loaded.kv.handle_bytes
             if weights + kv + ledger > budget:
                 raise DoesNotFit(

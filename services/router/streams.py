@@ -73,7 +73,7 @@ class Stream:
         self.gap_since: float | None = None  # tokens are missing before ones that have come
         self.rank: RankId | None = None
         self.sender = ""
-        self.moved_at = now  # to that rank, or accepted
+        self.moved_at = now  # last, from rank to rank; when it was accepted where it never did
         self._text = text
         self._wants_logprobs = submit.sampling.logprobs >= 0
         self._texts: list[str] = []

@@ -14,6 +14,7 @@ import msgspec
 from common.layout import Layout, RankId, Seat
 from common.protocol.rank import MoveTarget
 from common.protocol.replies import Refused
+from services.scaler.leveling import SequenceMove
 from services.scaler.plan import Leg, Plan
 
 Phase = Literal["plan", "prepare", "commit", "migrate", "release", "abort", "done", "aborted"]
@@ -99,9 +100,10 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     `plan`: None for a rebalance, and when it is over. `attempt`: of staging this leg. `clock`: the monotonic reading
     that `elapsed_s` and `phase_s` (seconds since it was accepted, and in this phase) were counted to; None after a
     restart. `committed_s`, `flipped_s`, `moves_s`: `elapsed_s` when this leg's commit was first sent or seen, when it
-    was seen to have flipped, when sequences were last told to move. `retry_s`: staged again not before. `bytes_prior`:
-    copied for staging attempts before `bytes_of`, whose op_id and bytes these are. `handed_over[rank's incarnation]`:
-    its counter when first and last seen.
+    was seen to have flipped, when sequences were last told to move. `ahead`: what is got ready for this attempt's
+    joining ranks, once that has been chosen. `retry_s`: staged again not before. `bytes_prior`: copied for staging
+    attempts before `bytes_of`, whose op_id and bytes these are. `handed_over[rank's incarnation]`: its counter when
+    first and last seen.
     """
 
     op_id: str
@@ -127,6 +129,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     committed_s: float | None = None
     flipped_s: float | None = None
     sources: tuple[int, ...] = ()
+    ahead: tuple[SequenceMove, ...] | None = None
     moves_s: float = 0.0
     num_rounds: int = 0
     bytes_prior: int = 0
@@ -143,6 +146,11 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     def soon_id(self) -> str:
         """The op_id under which ranks are told to keep their steps short while the HMM copies."""
         return f"{self.stage_id}.soon"
+
+    @property
+    def end_id(self) -> str:
+        """The op_id under which ranks are told to hand over nothing more."""
+        return f"{self.stage_id}.end"
 
     @property
     def ahead_id(self) -> str:

@@ -87,34 +87,43 @@ def _commands(op_id: str, moves: Iterable[SequenceMove], seats: Iterable[Seat]) 
 
 
 def hurry(operation: Operation, seen: Seen) -> list[Action]:
-    """While the HMM copies for those that join: keep steps short, for the ranks learn of the layout between two."""
-    leg, op_id = operation.current_leg(), operation.soon_id
-    if not leg.joining or leg.leaving or any(load.move_op_id == op_id for load in seen.loads.values()):
+    """While the HMM makes memory for those that join: keep steps short, for the ranks learn of it between two."""
+    leg = operation.current_leg()
+    if not leg.joining or leg.leaving:
         return []
-    seats = [seat for seat in _leading_stayers(operation) if seat.slot in seen.loads]
-    return [MoveSequences(op_id, seat, (), False, URGENT_STEPS) for seat in seats]
+    return _tell_stayers(operation, seen.loads, operation.soon_id, {})
 
 
-def move_ahead(operation: Operation, seen: Seen) -> list[Action]:
+def move_ahead(operation: Operation, seen: Seen) -> tuple[Operation, list[Action]]:
     """Let ranks get sequences ready for those that join, so that these have work from their first step on: places are
     reserved and KV is copied before the commit; sequences are handed over after the flip. All of that, and the flip,
-    waits for the ends of steps, so they are kept short meanwhile."""
-    leg, stayers = operation.current_leg(), _leading_stayers(operation)
-    joining = {seat.slot for seat in leg.joining}
-    if not joining or leg.leaving or not {seat.slot for seat in stayers} <= set(seen.loads):
-        return []
-    if not all(slot in seen.ranks or slot in seen.starting for slot in joining):
-        return []  # it would not listen for long
-    if _told_ahead(operation, seen.loads):
-        return []  # loads change: another rank would be told as well
+    waits for the ends of steps, so they are kept short meanwhile. Which ones is chosen once: loads change."""
+    leg = operation.current_leg()
+    if not leg.joining or leg.leaving:
+        return operation, []
     leaders = [seat for seat in leg.layout.seats if seat.rank.tp == 0]
-    counts = {seat.slot: seen.loads[seat.slot].running + seen.loads[seat.slot].waiting for seat in stayers}
-    moves = level_ahead(counts, {seat.slot for seat in leaders} & joining)
-    targets = {command.seat.slot: command.targets for command in _commands(operation.ahead_id, moves, leaders)}
-    if not moves:
-        return []
+    joining = {seat.slot for seat in leg.joining}
+    if operation.ahead is None:
+        stayers = {seat.slot for seat in leaders} - joining
+        is_listened_to = all(slot in seen.ranks or slot in seen.starting for slot in joining)
+        if not is_listened_to or not stayers <= set(seen.loads):
+            return operation, []
+        counts = {slot: seen.loads[slot].running + seen.loads[slot].waiting for slot in stayers}
+        moves = level_ahead(counts, {seat.slot for seat in leaders} & joining)
+        operation = msgspec.structs.replace(operation, ahead=moves)
+    commands = _commands(operation.ahead_id, operation.ahead or (), leaders)
+    targets = {command.seat.slot: command.targets for command in commands}
+    return operation, _tell_stayers(operation, seen.loads, operation.ahead_id, targets)
+
+
+def _tell_stayers(
+    operation: Operation, loads: Mapping[int, RankLoad], op_id: str, targets: Mapping[int, tuple[MoveTarget, ...]]
+) -> list[Action]:
+    """Hurry all ranks that stay, one of each replica, with what each is to hand over; but those that were told."""
     return [
-        MoveSequences(operation.ahead_id, seat, targets.get(seat.slot, ()), False, URGENT_STEPS) for seat in stayers
+        MoveSequences(op_id, seat, targets.get(seat.slot, ()), False, URGENT_STEPS)
+        for seat in _leading_stayers(operation)
+        if seat.slot in loads and loads[seat.slot].move_op_id != op_id
     ]
 
 
@@ -125,10 +134,15 @@ def _leading_stayers(operation: Operation) -> list[Seat]:
     return [seat for seat in leg.layout.seats if seat.rank.tp == 0 and seat.slot not in joining]
 
 
-def end_ahead(operation: Operation, loads: Mapping[int, RankLoad], seats: Iterable[Seat]) -> list[Action]:
-    """Tell the ranks that were told so by `move_ahead` to get nothing ready any more."""
+def end_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> list[Action]:
+    """Tell the ranks that were told by `move_ahead`, or may yet read it, to get nothing ready any more."""
     told = _told_ahead(operation, loads)
-    return [MoveSequences(f"{operation.stage_id}.end", seat, (), False) for seat in seats if seat.slot in told]
+    return [
+        MoveSequences(operation.end_id, seat, (), False)
+        for seat in _leading_stayers(operation)
+        if seat.slot in told
+        or (operation.ahead is not None and seat.slot in loads and loads[seat.slot].move_op_id != operation.end_id)
+    ]
 
 
 def _told_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> set[int]:
@@ -139,7 +153,7 @@ def _end_migration(
     operation: Operation, loads: Mapping[int, RankLoad], leaders: Sequence[Seat], actions: list[Action], why: str
 ) -> Step:
     told = {*operation.sources, *_told_ahead(operation, loads)}
-    ends = [MoveSequences(f"{operation.stage_id}.end", seat, (), False) for seat in leaders if seat.slot in told]
+    ends = [MoveSequences(operation.end_id, seat, (), False) for seat in leaders if seat.slot in told]
     step = enter(operation, "done" if operation.kind == "rebalance" else "release", why)
     return Step(step.operation, (*actions, *ends))
 
@@ -184,6 +198,7 @@ def _finish_leg(operation: Operation, why: str) -> Step:
         committed_s=None,
         flipped_s=None,
         sources=(),
+        ahead=None,
         num_rounds=0,
     )
     return Step(fresh)

@@ -144,7 +144,8 @@ def _stage(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if seen.refused is not None and not seen.refused.retryable:
         return _retry(operation, f"staging was refused: {seen.refused.message}")
     if operation.phase == "commit":
-        return enter(operation, "prepare", "the HMM has lost what was staged", attempt=operation.attempt + 1)
+        attempt = operation.attempt + 1
+        return enter(operation, "prepare", "the HMM has lost what was staged", attempt=attempt, ahead=None)
     if not seen.is_durable:
         return stay(operation, "the store does not take the journal")
     return stay(operation, "the layout is staged", Stage(operation.stage_id, _fitted(leg, hmm), not leg.joining))
@@ -167,7 +168,7 @@ def _fitted(leg: Leg, hmm: HmmStatus) -> Leg:
 def _retry(operation: Operation, why: str) -> Step:
     attempt = operation.attempt + 1
     wait_s = min(BACKOFF_S_MAX, BACKOFF_S * 2 ** min(attempt, 10))
-    return enter(operation, "prepare", why, attempt=attempt, retry_s=operation.elapsed_s + wait_s)
+    return enter(operation, "prepare", why, attempt=attempt, ahead=None, retry_s=operation.elapsed_s + wait_s)
 
 
 def _make_ready(operation: Operation, seen: Seen, transition: TransitionStatus) -> Step:
@@ -180,7 +181,8 @@ def _make_ready(operation: Operation, seen: Seen, transition: TransitionStatus) 
         actions += hurry(operation, seen)
     else:
         starts, missing = _start_joiners(operation, seen)
-        actions += [*starts, *move_ahead(operation, seen)]
+        operation, moves = move_ahead(operation, seen)
+        actions += [*starts, *moves]
         unprepared = sorted(set(leg.layout.slots) - set(transition.prepared))
         if missing:
             waits.append(f"ranks {names(missing)} join")
@@ -248,7 +250,7 @@ def _abort(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if transition and transition.phase not in OVER:
         abort = () if transition.phase == "aborting" else (Abort(operation.stage_id),)
         return stay(operation, "the HMM gives the staged layout up", *abort)
-    back = (*take_back(operation.stage_id, leg.leaving, seen), *end_ahead(operation, seen.loads, leg.layout.seats))
+    back = (*take_back(operation.stage_id, leg.leaving, seen), *end_ahead(operation, seen.loads))
     silent = [seat for seat in leg.leaving if seat.slot in ranks and seat.slot not in seen.loads]
     if (back or silent) and operation.phase_s < TAKE_BACK_S:
         return stay(operation, "ranks leave no more", *back)

@@ -36,9 +36,9 @@ STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
 class Lockstep:
     """Owned by the rank's thread. `memory` and `exchange` stay the rank's.
 
-    `is_member`: takes part in the present generation. `is_awake`: steps with the others, also without work of its own.
-    `members`: bit mask of the slots that take part in the present generation. `epoch`: of the layout whose routing is
-    in use; 0 before the first generation.
+    `is_member`: takes part in the present generation; `has_come_in`: and did not in the one before. `is_awake`: steps
+    with the others, also without work of its own. `members`: bit mask of the slots that take part in the present
+    generation. `epoch`: of the layout whose routing is in use; 0 before the first generation.
     """
 
     def __init__(self, memory: Memory, exchange: ShmExchange, slot: int, is_stopping: Callable[[], bool]) -> None:
@@ -53,6 +53,7 @@ class Lockstep:
         self.epoch = 0
         self.members = 0
         self.is_member = False
+        self.has_come_in = False
         self.is_awake = False
 
     def sync(self) -> bool:
@@ -65,8 +66,10 @@ class Lockstep:
         if running and members >> self._slot & 1 and routing is None:
             return False  # the HMM's message with it has not been read yet
         is_larger = bool(members & ~self.members)
+        was_member = bool(self.members >> self._slot & 1)
         self._generation, self.members = generation, members
         self.is_member = running and bool(members >> self._slot & 1)
+        self.has_come_in = self.is_member and not was_member
         if self.is_member and routing is not None:
             self._exchange.set_routing(generation, routing.owners)
             self.epoch = epoch
@@ -92,8 +95,9 @@ class Lockstep:
         return (self.is_awake and self._num_urgent > 0) or (self._num_staged < STAGED_STEPS_MAX and self._staged() != 0)
 
     def hurry(self, num_steps: int) -> None:
-        """Let at least so many of the next steps be urgent."""
-        self._num_urgent = max(self._num_urgent, num_steps)
+        """Let at least so many of the next steps be urgent, until nobody has work."""
+        if self.is_awake:
+            self._num_urgent = max(self._num_urgent, num_steps)
 
     def _staged(self) -> int:
         """The generation that this rank is ready to flip to; 0 for none."""
@@ -130,6 +134,8 @@ class Lockstep:
             return 0
         total = sum(tokens for _, tokens, _ in said)
         self.is_awake = total > 0
+        if not total:
+            self._num_urgent = 0
         return total
 
     def _flip(self, generation: int) -> None:

@@ -119,7 +119,7 @@ class Rank:
 
     @property
     def _is_awaited(self) -> bool:
-        """Whether the others cannot step until this rank is there: its predecessor died."""
+        """Whether the others cannot step until this rank is there: its predecessor, a member, died."""
         generation, members, running, _ = self._bus.membership()
         return generation > 0 and not running and bool(members >> self._seat.slot & 1)
 
@@ -204,10 +204,9 @@ class Rank:
     def _follow_members(self) -> None:
         """Learn who steps together now. A rank that has come in by a flip finds places kept for sequences that others
         hand over at this very moment: it waits for them a little, so that they do not miss a step."""
-        was_member = self._lockstep.is_member
         if self._lockstep.sync():
             self._migration.ask_again()
-            if self._lockstep.is_member and not was_member:
+            if self._lockstep.has_come_in:
                 self._num_welcomes, self._welcome_s = WELCOMES, WELCOME_S
         if not self._num_welcomes:
             return

@@ -46,6 +46,20 @@ def test_a_stream_that_never_goes_on_counts_to_the_end() -> None:
     assert gaps_around([], "r1t0", 1.0, 1.1, 4.5) == Gaps(-1.0, -1.0, 0)
 
 
+def test_a_stream_that_ends_without_another_token_counts_to_its_end_and_services_count_all_streams() -> None:
+    lines = history(
+        (0.0, "accepted", "a", "r0t0"),
+        (0.0, "accepted", "b", "r1t0"),
+        (0.5, "chunk", "a", ""),
+        (0.9, "chunk", "b", ""),
+        (1.2, "chunk", "b", ""),
+        (1.2, "terminal", "b", ""),
+        (3.0, "terminal", "a", ""),
+    )
+    found = gaps_around(lines, "", 1.0, 4.0, 4.0)
+    assert (found.of_rank, found.of_others, found.num_streams) == (-1.0, 2.5, 2)
+
+
 def test_all_gaps_that_ended_within_a_time() -> None:
     lines = history(
         (0.5, "chunk", "a", ""),

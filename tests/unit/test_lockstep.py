@@ -208,3 +208,20 @@ def test_a_first_step_that_nobody_has_work_for_leaves_no_urgency(harness: Harnes
     assert member.lockstep.meet(0) == 0
     assert not member.lockstep.is_urgent
     assert not member.lockstep.is_awake
+    member.lockstep.hurry(6)  # nobody has work: there is nothing to be in a hurry with
+    assert urgency(member, 3) == [False, False, False]
+
+
+def test_only_who_was_no_member_has_come_in(harness: Harness) -> None:
+    one, other = (harness.add(slot, 1) for slot in (0, 1))
+    harness.hmm.set_membership(1, 0b01, True, 1)
+    for member in (one, other):
+        member.lockstep.sync()
+    assert one.lockstep.has_come_in
+    assert not other.lockstep.has_come_in
+    one.lockstep.abort()
+    harness.hmm.set_membership(2, 0b11, True, 1)
+    for member in (one, other):
+        member.lockstep.sync()
+    assert not one.lockstep.has_come_in
+    assert other.lockstep.has_come_in

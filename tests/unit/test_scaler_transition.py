@@ -80,8 +80,44 @@ def test_nothing_is_got_ready_while_a_load_is_unknown_or_nobody_listens() -> Non
         world.progress()
     assert 2 in world.ranks
     seen = world.seen()
-    assert move_ahead(operation, seen)
-    assert not move_ahead(operation, msgspec.structs.replace(seen, loads={0: seen.loads[0]}))
+    operation = msgspec.structs.replace(operation, ahead=None)
+    assert move_ahead(operation, seen)[1]
+    assert move_ahead(operation, msgspec.structs.replace(seen, loads={0: seen.loads[0]})) == (operation, [])
+
+
+def test_who_hands_over_to_a_joining_rank_is_chosen_once_and_told_until_it_says_so() -> None:
+    world = world_of(UP)
+    world.running = {0: 6, 1: 5}
+    operation = world.run_to(operation_of(UP), "prepare")
+    while not world.targets.get(0):
+        operation = world.step(operation)
+        if 2 not in world.ranks:
+            world.progress()
+    assert world.targets == {0: ((2, 1),), 1: ()}
+    world.running = {0: 1, 1: 9}  # the loads change, one rank has not heard, and one has been replaced
+    seen = world.seen()
+    for slot in (0, 1):
+        unheard = msgspec.structs.replace(seen.loads[slot], move_op_id=operation.soon_id)
+        again, told = move_ahead(operation, msgspec.structs.replace(seen, loads={**seen.loads, slot: unheard}))
+        assert again == operation
+        assert [(action.seat.slot, len(action.targets)) for action in told] == [(slot, 1 if slot == 0 else 0)]
+    assert move_ahead(operation, seen) == (operation, [])
+
+
+def test_an_abort_waits_for_those_that_may_yet_hear_what_was_got_ready() -> None:
+    world = world_of(UP)
+    world.running = {0: 6, 1: 5}
+    operation = world.run_to(operation_of(UP), "prepare")
+    while operation.ahead is None:
+        operation = world.step(operation)
+        if 2 not in world.ranks:
+            world.progress()
+    world.commands = dict.fromkeys(world.commands, operation.soon_id)  # the command is still on its way
+    operation = world.run_to(cancel(operation), "abort")
+    while not operation.is_finished:
+        operation = world.step(operation)
+        world.progress()
+    assert all(world.commands[slot] == operation.end_id for slot in (0, 1))
 
 
 def test_an_abort_ends_what_was_got_ready() -> None:

@@ -21,7 +21,7 @@ from native.bus import BusAborted
 from services.worker.engine import engine as engine_module
 from services.worker.engine.engine import Engine, Outcome
 from services.worker.engine.scheduler import Plan
-from services.worker.shortage import GIVEN_UP_MAX, Shortage, is_shortage
+from services.worker.shortage import GIVEN_UP_MAX, SMALLER_MAX, Shortage, is_shortage
 from tests.unit.migration_world import make_engine, make_ledger
 from tests.unit.ranks import Ranks
 from tests.unit.test_engine import PEER, Listener
@@ -185,6 +185,36 @@ def test_a_request_that_never_finds_room_ends_alone(ranks: Ranks, monkeypatch: p
     assert {name: rank.tokens[name] for name in ("greedy", "rich")} == {
         name: wanted[name] for name in ("greedy", "rich")
     }
+
+
+def test_smaller_steps_in_between_do_not_save_a_request_that_finds_no_room() -> None:
+    failed: list[str] = []
+
+    def compute(plan: Any, total: int, _: float) -> Outcome:
+        if total >= 10:
+            raise MemoryError
+        return Outcome({}, [])
+
+    def fail(sequence: Any, _: Exception) -> Any:
+        failed.append(sequence)
+        return sequence
+
+    engine: Any = SimpleNamespace(compute=compute, fail=fail)
+    exchange: Any = SimpleNamespace(is_awaited=False)
+    unused: Any = None
+    shortage = Shortage(engine, exchange, unused, unused)
+    sequence = SimpleNamespace(wants_prompt_logprobs=False, arrival=0)
+    prompt: Any = SimpleNamespace(chunks=[SimpleNamespace(sequence=sequence, num_tokens=10)], num_tokens=10)
+    decode: Any = SimpleNamespace(chunks=[], num_tokens=0)
+    for step in (prompt, decode, decode):
+        shortage.compute(step, 10 if step is prompt else 2, 0.0)
+    assert failed == []
+    shortage.compute(prompt, 10, 0.0)
+    assert failed == [sequence]
+    for _ in range(SMALLER_MAX + 1):
+        shortage.compute(decode, 2, 0.0)
+    shortage.compute(prompt, 10, 0.0)  # long afterwards: it is tried again first
+    assert failed == [sequence]
 
 
 def test_other_errors_and_a_rank_that_cannot_go_on_end_it(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
