@@ -98,7 +98,7 @@ class KeeperConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`standbys`: processes kept ready beyond the running ranks; with 0 each rank is started from nothing, which takes
-    seconds. `name`: pools of one deployment differ in it.
+    seconds. `pool_name`: pools of one deployment differ in it.
     `pin_cores`: the rank of device `host:i` runs on core i only (modulo their number), as on a slice of the machine.
     `zero_copy` False: ranks copy their weights instead of mapping them, to measure what that costs."""
 

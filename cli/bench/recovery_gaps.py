@@ -58,7 +58,10 @@ def gaps_around(lines: Iterable[bytes], rank: str, killed: float, back: float, u
             rank_of[event.id] = event.rank
     if not is_after:  # nothing has come since
         there = {name: rank_of[name] for name in last}
-    gaps = {name: longest[name] if name in longest else until - last[name] for name in there}
+    for name in there:
+        if name in last and last[name] <= back:  # it did not go on
+            longest[name] = max(longest.get(name, 0.0), until - last[name])
+    gaps = {name: longest[name] for name in there}
     own = [gaps[name] for name, place in there.items() if place == rank]
     others = [gaps[name] for name, place in there.items() if place != rank]
     return Gaps(max(own, default=-1.0), max(others, default=-1.0), len(own) if rank else len(there))

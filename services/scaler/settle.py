@@ -105,6 +105,9 @@ def move_ahead(operation: Operation, seen: Seen) -> tuple[Operation, list[Action
     joining = {seat.slot for seat in leg.joining}
     if operation.ahead is None:
         stayers = {seat.slot for seat in leaders} - joining
+        if operation.ahead_id in {load.move_op_id for load in seen.loads.values()}:
+            # A scaler that has ended told them: what it chose is not known.
+            return msgspec.structs.replace(operation, ahead=()), []
         is_listened_to = all(slot in seen.ranks or slot in seen.starting for slot in joining)
         if not is_listened_to or not stayers <= set(seen.loads):
             return operation, []
@@ -134,19 +137,19 @@ def _leading_stayers(operation: Operation) -> list[Seat]:
     return [seat for seat in leg.layout.seats if seat.rank.tp == 0 and seat.slot not in joining]
 
 
-def end_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> list[Action]:
-    """Tell the ranks that were told by `move_ahead`, or may yet read it, to get nothing ready any more."""
-    told = _told_ahead(operation, loads)
-    return [
-        MoveSequences(operation.end_id, seat, (), False)
-        for seat in _leading_stayers(operation)
-        if seat.slot in told
-        or (operation.ahead is not None and seat.slot in loads and loads[seat.slot].move_op_id != operation.end_id)
-    ]
+def end_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> tuple[list[Action], bool]:
+    """Tell all ranks that `move_ahead` may have told to get nothing ready any more; whether one still does. Who has not
+    read the one command yet reads the other after it."""
+    if not operation.current_leg().joining:
+        return [], False
+    ends: list[Action] = [MoveSequences(operation.end_id, seat, (), False) for seat in _leading_stayers(operation)]
+    return ends, bool(_told_ahead(operation, loads))
 
 
 def _told_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> set[int]:
-    return {slot for slot, load in loads.items() if load.move_op_id == operation.ahead_id}
+    """Slots of the ranks that get sequences ready for this operation's joining ranks, in whichever attempt."""
+    begin, end = f"{operation.op_id}/", operation.ahead_id.rpartition(".")[2]
+    return {slot for slot, load in loads.items() if load.move_op_id.startswith(begin) and load.move_op_id.endswith(end)}
 
 
 def _end_migration(

@@ -250,11 +250,13 @@ def _abort(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if transition and transition.phase not in OVER:
         abort = () if transition.phase == "aborting" else (Abort(operation.stage_id),)
         return stay(operation, "the HMM gives the staged layout up", *abort)
-    back = (*take_back(operation.stage_id, leg.leaving, seen), *end_ahead(operation, seen.loads))
+    ends, is_ahead = end_ahead(operation, seen.loads)
+    back = take_back(operation.stage_id, leg.leaving, seen)
     silent = [seat for seat in leg.leaving if seat.slot in ranks and seat.slot not in seen.loads]
-    if (back or silent) and operation.phase_s < TAKE_BACK_S:
-        return stay(operation, "ranks leave no more", *back)
-    return Step(enter(operation, "aborted", operation.error.message if operation.error else "").operation, back)
+    if (back or silent or is_ahead) and operation.phase_s < TAKE_BACK_S:
+        return stay(operation, "ranks leave no more", *back, *ends)
+    step = enter(operation, "aborted", operation.error.message if operation.error else "")
+    return Step(step.operation, (*back, *ends))
 
 
 def _blind(operation: Operation, why: str) -> Step:

@@ -36,7 +36,7 @@ STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
 class Lockstep:
     """Owned by the rank's thread. `memory` and `exchange` stay the rank's.
 
-    `is_member`: takes part in the present generation; `has_come_in`: and did not in the one before. `is_awake`: steps
+    `is_member`: takes part in the present generation; `has_come_in`: for the first time. `is_awake`: steps
     with the others, also without work of its own. `members`: bit mask of the slots that take part in the present
     generation. `epoch`: of the layout whose routing is in use; 0 before the first generation.
     """
@@ -49,6 +49,7 @@ class Lockstep:
         self._is_stopping = is_stopping
         self._generation = 0
         self._num_urgent = 0  # of the next steps
+        self._has_run = False  # as a member
         self._num_staged = 0  # steps of this generation while another one was staged
         self.epoch = 0
         self.members = 0
@@ -66,10 +67,10 @@ class Lockstep:
         if running and members >> self._slot & 1 and routing is None:
             return False  # the HMM's message with it has not been read yet
         is_larger = bool(members & ~self.members)
-        was_member = bool(self.members >> self._slot & 1)
         self._generation, self.members = generation, members
         self.is_member = running and bool(members >> self._slot & 1)
-        self.has_come_in = self.is_member and not was_member
+        self.has_come_in = self.is_member and not self._has_run
+        self._has_run |= self.is_member
         if self.is_member and routing is not None:
             self._exchange.set_routing(generation, routing.owners)
             self.epoch = epoch

@@ -20,7 +20,6 @@ from services.worker.lockstep import Lockstep
 
 log = get_logger("rank")
 
-SMALLER_MAX: Final = 16  # smaller steps that were computed in a row end the count of those that were given up
 GIVEN_UP_MAX: Final = 8  # steps in a row without a request of one's own to do without: others' tokens find no room here
 OUT_OF_MEMORY: Final = "out_of_memory"
 _TEXTS: Final = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc")
@@ -34,9 +33,7 @@ class Shortage:
         self._exchange = exchange
         self._lockstep = lockstep
         self._hmm = hmm
-        self._num_given_up = 0  # in a row, not counting smaller ones in between
-        self._tokens_given_up = 0  # of all ranks, in the largest of those
-        self._num_smaller = 0  # computed since the last of those
+        self._num_given_up = 0  # in a row, but for steps that left prompts out
 
     def compute(self, plan: Plan, total_tokens: int, deadline_ms: float) -> Outcome:
         """`Engine.compute`; where it finds no memory, the requests that failed of it, if any: the others' work is
@@ -46,21 +43,14 @@ class Shortage:
         except (MemoryError, RuntimeError, ElasticMoEError) as error:
             if not is_shortage(error):
                 raise
-            return self._give_up(plan, total_tokens, error)
-        self._note_computed(total_tokens)
+            return self._give_up(plan, error)
+        # A step that left prompts out says nothing of one that was given up: they would be tried again for ever.
+        if not plan.is_decode_only:
+            self._num_given_up = 0
         return outcome
 
-    def _note_computed(self, total_tokens: int) -> None:
-        """A smaller step says nothing of the one that was given up: who leaves prompts out for a step would try them
-        for ever."""
-        self._num_smaller += 1
-        if total_tokens >= self._tokens_given_up or self._num_smaller > SMALLER_MAX:
-            self._num_given_up = self._tokens_given_up = 0
-
-    def _give_up(self, plan: Plan, total_tokens: int, error: Exception) -> Outcome:
+    def _give_up(self, plan: Plan, error: Exception) -> Outcome:
         self._num_given_up += 1
-        self._tokens_given_up = max(self._tokens_given_up, total_tokens)
-        self._num_smaller = 0
         is_awaited = self._exchange.is_awaited
         log.error(
             "a step found no memory",

@@ -9,7 +9,7 @@ end with it, or the pool, all of whose ranks do.
 By default every third point is taken, once, with victims in turn (some three minutes on two cores). Every point once,
 and the whole product, about an hour by estimate:
 
-    pytest -m soak tests/procs/test_kill_matrix.py -k each_point
+    pytest -m "soak or procs" tests/procs/test_kill_matrix.py -k each_point
     pytest -m soak tests/procs/test_kill_matrix.py
 """
 

@@ -27,6 +27,7 @@ def test_gaps_of_the_killed_rank_s_streams_and_of_the_others() -> None:
         (1.4, "chunk", "a", ""),
         (1.45, "chunk", "late", ""),
         (1.5, "chunk", "a", ""),
+        (1.5, "terminal", "b", ""),
         (8.0, "chunk", "a", ""),  # began long after all was well again
         (9.0, "chunk", "late", ""),
     )
@@ -44,6 +45,8 @@ def test_a_stream_that_never_goes_on_counts_to_the_end() -> None:
     assert gaps_around(lines, "r1t0", 1.0, 1.1, 4.5) == Gaps(4.0, -1.0, 1)
     assert gaps_around(lines[:2], "r0t0", 1.0, 1.1, 4.5) == Gaps(4.0, -1.0, 1)  # nothing has come since
     assert gaps_around([], "r1t0", 1.0, 1.1, 4.5) == Gaps(-1.0, -1.0, 0)
+    on_its_way = history((1.01, "chunk", "a", ""))  # at the kill
+    assert gaps_around([*lines[:3], *on_its_way], "r1t0", 1.0, 1.1, 4.51) == Gaps(3.5, -1.0, 1)
 
 
 def test_a_stream_that_ends_without_another_token_counts_to_its_end_and_services_count_all_streams() -> None:

@@ -212,7 +212,7 @@ def test_a_first_step_that_nobody_has_work_for_leaves_no_urgency(harness: Harnes
     assert urgency(member, 3) == [False, False, False]
 
 
-def test_only_who_was_no_member_has_come_in(harness: Harness) -> None:
+def test_only_who_is_a_member_for_the_first_time_has_come_in(harness: Harness) -> None:
     one, other = (harness.add(slot, 1) for slot in (0, 1))
     harness.hmm.set_membership(1, 0b01, True, 1)
     for member in (one, other):
@@ -225,3 +225,13 @@ def test_only_who_was_no_member_has_come_in(harness: Harness) -> None:
         member.lockstep.sync()
     assert not one.lockstep.has_come_in
     assert other.lockstep.has_come_in
+
+
+def test_who_first_sees_a_generation_that_does_not_run_comes_in_with_the_next(harness: Harness) -> None:
+    member = harness.add(0, 1)
+    harness.hmm.set_membership(1, 0b01, False, 1)
+    member.lockstep.sync()
+    assert not member.lockstep.has_come_in
+    harness.hmm.set_membership(2, 0b01, True, 1)
+    member.lockstep.sync()
+    assert member.lockstep.has_come_in

@@ -104,7 +104,7 @@ def test_who_hands_over_to_a_joining_rank_is_chosen_once_and_told_until_it_says_
     assert move_ahead(operation, seen) == (operation, [])
 
 
-def test_an_abort_waits_for_those_that_may_yet_hear_what_was_got_ready() -> None:
+def test_an_abort_also_tells_those_that_have_not_heard_yet_what_was_to_be_got_ready() -> None:
     world = world_of(UP)
     world.running = {0: 6, 1: 5}
     operation = world.run_to(operation_of(UP), "prepare")
@@ -113,11 +113,24 @@ def test_an_abort_waits_for_those_that_may_yet_hear_what_was_got_ready() -> None
         if 2 not in world.ranks:
             world.progress()
     world.commands = dict.fromkeys(world.commands, operation.soon_id)  # the command is still on its way
-    operation = world.run_to(cancel(operation), "abort")
-    while not operation.is_finished:
+    done = world.run(cancel(operation))
+    assert outcome(done) == "cancelled"
+    assert all(world.commands[slot] == done.end_id for slot in (0, 1))
+
+
+def test_a_restarted_scaler_does_not_choose_again_who_hands_over() -> None:
+    world = world_of(UP)
+    world.running = {0: 6, 1: 5}
+    operation = world.run_to(operation_of(UP), "prepare")
+    while not world.targets.get(0):
         operation = world.step(operation)
-        world.progress()
-    assert all(world.commands[slot] == operation.end_id for slot in (0, 1))
+        if 2 not in world.ranks:
+            world.progress()
+    world.running = {0: 1, 1: 9}
+    resumed = msgspec.structs.replace(operation, ahead=None)  # it was not journaled
+    resumed, told = move_ahead(resumed, world.seen())
+    assert (resumed.ahead, told) == ((), [])
+    assert move_ahead(resumed, world.seen()) == (resumed, [])
 
 
 def test_an_abort_ends_what_was_got_ready() -> None:

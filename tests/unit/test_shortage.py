@@ -20,8 +20,8 @@ from common.protocol.rank import Sampling, Submit
 from native.bus import BusAborted
 from services.worker.engine import engine as engine_module
 from services.worker.engine.engine import Engine, Outcome
-from services.worker.engine.scheduler import Plan
-from services.worker.shortage import GIVEN_UP_MAX, SMALLER_MAX, Shortage, is_shortage
+from services.worker.engine.scheduler import Chunk, Plan
+from services.worker.shortage import GIVEN_UP_MAX, Shortage, is_shortage
 from tests.unit.migration_world import make_engine, make_ledger
 from tests.unit.ranks import Ranks
 from tests.unit.test_engine import PEER, Listener
@@ -187,8 +187,8 @@ def test_a_request_that_never_finds_room_ends_alone(ranks: Ranks, monkeypatch: p
     }
 
 
-def test_smaller_steps_in_between_do_not_save_a_request_that_finds_no_room() -> None:
-    failed: list[str] = []
+def test_a_step_without_prompts_in_between_does_not_save_one_that_finds_no_room() -> None:
+    failed: list[Any] = []
 
     def compute(plan: Any, total: int, _: float) -> Outcome:
         if total >= 10:
@@ -203,18 +203,17 @@ def test_smaller_steps_in_between_do_not_save_a_request_that_finds_no_room() -> 
     exchange: Any = SimpleNamespace(is_awaited=False)
     unused: Any = None
     shortage = Shortage(engine, exchange, unused, unused)
-    sequence = SimpleNamespace(wants_prompt_logprobs=False, arrival=0)
-    prompt: Any = SimpleNamespace(chunks=[SimpleNamespace(sequence=sequence, num_tokens=10)], num_tokens=10)
-    decode: Any = SimpleNamespace(chunks=[], num_tokens=0)
-    for step in (prompt, decode, decode):
-        shortage.compute(step, 10 if step is prompt else 2, 0.0)
+    sequence: Any = SimpleNamespace(wants_prompt_logprobs=False, arrival=0)
+    prompt = Plan([Chunk(sequence, 0, 10, True)], [], [])
+    without = Plan([], [], [], is_decode_only=True)
+    for plan in (prompt, without):
+        shortage.compute(plan, plan.num_tokens, 0.0)
     assert failed == []
     shortage.compute(prompt, 10, 0.0)
     assert failed == [sequence]
-    for _ in range(SMALLER_MAX + 1):
-        shortage.compute(decode, 2, 0.0)
-    shortage.compute(prompt, 10, 0.0)  # long afterwards: it is tried again first
-    assert failed == [sequence]
+    shortage.compute(Plan([], [], []), 2, 0.0)  # with the rest of the work there is room
+    shortage.compute(prompt, 10, 0.0)
+    assert failed == [sequence]  # another one is tried again first
 
 
 def test_other_errors_and_a_rank_that_cannot_go_on_end_it(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,13 @@ class Chunk(NamedTuple):
 
 class Plan(NamedTuple):
     """One step. `admitted` run from now on, each in a row of its own; `freed_rows` belonged to sequences that lost
-    their blocks and wait again. Admissions and preemptions stand even if the step is given up."""
+    their blocks and wait again. Admissions and preemptions stand even if the step is given up. `is_decode_only`:
+    prompts were left out."""
 
     chunks: list[Chunk]
     admitted: list[Sequence]
     freed_rows: list[int]
+    is_decode_only: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -150,7 +152,7 @@ class Scheduler:
             count = min(len(sequence.tokens) - sequence.kv_len, budget)
             budget -= count
             chunks.append(_chunk(sequence, count))
-        return Plan(chunks, admitted, freed_rows)
+        return Plan(chunks, admitted, freed_rows, decode_only)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         missing = self.blocks.blocks_for(num_tokens) - len(sequence.blocks)
