@@ -102,12 +102,15 @@ def add_target(parser: argparse.ArgumentParser, *, is_required: bool = True) -> 
         "--devices", nargs="+", metavar="DEVICE", help="exactly the devices to use, such as host:0 host:2"
     )
     what.add_argument("--remove", nargs="+", metavar="REPLICA", help="replicas that leave, such as r1")
+    parser.add_argument(
+        "--lost", action="store_const", const=True, help="with --remove: their devices have lost their memory"
+    )
     parser.add_argument("--run-dir", metavar="DIR", help="the deployment's run directory")
 
 
 def body_of(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """The body of POST /v1/scale for these flags; values that are None are left out."""
-    body = {name: getattr(args, name) for name in ("replicas", "devices", "remove")} | more
+    body = {name: getattr(args, name) for name in ("replicas", "devices", "remove", "lost")} | more
     return {name: _split(value) for name, value in body.items() if value is not None}
 
 

@@ -39,6 +39,7 @@ log = get_logger("router")
 
 EMPTY_S = 0.3  # patience with a new incarnation that has not named a stream, once its status has come
 ADOPT_S = 2.0  # where the stream may wait there unnamed, submitted while nobody was there
+GONE_S = 1.0  # of silence, by a rank that is not in the layout any more
 GAP_S = 2.0
 SUBMITS_MAX = 2  # of a request that ranks refuse
 LOSSES_MAX = 4  # a request that was lost more often may be what kills ranks
@@ -344,7 +345,9 @@ class Dispatcher:
     def _check_link(self, link: RankLink, now: float) -> None:
         if not link.streams:
             return
-        is_silent = link.silent_s(now) > LOST_S
+        # Who leaves hands everything over before the layout changes: silent after that, it died with what it had.
+        left_s = now - link.left_at if link.left_at is not None else 0.0
+        is_silent = link.silent_s(now) > LOST_S or min(left_s, link.silent_s(now)) > GONE_S
         for stream in list(link.streams.values()):
             since_s = now - max(link.changed_at, stream.moved_at)
             is_orphan = stream.sender != link.sender and since_s > _patience_s(link, stream)

@@ -16,6 +16,7 @@ from common.protocol.replies import Refused
 from common.protocol.scaler import HmmStatus, PoolStatus
 
 FLIP_SECONDS_MAX = 5.0
+RANK_CRASH_LOOP = "rank_crash_loop"
 Phase = Literal["starting", "loading", "attaching", "serving", "degraded", "failed"]
 
 
@@ -47,7 +48,8 @@ class Observed(msgspec.Struct, frozen=True):
 
     `starting`: seats whose rank was asked for and has neither come nor failed. `restarts_left`: ranks that may still be
     replaced in this window; `is_backing_off`: not yet the next one; `last_exit`: why the last one ended.
-    `committed_for_s`: for how long the HMM has had a committed layout that the ranks have not flipped to.
+    `committed_for_s`: for how long the HMM has had a committed layout that the ranks have not flipped to. `lost`: slots
+    whose devices have lost their memory, and which an operation takes out of the layout.
     """
 
     hmm: HmmStatus | None
@@ -59,6 +61,7 @@ class Observed(msgspec.Struct, frozen=True):
     is_backing_off: bool = False
     last_exit: str = ""
     committed_for_s: float = 0.0
+    lost: frozenset[int] = frozenset()
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -87,13 +90,12 @@ def decide(layout: Layout, seen: Observed) -> Decision:
 
 def _decide_ranks(layout: Layout, seen: Observed, hmm: HmmStatus, pool: PoolStatus) -> Decision:
     ranks = {rank.slot: rank for rank in pool.ranks}
-    empty = [seat for seat in layout.seats if seat.slot not in ranks and seat.slot not in seen.starting]
+    lost = [seat for seat in layout.seats if seat.slot in seen.lost]
+    empty = [seat for seat in layout.seats if seat.slot not in ranks and seat.slot not in seen.starting | seen.lost]
     ready = all(seat.slot in ranks and ranks[seat.slot].ready for seat in layout.seats)
     if empty:
         if seen.restarts_left <= 0:
-            error = Refused(
-                "rank_crash_loop", f"ranks {_names(empty)} died too often, last of: {seen.last_exit}", False
-            )
+            error = Refused(RANK_CRASH_LOOP, f"ranks {_names(empty)} died too often, last of: {seen.last_exit}", False)
             return Decision((), "failed", error.message, error)
         if seen.is_backing_off:
             return Decision((), _waiting(seen), f"ranks {_names(empty)} died again; the next start waits")
@@ -102,6 +104,8 @@ def _decide_ranks(layout: Layout, seen: Observed, hmm: HmmStatus, pool: PoolStat
         free = [seat for seat in empty if seat.device not in attached]
         starts = tuple(Start(seat) for seat in free[: pool.num_startable])
         return Decision(starts, _waiting(seen), f"seats {_names(empty)} have no rank; {pool.standby} standbys")
+    if lost:
+        return Decision((), _waiting(seen), f"the devices of {_names(lost)} are lost; the layout goes on without them")
     if not ready:
         return Decision((), _waiting(seen), "ranks attach")
     if not hmm.running or hmm.members != layout.slots:

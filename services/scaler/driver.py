@@ -122,7 +122,8 @@ class Driver:
         if event.slot in {seat.slot for seat in leg.joining} and operation.phase in ("prepare", "commit", "abort"):
             self._exits[event.slot] = event.reason
             return operation.phase != "commit"
-        return event.slot in {seat.slot for seat in leg.leaving} and operation.phase not in ("prepare", "abort")
+        is_expected = operation.request.is_lost or operation.phase not in ("prepare", "abort")
+        return event.slot in {seat.slot for seat in leg.leaving} and is_expected
 
     def turn(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> None:
         """Bring the operation on by what is seen now, or tidy up where there is none. Raises Fenced."""
@@ -252,7 +253,8 @@ class Driver:
         elif isinstance(action, StartSeat):
             self._links.start(action.seat, action.epoch)
         elif isinstance(action, StopSeat):
-            self._links.tell_pool(StopRank(action.rank, action.incarnation, STOP_GRACE_MS))
+            is_lost = self.operation is not None and self.operation.request.is_lost
+            self._links.tell_pool(StopRank(action.rank, action.incarnation, 0 if is_lost else STOP_GRACE_MS))
         elif isinstance(action, MoveSequences):
             move = Move(action.op_id, action.targets, action.is_leaving, action.urgent_steps)
             self._links.peers.tell(action.seat.rank, move)

@@ -26,13 +26,15 @@ TIMINGS_MAX = 64
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What was asked for: one of the first three, or none of them for a rebalance. `remove`: replica numbers."""
+    """What was asked for: one of the first three, or none of them for a rebalance. `remove`: replica numbers;
+    `is_lost`: of replicas whose devices have lost their memory."""
 
     replicas: int | None = None
     devices: tuple[str, ...] | None = None
     remove: tuple[int, ...] | None = None
     reason: str = ""
     deadline_s: float = DEADLINE_S
+    is_lost: bool = False
 
 
 class DeviceChange(msgspec.Struct, frozen=True):
@@ -156,6 +158,11 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     def ahead_id(self) -> str:
         """The op_id under which ranks are told to get sequences ready for this attempt's joining ranks."""
         return f"{self.stage_id}.ahead"
+
+    @property
+    def lost(self) -> tuple[Seat, ...]:
+        """Seats of the present leg whose devices have lost their memory."""
+        return self.current_leg().leaving if self.request.is_lost and self.num_legs and not self.is_finished else ()
 
     @property
     def is_finished(self) -> bool:

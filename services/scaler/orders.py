@@ -33,7 +33,8 @@ class UnprocessableTarget(InvalidRequest):
 
 
 class ScaleBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of POST /v1/scale: exactly one of `replicas`, `devices` and `remove`."""
+    """Body of POST /v1/scale: exactly one of `replicas`, `devices` and `remove`. `lost`: the devices of the replicas to
+    remove have lost their memory, so nothing is read from them and their requests are computed anew elsewhere."""
 
     replicas: Annotated[int, Meta(ge=1, le=RANKS_MAX)] | None = None
     devices: (
@@ -50,6 +51,7 @@ class ScaleBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ]
         | None
     ) = None
+    lost: bool = False
     op_id: OpId | None = None
     dry_run: bool = False
     deadline_s: DeadlineS | None = None
@@ -89,8 +91,10 @@ def parse_scale(raw: bytes, deadline_s: float) -> Order:
         raise InvalidRequest(text, code="invalid_target")
     devices = tuple(body.devices) if body.devices is not None else None
     remove = tuple(sorted({_replica(name) for name in body.remove})) if body.remove is not None else None
-    request = Request(body.replicas, devices, remove, body.reason, body.deadline_s or deadline_s)
-    return Order(body.op_id or "", request, Target(body.replicas, devices, remove), body.dry_run)
+    if body.lost and remove is None:
+        raise InvalidRequest("lost says something of the replicas in remove; there is no remove", code="invalid_target")
+    request = Request(body.replicas, devices, remove, body.reason, body.deadline_s or deadline_s, body.lost)
+    return Order(body.op_id or "", request, Target(body.replicas, devices, remove, body.lost), body.dry_run)
 
 
 def parse_rebalance(raw: bytes, deadline_s: float) -> Order:
@@ -160,6 +164,20 @@ def cancelled(op_id: str, current: Operation | None, ended: Sequence[Operation])
         if operation.op_id == op_id:
             raise Conflict(f"operation {op_id} has ended: {operation.phase}", code="operation_ended")
     raise NotFound(f"no operation {op_id}", code="unknown_operation")
+
+
+def lost_devices(current: Operation | None, ended: Sequence[Operation]) -> set[str]:
+    """Devices that replicas lost and none has come to since, as far back as operations are kept."""
+    lost: set[str] = set()
+    for operation in reversed([*([current] if current else ()), *ended]):
+        if operation.planned is None or operation.phase == "aborted":
+            continue
+        for device, change in operation.planned.devices.items():
+            if change.kv_handles_after:
+                lost.discard(device)
+            elif operation.request.is_lost:
+                lost.add(device)
+    return lost
 
 
 def memory_of(hmm: HmmStatus | None) -> Memory:

@@ -64,11 +64,12 @@ class Memory(msgspec.Struct, frozen=True):
 
 class Target(msgspec.Struct, frozen=True):
     """Where to: exactly one of the three is set. `replicas`: how many; `devices`: exactly these devices afterwards;
-    `remove`: replica numbers that have to leave."""
+    `remove`: replica numbers that have to leave. `is_lost`: what their devices hold cannot be read any more."""
 
     replicas: int | None = None
     devices: tuple[str, ...] | None = None
     remove: tuple[int, ...] | None = None
+    is_lost: bool = False
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -86,10 +87,10 @@ class Rates(msgspec.Struct, frozen=True):
 class Leg(msgspec.Struct, frozen=True):
     """One change of the layout, from the epoch before to `layout.epoch`.
 
-    `copies`: every weight record that has to come to a device, with the device that it is read from; together they are
-    `bytes_copied`. `kv_handles`: by device of both layouts, from the preparation to the release; `kv_handles_after`: by
-    device of `layout`, from the release on. `peak_bytes`: by device of both layouts, the most bytes of weights, KV and
-    ledger at any instant of the leg.
+    `copies`: every weight record that has to come to a device, with the device that it is read from, or none where only
+    the checkpoint has it; together they are `bytes_copied`. `kv_handles`: by device of both layouts, from the
+    preparation to the release; `kv_handles_after`: by device of `layout`, from the release on. `peak_bytes`: by device
+    of both layouts, the most bytes of weights, KV and ledger at any instant of the leg.
     """
 
     layout: Layout

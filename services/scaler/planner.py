@@ -54,9 +54,10 @@ def make_plan(
     capacity = Capacity(sizes, memory)
     instants = capacity.instants(layout, steps)
     legs = []
+    lost = {seat.device for seat in seating.leaving} if target.is_lost else set()
     before = layout
     for (after, moves), instant in zip(steps, instants, strict=True):
-        legs.append(_leg(before, after, moves, instant))
+        legs.append(_leg(before, after, moves, instant, lost))
         before = after
     seconds = sum(
         _predict(leg, moves, instant, rates) for leg, (_, moves), instant in zip(legs, steps, instants, strict=True)
@@ -108,13 +109,14 @@ def _common(layout: Layout, seating: Seating, sizes: Sizes, busy: list[Move]) ->
     return moves
 
 
-def _leg(before: Layout, after: Layout, moves: list[Move], instants: Instants) -> Leg:
+def _leg(before: Layout, after: Layout, moves: list[Move], instants: Instants, lost: set[str]) -> Leg:
     device = {seat.slot: seat.device for seat in (*before.seats, *after.seats)}
+    source = {slot: "" if name in lost else name for slot, name in device.items()}
     return Leg(
         layout=after,
         joining=_without(after.seats, before.seats),
         leaving=_without(before.seats, after.seats),
-        copies=tuple(RecordCopy(move.key, device[move.source], device[move.target]) for move in moves),
+        copies=tuple(RecordCopy(move.key, source[move.source], device[move.target]) for move in moves),
         kv_handles=instants.kv_handles,
         kv_handles_after=instants.kv_handles_after,
         bytes_copied=sum(move.nbytes for move in moves),

@@ -23,7 +23,17 @@ from common.store import Event, Store
 from common.telemetry import get_logger
 from common.transport import new_identity
 from services.scaler import orders
-from services.scaler.core import Action, AnnounceLayout, Decision, Load, Observed, Publish, Start, decide
+from services.scaler.core import (
+    RANK_CRASH_LOOP,
+    Action,
+    AnnounceLayout,
+    Decision,
+    Load,
+    Observed,
+    Publish,
+    Start,
+    decide,
+)
 from services.scaler.decisions import PhaseChosen, PlanMade
 from services.scaler.desk import Accepted, Cancel, Desk, Feed
 from services.scaler.driver import ENDED_MAX, Driver
@@ -31,9 +41,10 @@ from services.scaler.journal import Journal
 from services.scaler.lease import Lease
 from services.scaler.links import Links
 from services.scaler.meters import Meters
-from services.scaler.operation import Operation
-from services.scaler.plan import Rates, sizes_of
+from services.scaler.operation import Operation, Request
+from services.scaler.plan import Rates, Target, sizes_of
 from services.scaler.snapshot import Board, Snapshot
+from services.scaler.transition import can_cancel, cancel
 from services.scaler.watchdog import Watchdog, pulses_of
 
 log = get_logger("scaler")
@@ -71,6 +82,7 @@ class Scaler:
         self._exits: dict[int, deque[float]] = {}  # slot -> when its last ranks ended
         self._backoff_until = 0.0
         self._last_exit = ""
+        self._last_refusal = ""
         self._committed_since: float | None = None
         self._ever_served = False
         self._stopping = False
@@ -135,6 +147,8 @@ class Scaler:
             self._journal.decision(PhaseChosen(layout, observed, decision))
         self._show(decision, hmm, pool, fence)
         self._eject(hmm, pool)
+        if decision.error is not None and decision.error.code == RANK_CRASH_LOOP:
+            self._go_on_without(layout, decision.error.message)
         for action in decision.actions:
             self._act(action, layout)
         if self._ever_served or self._driver.operation is not None:
@@ -143,7 +157,7 @@ class Scaler:
         self._links.wait(TURN_S if is_busy else IDLE_TURN_S)
 
     def _observe(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> Observed:
-        now = time.monotonic()
+        now, operation = time.monotonic(), self._driver.operation
         is_committed = hmm is not None and hmm.transition is not None and hmm.transition.phase == "committed"
         if not is_committed:
             self._committed_since = None
@@ -159,6 +173,7 @@ class Scaler:
             is_backing_off=now < self._backoff_until,
             last_exit=self._last_exit,
             committed_for_s=now - self._committed_since if self._committed_since is not None else 0.0,
+            lost=frozenset(seat.slot for seat in operation.lost) if operation is not None else frozenset(),
         )
 
     def _eject(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> None:
@@ -193,10 +208,38 @@ class Scaler:
             log.warning("rank exited", because=event.reason, **facts)
             self._tell("rank_exited", event.reason, **facts)
 
-    def _recent_exits(self, now: float) -> int:
-        """Of the seat whose ranks died most often in the window."""
+    def _go_on_without(self, layout: Layout, why: str) -> None:
+        """Take replicas out whose ranks do not live on their devices, if others do: what those devices hold counts as
+        lost. Where that is not possible the deployment has failed, as before."""
+        now, most = time.monotonic(), self._config.rank_restarts_max
+        dying = {seat.rank.replica for seat in layout.seats if self._exits_of(seat.slot, now) > most}
+        if not dying or len(dying) == layout.dp or not self._ever_served:
+            return
+        operation = self._driver.operation
+        if operation is not None:  # one at a time
+            if can_cancel(operation) and not operation.is_cancelled:
+                self._driver.replace(cancel(operation))
+                self._tell("operation_cancel", why, op_id=operation.op_id)
+            return
+        remove, deadline_s = tuple(sorted(dying)), self._config.operation_deadline_s
+        request = Request(remove=remove, reason=why, deadline_s=deadline_s, is_lost=True)
+        try:
+            self._carry_out(orders.Order("", request, Target(remove=remove, is_lost=True)))
+        except ElasticMoEError as error:
+            if error.code == Fenced.code:
+                raise
+            if error.message != self._last_refusal:
+                log.error("the deployment cannot go on without them", code=error.code, because=error.message)
+            self._last_refusal = error.message
+
+    def _exits_of(self, slot: int, now: float) -> int:
         window_s = self._config.rank_restarts_window_s
-        return max((sum(now - at < window_s for at in exits) for exits in self._exits.values()), default=0)
+        return sum(now - at < window_s for at in self._exits.get(slot, ()))
+
+    def _recent_exits(self, now: float) -> int:
+        """Of the seat of the layout whose ranks died most often in the window."""
+        slots = self._layout.slots if self._layout is not None else tuple(self._exits)
+        return max((self._exits_of(slot, now) for slot in slots), default=0)
 
     def _first_layout(self) -> Layout:
         """For an HMM that holds nothing: the one that was committed last, or a fresh one with a higher epoch, so that
@@ -292,7 +335,7 @@ class Scaler:
             target=order.target,
             sizes=sizes,
             memory=memory,
-            devices=tuple(device.device for device in hmm.devices),
+            devices=self._usable(order.target, [device.device for device in hmm.devices]),
             rates=Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s)),
             legs_max=self._config.scale_legs,
         )
@@ -305,6 +348,11 @@ class Scaler:
             return Accepted(operation, plan)
         driver.begin(operation, made)
         return Accepted(operation)
+
+    def _usable(self, target: Target, devices: list[str]) -> tuple[str, ...]:
+        """Those that new replicas may take: not the lost ones, unless the order names them."""
+        lost = orders.lost_devices(self._driver.operation, self._driver.ended) - set(target.devices or ())
+        return tuple(device for device in devices if device not in lost)
 
     # ---- actions --------------------------------------------------------------------------------------------------
 

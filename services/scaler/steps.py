@@ -90,7 +90,8 @@ def names(seats: Iterable[Seat]) -> str:
 
 
 def empty_leavers(operation: Operation, seen: Seen) -> tuple[list[Action], list[Seat]]:
-    """Tell leaving ranks to hand over what they have, unless their own word is that they do; who is not empty yet."""
+    """Tell leaving ranks to hand over what they have, unless their own word is that they do; who is not empty yet. Who
+    has lost its memory has nothing to hand over."""
     leg = operation.current_leg()
     op_id = f"{operation.op_id}/{operation.leg}.out"
     # Members of both layouts take over: a joining rank computes only after the flip.
@@ -98,7 +99,7 @@ def empty_leavers(operation: Operation, seen: Seen) -> tuple[list[Action], list[
     stayers = [seat for seat in leg.layout.seats if seat.slot not in joining]
     actions: list[Action] = []
     busy = []
-    for seat in leg.leaving:
+    for seat in leg.leaving if not operation.request.is_lost else ():
         load = seen.loads.get(seat.slot)
         if load is None or not is_empty(load) or load.move_op_id != op_id or not load.is_leaving:
             busy.append(seat)

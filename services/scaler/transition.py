@@ -100,6 +100,10 @@ def _before_flip(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     failure = _failure(operation, seen, transition)
     if failure is not None and (operation.leg == 0 or failure.code == LAYOUT_CHANGED):
         return enter(operation, "abort", failure.message, error=failure)
+    ending = [seat for seat in operation.lost if seat.slot in seen.ranks]
+    if ending:
+        stops = (StopSeat(operation.stage_id, seat.rank, seen.ranks[seat.slot].incarnation) for seat in ending)
+        return stay(operation, f"ranks {names(ending)} end: their devices are lost", *stops)
     if transition is None:
         return _stage(operation, seen, hmm)
     if transition.phase == "failed":

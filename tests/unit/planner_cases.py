@@ -139,8 +139,9 @@ class Host:
             self.records[seat.device] = set()
             self.kv[seat.device] = leg.kv_handles[seat.device]
         for copy in leg.copies:
-            assert copy.source in old, "sources are of the layout before"
-            assert copy.key in self.records[copy.source], "a source holds what it gives"
+            if copy.source:  # else the checkpoint has it
+                assert copy.source in old, "sources are of the layout before"
+                assert copy.key in self.records[copy.source], "a source holds what it gives"
             assert copy.key not in self.records[copy.target], "nothing arrives twice"
             self.records[copy.target].add(copy.key)
             self.note()

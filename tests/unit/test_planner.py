@@ -89,6 +89,16 @@ def test_any_replica_may_leave_and_gives_what_it_holds() -> None:
     assert again.legs[0].joining == (Seat(RankId(1, 0), 1, "host:1"),), "the lowest numbers that are free"
 
 
+def test_what_a_lost_device_held_comes_from_the_checkpoint() -> None:
+    plain = plan_for(on(0, 1, 2), Target(remove=(1,)))
+    lost = plan_for(on(0, 1, 2), Target(remove=(1,), is_lost=True))
+    assert (lost.after, lost.bytes_copied, lost.kind) == (plain.after, plain.bytes_copied, "scale_down")
+    sources = {copy.source for leg in plain.legs for copy in leg.copies}
+    assert "host:1" in sources
+    assert {copy.source for leg in lost.legs for copy in leg.copies} == {"" if s == "host:1" else s for s in sources}
+    assert lost.legs[0].kv_handles["host:1"] == plain.legs[0].kv_handles["host:1"]
+
+
 def test_fewer_replicas_remove_the_highest_numbers() -> None:
     plan = plan_for(on(0, 1, 2, 3), Target(replicas=2))
     assert [seat.rank.replica for seat in plan.legs[0].leaving] == [2, 3]

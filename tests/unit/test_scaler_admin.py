@@ -12,7 +12,7 @@ import httpx
 import msgspec
 import pytest
 
-from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, NotFound, Overloaded
+from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, InvalidRequest, NotFound, Overloaded
 from common.protocol.replies import Refused
 from common.store import Event
 from services.scaler import admin, desk
@@ -141,6 +141,12 @@ def test_bodies_become_orders() -> None:
     order = parse_scale(b'{"remove": ["r1", 2, "r1t0"], "op_id": "x", "dry_run": true, "deadline_s": 5}', 600.0)
     assert order == Order("x", Request(remove=(1, 2), deadline_s=5.0), Target(remove=(1, 2)), True)
     assert parse_scale(b'{"replicas": 3}', 600.0).request.deadline_s == 600.0
+    lost = parse_scale(b'{"remove": ["r1"], "lost": true}', 600.0)
+    assert lost.request.is_lost
+    assert lost.target is not None
+    assert lost.target.is_lost
+    with pytest.raises(InvalidRequest, match="there is no remove"):
+        parse_scale(b'{"replicas": 3, "lost": true}', 600.0)
     assert parse_rebalance(b"", 9.0) == Order("", Request(deadline_s=9.0), None)
 
 

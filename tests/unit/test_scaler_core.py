@@ -66,6 +66,14 @@ def test_a_crash_loop_ends() -> None:
     assert "killed by signal 11" in decision.error.message
 
 
+def test_a_seat_whose_device_is_lost_is_not_filled_and_waited_for_by_nobody() -> None:
+    one = PoolStatus(2, (rank(0, True),))
+    decision = decide(LAYOUT, seen(pool=one, lost=frozenset({1}), ever_served=True, restarts_left=0))
+    assert (decision.actions, decision.phase, decision.error) == ((), "degraded", None)
+    assert "r1t0" in decision.reason
+    assert decide(LAYOUT, seen(pool=one)).actions == (Start(LAYOUT.seats[1]),)
+
+
 def test_a_rank_that_dies_again_is_replaced_later() -> None:
     assert decide(LAYOUT, seen(is_backing_off=True)).actions == ()
 

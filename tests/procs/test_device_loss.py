@@ -1,0 +1,114 @@
+"""A device whose memory is gone: the deployment goes on without it, and every stream gets every token."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.procs.clients import Load, check_load_against_oracle
+from tests.procs.deployment import Deployment
+from tests.procs.integrity import check_integrity
+from tests.procs.waiting import wait_until
+
+pytestmark = pytest.mark.procs
+
+SETTINGS: dict[str, Any] = {"max_sequences": 48, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 3}
+
+
+def ranks_of(deployment: Deployment) -> dict[str, dict[str, Any]]:
+    """Those of the layout, by device."""
+    return {rank["device"]: rank for rank in deployment.admin("/v1/layout")["ranks"]}
+
+
+def overwrite(deployment: Deployment, device: str) -> int:
+    """Fill what a device holds with garbage; the number of bytes."""
+    total = 0
+    for entry in Path(f"/proc/{deployment.pids['hmm']}/fd").iterdir():
+        if os.readlink(entry).startswith(f"/memfd:{device}."):
+            file = os.open(entry, os.O_RDWR)
+            try:
+                total += _overwrite_file(file)
+            finally:
+                os.close(file)
+    return total
+
+
+def _overwrite_file(file: int) -> int:
+    end = 0
+    total = 0
+    while True:
+        try:
+            begin = os.lseek(file, end, os.SEEK_DATA)
+        except OSError:  # no page lies behind the last one
+            return total
+        end = os.lseek(file, begin, os.SEEK_HOLE)
+        total += os.pwrite(file, b"\xa5" * (end - begin), begin)
+
+
+async def wait_tokens(load: Load) -> None:
+    """Until every client has had some."""
+    await asyncio.to_thread(wait_until, lambda: len(load.streams) > 16, "streams", 30.0)
+
+
+async def test_a_lost_device_is_left_out_and_what_it_held_is_read_or_computed_again(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    deployment = deploy("oracle", replicas=3, **SETTINGS)
+    async with Load(deployment.base_url, clients=16, seed=5) as load:
+        await wait_tokens(load)
+        victim = (await asyncio.to_thread(ranks_of, deployment))["host:1"]
+        os.kill(victim["pid"], signal.SIGSTOP)  # it computes nothing with what it will find
+        assert await asyncio.to_thread(overwrite, deployment, "host:1") > 1 << 20
+        operation = await asyncio.to_thread(deployment.scale, remove=["r1"], lost=True)
+        assert (operation["phase"], operation["error"]) == ("done", None), operation
+        assert operation["figures"]["bytes_copied"] == operation["planned"]["bytes_copied"] > 0
+        after = len(load.streams)
+        await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 32, "streams afterwards", 30.0)
+        await asyncio.to_thread(check_integrity, deployment)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
+    assert set(ranks_of(deployment)) == {"host:0", "host:2"}
+
+    status, refused = deployment.admin_call("POST", "/v1/scale", {"replicas": 3})
+    assert (status, refused["error"]["code"]) == (422, "too_few_devices")  # unless it is named
+    assert deployment.scale(devices=["host:0", "host:1", "host:2"])["phase"] == "done"
+    assert set(ranks_of(deployment)) == {"host:0", "host:1", "host:2"}
+    check_integrity(deployment)
+    report = deployment.stop()
+    assert report.count("error") == 0
+
+
+async def test_a_device_on_which_ranks_do_not_live_is_left_out(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    deployment = deploy("oracle", replicas=3, rank_restarts_max=2, **SETTINGS)
+
+    def kill_until_left_out() -> None:
+        killed: set[int] = set()
+
+        def is_left_out() -> bool:
+            rank = ranks_of(deployment).get("host:1")
+            if rank is not None and rank["pid"] and rank["pid"] not in killed:
+                killed.add(rank["pid"])
+                os.kill(rank["pid"], signal.SIGKILL)
+            return rank is None
+
+        wait_until(is_left_out, "host:1 is left out", 40.0)
+        assert len(killed) >= 3
+
+    async with Load(deployment.base_url, clients=16, seed=6) as load:
+        await wait_tokens(load)
+        await asyncio.to_thread(kill_until_left_out)
+        after = len(load.streams)
+        await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 32, "streams afterwards", 30.0)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
+    (operation,) = deployment.admin("/v1/operations")["operations"]
+    assert (operation["phase"], operation["request"]["is_lost"]) == ("done", True)
+    assert "died too often" in operation["request"]["reason"]
+    assert deployment.admin("/v1/layout")["phase"] == "serving"
+    assert deployment.stop().count("error") == 0
