@@ -39,7 +39,7 @@ log = get_logger("router")
 
 EMPTY_S = 0.3  # patience with a new incarnation that has not named a stream, once its status has come
 ADOPT_S = 2.0  # where the stream may wait there unnamed, submitted while nobody was there
-GONE_S = 1.0  # of silence, by a rank that is not in the layout any more
+GONE_S = 2.0  # of silence, by a rank that was taken out of the layout
 GAP_S = 2.0
 SUBMITS_MAX = 2  # of a request that ranks refuse
 LOSSES_MAX = 4  # a request that was lost more often may be what kills ranks
@@ -78,13 +78,13 @@ class Dispatcher:
         leaders = {seat.rank for seat in layout.seats if seat.rank.tp == 0}
         for rank in sorted(leaders):
             if rank in self.links:
-                self.links[rank].left_at = None
+                self.links[rank].left_at = self.links[rank].gone_at = None
                 self.links[rank].watch(now)
             else:
                 self._open_link(rank, now)
         for rank, link in self.links.items():
             if rank not in leaders and link.left_at is None:
-                link.left_at = now
+                link.left_at = link.gone_at = now
                 link.watch(now)
         log.info("layout", epoch=layout.epoch, replicas=layout.dp, tp=layout.tp)
 
@@ -346,8 +346,8 @@ class Dispatcher:
         if not link.streams:
             return
         # Who leaves hands everything over before the layout changes: silent after that, it died with what it had.
-        left_s = now - link.left_at if link.left_at is not None else 0.0
-        is_silent = link.silent_s(now) > LOST_S or min(left_s, link.silent_s(now)) > GONE_S
+        gone_s = min(link.silent_s(now), now - link.gone_at) if link.gone_at is not None else 0.0
+        is_silent = link.silent_s(now) > LOST_S or gone_s > GONE_S
         for stream in list(link.streams.values()):
             since_s = now - max(link.changed_at, stream.moved_at)
             is_orphan = stream.sender != link.sender and since_s > _patience_s(link, stream)

@@ -31,8 +31,9 @@ class RankLink:
     """One AsyncClient and what its rank reported. For one asyncio loop; times are of the monotonic clock.
 
     `streams`: those that this rank works on, by request id. `sender` names the incarnation heard last, `changed_at` is
-    when it appeared. `left_at`: when the rank left the layout; the link stays until its streams have ended, or are
-    another rank's. Then the rank is told that no request follows (Unwatch), so that it can end; `dismissed_at` is when.
+    when it appeared. `gone_at`: when a layout without the rank followed on one with it. `left_at`: the same, or when
+    the link was opened to a rank outside the layout; the link stays until its streams have ended, or are another
+    rank's. Then the rank is told that no request follows (Unwatch), so that it can end; `dismissed_at` is when.
     Whatever is sent after that is preceded by another Watch.
     """
 
@@ -44,6 +45,7 @@ class RankLink:
         self.sender = ""
         self.changed_at = now
         self.left_at: float | None = None
+        self.gone_at: float | None = None
         self.dismissed_at: float | None = None
         self._status_at = -WATCH_EVERY_S
         self._status_sender = ""

@@ -16,7 +16,6 @@ from common.protocol.replies import Refused
 from common.protocol.scaler import HmmStatus, PoolStatus
 
 FLIP_SECONDS_MAX = 5.0
-RANK_CRASH_LOOP = "rank_crash_loop"
 Phase = Literal["starting", "loading", "attaching", "serving", "degraded", "failed"]
 
 
@@ -95,7 +94,9 @@ def _decide_ranks(layout: Layout, seen: Observed, hmm: HmmStatus, pool: PoolStat
     ready = all(seat.slot in ranks and ranks[seat.slot].ready for seat in layout.seats)
     if empty:
         if seen.restarts_left <= 0:
-            error = Refused(RANK_CRASH_LOOP, f"ranks {_names(empty)} died too often, last of: {seen.last_exit}", False)
+            error = Refused(
+                "rank_crash_loop", f"ranks {_names(empty)} died too often, last of: {seen.last_exit}", False
+            )
             return Decision((), "failed", error.message, error)
         if seen.is_backing_off:
             return Decision((), _waiting(seen), f"ranks {_names(empty)} died again; the next start waits")

@@ -23,17 +23,7 @@ from common.store import Event, Store
 from common.telemetry import get_logger
 from common.transport import new_identity
 from services.scaler import orders
-from services.scaler.core import (
-    RANK_CRASH_LOOP,
-    Action,
-    AnnounceLayout,
-    Decision,
-    Load,
-    Observed,
-    Publish,
-    Start,
-    decide,
-)
+from services.scaler.core import Action, AnnounceLayout, Decision, Load, Observed, Publish, Start, decide
 from services.scaler.decisions import PhaseChosen, PlanMade
 from services.scaler.desk import Accepted, Cancel, Desk, Feed
 from services.scaler.driver import ENDED_MAX, Driver
@@ -41,10 +31,9 @@ from services.scaler.journal import Journal
 from services.scaler.lease import Lease
 from services.scaler.links import Links
 from services.scaler.meters import Meters
-from services.scaler.operation import Operation, Request
+from services.scaler.operation import Operation
 from services.scaler.plan import Rates, Target, sizes_of
 from services.scaler.snapshot import Board, Snapshot
-from services.scaler.transition import can_cancel, cancel
 from services.scaler.watchdog import Watchdog, pulses_of
 
 log = get_logger("scaler")
@@ -82,7 +71,6 @@ class Scaler:
         self._exits: dict[int, deque[float]] = {}  # slot -> when its last ranks ended
         self._backoff_until = 0.0
         self._last_exit = ""
-        self._last_refusal = ""
         self._committed_since: float | None = None
         self._ever_served = False
         self._stopping = False
@@ -147,8 +135,6 @@ class Scaler:
             self._journal.decision(PhaseChosen(layout, observed, decision))
         self._show(decision, hmm, pool, fence)
         self._eject(hmm, pool)
-        if decision.error is not None and decision.error.code == RANK_CRASH_LOOP:
-            self._go_on_without(layout, decision.error.message)
         for action in decision.actions:
             self._act(action, layout)
         if self._ever_served or self._driver.operation is not None:
@@ -208,38 +194,12 @@ class Scaler:
             log.warning("rank exited", because=event.reason, **facts)
             self._tell("rank_exited", event.reason, **facts)
 
-    def _go_on_without(self, layout: Layout, why: str) -> None:
-        """Take replicas out whose ranks do not live on their devices, if others do: what those devices hold counts as
-        lost. Where that is not possible the deployment has failed, as before."""
-        now, most = time.monotonic(), self._config.rank_restarts_max
-        dying = {seat.rank.replica for seat in layout.seats if self._exits_of(seat.slot, now) > most}
-        if not dying or len(dying) == layout.dp or not self._ever_served:
-            return
-        operation = self._driver.operation
-        if operation is not None:  # one at a time
-            if can_cancel(operation) and not operation.is_cancelled:
-                self._driver.replace(cancel(operation))
-                self._tell("operation_cancel", why, op_id=operation.op_id)
-            return
-        remove, deadline_s = tuple(sorted(dying)), self._config.operation_deadline_s
-        request = Request(remove=remove, reason=why, deadline_s=deadline_s, is_lost=True)
-        try:
-            self._carry_out(orders.Order("", request, Target(remove=remove, is_lost=True)))
-        except ElasticMoEError as error:
-            if error.code == Fenced.code:
-                raise
-            if error.message != self._last_refusal:
-                log.error("the deployment cannot go on without them", code=error.code, because=error.message)
-            self._last_refusal = error.message
-
-    def _exits_of(self, slot: int, now: float) -> int:
-        window_s = self._config.rank_restarts_window_s
-        return sum(now - at < window_s for at in self._exits.get(slot, ()))
-
     def _recent_exits(self, now: float) -> int:
-        """Of the seat of the layout whose ranks died most often in the window."""
-        slots = self._layout.slots if self._layout is not None else tuple(self._exits)
-        return max((self._exits_of(slot, now) for slot in slots), default=0)
+        """Of the seat whose ranks died most often in the window, of those that are to be filled again."""
+        window_s, operation = self._config.rank_restarts_window_s, self._driver.operation
+        lost = {seat.slot for seat in operation.lost} if operation is not None else set()
+        slots = set(self._layout.slots if self._layout is not None else self._exits) - lost
+        return max((sum(now - at < window_s for at in self._exits.get(slot, ())) for slot in slots), default=0)
 
     def _first_layout(self) -> Layout:
         """For an HMM that holds nothing: the one that was committed last, or a fresh one with a higher epoch, so that

@@ -76,6 +76,8 @@ def cancel(operation: Operation) -> Operation:
 
 def can_cancel(operation: Operation) -> bool:
     """Whether a cancel still leads back to the old layout."""
+    if operation.request.is_lost:
+        return False  # its ranks have been ended
     return operation.phase in ("plan", "prepare", "abort") and operation.leg == 0 and operation.kind != "rebalance"
 
 
@@ -98,7 +100,8 @@ def _before_flip(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if hmm.layout == leg.layout:
         return enter(operation, "migrate", f"layout {leg.layout.epoch} is in force", flipped_s=operation.elapsed_s)
     failure = _failure(operation, seen, transition)
-    if failure is not None and (operation.leg == 0 or failure.code == LAYOUT_CHANGED):
+    can_go_back = operation.leg == 0 and not operation.request.is_lost  # there is no way back to a lost device
+    if failure is not None and (can_go_back or failure.code == LAYOUT_CHANGED):
         return enter(operation, "abort", failure.message, error=failure)
     ending = [seat for seat in operation.lost if seat.slot in seen.ranks]
     if ending:
@@ -152,7 +155,9 @@ def _stage(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
         return enter(operation, "prepare", "the HMM has lost what was staged", attempt=attempt, ahead=None)
     if not seen.is_durable:
         return stay(operation, "the store does not take the journal")
-    return stay(operation, "the layout is staged", Stage(operation.stage_id, _fitted(leg, hmm), not leg.joining))
+    # Where replicas join, or nobody computes until a lost device's experts are there, it is in a hurry.
+    is_throttled = not leg.joining and not operation.request.is_lost
+    return stay(operation, "the layout is staged", Stage(operation.stage_id, _fitted(leg, hmm), is_throttled))
 
 
 def _fitted(leg: Leg, hmm: HmmStatus) -> Leg:

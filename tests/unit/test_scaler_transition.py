@@ -172,6 +172,20 @@ def test_a_replica_whose_device_is_lost_hands_nothing_over_and_ends_first(lives:
     assert done.lost == ()
 
 
+def test_there_is_no_way_back_to_a_lost_device() -> None:
+    world = world_of(DOWN)
+    operation = msgspec.structs.replace(operation_of(DOWN), request=Request(remove=(1,), is_lost=True), deadline_s=0.5)
+    world.running[1] = 0
+    operation = world.run_to(operation, "prepare")
+    assert not can_cancel(operation)
+    while world.transition is None:
+        operation = world.step(operation)
+    world._phase("failed")
+    done = world.run(operation)
+    assert (done.phase, world.layout) == ("done", DOWN.after)
+    assert world.log.count("Stage") == 2
+
+
 def test_nothing_to_do_is_done() -> None:
     world = world_of(UP)
     done = world.run(operation_of(plan_of("none", UP.before)))
