@@ -6,15 +6,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-
-class _Event(msgspec.Struct):
-    t: float
-    event: str
-    id: str = ""
-    rank: str = ""
-
-
-_decoder = msgspec.json.Decoder(_Event)
+from cli.bench.history import events
 
 
 class Gaps(msgspec.Struct, frozen=True):
@@ -34,11 +26,7 @@ def gaps_around(lines: Iterable[bytes], rank: str, killed: float, back: float, u
     there: dict[str, str] = {}  # streams with a token at the kill -> their rank then
     longest: dict[str, float] = {}
     is_after = False
-    for line in lines:
-        try:
-            event = _decoder.decode(line)
-        except msgspec.DecodeError:
-            continue  # half a line, that is being written
+    for event in events(lines):
         if event.t > until:
             break
         if event.t > killed and not is_after:
@@ -71,11 +59,7 @@ def gaps_within(lines: Iterable[bytes], begin: float, end: float) -> list[float]
     """The times between two chunks of one stream, in seconds, ascending; those that ended between `begin` and `end`."""
     last: dict[str, float] = {}
     found: list[float] = []
-    for line in lines:
-        try:
-            event = _decoder.decode(line)
-        except msgspec.DecodeError:
-            continue
+    for event in events(lines):
         if event.event == "terminal":
             last.pop(event.id, None)
         if event.event != "chunk":

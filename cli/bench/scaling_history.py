@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-import msgspec
-
-
-class _Event(msgspec.Struct):
-    t: float
-    event: str
-    id: str = ""
-    rank: str = ""
-
-
-_decoder = msgspec.json.Decoder(_Event)
+from cli.bench.history import events
 
 
 def first_token(lines: Iterable[bytes], ranks: Collection[str], since: float, until: float) -> float | None:
@@ -25,11 +15,7 @@ def first_token(lines: Iterable[bytes], ranks: Collection[str], since: float, un
     those milliseconds. Only tokens between `since` and `until` count.
     """
     rank_of: dict[str, str] = {}
-    for line in lines:
-        try:
-            event = _decoder.decode(line)
-        except msgspec.DecodeError:
-            continue  # half a line, of a router that was killed
+    for event in events(lines):
         if event.t > until:
             return None
         if event.event == "chunk":

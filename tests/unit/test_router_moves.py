@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from common.layout import RankId
 from common.protocol.replies import Refused
 from common.protocol.router import MayMove, Moved
 from services.router.balancer import LOST_S
-from services.router.dispatcher import ADOPT_S, LEAVE_S
+from services.router.dispatcher import ADOPT_S, EMPTY_S, GONE_S, LEAVE_S
 from tests.history import check_history
 from tests.unit.test_router_dispatcher import Bench, bench, reason
 
@@ -33,6 +35,52 @@ async def test_a_stream_whose_rank_says_that_it_moved(bench: Bench) -> None:
     assert bench.said(1)[-1] == "Cancel"
     assert "Cancel" not in bench.said(0)
     assert bench.metrics.registry.get_sample_value("elasticmoe:moved_requests_total", {"model_name": "m"}) == 1
+
+
+@pytest.mark.parametrize("ended", ["it speaks", "it is silent", "another one speaks"])
+async def test_a_stream_that_moves_to_a_rank_whose_predecessor_was_known(bench: Bench, ended: str) -> None:
+    bench.layout(0, 1)
+    bench.status(0)
+    bench.status(1, sender="rank-r1t0:left")  # it leaves, and a rank of the same name joins later
+    stream = bench.open()
+    bench.tokens(0, stream, 0, b"ab")
+    bench.pass_time(EMPTY_S + 1.0)
+    bench.status(0, running=1)
+    bench.moved(0, stream, 1, incarnation="rank-r1t0:joined")  # before the router has heard of it
+    bench.pass_time(0.1)
+    assert stream.num_submits == 1
+    if ended == "another one speaks":
+        bench.status(1, sender="rank-r1t0:third")
+        bench.pass_time(EMPTY_S + 0.1)
+        assert stream.num_submits == 2
+        return
+    if ended == "it is silent":
+        bench.now += LOST_S
+        bench.status(0, running=1)
+        bench.pass_time(0.0)
+        assert stream.num_submits == 2
+        return
+    bench.status(1, sender="rank-r1t0:joined")
+    bench.pass_time(EMPTY_S + 1.0)
+    bench.tokens(1, stream, 2, b"c", "stop", sender="rank-r1t0:joined")
+    assert (reason(stream), stream.take().text, stream.num_submits) == ("stop", "abc", 1)
+
+
+async def test_who_is_silent_after_the_layout_went_on_without_it_is_lost_soon(bench: Bench) -> None:
+    bench.layout(0, 1)
+    bench.status(0)
+    bench.status(1, running=9)
+    stream = bench.open()
+    bench.tokens(0, stream, 0, b"ab")
+    bench.pass_time(GONE_S + 3.0)
+    assert stream.num_submits == 1  # a member may take longer: its seat is filled again
+    bench.layout(1, epoch=2)
+    bench.status(1)
+    bench.pass_time(GONE_S - 0.1)
+    bench.status(1)
+    assert stream.num_submits == 1
+    bench.pass_time(0.2)
+    assert (stream.num_submits, stream.rank, stream.submit.output) == (2, RankId(1, 0), tuple(b"ab"))
 
 
 async def test_tokens_before_and_after_the_news_of_a_move(bench: Bench) -> None:
