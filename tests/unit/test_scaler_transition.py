@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.protocol.replies import Refused
 from services.scaler.operation import Abort, MoveSequences, Operation, Release, Request, StopSeat
 from services.scaler.plan import Plan
-from services.scaler.settle import hurry, move_ahead, tidy
+from services.scaler.settle import tidy
 from services.scaler.steps import LEAVE_S
 from services.scaler.transition import advance, can_cancel, cancel, outcome
 from tests.unit.transitions import DOWN, UP, World, operation_of, plan_of
@@ -39,113 +39,6 @@ def test_scaling_up_brings_replicas_in_first_and_moves_experts_then() -> None:
     assert (figures.bytes_copied, figures.peak_bytes_total) == (2000, 60)
     assert figures.sequences_moved == 1
     assert sorted(world.running.values()) == [1, 1, 2]
-
-
-def test_sequences_are_got_ready_for_who_joins_and_go_there_after_the_flip() -> None:
-    world = world_of(UP)
-    world.running = {0: 6, 1: 5}
-    operation = world.run_to(operation_of(UP), "commit")
-    operation = world.step(operation)
-    assert world.commands[0] == operation.ahead_id
-    assert (world.targets, world.running) == ({0: ((2, 1),), 1: ()}, {0: 6, 1: 5})
-    done = world.run(operation)
-    assert (done.phase, sorted(world.running.values())) == ("done", [3, 4, 4])
-    assert all(world.commands[slot].endswith(".end") for slot in (0, 1))
-
-
-def test_steps_are_kept_short_while_the_hmm_copies_for_who_joins_and_for_nobody_else() -> None:
-    world = world_of(UP)
-    operation = world.step(world.run_to(operation_of(UP), "prepare"))
-    assert world.seen().hmm.transition.phase == "copying"
-    told = hurry(operation, world.seen())
-    assert [(action.op_id, action.seat.slot, action.targets, action.is_leaving) for action in told] == [
-        (operation.soon_id, slot, (), False) for slot in (0, 1)
-    ]
-    assert all(action.urgent_steps for action in told)
-    operation = world.step(operation)
-    assert world.commands == {0: operation.soon_id, 1: operation.soon_id}
-    assert hurry(operation, world.seen()) == []
-
-    leaving = world_of(DOWN)
-    operation = leaving.step(leaving.run_to(operation_of(DOWN), "prepare"))
-    assert hurry(operation, leaving.seen()) == []
-
-
-def test_nothing_is_got_ready_while_a_load_is_unknown_or_nobody_listens() -> None:
-    world = world_of(UP)
-    operation = world.run_to(operation_of(UP), "prepare")
-    for _ in range(3):
-        operation = world.step(operation)
-        assert not world.targets
-        world.progress()
-    assert 2 in world.ranks
-    seen = world.seen()
-    operation = msgspec.structs.replace(operation, ahead=None)
-    assert move_ahead(operation, seen)[1]
-    assert move_ahead(operation, msgspec.structs.replace(seen, loads={0: seen.loads[0]})) == (operation, [])
-
-
-def test_who_hands_over_to_a_joining_rank_is_chosen_once_and_told_until_it_says_so() -> None:
-    world = world_of(UP)
-    world.running = {0: 6, 1: 5}
-    operation = world.run_to(operation_of(UP), "prepare")
-    while not world.targets.get(0):
-        operation = world.step(operation)
-        if 2 not in world.ranks:
-            world.progress()
-    assert world.targets == {0: ((2, 1),), 1: ()}
-    world.running = {0: 1, 1: 9}  # the loads change, one rank has not heard, and one has been replaced
-    seen = world.seen()
-    for slot in (0, 1):
-        unheard = msgspec.structs.replace(seen.loads[slot], move_op_id=operation.soon_id)
-        again, told = move_ahead(operation, msgspec.structs.replace(seen, loads={**seen.loads, slot: unheard}))
-        assert again == operation
-        assert [(action.seat.slot, len(action.targets)) for action in told] == [(slot, 1 if slot == 0 else 0)]
-    assert move_ahead(operation, seen) == (operation, [])
-
-
-def test_an_abort_also_tells_those_that_have_not_heard_yet_what_was_to_be_got_ready() -> None:
-    world = world_of(UP)
-    world.running = {0: 6, 1: 5}
-    operation = world.run_to(operation_of(UP), "prepare")
-    while operation.ahead is None:
-        operation = world.step(operation)
-        if 2 not in world.ranks:
-            world.progress()
-    world.commands = dict.fromkeys(world.commands, operation.soon_id)  # the command is still on its way
-    done = world.run(cancel(operation))
-    assert outcome(done) == "cancelled"
-    assert all(world.commands[slot] == done.end_id for slot in (0, 1))
-
-
-def test_a_restarted_scaler_does_not_choose_again_who_hands_over() -> None:
-    world = world_of(UP)
-    world.running = {0: 6, 1: 5}
-    operation = world.run_to(operation_of(UP), "prepare")
-    while not world.targets.get(0):
-        operation = world.step(operation)
-        if 2 not in world.ranks:
-            world.progress()
-    world.running = {0: 1, 1: 9}
-    resumed = msgspec.structs.replace(operation, ahead=None)  # it was not journaled
-    resumed, told = move_ahead(resumed, world.seen())
-    assert (resumed.ahead, told) == ((), [])
-    assert move_ahead(resumed, world.seen()) == (resumed, [])
-
-
-def test_an_abort_ends_what_was_got_ready() -> None:
-    world = world_of(UP)
-    world.running = {0: 6, 1: 5}
-    operation = world.run_to(operation_of(UP), "prepare")
-    while world.commands[0] != operation.ahead_id:
-        operation = world.step(operation)
-        if 2 not in world.ranks:
-            world.progress()
-    assert operation.phase == "prepare"
-    done = world.run(cancel(operation))
-    assert (outcome(done), world.running, world.layout) == ("cancelled", {0: 6, 1: 5}, UP.before)
-    assert world.commands[0].endswith(".end")
-    assert not world.targets[0]
 
 
 def test_leaving_replicas_are_empty_before_the_commit() -> None:
