@@ -60,7 +60,7 @@ def check_store(settings: Settings) -> None:
     """A store that --store names answers. Raises Unavailable; ConfigError for a URL that cannot be read."""
     if not settings.scaler.store_url:
         return
-    store = store_of(settings.scaler)
+    store = store_of(settings.scaler, "elasticmoe")
     try:
         store.ping()
     except Unavailable as error:

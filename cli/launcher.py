@@ -40,6 +40,9 @@ class Probing(Protocol):
     def progress(self) -> Progress | None:
         """None when the deployment is ready."""
 
+    def close(self) -> None:
+        """Let go of connections. Idempotent."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -118,6 +121,7 @@ class Launcher:
         while (progress := self._plan.probe.progress()) is not None:
             self._console.progress(progress.phase, progress.bytes_done, progress.bytes_total)
             self._pause(deadline, f"{phase} ({progress.phase})")
+        self._plan.probe.close()  # else the listeners keep its connections until they time out
         self._turn(0)  # a child that ended meanwhile ended while starting
         self._console.close()
         self._state = "serving"

@@ -132,20 +132,31 @@ def store_url(config: Common) -> str:
 
 
 class Store:
-    """Blocking access, for the scaler and the command line. Every call ends within CALL_SECONDS_MAX."""
+    """Blocking access, for the scaler and the command line. Every call ends within CALL_SECONDS_MAX.
 
-    def __init__(self, url: str, deployment: str) -> None:
-        """Raises ConfigError for a URL that cannot be read; connects at the first call."""
+    One connection, as long as one thread uses it: each thread has a Store of its own (`another`), so that how many
+    connections a process has does not depend on whose calls happened to coincide.
+    """
+
+    def __init__(self, url: str, deployment: str, client: str = "") -> None:
+        """`client`: what the server calls its connections (CLIENT LIST). Raises ConfigError for a URL that cannot be
+        read; connects at the first call."""
+        self._url, self._deployment = url, deployment
         try:
             self._redis = redis.Redis.from_url(
                 url,
                 socket_timeout=CALL_SECONDS_MAX,
                 socket_connect_timeout=CALL_SECONDS_MAX,
                 retry=Retry(NoBackoff(), 0),
+                client_name=client or None,
             )
         except ValueError as error:
             raise ConfigError(f"store URL: {error}") from None
         self._prefix = f"elasticmoe:{deployment}:"
+
+    def another(self, client: str) -> Store:
+        """The same store, on connections of its own: for another thread."""
+        return Store(self._url, self._deployment, client)
 
     def _key(self, name: str) -> str:
         return self._prefix + name
@@ -260,14 +271,15 @@ class Store:
 
 
 class AsyncStore:
-    """What a router needs, for one asyncio loop."""
+    """What a router needs, for one asyncio loop. `client` as of a Store."""
 
-    def __init__(self, url: str, deployment: str) -> None:
+    def __init__(self, url: str, deployment: str, client: str = "") -> None:
         self._redis = redis.asyncio.Redis.from_url(
             url,
             socket_timeout=CALL_SECONDS_MAX * 2,
             socket_connect_timeout=CALL_SECONDS_MAX,
             retry=AsyncRetry(NoBackoff(), 0),
+            client_name=client or None,
         )
         self._prefix = f"elasticmoe:{deployment}:"
 
@@ -317,14 +329,14 @@ class AsyncStore:
         await self._redis.aclose()
 
 
-def store_of(config: Common) -> Store:
+def store_of(config: Common, client: str) -> Store:
     """The blocking store of this deployment."""
-    return Store(store_url(config), config.deployment)
+    return Store(store_url(config), config.deployment, client)
 
 
-def async_store_of(config: Common) -> AsyncStore:
+def async_store_of(config: Common, client: str) -> AsyncStore:
     """The asyncio store of this deployment."""
-    return AsyncStore(store_url(config), config.deployment)
+    return AsyncStore(store_url(config), config.deployment, client)
 
 
 def _guard(call: Callable[[], R]) -> Any:

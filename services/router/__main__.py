@@ -35,7 +35,7 @@ def layout_source(config: RouterConfig) -> LayoutSource:
             """Close the connections."""
             await self._store.close()
 
-    return StoreSource(async_store_of(config))
+    return StoreSource(async_store_of(config, "router"))
 
 
 async def _serve(config: RouterConfig) -> None:

@@ -28,7 +28,7 @@ def main() -> int:
             token = config.secret("admin.token").read_text().strip()
         except OSError as error:
             raise ConfigError(f"admin token file cannot be read: {error.strerror}") from None
-        scaler = Scaler(config, store_of(config))
+        scaler = Scaler(config, store_of(config, "scaler"))
         app = build_app(scaler.board, scaler.desk, scaler.feed, scaler.meters, token, config.operation_deadline_s)
         sock = bind(config.admin_host, config.admin_port)
         server = uvicorn.Server(

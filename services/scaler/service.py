@@ -59,11 +59,11 @@ class Scaler:
         self._spec = load_spec(Path(config.model), config.dtype)
         self._links = Links(config, self._spec, self._identity, self._on_event)
         fence = Fence(config.state_dir, "scaler")
-        self._lease = Lease(store, self._identity, config.lease_ms, fence)
+        self._lease = Lease(store.another("scaler-lease"), self._identity, config.lease_ms, fence)
         self.meters = Meters()
         self.desk = Desk(self._links.wake)
         self.feed = Feed()
-        self._journal = Journal(store, self._identity, self._lease.lose, self._links.wake)
+        self._journal = Journal(store.another("scaler-journal"), self._identity, self._lease.lose, self._links.wake)
         self._driver = Driver(config, self._links, self._journal, self.meters, self._tell)
         self._watchdog = Watchdog(config.rank_stall_s)
         self._layout: Layout | None = None

@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +40,32 @@ PRIVATE_KIB_MAX = 16.0
 CONTEXT_DESCRIPTORS, CONTEXT_THREADS = 6, 2  # of one ZeroMQ context, without the connections themselves
 RANK_CONTEXTS_MAX = 2 + REPLICAS  # its own socket, one to the HMM, one to each other seat
 RANK_SOCKETS_MAX = 8 * RANK_CONTEXTS_MAX
+_SERIAL = re.compile(r":\[\d+\]$")  # of an inode
 
 
 @dataclass(frozen=True)
 class Sample:
     """`counts`: what must not change from one cycle to another, by name. `private_kib`: memory that each process has
-    for itself; shared pages are counted where they live, as bytes of device files."""
+    for itself; shared pages are counted where they live, as bytes of device files. `targets`: what the descriptors of
+    each process are of, to explain a difference."""
 
     counts: dict[str, int]
     private_kib: dict[str, int]
+    targets: dict[str, Counter[str]] = field(default_factory=dict)
 
     def differs(self, before: Sample) -> dict[str, tuple[int, int]]:
         """The counts that are not what they were: (before, now)."""
         names = sorted(before.counts.keys() | self.counts.keys())
         pairs = {name: (before.counts.get(name, 0), self.counts.get(name, 0)) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def explain(self, before: Sample) -> str:
+        """What differs, and which descriptors came and went; empty when nothing differs."""
+        found = [f"{name}: {was}, now {now}" for name, (was, now) in self.differs(before).items()]
+        for name in sorted({entry.partition(" of ")[2].partition(":")[0] for entry in found} & self.targets.keys()):
+            was, now = before.targets.get(name, Counter()), self.targets[name]
+            found.append(f"{name} has more: {dict(now - was)}, fewer: {dict(was - now)}")
+        return "; ".join(found)
 
 
 async def cycles(deployment: Deployment, count: int, *, seed: int, spare_from: int) -> AsyncIterator[int]:
@@ -115,11 +128,13 @@ def sample(deployment: Deployment) -> Sample | None:
         return None
     counts: dict[str, int] = {}
     private: dict[str, int] = {}
+    targets: dict[str, Counter[str]] = {}
     try:
         for name, pid in _named(deployment, [rank["pid"] for rank in ranks]).items():
             held = _of_process(pid, is_rank=name.endswith("rank"))
             counts |= {f"{what} of {name}": number for what, number in held.items()}
             private[name] = _private_kib(pid)
+            targets[name] = Counter(_SERIAL.sub("", target) for target in _targets(pid))
     except OSError:
         return None  # one of them ended meanwhile
     counts["processes"] = len(processes_of(deployment.run_dir))
@@ -127,7 +142,7 @@ def sample(deployment: Deployment) -> Sample | None:
     # By devices together: which of them is used depends on the replica that was taken away.
     counts["device pages"] = sum(entry["pages"] for entry in devices["devices"])
     counts["devices attached"] = sum(bool(entry["attached"]) for entry in devices["devices"])
-    return Sample(counts | _store_counts(deployment), private)
+    return Sample(counts | _store_counts(deployment), private, targets)
 
 
 def _named(deployment: Deployment, rank_pids: list[int]) -> dict[str, int]:
@@ -145,7 +160,7 @@ def _of_process(pid: int, *, is_rank: bool) -> dict[str, int]:
     """
     folder = Path(f"/proc/{pid}")
     threads = [(task / "comm").read_text().strip() for task in (folder / "task").iterdir()]
-    targets = [os.readlink(entry) for entry in (folder / "fd").iterdir()]
+    targets = _targets(pid)
     found = {"descriptors": len(targets), "threads": len(threads)}
     if is_rank:
         contexts = sum(name.startswith("ZMQbg/IO") for name in threads)
@@ -160,6 +175,10 @@ def _of_process(pid: int, *, is_rank: bool) -> dict[str, int]:
             start, end = (int(part, 16) for part in span.split("-"))
             mapped += end - start
     return found | {"children": len(_children(pid)), "shared bytes mapped": mapped}
+
+
+def _targets(pid: int) -> list[str]:
+    return [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 def _children(pid: int) -> list[int]:

@@ -24,18 +24,18 @@ WARM = 3  # whatever is made once, at its first use, has been made by then
 
 def check_same(deployment: Deployment, before: Sample) -> None:
     """Wait until every count is what it was."""
-    seen: list[dict[str, tuple[int, int]]] = [{}]
+    seen = ["no sample could be taken"]
 
     def is_same() -> bool:
         now = sample(deployment)
         if now is not None:
-            seen[0] = now.differs(before)
+            seen[0] = now.explain(before)
         return now is not None and not seen[0]
 
     try:
         wait_until(is_same, "every count is as before", SETTLE_S)
     except AssertionError as error:
-        raise AssertionError(f"{error}; not the same (before, now): {seen[0]}") from None
+        raise AssertionError(f"{error}: {seen[0]}") from None
 
 
 async def test_ten_cycles_leave_every_count_as_it_was(

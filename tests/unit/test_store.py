@@ -320,6 +320,20 @@ async def test_routers_see_each_new_layout_also_across_an_outage(server: Server)
     store.close()
 
 
+def test_each_thread_has_a_connection_of_its_own_and_a_name_for_it(server: Server) -> None:
+    loop, lease = (store := Store(server.url, "test", "loop")), store.another("lease")
+    for _ in range(3):
+        loop.ping()
+        lease.ping()
+    loop.put_layout(A, LAYOUT)
+    assert lease.get_epoch() == LAYOUT.epoch, "the same deployment"
+    with redis.Redis.from_url(server.url) as asking:
+        names = sorted(client["name"] for client in asking.client_list())
+    assert names == ["", "lease", "loop"]
+    loop.close()
+    lease.close()
+
+
 async def test_news_of_a_layout_wake_a_router_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common.store, "POLL_SECONDS", 3.0)  # so that it cannot be the polling
     monkeypatch.setattr(common.store, "LAYOUTS_MAX", 2)
@@ -373,4 +387,4 @@ def test_bad_url_and_missing_password_stop_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="store URL"):
         Store("http://x", "test")
     with pytest.raises(ConfigError, match=r"store\.password cannot be read"):
-        store_of(HmmConfig(run_dir=str(tmp_path)))
+        store_of(HmmConfig(run_dir=str(tmp_path)), "")
