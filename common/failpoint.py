@@ -10,6 +10,7 @@ what the file said:
     sleep SECONDS    at most WAIT_S_MAX
     hold_gil SECONDS the same in a C call that keeps the interpreter's lock: none of the process's threads runs Python
     raise CODE       the error of that code
+    starve N         go on; the N-th memory allocation of the interpreter from here on, in whichever thread, fails once
 
 A file that says anything else ends the process with a ValueError, as a mistake of the test. Any thread may call.
 """
@@ -17,6 +18,7 @@ A file that says anything else ends the process with a ValueError, as a mistake 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import signal
 import threading
@@ -75,6 +77,9 @@ def _act(hit: Path, action: list[str], name: str) -> None:
         case ["hold_gil", seconds]:
             # PyDLL calls without releasing the lock, as C code that never gives it back would.
             ctypes.PyDLL(None).usleep(int(min(float(seconds), WAIT_S_MAX) * 1e6))
+        case ["starve", number]:
+            # A module for tests, which some distributions of Python come without.
+            importlib.import_module("_testcapi").set_nomemory(int(number), int(number) + 1)
         case ["raise", code]:
             raise _error(code, f"failpoint {name}")
         case _:

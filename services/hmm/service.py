@@ -13,6 +13,7 @@ import time
 from typing import Final
 
 from common.config import HmmConfig
+from common.failpoint import failpoint
 from common.fdchannel import Channel, Listener
 from common.fence import Fence
 from common.protocol.codec import Message, Received
@@ -135,6 +136,7 @@ class Hmm:
     def run(self) -> None:
         """Serve until a signal."""
         while not self._is_stopping:
+            failpoint("hmm.turn")
             self._watch()
             ready = self._server.poll(self._attachments.turn_ms(_TURN_MS))
             self._background.finish()

@@ -24,6 +24,7 @@ log = get_logger("scaler")
 
 ORDERS_MAX = 32
 ANSWER_S_MAX = 15.0
+REFUSE_S = 1.0  # what waits is refused so long before its client gives up
 LISTENERS_MAX = 16
 EVENTS_KEPT = 1_000
 
@@ -41,12 +42,21 @@ class Cancel(msgspec.Struct, frozen=True):
     op_id: str
 
 
+class Later(Exception):
+    """The order cannot be carried out yet: it is tried again in each turn, and refused with `error` at last."""
+
+    def __init__(self, error: ElasticMoEError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
 class Desk:
-    """Orders, from any thread to the loop's. `wake` lets the loop look."""
+    """Orders, from any thread to the loop's. `wake` lets the loop look. `_waiting` belongs to the loop's thread."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._queue: Queue[tuple[Order | Cancel, float, Future[Accepted]]] = Queue(ORDERS_MAX)
+        self._queue: Queue[_Entry] = Queue(ORDERS_MAX)
+        self._waiting: list[_Entry] = []
 
     async def ask(self, order: Order | Cancel) -> Accepted:
         """Hand an order in and wait for what becomes of it. Raises its refusal, Overloaded, or DeadlineExceeded."""
@@ -64,21 +74,43 @@ class Desk:
 
     def serve(self, handle: Callable[[Order | Cancel], Accepted]) -> None:
         """Let `handle` answer all orders that wait. The loop's thread."""
+        entries, self._waiting = self._waiting, []
+        for entry in entries:
+            self._serve(entry, handle)
         while True:
             try:
-                order, deadline, future = self._queue.get_nowait()
+                entry = self._queue.get_nowait()
             except Empty:
                 return
-            # Nobody waits any more for an order that was cancelled meanwhile: it is not carried out.
-            if time.monotonic() > deadline or not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(handle(order))
-            except ElasticMoEError as error:
-                future.set_exception(error)
-            except Exception as error:  # no order may end the scaler
-                log.exception("order failed")
-                future.set_exception(ElasticMoEError(f"the order could not be carried out: {type(error).__name__}"))
+            self._serve(entry, handle)
+
+    def _serve(self, entry: _Entry, handle: Callable[[Order | Cancel], Accepted]) -> None:
+        order, deadline, future = entry
+        # Nobody waits any more for an order that was cancelled meanwhile: it is not carried out.
+        if time.monotonic() > deadline or future.cancelled():
+            return
+        accepted: Accepted | ElasticMoEError
+        try:
+            accepted = handle(order)
+        except Later as later:
+            if time.monotonic() < deadline - REFUSE_S and len(self._waiting) < ORDERS_MAX:
+                self._waiting.append(entry)
+                return
+            accepted = later.error
+        except ElasticMoEError as error:
+            accepted = error
+        except Exception as error:  # no order may end the scaler
+            log.exception("order failed")
+            accepted = ElasticMoEError(f"the order could not be carried out: {type(error).__name__}")
+        if not future.set_running_or_notify_cancel():
+            return
+        if isinstance(accepted, ElasticMoEError):
+            future.set_exception(accepted)
+        else:
+            future.set_result(accepted)
+
+
+_Entry = tuple[Order | Cancel, float, Future[Accepted]]  # with the monotonic time at which nobody waits any more
 
 
 class Feed:

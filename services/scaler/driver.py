@@ -118,11 +118,13 @@ class Driver:
         operation = self.operation
         if operation is None or not operation.num_legs:
             return False
+        if event.slot in {seat.slot for seat in operation.lost}:
+            return True
         leg = operation.current_leg()
         if event.slot in {seat.slot for seat in leg.joining} and operation.phase in ("prepare", "commit", "abort"):
             self._exits[event.slot] = event.reason
             return operation.phase != "commit"
-        is_expected = operation.request.is_lost or operation.phase not in ("prepare", "abort")
+        is_expected = operation.phase not in ("prepare", "abort")
         return event.slot in {seat.slot for seat in leg.leaving} and is_expected
 
     def turn(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> None:
@@ -253,7 +255,8 @@ class Driver:
         elif isinstance(action, StartSeat):
             self._links.start(action.seat, action.epoch)
         elif isinstance(action, StopSeat):
-            is_lost = self.operation is not None and self.operation.request.is_lost
+            lost = self.operation.lost if self.operation is not None else ()
+            is_lost = any(seat.rank == action.rank for seat in lost)
             self._links.tell_pool(StopRank(action.rank, action.incarnation, 0 if is_lost else STOP_GRACE_MS))
         elif isinstance(action, MoveSequences):
             move = Move(action.op_id, action.targets, action.is_leaving, action.urgent_steps)

@@ -101,11 +101,12 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
     `plan`: None for a rebalance, and when it is over. `attempt`: of staging this leg. `clock`: the monotonic reading
     that `elapsed_s` and `phase_s` (seconds since it was accepted, and in this phase) were counted to; None after a
-    restart. `committed_s`, `flipped_s`, `moves_s`: `elapsed_s` when this leg's commit was first sent or seen, when it
-    was seen to have flipped, when sequences were last told to move. `ahead`: what is got ready for this attempt's
-    joining ranks, once that has been chosen. `retry_s`: staged again not before. `bytes_prior`: copied for staging
-    attempts before `bytes_of`, whose op_id and bytes these are. `handed_over[rank's incarnation]`: its counter when
-    first and last seen.
+    restart. `lost_before`: devices that had been lost when it was accepted. `lost_meanwhile`: replicas whose devices
+    have been lost since: it is given up, or ends with this leg, for an operation that leaves them out. `committed_s`,
+    `flipped_s`, `moves_s`: `elapsed_s` when this leg's commit was first sent or seen, when it was seen to have flipped,
+    when sequences were last told to move. `ahead`: what is got ready for this attempt's joining ranks, once that has
+    been chosen. `retry_s`: staged again not before. `bytes_prior`: copied for staging attempts before `bytes_of`, whose
+    op_id and bytes these are. `handed_over[rank's incarnation]`: its counter when first and last seen.
     """
 
     op_id: str
@@ -127,6 +128,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     error: Refused | None = None
     is_cancelled: bool = False
     is_late: bool = False
+    lost_before: tuple[str, ...] = ()
+    lost_meanwhile: tuple[int, ...] = ()
     retry_s: float = 0.0
     committed_s: float | None = None
     flipped_s: float | None = None
@@ -161,8 +164,15 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lost(self) -> tuple[Seat, ...]:
-        """Seats of the present leg whose devices have lost their memory."""
-        return self.current_leg().leaving if self.request.is_lost and self.num_legs and not self.is_finished else ()
+        """Seats, before or after the present leg, whose devices have lost their memory."""
+        if self.is_finished or not self.num_legs:
+            return ()
+        gone = self.current_leg().leaving if self.request.is_lost else ()
+        if not self.lost_meanwhile:
+            return gone
+        seats = {*self.layout_before().seats, *self.current_leg().layout.seats}
+        found = {*gone, *(seat for seat in seats if seat.rank.replica in self.lost_meanwhile)}
+        return tuple(sorted(found, key=lambda seat: seat.rank))
 
     @property
     def is_finished(self) -> bool:
@@ -170,9 +180,9 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         return self.phase in FINISHED
 
     @property
-    def mark(self) -> tuple[int, int, Phase, bool]:
+    def mark(self) -> tuple[int, int, Phase, bool, bool]:
         """What has to be in the store before the commands of this state are sent."""
-        return self.leg, self.attempt, self.phase, self.is_cancelled
+        return self.leg, self.attempt, self.phase, self.is_cancelled, bool(self.lost_meanwhile)
 
     def current_leg(self) -> Leg:
         """The leg that is under way. Only for operations with a plan."""

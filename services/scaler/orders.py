@@ -6,7 +6,7 @@ An order becomes an operation, a plan (dry run), the operation that it already i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import msgspec
@@ -115,9 +115,15 @@ def _replica(name: int | str) -> int:
     return int(match.group(1))
 
 
+class Running(Conflict):
+    """Another operation is in progress."""
+
+    code = "operation_running"
+
+
 def repeated(order: Order, current: Operation | None, ended: Sequence[Operation]) -> Operation | None:
     """The operation that this order already is. Raises Conflict `op_id_reused` for another request of the same op_id,
-    `operation_running` when another operation is in progress."""
+    Running when another operation is in progress."""
     known: list[Operation] = [*([current] if current else ()), *ended]
     for operation in known if order.op_id else ():
         if operation.op_id == order.op_id:
@@ -126,11 +132,18 @@ def repeated(order: Order, current: Operation | None, ended: Sequence[Operation]
                 raise Conflict(f"operation {order.op_id} exists with another request", code="op_id_reused")
             return operation
     if current is not None:
-        raise Conflict(f"operation {current.op_id} is in progress ({current.phase})", code="operation_running")
+        raise Running(f"operation {current.op_id} is in progress ({current.phase})")
     return None
 
 
-def accept(order: Order, op_id: str, plan: Plan | None, planned: Planned | None, now_unix: float) -> Operation:
+def accept(
+    order: Order,
+    op_id: str,
+    plan: Plan | None,
+    planned: Planned | None,
+    now_unix: float,
+    lost_before: Iterable[str] = (),
+) -> Operation:
     """The operation that begins with this order; without a plan it is a rebalance."""
     kind: Kind = plan.kind if plan else "rebalance"
     operation = Operation(
@@ -142,6 +155,7 @@ def accept(order: Order, op_id: str, plan: Plan | None, planned: Planned | None,
         accepted_unix=now_unix,
         deadline_s=order.request.deadline_s,
         num_legs=len(plan.legs) if plan else 0,
+        lost_before=tuple(sorted(lost_before)),
     )
     if plan is None:
         return operation
@@ -167,16 +181,19 @@ def cancelled(op_id: str, current: Operation | None, ended: Sequence[Operation])
 
 
 def lost_devices(current: Operation | None, ended: Sequence[Operation]) -> set[str]:
-    """Devices that replicas lost and none has come to since, as far back as operations are kept."""
-    lost: set[str] = set()
-    for operation in reversed([*([current] if current else ()), *ended]):
-        if operation.planned is None or operation.phase == "aborted":
-            continue
-        for device, change in operation.planned.devices.items():
-            if change.kv_handles_after:
-                lost.discard(device)
-            elif operation.request.is_lost:
-                lost.add(device)
+    """Devices that replicas lost and none has come to since. Each operation keeps what was lost before it, so the
+    newest one tells, however many have been forgotten."""
+    newest = current or (ended[0] if ended else None)
+    if newest is None:
+        return set()
+    lost = set(newest.lost_before)
+    if newest.planned is None or newest.phase == "aborted":
+        return lost
+    for device, change in newest.planned.devices.items():
+        if change.kv_handles_after:
+            lost.discard(device)
+        elif newest.request.is_lost:
+            lost.add(device)
     return lost
 
 

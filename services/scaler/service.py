@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-import uuid
 from collections import deque
 from pathlib import Path
 from types import FrameType
@@ -12,10 +11,11 @@ from types import FrameType
 import msgspec
 
 from common.config import ScalerConfig
+from common.failpoint import failpoint
 from common.families import load_spec
 from common.fence import Fence
 from common.layout import Layout, initial_layout
-from common.protocol.errors import ConfigError, ElasticMoEError, Fenced, InvalidRequest, NotFound, Unavailable
+from common.protocol.errors import ConfigError, ElasticMoEError, Fenced, Unavailable
 from common.protocol.hmm import LoadModel, SetMembership
 from common.protocol.pool import StopRank
 from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
@@ -24,15 +24,15 @@ from common.telemetry import get_logger
 from common.transport import new_identity
 from services.scaler import orders
 from services.scaler.core import Action, AnnounceLayout, Decision, Load, Observed, Publish, Start, decide
-from services.scaler.decisions import PhaseChosen, PlanMade
+from services.scaler.decisions import PhaseChosen
 from services.scaler.desk import Accepted, Cancel, Desk, Feed
 from services.scaler.driver import ENDED_MAX, Driver
+from services.scaler.intake import Intake
 from services.scaler.journal import Journal
 from services.scaler.lease import Lease
 from services.scaler.links import Links
 from services.scaler.meters import Meters
 from services.scaler.operation import Operation
-from services.scaler.plan import Rates, Target, sizes_of
 from services.scaler.snapshot import Board, Snapshot
 from services.scaler.watchdog import Watchdog, pulses_of
 
@@ -65,6 +65,8 @@ class Scaler:
         self.feed = Feed()
         self._journal = Journal(store.another("scaler-journal"), self._identity, self._lease.lose, self._links.wake)
         self._driver = Driver(config, self._links, self._journal, self.meters, self._tell)
+        room = (self._lease.check_room, self._journal.check_room)
+        self._intake = Intake(config, self._spec, self._driver, room, self._tell)
         self._watchdog = Watchdog(config.rank_stall_s)
         self._layout: Layout | None = None
         self._hmm: HmmStatus | None = None
@@ -122,6 +124,7 @@ class Scaler:
     # ---- one turn -------------------------------------------------------------------------------------------------
 
     def _turn(self, fence: int) -> None:
+        failpoint("scaler.turn")
         hmm = self._hmm = self._links.ask_hmm()
         pool = self._links.ask_pool(is_starting=not self._ever_served)
         # What the HMM holds is in force, whatever this scaler's own configuration would make of it.
@@ -258,61 +261,9 @@ class Scaler:
 
     def _handle(self, order: orders.Order | Cancel) -> Accepted:
         """Carry one order of the admin surface out, or raise its refusal. The board shows it before the answer goes."""
-        accepted = self._carry_out(order)
+        accepted = self._intake.take(order, self._hmm, ever_served=self._ever_served)
         self.board.snapshot = msgspec.structs.replace(self.board.snapshot, operation=self._driver.operation)
         return accepted
-
-    def _carry_out(self, order: orders.Order | Cancel) -> Accepted:
-        driver = self._driver
-        if isinstance(order, Cancel):
-            operation = orders.cancelled(order.op_id, driver.operation, driver.ended)
-            if operation is not driver.operation:
-                driver.replace(operation)
-                self._tell("operation_cancel", "asked for by the operator", op_id=order.op_id)
-            return Accepted(operation)
-        if not order.is_dry_run:
-            known = orders.repeated(order, driver.operation, driver.ended)
-            if known is not None:
-                return Accepted(known)
-        if not self._ever_served:
-            raise Unavailable("the deployment does not serve yet", code="not_ready")
-        if not order.is_dry_run:
-            self._lease.check_room()
-            self._journal.check_room()
-        op_id = order.op_id or f"op-{uuid.uuid4().hex[:12]}"
-        if order.target is None:
-            operation = orders.accept(order, op_id, None, None, time.time())
-            driver.begin(operation)
-            return Accepted(operation)
-        memory, hmm = orders.memory_of(self._hmm), self._hmm
-        assert hmm is not None
-        assert hmm.layout is not None
-        assert hmm.memory is not None
-        sizes = sizes_of(self._spec, hmm.memory.granularity)
-        basis = PlanMade(
-            op_id=op_id,
-            layout=hmm.layout,
-            target=order.target,
-            sizes=sizes,
-            memory=memory,
-            devices=self._usable(order.target, [device.device for device in hmm.devices]),
-            rates=Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s)),
-            legs_max=self._config.scale_legs,
-        )
-        try:
-            plan, made = basis.make()
-        except (InvalidRequest, NotFound) as error:
-            raise orders.UnprocessableTarget(error.message, code=error.code) from None
-        operation = orders.accept(order, op_id, plan, orders.planned_of(plan, sizes), time.time())
-        if order.is_dry_run:
-            return Accepted(operation, plan)
-        driver.begin(operation, made)
-        return Accepted(operation)
-
-    def _usable(self, target: Target, devices: list[str]) -> tuple[str, ...]:
-        """Those that new replicas may take: not the lost ones, unless the order names them."""
-        lost = orders.lost_devices(self._driver.operation, self._driver.ended) - set(target.devices or ())
-        return tuple(device for device in devices if device not in lost)
 
     # ---- actions --------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,8 @@ def tidy(seen: Seen, since_s: float) -> tuple[tuple[Action, ...], str]:
 def migrate(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     """Level the load, for MIGRATE_S_MAX at the longest; then release, or for a rebalance: done."""
     actions = _keep_leaving(operation, seen)
+    if operation.lost_meanwhile:
+        return enter(operation, "release" if operation.plan else "done", "a device was lost meanwhile")
     if operation.kind != "rebalance" and not (operation.current_leg().joining or operation.current_leg().leaving):
         return enter(operation, "release", "no replica came or went")
     leaders = [seat for seat in hmm.layout.seats if seat.rank.tp == 0] if hmm.layout else []

@@ -10,7 +10,7 @@ from common.layout import Seat
 from common.protocol.rank import MoveTarget
 from common.protocol.replies import Refused
 from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankLoad, TransitionStatus
-from services.scaler.operation import TIMINGS_MAX, Action, MoveSequences, Operation, Phase, PhaseTime
+from services.scaler.operation import TIMINGS_MAX, Action, MoveSequences, Operation, Phase, PhaseTime, StopSeat
 
 MIGRATE_S_MAX = 5.0  # leveling is best effort
 ROUND_S = 0.25  # between two looks at what leveling has done
@@ -20,6 +20,7 @@ BACKOFF_S = 0.5
 BACKOFF_S_MAX = 10.0
 
 LAYOUT_CHANGED = "layout_changed"
+DEVICE_LOST = "device_lost"
 BEFORE_COMMIT = frozenset({"vacating", "copying", "staged", "failed"})
 OVER = frozenset({"released", "aborted"})
 PAST_FLIP = frozenset({"flipped", "releasing", "released"})
@@ -107,6 +108,13 @@ def empty_leavers(operation: Operation, seen: Seen) -> tuple[list[Action], list[
             targets = tuple(MoveTarget(to.rank, to.slot, 0) for to in stayers if to.rank.tp == seat.rank.tp)
             actions.append(MoveSequences(op_id, seat, targets, True))
     return actions, busy
+
+
+def end_lost(operation: Operation, seen: Seen) -> list[Action]:
+    """End the ranks of seats whose devices are lost."""
+    ranks = seen.ranks
+    seats = [seat for seat in operation.lost if seat.slot in ranks]
+    return [StopSeat(operation.stage_id, seat.rank, ranks[seat.slot].incarnation) for seat in seats]
 
 
 def take_back(op_id: str, seats: Iterable[Seat], seen: Seen) -> tuple[Action, ...]:

@@ -32,6 +32,7 @@ from services.scaler.settle import end_ahead, hurry, migrate, move_ahead, releas
 from services.scaler.steps import (
     BACKOFF_S,
     BACKOFF_S_MAX,
+    DEVICE_LOST,
     LAYOUT_CHANGED,
     OVER,
     PAST_FLIP,
@@ -39,6 +40,7 @@ from services.scaler.steps import (
     Seen,
     Step,
     empty_leavers,
+    end_lost,
     enter,
     names,
     ours,
@@ -51,6 +53,13 @@ def advance(operation: Operation, seen: Seen, now: float) -> Step:
     """The next step at monotonic time `now`. At most one change of phase."""
     if operation.is_finished:
         return Step(operation)
+    step = _advance(operation, seen, now)
+    # Whoever computes on a device that was lost meanwhile is ended whatever the phase.
+    stops = end_lost(operation, seen) if operation.lost_meanwhile else []
+    return Step(step.operation, (*stops, *step.actions))
+
+
+def _advance(operation: Operation, seen: Seen, now: float) -> Step:
     operation = count(operation, seen.hmm, seen.loads, now)
     if seen.hmm is None:
         return _blind(operation, "the HMM does not answer")
@@ -74,9 +83,16 @@ def cancel(operation: Operation) -> Operation:
     return msgspec.structs.replace(operation, is_cancelled=True)
 
 
+def without_lost(operation: Operation, replicas: tuple[int, ...]) -> Operation:
+    """The devices of these replicas have been lost: let the operation end where a layout is complete, before or after
+    its present leg, so that the one that leaves them out can begin."""
+    lost = tuple(sorted({*operation.lost_meanwhile, *replicas}))
+    return msgspec.structs.replace(operation, lost_meanwhile=lost)
+
+
 def can_cancel(operation: Operation) -> bool:
     """Whether a cancel still leads back to the old layout."""
-    if operation.request.is_lost:
+    if operation.request.is_lost or operation.lost_meanwhile:
         return False  # its ranks have been ended
     return operation.phase in ("plan", "prepare", "abort") and operation.leg == 0 and operation.kind != "rebalance"
 
@@ -101,11 +117,11 @@ def _before_flip(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
         return enter(operation, "migrate", f"layout {leg.layout.epoch} is in force", flipped_s=operation.elapsed_s)
     failure = _failure(operation, seen, transition)
     can_go_back = operation.leg == 0 and not operation.request.is_lost  # there is no way back to a lost device
-    if failure is not None and (can_go_back or failure.code == LAYOUT_CHANGED):
+    if failure is not None and (can_go_back or failure.code in (LAYOUT_CHANGED, DEVICE_LOST)):
         return enter(operation, "abort", failure.message, error=failure)
-    ending = [seat for seat in operation.lost if seat.slot in seen.ranks]
-    if ending:
-        stops = (StopSeat(operation.stage_id, seat.rank, seen.ranks[seat.slot].incarnation) for seat in ending)
+    stops = end_lost(operation, seen)
+    if stops:
+        ending = [seat for seat in operation.lost if seat.slot in seen.ranks]
         return stay(operation, f"ranks {names(ending)} end: their devices are lost", *stops)
     if transition is None:
         return _stage(operation, seen, hmm)
@@ -120,11 +136,15 @@ def _before_flip(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
 
 
 def _failure(operation: Operation, seen: Seen, transition: TransitionStatus | None) -> Refused | None:
-    """Why the first leg has to be given up, if it has to be. A later one only where what it starts from is gone."""
+    """Why the first leg has to be given up, if it has to be. A later one only where what it starts from is gone, or a
+    device of it."""
     before = operation.layout_before()
     if transition is None and seen.hmm and seen.hmm.layout and seen.hmm.layout != before:
         have, want = seen.hmm.layout.epoch, before.epoch
         return Refused(LAYOUT_CHANGED, f"layout {have} is in force and not the layout {want} that was planned from")
+    if operation.lost_meanwhile:
+        whose = ", ".join(f"r{replica}" for replica in operation.lost_meanwhile)
+        return Refused(DEVICE_LOST, f"given up before leg {operation.leg + 1}: the devices of {whose} were lost", True)
     if operation.is_cancelled:
         return Refused("cancelled", "cancelled by the operator")
     if operation.elapsed_s > operation.deadline_s:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.procs.clients import Load, check_load_against_oracle
 from tests.procs.deployment import Deployment
+from tests.procs.failpoints import Failpoints
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
@@ -110,4 +111,40 @@ async def test_a_deployment_that_failed_because_ranks_do_not_live_on_a_device_go
         await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 32, "streams afterwards", 30.0)
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
     assert deployment.admin("/v1/layout")["phase"] == "serving"
+    assert deployment.stop().count("error") == 0
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param("scaler.leg1.prepare.after", marks=pytest.mark.soak),
+        "scaler.send_commit.before",  # the ranks cannot flip then
+        "scaler.leg2.prepare.after",
+    ],
+)
+async def test_a_device_that_is_lost_in_the_midst_of_growing_ends_that_and_is_left_out(
+    point: str, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    points = Failpoints(tmp_path / "points")
+    slow = {"copy_bytes_per_s": 100_000, "failpoint_dir": tmp_path / "points"}  # the second leg would take a minute
+    deployment = deploy("oracle", replicas=3, devices=4, **SETTINGS, **slow)
+    async with Load(deployment.base_url, clients=16, seed=7) as load:
+        await wait_tokens(load)
+        points.arm(point)
+        status, growing = deployment.admin_call("POST", "/v1/scale", {"replicas": 4})
+        assert status == 202, growing
+        await asyncio.to_thread(points.wait_hit, point)
+        victim = (await asyncio.to_thread(ranks_of, deployment))["host:1"]
+        os.kill(victim["pid"], signal.SIGSTOP)
+        assert await asyncio.to_thread(overwrite, deployment, "host:1") > 1 << 20
+        points.release(point)
+        lost = await asyncio.to_thread(deployment.scale, remove=["r1"], lost=True)
+        assert (lost["phase"], lost["error"]) == ("done", None), lost
+        after = len(load.streams)
+        await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 32, "streams afterwards", 30.0)
+        await asyncio.to_thread(check_integrity, deployment)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
+    _, ended = deployment.admin_call("GET", f"/v1/operations/{growing['op_id']}")
+    assert (ended["outcome"], ended["error"]["code"]) == ("aborted", "device_lost")
+    assert "host:1" not in ranks_of(deployment)
     assert deployment.stop().count("error") == 0

@@ -17,7 +17,7 @@ from common.protocol.replies import Refused
 from common.store import Event
 from services.scaler import admin, desk
 from services.scaler.admin import build_app
-from services.scaler.desk import Accepted, Cancel, Desk, Feed
+from services.scaler.desk import Accepted, Cancel, Desk, Feed, Later
 from services.scaler.meters import Meters
 from services.scaler.operation import Request
 from services.scaler.orders import (
@@ -223,6 +223,40 @@ async def test_a_loop_that_does_not_answer_is_waited_for_no_longer_than_stated(
     waits = [asyncio.create_task(silent.ask(Cancel(str(i)))) for i in range(desk.ORDERS_MAX + 1)]
     done = await asyncio.gather(*waits, return_exceptions=True)
     assert isinstance(done[-1], Overloaded)
+
+
+async def test_an_order_that_cannot_be_carried_out_yet_is_tried_again() -> None:
+    tries = iter([Later(Conflict("not yet")), Later(Conflict("not yet")), Accepted(operation_of(UP))])
+
+    def handle(_: Order | Cancel) -> Accepted:
+        answer = next(tries)
+        if isinstance(answer, Later):
+            raise answer
+        return answer
+
+    waiting = Desk(lambda: None)
+    asked = asyncio.create_task(waiting.ask(Cancel("x")))
+    for _ in range(3):
+        assert not asked.done()
+        await asyncio.sleep(0)
+        waiting.serve(handle)
+    assert (await asked).operation == operation_of(UP)
+
+
+async def test_an_order_that_waits_too_long_gets_its_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk, "ANSWER_S_MAX", 5.0)
+    monkeypatch.setattr(desk, "REFUSE_S", 5.0)
+
+    def handle(_: Order | Cancel) -> Accepted:
+        raise Later(Conflict("operation a is in progress", code="operation_running"))
+
+    waiting = Desk(lambda: None)
+    asked = asyncio.create_task(waiting.ask(Cancel("x")))
+    await asyncio.sleep(0)
+    waiting.serve(handle)
+    with pytest.raises(Conflict, match="operation a"):
+        await asked
+    waiting.serve(lambda _: pytest.fail("it was answered"))
 
 
 # ---- views -----------------------------------------------------------------------------------------------------------

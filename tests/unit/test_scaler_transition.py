@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.protocol.replies import Refused
-from services.scaler.operation import Abort, MoveSequences, Operation, Release, Request, StopSeat
+from services.scaler.operation import Abort, MoveSequences, Operation, Release, StopSeat
 from services.scaler.plan import Plan
 from services.scaler.settle import tidy
 from services.scaler.steps import LEAVE_S
@@ -48,35 +48,6 @@ def test_leaving_replicas_are_empty_before_the_commit() -> None:
     assert world.running[1] == 0
     assert done.figures.sequences_moved >= 2
     assert done.figures.capacity_s is None
-
-
-@pytest.mark.parametrize("lives", [True, False])
-def test_a_replica_whose_device_is_lost_hands_nothing_over_and_ends_first(lives: bool) -> None:
-    world = world_of(DOWN)
-    operation = operation_of(DOWN)
-    operation = msgspec.structs.replace(operation, request=Request(remove=(1,), is_lost=True))
-    if not lives:
-        world.end(1)
-    world.running[1] = 0  # what the world asserts of ranks that leave: nothing of theirs goes on
-    done = world.run(operation)
-    assert (done.phase, world.layout, set(world.ranks)) == ("done", DOWN.after, {0, 2})
-    assert world.log[:2] == (["StopSeat", "Stage"] if lives else ["Stage", "Commit"])
-    assert not any(targets for targets in world.targets.values())
-    assert done.lost == ()
-
-
-def test_there_is_no_way_back_to_a_lost_device() -> None:
-    world = world_of(DOWN)
-    operation = msgspec.structs.replace(operation_of(DOWN), request=Request(remove=(1,), is_lost=True), deadline_s=0.5)
-    world.running[1] = 0
-    operation = world.run_to(operation, "prepare")
-    assert not can_cancel(operation)
-    while world.transition is None:
-        operation = world.step(operation)
-    world._phase("failed")
-    done = world.run(operation)
-    assert (done.phase, world.layout) == ("done", DOWN.after)
-    assert world.log.count("Stage") == 2
 
 
 def test_nothing_to_do_is_done() -> None:

@@ -1,0 +1,119 @@
+"""What becomes of an order: looked at beside what is in force and in progress, planned, begun. The loop's thread."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+from common.config import ScalerConfig
+from common.model_spec import ModelSpec
+from common.protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from common.protocol.scaler import HmmStatus
+from services.scaler import orders
+from services.scaler.decisions import PlanMade
+from services.scaler.desk import Accepted, Cancel, Later
+from services.scaler.driver import Driver, Tell
+from services.scaler.operation import Operation
+from services.scaler.plan import Plan, Rates, Target, sizes_of
+from services.scaler.transition import without_lost
+
+
+class Intake:
+    """Takes orders for the driver. `room`: each raises Unavailable while what an operation writes would find none."""
+
+    def __init__(
+        self, config: ScalerConfig, spec: ModelSpec, driver: Driver, room: Sequence[Callable[[], None]], tell: Tell
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._driver = driver
+        self._room = room
+        self._tell = tell
+
+    def take(self, order: orders.Order | Cancel, hmm: HmmStatus | None, *, ever_served: bool) -> Accepted:
+        """Carry an order out, with what the HMM said last. Raises its refusal, or Later."""
+        driver = self._driver
+        if isinstance(order, Cancel):
+            operation = orders.cancelled(order.op_id, driver.operation, driver.ended)
+            if operation is not driver.operation:
+                driver.replace(operation)
+                self._tell("operation_cancel", "asked for by the operator", op_id=order.op_id)
+            return Accepted(operation)
+        if not order.is_dry_run:
+            try:
+                known = orders.repeated(order, driver.operation, driver.ended)
+            except orders.Running as running:
+                self._give_way(order, hmm, running)
+                raise
+            if known is not None:
+                return Accepted(known)
+        if not ever_served:
+            raise Unavailable("the deployment does not serve yet", code="not_ready")
+        if not order.is_dry_run:
+            for check in self._room:
+                check()
+        op_id = order.op_id or f"op-{uuid.uuid4().hex[:12]}"
+        if order.target is None:
+            operation = orders.accept(order, op_id, None, None, time.time(), self._lost())
+            driver.begin(operation)
+            return Accepted(operation)
+        operation, plan, made = self._plan(order, op_id, order.target, hmm)
+        if order.is_dry_run:
+            return Accepted(operation, plan)
+        driver.begin(operation, made)
+        return Accepted(operation)
+
+    def _give_way(self, order: orders.Order, hmm: HmmStatus | None, running: orders.Running) -> None:
+        """The loss of a device does not wait for the operation in progress, which may wait for that very device: let it
+        end with a layout that is complete, and the order be tried again. Raises Later; returns for other orders."""
+        current = self._driver.operation
+        if order.target is None or not order.target.is_lost or current is None:
+            return
+        lost = set(order.target.remove or ())
+        known = set(current.request.remove or ()) if current.request.is_lost else set()
+        if lost <= known:
+            return  # it does that already
+        self._plan(order, "", order.target, hmm)  # raises: an order that cannot be carried out ends no other
+        assert hmm is not None, "there is a plan"
+        assert hmm.layout is not None, "there is a plan"
+        missing = {seat.rank.replica for seat in hmm.layout.seats} & known - lost
+        if missing:
+            text = f"operation {current.op_id} leaves out r{min(missing)} as lost: name it too"
+            raise Conflict(text, code=running.code)
+        if not lost <= set(current.lost_meanwhile):
+            self._driver.replace(without_lost(current, tuple(sorted(lost))))
+            self._tell("operation_gives_way", "a device was lost meanwhile", op_id=current.op_id)
+        raise Later(running)
+
+    def _plan(
+        self, order: orders.Order, op_id: str, target: Target, hmm: HmmStatus | None
+    ) -> tuple[Operation, Plan, PlanMade]:
+        """The operation of an order, its plan, and what that was made from. Raises UnprocessableTarget, DoesNotFit,
+        Unavailable."""
+        memory = orders.memory_of(hmm)
+        assert hmm is not None, "its memory is known"
+        assert hmm.layout is not None, "its memory is known"
+        assert hmm.memory is not None, "its memory is known"
+        sizes = sizes_of(self._spec, hmm.memory.granularity)
+        lost = self._lost()
+        unusable = lost - set(target.devices or ())  # new replicas take a lost device only where the order names it
+        made = PlanMade(
+            op_id=op_id,
+            layout=hmm.layout,
+            target=target,
+            sizes=sizes,
+            memory=memory,
+            devices=tuple(device.device for device in hmm.devices if device.device not in unusable),
+            rates=Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s)),
+            legs_max=self._config.scale_legs,
+        )
+        try:
+            plan, made = made.make()
+        except (InvalidRequest, NotFound) as error:
+            raise orders.UnprocessableTarget(error.message, code=error.code) from None
+        planned = orders.planned_of(plan, sizes)
+        return orders.accept(order, op_id, plan, planned, time.time(), lost), plan, made
+
+    def _lost(self) -> set[str]:
+        return orders.lost_devices(self._driver.operation, self._driver.ended)

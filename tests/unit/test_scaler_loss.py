@@ -1,0 +1,101 @@
+"""What the scaler makes of a device that has lost its memory: the operation that leaves it out, the one that gives way
+to that, and which devices are not used again."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from services.scaler.operation import DeviceChange, Operation, Planned, Request
+from services.scaler.orders import Order, accept, lost_devices, parse_scale, planned_of
+from services.scaler.plan import Plan, Sizes
+from services.scaler.transition import can_cancel, without_lost
+from tests.unit.transitions import DOWN, UP, World, operation_of
+
+PHASES = ("prepare", "commit", "migrate", "release")
+SIZES = Sizes(100, (10,), (7,))
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_replica_whose_device_is_lost_hands_nothing_over_and_ends_first(lives: bool) -> None:
+    world = World(DOWN.before)
+    operation = operation_of(DOWN)
+    operation = msgspec.structs.replace(operation, request=Request(remove=(1,), is_lost=True))
+    if not lives:
+        world.end(1)
+    world.running[1] = 0  # what the world asserts of ranks that leave: nothing of theirs goes on
+    done = world.run(operation)
+    assert (done.phase, world.layout, set(world.ranks)) == ("done", DOWN.after, {0, 2})
+    assert world.log[:2] == (["StopSeat", "Stage"] if lives else ["Stage", "Commit"])
+    assert not any(targets for targets in world.targets.values())
+    assert done.lost == ()
+
+
+def test_there_is_no_way_back_to_a_lost_device() -> None:
+    world = World(DOWN.before)
+    operation = msgspec.structs.replace(operation_of(DOWN), request=Request(remove=(1,), is_lost=True), deadline_s=0.5)
+    world.running[1] = 0
+    operation = world.run_to(operation, "prepare")
+    assert not can_cancel(operation)
+    while world.transition is None:
+        operation = world.step(operation)
+    world._phase("failed")
+    done = world.run(operation)
+    assert (done.phase, world.layout) == ("done", DOWN.after)
+    assert world.log.count("Stage") == 2
+
+
+@pytest.mark.parametrize("is_dead", [True, False])
+@pytest.mark.parametrize("victim", [1, 2])
+@pytest.mark.parametrize(
+    ("plan", "leg", "phase"),
+    [(plan, leg, phase) for plan, legs in ((UP, 2), (DOWN, 1)) for leg in range(legs) for phase in PHASES],
+)
+def test_where_a_device_is_lost_it_ends_with_the_next_whole_layout(
+    plan: Plan, leg: int, phase: str, victim: int, is_dead: bool
+) -> None:
+    world = World(plan.before)
+    operation = world.run_to(operation_of(plan), phase, leg)
+    whole = (operation.layout_before(), operation.current_leg().layout)
+    starts = world.starts
+    operation = without_lost(operation, (victim,))
+    if is_dead:
+        world.end(victim)
+    world.running[victim] = 0  # what the world asserts of ranks that leave: nothing of theirs goes on
+    done = world.run(operation)
+    assert world.layout in whole
+    assert victim not in world.ranks
+    assert (world.starts, done.lost, can_cancel(done)) == (starts, (), False)
+    assert world.transition is None or world.transition.phase in ("released", "aborted")
+    is_last = world.layout == plan.after
+    assert (done.phase, done.error.code if done.error else "") == (
+        ("done", "") if is_last else ("aborted", "device_lost")
+    )
+
+
+def test_a_rebalance_ends_where_a_device_is_lost() -> None:
+    world = World(UP.before, {0: 9, 1: 0})
+    done = world.run(without_lost(operation_of(None), (1,)))
+    assert (done.phase, world.log) == ("done", [])
+
+
+def test_lost_devices_are_known_however_many_operations_have_been_forgotten() -> None:
+    def planned(after: dict[str, int]) -> Planned:
+        devices = {name: DeviceChange(0, 0, 0, 0, handles, 0) for name, handles in after.items()}
+        return msgspec.structs.replace(planned_of(UP, SIZES), devices=devices)
+
+    def begun(operation: Operation, order: bytes, after: dict[str, int]) -> Operation:
+        lost = lost_devices(None, [operation])
+        return accept(parse_scale(order, 9.0), "op", UP, planned(after), 0.0, lost)
+
+    first = accept(parse_scale(b'{"replicas": 3}', 9.0), "op", UP, planned({"host:1": 4}), 0.0)
+    lost = begun(first, b'{"remove": ["r1"], "lost": true}', {"host:0": 4, "host:1": 0})
+    assert lost_devices(lost, [first]) == {"host:1"}
+    assert lost_devices(None, [msgspec.structs.replace(lost, phase="aborted"), first]) == set()
+    rebalance = accept(Order("", Request(), None), "op", None, None, 0.0, lost_devices(None, [lost]))
+    assert lost_devices(None, [rebalance]) == {"host:1"}
+    shrunk = begun(rebalance, b'{"remove": ["r2"]}', {"host:0": 4, "host:2": 0})
+    assert lost_devices(None, [shrunk]) == {"host:1"}, "who leaves loses nothing"
+    back = begun(shrunk, b'{"devices": ["host:0", "host:1"]}', {"host:0": 4, "host:1": 4})
+    assert lost_devices(None, [back]) == set()
+    assert lost_devices(None, []) == set()
