@@ -104,8 +104,9 @@ class Server(Generic[T]):
         self._poller.register(fd, POLLIN)
 
     def unwatch(self, fd: int) -> None:
-        """Undo `watch`."""
-        self._poller.unregister(fd)
+        """Undo `watch`. Idempotent."""
+        if fd in self._poller:
+            self._poller.unregister(fd)
 
     def poll(self, timeout_ms: int) -> set[int]:
         """Wait until a message or a watched descriptor is ready, at most `timeout_ms`.

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import uvloop
 
+from common import failpoint
 from common.config import RouterConfig, load, make_run_dirs
 from common.layout import Layout
 from common.protocol.errors import ElasticMoEError
@@ -55,6 +56,7 @@ def main() -> int:
     try:
         config = load(RouterConfig)
         make_run_dirs(config)
+        failpoint.enable(config.failpoint_dir, "router")
         uvloop.run(_serve(config))
     except ElasticMoEError as error:
         print(f"elasticmoe-router: {describe(error)}", file=sys.stderr)

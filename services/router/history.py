@@ -66,9 +66,9 @@ class History:
         """Hand what was recorded to the operating system."""
         if self._fd < 0 or not self._lines:
             return
-        lines, self._lines = self._lines, []
         try:
-            os.write(self._fd, b"".join(lines))
+            os.write(self._fd, b"".join(self._lines))
+            self._lines.clear()  # not before: where there is no memory for the whole, it is written later
         except OSError as error:
             log.error("history is no longer recorded", error=error.strerror)
             self._close()
@@ -80,6 +80,7 @@ class History:
         self._close()
 
     def _close(self) -> None:
+        self._lines.clear()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -107,7 +107,11 @@ class RankLink:
     async def run(self, handle: Callable[[RankLink, Received[ToRouter], float], None]) -> None:
         """Give every message to `handle`, for ever. One that it cannot digest is logged and dropped."""
         while True:
-            received = await self._client.receive()
+            try:
+                received = await self._client.receive()
+            except MemoryError:  # as if it had been lost on its way
+                log.error("no memory for a message", rank=self.rank)
+                continue
             try:
                 handle(self, received, time.monotonic())
             except Exception:

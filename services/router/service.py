@@ -49,7 +49,16 @@ class LayoutSource(Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handling, which would end requests that may still run."""
+    """uvicorn without its signal handling, which would end requests that may still run, and whose loop, which looks
+    only whether it shall end, goes on where it finds no memory."""
+
+    async def main_loop(self) -> None:
+        """Until it shall end."""
+        while True:
+            try:
+                return await super().main_loop()
+            except MemoryError:
+                log.error("the listener's loop found no memory")
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from common import failpoint
 from common.config import PoolConfig, load, make_run_dirs
 from common.protocol.errors import ElasticMoEError
 from common.telemetry import setup_logging
@@ -16,6 +17,7 @@ def main() -> int:
     try:
         config = load(PoolConfig)
         make_run_dirs(config)
+        failpoint.enable(config.failpoint_dir, "pool")
         setup_logging("worker", level=config.log_level, as_json=config.log_json)
         Pool(config).run()
     except ElasticMoEError as error:

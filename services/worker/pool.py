@@ -20,6 +20,7 @@ from types import FrameType
 import msgspec
 
 from common.config import PoolConfig
+from common.failpoint import failpoint
 from common.fence import Fence
 from common.protocol import pool as pool_messages
 from common.protocol.codec import Codec, Message, Received, encode
@@ -41,6 +42,7 @@ STOP_GRACE_S = 10.0
 STANDBY_FAILURES_MAX = 5  # in a row, before the pool gives up
 STANDBY_SETTLED_S = 30.0  # whoever lived longer did not die of its start
 STANDBY_BACKOFF_S = 0.2
+SHORTAGE_S = 0.05
 
 
 class Child:
@@ -89,13 +91,21 @@ class Pool:
         signal.signal(signal.SIGINT, self.stop)
         try:
             while not self._stopping:
-                self._fork_standbys()
-                self._wait(POLL_MS)
-                self._take_messages()
-                self._reap()
+                try:
+                    self._turn()
+                except MemoryError:  # the pool's end would be the end of all its ranks; a turn can be taken again
+                    log.error("a turn found no memory")
+                    time.sleep(SHORTAGE_S)
         finally:
             self._stop_all()
             self._server.close()
+
+    def _turn(self) -> None:
+        failpoint("pool.turn")
+        self._fork_standbys()
+        self._wait(POLL_MS)
+        self._take_messages()
+        self._reap()
 
     # ---- children -------------------------------------------------------------------------------------------------
 
@@ -110,13 +120,26 @@ class Pool:
         ours, theirs = context.Pipe()
         settings = msgspec.json.encode(self._config)
         process = context.Process(target=standby_main, args=(theirs, settings), daemon=False)
-        process.start()
-        theirs.close()
-        child = Child(process, ours)
-        self._children.append(child)
-        self._server.watch(process.sentinel)
-        self._server.watch(child.pipe_fd)
+        try:
+            process.start()
+            theirs.close()
+            child = Child(process, ours)
+            self._server.watch(process.sentinel)
+            self._server.watch(child.pipe_fd)
+            self._children.append(child)
+        except MemoryError:
+            self._abandon(process, ours)
+            raise
         return child
+
+    def _abandon(self, process: multiprocessing.process.BaseProcess, pipe: Connection) -> None:
+        """End a process that did not become a child: one that has begun sees its pipe close."""
+        self._server.unwatch(pipe.fileno())
+        pipe.close()
+        if process.pid is not None:
+            self._server.unwatch(process.sentinel)
+            process.kill()
+            process.join()
 
     def _wait(self, timeout_ms: int) -> None:
         timers = [child.kill_at for child in self._children if child.kill_at is not None]
@@ -164,11 +187,11 @@ class Pool:
                 self._on_rank_exit(child, child.seat)
 
     def _forget(self, child: Child) -> None:
-        self._children.remove(child)
         self._server.unwatch(child.process.sentinel)
         if not child.pipe.closed:
             self._close_pipe(child)
         child.process.join()
+        self._children.remove(child)  # last: what fails before is done again
 
     def _close_pipe(self, child: Child) -> None:
         self._server.unwatch(child.pipe_fd)

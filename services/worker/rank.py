@@ -168,6 +168,7 @@ class Rank:
     # ---- one turn -------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
+        failpoint("rank.turn")
         started = time.perf_counter_ns()
         now = time.monotonic()
         self._take_messages(now)

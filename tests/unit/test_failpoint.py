@@ -46,6 +46,22 @@ def test_raises_the_error_of_the_code_once(points: Failpoints) -> None:
     assert raised.value.code == "some_code"
 
 
+def test_starves_one_allocation(points: Failpoints) -> None:
+    testing = pytest.importorskip("_testcapi")
+    points.arm("a", "starve 50")
+
+    def allocate() -> int:
+        failpoint.failpoint("a")
+        return len([[number] for number in range(100)])
+
+    try:
+        with pytest.raises(MemoryError):
+            allocate()
+        assert allocate() == 100
+    finally:
+        testing.remove_mem_hooks()
+
+
 def test_only_the_named_process_stops(points: Failpoints) -> None:
     points.arm("a@r0t0", "raise x", is_optional=True)
     failpoint.failpoint("a")
