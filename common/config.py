@@ -74,7 +74,7 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     block_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     kv_bytes: Bytes = 256 * 1024 * 1024
     max_model_len: Annotated[int, Meta(ge=2, le=1_048_576)] = 2048
-    max_tokens_per_step: Annotated[int, Meta(ge=1, le=65_536)] = 256
+    max_tokens_per_step: Annotated[int, Meta(ge=1, le=65_536)] = 128
     max_sequences: Annotated[int, Meta(ge=1, le=65_536)] = 64
 
     @property
