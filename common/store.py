@@ -139,8 +139,8 @@ class Store:
     """
 
     def __init__(self, url: str, deployment: str, client: str = "") -> None:
-        """`client`: what the server calls its connections (CLIENT LIST). Raises ConfigError for a URL that cannot be
-        read; connects at the first call."""
+        """`client`: what the server calls its connections (CLIENT LIST; the user must be allowed CLIENT SETNAME).
+        Raises ConfigError for a URL that cannot be read; connects at the first call."""
         self._url, self._deployment = url, deployment
         try:
             self._redis = redis.Redis.from_url(

@@ -92,17 +92,21 @@ class CommitLayout(Message, frozen=True):
 
 class ReleaseLayout(Message, frozen=True):
     """The ranks have flipped: give back what only the old layout used, and make KV of it. Refused (`not_flipped`)
-    before. Answered by Ack at once, then watched with GetHmmStatus; idempotent."""
+    before. `gone`: slots whose devices are lost, and in which no rank lives or will: an HMM that has restarted does not
+    wait for theirs to resume. Answered by Ack at once, then watched with GetHmmStatus; idempotent."""
 
     op_id: OpId
+    gone: tuple[Slot, ...] = ()
 
 
 class AbortLayout(Message, frozen=True):
     """Give up a layout that was staged, or could not be, and is not committed: give back all that only it uses, and
     make the KV that was vacated for it again. Refused (`still_attached`) while a rank of a new seat is attached,
-    (`committed`) after the commit. Answered by Ack at once, then watched with GetHmmStatus; idempotent."""
+    (`committed`) after the commit. `gone`: as of ReleaseLayout. Answered by Ack at once, then watched with
+    GetHmmStatus; idempotent."""
 
     op_id: OpId
+    gone: tuple[Slot, ...] = ()
 
 
 class CopyBlocks(Message, frozen=True):

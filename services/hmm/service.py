@@ -224,9 +224,9 @@ class Hmm:
         elif isinstance(body, CommitLayout):
             self._transitions.commit(body.op_id)
         elif isinstance(body, ReleaseLayout):
-            self._transitions.release(body.op_id)
+            self._transitions.release(body.op_id, body.gone)
         elif isinstance(body, AbortLayout):
-            self._transitions.abort(body.op_id)
+            self._transitions.abort(body.op_id, body.gone)
         return Ack()
 
     def _load_model(self, request: LoadModel) -> None:

@@ -130,9 +130,10 @@ class Transitions:
         self._enter("committed")
         self._members.stage(transition.after)
 
-    def release(self, op_id: str) -> None:
+    def release(self, op_id: str, gone: tuple[int, ...] = ()) -> None:
         """ReleaseLayout. Raises Conflict `not_flipped`."""
         transition = self._named(op_id)
+        self._unseen -= set(gone)
         if transition.phase in ("releasing", "released"):
             return
         if transition.phase != "committed" or not self._members.has_flipped(transition.after):
@@ -141,9 +142,10 @@ class Transitions:
         self._enter("releasing")
         self.advance()
 
-    def abort(self, op_id: str) -> None:
+    def abort(self, op_id: str, gone: tuple[int, ...] = ()) -> None:
         """AbortLayout. Raises Conflict `committed` or `still_attached`."""
         transition = self._named(op_id)
+        self._unseen -= set(gone)
         if transition.phase in ("aborting", "aborted"):
             return
         if transition.phase in ("committed", "releasing", "released"):

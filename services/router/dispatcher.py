@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from common.failpoint import failpoint
@@ -194,12 +195,12 @@ class Dispatcher:
         if not (error.retryable and is_bounded and now < stream.deadline):
             self._fail(stream, error)
             return
-        self._release(stream, tell_rank=True)
-        stream.restart(f"{stream.name}~{stream.num_submits}", now)
-        others = [candidate for candidate in self.candidates(now) if candidate.rank != avoid]
         try:
+            self._release(stream, tell_rank=True)
+            stream.restart(f"{stream.name}~{stream.num_submits}", now)
+            others = [candidate for candidate in self.candidates(now) if candidate.rank != avoid]
             link = self._submit(stream, others)
-        except Unavailable:
+        except (Unavailable, MemoryError):  # it is in no table now: nobody would come back to it
             self._fail(stream, error)
             return
         self._metrics.resubmitted.inc()
@@ -363,7 +364,9 @@ class Dispatcher:
                 self.tick(time.monotonic())
                 await asyncio.sleep(TICK_S)
             except MemoryError:  # the router's end would break all its connections; the next tick looks at all of it
-                log.error("a tick found no memory")
+                with suppress(MemoryError):
+                    log.error("a tick found no memory")
+                    await asyncio.sleep(TICK_S)
 
     def close(self) -> None:
         """End what still runs and close the links. Idempotent."""

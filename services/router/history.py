@@ -20,6 +20,7 @@ from common.telemetry import get_logger
 log = get_logger("router")
 
 _LINES_HELD_MAX = 256
+_LINES_KEPT_MAX = 16 * _LINES_HELD_MAX  # where they cannot be written
 
 
 class History:
@@ -69,6 +70,9 @@ class History:
         try:
             os.write(self._fd, b"".join(self._lines))
             self._lines.clear()  # not before: where there is no memory for the whole, it is written later
+        except MemoryError:
+            if len(self._lines) > _LINES_KEPT_MAX:
+                self._lines.clear()
         except OSError as error:
             log.error("history is no longer recorded", error=error.strerror)
             self._close()

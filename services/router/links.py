@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from common.layout import RankId
@@ -24,6 +25,7 @@ from services.router.streams import Stream
 log = get_logger("router")
 
 WATCH_EVERY_S = 1.0  # a rank that has been silent for this long is asked
+AFTER_SHORTAGE_S = 0.01
 WATCH_BUSY_S = 0.25  # and one that has streams: another process may be in its place, which does not know this router
 
 
@@ -110,7 +112,9 @@ class RankLink:
             try:
                 received = await self._client.receive()
             except MemoryError:  # as if it had been lost on its way
-                log.error("no memory for a message", rank=self.rank)
+                with suppress(MemoryError):
+                    log.error("no memory for a message", rank=self.rank)
+                    await asyncio.sleep(AFTER_SHORTAGE_S)
                 continue
             try:
                 handle(self, received, time.monotonic())

@@ -35,6 +35,7 @@ log = get_logger("router")
 
 DRAIN_S = 30.0
 LAYOUT_RETRY_S = 0.5
+AFTER_SHORTAGE_S = 0.01
 SPARE_CONNECTIONS = 256  # beyond those of running requests: idle ones, health checks, bodies on their way
 
 
@@ -58,7 +59,9 @@ class _Server(uvicorn.Server):
             try:
                 return await super().main_loop()
             except MemoryError:
-                log.error("the listener's loop found no memory")
+                with contextlib.suppress(MemoryError):
+                    log.error("the listener's loop found no memory")
+                    await asyncio.sleep(AFTER_SHORTAGE_S)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -105,6 +105,9 @@ def _decide_ranks(layout: Layout, seen: Observed, hmm: HmmStatus, pool: PoolStat
         free = [seat for seat in empty if seat.device not in attached]
         starts = tuple(Start(seat) for seat in free[: pool.num_startable])
         return Decision(starts, _waiting(seen), f"seats {_names(empty)} have no rank; {pool.standby} standbys")
+    if lost and _is_flipping(hmm) and not hmm.running:
+        # Nobody steps, so nobody can flip, and not all can be let step: what was committed is in force all the same.
+        return Decision((Publish(False),), _waiting(seen), f"layout {layout.epoch} is in force; nobody steps by it yet")
     if lost:
         return Decision((), _waiting(seen), f"the devices of {_names(lost)} are lost; the layout goes on without them")
     if not ready:

@@ -249,9 +249,9 @@ class Driver:
         elif isinstance(action, Commit):
             self._links.tell_hmm(to_hmm.CommitLayout(action.op_id))
         elif isinstance(action, Release):
-            self._links.tell_hmm(to_hmm.ReleaseLayout(action.op_id))
+            self._links.tell_hmm(to_hmm.ReleaseLayout(action.op_id, action.gone))
         elif isinstance(action, Abort):
-            self._links.tell_hmm(to_hmm.AbortLayout(action.op_id))
+            self._links.tell_hmm(to_hmm.AbortLayout(action.op_id, action.gone))
         elif isinstance(action, StartSeat):
             self._links.start(action.seat, action.epoch)
         elif isinstance(action, StopSeat):

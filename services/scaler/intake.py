@@ -8,15 +8,18 @@ from collections.abc import Callable, Sequence
 
 from common.config import ScalerConfig
 from common.model_spec import ModelSpec
-from common.protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
 from common.protocol.scaler import HmmStatus
+from common.telemetry import get_logger
 from services.scaler import orders
 from services.scaler.decisions import PlanMade
 from services.scaler.desk import Accepted, Cancel, Later
 from services.scaler.driver import Driver, Tell
-from services.scaler.operation import Operation
+from services.scaler.operation import Operation, Request
 from services.scaler.plan import Plan, Rates, Target, sizes_of
 from services.scaler.transition import without_lost
+
+log = get_logger("scaler")
 
 
 class Intake:
@@ -30,6 +33,7 @@ class Intake:
         self._driver = driver
         self._room = room
         self._tell = tell
+        self._why_not = ""  # `go_on` could not begin
 
     def take(self, order: orders.Order | Cancel, hmm: HmmStatus | None, *, ever_served: bool) -> Accepted:
         """Carry an order out, with what the HMM said last. Raises its refusal, or Later."""
@@ -44,15 +48,16 @@ class Intake:
             try:
                 known = orders.repeated(order, driver.operation, driver.ended)
             except orders.Running as running:
+                self._check_room()
                 self._give_way(order, hmm, running)
                 raise
             if known is not None:
                 return Accepted(known)
-        if not ever_served:
+        is_lost = order.target is not None and order.target.is_lost
+        if not ever_served and not is_lost:  # it may be the lost device for which nothing is served
             raise Unavailable("the deployment does not serve yet", code="not_ready")
         if not order.is_dry_run:
-            for check in self._room:
-                check()
+            self._check_room()
         op_id = order.op_id or f"op-{uuid.uuid4().hex[:12]}"
         if order.target is None:
             operation = orders.accept(order, op_id, None, None, time.time(), self._lost())
@@ -64,26 +69,61 @@ class Intake:
         driver.begin(operation, made)
         return Accepted(operation)
 
+    def go_on(self, hmm: HmmStatus | None) -> None:
+        """Where lost devices are still in the layout and no operation runs, because the last one gave way and nobody's
+        order followed: begin the one that leaves them out. Called in every turn; does nothing as a rule."""
+        if self._driver.operation is not None or hmm is None or hmm.layout is None:
+            return
+        slots = self.lost_slots(hmm)
+        if not slots:
+            return
+        remove = tuple(sorted({seat.rank.replica for seat in hmm.layout.seats if seat.slot in slots}))
+        request = Request(remove=remove, reason="a device was lost meanwhile", is_lost=True)
+        order = orders.Order("", request, Target(remove=remove, is_lost=True))
+        try:
+            self.take(order, hmm, ever_served=True)
+            self._why_not = ""
+        except ElasticMoEError as error:
+            if error.message != self._why_not:
+                self._why_not = error.message
+                log.error("a lost device cannot be left out", code=error.code, because=error.message)
+                self._tell("loss_refused", error.message, code=error.code)
+
+    def lost_slots(self, hmm: HmmStatus | None) -> frozenset[int]:
+        """Slots whose devices have been lost, and which an operation leaves out or is about to: no rank is seated
+        there."""
+        if self._driver.operation is not None:
+            return frozenset(seat.slot for seat in self._driver.operation.lost)
+        lost = self._driver.ended[0].lost_meanwhile if self._driver.ended else ()
+        seats = hmm.layout.seats if hmm is not None and hmm.layout is not None else ()
+        return frozenset(seat.slot for seat in seats if seat.device in lost)
+
+    def _check_room(self) -> None:
+        for check in self._room:
+            check()
+
     def _give_way(self, order: orders.Order, hmm: HmmStatus | None, running: orders.Running) -> None:
         """The loss of a device does not wait for the operation in progress, which may wait for that very device: let it
         end with a layout that is complete, and the order be tried again. Raises Later; returns for other orders."""
         current = self._driver.operation
         if order.target is None or not order.target.is_lost or current is None:
             return
-        lost = set(order.target.remove or ())
-        known = set(current.request.remove or ()) if current.request.is_lost else set()
-        if lost <= known:
+        orders.memory_of(hmm)  # raises
+        assert hmm is not None, "its memory is known"
+        assert hmm.layout is not None, "its memory is known"
+        remove = set(order.target.remove or ())
+        devices = {seat.device for seat in hmm.layout.seats if seat.rank.replica in remove}
+        if devices and devices <= set(current.lost_meanwhile):
+            raise Later(running)
+        if current.request.is_lost and remove <= set(current.request.remove or ()):
             return  # it does that already
         self._plan(order, "", order.target, hmm)  # raises: an order that cannot be carried out ends no other
-        assert hmm is not None, "there is a plan"
-        assert hmm.layout is not None, "there is a plan"
-        missing = {seat.rank.replica for seat in hmm.layout.seats} & known - lost
+        missing = {seat.rank.replica for seat in current.lost if seat in hmm.layout.seats} - remove
         if missing:
             text = f"operation {current.op_id} leaves out r{min(missing)} as lost: name it too"
             raise Conflict(text, code=running.code)
-        if not lost <= set(current.lost_meanwhile):
-            self._driver.replace(without_lost(current, tuple(sorted(lost))))
-            self._tell("operation_gives_way", "a device was lost meanwhile", op_id=current.op_id)
+        self._driver.replace(without_lost(current, devices))
+        self._tell("operation_gives_way", "a device was lost meanwhile", op_id=current.op_id)
         raise Later(running)
 
     def _plan(

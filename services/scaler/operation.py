@@ -101,7 +101,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
     `plan`: None for a rebalance, and when it is over. `attempt`: of staging this leg. `clock`: the monotonic reading
     that `elapsed_s` and `phase_s` (seconds since it was accepted, and in this phase) were counted to; None after a
-    restart. `lost_before`: devices that had been lost when it was accepted. `lost_meanwhile`: replicas whose devices
+    restart. `lost_before`: devices that had been lost when it was accepted. `lost_meanwhile`: devices that
     have been lost since: it is given up, or ends with this leg, for an operation that leaves them out. `committed_s`,
     `flipped_s`, `moves_s`: `elapsed_s` when this leg's commit was first sent or seen, when it was seen to have flipped,
     when sequences were last told to move. `ahead`: what is got ready for this attempt's joining ranks, once that has
@@ -129,7 +129,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     is_cancelled: bool = False
     is_late: bool = False
     lost_before: tuple[str, ...] = ()
-    lost_meanwhile: tuple[int, ...] = ()
+    lost_meanwhile: tuple[str, ...] = ()
     retry_s: float = 0.0
     committed_s: float | None = None
     flipped_s: float | None = None
@@ -171,7 +171,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         if not self.lost_meanwhile:
             return gone
         seats = {*self.layout_before().seats, *self.current_leg().layout.seats}
-        found = {*gone, *(seat for seat in seats if seat.rank.replica in self.lost_meanwhile)}
+        found = {*gone, *(seat for seat in seats if seat.device in self.lost_meanwhile)}
         return tuple(sorted(found, key=lambda seat: seat.rank))
 
     @property
@@ -229,15 +229,17 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
-    """Let the HMM give back what only the old layout used."""
+    """Let the HMM give back what only the old layout used. `gone`: slots of lost devices, without a rank."""
 
     op_id: str
+    gone: tuple[int, ...] = ()
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Let the HMM give back what was staged."""
+    """Let the HMM give back what was staged. `gone` as of Release."""
 
     op_id: str
+    gone: tuple[int, ...] = ()
 
 
 class StopSeat(msgspec.Struct, frozen=True, tag=True):

@@ -181,20 +181,19 @@ def cancelled(op_id: str, current: Operation | None, ended: Sequence[Operation])
 
 
 def lost_devices(current: Operation | None, ended: Sequence[Operation]) -> set[str]:
-    """Devices that replicas lost and none has come to since. Each operation keeps what was lost before it, so the
-    newest one tells, however many have been forgotten."""
+    """Devices that have been lost and to which no replica has come since. Each operation keeps what was lost before it,
+    so the newest one tells, however many have been forgotten."""
     newest = current or (ended[0] if ended else None)
     if newest is None:
         return set()
     lost = set(newest.lost_before)
-    if newest.planned is None or newest.phase == "aborted":
-        return lost
-    for device, change in newest.planned.devices.items():
+    changes = newest.planned.devices if newest.planned is not None and newest.phase != "aborted" else {}
+    for device, change in changes.items():
         if change.kv_handles_after:
             lost.discard(device)
         elif newest.request.is_lost:
             lost.add(device)
-    return lost
+    return lost | set(newest.lost_meanwhile)
 
 
 def memory_of(hmm: HmmStatus | None) -> Memory:

@@ -132,6 +132,7 @@ class Scaler:
         if hmm is not None and hmm.phase != "loading":
             self._layout = layout
         self.desk.serve(self._handle)
+        self._intake.go_on(hmm)
         observed = self._observe(hmm, pool)
         decision = decide(layout, observed)
         if decision.reason != self._last_reason:
@@ -146,7 +147,7 @@ class Scaler:
         self._links.wait(TURN_S if is_busy else IDLE_TURN_S)
 
     def _observe(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> Observed:
-        now, operation = time.monotonic(), self._driver.operation
+        now = time.monotonic()
         is_committed = hmm is not None and hmm.transition is not None and hmm.transition.phase == "committed"
         if not is_committed:
             self._committed_since = None
@@ -162,7 +163,7 @@ class Scaler:
             is_backing_off=now < self._backoff_until,
             last_exit=self._last_exit,
             committed_for_s=now - self._committed_since if self._committed_since is not None else 0.0,
-            lost=frozenset(seat.slot for seat in operation.lost) if operation is not None else frozenset(),
+            lost=self._intake.lost_slots(hmm),
         )
 
     def _eject(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> None:
@@ -199,8 +200,7 @@ class Scaler:
 
     def _recent_exits(self, now: float) -> int:
         """Of the seat whose ranks died most often in the window, of those that are to be filled again."""
-        window_s, operation = self._config.rank_restarts_window_s, self._driver.operation
-        lost = {seat.slot for seat in operation.lost} if operation is not None else set()
+        window_s, lost = self._config.rank_restarts_window_s, self._intake.lost_slots(self._hmm)
         slots = set(self._layout.slots if self._layout is not None else self._exits) - lost
         return max((sum(now - at < window_s for at in self._exits.get(slot, ())) for slot in slots), default=0)
 

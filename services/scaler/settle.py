@@ -21,6 +21,7 @@ from services.scaler.steps import (
     Step,
     empty_leavers,
     enter,
+    gone,
     names,
     ours,
     stay,
@@ -184,8 +185,8 @@ def release(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
         return stay(operation, "the HMM has no transition of this leg", *actions)
     if transition.phase == "released":
         return _finish_leg(operation, "released") if not left else stay(operation, "ranks end", *actions)
-    if transition.phase == "flipped":
-        actions.append(Release(operation.stage_id))
+    if transition.phase == "flipped" or operation.lost:
+        actions.append(Release(operation.stage_id, gone(operation, seen)))
     ending = f"; ranks {names(left)} end" if left else ""
     return stay(operation, f"the HMM gives back what only the old layout used{ending}", *actions)
 

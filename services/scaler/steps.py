@@ -117,6 +117,11 @@ def end_lost(operation: Operation, seen: Seen) -> list[Action]:
     return [StopSeat(operation.stage_id, seat.rank, ranks[seat.slot].incarnation) for seat in seats]
 
 
+def gone(operation: Operation, seen: Seen) -> tuple[int, ...]:
+    """Slots of lost devices in which no rank lives."""
+    return tuple(seat.slot for seat in operation.lost if seen.pool is not None and seat.slot not in seen.ranks)
+
+
 def take_back(op_id: str, seats: Iterable[Seat], seen: Seen) -> tuple[Action, ...]:
     """Tell the ranks of these seats that say that they leave to stay."""
     leaving = [seat for seat in seats if seat.slot in seen.loads and seen.loads[seat.slot].is_leaving]

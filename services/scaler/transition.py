@@ -10,6 +10,7 @@ is only forward, also without a store.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -42,6 +43,7 @@ from services.scaler.steps import (
     empty_leavers,
     end_lost,
     enter,
+    gone,
     names,
     ours,
     stay,
@@ -83,11 +85,10 @@ def cancel(operation: Operation) -> Operation:
     return msgspec.structs.replace(operation, is_cancelled=True)
 
 
-def without_lost(operation: Operation, replicas: tuple[int, ...]) -> Operation:
-    """The devices of these replicas have been lost: let the operation end where a layout is complete, before or after
-    its present leg, so that the one that leaves them out can begin."""
-    lost = tuple(sorted({*operation.lost_meanwhile, *replicas}))
-    return msgspec.structs.replace(operation, lost_meanwhile=lost)
+def without_lost(operation: Operation, devices: Iterable[str]) -> Operation:
+    """These devices have been lost: let the operation end where a layout is complete, before or after its present leg,
+    so that the one that leaves them out can begin."""
+    return msgspec.structs.replace(operation, lost_meanwhile=tuple(sorted({*operation.lost_meanwhile, *devices})))
 
 
 def can_cancel(operation: Operation) -> bool:
@@ -127,7 +128,7 @@ def _before_flip(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
         return _stage(operation, seen, hmm)
     if transition.phase == "failed":
         why = transition.error.message if transition.error else "staging failed"
-        return stay(operation, f"{why}; it is staged again", Abort(transition.op_id))
+        return stay(operation, f"{why}; it is staged again", Abort(transition.op_id, gone(operation, seen)))
     if transition.phase == "aborting":
         return stay(operation, "the HMM gives the staged layout up")
     if transition.phase == "aborted":
@@ -143,8 +144,8 @@ def _failure(operation: Operation, seen: Seen, transition: TransitionStatus | No
         have, want = seen.hmm.layout.epoch, before.epoch
         return Refused(LAYOUT_CHANGED, f"layout {have} is in force and not the layout {want} that was planned from")
     if operation.lost_meanwhile:
-        whose = ", ".join(f"r{replica}" for replica in operation.lost_meanwhile)
-        return Refused(DEVICE_LOST, f"given up before leg {operation.leg + 1}: the devices of {whose} were lost", True)
+        lost = ", ".join(operation.lost_meanwhile)
+        return Refused(DEVICE_LOST, f"given up before leg {operation.leg + 1}: {lost} was lost", True)
     if operation.is_cancelled:
         return Refused("cancelled", "cancelled by the operator")
     if operation.elapsed_s > operation.deadline_s:
@@ -277,7 +278,8 @@ def _abort(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if joiners and seen.pool is not None:
         return stay(operation, f"ranks {names(joiners)} end", *stops)
     if transition and transition.phase not in OVER:
-        abort = () if transition.phase == "aborting" else (Abort(operation.stage_id),)
+        is_told = transition.phase == "aborting" and not operation.lost
+        abort = () if is_told else (Abort(operation.stage_id, gone(operation, seen)),)
         return stay(operation, "the HMM gives the staged layout up", *abort)
     ends, is_ahead = end_ahead(operation, seen.loads)
     back = take_back(operation.stage_id, leg.leaving, seen)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from types import FrameType
@@ -94,7 +95,8 @@ class Pool:
                 try:
                     self._turn()
                 except MemoryError:  # the pool's end would be the end of all its ranks; a turn can be taken again
-                    log.error("a turn found no memory")
+                    with suppress(MemoryError):
+                        log.error("a turn found no memory")
                     time.sleep(SHORTAGE_S)
         finally:
             self._stop_all()
@@ -160,6 +162,9 @@ class Pool:
         except (EOFError, OSError):
             self._close_pipe(child)
             return
+        except MemoryError:  # what it said is lost: it ends, and another one says it
+            self._close_pipe(child)
+            raise
         except ProtocolError as error:
             log.warning("bad report", pid=child.pid, because=error.message)
             return

@@ -10,7 +10,7 @@ from services.scaler.operation import DeviceChange, Operation, Planned, Request
 from services.scaler.orders import Order, accept, lost_devices, parse_scale, planned_of
 from services.scaler.plan import Plan, Sizes
 from services.scaler.transition import can_cancel, without_lost
-from tests.unit.transitions import DOWN, UP, World, operation_of
+from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 
 PHASES = ("prepare", "commit", "migrate", "release")
 SIZES = Sizes(100, (10,), (7,))
@@ -58,7 +58,7 @@ def test_where_a_device_is_lost_it_ends_with_the_next_whole_layout(
     operation = world.run_to(operation_of(plan), phase, leg)
     whole = (operation.layout_before(), operation.current_leg().layout)
     starts = world.starts
-    operation = without_lost(operation, (victim,))
+    operation = without_lost(operation, (DEVICES[victim],))
     if is_dead:
         world.end(victim)
     world.running[victim] = 0  # what the world asserts of ranks that leave: nothing of theirs goes on
@@ -75,7 +75,7 @@ def test_where_a_device_is_lost_it_ends_with_the_next_whole_layout(
 
 def test_a_rebalance_ends_where_a_device_is_lost() -> None:
     world = World(UP.before, {0: 9, 1: 0})
-    done = world.run(without_lost(operation_of(None), (1,)))
+    done = world.run(without_lost(operation_of(None), (DEVICES[1],)))
     assert (done.phase, world.log) == ("done", [])
 
 
@@ -98,4 +98,6 @@ def test_lost_devices_are_known_however_many_operations_have_been_forgotten() ->
     assert lost_devices(None, [shrunk]) == {"host:1"}, "who leaves loses nothing"
     back = begun(shrunk, b'{"devices": ["host:0", "host:1"]}', {"host:0": 4, "host:1": 4})
     assert lost_devices(None, [back]) == set()
+    late = msgspec.structs.replace(back, lost_meanwhile=("host:1",))
+    assert lost_devices(None, [late]) == {"host:1"}, "also where the operation had come to its end by then"
     assert lost_devices(None, []) == set()
