@@ -1,11 +1,12 @@
-"""What `elasticmoe chaos` does to a deployment: drawn from a seed (pure), and carried out by signals."""
+"""What `elasticmoe chaos` does to a deployment: drawn from a seed (pure), and carried out by signals and orders."""
 
 from __future__ import annotations
 
 import random
 from typing import Any, NamedTuple
 
-KILL, STOP = "kill", "stop"
+KILL, STOP, LOSE = "kill", "stop", "lose"
+DEVICE = "device"  # its rank is stopped, the device told to be lost, and taken again afterwards
 # Process -> for how many seconds it may be stopped; 0: only killed. A rank that is stopped for longer than the
 # scaler's `rank_stall_s` is ejected and never comes back; the others' work must go on meanwhile.
 TARGETS: dict[str, tuple[float, ...]] = {
@@ -17,12 +18,13 @@ TARGETS: dict[str, tuple[float, ...]] = {
     "pool": (2.0,),
     "router": (1.0,),
 }
-WEIGHTS = {"rank": 4, "hmm": 2, "scaler": 2, "store": 2, "keeper": 1, "pool": 1, "router": 1}
+WEIGHTS = {"rank": 4, "hmm": 2, "scaler": 2, "store": 2, "keeper": 1, "pool": 1, "router": 1, DEVICE: 2}
 KILL_SHARE = 0.6
 
 
 class Fault(NamedTuple):
-    """`target`: a process's name, or `rank` for one that `choice` (0 to 1) picks. `seconds`: how long it is stopped."""
+    """`target`: a process's name, or `rank` or `device` for one that `choice` (0 to 1) picks. `seconds`: how long it is
+    stopped."""
 
     after_s: float
     kind: str
@@ -57,7 +59,7 @@ def draw_faults(seed: int, seconds: float, every_s: float) -> list[Fault]:
         pause_s = every_s * rng.uniform(0.7, 1.3)
         at += pause_s
         target = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        kind = KILL if rng.random() < KILL_SHARE else STOP
+        kind = LOSE if target == DEVICE else KILL if rng.random() < KILL_SHARE else STOP
         fault = Fault(pause_s, kind, target, rng.choice(TARGETS[target]) if kind == STOP else 0.0, rng.random())
         if at > seconds:
             return faults

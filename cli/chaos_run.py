@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 from cli.bench.deployment import Deployment
 from cli.bench.http import ask
-from cli.chaos_faults import KILL, Fault, Resize
+from cli.chaos_faults import KILL, LOSE, Fault, Resize
 from cli.chaos_load import Clients
 from cli.chaos_state import findings_of, holdings_of, rank_pids
 
@@ -113,6 +114,9 @@ class Run:
         return max(due, time.monotonic())
 
     async def _do_fault(self, fault: Fault) -> None:
+        if fault.kind == LOSE:
+            await self._lose(fault)
+            return
         name, pid = await self._victim(fault)
         if pid is None:
             self._tell(f"{fault}: it does not run just now")
@@ -126,12 +130,38 @@ class Run:
                 os.kill(pid, signal.SIGCONT)
         except ProcessLookupError:
             pass  # a rank that was ejected meanwhile
-        ended = time.monotonic()
+        await self._note(fault, name, begun, time.monotonic())
+
+    async def _note(self, fault: Fault, name: str, begun: float, ended: float) -> None:
+        """Wait until its effects are over, and keep what it was."""
         await self._recovered(f"{fault} ({name})")
         recovered = time.monotonic()
         self.seen.faults.append((begun, recovered, fault))
         gap = self._clients.tally.longest_gap(begun, recovered)
         self._tell(f"  recovered {recovered - ended:.1f} s later; longest pause of a stream {gap * 1e3:.0f} ms")
+
+    async def _lose(self, fault: Fault) -> None:
+        """Stop a rank, and say that its device is lost, whatever operation is in progress; then take it again."""
+        ranks = await self._ranks()
+        if len(ranks) < 2:
+            self._tell(f"{fault}: there is no other replica just now")
+            return
+        rank = ranks[int(fault.choice * len(ranks))]
+        begun = time.monotonic()
+        self._tell(f"{fault} ({rank['device']}, r{rank['replica']})")
+        try:
+            os.kill(rank["pid"], signal.SIGSTOP)
+        except ProcessLookupError:
+            pass  # it has left, or is about to be replaced
+        if not await self._carry_out({"remove": [rank["replica"]], "lost": True}):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank["pid"], signal.SIGCONT)
+            return
+        await self._note(fault, rank["device"], begun, time.monotonic())
+        async with self._resizing:
+            devices = {entry["device"] for entry in await self._ranks()}
+            if rank["device"] not in devices:
+                await self._carry_out({"devices": sorted({*devices, rank["device"]})})
 
     async def _victim(self, fault: Fault) -> tuple[str, int | None]:
         if fault.target != "rank":
@@ -174,36 +204,44 @@ class Run:
                 await self._scale(body)
 
     async def _present(self) -> list[int]:
+        return sorted(rank["replica"] for rank in await self._ranks())
+
+    async def _ranks(self) -> list[dict[str, Any]]:
         while True:
             try:
-                return sorted(rank["replica"] for rank in (await self._deployment.get("/v1/layout"))["ranks"])
+                ranks = (await self._deployment.get("/v1/layout"))["ranks"]
+                return sorted((rank for rank in ranks if rank["pid"]), key=lambda rank: int(rank["replica"]))
             except ValueError:
                 if self._deployment.record is None:
                     raise
                 await asyncio.sleep(LOOK_S)
 
     async def _scale(self, body: dict[str, Any]) -> None:
-        """One operation to its end, through restarts of the scaler: the same name starts it once."""
         async with self._resizing:
-            op_id, deadline = f"chaos-{uuid.uuid4().hex[:8]}", time.monotonic() + OPERATION_S_MAX
-            self._tell(f"scale {body}")
-            operation: dict[str, Any] = {}
-            while operation.get("phase") not in ("done", "aborted"):
-                if time.monotonic() > deadline:
-                    self.seen.stuck.append(f"{body}: {operation.get('phase', 'not accepted')}")
-                    self._tell(f"  STUCK for {OPERATION_S_MAX:g} s: {body} in {operation.get('phase')}")
-                    return
-                try:
-                    if operation:
-                        operation = await self._deployment.get(f"/v1/operations/{op_id}")
-                    else:
-                        operation = await self._deployment.post("/v1/scale", body | {"op_id": op_id})
-                except ValueError as error:
-                    if "HTTP 422" in str(error):  # what was to be removed has gone
-                        self._tell(f"  refused: {error}")
-                        return
-                    operation = {} if "HTTP 404" in str(error) else operation
-                await asyncio.sleep(LOOK_S)
-            self.seen.operations.append(operation)
-            why = "" if operation["phase"] == "done" else f": {(operation.get('error') or {}).get('message')}"
-            self._tell(f"  {operation['phase']}{why} after {operation['elapsed_s']:.1f} s")
+            await self._carry_out(body)
+
+    async def _carry_out(self, body: dict[str, Any]) -> bool:
+        """One operation to its end, through restarts of the scaler: the same name starts it once. Whether it ended."""
+        op_id, deadline = f"chaos-{uuid.uuid4().hex[:8]}", time.monotonic() + OPERATION_S_MAX
+        self._tell(f"scale {body}")
+        operation: dict[str, Any] = {}
+        while operation.get("phase") not in ("done", "aborted"):
+            if time.monotonic() > deadline:
+                self.seen.stuck.append(f"{body}: {operation.get('phase', 'not accepted')}")
+                self._tell(f"  STUCK for {OPERATION_S_MAX:g} s: {body} in {operation.get('phase')}")
+                return False
+            try:
+                if operation:
+                    operation = await self._deployment.get(f"/v1/operations/{op_id}")
+                else:
+                    operation = await self._deployment.post("/v1/scale", body | {"op_id": op_id})
+            except ValueError as error:
+                if "HTTP 422" in str(error):  # what was to be removed has gone
+                    self._tell(f"  refused: {error}")
+                    return False
+                operation = {} if "HTTP 404" in str(error) else operation
+            await asyncio.sleep(LOOK_S)
+        self.seen.operations.append(operation)
+        why = "" if operation["phase"] == "done" else f": {(operation.get('error') or {}).get('message')}"
+        self._tell(f"  {operation['phase']}{why} after {operation['elapsed_s']:.1f} s")
+        return True

@@ -74,8 +74,9 @@ class Target(msgspec.Struct, frozen=True):
 
 class Rates(msgspec.Struct, frozen=True):
     """What predictions are made from. `link_bytes_per_s`: of one device's link, each way; `copy_bytes_per_s`: limit of
-    all copies together, 0 for none; `handle_s`: seconds to create, export and map one page handle; `warm_up_s`: from a
-    standby's attach to its first step; `step_s`: one step of the engine."""
+    all copies of a leg together, but where replicas join or lost devices are left out, 0 for none; `handle_s`: seconds
+    to create, export and map one page handle; `warm_up_s`: from a standby's attach to its first step; `step_s`: one
+    step of the engine."""
 
     link_bytes_per_s: float = 4e9
     copy_bytes_per_s: float = 0.0

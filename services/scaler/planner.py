@@ -59,6 +59,8 @@ def make_plan(
     for (after, moves), instant in zip(steps, instants, strict=True):
         legs.append(_leg(before, after, moves, instant, lost))
         before = after
+    if target.is_lost:
+        rates = msgspec.structs.replace(rates, copy_bytes_per_s=0.0)  # nobody computes meanwhile
     seconds = sum(
         _predict(leg, moves, instant, rates) for leg, (_, moves), instant in zip(legs, steps, instants, strict=True)
     )
@@ -141,7 +143,7 @@ def _predict(leg: Leg, moves: list[Move], instants: Instants, rates: Rates) -> f
     for seat in leg.joining:
         handles[seat.device] += leg.kv_handles[seat.device]
     copying = max((*egress.values(), *ingress.values()), default=0) / rates.link_bytes_per_s
-    if rates.copy_bytes_per_s:
+    if rates.copy_bytes_per_s and not leg.joining:
         copying = max(copying, leg.bytes_copied / rates.copy_bytes_per_s)
     grown = max(handles - leg.kv_handles[device] for device, handles in leg.kv_handles_after.items())
     seconds = copying + (max(handles.values(), default=0) + max(0, grown)) * rates.handle_s

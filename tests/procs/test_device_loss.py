@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.procs.clients import Load, check_load_against_oracle
@@ -114,11 +115,48 @@ async def test_a_deployment_that_failed_because_ranks_do_not_live_on_a_device_go
     assert deployment.stop().count("error") == 0
 
 
+async def test_a_loss_is_not_forgotten_where_the_scaler_dies_before_it_has_begun_what_follows(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    points = Failpoints(tmp_path / "points")
+    slow = {"copy_bytes_per_s": 100_000, "failpoint_dir": tmp_path / "points"}
+    deployment = deploy("oracle", replicas=3, devices=4, **SETTINGS, **slow)
+    async with Load(deployment.base_url, clients=16, seed=8) as load:
+        await wait_tokens(load)
+        begun, ended = "scaler.leg2.prepare.after", "scaler.aborted.after"
+        points.arm(begun)
+        status, growing = deployment.admin_call("POST", "/v1/scale", {"replicas": 4})
+        assert status == 202, growing
+        await asyncio.to_thread(points.wait_hit, begun)
+        os.kill((await asyncio.to_thread(ranks_of, deployment))["host:1"]["pid"], signal.SIGSTOP)
+        assert await asyncio.to_thread(overwrite, deployment, "host:1") > 1 << 20
+        points.release(begun)
+        points.arm(ended, "die")
+        order = {"remove": ["r1"], "lost": True}
+        with pytest.raises(httpx.HTTPError):
+            await asyncio.to_thread(deployment.admin_call, "POST", "/v1/scale", order)
+
+        def has_been_left_out() -> bool:
+            try:
+                found = deployment.admin("/v1/operations")["operations"]
+                return "host:1" not in ranks_of(deployment) and found[0]["outcome"] == "done"
+            except httpx.HTTPError:
+                return False
+
+        await asyncio.to_thread(wait_until, has_been_left_out, "the deployment goes on without the device", 40.0)
+        after = len(load.streams)
+        await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 32, "streams afterwards", 30.0)
+        await asyncio.to_thread(check_integrity, deployment)
+    points.clear()
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
+    assert deployment.stop().count("error") == 0
+
+
 @pytest.mark.parametrize(
     "point",
     [
         pytest.param("scaler.leg1.prepare.after", marks=pytest.mark.soak),
-        "scaler.send_commit.before",  # the ranks cannot flip then
+        pytest.param("scaler.send_commit.before", marks=pytest.mark.soak),  # the ranks cannot flip then
         "scaler.leg2.prepare.after",
     ],
 )

@@ -458,6 +458,23 @@ def test_what_could_not_be_staged_fails_and_is_given_up(world: World, model: Pat
         (tmp_path / "away").rename(weights)
 
 
+def test_a_new_hmm_waits_for_no_rank_on_a_lost_device(world: World) -> None:
+    world.call(world.request((0, 1, 2)))
+    world.wait("staged")
+    world.wait_prepared(0, 1)
+    world.deployment.kill_hmm()
+    world.ranks.pop(1).close()
+    world.deployment.start_hmm()
+    world.ranks[0].resume(world.deployment)
+    world.deployment.members(0, 1, running=False)
+    world.call(AbortLayout("op-2"))
+    wait_until(lambda: world.transition().phase == "aborting", "it gives back")
+    world.call(AbortLayout("op-2", gone=(1,)))
+    world.wait("aborted")
+    world.wait_prepared(0)
+    world.check_undone()
+
+
 # ---- Joiners
 
 

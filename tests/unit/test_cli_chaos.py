@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cli.chaos import Verdict, judge
-from cli.chaos_faults import KILL, STOP, TARGETS, Fault, Resize, draw_faults, draw_resizes
+from cli.chaos_faults import DEVICE, KILL, LOSE, STOP, TARGETS, Fault, Resize, draw_faults, draw_resizes
 from cli.chaos_load import BROKEN, HUNG, Tally
 from cli.chaos_run import Seen
 from cli.chaos_state import FDS_MORE_MAX, Holdings
@@ -21,8 +21,9 @@ def test_a_seed_gives_the_same_run() -> None:
 def test_half_an_hour_has_every_kind_of_fault_about_every_30_seconds() -> None:
     faults = [fault for seed in range(10) for fault in draw_faults(seed, 1_800, 30)]
     assert 55 <= len(faults) / 10 <= 65
-    assert {fault.target for fault in faults} == set(TARGETS)
-    assert {fault.kind for fault in faults} == {KILL, STOP}
+    assert {fault.target for fault in faults} == {*TARGETS, DEVICE}
+    assert {fault.kind for fault in faults} == {KILL, STOP, LOSE}
+    assert all((fault.target == DEVICE) == (fault.kind == LOSE) for fault in faults)
     assert all((fault.seconds > 0) == (fault.kind == STOP) for fault in faults)
 
 

@@ -222,7 +222,12 @@ def test_predictions_follow_the_rates() -> None:
     limited = make_plan(
         layout, Target(replicas=3), SIZES, memory, DEVICES, Rates(link_bytes_per_s=1e9, copy_bytes_per_s=10)
     )
-    assert limited.seconds > slow.seconds
+    assert slow.seconds > limited.seconds > fast.seconds + 3, "of those that get experts, not of those that join"
+    shrunk, lost = (
+        make_plan(layout, Target(remove=(1,), is_lost=is_lost), SIZES, memory, DEVICES, Rates(copy_bytes_per_s=10))
+        for is_lost in (False, True)
+    )
+    assert shrunk.seconds > lost.seconds + 1, "nobody computes meanwhile, so nobody is spared"
 
 
 def test_sizes_of_another_model_are_a_programming_error() -> None:

@@ -74,6 +74,17 @@ def test_a_seat_whose_device_is_lost_is_not_filled_and_waited_for_by_nobody() ->
     assert decide(LAYOUT, seen(pool=one)).actions == (Start(LAYOUT.seats[1]),)
 
 
+def test_what_was_committed_while_nobody_steps_is_in_force_also_where_a_seat_is_lost() -> None:
+    status = TransitionStatus("op/0.0", 1, "committed", (0, 1), 0, 0, {})
+    parked = msgspec.structs.replace(READY, generation=1, members=(0, 1), transition=status)
+    one, lost = PoolStatus(0, (rank(0, True),)), frozenset({1})
+    assert decide(LAYOUT, seen(hmm=parked, pool=one, lost=lost)).actions == (Publish(False),)
+    running = msgspec.structs.replace(parked, running=True)
+    assert decide(LAYOUT, seen(hmm=running, pool=one, lost=lost)).actions == ()
+    flipped = msgspec.structs.replace(parked, transition=msgspec.structs.replace(status, phase="flipped"))
+    assert decide(LAYOUT, seen(hmm=flipped, pool=one, lost=lost)).actions == ()
+
+
 def test_a_rank_that_dies_again_is_replaced_later() -> None:
     assert decide(LAYOUT, seen(is_backing_off=True)).actions == ()
 
