@@ -43,6 +43,7 @@ STOP_GRACE_S = 10.0
 STANDBY_FAILURES_MAX = 5  # in a row, before the pool gives up
 STANDBY_SETTLED_S = 30.0  # whoever lived longer did not die of its start
 STANDBY_BACKOFF_S = 0.2
+FORK_BACKOFF_S_MAX = 5.0
 SHORTAGE_S = 0.05
 
 
@@ -80,6 +81,7 @@ class Pool:
         self._subscriber: bytes | None = None  # the scaler that asked last: receives events
         self._failures = 0
         self._fork_at = 0.0
+        self._num_unforked = 0  # attempts in a row to start a standby
         self._stopping = False
 
     def stop(self, *_: int | FrameType | None) -> None:
@@ -116,22 +118,37 @@ class Pool:
         while sum(child.seat is None for child in self._children) < self._config.standbys:
             if time.monotonic() < self._fork_at:
                 return
-            self._add_child(self._forks)
+            try:
+                self._add_child(self._forks)
+            except Unavailable as error:  # of a host without memory, processes or descriptors: the ranks live on
+                self._num_unforked += 1
+                self._fork_at = time.monotonic() + min(FORK_BACKOFF_S_MAX, STANDBY_BACKOFF_S * 2**self._num_unforked)
+                log.error("no standby could be started", because=error.message, failures=self._num_unforked)
+                return
+            self._num_unforked = 0
 
     def _add_child(self, context: ForkServerContext | SpawnContext) -> Child:
-        ours, theirs = context.Pipe()
-        settings = msgspec.json.encode(self._config)
-        process = context.Process(target=standby_main, args=(theirs, settings), daemon=False)
+        """Start a process. Raises Unavailable `no_standby` where the system gives none."""
+        try:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=standby_main, args=(theirs, msgspec.json.encode(self._config)))
+        except OSError as error:
+            raise Unavailable(f"no pipe to a process: {error.strerror}", code="no_standby") from None
         try:
             process.start()
-            theirs.close()
             child = Child(process, ours)
             self._server.watch(process.sentinel)
             self._server.watch(child.pipe_fd)
             self._children.append(child)
+        except (OSError, EOFError) as error:  # EOFError: the fork server could not
+            self._abandon(process, ours)
+            text = f"no process could be started: {getattr(error, 'strerror', None) or type(error).__name__}"
+            raise Unavailable(text, code="no_standby") from None
         except MemoryError:
             self._abandon(process, ours)
             raise
+        finally:
+            theirs.close()
         return child
 
     def _abandon(self, process: multiprocessing.process.BaseProcess, pipe: Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -128,6 +129,20 @@ def test_stopping_an_unknown_rank_is_refused(pool: Pool) -> None:
     with pytest.raises(ElasticMoEError, match="no rank") as caught:
         pool.client.call(StopRank(RankId(0, 0), "rank:unknown"), deadline_ms=CALL_MS)
     assert caught.value.code == "unknown_rank"
+
+
+def test_a_pool_that_can_start_no_process_lives_on_and_tries_again(pool: Pool) -> None:
+    pid = pool.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    standbys = [child for child, command in processes_of(pool.run_dir).items() if "forkserver" in command]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), before[1]))
+    os.kill(max(standbys), signal.SIGKILL)
+    log = pool.run_dir / "log"
+    wait_until(lambda: log.read_text().count("no standby could be started") >= 2, "it has tried twice", 30.0)
+    assert pool.status().standby == 1
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    wait_until(lambda: pool.status().standby == 2, "another standby", 30.0)
+    assert pool.process.poll() is None
 
 
 def test_a_dead_standby_is_replaced(pool: Pool) -> None:
