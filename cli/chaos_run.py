@@ -22,6 +22,7 @@ RECOVERED_S_MAX = 30.0  # after the end of a fault
 OPERATION_S_MAX = 180.0
 QUIET_S_MAX = 30.0
 LOOK_S = 0.25
+REFUSED = "refused"
 BLAMELESS_S = 5.0  # connections that break within this time of a router's end are its clients' to repeat
 
 
@@ -67,6 +68,8 @@ class Run:
             await self._recovered("the last fault")
             if len(await self._present()) != replicas:
                 await self._scale({"replicas": replicas})
+            if len(await self._present()) != replicas:
+                self.seen.stuck.append(f"{len(await self._present())} replicas at the end, not {replicas}")
             self._clients.stop()
             await load
         finally:
@@ -153,10 +156,12 @@ class Run:
             os.kill(rank["pid"], signal.SIGSTOP)
         except ProcessLookupError:
             pass  # it has left, or is about to be replaced
-        if not await self._carry_out({"remove": [rank["replica"]], "lost": True}):
+        outcome = await self._carry_out({"remove": [rank["replica"]], "lost": True})
+        if outcome == REFUSED:  # it has left, or was left out
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank["pid"], signal.SIGCONT)
-            return
+        elif outcome != "done":
+            self.seen.stuck.append(f"{rank['device']} was not left out: {outcome or 'stuck'}")
         await self._note(fault, rank["device"], begun, time.monotonic())
         async with self._resizing:
             devices = {entry["device"] for entry in await self._ranks()}
@@ -220,8 +225,9 @@ class Run:
         async with self._resizing:
             await self._carry_out(body)
 
-    async def _carry_out(self, body: dict[str, Any]) -> bool:
-        """One operation to its end, through restarts of the scaler: the same name starts it once. Whether it ended."""
+    async def _carry_out(self, body: dict[str, Any]) -> str:
+        """One operation to its end, through restarts of the scaler: the same name starts it once. The phase that it
+        ended in, REFUSED, or nothing where it did not end."""
         op_id, deadline = f"chaos-{uuid.uuid4().hex[:8]}", time.monotonic() + OPERATION_S_MAX
         self._tell(f"scale {body}")
         operation: dict[str, Any] = {}
@@ -229,7 +235,7 @@ class Run:
             if time.monotonic() > deadline:
                 self.seen.stuck.append(f"{body}: {operation.get('phase', 'not accepted')}")
                 self._tell(f"  STUCK for {OPERATION_S_MAX:g} s: {body} in {operation.get('phase')}")
-                return False
+                return ""
             try:
                 if operation:
                     operation = await self._deployment.get(f"/v1/operations/{op_id}")
@@ -238,10 +244,10 @@ class Run:
             except ValueError as error:
                 if "HTTP 422" in str(error):  # what was to be removed has gone
                     self._tell(f"  refused: {error}")
-                    return False
+                    return REFUSED
                 operation = {} if "HTTP 404" in str(error) else operation
             await asyncio.sleep(LOOK_S)
         self.seen.operations.append(operation)
         why = "" if operation["phase"] == "done" else f": {(operation.get('error') or {}).get('message')}"
         self._tell(f"  {operation['phase']}{why} after {operation['elapsed_s']:.1f} s")
-        return True
+        return str(operation["phase"])

@@ -366,6 +366,7 @@ class Dispatcher:
             except MemoryError:  # the router's end would break all its connections; the next tick looks at all of it
                 with suppress(MemoryError):
                     log.error("a tick found no memory")
+                with suppress(MemoryError):
                     await asyncio.sleep(TICK_S)
 
     def close(self) -> None:

@@ -114,12 +114,14 @@ class RankLink:
             except MemoryError:  # as if it had been lost on its way
                 with suppress(MemoryError):
                     log.error("no memory for a message", rank=self.rank)
+                with suppress(MemoryError):
                     await asyncio.sleep(AFTER_SHORTAGE_S)
                 continue
             try:
                 handle(self, received, time.monotonic())
             except Exception:
-                log.exception("message could not be handled", rank=self.rank, kind=type(received.body).__name__)
+                with suppress(MemoryError):
+                    log.exception("message could not be handled", rank=self.rank, kind=type(received.body).__name__)
             await asyncio.sleep(0)  # a flood of messages must not keep their readers from running
 
     def hear(self, received: Received[ToRouter], now: float) -> bool:

@@ -61,6 +61,7 @@ class _Server(uvicorn.Server):
             except MemoryError:
                 with contextlib.suppress(MemoryError):
                     log.error("the listener's loop found no memory")
+                with contextlib.suppress(MemoryError):
                     await asyncio.sleep(AFTER_SHORTAGE_S)
 
     @contextlib.contextmanager

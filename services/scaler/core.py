@@ -6,7 +6,7 @@ steps. So a restart of any part needs no memory of what was in flight: the next 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Literal
 
 import msgspec
@@ -105,9 +105,8 @@ def _decide_ranks(layout: Layout, seen: Observed, hmm: HmmStatus, pool: PoolStat
         free = [seat for seat in empty if seat.device not in attached]
         starts = tuple(Start(seat) for seat in free[: pool.num_startable])
         return Decision(starts, _waiting(seen), f"seats {_names(empty)} have no rank; {pool.standby} standbys")
-    if lost and _is_flipping(hmm) and not hmm.running:
-        # Nobody steps, so nobody can flip, and not all can be let step: what was committed is in force all the same.
-        return Decision((Publish(False),), _waiting(seen), f"layout {layout.epoch} is in force; nobody steps by it yet")
+    if lost and _has_to_park(hmm, lost, ranks):
+        return Decision((Publish(False),), _waiting(seen), f"nobody steps by layout {layout.epoch} for now")
     if lost:
         return Decision((), _waiting(seen), f"the devices of {_names(lost)} are lost; the layout goes on without them")
     if not ready:
@@ -120,6 +119,15 @@ def _decide_ranks(layout: Layout, seen: Observed, hmm: HmmStatus, pool: PoolStat
     if seen.announced_epoch != layout.epoch:
         return Decision((AnnounceLayout(),), "serving", f"layout {layout.epoch} serves")
     return Decision((), "serving", "nothing to do")
+
+
+def _has_to_park(hmm: HmmStatus, lost: Sequence[Seat], ranks: Container[int]) -> bool:
+    """Whether ranks wait for something that will not come, with a seat lost that nobody fills."""
+    if not hmm.running:
+        return _is_flipping(hmm)  # who does not step cannot flip; parked anew, what was committed is in force
+    # A member ended while no HMM looked: the others wait for it.
+    attached = {device.device for device in hmm.devices if device.attached}
+    return any(seat.slot in hmm.members and seat.slot not in ranks and seat.device not in attached for seat in lost)
 
 
 def _is_flipping(hmm: HmmStatus) -> bool:

@@ -21,6 +21,8 @@ from services.scaler.transition import without_lost
 
 log = get_logger("scaler")
 
+AFTER_REFUSAL_S = 1.0
+
 
 class Intake:
     """Takes orders for the driver. `room`: each raises Unavailable while what an operation writes would find none."""
@@ -34,6 +36,7 @@ class Intake:
         self._room = room
         self._tell = tell
         self._why_not = ""  # `go_on` could not begin
+        self._go_on_at = 0.0  # not before
 
     def take(self, order: orders.Order | Cancel, hmm: HmmStatus | None, *, ever_served: bool) -> Accepted:
         """Carry an order out, with what the HMM said last. Raises its refusal, or Later."""
@@ -53,6 +56,7 @@ class Intake:
                 raise
             if known is not None:
                 return Accepted(known)
+            self._check_lost(order, hmm)
         is_lost = order.target is not None and order.target.is_lost
         if not ever_served and not is_lost:  # it may be the lost device for which nothing is served
             raise Unavailable("the deployment does not serve yet", code="not_ready")
@@ -74,9 +78,10 @@ class Intake:
         order followed: begin the one that leaves them out. Called in every turn; does nothing as a rule."""
         if self._driver.operation is not None or hmm is None or hmm.layout is None:
             return
-        slots = self.lost_slots(hmm)
-        if not slots:
+        slots, now = self.lost_slots(hmm), time.monotonic()
+        if not slots or now < self._go_on_at:
             return
+        self._go_on_at = now + AFTER_REFUSAL_S
         remove = tuple(sorted({seat.rank.replica for seat in hmm.layout.seats if seat.slot in slots}))
         request = Request(remove=remove, reason="a device was lost meanwhile", is_lost=True)
         order = orders.Order("", request, Target(remove=remove, is_lost=True))
@@ -94,9 +99,23 @@ class Intake:
         there."""
         if self._driver.operation is not None:
             return frozenset(seat.slot for seat in self._driver.operation.lost)
-        lost = self._driver.ended[0].lost_meanwhile if self._driver.ended else ()
+        lost = orders.lost_by(self._driver.ended[0]) if self._driver.ended else set()
         seats = hmm.layout.seats if hmm is not None and hmm.layout is not None else ()
         return frozenset(seat.slot for seat in seats if seat.device in lost)
+
+    def _check_lost(self, order: orders.Order, hmm: HmmStatus | None) -> None:
+        """Raises Conflict `device_lost` where the next operation has to leave out lost devices, and this order would
+        not: it might read from them, and fill their seats."""
+        slots = self.lost_slots(hmm) if self._driver.operation is None else frozenset()
+        if not slots:
+            return
+        assert hmm is not None, "its layout is known"
+        assert hmm.layout is not None, "its layout is known"
+        lost = {seat.rank.replica for seat in hmm.layout.seats if seat.slot in slots}
+        if order.target is None or not order.target.is_lost or not lost <= set(order.target.remove or ()):
+            why = f"; that is refused: {self._why_not}" if self._why_not else ""
+            names = ", ".join(f"r{replica}" for replica in sorted(lost))
+            raise Conflict(f"the devices of {names} are lost, and are left out first{why}", code="device_lost")
 
     def _check_room(self) -> None:
         for check in self._room:

@@ -186,14 +186,15 @@ def lost_devices(current: Operation | None, ended: Sequence[Operation]) -> set[s
     newest = current or (ended[0] if ended else None)
     if newest is None:
         return set()
-    lost = set(newest.lost_before)
     changes = newest.planned.devices if newest.planned is not None and newest.phase != "aborted" else {}
-    for device, change in changes.items():
-        if change.kv_handles_after:
-            lost.discard(device)
-        elif newest.request.is_lost:
-            lost.add(device)
-    return lost | set(newest.lost_meanwhile)
+    taken = {device for device, change in changes.items() if change.kv_handles_after}
+    return (set(newest.lost_before) - taken) | lost_by(newest)
+
+
+def lost_by(operation: Operation) -> set[str]:
+    """Devices whose loss the operation was to answer, or that were lost while it ran."""
+    changes = operation.planned.devices if operation.planned is not None and operation.request.is_lost else {}
+    return {*operation.lost_meanwhile, *(device for device, change in changes.items() if not change.kv_handles_after)}
 
 
 def memory_of(hmm: HmmStatus | None) -> Memory:

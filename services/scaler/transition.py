@@ -293,7 +293,7 @@ def _abort(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
 def _blind(operation: Operation, why: str) -> Step:
     """Nothing can be seen. Before anything was commanded, the deadline and a cancel still count."""
     is_late = operation.elapsed_s > operation.deadline_s
-    if operation.phase == "plan" and (is_late or operation.is_cancelled):
+    if operation.phase == "plan" and not operation.request.is_lost and (is_late or operation.is_cancelled):
         code = "cancelled" if operation.is_cancelled else "deadline_exceeded"
         return enter(operation, "aborted", why, error=Refused(code, f"{why}; nothing was begun", not is_late))
     return stay(operation, why)

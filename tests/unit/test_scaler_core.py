@@ -79,8 +79,12 @@ def test_what_was_committed_while_nobody_steps_is_in_force_also_where_a_seat_is_
     parked = msgspec.structs.replace(READY, generation=1, members=(0, 1), transition=status)
     one, lost = PoolStatus(0, (rank(0, True),)), frozenset({1})
     assert decide(LAYOUT, seen(hmm=parked, pool=one, lost=lost)).actions == (Publish(False),)
-    running = msgspec.structs.replace(parked, running=True)
-    assert decide(LAYOUT, seen(hmm=running, pool=one, lost=lost)).actions == ()
+    held = msgspec.structs.replace(parked, running=True, devices=(device("host:0"), device("host:1", "rank:old")))
+    assert decide(LAYOUT, seen(hmm=held, pool=one, lost=lost)).actions == (), "its end parks the others"
+    unseen = msgspec.structs.replace(parked, running=True)
+    assert decide(LAYOUT, seen(hmm=unseen, pool=one, lost=lost)).actions == (Publish(False),), "no HMM saw its end"
+    without = msgspec.structs.replace(unseen, members=(0,))
+    assert decide(LAYOUT, seen(hmm=without, pool=one, lost=lost)).actions == ()
     flipped = msgspec.structs.replace(parked, transition=msgspec.structs.replace(status, phase="flipped"))
     assert decide(LAYOUT, seen(hmm=flipped, pool=one, lost=lost)).actions == ()
 

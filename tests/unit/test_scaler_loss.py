@@ -3,9 +3,15 @@ to that, and which devices are not used again."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
+from common.config import ScalerConfig
+from common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError
+from common.protocol.scaler import HmmStatus
+from services.scaler import intake
 from services.scaler.operation import DeviceChange, Operation, Planned, Request
 from services.scaler.orders import Order, accept, lost_devices, parse_scale, planned_of
 from services.scaler.plan import Plan, Sizes
@@ -91,7 +97,8 @@ def test_lost_devices_are_known_however_many_operations_have_been_forgotten() ->
     first = accept(parse_scale(b'{"replicas": 3}', 9.0), "op", UP, planned({"host:1": 4}), 0.0)
     lost = begun(first, b'{"remove": ["r1"], "lost": true}', {"host:0": 4, "host:1": 0})
     assert lost_devices(lost, [first]) == {"host:1"}
-    assert lost_devices(None, [msgspec.structs.replace(lost, phase="aborted"), first]) == set()
+    aborted = msgspec.structs.replace(lost, phase="aborted")
+    assert lost_devices(None, [aborted, first]) == {"host:1"}, "it was told all the same"
     rebalance = accept(Order("", Request(), None), "op", None, None, 0.0, lost_devices(None, [lost]))
     assert lost_devices(None, [rebalance]) == {"host:1"}
     shrunk = begun(rebalance, b'{"remove": ["r2"]}', {"host:0": 4, "host:2": 0})
@@ -101,3 +108,84 @@ def test_lost_devices_are_known_however_many_operations_have_been_forgotten() ->
     late = msgspec.structs.replace(back, lost_meanwhile=("host:1",))
     assert lost_devices(None, [late]) == {"host:1"}, "also where the operation had come to its end by then"
     assert lost_devices(None, []) == set()
+
+
+class Driver:
+    """What an Intake needs of a driver: what runs, what has ended, what was begun."""
+
+    def __init__(self, ended: Operation) -> None:
+        self.operation: Operation | None = None
+        self.ended = [ended]
+
+    def begin(self, operation: Operation, made: object = None) -> None:
+        self.operation = operation
+
+
+class Intake(intake.Intake):
+    """Makes the same plan for every order, or refuses it."""
+
+    refusal: ElasticMoEError | None = None
+    num_plans = 0
+
+    def _plan(self, order: Any, op_id: str, target: Any, hmm: Any) -> Any:
+        self.num_plans += 1
+        if self.refusal is not None:
+            raise self.refusal
+        return accept(order, op_id, DOWN, planned_of(DOWN, SIZES), 0.0), DOWN, None
+
+
+@pytest.fixture
+def pending() -> tuple[Intake, Driver, HmmStatus, list[str]]:
+    """After an operation that gave way to the loss of host:1, of slot and replica 1."""
+    gave_way = msgspec.structs.replace(operation_of(UP), phase="aborted", lost_meanwhile=("host:1",))
+    driver, told, hmm = Driver(gave_way), [], World(DOWN.before).seen().hmm
+    assert hmm is not None
+    config = ScalerConfig(run_dir="/nowhere")
+    made = Intake(config, None, driver, (), lambda kind, *_, **__: told.append(kind))  # type: ignore[arg-type]
+    return made, driver, hmm, told
+
+
+def test_what_a_pending_loss_leaves_out_is_left_out_first(pending: tuple[Intake, Driver, HmmStatus, list[str]]) -> None:
+    taking, driver, hmm, _ = pending
+    assert taking.lost_slots(hmm) == {1}
+    for body in (b'{"replicas": 2}', b'{"remove": [1]}', b'{"remove": [2], "lost": true}'):
+        with pytest.raises(Conflict, match="the devices of r1 are lost") as refused:
+            taking.take(parse_scale(body, 9.0), hmm, ever_served=True)
+        assert refused.value.code == "device_lost"
+    with pytest.raises(Conflict, match="left out first"):
+        taking.take(Order("", Request(), None), hmm, ever_served=True)
+    taking.take(parse_scale(b'{"remove": [1, 2], "lost": true}', 9.0), hmm, ever_served=False)
+    assert driver.operation is not None
+    assert driver.operation.request.remove == (1, 2)
+
+
+def test_the_scaler_leaves_a_lost_device_out_by_itself(pending: tuple[Intake, Driver, HmmStatus, list[str]]) -> None:
+    taking, driver, hmm, told = pending
+    taking.go_on(None)
+    assert driver.operation is None
+    taking.refusal = DoesNotFit("too many bytes")
+    taking.go_on(hmm)
+    taking.go_on(hmm)
+    assert (driver.operation, taking.num_plans, told) == (None, 1, ["loss_refused"]), "it tries again, but not at once"
+    with pytest.raises(Conflict, match="that is refused: too many bytes"):
+        taking.take(parse_scale(b'{"replicas": 2}', 9.0), hmm, ever_served=True)
+    assert taking.lost_slots(hmm) == {1}, "nobody is seated there meanwhile"
+    taking._go_on_at, taking.refusal = 0.0, None
+    taking.go_on(hmm)
+    assert driver.operation is not None
+    assert (driver.operation.request.remove, driver.operation.request.is_lost) == ((1,), True)
+    begun = driver.operation
+    taking.go_on(hmm)
+    assert driver.operation is begun
+
+
+def test_a_lost_operation_that_could_not_begin_is_not_forgotten(
+    pending: tuple[Intake, Driver, HmmStatus, list[str]],
+) -> None:
+    taking, driver, hmm, _ = pending
+    devices = {f"host:{i}": DeviceChange(0, 0, 0, 0, 0 if i == 1 else 4, 0) for i in range(3)}
+    planned = msgspec.structs.replace(planned_of(DOWN, SIZES), devices=devices)
+    order = parse_scale(b'{"remove": [1], "lost": true}', 9.0)
+    lost = accept(order, "op", DOWN, planned, 0.0)
+    driver.ended = [msgspec.structs.replace(lost, phase="aborted")]
+    assert taking.lost_slots(hmm) == {1}
