@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from common.protocol.errors import ConfigError, ElasticMoEError
 HELP = "try a deployment: load, random faults, random resizes; tells which promises held"
 
 _READY_S_MAX = 300.0
+_FAILURES_TOLD_MAX = 20
 _STOP_S_MAX = 60.0
 # With the pool all ranks end at once: nobody is left to take requests until it has started again.
 _POOL_CODES = {"rank_lost", "not_ready", "shutting_down"}
@@ -81,9 +83,22 @@ async def _run(args: argparse.Namespace, seed: int, devices: int) -> tuple[Seen,
         tell(f"serves; {len(faults)} faults and {len(resizes)} resizes follow")
         seen = await Run(deployment, clients, tell).run(faults, resizes, seconds, args.replicas)
         await deployment.stop(_STOP_S_MAX)
+        _tell_failures(deployment, seen, clients.tally, begun, tell)
         return seen, clients.tally
     finally:
         deployment.remove()
+
+
+def _tell_failures(deployment: Deployment, seen: Seen, tally: Tally, begun: float, tell: Callable[[str], None]) -> None:
+    """When requests failed without an excuse, and what the router complained of."""
+    failed = [(at, code) for at, code in tally.errors if _excuse(seen, at, code) is None]
+    for at, code in failed[:_FAILURES_TOLD_MAX]:
+        tell(f"a request failed at {at - begun:.1f} s: {code}")
+    if not failed:
+        return
+    text = (deployment.run_dir / "logs" / "router.log").read_text(errors="replace")
+    for line in [line for line in text.splitlines() if " E router" in line][-_FAILURES_TOLD_MAX:]:
+        tell(line)
 
 
 def judge(seen: Seen, tally: Tally) -> list[Verdict]:

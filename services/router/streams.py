@@ -20,7 +20,6 @@ from common.protocol.rank import Submit
 from common.protocol.router import Delta, Logprob
 from services.router.detokenizer import TextStream
 
-EARLY_DELTAS_MAX = 64
 FINISH_REASONS = ("stop", "length")
 
 
@@ -78,7 +77,7 @@ class Stream:
         self._wants_logprobs = submit.sampling.logprobs >= 0
         self._texts: list[str] = []
         self._infos: list[TokenInfo] = []
-        self._early: list[Delta] = []
+        self._early: dict[int, Delta] = {}  # by index: they wait for tokens before them
 
     @property
     def num_tokens(self) -> int:
@@ -98,7 +97,7 @@ class Stream:
     @property
     def reach(self) -> int:
         """The end of the last token that has come, also where ones before it are missing."""
-        return max([self.num_tokens, *(early.index + len(early.ids) for early in self._early)])
+        return max([self.num_tokens, *(early.index + len(early.ids) for early in self._early.values())])
 
     def restart(self, request_id: str, now: float) -> None:
         """Go on with a submit under another id, from the tokens that have come. Text and log probabilities stay."""
@@ -138,14 +137,21 @@ class Stream:
     def _in_order(self, delta: Delta) -> Iterator[Delta]:
         """`delta` if it goes on where the output ends (or overlaps it), then all that has waited for it."""
         if delta.index > self.num_tokens:
-            if len(self._early) >= EARLY_DELTAS_MAX:
-                raise ProtocolError(f"{len(self._early)} deltas came before their predecessors")
-            self._early.append(delta)
+            self._keep_early(delta)
             return
         yield delta
-        while ready := [early for early in self._early if early.index <= self.num_tokens]:
-            self._early = [early for early in self._early if early.index > self.num_tokens]
-            yield from ready
+        while ready := [index for index in self._early if index <= self.num_tokens]:
+            for index in ready:
+                yield self._early.pop(index)
+
+    def _keep_early(self, delta: Delta) -> None:
+        """Keep it until those before it have come: a rank that handed the sequence over may be stopped with its last
+        tokens unsent while the next one computes on. Each delta has a token, but for one that only ends."""
+        known = self._early.get(delta.index)
+        if known is None and len(self._early) > self.submit.max_tokens:
+            raise ProtocolError(f"{len(self._early)} deltas came before their predecessors")
+        if known is None or (len(delta.ids), delta.finish is not None) > (len(known.ids), known.finish is not None):
+            self._early[delta.index] = delta
 
     def _accept_part(self, delta: Delta) -> tuple[int, ...]:
         known = self.num_tokens - delta.index

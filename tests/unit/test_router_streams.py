@@ -13,13 +13,13 @@ from common.protocol.errors import ProtocolError, Unavailable
 from common.protocol.rank import Sampling, Submit
 from common.protocol.router import Delta, Logprob
 from services.router.detokenizer import TextStream, TokenTable
-from services.router.streams import EARLY_DELTAS_MAX, Ending, Stream
+from services.router.streams import Ending, Stream
 
 TABLE = TokenTable(build_byte_tokenizer())
 
 
-def make(*, stops: tuple[str, ...] = (), logprobs: int = -1) -> Stream:
-    submit = Submit("r", (1,), 100, Sampling(seed=1, logprobs=logprobs))
+def make(*, stops: tuple[str, ...] = (), logprobs: int = -1, max_tokens: int = 100) -> Stream:
+    submit = Submit("r", (1,), max_tokens, Sampling(seed=1, logprobs=logprobs))
     return Stream("r", submit, TextStream(TABLE, stops=stops), asyncio.Event(), now=0.0)
 
 
@@ -134,7 +134,19 @@ def test_nonsense_is_refused_before_it_counts() -> None:
             stream.accept(bad, 1.0)
         assert stream.num_tokens == 0
     stream = make()
-    for index in range(EARLY_DELTAS_MAX):
-        stream.accept(delta(index + 5, b"x"), 1.0)
+    most = stream.submit.max_tokens
+    for index in range(most + 1):
+        for _ in range(2):  # a repetition counts once
+            stream.accept(delta(index + 5, b"x"), 1.0)
     with pytest.raises(ProtocolError, match="before their predecessors"):
-        stream.accept(delta(1_000, b"x"), 1.0)
+        stream.accept(delta(1_000_000, b"x"), 1.0)
+
+
+def test_all_that_another_rank_computes_waits_for_the_last_tokens_of_the_one_before() -> None:
+    stream = make(max_tokens=300)
+    for index in range(1, 300):
+        assert stream.accept(delta(index, b"x", "length" if index == 299 else None), 1.0) == ()
+    assert stream.gap_since == 1.0
+    assert len(stream.accept(delta(0, b"x"), 1.9)) == 300
+    assert stream.ending is not None
+    assert (stream.ending.reason, stream.gap_since) == ("length", None)
