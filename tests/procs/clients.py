@@ -135,14 +135,16 @@ class Load:
             prompt, max_tokens = self._rng.choice(self._prompts), self._rng.randint(*self._lengths)
             self.streams.append(await stream_completion(self._http, self._model, prompt, max_tokens))
 
-    async def __aexit__(self, *_: object) -> None:
-        """Let all requests end."""
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Let all requests end. Where the test has failed already, leave them, so that its failure is what shows."""
         self._stopping = True
         try:
-            await asyncio.gather(*self._tasks)
+            if kind is None:
+                await asyncio.gather(*self._tasks)
         finally:
             for task in self._tasks:
                 task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._http.aclose()
 
 
