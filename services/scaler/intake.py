@@ -97,10 +97,12 @@ class Intake:
     def lost_slots(self, hmm: HmmStatus | None) -> frozenset[int]:
         """Slots whose devices have been lost, and which an operation leaves out or is about to: no rank is seated
         there."""
-        if self._driver.operation is not None:
-            return frozenset(seat.slot for seat in self._driver.operation.lost)
-        lost = orders.lost_by(self._driver.ended[0]) if self._driver.ended else set()
+        operation, ended = self._driver.operation, self._driver.ended
         seats = hmm.layout.seats if hmm is not None and hmm.layout is not None else ()
+        if operation is not None:  # a rebalance, which has no legs, knows the device and not its seat
+            meanwhile = {seat.slot for seat in seats if seat.device in operation.lost_meanwhile}
+            return frozenset(meanwhile | {seat.slot for seat in operation.lost})
+        lost = orders.lost_by(ended[0]) if ended else set()
         return frozenset(seat.slot for seat in seats if seat.device in lost)
 
     def _check_lost(self, order: orders.Order, hmm: HmmStatus | None) -> None:

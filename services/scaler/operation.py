@@ -180,9 +180,9 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         return self.phase in FINISHED
 
     @property
-    def mark(self) -> tuple[int, int, Phase, bool, bool]:
+    def mark(self) -> tuple[int, int, Phase, bool, tuple[str, ...]]:
         """What has to be in the store before the commands of this state are sent."""
-        return self.leg, self.attempt, self.phase, self.is_cancelled, bool(self.lost_meanwhile)
+        return self.leg, self.attempt, self.phase, self.is_cancelled, self.lost_meanwhile
 
     def current_leg(self) -> Leg:
         """The leg that is under way. Only for operations with a plan."""

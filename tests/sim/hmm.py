@@ -58,6 +58,7 @@ class Memory:
         self.num_claimed = 0
         self.buffer = ctypes.create_string_buffer(budget // PAGE * BLOCKS_PER_HANDLE * GEOMETRY.block_bytes)
         self.values = memoryview(self.buffer).cast("B").cast("i")
+        self.poison = memoryview(b"\xff" * self.values.nbytes).cast("i")  # what is read where it is lost
         sizes = (MAX_SEQUENCES, MAX_MODEL_LEN, MAX_MODEL_LEN // BLOCK_SIZE + 4, 4096)
         self._row_bytes = native_ledger_bytes(*sizes)
         self._row_sizes = sizes
@@ -145,6 +146,7 @@ class Supply:
     def __init__(self, hmm: Hmm) -> None:
         self._hmm = hmm
         self._claims: list[tuple[Memory, str, Any, int]] = []
+        self._sources: set[str] = set()
         self.is_transferring = False
         self._num_releasing = 0
         self.bytes_copied = self.bytes_done = 0
@@ -172,6 +174,7 @@ class Supply:
                 memory = memories[seat.device]
                 self._claim(memory, "ledger", None, self._hmm.ledger_bytes)
                 self.claim_kv(memory, transition.request.kv_handles[seat.device], loaded)
+        self._sources = {copy.source for copy in transition.request.copies}
         for copy in transition.request.copies:
             self._hmm.expect(
                 not copy.source or copy.key in memories[copy.source].records, f"{copy.key} is copied from nothing"
@@ -193,7 +196,10 @@ class Supply:
 
         def over() -> None:
             self.is_transferring = False
-            then(Unavailable("the disk is full", code="storage_full") if fails else None)
+            is_cut = bool(hmm.gone & {*self._sources, *(memory.device.name for memory, *_ in self._claims)})
+            self._sources = set()
+            error = Unavailable("the disk is full", code="storage_full") if fails else None
+            then(Unavailable("a device is gone", code="device_error") if is_cut else error)
             hmm.turn()
 
         hmm.after(0.02 + hmm.sim.rng.random() * (1.5 if rate else 0.3), over)
@@ -250,6 +256,7 @@ class Hmm(Actor):
         self.granularity = PAGE
         self.num_readers = 0
         self.failure_rate = 0.0
+        self.gone: set[str] = set()  # devices whose memory is lost
         self.ledger_bytes = size_ledger(load, PAGE).nbytes
         self.bus = Bus()
         self.segment = SimpleNamespace(bus=self.bus)
@@ -444,9 +451,9 @@ class Hmm(Actor):
         elif isinstance(body, to_hmm.CommitLayout):
             self.transitions.commit(body.op_id)
         elif isinstance(body, to_hmm.ReleaseLayout):
-            self.transitions.release(body.op_id)
+            self.transitions.release(body.op_id, body.gone)
         elif isinstance(body, to_hmm.AbortLayout):
-            self.transitions.abort(body.op_id)
+            self.transitions.abort(body.op_id, body.gone)
         return Ack()
 
     def _set_membership(self, body: to_hmm.SetMembership) -> None:

@@ -14,6 +14,8 @@ from common.store import Writer
 from services.hmm.catalog import Transition
 from services.hmm.transition import Transitions
 from services.router.streams import Stream
+from services.scaler import orders
+from services.scaler.intake import Intake
 from services.scaler.journal import Journal
 from services.worker.engine.engine import Engine
 from tests.sim.store import Store
@@ -77,6 +79,15 @@ MUTATIONS: dict[str, Mutation] = {
         _verify_layout,
         ("the journal has an operation",),
         ((Store, "_may_write", _may_write_by_lease), (Fence, "refresh", lambda fence: fence.epoch)),
+    ),
+    "lost devices are used for new replicas": Mutation(
+        orders, "lost_devices", lambda *_: set(), ("which is lost", "has forgotten", "not at rest")
+    ),
+    "an order that waits for an operation to give way is all that remembers the loss": Mutation(
+        Intake, "go_on", lambda *_: None, ("is lost and has a seat",)
+    ),
+    "ranks are seated on a lost device until it is left out": Mutation(
+        Intake, "lost_slots", lambda *_: frozenset(), ("which is lost",)
     ),
     "a router takes tokens that it has": Mutation(Stream, "_accept_part", _double, ("tokens", "history")),
     "a hand-over loses the end of the KV": Mutation(Engine, "hand_over", _without_tail(Engine.hand_over), ("tokens",)),

@@ -180,6 +180,9 @@ class Rank(Actor):
 
     def _attach(self) -> None:
         hmm = self.world.hmm
+        if self.seat.device in hmm.gone:
+            self.exit("its device is lost")
+            return
         if not hmm.is_alive or hmm.is_paused:
             self.after(0.2, self._attach)
             return
@@ -194,6 +197,9 @@ class Rank(Actor):
         self._hmm_life = hmm_life
         if is_resumed:
             self.goal = seat
+            return
+        if self.seat.device in self.world.hmm.gone:
+            self.exit("its device is lost")
             return
         self.memory, self.num_kv = memory, len(seat.kv)
         self.held = {*seat.records, *seat.kv}

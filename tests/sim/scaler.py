@@ -17,14 +17,16 @@ from common.protocol.rank import GetRankLoad
 from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankExited, RankLoad
 from services.scaler import orders
 from services.scaler.core import AnnounceLayout, Observed, Publish, Start, decide
-from services.scaler.decisions import PhaseChosen, PlanMade
+from services.scaler.decisions import PhaseChosen
+from services.scaler.desk import Cancel, Later
 from services.scaler.driver import Driver
+from services.scaler.intake import Intake
 from services.scaler.journal import RETRY_S, VERIFY_S, Journal
 from services.scaler.lease import Lease
 from services.scaler.operation import Operation, Request
-from services.scaler.plan import Rates, Target, sizes_of
+from services.scaler.plan import Target
 from tests.sim.heap import Actor, Crashed
-from tests.sim.hmm import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC
+from tests.sim.hmm import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, SPEC
 from tests.sim.store import DiskFence
 
 if TYPE_CHECKING:
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 LEASE_MS = 3_000
 CALL_S = 2.0
 TURN_S, IDLE_TURN_S = 0.2, 0.6
-SIZES = sizes_of(SPEC, PAGE)
 CONFIG = ScalerConfig(run_dir="/nonexistent")
 
 
@@ -122,6 +123,8 @@ class Scaler(Actor):
         self.starting: dict[int, float] = {}
         self.peers = SimPeers(self)
         self.driver: Driver | None = None
+        self.intake: Intake
+        self.waiting: list[tuple[str, Target | str | None, float]] = []
         self.journal: SimJournal
         self.has_served = False
         self.phase = "waiting"
@@ -145,6 +148,7 @@ class Scaler(Actor):
         self.sim.note(f"{self.name}: acts under epoch {got}")
         self.journal = SimJournal(self.world.store, self.name, self.lease.lose, lambda: None)  # type: ignore[arg-type]
         self.driver = Driver(CONFIG, self, self.journal, Quiet(), self._tell, lambda: self.sim.now)  # type: ignore[arg-type]
+        self.intake = Intake(CONFIG, SPEC, self.driver, (), self._tell)
         try:
             self.driver.resume(self.world.store.get_operation(), self.world.store.ended_operations())
         except Unavailable:
@@ -202,6 +206,8 @@ class Scaler(Actor):
 
     def start(self, seat: Seat, epoch: int) -> None:
         """See services.scaler.links."""
+        if self.epoch == self.world.disk["scaler"]:  # what a superseded one asks for is refused
+            self.world.losses.check_start(seat.device)
         self.world.num_started += 1
         incarnation = f"rank-{seat.rank}:{self.world.num_started:016x}"
         self.tell_pool(
@@ -245,6 +251,7 @@ class Scaler(Actor):
             return True
         layout = hmm.layout
         self._serve_orders()
+        self.intake.go_on(hmm)
         observed = self._observe(hmm, pool)
         decision = decide(layout, observed)
         if decision.reason != self._last_reason:
@@ -291,56 +298,51 @@ class Scaler(Actor):
             ever_served=self.has_served,
             restarts_left=5,
             committed_for_s=now - self._committed_since if self._committed_since is not None else 0.0,
+            lost=self.intake.lost_slots(hmm),
         )
 
     # ---- orders
 
     def _serve_orders(self) -> None:
-        while self.has_served and self.world.orders:
-            op_id, target = self.world.orders.popleft()
+        """Those that wait here, then new ones, as the desk does it."""
+        came, self.waiting = self.waiting, []
+        orders_of, others = self.world.orders, []
+        while orders_of:
+            op_id, target = orders_of.popleft()
+            if self.has_served or (isinstance(target, Target) and target.is_lost):
+                came.append((op_id, target, self.sim.now + self.world.losses.patience_s))
+            else:
+                others.append((op_id, target))
+        orders_of.extend(others)
+        for op_id, target, until in came:
             try:
-                self._begin(op_id, target)
+                accepted = self.intake.take(self._order(op_id, target), self._hmm, ever_served=self.has_served)
+                self.sim.note(f"{self.name}: takes {op_id}: {accepted.operation.op_id}, {target}")
+            except Later as later:
+                if self.sim.now < until:
+                    self.waiting.append((op_id, target, until))
+                else:
+                    self._refuse(op_id, later.error)
             except ElasticMoEError as error:
-                self.sim.note(f"{self.name}: order {op_id} refused: {error.message}")
-                self.world.refused[op_id] = error.code
+                self._refuse(op_id, error)
 
-    def _begin(self, op_id: str, target: Target | str | None) -> None:
-        driver = self.driver
-        assert driver is not None
+    def _refuse(self, op_id: str, error: ElasticMoEError) -> None:
+        self.sim.note(f"{self.name}: order {op_id} refused: {error.message}")
+        self.world.refused[op_id] = error.code
+
+    def _order(self, op_id: str, target: Target | str | None) -> orders.Order | Cancel:
         if isinstance(target, str):
-            operation = orders.cancelled(target, driver.operation, driver.ended)
-            if operation is not driver.operation:
-                driver.replace(operation)
-            self.sim.note(f"{self.name}: {target} is cancelled")
-            return
+            return Cancel(target)
         request = Request(reason=op_id, deadline_s=self.world.deadline_s)
         if target is not None:
             request = msgspec.structs.replace(
-                request, replicas=target.replicas, devices=target.devices, remove=target.remove
+                request,
+                replicas=target.replicas,
+                devices=target.devices,
+                remove=target.remove,
+                is_lost=target.is_lost,
             )
-        order = orders.Order(op_id, request, target)
-        if orders.repeated(order, driver.operation, driver.ended) is not None:
-            return
-        hmm = self._hmm
-        if target is None:
-            driver.begin(orders.accept(order, op_id, None, None, 0.0))
-            return
-        memory = orders.memory_of(hmm)
-        assert hmm is not None
-        assert hmm.layout is not None
-        devices = tuple(device.device for device in hmm.devices)
-        basis = PlanMade(
-            op_id=op_id,
-            layout=hmm.layout,
-            target=target,
-            sizes=SIZES,
-            memory=memory,
-            devices=devices,
-            rates=Rates(),
-        )
-        plan, made = basis.make()
-        driver.begin(orders.accept(order, op_id, plan, orders.planned_of(plan, SIZES), 0.0), made)
-        self.sim.note(f"{self.name}: {op_id} begins: {target}")
+        return orders.Order(op_id, request, target)
 
     def crash(self, down_s: float) -> None:
         """It ends; a supervisor starts another one."""

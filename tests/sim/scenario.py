@@ -53,6 +53,7 @@ def _figures(world: World) -> dict[str, int]:
         "resubmitted": sum(r.num_resubmits for r in world.router.history.report.requests.values()),
         "fenced": world.hmm.fence.num_refused,
         "decisions": len(world.store.decisions),
+        "devices_lost": world.losses.num_lost,
         "seconds": int(world.sim.now),
     }
 
@@ -71,6 +72,8 @@ def _play(world: World) -> None:
     is_plain = is_calm and rng.random() < 0.8
     _draw_orders(world, span_s, is_plain=is_plain)
     _draw_requests(world, span_s, is_plain=is_plain)
+    if not is_calm:
+        world.losses.draw(span_s)
     sim.run(sim.now + span_s)
     heal(world)
     until = sim.now + HEAL_S_MAX
@@ -185,7 +188,7 @@ def _store_up(world: World) -> None:
 def _draw_orders(world: World, span_s: float, *, is_plain: bool) -> None:
     rng = world.sim.rng
     for number in range(rng.choice((1, 1, 2, 3))):
-        target: Target | str | None = Target(replicas=rng.randint(1, 4))
+        target: Target | None = Target(replicas=rng.randint(1, 4))
         draw = rng.random()
         if draw < 0.2:
             target = Target(remove=(rng.randint(0, 2),))
@@ -193,11 +196,16 @@ def _draw_orders(world: World, span_s: float, *, is_plain: bool) -> None:
             target = Target(devices=tuple(sorted(rng.sample(DEVICES, rng.randint(1, 4)))))
         elif draw < 0.5:
             target = None
-        _at(world, span_s * 0.7, lambda target=target, number=number: world.orders.append((f"op{number}", target)))
+        _at(world, span_s * 0.7, lambda target=target, number=number: _order(world, f"op{number}", target))
         if rng.random() < 0.2 and not is_plain:
             _at(world, span_s, lambda number=number: world.orders.append((f"cancel{number}", f"op{number}")))
     if rng.random() < 0.1 and not is_plain:
         world.deadline_s = rng.uniform(1.0, 5.0)
+
+
+def _order(world: World, op_id: str, target: Target | None) -> None:
+    if target is None or world.losses.names(target):
+        world.orders.append((op_id, target))
 
 
 def _draw_requests(world: World, span_s: float, *, is_plain: bool) -> None:

@@ -26,6 +26,7 @@ class Store:
         self.data: dict[str, Any] = {}
         self.lease_until = 0.0
         self.decisions: list[bytes] = []
+        self.num_losses = 0
         self._num_writes = 0
         self._earlier: dict[str, Any] = {}
 
@@ -142,11 +143,13 @@ class Store:
         """It comes back with that snapshot."""
         self._sim.note("store: rolled back")
         self.data = dict(self._earlier)
+        self.num_losses += 1
 
     def wipe(self) -> None:
         """It comes back empty."""
         self._sim.note("store: emptied")
         self.data = {}
+        self.num_losses += 1
 
 
 class DiskFence(Fence):

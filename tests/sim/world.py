@@ -20,6 +20,7 @@ from services.hmm.catalog import Transition, check_integrity, keys_of
 from services.scaler.plan import Target
 from tests.sim.heap import Sim, Violation
 from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm, seat_memory
+from tests.sim.loss import Losses
 from tests.sim.rank import PeerClient, Pool, Rank
 from tests.sim.router import Router, RouterClient
 from tests.sim.scaler import Scaler
@@ -54,6 +55,8 @@ class World:
         )
         self.hmm = Hmm(self.sim, DEVICES, rng.choice((330, 360, 420)) << 10, load, self.disk)
         self.hmm.expect = self.expect
+        self.losses = Losses(self)
+        self.hmm.gone = self.losses.gone
         self._was: tuple[Layout, Transition | None] = (layout, None)
         self._state: Any = None
         self.hmm.on_change = self._check_hmm
@@ -185,8 +188,10 @@ class World:
             return "no scaler acts"
         assert hmm.loaded is not None
         layout, transition = hmm.loaded.layout, hmm.transition
-        if self.orders:
+        if self.orders or any(scaler.waiting for scaler in acting):
             return "orders wait"
+        if text := self.losses.unrest():
+            return text
         for scaler in acting:
             if scaler.driver is not None and scaler.driver.operation is not None:
                 operation = scaler.driver.operation
@@ -242,6 +247,14 @@ class _Clock:
         """Virtual."""
         return self.world.sim.now if self.world else 0.0
 
+    def time(self) -> float:
+        """Virtual too."""
+        return self.monotonic()
+
+    def uuid4(self) -> SimpleNamespace:
+        """The same in each run of a seed."""
+        return SimpleNamespace(hex=f"{self.world.sim.next_seq() if self.world else 0:012x}")
+
 
 CLOCK = _Clock()
 
@@ -256,6 +269,8 @@ def simulated() -> Iterator[None]:
         ("services.hmm.staging.records", all_records),
         ("services.router.links.AsyncClient", RouterClient),
         ("services.worker.migration.link.Client", PeerClient),
+        ("services.scaler.intake.time", CLOCK),
+        ("services.scaler.intake.uuid", SimpleNamespace(uuid4=CLOCK.uuid4)),
         ("services.scaler.journal.threading", SimpleNamespace(Condition=threading.Condition, Thread=_NoThread)),
     ]
     with ExitStack() as stack:

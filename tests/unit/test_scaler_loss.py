@@ -179,6 +179,21 @@ def test_the_scaler_leaves_a_lost_device_out_by_itself(pending: tuple[Intake, Dr
     assert driver.operation is begun
 
 
+def test_nobody_is_seated_on_a_lost_device_while_a_rebalance_ends(
+    pending: tuple[Intake, Driver, HmmStatus, list[str]],
+) -> None:
+    """Found by the simulation (seed 835): a rebalance has no legs, and so no seats of its own."""
+    taking, driver, hmm, _ = pending
+    driver.operation = operation_of(None)
+    assert taking.lost_slots(hmm) == set()
+    marks = [driver.operation.mark]
+    for device, slots in (("host:1", {1}), ("host:2", {1, 2})):
+        driver.operation = without_lost(driver.operation, (device,))
+        assert taking.lost_slots(hmm) == slots
+        marks.append(driver.operation.mark)
+    assert len(set(marks)) == 3, "each loss is journaled before anything is commanded"
+
+
 def test_a_lost_operation_that_could_not_begin_is_not_forgotten(
     pending: tuple[Intake, Driver, HmmStatus, list[str]],
 ) -> None:
