@@ -112,11 +112,11 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
     """The scaler owns the layout, so it knows the model. A rank that died is replaced at most `rank_restarts_max` times
     in `rank_restarts_window_s`. `copy_bytes_per_s`: of experts that move between replicas that serve, all copies of one
     host together; 0 for no limit. `operation_deadline_s`: a scale operation that is not committed by then is undone.
-    `rank_stall_s`: a rank that lives and makes no progress for so long, while others do, is killed and replaced; it
-    must exceed what the mathematics of one layer takes for `max_tokens_per_step` tokens. For comparisons:
-    `copy_from_disk` reads from the checkpoint what devices could copy from one another; `scale_legs` 1 lets a new
-    replica wait for its experts; `expert_slots` False lets the HMM do the copies, and hold the memory, that experts
-    without slots of their own would take."""
+    `rank_stall_s`: a rank that lives and makes no progress for so long, while others do or while it is stopped or
+    sleeps, is killed and replaced; it must exceed what the mathematics of one layer takes for `max_tokens_per_step`
+    tokens. For comparisons: `copy_from_disk` reads from the checkpoint what devices could copy from one another;
+    `scale_legs` 1 lets a new replica wait for its experts; `expert_slots` False lets the HMM do the copies, and hold
+    the memory, that experts without slots of their own would take."""
 
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8100

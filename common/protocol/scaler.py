@@ -121,7 +121,8 @@ class RankExited(Message, frozen=True):
 
 
 class PoolRank(msgspec.Struct, frozen=True):
-    """A living rank of a pool. `attach_ms`: what mapping its memory took; 0 until it is ready."""
+    """A living rank of a pool. `attach_ms`: what mapping its memory took; 0 until it is ready. `is_asleep`: just now it
+    neither ran nor waited for a processor: it was stopped, or slept in a call."""
 
     rank: RankId
     slot: int
@@ -130,6 +131,7 @@ class PoolRank(msgspec.Struct, frozen=True):
     pid: int
     ready: bool
     attach_ms: float = 0.0
+    is_asleep: bool = False
 
 
 class PoolStatus(Message, frozen=True):

@@ -3,8 +3,9 @@
 A rank counts up its progress on the bus at each turn of its work loop, at each exchange of a step and while it waits
 for others, so at least every half second unless it is stopped, wedged, or deep in one layer's mathematics. A rank whose
 count stands while another's moves holds that one up: it is ejected after `stall_s`. Where nobody moves, all may be in a
-long step, and nobody waits for the one that is wedged; then the one that has stood longest is ejected after
-ALONE_FACTOR * `stall_s`. Ejected means killed: its seat's next rank goes on with its sequences.
+long step, for which they run or wait for a processor. Who does neither, whenever it is looked at, is stopped or sleeps
+in a call, not waiting for a peer, and is ejected after `stall_s` too. Of the others the one that has stood longest is
+ejected after ALONE_FACTOR * `stall_s`. Ejected means killed: its seat's next rank goes on with its sequences.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ MOVING_S = 1.0  # whoever counted up within this time gets on
 
 
 class Pulse(msgspec.Struct, frozen=True):
-    """One rank that should get on: its incarnation and its progress counter on the bus."""
+    """One rank that should get on: its incarnation and its progress counter on the bus. `is_asleep`: see PoolRank."""
 
     slot: int
     rank: RankId
     incarnation: str
     progress: int
+    is_asleep: bool = False
 
 
 class Stalled(msgspec.Struct, frozen=True):
@@ -45,18 +47,20 @@ def pulses_of(hmm: HmmStatus | None, pool: PoolStatus | None) -> tuple[Pulse, ..
         return ()
     attached = {device.attached: device.progress for device in hmm.devices if device.attached}
     return tuple(
-        Pulse(rank.slot, rank.rank, rank.incarnation, attached[rank.incarnation])
+        Pulse(rank.slot, rank.rank, rank.incarnation, attached[rank.incarnation], rank.is_asleep)
         for rank in pool.ranks
         if rank.ready and rank.incarnation in attached
     )
 
 
 class _Watched:
-    """`still_s`: for how long the counter has stood; `named_s`: of that, what an earlier verdict was about."""
+    """`still_s`: for how long the counter has stood; `asleep_s`: of that, since it was last seen to run; `named_s`: of
+    that, what an earlier verdict was about."""
 
     def __init__(self, progress: int) -> None:
         self.progress = progress
         self.still_s = 0.0
+        self.asleep_s = 0.0
         self.named_s = 0.0
 
     @property
@@ -84,16 +88,22 @@ class Watchdog:
                 self._watched[name] = _Watched(ranks[name].progress)
             else:
                 watched.still_s += since_s
+                watched.asleep_s = watched.asleep_s + since_s if ranks[name].is_asleep else 0.0
         late, limit_s = self._late()
         return tuple(Stalled(ranks[name].rank, name, self._watched[name].still_s, limit_s) for name in late)
 
     def _late(self) -> tuple[list[str], float]:
         """Who is to be ejected, and the limit that it has passed; the verdict is noted."""
-        if any(watched.still_s < min(MOVING_S, self._stall_s) for watched in self._watched.values()):
-            limit_s = self._stall_s
-            late = [name for name, watched in self._watched.items() if watched.due_s >= limit_s]
-            for name in late:
-                self._watched[name].named_s = self._watched[name].still_s
+        is_awaited = any(watched.still_s < min(MOVING_S, self._stall_s) for watched in self._watched.values())
+        limit_s = self._stall_s
+        late = [
+            name
+            for name, watched in self._watched.items()
+            if watched.due_s >= limit_s and (is_awaited or watched.asleep_s >= limit_s)
+        ]
+        for name in late:
+            self._watched[name].named_s = self._watched[name].still_s
+        if late or is_awaited:
             return late, limit_s
         limit_s = self._stall_s * ALONE_FACTOR
         longest = max(self._watched, key=lambda name: self._watched[name].due_s, default=None)

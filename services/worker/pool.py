@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
+from pathlib import Path
 from types import FrameType
 
 import msgspec
@@ -305,4 +306,14 @@ class Pool:
 
 def _describe(child: Child, seat: StartRank) -> PoolRank:
     attach_ms = child.ready.attach_ms if child.ready else 0.0
-    return PoolRank(seat.rank, seat.slot, seat.device, seat.incarnation, child.pid, child.ready is not None, attach_ms)
+    is_ready, is_asleep = child.ready is not None, _is_asleep(child.pid)
+    return PoolRank(seat.rank, seat.slot, seat.device, seat.incarnation, child.pid, is_ready, attach_ms, is_asleep)
+
+
+def _is_asleep(pid: int) -> bool:
+    """Whether the process's main thread, which does a rank's work, neither runs nor waits for a processor now."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:  # it has just died
+        return False
+    return stat.rpartition(b")")[2].split(maxsplit=1)[0] != b"R"

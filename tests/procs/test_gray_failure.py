@@ -100,10 +100,11 @@ async def test_a_stopped_rank_is_ejected_a_slow_one_is_not_and_no_request_notice
     assert deployment.stop().count("error") == 0
 
 
-def test_a_rank_alone_is_ejected_too_after_the_longer_limit(deploy: Callable[..., Deployment]) -> None:
-    """Nobody waits for it: it might be in a long step."""
-    deployment = deploy("oracle", replicas=1, rank_stall_s="0.5", **SETTINGS)
+def test_a_rank_alone_that_is_stopped_is_ejected_too(deploy: Callable[..., Deployment]) -> None:
+    """Nobody waits for it, but it is in no long step: it does not run."""
+    deployment = deploy("oracle", replicas=1, **SETTINGS)
     stop_rank(deployment, "r0t0")
+    assert "the limit is 2.4 s" in deployment.log("scaler")
     deployment.wait_serving()
     check_integrity(deployment)
     deployment.stop()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import msgspec
+
 from common.layout import RankId
 from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
 from services.scaler.watchdog import ALONE_FACTOR, Pulse, Stalled, Watchdog, pulses_of
@@ -13,13 +15,20 @@ TURN_S = 0.05
 
 
 def run(
-    watchdog: Watchdog, progress: Callable[[float, int], int], *, until: float, ranks: Iterable[int] = (0, 1, 2)
+    watchdog: Watchdog,
+    progress: Callable[[float, int], int],
+    *,
+    until: float,
+    ranks: Iterable[int] = (0, 1, 2),
+    is_asleep: Callable[[float, int], bool] = lambda *_: False,
 ) -> list[tuple[float, Stalled]]:
     """Observe `ranks` every TURN_S; `progress(now, slot)` is each one's counter. What was ejected, and when."""
     ejected = []
     for turn in range(int(until / TURN_S)):
         now = turn * TURN_S
-        pulses = [Pulse(slot, RankId(slot, 0), f"rank:{slot}", progress(now, slot)) for slot in ranks]
+        pulses = [
+            Pulse(slot, RankId(slot, 0), f"rank:{slot}", progress(now, slot), is_asleep(now, slot)) for slot in ranks
+        ]
         ejected += [(now, stalled) for stalled in watchdog.look(now, pulses)]
     return ejected
 
@@ -56,6 +65,33 @@ def test_where_nobody_moves_for_long_one_is_ejected_not_all() -> None:
 def test_a_rank_alone_has_the_longer_limit() -> None:
     ejected = run(Watchdog(STALL_S), lambda *_: 3, until=STALL_S * ALONE_FACTOR + 0.2, ranks=[0])
     assert [round(at, 1) for at, _ in ejected] == [round(STALL_S * ALONE_FACTOR, 1)]
+
+
+def test_a_rank_alone_that_sleeps_is_ejected_in_time() -> None:
+    """It is stopped, or in a call that does not return: that is no long step."""
+    ejected = run(Watchdog(STALL_S), lambda *_: 3, until=2.6, ranks=[0], is_asleep=lambda *_: True)
+    assert [(round(at, 1), stalled.limit_s) for at, stalled in ejected] == [(STALL_S, STALL_S)]
+
+
+def test_a_rank_alone_that_sleeps_for_a_moment_has_the_longer_limit() -> None:
+    """It reads a page from a disk now and then, or was preempted."""
+    ejected = run(
+        Watchdog(STALL_S),
+        lambda *_: 3,
+        until=STALL_S * ALONE_FACTOR + 0.2,
+        ranks=[0],
+        is_asleep=lambda now, _: int(now / TURN_S) % 40 > 0,
+    )
+    assert [round(at, 1) for at, _ in ejected] == [round(STALL_S * ALONE_FACTOR, 1)]
+
+
+def test_where_all_sleep_all_are_ejected_and_where_one_does_it_alone() -> None:
+    """Whoever waits for a peer counts up: nobody here waits for another."""
+    for asleep in ({0, 1, 2}, {1}):
+        ejected = run(
+            Watchdog(STALL_S), lambda *_: 3, until=2.6, is_asleep=lambda _, slot, asleep=asleep: slot in asleep
+        )
+        assert {stalled.incarnation for _, stalled in ejected} == {f"rank:{slot}" for slot in asleep}
 
 
 def test_slow_is_not_wedged() -> None:
@@ -105,4 +141,6 @@ def test_only_ranks_that_are_attached_and_ready_are_watched() -> None:
         ),
     )
     assert pulses_of(hmm, pool) == (Pulse(0, RankId(0, 0), "rank:a", 4),)
+    stopped = msgspec.structs.replace(pool.ranks[0], is_asleep=True)
+    assert pulses_of(hmm, PoolStatus(0, (stopped,))) == (Pulse(0, RankId(0, 0), "rank:a", 4, True),)
     assert pulses_of(None, pool) == pulses_of(hmm, None) == ()
