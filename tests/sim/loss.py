@@ -27,7 +27,7 @@ class Losses:
         self.patience_s = self._rng.choice((0.3, 2.0, 15.0))  # of the operator's client
         self.gone: set[str] = set()
         self.told: dict[str, int] = {}
-        self.num_lost = self.num_left_out = self._num_orders = 0
+        self.num_lost = self._num_orders = 0
         self._said_at = -100.0
 
     def draw(self, span_s: float) -> None:
@@ -90,15 +90,14 @@ class Losses:
         self.told.pop(device, None)
         self._world.hmm.memories[device].format()
 
-    def names(self, target: Target) -> bool:
-        """An order names devices: those of them that are gone are repaired before. False where one still has a seat:
-        nobody would order that."""
+    def admits(self, target: Target) -> bool:
+        """Whether an operator would give this order: not where it names a device that is gone and still has a seat.
+        Others that are gone and that it names are repaired before."""
         layout = self._world.hmm.loaded and self._world.hmm.loaded.layout
         named = self.gone & set(target.devices or ())
         if layout and any(seat.device in named for seat in layout.seats):
             return False
         for device in sorted(named):
-            self.num_left_out += 1
             self.repair(device)
         return True
 
@@ -108,7 +107,7 @@ class Losses:
         self._world.expect(not is_known, f"a rank is started on {device}, which is lost")
 
     def unrest(self) -> str:
-        """A lost device that still has a seat."""
+        """Says which lost device still has a seat; empty when none has."""
         hmm = self._world.hmm
         assert hmm.loaded is not None
         left = self.gone & {seat.device for seat in hmm.loaded.layout.seats}

@@ -204,7 +204,7 @@ def _draw_orders(world: World, span_s: float, *, is_plain: bool) -> None:
 
 
 def _order(world: World, op_id: str, target: Target | None) -> None:
-    if target is None or world.losses.names(target):
+    if target is None or world.losses.admits(target):
         world.orders.append((op_id, target))
 
 
