@@ -36,13 +36,15 @@ def snapshot_of(client: redis.Redis) -> dict[bytes, bytes]:
     return {key: value for key, value in dumped.items() if value is not None}
 
 
-def roll_back(client: redis.Redis, snapshot: dict[bytes, bytes]) -> None:
-    """Make the store what it was at `snapshot`, at once."""
+def roll_back(client: redis.Redis, snapshot: dict[bytes, bytes]) -> int:
+    """Make the store what it was at `snapshot`, at once. Returns the epoch that it has then: the scaler puts that right
+    within moments."""
     pipeline = client.pipeline(transaction=True)
     pipeline.flushall()
     for key, value in snapshot.items():
         pipeline.restore(key, 0, value)
-    pipeline.execute()
+    pipeline.get("elasticmoe:default:epoch")
+    return int(pipeline.execute()[-1])
 
 
 @contextmanager

@@ -136,8 +136,7 @@ async def test_the_store_is_emptied_rolled_back_hung_full_and_read_only(deploy: 
             await asyncio.to_thread(resize, deployment)
             epoch = view(deployment)[1]
 
-            await asyncio.to_thread(roll_back, client, old)
-            assert epoch_in_store(deployment) < epoch
+            assert await asyncio.to_thread(roll_back, client, old) < epoch
             await settle(deployment, load, epoch)
 
             epoch = view(deployment)[1]
