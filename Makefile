@@ -58,8 +58,7 @@ down: install
 	$(BIN)/elasticmoe down
 
 test: install
-	@# In the order of the folders: those whose files take long come first, and both workers end together.
-	$(BIN)/python -m pytest -m 'not compose' -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m 'not compose' -n 2 --dist loadfile $(ARGS)
 
 test-fast: install
 	$(BIN)/python -m pytest tests/unit tests/sim tests/test_tidy.py -m 'not slow' -n 2 $(ARGS)
