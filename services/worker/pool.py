@@ -11,12 +11,12 @@ A child leaves when its pipe to the pool ends, so no rank outlives its pool. One
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
-from pathlib import Path
 from types import FrameType
 
 import msgspec
@@ -313,7 +313,13 @@ def _describe(child: Child, seat: StartRank) -> PoolRank:
 def _is_asleep(pid: int) -> bool:
     """Whether the process's main thread, which does a rank's work, neither runs nor waits for a processor now."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:  # it has just died
         return False
+    try:
+        stat = os.read(file, 512)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
     return stat.rpartition(b")")[2].split(maxsplit=1)[0] != b"R"
