@@ -100,7 +100,7 @@ class Pool:
                 except MemoryError:  # the pool's end would be the end of all its ranks; a turn can be taken again
                     with suppress(MemoryError):
                         log.error("a turn found no memory")
-                    time.sleep(SHORTAGE_S)
+                    time.sleep(SHORTAGE_S)  # nothing to wait for tells that there is memory again
         finally:
             self._stop_all()
             self._server.close()

@@ -2,6 +2,8 @@
 
 What is simulated: pages (sets and counts), the threads that make and release them (time passes), the keeper's snapshot,
 the channel to each rank (ordered, nothing is lost while both live), the bus (values), the copies of KV blocks.
+
+One file of more than 400 lines: it stands for one process, whose parts share its holdings.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 What is simulated: the loop's order of things, the mapping of memory (sets), the meeting at each step (all members at
 once), processes. The next token is a function of all tokens so far as they are read back from the KV blocks.
+
+One file of more than 400 lines: ranks and the pool that starts and ends them know one another.
 """
 
 from __future__ import annotations
