@@ -7,11 +7,11 @@ family lives in `services/worker/model`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from common.checkpoint_files import read_json
 from common.model_spec import (
     AttentionSpec,
     Dtype,
@@ -107,27 +107,13 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises CheckpointError for a missing, oversized or malformed file.
     """
-    fields = _read_json(directory / "config.json")
-    generation = directory / "generation_config.json"
-    if generation.is_file():
-        ids = _read_json(generation).get("eos_token_id")
-        if ids is not None:
-            fields["eos_token_id"] = ids
-    return fields
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        size = path.stat().st_size
-        if size > CONFIG_JSON_BYTES_MAX:
-            raise CheckpointError(f"{path.name} has {size} bytes; the limit is {CONFIG_JSON_BYTES_MAX}")
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not valid JSON: {error!s:.200}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object")
+    fields = read_json(directory / "config.json", CONFIG_JSON_BYTES_MAX)
+    if fields is None:
+        raise CheckpointError("config.json is missing")
+    generation = read_json(directory / "generation_config.json", CONFIG_JSON_BYTES_MAX) or {}
+    ids = generation.get("eos_token_id")
+    if ids is not None:
+        fields["eos_token_id"] = ids
     return fields
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
 
+from common.checkpoint_files import LFS_POINTER, check_no_pointer, read_json
 from common.model_spec import RecordSpec, Source
 from common.protocol.errors import CheckpointError
 from common.protocol.limits import (
@@ -82,6 +83,7 @@ class CheckpointFile:
         if not stat.S_ISREG(status.st_mode):
             self._fail("is not a regular file")
         head = os.pread(self.fd, 8, 0)
+        check_no_pointer(self.name, os.pread(self.fd, len(LFS_POINTER), 0))
         if len(head) < 8:
             self._fail(f"has {status.st_size} bytes, too few for a header")
         (length,) = struct.unpack("<Q", head)
@@ -264,16 +266,8 @@ class Checkpoint:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        size = path.stat().st_size
-        if size > CHECKPOINT_INDEX_BYTES_MAX:
-            raise CheckpointError(f"{INDEX} has {size} bytes; the limit is {CHECKPOINT_INDEX_BYTES_MAX}")
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{INDEX} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{INDEX} is not valid JSON: {error!s:.200}") from None
-    weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
+    fields = read_json(path, CHECKPOINT_INDEX_BYTES_MAX) or {}
+    weight_map = fields.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX} must have a weight_map with entries")
     for name, file_name in weight_map.items():

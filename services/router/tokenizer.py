@@ -7,7 +7,6 @@ that can produce ids which the model's embedding does not have would poison the 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
+from common.checkpoint_files import read_file, read_json
 from common.families import load_spec
 from common.protocol.errors import CheckpointError, ConfigError, InvalidRequest
 from common.protocol.limits import STOP_TOKEN_IDS_MAX
@@ -46,7 +46,7 @@ class ServedModel:
         if largest >= spec.vocab:
             raise CheckpointError(f"tokenizer.json has token id {largest}; config.json allows ids below {spec.vocab}")
         self.table = TokenTable(self._tokenizer)
-        settings = _read_settings(directory / "tokenizer_config.json")
+        settings = read_json(directory / "tokenizer_config.json", TOKENIZER_BYTES_MAX) or {}
         specials = _special_tokens(settings)
         self._bos_id = self._tokenizer.token_to_id(specials.get("bos_token", "")) if specials else None
         source = _template_source(directory, settings)
@@ -83,7 +83,7 @@ class ServedModel:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    raw = _read(path, TOKENIZER_BYTES_MAX)
+    raw = read_file(path, TOKENIZER_BYTES_MAX)
     if raw is None:
         raise CheckpointError("tokenizer.json is missing")
     try:
@@ -95,19 +95,6 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    raw = _read(path, TOKENIZER_BYTES_MAX)
-    if raw is None:
-        return {}
-    try:
-        settings = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not valid JSON: {error!s:.200}") from None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object")
-    return settings
-
-
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """Special tokens by name: given as text, or as an object with `content`."""
     values = {name: settings.get(name) for name in _SPECIAL_NAMES}
@@ -117,7 +104,7 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _template_source(directory: Path, settings: Mapping[str, Any]) -> str | None:
     """The template's own file before tokenizer_config.json; of several named ones, `default`."""
-    raw = _read(directory / "chat_template.jinja", TOKENIZER_BYTES_MAX)
+    raw = read_file(directory / "chat_template.jinja", TOKENIZER_BYTES_MAX)
     if raw is not None:
         try:
             return raw.decode()
@@ -128,17 +115,6 @@ def _template_source(directory: Path, settings: Mapping[str, Any]) -> str | None
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")
     return source if isinstance(source, str) else None
-
-
-def _read(path: Path, most: int) -> bytes | None:
-    try:
-        if path.stat().st_size > most:
-            raise CheckpointError(f"{path.name} has {path.stat().st_size} bytes; the limit is {most}")
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
 
 
 def load_model(model: str, served_name: str) -> ServedModel:

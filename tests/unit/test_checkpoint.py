@@ -410,9 +410,9 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "a folder": (shard_is_a_folder, "is not a regular file|cannot be read"),
     "index out of the folder": (index_with(escape), "is not a plain .safetensors file name"),
     "index without map": (index_with(lambda _: {}), "must have a weight_map"),
-    "index that is a list": (index_with(lambda _: []), "must have a weight_map"),
+    "index that is a list": (index_with(lambda _: []), "must hold a JSON object"),
     "no weights": (no_weights, f"has neither {SINGLE} nor"),
-    "no config": (no_config, "config.json cannot be read"),
+    "no config": (no_config, "config.json is missing"),
 }
 
 

@@ -75,7 +75,7 @@ def test_long_texts_are_tokenized_elsewhere(directory: Path) -> None:
         ("tokenizer_config.json", b"[1]", "must hold a JSON object"),
         ("tokenizer_config.json", b'{"chat_template": "{% if %}"}', "chat template does not compile"),
         ("chat_template.jinja", b"\xff", "not UTF-8"),
-        ("config.json", None, "config.json cannot be read"),
+        ("config.json", None, "config.json is missing"),
     ],
 )
 def test_bad_files(directory: Path, file: str, content: bytes | None, text: str) -> None:
