@@ -8,6 +8,7 @@ from pathlib import Path
 from cli.console import size
 from cli.probes import bind_once
 from cli.settings import Settings
+from common.checkpoint import Checkpoint
 from common.families import load_spec, records
 from common.model_spec import ModelSpec, kv_geometry, round_up
 from common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
@@ -93,6 +94,18 @@ def check_memory(settings: Settings, model: Path) -> None:
             f"{_MEMORY_SHARE:.0%} of the {size(available)} that are available are {size(available * _MEMORY_SHARE)}",
             code="out_of_memory",
         )
+
+
+def check_checkpoint(settings: Settings, model: Path) -> list[str]:
+    """The checkpoint has all that the model needs; reads headers only. What there is to remark about it, one line each.
+    Raises CheckpointError before anything is started that would find out."""
+    spec = load_spec(model, settings.scaler.dtype)
+    with Checkpoint(model, spec) as checkpoint:
+        remarks = checkpoint.remarks()
+    asked, served = settings.scaler.max_model_len, spec.max_positions
+    if asked > served == spec.sliding_window:
+        remarks.append(f"sequences end at the {served} tokens of the model's sliding window, not at {asked}")
+    return remarks
 
 
 def check_disk(run_dir: Path) -> None:

@@ -17,11 +17,16 @@ from cli.console import Console
 from cli.maker import make_elsewhere
 from cli.paths import home_dir, package_root
 from common.protocol.errors import CheckpointError, DeadlineExceeded, InvalidRequest, NotFound, Unavailable
+from common.weights import check_no_adapter, no_weights
 
 ALIASES = {"tiny": "tiny-mixtral"}
 NAMES = ("tiny-mixtral", "tiny-qwen3-moe", "oracle", "qwen3-moe-1b", "demo")  # cli.models knows them, and loads torch
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
-_HUB_FILES = ["config.json", "generation_config.json", "tokenizer*", "chat_template*", "*.safetensors", "*.index.json"]
+_HUB_FILES = [
+    *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.index.json"),
+    *("tokenizer*", "chat_template*", "added_tokens.json", "special_tokens_map.json"),
+]
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 _MAKE_SECONDS_MAX = 1_800.0
 _LOCK_POLL_S = 0.2
 
@@ -113,11 +118,13 @@ def _lock(path: Path, name: str, console: Console) -> Iterator[None]:
 
 def _checked_folder(path: Path) -> Path:
     if not path.is_dir():
-        raise CheckpointError(f"model {path} is not a folder")
+        form = f"a {path.suffix} file" if path.suffix in _WEIGHT_SUFFIXES else "not a folder"
+        raise CheckpointError(f"model {path} is {form}; give a folder with config.json and .safetensors files")
+    check_no_adapter(path)
+    if not any(path.glob("*.safetensors")):
+        raise no_weights(path)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"model {path} has no config.json")
-    if not any(path.glob("*.safetensors")):
-        raise CheckpointError(f"model {path} has no .safetensors file")
     return path
 
 

@@ -1,7 +1,7 @@
 """Geometry of a model: layers, heads, experts, and the records that its weights are stored in.
 
-`families.py` makes a ModelSpec from a checkpoint's config.json. From then on nothing in the system reads config.json:
-the HMM sizes and fills records by it, the planner counts bytes by it, the ranks build their tensors by it.
+`common/families` makes a ModelSpec from a checkpoint. From then on nothing in the system reads config.json: the HMM
+sizes and fills records by it, the planner counts bytes by it, the ranks build their tensors by it.
 
 A *record* is what one page handle holds. Weights are final in it: fused, in the served dtype, never touched again.
 Shape suffixes: H hidden, I expert width, E experts, V vocabulary, Q query width (heads x head_dim), K kv width.
@@ -33,20 +33,33 @@ class RecordKey(msgspec.Struct, frozen=True, order=True, array_like=True):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """One checkpoint tensor that a stored tensor is made of: its name and shape. Sources are stacked along dim 0."""
+    """One checkpoint tensor, or one of the equal parts along its first dim, that a tensor of ours is made of.
+
+    `shape` is that of what is taken. With `parts`, the checkpoint's tensor has the shape (parts, *shape), and the one
+    numbered `part` is taken; its bytes are contiguous. Sources are stacked along dim 0.
+    """
 
     name: str
     shape: tuple[int, ...]
+    part: int = 0
+    parts: int = 0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the whole checkpoint tensor."""
+        return (self.parts, *self.shape) if self.parts else self.shape
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
-    """A tensor inside a record, row-major, at `offset` bytes."""
+    """A tensor inside a record, row-major, at `offset` bytes. Checkpoints that do not have its `sources` may have those
+    of one of the `alternatives`."""
 
     name: str
     shape: tuple[int, ...]
     dtype: Dtype
     offset: int
     sources: tuple[Source, ...]
+    alternatives: tuple[tuple[Source, ...], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +116,11 @@ class MoeSpec(msgspec.Struct, frozen=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
-    """One model's geometry. `dense_layers` have an ordinary feed-forward of `dense_width` in place of experts."""
+    """One model's geometry. `dense_layers` have an ordinary feed-forward of `dense_width` in place of experts.
+
+    `max_positions`: the longest sequence that may be served. It is within the `sliding_window` (0: none), so that
+    attention, which knows no windows, sees what the model would see. `tie_embeddings`: the head is the embedding.
+    """
 
     family: str
     architecture: str
@@ -120,6 +137,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     dense_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     modulus: int = 0  # the oracle model's; 0 for all others
+    sliding_window: int = 0
 
     @property
     def num_experts_by_layer(self) -> tuple[int, ...]:
@@ -145,10 +163,13 @@ class RecordBuilder:
         self._tensors: list[TensorSpec] = []
         self._end = 0
 
-    def add(self, name: str, dtype: Dtype, *sources: Source) -> RecordBuilder:
-        """Append a tensor made of `sources` stacked along dim 0 (all other dims equal)."""
+    def add(
+        self, name: str, dtype: Dtype, *sources: Source, alternatives: tuple[tuple[Source, ...], ...] = ()
+    ) -> RecordBuilder:
+        """Append a tensor made of `sources` stacked along dim 0 (all other dims equal), or of those of one of the
+        `alternatives`, which make the same shape."""
         rows = sum(source.shape[0] for source in sources)
-        tensor = TensorSpec(name, (rows, *sources[0].shape[1:]), dtype, self._end, sources)
+        tensor = TensorSpec(name, (rows, *sources[0].shape[1:]), dtype, self._end, sources, alternatives)
         self._tensors.append(tensor)
         self._end = round_up(self._end + tensor.nbytes, TENSOR_ALIGN_BYTES)
         return self

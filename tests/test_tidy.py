@@ -45,7 +45,15 @@ PURE = [
     "services/worker/engine/sequence.py",
     "common/layout.py",
     "common/model_spec.py",
-    "common/families.py",
+    "common/families/__init__.py",
+    "common/families/config.py",
+    "common/families/decoder.py",
+    "common/families/family.py",
+    "common/families/mixtral.py",
+    "common/families/oracle.py",
+    "common/families/qwen3_moe.py",
+    "common/families/rope.py",
+    "common/families/shared_keys.py",
     "cli/supervisor.py",
 ]
 IMPURE_MODULES = {"time", "random", "socket", "zmq", "redis", "torch", "asyncio", "threading", "subprocess", "secrets"}

@@ -12,13 +12,14 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.checkpoint import Checkpoint
 from common.families import load_spec, records
-from common.model_spec import KvGeometry, RecordKey, RecordSpec, kv_geometry, round_up
-from common.protocol.errors import CheckpointError, Unavailable
+from common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
+from common.protocol.errors import CheckpointError, InvalidRequest, Unavailable
 from common.protocol.hmm import LoadModel
+from common.telemetry import get_logger
 from native.ledger import format_ledger
 from services.hmm.catalog import Loaded
-from services.hmm.checkpoint import Checkpoint
 from services.hmm.memory import BusSegment, DeviceMemory
 from services.hmm.reader import Reader
 from services.hmm.sizing import (
@@ -30,6 +31,8 @@ from services.hmm.sizing import (
     size_devices,
     size_ledger,
 )
+
+log = get_logger("hmm")
 
 
 class Load:
@@ -69,6 +72,7 @@ class Load:
         load, granularity = self.request, self._granularity
         directory = _existing(load.model_path)
         spec = load_spec(directory, load.dtype)
+        _check_length(load, spec)
         check_layout(load.layout, spec)
         specs = list(records(spec))
         geometry = kv_geometry(spec, load.block_size, granularity)
@@ -76,7 +80,9 @@ class Load:
         bus = size_bus(load, spec, len(self._memories), granularity)
         budgets = {name: memory.device.budget for name, memory in self._memories.items()}
         sizes = size_devices(load, specs, geometry, ledger, granularity, budgets)
-        with Checkpoint(directory, specs, tied_head=spec.tie_embeddings) as checkpoint:
+        with Checkpoint(directory, spec) as checkpoint:
+            if remarks := checkpoint.remarks():
+                log.warning("checkpoint: " + "; ".join(remarks))
             self._create(specs, sizes, geometry)
             self._read(checkpoint, specs)
             self.bytes_read = checkpoint.bytes_read
@@ -138,6 +144,14 @@ class Load:
                 ledger.max_blocks,
                 LEDGER_BLOB_BYTES,
             )
+
+
+def _check_length(load: LoadModel, spec: ModelSpec) -> None:
+    if load.max_model_len > spec.max_positions:
+        limit = "sliding_window" if spec.sliding_window == spec.max_positions else "max_position_embeddings"
+        raise InvalidRequest(
+            f"max_model_len {load.max_model_len} exceeds the model's {limit} of {spec.max_positions} tokens"
+        )
 
 
 def _existing(path: str) -> Path:

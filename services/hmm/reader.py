@@ -4,17 +4,18 @@ is the served one, else through a small staging buffer."""
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 
+from common.checkpoint import Checkpoint
 from common.model_spec import DTYPE_BYTES, Dtype, RecordSpec
 from common.protocol.errors import CheckpointError
+from common.safetensors import DTYPE_BYTES as STORED_BYTES
+from common.safetensors import TensorFile
 from native import host
-from services.hmm.checkpoint import SOURCE_BYTES, Checkpoint, CheckpointFile
 from services.hmm.convert import SAME, convert
 
 _CHUNK_BYTES: Final = 16 << 20  # read at once: also how long an abort may wait
@@ -23,9 +24,9 @@ _DROP_BYTES: Final = 32 << 20  # read before the file's cached pages are dropped
 
 
 class _Piece(NamedTuple):
-    """One stored tensor and the address where it goes."""
+    """A stored tensor, or a part of one, and the address where it goes."""
 
-    file: CheckpointFile
+    file: TensorFile
     begin: int
     nbytes: int
     stored: str
@@ -48,10 +49,9 @@ class Reader:
         """Let `record` be read to `address`."""
         for tensor in record.tensors:
             at = address + tensor.offset
-            for source in tensor.sources:
-                file, stored = self._checkpoint.find(source)
-                self._pieces.append(_Piece(file, stored.begin, stored.nbytes, stored.dtype, tensor.dtype, at))
-                at += math.prod(source.shape) * DTYPE_BYTES[tensor.dtype]
+            for file, begin, nbytes, stored in self._checkpoint.pieces(tensor):
+                self._pieces.append(_Piece(file, begin, nbytes, stored, tensor.dtype, at))
+                at += nbytes // STORED_BYTES[stored] * DTYPE_BYTES[tensor.dtype]
 
     @property
     def nbytes(self) -> int:
@@ -61,14 +61,14 @@ class Reader:
     def read(self) -> None:
         """Read all that was added, in the files' order. Blocks. Raises CheckpointError, also where a file was changed
         since it was verified."""
-        files = list(self._checkpoint.files())
+        files = list(self._checkpoint.files)
         order = {file: at for at, file in enumerate(files)}
         self._pieces.sort(key=lambda piece: (order[piece.file], piece.begin))
         self._read(files, self._pieces)
         for file in files:
             file.check_unchanged()
 
-    def _read(self, files: Iterable[CheckpointFile], pieces: Sequence[_Piece]) -> None:
+    def _read(self, files: Iterable[TensorFile], pieces: Sequence[_Piece]) -> None:
         for file in files:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         staging = np.empty(self._staging_bytes, np.uint8)
@@ -97,7 +97,7 @@ class Reader:
             self._count(piece.file, nbytes)
 
     def _read_converted(self, piece: _Piece, staging: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-        size, served_size = SOURCE_BYTES[piece.stored], DTYPE_BYTES[piece.served]
+        size, served_size = STORED_BYTES[piece.stored], DTYPE_BYTES[piece.served]
         for done in range(0, piece.nbytes, self._staging_bytes):
             self._progress(0)
             nbytes = min(self._staging_bytes, piece.nbytes - done)
@@ -108,6 +108,6 @@ class Reader:
             target = memoryview((ctypes.c_char * (count * served_size)).from_address(address)).cast("B")
             convert(staging.data[:nbytes], piece.stored, piece.served, target)
 
-    def _count(self, file: CheckpointFile, nbytes: int) -> None:
+    def _count(self, file: TensorFile, nbytes: int) -> None:
         file.bytes_read += nbytes
         self._progress(nbytes)

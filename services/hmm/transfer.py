@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from common.checkpoint import Checkpoint
 from common.devices.base import Handle
 from common.devices.host import HostDevice
 from common.failpoint import failpoint
-from common.families import record, records
+from common.families import record
 from common.model_spec import ModelSpec, RecordKey
 from common.protocol.errors import Unavailable
 from native.ledger import format_ledger
-from services.hmm.checkpoint import Checkpoint
 from services.hmm.reader import Reader
 from services.hmm.sizing import LEDGER_BLOB_BYTES, LedgerSizes
 
@@ -121,7 +121,7 @@ class Transfer:
         if not parts:
             return
         spec = self._spec
-        with Checkpoint(Path(self._model_path), records(spec), tied_head=spec.tie_embeddings) as checkpoint:
+        with Checkpoint(Path(self._model_path), spec) as checkpoint:
             reader = Reader(checkpoint, self._pause, chunk_bytes=self._piece_bytes)
             for part in parts:
                 assert part.key is not None, "only records are read"

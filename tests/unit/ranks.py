@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
+from common.checkpoint import Checkpoint
 from common.families import load_spec, record, records
 from common.layout import initial_layout
-from common.model_spec import DTYPE_BYTES, ModelSpec, RecordKey, RecordSpec, TensorSpec, kv_geometry, round_up
+from common.model_spec import DTYPE_BYTES, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
 from native.bus import Bus, bus_bytes, format_bus
+from services.hmm.reader import Reader
 from services.worker.exchange.shm import ShmExchange
 from services.worker.model.batch import Batch, Part
 from services.worker.model.registry import Model, build_model
@@ -26,22 +27,16 @@ GRANULARITY = 4096
 NUM_BLOCKS = 64
 
 
-class Checkpoint:
-    """All tensors of a checkpoint folder, by name."""
-
-    def __init__(self, directory: Path) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        for path in sorted(directory.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self.tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-    def make(self, described: TensorSpec) -> torch.Tensor:
-        sources = [self.tensors[source.name] for source in described.sources]
-        assert [tuple(tensor.shape) for tensor in sources] == [source.shape for source in described.sources]
-        return torch.cat(sources).to(DTYPES[described.dtype]).contiguous()
-
-    def record(self, described: RecordSpec) -> dict[str, torch.Tensor]:
-        return {tensor.name: self.make(tensor) for tensor in described.tensors}
+def read_record(checkpoint: Checkpoint, described: RecordSpec) -> dict[str, torch.Tensor]:
+    """A record's tensors, read as the HMM reads them, into memory of their own."""
+    memory = torch.zeros(described.nbytes, dtype=torch.uint8)
+    reader = Reader(checkpoint, lambda _: None)
+    reader.add(described, memory.data_ptr())
+    reader.read()
+    return {
+        tensor.name: memory[tensor.offset : tensor.offset + tensor.nbytes].view(DTYPES[tensor.dtype]).view(tensor.shape)
+        for tensor in described.tensors
+    }
 
 
 def load_experts(checkpoint: Checkpoint, spec: ModelSpec, layer: int, held: set[int]) -> dict[str, torch.Tensor]:
@@ -57,7 +52,7 @@ def load_experts(checkpoint: Checkpoint, spec: ModelSpec, layer: int, held: set[
         inner = [int(n) for n in torch.empty(tensor.shape, device="meta").stride()]
         slots[tensor.name] = typed.as_strided((count, *tensor.shape), (stride // size, *inner), tensor.offset // size)
     for expert in held:
-        for name, tensor in checkpoint.record(record(spec, RecordKey("expert", layer, expert))).items():
+        for name, tensor in read_record(checkpoint, record(spec, RecordKey("expert", layer, expert))).items():
             slots[name][expert] = tensor
     return slots
 
@@ -67,8 +62,8 @@ def load_weights(checkpoint: Checkpoint, spec: ModelSpec, held: Sequence[set[int
     by_key = {described.key: described for described in records(spec)}
     return RankWeights(
         spec,
-        checkpoint.record(by_key[RecordKey("base")]),
-        [checkpoint.record(by_key[RecordKey("layer", layer)]) for layer in range(spec.num_layers)],
+        read_record(checkpoint, by_key[RecordKey("base")]),
+        [read_record(checkpoint, by_key[RecordKey("layer", layer)]) for layer in range(spec.num_layers)],
         [
             load_experts(checkpoint, spec, layer, held[layer]) if count else {}
             for layer, count in enumerate(spec.num_experts_by_layer)
@@ -86,7 +81,6 @@ class Ranks:
         self.spec = load_spec(directory, dtype)
         self.block_size = block_size
         self.layout = initial_layout(self.spec.num_experts_by_layer, [f"device{i}" for i in range(size)])
-        checkpoint = Checkpoint(directory)
         geometry = kv_geometry(self.spec, block_size, GRANULARITY)
         self._kv_memory: list[torch.Tensor] = []
         shape = (size, max_tokens, self.spec.hidden, self.spec.moe.top_k)
@@ -108,7 +102,8 @@ class Ranks:
             kv_memory = torch.full((NUM_BLOCKS * geometry.block_stride // 4,), float("nan"))
             self._kv_memory.append(kv_memory)
             kv = KvCache(kv_memory.data_ptr(), NUM_BLOCKS, geometry)
-            self.weights.append(load_weights(checkpoint, self.spec, held, kv))
+            with Checkpoint(directory, self.spec) as checkpoint:
+                self.weights.append(load_weights(checkpoint, self.spec, held, kv))
             self.models.append(build_model(self.weights[-1], max_tokens))
             exchange = ShmExchange(bus, self.spec.num_experts_by_layer)
             self.exchanges.append(exchange)

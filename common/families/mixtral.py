@@ -1,0 +1,76 @@
+"""Mixtral: every layer routed, no norm of queries and keys.
+Keys and defaults: transformers 5, models/mixtral/configuration_mixtral.py."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from common.families.config import Config, Key
+from common.families.decoder import (
+    EMBEDDING,
+    HEAD,
+    NEUTRAL_KEYS,
+    Names,
+    decoder_base,
+    decoder_expert,
+    decoder_layer,
+    parse_decoder,
+    window_of,
+)
+from common.families.family import Family
+from common.model_spec import MoeSpec
+from common.protocol.limits import EXPERTS_MAX, HIDDEN_MAX, TOP_K_EXPERTS_MAX
+
+_KEYS: Final[dict[str, Key]] = {
+    **NEUTRAL_KEYS,
+    "vocab_size": Key(int, 32_000),
+    "hidden_size": Key(int, 4_096),
+    "intermediate_size": Key(int, 14_336),
+    "num_hidden_layers": Key(int, 32),
+    "num_attention_heads": Key(int, 32),
+    "num_key_value_heads": Key(int, 8),
+    "head_dim": Key(int | None, None),
+    "hidden_act": Key(str, "silu"),
+    "max_position_embeddings": Key(int, 131_072),
+    "rms_norm_eps": Key(float, 1e-5),
+    "tie_word_embeddings": Key(bool, False),
+    "sliding_window": Key(int | None, None),
+    "num_experts_per_tok": Key(int, 2),
+    "num_local_experts": Key(int, 8),
+    "rope_parameters": Key(dict | None, None),
+    "bos_token_id": NEUTRAL_KEYS["bos_token_id"]._replace(default=1),
+    "eos_token_id": Key(int | list[int] | None, 2),
+    "router_jitter_noise": Key(float, 0.0, "for training only"),
+}
+_NAMES: Final = Names("block_sparse_moe.gate.weight", "block_sparse_moe.experts", "w1.weight", "w3.weight", "w2.weight")
+
+
+def _parse(config: Config) -> dict[str, Any]:
+    moe = MoeSpec(
+        num_experts=config.integer("num_local_experts", 1, EXPERTS_MAX),
+        top_k=config.integer("num_experts_per_tok", 1, TOP_K_EXPERTS_MAX),
+        expert_width=config.integer("intermediate_size", 1, HIDDEN_MAX),
+        norm_topk=True,
+    )
+    head_dim = config.value("head_dim") or None  # 0, too, means that it follows from the hidden size
+    return parse_decoder(
+        config, qk_norm=False, moe=moe, window=window_of(config), head_dim=head_dim, default_theta=1_000_000.0
+    )
+
+
+MIXTRAL: Final = Family(
+    name="mixtral",
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    keys=_KEYS,
+    spellings={"num_experts": "num_local_experts"},
+    parse=_parse,
+    expert=decoder_expert(_NAMES),
+    layer=decoder_layer(_NAMES),
+    base=decoder_base,
+    renamed={".block_sparse_moe.": ".mlp."},
+    expert_names=re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.w[123]\.weight"),
+    embedding=EMBEDDING,
+    head=HEAD,
+)

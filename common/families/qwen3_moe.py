@@ -1,0 +1,98 @@
+"""Qwen3-MoE: some layers may be dense, queries and keys are normed per head.
+Keys and defaults: transformers 5, models/qwen3_moe/configuration_qwen3_moe.py."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from common.families.config import Config, Key
+from common.families.decoder import (
+    EMBEDDING,
+    HEAD,
+    NEUTRAL_KEYS,
+    Names,
+    decoder_base,
+    decoder_expert,
+    decoder_layer,
+    parse_decoder,
+    window_of,
+)
+from common.families.family import Family
+from common.model_spec import MoeSpec
+from common.protocol.errors import CheckpointError
+from common.protocol.limits import EXPERTS_MAX, HIDDEN_MAX, TOP_K_EXPERTS_MAX
+
+_KEYS: Final[dict[str, Key]] = {
+    **NEUTRAL_KEYS,
+    "vocab_size": Key(int, 151_936),
+    "hidden_size": Key(int, 2_048),
+    "intermediate_size": Key(int, 6_144),
+    "num_hidden_layers": Key(int, 24),
+    "num_attention_heads": Key(int, 32),
+    "num_key_value_heads": Key(int, 4),
+    "hidden_act": Key(str, "silu"),
+    "max_position_embeddings": Key(int, 32_768),
+    "rms_norm_eps": Key(float, 1e-6),
+    "tie_word_embeddings": Key(bool, False),
+    "rope_parameters": Key(dict | None, None),
+    "attention_bias": Key(bool, False),
+    "use_sliding_window": Key(bool, False),
+    "sliding_window": Key(int | None, 4_096),
+    "decoder_sparse_step": Key(int, 1),
+    "moe_intermediate_size": Key(int, 768),
+    "num_experts_per_tok": Key(int, 8),
+    "num_experts": Key(int, 128),
+    "norm_topk_prob": Key(bool, False),
+    "mlp_only_layers": Key(list[int] | None, None),
+    "eos_token_id": Key(int | list[int] | None, None),
+    # Not of the config class, which keeps it as it comes: the model's code reads it and cannot do with null.
+    "head_dim": Key(int, None),
+}
+_NAMES: Final = Names("mlp.gate.weight", "mlp.experts", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
+
+
+def _parse(config: Config) -> dict[str, Any]:
+    config.must_be("attention_bias", False)
+    moe = MoeSpec(
+        num_experts=config.integer("num_experts", 1, EXPERTS_MAX),
+        top_k=config.integer("num_experts_per_tok", 1, TOP_K_EXPERTS_MAX),
+        expert_width=config.integer("moe_intermediate_size", 1, HIDDEN_MAX),
+        norm_topk=config.flag("norm_topk_prob"),
+    )
+    parsed = parse_decoder(
+        config,
+        qk_norm=True,
+        moe=moe,
+        window=window_of(config) if config.flag("use_sliding_window") else None,
+        head_dim=config.value("head_dim"),
+        default_theta=10_000.0,
+    )
+    dense = _dense_layers(config, parsed["num_layers"])
+    if dense:
+        parsed["dense_width"] = config.integer("intermediate_size", 1, HIDDEN_MAX)
+    return {**parsed, "dense_layers": dense}
+
+
+def _dense_layers(config: Config, layers: int) -> tuple[int, ...]:
+    """Layers with an ordinary feed-forward: those that are named, and all but every `decoder_sparse_step`-th."""
+    only, step = set(config.value("mlp_only_layers") or ()), config.value("decoder_sparse_step")
+    if step == 0:
+        raise CheckpointError("config.json: decoder_sparse_step must not be 0")
+    return tuple(layer for layer in range(layers) if layer in only or (layer + 1) % step)
+
+
+QWEN3_MOE: Final = Family(
+    name="qwen3_moe",
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    keys=_KEYS,
+    spellings={"num_local_experts": "num_experts"},
+    parse=_parse,
+    expert=decoder_expert(_NAMES),
+    layer=decoder_layer(_NAMES),
+    base=decoder_base,
+    expert_names=re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight"),
+    embedding=EMBEDDING,
+    head=HEAD,
+)
