@@ -81,6 +81,16 @@ def _token_rule(tokenizer: Tokenizer) -> Callable[[str], bytes]:
     return rule
 
 
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that decoding skips. What the library does with each counts, not the token's flag: a token that was
+    added twice with different flags is skipped by the first or by the last of them."""
+
+    def is_skipped(token_id: int) -> bool:
+        return not tokenizer.decode([token_id]) and bool(tokenizer.decode([token_id], skip_special_tokens=False))
+
+    return frozenset(token_id for token_id in tokenizer.get_added_tokens_decoder() if is_skipped(token_id))
+
+
 class TokenTable:
     """The bytes of each token, filled in as tokens are met. Immutable to its users; one per tokenizer."""
 
@@ -89,9 +99,7 @@ class TokenTable:
         self._tokenizer = tokenizer
         self._rule = _token_rule(tokenizer)
         self._bytes: dict[int, bytes] = {}
-        self.special = frozenset(
-            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        self.special = _special_ids(tokenizer)
 
     def bytes_of(self, token_id: int) -> bytes:
         """What a token stands for; nothing for ids that the model has but the tokenizer does not."""

@@ -24,7 +24,7 @@ ALLOWED = {
     ("services/hmm/checkpoint.py", ".st_mtime_ns"): "equality: whether a file was changed while it was read",
     ("services/router/api/chat.py", "time.time"): "`created` of an answer",
     ("services/router/api/completions.py", "time.time"): "`created` of an answer",
-    ("services/router/chat_template.py", "datetime.now"): "`strftime_now` of chat templates",
+    ("services/router/text/template.py", "datetime.now"): "`strftime_now` of chat templates",
     ("services/router/front.py", "time.time"): "`created` of the model, shown",
     ("services/scaler/intake.py", "time.time"): "when an operation was accepted, shown",
     ("services/scaler/service.py", "time.time"): "the time of an event, shown",

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from common.protocol.errors import CheckpointError, ConfigError, InvalidRequest
-from services.router.chat_template import TEMPLATE_CHARS_MAX, ChatTemplate
+from common.protocol.errors import CheckpointError, ConfigError
+from services.router.text.jobs import Conversation
 from services.router.tokenizer import INLINE_CHARS_MAX, ServedModel, load_model
 from tests.procs.router_harness import write_model
 
@@ -33,7 +33,8 @@ def test_name_and_ids(directory: Path) -> None:
     model.close()
 
 
-def test_bos_is_not_doubled(directory: Path) -> None:
+def test_a_beginning_of_sequence_as_transformers_gives_it(directory: Path) -> None:
+    """Also where the text already has one; `add_special_tokens: false` of a request leaves it out."""
     change(
         directory / "tokenizer.json",
         post_processor={
@@ -45,9 +46,10 @@ def test_bos_is_not_doubled(directory: Path) -> None:
     )
     model = ServedModel(directory, "m")
     assert model.encode("a", add_special=True) == [256, 97]
-    assert model.encode("<|bos|>a", add_special=True) == [256, 97]
+    assert model.encode("<|bos|>a", add_special=True) == [256, 256, 97]
     assert model.encode("a", add_special=False) == [97]
-    assert model.encode(model.render([{"role": "user", "content": "a"}]), add_special=False) == [256, 258, 97, 259]
+    chat = Conversation(messages=[{"role": "user", "content": "a"}])
+    assert model.encode_chat(chat) == [256, 258, 97, 259]
 
 
 def test_truncation_and_padding_are_off(directory: Path) -> None:
@@ -73,8 +75,6 @@ def test_long_texts_are_tokenized_elsewhere(directory: Path) -> None:
         ("tokenizer.json", b"[]", "tokenizer.json is not valid"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", b"[1]", "must hold a JSON object"),
-        ("tokenizer_config.json", b'{"chat_template": "{% if %}"}', "chat template does not compile"),
-        ("chat_template.jinja", b"\xff", "not UTF-8"),
         ("config.json", None, "config.json is missing"),
     ],
 )
@@ -89,60 +89,10 @@ def test_bad_files(directory: Path, file: str, content: bytes | None, text: str)
 
 def test_a_tokenizer_that_is_larger_than_the_model(directory: Path) -> None:
     change(directory / "config.json", vocab_size=200)
-    with pytest.raises(CheckpointError, match="token id 259"):
+    with pytest.raises(CheckpointError, match="token id 255"):
         ServedModel(directory, "m")
 
 
 def test_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a directory"):
         load_model(str(tmp_path / "none"), "")
-
-
-def test_where_the_template_comes_from(directory: Path) -> None:
-    change(directory / "tokenizer_config.json", chat_template=[{"name": "default", "template": "named"}])
-    assert ServedModel(directory, "m").render([]) == "named"
-    (directory / "chat_template.jinja").write_text("file {{ bos_token }}")
-    assert ServedModel(directory, "m").render([]) == "file <|bos|>"
-    (directory / "chat_template.jinja").unlink()
-    change(directory / "tokenizer_config.json", chat_template=None)
-    with pytest.raises(InvalidRequest, match="no chat template"):
-        ServedModel(directory, "m").render([])
-
-
-def render(source: str, content: str = "hi", **options: Any) -> str:
-    return ChatTemplate(source, {"eos_token": "</s>"}).render([{"role": "user", "content": content}], **options)
-
-
-def test_helpers() -> None:
-    assert render("{{ messages | tojson }}", "<é>") == '[{"role": "user", "content": "<é>"}]'
-    assert len(render("{{ strftime_now('%Y') }}")) == 4
-    assert render("{% for m in messages %}\n  {{ m.content }}{% break %}\n{% endfor %}\n{{ eos_token }}") == "  hi</s>"
-    assert render("{{ add_generation_prompt }}", add_generation_prompt=False) == "False"
-    with pytest.raises(InvalidRequest, match="refuses the messages: roles must alternate"):
-        render("{{ raise_exception('roles must alternate') }}")
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ messages.__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-        "{{ ''.__class__.__base__.__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os }}",
-        "{{ messages[0].content + 1 }}",
-        "{{ messages[9].content.x }}",
-        "{% for i in range(9999999) %}{% endfor %}",
-    ],
-)
-def test_the_sandbox(source: str) -> None:
-    with pytest.raises(InvalidRequest, match="cannot render"):
-        render(source + "{{ messages[9].content.x }}")
-
-
-def test_a_client_cannot_send_a_template() -> None:
-    assert render("{{ messages[0].content }}", "{{ 7 * 7 }}") == "{{ 7 * 7 }}"
-
-
-def test_a_huge_template() -> None:
-    with pytest.raises(CheckpointError, match="the limit is"):
-        ChatTemplate("x" * (TEMPLATE_CHARS_MAX + 1), {})

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from common.protocol.errors import InvalidRequest
 from services.router.api.answer import Answer
+from services.router.api.conversation import conversation_of, encode_chat
 from services.router.api.docs import describe
 from services.router.api.gate import front_of, permit_of, request_id_of
 from services.router.api.generate import Generation, start
@@ -21,7 +20,6 @@ from services.router.api.schemas import (
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChatMessage,
     ChatRequest,
     TokenLogprob,
     TopLogprob,
@@ -46,8 +44,8 @@ async def chat_completions(request: Request) -> Response:
     front.check_model(raw.model)
     _refuse_tools(raw)
     options = _options(raw, front)
-    messages = plain_messages(raw.messages)
-    prompt = await encode_chat(front, messages)
+    prompt = await encode_chat(front, conversation_of(raw))
+    front.model.check_embedded(prompt)
     generation = start(front, permit_of(request), options, [prompt], kind="chatcmpl")
     renderer = ChatRenderer(f"chatcmpl-{request_id_of(request, raw.request_id)}", front, options)
     return Answer(generation, renderer, is_stream=options.is_stream)
@@ -66,41 +64,6 @@ def _refuse_tools(raw: ChatRequest) -> None:
         raise unsupported("tools", "pass tool_choice none to have them ignored")
     if not raw.tools and raw.tool_choice not in (None, "none", "auto"):
         raise unsupported("tool_choice", "there are no tools")
-
-
-def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """What the template sees: text contents only. Raises InvalidRequest for tool calls, images and the like."""
-    plain: list[dict[str, Any]] = []
-    for index, message in enumerate(messages):
-        if message.tool_calls or message.role in ("tool", "function"):
-            raise unsupported(f"messages[{index}]", "tool calls")
-        entry = {"role": "system" if message.role == "developer" else message.role, "content": _text(message, index)}
-        if message.name is not None:
-            entry["name"] = message.name
-        plain.append(entry)
-    return plain
-
-
-def _text(message: ChatMessage, index: int) -> str:
-    if message.content is None:
-        return ""
-    if isinstance(message.content, str):
-        return message.content
-    for number, part in enumerate(message.content):
-        if part.type != "text" or part.text is None:
-            raise unsupported(f"messages[{index}].content[{number}]", f"type {part.type[:40]!r}; supported: text")
-    return "\n".join(part.text or "" for part in message.content)
-
-
-async def encode_chat(front: Front, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
-    """Render and tokenize a conversation. The template writes the special tokens, so none are added."""
-    model = front.model
-
-    def work() -> list[int]:
-        return model.encode(model.render(messages, add_generation_prompt=add_generation_prompt), add_special=False)
-
-    # A message costs the template about as much as some text does the tokenizer.
-    return await model.run(work, sum(len(message["content"]) + 100 for message in messages))
 
 
 class ChatRenderer:

@@ -48,7 +48,7 @@ async def completions(request: Request) -> Response:
     logprobs = -1 if raw.logprobs is None else raw.logprobs
     most = MAX_TOKENS_DEFAULT if raw.max_tokens is None else raw.max_tokens
     options = options_of(raw, front.model, max_tokens=most, logprobs=logprobs)
-    prompts = await _encode_prompts(front, raw.prompt)
+    prompts = await _encode_prompts(front, raw.prompt, add_special=raw.add_special_tokens is not False)
     echoes = [_echo(front, prompt) for prompt in prompts] if raw.echo else []
     ids = [prompt if isinstance(prompt, list) else prompt.ids for prompt in prompts]
     generation = start(
@@ -65,10 +65,12 @@ class _TextPrompt(msgspec.Struct, frozen=True):
     ids: list[int]
 
 
-async def _encode_prompts(front: Front, prompt: str | list[str | int | list[int]]) -> list[_TextPrompt | list[int]]:
+async def _encode_prompts(
+    front: Front, prompt: str | list[str | int | list[int]], *, add_special: bool
+) -> list[_TextPrompt | list[int]]:
     """Every prompt as tokens. Raises InvalidRequest for a mixed or too long list and for ids that do not exist."""
     if isinstance(prompt, str):
-        return [await _encode_text(front, prompt)]
+        return [await _encode_text(front, prompt, add_special)]
     kinds = {type(item) for item in prompt}
     if len(kinds) != 1:
         raise InvalidRequest("prompt mixes texts and tokens", param="prompt")
@@ -79,15 +81,17 @@ async def _encode_prompts(front: Front, prompt: str | list[str | int | list[int]
     encoded: list[_TextPrompt | list[int]] = []
     for item in prompt:
         if isinstance(item, str):
-            encoded.append(await _encode_text(front, item))
+            encoded.append(await _encode_text(front, item, add_special))
         elif isinstance(item, list):
             encoded.append(_checked(front, item))
     return encoded
 
 
-async def _encode_text(front: Front, text: str) -> _TextPrompt:
+async def _encode_text(front: Front, text: str, add_special: bool) -> _TextPrompt:
     model = front.model
-    return _TextPrompt(text, await model.run(lambda: model.encode(text, add_special=True), len(text)))
+    ids = await model.run(lambda: model.encode(text, add_special=add_special), len(text))
+    model.check_embedded(ids)
+    return _TextPrompt(text, ids)
 
 
 def _checked(front: Front, ids: list[int]) -> list[int]:

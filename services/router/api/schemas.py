@@ -6,7 +6,7 @@ clients send it.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -29,11 +29,18 @@ MESSAGES_MAX = 4_096
 PARTS_MAX = 256
 USER_CHARS_MAX = 512
 MODEL_CHARS_MAX = 256
+TEMPLATE_KWARGS_MAX = 64
+DOCUMENTS_MAX = 256
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"
 
 TokenId = Annotated[int, Meta(ge=0, lt=VOCAB_MAX)]
 StopString = Annotated[str, Meta(min_length=1, max_length=STOP_STRING_CHARS_MAX)]
 Prompt = str | Annotated[list[str | int | list[int]], Meta(min_length=1, max_length=PROMPT_TOKENS_MAX)]
+TemplateKwargs = Annotated[
+    dict[Annotated[str, Meta(min_length=1, max_length=64)], Any], Meta(max_length=TEMPLATE_KWARGS_MAX)
+]
+Documents = Annotated[list[dict[str, Any]], Meta(max_length=DOCUMENTS_MAX)]
+FinalField = Literal["content", "reasoning_content", "thinking", "reasoning"]
 assert REQUEST_ID_CHARS_MAX == 128, "REQUEST_ID_PATTERN states the limit"
 
 
@@ -57,12 +64,15 @@ class ContentPart(msgspec.Struct, frozen=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    """One message of a conversation."""
+    """One message of a conversation. An assistant's reasoning goes by any of its three names."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[ContentPart], Meta(max_length=PARTS_MAX)] | None = None
     name: Annotated[str, Meta(max_length=USER_CHARS_MAX)] | None = None
     tool_calls: list[msgspec.Raw] | None = None
+    reasoning_content: str | None = None
+    thinking: str | None = None
+    reasoning: str | None = None
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +107,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 class ChatRequest(GenerateRequest, frozen=True, kw_only=True):
     """POST /v1/chat/completions. `max_completion_tokens` is the newer name of `max_tokens`; without either, the rest of
-    the context may be used. `tools` are accepted only with `tool_choice` "none"."""
+    the context may be used. `tools` are accepted only with `tool_choice` "none". `continue_final_message`: the answer
+    goes on with the last message, or the field of it that is named. `chat_template_kwargs` are variables of the chat
+    template (`enable_thinking`); `reasoning_effort` is one that the template must read. `chat_template` is refused."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)]
     max_completion_tokens: Annotated[int, Meta(ge=1, le=PROMPT_TOKENS_MAX)] | None = None
@@ -105,6 +117,13 @@ class ChatRequest(GenerateRequest, frozen=True, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
     tools: list[msgspec.Raw] | None = None
     tool_choice: str | dict[str, msgspec.Raw] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | FinalField | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    chat_template: str | None = None
+    documents: Documents | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
 class CompletionRequest(GenerateRequest, frozen=True, kw_only=True):
@@ -112,6 +131,7 @@ class CompletionRequest(GenerateRequest, frozen=True, kw_only=True):
     prompts. `suffix` and `best_of` above 1 are refused."""
 
     prompt: Prompt
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
@@ -119,13 +139,18 @@ class CompletionRequest(GenerateRequest, frozen=True, kw_only=True):
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /tokenize: either `prompt` or `messages`."""
+    """POST /tokenize: either `prompt` or `messages`, whose options are those of chat. `add_special_tokens`: by default
+    only around a `prompt`; a chat template writes its own."""
 
     model: Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | FinalField | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    chat_template: str | None = None
+    documents: Documents | None = None
     return_token_strs: bool | None = None
 
 

@@ -6,7 +6,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from common.protocol.errors import InvalidRequest
-from services.router.api.chat import encode_chat, plain_messages
+from services.router.api.conversation import conversation_of, encode_chat
 from services.router.api.docs import describe
 from services.router.api.errors import json_response
 from services.router.api.gate import front_of
@@ -29,8 +29,7 @@ async def tokenize(request: Request) -> Response:
     if (raw.prompt is None) == (raw.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if raw.messages is not None:
-        generate = raw.add_generation_prompt is not False
-        ids = await encode_chat(front, plain_messages(raw.messages), add_generation_prompt=generate)
+        ids = await encode_chat(front, conversation_of(raw))
     else:
         text, add_special = raw.prompt or "", raw.add_special_tokens is not False
         ids = await model.run(lambda: model.encode(text, add_special=add_special), len(text))

@@ -1,0 +1,102 @@
+"""From a request's messages and template options to a conversation that the chat template can be given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from common.protocol.errors import InvalidRequest
+from services.router.api.options import unsupported
+from services.router.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
+from services.router.front import Front
+from services.router.text.jobs import Conversation
+from services.router.text.template import RESERVED_VARIABLES
+
+VALUES_MAX = 4_096  # values in all template variables and documents of a request, containers included
+VALUE_CHARS_MAX = 1 << 20  # characters of texts and keys in them
+DEPTH_MAX = 16
+
+
+def conversation_of(raw: ChatRequest | TokenizeRequest) -> Conversation:
+    """What the template is given. Raises InvalidRequest for what it cannot be given."""
+    if raw.chat_template is not None:
+        raise unsupported("chat_template", "the template comes with the model")
+    opens_final = raw.continue_final_message or False
+    if opens_final and raw.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt exclude one another", param="continue_final_message"
+        )
+    variables = raw.chat_template_kwargs or {}
+    reserved = sorted(RESERVED_VARIABLES.intersection(variables))
+    if reserved:
+        raise InvalidRequest(
+            f"chat_template_kwargs cannot set {reserved[0]}: it is reserved", param="chat_template_kwargs"
+        )
+    _check_size(variables, "chat_template_kwargs")
+    _check_size(raw.documents, "documents")
+    effort = raw.reasoning_effort if isinstance(raw, ChatRequest) else None
+    return Conversation(
+        messages=plain_messages(raw.messages or ()),
+        add_generation_prompt=not opens_final and raw.add_generation_prompt is not False,
+        continue_final_message=opens_final,
+        documents=raw.documents,
+        variables=variables if effort is None else {"reasoning_effort": effort, **variables},
+        required=() if effort is None else ("reasoning_effort",),
+        add_special=bool(raw.add_special_tokens),
+    )
+
+
+def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """What the template sees: texts only. Raises InvalidRequest for tool calls, images and the like."""
+    plain: list[dict[str, Any]] = []
+    for index, message in enumerate(messages):
+        if message.tool_calls or message.role in ("tool", "function"):
+            raise unsupported(f"messages[{index}]", "tool calls")
+        entry = {"role": "system" if message.role == "developer" else message.role, "content": _content(message, index)}
+        optional = {name: getattr(message, name) for name in ("name", "reasoning_content", "thinking", "reasoning")}
+        plain.append(entry | {name: value for name, value in optional.items() if value is not None})
+    return plain
+
+
+def _content(message: ChatMessage, index: int) -> str | list[dict[str, str]]:
+    if message.content is None or isinstance(message.content, str):
+        return message.content or ""
+    parts = []
+    for number, part in enumerate(message.content):
+        if part.type != "text" or part.text is None:
+            raise unsupported(f"messages[{index}].content[{number}]", f"type {part.type[:40]!r}; supported: text")
+        parts.append({"type": "text", "text": part.text})
+    return parts
+
+
+def _check_size(given: Any, param: str) -> None:
+    """Raises InvalidRequest for values that are too many, too long or too deep. Does not recurse."""
+    num_values, num_chars = 0, 0
+    pending = [(given, 0)]
+    while pending:
+        value, depth = pending.pop()
+        num_values += 1
+        num_chars += len(value) if isinstance(value, str) else 0
+        if isinstance(value, dict):
+            num_chars += sum(len(key) for key in value)
+        if isinstance(value, dict | list):
+            pending += [(entry, depth + 1) for entry in (value.values() if isinstance(value, dict) else value)]
+        for what, count, most in (
+            ("levels", depth, DEPTH_MAX),
+            ("values", num_values + len(pending), VALUES_MAX),
+            ("characters", num_chars, VALUE_CHARS_MAX),
+        ):
+            if count > most:
+                raise InvalidRequest(f"{param} has {count} {what} or more; the limit is {most}", param=param)
+
+
+async def encode_chat(front: Front, conversation: Conversation) -> list[int]:
+    """Render and tokenize a conversation."""
+    model = front.model
+    # A message costs the template about as much as some text does the tokenizer.
+    num_chars = sum(_num_chars(message["content"]) + 100 for message in conversation.messages)
+    return await model.run(lambda: model.encode_chat(conversation), num_chars)
+
+
+def _num_chars(content: str | list[dict[str, str]]) -> int:
+    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)

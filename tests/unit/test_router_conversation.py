@@ -1,0 +1,118 @@
+"""From a request's fields to what the chat template is given; what cannot be given is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from common.protocol.errors import InvalidRequest
+from services.router.api.conversation import DEPTH_MAX, VALUE_CHARS_MAX, VALUES_MAX, conversation_of
+from services.router.api.parse import parse
+from services.router.api.schemas import ChatRequest, TokenizeRequest
+from services.router.text.jobs import Conversation
+from services.router.text.template import RESERVED_VARIABLES
+
+KINDS = [ChatRequest, TokenizeRequest]
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def conversation(kind: Any, **fields: Any) -> Conversation:
+    body = {"messages": MESSAGES, **fields}
+    return conversation_of(parse(msgspec.json.Decoder(kind), msgspec.json.encode(body)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_both_kinds(kind: Any) -> None:
+    assert conversation(kind) == Conversation(messages=MESSAGES)
+    given = conversation(kind, add_generation_prompt=None, continue_final_message=None)
+    assert given == Conversation(messages=MESSAGES)
+    assert not conversation(kind, add_generation_prompt=False).add_generation_prompt
+    opened = conversation(kind, continue_final_message=True)
+    assert (opened.continue_final_message, opened.add_generation_prompt) == (True, False)
+    assert conversation(kind, continue_final_message=False, add_generation_prompt=True).add_generation_prompt
+    assert conversation(kind, continue_final_message="reasoning").continue_final_message == "reasoning"
+    assert conversation(kind, add_special_tokens=True).add_special
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_variables(kind: Any) -> None:
+    given = {"enable_thinking": False, "level": 3, "names": ["a", {"b": None}]}
+    assert conversation(kind, chat_template_kwargs=given).variables == given
+    documents = [{"title": "t", "text": "x"}]
+    assert conversation(kind, documents=documents).documents == documents
+
+
+def test_reasoning_effort_must_be_read_by_the_template() -> None:
+    asked = conversation(ChatRequest, reasoning_effort="low", chat_template_kwargs={"a": 1})
+    assert (asked.variables, asked.required) == ({"reasoning_effort": "low", "a": 1}, ("reasoning_effort",))
+
+
+def test_messages() -> None:
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]},
+        {"role": "assistant", "content": None, "reasoning": "r", "name": "n", "refusal": None},
+    ]
+    assert conversation(ChatRequest, messages=messages).messages == [
+        {"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]},
+        {"role": "assistant", "content": "", "reasoning": "r", "name": "n"},
+    ]
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("fields", "text", "param"),
+    [
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message and add_generation_prompt exclude one another",
+            "continue_final_message",
+        ),
+        ({"continue_final_message": "role"}, "invalid enum value", "continue_final_message"),
+        ({"chat_template": "{{ 1 }}"}, "the template comes with the model", "chat_template"),
+        ({"chat_template_kwargs": {"x": deep(DEPTH_MAX)}}, f"levels or more; the limit is {DEPTH_MAX}", None),
+        ({"chat_template_kwargs": {"x": [0] * VALUES_MAX}}, f"values or more; the limit is {VALUES_MAX}", None),
+        ({"chat_template_kwargs": {"x": "y" * (VALUE_CHARS_MAX + 1)}}, "characters or more; the limit is", None),
+        ({"chat_template_kwargs": {"x": {"y" * (VALUE_CHARS_MAX + 1): 0}}}, "characters or more; the limit is", None),
+        ({"chat_template_kwargs": {str(i): i for i in range(65)}}, "length <= 64", None),
+        ({"chat_template_kwargs": {"y" * 65: 0}}, "length <= 64", None),
+        ({"chat_template_kwargs": [1]}, "expected `object | null`", None),
+        ({"documents": [{"a": deep(DEPTH_MAX)}]}, "levels or more", "documents"),
+        ({"documents": [{}] * 257}, "length <= 256", "documents"),
+        ({"documents": ["text"]}, "expected `object`", "documents[0]"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "tool calls", "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "supported: text", None),
+    ],
+)
+def test_what_cannot_be_given(kind: Any, fields: dict[str, Any], text: str, param: str | None) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        conversation(kind, **fields)
+    assert text in caught.value.message
+    assert param is None or caught.value.param == param
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED_VARIABLES))
+def test_reserved_variables(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"cannot set {name}: it is reserved") as caught:
+        conversation(ChatRequest, chat_template_kwargs={"enable_thinking": True, name: []})
+    assert caught.value.param == "chat_template_kwargs"
+
+
+def test_no_option_of_transformers_can_be_set() -> None:
+    """What apply_chat_template would take as an argument is no variable of the template."""
+    import inspect
+
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    names = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"self", "kwargs"}
+    names |= set(inspect.signature(render_jinja_template).parameters) - {"kwargs", "conversations"}
+    assert names <= RESERVED_VARIABLES
