@@ -18,10 +18,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.installed
 NATIVE := $(shell find native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 CPP := $(filter %.cpp %.h,$(NATIVE))
+# An editable install knows modules by their files: it is made anew where one has come, moved or gone.
+MODULES := .venv/.modules
+MODULES_NOW := $(shell find common services cli native -name '*.py' | LC_ALL=C sort | cksum)
+ifneq ($(MODULES_NOW),$(shell cat $(MODULES) 2>/dev/null))
+MODULES_CHANGED := modules-changed
+endif
 # Tools of the virtual environment (cmake, ninja, ctest) come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install up down test test-fast test-sim soak lint format native-test bench compose-test clean
+.PHONY: help modules-changed install up down test test-fast test-sim soak lint format native-test bench compose-test clean
 
 help:
 	@echo 'install       virtual environment with everything; fast when nothing changed'
@@ -40,7 +46,7 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
+$(STAMP): pyproject.toml CMakeLists.txt $(NATIVE) $(MODULES_CHANGED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$$($(PYTHON) --version) is too old: 3.11 or newer is needed (make PYTHON=python3.12)" >&2; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || { echo 'no C++ compiler: install g++ or clang++ with C++20' >&2; exit 1; }
@@ -49,7 +55,10 @@ $(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
 	$(PIP) install --quiet $(TORCH_INDEX) '$(TORCH)'
 	$(PIP) install --quiet 'cmake>=3.25' ninja
 	$(PIP) install --quiet --editable '.[test,lint,bench]'
+	@echo '$(MODULES_NOW)' > $(MODULES)
 	@touch $@
+
+modules-changed:
 
 up: install
 	$(BIN)/elasticmoe up --model demo $(UP)

@@ -74,6 +74,7 @@ def from_flags(args: argparse.Namespace) -> Settings:
         "kv_bytes": args.kv_memory,
         "max_model_len": args.max_model_len,
         "max_sequences": args.max_sequences,
+        "generation_config": args.generation_config,
     }
     settings = resolve({name: value for name, value in flags.items() if value is not None})
     if settings.scaler.store_url and settings.scaler.deployment == "default":

@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-memory", type=size, metavar="SIZE", help="most KV memory of each device (default 256MiB)")
     add("--max-model-len", type=int, metavar="N", help="longest sequence in tokens (default 2048)")
     add("--max-sequences", type=int, metavar="N", help="most sequences of a replica at once (default 64)")
+    add(
+        "--generation-config",
+        choices=("auto", "none"),
+        help="defaults of sampling: the checkpoint's generation_config.json, or none of it (default auto)",
+    )
     add("--ready-timeout", type=float, default=600.0, metavar="S", help="give up when it is not ready by then (600)")
     add("--keep-logs", action="store_true", help="keep the logs also after a clean end")
     add("--detach", action="store_true", help="return when it is ready and leave it running")

@@ -133,7 +133,10 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The front door. `requests_max`: accepted at once; one more is answered 429. `api_key_file`: empty for none."""
+    """The front door. `requests_max`: accepted at once; one more is answered 429. `api_key_file`: empty for none.
+    `generation_config` auto: the checkpoint's generation_config.json gives the defaults of sampling; none: OpenAI's.
+    `stream_keepalive_s`: a stream that has sent nothing for so long sends a comment, which keeps proxies from cutting
+    it; 0 for none."""
 
     model: str = ""
     served_name: str = ""
@@ -144,6 +147,8 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
     body_bytes_max: Annotated[int, Meta(ge=1024, le=1 << 30)] = 8 * 1024 * 1024
     body_seconds_max: Annotated[float, Meta(gt=0, le=3_600)] = 30.0
     request_seconds_max: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
+    stream_keepalive_s: Annotated[float, Meta(ge=0, le=3_600)] = 10.0
+    generation_config: Annotated[str, Meta(pattern="^(auto|none)$")] = "auto"
     history: bool = False
 
 

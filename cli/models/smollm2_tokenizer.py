@@ -11,6 +11,9 @@ from cli.models.smollm2 import SmolLM2
 # GGUF's `token_type` of tokens that control the model and never stand for text (LLAMA_TOKEN_TYPE_CONTROL).
 _CONTROL = 3
 
+# What the model card of SmolLM2-135M-Instruct recommends; at temperature 1 its answers ramble.
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+
 
 def build_tokenizer(source: SmolLM2) -> Tokenizer:
     """Byte-level BPE with the GGUF's tokens and merges; its control tokens are special tokens with their own ids.
@@ -62,4 +65,5 @@ def write_tokenizer(stage: Path, source: SmolLM2) -> None:
     }
     write_json(stage / "tokenizer_config.json", tokenizer_config)
     # A turn ends with <|im_end|>; a document of the pre-training data ended with <|endoftext|>, which may slip in too.
-    write_json(stage / "generation_config.json", {**ids, "eos_token_id": [ids["eos_token_id"], end_of_text]})
+    eos = [ids["eos_token_id"], end_of_text]
+    write_json(stage / "generation_config.json", {**ids, "eos_token_id": eos, **SAMPLING})

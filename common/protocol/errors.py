@@ -38,6 +38,30 @@ class InvalidRequest(ElasticMoEError):
         self.param = param
 
 
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and output do not fit into the context. The words are OpenAI's: clients look for them and read the
+    figures, to shorten what they send."""
+
+    code = "context_length_exceeded"
+
+    def __init__(
+        self, limit: int, num_prompt: int, num_output: int = 0, *, what: str = "prompt", param: str | None = None
+    ) -> None:
+        """`limit`: tokens of the context. `num_output`: as asked for; 0 where it was not said. `what`: the prompt's
+        name, `prompt` or `messages`."""
+        if num_output:
+            asked = (
+                f"you requested {num_prompt + num_output} tokens ({num_prompt} in the {what}, {num_output} in the "
+                f"completion). Please reduce the length of the {what} or completion."
+            )
+        else:
+            asked = (
+                f"your {what} resulted in {num_prompt} tokens, and one more has to fit. Please reduce the length of "
+                f"the {what}."
+            )
+        super().__init__(f"This model's maximum context length is {limit} tokens. However, {asked}", param=param)
+
+
 class Unauthorized(ElasticMoEError):
     """The credential is missing or wrong."""
 

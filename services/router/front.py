@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from common.config import RouterConfig
 from common.protocol.errors import NotFound
 from services.router.admission import ByteBudget, Permits
 from services.router.dispatcher import Dispatcher
 from services.router.metrics import Metrics
+from services.router.sampling_defaults import SamplingDefaults, read_defaults
 from services.router.tokenizer import ServedModel
 
 BODIES_MAX = 32  # bodies of the largest size that are in memory at once
@@ -17,7 +19,8 @@ BODIES_MAX = 32  # bodies of the largest size that are in memory at once
 
 @dataclass(slots=True)
 class Front:
-    """The parts of a running router. `is_draining`: no new requests; those that run may end. `api_key` None: open."""
+    """The parts of a running router. `defaults`: of requests that do not say how to sample. `is_draining`: no new
+    requests; those that run may end. `api_key` None: open."""
 
     config: RouterConfig
     model: ServedModel
@@ -25,6 +28,7 @@ class Front:
     metrics: Metrics
     permits: Permits
     bodies: ByteBudget
+    defaults: SamplingDefaults
     api_key: bytes | None = None
     is_draining: bool = False
     started_unix: int = field(default_factory=lambda: int(time.time()))
@@ -38,7 +42,7 @@ class Front:
 def make_front(
     config: RouterConfig, model: ServedModel, dispatcher: Dispatcher, metrics: Metrics, api_key: bytes | None
 ) -> Front:
-    """The bundle with its limits taken from `config`."""
+    """The bundle with its limits taken from `config`, and the model's defaults. Raises CheckpointError."""
     return Front(
         config=config,
         model=model,
@@ -46,5 +50,6 @@ def make_front(
         metrics=metrics,
         permits=Permits(config.requests_max),
         bodies=ByteBudget(BODIES_MAX * config.body_bytes_max),
+        defaults=read_defaults(Path(config.model), config.generation_config),
         api_key=api_key,
     )

@@ -52,13 +52,24 @@ class Stream:
     `name` identifies it in records; `submit.request_id` identifies it to the ranks and changes when it is submitted
     anew, with the `tokens` that have come. `wake` is set whenever the HTTP side has something to look at; several
     streams may share it. Times are seconds of the monotonic clock. `rank` and `sender` tell who works on it: a rank, in
-    which incarnation.
+    which incarnation. `is_prompt_only`: nothing but the prompt's log probabilities is wanted; the token that the rank
+    chooses behind it does not count.
     """
 
-    def __init__(self, name: str, submit: Submit, text: TextStream, wake: asyncio.Event, *, now: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        submit: Submit,
+        text: TextStream,
+        wake: asyncio.Event,
+        *,
+        now: float,
+        is_prompt_only: bool = False,
+    ) -> None:
         self.name = name
         self.submit = submit
         self.wake = wake
+        self.is_prompt_only = is_prompt_only
         self.ending: Ending | None = None
         self.tokens: list[int] = []  # that count: up to the one that completed a stop string
         self.num_submits = 0
@@ -126,6 +137,10 @@ class Stream:
         _check(delta)
         if delta.prompt_logprobs is not None and self.prompt_logprobs is None:
             self.prompt_logprobs = delta.prompt_logprobs
+        if self.is_prompt_only:
+            if self.prompt_logprobs is not None:
+                self.end(Ending("finish", "length"))
+            return ()
         accepted: tuple[int, ...] = ()
         for part in self._in_order(delta):
             accepted += self._accept_part(part)

@@ -27,13 +27,15 @@ STATUS_EVERY_S = 0.1
 @dataclass
 class Reply:
     """What a rank answers: `data` token by token (`per_step` at once), then `finish`; None goes on for ever. `fail`
-    instead: a Failed. `after`: an event that is awaited before the first token."""
+    instead: a Failed. `after`: an event that is awaited before the first token. `top`: the alternatives of every token,
+    best first, whether or not it is among them."""
 
     data: bytes = b""
     finish: str | None = "stop"
     per_step: int = 1
     fail: tuple[str, str, bool] | None = None
     after: threading.Event | None = None
+    top: tuple[tuple[int, float], ...] | None = None
 
 
 @dataclass
@@ -220,15 +222,17 @@ class FakeRank:
         sequence.is_done = finish is not None
         logprobs = prompt_logprobs = None
         if submit.sampling.logprobs >= 0:
-            logprobs = tuple(_logprob(token_id, submit.sampling.logprobs) for token_id in ids)
+            num_top = submit.sampling.logprobs
+            logprobs = tuple(_logprob(token_id, num_top, reply.top) for token_id in ids)
             if submit.prompt_logprobs and index == 0:
-                prompt_logprobs = tuple(_logprob(i, submit.sampling.logprobs) for i in submit.prompt[1:])
+                prompt_logprobs = tuple(_logprob(i, num_top, reply.top) for i in submit.prompt[1:])
         return Delta(submit.request_id, index, tuple(ids), finish, None, logprobs, prompt_logprobs)
 
 
-def _logprob(token_id: int, num_top: int) -> Logprob:
-    top = ((token_id, -0.25), (120, -2.0), (121, float("-inf")))
-    return Logprob(-0.25, top[:num_top])
+def _logprob(token_id: int, num_top: int, top: tuple[tuple[int, float], ...] | None) -> Logprob:
+    if top is None:
+        return Logprob(-0.25, ((token_id, -0.25), (120, -2.0), (121, float("-inf")))[:num_top])
+    return Logprob(dict(top).get(token_id, -7.5), top[:num_top])
 
 
 def layout_of(*replicas: int, epoch: int = 1) -> Layout:

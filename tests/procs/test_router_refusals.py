@@ -120,16 +120,21 @@ BAD = [
     (b'{"prompt":"x","temperature":-1}', "invalid_request", "temperature"),
     (b'{"prompt":"x","temperature":"1"}', "invalid_request", "temperature"),
     (b'{"prompt":"x","max_tokens":0}', "invalid_request", "max_tokens"),
-    (b'{"prompt":"x","max_tokens":1.0}', "invalid_request", "max_tokens"),
+    (b'{"prompt":"x","max_tokens":1.5}', "invalid_request", "max_tokens"),
+    (b'{"prompt":"x","max_tokens":true}', "invalid_request", "max_tokens"),
+    (b'{"prompt":"x","max_tokens":1e400}', "invalid_request", "max_tokens"),
+    (b'{"prompt":"x","max_tokens":-1,"echo":true}', "invalid_request", "max_tokens"),
     (b'{"prompt":"x","max_tokens":"5"}', "invalid_request", "max_tokens"),
     (b'{"prompt":"x","max_tokens":600}', "context_length_exceeded", "max_tokens"),
-    (b'{"prompt":"x","n":17}', "invalid_request", "n"),
+    (b'{"prompt":"x","n":129}', "invalid_request", "n"),
+    (b'{"prompt":"x","n":33}', "invalid_request", "n"),  # requests_max is 32
     (b'{"prompt":"x","n":1000000000}', "invalid_request", "n"),
     (b'{"prompt":"x","stop":["a","","b"]}', "invalid_request", "stop[1]"),
     (b'{"prompt":"x","stop_token_ids":[260]}', "invalid_request", "stop_token_ids"),
     (b'{"prompt":"x","logit_bias":{"260":1}}', "invalid_request", "logit_bias"),
     (b'{"prompt":"x","logit_bias":{"1":101}}', "invalid_request", "logit_bias[...]"),
     (b'{"prompt":"x","best_of":2}', "unsupported", "best_of"),
+    (b'{"prompt":"x","best_of":1,"n":2}', "unsupported", "best_of"),
     (b'{"prompt":"x","suffix":"y"}', "unsupported", "suffix"),
     (b'{"prompt":"x","response_format":{"type":"json_object"}}', "unsupported", "response_format"),
     (b'{"prompt":"x","stream_options":{"include_usage":true}}', "invalid_request", "stream_options"),
@@ -212,7 +217,7 @@ def test_the_document_describes_the_bodies(router: RouterProcess) -> None:
     assert body == {"$ref": "#/components/schemas/ChatRequest"}
     schemas = document["components"]["schemas"]
     limits = schemas["ChatRequest"]["properties"]["n"]["anyOf"][0]
-    assert (limits["minimum"], limits["maximum"]) == (1, 16)
+    assert (limits["minimum"], limits["maximum"]) == (1, 128)
     references = {part.split('"')[0] for part in router.get("/openapi.json").text.split("#/components/schemas/")[1:]}
     assert references <= set(schemas)
 

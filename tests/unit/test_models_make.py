@@ -441,7 +441,9 @@ def test_the_demo_tokenizer_and_its_files_come_from_the_source(small_source: tup
     config = json.loads((directory / "tokenizer_config.json").read_text())
     assert config["chat_template"] == TEMPLATE
     assert (config["bos_token"], config["eos_token"]) == ("<|im_start|>", "<|im_end|>")
-    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+    generation = json.loads((directory / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 0]
+    assert (generation["temperature"], generation["top_p"], generation["do_sample"]) == (0.2, 0.9, True)
     assert "Apache" in (directory / "LICENSE").read_text()
     assert "Changes:" in (directory / "NOTICE").read_text()
 

@@ -77,7 +77,6 @@ def deep(levels: int) -> Any:
             "continue_final_message",
         ),
         ({"continue_final_message": "role"}, "invalid enum value", "continue_final_message"),
-        ({"chat_template": "{{ 1 }}"}, "the template comes with the model", "chat_template"),
         ({"chat_template_kwargs": {"x": deep(DEPTH_MAX)}}, f"levels or more; the limit is {DEPTH_MAX}", None),
         ({"chat_template_kwargs": {"x": [0] * VALUES_MAX}}, f"values or more; the limit is {VALUES_MAX}", None),
         ({"chat_template_kwargs": {"x": "y" * (VALUE_CHARS_MAX + 1)}}, "characters or more; the limit is", None),
@@ -97,6 +96,13 @@ def test_what_cannot_be_given(kind: Any, fields: dict[str, Any], text: str, para
         conversation(kind, **fields)
     assert text in caught.value.message
     assert param is None or caught.value.param == param
+
+
+def test_a_template_of_a_request_is_refused_by_tokenize_too() -> None:
+    """Chat refuses the word with all others that it does not know."""
+    with pytest.raises(InvalidRequest, match="the template comes with the model") as caught:
+        conversation(TokenizeRequest, chat_template="{{ 1 }}")
+    assert caught.value.param == "chat_template"
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED_VARIABLES))

@@ -72,7 +72,9 @@ def test_any_bytes(raw: bytes) -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b'{"prompt":"x","n":99}', "n: expected `int` <= 16, got 99"),
+        (b'{"prompt":"x","n":129}', "n: expected `int` <= 128, got 129"),
+        (b'{"prompt":"x","n":4.5}', "n: expected `int`, got 4.5"),
+        (b'{"prompt":[97,98.5]}', "prompt[1]: expected `int`, got 98.5"),
         (b'{"prompt":"x","temperature":-1.5}', "temperature: expected `float` >= 0.0, got -1.5"),
         (b'{"prompt":"x","stop":["a",""]}', "stop[1]: expected `str` of length >= 1, got an empty value"),
         (b'{"prompt":"x","user":"' + b"u" * 600 + b'"}', "user: expected `str` of length <= 512, got length 600"),

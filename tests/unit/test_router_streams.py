@@ -13,7 +13,7 @@ from common.protocol.errors import ProtocolError, Unavailable
 from common.protocol.rank import Sampling, Submit
 from common.protocol.router import Delta, Logprob
 from services.router.detokenizer import TextStream, TokenTable
-from services.router.streams import Ending, Stream
+from services.router.streams import Ending, Output, Stream
 
 TABLE = TokenTable(build_byte_tokenizer())
 
@@ -150,3 +150,15 @@ def test_all_that_another_rank_computes_waits_for_the_last_tokens_of_the_one_bef
     assert len(stream.accept(delta(0, b"x"), 1.9)) == 300
     assert stream.ending is not None
     assert (stream.ending.reason, stream.gap_since) == ("length", None)
+
+
+def test_a_stream_of_a_prompt_alone_ends_with_its_log_probabilities() -> None:
+    submit = Submit("r", (1, 2), 1, Sampling(seed=1, logprobs=0), prompt_logprobs=True)
+    stream = Stream("r", submit, TextStream(TABLE), asyncio.Event(), now=0.0, is_prompt_only=True)
+    known = (Logprob(-0.5, ()),)
+    assert stream.lacks(Delta("r", 0, (97,), "length", None, known))
+    assert stream.accept(Delta("r", 0, (97,), "length", None, known), 1.0) == ()
+    assert not stream.has_ended  # a rank that had it in the meantime does not know them
+    assert stream.accept(Delta("r", 0, (97,), "stop", None, known, known), 1.0) == ()
+    assert stream.ending == Ending("finish", "length")
+    assert (stream.take(), stream.num_tokens, stream.prompt_logprobs) == (Output("", []), 0, known)

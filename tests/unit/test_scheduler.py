@@ -132,7 +132,7 @@ def test_preemption_prefers_the_older() -> None:
 
 def test_refusals() -> None:
     scheduler = make(max_waiting=1)
-    with pytest.raises(InvalidRequest, match="context of 64"):
+    with pytest.raises(InvalidRequest, match="maximum context length is 64 tokens"):
         scheduler.add(submit("long", [1] * 64, 1), PEER, 0.0)
     scheduler.add(submit("a", [1], 1), PEER, 0.0)
     with pytest.raises(InvalidRequest, match="in use"):

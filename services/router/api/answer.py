@@ -1,7 +1,10 @@
 """Sends a generation's answer: an ASGI loop of its own, because every token passes here.
 
 One task per request waits for its streams and writes all that has come in one piece; another waits for the client to
-leave. The status line goes out with the first token, so a loss before it is still a plain 503.
+leave. Whatever can be refused at once is refused with a status: all of admission is done before this begins, and a rank
+refuses within a step. So the head of a stream goes out with its first token or after HEAD_S, whichever comes first;
+from then on an error is an event. A stream that has nothing to say, because it waits for its turn, its prompt is
+computed or its rank is being replaced, says so in a comment from time to time: proxies cut what is silent.
 """
 
 from __future__ import annotations
@@ -17,8 +20,11 @@ from services.router.api.errors import Receive, Scope, Send, error_event, error_
 from services.router.api.generate import Generation
 from services.router.streams import Ending, Output, Stream
 
+HEAD_S = 0.5
+TICK_S = 0.001  # a timer may come early by so much
 SLOW_READER_S = 60.0  # after the deadline of the last stream: for a client that reads slowly
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": keep-alive\n\n"  # clients of server-sent events skip lines that begin with a colon
 
 
 class Renderer(Protocol):
@@ -27,7 +33,7 @@ class Renderer(Protocol):
     def opening(self, index: int, stream: Stream, /) -> bytes:
         """Events before a choice's first text."""
 
-    def events(self, index: int, output: Output, finish_reason: str | None) -> bytes:
+    def events(self, index: int, stream: Stream, output: Output, finish_reason: str | None) -> bytes:
         """Events for new output, and for the end where there is one."""
 
     def usage_event(self, generation: Generation) -> bytes:
@@ -37,14 +43,54 @@ class Renderer(Protocol):
         """The whole answer, without streaming."""
 
 
-class Answer(Response):
-    """The response of one generation; owns it."""
+class _Silence:
+    """Wakes a stream's task when its client has heard nothing for a while: first for HEAD_S, then for `every_s` (0:
+    never again). One timer that looks seldom, whatever number of tokens passes in between."""
 
-    def __init__(self, generation: Generation, renderer: Renderer, *, is_stream: bool) -> None:
+    def __init__(self, wake: asyncio.Event, every_s: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._wake = wake
+        self._every_s = every_s
+        self._patience_s = HEAD_S
+        self._heard_at = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(HEAD_S, self._look)
+        self.is_due = False
+
+    def broken(self) -> None:
+        """The client hears something now."""
+        self.is_due = False
+        self._heard_at = self._loop.time()
+        self._patience_s = self._every_s
+
+    def end(self) -> None:
+        """Look no more. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        self._timer = None
+        if not self._patience_s:
+            return
+        left_s = self._patience_s - (self._loop.time() - self._heard_at)
+        if left_s < TICK_S:
+            self.is_due = True
+            self._wake.set()
+            left_s = self._every_s
+        if left_s > 0.0:
+            self._timer = self._loop.call_later(left_s, self._look)
+
+
+class Answer(Response):
+    """The response of one generation; owns it. `keepalive_s`: how long a stream is silent at most; 0: for ever."""
+
+    def __init__(
+        self, generation: Generation, renderer: Renderer, *, is_stream: bool, keepalive_s: float = 0.0
+    ) -> None:
         super().__init__()
         self._generation = generation
         self._renderer = renderer
         self._is_stream = is_stream
+        self._keepalive_s = keepalive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until everything has ended or the client has left."""
@@ -81,6 +127,13 @@ class Answer(Response):
 
     async def _stream(self, send: Send) -> ElasticMoEError | None:
         """Send what comes; or return the error of a request that failed before anything was sent."""
+        silence = _Silence(self._generation.wake, self._keepalive_s)
+        try:
+            return await self._send_events(send, silence)
+        finally:
+            silence.end()
+
+    async def _send_events(self, send: Send, silence: _Silence) -> ElasticMoEError | None:
         generation = self._generation
         running = dict(enumerate(generation.streams))
         opened: set[int] = set()
@@ -99,7 +152,12 @@ class Answer(Response):
             elif not running:
                 events += [self._renderer.usage_event(generation), DONE]
             data = b"".join(events)
-            if data and not has_begun:
+            if silence.is_due and has_begun and not data:
+                data = COMMENT
+            if not (data or silence.is_due):
+                continue
+            silence.broken()
+            if not has_begun:
                 has_begun = True
                 await _begin(send)
             if data:
@@ -114,7 +172,7 @@ class Answer(Response):
             if index not in opened and (stream.num_tokens or finish_reason):
                 opened.add(index)
                 events.append(self._renderer.opening(index, stream))
-            events.append(self._renderer.events(index, stream.take(), finish_reason))
+            events.append(self._renderer.events(index, stream, stream.take(), finish_reason))
             if stream.ending is not None:
                 del running[index]
         return events

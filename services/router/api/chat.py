@@ -13,23 +13,19 @@ from services.router.api.conversation import conversation_of, encode_chat
 from services.router.api.docs import describe
 from services.router.api.gate import front_of, permit_of, request_id_of
 from services.router.api.generate import Generation, start
-from services.router.api.options import Options, options_of, unsupported
+from services.router.api.logprobs import TokenNames, chat_logprobs
+from services.router.api.options import Options, UsageChunks, options_of, refuse_words, unsupported
 from services.router.api.parse import parse
 from services.router.api.schemas import (
     AnswerMessage,
     ChatChoice,
     ChatCompletion,
-    ChatLogprobs,
     ChatRequest,
-    TokenLogprob,
-    TopLogprob,
     Usage,
 )
-from services.router.detokenizer import TokenTable
+from services.router.api.words import MESSAGE_WORDS
 from services.router.front import Front
-from services.router.streams import Output, Stream, TokenInfo
-
-IMPOSSIBLE = -9999.0
+from services.router.streams import Output, Stream
 
 routes = APIRouter()
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -48,7 +44,8 @@ async def chat_completions(request: Request) -> Response:
     front.model.check_embedded(prompt)
     generation = start(front, permit_of(request), options, [prompt], kind="chatcmpl")
     renderer = ChatRenderer(f"chatcmpl-{request_id_of(request, raw.request_id)}", front, options)
-    return Answer(generation, renderer, is_stream=options.is_stream)
+    keepalive_s = front.config.stream_keepalive_s
+    return Answer(generation, renderer, is_stream=options.is_stream, keepalive_s=keepalive_s)
 
 
 def _options(raw: ChatRequest, front: Front) -> Options:
@@ -56,14 +53,28 @@ def _options(raw: ChatRequest, front: Front) -> Options:
         raise InvalidRequest("top_logprobs is only allowed with logprobs", param="top_logprobs")
     most = raw.max_completion_tokens if raw.max_completion_tokens is not None else raw.max_tokens
     logprobs = (raw.top_logprobs or 0) if raw.logprobs else -1
-    return options_of(raw, front.model, max_tokens=most, logprobs=logprobs)
+    defaults = front.defaults
+    return options_of(
+        raw,
+        front.model,
+        max_tokens=most,
+        logprobs=logprobs,
+        default_tokens=defaults.max_new_tokens,
+        defaults=defaults,
+    )
 
 
 def _refuse_tools(raw: ChatRequest) -> None:
-    if raw.tools and raw.tool_choice != "none":
-        raise unsupported("tools", "pass tool_choice none to have them ignored")
-    if not raw.tools and raw.tool_choice not in (None, "none", "auto"):
-        raise unsupported("tool_choice", "there are no tools")
+    for name, calls, choice_name, choice in (
+        ("tools", raw.tools, "tool_choice", raw.tool_choice),
+        ("functions", raw.functions, "function_call", raw.function_call),
+    ):
+        if calls and choice != "none":
+            raise unsupported(name, f"pass {choice_name} none to have them ignored")
+        if not calls and choice not in (None, "none", "auto"):
+            raise unsupported(choice_name, f"there are no {name}")
+    for index, message in enumerate(raw.messages):
+        refuse_words(message, MESSAGE_WORDS, f"messages[{index}].")
 
 
 class ChatRenderer:
@@ -72,42 +83,43 @@ class ChatRenderer:
     def __init__(self, answer_id: str, front: Front, options: Options) -> None:
         self._id = answer_id
         self._model = front.model.name
-        self._table = front.model.table
+        self._names = TokenNames(front.model.table, as_ids=options.as_ids)
         self._created = int(time.time())
         self._wants_logprobs = options.sampling.logprobs >= 0
         self._num_top = options.sampling.logprobs
-        self._include_usage = options.include_usage
+        self._usage = options.usage
         facts = {"id": answer_id, "object": "chat.completion.chunk", "created": self._created, "model": self._model}
         self._head = b"data: " + _encode(facts)[:-1]
-        self._end = b'}],"usage":null}\n\n' if options.include_usage else b"}]}\n\n"
 
-    def _event(self, index: int, delta: bytes, logprobs: bytes, finish: bytes) -> bytes:
+    def _event(self, index: int, stream: Stream, delta: bytes, logprobs: bytes, finish: bytes) -> bytes:
         return b'%b,"choices":[{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b%b' % (
             self._head,
             index,
             delta,
             logprobs,
             finish,
-            self._end,
+            end_of_event(self._usage, stream),
         )
 
-    def opening(self, index: int, _stream: Stream) -> bytes:
+    def opening(self, index: int, stream: Stream) -> bytes:
         """The event with the role."""
-        return self._event(index, b'{"role":"assistant","content":""}', b"null", b"null")
+        return self._event(index, stream, b'{"role":"assistant","content":""}', b"null", b"null")
 
-    def events(self, index: int, output: Output, finish_reason: str | None) -> bytes:
+    def events(self, index: int, stream: Stream, output: Output, finish_reason: str | None) -> bytes:
         """An event with text, one with the finish reason."""
         events = b""
         if output.text or output.tokens:
-            logprobs = _encode(self._logprobs(output.tokens)) if self._wants_logprobs else b"null"
-            events = self._event(index, b'{"content":%b}' % _encode(output.text), logprobs, b"null")
+            logprobs = b"null"
+            if self._wants_logprobs:
+                logprobs = _encode(chat_logprobs(self._names, output.tokens, self._num_top))
+            events = self._event(index, stream, b'{"content":%b}' % _encode(output.text), logprobs, b"null")
         if finish_reason is not None:
-            events += self._event(index, b"{}", b"null", _encode(finish_reason))
+            events += self._event(index, stream, b"{}", b"null", _encode(finish_reason))
         return events
 
     def usage_event(self, generation: Generation) -> bytes:
         """The event with the usage and no choices."""
-        if not self._include_usage:
+        if not self._usage.at_end:
             return b""
         return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, _encode(usage_of(generation)))
 
@@ -116,28 +128,21 @@ class ChatRenderer:
         choices = []
         for index, (stream, output) in enumerate(zip(generation.streams, outputs, strict=True)):
             assert stream.ending is not None
-            logprobs = self._logprobs(output.tokens) if self._wants_logprobs else None
+            logprobs = chat_logprobs(self._names, output.tokens, self._num_top) if self._wants_logprobs else None
             message = AnswerMessage("assistant", output.text)
             choices.append(ChatChoice(index, message, logprobs, stream.ending.reason))
         usage = usage_of(generation)
         return _encode(ChatCompletion(self._id, "chat.completion", self._created, self._model, choices, usage))
 
-    def _logprobs(self, tokens: list[TokenInfo]) -> ChatLogprobs:
-        return ChatLogprobs([_token_logprob(self._table, token, self._num_top) for token in tokens])
 
-
-def _token_logprob(table: TokenTable, token: TokenInfo, num_top: int) -> TokenLogprob:
-    top = [
-        TopLogprob(table.text_of(token_id), finite(value), list(table.bytes_of(token_id)))
-        for token_id, value in token.logprob.top[:num_top]
-    ]
-    raw = table.bytes_of(token.token_id)
-    return TokenLogprob(raw.decode(errors="replace"), finite(token.logprob.token), list(raw), top)
-
-
-def finite(logprob: float) -> float:
-    """JSON has no infinities: an impossible token's log probability becomes OpenAI's -9999."""
-    return max(logprob, IMPOSSIBLE)
+def end_of_event(usage: UsageChunks, stream: Stream) -> bytes:
+    """The end of a chunk with a choice: with that choice's usage so far, where the client asked for it."""
+    if not usage.at_end:
+        return b"}]}\n\n"
+    if not usage.always:
+        return b'}],"usage":null}\n\n'
+    prompt, completion = len(stream.submit.prompt), stream.num_tokens
+    return b'}],"usage":%b}\n\n' % _encode(Usage(prompt, completion, prompt + completion))
 
 
 def usage_of(generation: Generation) -> Usage:

@@ -9,12 +9,12 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from common.protocol.errors import InvalidRequest
-from common.protocol.router import Logprob
 from services.router.api.answer import Answer
-from services.router.api.chat import finite, usage_of
+from services.router.api.chat import end_of_event, usage_of
 from services.router.api.docs import describe
 from services.router.api.gate import front_of, permit_of, request_id_of
 from services.router.api.generate import Generation, start
+from services.router.api.logprobs import TokenNames, output_logprobs, prompt_logprobs
 from services.router.api.options import Options, check_ids, options_of, unsupported
 from services.router.api.parse import parse
 from services.router.api.schemas import (
@@ -24,7 +24,6 @@ from services.router.api.schemas import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from services.router.detokenizer import TextStream, TokenTable
 from services.router.front import Front
 from services.router.streams import Output, Stream, TokenInfo
 
@@ -41,21 +40,38 @@ async def completions(request: Request) -> Response:
     front = front_of(request)
     raw = parse(_decoder, await request.body())
     front.check_model(raw.model)
-    if raw.suffix is not None:
-        raise unsupported("suffix", "the model only continues texts")
-    if (raw.best_of or 1) > 1:
-        raise unsupported("best_of", "only 1; use n")
-    logprobs = -1 if raw.logprobs is None else raw.logprobs
-    most = MAX_TOKENS_DEFAULT if raw.max_tokens is None else raw.max_tokens
-    options = options_of(raw, front.model, max_tokens=most, logprobs=logprobs)
+    options = _options(raw, front)
     prompts = await _encode_prompts(front, raw.prompt, add_special=raw.add_special_tokens is not False)
     echoes = [_echo(front, prompt) for prompt in prompts] if raw.echo else []
     ids = [prompt if isinstance(prompt, list) else prompt.ids for prompt in prompts]
     generation = start(
-        front, permit_of(request), options, ids, kind="cmpl", prompt_logprobs=bool(raw.echo) and logprobs >= 0
+        front,
+        permit_of(request),
+        options,
+        ids,
+        kind="cmpl",
+        prompt_logprobs=bool(raw.echo) and raw.logprobs is not None,
     )
     renderer = CompletionRenderer(f"cmpl-{request_id_of(request, raw.request_id)}", front, options, echoes)
-    return Answer(generation, renderer, is_stream=options.is_stream)
+    keepalive_s = front.config.stream_keepalive_s
+    return Answer(generation, renderer, is_stream=options.is_stream, keepalive_s=keepalive_s)
+
+
+def _options(raw: CompletionRequest, front: Front) -> Options:
+    num_choices = raw.n or 1
+    if raw.best_of is not None and raw.best_of != num_choices:
+        raise unsupported("best_of", f"all choices are answered, so it has to be n, {num_choices}; got {raw.best_of}")
+    if raw.max_tokens == 0 and not raw.echo:
+        raise InvalidRequest("max_tokens 0 is only allowed with echo", param="max_tokens")
+    defaults = front.defaults
+    return options_of(
+        raw,
+        front.model,
+        max_tokens=raw.max_tokens,
+        logprobs=-1 if raw.logprobs is None else raw.logprobs,
+        default_tokens=min(MAX_TOKENS_DEFAULT, defaults.max_new_tokens or MAX_TOKENS_DEFAULT),
+        defaults=defaults,
+    )
 
 
 class _TextPrompt(msgspec.Struct, frozen=True):
@@ -109,24 +125,23 @@ class CompletionRenderer:
     def __init__(self, answer_id: str, front: Front, options: Options, echoes: Sequence[str]) -> None:
         self._id = answer_id
         self._model = front.model.name
-        self._table = front.model.table
+        self._names = TokenNames(front.model.table, as_ids=options.as_ids)
         self._created = int(time.time())
         self._num_top = options.sampling.logprobs
         self._num_choices = options.num_choices
-        self._include_usage = options.include_usage
+        self._usage = options.usage
         self._echoes = echoes
         facts = {"id": answer_id, "object": "text_completion", "created": self._created, "model": self._model}
         self._head = b"data: " + _encode(facts)[:-1]
-        self._end = b'}],"usage":null}\n\n' if options.include_usage else b"}]}\n\n"
 
-    def _event(self, index: int, text: str, logprobs: bytes, finish: bytes) -> bytes:
+    def _event(self, index: int, stream: Stream, text: str, logprobs: bytes, finish: bytes) -> bytes:
         return b'%b,"choices":[{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b' % (
             self._head,
             index,
             _encode(text),
             logprobs,
             finish,
-            self._end,
+            end_of_event(self._usage, stream),
         )
 
     def _echo_of(self, index: int) -> str:
@@ -137,20 +152,20 @@ class CompletionRenderer:
         if not self._echoes:
             return b""
         logprobs = self._logprobs(stream, [], with_prompt=True, index=index)
-        return self._event(index, self._echo_of(index), _encode(logprobs), b"null")
+        return self._event(index, stream, self._echo_of(index), _encode(logprobs), b"null")
 
-    def events(self, index: int, output: Output, finish_reason: str | None) -> bytes:
+    def events(self, index: int, stream: Stream, output: Output, finish_reason: str | None) -> bytes:
         """An event with text, and the finish reason if it is the last."""
         if not output.text and not output.tokens and finish_reason is None:
             return b""
         logprobs = None
         if self._num_top >= 0:
-            logprobs = _token_logprobs(self._table, output.tokens, self._num_top, len(self._echo_of(index)))
-        return self._event(index, output.text, _encode(logprobs), _encode(finish_reason))
+            logprobs = output_logprobs(self._names, output.tokens, self._num_top, len(self._echo_of(index)))
+        return self._event(index, stream, output.text, _encode(logprobs), _encode(finish_reason))
 
     def usage_event(self, generation: Generation) -> bytes:
         """The event with the usage and no choices."""
-        if not self._include_usage:
+        if not self._usage.at_end:
             return b""
         return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, _encode(usage_of(generation)))
 
@@ -170,44 +185,13 @@ class CompletionRenderer:
     ) -> CompletionLogprobs | None:
         if self._num_top < 0:
             return None
-        output = _token_logprobs(self._table, tokens, self._num_top, len(self._echo_of(index)))
+        output = output_logprobs(self._names, tokens, self._num_top, len(self._echo_of(index)))
         if not with_prompt:
             return output
-        prompt = _prompt_logprobs(self._table, stream, self._num_top)
+        prompt = prompt_logprobs(self._names, stream, self._num_top)
         return CompletionLogprobs(
             prompt.tokens + output.tokens,
             prompt.token_logprobs + output.token_logprobs,
             prompt.top_logprobs + output.top_logprobs,
             prompt.text_offset + output.text_offset,
         )
-
-
-def _token_logprobs(table: TokenTable, tokens: list[TokenInfo], num_top: int, offset: int) -> CompletionLogprobs:
-    return CompletionLogprobs(
-        [table.label_of(token.token_id) for token in tokens],
-        [finite(token.logprob.token) for token in tokens],
-        [_top(table, token.logprob, num_top) for token in tokens],
-        [offset + token.text_offset for token in tokens],
-    )
-
-
-def _prompt_logprobs(table: TokenTable, stream: Stream, num_top: int) -> CompletionLogprobs:
-    """The prompt's tokens; the first has no probability, because nothing comes before it."""
-    ids = stream.submit.prompt
-    known: Sequence[Logprob | None] = stream.prompt_logprobs or ()
-    padded = [*[None] * (len(ids) - len(known)), *known[-len(ids) :]]
-    padded[0] = None
-    text, offsets = TextStream(table), []
-    for token_id in ids:
-        offsets.append(text.num_chars)
-        text.feed(token_id)
-    return CompletionLogprobs(
-        [table.label_of(token_id) for token_id in ids],
-        [None if logprob is None else finite(logprob.token) for logprob in padded],
-        [None if logprob is None else _top(table, logprob, num_top) for logprob in padded],
-        offsets,
-    )
-
-
-def _top(table: TokenTable, logprob: Logprob, num_top: int) -> dict[str, float]:
-    return {table.label_of(token_id): finite(value) for token_id, value in logprob.top[:num_top]}

@@ -8,8 +8,10 @@ import msgspec
 from fastapi import FastAPI
 
 from services.router.api import schemas
+from services.router.api.words import MESSAGE_WORDS, WORDS, UnsupportedMessageWords, UnsupportedWords
 
 _REF = "#/components/schemas/"
+_BASES = (UnsupportedMessageWords, UnsupportedWords)
 _ERRORS = {
     "400": "The request breaks a stated bound, or asks for what is not supported",
     "401": "The key is missing or wrong",
@@ -62,8 +64,9 @@ def install(app: FastAPI) -> None:
             structs = [
                 kind for kind in vars(schemas).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
             ]
+            structs = [kind for kind in structs if kind not in _BASES]
             _, components = msgspec.json.schema_components(structs, ref_template=_REF + "{name}")
-            document["components"] = {**document.get("components", {}), "schemas": components}
+            document["components"] = {**document.get("components", {}), "schemas": _plain(components)}
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)  # the framework's; ours is 400
@@ -71,3 +74,22 @@ def install(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _plain(schema: Any) -> Any:
+    """Without what the structs have for decoding alone: words that are refused, and whole floats beside integers, which
+    JSON Schema takes for integers anyway."""
+    if isinstance(schema, list):
+        return [_plain(part) for part in schema if not (isinstance(part, dict) and part.get("multipleOf") == 1.0)]
+    if not isinstance(schema, dict):
+        return schema
+    plain = {name: _plain(part) for name, part in schema.items()}
+    union = plain.get("anyOf")
+    if isinstance(union, list) and len(union) == 1:
+        plain = {**plain, **union[0]}
+        del plain["anyOf"]
+    properties = plain.get("properties")
+    if isinstance(properties, dict):
+        refused = [name for name, part in properties.items() if part == {} and name in WORDS | MESSAGE_WORDS]
+        plain["properties"] = {name: part for name, part in properties.items() if name not in refused}
+    return plain

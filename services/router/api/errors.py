@@ -33,7 +33,6 @@ _STATUS_BY_CODE = {
     if isinstance(kind, type) and issubclass(kind, ElasticMoEError) and kind is not ElasticMoEError
 } | {
     "queue_full": 429,
-    "context_length_exceeded": 400,
     "parameters_too_large": 400,
     "request_timeout": 408,
     "method_not_allowed": 405,

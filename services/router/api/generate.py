@@ -7,14 +7,14 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from common.protocol.errors import InvalidRequest
+from common.protocol.errors import ContextLengthExceeded, InvalidRequest
 from common.protocol.limits import PROMPT_TOKENS_MAX
 from common.protocol.rank import Submit
 from services.router.admission import Permit
 from services.router.api.options import Options
 from services.router.detokenizer import TextStream
 from services.router.front import Front
-from services.router.streams import Stream
+from services.router.streams import Ending, Stream
 
 
 class Generation:
@@ -62,13 +62,14 @@ def start(
     kind: str,
     prompt_logprobs: bool = False,
 ) -> Generation:
-    """Submit every choice of every prompt.
+    """Submit every choice of every prompt. `kind`: `chatcmpl` or `cmpl`.
 
     Raises InvalidRequest for a prompt that does not fit, Overloaded without permits, Unavailable without replicas; then
     nothing runs.
     """
     limit = front.dispatcher.max_model_len()
-    max_tokens = [_max_tokens(len(prompt), options, limit) for prompt in prompts]
+    what = "messages" if kind == "chatcmpl" else "prompt"
+    max_tokens = [_max_tokens(len(prompt), options, limit, what) for prompt in prompts]
     permit.widen(len(prompts) * options.num_choices)
     now = time.monotonic()
     name = f"{kind}-{secrets.token_hex(12)}"
@@ -79,7 +80,7 @@ def start(
                 submit = Submit(
                     request_id=f"{name}-{len(generation.streams)}",
                     prompt=tuple(prompt),
-                    max_tokens=most,
+                    max_tokens=max(1, most),
                     sampling=options.sampling_of(choice),
                     stop_token_ids=options.stop_token_ids,
                     min_tokens=min(options.min_tokens, most),
@@ -93,8 +94,13 @@ def start(
                     skip_special=options.skip_special,
                     min_tokens=options.min_tokens,
                 )
-                stream = Stream(submit.request_id, submit, text, generation.wake, now=now)
-                front.dispatcher.open(stream, now)
+                stream = Stream(
+                    submit.request_id, submit, text, generation.wake, now=now, is_prompt_only=options.max_tokens == 0
+                )
+                if stream.is_prompt_only and not prompt_logprobs:
+                    stream.end(Ending("finish", "length"))  # there is nothing to compute
+                else:
+                    front.dispatcher.open(stream, now)
                 generation.streams.append(stream)
     except BaseException:
         generation.close()
@@ -102,17 +108,16 @@ def start(
     return generation
 
 
-def _max_tokens(num_prompt: int, options: Options, limit: int) -> int:
-    """Tokens that may be generated after a prompt. Raises InvalidRequest when prompt and output do not fit."""
+def _max_tokens(num_prompt: int, options: Options, limit: int, what: str) -> int:
+    """Tokens that may be generated after a prompt. Raises InvalidRequest when prompt and output do not fit: a rank has
+    to have room for one token, also where none is asked for."""
     limit = min(limit, PROMPT_TOKENS_MAX)
     if num_prompt == 0:
         raise InvalidRequest("the prompt has no tokens", param="prompt")
     asked = options.max_tokens
     if num_prompt + (asked or 1) > limit:
-        output = f"{asked} tokens of output" if asked else "room for output"
-        raise InvalidRequest(
-            f"the context holds {limit} tokens; {num_prompt} tokens of prompt and {output} exceed it",
-            code="context_length_exceeded",
-            param="max_tokens" if asked and num_prompt < limit else "prompt",
-        )
-    return asked or limit - num_prompt
+        param = "max_tokens" if asked and num_prompt < limit else what
+        raise ContextLengthExceeded(limit, num_prompt, asked or 0, what=what, param=param)
+    if asked is not None:
+        return asked
+    return min(limit - num_prompt, options.default_tokens or limit)

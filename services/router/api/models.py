@@ -19,7 +19,7 @@ def _card(front: Front) -> ModelCard:
         length: int | None = front.dispatcher.max_model_len()
     except Unavailable:
         length = None
-    return ModelCard(front.model.name, "model", front.started_unix, "elasticmoe", length)
+    return ModelCard(front.model.name, "model", front.started_unix, "elasticmoe", length, front.defaults.given())
 
 
 @routes.get("/v1/models", **describe(None, ModelList))

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from common.protocol.errors import InvalidRequest
+from services.router.api.whole import to_integers, told
 
 T = TypeVar("T")
 
@@ -19,7 +20,7 @@ _VALUE_CHARS_MAX = 40
 def parse(decoder: msgspec.json.Decoder[T], raw: bytes) -> T:
     """Decode a body strictly. Raises InvalidRequest for anything else than a valid request of that kind."""
     try:
-        return decoder.decode(raw)
+        return to_integers(decoder.decode(raw))
     except msgspec.ValidationError as error:
         raise _explain(str(error), raw) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -34,7 +35,7 @@ def _explain(text: str, raw: bytes) -> InvalidRequest:
         return InvalidRequest(f"the body is not a valid request: {text[:200]}")
     what, path = match.groups()
     param = path.lstrip(".")[:100]
-    return InvalidRequest(f"{param}: {what[:200].lower()}{_given(raw, path)}", param=param)
+    return InvalidRequest(f"{param}: {told(what)[:200].lower()}{_given(raw, path)}", param=param)
 
 
 def _given(raw: bytes, path: str) -> str:

@@ -6,7 +6,7 @@ clients send it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -22,8 +22,10 @@ from common.protocol.limits import (
     TEMPERATURE_MAX,
     VOCAB_MAX,
 )
+from services.router.api.whole import whole
+from services.router.api.words import UnsupportedMessageWords, UnsupportedWords
 
-CHOICES_MAX = 16
+CHOICES_MAX = 128
 BATCH_MAX = 64
 MESSAGES_MAX = 4_096
 PARTS_MAX = 256
@@ -33,9 +35,30 @@ TEMPLATE_KWARGS_MAX = 64
 DOCUMENTS_MAX = 256
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"
 
+if TYPE_CHECKING:  # what they are once `to_integers` has seen them
+    Whole: TypeAlias = int
+    Choices: TypeAlias = int
+    NumTokens: TypeAlias = int
+    OutputTokens: TypeAlias = int
+    NumLogprobs: TypeAlias = int
+    Seed: TypeAlias = int
+    TopK: TypeAlias = int
+    Priority: TypeAlias = int
+    WholeId: TypeAlias = int
+else:
+    Whole = whole()
+    Choices = whole(1, CHOICES_MAX)
+    NumTokens = whole(0, PROMPT_TOKENS_MAX)
+    OutputTokens = whole(1, PROMPT_TOKENS_MAX)
+    NumLogprobs = whole(0, LOGPROBS_MAX)
+    Seed = whole(-(1 << 63), (1 << 63) - 1)
+    TopK = whole(-1, VOCAB_MAX)
+    Priority = whole(-1_000, 1_000)
+    WholeId = whole(0, VOCAB_MAX - 1)
+
 TokenId = Annotated[int, Meta(ge=0, lt=VOCAB_MAX)]
 StopString = Annotated[str, Meta(min_length=1, max_length=STOP_STRING_CHARS_MAX)]
-Prompt = str | Annotated[list[str | int | list[int]], Meta(min_length=1, max_length=PROMPT_TOKENS_MAX)]
+Prompt = str | Annotated[list[str | Whole | list[Whole]], Meta(min_length=1, max_length=PROMPT_TOKENS_MAX)]
 TemplateKwargs = Annotated[
     dict[Annotated[str, Meta(min_length=1, max_length=64)], Any], Meta(max_length=TEMPLATE_KWARGS_MAX)
 ]
@@ -45,9 +68,11 @@ assert REQUEST_ID_CHARS_MAX == 128, "REQUEST_ID_PATTERN states the limit"
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
-    """`include_usage`: one more chunk before the end, with the usage and no choices."""
+    """`include_usage`: one more chunk before the end, with the usage and no choices. `continuous_usage_stats`: every
+    chunk has the usage so far."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class ResponseFormat(msgspec.Struct, frozen=True):
@@ -63,7 +88,7 @@ class ContentPart(msgspec.Struct, frozen=True):
     text: str | None = None
 
 
-class ChatMessage(msgspec.Struct, frozen=True):
+class ChatMessage(UnsupportedMessageWords, frozen=True, kw_only=True):
     """One message of a conversation. An assistant's reasoning goes by any of its three names."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -75,16 +100,16 @@ class ChatMessage(msgspec.Struct, frozen=True):
     reasoning: str | None = None
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What chat and completions have in common."""
+class GenerateRequest(UnsupportedWords, frozen=True, kw_only=True):
+    """What chat and completions have in common. What is None takes the model's default, else OpenAI's."""
 
     model: Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=PROMPT_TOKENS_MAX)] | None = None
+    max_tokens: OutputTokens | None = None
     temperature: Annotated[float, Meta(ge=0.0, le=TEMPERATURE_MAX)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
-    n: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
+    n: Choices | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=STOP_STRINGS_MAX)] | None = None
-    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    seed: Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
@@ -94,48 +119,52 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     ) = None
     response_format: ResponseFormat | None = None
     user: Annotated[str, Meta(max_length=USER_CHARS_MAX)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=VOCAB_MAX)] | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=PROMPT_TOKENS_MAX)] | None = None
+    min_tokens: NumTokens | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=STOP_TOKEN_IDS_MAX // 2)] | None = None
+    stop_token_ids: Annotated[list[WholeId], Meta(max_length=STOP_TOKEN_IDS_MAX // 2)] | None = None
     skip_special_tokens: bool | None = None
-    priority: Annotated[int, Meta(ge=-1_000, le=1_000)] | None = None
+    return_tokens_as_token_ids: bool | None = None
+    priority: Priority | None = None
     request_id: Annotated[str, Meta(pattern=REQUEST_ID_PATTERN)] | None = None
 
 
 class ChatRequest(GenerateRequest, frozen=True, kw_only=True):
     """POST /v1/chat/completions. `max_completion_tokens` is the newer name of `max_tokens`; without either, the rest of
-    the context may be used. `tools` are accepted only with `tool_choice` "none". `continue_final_message`: the answer
-    goes on with the last message, or the field of it that is named. `chat_template_kwargs` are variables of the chat
-    template (`enable_thinking`); `reasoning_effort` is one that the template must read. `chat_template` is refused."""
+    the context may be used. `tools`, and `functions` as they were called before, are accepted only with `tool_choice`
+    (`function_call`) "none". `continue_final_message`: the answer goes on with the last message, or the named field of
+    it. `chat_template_kwargs` are variables of the chat template (`enable_thinking`); `reasoning_effort` is one that
+    the template must read."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)]
-    max_completion_tokens: Annotated[int, Meta(ge=1, le=PROMPT_TOKENS_MAX)] | None = None
+    max_completion_tokens: OutputTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
+    top_logprobs: NumLogprobs | None = None
     tools: list[msgspec.Raw] | None = None
     tool_choice: str | dict[str, msgspec.Raw] | None = None
+    functions: list[msgspec.Raw] | None = None
+    function_call: str | dict[str, msgspec.Raw] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | FinalField | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: TemplateKwargs | None = None
-    chat_template: str | None = None
     documents: Documents | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
 class CompletionRequest(GenerateRequest, frozen=True, kw_only=True):
     """POST /v1/completions. `prompt`: a text, a list of texts, a list of token ids, or a list of those; at most 64
-    prompts. `suffix` and `best_of` above 1 are refused."""
+    prompts. `max_tokens` 0, with `echo`: nothing is generated; with `logprobs`, the prompt is rated. `best_of` has to
+    be `n`. `add_special_tokens` False: a text is tokenized without the special tokens that begin a sequence."""
 
     prompt: Prompt
-    add_special_tokens: bool | None = None
+    max_tokens: NumTokens | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
-    best_of: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
-    suffix: str | None = None
+    add_special_tokens: bool | None = None
+    logprobs: NumLogprobs | None = None
+    best_of: Choices | None = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,7 +187,7 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """POST /detokenize."""
 
     model: Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None = None
-    tokens: Annotated[list[TokenId], Meta(max_length=PROMPT_TOKENS_MAX)]
+    tokens: Annotated[list[WholeId], Meta(max_length=PROMPT_TOKENS_MAX)]
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -282,13 +311,15 @@ class Detokenized(msgspec.Struct, frozen=True):
 
 
 class ModelCard(msgspec.Struct, frozen=True):
-    """A served model. `max_model_len`: null until a replica has reported."""
+    """A served model. `max_model_len`: null until a replica has reported. `default_sampling_params`: what requests that
+    say nothing else get, where the model asks for other defaults than OpenAI's."""
 
     id: str
     object: str
     created: int
     owned_by: str
     max_model_len: int | None
+    default_sampling_params: dict[str, float]
 
 
 class ModelList(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, InvalidRequest
+from common.protocol.errors import Conflict, ContextLengthExceeded, DeadlineExceeded, ElasticMoEError, InvalidRequest
 from common.protocol.rank import HandOver, Submit
 from common.protocol.router import Delta, Failed, Logprob
 from native.ledger import Ledger
@@ -127,8 +127,7 @@ class Engine:
                 outcome.deltas.setdefault(sequence.peer, []).append(delta)
                 self.forget(sequence)
             else:
-                text = f"{sequence.num_prompt} prompt tokens leave no room in a context of {capacity}"
-                outcome.failures.append(self.fail(sequence, InvalidRequest(text, code="context_length_exceeded")))
+                outcome.failures.append(self.fail(sequence, ContextLengthExceeded(capacity, sequence.num_prompt)))
         return outcome
 
     def fail(self, sequence: Sequence, error: ElasticMoEError) -> tuple[bytes, Failed]:

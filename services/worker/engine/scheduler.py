@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import insort
 from typing import NamedTuple
 
-from common.protocol.errors import DoesNotFit, InvalidRequest, Overloaded
+from common.protocol.errors import ContextLengthExceeded, DoesNotFit, InvalidRequest, Overloaded
 from common.protocol.rank import Submit
 from services.worker.engine.blocks import BlockManager
 from services.worker.engine.sequence import Hold, Sequence
@@ -72,10 +72,7 @@ class Scheduler:
         length = len(request.prompt) + len(request.output) + 1
         capacity = self.capacity_tokens
         if length > capacity:
-            raise InvalidRequest(
-                f"{length - 1} prompt tokens leave no room in a context of {capacity}",
-                code="context_length_exceeded",
-            )
+            raise ContextLengthExceeded(capacity, length - 1)
         if len(self.waiting) >= self.max_waiting:
             raise Overloaded(f"{len(self.waiting)} requests wait; the limit is {self.max_waiting}", code="queue_full")
         sequence = Sequence(request, peer, 0, now + request.deadline_s)

@@ -1,0 +1,163 @@
+"""Words of OpenAI's, vLLM's and other servers' requests that would change the answer and are not supported: refused.
+
+A word that is silently ignored gives a wrong answer, so each is either honoured (then it is a field of the request's
+struct), or it changes nothing (docs/api.md lists those and says why), or it stands here. A value that asks for nothing
+passes: null, an empty list, object or string, and what the word's row names, which is the default elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+VALUE_BYTES_MAX = 256  # a longer value asks for something
+_VALUE_CHARS_MAX = 40
+_NOTHING: tuple[object, ...] = ([], {}, "")
+
+
+class Word(NamedTuple):
+    """Why it is refused, and which values ask for nothing. `is_asking`: also an empty value asks for something."""
+
+    reason: str
+    neutral: tuple[object, ...] = ()
+    is_asking: bool = False
+
+
+_UNCONSTRAINED = "the model's choice of tokens is not constrained"
+_SAMPLER = "there is no such sampler"
+_OTHER_SHAPE = "the answer has no place for it"
+_TEXT_ONLY = "the model reads and writes text only"
+_TRANSFER = "there is no transfer of caches between deployments"
+_TEMPLATE = "a template comes with the model only"
+
+WORDS: dict[str, Word] = {
+    # Constrained answers: vLLM, SGLang, TGI, llama.cpp. `response_format` is a field.
+    "structured_outputs": Word(_UNCONSTRAINED),
+    "guided_json": Word(_UNCONSTRAINED),
+    "guided_regex": Word(_UNCONSTRAINED),
+    "guided_choice": Word(_UNCONSTRAINED),
+    "guided_grammar": Word(_UNCONSTRAINED),
+    "guided_json_object": Word(_UNCONSTRAINED, (False,)),
+    "structural_tag": Word(_UNCONSTRAINED),
+    "json_schema": Word(_UNCONSTRAINED),
+    "regex": Word(_UNCONSTRAINED),
+    "ebnf": Word(_UNCONSTRAINED),
+    "grammar": Word(_UNCONSTRAINED),
+    "allowed_token_ids": Word("use logit_bias"),
+    "bad_words": Word("use logit_bias"),
+    "logits_processors": Word("no code of a request is run"),
+    "custom_logit_processor": Word("no code of a request is run"),
+    "vllm_xargs": Word("there are no extensions"),
+    # Calls. In chat, tools and functions are fields.
+    "tools": Word("only chat knows tools"),
+    "tool_choice": Word("only chat knows tools", ("none", "auto")),
+    "functions": Word("only chat knows functions"),
+    "function_call": Word("only chat knows functions", ("none", "auto")),
+    "web_search_options": Word("there is no search", is_asking=True),
+    # More than text.
+    "audio": Word(_TEXT_ONLY),
+    "modalities": Word(_TEXT_ONLY, (["text"],)),
+    "prompt_embeds": Word(_TEXT_ONLY),
+    # How much and how the model thinks and writes.
+    "reasoning_effort": Word("only chat has a template that reads it"),
+    "thinking_token_budget": Word("the model's thinking has no budget of its own", (-1,)),
+    "include_reasoning": Word("thinking is not told apart from the answer", (True,)),
+    "separate_reasoning": Word("thinking is not told apart from the answer", (False,)),
+    "verbosity": Word("say it in a message", ("medium",)),
+    # What the prompt is made of.
+    "chat_template": Word(_TEMPLATE),
+    "documents": Word("only chat has a template that reads them"),
+    "truncate_prompt_tokens": Word("send the tokens that are to be read"),
+    "suffix": Word("the model only continues texts"),
+    "echo": Word("only completions repeat their prompt", (False,)),
+    "lora_path": Word("there are no adapters"),
+    # How tokens are searched and sampled.
+    "use_beam_search": Word("there is no beam search", (False,)),
+    "best_of": Word("use n", (1,)),
+    "min_new_tokens": Word("use min_tokens", (0,)),
+    "max_new_tokens": Word("use max_tokens"),
+    "n_predict": Word("use max_tokens", (-1,)),
+    "repeat_penalty": Word("use repetition_penalty", (1,)),
+    "watermarking": Word("there is no watermark", (False,)),
+    "repetition_detection": Word("use repetition_penalty"),
+    "no_repeat_ngram_size": Word(_SAMPLER, (0,)),
+    "typical_p": Word(_SAMPLER, (1,)),
+    "top_a": Word(_SAMPLER, (0,)),
+    "tfs": Word(_SAMPLER, (1,)),
+    "tfs_z": Word(_SAMPLER, (1,)),
+    "epsilon_cutoff": Word(_SAMPLER, (0,)),
+    "eta_cutoff": Word(_SAMPLER, (0,)),
+    "mirostat": Word(_SAMPLER, (0,)),
+    "mirostat_mode": Word(_SAMPLER, (0,)),
+    "dynatemp_range": Word(_SAMPLER, (0,)),
+    "smoothing_factor": Word(_SAMPLER, (0,)),
+    "dry_multiplier": Word(_SAMPLER, (0,)),
+    "xtc_probability": Word(_SAMPLER, (0,)),
+    # When the text ends, and which parts of it are told.
+    "include_stop_str_in_output": Word("the text ends before a stop string", (False,)),
+    "no_stop_trim": Word("the text ends before a stop string", (False,)),
+    "stop_regex": Word("use stop"),
+    "detokenize": Word("the answer is text", (True,)),
+    # What else the answer tells.
+    "prompt_logprobs": Word("use echo with logprobs in completions"),
+    "logprob_token_ids": Word(_OTHER_SHAPE),
+    "return_token_ids": Word(_OTHER_SHAPE, (False,)),
+    "return_prompt_text": Word(_OTHER_SHAPE, (False,)),
+    "return_hidden_states": Word(_OTHER_SHAPE, (False,)),
+    "moderation": Word("there is no moderation", is_asking=True),
+    # Caches. A prefix cache is shared by all requests.
+    "cache_salt": Word("the prefix cache is one for all requests"),
+    "kv_transfer_params": Word(_TRANSFER),
+    "ec_transfer_params": Word(_TRANSFER),
+    # The other endpoint's names.
+    "max_completion_tokens": Word("here it is called max_tokens"),
+    "top_logprobs": Word("here it is called logprobs"),
+}
+
+# Of a message. Contents that are no text are refused where the messages are read.
+MESSAGE_WORDS: dict[str, Word] = {
+    "function_call": Word("there are no functions"),
+    "audio": Word(_TEXT_ONLY),
+    "refusal": Word("write it into content"),
+    "prefix": Word("use continue_final_message", (False,)),
+    "partial": Word("use continue_final_message", (False,)),
+}
+
+if TYPE_CHECKING:
+
+    class UnsupportedWords(msgspec.Struct, frozen=True, kw_only=True):
+        """A field for each of WORDS, UNSET unless the request has it. A struct that supports one declares it anew."""
+
+    class UnsupportedMessageWords(msgspec.Struct, frozen=True, kw_only=True):
+        """The same for MESSAGE_WORDS."""
+else:
+
+    def _fields_of(name, words):
+        fields = [(word, Raw | UnsetType, UNSET) for word in words]
+        return msgspec.defstruct(name, fields, frozen=True, kw_only=True)
+
+    UnsupportedWords = _fields_of("UnsupportedWords", WORDS)
+    UnsupportedMessageWords = _fields_of("UnsupportedMessageWords", MESSAGE_WORDS)
+
+
+def asked_for(struct: msgspec.Struct, words: Mapping[str, Word]) -> Iterator[tuple[str, Word, str]]:
+    """Those of `words` that `struct` has with a value that asks for something: name, row, and the value's text."""
+    for name, word in words.items():
+        value = getattr(struct, name)
+        if type(value) is Raw and _asks(word, raw := bytes(value)):  # else it is absent, or supported here
+            yield name, word, raw[:_VALUE_CHARS_MAX].decode(errors="replace")
+
+
+def _asks(word: Word, raw: bytes) -> bool:
+    if len(raw) > VALUE_BYTES_MAX:
+        return True
+    try:
+        given = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):  # what is skipped over is not looked at closely
+        return True
+    if given is None or (given in _NOTHING and not word.is_asking):
+        return False
+    return not any(given == neutral and (type(given) is bool) == (type(neutral) is bool) for neutral in word.neutral)
