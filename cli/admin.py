@@ -17,6 +17,14 @@ _TIMEOUT_S = 20.0
 _SILENCE_S_MAX = 60.0  # the event stream has heartbeats
 
 
+class Refusal(ElasticMoEError):
+    """What the listener refused, by its own code and text. `retry_after_s`: when to ask again; 0 where it is no use."""
+
+    def __init__(self, message: str, *, code: str, retry_after_s: float) -> None:
+        super().__init__(message, code=code, retryable=retry_after_s > 0)
+        self.retry_after_s = retry_after_s
+
+
 class Admin:
     """Blocking calls, each bounded by a timeout. Raises ElasticMoEError with the listener's code."""
 
@@ -65,18 +73,23 @@ class Admin:
         return Unavailable(text, code="unreachable")
 
 
-def _refusal(answer: httpx.Response) -> ElasticMoEError:
+def _refusal(answer: httpx.Response) -> Refusal:
     try:
         value = answer.json()
     except ValueError:
         value = None
     detail = value.get("error") if isinstance(value, dict) else None
     detail = detail if isinstance(detail, dict) else {}
-    return ElasticMoEError(
+    return Refusal(
         str(detail.get("message", f"answered {answer.status_code}")),
         code=str(detail.get("code", f"http_{answer.status_code}")),
-        retryable=bool(detail.get("retryable")),
+        retry_after_s=_seconds(answer.headers.get("retry-after", "")),
     )
+
+
+def _seconds(text: str) -> float:
+    """Of a Retry-After in seconds, which is what the listener sends; 0 without one."""
+    return float(text) if text.isascii() and text.isdigit() and len(text) < 6 else 0.0
 
 
 def admin_of(run_dir: Path) -> Admin:

@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import Any
 
-from cli.admin import Admin, add_target, admin_of, body_of
+from cli.admin import Admin, Refusal, add_target, admin_of, body_of
 from cli.console import Console, make_console, size
 from cli.paths import run_dir_of
 from common.protocol.errors import ConfigError, ElasticMoEError
@@ -100,8 +100,9 @@ def _watch(admin: Admin, operation: dict[str, Any], console: Console) -> dict[st
             operation, lost_at = admin.call("GET", path), None
         except ElasticMoEError as error:
             lost_at = lost_at or time.monotonic()
-            if error.code not in ("unreachable", "not_ready") or time.monotonic() - lost_at > _UNREACHABLE_S_MAX:
+            if not error.retryable or time.monotonic() - lost_at > _UNREACHABLE_S_MAX:
                 raise
+            time.sleep(error.retry_after_s if isinstance(error, Refusal) else 0.0)
     return operation
 
 

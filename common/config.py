@@ -23,6 +23,8 @@ RESERVED = {"CONFIG", "HOME"}  # this file's path, and the command line's cache:
 
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Bytes = Annotated[int, Meta(ge=1)]
+KeepAlive = Annotated[float, Meta(gt=0, le=3_600)]
+Names = Annotated[str, Meta(pattern=r"^[\x21-\x7e ]{0,4096}$")]  # with commas between
 
 
 class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,13 +132,18 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
     scale_legs: Annotated[int, Meta(ge=1, le=2)] = 2
     expert_slots: bool = True
     rank_stall_s: Annotated[float, Meta(gt=0, le=86_400)] = 2.4
+    keep_alive_seconds: KeepAlive = 75.0
 
 
 class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The front door. `requests_max`: accepted at once; one more is answered 429. `api_key_file`: empty for none.
     `generation_config` auto: the checkpoint's generation_config.json gives the defaults of sampling; none: OpenAI's.
     `stream_keepalive_s`: a stream that has sent nothing for so long sends a comment, which keeps proxies from cutting
-    it; 0 for none."""
+    it; 0 for none.
+    `keep_alive_seconds`: an idle connection is closed then; longer than a proxy in front keeps it (60 s for most).
+    Without a key only requests for this machine's loopback names, `host`, the address that they came to and
+    `allowed_hosts` are answered: names with commas between, `*.name` for those below one, `*` for all. `cors_origins`:
+    of the pages that may ask and read the answers, such as `https://chat.example.org`, `*` for all."""
 
     model: str = ""
     served_name: str = ""
@@ -149,6 +156,9 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
     request_seconds_max: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
     stream_keepalive_s: Annotated[float, Meta(ge=0, le=3_600)] = 10.0
     generation_config: Annotated[str, Meta(pattern="^(auto|none)$")] = "auto"
+    keep_alive_seconds: KeepAlive = 75.0
+    allowed_hosts: Names = ""
+    cors_origins: Names = ""
     history: bool = False
 
 

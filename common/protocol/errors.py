@@ -69,6 +69,13 @@ class Unauthorized(ElasticMoEError):
     http_status = 401
 
 
+class Forbidden(ElasticMoEError):
+    """Whoever asks may not, whatever the credential: a host or an origin that is not known."""
+
+    code = "forbidden"
+    http_status = 403
+
+
 class NotFound(ElasticMoEError):
     """The thing that the caller names does not exist."""
 

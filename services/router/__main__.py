@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import AsyncIterator
 
@@ -10,11 +9,12 @@ import uvloop
 
 from common import failpoint
 from common.config import RouterConfig, load, make_run_dirs
+from common.http.listener import bind
 from common.layout import Layout
 from common.protocol.errors import ElasticMoEError
 from common.telemetry import setup_logging
 from common.transport import describe
-from services.router.service import LayoutSource, RouterService, bind, read_key
+from services.router.service import LayoutSource, RouterService, read_key
 from services.router.tokenizer import load_model
 
 
@@ -41,7 +41,6 @@ def layout_source(config: RouterConfig) -> LayoutSource:
 
 async def _serve(config: RouterConfig) -> None:
     log = setup_logging("router", level=config.log_level, as_json=config.log_json)
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are what strangers send
     with bind(config.host, config.port) as listener:
         key = read_key(config.api_key_file)
         model = load_model(config.model, config.served_name)

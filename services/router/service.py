@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol
 
-import uvicorn
-
 from common.config import RouterConfig
+from common.http.connection import Rules
+from common.http.listener import Server, make_server
 from common.layout import Layout, RankId
 from common.protocol.errors import ConfigError, ElasticMoEError
 from common.protocol.limits import RANKS_MAX
 from common.telemetry import get_logger
 from services.router.api.app import build_app
+from services.router.api.gate import PUBLIC_PATHS
 from services.router.dispatcher import Dispatcher, router_identity
 from services.router.front import Front, make_front
-from services.router.guard import guarded
 from services.router.history import History
 from services.router.metrics import Metrics
 from services.router.tokenizer import ServedModel
@@ -35,7 +34,6 @@ log = get_logger("router")
 
 DRAIN_S = 30.0
 LAYOUT_RETRY_S = 0.5
-AFTER_SHORTAGE_S = 0.01
 SPARE_CONNECTIONS = 256  # beyond those of running requests: idle ones, health checks, bodies on their way
 
 
@@ -47,27 +45,6 @@ class LayoutSource(Protocol):
 
     async def close(self) -> None:
         """Let go of connections."""
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handling, which would end requests that may still run, and whose loop, which looks
-    only whether it shall end, goes on where it finds no memory."""
-
-    async def main_loop(self) -> None:
-        """Until it shall end."""
-        while True:
-            try:
-                return await super().main_loop()
-            except MemoryError:
-                with contextlib.suppress(MemoryError):
-                    log.error("the listener's loop found no memory")
-                with contextlib.suppress(MemoryError):
-                    await asyncio.sleep(AFTER_SHORTAGE_S)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """The service handles signals."""
-        yield
 
 
 class RouterService:
@@ -87,7 +64,7 @@ class RouterService:
         metrics = Metrics(model.name)
         self.dispatcher = Dispatcher(config.socket, metrics, self._history, identity)
         self.front: Front = make_front(config, model, self.dispatcher, metrics, key)
-        self._server = _Server(_uvicorn_config(self.front))
+        self._server = _make_server(self.front)
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -151,21 +128,10 @@ class RouterService:
             await asyncio.sleep(LAYOUT_RETRY_S)
 
 
-def _uvicorn_config(front: Front) -> uvicorn.Config:
-    most = front.config.requests_max
-    return uvicorn.Config(
-        build_app(front),
-        http=guarded(2 * most + SPARE_CONNECTIONS, front.config.body_bytes_max),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=3,
-        backlog=1024,
-    )
+def _make_server(front: Front) -> Server:
+    config, most = front.config, front.config.requests_max
+    rules = Rules(2 * most + SPARE_CONNECTIONS, config.body_bytes_max, PUBLIC_PATHS, front.metrics.refused)
+    return make_server(build_app(front), rules, keep_alive_s=config.keep_alive_seconds, stop_s=3)
 
 
 def _open_history(path: Path | None, identity: str) -> History:
@@ -173,24 +139,6 @@ def _open_history(path: Path | None, identity: str) -> History:
         return History(path, identity)
     except OSError as error:
         raise ConfigError(f"history file cannot be opened: {error.strerror}") from None
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound TCP socket, not yet listening. Raises ConfigError when the port is taken or the address is not ours."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(f"host {host[:100]}: {error.strerror}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"port {port} on {host} is in use", code="port_in_use") from None
-        raise ConfigError(f"port {port} on {host} cannot be used: {error.strerror}") from None
-    return listener
 
 
 def read_key(path: str) -> bytes | None:

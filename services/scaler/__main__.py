@@ -5,15 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 
-import uvicorn
-
 from common import failpoint
 from common.config import ScalerConfig, load, make_run_dirs
+from common.http.listener import bind
 from common.protocol.errors import ConfigError, ElasticMoEError
 from common.store import store_of
 from common.telemetry import setup_logging
 from common.transport import describe
-from services.scaler.admin import bind, build_app
+from services.scaler.admin import build_app, serve
 from services.scaler.service import Scaler
 
 
@@ -31,17 +30,7 @@ def main() -> int:
         scaler = Scaler(config, store_of(config, "scaler"))
         app = build_app(scaler.board, scaler.desk, scaler.feed, scaler.meters, token, config.operation_deadline_s)
         sock = bind(config.admin_host, config.admin_port)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                limit_concurrency=64,
-                timeout_keep_alive=30,
-                timeout_graceful_shutdown=2,
-            )
-        )
+        server = serve(app, scaler.meters, config.keep_alive_seconds)
         listener = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="admin", daemon=True)
         listener.start()
         log.info("admin listener", host=config.admin_host, port=sock.getsockname()[1])

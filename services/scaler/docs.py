@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
+from common.http.errors import ErrorBody
 from services.scaler.orders import RebalanceBody, ScaleBody
 
 _REF = "#/components/schemas/"
@@ -15,34 +16,21 @@ _TEXTS = {
     "401": "The token is missing or wrong",
     "403": "Requests from browsers are refused",
     "404": "There is no such operation",
+    "408": "The body did not come in time",
     "409": "The state does not allow it now, or this scaler is superseded",
     "413": "The body is too large",
+    "415": "The body is compressed",
     "422": "The target cannot be reached",
     "429": "Too many orders wait",
     "503": "What is needed for the answer is not there yet",
-    "504": "The body did not come in time, or the scaler did not answer",
+    "504": "The scaler did not answer in time",
 }
-READING = ("401", "403", "503")
+PUBLIC = ("400", "403", "415")
+READING = (*PUBLIC, "401", "503")
 FINDING = (*READING, "404")
-ORDERING = ("400", "401", "403", "409", "413", "422", "429", "503", "504")
+ORDERING = (*READING, "408", "409", "413", "422", "429", "504")
 CANCELLING = (*ORDERING, "404")
-PUBLIC = ("403",)
 
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["code", "message", "retryable"],
-            "properties": {
-                "code": {"type": "string"},
-                "message": {"type": "string"},
-                "retryable": {"type": "boolean"},
-            },
-        }
-    },
-}
 # What operators' programs may rely on; answers have more than that.
 _ANSWERS = {
     "Health": ("status",),
@@ -63,7 +51,7 @@ def describe(
     content: dict[str, Any] = {answer: {"schema": {"type": "string"}}}
     if answer in _ANSWERS:
         content = {"application/json": {"schema": {"$ref": _REF + answer}}}
-    error = {"application/json": {"schema": {"$ref": _REF + "Error"}}}
+    error = {"application/json": {"schema": {"$ref": _REF + "ErrorBody"}}}
     responses: dict[str, Any] = {str(status): {"description": "The answer", "content": content}}
     responses |= {code: {"description": _TEXTS[code], "content": error} for code in codes}
     extra: dict[str, Any] = {"responses": responses}
@@ -91,9 +79,10 @@ def install(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = make()
-            _, schemas = msgspec.json.schema_components((ScaleBody, RebalanceBody), ref_template=_REF + "{name}")
+            structs = (ScaleBody, RebalanceBody, ErrorBody)
+            _, schemas = msgspec.json.schema_components(structs, ref_template=_REF + "{name}")
             answers = {name: {"type": "object", "required": list(fields)} for name, fields in _ANSWERS.items()}
-            document["components"] = {"schemas": {**schemas, **answers, "Error": _ERROR}}
+            document["components"] = {"schemas": {**schemas, **answers}}
             for path in document["paths"].values():
                 for operation in path.values():
                     if operation["responses"].get("422", {}).get("description") == "Validation Error":

@@ -12,7 +12,7 @@ _PAUSE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
 
 class Meters:
-    """Counted by the loop's thread, read by any: prometheus-client's objects are safe for that."""
+    """Counted by the loop's thread and the listener's, read by any: prometheus-client's objects are safe for that."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -36,6 +36,16 @@ class Meters:
             registry=self.registry,
         )
         self._bytes = Counter("elasticmoe:scale_bytes_moved", "Bytes copied between devices", registry=self.registry)
+        self._refused = Counter(
+            "elasticmoe:requests_refused",
+            "Requests that were answered with an error, by HTTP status",
+            ["status"],
+            registry=self.registry,
+        )
+
+    def refused(self, status: int) -> None:
+        """An error was answered."""
+        self._refused.labels(str(status)).inc()
 
     def phase(self, phase: str, seconds: float) -> None:
         """A phase has ended."""

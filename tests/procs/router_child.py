@@ -14,9 +14,10 @@ import msgspec
 import uvloop
 
 from common.config import RouterConfig, load, make_run_dirs
+from common.http.listener import bind
 from common.layout import Layout
 from common.telemetry import setup_logging
-from services.router.service import RouterService, bind, read_key
+from services.router.service import RouterService, read_key
 from services.router.tokenizer import load_model
 
 POLL_S = 0.02

@@ -245,11 +245,16 @@ def test_request_ids(rank: FakeRank, router: RouterProcess) -> None:
     answer = ask({"X-Request-Id": "abc-1"})
     assert answer.headers["x-request-id"] == "abc-1"
     assert answer.json()["id"] == "cmpl-abc-1"
-    assert ask({}, request_id="mine").json()["id"] == "cmpl-mine"
-    assert len(ask({}).headers["x-request-id"]) == 24
-    refused = ask({"X-Request-Id": "a" * 129})
-    assert refused.status_code == 400
-    assert refused.json()["error"]["code"] == "invalid_request"
+    assert ask({"X-Request-Id": "abc-1"}, request_id="mine").json()["id"] == "cmpl-abc-1"
+    for unusable in ({}, {"X-Request-Id": "/trace#1="}, {"X-Request-Id": "a" * 129}):
+        answer = ask(unusable, request_id="mine")
+        assert (answer.json()["id"], answer.headers["x-request-id"]) == ("cmpl-mine", "mine")
+        drawn = ask(unusable)
+        assert len(drawn.headers["x-request-id"]) == 24
+        assert drawn.json()["id"] == f"cmpl-{drawn.headers['x-request-id']}"
+    for bad in ("/trace#1=", "a" * 129):
+        refused = ask({}, request_id=bad)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "request_id")
 
 
 def test_submit_is_what_the_protocol_says(rank: FakeRank, router: RouterProcess) -> None:

@@ -76,7 +76,7 @@ def hear(connection: socket.socket, until: bytes) -> bytes:
     return answer
 
 
-def head(*lines: str, path: str = "/v1/completions", host: str = "x") -> bytes:
+def head(*lines: str, path: str = "/v1/completions", host: str = "localhost") -> bytes:
     """A POST's head."""
     return "\r\n".join([f"POST {path} HTTP/1.1", f"Host: {host}", *lines, "", ""]).encode("latin-1")
 
@@ -123,47 +123,11 @@ def test_slow_bodies_keep_nobody_out(rank: FakeRank, router: RouterProcess) -> N
             connection.close()
 
 
-def test_headers_without_end_are_cut_off(rank: FakeRank, router: RouterProcess) -> None:
-    for endless in (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 60_000, b"GET / HTTP/1.1\r\na: " + b"b" * 400_000):
-        answer = talk(router, endless)
-        assert answer == b"" or error_of(answer) == (431, "headers_too_large")  # a reset may overtake the answer
-    answer = talk(router, b"GET /" + b"b" * 400_000)
-    assert answer == b"" or error_of(answer) == (431, "headers_too_large")
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"\x16\x03\x01\x02\x00\x01\x00\x01",
-        b"GET /\xff\xfe HTTP/1.1\r\n\r\n",
-        b"GET http://[::1 HTTP/1.1\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"\x00" * 100,
-    ],
-)
-def test_what_is_not_http(rank: FakeRank, router: RouterProcess, raw: bytes) -> None:
-    assert error_of(talk(router, raw, until=b"}}"))[0] in (400, 413, 415)
-
-
-@pytest.mark.parametrize("host", ["", "a b", "[::", "x:99999", "\xff", "evil.example/health?"])
-def test_a_strange_host_is_nobodys_business(rank: FakeRank, router: RouterProcess, host: str) -> None:
-    body = b'{"prompt":"x"}'
-    answer = talk(router, head(JSON, f"Content-Length: {len(body)}", host=host) + body, until=b"total_tokens")
-    assert answer.startswith(b"HTTP/1.1 200")
-
-
 @pytest.mark.parametrize("path", ["//v1/completions", "/v1/completions/..", "/%2e%2e/etc/passwd", "/v1/%00", "*", "/é"])
 def test_strange_paths(rank: FakeRank, router: RouterProcess, path: str) -> None:
     body = b'{"prompt":"x"}'
     answer = talk(router, head(JSON, f"Content-Length: {len(body)}", path=path) + body, until=b"}}")
     assert error_of(answer)[0] in (400, 404)
-
-
-def test_an_upgrade_is_not_done(rank: FakeRank, router: RouterProcess) -> None:
-    raw = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-    assert talk(router, raw, until=b"]}").startswith(b"HTTP/1.1 200")
 
 
 def test_an_expected_body_is_refused_unsent(rank: FakeRank, router: RouterProcess) -> None:

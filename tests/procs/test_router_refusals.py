@@ -64,7 +64,7 @@ def sent(router: RouterProcess, body: dict[str, object]) -> Iterator[None]:
     """A request whose answer is not waited for."""
     raw = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", router.port), WAIT_S) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         connection.sendall(b"Content-Length: %d\r\n\r\n%b" % (len(raw), raw))
         yield
 
@@ -356,8 +356,16 @@ def test_keys(tmp_path: Path) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         good = router.http.get("/v1/models", headers={"authorization": "Bearer s3cret"})
         assert good.status_code == 200
-        host = {"host": "127.0.0.1:8000/health?"}  # decides nothing
-        assert router.http.get("/v1/models", headers=host).status_code == 401
+        for host in ("evil.example", "127.0.0.1"):  # decides nothing
+            assert router.http.get("/v1/models", headers={"host": host}).status_code == 401
+            answer = router.http.get("/v1/models", headers={"host": host, "authorization": "bearer  s3cret"})
+            assert answer.status_code == 200
+        for others in ("Bearer wrong", "Bearer s3cret"):
+            twice = [("authorization", "Bearer s3cret"), ("authorization", others)]
+            answer = router.http.get("/v1/models", headers=twice)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "duplicate_header")
+        refused = router.get("/v1/models")
+        assert refused.headers["www-authenticate"] == "Bearer"
     finally:
         router.stop()
         assert "s3cret" not in router.log_text

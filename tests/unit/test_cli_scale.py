@@ -69,7 +69,8 @@ class Server:
 
 
 def refusal(status_code: int, code: str, message: str) -> httpx.Response:
-    return httpx.Response(status_code, json={"error": {"code": code, "message": message, "retryable": False}})
+    detail = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return httpx.Response(status_code, json={"error": detail})
 
 
 @pytest.mark.parametrize(

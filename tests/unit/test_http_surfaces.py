@@ -59,7 +59,7 @@ def document_of(app: App, path: str = "/openapi.json", headers: dict[str, str] |
 async def call(app: App, method: str, path: str, body: bytes, headers: dict[str, str]) -> httpx.Response:
     """One request to an app of this process; an exception that it lets out fails the test."""
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         return await client.request(method, path, content=body, headers=headers)
 
 

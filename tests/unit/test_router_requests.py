@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 import pytest
-import pytest_asyncio
-import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.http.errors import error_response
 from common.protocol.errors import ElasticMoEError, InvalidRequest
 from common.protocol.rank import Submit
-from services.router import guard
-from services.router.api.errors import error_response
 from services.router.api.options import options_of
 from services.router.api.parse import parse
 from services.router.api.schemas import ChatRequest, CompletionRequest
-from services.router.guard import guarded
 from services.router.tokenizer import ServedModel
 from tests.procs.router_harness import write_model
 
@@ -104,93 +97,3 @@ def test_what_ranks_say_becomes_a_status(code: str, retryable: bool, status: int
     assert response.status_code == status
     assert msgspec.json.decode(response.body)["error"]["message"] == told
     assert ("retry-after" in response.headers) == (status in (429, 503))
-
-
-# ---- the guarded connection ------------------------------------------------------------------------------------------
-
-
-async def _app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers at once, with as many bytes as the path says."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    size = int(scope["path"][1:])
-    while size > 0:
-        await send({"type": "http.response.body", "body": b"x" * 65_536, "more_body": True})
-        size -= 65_536
-    await send({"type": "http.response.body", "body": b""})
-
-
-@pytest_asyncio.fixture
-async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[uvicorn.Server]:
-    monkeypatch.setattr(guard, "HEADER_SECONDS_MAX", 0.2)
-    monkeypatch.setattr(guard, "STALLED_SECONDS_MAX", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        http = guarded(connections_max=3, body_bytes_max=1_000)
-        options = {"lifespan": "off", "log_config": None, "ws": "none", "timeout_keep_alive": 1}
-        server = uvicorn.Server(uvicorn.Config(_app, http=http, **options))
-        serving = asyncio.create_task(server._serve([listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        yield server
-        server.should_exit = True
-        await asyncio.wait_for(serving, 10)
-
-
-async def connect(server: uvicorn.Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection to it."""
-    return await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
-
-
-async def rest_of(reader: asyncio.StreamReader) -> bytes:
-    """What comes until the server closes the connection."""
-    try:
-        return await asyncio.wait_for(reader.read(), 5.0)
-    except ConnectionResetError:
-        return b""
-
-
-@pytest.mark.parametrize(
-    "said",
-    [b"", b"\r\n", b"GET /0 HTTP/1.1\r\nHost: x\r\nA: b", b"POST /0 HTTP/1.1\r\nContent-Length: 500\r\n\r\nabc"],
-    ids=["nothing", "newlines", "half a head", "half a body"],
-)
-async def test_who_does_not_finish_is_cut_off(server: uvicorn.Server, said: bytes) -> None:
-    reader, writer = await connect(server)
-    writer.write(said)
-    answer = await rest_of(reader)
-    assert (b"200" in answer) == said.startswith(b"POST")
-    writer.close()
-
-
-async def test_trailers_and_framing_are_bounded(server: uvicorn.Server) -> None:
-    reader, writer = await connect(server)
-    writer.write(b"POST /0 HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
-    try:
-        for _ in range(100):
-            writer.write(b"a: " + b"b" * 5_000 + b"\r\n")
-            await writer.drain()
-    except (ConnectionResetError, BrokenPipeError):
-        pass
-    await rest_of(reader)
-    writer.close()
-
-
-async def test_who_does_not_read_is_cut_off(server: uvicorn.Server) -> None:
-    with socket.create_connection(server.servers[0].sockets[0].getsockname()) as connection:
-        connection.sendall(b"GET /1000000000 HTTP/1.1\r\nHost: x\r\n\r\n")
-        async with asyncio.timeout(10):
-            while not server.server_state.connections:
-                await asyncio.sleep(0.01)
-            while server.server_state.connections:
-                await asyncio.sleep(0.01)
-
-
-async def test_connections_are_bounded(server: uvicorn.Server) -> None:
-    held = [await connect(server) for _ in range(3)]
-    for reader, writer in held:
-        writer.write(b"GET /0 HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert b"200" in await asyncio.wait_for(reader.readline(), 5.0)
-    reader, writer = await connect(server)
-    assert await rest_of(reader) == b""
-    writer.close()
-    for _, other in held:
-        other.close()

@@ -15,8 +15,11 @@ from typing import Protocol
 
 from starlette.responses import Response
 
+from common.http.body import Receive
+from common.http.door import Scope, Send
+from common.http.errors import error_response
 from common.protocol.errors import ElasticMoEError, Unavailable
-from services.router.api.errors import Receive, Scope, Send, error_event, error_response
+from services.router.api.errors import error_event
 from services.router.api.generate import Generation
 from services.router.streams import Ending, Output, Stream
 

@@ -1,19 +1,22 @@
-"""The HTTP application: FastAPI for routing and the OpenAPI document, behind the gate."""
+"""The HTTP application: FastAPI for routing and the OpenAPI document, behind the gate, behind the door."""
 
 from __future__ import annotations
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
+from common.http.door import Door
+from common.http.errors import on_error, on_status
+from common.http.hosts import HostPolicy, split
 from common.protocol.errors import ElasticMoEError
 from services.router.api import chat, completions, docs, health, metrics, models, tokens
-from services.router.api.errors import on_error, on_status
-from services.router.api.gate import Gate
+from services.router.api.gate import PUBLIC_PATHS, Gate
 from services.router.front import Front
 
 
-def build_app(front: Front) -> Gate:
-    """The ASGI application of a running router. No cross-origin headers, no redirects, no pages from elsewhere."""
+def build_app(front: Front) -> Door:
+    """The ASGI application of a running router. No redirects, no pages from elsewhere; cross-origin headers only for
+    the origins that a setting names. Raises ConfigError for an origin that is none."""
     app = FastAPI(title="ElasticMoE router", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.front = front
     for family in (chat, completions, models, tokens, health, metrics):
@@ -22,4 +25,6 @@ def build_app(front: Front) -> Gate:
     app.add_exception_handler(HTTPException, on_status)
     app.add_exception_handler(Exception, on_error)
     docs.install(app)
-    return Gate(app, front)
+    config, is_open = front.config, front.api_key is None
+    policy = HostPolicy(config.host, split(config.allowed_hosts), split(config.cors_origins), is_open=is_open)
+    return Door(Gate(app, front), policy, PUBLIC_PATHS, front.metrics.refused)

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
+from common.http.errors import ErrorBody
 from services.router.api import schemas
 from services.router.api.words import MESSAGE_WORDS, WORDS, UnsupportedMessageWords, UnsupportedWords
 
@@ -15,10 +16,11 @@ _BASES = (UnsupportedMessageWords, UnsupportedWords)
 _ERRORS = {
     "400": "The request breaks a stated bound, or asks for what is not supported",
     "401": "The key is missing or wrong",
+    "403": "The host or the page's origin is not known, and there is no key; see allowed_hosts and cors_origins",
     "404": "No such model or path",
     "408": "The body did not arrive in time",
     "413": "The body is too large",
-    "415": "The body is not JSON by its content type",
+    "415": "The body is not JSON by its content type, or it is compressed",
     "429": "Too many requests are being served; see Retry-After",
     "503": "No replica is ready; see Retry-After",
     "504": "The request exceeded its deadline",
@@ -41,7 +43,7 @@ def describe(
     if is_stream:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     error = {"application/json": {"schema": {"$ref": _REF + "ErrorBody"}}}
-    short = ("401", "404", "503") if names_model else ("401", "503")
+    short = ("400", "401", "403", "404", "503") if names_model else ("400", "401", "403", "503")
     codes = _ERRORS if body is not None else {code: _ERRORS[code] for code in short}
     responses: dict[str, Any] = {"200": {"description": "The answer", "content": content}}
     responses |= {code: {"description": text, "content": error} for code, text in codes.items()}
@@ -61,10 +63,8 @@ def install(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = make()
-            structs = [
-                kind for kind in vars(schemas).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-            ]
-            structs = [kind for kind in structs if kind not in _BASES]
+            kinds = [kind for kind in vars(schemas).values() if isinstance(kind, type) and kind not in _BASES]
+            structs = [ErrorBody, *(kind for kind in kinds if issubclass(kind, msgspec.Struct))]
             _, components = msgspec.json.schema_components(structs, ref_template=_REF + "{name}")
             document["components"] = {**document.get("components", {}), "schemas": _plain(components)}
             for path in document["paths"].values():

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from common.http.ids import REQUEST_ID_PATTERN
 from common.protocol.limits import (
     LOGIT_BIAS_MAX,
     LOGPROBS_MAX,
     PROMPT_TOKENS_MAX,
-    REQUEST_ID_CHARS_MAX,
     STOP_STRING_CHARS_MAX,
     STOP_STRINGS_MAX,
     STOP_TOKEN_IDS_MAX,
@@ -33,7 +33,6 @@ USER_CHARS_MAX = 512
 MODEL_CHARS_MAX = 256
 TEMPLATE_KWARGS_MAX = 64
 DOCUMENTS_MAX = 256
-REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"
 
 if TYPE_CHECKING:  # what they are once `to_integers` has seen them
     Whole: TypeAlias = int
@@ -64,7 +63,6 @@ TemplateKwargs = Annotated[
 ]
 Documents = Annotated[list[dict[str, Any]], Meta(max_length=DOCUMENTS_MAX)]
 FinalField = Literal["content", "reasoning_content", "thinking", "reasoning"]
-assert REQUEST_ID_CHARS_MAX == 128, "REQUEST_ID_PATTERN states the limit"
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -191,21 +189,6 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
-
-
-class ErrorDetail(msgspec.Struct, frozen=True):
-    """`type` is the family (`invalid_request_error`, `rate_limit_error`, ...), `code` the stable machine name."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorBody(msgspec.Struct, frozen=True):
-    """Every error, whatever its status."""
-
-    error: ErrorDetail
 
 
 class Usage(msgspec.Struct, frozen=True):

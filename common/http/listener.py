@@ -1,0 +1,101 @@
+"""A listener: its socket, its limits, and the server behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import resource
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+
+import uvicorn
+
+from common.http.connection import Rules, guarded
+from common.http.door import Door
+from common.protocol.errors import ConfigError
+from common.telemetry import get_logger
+
+log = get_logger("http")
+
+BACKLOG = 4_096  # connections that wait to be accepted; the kernel may allow fewer (net.core.somaxconn)
+DESCRIPTORS_KEPT = 256  # for everything but connections
+DESCRIPTORS_PER_PLACE = 3  # a connection with a place, a guest, and one that hears its last answer; see places.py
+AFTER_SHORTAGE_S = 0.01
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handling, which would end requests that may still run, and whose loop, which looks
+    only whether it shall end, goes on where it finds no memory."""
+
+    async def main_loop(self) -> None:
+        """Until it shall end."""
+        while True:
+            try:
+                return await super().main_loop()
+            except MemoryError:
+                with contextlib.suppress(MemoryError):
+                    log.error("the listener's loop found no memory")
+                with contextlib.suppress(MemoryError):
+                    await asyncio.sleep(AFTER_SHORTAGE_S)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The service handles signals."""
+        yield
+
+
+def make_server(app: Door, rules: Rules, *, keep_alive_s: float, stop_s: int) -> Server:
+    """A server for a bound socket. `keep_alive_s`: an idle connection is closed then. `stop_s`: seconds that answers
+    have to end when it stops."""
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are what strangers send
+    config = uvicorn.Config(
+        app,
+        http=guarded(_within_descriptors(rules)),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]  # handed to call_later, which takes any number
+        timeout_graceful_shutdown=stop_s,
+        backlog=BACKLOG,
+    )
+    return Server(config)
+
+
+def _within_descriptors(rules: Rules) -> Rules:
+    """As many connections as this process may open files, after it has asked for as many as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    if soft == resource.RLIM_INFINITY:
+        return rules
+    most = max(1, (soft - DESCRIPTORS_KEPT) // DESCRIPTORS_PER_PLACE)
+    if most >= rules.connections_max:
+        return rules
+    log.warning("fewer connections than wanted", limit=most, wanted=rules.connections_max, open_files_max=soft)
+    return replace(rules, connections_max=most)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound TCP socket, not yet listening. Raises ConfigError when the port is taken or the address is not ours."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"host {host[:100]}: {getattr(error, 'strerror', None) or 'not a name'}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} on {host} is in use", code="port_in_use") from None
+        raise ConfigError(f"port {port} on {host} cannot be used: {error.strerror}") from None
+    return listener
