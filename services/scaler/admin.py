@@ -23,6 +23,7 @@ from common.http.hosts import NoPages
 from common.http.listener import Server, make_server
 from common.protocol.errors import ConfigError, ElasticMoEError, Unauthorized
 from common.protocol.limits import NAME_CHARS_MAX
+from common.sse import escape_separators
 from services.scaler import docs
 from services.scaler.desk import Cancel, Desk, Feed
 from services.scaler.docs import describe
@@ -154,7 +155,8 @@ def _add_events(app: FastAPI, feed: Feed) -> None:
                     yield b": heartbeat\n\n"
                 else:
                     event_id, event = entry
-                    yield f"id: {event_id}\nevent: {event.kind}\ndata: ".encode() + msgspec.json.encode(event) + b"\n\n"
+                    data = escape_separators(msgspec.json.encode(event))
+                    yield f"id: {event_id}\nevent: {event.kind}\ndata: ".encode() + data + b"\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 

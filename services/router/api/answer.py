@@ -19,6 +19,7 @@ from common.http.body import Receive
 from common.http.door import Scope, Send
 from common.http.errors import error_response
 from common.protocol.errors import ElasticMoEError, Unavailable
+from common.sse import escape_separators
 from services.router.api.errors import error_event
 from services.router.api.generate import Generation
 from services.router.streams import Ending, Output, Stream
@@ -154,7 +155,7 @@ class Answer(Response):
                 running.clear()
             elif not running:
                 events += [self._renderer.usage_event(generation), DONE]
-            data = b"".join(events)
+            data = escape_separators(b"".join(events))
             if silence.is_due and has_begun and not data:
                 data = COMMENT
             if not (data or silence.is_due):
