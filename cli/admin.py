@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import httpx
 
+from cli.http import client as http_client
+from cli.http import lines_of
 from cli.record import living_record
 from common.protocol.errors import ConfigError, ElasticMoEError, Unavailable
 
@@ -31,9 +33,7 @@ class Admin:
     def __init__(self, url: str, token: str, transport: httpx.BaseTransport | None = None) -> None:
         self.url = url
         headers = {"Authorization": f"Bearer {token}"}
-        self._client = httpx.Client(
-            base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False, transport=transport
-        )
+        self._client = http_client(url, headers=headers, timeout=_TIMEOUT_S, transport=transport)
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +64,7 @@ class Admin:
                 if answer.status_code != 200:
                     answer.read()
                     raise _refusal(answer)
-                yield from answer.iter_lines()
+                yield from lines_of(answer.iter_bytes())
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
 

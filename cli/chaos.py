@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from cli.bench.deployment import Deployment
 from cli.chaos_faults import KILL, draw_faults, draw_resizes
 from cli.chaos_load import BROKEN, HUNG, Clients, Tally
 from cli.chaos_run import BLAMELESS_S, Run, Seen
+from cli.terminal import say, show
 from common.protocol.errors import ConfigError, ElasticMoEError
 
 HELP = "try a deployment: load, random faults, random resizes; tells which promises held"
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     kind, _, count = args.devices.partition(":")
     if kind != "host" or not count.isdigit() or not 1 <= args.replicas <= int(count):
         raise ConfigError(f"devices {args.devices!r}: give host:N with N at least --replicas, {args.replicas}")
-    print(f"seed {seed}: {args.minutes:g} minutes on {args.devices}, {args.clients} clients", flush=True)
+    say(f"seed {seed}: {args.minutes:g} minutes on {args.devices}, {args.clients} clients")
     try:
         seen, tally = asyncio.run(_run(args, seed, int(count)))
     except ValueError as error:
@@ -68,7 +68,7 @@ async def _run(args: argparse.Namespace, seed: int, devices: int) -> tuple[Seen,
     begun = time.monotonic()
 
     def tell(text: str) -> None:
-        print(f"{time.monotonic() - begun:7.1f} s  {text}", flush=True)
+        say(f"{time.monotonic() - begun:7.1f} s  {text}")
 
     settings: dict[str, Any] = {"standbys": 3}
     if args.model == "oracle":  # integers, which only float32 holds exactly; and a few MiB in all
@@ -97,7 +97,7 @@ def _tell_failures(deployment: Deployment, seen: Seen, tally: Tally, begun: floa
     if not failed:
         return
     text = (deployment.run_dir / "logs" / "router.log").read_text(errors="replace")
-    for line in [line for line in text.splitlines() if " E router" in line][-_FAILURES_TOLD_MAX:]:
+    for line in [line for line in text.split("\n") if " E router" in line][-_FAILURES_TOLD_MAX:]:
         tell(line)
 
 
@@ -159,4 +159,4 @@ def _print(verdicts: list[Verdict], seen: Seen, tally: Tally) -> None:
         f"p99 {tally.percentile_gap(99) * 1e3:.0f} ms, longest {tally.percentile_gap(100) * 1e3:.0f} ms, "
         f"longest outside of faults {max(calm, default=0.0) * 1e3:.0f} ms",
     )
-    Console(highlight=False).print(table)
+    show(table)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import httpx
 import msgspec
 
+from cli.http import async_client, async_lines_of
+
 PROMPTS = 24
 PROMPT_TOKENS = (1, 3, 17, 40, 90)
 TOKEN_IDS = 256  # every model's vocabulary has these
@@ -67,7 +69,7 @@ class Clients:
         self._stopping = False
         limits = httpx.Limits(max_connections=count)
         timeout = httpx.Timeout(SILENCE_S_MAX)
-        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits, trust_env=False)
+        self._http = async_client(url, timeout=timeout, limits=limits)
 
     async def learn(self) -> None:
         """Take each prompt's text from a deployment at rest. Raises ValueError where it fails."""
@@ -118,7 +120,7 @@ class Clients:
         async with self._http.stream("POST", "/v1/completions", json=body | {"ignore_eos": True}) as answer:
             if answer.status_code != 200:
                 raise _Failed(_code_of(await answer.aread()))
-            async for line in answer.aiter_lines():
+            async for line in async_lines_of(answer.aiter_bytes()):
                 if not line.startswith("data: {"):
                     continue
                 event = msgspec.json.decode(line[6:])

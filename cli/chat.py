@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import httpx
 
+from cli.http import check_url, lines_of
+from cli.http import client as http_client
 from cli.paths import home_dir, run_dir_of
 from cli.record import living_record
+from cli.settings import DEFAULTS
+from cli.terminal import OUTPUT_FAILED, say, say_answer, typed
 from common.protocol.errors import ElasticMoEError, InvalidRequest, Unavailable
 
 HELP = "chat with a deployment"
 
-_DEFAULT_URL = "http://127.0.0.1:8000"
+_DEFAULT_URL = f"http://{DEFAULTS['host']}:{DEFAULTS['port']}"
 _CONNECT_SECONDS_MAX = 5.0
 _TOKEN_SECONDS_MAX = 300.0  # between two tokens; the first may wait in a queue
 _HISTORY_LINES_MAX = 1_000
+_KEY = re.compile(rb"[!-~]+")  # what can stand in a header
+_KEY_BYTES_MAX = 4096
 _INTRO = "Ctrl-C stops an answer, /reset starts anew, /quit or Ctrl-D leaves."
 
 Message = dict[str, str]
@@ -34,22 +41,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--system", metavar="TEXT", help="a system message")
     add("--once", metavar="TEXT", help="send this one message, print the answer, and end")
     add("--max-tokens", type=int, default=512, metavar="N", help="longest answer in tokens (default 512)")
-    add("--temperature", type=float, metavar="T", help="0 is greedy (default: the server's)")
+    add("--temperature", type=_number, metavar="T", help="0 is greedy (default: the server's)")
     add("--api-key-file", metavar="FILE", help="a file that holds the server's API key")
+    add("--ca-file", metavar="FILE", help="certificates to trust beside the usual ones, for an https URL")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 when the user leaves. Raises ElasticMoEError, such as Unavailable when the server is not there."""
     url = base_url(args)
     timeout = httpx.Timeout(_TOKEN_SECONDS_MAX, connect=_CONNECT_SECONDS_MAX)
-    with httpx.Client(base_url=url, timeout=timeout, headers=_headers(args)) as client:
+    with http_client(url, ca_file=args.ca_file, timeout=timeout, headers=_headers(args)) as client:
         session = Session(client, args.model or first_model(client), _options(args), args.system)
         if args.once is not None:
             for text in session.answer(args.once):
-                _write(text)
-            _write("\n")
+                say_answer(text)
+            say()
             return 0
-        print(f"{session.model} at {url}. {_INTRO}")
+        say(f"{session.model} at {url}. {_INTRO}")
         with _line_editing():
             return _converse(session)
 
@@ -57,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
 def base_url(args: argparse.Namespace) -> str:
     """The server's address without `/v1`."""
     if args.url:
+        check_url(args.url)
         return str(args.url).rstrip("/").removesuffix("/v1")
     record = living_record(run_dir_of(args.run_dir))
     return record.url if record is not None else _DEFAULT_URL
@@ -66,10 +82,14 @@ def _headers(args: argparse.Namespace) -> dict[str, str]:
     if not args.api_key_file:
         return {}
     try:
-        with open(args.api_key_file, encoding="utf-8") as file:
-            return {"Authorization": f"Bearer {file.read().strip()}"}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"API key file {args.api_key_file}: {error}", code="bad_key_file") from None
+        with open(args.api_key_file, "rb") as file:
+            key = file.read(_KEY_BYTES_MAX + 1).strip()
+    except OSError as error:
+        raise InvalidRequest(f"API key file {args.api_key_file}: {error.strerror}", code="bad_key_file") from None
+    if len(key) > _KEY_BYTES_MAX or _KEY.fullmatch(key) is None:
+        text = f"API key file {args.api_key_file} holds no key: 1 to {_KEY_BYTES_MAX} visible ASCII characters"
+        raise InvalidRequest(text, code="bad_key_file")
+    return {"Authorization": f"Bearer {key.decode()}"}
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -106,7 +126,7 @@ class Session:
                 yield part
         finally:
             if parts:
-                self.messages.append({"role": "assistant", "content": "".join(parts)})
+                self.messages.append({"role": "assistant", "content": _joined(parts)})
             else:
                 self.messages.pop()
 
@@ -117,12 +137,17 @@ class Session:
                 if response.status_code != 200:
                     response.read()
                     raise error_of(response)
-                yield from deltas(response.iter_lines())
+                yield from deltas(lines_of(response.iter_bytes()))
         except httpx.HTTPError as error:
             raise unreachable(self._client, error) from None
 
 
-def deltas(lines: Iterator[str]) -> Iterator[str]:
+def _joined(parts: list[str]) -> str:
+    """The answer as it can be sent back: halves of a character that came in two events meet, lone ones are replaced."""
+    return "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def deltas(lines: Iterable[str]) -> Iterator[str]:
     """The texts in a stream of server-sent events. Raises ElasticMoEError for an error event and a stream cut short."""
     for line in lines:
         if not line.startswith("data:"):
@@ -132,15 +157,20 @@ def deltas(lines: Iterator[str]) -> Iterator[str]:
             return
         try:
             event = json.loads(data)
-        except ValueError:
-            raise ElasticMoEError("the server sent an event that is not JSON", code="bad_stream") from None
-        if "error" in event:
-            detail = event["error"]
-            raise ElasticMoEError(str(detail.get("message")), code=str(detail.get("code") or "server_error"))
-        for choice in event.get("choices", ()):
-            if text := (choice.get("delta") or {}).get("content"):
-                yield text
+            if "error" in event:
+                raise _server_error(event["error"], "server_error")
+            for choice in event.get("choices") or ():
+                if text := (choice.get("delta") or {}).get("content"):
+                    yield str(text)
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise ElasticMoEError("the server sent an event that is not OpenAI's", code="bad_stream") from None
     raise ElasticMoEError("the server ended the stream before the answer's end", code="bad_stream")
+
+
+def _server_error(detail: Any, code: str) -> ElasticMoEError:
+    """The error that the server describes, by its own code where it has one."""
+    detail = detail if isinstance(detail, dict) else {"message": detail}
+    return ElasticMoEError(str(detail.get("message")), code=str(detail.get("code") or code))
 
 
 def first_model(client: httpx.Client) -> str:
@@ -153,17 +183,17 @@ def first_model(client: httpx.Client) -> str:
         raise error_of(response)
     try:
         return str(response.json()["data"][0]["id"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise ElasticMoEError("the server lists no model; name one with --model", code="no_model") from None
 
 
 def error_of(response: httpx.Response) -> ElasticMoEError:
     """The server's own error, by its code and text."""
+    code = f"http_{response.status_code}"
     try:
-        detail = response.json()["error"]
-        return ElasticMoEError(str(detail["message"]), code=str(detail.get("code") or f"http_{response.status_code}"))
-    except (ValueError, LookupError, TypeError):
-        return ElasticMoEError(f"the server answered {response.status_code}", code=f"http_{response.status_code}")
+        return _server_error(response.json()["error"], code)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ElasticMoEError(f"the server answered {response.status_code}", code=code)
 
 
 def unreachable(client: httpx.Client, error: httpx.HTTPError) -> Unavailable:
@@ -177,19 +207,23 @@ def unreachable(client: httpx.Client, error: httpx.HTTPError) -> Unavailable:
 def _converse(session: Session) -> int:
     while True:
         try:
-            text = input("> ").strip()
+            line = typed(input("> "))
         except EOFError:
-            print()
+            say()
             return 0
         except KeyboardInterrupt:
-            print()  # an empty line: nothing is lost by it
+            say()  # an empty line: nothing is lost by it
             continue
+        if line is None:
+            say("[bad_input: the line is not text in the terminal's encoding; it was not sent]")
+            continue
+        text = line.strip()
         if text in ("/quit", "/exit"):
             return 0
         if text == "/reset":
             session.reset()
         elif text.startswith("/"):
-            print(_INTRO)
+            say(_INTRO)
         elif text:
             _show_answer(session, text)
 
@@ -198,20 +232,16 @@ def _show_answer(session: Session, text: str) -> None:
     answer = session.answer(text)
     try:
         for part in answer:
-            _write(part)
+            say_answer(part)
     except KeyboardInterrupt:
-        _write(" [stopped]")
+        say_answer(" [stopped]")
     except ElasticMoEError as error:
-        _write(f"[{error.code}: {error.message}]")
+        if error.code == OUTPUT_FAILED:
+            raise  # there is nobody to tell
+        say_answer(f"[{error.code}: {error.message}]")
     finally:
         answer.close()  # type: ignore[attr-defined]  # closes the stream now, so that the server stops now
-    _write("\n")
-
-
-def _write(text: str) -> None:
-    # What a model says may hold control characters; a terminal must not act on them.
-    sys.stdout.write("".join(char for char in text if char in "\n\t" or char.isprintable()))
-    sys.stdout.flush()
+    say()
 
 
 class _line_editing:
@@ -225,11 +255,13 @@ class _line_editing:
             import readline
         except ImportError:
             return
-        path = home_dir() / "chat_history"
         try:
+            path = home_dir() / "chat_history"
             readline.read_history_file(path)
-        except OSError:
-            pass  # the first time
+        except ElasticMoEError:
+            return  # no home, no history
+        except (OSError, ValueError):
+            pass  # the first time, or what somebody else left there
         readline.set_history_length(_HISTORY_LINES_MAX)
 
         def save() -> None:
@@ -237,7 +269,7 @@ class _line_editing:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 readline.write_history_file(path)
                 path.chmod(0o600)
-            except OSError:
+            except (OSError, ValueError):
                 pass  # a history is a convenience
 
         self._save = save

@@ -12,30 +12,10 @@ from common.checkpoint import Checkpoint
 from common.families import load_spec, records
 from common.model_spec import ModelSpec, kv_geometry, round_up
 from common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
-from common.protocol.limits import RANKS_MAX
 from common.store import store_of
 
-TP_MAX = 1  # tensor parallelism within a replica is not implemented yet
 _MEMORY_SHARE = 0.8  # of what is available; the rest is for activations, the processes and everybody else
 _DISK_BYTES_MIN = 64 * 1024 * 1024
-
-
-def check_topology(settings: Settings) -> None:
-    """tp, and that the replicas fit on the devices. Raises InvalidRequest."""
-    scaler = settings.scaler
-    if scaler.tp > TP_MAX:
-        raise InvalidRequest(f"--tp {scaler.tp} exceeds the limit of {TP_MAX}", code="tp_unsupported")
-    if scaler.num_devices > RANKS_MAX:
-        raise InvalidRequest(
-            f"--devices {scaler.devices} exceeds the limit of {RANKS_MAX} devices", code="too_many_devices"
-        )
-    needed = scaler.replicas * scaler.tp
-    if needed > scaler.num_devices:
-        raise InvalidRequest(
-            f"{scaler.replicas} replicas of {scaler.tp} need {needed} devices, and --devices {scaler.devices} has "
-            f"{scaler.num_devices}",
-            code="too_few_devices",
-        )
 
 
 def check_ports(settings: Settings) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli.record import ProcessRecord, start_ticks
+from cli.terminal import clean
 
 _LOG_TAIL_BYTES = 16 * 1024
 _LOG_LINE_CHARS_MAX = 400
@@ -102,8 +103,8 @@ class Child:
             with open(self._log, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(self._log_start, size - _LOG_TAIL_BYTES))
-                lines = file.read().decode(errors="replace").splitlines()
+                lines = file.read().decode(errors="replace").split("\n")
         except OSError:
             return ""
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return "".join(char if char.isprintable() else "?" for char in last[:_LOG_LINE_CHARS_MAX])
+        return clean(last[:_LOG_LINE_CHARS_MAX])

@@ -9,8 +9,9 @@ import sys
 from types import TracebackType
 from typing import IO, Protocol, Self
 
-from rich.console import Console as RichTerminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from cli.terminal import clean, clean_lines, table_console
 
 _PLAIN_STEP_PERCENT = 25
 _FINISH_SECONDS_MAX = 5.0
@@ -53,22 +54,31 @@ class TerminalConsole(_Closing):
     """
 
     def __init__(self, file: IO[str]) -> None:
-        self._terminal = RichTerminal(file=file, highlight=False, soft_wrap=True)
+        self._terminal = table_console(file)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._phase = ""
 
     def line(self, text: str) -> None:
         """Print one line."""
-        self._terminal.print(text, markup=False)
+        try:
+            self._terminal.print(clean_lines(text))
+        except OSError:
+            pass  # the terminal is gone, which may not stop a deployment
 
     def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
         """Draw the bar; one without a total pulses."""
+        try:
+            self._draw(clean(phase), done, total)
+        except OSError:
+            pass  # as above
+
+    def _draw(self, phase: str, done: int, total: int) -> None:
         if self._bar is None:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[share]}"),
+                TextColumn("{task.fields[share]}", markup=False),
                 TimeElapsedColumn(),
                 console=self._terminal,
                 transient=True,
@@ -86,9 +96,12 @@ class TerminalConsole(_Closing):
 
     def close(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            try:
+                bar.stop()
+            except OSError:
+                pass  # as above
 
 
 class PlainConsole(_Closing):
@@ -101,7 +114,7 @@ class PlainConsole(_Closing):
     def line(self, text: str) -> None:
         """Print one line."""
         try:
-            print(text, file=self._file, flush=True)
+            print(clean_lines(text), file=self._file, flush=True)
         except OSError:
             pass  # the reader is gone or the disk is full; neither may stop a deployment
 

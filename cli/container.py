@@ -17,8 +17,10 @@ from collections.abc import Sequence
 
 from cli.embedded_store import is_answering, store_spec
 from cli.rundir import ensure_secret
+from cli.terminal import complain
 from common.config import Common, KeeperConfig, PoolConfig, RouterConfig, ScalerConfig, load, make_run_dirs
 from common.protocol.errors import ElasticMoEError
+from common.transport import describe
 
 _NAMES = ("store", "keeper", "hmm", "worker", "scaler", "router")
 _CHECK_SECONDS_MAX = 3.0
@@ -41,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         server = store_spec(load(KeeperConfig)).argv
         os.execv(server[0], server)
     except ElasticMoEError as error:
-        print(f"elasticmoe: {error.code}: {error.message}", file=sys.stderr)
+        complain(f"elasticmoe: {describe(error)}")
     except OSError as error:
-        print(f"elasticmoe: {args.action}: {error.strerror or error}", file=sys.stderr)
+        complain(f"elasticmoe: {args.action}: {error.strerror or error}")
     return 1
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import mmap
 import os
 import platform
@@ -18,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +25,8 @@ from cli.console import size
 from cli.embedded_store import is_answering, server_binary
 from cli.paths import default_run_dir
 from cli.probes import bind_once
+from cli.settings import DEFAULTS
+from cli.terminal import say_json, show
 from cli.version import version
 from common.config import HmmConfig
 from common.protocol.errors import ConfigError, ElasticMoEError
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns 1 when a check fails, else 0."""
     findings = [check() for check in CHECKS]
     if args.json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        say_json([asdict(finding) for finding in findings])
     else:
         table = Table(header_style="bold")
         for column in ("check", "", "found", "what to do"):
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         for finding in findings:
             level = Text(finding.level, style=_COLORS[finding.level])
             table.add_row(finding.name, level, Text(finding.text), Text(finding.fix))
-        Console(highlight=False).print(table)
+        show(table)
     return 1 if any(finding.level == "fail" for finding in findings) else 0
 
 
@@ -252,7 +252,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_memfd,
     check_huge_pages,
     check_store,
-    lambda: check_port(8000, "--port"),
-    lambda: check_port(8100, "--admin-port"),
+    lambda: check_port(DEFAULTS["port"], "--port"),
+    lambda: check_port(DEFAULTS["admin_port"], "--admin-port"),
     check_run_dir,
 )

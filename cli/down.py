@@ -10,6 +10,8 @@ import signal
 from cli.paths import run_dir_of
 from cli.record import ProcessRecord, living_record
 from cli.rundir import RunDir
+from cli.settings import parse_seconds
+from cli.terminal import say
 from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError
 
 HELP = "stop a deployment"
@@ -18,7 +20,9 @@ HELP = "stop a deployment"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `down`."""
     parser.add_argument("--run-dir", metavar="DIR", help="the deployment's run directory")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="give up waiting after that (120)")
+    parser.add_argument(
+        "--timeout", type=parse_seconds, default=120.0, metavar="S", help="give up waiting after that (120)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
     record = living_record(path)
     if record is None:
         return _nothing_runs(args)
-    print(f"stopping {record.served_name} in {path}", flush=True)
+    say(f"stopping {record.served_name} in {path}")
     if not terminate(record.launcher, args.timeout):
         raise DeadlineExceeded(f"the deployment in {path} still stops after {args.timeout:g} s", code="still_stopping")
-    print("stopped")
+    say("stopped")
     return 0
 
 
@@ -45,9 +49,9 @@ def _nothing_runs(args: argparse.Namespace) -> int:
             raise ElasticMoEError(
                 f"a launcher is starting in {path}; try again in a moment", code="starting", retryable=True
             ) from None
-        print(f"nothing runs in {path}; what an interrupted run left was removed, its logs are in {path / 'logs'}")
+        say(f"nothing runs in {path}; what an interrupted run left was removed, its logs are in {path / 'logs'}")
     else:
-        print(f"nothing runs in {path}")
+        say(f"nothing runs in {path}")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from cli.admin import admin_of
 from cli.paths import run_dir_of
+from cli.terminal import clean, say, say_json
 
 HELP = "follow the scaler's decisions and phases until Ctrl-C"
 
@@ -25,7 +26,10 @@ def run(args: argparse.Namespace) -> int:
     with admin_of(run_dir_of(args.run_dir)) as admin:
         try:
             for event in parse(admin.lines("/v1/events")):
-                print(json.dumps(event) if args.json else line(event), flush=True)
+                if args.json:
+                    say_json(event, indent=None)
+                else:
+                    say(clean(line(event)))
         except KeyboardInterrupt:
             return 0
     return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
+from cli import terminal
 from common.protocol.errors import ElasticMoEError
 from common.transport import describe
 
@@ -28,12 +28,14 @@ COMMANDS = {
     "chaos": "cli.chaos",
     "version": "cli.version",
 }
-_INTERRUPTED = 130
+_WRONG_USAGE = 2
+_INTERRUPTED = 128 + signal.SIGINT
+_READER_LEFT = 128 + signal.SIGPIPE  # as a shell reports a program that ended by the signal
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> terminal.Parser:
     """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(
+    parser = terminal.Parser(
         prog="elasticmoe", description="Serves Mixture-of-Experts models and scales while it serves."
     )
     parser.add_argument("--debug", action="store_true", help="show the stack of an unexpected error")
@@ -47,27 +49,49 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 for an error, 2 for a wrong command line, 130 when interrupted.
+    """Run one command. Returns the exit status: 0, 1 for an error, 2 for a wrong command line, 130 when interrupted,
+    141 when the reader of its output has left.
 
     An error is one line `elasticmoe: code: text` on stderr, never a stack.
     """
-    args = make_parser().parse_args(argv)
+    terminal.prepare_streams()
     try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # what cannot be written is told here, not by the interpreter's end
+    except BrokenPipeError:  # the reader left, as `head` does
+        terminal.discard(sys.stdout)
+        return _READER_LEFT
+    except OSError as error:
+        terminal.discard(sys.stdout)
+        terminal.complain(f"elasticmoe: {describe(terminal.output_failed(error))}")
+        return 1
+
+
+def _run(argv: Sequence[str]) -> int:
+    """The same, but for what goes wrong with stdout."""
+    for number, argument in enumerate(argv, 1):
+        if not terminal.is_text(argument):
+            terminal.complain(f"elasticmoe: bad_argument: argument {number} is not text in UTF-8: {argument[:200]}")
+            return _WRONG_USAGE
+    is_debug = False
+    try:
+        args = make_parser().parse_args(argv)
+        is_debug = args.debug
         return int(args.run(args))
     except ElasticMoEError as error:
         line = describe(error)
     except KeyboardInterrupt:
-        print("elasticmoe: interrupted", file=sys.stderr)
+        terminal.complain("elasticmoe: interrupted")
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output left (as `head` does); Python's own flush at the end must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        raise
     except Exception as error:  # the last line of defence: users get a line, `--debug` shows the rest
-        if args.debug:
+        if is_debug:
             traceback.print_exc()
         line = f"internal_error: {type(error).__name__}: {' '.join(str(error).split())}"
-    print(f"elasticmoe: {line}", file=sys.stderr)
+    terminal.complain(f"elasticmoe: {line}")
     return 1
 
 

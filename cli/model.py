@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cli.console import make_console, size
+from cli.terminal import say
 from common.protocol.errors import CheckpointError
 
 HELP = "make or list the models that need no hub"
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.action == "list":
         for name, summary in model_names().items():
-            print(f"{name:<16}{summary}")
+            say(f"{name:<16}{summary}")
         return 0
     with make_console() as console:
         try:
@@ -43,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
             )
         except (ValueError, OSError) as error:
             raise CheckpointError(" ".join(str(error).split()), code="model_failed") from None
-    print(f"{args.directory}: {size(sum(path.stat().st_size for path in args.directory.iterdir()))}")
+    say(f"{args.directory}: {size(sum(path.stat().st_size for path in args.directory.iterdir()))}")
     return 0

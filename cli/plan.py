@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from cli.admin import add_target, admin_of, body_of
 from cli.console import size
 from cli.paths import run_dir_of
+from cli.terminal import say_json, show
 
 HELP = "show what scaling would move, and what it would cost"
 
@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
     with admin_of(run_dir_of(args.run_dir)) as admin:
         plan = admin.call("POST", "/v1/scale", body_of(args, dry_run=True))
     if args.json:
-        print(json.dumps(plan, indent=2))
+        say_json(plan)
     else:
-        Console(highlight=False).print(render(plan))
+        show(render(plan))
     return 0
 
 

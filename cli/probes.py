@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import httpx
 import msgspec
 
+from cli.http import client as http_client
 from common.protocol.errors import ElasticMoEError, InvalidRequest
 from common.protocol.replies import Refused
 
@@ -38,8 +39,7 @@ class Probe:
 
     def __init__(self, url: str, admin_url: str) -> None:
         self._ready_urls = (f"{admin_url}/ready", f"{url}/ready")
-        # Not by a proxy of the environment: both are on this machine.
-        self._client = httpx.Client(timeout=_TIMEOUT_S, trust_env=False)
+        self._client = http_client(timeout=_TIMEOUT_S)
 
     def progress(self) -> Progress | None:
         """What is still going on, or None when both are ready. Blocks for at most a few seconds.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cli.console import Console
 from cli.maker import make_elsewhere
-from cli.paths import home_dir, package_root
+from cli.paths import absolute, home_dir, package_root
 from common.protocol.errors import CheckpointError, DeadlineExceeded, InvalidRequest, NotFound, Unavailable
 from common.weights import check_no_adapter, no_weights
 
@@ -48,10 +48,10 @@ def resolve_model(model: str, console: Console) -> Resolved:
     if not model:
         raise InvalidRequest("no model is given; try --model demo", code="no_model")
     name = ALIASES.get(model, model)
-    path = Path(model).expanduser()
     if name in NAMES:
         return Resolved(make_named(name, home_dir() / "models" / name, console), model)
-    if path.exists():
+    path = absolute(model, "--model")
+    if os.path.exists(path):  # which is false, too, for a name that no file can have
         return Resolved(_checked_folder(path.resolve()), path.resolve().name)
     if _HUB_NAME.fullmatch(model):
         return Resolved(_checked_folder(_download(model, console)), model)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import uuid
 from typing import Any
+from urllib.parse import quote
 
 from cli.admin import Admin, Refusal, add_target, admin_of, body_of
 from cli.console import Console, make_console, size
 from cli.paths import run_dir_of
+from cli.settings import DEFAULTS, parse_seconds
+from cli.terminal import complain, say, say_json
 from common.protocol.errors import ConfigError, ElasticMoEError
 
 HELP = "grow or shrink a running deployment while it serves"
@@ -32,7 +34,12 @@ def add_waiting(parser: argparse.ArgumentParser) -> None:
     """The flags that `scale` and `rebalance` share."""
     parser.add_argument("--wait", action="store_true", help="show the operation until it has ended")
     parser.add_argument("--op-id", metavar="ID", help="name of the operation; the same one again starts no second")
-    parser.add_argument("--deadline", type=float, metavar="S", help="undo it when it is not committed by then (600)")
+    parser.add_argument(
+        "--deadline",
+        type=parse_seconds,
+        metavar="S",
+        help=f"undo it when it is not committed by then ({DEFAULTS['operation_deadline_s']:g})",
+    )
     parser.add_argument("--json", action="store_true", help="the operation as JSON")
 
 
@@ -43,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("name a target (--replicas, --devices or --remove), or an operation to --cancel")
     with admin_of(run_dir_of(args.run_dir)) as admin:
         if args.cancel is not None:
-            operation = admin.call("DELETE", f"/v1/operations/{args.cancel}")
+            operation = admin.call("DELETE", f"/v1/operations/{quote(args.cancel, safe='')}")
             return follow(admin, operation, args) if args.wait else announce(operation, args.json, "is cancelled")
         # With a name of our own a repetition after a lost answer starts no second operation.
         op_id = args.op_id or f"op-{uuid.uuid4().hex[:12]}"
@@ -55,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
 def announce(operation: dict[str, Any], as_json: bool, what: str) -> int:
     """Tell what became of an order that nobody waits for. Returns 0."""
     if as_json:
-        print(json.dumps(operation, indent=2))
+        say_json(operation)
     else:
-        print(f"operation {operation['op_id']} {what}; `elasticmoe status --watch` shows it")
+        say(f"operation {operation['op_id']} {what}; `elasticmoe status --watch` shows it")
     return 0
 
 
@@ -70,16 +77,15 @@ def follow(admin: Admin, operation: dict[str, Any], args: argparse.Namespace) ->
         with make_console(sys.stderr if args.json else None) as console:
             operation = _watch(admin, operation, console)
     except KeyboardInterrupt:
-        print(
+        complain(
             f"operation {operation['op_id']} goes on; `elasticmoe status` shows it, "
-            f"`elasticmoe scale --cancel {operation['op_id']}` cancels it before its commit",
-            file=sys.stderr,
+            f"`elasticmoe scale --cancel {operation['op_id']}` cancels it before its commit"
         )
         raise
     if args.json:
-        print(json.dumps(operation, indent=2))
+        say_json(operation)
     elif operation["outcome"] == "done":
-        print(summary(operation))
+        say(summary(operation))
     if operation["outcome"] == "done":
         return 0
     error = operation.get("error") or {}
@@ -90,7 +96,7 @@ def follow(admin: Admin, operation: dict[str, Any], args: argparse.Namespace) ->
 
 
 def _watch(admin: Admin, operation: dict[str, Any], console: Console) -> dict[str, Any]:
-    path = f"/v1/operations/{operation['op_id']}"
+    path = f"/v1/operations/{quote(operation['op_id'], safe='')}"
     lost_at: float | None = None
     while not operation.get("outcome"):
         progress = (operation.get("progress") or {}) if operation["phase"] == "prepare" else {}

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli.paths import package_root, run_dir_of
+from cli.paths import absolute, package_root, run_dir_of
 from cli.probes import free_port
 from common import config
 
+DEFAULTS = config.defaults()
+
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+_SECONDS_MAX = 30 * 24 * 3600
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,14 @@ def parse_size(text: str) -> int:
     return int(float(match.group(1)) * _UNITS[unit])
 
 
+def parse_seconds(text: str) -> float:
+    """A finite time above 0. Raises argparse.ArgumentTypeError, ValueError: it is the type of flags."""
+    seconds = float(text)
+    if not 0 < seconds <= _SECONDS_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: give seconds above 0, {_SECONDS_MAX} at most")
+    return seconds
+
+
 def from_flags(args: argparse.Namespace) -> Settings:
     """Resolve the flags of `up`; a port 0 becomes a free one. Raises ConfigError."""
     flags = {
@@ -82,7 +93,7 @@ def from_flags(args: argparse.Namespace) -> Settings:
         digest = hashlib.sha256(str(settings.scaler.run_path).encode()).hexdigest()[:12]
         settings = settings.replace(deployment=f"run-{digest}")
     if settings.router.api_key_file:  # children have another working directory
-        settings = settings.replace(api_key_file=str(Path(settings.router.api_key_file).absolute()))
+        settings = settings.replace(api_key_file=str(absolute(settings.router.api_key_file, "api_key_file")))
     if settings.router.port == 0:
         settings = settings.replace(port=free_port(settings.router.host))
     if settings.scaler.admin_port == 0:
@@ -105,7 +116,7 @@ def child_environment(settings: Settings) -> dict[str, str]:
     environment = importing_environment() | config.environment_of(settings.values)
     file = environment.get("ELASTICMOE_CONFIG")
     if file:
-        environment["ELASTICMOE_CONFIG"] = str(Path(file).absolute())
+        environment["ELASTICMOE_CONFIG"] = str(absolute(file, "ELASTICMOE_CONFIG"))
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
 
@@ -114,7 +125,7 @@ def importing_environment() -> dict[str, str]:
     """Our environment, for a Python process that imports our packages whatever its working directory is."""
     environment = dict(os.environ)
     paths = [str(package_root()), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(str(Path(path).absolute()) for path in paths))
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(str(absolute(path, "PYTHONPATH")) for path in paths))
     return environment
 
 

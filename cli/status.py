@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import select
 import sys
 import time
@@ -12,17 +11,19 @@ from typing import Any
 
 import httpx
 import msgspec
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from cli.console import size
+from cli.http import client as http_client
 from cli.paths import run_dir_of
 from cli.record import DeploymentRecord, living_record
 from cli.rundir import FAILURE_FILE
 from cli.scale import phase_text
+from cli.terminal import Cleaned, say_json, show, table_console
 
 HELP = "show a deployment's processes, devices and ranks"
 
@@ -47,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
         return _watch(path)
     status = collect(path)
     if args.json:
-        print(json.dumps(status, indent=2))
+        say_json(status)
     else:
-        Console(highlight=False).print(render(status))
+        show(render(status))
     return 0 if status["running"] else 1
 
 
@@ -65,7 +66,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     for process, entry in zip(record.processes, status["deployment"]["processes"], strict=True):
         entry["alive"] = process.is_alive()
     token = _read(run_dir / "secrets" / "admin.token")
-    with httpx.Client(timeout=_TIMEOUT_S, trust_env=False) as client:
+    with http_client(timeout=_TIMEOUT_S) as client:
         for name, path in (("layout", "/v1/layout"), ("devices", "/v1/devices"), ("operations", "/v1/operations")):
             status[name] = _get(client, record.admin_url + path, {"Authorization": f"Bearer {token}"})
         status["load"] = _get(client, f"{record.url}/load", {})
@@ -220,11 +221,11 @@ def _is_scaling(status: dict[str, Any]) -> bool:
 
 
 def _watch(path: Path) -> int:
-    console = Console(highlight=False)
+    console = table_console()
     keys = sys.stdin.isatty()
     try:
         status = collect(path)
-        with Live(render(status), console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        with Live(Cleaned(render(status)), console=console, auto_refresh=False, screen=console.is_terminal) as live:
             while True:
                 wait_s = _WATCH_INTERVAL_BUSY_S if _is_scaling(status) else _WATCH_INTERVAL_S
                 if keys and select.select([sys.stdin], [], [], wait_s)[0]:
@@ -233,6 +234,6 @@ def _watch(path: Path) -> int:
                 elif not keys:
                     time.sleep(wait_s)
                 status = collect(path)
-                live.update(render(status), refresh=True)
+                live.update(Cleaned(render(status)), refresh=True)
     except KeyboardInterrupt:
         return 0

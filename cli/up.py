@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
+import shlex
 import sys
 import time
 
@@ -29,38 +31,42 @@ HELP = "start a deployment on this machine"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `up`. Those without a default take it from the configuration file, the environment or the service."""
-    add = parser.add_argument
+    add, default = parser.add_argument, settings.DEFAULTS
     add(
         "--model",
         metavar="MODEL",
         help="demo, tiny, oracle, another name of `model list`, a folder, or org/name of a hub",
     )
     add("--served-name", metavar="NAME", help="the name that clients use (default: the model's)")
-    add("--devices", metavar="host:N", help="the devices that the deployment may use (default host:2)")
-    add("--replicas", type=int, metavar="N", help="replicas to start with (default 2)")
+    add("--devices", metavar="host:N", help=f"the devices that the deployment may use (default {default['devices']})")
+    add("--replicas", type=int, metavar="N", help=f"replicas to start with (default {default['replicas']})")
     add("--tp", type=int, metavar="N", help="devices per replica (only 1 for now)")
-    add("--dtype", choices=("bfloat16", "float32"), help="dtype of weights and KV (default bfloat16)")
-    add("--host", help="address of the OpenAI-compatible listener (default 127.0.0.1)")
-    add("--port", type=int, metavar="N", help="its port (default 8000; 0: a free one)")
+    add("--dtype", choices=("bfloat16", "float32"), help=f"dtype of weights and KV (default {default['dtype']})")
+    add("--host", help=f"address of the OpenAI-compatible listener (default {default['host']})")
+    add("--port", type=int, metavar="N", help=f"its port (default {default['port']}; 0: a free one)")
     add(
         "--admin-port",
         type=int,
         metavar="N",
-        help="port of the admin listener on 127.0.0.1 (default 8100; 0: a free one)",
+        help=f"port of the admin listener on {default['admin_host']} (default {default['admin_port']}; 0: a free one)",
     )
     add("--run-dir", metavar="DIR", help="sockets, secrets, state and logs of this deployment")
     add("--store", metavar="URL", help="a Valkey or Redis server (default: an embedded one)")
     size = settings.parse_size
     add("--device-memory", type=size, metavar="SIZE", help="budget of each device (default: a share of what is free)")
-    add("--kv-memory", type=size, metavar="SIZE", help="most KV memory of each device (default 256MiB)")
-    add("--max-model-len", type=int, metavar="N", help="longest sequence in tokens (default 2048)")
-    add("--max-sequences", type=int, metavar="N", help="most sequences of a replica at once (default 64)")
+    kv = f"most KV memory of each device (default {default['kv_bytes'] >> 20}MiB)"
+    add("--kv-memory", type=size, metavar="SIZE", help=kv)
+    length = f"longest sequence in tokens (default {default['max_model_len']})"
+    add("--max-model-len", type=int, metavar="N", help=length)
+    sequences = f"most sequences of a replica at once (default {default['max_sequences']})"
+    add("--max-sequences", type=int, metavar="N", help=sequences)
     add(
         "--generation-config",
         choices=("auto", "none"),
         help="defaults of sampling: the checkpoint's generation_config.json, or none of it (default auto)",
     )
-    add("--ready-timeout", type=float, default=600.0, metavar="S", help="give up when it is not ready by then (600)")
+    seconds = settings.parse_seconds
+    add("--ready-timeout", type=seconds, default=600.0, metavar="S", help="give up when it is not ready by then (600)")
     add("--keep-logs", action="store_true", help="keep the logs also after a clean end")
     add("--detach", action="store_true", help="return when it is ready and leave it running")
     add("--report-fd", type=int, help=argparse.SUPPRESS)  # how `--detach` calls itself
@@ -72,7 +78,6 @@ def run(args: argparse.Namespace) -> int:
         return _run_detached(args)
     with make_console() as console:
         resolved = settings.from_flags(args)
-        checks.check_topology(resolved)
         checks.check_ports(resolved)
         checks.check_store(resolved)
         run_dir = RunDir(settings.require_run_dir(resolved))
@@ -219,14 +224,18 @@ def _own_record() -> ProcessRecord:
 
 def _announce(resolved: settings.Settings, console: Console) -> None:
     name = resolved.router.served_name
-    body = f'{{"model": "{name}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    key = resolved.router.api_key_file
-    header = f' -H "Authorization: Bearer $(cat {key})"' if key else ""
     console.line(f"{name} is served at   {resolved.url}/v1")
     console.line(f"admin listener      {resolved.admin_url}  (token in {resolved.scaler.secret('admin.token')})")
     console.line(f"run directory       {resolved.scaler.run_path}")
-    console.line(
-        f"try: curl -N {resolved.url}/v1/chat/completions -H 'Content-Type: application/json'{header} -d '{body}'"
-    )
+    console.line(f"try: {curl_line(resolved.url, name, resolved.router.api_key_file)}")
     if isinstance(console, PipeConsole):
         console.finish()
+
+
+def curl_line(url: str, name: str, key_file: str) -> str:
+    """A request to try, as it can be pasted into a POSIX shell whatever the names in it are."""
+    body = {"model": name, "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
+    words = ["curl", "-N", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    line = shlex.join([*words, "-d", json.dumps(body, ensure_ascii=False)])
+    # Not joined with the others: the shell has to replace it.
+    return f'{line} -H "Authorization: Bearer $(cat {shlex.quote(key_file)})"' if key_file else line

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from importlib import metadata
 
+from cli.terminal import say
+
 HELP = "print the version"
 
 
@@ -22,5 +24,5 @@ def version() -> str:
 
 def run(_: argparse.Namespace) -> int:
     """Print it."""
-    print(f"elasticmoe {version()}")
+    say(f"elasticmoe {version()}")
     return 0

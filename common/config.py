@@ -1,7 +1,9 @@
 """The only reader of the environment: one frozen struct per service, composed of shared sections.
 
 Values come from a file (`$ELASTICMOE_CONFIG`, TOML), are overridden by the environment (`ELASTICMOE_<FIELD>`), and
-those by flags that a command passes as `overrides`. An unknown key in the file or the environment stops the start.
+those by flags that a command passes as `overrides`. An unknown key in the file or the environment stops the start,
+but for the variables of Kubernetes' service links (`service_links.py`), which are nobody's setting. The defaults stand
+here and nowhere else: `tests/unit/test_defaults.py` compares what pages and compose files say with them.
 """
 
 from __future__ import annotations
@@ -16,15 +18,19 @@ import msgspec
 from msgspec import Meta
 
 from common.protocol.errors import ConfigError
-from common.protocol.limits import SOCKET_PATH_BYTES_MAX
+from common.protocol.limits import RANKS_MAX, SOCKET_PATH_BYTES_MAX, TP_MAX
+from common.service_links import is_service_link
 
 PREFIX = "ELASTICMOE_"
 RESERVED = {"CONFIG", "HOME"}  # this file's path, and the command line's cache: not fields
 
 Port = Annotated[int, Meta(ge=0, le=65_535)]
-Bytes = Annotated[int, Meta(ge=1)]
 KeepAlive = Annotated[float, Meta(gt=0, le=3_600)]
 Names = Annotated[str, Meta(pattern=r"^[\x21-\x7e ]{0,4096}$")]  # with commas between
+_BYTES_MAX = 1 << 50
+Bytes = Annotated[int, Meta(ge=1, le=_BYTES_MAX)]
+# What people and messages call a model: anything that can be printed, also quotes and spaces.
+Name = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
 
 
 class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,8 +40,8 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     run_dir: str
     store_url: str = ""
-    deployment: Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,64}$")] = "default"
-    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
+    deployment: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z")] = "default"
+    log_level: Annotated[str, Meta(pattern=r"^(debug|info|warning|error)\Z")] = "info"
     log_json: bool = False
     failpoint_dir: str = ""
 
@@ -68,9 +74,9 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """What is served, and its sizes. `kv_bytes` is the most KV memory of one device."""
 
     model: str = ""
-    served_name: str = ""
-    dtype: Annotated[str, Meta(pattern="^(bfloat16|float32)$")] = "bfloat16"
-    devices: Annotated[str, Meta(pattern=r"^host:[1-9][0-9]{0,2}$")] = "host:2"
+    served_name: Name = ""
+    dtype: Annotated[str, Meta(pattern=r"^(bfloat16|float32)\Z")] = "bfloat16"
+    devices: Annotated[str, Meta(pattern=r"^host:[1-9][0-9]{0,2}\Z")] = "host:2"
     replicas: Annotated[int, Meta(ge=1, le=64)] = 2
     tp: Annotated[int, Meta(ge=1, le=64)] = 1
     block_size: Annotated[int, Meta(ge=1, le=1024)] = 16
@@ -89,8 +95,8 @@ class HmmConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`device_bytes` 0: an equal share of 80 % of the memory available at start. `granularity`: page handles are
     multiples of it."""
 
-    devices: Annotated[str, Meta(pattern=r"^host:[1-9][0-9]{0,2}$")] = "host:2"
-    device_bytes: Annotated[int, Meta(ge=0)] = 0
+    devices: Annotated[str, Meta(pattern=r"^host:[1-9][0-9]{0,2}\Z")] = "host:2"
+    device_bytes: Annotated[int, Meta(ge=0, le=_BYTES_MAX)] = 0
     granularity: Annotated[int, Meta(ge=4096, le=1 << 30)] = 4096
 
 
@@ -104,7 +110,7 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `pin_cores`: the rank of device `host:i` runs on core i only (modulo their number), as on a slice of the machine.
     `zero_copy` False: ranks copy their weights instead of mapping them, to measure what that costs."""
 
-    pool_name: Annotated[str, Meta(pattern="^[a-z0-9-]{1,32}$")] = "pool"
+    pool_name: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,32}\Z")] = "pool"
     standbys: Annotated[int, Meta(ge=0, le=64)] = 2
     pin_cores: bool = False
     zero_copy: bool = True
@@ -122,11 +128,11 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
 
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8100
-    pool_name: Annotated[str, Meta(pattern="^[a-z0-9-]{1,32}$")] = "pool"
+    pool_name: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,32}\Z")] = "pool"
     lease_ms: Annotated[int, Meta(ge=100, le=600_000)] = 5_000
     rank_restarts_max: Annotated[int, Meta(ge=0, le=1_000)] = 5
     rank_restarts_window_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
-    copy_bytes_per_s: Annotated[int, Meta(ge=0)] = 200 * 1024 * 1024
+    copy_bytes_per_s: Annotated[int, Meta(ge=0, le=_BYTES_MAX)] = 200 * 1024 * 1024
     operation_deadline_s: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
     copy_from_disk: bool = False
     scale_legs: Annotated[int, Meta(ge=1, le=2)] = 2
@@ -146,7 +152,7 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
     of the pages that may ask and read the answers, such as `https://chat.example.org`, `*` for all."""
 
     model: str = ""
-    served_name: str = ""
+    served_name: Name = ""
     host: str = "127.0.0.1"
     port: Port = 8000
     api_key_file: str = ""
@@ -176,19 +182,61 @@ def load(kind: type[C], overrides: Mapping[str, Any] | None = None) -> C:
     path = os.environ.get(PREFIX + "CONFIG")
     if path:
         values.update(_known(_read_toml(Path(path)), every_field, f"configuration file {path}"))
-    environment = {
-        key[len(PREFIX) :].lower(): value
-        for key, value in os.environ.items()
-        if key.startswith(PREFIX) and key[len(PREFIX) :] not in RESERVED
-    }
-    values.update(_known(environment, every_field, "environment"))
+    values.update(_known(_environment(), every_field, "environment"))
     values.update({key: value for key, value in (overrides or {}).items() if value is not None})
     if not values.get("run_dir"):
         raise ConfigError(f"run_dir is not set: pass --run-dir or set {PREFIX}RUN_DIR")
+    values = {key: value for key, value in values.items() if key in fields}
+    for key, value in values.items():
+        _check_text(key, value)
     try:
-        return msgspec.convert({k: v for k, v in values.items() if k in fields}, kind, strict=False)
+        config = msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"configuration of {kind.__name__}: {error}") from None
+        raise ConfigError(f"configuration of {kind.__name__}: {_told(error, values)}") from None
+    _check_topology(config)
+    return config
+
+
+def _environment() -> dict[str, str]:
+    """What the environment sets, by field."""
+    ours = {key[len(PREFIX) :]: value for key, value in os.environ.items() if key.startswith(PREFIX)}
+    return {
+        name.lower(): value for name, value in ours.items() if name not in RESERVED and not is_service_link(name, value)
+    }
+
+
+def _check_text(key: str, value: Any) -> None:
+    """Raises ConfigError for a text that fits into no message or path: bytes that are no UTF-8, or a NUL."""
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
+        raise ConfigError(f"{key}: {value[:100]!r} is not text in UTF-8 without NUL")
+
+
+def _told(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
+    """msgspec names the bound and the key; the value is added, shortened."""
+    text = str(error)
+    key = text.rpartition("$.")[2].rstrip("`")
+    return f"{text}, and it is {str(values[key])[:100]!r}" if key in values else text
+
+
+def _check_topology(config: Common) -> None:
+    """Raises ConfigError for replicas that cannot be built on the devices, in whichever process asks for them."""
+    if not isinstance(config, ModelConfig | HmmConfig):
+        return
+    num_devices = int(config.devices.split(":")[1])
+    if num_devices > RANKS_MAX:
+        text = f"devices {config.devices} exceeds the limit of {RANKS_MAX} devices"
+        raise ConfigError(text, code="too_many_devices")
+    if not isinstance(config, ModelConfig):
+        return
+    if config.tp > TP_MAX:
+        raise ConfigError(f"tp {config.tp} exceeds the limit of {TP_MAX}", code="tp_unsupported")
+    needed = config.replicas * config.tp
+    if needed > num_devices:
+        raise ConfigError(
+            f"{config.replicas} replicas of tp {config.tp} need {needed} devices, and devices {config.devices} has "
+            f"{num_devices}",
+            code="too_few_devices",
+        )
 
 
 def _known(values: Mapping[str, Any], fields: set[str], origin: str) -> Mapping[str, Any]:
@@ -203,7 +251,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"configuration file {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML
         raise ConfigError(f"configuration file {path}: {error}") from None
 
 
@@ -213,6 +261,12 @@ def environment_of(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 CONFIGS: tuple[type[Common], ...] = (HmmConfig, KeeperConfig, PoolConfig, ScalerConfig, RouterConfig)
+
+
+def defaults() -> dict[str, Any]:
+    """The default of every setting that has one, by its name."""
+    fields = (field for struct in CONFIGS for field in msgspec.structs.fields(struct))
+    return {field.name: field.default for field in fields if field.default is not msgspec.NODEFAULT}
 
 
 def make_run_dirs(config: Common) -> None:

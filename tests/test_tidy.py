@@ -202,6 +202,39 @@ def test_only_config_reads_the_environment() -> None:
     assert found == []
 
 
+# What may print besides cli/terminal.py, which cleans what it prints: the console on it, and programs whose output
+# programs of ours read.
+PRINTERS = ("cli/terminal.py", "cli/console.py", "cli/child.py", "cli/maker.py", "cli/models/__main__.py")
+# What may make HTTP clients: one place, so that all of them ignore the environment alike.
+CLIENT_MAKERS = ("cli/http.py",)
+
+
+def test_the_command_line_prints_in_one_place() -> None:
+    found = []
+    for path in CODE:
+        if not name(path).startswith("cli/") or name(path) in PRINTERS:
+            continue
+        for node in ast.walk(tree(path)):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in ("print", "Console", "sys.stdout.write", "sys.stderr.write"):
+                found.append(f"{name(path)}:{node.lineno} {called}")
+    assert found == []
+
+
+def test_clients_and_lines_come_from_one_place() -> None:
+    makers = {f"httpx.{what}" for what in ("Client", "AsyncClient", "get", "post", "request", "stream")}
+    found = []
+    for path in CODE:
+        if not name(path).startswith("cli/") or name(path) in CLIENT_MAKERS:
+            continue
+        for node in ast.walk(tree(path)):
+            called = node.func if isinstance(node, ast.Call) else None
+            is_reader = isinstance(called, ast.Attribute) and called.attr in ("iter_lines", "aiter_lines", "iter_text")
+            if called is not None and (is_reader or ast.unparse(called) in makers):
+                found.append(f"{name(path)}:{called.lineno} {ast.unparse(called)}")
+    assert found == []
+
+
 def test_nothing_listens_everywhere() -> None:
     found = [
         f"{name(path)}:{number}"

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from cli.bench.deployment import running
 from cli.bench.report import provenance, table, write_raw
+from cli.http import client as http_client
+from cli.terminal import say
 
 DEADLINE_S = 60.0
 TURN_S = 0.005
@@ -52,17 +52,17 @@ def run(args: argparse.Namespace) -> int:
         row = {"model": Path(model).name, "replicas": args.replicas, "kills": len(attach_ms)}
         row |= {"attach ms median": statistics.median(attach_ms), "attach ms max": max(attach_ms)}
         rows.append(row | {"serving again ms median": statistics.median(serving_ms)})
-    print(table(rows))
+    say(table(rows))
     path = write_raw(
         args.output, "attach", {"provenance": provenance(" ".join(["elasticmoe", *sys.argv[1:]])), "rows": rows}
     )
-    print(f"raw data: {path}")
+    say(f"raw data: {path}")
     return 0
 
 
 def _kill_and_wait(admin_url: str, token: str) -> tuple[float, float]:
     """Kill the first rank; milliseconds its successor took to attach, and until all step again."""
-    with httpx.Client(base_url=admin_url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as client:
+    with http_client(admin_url, headers={"Authorization": f"Bearer {token}"}) as client:
         victim = client.get("/v1/layout").json()["ranks"][0]
         killed = time.perf_counter()
         os.kill(victim["pid"], signal.SIGKILL)

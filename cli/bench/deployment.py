@@ -197,8 +197,8 @@ class Deployment:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _last_line(self) -> str:
-        lines = (self._folder / "output").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it printed nothing"
+        lines = (self._folder / "output").read_text(errors="replace").strip().split("\n")
+        return lines[-1] or "it printed nothing"
 
 
 def _document(path: str, status: int, body: bytes) -> Any:

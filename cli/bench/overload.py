@@ -27,6 +27,7 @@ from cli.bench.scaling_load import Load, Request, Target
 from cli.bench.scaling_methods import Scene
 from cli.bench.scaling_run import SAFE_VOCAB, check_steady
 from cli.settings import parse_size
+from cli.terminal import say
 
 FACTORS = "0.5,1,1.5,2,2.5,3,2,1,0.5"
 FACTOR_MAX = 100.0
@@ -162,12 +163,12 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.settle_s < args.step_s:
         raise ValueError(f"--settle-s is {args.settle_s:g}; it has to be less than --step-s, {args.step_s:g}")
     peak, steps = asyncio.run(_run(args, factors))
-    print(f"peak: {peak:.1f} tokens/s, closed loop of {args.clients} clients\n")
-    print(table([_row(one) for one in steps]))
-    print(f"\n{summary_of(steps)}")
+    say(f"peak: {peak:.1f} tokens/s, closed loop of {args.clients} clients\n")
+    say(table([_row(one) for one in steps]))
+    say(f"\n{summary_of(steps)}")
     facts = provenance(" ".join(["elasticmoe", *sys.argv[1:]]))
     data = {"provenance": facts, "peak": peak, "steps": [msgspec.to_builtins(one) for one in steps]}
-    print(f"raw data: {write_raw(args.output, 'overload', data)}")
+    say(f"raw data: {write_raw(args.output, 'overload', data)}")
     return 1 if any(one.failed for one in steps) else 0
 
 

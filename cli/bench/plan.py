@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from cli.bench.plan_simulation import Assumptions, simulate
 from cli.bench.report import provenance, table, write_raw
+from cli.terminal import say
 from common.layout import Layout, initial_layout
 from common.model_spec import round_up
 from services.scaler.planner import Memory, Plan, Rates, Sizes, Target, make_plan
@@ -133,18 +134,17 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for model, dtype, (before, after), devices in cases:
         rows.append(_case(model, dtype, before, after, devices, machine, int(args.budget_gib * GIB), args.repeats))
-    print("SIMULATION on a null backend: only `plan s` is measured, all else follows from the assumptions.")
-    print(
-        ", ".join(f"{name}={value:g}" for name, value in machine._asdict().items()), f"budget={args.budget_gib:g} GiB"
-    )
-    print(table([{name: _shown(value) for name, value in row.items()} for row in rows]))
+    say("SIMULATION on a null backend: only `plan s` is measured, all else follows from the assumptions.")
+    assumed = ", ".join(f"{name}={value:g}" for name, value in machine._asdict().items())
+    say(f"{assumed} budget={args.budget_gib:g} GiB")
+    say(table([{name: _shown(value) for name, value in row.items()} for row in rows]))
     data = {
         "provenance": provenance(" ".join(["elasticmoe", *sys.argv[1:]])),
         "simulated": "all columns but `plan s`",
         "assumptions": machine._asdict() | {"budget_gib": args.budget_gib},
         "rows": rows,
     }
-    print(f"raw data: {write_raw(args.output, 'plan', data)}")
+    say(f"raw data: {write_raw(args.output, 'plan', data)}")
     return 0
 
 

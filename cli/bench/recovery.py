@@ -33,6 +33,7 @@ from cli.bench.scaling_load import Load, Target
 from cli.bench.scaling_methods import Scene, counters
 from cli.bench.scaling_run import SAFE_VOCAB
 from cli.settings import parse_size
+from cli.terminal import say
 
 TURN_S = 0.02
 SERVICE_TURN_S = 0.1
@@ -90,10 +91,10 @@ def _faults(text: str) -> tuple[str, ...]:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write raw data. Raises ValueError when nothing could be measured."""
     rounds = asyncio.run(_run(args))
-    print(table([_row(fault, rounds) for fault in dict.fromkeys(one.fault for one in rounds)]))
+    say(table([_row(fault, rounds) for fault in dict.fromkeys(one.fault for one in rounds)]))
     facts = provenance(" ".join(["elasticmoe", *sys.argv[1:]]))
     path = write_raw(args.output, "recovery", {"provenance": facts, "rounds": [msgspec.to_builtins(r) for r in rounds]})
-    print(f"raw data: {path}")
+    say(f"raw data: {path}")
     return 0
 
 

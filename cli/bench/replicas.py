@@ -14,12 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 
 from cli.bench.deployment import running
 from cli.bench.load import Figures, Shape, figures, run_clients
 from cli.bench.report import provenance, table, write_raw
+from cli.chat import first_model
+from cli.http import client as http_client
+from cli.terminal import say
 
 SAFE_VOCAB = 256  # byte ids, which every tokenizer here has
 SIZES = (1, 2)
@@ -41,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     rounds: dict[int, list[Figures]] = {size: [] for size in SIZES}
     with running(args.model, 1, pin_cores="true") as one, running(args.model, 2, pin_cores="true") as two:
         urls = {1: one.url, 2: two.url}
-        name = str(httpx.get(f"{one.url}/v1/models", timeout=10, trust_env=False).json()["data"][0]["id"])
+        with http_client(one.url, timeout=10) as client:
+            name = first_model(client)
         shape = Shape(name, args.prompt_tokens, args.output_tokens, SAFE_VOCAB)
         for size in SIZES:
             asyncio.run(run_clients(urls[size], shape, 2, 2, seed=0))
@@ -52,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
                 rounds[size].append(figures(samples, args.concurrency))
     rows = [_row(size, found) for size, found in rounds.items()]
     ratios = [b.tokens_per_s / a.tokens_per_s for a, b in zip(*(rounds[size] for size in SIZES), strict=True)]
-    print(table(rows))
-    print(f"a second replica brings {statistics.median(ratios):.2f} x tokens/s (median of {len(ratios)} rounds)")
+    say(table(rows))
+    say(f"a second replica brings {statistics.median(ratios):.2f} x tokens/s (median of {len(ratios)} rounds)")
     data = {"provenance": provenance(" ".join(["elasticmoe", *sys.argv[1:]])), "rows": rows, "ratios": ratios}
     data["rounds"] = {str(size): msgspec.to_builtins(found) for size, found in rounds.items()}
-    print(f"raw data: {write_raw(args.output, 'replicas', data)}")
+    say(f"raw data: {write_raw(args.output, 'replicas', data)}")
     return 1 if any(row["failed"] for row in rows) else 0
 
 

@@ -22,6 +22,7 @@ from cli.bench.scaling_plot import plot
 from cli.bench.scaling_run import DIRECTIONS, Recipe, Run, capacity_of, run_once
 from cli.bench.scaling_table import Result, tables
 from cli.settings import parse_size
+from cli.terminal import say
 
 LOADS = ("closed", "open")
 
@@ -113,26 +114,26 @@ async def _run(args: argparse.Namespace) -> int:
         rate = args.rate or args.rate_share * await capacity_of(recipe, args.seed)
         recipes["open"] = msgspec.structs.replace(recipe, rate=rate)
         data["requests_per_s"] = round(rate, 3)
-        print(f"open loop: {rate:.2f} requests/s", flush=True)
+        say(f"open loop: {rate:.2f} requests/s")
     results: list[Result] = []
     for turn in range(args.rounds):
         for load in loads:
             for method in _methods(args):
-                print(f"round {turn + 1}, {load} loop, {method}: ", end="", flush=True)
+                say(f"round {turn + 1}, {load} loop, {method}: ", end="")
                 result = await _try(recipes[load], method, load, turn, args.seed + turn)
-                print(result.error or "done", flush=True)
+                say(result.error or "done")
                 results.append(result)
                 data["runs"] = results  # what has been measured survives whatever comes next
                 path = write_raw(args.output, args.name, data)
     for title, rows in tables(results):
-        print(f"\n{title}\n\n{table(rows)}")
+        say(f"\n{title}\n\n{table(rows)}")
     for load in loads:
         title = f"{Path(args.model).name} {args.small}–{args.large}, {load} loop"
         lines = _lines(results, load)
         path_of = args.output / f"{args.name}-{load}.png"
         if lines and not plot(path_of, title, lines, with_slo=load == "open"):
-            print("no plot: matplotlib is not installed (pip install 'elasticmoe[bench]')")
-    print(f"\nraw data: {path}")
+            say("no plot: matplotlib is not installed (pip install 'elasticmoe[bench]')")
+    say(f"\nraw data: {path}")
     return 1 if any(result.error for result in results) else 0
 
 

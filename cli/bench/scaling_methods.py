@@ -304,7 +304,7 @@ async def bytes_read(deployment: Deployment) -> int:
 def counters(text: str, part: str) -> int:
     """The sum of the counters in Prometheus text whose names contain `part`; 0 for none."""
     total = 0.0
-    for line in text.splitlines():
+    for line in text.split("\n"):
         name = line.partition("{")[0].partition(" ")[0]
         if not line.startswith("#") and name.endswith("_total") and part in name:
             total += float(line.rpartition(" ")[2])

@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 
 from cli.bench.deployment import running
 from cli.bench.load import Figures, Shape, figures, run_clients
 from cli.bench.report import provenance, table, write_raw
+from cli.chat import first_model
+from cli.http import client as http_client
+from cli.terminal import say
 from common.protocol import router as router_messages
 from common.protocol.rank import Watch
 from common.transport import Client, new_identity
@@ -50,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
             for row, data in _measure(args, model, replicas):
                 rows.append(row)
                 raw.append(data)
-    print(table(rows))
+    say(table(rows))
     data = {"provenance": provenance(" ".join(["elasticmoe", *sys.argv[1:]])), "rows": rows, "rounds": raw}
     path = write_raw(args.output, "serve", data)
     _plot(rows, args.output / "serve.png")
-    print(f"raw data: {path}")
+    say(f"raw data: {path}")
     return 1 if any(row["failed"] for row in rows) else 0
 
 
@@ -75,7 +77,8 @@ def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[
 
 def _served(url: str) -> tuple[str, int]:
     """The served model's name, and how many token ids are safe to send (all of the benchmark's models have them)."""
-    return str(httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]), SAFE_VOCAB
+    with http_client(url, timeout=10) as client:
+        return first_model(client), SAFE_VOCAB
 
 
 def _shares(run_dir: Path, replicas: int) -> Shares:
@@ -119,7 +122,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no plot: matplotlib is not installed (pip install 'elasticmoe[bench]')")
+        say("no plot: matplotlib is not installed (pip install 'elasticmoe[bench]')")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -17,6 +17,7 @@ TOP_K_EXPERTS_MAX = 32
 HIDDEN_MAX = 65_536
 VOCAB_MAX = 1_048_576
 DEVICES_MAX = 1_024
+TP_MAX = 1  # devices of one replica: tensor parallelism within one is not implemented yet
 BLOCKS_PER_COPY_MAX = 65_536  # KV blocks of one CopyBlocks
 MOVE_TARGETS_MAX = 64
 TAIL_BYTES_MAX = 32 * 1024 * 1024  # KV that travels in a HandOver itself: the blocks that were not copied before

@@ -33,6 +33,7 @@ from common.protocol.hmm import (
     StageLayout,
     ToHmm,
 )
+from common.protocol.limits import TP_MAX
 from common.protocol.replies import Ack, Refused, refusal
 from common.protocol.scaler import Integrity
 from common.telemetry import setup_logging
@@ -239,6 +240,8 @@ class Hmm:
             request.layout.check()
         except ValueError as error:
             raise InvalidRequest(f"layout: {error}") from None
+        if request.layout.tp > TP_MAX:
+            raise InvalidRequest(f"tp {request.layout.tp} exceeds the limit of {TP_MAX}", code="tp_unsupported")
         unknown = [seat.device for seat in request.layout.seats if seat.device not in self._holdings.memories]
         if unknown:
             raise NotFound(f"device {unknown[0]} is not one of {self._config.devices}")

@@ -26,7 +26,8 @@ from common.failpoint import failpoint
 from common.fence import Fence
 from common.protocol import pool as pool_messages
 from common.protocol.codec import Codec, Message, Received, encode
-from common.protocol.errors import Conflict, ElasticMoEError, NotFound, ProtocolError, Unavailable
+from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, ProtocolError, Unavailable
+from common.protocol.limits import TP_MAX
 from common.protocol.pool import GetPool, StartRank, StopRank, ToPool
 from common.protocol.replies import Ack, Refused, refusal
 from common.protocol.scaler import PoolRank, PoolStatus, RankExited, RankReady, RankStarted
@@ -274,6 +275,8 @@ class Pool:
         return PoolStatus(len(self._children) - len(ranks), ranks, not self._config.standbys)
 
     def _start_rank(self, message: StartRank, fence: int) -> RankStarted:
+        if message.rank.tp >= TP_MAX:
+            raise InvalidRequest(f"{message.rank} exceeds the limit of tp {TP_MAX}", code="tp_unsupported")
         for child in self._children:
             if child.seat is None:
                 continue

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from common.config import environment_of
@@ -124,11 +125,15 @@ def test_a_rank_that_cannot_attach_says_why_and_is_followed_by_a_standby(pool: P
     wait_until(lambda: pool.status().standby == 2, "another standby", 30.0)
 
 
-def test_stopping_an_unknown_rank_is_refused(pool: Pool) -> None:
+def test_an_unknown_rank_and_one_beyond_tp_are_refused(pool: Pool) -> None:
     pool.client.epoch = 1
     with pytest.raises(ElasticMoEError, match="no rank") as caught:
         pool.client.call(StopRank(RankId(0, 0), "rank:unknown"), deadline_ms=CALL_MS)
     assert caught.value.code == "unknown_rank"
+    second = msgspec.structs.replace(seat(), rank=RankId(0, 1))  # of a replica with tp 2
+    with pytest.raises(ElasticMoEError, match="exceeds the limit of tp 1") as caught:
+        pool.client.call(second, deadline_ms=CALL_MS)
+    assert caught.value.code == "tp_unsupported"
 
 
 def test_a_pool_that_can_start_no_process_lives_on_and_tries_again(pool: Pool) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +142,14 @@ def test_a_long_run_directory_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "code", "text"),
     [
-        (("--tp", "2"), "tp_unsupported", "--tp 2 exceeds the limit of 1"),
-        (("--replicas", "3", "--devices", "host:2"), "too_few_devices", "3 replicas of 1 need 3 devices.* has 2"),
+        (("--tp", "2"), "tp_unsupported", "tp 2 exceeds the limit of 1"),
+        (("--replicas", "3", "--devices", "host:2"), "too_few_devices", "3 replicas of tp 1 need 3 devices.* has 2"),
         (("--devices", "host:65"), "too_many_devices", "limit of 64"),
     ],
 )
 def test_impossible_topologies_are_refused(tmp_path: Path, argv: tuple[str, ...], code: str, text: str) -> None:
-    with pytest.raises(InvalidRequest, match=text) as refused:
-        checks.check_topology(resolved(tmp_path, *argv))
+    with pytest.raises(ConfigError, match=text) as refused:
+        resolved(tmp_path, *argv)
     assert refused.value.code == code
 
 
@@ -228,8 +229,50 @@ def test_a_model_that_is_none_is_refused(tmp_path: Path, model: Path) -> None:
         checks.check_memory(resolved(tmp_path), model)
 
 
-def test_every_refusal_is_one_line(tmp_path: Path, model: Path) -> None:
+def test_every_refusal_is_one_line(tmp_path: Path) -> None:
     for argv in (("--tp", "9"), ("--replicas", "64")):
         with pytest.raises(ElasticMoEError) as refused:
-            checks.check_topology(resolved(tmp_path, *argv))
+            resolved(tmp_path, *argv)
         assert "\n" not in refused.value.message
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "0", "1e99", "soon"])
+def test_wrong_times_are_a_wrong_command_line(text: str) -> None:
+    with pytest.raises(SystemExit):
+        flags("--ready-timeout", text)
+
+
+NAMES = ["m", "it's", 'a "quoted" name', "$HOME `id` $(id)", "back\\slash", "naïve 模型", "!x; rm -rf /", ":smile: [b]"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_printed_curl_line_survives_a_shell(name: str, tmp_path: Path) -> None:
+    key_file = tmp_path / f"key of {name.replace('/', '_')}"
+    key_file.write_text("s3cret")
+    curl = tmp_path / "curl"
+    curl.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    curl.chmod(0o700)
+    line = up.curl_line("http://127.0.0.1:1", name, str(key_file))
+    told = subprocess.run(
+        ["sh", "-c", line], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, check=True
+    )
+    words = told.stdout.decode().split("\0")[:-1]
+    assert words[:2] == ["-N", "http://127.0.0.1:1/v1/chat/completions"]
+    assert json.loads(words[words.index("-d") + 1])["model"] == name
+    assert words[-1] == "Authorization: Bearer s3cret"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_with_quotes_and_spaces_reach_the_children(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = settings.child_environment(resolved(tmp_path, "--served-name", name))
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert settings.from_flags(flags()).router.served_name == name
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\x00b", "a\n", "x" * 257, "\udcff"])
+def test_names_that_no_line_holds_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="served_name"):
+        resolved(tmp_path, "--served-name", name)

@@ -17,6 +17,7 @@ from common.config import (
     make_run_dirs,
 )
 from common.protocol.errors import ConfigError
+from common.service_links import is_service_link
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +95,123 @@ def test_socket_paths_fit_the_kernels_limit(tmp_path: Path) -> None:
     config = load(HmmConfig, {"run_dir": str(tmp_path / ("x" * 120))})
     with pytest.raises(ConfigError, match="exceeds the limit of 107"):
         config.socket("hmm")
+
+
+@pytest.mark.parametrize("value", [b"\xff", b"caf\xe9"])
+def test_bytes_that_are_no_text_are_refused(value: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ELASTICMOE_HOST", os.fsdecode(value))
+    with pytest.raises(ConfigError, match=r"host: .* is not text in UTF-8"):
+        load(RouterConfig)
+    monkeypatch.delenv("ELASTICMOE_HOST")
+    path = tmp_path / "c.toml"
+    path.write_bytes(b'host = "' + value + b'"')
+    monkeypatch.setenv("ELASTICMOE_CONFIG", str(path))
+    with pytest.raises(ConfigError, match="configuration file"):
+        load(RouterConfig)
+
+
+def test_a_file_that_is_no_toml_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    monkeypatch.setenv("ELASTICMOE_CONFIG", str(path))
+    for text in ("port = ", "x = " + "[" * 100_000, 'host = "a\\u0000b"', 'host = "a\\ud800b"'):
+        path.write_text(text)
+        with pytest.raises(ConfigError):
+            load(RouterConfig)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "code"),
+    [
+        (ScalerConfig, {"tp": "2"}, "tp_unsupported"),
+        (ScalerConfig, {"tp": "64"}, "tp_unsupported"),
+        (ScalerConfig, {"devices": "host:65"}, "too_many_devices"),
+        (HmmConfig, {"devices": "host:999"}, "too_many_devices"),
+        (ScalerConfig, {"replicas": "3"}, "too_few_devices"),
+        (ScalerConfig, {"kv_bytes": str(1 << 60)}, "bad_config"),
+        (ScalerConfig, {"rank_stall_s": "nan"}, "bad_config"),
+    ],
+)
+def test_no_service_starts_with_what_it_cannot_build(
+    kind: type[HmmConfig | ScalerConfig], values: dict[str, str], code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in values.items():
+        monkeypatch.setenv(f"ELASTICMOE_{key.upper()}", value)
+    with pytest.raises(ConfigError) as refused:
+        load(kind)
+    assert refused.value.code == code
+    assert all(value in refused.value.message for value in values.values())
+
+
+# What Kubernetes 1.33 sets for a Service of two ports and for one of another name; the settings that share their names.
+LINKS = {
+    "SERVICE_HOST": "10.96.0.10",
+    "SERVICE_PORT": "8000",
+    "SERVICE_PORT_HTTP": "8000",
+    "SERVICE_PORT_ADMIN_2": "8100",
+    "PORT": "tcp://10.96.0.10:8000",
+    "PORT_8000_TCP": "tcp://10.96.0.10:8000",
+    "PORT_8000_TCP_PROTO": "tcp",
+    "PORT_8000_TCP_PORT": "8000",
+    "PORT_8000_TCP_ADDR": "10.96.0.10",
+    "PORT_53_UDP": "udp://10.96.0.10:53",
+    "PORT_53_UDP_PROTO": "udp",
+    "PORT_9_SCTP_ADDR": "fd00::1",
+    "ROUTER_SERVICE_HOST": "fd00::1",
+    "ROUTER_SERVICE_PORT": "80",
+    "ROUTER_PORT": "tcp://[fd00::1]:80",
+    "ROUTER_PORT_80_TCP": "tcp://[fd00::1]:80",
+    "ROUTER_PORT_80_TCP_PROTO": "tcp",
+    "ROUTER_PORT_80_TCP_PORT": "80",
+    "ADMIN_PORT": "tcp://10.96.0.11:8100",  # of a Service elasticmoe-admin
+    "ADMIN_PORT_8100_TCP_PORT": "8100",
+    "A_B_2_PORT_1_TCP_ADDR": "10.96.0.11",
+}
+
+
+def test_kubernetes_service_links_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LINKS.items():
+        assert is_service_link(name, value), name
+        monkeypatch.setenv(f"ELASTICMOE_{name}", value)
+    for kind in CONFIGS:
+        load(kind)
+    assert (load(RouterConfig).port, load(ScalerConfig).admin_port) == (8000, 8100)
+    monkeypatch.setenv("ELASTICMOE_PORT", "9000")  # a setting beside other links
+    assert load(RouterConfig).port == 9000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "http://10.96.0.10:8000"),
+        ("PORT", "tcp://example.com:8000"),
+        ("PORT", "tcp://10.96.0.10"),
+        ("PORT", "tcp://10.96.0.10:99999"),
+        ("PORT", "tcp://10.96.0.10:8000/x"),
+        ("PORT", "tcp://10.96.0.10:8000\n"),
+        ("PORT", "tcp://300.96.0.10:8000"),
+        ("PORTS", "tcp://10.96.0.10:8000"),
+        ("SERVICE_HOST", "example.com"),
+        ("SERVICE_PORT", "http"),
+        ("SERVICE_PORT", "0"),
+        ("SERVICE_PORT", "70000"),
+        ("SERVICE_HOSTS", "10.96.0.10"),
+        ("SERVICE", "10.96.0.10"),
+        ("PORT_8000_TCP", "udp://10.96.0.10:8000"),
+        ("PORT_8000_TCP", "tcp://10.96.0.10:8001"),
+        ("PORT_8000_TCP", "8000"),
+        ("PORT_8000_TCP_PORT", "8001"),
+        ("PORT_8000_TCP_PROTO", "udp"),
+        ("PORT_8000_TCP_ADDR", "here"),
+        ("PORT_8000_TCP_NAME", "/web/elasticmoe"),
+        ("PORT_8000_HTTP", "http://10.96.0.10:8000"),
+        ("_PORT_80_TCP_PROTO", "tcp"),
+        ("HOST_PORT", "10.96.0.10:8000"),
+    ],
+)
+def test_what_only_looks_like_a_service_link_stops_the_start(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not is_service_link(name, value)
+    monkeypatch.setenv(f"ELASTICMOE_{name}", value)
+    with pytest.raises(ConfigError, match=r"unknown setting|configuration of"):
+        load(RouterConfig)

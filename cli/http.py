@@ -1,0 +1,104 @@
+"""The one place where the command line makes HTTP clients, and reads streams of lines from them.
+
+No client heeds the environment: a proxy, a certificate bundle or a .netrc that is meant for the internet would stand
+between a command and the deployment beside it, and differently for each command.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from common.protocol.errors import ConfigError, ElasticMoEError
+
+LINE_BYTES_MAX = 16 << 20
+
+
+def client(url: str = "", *, ca_file: str | None = None, **options: Any) -> httpx.Client:
+    """A blocking client; `options` as httpx.Client has them. Raises ConfigError for a URL or certificates that are
+    none."""
+    check_url(url)
+    return httpx.Client(base_url=url, trust_env=False, verify=_verify(url, ca_file), **options)
+
+
+def async_client(url: str, **options: Any) -> httpx.AsyncClient:
+    """The same for asyncio."""
+    check_url(url)
+    return httpx.AsyncClient(base_url=url, trust_env=False, verify=_verify(url, None), **options)
+
+
+def check_url(url: str) -> None:
+    """Raises ConfigError for what is not an http or https URL with a host. Empty is none, and right."""
+    try:
+        parsed, parts = httpx.URL(url), urlsplit(url)
+        is_right = not url or (parsed.scheme in ("http", "https") and bool(parsed.host) and parts.port != 0)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ConfigError(f"URL {url[:200]!r}: {error}", code="bad_url") from None
+    if not is_right:
+        raise ConfigError(f"URL {url[:200]!r}: it has to begin with http:// or https:// and a host", code="bad_url")
+
+
+def _verify(url: str, ca_file: str | None) -> ssl.SSLContext | bool:
+    """How servers prove who they are. Nothing is loaded for plain HTTP, where nobody does."""
+    if not url.startswith("https:"):
+        return False
+    try:
+        context = httpx.create_ssl_context(trust_env=False)
+        if ca_file is not None:
+            context.load_verify_locations(cafile=ca_file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"certificates cannot be loaded: {error}", code="bad_certificates") from None
+    return context
+
+
+class _Splitter:
+    """Cuts chunks of bytes into lines that end in \\n (or \\r\\n), and in nothing else: `str.splitlines`, and so
+    httpx's own reader, also cuts at ten other characters, which stand in the middle of events."""
+
+    def __init__(self) -> None:
+        self._rest: list[bytes] = []
+        self._num_bytes = 0
+
+    def feed(self, chunk: bytes) -> list[str]:
+        """The lines that `chunk` completes. Raises ElasticMoEError for one that is longer than LINE_BYTES_MAX."""
+        first, *others = chunk.split(b"\n")
+        self._rest.append(first)
+        self._num_bytes += len(first)
+        if self._num_bytes > LINE_BYTES_MAX:
+            raise ElasticMoEError(f"the server sent a line of over {LINE_BYTES_MAX} bytes", code="bad_stream")
+        if not others:
+            return []
+        lines = [b"".join(self._rest), *others[:-1]]
+        self._rest, self._num_bytes = [others[-1]], len(others[-1])
+        return [_text_of(line) for line in lines]
+
+    def end(self) -> list[str]:
+        """What came behind the last line's end."""
+        rest = b"".join(self._rest)
+        return [_text_of(rest)] if rest else []
+
+
+def _text_of(line: bytes) -> str:
+    return line.removesuffix(b"\r").decode(errors="replace")
+
+
+def lines_of(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The lines in a stream of bytes, such as `response.iter_bytes()`. Raises ElasticMoEError (`bad_stream`)."""
+    splitter = _Splitter()
+    for chunk in chunks:
+        yield from splitter.feed(chunk)
+    yield from splitter.end()
+
+
+async def async_lines_of(chunks: AsyncIterable[bytes]) -> AsyncIterator[str]:
+    """The same for asyncio."""
+    splitter = _Splitter()
+    async for chunk in chunks:
+        for line in splitter.feed(chunk):
+            yield line
+    for line in splitter.end():
+        yield line
