@@ -24,13 +24,15 @@ class ChildSpec:
     """A process that the launcher keeps running.
 
     `argv[0]` is an absolute path. `grace_s`: seconds between SIGTERM and SIGKILL. `awaits`: a Unix socket that must
-    exist before the next child is started; None: start the next at once.
+    exist before the next child is started; None: start the next at once. `is_outlived`: what it started may go on
+    without it, and is ended after it when the deployment stops.
     """
 
     name: str
     argv: tuple[str, ...]
     grace_s: float = 10.0
     awaits: Path | None = None
+    is_outlived: bool = False
 
 
 class Child:

@@ -2,6 +2,7 @@
 
 What happens when a child ends is decided in `supervisor.py`; this is the shell around it: processes, signals, clock.
 All children are started by the main thread, because their ties to our life (see `child.py`) are to the thread that did.
+What they leave behind when they end, such as a pool's ranks, becomes ours (`orphans.py`).
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ from typing import Literal, Protocol
 
 from cli.children import Child, ChildSpec
 from cli.console import Console
+from cli.orphans import Orphans
 from cli.probes import Progress
 from cli.record import ProcessRecord
 from cli.supervisor import ChildState, Exit, Fatal, Limits, decide, describe_exit
 from common.protocol.errors import DeadlineExceeded, ElasticMoEError
+from common.ties import take_in_orphans
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROBE_INTERVAL_S = 0.1
 _IDLE_S = 60.0  # nothing is due; an exit or a signal wakes us
 _KILL_SECONDS_MAX = 10.0
+_STRAY_GRACE_S = 1.0  # of processes that nobody is known to leave behind
 _COMING_UP_S = 10.0
 _RECORD_AGAIN_S = 1.0
 
@@ -80,17 +84,20 @@ class Launcher:
         self._num_signals = 0
         self._num_interrupts = 0
         self._is_recorded = True
+        self._orphans = Orphans(lambda: {child.pid for child in self._children.values()})
         self._selector = selectors.DefaultSelector()
         self.num_unclean = 0
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Record SIGTERM, SIGINT and SIGHUP instead of dying by them; a handler does nothing but wake the loop."""
+        """Record SIGTERM, SIGINT and SIGHUP instead of dying by them, and SIGCHLD; a handler does nothing but wake the
+        loop."""
         reader, writer = socket.socketpair()
         reader.setblocking(False)
         writer.setblocking(False)
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: self._orphans.note_end())
         self._selector.register(reader, selectors.EVENT_READ, reader)
         try:
             yield
@@ -111,6 +118,7 @@ class Launcher:
 
         Raises StopRequested, DeadlineExceeded, or ElasticMoEError (`start_failed`) with the child's last line.
         """
+        take_in_orphans()
         deadline = time.monotonic() + self._plan.ready_seconds_max
         for spec in self._plan.specs:
             self._console.progress(f"starting {spec.name}")
@@ -148,6 +156,8 @@ class Launcher:
 
     def _turn(self, timeout_s: float) -> None:
         """Wait for exits and signals, and handle the exits."""
+        if (reap_at := self._orphans.reap_at) is not None:
+            timeout_s = min(timeout_s, max(0.0, reap_at - time.monotonic()))
         for key, _ in self._selector.select(timeout_s):
             if isinstance(key.data, str):
                 self._on_exit(key.data)
@@ -156,6 +166,8 @@ class Launcher:
                     key.data.recv(4096)
                 except BlockingIOError:
                     pass  # another wake-up took the bytes
+        if (reap_at := self._orphans.reap_at) is not None and time.monotonic() >= reap_at:
+            self._orphans.reap()
 
     def _spawn(self, name: str) -> None:
         try:
@@ -204,22 +216,36 @@ class Launcher:
         self._state = "stopping"
         self._record()
         self._num_interrupts = 0
-        for name in [name for name in reversed(self._specs) if name in self._children]:
-            self._console.progress(f"stopping {name}")
-            child = self._children.pop(name)
-            self._selector.unregister(child.pidfd)
-            child.terminate()
-            if not self._wait(child, self._specs[name].grace_s):
-                self._console.line(f"{name} did not end within {self._specs[name].grace_s:g} s of SIGTERM; killed")
-                child.kill()
-                child.wait(_KILL_SECONDS_MAX)
-            last_line, age_s = child.last_line(), child.age_s
-            code = child.reap()
-            # A process that still imports its modules has no handler yet; to die by the signal is its clean end.
-            if code != 0 and not (code == -signal.SIGTERM and age_s < _COMING_UP_S):
-                self.num_unclean += 1
-                self._console.line(f"{name} ended with {describe_exit(code)}; its last line: {last_line}")
+        for spec in reversed(self._specs.values()):
+            if spec.name in self._children:
+                self._console.progress(f"stopping {spec.name}")
+                self._stop_child(spec)
+            if spec.is_outlived:
+                self._stop_orphans(spec.name, spec.grace_s)
+        self._stop_orphans("a child", _STRAY_GRACE_S)
         self._console.close()
+
+    def _stop_child(self, spec: ChildSpec) -> None:
+        child = self._children[spec.name]
+        self._selector.unregister(child.pidfd)
+        child.terminate()
+        if not self._wait(child, spec.grace_s):
+            self._console.line(f"{spec.name} did not end within {spec.grace_s:g} s of SIGTERM; killed")
+            child.kill()
+            child.wait(_KILL_SECONDS_MAX)
+        last_line, age_s = child.last_line(), child.age_s
+        code = child.reap()
+        del self._children[spec.name]
+        # A process that still imports its modules has no handler yet; to die by the signal is its clean end.
+        if code != 0 and not (code == -signal.SIGTERM and age_s < _COMING_UP_S):
+            self.num_unclean += 1
+            self._console.line(f"{spec.name} ended with {describe_exit(code)}; its last line: {last_line}")
+
+    def _stop_orphans(self, name: str, grace_s: float) -> None:
+        killed = self._orphans.end(grace_s, lambda: bool(self._num_interrupts))
+        if killed and not self._num_interrupts:
+            self.num_unclean += killed
+            self._console.line(f"killed {killed} processes that {name} had left behind")
 
     def _wait(self, child: Child, grace_s: float) -> bool:
         """Whether `child` ended in time; an interrupt cuts the time short."""

@@ -1,7 +1,8 @@
 """Unix stream sockets that carry messages and file descriptors between processes of one user.
 
 Framing: 4 bytes little-endian length, then one message of `codec.py`; descriptors accompany the length's first byte.
-Used for handles.py (HMM <-> rank) and keeper.py (HMM <-> keeper). Blocking calls have a deadline.
+Used for handles.py (HMM <-> rank), keeper.py (HMM <-> keeper) and standby.py (pool <-> its processes).
+Blocking calls have a deadline.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import socket
 import struct
 import time
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from common.protocol.codec import Codec, Message, Received, encode
 from common.protocol.errors import DeadlineExceeded, ProtocolError, Unauthorized, Unavailable
@@ -31,6 +32,11 @@ class Channel(Generic[T]):
         self._sock = sock
         self._identity = identity
         self._codec = codec
+
+    @classmethod
+    def of(cls, fd: int, identity: str, codec: Codec[T]) -> Self:
+        """The channel over an inherited or received descriptor of a socket, which is the channel's from now on."""
+        return cls(socket.socket(fileno=fd), identity, codec)
 
     def fileno(self) -> int:
         """For polling: readable at a message and at the peer's end."""

@@ -93,11 +93,10 @@ class HmmStatus(Message, frozen=True):
 
 
 class RankStarted(Message, frozen=True):
-    """A standby took the seat; `pid` is in the pool's pid namespace."""
+    """A standby took the seat."""
 
     rank: RankId
     incarnation: str
-    pid: int
 
 
 class RankReady(Message, frozen=True):
@@ -111,18 +110,19 @@ class RankReady(Message, frozen=True):
 
 
 class RankExited(Message, frozen=True):
-    """A rank's process ended, wanted or not. `exit_code` is negative for a signal."""
+    """A rank's process ended, wanted or not. `exit_code` is negative for a signal, None where nobody knows it."""
 
     rank: RankId
     slot: int
     incarnation: str
-    exit_code: int
+    exit_code: int | None
     reason: str
 
 
 class PoolRank(msgspec.Struct, frozen=True):
-    """A living rank of a pool. `attach_ms`: what mapping its memory took; 0 until it is ready. `is_asleep`: just now it
-    neither ran nor waited for a processor: it was stopped, or slept in a call."""
+    """A living rank of a pool. `pid`: in the pool's pid namespace, 0 while it is started from nothing. `attach_ms`:
+    what mapping its memory took; 0 until it is ready. `is_asleep`: just now it neither ran nor waited for a processor:
+    it was stopped, or slept in a call."""
 
     rank: RankId
     slot: int

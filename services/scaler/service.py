@@ -184,7 +184,9 @@ class Scaler:
             log.info("rank ready", rank=event.rank, attach_ms=event.attach_ms, build_ms=event.build_ms)
         elif isinstance(event, RankExited):
             self._links.starting.pop(event.slot, None)
-            facts = {"rank": str(event.rank), "exit_code": str(event.exit_code)}
+            facts = {"rank": str(event.rank)}
+            if event.exit_code is not None:
+                facts["exit_code"] = str(event.exit_code)
             is_member = self._layout is None or event.slot in self._layout.slots
             if self._driver.on_exit(event) or not is_member:
                 log.info("rank ended that joins or leaves", because=event.reason, **facts)

@@ -1,12 +1,17 @@
-"""`python -m services.worker`: start a worker pool."""
+"""`python -m services.worker [--launcher PID]`: start a worker pool.
+
+With `--launcher`, which names its parent, ranks outlive the pool: the launcher takes them in and ends them.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 
 from common import failpoint
 from common.config import PoolConfig, load, make_run_dirs
-from common.protocol.errors import ElasticMoEError
+from common.protocol.errors import ConfigError, ElasticMoEError
 from common.telemetry import setup_logging
 from common.transport import describe
 from services.worker.pool import Pool
@@ -14,12 +19,17 @@ from services.worker.pool import Pool
 
 def main() -> int:
     """Run until SIGTERM; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m services.worker", description="A worker pool.")
+    parser.add_argument("--launcher", type=int, default=0, metavar="PID", help="the parent that takes ranks in")
+    launcher: int = parser.parse_args().launcher
     try:
+        if launcher and launcher != os.getppid():
+            raise ConfigError(f"--launcher is {launcher}; the parent is {os.getppid()}")
         config = load(PoolConfig)
         make_run_dirs(config)
         failpoint.enable(config.failpoint_dir, "pool")
         setup_logging("worker", level=config.log_level, as_json=config.log_json)
-        Pool(config).run()
+        Pool(config, launcher).run()
     except ElasticMoEError as error:
         print(f"elasticmoe-worker: {describe(error)}", file=sys.stderr)
         return 1

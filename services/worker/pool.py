@@ -1,44 +1,42 @@
 """The worker pool: keeps standby processes ready and turns them into ranks when the scaler asks.
 
-A standby is forked from a server process that has everything imported (multiprocessing's forkserver), so it is there
-in milliseconds; it holds no memory of the model. The pool sees a child end by its sentinel, reports it, and forks
-another standby. It makes no decisions: which seat gets a rank, and whether a dead one is replaced, is the scaler's to
-say.
+A standby is forked from a template process that has everything imported (template.py), so it is there in milliseconds;
+it holds no memory of the model. The pool sees a process end by its pidfd, reports it, and has another standby forked.
+It makes no decisions: which seat gets a rank, and whether a dead one is replaced, is the scaler's to say.
 
-A child leaves when its pipe to the pool ends, so no rank outlives its pool. One thread owns everything here.
+Ranks are no children of the pool but of its *guardian*, the launcher, and outlive the pool: the next one finds them by
+their seats' records (seats.py) before it answers anybody (ADR 16). It is the launcher that ends them with the
+deployment. Where there is none, the pool is its own guardian: its end is the end of its ranks. One thread owns
+everything here.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import select
 import signal
 import time
 from contextlib import suppress
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, SpawnContext
 from types import FrameType
-
-import msgspec
 
 from common.config import PoolConfig
 from common.failpoint import failpoint
 from common.fence import Fence
 from common.protocol import pool as pool_messages
-from common.protocol.codec import Codec, Message, Received, encode
-from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, ProtocolError, Unavailable
-from common.protocol.limits import TP_MAX
+from common.protocol.codec import Message, Received
+from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
+from common.protocol.limits import RANKS_MAX, TP_MAX
 from common.protocol.pool import GetPool, StartRank, StopRank, ToPool
-from common.protocol.replies import Ack, Refused, refusal
-from common.protocol.scaler import PoolRank, PoolStatus, RankExited, RankReady, RankStarted
+from common.protocol.replies import Ack, refusal
+from common.protocol.scaler import PoolStatus, RankExited, RankStarted
 from common.telemetry import get_logger
+from common.ties import take_in_orphans
 from common.transport import Server, new_identity
-from services.worker.standby import standby_main
+from services.worker.children import Child
+from services.worker.forks import Forks
+from services.worker.seats import Seats, path_of
 
 log = get_logger("pool")
-
-FromRank = RankReady | Refused
-FROM_RANK: Codec[FromRank] = Codec(FromRank)
 
 POLL_MS = 1_000
 STOP_GRACE_S = 10.0
@@ -46,40 +44,31 @@ STANDBY_FAILURES_MAX = 5  # in a row, before the pool gives up
 STANDBY_SETTLED_S = 30.0  # whoever lived longer did not die of its start
 STANDBY_BACKOFF_S = 0.2
 FORK_BACKOFF_S_MAX = 5.0
+FORK_S_MAX = 120.0  # a template that has forked nobody by then is not going to
 SHORTAGE_S = 0.05
-
-
-class Child:
-    """One forked process and what the pool knows of it. Owned by the pool."""
-
-    def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Connection) -> None:
-        self.process = process
-        self.pipe = pipe
-        self.pipe_fd = pipe.fileno()
-        self.started_at = time.monotonic()
-        self.seat: StartRank | None = None  # None: a standby
-        self.ready: RankReady | None = None
-        self.reason = ""
-        self.kill_at: float | None = None
-
-    @property
-    def pid(self) -> int:
-        """Process id in this pid namespace."""
-        return self.process.pid or 0
+RECORD_LOOK_S = 0.05  # how often a record is looked at whose rank cannot tell that it has changed
+RECORD_S_MAX = 1.0  # a rank writes its record as soon as it holds it
 
 
 class Pool:
-    """Owns the children and the pool's socket."""
+    """Owns its view of the processes, and the pool's socket."""
 
-    def __init__(self, config: PoolConfig) -> None:
-        """Raises Conflict when the pool's socket is in use."""
+    def __init__(self, config: PoolConfig, launcher: int = 0) -> None:
+        """`launcher`: process id of the parent that takes in and reaps ranks; 0 where there is none. Raises Conflict
+        when the pool's socket is in use, Unavailable where the file of seats finds no room."""
         self._config = config
+        self._guardian = launcher or os.getpid()
+        if not launcher:
+            take_in_orphans()
         self._identity = new_identity(config.pool_name)
         self._server: Server[ToPool] = Server(config.socket(config.pool_name), self._identity, pool_messages.CODEC)
         self._fence = Fence(config.state_dir, config.pool_name)
-        self._forks = multiprocessing.get_context("forkserver")
-        self._forks.set_forkserver_preload(["services.worker.standby", "services.worker.preload"])
+        self._seats = Seats(path_of(config.state_dir, config.pool_name))
         self._children: list[Child] = []
+        self._forks: Forks | None = None  # the template that forks standbys
+        self._forks_at = 0.0  # when it was started
+        self._cold: list[Forks] = []  # those that fork a single rank, and end
+        self._watched: set[int] = set()
         self._subscriber: bytes | None = None  # the scaler that asked last: receives events
         self._failures = 0
         self._fork_at = 0.0
@@ -95,16 +84,18 @@ class Pool:
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
         try:
+            self._adopt()
             while not self._stopping:
                 try:
                     self._turn()
-                except MemoryError:  # the pool's end would be the end of all its ranks; a turn can be taken again
+                except MemoryError:  # without a pool no rank is replaced; a turn can be taken again
                     with suppress(MemoryError):
                         log.error("a turn found no memory")
                     time.sleep(SHORTAGE_S)  # nothing to wait for tells that there is memory again
         finally:
             self._stop_all()
             self._server.close()
+            self._seats.close()
 
     def _turn(self) -> None:
         failpoint("pool.turn")
@@ -113,139 +104,173 @@ class Pool:
         self._take_messages()
         self._reap()
 
-    # ---- children -------------------------------------------------------------------------------------------------
+    # ---- ranks of an earlier pool ---------------------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Take over the ranks that an earlier pool has left. Blocks for RECORD_S_MAX for one whose record cannot be
+        read: it is killed then, and its seat can be filled. Raises Unavailable where one cannot be watched."""
+        failpoint("pool.adopt")
+        for slot in range(RANKS_MAX):
+            deadline = time.monotonic() + RECORD_S_MAX
+            while pid := self._seats.holder(slot):
+                if self._adopt_rank(slot, pid, is_late=time.monotonic() > deadline):
+                    break
+                time.sleep(RECORD_LOOK_S)
+        failpoint("pool.adopted")
+
+    def _adopt_rank(self, slot: int, pid: int, *, is_late: bool) -> bool:
+        """Whether it is over with the process that holds `slot`, one way or the other."""
+        child = Child(None)
+        try:
+            child.open(pid)
+        except Unavailable:
+            if self._seats.holder(slot) == pid:
+                raise
+            return False  # it has just ended
+        record = self._seats.read(slot)
+        if self._seats.holder(slot) == pid:  # else the descriptor may be another process's
+            if record is not None and record.pid == pid:
+                child.seat = record.seat
+                child.look_at(record)
+                self._children.append(child)
+                log.info("rank adopted", rank=record.seat.rank, device=record.seat.device, pid=pid)
+                return True
+            if is_late:
+                log.error("a rank is killed: its seat's record cannot be read", slot=slot, pid=pid)
+                child.signal(signal.SIGKILL)
+        child.close()
+        return is_late
+
+    # ---- processes ------------------------------------------------------------------------------------------------
 
     def _fork_standbys(self) -> None:
         """Keep `standbys` processes without a seat, beyond the ranks."""
-        while sum(child.seat is None for child in self._children) < self._config.standbys:
-            if time.monotonic() < self._fork_at:
-                return
-            try:
-                self._add_child(self._forks)
-            except Unavailable as error:  # of a host without memory, processes or descriptors: the ranks live on
-                self._num_unforked += 1
-                self._fork_at = time.monotonic() + min(FORK_BACKOFF_S_MAX, STANDBY_BACKOFF_S * 2**self._num_unforked)
-                log.error("no standby could be started", because=error.message, failures=self._num_unforked)
-                return
-            self._num_unforked = 0
-
-    def _add_child(self, context: ForkServerContext | SpawnContext) -> Child:
-        """Start a process. Raises Unavailable `no_standby` where the system gives none."""
+        if time.monotonic() < self._fork_at or not self._config.standbys:
+            return
         try:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=standby_main, args=(theirs, msgspec.json.encode(self._config)))
-        except OSError as error:
-            raise Unavailable(f"no pipe to a process: {error.strerror}", code="no_standby") from None
-        try:
-            process.start()
-            child = Child(process, ours)
-            self._server.watch(process.sentinel)
-            self._server.watch(child.pipe_fd)
-            self._children.append(child)
-        except (OSError, EOFError) as error:  # EOFError: the fork server could not
-            self._abandon(process, ours)
-            text = f"no process could be started: {getattr(error, 'strerror', None) or type(error).__name__}"
-            raise Unavailable(text, code="no_standby") from None
-        except MemoryError:
-            self._abandon(process, ours)
-            raise
-        finally:
-            theirs.close()
-        return child
+            if self._forks is None:
+                self._forks, self._forks_at = Forks(self._identity, self._guardian), time.monotonic()
+            while sum(child.seat is None for child in self._children) < self._config.standbys:
+                self._children.append(Child(self._forks.fork()))
+        except (OSError, Unavailable) as error:  # of a host without memory, processes or descriptors: the ranks live on
+            self._put_forks_off(getattr(error, "strerror", None) or str(error))
 
-    def _abandon(self, process: multiprocessing.process.BaseProcess, pipe: Connection) -> None:
-        """End a process that did not become a child: one that has begun sees its pipe close."""
-        self._server.unwatch(pipe.fileno())
-        pipe.close()
-        if process.pid is not None:
-            self._server.unwatch(process.sentinel)
-            process.kill()
-            process.join()
+    def _put_forks_off(self, because: str) -> None:
+        self._num_unforked += 1
+        self._fork_at = time.monotonic() + min(FORK_BACKOFF_S_MAX, STANDBY_BACKOFF_S * 2**self._num_unforked)
+        log.error("no standby could be started", because=because, failures=self._num_unforked)
 
     def _wait(self, timeout_ms: int) -> None:
-        timers = [child.kill_at for child in self._children if child.kill_at is not None]
-        if self._fork_at > time.monotonic():
+        now = time.monotonic()
+        timers = [child.kill_at for child in self._children if child.kill_at is not None and child.pidfd >= 0]
+        if self._fork_at > now:
             timers.append(self._fork_at)
+        silent = [child for child in self._children if child.seat and not child.channel and not child.ready]
+        if silent:
+            timers.append(now + RECORD_LOOK_S)
         if timers:
-            timeout_ms = min(timeout_ms, max(0, int((min(timers) - time.monotonic()) * 1e3) + 1))
+            timeout_ms = min(timeout_ms, max(0, int((min(timers) - now) * 1e3) + 1))
+        self._watch()
         readable = self._server.poll(timeout_ms)
+        if self._forks is not None and self._forks.fileno() in readable:
+            self._on_template_death(self._forks)
         for child in self._children:
-            if child.pipe_fd in readable and not child.pipe.closed:
-                self._take_report(child)
+            if child.channel is not None and child.channel.fileno() in readable:
+                self._receive(child)
+        for child in silent:
+            self._look_at_record(child)
 
-    def _take_report(self, child: Child) -> None:
+    def _watch(self) -> None:
+        wanted = {fd for child in self._children for fd in child.fds}
+        if self._forks is not None:
+            wanted.add(self._forks.fileno())
+        for fd in self._watched - wanted:
+            self._server.unwatch(fd)
+        for fd in wanted - self._watched:
+            self._server.watch(fd)
+        self._watched = wanted
+
+    def _receive(self, child: Child) -> None:
         try:
-            if not child.pipe.poll():
-                return
-            received = FROM_RANK.decode(child.pipe.recv_bytes())
-        except (EOFError, OSError):
-            self._close_pipe(child)
-            return
-        except MemoryError:  # what it said is lost: it ends, and another one says it
-            self._close_pipe(child)
-            raise
-        except ProtocolError as error:
-            log.warning("bad report", pid=child.pid, because=error.message)
-            return
-        if isinstance(received.body, RankReady):
-            child.ready = received.body
+            if child.receive():
+                self._look_at_record(child)
+            elif child.pidfd >= 0:
+                self._num_unforked = 0
+        except Unavailable as error:
+            log.warning("a standby is given up", because=error.message)
+
+    def _look_at_record(self, child: Child) -> None:
+        if child.seat is not None and child.look_at(self._seats.read(child.seat.slot)):
+            assert child.ready is not None, "it has just become so"
             self._failures = 0
-            self._notify(received.body)
-        else:
-            child.reason = f"{received.body.code}: {received.body.message}"
+            self._notify(child.ready)
 
     def _reap(self) -> None:
         now = time.monotonic()
         for child in list(self._children):
-            if child.process.is_alive():
-                if child.kill_at is not None and now >= child.kill_at:
-                    child.process.kill()
+            if not child.has_ended():
+                if child.kill_at is not None and now >= child.kill_at and child.pidfd >= 0:
                     child.kill_at = None
+                    child.signal(signal.SIGKILL)
                 continue
-            if not child.pipe.closed:
-                self._take_report(child)  # its last words
-            self._forget(child)
-            if child.seat is None:
-                self._on_standby_death(child)
+            self._look_at_record(child)  # its last words
+            code = child.exit_code()
+            child.close()
+            self._children.remove(child)  # last: what fails before is done again
+            if child.seat is not None:
+                self._on_rank_exit(child, child.seat, code)
+            elif child.pid:
+                self._on_standby_death("standby died", child.started_at, pid=child.pid, exit_code=code)
             else:
-                self._on_rank_exit(child, child.seat)
+                self._put_forks_off("a process ended before it was there")
+        self._cold = [forks for forks in self._cold if not forks.has_ended()]
+        unborn = min((child.started_at for child in self._children if not child.pid), default=now)
+        if self._forks is not None and now - max(unborn, self._forks_at) > FORK_S_MAX:
+            self._forks.kill()  # what it was asked for ends with it
 
-    def _forget(self, child: Child) -> None:
-        self._server.unwatch(child.process.sentinel)
-        if not child.pipe.closed:
-            self._close_pipe(child)
-        child.process.join()
-        self._children.remove(child)  # last: what fails before is done again
+    def _on_template_death(self, forks: Forks) -> None:
+        self._forks = None
+        forks.kill()
+        self._on_standby_death("the template died", self._forks_at)
 
-    def _close_pipe(self, child: Child) -> None:
-        self._server.unwatch(child.pipe_fd)
-        child.pipe.close()
-
-    def _on_standby_death(self, child: Child) -> None:
-        lived_s = time.monotonic() - child.started_at
-        self._failures = 1 if lived_s > STANDBY_SETTLED_S else self._failures + 1
-        log.warning("standby died", pid=child.pid, exit_code=child.process.exitcode, failures=self._failures)
+    def _on_standby_death(self, text: str, started_at: float, **facts: object) -> None:
+        self._failures = 1 if time.monotonic() - started_at > STANDBY_SETTLED_S else self._failures + 1
+        log.warning(text, failures=self._failures, **facts)
         if self._failures > STANDBY_FAILURES_MAX:
-            raise Unavailable(
-                f"{self._failures} standby processes died in a row; the last with {child.process.exitcode}"
-            )
+            raise Unavailable(f"{self._failures} processes died in a row before they had a seat; the last: {text}")
         self._fork_at = time.monotonic() + STANDBY_BACKOFF_S * 2**self._failures
 
-    def _on_rank_exit(self, child: Child, seat: StartRank) -> None:
-        code = child.process.exitcode or 0
-        reason = child.reason or (f"killed by signal {-code}" if code < 0 else f"exited with status {code}")
+    def _on_rank_exit(self, child: Child, seat: StartRank, code: int | None) -> None:
+        if child.failure is not None:
+            reason = f"{child.failure.code}: {child.failure.message}"
+        elif code is None:
+            reason = "ended, and nobody knows how"
+        else:
+            reason = f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
         log.warning("rank exited", rank=seat.rank, pid=child.pid, reason=reason)
         self._notify(RankExited(seat.rank, seat.slot, seat.incarnation, code, reason))
 
     def _stop_all(self) -> None:
+        """End what ends with this pool: its standbys, and ranks where nobody else takes them in."""
+        for forks in (*([self._forks] if self._forks else ()), *self._cold):
+            forks.kill()
+        if self._guardian != os.getpid():
+            for child in self._children:
+                child.close()
+            return
+        poller = select.poll()
         for child in self._children:
-            child.process.terminate()
+            child.signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_GRACE_S
         for child in self._children:
-            child.process.join(max(0.0, deadline - time.monotonic()))
-            if child.process.is_alive():
-                child.process.kill()
-                child.process.join()
+            if child.pidfd >= 0:
+                poller.register(child.pidfd, select.POLLIN)
+                if not poller.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+                    child.signal(signal.SIGKILL)
+                    poller.poll()
+                poller.unregister(child.pidfd)
+                child.exit_code()
+            child.close()
 
     # ---- messages -------------------------------------------------------------------------------------------------
 
@@ -271,8 +296,9 @@ class Pool:
         return self._start_rank(body, message.epoch) if isinstance(body, StartRank) else self._stop_rank(body)
 
     def _status(self) -> PoolStatus:
-        ranks = tuple(_describe(child, child.seat) for child in self._children if child.seat is not None)
-        return PoolStatus(len(self._children) - len(ranks), ranks, not self._config.standbys)
+        ranks = tuple(child.describe(child.seat) for child in self._children if child.seat is not None)
+        standbys = sum(child.seat is None and child.pid > 0 and child.channel is not None for child in self._children)
+        return PoolStatus(standbys, ranks, not self._config.standbys)
 
     def _start_rank(self, message: StartRank, fence: int) -> RankStarted:
         if message.rank.tp >= TP_MAX:
@@ -281,48 +307,41 @@ class Pool:
             if child.seat is None:
                 continue
             if child.seat.incarnation == message.incarnation:
-                return RankStarted(message.rank, message.incarnation, child.pid)
+                return RankStarted(message.rank, message.incarnation)
             if child.seat.slot == message.slot:
                 raise Conflict(f"slot {message.slot} has a living rank {child.seat.incarnation}", code="seat_taken")
-        if not self._config.standbys:  # nothing is kept ready: imports and all, as without this pool
-            self._add_child(multiprocessing.get_context("spawn"))
+        if not self._config.standbys:
+            self._add_cold()
         for child in self._children:
-            if child.seat is None and not child.pipe.closed and child.process.is_alive():
+            is_there = child.pid > 0 and not child.has_ended()
+            if child.seat is None and child.channel is not None and (is_there or not self._config.standbys):
                 try:
-                    child.pipe.send_bytes(encode(message, sender=self._identity, epoch=fence))
-                except OSError:  # it has just died; the next turn reaps it
-                    self._close_pipe(child)
+                    child.channel.send(message, epoch=fence)
+                except ElasticMoEError:  # it has just died; the next turn reaps it
+                    child.close_channel()
                     continue
                 child.seat = message
                 log.info("rank started", rank=message.rank, device=message.device, pid=child.pid)
-                return RankStarted(message.rank, message.incarnation, child.pid)
+                return RankStarted(message.rank, message.incarnation)
         raise Unavailable("no standby process is ready", code="no_standby")
+
+    def _add_cold(self) -> None:
+        """A process from nothing, imports and all, as without this pool: none is kept ready. Raises Unavailable."""
+        try:
+            forks = Forks(self._identity, self._guardian)
+            self._cold.append(forks)
+            try:
+                self._children.append(Child(forks.fork()))
+            finally:
+                forks.release()
+        except (OSError, Unavailable) as error:
+            text = getattr(error, "strerror", None) or str(error)
+            raise Unavailable(f"no process could be started: {text}", code="no_standby") from None
 
     def _stop_rank(self, message: StopRank) -> Ack:
         for child in self._children:
             if child.seat is not None and child.seat.incarnation == message.incarnation:
-                child.process.terminate()
                 child.kill_at = time.monotonic() + message.grace_ms / 1e3
+                child.signal(signal.SIGTERM)
                 return Ack()
         raise NotFound(f"no rank {message.incarnation} in this pool", code="unknown_rank")
-
-
-def _describe(child: Child, seat: StartRank) -> PoolRank:
-    attach_ms = child.ready.attach_ms if child.ready else 0.0
-    is_ready, is_asleep = child.ready is not None, _is_asleep(child.pid)
-    return PoolRank(seat.rank, seat.slot, seat.device, seat.incarnation, child.pid, is_ready, attach_ms, is_asleep)
-
-
-def _is_asleep(pid: int) -> bool:
-    """Whether the process's main thread, which does a rank's work, neither runs nor waits for a processor now."""
-    try:
-        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # it has just died
-        return False
-    try:
-        stat = os.read(file, 512)
-    except OSError:
-        return False
-    finally:
-        os.close(file)
-    return stat.rpartition(b")")[2].split(maxsplit=1)[0] != b"R"

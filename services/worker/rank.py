@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -16,7 +16,7 @@ from common.config import PoolConfig
 from common.failpoint import failpoint
 from common.fence import Fence
 from common.protocol import rank as rank_messages
-from common.protocol.codec import Message, Received, encode
+from common.protocol.codec import Message, Received
 from common.protocol.errors import ElasticMoEError, Unavailable
 from common.protocol.pool import StartRank
 from common.protocol.rank import (
@@ -65,10 +65,11 @@ SMOOTHING = 0.05  # of the reported shares of a step
 class Rank:
     """One seat's process. A context manager: leaving it unmaps the memory and closes the sockets."""
 
-    def __init__(self, config: PoolConfig, seat: StartRank, pipe: Connection) -> None:
-        """Attach and build. Raises the HMM's refusal, Unavailable, or DeviceError; the process ends then."""
+    def __init__(self, config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankReady], None]) -> None:
+        """Attach and build. Raises the HMM's refusal, Unavailable, or DeviceError; the process ends then. `tell_ready`
+        is called once, in `run`."""
         self._seat = seat
-        self._pipe = pipe
+        self._tell_ready = tell_ready
         started = time.perf_counter()
         self._server: Server[ToRank] = Server(config.socket(f"rank-{seat.rank}"), seat.incarnation, rank_messages.CODEC)
         self._hmm = HmmLink(config.socket("handles"), seat, watch=self._server.watch, unwatch=self._server.unwatch)
@@ -115,7 +116,6 @@ class Rank:
         self._status_at = 0.0
         self._look_at = 0.0
         self._stopping = False
-        self._is_orphaned = False
 
     @property
     def _is_awaited(self) -> bool:
@@ -138,22 +138,20 @@ class Rank:
         self._stopping = True
 
     def run(self) -> None:
-        """Serve until SIGTERM, the pool's end, or until it has left. Raises BusTimeout when a peer stays away too long,
-        ElasticMoEError `memory_replaced`."""
+        """Serve until SIGTERM, or until it has left. Raises BusTimeout when a peer stays away too long, ElasticMoEError
+        `memory_replaced`."""
         signal.signal(signal.SIGTERM, self.stop)
         self._adopt(time.monotonic())
         self._bus.join(int(self._seat.incarnation.rpartition(":")[2], 16))
-        for fd in (self._pipe.fileno(), self._memory.doorbells[self._seat.slot]):
-            self._server.watch(fd)
+        self._server.watch(self._memory.doorbells[self._seat.slot])
         ready = RankReady(self._seat.rank, self._seat.slot, self._seat.incarnation, self._attach_ms, self._build_ms)
         failpoint("rank.ready")
-        self._pipe.send_bytes(encode(ready, sender=self._seat.incarnation, epoch=self._seat.epoch))
+        self._tell_ready(ready)
         self._hmm.applied(self._revision)
         log.info("attached", device=self._seat.device, attach_ms=ready.attach_ms, build_ms=ready.build_ms)
         while not self._stopping:
             self._turn()
-        if not self._is_orphaned:  # else the next pool's rank goes on with them
-            self._send_failures(self._engine.fail_all(Unavailable("the rank is shutting down", code="shutting_down")))
+        self._send_failures(self._engine.fail_all(Unavailable("the rank is shutting down", code="shutting_down")))
 
     def _adopt(self, now: float) -> None:
         """Go on with the sequences of the seat's last rank. Their routers are still to connect to this one."""
@@ -253,9 +251,6 @@ class Rank:
         self._look_at = now + LOOK_S
         if self._memory.doorbells[self._seat.slot] in readable:
             self._lockstep.hear()
-        if self._pipe.fileno() in readable:
-            log.info("the pool is gone")
-            self._stopping = self._is_orphaned = True
         handed = self._hmm.look(readable, now)
         if handed is not None:
             failpoint("rank.apply")

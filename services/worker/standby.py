@@ -1,66 +1,82 @@
 """A standby process: everything imported, warmed up, no memory of the model; waits for a seat and becomes its rank.
 
-The fork server imports `services.worker.preload` before it forks the first standby; this module is also imported by the
-pool, which needs none of that, so the slow imports are inside the function.
+It leaves when its pool ends before it has a seat. A rank does not: it has all that it needs for serving, and the next
+pool finds it by its seat's record (seats.py).
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
-import sys
-from multiprocessing.connection import Connection
-
-import msgspec
 
 from common import failpoint
 from common.config import PoolConfig
+from common.fdchannel import Channel
 from common.fence import Fence
-from common.protocol import pool as pool_messages
-from common.protocol.codec import encode
-from common.protocol.errors import ElasticMoEError
-from common.protocol.pool import StartRank
-from common.protocol.replies import refusal
-from common.telemetry import setup_logging
+from common.protocol.errors import ElasticMoEError, Unavailable
+from common.protocol.pool import StartRank, ToPool
+from common.protocol.scaler import RankReady
+from common.protocol.standby import Posted
+from common.telemetry import get_logger, setup_logging
+from services.worker.seats import Hold, path_of
+
+log = get_logger("rank")
 
 
-def standby_main(pipe: Connection, settings: bytes) -> None:
-    """Entry point of a forked child: wait for StartRank on `pipe`, serve as that rank, exit.
+def standby_main(config: PoolConfig, channel: Channel[ToPool]) -> int:
+    """Entry point of a forked process: wait for StartRank on `channel`, serve as that rank; the exit status.
 
-    Exit status 0: told to stop, or the pool is gone. 1: failed, after telling the pool why.
+    0: told to stop, or the pool is gone before there was a seat. 1: failed, after putting on file why.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to translate
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     import torch
 
-    from services.worker.rank import Rank
-
-    config = msgspec.json.decode(settings, type=PoolConfig)
     torch.set_num_threads(1)  # more ranks than cores with one OpenMP pool each are ten times slower
+    poller = select.poll()
+    poller.register(channel.fileno(), select.POLLIN)
+    poller.poll()
     try:
-        received = pool_messages.CODEC.decode(pipe.recv_bytes())
-    except (EOFError, OSError):
-        return
+        received, _ = channel.receive()
+    except Unavailable:
+        return 0
     message = received.body
     assert isinstance(message, StartRank)
     name = f"rank-{message.rank}"
     failpoint.enable(config.failpoint_dir, str(message.rank))
-    log = setup_logging(name, level=config.log_level, as_json=config.log_json)
-    if config.pin_cores:
-        _pin(message.device)
+    setup_logging(name, level=config.log_level, as_json=config.log_json)
+    hold: Hold | None = None
     try:
+        hold = Hold(path_of(config.state_dir, config.pool_name), message)
+        os.setpgid(0, 0)  # who ends the pool's process group means the pool
         # A seat fences by itself too: a rank of a superseded scaler must not map the memory of its successor's.
         Fence(config.state_dir, f"rank-{message.slot}").check(received.epoch, received.sender)
-        with Rank(config, message, pipe) as rank:
-            rank.run()
+        _serve(config, message, hold, channel)
     except ElasticMoEError as error:
         log.error(error.message, code=error.code)
-        _report(pipe, error, message.incarnation)
-        sys.exit(1)
+        return _fail(hold, error)
     except Exception as error:
         log.exception("rank failed")
-        _report(pipe, ElasticMoEError(f"{type(error).__name__} in the rank; see the worker's log"), message.incarnation)
-        sys.exit(1)
+        return _fail(hold, ElasticMoEError(f"{type(error).__name__} in the rank; see the worker's log"))
+    return 0
+
+
+def _serve(config: PoolConfig, seat: StartRank, hold: Hold, channel: Channel[ToPool]) -> None:
+    from services.worker.rank import Rank
+
+    if config.pin_cores:
+        _pin(seat.device)
+
+    def tell_ready(ready: RankReady) -> None:
+        hold.tell_ready(ready)
+        try:
+            channel.send(Posted())
+        except ElasticMoEError as error:
+            log.info("the pool is gone; the next one will find this rank", because=error.message)
+        channel.close()  # nothing more is said here
+
+    with Rank(config, seat, tell_ready) as rank:
+        rank.run()
 
 
 def _pin(device: str) -> None:
@@ -69,8 +85,10 @@ def _pin(device: str) -> None:
     os.sched_setaffinity(0, {cores[int(device.rpartition(":")[2]) % len(cores)]})
 
 
-def _report(pipe: Connection, error: ElasticMoEError, sender: str) -> None:
+def _fail(hold: Hold | None, error: ElasticMoEError) -> int:
     try:
-        pipe.send_bytes(encode(refusal(error), sender=sender))
-    except OSError:  # the pool is gone; nobody is left to tell
-        return
+        if hold is not None:
+            hold.tell_failure(error)
+    except ElasticMoEError as another:
+        log.error("why it ends cannot be put on file", because=another.message)
+    return 1

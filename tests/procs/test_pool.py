@@ -139,8 +139,9 @@ def test_an_unknown_rank_and_one_beyond_tp_are_refused(pool: Pool) -> None:
 def test_a_pool_that_can_start_no_process_lives_on_and_tries_again(pool: Pool) -> None:
     pid = pool.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    standbys = [child for child, command in processes_of(pool.run_dir).items() if "forkserver" in command]
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), before[1]))
+    standbys = [child for child, command in processes_of(pool.run_dir).items() if "services.worker.template" in command]
+    # Two fewer than it has: those of the standby that it is about to lose.
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")) - 2, before[1]))
     os.kill(max(standbys), signal.SIGKILL)
     log = pool.run_dir / "log"
     wait_until(lambda: log.read_text().count("no standby could be started") >= 2, "it has tried twice", 30.0)
@@ -151,7 +152,7 @@ def test_a_pool_that_can_start_no_process_lives_on_and_tries_again(pool: Pool) -
 
 
 def test_a_dead_standby_is_replaced(pool: Pool) -> None:
-    children = [pid for pid, command in processes_of(pool.run_dir).items() if "forkserver" in command]
-    assert len(children) == 3  # the fork server and two standbys
+    children = [pid for pid, command in processes_of(pool.run_dir).items() if "services.worker.template" in command]
+    assert len(children) == 3  # the template and two standbys
     os.kill(max(children), signal.SIGKILL)
     wait_until(lambda: pool.status().standby == 2 and not Path(f"/proc/{max(children)}").exists(), "replaced", 30.0)

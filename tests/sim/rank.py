@@ -498,7 +498,7 @@ class Pool(Actor):
         rank = self.ranks.get(seat.slot)
         if rank is not None:
             if rank.seat.incarnation == seat.incarnation:
-                return RankStarted(seat.rank, seat.incarnation, 1)
+                return RankStarted(seat.rank, seat.incarnation)
             raise Conflict(f"slot {seat.slot} has a living rank", code="seat_taken")
         if self.standby <= 0:
             raise Overloaded("no standby", code="no_standby")
@@ -506,7 +506,7 @@ class Pool(Actor):
         self.after(1.0, self._refill)
         self.sim.note(f"pool: starts {seat.incarnation} on {seat.device}")
         self.ranks[seat.slot] = Rank(self.world, seat)
-        return RankStarted(seat.rank, seat.incarnation, 1)
+        return RankStarted(seat.rank, seat.incarnation)
 
     def _refill(self) -> None:
         self.standby = min(self._standbys, self.standby + 1)

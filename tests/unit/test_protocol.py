@@ -11,7 +11,7 @@ import pytest
 
 from common.layout import RankId, initial_layout
 from common.model_spec import KvGeometry, RecordKey
-from common.protocol import handles, hmm, keeper, peer, pool, rank, router, scaler
+from common.protocol import handles, hmm, keeper, peer, pool, rank, router, scaler, standby
 from common.protocol.codec import Codec, Message, encode
 from common.protocol.errors import ProtocolError
 from common.protocol.handles import Extent, RecordExtent
@@ -120,7 +120,7 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
                     "op", 2, "failed", (0,), 1, 2, {"host:0": 9}, Refused("does_not_fit", "text", False)
                 ),
             ),
-            scaler.RankStarted(RANK, NAME, 12),
+            scaler.RankStarted(RANK, NAME),
             scaler.RankReady(RANK, 1, NAME, 1.5, 2.5),
             scaler.RankExited(RANK, 1, NAME, -9, "killed by signal 9"),
             scaler.PoolStatus(2, (PoolRank(RANK, 1, "host:1", NAME, 12, True),)),
@@ -131,6 +131,19 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
         ),
     ),
     "keeper": (keeper.TO_KEEPER, (keeper.Keep("a"), keeper.Forget("a"), keeper.Fetch())),
+    "template": (standby.TO_TEMPLATE, (standby.Fork(),)),
+    "pool from its processes": (standby.TO_POOL, (standby.Forked(12), standby.Posted())),
+    "seats on file": (
+        standby.ON_FILE,
+        (
+            standby.SeatRecord(
+                12,
+                pool.StartRank(RANK, 1, "host:1", NAME, 2, 256, 64, 2048),
+                scaler.RankReady(RANK, 1, NAME, 1.5, 2.5),
+                Refused("conflict", "text", False),
+            ),
+        ),
+    ),
     "hmm from keeper": (keeper.TO_HMM, (keeper.Kept(("a",)), Ack(), Refused("x", "y", True))),
     "hmm from rank": (handles.TO_HMM, (handles.Attach(RANK, 1, "host:1", NAME, True), handles.Applied(7))),
     "rank from rank": (
