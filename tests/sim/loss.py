@@ -49,7 +49,7 @@ class Losses:
         self.num_lost += 1
         memory = hmm.memories[device]
         memory.values[:] = memory.poison
-        for rank in [rank for rank in world.pool.ranks.values() if rank.seat.device == device]:
+        for rank in [rank for rank in world.ranks.values() if rank.seat.device == device]:
             rank.exit("its device is lost")
         if self.num_lost == 1:
             world.sim.push(world.sim.now + self._rng.uniform(0.05, 3.0), None, 0, self._look, ())

@@ -18,6 +18,7 @@ from services.scaler import orders
 from services.scaler.intake import Intake
 from services.scaler.journal import Journal
 from services.worker.engine.engine import Engine
+from tests.sim.rank import Pool
 from tests.sim.store import Store
 
 
@@ -88,6 +89,9 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "ranks are seated on a lost device until it is left out": Mutation(
         Intake, "lost_slots", lambda *_: frozenset(), ("which is lost",)
+    ),
+    "a new pool knows nothing of the ranks that live": Mutation(
+        Pool, "_survivors", lambda _: {}, ("two processes have slot",)
     ),
     "a router takes tokens that it has": Mutation(Stream, "_accept_part", _double, ("tokens", "history")),
     "a hand-over loses the end of the KV": Mutation(Engine, "hand_over", _without_tail(Engine.hand_over), ("tokens",)),

@@ -176,6 +176,7 @@ class Rank(Actor):
         self._last_status: RankStatus | None = None
         self._progress = 0
         self.reports = Reports(self._send_to)
+        world.seat(self)
         self.after(0.02 + 0.1 * world.sim.rng.random(), self._attach)
 
     # ---- memory
@@ -444,6 +445,7 @@ class Rank(Actor):
             self.migration.close()
         hmm = self.world.hmm
         hmm.after(CHANNEL_S, hmm.detached, self.seat.slot, self.seat.incarnation)
+        self.world.ranks.pop(self.name, None)
         self.world.pool.on_exit(self, reason)
 
     def stop(self) -> None:
@@ -454,21 +456,31 @@ class Rank(Actor):
 
 
 class Pool(Actor):
-    """The worker pool: starts and ends ranks. A killed pool takes its ranks with it."""
+    """The worker pool: starts and ends ranks. They outlive it, and the next one finds those that live."""
 
     def __init__(self, world: World, standbys: int) -> None:
         super().__init__(world.sim, "pool")
         self.world = world
         self._standbys = standbys
+        self.num_adopted = 0
         self._begin()
+        self.standby = standbys
         world.sim.actors["pool"] = self
 
     def _begin(self) -> None:
         self.is_alive = True
-        self.standby = self._standbys
-        self.ranks: dict[int, Rank] = {}
+        self.standby = 0
+        self.ranks = self._survivors()
+        self.num_adopted += len(self.ranks)
         self.fence = DiskFence(self.world.disk, "pool")
         self._subscriber = ""
+
+    def _survivors(self) -> dict[int, Rank]:
+        """What the records of its seats say."""
+        return {rank.seat.slot: rank for rank in self.world.ranks.values()}
+
+    def _fill(self) -> None:
+        self.standby = self._standbys
 
     def receive(self, sender: str, message: Received[Any]) -> None:
         """One message."""
@@ -532,13 +544,14 @@ class Pool(Actor):
             self.after(0.01, self.notify, RankExited(seat.rank, seat.slot, seat.incarnation, -9, reason))
 
     def crash(self, down_s: float) -> None:
-        """Killed with all its ranks, and back later."""
+        """Killed, and back later; its standbys take longer. Ranks do not notice."""
         self.sim.note(f"pool: killed for {down_s:.2f} s")
-        ranks = list(self.ranks.values())
         self.end()
-        for rank in ranks:
-            rank.exit("the pool is gone")
-        self.sim.push(self.sim.now + down_s, None, 0, self._begin, ())
+        self.sim.push(self.sim.now + down_s, None, 0, self._come_back, (down_s,))
+
+    def _come_back(self, more_s: float) -> None:
+        self._begin()
+        self.after(more_s, self._fill)
 
 
 def leader_of(rank: RankId) -> str:

@@ -54,6 +54,7 @@ def _figures(world: World) -> dict[str, int]:
         "fenced": world.hmm.fence.num_refused,
         "decisions": len(world.store.decisions),
         "devices_lost": world.losses.num_lost,
+        "adopted": world.pool.num_adopted,
         "seconds": int(world.sim.now),
     }
 
@@ -136,10 +137,13 @@ def _fault(world: World) -> None:
     """One of them, now."""
     rng, sim, store = world.sim.rng, world.sim, world.store
     kind = rng.choice(
-        ("pause", "pause", "rank", "rank", "hmm", "pool", "scaler", "two", "two", "router", "down", "wipe", "back")
+        (
+            *("pause", "pause", "rank", "rank", "hmm", "pool", "scaler", "two", "two", "router", "down", "wipe"),
+            *("back", "pool and hmm"),
+        )
     )
     down_s = rng.uniform(0.1, 3.0)
-    ranks = list(world.pool.ranks.values())
+    ranks = list(world.ranks.values())
     if kind == "pause":
         rng.choice([world.hmm, world.pool, world.router, *world.scalers, *ranks]).pause(rng.uniform(0.1, 6.0))
     elif kind == "rank" and ranks:
@@ -156,10 +160,11 @@ def _fault(world: World) -> None:
             sim.push(sim.now + rng.uniform(4.0, 9.0), None, 0, new.crash, (down_s,))
         elif draw < 0.8:  # once the new one acts: both leases run out, and the store forgets whose was the higher epoch
             sim.push(sim.now + 3.4, None, 0, _store_lost, (world, rng.uniform(4.0, 7.0)))
-    elif kind in ("hmm", "pool", "router"):
-        actor = getattr(world, kind)
-        if actor.is_alive and not actor.is_paused:
-            actor.crash(down_s)
+    elif kind in ("hmm", "pool", "router", "pool and hmm"):
+        for name in kind.split(" and "):
+            actor = getattr(world, name)
+            if actor.is_alive and not actor.is_paused:
+                actor.crash(down_s)
     elif kind == "down":
         _store_down(world, rng.uniform(0.5, 8.0))
     elif kind == "wipe":

@@ -60,6 +60,7 @@ class World:
         self._was: tuple[Layout, Transition | None] = (layout, None)
         self._state: Any = None
         self.hmm.on_change = self._check_hmm
+        self.ranks: dict[str, Rank] = {}  # that live, whoever knows of them
         self.pool = Pool(self, 3)
         self.scalers: list[Scaler] = []
         self.start_scaler()
@@ -74,7 +75,7 @@ class World:
     # ---- steps
 
     def _beat(self) -> None:
-        ranks = [rank for rank in self.pool.ranks.values() if rank.is_ready]
+        ranks = [rank for rank in self.ranks.values() if rank.is_ready]
         for rank in ranks:
             if rank.is_alive and not rank.is_paused:
                 rank.turn()
@@ -119,6 +120,12 @@ class World:
         """Fail with what is broken."""
         if not is_true:
             raise Violation(text)
+
+    def seat(self, rank: Rank) -> None:
+        """A rank's process begins."""
+        others = [other.name for other in self.ranks.values() if other.seat.slot == rank.seat.slot]
+        self.expect(not others, f"two processes have slot {rank.seat.slot}: {rank.name} beside {others}")
+        self.ranks[rank.name] = rank
 
     def note_fence(self, resource: str, epoch: int) -> None:
         """A resource obeys a command of this fencing epoch."""
@@ -205,8 +212,8 @@ class World:
         _, members, is_running, epoch = bus.membership()
         if not is_running or epoch != layout.epoch or members != sum(1 << slot for slot in layout.slots):
             return f"the members {members:b} run by epoch {epoch}: {is_running}"
-        if sorted(self.pool.ranks) != list(layout.slots):
-            return f"ranks in slots {sorted(self.pool.ranks)}"
+        if sorted(self.pool.ranks) != list(layout.slots) or len(self.ranks) != len(layout.slots):
+            return f"ranks in slots {sorted(self.pool.ranks)}; {sorted(self.ranks)} live"
         if self.router.dispatcher.streams:
             return f"requests {sorted(self.router.dispatcher.streams)} run"
         return self._unrest_of_ranks(layout)
