@@ -23,8 +23,6 @@ HELP = "try a deployment: load, random faults, random resizes; tells which promi
 _READY_S_MAX = 300.0
 _FAILURES_TOLD_MAX = 20
 _STOP_S_MAX = 60.0
-# With the pool all ranks end at once: nobody is left to take requests until it has started again.
-_POOL_CODES = {"rank_lost", "not_ready", "shutting_down"}
 
 
 class Verdict(NamedTuple):
@@ -135,13 +133,10 @@ def judge(seen: Seen, tally: Tally) -> list[Verdict]:
 
 
 def _excuse(seen: Seen, at: float, code: str) -> str | None:
-    """The target of the fault that excuses an error: a killed router's own connections, a killed pool's ranks."""
+    """The target of the fault that excuses an error: a killed router's own connections break."""
     for begun, recovered, fault in seen.faults:
-        if fault.kind != KILL or at < begun:
-            continue
-        if fault.target == "router" and code == BROKEN and at <= recovered + BLAMELESS_S:
-            return fault.target
-        if fault.target == "pool" and code in _POOL_CODES and at <= recovered + BLAMELESS_S:
+        is_router = fault.kind == KILL and fault.target == "router"
+        if is_router and code == BROKEN and begun <= at <= recovered + BLAMELESS_S:
             return fault.target
     return None
 

@@ -39,15 +39,16 @@ TURN_S = 0.02
 SERVICE_TURN_S = 0.1
 AFTER_S = 2.0  # watched after all is as before
 RANK = "rank"
-SERVICES = ("hmm", "scaler", "store", "keeper", "pool")
+POOL = "pool"
+SERVICES = ("hmm", "scaler", "store", "keeper", POOL)
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
     """One kill. Milliseconds; below 0 where no stream was there. `p99_ms`: of the gaps of all streams in the seconds
     before it; `later_ms`: the longest of all that ended until AFTER_S after all was as before, ordinary ones too.
-    `back_ms`: until all was as before: the process is there again and all ranks step. `discarded`: tokens that were
-    computed for clients and thrown away; `recomputed`: as the ranks count them, with the other ranks' discarded step;
-    `resubmitted`: streams that the router had to start anew."""
+    `back_ms`: until all was as before: the process is there again, the pool with its standbys, and all ranks step.
+    `discarded`: tokens that were computed for clients and thrown away; `recomputed`: as the ranks count them, with the
+    other ranks' discarded step; `resubmitted`: streams that the router had to start anew."""
 
     fault: str
     gap_ms: float
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt-tokens", type=int, default=64)
     add("--output-tokens", type=int, default=64, help="on average")
     faults = ", ".join((RANK, *SERVICES))
-    add("--faults", type=_faults, default=(RANK, *SERVICES[:-1]), help=f"comma-separated, of {faults}")
+    add("--faults", type=_faults, default=(RANK, *SERVICES), help=f"comma-separated, of {faults}")
     add("--rounds", type=int, default=5, help="kills of each")
     add("--restarts", type=int, default=2, help="restarts of the whole deployment, for comparison")
     add("--settle-s", type=float, default=4.0, help="between two kills")
@@ -167,13 +168,14 @@ async def _kill(deployment: Deployment, load: Load, fault: str, number: int, arg
     if pid is None:
         raise ValueError(f"no process {fault} runs")
     before = await deployment.metrics()
+    standbys: int = (await deployment.get("/v1/devices"))["standby_processes"]
     failed = _num_failed(load)
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     if fault == RANK:
         back = await _wait_rank(deployment, number % len(ranks), victim["incarnation"], args.timeout_s)
     else:
-        back = await _wait_service(deployment, fault, pid, args.timeout_s)
+        back = await _wait_service(deployment, fault, pid, standbys, args.timeout_s)
     await asyncio.sleep(AFTER_S)
     until = time.monotonic()
     await asyncio.sleep(0.5)  # the router writes its history ten times a second
@@ -207,16 +209,21 @@ async def _wait_rank(deployment: Deployment, index: int, old: str, timeout_s: fl
     raise ValueError(f"no standby took the seat within {timeout_s:g} s")
 
 
-async def _wait_service(deployment: Deployment, name: str, old: int, timeout_s: float) -> float:
+async def _wait_service(deployment: Deployment, name: str, old: int, standbys: int, timeout_s: float) -> float:
     """When another process of the service was there and the scaler, which may have been killed, said that all ranks
-    step. Asked rarely: it would take time from what it waits for. Raises ValueError."""
+    step, and that the pool has `standbys` again. Asked rarely: it would take time from what it waits for. Raises
+    ValueError."""
     deadline = time.monotonic() + timeout_s
+    is_noticed = name != POOL or not standbys  # the scaler shows for a moment what the last pool has said
     while time.monotonic() < deadline:
         await asyncio.sleep(SERVICE_TURN_S)
         if deployment.pid(name) in (None, old):
             continue
         try:
-            if (await deployment.get("/v1/layout"))["phase"] == "serving":
+            layout, devices = await deployment.get("/v1/layout"), await deployment.get("/v1/devices")
+            is_whole = devices["standby_processes"] >= standbys
+            is_noticed |= not is_whole
+            if is_noticed and is_whole and layout["phase"] == "serving":
                 return time.monotonic()
         except (OSError, ValueError):
             continue  # the scaler is not there yet

@@ -72,7 +72,7 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], tally: dict[str, Any], 
     assert broken(judge(seen_with(**changes), Tally(good=10, **tally))) == expected
 
 
-def test_only_a_killed_router_excuses_broken_connections_and_only_a_killed_pool_lost_ranks() -> None:
+def test_only_a_killed_router_excuses_anything_and_only_broken_connections() -> None:
     router, pool, hmm = (Fault(1, KILL, name, 0, 0) for name in ("router", "pool", "hmm"))
 
     def fails(fault: Fault, at: float, code: str) -> bool:
@@ -83,7 +83,8 @@ def test_only_a_killed_router_excuses_broken_connections_and_only_a_killed_pool_
     assert fails(router, 10.1, "rank_lost")
     assert fails(router, 9.0, BROKEN)
     assert fails(router, 40.0, BROKEN)
-    assert not fails(pool, 12.0, "rank_lost")
+    assert fails(pool, 12.0, "rank_lost")
+    assert fails(pool, 12.0, "not_ready")
     assert fails(hmm, 12.0, "rank_lost")
 
 
