@@ -42,6 +42,10 @@ class Channel(Generic[T]):
         """For polling: readable at a message and at the peer's end."""
         return self._sock.fileno()
 
+    def peer_pid(self) -> int:
+        """Process id of the other side: of who connected here, or listens there; 0 for one of another namespace."""
+        return _peer(self._sock)[0]
+
     def send(self, body: Message, fds: tuple[int, ...] = (), *, epoch: int = 0, deadline_ms: int = 5_000) -> None:
         """Send one message with `fds` (they stay the caller's). Raises Unavailable when the peer is gone."""
         if len(fds) > FDS_MAX:
@@ -133,11 +137,16 @@ class Listener:
             connection, _ = self._sock.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None
-        uid = _peer_uid(connection)
+        _, uid = _peer(connection)
         if uid != os.geteuid():
             connection.close()
             raise Unauthorized(f"peer uid {uid} is not {os.geteuid()}", code="wrong_uid")
         return Channel(connection, identity, codec)
+
+    def drop(self) -> None:
+        """Close in a forked process, without a word to who goes on listening. Idempotent."""
+        self._sock.close()
+        self._lock.release()
 
     def close(self) -> None:
         """Close and remove the path. Idempotent."""
@@ -157,13 +166,14 @@ def connect(path: Path, identity: str, codec: Codec[T], *, deadline_ms: int = 5_
     except OSError as error:
         sock.close()
         raise Unavailable(f"{path.stem} is not there: {error.strerror or error}") from None
-    uid = _peer_uid(sock)
+    _, uid = _peer(sock)
     if uid != os.geteuid():
         sock.close()
         raise Unauthorized(f"peer uid {uid} is not {os.geteuid()}", code="wrong_uid")
     return Channel(sock, identity, codec)
 
 
-def _peer_uid(sock: socket.socket) -> int:
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(uid)
+def _peer(sock: socket.socket) -> tuple[int, int]:
+    """Process and user id."""
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid), int(uid)

@@ -1,4 +1,4 @@
-"""The template process (template.py) as its pool sees it."""
+"""Where a pool has its processes from: the template (template.py), found or started, or nothing at all."""
 
 from __future__ import annotations
 
@@ -7,47 +7,80 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+import time
+from pathlib import Path
 
+from common import fdchannel
 from common.fdchannel import Channel
 from common.protocol.errors import ElasticMoEError, Unavailable
 from common.protocol.standby import TO_POOL, Fork, FromStandby
 
+_CONNECT_MS = 200
 _SEND_MS = 200
-_END_S = 5.0
+COME_UP_S_MAX = 30.0  # until a template listens; it imports everything after that
 
 
 class Forks:
-    """A template, from its start until it has ended. It takes seconds to import everything; what is asked of it waits
-    meanwhile, and nobody here does."""
+    """The template as its pool sees it. It takes seconds to import everything; what is asked of it waits meanwhile, and
+    nobody here does. Starts processes, so it belongs to the main thread. `path`: the template's socket; `guardian`: who
+    becomes the parent of all processes."""
 
-    def __init__(self, identity: str, guardian: int) -> None:
-        """Start it. Whom it forks become children of `guardian`. By the main thread: the template's life is tied to the
-        thread that starts it. Raises OSError."""
+    def __init__(self, path: Path, identity: str, guardian: int) -> None:
+        self._path = path
         self._identity = identity
-        ours, theirs = socket.socketpair()
-        try:
-            # As this interpreter was started: without the working directory among the modules' places, or with it.
-            command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "services.worker.template"]
-            self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(os.getpid()), str(guardian)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self._channel: Channel[FromStandby] = Channel(ours, identity, TO_POOL)
+        self._guardian = guardian
+        self._channel: Channel[FromStandby] | None = None
+        self._pidfd = -1
+        self._lost: list[int] = []  # pidfds of those before it
+        self._starters: list[subprocess.Popen[bytes]] = []  # they end at once, when they have forked
+        self._started_at: float | None = None
+        self.connected_at = 0.0
 
     def fileno(self) -> int:
-        """Readable when it has ended: it says nothing."""
-        return self._channel.fileno()
+        """Readable when the template has ended: it says nothing. -1 without a connection."""
+        return self._channel.fileno() if self._channel is not None else -1
+
+    def connect(self) -> bool:
+        """Whether the template can be asked, be it one that an earlier pool has left; else one has been started and
+        will be there soon. Raises OSError, Unavailable where it did not come up in COME_UP_S_MAX."""
+        if self._channel is not None:
+            return True
+        self.reap()
+        try:
+            channel: Channel[FromStandby] = fdchannel.connect(
+                self._path, self._identity, TO_POOL, deadline_ms=_CONNECT_MS
+            )
+        except ElasticMoEError:
+            self._start()
+            return False
+        try:
+            self._pidfd = os.pidfd_open(channel.peer_pid())
+        except BaseException:
+            channel.close()
+            raise
+        self._channel, self._started_at, self.connected_at = channel, None, time.monotonic()
+        return True
+
+    def _start(self) -> None:
+        now = time.monotonic()
+        if self._started_at is None:
+            self._run(str(self._path))
+            self._started_at = now
+        elif now - self._started_at > COME_UP_S_MAX:
+            self._started_at = None
+            raise Unavailable(f"the template did not listen within {COME_UP_S_MAX:g} s")
+
+    def _run(self, *arguments: str, pass_fds: tuple[int, ...] = ()) -> None:
+        # As this interpreter was started: with the working directory among the modules' places, or without it.
+        command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "services.worker.template"]
+        self._starters.append(
+            subprocess.Popen([*command, *arguments, str(self._guardian)], stdin=subprocess.DEVNULL, pass_fds=pass_fds)
+        )
 
     def fork(self) -> Channel[FromStandby]:
-        """Ask for a standby; the channel to it, which is the caller's. Raises OSError, Unavailable where the template
-        does not take the order."""
+        """Ask the template for a standby; the channel to it, which is the caller's. Only while connected. Raises
+        OSError, Unavailable where the template does not take the order."""
+        assert self._channel is not None
         ours, theirs = socket.socketpair()
         try:
             self._channel.send(Fork(), (theirs.fileno(),), deadline_ms=_SEND_MS)
@@ -61,17 +94,48 @@ class Forks:
             theirs.close()
         return Channel(ours, self._identity, TO_POOL)
 
-    def has_ended(self) -> bool:
-        """Whether it has; it is reaped then."""
-        return self._process.poll() is not None
+    def start_cold(self) -> Channel[FromStandby]:
+        """Start a standby from nothing, without a template. The channel is the caller's. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        try:
+            self._run("--once", str(theirs.fileno()), pass_fds=(theirs.fileno(),))
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return Channel(ours, self._identity, TO_POOL)
 
-    def release(self) -> None:
-        """Let it end once it has done what it was asked for. Idempotent."""
-        self._channel.close()
+    def reap(self) -> None:
+        """Let go of processes that have ended."""
+        self._starters = [starter for starter in self._starters if starter.poll() is None]
+        for pidfd in list(self._lost):
+            try:
+                if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None:
+                    continue
+            except ChildProcessError:
+                pass  # its guardian reaps it
+            self._lost.remove(pidfd)
+            os.close(pidfd)
+
+    def lose(self) -> None:
+        """Forget the template, which has ended or is about to. Idempotent."""
+        self.close()
+        if self._pidfd >= 0:
+            self._lost.append(self._pidfd)
+            self._pidfd = -1
 
     def kill(self) -> None:
-        """End it at once. Whom it forked live on. Idempotent."""
-        self._channel.close()
-        self._process.send_signal(signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # the kernel is at it; it is reaped with a later one
-            self._process.wait(_END_S)
+        """End the template at once, if there is one. Whom it forked live on."""
+        if self._pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it has ended
+        self.lose()
+
+    def close(self) -> None:
+        """Leave the template to the next pool. Idempotent."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None

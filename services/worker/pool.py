@@ -45,6 +45,7 @@ STANDBY_SETTLED_S = 30.0  # whoever lived longer did not die of its start
 STANDBY_BACKOFF_S = 0.2
 FORK_BACKOFF_S_MAX = 5.0
 FORK_S_MAX = 120.0  # a template that has forked nobody by then is not going to
+TEMPLATE_LOOK_S = 0.02  # how often one that comes up is looked for
 SHORTAGE_S = 0.05
 RECORD_LOOK_S = 0.05  # how often a record is looked at whose rank cannot tell that it has changed
 RECORD_S_MAX = 1.0  # a rank writes its record as soon as it holds it
@@ -65,9 +66,7 @@ class Pool:
         self._fence = Fence(config.state_dir, config.pool_name)
         self._seats = Seats(path_of(config.state_dir, config.pool_name))
         self._children: list[Child] = []
-        self._forks: Forks | None = None  # the template that forks standbys
-        self._forks_at = 0.0  # when it was started
-        self._cold: list[Forks] = []  # those that fork a single rank, and end
+        self._forks = Forks(config.socket(f"{config.pool_name}-template"), self._identity, self._guardian)
         self._watched: set[int] = set()
         self._subscriber: bytes | None = None  # the scaler that asked last: receives events
         self._failures = 0
@@ -148,8 +147,9 @@ class Pool:
         if time.monotonic() < self._fork_at or not self._config.standbys:
             return
         try:
-            if self._forks is None:
-                self._forks, self._forks_at = Forks(self._identity, self._guardian), time.monotonic()
+            if not self._forks.connect():
+                self._fork_at = time.monotonic() + TEMPLATE_LOOK_S
+                return
             while sum(child.seat is None for child in self._children) < self._config.standbys:
                 self._children.append(Child(self._forks.fork()))
         except (OSError, Unavailable) as error:  # of a host without memory, processes or descriptors: the ranks live on
@@ -172,8 +172,9 @@ class Pool:
             timeout_ms = min(timeout_ms, max(0, int((min(timers) - now) * 1e3) + 1))
         self._watch()
         readable = self._server.poll(timeout_ms)
-        if self._forks is not None and self._forks.fileno() in readable:
-            self._on_template_death(self._forks)
+        if self._forks.fileno() in readable:
+            self._forks.lose()
+            self._on_standby_death("the template died", self._forks.connected_at)
         for child in self._children:
             if child.channel is not None and child.channel.fileno() in readable:
                 self._receive(child)
@@ -181,9 +182,7 @@ class Pool:
             self._look_at_record(child)
 
     def _watch(self) -> None:
-        wanted = {fd for child in self._children for fd in child.fds}
-        if self._forks is not None:
-            wanted.add(self._forks.fileno())
+        wanted = {fd for child in self._children for fd in child.fds} | ({self._forks.fileno()} - {-1})
         for fd in self._watched - wanted:
             self._server.unwatch(fd)
         for fd in wanted - self._watched:
@@ -223,15 +222,9 @@ class Pool:
                 self._on_standby_death("standby died", child.started_at, pid=child.pid, exit_code=code)
             else:
                 self._put_forks_off("a process ended before it was there")
-        self._cold = [forks for forks in self._cold if not forks.has_ended()]
-        unborn = min((child.started_at for child in self._children if not child.pid), default=now)
-        if self._forks is not None and now - max(unborn, self._forks_at) > FORK_S_MAX:
+        self._forks.reap()
+        if now - min((child.started_at for child in self._children if not child.pid), default=now) > FORK_S_MAX:
             self._forks.kill()  # what it was asked for ends with it
-
-    def _on_template_death(self, forks: Forks) -> None:
-        self._forks = None
-        forks.kill()
-        self._on_standby_death("the template died", self._forks_at)
 
     def _on_standby_death(self, text: str, started_at: float, **facts: object) -> None:
         self._failures = 1 if time.monotonic() - started_at > STANDBY_SETTLED_S else self._failures + 1
@@ -252,12 +245,12 @@ class Pool:
 
     def _stop_all(self) -> None:
         """End what ends with this pool: its standbys, and ranks where nobody else takes them in."""
-        for forks in (*([self._forks] if self._forks else ()), *self._cold):
-            forks.kill()
         if self._guardian != os.getpid():
             for child in self._children:
                 child.close()
+            self._forks.close()
             return
+        self._forks.kill()
         poller = select.poll()
         for child in self._children:
             child.signal(signal.SIGTERM)
@@ -311,7 +304,10 @@ class Pool:
             if child.seat.slot == message.slot:
                 raise Conflict(f"slot {message.slot} has a living rank {child.seat.incarnation}", code="seat_taken")
         if not self._config.standbys:
-            self._add_cold()
+            try:
+                self._children.append(Child(self._forks.start_cold()))
+            except OSError as error:
+                raise Unavailable(f"no process could be started: {error.strerror}", code="no_standby") from None
         for child in self._children:
             is_there = child.pid > 0 and not child.has_ended()
             if child.seat is None and child.channel is not None and (is_there or not self._config.standbys):
@@ -324,19 +320,6 @@ class Pool:
                 log.info("rank started", rank=message.rank, device=message.device, pid=child.pid)
                 return RankStarted(message.rank, message.incarnation)
         raise Unavailable("no standby process is ready", code="no_standby")
-
-    def _add_cold(self) -> None:
-        """A process from nothing, imports and all, as without this pool: none is kept ready. Raises Unavailable."""
-        try:
-            forks = Forks(self._identity, self._guardian)
-            self._cold.append(forks)
-            try:
-                self._children.append(Child(forks.fork()))
-            finally:
-                forks.release()
-        except (OSError, Unavailable) as error:
-            text = getattr(error, "strerror", None) or str(error)
-            raise Unavailable(f"no process could be started: {text}", code="no_standby") from None
 
     def _stop_rank(self, message: StopRank) -> Ack:
         for child in self._children:

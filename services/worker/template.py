@@ -1,12 +1,14 @@
-"""`python -m services.worker.template CONTROL_FD POOL_PID GUARDIAN_PID`: has everything imported, and forks standbys.
+"""`python -m services.worker.template PATH GUARDIAN_PID`: has everything imported, and forks standbys for its pool.
 
-The pool starts it and asks it for each standby. What has been imported is frozen: the garbage collector of a forked
-process would otherwise walk all of it, and so copy every page that is shared with this one. That took 130 ms of CPU in
-the midst of an attach that takes 15.
+What has been imported is frozen: the garbage collector of a forked process would otherwise walk all of it, and so copy
+every page that is shared with this one. That took 130 ms of CPU in the midst of an attach that takes 15.
 
-A standby is no child of this process, which dies with the pool: it is forked twice, so that the kernel makes it a child
-of its *guardian*, the launcher, and kills it when that one ends (ADR 16). Where there is no launcher, the guardian is
-the pool.
+Neither this process nor a standby stays the child of whoever started it. Each is forked once more, so that the kernel
+makes it a child of its *guardian*, the launcher, and kills it when that one ends (ADR 16). So the next pool finds it at
+PATH, a Unix socket, and has standbys at once; importing would take seconds, and processor time that ranks compute with.
+Where there is no launcher, the pool is the guardian.
+
+`python -m services.worker.template --once FD GUARDIAN_PID` becomes a single standby, which talks over FD.
 """
 
 from __future__ import annotations
@@ -17,78 +19,126 @@ import select
 import signal
 import sys
 import time
+from pathlib import Path
 
 from common.config import PoolConfig, load
-from common.fdchannel import Channel
+from common.fdchannel import Channel, Listener
 from common.protocol import pool as pool_messages
-from common.protocol.errors import ElasticMoEError, Unavailable
+from common.protocol.errors import Conflict, ElasticMoEError
 from common.protocol.pool import ToPool
 from common.protocol.standby import TO_TEMPLATE, Fork, Forked
 from common.ties import end_with_parent
 
+_IDENTITY = "template:0"
 _ADOPTED_TURN_S = 0.0005
+_RECEIVE_MS = 200  # for the rest of a message that has begun to come
+_POOLS_MAX = 16  # one is there, as a rule
 
 
 def main() -> int:
-    """Run until the pool ends or closes the socket; exit status 0."""
-    control, pool, guardian = (int(argument) for argument in sys.argv[1:])
-    end_with_parent(pool)
+    """Run until the guardian ends; the exit status."""
+    place, guardian = sys.argv[-2], int(sys.argv[-1])
+    _leave_parent()
+    end_with_parent(guardian)
+    os.setpgid(0, 0)  # who ends the pool's process group means the pool
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to translate
+    config = load(PoolConfig)
+    if sys.argv[1] == "--once":
+        return _be_standby(config, int(place))
+    try:
+        listener = Listener(Path(place))  # what a pool asks for meanwhile waits
+    except Conflict:  # another one is there
+        return 0
     import services.worker.rank  # noqa: F401 - imported for the processes that are forked from here
 
-    config = load(PoolConfig)
-    channel: Channel[Fork] = Channel.of(control, "template:0", TO_TEMPLATE)
     gc.collect()
     gc.freeze()
+    fd = _serve(listener)
+    return _be_standby(config, fd, guardian)
+
+
+def _serve(listener: Listener) -> int:
+    """Fork for whoever asks. Returns in forked processes only: the descriptor over which this one talks to its pool."""
+    channels: dict[int, Channel[Fork]] = {}
     poller = select.poll()
-    poller.register(control, select.POLLIN)
+    poller.register(listener.fileno(), select.POLLIN)
     while True:
-        poller.poll()
-        try:
-            _, fds = channel.receive()
-        except Unavailable:  # the pool is gone, or wants no more
-            return 0
-        if _fork_twice():
-            for fd in fds:
-                os.close(fd)
-            continue
-        channel.close()
-        os._exit(_be_standby(config, fds[0], guardian))
+        ready = {fd for fd, _ in poller.poll()}
+        for fd in ready & set(channels):
+            fds = _receive(channels[fd])
+            if fds is None:
+                poller.unregister(fd)
+                channels.pop(fd).close()
+            elif fds and _fork_orphan():
+                for channel in channels.values():
+                    channel.close()
+                listener.drop()
+                return fds[0]
+            for sent in fds or ():
+                os.close(sent)
+        new = _accept(listener) if listener.fileno() in ready else None
+        if new is not None and len(channels) < _POOLS_MAX:
+            channels[new.fileno()] = new
+            poller.register(new.fileno(), select.POLLIN)
+        elif new is not None:
+            new.close()
 
 
-def _fork_twice() -> bool:
-    """Whether this is still the template; False in a grandchild of it, whose parent has ended."""
+def _accept(listener: Listener) -> Channel[Fork] | None:
+    try:
+        return listener.accept(_IDENTITY, TO_TEMPLATE)
+    except ElasticMoEError as error:  # another user's
+        print(f"template: {error.message}", file=sys.stderr, flush=True)
+        return None
+
+
+def _receive(channel: Channel[Fork]) -> list[int] | None:
+    """The descriptors of an order; None at the end of the pool, or for one of another version."""
+    try:
+        return channel.receive(deadline_ms=_RECEIVE_MS)[1]
+    except ElasticMoEError:
+        return None
+
+
+def _fork_orphan() -> bool:
+    """Whether this is the forked process, a child of nobody who still lives here. Where none can be forked, the end of
+    its socket tells the pool."""
     try:
         child = os.fork()
-    except OSError as error:  # the socket's end tells the pool
+    except OSError as error:
         print(f"no standby can be forked: {error.strerror}", file=sys.stderr, flush=True)
-        return True
+        return False
     if child:
         os.waitpid(child, 0)
-        return True
-    parent = os.getpid()
+        return False
     try:
-        if os.fork():
-            os._exit(0)
+        _leave_parent()
     except OSError:
         os._exit(1)
-    while os.getppid() == parent:  # it is ending
+    return True
+
+
+def _leave_parent() -> None:
+    """Go on in a forked process, once this one has ended: whoever takes in orphans is its parent then."""
+    parent = os.getpid()
+    if os.fork():
+        os._exit(0)
+    while os.getppid() == parent:
         time.sleep(_ADOPTED_TURN_S)
-    return False
 
 
-def _be_standby(config: PoolConfig, fd: int, guardian: int) -> int:
-    """What a forked process does; its exit status."""
-    end_with_parent(guardian)
+def _be_standby(config: PoolConfig, fd: int, guardian: int | None = None) -> int:
+    """What a forked process does; its exit status. `guardian`: where the kernel has not been told yet."""
+    if guardian is not None:
+        end_with_parent(guardian)
     from services.worker.standby import standby_main
 
     channel: Channel[ToPool] = Channel.of(fd, f"standby:{os.getpid()}", pool_messages.CODEC)
     try:
         channel.send(Forked(os.getpid()))
-        return standby_main(config, channel)
-    except ElasticMoEError as error:  # the pool is gone
-        print(f"standby: {error.message}", file=sys.stderr, flush=True)
-        return 1
+    except ElasticMoEError:  # the pool is gone
+        return 0
+    return standby_main(config, channel)
 
 
 if __name__ == "__main__":
