@@ -34,9 +34,16 @@ from cli.bench.scaling_methods import Scene, counters
 from cli.bench.scaling_run import SAFE_VOCAB
 from cli.settings import parse_size
 from cli.terminal import say
+from common.layout import RankId
+from common.protocol import scaler
+from common.protocol.errors import DeadlineExceeded, ElasticMoEError
+from common.protocol.pool import StopRank
+from common.protocol.scaler import ToScaler
+from common.transport import Client, new_identity
 
 TURN_S = 0.02
 SERVICE_TURN_S = 0.1
+POOL_MS = 200
 AFTER_S = 2.0  # watched after all is as before
 RANK = "rank"
 POOL = "pool"
@@ -46,7 +53,7 @@ SERVICES = ("hmm", "scaler", "store", "keeper", POOL)
 class Round(msgspec.Struct, frozen=True, kw_only=True):
     """One kill. Milliseconds; below 0 where no stream was there. `p99_ms`: of the gaps of all streams in the seconds
     before it; `later_ms`: the longest of all that ended until AFTER_S after all was as before, ordinary ones too.
-    `back_ms`: until all was as before: the process is there again, the pool with its standbys, and all ranks step.
+    `back_ms`: until all was as before: the process is there again, the pool answers, and all ranks step.
     `discarded`: tokens that were computed for clients and thrown away; `recomputed`: as the ranks count them, with the
     other ranks' discarded step; `resubmitted`: streams that the router had to start anew."""
 
@@ -168,14 +175,13 @@ async def _kill(deployment: Deployment, load: Load, fault: str, number: int, arg
     if pid is None:
         raise ValueError(f"no process {fault} runs")
     before = await deployment.metrics()
-    standbys: int = (await deployment.get("/v1/devices"))["standby_processes"]
     failed = _num_failed(load)
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     if fault == RANK:
         back = await _wait_rank(deployment, number % len(ranks), victim["incarnation"], args.timeout_s)
     else:
-        back = await _wait_service(deployment, fault, pid, standbys, args.timeout_s)
+        back = await _wait_service(deployment, fault, pid, args.timeout_s)
     await asyncio.sleep(AFTER_S)
     until = time.monotonic()
     await asyncio.sleep(0.5)  # the router writes its history ten times a second
@@ -209,25 +215,36 @@ async def _wait_rank(deployment: Deployment, index: int, old: str, timeout_s: fl
     raise ValueError(f"no standby took the seat within {timeout_s:g} s")
 
 
-async def _wait_service(deployment: Deployment, name: str, old: int, standbys: int, timeout_s: float) -> float:
+async def _wait_service(deployment: Deployment, name: str, old: int, timeout_s: float) -> float:
     """When another process of the service was there and the scaler, which may have been killed, said that all ranks
-    step, and that the pool has `standbys` again. Asked rarely: it would take time from what it waits for. Raises
-    ValueError."""
+    step. Asked rarely: it would take time from what it waits for. Raises ValueError."""
     deadline = time.monotonic() + timeout_s
-    is_noticed = name != POOL or not standbys  # the scaler shows for a moment what the last pool has said
     while time.monotonic() < deadline:
         await asyncio.sleep(SERVICE_TURN_S)
         if deployment.pid(name) in (None, old):
             continue
         try:
-            layout, devices = await deployment.get("/v1/layout"), await deployment.get("/v1/devices")
-            is_whole = devices["standby_processes"] >= standbys
-            is_noticed |= not is_whole
-            if is_noticed and is_whole and layout["phase"] == "serving":
+            if name == POOL and not await asyncio.to_thread(_is_answering, deployment.run_dir):
+                continue  # the scaler shows for a moment what the last one has said
+            if (await deployment.get("/v1/layout"))["phase"] == "serving":
                 return time.monotonic()
         except (OSError, ValueError):
             continue  # the scaler is not there yet
     raise ValueError(f"after the {name} was killed the deployment did not serve again within {timeout_s:g} s")
+
+
+def _is_answering(run_dir: Path) -> bool:
+    """Whether the pool does: it refuses a command of nobody."""
+    client: Client[ToScaler] = Client(run_dir / "sockets" / f"{POOL}.sock", new_identity("bench"), scaler.CODEC)
+    try:
+        client.call(StopRank(RankId(0, 0), "nobody:0"), deadline_ms=POOL_MS)
+    except DeadlineExceeded:
+        return False
+    except ElasticMoEError:
+        pass  # that is its answer
+    finally:
+        client.close()
+    return True
 
 
 async def _restart(

@@ -48,9 +48,7 @@ def standby_main(config: PoolConfig, channel: Channel[ToPool]) -> int:
     hold: Hold | None = None
     try:
         hold = Hold(path_of(config.state_dir, config.pool_name), message)
-        if poller.poll(
-            0
-        ):  # the pool that gave it the seat is gone, and the next one may have looked before there was a hold
+        if poller.poll(0):  # its pool is gone, and the next one may have looked before there was a hold
             return 0
         # A seat fences by itself too: a rank of a superseded scaler must not map the memory of its successor's.
         Fence(config.state_dir, f"rank-{message.slot}").check(received.epoch, received.sender)
