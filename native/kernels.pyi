@@ -150,10 +150,11 @@ def draw(
     """The token of one row [V] that ``uniform`` in [0, 1) falls on, or -1 if a logit is not finite.
 
     Of softmax(logits / temperature): tokens with at least ``min_p`` times the greatest probability; of these the ``top_k`` greatest
-    (0: all); of these the fewest that make up ``top_p`` of them (1: all)."""
+    (0: all); of these the fewest that make up ``top_p`` of them (1: all), one at least. Temperatures from 1e-6 to 1e6, shares from 0
+    to 1: ``ValueError`` beyond, and for NaN."""
 
 def log_total(logits_addr: int, vocab: int) -> float:
     """log of the sum of e^logit of one row [V]; NaN if a logit is not finite."""
 
 def top_tokens(logits_addr: int, vocab: int, count: int) -> list[int]:
-    """The ``count`` greatest of one row [V], best first; of equals the lower id first."""
+    """The ``count`` greatest of one row [V] without NaN, best first; of equals the lower id first."""

@@ -30,6 +30,8 @@ _STATUS_BY_CODE = {
     "unsupported_media_type": 415,
     "unsupported_content_encoding": 415,
 }
+# Of status 500, those whose text was written for the client: its own request cannot be computed.
+_FOR_CLIENTS = frozenset({errors.RequestFailed.code, "bad_logits"})
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -68,7 +70,7 @@ def type_of(status: int) -> str:
 def detail_of(error: ElasticMoEError) -> ErrorDetail:
     """What a client is told. An error that is not its business keeps its text to itself."""
     status = status_of(error)
-    is_internal = status == 500
+    is_internal = status == 500 and error.code not in _FOR_CLIENTS
     if is_internal:
         log.error("request failed", code=error.code, error=error.message)
     return ErrorDetail(

@@ -128,6 +128,13 @@ class DeadlineExceeded(ElasticMoEError):
     http_status = 504
 
 
+class RequestFailed(ElasticMoEError):
+    """The engine cannot compute this one request; nobody else's is affected. The text is for its client. The same
+    request would fail again."""
+
+    code = "request_failed"
+
+
 class Fenced(ElasticMoEError):
     """The sender acts under an epoch that has been superseded; it must stop."""
 

@@ -29,8 +29,15 @@ STOP_STRINGS_MAX = 16
 STOP_STRING_CHARS_MAX = 256
 LOGIT_BIAS_MAX = 1_024
 LOGPROBS_MAX = 20
-TEMPERATURE_MAX = 10.0
+LOGPROB_MIN = -9999.0  # what is less probable is told as this, as OpenAI's API does
 REQUEST_SECONDS_MAX = 24 * 3_600.0
+
+# Sampling: each range is closed and finite, and any combination of values within gives a token or one typed error
+TEMPERATURE_MAX = 10.0  # from 0, greedy
+REPETITION_PENALTY_MIN = 0.01
+REPETITION_PENALTY_MAX = 10.0
+OUTPUT_PENALTY_MAX = 2.0  # of presence and frequency, either sign
+TOKEN_BIAS_MAX = 100.0  # either sign
 
 # Checkpoints
 SAFETENSORS_HEADER_BYTES_MAX = 8 * 1024 * 1024

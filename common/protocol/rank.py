@@ -14,12 +14,16 @@ from common.protocol.limits import (
     LOGPROBS_MAX,
     MOVE_TARGETS_MAX,
     NAME_CHARS_MAX,
+    OUTPUT_PENALTY_MAX,
     PROMPT_TOKENS_MAX,
+    REPETITION_PENALTY_MAX,
+    REPETITION_PENALTY_MIN,
     REQUEST_ID_CHARS_MAX,
     REQUEST_SECONDS_MAX,
     STOP_TOKEN_IDS_MAX,
     TAIL_BYTES_MAX,
     TEMPERATURE_MAX,
+    TOKEN_BIAS_MAX,
     URGENT_STEPS_MAX,
     VOCAB_MAX,
 )
@@ -28,23 +32,29 @@ from common.protocol.router import Logprob
 TokenId = Annotated[int, Meta(ge=0, lt=VOCAB_MAX)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=REQUEST_ID_CHARS_MAX)]
 
+# Of sampling, for the router's bodies too: what a client may send is what a rank takes.
+Temperature = Annotated[float, Meta(ge=0.0, le=TEMPERATURE_MAX)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+OutputPenalty = Annotated[float, Meta(ge=-OUTPUT_PENALTY_MAX, le=OUTPUT_PENALTY_MAX)]
+RepetitionPenalty = Annotated[float, Meta(ge=REPETITION_PENALTY_MIN, le=REPETITION_PENALTY_MAX)]
+TokenBias = Annotated[float, Meta(ge=-TOKEN_BIAS_MAX, le=TOKEN_BIAS_MAX)]
+
 
 class Sampling(Message, frozen=True, tag=False):
-    """How tokens are chosen. `temperature` 0 is greedy. `seed` is always set: the router draws one where the client
-    gives none, so that a repeated step chooses the same token. `top_k` 0: off. `logprobs`: how many alternatives to
-    report per token; -1: none, 0: only the chosen token's."""
+    """How tokens are chosen. `temperature` 0, or below what float32 can divide by, is greedy. `seed` is always set: the
+    router draws one where the client gives none, so that a repeated step chooses the same token. `top_k` 0: off;
+    `top_p` 0: the most probable token alone. `logprobs`: how many alternatives to report per token; -1: none, 0: only
+    the chosen token's."""
 
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-    temperature: Annotated[float, Meta(ge=0.0, le=TEMPERATURE_MAX)] = 1.0
-    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    temperature: Temperature = 1.0
+    top_p: Share = 1.0
     top_k: Annotated[int, Meta(ge=0, le=VOCAB_MAX)] = 0
-    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
-    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
-    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] = 1.0
-    logit_bias: Annotated[
-        tuple[tuple[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], ...], Meta(max_length=LOGIT_BIAS_MAX)
-    ] = ()
+    min_p: Share = 0.0
+    presence_penalty: OutputPenalty = 0.0
+    frequency_penalty: OutputPenalty = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    logit_bias: Annotated[tuple[tuple[TokenId, TokenBias], ...], Meta(max_length=LOGIT_BIAS_MAX)] = ()
     logprobs: Annotated[int, Meta(ge=-1, le=LOGPROBS_MAX)] = -1
 
 
@@ -63,7 +73,7 @@ class Submit(Message, frozen=True):
     sampling: Sampling
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=STOP_TOKEN_IDS_MAX)] = ()
     min_tokens: Annotated[int, Meta(ge=0, le=PROMPT_TOKENS_MAX)] = 0
-    deadline_s: Annotated[float, Meta(gt=0.0, le=REQUEST_SECONDS_MAX)] = 600.0
+    deadline_s: Annotated[float, Meta(ge=0.0, le=REQUEST_SECONDS_MAX)] = 600.0
     priority: Annotated[int, Meta(ge=-1_000, le=1_000)] = 0
     prompt_logprobs: bool = False
     output: Annotated[tuple[TokenId, ...], Meta(max_length=PROMPT_TOKENS_MAX)] = ()

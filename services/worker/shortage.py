@@ -13,6 +13,7 @@ from typing import Final
 from common.protocol.errors import ElasticMoEError, Unavailable
 from common.telemetry import get_logger
 from services.worker.engine.engine import Engine, Outcome
+from services.worker.engine.failure import OUT_OF_MEMORY, is_shortage
 from services.worker.engine.scheduler import Chunk, Plan
 from services.worker.exchange.shm import ShmExchange
 from services.worker.hmm_link import HmmLink
@@ -21,8 +22,6 @@ from services.worker.lockstep import Lockstep
 log = get_logger("rank")
 
 GIVEN_UP_MAX: Final = 8  # steps in a row without a request of one's own to do without: others' tokens find no room here
-OUT_OF_MEMORY: Final = "out_of_memory"
-_TEXTS: Final = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc")
 
 
 class Shortage:
@@ -78,10 +77,3 @@ def _size(chunk: Chunk) -> tuple[int, int, int]:
     """Logits of whole prompts first, then tokens; of equals the youngest."""
     sequence = chunk.sequence
     return chunk.num_tokens if sequence.wants_prompt_logprobs else 0, chunk.num_tokens, sequence.arrival
-
-
-def is_shortage(error: Exception) -> bool:
-    """Whether it says that memory could not be had. PyTorch's CPU allocator raises a RuntimeError of many words."""
-    if isinstance(error, ElasticMoEError):
-        return error.code == OUT_OF_MEMORY
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _TEXTS)

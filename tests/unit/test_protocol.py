@@ -226,7 +226,7 @@ def test_another_version_is_told_apart_whatever_its_body() -> None:
         {"type": "Cancel", "request_id": ""},
         {"type": "Submit", "request_id": "a", "prompt": [], "max_tokens": 1, "sampling": {"seed": 1}},
         {"type": "Submit", "request_id": "a", "prompt": [-1], "max_tokens": 1, "sampling": {"seed": 1}},
-        {"type": "Submit", "request_id": "a", "prompt": [1], "max_tokens": 1, "sampling": {"seed": 1, "top_p": 0.0}},
+        {"type": "Submit", "request_id": "a", "prompt": [1], "max_tokens": 1, "sampling": {"seed": 1, "top_p": -1e-9}},
         {
             "type": "Submit",
             "request_id": "a",

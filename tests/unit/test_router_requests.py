@@ -90,10 +90,13 @@ def test_refusals_give_limit_and_value(raw: bytes, message: str) -> None:
         ("anything_new", False, 500, "internal error"),
         ("device_error", False, 500, "internal error"),
         ("context_length_exceeded", False, 400, "text"),
+        ("request_failed", False, 500, "text"),
+        ("bad_logits", False, 500, "text"),
     ],
 )
 def test_what_ranks_say_becomes_a_status(code: str, retryable: bool, status: int, told: str) -> None:
     response = error_response(ElasticMoEError("text", code=code, retryable=retryable))
     assert response.status_code == status
-    assert msgspec.json.decode(response.body)["error"]["message"] == told
+    error = msgspec.json.decode(response.body)["error"]
+    assert (error["message"], error["code"]) == (told, code if told == "text" else "internal_error")
     assert ("retry-after" in response.headers) == (status in (429, 503))

@@ -233,7 +233,11 @@ int64_t draw_token(int64_t logits, int64_t vocab, double temperature, int64_t to
                    double uniform) {
   number("vocab", vocab, 1);
   number("top_k", top_k, 0);
-  require(temperature > 0 && top_p > 0 && min_p <= 1 && uniform >= 0 && uniform < 1, "sampling options out of range");
+  // Written so that a NaN is out of range.
+  require(temperature >= kTemperatureMin && temperature <= kTemperatureMax, "temperature must be from 1e-6 to 1e6");
+  require(top_p >= 0 && top_p <= 1, "top_p must be from 0 to 1");
+  require(min_p >= 0 && min_p <= 1, "min_p must be from 0 to 1");
+  require(uniform >= 0 && uniform < 1, "uniform must be from 0 to below 1");
   return draw(memory<const float>("logits", logits, vocab), vocab,
               {static_cast<float>(temperature), top_k, top_p, min_p, uniform});
 }

@@ -49,7 +49,7 @@ int64_t draw_from(const float* weights, int64_t vocab, double uniform) {
     if (left < 0) return i;
   }
   // Rounding carried it past the end: the last token that has a share.
-  for (int64_t i = vocab - 1; last < 0; --i) {
+  for (int64_t i = vocab - 1; i >= 0 && last < 0; --i) {
     if (weights[i] > 0) last = i;
   }
   return last;

@@ -9,11 +9,15 @@
 
 namespace elasticmoe::kernels {
 
+// Within these bounds no logits that are finite make a weight that is not, and the greatest logit has the weight 1.
+inline constexpr double kTemperatureMin = 1e-6;
+inline constexpr double kTemperatureMax = 1e6;
+
 struct Draw {
-  float temperature;  // > 0
+  float temperature;  // in the bounds above
   int64_t top_k;      // 0: all
-  double top_p;       // 1: all
-  double min_p;       // 0: all
+  double top_p;       // in [0, 1]; 1: all, 0: the greatest alone
+  double min_p;       // in [0, 1]; 0: all
   double uniform;     // in [0, 1)
 };
 

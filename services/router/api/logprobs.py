@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from common.protocol.limits import LOGPROB_MIN
 from common.protocol.router import Logprob
 from services.router.api.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 from services.router.detokenizer import TextStream, TokenTable
 from services.router.streams import Stream, TokenInfo
-
-IMPOSSIBLE = -9999.0
 
 
 class TokenNames:
@@ -91,5 +90,6 @@ def _top(names: TokenNames, token_id: int, logprob: Logprob, num_top: int) -> di
 
 
 def finite(logprob: float) -> float:
-    """JSON has no infinities: an impossible token's log probability becomes OpenAI's -9999."""
-    return max(logprob, IMPOSSIBLE)
+    """JSON has no infinities and no NaN: whatever a rank says, -9999 at least, which is OpenAI's for impossible tokens,
+    and 0 at most."""
+    return min(0.0, max(LOGPROB_MIN, logprob))  # in this order a NaN becomes the least

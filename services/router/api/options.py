@@ -76,6 +76,11 @@ def options_of(
         stop_ids |= dict.fromkeys(model.eos_ids)
     check_ids(tuple(stop_ids), model, "stop_token_ids")
     check_ids(tuple(raw.logit_bias or ()), model, "logit_bias")
+    if min_tokens and len(stop_ids) >= model.vocab:
+        raise InvalidRequest(
+            f"min_tokens is {min_tokens}, and all {model.vocab} tokens of the vocabulary end the sequence",
+            param="min_tokens",
+        )
     stops = (raw.stop,) if isinstance(raw.stop, str) else tuple(dict.fromkeys(raw.stop or ()))
     return Options(
         sampling=_sampling(raw, logprobs, defaults),

@@ -19,9 +19,9 @@ from common.protocol.limits import (
     STOP_STRING_CHARS_MAX,
     STOP_STRINGS_MAX,
     STOP_TOKEN_IDS_MAX,
-    TEMPERATURE_MAX,
     VOCAB_MAX,
 )
+from common.protocol.rank import OutputPenalty, RepetitionPenalty, Share, Temperature, TokenBias, TokenId
 from services.router.api.whole import whole
 from services.router.api.words import UnsupportedMessageWords, UnsupportedWords
 
@@ -55,7 +55,6 @@ else:
     Priority = whole(-1_000, 1_000)
     WholeId = whole(0, VOCAB_MAX - 1)
 
-TokenId = Annotated[int, Meta(ge=0, lt=VOCAB_MAX)]
 StopString = Annotated[str, Meta(min_length=1, max_length=STOP_STRING_CHARS_MAX)]
 Prompt = str | Annotated[list[str | Whole | list[Whole]], Meta(min_length=1, max_length=PROMPT_TOKENS_MAX)]
 TemplateKwargs = Annotated[
@@ -103,23 +102,21 @@ class GenerateRequest(UnsupportedWords, frozen=True, kw_only=True):
 
     model: Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None = None
     max_tokens: OutputTokens | None = None
-    temperature: Annotated[float, Meta(ge=0.0, le=TEMPERATURE_MAX)] | None = None
-    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
     n: Choices | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=STOP_STRINGS_MAX)] | None = None
     seed: Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
-    logit_bias: (
-        Annotated[dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=LOGIT_BIAS_MAX)] | None
-    ) = None
+    presence_penalty: OutputPenalty | None = None
+    frequency_penalty: OutputPenalty | None = None
+    logit_bias: Annotated[dict[TokenId, TokenBias], Meta(max_length=LOGIT_BIAS_MAX)] | None = None
     response_format: ResponseFormat | None = None
     user: Annotated[str, Meta(max_length=USER_CHARS_MAX)] | None = None
     top_k: TopK | None = None
-    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     min_tokens: NumTokens | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[WholeId], Meta(max_length=STOP_TOKEN_IDS_MAX // 2)] | None = None

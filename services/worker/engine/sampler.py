@@ -1,13 +1,17 @@
 """From logits to tokens. Counter-based: the same (seed, position, logits) always choose the same token.
 
-Order of what changes a row: bias, tokens that may not come yet, penalties, temperature, min-p, top-k, top-p. Reported
+Order of what changes a row: bias, penalties, tokens that may not come yet, temperature, min-p, top-k, top-p. Reported
 log probabilities are those of the logits as the model gave them.
+
+Whatever the logits and the options, a row gets a token of its vocabulary or an error of its own. A changed logit is
+brought back to a finite number after the last change, and what was chosen is looked at once more.
 
 Shape suffixes: B sequences, V vocabulary, N rows of a prompt.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
@@ -15,23 +19,26 @@ from typing import NamedTuple
 import torch
 
 from common.protocol.errors import ElasticMoEError
+from common.protocol.limits import LOGPROB_MIN
 from common.protocol.rank import Sampling, Submit
 from common.protocol.router import Logprob
 from native import kernels
+from services.worker.engine.failure import failure_of
 
 GREEDY_BELOW = 1e-5  # temperatures that float32 logits would overflow under choose the greatest logit
-NEVER = -3e38  # the logit of a token that may not come: finite, as all logits must be
+LARGEST = 3e38  # of a logit that was changed, either sign
+NEVER = -3.4e38  # the logit of a token that may not come: finite, as all logits must be, and less than any that may
 
 _MASK = (1 << 64) - 1
 
 
 class BadLogits(ElasticMoEError):
-    """The model gave a sequence a logit that is not a finite number; only that sequence fails."""
+    """The model gave a sequence logits that no token can be chosen from; only that sequence fails."""
 
     code = "bad_logits"
 
-    def __init__(self) -> None:
-        super().__init__("the model's output for this sequence is not finite")
+    def __init__(self, text: str = "the model's output for this sequence is not finite") -> None:
+        super().__init__(text)
 
 
 class SamplingState(NamedTuple):
@@ -49,44 +56,56 @@ class Sampled(NamedTuple):
 
     tokens: list[int]
     logprobs: list[Logprob | None]
-    errors: dict[int, BadLogits]
+    errors: dict[int, ElasticMoEError]
 
 
 def sample(logits_BV: torch.Tensor, states: Seq[SamplingState]) -> Sampled:
     """Choose one token per row of `logits` (float32, contiguous), which may be changed in place.
 
-    A row's choice does not depend on the other rows. Raises ValueError unless there is one row per state.
+    A row's choice does not depend on the other rows, nor does its failure touch them. Raises ValueError unless there is
+    one row per state, and want of memory.
     """
     if len(states) != logits_BV.shape[0]:
         raise ValueError(f"{logits_BV.shape[0]} rows of logits for {len(states)} sequences")
     address, vocab = _address(logits_BV), logits_BV.shape[1]
     tokens = kernels.greatest(address, len(states), vocab)
     logprobs: list[Logprob | None] = [None] * len(states)
-    errors = {row: BadLogits() for row, token in enumerate(tokens) if token < 0}
+    errors: dict[int, ElasticMoEError] = {row: BadLogits() for row, token in enumerate(tokens) if token < 0}
     for row, state in enumerate(states):
         sampling = state.request.sampling
-        is_greedy = sampling.temperature < GREEDY_BELOW
-        is_changed = _changes_logits(state)
-        if row in errors or (is_greedy and not is_changed and sampling.logprobs < 0):
+        is_plain = sampling.temperature < GREEDY_BELOW and sampling.logprobs < 0 and not _changes_logits(state)
+        if row in errors or is_plain:
             continue
-        row_address = address + row * vocab * logits_BV.element_size()
-        # The top ones are noted before the row is changed; the chosen one is not known yet.
-        raw_V = logits_BV[row].clone() if is_changed and sampling.logprobs >= 0 else logits_BV[row]
-        if is_changed:
-            _change_logits(logits_BV[row], state)
-        if not is_greedy:
-            tokens[row] = _draw(row_address, vocab, sampling, len(state.tokens))
-        elif is_changed:
-            tokens[row] = kernels.greatest(row_address, 1, vocab)[0]
-        if sampling.logprobs >= 0:
-            logprobs[row] = _logprob(raw_V, tokens[row], sampling.logprobs)
+        try:
+            tokens[row], logprobs[row] = _choose(logits_BV[row], state)
+        except Exception as error:
+            errors[row] = failure_of(error, state.request.request_id, "choosing the request's next token")
+            tokens[row] = -1
     return Sampled(tokens, logprobs, errors)
+
+
+def _choose(row_V: torch.Tensor, state: SamplingState) -> tuple[int, Logprob | None]:
+    """A token of a row of finite logits, with its log probability where it is asked for. Raises BadLogits."""
+    sampling, address, vocab = state.request.sampling, row_V.data_ptr(), row_V.shape[0]
+    is_changed = _changes_logits(state)
+    raw_V = row_V.clone() if is_changed and sampling.logprobs >= 0 else row_V
+    if is_changed:
+        _change_logits(row_V, state)
+    if sampling.temperature < GREEDY_BELOW:
+        token = kernels.greatest(address, 1, vocab)[0]
+    else:
+        token = _draw(address, vocab, sampling, len(state.tokens))
+    if not 0 <= token < vocab:
+        raise BadLogits
+    if _is_banned_now(state) and token in state.request.stop_token_ids:
+        raise BadLogits("the model's output leaves no token that may come yet")
+    return token, _logprob(raw_V, token, sampling.logprobs) if sampling.logprobs >= 0 else None
 
 
 def prompt_logprobs(logits_NV: torch.Tensor, token_ids: Seq[int], num_top: int) -> list[Logprob]:
     """Log probability of `token_ids[i]` under row i of `logits` (float32), with the `num_top` best alternatives.
 
-    A row that is not finite gives NaN.
+    Raises BadLogits for a row that is not finite.
     """
     return [_logprob(row_V, token, num_top) for row_V, token in zip(logits_NV, token_ids, strict=True)]
 
@@ -136,31 +155,37 @@ def _changes_logits(state: SamplingState) -> bool:
 
 
 def _change_logits(row_V: torch.Tensor, state: SamplingState) -> None:
-    """Apply bias, bans and penalties in place. Token ids beyond the vocabulary are ignored."""
+    """Apply bias, penalties and bans in place. Token ids beyond the vocabulary are ignored."""
     sampling, vocab = state.request.sampling, row_V.shape[0]
-    for token, bias in sampling.logit_bias:
-        if token < vocab:
-            row_V[token] += bias
-    if _is_banned_now(state):
-        row_V[[token for token in state.request.stop_token_ids if token < vocab]] = NEVER
+    biases = [(token, bias) for token, bias in sampling.logit_bias if token < vocab]
+    if biases:
+        ids = torch.tensor([token for token, _ in biases])
+        row_V.index_add_(0, ids, torch.tensor([bias for _, bias in biases], dtype=torch.float32))
+        row_V[ids] = row_V[ids].clamp_(-LARGEST, LARGEST)
     if sampling.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(state.tokens)))
         values = row_V[seen]
         factor = sampling.repetition_penalty
-        row_V[seen] = torch.where(values > 0, values / factor, values * factor).clamp_(min=NEVER)
+        row_V[seen] = torch.where(values > 0, values / factor, values * factor).clamp_(-LARGEST, LARGEST)
     if sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0:
         counts = Counter(state.tokens[len(state.request.prompt) :])
         if counts:
+            ids = torch.tensor(list(counts))
             times = torch.tensor(list(counts.values()), dtype=torch.float32)
-            row_V[torch.tensor(list(counts))] -= times * sampling.frequency_penalty + sampling.presence_penalty
+            penalties = times * sampling.frequency_penalty + sampling.presence_penalty
+            row_V[ids] = (row_V[ids] - penalties).clamp_(-LARGEST, LARGEST)
+    if _is_banned_now(state):
+        row_V[[token for token in state.request.stop_token_ids if token < vocab]] = NEVER
 
 
 def _logprob(row_V: torch.Tensor, token: int, num_top: int) -> Logprob:
     address, vocab = _address(row_V), row_V.shape[0]
     total = kernels.log_total(address, vocab)
+    if math.isnan(total):
+        raise BadLogits
     top = kernels.top_tokens(address, vocab, num_top)
-    values = row_V[[token, *top]].tolist()
-    return Logprob(values[0] - total, tuple((i, value - total) for i, value in zip(top, values[1:], strict=True)))
+    own, *others = (min(0.0, max(LOGPROB_MIN, value - total)) for value in row_V[[token, *top]].tolist())
+    return Logprob(own, tuple(zip(top, others, strict=True)))
 
 
 def _address(logits: torch.Tensor) -> int:

@@ -1,0 +1,31 @@
+"""What became of an exception: whose fault it is, and what the client is told. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from common.protocol.errors import ElasticMoEError, RequestFailed
+from common.telemetry import get_logger
+
+log = get_logger("engine")
+
+OUT_OF_MEMORY: Final = "out_of_memory"
+_TEXTS: Final = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc")
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether it says that memory could not be had. PyTorch's CPU allocator raises a RuntimeError of many words."""
+    if isinstance(error, ElasticMoEError):
+        return error.code == OUT_OF_MEMORY
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _TEXTS)
+
+
+def failure_of(error: Exception, request_id: str, doing: str) -> ElasticMoEError:
+    """The end of the one request whose own part of a step raised `error`. Re-raises want of memory: that is the whole
+    step's, and the step is repeated. An error that was not written for clients is logged, and told as RequestFailed."""
+    if is_shortage(error):
+        raise error
+    if isinstance(error, ElasticMoEError):
+        return error
+    log.exception("request failed", request_id=request_id, doing=doing)
+    return RequestFailed(f"the engine failed while {doing}; other requests are not affected")
