@@ -116,8 +116,8 @@ def _with_model(resolved: settings.Settings, console: Console) -> settings.Setti
         served_name=resolved.scaler.served_name or model.name,
         run_dir=str(resolved.scaler.run_path),
     )
-    for remark in checks.check_checkpoint(resolved, model.path):
-        console.line(f"warning: {remark}")
+    if remarks := checks.check_checkpoint(resolved, model.path):
+        console.line("warning: " + "; ".join(remarks))
     checks.check_memory(resolved, model.path)
     return resolved
 

@@ -22,16 +22,14 @@ from common.weights import Stored, Weights, named
 SOURCE_DTYPES: Final = ("F32", "F16", "BF16")  # that weights may be stored in
 # Written by old versions; transformers computes them.
 _ROTARY = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# Ends of names that quantizers give to what they store in place of a weight.
+# Ends of names that quantizers give to what they store in place of a weight or beside it.
 _QUANTIZED: Final[dict[str, str]] = {
     ".qweight": "GPTQ or AWQ",
     ".weight_packed": "compressed-tensors",
     ".weight_scale": "FP8 or compressed-tensors",
     ".weight_scale_inv": "FP8",
-    ".weight.quant_state.bitsandbytes__nf4": "bitsandbytes",
-    ".weight.quant_state.bitsandbytes__fp4": "bitsandbytes",
+    ".weight.quant_map": "bitsandbytes",
     ".SCB": "bitsandbytes",
-    "_blocks": "MXFP4",
 }
 
 
@@ -85,11 +83,7 @@ class Checkpoint:
                 return form
         begun = next((form for form in forms if len(self._lacking(form)) < len(form)), forms[0])
         lacking = self._lacking(begun)[0].name
-        for end, method in _QUANTIZED.items():
-            stored = self._stored.get(self._family.canonical(lacking.removesuffix(".weight") + end))
-            if stored:
-                raise quantized(method, f"{stored[0].file.name} has {stored[0].name!r:.200}")
-        raise CheckpointError(f"checkpoint lacks the tensor {lacking!r:.200}")
+        raise self._error(lacking, f"checkpoint lacks the tensor {lacking!r:.200}")
 
     def _lacking(self, form: Sequence[Source]) -> list[Source]:
         return [source for source in form if self._family.canonical(source.name) not in self._stored]
@@ -116,18 +110,29 @@ class Checkpoint:
                 f"{other.file.name}"
             )
         if stored.tensor.shape != source.stored_shape:
-            raise CheckpointError(
+            raise self._error(
+                source.name,
                 f"{stored.file.name}: tensor {stored.name!r:.200} has the shape {list(stored.tensor.shape)}, "
-                f"config.json asks for {list(source.stored_shape)}"
+                f"config.json asks for {list(source.stored_shape)}",
             )
         if stored.tensor.dtype not in SOURCE_DTYPES:
-            raise CheckpointError(
+            raise self._error(
+                source.name,
                 f"{stored.file.name}: tensor {stored.name!r:.200} has the dtype {stored.tensor.dtype}; "
-                f"supported: {', '.join(SOURCE_DTYPES)}"
+                f"supported: {', '.join(SOURCE_DTYPES)}",
             )
 
+    def _error(self, name: str, text: str) -> CheckpointError:
+        """The error of the weight `name`: that it is quantized, where what lies beside it tells so, else `text`."""
+        stem = self._family.canonical(name).removesuffix(".weight")
+        for end, method in _QUANTIZED.items():
+            if stored := self._stored.get(stem + end):
+                return quantized(method, f"{stored[0].file.name} has {stored[0].name!r:.200}")
+        return CheckpointError(text)
+
     def _find_unused(self) -> list[str]:
-        unused = [name for name in self._stored if name not in self._used | self._tied and not _ROTARY.fullmatch(name)]
+        known = self._used | self._tied
+        unused = [name for name in self._stored if name not in known and not _ROTARY.fullmatch(name)]
         counts = self._spec.num_experts_by_layer
         for name in unused:
             match = self._family.expert_names.fullmatch(name) if self._family.expert_names else None

@@ -130,7 +130,8 @@ def no_weights(directory: Path) -> CheckpointError:
 
     where = f"checkpoint {directory.name!r:.200}"
     if shard := first("*.safetensors"):
-        return CheckpointError(f"{where} has neither {SINGLE} nor {INDEX}; it has {shard:.200}")
+        what = "" if (directory / shard).exists() else ", a link to a file that is not there"
+        return CheckpointError(f"{where} has neither {SINGLE} nor {INDEX}; it has {shard:.200}{what}")
     if pickle := first(*_PICKLES):
         return CheckpointError(
             f"{where} has its weights only in PyTorch's format ({pickle:.200}), which can run code when it is read; "

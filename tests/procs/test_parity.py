@@ -10,7 +10,9 @@ import httpx
 import pytest
 import torch
 
+from cli.models.byte_tokenizer import write_byte_tokenizer
 from tests.procs.deployment import Deployment
+from tests.unit import forms
 
 pytestmark = pytest.mark.procs
 
@@ -59,3 +61,38 @@ def test_greedy_tokens_equal_transformers(
     report = deployment.stop()
     served = sorted(request.tokens for request in report.requests.values())
     assert served == sorted(greedy(model_folder(name), prompts))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_checkpoint_with_all_oddities_is_served_and_told_of_once(tmp_path: Path) -> None:
+    """Fused experts, keys left out or spelled as transformers 5 does, a tied head that differs, a window that limits
+    sequences, an index and tensors that are of no use: also after ranks have come in, and read their experts."""
+    config = {"num_local_experts": 16, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 160}
+    tensors = forms.fused("qwen3")(forms.base_tensors(tmp_path / "base", "qwen3"))
+    tensors = forms.beside(lm_head__bias=(260,))(tensors)
+    dropped = {"num_experts", "architectures", "rope_theta", "rms_norm_eps", "num_experts_per_tok"}
+    model = forms.write(tmp_path / "odd", "qwen3", tensors, drop=dropped, config=config, shards=2)
+    forms.change_index(model, lambda weight_map: weight_map.pop("model.norm.weight"))
+    write_byte_tokenizer(model)
+    rng = random.Random(4)
+    prompts = [[rng.randrange(256) for _ in range(length)] for length in (3, 40, 140)]
+    body = {"prompt": prompts, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}
+    deployment = Deployment(model, replicas=2, devices=3, max_model_len=512)
+    try:
+        deployment.wait_ready()
+        with httpx.Client(base_url=deployment.base_url, timeout=60, trust_env=False) as client:
+            assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 160
+            assert client.post("/v1/completions", json={"model": "odd", **body}).status_code == 200
+            deployment.scale(replicas=3)
+            assert client.post("/v1/completions", json={"model": "odd", **body}).status_code == 200
+        output, log = deployment.output(), deployment.log("hmm")
+        report = deployment.stop()
+    finally:
+        deployment.discard()
+    (told,) = (line for line in output.splitlines() if line.startswith("warning: "))
+    (warned,) = (line for line in log.splitlines() if " W " in line and "checkpoint: " in line)
+    for part in ("kept apart", "'model.norm.weight'", "'lm_head.bias'"):
+        assert part in told
+        assert part in warned
+    assert "160 tokens of the model's sliding window" in told
+    assert sorted(request.tokens for request in report.requests.values()) == sorted(greedy(model, prompts) * 2)

@@ -103,14 +103,38 @@ def test_a_folder_is_checked(tmp_path: Path, console: PlainConsole) -> None:
     folder = make_folder(tmp_path / "given")
     found = resolve.resolve_model(str(folder), console)
     assert (found.path, found.name) == (folder, "given")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"has no \.safetensors file"):
-        resolve.resolve_model(str(folder), console)
-    (folder / "config.json").unlink()
+    (folder / "config.json").rename(tmp_path / "config.json")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         resolve.resolve_model(str(folder), console)
-    with pytest.raises(CheckpointError, match="is not a folder"):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
+        resolve.resolve_model(str(folder), console)
+    with pytest.raises(CheckpointError, match=r"is not a folder; give a folder with config\.json and \.safetensors"):
         resolve.resolve_model(__file__, console)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("pytorch_model.bin", "x", "weights only in PyTorch's format"),
+        ("model.gguf", "GGUF", "is in GGUF format"),
+        ("adapter_config.json", "{}", "this is an adapter, which is not applied"),
+    ],
+)
+def test_a_folder_of_another_form_is_named(
+    name: str, content: str, text: str, tmp_path: Path, console: PlainConsole
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=text):
+        resolve.resolve_model(str(tmp_path / "model"), console)
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path, console: PlainConsole) -> None:
+    path = tmp_path / "model-Q4_K_M.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"is a \.gguf file; give a folder"):
+        resolve.resolve_model(str(path), console)
 
 
 def test_a_folder_named_like_a_model_needs_a_slash(

@@ -1,0 +1,63 @@
+"""The memory of two devices that models are loaded into, without processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from common.devices.host import HostDevice
+from common.devices.rules import ProcessRules
+from common.families import load_spec
+from common.layout import initial_layout
+from common.model_spec import RecordKey, TensorSpec
+from common.protocol.hmm import LoadModel
+from services.hmm.loader import Load
+from services.hmm.memory import BusSegment, DeviceMemory
+
+PAGE = 4096
+BUDGET = 64 << 20
+
+
+class World:
+    """Two empty devices of one process."""
+
+    def __init__(self) -> None:
+        rules = ProcessRules()
+        self.memories = {
+            name: DeviceMemory(HostDevice(name, PAGE, BUDGET, rules=rules)) for name in ("host:0", "host:1")
+        }
+        self.segment = BusSegment(os.memfd_create("bus"))
+
+    def load(self, directory: Path, dtype: str = "float32", devices: int = 2, **changes: Any) -> Load:
+        spec = load_spec(directory, dtype) if (directory / "config.json").is_file() else None
+        counts = spec.num_experts_by_layer if spec else (1,)
+        layout = initial_layout(counts, list(self.memories)[:devices])
+        request = LoadModel("load-1", str(directory), "float32", layout, 16, 4 << 20, 32, 4, 64)
+        request = msgspec.structs.replace(request, dtype=dtype, **changes)
+        return Load(request, self.memories, self.segment, PAGE)
+
+    @property
+    def pages(self) -> int:
+        """Bytes that the devices' files really take."""
+        fds = [fd for memory in self.memories.values() for fd in memory.device.files().values()]
+        return sum(os.fstat(fd).st_blocks * 512 for fd in fds)
+
+    @property
+    def used(self) -> int:
+        """Bytes that the devices have out."""
+        return sum(sum(memory.device.used.values()) for memory in self.memories.values())
+
+    def tensor(self, device: str, key: RecordKey, tensor: TensorSpec) -> torch.Tensor:
+        """A copy of what lies in memory."""
+        memory = self.memories[device]
+        raw = bytes(memory.view(memory.records[key], tensor.offset, tensor.nbytes))
+        return torch.frombuffer(bytearray(raw), dtype=getattr(torch, tensor.dtype)).reshape(tensor.shape)
+
+    def close(self) -> None:
+        self.segment.close()
+        for memory in self.memories.values():
+            memory.device.close()
