@@ -131,16 +131,16 @@ def no_weights(directory: Path) -> CheckpointError:
     where = f"checkpoint {directory.name!r:.200}"
     if shard := first("*.safetensors"):
         what = "" if (directory / shard).exists() else ", a link to a file that is not there"
-        return CheckpointError(f"{where} has neither {SINGLE} nor {INDEX}; it has {shard:.200}{what}")
+        return CheckpointError(f"{where} has neither {SINGLE} nor {INDEX}; it has {shard!r:.200}{what}")
     if pickle := first(*_PICKLES):
         return CheckpointError(
-            f"{where} has its weights only in PyTorch's format ({pickle:.200}), which can run code when it is read; "
+            f"{where} has its weights only in PyTorch's format ({pickle!r:.200}), which can run code when it is read; "
             "convert them to safetensors",
             code="weights_format_unsupported",
         )
     if file := first("*.gguf"):
         return CheckpointError(
-            f"{where} is in GGUF format ({file:.200}); only safetensors are read", code="weights_format_unsupported"
+            f"{where} is in GGUF format ({file!r:.200}); only safetensors are read", code="weights_format_unsupported"
         )
     return CheckpointError(f"{where} has neither {SINGLE} nor {INDEX}")
 

@@ -106,5 +106,5 @@ def _method_of(config: Any) -> str:
     if name is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
         name = "bitsandbytes"
     bits = config.get("bits") or config.get("w_bit") or (config.get("load_in_4bit") and 4)
-    text = _METHODS.get(name, name) if isinstance(name, str) else "an unnamed method"
-    return f"{text:.40}, {bits} bit" if type(bits) is int else f"{text:.40}"
+    text = _METHODS.get(name, f"{name!r:.40}") if isinstance(name, str) else "an unnamed method"
+    return f"{text}, {bits} bit" if type(bits) is int else text

@@ -63,6 +63,7 @@ def test_greedy_tokens_equal_transformers(
     assert served == sorted(greedy(model_folder(name), prompts))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_checkpoint_with_all_oddities_is_served_and_told_of_once(tmp_path: Path) -> None:
     """Fused experts, keys left out or spelled as transformers 5 does, a tied head that differs, a window that limits

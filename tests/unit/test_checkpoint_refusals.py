@@ -125,15 +125,19 @@ def test_a_pointer_of_git_lfs_is_named(where: str, bases: dict[str, Tensors], tm
 @pytest.mark.parametrize(
     ("files", "text", "code"),
     [
-        ({"pytorch_model.bin": b"x"}, r"only in PyTorch's format \(pytorch_model\.bin\)", "weights_format_unsupported"),
+        (
+            {"pytorch_model.bin": b"x"},
+            r"only in PyTorch's format \('pytorch_model\.bin'\)",
+            "weights_format_unsupported",
+        ),
         (
             {"pytorch_model.bin.index.json": b"{}", "pytorch_model-1.bin": b""},
             "PyTorch's",
             "weights_format_unsupported",
         ),
-        ({"consolidated.00.pth": b""}, r"PyTorch's format \(consolidated", "weights_format_unsupported"),
-        ({"model-Q4_K_M.gguf": b"GGUF"}, r"GGUF format \(model-Q4", "weights_format_unsupported"),
-        ({"model-00001-of-00002.safetensors": b""}, "neither .*; it has model-00001-of-00002", "bad_checkpoint"),
+        ({"consolidated.00.pth": b""}, r"PyTorch's format \('consolidated", "weights_format_unsupported"),
+        ({"model-Q4_K_M.gguf": b"GGUF"}, r"GGUF format \('model-Q4", "weights_format_unsupported"),
+        ({"model-00001-of-00002.safetensors": b""}, "neither .*; it has 'model-00001-of-00002", "bad_checkpoint"),
         ({}, "neither model.safetensors nor", "bad_checkpoint"),
         (
             {"adapter_config.json": b'{"base_model_name_or_path": "some/base"}', "model.safetensors": b""},

@@ -21,7 +21,7 @@ ALLOWED = {
     ("cli/up.py", "time.time"): "the record's time of the start, shown",
     ("common/telemetry.py", "time.strftime"): "the time of a log line",
     ("common/telemetry.py", "time.localtime"): "the time of a log line",
-    ("services/hmm/checkpoint.py", ".st_mtime_ns"): "equality: whether a file was changed while it was read",
+    ("common/safetensors.py", ".st_mtime_ns"): "equality: whether a file was changed while it was read",
     ("services/router/api/chat.py", "time.time"): "`created` of an answer",
     ("services/router/api/completions.py", "time.time"): "`created` of an answer",
     ("services/router/text/template.py", "datetime.now"): "`strftime_now` of chat templates",

@@ -340,7 +340,7 @@ def test_bad_configs_of_qwen3_are_refused(changes: dict[str, object], text: str)
         ({"load_in_8bit": True}, "bitsandbytes"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
         ({"quant_method": "mxfp4"}, "MXFP4"),
-        ({"quant_method": "a_new_one", "bits": 2}, "a_new_one, 2 bit"),
+        ({"quant_method": "a_new_one", "bits": 2}, "'a_new_one', 2 bit"),
         ({}, "an unnamed method"),
         ([1], "an unnamed method"),
     ],

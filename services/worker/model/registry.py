@@ -1,6 +1,6 @@
 """From a model's architecture to the code that computes it.
 
-To add a family: its geometry and records in `common/families.py`, its parts in this package, a line in `BUILDERS`.
+To add a family: its geometry and records in `common/families`, its parts in this package, a line in `BUILDERS`.
 """
 
 from __future__ import annotations

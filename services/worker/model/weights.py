@@ -28,7 +28,7 @@ class KvCache:
 
 @dataclass(frozen=True, slots=True)
 class RankWeights:
-    """Tensors by the names of `common/families.py`.
+    """Tensors by the names of `common/families`.
 
     `base`: of the base record. `layers[layer]`: of the layer's record. `experts[layer][name]`: one strided tensor
     [E, *shape] over the layer's reserved range, `stride(0)` elements from slot to slot; the slots of experts that this
