@@ -180,6 +180,9 @@ def _config_remarks(fields: dict[str, Any], spec: ModelSpec) -> list[str]:
     architectures = fields.get("architectures")
     if isinstance(architectures, list) and architectures and spec.architecture not in architectures:
         remarks.append(f"config.json is read by its model_type, not as {named([str(name) for name in architectures])}")
+    padding = fields.get("pad_token_id")
+    if isinstance(padding, int) and padding >= spec.vocab:
+        remarks.append(f"config.json has the pad_token_id {padding}, beyond the vocabulary of {spec.vocab}")
     if fields.get("auto_map"):
         remarks.append("config.json has an auto_map: code that comes with a model is never run")
     if fields.get("tie_word_embeddings") is True and not spec.tie_embeddings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,6 +136,33 @@ def test_a_form_gives_the_tokens_of_transformers(name: str, bases: dict[str, Ten
     assert len(remarks) == case.num_remarks, remarks
     assert all(len(remark) < 1_000 for remark in remarks)
     check_parity(directory, reference)
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_mixtures_of_forms_give_the_tokens_of_transformers(
+    family: str, seed: int, bases: dict[str, Tensors], tmp_path: Path
+) -> None:
+    rng = random.Random(f"{family}{seed}")
+    drop = {key for key in set(BASES[family]) - SIZES | {"architectures"} if rng.random() < 0.5}
+    one, other = ("num_local_experts", "num_experts")[:: 1 if family == "mixtral" else -1]
+    config: dict[str, Any] = rng.choice([{}, {other: forms.NUM_EXPERTS[family]}])
+    if config:
+        drop.add(one)
+    config |= rng.choice([{}, TIED, {"layer_types": None}, {"rope_scaling": {}}, {"rope_parameters": None}])
+    config |= rng.choice([{}, {"hidden_act": "swish"}, {"sliding_window": 100, "use_sliding_window": True}])
+    tensors = dict(bases[family])
+    for edit in (
+        rng.choice([dict, fused(family), fused(family, which="down"), fused(family, layers=[0])]),
+        rng.choice([dict, renamed(r"^model\.", ""), renamed("^lm_head", "model.lm_head")]),
+        rng.choice([dict, same_head, beside(unused=(3,))]),
+    ):
+        if edit is not same_head or EMBEDDING in tensors:
+            tensors = edit(tensors)
+    if "model.lm_head.weight" in tensors:
+        tensors.pop(HEAD, None)
+    directory = forms.write(tmp_path / "model", family, tensors, drop=drop, config=config)
+    check_parity(directory, reference_of(directory))
 
 
 @pytest.mark.parametrize("family", BASES)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common.families import FAMILIES, load_spec, parse_spec, read_config, unread_names
-from common.families.config import Key
+from common.families.config import Config, Key
 from common.families.shared_keys import check_shared_keys, unread_keys
 from common.model_spec import ModelSpec
 from common.protocol.errors import CheckpointError
@@ -40,6 +40,26 @@ def test_a_family_has_the_keys_types_and_defaults_of_its_class(name: str) -> Non
     for key, field in fields.items():
         kind = dict | None if key == "rope_parameters" else field.type
         assert keys[key][:2] == Key(kind, field.default)[:2], key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_key_is_read_or_known_to_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = {"rope_parameters", "eos_token_id"}  # by the code for all families
+    real = Config.value
+
+    def value(self: Config, key: str) -> Any:
+        read.add(key)
+        return real(self, key)
+
+    monkeypatch.setattr(Config, "value", value)
+    oracle = {"num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 4, "num_hidden_layers": 1}
+    oracle |= {"vocab_size": 9, "head_dim": 4, "oracle_modulus": 257}
+    qwen3 = {"use_sliding_window": True, "mlp_only_layers": [0]}  # so that the keys that depend on these are read
+    parse_spec(
+        {"model_type": FAMILIES[name].model_type, **{"oracle": oracle, "qwen3_moe": qwen3}.get(name, {})}, "float32"
+    )
+    keys = FAMILIES[name].keys
+    assert {key for key in keys if not keys[key].neutral} == read & set(keys)
 
 
 @pytest.mark.parametrize("name", CLASSES)
