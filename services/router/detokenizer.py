@@ -24,7 +24,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @cache
-def _byte_of_char() -> dict[str, int]:
+def byte_of_char() -> dict[str, int]:
     """The table of GPT-2's byte-level vocabularies: printable Latin-1 stands for itself, the rest from U+0100 on."""
     table: dict[str, int] = {}
     free = 0x100
@@ -38,7 +38,7 @@ def _byte_of_char() -> dict[str, int]:
 
 
 def _byte_level(token: str) -> bytes:
-    table = _byte_of_char()
+    table = byte_of_char()
     try:
         return bytes([table[char] for char in token])
     except KeyError:

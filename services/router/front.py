@@ -12,6 +12,7 @@ from services.router.admission import ByteBudget, Permits
 from services.router.dispatcher import Dispatcher
 from services.router.metrics import Metrics
 from services.router.sampling_defaults import SamplingDefaults, read_defaults
+from services.router.text.texts import Texts, Workers
 from services.router.tokenizer import ServedModel
 
 BODIES_MAX = 32  # bodies of the largest size that are in memory at once
@@ -24,6 +25,7 @@ class Front:
 
     config: RouterConfig
     model: ServedModel
+    texts: Texts
     dispatcher: Dispatcher
     metrics: Metrics
     permits: Permits
@@ -40,12 +42,18 @@ class Front:
 
 
 def make_front(
-    config: RouterConfig, model: ServedModel, dispatcher: Dispatcher, metrics: Metrics, api_key: bytes | None
+    config: RouterConfig,
+    model: ServedModel,
+    workers: Workers,
+    dispatcher: Dispatcher,
+    metrics: Metrics,
+    api_key: bytes | None,
 ) -> Front:
     """The bundle with its limits taken from `config`, and the model's defaults. Raises CheckpointError."""
     return Front(
         config=config,
         model=model,
+        texts=Texts(model.codec, workers),
         dispatcher=dispatcher,
         metrics=metrics,
         permits=Permits(config.requests_max),

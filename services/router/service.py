@@ -28,6 +28,7 @@ from services.router.dispatcher import Dispatcher, router_identity
 from services.router.front import Front, make_front
 from services.router.history import History
 from services.router.metrics import Metrics
+from services.router.text.pool import TextWorkers
 from services.router.tokenizer import ServedModel
 
 log = get_logger("router")
@@ -56,14 +57,14 @@ class RouterService:
         self._config = config
         self._source = source
         self._listener = listener
-        self._model = model
         config.socket(f"rank-{RankId(RANKS_MAX, 0)}")  # a path that is too long is a bad setting, not a late surprise
         identity = router_identity()
         path = config.run_path / "logs" / "history-router.jsonl" if config.history else None
         self._history = _open_history(path, identity)
         metrics = Metrics(model.name)
         self.dispatcher = Dispatcher(config.socket, metrics, self._history, identity)
-        self.front: Front = make_front(config, model, self.dispatcher, metrics, key)
+        self._workers = TextWorkers(model.directory, model.codec.digest)
+        self.front: Front = make_front(config, model, self._workers, self.dispatcher, metrics, key)
         self._server = _make_server(self.front)
         self._stopping = asyncio.Event()
 
@@ -78,9 +79,11 @@ class RouterService:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
+        warning = asyncio.create_task(self._warn_of_template(), name="template")
         essential = [
             asyncio.create_task(self.dispatcher.run(), name="dispatcher"),
             asyncio.create_task(self._follow_layout(), name="layout"),
+            asyncio.create_task(self._workers.keep(), name="text workers"),
             asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http"),
         ]
         stopping = asyncio.create_task(self._stopping.wait(), name="stop")
@@ -93,6 +96,7 @@ class RouterService:
                     raise ElasticMoEError(f"the router's {task.get_name()} loop has ended")
             await self._drain()
         finally:
+            warning.cancel()
             await self._shut_down(essential)
 
     async def _drain(self) -> None:
@@ -115,7 +119,16 @@ class RouterService:
         await asyncio.gather(*essential, return_exceptions=True)
         await self._source.close()
         self._history.close()
-        self._model.close()
+
+    async def _warn_of_template(self) -> None:
+        """Say once why chats are refused, where they are. It also makes the workers ready before the first chat."""
+        try:
+            problem = await self.front.texts.inspect()
+        except ElasticMoEError as error:
+            log.warning("the model's chat template cannot be used", error=error.message)
+        else:
+            if problem.code == "bad_chat_template":
+                log.warning(problem.text)
 
     async def _follow_layout(self) -> None:
         """Apply every layout. Without the store the last one stays in force."""

@@ -22,6 +22,8 @@ from services.router.dispatcher import Dispatcher, router_identity
 from services.router.front import make_front
 from services.router.history import History
 from services.router.metrics import Metrics
+from services.router.text.codec import TextCodec
+from services.router.text.jobs import Job, Reply
 from services.router.tokenizer import ServedModel
 from services.scaler.admin import build_app as build_admin
 from services.scaler.desk import Desk, Feed
@@ -95,13 +97,24 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> App:
     return make_router(tmp_path_factory.mktemp("r"), Dispatcher)
 
 
+class InProcess:
+    """In place of the worker processes: does each job at once."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+
+    async def run(self, job: Job, client: str) -> Reply:
+        """As TextWorkers."""
+        return self._codec.perform(job)
+
+
 def make_router(base: Path, make_dispatcher: type[Dispatcher]) -> App:
     """A router's app with files in `base`."""
     model = ServedModel(write_model(base / "model"), "m")
     config = RouterConfig(run_dir=str(base), model=str(base / "model"), served_name="m", body_bytes_max=64 << 10)
     metrics = Metrics("m")
     dispatcher = make_dispatcher(config.socket, metrics, History(None, "r"), router_identity())
-    return build_router(make_front(config, model, dispatcher, metrics, None))
+    return build_router(make_front(config, model, InProcess(model.codec), dispatcher, metrics, None))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import pytest
 
 from common.protocol.errors import CheckpointError, ConfigError
+from services.router.text.codec import load_codec
 from services.router.text.jobs import Conversation
-from services.router.tokenizer import INLINE_CHARS_MAX, ServedModel, load_model
+from services.router.tokenizer import ServedModel, load_model
 from tests.procs.router_harness import write_model
 
 
@@ -30,7 +30,6 @@ def test_name_and_ids(directory: Path) -> None:
     model = load_model(str(directory), "")
     assert (model.name, model.vocab, model.eos_ids) == ("model", 260, (257,))
     assert load_model(str(directory), "other").name == "other"
-    model.close()
 
 
 def test_a_beginning_of_sequence_as_transformers_gives_it(directory: Path) -> None:
@@ -45,11 +44,11 @@ def test_a_beginning_of_sequence_as_transformers_gives_it(directory: Path) -> No
         },
     )
     model = ServedModel(directory, "m")
-    assert model.encode("a", add_special=True) == [256, 97]
-    assert model.encode("<|bos|>a", add_special=True) == [256, 256, 97]
-    assert model.encode("a", add_special=False) == [97]
+    assert model.codec.encode("a", add_special=True) == [256, 97]
+    assert model.codec.encode("<|bos|>a", add_special=True) == [256, 256, 97]
+    assert model.codec.encode("a", add_special=False) == [97]
     chat = Conversation(messages=[{"role": "user", "content": "a"}])
-    assert model.encode_chat(chat) == [256, 258, 97, 259]
+    assert model.codec.encode(model.codec.render(chat), add_special=False) == [256, 258, 97, 259]
 
 
 def test_truncation_and_padding_are_off(directory: Path) -> None:
@@ -57,15 +56,7 @@ def test_truncation_and_padding_are_off(directory: Path) -> None:
     padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
     padding |= {"pad_type_id": 0, "pad_token": "!"}
     change(directory / "tokenizer.json", truncation=truncation, padding=padding)
-    assert ServedModel(directory, "m").encode("abc", add_special=True) == [97, 98, 99]
-
-
-def test_long_texts_are_tokenized_elsewhere(directory: Path) -> None:
-    model = ServedModel(directory, "m")
-    text = "x" * (INLINE_CHARS_MAX + 1)
-    ids = asyncio.run(model.run(lambda: model.encode(text, add_special=True), len(text)))
-    assert len(ids) == len(text)
-    model.close()
+    assert load_codec(directory).encode("abc", add_special=True) == [97, 98, 99]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from common.families import FAMILIES
 from common.protocol.errors import CheckpointError, InvalidRequest
 from services.router.detokenizer import TextStream
 from services.router.text.classes import BY_FAMILY, REBUILT, REFUSED
+from services.router.text.codec import load_codec
 from services.router.text.jobs import Conversation
 from services.router.tokenizer import ServedModel
 
@@ -118,8 +119,9 @@ def compare(directory: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    ours = ServedModel(directory, "m")
-    assert ours.specials == theirs.special_tokens_map
+    model = ServedModel(directory, "m")
+    ours = model.codec
+    assert ours.backend.specials == theirs.special_tokens_map
     for text in TEXTS:
         for add_special in (True, False):
             try:
@@ -133,9 +135,9 @@ def compare(directory: Path) -> None:
             for skip_special in (True, False):
                 decoded = theirs.decode(expected, skip_special_tokens=skip_special)
                 assert ours.decode(got, skip_special=skip_special) == decoded, (text, skip_special)
-                assert streamed(ours, got, skip_special) in (decoded, " " + decoded), (text, skip_special)
+                assert streamed(model, got, skip_special) in (decoded, " " + decoded), (text, skip_special)
     end = theirs.eos_token_id
-    assert (end in ours.eos_ids) == (end is not None and end < ours.vocab)
+    assert (end in model.eos_ids) == (end is not None and end < model.vocab)
 
 
 def streamed(model: ServedModel, ids: list[int], skip_special: bool) -> str:
@@ -330,8 +332,8 @@ def test_tokens_as_objects_without_a_type_are_taken(tmp_path: Path) -> None:
     """transformers does not load these; nothing else can be meant."""
     settings = {"eos_token": entry("</s>"), "additional_special_tokens": [entry("<|b|>", rstrip=True)]}
     model = ServedModel(write(tmp_path / "m", "mixtral", tokenizer=byte_level(), tokenizer_config=settings), "m")
-    assert model.specials["eos_token"] == "</s>"
-    assert model.encode("<|b|>  </s>", add_special=False) == [269, 268]
+    assert model.codec.backend.specials["eos_token"] == "</s>"
+    assert model.codec.encode("<|b|>  </s>", add_special=False) == [269, 268]
 
 
 def test_tokens_without_an_embedding(tmp_path: Path) -> None:
@@ -341,9 +343,9 @@ def test_tokens_without_an_embedding(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 268}))
     model = ServedModel(directory, "m")
     compare(directory)
-    model.check_embedded(model.encode("hello", add_special=True))
+    model.check_embedded(model.codec.encode("hello", add_special=True))
     with pytest.raises(InvalidRequest, match="token '<pad>' of id 269; the model's embedding ends at 267") as caught:
-        model.check_embedded(model.encode("hello<pad>", add_special=True))
+        model.check_embedded(model.codec.encode("hello<pad>", add_special=True))
     assert caught.value.code == "token_without_embedding"
     assert model.eos_ids == ()  # it can never be sampled
     assert model.warnings == ("2 added tokens have no embedding; prompts with them are refused: '</s>', '<pad>'",)
@@ -384,7 +386,7 @@ def test_versioned_tokenizer_files(tmp_path: Path) -> None:
     files = {"tokenizer": byte_level(), "tokenizer.4.0.0": byte_level(), "tokenizer.4.30.1": other}
     directory = write(tmp_path / "m", "mixtral", tokenizer_config={"fast_tokenizer_files": names[:3]}, **files)
     compare(directory)
-    assert ServedModel(directory, "m").encode("HE", add_special=False) == ServedModel(directory, "m").encode(
+    assert load_codec(directory).encode("HE", add_special=False) == load_codec(directory).encode(
         "he", add_special=False
     )
     write(directory, "mixtral", tokenizer_config={"fast_tokenizer_files": names[3:]})
@@ -431,7 +433,7 @@ def test_where_the_template_comes_from(tmp_path: Path, settings: Any, files: dic
         (directory / f"{name}.jinja").write_text(text, encoding="utf-8", newline="")
     theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     messages = [{"role": "user", "content": "x"}]
-    ours = ServedModel(directory, "m")
+    ours = load_codec(directory)
     try:
         expected = theirs.apply_chat_template(messages, tokenize=False)
     except ValueError:
@@ -459,26 +461,26 @@ def test_a_template_that_cannot_be_used_costs_chat_only(
     if file is not None:
         (directory / "chat_template.jinja").write_bytes(file)
     model = ServedModel(directory, "m")
-    assert model.encode("hello", add_special=True) == [259]
-    assert [text in warning for warning in model.warnings] == [True]
+    assert model.codec.encode("hello", add_special=True) == [259]
+    assert text in model.codec.inspect().text
     for _ in range(2):
         with pytest.raises(InvalidRequest, match=r"cannot be used: .*use /v1/completions") as caught:
-            model.render(Conversation(messages=[{"role": "user", "content": "x"}]))
+            model.codec.render(Conversation(messages=[{"role": "user", "content": "x"}]))
         assert caught.value.code == "bad_chat_template"
 
 
 def test_a_template_that_is_no_file(tmp_path: Path) -> None:
     directory = write(tmp_path / "m", "mixtral", tokenizer=byte_level())
     os.mkfifo(directory / "chat_template.jinja")
-    assert "not a regular file" in ServedModel(directory, "m").warnings[0]
+    assert "not a regular file" in load_codec(directory).inspect().text
 
 
 def test_a_variable_that_the_template_must_read(tmp_path: Path) -> None:
     settings = {"chat_template": "{{ reasoning_effort }}"}
     model = ServedModel(write(tmp_path / "m", "mixtral", tokenizer=byte_level(), tokenizer_config=settings), "m")
     asked = Conversation(messages=[], variables={"reasoning_effort": "low"}, required=("reasoning_effort",))
-    assert model.render(asked) == "low"
+    assert model.codec.render(asked) == "low"
     settings = {"chat_template": "x"}
     model = ServedModel(write(tmp_path / "n", "mixtral", tokenizer=byte_level(), tokenizer_config=settings), "m")
     with pytest.raises(InvalidRequest, match="reasoning_effort is not supported"):
-        model.render(asked)
+        model.codec.render(asked)

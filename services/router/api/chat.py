@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request, Response
 
 from common.protocol.errors import InvalidRequest
 from services.router.api.answer import Answer
-from services.router.api.conversation import conversation_of, encode_chat
+from services.router.api.conversation import conversation_of
 from services.router.api.docs import describe
-from services.router.api.gate import front_of, permit_of, request_id_of
+from services.router.api.gate import client_of, front_of, permit_of, request_id_of
 from services.router.api.generate import Generation, start
 from services.router.api.logprobs import TokenNames, chat_logprobs
 from services.router.api.options import Options, UsageChunks, options_of, refuse_words, unsupported
@@ -40,7 +40,8 @@ async def chat_completions(request: Request) -> Response:
     front.check_model(raw.model)
     _refuse_tools(raw)
     options = _options(raw, front)
-    prompt = await encode_chat(front, conversation_of(raw))
+    context = front.dispatcher.max_model_len()
+    prompt = await front.texts.encode_chat(conversation_of(raw), context, client_of(request))
     front.model.check_embedded(prompt)
     generation = start(front, permit_of(request), options, [prompt], kind="chatcmpl")
     renderer = ChatRenderer(f"chatcmpl-{request_id_of(request, raw.request_id)}", front, options)

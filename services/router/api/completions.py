@@ -12,7 +12,7 @@ from common.protocol.errors import InvalidRequest
 from services.router.api.answer import Answer
 from services.router.api.chat import end_of_event, usage_of
 from services.router.api.docs import describe
-from services.router.api.gate import front_of, permit_of, request_id_of
+from services.router.api.gate import client_of, front_of, permit_of, request_id_of
 from services.router.api.generate import Generation, start
 from services.router.api.logprobs import TokenNames, output_logprobs, prompt_logprobs
 from services.router.api.options import Options, check_ids, options_of, unsupported
@@ -41,14 +41,14 @@ async def completions(request: Request) -> Response:
     raw = parse(_decoder, await request.body())
     front.check_model(raw.model)
     options = _options(raw, front)
-    prompts = await _encode_prompts(front, raw.prompt, add_special=raw.add_special_tokens is not False)
-    echoes = [_echo(front, prompt) for prompt in prompts] if raw.echo else []
-    ids = [prompt if isinstance(prompt, list) else prompt.ids for prompt in prompts]
+    context, client = front.dispatcher.max_model_len(), client_of(request)
+    prompts = await _encode_prompts(front, raw, context, client)
+    echoes = await _echoes(front, prompts, context, client) if raw.echo else []
     generation = start(
         front,
         permit_of(request),
         options,
-        ids,
+        prompts.ids,
         kind="cmpl",
         prompt_logprobs=bool(raw.echo) and raw.logprobs is not None,
     )
@@ -74,49 +74,45 @@ def _options(raw: CompletionRequest, front: Front) -> Options:
     )
 
 
-class _TextPrompt(msgspec.Struct, frozen=True):
-    """A prompt that came as text, with its tokens."""
+class _Prompts(msgspec.Struct, frozen=True):
+    """Each prompt's tokens, and its text where it came as one."""
 
-    text: str
-    ids: list[int]
+    ids: list[list[int]]
+    texts: list[str] | None = None
 
 
-async def _encode_prompts(
-    front: Front, prompt: str | list[str | int | list[int]], *, add_special: bool
-) -> list[_TextPrompt | list[int]]:
+async def _encode_prompts(front: Front, raw: CompletionRequest, context: int, client: str) -> _Prompts:
     """Every prompt as tokens. Raises InvalidRequest for a mixed or too long list and for ids that do not exist."""
-    if isinstance(prompt, str):
-        return [await _encode_text(front, prompt, add_special)]
-    kinds = {type(item) for item in prompt}
-    if len(kinds) != 1:
-        raise InvalidRequest("prompt mixes texts and tokens", param="prompt")
-    if kinds == {int}:
-        return [_checked(front, [item for item in prompt if isinstance(item, int)])]
-    if len(prompt) > BATCH_MAX:
-        raise InvalidRequest(f"{len(prompt)} prompts exceed the limit of {BATCH_MAX}", param="prompt")
-    encoded: list[_TextPrompt | list[int]] = []
-    for item in prompt:
-        if isinstance(item, str):
-            encoded.append(await _encode_text(front, item, add_special))
-        elif isinstance(item, list):
-            encoded.append(_checked(front, item))
-    return encoded
+    if isinstance(raw.prompt, str):
+        texts: list[str] = [raw.prompt]
+    else:
+        kinds = {type(item) for item in raw.prompt}
+        if len(kinds) != 1:
+            raise InvalidRequest("prompt mixes texts and tokens", param="prompt")
+        if kinds == {int}:
+            return _checked(front, [[item for item in raw.prompt if isinstance(item, int)]])
+        if len(raw.prompt) > BATCH_MAX:
+            raise InvalidRequest(f"{len(raw.prompt)} prompts exceed the limit of {BATCH_MAX}", param="prompt")
+        if kinds == {list}:
+            return _checked(front, [item for item in raw.prompt if isinstance(item, list)])
+        texts = [item for item in raw.prompt if isinstance(item, str)]
+    ids = await front.texts.encode(texts, context, client, add_special=raw.add_special_tokens is not False)
+    for prompt in ids:
+        front.model.check_embedded(prompt)
+    return _Prompts(ids, texts)
 
 
-async def _encode_text(front: Front, text: str, add_special: bool) -> _TextPrompt:
-    model = front.model
-    ids = await model.run(lambda: model.encode(text, add_special=add_special), len(text))
-    model.check_embedded(ids)
-    return _TextPrompt(text, ids)
+def _checked(front: Front, prompts: list[list[int]]) -> _Prompts:
+    for ids in prompts:
+        check_ids(ids, front.model, "prompt")
+    return _Prompts(prompts)
 
 
-def _checked(front: Front, ids: list[int]) -> list[int]:
-    check_ids(ids, front.model, "prompt")
-    return ids
-
-
-def _echo(front: Front, prompt: _TextPrompt | list[int]) -> str:
-    return prompt.text if isinstance(prompt, _TextPrompt) else front.model.decode(prompt, skip_special=True)
+async def _echoes(front: Front, prompts: _Prompts, context: int, client: str) -> list[str]:
+    """The prompts' texts. Longer ones than the context are refused afterwards, so no more than that is decoded."""
+    if prompts.texts is not None:
+        return prompts.texts
+    return [await front.texts.decode(ids[:context], client, skip_special=True) for ids in prompts.ids]
 
 
 class CompletionRenderer:

@@ -8,7 +8,6 @@ from typing import Any
 from common.protocol.errors import InvalidRequest
 from services.router.api.options import unsupported
 from services.router.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
-from services.router.front import Front
 from services.router.text.jobs import Conversation
 from services.router.text.template import RESERVED_VARIABLES
 
@@ -88,15 +87,3 @@ def _check_size(given: Any, param: str) -> None:
         ):
             if count > most:
                 raise InvalidRequest(f"{param} has {count} {what} or more; the limit is {most}", param=param)
-
-
-async def encode_chat(front: Front, conversation: Conversation) -> list[int]:
-    """Render and tokenize a conversation."""
-    model = front.model
-    # A message costs the template about as much as some text does the tokenizer.
-    num_chars = sum(_num_chars(message["content"]) + 100 for message in conversation.messages)
-    return await model.run(lambda: model.encode_chat(conversation), num_chars)
-
-
-def _num_chars(content: str | list[dict[str, str]]) -> int:
-    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)

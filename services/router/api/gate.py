@@ -79,6 +79,11 @@ def permit_of(request: Request) -> Permit:
     return cast(Permit, request.scope[_SCOPE_PERMIT])
 
 
+def client_of(request: Request) -> str:
+    """Whom a request is counted to where clients take turns: the peer's address."""
+    return request.client.host if request.client is not None else ""
+
+
 def request_id_of(request: Request, given: str | None) -> str:
     """The request's id: its header's, or the body's, or one that was drawn for it. The answer's header has it too."""
     return ids.take_from_body(request.scope, given)

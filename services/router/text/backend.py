@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ from services.router.text.special import SpecialTokens, gather, install
 
 class Backend(NamedTuple):
     """A tokenizer with its tokens. `specials`: special tokens by the names that templates use; `eos_id`: the end of
-    sequence that the tokenizer's files name."""
+    sequence that the tokenizer's files name; `cleans_up`: transformers would take spaces out of decoded texts."""
 
     tokenizer: Tokenizer
     specials: dict[str, str]
     eos_id: int | None
+    cleans_up: bool
 
 
 class _Rest(msgspec.Struct):
@@ -47,6 +49,7 @@ def build(files: TokenizerFiles, family: str) -> Backend:
 
     Raises CheckpointError for files that transformers would not load, and for classes that are not supported.
     """
+    os.putenv("TOKENIZERS_PARALLELISM", "false")  # one text at a time: threads would only cost hand-overs and memory
     with _valid("tokenizer.json"):
         rest = msgspec.json.decode(files.tokenizer, type=_Rest)
     kind = class_of(family, files.settings, files.config_class, files.tokenizer)
@@ -60,7 +63,9 @@ def build(files: TokenizerFiles, family: str) -> Backend:
         _add(tokenizer, tokens, kind)
     eos = tokens.named.get("eos_token")
     eos_id = tokenizer.token_to_id(str(eos)) if eos is not None else None
-    return Backend(tokenizer, tokens.texts(), eos_id)
+    is_bpe = type(tokenizer.model).__name__ == "BPE"  # for these transformers does not either
+    cleans_up = bool(files.settings.get("clean_up_tokenization_spaces")) and not is_bpe
+    return Backend(tokenizer, tokens.texts(), eos_id, cleans_up)
 
 
 def _add(tokenizer: Tokenizer, tokens: SpecialTokens, kind: TokenizerClass | None) -> None:

@@ -5,9 +5,12 @@ The files and their names are those of transformers' `PreTrainedTokenizerBase.fr
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from common.checkpoint_files import read_file, read_json
 from common.protocol.errors import CheckpointError
@@ -40,6 +43,11 @@ class TokenizerFiles(NamedTuple):
     added: dict[str, Any] | None
     config_class: str | None
     template: TemplateSource
+
+    def digest(self) -> str:
+        """Of what was read: two processes that read the same have the same."""
+        rest = msgspec.json.encode((self.settings, self.special_map, self.added, self.config_class, self.template))
+        return hashlib.sha256(hashlib.sha256(self.tokenizer).digest() + rest).hexdigest()
 
 
 def read_tokenizer_files(directory: Path, config: dict[str, Any]) -> TokenizerFiles:

@@ -1,4 +1,7 @@
-"""What is asked of texts."""
+"""What is asked of texts, and what comes back. On the way to a worker: MessagePack.
+
+Token ids travel packed, four bytes each, in the machine's order: both ends are on one machine.
+"""
 
 from __future__ import annotations
 
@@ -18,3 +21,107 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     variables: dict[str, Any] = {}
     required: tuple[str, ...] = ()
     add_special: bool = False
+
+    @property
+    def num_chars(self) -> int:
+        """About what rendering and tokenizing it costs, in characters: a message costs what some text does."""
+        return sum(_num_chars(message) for message in self.messages) + _num_chars(self.documents or [])
+
+
+def _num_chars(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return 100 + sum(_num_chars(entry) for entry in value.values())
+    return sum(_num_chars(entry) for entry in value) if isinstance(value, list) else 1
+
+
+class Encode(msgspec.Struct, frozen=True, tag=True):
+    """Texts to tokens. One that cannot fit into `context` tokens is refused untokenized. Answered by Encoded."""
+
+    texts: list[str]
+    add_special: bool
+    context: int
+
+
+class Chat(msgspec.Struct, frozen=True, tag=True):
+    """A conversation to tokens, `context` as for Encode. Answered by Encoded."""
+
+    conversation: Conversation
+    context: int
+
+
+class Tokenize(msgspec.Struct, frozen=True, tag=True):
+    """A text or a conversation to the answer of /tokenize. `context`: tokens of the model's context; a text that could
+    not fit is refused, one that only does not fit is counted."""
+
+    text: str
+    conversation: Conversation | None
+    add_special: bool
+    with_strings: bool
+    context: int
+
+
+class Decode(msgspec.Struct, frozen=True, tag=True):
+    """Packed tokens to text. Answered by Decoded."""
+
+    packed: bytes
+    skip_special: bool
+
+
+class Inspect(msgspec.Struct, frozen=True, tag=True):
+    """Look at the chat template. Answered by Inspected."""
+
+
+class Encoded(msgspec.Struct, frozen=True, tag=True):
+    """Packed tokens of each text."""
+
+    packed: list[bytes]
+
+
+class TokenizedBody(msgspec.Struct, frozen=True, tag=True):
+    """JSON of /tokenize."""
+
+    body: bytes
+
+
+class Decoded(msgspec.Struct, frozen=True, tag=True):
+    """A text."""
+
+    text: str
+
+
+class Inspected(msgspec.Struct, frozen=True, tag=True):
+    """Why no chat template can be used, and the error's code; empty where one can."""
+
+    text: str = ""
+    code: str = ""
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """An InvalidRequest that crosses a process boundary."""
+
+    text: str
+    code: str
+    param: str | None
+
+
+Job = Encode | Chat | Tokenize | Decode | Inspect
+Reply = Encoded | TokenizedBody | Decoded | Inspected
+JOBS: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
+REPLIES: msgspec.msgpack.Decoder[Reply | Refused] = msgspec.msgpack.Decoder(Reply | Refused)
+
+
+def num_chars(job: Job) -> int:
+    """About what a job costs, in characters of text to tokenize."""
+    match job:
+        case Encode():
+            return sum(map(len, job.texts))
+        case Chat():
+            return job.conversation.num_chars
+        case Tokenize():
+            return len(job.text) if job.conversation is None else job.conversation.num_chars
+        case Decode():
+            return len(job.packed) // 4
+        case Inspect():
+            return 0

@@ -191,6 +191,8 @@ class ChatTemplate:
             return self._template.render(known, add_generation_prompt=add_generation_prompt)
         except _Refused as error:
             raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from None
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program of strangers: it may raise anything
             kind = type(error).__name__
             raise InvalidRequest(f"the chat template cannot render the messages ({kind})", param="messages") from None

@@ -1,0 +1,116 @@
+"""`python -m services.router.text.forkserver DIRECTORY FD`: loads a checkpoint's tokenizer once, then forks workers.
+
+One thread, no loop of its own beyond this file, nothing that a request can reach: it forks, kills and reaps. A worker
+is there in milliseconds and shares the tokenizer's memory. FD is a socket of kind SOCK_SEQPACKET; when its other end is
+closed, or the process that started this one dies, everything here ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+
+from common.protocol.errors import ElasticMoEError
+from services.router.text import process
+from services.router.text.codec import TextCodec, load_codec
+from services.router.text.worker import serve
+
+ORDER = struct.Struct("<cIQ")  # FORK with a socket, or KILL; the worker's number; its memory in bytes
+FORK, KILL = b"f", b"k"
+
+
+class ForkServer:
+    """The workers that live, by number, with their pidfds."""
+
+    def __init__(self, control: socket.socket, codec: TextCodec) -> None:
+        self._control = control
+        self._codec = codec
+        self._workers: dict[int, tuple[int, int]] = {}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(control, selectors.EVENT_READ, None)
+
+    def run(self) -> None:
+        """Until the router closes its end."""
+        while True:
+            for key, _ in self._selector.select():
+                if key.data is not None:
+                    self._reap(key.data)
+                elif not self._take_order():
+                    for pid, _pidfd in self._workers.values():
+                        os.kill(pid, signal.SIGKILL)
+                    return
+
+    def _take_order(self) -> bool:
+        raw, fds, _flags, _address = socket.recv_fds(self._control, ORDER.size, 1)
+        if not raw:
+            return False
+        kind, number, memory_bytes = ORDER.unpack(raw)
+        if kind == FORK:
+            self._fork(number, socket.socket(fileno=fds[0]), memory_bytes)
+        elif number in self._workers:  # not reaped yet, so its process id is still its own
+            os.kill(self._workers[number][0], signal.SIGKILL)
+        return True
+
+    def _fork(self, number: int, sock: socket.socket, memory_bytes: int) -> None:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._become_worker(parent, sock, memory_bytes)
+        sock.close()
+        pidfd = os.pidfd_open(pid)
+        self._workers[number] = (pid, pidfd)
+        self._selector.register(pidfd, selectors.EVENT_READ, number)
+
+    def _become_worker(self, parent: int, sock: socket.socket, memory_bytes: int) -> None:
+        """Never returns."""
+        try:
+            process.die_with(parent)
+            process.be_first_to_go()
+            self._control.close()
+            self._selector.close()
+            for _pid, pidfd in self._workers.values():
+                os.close(pidfd)
+            serve(sock, self._codec, memory_bytes)
+        except OSError:  # the router has gone, or wants no answer any more
+            pass
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            sys.stderr.flush()
+        finally:
+            os._exit(0)
+
+    def _reap(self, number: int) -> None:
+        pid, pidfd = self._workers.pop(number)
+        self._selector.unregister(pidfd)
+        os.waitpid(pid, 0)
+        os.close(pidfd)
+
+
+def main() -> int:
+    """The exit status."""
+    process.die_with(os.getppid())
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the router says when it is the end
+        signal.signal(number, signal.SIG_IGN)
+    control = socket.socket(fileno=int(sys.argv[2]))
+    try:
+        codec = load_codec(Path(sys.argv[1]))
+        codec.table  # noqa: B018 - made here, so that the workers share it
+    except ElasticMoEError as error:
+        print(f"elasticmoe-router: text workers: {error.message}", file=sys.stderr)
+        return 1
+    gc.collect()
+    gc.freeze()  # a collection in a worker would write to every object, and so copy the pages that it shares
+    process.give_memory_back()
+    control.sendall(codec.digest.encode())
+    ForkServer(control, codec).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

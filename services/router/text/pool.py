@@ -1,0 +1,247 @@
+"""The worker processes that render and tokenize what must not hold up the router: bounded, fair, and stoppable.
+
+A Python thread in a template cannot be stopped, nor can the tokenizer; a process can. Jobs go to one of three lanes
+with workers of their own, so that many large ones do not delay small ones, and a slow template delays chats only. In
+each lane clients take turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from common.protocol.errors import InvalidRequest, Unavailable
+from common.telemetry import get_logger
+from services.router.text import forkserver, jobs, worker
+from services.router.text.fair import Turns
+from services.router.text.jobs import Job, Refused, Reply
+
+log = get_logger("router")
+
+MIB: Final = 1024 * 1024
+SMALL_CHARS_MAX: Final = 32_768
+START_SECONDS_MAX: Final = 30.0
+RESTART_SECONDS: Final = 0.5
+WAIT_SECONDS_MAX: Final = 60.0
+STOP_SECONDS_MAX: Final = 5.0
+DEATHS_MAX: Final = 2  # a worker may be killed by somebody else: one death is no proof that the job did it
+
+
+class Limits(NamedTuple):
+    """What one lane may use: processes, and seconds and bytes of memory for a job."""
+
+    workers: int
+    seconds: float
+    memory_bytes: int
+
+
+LANES: Final = {
+    "chat": Limits(2, 10.0, 128 * MIB),
+    "text": Limits(1, 10.0, 128 * MIB),
+    "large": Limits(1, 30.0, 384 * MIB),
+}
+
+
+def lane_of(job: Job) -> str:
+    """Where a job waits: large ones of all kinds together."""
+    if jobs.num_chars(job) > SMALL_CHARS_MAX:
+        return "large"
+    is_chat = isinstance(job, jobs.Chat | jobs.Inspect) or (isinstance(job, jobs.Tokenize) and job.conversation)
+    return "chat" if is_chat else "text"
+
+
+class _Worker(NamedTuple):
+    number: int
+    sock: socket.socket
+
+    def is_alive(self) -> bool:
+        """Its end is open. It has nothing to say while it is idle."""
+        try:
+            return bool(self.sock.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    async def ask(self, raw: bytes) -> tuple[bytes, bool]:
+        """The reply, and whether the worker ends. Raises OSError or EOFError when it has died."""
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(self.sock, worker.JOB_HEAD.pack(len(raw)))
+        await loop.sock_sendall(self.sock, raw)
+        length, is_last = worker.REPLY_HEAD.unpack(await self._read(worker.REPLY_HEAD.size))
+        return await self._read(length), bool(is_last)
+
+    async def _read(self, nbytes: int) -> bytes:
+        loop, data = asyncio.get_running_loop(), bytearray(nbytes)
+        view, done = memoryview(data), 0
+        while done < nbytes:
+            count = await loop.sock_recv_into(self.sock, view[done:])
+            if count == 0:
+                raise EOFError
+            done += count
+        return bytes(data)
+
+
+@dataclass(slots=True)
+class _Lane:
+    limits: Limits
+    turns: Turns
+    idle: list[_Worker] = field(default_factory=list)
+
+
+class TextWorkers:
+    """The pool of one router. It works while `keep` runs, in the same loop.
+
+    `digest`: of the files that the router itself has read; workers that have read others are not used.
+    """
+
+    def __init__(self, directory: Path, digest: str) -> None:
+        self._directory = directory
+        self._digest = digest
+        self._lanes = {name: _Lane(limits, Turns(limits.workers, WAIT_SECONDS_MAX)) for name, limits in LANES.items()}
+        self._numbers = itertools.count()
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_ready = asyncio.Event()
+
+    async def run(self, job: Job, client: str) -> Reply:
+        """Have a job done, in the client's turn.
+
+        Raises InvalidRequest, also for one that takes too long or too much memory; Overloaded after a long wait;
+        Unavailable while there are no workers.
+        """
+        lane, raw = self._lanes[lane_of(job)], msgspec.msgpack.encode(job)
+        await lane.turns.take(client)
+        try:
+            reply = await self._run(lane, raw)
+        finally:
+            lane.turns.give_back()
+        if isinstance(reply, Refused):
+            raise InvalidRequest(reply.text, code=reply.code, param=reply.param)
+        return reply
+
+    async def _run(self, lane: _Lane, raw: bytes) -> Reply | Refused:
+        num_deaths = 0
+        while num_deaths < DEATHS_MAX:
+            await self._wait_ready()
+            server = self._process
+            one = self._worker_of(lane)
+            try:
+                async with asyncio.timeout(lane.limits.seconds):
+                    answer, is_last = await one.ask(raw)
+            except TimeoutError:
+                self._kill(one)
+                log.warning("text worker stopped", reason="a job took too long", limit_s=lane.limits.seconds)
+                return worker.too_slow(lane.limits.seconds)
+            except (OSError, EOFError):
+                self._kill(one)
+                if server is self._process and server is not None and server.poll() is None:
+                    num_deaths += 1
+                else:
+                    self._is_ready.clear()  # all workers ended with their fork server: that is not the job's doing
+                continue
+            except BaseException:
+                self._kill(one)  # it would answer the next job with this one's reply
+                raise
+            if is_last:
+                one.sock.close()
+            else:
+                lane.idle.append(one)
+            return jobs.REPLIES.decode(answer)
+        log.warning("text worker died", reason="a job, twice", limit_mib=lane.limits.memory_bytes // MIB)
+        return worker.too_large(lane.limits.memory_bytes)
+
+    async def _wait_ready(self) -> None:
+        try:
+            async with asyncio.timeout(START_SECONDS_MAX):
+                await self._is_ready.wait()
+        except TimeoutError:
+            raise Unavailable("the workers that tokenize are not running", code="not_ready") from None
+
+    # ---- workers -----------------------------------------------------------------------------------------------------
+
+    def _worker_of(self, lane: _Lane) -> _Worker:
+        while lane.idle:
+            one = lane.idle.pop()
+            if one.is_alive():
+                return one
+            one.sock.close()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise Unavailable(f"no worker can be started: {error.strerror}") from None
+        with theirs:
+            ours.setblocking(False)
+            one = _Worker(next(self._numbers), ours)
+            self._order(forkserver.FORK, one.number, lane.limits.memory_bytes, theirs.fileno())
+        return one
+
+    def _kill(self, one: _Worker) -> None:
+        one.sock.close()
+        self._order(forkserver.KILL, one.number, 0)
+
+    def _order(self, kind: bytes, number: int, memory_bytes: int, *fds: int) -> None:
+        """Nothing happens where the fork server has ended: its workers have ended with it."""
+        if self._control is not None:
+            with contextlib.suppress(OSError):
+                socket.send_fds(self._control, [forkserver.ORDER.pack(kind, number, memory_bytes)], fds)
+
+    # ---- the fork server ---------------------------------------------------------------------------------------------
+
+    async def keep(self) -> None:
+        """Run the fork server, and another one whenever it ends. Cancelling it ends all processes."""
+        while True:
+            try:
+                await self._run_forkserver()
+                log.error("the text workers' fork server has ended")
+            except (OSError, MemoryError) as error:
+                log.error("the text workers' fork server cannot be started", kind=type(error).__name__)
+            finally:
+                await self._stop_forkserver()
+            await asyncio.sleep(RESTART_SECONDS)
+
+    async def _run_forkserver(self) -> None:
+        """Until it ends."""
+        loop = asyncio.get_running_loop()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        with theirs:
+            fd = theirs.fileno()
+            command = [sys.executable, "-m", forkserver.__name__, str(self._directory), str(fd)]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(fd,))
+        digest = await loop.sock_recv(self._control, 1024)
+        if digest and digest.decode() != self._digest:
+            log.error("the checkpoint's tokenizer files have changed: chats need a restart of the router")
+        elif digest:
+            self._is_ready.set()
+        await loop.sock_recv(self._control, 1024)
+
+    async def _stop_forkserver(self) -> None:
+        self._is_ready.clear()
+        for lane in self._lanes.values():
+            while lane.idle:
+                lane.idle.pop().sock.close()
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            process, self._process = self._process, None
+            await asyncio.get_running_loop().run_in_executor(None, _end, process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that ends by itself, and end it where it does not."""
+    try:
+        process.wait(STOP_SECONDS_MAX)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

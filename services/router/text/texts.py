@@ -1,0 +1,86 @@
+"""What the endpoints ask of texts: what is short is done at once, everything else and every template in a worker."""
+
+from __future__ import annotations
+
+import array
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from common.telemetry import get_logger
+from services.router.text import jobs
+from services.router.text.codec import TextCodec
+from services.router.text.jobs import Conversation, Job, Reply
+
+log = get_logger("router")
+
+INLINE_CHARS_MAX = 4_096  # tokenized in 4 to 15 ms; more would hold up the event loop
+INLINE_SECONDS_MAX = 0.25  # of CPU: a tokenizer that takes longer for so little is not to be trusted
+
+
+class Workers(Protocol):
+    """What does the rest."""
+
+    async def run(self, job: Job, client: str) -> Reply:
+        """See `TextWorkers.run`."""
+
+
+class Texts:
+    """One served model's texts. `client`: whose turn it is where requests wait, see `fair.py`."""
+
+    def __init__(self, codec: TextCodec, workers: Workers) -> None:
+        self._codec = codec
+        self._workers = workers
+        self._inline_chars_max = INLINE_CHARS_MAX
+
+    async def encode(self, texts: Sequence[str], context: int, client: str, *, add_special: bool) -> list[list[int]]:
+        """Tokens of each text. Raises InvalidRequest for one that cannot fit into `context` tokens, untokenized."""
+        for text in texts:
+            self._check_length(text, context)
+        reply = await self._run(jobs.Encode(list(texts), add_special, context), client)
+        assert isinstance(reply, jobs.Encoded)
+        return [array.array("I", packed).tolist() for packed in reply.packed]
+
+    async def encode_chat(self, conversation: Conversation, context: int, client: str) -> list[int]:
+        """A conversation's tokens. Raises InvalidRequest."""
+        reply = await self._run(jobs.Chat(conversation, context), client)
+        assert isinstance(reply, jobs.Encoded)
+        return array.array("I", reply.packed[0]).tolist()
+
+    async def tokenize(self, job: jobs.Tokenize, client: str) -> bytes:
+        """The body of an answer to /tokenize. Raises InvalidRequest."""
+        self._check_length(job.text, job.context)
+        reply = await self._run(job, client)
+        assert isinstance(reply, jobs.TokenizedBody)
+        return reply.body
+
+    async def decode(self, ids: Sequence[int], client: str, *, skip_special: bool) -> str:
+        """The text of tokens in [0, vocab)."""
+        reply = await self._run(jobs.Decode(array.array("I", ids).tobytes(), skip_special), client)
+        assert isinstance(reply, jobs.Decoded)
+        return reply.text
+
+    async def inspect(self) -> jobs.Inspected:
+        """Why the chat template cannot be used, if it cannot."""
+        reply = await self._workers.run(jobs.Inspect(), "")
+        assert isinstance(reply, jobs.Inspected)
+        return reply
+
+    def _check_length(self, text: str, context: int) -> None:
+        if self._codec.bound is not None and not self._codec.bound.ignores_spaces:  # that takes long: a worker does it
+            self._codec.check_length(text, context)
+
+    async def _run(self, job: Job, client: str) -> Reply:
+        if _has_template(job) or jobs.num_chars(job) > self._inline_chars_max:
+            return await self._workers.run(job, client)
+        began = time.thread_time()
+        try:
+            return self._codec.perform(job)
+        finally:
+            if time.thread_time() - began > INLINE_SECONDS_MAX:
+                self._inline_chars_max = -1
+                log.warning("the tokenizer is slow: from now on workers do all its work", chars=jobs.num_chars(job))
+
+
+def _has_template(job: Job) -> bool:
+    return isinstance(job, jobs.Chat) or (isinstance(job, jobs.Tokenize) and job.conversation is not None)
