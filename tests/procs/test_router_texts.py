@@ -1,0 +1,275 @@
+"""Texts that are too long, templates that do not end: they cost their own request, and nobody else's."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.procs.router_fakes import FakeRank, layout_of
+from tests.procs.router_harness import MODEL, RouterProcess, plain_client, write_model
+from tests.procs.waiting import wait_until
+
+pytestmark = pytest.mark.procs
+MIB = 1024 * 1024
+LONG = 8_000_000  # characters; the body's limit is 8 MiB
+HONEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+TEMPLATE = "{% if messages[0].content == 'slow' %}" + LOOPS + "{% endif %}{{ messages[0].content }}"
+
+
+def change(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+    base = tmp_path_factory.mktemp("router")
+    process = RouterProcess(base / "run", write_model(base / "model"), layout_of(0))
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+    """A model whose template can loop, and whose tokenizer allows no bound on characters."""
+    base = tmp_path_factory.mktemp("hostile")
+    model = write_model(base / "model")
+    change(model / "tokenizer_config.json", chat_template=TEMPLATE)
+    change(model / "tokenizer.json", normalizer={"type": "StripAccents"})
+    process = RouterProcess(base / "run", model, layout_of(0))
+    yield process
+    process.stop()
+
+
+def with_rank(router: RouterProcess) -> Iterator[RouterProcess]:
+    rank = FakeRank(router.sockets).start()
+    router.wait_ready()
+    try:
+        assert post(router, HONEST).status_code == 200  # the workers are there
+        yield router
+        router.wait_idle()
+    finally:
+        rank.stop()
+
+
+@pytest.fixture
+def served(router: RouterProcess) -> Iterator[RouterProcess]:
+    yield from with_rank(router)
+
+
+@pytest.fixture
+def hostile_served(hostile: RouterProcess) -> Iterator[RouterProcess]:
+    yield from with_rank(hostile)
+
+
+def post(router: RouterProcess, body: dict[str, Any], path: str = "/v1/chat/completions") -> httpx.Response:
+    return router.http.post(path, json=body)
+
+
+def error_of(answer: httpx.Response) -> tuple[int, str, str]:
+    error = answer.json()["error"]
+    return answer.status_code, error["code"], error["message"]
+
+
+class Beside:
+    """Requests that go on while others run: the slowest of each kind, in seconds."""
+
+    def __init__(self, router: RouterProcess, *bodies: dict[str, Any]) -> None:
+        self.slowest = {"/health": 0.0, **{path_of(body): 0.0 for body in bodies}}
+        self.failed: list[str] = []
+        self._router = router
+        self._bodies = bodies
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Beside:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with plain_client(self._router.url) as http:
+            while not self._stop.is_set():
+                self._one("/health", lambda: http.get("/health"))
+                for body in self._bodies:
+                    path = path_of(body)
+                    self._one(path, lambda path=path, body=body: http.post(path, json=body))
+
+    def _one(self, what: str, request: Callable[[], httpx.Response]) -> None:
+        began = time.monotonic()
+        answer = request()
+        self.slowest[what] = max(self.slowest[what], time.monotonic() - began)
+        if answer.status_code != 200:
+            self.failed.append(f"{what}: {answer.text}")
+
+
+def path_of(body: dict[str, Any]) -> str:
+    return "/v1/chat/completions" if "messages" in body else "/v1/completions"
+
+
+def resident(router: RouterProcess) -> int:
+    return psutil.Process(router.process.pid).memory_info().rss
+
+
+def family(router: RouterProcess) -> list[psutil.Process]:
+    """The processes that a router has started."""
+    return psutil.Process(router.process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "x" * LONG}),
+        ("/v1/completions", {"prompt": ["ab", "漢" * (LONG // 3)]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * LONG}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 20_000}]}),
+        ("/tokenize", {"prompt": "x y " * (LONG // 4)}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x" * LONG}]}),
+    ],
+    ids=["text", "batch", "chat", "chat-of-a-small-lane", "tokenize", "tokenize-chat"],
+)
+def test_a_text_beyond_the_context_is_not_tokenized(served: RouterProcess, path: str, body: dict[str, Any]) -> None:
+    before = resident(served)
+    with Beside(served, HONEST) as beside:
+        began = time.monotonic()
+        status, code, text = error_of(post(served, body, path))
+        took = time.monotonic() - began
+    assert (status, code) == (400, "context_length_exceeded")
+    assert "maximum context length is 512 tokens, which hold at most 6656 characters" in text
+    assert took < 3.0  # tokenizing it takes 12
+    assert beside.failed == []
+    assert max(beside.slowest.values()) < 1.5, beside.slowest
+    assert resident(served) - before < 64 * MIB
+
+
+def test_texts_just_beyond_the_context_are_told_so(served: RouterProcess) -> None:
+    """More tokens than fit, but not more characters than could: they are tokenized and counted."""
+    answer = post(served, {"prompt": "x" * 6_000}, "/v1/completions")
+    assert error_of(answer)[:2] == (400, "context_length_exceeded")
+    assert "6000" in error_of(answer)[2]
+    assert post(served, {"prompt": "x" * 6_000}, "/tokenize").json()["count"] == 6_000
+
+
+def test_five_of_them_beside_an_honest_chat(served: RouterProcess) -> None:
+    before = resident(served)
+    bodies = [{"messages": [{"role": "user", "content": "x" * LONG}]}, {"prompt": "x" * LONG}]
+    answers: list[httpx.Response] = []
+
+    def send(body: dict[str, Any]) -> None:
+        with plain_client(served.url) as http:
+            answers.append(http.post(path_of(body), json=body))
+
+    threads = [threading.Thread(target=send, args=(bodies[number % 2],)) for number in range(5)]
+    with Beside(served, HONEST, {"prompt": "honest", "max_tokens": 1}) as beside:
+        for thread in threads:
+            thread.start()
+        most = 0
+        while any(thread.is_alive() for thread in threads):
+            most = max(most, resident(served))
+            threads[0].join(0.01)
+            for thread in threads:
+                thread.join(0.001)
+    assert [error_of(answer)[:2] for answer in answers] == [(400, "context_length_exceeded")] * 5
+    assert beside.failed == []
+    assert max(beside.slowest.values()) < 2.0, beside.slowest
+    assert most < 512 * MIB
+    served.wait_idle()
+    wait_until(lambda: resident(served) - before < 64 * MIB, "the memory is given back")
+    wait_until(lambda: sum(p.memory_info().rss for p in family(served)) < 256 * MIB, "the workers' too")
+
+
+def test_a_list_of_tokens_beyond_the_context_is_not_decoded(served: RouterProcess) -> None:
+    began = time.monotonic()
+    answer = post(served, {"prompt": [97] * 1_000_000, "echo": True}, "/v1/completions")
+    assert error_of(answer)[:2] == (400, "context_length_exceeded")
+    assert time.monotonic() - began < 2.0
+
+
+def test_large_answers_of_tokenize_are_made_elsewhere(served: RouterProcess) -> None:
+    with Beside(served) as beside:
+        tokens = post(served, {"prompt": "é" * 3_300, "return_token_strs": True}, "/tokenize").json()
+        assert (tokens["count"], len(tokens["token_strs"]), tokens["max_model_len"]) == (6_600, 6_600, 512)
+        text = post(served, {"tokens": list("é".encode()) * 300_000}, "/detokenize").json()
+        assert text == {"prompt": "é" * 300_000}
+    assert beside.failed == []
+
+
+@pytest.mark.slow
+def test_a_template_that_does_not_end(hostile_served: RouterProcess) -> None:
+    """It costs its own request ten seconds and an error; other requests go on, chats with one worker less."""
+    with Beside(hostile_served, HONEST, {"prompt": "honest", "max_tokens": 1}) as beside:
+        body = {**HONEST, "messages": [{"role": "user", "content": "slow"}]}
+        began = time.monotonic()
+        status, code, text = error_of(post(hostile_served, body))
+        took = time.monotonic() - began
+    assert (status, code) == (400, "prompt_too_expensive")
+    assert "longer than the limit of 10 s" in text
+    assert 10.0 <= took < 13.0
+    assert beside.failed == []
+    assert max(beside.slowest.values()) < 1.5, beside.slowest
+
+
+@pytest.mark.slow
+def test_a_tokenizer_without_a_bound(hostile_served: RouterProcess) -> None:
+    """A worker's limits hold in its place."""
+    before = resident(hostile_served)
+    with Beside(hostile_served, HONEST, {"prompt": "x" * 5_000, "max_tokens": 1, "echo": False}) as beside:
+        status, code, text = error_of(post(hostile_served, {"prompt": "x" * LONG}, "/v1/completions"))
+    assert (status, code) == (400, "prompt_too_expensive")
+    assert "more than the limit of 384 MiB of memory" in text
+    assert [failure for failure in beside.failed if "context_length_exceeded" not in failure] == []
+    assert max(beside.slowest.values()) < 2.0, beside.slowest
+    assert resident(hostile_served) - before < 64 * MIB
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[RouterProcess]:
+    """A router of the test's own, with a rank and busy-able workers; the test ends it."""
+    model = write_model(tmp_path / "model")
+    change(model / "tokenizer_config.json", chat_template=TEMPLATE)
+    router = RouterProcess(tmp_path / "run", model, layout_of(0))
+    rank = FakeRank(router.sockets).start()
+    try:
+        router.wait_ready()
+        assert post(router, HONEST).status_code == 200
+        assert len(family(router)) >= 2  # the fork server and a worker
+        yield router
+    finally:
+        rank.stop()
+        router.process.kill()
+        router.process.wait()
+
+
+def test_no_process_is_left_at_the_end(own: RouterProcess) -> None:
+    started = family(own)
+    own.stop()
+    assert psutil.wait_procs(started, timeout=10.0)[1] == []
+
+
+def test_no_process_is_left_of_a_router_that_is_killed(own: RouterProcess) -> None:
+    """Even while a worker is busy in a template, where it hears nothing."""
+    sender = threading.Thread(target=_send_slow, args=(own.url,))
+    sender.start()
+    wait_until(lambda: any(process.cpu_percent(0.05) > 20 for process in family(own)), "a worker is busy")
+    started = family(own)
+    own.process.kill()
+    own.process.wait()
+    sender.join()
+    assert psutil.wait_procs(started, timeout=10.0)[1] == []
+    own.stop(expected=-9)
+
+
+def _send_slow(url: str) -> None:
+    with plain_client(url) as http, pytest.raises(httpx.TransportError):
+        http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "slow"}]})
