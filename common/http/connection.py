@@ -15,7 +15,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from common.http import framing
-from common.http.cycle import Cycle
+from common.http.cycle import Cycle, PlainCycle
 from common.http.orderly import OrderlyProtocol, Outlet
 from common.http.places import Places
 from common.http.refusal import Refusal, bad_request, explain, too_many
@@ -23,6 +23,8 @@ from common.http.refusal import Refusal, bad_request, explain, too_many
 HEAD_SECONDS_MAX = 10.0  # for a request's head, and for the rest of a body that nobody reads
 GUEST_SECONDS_MAX = 2.0  # for a head where no place is free
 HEAD_BYTES_MAX = 64 * 1024
+GUEST_HEAD_BYTES_MAX = 8 * 1024
+GUESTS_MAX = 1_024  # connections that are turned away with an answer at the same time
 FIELDS_MAX = 128
 FRAMING_FACTOR = 8  # bytes on the wire per byte of a body, at worst: chunks of one byte
 CHUNKS_FREE = 65_536  # of a body, whatever its size; beyond them a chunk has CHUNK_BYTES_MEAN_MIN bytes on average
@@ -30,6 +32,7 @@ CHUNK_BYTES_MEAN_MIN = 64
 UNREAD_BYTES_MAX = 64 * 1024  # of a body that is passed over to reach the next request
 PIPELINED_MAX = 16  # requests that wait for the answer to an earlier one
 
+_NOTED = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
 _IDLE, _HEAD, _BODY = range(3)  # what comes next: a request, the rest of its head, the rest of its body
 
 
@@ -42,6 +45,7 @@ class Rules:
     body_bytes_max: int
     probes: frozenset[str]
     refused: Callable[[int], None]
+    guests_max: int = GUESTS_MAX
 
 
 class Connection(OrderlyProtocol):
@@ -63,7 +67,7 @@ class Connection(OrderlyProtocol):
         self._codings: list[bytes] = []
         self._content_length = -1
         self._num_wire_bytes = 0  # of what `_state` tells
-        self._num_field_bytes = 0
+        self._num_fields = 0  # of the head, then of the trailers
         self._num_chunks = 0
 
     # ---- the transport's side ----------------------------------------------------------------------------------------
@@ -99,7 +103,7 @@ class Connection(OrderlyProtocol):
             if not self._is_deaf:
                 self._refuse(explain(error, data))
             return
-        most = HEAD_BYTES_MAX
+        most = GUEST_HEAD_BYTES_MAX if self._is_guest else HEAD_BYTES_MAX
         if self._state == _BODY:
             most += FRAMING_FACTOR * self.rules.body_bytes_max
         if self._num_wire_bytes > most and not self._is_deaf:
@@ -131,7 +135,7 @@ class Connection(OrderlyProtocol):
         if not self._is_answering:
             self.places.begin(self, self.loop.time())
         self._state = _HEAD
-        self._num_wire_bytes = self._num_field_bytes = self._num_chunks = 0
+        self._num_wire_bytes = self._num_fields = self._num_chunks = 0
         self._hosts, self._codings, self._content_length = [], [], -1
         super().on_message_begin()
 
@@ -143,22 +147,24 @@ class Connection(OrderlyProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One field. Trailers, which come after a chunked body, are only counted: nobody reads them."""
-        self._num_field_bytes += len(name) + len(value) + 4
-        if self._num_field_bytes > HEAD_BYTES_MAX:
+        self._num_fields += 1
+        if self._num_fields > FIELDS_MAX:
             raise _too_large()
         if self._state != _HEAD:
             return
-        if len(self.headers) >= FIELDS_MAX:
-            raise _too_large()
         name, value = name.lower(), value.rstrip(b" \t")
         self.headers.append((name, value))
+        if name in _NOTED:
+            self._note(name, value)
+
+    def _note(self, name: bytes, value: bytes) -> None:
         if name == b"host":
             self._hosts.append(value)
         elif name == b"content-length":
             self._content_length = int(value)  # the parser takes only digits
         elif name == b"transfer-encoding":
             self._codings.append(value)
-        elif name == b"expect":
+        else:
             self.expect_100_continue = value.lower() == b"100-continue"
 
     def on_headers_complete(self) -> None:
@@ -178,7 +184,7 @@ class Connection(OrderlyProtocol):
         if self._is_guest:
             self._admit(target.path)
         self._state = _BODY
-        self._num_wire_bytes = self._num_field_bytes = 0
+        self._num_wire_bytes = self._num_fields = 0
         self._stop_waiting()
         self.scope["method"] = method.decode("ascii")
         self.scope["http_version"] = version
@@ -191,7 +197,7 @@ class Connection(OrderlyProtocol):
             self._start_asgi_task(cycle, self.app)
 
     def _make_cycle(self, *, is_old: bool) -> Cycle:
-        cycle = Cycle(
+        cycle = (PlainCycle if is_old else Cycle)(
             scope=self.scope,
             transport=cast(asyncio.Transport, self._outlet),
             flow=self.flow,
@@ -204,9 +210,8 @@ class Connection(OrderlyProtocol):
             keep_alive=not is_old and not self._is_guest and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
-        cycle.is_short = 0 <= self._content_length <= UNREAD_BYTES_MAX
-        if is_old:
-            cycle.make_plain()
+        is_short = not self._codings and self._content_length <= UNREAD_BYTES_MAX
+        cycle.expect_rest(is_short=is_short)
         return cycle
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -225,12 +230,11 @@ class Connection(OrderlyProtocol):
         if not self._has_cycle:
             return  # see _feed
         self._state, self._has_cycle, self._num_wire_bytes = _IDLE, False, 0
-        self._is_deaf = self._is_deaf or not self.cycle.keep_alive
+        cycle = cast(Cycle, self.cycle)
+        cycle.complete()
+        self._is_deaf = self._is_deaf or not cycle.keep_alive
         self.places.work(self)
-        if not self.cycle.response_complete:
-            self.cycle.more_body = False
-            self.cycle.message_event.set()
-        elif not self._is_deaf:
+        if cycle.response_complete and not self._is_deaf:
             self._stop_waiting()
             self._rest()
 
@@ -350,7 +354,7 @@ class Connection(OrderlyProtocol):
 
 def guarded(rules: Rules) -> type[Connection]:
     """The protocol with these rules and places of its own, for uvicorn's `http` option."""
-    attributes = {"rules": rules, "places": Places[Connection](rules.connections_max)}
+    attributes = {"rules": rules, "places": Places[Connection](rules.connections_max, rules.guests_max)}
     return type("ConfiguredConnection", (Connection,), attributes)
 
 

@@ -1,4 +1,4 @@
-"""One request and its answer, as uvicorn has it, for older clients and for bodies that nobody reads."""
+"""One request and its answer, as uvicorn has it, for bodies that nobody reads and for clients of HTTP/1.0."""
 
 from __future__ import annotations
 
@@ -8,29 +8,41 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 
 class Cycle(RequestResponseCycle):
-    """`is_plain`: the answer has no chunks and ends with the connection, for HTTP/1.0. `is_short`: where nobody reads
-    the request's body it is passed over to reach the next request; else the connection ends with the answer."""
+    """`keep_alive`: whether another request may follow. An answer that begins before its request has come whole ends
+    the connection, unless the rest is short enough to be passed over (RFC 9112 section 9.3); where the client waits for
+    a 100 nobody knows whether it sends the rest at all."""
 
-    is_plain = False
-    is_short = False
+    may_keep_alive = False
 
-    async def send(self, message: Any) -> None:
-        """The `send` of ASGI."""
+    def expect_rest(self, *, is_short: bool) -> None:
+        """The head has come."""
+        self.may_keep_alive = self.keep_alive
+        self.keep_alive = self.keep_alive and is_short and not self.waiting_for_100_continue
+
+    def complete(self) -> None:
+        """The request has come whole."""
         if not self.response_started:
-            # RFC 9112 section 9.3. Who waits for a 100 may send the body or not: nobody knows where a request begins.
-            if self.more_body and (self.waiting_for_100_continue or not self.is_short):
-                self.keep_alive = False
-        elif self.is_plain:
-            self.expected_content_length = len(message.get("body", b""))
-        await super().send(message)
-
-    def make_plain(self) -> None:
-        """Answer a client of HTTP/1.0, which knows no chunks (RFC 9112 section 6.1)."""
-        self.is_plain = True
-        self.chunked_encoding = False
+            self.keep_alive = self.may_keep_alive
+        if not self.response_complete:
+            self.more_body = False
+            self.message_event.set()
 
     def disconnect(self) -> None:
         """Nobody hears the application any more; it sees that."""
         if not self.response_complete:
             self.disconnected = True
             self.message_event.set()
+
+
+class PlainCycle(Cycle):
+    """For HTTP/1.0, which knows no chunks: the answer ends with the connection (RFC 9112 section 6.1)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.chunked_encoding = False
+
+    async def send(self, message: Any) -> None:
+        """The `send` of ASGI, for a body of any length."""
+        if self.response_started:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)

@@ -22,7 +22,6 @@ log = get_logger("http")
 
 BACKLOG = 4_096  # connections that wait to be accepted; the kernel may allow fewer (net.core.somaxconn)
 DESCRIPTORS_KEPT = 256  # for everything but connections
-DESCRIPTORS_PER_PLACE = 3  # a connection with a place, a guest, and one that hears its last answer; see places.py
 AFTER_SHORTAGE_S = 0.01
 
 
@@ -76,11 +75,12 @@ def _within_descriptors(rules: Rules) -> Rules:
             soft = hard
     if soft == resource.RLIM_INFINITY:
         return rules
-    most = max(1, (soft - DESCRIPTORS_KEPT) // DESCRIPTORS_PER_PLACE)
-    if most >= rules.connections_max:
-        return rules
-    log.warning("fewer connections than wanted", limit=most, wanted=rules.connections_max, open_files_max=soft)
-    return replace(rules, connections_max=most)
+    # Connections with a place, guests, and those that hear their last answer; see places.py.
+    left = max(3, soft - DESCRIPTORS_KEPT)
+    most = min(rules.connections_max, left // 3)
+    if most < rules.connections_max:
+        log.warning("fewer connections than wanted", limit=most, wanted=rules.connections_max, open_files_max=soft)
+    return replace(rules, connections_max=most, guests_max=min(rules.guests_max, (left - most) // 2))
 
 
 def bind(host: str, port: int) -> socket.socket:

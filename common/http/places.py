@@ -14,11 +14,12 @@ GRACE_S = 1.0  # for a connection to send its first request before another one m
 
 
 class Places(Generic[C]):
-    """The connections of one listener, for one asyncio loop. `most`: places; as many more guests, and as many more
+    """The connections of one listener, for one asyncio loop. `most`: places. `guests_max`: of guests, and also of
     connections that wait for their peer to hear the last answer."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, guests_max: int) -> None:
         self.most = most
+        self.guests_max = guests_max
         # Each in the order of their times: dicts keep the order of insertion.
         self._idle: dict[C, None] = {}
         self._fresh: dict[C, float] = {}
@@ -39,7 +40,7 @@ class Places(Generic[C]):
         if has_room:
             self._fresh[connection] = now
             return True, victim
-        if len(self._guests) >= self.most:
+        if len(self._guests) >= self.guests_max:
             victim = next(iter(self._guests))
             del self._guests[victim]
         self._guests[connection] = None
@@ -73,7 +74,7 @@ class Places(Generic[C]):
     def linger(self, connection: C) -> bool:
         """The connection's place is free; whether it may stay until its peer has heard the last answer."""
         self.leave(connection)
-        if len(self._lingering) >= self.most:
+        if len(self._lingering) >= self.guests_max:
             return False
         self._lingering.add(connection)
         return True

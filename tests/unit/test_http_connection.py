@@ -66,7 +66,7 @@ class Serving:
 
     def __init__(self, sock: socket.socket, *, keep_alive_s: float = 5.0) -> None:
         self.app = App()
-        rules = Rules(PLACES, 1_000, frozenset({"/probe"}), self.app.refused.append)
+        rules = Rules(PLACES, 1_000, frozenset({"/probe"}), self.app.refused.append, guests_max=PLACES)
         self.server: Server = make_server(cast(Door, self.app), rules, keep_alive_s=keep_alive_s, stop_s=2)
         self.address = sock.getsockname()
         self.task = asyncio.create_task(self.server.serve([sock]))
@@ -351,7 +351,9 @@ def test_connections_are_bounded_by_open_files(monkeypatch: pytest.MonkeyPatch) 
     limits = {"soft": 556, "hard": 556}
     monkeypatch.setattr(listener.resource, "getrlimit", lambda _: (limits["soft"], limits["hard"]))
     monkeypatch.setattr(listener.resource, "setrlimit", lambda _, wanted: limits.update(soft=wanted[0]))
-    assert listener._within_descriptors(rules).connections_max == 100
+    bounded = listener._within_descriptors(rules)
+    assert (bounded.connections_max, bounded.guests_max) == (100, 100)
     limits["hard"] = 4_096
-    assert listener._within_descriptors(rules).connections_max == 1_000
+    bounded = listener._within_descriptors(rules)
+    assert (bounded.connections_max, bounded.guests_max) == (1_000, 1_024)
     assert limits["soft"] == 4_096

@@ -17,7 +17,7 @@ EVENTS = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(events=EVENTS, step_s=st.sampled_from([0.0, 0.1, GRACE_S]))
 def test_whatever_happens_the_bounds_hold(events: list[tuple[str, int]], step_s: float) -> None:
-    places: Places[int] = Places(MOST)
+    places: Places[int] = Places(MOST, MOST)
     now, present = 0.0, set[int]()
     for event, connection in events:
         now += step_s
@@ -57,7 +57,7 @@ def test_whatever_happens_the_bounds_hold(events: list[tuple[str, int]], step_s:
 
 
 def test_who_is_idle_longest_leaves_then_who_has_been_sending_longest() -> None:
-    places: Places[str] = Places(3)
+    places: Places[str] = Places(3, 3)
     for name in "abc":
         assert places.enter(name, 0.0) == (True, None)
         places.work(name)
@@ -74,7 +74,7 @@ def test_who_is_idle_longest_leaves_then_who_has_been_sending_longest() -> None:
 
 
 def test_the_oldest_guest_leaves_for_a_new_one() -> None:
-    places: Places[int] = Places(1)
+    places: Places[int] = Places(1, 1)
     assert places.enter(0, 0.0) == (True, None)
     places.work(0)
     assert places.enter(1, 0.0) == (False, None)

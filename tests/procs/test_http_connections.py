@@ -1,0 +1,166 @@
+"""A thousand connections at once, idle ones in all places, and bodies that do not come: everybody hears an answer, and
+probes and honest clients are served (RFC 9112 section 9). Against a real router with its usual limits, and a scaler."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from services.router.service import SPARE_CONNECTIONS
+from services.scaler.admin import CONNECTIONS_MAX
+from tests.procs.router_fakes import FakeRank, Reply, layout_of
+from tests.procs.router_harness import RouterProcess, write_model
+from tests.procs.scaler_harness import TOKEN, ScalerProcess
+
+pytestmark = pytest.mark.procs
+
+BURST = 1_000
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+DESCRIPTORS = 4_096
+
+
+@dataclass(frozen=True)
+class Target:
+    """A listener: its port, how many places it has, and a request that is work."""
+
+    port: int
+    places: int
+    work: bytes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _descriptors() -> Iterator[None]:
+    """As many as the connections of these tests need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS:
+        pytest.skip(f"this process may open {hard} files, and {DESCRIPTORS} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, DESCRIPTORS), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+    base = tmp_path_factory.mktemp("router")
+    process = RouterProcess(base / "run", write_model(base / "model"), layout_of(0))
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def scaler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScalerProcess]:
+    base = tmp_path_factory.mktemp("scaler")
+    process = ScalerProcess(base / "run", write_model(base / "model"))
+    yield process
+    process.stop()
+
+
+@pytest.fixture(params=["router", "admin"])
+def target(request: pytest.FixtureRequest, router: RouterProcess, scaler: ScalerProcess) -> Iterator[Target]:
+    if request.param == "admin":
+        head = f"GET /v1/config HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+        yield Target(scaler.port, CONNECTIONS_MAX, head.encode())
+        return
+    rank = FakeRank(router.sockets).start()
+    rank.answer = Reply(b"Hello!")
+    router.wait_ready()
+    body = b'{"prompt":"x"}'
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    try:
+        yield Target(
+            router.port, 2 * 256 + SPARE_CONNECTIONS, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        )
+        router.wait_idle()
+    finally:
+        rank.stop()
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def connect(cls, target: Target) -> Client:
+        return cls(*await asyncio.open_connection("127.0.0.1", target.port))
+
+    async def ask(self, raw: bytes, *, timeout_s: float = 20.0) -> tuple[int, dict[str, str]]:
+        """Status and headers; the body is read. A reset, or an end without an answer, fails the test."""
+        async with asyncio.timeout(timeout_s):
+            self._writer.write(raw)
+            await self._writer.drain()
+            head = (await self._reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:])}
+            body = await self._reader.readexactly(int(headers["content-length"]))
+        status = int(head[0].split(" ")[1])
+        if status >= 400:
+            assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+        return status, headers
+
+    async def close(self) -> None:
+        self._writer.close()
+        try:
+            await self._writer.wait_closed()
+        except ConnectionError:
+            pass  # ended by the listener
+
+
+async def ask_once(target: Target, raw: bytes, *, timeout_s: float = 20.0) -> tuple[int, dict[str, str]]:
+    client = await Client.connect(target)
+    try:
+        return await client.ask(raw, timeout_s=timeout_s)
+    finally:
+        await client.close()
+
+
+async def test_each_of_a_thousand_requests_at_once_hears_an_answer(target: Target) -> None:
+    async def probe() -> float:
+        begun = time.monotonic()
+        assert (await ask_once(target, HEALTH))[0] == 200
+        return time.monotonic() - begun
+
+    answers = asyncio.gather(*(ask_once(target, target.work) for _ in range(BURST)))
+    probes = [await probe() for _ in range(5)]
+    statuses = Counter(status for status, _ in await answers)
+    assert set(statuses) <= {200, 429, 503}, statuses
+    assert statuses[200] >= target.places // 4, statuses
+    assert all(headers["retry-after"] == "1" for status, headers in await answers if status != 200)
+    assert max(probes) < 10.0  # all share two cores with the clients
+    assert (await ask_once(target, target.work))[0] == 200
+
+
+async def test_idle_connections_keep_nobody_out(target: Target) -> None:
+    idle = [await Client.connect(target) for _ in range(target.places)]
+    try:
+        assert {(await client.ask(HEALTH))[0] for client in idle} == {200}
+        for raw in (target.work, HEALTH) * 10:
+            assert (await ask_once(target, raw))[0] == 200
+        assert (await idle[-1].ask(target.work))[0] == 200, "the one that was used last has kept its place"
+    finally:
+        for client in idle:
+            await client.close()
+
+
+async def test_bodies_that_do_not_come_keep_nobody_out(target: Target) -> None:
+    head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\nContent-Length: 9\r\n\r\n{"
+    slow = [await Client.connect(target) for _ in range(target.places)]
+    try:
+        for client in slow:
+            client._writer.write(head % TOKEN.encode())
+        async with asyncio.timeout(10):
+            while (answer := await ask_once(target, target.work))[0] == 503:
+                assert answer[1]["retry-after"] == "1"
+                assert (await ask_once(target, HEALTH))[0] == 200
+                await asyncio.sleep(0.05)
+        assert answer[0] == 200
+    finally:
+        for client in slow:
+            await client.close()
