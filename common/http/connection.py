@@ -67,6 +67,7 @@ class Connection(OrderlyProtocol):
         self._codings: list[bytes] = []
         self._content_length = -1
         self._num_wire_bytes = 0  # of what `_state` tells
+        self._num_idle_bytes = 0  # of these, since anything of a body came
         self._num_fields = 0  # of the head, then of the trailers
         self._num_chunks = 0
 
@@ -97,6 +98,7 @@ class Connection(OrderlyProtocol):
         if not self._is_answering:
             self._await(HEAD_SECONDS_MAX, self._timed_out)
         self._num_wire_bytes += len(data)
+        self._num_idle_bytes += len(data)
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
@@ -104,9 +106,10 @@ class Connection(OrderlyProtocol):
                 self._refuse(explain(error, data))
             return
         most = GUEST_HEAD_BYTES_MAX if self._is_guest else HEAD_BYTES_MAX
+        is_too_large = self._num_idle_bytes > most  # a head, trailers, a chunk's extension
         if self._state == _BODY:
-            most += FRAMING_FACTOR * self.rules.body_bytes_max
-        if self._num_wire_bytes > most and not self._is_deaf:
+            is_too_large |= self._num_wire_bytes > HEAD_BYTES_MAX + FRAMING_FACTOR * self.rules.body_bytes_max
+        if is_too_large and not self._is_deaf:
             self._refuse(_too_large())
 
     def _feed(self, data: bytes) -> None:
@@ -135,7 +138,7 @@ class Connection(OrderlyProtocol):
         if not self._is_answering:
             self.places.begin(self, self.loop.time())
         self._state = _HEAD
-        self._num_wire_bytes = self._num_fields = self._num_chunks = 0
+        self._num_wire_bytes = self._num_idle_bytes = self._num_fields = self._num_chunks = 0
         self._hosts, self._codings, self._content_length = [], [], -1
         super().on_message_begin()
 
@@ -184,7 +187,7 @@ class Connection(OrderlyProtocol):
         if self._is_guest:
             self._admit(target.path)
         self._state = _BODY
-        self._num_wire_bytes = self._num_fields = 0
+        self._num_wire_bytes = self._num_idle_bytes = self._num_fields = 0
         self._stop_waiting()
         self.scope["method"] = method.decode("ascii")
         self.scope["http_version"] = version
@@ -225,11 +228,16 @@ class Connection(OrderlyProtocol):
         if self._num_chunks > most:
             raise Refusal(413, "too_many_chunks", f"the body comes in more chunks than the limit of {most}")
 
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
+        self._num_idle_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         """A request has come whole."""
         if not self._has_cycle:
             return  # see _feed
-        self._state, self._has_cycle, self._num_wire_bytes = _IDLE, False, 0
+        self._state, self._has_cycle, self._num_idle_bytes = _IDLE, False, 0
         cycle = cast(Cycle, self.cycle)
         cycle.complete()
         self._is_deaf = self._is_deaf or not cycle.keep_alive

@@ -78,6 +78,8 @@ def check_coding(version: str, codings: Sequence[bytes]) -> None:
         return
     if version == "1.0":
         raise bad_request("Transfer-Encoding in HTTP/1.0")
+    if b"" in codings:
+        raise bad_request("an empty Transfer-Encoding")
     if len(codings) > 1 or codings[0].lower() != b"chunked":
         raise Refusal(
             501, "transfer_coding_not_implemented", "the only Transfer-Encoding that is understood is chunked"

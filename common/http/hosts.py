@@ -10,6 +10,7 @@ import ipaddress
 from collections.abc import Iterable
 from typing import Protocol
 
+from common.http.framing import is_authority
 from common.protocol.errors import ConfigError, Forbidden
 
 ANY = "*"
@@ -56,7 +57,7 @@ class HostPolicy:
     match."""
 
     def __init__(self, bound: str, allowed: Iterable[str], origins: Iterable[str], *, is_open: bool) -> None:
-        self._names = frozenset({_plain(bound), *(_plain(entry) for entry in allowed)})
+        self._names = frozenset({_plain(bound), *(_name_of(entry) for entry in allowed)})
         self._suffixes = tuple(name[1:] for name in self._names if name.startswith("*."))
         self._origins = frozenset(origins)
         self._is_open = is_open
@@ -90,6 +91,17 @@ class HostPolicy:
     def allows(self, origin: bytes) -> bool:
         """By the setting."""
         return ANY in self._origins or origin.decode("latin-1").lower() in self._origins
+
+
+def _name_of(entry: str) -> str:
+    """An entry of `allowed_hosts`. Raises ConfigError for what stands in no Host field."""
+    try:
+        return _plain(str(ipaddress.ip_address(entry)))
+    except ValueError:
+        if not entry.isascii() or not is_authority(entry.encode()):
+            text = f"allowed_hosts: {entry[:_SHOWN_CHARS_MAX]!r} is no host: write a name, *.name, an address or *"
+            raise ConfigError(text) from None
+        return _plain(_without_port(entry))
 
 
 def _without_port(authority: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.procs.scaler_harness import ScalerProcess
 pytestmark = pytest.mark.procs
 
 CHAT_PAGE = "https://chat.example.org"
+KEEP_ALIVE_S = 0.5
 BODY = {"tokens": [88, 89]}
 
 
@@ -33,7 +35,11 @@ def router(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Ro
 
 @pytest.fixture(scope="module")
 def widened(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[RouterProcess]:
-    settings = {"allowed_hosts": "llm.example.org, *.svc", "cors_origins": CHAT_PAGE, "keep_alive_seconds": 0.5}
+    settings = {
+        "allowed_hosts": "llm.example.org, *.svc",
+        "cors_origins": CHAT_PAGE,
+        "keep_alive_seconds": KEEP_ALIVE_S,
+    }
     process = RouterProcess(tmp_path_factory.mktemp("widened") / "run", model, layout_of(0), **settings)
     yield process
     process.stop()
@@ -41,7 +47,7 @@ def widened(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[R
 
 @pytest.fixture(scope="module")
 def scaler(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[ScalerProcess]:
-    process = ScalerProcess(tmp_path_factory.mktemp("scaler") / "run", model)
+    process = ScalerProcess(tmp_path_factory.mktemp("scaler") / "run", model, keep_alive_seconds=KEEP_ALIVE_S)
     yield process
     process.stop()
 
@@ -166,6 +172,16 @@ def test_an_answer_in_pieces_has_the_headers_too(widened: RouterProcess) -> None
         assert answer.text.endswith("data: [DONE]\n\n")
     finally:
         rank.stop()
+
+
+def test_an_idle_connection_ends_after_the_setting(widened: RouterProcess, scaler: ScalerProcess) -> None:
+    for process in (widened, scaler):
+        with socket.create_connection(("127.0.0.1", process.port), 10) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            begun = time.monotonic()
+            while connection.recv(4_096):
+                pass
+            assert KEEP_ALIVE_S - 0.1 < time.monotonic() - begun < 10
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import json
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,18 @@ def target(request: pytest.FixtureRequest, router: RouterProcess, scaler: Scaler
         router.wait_idle()
     finally:
         rank.stop()
+
+
+@pytest.fixture
+def peak(target: Target, router: RouterProcess, scaler: ScalerProcess) -> Callable[[], int]:
+    """The most resident memory that the listener's process has had, in bytes."""
+    pid = next(process.process.pid for process in (router, scaler) if process.port == target.port)
+
+    def read() -> int:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+
+    return read
 
 
 class Client:
@@ -164,3 +177,34 @@ async def test_bodies_that_do_not_come_keep_nobody_out(target: Target) -> None:
     finally:
         for client in slow:
             await client.close()
+
+
+async def test_endless_heads_trailers_and_extensions_keep_no_memory(target: Target, peak: Callable[[], int]) -> None:
+    """8 MB on each of six connections, for every part of a message that has no length of its own."""
+    post = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\n" % TOKEN.encode()
+    endless = {
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n": b"a: b\r\n" * 1_000,
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\na: ": b"b" * 6_000,
+        b"GET /": b"b" * 6_000,
+        b"": b"\r\n" * 3_000,
+        post + b"Transfer-Encoding: chunked\r\n\r\n0\r\n": b"a: b\r\n" * 1_000,
+        post + b"Transfer-Encoding: chunked\r\n\r\n0\r\na: ": b"b" * 6_000,
+        post + b"Transfer-Encoding: chunked\r\n\r\n1;a=": b"b" * 6_000,
+    }
+    before = peak()
+
+    async def flood(begin: bytes, piece: bytes) -> None:
+        client = await Client.connect(target)
+        try:
+            client._writer.write(begin)
+            for _ in range(8_000_000 // len(piece)):
+                client._writer.write(piece)
+                await client._writer.drain()
+        except ConnectionError:
+            pass  # cut off
+        await client.close()
+
+    for begin, piece in endless.items():
+        await asyncio.gather(*(flood(begin, piece) for _ in range(6)))
+    assert peak() - before < 32 << 20
+    assert (await ask_once(target, target.work))[0] == 200

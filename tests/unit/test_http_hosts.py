@@ -64,8 +64,8 @@ def test_the_bound_name_the_local_address_and_allowed_names_are_known() -> None:
     assert is_known("10.1.2.3:8000", bound="0.0.0.0", local="10.1.2.3")
     assert is_known("10.1.2.3", bound="::", local="::ffff:10.1.2.3")
     assert not is_known("10.1.2.4", bound="0.0.0.0", local="10.1.2.3")
-    allowed = "api.example.org, *.svc.cluster.local,[fd00::1]"
-    for host in ("API.example.org:443", "router.ns.svc.cluster.local:8000", "[fd00::1]:80", "[FD00:0::1]"):
+    allowed = "api.example.org:8000, *.svc.cluster.local,[fd00::1],fd00::3"
+    for host in ("API.example.org:443", "router.ns.svc.cluster.local:8000", "[fd00::1]:80", "[FD00:0::1]", "[fd00::3]"):
         assert is_known(host, allowed=allowed)
     for host in ("x.api.example.org", "svc.cluster.local", "evilsvc.cluster.local", "[fd00::2]"):
         assert not is_known(host, allowed=allowed)
@@ -111,6 +111,12 @@ def test_own_pages_and_allowed_ones_may_ask() -> None:
     for origin in ("http://chat.example.org", "https://chat.example.org:444", "https://chat.example.org.evil.example"):
         assert not may_ask(origin, origins=origins)
         assert not policy(origins=origins).allows(origin.encode())
+
+
+@pytest.mark.parametrize("entry", ["http://a", "a/b", "user@a", "a b", "[::", "a:b", "\u00e9"])
+def test_a_host_that_no_request_has_stops_the_start(entry: str) -> None:
+    with pytest.raises(ConfigError, match="allowed_hosts"):
+        policy(allowed=entry)
 
 
 @pytest.mark.parametrize("origin", ["chat.example.org", "https://", "https://a/b", "://a", "https://a/"])
