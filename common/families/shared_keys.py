@@ -38,7 +38,8 @@ _PYTHON: Final = """
     _attn_implementation _attn_implementation_autoset experts_implementation _experts_implementation
     gradient_checkpointing keys_to_ignore_at_inference tie_last_hidden_states
 """  # how its code is called, and what it returns beside the logits
-# Of other kinds of models and heads, and of earlier versions: now all layers have a window or none
+# Of other kinds of models and heads, and of earlier versions (`max_window_layers`: now all layers of a model have a
+# window, or none)
 _OTHERS: Final = """
     chunk_size_feed_forward id2label label2id num_labels problem_type finetuning_task task_specific_params prefix
     add_cross_attention cross_attention_hidden_size is_decoder tie_encoder_decoder decoder_start_token_id sep_token_id
