@@ -59,6 +59,19 @@ def test_checkpoint_with_a_damaged_header(run_dir: Path, model_folder: Callable[
     assert "bad_checkpoint" in line
     assert str(1 << 40) in line
     assert str(8 << 20) in line
+    assert not run_dir.exists()  # it was found before anything was started
+
+
+def test_checkpoint_that_was_cloned_without_lfs(
+    run_dir: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "pointers"
+    shutil.copytree(model_folder("oracle"), model)
+    next(model.glob("*.safetensors")).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    code, line = up(run_dir, "--model", str(model))
+    assert code == 1
+    assert line.startswith("elasticmoe: lfs_pointer: model.safetensors is a Git LFS pointer")
+    assert not run_dir.exists()
 
 
 def test_checkpoint_that_lacks_a_tensor(run_dir: Path, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -71,6 +84,7 @@ def test_checkpoint_that_lacks_a_tensor(run_dir: Path, model_folder: Callable[[s
     assert code == 1
     assert "bad_checkpoint" in line
     assert "model.layers.2" in line
+    assert not run_dir.exists()
 
 
 def test_device_too_small(run_dir: Path, model_folder: Callable[[str], Path]) -> None:
