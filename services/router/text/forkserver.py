@@ -7,6 +7,7 @@ closed, or the process that started this one dies, everything here ends.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import selectors
@@ -107,8 +108,9 @@ def main() -> int:
     gc.collect()
     gc.freeze()  # a collection in a worker would write to every object, and so copy the pages that it shares
     process.give_memory_back()
-    control.sendall(codec.digest.encode())
-    ForkServer(control, codec).run()
+    with contextlib.suppress(BrokenPipeError):  # the router has ended meanwhile
+        control.sendall(codec.digest.encode())
+        ForkServer(control, codec).run()
     return 0
 
 

@@ -32,7 +32,6 @@ SMALL_CHARS_MAX: Final = 32_768
 START_SECONDS_MAX: Final = 30.0
 RESTART_SECONDS: Final = 0.5
 WAIT_SECONDS_MAX: Final = 60.0
-STOP_SECONDS_MAX: Final = 5.0
 DEATHS_MAX: Final = 2  # a worker may be killed by somebody else: one death is no proof that the job did it
 
 
@@ -235,13 +234,5 @@ class TextWorkers:
             self._control = None
         if self._process is not None:
             process, self._process = self._process, None
-            await asyncio.get_running_loop().run_in_executor(None, _end, process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a process that ends by itself, and end it where it does not."""
-    try:
-        process.wait(STOP_SECONDS_MAX)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+            process.kill()  # and the kernel kills its workers
+            await asyncio.get_running_loop().run_in_executor(None, process.wait)
