@@ -18,6 +18,8 @@ SOURCE = ("common", "services", "cli", "native")
 SOLE_IMPORTERS = {
     "zmq": "common/transport.py",
     "redis": "common/store.py",
+    "uvicorn": "common/http/",
+    "httptools": "common/http/",
     "torch": (
         "services/worker/",
         "common/devices/",
@@ -43,6 +45,9 @@ PURE = [
     "services/worker/engine/blocks.py",
     "services/worker/engine/scheduler.py",
     "services/worker/engine/sequence.py",
+    "common/http/framing.py",
+    "common/http/hosts.py",
+    "common/http/places.py",
     "common/layout.py",
     "common/model_spec.py",
     "common/families/__init__.py",

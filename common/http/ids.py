@@ -24,7 +24,12 @@ def assign(scope: MutableMapping[str, Any]) -> None:
     given = [value for name, value in scope["headers"] if name == HEADER]
     is_given = len(given) == 1 and _usable.fullmatch(given[0]) is not None
     scope[_SCOPE_IS_GIVEN] = is_given
-    scope[_SCOPE_ID] = given[0].decode() if is_given else secrets.token_hex(12)
+    scope[_SCOPE_ID] = given[0].decode() if is_given else drawn()
+
+
+def drawn() -> str:
+    """A new id."""
+    return secrets.token_hex(12)
 
 
 def of(scope: MutableMapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from common.http import ids
 from common.http.errors import RETRY_AFTER_S, ErrorBody, ErrorDetail, type_of
 from common.telemetry import get_logger
 
@@ -34,6 +35,7 @@ class Refusal(Exception):
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"),
+            (ids.HEADER, ids.drawn().encode()),
         ]
         if self.status == 503:
             own.append((b"retry-after", b"%d" % RETRY_AFTER_S))

@@ -488,6 +488,7 @@ def test_rfc9112_bad_heads_are_refused_and_the_connection_ends(listener: Listene
         answers = ask(listener, *pieces)
         assert [answer.status for answer in answers] == [status]
         assert answers[0].headers["connection"] == "close"
+        assert answers[0].headers["x-request-id"]
         assert answers[0].code
 
 
