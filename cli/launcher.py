@@ -242,6 +242,9 @@ class Launcher:
             self._console.line(f"{spec.name} ended with {describe_exit(code)}; its last line: {last_line}")
 
     def _stop_orphans(self, name: str, grace_s: float) -> None:
+        if not self._orphans.living():
+            return
+        self._console.progress(f"ending what {name} has left behind")
         killed = self._orphans.end(grace_s, lambda: bool(self._num_interrupts))
         if killed and not self._num_interrupts:
             self.num_unclean += killed

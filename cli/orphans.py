@@ -36,6 +36,11 @@ class Orphans:
             if state == "Z":
                 os.waitpid(pid, os.WNOHANG)
 
+    def living(self) -> set[int]:
+        """Process ids. Those that have ended are let go of."""
+        self.reap()
+        return {pid for pid, _ in self._found()}
+
     def end(self, grace_s: float, is_cut_short: Callable[[], bool]) -> int:
         """SIGTERM to all, SIGKILL after `grace_s` or when it is cut short, until none is left, also of those that they
         leave behind in turn. Blocks until then, at most _KILL_S_MAX longer. The number of those that were killed."""
@@ -43,8 +48,7 @@ class Orphans:
         killed: set[int] = set()
         begun = time.monotonic()
         while time.monotonic() - begun < grace_s + _KILL_S_MAX:
-            self.reap()
-            living = {pid for pid, _ in self._found()}
+            living = self.living()
             if not living:
                 break
             is_late = time.monotonic() - begun >= grace_s or is_cut_short()

@@ -4,6 +4,7 @@ proves that nothing was left behind and that every accepted request ended exactl
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -149,6 +150,11 @@ class Deployment:
         """Process ids of the ranks that are ready, by name (`r0t0`)."""
         ranks = self.admin("/v1/layout")["ranks"]
         return {f"r{rank['replica']}t{rank['tp']}": rank["pid"] for rank in ranks if rank["ready"]}
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric of the router over its labels."""
+        text = httpx.get(self.base_url + "/metrics", trust_env=False).text
+        return sum(float(value) for value in re.findall(rf"^{re.escape(name)}\{{.*\}} (\S+)$", text, re.MULTILINE))
 
     def log(self, name: str) -> str:
         """What a child logged so far."""

@@ -6,7 +6,7 @@ after the real store if it is among them. `stand_in child BEHAVIOUR`: such a chi
 Behaviours: `idle`; `scaler` and `router` (answer /ready on the ports of the environment); `never` (a scaler that loads
 for ever); `failed` (one that gives up); `exit` (ends at once with a message); `loop` (ends once the deployment serves);
 `stubborn` (ignores SIGTERM, and so does its own child); `tidy` (takes a second to end); `pool` (has a child that leaves
-when its pipe ends).
+when its pipe ends). `real`: no stand-in, but the service of that name.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 _GRACE_S = {"slow": 60.0}  # by name; others:
 _GRACE_S_DEFAULT = 2.0
+_REAL = "STAND_IN_REAL"  # in the environment: names of children that are no stand-ins
 
 
 def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
@@ -31,12 +32,15 @@ def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
     from cli.children import ChildSpec
     from cli.embedded_store import store_spec
     from cli.main import main
+    from cli.processes import process_specs as real_specs
     from cli.settings import Settings
 
     def process_specs(settings: Settings) -> list[ChildSpec]:
         return [
             store_spec(settings.scaler)
             if behaviour == "store"
+            else next(spec for spec in real_specs(settings) if spec.name == name)
+            if behaviour == "real"
             else ChildSpec(
                 name,
                 (sys.executable, "-m", "tests.procs.stand_in", "child", behaviour),
@@ -46,6 +50,7 @@ def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
         ]
 
     up.process_specs = process_specs
+    os.environ[_REAL] = " ".join(name for name, behaviour in behaviours.items() if behaviour == "real")
     return main(argv)
 
 
@@ -71,9 +76,10 @@ class Ready(BaseHTTPRequestHandler):
 
 
 def others_are_up() -> bool:
-    """Whether all children that were started so far handle signals by now, as services do when they are ready."""
+    """Whether all stand-ins that were started so far handle signals by now, as services do when they are ready."""
     logs = (Path(os.environ["ELASTICMOE_RUN_DIR"]) / "logs").glob("*.log")
-    return all(log.stem == "store" or " is up" in log.read_text() for log in logs)
+    real = ("store", *os.environ[_REAL].split())
+    return all(log.stem in real or " is up" in log.read_text() for log in logs)
 
 
 def child(behaviour: str) -> int:

@@ -2,97 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import select
 import shutil
 import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
 
 from cli.embedded_store import is_answering, server_binary
 from cli.main import main
 from cli.probes import free_port
-from cli.record import DeploymentRecord, read_record
+from tests.procs.launcher_run import Run
 from tests.procs.waiting import processes_of, wait_until
 
 pytestmark = pytest.mark.procs
 
-ROOT = Path(__file__).parent.parent.parent
 ALL = {"store": "store", "hmm": "idle", "pool": "pool", "scaler": "scaler", "router": "router"}
 SERVING = "is served at"
-
-
-class Run:
-    """`elasticmoe up` as a process of its own, with stand-ins. Its output is read line by line."""
-
-    def __init__(self, home: Path, run_dir: Path, behaviours: dict[str, str], *flags: str) -> None:
-        self.run_dir = run_dir
-        self.lines: list[str] = []
-        up = ["up", "--model", "oracle", "--port", "0", "--admin-port", "0", "--run-dir", str(run_dir), *flags]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.procs.stand_in", "elasticmoe", json.dumps(behaviours), *up],
-            cwd=ROOT,
-            env=os.environ | {"ELASTICMOE_HOME": str(home), "COLUMNS": "500"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            bufsize=0,  # else lines wait in a buffer that select() does not see
-        )
-
-    @property
-    def output(self) -> IO[bytes]:
-        assert self.process.stdout is not None
-        return self.process.stdout
-
-    def read(self, until: str, timeout_s: float = 30.0) -> str:
-        """Read lines until one contains `until`."""
-        deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > 0:
-            if not select.select([self.output], [], [], left)[0]:
-                break
-            line = self.output.readline().decode()
-            if not line:
-                raise AssertionError(f"ended before {until!r}:\n{''.join(self.lines)}")
-            self.lines.append(line)
-            if until in line:
-                return line.strip()
-        raise AssertionError(f"no {until!r} within {timeout_s:g} s:\n{''.join(self.lines)}")
-
-    def end(self, timeout_s: float = 30.0) -> int:
-        """Wait for the end and take the rest of the output."""
-        code = self.process.wait(timeout_s)
-        self.lines += self.output.read().decode().splitlines(keepends=True)
-        return code
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.end()
-
-    def record(self) -> DeploymentRecord:
-        record = read_record(self.run_dir)
-        assert record is not None
-        return record
-
-    def pid(self, name: str) -> int:
-        return next(process.pid for process in self.record().processes if process.name == name)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        self.output.close()
-        wait_until(lambda: not processes_of(self.run_dir), "all processes gone")
 
 
 Start = Callable[..., Run]

@@ -7,13 +7,11 @@ import ctypes
 import mmap
 import os
 import random
-import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from native.ledger import Ledger
@@ -52,11 +50,6 @@ def kill(deployment: Deployment, victims: list[int]) -> None:
         raise AssertionError(f"{error}\n{deployment.explain()}") from None
 
 
-def metric(deployment: Deployment, name: str) -> float:
-    text = httpx.get(deployment.base_url + "/metrics", trust_env=False).text
-    return sum(float(value) for value in re.findall(rf"^{re.escape(name)}\{{.*\}} (\S+)$", text, re.MULTILINE))
-
-
 async def test_kills_at_random_moments_lose_nothing(
     deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:
@@ -80,8 +73,8 @@ async def test_kills_at_random_moments_lose_nothing(
     assert kills == 18
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 5_000
     assert load.broken == 0
-    recomputed = metric(deployment, "elasticmoe:recomputed_tokens_total")
-    print("recomputed", recomputed, "resubmitted", metric(deployment, "elasticmoe:requests_resubmitted_total"))
+    recomputed = deployment.metric("elasticmoe:recomputed_tokens_total")
+    print("recomputed", recomputed, "resubmitted", deployment.metric("elasticmoe:requests_resubmitted_total"))
     assert recomputed <= kills * STEP_TOKENS
     report = deployment.stop()
     assert report.count("error") == 0
@@ -136,7 +129,7 @@ async def test_what_the_ledger_cannot_tell_the_router_can(
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
     assert load.broken == 0
     assert "ledger row dropped" in deployment.log("pool")
-    assert metric(deployment, "elasticmoe:requests_resubmitted_total") > 6
+    assert deployment.metric("elasticmoe:requests_resubmitted_total") > 6
     report = deployment.stop()
     assert report.count("error") == 0
     touched = [r for r in report.requests.values() if r.num_resubmits and r.tokens]

@@ -29,7 +29,7 @@ from tests.procs.deployment import Deployment
 from tests.procs.faults import another, roll_back, snapshot_of, store_client, wait_answers
 from tests.procs.gaps import TimedLoad
 from tests.procs.integrity import ask, check_integrity, hmm_status, is_attached
-from tests.procs.waiting import wait_until
+from tests.procs.waiting import processes_of, wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -37,7 +37,6 @@ Deploy = Callable[..., Deployment]
 
 RECONCILED_S = 10.0
 SETTINGS: dict[str, Any] = {"max_sequences": 32, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}
-RETRYABLE = {"rank_lost", "not_ready", "shutting_down"}
 
 
 def view(deployment: Deployment) -> tuple[str, int]:
@@ -232,19 +231,73 @@ def start_operation(deployment: Deployment) -> str:
     return op_id
 
 
-async def test_the_pool_dies_with_its_ranks_and_everything_comes_back(deploy: Deploy, oracle_folder: Path) -> None:
+def incarnations(deployment: Deployment) -> dict[int, tuple[int, str]]:
+    """Process id and incarnation of each rank, by slot."""
+    ranks = deployment.admin("/v1/layout")["ranks"]
+    return {rank["slot"]: (rank["pid"], rank["incarnation"]) for rank in ranks}
+
+
+def costs(deployment: Deployment) -> tuple[float, float]:
+    """Tokens that were computed again, and requests that the router had to start anew."""
+    names = ("elasticmoe:recomputed_tokens_total", "elasticmoe:requests_resubmitted_total")
+    return deployment.metric(names[0]), deployment.metric(names[1])
+
+
+async def kill_with_pool(deployment: Deployment, load: TimedLoad, *others: str) -> dict[str, int]:
+    """kill -9 of the pool and these at once; wait until all is as before. Their process ids."""
+    pids = {name: deployment.pids.get(name) or deployment.rank_pids()[name] for name in ("pool", *others)}
+    epoch, begin = view(deployment)[1], load.now()
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
+    for name in pids.keys() & deployment.pids.keys():
+        await asyncio.to_thread(deployment.wait_restarted, name, pids[name])
+    await asyncio.to_thread(wait_until, lambda: has_standbys(deployment), "the next pool", 30.0)
+    await asyncio.to_thread(wait_reconciled, deployment, epoch)
+    await load.wait_streams(8)
+    await asyncio.to_thread(check_integrity, deployment)
+    print(f"{', '.join(pids)} killed: longest pause {load.longest_gap(begin) * 1e3:.0f} ms")
+    return pids
+
+
+def has_standbys(deployment: Deployment) -> bool:
+    """Whether a pool that was started again has said that it is whole."""
+    try:
+        return bool(deployment.admin("/v1/devices")["standby_processes"] == SETTINGS["standbys"])
+    except httpx.HTTPError:
+        return False  # the scaler is not there
+
+
+async def test_the_pool_dies_again_and_again_and_no_request_notices(deploy: Deploy, oracle_folder: Path) -> None:
+    """Alone, and together with others: its ranks serve on, each of them, and no step is computed again for it."""
     deployment = deploy("oracle", replicas=2, devices=3, **SETTINGS)
-    epoch = view(deployment)[1]
     async with loaded(deployment) as load:
-        old = await asyncio.to_thread(deployment.kill, "pool")
-        await asyncio.to_thread(deployment.wait_restarted, "pool", old)
-        await asyncio.to_thread(wait_reconciled, deployment, epoch, 60.0)
-        await settle(deployment, load, epoch)
-    print(f"\npool killed: {load.num_good} streams were good, failed: {load.errors}")
-    assert set(load.errors) <= RETRYABLE
-    good = [stream for stream in load.streams if stream.error is None]
-    assert check_load_against_oracle(good, oracle_folder) > 500
-    deployment.stop()
+        before, spent = incarnations(deployment), costs(deployment)
+        num_processes = len(processes_of(deployment.run_dir))
+        for _ in range(2):
+            await kill_with_pool(deployment, load)
+            assert (incarnations(deployment), costs(deployment)) == (before, spent)
+        await kill_with_pool(deployment, load, "hmm")
+        await kill_with_pool(deployment, load, "scaler")
+        assert (incarnations(deployment), costs(deployment)) == (before, spent)
+        pids = await kill_with_pool(deployment, load, "r1t0")
+        after = incarnations(deployment)
+        assert after[0] == before[0]
+        assert pids["r1t0"] == before[1][0] != after[1][0]
+        # A rank that came from an earlier pool is watched as any other.
+        os.kill(before[0][0], signal.SIGSTOP)
+        await asyncio.to_thread(
+            wait_until, lambda: before[0] not in incarnations(deployment).values(), "the stopped rank is replaced", 15.0
+        )
+        await settle(deployment, load, view(deployment)[1])
+        await asyncio.to_thread(resize, deployment)
+        await asyncio.to_thread(
+            wait_until,
+            lambda: len(processes_of(deployment.run_dir)) == num_processes,
+            f"{num_processes} processes again",
+        )
+    assert (load.broken, load.errors) == (0, {})
+    assert check_load_against_oracle(load.streams, oracle_folder) > 2_000
+    assert deployment.stop().count("error") == 0
 
 
 def free_port() -> int:
