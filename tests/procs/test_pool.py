@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import msgspec
 import pytest
@@ -22,6 +23,8 @@ from common.protocol.errors import ElasticMoEError
 from common.protocol.pool import GetPool, StartRank, StopRank
 from common.protocol.scaler import PoolStatus, RankExited, RankStarted, ToScaler
 from common.transport import Client, new_identity
+from services.worker.seats import RECORD_BYTES, path_of
+from tests.procs.failpoints import Failpoints
 from tests.procs.waiting import processes_of, wait_until
 
 pytestmark = pytest.mark.procs
@@ -31,10 +34,12 @@ CALL_MS = 20_000
 
 
 class Pool:
-    """A pool in a run directory of its own, without an HMM: its ranks cannot attach."""
+    """A pool in a run directory of its own, without a launcher and an HMM: its ranks cannot attach."""
 
-    def __init__(self) -> None:
+    def __init__(self, standbys: int = 2) -> None:
         self.run_dir = Path(tempfile.mkdtemp(prefix="em-"))
+        self.points = Failpoints(self.run_dir / "points")
+        self.standbys = standbys
         self.client: Client[ToScaler] = Client(self.run_dir / "sockets/pool.sock", new_identity("scaler"), scaler.CODEC)
         self.start()
 
@@ -44,11 +49,20 @@ class Pool:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "services.worker"],
                 cwd=ROOT,
-                env=environment | environment_of({"run_dir": self.run_dir, "standbys": 2}),
+                env=environment
+                | environment_of(
+                    {"run_dir": self.run_dir, "standbys": self.standbys, "failpoint_dir": self.points.folder}
+                ),
                 stdin=subprocess.DEVNULL,
                 stderr=log,
             )
-        wait_until(lambda: self.status().standby == 2, "two standbys", 60.0)
+        self.wait_standbys()
+
+    def wait_standbys(self) -> None:
+        wait_until(lambda: self.is_there() and self.status().standby == self.standbys, "standbys", 60.0)
+
+    def is_there(self) -> bool:
+        return (self.run_dir / "sockets/pool.sock").exists()
 
     def status(self) -> PoolStatus:
         try:
@@ -77,6 +91,15 @@ def pool() -> Iterator[Pool]:
 def seat(slot: int = 0) -> StartRank:
     name = new_identity(f"rank-r{slot}t0")
     return StartRank(RankId(slot, 0), slot, f"host:{slot}", name, 1, 16, 4, 64)
+
+
+def start_held(pool: Pool, slot: int = 0) -> tuple[StartRank, int]:
+    """Start a rank, which stays where it would attach; and its process id."""
+    pool.client.epoch = 1
+    wanted = seat(slot)
+    pool.points.arm(f"rank.attach@r{slot}t0")
+    pool.client.call(wanted, deadline_ms=CALL_MS)
+    return wanted, pool.points.wait_hit(f"rank.attach@r{slot}t0")
 
 
 def exit_of(pool: Pool, incarnation: str) -> RankExited:
@@ -156,3 +179,59 @@ def test_a_dead_standby_is_replaced(pool: Pool) -> None:
     assert len(children) == 3  # the template and two standbys
     os.kill(max(children), signal.SIGKILL)
     wait_until(lambda: pool.status().standby == 2 and not Path(f"/proc/{max(children)}").exists(), "replaced", 30.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+def test_without_a_launcher_ranks_end_with_their_pool(pool: Pool, number: signal.Signals) -> None:
+    """Nobody else would end them: a container's processes end with its first one anyway."""
+    start_held(pool)
+    _, stopped = start_held(pool, 1)
+    if number == signal.SIGKILL:
+        os.kill(stopped, signal.SIGSTOP)
+    pool.process.send_signal(number)
+    assert pool.process.wait(30) == (0 if number == signal.SIGTERM else -number)
+    wait_until(lambda: not processes_of(pool.run_dir), "no process left")
+
+
+def test_how_a_rank_ended_is_told(pool: Pool) -> None:
+    wanted, pid = start_held(pool)
+    os.kill(pid, signal.SIGSEGV)
+    exited = exit_of(pool, wanted.incarnation)
+    assert (exited.exit_code, exited.reason) == (-signal.SIGSEGV, f"killed by signal {int(signal.SIGSEGV)}")
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the pool, its parent, has reaped it")
+
+
+def test_a_seat_that_another_process_holds_is_not_taken(pool: Pool) -> None:
+    """Whatever the pool believes."""
+    pool.client.epoch = 1
+    wanted = seat(7)
+    path, start = path_of(pool.run_dir / "state", "pool"), wanted.slot * RECORD_BYTES
+    lock = f"import fcntl, sys; f = open({str(path)!r}, 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX, {RECORD_BYTES}, {start})"
+    holder = subprocess.Popen([sys.executable, "-c", f"{lock}; print(); sys.stdin.read()"], stdin=PIPE, stdout=PIPE)
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        pool.client.call(wanted, deadline_ms=CALL_MS)
+        exited = exit_of(pool, wanted.incarnation)
+        assert (exited.exit_code, exited.reason) == (1, "exited with status 1")
+        assert "slot 7 is held by another living process code=seat_taken" in (pool.run_dir / "log").read_text()
+    finally:
+        holder.communicate()
+
+
+def test_without_standbys_a_rank_is_started_from_nothing() -> None:
+    pool = Pool(standbys=0)
+    try:
+        wanted, pid = start_held(pool)
+        [rank] = pool.status().ranks
+        assert (rank.pid, rank.incarnation, pool.status().is_cold) == (pid, wanted.incarnation, True)
+        pool.client.call(StopRank(wanted.rank, wanted.incarnation), deadline_ms=CALL_MS)
+        assert exit_of(pool, wanted.incarnation).exit_code == 0
+        # One that is asked to end before it is there.
+        early = seat(1)
+        pool.client.call(early, deadline_ms=CALL_MS)
+        pool.client.call(StopRank(early.rank, early.incarnation), deadline_ms=CALL_MS)
+        assert exit_of(pool, early.incarnation).exit_code in (-signal.SIGKILL, -signal.SIGTERM, 0)
+        assert pool.status().ranks == ()
+    finally:
+        pool.close()
