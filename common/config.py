@@ -143,6 +143,8 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
 
 class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The front door. `requests_max`: accepted at once; one more is answered 429. `api_key_file`: empty for none.
+    `answer_bytes_max`: what the answer to one request may become at most, by its prompts, choices, tokens and log
+    probabilities; log probabilities of all requests together may take twice as much.
     `generation_config` auto: the checkpoint's generation_config.json gives the defaults of sampling; none: OpenAI's.
     `stream_keepalive_s`: a stream that has sent nothing for so long sends a comment, which keeps proxies from cutting
     it; 0 for none.
@@ -160,6 +162,7 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
     body_bytes_max: Annotated[int, Meta(ge=1024, le=1 << 30)] = 8 * 1024 * 1024
     body_seconds_max: Annotated[float, Meta(gt=0, le=3_600)] = 30.0
     request_seconds_max: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
+    answer_bytes_max: Annotated[int, Meta(ge=64 * 1024, le=1 << 40)] = 64 * 1024 * 1024
     stream_keepalive_s: Annotated[float, Meta(ge=0, le=3_600)] = 10.0
     generation_config: Annotated[str, Meta(pattern="^(auto|none)$")] = "auto"
     keep_alive_seconds: KeepAlive = 75.0

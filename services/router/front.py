@@ -14,8 +14,10 @@ from services.router.metrics import Metrics
 from services.router.sampling_defaults import SamplingDefaults, read_defaults
 from services.router.text.texts import Texts, Workers
 from services.router.tokenizer import ServedModel
+from services.router.turns import Turns
 
 BODIES_MAX = 32  # bodies of the largest size that are in memory at once
+ANSWERS_MAX = 2  # answers of the largest size
 
 
 @dataclass(slots=True)
@@ -30,7 +32,9 @@ class Front:
     metrics: Metrics
     permits: Permits
     bodies: ByteBudget
+    answers: ByteBudget
     defaults: SamplingDefaults
+    turns: Turns = field(default_factory=Turns)
     api_key: bytes | None = None
     is_draining: bool = False
     started_unix: int = field(default_factory=lambda: int(time.time()))
@@ -58,6 +62,7 @@ def make_front(
         metrics=metrics,
         permits=Permits(config.requests_max),
         bodies=ByteBudget(BODIES_MAX * config.body_bytes_max),
+        answers=ByteBudget(ANSWERS_MAX * config.answer_bytes_max, "answers"),
         defaults=read_defaults(Path(config.model), config.generation_config),
         api_key=api_key,
     )

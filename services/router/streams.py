@@ -196,10 +196,24 @@ class Stream:
         self.wake.set()
         return True
 
-    def take(self) -> Output:
-        """Everything that came since the last call."""
-        output = Output("".join(self._texts), self._infos)
-        self._texts, self._infos = [], []
+    @property
+    def num_infos(self) -> int:
+        """Tokens with log probabilities that `take` has to give."""
+        return len(self._infos)
+
+    @property
+    def has_output(self) -> bool:
+        """`take` has something to give."""
+        return bool(self._texts or self._infos)
+
+    def take(self, most: int | None = None) -> Output:
+        """Everything that came since the last call; with log probabilities, of `most` tokens at most."""
+        if most is None or len(self._infos) <= most:
+            output = Output("".join(self._texts), self._infos)
+            self._texts, self._infos = [], []
+        else:  # each token has one text
+            output = Output("".join(self._texts[:most]), self._infos[:most])
+            del self._texts[:most], self._infos[:most]
         return output
 
 

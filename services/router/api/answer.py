@@ -1,10 +1,11 @@
 """Sends a generation's answer: an ASGI loop of its own, because every token passes here.
 
-One task per request waits for its streams and writes all that has come in one piece; another waits for the client to
-leave. Whatever can be refused at once is refused with a status: all of admission is done before this begins, and a rank
-refuses within a step. So the head of a stream goes out with its first token or after HEAD_S, whichever comes first;
-from then on an error is an event. A stream that has nothing to say, because it waits for its turn, its prompt is
-computed or its rank is being replaced, says so in a comment from time to time: proxies cut what is silent.
+One task per request waits for its streams and writes all that has come, in pieces where it is much; another waits for
+the client to leave. Whatever can be refused at once is refused with a status: all of admission is done before this
+begins, and a rank refuses within a step. So the head of a stream goes out with its first token or after HEAD_S,
+whichever comes first; from then on an error is an event. A stream that has nothing to say, because it waits for its
+turn, its prompt is computed or its rank is being replaced, says so in a comment from time to time: proxies cut what is
+silent.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from common.protocol.errors import ElasticMoEError, Unavailable
 from common.sse import escape_separators
 from services.router.api.errors import error_event
 from services.router.api.generate import Generation
+from services.router.api.logprobs import PIECE_TOKENS
+from services.router.api.pieces import CHUNK_BYTES, send_json, send_pieces
 from services.router.streams import Ending, Output, Stream
 
 HEAD_S = 0.5
@@ -32,10 +35,13 @@ COMMENT = b": keep-alive\n\n"  # clients of server-sent events skip lines that b
 
 
 class Renderer(Protocol):
-    """What differs between chat and completions."""
+    """What differs between chat and completions. Nothing that it does in one go takes long."""
 
-    def opening(self, index: int, stream: Stream, /) -> bytes:
-        """Events before a choice's first text."""
+    def is_ready(self, generation: Generation, index: int) -> bool:
+        """Whether all is there that stands before a choice's first text."""
+
+    async def opening(self, generation: Generation, index: int) -> list[bytes]:
+        """Events before a choice's first text, in pieces. Called once, when it `is_ready`."""
 
     def events(self, index: int, stream: Stream, output: Output, finish_reason: str | None) -> bytes:
         """Events for new output, and for the end where there is one."""
@@ -43,8 +49,11 @@ class Renderer(Protocol):
     def usage_event(self, generation: Generation) -> bytes:
         """The last event before [DONE], where the client asked for it; else nothing."""
 
-    def body(self, generation: Generation, outputs: list[Output]) -> bytes:
-        """The whole answer, without streaming."""
+    async def gather(self, generation: Generation, index: int, output: Output) -> None:
+        """Without streaming: take a choice's new output for `body`. Called when it `is_ready`."""
+
+    def body(self, generation: Generation) -> list[bytes]:
+        """The whole answer of what was gathered, in pieces."""
 
 
 class _Silence:
@@ -95,6 +104,7 @@ class Answer(Response):
         self._renderer = renderer
         self._is_stream = is_stream
         self._keepalive_s = keepalive_s
+        self._num_rendered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until everything has ended or the client has left."""
@@ -114,20 +124,43 @@ class Answer(Response):
     async def _collect(self, send: Send) -> ElasticMoEError | None:
         """Wait for all choices and send them; or return the error that the answer is to be."""
         generation = self._generation
-        while not generation.is_abandoned:
+        running = dict(enumerate(generation.streams))
+        while running:
+            await _woken(generation)
+            await self._gather(running)
+            if generation.is_abandoned:
+                return None
             error = _first_error(generation)
             if error is not None:
                 return error
-            if all(stream.ending for stream in generation.streams):
-                break
-            await _woken(generation)
-        else:
-            return None
-        body = self._renderer.body(generation, [stream.take() for stream in generation.streams])
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await send_json(send, self._renderer.body(generation), generation.turns, self._is_gone)
         return None
+
+    async def _gather(self, running: dict[int, Stream]) -> None:
+        """Take what has come where that is much; those that have ended leave `running`. Else all comes at the end."""
+        renderer, generation = self._renderer, self._generation
+        for index, stream in list(running.items()):
+            while stream.has_ended or stream.num_infos >= PIECE_TOKENS:
+                if generation.is_abandoned or not renderer.is_ready(generation, index):
+                    break
+                output = stream.take(PIECE_TOKENS)
+                await renderer.gather(generation, index, output)
+                if self._is_due_to_pause(output):
+                    await generation.turns.wait()
+                if stream.has_ended and not stream.has_output:
+                    del running[index]
+                    break
+
+    def _is_gone(self) -> bool:
+        return self._generation.is_abandoned
+
+    def _is_due_to_pause(self, output: Output) -> bool:
+        """Whether others shall have their turn now: PIECE_TOKENS were rendered, of whichever choices."""
+        self._num_rendered += len(output.tokens)
+        if self._num_rendered < PIECE_TOKENS:
+            return False
+        self._num_rendered = 0
+        return True
 
     async def _stream(self, send: Send) -> ElasticMoEError | None:
         """Send what comes; or return the error of a request that failed before anything was sent."""
@@ -146,7 +179,7 @@ class Answer(Response):
             await _woken(generation)
             if generation.is_abandoned:
                 return None
-            events = self._take_events(running, opened)
+            events = await self._take_events(running, opened)
             error = _first_error(generation)
             if error is not None:
                 if not has_begun:
@@ -164,21 +197,39 @@ class Answer(Response):
             if not has_begun:
                 has_begun = True
                 await _begin(send)
-            if data:
+            if len(data) > CHUNK_BYTES:
+                await send_pieces(send, [data], generation.turns, self._is_gone, is_last=not running)
+            elif data:
                 await send({"type": "http.response.body", "body": data, "more_body": bool(running)})
         return None
 
-    def _take_events(self, running: dict[int, Stream], opened: set[int]) -> list[bytes]:
+    async def _take_events(self, running: dict[int, Stream], opened: set[int]) -> list[bytes]:
         """What has come for the choices in `running`; those that have ended leave it."""
+        renderer, generation = self._renderer, self._generation
         events: list[bytes] = []
+        size = 0
         for index, stream in list(running.items()):
-            finish_reason = _finish_reason(stream.ending)
-            if index not in opened and (stream.num_tokens or finish_reason):
+            if index not in opened:
+                if not (stream.num_tokens or stream.has_ended) or not renderer.is_ready(generation, index):
+                    continue
                 opened.add(index)
-                events.append(self._renderer.opening(index, stream))
-            events.append(self._renderer.events(index, stream, stream.take(), finish_reason))
-            if stream.ending is not None:
+                opening = await renderer.opening(generation, index)
+                events += opening
+                size += sum(map(len, opening))
+            output = stream.take(PIECE_TOKENS)
+            has_more = stream.has_output
+            is_last = stream.ending is not None and not has_more
+            event = renderer.events(index, stream, output, _finish_reason(stream.ending) if is_last else None)
+            events.append(event)
+            size += len(event)
+            if is_last:
                 del running[index]
+            if output.tokens and self._is_due_to_pause(output):
+                await generation.turns.wait()
+            if has_more or size > CHUNK_BYTES:
+                generation.wake.set()  # send that first; the rest in the next round
+                if size > CHUNK_BYTES:
+                    break
         return events
 
 

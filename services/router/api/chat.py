@@ -13,13 +13,13 @@ from services.router.api.conversation import conversation_of
 from services.router.api.docs import describe
 from services.router.api.gate import client_of, front_of, permit_of, request_id_of
 from services.router.api.generate import Generation, start
-from services.router.api.logprobs import TokenNames, chat_logprobs
+from services.router.api.logprobs import Entries, Teller
 from services.router.api.options import Options, UsageChunks, options_of, refuse_words, unsupported
-from services.router.api.parse import parse
+from services.router.api.parse import body_of
 from services.router.api.schemas import (
     AnswerMessage,
-    ChatChoice,
     ChatCompletion,
+    ChatLogprobs,
     ChatRequest,
     Usage,
 )
@@ -36,14 +36,14 @@ _encode = msgspec.json.encode
 async def chat_completions(request: Request) -> Response:
     """Continue a conversation."""
     front = front_of(request)
-    raw = parse(_decoder, await request.body())
+    raw = await body_of(request, _decoder)
     front.check_model(raw.model)
     _refuse_tools(raw)
     options = _options(raw, front)
     context = front.dispatcher.max_model_len()
     prompt = await front.texts.encode_chat(conversation_of(raw), context, client_of(request))
     front.model.check_embedded(prompt)
-    generation = start(front, permit_of(request), options, [prompt], kind="chatcmpl")
+    generation = await start(front, permit_of(request), options, [prompt], kind="chatcmpl")
     renderer = ChatRenderer(f"chatcmpl-{request_id_of(request, raw.request_id)}", front, options)
     keepalive_s = front.config.stream_keepalive_s
     return Answer(generation, renderer, is_stream=options.is_stream, keepalive_s=keepalive_s)
@@ -84,11 +84,12 @@ class ChatRenderer:
     def __init__(self, answer_id: str, front: Front, options: Options) -> None:
         self._id = answer_id
         self._model = front.model.name
-        self._names = TokenNames(front.model.table, as_ids=options.as_ids)
+        self._teller = Teller(front.model.table, options.sampling.logprobs, as_ids=options.as_ids)
         self._created = int(time.time())
         self._wants_logprobs = options.sampling.logprobs >= 0
-        self._num_top = options.sampling.logprobs
         self._usage = options.usage
+        self._end = end_of_events(options.usage)
+        self._gathered: dict[int, tuple[list[str], Entries]] = {}
         facts = {"id": answer_id, "object": "chat.completion.chunk", "created": self._created, "model": self._model}
         self._head = b"data: " + _encode(facts)[:-1]
 
@@ -99,12 +100,17 @@ class ChatRenderer:
             delta,
             logprobs,
             finish,
-            end_of_event(self._usage, stream),
+            self._end or end_of_event(stream),
         )
 
-    def opening(self, index: int, stream: Stream) -> bytes:
+    def is_ready(self, _generation: Generation, _index: int) -> bool:
+        """Nothing has to be waited for."""
+        return True
+
+    async def opening(self, generation: Generation, index: int) -> list[bytes]:
         """The event with the role."""
-        return self._event(index, stream, b'{"role":"assistant","content":""}', b"null", b"null")
+        role = b'{"role":"assistant","content":""}'
+        return [self._event(index, generation.streams[index], role, b"null", b"null")]
 
     def events(self, index: int, stream: Stream, output: Output, finish_reason: str | None) -> bytes:
         """An event with text, one with the finish reason."""
@@ -112,7 +118,7 @@ class ChatRenderer:
         if output.text or output.tokens:
             logprobs = b"null"
             if self._wants_logprobs:
-                logprobs = _encode(chat_logprobs(self._names, output.tokens, self._num_top))
+                logprobs = _encode(ChatLogprobs(self._teller.entries(output.tokens)))
             events = self._event(index, stream, b'{"content":%b}' % _encode(output.text), logprobs, b"null")
         if finish_reason is not None:
             events += self._event(index, stream, b"{}", b"null", _encode(finish_reason))
@@ -124,24 +130,35 @@ class ChatRenderer:
             return b""
         return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, _encode(usage_of(generation)))
 
-    def body(self, generation: Generation, outputs: list[Output]) -> bytes:
+    async def gather(self, _generation: Generation, index: int, output: Output) -> None:
+        """Keep the text, and the log probabilities as JSON."""
+        texts, entries = self._gathered.setdefault(index, ([], Entries(self._teller)))
+        texts.append(output.text)
+        entries.add(output.tokens)
+
+    def body(self, generation: Generation) -> list[bytes]:
         """A chat.completion object."""
-        choices = []
-        for index, (stream, output) in enumerate(zip(generation.streams, outputs, strict=True)):
+        facts = {"id": self._id, "object": "chat.completion", "created": self._created, "model": self._model}
+        pieces = [_encode(facts)[:-1], b',"choices":[']
+        for index, stream in enumerate(generation.streams):
             assert stream.ending is not None
-            logprobs = chat_logprobs(self._names, output.tokens, self._num_top) if self._wants_logprobs else None
-            message = AnswerMessage("assistant", output.text)
-            choices.append(ChatChoice(index, message, logprobs, stream.ending.reason))
-        usage = usage_of(generation)
-        return _encode(ChatCompletion(self._id, "chat.completion", self._created, self._model, choices, usage))
+            texts, entries = self._gathered[index]
+            message = _encode(AnswerMessage("assistant", "".join(texts)))
+            pieces.append(b'%b{"index":%d,"message":%b,"logprobs":' % (b"," if index else b"", index, message))
+            pieces += entries.json() if self._wants_logprobs else [b"null"]
+            pieces.append(b',"finish_reason":%b}' % _encode(stream.ending.reason))
+        return [*pieces, b'],"usage":%b}' % _encode(usage_of(generation))]
 
 
-def end_of_event(usage: UsageChunks, stream: Stream) -> bytes:
-    """The end of a chunk with a choice: with that choice's usage so far, where the client asked for it."""
-    if not usage.at_end:
-        return b"}]}\n\n"
-    if not usage.always:
-        return b'}],"usage":null}\n\n'
+def end_of_events(usage: UsageChunks) -> bytes:
+    """How every chunk with a choice ends; nothing where each has a usage of its own."""
+    if usage.always:
+        return b""
+    return b'}],"usage":null}\n\n' if usage.at_end else b"}]}\n\n"
+
+
+def end_of_event(stream: Stream) -> bytes:
+    """The end of a chunk with its choice's usage so far."""
     prompt, completion = len(stream.submit.prompt), stream.num_tokens
     return b'}],"usage":%b}\n\n' % _encode(Usage(prompt, completion, prompt + completion))
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from common.protocol.errors import InvalidRequest
 from services.router.api.answer import Answer
-from services.router.api.chat import end_of_event, usage_of
+from services.router.api.chat import end_of_event, end_of_events, usage_of
 from services.router.api.docs import describe
 from services.router.api.gate import client_of, front_of, permit_of, request_id_of
 from services.router.api.generate import Generation, start
-from services.router.api.logprobs import TokenNames, output_logprobs, prompt_logprobs
+from services.router.api.logprobs import Columns, Teller
 from services.router.api.options import Options, check_ids, options_of, unsupported
-from services.router.api.parse import parse
+from services.router.api.parse import body_of
 from services.router.api.schemas import (
     BATCH_MAX,
     Completion,
-    CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
 )
 from services.router.front import Front
-from services.router.streams import Output, Stream, TokenInfo
+from services.router.streams import Output, Stream
 
 MAX_TOKENS_DEFAULT = 16
 
@@ -38,21 +37,15 @@ _encode = msgspec.json.encode
 async def completions(request: Request) -> Response:
     """Continue a text."""
     front = front_of(request)
-    raw = parse(_decoder, await request.body())
+    raw = await body_of(request, _decoder)
     front.check_model(raw.model)
     options = _options(raw, front)
-    context, client = front.dispatcher.max_model_len(), client_of(request)
-    prompts = await _encode_prompts(front, raw, context, client)
-    echoes = await _echoes(front, prompts, context, client) if raw.echo else []
-    generation = start(
-        front,
-        permit_of(request),
-        options,
-        prompts.ids,
-        kind="cmpl",
-        prompt_logprobs=bool(raw.echo) and raw.logprobs is not None,
+    client = client_of(request)
+    prompts = await _encode_prompts(front, raw, front.dispatcher.max_model_len(), client)
+    generation = await start(front, permit_of(request), options, prompts.ids, kind="cmpl", is_echo=bool(raw.echo))
+    renderer = CompletionRenderer(
+        f"cmpl-{request_id_of(request, raw.request_id)}", front, options, client, prompts if raw.echo else None
     )
-    renderer = CompletionRenderer(f"cmpl-{request_id_of(request, raw.request_id)}", front, options, echoes)
     keepalive_s = front.config.stream_keepalive_s
     return Answer(generation, renderer, is_stream=options.is_stream, keepalive_s=keepalive_s)
 
@@ -108,56 +101,74 @@ def _checked(front: Front, prompts: list[list[int]]) -> _Prompts:
     return _Prompts(prompts)
 
 
-async def _echoes(front: Front, prompts: _Prompts, context: int, client: str) -> list[str]:
-    """The prompts' texts. Longer ones than the context are refused afterwards, so no more than that is decoded."""
-    if prompts.texts is not None:
-        return prompts.texts
-    return [await front.texts.decode(ids[:context], client, skip_special=True) for ids in prompts.ids]
+class _Echo(NamedTuple):
+    """What a choice repeats of its prompt: the number of characters, the text as JSON, and the log probabilities."""
+
+    num_chars: int
+    text: bytes
+    columns: Columns | None
+
+
+_NO_ECHO = _Echo(0, b'""', None)
 
 
 class CompletionRenderer:
-    """Completions' shapes. `echoes`: the prompts' texts where they are to be repeated."""
+    """Completions' shapes. `prompts`: where they are to be repeated. What is repeated of a prompt is rendered once,
+    from the log probabilities of its first choice, and shared by all. `client`: whose turn it is where that needs a
+    worker."""
 
-    def __init__(self, answer_id: str, front: Front, options: Options, echoes: Sequence[str]) -> None:
-        self._id = answer_id
-        self._model = front.model.name
-        self._names = TokenNames(front.model.table, as_ids=options.as_ids)
+    def __init__(self, answer_id: str, front: Front, options: Options, client: str, prompts: _Prompts | None) -> None:
+        self._client = client
+        self._front = front
+        self._teller = Teller(front.model.table, options.sampling.logprobs, as_ids=options.as_ids)
         self._created = int(time.time())
-        self._num_top = options.sampling.logprobs
+        self._wants_logprobs = options.sampling.logprobs >= 0
         self._num_choices = options.num_choices
         self._usage = options.usage
-        self._echoes = echoes
-        facts = {"id": answer_id, "object": "text_completion", "created": self._created, "model": self._model}
-        self._head = b"data: " + _encode(facts)[:-1]
+        self._end = end_of_events(options.usage)
+        self._prompts = prompts
+        self._echoes: dict[int, _Echo] = {}  # by prompt
+        self._gathered: dict[int, tuple[list[str], Columns]] = {}
+        self._facts = {
+            "id": answer_id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": front.model.name,
+        }
+        self._head = b"data: " + _encode(self._facts)[:-1]
 
-    def _event(self, index: int, stream: Stream, text: str, logprobs: bytes, finish: bytes) -> bytes:
-        return b'%b,"choices":[{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b' % (
-            self._head,
-            index,
-            _encode(text),
-            logprobs,
-            finish,
-            end_of_event(self._usage, stream),
-        )
+    def is_ready(self, generation: Generation, index: int) -> bool:
+        """Whether what is to be repeated of the prompt is known."""
+        if self._prompts is None or not self._wants_logprobs:
+            return True
+        return generation.streams[self._first(index)].prompt_logprobs is not None
 
-    def _echo_of(self, index: int) -> str:
-        return self._echoes[index // self._num_choices] if self._echoes else ""
-
-    def opening(self, index: int, stream: Stream) -> bytes:
+    async def opening(self, generation: Generation, index: int) -> list[bytes]:
         """The event with the repeated prompt, where it was asked for."""
-        if not self._echoes:
-            return b""
-        logprobs = self._logprobs(stream, [], with_prompt=True, index=index)
-        return self._event(index, stream, self._echo_of(index), _encode(logprobs), b"null")
+        if self._prompts is None:
+            return []
+        echo = await self._prepare(generation, index)
+        return [
+            b'%b,"choices":[{"index":%d,"text":%b,"logprobs":' % (self._head, index, echo.text),
+            *([b"null"] if echo.columns is None else echo.columns.json()),
+            b',"finish_reason":null%b' % (self._end or end_of_event(generation.streams[index])),
+        ]
 
     def events(self, index: int, stream: Stream, output: Output, finish_reason: str | None) -> bytes:
         """An event with text, and the finish reason if it is the last."""
         if not output.text and not output.tokens and finish_reason is None:
             return b""
-        logprobs = None
-        if self._num_top >= 0:
-            logprobs = output_logprobs(self._names, output.tokens, self._num_top, len(self._echo_of(index)))
-        return self._event(index, stream, output.text, _encode(logprobs), _encode(finish_reason))
+        logprobs = b"null"
+        if self._wants_logprobs:
+            logprobs = _encode(CompletionLogprobs(*self._teller.rows(output.tokens, self._echo_of(index).num_chars)))
+        return b'%b,"choices":[{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b' % (
+            self._head,
+            index,
+            _encode(output.text),
+            logprobs,
+            _encode(finish_reason),
+            self._end or end_of_event(stream),
+        )
 
     def usage_event(self, generation: Generation) -> bytes:
         """The event with the usage and no choices."""
@@ -165,29 +176,50 @@ class CompletionRenderer:
             return b""
         return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, _encode(usage_of(generation)))
 
-    def body(self, generation: Generation, outputs: list[Output]) -> bytes:
-        """A text_completion object."""
-        choices = []
-        for index, (stream, output) in enumerate(zip(generation.streams, outputs, strict=True)):
-            assert stream.ending is not None
-            logprobs = self._logprobs(stream, output.tokens, with_prompt=bool(self._echoes), index=index)
-            text = self._echo_of(index) + output.text
-            choices.append(CompletionChoice(index, text, logprobs, stream.ending.reason))
-        usage = usage_of(generation)
-        return _encode(Completion(self._id, "text_completion", self._created, self._model, choices, usage))
+    async def gather(self, generation: Generation, index: int, output: Output) -> None:
+        """Keep the text, and the log probabilities as JSON."""
+        if index not in self._gathered:
+            echo = await self._prepare(generation, index)
+            columns = Columns(self._teller, offset=echo.num_chars, prompt=echo.columns)
+            self._gathered[index] = ([], columns)
+        texts, columns = self._gathered[index]
+        texts.append(output.text)
+        if self._wants_logprobs:
+            columns.add(output.tokens)
 
-    def _logprobs(
-        self, stream: Stream, tokens: list[TokenInfo], *, with_prompt: bool, index: int
-    ) -> CompletionLogprobs | None:
-        if self._num_top < 0:
-            return None
-        output = output_logprobs(self._names, tokens, self._num_top, len(self._echo_of(index)))
-        if not with_prompt:
-            return output
-        prompt = prompt_logprobs(self._names, stream, self._num_top)
-        return CompletionLogprobs(
-            prompt.tokens + output.tokens,
-            prompt.token_logprobs + output.token_logprobs,
-            prompt.top_logprobs + output.top_logprobs,
-            prompt.text_offset + output.text_offset,
-        )
+    def body(self, generation: Generation) -> list[bytes]:
+        """A text_completion object."""
+        pieces = [_encode(self._facts)[:-1], b',"choices":[']
+        for index, stream in enumerate(generation.streams):
+            assert stream.ending is not None
+            texts, columns = self._gathered[index]
+            pieces += (b'%b{"index":%d,"text":' % (b"," if index else b"", index), self._echo_of(index).text[:-1])
+            pieces += (_encode("".join(texts))[1:], b',"logprobs":')  # one text: the prompt's end is not quoted
+            pieces += columns.json() if self._wants_logprobs else [b"null"]
+            pieces.append(b',"finish_reason":%b}' % _encode(stream.ending.reason))
+        return [*pieces, b'],"usage":%b}' % _encode(usage_of(generation))]
+
+    def _first(self, index: int) -> int:
+        """The first choice of the same prompt."""
+        return index - index % self._num_choices
+
+    def _echo_of(self, index: int) -> _Echo:
+        return self._echoes.get(index // self._num_choices, _NO_ECHO)
+
+    async def _prepare(self, generation: Generation, index: int) -> _Echo:
+        """Render what is repeated of the prompt, once."""
+        number = index // self._num_choices
+        if self._prompts is None or number in self._echoes:
+            return self._echo_of(index)
+        prompts, columns = self._prompts, None
+        if self._wants_logprobs:
+            stream = generation.streams[self._first(index)]
+            columns = Columns(self._teller)
+            await columns.add_prompt(stream.submit.prompt, stream.prompt_logprobs or (), generation.turns)
+            stream.prompt_logprobs = ()  # rendered: what it was made of is much larger
+        if prompts.texts is not None:
+            text = prompts.texts[number]
+        else:
+            text = await self._front.texts.decode(prompts.ids[number], self._client, skip_special=True)
+        self._echoes[number] = _Echo(len(text), _encode(text), columns)
+        return self._echoes[number]

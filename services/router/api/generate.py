@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from common.protocol.errors import ContextLengthExceeded, InvalidRequest
 from common.protocol.limits import PROMPT_TOKENS_MAX
 from common.protocol.rank import Submit
-from services.router.admission import Permit
+from services.router.admission import Permit, check_price, price
 from services.router.api.options import Options
 from services.router.detokenizer import TextStream
 from services.router.front import Front
 from services.router.streams import Ending, Stream
+
+PIECE_TOKENS = 65_536  # of prompts that are submitted in one go
 
 
 class Generation:
@@ -29,6 +31,7 @@ class Generation:
         self.streams: list[Stream] = []
         self.wake = asyncio.Event()
         self.is_abandoned = False
+        self.turns = front.turns
         self._dispatcher = front.dispatcher
 
     @property
@@ -53,16 +56,17 @@ class Generation:
             self._dispatcher.cancel(stream)
 
 
-def start(
+async def start(
     front: Front,
     permit: Permit,
     options: Options,
     prompts: Sequence[Sequence[int]],
     *,
     kind: str,
-    prompt_logprobs: bool = False,
+    is_echo: bool = False,
 ) -> Generation:
-    """Submit every choice of every prompt. `kind`: `chatcmpl` or `cmpl`.
+    """Submit every choice of every prompt. `kind`: `chatcmpl` or `cmpl`. `is_echo`: the prompts are told too, with
+    their log probabilities where the output's are.
 
     Raises InvalidRequest for a prompt that does not fit, Overloaded without permits, Unavailable without replicas; then
     nothing runs.
@@ -70,23 +74,29 @@ def start(
     limit = front.dispatcher.max_model_len()
     what = "messages" if kind == "chatcmpl" else "prompt"
     max_tokens = [_max_tokens(len(prompt), options, limit, what) for prompt in prompts]
-    permit.widen(len(prompts) * options.num_choices)
+    prompt_logprobs = is_echo and options.sampling.logprobs >= 0
+    _admit(front, permit, options, prompts, max_tokens, is_echo=is_echo)
     now = time.monotonic()
     name = f"{kind}-{secrets.token_hex(12)}"
     generation = Generation(front, prompts, options.num_choices)
     try:
-        for prompt, most in zip(prompts, max_tokens, strict=True):
+        num_sent = 0
+        for ids, most in zip(map(tuple, prompts), max_tokens, strict=True):
             for choice in range(options.num_choices):
+                num_sent += len(ids)
+                if num_sent > PIECE_TOKENS:
+                    num_sent = 0
+                    await front.turns.wait()
                 submit = Submit(
                     request_id=f"{name}-{len(generation.streams)}",
-                    prompt=tuple(prompt),
+                    prompt=ids,
                     max_tokens=max(1, most),
                     sampling=options.sampling_of(choice),
                     stop_token_ids=options.stop_token_ids,
                     min_tokens=min(options.min_tokens, most),
                     deadline_s=front.config.request_seconds_max,
                     priority=options.priority,
-                    prompt_logprobs=prompt_logprobs,
+                    prompt_logprobs=prompt_logprobs and choice == 0,  # of all choices they are the same
                 )
                 text = TextStream(
                     front.model.table,
@@ -97,7 +107,7 @@ def start(
                 stream = Stream(
                     submit.request_id, submit, text, generation.wake, now=now, is_prompt_only=options.max_tokens == 0
                 )
-                if stream.is_prompt_only and not prompt_logprobs:
+                if stream.is_prompt_only and not submit.prompt_logprobs:
                     stream.end(Ending("finish", "length"))  # there is nothing to compute
                 else:
                     front.dispatcher.open(stream, now)
@@ -106,6 +116,25 @@ def start(
         generation.close()
         raise
     return generation
+
+
+def _admit(
+    front: Front,
+    permit: Permit,
+    options: Options,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: Sequence[int],
+    *,
+    is_echo: bool,
+) -> None:
+    """Hold what the answer may need. Raises InvalidRequest for what is never free, Overloaded for what is not now."""
+    permit.widen(len(prompts) * options.num_choices)
+    lengths = [len(prompt) for prompt in prompts]
+    choices, logprobs = options.num_choices, options.sampling.logprobs
+    cost = price(lengths, max_tokens, num_choices=choices, num_logprobs=logprobs, is_echo=is_echo)
+    most = front.config.answer_bytes_max
+    check_price(lengths, cost, most, num_choices=choices, num_logprobs=logprobs, is_echo=is_echo)
+    permit.hold(front.answers, cost.held)
 
 
 def _max_tokens(num_prompt: int, options: Options, limit: int, what: str) -> int:

@@ -1,24 +1,56 @@
-"""Bytes of a body to a request struct, or an error that names the field, the bound and the value."""
+"""Bytes of a body to a request struct, or an error that names the field, the bound and the value.
+
+A body is decoded once, in one go, so what it may consist of is bounded before: a list is as long in memory as it is
+decoded, whatever bound it breaks. Telling what is wrong costs no more than having it right: nothing is decoded again
+but the value that is told.
+"""
 
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
+from fastapi import Request
 
-from common.protocol.errors import InvalidRequest
+from common.protocol.errors import InvalidRequest, Unavailable
+from common.protocol.limits import PROMPT_TOKENS_MAX
+from services.router.api.gate import front_of
+from services.router.api.schemas import BATCH_MAX
 from services.router.api.whole import to_integers, told
 
 T = TypeVar("T")
 
+LARGE_BYTES = 64 * 1024  # below, whatever it consists of takes a few milliseconds
+CONTAINERS_MAX = 65_536  # arrays and objects
+STRINGS_MAX = 262_144  # names and texts
+
 _PATH = re.compile(r"^(.*) - at (?:`key` in )?`\$([^`]*)`$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
 _VALUE_CHARS_MAX = 40
+_VALUE_BYTES_MAX = 4_096  # of what is looked at to tell it
 
 
-def parse(decoder: msgspec.json.Decoder[T], raw: bytes) -> T:
-    """Decode a body strictly. Raises InvalidRequest for anything else than a valid request of that kind."""
+async def body_of(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
+    """The request's body. Large ones wait for their turn, so that others get theirs. Raises InvalidRequest."""
+    raw = await request.body()
+    if len(raw) <= LARGE_BYTES:
+        return parse(decoder, raw)
+    front = front_of(request)
+    await front.turns.wait()
+    try:
+        tokens_max = BATCH_MAX * front.dispatcher.max_model_len()
+    except Unavailable:
+        tokens_max = PROMPT_TOKENS_MAX
+    return parse(decoder, raw, tokens_max=min(tokens_max, PROMPT_TOKENS_MAX))
+
+
+def parse(decoder: msgspec.json.Decoder[T], raw: bytes, *, tokens_max: int = PROMPT_TOKENS_MAX) -> T:
+    """Decode a body strictly. `tokens_max`: of all its prompts together. Raises InvalidRequest for anything else than a
+    valid request of that kind."""
+    if len(raw) > LARGE_BYTES:
+        _check_parts(raw, tokens_max + STRINGS_MAX)
     try:
         return to_integers(decoder.decode(raw))
     except msgspec.ValidationError as error:
@@ -27,6 +59,33 @@ def parse(decoder: msgspec.json.Decoder[T], raw: bytes) -> T:
         raise InvalidRequest(f"the body is not valid JSON: {error!s:.200}", code="invalid_json") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
+
+
+def _check_parts(raw: bytes, values_max: int) -> None:
+    """Raises InvalidRequest for a body of more parts than a request can have."""
+    if not any(count > most for _, count, most in _parts(raw, values_max)):
+        return
+    # Texts have such characters too: look at what is outside of them. What is escaped begins and ends no text.
+    bare = raw.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in raw else raw
+    _refuse([_strings(bare)])
+    _refuse(_parts(b"".join(bare.split(b'"')[::2]), values_max))
+
+
+def _parts(raw: bytes, values_max: int) -> list[tuple[str, int, int]]:
+    """What `raw` has of each kind at most, and how much it may have."""
+    containers = raw.count(b"[") + raw.count(b"{")
+    values = raw.count(b",")
+    return [_strings(raw), ("arrays and objects", containers, CONTAINERS_MAX), ("values", values, values_max)]
+
+
+def _strings(raw: bytes) -> tuple[str, int, int]:
+    return "texts and names", raw.count(b'"') // 2, STRINGS_MAX
+
+
+def _refuse(parts: list[tuple[str, int, int]]) -> None:
+    for what, count, most in parts:
+        if count > most:
+            raise InvalidRequest(f"the body has {count} {what}; the limit is {most}", code="body_too_complex")
 
 
 def _explain(text: str, raw: bytes) -> InvalidRequest:
@@ -41,11 +100,26 @@ def _explain(text: str, raw: bytes) -> InvalidRequest:
 def _given(raw: bytes, path: str) -> str:
     """`, got <value>` for a short plain value at `path`, else nothing: the text of a wrong type tells enough."""
     try:
-        value: Any = msgspec.json.decode(raw)
         for key, index in _STEP.findall(path):
-            value = value[key] if key else value[int(index)]
+            if not key and len(raw) > _VALUE_BYTES_MAX:
+                return ""
+            raw = _named(key).decode(raw).value if key else _items.decode(raw)[int(index)]
+        if len(raw) > _VALUE_BYTES_MAX:
+            return ""
+        value: Any = msgspec.json.decode(raw)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, LookupError, TypeError):
         return ""
     if isinstance(value, str | list | dict):
         return f", got length {len(value)}" if len(value) > 0 else ", got an empty value"
     return f", got {str(value)[:_VALUE_CHARS_MAX]}"
+
+
+_items = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+@cache
+def _named(key: str) -> msgspec.json.Decoder[Any]:
+    """Decodes the member `key` of an object as it stands there, and passes over all others. A key is a field of ours:
+    there are few."""
+    fields = [("value", msgspec.Raw, msgspec.field(name=key))]
+    return msgspec.json.Decoder(msgspec.defstruct("Member", fields))

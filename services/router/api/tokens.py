@@ -11,7 +11,8 @@ from services.router.api.docs import describe
 from services.router.api.errors import json_response
 from services.router.api.gate import client_of, front_of
 from services.router.api.options import check_ids
-from services.router.api.parse import parse
+from services.router.api.parse import body_of
+from services.router.api.pieces import JsonPieces
 from services.router.api.schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from services.router.text.jobs import Tokenize
 
@@ -24,7 +25,7 @@ _detokenize_decoder = msgspec.json.Decoder(DetokenizeRequest)
 async def tokenize(request: Request) -> Response:
     """The tokens of a text or a conversation."""
     front = front_of(request)
-    raw = parse(_tokenize_decoder, await request.body())
+    raw = await body_of(request, _tokenize_decoder)
     front.check_model(raw.model)
     if (raw.prompt is None) == (raw.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
@@ -35,14 +36,14 @@ async def tokenize(request: Request) -> Response:
         with_strings=bool(raw.return_token_strs),
         context=front.dispatcher.max_model_len(),
     )
-    return Response(await front.texts.tokenize(job, client_of(request)), media_type="application/json")
+    return JsonPieces([await front.texts.tokenize(job, client_of(request))], front.turns)
 
 
 @routes.post("/detokenize", **describe(DetokenizeRequest, Detokenized))
 async def detokenize(request: Request) -> Response:
     """The text of tokens."""
     front = front_of(request)
-    raw = parse(_detokenize_decoder, await request.body())
+    raw = await body_of(request, _detokenize_decoder)
     front.check_model(raw.model)
     check_ids(raw.tokens, front.model, "tokens")
     text = await front.texts.decode(raw.tokens, client_of(request), skip_special=False)

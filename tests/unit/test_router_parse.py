@@ -1,0 +1,151 @@
+"""Bodies of many parts: refused before they become objects, and what is wrong is told without decoding all again."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.protocol.errors import InvalidRequest
+from services.router.api import parse as module
+from services.router.api.parse import CONTAINERS_MAX, LARGE_BYTES, STRINGS_MAX, parse
+from services.router.api.schemas import ChatRequest, CompletionRequest
+
+CHAT, COMPLETION = msgspec.json.Decoder(ChatRequest), msgspec.json.Decoder(CompletionRequest)
+BODY_BYTES = 8 * 1024 * 1024
+
+
+def filled(before: bytes, part: bytes, after: bytes, count: int | None = None) -> bytes:
+    """A body with `part` as often as 8 MiB hold."""
+    count = count or (BODY_BYTES - len(before) - len(after)) // (len(part) + 1)
+    return before + b",".join([part] * count) + after
+
+
+MANY = {
+    "lists": (COMPLETION, filled(b'{"prompt":[', b"[1]", b"]}")),
+    "empty lists": (COMPLETION, filled(b'{"prompt":[', b"[]", b"]}")),
+    "texts": (COMPLETION, filled(b'{"prompt":[', b'"a"', b"]}")),
+    "numbers": (COMPLETION, filled(b'{"prompt":[', b"1", b"]}")),
+    "names": (COMPLETION, filled(b'{"prompt":"x",', b'"a":1', b"}")),
+    "biases": (COMPLETION, filled(b'{"prompt":"x","logit_bias":{', b'"1":1', b"}}")),
+    "stops": (COMPLETION, filled(b'{"prompt":"x","stop":[', b'"a"', b"]}")),
+    "depth": (COMPLETION, b'{"prompt":"x","unknown":' + b"[" * BODY_BYTES),
+    "escaped texts": (COMPLETION, filled(b'{"prompt":[', b'"\\\\\\"\\\\"', b"]}")),
+    "messages": (CHAT, filled(b'{"messages":[', b'{"role":"user"}', b"]}")),
+    "parts": (CHAT, filled(b'{"messages":[{"role":"user","content":[', b'{"type":"t"}', b"]}]}")),
+    "tools": (CHAT, filled(b'{"messages":[{"role":"user","content":""}],"tools":[', b"{}", b"]}")),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_body_of_too_many_parts_is_refused_before_it_becomes_objects(name: str) -> None:
+    decoder, raw = MANY[name]
+    begun = time.process_time()
+    with pytest.raises(InvalidRequest) as caught:
+        parse(decoder, raw)
+    assert caught.value.code == "body_too_complex"
+    assert "the limit is" in caught.value.message
+    # Decoding the first of them takes 2.5 s and 400 MB.
+    assert time.process_time() - begun < 0.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{[,]}, " * 300_000, '"a", ' * 400_000, "\\" * 500_000, '\\"{[,' * 300_000, "é" * 200_000],
+    ids=["brackets", "quotes", "backslashes", "all", "letters"],
+)
+def test_a_text_may_have_any_characters(text: str) -> None:
+    for raw in (json.dumps({"prompt": text, "stop": ["\\", '"']}).encode(), msgspec.json.encode({"prompt": text})):
+        assert parse(COMPLETION, raw).prompt == text
+
+
+def test_what_fits_is_decoded() -> None:
+    assert parse(COMPLETION, filled(b'{"prompt":[', b"1", b"]}", 1_048_576)).prompt == [1] * 1_048_576
+    assert len(parse(COMPLETION, filled(b'{"prompt":[', b'"a"', b"]}", STRINGS_MAX - 1)).prompt) == STRINGS_MAX - 1
+    assert (
+        len(parse(COMPLETION, filled(b'{"prompt":[', b"[1]", b"]}", CONTAINERS_MAX - 2)).prompt) == CONTAINERS_MAX - 2
+    )
+    with pytest.raises(InvalidRequest, match=f"{CONTAINERS_MAX + 1} arrays and objects; the limit is {CONTAINERS_MAX}"):
+        parse(COMPLETION, filled(b'{"prompt":[', b"[1]", b"]}", CONTAINERS_MAX - 1))
+    with pytest.raises(InvalidRequest, match="values; the limit is 263144"):
+        parse(COMPLETION, filled(b'{"prompt":[', b"1", b"]}", 300_000), tokens_max=1_000)
+
+
+@given(
+    st.recursive(
+        st.text(st.sampled_from('a\\"[{,}]é')) | st.integers() | st.none(),
+        lambda inner: (
+            st.lists(inner, max_size=4) | st.dictionaries(st.text(st.sampled_from('k\\",')), inner, max_size=4)
+        ),
+        max_leaves=30,
+    ),
+    st.booleans(),
+)
+def test_parts_are_counted_as_they_are(value: Any, is_ascii: bool) -> None:
+    """What is counted outside of texts is what the document has."""
+
+    def count(value: Any) -> tuple[int, int]:
+        if isinstance(value, dict):
+            inner = [count(item) for item in value.values()]
+            return 1 + sum(found[0] for found in inner), len(value) + sum(found[1] for found in inner)
+        if isinstance(value, list):
+            inner = [count(item) for item in value]
+            return 1 + sum(found[0] for found in inner), sum(found[1] for found in inner)
+        return 0, isinstance(value, str)
+
+    raw = json.dumps(value, ensure_ascii=is_ascii).encode()
+    seen: list[tuple[str, int, int]] = []
+
+    def collect(parts: list[tuple[str, int, int]]) -> None:
+        seen.extend(parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CONTAINERS_MAX", -1)  # so that it looks closely
+        patch.setattr(module, "_refuse", collect)
+        module._check_parts(raw, 1_000)
+    counted = {what: number for what, number, _ in reversed(seen)}
+    assert (counted["arrays and objects"], seen[0][1]) == count(value)
+
+
+LARGE = {"unknown": "x" * LARGE_BYTES}
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"prompt": "x", "n": 999, **LARGE}, "n: expected `int` <= 128, got 999"),
+        ({"prompt": "x", **LARGE, "temperature": -3}, "temperature: expected `float` >= 0.0, got -3"),
+        ({"prompt": "x", "stop": ["a", ""], **LARGE}, "stop[1]: expected `str` of length >= 1, got an empty value"),
+        ({"prompt": "x", "user": "u" * 600, **LARGE}, "user: expected `str` of length <= 512, got length 600"),
+        ({"prompt": [97] * 40_000 + [1.5]}, "prompt[40000]: expected `int`"),  # too long to look it up
+        ({"prompt": "x", "user": "u" * 100_000}, "user: expected `str` of length <= 512"),
+    ],
+)
+def test_the_value_is_told_of_large_bodies_too(body: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(COMPLETION, json.dumps(body).encode())
+    assert caught.value.message == told
+
+
+def test_telling_what_is_wrong_costs_no_more_than_having_it_right() -> None:
+    rng = random.Random(5)
+    tokens = [rng.randrange(1_000_000) for _ in range(1_000_000)]
+
+    def cost(n: int) -> float:
+        raw = msgspec.json.encode({"prompt": tokens, "n": n})
+        times = []
+        for _ in range(5):
+            begun = time.process_time()
+            with suppress(InvalidRequest):
+                parse(COMPLETION, raw)
+            times.append(time.process_time() - begun)
+        return min(times)
+
+    assert cost(999) < 1.5 * cost(1) + 0.02  # it was decoded twice
