@@ -146,6 +146,7 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
     `answer_bytes_max`: what the answer to one request may become at most, by its prompts, choices, tokens and log
     probabilities; log probabilities of all requests together may take twice as much.
     `generation_config` auto: the checkpoint's generation_config.json gives the defaults of sampling; none: OpenAI's.
+    `allow_priority`: requests may name a priority; else all are served in the order in which they come.
     `stream_keepalive_s`: a stream that has sent nothing for so long sends a comment, which keeps proxies from cutting
     it; 0 for none.
     `keep_alive_seconds`: an idle connection is closed then; longer than a proxy in front keeps it (60 s for most).
@@ -168,6 +169,7 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
     keep_alive_seconds: KeepAlive = 75.0
     allowed_hosts: Names = ""
     cors_origins: Names = ""
+    allow_priority: bool = False
     history: bool = False
 
 

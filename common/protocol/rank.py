@@ -63,8 +63,9 @@ class Submit(Message, frozen=True):
 
     `prompt`: token ids, at least one. `stop_token_ids` end the sequence (the model's own eos ids come with them unless
     the client ignores eos); before `min_tokens` they are never chosen. `deadline_s`: seconds from receipt.
-    `priority`: lower runs first; equal ones in order of arrival. `output`: what another rank, which was lost, has
-    generated so far: it is computed like the prompt, counts as generated, and is not reported again.
+    `priority`: lower runs first, until those behind it have waited long enough; equal ones in order of arrival.
+    `output`: what another rank, which was lost, has generated so far: it is computed like the prompt, counts as
+    generated, and is not reported again.
     """
 
     request_id: RequestId

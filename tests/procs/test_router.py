@@ -195,7 +195,7 @@ def test_sampling_reaches_the_rank(rank: FakeRank, router: RouterProcess) -> Non
         "min_tokens": 2,
         "ignore_eos": True,
         "stop_token_ids": [99],
-        "priority": -3,
+        "priority": 0,
         "user": "me",
         "something_new": {"deep": [1]},
     }
@@ -205,7 +205,7 @@ def test_sampling_reaches_the_rank(rank: FakeRank, router: RouterProcess) -> Non
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.0, 0.5, 0, 0.1)
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (-1.0, 1.5, 1.1)
     assert dict(sampling.logit_bias) == {97: -100.0, 98: 5.0}
-    assert (submit.min_tokens, submit.stop_token_ids, submit.priority) == (2, (99,), -3)
+    assert (submit.min_tokens, submit.stop_token_ids, submit.priority) == (2, (99,), 0)
 
 
 def test_models_tokens_and_versions(rank: FakeRank, router: RouterProcess, client: openai.OpenAI) -> None:

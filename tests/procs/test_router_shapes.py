@@ -28,7 +28,7 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
     model = write_model(base / "model")
     recommended = {"eos_token_id": 257, "temperature": 0.2, "top_p": 0.9, "max_new_tokens": 40}
     (model / "generation_config.json").write_text(json.dumps(recommended))
-    process = RouterProcess(base / "run", model, layout_of(0), requests_max=256)
+    process = RouterProcess(base / "run", model, layout_of(0), requests_max=256, allow_priority="true")
     yield process
     process.stop()
 
@@ -209,6 +209,13 @@ def test_the_models_defaults_are_in_force_and_shown(rank: FakeRank, router: Rout
     post(router, prompt=[97] * 505)
     assert rank.seen.submit().max_tokens == 7
     assert post(router, prompt=[97] * 505, max_tokens=16).status_code == 400
+
+
+def test_a_priority_reaches_the_rank_where_it_is_allowed(rank: FakeRank, router: RouterProcess) -> None:
+    for priority in (-3, 7.0, None):
+        assert post(router, prompt="x", priority=priority).status_code == 200
+        assert post(router, "/v1/chat/completions", messages=HELLO, priority=priority).status_code == 200
+        assert [rank.seen.submit().priority for _ in range(2)] == [priority or 0] * 2
 
 
 def test_usage_in_every_chunk(rank: FakeRank, router: RouterProcess) -> None:

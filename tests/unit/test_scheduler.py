@@ -1,5 +1,6 @@
 """The scheduler and its blocks against a model that never computes: every sequence ends, nothing leaks."""
 
+import itertools
 import random
 
 import msgspec
@@ -11,6 +12,7 @@ from common.protocol.errors import InvalidRequest, Overloaded
 from common.protocol.rank import Sampling, Submit
 from services.worker.engine.blocks import BlockManager
 from services.worker.engine.scheduler import Scheduler
+from services.worker.engine.sequence import HEAD_START_S, head_start_s
 
 PEER = b"router:1"
 
@@ -180,3 +182,62 @@ def test_everything_ends_and_nothing_leaks(seed: int) -> None:
                 ended[chunk.sequence.request.request_id] = chunk.sequence.num_output
     assert {name: ended[name] for name in expected} == expected
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+
+
+# ---- priorities ------------------------------------------------------------------------------------------------------
+
+
+def test_a_priority_is_worth_time_the_more_the_higher_and_never_more_than_a_bound() -> None:
+    starts = [head_start_s(priority) for priority in range(-1_000, 1_001)]
+    assert all(earlier < later for earlier, later in itertools.pairwise(starts))
+    assert head_start_s(0) == 0.0
+    assert all(abs(start) < HEAD_START_S for start in starts)
+    assert head_start_s(1) > 5.0  # small ones, which most clients use, are worth something
+
+
+def waiting_names(scheduler: Scheduler) -> list[str]:
+    return [sequence.request.request_id for sequence in scheduler.waiting]
+
+
+def test_the_more_urgent_goes_first_and_equals_in_order_of_arrival() -> None:
+    scheduler = make()
+    for name, priority in (("b", 0), ("c", 0), ("a", -1), ("e", 5), ("d", 0), ("first", -1_000)):
+        scheduler.add(submit(name, [1], 1, priority), PEER, 0.0)
+    assert waiting_names(scheduler) == ["first", "a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize("honest", [0, 1_000])
+def test_nobody_starves_behind_those_who_always_come_first(honest: int) -> None:
+    """Every second another request of the highest priority, and one can run at a time, for a second."""
+    scheduler = make(max_sequences=1)
+    served_after = 0
+    scheduler.add(submit("honest", [1], 1, honest), PEER, 0.0)
+    for second in range(1, 200):
+        for number in range(2):  # more than can be served
+            scheduler.add(submit(f"urgent {second} {number}", [1], 1, -1_000), PEER, float(second))
+            if len(scheduler.waiting) > 50:
+                scheduler.remove(scheduler.waiting[-1])  # its client has left
+        run_step(scheduler)
+        if scheduler.get(PEER, "honest") is None:
+            served_after = second
+            break
+    bound = HEAD_START_S if honest == 0 else 2 * HEAD_START_S
+    assert 0 < served_after <= bound + 2
+
+
+def test_who_has_waited_elsewhere_is_as_old_as_it_is() -> None:
+    """A sequence that moves while it waits, and one that is submitted anew, keep their deadlines, so their ages."""
+    scheduler = make()
+    scheduler.add(submit("here", [1], 1), PEER, 100.0)
+    moved = msgspec.structs.replace(submit("moved", [1], 1), deadline_s=530.0)  # it came at 30
+    scheduler.add(moved, PEER, 100.0)
+    assert waiting_names(scheduler) == ["moved", "here"]
+
+
+def test_the_least_urgent_loses_its_blocks_first() -> None:
+    scheduler = make(num_blocks=4, max_tokens=16, max_model_len=16)
+    low = scheduler.add(submit("low", [1, 2, 3, 4], 12, priority=3), PEER, 0.0)
+    high = scheduler.add(submit("high", [5, 6, 7, 8], 12, priority=-3), PEER, 1.0)
+    while not low.stops:
+        run_step(scheduler)
+    assert high.stops == 0

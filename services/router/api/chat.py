@@ -62,6 +62,7 @@ def _options(raw: ChatRequest, front: Front) -> Options:
         logprobs=logprobs,
         default_tokens=defaults.max_new_tokens,
         defaults=defaults,
+        allow_priority=front.config.allow_priority,
     )
 
 

@@ -64,6 +64,7 @@ def _options(raw: CompletionRequest, front: Front) -> Options:
         logprobs=-1 if raw.logprobs is None else raw.logprobs,
         default_tokens=min(MAX_TOKENS_DEFAULT, defaults.max_new_tokens or MAX_TOKENS_DEFAULT),
         defaults=defaults,
+        allow_priority=front.config.allow_priority,
     )
 
 

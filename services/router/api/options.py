@@ -60,12 +60,15 @@ def options_of(
     logprobs: int,
     default_tokens: int | None = None,
     defaults: SamplingDefaults = OPENAI,
+    allow_priority: bool = False,
 ) -> Options:
     """Check what depends on other fields or on the model. `max_tokens` as it was asked for, `default_tokens` where it
     was not. Raises InvalidRequest."""
     refuse_words(raw, WORDS)
     if raw.response_format is not None and raw.response_format.type != "text":
         raise unsupported("response_format", f"type {raw.response_format.type[:40]!r}; supported: text")
+    if raw.priority and not allow_priority:
+        raise unsupported("priority", f"got {raw.priority}, and the setting allow_priority is off")
     if raw.stream_options is not None and not raw.stream:
         raise InvalidRequest("stream_options is only allowed with stream", param="stream_options")
     min_tokens, most = raw.min_tokens or 0, default_tokens if max_tokens is None else max_tokens

@@ -6,6 +6,15 @@ import msgspec
 
 from common.protocol.rank import Submit
 
+HEAD_START_S = 60.0
+
+
+def head_start_s(priority: int) -> float:
+    """Seconds by which a request of that priority counts as if it had come later; earlier where it is negative. Grows
+    with the priority, the faster the nearer to 0 (1: 5 s, 10: 30 s), and stays below HEAD_START_S: that is how long a
+    more urgent one that comes later goes before one of priority 0, and twice that before the least urgent."""
+    return HEAD_START_S * priority / (abs(priority) + 10)
+
 
 class Sequence:
     """A request's tokens and KV. Owned by the scheduler; only the rank's loop thread touches it.
@@ -71,9 +80,14 @@ class Sequence:
         return self.request.prompt_logprobs and self.num_output == 0
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Sort key: lower runs first and is preempted last."""
-        return (self.request.priority, self.arrival)
+    def order(self) -> tuple[bool, float, int]:
+        """Sort key: lower runs first and is preempted last. Those that ran elsewhere before come first of all.
+
+        A priority is worth time, and a bounded one: whoever waits grows older and overtakes in the end. Since all grow
+        older alike, two sequences never change places, and the key needs no clock. Their age is that of their deadline,
+        which goes along when they move; routers give all requests the same time.
+        """
+        return (self.arrival >= 0, self.deadline + head_start_s(self.request.priority), self.arrival)
 
     def finish_reason(self, max_model_len: int) -> str | None:
         """`stop` when the last token ends the sequence, `length` at a limit, else None."""
