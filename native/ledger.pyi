@@ -41,6 +41,10 @@ class Row:
     def kv_len(self) -> int:
         """Number of tokens whose KV is written."""
 
+    @property
+    def mark(self) -> int:
+        """The writer's word about the row: see ``mark_rows``."""
+
 class Ledger:
     """A view of the segment. For one thread at a time."""
 
@@ -57,7 +61,7 @@ class Ledger:
     def max_blocks(self) -> int: ...
     @property
     def blob_bytes(self) -> int: ...
-    def open_row(self, row: int, blob: bytes, tokens: Sequence[int], blocks: Sequence[int]) -> None:
+    def open_row(self, row: int, blob: bytes, tokens: Sequence[int], blocks: Sequence[int], mark: int = 0) -> None:
         """Start a row with its prompt and the blocks it has so far; ``kv_len`` is 0. ``ValueError`` if the row is live."""
 
     def append_blocks(self, row: int, blocks: Sequence[int]) -> None:
@@ -71,6 +75,10 @@ class Ledger:
 
     def commit_many(self, commits: Sequence[tuple[int, int, int]]) -> None:
         """``commit`` of one token for each ``(row, kv_len, token)``. All are checked before the first is applied; no row twice."""
+
+    def mark_rows(self, marks: Sequence[tuple[int, int]]) -> None:
+        """For each ``(row, word)``, keep a word ≥ 0 < 2**63 beside the row; no other operation on a live row changes it. All are
+        checked before the first is stored, and all can be seen by other processes when this returns."""
 
     def rewind(self, row: int, kv_len: int, num_blocks: int) -> None:
         """Forget KV (preemption): lower the committed position and the number of blocks, in one publication. Tokens stay.

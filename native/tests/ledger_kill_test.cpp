@@ -75,7 +75,7 @@ void check_row(uint64_t number, const Row& row) {
 bool is_same(const std::optional<Row>& one, const std::optional<Row>& other) {
   if (!one || !other) return one.has_value() == other.has_value();
   return one->blob == other->blob && one->tokens == other->tokens && one->blocks == other->blocks &&
-         one->kv_len == other->kv_len && one->num_prompt == other->num_prompt;
+         one->kv_len == other->kv_len && one->num_prompt == other->num_prompt && one->mark == other->mark;
 }
 
 struct Operation {
@@ -91,11 +91,12 @@ const std::vector<Operation> kOperations = {
     {"commit", [](Ledger& ledger) { ledger.commit(0, 5, {11, 12, 13}); }},
     {"commit position", [](Ledger& ledger) { ledger.commit(0, 6, {}); }},
     {"commit many", [](Ledger& ledger) { ledger.commit_many({{0, 7, 14}, {1, 1, 15}}); }},
+    {"mark", [](Ledger& ledger) { ledger.mark_rows({{0, 3}, {1, 4}}); }},
     {"rewind", [](Ledger& ledger) { ledger.rewind(0, 0, 1); }},
     {"append over rewound", [](Ledger& ledger) { ledger.append_blocks(0, {77, 78, 79}); }},
     {"close", [](Ledger& ledger) { ledger.close_row(0); }},
-    {"open again", [](Ledger& ledger) { ledger.open_row(0, "second life", {101, 102, 103, 104}, {105, 106, 107}); }},
-    {"commit again", [](Ledger& ledger) { ledger.commit(0, 4, {201, 202}); }},
+    {"open again", [](Ledger& ledger) { ledger.open_row(0, "second life", {101, 102, 103}, {105, 106, 107}, 9); }},
+    {"commit again", [](Ledger& ledger) { ledger.commit(0, 3, {201, 202}); }},
 };
 
 }  // namespace

@@ -40,12 +40,17 @@ TEST(a_row_lives) {
   CHECK(reader.live_rows() == std::vector<uint32_t>{2});
   writer.rewind(2, 0, 1);
   writer.append_blocks(2, {3});
+  writer.mark_rows({{2, 77}});
+  writer.commit(2, 1, {});
   const Row again = *reader.read_row(2);
-  CHECK(again.kv_len == 0 && again.blocks == (Ints{7, 3}) && again.tokens == row.tokens);
+  CHECK(row.mark == 0 && again.mark == 77);
+  CHECK(again.kv_len == 1 && again.blocks == (Ints{7, 3}) && again.tokens == row.tokens);
   writer.close_row(2);
   CHECK(reader.live_rows().empty() && !reader.read_row(2));
   writer.open_row(2, "", {}, {});
-  CHECK(reader.read_row(2)->tokens.empty() && reader.read_row(2)->blob.empty());
+  CHECK(reader.read_row(2)->tokens.empty() && reader.read_row(2)->blob.empty() && reader.read_row(2)->mark == 0);
+  writer.open_row(0, "", {}, {}, 5);
+  CHECK(reader.read_row(0)->mark == 5);
 }
 
 TEST(limits_are_exact) {
@@ -73,6 +78,10 @@ TEST(what_is_wrong_is_refused_and_changes_nothing) {
   CHECK_THROWS(std::invalid_argument, ledger.open_row(3, "01234567890", {}, {}));
   CHECK_THROWS(std::invalid_argument, ledger.open_row(3, "", {-1}, {}));
   CHECK_THROWS(std::invalid_argument, ledger.open_row(3, "", {}, {1, 2, 3, 4, 5}));
+  CHECK_THROWS(std::invalid_argument, ledger.open_row(3, "", {}, {}, -1));
+  CHECK_THROWS(std::invalid_argument, ledger.mark_rows({{0, 1}, {3, 1}}));
+  CHECK_THROWS(std::invalid_argument, ledger.mark_rows({{0, 1}, {1, -1}}));
+  CHECK(ledger.read_row(0)->mark == 0);
   CHECK_THROWS(std::invalid_argument, ledger.commit(3, 0, {}));
   CHECK_THROWS(std::invalid_argument, ledger.commit(0, 1, {}));   // falls
   CHECK_THROWS(std::invalid_argument, ledger.commit(0, 4, {9}));  // beyond the tokens

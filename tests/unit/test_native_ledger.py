@@ -48,7 +48,7 @@ def test_a_row_is_read_as_it_was_written(segment, ledger):
     row = Ledger(segment.addr, segment.nbytes).read_row(1)
     assert row is not None
     assert (row.blob, row.tokens, row.blocks) == (b"request-7\0x", [5, 6, 7, 8, 9], [2, 4, 3])
-    assert (row.kv_len, row.num_prompt) == (4, 3)
+    assert (row.kv_len, row.num_prompt, row.mark) == (4, 3, 0)
     assert ledger.rows() == [1]
     ledger.close_row(1)
     assert ledger.read_row(1) is None
@@ -64,9 +64,27 @@ def test_preemption_rewinds_kv_and_keeps_tokens(ledger):
     assert (row.kv_len, row.blocks, row.tokens, row.num_prompt) == (0, [5], [1, 2, 3, 4], 3)
 
 
+def test_marks_stay_until_the_row_is_opened_again(segment, ledger):
+    reader = Ledger(segment.addr, segment.nbytes)
+    ledger.open_row(0, b"", [1, 2, 3], [1], 2**63 - 1)
+    ledger.open_row(2, b"", [1], [1])
+    ledger.mark_rows([(2, 5)])
+    ledger.mark_rows([])
+    ledger.commit(0, 3, [4])
+    ledger.append_blocks(0, [2])
+    ledger.rewind(0, 0, 0)
+    assert [reader.read_row(row).mark for row in (0, 2)] == [2**63 - 1, 5]
+    ledger.close_row(2)
+    ledger.open_row(2, b"", [1], [1])
+    assert reader.read_row(2).mark == 0
+
+
 @pytest.mark.parametrize(
     "operation",
     [
+        lambda ledger: ledger.open_row(1, b"", [], [], -1),
+        lambda ledger: ledger.mark_rows([(0, 1), (1, 1)]),
+        lambda ledger: ledger.mark_rows([(0, -1)]),
         lambda ledger: ledger.open_row(0, b"", [], []),
         lambda ledger: ledger.open_row(4, b"", [], []),
         lambda ledger: ledger.open_row(1, b"x" * 17, [], []),
@@ -90,7 +108,7 @@ def test_wrong_operations_change_nothing(ledger, operation):
     with pytest.raises(ValueError):
         operation(ledger)
     row = ledger.read_row(0)
-    assert (row.blob, row.tokens, row.blocks, row.kv_len) == (b"a", [1, 2], [9], 2)
+    assert (row.blob, row.tokens, row.blocks, row.kv_len, row.mark) == (b"a", [1, 2], [9], 2, 0)
     assert ledger.rows() == [0]
 
 

@@ -43,7 +43,8 @@ void bind_ledger(nb::module_& module) {
       .def_prop_ro("tokens", [](const Row& row) { return row.tokens; })
       .def_prop_ro("num_prompt", [](const Row& row) { return row.num_prompt; })
       .def_prop_ro("blocks", [](const Row& row) { return row.blocks; })
-      .def_prop_ro("kv_len", [](const Row& row) { return row.kv_len; });
+      .def_prop_ro("kv_len", [](const Row& row) { return row.kv_len; })
+      .def_prop_ro("mark", [](const Row& row) { return row.mark; });
 
   nb::class_<Ledger>(module, "Ledger")
       .def(
@@ -57,14 +58,14 @@ void bind_ledger(nb::module_& module) {
       .def(
           "open_row",
           [](Ledger& ledger, int64_t row, const nb::bytes& blob, const std::vector<int32_t>& tokens,
-             const std::vector<int32_t>& blocks) {
-            ledger.open_row(row, std::string_view(blob.c_str(), blob.size()), tokens, blocks);
-          },
-          "row"_a, "blob"_a, "tokens"_a, "blocks"_a)
+             const std::vector<int32_t>& blocks,
+             int64_t mark) { ledger.open_row(row, std::string_view(blob.c_str(), blob.size()), tokens, blocks, mark); },
+          "row"_a, "blob"_a, "tokens"_a, "blocks"_a, "mark"_a = 0)
       .def("append_blocks", &Ledger::append_blocks, "row"_a, "blocks"_a)
       .def("commit", &Ledger::commit, "row"_a, "kv_len"_a, "new_tokens"_a)
       .def("commit_many", &Ledger::commit_many, "commits"_a)
       .def("rewind", &Ledger::rewind, "row"_a, "kv_len"_a, "num_blocks"_a)
+      .def("mark_rows", &Ledger::mark_rows, "marks"_a)
       .def("close_row", &Ledger::close_row, "row"_a)
       .def("read_row", &Ledger::read_row, "row"_a)
       .def("rows", &Ledger::live_rows);

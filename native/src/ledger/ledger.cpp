@@ -10,7 +10,7 @@ namespace elasticmoe::ledger {
 namespace {
 
 constexpr uint64_t kMagic = 0x3152474C454F4D45;  // "EMOELGR1"
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr size_t kLine = 64;
 
 // Widths of the three numbers in `counts`; they bound the geometry.
@@ -72,6 +72,7 @@ struct Ledger::RowHeader {
   std::atomic<uint64_t> counts;
   uint32_t num_prompt;
   uint32_t blob_len;
+  std::atomic<uint64_t> mark;
 };
 
 struct Ledger::Counts {
@@ -158,7 +159,7 @@ Ledger::Counts Ledger::checked_counts(const RowHeader& header) const {
 }
 
 void Ledger::open_row(int64_t row, std::string_view blob, const std::vector<int32_t>& tokens,
-                      const std::vector<int32_t>& blocks) {
+                      const std::vector<int32_t>& blocks, int64_t mark) {
   RowHeader& header = header_of(row);
   const uint64_t state = header.state.load(std::memory_order_acquire);
   if ((state & kStateMask) == kLive) invalid("row " + std::to_string(row) + " is live already");
@@ -167,6 +168,7 @@ void Ledger::open_row(int64_t row, std::string_view blob, const std::vector<int3
   require_range("number of blocks", blocks.size(), 0, geometry_.max_blocks);
   require_not_negative(tokens, "tokens must not be negative");
   require_not_negative(blocks, "blocks must not be negative");
+  require(mark >= 0, "mark must not be negative");
 
   const uint64_t version = ((state >> 2) + 1) << 2;
   header.state.store(version | kOpening, std::memory_order_seq_cst);
@@ -176,6 +178,7 @@ void Ledger::open_row(int64_t row, std::string_view blob, const std::vector<int3
   write(blocks_of(header), blocks);
   header.blob_len = static_cast<uint32_t>(blob.size());
   header.num_prompt = static_cast<uint32_t>(tokens.size());
+  header.mark.store(static_cast<uint64_t>(mark), std::memory_order_relaxed);
   header.counts.store(Counts{tokens.size(), 0, blocks.size()}.pack(), std::memory_order_release);
   header.state.store(version | kLive, std::memory_order_release);
 }
@@ -238,6 +241,18 @@ void Ledger::rewind(int64_t row, int64_t kv_len, int64_t num_blocks) {
   std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 
+void Ledger::mark_rows(const std::vector<Mark>& marks) {
+  for (const auto& [row, mark] : marks) {
+    live_header_of(row);
+    require(mark >= 0, "mark must not be negative");
+  }
+  for (const auto& [row, mark] : marks) {
+    header_of(row).mark.store(static_cast<uint64_t>(mark), std::memory_order_release);
+  }
+  // What the marks announce must not begin before they can be seen.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
 void Ledger::close_row(int64_t row) {
   RowHeader& header = live_header_of(row);
   const uint64_t state = header.state.load(std::memory_order_acquire);
@@ -263,7 +278,8 @@ std::optional<Row> Ledger::read_row(int64_t row) const {
               {tokens, tokens + counts.num_tokens},
               {blocks, blocks + counts.num_blocks},
               static_cast<uint32_t>(counts.kv_len),
-              num_prompt};
+              num_prompt,
+              header.mark.load(std::memory_order_relaxed)};
     }
     std::atomic_thread_fence(std::memory_order_acquire);
     if (header.state.load(std::memory_order_relaxed) != before) continue;  // closed or reused meanwhile

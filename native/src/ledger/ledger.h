@@ -5,6 +5,8 @@
 // A row's arrays only grow, and nothing in them counts until one word says so: `counts` holds the numbers of tokens, of
 // tokens with KV, and of blocks, and is stored last (release). `state` goes free -> opening -> live -> free; a row left
 // opening by a kill is as good as free. So a kill at any instruction leaves the row before or after the operation.
+//
+// `mark` is a word of the writer's beside all that: what it notes of a row before it does what may kill it.
 #pragma once
 
 #include <atomic>
@@ -32,6 +34,7 @@ struct Row {
   std::vector<int32_t> blocks;
   uint32_t kv_len;
   uint32_t num_prompt;
+  uint64_t mark;
 };
 
 // Somebody who is no ledger wrote into the segment.
@@ -47,17 +50,19 @@ void format_ledger(uint64_t addr, uint64_t nbytes, const Geometry& geometry);
 class Ledger {
  public:
   using Commit = std::tuple<int64_t, int64_t, int64_t>;  // row, kv_len, token
+  using Mark = std::tuple<int64_t, int64_t>;             // row, word
 
   Ledger(uint64_t addr, uint64_t nbytes);
 
   const Geometry& geometry() const { return geometry_; }
 
   void open_row(int64_t row, std::string_view blob, const std::vector<int32_t>& tokens,
-                const std::vector<int32_t>& blocks);
+                const std::vector<int32_t>& blocks, int64_t mark = 0);
   void append_blocks(int64_t row, const std::vector<int32_t>& blocks);
   void commit(int64_t row, int64_t kv_len, const std::vector<int32_t>& new_tokens);
   void commit_many(const std::vector<Commit>& commits);
   void rewind(int64_t row, int64_t kv_len, int64_t num_blocks);
+  void mark_rows(const std::vector<Mark>& marks);
   void close_row(int64_t row);
   std::optional<Row> read_row(int64_t row) const;
   std::vector<uint32_t> live_rows() const;
