@@ -29,8 +29,10 @@ STOP_STRINGS_MAX = 16
 STOP_STRING_CHARS_MAX = 256
 LOGIT_BIAS_MAX = 1_024
 LOGPROBS_MAX = 20
+PROMPT_LOGPROBS_BYTES_MAX = 24 * 1024 * 1024  # of one request: they travel in one message, with others beside them
 LOGPROB_MIN = -9999.0  # what is less probable is told as this, as OpenAI's API does
 REQUEST_SECONDS_MAX = 24 * 3_600.0
+STEP_FAILURES_MAX = 255  # counted of one request, in a row; more are as many
 
 # Sampling: each range is closed and finite, and any combination of values within gives a token or one typed error
 TEMPERATURE_MAX = 10.0  # from 0, greedy

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from common.layout import RankId
 from common.protocol.codec import Codec, Message
+from common.protocol.limits import STEP_FAILURES_MAX
 from common.protocol.replies import Ack, Refused
+
+Failures = Annotated[int, Meta(ge=0, le=STEP_FAILURES_MAX)]
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
@@ -14,6 +20,11 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
 
     token: float
     top: tuple[tuple[int, float], ...]
+
+
+def logprob_bytes(num_top: int) -> int:
+    """What a Logprob with so many alternatives takes in a message at the most."""
+    return 12 + 15 * max(0, num_top)
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
@@ -42,6 +53,17 @@ class Failed(Message, frozen=True):
     code: str
     message: str
     retryable: bool
+
+
+class Suspected(Message, frozen=True):
+    """A rank's successor found the request in a step that did not end: `failures` such steps in a row, in the last
+    `failures_alone` of which it was alone. Comes before its Tokens. As long as it has no more than `num_output` tokens,
+    this goes with it wherever it is submitted (Submit.failures)."""
+
+    request_id: str
+    num_output: int
+    failures: Failures
+    failures_alone: Failures
 
 
 class Moved(Message, frozen=True):
@@ -86,5 +108,5 @@ class RankStatus(Message, frozen=True):
     recomputed: int = 0
 
 
-ToRouter = Tokens | Failed | Moved | MayMove | RankStatus | Ack | Refused
+ToRouter = Tokens | Failed | Suspected | Moved | MayMove | RankStatus | Ack | Refused
 CODEC: Codec[ToRouter] = Codec(ToRouter)

@@ -28,7 +28,7 @@ from common.protocol.codec import Message, Received
 from common.protocol.errors import DeadlineExceeded, ElasticMoEError, ProtocolError, Unavailable
 from common.protocol.rank import Cancel
 from common.protocol.replies import Refused
-from common.protocol.router import Delta, Failed, MayMove, Moved, RankStatus, Tokens, ToRouter
+from common.protocol.router import Delta, Failed, MayMove, Moved, RankStatus, Suspected, Tokens, ToRouter
 from common.telemetry import get_logger
 from common.transport import new_identity
 from services.router.balancer import LOST_S, Candidate, decide
@@ -44,7 +44,9 @@ ADOPT_S = 2.0  # where the stream may wait there unnamed, submitted while nobody
 GONE_S = 2.0  # of silence, by a rank that was taken out of the layout
 GAP_S = 2.0
 SUBMITS_MAX = 2  # of a request that ranks refuse
-LOSSES_MAX = 4  # a request that was lost more often may be what kills ranks
+# Without a token in between. A bound and no verdict: a request that waits is lost with its rank through no fault of its
+# own, and ranks themselves find out and end the one that ends them (services/worker/engine/trial.py).
+LOSSES_MAX = 16
 LOST = "rank_lost"
 LEAVE_S = 5.0  # a link to a rank that left stays this long after its last stream: the rank may come back
 TICK_S = 0.1
@@ -190,8 +192,9 @@ class Dispatcher:
         """Submit a stream anew with what it has, under another id so that the tries cannot be confused; or end it."""
         if error.code == LOST:
             stream.num_losses += 1
-        num_refusals = stream.num_submits - stream.num_losses
-        is_bounded = stream.num_losses <= LOSSES_MAX and num_refusals < SUBMITS_MAX
+        else:
+            stream.num_refusals += 1
+        is_bounded = stream.num_losses <= LOSSES_MAX and stream.num_refusals < SUBMITS_MAX
         if not (error.retryable and is_bounded and now < stream.deadline):
             self._fail(stream, error)
             return
@@ -222,6 +225,9 @@ class Dispatcher:
             self._on_status(link, body, now)
         elif isinstance(body, Failed):
             self._on_failed(link, body, now)
+        elif isinstance(body, Suspected):
+            if body.request_id in link.streams:
+                link.streams[body.request_id].suspected = body
         elif isinstance(body, Moved):
             self._on_moved(link, body, now)
         elif isinstance(body, MayMove):
@@ -263,7 +269,7 @@ class Dispatcher:
             self._fail(stream, ElasticMoEError("tokens could not be taken"))
             return
         if ids:
-            stream.last_at = now
+            stream.last_at, stream.num_losses = now, 0
             if first_at is None:
                 stream.first_at = now
                 if stream.rank in self.links:
@@ -315,10 +321,7 @@ class Dispatcher:
         if stream is None:
             return
         error = ElasticMoEError(failed.message, code=failed.code, retryable=failed.retryable)
-        if failed.code == LOST:  # a rank says that of a request that may be what kills ranks
-            self._fail(stream, error)
-        else:
-            self._retry_or_fail(stream, error, now, avoid=link.rank)
+        self._retry_or_fail(stream, error, now, avoid=link.rank)
 
     def _on_refused(self, link: RankLink, refused: Refused, seq: int, now: float) -> None:
         log.warning("rank refused a message", rank=link.rank, code=refused.code, reason=refused.message)

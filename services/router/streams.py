@@ -17,7 +17,7 @@ from common.layout import RankId
 from common.protocol.errors import ElasticMoEError, ProtocolError
 from common.protocol.limits import VOCAB_MAX
 from common.protocol.rank import Submit
-from common.protocol.router import Delta, Logprob
+from common.protocol.router import Delta, Logprob, Suspected
 from services.router.detokenizer import TextStream
 
 FINISH_REASONS = ("stop", "length")
@@ -73,7 +73,9 @@ class Stream:
         self.ending: Ending | None = None
         self.tokens: list[int] = []  # that count: up to the one that completed a stop string
         self.num_submits = 0
-        self.num_losses = 0  # how often the rank that worked on it was lost
+        self.num_losses = 0  # how often the rank that worked on it was lost since its last token
+        self.num_refusals = 0
+        self.suspected: Suspected | None = None  # what ranks know against it, as long as no token comes after that
         self.seq = 0  # of the message that submitted it, 0 once it has moved to another rank
         self.prompt_logprobs: tuple[Logprob, ...] | None = None
         self.accepted_at = now
@@ -111,9 +113,16 @@ class Stream:
         return max([self.num_tokens, *(early.index + len(early.ids) for early in self._early.values())])
 
     def restart(self, request_id: str, now: float) -> None:
-        """Go on with a submit under another id, from the tokens that have come. Text and log probabilities stay."""
+        """Go on with a submit under another id, from the tokens that have come. Text and log probabilities stay, and so
+        does what ranks know against it."""
+        known = self.suspected if self.suspected and self.num_tokens <= self.suspected.num_output else None
         self.submit = msgspec.structs.replace(
-            self.submit, request_id=request_id, deadline_s=self.deadline - now, output=tuple(self.tokens)
+            self.submit,
+            request_id=request_id,
+            deadline_s=self.deadline - now,
+            output=tuple(self.tokens),
+            failures=known.failures if known else 0,
+            failures_alone=known.failures_alone if known else 0,
         )
         self._early.clear()
         self.gap_since = None

@@ -11,6 +11,9 @@ A new layout needs no discarded step. The HMM *stages* a generation on the bus; 
 meeting, and when all have said so at the same meeting, all know that all know: nobody computes that step, they make
 the staged generation the current one and go on in it, by its routing. (Who is slow to leave that meeting finds the
 generation over, as after any change; it had not begun to compute either.)
+
+A rank may ask at the meeting to compute alone, to try a request that may be what makes steps fail (engine/trial.py):
+then all others compute no tokens of their own. Of several that ask, the one in the lowest slot does.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ MEET_MS = 500.0  # a rank that waits for others looks that often whether it shal
 STAGED_STEPS_MAX = 2  # urgent because a layout is staged: who has not heard of it by then is slow for other reasons
 FIRST_STEPS = 3  # urgent after ranks came in: who brings them work needs up to two steps
 STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
+ALONE = 1 << 31  # beside the tokens that a rank says it brings: only if nobody else brings any
 
 
 class Lockstep:
@@ -38,7 +42,8 @@ class Lockstep:
 
     `is_member`: takes part in the present generation; `has_come_in`: for the first time. `is_awake`: steps
     with the others, also without work of its own. `members`: bit mask of the slots that take part in the present
-    generation. `epoch`: of the layout whose routing is in use; 0 before the first generation.
+    generation. `epoch`: of the layout whose routing is in use; 0 before the first generation. `has_turn`: this rank's
+    tokens count in the step that was met for last.
     """
 
     def __init__(self, memory: Memory, exchange: ShmExchange, slot: int, is_stopping: Callable[[], bool]) -> None:
@@ -51,11 +56,14 @@ class Lockstep:
         self._num_urgent = 0  # of the next steps
         self._has_run = False  # as a member
         self._num_staged = 0  # steps of this generation while another one was staged
+        self._is_everybodys = True  # the last step
+        self._num_clean = 0  # that were, and were completed, since the last one that failed
         self.epoch = 0
         self.members = 0
         self.is_member = False
         self.has_come_in = False
         self.is_awake = False
+        self.has_turn = True
 
     def sync(self) -> bool:
         """Follow the bus to its present generation, also as one who is no member. Whether it is a new one that runs:
@@ -68,6 +76,7 @@ class Lockstep:
             return False  # the HMM's message with it has not been read yet
         is_larger = bool(members & ~self.members)
         self._generation, self.members = generation, members
+        self._num_clean = 0
         self.is_member = running and bool(members >> self._slot & 1)
         self.has_come_in = self.is_member and not self._has_run
         self._has_run |= self.is_member
@@ -105,9 +114,10 @@ class Lockstep:
         generation, _, epoch = self._bus.staged()
         return generation if generation and epoch in self._memory.routings else 0
 
-    def meet(self, num_tokens: int) -> int:
+    def meet(self, num_tokens: int, *, is_alone: bool = False) -> int:
         """Arrive at the step's barrier with `num_tokens` and wait for the others; the tokens of all ranks together, to
         be computed now; 0 when there is nothing to compute, be it that the ranks have flipped to a new layout.
+        `is_alone`: nobody else's are to be computed with them. Whether the own ones are: `has_turn`.
 
         Whoever comes from sleep first arrives, then rings those that are not there yet. Raises BusAborted when the
         generation is over, BusTimeout when a peer stays away beyond STEP_MS_MAX.
@@ -118,7 +128,7 @@ class Lockstep:
         wait_ms = MEET_MS if self.is_awake else 0.0
         while True:
             try:
-                said = self._bus.step(self._generation, num_tokens, flags, wait_ms)
+                said = self._bus.step(self._generation, num_tokens | (ALONE if is_alone else 0), flags, wait_ms)
                 break
             except BusTimeout:
                 if self._is_stopping():
@@ -133,7 +143,9 @@ class Lockstep:
         if staged and all(flag == staged for _, _, flag in said):
             self._flip(staged)
             return 0
-        total = sum(tokens for _, tokens, _ in said)
+        alone = next(((slot, tokens ^ ALONE) for slot, tokens, _ in said if tokens & ALONE), None)
+        self._is_everybodys, self.has_turn = alone is None, alone is None or alone[0] == self._slot
+        total = sum(tokens for _, tokens, _ in said) if alone is None else alone[1]
         self.is_awake = total > 0
         if not total:
             self._num_urgent = 0
@@ -145,6 +157,20 @@ class Lockstep:
         failpoint("rank.flip.after")
         log.info("flipped" if is_done else "flip was overtaken", generation=generation)
         self.ring()  # new members sleep
+
+    @property
+    def num_clean(self) -> int:
+        """Steps of everybody that were completed since the last one that failed; 0 where the last one was not
+        everybody's."""
+        return self._num_clean if self._is_everybodys else 0
+
+    def note_done(self) -> None:
+        """The step that was met for last is completed."""
+        self._num_clean += self._is_everybodys
+
+    def note_failed(self) -> None:
+        """It is not."""
+        self._num_clean = 0
 
     def abort(self) -> None:
         """The generation is over: wait for the next."""

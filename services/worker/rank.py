@@ -39,16 +39,18 @@ from common.telemetry import get_logger
 from common.transport import Server
 from native.bus import BusAborted
 from services.worker.engine.adoption import adopt_rows
-from services.worker.engine.engine import Engine, Outcome
-from services.worker.engine.scheduler import Plan
+from services.worker.engine.engine import Engine
+from services.worker.engine.failure import failure_of
+from services.worker.engine.outcome import Outcome
 from services.worker.exchange.shm import ShmExchange
 from services.worker.hmm_link import HmmLink
+from services.worker.intake import check_ids
 from services.worker.lockstep import STEP_MS_MAX, Lockstep
 from services.worker.memory import Memory
 from services.worker.migration import Migration
 from services.worker.model.registry import build_model
-from services.worker.reports import Reports
-from services.worker.shortage import Shortage
+from services.worker.reports import Reports, tokens_of
+from services.worker.steps import Steps
 from services.worker.warm_up import warm_up
 
 log = get_logger("rank")
@@ -93,7 +95,7 @@ class Rank:
             max_model_len=min(seat.max_model_len, ledger.max_tokens),
         )
         self._lockstep = Lockstep(self._memory, exchange, seat.slot, lambda: self._stopping)
-        self._shortage = Shortage(self._engine, exchange, self._lockstep, self._hmm)
+        self._steps = Steps(self._engine, exchange, self._lockstep, self._hmm, self._send)
         self._migration = Migration(
             seat, self._engine, config.socket, watch=self._server.watch, unwatch=self._server.unwatch
         )
@@ -108,7 +110,6 @@ class Rank:
         self._num_welcomes = 0  # left
         self._welcome_s = 0.0  # left
         self._progress = 0
-        self._discarded = 0  # tokens of steps that were given up
         self._met_ns = 0  # spent at the last step's first barrier
         self._overhead = 0.0
         self._waiting = 0.0
@@ -181,23 +182,25 @@ class Rank:
         for router, message in self._migration.turn(now, self._lockstep.members):
             self._tell(router, message)
         self._send(self._engine.end_overlong())
-        plan = self._engine.plan(decode_only=self._lockstep.is_urgent) if self._lockstep.is_member else None
-        if plan is None or not (plan.num_tokens or self._lockstep.shall_meet()):
+        lockstep = self._lockstep
+        plan = None
+        if lockstep.is_member:
+            plan = self._engine.plan(decode_only=lockstep.is_urgent, num_clean=lockstep.num_clean)
+        if plan is None or not (plan.num_said or lockstep.shall_meet()):
             self._send_status(now)
             self._leave_if_unneeded()
             is_busy = self._memory.is_changing or self._migration.has_work or self._reports.is_waiting
             self._look(self._server.poll(BUSY_MS if is_busy else IDLE_MS), time.monotonic())
             return
+        met, total = time.perf_counter_ns(), 0
         try:
-            met, total = time.perf_counter_ns(), 0
-            total = self._lockstep.meet(plan.num_tokens)
-            self._met_ns = time.perf_counter_ns() - met
-            if total:
-                self._step(plan, total, started)
-        except BusAborted as aborted:
-            self._lockstep.abort()
-            self._discarded += plan.num_tokens if total else 0
-            log.info("step discarded", generation=aborted.generation)
+            total = lockstep.meet(plan.num_said, is_alone=plan.is_alone)
+        except BusAborted:  # before anything was computed
+            lockstep.abort()
+        self._met_ns = time.perf_counter_ns() - met
+        if total:
+            self._steps.run(plan, total, STEP_MS_MAX)
+            self._note_shares(started)
         self._send_status(now)
 
     def _follow_members(self) -> None:
@@ -218,9 +221,7 @@ class Rank:
             self._take_messages(now)
         self._welcome_s = until - now
 
-    def _step(self, plan: Plan, total: int, started: int) -> None:
-        outcome = self._shortage.compute(plan, total, STEP_MS_MAX)
-        self._send(outcome)
+    def _note_shares(self, started: int) -> None:
         took = time.perf_counter_ns() - started
         cost = self._engine.cost
         waiting = (cost.wait_ns + self._met_ns) / took
@@ -287,7 +288,7 @@ class Rank:
             if isinstance(body, Reserve):
                 return self._migration.reserve(sender, body)
             if isinstance(body, HandOver):
-                self._check(body.request, body.output)
+                check_ids(body.request, body.output, self._memory.spec.vocab)
                 taken = self._migration.take(sender, body, now)
                 if body.router not in self._watchers:
                     self._reports.expect((body.router,), now)
@@ -304,6 +305,8 @@ class Rank:
         except ElasticMoEError as error:
             log.debug("refused", message=type(body).__name__, code=error.code, because=error.message)
             return refusal(error)
+        except Exception as error:
+            return refusal(failure_of(error, type(body).__name__, "taking a message"))
 
     def _load(self) -> RankLoad:
         scheduler, migration = self._engine.scheduler, self._migration
@@ -325,35 +328,25 @@ class Rank:
 
     def _submit(self, request: Submit, peer: bytes, now: float) -> None:
         try:
-            self._check(request, request.output)
+            check_ids(request, request.output, self._memory.spec.vocab)
             if request.output and not self._engine.scheduler.has_room(request):
                 self._tell(peer, Tokens((Delta(request.request_id, len(request.output), (), "length"),)))
                 return
             self._engine.add(request, peer, now)
-        except ElasticMoEError as error:
+        except Exception as problem:
+            error = failure_of(problem, request.request_id, "taking the request")
             self._server.send(peer, Failed(request.request_id, error.code, error.message, error.retryable))
-
-    def _check(self, request: Submit, output: tuple[int, ...] = ()) -> None:
-        """What the sender has checked already, checked again where a bad index would hurt every tenant."""
-        vocab = self._memory.spec.vocab
-        for name, ids in (
-            ("prompt", request.prompt),
-            ("output", output),
-            ("stop_token_ids", request.stop_token_ids),
-            ("logit_bias", tuple(token for token, _ in request.sampling.logit_bias)),
-        ):
-            if ids and max(ids) >= vocab:
-                raise ElasticMoEError(
-                    f"{name} has token id {max(ids)}; the vocabulary has {vocab}", code="token_out_of_range"
-                )
 
     def _tell(self, router: bytes, message: Message) -> None:
         if not self._reports.tell(router, message):
             self._drop_peer(router)
 
     def _send(self, outcome: Outcome) -> None:
+        for router, suspected in outcome.suspected:
+            self._tell(router, suspected)
         for router, deltas in outcome.deltas.items():
-            self._tell(router, Tokens(tuple(deltas)))
+            for message in tokens_of(deltas):
+                self._tell(router, message)
         self._send_failures(outcome.failures)
 
     def _send_failures(self, failures: list[tuple[bytes, Failed]]) -> None:
@@ -382,7 +375,7 @@ class Rank:
             share_overhead=round(self._overhead, 4),
             share_waiting=round(self._waiting, 4),
             is_leaving=self._migration.is_leaving,
-            recomputed=scheduler.recomputed + self._discarded,
+            recomputed=scheduler.recomputed + self._steps.num_discarded,
         )
         self._last_status = status
         self._status_at = now

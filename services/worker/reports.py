@@ -6,13 +6,18 @@ rank has to say is kept until then, for GRACE_S: a router that has not come by t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from common.protocol.codec import Message
+from common.protocol.limits import LOGPROBS_MAX, MESSAGE_BYTES_MAX, REQUEST_ID_CHARS_MAX
+from common.protocol.router import Delta, Tokens, logprob_bytes
 
 GRACE_S = 10.0
 MESSAGES_MAX = 4096  # kept for one router: a step has one
 TRY_S = 0.002  # between attempts
+PORTION_BYTES = MESSAGE_BYTES_MAX // 2  # of one message with tokens; a single delta has at most so many (Engine.add)
+
+_DELTA_BYTES = 4 * REQUEST_ID_CHARS_MAX + 64  # without ids and log probabilities
 
 
 class Reports:
@@ -67,3 +72,26 @@ class Reports:
                 del self._kept[router]
                 gone.append(router)
         return gone
+
+
+def tokens_of(deltas: Sequence[Delta]) -> Iterator[Tokens]:
+    """A router's deltas in as many messages as they need. One of them is enough but where a step ends prompts with log
+    probabilities, or where all tokens so far are told again."""
+    if all(len(delta.ids) <= 1 and delta.prompt_logprobs is None for delta in deltas):
+        yield Tokens(tuple(deltas))
+        return
+    part: list[Delta] = []
+    left = PORTION_BYTES
+    for delta in deltas:
+        left -= _bytes_max(delta)
+        if part and left < 0:
+            yield Tokens(tuple(part))
+            part, left = [], PORTION_BYTES - _bytes_max(delta)
+        part.append(delta)
+    yield Tokens(tuple(part))
+
+
+def _bytes_max(delta: Delta) -> int:
+    num_logprobs = len(delta.logprobs or ()) + len(delta.prompt_logprobs or ())
+    num_top = max((len(logprob.top) for logprob in (delta.prompt_logprobs or ())[:1]), default=LOGPROBS_MAX)
+    return _DELTA_BYTES + 5 * len(delta.ids) + num_logprobs * logprob_bytes(num_top)

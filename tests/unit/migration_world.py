@@ -22,7 +22,9 @@ from common.protocol.router import Delta, Failed, Logprob, MayMove, Moved
 from common.transport import Server
 from native import host
 from native.ledger import Ledger, format_ledger, ledger_bytes
-from services.worker.engine.engine import Engine, Outcome
+from services.worker.engine.engine import Engine
+from services.worker.engine.outcome import Outcome
+from services.worker.engine.plan import Plan
 from services.worker.migration import Migration
 from tests.oracle import next_tokens
 from tests.unit.ranks import NUM_BLOCKS, Ranks
@@ -33,8 +35,8 @@ ROUTER = b"router:1"
 SECONDS_MAX = 20.0  # of real time, for one scenario
 
 
-def make_ledger(num_blocks: int = 64) -> tuple[Ledger, mmap.mmap]:
-    sizes = (MAX_SEQUENCES, MAX_MODEL_LEN, num_blocks, 4096)
+def make_ledger(num_blocks: int = 64, *, sequences_max: int = MAX_SEQUENCES) -> tuple[Ledger, mmap.mmap]:
+    sizes = (sequences_max, MAX_MODEL_LEN, num_blocks, 4096)
     nbytes = ledger_bytes(*sizes)
     memory = mmap.mmap(-1, nbytes)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -59,6 +61,14 @@ def make_engine(ranks: Ranks, num_blocks: int = NUM_BLOCKS) -> Engine:
     )
     engine.memory_kept_by_the_test = memory  # type: ignore[attr-defined]
     return engine
+
+
+def run_step(engine: Engine, plan: Plan, total_tokens: int = 0) -> Outcome:
+    """One step as a rank takes it, without other ranks or failures."""
+    engine.trials.begin(plan)
+    outcome = engine.commit(plan, engine.compute(plan, total_tokens or plan.num_tokens, DEADLINE_MS))
+    engine.trials.end(plan)
+    return outcome
 
 
 class Node:
@@ -96,7 +106,7 @@ class Node:
         if self.is_stepping:
             plan = self.engine.plan()
             if plan.num_tokens:
-                self.world.take(self, self.engine.compute(plan, plan.num_tokens, DEADLINE_MS))
+                self.world.take(self, run_step(self.engine, plan))
         assert self.engine.check_integrity() == []
 
     def take_messages(self) -> None:

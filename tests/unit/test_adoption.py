@@ -12,11 +12,12 @@ from cli.models import make_model
 from common.protocol.rank import Sampling, Submit
 from common.protocol.router import Delta, Failed, Logprob
 from native.ledger import Ledger
-from services.worker.engine.adoption import ADOPTIONS_MAX, adopt_rows
-from services.worker.engine.engine import Engine, Outcome
+from services.worker.engine.adoption import adopt_rows
+from services.worker.engine.engine import Engine
+from services.worker.engine.outcome import Outcome
 from services.worker.engine.rows import encode_entry, entry_bytes_max
 from tests.oracle import next_tokens
-from tests.unit.migration_world import make_engine
+from tests.unit.migration_world import make_engine, run_step
 from tests.unit.ranks import Ranks
 
 PEER = b"router:1"
@@ -58,7 +59,7 @@ class Seat:
     def step(self, *, is_heard: bool = True) -> None:
         plan = self.engine.plan()
         if plan.num_tokens:
-            outcome = self.engine.compute(plan, plan.num_tokens, DEADLINE_MS)
+            outcome = run_step(self.engine, plan)
             if is_heard:
                 self.hear(outcome)
         assert self.engine.check_integrity() == []
@@ -158,7 +159,7 @@ def test_the_last_report_was_lost(directory: Path, ranks: Ranks) -> None:
         seat.step()
     plan = seat.engine.plan()
     seat.engine._ledger = _Keeping(seat.ledger)  # type: ignore[assignment]
-    seat.engine.compute(plan, 1, DEADLINE_MS)  # committed, neither told nor closed
+    seat.engine.commit(plan, seat.engine.compute(plan, 1, DEADLINE_MS))  # neither told nor closed
     seat.engine._ledger = seat.engine._ledger._ledger  # type: ignore[attr-defined]
     seat.die()
     assert (seat.finish["a"], seat.tokens["a"]) == ("length", next_tokens(directory, [1, 2, 3], 4))
@@ -277,23 +278,6 @@ def test_a_row_that_cannot_be_true_costs_only_itself(
     assert seat.tokens["bad"] == next_tokens(directory, [1, 2, 3, 1, 2, 3], 20)
 
 
-def test_what_seems_to_kill_ranks_is_given_up(ranks: Ranks) -> None:
-    seat = Seat(ranks)
-    seat.add("a", [1, 2, 3], 40)
-    for _ in range(5):
-        seat.step()
-    for _ in range(ADOPTIONS_MAX):
-        seat.die()
-        assert seat.failed == {}
-    seat.step()  # it was not this one
-    for _ in range(ADOPTIONS_MAX):
-        seat.die()
-    assert seat.failed == {}
-    seat.die()
-    assert (seat.failed["a"].code, seat.failed["a"].retryable) == ("rank_lost", True)
-    assert seat.ledger.rows() == []
-
-
 @pytest.mark.parametrize("sampling", [Sampling(seed=3, temperature=0.8), Sampling(seed=3, frequency_penalty=1.0)])
 def test_an_output_so_far_goes_on_as_it_would_have(ranks: Ranks, sampling: Sampling) -> None:
     whole = Seat(ranks)
@@ -314,5 +298,4 @@ def test_blobs_never_exceed_what_was_checked(ranks: Ranks) -> None:
     seat.add("a", [1] * 30, 9, output=(1, 2, 3))
     seat.step()
     (sequence,) = seat.engine.scheduler.running
-    sequence.adoptions, sequence.adopted_at = 4, 2**31 - 1
     assert len(encode_entry(sequence)) <= entry_bytes_max(sequence.request, PEER)

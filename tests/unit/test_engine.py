@@ -12,9 +12,10 @@ from cli.models import make_model
 from common.protocol.rank import Sampling, Submit
 from common.protocol.router import Delta, Failed
 from native.ledger import Ledger
-from services.worker.engine.engine import Engine, Outcome
+from services.worker.engine.engine import Engine
+from services.worker.engine.outcome import Outcome
 from tests.oracle import next_tokens
-from tests.unit.migration_world import make_engine
+from tests.unit.migration_world import make_engine, run_step
 from tests.unit.ranks import Ranks
 
 PEER = b"router:1"
@@ -46,7 +47,7 @@ class Listener:
     def step(self) -> None:
         plan = self.engine.plan()
         if plan.num_tokens:
-            self.take(self.engine.compute(plan, plan.num_tokens, 20_000.0))
+            self.take(run_step(self.engine, plan))
         assert self.engine.check_integrity() == []
 
     def take(self, outcome: Outcome) -> None:

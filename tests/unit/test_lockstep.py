@@ -235,3 +235,48 @@ def test_who_first_sees_a_generation_that_does_not_run_comes_in_with_the_next(ha
     harness.hmm.set_membership(2, 0b01, True, 1)
     member.lockstep.sync()
     assert member.lockstep.has_come_in
+
+
+def test_a_member_that_asks_for_it_has_the_step_for_itself(harness: Harness) -> None:
+    """Of several the one in the lowest slot; all know whose tokens count, and nobody's but those."""
+    members = [harness.add(slot, 1) for slot in range(3)]
+    harness.hmm.set_membership(1, 0b111, True, 1)
+    said: dict[int, list[tuple[int, bool, int]]] = {0: [], 1: [], 2: []}
+
+    def meet(member: Member, asks: tuple[bool, ...]) -> None:
+        lockstep = member.lockstep
+        lockstep.sync()
+        for number, is_alone in enumerate(asks):
+            total = lockstep.meet(10 * member.slot + number, is_alone=is_alone)
+            lockstep.note_done()
+            said[member.slot].append((total, lockstep.has_turn, lockstep.num_clean))
+
+    asks = {0: (False, False, False, True), 1: (False, True, False, True), 2: (False, True, False, False)}
+    for member in members:
+        member.thread = threading.Thread(target=meet, args=(member, asks[member.slot]))
+        member.thread.start()
+    for member in members:
+        member.thread.join(DEADLINE_S)
+    everybodys = [(30, True, 1), (11, False, 0), (36, True, 2), (3, False, 0)]
+    for slot, turn in ((0, 3), (1, 1), (2, None)):
+        assert said[slot] == [
+            (total, has_turn or number == turn, clean) for number, (total, has_turn, clean) in enumerate(everybodys)
+        ]
+    lockstep = members[0].lockstep
+    lockstep.note_failed()
+    assert lockstep.num_clean == 0
+    harness.hmm.set_membership(2, 0b111, True, 1)
+    lockstep.sync()
+    assert lockstep.num_clean == 0
+
+
+def test_a_new_generation_knows_of_no_completed_steps(harness: Harness) -> None:
+    member = harness.add(0, 1)
+    harness.hmm.set_membership(1, 0b1, True, 1)
+    member.lockstep.sync()
+    assert member.lockstep.meet(1) == 1
+    member.lockstep.note_done()
+    assert member.lockstep.num_clean == 1
+    harness.hmm.set_membership(2, 0b1, True, 1)
+    member.lockstep.sync()
+    assert member.lockstep.num_clean == 0

@@ -15,7 +15,7 @@ from common.protocol.codec import Message, Received
 from common.protocol.errors import Unavailable
 from common.protocol.rank import Sampling, Submit
 from common.protocol.replies import Refused
-from common.protocol.router import Delta, Failed, Logprob, Moved, RankStatus, Tokens, ToRouter
+from common.protocol.router import Delta, Failed, Logprob, Moved, RankStatus, Suspected, Tokens, ToRouter
 from common.transport import AsyncClient
 from services.router.balancer import LOST_S
 from services.router.detokenizer import TextStream, TokenTable
@@ -215,19 +215,54 @@ async def test_a_stream_that_is_lost_again_and_again_ends(bench: Bench) -> None:
     stream = bench.open()
     for turn in range(LOSSES_MAX + 1):
         assert (reason(stream), stream.num_submits) == ("running", turn + 1)
+        bench.status(0, sender=f"rank-r0t0:{turn + 1}")
+        bench.pass_time(EMPTY_S + 0.1)
+    assert (reason(stream), stream.num_tokens) == ("rank_lost", 0)
+
+
+async def test_a_stream_that_gets_on_is_not_counted_out(bench: Bench) -> None:
+    bench.layout(0)
+    bench.status(0)
+    stream = bench.open()
+    for turn in range(2 * LOSSES_MAX):
+        assert (reason(stream), stream.num_submits) == ("running", turn + 1)
         bench.tokens(0, stream, turn, b"x", sender=f"rank-r0t0:{turn}" if turn else "")
         bench.status(0, sender=f"rank-r0t0:{turn + 1}")
         bench.pass_time(EMPTY_S + 0.1)
-    assert (reason(stream), stream.num_tokens) == ("rank_lost", LOSSES_MAX + 1)
+    assert (reason(stream), stream.num_tokens) == ("running", 2 * LOSSES_MAX)
 
 
-async def test_a_rank_that_gives_a_request_up(bench: Bench) -> None:
+async def test_a_request_that_a_rank_has_found_guilty_ends(bench: Bench) -> None:
     bench.layout(0, 1)
     bench.status(0)
     bench.status(1)
     stream = bench.open()
-    bench.hear(0, Failed("r", "rank_lost", "4 ranks in a row", True))
-    assert (reason(stream), stream.num_submits) == ("rank_lost", 1)
+    bench.hear(0, Failed("r", "request_failed", "2 times in a row", False))
+    assert (reason(stream), stream.num_submits) == ("request_failed", 1)
+
+
+async def test_what_ranks_know_against_a_request_goes_with_it(bench: Bench) -> None:
+    """A rank that goes on with a stream lacks its log probabilities: it is submitted anew, but not as if it was new."""
+    bench.layout(0)
+    bench.status(0)
+    submit = Submit("r", (1, 2), 100, Sampling(seed=1, logprobs=0))
+    stream = Stream("r", submit, TextStream(TABLE), asyncio.Event(), now=bench.now)
+    bench.dispatcher.open(stream, bench.now)
+
+    def submits() -> list[Submit]:
+        return [body for body in bench.sent(0) if isinstance(body, Submit)]
+
+    bench.hear(0, Suspected("r", 1, 3, 1), sender="rank-r0t0:1")
+    bench.hear(0, Suspected("another", 1, 9, 9), sender="rank-r0t0:1")
+    bench.hear(0, Tokens((Delta("r", 0, (65,)),)), sender="rank-r0t0:1")
+    again = submits()[-1]
+    assert (again.request_id, again.failures, again.failures_alone, again.output) == ("r~1", 3, 1, ())
+    news = Logprob(-1.0, ())
+    for index in (0, 1):
+        bench.hear(0, Tokens((Delta("r~1", index, (65,), None, None, (news,)),)), sender="rank-r0t0:1")
+    bench.hear(0, Tokens((Delta("r~1", 0, (65, 65, 65)),)), sender="rank-r0t0:2")
+    again = submits()[-1]  # it has got beyond that
+    assert (again.request_id, again.failures, again.failures_alone, again.output) == ("r~2", 0, 0, (65, 65))
 
 
 async def test_lost_log_probabilities_are_computed_again(bench: Bench) -> None:

@@ -17,19 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli.models import make_model
 from common.protocol.rank import Sampling, Submit
-from native.bus import BusAborted
 from services.worker.engine import engine as engine_module
-from services.worker.engine.engine import Engine, Outcome
-from services.worker.engine.scheduler import Chunk, Plan
-from services.worker.shortage import GIVEN_UP_MAX, Shortage, is_shortage
-from tests.unit.migration_world import make_engine, make_ledger
+from services.worker.engine.engine import Engine
+from services.worker.engine.outcome import Outcome
+from services.worker.engine.plan import Chunk, Plan
+from services.worker.steps import GIVEN_UP_MAX, Steps
+from tests.unit.crew import Crew, PlayedLockstep
+from tests.unit.migration_world import make_engine
 from tests.unit.ranks import Ranks
 from tests.unit.test_engine import PEER, Listener
 
 pytestmark = pytest.mark.slow
 
 DEADLINE_MS = 20_000.0
-PAIR_MS = 5_000.0
 MODELS = ("oracle", "tiny-mixtral")
 TORCH_SAYS = "[enforce fail at alloc_cpu.cpp:120] err == 0. DefaultCPUAllocator: can't allocate memory: error code 12"
 
@@ -87,19 +87,25 @@ def failing(
         yield mode
 
 
+def submit_all(submit: Callable[..., None]) -> None:
+    """A greedy request, one with all that a sampler may have to copy, one whose prompt's logits are all wanted."""
+    plain = Sampling(seed=1, temperature=0.0)
+    rich = Sampling(seed=2, temperature=0.9, top_p=0.8, repetition_penalty=1.2, logit_bias=((5, 2.0),), logprobs=3)
+    submit("greedy", [3, 4, 5], 4, plain)
+    submit("rich", [9, 8, 7, 6], 4, rich)
+    submit("prompt", list(range(20, 45)), 4, rich, prompt_logprobs=True)
+
+
 class Rank(Listener):
-    """An engine that steps as a rank lets it, with what a router submits."""
+    """An engine that steps as a rank lets it, in the calling thread."""
 
-    def __init__(self, engine: Engine, hmm: Any = None) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self.aborts = 0
         self.num_noted: dict[str, int] = {}  # log probabilities of prompts
-        lockstep: Any = SimpleNamespace(abort=self._abort)
+        self.lockstep: Any = PlayedLockstep()
         exchange: Any = engine._exchange
-        self.shortage = Shortage(engine, exchange, lockstep, hmm or SimpleNamespace(is_connected=False))
-
-    def _abort(self) -> None:
-        self.aborts += 1
+        hmm: Any = SimpleNamespace(is_connected=False)
+        self.steps = Steps(engine, exchange, self.lockstep, hmm, self.take)
 
     def take(self, outcome: Outcome) -> None:
         super().take(outcome)
@@ -108,16 +114,13 @@ class Rank(Listener):
                 self.num_noted[delta.request_id] = len(delta.prompt_logprobs)
 
     def submit(self) -> None:
-        """A greedy request, one with all that a sampler may have to copy, one whose prompt's logits are all wanted."""
-        plain = Sampling(seed=1, temperature=0.0)
-        rich = Sampling(seed=2, temperature=0.9, top_p=0.8, repetition_penalty=1.2, logit_bias=((5, 2.0),), logprobs=3)
-        for name, prompt, sampling, wants_prompt in (
-            ("greedy", [3, 4, 5], plain, False),
-            ("rich", [9, 8, 7, 6], rich, False),
-            ("prompt", list(range(20, 45)), rich, True),
-        ):
-            self.engine.add(Submit(name, tuple(prompt), 4, sampling, prompt_logprobs=wants_prompt), PEER, 0.0)
+        """See `submit_all`."""
+
+        def one(name: str, prompt: list[int], max_tokens: int, sampling: Sampling, **fields: Any) -> None:
+            self.engine.add(Submit(name, tuple(prompt), max_tokens, sampling, **fields), PEER, 0.0)
             self.tokens[name] = []
+
+        submit_all(one)
 
     def run(self) -> None:
         """Until all requests have ended."""
@@ -125,7 +128,7 @@ class Rank(Listener):
             plan = self.engine.plan()
             if not plan.num_tokens:
                 break
-            self.take(self.shortage.compute(plan, plan.num_tokens, DEADLINE_MS))
+            self.steps.run(plan, plan.num_tokens, DEADLINE_MS)
             assert self.engine.check_integrity() == []
         assert self.engine.scheduler.sequences() == []
         assert self.engine.scheduler.blocks.num_free == self.engine.scheduler.blocks.num_blocks
@@ -190,111 +193,52 @@ def test_a_request_that_never_finds_room_ends_alone(ranks: Ranks, monkeypatch: p
 def test_a_step_without_prompts_in_between_does_not_save_one_that_finds_no_room() -> None:
     failed: list[Any] = []
 
-    def compute(plan: Any, total: int, _: float) -> Outcome:
+    def compute(plan: Any, total: int, _: float) -> list[Any]:
         if total >= 10:
             raise MemoryError
-        return Outcome({}, [])
+        return []
 
     def fail(sequence: Any, _: Exception) -> Any:
         failed.append(sequence)
         return sequence
 
-    engine: Any = SimpleNamespace(compute=compute, fail=fail)
+    def nothing(*_: object) -> None:
+        pass
+
+    trials = SimpleNamespace(begin=nothing, end=nothing, drop=nothing)
+    engine: Any = SimpleNamespace(compute=compute, fail=fail, trials=trials, commit=nothing)
     exchange: Any = SimpleNamespace(is_awaited=False)
-    unused: Any = None
-    shortage = Shortage(engine, exchange, unused, unused)
+    lockstep: Any = PlayedLockstep()
+    hmm: Any = None
+    steps = Steps(engine, exchange, lockstep, hmm, nothing)
     sequence: Any = SimpleNamespace(wants_prompt_logprobs=False, arrival=0)
     prompt = Plan([Chunk(sequence, 0, 10, True)], [], [])
-    without = Plan([], [], [], is_decode_only=True)
-    for plan in (prompt, without):
-        shortage.compute(plan, plan.num_tokens, 0.0)
-    assert failed == []
-    shortage.compute(prompt, 10, 0.0)
-    assert failed == [sequence]
-    shortage.compute(Plan([], [], []), 2, 0.0)  # with the rest of the work there is room
-    shortage.compute(prompt, 10, 0.0)
-    assert failed == [sequence]  # another one is tried again first
+    for left_out in ({"is_decode_only": True}, {"is_alone": True}, {"leaves_suspects": True}):
+        failed.clear()
+        for plan in (prompt, Plan([], [], [], **left_out)):
+            steps.run(plan, plan.num_tokens, 0.0)
+        assert failed == []
+        steps.run(prompt, 10, 0.0)
+        assert failed == [sequence]
+        steps.run(Plan([], [], []), 2, 0.0)  # with the rest of the work there is room
+        steps.run(prompt, 10, 0.0)
+        assert failed == [sequence]  # another one is tried again first
+        steps.run(Plan([], [], []), 2, 0.0)
 
 
-def test_other_errors_and_a_rank_that_cannot_go_on_end_it(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_cannot_go_on_ends(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = Rank(make_engine(ranks))
     rank.submit()
-    plan = rank.engine.plan()
 
-    def fail(error: Exception) -> None:
-        def compute(*_: object) -> None:
-            raise error
+    def compute(*_: object) -> None:
+        raise MemoryError
 
-        monkeypatch.setattr(rank.engine, "compute", compute)
-
-    for error in (RuntimeError("shape '[3]' is invalid"), BusAborted("generation 3 is over")):
-        assert not is_shortage(error)
-        fail(error)
-        with pytest.raises(type(error)):
-            rank.shortage.compute(plan, 1, DEADLINE_MS)
-    fail(MemoryError())
+    monkeypatch.setattr(rank.engine, "compute", compute)
     for _ in range(GIVEN_UP_MAX):
-        assert rank.shortage.compute(Plan([], [], []), 1, DEADLINE_MS).failures == []
+        rank.steps.run(Plan([], [], []), 1, DEADLINE_MS)
+    assert rank.failed == {}
     with pytest.raises(MemoryError):
-        rank.shortage.compute(Plan([], [], []), 1, DEADLINE_MS)
-
-
-class Pair:
-    """Two ranks that step together, and an HMM that does what it must when a connection ends."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.num_ended = 0
-        self.ranks_of: list[Rank] = []
-        for number in range(2):
-            ledger, memory = make_ledger()
-            engine = Engine(
-                ranks.models[number],
-                ranks.exchanges[number],
-                ranks.weights[number].kv,
-                ledger,
-                max_tokens=16,
-                max_sequences=4,
-                max_model_len=160,
-            )
-            engine.memory_kept_by_the_test = memory  # type: ignore[attr-defined]
-            hmm = SimpleNamespace(is_connected=True, close=self._end)
-            self.ranks_of.append(Rank(engine, hmm))
-
-    def _end(self) -> None:
-        self.num_ended += 1
-        self.ranks._generation += 1
-        self.ranks._observer.set_membership(self.ranks._generation, 0b11, False)
-
-    def run(self) -> int:
-        """Until all requests have ended; how many steps somebody gave up."""
-        num_given_up = 0
-        errors: list[Exception] = []
-        for _ in range(200):
-            plans = [rank.engine.plan() for rank in self.ranks_of]
-            total = sum(plan.num_tokens for plan in plans)
-            if not total:
-                return num_given_up
-
-            def step(number: int, plan: Plan, total: int) -> None:
-                rank = self.ranks_of[number]
-                try:
-                    rank.take(rank.shortage.compute(plan, total, PAIR_MS))
-                except BusAborted:
-                    pass  # the other one gave it up
-                except Exception as error:
-                    errors.append(error)
-
-            threads = [threading.Thread(target=step, args=(number, plan, total)) for number, plan in enumerate(plans)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert not errors, f"a rank waited in vain, or worse: {errors}"
-            if self.ranks._observer.membership()[2] is False:
-                num_given_up += 1
-                self.ranks.new_generation()
-        raise AssertionError("the requests do not end")
+        rank.steps.run(Plan([], [], []), 1, DEADLINE_MS)
 
 
 @pytest.mark.parametrize("where", ["dispatch", "combine", "sample"])
@@ -302,11 +246,11 @@ def test_others_are_let_go_and_nobody_loses_a_token(
     where: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory: Path = make_model("oracle", tmp_path_factory.mktemp("m") / "model")
-    pair = Pair(Ranks(directory, 2, max_tokens=16))
+    pair = Crew(Ranks(directory, 2, max_tokens=16))
     wanted = undisturbed(Ranks(directory, 1, max_tokens=16))
-    first, _ = pair.ranks_of
-    for rank in pair.ranks_of:
-        rank.submit()
+    first, _ = pair.members
+    for rank in pair.members:
+        submit_all(rank.submit)
     num_calls = 0
     owner = engine_module if where == "sample" else first.engine._exchange
     real = getattr(owner, where)
@@ -320,11 +264,11 @@ def test_others_are_let_go_and_nobody_loses_a_token(
         return real(*args)
 
     monkeypatch.setattr(owner, where, fail_thrice)
-    num_given_up = pair.run()
+    pair.run()
     assert num_calls > 14
     # What fails after the last exchange is nobody else's business.
-    assert (num_given_up, pair.num_ended, first.aborts) == ((0, 0, 0) if where == "sample" else (3, 3, 3))
-    for rank in pair.ranks_of:
+    assert (pair.num_ended, first.lockstep.num_aborts) == ((0, 0) if where == "sample" else (3, 3))
+    for rank in pair.members:
         assert rank.failed == {}
         assert rank.tokens == wanted
         assert rank.engine.check_integrity() == []
@@ -344,4 +288,4 @@ def test_without_an_hmm_the_rank_ends_rather_than_let_others_wait(
     monkeypatch.setattr(ranks.exchanges[0], "dispatch", fail)
     plan = rank.engine.plan()
     with pytest.raises(MemoryError):
-        rank.shortage.compute(plan, plan.num_tokens, DEADLINE_MS)
+        rank.steps.run(plan, plan.num_tokens, DEADLINE_MS)

@@ -6,42 +6,52 @@ have been lost with it; routers drop what they know. What was only in the predec
 that waited, log probabilities, places kept for other ranks' sequences. The routers submit such requests anew; the other
 ranks learn from the new incarnation's refusals and take their sequences back. A sequence that was being handed over
 has its row until the other rank's answer has come, so both may go on with it, with the same tokens, until it ends.
+
+A row may also be what ended the predecessor. Its mark tells whether a step with it did not end, and how often
+(trial.py): who is found guilty by that ends here, and of who is not, the routers are told what is known, so that it is
+not forgotten where one of them submits the request anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from common.protocol.router import Delta, Failed
+from common.protocol.router import Delta, Failed, Suspected
 from common.telemetry import get_logger
-from services.worker.engine.engine import Engine, Outcome
+from services.worker.engine.engine import Engine
+from services.worker.engine.failure import is_shortage
+from services.worker.engine.outcome import Outcome
 from services.worker.engine.rows import BadRow, read_sequence
 from services.worker.engine.sequence import Sequence
+from services.worker.engine.trials import guilty_error
 
 log = get_logger("engine")
-
-ADOPTIONS_MAX = 3  # without a step between them: then the sequence may be what kills ranks
-LOST = "rank_lost"
 
 
 def adopt_rows(engine: Engine, vocab: int) -> Outcome:
     """Go on with every live row of the ledger, before the engine's first step. Returns what the routers are to be told:
     all tokens of each sequence, also of those that had none yet, so that they know what lives.
 
-    Rows that cannot be true are closed. One that has killed ADOPTIONS_MAX ranks in a row, as it seems, fails.
+    Rows that cannot be true are closed. One that is found to be what ends ranks fails.
     """
-    outcome = Outcome({}, [])
+    outcome = Outcome({}, [], suspected := [])
     claims = _Claims(engine)
     for sequence in _read(engine, vocab):
-        if sequence.adoptions > ADOPTIONS_MAX:
+        request_id, trial = sequence.request.request_id, sequence.trial
+        if trial.is_guilty:
+            log.error("request ended ranks, and is ended", request_id=request_id, failures=trial.failures)
             engine.ledger.close_row(sequence.row)
-            text = f"{ADOPTIONS_MAX + 1} ranks in a row were lost while they worked on the request"
-            outcome.failures.append((sequence.peer, Failed(sequence.request.request_id, LOST, text, True)))
+            error = guilty_error()
+            failed = Failed(request_id, error.code, error.message, error.retryable)
+            outcome.failures.append((sequence.peer, failed))
             continue
         why = claims.refusal(sequence)
         if why:
             _drop(engine, sequence.row, why)
             continue
+        if trial.failures:
+            news = Suspected(request_id, sequence.num_output, trial.failures, trial.failures_alone)
+            suspected.append((sequence.peer, news))
         finish = sequence.finish_reason(engine.scheduler.capacity_tokens)
         outcome.deltas.setdefault(sequence.peer, []).append(_report(sequence, finish))
         if finish is not None:
@@ -66,6 +76,11 @@ def _read(engine: Engine, vocab: int) -> list[Sequence]:
             found.append(read_sequence(engine.ledger, row, num_blocks=num_blocks, block_size=size, vocab=vocab))
         except BadRow as error:
             _drop(engine, row, error.message)
+        except Exception as error:  # else no rank could ever take this seat again
+            if is_shortage(error):
+                raise
+            log.exception("ledger row cannot be read", row=row)
+            _drop(engine, row, type(error).__name__)
     return sorted(found, key=lambda sequence: sequence.deadline)
 
 

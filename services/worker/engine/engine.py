@@ -1,48 +1,41 @@
 """One rank's engine: plan a step, compute it, make it durable, tell what came of it.
 
-Order of a step, which a kill at any instruction must not break: KV is written (model), then the ledger is committed,
-then tokens are reported. A step that is repeated writes the same KV again and chooses the same tokens.
+Order of a step, which a kill at any instruction must not break: its rows are marked, KV is written (model), then the
+ledger is committed, then tokens are reported, then the marks go. A step that is repeated writes the same KV again and
+chooses the same tokens; up to the commit it may be repeated by this process, after that only by the seat's next one.
+
+What fails in one sequence's own part of a step ends that sequence alone. Whose fault another failure is: trial.py.
 """
 
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
 import msgspec
 import torch
 
 from common.protocol.errors import Conflict, ContextLengthExceeded, DeadlineExceeded, ElasticMoEError, InvalidRequest
+from common.protocol.limits import PROMPT_LOGPROBS_BYTES_MAX
 from common.protocol.rank import HandOver, Submit
-from common.protocol.router import Delta, Failed, Logprob
+from common.protocol.router import Delta, Failed, Logprob, logprob_bytes
 from native.ledger import Ledger
 from services.worker.engine import kv_bytes
 from services.worker.engine.blocks import BlockManager
+from services.worker.engine.failure import failure_of
+from services.worker.engine.hand_over import check_hand_over
+from services.worker.engine.outcome import Choice, Outcome, StepCost
+from services.worker.engine.plan import Chunk, Plan
 from services.worker.engine.rows import encode_entry, entry_bytes_max
 from services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
-from services.worker.engine.scheduler import Chunk, Plan, Scheduler
+from services.worker.engine.scheduler import Scheduler
 from services.worker.engine.sequence import Hold, Sequence
+from services.worker.engine.trials import Trials
 from services.worker.exchange.base import Exchange
 from services.worker.model.batch import Batch, Part
 from services.worker.model.registry import Model
 from services.worker.model.weights import KvCache
 
 NO_TOKENS: tuple[int, ...] = ()
-
-
-class Outcome(NamedTuple):
-    """What a step made, by router: new tokens, and requests that failed."""
-
-    deltas: dict[bytes, list[Delta]]
-    failures: list[tuple[bytes, Failed]]
-
-
-class StepCost(NamedTuple):
-    """Nanoseconds of one step: `math` in the model without the exchange, `exchange` without waiting, `wait`."""
-
-    math_ns: int
-    exchange_ns: int
-    wait_ns: int
 
 
 class Engine:
@@ -72,22 +65,26 @@ class Engine:
             max_model_len=max_model_len,
             max_waiting=4 * max_sequences,
         )
+        self.trials = Trials(self.scheduler, ledger)
         self.cost = StepCost(0, 0, 0)
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
     def add(self, request: Submit, peer: bytes, now: float) -> None:
         """Accept a request, or raise an ElasticMoEError; then nothing stays of it."""
-        self._check_blob(request, peer)
+        self._check_size(request, peer)
         self.scheduler.add(request, peer, now)
 
-    def _check_blob(self, request: Submit, peer: bytes) -> None:
-        blob_bytes = entry_bytes_max(request, peer)
-        if blob_bytes > self._ledger.blob_bytes:
-            raise InvalidRequest(
-                f"request parameters of {blob_bytes} bytes exceed the limit of {self._ledger.blob_bytes}",
-                code="parameters_too_large",
-            )
+    def _check_size(self, request: Submit, peer: bytes) -> None:
+        """Whether its row and its longest message have room for it. Raises InvalidRequest."""
+        nbytes = len(request.prompt) * logprob_bytes(request.sampling.logprobs) if request.prompt_logprobs else 0
+        for what, size, limit in (
+            ("request parameters", entry_bytes_max(request, peer), self._ledger.blob_bytes),
+            ("log probabilities of the prompt", nbytes, PROMPT_LOGPROBS_BYTES_MAX),
+        ):
+            if size > limit:
+                text = f"{what} of {size} bytes exceed the limit of {limit}"
+                raise InvalidRequest(text, code="parameters_too_large")
 
     def cancel(self, peer: bytes, request_id: str) -> None:
         """Forget a request, if it is known."""
@@ -144,9 +141,9 @@ class Engine:
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
-    def plan(self, *, decode_only: bool = False) -> Plan:
+    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> Plan:
         """Choose the next step's work, and write to the ledger which sequences run and which blocks are theirs."""
-        plan = self.scheduler.plan(decode_only=decode_only)
+        plan = self.scheduler.plan(decode_only=decode_only, num_clean=num_clean)
         for row in plan.freed_rows:
             self._ledger.close_row(row)
         for sequence in plan.admitted:
@@ -160,14 +157,16 @@ class Engine:
 
     def _open_row(self, sequence: Sequence) -> None:
         prompt = sequence.num_prompt
-        self._ledger.open_row(sequence.row, encode_entry(sequence), sequence.tokens[:prompt], sequence.blocks)
+        entry, mark = encode_entry(sequence), sequence.trial.mark()
+        self._ledger.open_row(sequence.row, entry, sequence.tokens[:prompt], sequence.blocks, mark)
         self._ledger.commit(sequence.row, sequence.kv_len, sequence.tokens[prompt:])
         sequence.logged = len(sequence.blocks)
 
-    def compute(self, plan: Plan, total_tokens: int, deadline_ms: float) -> Outcome:
-        """Run the step that all ranks have agreed on. `total_tokens`: of all ranks together.
+    def compute(self, plan: Plan, total_tokens: int, deadline_ms: float) -> list[Choice]:
+        """Run the step that all ranks have agreed on: what came of each chunk. `total_tokens`: of all ranks together.
 
-        Raises BusAborted or BusTimeout; then nothing is committed and the work is planned again.
+        Raises BusAborted or BusTimeout, or what went wrong; then nothing has changed but KV behind the committed
+        position, and the work may be planned again.
         """
         self._exchange.begin_step(total_tokens, deadline_ms)
         batch = Batch([self._part(chunk) for chunk in plan.chunks], self._block_size)
@@ -176,7 +175,7 @@ class Engine:
         forward_ns = time.perf_counter_ns() - started
         times = self._model.times
         self.cost = StepCost(forward_ns - times.exchange_ns, times.exchange_ns - times.wait_ns, times.wait_ns)
-        return self._finish(plan.chunks, logits)
+        return self._choose(plan.chunks, logits)
 
     def _part(self, chunk: Chunk) -> Part:
         sequence, start, count, is_last = chunk
@@ -188,53 +187,64 @@ class Engine:
         ids = tokens[start:] if start + count == len(tokens) else tokens[start : start + count]
         return Part(ids, start, sequence.blocks, num_logits)
 
-    def _finish(self, chunks: list[Chunk], logits: torch.Tensor) -> Outcome:
+    def _choose(self, chunks: list[Chunk], logits: torch.Tensor) -> list[Choice]:
+        choices = [Choice() for _ in chunks]
         rows: list[int] = []
-        states: list[SamplingState] = []
+        sampling: list[int] = []  # indices of chunks
         at = 0
-        for chunk in chunks:
-            sequence = chunk.sequence
-            if sequence.wants_prompt_logprobs:
-                self._note_prompt(chunk, logits[at : at + chunk.num_tokens])
+        for index, chunk in enumerate(chunks):
+            if chunk.sequence.wants_prompt_logprobs:
+                choices[index] = self._note_prompt(chunk, logits[at : at + chunk.num_tokens])
                 at += chunk.num_tokens
             elif chunk.sample:
                 at += 1
-            if chunk.sample:
+            if chunk.sample and choices[index].error is None:
                 rows.append(at - 1)
-                states.append(SamplingState(sequence.request, sequence.tokens))
+                sampling.append(index)
+        if not rows:
+            return choices
         if len(rows) < logits.shape[0]:
             logits = logits[rows]
-        sampled = sample(logits, states) if states else None
-        tokens = sampled.tokens if sampled else []
-        self.scheduler.commit(chunks, tokens)
+        sequences = [chunks[index].sequence for index in sampling]
+        sampled = sample(logits, [SamplingState(sequence.request, sequence.tokens) for sequence in sequences])
+        for row, index in enumerate(sampling):
+            error = sampled.errors.get(row)
+            choices[index] = Choice(error=error) if error else Choice(sampled.tokens[row], sampled.logprobs[row])
+        return choices
+
+    def commit(self, plan: Plan, choices: list[Choice]) -> Outcome:
+        """Make what `compute` returned count: in memory, in the ledger, and in what is to be told. Whatever this raises
+        can only be mended by the seat's next rank."""
+        done = [(chunk, choice) for chunk, choice in zip(plan.chunks, choices, strict=True) if choice.error is None]
+        chunks = [chunk for chunk, _ in done]
+        self.scheduler.commit(chunks, [choice.token for _, choice in done if choice.token is not None])
         self._commit_ledger(chunks)
         outcome = Outcome({}, [])
-        index = 0
-        for chunk in chunks:
-            if not chunk.sample:
-                continue
-            assert sampled is not None
-            error = sampled.errors.get(index)
+        for chunk, choice in zip(plan.chunks, choices, strict=True):
+            error = choice.error
+            if chunk.sample and error is None:
+                try:
+                    self._report(chunk.sequence, choice.logprob, outcome)
+                except Exception as problem:
+                    error = failure_of(problem, chunk.sequence.request.request_id, "reporting the request's token")
             if error is not None:
-                chunk.sequence.tokens.pop()
                 outcome.failures.append(self.fail(chunk.sequence, error))
-            else:
-                self._report(chunk.sequence, sampled.logprobs[index], outcome)
-            index += 1
         return outcome
 
-    def _note_prompt(self, chunk: Chunk, logits: torch.Tensor) -> None:
-        """Log probabilities of the prompt tokens that this chunk's rows predict."""
+    def _note_prompt(self, chunk: Chunk, logits: torch.Tensor) -> Choice:
+        """Note the log probabilities of the prompt tokens that this chunk's rows predict. Nothing, or the error."""
         sequence = chunk.sequence
         ids = sequence.tokens[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, sequence.num_prompt)]
         noted = self._prompt_logprobs.setdefault(sequence.arrival, [])
         del noted[chunk.start :]  # a preempted sequence starts over, a step that was given up is repeated
-        if ids:
+        try:
             noted += prompt_logprobs(logits[: len(ids)], ids, max(0, sequence.request.sampling.logprobs))
+        except Exception as error:
+            return Choice(error=failure_of(error, sequence.request.request_id, "judging the prompt's tokens"))
+        return Choice()
 
     def _commit_ledger(self, chunks: list[Chunk]) -> None:
-        # A token below 0 is an error's: nothing of that step counts, and the sequence ends.
-        sampled = [c.sequence for c in chunks if c.sample and c.sequence.tokens[-1] >= 0]
+        sampled = [chunk.sequence for chunk in chunks if chunk.sample]
         commits = [(sequence.row, sequence.kv_len, sequence.tokens[-1]) for sequence in sampled]
         if commits:
             self._ledger.commit_many(commits)
@@ -319,12 +329,12 @@ class Engine:
         return self._ledger
 
     def adopt_in_place(self, sequences: list[Sequence]) -> None:
-        """Go on with sequences of the seat's last rank, in their rows, with their blocks. Each row is written anew, so
-        that it tells how often it was adopted; a kill in between costs its KV, not its stream."""
+        """Go on with sequences of the seat's last rank, in their rows, with their blocks."""
         self.scheduler.adopt_rows(sequences)
-        for sequence in sequences:
-            self._ledger.close_row(sequence.row)
-            self._open_row(sequence)
+        for sequence in sequences:  # blocks that were for a longer step go
+            self._ledger.rewind(sequence.row, sequence.kv_len, len(sequence.blocks))
+            sequence.logged = len(sequence.blocks)
+        self._ledger.mark_rows([(sequence.row, sequence.trial.mark()) for sequence in sequences])
 
     def adopt_without_kv(self, sequence: Sequence) -> None:
         """Let a sequence of the seat's last rank start over."""
@@ -335,8 +345,14 @@ class Engine:
         """All of a detached sequence, with the KV of its blocks from number `num_copied` on."""
         end = self.scheduler.blocks.blocks_for(sequence.kv_len)
         noted = self._prompt_logprobs.get(sequence.arrival) if sequence.kv_len else None
+        failures, failures_alone = sequence.trial
         return HandOver(
-            request=msgspec.structs.replace(sequence.request, deadline_s=sequence.deadline - now),
+            request=msgspec.structs.replace(
+                sequence.request,
+                deadline_s=sequence.deadline - now,
+                failures=failures,
+                failures_alone=failures_alone,
+            ),
             router=sequence.peer,
             output=tuple(sequence.tokens[sequence.num_prompt :]),
             num_sent=sequence.num_sent,
@@ -353,7 +369,11 @@ class Engine:
         sequence.tokens += message.output
         sequence.num_sent = message.num_sent
         sequence.kv_len = sequence.kv_len_max = max(message.kv_len, hold.num_cached * self._block_size)
-        self._check_hand_over(hold, message, sequence)
+        request_id = message.request.request_id
+        if self.scheduler.get(message.router, request_id) is not None:
+            raise Conflict(f"request id {request_id} is in use", code="duplicate_request_id")
+        self._check_size(message.request, message.router)
+        check_hand_over(self.scheduler, self._kv.geometry, hold, message, sequence)
         self.scheduler.adopt(hold, sequence)
         if sequence.kv_len == 0:
             return
@@ -363,32 +383,6 @@ class Engine:
         self.scheduler.register(sequence)
         if sequence.wants_prompt_logprobs:
             self._prompt_logprobs[sequence.arrival] = list(message.prompt_logprobs or ())
-
-    def _check_hand_over(self, hold: Hold, message: HandOver, sequence: Sequence) -> None:
-        """Raises Conflict for an id that is in use, InvalidRequest for figures that do not fit together."""
-        request_id, size = message.request.request_id, self._block_size
-        if self.scheduler.get(message.router, request_id) is not None:
-            raise Conflict(f"request id {request_id} is in use", code="duplicate_request_id")
-        self._check_blob(message.request, message.router)
-        num_tail = max(0, self.scheduler.blocks.blocks_for(message.kv_len) - message.num_copied)
-        num_noted = len(message.prompt_logprobs or ())
-        for is_wrong, what in (
-            (tuple(sequence.tokens[: len(hold.tokens)]) != hold.tokens, "tokens do not begin as was said"),
-            (sequence.num_output >= message.request.max_tokens, f"{sequence.num_output} output tokens"),
-            (sequence.num_sent > sequence.num_output, f"{sequence.num_sent} tokens sent"),
-            (len(sequence.tokens) >= self.scheduler.capacity_tokens, f"{len(sequence.tokens)} tokens"),
-            (sequence.kv_len >= len(sequence.tokens), f"KV of {sequence.kv_len} tokens"),
-            (sequence.kv_len > 0 and hold.row < 0, "KV without a row"),
-            (not hold.num_cached <= message.num_copied <= len(hold.blocks), f"{message.num_copied} blocks copied"),
-            (message.num_copied * size > sequence.kv_len, f"{message.num_copied} blocks copied"),
-            (len(message.tail) != num_tail * self._kv.geometry.block_bytes, f"a tail of {len(message.tail)} bytes"),
-            (
-                sequence.wants_prompt_logprobs and num_noted != sequence.kv_len,
-                f"log probabilities of {num_noted} prompt tokens",
-            ),
-        ):
-            if is_wrong:
-                raise InvalidRequest(f"sequence {request_id} cannot be taken over: {what}", code="bad_hand_over")
 
     def check_integrity(self) -> list[str]:
         """Findings, empty when all is well."""

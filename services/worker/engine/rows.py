@@ -12,8 +12,7 @@ from common.protocol.errors import ElasticMoEError
 from common.protocol.rank import Submit
 from native.ledger import Ledger, LedgerCorrupt, Row
 from services.worker.engine.sequence import Sequence
-
-_INT32_MAX = 2**31 - 1
+from services.worker.engine.trial import after_death
 
 
 class BadRow(ElasticMoEError):
@@ -25,15 +24,12 @@ class BadRow(ElasticMoEError):
 class LedgerEntry(msgspec.Struct, frozen=True, array_like=True):
     """What a row's blob holds: whom to answer, and the request without its tokens, which the row has.
 
-    `deadline`: on CLOCK_MONOTONIC, which all processes of a machine share. `adoptions`: how many ranks have gone on
-    with the row one after the other without getting beyond position `adopted_at`.
+    `deadline`: on CLOCK_MONOTONIC, which all processes of a machine share.
     """
 
     peer: bytes
     request: Submit
     deadline: float
-    adoptions: int = 0
-    adopted_at: int = 0
 
 
 _decoder = msgspec.msgpack.Decoder(LedgerEntry)
@@ -42,14 +38,13 @@ _decoder = msgspec.msgpack.Decoder(LedgerEntry)
 def encode_entry(sequence: Sequence) -> bytes:
     """The blob of a sequence's row."""
     request = msgspec.structs.replace(sequence.request, prompt=sequence.request.prompt[:1])
-    entry = LedgerEntry(sequence.peer, request, sequence.deadline, sequence.adoptions, sequence.adopted_at)
-    return msgspec.msgpack.encode(entry)
+    return msgspec.msgpack.encode(LedgerEntry(sequence.peer, request, sequence.deadline))
 
 
 def entry_bytes_max(request: Submit, peer: bytes) -> int:
     """The size that the blob of this request never exceeds."""
-    bare = msgspec.structs.replace(request, prompt=request.prompt[:1], output=())
-    return len(msgspec.msgpack.encode(LedgerEntry(peer, bare, 0.0, 127, _INT32_MAX)))
+    bare = msgspec.structs.replace(request, prompt=request.prompt[:1], output=(), failures=0, failures_alone=0)
+    return len(msgspec.msgpack.encode(LedgerEntry(peer, bare, 0.0)))
 
 
 def read_sequence(ledger: Ledger, row: int, *, num_blocks: int, block_size: int, vocab: int) -> Sequence:
@@ -71,8 +66,7 @@ def read_sequence(ledger: Ledger, row: int, *, num_blocks: int, block_size: int,
     sequence.kv_len = sequence.kv_len_max = read.kv_len
     sequence.blocks = read.blocks[: -(-len(read.tokens) // block_size)]
     sequence.row = row
-    sequence.adoptions = entry.adoptions + 1 if read.kv_len <= entry.adopted_at and entry.adoptions else 1
-    sequence.adopted_at = read.kv_len
+    sequence.trial = after_death(read.mark)
     return sequence
 
 

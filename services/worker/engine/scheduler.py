@@ -11,37 +11,13 @@ their way to another rank, keep what they had and are not planned; a hold keeps 
 from __future__ import annotations
 
 from bisect import insort
-from typing import NamedTuple
 
 from common.protocol.errors import ContextLengthExceeded, DoesNotFit, InvalidRequest, Overloaded
 from common.protocol.rank import Submit
 from services.worker.engine.blocks import BlockManager
+from services.worker.engine.plan import Chunk, Draft, Plan
 from services.worker.engine.sequence import Hold, Sequence
-
-
-class Chunk(NamedTuple):
-    """Tokens [start, start + num_tokens) of `sequence` are computed; `sample`: its next token is then chosen."""
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    sample: bool
-
-
-class Plan(NamedTuple):
-    """One step. `admitted` run from now on, each in a row of its own; `freed_rows` belonged to sequences that lost
-    their blocks and wait again. Admissions and preemptions stand even if the step is given up. `is_decode_only`:
-    prompts were left out."""
-
-    chunks: list[Chunk]
-    admitted: list[Sequence]
-    freed_rows: list[int]
-    is_decode_only: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that this rank computes."""
-        return sum(chunk.num_tokens for chunk in self.chunks)
+from services.worker.engine.trial import INNOCENT, Trial
 
 
 class Scheduler:
@@ -59,6 +35,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in order
         self.detached: list[Sequence] = []
         self.holds: list[Hold] = []
+        self.struck: list[Sequence] = []  # in steps that failed since their last one that was completed
         self._by_id: dict[tuple[bytes, str], Sequence] = {}
         self.recomputed = 0  # tokens whose KV was written before and lost
         self._arrivals = 0
@@ -91,6 +68,8 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> int:
         """Forget a sequence, finished or not, and release its blocks. Returns the row it had, or -1."""
         del self._by_id[sequence.peer, sequence.request.request_id]
+        if sequence in self.struck:
+            self.struck.remove(sequence)
         if sequence.row < 0:
             (self.detached if sequence in self.detached else self.waiting).remove(sequence)
             return -1
@@ -116,40 +95,66 @@ class Scheduler:
             max(0, len(s.tokens) - s.kv_len - 1) for s in self.running
         )
 
-    def plan(self, *, decode_only: bool = False) -> Plan:
-        """Choose the next step's work and allocate its blocks. `decode_only`: prompts wait for the next step."""
-        budget = self.max_tokens
-        chunks: list[Chunk] = []
-        freed_rows: list[int] = []
+    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> Plan:
+        """Choose the next step's work and allocate its blocks. `decode_only`: prompts wait for the next step.
+        `num_clean`: see Trial.may_be_alone; if there are suspects, this is one's own step, or they are left out."""
+        draft = Draft(self.max_tokens)
+        suspects = [s for s in self.struck if s.is_suspect and s not in self.detached] if self.struck else []
+        if not decode_only:
+            # Who is about to be found guilty or innocent comes first.
+            for suspect in sorted(suspects, key=lambda s: (-s.trial.failures_alone, s.order)):
+                if suspect.trial.may_be_alone(num_clean):
+                    self._draft_alone(draft, suspect)
+                if draft.chunks:
+                    return draft.finish(is_alone=True)
+        self._draft_running(draft, suspects, decode_only=decode_only)
+        if not decode_only:
+            self._draft_waiting(draft, suspects)
+        return draft.finish(is_decode_only=decode_only, leaves_suspects=bool(suspects))
+
+    def _draft_running(self, draft: Draft, suspects: list[Sequence], *, decode_only: bool) -> None:
         index = 0
-        while index < len(self.running) and budget > 0:
+        while index < len(self.running) and draft.budget > 0:
             sequence = self.running[index]
-            # A prompt leaves one token for each sequence behind it, so that a long one stops nobody's decoding.
-            room = max(1, budget - (len(self.running) - index - 1))
-            count = min(len(sequence.tokens) - sequence.kv_len, room)
-            if decode_only and len(sequence.tokens) - sequence.kv_len > 1:
+            missing = len(sequence.tokens) - sequence.kv_len
+            if (decode_only and missing > 1) or (suspects and sequence in suspects):
                 index += 1
                 continue
-            while not self._grow(sequence, sequence.kv_len + count):
-                victim = self.running[-1]
-                freed_rows.append(self._stop(victim))
-                insort(self.waiting, victim, key=lambda s: s.order)
-                if victim is sequence:
-                    break
-            else:
-                budget -= count
-                chunks.append(_chunk(sequence, count))
+            # A prompt leaves one token for each sequence behind it, so that a long one stops nobody's decoding.
+            room = max(1, draft.budget - (len(self.running) - index - 1))
+            if self._draft_one(draft, sequence, min(missing, room)):
                 index += 1
-        admitted: list[Sequence] = []
-        while self.waiting and budget > 0 and self._free_rows and not freed_rows and not decode_only:
-            sequence = self.waiting[0]
-            if not self._admit(sequence, budget):
-                break
-            admitted.append(sequence)
-            count = min(len(sequence.tokens) - sequence.kv_len, budget)
-            budget -= count
-            chunks.append(_chunk(sequence, count))
-        return Plan(chunks, admitted, freed_rows, decode_only)
+
+    def _draft_one(self, draft: Draft, sequence: Sequence, count: int) -> bool:
+        """Plan tokens of a running sequence, if need be in the blocks of the last ones. False when it was the last."""
+        while not self._grow(sequence, sequence.kv_len + count):
+            victim = self.running[-1]
+            draft.freed_rows.append(self._stop(victim))
+            insort(self.waiting, victim, key=lambda s: s.order)
+            if victim is sequence:
+                return False
+        draft.add(sequence, count)
+        return True
+
+    def _draft_waiting(self, draft: Draft, suspects: list[Sequence]) -> None:
+        index = 0
+        while index < len(self.waiting) and draft.budget > 0 and self._free_rows and not draft.freed_rows:
+            sequence = self.waiting[index]
+            if suspects and sequence in suspects:
+                index += 1
+                continue
+            if not self._admit(sequence, draft.budget):
+                return
+            draft.admitted.append(sequence)
+            draft.add(sequence, min(len(sequence.tokens) - sequence.kv_len, draft.budget))
+
+    def _draft_alone(self, draft: Draft, suspect: Sequence) -> None:
+        """Plan the suspect's next tokens, where there is room for them."""
+        if suspect.row < 0:
+            if not self._free_rows or draft.freed_rows or not self._admit(suspect, draft.budget):
+                return
+            draft.admitted.append(suspect)
+        self._draft_one(draft, suspect, min(len(suspect.tokens) - suspect.kv_len, draft.budget))
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         missing = self.blocks.blocks_for(num_tokens) - len(sequence.blocks)
@@ -173,7 +178,7 @@ class Scheduler:
             sequence.blocks, sequence.kv_len, sequence.cached = [], 0, 0
             return False
         sequence.blocks += self.blocks.allocate(missing)
-        del self.waiting[0]
+        self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda s: s.order)
         sequence.row = self._free_rows.pop()
         return True
@@ -188,7 +193,6 @@ class Scheduler:
         self.blocks.release(sequence.blocks)
         sequence.blocks, sequence.kv_len, sequence.cached, sequence.logged, sequence.row = [], 0, 0, 0, -1
         sequence.stops += 1
-        sequence.adoptions = 0
         self._free_rows.append(row)
         return row
 
@@ -202,6 +206,14 @@ class Scheduler:
             if sample:
                 sequence.tokens.append(next(chosen))
             self.register(sequence)
+
+    def note_trial(self, sequence: Sequence, trial: Trial) -> None:
+        """Remember what is known of its steps that failed."""
+        sequence.trial = trial
+        if sequence in self.struck:
+            self.struck.remove(sequence)
+        if trial != INNOCENT:
+            self.struck.append(sequence)
 
     # ---- to and from other ranks ----------------------------------------------------------------------------------
 
@@ -286,6 +298,7 @@ class Scheduler:
             sequence.arrival = self._adoptions
             insort(self.running, sequence, key=lambda s: s.order)
         self._by_id[sequence.peer, sequence.request.request_id] = sequence
+        self.note_trial(sequence, sequence.trial)
 
     def adopt_rows(self, sequences: list[Sequence]) -> None:
         """Let sequences of this seat's last rank, oldest first, run in the rows and blocks that they have. Only before
@@ -306,6 +319,7 @@ class Scheduler:
         self._arrivals += 1
         sequence.arrival = self._arrivals
         self._by_id[sequence.peer, sequence.request.request_id] = sequence
+        self.note_trial(sequence, sequence.trial)
         insort(queue, sequence, key=lambda s: s.order)
 
     def register(self, sequence: Sequence) -> None:
@@ -331,7 +345,3 @@ class Scheduler:
         if sorted(rows + self._free_rows) != list(range(self.max_sequences)):
             findings.append(f"rows {sorted(rows)} are used and {sorted(self._free_rows)} free of {self.max_sequences}")
         return findings
-
-
-def _chunk(sequence: Sequence, count: int) -> Chunk:
-    return Chunk(sequence, sequence.kv_len, count, sequence.kv_len + count == len(sequence.tokens))

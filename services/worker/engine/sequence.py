@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from common.protocol.rank import Submit
+from services.worker.engine.trial import Trial
 
 HEAD_START_S = 60.0
 
@@ -22,13 +23,11 @@ class Sequence:
     `tokens`: prompt and output so far. `kv_len`: how many of them have their KV written (the committed position).
     `blocks`: KV block ids by position. `row`: its ledger row while it runs, -1 while it waits.
     `num_sent`: output tokens that were reported to the router. `stops` counts how often it lost its KV, `relocations`
-    how often blocks of it were moved. `adoptions`: ranks in a row that went on with it from position `adopted_at` and
-    died before a step was committed. `request` is without `output`, which `tokens` has.
+    how often blocks of it were moved. `trial`: what is known of its steps that failed (the scheduler's to change).
+    `request` is without `output`, which `tokens` has, and without its failures, which `trial` has.
     """
 
     __slots__ = (
-        "adopted_at",
-        "adoptions",
         "arrival",
         "blocks",
         "cached",
@@ -43,10 +42,13 @@ class Sequence:
         "row",
         "stops",
         "tokens",
+        "trial",
     )
 
     def __init__(self, request: Submit, peer: bytes, arrival: int, deadline: float) -> None:
-        self.request = msgspec.structs.replace(request, output=()) if request.output else request
+        self.trial = Trial(request.failures, request.failures_alone)
+        is_bare = not (request.output or request.failures or request.failures_alone)
+        self.request = request if is_bare else msgspec.structs.replace(request, output=(), failures=0, failures_alone=0)
         self.peer = peer
         self.arrival = arrival
         self.deadline = deadline
@@ -61,8 +63,6 @@ class Sequence:
         self.num_sent = len(request.output)
         self.stops = 0
         self.relocations = 0
-        self.adoptions = 0
-        self.adopted_at = 0
 
     @property
     def num_prompt(self) -> int:
@@ -73,6 +73,11 @@ class Sequence:
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may only be computed alone (trial.py)."""
+        return self.trial.is_suspect(in_prompt=self.kv_len < len(self.request.prompt))
 
     @property
     def wants_prompt_logprobs(self) -> bool:

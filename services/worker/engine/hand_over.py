@@ -1,0 +1,37 @@
+"""What must hold before a rank goes on with another one's sequence. Pure."""
+
+from __future__ import annotations
+
+from common.model_spec import KvGeometry
+from common.protocol.errors import InvalidRequest
+from common.protocol.rank import HandOver
+from services.worker.engine.scheduler import Scheduler
+from services.worker.engine.sequence import Hold, Sequence
+
+
+def check_hand_over(
+    scheduler: Scheduler, geometry: KvGeometry, hold: Hold, message: HandOver, sequence: Sequence
+) -> None:
+    """Whether `message` fits to the place that `hold` keeps and makes `sequence`. Raises InvalidRequest for figures
+    that do not fit together."""
+    size = geometry.block_size
+    num_tail = max(0, scheduler.blocks.blocks_for(message.kv_len) - message.num_copied)
+    num_noted = len(message.prompt_logprobs or ())
+    for is_wrong, what in (
+        (tuple(sequence.tokens[: len(hold.tokens)]) != hold.tokens, "tokens do not begin as was said"),
+        (sequence.num_output >= message.request.max_tokens, f"{sequence.num_output} output tokens"),
+        (sequence.num_sent > sequence.num_output, f"{sequence.num_sent} tokens sent"),
+        (len(sequence.tokens) >= scheduler.capacity_tokens, f"{len(sequence.tokens)} tokens"),
+        (sequence.kv_len >= len(sequence.tokens), f"KV of {sequence.kv_len} tokens"),
+        (sequence.kv_len > 0 and hold.row < 0, "KV without a row"),
+        (not hold.num_cached <= message.num_copied <= len(hold.blocks), f"{message.num_copied} blocks copied"),
+        (message.num_copied * size > sequence.kv_len, f"{message.num_copied} blocks copied"),
+        (len(message.tail) != num_tail * geometry.block_bytes, f"a tail of {len(message.tail)} bytes"),
+        (
+            sequence.wants_prompt_logprobs and num_noted != sequence.kv_len,
+            f"log probabilities of {num_noted} prompt tokens",
+        ),
+    ):
+        if is_wrong:
+            text = f"sequence {message.request.request_id} cannot be taken over: {what}"
+            raise InvalidRequest(text, code="bad_hand_over")

@@ -1,0 +1,33 @@
+"""What comes of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+from common.protocol.errors import ElasticMoEError
+from common.protocol.router import Delta, Failed, Logprob, Suspected
+
+
+class Choice(NamedTuple):
+    """What a step made of one chunk: its next token, where it had one to choose, or its end."""
+
+    token: int | None = None
+    logprob: Logprob | None = None
+    error: ElasticMoEError | None = None
+
+
+class Outcome(NamedTuple):
+    """What a step made, by router: new tokens, and requests that failed; `suspected` is to be told first."""
+
+    deltas: dict[bytes, list[Delta]]
+    failures: list[tuple[bytes, Failed]]
+    suspected: Seq[tuple[bytes, Suspected]] = ()
+
+
+class StepCost(NamedTuple):
+    """Nanoseconds of one step: `math` in the model without the exchange, `exchange` without waiting, `wait`."""
+
+    math_ns: int
+    exchange_ns: int
+    wait_ns: int

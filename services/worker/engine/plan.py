@@ -1,0 +1,66 @@
+"""One step's work, as the scheduler chooses it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from services.worker.engine.sequence import Sequence
+
+
+class Chunk(NamedTuple):
+    """Tokens [start, start + num_tokens) of `sequence` are computed; `sample`: its next token is then chosen."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    sample: bool
+
+
+class Plan(NamedTuple):
+    """One step. `admitted` run from now on, each in a row of its own; `freed_rows` belonged to sequences that lost
+    their blocks and wait again. Admissions and preemptions stand even if the step is given up. `is_decode_only`:
+    prompts were left out. `is_alone`: of one suspect, to be computed only if no rank brings anything else; without any
+    chunks where it is another rank's.
+    `leaves_suspects`: some were left out, so that the step must be computed even if nobody has work for it."""
+
+    chunks: list[Chunk]
+    admitted: list[Sequence]
+    freed_rows: list[int]
+    is_decode_only: bool = False
+    is_alone: bool = False
+    leaves_suspects: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this rank computes."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was left out that could have been computed."""
+        return not (self.is_decode_only or self.is_alone or self.leaves_suspects)
+
+    @property
+    def num_said(self) -> int:
+        """Tokens that this rank says it brings: more than none where the step must be computed."""
+        return max(self.num_tokens, int(self.leaves_suspects))
+
+
+class Draft:
+    """A plan in the making. `budget`: tokens that may still be added."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.chunks: list[Chunk] = []
+        self.admitted: list[Sequence] = []
+        self.freed_rows: list[int] = []
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        """Its next `count` tokens are computed."""
+        self.budget -= count
+        end = sequence.kv_len + count
+        self.chunks.append(Chunk(sequence, sequence.kv_len, count, end == len(sequence.tokens)))
+
+    def finish(self, *, is_decode_only: bool = False, is_alone: bool = False, leaves_suspects: bool = False) -> Plan:
+        """The plan."""
+        return Plan(self.chunks, self.admitted, self.freed_rows, is_decode_only, is_alone, leaves_suspects)

@@ -1,0 +1,89 @@
+"""Which of the requests in a step is it that makes steps fail? Found out by trial, so that it ends alone. Pure.
+
+A step fails for all that were in it: a process dies in it, hangs and is ejected, or raises what cannot be laid at one
+request's door. That says little of any of them, since processes also die for reasons of their own. So:
+
+- Whoever was in a step that failed is tried again with the others. One whose prompt was in it is suspect at once (it is
+  the likelier cause, and a prompt can wait), the others after SUSPECT_FAILURES failed steps in a row.
+- Suspects are left out of ordinary steps and computed alone: one of them, and nobody else's work on any rank. Before
+  each such step an ordinary one has to be completed, if need be without any work: steps succeed without suspects.
+- One that has failed alone is tried so once more, after CONTROL_STEPS ordinary steps in a row: it is not that a rank's
+  n-th step fails. If it fails again, it is the cause, and ends.
+- An ordinary step that fails voids what was seen when those that it left out were alone. A step that is completed with
+  a request clears it.
+
+Deaths that have nothing to do with requests hit ordinary steps too, so they end nobody, however many there are in a
+row. The chance that is left is that of two kills from outside in the two short steps of one and the same request, with
+CONTROL_STEPS completed steps in between. What is known of a request survives its process in its ledger row's mark.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from common.protocol.limits import STEP_FAILURES_MAX
+
+SUSPECT_FAILURES: Final = 2
+GUILTY_FAILURES: Final = 2
+CONTROL_STEPS: Final = 16
+
+_COUNT_MASK: Final = 255
+assert STEP_FAILURES_MAX <= _COUNT_MASK
+# What a row's process was doing with it.
+NOTHING: Final = 0
+COMPUTED: Final = 1
+COMPUTED_ALONE: Final = 2
+LEFT_OUT: Final = 3  # of an ordinary step
+
+_STATE_MASK: Final = 3
+_FAILURES_SHIFT: Final = 2
+_ALONE_SHIFT: Final = 10
+
+
+class Trial(NamedTuple):
+    """What is known of one request since the last step that was completed with it.
+
+    `failures`: steps that failed with it. `failures_alone`: of these the last ones, in which it was alone.
+    """
+
+    failures: int = 0
+    failures_alone: int = 0
+
+    def failed(self, *, is_alone: bool) -> Trial:
+        """A step with it has failed."""
+        num_alone = self.failures_alone + 1 if is_alone else 0
+        return Trial(min(STEP_FAILURES_MAX, self.failures + 1), min(STEP_FAILURES_MAX, num_alone))
+
+    def voided(self) -> Trial:
+        """An ordinary step without it has failed."""
+        return Trial(self.failures, 0)
+
+    @property
+    def is_guilty(self) -> bool:
+        """Whether it is what makes steps fail."""
+        return self.failures_alone >= GUILTY_FAILURES
+
+    def is_suspect(self, *, in_prompt: bool) -> bool:
+        """Whether it may only be computed alone. `in_prompt`: its prompt is not computed yet."""
+        return self.failures >= (1 if in_prompt else SUSPECT_FAILURES)
+
+    def may_be_alone(self, num_clean: int) -> bool:
+        """Whether the next step may be its own, after `num_clean` ordinary ones that were completed since the last that
+        failed; 0 right after another's own."""
+        return num_clean >= (CONTROL_STEPS if self.failures_alone else 1)
+
+    def mark(self, state: int = NOTHING) -> int:
+        """The row's mark. `state`: its part in a step that has begun; who finds it so knows that it did not end."""
+        return state | self.failures << _FAILURES_SHIFT | self.failures_alone << _ALONE_SHIFT
+
+
+INNOCENT: Final = Trial()
+
+
+def after_death(mark: int) -> Trial:
+    """What is known of a row's request, now that the process which wrote this mark is dead."""
+    trial = Trial(mark >> _FAILURES_SHIFT & _COUNT_MASK, mark >> _ALONE_SHIFT & _COUNT_MASK)
+    state = mark & _STATE_MASK
+    if state == LEFT_OUT:
+        return trial.voided()
+    return trial if state == NOTHING else trial.failed(is_alone=state == COMPUTED_ALONE)
