@@ -17,7 +17,10 @@ from services.router.streams import Stream
 from services.scaler import orders
 from services.scaler.intake import Intake
 from services.scaler.journal import Journal
+from services.worker.engine import rows
 from services.worker.engine.engine import Engine
+from services.worker.engine.sequence import Sequence
+from services.worker.engine.trial import INNOCENT, Trial
 from tests.sim.rank import Pool
 from tests.sim.store import Store
 
@@ -94,6 +97,15 @@ MUTATIONS: dict[str, Mutation] = {
         Pool, "_survivors", lambda _: {}, ("two processes have slot",)
     ),
     "a router takes tokens that it has": Mutation(Stream, "_accept_part", _double, ("tokens", "history")),
+    "a rank goes on with rows as if nothing was known of them": Mutation(
+        rows, "after_death", lambda _: INNOCENT, (" steps fail", "requests [")
+    ),
+    "suspects are computed with the others": Mutation(
+        Sequence, "is_suspect", property(lambda _: False), (" steps fail", "requests [")
+    ),
+    "whoever was in two steps that failed is to blame": Mutation(
+        Trial, "is_guilty", property(lambda trial: trial.failures > 1), ("for what it did not do",)
+    ),
     "a hand-over loses the end of the KV": Mutation(Engine, "hand_over", _without_tail(Engine.hand_over), ("tokens",)),
 }
 

@@ -32,8 +32,10 @@ from common.protocol.replies import Ack, refusal
 from common.protocol.router import Delta, Failed, RankStatus, Tokens
 from common.protocol.scaler import PoolRank, PoolStatus, RankExited, RankLoad, RankReady, RankStarted
 from services.worker.engine.adoption import adopt_rows
-from services.worker.engine.engine import Engine, Outcome
-from services.worker.engine.scheduler import Chunk, Plan
+from services.worker.engine.engine import Engine
+from services.worker.engine.outcome import Choice, Outcome
+from services.worker.engine.plan import Chunk, Plan
+from services.worker.engine.trials import guilty_error
 from services.worker.migration import Migration
 from services.worker.reports import Reports
 from tests.sim.heap import Actor, Sim
@@ -84,20 +86,14 @@ class SimEngine(Engine):
         )
         self._values = memory.values
 
-    def run(self, plan: Plan) -> Outcome:
-        """Compute a step."""
-        tokens = []
+    def compute(self, plan: Plan, total_tokens: int, deadline_ms: float) -> list[Choice]:
+        """See Engine."""
+        del total_tokens, deadline_ms
+        choices = []
         for chunk in plan.chunks:
             self._write(chunk)
-            if chunk.sample:
-                tokens.append(next_token(self._read(chunk)))
-        self.scheduler.commit(plan.chunks, tokens)
-        self._commit_ledger(plan.chunks)
-        outcome = Outcome({}, [])
-        for chunk in plan.chunks:
-            if chunk.sample:
-                self._report(chunk.sequence, None, outcome)
-        return outcome
+            choices.append(Choice(next_token(self._read(chunk)) if chunk.sample else None))
+        return choices
 
     def _write(self, chunk: Chunk) -> None:
         sequence, start, count, _ = chunk
@@ -161,6 +157,7 @@ class Rank(Actor):
         self.address = f"rank-{seat.rank}"
         self.clients: dict[str, PeerClient] = {}
         self.fence = DiskFence(world.disk, f"rank-{seat.slot}")
+        self.num_clean = 0  # see Lockstep
         self.is_attached = self.is_ready = self.is_member = self.is_leaving_now = False
         self.held: set[Any] = set()
         self.routings: dict[int, Any] = {}
@@ -302,9 +299,34 @@ class Rank(Actor):
         if is_member and epoch not in self.routings:
             return False
         self.generation, self.members, self.is_member = generation, members, is_member
+        self.num_clean = 0
         if is_member:
             self.epoch = epoch
         return running
+
+    def step(self, plan: Plan) -> None:
+        """A step that nobody fails in."""
+        self._send(self.engine.commit(plan, self.engine.compute(plan, 0, 0.0)))
+        self.engine.trials.end(plan)
+        self.num_clean += not plan.is_alone
+
+    def fail_step(self, plan: Plan) -> None:
+        """A step that somebody fails in."""
+        self.num_clean = 0
+        self._send_failures([self.engine.fail(guilty, guilty_error()) for guilty in self.engine.trials.fail(plan)])
+
+    @property
+    def is_connected(self) -> bool:
+        """An HMM would see its end."""
+        return self._hmm_life == self.world.hmm.life
+
+    def reconnect(self) -> None:
+        """End the generation, because it cannot go on with the step that others wait for."""
+        hmm = self.world.hmm
+        if self.is_connected:
+            self._hmm_life = -1
+            hmm.after(CHANNEL_S, hmm.detached, self.seat.slot, self.seat.incarnation)
+        self.after(0.05, self.resume)
 
     @property
     def is_busy(self) -> bool:
@@ -397,6 +419,8 @@ class Rank(Actor):
             self._drop_peer(router)
 
     def _send(self, outcome: Outcome) -> None:
+        for router, suspected in outcome.suspected:
+            self._tell(router, suspected)
         for router, deltas in outcome.deltas.items():
             self._tell(router, Tokens(tuple(deltas)))
         self._send_failures(outcome.failures)

@@ -176,6 +176,7 @@ class Router(Actor):
         """A request; whether it was accepted."""
         if not self.is_alive or self.is_paused:
             return False
+        self.world.poisons.draw(name, len(prompt), max_tokens)
         tokens = list(prompt)
         for _ in range(max_tokens):
             tokens.append(next_token(tokens))
@@ -204,6 +205,7 @@ class Router(Actor):
         """A finish comes with all tokens, an error only where there is a reason."""
         self.world.expect(name not in self.ends, f"{name} ended twice")
         self.ends[name] = kind, reason
+        self.world.poisons.check_end(name, kind, reason)
         num, wanted = len(self.history.report.requests[name].tokens), len(self.wanted[name][1])
         if kind == "finish":
             self.world.expect(num == wanted, f"{name}: {num} of {wanted} tokens, and the finish {reason}")

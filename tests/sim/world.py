@@ -18,9 +18,11 @@ from common.protocol.hmm import LoadModel
 from services.hmm import catalog as catalog_module
 from services.hmm.catalog import Transition, check_integrity, keys_of
 from services.scaler.plan import Target
+from services.worker.engine.plan import Plan
 from tests.sim.heap import Sim, Violation
 from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm, seat_memory
 from tests.sim.loss import Losses
+from tests.sim.poison import Poisons
 from tests.sim.rank import PeerClient, Pool, Rank
 from tests.sim.router import Router, RouterClient
 from tests.sim.scaler import Scaler
@@ -56,6 +58,7 @@ class World:
         self.hmm = Hmm(self.sim, DEVICES, rng.choice((330, 360, 420)) << 10, load, self.disk)
         self.hmm.expect = self.expect
         self.losses = Losses(self)
+        self.poisons = Poisons(self, seed)
         self.hmm.gone = self.losses.gone
         self._was: tuple[Layout, Transition | None] = (layout, None)
         self._state: Any = None
@@ -96,23 +99,43 @@ class World:
             return
         self.expect(all(rank.epoch == epoch for rank in here), "two layouts are in force")
         is_early = self.sim.now < self._stepped_at + STEP_S
-        plans = [rank.engine.plan() for rank in here] if not is_early else []
+        plans = [rank.engine.plan(num_clean=rank.num_clean) for rank in here] if not is_early else []
         staged, _, following = bus.staged()
         if staged and all(following in rank.routings for rank in here):
             self.expect(bus.flip(staged), "a staged generation cannot be flipped to")
             self.num_flips += 1
             self.sim.note(f"bus: flipped to generation {staged}, epoch {following}")
             return
-        if not any(plan.num_tokens for plan in plans):
+        alone = next((number for number, plan in enumerate(plans) if plan.is_alone), None)
+        if alone is not None:
+            nothing = Plan([], [], [], is_alone=True)
+            plans = [plan if number == alone else nothing for number, plan in enumerate(plans)]
+        if not any(plan.num_said for plan in plans):
             return
         self._stepped_at = self.sim.now
         self._check_homes(here, epoch)
         victim = rng.choice(here) if self.crash_rate and rng.random() < self.crash_rate else None
+        struck = self.poisons.strikes(plans)
         for rank, plan in zip(here, plans, strict=True):
-            if victim is None or (rank is not victim and rng.random() < 0.5):
-                rank._send(rank.engine.run(plan))
-        if victim is not None:
-            victim.exit("killed in a step")
+            rank.engine.trials.begin(plan)
+        for number, (rank, plan) in enumerate(zip(here, plans, strict=True)):
+            if struck is not None and number == struck[0]:
+                self._fail(rank, plan, struck[1], is_awaited=len(here) > 1)
+            elif rank is victim:
+                rank.exit("killed in a step")
+            elif struck is None and (victim is None or rng.random() < 0.5):
+                rank.step(plan)
+            else:
+                rank.fail_step(plan)
+
+    def _fail(self, rank: Rank, plan: Plan, kind: str, *, is_awaited: bool) -> None:
+        """A rank fails in a step."""
+        if kind == "dies" or (is_awaited and not rank.is_connected):
+            rank.exit("killed by a request")
+            return
+        rank.fail_step(plan)
+        if is_awaited:
+            rank.reconnect()
 
     # ---- safety
 
