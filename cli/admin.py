@@ -10,10 +10,10 @@ from typing import Any, Self
 
 import httpx
 
-from cli.http import client as http_client
-from cli.http import lines_of
+from cli.http import lines_of, local_client
 from cli.record import living_record
-from common.protocol.errors import ConfigError, ElasticMoEError, Unavailable
+from common.private import is_private, read_secret
+from common.protocol.errors import ElasticMoEError, Unavailable
 
 _TIMEOUT_S = 20.0
 _SILENCE_S_MAX = 60.0  # the event stream has heartbeats
@@ -28,12 +28,15 @@ class Refusal(ElasticMoEError):
 
 
 class Admin:
-    """Blocking calls, each bounded by a timeout. Raises ElasticMoEError with the listener's code."""
+    """Blocking calls, each bounded by a timeout. Raises ElasticMoEError with the listener's code.
 
-    def __init__(self, url: str, token: str, transport: httpx.BaseTransport | None = None) -> None:
-        self.url = url
-        headers = {"Authorization": f"Bearer {token}"}
-        self._client = http_client(url, headers=headers, timeout=_TIMEOUT_S, transport=transport)
+    Owns `client`; `name`: how messages call the listener.
+    """
+
+    def __init__(self, client: httpx.Client, token: str, name: str) -> None:
+        self._client = client
+        self._client.headers["Authorization"] = f"Bearer {token}"
+        self._name = name
 
     def __enter__(self) -> Self:
         return self
@@ -41,20 +44,22 @@ class Admin:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._client.close()
 
-    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = _TIMEOUT_S
+    ) -> dict[str, Any]:
         """One request; its JSON object."""
         try:
-            answer = self._client.request(method, path, json=body)
+            answer = self._client.request(method, path, json=body, timeout=timeout_s)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
         if answer.status_code >= 400:
             raise _refusal(answer)
         try:
             value = answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise ElasticMoEError(f"{self.url} answered {answer.status_code} without JSON", code="bad_answer")
+            raise ElasticMoEError(f"{self._name} answered {answer.status_code} without JSON", code="bad_answer")
         return value
 
     def lines(self, path: str) -> Iterator[str]:
@@ -69,14 +74,14 @@ class Admin:
             raise self._unreachable(error) from None
 
     def _unreachable(self, error: Exception) -> Unavailable:
-        text = f"the admin listener at {self.url} does not answer: {type(error).__name__}"
+        text = f"the admin listener at {self._name} does not answer: {type(error).__name__}"
         return Unavailable(text, code="unreachable")
 
 
 def _refusal(answer: httpx.Response) -> Refusal:
     try:
         value = answer.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     detail = value.get("error") if isinstance(value, dict) else None
     detail = detail if isinstance(detail, dict) else {}
@@ -100,11 +105,17 @@ def admin_of(run_dir: Path) -> Admin:
             f"no deployment runs in {run_dir}; start one with `elasticmoe up`, or name its --run-dir",
             code="not_running",
         )
-    try:
-        token = (run_dir / "secrets" / "admin.token").read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"admin token cannot be read: {error.strerror}") from None
-    return Admin(record.admin_url, token)
+    return connect(run_dir)
+
+
+def connect(run_dir: Path) -> Admin:
+    """The admin listener of the run directory, on its Unix socket there: a token goes only to who has proved to be this
+    user, never to a port, which anybody may have taken. Raises ElasticMoEError."""
+    for part in ("sockets", "secrets"):
+        if not is_private(run_dir / part):
+            raise Unavailable(f"{run_dir} has no {part}", code="unreachable")
+    path = run_dir / "sockets" / "admin.sock"
+    return Admin(local_client(path), read_secret(run_dir / "secrets" / "admin.token"), str(path))
 
 
 def add_target(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:

@@ -19,22 +19,12 @@ _DISK_BYTES_MIN = 64 * 1024 * 1024
 
 
 def check_ports(settings: Settings) -> None:
-    """Both listeners' ports are free. Raises InvalidRequest."""
+    """Both listeners' ports are free: told before a model is made. Raises InvalidRequest."""
     router, scaler = settings.router, settings.scaler
-    if router.port == scaler.admin_port:
+    if router.port == scaler.admin_port != 0:
         raise InvalidRequest(f"--port and --admin-port are both {router.port}", code="port_in_use")
-    for host, port, flag in (
-        (router.host, router.port, "--port"),
-        (scaler.admin_host, scaler.admin_port, "--admin-port"),
-    ):
-        try:
-            bind_once(host, port)
-        except InvalidRequest as error:
-            if error.code != "port_in_use":
-                raise
-            raise InvalidRequest(
-                f"port {port} on {host} is in use; choose another with {flag}", code="port_in_use"
-            ) from None
+    bind_once(router.host, router.port, "--port")
+    bind_once(scaler.admin_host, scaler.admin_port, "--admin-port")
 
 
 def check_store(settings: Settings) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,35 +25,48 @@ class ChildSpec:
     """A process that the launcher keeps running.
 
     `argv[0]` is an absolute path. `grace_s`: seconds between SIGTERM and SIGKILL. `awaits`: a Unix socket that must
-    exist before the next child is started; None: start the next at once. `is_outlived`: what it started may go on
-    without it, and is ended after it when the deployment stops.
+    exist before the next child is started; None: start the next at once. `sockets`: names of the launcher's listening
+    sockets that it serves. `is_vital`: without it nobody is served, so a deployment in which it does not stay up ends.
+    `is_outlived`: what it started may go on without it, and is ended after it when the deployment stops.
     """
 
     name: str
     argv: tuple[str, ...]
     grace_s: float = 10.0
     awaits: Path | None = None
+    sockets: tuple[str, ...] = ()
+    is_vital: bool = False
     is_outlived: bool = False
 
 
 class Child:
     """A running (or ended, not yet reaped) process. Owns its pidfd and its process group until `reap`."""
 
-    def __init__(self, spec: ChildSpec, environment: Mapping[str, str], directory: Path, log: Path) -> None:
-        """Start it in its own process group with `directory` as working directory. Raises OSError."""
+    def __init__(
+        self,
+        spec: ChildSpec,
+        environment: Mapping[str, str],
+        directory: Path,
+        log: Path,
+        listeners: Mapping[str, socket.socket],
+    ) -> None:
+        """Start it in its own process group with `directory` as working directory, and hand it those of `listeners`
+        that it serves. Raises OSError."""
         self.spec = spec
         self._log = log
-        wrapper = Path(__file__).with_name("child.py")
+        fds = tuple(listeners[name].fileno() for name in spec.sockets)
+        names = {"LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": ":".join(spec.sockets)} if fds else {}
         with open(log, "ab") as file:
             self._log_start = file.tell()
             self._popen = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(wrapper), str(os.getpid()), *spec.argv],
+                tied_to_us(spec.argv, fds),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=dict(environment),
+                env=dict(environment) | names,
                 cwd=directory,
                 process_group=0,
+                pass_fds=fds,
             )
         self.pidfd = os.pidfd_open(self._popen.pid)
         self._ticks = start_ticks(self._popen.pid) or 0
@@ -104,9 +118,17 @@ class Child:
         try:
             with open(self._log, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
-                file.seek(max(self._log_start, size - _LOG_TAIL_BYTES))
+                start = self._log_start if self._log_start <= size else 0  # it was emptied meanwhile
+                file.seek(max(start, size - _LOG_TAIL_BYTES))
                 lines = file.read().decode(errors="replace").split("\n")
         except OSError:
             return ""
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return clean(last[:_LOG_LINE_CHARS_MAX])
+
+
+def tied_to_us(argv: Sequence[str], fds: Sequence[int] = ()) -> list[str]:
+    """The command that becomes `argv` and dies with the thread of ours that starts it; see child.py for `fds`."""
+    wrapper = Path(__file__).with_name("child.py")
+    handed = ",".join(map(str, fds)) or "-"
+    return [sys.executable, "-I", "-S", str(wrapper), str(os.getpid()), handed, *argv]

@@ -19,6 +19,7 @@ from cli.embedded_store import is_answering, store_spec
 from cli.rundir import ensure_secret
 from cli.terminal import complain
 from common.config import Common, KeeperConfig, PoolConfig, RouterConfig, ScalerConfig, load, make_run_dirs
+from common.private import make_private, read_secret
 from common.protocol.errors import ElasticMoEError
 from common.transport import describe
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def init(config: Common) -> None:
     """Make what is missing of the run directory. Raises ConfigError when it is another user's, OSError."""
     make_run_dirs(config)
-    (config.run_path / "store").mkdir(mode=0o700, exist_ok=True)
+    make_private(config.run_path / "store")
     for name in ("admin.token", "store.password"):
         ensure_secret(config.secret(name))
 
@@ -67,7 +68,7 @@ def is_healthy(name: str) -> bool:
     config = load(PoolConfig)
     path = config.socket(config.pool_name if name == "worker" else name)
     if name == "store":
-        return is_answering(path, config.secret("store.password").read_text().strip())
+        return is_answering(path, read_secret(config.secret("store.password")))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_CHECK_SECONDS_MAX)
         return connection.connect_ex(os.fspath(path)) == 0

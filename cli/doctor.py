@@ -29,6 +29,7 @@ from cli.settings import DEFAULTS
 from cli.terminal import say_json, show
 from cli.version import version
 from common.config import HmmConfig
+from common.private import UNSAFE, is_private
 from common.protocol.errors import ConfigError, ElasticMoEError
 
 HELP = "check whether this machine can run a deployment"
@@ -222,7 +223,7 @@ def check_store() -> Finding:
 def check_port(port: int, flag: str) -> Finding:
     """A default port is free."""
     try:
-        bind_once("127.0.0.1", port)
+        bind_once("127.0.0.1", port, flag)
     except ElasticMoEError as error:
         return Finding(f"port {port}", "warn", error.message, f"choose another with {flag}")
     return Finding(f"port {port}", "ok", "free")
@@ -236,7 +237,10 @@ def check_run_dir() -> Finding:
         return Finding("run directory", "fail", f"{folder} is not writable", "choose another with --run-dir")
     try:
         HmmConfig(run_dir=str(path)).socket("x" * 16)
+        is_private(path)
     except ConfigError as error:
+        if error.code == UNSAFE:
+            return Finding("run directory", "fail", error.message, "remove it, or choose another with --run-dir")
         return Finding("run directory", "fail", error.message, "choose a shorter one with --run-dir")
     return Finding("run directory", "ok", str(path))
 

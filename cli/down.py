@@ -6,10 +6,11 @@ import argparse
 import os
 import select
 import signal
+from pathlib import Path
 
 from cli.paths import run_dir_of
 from cli.record import ProcessRecord, living_record
-from cli.rundir import RunDir
+from cli.rundir import RunDir, is_left_over
 from cli.settings import parse_seconds
 from cli.terminal import say
 from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError
@@ -41,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
 def _nothing_runs(args: argparse.Namespace) -> int:
     """Say so; what a launcher that was killed left behind is removed, except its logs."""
     path = run_dir_of(args.run_dir)
-    left = path.is_dir() and (path / "launcher.lock").exists()
-    if left and (path / "secrets").exists():
+    if is_left_over(path):
         try:
             RunDir(path).remove(keep_logs=True)
         except Conflict:
@@ -56,16 +56,17 @@ def _nothing_runs(args: argparse.Namespace) -> int:
 
 
 def terminate(process: ProcessRecord, timeout_s: float) -> bool:
-    """SIGTERM to exactly that process, and wait: whether it ended in time. True when it does not run.
+    """SIGTERM to exactly that launcher, and wait: whether it ended in time. True when it does not run.
 
-    The pidfd is opened before the start time is compared, so that a process that gets the same id later is not hit.
+    The pidfd is opened before start time, owner and command are compared, so that a process that gets the same id
+    later is not hit.
     """
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
         return True
     try:
-        if not process.is_alive():
+        if not process.is_alive() or not _is_launcher(process.pid):
             return True
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
         poller = select.poll()
@@ -77,3 +78,11 @@ def terminate(process: ProcessRecord, timeout_s: float) -> bool:
         raise ElasticMoEError(f"process {process.pid} is another user's", code="not_permitted") from None
     finally:
         os.close(pidfd)
+
+
+def _is_launcher(pid: int) -> bool:
+    """Whether the process runs `elasticmoe up`."""
+    try:
+        return b"up" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False

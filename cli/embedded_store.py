@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cli.children import ChildSpec
 from common.config import Common
+from common.private import read_secret
 from common.protocol.errors import ElasticMoEError
 
 _MEMORY_BYTES_MAX = 256 * 1024 * 1024
@@ -35,7 +36,7 @@ def store_spec(config: Common) -> ChildSpec:
     """Write the server's configuration (mode 0600: it holds the password, so that no argument does) and describe the
     process. Raises ElasticMoEError."""
     conf = config.secret("store.conf")
-    descriptor = os.open(conf, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(conf, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(descriptor, "w") as file:
         file.write(configuration(config))
     return ChildSpec("store", (str(server_binary()), str(conf)), awaits=config.socket("store"))
@@ -48,7 +49,7 @@ def configuration(config: Common) -> str:
     latter all device memory is gone as well, so an older layout is as good as the last. No eviction: a full store
     refuses writes, and the services cope with that.
     """
-    password = config.secret("store.password").read_text().strip()
+    password = read_secret(config.secret("store.password"))
     return "\n".join(
         (
             "port 0",

@@ -6,16 +6,23 @@ between a command and the deployment beside it, and differently for each command
 
 from __future__ import annotations
 
+import os
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from common.protocol.errors import ConfigError, ElasticMoEError
+from common.private import UNSAFE
+from common.protocol.errors import ConfigError, ElasticMoEError, Unavailable
 
 LINE_BYTES_MAX = 16 << 20
+_CONNECT_S = 5.0
+_CREDENTIALS = struct.Struct("3i")  # ucred: process, user, group
 
 
 def client(url: str = "", *, ca_file: str | None = None, **options: Any) -> httpx.Client:
@@ -29,6 +36,30 @@ def async_client(url: str, **options: Any) -> httpx.AsyncClient:
     """The same for asyncio."""
     check_url(url)
     return httpx.AsyncClient(base_url=url, trust_env=False, verify=_verify(url, None), **options)
+
+
+def local_client(path: Path, **options: Any) -> httpx.Client:
+    """A blocking client of a Unix socket, whose listener has proved to be of this user. Raises Unavailable when nobody
+    listens, ConfigError when somebody else does."""
+    check_peer(path)
+    transport = httpx.HTTPTransport(uds=str(path), verify=False, trust_env=False)
+    return httpx.Client(base_url="http://localhost", trust_env=False, transport=transport, **options)
+
+
+def check_peer(path: Path) -> None:
+    """Whether this user listens on the Unix socket at `path`: as the kernel knows it, not as the path says. Raises
+    Unavailable, ConfigError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_CONNECT_S)
+        try:
+            connection.connect(os.fspath(path))
+        except OSError as error:
+            text = f"nobody listens on {path}: {error.strerror or error}"
+            raise Unavailable(text, code="unreachable") from None
+        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(raw)
+    if uid != os.geteuid():
+        raise ConfigError(f"uid {uid} listens on {path}, not {os.geteuid()}", code=UNSAFE)
 
 
 def check_url(url: str) -> None:

@@ -20,20 +20,20 @@ from typing import Literal, Protocol
 
 from cli.children import Child, ChildSpec
 from cli.console import Console
+from cli.logs import LOOK_S, Logs
 from cli.orphans import Orphans
 from cli.probes import Progress
-from cli.record import ProcessRecord
+from cli.record import DownRecord, ProcessRecord
 from cli.supervisor import ChildState, Exit, Fatal, Limits, decide, describe_exit
 from common.protocol.errors import DeadlineExceeded, ElasticMoEError
 from common.ties import take_in_orphans
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROBE_INTERVAL_S = 0.1
-_IDLE_S = 60.0  # nothing is due; an exit or a signal wakes us
+_IDLE_S = LOOK_S  # nothing is due but a look at the logs; an exit or a signal wakes us
 _KILL_SECONDS_MAX = 10.0
 _STRAY_GRACE_S = 1.0  # of processes that nobody is known to leave behind
 _COMING_UP_S = 10.0
-_RECORD_AGAIN_S = 1.0
 
 State = Literal["starting", "serving", "stopping"]
 
@@ -52,8 +52,9 @@ class Probing(Protocol):
 class Plan:
     """What to run. `answers(spec)`: whether the process that `spec.awaits` a socket for can be used.
 
-    `record`: called with the state and the living processes at each change, and again after a while where it answers
-    that it could not write them.
+    `record`: called with the state, the living processes and those that are to be started again at each change, and
+    again after a while where it answers that it could not write them. `listeners`: sockets that children serve, by
+    name; they are closed when the launcher stops.
     """
 
     specs: Sequence[ChildSpec]
@@ -61,7 +62,9 @@ class Plan:
     directory: Path
     probe: Probing
     answers: Callable[[ChildSpec], bool]
-    record: Callable[[State, tuple[ProcessRecord, ...]], bool]
+    record: Callable[[State, tuple[ProcessRecord, ...], tuple[DownRecord, ...]], bool]
+    listeners: Mapping[str, socket.socket]
+    logs: Logs
     ready_seconds_max: float = 600.0
     limits: Limits = field(default_factory=Limits)
 
@@ -80,6 +83,8 @@ class Launcher:
         self._children: dict[str, Child] = {}
         self._states = {name: ChildState() for name in self._specs}
         self._due: dict[str, float] = {}
+        self._down: dict[str, DownRecord] = {}
+        self._look_at = 0.0
         self._state: State = "starting"
         self._num_signals = 0
         self._num_interrupts = 0
@@ -151,13 +156,16 @@ class Launcher:
                 self._spawn(name)
             if not self._is_recorded:
                 self._record()
-            idle_s = _IDLE_S if self._is_recorded else _RECORD_AGAIN_S
-            self._turn(min([idle_s, *(max(0.0, due - now) for due in self._due.values())]))
+            self._turn(min([_IDLE_S, *(max(0.0, due - now) for due in self._due.values())]))
 
     def _turn(self, timeout_s: float) -> None:
         """Wait for exits and signals, and handle the exits."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._plan.logs.look()
+            self._look_at = now + LOOK_S
         if (reap_at := self._orphans.reap_at) is not None:
-            timeout_s = min(timeout_s, max(0.0, reap_at - time.monotonic()))
+            timeout_s = min(timeout_s, max(0.0, reap_at - now))
         for key, _ in self._selector.select(timeout_s):
             if isinstance(key.data, str):
                 self._on_exit(key.data)
@@ -171,11 +179,18 @@ class Launcher:
 
     def _spawn(self, name: str) -> None:
         try:
-            child = Child(self._specs[name], self._plan.environment, self._plan.directory, self._log_path(name))
+            child = Child(
+                self._specs[name],
+                self._plan.environment,
+                self._plan.directory,
+                self._log_path(name),
+                self._plan.listeners,
+            )
         except OSError as error:
             self._decide(name, 127, f"cannot be started: {error.strerror}")
             return
         self._children[name] = child
+        self._down.pop(name, None)
         self._selector.register(child.pidfd, selectors.EVENT_READ, name)
         self._record()
 
@@ -191,7 +206,7 @@ class Launcher:
 
     def _decide(self, name: str, code: int, last_line: str) -> None:
         now = time.monotonic()
-        event = Exit(code, starting=self._state == "starting")
+        event = Exit(code, starting=self._state == "starting", is_vital=self._specs[name].is_vital)
         self._states[name], decision = decide(now, self._states[name], event, self._plan.limits)
         ended = f"{name} ended with {describe_exit(code)}"
         said = f"; its last line: {last_line}" if last_line else "; it logged nothing"
@@ -200,12 +215,15 @@ class Launcher:
             reason = "" if event.starting else f" and {decision.reason}"
             raise ElasticMoEError(ended + reason + said, code="start_failed" if event.starting else "child_failed")
         self._due[name] = decision.at
-        self._console.line(f"{ended}; restart {decision.number} of {decision.limit} in {decision.at - now:.1f} s{said}")
+        pause_s = decision.at - now
+        restarts = self._states[name].num_restarts
+        self._down[name] = DownRecord(name, restarts, ended + said, time.time() + pause_s, decision.is_failing)
+        self._console.line(f"{ended}; {decision.why} in {pause_s:.1f} s{said}")
 
     def _record(self) -> None:
         living = [name for name in self._specs if name in self._children]
         records = tuple(self._children[name].record(self._states[name].num_restarts) for name in living)
-        self._is_recorded = self._plan.record(self._state, records)
+        self._is_recorded = self._plan.record(self._state, records, tuple(self._down.values()))
 
     def stop(self) -> None:
         """Stop all children in reverse order: SIGTERM, then SIGKILL after the child's grace. Idempotent.
@@ -214,7 +232,10 @@ class Launcher:
         no harm. Counts in `num_unclean` the children that were killed or ended with another exit code than 0.
         """
         self._state = "stopping"
+        self._down.clear()
         self._record()
+        for listener in self._plan.listeners.values():
+            listener.close()  # who connects from now on is refused as soon as the children have stopped listening
         self._num_interrupts = 0
         for spec in reversed(self._specs.values()):
             if spec.name in self._children:

@@ -13,8 +13,9 @@ from cli.http import client as http_client
 from common.protocol.errors import ElasticMoEError, InvalidRequest
 from common.protocol.replies import Refused
 
-_TIMEOUT_S = 2.0
+_TIMEOUT_S = 1.0  # the launcher holds the ports, so a process that is not up yet is silence, not a refusal
 _PHASE_CHARS_MAX = 60
+_BACKLOG = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +81,34 @@ def _parse(answer: httpx.Response) -> Progress:
     return Progress(body.phase, max(0, body.bytes_done), max(0, body.bytes_total))
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port of `host` that nobody listens on now. Raises InvalidRequest for a host that is not this machine's."""
-    return bind_once(host, 0)
+def bind_once(host: str, port: int, flag: str) -> None:
+    """Bind a TCP port for a moment, as a deployment will. Raises InvalidRequest as `listen` does."""
+    listen(host, port, flag).close()
 
 
-def bind_once(host: str, port: int) -> int:
-    """Bind a TCP port for a moment, as the services will (SO_REUSEADDR); returns its number.
+def listen(host: str, port: int, flag: str) -> socket.socket:
+    """A listening TCP socket, owned by the caller; `port` 0 is a free one. `flag`: what chooses another port.
 
-    Raises InvalidRequest saying why it cannot be bound.
+    Raises InvalidRequest saying why it cannot be had.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
         raise InvalidRequest(f"host {host!r} cannot be resolved", code="bad_host") from None
-    with socket.socket(family, kind, protocol) as listener:
+    listener = socket.socket(family, kind, protocol)
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            listener.listen(1)
-        except OSError as error:
-            raise InvalidRequest(f"port {port} on {host}: {error.strerror}", code=_bind_code(error)) from None
-        return int(listener.getsockname()[1])
+        listener.bind(address)
+        listener.listen(_BACKLOG)  # two sockets that do not listen yet may have the same port
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            text = f"port {port} on {host} is in use; choose another with {flag}"
+            raise InvalidRequest(text, code="port_in_use") from None
+        raise InvalidRequest(f"port {port} on {host}: {error.strerror}", code=_bind_code(error)) from None
+    return listener
 
 
 def _bind_code(error: OSError) -> str:
-    codes = {errno.EADDRINUSE: "port_in_use", errno.EADDRNOTAVAIL: "bad_host", errno.EACCES: "port_not_allowed"}
+    codes = {errno.EADDRNOTAVAIL: "bad_host", errno.EACCES: "port_not_allowed"}
     return codes.get(error.errno or 0, "port_unusable")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
+from typing import Any
 
 from cli.children import ChildSpec
 from cli.embedded_store import store_spec
+from cli.listeners import ADMIN, ADMIN_LOCAL, ROUTER
 from cli.settings import Settings
 
 _ROUTER_GRACE_S = 40.0  # it lets running requests end for up to 30 s
@@ -24,18 +25,12 @@ def process_specs(settings: Settings) -> list[ChildSpec]:
         _service("keeper", "services.hmm.keeper", awaits=scaler.socket("keeper")),
         _service("hmm", "services.hmm"),
         _service("pool", "services.worker", "--launcher", str(os.getpid()), is_outlived=True),
-        _service("scaler", "services.scaler"),
-        _service("router", "services.router", grace_s=_ROUTER_GRACE_S),
+        _service("scaler", "services.scaler", sockets=(ADMIN, ADMIN_LOCAL)),
+        # The only one without which nobody is served: ranks serve on without the others (promise P6).
+        _service("router", "services.router", grace_s=_ROUTER_GRACE_S, sockets=(ROUTER,), is_vital=True),
     ]
 
 
-def _service(
-    name: str,
-    module: str,
-    *arguments: str,
-    grace_s: float = _GRACE_S,
-    awaits: Path | None = None,
-    is_outlived: bool = False,
-) -> ChildSpec:
+def _service(name: str, module: str, *arguments: str, **options: Any) -> ChildSpec:
     # -P: the working directory is not searched for modules; ours come from PYTHONPATH.
-    return ChildSpec(name, (sys.executable, "-P", "-m", module, *arguments), grace_s, awaits, is_outlived)
+    return ChildSpec(name, (sys.executable, "-P", "-m", module, *arguments), **({"grace_s": _GRACE_S} | options))

@@ -4,26 +4,44 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import msgspec
+from msgspec import Meta
 
+from common.private import is_private, read_private
 from common.protocol.errors import ConfigError
 
 FILE_NAME = "deployment.json"
+_BYTES_MAX = 1024 * 1024
+
+_Text = Annotated[str, Meta(max_length=512)]
+Port = Annotated[int, Meta(ge=1, le=65_535)]
 
 
 class ProcessRecord(msgspec.Struct, frozen=True):
     """A process of the deployment. `start_ticks` tells it from a later process that got the same id."""
 
-    name: str
-    pid: int
-    start_ticks: int
-    restarts: int = 0
+    name: _Text
+    pid: Annotated[int, Meta(ge=1, le=1 << 30)]
+    start_ticks: Annotated[int, Meta(ge=0)]
+    restarts: Annotated[int, Meta(ge=0)] = 0
 
     def is_alive(self) -> bool:
-        """Whether that very process still runs (a zombie does not)."""
-        return start_ticks(self.pid) == self.start_ticks
+        """Whether that very process still runs, as a process of ours (a zombie does not)."""
+        return start_ticks(self.pid) == self.start_ticks and owner_of(self.pid) == os.geteuid()
+
+
+class DownRecord(msgspec.Struct, frozen=True):
+    """A process of the deployment that does not run now and is started again. `at`: Unix time in seconds of that.
+    `is_failing`: it does not stay up."""
+
+    name: _Text
+    restarts: Annotated[int, Meta(ge=0)]
+    reason: Annotated[str, Meta(max_length=4096)]
+    at: float
+    is_failing: bool = False
 
 
 class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,15 +50,16 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
     state: Literal["starting", "serving", "stopping"]
     launcher: ProcessRecord
     processes: tuple[ProcessRecord, ...]
-    model: str
-    served_name: str
-    dtype: str
-    devices: str
-    url: str
-    admin_url: str
-    port: int
-    admin_port: int
+    model: Annotated[str, Meta(max_length=4096)]
+    served_name: _Text
+    dtype: _Text
+    devices: _Text
+    url: _Text
+    admin_url: _Text
+    port: Port
+    admin_port: Port
     started_at: float
+    down: tuple[DownRecord, ...] = ()
 
 
 def start_ticks(pid: int) -> int | None:
@@ -54,28 +73,50 @@ def start_ticks(pid: int) -> int | None:
     return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
+def owner_of(pid: int) -> int | None:
+    """The user that a process runs as; None when it does not run."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
+
+
 def write_record(run_dir: Path, record: DeploymentRecord) -> None:
     """Replace the file atomically; mode 0600. Raises OSError."""
     temporary = run_dir / f".{FILE_NAME}.new"
     raw = msgspec.json.format(msgspec.json.encode(record), indent=2)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(descriptor, "wb") as file:
         file.write(raw + b"\n")
     os.replace(temporary, run_dir / FILE_NAME)
 
 
 def read_record(run_dir: Path) -> DeploymentRecord | None:
-    """The record, or None when there is none. Raises ConfigError when it cannot be read."""
-    try:
-        raw = (run_dir / FILE_NAME).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    """The record, or None when there is none. Raises ConfigError when it cannot be read, is damaged, or could be
+    somebody else's: then it is not even looked at."""
+    if not is_private(run_dir):
         return None
-    except OSError as error:
-        raise ConfigError(f"{run_dir / FILE_NAME}: {error.strerror}") from None
+    raw = read_private(run_dir / FILE_NAME, _BYTES_MAX)
+    if raw is None:
+        return None
     try:
-        return msgspec.json.decode(raw, type=DeploymentRecord)
-    except msgspec.DecodeError as error:
+        record = msgspec.json.decode(raw, type=DeploymentRecord)
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(f"{run_dir / FILE_NAME} is damaged: {error}") from None
+    for url, port in ((record.url, record.port), (record.admin_url, record.admin_port)):
+        if not _is_listener(url, port):
+            raise ConfigError(f"{run_dir / FILE_NAME} is damaged: {url!r} is no listener of port {port}")
+    return record
+
+
+def _is_listener(url: str, port: int) -> bool:
+    """Whether `url` is what a launcher writes: a host and its port, nothing else that a client would heed."""
+    try:
+        parts = urlsplit(url)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        return bool(host) and parts.port == port and url.lower() == f"http://{host}:{port}"
+    except ValueError:
+        return False
 
 
 def living_record(run_dir: Path) -> DeploymentRecord | None:

@@ -8,14 +8,18 @@ import secrets
 import shutil
 from pathlib import Path
 
+from cli.paths import parent_name
 from cli.record import FILE_NAME
 from common.config import Common, make_run_dirs
+from common.private import is_private, make_private, read_private
 from common.protocol.errors import ConfigError, Conflict
 
 _LOCK = "launcher.lock"  # also the mark of a directory that we made and may clear
 _PARTS = ("sockets", "secrets", "state", "store")
 _SECRET_BYTES = 32
-FAILURE_FILE = "failure.txt"
+_SECRET_BYTES_MAX = 4096
+_FAILURE_FILE = "failure.txt"
+_FAILURE_BYTES_MAX = 64 * 1024
 
 
 class RunDir:
@@ -29,8 +33,7 @@ class RunDir:
         """
         self.path = path
         self._fd = -1
-        _make_private(path.parent, own=path.parent.name == _parent_name())
-        _make_private(path, own=True)
+        make_private(path)
         self._claim()
 
     def _claim(self) -> None:
@@ -38,7 +41,7 @@ class RunDir:
         if not lock.exists() and any(self.path.iterdir()):
             raise ConfigError(f"run directory {self.path} holds files that are not elasticmoe's; choose an empty one")
         while True:
-            fd = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fd = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -65,7 +68,7 @@ class RunDir:
         """
         shutil.rmtree(self.path / "sockets", ignore_errors=True)
         make_run_dirs(config)
-        (self.path / "store").mkdir(mode=0o700, exist_ok=True)
+        make_private(self.path / "store")
         for name in ("admin.token", "store.password"):
             ensure_secret(config.secret(name))
 
@@ -84,7 +87,7 @@ class RunDir:
     def note_failure(self, text: str) -> None:
         """Leave the reason of a failed run beside its logs, for `status`. Best effort: the disk may be full."""
         try:
-            (self.path / "logs" / FAILURE_FILE).write_text(text + "\n")
+            (self.path / "logs" / _FAILURE_FILE).write_text(text + "\n")
         except OSError:
             pass  # it is also printed
 
@@ -117,41 +120,32 @@ class RunDir:
         """Remove the directory and our own parent of it, as far as they are empty."""
         try:
             self.path.rmdir()
-            if self.path.parent.name == _parent_name():
+            if self.path.parent.name == parent_name():
                 self.path.parent.rmdir()
         except OSError:
             pass  # something else is in it
 
 
-def _parent_name() -> str:
-    """The folder of this user's run directories in a shared one."""
-    return f"elasticmoe-{os.geteuid()}"
+def last_failure(path: Path) -> str | None:
+    """Why the last run in the run directory `path` failed, None when it did not. Raises ConfigError."""
+    if not is_private(path) or not is_private(path / "logs"):
+        return None
+    raw = read_private(path / "logs" / _FAILURE_FILE, _FAILURE_BYTES_MAX)
+    return raw.decode(errors="replace").strip() if raw is not None else None
 
 
-def _make_private(path: Path, *, own: bool) -> None:
-    """Create a directory; `own`: mode 0700, of this user, and not a link somebody laid in a shared folder."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.lstat() if own else path.stat()
-    except OSError as error:
-        raise ConfigError(f"run directory {path}: {error.strerror}") from None
-    if not own:
-        return
-    if path.is_symlink() and status.st_uid != os.geteuid():
-        raise ConfigError(f"run directory {path} is another user's link")
-    if path.stat().st_uid != os.geteuid():
-        raise ConfigError(f"run directory {path} belongs to uid {path.stat().st_uid}, not to {os.geteuid()}")
-    if path.stat().st_mode & 0o077:
-        path.chmod(0o700)
+def is_left_over(path: Path) -> bool:
+    """Whether a launcher that was killed has left more than its logs in the run directory. Raises ConfigError."""
+    return is_private(path) and (path / _LOCK).exists() and (path / "secrets").exists()
 
 
 def ensure_secret(path: Path) -> None:
     """Write a random secret (64 hexadecimal digits, mode 0600) to `path` unless a file with one is there."""
-    if path.is_file() and path.stat().st_size > 0:
+    if read_private(path, _SECRET_BYTES_MAX):
         path.chmod(0o600)
         return
     temporary = path.with_name(f".{path.name}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(descriptor, "w") as file:
         file.write(secrets.token_hex(_SECRET_BYTES))
     os.replace(temporary, path)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from cli.paths import absolute, package_root, run_dir_of
-from cli.probes import free_port
 from common import config
 
 DEFAULTS = config.defaults()
@@ -68,7 +67,7 @@ def parse_seconds(text: str) -> float:
 
 
 def from_flags(args: argparse.Namespace) -> Settings:
-    """Resolve the flags of `up`; a port 0 becomes a free one. Raises ConfigError."""
+    """Resolve the flags of `up`. Raises ConfigError."""
     flags = {
         "run_dir": str(run_dir_of(args.run_dir)),
         "store_url": args.store,
@@ -94,13 +93,6 @@ def from_flags(args: argparse.Namespace) -> Settings:
         settings = settings.replace(deployment=f"run-{digest}")
     if settings.router.api_key_file:  # children have another working directory
         settings = settings.replace(api_key_file=str(absolute(settings.router.api_key_file, "api_key_file")))
-    if settings.router.port == 0:
-        settings = settings.replace(port=free_port(settings.router.host))
-    if settings.scaler.admin_port == 0:
-        taken = settings.router.port  # not bound yet, so the kernel may offer it
-        while (port := free_port(settings.scaler.admin_host)) == taken:
-            pass
-        settings = settings.replace(admin_port=port)
     return settings
 
 

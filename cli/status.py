@@ -17,13 +17,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cli.admin import Admin, connect
 from cli.console import size
 from cli.http import client as http_client
 from cli.paths import run_dir_of
 from cli.record import DeploymentRecord, living_record
-from cli.rundir import FAILURE_FILE
+from cli.rundir import last_failure
 from cli.scale import phase_text
 from cli.terminal import Cleaned, say_json, show, table_console
+from common.protocol.errors import ElasticMoEError
 
 HELP = "show a deployment's processes, devices and ranks"
 
@@ -59,39 +61,38 @@ def collect(run_dir: Path) -> dict[str, Any]:
     record = living_record(run_dir)
     status: dict[str, Any] = {"run_dir": str(run_dir), "running": record is not None}
     if record is None:
-        failure = run_dir / "logs" / FAILURE_FILE
-        return status | ({"failure": failure.read_text().strip()} if failure.is_file() else {})
+        failure = last_failure(run_dir)
+        return status if failure is None else status | {"failure": failure}
     status["deployment"] = msgspec.to_builtins(record)
     status["uptime_s"] = round(time.time() - record.started_at, 1)
     for process, entry in zip(record.processes, status["deployment"]["processes"], strict=True):
         entry["alive"] = process.is_alive()
-    token = _read(run_dir / "secrets" / "admin.token")
+    views = {"layout": "/v1/layout", "devices": "/v1/devices", "operations": "/v1/operations"}
+    try:
+        with connect(run_dir) as admin:
+            status |= {name: _view(admin, path) for name, path in views.items()}
+    except ElasticMoEError as error:
+        status |= {name: {"error": error.message} for name in views}
     with http_client(timeout=_TIMEOUT_S) as client:
-        for name, path in (("layout", "/v1/layout"), ("devices", "/v1/devices"), ("operations", "/v1/operations")):
-            status[name] = _get(client, record.admin_url + path, {"Authorization": f"Bearer {token}"})
-        status["load"] = _get(client, f"{record.url}/load", {})
+        status["load"] = _load_of(client, f"{record.url}/load")
     return status
 
 
-def _read(path: Path) -> str:
+def _view(admin: Admin, path: str) -> dict[str, Any]:
     try:
-        return path.read_text().strip()
-    except OSError:
-        return ""  # the request is then refused, and the refusal is shown
+        return admin.call("GET", path, timeout_s=_TIMEOUT_S)
+    except ElasticMoEError as error:
+        return {"error": error.message}
 
 
-def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Any:
+def _load_of(client: httpx.Client, url: str) -> Any:
     try:
-        answer = client.get(url, headers=headers)
-        body = answer.json()
+        answer = client.get(url)
+        return answer.json() if answer.status_code == 200 else {"error": f"answered {answer.status_code}"}
     except httpx.HTTPError as error:
         return {"error": f"does not answer: {type(error).__name__}"}
-    except ValueError:
-        return {"error": f"answered {answer.status_code} without JSON"}
-    if answer.status_code != 200:
-        detail = body.get("error") if isinstance(body, dict) else None
-        return {"error": detail["message"] if isinstance(detail, dict) and "message" in detail else str(body)[:200]}
-    return body
+    except (ValueError, RecursionError):
+        return {"error": "answered without JSON"}
 
 
 def render(status: dict[str, Any]) -> RenderableType:
@@ -106,7 +107,8 @@ def render(status: dict[str, Any]) -> RenderableType:
         f"{record.served_name} ({record.dtype})  {record.state} for {_duration(status['uptime_s'])}\n"
         f"{record.url}/v1   admin {record.admin_url}   run directory {status['run_dir']}"
     )
-    parts: list[RenderableType] = [head, _processes(status), _devices(status["devices"]), _ranks(status["layout"])]
+    parts: list[RenderableType] = [head, _processes(status), *_failing(status)]
+    parts += [_devices(status["devices"]), _ranks(status["layout"])]
     parts.append(_load(status["load"]))
     parts += _operations(status.get("operations") or {})
     return Group(*parts)
@@ -168,7 +170,19 @@ def _processes(status: dict[str, Any]) -> Table:
     for process in status["deployment"]["processes"]:
         state = Text("running") if process["alive"] else Text("ended", style="red")
         table.add_row(process["name"], state, str(process["pid"]), str(process["restarts"]))
+    for down in status["deployment"].get("down", ()):
+        state = Text("failing" if down["is_failing"] else "restarting", style="red")
+        table.add_row(down["name"], state, "", str(down["restarts"]))
     return table
+
+
+def _failing(status: dict[str, Any]) -> list[RenderableType]:
+    """A line for each process that does not stay up: what goes on without it, and why."""
+    return [
+        Text(f"{down['name']} does not stay up and is tried again; the rest goes on. {down['reason']}", style="red")
+        for down in status["deployment"].get("down", ())
+        if down["is_failing"]
+    ]
 
 
 def _devices(devices: dict[str, Any]) -> RenderableType:

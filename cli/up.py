@@ -18,11 +18,14 @@ from cli.console import Console, PipeConsole, make_console
 from cli.detach import start_detached
 from cli.embedded_store import is_answering
 from cli.launcher import Launcher, Plan, State, StopRequested
+from cli.listeners import ADMIN, ROUTER, Listeners
+from cli.logs import Logs
 from cli.probes import Probe
 from cli.processes import process_specs
-from cli.record import DeploymentRecord, ProcessRecord, read_record, start_ticks, write_record
+from cli.record import DeploymentRecord, DownRecord, ProcessRecord, read_record, start_ticks, write_record
 from cli.resolve import resolve_model
 from cli.rundir import RunDir
+from common.private import read_secret
 from common.protocol.errors import ElasticMoEError
 from common.transport import describe
 
@@ -124,13 +127,25 @@ def _with_model(resolved: settings.Settings, console: Console) -> settings.Setti
 
 def _serve(args: argparse.Namespace, resolved: settings.Settings, run_dir: RunDir, console: Console) -> int:
     """Start, supervise, stop, clean up. Raises ElasticMoEError when the deployment could not start or had to end."""
-    _forget_another(resolved, run_dir, console)
-    run_dir.prepare(resolved.scaler)
-    _raise_file_limit()
-    if args.report_fd is None:
-        run_dir.clear_logs()
+    listeners = Listeners(resolved)
+    try:
+        resolved = resolved.replace(port=listeners.port(ROUTER), admin_port=listeners.port(ADMIN))
+        _forget_another(resolved, run_dir, console)
+        run_dir.prepare(resolved.scaler)
+        listeners.add_local(resolved.scaler.socket("admin"))
+        _raise_file_limit()
+        if args.report_fd is None:
+            run_dir.clear_logs()
+        return _run_launcher(args, resolved, run_dir, console, listeners)
+    finally:
+        listeners.close()
+
+
+def _run_launcher(
+    args: argparse.Namespace, resolved: settings.Settings, run_dir: RunDir, console: Console, listeners: Listeners
+) -> int:
     probe = Probe(resolved.url, resolved.admin_url)
-    launcher = Launcher(_plan(args, resolved, probe), console)
+    launcher = Launcher(_plan(args, resolved, probe, listeners), console)
     failed: ElasticMoEError | None = None
     with launcher.signals():
         try:
@@ -177,7 +192,7 @@ def _forget_another(resolved: settings.Settings, run_dir: RunDir, console: Conso
         run_dir.forget_state()
 
 
-def _plan(args: argparse.Namespace, resolved: settings.Settings, probe: Probe) -> Plan:
+def _plan(args: argparse.Namespace, resolved: settings.Settings, probe: Probe, listeners: Listeners) -> Plan:
     scaler, run_path = resolved.scaler, resolved.scaler.run_path
     base = DeploymentRecord(
         state="starting",
@@ -193,16 +208,16 @@ def _plan(args: argparse.Namespace, resolved: settings.Settings, probe: Probe) -
         admin_port=scaler.admin_port,
         started_at=time.time(),
     )
-    password = scaler.secret("store.password").read_text().strip()
+    password = read_secret(scaler.secret("store.password"))
 
     def answers(spec: ChildSpec) -> bool:
         if spec.awaits is None:
             return True
         return is_answering(spec.awaits, password) if spec.name == "store" else spec.awaits.is_socket()
 
-    def record(state: State, processes: tuple[ProcessRecord, ...]) -> bool:
+    def record(state: State, processes: tuple[ProcessRecord, ...], down: tuple[DownRecord, ...]) -> bool:
         try:
-            write_record(run_path, msgspec.structs.replace(base, state=state, processes=processes))
+            write_record(run_path, msgspec.structs.replace(base, state=state, processes=processes, down=down))
         except OSError:
             return False  # a full disk does not end a deployment; the launcher's own entry was written at the start
         return True
@@ -214,6 +229,8 @@ def _plan(args: argparse.Namespace, resolved: settings.Settings, probe: Probe) -
         probe=probe,
         answers=answers,
         record=record,
+        listeners=listeners.sockets,
+        logs=Logs(run_path / "logs", scaler.log_bytes_max),
         ready_seconds_max=args.ready_timeout,
     )
 

@@ -17,12 +17,15 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from common.private import make_private
 from common.protocol.errors import ConfigError
 from common.protocol.limits import RANKS_MAX, SOCKET_PATH_BYTES_MAX, TP_MAX
 from common.service_links import is_service_link
 
 PREFIX = "ELASTICMOE_"
 RESERVED = {"CONFIG", "HOME"}  # this file's path, and the command line's cache: not fields
+
+_LISTEN_FDS_MAX = 16
 
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 KeepAlive = Annotated[float, Meta(gt=0, le=3_600)]
@@ -36,6 +39,7 @@ Name = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")
 class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every process knows. `run_dir` (mode 0700) holds sockets, secrets, state and logs of one deployment;
     `store_url` is empty for the embedded server's socket in it; `deployment` names this one in the store.
+    `log_bytes_max`: of each log file; the last one that was full is kept beside it.
     `failpoint_dir`: empty but in tests that make processes fail; see common/failpoint.py."""
 
     run_dir: str
@@ -43,6 +47,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     deployment: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z")] = "default"
     log_level: Annotated[str, Meta(pattern=r"^(debug|info|warning|error)\Z")] = "info"
     log_json: bool = False
+    log_bytes_max: Annotated[int, Meta(ge=64 * 1024, le=1 << 40)] = 16 * 1024 * 1024
     failpoint_dir: str = ""
 
     @property
@@ -152,7 +157,9 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
     `keep_alive_seconds`: an idle connection is closed then; longer than a proxy in front keeps it (60 s for most).
     Without a key only requests for this machine's loopback names, `host`, the address that they came to and
     `allowed_hosts` are answered: names with commas between, `*.name` for those below one, `*` for all. `cors_origins`:
-    of the pages that may ask and read the answers, such as `https://chat.example.org`, `*` for all."""
+    of the pages that may ask and read the answers, such as `https://chat.example.org`, `*` for all.
+    `history`: record every request in logs/history-router.jsonl, in files of `history_bytes_max`, of which two are
+    kept."""
 
     model: str = ""
     served_name: Name = ""
@@ -171,6 +178,7 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
     cors_origins: Names = ""
     allow_priority: bool = False
     history: bool = False
+    history_bytes_max: Annotated[int, Meta(ge=64 * 1024, le=1 << 40)] = 1024 * 1024 * 1024
 
 
 C = TypeVar("C", bound=Common)
@@ -260,6 +268,20 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"configuration file {path}: {error}") from None
 
 
+def listen_fds() -> dict[str, int]:
+    """Descriptors of listening sockets that whoever started this process has handed down, by their names.
+
+    systemd's protocol (sd_listen_fds(3), sd_listen_fds_with_names(3)): the descriptors from 3 on are meant for the
+    process that LISTEN_PID names. Raises ConfigError for variables that say nothing sensible.
+    """
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    text, names = os.environ.get("LISTEN_FDS", ""), os.environ.get("LISTEN_FDNAMES", "").split(":")
+    if not text.isdecimal() or int(text) != len(names) or len(names) > _LISTEN_FDS_MAX:
+        raise ConfigError(f"LISTEN_FDS is {text[:20]!r}, and LISTEN_FDNAMES has {len(names)} names")
+    return {name: 3 + number for number, name in enumerate(names)}
+
+
 def environment_of(values: Mapping[str, Any]) -> dict[str, str]:
     """The environment variables that give a child process these settings."""
     return {PREFIX + key.upper(): str(value) for key, value in values.items() if value is not None}
@@ -274,18 +296,14 @@ def defaults() -> dict[str, Any]:
     return {field.name: field.default for field in fields if field.default is not msgspec.NODEFAULT}
 
 
+RUN_DIR_PARTS = ("sockets", "state", "secrets", "logs")
+
+
 def make_run_dirs(config: Common) -> None:
     """Create the run directory and its parts, mode 0700, owned by this user.
 
-    Raises ConfigError when it belongs to somebody else or cannot be made.
+    Raises ConfigError when they cannot be made, or somebody else made or could have changed them.
     """
-    try:
-        for path in (config.run_path, *(config.run_path / name for name in ("sockets", "state", "secrets", "logs"))):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = path.stat()
-            if status.st_uid != os.geteuid():
-                raise ConfigError(f"run directory {path} belongs to uid {status.st_uid}, not to {os.geteuid()}")
-            if status.st_mode & 0o077:
-                path.chmod(0o700)
-    except OSError as error:
-        raise ConfigError(f"run directory {config.run_path}: {error.strerror}") from None
+    make_private(config.run_path)
+    for name in RUN_DIR_PARTS:
+        make_private(config.run_path / name)

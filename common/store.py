@@ -24,6 +24,7 @@ import secrets
 import zlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import msgspec
 import redis
@@ -34,6 +35,7 @@ from redis.retry import Retry
 
 from common.config import Common
 from common.layout import Layout
+from common.private import read_secret
 from common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
 
 EVENTS_MAX = 10_000
@@ -123,12 +125,8 @@ def store_url(config: Common) -> str:
     """The URL that this deployment's store answers at. The embedded server's password is read from its file."""
     if config.store_url:
         return config.store_url
-    password = config.secret("store.password")
-    try:
-        secret = password.read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"store password {password.name} cannot be read: {error.strerror}") from None
-    return f"unix://:{secret}@{config.socket('store')}"
+    # A path may hold what a URL would take for something else, such as a question mark.
+    return f"unix://:{read_secret(config.secret('store.password'))}@{quote(str(config.socket('store')))}"
 
 
 class Store:

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cli.admin import connect
 from cli.bench.deployment import running
 from cli.bench.report import provenance, table, write_raw
-from cli.http import client as http_client
 from cli.terminal import say
 
 DEADLINE_S = 60.0
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         for _ in range(args.deployments):
             with running(model, args.replicas) as deployment:
                 for turn in range(args.kills):
-                    attached, served = _kill_and_wait(deployment.admin_url, deployment.token)
+                    attached, served = _kill_and_wait(deployment.run_dir)
                     attach_ms.append(attached)
                     if turn == 0:
                         serving_ms.append(served)
@@ -60,14 +60,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _kill_and_wait(admin_url: str, token: str) -> tuple[float, float]:
+def _kill_and_wait(run_dir: Path) -> tuple[float, float]:
     """Kill the first rank; milliseconds its successor took to attach, and until all step again."""
-    with http_client(admin_url, headers={"Authorization": f"Bearer {token}"}) as client:
-        victim = client.get("/v1/layout").json()["ranks"][0]
+    with connect(run_dir) as admin:
+        victim = admin.call("GET", "/v1/layout")["ranks"][0]
         killed = time.perf_counter()
         os.kill(victim["pid"], signal.SIGKILL)
         while time.perf_counter() - killed < DEADLINE_S:
-            layout = client.get("/v1/layout").json()
+            layout = admin.call("GET", "/v1/layout")
             rank = layout["ranks"][0]
             if layout["phase"] == "serving" and rank["incarnation"] not in (None, victim["incarnation"]):
                 return float(rank["attach_ms"]), (time.perf_counter() - killed) * 1e3

@@ -18,11 +18,12 @@ from typing import Any
 
 import msgspec
 
-from cli import child
 from cli.bench.http import ask
+from cli.children import tied_to_us
 from cli.record import DeploymentRecord, read_record
 from cli.settings import importing_environment
 from common.config import environment_of
+from common.private import read_secret
 from common.protocol.errors import ConfigError
 
 _COMMAND = [sys.executable, "-m", "cli.main"]
@@ -35,13 +36,7 @@ class Running:
     """Where it listens, and its run directory."""
 
     url: str
-    admin_url: str
     run_dir: Path
-
-    @property
-    def token(self) -> str:
-        """The admin token."""
-        return (self.run_dir / "secrets" / "admin.token").read_text().strip()
 
 
 @contextmanager
@@ -63,7 +58,7 @@ def running(model: str, replicas: int, **settings: Any) -> Iterator[Running]:
         if up.returncode or record is None:
             raise ValueError(f"the deployment of {model} did not come up")
         try:
-            yield Running(record.url, record.admin_url, run_dir)
+            yield Running(record.url, run_dir)
         finally:
             subprocess.run([*_COMMAND, "down", *where], check=True, stdout=subprocess.DEVNULL)
 
@@ -85,7 +80,7 @@ class Deployment:
         up += ["--port", str(port), "--admin-port", "0"]
         with open(self._folder / "output", "wb") as output:
             self._launcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), *_COMMAND, *up],
+                tied_to_us([*_COMMAND, *up]),
                 env=importing_environment() | environment_of(settings),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -148,8 +143,10 @@ class Deployment:
         return await self._ask("POST", path, msgspec.json.encode(body))
 
     async def _ask(self, method: str, path: str, body: bytes) -> Any:
-        token = (self.run_dir / "secrets" / "admin.token").read_text().strip()
-        return _document(path, *await ask(method, self._living().admin_url + path, token=token, body=body))
+        self._living()
+        token, local = read_secret(self.run_dir / "secrets" / "admin.token"), self.run_dir / "sockets" / "admin.sock"
+        answer = await ask(method, f"http://localhost{path}", local=local, token=token, body=body)
+        return _document(path, *answer)
 
     async def metrics(self) -> str:
         """The router's metrics as text. Raises ValueError."""

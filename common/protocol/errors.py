@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+# Exit status of a process that another one has taken over from (sysexits.h: EX_TEMPFAIL). Nothing is wrong with it.
+EXIT_SUPERSEDED = 75
+
 
 class ElasticMoEError(Exception):
     """Base of all errors that may cross a process boundary.

@@ -10,6 +10,7 @@ import uvloop
 from common import failpoint
 from common.config import RouterConfig, load, make_run_dirs
 from common.http.listener import bind
+from common.inherited import inherited
 from common.layout import Layout
 from common.protocol.errors import ElasticMoEError
 from common.telemetry import setup_logging
@@ -41,7 +42,7 @@ def layout_source(config: RouterConfig) -> LayoutSource:
 
 async def _serve(config: RouterConfig) -> None:
     log = setup_logging("router", level=config.log_level, as_json=config.log_json)
-    with bind(config.host, config.port) as listener:
+    with inherited("router") or bind(config.host, config.port) as listener:
         key = read_key(config.api_key_file)
         model = load_model(config.model, config.served_name)
         service = RouterService(config, model, layout_source(config), listener, key)

@@ -15,26 +15,43 @@ from typing import Any
 
 import msgspec
 
+from common.config import defaults
 from common.telemetry import get_logger
 
 log = get_logger("router")
 
+BYTES_MAX = defaults()["history_bytes_max"]
 _LINES_HELD_MAX = 256
 _LINES_KEPT_MAX = 16 * _LINES_HELD_MAX  # where they cannot be written
 
 
 class History:
-    """Appends to one file, in pieces. A full disk ends the recording, not the serving."""
+    """Appends to one file, in pieces. A full disk ends the recording, not the serving.
 
-    def __init__(self, path: Path | None, router: str) -> None:
+    A file that has reached `bytes_max` is kept as `<name>.1`, in place of the one before it, and another is begun.
+    """
+
+    def __init__(self, path: Path | None, router: str, bytes_max: int = BYTES_MAX) -> None:
         """`path` None: record nothing. Raises OSError when the file cannot be opened."""
         self._fd = -1
         self._lines: list[bytes] = []
+        self._bytes_max = bytes_max
         if path is not None:
-            self._fd = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            self._path = path
+            self._open()
             self._lines.append(b"\n")  # a router that was killed may have left half a line
             self._write({"event": "start", "router": router})
             self.flush()
+
+    def _open(self) -> None:
+        self._fd = os.open(self._path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        self._num_bytes = os.fstat(self._fd).st_size
+
+    def _rotate(self) -> None:
+        os.replace(self._path, self._path.with_name(f"{self._path.name}.1"))
+        os.close(self._fd)
+        self._fd = -1
+        self._open()
 
     def accepted(self, name: str, *, prompt_tokens: int, max_tokens: int, rank: str) -> None:
         """A generation begins."""
@@ -68,8 +85,10 @@ class History:
         if self._fd < 0 or not self._lines:
             return
         try:
-            os.write(self._fd, b"".join(self._lines))
+            self._num_bytes += os.write(self._fd, b"".join(self._lines))
             self._lines.clear()  # not before: where there is no memory for the whole, it is written later
+            if self._num_bytes >= self._bytes_max:
+                self._rotate()
         except MemoryError:
             if len(self._lines) > _LINES_KEPT_MAX:
                 self._lines.clear()

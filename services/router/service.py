@@ -35,6 +35,8 @@ log = get_logger("router")
 
 DRAIN_S = 30.0
 LAYOUT_RETRY_S = 0.5
+FIRST_REPLICA_S = 2.0
+FIRST_REPLICA_POLL_S = 0.02
 SPARE_CONNECTIONS = 256  # beyond those of running requests: idle ones, health checks, bodies on their way
 
 
@@ -60,7 +62,7 @@ class RouterService:
         config.socket(f"rank-{RankId(RANKS_MAX, 0)}")  # a path that is too long is a bad setting, not a late surprise
         identity = router_identity()
         path = config.run_path / "logs" / "history-router.jsonl" if config.history else None
-        self._history = _open_history(path, identity)
+        self._history = _open_history(path, identity, config.history_bytes_max)
         metrics = Metrics(model.name)
         self.dispatcher = Dispatcher(config.socket, metrics, self._history, identity)
         self._workers = TextWorkers(model.directory, model.codec.digest)
@@ -84,7 +86,7 @@ class RouterService:
             asyncio.create_task(self.dispatcher.run(), name="dispatcher"),
             asyncio.create_task(self._follow_layout(), name="layout"),
             asyncio.create_task(self._workers.keep(), name="text workers"),
-            asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http"),
+            asyncio.create_task(self._listen(), name="http"),
         ]
         stopping = asyncio.create_task(self._stopping.wait(), name="stop")
         gc.freeze()  # what was imported and loaded is never garbage; collections need not look at it
@@ -98,6 +100,15 @@ class RouterService:
         finally:
             warning.cancel()
             await self._shut_down(essential)
+
+    async def _listen(self) -> None:
+        """Serve HTTP. Where connections wait in the listener's queue already, because it has outlived an earlier
+        router, they wait a little longer, rather than being told that no replica is known yet."""
+        is_waited_for = self._listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        deadline = time.monotonic() + (FIRST_REPLICA_S if is_waited_for else 0.0)
+        while (now := time.monotonic()) < deadline and not self.dispatcher.readiness(now)[0]:
+            await asyncio.sleep(FIRST_REPLICA_POLL_S)
+        await self._server.serve(sockets=[self._listener])
 
     async def _drain(self) -> None:
         self.front.is_draining = True
@@ -147,9 +158,9 @@ def _make_server(front: Front) -> Server:
     return make_server(build_app(front), rules, keep_alive_s=config.keep_alive_seconds, stop_s=3)
 
 
-def _open_history(path: Path | None, identity: str) -> History:
+def _open_history(path: Path | None, identity: str, bytes_max: int) -> History:
     try:
-        return History(path, identity)
+        return History(path, identity, bytes_max)
     except OSError as error:
         raise ConfigError(f"history file cannot be opened: {error.strerror}") from None
 

@@ -8,7 +8,9 @@ import threading
 from common import failpoint
 from common.config import ScalerConfig, load, make_run_dirs
 from common.http.listener import bind
-from common.protocol.errors import ConfigError, ElasticMoEError
+from common.inherited import inherited
+from common.private import read_secret
+from common.protocol.errors import EXIT_SUPERSEDED, ElasticMoEError, Fenced
 from common.store import store_of
 from common.telemetry import setup_logging
 from common.transport import describe
@@ -23,15 +25,14 @@ def main() -> int:
         make_run_dirs(config)
         failpoint.enable(config.failpoint_dir, "scaler")
         log = setup_logging("scaler", level=config.log_level, as_json=config.log_json)
-        try:
-            token = config.secret("admin.token").read_text().strip()
-        except OSError as error:
-            raise ConfigError(f"admin token file cannot be read: {error.strerror}") from None
+        token = read_secret(config.secret("admin.token"))
         scaler = Scaler(config, store_of(config, "scaler"))
         app = build_app(scaler.board, scaler.desk, scaler.feed, scaler.meters, token, config.operation_deadline_s)
-        sock = bind(config.admin_host, config.admin_port)
+        sock = inherited("admin") or bind(config.admin_host, config.admin_port)
+        local = inherited("admin.sock")  # the same for this user's own commands, in the run directory
+        sockets = [sock, local] if local is not None else [sock]
         server = serve(app, scaler.meters, config.keep_alive_seconds)
-        listener = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="admin", daemon=True)
+        listener = threading.Thread(target=server.run, kwargs={"sockets": sockets}, name="admin", daemon=True)
         listener.start()
         log.info("admin listener", host=config.admin_host, port=sock.getsockname()[1])
         scaler.run()
@@ -39,7 +40,7 @@ def main() -> int:
         listener.join(5.0)
     except ElasticMoEError as error:
         print(f"elasticmoe-scaler: {describe(error)}", file=sys.stderr)
-        return 1
+        return EXIT_SUPERSEDED if error.code == Fenced.code else 1
     return 0
 
 

@@ -73,8 +73,11 @@ class Run:
         assert record is not None
         return record
 
+    def pids(self) -> list[tuple[str, int]]:
+        return [(process.name, process.pid) for process in self.record().processes]
+
     def pid(self, name: str) -> int:
-        return next(process.pid for process in self.record().processes if process.name == name)
+        return dict(self.pids())[name]
 
     def close(self) -> None:
         if self.process.poll() is None:

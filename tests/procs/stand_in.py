@@ -3,23 +3,29 @@
 `stand_in elasticmoe SPECS ARG...`: the command line with the children that SPECS (JSON: name -> behaviour) describes,
 after the real store if it is among them. `stand_in child BEHAVIOUR`: such a child; it says `up` when it can be used.
 
-Behaviours: `idle`; `scaler` and `router` (answer /ready on the ports of the environment); `never` (a scaler that loads
-for ever); `failed` (one that gives up); `exit` (ends at once with a message); `loop` (ends once the deployment serves);
-`stubborn` (ignores SIGTERM, and so does its own child); `tidy` (takes a second to end); `pool` (has a child that leaves
-when its pipe ends). `real`: no stand-in, but the service of that name.
+Behaviours: `idle`; `scaler` and `router` (answer /ready on the launcher's sockets); `never` (a scaler that loads for
+ever); `failed` (one that gives up); `exit` (ends at once with a message); `loop`, `loop-scaler`, `loop-router` and
+`superseded` (end once the deployment serves, the last as one that another has taken over from); `chatty` (logs for
+ever); `stubborn` (ignores SIGTERM, and so does its own child); `tidy` (takes a second to end); `pool` (has a child that
+leaves when its pipe ends). `real`: no stand-in, but the service of that name.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+
+from common.inherited import inherited
+from common.protocol.errors import EXIT_SUPERSEDED
 
 _GRACE_S = {"slow": 60.0}  # by name; others:
 _GRACE_S_DEFAULT = 2.0
@@ -31,6 +37,7 @@ def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
     from cli import up
     from cli.children import ChildSpec
     from cli.embedded_store import store_spec
+    from cli.listeners import ADMIN, ADMIN_LOCAL, ROUTER
     from cli.main import main
     from cli.processes import process_specs as real_specs
     from cli.settings import Settings
@@ -45,6 +52,8 @@ def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
                 name,
                 (sys.executable, "-m", "tests.procs.stand_in", "child", behaviour),
                 _GRACE_S.get(name, _GRACE_S_DEFAULT),
+                sockets={"scaler": (ADMIN, ADMIN_LOCAL), "router": (ROUTER,)}.get(name, ()),
+                is_vital=name == "router",
             )
             for name, behaviour in behaviours.items()
         ]
@@ -91,13 +100,14 @@ def child(behaviour: str) -> int:
         print("elasticmoe-x: bad_thing: no luck today", file=sys.stderr)
         return 3
     print(f"{behaviour} is up", file=sys.stderr, flush=True)
-    if behaviour in ("scaler", "router", "never", "failed"):
-        Ready.behaviour = behaviour
-        port = os.environ["ELASTICMOE_PORT" if behaviour == "router" else "ELASTICMOE_ADMIN_PORT"]
-        server = HTTPServer(("127.0.0.1", int(port)), Ready)
-        server.serve_forever()
-    if behaviour == "loop":
-        return loop()
+    if behaviour.removeprefix("loop-") in ("scaler", "router", "never", "failed", "superseded"):
+        threading.Thread(target=serve, args=(behaviour.removeprefix("loop-"),), daemon=True).start()
+    if behaviour.startswith("loop"):
+        return loop(7)
+    if behaviour == "superseded":
+        return loop(EXIT_SUPERSEDED)
+    if behaviour == "chatty":
+        chat()
     if behaviour == "stubborn":
         subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(15, 1); signal.pause()"])
     elif behaviour == "pool":
@@ -108,21 +118,39 @@ def child(behaviour: str) -> int:
         signal.pause()
 
 
+def chat() -> None:
+    """Log for ever, 40 kB a second."""
+    for number in itertools.count():
+        sys.stderr.write(f"line {number} {'x' * 180}\n")
+        select.select([], [], [], 0.005)
+
+
+def serve(behaviour: str) -> None:
+    """Answer /ready on the socket that the launcher has handed down."""
+    Ready.behaviour = behaviour
+    server = HTTPServer(("127.0.0.1", 0), Ready, bind_and_activate=False)
+    sock = inherited("router" if behaviour == "router" else "admin")
+    assert sock is not None
+    server.socket.close()
+    server.socket = sock
+    server.serve_forever()
+
+
 def tidy_up(*_: object) -> None:
     """End after a second, as a router that drains."""
     select.select([], [], [], 1.0)
     os._exit(0)
 
 
-def loop() -> int:
-    """Live until the deployment serves, then end."""
+def loop(code: int) -> int:
+    """Live until the deployment serves, then end with `code`."""
     from cli.record import read_record
 
     run_dir = Path(os.environ["ELASTICMOE_RUN_DIR"])
     while (record := read_record(run_dir)) is None or record.state == "starting":
         select.select([], [], [], 0.01)
     print("gave in", file=sys.stderr)
-    return 7
+    return code
 
 
 if __name__ == "__main__":

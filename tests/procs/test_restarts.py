@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -29,7 +28,7 @@ from tests.procs.deployment import Deployment
 from tests.procs.faults import another, roll_back, snapshot_of, store_client, wait_answers
 from tests.procs.gaps import TimedLoad
 from tests.procs.integrity import ask, check_integrity, hmm_status, is_attached
-from tests.procs.waiting import processes_of, wait_until
+from tests.procs.waiting import free_port, processes_of, wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -298,11 +297,6 @@ async def test_the_pool_dies_again_and_again_and_no_request_notices(deploy: Depl
     assert (load.broken, load.errors) == (0, {})
     assert check_load_against_oracle(load.streams, oracle_folder) > 2_000
     assert deployment.stop().count("error") == 0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def loads(deployment: Deployment) -> list[RankLoad]:

@@ -33,16 +33,22 @@ def complete(url: str, **fields: Any) -> dict[str, Any]:
     return result
 
 
-def tcp_descriptors(pid: int) -> list[str]:
-    """The process's TCP sockets."""
+LISTENING = "0A"
+
+
+def tcp_descriptors(pid: int, *, listening: bool = False) -> list[str]:
+    """The process's TCP sockets: those that listen, or all others."""
     table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    of_tcp = {f"socket:[{fields[9]}]" for fields in table}
+    of_tcp = {f"socket:[{fields[9]}]" for fields in table if (fields[3] == LISTENING) == listening}
     return [target for entry in Path(f"/proc/{pid}/fd").iterdir() if (target := os.readlink(entry)) in of_tcp]
 
 
 def test_it_serves_and_stops_cleanly(deploy: Deploy) -> None:
     deployment = deploy("oracle", served_name="oracle")
-    assert tcp_descriptors(deployment.pids["router"])
+    for name in ("router", "scaler"):
+        held = tcp_descriptors(deployment.launcher.pid, listening=True)
+        assert set(tcp_descriptors(deployment.pids[name], listening=True)) < set(held)
+    assert len(held) == 2
     assert not tcp_descriptors(deployment.launcher.pid), "it asks no more whether they are ready"
     assert sorted(deployment.pids) == ["hmm", "keeper", "pool", "router", "scaler", "store"]
     assert sorted(deployment.rank_pids()) == ["r0t0", "r1t0"]

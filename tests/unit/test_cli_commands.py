@@ -17,9 +17,10 @@ from rich.console import Console
 from cli import chat, doctor, status
 from cli.console import PipeConsole, PlainConsole, TerminalConsole, make_console
 from cli.main import COMMANDS, main
-from cli.probes import Probe, Progress, free_port
+from cli.probes import Probe, Progress
 from cli.record import DeploymentRecord, ProcessRecord, start_ticks, write_record
 from common.protocol.errors import ElasticMoEError, Unavailable
+from tests.procs.waiting import free_port
 
 
 def test_a_wrong_command_line_is_two(capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +246,8 @@ def test_status_of_a_living_launcher_survives_dead_listeners(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     me = ProcessRecord("launcher", os.getpid(), start_ticks(os.getpid()) or 0)
-    url = f"http://127.0.0.1:{free_port()}"
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
     record = DeploymentRecord(
         state="starting",
         launcher=me,
@@ -256,15 +258,16 @@ def test_status_of_a_living_launcher_survives_dead_listeners(
         devices="host:2",
         url=url,
         admin_url=url,
-        port=1,
-        admin_port=2,
+        port=port,
+        admin_port=port,
         started_at=0.0,
     )
     write_record(tmp_path, record)
     assert main(["status", "--run-dir", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["deployment"]["processes"][0]["alive"] is False
-    assert found["layout"] == found["load"] == {"error": "does not answer: ConnectError"}
+    assert found["load"] == {"error": "does not answer: ConnectError"}
+    assert "has no sockets" in found["layout"]["error"]
 
 
 def probe_of(scaler: httpx.Response | None, router: httpx.Response | None) -> Iterator[Probe]:

@@ -45,6 +45,10 @@ def views() -> list[dict[str, Any]]:
     return found
 
 
+def admin_with(transport: httpx.BaseTransport) -> Admin:
+    return Admin(httpx.Client(base_url="http://scaler", transport=transport), "secret", "the socket")
+
+
 class Server:
     """An admin listener that answers in order, and remembers what it was asked."""
 
@@ -56,7 +60,7 @@ class Server:
         monkeypatch.setattr(scale, "_POLL_S", 0.0)
 
     def admin(self) -> Admin:
-        return Admin("http://scaler", "secret", httpx.MockTransport(self._answer))
+        return admin_with(httpx.MockTransport(self._answer))
 
     def _answer(self, request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content) if request.content else None
@@ -183,7 +187,7 @@ def test_refusals_keep_their_code(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["scale", "--replicas", "3"], "operation_running: operation a is in progress"),
         (["scale", "--cancel", "op"], "committed: too late"),
         (["plan", "--replicas", "3"], "http_502: answered 502"),
-        (["rebalance"], "unreachable: the admin listener at http://scaler does not answer: ConnectError"),
+        (["rebalance"], "unreachable: the admin listener at the socket does not answer: ConnectError"),
     ):
         assert main(argv) == 1
         assert capsys.readouterr().err == f"elasticmoe: {line}\n"
@@ -249,7 +253,7 @@ def test_a_lost_scaler_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatc
     def lost(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("no")
 
-    admin = Admin("http://scaler", "secret", httpx.MockTransport(lost))
+    admin = admin_with(httpx.MockTransport(lost))
     with PlainConsole(io.StringIO()) as console, pytest.raises(ElasticMoEError) as failed:
         scale._watch(admin, as_json(operation_view(accepted())), console)
     assert failed.value.code == "unreachable"

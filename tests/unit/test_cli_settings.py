@@ -14,8 +14,10 @@ import pytest
 
 from cli import checks, settings, up
 from cli.console import size
-from cli.probes import bind_once, free_port
+from cli.listeners import ADMIN, ROUTER, Listeners
+from cli.probes import bind_once
 from common.protocol.errors import CheckpointError, ConfigError, DoesNotFit, ElasticMoEError, InvalidRequest
+from tests.procs.waiting import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -109,8 +111,16 @@ def test_values_out_of_bounds_are_refused(tmp_path: Path, argv: tuple[str, ...],
 
 def test_port_zero_becomes_two_free_ports(tmp_path: Path) -> None:
     found = resolved(tmp_path, "--port", "0", "--admin-port", "0")
-    assert len({0, found.router.port, found.scaler.admin_port}) == 3
     checks.check_ports(found)
+    listeners = Listeners(found)
+    ports = [listeners.port(ROUTER), listeners.port(ADMIN)]
+    assert len({0, *ports}) == 3
+    for port in ports:  # nobody else can have them
+        with pytest.raises(InvalidRequest, match="in use"):
+            bind_once("127.0.0.1", port, "--port")
+    listeners.close()
+    for port in ports:
+        bind_once("127.0.0.1", port, "--port")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +179,7 @@ def test_equal_ports_and_wrong_hosts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="both"):
         checks.check_ports(resolved(tmp_path, "--port", port, "--admin-port", port))
     with pytest.raises(InvalidRequest, match="Cannot assign") as refused:
-        bind_once("192.0.2.1", 0)
+        bind_once("192.0.2.1", 0, "--port")
     assert refused.value.code == "bad_host"
 
 

@@ -92,7 +92,7 @@ def test_errors_and_events_are_cleaned(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["version"]) == 1
     event = {"kind": HOSTILE, "reason": f"{HOSTILE}\nforged line", "epoch": 1, "time_unix": 0, "facts": {"a": HOSTILE}}
     monkeypatch.setattr(Admin, "lines", lambda *_: iter([f"data: {json.dumps(event)}"]))
-    monkeypatch.setattr("cli.events.admin_of", lambda _: Admin("http://scaler", "t"))
+    monkeypatch.setattr("cli.events.admin_of", lambda _: Admin(httpx.Client(), "t", "x"))
     assert main(["events", "--run-dir", "/nowhere"]) == 0
     out, err = capsys.readouterr()
     assert is_safe(out)
@@ -126,8 +126,9 @@ def test_an_answer_with_every_separator_is_printed_whole(capsys: pytest.CaptureF
 
 
 def test_events_of_the_scaler_are_read_whole() -> None:
-    body = f'data: {{"reason": "a{SEPARATORS[4:]}b"}}\n\n'.replace("\x1e", "").encode()
-    admin = Admin("http://s", "t", httpx.MockTransport(lambda _: httpx.Response(200, content=body)))
+    body = 'data: {"reason": "a\x85\u2028\u2029b"}\n\n'.encode()
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=body))
+    admin = Admin(httpx.Client(base_url="http://s", transport=transport), "t", "s")
     assert [event["reason"] for event in events.parse(admin.lines("/v1/events"))] == ["a\x85\u2028\u2029b"]
 
 
