@@ -139,8 +139,11 @@ def refuse_words(struct: msgspec.Struct, words: Mapping[str, Word], where: str =
 
 def check_ids(ids: tuple[int, ...] | list[int], model: ServedModel, param: str) -> None:
     """Raises InvalidRequest unless all are token ids of the model: an id outside would poison the engine."""
-    if ids and not (min(ids) >= 0 and max(ids) < model.vocab):
-        wrong = next(token_id for token_id in ids if not 0 <= token_id < model.vocab)
+    if not ids:
+        return
+    least, greatest = min(ids), max(ids)
+    if least < 0 or greatest >= model.vocab:
+        wrong = least if least < 0 else greatest
         raise InvalidRequest(f"token id {str(wrong)[:40]} is not in [0, {model.vocab})", param=param)
 
 
