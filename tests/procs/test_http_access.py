@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from services.scaler.desk import LISTENERS_MAX
 from tests.procs.router_fakes import FakeRank, layout_of
 from tests.procs.router_harness import RouterProcess, write_model
 from tests.procs.scaler_harness import ScalerProcess
@@ -239,6 +240,18 @@ def test_no_redirect_takes_a_token_elsewhere(scaler: ScalerProcess, router: Rout
             answer = process.http.get(path, headers={"host": "localhost"})
             assert answer.status_code == 404
             assert "location" not in answer.headers
+
+
+def test_the_head_of_a_stream_ends_and_frees_its_listener(scaler: ScalerProcess) -> None:
+    with scaler.http.stream("GET", "/v1/events") as events:
+        for _ in range(2 * LISTENERS_MAX):
+            head = scaler.http.head("/v1/events")
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-type"] == events.headers["content-type"]
+    with httpx.Client(base_url=scaler.url, headers=scaler.http.headers, trust_env=False) as client:
+        for _ in range(2 * LISTENERS_MAX):  # on one connection
+            assert client.head("/v1/events").status_code == 200
+    assert scaler.http.get("/v1/config").status_code == 200
 
 
 def test_orders_that_may_be_repeated_say_when(scaler: ScalerProcess) -> None:
