@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.procs.router_fakes import FakeRank, Reply, layout_of
-from tests.procs.router_harness import RouterProcess, write_model
+from tests.procs.router_fakes import FakeRank, Reply
+from tests.procs.router_harness import RouterProcess
 from tests.procs.scaler_harness import TOKEN, ScalerProcess
 
 pytestmark = pytest.mark.procs
@@ -40,38 +40,22 @@ class Target:
         return self.url.replace(self.url.split("/", 3)[3], "health")
 
 
-@pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    base = tmp_path_factory.mktemp("router")
-    process = RouterProcess(base / "run", write_model(base / "model"), layout_of(0))
-    yield process
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def scaler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScalerProcess]:
-    base = tmp_path_factory.mktemp("scaler")
-    process = ScalerProcess(base / "run", write_model(base / "model"))
-    yield process
-    process.stop()
-
-
 @pytest.fixture(params=["whole", "stream", "admin"])
-def target(request: pytest.FixtureRequest, router: RouterProcess, scaler: ScalerProcess) -> Iterator[Target]:
+def target(request: pytest.FixtureRequest, bare_router: RouterProcess, bare_scaler: ScalerProcess) -> Iterator[Target]:
     if request.param == "admin":
         fields = {"content-type": "application/json", "authorization": f"Bearer {TOKEN}"}
         body = json.dumps({"reason": "x" * 300, "replicas": 99_999})
-        yield Target(f"{scaler.url}/v1/scale", fields, body, 400, "at `$.replicas`")
+        yield Target(f"{bare_scaler.url}/v1/scale", fields, body, 400, "at `$.replicas`")
         return
-    rank = FakeRank(router.sockets).start()
+    rank = FakeRank(bare_router.sockets).start()
     rank.answer = lambda submit: Reply(bytes(submit.prompt)[-6:], per_step=3)
-    router.wait_ready()
+    bare_router.wait_ready()
     is_stream = request.param == "stream"
     body = json.dumps({"stream": is_stream, "max_tokens": 20, "prompt": "x" * 300 + "answer"})
     proof = "[DONE]" if is_stream else '"text":"answer"'
     try:
-        yield Target(f"{router.url}/v1/completions", {"content-type": "application/json"}, body, 200, proof)
-        router.wait_idle()
+        yield Target(f"{bare_router.url}/v1/completions", {"content-type": "application/json"}, body, 200, proof)
+        bare_router.wait_idle()
     finally:
         rank.stop()
 

@@ -16,8 +16,8 @@ import pytest
 
 from services.router.service import SPARE_CONNECTIONS
 from services.scaler.admin import CONNECTIONS_MAX
-from tests.procs.router_fakes import FakeRank, Reply, layout_of
-from tests.procs.router_harness import RouterProcess, write_model
+from tests.procs.router_fakes import FakeRank, Reply
+from tests.procs.router_harness import RouterProcess
 from tests.procs.scaler_harness import TOKEN, ScalerProcess
 
 pytestmark = pytest.mark.procs
@@ -47,46 +47,30 @@ def _descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    base = tmp_path_factory.mktemp("router")
-    process = RouterProcess(base / "run", write_model(base / "model"), layout_of(0))
-    yield process
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def scaler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScalerProcess]:
-    base = tmp_path_factory.mktemp("scaler")
-    process = ScalerProcess(base / "run", write_model(base / "model"))
-    yield process
-    process.stop()
-
-
 @pytest.fixture(params=["router", "admin"])
-def target(request: pytest.FixtureRequest, router: RouterProcess, scaler: ScalerProcess) -> Iterator[Target]:
+def target(request: pytest.FixtureRequest, bare_router: RouterProcess, bare_scaler: ScalerProcess) -> Iterator[Target]:
     if request.param == "admin":
         head = f"GET /v1/config HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
-        yield Target(scaler.port, CONNECTIONS_MAX, head.encode())
+        yield Target(bare_scaler.port, CONNECTIONS_MAX, head.encode())
         return
-    rank = FakeRank(router.sockets).start()
+    rank = FakeRank(bare_router.sockets).start()
     rank.answer = Reply(b"Hello!")
-    router.wait_ready()
+    bare_router.wait_ready()
     body = b'{"prompt":"x"}'
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     try:
         yield Target(
-            router.port, 2 * 256 + SPARE_CONNECTIONS, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+            bare_router.port, 2 * 256 + SPARE_CONNECTIONS, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         )
-        router.wait_idle()
+        bare_router.wait_idle()
     finally:
         rank.stop()
 
 
 @pytest.fixture
-def peak(target: Target, router: RouterProcess, scaler: ScalerProcess) -> Callable[[], int]:
+def peak(target: Target, bare_router: RouterProcess, bare_scaler: ScalerProcess) -> Callable[[], int]:
     """The most resident memory that the listener's process has had, in bytes."""
-    pid = next(process.process.pid for process in (router, scaler) if process.port == target.port)
+    pid = next(process.process.pid for process in (bare_router, bare_scaler) if process.port == target.port)
 
     def read() -> int:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
