@@ -16,7 +16,7 @@ from services.router.text.texts import Texts, Workers
 from services.router.tokenizer import ServedModel
 from services.router.turns import Turns
 
-BODIES_MAX = 32  # bodies of the largest size that are in memory at once
+BODIES_MAX = 16  # bodies of the largest size that are in memory at once
 ANSWERS_MAX = 2  # answers of the largest size
 
 

@@ -161,32 +161,53 @@ def test_texts_just_beyond_the_context_are_told_so(served: RouterProcess) -> Non
     assert post(served, {"prompt": "x" * 6_000}, "/tokenize").json()["count"] == 6_000
 
 
-def test_five_of_them_beside_an_honest_chat(served: RouterProcess) -> None:
-    before = resident(served)
-    bodies = [{"messages": [{"role": "user", "content": "x" * LONG}]}, {"prompt": "x" * LONG}]
+def send_at_once(router: RouterProcess, bodies: list[bytes], path: str) -> tuple[list[httpx.Response], int]:
+    """The answers, and the most memory that the router had meanwhile."""
     answers: list[httpx.Response] = []
 
-    def send(body: dict[str, Any]) -> None:
-        with plain_client(served.url) as http:
-            answers.append(http.post(path_of(body), json=body))
+    def send(body: bytes) -> None:
+        with plain_client(router.url) as http:
+            headers = {"content-type": "application/json"}
+            answers.append(http.post(path, content=body, headers=headers, timeout=60.0))
 
-    threads = [threading.Thread(target=send, args=(bodies[number % 2],)) for number in range(5)]
-    with Beside(served, HONEST, {"prompt": "honest", "max_tokens": 1}) as beside:
+    threads = [threading.Thread(target=send, args=(body,)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    most = 0
+    while any(thread.is_alive() for thread in threads):
+        most = max(most, resident(router))
         for thread in threads:
-            thread.start()
-        most = 0
-        while any(thread.is_alive() for thread in threads):
-            most = max(most, resident(served))
-            threads[0].join(0.01)
-            for thread in threads:
-                thread.join(0.001)
+            thread.join(0.001)
+    return answers, most
+
+
+def chat_body(content: str) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": content}]}, ensure_ascii=False).encode()
+
+
+def test_five_of_them_beside_an_honest_chat(served: RouterProcess) -> None:
+    before = resident(served)
+    with Beside(served, HONEST, {"prompt": "honest", "max_tokens": 1}) as beside:
+        answers, most = send_at_once(served, [chat_body("x" * LONG)] * 5, "/v1/chat/completions")
     assert [error_of(answer)[:2] for answer in answers] == [(400, "context_length_exceeded")] * 5
     assert beside.failed == []
     assert max(beside.slowest.values()) < 2.0, beside.slowest
     assert most < 512 * MIB
-    served.wait_idle()
     wait_until(lambda: resident(served) - before < 64 * MIB, "the memory is given back")
     wait_until(lambda: sum(p.memory_info().rss for p in family(served)) < 256 * MIB, "the workers' too")
+
+
+def test_forty_of_them_with_wide_characters(served: RouterProcess) -> None:
+    """One character beyond the basic plane makes a text four times as large in memory: some are told to come again."""
+    before = resident(served)
+    bodies = [chat_body("x" * (LONG - 5) + "🙂")] * 40
+    with Beside(served, HONEST) as beside:
+        answers, most = send_at_once(served, bodies, "/v1/chat/completions")
+    assert {error_of(answer)[:2] for answer in answers} <= {(400, "context_length_exceeded"), (429, "overloaded")}
+    assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)
+    assert [failure for failure in beside.failed if "overloaded" not in failure] == []
+    assert most < 512 * MIB, most // MIB
+    wait_until(lambda: resident(served) - before < 64 * MIB, "the memory is given back")
 
 
 def test_a_list_of_tokens_beyond_the_context_is_not_decoded(served: RouterProcess) -> None:
@@ -227,7 +248,7 @@ def test_a_tokenizer_without_a_bound(hostile_served: RouterProcess) -> None:
     with Beside(hostile_served, HONEST, {"prompt": "x" * 5_000, "max_tokens": 1, "echo": False}) as beside:
         status, code, text = error_of(post(hostile_served, {"prompt": "x" * LONG}, "/v1/completions"))
     assert (status, code) == (400, "prompt_too_expensive")
-    assert "more than the limit of 384 MiB of memory" in text
+    assert "more than the limit of 256 MiB of memory" in text
     assert [failure for failure in beside.failed if "context_length_exceeded" not in failure] == []
     assert max(beside.slowest.values()) < 2.0, beside.slowest
     assert resident(hostile_served) - before < 64 * MIB

@@ -84,6 +84,8 @@ def deep(levels: int) -> Any:
         ({"chat_template_kwargs": {str(i): i for i in range(65)}}, "length <= 64", None),
         ({"chat_template_kwargs": {"y" * 65: 0}}, "length <= 64", None),
         ({"chat_template_kwargs": [1]}, "expected `object | null`", None),
+        ({"chat_template_kwargs": {"x": [1 << 63]}}, "an integer beyond 9223372036854775807", None),
+        ({"documents": [{"a": -(1 << 64)}]}, "an integer beyond", "documents"),
         ({"documents": [{"a": deep(DEPTH_MAX)}]}, "levels or more", "documents"),
         ({"documents": [{}] * 257}, "length <= 256", "documents"),
         ({"documents": ["text"]}, "expected `object`", "documents[0]"),

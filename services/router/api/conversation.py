@@ -14,6 +14,7 @@ from services.router.text.template import RESERVED_VARIABLES
 VALUES_MAX = 4_096  # values in all template variables and documents of a request, containers included
 VALUE_CHARS_MAX = 1 << 20  # characters of texts and keys in them
 DEPTH_MAX = 16
+INTEGER_MAX = (1 << 63) - 1
 
 
 def conversation_of(raw: ChatRequest | TokenizeRequest) -> Conversation:
@@ -69,7 +70,7 @@ def _content(message: ChatMessage, index: int) -> str | list[dict[str, str]]:
 
 
 def _check_size(given: Any, param: str) -> None:
-    """Raises InvalidRequest for values that are too many, too long or too deep. Does not recurse."""
+    """Raises InvalidRequest for values that are too many, too long, too deep or too large. Does not recurse."""
     num_values, num_chars = 0, 0
     pending = [(given, 0)]
     while pending:
@@ -78,6 +79,8 @@ def _check_size(given: Any, param: str) -> None:
         num_chars += len(value) if isinstance(value, str) else 0
         if isinstance(value, dict):
             num_chars += sum(len(key) for key in value)
+        if isinstance(value, int) and not -INTEGER_MAX <= value <= INTEGER_MAX:
+            raise InvalidRequest(f"{param} has an integer beyond {INTEGER_MAX}", param=param)
         if isinstance(value, dict | list):
             pending += [(entry, depth + 1) for entry in (value.values() if isinstance(value, dict) else value)]
         for what, count, most in (

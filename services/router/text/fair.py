@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 from common.protocol.errors import Overloaded
@@ -51,6 +53,15 @@ class Turns:
         self._free = most
         self._wait_seconds_max = wait_seconds_max
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue()
+
+    @asynccontextmanager
+    async def turn(self, client: str) -> AsyncIterator[None]:
+        """Wait for a turn, and give it back at the end. Raises Overloaded after `wait_seconds_max`."""
+        await self.take(client)
+        try:
+            yield
+        finally:
+            self.give_back()
 
     async def take(self, client: str) -> None:
         """Wait for a turn; it must be given back. Raises Overloaded after `wait_seconds_max`."""

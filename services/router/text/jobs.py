@@ -5,6 +5,7 @@ Token ids travel packed, four bytes each, in the machine's order: both ends are 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_chars(self) -> int:
         """About what rendering and tokenizing it costs, in characters: a message costs what some text does."""
-        return sum(_num_chars(message) for message in self.messages) + _num_chars(self.documents or [])
+        return sum(_num_chars(given) for given in (self.messages, self.documents or [], self.variables))
 
 
 def _num_chars(value: Any) -> int:
@@ -112,6 +113,11 @@ JOBS: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
 REPLIES: msgspec.msgpack.Decoder[Reply | Refused] = msgspec.msgpack.Decoder(Reply | Refused)
 
 
+def context_of(job: Job) -> int:
+    """Tokens that the job may make, and so what it may need."""
+    return 0 if isinstance(job, Decode | Inspect) else job.context
+
+
 def num_chars(job: Job) -> int:
     """About what a job costs, in characters of text to tokenize."""
     match job:
@@ -125,3 +131,31 @@ def num_chars(job: Job) -> int:
             return len(job.packed) // 4
         case Inspect():
             return 0
+
+
+def num_bytes(job: Job) -> int:
+    """About what a request holds in memory for a job: its texts, what they came in, and what they travel in."""
+    match job:
+        case Encode():
+            return sum(map(_text_bytes, job.texts))
+        case Chat():
+            return _value_bytes(job.conversation)
+        case Tokenize():
+            return _text_bytes(job.text) if job.conversation is None else _value_bytes(job.conversation)
+        case Decode():
+            return 16 * len(job.packed)
+        case Inspect():
+            return 0
+
+
+def _value_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return _text_bytes(value)
+    if isinstance(value, Conversation):
+        return sum(map(_value_bytes, (value.messages, value.documents or [], value.variables)))
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 64 + sum(map(_value_bytes, entries))
+
+
+def _text_bytes(text: str) -> int:
+    return sys.getsizeof(text) + 2 * len(text)

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from common.protocol.errors import InvalidRequest, Unavailable
+from common.protocol.errors import InvalidRequest, Overloaded, Unavailable
 from common.telemetry import get_logger
 from services.router.text import forkserver, jobs, worker
 from services.router.text.fair import Turns
@@ -32,21 +32,32 @@ SMALL_CHARS_MAX: Final = 32_768
 START_SECONDS_MAX: Final = 30.0
 RESTART_SECONDS: Final = 0.5
 WAIT_SECONDS_MAX: Final = 60.0
+HELD_BYTES_MAX: Final = 160 * MIB  # of large jobs that wait or are worked at; the others are bounded by permits
 DEATHS_MAX: Final = 2  # a worker may be killed by somebody else: one death is no proof that the job did it
 
 
 class Limits(NamedTuple):
-    """What one lane may use: processes, and seconds and bytes of memory for a job."""
+    """What one lane may use: processes, and for a job seconds and bytes of memory, and more of each for every token of
+    the context. A prompt of a million tokens takes 7 to 15 s and 430 MiB, measured with SmolLM2's tokenizer."""
 
     workers: int
     seconds: float
     memory_bytes: int
+    seconds_per_token: float = 0.0
+    memory_bytes_per_token: int = 0
+
+    def for_context(self, context: int) -> tuple[float, int]:
+        """Seconds and bytes for a job of so many tokens at most."""
+        return (
+            self.seconds + context * self.seconds_per_token,
+            self.memory_bytes + context * self.memory_bytes_per_token,
+        )
 
 
 LANES: Final = {
     "chat": Limits(2, 10.0, 128 * MIB),
     "text": Limits(1, 10.0, 128 * MIB),
-    "large": Limits(1, 30.0, 384 * MIB),
+    "large": Limits(1, 30.0, 256 * MIB, 30e-6, 640),
 }
 
 
@@ -61,6 +72,7 @@ def lane_of(job: Job) -> str:
 class _Worker(NamedTuple):
     number: int
     sock: socket.socket
+    memory_bytes: int
 
     def is_alive(self) -> bool:
         """Its end is open. It has nothing to say while it is idle."""
@@ -107,6 +119,7 @@ class TextWorkers:
         self._directory = directory
         self._digest = digest
         self._lanes = {name: _Lane(limits, Turns(limits.workers, WAIT_SECONDS_MAX)) for name, limits in LANES.items()}
+        self._held_bytes = 0
         self._numbers = itertools.count()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -115,32 +128,37 @@ class TextWorkers:
     async def run(self, job: Job, client: str) -> Reply:
         """Have a job done, in the client's turn.
 
-        Raises InvalidRequest, also for one that takes too long or too much memory; Overloaded after a long wait;
-        Unavailable while there are no workers.
+        Raises InvalidRequest, also for one that takes too long or too much memory; Overloaded after a long wait, or
+        where too many large ones wait; Unavailable while there are no workers.
         """
-        lane, raw = self._lanes[lane_of(job)], msgspec.msgpack.encode(job)
-        await lane.turns.take(client)
+        name = lane_of(job)
+        lane, num_bytes = self._lanes[name], jobs.num_bytes(job) if name == "large" else 0
+        if num_bytes and self._held_bytes and self._held_bytes + num_bytes > HELD_BYTES_MAX:
+            raise Overloaded(f"long texts hold {self._held_bytes} bytes; the limit is {HELD_BYTES_MAX}")
+        self._held_bytes += num_bytes
         try:
-            reply = await self._run(lane, raw)
+            async with lane.turns.turn(client):
+                limits = lane.limits.for_context(jobs.context_of(job))
+                reply = await self._run(lane, msgspec.msgpack.encode(job), *limits)
         finally:
-            lane.turns.give_back()
+            self._held_bytes -= num_bytes
         if isinstance(reply, Refused):
             raise InvalidRequest(reply.text, code=reply.code, param=reply.param)
         return reply
 
-    async def _run(self, lane: _Lane, raw: bytes) -> Reply | Refused:
+    async def _run(self, lane: _Lane, raw: bytes, seconds_max: float, memory_bytes: int) -> Reply | Refused:
         num_deaths = 0
         while num_deaths < DEATHS_MAX:
             await self._wait_ready()
             server = self._process
-            one = self._worker_of(lane)
+            one = self._worker_of(lane, memory_bytes)
             try:
-                async with asyncio.timeout(lane.limits.seconds):
+                async with asyncio.timeout(seconds_max):
                     answer, is_last = await one.ask(raw)
             except TimeoutError:
                 self._kill(one)
-                log.warning("text worker stopped", reason="a job took too long", limit_s=lane.limits.seconds)
-                return worker.too_slow(lane.limits.seconds)
+                log.warning("text worker stopped", reason="a job took too long", limit_s=seconds_max)
+                return worker.too_slow(seconds_max)
             except (OSError, EOFError):
                 self._kill(one)
                 if server is self._process and server is not None and server.poll() is None:
@@ -156,8 +174,8 @@ class TextWorkers:
             else:
                 lane.idle.append(one)
             return jobs.REPLIES.decode(answer)
-        log.warning("text worker died", reason="a job, twice", limit_mib=lane.limits.memory_bytes // MIB)
-        return worker.too_large(lane.limits.memory_bytes)
+        log.warning("text worker died", reason="a job, twice", limit_mib=memory_bytes // MIB)
+        return worker.too_large(memory_bytes)
 
     async def _wait_ready(self) -> None:
         try:
@@ -168,10 +186,10 @@ class TextWorkers:
 
     # ---- workers -----------------------------------------------------------------------------------------------------
 
-    def _worker_of(self, lane: _Lane) -> _Worker:
+    def _worker_of(self, lane: _Lane, memory_bytes: int) -> _Worker:
         while lane.idle:
             one = lane.idle.pop()
-            if one.is_alive():
+            if one.is_alive() and one.memory_bytes >= memory_bytes:
                 return one
             one.sock.close()
         try:
@@ -180,8 +198,8 @@ class TextWorkers:
             raise Unavailable(f"no worker can be started: {error.strerror}") from None
         with theirs:
             ours.setblocking(False)
-            one = _Worker(next(self._numbers), ours)
-            self._order(forkserver.FORK, one.number, lane.limits.memory_bytes, theirs.fileno())
+            one = _Worker(next(self._numbers), ours, memory_bytes)
+            self._order(forkserver.FORK, one.number, memory_bytes, theirs.fileno())
         return one
 
     def _kill(self, one: _Worker) -> None:

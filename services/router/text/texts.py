@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,10 +12,13 @@ from common.telemetry import get_logger
 from services.router.text import jobs
 from services.router.text.codec import TextCodec
 from services.router.text.jobs import Conversation, Job, Reply
+from services.router.text.process import give_memory_back
 
 log = get_logger("router")
 
 INLINE_CHARS_MAX = 4_096  # tokenized in 4 to 15 ms; more would hold up the event loop
+LARGE_CHARS = 1_000_000
+TRIM_AFTER_SECONDS = 1.0
 INLINE_SECONDS_MAX = 0.25  # of CPU: a tokenizer that takes longer for so little is not to be trusted
 
 
@@ -32,23 +36,29 @@ class Texts:
         self._codec = codec
         self._workers = workers
         self._inline_chars_max = INLINE_CHARS_MAX
+        self._trimming: asyncio.TimerHandle | None = None
 
     async def encode(self, texts: Sequence[str], context: int, client: str, *, add_special: bool) -> list[list[int]]:
         """Tokens of each text. Raises InvalidRequest for one that cannot fit into `context` tokens, untokenized."""
+        job = jobs.Encode(list(texts), add_special, context)
+        self._give_back_after(job)
         for text in texts:
             self._check_length(text, context)
-        reply = await self._run(jobs.Encode(list(texts), add_special, context), client)
+        reply = await self._run(job, client)
         assert isinstance(reply, jobs.Encoded)
         return [array.array("I", packed).tolist() for packed in reply.packed]
 
     async def encode_chat(self, conversation: Conversation, context: int, client: str) -> list[int]:
         """A conversation's tokens. Raises InvalidRequest."""
-        reply = await self._run(jobs.Chat(conversation, context), client)
+        job = jobs.Chat(conversation, context)
+        self._give_back_after(job)
+        reply = await self._run(job, client)
         assert isinstance(reply, jobs.Encoded)
         return array.array("I", reply.packed[0]).tolist()
 
     async def tokenize(self, job: jobs.Tokenize, client: str) -> bytes:
         """The body of an answer to /tokenize. Raises InvalidRequest."""
+        self._give_back_after(job)
         self._check_length(job.text, job.context)
         reply = await self._run(job, client)
         assert isinstance(reply, jobs.TokenizedBody)
@@ -65,6 +75,15 @@ class Texts:
         reply = await self._workers.run(jobs.Inspect(), "")
         assert isinstance(reply, jobs.Inspected)
         return reply
+
+    def _give_back_after(self, job: Job) -> None:
+        """A large request leaves the allocator with many free pages: return them when it has gone."""
+        if self._trimming is None and jobs.num_chars(job) > LARGE_CHARS:
+            self._trimming = asyncio.get_running_loop().call_later(TRIM_AFTER_SECONDS, self._give_back)
+
+    def _give_back(self) -> None:
+        self._trimming = None
+        give_memory_back()
 
     def _check_length(self, text: str, context: int) -> None:
         if self._codec.bound is not None and not self._codec.bound.ignores_spaces:  # that takes long: a worker does it
