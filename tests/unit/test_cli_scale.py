@@ -193,6 +193,22 @@ def test_refusals_keep_their_code(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert capsys.readouterr().err == f"elasticmoe: {line}\n"
 
 
+def test_a_refusal_that_says_when_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    view = as_json(operation_view(accepted())) | {"outcome": "done", "phase": "done"}
+    later = refusal(503, "not_ready", "the journal has not been read")
+    later.headers["retry-after"] = "2"
+    server = Server(monkeypatch, later, httpx.Response(200, json=view))
+    monkeypatch.setattr(scale.time, "sleep", slept.append)
+    with PlainConsole(io.StringIO()) as console:
+        assert scale._watch(server.admin(), as_json(operation_view(accepted())), console)["outcome"] == "done"
+    assert slept == [0.0, 2.0, 0.0]
+    final = Server(monkeypatch, refusal(409, "operation_ended", "it has ended"))
+    with PlainConsole(io.StringIO()) as console, pytest.raises(ElasticMoEError) as failed:
+        scale._watch(final.admin(), as_json(operation_view(accepted())), console)
+    assert (failed.value.code, failed.value.retryable) == ("operation_ended", False)
+
+
 def test_a_plan_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     view = as_json(plan_view(UP, accepted()))
     server = Server(monkeypatch, httpx.Response(200, json=view), httpx.Response(200, json=view))
