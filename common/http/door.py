@@ -98,8 +98,7 @@ class _Sender:
         self._send = send
         self._scope = scope
         self._refused = refused
-        self._is_head = scope["method"] == "HEAD"
-        self._ended = asyncio.Event() if self._is_head else None
+        self._ended = asyncio.Event() if scope["method"] == "HEAD" else None
         self.origin: bytes | None = None  # an allowed one
         self.has_begun = False
 
