@@ -53,10 +53,13 @@ RUN pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel
 
 # ---- The runtime.
 FROM ${PYTHON_IMAGE}
-# The run directory's ownership is what a new volume mounted there inherits.
+# The folders' ownership is what new volumes mounted there inherit; those without a volume stay empty and read-only.
 RUN groupadd --gid 10001 elasticmoe \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin elasticmoe \
-    && install -d -m 0700 -o 10001 -g 10001 /run/elasticmoe
+    && install -d -m 0700 -o 10001 -g 10001 /run/elasticmoe \
+      /run/elasticmoe/sockets /run/elasticmoe/state /run/elasticmoe/secrets /run/elasticmoe/logs /run/elasticmoe/store \
+    && install -d -m 0755 /secrets \
+    && install -d -m 0700 -o 10001 -g 10001 /secrets/init /secrets/store /secrets/scaler /secrets/router
 COPY --from=dependencies /opt/elasticmoe /opt/elasticmoe
 COPY --from=wheel /install /opt/elasticmoe
 # PYTHONSAFEPATH: the working directory is not searched for modules. One OpenMP thread: ranks share the cores.

@@ -1,43 +1,54 @@
-"""What containers run besides the services: `python -m cli.container init`, `store` or `check NAME`.
+"""What containers run besides the services: `python -m cli.container init FOLDER`, `store` or `check NAME`.
 
-`init` makes the run directory's parts and secrets in the volume that all containers share; what is there stays, so it
-may run beside a living deployment. `store` becomes the embedded store's server. `check` is the containers' health
-check: exit status 0 when the process called NAME answers.
+`init FOLDER` makes the secrets and gives each container's volume those that it needs; what is there stays, so it may
+run beside a living deployment. `store` becomes the embedded store's server. `check` is the containers' health check:
+exit status 0 when the process called NAME answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import socket
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 
 from cli.embedded_store import is_answering, store_spec
-from cli.rundir import ensure_secret
+from cli.rundir import ADMIN_TOKEN, SECRETS, ensure_secret, write_secret
 from cli.terminal import complain
-from common.config import Common, KeeperConfig, PoolConfig, RouterConfig, ScalerConfig, load, make_run_dirs
+from common.config import KeeperConfig, PoolConfig, RouterConfig, ScalerConfig, load
 from common.private import make_private, read_secret
 from common.protocol.errors import ElasticMoEError
+from common.store import PASSWORDS, READER, WRITER
 from common.transport import describe
 
 _NAMES = ("store", "keeper", "hmm", "worker", "scaler", "router")
 _CHECK_SECONDS_MAX = 3.0
+# What each container may know. The router reads layouts from the store, and can do nothing else there.
+SECRETS_OF = {
+    "store": tuple(PASSWORDS.values()),
+    "scaler": (ADMIN_TOKEN, PASSWORDS[WRITER]),
+    "router": (PASSWORDS[READER],),
+}
+_KEEPS_ALL = "init"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for. Exit status 0, or 1 with one line on stderr; `store` does not return."""
     parser = argparse.ArgumentParser(prog="python -m cli.container", description="Entry points of containers.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("init", help="make the run directory and its secrets")
+    init_action = actions.add_parser("init", help="make the secrets, and share them out")
+    init_action.add_argument("folder", type=Path, help="where the containers' secrets are mounted, by container")
     actions.add_parser("store", help="become the embedded store")
     actions.add_parser("check", help="whether a process answers").add_argument("name", choices=_NAMES)
     args = parser.parse_args(argv)
     try:
         if args.action == "init":
-            init(load(KeeperConfig))
+            init(args.folder)
             return 0
         if args.action == "check":
             return 0 if is_healthy(args.name) else 1
@@ -50,12 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-def init(config: Common) -> None:
-    """Make what is missing of the run directory. Raises ConfigError when it is another user's, OSError."""
-    make_run_dirs(config)
-    make_private(config.run_path / "store")
-    for name in ("admin.token", "store.password"):
-        ensure_secret(config.secret(name))
+def init(folder: Path) -> None:
+    """Make the secrets that are missing in a folder of its own, and copy to each container's those that it is to have.
+    Raises ConfigError when a folder is another user's, OSError."""
+    for owner in (_KEEPS_ALL, *SECRETS_OF):
+        make_private(folder / owner, "secrets")
+    for name in SECRETS:
+        ensure_secret(folder / _KEEPS_ALL / name)
+    for owner, names in SECRETS_OF.items():
+        for name in names:
+            write_secret(folder / owner / name, read_secret(folder / _KEEPS_ALL / name))
 
 
 def is_healthy(name: str) -> bool:
@@ -68,7 +83,7 @@ def is_healthy(name: str) -> bool:
     config = load(PoolConfig)
     path = config.socket(config.pool_name if name == "worker" else name)
     if name == "store":
-        return is_answering(path, read_secret(config.secret("store.password")))
+        return is_answering(path, read_secret(config.secret(PASSWORDS[WRITER])))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_CHECK_SECONDS_MAX)
         return connection.connect_ex(os.fspath(path)) == 0
@@ -80,7 +95,7 @@ def _gets_ok(port: int, path: str) -> bool:
     try:
         with opener.open(f"http://127.0.0.1:{port}{path}", timeout=_CHECK_SECONDS_MAX) as answer:
             return bool(answer.status == 200)
-    except urllib.error.URLError:
+    except (urllib.error.URLError, http.client.HTTPException):
         return False
 
 

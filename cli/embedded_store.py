@@ -10,6 +10,7 @@ from cli.children import ChildSpec
 from common.config import Common
 from common.private import read_secret
 from common.protocol.errors import ElasticMoEError
+from common.store import PASSWORDS, READER, READER_COMMANDS, READER_KEYS, WRITER
 
 _MEMORY_BYTES_MAX = 256 * 1024 * 1024
 
@@ -49,7 +50,7 @@ def configuration(config: Common) -> str:
     latter all device memory is gone as well, so an older layout is as good as the last. No eviction: a full store
     refuses writes, and the services cope with that.
     """
-    password = read_secret(config.secret("store.password"))
+    writer, reader = (read_secret(config.secret(PASSWORDS[user])) for user in (WRITER, READER))
     return "\n".join(
         (
             "port 0",
@@ -63,10 +64,16 @@ def configuration(config: Common) -> str:
             "appendfsync everysec",
             f"maxmemory {_MEMORY_BYTES_MAX}",
             "maxmemory-policy noeviction",
-            f"requirepass {password}",
+            f"requirepass {writer}",
+            f"user {READER} on >{reader} resetkeys resetchannels {_reader_rights(config.deployment)}",
             "",
         )
     )
+
+
+def _reader_rights(deployment: str) -> str:
+    keys = [f"%R~elasticmoe:{deployment}:{key}" for key in READER_KEYS]
+    return " ".join((*keys, "-@all", *(f"+{command}" for command in READER_COMMANDS)))
 
 
 def _quoted(path: Path) -> str:

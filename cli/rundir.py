@@ -13,9 +13,12 @@ from cli.record import FILE_NAME
 from common.config import Common, make_run_dirs
 from common.private import is_private, make_private, read_private
 from common.protocol.errors import ConfigError, Conflict
+from common.store import PASSWORDS
 
+ADMIN_TOKEN = "admin.token"
 _LOCK = "launcher.lock"  # also the mark of a directory that we made and may clear
 _PARTS = ("sockets", "secrets", "state", "store")
+SECRETS = (ADMIN_TOKEN, *PASSWORDS.values())
 _SECRET_BYTES = 32
 _SECRET_BYTES_MAX = 4096
 _FAILURE_FILE = "failure.txt"
@@ -69,7 +72,7 @@ class RunDir:
         shutil.rmtree(self.path / "sockets", ignore_errors=True)
         make_run_dirs(config)
         make_private(self.path / "store")
-        for name in ("admin.token", "store.password"):
+        for name in SECRETS:
             ensure_secret(config.secret(name))
 
     def forget_state(self) -> None:
@@ -143,9 +146,14 @@ def ensure_secret(path: Path) -> None:
     """Write a random secret (64 hexadecimal digits, mode 0600) to `path` unless a file with one is there."""
     if read_private(path, _SECRET_BYTES_MAX):
         path.chmod(0o600)
-        return
+    else:
+        write_secret(path, secrets.token_hex(_SECRET_BYTES))
+
+
+def write_secret(path: Path, secret: str) -> None:
+    """Replace the file at `path` by one with `secret`, mode 0600, at once. Raises OSError."""
     temporary = path.with_name(f".{path.name}.new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(descriptor, "w") as file:
-        file.write(secrets.token_hex(_SECRET_BYTES))
+        file.write(secret)
     os.replace(temporary, path)

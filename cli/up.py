@@ -27,6 +27,7 @@ from cli.resolve import resolve_model
 from cli.rundir import RunDir
 from common.private import read_secret
 from common.protocol.errors import ElasticMoEError
+from common.store import PASSWORDS, WRITER
 from common.transport import describe
 
 HELP = "start a deployment on this machine"
@@ -208,7 +209,7 @@ def _plan(args: argparse.Namespace, resolved: settings.Settings, probe: Probe, l
         admin_port=scaler.admin_port,
         started_at=time.time(),
     )
-    password = read_secret(scaler.secret("store.password"))
+    password = read_secret(scaler.secret(PASSWORDS[WRITER]))
 
     def answers(spec: ChildSpec) -> bool:
         if spec.awaits is None:

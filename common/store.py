@@ -121,12 +121,20 @@ _layouts = msgspec.msgpack.Decoder(Layout)
 _events = msgspec.msgpack.Decoder(Event)
 
 
-def store_url(config: Common) -> str:
-    """The URL that this deployment's store answers at. The embedded server's password is read from its file."""
+# Users of the embedded server, each with a secret of its own: who only follows layouts can read them and nothing else.
+WRITER, READER = "default", "reader"
+PASSWORDS = {WRITER: "store.password", READER: "store-reader.password"}
+READER_KEYS = ("layout", "epoch", "layouts")
+READER_COMMANDS = ("get", "xread", "ping", "hello", "auth", "client|setname", "client|setinfo")
+
+
+def store_url(config: Common, user: str = WRITER) -> str:
+    """The URL that this deployment's store answers at. The password of the embedded server's `user` is read from its
+    file."""
     if config.store_url:
         return config.store_url
     # A path may hold what a URL would take for something else, such as a question mark.
-    return f"unix://:{read_secret(config.secret('store.password'))}@{quote(str(config.socket('store')))}"
+    return f"unix://{user}:{read_secret(config.secret(PASSWORDS[user]))}@{quote(str(config.socket('store')))}"
 
 
 class Store:
@@ -333,8 +341,8 @@ def store_of(config: Common, client: str) -> Store:
 
 
 def async_store_of(config: Common, client: str) -> AsyncStore:
-    """The asyncio store of this deployment."""
-    return AsyncStore(store_url(config), config.deployment, client)
+    """The asyncio store of this deployment, to read layouts from."""
+    return AsyncStore(store_url(config, READER), config.deployment, client)
 
 
 def _guard(call: Callable[[], R]) -> Any:

@@ -152,6 +152,18 @@ for name in "${services[@]}"; do
 done
 step "containers are unprivileged, read-only and have pid and ipc namespaces of their own"
 
+secrets_of() { docker exec "$(container "$1")" ls -1 /run/elasticmoe/secrets | tr '\n' ' '; }
+[ "$(secrets_of router)" = "store-reader.password " ] || fail "the router knows: $(secrets_of router)"
+[ "$(secrets_of scaler)" = "admin.token store.password " ] || fail "the scaler knows: $(secrets_of scaler)"
+for name in keeper hmm worker; do
+  [ -z "$(secrets_of "$name")" ] || fail "$name knows: $(secrets_of "$name")"
+done
+for name in "${services[@]}"; do
+  docker inspect --format '{{.HostConfig.NanoCpus}} {{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}' \
+    "$(container "$name")" | grep --quiet -E '^[1-9][0-9]* [1-9][0-9]* [1-9][0-9]*$' || fail "$name has no limits"
+done
+step "each container knows its own secrets alone, and has limits of cores, memory and processes"
+
 [ "$(curl --silent --output /dev/null --write-out '%{http_code}' --max-time 10 "$admin/v1/layout")" = 401 ] ||
   fail "the admin listener answers without a token"
 token=$(docker exec "$(container scaler)" cat /run/elasticmoe/secrets/admin.token)
