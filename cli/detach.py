@@ -10,7 +10,7 @@ import sys
 
 from cli.console import Console
 from cli.settings import Settings, child_environment
-from common.protocol.errors import ElasticMoEError
+from common.protocol.errors import DeadlineExceeded, ElasticMoEError
 
 _STOP_SECONDS_MAX = 120.0
 
@@ -47,19 +47,29 @@ def start_detached(args: argparse.Namespace, settings: Settings, console: Consol
                     return 0
                 else:
                     code, _, text = str(entry["error"]).partition(": ")
+                    _wait(launcher)  # it clears away what it made
                     raise ElasticMoEError(text, code=code)
     except KeyboardInterrupt:
         console.close()
         launcher.terminate()
         console.line("stopping")
-        launcher.wait(_STOP_SECONDS_MAX)
+        _wait(launcher)
         raise
-    launcher.wait(_STOP_SECONDS_MAX)
+    _wait(launcher)
     raise ElasticMoEError(
         f"the launcher ended with code {launcher.returncode} before it was ready; see "
         f"{settings.scaler.run_path / 'logs' / 'launcher.log'}",
         code="start_failed",
     )
+
+
+def _wait(launcher: subprocess.Popen[bytes]) -> None:
+    """Wait for the launcher's end. Raises DeadlineExceeded when it takes too long."""
+    try:
+        launcher.wait(_STOP_SECONDS_MAX)
+    except subprocess.TimeoutExpired:
+        text = f"the launcher, process {launcher.pid}, still stops after {_STOP_SECONDS_MAX:g} s"
+        raise DeadlineExceeded(text, code="still_stopping") from None
 
 
 def _relay(entry: dict[str, object], console: Console) -> None:

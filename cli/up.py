@@ -128,7 +128,12 @@ def _with_model(resolved: settings.Settings, console: Console) -> settings.Setti
 
 def _serve(args: argparse.Namespace, resolved: settings.Settings, run_dir: RunDir, console: Console) -> int:
     """Start, supervise, stop, clean up. Raises ElasticMoEError when the deployment could not start or had to end."""
-    listeners = Listeners(resolved)
+    try:
+        listeners = Listeners(resolved)
+    except ElasticMoEError:
+        if read_record(run_dir.path) is None:  # what an interrupted deployment left is for the next try
+            run_dir.remove(keep_logs=False)
+        raise
     try:
         resolved = resolved.replace(port=listeners.port(ROUTER), admin_port=listeners.port(ADMIN))
         _forget_another(resolved, run_dir, console)

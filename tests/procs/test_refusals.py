@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cli.main import main
 from tests.procs.clients import check_against_oracle, closed_loop
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import processes_of, wait_until
@@ -127,6 +128,20 @@ def test_occupied_port(flag: str, run_dir: Path, model_folder: Callable[[str], P
     assert code == 1
     assert port in line
     assert "in use" in line
+    assert not run_dir.exists()
+
+
+def test_port_that_is_taken_between_the_check_and_the_start(
+    run_dir: Path,
+    model_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("cli.checks.check_ports", lambda _: None)
+    flags = ["--model", str(model_folder("oracle")), "--run-dir", str(run_dir), "--admin-port", "0", "--detach"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["up", "--port", str(taken.getsockname()[1]), *flags]) == 1
+    assert capsys.readouterr().err.startswith("elasticmoe: port_in_use: ")
     assert not run_dir.exists()
 
 
