@@ -17,6 +17,7 @@ ALLOWED = {
     ("cli/bench/report.py", "time.strftime"): "the date in a report's heading",
     ("cli/events.py", "time.strftime"): "shows an event's time",
     ("cli/events.py", "time.localtime"): "shows an event's time",
+    ("cli/launcher.py", "time.time"): "when a process that ended is started again, shown",
     ("cli/status.py", "time.time"): "shows for how long a deployment has run, of which its record has the wall time",
     ("cli/up.py", "time.time"): "the record's time of the start, shown",
     ("common/telemetry.py", "time.strftime"): "the time of a log line",
