@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 
+from cli.record import start_ticks
 from common.store import EVENTS_MAX, LAYOUTS_MAX, OPERATIONS_MAX
 from services.router.dispatcher import LEAVE_S
 from tests.procs.clients import Load, stream_completion
@@ -148,7 +149,8 @@ def sample(deployment: Deployment) -> Sample | None:
 def _named(deployment: Deployment, rank_pids: list[int]) -> dict[str, int]:
     """Every process but the standbys, which come and go."""
     pids = dict(deployment.pids) | {"launcher": deployment.launcher.pid}
-    pids |= {f"pool's child {at}": pid for at, pid in enumerate(_children(pids["pool"]))}
+    forked = [pid for pid in _children(pids["launcher"]) if _is_template(pid)]
+    pids["template"] = min(forked, key=lambda pid: start_ticks(pid) or 0)  # the others were forked from it
     return pids | dict(zip(("spared rank", OTHER), rank_pids, strict=True))
 
 
@@ -181,8 +183,12 @@ def _targets(pid: int) -> list[str]:
     return [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
 
 
+def _is_template(pid: int) -> bool:
+    return b"services.worker.template" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def _children(pid: int) -> list[int]:
-    """Living children, oldest first. Of the pool: what forks its ranks, and its helper."""
+    """Living children by number. Of the launcher: also the template, and what it forked."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return sorted(int(child) for task in tasks for child in (task / "children").read_text().split())
 

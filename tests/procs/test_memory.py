@@ -80,14 +80,10 @@ def private_bytes(maps: dict[str, dict[str, int]]) -> int:
 
 
 def standby_pids(deployment: Deployment) -> set[int]:
-    """The pool's children that have no seat: forked from the same process as the ranks."""
-    ranks = set(deployment.rank_pids().values())
-    parents = {
-        pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        for pid in processes_of(deployment.run_dir)
-    }
-    fork_server = parents[next(iter(ranks))]
-    return {pid for pid, parent in parents.items() if parent == fork_server} - ranks
+    """The pool's processes that have no seat: forked from the same one as the ranks, which is among them."""
+    commands = processes_of(deployment.run_dir)
+    forked = {pid for pid, command in commands.items() if "services.worker.template" in command}
+    return forked - set(deployment.rank_pids().values())
 
 
 def memory_files(pid: int) -> dict[str, Path]:
