@@ -17,6 +17,7 @@ import gc
 import os
 import select
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -24,15 +25,16 @@ from pathlib import Path
 from common.config import PoolConfig, load
 from common.fdchannel import Channel, Listener
 from common.protocol import pool as pool_messages
-from common.protocol.errors import Conflict, ElasticMoEError
+from common.protocol.errors import Conflict, ElasticMoEError, ProtocolError
 from common.protocol.pool import ToPool
+from common.protocol.replies import refusal
 from common.protocol.standby import TO_TEMPLATE, Fork, Forked
 from common.ties import end_with_parent
 
 _IDENTITY = "template:0"
 _ADOPTED_TURN_S = 0.0005
 _RECEIVE_MS = 200  # for the rest of a message that has begun to come
-_POOLS_MAX = 16  # one is there, as a rule
+_POOLS_MAX = 64  # one is there, as a rule
 
 
 def main() -> int:
@@ -65,17 +67,17 @@ def _serve(listener: Listener) -> int:
     while True:
         ready = {fd for fd, _ in poller.poll()}
         for fd in ready & set(channels):
-            fds = _receive(channels[fd])
-            if fds is None:
+            sent = _receive(channels[fd])
+            if sent is None:
                 poller.unregister(fd)
                 channels.pop(fd).close()
-            elif fds and _fork_orphan():
+                continue
+            if _fork_orphan():
                 for channel in channels.values():
                     channel.close()
                 listener.drop()
-                return fds[0]
-            for sent in fds or ():
-                os.close(sent)
+                return sent
+            os.close(sent)
         new = _accept(listener) if listener.fileno() in ready else None
         if new is not None and len(channels) < _POOLS_MAX:
             channels[new.fileno()] = new
@@ -92,12 +94,25 @@ def _accept(listener: Listener) -> Channel[Fork] | None:
         return None
 
 
-def _receive(channel: Channel[Fork]) -> list[int] | None:
-    """The descriptors of an order; None at the end of the pool, or for one of another version."""
+def _receive(channel: Channel[Fork]) -> int | None:
+    """The socket that comes with an order. None at the other side's end, or where that breaks the protocol: it is told
+    so, and the connection is over."""
+    fds: list[int] = []
     try:
-        return channel.receive(deadline_ms=_RECEIVE_MS)[1]
+        _, fds = channel.receive(deadline_ms=_RECEIVE_MS)
+        if len(fds) == 1 and stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
+            return fds[0]
+        raise ProtocolError(f"an order comes with one socket; this one with {len(fds)} descriptors")
+    except ProtocolError as error:
+        for fd in fds:
+            os.close(fd)
+        try:
+            channel.send(refusal(error), deadline_ms=_RECEIVE_MS)
+        except ElasticMoEError:
+            pass  # the peer is gone: nobody is left to be told
     except ElasticMoEError:
-        return None
+        pass  # the pool is gone
+    return None
 
 
 def _fork_orphan() -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Final, get_args
 import msgpack
 import msgspec
 
-from common.protocol import handles, hmm, keeper, pool, rank, router, scaler
+from common.protocol import handles, hmm, keeper, pool, rank, router, scaler, standby
 from common.protocol.codec import Codec, Message, Received, decode_envelope, encode
 from common.protocol.errors import ProtocolError
 from common.protocol.limits import MESSAGE_BYTES_MAX, NAME_CHARS_MAX, PROTOCOL_VERSION
@@ -38,8 +38,8 @@ FENCED = (
     rank.Move,
 )
 # Never thrown where they are valid. Watch and GetPool: whoever sends them gets what was the router's or the scaler's.
-# Keep and Fetch: descriptors would be held, or handed out to a peer that leaks them.
-OBEYED = (rank.Watch, pool.GetPool, keeper.Keep, keeper.Fetch)
+# Keep and Fetch: descriptors would be held, or handed out to a peer that leaks them. Fork: a process is work, not harm.
+OBEYED = (rank.Watch, pool.GetPool, keeper.Keep, keeper.Fetch, standby.Fork)
 
 
 def is_harmless(received: Received[Any]) -> bool:
@@ -66,7 +66,7 @@ class Thrower:
         self.num_invalid = 0
         self._rng = rng
         self._codec = codec
-        known = {kind.__name__ for kind in get_args(union)}
+        known = {kind.__name__ for kind in kinds_of(union)}
         self._bodies = [_refused(message) for message in samples]
         self._raws = [encode(body, sender=SENDER, seq=7) for body in self._bodies]
         everything = [message for _, messages in RECEIVERS.values() for message in messages]
@@ -181,6 +181,7 @@ UNIONS: dict[str, Any] = {
     "scaler": scaler.ToScaler,
     "handles": handles.ToHmm,
     "keeper": keeper.Keep | keeper.Forget | keeper.Fetch,
+    "pool-template": standby.Fork,
 }
 CODECS: dict[str, Codec[Any]] = {
     "hmm": hmm.CODEC,
@@ -190,12 +191,18 @@ CODECS: dict[str, Codec[Any]] = {
     "scaler": scaler.CODEC,
     "handles": handles.TO_HMM,
     "keeper": keeper.TO_KEEPER,
+    "pool-template": standby.TO_TEMPLATE,
 }
+
+
+def kinds_of(union: Any) -> tuple[Any, ...]:
+    """The messages of a union, or the one that is none."""
+    return get_args(union) or (union,)
 
 
 def thrower(rng: random.Random, receiver: str) -> Thrower:
     """For the sockets of one kind of receiver."""
-    codec, kinds = CODECS[receiver], get_args(UNIONS[receiver])
+    codec, kinds = CODECS[receiver], kinds_of(UNIONS[receiver])
     samples = tuple(m for _, messages in RECEIVERS.values() for m in messages if type(m) in kinds)
     assert {type(sample) for sample in samples} == set(kinds), f"{receiver}: not every message has a sample"
     return Thrower(rng, codec, samples, UNIONS[receiver])

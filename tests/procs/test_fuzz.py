@@ -27,6 +27,7 @@ from common.protocol.pool import GetPool, StopRank
 from common.protocol.rank import GetRankLoad
 from common.protocol.replies import Ack
 from common.protocol.scaler import CODEC, HmmStatus, PoolStatus, RankLoad, ToScaler
+from common.protocol.standby import Fork
 from common.transport import Client, Server, new_identity
 from tests.procs.clients import check_load_against_oracle
 from tests.procs.deployment import Deployment
@@ -35,7 +36,7 @@ from tests.procs.gaps import TimedLoad
 from tests.procs.integrity import ask, check_integrity
 from tests.procs.router_fakes import FakeRank, layout_of
 from tests.procs.router_harness import RouterProcess, write_model
-from tests.procs.waiting import wait_until
+from tests.procs.waiting import processes_of, wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow]
 
@@ -44,7 +45,8 @@ Deploy = Callable[..., Deployment]
 SEED: int | None = None  # set it to what a failed run printed
 SETTINGS: dict[str, Any] = {"max_sequences": 16, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 1}
 # By socket; 100,000 in all. A Unix stream socket takes one bad message per connection.
-NUMBERS = {"hmm": 27_000, "pool": 25_000, "rank-r0t0": 22_000, "rank-r1t0": 22_000, "handles": 2_000, "keeper": 2_000}
+STREAMS = ("handles", "keeper", "pool-template")
+NUMBERS = {"hmm": 27_000, "pool": 25_000, "rank-r0t0": 21_000, "rank-r1t0": 21_000} | dict.fromkeys(STREAMS, 2_000)
 ROUTER_NUMBER = 5_000
 WINDOW = 200  # messages between two looks at the answers: fewer than any queue holds
 CONNECTIONS = 16
@@ -155,7 +157,7 @@ def _read_to_the_end(connection: socket.socket) -> bytes:
 def throw_all(sockets: Path, rng: random.Random) -> None:
     for name in rng.sample(sorted(NUMBERS), len(NUMBERS)):
         started, path = time.monotonic(), sockets / f"{name}.sock"
-        (throw_at_stream if name in ("handles", "keeper") else throw_at_queue)(path, NUMBERS[name], rng)
+        (throw_at_stream if name in STREAMS else throw_at_queue)(path, NUMBERS[name], rng)
         print(f"{name}: {NUMBERS[name]} inputs in {time.monotonic() - started:.1f} s")
 
 
@@ -172,6 +174,7 @@ async def test_no_control_message_ends_or_harms_a_service(deploy: Deploy, model_
     assert listening == set(NUMBERS), "every listening control socket is thrown at"
     assert deployment.admin("/v1/layout")["fence"] >= 1, "epoch 0 is refused"
     pids, ranks = deployment.pids, deployment.rank_pids()
+    processes = set(processes_of(deployment.run_dir))
     held = {name: num_descriptors(pids[name]) for name in ("hmm", "keeper")}
     async with TimedLoad(deployment.base_url, clients=3, seed=5) as load:
         await load.wait_streams(3)
@@ -179,6 +182,7 @@ async def test_no_control_message_ends_or_harms_a_service(deploy: Deploy, model_
         wait_until(lambda: {name: num_descriptors(pids[name]) for name in held} == held, f"descriptors {held}")
         await load.wait_streams(3)
     assert (deployment.pids, deployment.rank_pids()) == (pids, ranks), "somebody was restarted"
+    assert set(processes_of(deployment.run_dir)) == processes, "the template forks for its pool only"
     assert (load.broken, load.errors) == (0, {})
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 200
     assert isinstance(ask(deployment, "hmm", GetHmmStatus()), HmmStatus)
@@ -255,7 +259,7 @@ def test_another_version_is_refused_on_every_socket(deploy: Deploy) -> None:
             assert peer.answers == {"version_mismatch": 6}
         finally:
             peer.close()
-    for name, message in (("handles", Fetch()), ("keeper", Fetch())):
+    for name, message in (("handles", Fetch()), ("keeper", Fetch()), ("pool-template", Fork())):
         raw = version_of(encode(message, sender=SENDER), PROTOCOL_VERSION + 1)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(ANSWER_MS / 1e3)
