@@ -1,7 +1,7 @@
 """One small allocation of a process fails, wherever it is: no request notices (promise P11).
 
 What fails is the N-th allocation of the interpreter, of any thread, after a turn of the process's loop has begun.
-Ranks, HMM and scaler may end of it and are started again; the pool, whose ranks would end with it, goes on.
+Ranks, HMM and scaler may end of it and are started again; the pool goes on.
 
 By default the pool alone; all of them: `pytest -m "soak or procs" tests/procs/test_starvation.py`. The router is not
 tried here: it too goes on as a rule, but a request whose reader was to be woken may wait until its deadline.
