@@ -256,10 +256,13 @@ def test_the_launcher_ends_the_ranks_of_a_dead_pool(site: Site) -> None:
 
 @pytest.mark.parametrize("order", ["launcher", "pool, launcher", "next pool, launcher"])
 def test_no_rank_outlives_a_killed_launcher(site: Site, order: str) -> None:
-    """Be it in an ordinary wait, stopped, or in a call that never gives the interpreter back."""
+    """Be it in an ordinary wait, stopped, or in a call that never gives the interpreter back. (None is stopped beside
+    one in such a call: when a process group is left with a stopped process, the kernel hangs up on all of it.)"""
     site.start(0)
-    os.kill(site.start(1), signal.SIGSTOP)
-    site.start(2, "hold_gil 60")
+    if order == "pool, launcher":
+        os.kill(site.start(1), signal.SIGSTOP)
+    else:
+        site.start(1, "hold_gil 60")
     pids: dict[str, Callable[[], int]] = {
         "launcher": lambda: site.run.process.pid,
         "pool": lambda: site.run.pid("pool"),
@@ -267,7 +270,7 @@ def test_no_rank_outlives_a_killed_launcher(site: Site, order: str) -> None:
     for victim in order.split(", "):
         if victim == "next pool":
             site.end_pool()
-            assert set(site.ranks()) == {0, 1, 2}
+            assert set(site.ranks()) == {0, 1}
         else:
             os.kill(pids[victim](), signal.SIGKILL)
     site.run.process.wait(10)
