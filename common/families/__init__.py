@@ -1,6 +1,6 @@
 """Model families: from a checkpoint's config.json to a ModelSpec, and from a ModelSpec to its records.
 
-What a checkpoint means is what transformers 5 makes of it (ADR 16). To add a family: one file here that says what its
+What a checkpoint means is what transformers 5 makes of it (ADR 17). To add a family: one file here that says what its
 keys and tensors are called and mean, and a line in `FAMILIES`. The compute side of a family lives in
 `services/worker/model`.
 """

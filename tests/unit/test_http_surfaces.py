@@ -22,14 +22,13 @@ from services.router.dispatcher import Dispatcher, router_identity
 from services.router.front import make_front
 from services.router.history import History
 from services.router.metrics import Metrics
-from services.router.text.codec import TextCodec
-from services.router.text.jobs import Job, Reply
 from services.router.tokenizer import ServedModel
 from services.scaler.admin import build_app as build_admin
 from services.scaler.desk import Desk, Feed
 from services.scaler.meters import Meters
 from services.scaler.snapshot import Board, Snapshot
 from tests.procs.router_harness import write_model
+from tests.unit.in_process import InProcess
 
 App = Callable[..., Any]
 
@@ -95,17 +94,6 @@ def check(answer: httpx.Response, what: str) -> None:
 def router(tmp_path_factory: pytest.TempPathFactory) -> App:
     """A router without replicas."""
     return make_router(tmp_path_factory.mktemp("r"), Dispatcher)
-
-
-class InProcess:
-    """In place of the worker processes: does each job at once."""
-
-    def __init__(self, codec: TextCodec) -> None:
-        self._codec = codec
-
-    async def run(self, job: Job, client: str) -> Reply:
-        """As TextWorkers."""
-        return self._codec.perform(job)
 
 
 def make_router(base: Path, make_dispatcher: type[Dispatcher]) -> App:

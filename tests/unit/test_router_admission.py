@@ -24,6 +24,7 @@ from services.router.metrics import Metrics
 from services.router.streams import Ending, Stream
 from services.router.tokenizer import ServedModel
 from tests.procs.router_harness import write_model
+from tests.unit.in_process import InProcess
 
 LIMIT = 64 * 1024
 TOP = tuple((97 + number, -0.123456789012345 - number) for number in range(20))
@@ -60,7 +61,8 @@ def front_of(base: Path, **settings: Any) -> Front:
     config = RouterConfig(run_dir=str(base), model=str(base / "model"), served_name="m", **settings)
     metrics = Metrics("m")
     dispatcher = Rank(config.socket, metrics, History(None, "r"), router_identity())
-    return make_front(config, ServedModel(base / "model", "m"), dispatcher, metrics, None)
+    model = ServedModel(base / "model", "m")
+    return make_front(config, model, InProcess(model.codec), dispatcher, metrics, None)
 
 
 @pytest.fixture(scope="module")
