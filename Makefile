@@ -27,13 +27,14 @@ endif
 # Tools of the virtual environment (cmake, ninja, ctest) come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help modules-changed install up down test test-fast test-sim soak lint format native-test bench compose-test clean
+.PHONY: help modules-changed install up down test test-all test-fast test-sim soak lint format native-test bench compose-test clean
 
 help:
 	@echo 'install       virtual environment with everything; fast when nothing changed'
 	@echo 'up            serve the demo model at http://127.0.0.1:8000/v1 until Ctrl-C (UP="--port 9000")'
 	@echo 'down          stop the deployment of the default run directory'
-	@echo 'test          all tests but those that need a container engine (ARGS="-k launcher")'
+	@echo 'test          all tests but the slow ones and those that need a container engine (ARGS="-k launcher")'
+	@echo 'test-all      the slow ones too: what CI runs'
 	@echo 'test-fast     unit tests and the simulation'
 	@echo 'test-sim      the simulation alone: all cores in one thread, 1,100 seeds (one: python -m tests.sim SEED)'
 	@echo 'soak          half an hour of load, random faults and random resizes (ARGS="--seed 7 --minutes 60")'
@@ -67,6 +68,9 @@ down: install
 	$(BIN)/elasticmoe down
 
 test: install
+	$(BIN)/python -m pytest -m 'not compose and not slow' -n 2 --dist loadfile $(ARGS)
+
+test-all: install
 	$(BIN)/python -m pytest -m 'not compose' -n 2 --dist loadfile $(ARGS)
 
 test-fast: install

@@ -1,9 +1,14 @@
-"""`elasticmoe chaos`: load, random faults and random resizes on a deployment of its own, and which promises held."""
+"""`elasticmoe chaos`: load, random faults and random resizes on a deployment of its own, and which promises held.
+
+With `--abuse` it runs twice from the same seed: alone, and beside a hostile client. What honest streams lose by that
+client, and what the processes hold that it reaches, is in the table too.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -12,6 +17,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from cli.bench.deployment import Deployment
+from cli.chaos_abuse import GAP_FACTOR_MAX, GIVEN_BACK_MIB, HEALTH_S_MAX, WATCHED, Abuse, abused
 from cli.chaos_faults import KILL, draw_faults, draw_resizes
 from cli.chaos_load import BROKEN, HUNG, Clients, Tally
 from cli.chaos_run import BLAMELESS_S, Run, Seen
@@ -44,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--devices", default="host:5", metavar="host:N", help="devices to use (host:5)")
     add("--clients", type=int, default=16, metavar="N", help="requests under way at once (16)")
     add("--fault-every", type=float, default=30.0, metavar="S", help="mean time between faults in seconds (30)")
+    add("--abuse", action="store_true", help="a second run of the same seed beside a hostile client")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,15 +61,23 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"devices {args.devices!r}: give host:N with N at least --replicas, {args.replicas}")
     say(f"seed {seed}: {args.minutes:g} minutes on {args.devices}, {args.clients} clients")
     try:
-        seen, tally = asyncio.run(_run(args, seed, int(count)))
+        seen, tally, _ = asyncio.run(_run(args, seed, int(count)))
+        verdicts = judge(seen, tally)
+        _print(verdicts, seen, tally)
+        if args.abuse:
+            alone = tally
+            seen, tally, abuse = asyncio.run(_run(args, seed, int(count), is_abused=True))
+            further = [*judge(seen, tally), *judge_abuse(abuse, tally, alone)]
+            _print(further, seen, tally, title="what held beside a hostile client")
+            verdicts += further
     except ValueError as error:
         raise ElasticMoEError(f"{error}; seed {seed}", code="chaos_failed") from None
-    verdicts = judge(seen, tally)
-    _print(verdicts, seen, tally)
     return 0 if all(verdict.has_held is not False for verdict in verdicts) else 1
 
 
-async def _run(args: argparse.Namespace, seed: int, devices: int) -> tuple[Seen, Tally]:
+async def _run(
+    args: argparse.Namespace, seed: int, devices: int, *, is_abused: bool = False
+) -> tuple[Seen, Tally, Abuse]:
     begun = time.monotonic()
 
     def tell(text: str) -> None:
@@ -79,10 +94,12 @@ async def _run(args: argparse.Namespace, seed: int, devices: int) -> tuple[Seen,
         seconds = args.minutes * 60.0
         faults, resizes = draw_faults(seed, seconds, args.fault_every), draw_resizes(seed, seconds, devices)
         tell(f"serves; {len(faults)} faults and {len(resizes)} resizes follow")
-        seen = await Run(deployment, clients, tell).run(faults, resizes, seconds, args.replicas)
+        hostile = abused(deployment, clients.model, seed) if is_abused else contextlib.nullcontext(Abuse())
+        async with hostile as abuse:
+            seen = await Run(deployment, clients, tell).run(faults, resizes, seconds, args.replicas)
         await deployment.stop(_STOP_S_MAX)
         _tell_failures(deployment, seen, clients.tally, begun, tell)
-        return seen, clients.tally
+        return seen, clients.tally, abuse
     finally:
         deployment.remove()
 
@@ -132,6 +149,45 @@ def judge(seen: Seen, tally: Tally) -> list[Verdict]:
     ]
 
 
+def judge_abuse(abuse: Abuse, tally: Tally, alone: Tally) -> list[Verdict]:
+    """What a hostile client has cost others. `alone`: the same run without it."""
+    longest, before = tally.percentile_gap(100), alone.percentile_gap(100)
+    seconds, under_way = abuse.slowest_health()
+    over = [
+        f"{name} {abuse.peaks[name]:.0f} MiB" for name, most in WATCHED.items() if abuse.peaks.get(name, 0.0) > most
+    ]
+    kept = {name: abuse.after.get(name, 0.0) - abuse.before.get(name, 0.0) for name in WATCHED}
+    peaks = ", ".join(f"{name} {mib:.0f}" for name, mib in sorted(abuse.peaks.items()))
+    return [
+        Verdict(
+            "P25",
+            "no attack was an internal error",
+            not abuse.failures() if abuse.answers else None,
+            f"{sum(abuse.answers.values())} attacks; {'; '.join(abuse.failures()) or 'none'}",
+        ),
+        Verdict(
+            "P25",
+            f"pauses within {GAP_FACTOR_MAX:g} x of the run alone",
+            longest <= GAP_FACTOR_MAX * before,
+            f"{longest * 1e3:.0f} ms beside {before * 1e3:.0f} ms",
+        ),
+        Verdict(
+            "P25",
+            f"/health within {HEALTH_S_MAX * 1e3:.0f} ms, but for one probe in a hundred",
+            abuse.health_percentile(99) <= HEALTH_S_MAX,
+            f"p99 {abuse.health_percentile(99) * 1e3:.0f} ms; longest {seconds * 1e3:.0f} ms "
+            f"(beside {', '.join(under_way) or 'none'})",
+        ),
+        Verdict("P25", "memory within its limits", not over, f"peaks in MiB: {peaks}"),
+        Verdict(
+            "P25",
+            f"memory given back to within {GIVEN_BACK_MIB} MiB",
+            all(mib <= GIVEN_BACK_MIB for mib in kept.values()),
+            ", ".join(f"{name} {mib:+.0f} MiB" for name, mib in kept.items()),
+        ),
+    ]
+
+
 def _excuse(seen: Seen, at: float, code: str) -> str | None:
     """The target of the fault that excuses an error: a killed router's own connections break."""
     for begun, recovered, fault in seen.faults:
@@ -141,8 +197,8 @@ def _excuse(seen: Seen, at: float, code: str) -> str | None:
     return None
 
 
-def _print(verdicts: list[Verdict], seen: Seen, tally: Tally) -> None:
-    table = Table("promise", "what", "held", "figures", title="what held")
+def _print(verdicts: list[Verdict], seen: Seen, tally: Tally, *, title: str = "what held") -> None:
+    table = Table("promise", "what", "held", "figures", title=title)
     words = {True: "yes", False: "NO", None: "not tried"}
     for verdict in verdicts:
         table.add_row(verdict.promise, verdict.what, words[verdict.has_held], verdict.figure)

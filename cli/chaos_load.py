@@ -58,7 +58,7 @@ class Clients:
     def __init__(self, url: str, model: str, count: int, seed: int) -> None:
         rng = random.Random(f"{seed}/load")
         self.tally = Tally()
-        self._model = model
+        self.model = model
         self._count = count
         self._rng = rng
         self._prompts = [
@@ -115,7 +115,7 @@ class Clients:
     async def _request(self, number: int, tally: Tally) -> str:
         """Stream one completion; its text. Raises _Failed, httpx.HTTPError."""
         prompt, max_tokens = self._prompts[number]
-        body = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         text, finish, last = "", None, 0.0
         async with self._http.stream("POST", "/v1/completions", json=body | {"ignore_eos": True}) as answer:
             if answer.status_code != 200:

@@ -53,9 +53,17 @@ async def holdings_of(deployment: Deployment) -> Holdings:
     descriptors = {process.name: _descriptors(process.pid) for process in record.processes} if record else {}
     devices: list[dict[str, Any]] = (await deployment.get("/v1/devices"))["devices"]
     used = sum(device["memory"]["weights"] + device["memory"]["kv"] for device in devices)
-    living = await asyncio.to_thread(processes_of, deployment.run_dir)
+    living = [pid for pid in await asyncio.to_thread(processes_of, deployment.run_dir) if not _is_text_worker(pid)]
     shared = frozenset(entry.name for entry in Path("/dev/shm").iterdir() if entry.stat().st_uid == os.geteuid())
     return Holdings(descriptors, len(living), shared, used)
+
+
+def _is_text_worker(pid: int) -> bool:
+    """One of the router's, of which there are as many as there was work for: their number is bounded, not steady."""
+    try:
+        return b"services.router.text" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True  # it has just ended
 
 
 def _descriptors(pid: int) -> int:

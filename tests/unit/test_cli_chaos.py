@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
 
-from cli.chaos import Verdict, judge
+from cli.chaos import Verdict, judge, judge_abuse
+from cli.chaos_abuse import Abuse
+from cli.chaos_attacks import ATTACKS, CLOSED, Target
 from cli.chaos_faults import DEVICE, KILL, LOSE, STOP, TARGETS, Fault, Resize, draw_faults, draw_resizes
 from cli.chaos_load import BROKEN, HUNG, Tally
 from cli.chaos_run import Seen
@@ -94,3 +99,56 @@ def test_leaks_are_what_is_more_than_before() -> None:
     assert same.leaks_since(before) == []
     more = Holdings({"hmm": 101 + FDS_MORE_MAX}, 13, frozenset({"b"}), 1_100_000)
     assert len(more.leaks_since(before)) == 4
+
+
+# ---- beside a hostile client -----------------------------------------------------------------------------------------
+
+
+def abuse_with(**changes: Any) -> Abuse:
+    abuse = Abuse(
+        Counter({("deep", "400"): 3}),
+        before={"router": 90.0, "scaler": 60.0},
+        after={"router": 100.0, "scaler": 60.0},
+        peaks={"router": 300.0, "scaler": 80.0},
+        health=[((), 0.01)] * 99,
+    )
+    for name, value in changes.items():
+        setattr(abuse, name, value)
+    return abuse
+
+
+@pytest.mark.parametrize(
+    ("changes", "gap", "expected"),
+    [
+        ({}, 3.0, set()),
+        ({"answers": Counter({("deep", "500"): 1})}, 3.0, {"no attack was an internal error"}),
+        ({}, 3.1, {"pauses within 3 x of the run alone"}),
+        ({"peaks": {"router": 513.0}}, 1.0, {"memory within its limits"}),
+        ({"peaks": {"scaler": 257.0}}, 1.0, {"memory within its limits"}),
+        ({"after": {"router": 155.0, "scaler": 60.0}}, 1.0, {"memory given back to within 64 MiB"}),
+        (
+            {"health": [((), 0.3)] * 2 + [((), 0.01)] * 98},
+            1.0,
+            {"/health within 200 ms, but for one probe in a hundred"},
+        ),
+    ],
+)
+def test_what_a_hostile_client_may_cost(changes: dict[str, Any], gap: float, expected: set[str]) -> None:
+    alone, beside = Tally(gaps=[(1.0, 1.0)]), Tally(gaps=[(1.0, gap)])
+    verdicts = judge_abuse(abuse_with(**changes), beside, alone)
+    assert {verdict.what for verdict in verdicts if verdict.has_held is False} == expected
+
+
+async def test_every_attack_ends_whatever_the_peer_does() -> None:
+    """Also where nobody listens, and where whoever listens closes at once."""
+
+    async def close(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(close, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        urls = (f"http://127.0.0.1:{port}", "http://127.0.0.1:1")
+        target = Target(*urls, "m", random.Random(1))
+        words = await asyncio.gather(*(attack(target) for attack in ATTACKS for _ in range(3)))
+    assert set(words) == {CLOSED}

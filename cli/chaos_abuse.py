@@ -1,0 +1,143 @@
+"""The hostile client of `elasticmoe chaos --abuse`, and what it costs others.
+
+The client is a process of its own (`cli.chaos_abuser`), so that its work delays no honest client here. It says what it
+begins and what came of it, a line each. Meanwhile /health is asked, as a probe would, and the resident memory of the
+processes that strangers reach is looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from cli.bench.deployment import Deployment
+from cli.bench.http import ask
+from cli.settings import importing_environment
+
+WATCHED = {"router": 512, "scaler": 256}  # MiB that each may hold at any time
+GIVEN_BACK_MIB = 64  # more than before the abuse, at most, once it is over
+GIVEN_BACK_S_MAX = 30.0
+GAP_FACTOR_MAX = 3.0  # an honest stream's longest pause, beside that of a run without abuse
+HEALTH_S_MAX = 0.2
+_LOOK_S = 0.1
+_END_S_MAX = 60.0
+_PAGES_PER_MIB = 256
+
+
+@dataclass
+class Abuse:
+    """What was tried and seen. `answers`: (attack, status or word) -> count. Memory in MiB, resident.
+
+    `before` and `after`: at rest; `peaks`: at any look. `health`: (attacks under way, seconds) of each probe.
+    """
+
+    answers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    health: list[tuple[tuple[str, ...], float]] = field(default_factory=list)
+
+    def failures(self) -> list[str]:
+        """Attacks that were answered with an internal error."""
+        return sorted(f"{name}: {word} {count}x" for (name, word), count in self.answers.items() if word == "500")
+
+    def health_percentile(self, percent: float) -> float:
+        """Of the times that probes waited, in seconds."""
+        ordered = sorted(seconds for _, seconds in self.health)
+        return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else 0.0
+
+    def slowest_health(self) -> tuple[float, tuple[str, ...]]:
+        """The longest time that a probe waited, in seconds, and what was under way."""
+        under_way, seconds = max(self.health, key=lambda probe: probe[1], default=((), 0.0))
+        return seconds, under_way
+
+
+@asynccontextmanager
+async def abused(deployment: Deployment, model: str, seed: int) -> AsyncIterator[Abuse]:
+    """A hostile client for the time of the context; what it yields is complete afterwards. Raises ValueError where the
+    client's process fails."""
+    seen = Abuse(before=_memory(deployment))
+    command = [sys.executable, "-m", "cli.chaos_abuser", str(deployment.run_dir), model, str(seed)]
+    pipe = asyncio.subprocess.PIPE
+    client = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=importing_environment())
+    assert client.stdin is not None
+    assert client.stdout is not None
+    under_way: Counter[str] = Counter()
+    listening = asyncio.create_task(_listen(client.stdout, seen, under_way))
+    watching = [
+        asyncio.create_task(_probe(deployment, seen, under_way)),
+        asyncio.create_task(_look(deployment, seen)),
+    ]
+    try:
+        yield seen
+        client.stdin.close()  # that is its end
+        async with asyncio.timeout(_END_S_MAX):
+            await listening
+            if await client.wait():
+                raise ValueError(f"the hostile client ended with status {client.returncode}")
+    finally:
+        for task in (*watching, listening):
+            task.cancel()
+        await asyncio.gather(*watching, listening, return_exceptions=True)
+        if client.returncode is None:
+            client.kill()
+            await client.wait()
+    await _wait_given_back(deployment, seen)
+
+
+async def _listen(output: asyncio.StreamReader, seen: Abuse, under_way: Counter[str]) -> None:
+    """`> NAME` when an attack begins, `< NAME WORD` when it has ended."""
+    async for line in output:
+        sign, name, *word = line.decode().split()
+        under_way[name] += 1 if sign == ">" else -1
+        if word:
+            seen.answers[name, word[0]] += 1
+
+
+async def _probe(deployment: Deployment, seen: Abuse, under_way: Counter[str]) -> None:
+    while True:
+        names, begun = tuple(+under_way), time.monotonic()
+        try:
+            await ask("GET", f"{deployment.url}/health")
+            seen.health.append((names, time.monotonic() - begun))
+        except ValueError:
+            pass  # a killed router; whether requests failed without an excuse is the honest clients' to say
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _look(deployment: Deployment, seen: Abuse) -> None:
+    while True:
+        for name, mib in _memory(deployment).items():
+            seen.peaks[name] = max(mib, seen.peaks.get(name, 0.0))
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _wait_given_back(deployment: Deployment, seen: Abuse) -> None:
+    """Note what is held after the abuse, as soon as it is little enough, or after GIVEN_BACK_S_MAX."""
+    deadline = time.monotonic() + GIVEN_BACK_S_MAX
+    while True:
+        seen.after = now = _memory(deployment)
+        is_little = all(mib <= seen.before.get(name, 0.0) + GIVEN_BACK_MIB for name, mib in now.items())
+        if is_little or time.monotonic() > deadline:
+            return
+        await asyncio.sleep(_LOOK_S)
+
+
+def _memory(deployment: Deployment) -> dict[str, float]:
+    """Resident MiB of each watched process that runs."""
+    pids = {name: deployment.pid(name) for name in WATCHED}
+    pages = {name: _resident_pages(pid) for name, pid in pids.items() if pid is not None}
+    return {name: count / _PAGES_PER_MIB for name, count in pages.items() if count is not None}
+
+
+def _resident_pages(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1])
+    except OSError:
+        return None  # it has just ended
