@@ -101,7 +101,7 @@ async def test_a_template_that_does_not_end_is_stopped(directory: Path) -> None:
         with pytest.raises(InvalidRequest, match="longer than the limit of 2 s") as caught:
             await chat(texts, "slow")
         assert caught.value.code == "prompt_too_expensive"
-        assert time.monotonic() - began < 4.0
+        assert time.monotonic() - began < 8.0
         _, alive = server_and_workers()
         psutil.wait_procs(alive, timeout=2.0)
         assert await chat(texts, "hi") == "hi;"
@@ -113,7 +113,7 @@ async def test_slow_chats_do_not_delay_texts(directory: Path) -> None:
         await asyncio.sleep(0.05)
         began = time.monotonic()
         await texts.encode(["x" * (INLINE_CHARS_MAX + 1)], CONTEXT, "b", add_special=True)
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 1.9
         chat_of_another = asyncio.create_task(chat(texts, "hi", "b"))
         results = await asyncio.gather(*slow, return_exceptions=True)
         assert {type(result) for result in results} == {InvalidRequest}
@@ -133,7 +133,7 @@ async def test_another_client_waits_for_one_turn_only(directory: Path) -> None:
         await asyncio.sleep(0.05)
         began = time.monotonic()
         assert await chat(texts, "hi", "c") == "hi;"
-        assert time.monotonic() - began < 1.0  # small ones do not wait for large ones at all
+        assert time.monotonic() - began < 1.9  # small ones do not wait for large ones at all
         await asyncio.gather(large("b"), *greedy)
         assert order.index("b") <= 2
 
