@@ -8,7 +8,9 @@ _SEPARATORS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"
 
 
 def escape_separators(events: bytes) -> bytes:
-    """The same events, whose JSON (UTF-8) has the line separators of Unicode escaped. Costs three searches."""
+    """The same events, whose JSON (UTF-8) has the line separators of Unicode escaped."""
+    if events.isascii():  # a tenth of the searches' time, and most events
+        return events
     for raw, escaped in _SEPARATORS:
         if raw in events:
             events = events.replace(raw, escaped)
