@@ -68,8 +68,8 @@ class Orphans:
                 continue
             try:
                 # The second field is the program's name in parentheses and may hold anything.
-                state, ppid = (entry / "stat").read_text().rpartition(")")[2].split(maxsplit=2)[:2]
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it has just ended
+                state, ppid = (entry / "stat").read_bytes().rpartition(b")")[2].split(maxsplit=2)[:2]
+            except OSError:
+                continue  # it has just ended, or is somebody else's
             if int(ppid) == parent:
-                yield int(entry.name), state
+                yield int(entry.name), state.decode()
