@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cli.bench.deployment import Deployment
 from cli.chaos_abuse import GAP_FACTOR_MAX, GIVEN_BACK_MIB, HEALTH_S_MAX, WATCHED, Abuse, abused
-from cli.chaos_faults import KILL, draw_faults, draw_resizes
+from cli.chaos_faults import KILL, NOT_NEEDED, draw_faults, draw_resizes
 from cli.chaos_load import BROKEN, HUNG, Clients, Tally
 from cli.chaos_run import BLAMELESS_S, Run, Seen
 from cli.terminal import say, show
@@ -29,6 +29,7 @@ HELP = "try a deployment: load, random faults, random resizes; tells which promi
 _READY_S_MAX = 300.0
 _FAILURES_TOLD_MAX = 20
 _STOP_S_MAX = 60.0
+_PAUSE_S_MAX = 5.0  # of a stream, while a process is away that it does not need; on busy cores
 
 
 class Verdict(NamedTuple):
@@ -144,6 +145,7 @@ def judge(seen: Seen, tally: Tally) -> list[Verdict]:
             not seen.not_recovered if kinds else None,
             f"{len(seen.faults)} faults of {', '.join(sorted(kinds))}; not after: {seen.not_recovered or 'none'}",
         ),
+        _pauses(seen, tally),
         Verdict("integrity", "memory and blocks are sound", not seen.findings, "; ".join(seen.findings[:3]) or "sound"),
         Verdict("P17", "nothing leaked", not seen.leaks, "; ".join(seen.leaks[:3]) or "as before"),
     ]
@@ -186,6 +188,18 @@ def judge_abuse(abuse: Abuse, tally: Tally, alone: Tally) -> list[Verdict]:
             ", ".join(f"{name} {mib:+.0f} MiB" for name, mib in kept.items()),
         ),
     ]
+
+
+def _pauses(seen: Seen, tally: Tally) -> Verdict:
+    """Whether streams went on while processes were away that serving does not need."""
+    pauses = [tally.longest_gap(begin, end) for begin, end, fault in seen.faults if fault.target in NOT_NEEDED]
+    longest = max(pauses, default=0.0)
+    return Verdict(
+        "P5 P6",
+        "streams went on",
+        longest <= _PAUSE_S_MAX if pauses else None,
+        f"{longest * 1e3:.0f} ms at most around {len(pauses)} faults of {', '.join(sorted(NOT_NEEDED))}",
+    )
 
 
 def _excuse(seen: Seen, at: float, code: str) -> str | None:

@@ -20,6 +20,7 @@ TARGETS: dict[str, tuple[float, ...]] = {
 }
 WEIGHTS = {"rank": 4, "hmm": 2, "scaler": 2, "store": 2, "keeper": 1, "pool": 1, "router": 1, DEVICE: 2}
 KILL_SHARE = 0.6
+NOT_NEEDED = frozenset({"hmm", "scaler", "store", "keeper", "pool"})  # by streams, for a while
 
 
 class Fault(NamedTuple):
