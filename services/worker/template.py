@@ -157,4 +157,6 @@ def _be_standby(config: PoolConfig, fd: int, guardian: int | None = None) -> int
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # to unload what has been imported takes long, and changes pages that are shared
