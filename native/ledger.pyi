@@ -76,9 +76,9 @@ class Ledger:
     def commit_many(self, commits: Sequence[tuple[int, int, int]]) -> None:
         """``commit`` of one token for each ``(row, kv_len, token)``. All are checked before the first is applied; no row twice."""
 
-    def mark_rows(self, marks: Sequence[tuple[int, int]]) -> None:
-        """For each ``(row, word)``, keep a word ≥ 0 < 2**63 beside the row; no other operation on a live row changes it. All are
-        checked before the first is stored, and all can be seen by other processes when this returns."""
+    def mark_rows(self, rows: Sequence[int], mark: int) -> None:
+        """Keep a word ≥ 0 < 2**63 beside each of the rows; no other operation on a live row changes it. All are checked before the
+        first is marked, and all can be seen by other processes when this returns."""
 
     def rewind(self, row: int, kv_len: int, num_blocks: int) -> None:
         """Forget KV (preemption): lower the committed position and the number of blocks, in one publication. Tokens stay.

@@ -27,7 +27,7 @@ from common.protocol.limits import (
     URGENT_STEPS_MAX,
     VOCAB_MAX,
 )
-from common.protocol.router import Failures, Logprob
+from common.protocol.router import Logprob, Suspicion
 
 TokenId = Annotated[int, Meta(ge=0, lt=VOCAB_MAX)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=REQUEST_ID_CHARS_MAX)]
@@ -65,8 +65,7 @@ class Submit(Message, frozen=True):
     the client ignores eos); before `min_tokens` they are never chosen. `deadline_s`: seconds from receipt.
     `priority`: lower runs first, until those behind it have waited long enough; equal ones in order of arrival.
     `output`: what another rank, which was lost, has generated so far: it is computed like the prompt, counts as
-    generated, and is not reported again. `failures`: steps in a row that failed with this request in them, as
-    router.Suspected told; `failures_alone`: of these, the last ones in which it was alone.
+    generated, and is not reported again. `suspicion`: what router.Suspected told of it.
     """
 
     request_id: RequestId
@@ -79,8 +78,7 @@ class Submit(Message, frozen=True):
     priority: Annotated[int, Meta(ge=-1_000, le=1_000)] = 0
     prompt_logprobs: bool = False
     output: Annotated[tuple[TokenId, ...], Meta(max_length=PROMPT_TOKENS_MAX)] = ()
-    failures: Failures = 0
-    failures_alone: Failures = 0
+    suspicion: Suspicion | None = None
 
 
 class Cancel(Message, frozen=True):

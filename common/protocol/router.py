@@ -9,10 +9,8 @@ from msgspec import Meta
 
 from common.layout import RankId
 from common.protocol.codec import Codec, Message
-from common.protocol.limits import STEP_FAILURES_MAX
+from common.protocol.limits import PROMPT_TOKENS_MAX, STEP_FAILURES_MAX
 from common.protocol.replies import Ack, Refused
-
-Failures = Annotated[int, Meta(ge=0, le=STEP_FAILURES_MAX)]
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
@@ -24,7 +22,7 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
 
 def logprob_bytes(num_top: int) -> int:
     """What a Logprob with so many alternatives takes in a message at the most."""
-    return 12 + 15 * max(0, num_top)
+    return 13 + 15 * max(0, num_top)
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
@@ -55,15 +53,21 @@ class Failed(Message, frozen=True):
     retryable: bool
 
 
+class Suspicion(msgspec.Struct, frozen=True, array_like=True):
+    """Steps in a row failed with the request in them: `failures`, in the last `failures_alone` of which it was alone.
+    `reach`: how many of its tokens, those of the prompt among them, would have been computed after them."""
+
+    failures: Annotated[int, Meta(ge=0, le=STEP_FAILURES_MAX)]
+    failures_alone: Annotated[int, Meta(ge=0, le=STEP_FAILURES_MAX)]
+    reach: Annotated[int, Meta(ge=0, le=2 * PROMPT_TOKENS_MAX)]
+
+
 class Suspected(Message, frozen=True):
-    """A rank's successor found the request in a step that did not end: `failures` such steps in a row, in the last
-    `failures_alone` of which it was alone. Comes before its Tokens. As long as it has no more than `num_output` tokens,
-    this goes with it wherever it is submitted (Submit.failures)."""
+    """A rank's successor found the request in a step that did not end. Comes before its Tokens. As long as it has no
+    more tokens than the suspicion reaches, that goes with it wherever it is submitted."""
 
     request_id: str
-    num_output: int
-    failures: Failures
-    failures_alone: Failures
+    suspicion: Suspicion
 
 
 class Moved(Message, frozen=True):

@@ -91,7 +91,7 @@ const std::vector<Operation> kOperations = {
     {"commit", [](Ledger& ledger) { ledger.commit(0, 5, {11, 12, 13}); }},
     {"commit position", [](Ledger& ledger) { ledger.commit(0, 6, {}); }},
     {"commit many", [](Ledger& ledger) { ledger.commit_many({{0, 7, 14}, {1, 1, 15}}); }},
-    {"mark", [](Ledger& ledger) { ledger.mark_rows({{0, 3}, {1, 4}}); }},
+    {"mark", [](Ledger& ledger) { ledger.mark_rows({0, 1}, 3); }},
     {"rewind", [](Ledger& ledger) { ledger.rewind(0, 0, 1); }},
     {"append over rewound", [](Ledger& ledger) { ledger.append_blocks(0, {77, 78, 79}); }},
     {"close", [](Ledger& ledger) { ledger.close_row(0); }},

@@ -40,7 +40,7 @@ TEST(a_row_lives) {
   CHECK(reader.live_rows() == std::vector<uint32_t>{2});
   writer.rewind(2, 0, 1);
   writer.append_blocks(2, {3});
-  writer.mark_rows({{2, 77}});
+  writer.mark_rows({2}, 77);
   writer.commit(2, 1, {});
   const Row again = *reader.read_row(2);
   CHECK(row.mark == 0 && again.mark == 77);
@@ -79,8 +79,8 @@ TEST(what_is_wrong_is_refused_and_changes_nothing) {
   CHECK_THROWS(std::invalid_argument, ledger.open_row(3, "", {-1}, {}));
   CHECK_THROWS(std::invalid_argument, ledger.open_row(3, "", {}, {1, 2, 3, 4, 5}));
   CHECK_THROWS(std::invalid_argument, ledger.open_row(3, "", {}, {}, -1));
-  CHECK_THROWS(std::invalid_argument, ledger.mark_rows({{0, 1}, {3, 1}}));
-  CHECK_THROWS(std::invalid_argument, ledger.mark_rows({{0, 1}, {1, -1}}));
+  CHECK_THROWS(std::invalid_argument, ledger.mark_rows({0, 3}, 1));
+  CHECK_THROWS(std::invalid_argument, ledger.mark_rows({0, 1}, -1));
   CHECK(ledger.read_row(0)->mark == 0);
   CHECK_THROWS(std::invalid_argument, ledger.commit(3, 0, {}));
   CHECK_THROWS(std::invalid_argument, ledger.commit(0, 1, {}));   // falls

@@ -227,7 +227,7 @@ class Dispatcher:
             self._on_failed(link, body, now)
         elif isinstance(body, Suspected):
             if body.request_id in link.streams:
-                link.streams[body.request_id].suspected = body
+                link.streams[body.request_id].suspicion = body.suspicion
         elif isinstance(body, Moved):
             self._on_moved(link, body, now)
         elif isinstance(body, MayMove):

@@ -17,7 +17,7 @@ from common.layout import RankId
 from common.protocol.errors import ElasticMoEError, ProtocolError
 from common.protocol.limits import VOCAB_MAX
 from common.protocol.rank import Submit
-from common.protocol.router import Delta, Logprob, Suspected
+from common.protocol.router import Delta, Logprob, Suspicion
 from services.router.detokenizer import TextStream
 
 FINISH_REASONS = ("stop", "length")
@@ -75,7 +75,7 @@ class Stream:
         self.num_submits = 0
         self.num_losses = 0  # how often the rank that worked on it was lost since its last token
         self.num_refusals = 0
-        self.suspected: Suspected | None = None  # what ranks know against it, as long as no token comes after that
+        self.suspicion: Suspicion | None = None  # what ranks know against it, as far as it reaches
         self.seq = 0  # of the message that submitted it, 0 once it has moved to another rank
         self.prompt_logprobs: tuple[Logprob, ...] | None = None
         self.accepted_at = now
@@ -115,14 +115,15 @@ class Stream:
     def restart(self, request_id: str, now: float) -> None:
         """Go on with a submit under another id, from the tokens that have come. Text and log probabilities stay, and so
         does what ranks know against it."""
-        known = self.suspected if self.suspected and self.num_tokens <= self.suspected.num_output else None
+        known = self.suspicion
+        if known is not None and len(self.submit.prompt) + self.num_tokens > known.reach:
+            known = None
         self.submit = msgspec.structs.replace(
             self.submit,
             request_id=request_id,
             deadline_s=self.deadline - now,
             output=tuple(self.tokens),
-            failures=known.failures if known else 0,
-            failures_alone=known.failures_alone if known else 0,
+            suspicion=known,
         )
         self._early.clear()
         self.gap_since = None

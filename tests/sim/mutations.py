@@ -98,7 +98,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "a router takes tokens that it has": Mutation(Stream, "_accept_part", _double, ("tokens", "history")),
     "a rank goes on with rows as if nothing was known of them": Mutation(
-        rows, "after_death", lambda _: INNOCENT, (" steps fail", "requests [")
+        rows, "after_death", lambda *_: INNOCENT, (" steps fail", "requests [")
     ),
     "suspects are computed with the others": Mutation(
         Sequence, "is_suspect", property(lambda _: False), (" steps fail", "requests [")

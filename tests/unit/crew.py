@@ -58,10 +58,11 @@ class PlayedLockstep:
 class CrewRank:
     """One seat: its rank of the moment, and what the router has heard of it."""
 
-    def __init__(self, crew: Crew, number: int, sequences_max: int) -> None:
+    def __init__(self, crew: Crew, number: int, sequences_max: int, tokens_max: int) -> None:
         self._crew = crew
         self._number = number
         self._sequences_max = sequences_max
+        self._tokens_max = tokens_max
         self._ledger, self._memory = make_ledger(sequences_max=sequences_max)
         self._submits: dict[str, Submit] = {}
         self.given_up: set[str] = set()
@@ -71,7 +72,7 @@ class CrewRank:
         self.finish: dict[str, str] = {}
         self.failed: dict[str, Failed] = {}
         self.logprobs: dict[str, list[Logprob]] = {}
-        self.num_noted: dict[str, int] = {}  # log probabilities of prompts
+        self.noted: dict[str, tuple[Logprob, ...]] = {}  # log probabilities of prompts
         self.suspected: list[Suspected] = []
         self._seat()
 
@@ -82,7 +83,7 @@ class CrewRank:
             ranks.exchanges[number],
             ranks.weights[number].kv,
             self._ledger,
-            max_tokens=16,
+            max_tokens=self._tokens_max,
             max_sequences=self._sequences_max,
             max_model_len=MAX_MODEL_LEN,
         )
@@ -104,9 +105,18 @@ class CrewRank:
 
     def submit(self, name: str, prompt: list[int], max_tokens: int, sampling: Sampling, **fields: Any) -> None:
         """A request of the router."""
-        self._submits[name] = Submit(name, tuple(prompt), max_tokens, sampling, **fields)
-        self.engine.add(self._submits[name], PEER, 0.0)
-        self.tokens.setdefault(name, [])
+        self.take(Submit(name, tuple(prompt), max_tokens, sampling, **fields))
+
+    def take(self, request: Submit) -> None:
+        """See `submit`."""
+        self._submits[request.request_id] = request
+        self.engine.add(request, PEER, 0.0)
+        self.tokens.setdefault(request.request_id, [])
+
+    def forget_all(self) -> None:
+        """Of what has ended."""
+        for known in (self._submits, self.tokens, self.finish, self.failed, self.logprobs, self.noted):
+            known.clear()  # type: ignore[attr-defined]
 
     def hear(self, outcome: Outcome) -> None:
         """What a router does with it."""
@@ -129,7 +139,7 @@ class CrewRank:
             self.finish[name] = delta.finish
         self.logprobs.setdefault(name, []).extend(delta.logprobs or ())
         if delta.prompt_logprobs is not None:
-            self.num_noted[name] = len(delta.prompt_logprobs)
+            self.noted[name] = delta.prompt_logprobs
 
 
 class _Connection:
@@ -149,12 +159,14 @@ class Crew:
     """`ranks.models` in lockstep. `num_ended`: generations that were ended. `are_mortal`: a rank whose step raises dies
     of it, as its process does; else the test fails."""
 
-    def __init__(self, ranks: Ranks, *, sequences_max: int = MAX_SEQUENCES, are_mortal: bool = False) -> None:
+    def __init__(
+        self, ranks: Ranks, *, sequences_max: int = MAX_SEQUENCES, tokens_max: int = 16, are_mortal: bool = False
+    ) -> None:
         self.ranks = ranks
         self._are_mortal = are_mortal
         self.num_ended = 0
         self.num_steps = 0
-        self.members = [CrewRank(self, number, sequences_max) for number in range(len(ranks.models))]
+        self.members = [CrewRank(self, number, sequences_max, tokens_max) for number in range(len(ranks.models))]
         self._lock = threading.Lock()
         self._is_over = False
 

@@ -22,6 +22,7 @@ from common.protocol.router import Delta, Failed, Logprob, MayMove, Moved
 from common.transport import Server
 from native import host
 from native.ledger import Ledger, format_ledger, ledger_bytes
+from services.hmm.sizing import LEDGER_BLOB_BYTES
 from services.worker.engine.engine import Engine
 from services.worker.engine.outcome import Outcome
 from services.worker.engine.plan import Plan
@@ -36,7 +37,7 @@ SECONDS_MAX = 20.0  # of real time, for one scenario
 
 
 def make_ledger(num_blocks: int = 64, *, sequences_max: int = MAX_SEQUENCES) -> tuple[Ledger, mmap.mmap]:
-    sizes = (sequences_max, MAX_MODEL_LEN, num_blocks, 4096)
+    sizes = (sequences_max, MAX_MODEL_LEN, num_blocks, LEDGER_BLOB_BYTES)
     nbytes = ledger_bytes(*sizes)
     memory = mmap.mmap(-1, nbytes)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -10,12 +10,14 @@ import pytest
 
 from cli.models import make_model
 from common.protocol.rank import Sampling, Submit
-from common.protocol.router import Delta, Failed, Logprob
+from common.protocol.router import Delta, Failed, Logprob, Suspected, Suspicion
 from native.ledger import Ledger
+from services.worker.engine import adoption
 from services.worker.engine.adoption import adopt_rows
 from services.worker.engine.engine import Engine
 from services.worker.engine.outcome import Outcome
 from services.worker.engine.rows import encode_entry, entry_bytes_max
+from services.worker.engine.trial import INNOCENT
 from tests.oracle import next_tokens
 from tests.unit.migration_world import make_engine, run_step
 from tests.unit.ranks import Ranks
@@ -299,3 +301,51 @@ def test_blobs_never_exceed_what_was_checked(ranks: Ranks) -> None:
     seat.step()
     (sequence,) = seat.engine.scheduler.running
     assert len(encode_entry(sequence)) <= entry_bytes_max(sequence.request, PEER)
+
+
+def test_a_row_that_nobody_can_read_costs_only_itself(
+    directory: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever reading one raises: else no rank could ever take the seat again."""
+    seat = Seat(ranks)
+    seat.add("good", [4, 5, 6], 20)
+    seat.add("bad", [1, 2, 3], 20)
+    seat.step()
+    row = next(s.row for s in seat.engine.scheduler.running if s.request.request_id == "bad")
+    read = adoption.read_sequence
+
+    def broken(ledger: Ledger, number: int, **facts: int) -> object:
+        if number == row:
+            raise KeyError("deadline")
+        return read(ledger, number, **facts)
+
+    monkeypatch.setattr(adoption, "read_sequence", broken)
+    seat.die()
+    assert [s.request.request_id for s in seat.engine.scheduler.sequences()] == ["good"]
+    seat.run()
+    assert seat.tokens["good"] == next_tokens(directory, [4, 5, 6], 20)
+
+
+def test_who_is_suspected_is_told_of_and_goes_on_in_its_row(ranks: Ranks) -> None:
+    seat = Seat(ranks)
+    seat.add("a", [1, 2, 3], 40)
+    for _ in range(4):
+        seat.step()
+    for failures in (1, 2, 2):  # the third step is not its own
+        seat.engine.trials.begin(seat.engine.scheduler.plan())
+        assert seat.die().suspected == [(PEER, Suspected("a", Suspicion(failures, 0, 7)))]
+    (sequence,) = seat.engine.scheduler.running
+    row = seat.ledger.read_row(sequence.row)
+    assert row is not None
+    assert row.mark == sequence.trial.mark()
+    assert row.kv_len == sequence.kv_len == 6
+    plan = seat.engine.plan()
+    assert (plan.chunks, plan.num_said, plan.is_whole) == ([], 1, False)
+    plan = seat.engine.plan(num_clean=1)
+    assert (plan.is_alone, plan.num_said, [chunk.sequence for chunk in plan.chunks]) == (True, 1, [sequence])
+    seat.hear(run_step(seat.engine, plan))
+    assert (sequence.trial, seat.engine.scheduler.struck) == (INNOCENT, [])
+    row = seat.ledger.read_row(sequence.row)
+    assert row is not None
+    assert row.mark == 0
+    assert seat.die().suspected == []

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.models import make_model
+from common.protocol.errors import InvalidRequest
 from common.protocol.rank import Sampling, Submit
 from common.protocol.router import Delta, Failed
 from native.ledger import Ledger
@@ -177,3 +178,14 @@ def test_places_kept_for_others_are_not_moved(ranks: Ranks) -> None:
     assert engine.check_integrity() == []
     assert engine.resize_kv(64)
     assert engine.scheduler.blocks.num_free == 64
+
+
+def test_log_probabilities_that_no_message_holds_are_refused(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(ranks)
+    monkeypatch.setattr("services.worker.engine.engine.PROMPT_LOGPROBS_BYTES_MAX", 3_130)
+    sampling = Sampling(seed=1, logprobs=20)
+    engine.add(Submit("a", (1,) * 10, 4, sampling, prompt_logprobs=True), PEER, 0.0)
+    engine.add(Submit("b", (1,) * 11, 4, sampling), PEER, 0.0)
+    with pytest.raises(InvalidRequest, match="log probabilities of the prompt of 3443 bytes exceed the limit of 3130"):
+        engine.add(Submit("c", (1,) * 11, 4, sampling, prompt_logprobs=True), PEER, 0.0)
+    assert [s.request.request_id for s in engine.scheduler.sequences()] == ["a", "b"]

@@ -68,8 +68,8 @@ def test_marks_stay_until_the_row_is_opened_again(segment, ledger):
     reader = Ledger(segment.addr, segment.nbytes)
     ledger.open_row(0, b"", [1, 2, 3], [1], 2**63 - 1)
     ledger.open_row(2, b"", [1], [1])
-    ledger.mark_rows([(2, 5)])
-    ledger.mark_rows([])
+    ledger.mark_rows([2], 5)
+    ledger.mark_rows([], 7)
     ledger.commit(0, 3, [4])
     ledger.append_blocks(0, [2])
     ledger.rewind(0, 0, 0)
@@ -83,8 +83,8 @@ def test_marks_stay_until_the_row_is_opened_again(segment, ledger):
     "operation",
     [
         lambda ledger: ledger.open_row(1, b"", [], [], -1),
-        lambda ledger: ledger.mark_rows([(0, 1), (1, 1)]),
-        lambda ledger: ledger.mark_rows([(0, -1)]),
+        lambda ledger: ledger.mark_rows([0, 1], 1),
+        lambda ledger: ledger.mark_rows([0], -1),
         lambda ledger: ledger.open_row(0, b"", [], []),
         lambda ledger: ledger.open_row(4, b"", [], []),
         lambda ledger: ledger.open_row(1, b"x" * 17, [], []),

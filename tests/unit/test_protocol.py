@@ -92,7 +92,7 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
     "router": (
         router.CODEC,
         (
-            router.Suspected("r1", 3, 2, 1),
+            router.Suspected("r1", router.Suspicion(3, 2, 9)),
             router.Tokens((Delta("r1", 0, (5,), "stop", 2, (Logprob(-0.5, ((5, -0.5),)),), None),)),
             router.Failed("r1", "queue_full", "64 requests wait; the limit is 64", True),
             router.Moved("r1", RANK),

@@ -10,6 +10,7 @@ import pytest
 
 from cli.models import make_model
 from common.protocol.rank import Sampling
+from common.protocol.router import Suspicion
 from services.worker.engine import sampler
 from services.worker.engine.engine import Engine
 from services.worker.engine.plan import Plan
@@ -291,26 +292,31 @@ def test_several_at_once(
     assert poison.num_struck <= 8 * (2 * len(crew.members) + 1)
 
 
-def test_what_is_known_is_told_to_the_router(directory: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_prompt", "position"), [(9, IN_PROMPT), (50, 40)])
+def test_what_is_known_is_told_to_the_router(
+    directory: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, num_prompt: int, position: int
+) -> None:
     """The router submits a request anew whose log probabilities were lost with a rank: it is no new one."""
     crew = Crew(ranks, sequences_max=8)
-    poison = Poison(monkeypatch, crew, kills, IN_PROMPT)
+    poison = Poison(monkeypatch, crew, kills, position)
     poison.in_forward()
     member = crew.members[0]
-    prompt = [9, 8, 7, 6, 5, 4, 3, 2, 1]
+    prompt = list(range(num_prompt))
     wanted = fill(crew, directory, poison=None)
-    failures, failures_alone, name = 0, 0, POISON
+    suspicion: Suspicion | None = None
+    name = POISON
     for turn in range(10):
         name = f"{POISON}~{turn}"
-        member.submit(name, prompt, 9, Sampling(seed=1), failures=failures, failures_alone=failures_alone)
+        member.submit(name, prompt, 9, Sampling(seed=1), suspicion=suspicion)
         deaths = member.num_deaths
         while member.num_deaths == deaths and name not in member.failed:
             crew.step()
         if name in member.failed:
             break
         (told,) = [news for news in member.suspected if news.request_id == name]
-        assert (told.num_output, told.failures) == (0, failures + 1)
-        failures, failures_alone = told.failures, told.failures_alone
+        assert told.suspicion.failures == turn + 1
+        assert position < told.suspicion.reach <= num_prompt
+        suspicion = told.suspicion
         member.engine.cancel(b"router:1", name)
         member.given_up.add(name)
     assert member.failed[name].code == "request_failed"
@@ -430,12 +436,45 @@ def test_another_ranks_want_of_memory_is_nobodys_fault(
     assert {failed.code for failed in crew.members[1].failed.values()} <= {"out_of_memory"}
 
 
+@pytest.mark.parametrize("action", [raises, kills])
+def test_one_that_starts_over_each_time(
+    directory: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]
+) -> None:
+    """Its KV is lost with each rank, and its first steps after that are completed: they prove nothing."""
+    crew = Crew(ranks, sequences_max=8)
+    poison = Poison(monkeypatch, crew, action, 40)
+    poison.in_forward()
+    wanted = fill(crew, directory, poison=None)
+    crew.members[0].submit(POISON, list(range(50)), 4, Sampling(seed=1, logprobs=2), prompt_logprobs=True)
+    crew.run()
+    check_ended_alone(crew, wanted)
+    assert poison.num_struck == 1 + GUILTY_FAILURES
+    assert crew.members[0].num_deaths == (poison.num_struck if action is kills else 0)
+
+
+def test_an_innocent_prompt_is_cleared_by_what_was_to_be_computed(
+    directory: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of many chunks was in the step that failed: the others are computed with everybody's work."""
+    crew = Crew(ranks, sequences_max=8)
+    Kills(monkeypatch, crew, 0, lambda step: step == 3)
+    member, prompt = crew.members[0], [5, *range(100)]
+    member.submit("good0", prompt, 4, GREEDY)
+    num_alone = 0
+    while "good0" not in member.finish:
+        crew.step()
+        num_alone += member.plan.is_alone
+    assert member.tokens["good0"] == next_tokens(directory, prompt, 4)
+    assert (member.num_deaths, num_alone) == (1, 1)
+
+
 def test_the_rules() -> None:
-    assert Trial().failed(is_alone=False) == Trial(1, 0)
-    assert Trial(2, 1).failed(is_alone=True) == Trial(3, 2)
-    assert Trial(2, 1).failed(is_alone=False) == Trial(3, 0)
-    assert Trial(255, 255).failed(is_alone=True) == Trial(255, 255)
-    assert Trial(3, 1).voided() == Trial(3, 0)
+    assert Trial().failed(7, is_alone=False) == Trial(1, 0, 7)
+    assert Trial(2, 1, 9).failed(7, is_alone=True) == Trial(3, 2, 9)
+    assert Trial(2, 1, 7).failed(9, is_alone=False) == Trial(3, 0, 9)
+    assert Trial(255, 255).failed(7, is_alone=True) == Trial(255, 255, 7)
+    assert Trial(3, 1, 7).voided() == Trial(3, 0, 7)
+    assert [Trial(3, 1, 7).computed(n) for n in (6, 7)] == [Trial(3, 1, 7), INNOCENT]
     assert [Trial(n).is_suspect(in_prompt=True) for n in (0, 1, 2)] == [False, True, True]
     assert [Trial(n).is_suspect(in_prompt=False) for n in (0, 1, 2)] == [False, False, True]
     assert [Trial(9, n).is_guilty for n in (0, 1, 2)] == [False, False, True]
@@ -443,9 +482,12 @@ def test_the_rules() -> None:
     assert [Trial(2, 1).may_be_alone(n) for n in (0, CONTROL_STEPS - 1, CONTROL_STEPS)] == [False, False, True]
 
 
-@pytest.mark.parametrize("trial", [INNOCENT, Trial(1, 0), Trial(2, 1), Trial(255, 255)])
+@pytest.mark.parametrize("trial", [INNOCENT, Trial(1, 0, 4), Trial(2, 1, 40), Trial(255, 255, 2**22 - 1)])
 def test_what_a_mark_tells(trial: Trial) -> None:
-    assert after_death(trial.mark()) == trial
-    assert after_death(trial.mark(LEFT_OUT)) == trial.voided()
-    assert after_death(trial.mark(COMPUTED)) == trial.failed(is_alone=False)
-    assert after_death(trial.mark(COMPUTED_ALONE)) == trial.failed(is_alone=True)
+    num_tokens = 2**22
+    assert after_death(trial.mark(), num_tokens) == trial
+    assert after_death(trial.mark(LEFT_OUT), num_tokens) == trial.voided()
+    for state, is_alone in ((COMPUTED, False), (COMPUTED_ALONE, True)):
+        assert after_death(trial.mark(state, 50), num_tokens) == trial.failed(50, is_alone=is_alone)
+    assert after_death(INNOCENT.mark(COMPUTED), 12) == Trial(1, 0, 12)
+    assert 0 <= trial.mark(COMPUTED_ALONE, 2**22) < 2**63

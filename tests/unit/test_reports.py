@@ -1,10 +1,16 @@
-"""What a rank says to routers that are still to connect to it."""
+"""What a rank says to routers, also to those that are still to connect to it."""
 
 from __future__ import annotations
 
-from common.protocol.codec import Message
-from common.protocol.router import Delta, Tokens
-from services.worker.reports import GRACE_S, MESSAGES_MAX, TRY_S, Reports
+import msgspec
+import pytest
+
+from common.protocol.codec import Message, encode
+from common.protocol.errors import PayloadTooLarge
+from common.protocol.limits import MESSAGE_BYTES_MAX
+from common.protocol.router import Delta, Logprob, Tokens, logprob_bytes
+from services.worker import reports
+from services.worker.reports import GRACE_S, MESSAGES_MAX, TRY_S, Reports, tokens_of
 
 A, B = b"router:a", b"router:b"
 
@@ -86,3 +92,53 @@ def test_one_that_is_connected_already_need_not_wait() -> None:
     assert reports.tell(A, said(0))
     assert wire.got == [(A, said(0))]
     assert not reports.is_waiting
+
+
+# ---- messages with tokens --------------------------------------------------------------------------------------------
+
+LOGPROBS = tuple(Logprob(-1.0, tuple((2**20 - 1, -0.5) for _ in range(20))) for _ in range(100))
+
+
+def sizes_of(messages: list[Tokens]) -> list[int]:
+    return [len(encode(message, sender="rank-r0t0:" + "f" * 16)) for message in messages]
+
+
+def test_a_steps_tokens_are_one_message() -> None:
+    deltas = [Delta(f"r{n}", n, (n,), None, None, LOGPROBS[:1]) for n in range(256)]
+    (message,) = tokens_of(deltas)
+    assert message.deltas == tuple(deltas)
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        Delta("r" * 128, 0, tuple(range(2**20 - 150_000, 2**20))),
+        Delta("r", 0, (5,), "stop", 5, LOGPROBS[:1], LOGPROBS * 300),
+        Delta("\U0001f600" * 128, 0, (1, 2), "length"),
+    ],
+)
+def test_no_message_is_too_large_and_nothing_is_lost(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "PORTION_BYTES", 2_000_000)
+    num_each = max(1, 2_000_000 // len(encode(Tokens((delta,)), sender="r")))
+    num = min(3_000, 5 * num_each)
+    messages = list(tokens_of([delta] * num))
+    assert [one for message in messages for one in message.deltas] == [delta] * num
+    largest_alone = max(sizes_of([Tokens((delta,))]))
+    assert max(sizes_of(messages)) <= max(2_000_000, largest_alone) + 200
+    assert len(messages) <= num
+
+
+def test_what_is_adopted_may_be_more_than_a_message_holds() -> None:
+    """256 sequences with all that they have: a rank that could not tell it could never take its seat."""
+    deltas = [Delta(f"r{n}", 0, tuple([2**20 - 1] * 60_000)) for n in range(256)]
+    with pytest.raises(PayloadTooLarge):
+        encode(Tokens(tuple(deltas)), sender="rank")
+    messages = list(tokens_of(deltas))
+    assert sum(len(message.deltas) for message in messages) == 256
+    assert max(sizes_of(messages)) < MESSAGE_BYTES_MAX
+
+
+def test_a_logprobs_bytes_are_bounded() -> None:
+    for num_top in (0, 1, 20):
+        logprob = Logprob(-0.1, tuple((2**20 - 1, -0.5) for _ in range(num_top)))
+        assert len(msgspec.msgpack.encode(logprob)) <= logprob_bytes(num_top)

@@ -15,7 +15,7 @@ from common.protocol.codec import Message, Received
 from common.protocol.errors import Unavailable
 from common.protocol.rank import Sampling, Submit
 from common.protocol.replies import Refused
-from common.protocol.router import Delta, Failed, Logprob, Moved, RankStatus, Suspected, Tokens, ToRouter
+from common.protocol.router import Delta, Failed, Logprob, Moved, RankStatus, Suspected, Suspicion, Tokens, ToRouter
 from common.transport import AsyncClient
 from services.router.balancer import LOST_S
 from services.router.detokenizer import TextStream, TokenTable
@@ -252,17 +252,17 @@ async def test_what_ranks_know_against_a_request_goes_with_it(bench: Bench) -> N
     def submits() -> list[Submit]:
         return [body for body in bench.sent(0) if isinstance(body, Submit)]
 
-    bench.hear(0, Suspected("r", 1, 3, 1), sender="rank-r0t0:1")
-    bench.hear(0, Suspected("another", 1, 9, 9), sender="rank-r0t0:1")
+    bench.hear(0, Suspected("r", Suspicion(3, 1, 3)), sender="rank-r0t0:1")
+    bench.hear(0, Suspected("another", Suspicion(9, 9, 9)), sender="rank-r0t0:1")
     bench.hear(0, Tokens((Delta("r", 0, (65,)),)), sender="rank-r0t0:1")
     again = submits()[-1]
-    assert (again.request_id, again.failures, again.failures_alone, again.output) == ("r~1", 3, 1, ())
+    assert (again.request_id, again.suspicion, again.output) == ("r~1", Suspicion(3, 1, 3), ())
     news = Logprob(-1.0, ())
     for index in (0, 1):
         bench.hear(0, Tokens((Delta("r~1", index, (65,), None, None, (news,)),)), sender="rank-r0t0:1")
     bench.hear(0, Tokens((Delta("r~1", 0, (65, 65, 65)),)), sender="rank-r0t0:2")
     again = submits()[-1]  # it has got beyond that
-    assert (again.request_id, again.failures, again.failures_alone, again.output) == ("r~2", 0, 0, (65, 65))
+    assert (again.request_id, again.suspicion, again.output) == ("r~2", None, (65, 65))
 
 
 async def test_lost_log_probabilities_are_computed_again(bench: Bench) -> None:

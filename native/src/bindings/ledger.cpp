@@ -65,7 +65,7 @@ void bind_ledger(nb::module_& module) {
       .def("commit", &Ledger::commit, "row"_a, "kv_len"_a, "new_tokens"_a)
       .def("commit_many", &Ledger::commit_many, "commits"_a)
       .def("rewind", &Ledger::rewind, "row"_a, "kv_len"_a, "num_blocks"_a)
-      .def("mark_rows", &Ledger::mark_rows, "marks"_a)
+      .def("mark_rows", &Ledger::mark_rows, "rows"_a, "mark"_a)
       .def("close_row", &Ledger::close_row, "row"_a)
       .def("read_row", &Ledger::read_row, "row"_a)
       .def("rows", &Ledger::live_rows);

@@ -241,15 +241,11 @@ void Ledger::rewind(int64_t row, int64_t kv_len, int64_t num_blocks) {
   std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 
-void Ledger::mark_rows(const std::vector<Mark>& marks) {
-  for (const auto& [row, mark] : marks) {
-    live_header_of(row);
-    require(mark >= 0, "mark must not be negative");
-  }
-  for (const auto& [row, mark] : marks) {
-    header_of(row).mark.store(static_cast<uint64_t>(mark), std::memory_order_release);
-  }
-  // What the marks announce must not begin before they can be seen.
+void Ledger::mark_rows(const std::vector<int64_t>& rows, int64_t mark) {
+  require(mark >= 0, "mark must not be negative");
+  for (const int64_t row : rows) live_header_of(row);
+  for (const int64_t row : rows) header_of(row).mark.store(static_cast<uint64_t>(mark), std::memory_order_release);
+  // What the mark announces must not begin before it can be seen.
   std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 

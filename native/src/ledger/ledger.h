@@ -50,7 +50,6 @@ void format_ledger(uint64_t addr, uint64_t nbytes, const Geometry& geometry);
 class Ledger {
  public:
   using Commit = std::tuple<int64_t, int64_t, int64_t>;  // row, kv_len, token
-  using Mark = std::tuple<int64_t, int64_t>;             // row, word
 
   Ledger(uint64_t addr, uint64_t nbytes);
 
@@ -62,7 +61,7 @@ class Ledger {
   void commit(int64_t row, int64_t kv_len, const std::vector<int32_t>& new_tokens);
   void commit_many(const std::vector<Commit>& commits);
   void rewind(int64_t row, int64_t kv_len, int64_t num_blocks);
-  void mark_rows(const std::vector<Mark>& marks);
+  void mark_rows(const std::vector<int64_t>& rows, int64_t mark);
   void close_row(int64_t row);
   std::optional<Row> read_row(int64_t row) const;
   std::vector<uint32_t> live_rows() const;

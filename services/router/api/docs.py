@@ -22,6 +22,7 @@ _ERRORS = {
     "413": "The body is too large",
     "415": "The body is not JSON by its content type, or it is compressed",
     "429": "Too many requests are being served; see Retry-After",
+    "500": "The engine cannot compute this request (`request_failed`, `bad_logits`); others are not affected",
     "503": "No replica is ready; see Retry-After",
     "504": "The request exceeded its deadline",
 }

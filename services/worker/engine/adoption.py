@@ -49,9 +49,8 @@ def adopt_rows(engine: Engine, vocab: int) -> Outcome:
         if why:
             _drop(engine, sequence.row, why)
             continue
-        if trial.failures:
-            news = Suspected(request_id, sequence.num_output, trial.failures, trial.failures_alone)
-            suspected.append((sequence.peer, news))
+        if trial.suspicion is not None:
+            suspected.append((sequence.peer, Suspected(request_id, trial.suspicion)))
         finish = sequence.finish_reason(engine.scheduler.capacity_tokens)
         outcome.deltas.setdefault(sequence.peer, []).append(_report(sequence, finish))
         if finish is not None:

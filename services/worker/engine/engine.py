@@ -334,7 +334,7 @@ class Engine:
         for sequence in sequences:  # blocks that were for a longer step go
             self._ledger.rewind(sequence.row, sequence.kv_len, len(sequence.blocks))
             sequence.logged = len(sequence.blocks)
-        self._ledger.mark_rows([(sequence.row, sequence.trial.mark()) for sequence in sequences])
+        self.trials.note(sequences)
 
     def adopt_without_kv(self, sequence: Sequence) -> None:
         """Let a sequence of the seat's last rank start over."""
@@ -345,13 +345,11 @@ class Engine:
         """All of a detached sequence, with the KV of its blocks from number `num_copied` on."""
         end = self.scheduler.blocks.blocks_for(sequence.kv_len)
         noted = self._prompt_logprobs.get(sequence.arrival) if sequence.kv_len else None
-        failures, failures_alone = sequence.trial
         return HandOver(
             request=msgspec.structs.replace(
                 sequence.request,
                 deadline_s=sequence.deadline - now,
-                failures=failures,
-                failures_alone=failures_alone,
+                suspicion=sequence.trial.suspicion,
             ),
             router=sequence.peer,
             output=tuple(sequence.tokens[sequence.num_prompt :]),

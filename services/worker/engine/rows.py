@@ -43,7 +43,7 @@ def encode_entry(sequence: Sequence) -> bytes:
 
 def entry_bytes_max(request: Submit, peer: bytes) -> int:
     """The size that the blob of this request never exceeds."""
-    bare = msgspec.structs.replace(request, prompt=request.prompt[:1], output=(), failures=0, failures_alone=0)
+    bare = msgspec.structs.replace(request, prompt=request.prompt[:1], output=(), suspicion=None)
     return len(msgspec.msgpack.encode(LedgerEntry(peer, bare, 0.0)))
 
 
@@ -66,7 +66,7 @@ def read_sequence(ledger: Ledger, row: int, *, num_blocks: int, block_size: int,
     sequence.kv_len = sequence.kv_len_max = read.kv_len
     sequence.blocks = read.blocks[: -(-len(read.tokens) // block_size)]
     sequence.row = row
-    sequence.trial = after_death(read.mark)
+    sequence.trial = after_death(read.mark, len(read.tokens))
     return sequence
 
 

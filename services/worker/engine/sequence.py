@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from common.protocol.rank import Submit
-from services.worker.engine.trial import Trial
+from services.worker.engine.trial import trial_of
 
 HEAD_START_S = 60.0
 
@@ -24,7 +24,7 @@ class Sequence:
     `blocks`: KV block ids by position. `row`: its ledger row while it runs, -1 while it waits.
     `num_sent`: output tokens that were reported to the router. `stops` counts how often it lost its KV, `relocations`
     how often blocks of it were moved. `trial`: what is known of its steps that failed (the scheduler's to change).
-    `request` is without `output`, which `tokens` has, and without its failures, which `trial` has.
+    `request` is without `output`, which `tokens` has, and without `suspicion`, which `trial` has.
     """
 
     __slots__ = (
@@ -46,13 +46,13 @@ class Sequence:
     )
 
     def __init__(self, request: Submit, peer: bytes, arrival: int, deadline: float) -> None:
-        self.trial = Trial(request.failures, request.failures_alone)
-        is_bare = not (request.output or request.failures or request.failures_alone)
-        self.request = request if is_bare else msgspec.structs.replace(request, output=(), failures=0, failures_alone=0)
+        is_bare = not request.output and request.suspicion is None
+        self.request = request if is_bare else msgspec.structs.replace(request, output=(), suspicion=None)
         self.peer = peer
         self.arrival = arrival
         self.deadline = deadline
         self.tokens: list[int] = [*request.prompt, *request.output]
+        self.trial = trial_of(request.suspicion)
         self.kv_len = 0
         # The most it has been: what is computed below it is computed again.
         self.kv_len_max = len(self.tokens) - 1 if request.output else 0

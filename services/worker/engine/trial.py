@@ -9,8 +9,8 @@ request's door. That says little of any of them, since processes also die for re
   each such step an ordinary one has to be completed, if need be without any work: steps succeed without suspects.
 - One that has failed alone is tried so once more, after CONTROL_STEPS ordinary steps in a row: it is not that a rank's
   n-th step fails. If it fails again, it is the cause, and ends.
-- An ordinary step that fails voids what was seen when those that it left out were alone. A step that is completed with
-  a request clears it.
+- An ordinary step that fails voids what was seen when those that it left out were alone.
+- A request is cleared once all has been computed that a failed step was to compute of it, be it by starting over.
 
 Deaths that have nothing to do with requests hit ordinary steps too, so they end nobody, however many there are in a
 row. The chance that is left is that of two kills from outside in the two short steps of one and the same request, with
@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from common.protocol.limits import STEP_FAILURES_MAX
+from common.protocol.router import Suspicion
 
 SUSPECT_FAILURES: Final = 2
 GUILTY_FAILURES: Final = 2
@@ -38,25 +39,33 @@ LEFT_OUT: Final = 3  # of an ordinary step
 _STATE_MASK: Final = 3
 _FAILURES_SHIFT: Final = 2
 _ALONE_SHIFT: Final = 10
+_REACH_SHIFT: Final = 18
 
 
 class Trial(NamedTuple):
-    """What is known of one request since the last step that was completed with it.
+    """What is known of one request since it was cleared.
 
-    `failures`: steps that failed with it. `failures_alone`: of these the last ones, in which it was alone.
+    `failures`: steps that failed with it. `failures_alone`: of these the last ones, in which it was alone. `reach`: how
+    many of its tokens would have been computed after the one that went furthest.
     """
 
     failures: int = 0
     failures_alone: int = 0
+    reach: int = 0
 
-    def failed(self, *, is_alone: bool) -> Trial:
-        """A step with it has failed."""
+    def failed(self, reach: int, *, is_alone: bool) -> Trial:
+        """A step with it has failed, which was to bring it to `reach` computed tokens."""
         num_alone = self.failures_alone + 1 if is_alone else 0
-        return Trial(min(STEP_FAILURES_MAX, self.failures + 1), min(STEP_FAILURES_MAX, num_alone))
+        failures = min(STEP_FAILURES_MAX, self.failures + 1)
+        return Trial(failures, min(STEP_FAILURES_MAX, num_alone), max(self.reach, reach))
 
     def voided(self) -> Trial:
         """An ordinary step without it has failed."""
-        return Trial(self.failures, 0)
+        return Trial(self.failures, 0, self.reach)
+
+    def computed(self, num_tokens: int) -> Trial:
+        """So many of its tokens are computed now."""
+        return self if num_tokens < self.reach else INNOCENT
 
     @property
     def is_guilty(self) -> bool:
@@ -72,18 +81,33 @@ class Trial(NamedTuple):
         failed; 0 right after another's own."""
         return num_clean >= (CONTROL_STEPS if self.failures_alone else 1)
 
-    def mark(self, state: int = NOTHING) -> int:
-        """The row's mark. `state`: its part in a step that has begun; who finds it so knows that it did not end."""
-        return state | self.failures << _FAILURES_SHIFT | self.failures_alone << _ALONE_SHIFT
+    @property
+    def suspicion(self) -> Suspicion | None:
+        """For other ranks; None where there is nothing to know."""
+        return Suspicion(*self) if self.failures else None
+
+    def mark(self, state: int = NOTHING, reach: int = 0) -> int:
+        """The row's mark. `state`: its part in a step that has begun, to bring it to `reach` computed tokens (0: to all
+        but the one that is chosen then); who finds it so knows that it did not end."""
+        counts = self.failures << _FAILURES_SHIFT | self.failures_alone << _ALONE_SHIFT
+        return state | counts | max(self.reach, reach) << _REACH_SHIFT
 
 
 INNOCENT: Final = Trial()
 
 
-def after_death(mark: int) -> Trial:
-    """What is known of a row's request, now that the process which wrote this mark is dead."""
-    trial = Trial(mark >> _FAILURES_SHIFT & _COUNT_MASK, mark >> _ALONE_SHIFT & _COUNT_MASK)
+def trial_of(suspicion: Suspicion | None) -> Trial:
+    """What another rank knew."""
+    if suspicion is None:
+        return INNOCENT
+    return Trial(suspicion.failures, suspicion.failures_alone, suspicion.reach)
+
+
+def after_death(mark: int, num_tokens: int) -> Trial:
+    """What is known of a row's request with so many tokens, now that the process which wrote this mark is dead."""
+    failures, failures_alone = mark >> _FAILURES_SHIFT & _COUNT_MASK, mark >> _ALONE_SHIFT & _COUNT_MASK
+    trial = Trial(failures, failures_alone, min(num_tokens, mark >> _REACH_SHIFT))
     state = mark & _STATE_MASK
     if state == LEFT_OUT:
         return trial.voided()
-    return trial if state == NOTHING else trial.failed(is_alone=state == COMPUTED_ALONE)
+    return trial if state == NOTHING else trial.failed(trial.reach or num_tokens, is_alone=state == COMPUTED_ALONE)

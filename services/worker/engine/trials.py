@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from common.protocol.errors import RequestFailed
 from native.ledger import Ledger
 from services.worker.engine.plan import Plan
 from services.worker.engine.scheduler import Scheduler
 from services.worker.engine.sequence import Sequence
-from services.worker.engine.trial import COMPUTED, COMPUTED_ALONE, GUILTY_FAILURES, INNOCENT, LEFT_OUT
+from services.worker.engine.trial import COMPUTED, COMPUTED_ALONE, GUILTY_FAILURES, INNOCENT, LEFT_OUT, NOTHING
 
 
 class Trials:
@@ -21,28 +23,24 @@ class Trials:
     def begin(self, plan: Plan) -> None:
         """The step is about to be computed."""
         state = COMPUTED_ALONE if plan.is_alone else COMPUTED
-        plain = INNOCENT.mark(state)
-        marks = [
-            (sequence.row, sequence.trial.mark(state) if sequence.trial.failures else plain)
-            for sequence, *_ in plan.chunks
-        ]
+        plain = []
+        for sequence, start, count, is_last in plan.chunks:
+            if is_last and not sequence.trial.failures:
+                plain.append(sequence.row)
+            else:
+                self._ledger.mark_rows([sequence.row], sequence.trial.mark(state, start + count))
+        self._ledger.mark_rows(plain, INNOCENT.mark(state))
         if self._scheduler.struck and not plan.is_alone:
-            marks += [(s.row, s.trial.mark(LEFT_OUT)) for s in self._left_out(plan) if s.row >= 0]
-        self._ledger.mark_rows(marks)
+            self.note(self._left_out(plan), LEFT_OUT)
 
     def end(self, plan: Plan) -> None:
-        """What came of the step was told: all that were in it, and live, are above suspicion."""
-        marks = []
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if sequence.row < 0:
-                continue
-            if sequence.trial != INNOCENT:
-                self._scheduler.note_trial(sequence, INNOCENT)
-            marks.append((sequence.row, INNOCENT.mark()))
+        """What came of the step was told."""
+        going = [sequence for sequence, *_ in plan.chunks if sequence.row >= 0]
         if self._scheduler.struck:
-            marks += [(s.row, s.trial.mark()) for s in self._scheduler.struck if s.row >= 0]
-        self._ledger.mark_rows(marks)
+            for sequence in going:
+                self._scheduler.note_trial(sequence, sequence.trial.computed(sequence.kv_len))
+            self.note(self._scheduler.struck)
+        self._ledger.mark_rows([s.row for s in going if not s.trial.failures], INNOCENT.mark())
 
     def fail(self, plan: Plan) -> list[Sequence]:
         """The step failed, with `plan` as this rank's part. Returns those that were found to be the cause."""
@@ -50,16 +48,21 @@ class Trials:
         if not plan.is_alone:
             for sequence in self._left_out(plan):
                 self._scheduler.note_trial(sequence, sequence.trial.voided())
-        for sequence in computed:
-            self._scheduler.note_trial(sequence, sequence.trial.failed(is_alone=plan.is_alone))
+        for sequence, start, count, _ in plan.chunks:
+            self._scheduler.note_trial(sequence, sequence.trial.failed(start + count, is_alone=plan.is_alone))
         self.drop(plan)
         return [sequence for sequence in computed if sequence.trial.is_guilty]
 
     def drop(self, plan: Plan) -> None:
         """The step is given up for reasons that no request has."""
-        marked = {id(sequence): sequence for sequence in self._scheduler.struck}
-        marked |= {id(chunk.sequence): chunk.sequence for chunk in plan.chunks}
-        self._ledger.mark_rows([(s.row, s.trial.mark()) for s in marked.values() if s.row >= 0])
+        self.note([chunk.sequence for chunk in plan.chunks])
+        self.note(self._left_out(plan))
+
+    def note(self, sequences: Iterable[Sequence], state: int = NOTHING) -> None:
+        """Write to the ledger what is known of sequences, and their part in the step that has begun."""
+        for sequence in sequences:
+            if sequence.row >= 0:
+                self._ledger.mark_rows([sequence.row], sequence.trial.mark(state))
 
     def _left_out(self, plan: Plan) -> list[Sequence]:
         """Those that failed steps are known of, and that are not in this one."""
