@@ -98,10 +98,10 @@ async def test_what_workers_do_is_what_the_codec_does(directory: Path) -> None:
 async def test_a_template_that_does_not_end_is_stopped(directory: Path) -> None:
     async with running(directory) as (texts, _):
         began = time.monotonic()
-        with pytest.raises(InvalidRequest, match="longer than the limit of 2 s") as caught:
+        with pytest.raises(InvalidRequest, match="more than the limit of 2 s of CPU") as caught:
             await chat(texts, "slow")
         assert caught.value.code == "prompt_too_expensive"
-        assert time.monotonic() - began < 8.0
+        assert time.monotonic() - began < 20.0
         _, alive = server_and_workers()
         psutil.wait_procs(alive, timeout=2.0)
         assert await chat(texts, "hi") == "hi;"
@@ -207,16 +207,32 @@ async def test_a_fork_server_that_somebody_kills(directory: Path) -> None:
         assert server_and_workers()[0].pid != server.pid
 
 
-async def test_files_that_have_changed_are_not_used(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "START_SECONDS_MAX", 3.0)
-    workers = TextWorkers(directory, "another")
-    keeper = asyncio.create_task(workers.keep())
-    try:
-        with pytest.raises(Unavailable, match="not running"):
-            await workers.run(jobs.Inspect(), "")
-    finally:
-        keeper.cancel()
-        await asyncio.gather(keeper, return_exceptions=True)
+async def test_files_that_have_changed_are_not_used(directory: Path) -> None:
+    """Neither at once nor later: tokens of two tokenizers never meet in one router."""
+    async with running(directory) as (texts, _):
+        path = directory / "tokenizer_config.json"
+        path.write_text(json.dumps({"chat_template": "another"}))
+        assert await chat(texts, "hi") == "hi;"
+        server, alive = server_and_workers()
+        server.kill()
+        psutil.wait_procs([server, *alive], timeout=5.0)
+        with pytest.raises(Unavailable, match="files have changed"):
+            await chat(texts, "hi")
+
+
+async def test_an_expression_that_takes_too_many_steps(directory: Path) -> None:
+    """The library panics. It is an error of the request, and after the first the router leaves the work to workers."""
+    path = directory / "tokenizer.json"
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": split}))
+    async with running(directory) as (texts, _):
+        for _ in range(2):
+            with pytest.raises(InvalidRequest, match="cannot be tokenized"):
+                await texts.encode(["a" * 60 + "b"], CONTEXT, "", add_special=True)
+        began = time.thread_time()
+        with pytest.raises(InvalidRequest, match="cannot be tokenized"):
+            await texts.encode(["a" * 60 + "b"], CONTEXT, "", add_special=True)
+        assert time.thread_time() - began < 0.1
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer
 
-from common.protocol.errors import CheckpointError
+from common.protocol.errors import CheckpointError, ElasticMoEError
 from services.router.text.classes import TokenizerClass, class_of
 from services.router.text.files import TokenizerFiles
 from services.router.text.special import SpecialTokens, gather, install
@@ -50,6 +50,7 @@ def build(files: TokenizerFiles, family: str) -> Backend:
     Raises CheckpointError for files that transformers would not load, and for classes that are not supported.
     """
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # one text at a time: threads would only cost hand-overs and memory
+    os.putenv("RUST_BACKTRACE", "0")  # where the library panics, two lines in the log will do
     with _valid("tokenizer.json"):
         rest = msgspec.json.decode(files.tokenizer, type=_Rest)
     kind = class_of(family, files.settings, files.config_class, files.tokenizer)
@@ -99,9 +100,19 @@ def _post_processor(described: msgspec.Raw) -> Any:
 
 @contextmanager
 def _valid(name: str) -> Iterator[None]:
+    with errors_as(lambda text: CheckpointError(f"{name} is not valid: {text}")):
+        yield
+
+
+@contextmanager
+def errors_as(make: Callable[[str], ElasticMoEError]) -> Iterator[None]:
+    """Turn whatever the tokenizer library raises into `make` of its text: plain exceptions for what it dislikes, and
+    panics, which are no exceptions for Python, where a regular expression exceeds its limit of steps, for instance."""
     try:
         yield
-    except CheckpointError:
+    except (ElasticMoEError, MemoryError):
         raise
-    except Exception as error:  # the library raises plain Exception for whatever it dislikes
-        raise CheckpointError(f"{name} is not valid: {error!s:.200}") from None
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise make(str(error)[:200]) from None

@@ -15,7 +15,7 @@ import msgspec
 from common.families import load_spec, read_config
 from common.protocol.errors import CheckpointError, InvalidRequest
 from services.router.detokenizer import TokenTable
-from services.router.text.backend import Backend, build
+from services.router.text.backend import Backend, build, errors_as
 from services.router.text.bounds import measure
 from services.router.text.files import TemplateSource, read_tokenizer_files
 from services.router.text.jobs import (
@@ -59,15 +59,14 @@ class TextCodec:
         Blocks for one to four seconds per million characters, without the interpreter's lock. Raises InvalidRequest
         for a text that the tokenizer does not take.
         """
-        try:
+        with errors_as(lambda text: InvalidRequest(f"the text cannot be tokenized: {text}", param="prompt")):
             ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
-        except Exception as error:  # the library raises plain Exception: an unknown token that is unknown itself, say
-            raise InvalidRequest(f"the text cannot be tokenized: {error!s:.200}", param="prompt") from None
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """Text of whole sequences of ids."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        with errors_as(lambda text: InvalidRequest(f"the tokens have no text: {text}", param="tokens")):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def render(self, conversation: Conversation) -> str:
         """The prompt's text for a conversation. Raises InvalidRequest, also for a model without a chat template that

@@ -23,6 +23,7 @@ from services.router.text.codec import TextCodec, load_codec
 from services.router.text.worker import serve
 
 ORDER = struct.Struct("<cIQ")  # FORK with a socket, or KILL; the worker's number; its memory in bytes
+ENDING = struct.Struct("<Ii")  # the number of a worker that has ended, and its exit status, negative for a signal
 FORK, KILL = b"f", b"k"
 
 
@@ -89,8 +90,10 @@ class ForkServer:
     def _reap(self, number: int) -> None:
         pid, pidfd = self._workers.pop(number)
         self._selector.unregister(pidfd)
-        os.waitpid(pid, 0)
+        _, status = os.waitpid(pid, 0)
         os.close(pidfd)
+        with contextlib.suppress(BlockingIOError):  # a router that does not read gets on without
+            self._control.send(ENDING.pack(number, os.waitstatus_to_exitcode(status)), socket.MSG_DONTWAIT)
 
 
 def main() -> int:
@@ -108,9 +111,14 @@ def main() -> int:
     gc.collect()
     gc.freeze()  # a collection in a worker would write to every object, and so copy the pages that it shares
     process.give_memory_back()
-    with contextlib.suppress(BrokenPipeError):  # the router has ended meanwhile
+    try:
         control.sendall(codec.digest.encode())
         ForkServer(control, codec).run()
+    except BrokenPipeError:  # the router has ended meanwhile
+        return 0
+    except OSError as error:  # no process or no memory for one: the router starts a new fork server, which has room
+        print(f"elasticmoe-router: text workers: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

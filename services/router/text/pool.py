@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
+import signal
 import socket
 import subprocess
 import sys
@@ -31,14 +33,17 @@ MIB: Final = 1024 * 1024
 SMALL_CHARS_MAX: Final = 32_768
 START_SECONDS_MAX: Final = 30.0
 RESTART_SECONDS: Final = 0.5
+RESTART_SECONDS_MAX: Final = 30.0
 WAIT_SECONDS_MAX: Final = 60.0
+ENDING_SECONDS_MAX: Final = 5.0
+CLOCK_FACTOR: Final = 6  # time on the clock for each second of CPU: others use the machine too
 HELD_BYTES_MAX: Final = 160 * MIB  # of large jobs that wait or are worked at; the others are bounded by permits
 DEATHS_MAX: Final = 2  # a worker may be killed by somebody else: one death is no proof that the job did it
 
 
 class Limits(NamedTuple):
-    """What one lane may use: processes, and for a job seconds and bytes of memory, and more of each for every token of
-    the context. A prompt of a million tokens takes 7 to 15 s and 430 MiB, measured with SmolLM2's tokenizer."""
+    """What one lane may use: processes, and for a job seconds of CPU and bytes of memory, and more of each for every
+    token of the context. A prompt of a million tokens takes 7 to 15 s and 430 MiB with SmolLM2's tokenizer."""
 
     workers: int
     seconds: float
@@ -46,17 +51,15 @@ class Limits(NamedTuple):
     seconds_per_token: float = 0.0
     memory_bytes_per_token: int = 0
 
-    def for_context(self, context: int) -> tuple[float, int]:
+    def for_context(self, context: int) -> tuple[int, int]:
         """Seconds and bytes for a job of so many tokens at most."""
-        return (
-            self.seconds + context * self.seconds_per_token,
-            self.memory_bytes + context * self.memory_bytes_per_token,
-        )
+        seconds = math.ceil(self.seconds + context * self.seconds_per_token)
+        return seconds, self.memory_bytes + context * self.memory_bytes_per_token
 
 
 LANES: Final = {
-    "chat": Limits(2, 10.0, 128 * MIB),
-    "text": Limits(1, 10.0, 128 * MIB),
+    "chat": Limits(2, 5.0, 128 * MIB),
+    "text": Limits(1, 5.0, 128 * MIB),
     "large": Limits(1, 30.0, 256 * MIB, 30e-6, 640),
 }
 
@@ -73,6 +76,7 @@ class _Worker(NamedTuple):
     number: int
     sock: socket.socket
     memory_bytes: int
+    ending: asyncio.Future[int]  # its exit status
 
     def is_alive(self) -> bool:
         """Its end is open. It has nothing to say while it is idle."""
@@ -83,10 +87,10 @@ class _Worker(NamedTuple):
         except OSError:
             return False
 
-    async def ask(self, raw: bytes) -> tuple[bytes, bool]:
+    async def ask(self, raw: bytes, seconds: int) -> tuple[bytes, bool]:
         """The reply, and whether the worker ends. Raises OSError or EOFError when it has died."""
         loop = asyncio.get_running_loop()
-        await loop.sock_sendall(self.sock, worker.JOB_HEAD.pack(len(raw)))
+        await loop.sock_sendall(self.sock, worker.JOB_HEAD.pack(len(raw), seconds))
         await loop.sock_sendall(self.sock, raw)
         length, is_last = worker.REPLY_HEAD.unpack(await self._read(worker.REPLY_HEAD.size))
         return await self._read(length), bool(is_last)
@@ -119,7 +123,9 @@ class TextWorkers:
         self._directory = directory
         self._digest = digest
         self._lanes = {name: _Lane(limits, Turns(limits.workers, WAIT_SECONDS_MAX)) for name, limits in LANES.items()}
+        self._endings: dict[int, asyncio.Future[int]] = {}
         self._held_bytes = 0
+        self._is_stale = False
         self._numbers = itertools.count()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -146,25 +152,26 @@ class TextWorkers:
             raise InvalidRequest(reply.text, code=reply.code, param=reply.param)
         return reply
 
-    async def _run(self, lane: _Lane, raw: bytes, seconds_max: float, memory_bytes: int) -> Reply | Refused:
+    async def _run(self, lane: _Lane, raw: bytes, seconds: int, memory_bytes: int) -> Reply | Refused:
         num_deaths = 0
         while num_deaths < DEATHS_MAX:
             await self._wait_ready()
             server = self._process
             one = self._worker_of(lane, memory_bytes)
             try:
-                async with asyncio.timeout(seconds_max):
-                    answer, is_last = await one.ask(raw)
+                async with asyncio.timeout(CLOCK_FACTOR * seconds):
+                    answer, is_last = await one.ask(raw, seconds)
             except TimeoutError:
                 self._kill(one)
-                log.warning("text worker stopped", reason="a job took too long", limit_s=seconds_max)
-                return worker.too_slow(seconds_max)
+                return _stopped(seconds)
             except (OSError, EOFError):
                 self._kill(one)
-                if server is self._process and server is not None and server.poll() is None:
-                    num_deaths += 1
-                else:
+                if server is not self._process or server is None or server.poll() is not None:
                     self._is_ready.clear()  # all workers ended with their fork server: that is not the job's doing
+                elif await _ending_of(one) == -signal.SIGXCPU:
+                    return _stopped(seconds)
+                else:
+                    num_deaths += 1
                 continue
             except BaseException:
                 self._kill(one)  # it would answer the next job with this one's reply
@@ -174,7 +181,7 @@ class TextWorkers:
             else:
                 lane.idle.append(one)
             return jobs.REPLIES.decode(answer)
-        log.warning("text worker died", reason="a job, twice", limit_mib=memory_bytes // MIB)
+        log.warning("text worker died twice of a job", limit_mib=memory_bytes // MIB)
         return worker.too_large(memory_bytes)
 
     async def _wait_ready(self) -> None:
@@ -183,6 +190,8 @@ class TextWorkers:
                 await self._is_ready.wait()
         except TimeoutError:
             raise Unavailable("the workers that tokenize are not running", code="not_ready") from None
+        if self._is_stale:
+            raise Unavailable("the checkpoint's tokenizer files have changed; the router has to be started again")
 
     # ---- workers -----------------------------------------------------------------------------------------------------
 
@@ -198,7 +207,8 @@ class TextWorkers:
             raise Unavailable(f"no worker can be started: {error.strerror}") from None
         with theirs:
             ours.setblocking(False)
-            one = _Worker(next(self._numbers), ours, memory_bytes)
+            one = _Worker(next(self._numbers), ours, memory_bytes, asyncio.get_running_loop().create_future())
+            self._endings[one.number] = one.ending
             self._order(forkserver.FORK, one.number, memory_bytes, theirs.fileno())
         return one
 
@@ -216,15 +226,19 @@ class TextWorkers:
 
     async def keep(self) -> None:
         """Run the fork server, and another one whenever it ends. Cancelling it ends all processes."""
-        while True:
-            try:
-                await self._run_forkserver()
-                log.error("the text workers' fork server has ended")
-            except (OSError, MemoryError) as error:
-                log.error("the text workers' fork server cannot be started", kind=type(error).__name__)
-            finally:
+        pause = RESTART_SECONDS
+        try:
+            while True:
+                try:
+                    await self._run_forkserver()
+                    log.error("the text workers' fork server has ended")
+                except (OSError, MemoryError) as error:
+                    log.error("the text workers' fork server cannot be started", kind=type(error).__name__)
+                pause = RESTART_SECONDS if self._is_ready.is_set() else min(2 * pause, RESTART_SECONDS_MAX)
                 await self._stop_forkserver()
-            await asyncio.sleep(RESTART_SECONDS)
+                await asyncio.sleep(pause)
+        finally:
+            await self._stop_forkserver()
 
     async def _run_forkserver(self) -> None:
         """Until it ends."""
@@ -234,16 +248,22 @@ class TextWorkers:
         with theirs:
             fd = theirs.fileno()
             command = [sys.executable, "-m", forkserver.__name__, str(self._directory), str(fd)]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(fd,))
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(fd,)
+            )
         digest = await loop.sock_recv(self._control, 1024)
-        if digest and digest.decode() != self._digest:
-            log.error("the checkpoint's tokenizer files have changed: chats need a restart of the router")
-        elif digest:
+        self._is_stale = bool(digest) and digest.decode() != self._digest
+        if self._is_stale:
+            log.error("the checkpoint's tokenizer files have changed since the router was started")
+        if digest:
             self._is_ready.set()
-        await loop.sock_recv(self._control, 1024)
+        while report := await loop.sock_recv(self._control, forkserver.ENDING.size):
+            number, status = forkserver.ENDING.unpack(report)
+            self._endings.pop(number).set_result(status)
 
     async def _stop_forkserver(self) -> None:
         self._is_ready.clear()
+        self._endings.clear()
         for lane in self._lanes.values():
             while lane.idle:
                 lane.idle.pop().sock.close()
@@ -254,3 +274,14 @@ class TextWorkers:
             process, self._process = self._process, None
             process.kill()  # and the kernel kills its workers
             await asyncio.get_running_loop().run_in_executor(None, process.wait)
+
+
+def _stopped(seconds: int) -> Refused:
+    log.warning("text worker stopped: a job took too long", limit_s=seconds)
+    return worker.too_slow(seconds)
+
+
+async def _ending_of(one: _Worker) -> int:
+    """The exit status of a worker that has died; 0 where nobody tells."""
+    done, _ = await asyncio.wait([one.ending], timeout=ENDING_SECONDS_MAX)
+    return one.ending.result() if done else 0

@@ -19,7 +19,7 @@ log = get_logger("router")
 INLINE_CHARS_MAX = 4_096  # tokenized in 4 to 15 ms; more would hold up the event loop
 LARGE_CHARS = 1_000_000
 TRIM_AFTER_SECONDS = 1.0
-INLINE_SECONDS_MAX = 0.25  # of CPU: a tokenizer that takes longer for so little is not to be trusted
+INLINE_SECONDS_MAX = 0.1  # of CPU: a tokenizer that takes longer for so little is not to be trusted
 
 
 class Workers(Protocol):

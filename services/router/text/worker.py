@@ -14,7 +14,7 @@ from common.protocol.errors import InvalidRequest
 from services.router.text import jobs, process
 from services.router.text.codec import TextCodec
 
-JOB_HEAD = struct.Struct("<I")  # bytes of the job
+JOB_HEAD = struct.Struct("<II")  # bytes of the job, and seconds of CPU that it may take
 REPLY_HEAD = struct.Struct("<IB")  # bytes of the reply, and whether the worker ends after it
 GROWTH_BYTES_MAX = 32 * 1024 * 1024  # a worker that has grown by more ends, which gives the memory back
 
@@ -22,16 +22,19 @@ _encode = msgspec.msgpack.encode
 
 
 def serve(sock: socket.socket, codec: TextCodec, memory_bytes: int) -> None:
-    """Work until the other end closes `sock`, or until the process has grown.
+    """Work until the other end closes `sock`, or until the process has grown. The kernel kills it where a job takes
+    more CPU than it may.
 
     Any exception but InvalidRequest and MemoryError is a fault of this program and ends the process.
     """
     at_start = process.resident_bytes()
     process.confine(memory_bytes)
     while (head := _read(sock, JOB_HEAD.size)) is not None:
-        raw = _read(sock, JOB_HEAD.unpack(head)[0])
+        length, seconds = JOB_HEAD.unpack(head)
+        raw = _read(sock, length)
         if raw is None:
             return
+        process.allow_cpu(seconds)
         reply = _perform(codec, raw, memory_bytes)
         del raw
         is_last = process.resident_bytes() - at_start > GROWTH_BYTES_MAX
@@ -58,7 +61,7 @@ def too_large(memory_bytes: int) -> jobs.Refused:
 
 def too_slow(seconds_max: float) -> jobs.Refused:
     """The refusal of a prompt whose worker was stopped."""
-    text = f"the prompt takes longer than the limit of {seconds_max:g} s to be rendered and tokenized"
+    text = f"the prompt takes more than the limit of {seconds_max:g} s of CPU to be rendered and tokenized"
     return jobs.Refused(text, "prompt_too_expensive", None)
 
 
