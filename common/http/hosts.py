@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Protocol
 
 from common.http.framing import is_authority
 from common.protocol.errors import ConfigError, Forbidden
 
 ANY = "*"
+HOSTS_KEPT = 64
 _SHOWN_CHARS_MAX = 80
 
 
@@ -61,6 +63,7 @@ class HostPolicy:
         self._suffixes = tuple(name[1:] for name in self._names if name.startswith("*."))
         self._origins = frozenset(origins)
         self._is_open = is_open
+        self._is_known = lru_cache(HOSTS_KEPT)(self._knows)  # addresses are dear to parse, and clients repeat theirs
         for origin in self._origins - {ANY, "null"}:
             scheme, separator, rest = origin.partition("://")
             if not scheme or not separator or not rest or "/" in rest:
@@ -68,15 +71,18 @@ class HostPolicy:
 
     def check_host(self, host: bytes | None, local: str) -> None:
         """A request without a Host field is no browser's, and there is nothing to check."""
-        if not self._is_open or host is None or ANY in self._names:
+        if not self._is_open or host is None or self._is_known(host, local):
             return
-        name = _plain(_without_port(host.decode("latin-1")))
-        if name in self._names or name.endswith(self._suffixes) or _is_loopback(name) or name == _plain(local):
-            return
+        name = _without_port(host.decode("latin-1"))
         raise Forbidden(
             f"host {name[:_SHOWN_CHARS_MAX]!r} is not known here: add it to allowed_hosts, or set an API key",
             code="host_refused",
         )
+
+    def _knows(self, host: bytes, local: str) -> bool:
+        name = _plain(_without_port(host.decode("latin-1")))
+        is_named = name in self._names or name.endswith(self._suffixes) or ANY in self._names
+        return is_named or _is_loopback(name) or name == _plain(local)
 
     def check_origin(self, origin: bytes, host: bytes | None) -> None:
         """Pages of the listener's own origin may ask, and those of allowed ones."""
