@@ -452,6 +452,21 @@ def test_one_that_starts_over_each_time(
     assert crew.members[0].num_deaths == (poison.num_struck if action is kills else 0)
 
 
+def test_output_that_is_computed_again_is_like_a_prompt(
+    directory: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew = Crew(ranks, sequences_max=8)
+    poison = Poison(monkeypatch, crew, raises, 43)
+    poison.in_forward()
+    wanted = fill(crew, directory, poison=None)
+    output, known = tuple(range(40)), Suspicion(1, 0, 45)
+    crew.members[0].tokens[POISON] = list(output)
+    crew.members[0].submit(POISON, [1, 2, 3, 4, 5], 60, GREEDY, output=output, suspicion=known)
+    crew.run()
+    check_ended_alone(crew, wanted)
+    assert poison.num_struck == GUILTY_FAILURES
+
+
 def test_an_innocent_prompt_is_cleared_by_what_was_to_be_computed(
     directory: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,7 +77,8 @@ class Sequence:
     @property
     def is_suspect(self) -> bool:
         """Whether it may only be computed alone (trial.py)."""
-        return self.trial.is_suspect(in_prompt=self.kv_len < len(self.request.prompt))
+        is_decoding = self.kv_len >= len(self.request.prompt) and len(self.tokens) - self.kv_len == 1
+        return self.trial.is_suspect(in_prompt=not is_decoding)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

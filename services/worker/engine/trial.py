@@ -73,7 +73,7 @@ class Trial(NamedTuple):
         return self.failures_alone >= GUILTY_FAILURES
 
     def is_suspect(self, *, in_prompt: bool) -> bool:
-        """Whether it may only be computed alone. `in_prompt`: its prompt is not computed yet."""
+        """Whether it may only be computed alone. `in_prompt`: its prompt, or what is computed like one, is not yet."""
         return self.failures >= (1 if in_prompt else SUSPECT_FAILURES)
 
     def may_be_alone(self, num_clean: int) -> bool:
