@@ -162,27 +162,27 @@ def judge_abuse(abuse: Abuse, tally: Tally, alone: Tally) -> list[Verdict]:
     peaks = ", ".join(f"{name} {mib:.0f}" for name, mib in sorted(abuse.peaks.items()))
     return [
         Verdict(
-            "P25",
+            "P26",
             "no attack was an internal error",
             not abuse.failures() if abuse.answers else None,
             f"{sum(abuse.answers.values())} attacks; {'; '.join(abuse.failures()) or 'none'}",
         ),
         Verdict(
-            "P25",
+            "P26",
             f"pauses within {GAP_FACTOR_MAX:g} x of the run alone",
             longest <= GAP_FACTOR_MAX * before,
             f"{longest * 1e3:.0f} ms beside {before * 1e3:.0f} ms",
         ),
         Verdict(
-            "P25",
+            "P26",
             f"/health within {HEALTH_S_MAX * 1e3:.0f} ms, but for one probe in a hundred",
             abuse.health_percentile(99) <= HEALTH_S_MAX,
             f"p99 {abuse.health_percentile(99) * 1e3:.0f} ms; longest {seconds * 1e3:.0f} ms "
             f"(beside {', '.join(under_way) or 'none'})",
         ),
-        Verdict("P25", "memory within its limits", not over, f"peaks in MiB: {peaks}"),
+        Verdict("P26", "memory within its limits", not over, f"peaks in MiB: {peaks}"),
         Verdict(
-            "P25",
+            "P26",
             f"memory given back to within {GIVEN_BACK_MIB} MiB",
             all(mib <= GIVEN_BACK_MIB for mib in kept.values()),
             ", ".join(f"{name} {mib:+.0f} MiB" for name, mib in kept.items()),
