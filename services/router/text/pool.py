@@ -166,8 +166,10 @@ class TextWorkers:
                 return _stopped(seconds)
             except (OSError, EOFError):
                 self._kill(one)
-                if server is not self._process or server is None or server.poll() is not None:
-                    self._is_ready.clear()  # all workers ended with their fork server: that is not the job's doing
+                if server is not self._process:
+                    pass  # all workers ended with their fork server, which is not the job's doing; there is a new one
+                elif server is None or server.poll() is not None:
+                    self._is_ready.clear()  # the same, not noticed yet
                 elif await _ending_of(one) == -signal.SIGXCPU:
                     return _stopped(seconds)
                 else:
@@ -259,7 +261,7 @@ class TextWorkers:
             self._is_ready.set()
         while report := await loop.sock_recv(self._control, forkserver.ENDING.size):
             number, status = forkserver.ENDING.unpack(report)
-            self._endings.pop(number).set_result(status)
+            self._endings.pop(number).set_result(status)  # each is told once
 
     async def _stop_forkserver(self) -> None:
         self._is_ready.clear()
