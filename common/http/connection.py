@@ -22,6 +22,7 @@ from common.http.refusal import Refusal, bad_request, explain, too_many
 
 HEAD_SECONDS_MAX = 10.0  # for a request's head, and for the rest of a body that nobody reads
 GUEST_SECONDS_MAX = 2.0  # for a head where no place is free
+CONFIRM_SECONDS = 0.1  # for a busy loop to read what has come
 HEAD_BYTES_MAX = 64 * 1024
 GUEST_HEAD_BYTES_MAX = 8 * 1024
 GUESTS_MAX = 1_024  # connections that are turned away with an answer at the same time
@@ -81,7 +82,7 @@ class Connection(OrderlyProtocol):
         self._is_guest = not has_place
         if victim is not None:
             victim.make_room()
-        self._await(HEAD_SECONDS_MAX if has_place else GUEST_SECONDS_MAX, self._timed_out)
+        self._await(HEAD_SECONDS_MAX if has_place else GUEST_SECONDS_MAX, self._overdue)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give the place back, and let the applications know."""
@@ -96,7 +97,7 @@ class Connection(OrderlyProtocol):
             return
         self._unset_keepalive_if_required()
         if not self._is_answering:
-            self._await(HEAD_SECONDS_MAX, self._timed_out)
+            self._await(HEAD_SECONDS_MAX, self._overdue)
         self._num_wire_bytes += len(data)
         self._num_idle_bytes += len(data)
         try:
@@ -263,12 +264,22 @@ class Connection(OrderlyProtocol):
         else:
             self.places.rest(self)
             self.places.begin(self, self.loop.time())
-            self._await(HEAD_SECONDS_MAX, self._timed_out)
+            self._await(HEAD_SECONDS_MAX, self._overdue)
 
     def make_room(self) -> None:
-        """Another connection has got the place."""
-        if self._state != _IDLE:
+        """Another connection has got the place. A request that has come and was not read yet is read as a guest's."""
+        self._stop_waiting()
+        self._unset_keepalive_if_required()
+        if self._state == _BODY:
             self._refuse(too_many("the request did not come in time, and others wait for the place"))
+        elif not self._is_guest:
+            was_idle = self._state == _IDLE and self._front is not None
+            self._is_guest = True
+            if (victim := self.places.demote(self)) is not None:
+                victim.make_room()
+            self._await(CONFIRM_SECONDS if was_idle else GUEST_SECONDS_MAX, self._overdue)
+        elif self._state == _HEAD:
+            self._refuse(too_many("the request did not come in time, and others wait for an answer"))
         elif not self._is_answering:
             self._drop()
 
@@ -284,7 +295,7 @@ class Connection(OrderlyProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         """The connection has been idle for long enough."""
-        self._drop()
+        self._overdue()
 
     def close(self) -> None:
         """Close after an answer, such that the peer can read it. Idempotent."""
@@ -349,6 +360,11 @@ class Connection(OrderlyProtocol):
         if self._front is not None:
             self._front.disconnect()
         self.pipeline.clear()
+
+    def _overdue(self) -> None:
+        """A deadline has passed. Where the loop was busy what came in time has not been read yet: it is read first."""
+        self._waiting = None
+        self._await(CONFIRM_SECONDS, self._timed_out)
 
     def _timed_out(self) -> None:
         self._waiting = None

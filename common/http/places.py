@@ -34,17 +34,22 @@ class Places(Generic[C]):
 
     def enter(self, connection: C, now: float) -> tuple[bool, C | None]:
         """Give a new connection a place, or make it a guest. Returns whether it has a place, and the connection that
-        must be closed for it. Where all places are taken the one that has been idle longest leaves, else the one that
+        must give way for it. Where all places are taken the one that has been idle longest leaves, else the one that
         has been sending its request longest, GRACE_S at least."""
         has_room, victim = self._make_room(now)
         if has_room:
             self._fresh[connection] = now
             return True, victim
+        return False, self.demote(connection)
+
+    def demote(self, connection: C) -> C | None:
+        """Make a connection without a place a guest. Returns the guest that must be closed for it: the oldest one."""
+        victim = None
         if len(self._guests) >= self.guests_max:
             victim = next(iter(self._guests))
             del self._guests[victim]
         self._guests[connection] = None
-        return False, victim
+        return victim
 
     def promote(self, guest: C, now: float) -> tuple[bool, C | None]:
         """Give a guest, whose request has come, a place if there is one by now; as `enter` else."""

@@ -328,7 +328,24 @@ async def test_who_does_not_finish_a_request_gives_way(
     another = await serving.connect(NOW)
     assert await another.line() == b"HTTP/1.1 200 OK"
     answer = await clients[0].rest()
-    assert answer.startswith(b"HTTP/1.1 503 " if said else b"")
+    told = {b"": b"", POST: b"HTTP/1.1 503 "}.get(said, b"HTTP/1.1 408 ")  # a head is read on as a guest's
+    assert answer.startswith(told)
+    assert bool(answer) == bool(said)
+
+
+@pytest.mark.parametrize("is_used", [False, True], ids=["new", "idle"])
+async def test_who_gives_way_is_answered_where_its_request_was_only_not_read_yet(
+    serving: Serving, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy loop accepts the connections of a burst before it reads what they have sent."""
+    monkeypatch.setattr(places, "GRACE_S", 0.0)
+    clients = await fill(serving, NOW if is_used else b"")
+    for client in clients if is_used else ():
+        await client.line()
+    await serving.connect(HELD)
+    await serving.settle(PLACES + 1)
+    await clients[0].say(NOW)
+    assert await clients[0].line() == b"HTTP/1.1 200 OK"  # a request that is there goes before one that is not
 
 
 async def test_a_guest_gets_a_place_that_has_become_free(serving: Serving) -> None:

@@ -27,8 +27,11 @@ def test_whatever_happens_the_bounds_hold(events: list[tuple[str, int]], step_s:
             if victim is not None:
                 assert victim in present
                 assert victim != connection
-                present.discard(victim)
-                places.leave(victim)
+                pushed = places.demote(victim) if has_place else victim  # who had a place becomes a guest
+                if pushed is not None:
+                    assert pushed in present
+                    present.discard(pushed)
+                    places.leave(pushed)
             assert has_place == (connection in places._fresh)
         elif event == "promote" and connection in places._guests:
             has_place, victim = places.promote(connection, now)
