@@ -10,6 +10,8 @@ from common.protocol.errors import InvalidRequest, PayloadTooLarge
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+SMALL_BYTES = 64 * 1024  # of each body that the budget leaves out: large ones keep no small one out
+
 
 class ClientLeft(Exception):
     """The client disconnected while its body was awaited; there is nobody to answer."""
@@ -26,7 +28,8 @@ class Budget(Protocol):
 
 
 class Body:
-    """One request's body, read whole and then replayed to the application. `budget` None: no common bound."""
+    """One request's body, read whole and then replayed to the application. `budget`: for what is beyond its first
+    SMALL_BYTES, whose bound is the number of connections; None: no common bound."""
 
     def __init__(self, receive: Receive, bytes_max: int, seconds_max: float, budget: Budget | None = None) -> None:
         self._receive = receive
@@ -58,7 +61,7 @@ class Body:
             if self._held + len(chunk) > self._bytes_max:
                 raise self._too_large()
             if self._budget is not None:
-                self._budget.take(len(chunk))
+                self._budget.take(_large_part(self._held + len(chunk)) - _large_part(self._held))
             self._held += len(chunk)
             self._chunks.append(chunk)
             if not message.get("more_body", False):
@@ -75,9 +78,13 @@ class Body:
     def release(self) -> None:
         """The request has ended."""
         if self._budget is not None:
-            self._budget.give(self._held)
+            self._budget.give(_large_part(self._held))
         self._held = 0
         self._chunks = []
 
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(f"the body exceeds the limit of {self._bytes_max} bytes")
+
+
+def _large_part(nbytes: int) -> int:
+    return max(0, nbytes - SMALL_BYTES)
