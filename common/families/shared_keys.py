@@ -23,6 +23,7 @@ _ONLY: Final[dict[str, tuple[Any, ...]]] = {
     "partial_rotary_factor": (None, 1),
     "fusion_config": (None, {}),
     "distributed_config": (None,),
+    "attribute_map": (None, {}),  # transformers reads keys under other names then
     "transformers_weights": (None, "model.safetensors"),  # another file to take the weights from
     # A model within a model: transformers takes the inner one for the text.
     **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), (None,)),

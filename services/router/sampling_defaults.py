@@ -46,6 +46,11 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "guidance_scale": (1,),
     "watermarking_config": (),
     "stop_strings": (),
+    "dola_layers": (),
+    "token_healing": (False,),
+    "diversity_penalty": (0,),
+    "forced_decoder_ids": (),
+    "renormalize_logits": (False,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
 }

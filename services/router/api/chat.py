@@ -14,7 +14,7 @@ from services.router.api.docs import describe
 from services.router.api.gate import client_of, front_of, permit_of, request_id_of
 from services.router.api.generate import Generation, start
 from services.router.api.logprobs import Entries, Teller
-from services.router.api.options import Options, UsageChunks, options_of, refuse_words, unsupported
+from services.router.api.options import Options, UsageChunks, options_of
 from services.router.api.parse import body_of
 from services.router.api.schemas import (
     AnswerMessage,
@@ -23,7 +23,6 @@ from services.router.api.schemas import (
     ChatRequest,
     Usage,
 )
-from services.router.api.words import MESSAGE_WORDS
 from services.router.front import Front
 from services.router.streams import Output, Stream
 
@@ -38,7 +37,6 @@ async def chat_completions(request: Request) -> Response:
     front = front_of(request)
     raw = await body_of(request, _decoder)
     front.check_model(raw.model)
-    _refuse_tools(raw)
     options = _options(raw, front)
     context = front.dispatcher.max_model_len()
     prompt = await front.texts.encode_chat(conversation_of(raw), context, client_of(request))
@@ -64,19 +62,6 @@ def _options(raw: ChatRequest, front: Front) -> Options:
         defaults=defaults,
         allow_priority=front.config.allow_priority,
     )
-
-
-def _refuse_tools(raw: ChatRequest) -> None:
-    for name, calls, choice_name, choice in (
-        ("tools", raw.tools, "tool_choice", raw.tool_choice),
-        ("functions", raw.functions, "function_call", raw.function_call),
-    ):
-        if calls and choice != "none":
-            raise unsupported(name, f"pass {choice_name} none to have them ignored")
-        if not calls and choice not in (None, "none", "auto"):
-            raise unsupported(choice_name, f"there are no {name}")
-    for index, message in enumerate(raw.messages):
-        refuse_words(message, MESSAGE_WORDS, f"messages[{index}].")
 
 
 class ChatRenderer:

@@ -6,19 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.protocol.errors import InvalidRequest
-from services.router.api.options import unsupported
+from services.router.api.options import refuse_words, unsupported
 from services.router.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
+from services.router.api.words import MESSAGE_WORDS
 from services.router.text.jobs import Conversation
 from services.router.text.template import RESERVED_VARIABLES
 
 VALUES_MAX = 4_096  # values in all template variables and documents of a request, containers included
 VALUE_CHARS_MAX = 1 << 20  # characters of texts and keys in them
 DEPTH_MAX = 16
+_OF_CONVERSATIONS = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "chat_template",
+    "documents",
+    "reasoning_effort",
+    "tools",
+    "functions",
+)
 INTEGER_MAX = (1 << 63) - 1
 
 
 def conversation_of(raw: ChatRequest | TokenizeRequest) -> Conversation:
     """What the template is given. Raises InvalidRequest for what it cannot be given."""
+    _refuse_tools(raw)
     if isinstance(raw, TokenizeRequest) and raw.chat_template is not None:  # chat refuses the word itself
         raise unsupported("chat_template", "the template comes with the model")
     opens_final = raw.continue_final_message or False
@@ -34,7 +46,7 @@ def conversation_of(raw: ChatRequest | TokenizeRequest) -> Conversation:
         )
     _check_size(variables, "chat_template_kwargs")
     _check_size(raw.documents, "documents")
-    effort = raw.reasoning_effort if isinstance(raw, ChatRequest) else None
+    effort = raw.reasoning_effort
     return Conversation(
         messages=plain_messages(raw.messages or ()),
         add_generation_prompt=not opens_final and raw.add_generation_prompt is not False,
@@ -44,6 +56,26 @@ def conversation_of(raw: ChatRequest | TokenizeRequest) -> Conversation:
         required=() if effort is None else ("reasoning_effort",),
         add_special=bool(raw.add_special_tokens),
     )
+
+
+def refuse_without_messages(raw: TokenizeRequest) -> None:
+    """Raises InvalidRequest for what only a conversation has, beside a plain prompt."""
+    for name in _OF_CONVERSATIONS:
+        if getattr(raw, name):
+            raise InvalidRequest(f"{name} is only allowed with messages", param=name)
+
+
+def _refuse_tools(raw: ChatRequest | TokenizeRequest) -> None:
+    for name, calls, choice_name, choice in (
+        ("tools", raw.tools, "tool_choice", raw.tool_choice),
+        ("functions", raw.functions, "function_call", raw.function_call),
+    ):
+        if calls and choice != "none":
+            raise unsupported(name, f"pass {choice_name} none to have them ignored")
+        if not calls and choice not in (None, "none", "auto"):
+            raise unsupported(choice_name, f"there are no {name}")
+    for index, message in enumerate(raw.messages or ()):
+        refuse_words(message, MESSAGE_WORDS, f"messages[{index}].")
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -61,6 +61,7 @@ TemplateKwargs = Annotated[
     dict[Annotated[str, Meta(min_length=1, max_length=64)], Any], Meta(max_length=TEMPLATE_KWARGS_MAX)
 ]
 Documents = Annotated[list[dict[str, Any]], Meta(max_length=DOCUMENTS_MAX)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 FinalField = Literal["content", "reasoning_content", "thinking", "reasoning"]
 
 
@@ -146,7 +147,7 @@ class ChatRequest(GenerateRequest, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     documents: Documents | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
 
 
 class CompletionRequest(GenerateRequest, frozen=True, kw_only=True):
@@ -175,6 +176,11 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     chat_template_kwargs: TemplateKwargs | None = None
     chat_template: str | None = None
     documents: Documents | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    tools: list[msgspec.Raw] | None = None
+    tool_choice: str | dict[str, msgspec.Raw] | None = None
+    functions: list[msgspec.Raw] | None = None
+    function_call: str | dict[str, msgspec.Raw] | None = None
     return_token_strs: bool | None = None
 
 

@@ -6,7 +6,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from common.protocol.errors import InvalidRequest
-from services.router.api.conversation import conversation_of
+from services.router.api.conversation import conversation_of, refuse_without_messages
 from services.router.api.docs import describe
 from services.router.api.errors import json_response
 from services.router.api.gate import client_of, front_of
@@ -29,6 +29,8 @@ async def tokenize(request: Request) -> Response:
     front.check_model(raw.model)
     if (raw.prompt is None) == (raw.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
+    if raw.messages is None:
+        refuse_without_messages(raw)
     job = Tokenize(
         text=raw.prompt or "",
         conversation=conversation_of(raw) if raw.messages is not None else None,

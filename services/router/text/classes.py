@@ -131,7 +131,7 @@ def class_of(family: str, settings: Settings, config_class: str | None, tokenize
     """
     own = settings.get("tokenizer_class")
     own = own if isinstance(own, str) else None
-    declared = own or config_class
+    declared = config_class if own is None else own  # an empty name is no class, and hides the configuration's
     if declared is not None and not _has_code(settings.get("auto_map")):
         if _base(declared) == "LlamaTokenizer" and b'"ByteLevel"' in tokenizer_json:
             return None

@@ -120,6 +120,8 @@ def _named_and_extra(
     if not isinstance(specific, dict):
         raise CheckpointError("tokenizer_config.json: model_specific_special_tokens must be an object")
     named |= {key: _token(value, key) for key, value in specific.items()}
+    # New tokens get their ids in this order: the standard names first, wherever they were written.
+    named = {name: named[name] for name in NAMES if name in named} | {k: v for k, v in named.items() if k not in NAMES}
     extra = init.get("extra_special_tokens", init.get("additional_special_tokens")) or []
     if not isinstance(extra, list):
         raise CheckpointError(f"tokenizer_config.json: extra_special_tokens must be a list, is {extra!r:.40}")

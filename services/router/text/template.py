@@ -51,6 +51,7 @@ RESERVED_VARIABLES: Final = frozenset(
 
 _TAG: Final = "CONTINUE_FINAL_MESSAGE_TAG "  # where the final message ends; its space shows whether spaces are kept
 _PROBES: Final = ("contentprobeone", "contentprobetwo")
+_LEADS: Final[tuple[tuple[Message, ...], ...]] = ((), ({"role": "system", "content": "x"},))
 
 Message = Mapping[str, Any]
 
@@ -201,18 +202,27 @@ class ChatTemplate:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """The template reads lists of parts, all of them. It is tried: there is no other sign that can be relied on."""
-        text = self._try([{"type": "text", "text": probe} for probe in _PROBES])
-        return all(probe in text for probe in _PROBES) and "'type'" not in text and '"type"' not in text
+        """The template reads lists of parts, all of them. It is tried: there is no other sign that can be relied on.
+
+        A template that prints the list as Python or JSON does not read it. Some want a system message first.
+        """
+        parts = [{"type": "text", "text": probe} for probe in _PROBES]
+        for lead in _LEADS:
+            text = self._try(parts, lead)
+            if text:
+                plain = self._try(_PROBES[0], lead)  # what the template itself says of types
+                is_printed = any(text.count(word) > plain.count(word) for word in ("'type'", '"type"'))
+                return all(probe in text for probe in _PROBES) and not is_printed
+        return False
 
     @cached_property
     def _needs_parts(self) -> bool:
         """The template reads lists of parts only, and loses a plain text."""
-        return _PROBES[0] not in self._try(_PROBES[0]) and self._takes_parts
+        return not any(_PROBES[0] in self._try(_PROBES[0], lead) for lead in _LEADS) and self._takes_parts
 
-    def _try(self, content: Any) -> str:
+    def _try(self, content: Any, lead: Sequence[Message]) -> str:
         try:
-            return self._render([{"role": "user", "content": content}], True, None, None)
+            return self._render([*lead, {"role": "user", "content": content}], True, None, None)
         except InvalidRequest:
             return ""
 
