@@ -112,6 +112,7 @@ PARTS = [{"type": "text", "text": " a "}, {"type": "text", "text": "b\n"}]
     ("template", "text"),
     [
         (TEMPLATES["content-parts"], "user:ab;"),  # it takes lists: as transformers
+        ('Answer as {"type": "object"}.' + TEMPLATES["content-parts"], 'Answer as {"type": "object"}.user:ab;'),
         (TEMPLATES["chatml"], "<|im_start|>user\n a \nb\n<|im_end|>\n<|im_start|>assistant\n"),  # as vLLM joins them
         ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}", " a b\n"),
         ("{% for m in messages %}{{ m.content[0].text }}{% endfor %}", ""),  # it reads but the first: no list

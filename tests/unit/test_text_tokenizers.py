@@ -34,6 +34,7 @@ TEXTS = [
     "<|a|>hello<s> <s><|endoftext|>",
     "",
     "▁hello<0x41> ĠÃ©",
+    "<new1><new2> <new3>",
 ]
 
 
@@ -188,6 +189,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "extra-list": {"tokenizer_config": {"extra_special_tokens": ["<|b|>"], "additional_special_tokens": ["[X]"]}},
     "extra-map": {"tokenizer_config": {"extra_special_tokens": {"image_token": "<|b|>", "end_token": "[X]"}}},
     "extra-in-map": {"tokenizer_config": {}, "special_tokens_map": {"extra_special_tokens": {"image_token": "<|b|>"}}},
+    "extra-map-with-a-standard-name": {
+        "tokenizer_config": {
+            "extra_special_tokens": {"image_token": "<new1>", "eos_token": "<new2>"},
+            "pad_token": "<new3>",
+        }
+    },
+    "model-specific-with-a-standard-name": {
+        "tokenizer_config": {"model_specific_special_tokens": {"image_token": "<new1>", "bos_token": "<new2>"}}
+    },
+    "class-without-a-name": {"tokenizer_config": {"tokenizer_class": ""}},
     "own-names": {"tokenizer_config": {"image_token": "<|b|>", "tool_token": {"__type": "AddedToken", **entry("[X]")}}},
     "model-specific": {"tokenizer_config": {"model_specific_special_tokens": {"image_token": "<|b|>"}}},
     "bos-and-eos-flags": {"tokenizer_config": {"bos_token": "<s>", "add_bos_token": True, "add_eos_token": True}},
