@@ -14,6 +14,7 @@ from common.protocol.errors import InvalidRequest, Overloaded
 # they wait for a reader, of the prompt as JSON.
 TEXT_BYTES = 8
 OUTPUT_LOGPROB_BYTES = 128
+CHOICE_BYTES = 4_096  # of one that has ended, beside its text
 PROMPT_LOGPROB_BYTES = 64
 PROMPT_BYTES = 48  # of a prompt's token that is submitted once more, for another choice
 PROMPT_LOGPROBS_MAX = 131_072  # of one prompt, alternatives counted: a rank tells them in one message
@@ -50,6 +51,18 @@ class Permit:
         """Hold bytes of a budget too. Raises Overloaded when they are not free now."""
         budget.take(nbytes)
         self._held.append((budget, nbytes))
+
+    def end_one(self, budget: ByteBudget, num_tokens: int) -> None:
+        """One generation has ended: what it told waits for its reader, and holds bytes of the budget instead of a
+        permit; where the budget has none, the permit, as before. Of no effect after `release`."""
+        if self._count == 0:
+            return
+        try:
+            self.hold(budget, CHOICE_BYTES + num_tokens * TEXT_BYTES)
+        except Overloaded:
+            return
+        self._count -= 1
+        self._permits.num_held -= 1
 
     def widen(self, count: int) -> None:
         """Hold `count` permits instead of one, all or nothing.

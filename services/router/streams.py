@@ -8,7 +8,7 @@ comes too early waits for what is missing. Its end is decided here and once: `en
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -70,6 +70,7 @@ class Stream:
         self.submit = submit
         self.wake = wake
         self.is_prompt_only = is_prompt_only
+        self.on_end: Callable[[Stream], None] | None = None  # called once, when it ends
         self.ending: Ending | None = None
         self.tokens: list[int] = []  # that count: up to the one that completed a stop string
         self.num_submits = 0
@@ -203,6 +204,8 @@ class Stream:
         self._early.clear()
         if ending.kind == "finish":
             self._texts.append(self._text.finish())
+        if self.on_end is not None:
+            self.on_end(self)
         self.wake.set()
         return True
 

@@ -4,6 +4,7 @@ one who sends it, and beside it others are answered in time and memory is bounde
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from tests.procs.health_watch import health_watched
 from tests.procs.router_fakes import FakeRank, Reply, layout_of
 from tests.procs.router_harness import RouterProcess, write_model
+from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
 HEALTH_S = 1.0  # 0.2 s on a machine without other work; some of these took 6.4 s
@@ -110,3 +112,25 @@ def peak_bytes(router: RouterProcess) -> int:
     with open(f"/proc/{router.process.pid}/status", encoding="utf-8") as file:
         fields = dict(line.split(":", 1) for line in file)
     return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def test_answers_that_nobody_reads_keep_no_place(router: RouterProcess, rank: FakeRank) -> None:
+    """Four clients ask for all places and do not read what they get: others are served once it is computed."""
+    body = encoded(prompt="x", n=64, max_tokens=100, logprobs=20, ignore_eos=True)
+    stream = encoded(prompt="x", n=64, max_tokens=100, logprobs=20, ignore_eos=True, stream=True)
+    silent = []
+    try:
+        for raw in (body, stream, body, stream):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
+            connection.connect(("127.0.0.1", router.port))
+            lines = ("Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(raw)}", "", "")
+            connection.sendall("\r\n".join([f"POST {COMPLETIONS} HTTP/1.1", *lines]).encode() + raw)
+            silent.append(connection)
+        wait_until(lambda: router.http.get("/load").json()["server_load"] == 0, "all were computed", 30.0)
+        answer = router.http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 2, "n": 128})
+        assert answer.status_code == 200
+    finally:
+        for connection in silent:
+            connection.close()
+    wait_until(lambda: router.http.get("/load").json()["server_load"] == 0, "nothing is left", 30.0)

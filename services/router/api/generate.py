@@ -107,6 +107,7 @@ async def start(
                 stream = Stream(
                     submit.request_id, submit, text, generation.wake, now=now, is_prompt_only=options.max_tokens == 0
                 )
+                stream.on_end = lambda ended: permit.end_one(front.answers, ended.num_tokens)
                 if stream.is_prompt_only and not submit.prompt_logprobs:
                     stream.end(Ending("finish", "length"))  # there is nothing to compute
                 else:

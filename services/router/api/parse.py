@@ -23,7 +23,7 @@ from services.router.api.whole import to_integers, told
 T = TypeVar("T")
 
 LARGE_BYTES = 64 * 1024  # below, whatever it consists of takes a few milliseconds
-CONTAINERS_MAX = 65_536  # arrays and objects
+CONTAINERS_MAX = 16_384  # arrays and objects: four for each of the most messages
 STRINGS_MAX = 262_144  # names and texts
 
 _PATH = re.compile(r"^(.*) - at (?:`key` in )?`\$([^`]*)`$", re.DOTALL)
@@ -43,7 +43,9 @@ async def body_of(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
         tokens_max = BATCH_MAX * front.dispatcher.max_model_len()
     except Unavailable:
         tokens_max = PROMPT_TOKENS_MAX
-    return parse(decoder, raw, tokens_max=min(tokens_max, PROMPT_TOKENS_MAX))
+    parsed = parse(decoder, raw, tokens_max=min(tokens_max, PROMPT_TOKENS_MAX))
+    await front.turns.wait()  # what is made of it next takes a while too
+    return parsed
 
 
 def parse(decoder: msgspec.json.Decoder[T], raw: bytes, *, tokens_max: int = PROMPT_TOKENS_MAX) -> T:
