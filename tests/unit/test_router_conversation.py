@@ -102,7 +102,7 @@ def test_what_cannot_be_given(kind: Any, fields: dict[str, Any], text: str, para
 
 def test_a_template_of_a_request_is_refused_by_tokenize_too() -> None:
     """Chat refuses the word with all others that it does not know."""
-    with pytest.raises(InvalidRequest, match="the template comes with the model") as caught:
+    with pytest.raises(InvalidRequest, match="a template comes with the model only") as caught:
         conversation(TokenizeRequest, chat_template="{{ 1 }}")
     assert caught.value.param == "chat_template"
 

@@ -32,7 +32,7 @@ def conversation_of(raw: ChatRequest | TokenizeRequest) -> Conversation:
     """What the template is given. Raises InvalidRequest for what it cannot be given."""
     _refuse_tools(raw)
     if isinstance(raw, TokenizeRequest) and raw.chat_template is not None:  # chat refuses the word itself
-        raise unsupported("chat_template", "the template comes with the model")
+        raise unsupported("chat_template", "a template comes with the model only")
     opens_final = raw.continue_final_message or False
     if opens_final and raw.add_generation_prompt:
         raise InvalidRequest(

@@ -43,9 +43,7 @@ async def body_of(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
         tokens_max = BATCH_MAX * front.dispatcher.max_model_len()
     except Unavailable:
         tokens_max = PROMPT_TOKENS_MAX
-    parsed = parse(decoder, raw, tokens_max=min(tokens_max, PROMPT_TOKENS_MAX))
-    await front.turns.wait()  # what is made of it next takes a while too
-    return parsed
+    return parse(decoder, raw, tokens_max=min(tokens_max, PROMPT_TOKENS_MAX))
 
 
 def parse(decoder: msgspec.json.Decoder[T], raw: bytes, *, tokens_max: int = PROMPT_TOKENS_MAX) -> T:

@@ -79,5 +79,5 @@ class _Sampled:
         self.request, self.tokens = state.request, state.tokens
 
 
-if any("multiprocessing.forkserver" in word for word in sys.orig_argv):
+if "services.worker.template" in sys.orig_argv:
     patch()
