@@ -159,7 +159,8 @@ async def test_it_is_known_where_the_router_submits_it_anew(
     """Log probabilities are lost with a rank: the request starts over, in another row, maybe at another rank."""
     seed = seed_of("choice", "is killed", LATER)
     died, _ = await try_one(two[0], model_folder("oracle"), seed, 2, logprobs=1)
-    assert died == 1 + GUILTY_FAILURES
+    # What is promised (P25). Less where what the first rank knew of it reaches the second one before its row does.
+    assert 1 + GUILTY_FAILURES <= died <= SUSPECT_FAILURES + GUILTY_FAILURES
 
 
 async def test_the_client_is_told_so(two: tuple[Deployment, Failpoints]) -> None:
