@@ -17,7 +17,7 @@ from tests.procs.elastic import Elastic, holding, in_thread, start_elastic, wait
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
-pytestmark = [pytest.mark.procs, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(180)]
 
 CLIENTS = 8  # with answers so long that every rank has a sequence at every moment
 UP: dict[str, Any] = {"replicas": 4}  # r3t0 joins on the free device

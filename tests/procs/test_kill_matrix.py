@@ -33,7 +33,7 @@ from tests.procs.elastic import STANDBYS, Elastic, Expected, TolerantLoad, event
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
-pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(240)]
 
 CONVERGE_S = 30.0
 SERVICES = ("scaler", "hmm", "router", "pool")

@@ -20,7 +20,7 @@ from tests.procs.deployment import Deployment
 from tests.procs.integrity import ask, check_integrity
 from tests.procs.waiting import processes_of, wait_until
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.slow]
 
 MIB = 1 << 20
 LARGE = {

@@ -25,7 +25,7 @@ from tests.procs.failpoints import Failpoints
 from tests.procs.launcher_run import Run
 from tests.procs.waiting import processes_of, wait_until
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.slow]
 
 CALL_MS = 20_000
 STANDBYS = 3
@@ -180,7 +180,7 @@ def test_the_next_pool_has_the_ranks_of_the_last_one_however_often_it_ends(site:
     site.client.call(StopRank(RankId(5, 0), site.wanted[5].incarnation, 5_000), deadline_ms=CALL_MS)
     exited = site.exit_of(5)
     assert (exited.exit_code, exited.reason) == (0, "exited with status 0")
-    # A pool that ends again and again is tried again after longer pauses. Its ranks go on meanwhile, until the end of all.
+    # A pool that ends again and again is tried again after longer pauses. Its ranks go on until the end of all.
     last = site.start(5)
     assert last != pids[5]
 

@@ -17,7 +17,7 @@ from tests.procs.clients import Load, check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.integrity import check_integrity
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.slow]
 
 RESIZES = 50
 DEVICES = 6

@@ -23,7 +23,7 @@ from services.router.text.texts import INLINE_CHARS_MAX, Texts
 from services.router.text.worker import GROWTH_BYTES_MAX
 from tests.procs.router_harness import write_model
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.slow]
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 SLOW = "{% if messages[0].content == 'slow' %}" + LOOPS
 HUNGRY = "{% elif messages[0].content == 'hungry' %}{{ 'x' * 900000000 * messages | length }}"
