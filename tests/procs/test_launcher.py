@@ -196,6 +196,7 @@ def test_ports_stay_ours_while_a_process_restarts_and_nobody_is_refused(start: S
     for name, port in (("scaler", record.admin_port), ("router", record.port)):
         pid = run.pid(name)
         os.kill(pid, signal.SIGSTOP)  # it answers nobody, and still has a copy of the socket
+        wait_until(lambda pid=pid: ") T " in Path(f"/proc/{pid}/stat").read_text(), "it has stopped")
         with socket.create_connection(("127.0.0.1", port), timeout=10) as early:
             early.sendall(b"GET /ready HTTP/1.0\r\n\r\n")
             os.kill(pid, signal.SIGKILL)
