@@ -14,6 +14,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
+from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     negative_data_rejection,
@@ -115,6 +116,28 @@ def test_the_routers_document_is_true_without_replicas(empty_router: App) -> Non
 def test_the_routers_document_is_true_while_it_serves(serving_router: App) -> None:
     seen = check(serving_router, {}, num_examples=15)
     assert {status for _, _, status in seen} >= {200, 400, 404}
+
+
+STREAMED: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": [1, 2], "echo": True, "logprobs": 2},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 2},
+}
+
+
+@pytest.mark.parametrize("path", STREAMED)
+@pytest.mark.parametrize("options", [None, {"include_usage": True}, {"continuous_usage_stats": True}])
+def test_the_events_of_a_stream_are_what_the_document_says(serving_router: App, path: str, options: Any) -> None:
+    operation = schemathesis.openapi.from_asgi("/openapi.json", serving_router)[path]["POST"]
+    body = {"model": "m", "stream": True, "stream_options": options, "max_tokens": 1, **STREAMED[path]}
+    case = operation.Case(body=body, media_type="application/json")
+    answer = case.call()
+    assert answer.status_code == 200, answer.content
+    assert answer.content.endswith(b"data: [DONE]\n\n")
+    case.validate_response(answer, checks=CHECKS[:3])
+    false = case.call()
+    false.content = false.content.replace(b'"index":', b'"indices":')
+    with pytest.raises(FailureGroup):  # events are looked into
+        case.validate_response(false, checks=CHECKS[:3])
 
 
 def test_the_admin_document_is_true_before_anything_serves(starting_admin: App) -> None:

@@ -19,6 +19,7 @@ from services.router.api.parse import body_of
 from services.router.api.schemas import (
     AnswerMessage,
     ChatCompletion,
+    ChatCompletionChunk,
     ChatLogprobs,
     ChatRequest,
     Usage,
@@ -31,7 +32,7 @@ _decoder = msgspec.json.Decoder(ChatRequest)
 _encode = msgspec.json.encode
 
 
-@routes.post("/v1/chat/completions", **describe(ChatRequest, ChatCompletion, is_stream=True))
+@routes.post("/v1/chat/completions", **describe(ChatRequest, ChatCompletion, chunk=ChatCompletionChunk))
 async def chat_completions(request: Request) -> Response:
     """Continue a conversation."""
     front = front_of(request)

@@ -20,6 +20,7 @@ from services.router.api.parse import body_of
 from services.router.api.schemas import (
     BATCH_MAX,
     Completion,
+    CompletionChunk,
     CompletionLogprobs,
     CompletionRequest,
 )
@@ -33,7 +34,7 @@ _decoder = msgspec.json.Decoder(CompletionRequest)
 _encode = msgspec.json.encode
 
 
-@routes.post("/v1/completions", **describe(CompletionRequest, Completion, is_stream=True))
+@routes.post("/v1/completions", **describe(CompletionRequest, Completion, chunk=CompletionChunk))
 async def completions(request: Request) -> Response:
     """Continue a text."""
     front = front_of(request)

@@ -32,17 +32,18 @@ def describe(
     body: type[msgspec.Struct] | None,
     answer: type[msgspec.Struct] | None,
     *,
-    is_stream: bool = False,
+    chunk: type[msgspec.Struct] | None = None,
     names_model: bool = False,
     unready: type[msgspec.Struct] | None = None,
 ) -> Any:
     """Keyword arguments of a route: how its body and its answers look. `answer` None: plain text. `names_model`: its
-    path does, and may name none. `unready`: the body of its 503, where that is no error's."""
+    path does, and may name none. `chunk`: what the events of a streamed answer hold. `unready`: the body of its 503,
+    where that is no error's."""
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     if answer is not None:
         content = {"application/json": {"schema": {"$ref": _REF + answer.__name__}}}
-    if is_stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+    if chunk is not None:
+        content["text/event-stream"] = {"schema": _event_of(chunk)}
     error = {"application/json": {"schema": {"$ref": _REF + "ErrorBody"}}}
     short = ("400", "401", "403", "404", "503") if names_model else ("400", "401", "403", "503")
     codes = _ERRORS if body is not None else {code: _ERRORS[code] for code in short}
@@ -55,6 +56,15 @@ def describe(
         schema = {"schema": {"$ref": _REF + body.__name__}}
         extra["requestBody"] = {"required": True, "content": {"application/json": schema}}
     return {"openapi_extra": extra, "response_model": None}
+
+
+def _event_of(chunk: type[msgspec.Struct]) -> dict[str, Any]:
+    """An event of a stream. Before OpenAPI 3.2 the schema of an event stream is read as that of each of its events."""
+    parts = [{"$ref": _REF + chunk.__name__}, {"$ref": _REF + "ErrorBody"}]
+    json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": parts}}
+    meaning = "A chunk; an error, where the answer ends early; the end"
+    data = {"anyOf": [{"const": "[DONE]"}, json], "description": meaning}
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
 
 
 def install(app: FastAPI) -> None:

@@ -252,6 +252,34 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     usage: Usage
 
 
+class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a chunk adds to the message: the first its role, the last nothing."""
+
+    role: str | msgspec.UnsetType = msgspec.UNSET
+    content: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True):
+    """A piece of one answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatCompletionChunk(msgspec.Struct, frozen=True):
+    """An event of a streamed chat. `usage`: null but in the last, or in every one, or not there at all: as asked for by
+    `stream_options`."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+
+
 class CompletionLogprobs(msgspec.Struct, frozen=True):
     """Log probabilities of a completion, one entry a token; null for a prompt's first."""
 
@@ -279,6 +307,17 @@ class Completion(msgspec.Struct, frozen=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class CompletionChunk(msgspec.Struct, frozen=True):
+    """An event of a streamed completion. `usage`: as a chat's chunk has it."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Tokenized(msgspec.Struct, frozen=True):
