@@ -178,7 +178,8 @@ def judge_abuse(abuse: Abuse, tally: Tally, alone: Tally) -> list[Verdict]:
             f"/health within {HEALTH_S_MAX * 1e3:.0f} ms, but for one probe in a hundred",
             abuse.health_percentile(99) <= HEALTH_S_MAX,
             f"p99 {abuse.health_percentile(99) * 1e3:.0f} ms; longest {seconds * 1e3:.0f} ms "
-            f"(beside {', '.join(under_way) or 'none'})",
+            f"(beside {', '.join(under_way) or 'none'}); p99 beside the slowest: "
+            + ", ".join(f"{name} {waited * 1e3:.0f} ms" for name, waited in [*abuse.health_beside(99).items()][:3]),
         ),
         Verdict("P26", "memory within its limits", not over, f"peaks in MiB: {peaks}"),
         Verdict(

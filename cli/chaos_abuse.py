@@ -48,13 +48,24 @@ class Abuse:
 
     def health_percentile(self, percent: float) -> float:
         """Of the times that probes waited, in seconds."""
-        ordered = sorted(seconds for _, seconds in self.health)
-        return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else 0.0
+        return _percentile([seconds for _, seconds in self.health], percent)
+
+    def health_beside(self, percent: float) -> dict[str, float]:
+        """The same of the probes beside each attack, slowest first."""
+        names = {name for under_way, _ in self.health for name in under_way}
+        beside = {name: [seconds for under_way, seconds in self.health if name in under_way] for name in names}
+        found = {name: _percentile(waited, percent) for name, waited in beside.items()}
+        return dict(sorted(found.items(), key=lambda entry: -entry[1]))
 
     def slowest_health(self) -> tuple[float, tuple[str, ...]]:
         """The longest time that a probe waited, in seconds, and what was under way."""
         under_way, seconds = max(self.health, key=lambda probe: probe[1], default=((), 0.0))
         return seconds, under_way
+
+
+def _percentile(values: list[float], percent: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else 0.0
 
 
 @asynccontextmanager

@@ -170,6 +170,28 @@ async def large_detokenize(target: Target) -> str:
     return await _post(target, "/detokenize", b'{"tokens":[' + b"1," * 1_000_000 + b"1]}")
 
 
+_PARTS = b'{"role":"user","content":[' + b",".join([b'{"type":"text","text":""}'] * 250) + b"]}"
+_USER = b'{"messages":[{"role":"user","content":"a"}],'
+_HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "floats": (_GENERATE, lambda: b'{"prompt":[' + b"1.0," * 200_000 + b"1.0]}"),
+    "long integers": (_GENERATE, lambda: b'{"prompt":[' + b"1" * 300 + (b"," + b"1" * 300) * 20_000 + b"]}"),
+    "brackets in a text": (_GENERATE, lambda: b'{"prompt":"' + b"[{" * (BODY_BYTES // 2) + b'"}'),
+    "escapes": (_GENERATE, lambda: b'{"prompt":"' + b'\\"[' * (BODY_BYTES // 4) + b'"}'),
+    "empty parts": (_CHAT, lambda: b'{"messages":[' + b",".join([_PARTS] * 60) + b"]}"),
+    "names": (_CHAT, lambda: _USER + b",".join(b'"k%d":1' % i for i in range(120_000)) + b"}"),
+    "template values": (_CHAT, lambda: _USER + b'"chat_template_kwargs":{"a":["k"' + b',"k"' * 120_000 + b"]}}"),
+    "stops": (_CHAT, lambda: _USER + b'"stop_token_ids":[1' + b",1" * 120_000 + b"]}"),
+    "digits": (_GENERATE, lambda: b'{"max_tokens":' + b"9" * BODY_BYTES + b"}"),
+    "blanks": (_CHAT, lambda: _USER[:-1] + b" " * BODY_BYTES + b"}"),
+}
+
+
+async def heavy(target: Target) -> str:
+    """A large body that takes long to look at, of one kind or another."""
+    path, make = _HEAVY[target.rng.choice(sorted(_HEAVY))]
+    return await _post(target, path, make())
+
+
 async def many_messages(target: Target) -> str:
     """A conversation of thousands of messages."""
     return await _post(target, _CHAT, {"messages": [{"role": "user", "content": "x"}] * 4_096, "max_tokens": 1})
@@ -273,6 +295,7 @@ ATTACKS: tuple[Attack, ...] = (
     deep,
     large_tokenize,
     large_detokenize,
+    heavy,
     many_messages,
     priority,
     left_alone,

@@ -22,6 +22,7 @@ from common.http.refusal import Refusal, bad_request, explain, too_many
 
 HEAD_SECONDS_MAX = 10.0  # for a request's head, and for the rest of a body that nobody reads
 GUEST_SECONDS_MAX = 2.0  # for a head where no place is free
+HALF_CLOSED_SECONDS = 2.0  # for the answers to a client that has closed its side
 CONFIRM_SECONDS = 0.1  # for a busy loop to read what has come
 HEAD_BYTES_MAX = 64 * 1024
 GUEST_HEAD_BYTES_MAX = 8 * 1024
@@ -60,6 +61,7 @@ class Connection(OrderlyProtocol):
         self.parser = httptools.HttpRequestParser(self)  # uvicorn's has leniencies
         self._is_deaf = False
         self._is_guest = False
+        self._has_peer_ended = False
         self._refusal: Refusal | None = None  # to be answered after the requests before it
         self._front: Cycle | None = None  # the request that is answered, or was last
         self._state = _IDLE
@@ -90,6 +92,17 @@ class Connection(OrderlyProtocol):
         self.places.leave(self)
         self._disconnect()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The peer sends no more. It may have left, or only have closed its side (`nc -N`, some probes): what it asked
+        to read it gets, where that begins soon. Who waits for work has left: nothing else tells that a client does."""
+        asked = [cast(Cycle, cycle) for cycle in (*(cycle for cycle, _ in self.pipeline), self._front)]
+        if not self._is_answering or self._state != _IDLE or not all(cycle.is_reading for cycle in asked):
+            return False
+        self._is_deaf = self._has_peer_ended = True
+        asked[0].keep_alive = False  # the newest
+        self._await(HALF_CLOSED_SECONDS, self._drop)
+        return True
 
     def data_received(self, data: bytes) -> None:
         """Count before and after parsing: whoever sends heads or framing without end is cut off."""
@@ -305,7 +318,7 @@ class Connection(OrderlyProtocol):
         self._unset_keepalive_if_required()
         self._stop_waiting()
         self._disconnect()
-        if not self.transport.is_closing() and self.places.linger(self):
+        if not self.transport.is_closing() and not self._has_peer_ended and self.places.linger(self):
             self._tell_end()
         else:
             self._drop()

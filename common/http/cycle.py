@@ -6,6 +6,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+
 
 class Cycle(RequestResponseCycle):
     """`keep_alive`: whether another request may follow. An answer that begins before its request has come whole ends
@@ -13,6 +15,11 @@ class Cycle(RequestResponseCycle):
     a 100 nobody knows whether it sends the rest at all."""
 
     may_keep_alive = False
+
+    @property
+    def is_reading(self) -> bool:
+        """The request asks for no work, and its answer has not begun."""
+        return self.scope["method"] in _READING and not self.response_started
 
     def expect_rest(self, *, is_short: bool) -> None:
         """The head has come."""

@@ -19,7 +19,7 @@ from common.http.door import Door
 from common.http.listener import Server, make_server
 
 PLACES = 3
-HELD = b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n"
+HELD = b"POST /held HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
 NOW = b"GET /0 HTTP/1.1\r\nHost: x\r\n\r\n"
 PROBE = b"GET /probe HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\nabc"
@@ -109,6 +109,10 @@ class Client:
     async def say(self, said: bytes) -> None:
         self._writer.write(said)
         await self._writer.drain()
+
+    def end(self) -> None:
+        """Close the sending side."""
+        self._writer.write_eof()
 
     async def line(self) -> bytes:
         """The first line of an answer, whose rest is read too."""
@@ -241,6 +245,31 @@ async def test_a_client_that_hears_the_end_and_stays_is_not_waited_for(serving: 
     client = await serving.connect(b"nonsense\r\n\r\n")
     await client.rest()
     await serving.settle(0)  # though the client has not closed
+
+
+async def test_a_client_that_has_closed_its_side_gets_what_it_asked_to_read(serving: Serving) -> None:
+    for said in (NOW, PROBE * 3, b"HEAD /0 HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /held HTTP/1.0\r\n\r\n"):
+        client = await serving.connect(said)
+        client.end()
+        if b"held" in said:
+            await serving.settle(1)
+            serving.app.release.set()
+        answer = await client.rest()  # to the connection's end
+        assert answer.count(b"HTTP/1.1 200 OK") == said.count(b" /")
+    await serving.settle(0)
+
+
+@pytest.mark.parametrize(
+    "said", [HELD, HELD.replace(b"POST", b"GET"), POST, b"GET /0 HTTP/1.1\r\nHost", HELD + POST, NOW[:-2]]
+)
+async def test_a_client_that_has_closed_its_side_keeps_nothing_alive(
+    serving: Serving, said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HALF_CLOSED_SECONDS", 0.05)
+    client = await serving.connect(said)
+    client.end()
+    assert await client.rest() == b""
+    await serving.settle(0)
 
 
 async def test_every_request_hears_that_its_client_left(serving: Serving) -> None:

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.protocol.errors import InvalidRequest
-from services.router.api import parse as module
-from services.router.api.parse import CONTAINERS_MAX, LARGE_BYTES, STRINGS_MAX, parse
+from common.protocol.limits import PROMPT_TOKENS_MAX
+from services.router.api.parse import LARGE_BYTES, parse
+from services.router.api.parts import CONTAINERS_MAX, PIECE_BYTES, STRINGS_MAX, Parts
 from services.router.api.schemas import ChatRequest, CompletionRequest
 
 CHAT, COMPLETION = msgspec.json.Decoder(ChatRequest), msgspec.json.Decoder(CompletionRequest)
@@ -26,6 +27,14 @@ def filled(before: bytes, part: bytes, after: bytes, count: int | None = None) -
     """A body with `part` as often as 8 MiB hold."""
     count = count or (BODY_BYTES - len(before) - len(after)) // (len(part) + 1)
     return before + b",".join([part] * count) + after
+
+
+def counted(decoder: Any, raw: bytes, *, tokens_max: int = PROMPT_TOKENS_MAX, size: int = PIECE_BYTES) -> Any:
+    """As the router takes a large body."""
+    parts = Parts(tokens_max)
+    for start in range(0, len(raw), size):
+        parts.count(raw[start : start + size])
+    return parse(decoder, raw)
 
 
 MANY = {
@@ -49,7 +58,7 @@ def test_a_body_of_too_many_parts_is_refused_before_it_becomes_objects(name: str
     decoder, raw = MANY[name]
     begun = time.process_time()
     with pytest.raises(InvalidRequest) as caught:
-        parse(decoder, raw)
+        counted(decoder, raw)
     assert caught.value.code == "body_too_complex"
     assert "the limit is" in caught.value.message
     # Decoding the first of them takes 2.5 s and 400 MB.
@@ -63,19 +72,19 @@ def test_a_body_of_too_many_parts_is_refused_before_it_becomes_objects(name: str
 )
 def test_a_text_may_have_any_characters(text: str) -> None:
     for raw in (json.dumps({"prompt": text, "stop": ["\\", '"']}).encode(), msgspec.json.encode({"prompt": text})):
-        assert parse(COMPLETION, raw).prompt == text
+        assert counted(COMPLETION, raw).prompt == text
 
 
 def test_what_fits_is_decoded() -> None:
-    assert parse(COMPLETION, filled(b'{"prompt":[', b"1", b"]}", 1_048_576)).prompt == [1] * 1_048_576
-    assert len(parse(COMPLETION, filled(b'{"prompt":[', b'"a"', b"]}", STRINGS_MAX - 1)).prompt) == STRINGS_MAX - 1
+    assert counted(COMPLETION, filled(b'{"prompt":[', b"1", b"]}", 1_048_576)).prompt == [1] * 1_048_576
+    assert len(counted(COMPLETION, filled(b'{"prompt":[', b'"a"', b"]}", STRINGS_MAX - 1)).prompt) == STRINGS_MAX - 1
     assert (
-        len(parse(COMPLETION, filled(b'{"prompt":[', b"[1]", b"]}", CONTAINERS_MAX - 2)).prompt) == CONTAINERS_MAX - 2
+        len(counted(COMPLETION, filled(b'{"prompt":[', b"[1]", b"]}", CONTAINERS_MAX - 2)).prompt) == CONTAINERS_MAX - 2
     )
-    with pytest.raises(InvalidRequest, match=f"{CONTAINERS_MAX + 1} arrays and objects; the limit is {CONTAINERS_MAX}"):
-        parse(COMPLETION, filled(b'{"prompt":[', b"[1]", b"]}", CONTAINERS_MAX - 1))
-    with pytest.raises(InvalidRequest, match="values; the limit is 263144"):
-        parse(COMPLETION, filled(b'{"prompt":[', b"1", b"]}", 300_000), tokens_max=1_000)
+    with pytest.raises(InvalidRequest, match=f"{CONTAINERS_MAX + 1} arrays and objects or more; the limit"):
+        counted(COMPLETION, filled(b'{"prompt":[', b"[1]", b"]}", CONTAINERS_MAX - 1))
+    with pytest.raises(InvalidRequest, match="values or more; the limit is 263144"):
+        counted(COMPLETION, filled(b'{"prompt":[', b"1", b"]}", 300_000), tokens_max=1_000)
 
 
 @given(
@@ -87,9 +96,10 @@ def test_what_fits_is_decoded() -> None:
         max_leaves=30,
     ),
     st.booleans(),
+    st.integers(1, 64),
 )
-def test_parts_are_counted_as_they_are(value: Any, is_ascii: bool) -> None:
-    """What is counted outside of texts is what the document has."""
+def test_parts_are_counted_as_they_are(value: Any, is_ascii: bool, size: int) -> None:
+    """What is counted outside of texts is what the document has, wherever it is cut."""
 
     def count(value: Any) -> tuple[int, int]:
         if isinstance(value, dict):
@@ -101,17 +111,10 @@ def test_parts_are_counted_as_they_are(value: Any, is_ascii: bool) -> None:
         return 0, isinstance(value, str)
 
     raw = json.dumps(value, ensure_ascii=is_ascii).encode()
-    seen: list[tuple[str, int, int]] = []
-
-    def collect(parts: list[tuple[str, int, int]]) -> None:
-        seen.extend(parts)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CONTAINERS_MAX", -1)  # so that it looks closely
-        patch.setattr(module, "_refuse", collect)
-        module._check_parts(raw, 1_000)
-    counted = {what: number for what, number, _ in reversed(seen)}
-    assert (counted["arrays and objects"], seen[0][1]) == count(value)
+    parts = Parts(1_000)
+    for start in range(0, len(raw), size):
+        parts.count(raw[start : start + size])
+    assert (parts._num_containers, parts._num_quotes // 2) == count(value)
 
 
 LARGE = {"unknown": "x" * LARGE_BYTES}

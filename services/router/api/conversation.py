@@ -113,12 +113,12 @@ def _check_size(given: Any, param: str) -> None:
             num_chars += sum(len(key) for key in value)
         if isinstance(value, int) and not -INTEGER_MAX <= value <= INTEGER_MAX:
             raise InvalidRequest(f"{param} has an integer beyond {INTEGER_MAX}", param=param)
-        if isinstance(value, dict | list):
-            pending += [(entry, depth + 1) for entry in (value.values() if isinstance(value, dict) else value)]
+        inner: Any = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         for what, count, most in (
             ("levels", depth, DEPTH_MAX),
-            ("values", num_values + len(pending), VALUES_MAX),
+            ("values", num_values + len(pending) + len(inner), VALUES_MAX),
             ("characters", num_chars, VALUE_CHARS_MAX),
         ):
             if count > most:
                 raise InvalidRequest(f"{param} has {count} {what} or more; the limit is {most}", param=param)
+        pending += [(entry, depth + 1) for entry in inner]

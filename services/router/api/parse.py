@@ -1,8 +1,7 @@
 """Bytes of a body to a request struct, or an error that names the field, the bound and the value.
 
-A body is decoded once, in one go, so what it may consist of is bounded before: a list is as long in memory as it is
-decoded, whatever bound it breaks. Telling what is wrong costs no more than having it right: nothing is decoded again
-but the value that is told.
+A body is decoded once, in one go, so what it may consist of is bounded before. Telling what is wrong costs no more
+than having it right: nothing is decoded again but the value that is told.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from fastapi import Request
 from common.protocol.errors import InvalidRequest, Unavailable
 from common.protocol.limits import PROMPT_TOKENS_MAX
 from services.router.api.gate import front_of
+from services.router.api.parts import PIECE_BYTES, Parts
 from services.router.api.schemas import BATCH_MAX
 from services.router.api.whole import to_integers, told
+from services.router.front import Front
 
 T = TypeVar("T")
 
 LARGE_BYTES = 64 * 1024  # below, whatever it consists of takes a few milliseconds
-CONTAINERS_MAX = 16_384  # arrays and objects: four for each of the most messages
-STRINGS_MAX = 262_144  # names and texts
 
 _PATH = re.compile(r"^(.*) - at (?:`key` in )?`\$([^`]*)`$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
@@ -33,24 +32,29 @@ _VALUE_BYTES_MAX = 4_096  # of what is looked at to tell it
 
 
 async def body_of(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
-    """The request's body. Large ones wait for their turn, so that others get theirs. Raises InvalidRequest."""
+    """The request's body. Large ones are looked at in pieces, so that others get their turns. Raises InvalidRequest."""
     raw = await request.body()
-    if len(raw) <= LARGE_BYTES:
-        return parse(decoder, raw)
-    front = front_of(request)
-    await front.turns.wait()
-    try:
-        tokens_max = BATCH_MAX * front.dispatcher.max_model_len()
-    except Unavailable:
-        tokens_max = PROMPT_TOKENS_MAX
-    return parse(decoder, raw, tokens_max=min(tokens_max, PROMPT_TOKENS_MAX))
-
-
-def parse(decoder: msgspec.json.Decoder[T], raw: bytes, *, tokens_max: int = PROMPT_TOKENS_MAX) -> T:
-    """Decode a body strictly. `tokens_max`: of all its prompts together. Raises InvalidRequest for anything else than a
-    valid request of that kind."""
     if len(raw) > LARGE_BYTES:
-        _check_parts(raw, tokens_max + STRINGS_MAX)
+        front = front_of(request)
+        parts = Parts(_tokens_max(front))
+        for start in range(0, len(raw), PIECE_BYTES):
+            await front.turns.wait()
+            parts.count(raw[start : start + PIECE_BYTES])
+        await front.turns.wait()
+    return parse(decoder, raw)
+
+
+def _tokens_max(front: Front) -> int:
+    """Of all prompts of a request together."""
+    try:
+        return min(BATCH_MAX * front.dispatcher.max_model_len(), PROMPT_TOKENS_MAX)
+    except Unavailable:
+        return PROMPT_TOKENS_MAX
+
+
+def parse(decoder: msgspec.json.Decoder[T], raw: bytes) -> T:
+    """Decode a body strictly, whose parts have been counted. Raises InvalidRequest for anything else than a valid
+    request of that kind."""
     try:
         return to_integers(decoder.decode(raw))
     except msgspec.ValidationError as error:
@@ -59,33 +63,6 @@ def parse(decoder: msgspec.json.Decoder[T], raw: bytes, *, tokens_max: int = PRO
         raise InvalidRequest(f"the body is not valid JSON: {error!s:.200}", code="invalid_json") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
-
-
-def _check_parts(raw: bytes, values_max: int) -> None:
-    """Raises InvalidRequest for a body of more parts than a request can have."""
-    if not any(count > most for _, count, most in _parts(raw, values_max)):
-        return
-    # Texts have such characters too: look at what is outside of them. What is escaped begins and ends no text.
-    bare = raw.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in raw else raw
-    _refuse([_strings(bare)])
-    _refuse(_parts(b"".join(bare.split(b'"')[::2]), values_max))
-
-
-def _parts(raw: bytes, values_max: int) -> list[tuple[str, int, int]]:
-    """What `raw` has of each kind at most, and how much it may have."""
-    containers = raw.count(b"[") + raw.count(b"{")
-    values = raw.count(b",")
-    return [_strings(raw), ("arrays and objects", containers, CONTAINERS_MAX), ("values", values, values_max)]
-
-
-def _strings(raw: bytes) -> tuple[str, int, int]:
-    return "texts and names", raw.count(b'"') // 2, STRINGS_MAX
-
-
-def _refuse(parts: list[tuple[str, int, int]]) -> None:
-    for what, count, most in parts:
-        if count > most:
-            raise InvalidRequest(f"the body has {count} {what}; the limit is {most}", code="body_too_complex")
 
 
 def _explain(text: str, raw: bytes) -> InvalidRequest:
