@@ -52,6 +52,7 @@ def encoded(**body: Any) -> bytes:
     return json.dumps(body).encode()
 
 
+PARTS = many(b'{"role":"user","content":[', b'{"type":"text","text":""}', b"]}", 250)
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 MEMBERS: dict[str, tuple[str, bytes, int]] = {
     # What a 32 kB body asked for, which was a 156 MB answer; and what is just within the bounds.
@@ -82,6 +83,17 @@ MEMBERS: dict[str, tuple[str, bytes, int]] = {
     # What is much in memory.
     "lists": (COMPLETIONS, many(b'{"prompt":[', b"[1]", b"]}", 2_000_000), 400),
     "messages": (CHATS, many(b'{"messages":[', b'{"role":"user"}', b"]}", 500_000), 400),
+    "brackets in a text": (COMPLETIONS, encoded(prompt="[{" * 3_900_000, n=999), 400),
+    "escapes": (COMPLETIONS, b'{"prompt":"' + b'\\\\\\"[' * 1_300_000 + b'","n":999}', 400),
+    "whole floats": (COMPLETIONS, many(b'{"prompt":[', b"97.0", b"]}", 200_000), 400),
+    "long integers": (COMPLETIONS, many(b'{"prompt":[', b"1" * 300, b"]}", 20_000), 400),
+    "empty parts": (CHATS, many(b'{"messages":[', PARTS, b'],"max_tokens":1}', 60), 400),
+    "names": (CHATS, many(b'{"messages":[],', b'"k":1', b"}", 120_000), 400),
+    "values for the template": (
+        CHATS,
+        many(b'{"messages":[{"role":"user","content":"a"}],"chat_template_kwargs":{"a":[', b'"k"', b"]}}", 120_000),
+        400,
+    ),
     # Answers that are much longer than what was asked.
     "the texts of tokens": ("/tokenize", encoded(prompt="a b " * 6_000, return_token_strs=True), 200),
     "a long text": ("/detokenize", many(b'{"tokens":[', b"97.0", b"]}", 380_000), 200),
