@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         if args.abuse:
             alone = tally
             seen, tally, abuse = asyncio.run(_run(args, seed, int(count), is_abused=True))
-            further = [*judge(seen, tally), *judge_abuse(abuse, tally, alone)]
+            further = [*judge(seen, tally), *judge_abuse(abuse.without(_router_away(seen)), tally, alone)]
             _print(further, seen, tally, title="what held beside a hostile client")
             verdicts += further
     except ValueError as error:
@@ -149,6 +149,11 @@ def judge(seen: Seen, tally: Tally) -> list[Verdict]:
         Verdict("integrity", "memory and blocks are sound", not seen.findings, "; ".join(seen.findings[:3]) or "sound"),
         Verdict("P17", "nothing leaked", not seen.leaks, "; ".join(seen.leaks[:3]) or "as before"),
     ]
+
+
+def _router_away(seen: Seen) -> list[tuple[float, float]]:
+    """When the router could not answer, for another reason than an attack."""
+    return [(begin, end) for begin, end, fault in seen.faults if fault.target == "router"]
 
 
 def judge_abuse(abuse: Abuse, tally: Tally, alone: Tally) -> list[Verdict]:

@@ -1,8 +1,8 @@
 """The hostile client of `elasticmoe chaos --abuse`, and what it costs others.
 
 The client is a process of its own (`cli.chaos_abuser`), so that its work delays no honest client here. It says what it
-begins and what came of it, a line each. Meanwhile /health is asked, as a probe would, and the resident memory of the
-processes that strangers reach is looked at.
+begins and what came of it, a line each. Meanwhile another one (`cli.chaos_prober`) asks for /health, as an orchestrator
+would, and the resident memory of the processes that strangers reach is looked at.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
 
 from cli.bench.deployment import Deployment
-from cli.bench.http import ask
 from cli.settings import importing_environment
 
 WATCHED = {"router": 512, "scaler": 256}  # MiB that each may hold at any time
@@ -33,33 +33,43 @@ _PAGES_PER_MIB = 256
 class Abuse:
     """What was tried and seen. `answers`: (attack, status or word) -> count. Memory in MiB, resident.
 
-    `before` and `after`: at rest; `peaks`: at any look. `health`: (attacks under way, seconds) of each probe.
+    `before` and `after`: at rest; `peaks`: at any look. `health`: of each probe (attacks under way, when it began on
+    the monotonic clock, seconds until its answer).
     """
 
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
-    health: list[tuple[tuple[str, ...], float]] = field(default_factory=list)
+    health: list[tuple[tuple[str, ...], float, float]] = field(default_factory=list)
 
     def failures(self) -> list[str]:
         """Attacks that were answered with an internal error."""
         return sorted(f"{name}: {word} {count}x" for (name, word), count in self.answers.items() if word == "500")
 
+    def without(self, windows: Sequence[tuple[float, float]]) -> Abuse:
+        """As if no probe had been under way in `windows` of (begin, end): while the router was away, for instance."""
+        health = [
+            (names, begun, seconds)
+            for names, begun, seconds in self.health
+            if not any(begun <= end and begun + seconds >= begin for begin, end in windows)
+        ]
+        return replace(self, health=health)
+
     def health_percentile(self, percent: float) -> float:
         """Of the times that probes waited, in seconds."""
-        return _percentile([seconds for _, seconds in self.health], percent)
+        return _percentile([seconds for *_, seconds in self.health], percent)
 
     def health_beside(self, percent: float) -> dict[str, float]:
         """The same of the probes beside each attack, slowest first."""
-        names = {name for under_way, _ in self.health for name in under_way}
-        beside = {name: [seconds for under_way, seconds in self.health if name in under_way] for name in names}
+        names = {name for under_way, *_ in self.health for name in under_way}
+        beside = {name: [seconds for under_way, _, seconds in self.health if name in under_way] for name in names}
         found = {name: _percentile(waited, percent) for name, waited in beside.items()}
         return dict(sorted(found.items(), key=lambda entry: -entry[1]))
 
     def slowest_health(self) -> tuple[float, tuple[str, ...]]:
         """The longest time that a probe waited, in seconds, and what was under way."""
-        under_way, seconds = max(self.health, key=lambda probe: probe[1], default=((), 0.0))
+        under_way, _, seconds = max(self.health, key=lambda probe: probe[2], default=((), 0.0, 0.0))
         return seconds, under_way
 
 
@@ -71,54 +81,67 @@ def _percentile(values: list[float], percent: float) -> float:
 @asynccontextmanager
 async def abused(deployment: Deployment, model: str, seed: int) -> AsyncIterator[Abuse]:
     """A hostile client for the time of the context; what it yields is complete afterwards. Raises ValueError where the
-    client's process fails."""
-    seen = Abuse(before=_memory(deployment))
-    command = [sys.executable, "-m", "cli.chaos_abuser", str(deployment.run_dir), model, str(seed)]
-    pipe = asyncio.subprocess.PIPE
-    client = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=importing_environment())
-    assert client.stdin is not None
-    assert client.stdout is not None
-    under_way: Counter[str] = Counter()
-    listening = asyncio.create_task(_listen(client.stdout, seen, under_way))
-    watching = [
-        asyncio.create_task(_probe(deployment, seen, under_way)),
-        asyncio.create_task(_look(deployment, seen)),
-    ]
+    client's process fails, or the prober's."""
+    seen, under_way = Abuse(before=_memory(deployment)), Counter[str]()
+    url = urlsplit(deployment.url)
+    looking = asyncio.create_task(_look(deployment, seen))
     try:
-        yield seen
-        client.stdin.close()  # that is its end
-        async with asyncio.timeout(_END_S_MAX):
-            await listening
-            if await client.wait():
-                raise ValueError(f"the hostile client ended with status {client.returncode}")
+        async with (
+            _child("cli.chaos_prober", [str(url.hostname), str(url.port)], lambda line: _probed(line, seen, under_way)),
+            _child(
+                "cli.chaos_abuser",
+                [str(deployment.run_dir), model, str(seed)],
+                lambda line: _attacked(line, seen, under_way),
+            ),
+        ):
+            yield seen
     finally:
-        for task in (*watching, listening):
-            task.cancel()
-        await asyncio.gather(*watching, listening, return_exceptions=True)
-        if client.returncode is None:
-            client.kill()
-            await client.wait()
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
     await _wait_given_back(deployment, seen)
 
 
-async def _listen(output: asyncio.StreamReader, seen: Abuse, under_way: Counter[str]) -> None:
-    """`> NAME` when an attack begins, `< NAME WORD` when it has ended."""
+@asynccontextmanager
+async def _child(module: str, arguments: list[str], on_line: Callable[[str], None]) -> AsyncIterator[None]:
+    """A process that says what it does, until its standard input ends."""
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", module, *arguments, stdin=pipe, stdout=pipe, env=importing_environment()
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    listening = asyncio.create_task(_listen(child.stdout, on_line))
+    try:
+        yield
+        child.stdin.close()  # that is its end
+        async with asyncio.timeout(_END_S_MAX):
+            await listening
+            if await child.wait():
+                raise ValueError(f"{module} ended with status {child.returncode}")
+    finally:
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+
+
+async def _listen(output: asyncio.StreamReader, on_line: Callable[[str], None]) -> None:
     async for line in output:
-        sign, name, *word = line.decode().split()
-        under_way[name] += 1 if sign == ">" else -1
-        if word:
-            seen.answers[name, word[0]] += 1
+        on_line(line.decode())
 
 
-async def _probe(deployment: Deployment, seen: Abuse, under_way: Counter[str]) -> None:
-    while True:
-        names, begun = tuple(+under_way), time.monotonic()
-        try:
-            await ask("GET", f"{deployment.url}/health")
-            seen.health.append((names, time.monotonic() - begun))
-        except ValueError:
-            pass  # a killed router; whether requests failed without an excuse is the honest clients' to say
-        await asyncio.sleep(_LOOK_S)
+def _attacked(line: str, seen: Abuse, under_way: Counter[str]) -> None:
+    """`> NAME` when an attack begins, `< NAME WORD` when it has ended."""
+    sign, name, *word = line.split()
+    under_way[name] += 1 if sign == ">" else -1
+    if word:
+        seen.answers[name, word[0]] += 1
+
+
+def _probed(line: str, seen: Abuse, under_way: Counter[str]) -> None:
+    begun, seconds = map(float, line.split())
+    seen.health.append((tuple(+under_way), begun, seconds))
 
 
 async def _look(deployment: Deployment, seen: Abuse) -> None:

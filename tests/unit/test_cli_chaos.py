@@ -113,7 +113,7 @@ def abuse_with(**changes: Any) -> Abuse:
         before={"router": 90.0, "scaler": 60.0},
         after={"router": 100.0, "scaler": 60.0},
         peaks={"router": 300.0, "scaler": 80.0},
-        health=[((), 0.01)] * 99,
+        health=[((), 5.0, 0.01)] * 99,
     )
     for name, value in changes.items():
         setattr(abuse, name, value)
@@ -130,7 +130,7 @@ def abuse_with(**changes: Any) -> Abuse:
         ({"peaks": {"scaler": 257.0}}, 1.0, {"memory within its limits"}),
         ({"after": {"router": 155.0, "scaler": 60.0}}, 1.0, {"memory given back to within 64 MiB"}),
         (
-            {"health": [((), 0.3)] * 2 + [((), 0.01)] * 98},
+            {"health": [((), 5.0, 0.3)] * 2 + [((), 6.0, 0.01)] * 98},
             1.0,
             {"/health within 200 ms, but for one probe in a hundred"},
         ),
@@ -140,6 +140,15 @@ def test_what_a_hostile_client_may_cost(changes: dict[str, Any], gap: float, exp
     alone, beside = Tally(gaps=[(1.0, 1.0)]), Tally(gaps=[(1.0, gap)])
     verdicts = judge_abuse(abuse_with(**changes), beside, alone)
     assert {verdict.what for verdict in verdicts if verdict.has_held is False} == expected
+
+
+def test_probes_while_the_router_is_away_do_not_count() -> None:
+    abuse = abuse_with(health=[(("deep",), 5.0, 0.3), (("deep", "heavy"), 6.0, 0.1), ((), 9.0, 0.01)])
+    assert abuse.slowest_health() == (0.3, ("deep",))
+    assert abuse.health_beside(99) == {"deep": 0.3, "heavy": 0.1}
+    for windows in ([(5.2, 5.4)], [(4.0, 5.0)], [(5.3, 5.5)], [(1.0, 2.0), (5.1, 5.2)]):
+        assert abuse.without(windows).slowest_health() == (0.1, ("deep", "heavy"))
+    assert abuse.without([(5.31, 5.9), (0.0, 4.9)]) == abuse
 
 
 async def test_every_attack_ends_whatever_the_peer_does() -> None:
