@@ -112,13 +112,11 @@ class KeeperConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
 class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`standbys`: processes kept ready beyond the running ranks; with 0 each rank is started from nothing, which takes
     seconds. `pool_name`: pools of one deployment differ in it.
-    `pin_cores`: the rank of device `host:i` runs on core i only (modulo their number), as on a slice of the machine.
-    `zero_copy` False: ranks copy their weights instead of mapping them, to measure what that costs."""
+    `pin_cores`: the rank of device `host:i` runs on core i only (modulo their number), as on a slice of the machine."""
 
     pool_name: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,32}\Z")] = "pool"
     standbys: Annotated[int, Meta(ge=0, le=64)] = 2
     pin_cores: bool = False
-    zero_copy: bool = True
 
 
 class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -127,9 +125,7 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
     host together; 0 for no limit. `operation_deadline_s`: a scale operation that is not committed by then is undone.
     `rank_stall_s`: a rank that lives and makes no progress for so long, while others do or while it is stopped or
     sleeps, is killed and replaced; it must exceed what the mathematics of one layer takes for `max_tokens_per_step`
-    tokens. For comparisons: `copy_from_disk` reads from the checkpoint what devices could copy from one another;
-    `scale_legs` 1 lets a new replica wait for its experts; `expert_slots` False lets the HMM do the copies, and hold
-    the memory, that experts without slots of their own would take."""
+    tokens."""
 
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8100
@@ -139,9 +135,6 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
     rank_restarts_window_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
     copy_bytes_per_s: Annotated[int, Meta(ge=0, le=_BYTES_MAX)] = 200 * 1024 * 1024
     operation_deadline_s: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
-    copy_from_disk: bool = False
-    scale_legs: Annotated[int, Meta(ge=1, le=2)] = 2
-    expert_slots: bool = True
     rank_stall_s: Annotated[float, Meta(gt=0, le=86_400)] = 2.4
     keep_alive_seconds: KeepAlive = 75.0
 

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 
-from cli.bench.deployment import Deployment, processes_of
+from cli.bench.deployment import Deployment
 
 _SAMPLE_S = 0.05
 _LOOK_S = 0.5  # how often to look for new files
@@ -22,14 +22,12 @@ _BLOCK_BYTES = 512
 class MemorySampler:
     """`samples`: (monotonic seconds, bytes over all devices of `deployments`), until `stop`.
 
-    `deployments` is the caller's list, which may change at any time. `has_private`: ranks hold copies of weights in
-    device memory of their own, which counts too (the HMM's files that they have open count once).
+    `deployments` is the caller's list, which may change at any time.
     """
 
-    def __init__(self, deployments: Sequence[Deployment], *, has_private: bool = False) -> None:
+    def __init__(self, deployments: Sequence[Deployment]) -> None:
         self.samples: list[tuple[float, int]] = []
         self._deployments = deployments
-        self._has_private = has_private
         self._paths: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -57,9 +55,7 @@ class MemorySampler:
     def _pids(self) -> list[int]:
         pids: list[int] = []
         for deployment in self._deployments:
-            if self._has_private:
-                pids += processes_of(deployment.run_dir)
-            elif (hmm := deployment.pid("hmm")) is not None:
+            if (hmm := deployment.pid("hmm")) is not None:
                 pids.append(hmm)
         return pids
 

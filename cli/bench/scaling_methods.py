@@ -1,4 +1,5 @@
-"""The ways to change a deployment's size that `bench scaling` compares: ElasticMoE, its ablations, and four baselines.
+"""The ways to change a deployment's size that `bench scaling` compares: ElasticMoE, with standbys and without, and four
+baselines.
 
 Each begins with one deployment that takes all requests and changes its size on command, up and down. Everything that a
 method starts is in `Scene.deployments` until it is gone, so that the caller can end it whatever happens.
@@ -316,16 +317,11 @@ class Kind(msgspec.Struct, frozen=True):
 
     make: Callable[[Scene, Load], Method]
     settings: dict[str, Any] = {}
-    has_private: bool = False  # ranks hold weights in private memory, which counts as the devices'
 
 
 KINDS: dict[str, Kind] = {
     "elastic": Kind(Elastic),
     "no-standby": Kind(Elastic, {"standbys": 0}),
-    "no-p2p": Kind(Elastic, {"copy_from_disk": "true"}),
-    "no-zero-copy": Kind(Elastic, {"zero_copy": "false"}, has_private=True),
-    "no-expert-slots": Kind(Elastic, {"expert_slots": "false"}),
-    "one-leg": Kind(Elastic, {"scale_legs": 1}),
     "cold-restart": Kind(ColdRestart),
     "horizontal": Kind(Horizontal),
     "extravagant": Kind(Extravagant),

@@ -65,7 +65,7 @@ class Run(msgspec.Struct, frozen=True):
 async def run_once(recipe: Recipe, kind: Kind, seed: int) -> Run:
     """Run one method; everything it started is gone afterwards. Raises ValueError with the reason when it failed."""
     scene = make_scene(recipe, kind.settings)
-    sampler = MemorySampler(scene.deployments, has_private=kind.has_private)
+    sampler = MemorySampler(scene.deployments)
     load = make_load(recipe, seed)
     gc.disable()  # a collection in our loop would be a pause of every stream
     try:

@@ -69,8 +69,7 @@ class StageLayout(Message, frozen=True):
 
     `layout.epoch` is one above the epoch in force. `kv_handles[device]`: KV handles of each device of both layouts from
     now until the release; where that is fewer than now, the device's rank vacates them first. `kv_handles_after`: from
-    the release on, for the devices of `layout`. `bytes_per_s_max`: of all copies together, 0 for no limit. `is_packed`:
-    for measurements: do the work of experts that lie side by side instead of in slots (`packed_records`).
+    the release on, for the devices of `layout`. `bytes_per_s_max`: of all copies together, 0 for no limit.
     """
 
     op_id: OpId
@@ -79,7 +78,6 @@ class StageLayout(Message, frozen=True):
     kv_handles: dict[str, int]
     kv_handles_after: dict[str, int]
     bytes_per_s_max: Annotated[int, Meta(ge=0)] = 0
-    is_packed: bool = False
 
 
 class CommitLayout(Message, frozen=True):

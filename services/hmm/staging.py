@@ -18,14 +18,6 @@ def record_bytes(loaded: Loaded, granularity: int) -> dict[RecordKey, int]:
     return {record.key: round_up(record.nbytes, granularity) for record in records(loaded.spec)}
 
 
-def packed_records(before: Layout, after: Layout, device: str) -> list[RecordKey]:
-    """What a device would have to copy within itself if the experts of a layer lay side by side: where any come or go,
-    those that stay move to a new buffer. With a slot for each expert nothing does."""
-    held, wanted = keys_of((before,), device), keys_of((after,), device)
-    changed = {key.layer for key in held ^ wanted if key.kind == "expert"}
-    return sorted(key for key in held & wanted if key.kind == "expert" and key.layer in changed)
-
-
 def check_stage(catalog: Catalog, loaded: Loaded, request: StageLayout, max_ranks: int) -> None:
     """Verify that `request` leads from the layout in force to another one, and within every budget.
 
@@ -123,8 +115,6 @@ def _check_budgets(catalog: Catalog, loaded: Loaded, request: StageLayout) -> No
         for device, num_handles in sorted(kv_handles.items()):
             budget = catalog.entry(device).budget
             weights = sum(sizes[key] for key in keys_of(wanted, device))
-            if request.is_packed and wanted is during:
-                weights += sum(sizes[key] for key in packed_records(*during, device))
             kv = num_handles * loaded.kv.handle_bytes
             if weights + kv + ledger > budget:
                 raise DoesNotFit(

@@ -16,7 +16,7 @@ from services.hmm.catalog import Loaded, Transition
 from services.hmm.holdings import Holdings
 from services.hmm.memory import DeviceMemory
 from services.hmm.sizing import size_ledger
-from services.hmm.staging import packed_records, record_bytes
+from services.hmm.staging import record_bytes
 from services.hmm.transfer import Part, Peaks, Transfer, punch
 
 Then = Callable[[ElasticMoEError | None], None]
@@ -32,7 +32,6 @@ class Supply:
         self._num_running = 0  # of its threads
         self._failure: ElasticMoEError | None = None
         self._claims: list[tuple[DeviceMemory, RecordKey | None, Handle]] = []
-        self._packed: list[tuple[DeviceMemory, Handle]] = []  # what a transition has in vain, to be measured
         self._num_releasing = 0
         self.peaks = Peaks()
         self.bytes_done = 0  # of the latest transfer that is over
@@ -85,18 +84,6 @@ class Supply:
             key = None if source is not None else copy.key
             part = Part(memory.device, handle, memory.address(handle), address, key)
             parts.setdefault(copy.target, []).append(part)
-        if request.is_packed:
-            for seat in transition.after.seats:
-                parts.setdefault(seat.device, []).extend(self._claim_packed(transition, seat.device, sizes))
-        return parts
-
-    def _claim_packed(self, transition: Transition, device: str, sizes: Mapping[RecordKey, int]) -> list[Part]:
-        memory, parts = self._holdings.memories[device], []
-        for key in packed_records(transition.before, transition.after, device):
-            handle = memory.claim(sizes[key], "weights")
-            self._packed.append((memory, handle))
-            source = memory.address(memory.records[key])
-            parts.append(Part(memory.device, handle, memory.address(handle), source))
         return parts
 
     def claim_kv(self, memory: DeviceMemory, count: int, loaded: Loaded) -> list[Part]:
@@ -146,9 +133,8 @@ class Supply:
 
     def drop_claims(self) -> None:
         """Give back what was claimed and is not settled; no thread may be at work on it."""
-        gone = [*self._packed, *((memory, handle) for memory, _, handle in self._claims)]
+        gone = [(memory, handle) for memory, _, handle in self._claims]
         self._claims.clear()
-        self._packed.clear()
         if gone:
             self.give_back(gone)
 

@@ -29,7 +29,7 @@ from services.hmm.handles import seat_memory, wanted_view
 from services.hmm.holdings import Holdings
 from services.hmm.membership import Membership
 from services.hmm.memory import DeviceMemory
-from services.hmm.staging import check_stage, packed_records, record_bytes
+from services.hmm.staging import check_stage, record_bytes
 from services.hmm.supply import Supply
 from services.hmm.transfer import Part
 
@@ -102,11 +102,7 @@ class Transitions:
         before = {seat.device: len(holdings.memories[seat.device].kv) for seat in loaded.layout.seats}
         self._supply.begin()
         sizes = record_bytes(loaded, holdings.granularity)
-        copied = [copy.key for copy in request.copies]
-        if request.is_packed:
-            for seat in request.layout.seats:
-                copied += packed_records(loaded.layout, request.layout, seat.device)
-        bytes_total = sum(sizes[key] for key in copied)
+        bytes_total = sum(sizes[copy.key] for copy in request.copies)
         holdings.transition = Transition(request, loaded.layout, before, "vacating", bytes_total=bytes_total)
         self._is_flip_logged = False
         self._enter("vacating")

@@ -32,14 +32,11 @@ class PlanMade(msgspec.Struct, frozen=True, tag="plan", kw_only=True):
     memory: Memory
     devices: tuple[str, ...]
     rates: Rates
-    legs_max: int = 2
     plan: str = ""
 
     def make(self) -> tuple[Plan, PlanMade]:
         """The plan, and this with its digest. Raises what plan_way raises."""
-        plan = plan_way(
-            self.layout, self.target, self.sizes, self.memory, self.devices, self.rates, legs_max=self.legs_max
-        )
+        plan = plan_way(self.layout, self.target, self.sizes, self.memory, self.devices, self.rates)
         return plan, msgspec.structs.replace(self, plan=digest(plan))
 
 

@@ -239,13 +239,8 @@ class Driver:
         if isinstance(action, Stage):
             rate = self._config.copy_bytes_per_s if action.is_throttled else 0
             leg = action.leg
-            copies = leg.copies
-            if self._config.copy_from_disk:
-                copies = tuple(to_hmm.RecordCopy(copy.key, "", copy.target) for copy in copies)
-            kv, kv_after, is_packed = leg.kv_handles, leg.kv_handles_after, not self._config.expert_slots
-            self._links.tell_hmm(
-                to_hmm.StageLayout(action.op_id, leg.layout, copies, kv, kv_after, rate, is_packed=is_packed)
-            )
+            kv, kv_after = leg.kv_handles, leg.kv_handles_after
+            self._links.tell_hmm(to_hmm.StageLayout(action.op_id, leg.layout, leg.copies, kv, kv_after, rate))
         elif isinstance(action, Commit):
             self._links.tell_hmm(to_hmm.CommitLayout(action.op_id))
         elif isinstance(action, Release):

@@ -167,7 +167,6 @@ class Intake:
             memory=memory,
             devices=tuple(device.device for device in hmm.devices if device.device not in unusable),
             rates=Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s)),
-            legs_max=self._config.scale_legs,
         )
         try:
             plan, made = made.make()

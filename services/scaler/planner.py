@@ -32,13 +32,11 @@ def make_plan(
     memory: Memory,
     devices: Sequence[str],
     rates: Rates = _DEFAULT_RATES,
-    *,
-    legs_max: int = 2,
 ) -> Plan:
     """Plan the way from `layout` to `target`; `devices` are all of the host, in the order in which joiners take them.
 
     Deterministic; slots and replica numbers are not bounded here, but joiners take the lowest that are free, so they
-    stay below the number of devices. `legs_max` 1: new replicas wait for their experts (to compare).
+    stay below the number of devices.
 
     Raises InvalidRequest (`invalid_target`, `too_few_devices`, `last_replica`),
     NotFound (`unknown_replica`, `unknown_device`) and DoesNotFit (`does_not_fit`), each with the figures.
@@ -50,7 +48,7 @@ def make_plan(
         held = Capacity(sizes, memory).held(layout, memory.kv_handles)
         total = sum(held.values())
         return Plan("none", layout, (), 0, 0, total, total, total, 0.0, 0.0)
-    steps = _steps(layout, seating, sizes, is_split=legs_max > 1)
+    steps = _steps(layout, seating, sizes)
     capacity = Capacity(sizes, memory)
     instants = capacity.instants(layout, steps)
     legs = []
@@ -84,12 +82,12 @@ def _kind(seating: Seating) -> Literal["scale_up", "scale_down", "replace"]:
     return "scale_up" if len(seating.joining) > len(seating.leaving) else "scale_down"
 
 
-def _steps(layout: Layout, seating: Seating, sizes: Sizes, *, is_split: bool) -> list[tuple[Layout, list[Move]]]:
+def _steps(layout: Layout, seating: Seating, sizes: Sizes) -> list[tuple[Layout, list[Move]]]:
     """The layouts of the legs, each with what has to move to get there."""
     seats = tuple(sorted((*seating.staying, *seating.joining), key=lambda seat: seat.rank))
     homes, experts = place(layout.homes, [seat.slot for seat in seats], sizes.experts)
     final = Layout(layout.epoch + 1, layout.tp, seats, homes)
-    if seating.leaving or not is_split:
+    if seating.leaving:
         return [(final, [*_common(layout, seating, sizes, experts), *experts])]
     joined = msgspec.structs.replace(final, homes=layout.homes)
     steps = [(joined, _common(layout, seating, sizes, []))]

@@ -22,11 +22,9 @@ def plan_way(
     memory: Memory,
     devices: Sequence[str],
     rates: Rates,
-    *,
-    legs_max: int = 2,
 ) -> Plan:
     """Plan the way from `layout` to `target`, as make_plan does, and raises what that raises."""
-    plan = make_plan(layout, target, sizes, memory, devices, rates, legs_max=legs_max)
+    plan = make_plan(layout, target, sizes, memory, devices, rates)
     after = {seat.device for seat in plan.after.seats}
     before = {seat.device for seat in layout.seats}
     if not after.isdisjoint(before):

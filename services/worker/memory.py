@@ -17,13 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from common.devices.base import Handle, ProcessRules, Range, Token
+from common.devices.base import Handle, Range, Token
 from common.devices.host import HostDevice
 from common.families import record
 from common.model_spec import DTYPE_BYTES, RecordKey, RecordSpec, round_up
 from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
 from common.protocol.handles import AttachReply, Extent, Routing, SeatMemory
-from native import host
 from native.bus import Bus
 from native.ledger import Ledger
 from services.worker.model.weights import KvCache, RankWeights
@@ -61,10 +60,9 @@ class Memory:
     be touched.
 
     `doorbells`: eventfd of each slot; the rank sleeps on its own. `routings`: owners of the experts, by epoch.
-    `zero_copy` False: weights are copied into memory of this process instead of being mapped, for measurements.
     """
 
-    def __init__(self, reply: AttachReply, fds: list[int], device: str, slot: int, *, zero_copy: bool = True) -> None:
+    def __init__(self, reply: AttachReply, fds: list[int], device: str, slot: int) -> None:
         """Map what `reply` says; `fds` are closed and the list is emptied.
 
         Raises DeviceError for a hand-over that breaks the device's rules, ProtocolError, ElasticMoEError
@@ -73,8 +71,6 @@ class Memory:
         self.memory_id = reply.memory_id
         self.spec = reply.spec
         self.device = HostDevice(device, reply.granularity)
-        self._private = None if zero_copy else HostDevice(device, reply.granularity, 1 << 40, rules=ProcessRules())
-        self._weights_device = self._private or self.device
         self.doorbells: dict[int, int] = {}
         self.routings: dict[int, Routing] = {}
         self._slot = slot
@@ -192,28 +188,13 @@ class Memory:
         while goal.map and left > 0:
             key, extent = goal.map.pop()
             range_, offset = self._place(key, extent)
-            handle = self._import_weights(extent, goal.fds)
+            handle = self.device.import_(_token(extent, goal.fds))
             by_range.setdefault(range_.base, (range_, []))[1].append((offset, handle))
             self._records[key] = _Mapping(range_, offset, handle, _identity(extent))
             left -= extent.nbytes
         for range_, parts in by_range.values():
-            self._weights_device.map_many(range_, parts, False, populate=populate)
+            self.device.map_many(range_, parts, False, populate=populate)
         return left
-
-    def _import_weights(self, extent: Extent, fds: list[int]) -> Handle:
-        shared = self.device.import_(_token(extent, fds))
-        if self._private is None:
-            return shared
-        copy, source = self._private.create(extent.nbytes, "weights"), self.device.reserve(extent.nbytes)
-        target = self._private.reserve(extent.nbytes)
-        self.device.map(source, 0, shared, False)
-        self._private.map(target, 0, copy, True)
-        host.copy(target.base, source.base, extent.nbytes)
-        for device, range_ in ((self.device, source), (self._private, target)):
-            device.unmap(range_, 0)
-            device.unreserve(range_)
-        self.device.release(shared)
-        return copy
 
     def _map_kv(self, goal: _Goal, left: int) -> int:
         parts = []
@@ -228,9 +209,8 @@ class Memory:
         return left
 
     def _unmap(self, mapping: _Mapping) -> None:
-        device = self.device if mapping.range_ is self._kv_range else self._weights_device
-        device.unmap(mapping.range_, mapping.offset)
-        device.release(mapping.handle)
+        self.device.unmap(mapping.range_, mapping.offset)
+        self.device.release(mapping.handle)
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
@@ -241,8 +221,6 @@ class Memory:
             os.close(fd)
         self.doorbells.clear()
         self.device.close()
-        if self._private is not None:
-            self._private.close()
 
     # ---- Places
 
@@ -258,12 +236,12 @@ class Memory:
         if not count:
             return None
         stride = round_up(self._described(RecordKey("expert", layer, 0)).nbytes, self.device.granularity)
-        return self._weights_device.reserve(count * stride), stride
+        return self.device.reserve(count * stride), stride
 
     def _place(self, key: RecordKey, extent: Extent) -> tuple[Range, int]:
         """Where a record belongs. Raises ProtocolError for one that the model does not have."""
         if key.kind != "expert":
-            return self._weights_device.reserve(extent.nbytes), 0
+            return self.device.reserve(extent.nbytes), 0
         slots = self._experts[key.layer] if 0 <= key.layer < len(self._experts) else None
         if slots is None or not 0 <= key.expert < self.spec.num_experts_by_layer[key.layer]:
             raise ProtocolError(f"{key} is not a record of this model")
@@ -286,7 +264,7 @@ class Memory:
         if mapping is None or mapping.handle.nbytes < described.nbytes:
             raise ElasticMoEError(f"record {key} was not handed over, or too small", code="missing_record")
         return {
-            tensor.name: self._weights_device.wrap(mapping.range_, tensor.offset, tensor.shape, None, tensor.dtype)
+            tensor.name: self.device.wrap(mapping.range_, tensor.offset, tensor.shape, None, tensor.dtype)
             for tensor in described.tensors
         }
 
@@ -297,7 +275,7 @@ class Memory:
             return {}
         range_, stride = slots
         return {
-            tensor.name: self._weights_device.wrap(
+            tensor.name: self.device.wrap(
                 range_,
                 tensor.offset,
                 (count, *tensor.shape),

@@ -78,7 +78,7 @@ class Rank:
         self._fence = Fence(config.state_dir, f"rank-{seat.slot}")
         failpoint("rank.attach")
         reply, fds = self._hmm.attach()
-        self._memory = Memory(reply, fds, seat.device, seat.slot, zero_copy=config.zero_copy)
+        self._memory = Memory(reply, fds, seat.device, seat.slot)
         attached = time.perf_counter()
         self._bus = self._memory.bus
         exchange = ShmExchange(self._bus, self._memory.spec.num_experts_by_layer)

@@ -14,7 +14,6 @@ import msgspec
 import pytest
 
 from cli.models import random_checkpoint
-from common.families import load_spec, records
 from common.layout import Layout, RankId, Seat, initial_layout
 from common.model_spec import RecordKey
 from common.protocol.errors import ElasticMoEError
@@ -30,7 +29,6 @@ from common.protocol.hmm import (
 from common.protocol.replies import Ack
 from common.protocol.scaler import HmmStatus, TransitionStatus
 from services.hmm.catalog import keys_of
-from services.hmm.staging import packed_records
 from tests.procs.hmm_harness import Deployment, Rank, load_message
 from tests.procs.waiting import processes_of, wait_until
 from tests.unit.specs import TINY_MIXTRAL
@@ -249,40 +247,6 @@ def test_records_that_no_device_offers_come_from_disk(world: World) -> None:
     world.wait_prepared(0, 1, 2)
     sums = {name.split("/")[1]: value for name, value in world.sums.items()}
     assert joiner.checksums() == {f"host:2/{key}": sums[str(key)] for key in joiner.records}
-
-
-@pytest.mark.parametrize("end", ["release", "abort", "restart"])
-def test_without_slots_the_experts_that_stay_are_copied_too_and_nothing_of_it_is_left(
-    world: World, model: Path, end: str
-) -> None:
-    plain = world.request((0, 1, 2))
-    assert world.before.layout is not None
-    devices = [seat.device for seat in world.before.layout.seats]
-    staying = [key for device in devices for key in packed_records(world.before.layout, plain.layout, device)]
-    assert staying
-    world.call(msgspec.structs.replace(plain, is_packed=True))
-    staged = world.wait("staged")
-    sizes = {record.key: record.nbytes for record in records(load_spec(model, "float32"))}
-    assert staged.bytes_done == staged.bytes_total
-    assert staged.bytes_total >= sum(sizes[copy.key] for copy in plain.copies) + sum(sizes[key] for key in staying)
-    more = [now.weights - old.weights for now, old in zip(world.status().devices, world.before.devices, strict=True)]
-    assert sum(more[:2]) >= sum(sizes[key] for key in staying)
-    if end == "restart":
-        world.restart()
-        world.wait("staged")
-    elif end == "abort":
-        world.call(AbortLayout("op-2"))
-        world.wait("aborted")
-        world.check_undone()
-        return
-    world.join(2)
-    world.wait_prepared(0, 1, 2)
-    world.call(CommitLayout("op-2"))
-    world.flip()
-    world.call(ReleaseLayout("op-2"))
-    world.wait("released")
-    world.wait_prepared(0, 1, 2)
-    world.check_memory()
 
 
 def test_kv_goes_only_when_its_rank_has_cleared_it(world: World) -> None:

@@ -166,7 +166,6 @@ def test_an_input_that_is_missing_or_another_one_is_told_apart(store: Store, tmp
     for changed in (
         msgspec.structs.replace(made, memory=msgspec.structs.replace(MEMORY, footprint=180)),
         msgspec.structs.replace(made, sizes=Sizes(11, (5,), (8,))),
-        msgspec.structs.replace(made, legs_max=1),
         msgspec.structs.replace(made, rates=Rates(step_s=1.0)),
     ):
         assert replay([changed]) == ["op: another plan"]

@@ -98,9 +98,9 @@ def owner() -> Iterator[Owner]:
     device.close()
 
 
-def attach(owner: Owner, experts: list[tuple[int, int]], num_kv: int = 2, *, zero_copy: bool = True) -> Memory:
+def attach(owner: Owner, experts: list[tuple[int, int]], num_kv: int = 2) -> Memory:
     seat = owner.seat(experts, num_kv)
-    return Memory(owner.reply(seat), owner.fds, "host:1", SLOT, zero_copy=zero_copy)
+    return Memory(owner.reply(seat), owner.fds, "host:1", SLOT)
 
 
 def byte_of(memory: Memory, layer: int, expert: int) -> int:
@@ -134,12 +134,9 @@ def test_attach_maps_what_is_named_and_closes_every_descriptor(owner: Owner) -> 
     memory.close()
 
 
-@pytest.mark.parametrize("zero_copy", [True, False])
-def test_experts_come_and_go_and_what_stays_keeps_its_place(
-    owner: Owner, monkeypatch: pytest.MonkeyPatch, zero_copy: bool
-) -> None:
+def test_experts_come_and_go_and_what_stays_keeps_its_place(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_module, "SLICE_BYTES", 1)  # one record between two steps
-    memory = attach(owner, [(0, 0), (0, 3), (1, 2)], zero_copy=zero_copy)
+    memory = attach(owner, [(0, 0), (0, 3), (1, 2)])
     address = memory.weights.experts[0]["w13"].data_ptr()
     memory.begin(owner.seat([(0, 0), (0, 1), (1, 2), (1, 3)], 2, (1, 2)), owner.fds)
     assert memory.is_changing
