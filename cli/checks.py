@@ -8,13 +8,14 @@ from pathlib import Path
 from cli.console import size
 from cli.probes import bind_once
 from cli.settings import Settings
+from common.capacity import AVAILABLE_SHARE, DeviceTooSmall, budget_of, kv_handles_min, load_of, size_load
 from common.checkpoint import Checkpoint
-from common.families import load_spec, records
-from common.model_spec import ModelSpec, kv_geometry, round_up
+from common.families import load_spec
+from common.layout import initial_layout
 from common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
+from common.protocol.hmm import LoadModel
 from common.store import store_of
 
-_MEMORY_SHARE = 0.8  # of what is available; the rest is for activations, the processes and everybody else
 _DISK_BYTES_MIN = 64 * 1024 * 1024
 
 
@@ -41,29 +42,52 @@ def check_store(settings: Settings) -> None:
 
 
 def check_memory(settings: Settings, model: Path) -> None:
-    """The model fits into the devices and those into the machine. Raises DoesNotFit with the figures, CheckpointError
-    when config.json describes no model that can be served."""
-    scaler = settings.scaler
+    """The model fits into the devices, by the HMM's own arithmetic, and they into the machine. Raises DoesNotFit with
+    the figures, CheckpointError when config.json describes no model that can be served."""
+    scaler, available = settings.scaler, available_bytes()
     spec = load_spec(model, scaler.dtype)
-    granularity = settings.hmm.granularity
-    weights = device_weights_bytes(spec, scaler.replicas * scaler.tp, granularity)
-    kv_min = kv_geometry(spec, scaler.block_size, granularity).handle_bytes
-    num_used = scaler.replicas * scaler.tp
-    available = available_bytes()
-    if settings.hmm.device_bytes:
-        budget = settings.hmm.device_bytes
-        if weights + kv_min > budget:
-            raise DoesNotFit(
-                f"{_shares(spec, weights, kv_min)} per device exceed the {size(budget)} of --device-memory",
-                code="out_of_memory",
-            )
-    needed = num_used * (weights + kv_min)
-    if needed > available * _MEMORY_SHARE:
+    budget = budget_of(settings.hmm, available, scaler.num_devices)
+    devices = [f"host:{index}" for index in range(scaler.num_devices)]
+    used = devices[: scaler.replicas * scaler.tp]
+    load = load_of(scaler, spec, initial_layout(spec.num_experts_by_layer, used, tp=scaler.tp))
+    try:
+        sizes = size_load(load, spec, dict.fromkeys(devices, budget), settings.hmm.granularity)
+    except DeviceTooSmall as small:
+        needs = _needs(load, small.weights_bytes, small.ledger_bytes, small.kv_bytes_min)
+        raise DoesNotFit(f"{needs} {_limit(settings, small, budget, available)}", code="out_of_memory") from None
+    kv_min = kv_handles_min(load, sizes.kv) * sizes.kv.handle_bytes
+    most = max(sizes.devices.values(), key=lambda device: device.weights_bytes)
+    needed = len(used) * (most.weights_bytes + most.ledger_bytes + kv_min)
+    if needed > available * AVAILABLE_SHARE:
         raise DoesNotFit(
-            f"{num_used} devices need {size(needed)} ({_shares(spec, weights, kv_min)} each), and "
-            f"{_MEMORY_SHARE:.0%} of the {size(available)} that are available are {size(available * _MEMORY_SHARE)}",
+            f"{_needs(load, most.weights_bytes, most.ledger_bytes, kv_min)} {size(needed)} on {len(used)} devices, "
+            f"more than {_share(available)}; a smaller --max-model-len or --max-sequences takes less",
             code="out_of_memory",
         )
+
+
+def _needs(load: LoadModel, weights: int, ledger: int, kv: int) -> str:
+    return (
+        f"{size(weights)} of {load.dtype} weights, {size(ledger)} of ledger for {load.max_sequences} sequences and "
+        f"{size(kv)} of KV for one of {load.max_model_len} tokens take"
+    )
+
+
+def _limit(settings: Settings, small: DeviceTooSmall, budget: int, available: int) -> str:
+    """More than what, and what helps."""
+    kv, needed = settings.scaler.kv_bytes, small.weights_bytes + small.ledger_bytes + small.kv_bytes_min
+    if small.kv_bytes_min > kv:
+        return f"more KV than the {size(kv)} of --kv-memory; raise it, or lower --max-model-len"
+    each = f"{size(needed)} per device, more than the {size(budget)}"
+    if settings.hmm.device_bytes:
+        return f"{each} of --device-memory; raise it, or lower --max-model-len or --max-sequences"
+    return (
+        f"{each} that each of {settings.scaler.num_devices} gets of {_share(available)}; fewer --devices get more each"
+    )
+
+
+def _share(available: int) -> str:
+    return f"the {size(available * AVAILABLE_SHARE)} that are {AVAILABLE_SHARE:.0%} of the {size(available)} available"
 
 
 def check_checkpoint(settings: Settings, model: Path) -> list[str]:
@@ -89,18 +113,6 @@ def check_disk(run_dir: Path) -> None:
         )
 
 
-def device_weights_bytes(spec: ModelSpec, num_devices: int, granularity: int) -> int:
-    """Most weight bytes of one device: everything but experts, and its share of each layer's experts."""
-    replicated, experts = 0, 0
-    for record in records(spec):
-        nbytes = round_up(record.nbytes, granularity)
-        if record.key.kind == "expert":
-            experts += nbytes
-        else:
-            replicated += nbytes
-    return replicated + -(-experts // num_devices)
-
-
 def available_bytes() -> int:
     """Memory that processes can still get: the machine's, or the container's where that is less."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -111,7 +123,3 @@ def available_bytes() -> int:
     except (OSError, ValueError):
         return available
     return min(available, max(0, int(limit) - used)) if limit.isdigit() else available
-
-
-def _shares(spec: ModelSpec, weights: int, kv: int) -> str:
-    return f"{size(weights)} of {spec.dtype} weights and at least {size(kv)} of KV"

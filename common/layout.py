@@ -7,10 +7,11 @@ shared-memory rows can be addressed by it across epochs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from common.model_spec import RecordKey
 from common.protocol.errors import ConfigError
 from common.protocol.limits import EXPERTS_MAX, LAYERS_MAX, RANKS_MAX
 
@@ -55,13 +56,6 @@ class Layout(msgspec.Struct, frozen=True):
         """All slots in use, ascending."""
         return tuple(sorted(seat.slot for seat in self.seats))
 
-    def seat_of(self, rank: RankId) -> Seat:
-        """The seat of `rank`. Raises KeyError when the layout has no such rank."""
-        for seat in self.seats:
-            if seat.rank == rank:
-                return seat
-        raise KeyError(str(rank))
-
     def seat_on(self, device: str) -> Seat | None:
         """The seat on `device`, or None when the layout does not use it."""
         return next((seat for seat in self.seats if seat.device == device), None)
@@ -103,6 +97,16 @@ class Layout(msgspec.Struct, frozen=True):
             for expert, homes in enumerate(experts):
                 if not homes or list(homes) != sorted(set(homes)) or not known.issuperset(homes):
                     raise ValueError(f"expert {expert} of layer {layer} has homes {homes}, not a sorted set of {slots}")
+
+
+def keys_on(layout: Layout, slot: int) -> Iterator[RecordKey]:
+    """The records that belong on the device of `slot`: base, all layers, and the experts that live there."""
+    yield RecordKey("base")
+    for layer in range(len(layout.homes)):
+        yield RecordKey("layer", layer)
+    for layer in range(len(layout.homes)):
+        for expert in layout.experts_on(slot, layer):
+            yield RecordKey("expert", layer, expert)
 
 
 def initial_layout(

@@ -143,7 +143,7 @@ class Server(Generic[T]):
         raw = encode(body, sender=self.identity, epoch=epoch, seq=seq)
         try:
             self._socket.send_multipart([peer, raw], zmq.NOBLOCK)
-        except (zmq.Again, zmq.ZMQError):
+        except zmq.ZMQError:
             self.num_unsent += 1
             return False
         return True

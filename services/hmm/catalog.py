@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
 
 from common.families import records
-from common.layout import Layout
+from common.layout import Layout, keys_on
 from common.model_spec import KvGeometry, ModelSpec, RecordKey, round_up
 from common.protocol.hmm import LoadModel, StageLayout
 from common.protocol.replies import Refused
@@ -133,16 +133,6 @@ def decode(raw: bytes) -> Catalog:
     if catalog.version != VERSION:
         raise ValueError(f"catalog version {catalog.version} is not {VERSION}")
     return catalog
-
-
-def keys_on(layout: Layout, slot: int) -> Iterator[RecordKey]:
-    """The records that belong on the device of `slot`: base, all layers, and the experts that live there."""
-    yield RecordKey("base")
-    for layer in range(len(layout.homes)):
-        yield RecordKey("layer", layer)
-    for layer in range(len(layout.homes)):
-        for expert in layout.experts_on(slot, layer):
-            yield RecordKey("expert", layer, expert)
 
 
 def layouts(loaded: Loaded, transition: Transition | None) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:

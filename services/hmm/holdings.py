@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from common.capacity import budget_of
 from common.config import HmmConfig
 from common.devices.host import HostDevice
 from common.devices.rules import SPACES
@@ -25,7 +26,7 @@ from services.hmm.catalog import (
     encode,
     slots_of,
 )
-from services.hmm.memory import BusSegment, DeviceMemory, default_budget
+from services.hmm.memory import BusSegment, DeviceMemory, available_bytes
 from services.hmm.parking import CATALOG, Parking
 from services.hmm.snapshot import Snapshot
 
@@ -112,9 +113,7 @@ class Holdings:
 
     def _begin(self) -> None:
         names = self._names()
-        budget = self._config.device_bytes // self.granularity * self.granularity
-        if not self._config.device_bytes:
-            budget = default_budget(len(names), self.granularity)
+        budget = budget_of(self._config, available_bytes(), len(names))
         if not budget:
             raise ConfigError(
                 f"a device of {self._config.device_bytes} bytes is smaller than the granularity of {self.granularity}"

@@ -12,25 +12,22 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.capacity import (
+    LEDGER_BLOB_BYTES,
+    DeviceSizes,
+    LedgerSizes,
+    size_load,
+)
 from common.checkpoint import Checkpoint
-from common.families import load_spec, records
-from common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
-from common.protocol.errors import CheckpointError, InvalidRequest, Unavailable
+from common.families import load_spec
+from common.model_spec import KvGeometry, RecordKey, RecordSpec, round_up
+from common.protocol.errors import CheckpointError, Unavailable
 from common.protocol.hmm import LoadModel
 from common.telemetry import get_logger
 from native.ledger import format_ledger
 from services.hmm.catalog import Loaded
 from services.hmm.memory import BusSegment, DeviceMemory
 from services.hmm.reader import Reader
-from services.hmm.sizing import (
-    LEDGER_BLOB_BYTES,
-    DeviceSizes,
-    LedgerSizes,
-    check_layout,
-    size_bus,
-    size_devices,
-    size_ledger,
-)
 
 log = get_logger("hmm")
 
@@ -72,14 +69,8 @@ class Load:
         load, granularity = self.request, self._granularity
         directory = _existing(load.model_path)
         spec = load_spec(directory, load.dtype)
-        _check_length(load, spec)
-        check_layout(load.layout, spec)
-        specs = list(records(spec))
-        geometry = kv_geometry(spec, load.block_size, granularity)
-        ledger = size_ledger(load, granularity)
-        bus = size_bus(load, spec, len(self._memories), granularity)
         budgets = {name: memory.device.budget for name, memory in self._memories.items()}
-        sizes = size_devices(load, specs, geometry, ledger, granularity, budgets)
+        specs, geometry, ledger, bus, sizes = size_load(load, spec, budgets, granularity)
         with Checkpoint(directory, spec) as checkpoint:
             if remarks := checkpoint.remarks():
                 log.warning("checkpoint: " + "; ".join(remarks))
@@ -144,14 +135,6 @@ class Load:
                 ledger.max_blocks,
                 LEDGER_BLOB_BYTES,
             )
-
-
-def _check_length(load: LoadModel, spec: ModelSpec) -> None:
-    if load.max_model_len > spec.max_positions:
-        limit = "sliding_window" if spec.sliding_window == spec.max_positions else "max_position_embeddings"
-        raise InvalidRequest(
-            f"max_model_len {load.max_model_len} exceeds the model's {limit} of {spec.max_positions} tokens"
-        )
 
 
 def _existing(path: str) -> Path:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
+from common.capacity import BusSizes
 from common.devices.base import Handle, Range, Space
 from common.devices.host import HostDevice
 from common.model_spec import RecordKey
@@ -13,9 +14,6 @@ from common.protocol.errors import DeviceError
 from native.bus import Bus, format_bus
 from native.host import Reservation
 from services.hmm.catalog import DeviceEntry, Placed, Span
-from services.hmm.sizing import BusSizes
-
-_AVAILABLE_SHARE = 0.8  # of memory, for all devices together, where the operator gives no figure
 
 
 class DeviceMemory:
@@ -154,13 +152,8 @@ class BusSegment:
         os.close(self.fd)
 
 
-def default_budget(num_devices: int, granularity: int) -> int:
-    """An equal share of most of the memory that is available now, in bytes, a multiple of the granularity."""
-    share = int(_available_bytes() * _AVAILABLE_SHARE) // num_devices
-    return share // granularity * granularity
-
-
-def _available_bytes() -> int:
+def available_bytes() -> int:
+    """Memory that processes can still get: the machine's, or the control group's where that is less."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from common.capacity import check_layout, kv_handles_min, size_ledger
 from common.families import records
 from common.layout import Layout
 from common.model_spec import RecordKey, round_up
 from common.protocol.errors import Conflict, DoesNotFit, InvalidRequest, NotFound
 from common.protocol.hmm import StageLayout
 from services.hmm.catalog import Catalog, Loaded, keys_of
-from services.hmm.sizing import check_layout, kv_handles_min, size_ledger
 
 
 def record_bytes(loaded: Loaded, granularity: int) -> dict[RecordKey, int]:

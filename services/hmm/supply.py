@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from common.capacity import size_ledger
 from common.devices.base import Handle, Space
 from common.failpoint import failpoint
 from common.model_spec import RecordKey
@@ -15,7 +16,6 @@ from services.hmm.background import Background
 from services.hmm.catalog import Loaded, Transition
 from services.hmm.holdings import Holdings
 from services.hmm.memory import DeviceMemory
-from services.hmm.sizing import size_ledger
 from services.hmm.staging import record_bytes
 from services.hmm.transfer import Part, Peaks, Transfer, punch
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from common.capacity import LEDGER_BLOB_BYTES, LedgerSizes
 from common.checkpoint import Checkpoint
 from common.devices.base import Handle
 from common.devices.host import HostDevice
@@ -22,7 +23,6 @@ from common.model_spec import ModelSpec, RecordKey
 from common.protocol.errors import Unavailable
 from native.ledger import format_ledger
 from services.hmm.reader import Reader
-from services.hmm.sizing import LEDGER_BLOB_BYTES, LedgerSizes
 
 _THREADS: Final = 2  # while there is no limit; a joining replica waits for one device only
 _PIECE_BYTES: Final = 4 << 20

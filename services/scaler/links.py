@@ -66,7 +66,7 @@ class Links:
     def _ask(self, client: Client[ToScaler], question: Message, kind: type[T], deadline_ms: int) -> T | None:
         try:
             answer, events = client.call(question, deadline_ms=deadline_ms)
-        except (ElasticMoEError, ProtocolError):
+        except ElasticMoEError:
             return None
         for event in events:
             self._on_event(event.body)

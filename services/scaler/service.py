@@ -10,13 +10,14 @@ from types import FrameType
 
 import msgspec
 
+from common.capacity import load_of
 from common.config import ScalerConfig
 from common.failpoint import failpoint
 from common.families import load_spec
 from common.fence import Fence
 from common.layout import Layout, initial_layout
 from common.protocol.errors import ConfigError, ElasticMoEError, Fenced, Unavailable
-from common.protocol.hmm import LoadModel, SetMembership
+from common.protocol.hmm import SetMembership
 from common.protocol.pool import StopRank
 from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
 from common.store import Event, Store
@@ -272,7 +273,7 @@ class Scaler:
     def _act(self, action: Action, layout: Layout) -> None:
         try:
             if isinstance(action, Load):
-                self._links.tell_hmm(self._load_message(layout))
+                self._links.tell_hmm(load_of(self._config, self._spec, layout))
             elif isinstance(action, Start):
                 self._links.start(action.seat, layout.epoch)
             elif isinstance(action, Publish):
@@ -284,17 +285,3 @@ class Scaler:
                 raise
             log.warning("action failed", action=type(action).__name__, code=error.code, because=error.message)
             self._links.wait(AFTER_FAILURE_S)
-
-    def _load_message(self, layout: Layout) -> LoadModel:
-        config = self._config
-        return LoadModel(
-            op_id=f"load-epoch-{layout.epoch}",
-            model_path=str(Path(config.model).absolute()),
-            dtype=self._spec.dtype,
-            layout=layout,
-            block_size=config.block_size,
-            kv_bytes_max=config.kv_bytes,
-            max_tokens=config.max_tokens_per_step,
-            max_sequences=config.max_sequences,
-            max_model_len=min(config.max_model_len, self._spec.max_positions),
-        )

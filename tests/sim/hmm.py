@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.layout import Layout
+from common.capacity import kv_handles_min, size_ledger
+from common.layout import Layout, keys_on
 from common.model_spec import KvGeometry, RecordKey
 from common.protocol import hmm as to_hmm
 from common.protocol.codec import Message, Received
@@ -26,10 +27,9 @@ from common.telemetry import get_logger
 from native.ledger import Ledger, format_ledger
 from native.ledger import ledger_bytes as native_ledger_bytes
 from services.hmm.blocks import check_ranks
-from services.hmm.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition, keys_on
+from services.hmm.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition
 from services.hmm.handles import View, full_view, seat_for
 from services.hmm.membership import Membership
-from services.hmm.sizing import kv_handles_min, size_ledger
 from services.hmm.staging import record_bytes
 from services.hmm.transition import Transitions
 from tests.sim.heap import Actor, Sim

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from common.capacity import LEDGER_BLOB_BYTES
 from common.layout import RankId
 from common.protocol import hmm as hmm_messages
 from common.protocol import rank as rank_messages
@@ -22,7 +23,6 @@ from common.protocol.router import Delta, Failed, Logprob, MayMove, Moved
 from common.transport import Server
 from native import host
 from native.ledger import Ledger, format_ledger, ledger_bytes
-from services.hmm.sizing import LEDGER_BLOB_BYTES
 from services.worker.engine.engine import Engine
 from services.worker.engine.outcome import Outcome
 from services.worker.engine.plan import Plan

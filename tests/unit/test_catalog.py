@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.capacity import check_layout, size_bus, size_devices, size_ledger
 from common.families import records
-from common.layout import Layout, RankId, Seat, initial_layout
+from common.layout import Layout, RankId, Seat, initial_layout, keys_on
 from common.model_spec import RecordKey, kv_geometry, round_up
 from common.protocol.errors import DoesNotFit, InvalidRequest, PayloadTooLarge
 from common.protocol.hmm import LoadModel, StageLayout
@@ -27,11 +28,9 @@ from services.hmm.catalog import (
     decode,
     encode,
     keys_of,
-    keys_on,
     layouts,
     slots_of,
 )
-from services.hmm.sizing import check_layout, size_bus, size_devices, size_ledger
 from services.hmm.snapshot import SLOT_BYTES, Snapshot
 from tests.unit.specs import tiny_mixtral_spec, tiny_qwen3_spec
 

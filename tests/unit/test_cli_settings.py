@@ -16,6 +16,8 @@ from cli import checks, settings, up
 from cli.console import size
 from cli.listeners import ADMIN, ROUTER, Listeners
 from cli.probes import bind_once
+from common.capacity import device_weights_bytes
+from common.families import load_spec
 from common.protocol.errors import CheckpointError, ConfigError, DoesNotFit, ElasticMoEError, InvalidRequest
 from tests.procs.waiting import free_port
 
@@ -213,7 +215,7 @@ def test_a_model_that_fits_passes(tmp_path: Path, model: Path) -> None:
 
 
 def test_too_small_devices_are_refused_with_the_figures(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(DoesNotFit, match=r"KiB of bfloat16 weights .* exceed the 64\.0 KiB of --device-memory"):
+    with pytest.raises(DoesNotFit, match=r"KiB of bfloat16 weights, .* per device, more than the 64\.0 KiB of --dev"):
         checks.check_memory(resolved(tmp_path, "--device-memory", "64KiB"), model)
 
 
@@ -221,15 +223,19 @@ def test_too_little_memory_is_refused_with_the_figures(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "available_bytes", lambda: 4 << 20)
-    with pytest.raises(DoesNotFit, match=r"2 devices need .* and 80% of the 4\.00 MiB .* are 3\.20 MiB"):
+    with pytest.raises(
+        DoesNotFit, match=r"more than the 1\.60 MiB that each of 2 gets of the 3\.20 MiB that are 80% of"
+    ):
         checks.check_memory(resolved(tmp_path), model)
+    with pytest.raises(DoesNotFit, match=r"take 6\.\d+ MiB on 2 devices, more than the 3\.20 MiB that are 80%"):
+        checks.check_memory(resolved(tmp_path, "--device-memory", "64MiB"), model)
+    with pytest.raises(DoesNotFit, match=r"more KV than the 64\.0 KiB of --kv-memory; raise it, or lower --max"):
+        checks.check_memory(resolved(tmp_path, "--device-memory", "64MiB", "--kv-memory", "64KiB"), model)
 
 
 def test_experts_are_shared_out_and_the_rest_is_not(model: Path) -> None:
-    from common.families import load_spec
-
     spec = load_spec(model, "float32")
-    one, two, four = (checks.device_weights_bytes(spec, number, 4096) for number in (1, 2, 4))
+    one, two, four = (device_weights_bytes(spec, number, 4096) for number in (1, 2, 4))
     assert one - two == 2 * (two - four)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from common.capacity import BusSizes
 from common.layout import Layout, initial_layout
 from common.telemetry import get_logger
 from services.hmm.membership import Membership, slots_of_mask
 from services.hmm.memory import BusSegment
-from services.hmm.sizing import BusSizes
 
 BEFORE = initial_layout((4,), ["host:0", "host:1"])
 AFTER = msgspec.structs.replace(initial_layout((4,), ["host:0", "host:1", "host:2"]), epoch=2)

@@ -1,21 +1,44 @@
-"""What a load needs on each device, settled before any memory is touched. Pure."""
+"""What a model needs on each device and what fits: asked before a start, by the HMM when it loads, and for the figures
+that scaling is planned with. So `up` says yes where the HMM does. Pure; all in bytes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from common.layout import Layout
-from common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, round_up
+from common.config import HmmConfig, ScalerConfig
+from common.families import records
+from common.layout import Layout, keys_on
+from common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
 from common.protocol.errors import DoesNotFit, InvalidRequest
 from common.protocol.hmm import LoadModel
 from common.protocol.limits import RANKS_MAX
 from native.bus import bus_bytes
 from native.ledger import ledger_bytes
-from services.hmm.catalog import keys_on
 
 LEDGER_BLOB_BYTES = 16_384  # a request's id, sampling parameters and router in one ledger row
+AVAILABLE_SHARE = 0.8  # of memory for all devices; the rest is for activations, the processes and everybody else
 _RANKS_MIN = 8  # slots of the bus beyond the layout's, so that a deployment can grow
+
+
+class DeviceTooSmall(DoesNotFit):
+    """A device's budget holds no `weights_bytes`, `ledger_bytes` and `kv_bytes_min`, the KV of one sequence of full
+    length; or the load allows less KV than that."""
+
+    def __init__(
+        self, device: str, budget: int, weights_bytes: int, ledger_bytes: int, kv_bytes_min: int, load: LoadModel
+    ) -> None:
+        room = max(0, budget - weights_bytes - ledger_bytes)
+        super().__init__(
+            f"{device}: of the budget of {budget} bytes, weights take {weights_bytes}, the ledger {ledger_bytes}; "
+            f"{room} are left and kv_bytes_max is {load.kv_bytes_max}, but the KV of one sequence of "
+            f"{load.max_model_len} tokens needs {kv_bytes_min}"
+        )
+        self.weights_bytes = weights_bytes
+        self.ledger_bytes = ledger_bytes
+        self.kv_bytes_min = kv_bytes_min
 
 
 class DeviceSizes(NamedTuple):
@@ -44,6 +67,66 @@ class LedgerSizes(NamedTuple):
     max_tokens: int
     max_blocks: int
     nbytes: int
+
+
+class LoadSizes(NamedTuple):
+    """All that a load needs: the model's records, the KV's geometry, one rank's ledger, the bus, and what each device
+    of the layout gets."""
+
+    records: tuple[RecordSpec, ...]
+    kv: KvGeometry
+    ledger: LedgerSizes
+    bus: BusSizes
+    devices: dict[str, DeviceSizes]
+
+
+def budget_of(config: HmmConfig, available_bytes: int, num_devices: int) -> int:
+    """Of each device, a multiple of the granularity: what the operator says, else an equal share of most of the memory
+    that is available now."""
+    given = config.device_bytes or int(available_bytes * AVAILABLE_SHARE) // num_devices
+    return given // config.granularity * config.granularity
+
+
+def load_of(config: ScalerConfig, spec: ModelSpec, layout: Layout) -> LoadModel:
+    """What the HMM is told to load for a deployment of this configuration."""
+    return LoadModel(
+        op_id=f"load-epoch-{layout.epoch}",
+        model_path=str(Path(config.model).absolute()),
+        dtype=spec.dtype,
+        layout=layout,
+        block_size=config.block_size,
+        kv_bytes_max=config.kv_bytes,
+        max_tokens=config.max_tokens_per_step,
+        max_sequences=config.max_sequences,
+        max_model_len=min(config.max_model_len, spec.max_positions),
+    )
+
+
+def size_load(load: LoadModel, spec: ModelSpec, budgets: Mapping[str, int], granularity: int) -> LoadSizes:
+    """`budgets`: of every device of the host. Raises DoesNotFit with the figures, InvalidRequest."""
+    if load.max_model_len > spec.max_positions:
+        limit = "sliding_window" if spec.sliding_window == spec.max_positions else "max_position_embeddings"
+        raise InvalidRequest(
+            f"max_model_len {load.max_model_len} exceeds the model's {limit} of {spec.max_positions} tokens"
+        )
+    check_layout(load.layout, spec)
+    specs = tuple(records(spec))
+    geometry = kv_geometry(spec, load.block_size, granularity)
+    ledger = size_ledger(load, granularity)
+    bus = size_bus(load, spec, len(budgets), granularity)
+    return LoadSizes(specs, geometry, ledger, bus, size_devices(load, specs, geometry, ledger, granularity, budgets))
+
+
+def device_weights_bytes(spec: ModelSpec, num_devices: int, granularity: int) -> int:
+    """Most weight bytes of one device: everything but experts, and its share of each layer's experts."""
+    replicated, experts = 0, 0
+    for record in records(spec):
+        nbytes = round_up(record.nbytes, granularity)
+        if record.key.kind == "expert":
+            experts += nbytes
+        else:
+            replicated += nbytes
+    return replicated + -(-experts // num_devices)
 
 
 def size_bus(load: LoadModel, spec: ModelSpec, num_devices: int, granularity: int) -> BusSizes:
@@ -100,11 +183,7 @@ def size_devices(
         room = budget - weights - ledger.nbytes
         num_kv = max(0, min(load.kv_bytes_max, room)) // geometry.handle_bytes
         if num_kv < handles_min:
-            raise DoesNotFit(
-                f"{seat.device}: of the budget of {budget} bytes, weights take {weights}, the ledger {ledger.nbytes}; "
-                f"{max(0, room)} are left and kv_bytes_max is {load.kv_bytes_max}, but the KV of one sequence of "
-                f"{load.max_model_len} tokens needs {kv_min}"
-            )
+            raise DeviceTooSmall(seat.device, budget, weights, ledger.nbytes, kv_min, load)
         result[seat.device] = DeviceSizes(keys, weights, ledger.nbytes, num_kv)
     return result
 
