@@ -1,13 +1,13 @@
-"""One rank's part in the lockstep: its generation of the bus, the meeting at each step's start, the flip.
+"""One rank's part in the lockstep: its generation, the meeting at each step's start, the flip.
 
-While any rank has work, all step together: each step starts at a barrier of the bus where every rank says how many
-tokens it brings. When nobody brought any, all go to sleep on their sockets and their doorbell. Who gets work first
+While any rank has work, all step together: each step starts at a barrier where every rank says how many tokens it
+brings. When nobody brought any, all go to sleep on their sockets and their doorbell. Who gets work first
 arrives at the barrier and then rings; whoever wakes looks whether a peer waits there (a stale ring costs a look).
 
-When the bus's generation changes, because a rank died or joined, the step in flight is discarded and planned again once
+When the generation changes, because a rank died or joined, the step in flight is discarded and planned again once
 the HMM publishes a running generation.
 
-A new layout needs no discarded step. The HMM *stages* a generation on the bus; a rank that sees it says so at its next
+A new layout needs no discarded step. The HMM *stages* a generation; a rank that sees it says so at its next
 meeting, and when all have said so at the same meeting, all know that all know: nobody computes that step, they make
 the staged generation the current one and go on in it, by its routing. (Who is slow to leave that meeting finds the
 generation over, as after any change; it had not begun to compute either.)
@@ -18,15 +18,14 @@ then all others compute no tokens of their own. Of several that ask, the one in 
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from common.failpoint import failpoint
+from common.protocol.handles import Routing
 from common.telemetry import get_logger
-from native.bus import Bus, BusAborted, BusTimeout
-from services.worker.exchange.shm import ShmExchange
-from services.worker.memory import Memory
+from services.worker.exchange.barrier import StepBarrier
+from services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
 
 log = get_logger("rank")
 
@@ -38,7 +37,8 @@ ALONE = 1 << 31  # beside the tokens that a rank says it brings: only if nobody 
 
 
 class Lockstep:
-    """Owned by the rank's thread. `memory` and `exchange` stay the rank's.
+    """Owned by the rank's thread. `barrier` and `exchange` stay the rank's, and `routings`: owners of the experts by
+    epoch, as the HMM has told them so far.
 
     `is_member`: takes part in the present generation; `has_come_in`: for the first time. `is_awake`: steps
     with the others, also without work of its own. `members`: bit mask of the slots that take part in the present
@@ -46,10 +46,17 @@ class Lockstep:
     tokens count in the step that was met for last.
     """
 
-    def __init__(self, memory: Memory, exchange: ShmExchange, slot: int, is_stopping: Callable[[], bool]) -> None:
-        self._memory = memory
-        self._bus: Bus = memory.bus
+    def __init__(
+        self,
+        barrier: StepBarrier,
+        exchange: Exchange,
+        routings: Mapping[int, Routing],
+        slot: int,
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        self._barrier = barrier
         self._exchange = exchange
+        self._routings = routings
         self._slot = slot
         self._is_stopping = is_stopping
         self._generation = 0
@@ -66,12 +73,12 @@ class Lockstep:
         self.has_turn = True
 
     def sync(self) -> bool:
-        """Follow the bus to its present generation, also as one who is no member. Whether it is a new one that runs:
+        """Follow to the present generation, also as one who is no member. Whether it is a new one that runs:
         the others' processes may be new ones since."""
-        generation, members, running, epoch = self._bus.membership()
+        generation, members, running, epoch = self._barrier.membership()
         if generation == self._generation:
             return False
-        routing = self._memory.routings.get(epoch)
+        routing = self._routings.get(epoch)
         if running and members >> self._slot & 1 and routing is None:
             return False  # the HMM's message with it has not been read yet
         is_larger = bool(members & ~self.members)
@@ -94,8 +101,8 @@ class Lockstep:
         if self.is_awake or self._staged():
             return True
         try:
-            return self._bus.idle_wait(self._generation, 0)
-        except BusAborted:
+            return self._barrier.is_awaited(self._generation)
+        except StepAborted:
             return False
 
     @property
@@ -111,16 +118,16 @@ class Lockstep:
 
     def _staged(self) -> int:
         """The generation that this rank is ready to flip to; 0 for none."""
-        generation, _, epoch = self._bus.staged()
-        return generation if generation and epoch in self._memory.routings else 0
+        generation, epoch = self._barrier.staged()
+        return generation if generation and epoch in self._routings else 0
 
     def meet(self, num_tokens: int, *, is_alone: bool = False) -> int:
         """Arrive at the step's barrier with `num_tokens` and wait for the others; the tokens of all ranks together, to
         be computed now; 0 when there is nothing to compute, be it that the ranks have flipped to a new layout.
         `is_alone`: nobody else's are to be computed with them. Whether the own ones are: `has_turn`.
 
-        Whoever comes from sleep first arrives, then rings those that are not there yet. Raises BusAborted when the
-        generation is over, BusTimeout when a peer stays away beyond STEP_MS_MAX.
+        Whoever comes from sleep first arrives, then rings those that are not there yet. Raises StepAborted when the
+        generation is over, StepTimedOut when a peer stays away beyond STEP_MS_MAX.
         """
         deadline = time.monotonic() + STEP_MS_MAX / 1e3
         flags = self._staged()
@@ -128,15 +135,15 @@ class Lockstep:
         wait_ms = MEET_MS if self.is_awake else 0.0
         while True:
             try:
-                said = self._bus.step(self._generation, num_tokens | (ALONE if is_alone else 0), flags, wait_ms)
+                said = self._barrier.arrive(self._generation, num_tokens | (ALONE if is_alone else 0), flags, wait_ms)
                 break
-            except BusTimeout:
+            except StepTimedOut:
                 if self._is_stopping():
                     return 0
                 if time.monotonic() > deadline:
                     raise
-                self.ring()
-                self._bus.bump_progress()  # who waits is not who is stuck
+                self._barrier.ring()
+                self._barrier.count_progress()  # who waits is not who is stuck
                 wait_ms = MEET_MS
         self._num_urgent = max(0, self._num_urgent - 1)
         staged = said[0][2]
@@ -153,10 +160,10 @@ class Lockstep:
 
     def _flip(self, generation: int) -> None:
         failpoint("rank.flip.before")
-        is_done = self._bus.flip(generation)
+        is_done = self._barrier.switch(generation)
         failpoint("rank.flip.after")
         log.info("flipped" if is_done else "flip was overtaken", generation=generation)
-        self.ring()  # new members sleep
+        self._barrier.ring()  # new members sleep
 
     @property
     def num_clean(self) -> int:
@@ -175,19 +182,3 @@ class Lockstep:
     def abort(self) -> None:
         """The generation is over: wait for the next."""
         self.is_member = False
-
-    def ring(self) -> None:
-        """Wake the other ranks."""
-        for slot, fd in self._memory.doorbells.items():
-            if slot != self._slot:
-                try:
-                    os.eventfd_write(fd, 1)
-                except BlockingIOError:
-                    pass  # the counter is full: it is ringing already
-
-    def hear(self) -> None:
-        """Silence the own doorbell."""
-        try:
-            os.eventfd_read(self._memory.doorbells[self._slot])
-        except BlockingIOError:
-            pass  # somebody's ring was answered between poll and read

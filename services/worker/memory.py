@@ -135,7 +135,8 @@ class Memory:
             [(key, extent) for key, extent in wanted.items() if key not in self._records],
         )
         self._take_doorbells(seat, fds)
-        self.routings = {routing.epoch: routing for routing in seat.routings}
+        self.routings.clear()
+        self.routings.update((routing.epoch, routing) for routing in seat.routings)
 
     def _take_doorbells(self, seat: SeatMemory, fds: list[int]) -> None:
         for slot in set(self.doorbells) - set(seat.slots):

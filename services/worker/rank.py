@@ -37,12 +37,13 @@ from common.protocol.router import Delta, Failed, RankStatus, Tokens
 from common.protocol.scaler import Integrity, RankLoad, RankReady
 from common.telemetry import get_logger
 from common.transport import Server
-from native.bus import BusAborted
 from services.worker.engine.adoption import adopt_rows
 from services.worker.engine.engine import Engine
 from services.worker.engine.failure import failure_of
 from services.worker.engine.outcome import Outcome
+from services.worker.exchange.base import StepAborted
 from services.worker.exchange.shm import ShmExchange
+from services.worker.exchange.shm_barrier import ShmBarrier
 from services.worker.hmm_link import HmmLink
 from services.worker.intake import check_ids
 from services.worker.lockstep import STEP_MS_MAX, Lockstep
@@ -80,10 +81,11 @@ class Rank:
         reply, fds = self._hmm.attach()
         self._memory = Memory(reply, fds, seat.device, seat.slot)
         attached = time.perf_counter()
-        self._bus = self._memory.bus
-        exchange = ShmExchange(self._bus, self._memory.spec.num_experts_by_layer)
+        bus = self._memory.bus
+        self._barrier = ShmBarrier(bus, self._memory.doorbells, seat.slot)
+        exchange = ShmExchange(bus, self._memory.spec.num_experts_by_layer)
         # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
-        ledger, max_tokens = self._memory.ledger, min(seat.max_tokens, self._bus.max_tokens)
+        ledger, max_tokens = self._memory.ledger, min(seat.max_tokens, bus.max_tokens)
         model = build_model(self._memory.weights, max_tokens)
         self._engine = Engine(
             model,
@@ -94,7 +96,7 @@ class Rank:
             max_sequences=min(seat.max_sequences, ledger.num_rows),
             max_model_len=min(seat.max_model_len, ledger.max_tokens),
         )
-        self._lockstep = Lockstep(self._memory, exchange, seat.slot, lambda: self._stopping)
+        self._lockstep = Lockstep(self._barrier, exchange, self._memory.routings, seat.slot, lambda: self._stopping)
         self._steps = Steps(self._engine, exchange, self._lockstep, self._hmm, self._send)
         self._migration = Migration(
             seat, self._engine, config.socket, watch=self._server.watch, unwatch=self._server.unwatch
@@ -121,14 +123,14 @@ class Rank:
     @property
     def _is_awaited(self) -> bool:
         """Whether the others cannot step until this rank is there: its predecessor, a member, died."""
-        generation, members, running, _ = self._bus.membership()
-        return generation > 0 and not running and bool(members >> self._seat.slot & 1)
+        now = self._barrier.membership()
+        return now.generation > 0 and not now.is_running and bool(now.members >> self._seat.slot & 1)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._bus.leave()
+        self._barrier.leave()
         self._migration.close()
         self._hmm.close()
         self._server.close()
@@ -139,11 +141,11 @@ class Rank:
         self._stopping = True
 
     def run(self) -> None:
-        """Serve until SIGTERM, or until it has left. Raises BusTimeout when a peer stays away too long, ElasticMoEError
-        `memory_replaced`."""
+        """Serve until SIGTERM, or until it has left. Raises StepTimedOut when a peer stays away too long,
+        ElasticMoEError `memory_replaced`."""
         signal.signal(signal.SIGTERM, self.stop)
         self._adopt(time.monotonic())
-        self._bus.join(int(self._seat.incarnation.rpartition(":")[2], 16))
+        self._barrier.join(int(self._seat.incarnation.rpartition(":")[2], 16))
         self._server.watch(self._memory.doorbells[self._seat.slot])
         ready = RankReady(self._seat.rank, self._seat.slot, self._seat.incarnation, self._attach_ms, self._build_ms)
         failpoint("rank.ready")
@@ -174,7 +176,7 @@ class Rank:
         if now >= self._look_at:
             self._look(self._server.poll(0), now)
         self._progress += 1
-        self._bus.bump_progress()
+        self._barrier.count_progress()
         self._change_memory()
         self._follow_members()
         for router in self._reports.turn(now):
@@ -195,7 +197,7 @@ class Rank:
         met, total = time.perf_counter_ns(), 0
         try:
             total = lockstep.meet(plan.num_said, is_alone=plan.is_alone)
-        except BusAborted:  # before anything was computed
+        except StepAborted:  # before anything was computed
             lockstep.abort()
         self._met_ns = time.perf_counter_ns() - met
         if total:
@@ -251,7 +253,7 @@ class Rank:
     def _look(self, readable: set[int], now: float) -> None:
         self._look_at = now + LOOK_S
         if self._memory.doorbells[self._seat.slot] in readable:
-            self._lockstep.hear()
+            self._barrier.hear()
         handed = self._hmm.look(readable, now)
         if handed is not None:
             failpoint("rank.apply")

@@ -18,13 +18,12 @@ from typing import Final
 
 from common.protocol.errors import Unavailable
 from common.telemetry import get_logger
-from native.bus import BusAborted, BusTimeout
 from services.worker.engine.engine import Engine
 from services.worker.engine.failure import OUT_OF_MEMORY, is_shortage
 from services.worker.engine.outcome import Outcome
 from services.worker.engine.plan import Chunk, Plan
 from services.worker.engine.trials import guilty_error
-from services.worker.exchange.shm import ShmExchange
+from services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
 from services.worker.hmm_link import HmmLink
 from services.worker.lockstep import Lockstep
 
@@ -39,7 +38,7 @@ class Steps:
     what is to be told to routers. `num_discarded`: tokens of steps that other ranks' failures ended."""
 
     def __init__(
-        self, engine: Engine, exchange: ShmExchange, lockstep: Lockstep, hmm: HmmLink, tell: Callable[[Outcome], None]
+        self, engine: Engine, exchange: Exchange, lockstep: Lockstep, hmm: HmmLink, tell: Callable[[Outcome], None]
     ) -> None:
         self._engine = engine
         self._exchange = exchange
@@ -51,16 +50,16 @@ class Steps:
         self.num_discarded = 0
 
     def run(self, plan: Plan, total_tokens: int, deadline_ms: float) -> None:
-        """Compute, commit and tell. `total_tokens`: of all ranks together. Raises BusTimeout, and what went wrong where
-        this process cannot go on."""
+        """Compute, commit and tell. `total_tokens`: of all ranks together. Raises StepTimedOut, and what went wrong
+        where this process cannot go on."""
         if not self._lockstep.has_turn:
             plan = Plan([], [], [], is_alone=True)
         self._engine.trials.begin(plan)
         try:
             choices = self._engine.compute(plan, total_tokens, deadline_ms)
-        except BusTimeout:
+        except StepTimedOut:
             raise
-        except BusAborted as aborted:
+        except StepAborted as aborted:
             log.info("step discarded", generation=aborted.generation)
             self.num_discarded += plan.num_tokens
             self._fail(plan, is_aborted=True)

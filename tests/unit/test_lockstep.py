@@ -14,10 +14,10 @@ from typing import Any, cast
 import pytest
 
 from common.protocol.handles import Routing
-from native.bus import Bus, BusAborted, bus_bytes, format_bus
-from services.worker.exchange.shm import ShmExchange
+from native.bus import Bus, bus_bytes, format_bus
+from services.worker.exchange.base import Exchange, StepAborted
+from services.worker.exchange.shm_barrier import ShmBarrier
 from services.worker.lockstep import Lockstep
-from services.worker.memory import Memory
 
 DEADLINE_S = 20.0
 SLOTS = 4
@@ -34,10 +34,10 @@ class Member:
         self.aborts = 0
         self.stopping = False
         self.routed: list[int] = []
-        routings = {epoch: Routing(epoch, ((0,),)) for epoch in epochs}
-        self.memory = SimpleNamespace(bus=self.bus, routings=routings, doorbells=doorbells)
+        self.routings = {epoch: Routing(epoch, ((0,),)) for epoch in epochs}
+        self.barrier = ShmBarrier(self.bus, doorbells, slot)
         exchange = SimpleNamespace(set_routing=lambda *args: self.routed.append(args[0]))
-        self.lockstep = Lockstep(cast(Memory, self.memory), cast(ShmExchange, exchange), slot, lambda: self.stopping)
+        self.lockstep = Lockstep(self.barrier, cast(Exchange, exchange), self.routings, slot, lambda: self.stopping)
         self.num_tokens = 1
         self.thread = threading.Thread(target=self.run)
 
@@ -49,7 +49,7 @@ class Member:
                 continue
             try:
                 total = self.lockstep.meet(self.num_tokens)
-            except BusAborted:
+            except StepAborted:
                 self.aborts += 1
                 self.lockstep.abort()
                 continue
@@ -60,7 +60,7 @@ class Member:
         """Sleep on the doorbell, as a rank does."""
         ready = threading.Event()
         ready.wait(0.002)
-        self.lockstep.hear()
+        self.barrier.hear()
 
 
 class Harness:
@@ -150,7 +150,7 @@ def test_nobody_flips_before_everyone_is_ready(harness: Harness) -> None:
     seen = len(ready.steps)
     harness.wait(lambda: len(ready.steps) > seen + 200, "steps of the old epoch")
     assert harness.hmm.membership()[3] == 1
-    late.memory.routings[2] = Routing(2, ((0,),))
+    late.routings[2] = Routing(2, ((0,),))
     harness.wait(lambda: ready.lockstep.epoch == late.lockstep.epoch == 2, "the flip")
 
 
@@ -164,7 +164,7 @@ def test_a_parked_generation_makes_the_staged_one_void(harness: Harness) -> None
     harness.hmm.set_membership(3, 0b11, False, 2)
     harness.wait(lambda: not any(member.lockstep.is_member for member in members), "the halt")
     assert harness.hmm.staged() == (0, 0, 0)
-    members[1].memory.routings[2] = Routing(2, ((0,),))
+    members[1].routings[2] = Routing(2, ((0,),))
     harness.hmm.set_membership(4, 0b11, True, 2)
     harness.wait(lambda: all(member.lockstep.epoch == 2 for member in members), "the new generation")
 
@@ -192,7 +192,7 @@ def test_steps_that_somebody_waits_for_are_urgent_and_bounded_in_number(harness:
     harness.hmm.set_membership(3, 0b11, True, 1)
     for member in (one, other):
         member.lockstep.sync()
-    other.memory.routings.pop(2)  # it learns of the next layout late
+    other.routings.pop(2)  # it learns of the next layout late
     met = threading.Thread(target=lambda: [other.lockstep.meet(1) for _ in range(6)])
     met.start()
     urgency(one, 3)

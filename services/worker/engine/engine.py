@@ -165,7 +165,7 @@ class Engine:
     def compute(self, plan: Plan, total_tokens: int, deadline_ms: float) -> list[Choice]:
         """Run the step that all ranks have agreed on: what came of each chunk. `total_tokens`: of all ranks together.
 
-        Raises BusAborted or BusTimeout, or what went wrong; then nothing has changed but KV behind the committed
+        Raises StepAborted or StepTimedOut, or what went wrong; then nothing has changed but KV behind the committed
         position, and the work may be planned again.
         """
         self._exchange.begin_step(total_tokens, deadline_ms)

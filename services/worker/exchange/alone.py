@@ -17,6 +17,14 @@ class Alone(Exchange):
         self.rows_RH = torch.zeros((max((len(experts) for experts in held), default=0), hidden), dtype=torch.float32)
         self.counts_E = torch.zeros(num_experts, dtype=torch.int32)
 
+    def set_routing(self, generation: int, owners: Sequence[Sequence[int]]) -> None:
+        """See Exchange. There is nobody to send to."""
+
+    @property
+    def is_awaited(self) -> bool:
+        """See Exchange. Nobody waits."""
+        return False
+
     def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
         """See Exchange. Nothing to prepare."""
 

@@ -7,9 +7,23 @@ model has).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+
+class StepAborted(Exception):
+    """The generation is over, because membership changed: the step in flight is lost and is to be discarded.
+    `generation`: the one that was current when it was noticed."""
+
+    def __init__(self, generation: int) -> None:
+        super().__init__(f"the step's generation is over; generation {generation} is current")
+        self.generation = generation
+
+
+class StepTimedOut(Exception):
+    """Another rank did not arrive in time."""
 
 
 class ExchangeTimes(NamedTuple):
@@ -26,8 +40,9 @@ class Exchange(ABC):
     exactly once, in order, also with no tokens; expert memory and routing stay as they are from `begin_step` to the
     step's end; one thread. Each call may block for the slowest rank, up to the step's deadline.
 
-    When membership changes in mid-step, a call raises BusAborted (or BusTimeout at the deadline): the step is lost, its
-    results are discarded, and the same work starts again with `begin_step`. KV that it wrote is written again, equally.
+    When membership changes in mid-step, a call raises StepAborted (or StepTimedOut at the deadline): the step is lost,
+    its results are discarded, and the same work starts again with `begin_step`. KV that it wrote is written again,
+    equally.
     """
 
     rows_RH: torch.Tensor
@@ -36,6 +51,19 @@ class Exchange(ABC):
 
     counts_E: torch.Tensor
     """int32 [E]: rows of each expert; 0 for experts of other ranks. Valid as `rows_RH`."""
+
+    @abstractmethod
+    def set_routing(self, generation: int, owners: Sequence[Sequence[int]]) -> None:
+        """Use `owners[layer][expert]`, the slot that computes each expert (`Layout.owners`), in this generation.
+
+        Needed before the first step, and again whenever the generation or the placement changes; between steps only.
+        Raises ValueError where the numbers of experts are not the model's.
+        """
+
+    @property
+    @abstractmethod
+    def is_awaited(self) -> bool:
+        """Whether others wait, or will, for this rank's part in the step that it began last."""
 
     @abstractmethod
     def begin_step(self, total_tokens: int, deadline_ms: float) -> None:

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 
 from common.failpoint import failpoint
-from native.bus import Bus, BusTimeout, Routing, make_routing
-from services.worker.exchange.base import Exchange, ExchangeTimes
+from native.bus import Bus, BusAborted, BusTimeout, Routing, make_routing
+from services.worker.exchange.base import Exchange, ExchangeTimes, StepAborted, StepTimedOut
 
 WAIT_MS = 500.0  # a rank that waits for others in a step says that often that it is not the one that is stuck
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class ShmExchange(Exchange):
     """One rank's end of the bus. `num_experts[layer]` is the model's (0: dense); `bus` stays the caller's.
 
-    Needs `set_routing` before the first step, and again whenever the generation or the placement changes.
+    Others see this rank's progress on the bus, also while it waits for them.
     """
 
     def __init__(self, bus: Bus, num_experts: Sequence[int]) -> None:
@@ -37,10 +37,7 @@ class ShmExchange(Exchange):
         self._counts_addr = self.counts_E.data_ptr()
 
     def set_routing(self, generation: int, owners: Sequence[Sequence[int]]) -> None:
-        """Use `owners[layer][expert]`, the slot that computes each expert (`Layout.owners`), in this bus generation.
-
-        Between steps only. Raises ValueError where the numbers of experts are not the model's.
-        """
+        """See Exchange."""
         if tuple(len(slots) for slots in owners) != self._num_experts:
             raise ValueError(
                 f"routing of {[len(slots) for slots in owners]} experts, the model has {self._num_experts}"
@@ -58,7 +55,7 @@ class ShmExchange(Exchange):
             self.rows_RH = torch.empty((capacity, self._hidden), dtype=torch.float32)
 
     def dispatch(self, layer: int, x_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor, n: int) -> int:
-        """See Exchange. Raises BusAborted, BusTimeout; ValueError for an id without a home."""
+        """See Exchange. Raises ValueError for an id without a home."""
         routing = self._routing(layer)
         return self._patiently(
             lambda wait_ms: self._bus.dispatch(
@@ -76,7 +73,7 @@ class ShmExchange(Exchange):
         )
 
     def combine(self, layer: int, y_RH: torch.Tensor, out_NH: torch.Tensor, n: int) -> None:
-        """See Exchange. Raises BusAborted, BusTimeout."""
+        """See Exchange."""
         routing = self._routing(layer)
         self._patiently(
             lambda wait_ms: self._bus.combine(routing, self._generation, y_RH.data_ptr(), out_NH.data_ptr(), n, wait_ms)
@@ -85,23 +82,26 @@ class ShmExchange(Exchange):
 
     @property
     def is_awaited(self) -> bool:
-        """Whether others wait, or will, for this rank's part in the step that it began last."""
+        """See Exchange."""
         return self._num_left > 0 and self._bus.membership()[1].bit_count() > 1
 
     def _patiently(self, exchange: Callable[[float], T]) -> T:
         """Make one exchange, counting up the rank's progress before it and while it waits for the others.
 
-        One that times out is repeated: the arrival stands. Raises BusTimeout when the step's deadline has passed.
+        One that times out is repeated: the arrival stands. Raises StepAborted, and StepTimedOut when the step's
+        deadline has passed.
         """
         left_ms = self._deadline_ms
         while True:
             self._bus.bump_progress()
             try:
                 return exchange(min(left_ms, WAIT_MS))
-            except BusTimeout:
+            except BusAborted as aborted:
+                raise StepAborted(aborted.generation) from None
+            except BusTimeout as late:
                 left_ms -= WAIT_MS
                 if left_ms <= 0:
-                    raise
+                    raise StepTimedOut(str(late)) from None
 
     def take_times(self) -> ExchangeTimes:
         """See Exchange. Includes the bus's `step` calls since the last call."""

@@ -32,6 +32,6 @@ class Model(Protocol):
 
         The caller has begun the exchange's step. The logits belong to the model and are valid until the next call; the
         caller may change them. Raises ValueError for a batch beyond the model's limits or with a bad token or block id;
-        BusAborted and BusTimeout pass through (see Exchange). A step may be repeated: the same batch gives the same KV
-        and logits, bit by bit, whatever other parts are in it.
+        StepAborted and StepTimedOut pass through (see Exchange). A step may be repeated: the same batch gives the same
+        KV and logits, bit by bit, whatever other parts are in it.
         """
