@@ -1,4 +1,4 @@
-"""Defaults stand in common/config.py alone: what pages, compose files and help texts say of them is compared."""
+"""Defaults stand in common/settings.py alone: what pages, compose files and help texts say of them is compared."""
 
 from __future__ import annotations
 

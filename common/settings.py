@@ -1,0 +1,264 @@
+"""Every setting of every service: its type, bounds, default, unit and meaning, each in this one place.
+
+A service's struct has the settings that it reads. What several of them read under one name is one type here, so that it
+means the same everywhere. `docs/reference/configuration.md` is made from these. How values come in: common/config.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from common.protocol.errors import ConfigError
+from common.protocol.limits import SOCKET_PATH_BYTES_MAX
+
+_BYTES_MAX = 1 << 50
+
+
+def _is(text: str, unit: str = "") -> Meta:
+    """What a setting means, and the unit that its number is in."""
+    return Meta(description=text, extra={"unit": unit})
+
+
+Port = Annotated[int, Meta(ge=0, le=65_535)]
+Names = Annotated[str, Meta(pattern=r"^[\x21-\x7e ]{0,4096}$")]  # with commas between
+Bytes = Annotated[int, Meta(ge=1, le=_BYTES_MAX)]
+# What people and messages call a model: anything that can be printed, also quotes and spaces.
+Name = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
+
+# Settings that more than one service reads.
+Model = Annotated[
+    str,
+    _is("The checkpoint's folder. `elasticmoe up` also takes names (`elasticmoe model list`) and org/name of a hub"),
+]
+ServedName = Annotated[Name, _is("The name that clients use for the model; empty: the model's own")]
+Devices = Annotated[
+    str,
+    Meta(pattern=r"^host:[1-9][0-9]{0,2}\Z"),
+    _is("The devices that the deployment may use: `host:N` are N slices of this machine"),
+]
+PoolName = Annotated[
+    str,
+    Meta(pattern=r"^[a-z0-9-]{1,32}\Z"),
+    _is("The worker pool's name; pools of one deployment differ in it"),
+]
+KeepAlive = Annotated[
+    float,
+    Meta(gt=0, le=3_600),
+    _is("An idle connection is closed then; let it exceed what a proxy in front keeps its own (60 s for most)", "s"),
+]
+
+
+class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every process knows."""
+
+    run_dir: Annotated[str, _is("Folder (mode 0700) of one deployment: its sockets, secrets, state and logs")]
+    store_url: Annotated[
+        str, _is("A Valkey or Redis server, `redis://…` or `rediss://…`; empty: the embedded one of the run directory")
+    ] = ""
+    deployment: Annotated[
+        str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z"), _is("This deployment's name in a store that others use too")
+    ] = "default"
+    log_level: Annotated[
+        str, Meta(pattern=r"^(debug|info|warning|error)\Z"), _is("The least level of what is logged")
+    ] = "info"
+    log_json: Annotated[bool, _is("Log one JSON object a line instead of text")] = False
+    log_bytes_max: Annotated[
+        int,
+        Meta(ge=64 * 1024, le=1 << 40),
+        _is("Most of each log file; the last one that was full is kept beside it", "bytes"),
+    ] = 16 * 1024 * 1024
+    failpoint_dir: Annotated[
+        str, _is("Empty but in tests that make processes fail (`common/failpoint.py`): leave it")
+    ] = ""
+
+    @property
+    def run_path(self) -> Path:
+        """`run_dir` as an absolute path."""
+        return Path(self.run_dir).absolute()
+
+    def socket(self, name: str) -> Path:
+        """Path of the Unix socket called `name`. Raises ConfigError when it exceeds what the kernel takes."""
+        path = self.run_path / "sockets" / f"{name}.sock"
+        if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+            raise ConfigError(
+                f"socket path of {len(os.fsencode(path))} bytes exceeds the limit of {SOCKET_PATH_BYTES_MAX}: "
+                f"choose a shorter run directory"
+            )
+        return path
+
+    @property
+    def state_dir(self) -> Path:
+        """Durable small files: fencing epochs and journals."""
+        return self.run_path / "state"
+
+    def secret(self, name: str) -> Path:
+        """Path of a secret's file."""
+        return self.run_path / "secrets" / name
+
+
+class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is served, and its sizes."""
+
+    model: Model = ""
+    served_name: ServedName = ""
+    dtype: Annotated[str, Meta(pattern=r"^(bfloat16|float32)\Z"), _is("Number format of weights and KV")] = "bfloat16"
+    devices: Devices = "host:2"
+    replicas: Annotated[int, Meta(ge=1, le=64), _is("Replicas to start with; a running deployment is scaled")] = 2
+    tp: Annotated[int, Meta(ge=1, le=64), _is("Devices of one replica; only 1 for now")] = 1
+    block_size: Annotated[int, Meta(ge=1, le=1024), _is("Tokens of one KV block", "tokens")] = 16
+    kv_bytes: Annotated[Bytes, _is("Most KV memory of one device", "bytes")] = 256 * 1024 * 1024
+    max_model_len: Annotated[
+        int,
+        Meta(ge=2, le=1_048_576),
+        _is("Longest sequence, prompt and output; at most what the model knows", "tokens"),
+    ] = 2048
+    max_tokens_per_step: Annotated[
+        int, Meta(ge=1, le=65_536), _is("Most tokens that a replica computes in one step", "tokens")
+    ] = 128
+    max_sequences: Annotated[int, Meta(ge=1, le=65_536), _is("Most sequences of a replica at once")] = 64
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices that `devices` names."""
+        return int(self.devices.split(":")[1])
+
+
+class HmmConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The memory service's."""
+
+    devices: Devices = "host:2"
+    device_bytes: Annotated[
+        int,
+        Meta(ge=0, le=_BYTES_MAX),
+        _is("Budget of each device; 0: an equal share of 80 % of the memory that is available at the start", "bytes"),
+    ] = 0
+    granularity: Annotated[int, Meta(ge=4096, le=1 << 30), _is("Page handles are multiples of it", "bytes")] = 4096
+
+
+class KeeperConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The keeper needs nothing but the run directory."""
+
+
+class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A worker pool's."""
+
+    pool_name: PoolName = "pool"
+    standbys: Annotated[
+        int,
+        Meta(ge=0, le=64),
+        _is("Processes kept ready beyond the running ranks; with 0 each rank starts from nothing, which takes seconds"),
+    ] = 2
+    pin_cores: Annotated[
+        bool,
+        _is("Let the rank of device `host:i` run on core i only (modulo their number), as on a slice of the machine"),
+    ] = False
+
+
+class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The scaler owns the layout, so it knows the model."""
+
+    admin_host: Annotated[str, _is("Address of the admin listener; keep it on loopback")] = "127.0.0.1"
+    admin_port: Annotated[Port, _is("Its port; 0: a free one")] = 8100
+    pool_name: PoolName = "pool"
+    lease_ms: Annotated[
+        int, Meta(ge=100, le=600_000), _is("A scaler that was silent for so long may be superseded", "ms")
+    ] = 5_000
+    rank_restarts_max: Annotated[
+        int,
+        Meta(ge=0, le=1_000),
+        _is("A seat's rank that dies is replaced at most so often in `rank_restarts_window_s`; then `rank_crash_loop`"),
+    ] = 5
+    rank_restarts_window_s: Annotated[float, Meta(gt=0, le=86_400), _is("The window of `rank_restarts_max`", "s")] = (
+        60.0
+    )
+    copy_bytes_per_s: Annotated[
+        int,
+        Meta(ge=0, le=_BYTES_MAX),
+        _is(
+            "Rate of experts that move between replicas that serve, all copies of one host together; 0: no limit",
+            "bytes/s",
+        ),
+    ] = 200 * 1024 * 1024
+    operation_deadline_s: Annotated[
+        float, Meta(gt=0, le=86_400), _is("A scale operation that is not committed by then is undone", "s")
+    ] = 600.0
+    rank_stall_s: Annotated[
+        float,
+        Meta(gt=0, le=86_400),
+        _is(
+            "A rank that lives and makes no progress for so long, while others do or while it is stopped or sleeps, is "
+            "killed and replaced. Must exceed what one layer takes for `max_tokens_per_step` tokens",
+            "s",
+        ),
+    ] = 2.4
+    keep_alive_seconds: KeepAlive = 75.0
+
+
+class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The front door's."""
+
+    model: Model = ""
+    served_name: ServedName = ""
+    host: Annotated[str, _is("Address of the OpenAI-compatible listener")] = "127.0.0.1"
+    port: Annotated[Port, _is("Its port; 0: a free one")] = 8000
+    api_key_file: Annotated[
+        str, _is("File whose one line is the key that clients must send; empty: none is asked for")
+    ] = ""
+    requests_max: Annotated[
+        int, Meta(ge=1, le=100_000), _is("Requests that are accepted at once; one more is answered 429")
+    ] = 256
+    body_bytes_max: Annotated[int, Meta(ge=1024, le=1 << 30), _is("Most of a request's body", "bytes")] = (
+        8 * 1024 * 1024
+    )
+    body_seconds_max: Annotated[float, Meta(gt=0, le=3_600), _is("A body has to have arrived by then", "s")] = 30.0
+    request_seconds_max: Annotated[
+        float, Meta(gt=0, le=86_400), _is("A request that is not answered by then is ended", "s")
+    ] = 600.0
+    answer_bytes_max: Annotated[
+        int,
+        Meta(ge=64 * 1024, le=1 << 40),
+        _is(
+            "What one answer may become, by its prompts, choices, tokens and log probabilities; log probabilities of "
+            "all requests together may take twice as much",
+            "bytes",
+        ),
+    ] = 64 * 1024 * 1024
+    stream_keepalive_s: Annotated[
+        float,
+        Meta(ge=0, le=3_600),
+        _is(
+            "A stream that has sent nothing for so long sends a comment, which keeps proxies from cutting it; 0: none",
+            "s",
+        ),
+    ] = 10.0
+    generation_config: Annotated[
+        str,
+        Meta(pattern="^(auto|none)$"),
+        _is("auto: the checkpoint's `generation_config.json` gives the defaults of sampling; none: OpenAI's"),
+    ] = "auto"
+    keep_alive_seconds: KeepAlive = 75.0
+    allowed_hosts: Annotated[
+        Names,
+        _is(
+            "Without a key, hosts that requests may name beside loopback, `host` and the address that they came to: "
+            "names with commas between, `*.name` for those below one, `*` for all"
+        ),
+    ] = ""
+    cors_origins: Annotated[
+        Names, _is("Origins of pages that may ask and read the answers, `https://chat.example.org,…`; `*` for all")
+    ] = ""
+    allow_priority: Annotated[
+        bool, _is("Let requests name a priority; else all are served in the order in which they come")
+    ] = False
+    history: Annotated[bool, _is("Record every request in `logs/history-router.jsonl`")] = False
+    history_bytes_max: Annotated[
+        int, Meta(ge=64 * 1024, le=1 << 40), _is("Most of one such file, of which two are kept", "bytes")
+    ] = 1024 * 1024 * 1024
+
+
+CONFIGS: tuple[type[Common], ...] = (HmmConfig, KeeperConfig, PoolConfig, ScalerConfig, RouterConfig)
