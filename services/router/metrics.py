@@ -1,4 +1,4 @@
-"""The router's metrics, under the names that dashboards and autoscalers for vLLM already read, and some of our own.
+"""The router's metrics (`measures.py` names them), as it counts them and as its ranks report them.
 
 What ranks report is read when it is scraped, so it cannot be stale; what the router counts is counted as it happens.
 Latencies are as the router sees them: from acceptance, tokenization excluded, network to the client excluded.
@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from common.layout import Layout, RankId
+from common.measures import Measure
+from services.router import measures
 from services.router.links import RankLink
 from services.router.streams import Stream
 
@@ -29,43 +31,28 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._model = model_name
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of accepted requests")
-        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
-        self._ttft = self._histogram("vllm:time_to_first_token_seconds", "From acceptance to the first token", _FAST_S)
-        self._gap = self._histogram("vllm:inter_token_latency_seconds", "Between two tokens of a request", _FAST_S)
-        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "From acceptance to the end", _SLOW_S)
-        self._prompt_size = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
-        self._output_size = self._histogram("vllm:request_generation_tokens", "Tokens generated for a request", _TOKENS)
-        self._success = Counter(
-            "vllm:request_success",
-            "Requests that ended with a finish reason",
-            ["model_name", "finished_reason"],
-            registry=self.registry,
-        )
+        self._prompt_tokens = self._counter(measures.PROMPT_TOKENS)
+        self._generation_tokens = self._counter(measures.GENERATION_TOKENS)
+        self._ttft = self._histogram(measures.TTFT, _FAST_S)
+        self._gap = self._histogram(measures.GAP, _FAST_S)
+        self._e2e = self._histogram(measures.E2E, _SLOW_S)
+        self._prompt_size = self._histogram(measures.PROMPT_SIZE, _TOKENS)
+        self._output_size = self._histogram(measures.OUTPUT_SIZE, _TOKENS)
+        self._success = measures.SUCCESS.counter(self.registry)
         for reason in ("stop", "length"):
             self._success.labels(model_name, reason)
-        self._failed = Counter(
-            "elasticmoe:requests_failed",
-            "Accepted requests that ended with an error, by its code, or because the client left",
-            ["model_name", "code"],
-            registry=self.registry,
-        )
-        self._refused = Counter(
-            "elasticmoe:requests_refused",
-            "Requests that were answered with an error, by HTTP status",
-            ["model_name", "status"],
-            registry=self.registry,
-        )
-        self.resubmitted = self._counter("elasticmoe:requests_resubmitted", "Requests given to another replica")
-        self.moved = self._counter("elasticmoe:moved_requests", "Requests that another rank went on with")
-        self.recomputed = self._counter("elasticmoe:recomputed_tokens", "Tokens that ranks had to compute once more")
-        self.bad_messages = self._counter("elasticmoe:bad_messages", "Messages of ranks that made no sense")
+        self._failed = measures.FAILED.counter(self.registry)
+        self._refused = measures.REFUSED.counter(self.registry)
+        self.resubmitted = self._counter(measures.RESUBMITTED)
+        self.moved = self._counter(measures.MOVED)
+        self.recomputed = self._counter(measures.RECOMPUTED)
+        self.bad_messages = self._counter(measures.BAD_MESSAGES)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, ["model_name"], registry=self.registry).labels(self._model)
+    def _counter(self, measure: Measure) -> Counter:
+        return measure.counter(self.registry).labels(self._model)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry).labels(self._model)
+    def _histogram(self, measure: Measure, buckets: tuple[float, ...]) -> Histogram:
+        return measure.histogram(self.registry, buckets).labels(self._model)
 
     def accepted(self, prompt_tokens: int) -> None:
         """A generation was submitted."""
@@ -119,16 +106,10 @@ class _RankCollector(Collector):
         yield from self._layout_metrics()
 
     def _engine_metrics(self) -> Iterable[Metric]:
-        labels = ["model_name", "engine"]
-        running = GaugeMetricFamily("vllm:num_requests_running", "Requests that compute", labels=labels)
-        waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait", labels=labels)
-        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", labels=labels)
-        queued = GaugeMetricFamily("elasticmoe:prompt_tokens_queued", "Prompt tokens to be computed", labels=labels)
-        silent = GaugeMetricFamily("elasticmoe:rank_silent_seconds", "Since a rank's last message", labels=labels)
-        blocks = GaugeMetricFamily("elasticmoe:kv_blocks", "KV blocks of a rank", labels=[*labels, "state"])
-        shares = GaugeMetricFamily(
-            "elasticmoe:step_share", "Share of a step that is not tensor math", labels=[*labels, "part"]
-        )
+        running, waiting = measures.RUNNING.family(), measures.WAITING.family()
+        usage, queued = measures.KV_USAGE.family(), measures.QUEUED.family()
+        silent, blocks = measures.SILENT.family(), measures.KV_BLOCKS.family()
+        shares = measures.STEP_SHARE.family()
         now = time.monotonic()
         for rank, link in self._links.items():
             status = link.status
@@ -149,8 +130,7 @@ class _RankCollector(Collector):
 
     def _layout_metrics(self) -> Iterable[Metric]:
         layout = self._layout()
-        epoch = GaugeMetricFamily("elasticmoe:epoch", "Epoch of the layout that requests are sent by")
-        experts = GaugeMetricFamily("elasticmoe:experts_per_rank", "Expert records of a rank's device", labels=["rank"])
+        epoch, experts = measures.EPOCH.family(), measures.EXPERTS.family()
         if layout is not None:
             epoch.add_metric([], layout.epoch)
             counts = collections.Counter(slot for layer in layout.homes for slots in layer for slot in slots)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
+from services.scaler import measures
 from services.scaler.operation import Operation
 from services.scaler.snapshot import Snapshot, memory_of_device
 
@@ -16,32 +17,11 @@ class Meters:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._operations = Counter(
-            "elasticmoe:scale_operations",
-            "Operations that ended",
-            ["kind", "outcome"],
-            registry=self.registry,
-        )
-        self._phases = Histogram(
-            "elasticmoe:scale_phase_seconds",
-            "Time of each phase",
-            ["phase"],
-            buckets=_PHASE_BUCKETS,
-            registry=self.registry,
-        )
-        self._pauses = Histogram(
-            "elasticmoe:scale_pause_seconds",
-            "From a commit until all ranks flipped: an upper bound of a stream's pause",
-            buckets=_PAUSE_BUCKETS,
-            registry=self.registry,
-        )
-        self._bytes = Counter("elasticmoe:scale_bytes_moved", "Bytes copied between devices", registry=self.registry)
-        self._refused = Counter(
-            "elasticmoe:requests_refused",
-            "Requests that were answered with an error, by HTTP status",
-            ["status"],
-            registry=self.registry,
-        )
+        self._operations = measures.OPERATIONS.counter(self.registry)
+        self._phases = measures.PHASES.histogram(self.registry, _PHASE_BUCKETS)
+        self._pauses = measures.PAUSES.histogram(self.registry, _PAUSE_BUCKETS)
+        self._bytes = measures.BYTES_MOVED.counter(self.registry)
+        self._refused = measures.REFUSED.counter(self.registry)
 
     def refused(self, status: int) -> None:
         """An error was answered."""
@@ -62,14 +42,7 @@ class Meters:
 def render_metrics(snapshot: Snapshot, meters: Meters) -> bytes:
     """Prometheus text of the counters and of the snapshot."""
     registry = CollectorRegistry()
-    epoch = Gauge("elasticmoe:epoch", "Epoch of the layout", registry=registry)
-    fence = Gauge("elasticmoe:fence", "Fencing epoch of this scaler", registry=registry)
-    serving = Gauge("elasticmoe:serving", "1 while all ranks of the layout step", registry=registry)
-    busy = Gauge("elasticmoe:scale_in_progress", "1 while an operation is in progress", registry=registry)
-    experts = Gauge("elasticmoe:experts_per_rank", "Expert records of a rank's device", ["rank"], registry=registry)
-    memory = Gauge("elasticmoe:device_bytes", "Device memory", ["device", "state"], registry=registry)
-    blocks = Gauge("elasticmoe:kv_blocks", "KV blocks of the ranks that tell them", ["state"], registry=registry)
-    standby = Gauge("elasticmoe:standby_ranks", "Processes that wait for a seat", registry=registry)
+    epoch, fence, serving, busy, experts, memory, blocks, standby = (m.gauge(registry) for m in measures.SEEN)
     fence.set(snapshot.fence)
     serving.set(snapshot.phase == "serving")
     busy.set(snapshot.operation is not None)

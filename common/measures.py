@@ -1,0 +1,49 @@
+"""What a metric is called, what it means and what it suggests to be woken for: said once, where the metric is named.
+
+`docs/reference/metrics.md` is made from the MEASURES of router and scaler; they make their metrics from them too.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+
+
+class Measure(NamedTuple):
+    """One metric. `name` without the endings that Prometheus' text adds. `source`: whose state it is. `alert`: a PromQL
+    condition that deserves attention, empty for what belongs on a dashboard; `why`: what that says, and what to do."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    text: str
+    labels: tuple[str, ...] = ()
+    alert: str = ""
+    why: str = ""
+    source: Literal["router", "scaler", "ranks"] = "router"
+
+    @property
+    def exposed(self) -> str:
+        """The name as it is scraped; of a histogram, without `_bucket`, `_sum` and `_count`."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+    def counter(self, registry: CollectorRegistry) -> Counter:
+        """A counter of this name in `registry`."""
+        assert self.kind == "counter"
+        return Counter(self.name, self.text, self.labels, registry=registry)
+
+    def gauge(self, registry: CollectorRegistry) -> Gauge:
+        """A gauge of this name in `registry`."""
+        assert self.kind == "gauge"
+        return Gauge(self.name, self.text, self.labels, registry=registry)
+
+    def histogram(self, registry: CollectorRegistry, buckets: tuple[float, ...]) -> Histogram:
+        """A histogram of this name in `registry`."""
+        assert self.kind == "histogram"
+        return Histogram(self.name, self.text, self.labels, buckets=buckets, registry=registry)
+
+    def family(self) -> GaugeMetricFamily:
+        """A gauge whose values are filled in at each scrape."""
+        assert self.kind == "gauge"
+        return GaugeMetricFamily(self.name, self.text, labels=self.labels)
