@@ -9,6 +9,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from common.error_codes import CODES
 from common.protocol import errors
 from common.protocol.errors import ElasticMoEError, InvalidRequest, NotFound
 from common.telemetry import get_logger
@@ -17,19 +18,6 @@ log = get_logger("http")
 
 RETRY_AFTER_S = 1
 
-# Errors of other processes come as codes; these are the families and the codes that stand for another status.
-_STATUS_BY_CODE = {
-    kind.code: kind.http_status
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, ElasticMoEError) and kind is not ElasticMoEError
-} | {
-    "queue_full": 429,
-    "parameters_too_large": 400,
-    "request_timeout": 408,
-    "method_not_allowed": 405,
-    "unsupported_media_type": 415,
-    "unsupported_content_encoding": 415,
-}
 # Of status 500, those whose text was written for the client: its own request cannot be computed.
 _FOR_CLIENTS = frozenset({errors.RequestFailed.code, "bad_logits"})
 _TYPES = {
@@ -56,10 +44,13 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 def status_of(error: ElasticMoEError) -> int:
-    """The HTTP status of an error."""
-    if type(error) is not ElasticMoEError:
-        return _STATUS_BY_CODE.get(error.code, error.http_status)
-    return _STATUS_BY_CODE.get(error.code, 503 if error.retryable else 500)
+    """The HTTP status of an error: its family's, unless its code stands for another one. An error of another process
+    comes as a code; one that is not for answers is an internal error, or a want of something that may come back."""
+    code = CODES.get(error.code)
+    statuses = code.statuses if code is not None else ()
+    if type(error) is ElasticMoEError:
+        return statuses[0] if statuses else 503 if error.retryable else 500
+    return error.http_status if error.http_status in statuses or not statuses else statuses[0]
 
 
 def type_of(status: int) -> str:

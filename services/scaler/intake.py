@@ -117,7 +117,8 @@ class Intake:
         if order.target is None or not order.target.is_lost or not lost <= set(order.target.remove or ()):
             why = f"; that is refused: {self._why_not}" if self._why_not else ""
             names = ", ".join(f"r{replica}" for replica in sorted(lost))
-            raise Conflict(f"the devices of {names} are lost, and are left out first{why}", code="device_lost")
+            text = f"the devices of {names} are lost, and are left out first{why}"
+            raise Conflict(text, code="device_lost", retryable=True)
 
     def _check_room(self) -> None:
         for check in self._room:
@@ -142,7 +143,7 @@ class Intake:
         missing = {seat.rank.replica for seat in current.lost if seat in hmm.layout.seats} - remove
         if missing:
             text = f"operation {current.op_id} leaves out r{min(missing)} as lost: name it too"
-            raise Conflict(text, code=running.code)
+            raise orders.Running(text)
         self._driver.replace(without_lost(current, devices))
         self._tell("operation_gives_way", "a device was lost meanwhile", op_id=current.op_id)
         raise Later(running)

@@ -116,9 +116,10 @@ def _replica(name: int | str) -> int:
 
 
 class Running(Conflict):
-    """Another operation is in progress."""
+    """Another operation is in progress: the same order may be accepted when that has ended."""
 
     code = "operation_running"
+    retryable = True
 
 
 def repeated(order: Order, current: Operation | None, ended: Sequence[Operation]) -> Operation | None:

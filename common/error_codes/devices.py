@@ -1,0 +1,22 @@
+"""Codes of device backends (`common/devices`): each is a fault of ours, or of the machine."""
+
+from __future__ import annotations
+
+from common.error_codes.code import Code
+
+_REPORT = "Report it with the log"
+
+DEVICES: dict[str, Code] = {
+    "device_error": Code("A device call failed", "See the text: limits of the machine, or a fault of it"),
+    "bad_granularity": Code("`granularity` is no multiple of the page size", "Use one that is"),
+    "already_imported": Code("A handle was imported twice", _REPORT),
+    "export_and_import": Code("A handle was exported and imported by one process", _REPORT),
+    "invalid_dtype": Code("A dtype that the backend does not have", _REPORT),
+    "invalid_extent": Code("An extent lies outside its handle", _REPORT),
+    "invalid_token": Code("A descriptor is not the memory that it should be", _REPORT),
+    "not_mapped": Code("An address is not mapped", _REPORT),
+    "other_device": Code("A handle of another device was given", _REPORT),
+    "out_of_range": Code("An access lies outside what is mapped", _REPORT),
+    "record_moved": Code("A record was to be mapped where another one is", _REPORT),
+    "released": Code("The handle has been given back already", _REPORT),
+}
