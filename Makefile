@@ -27,7 +27,7 @@ endif
 # Tools of the virtual environment (cmake, ninja, ctest) come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help modules-changed install up down test test-all test-fast test-sim soak lint format native-test bench compose-test clean
+.PHONY: help modules-changed install up down test test-all test-fast test-sim soak lint format docs native-test bench compose-test clean
 
 help:
 	@echo 'install       virtual environment with everything; fast when nothing changed'
@@ -40,6 +40,7 @@ help:
 	@echo 'soak          half an hour of load, random faults and random resizes (ARGS="--seed 7 --minutes 60")'
 	@echo 'lint          ruff, mypy, clang-format, house rules'
 	@echo 'format        rewrite sources as lint wants them'
+	@echo 'docs          write docs/reference from the code'
 	@echo 'native-test   C++ unit tests, plain and with sanitizers (ARGS="plain asan tsan")'
 	@echo 'bench         steady-state benchmark (ARGS="--models demo")'
 	@echo 'compose-test  compose.yaml for real; needs a container engine'
@@ -93,6 +94,9 @@ format: install
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+docs: install
+	$(BIN)/python -m scripts.reference
 
 native-test: install
 	bash native/run_tests.sh $(ARGS)

@@ -23,12 +23,13 @@ import asyncio
 import secrets
 import zlib
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
 import msgspec
 import redis
 import redis.asyncio
+from msgspec import Meta
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -105,14 +106,16 @@ class Writer(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True):
-    """One line of the journal. `facts` are the inputs that the reason rests on, as text."""
+    """One line of the journal, and what listeners are shown."""
 
-    kind: str
-    reason: str
-    epoch: int
-    sender: str
-    time_unix: float
-    facts: dict[str, str] = {}
+    kind: Annotated[str, Meta(description="What has happened, by its stable name")]
+    reason: Annotated[str, Meta(description="Why, in words")]
+    epoch: Annotated[int, Meta(description="Of the layout in force; 0 before the first")]
+    sender: Annotated[str, Meta(description="The scaler's process")]
+    time_unix: Annotated[float, Meta(description="When, in seconds since 1970")]
+    facts: Annotated[
+        dict[str, str], Meta(description="What the reason rests on, as text, by the kind's own names")
+    ] = {}
 
 
 _FROM_THE_FIRST = "0-0"

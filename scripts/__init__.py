@@ -1,0 +1,1 @@
+"""What makes files of this repository from the code or from a running deployment. Not part of the product."""

@@ -1,0 +1,50 @@
+"""The kinds of events: when each comes, and its facts. `docs/reference/events.md` is made from these."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_OP_ID = {"op_id": "the operation"}
+_PHASE = {"phase": "the phase that it is in"}
+_RANK = {"rank": "such as `r1t0`"}
+_EXIT_CODE = {"exit_code": "negative for a signal; left out where nobody knows it"}
+
+
+class Kind(NamedTuple):
+    """`when`: what has happened. `facts`: the names that `facts` may have, and what they say."""
+
+    when: str
+    facts: dict[str, str]
+
+
+KINDS: dict[str, Kind] = {
+    "decision": Kind(
+        "The deployment's state has another reason than before",
+        {"phase": "`starting`, `loading`, `attaching`, `serving`, `degraded` or `failed`"},
+    ),
+    "rank_exited": Kind("A rank that served has ended; a standby takes its seat", _RANK | _EXIT_CODE),
+    "rank_ended": Kind("A rank has ended that was joining or leaving, so nobody takes its seat", _RANK | _EXIT_CODE),
+    "rank_ejected": Kind(
+        "A rank lived and made no progress for `rank_stall_s`; it is killed and replaced",
+        _RANK | {"incarnation": "of the process"},
+    ),
+    "operation_accepted": Kind(
+        "An order has become an operation; `reason` is the order's", _OP_ID | {"kind": "`scale_up`, `rebalance`, …"}
+    ),
+    "operation_resumed": Kind("A scaler goes on with an operation that it found in the journal", _OP_ID | _PHASE),
+    "operation_phase": Kind(
+        "An operation has entered a phase, a leg or another attempt; `reason` says why",
+        _OP_ID | _PHASE | {"leg": "counted from 1", "seconds": "spent in the phase before"},
+    ),
+    "operation_late": Kind("A committed operation is past its deadline; it goes on", _OP_ID | _PHASE),
+    "operation_cancel": Kind("An operator has cancelled an operation", _OP_ID),
+    "operation_gives_way": Kind("The operation ends early, for one that leaves a lost device out", _OP_ID),
+    "operation_ended": Kind(
+        "An operation has ended; `reason` says why", _OP_ID | {"outcome": "`done`, `cancelled` or `aborted`"}
+    ),
+    "loss_refused": Kind(
+        "A lost device cannot be left out; nothing is served until the deployment is started again",
+        {"code": "of the refusal: errors.md"},
+    ),
+    "tidy": Kind("Something is left of an operation that the journal does not know; it is cleared away", {}),
+}

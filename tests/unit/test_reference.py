@@ -1,0 +1,130 @@
+"""docs/reference is what the code says: `make docs` writes it anew. And what the code says is whole."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from common import config
+from common.layout import RankId, initial_layout
+from common.measures import Measure
+from common.protocol.router import RankStatus
+from scripts import reference
+from services.router import measures as router_measures
+from services.router.metrics import Metrics
+from services.scaler import measures as scaler_measures
+from services.scaler.events import KINDS
+from services.scaler.meters import Meters, render_metrics
+from tests.unit.test_scaler_admin import snapshot_of
+from tests.unit.transitions import UP, World
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = reference.pages()
+SCALER = sorted((ROOT / "services" / "scaler").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_what_the_code_says(name: str) -> None:
+    assert (reference.FOLDER / name).read_text() == PAGES[name], "the code has changed: run `make docs`"
+
+
+def test_every_setting_has_a_meaning_and_every_number_a_bound() -> None:
+    for kind in config.CONFIGS:
+        for field in msgspec.inspect.type_info(kind).fields:  # type: ignore[attr-defined]
+            known = field.type
+            assert isinstance(known, msgspec.inspect.Metadata), field.name
+            assert known.extra_json_schema is not None, field.name
+            assert known.extra_json_schema["description"], field.name
+            if isinstance(known.type, msgspec.inspect.IntType | msgspec.inspect.FloatType):
+                assert known.type.le is not None, field.name
+                is_told = field.name.endswith(("_bytes", "_s", "_seconds", "_ms", "_bytes_max", "_seconds_max"))
+                assert not is_told or known.extra["unit"], field.name
+
+
+def test_settings_of_one_name_are_one_setting() -> None:
+    seen: dict[str, object] = {}
+    for kind in config.CONFIGS:
+        for field in msgspec.inspect.type_info(kind).fields:  # type: ignore[attr-defined]
+            assert seen.setdefault(field.name, field.type) == field.type, field.name
+
+
+def families(text: bytes) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+    """Kind, text and label names of each metric in a Prometheus text."""
+    found = {}
+    for family in text_string_to_metric_families(text.decode()):
+        if family.type == "gauge" and family.name.endswith("_created"):
+            continue  # prometheus-client's own, beside each counter and histogram
+        labels = [name for sample in family.samples[:1] for name in sample.labels if name != "le"]
+        found[family.name] = (family.type, family.documentation, tuple(sorted(labels)))
+    return found
+
+
+def declared(measures: tuple[Measure, ...]) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+    return {measure.name: (measure.kind, measure.text, tuple(sorted(measure.labels))) for measure in measures}
+
+
+def test_the_router_shows_the_metrics_that_the_page_names() -> None:
+    metrics, rank = Metrics("m"), RankId(0, 0)
+    status = RankStatus(rank, "i", 1, 1, 0, 0, 3, 4, 64)
+    link = SimpleNamespace(status=status, left_at=None, silent_s=lambda _: 0.5)
+    metrics.watch({rank: link}, lambda: initial_layout((2,), ("host:0", "host:1")))  # type: ignore[dict-item]
+    metrics.refused(429)
+    metrics._failed.labels("m", "unavailable").inc()
+    assert families(metrics.render()) == declared(router_measures.MEASURES)
+
+
+def test_the_scaler_shows_the_metrics_that_the_page_names() -> None:
+    meters = Meters()
+    meters.refused(401)
+    meters.phase("prepare", 1.0)
+    meters._operations.labels("scale_up", "done").inc()
+    assert families(render_metrics(snapshot_of(World(UP.before)), meters)) == declared(scaler_measures.MEASURES)
+
+
+def test_an_alert_is_about_its_metric() -> None:
+    for measure in (*router_measures.MEASURES, *scaler_measures.MEASURES):
+        assert bool(measure.alert) == bool(measure.why), measure.name
+        assert not measure.alert or measure.name in measure.alert, measure.name
+        known = {one.name for one in (*router_measures.MEASURES, *scaler_measures.MEASURES)}
+        named = {
+            re.sub(r"_(total|bucket)$", "", name) for name in re.findall(r"(?:vllm|elasticmoe):\w+", measure.alert)
+        }
+        assert named <= known, measure.name
+
+
+def facts_of(function: ast.AST, call: ast.Call) -> set[str]:
+    """The names of the facts that a call of `_tell` may have; `**facts` are the dictionaries of that name there."""
+    found = {word.arg for word in call.keywords if word.arg is not None}
+    for word in call.keywords:
+        if word.arg is not None:
+            continue
+        for node in ast.walk(function):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for target in targets:
+                if isinstance(target, ast.Name) and target.id == ast.unparse(word.value):
+                    assert isinstance(node, ast.Assign)
+                    assert isinstance(node.value, ast.Dict)
+                    found |= {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
+                if isinstance(target, ast.Subscript) and ast.unparse(target.value) == ast.unparse(word.value):
+                    assert isinstance(target.slice, ast.Constant)
+                    found.add(target.slice.value)
+    return found
+
+
+def test_events_are_those_that_the_page_names() -> None:
+    told: dict[str, set[str]] = {}
+    for path in SCALER:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for call in ast.walk(function):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "self._tell":
+                    assert isinstance(call.args[0], ast.Constant), f"{path.name}:{call.lineno}"
+                    told.setdefault(call.args[0].value, set()).update(facts_of(function, call))
+    assert told == {name: set(kind.facts) for name, kind in KINDS.items()}
