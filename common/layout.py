@@ -8,9 +8,11 @@ shared-memory rows can be addressed by it across epochs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import msgspec
 
+from common.described import says
 from common.model_spec import RecordKey
 from common.protocol.errors import ConfigError
 from common.protocol.limits import EXPERTS_MAX, LAYERS_MAX, RANKS_MAX
@@ -27,11 +29,11 @@ class RankId(msgspec.Struct, frozen=True, order=True, array_like=True):
 
 
 class Seat(msgspec.Struct, frozen=True):
-    """One rank's place: `slot` on the bus and `device` whose memory it computes on."""
+    """One rank's place."""
 
-    rank: RankId
-    slot: int
-    device: str
+    rank: Annotated[RankId, says("[replica, number in the replica]")]
+    slot: Annotated[int, says("Its place on the bus")]
+    device: Annotated[str, says("The device whose memory it computes on", "host:0")]
 
 
 class Layout(msgspec.Struct, frozen=True):

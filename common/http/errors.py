@@ -5,10 +5,13 @@ What a client is told comes from errors that were written for it. Anything else 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from common.described import says
 from common.error_codes import CODES
 from common.protocol import errors
 from common.protocol.errors import ElasticMoEError, InvalidRequest, NotFound
@@ -29,18 +32,18 @@ _TYPES = {
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
-    """`type` is the family (`invalid_request_error`, `rate_limit_error`, ...), `code` the stable machine name."""
+    """What is wrong."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str
+    message: Annotated[str, says("For people, with the limit and the value")]
+    type: Annotated[str, says("The family, by OpenAI's names", "invalid_request_error", "rate_limit_error")]
+    param: Annotated[str | None, says("The field that it is about, where it is about one")]
+    code: Annotated[str, says("Stable, for programs: docs/reference/errors.md lists all", "invalid_request")]
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
     """Every error, whatever its status."""
 
-    error: ErrorDetail
+    error: Annotated[ErrorDetail, says("What is wrong")]
 
 
 def status_of(error: ElasticMoEError) -> int:

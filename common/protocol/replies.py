@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from common.described import says
 from common.protocol.codec import Message
 from common.protocol.errors import ElasticMoEError
 from common.protocol.limits import ERROR_TEXT_CHARS_MAX
@@ -12,11 +15,11 @@ class Ack(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """Not done; nothing changed. `code` is stable, `message` gives the limit and the value."""
+    """Not done; nothing changed."""
 
-    code: str
-    message: str
-    retryable: bool = False
+    code: Annotated[str, says("Stable: docs/reference/errors.md lists all", "deadline_exceeded")]
+    message: Annotated[str, says("What is wrong, with the limit and the value")]
+    retryable: Annotated[bool, says("The same may succeed later")] = False
 
     def raise_(self) -> None:
         """Raise this refusal as an ElasticMoEError."""

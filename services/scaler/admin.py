@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
@@ -24,7 +24,8 @@ from common.http.listener import Server, make_server
 from common.protocol.errors import ConfigError, ElasticMoEError, Unauthorized
 from common.protocol.limits import NAME_CHARS_MAX
 from common.sse import escape_separators
-from services.scaler import docs
+from common.version import version
+from services.scaler import docs, views
 from services.scaler.desk import Cancel, Desk, Feed
 from services.scaler.docs import describe
 from services.scaler.meters import Meters, render_metrics
@@ -45,6 +46,7 @@ BODY_S_MAX = 10.0
 HEARTBEAT_S = 10.0
 CONNECTIONS_MAX = 128
 PUBLIC_PATHS = frozenset({"/health", "/ready"})
+OpIdInPath = Annotated[str, Path(description="The operation's `op_id`")]
 
 
 class AdminGate:
@@ -71,11 +73,18 @@ class AdminGate:
 
 def build_app(board: Board, desk: Desk, feed: Feed, meters: Meters, token: str, deadline_s: float) -> Door:
     """The admin app; `deadline_s`: of operations that name none. Raises ConfigError for an empty token."""
-    app = FastAPI(title="ElasticMoE scaler", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="ElasticMoE scaler",
+        description=docs.ABOUT,
+        version=version(),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     _add_views(app, board, meters)
     _add_orders(app, desk, deadline_s)
     _add_events(app, feed)
-    docs.install(app)
+    docs.install(app, PUBLIC_PATHS)
     app.add_exception_handler(ElasticMoEError, on_error)
     app.add_exception_handler(HTTPException, on_status)
     app.add_exception_handler(Exception, on_error)
@@ -90,61 +99,79 @@ def serve(app: Door, meters: Meters, keep_alive_s: float) -> Server:
 
 def _add_views(app: FastAPI, board: Board, meters: Meters) -> None:
     @app.get("/health", **describe("Health", docs.PUBLIC))
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
+    def health() -> Response:
+        """Answers as long as the listener lives. Asks for no token."""
+        return _json(views.Health("ok"))
 
     @app.get("/ready", **docs.describe_ready())
     def ready() -> Response:
+        """200 while all ranks of the layout step, else 503, with the reason. Asks for no token."""
         snapshot = board.snapshot
         return _json(ready_view(snapshot), 200 if snapshot.phase == "serving" else 503)
 
     @app.get("/v1/layout", **describe("Layout", docs.READING))
     def layout() -> Response:
+        """The layout in force: its ranks with their devices and memory, and where each expert is."""
         return _json(layout_view(board.snapshot))
 
     @app.get("/v1/devices", **describe("Devices", docs.READING))
     def devices() -> Response:
+        """All devices, used or not, with their memory."""
         return _json(devices_view(board.snapshot))
 
     @app.get("/v1/operations", **describe("Operations", docs.READING))
     def operations() -> Response:
+        """The operation in progress, and the last 100 that have ended."""
         return _json(operations_view(board.snapshot))
 
     @app.get("/v1/operations/{op_id}", **describe("Operation", docs.FINDING))
-    def operation(op_id: str) -> Response:
+    def operation(op_id: OpIdInPath) -> Response:
+        """One operation: its phase, what it waits for, and what it has cost."""
         return _json(find_operation(board.snapshot, op_id))
 
     @app.get("/v1/config", **describe("Config", docs.READING))
     def config() -> Response:
+        """The settings that are in force, without secrets."""
         return _json(board.snapshot.config)
 
     @app.get("/metrics", **describe("text/plain", docs.READING))
     def metrics() -> Response:
+        """Prometheus text: `docs/reference/metrics.md`."""
         return Response(render_metrics(board.snapshot, meters), media_type="text/plain; version=0.0.4")
 
 
 def _add_orders(app: FastAPI, desk: Desk, deadline_s: float) -> None:
-    @app.post("/v1/scale", **describe("Operation", docs.ORDERING, body=ScaleBody, status=202))
+    @app.post("/v1/scale", **describe("Operation", docs.ORDERING, body=ScaleBody, status=202, told="It is accepted"))
     async def scale(request: Request) -> Response:
+        """Grow or shrink while it serves: `replicas`, `devices` or `remove`. One operation at a time; with an `op_id` a
+        repetition starts no second one. With `dry_run` only the plan is made."""
         order = parse_scale(await request.body(), deadline_s)
         accepted = await desk.ask(order)
         if accepted.plan is not None:
             return _json(plan_view(accepted.plan, accepted.operation))
         return _json(operation_view(accepted.operation), 202)
 
-    @app.post("/v1/rebalance", **describe("Operation", docs.ORDERING, body=RebalanceBody, status=202))
+    @app.post(
+        "/v1/rebalance", **describe("Operation", docs.ORDERING, body=RebalanceBody, status=202, told="It is accepted")
+    )
     async def rebalance(request: Request) -> Response:
+        """Level the running requests over the replicas. The body may be empty."""
         accepted = await desk.ask(parse_rebalance(await request.body(), deadline_s))
         return _json(operation_view(accepted.operation), 202)
 
-    @app.delete("/v1/operations/{op_id}", **describe("Operation", docs.CANCELLING, status=202))
-    async def cancel(op_id: str) -> Response:
+    @app.delete(
+        "/v1/operations/{op_id}", **describe("Operation", docs.CANCELLING, status=202, told="It is being undone")
+    )
+    async def cancel(op_id: OpIdInPath) -> Response:
+        """Cancel an operation that is not committed yet. Refused with `committed` afterwards."""
         return _json(operation_view((await desk.ask(Cancel(op_id))).operation), 202)
 
 
 def _add_events(app: FastAPI, feed: Feed) -> None:
     @app.get("/v1/events", **describe("text/event-stream", docs.READING))
     async def events(request: Request) -> Response:
+        """What the scaler decides and does, as server-sent events, for ever: `docs/reference/events.md`. With
+        `Last-Event-ID` it goes on after that one."""
         feed.check()
         last_id = request.headers.get("last-event-id", "")[:NAME_CHARS_MAX]
 

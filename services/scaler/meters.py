@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 
 from services.scaler import measures
 from services.scaler.operation import Operation
-from services.scaler.snapshot import Snapshot, memory_of_device
+from services.scaler.snapshot import Snapshot, memory_view
 
 _PHASE_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _PAUSE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
@@ -51,7 +52,7 @@ def render_metrics(snapshot: Snapshot, meters: Meters) -> bytes:
         for seat in snapshot.layout.seats:
             experts.labels(str(seat.rank)).set(snapshot.layout.num_experts_on(seat.slot))
     for device in snapshot.hmm.devices if snapshot.hmm else ():
-        for state, nbytes in memory_of_device(device).items():
+        for state, nbytes in msgspec.structs.asdict(memory_view(device)).items():
             memory.labels(device.device, state).set(nbytes)
     free = sum(left for left, _ in snapshot.blocks.values())
     blocks.labels("free").set(free)

@@ -7,10 +7,11 @@ on counting; what passed while none ran is not counted.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+from common.described import says
 from common.layout import Layout, RankId, Seat
 from common.protocol.rank import MoveTarget
 from common.protocol.replies import Refused
@@ -26,74 +27,75 @@ TIMINGS_MAX = 64
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What was asked for: one of the first three, or none of them for a rebalance. `remove`: replica numbers;
-    `is_lost`: of replicas whose devices have lost their memory."""
+    """What was asked for: one of the first three, or none of them for a rebalance."""
 
-    replicas: int | None = None
-    devices: tuple[str, ...] | None = None
-    remove: tuple[int, ...] | None = None
-    reason: str = ""
-    deadline_s: float = DEADLINE_S
-    is_lost: bool = False
+    replicas: Annotated[int | None, says("How many replicas to have")] = None
+    devices: Annotated[tuple[str, ...] | None, says("Exactly the devices to use")] = None
+    remove: Annotated[tuple[int, ...] | None, says("Numbers of replicas that leave")] = None
+    reason: Annotated[str, says("Kept with the operation")] = ""
+    deadline_s: Annotated[float, says("Undone unless it is committed by then")] = DEADLINE_S
+    is_lost: Annotated[bool, says("The devices of `remove` have lost their memory")] = False
 
 
 class DeviceChange(msgspec.Struct, frozen=True):
-    """What a plan does to one device: expert records and bytes that come to it, expert records that it holds before and
-    after, KV handles after, the most bytes at any instant."""
+    """What a plan does to one device."""
 
-    experts_in: int
-    bytes_in: int
-    experts_before: int
-    experts_after: int
-    kv_handles_after: int
-    peak_bytes: int
+    experts_in: Annotated[int, says("Expert records that come to it")]
+    bytes_in: Annotated[int, says("Bytes that come to it")]
+    experts_before: Annotated[int, says("Expert records that it holds before")]
+    experts_after: Annotated[int, says("Expert records that it holds afterwards")]
+    kv_handles_after: Annotated[int, says("KV handles afterwards; 0 for a device that leaves")]
+    peak_bytes: Annotated[int, says("The most bytes at any instant")]
 
 
 class Planned(msgspec.Struct, frozen=True):
-    """A plan in short, kept when the plan itself is not. `seconds`, `pause_ms` and peaks are predictions."""
+    """A plan in short, kept when the plan itself is not."""
 
-    epoch_before: int
-    epoch_after: int
-    replicas_before: int
-    replicas_after: int
-    joining: tuple[str, ...]
-    leaving: tuple[str, ...]
-    experts_moved: int
-    bytes_copied: int
-    peak_bytes: int
-    bytes_before: int
-    bytes_after: int
-    seconds: float
-    pause_ms: float
-    devices: dict[str, DeviceChange]
+    epoch_before: Annotated[int, says("Epoch of the layout that it starts from")]
+    epoch_after: Annotated[int, says("Epoch of the layout that it leads to")]
+    replicas_before: Annotated[int, says("Replicas before")]
+    replicas_after: Annotated[int, says("Replicas afterwards")]
+    joining: Annotated[tuple[str, ...], says("Ranks that come")]
+    leaving: Annotated[tuple[str, ...], says("Ranks that go")]
+    experts_moved: Annotated[int, says("Expert records that are copied")]
+    bytes_copied: Annotated[int, says("Bytes that are copied")]
+    peak_bytes: Annotated[int, says("The most bytes of all devices at any instant, as predicted")]
+    bytes_before: Annotated[int, says("Bytes of all devices before")]
+    bytes_after: Annotated[int, says("Bytes of all devices afterwards")]
+    seconds: Annotated[float, says("How long it takes, as predicted")]
+    pause_ms: Annotated[float, says("The longest pause of a stream, as predicted")]
+    devices: Annotated[dict[str, DeviceChange], says("What happens to each device")]
 
 
 class PhaseTime(msgspec.Struct, frozen=True):
     """How long a leg stayed in a phase."""
 
-    leg: int
-    phase: Phase
-    seconds: float
+    leg: Annotated[int, says("The leg, from 0")]
+    phase: Annotated[Phase, says("The phase")]
+    seconds: Annotated[float, says("How long")]
 
 
 class Figures(msgspec.Struct, frozen=True):
-    """What an operation has cost so far, beside what was planned. Bytes, seconds.
+    """What an operation has cost so far, beside what was planned."""
 
-    `capacity_s`: from the command until the joining replicas were members; None where none join. `flip_s_max`: the
-    longest time from a commit until all ranks were seen to have flipped: no stream paused for longer because of it.
-    `peak_bytes`: the most real bytes of each device; `peak_bytes_total`: their sum.
-    """
-
-    capacity_s: float | None = None
-    flip_s_max: float | None = None
-    bytes_copied: int = 0
-    bytes_planned: int = 0
-    peak_bytes: dict[str, int] = {}
-    peak_bytes_total: int = 0
-    peak_bytes_planned: int = 0
-    kv_blocks_before: int | None = None
-    kv_blocks_after: int | None = None
-    sequences_moved: int = 0
+    capacity_s: Annotated[
+        float | None, says("From the command until the joining replicas were members; null where none join")
+    ] = None
+    flip_s_max: Annotated[
+        float | None,
+        says(
+            "The longest time from a commit until all ranks were seen to have flipped: no stream paused for longer "
+            "because of it"
+        ),
+    ] = None
+    bytes_copied: Annotated[int, says("Bytes copied")] = 0
+    bytes_planned: Annotated[int, says("Bytes that were planned to be copied")] = 0
+    peak_bytes: Annotated[dict[str, int], says("The most real bytes of each device")] = {}
+    peak_bytes_total: Annotated[int, says("Their sum")] = 0
+    peak_bytes_planned: Annotated[int, says("The most bytes that were planned")] = 0
+    kv_blocks_before: Annotated[int | None, says("KV blocks of all replicas before")] = None
+    kv_blocks_after: Annotated[int | None, says("KV blocks of all replicas afterwards")] = None
+    sequences_moved: Annotated[int, says("Running requests that went to another rank")] = 0
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from common.described import says
 from common.protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from common.protocol.limits import DEVICES_MAX, NAME_CHARS_MAX, RANKS_MAX
 from common.protocol.scaler import HmmStatus
@@ -21,7 +22,14 @@ from services.scaler.transition import can_cancel, cancel
 
 OpId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
 DeadlineS = Annotated[float, Meta(gt=0, le=86_400)]
-Reason = Annotated[str, Meta(max_length=500)]
+# What all orders may have.
+GivenOpId = Annotated[
+    OpId | None, says("A name for the operation: the same order with the same name starts no second", "grow-monday")
+]
+GivenDeadlineS = Annotated[
+    DeadlineS | None, says("Seconds by which it has to be committed, else it is undone; null: `operation_deadline_s`")
+]
+Reason = Annotated[str, Meta(max_length=500), says("Kept with the operation and its events", "more traffic")]
 _REPLICA = re.compile(r"r([0-9]{1,4})(?:t[0-9]{1,4})?")
 
 
@@ -33,36 +41,43 @@ class UnprocessableTarget(InvalidRequest):
 
 
 class ScaleBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of POST /v1/scale: exactly one of `replicas`, `devices` and `remove`. `lost`: the devices of the replicas to
-    remove have lost their memory, so nothing is read from them and their requests are computed anew elsewhere."""
+    """Body of POST /v1/scale: exactly one of `replicas`, `devices` and `remove`."""
 
-    replicas: Annotated[int, Meta(ge=1, le=RANKS_MAX)] | None = None
-    devices: (
+    replicas: Annotated[Annotated[int, Meta(ge=1, le=RANKS_MAX)] | None, says("How many replicas to have", 3)] = None
+    devices: Annotated[
         Annotated[
             list[Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]],
             Meta(min_length=1, max_length=DEVICES_MAX),
         ]
-        | None
-    ) = None
-    remove: (
+        | None,
+        says("Exactly the devices to use afterwards", ["host:0", "host:2"]),
+    ] = None
+    remove: Annotated[
         Annotated[
             list[Annotated[int, Meta(ge=0, le=9_999)] | Annotated[str, Meta(max_length=16)]],
             Meta(min_length=1, max_length=RANKS_MAX),
         ]
-        | None
-    ) = None
-    lost: bool = False
-    op_id: OpId | None = None
-    dry_run: bool = False
-    deadline_s: DeadlineS | None = None
+        | None,
+        says("Replicas that leave, by number or name", ["r1"]),
+    ] = None
+    lost: Annotated[
+        bool,
+        says(
+            "The devices of `remove` have lost their memory: nothing is read from them, and their requests are "
+            "computed anew elsewhere"
+        ),
+    ] = False
+    op_id: GivenOpId = None
+    dry_run: Annotated[bool, says("Only plan: answer 200 with what it would move and cost")] = False
+    deadline_s: GivenDeadlineS = None
     reason: Reason = ""
 
 
 class RebalanceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Body of POST /v1/rebalance; it may be empty."""
 
-    op_id: OpId | None = None
-    deadline_s: DeadlineS | None = None
+    op_id: GivenOpId = None
+    deadline_s: GivenDeadlineS = None
     reason: Reason = ""
 
 

@@ -11,6 +11,8 @@ from common.layout import Layout
 from common.protocol.errors import NotFound, Unavailable
 from common.protocol.replies import Refused
 from common.protocol.scaler import DeviceStatus, HmmStatus, PoolStatus
+from services.scaler import views
+from services.scaler.core import Phase
 from services.scaler.operation import Operation
 from services.scaler.plan import Plan
 from services.scaler.transition import outcome
@@ -20,7 +22,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     """`config` is the resolved configuration without secrets; `ended`: the last operations, newest first; `blocks`:
     (free, all) KV blocks by slot of the ranks that told them lately."""
 
-    phase: str
+    phase: Phase
     reason: str
     error: Refused | None
     layout: Layout | None
@@ -40,19 +42,19 @@ class Board:
         self.snapshot = snapshot
 
 
-def ready_view(snapshot: Snapshot) -> dict[str, Any]:
+def ready_view(snapshot: Snapshot) -> views.Ready:
     """GET /ready."""
     hmm = snapshot.hmm
-    return {
-        "phase": snapshot.phase,
-        "reason": snapshot.reason,
-        "bytes_done": hmm.bytes_done if hmm else 0,
-        "bytes_total": hmm.bytes_total if hmm else 0,
-        "error": snapshot.error,
-    }
+    return views.Ready(
+        phase=snapshot.phase,
+        reason=snapshot.reason,
+        bytes_done=hmm.bytes_done if hmm else 0,
+        bytes_total=hmm.bytes_total if hmm else 0,
+        error=snapshot.error,
+    )
 
 
-def layout_view(snapshot: Snapshot) -> dict[str, Any]:
+def layout_view(snapshot: Snapshot) -> views.Layout:
     """GET /v1/layout. Raises Unavailable before the first layout."""
     layout = snapshot.layout
     if layout is None:
@@ -66,96 +68,96 @@ def layout_view(snapshot: Snapshot) -> dict[str, Any]:
         device, rank = by_device.get(seat.device), pids.get(seat.slot)
         blocks = snapshot.blocks.get(seat.slot)
         ranks.append(
-            {
-                "replica": seat.rank.replica,
-                "tp": seat.rank.tp,
-                "slot": seat.slot,
-                "device": seat.device,
-                "state": states.get(seat.device, "used"),
-                "incarnation": rank.incarnation if rank else None,
-                "pid": rank.pid if rank else None,
-                "ready": bool(rank and rank.ready),
-                "attach_ms": rank.attach_ms if rank else None,
-                "experts": layout.num_experts_on(seat.slot),
-                "kv_blocks": device.kv_blocks if device else 0,
-                "kv_blocks_free": blocks[0] if blocks else None,
-                "memory": memory_of_device(device) if device else None,
-            }
+            views.Rank(
+                replica=seat.rank.replica,
+                tp=seat.rank.tp,
+                slot=seat.slot,
+                device=seat.device,
+                state=states.get(seat.device, "used"),
+                incarnation=rank.incarnation if rank else None,
+                pid=rank.pid if rank else None,
+                ready=bool(rank and rank.ready),
+                attach_ms=rank.attach_ms if rank else None,
+                experts=layout.num_experts_on(seat.slot),
+                kv_blocks=device.kv_blocks if device else 0,
+                kv_blocks_free=blocks[0] if blocks else None,
+                memory=memory_view(device) if device else None,
+            )
         )
-    return {
-        "epoch": layout.epoch,
-        "fence": snapshot.fence,
-        "phase": snapshot.phase,
-        "reason": snapshot.reason,
-        "tp": layout.tp,
-        "replicas": layout.dp,
-        "operation": snapshot.operation.op_id if snapshot.operation else None,
-        "ranks": ranks,
-        "experts": layout.homes,
-    }
+    return views.Layout(
+        epoch=layout.epoch,
+        fence=snapshot.fence,
+        phase=snapshot.phase,
+        reason=snapshot.reason,
+        tp=layout.tp,
+        replicas=layout.dp,
+        operation=snapshot.operation.op_id if snapshot.operation else None,
+        ranks=ranks,
+        experts=layout.homes,
+    )
 
 
-def devices_view(snapshot: Snapshot) -> dict[str, Any]:
+def devices_view(snapshot: Snapshot) -> views.Devices:
     """GET /v1/devices. Raises Unavailable while the HMM does not answer."""
     if snapshot.hmm is None:
         raise Unavailable("the HMM does not answer")
     states = _seat_states(snapshot)
-    return {
-        "standby_processes": snapshot.pool.standby if snapshot.pool else 0,
-        "devices": [
-            {
-                "device": status.device,
-                "state": states.get(status.device, "free"),
-                "attached": status.attached,
-                "memory": memory_of_device(status),
-                "pages": status.pages,
-            }
+    return views.Devices(
+        standby_processes=snapshot.pool.standby if snapshot.pool else 0,
+        devices=[
+            views.Device(
+                device=status.device,
+                state=states.get(status.device, "free"),
+                attached=status.attached,
+                memory=memory_view(status),
+                pages=status.pages,
+            )
             for status in snapshot.hmm.devices
         ],
-    }
+    )
 
 
-def operation_view(operation: Operation, hmm: HmmStatus | None = None) -> dict[str, Any]:
+def operation_view(operation: Operation, hmm: HmmStatus | None = None) -> views.Operation:
     """One operation, with the HMM's progress where it is about this one."""
     transition = hmm.transition if hmm else None
     progress = None
     if transition and not operation.is_finished and transition.op_id == operation.stage_id:
-        progress = {
-            "hmm_phase": transition.phase,
-            "bytes_done": transition.bytes_done,
-            "bytes_total": transition.bytes_total,
-            "slots_prepared": transition.prepared,
-        }
-    return {
-        "op_id": operation.op_id,
-        "kind": operation.kind,
-        "phase": operation.phase,
-        "outcome": outcome(operation) if operation.is_finished else None,
-        "reason": operation.why,
-        "leg": operation.leg + 1 if operation.num_legs else 0,
-        "legs": operation.num_legs,
-        "attempt": operation.attempt + 1,
-        "request": operation.request,
-        "accepted_unix": operation.accepted_unix,
-        "deadline_s": operation.deadline_s,
-        "elapsed_s": round(operation.elapsed_s, 4),
-        "is_late": operation.is_late,
-        "is_cancelled": operation.is_cancelled,
-        "timings": operation.timings,
-        "progress": progress,
-        "planned": operation.planned,
-        "figures": operation.figures,
-        "error": operation.error,
-    }
+        progress = views.Progress(
+            hmm_phase=transition.phase,
+            bytes_done=transition.bytes_done,
+            bytes_total=transition.bytes_total,
+            slots_prepared=transition.prepared,
+        )
+    return views.Operation(
+        op_id=operation.op_id,
+        kind=operation.kind,
+        phase=operation.phase,
+        outcome=outcome(operation) if operation.is_finished else None,
+        reason=operation.why,
+        leg=operation.leg + 1 if operation.num_legs else 0,
+        legs=operation.num_legs,
+        attempt=operation.attempt + 1,
+        request=operation.request,
+        accepted_unix=operation.accepted_unix,
+        deadline_s=operation.deadline_s,
+        elapsed_s=round(operation.elapsed_s, 4),
+        is_late=operation.is_late,
+        is_cancelled=operation.is_cancelled,
+        timings=operation.timings,
+        progress=progress,
+        planned=operation.planned,
+        figures=operation.figures,
+        error=operation.error,
+    )
 
 
-def operations_view(snapshot: Snapshot) -> dict[str, Any]:
+def operations_view(snapshot: Snapshot) -> views.Operations:
     """GET /v1/operations: the one in progress first, then the last that ended, newest first."""
     current = [snapshot.operation] if snapshot.operation else []
-    return {"operations": [operation_view(operation, snapshot.hmm) for operation in (*current, *snapshot.ended)]}
+    return views.Operations([operation_view(operation, snapshot.hmm) for operation in (*current, *snapshot.ended)])
 
 
-def find_operation(snapshot: Snapshot, op_id: str) -> dict[str, Any]:
+def find_operation(snapshot: Snapshot, op_id: str) -> views.Operation:
     """GET /v1/operations/{op_id}. Raises NotFound; Unavailable `not_ready` while it is not known what there was."""
     current = [snapshot.operation] if snapshot.operation else []
     for operation in (*current, *snapshot.ended):
@@ -166,30 +168,30 @@ def find_operation(snapshot: Snapshot, op_id: str) -> dict[str, Any]:
     raise NotFound(f"no operation {op_id}", code="unknown_operation")
 
 
-def plan_view(plan: Plan, operation: Operation) -> dict[str, Any]:
+def plan_view(plan: Plan, operation: Operation) -> views.Plan:
     """The answer to a dry run: the plan in short, and each leg with its copies as [record, from, to]."""
-    return {
-        "kind": plan.kind,
-        "planned": operation.planned,
-        "legs": [
-            {
-                "epoch": leg.layout.epoch,
-                "joining": leg.joining,
-                "leaving": leg.leaving,
-                "bytes_copied": leg.bytes_copied,
-                "peak_bytes": leg.peak_bytes,
-                "kv_handles": leg.kv_handles,
-                "kv_handles_after": leg.kv_handles_after,
-                "copies": [[str(copy.key), copy.source, copy.target] for copy in leg.copies],
-            }
+    return views.Plan(
+        kind=plan.kind,
+        planned=operation.planned,
+        legs=[
+            views.Leg(
+                epoch=leg.layout.epoch,
+                joining=leg.joining,
+                leaving=leg.leaving,
+                bytes_copied=leg.bytes_copied,
+                peak_bytes=leg.peak_bytes,
+                kv_handles=leg.kv_handles,
+                kv_handles_after=leg.kv_handles_after,
+                copies=[(str(copy.key), copy.source, copy.target) for copy in leg.copies],
+            )
             for leg in plan.legs
         ],
-    }
+    )
 
 
-def memory_of_device(device: DeviceStatus) -> dict[str, int]:
+def memory_view(device: DeviceStatus) -> views.Memory:
     """A device's bytes by class; they add up to its budget."""
-    return {name: getattr(device, name) for name in ("budget", "weights", "kv", "other", "free")}
+    return views.Memory(device.budget, device.weights, device.kv, device.other, device.free)
 
 
 def _other_seats(snapshot: Snapshot) -> tuple[Any, ...]:
@@ -201,10 +203,11 @@ def _other_seats(snapshot: Snapshot) -> tuple[Any, ...]:
     return (*leg.joining, *leg.leaving)
 
 
-def _seat_states(snapshot: Snapshot) -> dict[str, str]:
+def _seat_states(snapshot: Snapshot) -> dict[str, views.DeviceState]:
     """used, joining, leaving by device; devices without an entry are free."""
     used = set(snapshot.layout.slots) if snapshot.layout else set()
-    states = {seat.device: "used" for seat in snapshot.layout.seats} if snapshot.layout else {}
+    seats = snapshot.layout.seats if snapshot.layout else ()
+    states: dict[str, views.DeviceState] = {seat.device: "used" for seat in seats}
     operation = snapshot.operation
     if operation is None or operation.plan is None or not operation.num_legs:
         return states

@@ -96,13 +96,13 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> App:
     return make_router(tmp_path_factory.mktemp("r"), Dispatcher)
 
 
-def make_router(base: Path, make_dispatcher: type[Dispatcher]) -> App:
+def make_router(base: Path, make_dispatcher: type[Dispatcher], api_key: bytes | None = None) -> App:
     """A router's app with files in `base`."""
     model = ServedModel(write_model(base / "model"), "m")
     config = RouterConfig(run_dir=str(base), model=str(base / "model"), served_name="m", body_bytes_max=64 << 10)
     metrics = Metrics("m")
     dispatcher = make_dispatcher(config.socket, metrics, History(None, "r"), router_identity())
-    return build_router(make_front(config, model, InProcess(model.codec), dispatcher, metrics, None))
+    return build_router(make_front(config, model, InProcess(model.codec), dispatcher, metrics, api_key))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from common.http.door import Door
 from common.http.errors import on_error, on_status
 from common.http.hosts import HostPolicy, split
 from common.protocol.errors import ElasticMoEError
+from common.version import version
 from services.router.api import chat, completions, docs, health, metrics, models, tokens
 from services.router.api.gate import PUBLIC_PATHS, Gate
 from services.router.front import Front
@@ -17,14 +18,21 @@ from services.router.front import Front
 def build_app(front: Front) -> Door:
     """The ASGI application of a running router. No redirects, no pages from elsewhere; cross-origin headers only for
     the origins that a setting names. Raises ConfigError for an origin that is none."""
-    app = FastAPI(title="ElasticMoE router", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="ElasticMoE router",
+        description=docs.ABOUT,
+        version=version(),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.front = front
     for family in (chat, completions, models, tokens, health, metrics):
         app.include_router(family.routes)
     app.add_exception_handler(ElasticMoEError, on_error)
     app.add_exception_handler(HTTPException, on_status)
     app.add_exception_handler(Exception, on_error)
-    docs.install(app)
+    docs.install(app, PUBLIC_PATHS, has_key=front.api_key is not None)
     config, is_open = front.config, front.api_key is None
     policy = HostPolicy(config.host, split(config.allowed_hosts), split(config.cors_origins), is_open=is_open)
     return Door(Gate(app, front), policy, PUBLIC_PATHS, front.metrics.refused)

@@ -30,11 +30,14 @@ from services.router.streams import Output, Stream
 routes = APIRouter()
 _decoder = msgspec.json.Decoder(ChatRequest)
 _encode = msgspec.json.encode
+_EXAMPLE = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64}
 
 
-@routes.post("/v1/chat/completions", **describe(ChatRequest, ChatCompletion, chunk=ChatCompletionChunk))
+@routes.post(
+    "/v1/chat/completions", **describe(ChatRequest, ChatCompletion, chunk=ChatCompletionChunk, example=_EXAMPLE)
+)
 async def chat_completions(request: Request) -> Response:
-    """Continue a conversation."""
+    """Continue a conversation, as one answer or (`stream`) token by token."""
     front = front_of(request)
     raw = await body_of(request, _decoder)
     front.check_model(raw.model)

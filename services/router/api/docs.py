@@ -8,10 +8,16 @@ import msgspec
 from fastapi import FastAPI
 
 from common.http.errors import ErrorBody
+from common.http.openapi import json_content, refusals, secure
 from services.router.api import schemas
 from services.router.api.words import MESSAGE_WORDS, WORDS, UnsupportedMessageWords, UnsupportedWords
 
 _REF = "#/components/schemas/"
+ABOUT = """An OpenAI-compatible API for one model. What is honoured, ignored and refused: `docs/api.md`; framing,
+limits, hosts and origins: `docs/http.md`; error codes: `docs/reference/errors.md`. Scaling has an API of its own, on
+the admin listener."""
+_KEY = """The text of the file that the setting `api_key_file` names, as `Authorization: Bearer KEY`. Without that
+setting no key is asked for, and only hosts are served that `docs/http.md` names."""
 _BASES = (UnsupportedMessageWords, UnsupportedWords)
 _ERRORS = {
     "400": "The request breaks a stated bound, or asks for what is not supported",
@@ -35,26 +41,24 @@ def describe(
     chunk: type[msgspec.Struct] | None = None,
     names_model: bool = False,
     unready: type[msgspec.Struct] | None = None,
+    example: Any = None,
 ) -> Any:
     """Keyword arguments of a route: how its body and its answers look. `answer` None: plain text. `names_model`: its
     path does, and may name none. `chunk`: what the events of a streamed answer hold. `unready`: the body of its 503,
-    where that is no error's."""
+    where that is no error's. `example`: of its body."""
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     if answer is not None:
-        content = {"application/json": {"schema": {"$ref": _REF + answer.__name__}}}
+        content = json_content(answer.__name__)
     if chunk is not None:
         content["text/event-stream"] = {"schema": _event_of(chunk)}
-    error = {"application/json": {"schema": {"$ref": _REF + "ErrorBody"}}}
     short = ("400", "401", "403", "404", "503") if names_model else ("400", "401", "403", "503")
-    codes = _ERRORS if body is not None else {code: _ERRORS[code] for code in short}
     responses: dict[str, Any] = {"200": {"description": "The answer", "content": content}}
-    responses |= {code: {"description": text, "content": error} for code, text in codes.items()}
+    responses |= refusals(_ERRORS, _ERRORS if body is not None else short)
     if unready is not None:
-        responses["503"]["content"] = {"application/json": {"schema": {"$ref": _REF + unready.__name__}}}
+        responses["503"] = {"description": "Not serving; the body says why", "content": json_content(unready.__name__)}
     extra: dict[str, Any] = {"responses": responses}
     if body is not None:
-        schema = {"schema": {"$ref": _REF + body.__name__}}
-        extra["requestBody"] = {"required": True, "content": {"application/json": schema}}
+        extra["requestBody"] = {"required": True, "content": json_content(body.__name__, example)}
     return {"openapi_extra": extra, "response_model": None}
 
 
@@ -67,8 +71,9 @@ def _event_of(chunk: type[msgspec.Struct]) -> dict[str, Any]:
     return {"type": "object", "required": ["data"], "properties": {"data": data}}
 
 
-def install(app: FastAPI) -> None:
-    """Let the app's OpenAPI document contain the structs' schemas."""
+def install(app: FastAPI, public: frozenset[str], *, has_key: bool) -> None:
+    """Let the app's OpenAPI document contain the structs' schemas, and who is let in: with a key, all paths but
+    `public` ones ask for it."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -81,6 +86,7 @@ def install(app: FastAPI) -> None:
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)  # the framework's; ours is 400
+            secure(document, _KEY, public, is_needed=has_key)
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter, Request, Response
 
+from common.version import version
 from services.router.api.docs import describe
 from services.router.api.errors import json_response
 from services.router.api.gate import front_of
@@ -34,10 +34,7 @@ async def ready(request: Request) -> Response:
 @routes.get("/version", **describe(None, Version))
 async def version_of_software() -> Response:
     """The installed version, or `unknown` for a source tree that is not installed."""
-    try:
-        return json_response(Version(version("elasticmoe")))
-    except PackageNotFoundError:
-        return json_response(Version("unknown"))
+    return json_response(Version(version()))
 
 
 @routes.get("/load", **describe(None, Load))

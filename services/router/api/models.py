@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
 
 from common.protocol.errors import Unavailable
 from services.router.api.docs import describe
@@ -12,6 +14,7 @@ from services.router.api.schemas import ModelCard, ModelList
 from services.router.front import Front
 
 routes = APIRouter()
+NameInPath = Annotated[str, Path(description="A model's name; it may have slashes")]
 
 
 def _card(front: Front) -> ModelCard:
@@ -29,7 +32,7 @@ async def models(request: Request) -> Response:
 
 
 @routes.get("/v1/models/{name:path}", **describe(None, ModelCard, names_model=True))
-async def model(request: Request, name: str) -> Response:
+async def model(request: Request, name: NameInPath) -> Response:
     """One model."""
     front = front_of(request)
     front.check_model(name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from common.described import says
 from common.http.ids import REQUEST_ID_PATTERN
 from common.protocol.limits import (
     LOGIT_BIAS_MAX,
@@ -66,129 +67,164 @@ FinalField = Literal["content", "reasoning_content", "thinking", "reasoning"]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
-    """`include_usage`: one more chunk before the end, with the usage and no choices. `continuous_usage_stats`: every
-    chunk has the usage so far."""
+    """What a stream has beside tokens."""
 
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+    include_usage: Annotated[bool | None, says("One more chunk before the end, with the usage and no choices")] = None
+    continuous_usage_stats: Annotated[bool | None, says("Every chunk has the usage so far")] = None
 
 
 class ResponseFormat(msgspec.Struct, frozen=True):
     """Only `text` is supported; `json_object` and `json_schema` are refused."""
 
-    type: Annotated[str, Meta(max_length=64)]
+    type: Annotated[Annotated[str, Meta(max_length=64)], says("`text`; `json_object` and `json_schema` are refused")]
 
 
 class ContentPart(msgspec.Struct, frozen=True):
     """A part of a message; only `text` parts are supported."""
 
-    type: Annotated[str, Meta(max_length=64)]
-    text: str | None = None
+    type: Annotated[Annotated[str, Meta(max_length=64)], says("`text`; others are refused")]
+    text: Annotated[str | None, says("The text")] = None
 
 
 class ChatMessage(UnsupportedMessageWords, frozen=True, kw_only=True):
     """One message of a conversation. An assistant's reasoning goes by any of its three names."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[ContentPart], Meta(max_length=PARTS_MAX)] | None = None
-    name: Annotated[str, Meta(max_length=USER_CHARS_MAX)] | None = None
-    tool_calls: list[msgspec.Raw] | None = None
-    reasoning_content: str | None = None
-    thinking: str | None = None
-    reasoning: str | None = None
+    role: Annotated[Literal["system", "developer", "user", "assistant", "tool", "function"], says("Who says it")]
+    content: Annotated[
+        str | Annotated[list[ContentPart], Meta(max_length=PARTS_MAX)] | None,
+        says("What is said, as a text or in parts"),
+    ] = None
+    name: Annotated[Annotated[str, Meta(max_length=USER_CHARS_MAX)] | None, says("Who of that role")] = None
+    tool_calls: Annotated[list[msgspec.Raw] | None, says("Refused where it asks for something")] = None
+    reasoning_content: Annotated[str | None, says("An assistant's reasoning")] = None
+    thinking: Annotated[str | None, says("Another name of it")] = None
+    reasoning: Annotated[str | None, says("Another name of it")] = None
 
 
 class GenerateRequest(UnsupportedWords, frozen=True, kw_only=True):
     """What chat and completions have in common. What is None takes the model's default, else OpenAI's."""
 
-    model: Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None = None
-    max_tokens: OutputTokens | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    n: Choices | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=STOP_STRINGS_MAX)] | None = None
-    seed: Seed | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    presence_penalty: OutputPenalty | None = None
-    frequency_penalty: OutputPenalty | None = None
-    logit_bias: Annotated[dict[TokenId, TokenBias], Meta(max_length=LOGIT_BIAS_MAX)] | None = None
-    response_format: ResponseFormat | None = None
-    user: Annotated[str, Meta(max_length=USER_CHARS_MAX)] | None = None
-    top_k: TopK | None = None
-    min_p: Share | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-    min_tokens: NumTokens | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[WholeId], Meta(max_length=STOP_TOKEN_IDS_MAX // 2)] | None = None
-    skip_special_tokens: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
-    priority: Priority | None = None
-    request_id: Annotated[str, Meta(pattern=REQUEST_ID_PATTERN)] | None = None
+    model: Annotated[
+        Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None, says("The served model; `GET /v1/models` names it")
+    ] = None
+    max_tokens: Annotated[OutputTokens | None, says("Longest answer in tokens")] = None
+    temperature: Annotated[
+        Temperature | None, says("0 takes the most probable token; else the spread of the choice")
+    ] = None
+    top_p: Annotated[Share | None, says("Only the most probable tokens of this share together")] = None
+    n: Annotated[Choices | None, says("Answers to each prompt")] = None
+    stop: Annotated[
+        StopString | Annotated[list[StopString], Meta(max_length=STOP_STRINGS_MAX)] | None,
+        says("Texts at which the answer ends, without them"),
+    ] = None
+    seed: Annotated[Seed | None, says("The same seed gives the same answer, whatever else is served")] = None
+    stream: Annotated[bool | None, says("Send tokens as they come, as server-sent events")] = None
+    stream_options: Annotated[StreamOptions | None, says("What a stream has beside tokens")] = None
+    presence_penalty: Annotated[OutputPenalty | None, says("Taken from the score of tokens that the answer has")] = None
+    frequency_penalty: Annotated[OutputPenalty | None, says("The same, for each time that it has them")] = None
+    logit_bias: Annotated[
+        Annotated[dict[TokenId, TokenBias], Meta(max_length=LOGIT_BIAS_MAX)] | None,
+        says("Added to the scores of tokens, by their ids"),
+    ] = None
+    response_format: Annotated[ResponseFormat | None, says("`text` only")] = None
+    user: Annotated[Annotated[str, Meta(max_length=USER_CHARS_MAX)] | None, says("Checked, and not used")] = None
+    top_k: Annotated[TopK | None, says("Only so many of the most probable tokens; 0 or -1: all")] = None
+    min_p: Annotated[
+        Share | None, says("Only tokens of at least this share of the most probable one's probability")
+    ] = None
+    repetition_penalty: Annotated[
+        RepetitionPenalty | None, says("Divides the scores of tokens that prompt or answer have")
+    ] = None
+    min_tokens: Annotated[NumTokens | None, says("The answer does not end before")] = None
+    ignore_eos: Annotated[bool | None, says("Go on after the model's own end")] = None
+    stop_token_ids: Annotated[
+        Annotated[list[WholeId], Meta(max_length=STOP_TOKEN_IDS_MAX // 2)] | None,
+        says("Tokens at which the answer ends"),
+    ] = None
+    skip_special_tokens: Annotated[bool | None, says("Leave special tokens out of the text")] = None
+    return_tokens_as_token_ids: Annotated[bool | None, says("Log probabilities call tokens `token_id:17`")] = None
+    priority: Annotated[Priority | None, says("Lower goes first; refused unless `allow_priority` is set")] = None
+    request_id: Annotated[
+        Annotated[str, Meta(pattern=REQUEST_ID_PATTERN)] | None,
+        says("The id of the request where `X-Request-Id` gives none"),
+    ] = None
 
 
 class ChatRequest(GenerateRequest, frozen=True, kw_only=True):
-    """POST /v1/chat/completions. `max_completion_tokens` is the newer name of `max_tokens`; without either, the rest of
-    the context may be used. `tools`, and `functions` as they were called before, are accepted only with `tool_choice`
-    (`function_call`) "none". `continue_final_message`: the answer goes on with the last message, or the named field of
-    it. `chat_template_kwargs` are variables of the chat template (`enable_thinking`); `reasoning_effort` is one that
-    the template must read."""
+    """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)]
-    max_completion_tokens: OutputTokens | None = None
-    logprobs: bool | None = None
-    top_logprobs: NumLogprobs | None = None
-    tools: list[msgspec.Raw] | None = None
-    tool_choice: str | dict[str, msgspec.Raw] | None = None
-    functions: list[msgspec.Raw] | None = None
-    function_call: str | dict[str, msgspec.Raw] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | FinalField | None = None
-    add_special_tokens: bool | None = None
-    chat_template_kwargs: TemplateKwargs | None = None
-    documents: Documents | None = None
-    reasoning_effort: ReasoningEffort | None = None
+    messages: Annotated[
+        Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)], says("The conversation so far")
+    ]
+    max_completion_tokens: Annotated[
+        OutputTokens | None, says("The newer name of `max_tokens`; without either the answer may fill the context")
+    ] = None
+    logprobs: Annotated[bool | None, says("Tell log probabilities of the answer")] = None
+    top_logprobs: Annotated[NumLogprobs | None, says("And of so many alternatives to each token")] = None
+    tools: Annotated[list[msgspec.Raw] | None, says("Accepted with `tool_choice` none only, and ignored then")] = None
+    tool_choice: Annotated[str | dict[str, msgspec.Raw] | None, says("`none`")] = None
+    functions: Annotated[list[msgspec.Raw] | None, says("The former name of `tools`")] = None
+    function_call: Annotated[str | dict[str, msgspec.Raw] | None, says("The former name of `tool_choice`")] = None
+    add_generation_prompt: Annotated[bool | None, says("End the prompt with the beginning of the assistant's turn")] = (
+        None
+    )
+    continue_final_message: Annotated[
+        bool | FinalField | None, says("Go on with the last message, or with the named field of it")
+    ] = None
+    add_special_tokens: Annotated[bool | None, says("Add special tokens to what the template wrote")] = None
+    chat_template_kwargs: Annotated[
+        TemplateKwargs | None, says("Variables of the chat template, such as `enable_thinking`")
+    ] = None
+    documents: Annotated[Documents | None, says("Documents for the chat template")] = None
+    reasoning_effort: Annotated[ReasoningEffort | None, says("A variable that the chat template must read")] = None
 
 
 class CompletionRequest(GenerateRequest, frozen=True, kw_only=True):
-    """POST /v1/completions. `prompt`: a text, a list of texts, a list of token ids, or a list of those; at most 64
-    prompts. `max_tokens` 0, with `echo`: nothing is generated; with `logprobs`, the prompt is rated. `best_of` has to
-    be `n`. `add_special_tokens` False: a text is tokenized without the special tokens that begin a sequence."""
+    """POST /v1/completions."""
 
-    prompt: Prompt
-    max_tokens: NumTokens | None = None
-    echo: bool | None = None
-    add_special_tokens: bool | None = None
-    logprobs: NumLogprobs | None = None
-    best_of: Choices | None = None
+    prompt: Annotated[
+        Prompt, says("A text, a list of texts, a list of token ids, or a list of those; at most 64 prompts")
+    ]
+    max_tokens: Annotated[
+        NumTokens | None,
+        says("Longest answer in tokens; 0, with `echo`: nothing is generated, and `logprobs` rate the prompt"),
+    ] = None
+    echo: Annotated[bool | None, says("Begin the answer with the prompt")] = None
+    add_special_tokens: Annotated[
+        bool | None, says("Off: tokenize a text without the special tokens that begin a sequence")
+    ] = None
+    logprobs: Annotated[NumLogprobs | None, says("Tell log probabilities, and those of so many alternatives")] = None
+    best_of: Annotated[Choices | None, says("Has to be `n`")] = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /tokenize: either `prompt` or `messages`, whose options are those of chat. `add_special_tokens`: by default
-    only around a `prompt`; a chat template writes its own."""
+    """POST /tokenize: either `prompt` or `messages`, whose options are those of chat."""
 
-    model: Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None = None
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | FinalField | None = None
-    chat_template_kwargs: TemplateKwargs | None = None
-    chat_template: str | None = None
-    documents: Documents | None = None
-    reasoning_effort: ReasoningEffort | None = None
-    tools: list[msgspec.Raw] | None = None
-    tool_choice: str | dict[str, msgspec.Raw] | None = None
-    functions: list[msgspec.Raw] | None = None
-    function_call: str | dict[str, msgspec.Raw] | None = None
-    return_token_strs: bool | None = None
+    model: Annotated[Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None, says("The served model")] = None
+    prompt: Annotated[str | None, says("The text to tokenize; or give `messages`")] = None
+    messages: Annotated[
+        Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)] | None,
+        says("The conversation to tokenize"),
+    ] = None
+    add_special_tokens: Annotated[bool | None, says("By default only around a `prompt`")] = None
+    add_generation_prompt: Annotated[bool | None, says("End with the beginning of the assistant's turn")] = None
+    continue_final_message: Annotated[bool | FinalField | None, says("Leave the last message open")] = None
+    chat_template_kwargs: Annotated[TemplateKwargs | None, says("Variables of the chat template")] = None
+    chat_template: Annotated[str | None, says("Refused: a template comes with the model only")] = None
+    documents: Annotated[Documents | None, says("Documents for the chat template")] = None
+    reasoning_effort: Annotated[ReasoningEffort | None, says("A variable that the chat template must read")] = None
+    tools: Annotated[list[msgspec.Raw] | None, says("As for chat")] = None
+    tool_choice: Annotated[str | dict[str, msgspec.Raw] | None, says("`none`")] = None
+    functions: Annotated[list[msgspec.Raw] | None, says("The former name of `tools`")] = None
+    function_call: Annotated[str | dict[str, msgspec.Raw] | None, says("The former name of `tool_choice`")] = None
+    return_token_strs: Annotated[bool | None, says("Answer the tokens as texts, too")] = None
 
 
 class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """POST /detokenize."""
 
-    model: Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None = None
-    tokens: Annotated[list[WholeId], Meta(max_length=PROMPT_TOKENS_MAX)]
+    model: Annotated[Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None, says("The served model")] = None
+    tokens: Annotated[Annotated[list[WholeId], Meta(max_length=PROMPT_TOKENS_MAX)], says("Token ids")]
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -197,197 +233,201 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 class Usage(msgspec.Struct, frozen=True):
     """Tokens: the prompts' (each once, whatever `n`), and those generated, up to a stop string's last."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: Annotated[int, says("Of the prompts, each once whatever `n`")]
+    completion_tokens: Annotated[int, says("Generated, up to a stop string's last")]
+    total_tokens: Annotated[int, says("Both")]
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
-    """An alternative to a token. `bytes`: what it stands for, also where it is no whole character."""
+    """An alternative to a token."""
 
-    token: str
-    logprob: float
-    bytes: list[int]
+    token: Annotated[str, says("The token as a text")]
+    logprob: Annotated[float, says("Log probability")]
+    bytes: Annotated[list[int], says("What it stands for, also where it is no whole character")]
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
     """A generated token with its alternatives, best first."""
 
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
+    token: Annotated[str, says("The token as a text")]
+    logprob: Annotated[float, says("Log probability")]
+    bytes: Annotated[list[int], says("What it stands for")]
+    top_logprobs: Annotated[list[TopLogprob], says("Alternatives, best first")]
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
     """Log probabilities of a chat choice."""
 
-    content: list[TokenLogprob]
+    content: Annotated[list[TokenLogprob], says("One entry a token")]
 
 
 class AnswerMessage(msgspec.Struct, frozen=True):
     """The assistant's message."""
 
-    role: str
-    content: str
+    role: Annotated[str, says("`assistant`")]
+    content: Annotated[str, says("The text")]
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
     """One answer."""
 
-    index: int
-    message: AnswerMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str
+    index: Annotated[int, says("Its number")]
+    message: Annotated[AnswerMessage, says("What the model says")]
+    logprobs: Annotated[ChatLogprobs | None, says("Where they were asked for")]
+    finish_reason: Annotated[str, says("`stop` or `length`")]
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
     """Answer of /v1/chat/completions without streaming."""
 
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
+    id: Annotated[str, says("The id of the request")]
+    object: Annotated[str, says("`chat.completion`")]
+    created: Annotated[int, says("When, in seconds since 1970")]
+    model: Annotated[str, says("The served model")]
+    choices: Annotated[list[ChatChoice], says("`n` answers")]
+    usage: Annotated[Usage, says("Tokens")]
 
 
 class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a chunk adds to the message: the first its role, the last nothing."""
 
-    role: str | msgspec.UnsetType = msgspec.UNSET
-    content: str | msgspec.UnsetType = msgspec.UNSET
+    role: Annotated[str | msgspec.UnsetType, says("`assistant`")] = msgspec.UNSET
+    content: Annotated[str | msgspec.UnsetType, says("The next part of the text")] = msgspec.UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
     """A piece of one answer."""
 
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
+    index: Annotated[int, says("Its number")]
+    delta: Annotated[ChatDelta, says("What is new")]
+    logprobs: Annotated[ChatLogprobs | None, says("Of what is new, where they were asked for")]
+    finish_reason: Annotated[str | None, says("`stop` or `length` in the choice's last chunk")]
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True):
-    """An event of a streamed chat. `usage`: null but in the last, or in every one, or not there at all: as asked for by
-    `stream_options`."""
+    """An event of a streamed chat."""
 
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    id: Annotated[str, says("The id of the request")]
+    object: Annotated[str, says("`chat.completion.chunk`")]
+    created: Annotated[int, says("When, in seconds since 1970")]
+    model: Annotated[str, says("The served model's name")]
+    choices: Annotated[list[ChatChunkChoice], says("One choice's piece; none beside the usage at the end")]
+    usage: Annotated[
+        Usage | msgspec.UnsetType | None, says("As `stream_options` ask: absent, in the last chunk, or in each")
+    ] = msgspec.UNSET
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
     """Log probabilities of a completion, one entry a token; null for a prompt's first."""
 
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
+    tokens: Annotated[list[str], says("The tokens as texts")]
+    token_logprobs: Annotated[list[float | None], says("Of each token; null for a prompt's first")]
+    top_logprobs: Annotated[list[dict[str, float] | None], says("Of alternatives, by their texts")]
+    text_offset: Annotated[list[int], says("Where each token begins in the text")]
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
     """One completion."""
 
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: str | None
+    index: Annotated[int, says("Its number")]
+    text: Annotated[str, says("The text")]
+    logprobs: Annotated[CompletionLogprobs | None, says("Where they were asked for")]
+    finish_reason: Annotated[str | None, says("`stop` or `length`")]
 
 
 class Completion(msgspec.Struct, frozen=True):
     """Answer of /v1/completions without streaming."""
 
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
+    id: Annotated[str, says("The id of the request")]
+    object: Annotated[str, says("`text_completion`")]
+    created: Annotated[int, says("When, in seconds since 1970")]
+    model: Annotated[str, says("The served model")]
+    choices: Annotated[list[CompletionChoice], says("`n` answers to each prompt")]
+    usage: Annotated[Usage, says("Tokens")]
 
 
 class CompletionChunk(msgspec.Struct, frozen=True):
-    """An event of a streamed completion. `usage`: as a chat's chunk has it."""
+    """An event of a streamed completion."""
 
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    id: Annotated[str, says("The id of the request")]
+    object: Annotated[str, says("`text_completion`")]
+    created: Annotated[int, says("When, in seconds since 1970")]
+    model: Annotated[str, says("The served model's name")]
+    choices: Annotated[list[CompletionChoice], says("One choice's piece; none beside the usage at the end")]
+    usage: Annotated[
+        Usage | msgspec.UnsetType | None, says("As `stream_options` ask: absent, in the last chunk, or in each")
+    ] = msgspec.UNSET
 
 
 class Tokenized(msgspec.Struct, frozen=True):
     """Answer of /tokenize."""
 
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None
+    count: Annotated[int, says("How many tokens")]
+    max_model_len: Annotated[int, says("Longest sequence of the model")]
+    tokens: Annotated[list[int], says("Token ids")]
+    token_strs: Annotated[list[str] | None, says("The tokens as texts, where they were asked for")] = None
 
 
 class Detokenized(msgspec.Struct, frozen=True):
     """Answer of /detokenize."""
 
-    prompt: str
+    prompt: Annotated[str, says("The text")]
 
 
 class ModelCard(msgspec.Struct, frozen=True):
-    """A served model. `max_model_len`: null until a replica has reported. `default_sampling_params`: what requests that
-    say nothing else get, where the model asks for other defaults than OpenAI's."""
+    """A served model."""
 
-    id: str
-    object: str
-    created: int
-    owned_by: str
-    max_model_len: int | None
-    default_sampling_params: dict[str, float]
+    id: Annotated[str, says("Its name")]
+    object: Annotated[str, says("`model`")]
+    created: Annotated[int, says("When it was first served, in seconds since 1970")]
+    owned_by: Annotated[str, says("`elasticmoe`")]
+    max_model_len: Annotated[int | None, says("Longest sequence in tokens; null until a replica has reported")]
+    default_sampling_params: Annotated[
+        dict[str, float], says("What requests that say nothing else get, where that is not OpenAI's")
+    ]
 
 
 class ModelList(msgspec.Struct, frozen=True):
     """Answer of /v1/models."""
 
-    object: str
-    data: list[ModelCard]
+    object: Annotated[str, says("`list`")]
+    data: Annotated[list[ModelCard], says("One model")]
 
 
 class Health(msgspec.Struct, frozen=True):
     """The process lives."""
 
-    status: str
+    status: Annotated[str, says("`ok`")]
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """Whether a request would be served, and why (not). `phase`: `serving`, `waiting` for replicas, or `draining`."""
+    """Whether a request would be served, and why (not)."""
 
-    phase: str
-    reason: str
+    phase: Annotated[str, says("`serving`, `waiting` for replicas, or `draining`")]
+    reason: Annotated[str, says("Why (not)")]
 
 
 class Version(msgspec.Struct, frozen=True):
     """The software's version."""
 
-    version: str
+    version: Annotated[str, says("Of the software")]
 
 
 class ReplicaLoad(msgspec.Struct, frozen=True):
-    """One replica as the balancer sees it. `is_fresh`: it makes progress and gets new work."""
+    """One replica as the balancer sees it."""
 
-    rank: str
-    requests: int
-    prompt_tokens_queued: int
-    kv_blocks_free: int
-    kv_blocks_total: int
-    is_fresh: bool
+    rank: Annotated[str, says("Its leading rank")]
+    requests: Annotated[int, says("Running and waiting")]
+    prompt_tokens_queued: Annotated[int, says("Prompt tokens to be computed")]
+    kv_blocks_free: Annotated[int, says("KV blocks that are free")]
+    kv_blocks_total: Annotated[int, says("KV blocks")]
+    is_fresh: Annotated[bool, says("It makes progress and gets new work")]
 
 
 class Load(msgspec.Struct, frozen=True):
-    """`server_load`: generations that run, of at most `limit`."""
+    """How busy the router and its replicas are."""
 
-    server_load: int
-    limit: int
-    epoch: int
-    replicas: list[ReplicaLoad]
+    server_load: Annotated[int, says("Requests that are served")]
+    limit: Annotated[int, says("Most at once: `requests_max`")]
+    epoch: Annotated[int, says("Of the layout that requests are sent by")]
+    replicas: Annotated[list[ReplicaLoad], says("All replicas that have reported")]

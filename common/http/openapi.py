@@ -1,0 +1,39 @@
+"""What both listeners' OpenAPI documents have in common: how refusals look, and who is let in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+REF = "#/components/schemas/"
+BEARER = "bearer"
+
+_RETRY_AFTER = {"Retry-After": {"description": "Seconds after which to try again", "schema": {"type": "integer"}}}
+
+
+def json_content(schema: str, example: Any = None) -> dict[str, Any]:
+    """A body of JSON: one of the document's schemas, and what it may look like."""
+    content: dict[str, Any] = {"schema": {"$ref": REF + schema}}
+    if example is not None:
+        content["example"] = example
+    return {"application/json": content}
+
+
+def refusals(texts: Mapping[str, str], statuses: Iterable[str]) -> dict[str, Any]:
+    """The document's answers with an error, by status; `texts` says what each means."""
+    found: dict[str, Any] = {}
+    for status in statuses:
+        found[status] = {"description": texts[status], "content": json_content("ErrorBody")}
+        if status in ("409", "429", "503", "504"):
+            found[status]["headers"] = _RETRY_AFTER
+    return found
+
+
+def secure(document: dict[str, Any], text: str, public: frozenset[str], *, is_needed: bool) -> None:
+    """Say who is let in: `text` describes the bearer token, which is asked for on all paths but `public` ones, unless
+    it is not `is_needed` at all."""
+    scheme = {"type": "http", "scheme": "bearer", "description": text}
+    document["components"]["securitySchemes"] = {BEARER: scheme}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["security"] = [{BEARER: []}] if is_needed and path not in public else []
