@@ -16,9 +16,10 @@ from pathlib import Path
 from cli.console import Console
 from cli.maker import make_elsewhere
 from cli.paths import absolute, home_dir, package_root
-from common.protocol.errors import CheckpointError, DeadlineExceeded, InvalidRequest, NotFound, Unavailable
+from common.protocol.errors import CheckpointError, DeadlineExceeded, NotFound, Unavailable
 from common.weights import check_no_adapter, no_weights
 
+DEFAULT = "demo"  # where nothing names a model
 ALIASES = {"tiny": "tiny-mixtral"}
 NAMES = ("tiny-mixtral", "tiny-qwen3-moe", "oracle", "qwen3-moe-1b", "demo")  # cli.models knows them, and loads torch
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
@@ -40,13 +41,12 @@ class Resolved:
 
 
 def resolve_model(model: str, console: Console) -> Resolved:
-    """Find, make or download `model`. Blocks while it does, with progress on `console`.
+    """Find, make or download `model`; DEFAULT for an empty name. Blocks while it does, with progress on `console`.
 
     A bare name of NAMES is always the named model: a folder that is called the same is meant by `./name`. Raises an
     ElasticMoEError with one clear text.
     """
-    if not model:
-        raise InvalidRequest("no model is given; try --model demo", code="no_model")
+    model = model or DEFAULT
     name = ALIASES.get(model, model)
     if name in NAMES:
         return Resolved(make_named(name, home_dir() / "models" / name, console), model)

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         metavar="MODEL",
-        help="demo, tiny, oracle, another name of `model list`, a folder, or org/name of a hub",
+        help="a name of `model list`, a folder, or org/name of a hub (demo, unless a setting says otherwise)",
     )
     add("--served-name", metavar="NAME", help="the name that clients use (default: the model's)")
     add("--devices", metavar="host:N", help=f"the devices that the deployment may use (default {default['devices']})")

@@ -8,7 +8,6 @@ START: dict[str, Code] = {
     "bad_config": Code("A setting is unknown, or beyond its bounds", "configuration.md lists all settings"),
     "too_many_devices": Code("More devices than a deployment may have", "Use fewer"),
     "tp_unsupported": Code("More devices per replica than are supported", "Leave `tp` at 1"),
-    "no_model": Code("No model is named, or the server lists none", "Name one with `--model`"),
     "model_unavailable": Code(
         "The model is no folder here and cannot be downloaded",
         "Download it yourself and give the folder",

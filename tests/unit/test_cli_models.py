@@ -15,7 +15,7 @@ from cli import resolve
 from cli.console import PlainConsole
 from cli.main import main
 from cli.models import model_names
-from common.protocol.errors import CheckpointError, ElasticMoEError, InvalidRequest, NotFound, Unavailable
+from common.protocol.errors import CheckpointError, ElasticMoEError, NotFound, Unavailable
 
 
 @pytest.fixture(autouse=True)
@@ -149,8 +149,11 @@ def test_a_folder_named_like_a_model_needs_a_slash(
 def test_what_is_nothing_is_refused_with_the_choices(console: PlainConsole) -> None:
     with pytest.raises(NotFound, match=r"neither a folder nor one of tiny, .*demo.* nor"):
         resolve.resolve_model("nonsense", console)
-    with pytest.raises(InvalidRequest, match="--model demo"):
-        resolve.resolve_model("", console)
+
+
+def test_without_a_name_it_is_the_demo(console: PlainConsole, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.setattr(resolve, "make_named", lambda _, directory, __: directory)
+    assert resolve.resolve_model("", console) == resolve.Resolved(home / "models/demo", "demo")
 
 
 def fake_hub(monkeypatch: pytest.MonkeyPatch, download: object) -> None:
