@@ -27,7 +27,7 @@ endif
 # Tools of the virtual environment (cmake, ninja, ctest) come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help modules-changed install up down test test-all test-fast test-sim soak lint format docs native-test bench compose-test clean
+.PHONY: help modules-changed install up down test test-all test-fast test-sim soak lint format docs picture native-test bench compose-test clean
 
 help:
 	@echo 'install       virtual environment with everything; fast when nothing changed'
@@ -41,6 +41,7 @@ help:
 	@echo 'lint          ruff, mypy, clang-format, house rules'
 	@echo 'format        rewrite sources as lint wants them'
 	@echo 'docs          write docs/reference from the code'
+	@echo 'picture       record docs/picture.svg from a deployment of the demo model'
 	@echo 'native-test   C++ unit tests, plain and with sanitizers (ARGS="plain asan tsan")'
 	@echo 'bench         steady-state benchmark (ARGS="--models demo")'
 	@echo 'compose-test  compose.yaml for real; needs a container engine'
@@ -97,6 +98,10 @@ format: install
 
 docs: install
 	$(BIN)/python -m scripts.reference
+
+picture: install
+	$(PIP) install --quiet 'pyte>=0.8,<1'
+	$(BIN)/python -m scripts.picture
 
 native-test: install
 	bash native/run_tests.sh $(ARGS)
