@@ -16,14 +16,8 @@ from services.router.api.generate import Generation, start
 from services.router.api.logprobs import Entries, Teller
 from services.router.api.options import Options, UsageChunks, options_of
 from services.router.api.parse import body_of
-from services.router.api.schemas import (
-    AnswerMessage,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatLogprobs,
-    ChatRequest,
-    Usage,
-)
+from services.router.api.schemas import ChatRequest
+from services.router.api.told import AnswerMessage, ChatCompletion, ChatCompletionChunk, ChatLogprobs, Usage
 from services.router.front import Front
 from services.router.streams import Output, Stream
 

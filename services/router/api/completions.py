@@ -17,13 +17,8 @@ from services.router.api.generate import Generation, start
 from services.router.api.logprobs import Columns, Teller
 from services.router.api.options import Options, check_ids, options_of, unsupported
 from services.router.api.parse import body_of
-from services.router.api.schemas import (
-    BATCH_MAX,
-    Completion,
-    CompletionChunk,
-    CompletionLogprobs,
-    CompletionRequest,
-)
+from services.router.api.schemas import BATCH_MAX, CompletionRequest
+from services.router.api.told import Completion, CompletionChunk, CompletionLogprobs
 from services.router.front import Front
 from services.router.streams import Output, Stream
 

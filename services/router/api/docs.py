@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from common.http.errors import ErrorBody
 from common.http.openapi import json_content, refusals, secure
-from services.router.api import schemas
+from services.router.api import schemas, told
 from services.router.api.words import MESSAGE_WORDS, WORDS, UnsupportedMessageWords, UnsupportedWords
 
 _REF = "#/components/schemas/"
@@ -79,7 +79,8 @@ def install(app: FastAPI, public: frozenset[str], *, has_key: bool) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = make()
-            kinds = [kind for kind in vars(schemas).values() if isinstance(kind, type) and kind not in _BASES]
+            all_names = {**vars(schemas), **vars(told)}
+            kinds = [kind for kind in all_names.values() if isinstance(kind, type) and kind not in _BASES]
             structs = [ErrorBody, *(kind for kind in kinds if issubclass(kind, msgspec.Struct))]
             _, components = msgspec.json.schema_components(structs, ref_template=_REF + "{name}")
             document["components"] = {**document.get("components", {}), "schemas": _plain(components)}

@@ -10,7 +10,7 @@ from common.version import version
 from services.router.api.docs import describe
 from services.router.api.errors import json_response
 from services.router.api.gate import front_of
-from services.router.api.schemas import Health, Load, Ready, ReplicaLoad, Version
+from services.router.api.told import Health, Load, Ready, ReplicaLoad, Version
 
 routes = APIRouter()
 

@@ -13,7 +13,7 @@ from typing import cast
 from common.protocol.limits import LOGPROB_MIN
 from common.protocol.router import Logprob
 from services.router.api.pieces import items_of, joined
-from services.router.api.schemas import CompletionLogprobs, TokenLogprob, TopLogprob
+from services.router.api.told import CompletionLogprobs, TokenLogprob, TopLogprob
 from services.router.detokenizer import TextStream, TokenTable
 from services.router.streams import TokenInfo
 from services.router.turns import Turns

@@ -10,7 +10,7 @@ from common.protocol.errors import Unavailable
 from services.router.api.docs import describe
 from services.router.api.errors import json_response
 from services.router.api.gate import front_of
-from services.router.api.schemas import ModelCard, ModelList
+from services.router.api.told import ModelCard, ModelList
 from services.router.front import Front
 
 routes = APIRouter()

@@ -13,7 +13,8 @@ from services.router.api.gate import client_of, front_of
 from services.router.api.options import check_ids
 from services.router.api.parse import body_of
 from services.router.api.pieces import JsonPieces
-from services.router.api.schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from services.router.api.schemas import DetokenizeRequest, TokenizeRequest
+from services.router.api.told import Detokenized, Tokenized
 from services.router.text.jobs import Tokenize
 
 routes = APIRouter()

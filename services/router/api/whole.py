@@ -77,6 +77,8 @@ def _is_whole(part: inspect.Type) -> bool:
 
 def _parts(described: inspect.Type) -> Iterator[inspect.Type]:
     """The type itself, and those that it is made of: members of unions and items of lists."""
+    if isinstance(described, inspect.Metadata):
+        described = described.type
     yield described
     if isinstance(described, inspect.UnionType):
         for member in described.types:
