@@ -1,8 +1,9 @@
-"""What containers run besides the services: `python -m cli.container init FOLDER`, `store` or `check NAME`.
+"""What containers run besides the services: `python -m cli.container init FOLDER`, `store`, `fresh` or `check NAME`.
 
 `init FOLDER` makes the secrets and gives each container's volume those that it needs; what is there stays, so it may
-run beside a living deployment. `store` becomes the embedded store's server. `check` is the containers' health check:
-exit status 0 when the process called NAME answers.
+run beside a living deployment. `store` becomes the embedded store's server. `fresh`, in the scaler's container while no
+scaler runs, lets the next one begin anew instead of resuming what was committed last. `check` is the containers'
+health check: exit status 0 when the process called NAME answers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from cli.embedded_store import is_answering, store_spec
 from cli.rundir import ADMIN_TOKEN, SECRETS, ensure_secret, write_secret
 from cli.terminal import complain
-from common.config import KeeperConfig, PoolConfig, RouterConfig, ScalerConfig, load
+from common.config import KeeperConfig, PoolConfig, RouterConfig, ScalerConfig, load, make_run_dirs
 from common.private import make_private, read_secret
 from common.protocol.errors import ElasticMoEError
 from common.store import PASSWORDS, READER, WRITER
@@ -44,11 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     init_action = actions.add_parser("init", help="make the secrets, and share them out")
     init_action.add_argument("folder", type=Path, help="where the containers' secrets are mounted, by container")
     actions.add_parser("store", help="become the embedded store")
+    actions.add_parser("fresh", help="let the next scaler drop the layout and the journal that earlier ones have left")
     actions.add_parser("check", help="whether a process answers").add_argument("name", choices=_NAMES)
     args = parser.parse_args(argv)
     try:
         if args.action == "init":
             init(args.folder)
+            return 0
+        if args.action == "fresh":
+            config = load(ScalerConfig)
+            make_run_dirs(config)
+            config.fresh_mark.touch(mode=0o600)
             return 0
         if args.action == "check":
             return 0 if is_healthy(args.name) else 1

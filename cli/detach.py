@@ -23,7 +23,8 @@ def start_detached(args: argparse.Namespace, settings: Settings, console: Consol
     """
     reader, writer = os.pipe()
     argv = [sys.executable, "-P", "-m", "cli.main", "up", "--report-fd", str(writer)]
-    argv += ["--ready-timeout", str(args.ready_timeout), *(["--keep-logs"] if args.keep_logs else [])]
+    argv += ["--ready-timeout", str(args.ready_timeout)]
+    argv += [flag for flag, is_set in (("--keep-logs", args.keep_logs), ("--fresh", args.fresh)) if is_set]
     with open(settings.scaler.run_path / "logs" / "launcher.log", "ab") as log:
         launcher = subprocess.Popen(
             argv,

@@ -9,11 +9,11 @@ import signal
 from pathlib import Path
 
 from cli.paths import run_dir_of
-from cli.record import ProcessRecord, living_record
+from cli.record import DAMAGED, ProcessRecord, living_record
 from cli.rundir import RunDir, is_left_over
 from cli.settings import parse_seconds
 from cli.terminal import say
-from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError
+from common.protocol.errors import ConfigError, Conflict, DeadlineExceeded, ElasticMoEError
 
 HELP = "stop a deployment"
 
@@ -29,7 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0 when nothing runs any more. Raises DeadlineExceeded when it still stops after `--timeout`."""
     path = run_dir_of(args.run_dir)
-    record = living_record(path)
+    try:
+        record = living_record(path)
+    except ConfigError as error:
+        if error.code != DAMAGED:
+            raise
+        _clear(path, error)
+        return 0
     if record is None:
         return _nothing_runs(args)
     say(f"stopping {record.served_name} in {path}")
@@ -43,16 +49,20 @@ def _nothing_runs(args: argparse.Namespace) -> int:
     """Say so; what a launcher that was killed left behind is removed, except its logs."""
     path = run_dir_of(args.run_dir)
     if is_left_over(path):
-        try:
-            RunDir(path).remove(keep_logs=True)
-        except Conflict:
-            raise ElasticMoEError(
-                f"a launcher is starting in {path}; try again in a moment", code="starting", retryable=True
-            ) from None
-        say(f"nothing runs in {path}; what an interrupted run left was removed, its logs are in {path / 'logs'}")
+        text = f"a launcher is starting in {path}; try again in a moment"
+        _clear(path, ElasticMoEError(text, code="starting", retryable=True))
     else:
         say(f"nothing runs in {path}")
     return 0
+
+
+def _clear(path: Path, used: ElasticMoEError) -> None:
+    """Remove what was left, except its logs. Raises `used` when a launcher lives there."""
+    try:
+        RunDir(path).remove(keep_logs=True)
+    except Conflict:
+        raise used from None
+    say(f"nothing runs in {path}; what an interrupted run left was removed, its logs are in {path / 'logs'}")
 
 
 def terminate(process: ProcessRecord, timeout_s: float) -> bool:

@@ -74,7 +74,8 @@ class StopRequested(Exception):
 
 
 class Launcher:
-    """One run of a plan. Owns all children from `start` until `stop` returns."""
+    """One run of a plan. Owns all children from `start` until `stop` returns. `num_unclean`: children that did not end
+    as they should; `has_served`: the deployment was ready."""
 
     def __init__(self, plan: Plan, console: Console) -> None:
         self._plan = plan
@@ -92,6 +93,7 @@ class Launcher:
         self._orphans = Orphans(lambda: {child.pid for child in self._children.values()})
         self._selector = selectors.DefaultSelector()
         self.num_unclean = 0
+        self.has_served = False
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -138,6 +140,7 @@ class Launcher:
         self._turn(0)  # a child that ended meanwhile ended while starting
         self._console.close()
         self._state = "serving"
+        self.has_served = True
         self._record()
 
     def _pause(self, deadline: float, text: str) -> None:

@@ -10,6 +10,7 @@ import httpx
 import msgspec
 
 from cli.http import client as http_client
+from cli.resume import Resumed
 from common.protocol.errors import ElasticMoEError, InvalidRequest
 from common.protocol.replies import Refused
 
@@ -33,14 +34,17 @@ class _Body(msgspec.Struct, frozen=True):
     bytes_done: int = 0
     bytes_total: int = 0
     error: Refused | None = None
+    resumed: Resumed | None = None
 
 
 class Probe:
-    """Asks the two listeners. Owns its connections until `close`."""
+    """Asks the two listeners. Owns its connections until `close`. `resumed`: what the scaler goes on with, as it said
+    when it was ready."""
 
     def __init__(self, url: str, admin_url: str) -> None:
         self._ready_urls = (f"{admin_url}/ready", f"{url}/ready")
         self._client = http_client(timeout=_TIMEOUT_S)
+        self.resumed: Resumed | None = None
 
     def progress(self) -> Progress | None:
         """What is still going on, or None when both are ready. Blocks for at most a few seconds.
@@ -52,7 +56,8 @@ class Probe:
         if answer is None:
             return Progress("starting")
         if answer.status_code != 200:
-            return _parse(answer)
+            return _progress(_parse(answer))
+        self.resumed = _parse(answer).resumed
         answer = self._get(router)
         return None if answer is not None and answer.status_code == 200 else Progress("waiting for the router")
 
@@ -67,11 +72,14 @@ class Probe:
         self._client.close()
 
 
-def _parse(answer: httpx.Response) -> Progress:
+def _parse(answer: httpx.Response) -> _Body:
     try:
-        body = msgspec.json.decode(answer.content, type=_Body)
+        return msgspec.json.decode(answer.content, type=_Body)
     except msgspec.DecodeError:
-        return Progress("starting")
+        return _Body()
+
+
+def _progress(body: _Body) -> Progress:
     if body.phase == "failed":
         if body.error is not None:
             body.error.raise_()

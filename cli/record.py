@@ -14,6 +14,8 @@ from common.private import is_private, read_private
 from common.protocol.errors import ConfigError
 
 FILE_NAME = "deployment.json"
+STATE_FORMAT = 1  # of what a run directory's state and store hold; 0: before it was written down
+DAMAGED = "damaged_record"
 _BYTES_MAX = 1024 * 1024
 
 _Text = Annotated[str, Meta(max_length=512)]
@@ -45,7 +47,8 @@ class DownRecord(msgspec.Struct, frozen=True):
 
 
 class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One deployment. `started_at`: Unix time in seconds."""
+    """One deployment. `started_at`: Unix time in seconds. `store`: the server that holds its layout, without password;
+    empty for the embedded one. `state_format`: STATE_FORMAT of the version that started it."""
 
     state: Literal["starting", "serving", "stopping"]
     launcher: ProcessRecord
@@ -59,6 +62,9 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
     port: Port
     admin_port: Port
     started_at: float
+    tp: Annotated[int, Meta(ge=1)] = 1
+    store: Annotated[str, Meta(max_length=4096)] = ""
+    state_format: Annotated[int, Meta(ge=0)] = 0
     down: tuple[DownRecord, ...] = ()
 
 
@@ -102,10 +108,10 @@ def read_record(run_dir: Path) -> DeploymentRecord | None:
     try:
         record = msgspec.json.decode(raw, type=DeploymentRecord)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ConfigError(f"{run_dir / FILE_NAME} is damaged: {error}") from None
+        raise ConfigError(f"{run_dir / FILE_NAME} is damaged: {error}", code=DAMAGED) from None
     for url, port in ((record.url, record.port), (record.admin_url, record.admin_port)):
         if not _is_listener(url, port):
-            raise ConfigError(f"{run_dir / FILE_NAME} is damaged: {url!r} is no listener of port {port}")
+            raise ConfigError(f"{run_dir / FILE_NAME} is damaged: {url!r} is no listener of port {port}", code=DAMAGED)
     return record
 
 

@@ -75,10 +75,10 @@ class RunDir:
         for name in SECRETS:
             ensure_secret(config.secret(name))
 
-    def forget_state(self) -> None:
-        """Drop what an interrupted deployment left: its journal, fences and sockets. Its logs stay."""
-        for name in ("sockets", "state", "store"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+    def begin_anew(self, config: Common) -> None:
+        """Let the scaler drop what an interrupted deployment left: its layout and its journal. What says which epochs
+        have been seen stays, for they may not fall. The parts of the directory are there."""
+        config.fresh_mark.touch(mode=0o600)
         (self.path / FILE_NAME).unlink(missing_ok=True)
 
     def clear_logs(self) -> None:
@@ -108,6 +108,11 @@ class RunDir:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def keep(self) -> None:
+        """Leave all that a next start goes on with, and give the claim back."""
+        shutil.rmtree(self.path / "sockets", ignore_errors=True)
+        self.release()
 
     def release(self) -> None:
         """Give the claim back; a directory in which nothing was made yet is removed. Idempotent."""

@@ -12,7 +12,7 @@ import time
 
 import msgspec
 
-from cli import checks, settings
+from cli import checks, resume, settings
 from cli.children import ChildSpec
 from cli.console import Console, PipeConsole, make_console
 from cli.detach import start_detached
@@ -22,11 +22,22 @@ from cli.listeners import ADMIN, ROUTER, Listeners
 from cli.logs import Logs
 from cli.probes import Probe
 from cli.processes import process_specs
-from cli.record import DeploymentRecord, DownRecord, ProcessRecord, read_record, start_ticks, write_record
+from cli.record import (
+    DAMAGED,
+    STATE_FORMAT,
+    DeploymentRecord,
+    DownRecord,
+    ProcessRecord,
+    read_record,
+    start_ticks,
+    write_record,
+)
+from cli.record import FILE_NAME as RECORD
 from cli.resolve import resolve_model
 from cli.rundir import RunDir
+from common.fence import Fence
 from common.private import read_secret
-from common.protocol.errors import ElasticMoEError
+from common.protocol.errors import ConfigError, ElasticMoEError
 from common.store import PASSWORDS, WRITER
 from common.transport import describe
 
@@ -71,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     seconds = settings.parse_seconds
     add("--ready-timeout", type=seconds, default=600.0, metavar="S", help="give up when it is not ready by then (600)")
+    add(
+        "--fresh",
+        action="store_true",
+        help="begin anew: drop the layout and the journal that a deployment which was cut off has left",
+    )
     add("--keep-logs", action="store_true", help="keep the logs also after a clean end")
     add("--detach", action="store_true", help="return when it is ready and leave it running")
     add("--report-fd", type=int, help=argparse.SUPPRESS)  # how `--detach` calls itself
@@ -131,24 +147,29 @@ def _serve(args: argparse.Namespace, resolved: settings.Settings, run_dir: RunDi
     try:
         listeners = Listeners(resolved)
     except ElasticMoEError:
-        if read_record(run_dir.path) is None:  # what an interrupted deployment left is for the next try
+        if not (run_dir.path / RECORD).exists():  # what an interrupted deployment left is for the next try
             run_dir.remove(keep_logs=False)
         raise
     try:
         resolved = resolved.replace(port=listeners.port(ROUTER), admin_port=listeners.port(ADMIN))
-        _forget_another(resolved, run_dir, console)
-        run_dir.prepare(resolved.scaler)
+        is_left = _take_up(resolved, run_dir, console, is_fresh=args.fresh)
         listeners.add_local(resolved.scaler.socket("admin"))
         _raise_file_limit()
         if args.report_fd is None:
             run_dir.clear_logs()
-        return _run_launcher(args, resolved, run_dir, console, listeners)
+        return _run_launcher(args, resolved, run_dir, console, listeners, is_left=is_left)
     finally:
         listeners.close()
 
 
 def _run_launcher(
-    args: argparse.Namespace, resolved: settings.Settings, run_dir: RunDir, console: Console, listeners: Listeners
+    args: argparse.Namespace,
+    resolved: settings.Settings,
+    run_dir: RunDir,
+    console: Console,
+    listeners: Listeners,
+    *,
+    is_left: bool,
 ) -> int:
     probe = Probe(resolved.url, resolved.admin_url)
     launcher = Launcher(_plan(args, resolved, probe, listeners), console)
@@ -156,6 +177,8 @@ def _run_launcher(
     with launcher.signals():
         try:
             launcher.start()
+            for line in resume.explain(probe.resumed) if probe.resumed is not None else ():
+                console.line(line)
             _announce(resolved, console)
             launcher.supervise()
         except StopRequested:
@@ -169,7 +192,12 @@ def _run_launcher(
     if failed is not None:
         run_dir.note_failure(describe(failed))
     keep_logs = args.keep_logs or failed is not None or launcher.num_unclean > 0
-    run_dir.remove(keep_logs=keep_logs)
+    # Who asks a deployment that serves to stop ends it. What fails, or never came to serve, ends nobody's layout.
+    if failed is not None if launcher.has_served else is_left:
+        run_dir.keep()
+        console.line(f"{run_dir.path} keeps its layout and its journal: `elasticmoe up` goes on, `down` drops them")
+    else:
+        run_dir.remove(keep_logs=keep_logs)
     if keep_logs:
         console.line(f"logs are kept in {run_dir.path / 'logs'}")
     if failed is not None:
@@ -186,16 +214,32 @@ def _raise_file_limit() -> None:
         pass  # `doctor` tells; small models do not need it
 
 
-def _forget_another(resolved: settings.Settings, run_dir: RunDir, console: Console) -> None:
-    """A deployment that was cut off here is resumed from its journal, unless it was one of another model."""
-    left = read_record(run_dir.path)
-    if left is None:
-        return
-    scaler = resolved.scaler
-    if (left.model, left.dtype, left.devices) == (scaler.model, scaler.dtype, scaler.devices):
+def _take_up(resolved: settings.Settings, run_dir: RunDir, console: Console, *, is_fresh: bool) -> bool:
+    """Prepare the run directory to go on with a deployment that was cut off there, if there is one, or to begin anew.
+    Whether there is one. Raises Conflict `state_differs`, and ConfigError where nobody can tell."""
+    is_damaged = False
+    try:
+        left = read_record(run_dir.path)
+    except ConfigError as error:
+        if error.code != DAMAGED:
+            raise
+        if not is_fresh:
+            ways = "begin anew with --fresh, or clear it away with `elasticmoe down`"
+            raise ConfigError(f"{error.message}; {ways}", code=DAMAGED) from None
+        left, is_damaged = None, True
+    # One that was cut off before its first layout was committed has left nothing to go on with.
+    has_layout = Fence(resolved.scaler.state_dir, "layout").epoch > 0
+    is_left = is_damaged or has_layout or (left is not None and left.state_format != STATE_FORMAT)
+    if is_left and not is_fresh:
+        if left is not None:
+            resume.check_resumable(left, resolved)
         console.line(f"resuming the deployment that was cut off in {run_dir.path}")
-    else:
-        run_dir.forget_state()
+    run_dir.prepare(resolved.scaler)
+    if is_fresh:
+        run_dir.begin_anew(resolved.scaler)
+        if is_left:
+            console.line(f"beginning anew: layout and journal of the deployment in {run_dir.path} are dropped")
+    return is_left
 
 
 def _plan(args: argparse.Namespace, resolved: settings.Settings, probe: Probe, listeners: Listeners) -> Plan:
@@ -213,6 +257,9 @@ def _plan(args: argparse.Namespace, resolved: settings.Settings, probe: Probe, l
         port=resolved.router.port,
         admin_port=scaler.admin_port,
         started_at=time.time(),
+        tp=scaler.tp,
+        store=resume.store_name(scaler.store_url),
+        state_format=STATE_FORMAT,
     )
     password = read_secret(scaler.secret(PASSWORDS[WRITER]))
 

@@ -61,6 +61,15 @@ class Fence:
             self._write(epoch)
             self.epoch = epoch
 
+    def note(self, epoch: int) -> None:
+        """Make `epoch` durable where it is above all that have been seen. Raises Unavailable as `check` does."""
+        if epoch <= self.epoch:
+            return
+        with self._locked(epoch):
+            if epoch > self.refresh():
+                self._write(epoch)
+                self.epoch = epoch
+
     def _read(self) -> int:
         try:
             return int(self._path.read_text())

@@ -36,6 +36,13 @@ class Seat(msgspec.Struct, frozen=True):
     device: Annotated[str, says("The device whose memory it computes on", "host:0")]
 
 
+class Served(msgspec.Struct, frozen=True):
+    """What a layout is of: the checkpoint's folder, and the dtype of its weights."""
+
+    model: str
+    dtype: str
+
+
 class Layout(msgspec.Struct, frozen=True):
     """One epoch's placement.
 

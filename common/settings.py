@@ -96,6 +96,11 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Durable small files: fencing epochs and journals."""
         return self.run_path / "state"
 
+    @property
+    def fresh_mark(self) -> Path:
+        """A file that lets the next scaler begin anew, whatever earlier runs have left."""
+        return self.state_dir / "fresh"
+
     def secret(self, name: str) -> Path:
         """Path of a secret's file."""
         return self.run_path / "secrets" / name

@@ -6,6 +6,7 @@ keys share the prefix `elasticmoe:<deployment>:`. Values are MessagePack of the 
 | key | type | lives | holds |
 |---|---|---|---|
 | `layout` | Layout | for ever | the committed layout |
+| `served` | Served | for ever | what that layout is of |
 | `epoch` | integer | for ever | that layout's epoch, which routers poll |
 | `layouts` | stream of epochs | the last LAYOUTS_MAX | wakes routers when a layout is committed, no more |
 | `fence` | integer | for ever | the last fencing epoch given out; never falls |
@@ -35,7 +36,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from common.config import Common
-from common.layout import Layout
+from common.layout import Layout, Served
 from common.private import read_secret
 from common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
 
@@ -93,6 +94,7 @@ redis.call('SET', KEYS[4], ARGV[4])
 redis.call('XADD', KEYS[5], 'MAXLEN', ARGV[5], '*', 'epoch', ARGV[4])
 return 1
 """
+_PUT_SERVED = f"{_GUARD} redis.call('SET', KEYS[3], ARGV[3]) return 1"
 _APPEND = f"{_GUARD} redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[4], '*', 'e', ARGV[3]) return 1"
 _APPEND_DECISION = f"{_GUARD} redis.call('XADD', KEYS[3], 'MAXLEN', ARGV[4], '*', 'd', ARGV[3]) return 1"
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
@@ -121,6 +123,7 @@ class Event(msgspec.Struct, frozen=True):
 _FROM_THE_FIRST = "0-0"
 
 _layouts = msgspec.msgpack.Decoder(Layout)
+_served = msgspec.msgpack.Decoder(Served)
 _events = msgspec.msgpack.Decoder(Event)
 
 
@@ -206,6 +209,14 @@ class Store:
     def get_layout(self) -> Layout | None:
         """The committed layout, or None before the first."""
         return _decode(_guard(lambda: self._redis.get(self._key("layout"))), _layouts)
+
+    def put_served(self, by: Writer, served: Served) -> None:
+        """Say what the layouts that follow are of. Raises Fenced."""
+        self._write_or_raise(_PUT_SERVED, by, ("served",), _encode(served))
+
+    def get_served(self) -> Served | None:
+        """What the committed layout is of, or None before the first."""
+        return _decode(_guard(lambda: self._redis.get(self._key("served"))), _served)
 
     def get_epoch(self) -> int:
         """Epoch of the committed layout, 0 before the first."""

@@ -46,6 +46,7 @@ PURE = [
     "services/scaler/placement.py",
     "services/scaler/plan.py",
     "services/scaler/planner.py",
+    "services/scaler/resume.py",
     "services/scaler/seating.py",
     "services/router/balancer.py",
     "services/hmm/catalog.py",
@@ -66,6 +67,7 @@ PURE = [
     "common/families/qwen3_moe.py",
     "common/families/rope.py",
     "common/families/shared_keys.py",
+    "cli/resume.py",
     "cli/supervisor.py",
 ]
 IMPURE_MODULES = {"time", "random", "socket", "zmq", "redis", "torch", "asyncio", "threading", "subprocess", "secrets"}

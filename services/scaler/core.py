@@ -48,7 +48,8 @@ class Observed(msgspec.Struct, frozen=True):
     `starting`: seats whose rank was asked for and has neither come nor failed. `restarts_left`: ranks that may still be
     replaced in this window; `is_backing_off`: not yet the next one; `last_exit`: why the last one ended.
     `committed_for_s`: for how long the HMM has had a committed layout that the ranks have not flipped to. `lost`: slots
-    whose devices have lost their memory, and which an operation takes out of the layout.
+    whose devices have lost their memory, and which an operation takes out of the layout. `refusal`: why nothing may be
+    loaded.
     """
 
     hmm: HmmStatus | None
@@ -61,6 +62,7 @@ class Observed(msgspec.Struct, frozen=True):
     last_exit: str = ""
     committed_for_s: float = 0.0
     lost: frozenset[int] = frozenset()
+    refusal: Refused | None = None
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -78,6 +80,8 @@ def decide(layout: Layout, seen: Observed) -> Decision:
         return Decision((), _waiting(seen), "the HMM does not answer")
     if seen.hmm.phase == "failed":
         return Decision((), "failed", "the HMM could not load the model", seen.hmm.error)
+    if seen.hmm.phase == "empty" and seen.refusal is not None:
+        return Decision((), "failed", "what an earlier run has left is of other settings", seen.refusal)
     if seen.hmm.phase == "empty":
         return Decision((Load(),), "loading", "the HMM holds nothing")
     if seen.hmm.phase == "loading":

@@ -35,12 +35,19 @@ Mark = tuple[str, tuple[object, ...]]
 
 
 class Journal:
-    """Made and called by the loop's thread; `on_fenced` and `on_written` are called by its own."""
+    """Made and called by the loop's thread; the functions that it is given are called by its own. `note_epoch`: makes
+    the epoch of a layout durable on this host, before it can be seen. Raises Unavailable."""
 
     def __init__(
-        self, store: Store, holder: str, on_fenced: Callable[[], None], on_written: Callable[[], None]
+        self,
+        store: Store,
+        holder: str,
+        note_epoch: Callable[[int], None],
+        on_fenced: Callable[[], None],
+        on_written: Callable[[], None],
     ) -> None:
         self._store = store
+        self._note_epoch = note_epoch
         self._writer = Writer(holder, 0)
         self._on_fenced = on_fenced
         self._on_written = on_written
@@ -197,6 +204,8 @@ class Journal:
         elif operation is not None:
             place = f"scaler.leg{operation.leg + 1}.{operation.phase}"
             failpoint(f"{place}.before")
+            if operation.plan is not None:
+                self._note_epoch(operation.plan.after.epoch)
             self._stored = self._store.put_operation(self._writer, operation)
             failpoint(f"{place}.after")
             self._last_operation = operation
@@ -206,6 +215,7 @@ class Journal:
                     self._operation = None
             self._on_written()
         elif layout is not None:
+            self._note_epoch(layout.epoch)
             self._store.put_layout(self._writer, layout)
             self._last_layout = layout
             with self._lock:

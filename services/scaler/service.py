@@ -15,12 +15,12 @@ from common.config import ScalerConfig
 from common.failpoint import failpoint
 from common.families import load_spec
 from common.fence import Fence
-from common.layout import Layout, initial_layout
-from common.protocol.errors import ConfigError, ElasticMoEError, Fenced, Unavailable
+from common.layout import Layout
+from common.protocol.errors import ElasticMoEError, Fenced, Unavailable
 from common.protocol.hmm import SetMembership
 from common.protocol.pool import StopRank
 from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
-from common.store import Event, Store
+from common.store import Event, Store, Writer
 from common.telemetry import get_logger
 from common.transport import new_identity
 from services.scaler import orders
@@ -33,7 +33,8 @@ from services.scaler.journal import Journal
 from services.scaler.lease import Lease
 from services.scaler.links import Links
 from services.scaler.meters import Meters
-from services.scaler.operation import Operation
+from services.scaler.recall import Recall
+from services.scaler.resume import Beginning
 from services.scaler.snapshot import Board, Snapshot
 from services.scaler.watchdog import Watchdog, pulses_of
 
@@ -45,8 +46,6 @@ AFTER_FAILURE_S = 0.2
 BACKOFF_S = 0.1  # doubles with each exit of a seat in the window
 BACKOFF_S_MAX = 5.0
 
-_operations = msgspec.msgpack.Decoder(Operation)
-
 
 class Scaler:
     """Owns the layout. Everything in it belongs to the loop's thread; `board`, `desk`, `feed` and `meters` are shared
@@ -55,7 +54,6 @@ class Scaler:
     def __init__(self, config: ScalerConfig, store: Store) -> None:
         """Raises CheckpointError for a model that cannot be read, ConfigError for devices that make no replicas."""
         self._config = config
-        self._store = store
         self._identity = new_identity("scaler")
         self._spec = load_spec(Path(config.model), config.dtype)
         self._links = Links(config, self._spec, self._identity, self._on_event)
@@ -64,12 +62,21 @@ class Scaler:
         self.meters = Meters()
         self.desk = Desk(self._links.wake)
         self.feed = Feed()
-        self._journal = Journal(store.another("scaler-journal"), self._identity, self._lease.lose, self._links.wake)
+        self._recall = Recall(config, self._spec, store)
+        self._journal = Journal(
+            store.another("scaler-journal"),
+            self._identity,
+            self._recall.epochs.note,
+            self._lease.lose,
+            self._links.wake,
+        )
         self._driver = Driver(config, self._links, self._journal, self.meters, self._tell)
         room = (self._lease.check_room, self._journal.check_room)
         self._intake = Intake(config, self._spec, self._driver, room, self._tell)
         self._watchdog = Watchdog(config.rank_stall_s)
         self._layout: Layout | None = None
+        self._beginning: Beginning | None = None
+        self._is_writing = self._is_settled = False
         self._hmm: HmmStatus | None = None
         self._exits: dict[int, deque[float]] = {}  # slot -> when its last ranks ended
         self._backoff_until = 0.0
@@ -94,11 +101,9 @@ class Scaler:
             if fence:
                 self._links.act_under(fence)
                 self.feed.fence = fence
-                self._recall()
-                self._journal.act_under(fence)
             while not self._stopping:
                 self._lease.check()
-                self._turn(fence)
+                self._turn(fence, self._beginning or self._begin(fence))
         finally:
             self.feed.close()
             self._links.close()
@@ -114,22 +119,32 @@ class Scaler:
         self.desk.serve(refuse)
         return self._stopping
 
-    def _recall(self) -> None:
-        """Take over what the store knows. Without the store, what the others say must do: see transition.tidy."""
+    def _begin(self, fence: int) -> Beginning | None:
+        """Take over what the store knows; None where it does not answer now."""
         try:
-            ended = self._store.ended_operations(_operations)[:ENDED_MAX]
-            self._driver.resume(self._store.get_operation(_operations), ended)
+            recalled = self._recall.read(Writer(self._identity, fence))
         except Unavailable as error:
-            log.warning("the journal cannot be read", because=error.message)
+            log.warning("what earlier runs have left cannot be read", because=error.message)
+            self._lease.why_not = error
+            return None
+        self._driver.resume(recalled.operation, recalled.ended[:ENDED_MAX])
+        self.board.snapshot = msgspec.structs.replace(self.board.snapshot, resumed=recalled.resumed)
+        self._beginning = recalled.beginning
+        return recalled.beginning
 
     # ---- one turn -------------------------------------------------------------------------------------------------
 
-    def _turn(self, fence: int) -> None:
+    def _turn(self, fence: int, beginning: Beginning | None) -> None:
         failpoint("scaler.turn")
+        if beginning is None:
+            self._refuse_orders()
+            self._links.wait(AFTER_FAILURE_S)
+            return
         hmm = self._hmm = self._links.ask_hmm()
         pool = self._links.ask_pool(is_starting=not self._ever_served)
         # What the HMM holds is in force, whatever this scaler's own configuration would make of it.
-        layout = hmm.layout if hmm and hmm.layout else self._layout or self._first_layout()
+        layout = hmm.layout if hmm and hmm.layout else self._layout or beginning.layout
+        self._go_on_writing(fence, beginning, hmm)
         if hmm is not None and hmm.phase != "loading":
             self._layout = layout
         self.desk.serve(self._handle)
@@ -165,6 +180,7 @@ class Scaler:
             last_exit=self._last_exit,
             committed_for_s=now - self._committed_since if self._committed_since is not None else 0.0,
             lost=self._intake.lost_slots(hmm),
+            refusal=self._beginning.refusal if self._beginning is not None else None,
         )
 
     def _eject(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> None:
@@ -207,31 +223,15 @@ class Scaler:
         slots = set(self._layout.slots if self._layout is not None else self._exits) - lost
         return max((sum(now - at < window_s for at in self._exits.get(slot, ())) for slot in slots), default=0)
 
-    def _first_layout(self) -> Layout:
-        """For an HMM that holds nothing: the one that was committed last, or a fresh one with a higher epoch, so that
-        routers, which take only higher ones, see it. Raises ConfigError for too few devices."""
-        wanted, there = self._config.replicas * self._config.tp, self._config.num_devices
-        if there < wanted:
-            raise ConfigError(
-                f"{self._config.replicas} replicas of tp={self._config.tp} need {wanted} devices; there are {there}"
-            )
-        known = None
-        try:
-            known = self._store.get_layout()
-        except Unavailable as error:
-            log.warning("the committed layout cannot be read", because=error.message)
-        experts = self._spec.num_experts_by_layer
-        devices = [f"host:{i}" for i in range(there)]
-        if (
-            known is not None
-            and known.tp == self._config.tp
-            and tuple(len(homes) for homes in known.homes) == experts
-            and {seat.device for seat in known.seats} <= set(devices)
-        ):
-            return known
-        return initial_layout(
-            experts, devices[:wanted], tp=self._config.tp, epoch=known.epoch + 1 if known is not None else 1
-        )
+    def _go_on_writing(self, fence: int, beginning: Beginning, hmm: HmmStatus | None) -> None:
+        """Write to the store, but over nothing that is refused and may yet be resumed; and once the layout to begin
+        with has been written there, what was to be dropped has been."""
+        if not self._is_writing and (beginning.refusal is None or (hmm and hmm.layout)):
+            self._journal.act_under(fence)
+            self._is_writing = True
+        if not self._is_settled and self._journal.announced_epoch:
+            self._recall.settled()
+            self._is_settled = True
 
     def _show(self, decision: Decision, hmm: HmmStatus | None, pool: PoolStatus | None, fence: int) -> None:
         if decision.reason != self._last_reason:
@@ -251,6 +251,7 @@ class Scaler:
             self._driver.operation,
             tuple(self._driver.ended),
             self._driver.loads_of(pool),
+            self.board.snapshot.resumed,
         )
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:

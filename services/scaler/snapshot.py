@@ -15,12 +15,13 @@ from services.scaler import views
 from services.scaler.core import Phase
 from services.scaler.operation import Operation
 from services.scaler.plan import Plan
+from services.scaler.resume import Resumed
 from services.scaler.transition import outcome
 
 
 class Snapshot(msgspec.Struct, frozen=True):
     """`config` is the resolved configuration without secrets; `ended`: the last operations, newest first; `blocks`:
-    (free, all) KV blocks by slot of the ranks that told them lately."""
+    (free, all) KV blocks by slot of the ranks that told them lately; `resumed`: what was gone on with at the start."""
 
     phase: Phase
     reason: str
@@ -33,6 +34,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     operation: Operation | None = None
     ended: tuple[Operation, ...] = ()
     blocks: Mapping[int, tuple[int, int]] = {}
+    resumed: Resumed | None = None
 
 
 class Board:
@@ -51,6 +53,7 @@ def ready_view(snapshot: Snapshot) -> views.Ready:
         bytes_done=hmm.bytes_done if hmm else 0,
         bytes_total=hmm.bytes_total if hmm else 0,
         error=snapshot.error,
+        resumed=snapshot.resumed,
     )
 
 

@@ -11,6 +11,7 @@ from common.layout import Seat
 from common.protocol.replies import Refused
 from services.scaler.core import Phase as DeploymentPhase
 from services.scaler.operation import Figures, Kind, Phase, PhaseTime, Planned, Request
+from services.scaler.resume import Resumed
 from services.scaler.transition import Outcome
 
 DeviceState = Literal["used", "joining", "leaving", "free"]
@@ -30,6 +31,7 @@ class Ready(msgspec.Struct, frozen=True):
     bytes_done: Annotated[int, says("Bytes of the checkpoint that have been read")]
     bytes_total: Annotated[int, says("Bytes of the checkpoint to be read; 0 before that is known")]
     error: Annotated[Refused | None, says("Why it has failed; null unless it has")]
+    resumed: Annotated[Resumed | None, says("What was gone on with at the start; null for a fresh deployment")] = None
 
 
 class Memory(msgspec.Struct, frozen=True):

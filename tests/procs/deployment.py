@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class Deployment:
     """One deployment. Owns its launcher and its run directory until `stop` or `discard`.
 
     `settings` are fields of common.config by name (`kv_bytes=1 << 20`); `flags` are further flags of `up`. The history
-    is on. The launcher is a child of the test, in the foreground, so that its end is seen at once.
+    is on. The launcher is a child of the test, in the foreground, so that its end is seen at once. `folder`: of a
+    deployment that was cut off, to go on in its run directory; else one of its own.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class Deployment:
         dtype: str = "float32",
         flags: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
         **settings: Any,
     ) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="em-"))  # short: socket paths have a limit
+        self._folder = folder or Path(tempfile.mkdtemp(prefix="em-"))  # short: socket paths have a limit
         self.run_dir = self._folder / "run"
         self.output_path = self._folder / "output"
         self.report: Report | None = None
@@ -72,7 +75,8 @@ class Deployment:
             if self.launcher.poll() is not None:
                 raise AssertionError(f"`up` ended with code {self.launcher.returncode}\n{self.explain()}")
             record = read_record(self.run_dir)
-            return record is not None and record.state == "serving"
+            is_ours = record is not None and record.launcher.pid == self.launcher.pid
+            return record is not None and is_ours and record.state == "serving"
 
         try:
             wait_until(is_ready, "deployment ready", READY_SECONDS_MAX + 30)
@@ -226,6 +230,15 @@ class Deployment:
             return self.report
         finally:
             self.discard()
+
+    def cut_off(self) -> None:
+        """SIGKILL to every process, the launcher first. The run directory stays as it is."""
+        self.launcher.kill()
+        self.launcher.wait()
+        for pid in processes_of(self.run_dir):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not processes_of(self.run_dir), "no process left", 30.0)
 
     def discard(self) -> None:
         """Kill and remove whatever is left. Idempotent."""

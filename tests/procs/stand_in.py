@@ -71,6 +71,10 @@ class Ready(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Progress first, so that the launcher has something to show."""
         body: dict[str, Any] = {"phase": "serving" if others_are_up() else "attaching"}
+        seen = Path(os.environ["ELASTICMOE_RUN_DIR"]) / "state" / "fence-layout"
+        if seen.exists() and not seen.with_name("fresh").exists():
+            wanted = int(os.environ.get("ELASTICMOE_REPLICAS", "2"))
+            body["resumed"] = {"epoch": int(seen.read_text()), "replicas": 2, "wanted": wanted}
         if self.behaviour == "never":
             body = {"phase": "loading", "bytes_done": 512, "bytes_total": 1024}
         elif self.behaviour == "failed":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -323,24 +324,102 @@ def test_two_deployments_run_side_by_side(start: Start, run_dir: Path) -> None:
     assert two.stop() == 0
 
 
-def test_a_cut_off_deployment_is_resumed_or_forgotten(start: Start, run_dir: Path) -> None:
+def cut_off(run: Run) -> None:
+    run.process.kill()
+    run.process.wait()
+    wait_until(lambda: not processes_of(run.run_dir), "all gone")
+
+
+@pytest.fixture
+def left(start: Start, run_dir: Path) -> Path:
+    """A run directory whose deployment was cut off after a layout had been committed and a key been stored."""
     run = start()
     run.read(SERVING)
     store_command(run_dir, "SET key kept")
     wait_until(lambda: b"kept" in b"".join(p.read_bytes() for p in (run_dir / "store").rglob("*.aof")), "written")
-    run.process.kill()
-    run.process.wait()
-    wait_until(lambda: not processes_of(run_dir), "all gone")
+    (run_dir / "state/fence-layout").write_text("3")
+    cut_off(run)
+    return run_dir
+
+
+def test_a_cut_off_deployment_is_resumed_and_says_so(start: Start, left: Path) -> None:
+    again = start()
+    again.read("resuming the deployment that was cut off")
+    assert "resumed: layout 3 with 2 replicas" in again.read("resumed: ")
+    assert "--replicas" not in again.read(SERVING)
+    assert b"kept" in store_command(left, "GET key")
+    cut_off(again)
+    more = start(ALL, "--replicas", "1")
+    assert "--replicas 1 is ignored because of that" in more.read("--replicas")
+    assert more.stop() == 0
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--dtype", "float32"), "--dtype was bfloat16, and is float32 now"),
+        (("--model", "tiny"), "--model was "),
+        (("--store", "redis://127.0.0.1:{port}/0"), "--store was the embedded one, and is redis://127.0.0.1:"),
+    ],
+)
+def test_what_was_cut_off_is_not_dropped_unless_asked_for(
+    start: Start, left: Path, external_store: str, flags: tuple[str, ...], text: str
+) -> None:
+    flags = tuple(external_store if flag.startswith("redis:") else flag for flag in flags)
+    refused = start(ALL, *flags)
+    assert refused.end() == 1
+    last = refused.lines[-1]
+    assert last.startswith("elasticmoe: state_differs: ")
+    assert text in last
+    assert "Start with its settings to resume it, or with --fresh to begin anew" in last
+    fresh = start(ALL, *flags, "--fresh")
+    fresh.read("beginning anew")
+    fresh.read(SERVING)
+    assert (left / "state/fence-layout").read_text() == "3"  # for the scaler, which begins above it
+    assert (left / "state/fresh").exists()
+    assert fresh.stop() == 0
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("how", ["older", "damaged"])
+def test_what_another_version_or_a_broken_disk_left_is_not_dropped_either(start: Start, left: Path, how: str) -> None:
+    path = left / "deployment.json"
+    record = json.loads(path.read_text())
+    del record["state_format"]
+    path.write_text(json.dumps(record) if how == "older" else "{")
+    refused = start()
+    assert refused.end() == 1
+    code = "state_differs" if how == "older" else "damaged_record"
+    assert refused.lines[-1].startswith(f"elasticmoe: {code}: ")
+    assert "--fresh" in refused.lines[-1]
+    fresh = start(ALL, "--fresh")
+    fresh.read(SERVING)
+    assert (left / "state/fence-layout").read_text() == "3"
+    assert fresh.stop() == 0
+
+
+def test_a_start_that_fails_drops_nothing_that_was_left(start: Start, left: Path) -> None:
+    failed = start({**ALL, "hmm": "exit"})
+    assert failed.end() == 1
+    assert "`elasticmoe up` goes on, `down` drops them" in "".join(failed.lines)
+    stopped = start({**ALL, "scaler": "never"})
+    stopped.read("loading")
+    assert stopped.stop() == 0
     again = start()
     again.read("resuming the deployment that was cut off")
     again.read(SERVING)
-    assert b"kept" in store_command(run_dir, "GET key")
-    again.process.kill()
-    again.process.wait()
-    wait_until(lambda: not processes_of(run_dir), "all gone")
+    assert b"kept" in store_command(left, "GET key")
+    assert again.stop() == 0
+
+
+def test_a_first_start_that_was_cut_off_asks_for_nothing(start: Start, run_dir: Path) -> None:
+    run = start({**ALL, "scaler": "never"})
+    run.read("loading")
+    cut_off(run)
     other = start(ALL, "--dtype", "float32")
     other.read(SERVING)
-    assert b"kept" not in store_command(run_dir, "GET key")
+    assert "resum" not in "".join(other.lines)
     assert other.stop() == 0
 
 

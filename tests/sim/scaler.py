@@ -146,7 +146,7 @@ class Scaler(Actor):
             return
         self.epoch = got
         self.sim.note(f"{self.name}: acts under epoch {got}")
-        self.journal = SimJournal(self.world.store, self.name, self.lease.lose, lambda: None)  # type: ignore[arg-type]
+        self.journal = SimJournal(self.world.store, self.name, lambda _: None, self.lease.lose, lambda: None)  # type: ignore[arg-type]
         self.driver = Driver(CONFIG, self, self.journal, Quiet(), self._tell, lambda: self.sim.now)  # type: ignore[arg-type]
         self.intake = Intake(CONFIG, SPEC, self.driver, (), self._tell)
         try:

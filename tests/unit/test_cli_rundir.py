@@ -12,6 +12,7 @@ import pytest
 
 from cli import record
 from cli.down import terminate
+from cli.main import main
 from cli.record import DeploymentRecord, ProcessRecord, living_record, read_record, start_ticks, write_record
 from cli.rundir import RunDir, ensure_secret
 from common.config import HmmConfig
@@ -126,13 +127,31 @@ def test_another_users_folder_is_refused(path: Path, monkeypatch: pytest.MonkeyP
         RunDir(path)
 
 
-def test_left_over_sockets_and_state_go(path: Path) -> None:
+def test_what_a_next_start_goes_on_with_is_kept_and_the_sockets_are_not(path: Path) -> None:
     run_dir = prepare(path)
-    for name in ("sockets/hmm.sock", "state/fence-hmm", "store/dump", "logs/hmm.log"):
+    left = ("state/fence-hmm", "store/dump", "logs/hmm.log")
+    for name in ("sockets/hmm.sock", *left):
         (path / name).write_text("x")
-    run_dir.forget_state()
-    assert {entry.name for entry in path.iterdir()} == {"launcher.lock", "logs", "secrets"}
+    run_dir.keep()
+    assert {entry.name for entry in path.iterdir()} == {"launcher.lock", "logs", "secrets", "state", "store"}
+    again = prepare(path)
+    again.begin_anew(HmmConfig(run_dir=str(path)))
+    assert all((path / name).read_text() == "x" for name in left)  # what has been seen is not forgotten
+    assert (path / "state/fresh").exists()
+    again.release()
+
+
+def test_a_damaged_record_is_cleared_by_down_unless_its_launcher_lives(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = prepare(path)
+    (path / record.FILE_NAME).write_text('{"state": "serving"')
+    assert main(["down", "--run-dir", str(path)]) == 1
+    assert capsys.readouterr().err.startswith("elasticmoe: damaged_record: ")
     run_dir.release()
+    assert main(["down", "--run-dir", str(path)]) == 0
+    assert "what an interrupted run left was removed" in capsys.readouterr().out
+    assert {entry.name for entry in path.iterdir()} == {"launcher.lock", "logs"}
 
 
 def entry(launcher: ProcessRecord) -> DeploymentRecord:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from cli import container
 from cli.rundir import SECRETS
-from common.config import RUN_DIR_PARTS, KeeperConfig
+from common.config import RUN_DIR_PARTS, KeeperConfig, ScalerConfig, load
 from common.protocol.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -114,6 +114,12 @@ def test_init_gives_each_container_its_secrets_and_keeps_what_is_there(tmp_path:
     assert container.main(["init", str(tmp_path)]) == 1
     with pytest.raises(ConfigError, match="may have filled it"):
         container.init(tmp_path)
+
+
+def test_fresh_leaves_the_mark_that_the_next_scaler_looks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTICMOE_RUN_DIR", str(tmp_path / "run"))
+    assert container.main(["fresh"]) == 0
+    assert load(ScalerConfig).fresh_mark.stat().st_mode & 0o777 == 0o600
 
 
 def test_the_store_is_configured_with_both_passwords(tmp_path: Path) -> None:

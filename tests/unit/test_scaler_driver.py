@@ -135,7 +135,7 @@ class Scene:
     def __init__(self, world: World, tmp_path: Path) -> None:
         self.world, self.store, self.told = world, FakeStore(), []
         self.fenced, self.woken = threading.Event(), threading.Event()
-        self.journal = Journal(self.store, "scaler:a", self.fenced.set, self.woken.set)  # type: ignore[arg-type]
+        self.journal = Journal(self.store, "scaler:a", lambda _: None, self.fenced.set, self.woken.set)  # type: ignore[arg-type]
         self.journal.act_under(1)
         self.links = FakeLinks(world)
         config = ScalerConfig(run_dir=str(tmp_path))
@@ -315,7 +315,7 @@ def test_nothing_is_written_or_dropped_before_the_lease_is_there(
     monkeypatch.setattr(journal_module, "RETRY_S", 0.01)
     store, woken = FakeStore(), threading.Event()
     store.operation = operation_of(DOWN)
-    journal = Journal(store, "scaler:a", lambda: None, woken.set)  # type: ignore[arg-type]
+    journal = Journal(store, "scaler:a", lambda _: None, lambda: None, woken.set)  # type: ignore[arg-type]
     try:
         journal.event(Event("decision", "because", 1, "scaler:a", 0.0))
         journal.put(operation_of(UP))

@@ -112,7 +112,7 @@ def test_a_lease_that_cannot_be_renewed_for_want_of_room_refuses_orders(tmp_path
 
 def test_a_journal_without_room_says_so_until_it_could_write() -> None:
     store: Any = FakeStore()
-    journal = Journal(store, "scaler:a", lambda: None, lambda: None)
+    journal = Journal(store, "scaler:a", lambda _: None, lambda: None, lambda: None)
     journal.act_under(1)
     try:
         journal.check_room()

@@ -1,0 +1,98 @@
+"""Which flags contradict a deployment that was cut off, and what is said of one that is resumed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cli import settings
+from cli.record import STATE_FORMAT, DeploymentRecord, ProcessRecord
+from cli.resume import Resumed, check_resumable, differences, explain, store_name
+from common.protocol.errors import Conflict
+
+RECORD = DeploymentRecord(
+    state="serving",
+    launcher=ProcessRecord("launcher", 1, 0),
+    processes=(),
+    model="/m",
+    served_name="m",
+    dtype="float32",
+    devices="host:2",
+    url="http://127.0.0.1:1",
+    admin_url="http://127.0.0.1:2",
+    port=1,
+    admin_port=2,
+    started_at=0.0,
+    state_format=STATE_FORMAT,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("ELASTICMOE_")]:
+        monkeypatch.delenv(name)
+
+
+def resolved(tmp_path: Path, **values: object) -> settings.Settings:
+    return settings.resolve({"run_dir": str(tmp_path), "model": "/m", "dtype": "float32", **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"model": "/n"}, "--model was /m, and is /n now"),
+        ({"dtype": "bfloat16"}, "--dtype was float32, and is bfloat16 now"),
+        ({"store_url": "redis://u:secret@h:1/0"}, "--store was the embedded one, and is redis://h:1/0 now"),
+    ],
+)
+def test_each_setting_that_cannot_change_is_named_with_both_values(
+    tmp_path: Path, values: dict[str, object], text: str
+) -> None:
+    with pytest.raises(Conflict) as refused:
+        check_resumable(RECORD, resolved(tmp_path, **values))
+    assert refused.value.code == "state_differs"
+    assert text in refused.value.message
+    assert "secret" not in refused.value.message
+    assert "to resume it, or with --fresh" in refused.value.message
+
+
+def test_another_tp_contradicts(tmp_path: Path) -> None:
+    assert differences(msgspec.structs.replace(RECORD, tp=2), resolved(tmp_path)) == ["--tp was 2, and is 1 now"]
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"devices": "host:4"}, {"replicas": 1}, {"kv_bytes": 1 << 20}, {"served_name": "x"}, {"port": 1}]
+)
+def test_what_can_change_contradicts_nothing(tmp_path: Path, values: dict[str, object]) -> None:
+    assert differences(RECORD, resolved(tmp_path, **values)) == []
+
+
+@pytest.mark.parametrize("state_format", [0, STATE_FORMAT + 1])
+def test_state_of_another_version_is_refused(tmp_path: Path, state_format: int) -> None:
+    record = msgspec.structs.replace(RECORD, state_format=state_format)
+    (text,) = differences(record, resolved(tmp_path))
+    assert f"format {state_format} of another version, and this one has {STATE_FORMAT}" in text
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("", ""),
+        ("redis://u:p@h:6379/1", "redis://h:6379/1"),
+        ("unix://u:p@/a/b.sock?db=2&password=x", "unix:///a/b.sock?db=2"),
+        ("rediss://[::1]:1", "rediss://[::1]:1"),
+    ],
+)
+def test_a_store_is_named_without_its_secrets(url: str, name: str) -> None:
+    assert store_name(url) == name
+
+
+def test_what_is_resumed_and_what_is_ignored_is_said() -> None:
+    assert explain(Resumed(3, 2, 2)) == ["resumed: layout 3 with 2 replicas, as it was committed last"]
+    lines = explain(Resumed(3, 1, 2, "op-1"))
+    assert lines[0] == "resumed: layout 3 with 1 replica, as it was committed last"
+    assert lines[1].startswith("--replicas 2 is ignored because of that: `elasticmoe scale --replicas 2` changes it")
+    assert lines[2] == "operation op-1, which was in progress, goes on"

@@ -1,0 +1,260 @@
+"""What a scaler goes on with: nothing is dropped that nobody asked to drop, and no epoch falls (promise P7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from common.config import ScalerConfig
+from common.layout import Layout, Served
+from common.protocol.errors import Fenced, Unavailable
+from common.protocol.scaler import HmmStatus
+from common.store import Writer
+from services.scaler.core import Load, Observed, decide
+from services.scaler.journal import Journal
+from services.scaler.operation import Operation
+from services.scaler.recall import Recall
+from services.scaler.resume import CODE, Left, Wanted, begin
+from tests.unit.specs import tiny_mixtral_spec
+from tests.unit.transitions import DOWN, UP, layout_of, operation_of
+
+SERVED = Served("/models/a", "float32")
+LEFT = Left(layout_of(3, (0, 1, 2)), SERVED, epoch=3)
+WANTED = Wanted(SERVED, replicas=2, tp=1, devices=tuple(f"host:{i}" for i in range(4)), experts=(4,))
+
+
+def wanted(**changes: object) -> Wanted:
+    return msgspec.structs.replace(WANTED, **changes)
+
+
+def left(**changes: object) -> Left:
+    return msgspec.structs.replace(LEFT, **changes)
+
+
+def test_the_first_of_all_begins_with_what_is_wanted() -> None:
+    beginning = begin(Left(), WANTED)
+    assert (beginning.layout.epoch, beginning.layout.dp, beginning.is_resumed) == (1, 2, False)
+
+
+def test_what_was_committed_goes_on_whatever_number_of_replicas_is_wanted() -> None:
+    for replicas in (1, 2, 4):
+        beginning = begin(LEFT, wanted(replicas=replicas))
+        assert (beginning.layout, beginning.is_resumed, beginning.refusal) == (LEFT.layout, True, None)
+
+
+def test_more_devices_and_an_older_store_without_a_name_contradict_nothing() -> None:
+    assert begin(LEFT, wanted(devices=tuple(f"host:{i}" for i in range(9)))).is_resumed
+    assert begin(LEFT, wanted(devices=WANTED.devices[:3])).is_resumed
+    assert begin(left(served=None), WANTED).is_resumed
+
+
+@pytest.mark.parametrize(
+    ("found", "now", "text"),
+    [
+        (LEFT, wanted(served=Served("/models/b", "float32")), "its model is /models/a, and model is /models/b now"),
+        (LEFT, wanted(served=Served("/models/a", "bfloat16")), "its dtype is float32, and dtype is bfloat16 now"),
+        (LEFT, wanted(tp=2, replicas=1), "its tp is 1, and tp is 2 now"),
+        (LEFT, wanted(devices=("host:0", "host:1")), "its 3 replicas use host:2, and devices has 2 devices"),
+        (left(served=None), wanted(experts=(4, 4)), "its layers and experts are not those of the model"),
+        (left(layout=None, damage="store value is not valid"), WANTED, "it cannot be read (store value is not valid)"),
+    ],
+)
+def test_what_contradicts_is_refused_and_dropped_only_where_that_is_asked_for(
+    found: Left, now: Wanted, text: str
+) -> None:
+    refusal = begin(found, now).refusal
+    assert refusal is not None
+    assert (refusal.code, refusal.retryable) == (CODE, False)
+    assert text in refusal.message
+    assert "use the settings of that run" in refusal.message
+    assert "`elasticmoe up --fresh`" in refusal.message
+    anew = begin(msgspec.structs.replace(found, is_dropped=True), now)
+    assert (anew.refusal, anew.is_resumed, anew.layout.epoch) == (None, False, 4)
+    assert anew.layout.dp == now.replicas
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_a_store_that_was_emptied_begins_above_what_was_seen(epoch: int) -> None:
+    assert begin(Left(epoch=epoch), WANTED).layout.epoch == epoch + 1
+
+
+def test_a_store_that_lost_its_last_writes_goes_on_above_what_was_seen() -> None:
+    beginning = begin(left(epoch=5), WANTED)
+    assert (beginning.layout.epoch, beginning.is_resumed) == (6, True)
+    assert LEFT.layout is not None
+    assert beginning.layout.seats == LEFT.layout.seats
+
+
+def test_an_operation_goes_on_from_the_layout_that_it_may_have_committed() -> None:
+    for plan in (UP, DOWN):
+        for leg in range(len(plan.legs)):
+            before = plan.legs[leg - 1].layout if leg else plan.before
+            for phase in ("plan", "prepare", "abort", "commit", "migrate", "release"):
+                operation = msgspec.structs.replace(operation_of(plan), phase=phase, leg=leg)
+                found = left(layout=before, operation=operation, epoch=plan.after.epoch)
+                is_forward = phase in ("commit", "migrate", "release")
+                assert begin(found, WANTED).layout == (plan.legs[leg].layout if is_forward else before)
+                # It had announced the layout already: nothing changes.
+                after = left(layout=plan.legs[leg].layout, operation=operation, epoch=plan.after.epoch)
+                assert begin(after, WANTED).layout == plan.legs[leg].layout
+                # More was seen than it leads to: its end was lost with what followed.
+                assert begin(msgspec.structs.replace(found, epoch=9), WANTED).layout.epoch == 10
+
+
+def test_nothing_is_loaded_while_it_is_refused_and_what_is_held_goes_on() -> None:
+    refusal = begin(LEFT, wanted(tp=2, replicas=1)).refusal
+    assert LEFT.layout is not None
+    empty = HmmStatus("empty", 0, 0, None, (), 0, (), False)
+    seen = Observed(empty, None, 0, frozenset(), ever_served=False, restarts_left=5)
+    assert [type(action) for action in decide(LEFT.layout, seen).actions] == [Load]
+    refused = decide(LEFT.layout, msgspec.structs.replace(seen, refusal=refusal))
+    assert (refused.actions, refused.phase, refused.error) == ((), "failed", refusal)
+    held = msgspec.structs.replace(empty, phase="ready", layout=LEFT.layout)
+    chosen = decide(LEFT.layout, msgspec.structs.replace(seen, hmm=held, refusal=refusal))
+    assert (chosen.phase, chosen.error) == ("attaching", None)
+
+
+class KeptStore:
+    """What a store keeps, as values; `failure` is raised by every call while it is set, `layout_failure` by one."""
+
+    def __init__(self) -> None:
+        self.layout: Layout | None = None
+        self.served: Served | None = None
+        self.operation: Operation | None = None
+        self.epoch = 0
+        self.failure: Exception | None = None
+        self.layout_failure: Exception | None = None
+        self.writes: list[str] = []
+        self.on_write: Callable[[], None] = lambda: None
+
+    def _get(self, value: object, failure: Exception | None = None) -> object:
+        if failure or self.failure:
+            raise failure or self.failure or AssertionError
+        return value
+
+    def get_layout(self) -> object:
+        return self._get(self.layout, self.layout_failure)
+
+    def get_served(self) -> object:
+        return self._get(self.served)
+
+    def get_epoch(self) -> object:
+        return self._get(self.epoch)
+
+    def get_operation(self, _: object) -> object:
+        return self._get(self.operation)
+
+    def ended_operations(self, _: object) -> object:
+        return self._get([])
+
+    def put_served(self, _: Writer, served: Served) -> None:
+        self.writes.append("served")
+        self.served = served
+
+    def put_operation(self, _: Writer, operation: Operation | None) -> str:
+        self.on_write()
+        self.writes.append("operation")
+        self.operation = operation
+        return "mark"
+
+    def put_layout(self, _: Writer, layout: Layout) -> None:
+        self.on_write()
+        self.writes.append("layout")
+        self.layout, self.epoch = layout, layout.epoch
+
+    def journal_mark(self) -> str:
+        return "mark"
+
+
+BY = Writer("scaler:a", 1)
+
+
+@pytest.fixture
+def store() -> KeptStore:
+    return KeptStore()
+
+
+def recall_of(store: KeptStore, folder: Path, **settings: object) -> Recall:
+    values = {"run_dir": str(folder), "model": "/models/a", "dtype": "float32", "devices": "host:4", **settings}
+    config = ScalerConfig(**values)  # type: ignore[arg-type]
+    config.state_dir.mkdir(parents=True, exist_ok=True)
+    return Recall(config, tiny_mixtral_spec(num_local_experts=4, num_hidden_layers=1), store)  # type: ignore[arg-type]
+
+
+def test_the_store_names_what_it_serves_before_the_first_layout(store: KeptStore, tmp_path: Path) -> None:
+    recalled = recall_of(store, tmp_path).read(BY)
+    assert (recalled.resumed, store.writes) == (None, ["served"])
+    assert store.served == Served("/models/a", tiny_mixtral_spec().dtype)
+    recall_of(store, tmp_path).read(BY)
+    assert store.writes == ["served"]
+
+
+def test_what_is_dropped_is_dropped_once_and_survives_a_kill_before_that(store: KeptStore, tmp_path: Path) -> None:
+    store.layout, store.epoch, store.operation = layout_of(3, (0, 1, 2)), 3, operation_of(UP)
+    recall = recall_of(store, tmp_path)
+    (tmp_path / "state/fresh").touch()
+    for _ in range(2):  # killed before its layout was written, it begins anew again
+        recalled = recall.read(BY)
+        assert (recalled.beginning.layout.epoch, recalled.beginning.is_resumed) == (4, False)
+        assert (recalled.operation, store.operation) == (None, None)
+    store.put_layout(BY, recalled.beginning.layout)
+    recall.settled()
+    again = recall.read(BY)
+    assert again.resumed is not None
+    assert (again.resumed.epoch, again.beginning.is_resumed) == (4, True)
+
+
+def test_a_refusal_changes_nothing_in_the_store(store: KeptStore, tmp_path: Path) -> None:
+    store.layout, store.epoch, store.operation = layout_of(3, (0, 1, 2)), 3, operation_of(UP)
+    store.served = Served("/models/b", "float32")
+    recalled = recall_of(store, tmp_path).read(BY)
+    assert recalled.beginning.refusal is not None
+    assert store.writes == []
+
+
+def test_a_store_that_does_not_answer_is_asked_again_and_one_that_is_corrupt_is_refused(
+    store: KeptStore, tmp_path: Path
+) -> None:
+    recall = recall_of(store, tmp_path)
+    store.epoch = 3
+    for code in ("store_unavailable", "storage_full"):
+        store.failure = Unavailable("no", code=code)
+        with pytest.raises(Unavailable):
+            recall.read(BY)
+    store.failure, store.layout_failure = None, Unavailable("value is not valid", code="store_corrupt")
+    refusal = recall.read(BY).beginning.refusal
+    assert refusal is not None
+    assert "value is not valid" in refusal.message
+    (tmp_path / "state/fresh").touch()
+    assert recall.read(BY).beginning.layout.epoch == 4
+
+
+def test_an_epoch_is_on_this_hosts_disk_before_anybody_can_see_it(store: KeptStore, tmp_path: Path) -> None:
+    recall = recall_of(store, tmp_path)
+    epochs: list[int] = []
+    store.on_write = lambda: epochs.append(int((tmp_path / "state/fence-layout").read_text()))
+    journal = Journal(store, "scaler:a", recall.epochs.note, lambda: None, lambda: None)  # type: ignore[arg-type]
+    journal.announce(layout_of(2, (0, 1)))
+    journal.act_under(1)
+    journal.close()
+    assert (store.writes, epochs) == (["layout"], [2])
+    journal = Journal(store, "scaler:a", recall.epochs.note, lambda: None, lambda: None)  # type: ignore[arg-type]
+    journal.put(operation_of(UP))
+    journal.act_under(1)
+    journal.close()
+    assert epochs == [2, UP.after.epoch]
+    # The store is emptied, and everything ends: what was seen is passed, not met.
+    anew = recall_of(KeptStore(), tmp_path).read(BY)
+    assert anew.beginning.layout.epoch == UP.after.epoch + 1
+
+
+def test_a_superseded_scaler_takes_nothing_over(store: KeptStore, tmp_path: Path) -> None:
+    def fenced(*_: object) -> None:
+        raise Fenced("another scaler holds the lease")
+
+    store.put_served = fenced  # type: ignore[method-assign]
+    with pytest.raises(Fenced):
+        recall_of(store, tmp_path).read(BY)
