@@ -12,13 +12,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cli.children import tied_to_us
 from cli.settings import importing_environment
 from common.protocol.errors import CheckpointError
 
 
 def make_elsewhere(name: str, directory: Path, progress: Callable[[int, int], None]) -> None:
-    """Make the model in a process of its own; the user's interrupt reaches it as well. Raises CheckpointError."""
-    argv = [sys.executable, "-P", "-m", "cli.maker", name, str(directory)]
+    """Make the model in a process of its own, which ends with this one; the user's interrupt reaches it as well. Raises
+    CheckpointError."""
+    argv = tied_to_us([sys.executable, "-P", "-m", "cli.maker", name, str(directory)])
     error: object = "its process ended without a word"
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=importing_environment()) as process:
         assert process.stdout is not None

@@ -72,6 +72,8 @@ def make_named(name: str, directory: Path, console: Console) -> Path:
             return directory
         # Absent, or made by an earlier version of the recipe.
         shutil.rmtree(directory, ignore_errors=True)
+        for partial in directory.parent.glob(f".{name}.partial-*"):  # of a process that was killed: ours is the lock
+            shutil.rmtree(partial, ignore_errors=True)
         phase = f"making model {name}"
         console.progress(phase)
         try:

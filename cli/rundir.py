@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cli.paths import parent_name
 from cli.record import FILE_NAME
+from cli.settings import TEMPORARY
 from common.config import Common, make_run_dirs
 from common.private import is_private, make_private, read_private
 from common.protocol.errors import ConfigError, Conflict
@@ -17,7 +18,8 @@ from common.store import PASSWORDS
 
 ADMIN_TOKEN = "admin.token"
 _LOCK = "launcher.lock"  # also the mark of a directory that we made and may clear
-_PARTS = ("sockets", "secrets", "state", "store")
+_VOLATILE = ("sockets", TEMPORARY)  # of use to nobody but the processes that made what is in them
+_PARTS = (*_VOLATILE, "secrets", "state", "store")
 SECRETS = (ADMIN_TOKEN, *PASSWORDS.values())
 _SECRET_BYTES = 32
 _SECRET_BYTES_MAX = 4096
@@ -65,13 +67,15 @@ class RunDir:
             os.close(fd)
 
     def prepare(self, config: Common) -> None:
-        """Make the parts of the directory and the secrets that are missing; sockets that a killed run left are removed.
+        """Make the parts of the directory and the secrets that are missing; sockets and temporary files that a
+        killed run left are removed.
 
         Raises ConfigError.
         """
-        shutil.rmtree(self.path / "sockets", ignore_errors=True)
+        self._remove_volatile()
         make_run_dirs(config)
-        make_private(self.path / "store")
+        for name in ("store", TEMPORARY):
+            make_private(self.path / name)
         for name in SECRETS:
             ensure_secret(config.secret(name))
 
@@ -111,8 +115,12 @@ class RunDir:
 
     def keep(self) -> None:
         """Leave all that a next start goes on with, and give the claim back."""
-        shutil.rmtree(self.path / "sockets", ignore_errors=True)
+        self._remove_volatile()
         self.release()
+
+    def _remove_volatile(self) -> None:
+        for name in _VOLATILE:
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def release(self) -> None:
         """Give the claim back; a directory in which nothing was made yet is removed. Idempotent."""

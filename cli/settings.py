@@ -19,6 +19,7 @@ from cli.paths import absolute, package_root, run_dir_of
 from common import config
 
 DEFAULTS = config.defaults()
+TEMPORARY = "tmp"  # in the run directory
 
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SECONDS_MAX = 30 * 24 * 3600
@@ -104,12 +105,14 @@ def resolve(values: Mapping[str, Any]) -> Settings:
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
-    """The environment of every child: ours, with the resolved settings."""
+    """The environment of every child: ours, with the resolved settings. What libraries put into the temporary folder
+    lies in the run directory, and goes with it however the child ends."""
     environment = importing_environment() | config.environment_of(settings.values)
     file = environment.get("ELASTICMOE_CONFIG")
     if file:
         environment["ELASTICMOE_CONFIG"] = str(absolute(file, "ELASTICMOE_CONFIG"))
     environment["PYTHONUNBUFFERED"] = "1"
+    environment["TMPDIR"] = str(settings.scaler.run_path / TEMPORARY)
     return environment
 
 
