@@ -115,10 +115,8 @@ def test_a_deployment_that_is_killed_leaves_nothing_outside_of_its_run_directory
 
 
 def test_who_makes_a_model_ends_with_the_launcher(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from cli.console import make_console; from cli.resolve import make_named"
-    )
-    code += "; make_named('oracle', Path(sys.argv[1]), make_console())"
+    code = "import sys; from pathlib import Path; from cli.console import make_console"
+    code += "; from cli.resolve import make_named; make_named('oracle', Path(sys.argv[1]), make_console())"
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "oracle")], cwd=ROOT, **silent)
 

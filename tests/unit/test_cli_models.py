@@ -86,6 +86,17 @@ def test_two_at_once_make_one(home: Path, console: PlainConsole, monkeypatch: py
     assert made == ["oracle"]
 
 
+def test_parts_that_a_killed_making_left_go_with_the_next_one(
+    home: Path, console: PlainConsole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolve, "make_elsewhere", lambda _, directory, __: make_folder(directory))
+    left, others = (home / "models" / name for name in (".oracle.partial-01ab", ".demo.partial-01ab"))
+    for folder in (left, others):
+        (folder / "x").mkdir(parents=True)
+    resolve.resolve_model("oracle", console)
+    assert (left.exists(), others.exists()) == (False, True)
+
+
 def test_a_failed_making_is_one_line_and_tried_again(
     home: Path, console: PlainConsole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
