@@ -12,6 +12,7 @@ from common.capacity import AVAILABLE_SHARE, DeviceTooSmall, budget_of, kv_handl
 from common.checkpoint import Checkpoint
 from common.families import load_spec
 from common.layout import initial_layout
+from common.machine import available_bytes
 from common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
 from common.protocol.hmm import LoadModel
 from common.store import store_of
@@ -111,15 +112,3 @@ def check_disk(run_dir: Path) -> None:
             f"{folder} has {size(free)} free, less than the {size(_DISK_BYTES_MIN)} that a run directory needs",
             code="storage_full",
         )
-
-
-def available_bytes() -> int:
-    """Memory that processes can still get: the machine's, or the container's where that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return min(available, max(0, int(limit) - used)) if limit.isdigit() else available

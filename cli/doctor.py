@@ -20,7 +20,6 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from cli.checks import available_bytes
 from cli.console import size
 from cli.embedded_store import is_answering, server_binary
 from cli.paths import default_run_dir
@@ -29,6 +28,7 @@ from cli.settings import DEFAULTS
 from cli.terminal import say_json, show
 from cli.version import version
 from common.config import HmmConfig
+from common.machine import available_bytes, usable_cores
 from common.private import UNSAFE, is_private
 from common.protocol.errors import ConfigError, ElasticMoEError
 
@@ -107,15 +107,15 @@ def check_native() -> Finding:
 
 
 def check_cores() -> Finding:
-    """Cores that this process may use."""
-    cores = len(os.sched_getaffinity(0))
+    """Cores that this process may use, a control group's quota included."""
+    cores = usable_cores()
     if cores < 2:
-        return Finding("cores", "warn", str(cores), "two ranks share one core; give the machine or container more")
-    return Finding("cores", "ok", str(cores))
+        return Finding("cores", "warn", f"{cores:g}", "two ranks share one core; give the machine or container more")
+    return Finding("cores", "ok", f"{cores:g}")
 
 
 def check_memory() -> Finding:
-    """Memory that is available, the container's limit included."""
+    """Memory that is available, the limits of control groups included."""
     available = available_bytes()
     if available < _MEMORY_WISHED:
         return Finding(

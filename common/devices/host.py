@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from common.devices.base import Device
 from common.devices.extents import FreeList
 from common.devices.rules import PROCESS, SPACES, Handle, ProcessRules, Range, Space, Token
+from common.machine import group_room
 from common.protocol.errors import DeviceError, DoesNotFit
 from native import host
 
 if TYPE_CHECKING:
     import torch
 
+_WORTH_A_LOOK = 1 << 20
 REACH = 8  # a memfd's offsets end at this multiple of the budget
 
 
@@ -153,6 +155,7 @@ class HostDevice(Device):
         Raises DoesNotFit where the machine's memory is short.
         """
         extent: Extent = handle.backing
+        self._check_group(nbytes)
         try:
             host.allocate(extent.fd, extent.offset + offset, nbytes)
         except OSError as error:
@@ -161,6 +164,7 @@ class HostDevice(Device):
     def write(self, handle: Handle, offset: int, address: int, nbytes: int) -> None:
         """Make the pages of a part of a claimed handle with what is at `address`. Blocks, and raises, as `populate`."""
         extent: Extent = handle.backing
+        self._check_group(nbytes)
         try:
             host.write_from(extent.fd, extent.offset + offset, address, nbytes)
         except OSError as error:
@@ -214,6 +218,7 @@ class HostDevice(Device):
         return findings
 
     def _create(self, nbytes: int, space: Space) -> Extent:
+        self._check_group(nbytes)
         file = self._file(space)
         offset = self._find(file, nbytes)
         try:
@@ -222,6 +227,13 @@ class HostDevice(Device):
             file.free.release(offset, nbytes)
             raise DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}") from None
         return Extent(file.fd, offset)
+
+    def _check_group(self, nbytes: int) -> None:
+        """Raises DoesNotFit for what a control group cannot hold: beyond its limit the kernel kills processes of the
+        group where a device without memory would refuse. Small parts are not worth the look."""
+        if nbytes < _WORTH_A_LOOK or (room := group_room()) is None or nbytes <= room:
+            return
+        raise DoesNotFit(f"{self.name}: no memory for {nbytes} bytes: its control group has room for {room} more")
 
     def _find(self, file: _File, nbytes: int) -> int:
         offset = file.free.allocate(nbytes)

@@ -14,6 +14,7 @@ from common.config import HmmConfig
 from common.devices.host import HostDevice
 from common.devices.rules import SPACES
 from common.layout import Layout
+from common.machine import available_bytes
 from common.protocol.errors import ConfigError, DeviceError, Unavailable
 from common.telemetry import Logger
 from services.hmm.catalog import (
@@ -26,7 +27,7 @@ from services.hmm.catalog import (
     encode,
     slots_of,
 )
-from services.hmm.memory import BusSegment, DeviceMemory, available_bytes
+from services.hmm.memory import BusSegment, DeviceMemory
 from services.hmm.parking import CATALOG, Parking
 from services.hmm.snapshot import Snapshot
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from pathlib import Path
 
 from common.capacity import BusSizes
 from common.devices.base import Handle, Range, Space
@@ -150,18 +148,3 @@ class BusSegment:
             self._mapping.close()
             self._mapping = None
         os.close(self.fd)
-
-
-def available_bytes() -> int:
-    """Memory that processes can still get: the machine's, or the control group's where that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such version of control groups, or "max"
-            room = int((group / limit).read_text()) - int((group / used).read_text())
-            available = min(available, max(0, room))
-    return available
