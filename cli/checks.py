@@ -8,7 +8,16 @@ from pathlib import Path
 from cli.console import size
 from cli.probes import bind_once
 from cli.settings import Settings
-from common.capacity import AVAILABLE_SHARE, DeviceTooSmall, budget_of, kv_handles_min, load_of, size_load
+from common.capacity import (
+    AVAILABLE_SHARE,
+    DeviceTooSmall,
+    budget_of,
+    device_weights_bytes,
+    kv_handles_min,
+    load_of,
+    size_ledger,
+    size_load,
+)
 from common.checkpoint import Checkpoint
 from common.families import load_spec
 from common.layout import initial_layout
@@ -89,6 +98,17 @@ def _limit(settings: Settings, small: DeviceTooSmall, budget: int, available: in
 
 def _share(available: int) -> str:
     return f"the {size(available * AVAILABLE_SHARE)} that are {AVAILABLE_SHARE:.0%} of the {size(available)} available"
+
+
+def num_devices_that_fit(settings: Settings, model: Path) -> int:
+    """How many of the devices to have: as many as there is memory for, each with a budget for the whole model and its
+    KV, so that the deployment can grow and shrink; at least those of the replicas."""
+    scaler, granularity = settings.scaler, settings.hmm.granularity
+    spec = load_spec(model, scaler.dtype)
+    load = load_of(scaler, spec, initial_layout(spec.num_experts_by_layer, ["host:0"]))
+    whole = device_weights_bytes(spec, 1, granularity) + size_ledger(load, granularity).nbytes + scaler.kv_bytes
+    room = int(available_bytes() * AVAILABLE_SHARE) // (settings.hmm.device_bytes or whole)
+    return max(scaler.replicas * scaler.tp, min(room, scaler.num_devices))
 
 
 def check_checkpoint(settings: Settings, model: Path) -> list[str]:

@@ -68,7 +68,7 @@ def make_named(name: str, directory: Path, console: Console) -> Path:
     """
     recipe = directory.with_name(f"{name}.recipe")
     with _lock(directory.with_name(f"{name}.lock"), name, console):
-        if (directory / "config.json").is_file() and recipe.is_file() and recipe.read_text() == _recipe():
+        if (directory / "config.json").is_file() and recipe.is_file() and recipe.read_text() == models_recipe():
             return directory
         # Absent, or made by an earlier version of the recipe.
         shutil.rmtree(directory, ignore_errors=True)
@@ -78,7 +78,7 @@ def make_named(name: str, directory: Path, console: Console) -> Path:
         console.progress(phase)
         try:
             make_elsewhere(name, directory, lambda done, total: console.progress(phase, done, total))
-            recipe.write_text(_recipe())
+            recipe.write_text(models_recipe())
         except OSError as error:
             raise CheckpointError(f"model {name} cannot be made: {error.strerror}", code="model_failed") from None
         finally:
@@ -86,7 +86,7 @@ def make_named(name: str, directory: Path, console: Console) -> Path:
     return directory
 
 
-def _recipe() -> str:
+def models_recipe() -> str:
     """Hash of the code that makes named models: a cached one of another version is not used."""
     digest = hashlib.sha256()
     for path in sorted((package_root() / "cli" / "models").glob("*.py")):

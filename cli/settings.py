@@ -17,6 +17,7 @@ from typing import Any
 
 from cli.paths import absolute, package_root, run_dir_of
 from common import config
+from common.protocol.limits import RANKS_MAX
 
 DEFAULTS = config.defaults()
 TEMPORARY = "tmp"  # in the run directory
@@ -28,12 +29,14 @@ _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What `up` starts. `values`: every setting that is not a service's own default, by its name in common.config."""
+    """What `up` starts. `values`: every setting that is not a service's own default, by its name in common.config.
+    `is_roomy`: nobody named the devices; there may be fewer of them where memory is short."""
 
     scaler: config.ScalerConfig
     router: config.RouterConfig
     hmm: config.HmmConfig
     values: Mapping[str, Any]
+    is_roomy: bool = False
 
     @property
     def url(self) -> str:
@@ -47,7 +50,7 @@ class Settings:
 
     def replace(self, **values: Any) -> Settings:
         """The same settings with other values. Raises ConfigError."""
-        return resolve({**self.values, **values})
+        return resolve({**self.values, **values}, is_roomy=self.is_roomy)
 
 
 def parse_size(text: str) -> int:
@@ -87,7 +90,9 @@ def from_flags(args: argparse.Namespace) -> Settings:
         "max_sequences": args.max_sequences,
         "generation_config": args.generation_config,
     }
-    settings = resolve({name: value for name, value in flags.items() if value is not None})
+    values = {name: value for name, value in flags.items() if value is not None}
+    devices = _roomy(values)
+    settings = resolve({"devices": devices, **values}, is_roomy=True) if devices else resolve(values)
     if settings.scaler.store_url and settings.scaler.deployment == "default":
         # A server that others use too: the name keeps deployments of other run directories apart in it.
         digest = hashlib.sha256(str(settings.scaler.run_path).encode()).hexdigest()[:12]
@@ -97,11 +102,24 @@ def from_flags(args: argparse.Namespace) -> Settings:
     return settings
 
 
-def resolve(values: Mapping[str, Any]) -> Settings:
+def _roomy(values: Mapping[str, Any]) -> str | None:
+    """Devices for twice the replicas, so that the deployment can grow; None where the user has named some. Raises
+    ConfigError."""
+    given = config.given(values)
+    if "devices" in given:
+        return None
+    try:
+        used = int(given.get("replicas", DEFAULTS["replicas"])) * int(given.get("tp", DEFAULTS["tp"]))
+    except (TypeError, ValueError):
+        return None  # told when it is loaded
+    return f"host:{min(max(1, 2 * used), RANKS_MAX)}"
+
+
+def resolve(values: Mapping[str, Any], *, is_roomy: bool = False) -> Settings:
     """Every service's configuration with `values` over the environment and the file. Raises ConfigError."""
     scaler = config.load(config.ScalerConfig, values)
     router = config.load(config.RouterConfig, values)
-    return Settings(scaler, router, config.load(config.HmmConfig, values), dict(values))
+    return Settings(scaler, router, config.load(config.HmmConfig, values), dict(values), is_roomy)
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

@@ -9,6 +9,7 @@ import resource
 import shlex
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 
@@ -35,6 +36,7 @@ from cli.record import (
 from cli.record import FILE_NAME as RECORD
 from cli.resolve import resolve_model
 from cli.rundir import RunDir
+from common.config import ScalerConfig
 from common.fence import Fence
 from common.private import read_secret
 from common.protocol.errors import ConfigError, ElasticMoEError
@@ -53,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a name of `model list`, a folder, or org/name of a hub (demo, unless a setting says otherwise)",
     )
     add("--served-name", metavar="NAME", help="the name that clients use (default: the model's)")
-    add("--devices", metavar="host:N", help=f"the devices that the deployment may use (default {default['devices']})")
+    devices = "the devices that the deployment may use (default: room for twice the replicas, where memory allows)"
+    add("--devices", metavar="host:N", help=devices)
     add("--replicas", type=int, metavar="N", help=f"replicas to start with (default {default['replicas']})")
     add("--tp", type=int, metavar="N", help="devices per replica (only 1 for now)")
     add("--dtype", choices=("bfloat16", "float32"), help=f"dtype of weights and KV (default {default['dtype']})")
@@ -136,10 +139,23 @@ def _with_model(resolved: settings.Settings, console: Console) -> settings.Setti
         served_name=resolved.scaler.served_name or model.name,
         run_dir=str(resolved.scaler.run_path),
     )
+    if resolved.is_roomy:
+        resolved = resolved.replace(devices=_devices(resolved, model.path))
     if remarks := checks.check_checkpoint(resolved, model.path):
         console.line("warning: " + "; ".join(remarks))
     checks.check_memory(resolved, model.path)
     return resolved
+
+
+def _devices(resolved: settings.Settings, model: Path) -> str:
+    """The devices where the user named none: those of the same deployment that was cut off here, else as many as
+    fit."""
+    scaler = resolved.scaler
+    left = read_record(scaler.run_path)
+    is_same = left is not None and (left.model, left.dtype) == (scaler.model, scaler.dtype)
+    if left is not None and is_same and int(left.devices.split(":")[1]) >= scaler.replicas * scaler.tp:
+        return left.devices
+    return f"host:{checks.num_devices_that_fit(resolved, model)}"
 
 
 def _serve(args: argparse.Namespace, resolved: settings.Settings, run_dir: RunDir, console: Console) -> int:
@@ -297,9 +313,16 @@ def _announce(resolved: settings.Settings, console: Console) -> None:
     console.line(f"{name} is served at   {resolved.url}/v1")
     console.line(f"admin listener      {resolved.admin_url}  (token in {resolved.scaler.secret('admin.token')})")
     console.line(f"run directory       {resolved.scaler.run_path}")
+    console.line(f"devices             {_room(resolved.scaler)}")
     console.line(f"try: {curl_line(resolved.url, name, resolved.router.api_key_file)}")
     if isinstance(console, PipeConsole):
         console.finish()
+
+
+def _room(scaler: ScalerConfig) -> str:
+    used = scaler.replicas * scaler.tp
+    free = scaler.num_devices - used
+    return f"{scaler.devices}: {used} in use, {free or 'none'} to grow into (`elasticmoe scale`)"
 
 
 def curl_line(url: str, name: str, key_file: str) -> str:

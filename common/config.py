@@ -42,14 +42,8 @@ def load(kind: type[C], overrides: Mapping[str, Any] | None = None) -> C:
 
     Raises ConfigError naming the key, the bound and the value.
     """
-    every_field = {name for struct in CONFIGS for name in struct.__struct_fields__}
     fields = set(kind.__struct_fields__)
-    values: dict[str, Any] = {}
-    path = os.environ.get(PREFIX + "CONFIG")
-    if path:
-        values.update(_known(_read_toml(Path(path)), every_field, f"configuration file {path}"))
-    values.update(_known(_environment(), every_field, "environment"))
-    values.update({key: value for key, value in (overrides or {}).items() if value is not None})
+    values = given(overrides)
     if not values.get("run_dir"):
         raise ConfigError(f"run_dir is not set: pass --run-dir or set {PREFIX}RUN_DIR")
     values = {key: value for key, value in values.items() if key in fields}
@@ -61,6 +55,18 @@ def load(kind: type[C], overrides: Mapping[str, Any] | None = None) -> C:
         raise ConfigError(f"configuration of {kind.__name__}: {_told(error, values)}") from None
     _check_topology(config)
     return config
+
+
+def given(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the file, the environment and `overrides` set, as it stands there, by field. Raises ConfigError for a file
+    that cannot be read and for an unknown name."""
+    every_field = {name for struct in CONFIGS for name in struct.__struct_fields__}
+    values: dict[str, Any] = {}
+    path = os.environ.get(PREFIX + "CONFIG")
+    if path:
+        values.update(_known(_read_toml(Path(path)), every_field, f"configuration file {path}"))
+    values.update(_known(_environment(), every_field, "environment"))
+    return values | {key: value for key, value in (overrides or {}).items() if value is not None}
 
 
 def _environment() -> dict[str, str]:

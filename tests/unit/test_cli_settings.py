@@ -246,7 +246,7 @@ def test_a_model_that_is_none_is_refused(tmp_path: Path, model: Path) -> None:
 
 
 def test_every_refusal_is_one_line(tmp_path: Path) -> None:
-    for argv in (("--tp", "9"), ("--replicas", "64")):
+    for argv in (("--tp", "9"), ("--replicas", "64", "--devices", "host:2")):
         with pytest.raises(ElasticMoEError) as refused:
             resolved(tmp_path, *argv)
         assert "\n" not in refused.value.message

@@ -1,0 +1,96 @@
+"""Where nobody names the devices, `up` leaves room to grow, as far as memory allows."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import pytest
+
+from cli import checks, settings, up
+from cli.record import DeploymentRecord, ProcessRecord, write_record
+from common.families import load_spec
+from common.private import make_private
+from tests.unit import forms
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("ELASTICMOE_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return forms.write(tmp_path / "m", "mixtral", forms.base_tensors(tmp_path / "base", "mixtral"))
+
+
+def resolved(tmp_path: Path, *argv: str) -> settings.Settings:
+    parser = argparse.ArgumentParser()
+    up.add_arguments(parser)
+    return settings.from_flags(parser.parse_args(["--run-dir", str(tmp_path / "run"), *argv]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "devices"),
+    [
+        ((), "host:4"),
+        (("--replicas", "1"), "host:2"),
+        (("--replicas", "3"), "host:6"),
+        (("--replicas", "40"), "host:64"),
+    ],
+)
+def test_there_are_devices_for_twice_the_replicas(tmp_path: Path, argv: tuple[str, ...], devices: str) -> None:
+    found = resolved(tmp_path, *argv)
+    assert (found.scaler.devices, found.hmm.devices, found.is_roomy) == (devices, devices, True)
+    assert settings.child_environment(found)["ELASTICMOE_DEVICES"] == devices
+
+
+def test_named_devices_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (resolved(tmp_path, "--devices", "host:2").scaler.devices, resolved(tmp_path).scaler.devices) == (
+        "host:2",
+        "host:4",
+    )
+    file = tmp_path / "c.toml"
+    file.write_text('devices = "host:5"\n')
+    monkeypatch.setenv("ELASTICMOE_CONFIG", str(file))
+    assert (resolved(tmp_path).scaler.devices, resolved(tmp_path).is_roomy) == ("host:5", False)
+    monkeypatch.setenv("ELASTICMOE_DEVICES", "host:3")
+    assert (resolved(tmp_path).scaler.devices, resolved(tmp_path).is_roomy) == ("host:3", False)
+
+
+def test_each_device_has_room_for_the_whole_model(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = resolved(tmp_path, "--kv-memory", "256MiB")
+    whole = checks.device_weights_bytes(load_spec(model, found.scaler.dtype), 1, found.hmm.granularity)
+    each = whole + (256 << 20)
+    for number, expected in ((0, 2), (1, 2), (2, 2), (3, 3), (4, 4), (9, 4)):
+        monkeypatch.setattr(checks, "available_bytes", lambda number=number: int(number * each / 0.8) + 64)
+        assert checks.num_devices_that_fit(found, model) == expected
+    monkeypatch.setattr(checks, "available_bytes", lambda: 10 * GIB)
+    assert checks.num_devices_that_fit(resolved(tmp_path, "--device-memory", "2.5GiB"), model) == 3
+
+
+def test_a_deployment_that_was_cut_off_keeps_its_devices(tmp_path: Path, model: Path) -> None:
+    found = resolved(tmp_path).replace(model=str(model))
+    make_private(tmp_path / "run")
+    record = DeploymentRecord(
+        state="serving",
+        launcher=ProcessRecord("launcher", 1, 1),
+        processes=(),
+        model=str(model),
+        served_name="m",
+        dtype="bfloat16",
+        devices="host:3",
+        url="http://127.0.0.1:1",
+        admin_url="http://127.0.0.1:2",
+        port=1,
+        admin_port=2,
+        started_at=0.0,
+    )
+    write_record(tmp_path / "run", record)
+    assert up._devices(found, model) == "host:3"
+    assert up._devices(resolved(tmp_path, "--replicas", "4").replace(model=str(model)), model) == "host:8"
+    assert up._devices(found.replace(model="another"), model) == "host:4"
