@@ -14,7 +14,8 @@ UP ?=
 ARGS ?=
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Quiet but for the bars of downloads.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar on
 STAMP := .venv/.installed
 NATIVE := $(shell find native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 CPP := $(filter %.cpp %.h,$(NATIVE))
@@ -53,11 +54,16 @@ $(STAMP): pyproject.toml CMakeLists.txt $(NATIVE) $(MODULES_CHANGED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$$($(PYTHON) --version) is too old: 3.11 or newer is needed (make PYTHON=python3.12)" >&2; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || { echo 'no C++ compiler: install g++ or clang++ with C++20' >&2; exit 1; }
-	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	$(PIP) install --quiet --upgrade pip
-	$(PIP) install --quiet $(TORCH_INDEX) '$(TORCH)'
-	$(PIP) install --quiet 'cmake>=3.25' ninja
-	$(PIP) install --quiet --editable '.[test,lint,bench]'
+	@echo '[1/4] the virtual environment .venv, and pip'
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	@$(PIP_INSTALL) --upgrade pip
+	@echo '[2/4] $(TORCH): the largest download'
+	@$(PIP_INSTALL) $(TORCH_INDEX) '$(TORCH)'
+	@echo '[3/4] cmake and ninja'
+	@$(PIP_INSTALL) 'cmake>=3.25' ninja
+	@echo '[4/4] the other packages; compiles the native modules, which takes about a minute the first time'
+	@$(PIP_INSTALL) --editable '.[test,lint,bench]'
+	@echo 'installed in .venv'
 	@echo '$(MODULES_NOW)' > $(MODULES)
 	@touch $@
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,7 +16,8 @@ from cli.paths import home_dir, run_dir_of
 from cli.record import living_record
 from cli.settings import DEFAULTS
 from cli.terminal import OUTPUT_FAILED, say, say_answer, typed
-from common.protocol.errors import ElasticMoEError, InvalidRequest, Unavailable
+from common.http.keys import read_key
+from common.protocol.errors import ElasticMoEError, Unavailable
 
 HELP = "chat with a deployment"
 
@@ -25,8 +25,6 @@ _DEFAULT_URL = f"http://{DEFAULTS['host']}:{DEFAULTS['port']}"
 _CONNECT_SECONDS_MAX = 5.0
 _TOKEN_SECONDS_MAX = 300.0  # between two tokens; the first may wait in a queue
 _HISTORY_LINES_MAX = 1_000
-_KEY = re.compile(rb"[!-~]+")  # what can stand in a header
-_KEY_BYTES_MAX = 4096
 _INTRO = "Ctrl-C stops an answer, /reset starts anew, /quit or Ctrl-D leaves."
 
 Message = dict[str, str]
@@ -81,15 +79,7 @@ def base_url(args: argparse.Namespace) -> str:
 def _headers(args: argparse.Namespace) -> dict[str, str]:
     if not args.api_key_file:
         return {}
-    try:
-        with open(args.api_key_file, "rb") as file:
-            key = file.read(_KEY_BYTES_MAX + 1).strip()
-    except OSError as error:
-        raise InvalidRequest(f"API key file {args.api_key_file}: {error.strerror}", code="bad_key_file") from None
-    if len(key) > _KEY_BYTES_MAX or _KEY.fullmatch(key) is None:
-        text = f"API key file {args.api_key_file} holds no key: 1 to {_KEY_BYTES_MAX} visible ASCII characters"
-        raise InvalidRequest(text, code="bad_key_file")
-    return {"Authorization": f"Bearer {key.decode()}"}
+    return {"Authorization": f"Bearer {read_key(args.api_key_file).decode()}"}
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from cli import terminal
+from cli.version import version
 from common.protocol.errors import ElasticMoEError
 from common.transport import describe
 
@@ -26,6 +27,7 @@ COMMANDS = {
     "model": "cli.model",
     "bench": "cli.bench.command",
     "chaos": "cli.chaos",
+    "completion": "cli.completion",
     "version": "cli.version",
 }
 _WRONG_USAGE = 2
@@ -38,6 +40,7 @@ def make_parser() -> terminal.Parser:
     parser = terminal.Parser(
         prog="elasticmoe", description="Serves Mixture-of-Experts models and scales while it serves."
     )
+    parser.add_argument("--version", action="version", version=f"elasticmoe {version()}", help="print the version")
     parser.add_argument("--debug", action="store_true", help="show the stack of an unexpected error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module_name in COMMANDS.items():

@@ -89,6 +89,7 @@ def from_flags(args: argparse.Namespace) -> Settings:
         "max_model_len": args.max_model_len,
         "max_sequences": args.max_sequences,
         "generation_config": args.generation_config,
+        "api_key_file": args.api_key_file,
     }
     values = {name: value for name, value in flags.items() if value is not None}
     devices = _roomy(values)

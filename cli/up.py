@@ -18,6 +18,7 @@ from cli.children import ChildSpec
 from cli.console import Console, PipeConsole, make_console
 from cli.detach import start_detached
 from cli.embedded_store import is_answering
+from cli.exposure import check_api_key, is_loopback
 from cli.launcher import Launcher, Plan, State, StopRequested
 from cli.listeners import ADMIN, ROUTER, Listeners
 from cli.logs import Logs
@@ -61,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tp", type=int, metavar="N", help="devices per replica (only 1 for now)")
     add("--dtype", choices=("bfloat16", "float32"), help=f"dtype of weights and KV (default {default['dtype']})")
     add("--host", help=f"address of the OpenAI-compatible listener (default {default['host']})")
+    add("--api-key-file", metavar="FILE", help="a file with the key that clients have to send as a bearer token")
+    add("--no-api-key", action="store_true", help="serve other machines without a key: everybody may use it")
     add("--port", type=int, metavar="N", help=f"its port (default {default['port']}; 0: a free one)")
     add(
         "--admin-port",
@@ -102,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     with make_console() as console:
         resolved = settings.from_flags(args)
         checks.check_ports(resolved)
+        check_api_key(resolved, may_lack=args.no_api_key)
         checks.check_store(resolved)
         run_dir = RunDir(settings.require_run_dir(resolved))
         try:
@@ -314,7 +318,11 @@ def _announce(resolved: settings.Settings, console: Console) -> None:
     console.line(f"admin listener      {resolved.admin_url}  (token in {resolved.scaler.secret('admin.token')})")
     console.line(f"run directory       {resolved.scaler.run_path}")
     console.line(f"devices             {_room(resolved.scaler)}")
-    console.line(f"try: {curl_line(resolved.url, name, resolved.router.api_key_file)}")
+    if resolved.router.api_key_file:
+        console.line(f"API key in          {resolved.router.api_key_file}")
+    elif not is_loopback(resolved.router.host):
+        console.line(f"warning: no API key: everybody who reaches {resolved.router.host} may use it")
+    console.line("try it:\n\n" + curl_line(resolved.url, name, resolved.router.api_key_file) + "\n")
     if isinstance(console, PipeConsole):
         console.finish()
 
@@ -328,7 +336,9 @@ def _room(scaler: ScalerConfig) -> str:
 def curl_line(url: str, name: str, key_file: str) -> str:
     """A request to try, as it can be pasted into a POSIX shell whatever the names in it are."""
     body = {"model": name, "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
-    words = ["curl", "-N", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"]
-    line = shlex.join([*words, "-d", json.dumps(body, ensure_ascii=False)])
-    # Not joined with the others: the shell has to replace it.
-    return f'{line} -H "Authorization: Bearer $(cat {shlex.quote(key_file)})"' if key_file else line
+    words = [("curl", "-N", f"{url}/v1/chat/completions"), ("-H", "Content-Type: application/json")]
+    words += [("-d", json.dumps(body, ensure_ascii=False, separators=(",", ":")))]
+    lines = [shlex.join(line) for line in words]
+    if key_file:  # not joined with the others: the shell has to replace it
+        lines.append(f'-H "Authorization: Bearer $(cat {shlex.quote(key_file)})"')
+    return " \\\n  ".join(lines)

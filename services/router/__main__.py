@@ -9,13 +9,14 @@ import uvloop
 
 from common import failpoint
 from common.config import RouterConfig, load, make_run_dirs
+from common.http.keys import read_key
 from common.http.listener import bind
 from common.inherited import inherited
 from common.layout import Layout
 from common.protocol.errors import ElasticMoEError
 from common.telemetry import setup_logging
 from common.transport import describe
-from services.router.service import LayoutSource, RouterService, read_key
+from services.router.service import LayoutSource, RouterService
 from services.router.tokenizer import load_model
 
 
@@ -43,7 +44,7 @@ def layout_source(config: RouterConfig) -> LayoutSource:
 async def _serve(config: RouterConfig) -> None:
     log = setup_logging("router", level=config.log_level, as_json=config.log_json)
     with inherited("router") or bind(config.host, config.port) as listener:
-        key = read_key(config.api_key_file)
+        key = read_key(config.api_key_file) if config.api_key_file else None
         model = load_model(config.model, config.served_name)
         service = RouterService(config, model, layout_source(config), listener, key)
         host, port = listener.getsockname()[:2]

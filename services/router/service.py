@@ -163,16 +163,3 @@ def _open_history(path: Path | None, identity: str, bytes_max: int) -> History:
         return History(path, identity, bytes_max)
     except OSError as error:
         raise ConfigError(f"history file cannot be opened: {error.strerror}") from None
-
-
-def read_key(path: str) -> bytes | None:
-    """The API key in the file at `path`; None for no path. Raises ConfigError for an empty or unreadable one."""
-    if not path:
-        return None
-    try:
-        key = Path(path).read_bytes().strip()
-    except OSError as error:
-        raise ConfigError(f"API key file cannot be read: {error.strerror}") from None
-    if not key:
-        raise ConfigError("API key file is empty")
-    return key

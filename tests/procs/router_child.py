@@ -14,10 +14,11 @@ import msgspec
 import uvloop
 
 from common.config import RouterConfig, load, make_run_dirs
+from common.http.keys import read_key
 from common.http.listener import bind
 from common.layout import Layout
 from common.telemetry import setup_logging
-from services.router.service import RouterService, read_key
+from services.router.service import RouterService
 from services.router.tokenizer import load_model
 
 POLL_S = 0.02
@@ -50,7 +51,8 @@ async def serve(layout: Path) -> None:
     setup_logging("router", level=config.log_level)
     listener = bind(config.host, config.port)
     model = load_model(config.model, config.served_name)
-    service = RouterService(config, model, FileSource(layout), listener, read_key(config.api_key_file))
+    key = read_key(config.api_key_file) if config.api_key_file else None
+    service = RouterService(config, model, FileSource(layout), listener, key)
     print(listener.getsockname()[1], flush=True)
     await service.run()
 
