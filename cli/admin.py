@@ -62,10 +62,11 @@ class Admin:
             raise ElasticMoEError(f"{self._name} answered {answer.status_code} without JSON", code="bad_answer")
         return value
 
-    def lines(self, path: str) -> Iterator[str]:
+    def lines(self, path: str, headers: dict[str, str] | None = None) -> Iterator[str]:
         """The lines of a stream that goes on until the listener ends it."""
+        timeout = httpx.Timeout(_TIMEOUT_S, read=_SILENCE_S_MAX)
         try:
-            with self._client.stream("GET", path, timeout=httpx.Timeout(_TIMEOUT_S, read=_SILENCE_S_MAX)) as answer:
+            with self._client.stream("GET", path, headers=headers, timeout=timeout) as answer:
                 if answer.status_code != 200:
                     answer.read()
                     raise _refusal(answer)
@@ -101,11 +102,14 @@ def admin_of(run_dir: Path) -> Admin:
     """The admin listener of the deployment in `run_dir`. Raises ElasticMoEError when none runs there."""
     record = living_record(run_dir)
     if record is None:
-        raise Unavailable(
-            f"no deployment runs in {run_dir}; start one with `elasticmoe up`, or name its --run-dir",
-            code="not_running",
-        )
+        raise not_running(run_dir)
     return connect(run_dir)
+
+
+def not_running(run_dir: Path) -> Unavailable:
+    """Nothing runs there."""
+    text = f"no deployment runs in {run_dir}; start one with `elasticmoe up`, or name its --run-dir"
+    return Unavailable(text, code="not_running")
 
 
 def connect(run_dir: Path) -> Admin:

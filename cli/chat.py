@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from cli.admin import not_running
 from cli.http import check_url, lines_of
 from cli.http import client as http_client
 from cli.paths import home_dir, run_dir_of
@@ -33,7 +34,7 @@ Message = dict[str, str]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `chat`."""
     add = parser.add_argument
-    add("--url", help=f"the server (default: the deployment of --run-dir, else {_DEFAULT_URL})")
+    add("--url", help=f"the server (default: the deployment that runs here, else {_DEFAULT_URL})")
     add("--run-dir", metavar="DIR", help="the deployment's run directory")
     add("--model", metavar="NAME", help="the model (default: the server's first)")
     add("--system", metavar="TEXT", help="a system message")
@@ -68,11 +69,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def base_url(args: argparse.Namespace) -> str:
-    """The server's address without `/v1`."""
+    """The server's address without `/v1`. Raises ElasticMoEError for a URL that is none, and where nothing runs in a
+    run directory that was named."""
     if args.url:
         check_url(args.url)
         return str(args.url).rstrip("/").removesuffix("/v1")
-    record = living_record(run_dir_of(args.run_dir))
+    run_dir = run_dir_of(args.run_dir)
+    record = living_record(run_dir)
+    if record is None and args.run_dir:
+        raise not_running(run_dir)
     return record.url if record is not None else _DEFAULT_URL
 
 

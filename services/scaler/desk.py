@@ -157,8 +157,8 @@ class Feed:
             raise Overloaded(f"{LISTENERS_MAX} listeners are connected already", code="too_many_listeners")
 
     async def listen(self, last_id: str, heartbeat_s: float) -> AsyncIterator[tuple[str, Event] | None]:
-        """Events after the one of `last_id`, as they come; None where none came for `heartbeat_s`. With an empty
-        `last_id` only what comes from now on. Raises Overloaded as `check` does."""
+        """Events after the one of `last_id`, as they come; None after those that there are already, and where none came
+        for `heartbeat_s`. With an empty `last_id` only what comes from now on. Raises Overloaded as `check` does."""
         self.check()
         changed = asyncio.Event()
         with self._lock:
@@ -168,11 +168,15 @@ class Feed:
             if not last_id and self._events:
                 last_id = self._events[-1][0]
         try:
+            is_first = True
             while not self._closed:
                 changed.clear()
                 for event_id, event in self._after(last_id):
                     last_id = event_id
                     yield event_id, event
+                if is_first:
+                    is_first = False
+                    yield None
                 try:
                     await asyncio.wait_for(changed.wait(), heartbeat_s)
                 except TimeoutError:

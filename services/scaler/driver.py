@@ -193,7 +193,8 @@ class Driver:
             "op_id": after.op_id,
             "phase": after.phase,
             "leg": str(after.leg + 1),
-            "seconds": f"{before.phase_s:.3f}",
+            "before": before.phase,
+            "before_s": f"{before.phase_s:.3f}",
         }
         log.info(f"operation: {after.phase}", because=after.why, **facts)
         self._tell("operation_phase", after.why, **facts)

@@ -220,10 +220,20 @@ def test_status_shows_processes_devices_ranks_and_load() -> None:
         running(
             layout={"epoch": 5, "phase": "serving", "ranks": [rank, {**rank, "pid": None, "ready": False}]},
             devices={"standby_processes": 2, "devices": [{"device": "host:0", "state": "used", "memory": MEMORY}]},
-            load={"running": 4, "ranks": []},
+            load={"server_load": 4, "limit": 256, "replicas": []},
         )
     )
-    for part in ("hmm", "1 min 1 s", "epoch 5", "r0t0", "ready", "empty", "4.00 GiB", "2 standby", "running 4"):
+    for part in (
+        "hmm",
+        "1 min 1 s",
+        "epoch 5",
+        "r0t0",
+        "ready",
+        "empty",
+        "4.00 GiB",
+        "2 standby",
+        "4 in progress, 256 at most",
+    ):
         assert part in text, part
 
 
@@ -398,3 +408,10 @@ def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     assert (doctor.check_store().level, doctor.check_store().text) == ("warn", "no server")
     monkeypatch.setenv("ELASTICMOE_RUN_DIR", "/" + "x" * 120)
     assert doctor.check_run_dir().level == "fail"
+
+
+def test_chat_with_a_run_directory_where_nothing_runs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", "--run-dir", str(tmp_path), "--once", "Hi"]) == 1
+    assert capsys.readouterr().err.startswith(f"elasticmoe: not_running: no deployment runs in {tmp_path}; start one")

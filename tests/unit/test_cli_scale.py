@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from cli import events, plan, rebalance, scale, status
+from cli import events, plan, rebalance, scale, status, status_view
 from cli.admin import Admin
 from cli.console import PlainConsole
 from cli.main import main
@@ -54,6 +54,7 @@ class Server:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: httpx.Response | Exception) -> None:
         self.asked: list[tuple[str, str, Any]] = []
+        self.headers: list[httpx.Headers] = []
         self._answers = list(answers)
         for module in (scale, plan, rebalance, events):
             monkeypatch.setattr(module, "admin_of", lambda _: self.admin())
@@ -65,6 +66,7 @@ class Server:
     def _answer(self, request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content) if request.content else None
         self.asked.append((request.method, request.url.path, body))
+        self.headers.append(request.headers)
         assert request.headers["authorization"] == "Bearer secret"
         answer = self._answers.pop(0)
         if isinstance(answer, Exception):
@@ -226,18 +228,24 @@ def test_a_plan_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_events_are_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    event = {"kind": "operation_phase", "reason": "copied", "epoch": 2, "time_unix": 0.0, "facts": {"phase": "commit"}}
+    facts = {"op_id": "op-1", "phase": "commit", "before": "prepare", "before_s": "0.421", "leg": "1"}
+    event = {"kind": "operation_phase", "reason": "copied", "epoch": 2, "time_unix": 0.0, "facts": facts}
     stream = f": events\n\nid: 1-1\nevent: x\ndata: {json.dumps(event)}\n\n: heartbeat\n\ndata: {{\n\n".encode()
-    Server(
+    server = Server(
         monkeypatch,
         httpx.Response(200, content=stream),
         httpx.Response(200, content=stream),
+        httpx.Response(200, content=stream + b"data: {}\n\n"),
         refusal(429, "too_many_listeners", "16 listeners"),
     )
     assert main(["events"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("epoch 2 operation_phase: copied phase=commit")
+    told = capsys.readouterr().out
+    assert told.endswith("  epoch 2  operation op-1: prepare took 0.421 s; now commit, leg 1: copied\n")
+    assert server.headers[0]["last-event-id"] == "0", "what has happened comes first"
     assert main(["events", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == event
+    assert main(["events", "--no-follow"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1, "it ends where there is nothing more for now"
     assert main(["events"]) == 1
     assert capsys.readouterr().err == "elasticmoe: too_many_listeners: 16 listeners\n"
 
@@ -245,8 +253,9 @@ def test_events_are_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def rendered(operations: dict[str, Any]) -> str:
     file = io.StringIO()
     console = Console(file=file, width=200)
-    for part in status._operations(operations):
-        console.print(part)
+    for part in status_view._operations(operations):
+        if part is not None:
+            console.print(part)
     return file.getvalue()
 
 

@@ -340,6 +340,7 @@ async def test_events_go_on_where_a_listener_left_off() -> None:
         feed.publish(event(reason))
     stream = feed.listen("4-1", 5.0)
     assert [(await anext(stream))[0] for _ in range(2)] == ["4-2", "4-3"]  # type: ignore[index]
+    assert await anext(stream) is None, "that was the past"
     waiting = asyncio.create_task(anext(stream))
     await asyncio.sleep(0)
     threading.Thread(target=feed.publish, args=(event("four"),)).start()
@@ -379,5 +380,6 @@ async def test_the_stream_has_ids_and_kinds(listener: Listener) -> None:
     assert answer.headers["content-type"].startswith("text/event-stream")
     blocks = answer.text.strip().split("\n\n")
     assert blocks[0] == ": events"
-    assert blocks[1].startswith("id: 0-2\nevent: operation_phase\ndata: {")
-    assert json.loads(blocks[1].splitlines()[2][6:])["reason"] == "second"
+    assert blocks[1] == ": heartbeat", "there is no past without a Last-Event-ID"
+    assert blocks[2].startswith("id: 0-2\nevent: operation_phase\ndata: {")
+    assert json.loads(blocks[2].splitlines()[2][6:])["reason"] == "second"
