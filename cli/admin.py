@@ -10,10 +10,12 @@ from typing import Any, Self
 
 import httpx
 
+from cli.arguments import whole
 from cli.http import lines_of, local_client
 from cli.record import living_record
 from common.private import is_private, read_secret
 from common.protocol.errors import ElasticMoEError, Unavailable
+from common.protocol.limits import RANKS_MAX
 
 _TIMEOUT_S = 20.0
 _SILENCE_S_MAX = 60.0  # the event stream has heartbeats
@@ -125,7 +127,7 @@ def connect(run_dir: Path) -> Admin:
 def add_target(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
     """The flags that name a target, and the run directory."""
     what = parser.add_mutually_exclusive_group(required=is_required)
-    what.add_argument("--replicas", type=int, metavar="N", help="how many replicas to have")
+    what.add_argument("--replicas", type=whole(1, RANKS_MAX), metavar="N", help="how many replicas to have")
     what.add_argument(
         "--devices", nargs="+", metavar="DEVICE", help="exactly the devices to use, such as host:0 host:2"
     )

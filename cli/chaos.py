@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from cli.arguments import number, whole
 from cli.bench.deployment import Deployment
 from cli.chaos_abuse import GAP_FACTOR_MAX, GIVEN_BACK_MIB, HEALTH_S_MAX, WATCHED, Abuse, abused
 from cli.chaos_faults import KILL, NOT_NEEDED, draw_faults, draw_resizes
@@ -44,13 +45,18 @@ class Verdict(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `chaos`."""
     add = parser.add_argument
-    add("--minutes", type=float, default=5.0, metavar="M", help="how long (5)")
-    add("--seed", type=int, metavar="S", help="faults, resizes and requests are drawn from it (default: a random one)")
+    add("--minutes", type=number(), default=5.0, metavar="M", help="how long (5)")
+    add(
+        "--seed",
+        type=whole(0),
+        metavar="S",
+        help="what faults and requests are drawn from (default: a random one)",
+    )
     add("--model", default="oracle", metavar="MODEL", help="a model as `up` takes it (oracle)")
-    add("--replicas", type=int, default=3, metavar="N", help="replicas to start with (3)")
+    add("--replicas", type=whole(1), default=3, metavar="N", help="replicas to start with (3)")
     add("--devices", default="host:5", metavar="host:N", help="devices to use (host:5)")
-    add("--clients", type=int, default=16, metavar="N", help="requests under way at once (16)")
-    add("--fault-every", type=float, default=30.0, metavar="S", help="mean time between faults in seconds (30)")
+    add("--clients", type=whole(1), default=16, metavar="N", help="requests under way at once (16)")
+    add("--fault-every", type=number(), default=30.0, metavar="S", help="mean time between faults in seconds (30)")
     add("--abuse", action="store_true", help="a second run of the same seed beside a hostile client")
 
 
@@ -60,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     kind, _, count = args.devices.partition(":")
     if kind != "host" or not count.isdigit() or not 1 <= args.replicas <= int(count):
         raise ConfigError(f"devices {args.devices!r}: give host:N with N at least --replicas, {args.replicas}")
-    say(f"seed {seed}: {args.minutes:g} minutes on {args.devices}, {args.clients} clients")
+    say(f"seed {seed}: {args.minutes:g} min on {args.devices}, {args.clients} clients")
     try:
         seen, tally, _ = asyncio.run(_run(args, seed, int(count)))
         verdicts = judge(seen, tally)

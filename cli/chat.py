@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import httpx
 
 from cli.admin import not_running
+from cli.arguments import number, whole
 from cli.http import check_url, lines_of
 from cli.http import client as http_client
 from cli.paths import home_dir, run_dir_of
@@ -39,17 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="NAME", help="the model (default: the server's first)")
     add("--system", metavar="TEXT", help="a system message")
     add("--once", metavar="TEXT", help="send this one message, print the answer, and end")
-    add("--max-tokens", type=int, default=512, metavar="N", help="longest answer in tokens (default 512)")
-    add("--temperature", type=_number, metavar="T", help="0 is greedy (default: the server's)")
+    add("--max-tokens", type=whole(1), default=512, metavar="N", help="longest answer in tokens (default 512)")
+    add("--temperature", type=number(), metavar="T", help="0 is greedy (default: the server's)")
     add("--api-key-file", metavar="FILE", help="a file that holds the server's API key")
     add("--ca-file", metavar="FILE", help="certificates to trust beside the usual ones, for an https URL")
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

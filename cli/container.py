@@ -8,7 +8,6 @@ health check: exit status 0 when the process called NAME answers.
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import os
 import socket
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from cli.embedded_store import is_answering, store_spec
 from cli.rundir import ADMIN_TOKEN, SECRETS, ensure_secret, write_secret
-from cli.terminal import complain
+from cli.terminal import Parser, complain
 from common.config import KeeperConfig, PoolConfig, RouterConfig, ScalerConfig, load, make_run_dirs
 from common.private import make_private, read_secret
 from common.protocol.errors import ElasticMoEError
@@ -40,7 +39,7 @@ _KEEPS_ALL = "init"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for. Exit status 0, or 1 with one line on stderr; `store` does not return."""
-    parser = argparse.ArgumentParser(prog="python -m cli.container", description="Entry points of containers.")
+    parser = Parser(prog="python -m cli.container", description="Entry points of containers.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     init_action = actions.add_parser("init", help="make the secrets, and share them out")
     init_action.add_argument("folder", type=Path, help="where the containers' secrets are mounted, by container")

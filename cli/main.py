@@ -30,7 +30,6 @@ COMMANDS = {
     "completion": "cli.completion",
     "version": "cli.version",
 }
-_WRONG_USAGE = 2
 _INTERRUPTED = 128 + signal.SIGINT
 _READER_LEFT = 128 + signal.SIGPIPE  # as a shell reports a program that ended by the signal
 
@@ -77,7 +76,7 @@ def _run(argv: Sequence[str]) -> int:
     for number, argument in enumerate(argv, 1):
         if not terminal.is_text(argument):
             terminal.complain(f"elasticmoe: bad_argument: argument {number} is not text in UTF-8: {argument[:200]}")
-            return _WRONG_USAGE
+            return terminal.WRONG_USAGE
     is_debug = False
     try:
         args = make_parser().parse_args(argv)

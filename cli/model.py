@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cli.arguments import whole
 from cli.console import make_console, size
 from cli.terminal import say
 from common.protocol.errors import CheckpointError
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make = actions.add_parser("make", help="make a model in a folder")
     make.add_argument("name", metavar="NAME", help="one of `elasticmoe model list`")
     make.add_argument("directory", metavar="DIR", type=Path, help="a folder that is empty or does not exist")
-    make.add_argument("--seed", type=int, default=0, help="seed of the random weights (default 0)")
+    make.add_argument("--seed", type=whole(0), default=0, help="seed of the random weights (default 0)")
     make.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="dtype of the weights (default: the model's own)"
     )

@@ -22,6 +22,8 @@ from common.protocol.limits import RANKS_MAX
 DEFAULTS = config.defaults()
 TEMPORARY = "tmp"  # in the run directory
 
+# Flags of `up` whose name is not the setting's.
+_FLAGS = {"device_bytes": "--device-memory", "kv_bytes": "--kv-memory", "store_url": "--store"}
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SECONDS_MAX = 30 * 24 * 3600
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*")
@@ -63,8 +65,11 @@ def parse_size(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """A finite time above 0. Raises argparse.ArgumentTypeError, ValueError: it is the type of flags."""
-    seconds = float(text)
+    """A finite time above 0. Raises argparse.ArgumentTypeError: it is the type of flags."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds <= _SECONDS_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time: give seconds above 0, {_SECONDS_MAX} at most")
     return seconds
@@ -118,9 +123,10 @@ def _roomy(values: Mapping[str, Any]) -> str | None:
 
 def resolve(values: Mapping[str, Any], *, is_roomy: bool = False) -> Settings:
     """Every service's configuration with `values` over the environment and the file. Raises ConfigError."""
-    scaler = config.load(config.ScalerConfig, values)
-    router = config.load(config.RouterConfig, values)
-    return Settings(scaler, router, config.load(config.HmmConfig, values), dict(values), is_roomy)
+    flags = {name: _FLAGS.get(name, "--" + name.replace("_", "-")) for name in values}
+    scaler = config.load(config.ScalerConfig, values, flags)
+    router = config.load(config.RouterConfig, values, flags)
+    return Settings(scaler, router, config.load(config.HmmConfig, values, flags), dict(values), is_roomy)
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

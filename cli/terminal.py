@@ -13,8 +13,9 @@ import json
 import os
 import re
 import sys
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from cli.arguments import plainly
 from common.protocol.errors import ElasticMoEError
 
 if TYPE_CHECKING:  # rich takes longer to import than what prints no table lives
@@ -29,6 +30,7 @@ _UNSAFE_IN_ANSWERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066
 
 
 OUTPUT_FAILED = "output_failed"
+WRONG_USAGE = 2
 
 
 def clean(text: str) -> str:
@@ -163,7 +165,21 @@ def discard(stream: IO[str]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of command lines whose help and complaints take the same way as all other output."""
+    """A parser of command lines whose help and complaints take the same way as all other output. A complaint is one
+    line with the code `wrong_usage`; the exit status is 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end."""
+        flags = [option for action in self._actions for option in action.option_strings]
+        complain(f"elasticmoe: wrong_usage: {plainly(message, flags)}; see `{self.prog} --help`")
+        raise SystemExit(WRONG_USAGE)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; a command tells what it does not know itself, because it knows what comes near."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if file is sys.stdout:

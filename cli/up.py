@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from cli import checks, resume, settings
+from cli.arguments import whole
 from cli.children import ChildSpec
 from cli.console import Console, PipeConsole, make_console
 from cli.detach import start_detached
@@ -58,16 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--served-name", metavar="NAME", help="the name that clients use (default: the model's)")
     devices = "the devices that the deployment may use (default: room for twice the replicas, where memory allows)"
     add("--devices", metavar="host:N", help=devices)
-    add("--replicas", type=int, metavar="N", help=f"replicas to start with (default {default['replicas']})")
-    add("--tp", type=int, metavar="N", help="devices per replica (only 1 for now)")
+    add("--replicas", type=whole(), metavar="N", help=f"replicas to start with (default {default['replicas']})")
+    add("--tp", type=whole(), metavar="N", help="devices per replica (only 1 for now)")
     add("--dtype", choices=("bfloat16", "float32"), help=f"dtype of weights and KV (default {default['dtype']})")
     add("--host", help=f"address of the OpenAI-compatible listener (default {default['host']})")
     add("--api-key-file", metavar="FILE", help="a file with the key that clients have to send as a bearer token")
     add("--no-api-key", action="store_true", help="serve other machines without a key: everybody may use it")
-    add("--port", type=int, metavar="N", help=f"its port (default {default['port']}; 0: a free one)")
+    add("--port", type=whole(), metavar="N", help=f"its port (default {default['port']}; 0: a free one)")
     add(
         "--admin-port",
-        type=int,
+        type=whole(),
         metavar="N",
         help=f"port of the admin listener on {default['admin_host']} (default {default['admin_port']}; 0: a free one)",
     )
@@ -78,9 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kv = f"most KV memory of each device (default {default['kv_bytes'] >> 20}MiB)"
     add("--kv-memory", type=size, metavar="SIZE", help=kv)
     length = f"longest sequence in tokens (default {default['max_model_len']})"
-    add("--max-model-len", type=int, metavar="N", help=length)
+    add("--max-model-len", type=whole(), metavar="N", help=length)
     sequences = f"most sequences of a replica at once (default {default['max_sequences']})"
-    add("--max-sequences", type=int, metavar="N", help=sequences)
+    add("--max-sequences", type=whole(), metavar="N", help=sequences)
     add(
         "--generation-config",
         choices=("auto", "none"),
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--keep-logs", action="store_true", help="keep the logs also after a clean end")
     add("--detach", action="store_true", help="return when it is ready and leave it running")
-    add("--report-fd", type=int, help=argparse.SUPPRESS)  # how `--detach` calls itself
+    add("--report-fd", type=whole(), help=argparse.SUPPRESS)  # how `--detach` calls itself
 
 
 def run(args: argparse.Namespace) -> int:

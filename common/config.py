@@ -9,6 +9,7 @@ there and nowhere else: `tests/unit/test_defaults.py` compares what pages and co
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from common.settings import ModelConfig as ModelConfig
 from common.settings import PoolConfig as PoolConfig
 from common.settings import RouterConfig as RouterConfig
 from common.settings import ScalerConfig as ScalerConfig
+from common.wording import nearest, read, shown
 
 PREFIX = "ELASTICMOE_"
 RESERVED = {"CONFIG", "HOME"}  # this file's path, and the command line's cache: not fields
@@ -37,22 +39,26 @@ _LISTEN_FDS_MAX = 16
 C = TypeVar("C", bound=Common)
 
 
-def load(kind: type[C], overrides: Mapping[str, Any] | None = None) -> C:
-    """Resolve a service's configuration: file < environment < `overrides` (None values are ignored).
+def load(kind: type[C], overrides: Mapping[str, Any] | None = None, flags: Mapping[str, str] | None = None) -> C:
+    """Resolve a service's configuration: file < environment < `overrides` (None values are ignored). `flags`: how
+    whoever gives an override calls it.
 
-    Raises ConfigError naming the key, the bound and the value.
+    Raises ConfigError naming the flag, variable or key, the bound and the value.
     """
     fields = set(kind.__struct_fields__)
     values = given(overrides)
+    names = {name.lower(): PREFIX + name.upper() for name in _environment()} | dict(flags or {})
     if not values.get("run_dir"):
         raise ConfigError(f"run_dir is not set: pass --run-dir or set {PREFIX}RUN_DIR")
     values = {key: value for key, value in values.items() if key in fields}
     for key, value in values.items():
-        _check_text(key, value)
+        _check_text(names.get(key, key), value)
     try:
         config = msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"configuration of {kind.__name__}: {_told(error, values)}") from None
+        complaint = read(error)
+        told = complaint._replace(path=names.get(complaint.path, complaint.path))
+        raise ConfigError(told.told(shown(values.get(complaint.path)))) from None
     _check_topology(config)
     return config
 
@@ -80,14 +86,7 @@ def _environment() -> dict[str, str]:
 def _check_text(key: str, value: Any) -> None:
     """Raises ConfigError for a text that fits into no message or path: bytes that are no UTF-8, or a NUL."""
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
-        raise ConfigError(f"{key}: {value[:100]!r} is not text in UTF-8 without NUL")
-
-
-def _told(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
-    """msgspec names the bound and the key; the value is added, shortened."""
-    text = str(error)
-    key = text.rpartition("$.")[2].rstrip("`")
-    return f"{text}, and it is {str(values[key])[:100]!r}" if key in values else text
+        raise ConfigError(f"{key}: has to be text in UTF-8 without NUL; it is {shown(value)}")
 
 
 def _check_topology(config: Common) -> None:
@@ -106,7 +105,7 @@ def _check_topology(config: Common) -> None:
     if needed > num_devices:
         raise ConfigError(
             f"{config.replicas} replicas of tp {config.tp} need {needed} devices, and devices {config.devices} has "
-            f"{num_devices}",
+            f"{num_devices}: name host:{needed} (--devices) or fewer replicas",
             code="too_few_devices",
         )
 
@@ -114,7 +113,8 @@ def _check_topology(config: Common) -> None:
 def _known(values: Mapping[str, Any], fields: set[str], origin: str) -> Mapping[str, Any]:
     unknown = sorted(set(values) - fields)
     if unknown:
-        raise ConfigError(f"{origin}: unknown setting {unknown[0]!r}; known: {', '.join(sorted(fields))}")
+        meant = nearest(unknown[0], fields) or f"; known: {', '.join(sorted(fields))}"
+        raise ConfigError(f"{origin}: unknown setting {unknown[0]!r}{meant}")
     return values
 
 
@@ -124,7 +124,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"configuration file {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML
-        raise ConfigError(f"configuration file {path}: {error}") from None
+        where = re.search(r"\(at (line \d+, column \d+|end of document)\)", str(error))
+        raise ConfigError(f"configuration file {path}: not TOML{f' at {where[1]}' if where else ' in UTF-8'}") from None
 
 
 def listen_fds() -> dict[str, int]:

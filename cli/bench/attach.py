@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from cli.admin import connect
+from cli.arguments import whole
 from cli.bench.deployment import running
-from cli.bench.report import provenance, table, write_raw
+from cli.bench.report import add_output, provenance, table, write_raw
 from cli.terminal import say
 
 DEADLINE_S = 60.0
@@ -28,12 +29,12 @@ TURN_S = 0.005
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench attach`."""
     parser.add_argument("--models", default="demo,qwen3-moe-1b", help="names or paths, comma-separated")
-    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--replicas", type=whole(1), default=2, help="replicas of the deployment")
     parser.add_argument(
-        "--deployments", type=int, default=3, help="deployments to start per model, one first kill each"
+        "--deployments", type=whole(1), default=3, help="deployments to start per model, one first kill each"
     )
-    parser.add_argument("--kills", type=int, default=3, help="kills per deployment")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--kills", type=whole(1), default=3, help="kills per deployment")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:

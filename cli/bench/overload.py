@@ -15,13 +15,13 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from cli.arguments import number, whole
 from cli.bench.load import Shape, one_request, percentile
-from cli.bench.report import provenance, table, write_raw
+from cli.bench.report import add_output, provenance, table, write_raw
 from cli.bench.scaling_figures import Window, arrivals_of, throughput
 from cli.bench.scaling_load import Load, Request, Target
 from cli.bench.scaling_methods import Scene
@@ -141,20 +141,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench overload`."""
     add = parser.add_argument
     add("--model", default="demo", help="name or path")
-    add("--replicas", type=int, default=2)
-    add("--clients", type=int, default=16, help="of the closed loop that measures the peak")
-    add("--requests-max", type=int, default=0, help="setting of the router; 0: as many as --clients")
+    add("--replicas", type=whole(1), default=2, help="replicas of the deployment")
+    add("--clients", type=whole(1), default=16, help="of the closed loop that measures the peak")
+    add("--requests-max", type=whole(0), default=0, help="setting of the router; 0: as many as --clients")
     add("--factors", default=FACTORS, help="multiples of the peak, comma-separated, in order")
-    add("--step-s", type=float, default=10.0, help="length of each")
-    add("--settle-s", type=float, default=2.0, help="at the beginning of each, not counted")
-    add("--prompt-tokens", type=int, default=32)
-    add("--output-tokens", type=int, default=32, help="on average")
-    add("--ttft-ms", type=float, default=5_000, help="bound of the first token")
-    add("--tpot-ms", type=float, default=500, help="bound of the mean time from one token to the next")
-    add("--timeout-s", type=float, default=180.0)
+    add("--step-s", type=number(), default=10.0, help="length of each")
+    add("--settle-s", type=number(), default=2.0, help="at the beginning of each, not counted")
+    add("--prompt-tokens", type=whole(1), default=32, help="tokens of each prompt")
+    add("--output-tokens", type=whole(1), default=32, help="on average")
+    add("--ttft-ms", type=number(), default=5_000, help="bound of the first token")
+    add("--tpot-ms", type=number(), default=500, help="bound of the mean time from one token to the next")
+    add("--timeout-s", type=number(), default=180.0, help="give up waiting for a start or an answer after that")
     add("--kv-memory", type=parse_size, default=256 << 20, metavar="SIZE", help="of each device")
-    add("--seed", type=int, default=1)
-    add("--output", type=Path, default=Path("benchmarks/results"))
+    add("--seed", type=whole(0), default=1, help="of the requests that are drawn")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,11 +10,11 @@ import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from cli.arguments import number, whole
 from cli.bench.plan_simulation import Assumptions, simulate
-from cli.bench.report import provenance, table, write_raw
+from cli.bench.report import add_output, provenance, table, write_raw
 from cli.terminal import say
 from common.layout import Layout, initial_layout
 from common.model_spec import round_up
@@ -114,16 +114,16 @@ def memory_for(model: Geometry, layout: Layout, sizes: Sizes, devices: list[str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench plan`; the defaults are the assumptions of benchmarks/plan.md."""
-    parser.add_argument("--link-gb-s", type=float, default=392.0, help="one device's link, each way, in 10^9 bytes/s")
+    parser.add_argument("--link-gb-s", type=number(), default=392.0, help="a device's link, each way, in 10^9 bytes/s")
     parser.add_argument(
-        "--share", type=float, default=0.05, help="part of a serving device's link that copies may take"
+        "--share", type=number(), default=0.05, help="part of a serving device's link that copies may take"
     )
-    parser.add_argument("--handle-us", type=float, default=100.0, help="create, export, import and map a page handle")
-    parser.add_argument("--warm-up-s", type=float, default=4.2, help="a joining rank's warm-up, alone")
-    parser.add_argument("--step-ms", type=float, default=50.0, help="one step of all ranks")
-    parser.add_argument("--budget-gib", type=float, default=112.0, help="of each device")
-    parser.add_argument("--repeats", type=int, default=3, help="plans per transition; the median time is given")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--handle-us", type=number(), default=100.0, help="create, export and map a page handle")
+    parser.add_argument("--warm-up-s", type=number(), default=4.2, help="a joining rank's warm-up, alone")
+    parser.add_argument("--step-ms", type=number(), default=50.0, help="one step of all ranks")
+    parser.add_argument("--budget-gib", type=number(), default=112.0, help="of each device")
+    parser.add_argument("--repeats", type=whole(1), default=3, help="plans per transition; the median time is given")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,10 +25,11 @@ from typing import Any
 
 import msgspec
 
+from cli.arguments import number, whole
 from cli.bench.deployment import Deployment
 from cli.bench.load import Shape
 from cli.bench.recovery_gaps import gaps_around, gaps_within
-from cli.bench.report import provenance, table, write_raw
+from cli.bench.report import add_output, provenance, table, write_raw
 from cli.bench.scaling_load import Load, Target
 from cli.bench.scaling_methods import Scene, counters
 from cli.bench.scaling_run import SAFE_VOCAB
@@ -74,19 +75,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench recovery`."""
     add = parser.add_argument
     add("--model", default="demo", help="name or path")
-    add("--replicas", type=int, default=2)
-    add("--clients", type=int, default=16, help="of the closed loop")
-    add("--prompt-tokens", type=int, default=64)
-    add("--output-tokens", type=int, default=64, help="on average")
+    add("--replicas", type=whole(1), default=2, help="replicas of the deployment")
+    add("--clients", type=whole(1), default=16, help="of the closed loop")
+    add("--prompt-tokens", type=whole(1), default=64, help="tokens of each prompt")
+    add("--output-tokens", type=whole(1), default=64, help="on average")
     faults = ", ".join((RANK, *SERVICES))
     add("--faults", type=_faults, default=(RANK, *SERVICES), help=f"comma-separated, of {faults}")
-    add("--rounds", type=int, default=5, help="kills of each")
-    add("--restarts", type=int, default=2, help="restarts of the whole deployment, for comparison")
-    add("--settle-s", type=float, default=4.0, help="between two kills")
-    add("--timeout-s", type=float, default=180.0)
+    add("--rounds", type=whole(1), default=5, help="kills of each")
+    add("--restarts", type=whole(0), default=2, help="restarts of the whole deployment, for comparison")
+    add("--settle-s", type=number(), default=4.0, help="between two kills")
+    add("--timeout-s", type=number(), default=180.0, help="give up waiting for a start or an answer after that")
     add("--kv-memory", type=parse_size, default=256 << 20, metavar="SIZE", help="of each device")
-    add("--seed", type=int, default=1)
-    add("--output", type=Path, default=Path("benchmarks/results"))
+    add("--seed", type=whole(0), default=1, help="of the requests that are drawn")
+    add_output(parser)
 
 
 def _faults(text: str) -> tuple[str, ...]:

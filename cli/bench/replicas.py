@@ -11,14 +11,14 @@ import argparse
 import asyncio
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from cli.arguments import whole
 from cli.bench.deployment import running
 from cli.bench.load import Figures, Shape, figures, run_clients
-from cli.bench.report import provenance, table, write_raw
+from cli.bench.report import add_output, provenance, table, write_raw
 from cli.chat import first_model
 from cli.http import client as http_client
 from cli.terminal import say
@@ -30,12 +30,12 @@ SIZES = (1, 2)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench replicas`."""
     parser.add_argument("--model", default="qwen3-moe-1b", help="name or path")
-    parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--requests-per-client", type=int, default=1)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--output-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--concurrency", type=whole(1), default=32, help="clients at once")
+    parser.add_argument("--requests-per-client", type=whole(1), default=1, help="requests of a client in a round")
+    parser.add_argument("--prompt-tokens", type=whole(1), default=128, help="tokens of each prompt")
+    parser.add_argument("--output-tokens", type=whole(1), default=128, help="tokens of each answer")
+    parser.add_argument("--rounds", type=whole(1), default=3, help="rounds of each, of which the best is told")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
@@ -10,6 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from cli.paths import absolute, home_dir, package_root
+
+NO_PLOT = "no plot: matplotlib is not installed; `pip install matplotlib` into this environment"
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """The flag that says where results go: never to wherever the command happens to be called."""
+    text = "folder of the raw data and plots (default: benchmarks/results of the checkout, else in the cache)"
+    parser.add_argument("--output", type=_folder, metavar="DIR", default="", help=text)
+
+
+def _folder(text: str) -> Path:
+    if text:
+        return absolute(text, "--output")
+    checkout = package_root() / "benchmarks"
+    return checkout / "results" if checkout.is_dir() else home_dir() / "benchmarks"
 
 
 def provenance(command: str) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from cli.bench.report import provenance, table, write_raw
+from cli.arguments import number, whole
+from cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
 from cli.bench.scaling_figures import Bounds, Series
 from cli.bench.scaling_methods import KINDS
 from cli.bench.scaling_plot import plot
@@ -31,27 +32,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench scaling`."""
     add = parser.add_argument
     add("--model", default="demo", help="name or path")
-    add("--from", dest="small", type=int, default=2, metavar="N", help="replicas at the start, and at the end")
-    add("--to", dest="large", type=int, default=3, metavar="N", help="replicas in between")
+    add("--from", dest="small", type=whole(1), default=2, metavar="N", help="replicas at the start, and at the end")
+    add("--to", dest="large", type=whole(1), default=3, metavar="N", help="replicas in between")
     add("--methods", default="all", help=f"comma-separated, of {', '.join(KINDS)}")
     add("--loads", default=",".join(LOADS), help="closed (saturated: throughput) and open (Poisson arrivals: SLO)")
-    add("--closed", type=int, default=32, metavar="C", help="clients of the closed loop")
-    add("--rate", type=float, default=0.0, metavar="R", help="requests/s of the open loop (default: --rate-share)")
-    add("--rate-share", type=float, default=0.7, help="of the start configuration's measured capacity")
-    add("--prompt-tokens", type=int, default=64)
-    add("--output-tokens", type=int, default=64, help="on average; drawn evenly from half to one and a half times this")
-    add("--rounds", type=int, default=2)
-    add("--steady-s", type=float, default=20.0, help="each steady window, before, between and after")
-    add("--settle-s", type=float, default=8.0, help="before each steady window")
-    add("--window-s", type=float, default=3.0, help="over which throughput is taken while it changes")
-    add("--ttft-ms", type=float, default=5000.0, help="SLO: first token, from the first attempt")
-    add("--gap-ms", type=float, default=1000.0, help="SLO: every gap between tokens")
-    add("--timeout-s", type=float, default=180.0, help="give up waiting for a start, a change or a stop")
+    add("--closed", type=whole(1), default=32, metavar="C", help="clients of the closed loop")
+    add("--rate", type=number(), default=0.0, metavar="R", help="requests/s of the open loop (default: --rate-share)")
+    add("--rate-share", type=number(), default=0.7, help="of the start configuration's measured capacity")
+    add("--prompt-tokens", type=whole(1), default=64, help="tokens of each prompt")
+    add(
+        "--output-tokens",
+        type=whole(1),
+        default=64,
+        help="on average; from half to one and a half times this",
+    )
+    add("--rounds", type=whole(1), default=2, help="rounds of each, of which the best is told")
+    add("--steady-s", type=number(), default=20.0, help="each steady window, before, between and after")
+    add("--settle-s", type=number(), default=8.0, help="before each steady window")
+    add("--window-s", type=number(), default=3.0, help="over which throughput is taken while it changes")
+    add("--ttft-ms", type=number(), default=5000.0, help="SLO: first token, from the first attempt")
+    add("--gap-ms", type=number(), default=1000.0, help="SLO: every gap between tokens")
+    add("--timeout-s", type=number(), default=180.0, help="give up waiting for a start, a change or a stop")
     add("--kv-memory", type=parse_size, default=256 << 20, metavar="SIZE", help="of each device")
     add("--pin-cores", action="store_true", help="the rank of device i runs on core i only")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every deployment")
-    add("--seed", type=int, default=1)
-    add("--output", type=Path, default=Path("benchmarks/results"))
+    add("--seed", type=whole(0), default=1, help="of the requests that are drawn")
+    add_output(parser)
     add("--name", default="scaling", help="of the raw data and the plots")
 
 
@@ -72,8 +78,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--from {args.small} has to be at least 1 and below --to {args.large}; both ways are measured"
         )
-    if min(args.rounds, args.closed) < 1:
-        raise ValueError(f"--rounds {args.rounds} and --closed {args.closed} have to be at least 1")
     if any("=" not in item for item in args.set):
         raise ValueError(f"--set takes NAME=VALUE, got {args.set}")
     if args.window_s > args.steady_s:
@@ -132,7 +136,7 @@ async def _run(args: argparse.Namespace) -> int:
         lines = _lines(results, load)
         path_of = args.output / f"{args.name}-{load}.png"
         if lines and not plot(path_of, title, lines, with_slo=load == "open"):
-            say("no plot: matplotlib is not installed (pip install 'elasticmoe[bench]')")
+            say(NO_PLOT)
     say(f"\nraw data: {path}")
     return 1 if any(result.error for result in results) else 0
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import msgspec
 
+from cli.arguments import whole, wholes
 from cli.bench.deployment import running
 from cli.bench.load import Figures, Shape, figures, run_clients
-from cli.bench.report import provenance, table, write_raw
+from cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
 from cli.chat import first_model
 from cli.http import client as http_client
 from cli.terminal import say
@@ -34,13 +35,13 @@ SAFE_VOCAB = 256  # byte ids, which every tokenizer here has
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench serve`."""
     parser.add_argument("--models", default="demo,qwen3-moe-1b", help="names or paths, comma-separated")
-    parser.add_argument("--replicas", default="1,2", help="numbers of replicas, comma-separated")
-    parser.add_argument("--concurrency", default="1,8,32")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--output-tokens", type=int, default=128)
-    parser.add_argument("--requests-per-client", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--replicas", type=wholes, default=(1, 2), help="numbers of replicas, comma-separated")
+    parser.add_argument("--concurrency", type=wholes, default=(1, 8, 32), help="clients at once, comma-separated")
+    parser.add_argument("--prompt-tokens", type=whole(1), default=128, help="tokens of each prompt")
+    parser.add_argument("--output-tokens", type=whole(1), default=128, help="tokens of each answer")
+    parser.add_argument("--requests-per-client", type=whole(1), default=2, help="requests of a client in a round")
+    parser.add_argument("--rounds", type=whole(1), default=3, help="rounds of each, of which the best is told")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     raw: list[dict[str, Any]] = []
     for model in args.models.split(","):
-        for replicas in (int(n) for n in args.replicas.split(",")):
+        for replicas in args.replicas:
             for row, data in _measure(args, model, replicas):
                 rows.append(row)
                 raw.append(data)
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    concurrencies = [int(n) for n in args.concurrency.split(",")]
+    concurrencies: tuple[int, ...] = args.concurrency
     results: dict[int, list[tuple[Figures, Shares]]] = {n: [] for n in concurrencies}
     with running(model, replicas) as deployment:
         name, vocab = _served(deployment.url)
@@ -122,7 +123,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        say("no plot: matplotlib is not installed (pip install 'elasticmoe[bench]')")
+        say(NO_PLOT)
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

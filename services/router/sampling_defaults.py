@@ -16,8 +16,9 @@ from common.checkpoint_files import read_json
 from common.protocol.errors import CheckpointError
 from common.protocol.limits import CONFIG_JSON_BYTES_MAX
 from common.telemetry import get_logger
+from common.wording import read, shown
 from services.router.api.schemas import GenerateRequest
-from services.router.api.whole import to_integers, told
+from services.router.api.whole import to_integers
 
 log = get_logger("router")
 
@@ -95,11 +96,10 @@ def read_defaults(directory: Path, setting: str) -> SamplingDefaults:
     try:
         found: Any = to_integers(msgspec.convert(fields, _file_struct()))
     except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at `$.")
-        key = path.rstrip("`")
+        complaint = read(error)
         raise CheckpointError(
-            f"{FILE}: {key}: {told(what)[:200].lower()}, got {fields.get(key)!r:.40}; "
-            f"set generation_config to none to serve without its defaults"
+            f"{FILE}: {complaint.told(shown(fields.get(complaint.path)))}; "
+            f"set generation_config to none (--generation-config none) to serve without its defaults"
         ) from None
     unsupported = [name for name, neutral in _UNSUPPORTED.items() if fields.get(name) not in (None, [], {}, *neutral)]
     if unsupported:

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from common.described import says
+from common.http.decode import decode
 from common.protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from common.protocol.limits import DEVICES_MAX, NAME_CHARS_MAX, RANKS_MAX
 from common.protocol.scaler import HmmStatus
@@ -96,10 +97,7 @@ class Order(msgspec.Struct, frozen=True):
 
 def parse_scale(raw: bytes, deadline_s: float) -> Order:
     """The order in the body of POST /v1/scale; `deadline_s` where it names none. Raises InvalidRequest."""
-    try:
-        body = _scale.decode(raw)
-    except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        raise InvalidRequest(f"body is not valid: {error}") from None
+    body = decode(_scale, raw)
     given = [name for name in ("replicas", "devices", "remove") if getattr(body, name) is not None]
     if len(given) != 1:
         text = f"exactly one of replicas, devices and remove is needed; given: {', '.join(given) or 'none'}"
@@ -114,10 +112,7 @@ def parse_scale(raw: bytes, deadline_s: float) -> Order:
 
 def parse_rebalance(raw: bytes, deadline_s: float) -> Order:
     """The order in the body of POST /v1/rebalance. Raises InvalidRequest."""
-    try:
-        body = _rebalance.decode(raw or b"{}")
-    except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        raise InvalidRequest(f"body is not valid: {error}") from None
+    body = decode(_rebalance, raw or b"{}")
     return Order(body.op_id or "", Request(reason=body.reason, deadline_s=body.deadline_s or deadline_s), None)
 
 

@@ -450,7 +450,6 @@ def arguments(*flags: str) -> argparse.Namespace:
         (("--methods", "elastic,magic"), "unknown method 'magic'"),
         (("--loads", "half-open"), "unknown load 'half-open'"),
         (("--from", "3", "--to", "2"), "--from 3"),
-        (("--rounds", "0"), "--rounds 0"),
         (("--set", "kv_bytes"), "NAME=VALUE"),
         (("--window-s", "30"), "--window-s 30"),
     ],

@@ -103,7 +103,7 @@ def test_an_unknown_variable_stops_the_start(tmp_path: Path, monkeypatch: pytest
         (("--devices", "cuda:2"), "devices"),
         (("--replicas", "0"), "replicas"),
         (("--port", "70000"), "port"),
-        (("--max-model-len", "1"), "max_model_len"),
+        (("--max-model-len", "1"), "--max-model-len: has to be a whole number of at least 2"),
     ],
 )
 def test_values_out_of_bounds_are_refused(tmp_path: Path, argv: tuple[str, ...], text: str) -> None:
@@ -290,5 +290,5 @@ def test_names_with_quotes_and_spaces_reach_the_children(
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\x00b", "a\n", "x" * 257, "\udcff"])
 def test_names_that_no_line_holds_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="served_name"):
+    with pytest.raises(ConfigError, match="--served-name: has to be"):
         resolved(tmp_path, "--served-name", name)

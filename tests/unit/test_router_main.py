@@ -26,7 +26,7 @@ def _logging() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"port": "99999"}, "configuration of RouterConfig"),
+        ({"port": "99999"}, "ELASTICMOE_PORT: has to be a whole number of at most 65535"),
         ({"prot": "1"}, "unknown setting 'prot'"),
         ({"model": "elsewhere"}, "model elsewhere is not a directory"),
         ({"model": ""}, "model is not set"),

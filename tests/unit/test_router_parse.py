@@ -117,18 +117,22 @@ def test_parts_are_counted_as_they_are(value: Any, is_ascii: bool, size: int) ->
     assert (parts._num_containers, parts._num_quotes // 2) == count(value)
 
 
+LONG_USER = "user: has to be a text of at most 512 characters; it is a text of 600 characters"
 LARGE = {"unknown": "x" * LARGE_BYTES}
 
 
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ({"prompt": "x", "n": 999, **LARGE}, "n: expected `int` <= 128, got 999"),
-        ({"prompt": "x", **LARGE, "temperature": -3}, "temperature: expected `float` >= 0.0, got -3"),
-        ({"prompt": "x", "stop": ["a", ""], **LARGE}, "stop[1]: expected `str` of length >= 1, got an empty value"),
-        ({"prompt": "x", "user": "u" * 600, **LARGE}, "user: expected `str` of length <= 512, got length 600"),
-        ({"prompt": [97] * 40_000 + [1.5]}, "prompt[40000]: expected `int`"),  # too long to look it up
-        ({"prompt": "x", "user": "u" * 100_000}, "user: expected `str` of length <= 512"),
+        ({"prompt": "x", "n": 999, **LARGE}, "n: has to be a whole number of at most 128; it is 999"),
+        ({"prompt": "x", **LARGE, "temperature": -3}, "temperature: has to be a number of at least 0; it is -3"),
+        ({"prompt": "x", "stop": ["a", ""], **LARGE}, "stop[1]: has to be a text of at least 1 character; it is empty"),
+        (
+            {"prompt": "x", "user": "u" * 600, **LARGE},
+            LONG_USER,
+        ),
+        ({"prompt": [97] * 40_000 + [1.5]}, "prompt[40000]: has to be a whole number"),  # too long to look it up
+        ({"prompt": "x", "user": "u" * 100_000}, "user: has to be a text of at most 512 characters"),
     ],
 )
 def test_the_value_is_told_of_large_bodies_too(body: dict[str, Any], told: str) -> None:

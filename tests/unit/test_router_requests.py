@@ -62,17 +62,23 @@ def test_any_bytes(raw: bytes) -> None:
         parse(COMPLETION, raw)
 
 
+LONG_USER = "user: has to be a text of at most 512 characters; it is a text of 600 characters"
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b'{"prompt":"x","n":129}', "n: expected `int` <= 128, got 129"),
-        (b'{"prompt":"x","n":4.5}', "n: expected `int`, got 4.5"),
-        (b'{"prompt":[97,98.5]}', "prompt[1]: expected `int`, got 98.5"),
-        (b'{"prompt":"x","temperature":-1.5}', "temperature: expected `float` >= 0.0, got -1.5"),
-        (b'{"prompt":"x","stop":["a",""]}', "stop[1]: expected `str` of length >= 1, got an empty value"),
-        (b'{"prompt":"x","user":"' + b"u" * 600 + b'"}', "user: expected `str` of length <= 512, got length 600"),
-        (b'{"prompt":"x","n":true}', "n: expected `int | null`, got `bool`, got True"),
-        (b'{"prompt":"x","stream":"yes"}', "stream: expected `bool | null`, got `str`, got length 3"),
+        (b'{"prompt":"x","n":129}', "n: has to be a whole number of at most 128; it is 129"),
+        (b'{"prompt":"x","n":4.5}', "n: has to be a whole number; it is 4.5"),
+        (b'{"prompt":[97,98.5]}', "prompt[1]: has to be a whole number; it is 98.5"),
+        (b'{"prompt":"x","temperature":-1.5}', "temperature: has to be a number of at least 0; it is -1.5"),
+        (b'{"prompt":"x","stop":["a",""]}', "stop[1]: has to be a text of at least 1 character; it is empty"),
+        (
+            b'{"prompt":"x","user":"' + b"u" * 600 + b'"}',
+            LONG_USER,
+        ),
+        (b'{"prompt":"x","n":true}', "n: has to be a whole number; it is true"),
+        (b'{"prompt":"x","stream":"yes"}', 'stream: has to be true or false; it is "yes"'),
     ],
 )
 def test_refusals_give_limit_and_value(raw: bytes, message: str) -> None:

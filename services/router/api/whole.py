@@ -35,11 +35,6 @@ def _float_in(bound: int | None, inwards: float) -> float | None:
     return math.nextafter(near, inwards) if is_beyond else near
 
 
-def told(what: str) -> str:
-    """msgspec's words for a value that is none, without what the types have for decoding alone."""
-    return "Expected `int`" if "multiple of 1.0" in what else what.replace("`int | float", "`int")
-
-
 def to_integers(request: T) -> T:
     """Make integers of the whole floats in the fields of a struct that was just decoded, and in their lists. Changes
     the struct in place and returns it."""
