@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from common.error_codes import CODES
+from common.http.errors import type_of
+
 REF = "#/components/schemas/"
 BEARER = "bearer"
 
@@ -23,7 +26,10 @@ def refusals(texts: Mapping[str, str], statuses: Iterable[str]) -> dict[str, Any
     """The document's answers with an error, by status; `texts` says what each means."""
     found: dict[str, Any] = {}
     for status in statuses:
-        found[status] = {"description": texts[status], "content": json_content("ErrorBody")}
+        code = next(name for name, known in CODES.items() if int(status) in known.statuses[:1])
+        detail = {"message": CODES[code].meaning, "type": type_of(int(status)), "param": None, "code": code}
+        content = json_content("ErrorBody", {"error": detail})
+        found[status] = {"description": texts[status], "content": content}
         if status in ("409", "429", "503", "504"):
             found[status]["headers"] = _RETRY_AFTER
     return found

@@ -6,11 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
 from common.http.errors import ErrorBody
 from common.http.openapi import REF, json_content, refusals, secure
 from services.scaler import views
+from services.scaler.examples import EXAMPLES
 from services.scaler.orders import RebalanceBody, ScaleBody
 
 ABOUT = """How an operator scales a running deployment, and sees what it does: `docs/admin-api.md` has every call by
@@ -53,10 +54,6 @@ _CONFIG = {
     "type": "object",
     "description": "Every setting of the scaler that is in force, by its name: docs/reference/configuration.md",
 }
-_EXAMPLES = {
-    ScaleBody: {"replicas": 2, "reason": "more traffic"},
-    RebalanceBody: {"reason": "a replica was idle"},
-}
 
 
 def describe(
@@ -71,16 +68,16 @@ def describe(
     `told`: what the answer is."""
     content: dict[str, Any] = {answer: {"schema": {"type": "string"}}}
     if answer in ANSWERS or answer == "Config":
-        content = json_content(answer)
+        content = json_content(answer, EXAMPLES[answer])
     responses: dict[str, Any] = {str(status): {"description": told, "content": content}}
     responses |= refusals(_TEXTS, codes)
     extra: dict[str, Any] = {"responses": responses}
     if body is ScaleBody:  # accepted, or with `dry_run` only planned
-        responses["200"] = {"description": "The plan of a dry run", "content": json_content("Plan")}
+        responses["200"] = {"description": "The plan of a dry run", "content": json_content("Plan", EXAMPLES["Plan"])}
     if body is not None:
-        content = json_content(body.__name__, _EXAMPLES[body])
+        content = json_content(body.__name__, EXAMPLES[body.__name__])
         extra["requestBody"] = {"required": body is ScaleBody, "content": content}
-    return {"openapi_extra": extra, "response_model": None, "status_code": status}
+    return {"openapi_extra": extra, "response_model": None, "response_class": Response, "status_code": status}
 
 
 def describe_ready() -> dict[str, Any]:

@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from common.version import version
+from services.router.api import schemas
+from services.router.api.examples import EXAMPLES as router_examples
+from services.scaler.docs import ANSWERS
+from services.scaler.examples import EXAMPLES as admin_examples
 from tests.unit import test_http_surfaces as surfaces
 from tests.unit.test_http_schemathesis import serving_admin, serving_router
 from tests.unit.test_http_surfaces import App, call, document_of
@@ -38,6 +43,8 @@ def test_operations_and_answers_are_described(documents: list[dict[str, Any]]) -
         assert document["info"]["description"]
         assert document["info"]["version"] == version()  # the software's, not the framework's
         for name, operation in operations_of(document):
+            contents = [answer["content"] for answer in operation["responses"].values()]
+            assert all("example" in one["application/json"] for one in contents if "application/json" in one), name
             assert operation["description"].endswith("."), name
             assert all(answer["description"] for answer in operation["responses"].values()), name
             assert all(parameter["description"] for parameter in operation.get("parameters", ())), name
@@ -74,6 +81,17 @@ def test_examples_are_answered(serving_router: App, serving_admin: App) -> None:
             assert answer.status_code in (200, 202), f"{name}: {answer.text}"
             num_tried += 1
     assert num_tried == 6
+
+
+def test_examples_of_answers_are_such_answers() -> None:
+    router_answers = {name for name in router_examples if not name.endswith("Request")}
+    for kind, example in [
+        *((kind, router_examples[name]) for name, kind in vars(schemas).items() if name in router_answers),
+        *((kind, admin_examples[name]) for name, kind in ANSWERS.items()),
+    ]:
+        given = msgspec.json.encode(example)
+        again = msgspec.json.encode(msgspec.json.decode(given, type=kind))
+        assert json.loads(again) == json.loads(given), kind
 
 
 def test_what_is_open_says_so_and_all_else_asks(serving_router: App, serving_admin: App) -> None:

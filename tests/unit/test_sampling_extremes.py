@@ -207,7 +207,7 @@ def test_want_of_memory_is_not_a_rows_fault(monkeypatch: pytest.MonkeyPatch) -> 
 def numbers_of(kind: inspect.Type, path: str) -> dict[str, inspect.IntType | inspect.FloatType]:
     """All numbers of a message, by path."""
     if isinstance(kind, inspect.Metadata):
-        kind = kind.type
+        return numbers_of(kind.type, path)
     if isinstance(kind, inspect.IntType | inspect.FloatType):
         return {path: kind}
     found: dict[str, inspect.IntType | inspect.FloatType] = {}

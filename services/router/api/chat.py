@@ -24,12 +24,9 @@ from services.router.streams import Output, Stream
 routes = APIRouter()
 _decoder = msgspec.json.Decoder(ChatRequest)
 _encode = msgspec.json.encode
-_EXAMPLE = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64}
 
 
-@routes.post(
-    "/v1/chat/completions", **describe(ChatRequest, ChatCompletion, chunk=ChatCompletionChunk, example=_EXAMPLE)
-)
+@routes.post("/v1/chat/completions", **describe(ChatRequest, ChatCompletion, chunk=ChatCompletionChunk))
 async def chat_completions(request: Request) -> Response:
     """Continue a conversation, as one answer or (`stream`) token by token."""
     front = front_of(request)

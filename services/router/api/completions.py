@@ -27,10 +27,9 @@ MAX_TOKENS_DEFAULT = 16
 routes = APIRouter()
 _decoder = msgspec.json.Decoder(CompletionRequest)
 _encode = msgspec.json.encode
-_EXAMPLE = {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}
 
 
-@routes.post("/v1/completions", **describe(CompletionRequest, Completion, chunk=CompletionChunk, example=_EXAMPLE))
+@routes.post("/v1/completions", **describe(CompletionRequest, Completion, chunk=CompletionChunk))
 async def completions(request: Request) -> Response:
     """Continue a text, as one answer or (`stream`) token by token."""
     front = front_of(request)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
 from common.http.errors import ErrorBody
 from common.http.openapi import json_content, refusals, secure
 from services.router.api import schemas, told
+from services.router.api.examples import EXAMPLES
 from services.router.api.words import MESSAGE_WORDS, WORDS, UnsupportedMessageWords, UnsupportedWords
 
 _REF = "#/components/schemas/"
@@ -41,25 +42,25 @@ def describe(
     chunk: type[msgspec.Struct] | None = None,
     names_model: bool = False,
     unready: type[msgspec.Struct] | None = None,
-    example: Any = None,
 ) -> Any:
     """Keyword arguments of a route: how its body and its answers look. `answer` None: plain text. `names_model`: its
     path does, and may name none. `chunk`: what the events of a streamed answer hold. `unready`: the body of its 503,
-    where that is no error's. `example`: of its body."""
+    where that is no error's."""
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     if answer is not None:
-        content = json_content(answer.__name__)
+        content = json_content(answer.__name__, EXAMPLES[answer.__name__])
     if chunk is not None:
         content["text/event-stream"] = {"schema": _event_of(chunk)}
     short = ("400", "401", "403", "404", "503") if names_model else ("400", "401", "403", "503")
     responses: dict[str, Any] = {"200": {"description": "The answer", "content": content}}
     responses |= refusals(_ERRORS, _ERRORS if body is not None else short)
     if unready is not None:
-        responses["503"] = {"description": "Not serving; the body says why", "content": json_content(unready.__name__)}
+        why = json_content(unready.__name__, EXAMPLES[unready.__name__])
+        responses["503"] = {"description": "Not serving; the body says why", "content": why}
     extra: dict[str, Any] = {"responses": responses}
     if body is not None:
-        extra["requestBody"] = {"required": True, "content": json_content(body.__name__, example)}
-    return {"openapi_extra": extra, "response_model": None}
+        extra["requestBody"] = {"required": True, "content": json_content(body.__name__, EXAMPLES[body.__name__])}
+    return {"openapi_extra": extra, "response_model": None, "response_class": Response}
 
 
 def _event_of(chunk: type[msgspec.Struct]) -> dict[str, Any]:

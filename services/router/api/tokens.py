@@ -22,7 +22,7 @@ _tokenize_decoder = msgspec.json.Decoder(TokenizeRequest)
 _detokenize_decoder = msgspec.json.Decoder(DetokenizeRequest)
 
 
-@routes.post("/tokenize", **describe(TokenizeRequest, Tokenized, example={"prompt": "How many tokens?"}))
+@routes.post("/tokenize", **describe(TokenizeRequest, Tokenized))
 async def tokenize(request: Request) -> Response:
     """The tokens of a text or a conversation."""
     front = front_of(request)
@@ -42,7 +42,7 @@ async def tokenize(request: Request) -> Response:
     return JsonPieces([await front.texts.tokenize(job, client_of(request))], front.turns)
 
 
-@routes.post("/detokenize", **describe(DetokenizeRequest, Detokenized, example={"tokens": [72, 105]}))
+@routes.post("/detokenize", **describe(DetokenizeRequest, Detokenized))
 async def detokenize(request: Request) -> Response:
     """The text of tokens."""
     front = front_of(request)

@@ -71,11 +71,11 @@ def _is_whole(part: inspect.Type) -> bool:
 
 
 def _parts(described: inspect.Type) -> Iterator[inspect.Type]:
-    """The type itself, and those that it is made of: members of unions and items of lists."""
-    if isinstance(described, inspect.Metadata):
-        described = described.type
+    """The type itself, and those that it is made of: what is described, members of unions and items of lists."""
     yield described
-    if isinstance(described, inspect.UnionType):
+    if isinstance(described, inspect.Metadata):
+        yield from _parts(described.type)
+    elif isinstance(described, inspect.UnionType):
         for member in described.types:
             yield from _parts(member)
     elif isinstance(described, inspect.ListType):

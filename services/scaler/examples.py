@@ -1,0 +1,136 @@
+"""What bodies and answers of the admin surface look like, for its OpenAPI document: a growth to three replicas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_MEMORY = {"budget": 6086742016, "weights": 747360256, "kv": 267386880, "other": 1613824, "free": 5070381056}
+_DEVICE = {
+    "experts_in": 60,
+    "bytes_in": 159252480,
+    "experts_before": 0,
+    "experts_after": 60,
+    "kv_handles_after": 182,
+    "peak_bytes": 1014373376,
+}
+_PLANNED = {
+    "epoch_before": 1,
+    "epoch_after": 3,
+    "replicas_before": 2,
+    "replicas_after": 3,
+    "joining": ["r2t0"],
+    "leaving": [],
+    "experts_moved": 60,
+    "bytes_copied": 428867584,
+    "peak_bytes": 3049242624,
+    "bytes_before": 2040528896,
+    "bytes_after": 3049242624,
+    "seconds": 3.41,
+    "pause_ms": 60.0,
+    "devices": {"host:2": _DEVICE},
+}
+_REQUEST = {
+    "replicas": 3,
+    "devices": None,
+    "remove": None,
+    "reason": "more traffic",
+    "deadline_s": 600.0,
+    "is_lost": False,
+}
+_OPERATION = {
+    "op_id": "grow-monday",
+    "kind": "scale_up",
+    "phase": "prepare",
+    "outcome": None,
+    "reason": "the HMM copies",
+    "leg": 2,
+    "legs": 2,
+    "attempt": 1,
+    "request": _REQUEST,
+    "accepted_unix": 1795668293.2,
+    "deadline_s": 600.0,
+    "elapsed_s": 1.31,
+    "is_late": False,
+    "is_cancelled": False,
+    "timings": [{"leg": 0, "phase": "prepare", "seconds": 0.41}],
+    "progress": {"hmm_phase": "copying", "bytes_done": 104857600, "bytes_total": 428867584, "slots_prepared": [0, 1]},
+    "planned": _PLANNED,
+    "figures": {
+        "capacity_s": 0.62,
+        "flip_s_max": 0.14,
+        "bytes_copied": 104857600,
+        "bytes_planned": 428867584,
+        "peak_bytes": {"host:2": 1014373376},
+        "peak_bytes_total": 3049242624,
+        "peak_bytes_planned": 3049242624,
+        "kv_blocks_before": 1456,
+        "kv_blocks_after": None,
+        "sequences_moved": 5,
+    },
+    "error": None,
+}
+_RANK = {
+    "replica": 0,
+    "tp": 0,
+    "slot": 0,
+    "device": "host:0",
+    "state": "used",
+    "incarnation": "rank-r0t0:105c73cc0c704e27",
+    "pid": 29101,
+    "ready": True,
+    "attach_ms": 29.8,
+    "experts": 120,
+    "kv_blocks": 728,
+    "kv_blocks_free": 650,
+    "memory": _MEMORY,
+}
+
+EXAMPLES: dict[str, Any] = {
+    "ScaleBody": {"replicas": 2, "reason": "more traffic"},
+    "RebalanceBody": {"reason": "a replica was idle"},
+    "Health": {"status": "ok"},
+    "Ready": {"phase": "serving", "reason": "nothing to do", "bytes_done": 1384120320, "bytes_total": 1384120320}
+    | {"error": None},
+    "Layout": {
+        "epoch": 1,
+        "fence": 1,
+        "phase": "serving",
+        "reason": "nothing to do",
+        "tp": 1,
+        "replicas": 1,
+        "operation": None,
+        "ranks": [_RANK],
+        "experts": [[[0], [0]], [[0], [0]]],
+    },
+    "Devices": {
+        "standby_processes": 2,
+        "devices": [
+            {
+                "device": "host:0",
+                "state": "used",
+                "attached": "rank-r0t0:105c73cc0c704e27",
+                "memory": _MEMORY,
+                "pages": 1016360960,
+            }
+        ],
+    },
+    "Operation": _OPERATION,
+    "Operations": {"operations": [_OPERATION]},
+    "Plan": {
+        "kind": "scale_up",
+        "planned": _PLANNED,
+        "legs": [
+            {
+                "epoch": 2,
+                "joining": [{"rank": [2, 0], "slot": 2, "device": "host:2"}],
+                "leaving": [],
+                "bytes_copied": 269615104,
+                "peak_bytes": {"host:2": 855120896},
+                "kv_handles": {"host:2": 182},
+                "kv_handles_after": {"host:2": 182},
+                "copies": [["base", "host:0", "host:2"]],
+            }
+        ],
+    },
+    "Config": {"model": "/models/demo", "devices": "host:3", "replicas": 2},
+}
