@@ -14,14 +14,14 @@ import msgspec
 from msgspec import Meta
 
 from common.protocol.errors import ConfigError
-from common.protocol.limits import SOCKET_PATH_BYTES_MAX
+from common.protocol.limits import RANKS_MAX, SOCKET_PATH_BYTES_MAX
 
 _BYTES_MAX = 1 << 50
 
 
-def _is(text: str, unit: str = "") -> Meta:
-    """What a setting means, and the unit that its number is in."""
-    return Meta(description=text, extra={"unit": unit})
+def _is(text: str, unit: str = "", form: str = "") -> Meta:
+    """What a setting means, the unit that its number is in, and in words which texts it may be."""
+    return Meta(description=text, extra={"unit": unit, "form": form})
 
 
 Port = Annotated[int, Meta(ge=0, le=65_535)]
@@ -35,16 +35,19 @@ Model = Annotated[
     str,
     _is("The checkpoint's folder. `elasticmoe up` also takes names (`elasticmoe model list`) and org/name of a hub"),
 ]
-ServedName = Annotated[Name, _is("The name that clients use for the model; empty: the model's own")]
+ServedName = Annotated[
+    Name,
+    _is("The name that clients use for the model; empty: the model's own", form="at most 256 printable characters"),
+]
 Devices = Annotated[
     str,
     Meta(pattern=r"^host:[1-9][0-9]{0,2}\Z"),
-    _is("The devices that the deployment may use: `host:N` are N slices of this machine"),
+    _is("The devices that the deployment may use: N slices of this machine", form=f"`host:N`, N from 1 to {RANKS_MAX}"),
 ]
 PoolName = Annotated[
     str,
     Meta(pattern=r"^[a-z0-9-]{1,32}\Z"),
-    _is("The worker pool's name; pools of one deployment differ in it"),
+    _is("The worker pool's name; pools of one deployment differ in it", form="1 to 32 of `a-z 0-9 -`"),
 ]
 KeepAlive = Annotated[
     float,
@@ -61,10 +64,14 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str, _is("A Valkey or Redis server, `redis://…` or `rediss://…`; empty: the embedded one of the run directory")
     ] = ""
     deployment: Annotated[
-        str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z"), _is("This deployment's name in a store that others use too")
+        str,
+        Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z"),
+        _is("This deployment's name in a store that others use too", form="1 to 64 of `A-Z a-z 0-9 _ . -`"),
     ] = "default"
     log_level: Annotated[
-        str, Meta(pattern=r"^(debug|info|warning|error)\Z"), _is("The least level of what is logged")
+        str,
+        Meta(pattern=r"^(debug|info|warning|error)\Z"),
+        _is("The least level of what is logged", form="`debug`, `info`, `warning`, `error`"),
     ] = "info"
     log_json: Annotated[bool, _is("Log one JSON object a line instead of text")] = False
     log_bytes_max: Annotated[
@@ -111,7 +118,11 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     model: Model = ""
     served_name: ServedName = ""
-    dtype: Annotated[str, Meta(pattern=r"^(bfloat16|float32)\Z"), _is("Number format of weights and KV")] = "bfloat16"
+    dtype: Annotated[
+        str,
+        Meta(pattern=r"^(bfloat16|float32)\Z"),
+        _is("Number format of weights and KV", form="`bfloat16`, `float32`"),
+    ] = "bfloat16"
     devices: Devices = "host:2"
     replicas: Annotated[int, Meta(ge=1, le=64), _is("Replicas to start with; a running deployment is scaled")] = 2
     tp: Annotated[int, Meta(ge=1, le=64), _is("Devices of one replica; only 1 for now")] = 1
@@ -244,18 +255,26 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
     generation_config: Annotated[
         str,
         Meta(pattern="^(auto|none)$"),
-        _is("auto: the checkpoint's `generation_config.json` gives the defaults of sampling; none: OpenAI's"),
+        _is(
+            "auto: the checkpoint's `generation_config.json` gives the defaults of sampling; none: OpenAI's",
+            form="`auto`, `none`",
+        ),
     ] = "auto"
     keep_alive_seconds: KeepAlive = 75.0
     allowed_hosts: Annotated[
         Names,
         _is(
             "Without a key, hosts that requests may name beside loopback, `host` and the address that they came to: "
-            "names with commas between, `*.name` for those below one, `*` for all"
+            "names with commas between, `*.name` for those below one, `*` for all",
+            form="at most 4,096 printable characters of ASCII",
         ),
     ] = ""
     cors_origins: Annotated[
-        Names, _is("Origins of pages that may ask and read the answers, `https://chat.example.org,…`; `*` for all")
+        Names,
+        _is(
+            "Origins of pages that may ask and read the answers, `https://chat.example.org,…`; `*` for all",
+            form="the same",
+        ),
     ] = ""
     allow_priority: Annotated[
         bool, _is("Let requests name a priority; else all are served in the order in which they come")

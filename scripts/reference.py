@@ -91,27 +91,39 @@ default.
 
 def _setting(field: Any, services: list[str]) -> tuple[str, ...]:
     known = field.type
-    unit = known.extra["unit"]
+    unit, form = known.extra["unit"], known.extra["form"]
     read_by = "all" if len(services) == len(_SERVICES) else ", ".join(services)
     text = known.extra_json_schema["description"]
     variable = f"`{config.PREFIX}{field.name.upper()}`"
-    return f"`{field.name}`", variable, _default(field.default), unit, _bounds(known.type), read_by, text
+    bounds = form or _bounds(known.type, unit)
+    return f"`{field.name}`", variable, _default(field.default, unit), unit, bounds, read_by, text
 
 
-def _default(value: Any) -> str:
+def _default(value: Any, unit: str) -> str:
     if value is msgspec.NODEFAULT:
         return "none"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value != "" else "empty"
+    if value == "":
+        return "empty"
+    told = f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return f"{told} ({_amount(value, unit)})" if unit.startswith("bytes") and value >= 1 << 20 else told
 
 
-def _bounds(kind: Any) -> str:
+def _bounds(kind: Any, unit: str) -> str:
     if isinstance(kind, inspect.BoolType):
-        return "true, false"
+        return "`true`, `false`"
     if isinstance(kind, inspect.StrType):
-        length = f"at most {kind.max_length} characters" if kind.max_length is not None else ""
-        return length or (f"`{kind.pattern}`" if kind.pattern else "")
-    least = f"{kind.ge}" if kind.ge is not None else f"above {kind.gt}"
-    return f"{least} to {kind.le}"
+        return ""
+    least = _amount(kind.ge, unit) if kind.ge is not None else f"above {_amount(kind.gt, unit)}"
+    return f"{least} to {_amount(kind.le, unit)}"
+
+
+def _amount(value: float, unit: str) -> str:
+    """A number for people: bytes in the largest unit that leaves it whole."""
+    if unit.startswith("bytes"):
+        for power, name in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+            if value and value % (1 << power) == 0:
+                return f"{int(value) >> power} {name}"
+    return f"{value:,}"
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ def test_every_setting_has_a_meaning_and_every_number_a_bound() -> None:
                 assert known.type.le is not None, field.name
                 is_told = field.name.endswith(("_bytes", "_s", "_seconds", "_ms", "_bytes_max", "_seconds_max"))
                 assert not is_told or known.extra["unit"], field.name
+            elif isinstance(known.type, msgspec.inspect.StrType) and known.type.pattern is not None:
+                assert known.extra["form"], f"{field.name}: say in words what {known.type.pattern} takes"
 
 
 def test_settings_of_one_name_are_one_setting() -> None:
