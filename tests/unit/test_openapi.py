@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from common.version import version
-from services.router.api import schemas
+from services.router.api import told
 from services.router.api.examples import EXAMPLES as router_examples
 from services.scaler.docs import ANSWERS
 from services.scaler.examples import EXAMPLES as admin_examples
@@ -86,7 +86,7 @@ def test_examples_are_answered(serving_router: App, serving_admin: App) -> None:
 def test_examples_of_answers_are_such_answers() -> None:
     router_answers = {name for name in router_examples if not name.endswith("Request")}
     for kind, example in [
-        *((kind, router_examples[name]) for name, kind in vars(schemas).items() if name in router_answers),
+        *((kind, router_examples[name]) for name, kind in vars(told).items() if name in router_answers),
         *((kind, admin_examples[name]) for name, kind in ANSWERS.items()),
     ]:
         given = msgspec.json.encode(example)
