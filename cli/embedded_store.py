@@ -13,6 +13,7 @@ from common.protocol.errors import ElasticMoEError
 from common.store import PASSWORDS, READER, READER_COMMANDS, READER_KEYS, WRITER
 
 _MEMORY_BYTES_MAX = 256 * 1024 * 1024
+_TURNS_PER_S = 1  # for what the server does by itself; keys that have expired are gone at once for whoever asks
 
 
 def server_binary() -> Path:
@@ -46,7 +47,7 @@ def store_spec(config: Common) -> ChildSpec:
 def configuration(config: Common) -> str:
     """The server's configuration file.
 
-    `appendfsync everysec`: writes survive the server's death at once, and the machine's after a second; after the
+    `appendfsync everysec`: writes survive the server's death at once, and the machine's after two seconds; after the
     latter all device memory is gone as well, so an older layout is as good as the last. No eviction: a full store
     refuses writes, and the services cope with that.
     """
@@ -62,6 +63,7 @@ def configuration(config: Common) -> str:
             'save ""',
             "appendonly yes",
             "appendfsync everysec",
+            f"hz {_TURNS_PER_S}",
             f"maxmemory {_MEMORY_BYTES_MAX}",
             "maxmemory-policy noeviction",
             f"requirepass {writer}",

@@ -47,7 +47,7 @@ OPERATIONS_MAX = 100
 VALUE_BYTES_MAX = 32 * 1024 * 1024
 CALL_SECONDS_MAX = 2.0
 LAYOUTS_MAX = 16
-POLL_SECONDS = 0.2  # a new layout is seen after this time at the latest, also when the news of it got lost
+POLL_SECONDS = 1.0  # a new layout is seen after this time at the latest, also when the news of it got lost
 
 R = TypeVar("R")
 

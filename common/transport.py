@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import threading
 import time
 import uuid
 from collections import Counter
@@ -164,6 +165,37 @@ class Server(Generic[T]):
         self.close()
 
 
+class _Shared:
+    """One context for all clients of a process and kind, and so one thread that moves their messages. It lives while
+    one of them does. Any thread."""
+
+    def __init__(self, kind: type[zmq.Context[Any]]) -> None:
+        self._kind = kind
+        self._lock = threading.Lock()
+        self._context: zmq.Context[Any] | None = None
+        self._num_users = 0
+
+    def take(self) -> zmq.Context[Any]:
+        """For one client, until `give_back`."""
+        with self._lock:
+            if self._context is None:
+                self._context = self._kind()
+            self._num_users += 1
+            return self._context
+
+    def give_back(self) -> None:
+        """A client has closed its socket. Ends the context after the last one."""
+        with self._lock:
+            self._num_users -= 1
+            if not self._num_users and self._context is not None:
+                self._context.term()
+                self._context = None
+
+
+_contexts = _Shared(zmq.Context)
+_async_contexts = _Shared(zmq.asyncio.Context)
+
+
 class Client(Generic[T]):
     """A DEALER connected to one server; sends any message, receives one closed union. One thread may use it. Messages
     carry `identity` as their sender; to the socket it is unique among this process's."""
@@ -175,8 +207,7 @@ class Client(Generic[T]):
         self.epoch = 0
         self._codec = codec
         self._seq = 0
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        self._socket = _contexts.take().socket(zmq.DEALER)
         # A server that has not noticed the end of a connection ignores a second one with its identity, for ever.
         number = self._opened[path, identity]
         self._opened[path, identity] += 1
@@ -231,7 +262,7 @@ class Client(Generic[T]):
         """Close the socket; what is queued is dropped. Idempotent."""
         if not self._socket.closed:
             self._socket.close()
-            self._context.term()
+            _contexts.give_back()
 
 
 class AsyncClient(Generic[T]):
@@ -244,8 +275,7 @@ class AsyncClient(Generic[T]):
         self._codec = codec
         self._seq = 0
         self._name = path.stem
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        self._socket = _async_contexts.take().socket(zmq.DEALER)
         _configure(self._socket, identity)
         self._socket.connect(f"ipc://{path}")
         self._pending: dict[int, asyncio.Future[T]] = {}
@@ -303,7 +333,7 @@ class AsyncClient(Generic[T]):
         """Close the socket; what is queued is dropped. Idempotent."""
         if not self._socket.closed:
             self._socket.close()
-            self._context.term()
+            _async_contexts.give_back()
 
 
 def describe(error: ElasticMoEError) -> str:

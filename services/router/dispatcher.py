@@ -35,6 +35,7 @@ from services.router.balancer import LOST_S, Candidate, decide
 from services.router.history import History
 from services.router.links import RankLink
 from services.router.metrics import Metrics
+from services.router.pace import TICK_S, Pace
 from services.router.streams import Ending, Stream
 
 log = get_logger("router")
@@ -49,7 +50,6 @@ SUBMITS_MAX = 2  # of a request that ranks refuse
 LOSSES_MAX = 16
 LOST = "rank_lost"
 LEAVE_S = 5.0  # a link to a rank that left stays this long after its last stream: the rank may come back
-TICK_S = 0.1
 
 
 class Dispatcher:
@@ -65,6 +65,7 @@ class Dispatcher:
         self._identity = identity  # one for all links: whichever rank has the stream knows its router by it
         self._tasks: dict[RankId, asyncio.Task[None]] = {}
         self._turn = 0
+        self._pace = Pace()
         metrics.watch(self.links, lambda: self.layout)
 
     # ---- layout ------------------------------------------------------------------------------------------------------
@@ -151,6 +152,7 @@ class Dispatcher:
         stream.num_submits += 1
         stream.rank, stream.sender = rank, link.sender
         self.streams[stream.submit.request_id] = stream
+        self._pace.hurry()
         link.attach(stream)
         log.debug("submitted", request=stream.submit.request_id, rank=rank, reason=reason)
         return link
@@ -332,7 +334,7 @@ class Dispatcher:
     # ---- time --------------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """What time brings: questions to silent ranks, losses, deadlines. Called every TICK_S."""
+        """What time brings: questions to silent ranks, losses, deadlines. Called as the pace has it."""
         for rank, link in list(self.links.items()):
             link.watch(now)
             self._check_link(link, now)
@@ -365,7 +367,7 @@ class Dispatcher:
             try:
                 failpoint("router.turn")
                 self.tick(time.monotonic())
-                await asyncio.sleep(TICK_S)
+                await self._pace.wait(has_work=bool(self.streams))
             except MemoryError:  # the router's end would break all its connections; the next tick looks at all of it
                 with suppress(MemoryError):
                     log.error("a tick found no memory")

@@ -24,7 +24,7 @@ from services.router.streams import Stream
 
 log = get_logger("router")
 
-WATCH_EVERY_S = 1.0  # a rank that has been silent for this long is asked
+WATCH_EVERY_S = 1.6  # a rank that has been silent for this long is asked: it speaks each second by itself
 AFTER_SHORTAGE_S = 0.01
 WATCH_BUSY_S = 0.25  # and one that has streams: another process may be in its place, which does not know this router
 

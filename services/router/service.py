@@ -122,7 +122,7 @@ class RouterService:
     async def _shut_down(self, essential: list[asyncio.Task[None]]) -> None:
         """Give what is left an error, send it, and let go of everything."""
         self.dispatcher.close()
-        self._server.should_exit = True
+        self._server.stop()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.shield(essential[-1]), 5.0)
         for task in essential:

@@ -36,7 +36,7 @@ def main() -> int:
         listener.start()
         log.info("admin listener", host=config.admin_host, port=sock.getsockname()[1])
         scaler.run()
-        server.should_exit = True
+        server.stop()
         listener.join(5.0)
     except ElasticMoEError as error:
         print(f"elasticmoe-scaler: {describe(error)}", file=sys.stderr)

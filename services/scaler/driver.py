@@ -42,8 +42,9 @@ REPEAT_S = 0.5  # an action that did not show an effect is repeated after this t
 STOP_GRACE_MS = 2_000
 LOADS_S = 0.02  # between two questions for a rank's load while an operation needs it
 LOADS_IDLE_S = 1.0
+LOADS_QUIET_S = 5.0  # while nobody computes
 FRESH_S = 1.0  # an operation acts on nothing that is older
-FRESH_IDLE_S = 5.0
+FRESH_IDLE_S = 12.0
 ENDED_MAX = 100
 
 Tell = Callable[..., None]
@@ -127,9 +128,10 @@ class Driver:
         is_expected = operation.phase not in ("prepare", "abort")
         return event.slot in {seat.slot for seat in leg.leaving} and is_expected
 
-    def turn(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> None:
-        """Bring the operation on by what is seen now, or tidy up where there is none. Raises Fenced."""
-        seen = self._see(hmm, pool)
+    def turn(self, hmm: HmmStatus | None, pool: PoolStatus | None, *, is_quiet: bool = False) -> None:
+        """Bring the operation on by what is seen now, or tidy up where there is none. `is_quiet`: nobody computes.
+        Raises Fenced."""
+        seen = self._see(hmm, pool, LOADS_S if self.operation else LOADS_QUIET_S if is_quiet else LOADS_IDLE_S)
         if self.operation is None:
             self._tidy(seen)
             return
@@ -144,7 +146,7 @@ class Driver:
             self._changed(before, step.operation)
         self._act(step.actions)
 
-    def _see(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> Seen:
+    def _see(self, hmm: HmmStatus | None, pool: PoolStatus | None, loads_s: float) -> Seen:
         seats = list(hmm.layout.seats) if hmm and hmm.layout else []
         operation = self.operation
         if operation is not None and operation.num_legs:
@@ -155,7 +157,7 @@ class Driver:
             living = [seat for seat in seats if seat.slot in ranks]
             if hmm is not None:  # else it is not known which seats there are
                 self._links.peers.keep(seats)
-            self._links.peers.ask(living, LOADS_S if operation else LOADS_IDLE_S)
+            self._links.peers.ask(living, loads_s)
         self._links.peers.receive()
         return Seen(
             hmm=hmm,

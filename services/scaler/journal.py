@@ -145,7 +145,9 @@ class Journal:
     def _run(self) -> None:
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._closing or (self._has_work() and not self._failing), RETRY_S)
+                verify_s = max(0.0, VERIFY_S - (time.monotonic() - self._verified_at))
+                wait_s = RETRY_S if self._failing else verify_s
+                self._lock.wait_for(lambda: self._closing or (self._has_work() and not self._failing), wait_s)
                 self._failing = False
                 if self._closing and not self._has_work():
                     return
@@ -154,7 +156,7 @@ class Journal:
                     self._write_next()
                     with self._lock:
                         self._full = ""
-                elif time.monotonic() - self._verified_at > VERIFY_S:
+                elif time.monotonic() - self._verified_at >= VERIFY_S:
                     self._verify()
             except Fenced:
                 self._on_fenced()

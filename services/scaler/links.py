@@ -41,6 +41,7 @@ class Links:
         self._hmm: Client[ToScaler] = Client(config.socket("hmm"), identity, CODEC)
         self._pool: Client[ToScaler] = Client(config.socket(config.pool_name), identity, CODEC)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._pool_status: tuple[PoolStatus, float] | None = None  # its last answer, and when it was asked for
         self.peers = Peers(config, identity)
         self.starting: dict[int, float] = {}
 
@@ -52,9 +53,14 @@ class Links:
         """What the HMM says now; None when it does not answer in time."""
         return self._ask(self._hmm, GetHmmStatus(), HmmStatus, CALL_MS)
 
-    def ask_pool(self, *, is_starting: bool) -> PoolStatus | None:
-        """What the pool says now. At start it imports for seconds; loading must not wait for it."""
+    def ask_pool(self, *, is_starting: bool, age_s_max: float = 0.0) -> PoolStatus | None:
+        """What the pool says now, or said at most `age_s_max` ago if it has not told anything since. At start it
+        imports for seconds; loading must not wait for it."""
+        now = time.monotonic()
+        if self._pool_status is not None and now - self._pool_status[1] < age_s_max:
+            return self._pool_status[0]
         status = self._ask(self._pool, GetPool(), PoolStatus, STARTING_MS if is_starting else CALL_MS)
+        self._pool_status = (status, now) if status is not None else None
         # A rank that was asked for is the pool's from its answer on: what the pool does not list has ended.
         now = time.monotonic()
         coming = {rank.slot for rank in status.ranks if not rank.ready} if status else set(self.starting)
@@ -69,8 +75,13 @@ class Links:
         except ElasticMoEError:
             return None
         for event in events:
-            self._on_event(event.body)
+            self._take(event.body)
         return answer if isinstance(answer, kind) else None
+
+    def _take(self, event: ToScaler) -> None:
+        """What somebody tells unasked. What the pool has said before is old then."""
+        self._pool_status = None
+        self._on_event(event)
 
     def tell_hmm(self, command: Message) -> None:
         """Send a command and wait for its answer. Raises ElasticMoEError: the refusal, or DeadlineExceeded."""
@@ -78,9 +89,10 @@ class Links:
 
     def tell_pool(self, command: Message) -> None:
         """Send a command and wait for its answer. Raises ElasticMoEError: the refusal, or DeadlineExceeded."""
+        self._pool_status = None
         _, events = self._pool.call(command, deadline_ms=CALL_MS)
         for event in events:
-            self._on_event(event.body)
+            self._take(event.body)
 
     def start(self, seat: Seat, epoch: int) -> None:
         """Let a standby take `seat` of the layout of `epoch`. Raises ElasticMoEError."""
@@ -102,17 +114,21 @@ class Links:
         """Let `wait` return. Any thread."""
         os.eventfd_write(self._wake, 1)
 
-    def wait(self, wait_s: float) -> None:
-        """Until something comes, at most `wait_s`. What has come is handled."""
-        if self._drain():
-            return
-        # The sockets' descriptors are edge-triggered: they were drained just now.
+    def wait(self, wait_s: float, *, is_quiet: bool = False) -> None:
+        """Until something comes, at most `wait_s`; where it is quiet, until something is told unasked or somebody wakes
+        this. What has come is handled."""
+        deadline = time.monotonic() + wait_s
         poller = select.poll()
         for fd in (self._wake, self._hmm.fileno(), self._pool.fileno(), *self.peers.filenos()):
             poller.register(fd, select.POLLIN)
-        if any(fd == self._wake for fd, _ in poller.poll(max(1, int(wait_s * 1e3)))):
-            os.eventfd_read(self._wake)
-        self._drain()
+        # The sockets' descriptors are edge-triggered: they have to be drained before each wait.
+        while not self._drain() and (left_s := deadline - time.monotonic()) > 0:
+            ready = {fd for fd, _ in poller.poll(max(1, int(left_s * 1e3)))}
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            if self._wake in ready or not is_quiet:
+                self._drain()
+                return
 
     def _drain(self) -> bool:
         self.peers.receive()
@@ -127,7 +143,7 @@ class Links:
                 if received is None:
                     break
                 if not received.seq:  # otherwise an answer that came too late
-                    self._on_event(received.body)
+                    self._take(received.body)
                     came = True
         return came
 

@@ -42,6 +42,9 @@ log = get_logger("scaler")
 
 TURN_S = 0.01  # while something is to be brought about
 IDLE_TURN_S = 0.05
+# While nobody computes. A rank that is stopped then is seen to stand, and looked at more often from there.
+QUIET_TURN_S = 0.4
+QUIET_POOL_S = 2.0  # the pool tells by itself when a rank comes or ends; this is for a pool that has come anew
 AFTER_FAILURE_S = 0.2
 BACKOFF_S = 0.1  # doubles with each exit of a seat in the window
 BACKOFF_S_MAX = 5.0
@@ -76,7 +79,8 @@ class Scaler:
         self._watchdog = Watchdog(config.rank_stall_s)
         self._layout: Layout | None = None
         self._beginning: Beginning | None = None
-        self._is_writing = self._is_settled = False
+        self._is_writing = self._is_settled = self._is_quiet = False
+        self._attached: frozenset[str] = frozenset()
         self._hmm: HmmStatus | None = None
         self._exits: dict[int, deque[float]] = {}  # slot -> when its last ranks ended
         self._backoff_until = 0.0
@@ -141,7 +145,9 @@ class Scaler:
             self._links.wait(AFTER_FAILURE_S)
             return
         hmm = self._hmm = self._links.ask_hmm()
-        pool = self._links.ask_pool(is_starting=not self._ever_served)
+        is_known = self._is_quiet and hmm is not None and self._attached == attached_of(hmm)
+        pool = self._links.ask_pool(is_starting=not self._ever_served, age_s_max=QUIET_POOL_S if is_known else 0.0)
+        self._attached = attached_of(hmm)
         # What the HMM holds is in force, whatever this scaler's own configuration would make of it.
         layout = hmm.layout if hmm and hmm.layout else self._layout or beginning.layout
         self._go_on_writing(fence, beginning, hmm)
@@ -158,9 +164,11 @@ class Scaler:
         for action in decision.actions:
             self._act(action, layout)
         if self._ever_served or self._driver.operation is not None:
-            self._driver.turn(hmm, pool)
+            self._driver.turn(hmm, pool, is_quiet=self._is_quiet)
         is_busy = self._driver.operation is not None or decision.phase == "degraded" or bool(decision.actions)
-        self._links.wait(TURN_S if is_busy else IDLE_TURN_S)
+        self._is_quiet = not is_busy and decision.phase == "serving" and self._watchdog.is_quiet
+        wait_s = TURN_S if is_busy else QUIET_TURN_S if self._is_quiet else IDLE_TURN_S
+        self._links.wait(wait_s, is_quiet=self._is_quiet)
 
     def _observe(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> Observed:
         now = time.monotonic()
@@ -286,3 +294,8 @@ class Scaler:
                 raise
             log.warning("action failed", action=type(action).__name__, code=error.code, because=error.message)
             self._links.wait(AFTER_FAILURE_S)
+
+
+def attached_of(hmm: HmmStatus | None) -> frozenset[str]:
+    """The ranks that the HMM knows to live, by incarnation."""
+    return frozenset(device.attached for device in hmm.devices if device.attached) if hmm is not None else frozenset()

@@ -20,6 +20,7 @@ from common.protocol.scaler import HmmStatus, PoolStatus
 ALONE_FACTOR = 4.0
 STRIDE_S = 0.5  # a pause between two looks counts as no more: then the watcher itself did not run, or the machine
 MOVING_S = 1.0  # whoever counted up within this time gets on
+QUIET_PER_S = 25.0  # a rank without work counts up a few times a second, one that computes at every exchange
 
 
 class Pulse(msgspec.Struct, frozen=True):
@@ -76,6 +77,7 @@ class Watchdog:
         self._stall_s = stall_s
         self._looked_at: float | None = None
         self._watched: dict[str, _Watched] = {}  # by incarnation
+        self.is_quiet = False  # nobody computes, and nobody has stood for long: the next look may be later
 
     def look(self, now: float, pulses: Iterable[Pulse]) -> tuple[Stalled, ...]:
         """The ranks to eject now. One that still lives is named again each time the limit has passed once more."""
@@ -83,12 +85,15 @@ class Watchdog:
         self._looked_at = now
         ranks = {pulse.incarnation: pulse for pulse in pulses}
         self._watched = {name: self._watched.get(name) or _Watched(pulse.progress) for name, pulse in ranks.items()}
+        steps = max((ranks[name].progress - watched.progress for name, watched in self._watched.items()), default=0)
         for name, watched in self._watched.items():
             if watched.progress != ranks[name].progress:
                 self._watched[name] = _Watched(ranks[name].progress)
             else:
                 watched.still_s += since_s
                 watched.asleep_s = watched.asleep_s + since_s if ranks[name].is_asleep else 0.0
+        stood_s = max((watched.still_s for watched in self._watched.values()), default=0.0)
+        self.is_quiet = steps <= QUIET_PER_S * since_s and stood_s < min(MOVING_S, self._stall_s / 2)
         late, limit_s = self._late()
         return tuple(Stalled(ranks[name].rank, name, self._watched[name].still_s, limit_s) for name in late)
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
+import msgspec
+
 from common.config import PoolConfig
 from common.failpoint import failpoint
 from common.fence import Fence
@@ -59,6 +61,7 @@ log = get_logger("rank")
 IDLE_MS = 500  # the longest sleep, and so the slowest beat of an idle rank's status
 BUSY_MS = 5  # the longest sleep of a rank that does not step and has something else to do
 STATUS_S = 0.1  # at most this often
+SAME_STATUS_S = 0.9  # what has not changed is told this often: routers ask who is silent for longer (links.py)
 LOOK_S = 0.01  # how often a stepping rank looks at its descriptors
 WELCOME_S = 0.05  # a new member waits for what others hand over to it as it comes; megabytes of KV take 10 to 20 ms
 WELCOMES = 3  # of its first turns in which it waits so, WELCOME_S in all
@@ -360,6 +363,11 @@ class Rank:
         self._watchers.discard(peer)
         self._engine.cancel_peer(peer)
 
+    def _is_told(self, status: RankStatus) -> bool:
+        """Whether nothing has changed since the last status but that time has passed."""
+        last = self._last_status
+        return last is not None and msgspec.structs.replace(last, progress=status.progress) == status
+
     def _send_status(self, now: float) -> None:
         if not self._watchers or (self._last_status is not None and now - self._status_at < STATUS_S):
             return
@@ -379,6 +387,8 @@ class Rank:
             is_leaving=self._migration.is_leaving,
             recomputed=scheduler.recomputed + self._steps.num_discarded,
         )
+        if now - self._status_at < SAME_STATUS_S and self._is_told(status):
+            return
         self._last_status = status
         self._status_at = now
         for router in list(self._watchers):

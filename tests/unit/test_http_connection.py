@@ -77,7 +77,7 @@ class Serving:
         for client in self.clients:
             await client.close()
         self.app.release.set()
-        self.server.should_exit = True
+        self.server.stop()
         await asyncio.wait_for(self.task, 10)
 
     async def connect(self, said: bytes = b"") -> Client:
@@ -284,7 +284,7 @@ async def test_a_stop_lets_running_requests_end_and_nothing_else(serving: Servin
     held = await serving.connect(HELD + NOW)
     idle = await serving.connect(NOW)
     await idle.line()
-    serving.server.should_exit = True
+    serving.server.stop()
     assert await idle.rest() == b""
     serving.app.release.set()
     answer = await held.rest()
