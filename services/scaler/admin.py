@@ -98,44 +98,46 @@ def serve(app: Door, meters: Meters, keep_alive_s: float) -> Server:
 
 
 def _add_views(app: FastAPI, board: Board, meters: Meters) -> None:
+    """Coroutines, though they wait for nothing: for others a thread each would be started, and kept."""
+
     @app.get("/health", **describe("Health", docs.PUBLIC))
-    def health() -> Response:
+    async def health() -> Response:
         """Answers as long as the listener lives. Asks for no token."""
         return _json(views.Health("ok"))
 
     @app.get("/ready", **docs.describe_ready())
-    def ready() -> Response:
+    async def ready() -> Response:
         """200 while all ranks of the layout step, else 503, with the reason. Asks for no token."""
         snapshot = board.snapshot
         return _json(ready_view(snapshot), 200 if snapshot.phase == "serving" else 503)
 
     @app.get("/v1/layout", **describe("Layout", docs.READING))
-    def layout() -> Response:
+    async def layout() -> Response:
         """The layout in force: its ranks with their devices and memory, and where each expert is."""
         return _json(layout_view(board.snapshot))
 
     @app.get("/v1/devices", **describe("Devices", docs.READING))
-    def devices() -> Response:
+    async def devices() -> Response:
         """All devices, used or not, with their memory."""
         return _json(devices_view(board.snapshot))
 
     @app.get("/v1/operations", **describe("Operations", docs.READING))
-    def operations() -> Response:
+    async def operations() -> Response:
         """The operation in progress, and the last 100 that have ended."""
         return _json(operations_view(board.snapshot))
 
     @app.get("/v1/operations/{op_id}", **describe("Operation", docs.FINDING))
-    def operation(op_id: OpIdInPath) -> Response:
+    async def operation(op_id: OpIdInPath) -> Response:
         """One operation: its phase, what it waits for, and what it has cost."""
         return _json(find_operation(board.snapshot, op_id))
 
     @app.get("/v1/config", **describe("Config", docs.READING))
-    def config() -> Response:
+    async def config() -> Response:
         """The settings that are in force, without secrets."""
         return _json(board.snapshot.config)
 
     @app.get("/metrics", **describe("text/plain", docs.READING))
-    def metrics() -> Response:
+    async def metrics() -> Response:
         """Prometheus text: `docs/reference/metrics.md`."""
         return Response(render_metrics(board.snapshot, meters), media_type="text/plain; version=0.0.4")
 
