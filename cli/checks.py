@@ -90,10 +90,9 @@ def _limit(settings: Settings, small: DeviceTooSmall, budget: int, available: in
         return f"more KV than the {size(kv)} of --kv-memory; raise it, or lower --max-model-len"
     each = f"{size(needed)} per device, more than the {size(budget)}"
     if settings.hmm.device_bytes:
-        return f"{each} of --device-memory; raise it, or lower --max-model-len or --max-sequences"
-    return (
-        f"{each} that each of {settings.scaler.num_devices} gets of {_share(available)}; fewer --devices get more each"
-    )
+        return f"{each} of --device-memory; raise it, or take more --replicas, which share the experts"
+    count = settings.scaler.num_devices
+    return f"{each} that each of {count} gets of {_share(available)}; take fewer --devices or a smaller --model"
 
 
 def _share(available: int) -> str:

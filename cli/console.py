@@ -12,6 +12,7 @@ from typing import IO, Protocol, Self
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from cli.terminal import clean, clean_lines, table_console
+from common.wording import size as size
 
 _PLAIN_STEP_PERCENT = 25
 _FINISH_SECONDS_MAX = 5.0
@@ -178,13 +179,3 @@ def make_console(file: IO[str] | None = None) -> Console:
     """A bar when `file` (default stdout) is a terminal, plain lines otherwise."""
     file = file or sys.stdout
     return TerminalConsole(file) if file.isatty() else PlainConsole(file)
-
-
-def size(nbytes: float) -> str:
-    """`1.29 GiB`, for people: three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(nbytes) < 1000 or unit == "TiB":
-            break
-        nbytes /= 1024
-    decimals = 0 if unit == "B" or nbytes >= 100 else 1 if nbytes >= 10 else 2
-    return f"{nbytes:.{decimals}f} {unit}"

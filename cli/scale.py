@@ -56,7 +56,20 @@ def run(args: argparse.Namespace) -> int:
         op_id = args.op_id or f"op-{uuid.uuid4().hex[:12]}"
         body = body_of(args, op_id=op_id, deadline_s=args.deadline, reason=args.reason)
         operation = admin.call("POST", "/v1/scale", body)
+        if operation["kind"] == "none":
+            return _nothing_to_do(operation, args.json)
         return follow(admin, operation, args) if args.wait else announce(operation, args.json, "is accepted")
+
+
+def _nothing_to_do(operation: dict[str, Any], as_json: bool) -> int:
+    """The deployment is already what is asked for. Returns 0."""
+    if as_json:
+        say_json(operation)
+    else:
+        planned = operation.get("planned") or {}
+        where = ", ".join(planned.get("devices") or {})
+        say(f"nothing to do: {planned.get('replicas_after')} replicas serve already, on {where}")
+    return 0
 
 
 def announce(operation: dict[str, Any], as_json: bool, what: str) -> int:

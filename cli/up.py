@@ -130,8 +130,8 @@ def _run_detached(args: argparse.Namespace) -> int:
         console.finish("stopped: it was asked to stop before it was ready")
         return status
     except ElasticMoEError as error:
-        console.line(f"elasticmoe: {describe(error)}")
         console.finish(describe(error))
+        console.line(f"elasticmoe: {describe(error)}")  # for the log: the parent has been told
         return 1
 
 

@@ -15,6 +15,7 @@ from common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_g
 from common.protocol.errors import DoesNotFit, InvalidRequest
 from common.protocol.hmm import LoadModel
 from common.protocol.limits import RANKS_MAX
+from common.wording import size
 from native.bus import bus_bytes
 from native.ledger import ledger_bytes
 
@@ -32,9 +33,9 @@ class DeviceTooSmall(DoesNotFit):
     ) -> None:
         room = max(0, budget - weights_bytes - ledger_bytes)
         super().__init__(
-            f"{device}: of the budget of {budget} bytes, weights take {weights_bytes}, the ledger {ledger_bytes}; "
-            f"{room} are left and kv_bytes_max is {load.kv_bytes_max}, but the KV of one sequence of "
-            f"{load.max_model_len} tokens needs {kv_bytes_min}"
+            f"{device}: the KV of one sequence of {load.max_model_len} tokens needs {size(kv_bytes_min)}; of the budget "
+            f"of {size(budget)}, weights take {size(weights_bytes)} and the ledger {size(ledger_bytes)}, which leaves "
+            f"{size(room)}, and KV may take {size(load.kv_bytes_max)}: {_way_out(room < kv_bytes_min)}"
         )
         self.weights_bytes = weights_bytes
         self.ledger_bytes = ledger_bytes
@@ -186,6 +187,13 @@ def size_devices(
             raise DeviceTooSmall(seat.device, budget, weights, ledger.nbytes, kv_min, load)
         result[seat.device] = DeviceSizes(keys, weights, ledger.nbytes, num_kv)
     return result
+
+
+def _way_out(is_budget: bool) -> str:
+    """Which settings help, with the flags of `elasticmoe up` that set them."""
+    if is_budget:
+        return "raise device_bytes (--device-memory), take fewer devices, or lower max_model_len (--max-model-len)"
+    return "raise kv_bytes (--kv-memory), or lower max_model_len (--max-model-len)"
 
 
 def check_layout(layout: Layout, spec: ModelSpec) -> None:

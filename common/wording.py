@@ -141,6 +141,16 @@ def shown(value: Any) -> str:
     return "null" if value is None else str(value).lower()[:_CHARS_MAX]
 
 
+def size(nbytes: float) -> str:
+    """`1.29 GiB`, for people: three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(nbytes) < 1000 or unit == "TiB":
+            break
+        nbytes /= 1024
+    decimals = 0 if unit == "B" or nbytes >= 100 else 1 if nbytes >= 10 else 2
+    return f"{nbytes:.{decimals}f} {unit}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'replicas'?` where one of `known` is near, else nothing."""
     found = difflib.get_close_matches(word[:_CHARS_MAX], list(known), 1)

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.devices.rules import SPACES, Handle, ProcessRules, Range, Space, Token
 from common.protocol.errors import DeviceError, DoesNotFit
+from common.wording import size
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ class Device(ABC):
         self._check_size(nbytes)
         if nbytes > self.free:
             used = sum(self.used.values())
-            raise DoesNotFit(f"{self.name}: {nbytes} bytes do not fit: {used} of {self.budget} bytes are in use")
+            raise DoesNotFit(f"{self.name}: {size(nbytes)} do not fit: {size(used)} of {size(self.budget)} are in use")
 
     def _own(self, handle: Handle, space: Space) -> None:
         self._local.add(handle)

@@ -10,6 +10,7 @@ from common.layout import Layout
 from common.model_spec import RecordKey, round_up
 from common.protocol.errors import Conflict, DoesNotFit, InvalidRequest, NotFound
 from common.protocol.hmm import StageLayout
+from common.wording import size
 from services.hmm.catalog import Catalog, Loaded, keys_of
 
 
@@ -118,6 +119,6 @@ def _check_budgets(catalog: Catalog, loaded: Loaded, request: StageLayout) -> No
             kv = num_handles * loaded.kv.handle_bytes
             if weights + kv + ledger > budget:
                 raise DoesNotFit(
-                    f"{device}: {when} weights take {weights}, {num_handles} KV handles {kv} and the ledger {ledger}: "
-                    f"{weights + kv + ledger} bytes exceed the budget of {budget}"
+                    f"{device}: {when} weights take {size(weights)}, {num_handles} KV handles {size(kv)} and the "
+                    f"ledger {size(ledger)}: {size(weights + kv + ledger)} exceed the budget of {size(budget)}"
                 )

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 from common.layout import Layout
 from common.protocol.errors import DoesNotFit, NotFound
+from common.wording import size
 from services.scaler.placement import Move
 from services.scaler.plan import Memory, Sizes
 
+_WAY_OUT = "more replicas leave each device fewer experts; a start with more --device-memory has larger budgets"
 _FIRST_SHARE = 8  # a joiner that gets its experts in the next leg starts with this part of its final KV
 
 
@@ -108,7 +110,8 @@ class Capacity:
         peak = {device: max(nbytes, start.get(device, 0)) for device, nbytes in ends.items()}
         for device, nbytes in peak.items():
             if nbytes > self._budget(device):
-                raise DoesNotFit(f"{device}: {nbytes} bytes would exceed the budget of {self._budget(device)}")
+                budget = size(self._budget(device))
+                raise DoesNotFit(f"{device}: {size(nbytes)} would exceed the budget of {budget}; {_WAY_OUT}")
         vacates = any(during[device] < handles for device, handles in now.items())
         total = max(sum(start.values()), sum(ends.values()))
         return Instants(start, staged, released, peak, total, during, after, vacates)
@@ -125,9 +128,9 @@ class Capacity:
         memory = self._memory
         if handles < memory.kv_handles_min:
             raise DoesNotFit(
-                f"{device} {when}: weights take {weights} bytes, the ledger {memory.ledger}; of the budget of "
-                f"{self._budget(device)}, {max(0, handles)} KV handles of {memory.kv_handle_bytes} bytes are left, "
-                f"at least {memory.kv_handles_min} are needed"
+                f"{device} {when}: of the budget of {size(self._budget(device))}, weights take {size(weights)} and the "
+                f"ledger {size(memory.ledger)}; {max(0, handles)} KV handles of {size(memory.kv_handle_bytes)} are "
+                f"left, and one sequence of full length needs {memory.kv_handles_min}; {_WAY_OUT}"
             )
         return handles
 

@@ -132,6 +132,8 @@ def test_a_detached_start_that_fails_says_why(folder: Path, model_folder: Callab
     line = up.stderr.strip()
     assert line.startswith("elasticmoe: does_not_fit: "), up.stdout + up.stderr
     assert "\n" not in line
+    assert "does_not_fit" not in up.stdout, "it is told once"
+    assert "--kv-memory" in line
     assert read_record(run_dir) is None
     assert (run_dir / "logs/failure.txt").read_text().strip() == line.removeprefix("elasticmoe: ")
     wait_until(lambda: not processes_of(run_dir), "no process left")

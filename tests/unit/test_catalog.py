@@ -16,6 +16,7 @@ from common.layout import Layout, RankId, Seat, initial_layout, keys_on
 from common.model_spec import RecordKey, kv_geometry, round_up
 from common.protocol.errors import DoesNotFit, InvalidRequest, PayloadTooLarge
 from common.protocol.hmm import LoadModel, StageLayout
+from common.wording import size as told_size
 from services.hmm import snapshot as snapshot_module
 from services.hmm.catalog import (
     Catalog,
@@ -267,9 +268,13 @@ def test_kv_takes_what_budget_and_limit_allow() -> None:
 
 def test_a_budget_without_room_for_one_sequence_is_refused_with_the_figures() -> None:
     weights = sizes_for(1 << 25)["host:0"].weights_bytes
-    with pytest.raises(DoesNotFit, match=f"host:0: of the budget of {PAGE} bytes, weights take {weights}"):
+    with pytest.raises(
+        DoesNotFit, match=f"budget of {told_size(PAGE)}, weights take {told_size(weights)} .*raise device_bytes"
+    ):
         sizes_for(PAGE)
-    with pytest.raises(DoesNotFit, match="kv_bytes_max is 1000, but the KV of one sequence of 256 tokens needs"):
+    with pytest.raises(
+        DoesNotFit, match=r"one sequence of 256 tokens needs .* KV may take 0\.98 KiB: raise kv_bytes \(--kv-memory\)"
+    ):
         sizes_for(1 << 25, kv_bytes_max=1000)
     with pytest.raises(DoesNotFit, match="the ledger"):
         sizes_for(1 << 25, max_sequences=65_536)

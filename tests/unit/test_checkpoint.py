@@ -27,6 +27,7 @@ from common.model_spec import TensorSpec
 from common.protocol.errors import CheckpointError, DoesNotFit, InvalidRequest, Unavailable
 from common.protocol.limits import SAFETENSORS_HEADER_BYTES_MAX
 from common.weights import INDEX, SINGLE
+from common.wording import size
 from native import host
 from native.bus import Bus
 from native.ledger import Ledger
@@ -471,7 +472,7 @@ def test_an_abort_ends_the_load_and_leaves_nothing(world: World, mixtral: Path) 
 
 
 def test_what_does_not_fit_is_refused_with_the_figures(world: World, mixtral: Path) -> None:
-    with pytest.raises(DoesNotFit, match=f"budget of {BUDGET} bytes, weights take"):
+    with pytest.raises(DoesNotFit, match=f"budget of {size(BUDGET)}, weights take"):
         world.load(mixtral, max_sequences=65_536).run()
     assert world.used == 0
 

@@ -227,6 +227,18 @@ def test_a_plan_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "nothing to do" in file.getvalue()
 
 
+@pytest.mark.parametrize("wait", [(), ("--wait",)])
+def test_a_scale_to_the_same_size_says_so(
+    wait: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices = {"host:0": {}, "host:1": {}}
+    view = {"op_id": "op", "kind": "none", "outcome": None, "planned": {"replicas_after": 2, "devices": devices}}
+    server = Server(monkeypatch, httpx.Response(202, json=view))
+    assert main(["scale", "--replicas", "2", *wait]) == 0
+    assert capsys.readouterr().out == "nothing to do: 2 replicas serve already, on host:0, host:1\n"
+    assert len(server.asked) == 1
+
+
 def test_events_are_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     facts = {"op_id": "op-1", "phase": "commit", "before": "prepare", "before_s": "0.421", "leg": "1"}
     event = {"kind": "operation_phase", "reason": "copied", "epoch": 2, "time_unix": 0.0, "facts": facts}

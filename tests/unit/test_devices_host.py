@@ -12,6 +12,7 @@ import torch
 from common.devices.base import Handle, ProcessRules, Range, Space, Token
 from common.devices.host import HostDevice
 from common.protocol.errors import DeviceError, DoesNotFit
+from common.wording import size
 from native import host
 
 PAGE = 4096
@@ -57,7 +58,9 @@ def test_pages_are_real_at_creation_and_gone_after_release(owner: HostDevice) ->
 
 def test_creating_beyond_the_budget_gives_the_figures_and_changes_nothing(owner: HostDevice) -> None:
     owner.create(10 * PAGE, "weights")
-    with pytest.raises(DoesNotFit, match=f"host:0: {7 * PAGE} bytes do not fit: {10 * PAGE} of {16 * PAGE} bytes"):
+    with pytest.raises(
+        DoesNotFit, match=f"host:0: {size(7 * PAGE)} do not fit: {size(10 * PAGE)} of {size(16 * PAGE)} are in use"
+    ):
         owner.create(7 * PAGE, "kv")
     assert owner.free == 6 * PAGE
     owner.create(6 * PAGE, "kv")

@@ -180,7 +180,7 @@ def test_replicas_of_several_devices_join_and_leave_whole() -> None:
 def test_what_does_not_fit_is_refused_with_the_figures() -> None:
     layout = on(0, 1)
     memory = memory_of(layout, SIZES, 3)  # 200 bytes of weights and 3 KV handles of 16
-    text = "host:0 after the release: weights take 280 bytes, the ledger 7; of the budget of 1255, 0 KV handles of 16"
+    text = "after the release: of the budget of 1.23 KiB, weights take 280 B and the ledger 7 B; 0 KV handles of 16 B"
     with pytest.raises(DoesNotFit, match=text) as refusal:
         make_plan(layout, Target(replicas=1), SIZES, memory, DEVICES)
     assert refusal.value.code == "does_not_fit"
