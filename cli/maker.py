@@ -41,7 +41,9 @@ def main(name: str, directory: Path) -> None:
     error = None
     try:
         make_model(name, directory, progress=lambda done, total: report(done=done, total=total))
-    except (ValueError, OSError) as reason:
+    except OSError as reason:
+        error = f"{reason.filename or directory}: {reason.strerror}"
+    except ValueError as reason:
         error = " ".join(str(reason).split())[:300]
     report(error=error)
 

@@ -43,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
                 dtype=args.dtype,
                 progress=lambda done, total: console.progress(f"making {args.name}", done, total),
             )
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            text = f"{error.filename or args.directory}: {error.strerror}"
+            raise CheckpointError(text, code="model_failed") from None
+        except ValueError as error:
             raise CheckpointError(" ".join(str(error).split()), code="model_failed") from None
     say(f"{args.directory}: {size(sum(path.stat().st_size for path in args.directory.iterdir()))}")
     return 0

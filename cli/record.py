@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from common.private import is_private, read_private
 from common.protocol.errors import ConfigError
+from common.wording import undecodable
 
 FILE_NAME = "deployment.json"
 STATE_FORMAT = 1  # of what a run directory's state and store hold; 0: before it was written down
@@ -108,7 +109,7 @@ def read_record(run_dir: Path) -> DeploymentRecord | None:
     try:
         record = msgspec.json.decode(raw, type=DeploymentRecord)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ConfigError(f"{run_dir / FILE_NAME} is damaged: {error}", code=DAMAGED) from None
+        raise ConfigError(f"{run_dir / FILE_NAME} is damaged: {undecodable(error)}", code=DAMAGED) from None
     for url, port in ((record.url, record.port), (record.admin_url, record.admin_port)):
         if not _is_listener(url, port):
             raise ConfigError(f"{run_dir / FILE_NAME} is damaged: {url!r} is no listener of port {port}", code=DAMAGED)

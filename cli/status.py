@@ -12,6 +12,7 @@ import msgspec
 
 from cli.admin import Admin, connect
 from cli.http import client as http_client
+from cli.http import why
 from cli.paths import run_dir_of
 from cli.record import living_record
 from cli.rundir import last_failure
@@ -84,7 +85,7 @@ def _load_of(client: httpx.Client, url: str) -> Any:
         answer = client.get(url)
         return answer.json() if answer.status_code == 200 else {"error": f"answered {answer.status_code}"}
     except httpx.HTTPError as error:
-        return {"error": f"does not answer: {type(error).__name__}"}
+        return {"error": f"does not answer: {why(error)}"}
     except (ValueError, RecursionError):
         return {"error": "answered without JSON"}
 

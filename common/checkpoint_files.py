@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from common.protocol.errors import CheckpointError
+from common.wording import broken_json
 
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 
@@ -62,7 +63,7 @@ def read_json(path: Path, bytes_max: int) -> dict[str, Any] | None:
     try:
         fields = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not valid JSON: {error!s:.200}") from None
+        raise CheckpointError(f"{path.name} is not valid JSON {broken_json(error)}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path.name} must hold a JSON object")
     return fields

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import os
+import resource
 import socket
 import struct
 import time
@@ -97,7 +98,9 @@ class Channel(Generic[T]):
                     received.frombytes(payload[: len(payload) - len(payload) % 4])
                     fds.extend(received)
             if flags & socket.MSG_CTRUNC:
-                raise ProtocolError("descriptors were cut off: the limit of open files is reached")
+                limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                text = f"descriptors were cut off beside {len(fds)}: this process may have {limit} open files at most"
+                raise ProtocolError(text)
             if not part:
                 raise Unavailable("peer closed the connection")
             data += part

@@ -75,8 +75,10 @@ class Fence:
             return int(self._path.read_text())
         except FileNotFoundError:
             return 0
-        except (OSError, ValueError) as error:
-            raise Unavailable(f"{self._path.name} cannot be read: {error}") from None
+        except OSError as error:
+            raise Unavailable(f"{self._path.name} cannot be read: {error.strerror}") from None
+        except ValueError:
+            raise Unavailable(f"{self._path.name} cannot be read: it holds no whole number") from None
 
     @contextmanager
     def _locked(self, epoch: int) -> Iterator[None]:

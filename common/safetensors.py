@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 from common.checkpoint_files import LFS_POINTER, check_no_pointer
 from common.protocol.errors import CheckpointError
 from common.protocol.limits import SAFETENSORS_HEADER_BYTES_MAX, SAFETENSORS_TENSORS_MAX
+from common.wording import broken_json
 
 DTYPE_BYTES: Final[dict[str, int]] = {
     **{"F32": 4, "F16": 2, "BF16": 2},
@@ -93,7 +94,7 @@ class TensorFile:
         try:
             header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
         except (ValueError, RecursionError) as error:
-            self._fail(f"header is not valid JSON: {error!s:.200}")
+            self._fail(f"header is not valid JSON {broken_json(error)}")
         if not isinstance(header, dict):
             self._fail("header is not a JSON object")
         metadata = header.pop("__metadata__", {})

@@ -39,6 +39,7 @@ from common.config import Common
 from common.layout import Layout, Served
 from common.private import read_secret
 from common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
+from common.wording import undecodable
 
 EVENTS_MAX = 10_000
 DECISIONS_MAX = 500
@@ -162,8 +163,8 @@ class Store:
                 retry=Retry(NoBackoff(), 0),
                 client_name=client or None,
             )
-        except ValueError as error:
-            raise ConfigError(f"store URL: {error}") from None
+        except ValueError:
+            raise ConfigError("store URL: has to be redis://HOST:PORT/N, rediss://… or unix:///PATH") from None
         self._prefix = f"elasticmoe:{deployment}:"
 
     def another(self, client: str) -> Store:
@@ -311,7 +312,7 @@ class AsyncStore:
         try:
             return await self._redis.get(self._prefix + name)
         except (redis.RedisError, OSError) as error:
-            raise Unavailable(f"store does not answer: {type(error).__name__}", code="store_unavailable") from None
+            raise Unavailable(f"store does not answer: {_why(error)}", code="store_unavailable") from None
 
     async def watch_layout(self) -> AsyncIterator[Layout]:
         """Each committed layout with an epoch above the last seen one, the present one first.
@@ -367,7 +368,7 @@ def _guard(call: Callable[[], R]) -> Any:
         # MISCONF: the server cannot write its own files.
         if isinstance(error, redis.exceptions.OutOfMemoryError) or str(error).startswith("MISCONF "):
             raise Unavailable("store takes no writes: it is out of memory or disk", code="storage_full") from None
-        raise Unavailable(f"store does not answer: {type(error).__name__}", code="store_unavailable") from None
+        raise Unavailable(f"store does not answer: {_why(error)}", code="store_unavailable") from None
 
 
 def _encode(value: msgspec.Struct) -> bytes:
@@ -378,13 +379,19 @@ def _encode(value: msgspec.Struct) -> bytes:
     return raw
 
 
+def _why(error: Exception) -> str:
+    """Without the client library's words."""
+    is_late = isinstance(error, redis.TimeoutError)
+    return f"not within {CALL_SECONDS_MAX:g} s" if is_late else "there is no connection, or it refuses what is asked"
+
+
 def _inflate(raw: bytes | None) -> bytes | None:
     if raw is None:
         return None
     try:
         return zlib.decompressobj().decompress(raw, VALUE_BYTES_MAX)
-    except zlib.error as error:
-        raise Unavailable(f"store value is not valid: {error}", code="store_corrupt") from None
+    except zlib.error:
+        raise Unavailable("store value is not valid: it is not compressed as ours are", code="store_corrupt") from None
 
 
 def _decode(raw: Any, decoder: msgspec.msgpack.Decoder[R]) -> R | None:
@@ -395,4 +402,4 @@ def _decode(raw: Any, decoder: msgspec.msgpack.Decoder[R]) -> R | None:
     try:
         return decoder.decode(raw)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        raise Unavailable(f"store value is not valid: {error}", code="store_corrupt") from None
+        raise Unavailable(f"store value is not valid: {undecodable(error)}", code="store_corrupt") from None

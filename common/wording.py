@@ -128,6 +128,18 @@ def not_json(error: Exception, raw: bytes) -> str:
     return f"the body is not valid JSON{where}"
 
 
+def broken_json(error: Exception) -> str:
+    """Where a file stops to be JSON, as `is not valid JSON` goes on."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"at line {error.lineno}, column {error.colno}"
+    return "because it is nested too deeply" if isinstance(error, RecursionError) else "in UTF-8"
+
+
+def undecodable(error: Exception) -> str:
+    """Why a stored value or a message is none that is expected."""
+    return read(error).told() if isinstance(error, msgspec.ValidationError) else "its bytes are not of its format"
+
+
 def shown(value: Any) -> str:
     """A value, as a text may repeat it: short and printable."""
     if value in ("", [], (), {}):

@@ -44,7 +44,7 @@ class Body:
         """Raises PayloadTooLarge, Overloaded, InvalidRequest when it takes too long, ClientLeft."""
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._bytes_max:
-            raise self._too_large()
+            raise self._too_large(length.decode()[:20])
         try:
             async with asyncio.timeout(self._seconds_max):
                 await self._read_all()
@@ -59,7 +59,7 @@ class Body:
                 raise ClientLeft
             chunk = message.get("body", b"")
             if self._held + len(chunk) > self._bytes_max:
-                raise self._too_large()
+                raise self._too_large(f"at least {self._held + len(chunk)}")
             if self._budget is not None:
                 self._budget.take(_large_part(self._held + len(chunk)) - _large_part(self._held))
             self._held += len(chunk)
@@ -82,8 +82,8 @@ class Body:
         self._held = 0
         self._chunks = []
 
-    def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the body exceeds the limit of {self._bytes_max} bytes")
+    def _too_large(self, size: str) -> PayloadTooLarge:
+        return PayloadTooLarge(f"the body has {size} bytes, which exceeds the limit of {self._bytes_max}")
 
 
 def _large_part(nbytes: int) -> int:

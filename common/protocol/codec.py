@@ -12,6 +12,7 @@ import msgspec
 
 from common.protocol.errors import PayloadTooLarge, ProtocolError
 from common.protocol.limits import MESSAGE_BYTES_MAX, NAME_CHARS_MAX, PROTOCOL_VERSION
+from common.wording import undecodable
 
 T = TypeVar("T")
 
@@ -73,7 +74,7 @@ class Codec(Generic[T]):
         try:
             body = self._decoder.decode(envelope.body)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError, ValueError) as error:
-            raise ProtocolError(f"message of {envelope.sender} is not valid: {error}") from None
+            raise ProtocolError(f"message of {envelope.sender} is not valid: {undecodable(error)}") from None
         return Received(envelope.epoch, envelope.sender, envelope.seq, body)
 
 
@@ -82,7 +83,7 @@ def decode_envelope(raw: bytes | memoryview) -> Envelope:
     try:
         envelope = _envelope_decoder.decode(raw)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError, ValueError) as error:
-        raise ProtocolError(f"envelope is not valid: {error}") from None
+        raise ProtocolError(f"envelope is not valid: {undecodable(error)}") from None
     if envelope.version != PROTOCOL_VERSION:
         raise ProtocolError(
             f"protocol version {envelope.version} is not {PROTOCOL_VERSION}, which this process speaks",

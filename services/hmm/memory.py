@@ -132,7 +132,10 @@ class BusSegment:
         """Open a segment that a predecessor formatted. Raises DeviceError."""
         try:
             self.bus = Bus(self._map(nbytes), nbytes)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            text = f"the bus of {nbytes} bytes cannot be opened: {error.strerror}"
+            raise DeviceError(text, code="invalid_extent") from None
+        except ValueError as error:
             raise DeviceError(f"the bus of {nbytes} bytes cannot be opened: {error}", code="invalid_extent") from None
 
     def _map(self, nbytes: int) -> int:

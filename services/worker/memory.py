@@ -263,7 +263,9 @@ class Memory:
     def _wrap_record(self, key: RecordKey) -> dict[str, torch.Tensor]:
         described, mapping = self._described(key), self._records.get(key)
         if mapping is None or mapping.handle.nbytes < described.nbytes:
-            raise ElasticMoEError(f"record {key} was not handed over, or too small", code="missing_record")
+            size = mapping.handle.nbytes if mapping is not None else 0
+            text = f"of record {key}, {size} bytes were handed over; it has at least {described.nbytes}"
+            raise ElasticMoEError(text, code="missing_record")
         return {
             tensor.name: self.device.wrap(mapping.range_, tensor.offset, tensor.shape, None, tensor.dtype)
             for tensor in described.tensors

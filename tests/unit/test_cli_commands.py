@@ -276,7 +276,7 @@ def test_status_of_a_living_launcher_survives_dead_listeners(
     assert main(["status", "--run-dir", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["deployment"]["processes"][0]["alive"] is False
-    assert found["load"] == {"error": "does not answer: ConnectError"}
+    assert found["load"] == {"error": "does not answer: nobody listens there"}
     assert "has no sockets" in found["layout"]["error"]
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from common.protocol.errors import ElasticMoEError
 from common.protocol.rank import Submit
+from common.wording import undecodable
 from native.ledger import Ledger, LedgerCorrupt, Row
 from services.worker.engine.sequence import Sequence
 from services.worker.engine.trial import after_death
@@ -58,7 +59,7 @@ def read_sequence(ledger: Ledger, row: int, *, num_blocks: int, block_size: int,
     try:
         entry = _decoder.decode(read.blob)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-        raise BadRow(f"its request cannot be read: {error}") from None
+        raise BadRow(f"its request cannot be read: {undecodable(error)}") from None
     _check(read, num_blocks=num_blocks, block_size=block_size, vocab=vocab)
     prompt = tuple(read.tokens[: read.num_prompt])
     sequence = Sequence(msgspec.structs.replace(entry.request, prompt=prompt), entry.peer, 0, entry.deadline)
