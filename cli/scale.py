@@ -15,6 +15,7 @@ from cli.paths import run_dir_of
 from cli.settings import DEFAULTS, parse_seconds
 from cli.terminal import complain, say, say_json
 from common.protocol.errors import ConfigError, ElasticMoEError
+from common.wording import counted
 
 HELP = "grow or shrink a running deployment while it serves"
 
@@ -68,7 +69,9 @@ def _nothing_to_do(operation: dict[str, Any], as_json: bool) -> int:
     else:
         planned = operation.get("planned") or {}
         where = ", ".join(planned.get("devices") or {})
-        say(f"nothing to do: {planned.get('replicas_after')} replicas serve already, on {where}")
+        is_one = planned.get("replicas_after") == 1
+        replicas = "1 replica serves" if is_one else f"{planned.get('replicas_after')} replicas serve"
+        say(f"nothing to do: {replicas} already, on {where}")
     return 0
 
 
@@ -130,7 +133,7 @@ def phase_text(operation: dict[str, Any]) -> str:
     legs = operation.get("legs", 0)
     step = f" ({operation['leg']} of {legs})" if legs > 1 else ""
     moved = (operation.get("figures") or {}).get("sequences_moved", 0)
-    sequences = f", {moved} sequences moved" if moved else ""
+    sequences = f", {counted(moved, 'sequence')} moved" if moved else ""
     return f"{operation['phase']}{step}{sequences}"
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from cli.console import size
 from cli.record import DeploymentRecord
 from cli.scale import phase_text
+from common.wording import counted
 
 _PHASES = ("prepare", "commit", "migrate", "release")
 _BARS_WIDTH_MAX = 100
@@ -148,7 +149,10 @@ def operation_line(operation: dict[str, Any]) -> str:
     text += f"{operation['outcome']} after {operation['elapsed_s']:.2f} s"
     if error:
         return text + f": {error.get('code')}: {error.get('message')}"
-    facts = [f"{size(figures.get('bytes_copied', 0))} copied", f"{figures.get('sequences_moved', 0)} sequences moved"]
+    facts = [
+        f"{size(figures.get('bytes_copied', 0))} copied",
+        f"{counted(figures.get('sequences_moved', 0), 'sequence')} moved",
+    ]
     if figures.get("capacity_s") is not None:
         facts.insert(0, f"capacity after {figures['capacity_s']:.2f} s")
     return text + ", " + ", ".join(facts)
@@ -212,7 +216,7 @@ def _devices(devices: dict[str, Any]) -> RenderableType:
         "Devices",
         ("device", "state", "budget", "weights", "KV", "other", "free"),
         ("other", "budget", "weights"),
-        f"{devices.get('standby_processes', 0)} standby processes",
+        _standbys(devices),
     )
     for device in devices.get("devices", ()):
         memory = device.get("memory") or {}
@@ -230,8 +234,12 @@ def _short_devices(status: Status) -> RenderableType:
     free, budget = (sum(entry.get(name, 0) for entry in memory) for name in ("free", "budget"))
     return Text(
         f"Devices: {_counts(str(device.get('state')) for device in listed)}; "
-        f"{size(free)} of {size(budget)} free; {devices.get('standby_processes', 0)} standby processes"
+        f"{size(free)} of {size(budget)} free; {_standbys(devices)}"
     )
+
+
+def _standbys(devices: dict[str, Any]) -> str:
+    return counted(devices.get("standby_processes", 0), "standby process", "standby processes")
 
 
 def _counts(states: Iterable[str]) -> str:

@@ -147,9 +147,9 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value) if len(value) <= _CHARS_MAX else f"a text of {len(value)} characters"
     if isinstance(value, list | tuple):
-        return f"a list of {len(value)} entries" if len(value) > 1 else "a list of 1 entry"
+        return f"a list of {counted(len(value), 'entry', 'entries')}"
     if isinstance(value, dict):
-        return f"an object of {len(value)} {'member' if len(value) == 1 else 'members'}"
+        return f"an object of {counted(len(value), 'member')}"
     return "null" if value is None else str(value).lower()[:_CHARS_MAX]
 
 
@@ -161,6 +161,11 @@ def size(nbytes: float) -> str:
         nbytes /= 1024
     decimals = 0 if unit == "B" or nbytes >= 100 else 1 if nbytes >= 10 else 2
     return f"{nbytes:.{decimals}f} {unit}"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 replica`, `2 replicas`; `many` where an s does not do."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 from common.layout import Layout, RankId, Seat
 from common.protocol.errors import InvalidRequest, NotFound
+from common.wording import counted
 from services.scaler.plan import Target
+
+_NAMED_MAX = 8
 
 
 class Seating(NamedTuple):
@@ -56,8 +59,9 @@ def _for_number(layout: Layout, wanted: int, devices: Sequence[str]) -> Seating:
     needed = (wanted - len(replicas)) * layout.tp
     if needed > len(free):
         raise InvalidRequest(
-            f"{wanted} replicas of {layout.tp} devices need {needed} devices more than the {len(used)} in use; "
-            f"{len(free)} are free",
+            f"{counted(wanted, 'replica')} of {counted(layout.tp, 'device')} need {needed} more than the {len(used)} "
+            f"in use, and {len(free)} are free: take {len(replicas) + len(free) // layout.tp} replicas at most, or "
+            f"start with more devices (--devices)",
             code="too_few_devices",
         )
     return _split(layout, set(), free[:needed])
@@ -69,7 +73,8 @@ def _for_devices(layout: Layout, wanted: tuple[str, ...], devices: Sequence[str]
     used = {seat.device for seat in layout.seats}
     unknown = sorted(set(wanted) - set(devices) - used)
     if unknown:
-        raise NotFound(f"{unknown[0]:.80} is not one of the {len(devices)} devices", code="unknown_device")
+        names = ", ".join(devices[:_NAMED_MAX]) + ", …" * (len(devices) > _NAMED_MAX)
+        raise NotFound(f"{unknown[0]:.80} is not one of the {len(devices)} devices: {names}", code="unknown_device")
     _check_some_stay(len(wanted))
     if len(wanted) % layout.tp:
         raise _invalid(f"{len(wanted)} devices make no whole replicas of tp={layout.tp}")
@@ -86,7 +91,9 @@ def _for_removal(layout: Layout, remove: tuple[int, ...]) -> Seating:
     replicas = _replicas(layout)
     unknown = sorted(set(remove) - set(replicas))
     if unknown:
-        raise NotFound(f"replica {unknown[0]} is not one of the {len(replicas)} replicas", code="unknown_replica")
+        names = ", ".join(f"r{replica}" for replica in replicas)
+        text = f"replica {unknown[0]} is not one of the {len(replicas)} replicas: {names}"
+        raise NotFound(text, code="unknown_replica")
     if len(set(remove)) != len(remove):
         raise _invalid(f"the {len(remove)} replicas to remove are only {len(set(remove))} different ones")
     _check_some_stay(len(replicas) - len(remove))

@@ -104,6 +104,6 @@ class Terminal:
 
     @property
     def screen(self) -> list[str]:
-        """The lines of the frame that was drawn last."""
-        frame = self.output.rpartition("\x1b[H")[2]
+        """The lines of the last frame that was drawn whole: another one has begun since."""
+        frame = self.output.split("\x1b[H")[-2]
         return [line.rstrip() for line in _COMMANDS.sub("", frame).replace("\r", "").split("\n")]

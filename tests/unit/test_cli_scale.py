@@ -276,7 +276,7 @@ def test_status_shows_the_operation_and_the_last_one() -> None:
     assert "Operation: op (scale up) prepare (1 of 2)" in shown[0]
     assert any("0.98 KiB of 0.98 KiB" in text for text in shown)
     assert shown[-1].startswith("Last operation: op (scale up) done after")
-    assert "1.95 KiB copied, 1 sequences moved" in shown[-1]
+    assert "1.95 KiB copied, 1 sequence moved" in shown[-1]
     assert rendered({"operations": []}) == ""
     assert "does not answer" in rendered({"error": "does not answer"})
     assert status._is_scaling({"operations": {"operations": [{"outcome": None}]}})

@@ -145,10 +145,20 @@ def test_a_target_that_is_reached_already_needs_no_leg() -> None:
         (Target(replicas=0), InvalidRequest, "last_replica", "at least 1 replica must stay"),
         (Target(remove=(0, 1)), InvalidRequest, "last_replica", "at least 1 replica must stay"),
         (Target(devices=()), InvalidRequest, "last_replica", "at least 1 replica must stay"),
-        (Target(replicas=11), InvalidRequest, "too_few_devices", "need 9 devices more than the 2 in use; 8 are free"),
+        (
+            Target(replicas=11),
+            InvalidRequest,
+            "too_few_devices",
+            "need 9 more than the 2 in use, and 8 are free: take 10",
+        ),
         (Target(remove=(0, 0)), InvalidRequest, "invalid_target", "the 2 replicas to remove are only 1"),
-        (Target(remove=(7,)), NotFound, "unknown_replica", "replica 7 is not one of the 2"),
-        (Target(devices=("host:0", "host:99")), NotFound, "unknown_device", "host:99 is not one of the 10 devices"),
+        (Target(remove=(7,)), NotFound, "unknown_replica", "replica 7 is not one of the 2 replicas: r0, r1"),
+        (
+            Target(devices=("host:0", "host:99")),
+            NotFound,
+            "unknown_device",
+            "host:99 is not one of the 10 devices: host:0, host:1",
+        ),
         (Target(devices=("host:0", "host:0")), InvalidRequest, "invalid_target", "only 1 different"),
     ],
 )
@@ -172,7 +182,8 @@ def test_replicas_of_several_devices_join_and_leave_whole() -> None:
             make_plan(layout, target, SIZES, memory, DEVICES)
         assert refusal.value.code == "invalid_target"
     with pytest.raises(
-        InvalidRequest, match="6 replicas of 2 devices need 8 devices more than the 4 in use; 6 are free"
+        InvalidRequest,
+        match="6 replicas of 2 devices need 8 more than the 4 in use, and 6 are free: take 5 replicas at most",
     ):
         make_plan(layout, Target(replicas=6), SIZES, memory, DEVICES)
 
