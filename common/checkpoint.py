@@ -18,6 +18,7 @@ from common.model_spec import ModelSpec, Source, TensorSpec
 from common.protocol.errors import CheckpointError
 from common.safetensors import DTYPE_BYTES, TensorFile
 from common.weights import Stored, Weights, named
+from common.wording import counted
 
 SOURCE_DTYPES: Final = ("F32", "F16", "BF16")  # that weights may be stored in
 # Written by old versions; transformers computes them.
@@ -149,7 +150,7 @@ class Checkpoint:
         config.json again."""
         remarks = [*_config_remarks(read_config(self._directory), self._spec), *self._weights.remarks]
         if names := self._unused:
-            remarks.append(f"{len(names)} tensors are stored that the model does not use: {named(names)}")
+            remarks.append(f"{counted(len(names), 'tensor')} of the files the model does not use: {named(names)}")
         return remarks
 
     @property
@@ -176,7 +177,7 @@ class Checkpoint:
 def _config_remarks(fields: dict[str, Any], spec: ModelSpec) -> list[str]:
     remarks = []
     if unread := unread_names(fields):
-        remarks.append(f"config.json has {len(unread)} keys that change nothing for this family: {named(unread)}")
+        remarks.append(f"config.json has {counted(len(unread), 'key')} without effect for this family: {named(unread)}")
     architectures = fields.get("architectures")
     if isinstance(architectures, list) and architectures and spec.architecture not in architectures:
         remarks.append(f"config.json is read by its model_type, not as {named([str(name) for name in architectures])}")

@@ -20,6 +20,7 @@ from common.protocol.limits import (
     SAFETENSORS_TENSORS_MAX,
 )
 from common.safetensors import StoredTensor, TensorFile
+from common.wording import counted
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -169,9 +170,13 @@ def _compare(index: dict[str, str], tensors: list[Stored]) -> tuple[str, ...]:
     elsewhere = sorted(name for name, file in index.items() if name in files and file not in files[name])
     found = (
         (absent, "that no file has"),
-        (elsewhere, "in another file than where they are"),
+        (elsewhere, "in another file than it names"),
     )
-    remarks = [f"{INDEX} lists {len(names)} tensors {what}: {named(names)}" for names, what in found if names]
+    remarks = [
+        f"{INDEX} lists {counted(len(names), 'tensor')} {what}: {named(names)}" for names, what in found if names
+    ]
     if unlisted:
-        remarks.append(f"{INDEX} does not list {len(unlisted)} tensors that its files have: {named(unlisted)}")
+        remarks.append(
+            f"{INDEX} does not list {counted(len(unlisted), 'tensor')} that its files have: {named(unlisted)}"
+        )
     return tuple(remarks)

@@ -220,10 +220,10 @@ def test_an_index_only_says_which_files_there_are(bases: dict[str, Tensors], tmp
     forms.change_index(directory, change)
     with Checkpoint(directory, load_spec(directory, "float32")) as checkpoint:
         remarks = " ".join(checkpoint.remarks())
-    assert "lists 1 tensors that no file has: 'model.layers.9.of_nothing'" in remarks
-    assert "lists 1 tensors in another file than where they are: 'model.norm.weight'" in remarks
-    assert f"does not list 1 tensors that its files have: '{EMBEDDING}'" in remarks
-    assert "1 tensors are stored that the model does not use: 'unused'" in remarks
+    assert "lists 1 tensor that no file has: 'model.layers.9.of_nothing'" in remarks
+    assert "lists 1 tensor in another file than it names: 'model.norm.weight'" in remarks
+    assert f"does not list 1 tensor that its files have: '{EMBEDDING}'" in remarks
+    assert "1 tensor of the files the model does not use: 'unused'" in remarks
     check_parity(directory, reference)
 
 

@@ -37,10 +37,10 @@ def test_what_is_not_used_and_what_limits_sequences_is_told(
     odd = {"sliding_window": 100, "logit_scale": 2, "architectures": ["MyMixtral"], "pad_token_id": 260}
     directory = forms.write(tmp_path / "m", "mixtral", forms.beside(lm_head__bias=(260,))(tensors), config=odd)
     assert checks.check_checkpoint(resolved, directory) == [
-        "config.json has 1 keys that change nothing for this family: 'logit_scale'",
+        "config.json has 1 key without effect for this family: 'logit_scale'",
         "config.json is read by its model_type, not as 'MyMixtral'",
         "config.json has the pad_token_id 260, beyond the vocabulary of 260",
-        "1 tensors are stored that the model does not use: 'lm_head.bias'",
+        "1 tensor of the files the model does not use: 'lm_head.bias'",
         "sequences end at the 100 tokens of the model's sliding window, not at 512",
     ]
 
