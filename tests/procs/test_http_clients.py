@@ -45,7 +45,7 @@ def target(request: pytest.FixtureRequest, bare_router: RouterProcess, bare_scal
     if request.param == "admin":
         fields = {"content-type": "application/json", "authorization": f"Bearer {TOKEN}"}
         body = json.dumps({"reason": "x" * 300, "replicas": 99_999})
-        yield Target(f"{bare_scaler.url}/v1/scale", fields, body, 400, "at `$.replicas`")
+        yield Target(f"{bare_scaler.url}/v1/scale", fields, body, 400, "it is 99999")
         return
     rank = FakeRank(bare_router.sockets).start()
     rank.answer = lambda submit: Reply(bytes(submit.prompt)[-6:], per_step=3)
