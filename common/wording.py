@@ -49,17 +49,18 @@ _CHARS_MAX = 40
 class Complaint(NamedTuple):
     """`path`: of the value that is wrong, such as `stop[1]`; empty for the whole. `needs`: what it has to be. `got`:
     the kind that it is, where the library tells; empty where it does not. `is_name`: not the value but one of the names
-    in it."""
+    in it. `is_field`: a field that it has or lacks, whatever it is."""
 
     path: str
     needs: str
     got: str = ""
     is_name: bool = False
+    is_field: bool = False
 
     def told(self, value: str = "") -> str:
         """The text; `value`: what it is, as `shown` gives it."""
         what = f"a name in {self.path}: " if self.is_name else f"{self.path}: " if self.path else ""
-        is_what = "" if self.is_name else value or self.got
+        is_what = "" if self.is_name or self.is_field else value or self.got
         return what + self.needs + (f"; it is {is_what}" if is_what else "")
 
 
@@ -76,8 +77,9 @@ def _read(what: str, name: str, kind: Any) -> Complaint:
         return Complaint(name, f"has to be one of {', '.join(_choices(kind, name)) or 'those allowed'}")
     if field := _FIELD.match(what):
         if field[1].startswith("missing"):
-            return Complaint(name, f"needs a field {field[2]!r}")
-        return Complaint(name, f"has no field {field[2][:_CHARS_MAX]!r}{nearest(field[2], _fields(kind, name))}")
+            return Complaint(name, f"needs a field {field[2]!r}", is_field=True)
+        meant = nearest(field[2], _fields(kind, name))
+        return Complaint(name, f"has no field {field[2][:_CHARS_MAX]!r}{meant}", is_field=True)
     expected = _EXPECTED.match(what)
     if expected is None:
         return Complaint(name, "is not valid")

@@ -35,7 +35,9 @@ def decode(decoder: msgspec.json.Decoder[T], raw: bytes) -> T:
 
 
 def _value(raw: bytes, path: str) -> str:
-    """The value at `path`, where it is short; empty where it is not looked at."""
+    """The value at `path`, where it is short; empty where it is not looked at, or one of several."""
+    if "..." in path:
+        return ""
     try:
         for key, index in (match.groups() for match in _STEP.finditer(path)):
             if index and len(raw) > _VALUE_BYTES_MAX:
