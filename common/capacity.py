@@ -34,8 +34,8 @@ class DeviceTooSmall(DoesNotFit):
         room = max(0, budget - weights_bytes - ledger_bytes)
         super().__init__(
             f"{device}: the KV of one sequence of {load.max_model_len} tokens needs {size(kv_bytes_min)}; of the "
-            f"budget of {size(budget)}, weights take {size(weights_bytes)} and the ledger {size(ledger_bytes)}, which leaves "
-            f"{size(room)}, and KV may take {size(load.kv_bytes_max)}: {_way_out(room < kv_bytes_min)}"
+            f"budget of {size(budget)}, weights take {size(weights_bytes)} and the ledger {size(ledger_bytes)}, which "
+            f"leaves {size(room)}, and KV may take {size(load.kv_bytes_max)}: {_way_out(room < kv_bytes_min)}"
         )
         self.weights_bytes = weights_bytes
         self.ledger_bytes = ledger_bytes
