@@ -20,6 +20,7 @@ from common.wording import counted
 HELP = "grow or shrink a running deployment while it serves"
 
 _POLL_S = 0.1
+_STILL_S = 2.0  # an operation that has waited for the same thing for so long says what that is
 _UNREACHABLE_S_MAX = 60.0  # a scaler that restarts resumes the operation
 
 
@@ -114,9 +115,14 @@ def follow(admin: Admin, operation: dict[str, Any], args: argparse.Namespace) ->
 def _watch(admin: Admin, operation: dict[str, Any], console: Console) -> dict[str, Any]:
     path = f"/v1/operations/{quote(operation['op_id'], safe='')}"
     lost_at: float | None = None
+    waits_for, since = ("", ""), time.monotonic()
     while not operation.get("outcome"):
         progress = (operation.get("progress") or {}) if operation["phase"] == "prepare" else {}
-        console.progress(phase_text(operation), int(progress.get("bytes_done", 0)), int(progress.get("bytes_total", 0)))
+        if waits_for != (operation["phase"], operation["reason"]):
+            waits_for, since = (operation["phase"], operation["reason"]), time.monotonic()
+        is_still = time.monotonic() - since >= _STILL_S
+        text = phase_text(operation) + (f": {operation['reason']}" if is_still else "")
+        console.progress(text, int(progress.get("bytes_done", 0)), int(progress.get("bytes_total", 0)))
         time.sleep(_POLL_S)
         try:
             operation, lost_at = admin.call("GET", path), None

@@ -80,7 +80,12 @@ if fence < own then
 end
 """
 _RENEW = f"{_GUARD} redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3]) return 1"
-_PUT_OPERATION = f"{_GUARD} redis.call('SET', KEYS[3], ARGV[3]) redis.call('SET', KEYS[4], ARGV[4]) return 1"
+# A record that takes another one's place needs no room of its own, so a server at its limit of memory takes it: it
+# refuses the first write of a script that could need more, and a DEL does not.
+_REPLACE = (
+    "if redis.call('EXISTS', KEYS[3]) == 1 then redis.call('DEL', KEYS[3]) end redis.call('SET', KEYS[3], ARGV[3])"
+)
+_PUT_OPERATION = f"{_GUARD} {_REPLACE} redis.call('SET', KEYS[4], ARGV[4]) return 1"
 _NO_OPERATION = f"{_GUARD} redis.call('DEL', KEYS[3]) redis.call('SET', KEYS[4], ARGV[3]) return 1"
 _END_OPERATION = f"""{_GUARD}
 redis.call('DEL', KEYS[3])
@@ -90,7 +95,7 @@ redis.call('LTRIM', KEYS[5], 0, tonumber(ARGV[5]) - 1)
 return 1
 """
 _PUT_LAYOUT = f"""{_GUARD}
-redis.call('SET', KEYS[3], ARGV[3])
+{_REPLACE}
 redis.call('SET', KEYS[4], ARGV[4])
 redis.call('XADD', KEYS[5], 'MAXLEN', ARGV[5], '*', 'epoch', ARGV[4])
 return 1

@@ -92,6 +92,7 @@ class Driver:
         """Take over what the journal of an earlier scaler says."""
         self.ended = ended
         if operation is None:
+            self._journal.adopt(None)
             return
         self.operation = msgspec.structs.replace(operation, clock=None)
         self._journal.adopt(self.operation)
@@ -99,8 +100,10 @@ class Driver:
         self._tell("operation_resumed", operation.why, op_id=operation.op_id, phase=operation.phase)
 
     def begin(self, operation: Operation, made: PlanMade | None = None) -> None:
-        """Take on an operation, with what its plan was made from. Only while none is in progress."""
+        """Take on an operation, with what its plan was made from. Only while none is in progress. Raises Unavailable
+        `storage_full` where its records would find no room."""
         assert self.operation is None
+        self._journal.reserve(operation)
         self.operation = operation
         if made is not None:
             self._journal.decision(made)
@@ -166,8 +169,14 @@ class Driver:
             starting=frozenset(self._links.starting),
             exits=dict(self._exits),
             refused=self._refused,
-            is_durable=operation is None or self._journal.is_durable(operation),
+            is_durable=self.is_durable,
+            no_room=self._journal.no_room(),
         )
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether the store holds the present state of the operation in progress."""
+        return self.operation is None or self._journal.is_durable(self.operation)
 
     def loads_of(self, pool: PoolStatus | None) -> dict[int, tuple[int, int]]:
         """(free, all) KV blocks by slot, of the ranks that told their load lately."""

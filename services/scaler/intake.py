@@ -42,7 +42,7 @@ class Intake:
         """Carry an order out, with what the HMM said last. Raises its refusal, or Later."""
         driver = self._driver
         if isinstance(order, Cancel):
-            operation = orders.cancelled(order.op_id, driver.operation, driver.ended)
+            operation = orders.cancelled(order.op_id, driver.operation, driver.ended, is_durable=driver.is_durable)
             if operation is not driver.operation:
                 driver.replace(operation)
                 self._tell("operation_cancel", "asked for by the operator", op_id=order.op_id)

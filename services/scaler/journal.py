@@ -21,6 +21,7 @@ from common.store import Event, Store, Writer
 from common.telemetry import get_logger
 from services.scaler.decisions import Decision, PlanMade
 from services.scaler.operation import Operation
+from services.scaler.reserve import Reserve, bytes_of
 
 log = get_logger("scaler")
 
@@ -30,6 +31,7 @@ PLANS_QUEUED_MAX = 8
 RETRY_S = 0.5
 VERIFY_S = 2.0  # a store that was emptied or rolled back gets the layout and the operation again after this time
 CLOSE_S_MAX = 3.0
+REOPEN_S = 3.0  # a store that found no room looks every second whether there is some
 
 Mark = tuple[str, tuple[object, ...]]
 
@@ -45,9 +47,14 @@ class Journal:
         note_epoch: Callable[[int], None],
         on_fenced: Callable[[], None],
         on_written: Callable[[], None],
+        reserve: Reserve | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`reserve`: room for an operation's records, where the store's disk is this host's."""
         self._store = store
         self._note_epoch = note_epoch
+        self._reserve = reserve
+        self._clock = clock
         self._writer = Writer(holder, 0)
         self._on_fenced = on_fenced
         self._on_written = on_written
@@ -64,6 +71,8 @@ class Journal:
         self._closing = False
         self._failing = False
         self._full = ""
+        self._reserved_for = ""  # this operation
+        self._given_up_at: float | None = None  # the reserve, for an operation that is still in progress
         self._last_layout: Layout | None = None
         self._last_operation: Operation | None = None
         self._verified_at = 0.0
@@ -76,6 +85,13 @@ class Journal:
         with self._lock:
             self._writer = Writer(self._writer.holder, fence)
             self._lock.notify()
+
+    def reserve(self, operation: Operation) -> None:
+        """Take room for all records of an operation that is about to begin. Raises Unavailable `storage_full`."""
+        with self._lock:
+            if self._reserve is not None:
+                self._reserve.take(bytes_of(operation))
+            self._reserved_for, self._given_up_at = operation.op_id, None
 
     def put(self, operation: Operation) -> None:
         """Write the state of the operation in progress. Does not block."""
@@ -129,11 +145,22 @@ class Journal:
             if self._full:
                 raise Unavailable(f"nothing can be journaled: {self._full}", code="storage_full")
 
-    def adopt(self, operation: Operation) -> None:
-        """The operation was read from the store just now: its state needs no writing."""
-        self._last_operation = operation
+    def no_room(self) -> str:
+        """Why the store takes no writes, where that is for want of room and will not pass by itself: what was reserved
+        has been given up, and the store did not find it."""
         with self._lock:
-            self._written = _mark(operation)
+            at = self._given_up_at
+            return "" if at is not None and self._clock() - at < REOPEN_S else self._full
+
+    def adopt(self, operation: Operation | None) -> None:
+        """The operation in progress was read from the store just now: its state needs no writing, and what an earlier
+        scaler has reserved for it stays so. None: there is none, and nothing stays reserved."""
+        self._last_operation = operation
+        if operation is None:
+            self._free_reserve("")
+            return
+        with self._lock:
+            self._written, self._reserved_for = _mark(operation), operation.op_id
 
     def close(self) -> None:
         """Write what is left as long as the store takes it, and end the thread."""
@@ -153,9 +180,7 @@ class Journal:
                     return
             try:
                 if self._has_work():
-                    self._write_next()
-                    with self._lock:
-                        self._full = ""
+                    self._write()
                 elif time.monotonic() - self._verified_at >= VERIFY_S:
                     self._verify()
             except Fenced:
@@ -163,11 +188,22 @@ class Journal:
                 return
             except ElasticMoEError as error:
                 log.warning("the store does not take the journal", because=error.message)
+                self._note_failure(error)
                 with self._lock:
-                    self._full = error.message if error.code == "storage_full" else ""
                     if self._closing:
                         return
                     self._failing = True
+
+    def _note_failure(self, error: ElasticMoEError) -> None:
+        """Where the store has no room, leave it what was reserved."""
+        is_full = error.code == "storage_full"
+        with self._lock:
+            self._full = error.message if is_full else ""
+            is_given_up = is_full and self._reserve is not None and self._reserve.give_up()
+            if is_given_up:
+                self._given_up_at = self._clock()
+        if is_given_up:
+            log.warning("the store gets the room that was reserved for the operation")
 
     def _verify(self) -> None:
         """Write again what the store has lost, or what somebody else has put in its place."""
@@ -182,10 +218,24 @@ class Journal:
             if self._stored:
                 log.warning("the store has lost the journal; it is written again")
             self._stored = self._store.put_operation(self._writer, operation)
+            if operation is None:
+                self._free_reserve("")
+
+    def _free_reserve(self, op_id: str) -> None:
+        """Nothing stays reserved for that operation; empty: for one of an earlier scaler that no journal knows."""
+        with self._lock:
+            if self._reserve is not None and self._reserved_for == op_id:
+                self._reserve.give_up()
+                self._reserved_for = ""
 
     def _has_work(self) -> bool:
         has_any = self._operation or self._ended or self._layout or self._events or self._plans or self._decisions
         return bool(has_any and self._writer.fence)
+
+    def _write(self) -> None:
+        self._write_next()
+        with self._lock:
+            self._full = ""
 
     def _write_next(self) -> None:
         """Write one thing, the most urgent one; it is forgotten only when it is written."""
@@ -203,6 +253,7 @@ class Journal:
             self._last_operation = None
             with self._lock:
                 self._ended.popleft()
+            self._free_reserve(ended.op_id)
         elif operation is not None:
             place = f"scaler.leg{operation.leg + 1}.{operation.phase}"
             failpoint(f"{place}.before")

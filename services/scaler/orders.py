@@ -176,12 +176,13 @@ def accept(
     return msgspec.structs.replace(operation, figures=figures)
 
 
-def cancelled(op_id: str, current: Operation | None, ended: Sequence[Operation]) -> Operation:
-    """The operation with its cancel noted. Raises NotFound, Conflict `committed` or `operation_ended`."""
+def cancelled(op_id: str, current: Operation | None, ended: Sequence[Operation], *, is_durable: bool) -> Operation:
+    """The operation with its cancel noted. `is_durable`: the store has its present state. Raises NotFound, Conflict
+    `committed` or `operation_ended`."""
     if current is not None and current.op_id == op_id:
         if current.is_cancelled:
             return current
-        if not can_cancel(current):
+        if not can_cancel(current, is_durable=is_durable):
             text = f"operation {op_id} is past the point of no return: leg {current.leg + 1}, phase {current.phase}"
             raise Conflict(text, code="committed")
         return cancel(current)

@@ -34,6 +34,7 @@ from services.scaler.lease import Lease
 from services.scaler.links import Links
 from services.scaler.meters import Meters
 from services.scaler.recall import Recall
+from services.scaler.reserve import Reserve
 from services.scaler.resume import Beginning
 from services.scaler.snapshot import Board, Snapshot
 from services.scaler.watchdog import Watchdog, pulses_of
@@ -66,12 +67,14 @@ class Scaler:
         self.desk = Desk(self._links.wake)
         self.feed = Feed()
         self._recall = Recall(config, self._spec, store)
+        self._reserve = Reserve(config.run_path / "store")
         self._journal = Journal(
             store.another("scaler-journal"),
             self._identity,
             self._recall.epochs.note,
             self._lease.lose,
             self._links.wake,
+            self._reserve,
         )
         self._driver = Driver(config, self._links, self._journal, self.meters, self._tell)
         room = (self._lease.check_room, self._journal.check_room)
@@ -121,6 +124,8 @@ class Scaler:
             raise self._lease.why_not
 
         self.desk.serve(refuse)
+        if self._lease.why_not.code == "storage_full":
+            self._reserve.give_up()  # what is reserved for an operation is of no use to it without a scaler
         return self._stopping
 
     def _begin(self, fence: int) -> Beginning | None:

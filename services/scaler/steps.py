@@ -19,6 +19,7 @@ TAKE_BACK_S = 10.0  # an abort waits this long for ranks to say that they leave 
 BACKOFF_S = 0.5
 BACKOFF_S_MAX = 10.0
 
+STORAGE_FULL = "storage_full"
 LAYOUT_CHANGED = "layout_changed"
 DEVICE_LOST = "device_lost"
 BEFORE_COMMIT = frozenset({"vacating", "copying", "staged", "failed"})
@@ -31,7 +32,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 
     `loads`: by slot, fresh ones of ranks that live. `starting`: slots whose rank was asked for and has not come.
     `exits`: why ranks of joining seats ended since this attempt began. `refused`: the HMM's answer to its staging.
-    `is_durable`: the journal holds the operation's present state.
+    `is_durable`: the journal holds the operation's present state. `no_room`: why the store takes no writes, where that
+    is for want of room.
     """
 
     hmm: HmmStatus | None
@@ -41,6 +43,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     exits: Mapping[int, str] = {}
     refused: Refused | None = None
     is_durable: bool = True
+    no_room: str = ""
 
     @property
     def ranks(self) -> dict[int, PoolRank]:

@@ -37,6 +37,7 @@ from services.scaler.steps import (
     LAYOUT_CHANGED,
     OVER,
     PAST_FLIP,
+    STORAGE_FULL,
     TAKE_BACK_S,
     Seen,
     Step,
@@ -91,11 +92,15 @@ def without_lost(operation: Operation, devices: Iterable[str]) -> Operation:
     return msgspec.structs.replace(operation, lost_meanwhile=tuple(sorted({*operation.lost_meanwhile, *devices})))
 
 
-def can_cancel(operation: Operation) -> bool:
-    """Whether a cancel still leads back to the old layout."""
+def can_cancel(operation: Operation, *, is_durable: bool) -> bool:
+    """Whether a cancel still leads back to the old layout: until the store has the record of the first commit, which is
+    not sent before."""
     if operation.request.is_lost or operation.lost_meanwhile:
         return False  # its ranks have been ended
-    return operation.phase in ("plan", "prepare", "abort") and operation.leg == 0 and operation.kind != "rebalance"
+    if operation.leg or operation.kind == "rebalance":
+        return False
+    is_commit_open = operation.phase == "commit" and operation.committed_s is None and not is_durable
+    return is_commit_open or operation.phase in ("plan", "prepare", "abort")
 
 
 # ---- before the flip -------------------------------------------------------------------------------------------------
@@ -148,6 +153,8 @@ def _failure(operation: Operation, seen: Seen, transition: TransitionStatus | No
         return Refused(DEVICE_LOST, f"given up before leg {operation.leg + 1}: {lost} was lost", True)
     if operation.is_cancelled:
         return Refused("cancelled", "cancelled by the operator")
+    if seen.no_room and not seen.is_durable:
+        return Refused(STORAGE_FULL, f"the operation's records find no room: {seen.no_room}", True)
     if operation.elapsed_s > operation.deadline_s:
         text = f"not committed within {operation.deadline_s:g} s; it waited for: {operation.why}"
         return Refused("deadline_exceeded", text, True)
@@ -175,7 +182,7 @@ def _stage(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
         attempt = operation.attempt + 1
         return enter(operation, "prepare", "the HMM has lost what was staged", attempt=attempt, ahead=None)
     if not seen.is_durable:
-        return stay(operation, "the store does not take the journal")
+        return stay(operation, _unwritten("journal", seen))
     # Where replicas join, or nobody computes until a lost device's experts are there, it is in a hurry.
     is_throttled = not leg.joining and not operation.request.is_lost
     return stay(operation, "the layout is staged", Stage(operation.stage_id, _fitted(leg, hmm), is_throttled))
@@ -228,10 +235,14 @@ def _make_ready(operation: Operation, seen: Seen, transition: TransitionStatus) 
     if operation.phase == "prepare":
         return enter(operation, "commit", "everything is prepared")
     if not seen.is_durable:
-        return stay(operation, "the store does not take the commit record", *actions)
+        return stay(operation, _unwritten("commit record", seen), *actions)
     if operation.committed_s is None:
         operation = msgspec.structs.replace(operation, committed_s=operation.elapsed_s)
     return stay(operation, "the layout is committed", *actions, Commit(operation.stage_id))
+
+
+def _unwritten(what: str, seen: Seen) -> str:
+    return f"the store does not take the {what}" + (f": {seen.no_room}" if seen.no_room else "")
 
 
 def _start_joiners(operation: Operation, seen: Seen) -> tuple[list[Action], list[Seat]]:

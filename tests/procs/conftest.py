@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from tests.procs.raw_http import Listener, admin_listener, router_listener
 from tests.procs.router_fakes import layout_of
 from tests.procs.router_harness import RouterProcess, write_model
 from tests.procs.scaler_harness import ScalerProcess
+from tests.procs.small_disk import mounted
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,3 +50,14 @@ def bare_scaler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScalerProc
 def listener(request: pytest.FixtureRequest, bare_router: RouterProcess, bare_scaler: ScalerProcess) -> Listener:
     """Either of both, for raw bytes."""
     return router_listener(bare_router) if request.param == "router" else admin_listener(bare_scaler)
+
+
+@pytest.fixture
+def small_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file system of 96 MiB for run directories."""
+    with mounted(96) as folder:
+        if folder is None:
+            pytest.skip("a file system for this test cannot be mounted here")
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        yield folder
+        monkeypatch.undo()

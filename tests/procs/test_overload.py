@@ -4,13 +4,10 @@ on (promises P10, P12, P16)."""
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import signal
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from tests.procs.clients import check_load_against_oracle, stream_completion
 from tests.procs.deployment import Deployment
 from tests.procs.gaps import TimedLoad
 from tests.procs.integrity import ask, check_integrity
+from tests.procs.small_disk import Full
 from tests.procs.waiting import processes_of, wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -149,34 +147,6 @@ async def test_clients_that_leave_at_any_stage_free_everything(deploy: Deploy) -
     assert report.count("finish") == 0
 
 
-@pytest.fixture
-def small_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A file system of 96 MiB for run directories."""
-    folder = Path(tempfile.mkdtemp(prefix="em-disk-"))
-    mount = ["mount", "-t", "tmpfs", "-o", "size=96m,mode=0700", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        folder.rmdir()
-        pytest.skip("a file system for this test cannot be mounted here")
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    yield folder
-    monkeypatch.undo()
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-    folder.rmdir()
-
-
-def fill(folder: Path) -> Path:
-    """Take all space that is left; the file to remove."""
-    path = folder / "filler"
-    with open(path, "wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError:
-                continue
-    return path
-
-
 async def test_a_full_disk_stops_scaling_and_nothing_else(
     model_folder: Callable[[str], Path], small_disk: Path, deploy: Deploy
 ) -> None:
@@ -184,7 +154,7 @@ async def test_a_full_disk_stops_scaling_and_nothing_else(
     deployment = deploy("oracle", replicas=2, devices=3, **(SETTINGS | {"max_sequences": 16}), history="false")
     async with TimedLoad(deployment.base_url, clients=8, seed=6) as load:
         await load.wait_streams(8)
-        filler = await asyncio.to_thread(fill, small_disk)
+        full = await asyncio.to_thread(Full(small_disk).__enter__)
 
         def refusal() -> str:
             try:
@@ -197,7 +167,7 @@ async def test_a_full_disk_stops_scaling_and_nothing_else(
         wanted = "503 storage_full"
         await asyncio.to_thread(wait_until, lambda: refusal() == wanted, "scaling is refused", 20.0)
         await load.wait_streams(24)
-        filler.unlink()
+        full.__exit__()
 
         def done() -> bool:
             try:

@@ -27,7 +27,7 @@ from services.scaler.operation import Operation, Request
 from services.scaler.plan import Target
 from tests.sim.heap import Actor, Crashed
 from tests.sim.hmm import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, SPEC
-from tests.sim.store import DiskFence
+from tests.sim.store import DiskFence, StoreReserve
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -100,14 +100,15 @@ class SimJournal(Journal):
         """Write or verify; seconds until the next round."""
         try:
             if self._has_work():
-                self._write_next()
+                self._write()
                 return 0.02
             if now - self.verified_at > VERIFY_S:
                 self.verified_at = now
                 self._verify()
         except Fenced:
             self._on_fenced()
-        except ElasticMoEError:
+        except ElasticMoEError as error:
+            self._note_failure(error)
             return RETRY_S
         return 0.1
 
@@ -119,6 +120,7 @@ class Scaler(Actor):
         super().__init__(world.sim, f"scaler:{number}")
         self.world = world
         self.epoch = 0
+        self.reserve = StoreReserve(world.store, self.name)
         self.lease = Lease(world.store, self.name, LEASE_MS, DiskFence(world.disk, "scaler"))  # type: ignore[arg-type]
         self.starting: dict[int, float] = {}
         self.peers = SimPeers(self)
@@ -142,13 +144,24 @@ class Scaler(Actor):
     def _acquire(self) -> None:
         got = self.lease.attempt()
         if isinstance(got, str):
+            if self.lease.why_not.code == "storage_full":
+                self.reserve.give_up()
             self.after(LEASE_MS / 10e3, self._acquire)
             return
         self.epoch = got
         self.sim.note(f"{self.name}: acts under epoch {got}")
-        self.journal = SimJournal(self.world.store, self.name, lambda _: None, self.lease.lose, lambda: None)  # type: ignore[arg-type]
+        wiring: Any = (
+            self.world.store,
+            self.name,
+            lambda _: None,
+            self.lease.lose,
+            lambda: None,
+            self.reserve,
+            lambda: self.sim.now,
+        )
+        self.journal = SimJournal(*wiring)
         self.driver = Driver(CONFIG, self, self.journal, Quiet(), self._tell, lambda: self.sim.now)  # type: ignore[arg-type]
-        self.intake = Intake(CONFIG, SPEC, self.driver, (), self._tell)
+        self.intake = Intake(CONFIG, SPEC, self.driver, (self.journal.check_room,), self._tell)
         try:
             self.driver.resume(self.world.store.get_operation(), self.world.store.ended_operations())
         except Unavailable:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
+from services.scaler.operation import Operation
 from services.scaler.plan import Target
 from tests.replay import DECISIONS, replay
 from tests.sim.heap import Faults, Violation
@@ -58,8 +60,14 @@ def _figures(world: World) -> dict[str, int]:
         "poisons": len(world.poisons.num_strikes),
         "strikes": sum(world.poisons.num_strikes.values()),
         "convicted": sum(reason == "request_failed" for _, reason in ends),
+        "stores_full": world.num_full,
+        "given_up_full": sum(_is_given_up_full(operation) for operation in world.store.data.get("ended", [])),
         "seconds": int(world.sim.now),
     }
+
+
+def _is_given_up_full(operation: Operation) -> bool:
+    return operation.error is not None and operation.error.message.startswith("the operation's records")
 
 
 def _play(world: World) -> None:
@@ -73,6 +81,7 @@ def _play(world: World) -> None:
     if not is_calm:
         _draw_network(world)
         _draw_faults(world, span_s)
+        _draw_full(world, span_s)
     is_plain = is_calm and rng.random() < 0.8
     _draw_orders(world, span_s, is_plain=is_plain)
     _draw_requests(world, span_s, is_plain=is_plain)
@@ -96,7 +105,7 @@ def heal(world: World) -> None:
     world.sim.note("healed")
     world.is_healed = True
     world.sim.faults.clear()
-    world.store.is_down = False
+    world.store.is_down = world.store.is_full = False
     world.crash_rate = world.hmm.failure_rate = 0.0
 
 
@@ -134,6 +143,15 @@ def _draw_faults(world: World, span_s: float) -> None:
         world.hmm.failure_rate = rng.choice((0.2, 0.5))
     for _ in range(rng.choice((0, 1, 2, 2, 3, 4))):
         _at(world, span_s, lambda: _fault(world))
+
+
+def _draw_full(world: World, span_s: float) -> None:
+    """The store without room for a while, by numbers of its own: a seed's other events stay what they are."""
+    rng = random.Random(f"full {world.sim.seed}")
+    if rng.random() < 0.3:
+        seconds, is_reserve_eaten = rng.uniform(1.0, 12.0), rng.random() < 0.5
+        at = world.sim.now + rng.random() * span_s
+        world.sim.push(at, None, 0, _store_full, (world, seconds, is_reserve_eaten))
 
 
 def _fault(world: World) -> None:
@@ -181,6 +199,19 @@ def _store_down(world: World, seconds: float) -> None:
         world.sim.note("store: down")
         world.store.is_down = True
         world.sim.push(world.sim.now + seconds, None, 0, _store_up, (world,))
+
+
+def _store_full(world: World, seconds: float, is_reserve_eaten: bool) -> None:
+    if not (world.store.is_full or world.is_healed):
+        world.sim.note(f"store: full, {'the reserve too' if is_reserve_eaten else 'but for the reserve'}")
+        world.store.is_full, world.store.is_reserve_eaten = True, is_reserve_eaten
+        world.num_full += 1
+        world.sim.push(world.sim.now + seconds, None, 0, _store_has_room, (world,))
+
+
+def _store_has_room(world: World) -> None:
+    world.sim.note("store: has room")
+    world.store.is_full = False
 
 
 def _store_lost(world: World, seconds: float) -> None:

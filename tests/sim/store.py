@@ -14,6 +14,7 @@ from common.layout import Layout
 from common.protocol.errors import Fenced, Unavailable
 from common.store import Writer
 from services.scaler.operation import Operation
+from services.scaler.reserve import Reserve
 from tests.sim.heap import Sim
 
 
@@ -23,6 +24,9 @@ class Store:
     def __init__(self, sim: Sim) -> None:
         self._sim = sim
         self.is_down = False
+        self.is_full = False
+        self.reserved_by = ""  # the scaler that took room for an operation's records
+        self.is_reserve_eaten = False  # by somebody else, as soon as it is given up
         self.data: dict[str, Any] = {}
         self.lease_until = 0.0
         self.decisions: list[bytes] = []
@@ -34,8 +38,13 @@ class Store:
         if self.is_down:
             raise Unavailable("the store does not answer", code="store_unavailable")
 
-    def _may_write(self, by: Writer) -> bool:
+    def _check_room(self) -> None:
         self._check()
+        if self.is_full:
+            raise Unavailable("the store has no room", code="storage_full")
+
+    def _may_write(self, by: Writer) -> bool:
+        self._check_room()
         fence, holder = self.data.get("fence", 0), self._holder()
         is_foreign = holder not in ("", by.holder)
         if fence > by.fence or (fence == by.fence and is_foreign):
@@ -60,7 +69,7 @@ class Store:
 
     def acquire_lease(self, holder: str, lease_ms: int, fence_min: int) -> int | str:
         """See common.store."""
-        self._check()
+        self._check_room()
         if self._holder() not in ("", holder):
             return self._holder()
         self.data["lease"], self.lease_until = holder, self._sim.now + lease_ms / 1e3
@@ -150,6 +159,28 @@ class Store:
         self._sim.note("store: emptied")
         self.data = {}
         self.num_losses += 1
+
+
+class StoreReserve(Reserve):
+    """The product's reserve, with a flag of the store for a file."""
+
+    def __init__(self, store: Store, holder: str) -> None:
+        super().__init__(Path())
+        self._store = store
+        self._holder = holder
+
+    def take(self, nbytes: int) -> None:
+        """See services.scaler.reserve."""
+        if self._store.is_full:
+            raise Unavailable("no room for an operation's records", code="storage_full")
+        self._store.reserved_by = self._holder
+
+    def give_up(self) -> bool:
+        """See services.scaler.reserve."""
+        was, self._store.reserved_by = self._store.reserved_by, ""
+        if was and not self._store.is_reserve_eaten:
+            self._store.is_full = False
+        return bool(was)
 
 
 class DiskFence(Fence):

@@ -43,7 +43,7 @@ class World:
         self.orders: deque[tuple[str, Target | str | None]] = deque()
         self.refused: dict[str, str] = {}
         self.deadline_s = 600.0
-        self.num_started = self.num_scalers = self.num_flips = 0
+        self.num_started = self.num_scalers = self.num_flips = self.num_full = 0
         self.is_healed = False
         self.crash_rate = 0.0  # of a member, at each step
         self._stepped_at = 0.0
@@ -228,6 +228,9 @@ class World:
                 return f"{operation.op_id} is in progress: {operation.phase}, {operation.why}"
         if self.store.data.get("operation") is not None:
             return "the journal has an operation"
+        # One that is fenced dies with what it took; the next operation takes the same.
+        if self.store.reserved_by in {scaler.name for scaler in acting}:
+            return "room is reserved for an operation that has ended"
         if transition is not None and not transition.is_over:
             return f"transition {transition.request.op_id} is {transition.phase}"
         if self.store.get_layout() != layout or self.router.dispatcher.layout != layout:

@@ -151,6 +151,21 @@ def test_waiting_shows_the_phases_and_the_figures(
     assert server.asked[1][:2] == ("GET", "/v1/operations/op")
 
 
+def test_what_an_operation_waits_for_is_told_once_it_takes_a_while(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = as_json(operation_view(accepted())) | {"phase": "commit", "reason": "the store does not take the journal"}
+    waits = [httpx.Response(200, json=view) for _ in range(4)]
+    aborted = view | {"outcome": "aborted", "phase": "aborted", "error": {"code": "storage_full", "message": "no room"}}
+    Server(monkeypatch, *waits, httpx.Response(200, json=aborted))
+    times = iter((0.0, 0.5, 0.5, 1.0, 2.6, 3.0))  # when it was first seen to wait for this, and at each look
+    monkeypatch.setattr(scale.time, "monotonic", lambda: next(times))
+    assert main(["scale", "--replicas", "3", "--wait"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "commit (1 of 2)…\ncommit (1 of 2): the store does not take the journal…\n"
+    assert captured.err == "elasticmoe: storage_full: operation op was undone: no room\n"
+
+
 def test_an_operation_that_was_undone_is_one_line_and_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

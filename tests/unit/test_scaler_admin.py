@@ -202,14 +202,18 @@ def test_an_op_id_names_one_operation() -> None:
 
 def test_cancelling_depends_on_the_phase() -> None:
     operation = operation_of(UP)
-    assert cancelled("op", operation, []).is_cancelled
+    assert cancelled("op", operation, [], is_durable=True).is_cancelled
+    commit = msgspec.structs.replace(operation, phase="commit")
+    assert cancelled("op", commit, [], is_durable=False).is_cancelled
+    with pytest.raises(Conflict, match="past the point of no return: leg 1, phase commit"):
+        cancelled("op", commit, [], is_durable=True)
     late = msgspec.structs.replace(operation, phase="release")
     for current, ended, code in ((late, [], "committed"), (None, [operation], "operation_ended")):
         with pytest.raises(Conflict) as refused:
-            cancelled("op", current, ended)
+            cancelled("op", current, ended, is_durable=True)
         assert refused.value.code == code
     with pytest.raises(NotFound):
-        cancelled("other", operation, [])
+        cancelled("other", operation, [], is_durable=True)
 
 
 async def test_a_loop_that_does_not_answer_is_waited_for_no_longer_than_stated(

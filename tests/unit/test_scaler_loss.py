@@ -42,7 +42,7 @@ def test_there_is_no_way_back_to_a_lost_device() -> None:
     operation = msgspec.structs.replace(operation_of(DOWN), request=Request(remove=(1,), is_lost=True), deadline_s=0.5)
     world.running[1] = 0
     operation = world.run_to(operation, "prepare")
-    assert not can_cancel(operation)
+    assert not can_cancel(operation, is_durable=False)
     while world.transition is None:
         operation = world.step(operation)
     world._phase("failed")
@@ -71,7 +71,7 @@ def test_where_a_device_is_lost_it_ends_with_the_next_whole_layout(
     done = world.run(operation)
     assert world.layout in whole
     assert victim not in world.ranks
-    assert (world.starts, done.lost, can_cancel(done)) == (starts, (), False)
+    assert (world.starts, done.lost, can_cancel(done, is_durable=False)) == (starts, (), False)
     assert world.transition is None or world.transition.phase in ("released", "aborted")
     is_last = world.layout == plan.after
     assert (done.phase, done.error.code if done.error else "") == (
@@ -116,6 +116,7 @@ class Driver:
     def __init__(self, ended: Operation) -> None:
         self.operation: Operation | None = None
         self.ended = [ended]
+        self.is_durable = True
 
     def begin(self, operation: Operation, made: object = None) -> None:
         self.operation = operation

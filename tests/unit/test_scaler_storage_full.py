@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 
 from common.fence import Fence
 from common.protocol.errors import Unavailable
 from common.store import Event, Writer, _guard
+from services.scaler import journal as journal_module
 from services.scaler.journal import Journal
 from services.scaler.lease import Lease
+from services.scaler.operation import Operation
+from services.scaler.reserve import Reserve, bytes_of
 from tests.procs.waiting import wait_until
+from tests.unit.transitions import UP, operation_of
 
 FULL = Unavailable("store takes no writes: it is out of memory or disk", code="storage_full")
 
@@ -27,6 +34,8 @@ class FakeStore:
         self.fence = 0
         self.holder = ""
         self.events: list[Event] = []
+        self.operation: Operation | None = None
+        self.num_ended = 0
 
     def acquire_lease(self, holder: str, lease_ms: int, fence_min: int) -> int | str:
         self._check()
@@ -40,6 +49,17 @@ class FakeStore:
 
     def release_lease(self, holder: str) -> None:
         self.holder = ""
+
+    def put_operation(self, by: Writer, operation: Operation | None) -> str:
+        self._check()
+        self.operation = operation
+        return ""
+
+    def end_operation(self, by: Writer, operation: Operation) -> str:
+        self._check()
+        self.operation = None
+        self.num_ended += 1
+        return ""
 
     def append_decision(self, by: Writer, decision: Any) -> None: ...
 
@@ -151,3 +171,112 @@ def test_refusals_of_a_full_store_are_told_apart(error: redis.RedisError, is_ful
     with pytest.raises(Unavailable) as caught:
         _guard(refuse)
     assert caught.value.code == ("storage_full" if is_full else "store_unavailable")
+
+
+# ---- room that is reserved -------------------------------------------------------------------------------------------
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Scene:
+    """A journal, its store, and the folder of the store's files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store: Any = FakeStore()
+        (folder / "appendonlydir").mkdir()
+        self.file = folder / "reserve"
+        self.clock = Clock()
+        self.journal = Journal(self.store, "a", lambda _: None, lambda: None, lambda: None, Reserve(folder), self.clock)
+        self.journal.act_under(1)
+
+    def put(self, operation: Operation) -> None:
+        self.journal.put(operation)
+        wait_until(lambda: self.journal.is_durable(operation), "the operation is written")
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.01)
+    scene = Scene(tmp_path)
+    yield scene
+    scene.store.error = None
+    scene.journal.close()
+
+
+def test_room_is_there_while_an_operation_runs_and_gone_when_its_end_is_written(scene: Scene) -> None:
+    operation = operation_of(UP)
+    scene.journal.reserve(operation)
+    blocks = scene.file.stat().st_blocks
+    assert blocks * 512 >= bytes_of(operation) == scene.file.stat().st_size
+    scene.put(operation)
+    assert scene.file.exists()
+    scene.journal.end(operation)
+    wait_until(lambda: not scene.file.exists(), "nothing is reserved")
+    assert scene.store.num_ended == 1
+
+
+def test_the_next_operations_room_outlives_the_end_of_the_one_before(scene: Scene) -> None:
+    first, second = operation_of(UP), msgspec.structs.replace(operation_of(UP), op_id="second")
+    scene.journal.reserve(first)
+    scene.put(first)
+    scene.store.error = FULL  # so that the end of the first is written after the second has begun
+    scene.journal.end(first)
+    wait_until(lambda: not scene.file.exists(), "it was given up")
+    scene.journal.reserve(second)
+    scene.store.error = None
+    scene.put(second)
+    assert scene.store.num_ended == 1
+    assert scene.file.exists()
+
+
+def test_a_store_without_room_gets_what_was_reserved_and_time_to_find_it(scene: Scene) -> None:
+    operation = operation_of(UP)
+    scene.journal.reserve(operation)
+    scene.put(operation)
+    scene.store.error = FULL
+    scene.journal.put(msgspec.structs.replace(operation, phase="commit"))
+    wait_until(lambda: not scene.file.exists(), "it was given up")
+    assert scene.journal.no_room() == ""
+    scene.clock.now += journal_module.REOPEN_S
+    assert scene.journal.no_room() == FULL.message  # somebody else took it
+    scene.store.error = None
+    wait_until(lambda: scene.journal.no_room() == "", "there is room again")
+
+
+def test_without_room_for_all_records_nothing_is_held(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(fd: int, start: int, nbytes: int) -> None:
+        os.ftruncate(fd, nbytes // 2)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    operation, before = operation_of(UP), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Unavailable, match=f"need {bytes_of(operation)} bytes .*: No space left") as refused:
+        scene.journal.reserve(operation)
+    assert refused.value.code == "storage_full"
+    assert (scene.file.exists(), len(os.listdir("/proc/self/fd"))) == (False, before)
+
+
+def test_what_an_earlier_scaler_reserved_stays_for_its_operation_only(scene: Scene) -> None:
+    scene.file.touch()
+    scene.journal.adopt(operation_of(UP))
+    assert scene.file.exists()
+    scene.journal.end(operation_of(UP))
+    wait_until(lambda: not scene.file.exists(), "nothing is reserved")
+    scene.file.touch()
+    scene.journal.adopt(None)
+    assert not scene.file.exists()
+
+
+def test_nothing_is_reserved_beside_a_store_whose_files_are_elsewhere(tmp_path: Path) -> None:
+    Reserve(tmp_path).take(1 << 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_records_bytes_grow_with_the_plan_and_its_legs() -> None:
+    one_leg = msgspec.structs.replace(operation_of(UP), num_legs=1)
+    assert 0 < bytes_of(operation_of(None)) < bytes_of(one_leg) < bytes_of(operation_of(UP))

@@ -76,7 +76,7 @@ def test_a_cancel_before_the_commit_leads_back(plan: Plan, phase: str) -> None:
     operation = world.run_to(operation_of(plan), phase)
     world.progress()
     operation = world.step(operation)
-    assert can_cancel(operation)
+    assert can_cancel(operation, is_durable=True)
     done = world.run(cancel(operation))
     assert (done.phase, outcome(done), world.layout) == ("aborted", "cancelled", plan.before)
     assert set(world.ranks) == set(plan.before.slots)
@@ -86,8 +86,55 @@ def test_a_cancel_before_the_commit_leads_back(plan: Plan, phase: str) -> None:
 @pytest.mark.parametrize("phase", ["commit", "migrate", "release"])
 def test_there_is_no_cancel_after_that(phase: str) -> None:
     operation = world_of(UP).run_to(operation_of(UP), phase)
-    assert not can_cancel(operation)
-    assert not can_cancel(msgspec.structs.replace(operation, leg=1, phase="prepare"))
+    assert not can_cancel(operation, is_durable=True)
+    assert can_cancel(operation, is_durable=False) == (phase == "commit")
+    sent = msgspec.structs.replace(operation, committed_s=1.0)  # and another record is not written yet
+    assert not can_cancel(sent, is_durable=False)
+    assert not can_cancel(msgspec.structs.replace(operation, leg=1, phase="prepare"), is_durable=False)
+
+
+@pytest.mark.parametrize("plan", [UP, DOWN])
+def test_a_cancel_of_a_commit_that_is_not_durable_leads_back(plan: Plan) -> None:
+    world = world_of(plan)
+    operation = world.run_to(operation_of(plan), "commit")
+    world.is_durable = False
+    for _ in range(5):
+        operation = world.step(operation)
+        world.progress()
+    assert (operation.phase, operation.why) == ("commit", "the store does not take the commit record")
+    done = world.run(cancel(operation))
+    assert (outcome(done), world.layout, "Commit" in world.log) == ("cancelled", plan.before, False)
+
+
+@pytest.mark.parametrize("plan", [UP, DOWN])
+@pytest.mark.parametrize("phase", ["prepare", "commit"])
+def test_records_that_find_no_room_undo_an_operation_at_once(plan: Plan, phase: str) -> None:
+    world = world_of(plan)
+    operation = world.run_to(operation_of(plan), phase)
+    world.no_room = "it is out of disk"
+    if phase == "prepare":
+        assert world.step(operation).phase == phase  # what is written needs no room
+    world.is_durable = False
+    assert advance(operation, world.seen(), world.now).operation.phase == "abort"
+    done = world.run(operation)
+    assert done.error is not None
+    assert (done.error.code, done.error.retryable, outcome(done)) == ("storage_full", True, "aborted")
+    assert "it is out of disk" in done.error.message
+    assert (world.layout, set(world.ranks)) == (plan.before, set(plan.before.slots))
+    assert "Commit" not in world.log
+
+
+def test_a_later_leg_waits_for_room_and_says_so() -> None:
+    world = world_of(UP)
+    operation = world.run_to(operation_of(UP, deadline_s=5.0), "commit", leg=1)
+    world.is_durable, world.no_room = False, "it is out of disk"
+    for _ in range(50):
+        operation = world.step(operation)
+        world.progress()
+    assert (operation.phase, operation.leg) == ("commit", 1)
+    assert operation.why == "the store does not take the commit record: it is out of disk"
+    world.is_durable, world.no_room = True, ""
+    assert world.run(operation).phase == "done"
 
 
 def test_a_deadline_before_the_commit_aborts() -> None:
@@ -286,7 +333,7 @@ def test_ranks_that_still_leave_are_taken_back() -> None:
 
 # ---- random worlds ---------------------------------------------------------------------------------------------------
 
-FAULTS = ("hmm", "pool", "store", "fail", "exit", "restart", "cancel", "die", "forget", "standby")
+FAULTS = ("hmm", "pool", "store", "full", "fail", "exit", "restart", "cancel", "die", "forget", "standby")
 
 
 @settings(max_examples=300, deadline=None)
@@ -302,7 +349,7 @@ def test_whatever_fails_it_ends_in_the_old_layout_or_the_new_one(
     operation = operation_of(plan, deadline_s=deadline_s)
     for turn in range(41):
         world.hmm_answers = world.pool_answers = world.is_durable = True
-        world.standby, world.exits = 2, {}
+        world.standby, world.exits, world.no_room = 2, {}, ""
         for at, fault in faults:
             if at == turn:
                 operation = inject(world, operation, fault)
@@ -310,7 +357,7 @@ def test_whatever_fails_it_ends_in_the_old_layout_or_the_new_one(
         world.progress()
         heal(world)
     world.hmm_answers = world.pool_answers = world.is_durable = True
-    world.standby, world.exits = 2, {}
+    world.standby, world.exits, world.no_room = 2, {}, ""
     for _ in range(200):
         if operation.is_finished:
             break
@@ -330,6 +377,8 @@ def inject(world: World, operation: Operation, fault: str) -> Operation:
         world.pool_answers = False
     elif fault == "store":
         world.is_durable = False
+    elif fault == "full":
+        world.is_durable, world.no_room = False, "it is out of disk"
     elif fault == "standby":
         world.standby = 0
     elif fault == "fail" and status and status.phase in ("copying", "staged"):
@@ -345,7 +394,7 @@ def inject(world: World, operation: Operation, fault: str) -> Operation:
     elif fault == "restart":
         raw = msgspec.msgpack.encode(operation)
         return msgspec.structs.replace(msgspec.msgpack.decode(raw, type=Operation), clock=None)
-    elif fault == "cancel" and can_cancel(operation) and not operation.is_finished:
+    elif fault == "cancel" and can_cancel(operation, is_durable=world.is_durable) and not operation.is_finished:
         return cancel(operation)
     return operation
 

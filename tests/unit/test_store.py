@@ -18,7 +18,7 @@ import common.store
 import tests.sim.store
 from cli.embedded_store import is_answering, server_binary
 from common.config import HmmConfig
-from common.layout import Seat, initial_layout
+from common.layout import Layout, Seat, initial_layout
 from common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
 from common.store import OPERATIONS_MAX, AsyncStore, Event, Store, Writer, store_of
 
@@ -388,3 +388,24 @@ def test_bad_url_and_missing_password_stop_the_start(tmp_path: Path) -> None:
         Store("http://x", "test")
     with pytest.raises(ConfigError, match=r"store\.password cannot be read"):
         store_of(HmmConfig(run_dir=str(tmp_path)), "")
+
+
+def test_a_server_at_its_limit_of_memory_takes_what_replaces_a_record(store: Store, server: Server) -> None:
+    """So an operation that has begun can end, and routers see its layout; nothing new begins."""
+    store.acquire_lease("a", 10_000, 0)
+    store.put_layout(A, LAYOUT)
+    store.put_operation(A, LAYOUT)
+    client = redis.Redis.from_url(server.url)
+    client.config_set("maxmemory", 1)
+    layouts = msgspec.msgpack.Decoder(Layout)
+    later = msgspec.structs.replace(LAYOUT, epoch=2)
+    mark = store.put_operation(A, later)
+    assert (store.get_operation(layouts), store.journal_mark()) == (later, mark)
+    store.put_layout(A, later)
+    assert (store.get_layout(), store.get_epoch()) == (later, 2)
+    store.end_operation(A, later)
+    assert (store.get_operation(layouts), store.ended_operations(layouts)) == (None, [later])
+    with pytest.raises(Unavailable) as refused:
+        store.put_operation(A, later)
+    assert refused.value.code == "storage_full"
+    client.close()

@@ -91,6 +91,7 @@ class World:
         self.starts = 0
         self.standby = 2
         self.is_durable = True
+        self.no_room = ""
         self.hmm_answers = True
         self.pool_answers = True
         self.refused: Refused | None = None
@@ -149,6 +150,7 @@ class World:
             exits=self.exits,
             refused=self.refused,
             is_durable=self.is_durable,
+            no_room=self.no_room,
         )
 
     # ---- commands
