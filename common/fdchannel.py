@@ -8,6 +8,7 @@ Blocking calls have a deadline.
 from __future__ import annotations
 
 import array
+import errno
 import os
 import resource
 import socket
@@ -24,6 +25,8 @@ from common.transport import PathLock
 T = TypeVar("T")
 
 FDS_MAX = 253  # SCM_MAX_FD of Linux
+DESCRIPTORS_CUT = "descriptors_cut"
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Channel(Generic[T]):
@@ -33,6 +36,7 @@ class Channel(Generic[T]):
         self._sock = sock
         self._identity = identity
         self._codec = codec
+        self._is_cut = False  # descriptors of the message that is being received
 
     @classmethod
     def of(cls, fd: int, identity: str, codec: Codec[T]) -> Self:
@@ -66,15 +70,23 @@ class Channel(Generic[T]):
     def receive(self, *, deadline_ms: int = 5_000) -> tuple[Received[T], list[int]]:
         """Take one message and its descriptors (now the caller's, close-on-exec).
 
-        Raises Unavailable at the peer's end, DeadlineExceeded, ProtocolError (no descriptor stays open then).
+        Raises Unavailable at the peer's end, DeadlineExceeded, ProtocolError (no descriptor stays open then). One with
+        the code DESCRIPTORS_CUT is no fault of the peer: this process had no room for the descriptors. The message is
+        lost, and the next one can be taken.
         """
         fds: list[int] = []
+        self._is_cut = False
         try:
             head = self._read(4, time.monotonic() + deadline_ms / 1e3, fds)
             (length,) = struct.unpack("<I", head)
             if length > MESSAGE_BYTES_MAX:
                 raise ProtocolError(f"message of {length} bytes exceeds the limit of {MESSAGE_BYTES_MAX}")
-            return self._codec.decode(self._read(length, time.monotonic() + deadline_ms / 1e3, fds)), fds
+            raw = self._read(length, time.monotonic() + deadline_ms / 1e3, fds)
+            if self._is_cut:
+                limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                text = f"descriptors were cut off beside {len(fds)}: this process may have {limit} open files at most"
+                raise ProtocolError(text, code=DESCRIPTORS_CUT)
+            return self._codec.decode(raw), fds
         except BaseException:
             for fd in fds:
                 os.close(fd)
@@ -97,10 +109,7 @@ class Channel(Generic[T]):
                     received = array.array("i")
                     received.frombytes(payload[: len(payload) - len(payload) % 4])
                     fds.extend(received)
-            if flags & socket.MSG_CTRUNC:
-                limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-                text = f"descriptors were cut off beside {len(fds)}: this process may have {limit} open files at most"
-                raise ProtocolError(text)
+            self._is_cut |= bool(flags & socket.MSG_CTRUNC)
             if not part:
                 raise Unavailable("peer closed the connection")
             data += part
@@ -112,7 +121,11 @@ class Channel(Generic[T]):
 
 
 class Listener:
-    """A bound Unix stream socket that accepts processes of this user only."""
+    """A bound Unix stream socket that accepts processes of this user only.
+
+    It keeps a descriptor to spare. Where this process has no other left, that lets it take a connection and close it:
+    one that stayed in the queue would wake the loop for ever, and its peer would wait.
+    """
 
     def __init__(self, path: Path, *, is_open: bool = True) -> None:
         """Raises Conflict when another process has bound `path`. Unless `is_open`, whoever connects is refused at once
@@ -123,6 +136,7 @@ class Listener:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self._sock.bind(os.fspath(path))
         os.chmod(path, 0o600)
+        self._spare = _spare()
         if is_open:
             self.open()
 
@@ -135,26 +149,54 @@ class Listener:
         return self._sock.fileno()
 
     def accept(self, identity: str, codec: Codec[T]) -> Channel[T] | None:
-        """Take one connection without waiting; None when there is none. Raises Unauthorized for another user's."""
+        """Take one connection without waiting; None when there is none. Raises Unauthorized for another user's,
+        Unavailable where one was closed because this process has no descriptor left."""
         try:
             connection, _ = self._sock.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None
+        except OSError as error:
+            if error.errno not in _SHORTAGES:
+                raise
+            if not self._turn_away():
+                return None
+            raise Unavailable(f"a connection was closed: {error.strerror}", code="no_descriptors") from None
+        if self._spare < 0:
+            self._spare = _spare()
         _, uid = _peer(connection)
         if uid != os.geteuid():
             connection.close()
             raise Unauthorized(f"peer uid {uid} is not {os.geteuid()}", code="wrong_uid")
         return Channel(connection, identity, codec)
 
+    def _turn_away(self) -> bool:
+        """Close a connection that there is no descriptor for. False where even that cannot be done now."""
+        self._drop_spare()
+        try:
+            connection, _ = self._sock.accept()
+            connection.close()
+        except OSError:
+            return False
+        finally:
+            self._spare = _spare()
+        return True
+
+    def _drop_spare(self) -> None:
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+
     def drop(self) -> None:
         """Close in a forked process, without a word to who goes on listening. Idempotent."""
         self._sock.close()
+        self._drop_spare()
         self._lock.release()
 
     def close(self) -> None:
         """Close and remove the path. Idempotent."""
         if self._sock.fileno() >= 0:
             self._sock.close()
+            self._drop_spare()
             self._path.unlink(missing_ok=True)
             Path(f"{self._path}.lock").unlink(missing_ok=True)
             self._lock.release()
@@ -174,6 +216,14 @@ def connect(path: Path, identity: str, codec: Codec[T], *, deadline_ms: int = 5_
         sock.close()
         raise Unauthorized(f"peer uid {uid} is not {os.geteuid()}", code="wrong_uid")
     return Channel(sock, identity, codec)
+
+
+def _spare() -> int:
+    """A descriptor of nothing; -1 where there is none left."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def _peer(sock: socket.socket) -> tuple[int, int]:

@@ -34,6 +34,7 @@ class Forks:
         self._lost: list[int] = []  # pidfds of those before it
         self._starters: list[subprocess.Popen[bytes]] = []  # they end at once, when they have forked
         self._started_at: float | None = None
+        self._lifeline: socket.socket | None = None  # to one that was started: at its end it listens, or has ended
         self.connected_at = 0.0
 
     def fileno(self) -> int:
@@ -42,15 +43,20 @@ class Forks:
 
     def connect(self) -> bool:
         """Whether the template can be asked, be it one that an earlier pool has left; else one has been started and
-        will be there soon. Raises OSError, Unavailable where it did not come up in COME_UP_S_MAX."""
+        will be there soon. Raises OSError, Unavailable where that one has ended, or did not come up in COME_UP_S_MAX:
+        the next call starts another."""
         if self._channel is not None:
             return True
         self.reap()
+        is_decided = self._is_decided()
         try:
             channel: Channel[FromStandby] = fdchannel.connect(
                 self._path, self._identity, TO_POOL, deadline_ms=_CONNECT_MS
             )
         except ElasticMoEError:
+            if is_decided:
+                self._give_up_start()
+                raise Unavailable("the template ended before it listened") from None
             self._start()
             return False
         try:
@@ -58,23 +64,46 @@ class Forks:
         except BaseException:
             channel.close()
             raise
-        self._channel, self._started_at, self.connected_at = channel, None, time.monotonic()
+        self._give_up_start()
+        self._channel, self.connected_at = channel, time.monotonic()
         return True
 
     def _start(self) -> None:
         now = time.monotonic()
         if self._started_at is None:
-            self._run(str(self._path))
+            self._lifeline, theirs = socket.socketpair()
+            try:
+                self._run(str(self._path), stdin=theirs.fileno())
+            except BaseException:
+                self._give_up_start()
+                raise
+            finally:
+                theirs.close()
             self._started_at = now
         elif now - self._started_at > COME_UP_S_MAX:
-            self._started_at = None
+            self._give_up_start()
             raise Unavailable(f"the template did not listen within {COME_UP_S_MAX:g} s")
 
-    def _run(self, *arguments: str, pass_fds: tuple[int, ...] = ()) -> None:
+    def _is_decided(self) -> bool:
+        """Whether one that was started listens by now, or has ended."""
+        if self._lifeline is None:
+            return False
+        try:
+            return not self._lifeline.recv(1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+
+    def _give_up_start(self) -> None:
+        self._started_at = None
+        if self._lifeline is not None:
+            self._lifeline.close()
+            self._lifeline = None
+
+    def _run(self, *arguments: str, stdin: int = subprocess.DEVNULL, pass_fds: tuple[int, ...] = ()) -> None:
         # As this interpreter was started: with the working directory among the modules' places, or without it.
         command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "services.worker.template"]
         self._starters.append(
-            subprocess.Popen([*command, *arguments, str(self._guardian)], stdin=subprocess.DEVNULL, pass_fds=pass_fds)
+            subprocess.Popen([*command, *arguments, str(self._guardian)], stdin=stdin, pass_fds=pass_fds)
         )
 
     def fork(self) -> Channel[FromStandby]:
@@ -136,6 +165,7 @@ class Forks:
 
     def close(self) -> None:
         """Leave the template to the next pool. Idempotent."""
+        self._give_up_start()
         if self._channel is not None:
             self._channel.close()
             self._channel = None

@@ -8,6 +8,9 @@ makes it a child of its *guardian*, the launcher, and kills it when that one end
 PATH, a Unix socket, and has standbys at once; importing would take seconds, and processor time that ranks compute with.
 Where there is no launcher, the pool is the guardian.
 
+Its standard input is a socket of whoever started it, and closed once it listens: so its end tells that it does, or that
+it never will.
+
 `python -m services.worker.template --once FD GUARDIAN_PID` becomes a single standby, which talks over FD.
 """
 
@@ -23,7 +26,7 @@ import time
 from pathlib import Path
 
 from common.config import PoolConfig, load
-from common.fdchannel import Channel, Listener
+from common.fdchannel import DESCRIPTORS_CUT, Channel, Listener
 from common.protocol import pool as pool_messages
 from common.protocol.errors import Conflict, ElasticMoEError, ProtocolError
 from common.protocol.pool import ToPool
@@ -34,6 +37,7 @@ from common.ties import end_with_parent
 _IDENTITY = "template:0"
 _ADOPTED_TURN_S = 0.0005
 _RECEIVE_MS = 200  # for the rest of a message that has begun to come
+_NOTHING = -1
 _POOLS_MAX = 64  # one is there, as a rule
 
 
@@ -51,12 +55,20 @@ def main() -> int:
         listener = Listener(Path(place))  # what a pool asks for meanwhile waits
     except Conflict:  # another one is there
         return 0
+    _close_lifeline()
     import services.worker.rank  # noqa: F401 - imported for the processes that are forked from here
 
     gc.collect()
     gc.freeze()
     fd = _serve(listener)
     return _be_standby(config, fd, guardian)
+
+
+def _close_lifeline() -> None:
+    """The standard input's other end tells whoever started this process that it listens now."""
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(null, sys.stdin.fileno(), inheritable=True)
+    os.close(null)
 
 
 def _serve(listener: Listener) -> int:
@@ -71,6 +83,7 @@ def _serve(listener: Listener) -> int:
             if sent is None:
                 poller.unregister(fd)
                 channels.pop(fd).close()
+            if sent is None or sent == _NOTHING:
                 continue
             if _fork_orphan():
                 for channel in channels.values():
@@ -89,14 +102,15 @@ def _serve(listener: Listener) -> int:
 def _accept(listener: Listener) -> Channel[Fork] | None:
     try:
         return listener.accept(_IDENTITY, TO_TEMPLATE)
-    except ElasticMoEError as error:  # another user's
+    except ElasticMoEError as error:  # another user's, or one that no descriptor was left for
         print(f"template: {error.message}", file=sys.stderr, flush=True)
         return None
 
 
 def _receive(channel: Channel[Fork]) -> int | None:
-    """The socket that comes with an order. None at the other side's end, or where that breaks the protocol: it is told
-    so, and the connection is over."""
+    """The socket that comes with an order. _NOTHING where this process had no descriptor left for it: the socket's end
+    tells the pool, as where no process can be forked. None at the other side's end, or where that breaks the protocol:
+    it is told so, and the connection is over."""
     fds: list[int] = []
     try:
         _, fds = channel.receive(deadline_ms=_RECEIVE_MS)
@@ -104,6 +118,9 @@ def _receive(channel: Channel[Fork]) -> int | None:
             return fds[0]
         raise ProtocolError(f"an order comes with one socket; this one with {len(fds)} descriptors")
     except ProtocolError as error:
+        if error.code == DESCRIPTORS_CUT:
+            print(f"no standby can be forked: {error.message}", file=sys.stderr, flush=True)
+            return _NOTHING
         for fd in fds:
             os.close(fd)
         try:

@@ -24,6 +24,7 @@ from common.protocol.pool import GetPool, StartRank, StopRank
 from common.protocol.scaler import PoolStatus, RankExited, RankStarted, ToScaler
 from common.transport import Client, new_identity
 from services.worker.seats import RECORD_BYTES, path_of
+from tests.procs.descriptors import SHAPES, leave, left_with, numbers_of, with_numbers
 from tests.procs.failpoints import Failpoints
 from tests.procs.waiting import processes_of, wait_until
 
@@ -36,7 +37,9 @@ CALL_MS = 20_000
 class Pool:
     """A pool in a run directory of its own, without a launcher and an HMM: its ranks cannot attach."""
 
-    def __init__(self, standbys: int = 2) -> None:
+    def __init__(self, standbys: int = 2, inherited: tuple[int, ...] = ()) -> None:
+        """`inherited`: numbers of descriptors that it is started with."""
+        self.inherited = inherited
         self.run_dir = Path(tempfile.mkdtemp(prefix="em-"))
         self.points = Failpoints(self.run_dir / "points")
         self.standbys = standbys
@@ -47,7 +50,7 @@ class Pool:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ELASTICMOE_")}
         with open(self.run_dir / "log", "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.worker"],
+                with_numbers(self.inherited, [sys.executable, "-m", "services.worker"]),
                 cwd=ROOT,
                 env=environment
                 | environment_of(
@@ -60,6 +63,32 @@ class Pool:
 
     def wait_standbys(self) -> None:
         wait_until(lambda: self.is_there() and self.status().standby == self.standbys, "standbys", 60.0)
+
+    def template_and_standbys(self) -> tuple[int | None, list[int]]:
+        """Process ids: of who was started, and of whom it forked. Those that were forked are younger."""
+        commands = processes_of(self.run_dir)
+        pids = sorted(pid for pid, command in commands.items() if "services.worker.template" in command)
+        listening = [pid for pid in pids if self._listens(pid)]
+        return (listening[0] if listening else None), [pid for pid in pids if pid not in listening]
+
+    def _listens(self, pid: int) -> bool:
+        """Whether the process has the lock of the template's socket."""
+        try:
+            links = {os.readlink(f"/proc/{pid}/fd/{number}") for number in numbers_of(pid)}
+        except OSError:
+            return False
+        return str(self.run_dir / "sockets/pool-template.sock.lock") in links
+
+    def log(self) -> str:
+        return (self.run_dir / "log").read_text()
+
+    def num_failures(self) -> int:
+        return self.log().count("no standby could be started")
+
+    def wait_failures(self, count: int) -> None:
+        """So many more than there are now."""
+        wanted = self.num_failures() + count
+        wait_until(lambda: self.num_failures() >= wanted, f"it has failed {count} times", 30.0)
 
     def is_there(self) -> bool:
         return (self.run_dir / "sockets/pool.sock").exists()
@@ -159,19 +188,72 @@ def test_an_unknown_rank_and_one_beyond_tp_are_refused(pool: Pool) -> None:
     assert caught.value.code == "tp_unsupported"
 
 
-def test_a_pool_that_can_start_no_process_lives_on_and_tries_again(pool: Pool) -> None:
-    pid = pool.process.pid
-    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    standbys = [child for child, command in processes_of(pool.run_dir).items() if "services.worker.template" in command]
-    # Two fewer than it has: those of the standby that it is about to lose.
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")) - 2, before[1]))
-    os.kill(max(standbys), signal.SIGKILL)
-    log = pool.run_dir / "log"
-    wait_until(lambda: log.read_text().count("no standby could be started") >= 2, "it has tried twice", 30.0)
-    wait_until(lambda: pool.status().standby == 1, "it answers, and has the other one", 10.0)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+@pytest.mark.parametrize("inherited", SHAPES.values(), ids=SHAPES)
+def test_a_pool_that_can_start_no_process_lives_on_and_tries_again(inherited: tuple[int, ...]) -> None:
+    """Also where the start of one gets some of what it needs: neither the template nor the other standby notices."""
+    pool = Pool(inherited=inherited)
+    try:
+        template, (lost, other) = pool.template_and_standbys()
+        with left_with(pool.process.pid, 0):
+            leave_nothing(pool)
+            os.kill(lost, signal.SIGKILL)
+            pool.wait_failures(1)
+            leave(pool.process.pid, 1)  # it has let go of the one that it lost
+            pool.wait_failures(1)
+            assert pool.template_and_standbys() == (template, [other])
+            wait_until(lambda: pool.status().standby == 1, "it answers, and has the other one", 10.0)
+        wait_until(lambda: pool.status().standby == 2, "another standby", 30.0)
+        now = pool.template_and_standbys()
+        assert (now[0], other in now[1], pool.process.poll()) == (template, True, None)
+    finally:
+        pool.close()
+
+
+def leave_nothing(pool: Pool) -> None:
+    """Not even the descriptors of a process that it loses: the limit is below them, and above what poll(2) looks at."""
+    limit = 9
+    assert numbers_of(pool.process.pid) >= set(range(limit)), "there are free ones"
+    resource.prlimit(pool.process.pid, resource.RLIMIT_NOFILE, (limit, limit_of(pool)[1]))
+
+
+def limit_of(pool: Pool) -> tuple[int, int]:
+    return resource.prlimit(pool.process.pid, resource.RLIMIT_NOFILE)
+
+
+def test_a_template_without_descriptors_lives_on(pool: Pool) -> None:
+    """What an order comes with finds no room there: that order fails, and nothing else."""
+    template, (lost, other) = pool.template_and_standbys()
+    assert template is not None
+    with left_with(template, 0):
+        os.kill(lost, signal.SIGKILL)
+        pool.wait_failures(2)
+        assert pool.template_and_standbys() == (template, [other])
+        assert "the template died" not in pool.log()
     wait_until(lambda: pool.status().standby == 2, "another standby", 30.0)
-    assert pool.process.poll() is None
+    assert pool.template_and_standbys()[0] == template
+
+
+@pytest.mark.parametrize("free", [1, 3, 5])
+def test_a_dead_template_is_replaced_however_far_its_start_comes(pool: Pool, free: int) -> None:
+    """With too few descriptors to start one, for the first attempts; those that are there stay."""
+    template, standbys = pool.template_and_standbys()
+    assert template is not None
+    with left_with(pool.process.pid, 0):
+        leave_nothing(pool)
+        os.kill(template, signal.SIGKILL)
+        wait_until(lambda: "the template died" in pool.log(), "its death is noticed")
+        leave(pool.process.pid, free)
+        os.kill(standbys[0], signal.SIGKILL)
+        # Four are enough to start one here, which has as few itself; it may live, or end while it imports.
+        wait_until(lambda: pool.num_failures() or pool.template_and_standbys()[0], "an attempt", 30.0)
+        assert pool.process.poll() is None
+        assert standbys[1] in pool.template_and_standbys()[1]
+        if (again := pool.template_and_standbys()[0]) is not None:
+            os.kill(again, signal.SIGKILL)  # of the few descriptors; the next one has as many as there are
+    wait_until(lambda: pool.status().standby == 2, "another standby", 60.0)
+    now = pool.template_and_standbys()
+    assert now[0] not in (None, template)
+    assert standbys[1] in now[1]
 
 
 def test_a_dead_standby_is_replaced(pool: Pool) -> None:

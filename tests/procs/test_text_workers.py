@@ -21,7 +21,9 @@ from services.router.text.jobs import Conversation
 from services.router.text.pool import MIB, Limits, TextWorkers
 from services.router.text.texts import INLINE_CHARS_MAX, Texts
 from services.router.text.worker import GROWTH_BYTES_MAX
+from tests.procs.descriptors import left_with
 from tests.procs.router_harness import write_model
+from tests.procs.waiting import wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow]
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -93,6 +95,28 @@ async def test_what_workers_do_is_what_the_codec_does(directory: Path) -> None:
         with pytest.raises(InvalidRequest, match="reserved") as caught:
             await workers.run(jobs.Chat(Conversation(messages=[], required=("reserved",)), CONTEXT), "")
         assert (caught.value.code, caught.value.param) == ("unsupported", "reserved")
+
+
+@pytest.mark.parametrize("free", [0, 1])
+async def test_a_worker_that_cannot_be_started_costs_neither_the_others_nor_their_server(
+    directory: Path, free: int
+) -> None:
+    """With no descriptor for the socket that it would talk over, or with one for that and none to watch it by. The
+    request is told so at once, and not that it is too expensive."""
+    async with running(directory) as (texts, _):
+        assert await chat(texts, "hi") == "hi;"
+        server, others = server_and_workers()
+        with left_with(server.pid, free):
+            began = time.monotonic()
+            with pytest.raises(Unavailable, match="no worker can be started") as caught:
+                await texts.encode(["x" * (INLINE_CHARS_MAX + 1)], CONTEXT, "", add_special=True)
+            assert caught.value.retryable
+            assert time.monotonic() - began < pool.ENDING_SECONDS_MAX
+            assert await chat(texts, "hi") == "hi;"  # the one that is there works on
+            wait_until(lambda: server.children() == others, "nobody is left over")
+        assert len(await texts.encode(["x" * (INLINE_CHARS_MAX + 1)], CONTEXT, "", add_special=True)) == 1
+        now, all_of_them = server_and_workers()
+        assert (now, set(others) < set(all_of_them)) == (server, True)
 
 
 async def test_a_template_that_does_not_end_is_stopped(directory: Path) -> None:

@@ -24,6 +24,7 @@ from services.router.text.worker import serve
 
 ORDER = struct.Struct("<cIQ")  # FORK with a socket, or KILL; the worker's number; its memory in bytes
 ENDING = struct.Struct("<Ii")  # the number of a worker that has ended, and its exit status, negative for a signal
+NOT_STARTED = 1 << 16  # in place of the status, of one that never was: no process, memory or descriptor for it
 FORK, KILL = b"f", b"k"
 
 
@@ -53,21 +54,35 @@ class ForkServer:
         if not raw:
             return False
         kind, number, memory_bytes = ORDER.unpack(raw)
-        if kind == FORK:
-            self._fork(number, socket.socket(fileno=fds[0]), memory_bytes)
+        if kind == FORK and not fds:  # the limit of open files is reached: the kernel has dropped it
+            self._tell_ending(number, NOT_STARTED)
+        elif kind == FORK:
+            with socket.socket(fileno=fds[0]) as sock:
+                self._fork(number, sock, memory_bytes)
         elif number in self._workers:  # not reaped yet, so its process id is still its own
             os.kill(self._workers[number][0], signal.SIGKILL)
         return True
 
     def _fork(self, number: int, sock: socket.socket, memory_bytes: int) -> None:
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._become_worker(parent, sock, memory_bytes)
-        sock.close()
-        pidfd = os.pidfd_open(pid)
-        self._workers[number] = (pid, pidfd)
-        self._selector.register(pidfd, selectors.EVENT_READ, number)
+        """A start that fails half-way costs that worker only, and the router is told."""
+        parent, pid, pidfd = os.getpid(), -1, -1
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._become_worker(parent, sock, memory_bytes)
+            pidfd = os.pidfd_open(pid)
+            self._selector.register(pidfd, selectors.EVENT_READ, number)
+        except (OSError, MemoryError) as error:
+            why = getattr(error, "strerror", None) or type(error).__name__
+            print(f"elasticmoe-router: a text worker could not be started: {why}", file=sys.stderr)
+            if pid > 0:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            if pidfd >= 0:
+                os.close(pidfd)
+            self._tell_ending(number, NOT_STARTED)
+        else:
+            self._workers[number] = (pid, pidfd)
 
     def _become_worker(self, parent: int, sock: socket.socket, memory_bytes: int) -> None:
         """Never returns."""
@@ -92,8 +107,11 @@ class ForkServer:
         self._selector.unregister(pidfd)
         _, status = os.waitpid(pid, 0)
         os.close(pidfd)
+        self._tell_ending(number, os.waitstatus_to_exitcode(status))
+
+    def _tell_ending(self, number: int, status: int) -> None:
         with contextlib.suppress(BlockingIOError):  # a router that does not read gets on without
-            self._control.send(ENDING.pack(number, os.waitstatus_to_exitcode(status)), socket.MSG_DONTWAIT)
+            self._control.send(ENDING.pack(number, status), socket.MSG_DONTWAIT)
 
 
 def main() -> int:

@@ -8,7 +8,6 @@ each lane clients take turns.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import math
 import signal
@@ -170,9 +169,12 @@ class TextWorkers:
                     pass  # all workers ended with their fork server, which is not the job's doing; there is a new one
                 elif server is None or server.poll() is not None:
                     self._is_ready.clear()  # the same, not noticed yet
-                elif await _ending_of(one) == -signal.SIGXCPU:
-                    return _stopped(seconds)
                 else:
+                    status = await _ending_of(one)
+                    if status == forkserver.NOT_STARTED:
+                        raise Unavailable("no worker can be started: no process, memory or descriptor") from None
+                    if status == -signal.SIGXCPU:
+                        return _stopped(seconds)
                     num_deaths += 1
                 continue
             except BaseException:
@@ -211,18 +213,27 @@ class TextWorkers:
             ours.setblocking(False)
             one = _Worker(next(self._numbers), ours, memory_bytes, asyncio.get_running_loop().create_future())
             self._endings[one.number] = one.ending
-            self._order(forkserver.FORK, one.number, memory_bytes, theirs.fileno())
+            if not self._order(forkserver.FORK, one.number, memory_bytes, theirs.fileno()):
+                self._endings.pop(one.number)
+                ours.close()
+                raise Unavailable("no worker can be started: the fork server takes no orders")
         return one
 
     def _kill(self, one: _Worker) -> None:
         one.sock.close()
         self._order(forkserver.KILL, one.number, 0)
 
-    def _order(self, kind: bytes, number: int, memory_bytes: int, *fds: int) -> None:
-        """Nothing happens where the fork server has ended: its workers have ended with it."""
+    def _order(self, kind: bytes, number: int, memory_bytes: int, *fds: int) -> bool:
+        """False where a fork server that lives does not take it. Nothing happens where it has ended: its workers have
+        ended with it."""
         if self._control is not None:
-            with contextlib.suppress(OSError):
+            try:
                 socket.send_fds(self._control, [forkserver.ORDER.pack(kind, number, memory_bytes)], fds)
+            except BrokenPipeError:
+                pass
+            except OSError:
+                return False
+        return True
 
     # ---- the fork server ---------------------------------------------------------------------------------------------
 
