@@ -28,7 +28,7 @@ endif
 # Tools of the virtual environment (cmake, ninja, ctest) come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help modules-changed install up down test test-all test-fast test-sim soak lint format docs picture native-test bench compose-test clean
+.PHONY: help modules-changed install up down test test-all test-fast test-hostile test-sim soak lint format docs picture native-test bench compose-test clean
 
 help:
 	@echo 'install       virtual environment with everything; fast when nothing changed'
@@ -36,6 +36,7 @@ help:
 	@echo 'down          stop the deployment of the default run directory'
 	@echo 'test          all tests but the slow ones and those that need a container engine (ARGS="-k launcher")'
 	@echo 'test-all      the slow ones too: what CI runs'
+	@echo 'test-hostile  what test runs, beside busy loops, with odd descriptors, another umask, as nobody (ARGS="busy user")'
 	@echo 'test-fast     unit tests and the simulation'
 	@echo 'test-sim      the simulation alone: all cores in one thread, 1,100 seeds (one: python -m tests.sim SEED)'
 	@echo 'soak          half an hour of load, random faults and random resizes (ARGS="--seed 7 --minutes 60")'
@@ -83,6 +84,9 @@ test-all: install
 
 test-fast: install
 	$(BIN)/python -m pytest tests/unit tests/sim tests/test_tidy.py -m 'not slow' -n 2 $(ARGS)
+
+test-hostile: install
+	$(BIN)/python -m tests.hostile $(ARGS)
 
 test-sim: install
 	$(BIN)/python -m pytest tests/sim $(ARGS)

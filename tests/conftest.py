@@ -8,9 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import wait_until
+
+# No test depends on the machine's speed: an example may take as long as it takes, and so may drawing one.
+settings.register_profile("elasticmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("elasticmoe")
 
 
 @pytest.fixture(scope="session")

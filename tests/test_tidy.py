@@ -79,7 +79,7 @@ FORBIDDEN_ANYWHERE = {"recv_pyobj", "send_pyobj", "trust_remote_code"}
 
 def tracked(*endings: str) -> list[Path]:
     listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        ["git", "-c", f"safe.directory={ROOT}", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
         capture_output=True,
         text=True,

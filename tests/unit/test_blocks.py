@@ -61,7 +61,7 @@ class Model:
                 assert self.content[block] == tuple(tokens[: (index + 1) * SIZE])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=st.integers(0, 2**32))
 def test_random_use(seed: int) -> None:
     rng = random.Random(seed)

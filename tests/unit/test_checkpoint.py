@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -375,7 +375,6 @@ def test_too_many_tensors_are_refused(world: World, copied: Path) -> None:
         world.load(copied).run()
 
 
-@settings(deadline=None)  # it writes files
 @given(st.data())
 def test_no_flipped_bit_of_a_header_passes_unseen(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

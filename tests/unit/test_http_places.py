@@ -14,7 +14,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(events=EVENTS, step_s=st.sampled_from([0.0, 0.1, GRACE_S]))
 def test_whatever_happens_the_bounds_hold(events: list[tuple[str, int]], step_s: float) -> None:
     places: Places[int] = Places(MOST, MOST)

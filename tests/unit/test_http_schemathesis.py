@@ -92,7 +92,7 @@ def check(app: App, headers: dict[str, str], *, num_examples: int) -> set[tuple[
         for mode in modes:
             strategy = operation.as_strategy(generation_mode=mode)
 
-            @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=num_examples, suppress_health_check=list(HealthCheck))
             @given(case=strategy, is_plain=st.booleans() if mode is GenerationMode.POSITIVE else st.just(False))
             def try_all(case: Case, is_plain: bool) -> None:
                 if isinstance(case.body, dict) and is_plain:

@@ -125,7 +125,7 @@ def check_kv(plan: Plan, sizes: Sizes, memory: Memory) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_plan_keeps_every_rule(data: st.DataObject) -> None:
     model, counts = data.draw(sizes())
     layout = data.draw(layouts(counts, holders_max=data.draw(st.sampled_from([1, 1, 3]))))
@@ -144,7 +144,7 @@ def test_every_plan_keeps_every_rule(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_tight_memory_is_kept_or_the_plan_is_refused(data: st.DataObject) -> None:
     model, counts = data.draw(sizes())
     layout = data.draw(layouts(counts))
@@ -183,7 +183,7 @@ def union(before: Layout, after: Layout) -> dict[str, set[RecordKey]]:
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_up_and_down_again_keeps_every_rule(data: st.DataObject) -> None:
     model, counts = data.draw(sizes())
     size = data.draw(st.integers(1, 5))
@@ -209,7 +209,6 @@ def test_up_and_down_again_keeps_every_rule(data: st.DataObject) -> None:
 
 
 @given(st.integers(2, 8), st.sampled_from([5, 8, 12, 16]), st.integers(1, 8), st.integers(1, 12))
-@settings(deadline=None)
 def test_totals_over_the_layers_are_even_where_the_choice_is_free(old: int, count: int, new: int, layers: int) -> None:
     counts = [count] * layers
     model = Sizes(1, (1,) * layers, (10,) * layers)

@@ -142,7 +142,7 @@ def test_a_permit_gives_back_all_that_it_holds() -> None:
 # ---- at the door -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     prompts=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     n=st.integers(1, 6),

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
@@ -72,7 +72,7 @@ def is_sound(logprob: Logprob) -> bool:
     return all(LOGPROB_MIN <= value <= 0.0 for value in values)
 
 
-@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=800)
 @given(cases())
 def test_any_logits_and_options_give_a_token_or_one_error(case: tuple[list[float], SamplingState]) -> None:
     row, state = case
@@ -111,7 +111,7 @@ def test_any_logits_and_options_give_a_token_or_one_error(case: tuple[list[float
 
 
 @pytest.mark.parametrize("kernels_of", kernels.instruction_sets())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(case=cases())
 def test_kernels_stay_within_the_row(kernels_of: str, case: tuple[list[float], SamplingState]) -> None:
     row, state = case

@@ -336,7 +336,7 @@ def test_ranks_that_still_leave_are_taken_back() -> None:
 FAULTS = ("hmm", "pool", "store", "full", "fail", "exit", "restart", "cancel", "die", "forget", "standby")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     plan=st.sampled_from([UP, DOWN]),
     faults=st.lists(st.tuples(st.integers(0, 40), st.sampled_from(FAULTS)), max_size=8),

@@ -143,7 +143,7 @@ def test_refusals() -> None:
         scheduler.add(submit("b", [1], 1), PEER, 0.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
 def test_everything_ends_and_nothing_leaks(seed: int) -> None:
     rng = random.Random(seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -335,7 +334,7 @@ def test_each_thread_has_a_connection_of_its_own_and_a_name_for_it(server: Serve
 
 
 async def test_news_of_a_layout_wake_a_router_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common.store, "POLL_SECONDS", 3.0)  # so that it cannot be the polling
+    monkeypatch.setattr(common.store, "POLL_SECONDS", 60.0)  # so that it cannot be the polling
     monkeypatch.setattr(common.store, "LAYOUTS_MAX", 2)
     watcher, store = AsyncStore(server.url, "test"), Store(server.url, "test")
     for epoch in range(1, 6):
@@ -343,10 +342,8 @@ async def test_news_of_a_layout_wake_a_router_at_once(server: Server, monkeypatc
     seen, task = start_watch(watcher)
     assert await asyncio.wait_for(seen.get(), 10) == (5, LAYOUT.seats)
     for epoch in range(6, 10):
-        start = time.monotonic()
         await asyncio.to_thread(store.put_layout, A, msgspec.structs.replace(LAYOUT, epoch=epoch))
         assert (await asyncio.wait_for(seen.get(), 10))[0] == epoch
-        assert time.monotonic() - start < 1.0
     with redis.Redis.from_url(server.url) as raw:
         assert raw.xlen("elasticmoe:test:layouts") == 2
     await end_watch(task, watcher)
