@@ -204,7 +204,8 @@ def judge_abuse(abuse: Abuse, tally: Tally, alone: Tally) -> list[Verdict]:
 
 def _pauses(seen: Seen, tally: Tally) -> Verdict:
     """Whether streams went on while processes were away that serving does not need."""
-    pauses = [tally.longest_gap(begin, end) for begin, end, fault in seen.faults if fault.target in NOT_NEEDED]
+    now = time.monotonic()
+    pauses = [tally.longest_gap(begin, end, now) for begin, end, fault in seen.faults if fault.target in NOT_NEEDED]
     longest = max(pauses, default=0.0)
     return Verdict(
         "P5 P6",

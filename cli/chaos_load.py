@@ -26,17 +26,43 @@ HUNG = "hung"
 @dataclass
 class Tally:
     """What the clients saw. `errors`: (when, code), seconds of the monotonic clock. `wrong`: texts that differ from the
-    undisturbed one. `gaps`: (when it ended, seconds) of each pause between two pieces of a stream's text."""
+    undisturbed one. `gaps`: (when it ended, seconds) of each pause between two pieces of a stream's text, or from its
+    last piece to an error. `latest`: when each stream that is under way had its last piece, by a number."""
 
     good: int = 0
     tokens: int = 0
     errors: list[tuple[float, str]] = field(default_factory=list)
     wrong: int = 0
     gaps: list[tuple[float, float]] = field(default_factory=list)
+    latest: dict[int, float] = field(default_factory=dict)
+    num_streams: int = 0
 
-    def longest_gap(self, begin: float, end: float) -> float:
-        """The longest pause that ended between `begin` and `end`, in seconds."""
-        return max((gap for at, gap in self.gaps if begin <= at <= end), default=0.0)
+    def longest_gap(self, begin: float, end: float, now: float) -> float:
+        """The longest pause that lasted at some moment between `begin` and `end`, whole, in seconds: also one that ended
+        later, or lasts at `now`."""
+        over = [gap for at, gap in self.gaps if begin <= at and at - gap <= end]
+        return max(over + [now - at for at in self.latest.values() if at <= end], default=0.0)
+
+    def lasts(self, moment: float) -> bool:
+        """Whether a pause that had begun by `moment` has not ended."""
+        return any(at <= moment for at in self.latest.values())
+
+    def begin(self) -> int:
+        """The number of one more stream."""
+        self.num_streams += 1
+        return self.num_streams
+
+    def note(self, stream: int, now: float) -> None:
+        """A piece of it has come."""
+        if stream in self.latest:
+            self.gaps.append((now, now - self.latest[stream]))
+        self.latest[stream] = now
+
+    def end(self, stream: int, now: float, *, is_whole: bool) -> None:
+        """Nothing more comes of it. A pause that an error ended was one."""
+        at = self.latest.pop(stream, None)
+        if at is not None and not is_whole:
+            self.gaps.append((now, now - at))
 
     def percentile_gap(self, percent: float) -> float:
         """A percentile of all pauses, in seconds."""
@@ -116,7 +142,17 @@ class Clients:
         """Stream one completion; its text. Raises _Failed, httpx.HTTPError."""
         prompt, max_tokens = self._prompts[number]
         body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-        text, finish, last = "", None, 0.0
+        stream = tally.begin()
+        is_whole = False
+        try:
+            text = await self._stream(body, stream, tally)
+            is_whole = True
+        finally:
+            tally.end(stream, time.monotonic(), is_whole=is_whole)
+        return text
+
+    async def _stream(self, body: dict[str, object], stream: int, tally: Tally) -> str:
+        text, finish = "", None
         async with self._http.stream("POST", "/v1/completions", json=body | {"ignore_eos": True}) as answer:
             if answer.status_code != 200:
                 raise _Failed(_code_of(await answer.aread()))
@@ -126,10 +162,7 @@ class Clients:
                 event = msgspec.json.decode(line[6:])
                 if "error" in event:
                     raise _Failed(str(event["error"].get("code")))
-                now = time.monotonic()
-                if last:
-                    tally.gaps.append((now, now - last))
-                last = now
+                tally.note(stream, time.monotonic())
                 for choice in event["choices"]:
                     text += choice["text"]
                     finish = choice["finish_reason"] or finish

@@ -22,6 +22,7 @@ RECOVERED_S_MAX = 30.0  # after the end of a fault
 OPERATION_S_MAX = 180.0
 QUIET_S_MAX = 30.0
 LOOK_S = 0.25
+PAUSE_S_MAX = 10.0  # a pause that began before all had recovered is waited for, as it counts until it ends
 REFUSED = "refused"
 BLAMELESS_S = 5.0  # connections that break within this time of a router's end are its clients' to repeat
 
@@ -140,7 +141,10 @@ class Run:
         await self._recovered(f"{fault} ({name})")
         recovered = time.monotonic()
         self.seen.faults.append((begun, recovered, fault))
-        gap = self._clients.tally.longest_gap(begun, recovered)
+        tally, deadline = self._clients.tally, recovered + PAUSE_S_MAX
+        while tally.lasts(recovered) and time.monotonic() < deadline:
+            await asyncio.sleep(LOOK_S)
+        gap = tally.longest_gap(begun, recovered, time.monotonic())
         self._tell(f"  recovered {recovered - ended:.1f} s later; longest pause of a stream {gap * 1e3:.0f} ms")
 
     async def _lose(self, fault: Fault) -> None:

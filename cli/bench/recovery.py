@@ -53,7 +53,8 @@ SERVICES = ("hmm", "scaler", "store", "keeper", POOL)
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
     """One kill. Milliseconds; below 0 where no stream was there. `p99_ms`: of the gaps of all streams in the seconds
-    before it; `later_ms`: the longest of all that ended until AFTER_S after all was as before, ordinary ones too.
+    before it; `later_ms`: the longest of all until AFTER_S after all was as before, ordinary ones too; one that lasts
+    then counts up to then.
     `back_ms`: until all was as before: the process is there again, the pool answers, and all ranks step.
     `discarded`: tokens that were computed for clients and thrown away; `recomputed`: as the ranks count them, with the
     other ranks' discarded step; `resubmitted`: streams that the router had to start anew."""
@@ -189,7 +190,10 @@ async def _kill(deployment: Deployment, load: Load, fault: str, number: int, arg
     after = await deployment.metrics()
     lines = deployment.history_path.read_bytes().splitlines()
     gaps = gaps_around(lines, name, killed, back if name else until, until)
-    steady, later = gaps_within(lines, killed - args.settle_s, killed), gaps_within(lines, killed, until)
+    steady, later = (
+        gaps_within(lines, killed - args.settle_s, killed),
+        gaps_within(lines, killed, until, with_open=True),
+    )
     return Round(
         fault=f"kill -9 of a {RANK}" if fault == RANK else f"kill -9 of the {fault}",
         gap_ms=(gaps.of_rank if name else gaps.of_others) * 1e3,

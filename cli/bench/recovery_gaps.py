@@ -55,16 +55,21 @@ def gaps_around(lines: Iterable[bytes], rank: str, killed: float, back: float, u
     return Gaps(max(own, default=-1.0), max(others, default=-1.0), len(own) if rank else len(there))
 
 
-def gaps_within(lines: Iterable[bytes], begin: float, end: float) -> list[float]:
-    """The times between two chunks of one stream, in seconds, ascending; those that ended between `begin` and `end`."""
+def gaps_within(lines: Iterable[bytes], begin: float, end: float, *, with_open: bool = False) -> list[float]:
+    """The times between two chunks of one stream, in seconds, ascending; those that ended between `begin` and `end`.
+    `with_open`: also those of streams that had neither gone on nor ended by then, up to `end`, and from the last chunk to
+    an end without another."""
     last: dict[str, float] = {}
     found: list[float] = []
     for event in events(lines):
-        if event.event == "terminal":
-            last.pop(event.id, None)
-        if event.event != "chunk":
-            continue
-        if event.id in last and begin <= event.t <= end:
-            found.append(event.t - last[event.id])
-        last[event.id] = event.t
+        if with_open and event.t > end:
+            break
+        at = last.pop(event.id, None) if event.event == "terminal" else last.get(event.id)
+        is_over = event.event == "chunk" or (with_open and event.event == "terminal")
+        if is_over and at is not None and begin <= event.t <= end:
+            found.append(event.t - at)
+        if event.event == "chunk":
+            last[event.id] = event.t
+    if with_open:
+        found += [end - at for at in last.values()]
     return sorted(found)

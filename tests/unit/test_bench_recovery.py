@@ -75,3 +75,6 @@ def test_all_gaps_that_ended_within_a_time() -> None:
         (2.6, "chunk", "a", ""),
     )
     assert [round(gap, 6) for gap in gaps_within([*lines, b"{"], 1.0, 2.5)] == [0.2, 0.9]
+    # And those that last at its end, or that the stream's end has ended.
+    with_open = gaps_within([*lines, b"{"], 1.0, 2.5, with_open=True)
+    assert [round(gap, 6) for gap in with_open] == [0.1, 0.2, 0.5, 0.6, 0.9]

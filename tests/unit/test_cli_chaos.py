@@ -64,7 +64,11 @@ def seen_with(**changes: Any) -> Seen:
         ({}, {"errors": [(5.0, HUNG)]}, {"P1", "P2 P5 P6 P9"}),
         ({"epochs": [1, 3, 2]}, {}, {"P7"}),
         ({"faults": [(1.0, 9.0, Fault(1, KILL, "pool", 0, 0))]}, {"gaps": [(8.0, 5.5)]}, {"P5 P6"}),
-        ({"faults": [(1.0, 9.0, Fault(1, KILL, "pool", 0, 0))]}, {"gaps": [(8.0, 4.5), (9.5, 8.0)]}, set()),
+        ({"faults": [(1.0, 9.0, Fault(1, KILL, "pool", 0, 0))]}, {"gaps": [(8.0, 4.5), (9.5, 0.4)]}, set()),
+        # It ended after all had recovered, or began before the fault: it was there meanwhile.
+        ({"faults": [(1.0, 2.0, Fault(1, KILL, "pool", 0, 0))]}, {"gaps": [(7.5, 5.6)]}, {"P5 P6"}),
+        ({"faults": [(4.0, 9.0, Fault(1, KILL, "pool", 0, 0))]}, {"gaps": [(4.1, 5.6)]}, {"P5 P6"}),
+        ({"faults": [(1.0, 2.0, Fault(1, KILL, "pool", 0, 0))]}, {"gaps": [(7.7, 5.6)]}, set()),
         ({"faults": [(1.0, 9.0, Fault(1, STOP, "rank", 9, 0))]}, {"gaps": [(8.0, 5.5)]}, set()),
         ({"stuck": ["x"]}, {}, {"P3"}),
         ({"findings": ["hmm: a block has two owners"]}, {}, {"integrity"}),
@@ -78,6 +82,32 @@ def seen_with(**changes: Any) -> Seen:
 )
 def test_what_is_wrong_is_named(changes: dict[str, Any], tally: dict[str, Any], expected: set[str]) -> None:
     assert broken(judge(seen_with(**changes), Tally(good=10, **tally))) == expected
+
+
+def test_a_pause_counts_whole_wherever_in_it_the_window_ends() -> None:
+    """A pool's kill: 31 ms until it had recovered, 2,076 ms until the streams went on."""
+    tally = Tally()
+    stream, other, failing = tally.begin(), tally.begin(), tally.begin()
+    for at in (9.0, 9.9):
+        tally.note(stream, at)
+    tally.note(other, 9.95)
+    tally.note(failing, 9.5)
+    killed, recovered = 10.0, 10.031
+    assert tally.lasts(recovered)
+    assert tally.longest_gap(killed, recovered, 10.1) == pytest.approx(0.6)  # of those that go on
+    tally.note(stream, 11.976)
+    tally.note(other, 10.02)
+    tally.note(other, 12.5)
+    assert tally.lasts(recovered)
+    tally.end(failing, 12.0, is_whole=False)
+    assert not tally.lasts(recovered)
+    assert tally.longest_gap(killed, recovered, 99.0) == pytest.approx(2.5)  # up to its error
+    assert [round(gap, 3) for at, gap in tally.gaps if at != 12.0] == [0.9, 2.076, 0.07, 2.48]
+    tally.end(stream, 13.0, is_whole=True)  # what comes after the last piece is no pause
+    assert len(tally.gaps) == 5
+    assert tally.longest_gap(12.6, 12.7, 12.8) == pytest.approx(0.3)  # the other one's, that is under way
+    tally.end(other, 13.0, is_whole=True)
+    assert tally.longest_gap(12.6, 12.7, 12.8) == 0.0
 
 
 def test_only_a_killed_router_excuses_anything_and_only_broken_connections() -> None:

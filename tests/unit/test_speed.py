@@ -1,4 +1,4 @@
-"""No property test depends on how fast the machine is: the shared profile (tests/conftest.py) is in force everywhere."""
+"""No property test depends on how fast the machine is: a shared profile (tests/conftest.py) is in force everywhere."""
 
 from __future__ import annotations
 
