@@ -38,8 +38,8 @@ class Tally:
     num_streams: int = 0
 
     def longest_gap(self, begin: float, end: float, now: float) -> float:
-        """The longest pause that lasted at some moment between `begin` and `end`, whole, in seconds: also one that ended
-        later, or lasts at `now`."""
+        """The longest pause that lasted at some moment between `begin` and `end`, whole, in seconds: also one that
+        ended later, or lasts at `now`."""
         over = [gap for at, gap in self.gaps if begin <= at and at - gap <= end]
         return max(over + [now - at for at in self.latest.values() if at <= end], default=0.0)
 

@@ -57,8 +57,8 @@ def gaps_around(lines: Iterable[bytes], rank: str, killed: float, back: float, u
 
 def gaps_within(lines: Iterable[bytes], begin: float, end: float, *, with_open: bool = False) -> list[float]:
     """The times between two chunks of one stream, in seconds, ascending; those that ended between `begin` and `end`.
-    `with_open`: also those of streams that had neither gone on nor ended by then, up to `end`, and from the last chunk to
-    an end without another."""
+    `with_open`: also those of streams that had neither gone on nor ended by then, up to `end`, and from the last chunk
+    to an end without another."""
     last: dict[str, float] = {}
     found: list[float] = []
     for event in events(lines):
