@@ -190,7 +190,7 @@ class Rank:
         lockstep = self._lockstep
         plan = None
         if lockstep.is_member:
-            plan = self._engine.plan(decode_only=lockstep.is_urgent, num_clean=lockstep.num_clean)
+            plan = self._steps.plan(decode_only=lockstep.is_urgent, num_clean=lockstep.num_clean)
         if plan is None or not (plan.num_said or lockstep.shall_meet()):
             self._send_status(now)
             self._leave_if_unneeded()

@@ -21,7 +21,7 @@ from common.telemetry import get_logger
 from services.worker.engine.engine import Engine
 from services.worker.engine.failure import OUT_OF_MEMORY, is_shortage
 from services.worker.engine.outcome import Outcome
-from services.worker.engine.plan import Chunk, Plan
+from services.worker.engine.plan import Chunk, Plan, PlanFailed
 from services.worker.engine.trials import guilty_error
 from services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
 from services.worker.hmm_link import HmmLink
@@ -47,7 +47,27 @@ class Steps:
         self._tell = tell
         self._num_given_up = 0  # in a row, but for steps that left prompts out
         self._num_failed = 0  # in a row
+        self._num_unplanned = 0  # in a row, for reasons that are nobody's
         self.num_discarded = 0
+
+    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> Plan:
+        """The next step's work. A request that its planning fails of ends alone; a failure that is nobody's costs the
+        step, as one in computing it does. Raises MemoryError, and what went wrong where this process cannot go on."""
+        while True:
+            try:
+                plan = self._engine.plan(decode_only=decode_only, num_clean=num_clean)
+            except PlanFailed as failed:
+                ended = self._engine.settle_plan(failed)
+                log.exception("a plan failed", requests=[one.request_id for _, one in ended])
+                self._tell(Outcome({}, ended))
+                if ended:
+                    continue  # one request fewer
+                self._num_unplanned += 1
+                if self._num_unplanned > FAILED_MAX:
+                    raise
+                return Plan([], [], [])
+            self._num_unplanned = 0
+            return plan
 
     def run(self, plan: Plan, total_tokens: int, deadline_ms: float) -> None:
         """Compute, commit and tell. `total_tokens`: of all ranks together. Raises StepTimedOut, and what went wrong

@@ -194,7 +194,7 @@ class Crew:
 
     def step(self) -> None:
         """One meeting, and the step that follows."""
-        plans = [member.engine.plan(num_clean=member.lockstep.num_clean) for member in self.members]
+        plans = [member.steps.plan(num_clean=member.lockstep.num_clean) for member in self.members]
         for member, plan in zip(self.members, plans, strict=True):
             member.plan = plan
         alone = next((number for number, plan in enumerate(plans) if plan.is_alone), None)

@@ -21,11 +21,12 @@ from common.protocol.router import Delta, Failed, Logprob, logprob_bytes
 from native.ledger import Ledger
 from services.worker.engine import kv_bytes
 from services.worker.engine.blocks import BlockManager
-from services.worker.engine.failure import failure_of
+from services.worker.engine.failure import failure_of, plan_error
 from services.worker.engine.hand_over import check_hand_over
 from services.worker.engine.outcome import Choice, Outcome, StepCost
-from services.worker.engine.plan import Chunk, Plan
-from services.worker.engine.rows import encode_entry, entry_bytes_max
+from services.worker.engine.plan import Chunk, Plan, PlanFailed
+from services.worker.engine.planning import Planning
+from services.worker.engine.rows import entry_bytes_max
 from services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
 from services.worker.engine.scheduler import Scheduler
 from services.worker.engine.sequence import Hold, Sequence
@@ -65,6 +66,7 @@ class Engine:
             max_model_len=max_model_len,
             max_waiting=4 * max_sequences,
         )
+        self._planning = Planning(self.scheduler, ledger)
         self.trials = Trials(self.scheduler, ledger)
         self.cost = StepCost(0, 0, 0)
 
@@ -142,25 +144,17 @@ class Engine:
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> Plan:
-        """Choose the next step's work, and write to the ledger which sequences run and which blocks are theirs."""
-        plan = self.scheduler.plan(decode_only=decode_only, num_clean=num_clean)
-        for row in plan.freed_rows:
-            self._ledger.close_row(row)
-        for sequence in plan.admitted:
-            self._open_row(sequence)
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if len(sequence.blocks) > sequence.logged:
-                self._ledger.append_blocks(sequence.row, sequence.blocks[sequence.logged :])
-                sequence.logged = len(sequence.blocks)
-        return plan
+        """See Planning. Raises PlanFailed, after which `settle_plan` is due, and MemoryError."""
+        return self._planning.plan(decode_only=decode_only, num_clean=num_clean)
 
-    def _open_row(self, sequence: Sequence) -> None:
-        prompt = sequence.num_prompt
-        entry, mark = encode_entry(sequence), sequence.trial.mark()
-        self._ledger.open_row(sequence.row, entry, sequence.tokens[:prompt], sequence.blocks, mark)
-        self._ledger.commit(sequence.row, sequence.kv_len, sequence.tokens[prompt:])
-        sequence.logged = len(sequence.blocks)
+    def settle_plan(self, failed: PlanFailed) -> list[tuple[bytes, Failed]]:
+        """Live on after a plan that failed: who it failed of ends. Raises what it failed of where the books do not add
+        up afterwards."""
+        self._planning.settle(failed.subject)
+        ended = [self.fail(failed.subject, plan_error())] if failed.subject is not None else []
+        if self.check_integrity():
+            raise failed
+        return ended
 
     def compute(self, plan: Plan, total_tokens: int, deadline_ms: float) -> list[Choice]:
         """Run the step that all ranks have agreed on: what came of each chunk. `total_tokens`: of all ranks together.
@@ -377,7 +371,7 @@ class Engine:
             return
         end = self.scheduler.blocks.blocks_for(message.kv_len)
         kv_bytes.write_blocks(self._kv, sequence.blocks[message.num_copied : end], message.tail)
-        self._open_row(sequence)
+        self._planning.open_row(sequence)
         self.scheduler.register(sequence)
         if sequence.wants_prompt_logprobs:
             self._prompt_logprobs[sequence.arrival] = list(message.prompt_logprobs or ())

@@ -29,3 +29,8 @@ def failure_of(error: Exception, request_id: str, doing: str) -> ElasticMoEError
         return error
     log.exception("request failed", request_id=request_id, doing=doing)
     return RequestFailed(f"the engine failed while {doing}; other requests are not affected")
+
+
+def plan_error() -> RequestFailed:
+    """The end of the request whose part of a plan raised."""
+    return RequestFailed("the engine failed while planning the request's next step; other requests are not affected")

@@ -46,14 +46,23 @@ class Plan(NamedTuple):
         return max(self.num_tokens, int(self.leaves_suspects))
 
 
+class PlanFailed(Exception):
+    """A plan failed while it looked at `subject`; None: at nobody's part. Its cause is what was raised."""
+
+    def __init__(self, subject: Sequence | None) -> None:
+        super().__init__("a plan failed")
+        self.subject = subject
+
+
 class Draft:
-    """A plan in the making. `budget`: tokens that may still be added."""
+    """A plan in the making. `budget`: tokens that may still be added; `subject`: whose part is looked at."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.chunks: list[Chunk] = []
         self.admitted: list[Sequence] = []
         self.freed_rows: list[int] = []
+        self.subject: Sequence | None = None
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Its next `count` tokens are computed."""

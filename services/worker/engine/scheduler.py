@@ -15,7 +15,7 @@ from bisect import insort
 from common.protocol.errors import ContextLengthExceeded, DoesNotFit, InvalidRequest, Overloaded
 from common.protocol.rank import Submit
 from services.worker.engine.blocks import BlockManager
-from services.worker.engine.plan import Chunk, Draft, Plan
+from services.worker.engine.plan import Chunk, Draft, Plan, PlanFailed
 from services.worker.engine.sequence import Hold, Sequence
 from services.worker.engine.trial import INNOCENT, Trial
 
@@ -97,12 +97,22 @@ class Scheduler:
 
     def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> Plan:
         """Choose the next step's work and allocate its blocks. `decode_only`: prompts wait for the next step.
-        `num_clean`: see Trial.may_be_alone; if there are suspects, this is one's own step, or they are left out."""
+        `num_clean`: see Trial.may_be_alone; if there are suspects, this is one's own step, or they are left out. Raises
+        PlanFailed, and MemoryError."""
         draft = Draft(self.max_tokens)
+        try:
+            return self._plan(draft, decode_only=decode_only, num_clean=num_clean)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise PlanFailed(draft.subject) from error
+
+    def _plan(self, draft: Draft, *, decode_only: bool, num_clean: int) -> Plan:
         suspects = [s for s in self.struck if s.is_suspect and s not in self.detached] if self.struck else []
         if not decode_only:
             # Who is about to be found guilty or innocent comes first.
             for suspect in sorted(suspects, key=lambda s: (-s.trial.failures_alone, s.order)):
+                draft.subject = suspect
                 if suspect.trial.may_be_alone(num_clean):
                     self._draft_alone(draft, suspect)
                 if draft.chunks:
@@ -110,12 +120,13 @@ class Scheduler:
         self._draft_running(draft, suspects, decode_only=decode_only)
         if not decode_only:
             self._draft_waiting(draft, suspects)
+        draft.subject = None
         return draft.finish(is_decode_only=decode_only, leaves_suspects=bool(suspects))
 
     def _draft_running(self, draft: Draft, suspects: list[Sequence], *, decode_only: bool) -> None:
         index = 0
         while index < len(self.running) and draft.budget > 0:
-            sequence = self.running[index]
+            sequence = draft.subject = self.running[index]
             missing = len(sequence.tokens) - sequence.kv_len
             if (decode_only and missing > 1) or (suspects and sequence in suspects):
                 index += 1
@@ -139,7 +150,7 @@ class Scheduler:
     def _draft_waiting(self, draft: Draft, suspects: list[Sequence]) -> None:
         index = 0
         while index < len(self.waiting) and draft.budget > 0 and self._free_rows and not draft.freed_rows:
-            sequence = self.waiting[index]
+            sequence = draft.subject = self.waiting[index]
             if suspects and sequence in suspects:
                 index += 1
                 continue
