@@ -25,7 +25,7 @@ from pathlib import Path
 from common.failpoint import failpoint
 from common.layout import Layout, RankId
 from common.protocol.codec import Message, Received
-from common.protocol.errors import DeadlineExceeded, ElasticMoEError, ProtocolError, Unavailable
+from common.protocol.errors import DeadlineExceeded, ElasticMoEError, ProtocolError, RequestFailed, Unavailable
 from common.protocol.rank import Cancel
 from common.protocol.replies import Refused
 from common.protocol.router import Delta, Failed, MayMove, Moved, RankStatus, Suspected, Tokens, ToRouter
@@ -320,6 +320,8 @@ class Dispatcher:
 
     def _on_failed(self, link: RankLink, failed: Failed, now: float) -> None:
         stream = self.streams.get(failed.request_id)
+        if stream is None and failed.code == RequestFailed.code:  # of an earlier try, that had gone on unheard
+            stream = next((one for one in self.streams.values() if one.was(failed.request_id)), None)
         if stream is None:
             return
         error = ElasticMoEError(failed.message, code=failed.code, retryable=failed.retryable)

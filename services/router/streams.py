@@ -113,6 +113,10 @@ class Stream:
         """The end of the last token that has come, also where ones before it are missing."""
         return max([self.num_tokens, *(early.index + len(early.ids) for early in self._early.values())])
 
+    def was(self, request_id: str) -> bool:
+        """Whether it was submitted under that id, which `restart` has changed since."""
+        return self.num_submits > 1 and self.name in (request_id, request_id.rpartition("~")[0])
+
     def restart(self, request_id: str, now: float) -> None:
         """Go on with a submit under another id, from the tokens that have come. Text and log probabilities stay, and so
         does what ranks know against it."""

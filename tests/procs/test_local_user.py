@@ -174,6 +174,7 @@ def plant_the_parent(trap: Trap, run_dir: Path) -> None:
 def plant_in_ours(trap: Trap, run_dir: Path) -> None:
     """The folder is ours, and anybody could write to it."""
     run_dir.mkdir(parents=True)
+    run_dir.parent.chmod(0o755)  # whatever the umask is
     run_dir.chmod(0o777)
     as_other(PLANT, str(run_dir), trap.record(), str(trap.secret), "0777")
 

@@ -420,3 +420,22 @@ async def test_unknown_streams_are_cancelled_at_the_rank(bench: Bench) -> None:
     before = len(bench.sent(0))
     bench.hear(0, Tokens((Delta("ghost", 0, (65,)), Delta("ended", 0, (65,), "stop"))))
     assert [type(body).__name__ for body in bench.sent(0)[before:]] == ["Cancel"]
+
+
+async def test_the_verdict_on_an_earlier_try_ends_a_request(bench: Bench) -> None:
+    """Its rank's next process went on with a row that the router had given up: what it found out is true of the request
+    wherever it is tried. Nothing else that is said of that try counts any more."""
+    bench.layout(0, 1)
+    bench.status(0)
+    bench.status(1)
+    submit = Submit("r", (1, 2), 100, Sampling(seed=1, logprobs=0))
+    stream, other = Stream("r", submit, TextStream(TABLE), asyncio.Event(), now=bench.now), bench.open("r2")
+    bench.dispatcher.open(stream, bench.now)
+    assert stream.rank is not None
+    bench.hear(stream.rank.replica, Tokens((Delta("r", 0, (65,)),)), sender="rank-r0t0:1")
+    bench.hear(0, Failed("r", "queue_full", "full", True))
+    assert (stream.submit.request_id, stream.has_ended) == ("r~1", False)
+    bench.hear(0, Failed("r", "request_failed", "2 times in a row", False))
+    assert (reason(stream), other.has_ended) == ("request_failed", False)
+    bench.hear(0, Failed("r2~1", "request_failed", "2 times in a row", False))  # of no try of any
+    assert not other.has_ended

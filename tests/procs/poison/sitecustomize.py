@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 BASE = 7_000_000_000_000
-STAGES = ("exchange", "choice", "commit", "report")
+STAGES = ("exchange", "choice", "commit", "report", "plan")
+STRIKES = "POISON_STRIKES"  # names a file
 ACTIONS = ("raises", "is killed", "crashes", "hangs")
 
 
@@ -29,6 +30,13 @@ def is_hit(stage: str, sequence: Any) -> str:
     if not 0 <= code < len(STAGES) * 10**8 or STAGES[code // 10**8] != stage:
         return ""
     return ACTIONS[code // 10**6 % 100] if len(sequence.tokens) > code % 10**6 else ""
+
+
+def note_strike(request_id: str) -> None:
+    """For the test: under which id it is that the request strikes now."""
+    if path := os.environ.get(STRIKES):
+        with open(path, "a") as file:
+            file.write(f"{request_id}\n")
 
 
 def act(action: str) -> None:
@@ -47,6 +55,7 @@ def patch() -> None:
     """Let the engine and the exchange do so."""
     from services.worker.engine import sampler
     from services.worker.engine.engine import Engine
+    from services.worker.engine.plan import Draft
     from services.worker.exchange.shm import ShmExchange
 
     now: list[Any] = []  # sequences of the present step
@@ -56,7 +65,9 @@ def patch() -> None:
 
         def struck(*args: Any, **kwargs: Any) -> Any:
             for sequence in subjects(*args):
-                act(is_hit(stage, sequence))
+                if action := is_hit(stage, sequence):
+                    note_strike(sequence.request.request_id)
+                    act(action)
             return real(*args, **kwargs)
 
         setattr(owner, name, struck)
@@ -70,6 +81,7 @@ def patch() -> None:
     before(sampler, "_choose", "choice", lambda _row, state: [_Sampled(state)])
     before(Engine, "_commit_ledger", "commit", lambda _engine, chunks: [chunk.sequence for chunk in chunks])
     before(Engine, "_report", "report", lambda _engine, sequence, *_: [sequence])
+    before(Draft, "add", "plan", lambda _draft, sequence, *_: [sequence])
 
 
 class _Sampled:
