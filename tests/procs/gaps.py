@@ -73,6 +73,13 @@ class TimedLoad(Load):
                 raise AssertionError(f"{wanted - self.num_good} of {count} streams did not end within {timeout_s:g} s")
             await asyncio.sleep(0.01)
 
+    async def wait_begun(self, count: int, timeout_s: float = 30.0) -> None:
+        """Wait until `count` streams at once have had a chunk, and have not ended."""
+        deadline = time.monotonic() + timeout_s
+        while len(self._last) < count:
+            assert time.monotonic() < deadline, f"{len(self._last)} of {count} streams have begun"
+            await asyncio.sleep(0.001)
+
     @property
     def num_good(self) -> int:
         """Streams that ended as they should."""
