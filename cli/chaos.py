@@ -21,7 +21,7 @@ from cli.bench.deployment import Deployment
 from cli.chaos_abuse import GAP_FACTOR_MAX, GIVEN_BACK_MIB, HEALTH_S_MAX, WATCHED, Abuse, abused
 from cli.chaos_faults import KILL, NOT_NEEDED, draw_faults, draw_resizes
 from cli.chaos_load import BROKEN, HUNG, Clients, Tally
-from cli.chaos_run import BLAMELESS_S, Run, Seen
+from cli.chaos_run import AFTER_S, BLAMELESS_S, Run, Seen
 from cli.terminal import say, show
 from common.protocol.errors import ConfigError, ElasticMoEError
 
@@ -205,7 +205,8 @@ def judge_abuse(abuse: Abuse, tally: Tally, alone: Tally) -> list[Verdict]:
 def _pauses(seen: Seen, tally: Tally) -> Verdict:
     """Whether streams went on while processes were away that serving does not need."""
     now = time.monotonic()
-    pauses = [tally.longest_gap(begin, end, now) for begin, end, fault in seen.faults if fault.target in NOT_NEEDED]
+    faults = [(begin, end + AFTER_S) for begin, end, fault in seen.faults if fault.target in NOT_NEEDED]
+    pauses = [tally.longest_gap(begin, end, now) for begin, end in faults]
     longest = max(pauses, default=0.0)
     return Verdict(
         "P5 P6",
@@ -229,7 +230,8 @@ def _print(verdicts: list[Verdict], seen: Seen, tally: Tally, *, title: str = "w
     words = {True: "yes", False: "NO", None: "not tried"}
     for verdict in verdicts:
         table.add_row(verdict.promise, verdict.what, words[verdict.has_held], verdict.figure)
-    calm = [gap for at, gap in tally.gaps if not any(begin <= at and at - gap <= end for begin, end, _ in seen.faults)]
+    windows = [(begin, end + AFTER_S) for begin, end, _ in seen.faults]
+    calm = [gap for at, gap in tally.gaps if not any(begin <= at and at - gap <= end for begin, end in windows)]
     table.add_row(
         "",
         "pauses of streams",

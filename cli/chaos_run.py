@@ -22,7 +22,8 @@ RECOVERED_S_MAX = 30.0  # after the end of a fault
 OPERATION_S_MAX = 180.0
 QUIET_S_MAX = 30.0
 LOOK_S = 0.25
-PAUSE_S_MAX = 10.0  # a pause that began before all had recovered is waited for, as it counts until it ends
+AFTER_S = 2.0  # what a fault costs is watched for so long after all is as before: processes start, peers return
+PAUSE_S_MAX = 10.0  # a pause that began by then is waited for, as it counts until it ends
 REFUSED = "refused"
 BLAMELESS_S = 5.0  # connections that break within this time of a router's end are its clients' to repeat
 
@@ -134,17 +135,22 @@ class Run:
                 os.kill(pid, signal.SIGCONT)
         except ProcessLookupError:
             pass  # a rank that was ejected meanwhile
-        await self._note(fault, name, begun, time.monotonic())
+        await self._note(fault, name, begun, time.monotonic(), killed=pid if fault.kind == KILL else None)
 
-    async def _note(self, fault: Fault, name: str, begun: float, ended: float) -> None:
-        """Wait until its effects are over, and keep what it was."""
-        await self._recovered(f"{fault} ({name})")
+    async def _note(self, fault: Fault, name: str, begun: float, ended: float, *, killed: int | None = None) -> None:
+        """Wait until its effects are over, and keep what it was. `killed`: a process that another one replaces."""
+
+        def is_replaced() -> bool:
+            return killed is None or fault.target == "rank" or self._deployment.pid(name) not in (killed, None)
+
+        await self._recovered(f"{fault} ({name})", is_replaced)
         recovered = time.monotonic()
         self.seen.faults.append((begun, recovered, fault))
-        tally, deadline = self._clients.tally, recovered + PAUSE_S_MAX
-        while tally.lasts(recovered) and time.monotonic() < deadline:
+        await asyncio.sleep(AFTER_S)
+        tally, until = self._clients.tally, recovered + AFTER_S
+        while tally.lasts(until) and time.monotonic() < until + PAUSE_S_MAX:
             await asyncio.sleep(LOOK_S)
-        gap = tally.longest_gap(begun, recovered, time.monotonic())
+        gap = tally.longest_gap(begun, until, time.monotonic())
         self._tell(f"  recovered {recovered - ended:.1f} s later; longest pause of a stream {gap * 1e3:.0f} ms")
 
     async def _lose(self, fault: Fault) -> None:
@@ -181,13 +187,13 @@ class Run:
             return "rank", None
         return ranks[int(fault.choice * len(ranks))] if ranks else ("rank", None)
 
-    async def _recovered(self, what: str) -> None:
-        """Wait until both listeners are ready, and all members attached and sound."""
+    async def _recovered(self, what: str, is_replaced: Callable[[], bool] = lambda: True) -> None:
+        """Wait until who was killed is there again, both listeners are ready, and all members attached and sound."""
         deadline = time.monotonic() + RECOVERED_S_MAX
         while time.monotonic() < deadline:
             try:
                 statuses = [(await ask("GET", url))[0] for url in self._ready_urls()]
-                if statuses == [200, 200] and not await findings_of(self._deployment):
+                if statuses == [200, 200] and is_replaced() and not await findings_of(self._deployment):
                     return
             except ValueError:
                 if self._deployment.record is None:

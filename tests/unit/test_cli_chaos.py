@@ -68,7 +68,9 @@ def seen_with(**changes: Any) -> Seen:
         # It ended after all had recovered, or began before the fault: it was there meanwhile.
         ({"faults": [(1.0, 2.0, Fault(1, KILL, "pool", 0, 0))]}, {"gaps": [(7.5, 5.6)]}, {"P5 P6"}),
         ({"faults": [(4.0, 9.0, Fault(1, KILL, "pool", 0, 0))]}, {"gaps": [(4.1, 5.6)]}, {"P5 P6"}),
-        ({"faults": [(1.0, 2.0, Fault(1, KILL, "pool", 0, 0))]}, {"gaps": [(7.7, 5.6)]}, set()),
+        # It began within two seconds of that, or later.
+        ({"faults": [(1.0, 2.0, Fault(1, KILL, "pool", 0, 0))]}, {"gaps": [(9.5, 5.6)]}, {"P5 P6"}),
+        ({"faults": [(1.0, 2.0, Fault(1, KILL, "pool", 0, 0))]}, {"gaps": [(9.7, 5.6)]}, set()),
         ({"faults": [(1.0, 9.0, Fault(1, STOP, "rank", 9, 0))]}, {"gaps": [(8.0, 5.5)]}, set()),
         ({"stuck": ["x"]}, {}, {"P3"}),
         ({"findings": ["hmm: a block has two owners"]}, {}, {"integrity"}),
