@@ -1,4 +1,5 @@
-"""The only importer of redis: the deployment's keys, their types, and what each is for.
+"""The only importer of redis: the deployment's keys, their types, and what each is for. Longer than 400 lines, so that
+every access to the store is in one place.
 
 The store coordinates; it is never on the path of a token, and what it says is checked by the resources (fence.py). All
 keys share the prefix `elasticmoe:<deployment>:`. Values are MessagePack of the types named here, decoded strictly.

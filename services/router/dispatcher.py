@@ -45,9 +45,8 @@ ADOPT_S = 2.0  # where the stream may wait there unnamed, submitted while nobody
 GONE_S = 2.0  # of silence, by a rank that was taken out of the layout
 GAP_S = 2.0
 SUBMITS_MAX = 2  # of a request that ranks refuse
-# Without a token in between. A bound and no verdict: a request that waits is lost with its rank through no fault of its
-# own, and ranks themselves find out and end the one that ends them (services/worker/engine/trial.py).
-LOSSES_MAX = 16
+# In a row. A bound and no verdict: ranks themselves find out which request ends them (services/worker/engine/trial.py).
+LOSSES_MAX = 16  # without a token in between
 LOST = "rank_lost"
 LEAVE_S = 5.0  # a link to a rank that left stays this long after its last stream: the rank may come back
 
