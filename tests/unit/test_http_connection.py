@@ -403,3 +403,11 @@ def test_connections_are_bounded_by_open_files(monkeypatch: pytest.MonkeyPatch) 
     bounded = listener._within_descriptors(rules)
     assert (bounded.connections_max, bounded.guests_max) == (1_000, 1_024)
     assert limits["soft"] == 4_096
+
+
+def test_answers_bear_the_date_of_their_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, now = listener._State(), 1_000_000_000.9
+    monkeypatch.setattr(listener.time, "time", lambda: now)
+    assert state.default_headers == [(b"date", b"Sun, 09 Sep 2001 01:46:40 GMT")]
+    now += 0.2
+    assert state.default_headers == [(b"date", b"Sun, 09 Sep 2001 01:46:41 GMT")]

@@ -8,6 +8,7 @@ import random
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import pytest
 import zmq
 
 from common.config import ScalerConfig
+from common.layout import RankId
 from common.protocol import hmm, pool
 from common.protocol.codec import Codec, Message
-from common.protocol.scaler import HmmStatus, PoolStatus, ToScaler
+from common.protocol.replies import Ack
+from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, ToScaler
 from common.transport import Server, new_identity
 from services.scaler.links import Links
 from tests.procs.fuzz import Thrower, thrower
@@ -95,3 +98,44 @@ def test_nonsense_on_a_connection_is_no_answer_and_the_next_one_is_heard(run_dir
         links.close()
         for server in servers:
             server.close()
+
+
+def test_what_the_pool_said_is_asked_for_again_when_it_tells_something_or_is_commanded(run_dir: Path) -> None:
+    config = ScalerConfig(run_dir=str(run_dir), model="/nowhere")
+    events: list[ToScaler] = []
+    told = RankExited(RankId(0, 0), 0, "rank:a", 1, "ended")
+    with Server(config.socket(config.pool_name), new_identity("pool"), pool.CODEC) as server:
+        links = Links(config, tiny_mixtral_spec(), new_identity("scaler"), events.append)
+        num_asked = 0
+        stop = threading.Event()
+
+        def answer() -> None:
+            nonlocal num_asked
+            while not stop.is_set():
+                server.poll(5)
+                while (received := server.receive()) is not None:
+                    peer, message = received
+                    num_asked += 1
+                    is_command = isinstance(message.body, pool.StopRank)
+                    server.send(peer, Ack() if is_command else PoolStatus(num_asked, ()), seq=message.seq)
+                    if is_command:
+                        server.send(peer, told)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            assert links.ask_pool(is_starting=False) == PoolStatus(1, ())
+            assert links.ask_pool(is_starting=False, age_s_max=60.0) == PoolStatus(1, ())
+            assert links.ask_pool(is_starting=False) == PoolStatus(2, ())
+            links.tell_pool(pool.StopRank(RankId(0, 0), "rank:a", 0))
+            wait_until(lambda: links.wait(10.0, is_quiet=True) or events, "it is told, and waits no longer")
+            assert events == [told]
+            assert links.ask_pool(is_starting=False, age_s_max=60.0) == PoolStatus(4, ())
+            links.wake()
+            begun = time.monotonic()
+            links.wait(10.0, is_quiet=True)
+            assert time.monotonic() - begun < 5.0
+        finally:
+            links.close()
+            stop.set()
+            thread.join()

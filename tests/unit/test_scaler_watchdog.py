@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import msgspec
+import pytest
 
 from common.layout import RankId
 from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
+from services.scaler.service import IDLE_TURN_S, QUIET_TURN_S
 from services.scaler.watchdog import ALONE_FACTOR, Pulse, Stalled, Watchdog, pulses_of
 
 STALL_S = 2.4
@@ -144,3 +146,30 @@ def test_only_ranks_that_are_attached_and_ready_are_watched() -> None:
     stopped = msgspec.structs.replace(pool.ranks[0], is_asleep=True)
     assert pulses_of(hmm, PoolStatus(0, (stopped,))) == (Pulse(0, RankId(0, 0), "rank:a", 4, True),)
     assert pulses_of(None, pool) == pulses_of(hmm, None) == ()
+
+
+@pytest.mark.parametrize("stopped_at", [10.0, 10.07, 10.2, 10.33, 10.49, 10.6])
+def test_looking_seldom_while_nobody_computes_keeps_the_promise(stopped_at: float) -> None:
+    """The scaler looks every 0.4 s then; whoever stands is looked at as often as before (promise P9)."""
+    watchdog, now, num_looks = Watchdog(STALL_S), 0.0, 0
+    while now < 20.0:
+        progress = {0: beats(now), 1: beats(min(now, stopped_at))}
+        pulses = [Pulse(slot, RankId(slot, 0), f"rank:{slot}", count, True) for slot, count in progress.items()]
+        if ejected := watchdog.look(now, pulses):
+            assert [stalled.incarnation for stalled in ejected] == ["rank:1"]
+            break
+        num_looks += now < stopped_at
+        now += QUIET_TURN_S if watchdog.is_quiet else IDLE_TURN_S
+    assert STALL_S - 0.5 <= now - stopped_at <= 3.0
+    assert num_looks < 40  # 200 would be every one
+
+
+def test_it_is_not_quiet_while_somebody_computes_or_stands() -> None:
+    watchdog = Watchdog(STALL_S)
+    run(watchdog, lambda now, _: beats(now), until=3.0)
+    assert watchdog.is_quiet
+    run(watchdog, lambda now, slot: int(now * 60) if slot == 1 else beats(now), until=3.0)
+    assert not watchdog.is_quiet
+    watchdog = Watchdog(STALL_S)
+    run(watchdog, lambda now, slot: 7 if slot == 1 else beats(now), until=1.5)
+    assert not watchdog.is_quiet

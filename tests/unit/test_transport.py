@@ -259,3 +259,23 @@ def test_a_client_that_is_opened_again_at_once_is_answered(server, tmp_path: Pat
         assert client.call(GetPool(), deadline_ms=5_000)[0] == PoolStatus(2, ())
         thread.join()
         client.close()
+
+
+def test_clients_share_the_thread_that_moves_their_messages(server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    def num_threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = num_threads()
+    clients = [Client(tmp_path / "pool.sock", new_identity("scaler"), scaler.CODEC) for _ in range(5)]
+    try:
+        assert num_threads() <= before + 2
+        for client in clients:
+            client.send(GetPool())
+    finally:
+        for client in clients:
+            client.close()
+            client.close()
+    assert num_threads() == before
+    with_another = Client(tmp_path / "pool.sock", new_identity("scaler"), scaler.CODEC)
+    assert with_another.send(GetPool()) == 1
+    with_another.close()
