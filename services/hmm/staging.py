@@ -117,8 +117,10 @@ def _check_budgets(catalog: Catalog, loaded: Loaded, request: StageLayout) -> No
             budget = catalog.entry(device).budget
             weights = sum(sizes[key] for key in keys_of(wanted, device))
             kv = num_handles * loaded.kv.handle_bytes
-            if weights + kv + ledger > budget:
+            total = weights + kv + ledger
+            if total > budget:
                 raise DoesNotFit(
                     f"{device}: {when} weights take {size(weights)}, {num_handles} KV handles {size(kv)} and the "
-                    f"ledger {size(ledger)}: {size(weights + kv + ledger)} exceed the budget of {size(budget)}"
+                    f"ledger {size(ledger)}: {size(total)} exceed the budget of {size(budget)} by "
+                    f"{size(total - budget)}"
                 )

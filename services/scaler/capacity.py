@@ -110,8 +110,9 @@ class Capacity:
         peak = {device: max(nbytes, start.get(device, 0)) for device, nbytes in ends.items()}
         for device, nbytes in peak.items():
             if nbytes > self._budget(device):
-                budget = size(self._budget(device))
-                raise DoesNotFit(f"{device}: {size(nbytes)} would exceed the budget of {budget}; {_WAY_OUT}")
+                budget = self._budget(device)
+                excess = f"{size(nbytes)} would exceed the budget of {size(budget)} by {size(nbytes - budget)}"
+                raise DoesNotFit(f"{device}: {excess}; {_WAY_OUT}")
         vacates = any(during[device] < handles for device, handles in now.items())
         total = max(sum(start.values()), sum(ends.values()))
         return Instants(start, staged, released, peak, total, during, after, vacates)
