@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cli.admin import connect
+from cli.arguments import whole
 from cli.bench.deployment import running
 from cli.bench.report import provenance, table, write_raw
 from cli.record import read_record
@@ -37,7 +38,7 @@ class Usage(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench idle`."""
     parser.add_argument("--model", default="tiny", metavar="MODEL", help="name or path of the model (tiny)")
-    parser.add_argument("--replicas", type=int, default=2, metavar="N", help="replicas that wait (2)")
+    parser.add_argument("--replicas", type=whole(1), default=2, metavar="N", help="replicas that wait (2)")
     parser.add_argument("--seconds", type=parse_seconds, default=30.0, metavar="S", help="how long it is watched (30)")
     folder = Path("benchmarks/results")
     parser.add_argument("--output", type=Path, default=folder, metavar="DIR", help=f"folder of the raw data ({folder})")

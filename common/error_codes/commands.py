@@ -12,6 +12,8 @@ COMMANDS: dict[str, Code] = {
     "unreachable": Code("Nothing answers there", "`elasticmoe status`; see `RUN_DIR/logs`", is_retryable=True),
     "starting": Code("A launcher is just starting there", "Try again in a moment", is_retryable=True),
     "still_stopping": Code("It still stops after the time given", "Wait, then `elasticmoe status`", is_retryable=True),
+    "wrong_usage": Code("A flag or argument is missing, unknown, or beyond its bounds", "See the command's `--help`"),
+    "no_terminal": Code("`--watch` needs a terminal, and this is none", "`elasticmoe status` without it"),
     "not_permitted": Code("The process is another user's", "Stop it as that user"),
     "output_failed": Code("The output cannot be written", "Look at the disk or the pipe"),
     "bad_url": Code("The URL cannot be used", "Use http:// or https:// with a host"),

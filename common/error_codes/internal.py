@@ -15,6 +15,12 @@ INTERNAL: dict[str, Code] = {
     "no_standby": Code(
         "No standby is ready to take a seat", "It is asked for again; see the pool's log", is_retryable=True
     ),
+    "descriptors_cut": Code("A process has no room for descriptors that it was sent", "Raise its limit of open files"),
+    "no_descriptors": Code(
+        "A connection was closed: no descriptor is left",
+        "Raise its limit of open files",
+        is_retryable=True,
+    ),
     "seat_taken": Code("A living rank has the seat", _NOTHING),
     "unknown_rank": Code("The pool has no such rank", _NOTHING),
     "leaving": Code("The rank hands its own sequences over, and takes none", _NOTHING, is_retryable=True),

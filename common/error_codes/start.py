@@ -32,6 +32,15 @@ START: dict[str, Code] = {
         "Somebody else made the run directory or a folder above it, or could change it",
         "Use a folder of your own: `--run-dir`",
     ),
+    "no_api_key": Code(
+        "Other machines would be served without a key", "`--api-key-file`, or `--no-api-key` to let everybody in"
+    ),
+    "state_differs": Code(
+        "What an earlier run has left is of other settings", "Use that run's settings, or `elasticmoe up --fresh`"
+    ),
+    "damaged_record": Code(
+        "`deployment.json` of the run directory cannot be read", "`elasticmoe down`, or `elasticmoe up --fresh`"
+    ),
     "already_running": Code("A deployment runs in this run directory", "`elasticmoe down`, or `--run-dir`"),
     "port_in_use": Code("Something listens on this port", "`--port`, `--admin-port`; 0 takes a free one"),
     "port_not_allowed": Code("This user may not listen on this port", "Use one above 1023, and a proxy"),

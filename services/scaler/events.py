@@ -34,7 +34,9 @@ KINDS: dict[str, Kind] = {
     "operation_resumed": Kind("A scaler goes on with an operation that it found in the journal", _OP_ID | _PHASE),
     "operation_phase": Kind(
         "An operation has entered a phase, a leg or another attempt; `reason` says why",
-        _OP_ID | _PHASE | {"leg": "counted from 1", "before": "the phase that has ended", "before_s": "seconds spent in it"},
+        _OP_ID
+        | _PHASE
+        | {"leg": "counted from 1", "before": "the phase that ended", "before_s": "seconds spent in it"},
     ),
     "operation_late": Kind("A committed operation is past its deadline; it goes on", _OP_ID | _PHASE),
     "operation_cancel": Kind("An operator has cancelled an operation", _OP_ID),

@@ -90,7 +90,7 @@ EXAMPLES: dict[str, Any] = {
     "RebalanceBody": {"reason": "a replica was idle"},
     "Health": {"status": "ok"},
     "Ready": {"phase": "serving", "reason": "nothing to do", "bytes_done": 1384120320, "bytes_total": 1384120320}
-    | {"error": None},
+    | {"error": None, "resumed": None},
     "Layout": {
         "epoch": 1,
         "fence": 1,

@@ -50,7 +50,6 @@ COMMANDS = [
     ["up", "--model", "tiny", "--run-dir", "/proc/x"],
     ["up", "--model", "tiny", "--run-dir", "/dev/null/x"],
     ["up", "--model", "tiny", "--run-dir", "/" + "x" * 300],
-    ["up"],
     ["down", "--run-dir", "/dev/null"],
     ["status", "--run-dir", "/dev/null"],
     ["status", "--watch"],

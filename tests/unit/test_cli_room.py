@@ -10,10 +10,14 @@ import pytest
 
 from cli import checks, settings, up
 from cli.record import DeploymentRecord, ProcessRecord, write_record
+from common.capacity import device_weights_bytes, load_of, size_ledger
 from common.families import load_spec
+from common.layout import initial_layout
 from common.private import make_private
 from tests.unit import forms
 
+PAGE = 4096
+PAGE = 4096
 GIB = 1 << 30
 
 
@@ -64,8 +68,9 @@ def test_named_devices_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest
 
 def test_each_device_has_room_for_the_whole_model(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = resolved(tmp_path, "--kv-memory", "256MiB")
-    whole = checks.device_weights_bytes(load_spec(model, found.scaler.dtype), 1, found.hmm.granularity)
-    each = whole + (256 << 20)
+    spec = load_spec(model, found.scaler.dtype)
+    load = load_of(found.scaler, spec, initial_layout(spec.num_experts_by_layer, ["host:0"]))
+    each = device_weights_bytes(spec, 1, PAGE) + size_ledger(load, PAGE).nbytes + (256 << 20)
     for number, expected in ((0, 2), (1, 2), (2, 2), (3, 3), (4, 4), (9, 4)):
         monkeypatch.setattr(checks, "available_bytes", lambda number=number: int(number * each / 0.8) + 64)
         assert checks.num_devices_that_fit(found, model) == expected

@@ -223,9 +223,7 @@ def test_too_little_memory_is_refused_with_the_figures(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "available_bytes", lambda: 4 << 20)
-    with pytest.raises(
-        DoesNotFit, match=r"more than the 1\.60 MiB that each of 2 gets of the 3\.20 MiB that are 80% of"
-    ):
+    with pytest.raises(DoesNotFit, match=r"more than the 816 KiB that each of 4 gets of the 3\.20 MiB that are 80% of"):
         checks.check_memory(resolved(tmp_path), model)
     with pytest.raises(DoesNotFit, match=r"take 6\.\d+ MiB on 2 devices, more than the 3\.20 MiB that are 80%"):
         checks.check_memory(resolved(tmp_path, "--device-memory", "64MiB"), model)

@@ -23,6 +23,7 @@ ALLOWED = {
     ("common/telemetry.py", "time.strftime"): "the time of a log line",
     ("common/telemetry.py", "time.localtime"): "the time of a log line",
     ("common/safetensors.py", ".st_mtime_ns"): "equality: whether a file was changed while it was read",
+    ("common/http/listener.py", "time.time"): "`Date` of an answer",
     ("services/router/api/chat.py", "time.time"): "`created` of an answer",
     ("services/router/api/completions.py", "time.time"): "`created` of an answer",
     ("services/router/text/template.py", "datetime.now"): "`strftime_now` of chat templates",

@@ -83,6 +83,7 @@ def test_a_mark_that_marks_nothing_is_refused(text: str) -> None:
 INLINE = [
     (page, match[1])
     for page in pages()
+    if page.parent.name != "reference"  # made of the parser; its headings are commands without arguments
     for match in re.finditer(r"`(elasticmoe [^`\n]+)`", page.read_text(encoding="utf-8"))
     if not re.search(r"\[|…|\\\||[A-Z]{2,}|, ", match[1])  # a form to fill in, a list
 ]
@@ -93,8 +94,9 @@ def test_commands_in_sentences_are_ones_that_exist() -> None:
     parser = make_parser()
     wrong = []
     for page, command in INLINE:
+        words = shlex.split(command)[1:]
         try:
-            parser.parse_args(shlex.split(command)[1:])
+            parser.parse_args(words if len(words) > 1 else [*words, "--help"])  # one is a command's name
         except SystemExit as ended:
             if ended.code:
                 wrong.append(f"{page.name}: {command}")
