@@ -54,6 +54,8 @@ CANCEL_UP = [
     "rank.ready@r3t0",
     "rank.apply@r0t0",
     "rank.applied@r0t0",
+    "scaler.leg1.commit.before",  # the commit waits for its record, or for the word that the store has it
+    "scaler.leg1.commit.after",
 ]
 CANCEL_DOWN = [
     "scaler.leg1.prepare.after",
@@ -72,6 +74,8 @@ CANCEL_DOWN = [
     "rank.take.before",
     "rank.take.after",
     "rank.applied@r0t0",
+    "scaler.leg1.commit.before",
+    "scaler.leg1.commit.after",
 ]
 FAIL = [  # what is asked for, where, what happens there, and the code that the operation shows
     (UP, "hmm.stage", "raise does_not_fit", "does_not_fit"),
@@ -195,7 +199,8 @@ async def test_deadline_before_commit_leaves_no_trace(
 
 
 COMPLETE = [  # after COMMIT: where it is held, and what happens meanwhile
-    ("scaler.leg1.commit.after", "cancel"),
+    ("scaler.send_commit.before", "cancel"),
+    ("scaler.send_commit.after", "cancel"),
     ("hmm.committed.before", "cancel"),
     ("hmm.committed.after", "cancel"),
     ("hmm.committed.after", "r3t0"),
