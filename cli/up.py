@@ -156,11 +156,21 @@ def _devices(resolved: settings.Settings, model: Path) -> str:
     """The devices where the user named none: those of the same deployment that was cut off here, else as many as
     fit."""
     scaler = resolved.scaler
-    left = read_record(scaler.run_path)
+    left = _record_if_sound(scaler.run_path)
     is_same = left is not None and (left.model, left.dtype) == (scaler.model, scaler.dtype)
     if left is not None and is_same and int(left.devices.split(":")[1]) >= scaler.replicas * scaler.tp:
         return left.devices
     return f"host:{checks.num_devices_that_fit(resolved, model)}"
+
+
+def _record_if_sound(run_dir: Path) -> DeploymentRecord | None:
+    """The record that is left there; None also for one that is damaged, which `_take_up` tells."""
+    try:
+        return read_record(run_dir)
+    except ConfigError as error:
+        if error.code != DAMAGED:
+            raise
+        return None
 
 
 def _serve(args: argparse.Namespace, resolved: settings.Settings, run_dir: RunDir, console: Console) -> int:

@@ -19,6 +19,7 @@ from common.capacity import (
     size_load,
 )
 from common.checkpoint import Checkpoint
+from common.failpoint import failpoint
 from common.families import load_spec
 from common.model_spec import KvGeometry, RecordKey, RecordSpec, round_up
 from common.protocol.errors import CheckpointError, Unavailable
@@ -74,6 +75,7 @@ class Load:
         with Checkpoint(directory, spec) as checkpoint:
             if remarks := checkpoint.remarks():
                 log.warning("checkpoint: " + "; ".join(remarks))
+            failpoint("hmm.load")
             self._create(specs, sizes, geometry)
             self._read(checkpoint, specs)
             self.bytes_read = checkpoint.bytes_read

@@ -125,15 +125,18 @@ def test_detached_it_is_watched_and_stopped_by_other_commands(
 def test_a_detached_start_that_fails_says_why(folder: Path, model_folder: Callable[[str], Path]) -> None:
     run_dir = folder / "run"
     command = [sys.executable, "-m", "cli.main", "up", "--model", str(model_folder("oracle")), "--detach"]
-    # Too little for one sequence: only the HMM knows, when all has been started.
-    command += ["--run-dir", str(run_dir), "--kv-memory", "1MiB", "--port", "0", "--admin-port", "0"]
-    up = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    command += ["--run-dir", str(run_dir), "--port", "0", "--admin-port", "0"]
+    points = folder / "points"
+    points.mkdir()
+    (points / "hmm.load.arm").write_text("raise does_not_fit")  # in the HMM, when all has been started
+    environment = {**os.environ, "ELASTICMOE_FAILPOINT_DIR": str(points)}
+    up = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
     assert up.returncode == 1
     line = up.stderr.strip()
     assert line.startswith("elasticmoe: does_not_fit: "), up.stdout + up.stderr
     assert "\n" not in line
     assert "does_not_fit" not in up.stdout, "it is told once"
-    assert "--kv-memory" in line
+    assert "hmm.load" in line
     assert read_record(run_dir) is None
     assert (run_dir / "logs/failure.txt").read_text().strip() == line.removeprefix("elasticmoe: ")
     wait_until(lambda: not processes_of(run_dir), "no process left")
