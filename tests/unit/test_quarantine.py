@@ -123,10 +123,10 @@ class Poison:
     def in_choice(self) -> None:
         choose = sampler._choose
 
-        def struck(row: Any, state: Any) -> Any:
+        def struck(logits: Any, state: Any, *args: Any, **named: Any) -> Any:
             if state.request.request_id.startswith(POISON) and len(state.tokens) > self._position:
                 self.strike()
-            return choose(row, state)
+            return choose(logits, state, *args, **named)
 
         self._patch.setattr(sampler, "_choose", struck)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence as Seq
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ GREEDY_BELOW = 1e-5  # temperatures that float32 logits would overflow under cho
 LARGEST = 3e38  # of a logit that was changed, either sign
 NEVER = -3.4e38  # the logit of a token that may not come: finite, as all logits must be, and less than any that may
 
+_FLOAT_BYTES = 4
 _MASK = (1 << 64) - 1
 
 
@@ -72,22 +74,27 @@ def sample(logits_BV: torch.Tensor, states: Seq[SamplingState]) -> Sampled:
     logprobs: list[Logprob | None] = [None] * len(states)
     errors: dict[int, ElasticMoEError] = {row: BadLogits() for row, token in enumerate(tokens) if token < 0}
     for row, state in enumerate(states):
+        if row in errors:
+            continue
         sampling = state.request.sampling
-        is_plain = sampling.temperature < GREEDY_BELOW and sampling.logprobs < 0 and not _changes_logits(state)
-        if row in errors or is_plain:
+        is_changed = _changes_logits(state)
+        if sampling.temperature < GREEDY_BELOW and sampling.logprobs < 0 and not is_changed:
             continue
         try:
-            tokens[row], logprobs[row] = _choose(logits_BV[row], state)
+            tokens[row], logprobs[row] = _choose(logits_BV, state, row, is_changed=is_changed)
         except Exception as error:
             errors[row] = failure_of(error, state.request.request_id, "choosing the request's next token")
             tokens[row] = -1
     return Sampled(tokens, logprobs, errors)
 
 
-def _choose(row_V: torch.Tensor, state: SamplingState) -> tuple[int, Logprob | None]:
+def _choose(logits_BV: torch.Tensor, state: SamplingState, row: int, *, is_changed: bool) -> tuple[int, Logprob | None]:
     """A token of a row of finite logits, with its log probability where it is asked for. Raises BadLogits."""
-    sampling, address, vocab = state.request.sampling, row_V.data_ptr(), row_V.shape[0]
-    is_changed = _changes_logits(state)
+    sampling, vocab = state.request.sampling, logits_BV.shape[1]
+    address = logits_BV.data_ptr() + row * vocab * _FLOAT_BYTES
+    if not is_changed and sampling.logprobs < 0:
+        return _draw(address, vocab, sampling, len(state.tokens)), None
+    row_V = logits_BV[row]
     raw_V = row_V.clone() if is_changed and sampling.logprobs >= 0 else row_V
     if is_changed:
         _change_logits(row_V, state)
@@ -115,7 +122,12 @@ def uniform(seed: int, position: int) -> float:
 
     Two rounds of splitmix64's finalizer (Steele, Lea and Flood 2014) over seed and position.
     """
-    return (_mix((_mix(seed) + position * 0x9E3779B97F4A7C15) & _MASK) >> 11) * 2.0**-53
+    return (_mix((_mixed_seed(seed) + position * 0x9E3779B97F4A7C15) & _MASK) >> 11) * 2.0**-53
+
+
+@lru_cache(4_096)
+def _mixed_seed(seed: int) -> int:
+    return _mix(seed)
 
 
 def _mix(value: int) -> int:
@@ -126,7 +138,8 @@ def _mix(value: int) -> int:
 
 
 def _draw(row_address: int, vocab: int, sampling: Sampling, position: int) -> int:
-    return kernels.draw(
+    """A token by its probability. Raises BadLogits where no token has one."""
+    token = kernels.draw(
         row_address,
         vocab,
         sampling.temperature,
@@ -135,6 +148,9 @@ def _draw(row_address: int, vocab: int, sampling: Sampling, position: int) -> in
         sampling.min_p,
         uniform(sampling.seed, position),
     )
+    if not 0 <= token < vocab:
+        raise BadLogits
+    return token
 
 
 def _is_banned_now(state: SamplingState) -> bool:
