@@ -41,7 +41,7 @@ from cli.rundir import RunDir
 from common.config import ScalerConfig
 from common.fence import Fence
 from common.private import read_secret
-from common.protocol.errors import ConfigError, ElasticMoEError
+from common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest
 from common.store import PASSWORDS, WRITER
 from common.transport import describe
 
@@ -104,12 +104,14 @@ def run(args: argparse.Namespace) -> int:
     if args.report_fd is not None:
         return _run_detached(args)
     with make_console() as console:
+        if args.model == "":
+            raise InvalidRequest("--model is empty: leave it out for the demo, or name one of `elasticmoe model list`")
         resolved = settings.from_flags(args)
-        checks.check_ports(resolved)
-        check_api_key(resolved, may_lack=args.no_api_key)
-        checks.check_store(resolved)
-        run_dir = RunDir(settings.require_run_dir(resolved))
+        run_dir = RunDir(settings.require_run_dir(resolved))  # first: a deployment that runs here has its ports
         try:
+            checks.check_ports(resolved)
+            check_api_key(resolved, may_lack=args.no_api_key)
+            checks.check_store(resolved)
             resolved = _with_model(resolved, console)
             if args.detach:
                 run_dir.prepare(resolved.scaler)
@@ -153,14 +155,14 @@ def _with_model(resolved: settings.Settings, console: Console) -> settings.Setti
 
 
 def _devices(resolved: settings.Settings, model: Path) -> str:
-    """The devices where the user named none: those of the same deployment that was cut off here, else as many as
-    fit."""
+    """The devices where the user named none: as many as fit, and no fewer than the same deployment had that was cut off
+    here."""
     scaler = resolved.scaler
     left = _record_if_sound(scaler.run_path)
-    is_same = left is not None and (left.model, left.dtype) == (scaler.model, scaler.dtype)
-    if left is not None and is_same and int(left.devices.split(":")[1]) >= scaler.replicas * scaler.tp:
-        return left.devices
-    return f"host:{checks.num_devices_that_fit(resolved, model)}"
+    num_left = 0
+    if left is not None and (left.model, left.dtype) == (scaler.model, scaler.dtype):
+        num_left = int(left.devices.split(":")[1])
+    return f"host:{max(num_left, checks.num_devices_that_fit(resolved, model))}"
 
 
 def _record_if_sound(run_dir: Path) -> DeploymentRecord | None:
@@ -210,7 +212,7 @@ def _run_launcher(
             launcher.start()
             for line in resume.explain(probe.resumed) if probe.resumed is not None else ():
                 console.line(line)
-            _announce(resolved, console)
+            _announce(resolved, console, (probe.resumed or resolved.scaler).replicas)
             launcher.supervise()
         except StopRequested:
             console.close()
@@ -323,12 +325,12 @@ def _own_record() -> ProcessRecord:
     return ProcessRecord("launcher", os.getpid(), start_ticks(os.getpid()) or 0)
 
 
-def _announce(resolved: settings.Settings, console: Console) -> None:
+def _announce(resolved: settings.Settings, console: Console, replicas: int) -> None:
     name = resolved.router.served_name
     console.line(f"{name} is served at   {resolved.url}/v1")
     console.line(f"admin listener      {resolved.admin_url}  (token in {resolved.scaler.secret('admin.token')})")
     console.line(f"run directory       {resolved.scaler.run_path}")
-    console.line(f"devices             {_room(resolved.scaler)}")
+    console.line(f"devices             {_room(resolved.scaler, replicas)}")
     if resolved.router.api_key_file:
         console.line(f"API key in          {resolved.router.api_key_file}")
     elif not is_loopback(resolved.router.host):
@@ -338,8 +340,8 @@ def _announce(resolved: settings.Settings, console: Console) -> None:
         console.finish()
 
 
-def _room(scaler: ScalerConfig) -> str:
-    used = scaler.replicas * scaler.tp
+def _room(scaler: ScalerConfig, replicas: int) -> str:
+    used = replicas * scaler.tp
     free = scaler.num_devices - used
     return f"{scaler.devices}: {used} in use, {free or 'none'} to grow into (`elasticmoe scale`)"
 

@@ -31,7 +31,7 @@ GivenDeadlineS = Annotated[
     DeadlineS | None, says("Seconds by which it has to be committed, else it is undone; null: `operation_deadline_s`")
 ]
 Reason = Annotated[str, Meta(max_length=500), says("Kept with the operation and its events", "more traffic")]
-_REPLICA = re.compile(r"r([0-9]{1,4})(?:t[0-9]{1,4})?")
+_REPLICA = re.compile(r"r?([0-9]{1,4})(?:t[0-9]{1,4})?")
 
 
 class UnprocessableTarget(InvalidRequest):
@@ -143,7 +143,10 @@ def repeated(order: Order, current: Operation | None, ended: Sequence[Operation]
                 raise Conflict(f"operation {order.op_id} exists with another request", code="op_id_reused")
             return operation
     if current is not None:
-        raise Running(f"operation {current.op_id} is in progress ({current.phase})")
+        raise Running(
+            f"operation {current.op_id} is in progress ({current.phase}): wait for it, or cancel it "
+            f"(`elasticmoe scale --cancel {current.op_id}`)"
+        )
     return None
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from cli import checks, settings, up
+from cli.main import main
 from cli.record import DeploymentRecord, ProcessRecord, write_record
+from cli.rundir import RunDir
 from common.capacity import device_weights_bytes, load_of, size_ledger
 from common.families import load_spec
 from common.layout import initial_layout
@@ -78,7 +80,7 @@ def test_each_device_has_room_for_the_whole_model(tmp_path: Path, model: Path, m
     assert checks.num_devices_that_fit(resolved(tmp_path, "--device-memory", "2.5GiB"), model) == 3
 
 
-def test_a_deployment_that_was_cut_off_keeps_its_devices(tmp_path: Path, model: Path) -> None:
+def test_a_deployment_that_was_cut_off_gets_no_fewer_devices(tmp_path: Path, model: Path) -> None:
     found = resolved(tmp_path).replace(model=str(model))
     make_private(tmp_path / "run")
     record = DeploymentRecord(
@@ -88,7 +90,7 @@ def test_a_deployment_that_was_cut_off_keeps_its_devices(tmp_path: Path, model: 
         model=str(model),
         served_name="m",
         dtype="bfloat16",
-        devices="host:3",
+        devices="host:9",
         url="http://127.0.0.1:1",
         admin_url="http://127.0.0.1:2",
         port=1,
@@ -96,6 +98,26 @@ def test_a_deployment_that_was_cut_off_keeps_its_devices(tmp_path: Path, model: 
         started_at=0.0,
     )
     write_record(tmp_path / "run", record)
-    assert up._devices(found, model) == "host:3"
-    assert up._devices(resolved(tmp_path, "--replicas", "4").replace(model=str(model)), model) == "host:8"
+    assert up._devices(found, model) == "host:9"
+    assert up._devices(resolved(tmp_path, "--replicas", "8").replace(model=str(model)), model) == "host:16"
     assert up._devices(found.replace(model="another"), model) == "host:4"
+
+
+def test_what_is_in_use_is_told_of_the_replicas_that_serve(tmp_path: Path) -> None:
+    scaler = resolved(tmp_path, "--devices", "host:5").scaler
+    assert up._room(scaler, 3) == "host:5: 3 in use, 2 to grow into (`elasticmoe scale`)"
+
+
+def test_a_deployment_that_runs_is_told_before_its_ports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    running = RunDir(tmp_path / "run")
+    try:
+        assert main(["up", "--run-dir", str(tmp_path / "run"), "--port", "1", "--admin-port", "1"]) == 1
+    finally:
+        running.release()
+    assert capsys.readouterr().err.startswith("elasticmoe: already_running: ")
+
+
+def test_an_empty_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--run-dir", str(tmp_path / "run"), "--model", ""]) == 1
+    assert "--model is empty" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -138,7 +138,7 @@ async def test_bad_bodies_are_refused_before_the_loop_hears_of_them(listener: Li
 
 
 def test_bodies_become_orders() -> None:
-    order = parse_scale(b'{"remove": ["r1", 2, "r1t0"], "op_id": "x", "dry_run": true, "deadline_s": 5}', 600.0)
+    order = parse_scale(b'{"remove": ["1", 2, "r1t0"], "op_id": "x", "dry_run": true, "deadline_s": 5}', 600.0)
     assert order == Order("x", Request(remove=(1, 2), deadline_s=5.0), Target(remove=(1, 2)), True)
     assert parse_scale(b'{"replicas": 3}', 600.0).request.deadline_s == 600.0
     lost = parse_scale(b'{"remove": ["r1"], "lost": true}', 600.0)
