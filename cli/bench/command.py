@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
     for name, module, text in (
         ("serve", serve, "steady state: tokens per second, TTFT, TPOT at several concurrencies"),
-        ("scaling", scaling, "grow and shrink under load, beside ablations and the paper's baselines"),
+        ("scaling", scaling, "grow and shrink under load, without standbys too, beside the paper's baselines"),
         ("replicas", replicas, "what a second replica brings, each pinned to a core"),
         ("attach", attach, "kill -9 of ranks: how long a standby takes to map their memory"),
         ("recovery", recovery, "kill -9 of ranks under load: gaps, failures, recomputed tokens, beside a restart"),

@@ -1,4 +1,4 @@
-"""`elasticmoe bench scaling`: grow and shrink under load, ElasticMoE beside its ablations and the paper's baselines.
+"""`elasticmoe bench scaling`: grow and shrink under load, with standbys and without, beside the paper's baselines.
 
 Every method runs alone, under the same loads from the same seeds, once up and once down, in interleaved rounds. The
 closed loop keeps both sizes saturated and gives throughput and time to capacity; the open loop (Poisson arrivals at a

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,7 +85,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     operation: Any = None
 
 
-class Method:
+class Method(ABC):
     """Base: one deployment, called `first`, at the size `sizes[0]`."""
 
     def __init__(self, scene: Scene, load: Load) -> None:
@@ -99,9 +100,9 @@ class Method:
         self._current = await self.scene.deploy(self.scene.sizes[0], self._devices())
         self.load.set_targets(Target(self._label, self._current.url))
 
+    @abstractmethod
     async def scale(self, size: int) -> Outcome:
         """Change to `size` replicas while the load goes on; returns when all is over. Raises ValueError."""
-        raise NotImplementedError
 
     def _devices(self) -> int:
         return self.scene.sizes[0]

@@ -1,4 +1,7 @@
-"""A request that makes steps fail ends alone, whatever it does and wherever; deaths for other reasons end nobody."""
+"""A request that makes steps fail ends alone, whatever it does and wherever; deaths for other reasons end nobody.
+
+Longer than other files because one crew of ranks and one poison serve every place and rhythm of failures.
+"""
 
 from __future__ import annotations
 
