@@ -25,7 +25,7 @@ import asyncio
 import secrets
 import zlib
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -52,6 +52,7 @@ LAYOUTS_MAX = 16
 POLL_SECONDS = 1.0  # a new layout is seen after this time at the latest, also when the news of it got lost
 
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 # Keys expire by the server's wall clock. Where that went back after the last renewal, a dead holder's lease would last
 # for as long as it went back: who waits shortens it to what it was given for. A living holder renews it before.
@@ -148,6 +149,14 @@ def store_url(config: Common, user: str = WRITER) -> str:
         return config.store_url
     # A path may hold what a URL would take for something else, such as a question mark.
     return f"unix://{user}:{read_secret(config.secret(PASSWORDS[user]))}@{quote(str(config.socket('store')))}"
+
+
+class Decodes(Protocol[R_co]):
+    """Reads stored values, as `msgspec.msgpack.Decoder` does."""
+
+    def decode(self, raw: bytes, /) -> R_co:
+        """The value in `raw`. Raises msgspec.DecodeError."""
+        ...
 
 
 class Store:
@@ -251,7 +260,7 @@ class Store:
             raise PayloadTooLarge(f"decision of {len(raw)} bytes exceeds the limit of {DECISION_BYTES_MAX}")
         self._write_or_raise(_APPEND_DECISION, by, ("decisions",), raw, DECISIONS_MAX)
 
-    def decisions(self, decoder: msgspec.msgpack.Decoder[R]) -> list[R]:
+    def decisions(self, decoder: Decodes[R]) -> list[R]:
         """All decisions that are kept, oldest first. Raises Unavailable `store_corrupt` for what `decoder` refuses."""
         entries: Any = _guard(lambda: self._redis.xrange(self._key("decisions")))
         found = (_decode(_inflate(fields.get(b"d")), decoder) for _, fields in entries)
@@ -278,11 +287,11 @@ class Store:
         """Tells the last write of the operation in progress from all others; empty before the first."""
         return bytes(_guard(lambda: self._redis.get(self._key("journal"))) or b"").decode(errors="replace")
 
-    def get_operation(self, decoder: msgspec.msgpack.Decoder[R]) -> R | None:
+    def get_operation(self, decoder: Decodes[R]) -> R | None:
         """The operation in progress, or None. Raises Unavailable `store_corrupt` for what `decoder` does not take."""
         return _decode(_guard(lambda: self._redis.get(self._key("operation"))), decoder)
 
-    def ended_operations(self, decoder: msgspec.msgpack.Decoder[R]) -> list[R]:
+    def ended_operations(self, decoder: Decodes[R]) -> list[R]:
         """Operations that ended, newest first; those that `decoder` does not take (of another version) are left out."""
         found = []
         for raw in _guard(lambda: self._redis.lrange(self._key("operations"), 0, OPERATIONS_MAX - 1)):
@@ -400,7 +409,7 @@ def _inflate(raw: bytes | None) -> bytes | None:
         raise Unavailable("store value is not valid: it is not compressed as ours are", code="store_corrupt") from None
 
 
-def _decode(raw: Any, decoder: msgspec.msgpack.Decoder[R]) -> R | None:
+def _decode(raw: Any, decoder: Decodes[R]) -> R | None:
     if raw is None:
         return None
     if len(raw) > VALUE_BYTES_MAX:

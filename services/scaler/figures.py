@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from common.protocol.scaler import HmmStatus, RankLoad
-from services.scaler.operation import Operation
+from services.scaler.operation import Accounting, Operation
 
 RANKS_COUNTED_MAX = 256
 
@@ -16,15 +16,16 @@ def count(operation: Operation, hmm: HmmStatus | None, loads: Mapping[int, RankL
     """Add the time since the last count, and take over what the HMM and the ranks tell."""
     passed_s = max(0.0, now - operation.clock) if operation.clock is not None else 0.0
     elapsed_s = operation.elapsed_s + passed_s
-    handed_over = dict(operation.handed_over)
+    accounting = operation.accounting
+    handed_over = dict(accounting.handed_over)
     for load in loads.values():
         first = handed_over.get(load.incarnation, (load.handed_over, 0))[0]
         if load.incarnation in handed_over or len(handed_over) < RANKS_COUNTED_MAX:
             handed_over[load.incarnation] = (first, load.handed_over)
     figures = msgspec.structs.replace(
-        operation.figures, sequences_moved=sum(last - first for first, last in handed_over.values())
+        accounting.figures, sequences_moved=sum(last - first for first, last in handed_over.values())
     )
-    bytes_prior, bytes_of = operation.bytes_prior, operation.bytes_of
+    bytes_prior, bytes_of = accounting.bytes_prior, accounting.bytes_of
     if hmm is not None:
         blocks = sum(device.kv_blocks for device in hmm.devices)
         before = blocks if figures.kv_blocks_before is None else figures.kv_blocks_before
@@ -47,8 +48,11 @@ def count(operation: Operation, hmm: HmmStatus | None, loads: Mapping[int, RankL
         elapsed_s=elapsed_s,
         phase_s=operation.phase_s + passed_s,
         is_late=operation.is_late or elapsed_s > operation.deadline_s,
-        handed_over=handed_over,
-        bytes_prior=bytes_prior,
-        bytes_of=bytes_of,
-        figures=figures,
+        accounting=Accounting(
+            timings=accounting.timings,
+            bytes_prior=bytes_prior,
+            bytes_of=bytes_of,
+            handed_over=handed_over,
+            figures=figures,
+        ),
     )

@@ -35,9 +35,9 @@ class Meters:
     def operation(self, operation: Operation, outcome: str) -> None:
         """An operation has ended."""
         self._operations.labels(operation.kind, outcome).inc()
-        self._bytes.inc(operation.figures.bytes_copied)
-        if operation.figures.flip_s_max is not None:
-            self._pauses.observe(operation.figures.flip_s_max)
+        self._bytes.inc(operation.accounting.figures.bytes_copied)
+        if operation.accounting.figures.flip_s_max is not None:
+            self._pauses.observe(operation.accounting.figures.flip_s_max)
 
 
 def render_metrics(snapshot: Snapshot, meters: Meters) -> bytes:

@@ -98,56 +98,88 @@ class Figures(msgspec.Struct, frozen=True):
     sequences_moved: Annotated[int, says("Running requests that went to another rank")] = 0
 
 
-class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """One operation. Changed only by `transition.advance`, and by a cancel.
+class LegProgress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far the present leg has come. A new attempt or leg begins with a new one: nothing is reset by hand.
 
-    `plan`: None for a rebalance, and when it is over. `attempt`: of staging this leg. `clock`: the monotonic reading
-    that `elapsed_s` and `phase_s` (seconds since it was accepted, and in this phase) were counted to; None after a
-    restart. `lost_before`: devices that had been lost when it was accepted. `lost_meanwhile`: devices that
-    have been lost since: it is given up, or ends with this leg, for an operation that leaves them out. `committed_s`,
-    `flipped_s`, `moves_s`: `elapsed_s` when this leg's commit was first sent or seen, when it was seen to have flipped,
-    when sequences were last told to move. `ahead`: what is got ready for this attempt's joining ranks, once that has
-    been chosen. `retry_s`: staged again not before. `bytes_prior`: copied for staging attempts before `bytes_of`, whose
-    op_id and bytes these are. `handed_over[rank's incarnation]`: its counter when first and last seen.
+    attempt: of staging this leg, from 0
+    retry_s: staged not before; this and the other times are counted as `Operation.elapsed_s` is
+    committed_s: when the commit was first sent or seen
+    flipped_s: when all ranks were seen to have flipped
+    ahead: what is got ready for the joining ranks, once that has been chosen
+    sources: slots of ranks that were told to hand sequences over
+    moves_s: when they were last told
+    num_rounds: how often they were told
     """
 
-    op_id: str
-    kind: Kind
-    request: Request
-    plan: Plan | None
-    accepted_unix: float
-    deadline_s: float
-    planned: Planned | None = None
-    num_legs: int = 0
-    leg: int = 0
     attempt: int = 0
-    phase: Phase = "plan"
-    why: str = "accepted"
-    clock: float | None = None
-    elapsed_s: float = 0.0
-    phase_s: float = 0.0
-    timings: tuple[PhaseTime, ...] = ()
-    error: Refused | None = None
-    is_cancelled: bool = False
-    is_late: bool = False
-    lost_before: tuple[str, ...] = ()
-    lost_meanwhile: tuple[str, ...] = ()
     retry_s: float = 0.0
     committed_s: float | None = None
     flipped_s: float | None = None
-    sources: tuple[int, ...] = ()
     ahead: tuple[SequenceMove, ...] | None = None
+    sources: tuple[int, ...] = ()
     moves_s: float = 0.0
     num_rounds: int = 0
+
+
+class Accounting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an operation has taken so far, over all legs and attempts.
+
+    timings: of the phases that are over
+    bytes_prior: copied for staging attempts before `bytes_of`
+    bytes_of: the last attempt to be counted, and its bytes
+    handed_over: by a rank's incarnation, its counter when first and last seen
+    figures: what is shown
+    """
+
+    timings: tuple[PhaseTime, ...] = ()
     bytes_prior: int = 0
     bytes_of: tuple[str, int] = ("", 0)
     handed_over: dict[str, tuple[int, int]] = {}
     figures: Figures = Figures()
 
+
+class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One operation. Changed only by `transition.advance`, and by a cancel.
+
+    form: of its record; records.py reads the one before as well
+    accepted_unix, deadline_s, planned, num_legs, lost_before: as of its acceptance; `lost_before` names the devices
+        that had been lost
+    plan: None for a rebalance, and when it is over
+    leg, phase, why: where it stands
+    clock: the monotonic reading that the two sums were counted to; None after a restart
+    elapsed_s, phase_s: since it was accepted, and in this phase
+    is_late: past its deadline
+    lost_meanwhile: devices that have been lost since; it is given up, or ends with this leg, for an operation that
+        leaves them out
+    """
+
+    form: Literal[2] = 2
+    op_id: str
+    kind: Kind
+    request: Request
+    accepted_unix: float
+    deadline_s: float
+    plan: Plan | None
+    planned: Planned | None = None
+    num_legs: int = 0
+    lost_before: tuple[str, ...] = ()
+    leg: int = 0
+    phase: Phase = "plan"
+    why: str = "accepted"
+    clock: float | None = None
+    elapsed_s: float = 0.0
+    phase_s: float = 0.0
+    error: Refused | None = None
+    is_cancelled: bool = False
+    is_late: bool = False
+    lost_meanwhile: tuple[str, ...] = ()
+    progress: LegProgress = LegProgress()
+    accounting: Accounting = Accounting()
+
     @property
     def stage_id(self) -> str:
         """The op_id under which the HMM knows this leg's present attempt."""
-        return f"{self.op_id}/{self.leg}.{self.attempt}"
+        return f"{self.op_id}/{self.leg}.{self.progress.attempt}"
 
     @property
     def soon_id(self) -> str:
@@ -184,7 +216,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def mark(self) -> tuple[int, int, Phase, bool, tuple[str, ...]]:
         """What has to be in the store before the commands of this state are sent."""
-        return self.leg, self.attempt, self.phase, self.is_cancelled, self.lost_meanwhile
+        return self.leg, self.progress.attempt, self.phase, self.is_cancelled, self.lost_meanwhile
 
     def current_leg(self) -> Leg:
         """The leg that is under way. Only for operations with a plan."""

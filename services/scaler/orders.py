@@ -17,7 +17,7 @@ from common.http.decode import decode
 from common.protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from common.protocol.limits import DEVICES_MAX, NAME_CHARS_MAX, RANKS_MAX
 from common.protocol.scaler import HmmStatus
-from services.scaler.operation import DeviceChange, Kind, Operation, Planned, Request
+from services.scaler.operation import Accounting, DeviceChange, Figures, Kind, Operation, Planned, Request
 from services.scaler.plan import Memory, Plan, Sizes, Target
 from services.scaler.transition import can_cancel, cancel
 
@@ -160,7 +160,10 @@ def accept(
 ) -> Operation:
     """The operation that begins with this order; without a plan it is a rebalance."""
     kind: Kind = plan.kind if plan else "rebalance"
-    operation = Operation(
+    figures = Figures()
+    if plan is not None:
+        figures = Figures(bytes_planned=plan.bytes_copied, peak_bytes_planned=plan.peak_bytes)
+    return Operation(
         op_id=op_id,
         kind=kind,
         request=order.request,
@@ -170,13 +173,8 @@ def accept(
         deadline_s=order.request.deadline_s,
         num_legs=len(plan.legs) if plan else 0,
         lost_before=tuple(sorted(lost_before)),
+        accounting=Accounting(figures=figures),
     )
-    if plan is None:
-        return operation
-    figures = msgspec.structs.replace(
-        operation.figures, bytes_planned=plan.bytes_copied, peak_bytes_planned=plan.peak_bytes
-    )
-    return msgspec.structs.replace(operation, figures=figures)
 
 
 def cancelled(op_id: str, current: Operation | None, ended: Sequence[Operation], *, is_durable: bool) -> Operation:

@@ -14,12 +14,12 @@ from common.protocol.errors import Unavailable
 from common.store import Store, Writer
 from common.telemetry import get_logger
 from services.scaler.operation import Operation
+from services.scaler.records import OPERATIONS
 from services.scaler.resume import Beginning, Left, Resumed, Wanted, begin
 
 log = get_logger("scaler")
 
 _LATER = ("store_unavailable", "storage_full")
-_operations = msgspec.msgpack.Decoder(Operation)
 
 
 class Recalled(msgspec.Struct, frozen=True):
@@ -53,7 +53,7 @@ class Recall:
     def read(self, by: Writer) -> Recalled:
         """Read all of it, and where nothing is refused, say in the store what is served from now on. Raises Unavailable
         where the store or the disk does not answer, Fenced where another scaler has taken over."""
-        ended = self._store.ended_operations(_operations)
+        ended = self._store.ended_operations(OPERATIONS)
         left = self._left()
         operation = left.operation
         beginning = begin(left, self._wanted)
@@ -81,7 +81,7 @@ class Recall:
         try:
             epoch = max(epoch, self._store.get_epoch())
             layout, served = self._store.get_layout(), self._store.get_served()
-            operation = self._store.get_operation(_operations)
+            operation = self._store.get_operation(OPERATIONS)
         except Unavailable as error:
             if error.code in _LATER:
                 raise

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import msgspec
-
 from common.layout import Seat
 from common.protocol.rank import MoveTarget
 from common.protocol.scaler import HmmStatus, RankLoad
 from services.scaler.leveling import SequenceMove, level, level_ahead
-from services.scaler.operation import Abort, Action, MoveSequences, Operation, Release, StopSeat
+from services.scaler.operation import Abort, Action, LegProgress, MoveSequences, Operation, Release, StopSeat
 from services.scaler.steps import (
     BEFORE_COMMIT,
     LEAVE_S,
@@ -24,6 +22,7 @@ from services.scaler.steps import (
     gone,
     names,
     ours,
+    progressed,
     stay,
     take_back,
 )
@@ -68,15 +67,15 @@ def migrate(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if len(loads) < len(leaders) or not leaders:
         return stay(operation, "ranks tell their load", *actions)
     is_moving = any(load.moving for load in loads.values())
-    if is_moving or (operation.num_rounds and operation.elapsed_s - operation.moves_s < ROUND_S):
+    if is_moving or (operation.progress.num_rounds and operation.elapsed_s - operation.progress.moves_s < ROUND_S):
         return stay(operation, "sequences move", *actions)
     moves = level({slot: load.running + load.waiting + load.moving for slot, load in loads.items()})
     if not moves:
         return _end_migration(operation, loads, leaders, actions, "all replicas have the same load within one")
-    rounds = operation.num_rounds + 1
+    rounds = operation.progress.num_rounds + 1
     actions += _commands(f"{operation.stage_id}.level{rounds}", moves, leaders)
-    sources = tuple(sorted({*operation.sources, *(move.source for move in moves)}))
-    operation = msgspec.structs.replace(operation, num_rounds=rounds, sources=sources, moves_s=operation.elapsed_s)
+    sources = tuple(sorted({*operation.progress.sources, *(move.source for move in moves)}))
+    operation = progressed(operation, num_rounds=rounds, sources=sources, moves_s=operation.elapsed_s)
     return stay(operation, "sequences move", *actions)
 
 
@@ -106,18 +105,18 @@ def move_ahead(operation: Operation, seen: Seen) -> tuple[Operation, list[Action
         return operation, []
     leaders = [seat for seat in leg.layout.seats if seat.rank.tp == 0]
     joining = {seat.slot for seat in leg.joining}
-    if operation.ahead is None:
+    if operation.progress.ahead is None:
         stayers = {seat.slot for seat in leaders} - joining
         if operation.ahead_id in {load.move_op_id for load in seen.loads.values()}:
             # A scaler that has ended told them: what it chose is not known.
-            return msgspec.structs.replace(operation, ahead=()), []
+            return progressed(operation, ahead=()), []
         is_listened_to = all(slot in seen.ranks or slot in seen.starting for slot in joining)
         if not is_listened_to or not stayers <= set(seen.loads):
             return operation, []
         counts = {slot: seen.loads[slot].running + seen.loads[slot].waiting for slot in stayers}
         moves = level_ahead(counts, {seat.slot for seat in leaders} & joining)
-        operation = msgspec.structs.replace(operation, ahead=moves)
-    commands = _commands(operation.ahead_id, operation.ahead or (), leaders)
+        operation = progressed(operation, ahead=moves)
+    commands = _commands(operation.ahead_id, operation.progress.ahead or (), leaders)
     targets = {command.seat.slot: command.targets for command in commands}
     return operation, _tell_stayers(operation, seen.loads, operation.ahead_id, targets)
 
@@ -158,7 +157,7 @@ def _told_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> set[int]
 def _end_migration(
     operation: Operation, loads: Mapping[int, RankLoad], leaders: Sequence[Seat], actions: list[Action], why: str
 ) -> Step:
-    told = {*operation.sources, *_told_ahead(operation, loads)}
+    told = {*operation.progress.sources, *_told_ahead(operation, loads)}
     ends = [MoveSequences(operation.end_id, seat, (), False) for seat in leaders if seat.slot in told]
     step = enter(operation, "done" if operation.kind == "rebalance" else "release", why)
     return Step(step.operation, (*actions, *ends))
@@ -173,7 +172,8 @@ def release(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     """Wait until the HMM has released and who left has ended; then the next leg, or done."""
     leg, transition = operation.current_leg(), ours(operation, hmm)
     actions = _keep_leaving(operation, seen)
-    since_s = operation.elapsed_s - (operation.flipped_s if operation.flipped_s is not None else operation.elapsed_s)
+    flipped_s = operation.progress.flipped_s
+    since_s = operation.elapsed_s - flipped_s if flipped_s is not None else 0.0
     ranks = seen.ranks
     left = [seat for seat in leg.leaving if seat.slot in ranks]
     if since_s > LEAVE_S:
@@ -195,16 +195,5 @@ def _finish_leg(operation: Operation, why: str) -> Step:
     following = operation.leg + 1
     if following >= operation.num_legs:
         return enter(operation, "done", why)
-    step = enter(operation, "prepare", f"leg {following + 1} of {operation.num_legs}")
-    fresh = msgspec.structs.replace(
-        step.operation,
-        leg=following,
-        attempt=0,
-        retry_s=0.0,
-        committed_s=None,
-        flipped_s=None,
-        sources=(),
-        ahead=None,
-        num_rounds=0,
-    )
-    return Step(fresh)
+    why = f"leg {following + 1} of {operation.num_legs}"
+    return enter(operation, "prepare", why, leg=following, progress=LegProgress())

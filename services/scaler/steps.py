@@ -81,11 +81,17 @@ def stay(operation: Operation, why: str, *actions: Action) -> Step:
 
 def enter(operation: Operation, phase: Phase, why: str, **changes: object) -> Step:
     """Go to `phase`, with changed fields."""
-    timings = operation.timings
     if phase != operation.phase:
-        timings = (*timings, PhaseTime(operation.leg, operation.phase, round(operation.phase_s, 4)))[-TIMINGS_MAX:]
+        accounting = operation.accounting
+        timings = (*accounting.timings, PhaseTime(operation.leg, operation.phase, round(operation.phase_s, 4)))
+        changes["accounting"] = msgspec.structs.replace(accounting, timings=timings[-TIMINGS_MAX:])
         changes["phase_s"] = 0.0
-    return Step(msgspec.structs.replace(operation, phase=phase, why=why, timings=timings, **changes))
+    return Step(msgspec.structs.replace(operation, phase=phase, why=why, **changes))
+
+
+def progressed(operation: Operation, **changes: object) -> Operation:
+    """The operation, its present leg with changed fields."""
+    return msgspec.structs.replace(operation, progress=msgspec.structs.replace(operation.progress, **changes))
 
 
 def names(seats: Iterable[Seat]) -> str:

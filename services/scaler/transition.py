@@ -23,6 +23,7 @@ from services.scaler.operation import (
     Abort,
     Action,
     Commit,
+    LegProgress,
     Operation,
     Stage,
     StartSeat,
@@ -47,6 +48,7 @@ from services.scaler.steps import (
     gone,
     names,
     ours,
+    progressed,
     stay,
     take_back,
 )
@@ -99,7 +101,7 @@ def can_cancel(operation: Operation, *, is_durable: bool) -> bool:
         return False  # its ranks have been ended
     if operation.leg or operation.kind == "rebalance":
         return False
-    is_commit_open = operation.phase == "commit" and operation.committed_s is None and not is_durable
+    is_commit_open = operation.phase == "commit" and operation.progress.committed_s is None and not is_durable
     return is_commit_open or operation.phase in ("plan", "prepare", "abort")
 
 
@@ -120,7 +122,7 @@ def _before_flip(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if transition and (transition.phase == "committed" or transition.phase in PAST_FLIP):
         return _committed(operation, transition)
     if hmm.layout == leg.layout:
-        return enter(operation, "migrate", f"layout {leg.layout.epoch} is in force", flipped_s=operation.elapsed_s)
+        return enter(_flipped(operation), "migrate", f"layout {leg.layout.epoch} is in force")
     failure = _failure(operation, seen, transition)
     can_go_back = operation.leg == 0 and not operation.request.is_lost  # there is no way back to a lost device
     if failure is not None and (can_go_back or failure.code in (LAYOUT_CHANGED, DEVICE_LOST)):
@@ -174,13 +176,12 @@ def _stage(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if other is not None and other.phase not in OVER:
         actions, why = tidy(seen, operation.phase_s)
         return stay(operation, why, *actions)
-    if operation.elapsed_s < operation.retry_s:
+    if operation.elapsed_s < operation.progress.retry_s:
         return stay(operation, "the next attempt to stage waits")
     if seen.refused is not None and not seen.refused.retryable:
         return _retry(operation, f"staging was refused: {seen.refused.message}")
     if operation.phase == "commit":
-        attempt = operation.attempt + 1
-        return enter(operation, "prepare", "the HMM has lost what was staged", attempt=attempt, ahead=None)
+        return _again(operation, "the HMM has lost what was staged", operation.progress.retry_s)
     if not seen.is_durable:
         return stay(operation, _unwritten("journal", seen))
     # Where replicas join, or nobody computes until a lost device's experts are there, it is in a hurry.
@@ -203,9 +204,14 @@ def _fitted(leg: Leg, hmm: HmmStatus) -> Leg:
 
 
 def _retry(operation: Operation, why: str) -> Step:
-    attempt = operation.attempt + 1
-    wait_s = min(BACKOFF_S_MAX, BACKOFF_S * 2 ** min(attempt, 10))
-    return enter(operation, "prepare", why, attempt=attempt, ahead=None, retry_s=operation.elapsed_s + wait_s)
+    wait_s = min(BACKOFF_S_MAX, BACKOFF_S * 2 ** min(operation.progress.attempt + 1, 10))
+    return _again(operation, why, operation.elapsed_s + wait_s)
+
+
+def _again(operation: Operation, why: str, retry_s: float) -> Step:
+    """The next attempt to stage the leg, not before `retry_s`."""
+    attempt = LegProgress(attempt=operation.progress.attempt + 1, retry_s=retry_s)
+    return enter(operation, "prepare", why, progress=attempt)
 
 
 def _make_ready(operation: Operation, seen: Seen, transition: TransitionStatus) -> Step:
@@ -236,8 +242,8 @@ def _make_ready(operation: Operation, seen: Seen, transition: TransitionStatus) 
         return enter(operation, "commit", "everything is prepared")
     if not seen.is_durable:
         return stay(operation, _unwritten("commit record", seen), *actions)
-    if operation.committed_s is None:
-        operation = msgspec.structs.replace(operation, committed_s=operation.elapsed_s)
+    if operation.progress.committed_s is None:
+        operation = progressed(operation, committed_s=operation.elapsed_s)
     return stay(operation, "the layout is committed", *actions, Commit(operation.stage_id))
 
 
@@ -259,18 +265,27 @@ def _start_joiners(operation: Operation, seen: Seen) -> tuple[list[Action], list
 
 def _committed(operation: Operation, transition: TransitionStatus) -> Step:
     if operation.phase == "prepare":  # the commit was sent by this scaler's predecessor, or crossed an abort
-        return enter(operation, "commit", "the HMM has committed", committed_s=operation.elapsed_s, error=None)
-    since_s = operation.elapsed_s if operation.committed_s is None else operation.committed_s
-    operation = msgspec.structs.replace(operation, committed_s=since_s)
+        operation = progressed(operation, committed_s=operation.elapsed_s)
+        return enter(operation, "commit", "the HMM has committed", error=None)
+    since_s = operation.progress.committed_s
+    if since_s is None:
+        since_s = operation.elapsed_s
+        operation = progressed(operation, committed_s=since_s)
     if transition.phase == "committed":
         return stay(operation, "the ranks flip")
-    figures = operation.figures
+    figures = operation.accounting.figures
     flip_s = max(figures.flip_s_max or 0.0, operation.elapsed_s - since_s)
     capacity_s = figures.capacity_s
     if capacity_s is None and operation.current_leg().joining:
         capacity_s = operation.elapsed_s
     figures = msgspec.structs.replace(figures, flip_s_max=flip_s, capacity_s=capacity_s)
-    return enter(operation, "migrate", "all ranks flipped", flipped_s=operation.elapsed_s, figures=figures)
+    accounting = msgspec.structs.replace(operation.accounting, figures=figures)
+    operation = msgspec.structs.replace(operation, accounting=accounting)
+    return enter(_flipped(operation), "migrate", "all ranks flipped")
+
+
+def _flipped(operation: Operation) -> Operation:
+    return progressed(operation, flipped_s=operation.elapsed_s)
 
 
 # ---- back ------------------------------------------------------------------------------------------------------------

@@ -291,7 +291,7 @@ class Scaler(Actor):
     def _note_operation(self) -> None:
         assert self.driver is not None
         operation = self.driver.operation
-        mark = (operation.phase, operation.leg, operation.attempt, operation.why) if operation else None
+        mark = (operation.phase, operation.leg, operation.progress.attempt, operation.why) if operation else None
         if operation is not None and mark != self._mark:
             self.sim.note(f"{self.name}: {operation.stage_id} {operation.phase}: {operation.why}")
         self._mark = mark

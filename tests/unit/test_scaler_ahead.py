@@ -6,6 +6,7 @@ import msgspec
 
 from services.scaler.operation import Operation
 from services.scaler.settle import hurry, move_ahead
+from services.scaler.steps import progressed
 from services.scaler.transition import cancel, outcome
 from tests.unit.transitions import DOWN, UP, World, operation_of
 
@@ -61,7 +62,7 @@ def test_nothing_is_got_ready_while_a_load_is_unknown_or_nobody_listens() -> Non
         world.progress()
     assert 2 in world.ranks
     seen = world.seen()
-    operation = msgspec.structs.replace(operation, ahead=None)
+    operation = progressed(operation, ahead=None)
     assert move_ahead(operation, seen)[1]
     assert move_ahead(operation, msgspec.structs.replace(seen, loads={0: seen.loads[0]})) == (operation, [])
 
@@ -83,7 +84,7 @@ def test_an_abort_also_tells_those_that_have_not_heard_yet_what_was_to_be_got_re
     world = World(UP.before)
     world.running = {0: 6, 1: 5}
     operation = world.run_to(operation_of(UP), "prepare")
-    while operation.ahead is None:
+    while operation.progress.ahead is None:
         operation = world.step(operation)
         if 2 not in world.ranks:
             world.progress()
@@ -96,9 +97,9 @@ def test_an_abort_also_tells_those_that_have_not_heard_yet_what_was_to_be_got_re
 def test_a_restarted_scaler_does_not_choose_again_who_hands_over() -> None:
     world, operation = told_world()
     world.running = {0: 1, 1: 9}
-    resumed = msgspec.structs.replace(operation, ahead=None)  # it was not journaled
+    resumed = progressed(operation, ahead=None)  # it was not journaled
     resumed, told = move_ahead(resumed, world.seen())
-    assert (resumed.ahead, told) == ((), [])
+    assert (resumed.progress.ahead, told) == ((), [])
     assert move_ahead(resumed, world.seen()) == (resumed, [])
 
 

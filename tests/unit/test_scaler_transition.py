@@ -11,7 +11,7 @@ from common.protocol.replies import Refused
 from services.scaler.operation import Abort, MoveSequences, Operation, Release, StopSeat
 from services.scaler.plan import Plan
 from services.scaler.settle import tidy
-from services.scaler.steps import LEAVE_S
+from services.scaler.steps import LEAVE_S, progressed
 from services.scaler.transition import advance, can_cancel, cancel, outcome
 from tests.unit.transitions import DOWN, UP, World, operation_of, plan_of
 
@@ -29,11 +29,11 @@ def test_scaling_up_brings_replicas_in_first_and_moves_experts_then() -> None:
     assert (done.phase, outcome(done), world.layout) == ("done", "done", UP.after)
     order = [name for name in world.log if name != "MoveSequences"]
     assert order == ["Stage", "StartSeat", "Commit", "Release", "Stage", "Commit", "Release"]
-    assert [(time.leg, time.phase) for time in done.timings] == [
+    assert [(time.leg, time.phase) for time in done.accounting.timings] == [
         (0, "plan"),
         *((leg, phase) for leg in (0, 1) for phase in PHASES),
     ]
-    figures = done.figures
+    figures = done.accounting.figures
     assert figures.capacity_s is not None
     assert figures.capacity_s < done.elapsed_s
     assert (figures.bytes_copied, figures.peak_bytes_total) == (2000, 60)
@@ -46,8 +46,8 @@ def test_leaving_replicas_are_empty_before_the_commit() -> None:
     done = world.run(operation_of(DOWN))
     assert (done.phase, world.layout, set(world.ranks)) == ("done", DOWN.after, {0, 2})
     assert world.running[1] == 0
-    assert done.figures.sequences_moved >= 2
-    assert done.figures.capacity_s is None
+    assert done.accounting.figures.sequences_moved >= 2
+    assert done.accounting.figures.capacity_s is None
 
 
 def test_nothing_to_do_is_done() -> None:
@@ -88,7 +88,7 @@ def test_there_is_no_cancel_after_that(phase: str) -> None:
     operation = world_of(UP).run_to(operation_of(UP), phase)
     assert not can_cancel(operation, is_durable=True)
     assert can_cancel(operation, is_durable=False) == (phase == "commit")
-    sent = msgspec.structs.replace(operation, committed_s=1.0)  # and another record is not written yet
+    sent = progressed(operation, committed_s=1.0)  # and another record is not written yet
     assert not can_cancel(sent, is_durable=False)
     assert not can_cancel(msgspec.structs.replace(operation, leg=1, phase="prepare"), is_durable=False)
 
@@ -278,7 +278,7 @@ def test_a_rank_that_does_not_end_by_itself_is_stopped() -> None:
         if any(isinstance(action, StopSeat) for action in actions):
             break
     assert any(isinstance(action, StopSeat) and action.incarnation == "stubborn" for action in actions)
-    assert operation.elapsed_s - (operation.flipped_s or 0) > LEAVE_S
+    assert operation.elapsed_s - (operation.progress.flipped_s or 0) > LEAVE_S
 
 
 def test_an_hmm_that_lost_the_plans_ground_ends_the_operation() -> None:

@@ -1,0 +1,25 @@
+"""The stored form of operations, and how the one of the release before is read. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from services.scaler.operation import Accounting, LegProgress, Operation
+
+
+class Operations:
+    """A decoder, as `Store` takes it. The record of the release before has no `form`, and has the fields of `progress`
+    and `accounting` beside the others."""
+
+    def decode(self, raw: bytes) -> Operation:
+        """The operation in `raw`. Raises msgspec.DecodeError for what is neither of this form nor of the one before."""
+        record = msgspec.msgpack.decode(raw, type=dict[str, Any])
+        if "form" not in record:
+            for name, part in (("progress", LegProgress), ("accounting", Accounting)):
+                record[name] = {field: record.pop(field) for field in part.__struct_fields__ if field in record}
+        return msgspec.convert(record, Operation)
+
+
+OPERATIONS = Operations()
