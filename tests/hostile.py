@@ -23,12 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.procs.another_user import NOBODY, OUT_OF_REACH, as_user
 from tests.procs.descriptors import with_numbers
 
 ROOT = Path(__file__).parent.parent
 USUAL = ["-m", "not compose and not slow", "-n", "2", "--dist", "loadfile"]
 NUMBERS = (*range(4, 11), *range(14, 19), 21, 24, 27, 30, 40, 63, 90, 200)  # 20 of them
-NOBODY = 65_534
 
 _Options = dict[str, Any]  # of Popen, and `prefix`, `numbers` of the command
 
@@ -60,14 +60,9 @@ def umask(_: Path) -> Iterator[_Options]:
 
 @contextmanager
 def user(home: Path) -> Iterator[_Options]:
-    """Who may write to nothing but the home and the folder for temporary files. Where this interpreter or the checkout
-    is out of such a user's reach, one right is left: to read."""
+    """Who may write to nothing but the home and the folder for temporary files."""
     os.chown(home, NOBODY, NOBODY)
-    become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    says = [*become, sys.executable, "-c", "import pytest, sys, tests.hostile; print(sys.version)"]
-    if subprocess.run(says, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() != sys.version:
-        become += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-    yield {"prefix": become}
+    yield {"prefix": as_user(NOBODY, ()) or ()}
 
 
 CONDITIONS: dict[str, Callable[[Path], contextlib.AbstractContextManager[_Options]]] = {
@@ -103,8 +98,8 @@ def main(argv: Sequence[str]) -> int:
     results = {}
     for name in names:
         print(f"--- {name}", flush=True)
-        if name == "user" and (os.geteuid() != 0 or shutil.which("setpriv") is None):
-            results[name] = "left out: only root can become another user, and with setpriv"
+        if name == "user" and as_user(NOBODY, ()) is None:
+            results[name] = f"left out: {OUT_OF_REACH}"
             continue
         status = run(name, arguments)
         results[name] = "passed" if status == 0 else f"failed: pytest ended with {status}"

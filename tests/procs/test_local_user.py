@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import shutil
 import signal
 import socket
@@ -23,6 +22,7 @@ from cli.main import main
 from cli.record import read_record, start_ticks
 from common.private import is_private, read_private
 from common.protocol.errors import ConfigError
+from tests.procs.another_user import unused_uid
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import wait_until
 
@@ -45,12 +45,6 @@ COMMANDS = [
     ("down",),
     ("up", "--model", "oracle", "--port", "0", "--admin-port", "0"),
 ]
-
-
-def unused_uid() -> int:
-    """A user that nobody is."""
-    known = {entry.pw_uid for entry in pwd.getpwall()}
-    return next(uid for uid in range(54_321, 60_000) if uid not in known)
 
 
 OTHER = unused_uid()
