@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -334,6 +335,25 @@ class AsyncClient(Generic[T]):
         if not self._socket.closed:
             self._socket.close()
             _async_contexts.give_back()
+
+
+class Sockets:
+    """The system's Transport (endpoints.py). `socket_of(name)`: the path of a service's socket."""
+
+    def __init__(self, socket_of: Callable[[str], Path]) -> None:
+        self._socket_of = socket_of
+
+    def serve(self, name: str, identity: str, codec: Codec[T]) -> Server[T]:
+        """See Transport."""
+        return Server(self._socket_of(name), identity, codec)
+
+    def connect(self, name: str, identity: str, codec: Codec[T]) -> Client[T]:
+        """See Transport."""
+        return Client(self._socket_of(name), identity, codec)
+
+    def connect_async(self, name: str, identity: str, codec: Codec[T]) -> AsyncClient[T]:
+        """See Transport."""
+        return AsyncClient(self._socket_of(name), identity, codec)
 
 
 def describe(error: ElasticMoEError) -> str:

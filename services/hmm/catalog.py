@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal
 
 import msgspec
@@ -146,6 +148,16 @@ def layouts(loaded: Loaded, transition: Transition | None) -> tuple[tuple[Layout
     return ((transition.after,) if transition.phase == "releasing" else (transition.before,)), both
 
 
+def record_bytes(loaded: Loaded, granularity: int) -> Mapping[RecordKey, int]:
+    """Bytes of each record's handle."""
+    return _record_bytes(loaded.spec, granularity)
+
+
+@lru_cache(maxsize=2)  # asked for at each check and stage; one model is loaded, with tens of thousands of records
+def _record_bytes(spec: ModelSpec, granularity: int) -> Mapping[RecordKey, int]:
+    return MappingProxyType({record.key: round_up(record.nbytes, granularity) for record in records(spec)})
+
+
 def keys_of(wanted: Iterable[Layout], device: str) -> set[RecordKey]:
     """The records that belong on `device` by any of the layouts."""
     seats = ((layout, layout.seat_on(device)) for layout in wanted)
@@ -202,7 +214,7 @@ def _check_placement(catalog: Catalog, loaded: Loaded) -> list[str]:
             findings.append(f"layout: {error}")
         if tuple(len(experts) for experts in layout.homes) != loaded.spec.num_experts_by_layer:
             findings.append("layout: its experts are not the model's")
-    sizes = {record.key: round_up(record.nbytes, catalog.granularity) for record in records(loaded.spec)}
+    sizes = record_bytes(loaded, catalog.granularity)
     for entry in catalog.devices:
         wanted, may_hold = keys_of(needed, entry.device), keys_of(allowed, entry.device)
         held = Counter(placed.key for placed in entry.records)

@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from common.capacity import check_layout, kv_handles_min, size_ledger
-from common.families import records
 from common.layout import Layout
-from common.model_spec import RecordKey, round_up
 from common.protocol.errors import Conflict, DoesNotFit, InvalidRequest, NotFound
 from common.protocol.hmm import StageLayout
 from common.wording import size
-from services.hmm.catalog import Catalog, Loaded, keys_of
-
-
-def record_bytes(loaded: Loaded, granularity: int) -> dict[RecordKey, int]:
-    """Bytes of each record's handle."""
-    return {record.key: round_up(record.nbytes, granularity) for record in records(loaded.spec)}
+from services.hmm.catalog import Catalog, Loaded, keys_of, record_bytes
 
 
 def check_stage(catalog: Catalog, loaded: Loaded, request: StageLayout, max_ranks: int) -> None:

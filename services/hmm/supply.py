@@ -13,10 +13,9 @@ from common.failpoint import failpoint
 from common.model_spec import RecordKey
 from common.protocol.errors import ElasticMoEError
 from services.hmm.background import Background
-from services.hmm.catalog import Loaded, Transition
+from services.hmm.catalog import Loaded, Transition, record_bytes
 from services.hmm.holdings import Holdings
 from services.hmm.memory import DeviceMemory
-from services.hmm.staging import record_bytes
 from services.hmm.transfer import Part, Peaks, Transfer, punch
 
 Then = Callable[[ElasticMoEError | None], None]

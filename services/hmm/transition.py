@@ -8,12 +8,12 @@ go, and enters it when it is complete.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Final
 
 import msgspec
 
+from common.clock import SYSTEM_CLOCK, Clock
 from common.devices.base import Handle
 from common.failpoint import failpoint
 from common.layout import Layout, Seat
@@ -24,12 +24,12 @@ from common.protocol.scaler import TransitionStatus
 from common.telemetry import Logger
 from services.hmm.attachments import Attached, Attachments
 from services.hmm.blocks import BlockCopies
-from services.hmm.catalog import Loaded, Phase, Transition, keys_of
+from services.hmm.catalog import Loaded, Phase, Transition, keys_of, record_bytes
 from services.hmm.handles import seat_memory, wanted_view
 from services.hmm.holdings import Holdings
 from services.hmm.membership import Membership
 from services.hmm.memory import DeviceMemory
-from services.hmm.staging import check_stage, record_bytes
+from services.hmm.staging import check_stage
 from services.hmm.supply import Supply
 from services.hmm.transfer import Part
 
@@ -47,6 +47,7 @@ class Transitions:
         copies: BlockCopies,
         supply: Supply,
         log: Logger,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._holdings = holdings
         self._attachments = attachments
@@ -54,6 +55,7 @@ class Transitions:
         self._copies = copies
         self._supply = supply
         self._log = log
+        self._clock = clock
         self._version = 0  # of what ranks shall have: grows when any of it changes
         self._growth_error: ElasticMoEError | None = None  # why KV could not be made again
         self._unseen: set[int] = set()  # slots whose rank may live, but has not resumed
@@ -68,7 +70,7 @@ class Transitions:
         if loaded is None:
             return
         self._unseen = set(self._holdings.doorbells)
-        self._resume_until = time.monotonic() + _RESUME_S
+        self._resume_until = self._clock.monotonic() + _RESUME_S
         if transition is None:
             return
         self._supply.begin(transition.peak_pages)
@@ -346,7 +348,7 @@ class Transitions:
         if slot not in self._unseen:
             return True  # its rank ended while this HMM looked
         # A living rank of a seat that stays resumes, or a new one comes; one that left may have died unseen.
-        return not stays and time.monotonic() > self._resume_until
+        return not stays and self._clock.monotonic() > self._resume_until
 
     def _grow(self, transition: Transition, kv_handles: Mapping[str, int]) -> bool:
         """Start to make the KV handles that are missing; whether there are any."""

@@ -17,31 +17,28 @@ tells whose it is; a stream that waits for its first one is at worst submitted a
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
+from common.clock import SYSTEM_CLOCK, Clock
+from common.endpoints import Transport
 from common.failpoint import failpoint
 from common.layout import Layout, RankId
 from common.protocol.codec import Message, Received
 from common.protocol.errors import DeadlineExceeded, ElasticMoEError, ProtocolError, RequestFailed, Unavailable
 from common.protocol.rank import Cancel
 from common.protocol.replies import Refused
-from common.protocol.router import Delta, Failed, MayMove, Moved, RankStatus, Suspected, Tokens, ToRouter
+from common.protocol.router import CODEC, Delta, Failed, MayMove, Moved, RankStatus, Suspected, Tokens, ToRouter
 from common.telemetry import get_logger
 from common.transport import new_identity
 from services.router.balancer import LOST_S, Candidate, decide
 from services.router.history import History
-from services.router.links import RankLink
+from services.router.links import RankLink, Spawn, spawn_task
 from services.router.metrics import Metrics
 from services.router.pace import TICK_S, Pace
 from services.router.streams import Ending, Stream
 
 log = get_logger("router")
 
-EMPTY_S = 0.3  # patience with a new incarnation that has not named a stream, once its status has come
-ADOPT_S = 2.0  # where the stream may wait there unnamed, submitted while nobody was there
 GONE_S = 2.0  # of silence, by a rank that was taken out of the layout
 GAP_S = 2.0
 SUBMITS_MAX = 2  # of a request that ranks refuse
@@ -52,17 +49,28 @@ LEAVE_S = 5.0  # a link to a rank that left stays this long after its last strea
 
 
 class Dispatcher:
-    """Owns the links and the streams. For one asyncio loop; `now` is `time.monotonic()`."""
+    """Owns the links and the streams. For one asyncio loop; `now` is the clock's monotonic time. `spawn` runs what
+    listens to a link."""
 
-    def __init__(self, socket_of: Callable[[str], Path], metrics: Metrics, history: History, identity: str) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        metrics: Metrics,
+        history: History,
+        identity: str,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        spawn: Spawn = spawn_task,
+    ) -> None:
         self.layout: Layout | None = None
         self.links: dict[RankId, RankLink] = {}
         self.streams: dict[str, Stream] = {}
-        self._socket_of = socket_of
+        self._transport = transport
         self._metrics = metrics
         self._history = history
         self._identity = identity  # one for all links: whichever rank has the stream knows its router by it
-        self._tasks: dict[RankId, asyncio.Task[None]] = {}
+        self._clock = clock
+        self._spawn = spawn
         self._turn = 0
         self._pace = Pace()
         metrics.watch(self.links, lambda: self.layout)
@@ -93,9 +101,9 @@ class Dispatcher:
         log.info("layout", epoch=layout.epoch, replicas=layout.dp, tp=layout.tp)
 
     def _open_link(self, rank: RankId, now: float) -> RankLink:
-        link = RankLink(rank, self._socket_of(f"rank-{rank}"), self._identity, now)
+        link = RankLink(rank, self._transport.connect_async(f"rank-{rank}", self._identity, CODEC), now)
         self.links[rank] = link
-        self._tasks[rank] = asyncio.create_task(link.run(self._on_message), name=f"link {rank}")
+        link.listen(self._spawn, self._clock, self._on_message)
         link.watch(now)
         return link
 
@@ -108,7 +116,6 @@ class Dispatcher:
         return link
 
     def _close_link(self, rank: RankId) -> None:
-        self._tasks.pop(rank).cancel()
         self.links.pop(rank).close()
 
     def candidates(self, now: float) -> list[Candidate]:
@@ -172,7 +179,7 @@ class Dispatcher:
         assert ending is not None
         retryable = ending.error is not None and ending.error.retryable
         self._history.terminal(stream.name, ending.kind, ending.reason, retryable=retryable, tokens=stream.num_tokens)
-        self._metrics.ended(stream, time.monotonic())
+        self._metrics.ended(stream, self._clock.monotonic())
 
     def _release(self, stream: Stream, *, tell_rank: bool) -> None:
         request_id = stream.submit.request_id
@@ -334,7 +341,7 @@ class Dispatcher:
 
     # ---- time --------------------------------------------------------------------------------------------------------
 
-    def tick(self, now: float) -> None:
+    def turn(self, now: float) -> None:
         """What time brings: questions to silent ranks, losses, deadlines. Called as the pace has it."""
         for rank, link in list(self.links.items()):
             link.watch(now)
@@ -358,20 +365,20 @@ class Dispatcher:
         is_silent = link.silent_s(now) > LOST_S or gone_s > GONE_S
         for stream in list(link.streams.values()):
             since_s = now - max(link.changed_at, stream.moved_at)
-            is_orphan = stream.sender != link.sender and since_s > _patience_s(link, stream)
+            is_orphan = stream.sender != link.sender and since_s > link.patience_s(stream)
             if is_silent or is_orphan:
                 self._retry_or_fail(stream, _lost(link.rank), now, avoid=link.rank if is_silent else None)
 
     async def run(self) -> None:
-        """Tick for ever."""
+        """Take turns for ever."""
         while True:
             try:
                 failpoint("router.turn")
-                self.tick(time.monotonic())
+                self.turn(self._clock.monotonic())
                 await self._pace.wait(has_work=bool(self.streams))
-            except MemoryError:  # the router's end would break all its connections; the next tick looks at all of it
+            except MemoryError:  # the router's end would break all its connections; the next turn looks at all of it
                 with suppress(MemoryError):
-                    log.error("a tick found no memory")
+                    log.error("a turn found no memory")
                 with suppress(MemoryError):
                     await asyncio.sleep(TICK_S)
 
@@ -381,14 +388,6 @@ class Dispatcher:
             self._fail(stream, Unavailable("the router is shutting down", code="shutting_down"))
         for rank in list(self.links):
             self._close_link(rank)
-
-
-def _patience_s(link: RankLink, stream: Stream) -> float:
-    """How long a stream may be at a rank whose present incarnation is not the one that has it."""
-    if stream.moved_at > link.changed_at:  # to one that has not spoken yet: what its predecessor said means nothing
-        return LOST_S if link.heard_at <= stream.moved_at else ADOPT_S
-    is_unnamed = link.has_no_requests or (link.has_reported and not stream.is_untouched)
-    return EMPTY_S if is_unnamed else ADOPT_S if stream.is_untouched else LOST_S
 
 
 def _lost(rank: RankId | None) -> Unavailable:

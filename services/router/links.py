@@ -7,30 +7,47 @@ uuid in its messages. What is true of the rank is what it said last; silence mak
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from pathlib import Path
+from typing import Any, Protocol
 
+from common.clock import Clock
+from common.endpoints import AsyncClientEnd
 from common.layout import RankId
 from common.protocol.codec import Message, Received
 from common.protocol.errors import ProtocolError, Unavailable
 from common.protocol.rank import Unwatch, Watch
-from common.protocol.router import CODEC, RankStatus, Tokens, ToRouter
+from common.protocol.router import RankStatus, Tokens, ToRouter
 from common.telemetry import get_logger
-from common.transport import AsyncClient
-from services.router.balancer import Candidate
+from services.router.balancer import LOST_S, Candidate
 from services.router.streams import Stream
 
 log = get_logger("router")
 
 WATCH_EVERY_S = 1.6  # a rank that has been silent for this long is asked: it speaks each second by itself
 AFTER_SHORTAGE_S = 0.01
+EMPTY_S = 0.3  # patience with a new incarnation that has not named a stream, once its status has come
+ADOPT_S = 2.0  # where the stream may wait there unnamed, submitted while nobody was there
 WATCH_BUSY_S = 0.25  # and one that has streams: another process may be in its place, which does not know this router
 
 
+class Task(Protocol):
+    """What runs beside the caller until it is told to end."""
+
+    def cancel(self) -> object:
+        """Let it end. Idempotent."""
+
+
+Spawn = Callable[[Coroutine[Any, Any, None], str], Task]
+
+
+def spawn_task(coroutine: Coroutine[Any, Any, None], name: str) -> Task:
+    """Run `coroutine` in the running asyncio loop."""
+    return asyncio.create_task(coroutine, name=name)
+
+
 class RankLink:
-    """One AsyncClient and what its rank reported. For one asyncio loop; times are of the monotonic clock.
+    """A connection, which it owns, and what its rank reported. For one asyncio loop; times are of the monotonic clock.
 
     `streams`: those that this rank works on, by request id. `sender` names the incarnation heard last, `changed_at` is
     when it appeared. `gone_at`: when a layout without the rank followed on one with it. `left_at`: the same, or when
@@ -39,7 +56,7 @@ class RankLink:
     Whatever is sent after that is preceded by another Watch.
     """
 
-    def __init__(self, rank: RankId, path: Path, identity: str, now: float) -> None:
+    def __init__(self, rank: RankId, client: AsyncClientEnd[ToRouter], now: float) -> None:
         self.rank = rank
         self.streams: dict[str, Stream] = {}
         self.status: RankStatus | None = None
@@ -58,7 +75,8 @@ class RankLink:
         self._is_dismissed = False  # Unwatch was the last thing that was said
         self._num_bad = 0
         self._num_recomputed = 0
-        self._client: AsyncClient[ToRouter] = AsyncClient(path, identity, CODEC)
+        self._client = client
+        self._task: Task | None = None
 
     def attach(self, stream: Stream) -> None:
         """The rank works on `stream` from now on."""
@@ -106,8 +124,11 @@ class RankLink:
         self._is_dismissed = isinstance(body, Unwatch)
         return seq
 
-    async def run(self, handle: Callable[[RankLink, Received[ToRouter], float], None]) -> None:
-        """Give every message to `handle`, for ever. One that it cannot digest is logged and dropped."""
+    def listen(self, spawn: Spawn, clock: Clock, handle: Callable[[RankLink, Received[ToRouter], float], None]) -> None:
+        """Give every message to `handle` until `close`. One that it cannot digest is logged and dropped."""
+        self._task = spawn(self._listen(clock, handle), f"link {self.rank}")
+
+    async def _listen(self, clock: Clock, handle: Callable[[RankLink, Received[ToRouter], float], None]) -> None:
         while True:
             try:
                 received = await self._client.receive()
@@ -118,7 +139,7 @@ class RankLink:
                     await asyncio.sleep(AFTER_SHORTAGE_S)
                 continue
             try:
-                handle(self, received, time.monotonic())
+                handle(self, received, clock.monotonic())
             except Exception:
                 with suppress(MemoryError):
                     log.exception("message could not be handled", rank=self.rank, kind=type(received.body).__name__)
@@ -185,6 +206,13 @@ class RankLink:
         """Seconds since the last message; since the link's beginning when there was none."""
         return now - self.heard_at
 
+    def patience_s(self, stream: Stream) -> float:
+        """How long a stream may be here while the present incarnation is not the one that has it."""
+        if stream.moved_at > self.changed_at:  # to one that has not spoken yet: what its predecessor said means nothing
+            return LOST_S if self.heard_at <= stream.moved_at else ADOPT_S
+        is_unnamed = self.has_no_requests or (self.has_reported and not stream.is_untouched)
+        return EMPTY_S if is_unnamed else ADOPT_S if stream.is_untouched else LOST_S
+
     def candidate(self, now: float) -> Candidate | None:
         """What the balancer may know; None before the first status and for a rank that left.
 
@@ -206,5 +234,7 @@ class RankLink:
         )
 
     def close(self) -> None:
-        """Close the socket. Idempotent."""
+        """Hear nothing more, and close the connection. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
         self._client.close()

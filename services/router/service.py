@@ -22,6 +22,7 @@ from common.layout import Layout, RankId
 from common.protocol.errors import ConfigError, ElasticMoEError
 from common.protocol.limits import RANKS_MAX
 from common.telemetry import get_logger
+from common.transport import Sockets
 from services.router.api.app import build_app
 from services.router.api.gate import PUBLIC_PATHS
 from services.router.dispatcher import Dispatcher, router_identity
@@ -64,7 +65,7 @@ class RouterService:
         path = config.run_path / "logs" / "history-router.jsonl" if config.history else None
         self._history = _open_history(path, identity, config.history_bytes_max)
         metrics = Metrics(model.name)
-        self.dispatcher = Dispatcher(config.socket, metrics, self._history, identity)
+        self.dispatcher = Dispatcher(Sockets(config.socket), metrics, self._history, identity)
         self._workers = TextWorkers(model.directory, model.codec.digest)
         self.front: Front = make_front(config, model, self._workers, self.dispatcher, metrics, key)
         self._server = _make_server(self.front)

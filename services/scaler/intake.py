@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable, Sequence
 
+from common.clock import SYSTEM_CLOCK, Clock
 from common.config import ScalerConfig
 from common.model_spec import ModelSpec
 from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
@@ -24,17 +24,32 @@ log = get_logger("scaler")
 AFTER_REFUSAL_S = 1.0
 
 
+def new_op_id() -> str:
+    """The id of an operation that nobody has named."""
+    return f"op-{uuid.uuid4().hex[:12]}"
+
+
 class Intake:
     """Takes orders for the driver. `room`: each raises Unavailable while what an operation writes would find none."""
 
     def __init__(
-        self, config: ScalerConfig, spec: ModelSpec, driver: Driver, room: Sequence[Callable[[], None]], tell: Tell
+        self,
+        config: ScalerConfig,
+        spec: ModelSpec,
+        driver: Driver,
+        room: Sequence[Callable[[], None]],
+        tell: Tell,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        new_id: Callable[[], str] = new_op_id,
     ) -> None:
         self._config = config
         self._spec = spec
         self._driver = driver
         self._room = room
         self._tell = tell
+        self._clock = clock
+        self._new_id = new_id
         self._why_not = ""  # `go_on` could not begin
         self._go_on_at = 0.0  # not before
 
@@ -62,9 +77,9 @@ class Intake:
             raise Unavailable("the deployment does not serve yet", code="not_ready")
         if not order.is_dry_run:
             self._check_room()
-        op_id = order.op_id or f"op-{uuid.uuid4().hex[:12]}"
+        op_id = order.op_id or self._new_id()
         if order.target is None:
-            operation = orders.accept(order, op_id, None, None, time.time(), self._lost())
+            operation = orders.accept(order, op_id, None, None, self._clock.time(), self._lost())
             driver.begin(operation)
             return Accepted(operation)
         operation, plan, made = self._plan(order, op_id, order.target, hmm)
@@ -78,7 +93,7 @@ class Intake:
         order followed: begin the one that leaves them out. Called in every turn; does nothing as a rule."""
         if self._driver.operation is not None or hmm is None or hmm.layout is None:
             return
-        slots, now = self.lost_slots(hmm), time.monotonic()
+        slots, now = self.lost_slots(hmm), self._clock.monotonic()
         if not slots or now < self._go_on_at:
             return
         self._go_on_at = now + AFTER_REFUSAL_S
@@ -174,7 +189,7 @@ class Intake:
         except (InvalidRequest, NotFound) as error:
             raise orders.UnprocessableTarget(error.message, code=error.code) from None
         planned = orders.planned_of(plan, sizes)
-        return orders.accept(order, op_id, plan, planned, time.time(), lost), plan, made
+        return orders.accept(order, op_id, plan, planned, self._clock.time(), lost), plan, made
 
     def _lost(self) -> set[str]:
         return orders.lost_devices(self._driver.operation, self._driver.ended)

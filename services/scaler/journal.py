@@ -10,10 +10,10 @@ restored, is put right.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 
+from common.clock import SYSTEM_CLOCK, Clock
 from common.failpoint import failpoint
 from common.layout import Layout
 from common.protocol.errors import ElasticMoEError, Fenced, PayloadTooLarge, Unavailable
@@ -37,8 +37,9 @@ Mark = tuple[str, tuple[object, ...]]
 
 
 class Journal:
-    """Made and called by the loop's thread; the functions that it is given are called by its own. `note_epoch`: makes
-    the epoch of a layout durable on this host, before it can be seen. Raises Unavailable."""
+    """Made and called by the loop's thread; `turn` and the functions that it is given are called by the journal's own,
+    once `start` has been called. `note_epoch`: makes the epoch of a layout durable on this host, before it can be seen.
+    Raises Unavailable."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class Journal:
         on_fenced: Callable[[], None],
         on_written: Callable[[], None],
         reserve: Reserve | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """`reserve`: room for an operation's records, where the store's disk is this host's."""
         self._store = store
@@ -76,6 +77,10 @@ class Journal:
         self._last_layout: Layout | None = None
         self._last_operation: Operation | None = None
         self._verified_at = 0.0
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Let a thread of the journal's own take its turns, until `close`."""
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -150,7 +155,7 @@ class Journal:
         has been given up, and the store did not find it."""
         with self._lock:
             at = self._given_up_at
-            return "" if at is not None and self._clock() - at < REOPEN_S else self._full
+            return "" if at is not None and self._clock.monotonic() - at < REOPEN_S else self._full
 
     def adopt(self, operation: Operation | None) -> None:
         """The operation in progress was read from the store just now: its state needs no writing, and what an earlier
@@ -167,32 +172,40 @@ class Journal:
         with self._lock:
             self._closing = True
             self._lock.notify()
-        self._thread.join(CLOSE_S_MAX)
+        if self._thread is not None:
+            self._thread.join(CLOSE_S_MAX)
 
     def _run(self) -> None:
-        while True:
+        wait_s: float | None = 0.0
+        while wait_s is not None:
             with self._lock:
-                verify_s = max(0.0, VERIFY_S - (time.monotonic() - self._verified_at))
-                wait_s = RETRY_S if self._failing else verify_s
                 self._lock.wait_for(lambda: self._closing or (self._has_work() and not self._failing), wait_s)
-                self._failing = False
                 if self._closing and not self._has_work():
                     return
-            try:
-                if self._has_work():
-                    self._write()
-                elif time.monotonic() - self._verified_at >= VERIFY_S:
-                    self._verify()
-            except Fenced:
-                self._on_fenced()
+            wait_s = self.turn(self._clock.monotonic())
+            if self._failing and self._closing:
                 return
-            except ElasticMoEError as error:
-                log.warning("the store does not take the journal", because=error.message)
-                self._note_failure(error)
-                with self._lock:
-                    if self._closing:
-                        return
-                    self._failing = True
+
+    def turn(self, now: float) -> float | None:
+        """Write one thing, or look whether the store has what was written, where it is time for that. The next turn is
+        due after so many seconds, and as soon as there is something to write unless the store has just failed; None:
+        another scaler has taken over, and there is none."""
+        self._failing = False
+        try:
+            if self._has_work():
+                self._write()
+            elif now - self._verified_at >= VERIFY_S:
+                self._verified_at = now
+                self._verify()
+        except Fenced:
+            self._on_fenced()
+            return None
+        except ElasticMoEError as error:
+            log.warning("the store does not take the journal", because=error.message)
+            self._note_failure(error)
+            self._failing = True
+            return RETRY_S
+        return max(0.0, VERIFY_S - (now - self._verified_at))
 
     def _note_failure(self, error: ElasticMoEError) -> None:
         """Where the store has no room, leave it what was reserved."""
@@ -201,13 +214,12 @@ class Journal:
             self._full = error.message if is_full else ""
             is_given_up = is_full and self._reserve is not None and self._reserve.give_up()
             if is_given_up:
-                self._given_up_at = self._clock()
+                self._given_up_at = self._clock.monotonic()
         if is_given_up:
             log.warning("the store gets the room that was reserved for the operation")
 
     def _verify(self) -> None:
         """Write again what the store has lost, or what somebody else has put in its place."""
-        self._verified_at = time.monotonic()
         if not self._writer.fence:
             return
         layout, operation = self._last_layout, self._last_operation

@@ -76,6 +76,7 @@ class Scaler:
             self._links.wake,
             self._reserve,
         )
+        self._journal.start()
         self._driver = Driver(config, self._links, self._journal, self.meters, self._tell)
         room = (self._lease.check_room, self._journal.check_room)
         self._intake = Intake(config, self._spec, self._driver, room, self._tell)

@@ -38,7 +38,7 @@ from common.protocol.replies import Ack, refusal
 from common.protocol.router import Delta, Failed, RankStatus, Tokens
 from common.protocol.scaler import Integrity, RankLoad, RankReady
 from common.telemetry import get_logger
-from common.transport import Server
+from common.transport import Server, Sockets
 from services.worker.engine.adoption import adopt_rows
 from services.worker.engine.engine import Engine
 from services.worker.engine.failure import failure_of
@@ -102,7 +102,7 @@ class Rank:
         self._lockstep = Lockstep(self._barrier, exchange, self._memory.routings, seat.slot, lambda: self._stopping)
         self._steps = Steps(self._engine, exchange, self._lockstep, self._hmm, self._send)
         self._migration = Migration(
-            seat, self._engine, config.socket, watch=self._server.watch, unwatch=self._server.unwatch
+            seat, self._engine, Sockets(config.socket), watch=self._server.watch, unwatch=self._server.unwatch
         )
         failpoint("rank.warm_up")
         if not self._is_awaited:

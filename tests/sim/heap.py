@@ -16,13 +16,14 @@ import msgspec
 from common.protocol.codec import Message, Received
 from common.protocol.errors import DeadlineExceeded
 from common.protocol.replies import Refused
+from tests.clocks import PlayedClock
 
 EVENTS_SHOWN = 50
 EVENTS_MAX = 200_000
 
 
-class Violation(AssertionError):
-    """A promise was broken."""
+class Violation(BaseException):
+    """A promise was broken. No guard of the product against its own defects catches it."""
 
 
 class Crashed(Exception):
@@ -99,6 +100,7 @@ class Sim:
         self.seed = seed
         self.rng = random.Random(seed)
         self.now = 0.0
+        self.clock = PlayedClock(lambda: self.now)
         self.log: deque[str] = deque(maxlen=EVENTS_SHOWN)
         self.actors: dict[str, Actor] = {}  # by address
         self.faults: dict[str, Faults] = {}  # by plane: control, data

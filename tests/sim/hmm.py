@@ -9,17 +9,20 @@ One file of more than 400 lines: it stands for one process, whose parts share it
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from common.capacity import kv_handles_min, size_ledger
+from common.devices.base import Token
 from common.layout import Layout, keys_on
 from common.model_spec import KvGeometry, RecordKey
 from common.protocol import hmm as to_hmm
 from common.protocol.codec import Message, Received
 from common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound, Unavailable
-from common.protocol.handles import Attach
+from common.protocol.handles import Attach, SeatMemory
 from common.protocol.hmm import LoadModel
 from common.protocol.replies import Ack, refusal
 from common.protocol.scaler import DeviceStatus, HmmStatus, MemoryFacts
@@ -27,10 +30,9 @@ from common.telemetry import get_logger
 from native.ledger import Ledger, format_ledger
 from native.ledger import ledger_bytes as native_ledger_bytes
 from services.hmm.blocks import check_ranks
-from services.hmm.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition
-from services.hmm.handles import View, full_view, seat_for
+from services.hmm.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition, record_bytes
+from services.hmm.handles import full_view, seat_for, seat_memory
 from services.hmm.membership import Membership
-from services.hmm.staging import record_bytes
 from services.hmm.transition import Transitions
 from tests.sim.heap import Actor, Sim
 from tests.sim.store import DiskFence
@@ -48,11 +50,23 @@ BLOCKS_MAX = 4096
 CHANNEL_S = 0.003
 
 
+class Device:
+    """A device's name and budget in bytes. A KV handle is its own offset, a record is known by its key."""
+
+    def __init__(self, name: str, budget: int) -> None:
+        self.name = name
+        self.budget = budget
+
+    def export(self, handle: RecordKey | int) -> Token:
+        """See common.devices."""
+        return Token(0, 0 if isinstance(handle, RecordKey) else handle, PAGE)
+
+
 class Memory:
     """One device: real KV bytes and a real ledger, which outlive every process; counted pages. `budget` in bytes."""
 
     def __init__(self, name: str, budget: int) -> None:
-        self.device = SimpleNamespace(name=name, budget=budget)
+        self.device = Device(name, budget)
         self.records: dict[RecordKey, RecordKey] = {}
         self.kv: list[int] = []
         self.ledger: object | None = None
@@ -87,18 +101,9 @@ class Memory:
         return self._next_kv
 
 
-class SimSeat(NamedTuple):
-    """What stands for a SeatMemory on the channel."""
-
-    revision: int
-    records: frozenset[RecordKey]
-    kv: tuple[int, ...]
-    layouts: tuple[Layout, ...]
-
-
-def seat_memory(view: View, memory: Memory, holdings: Any, revision: int) -> tuple[SimSeat, tuple[int, ...]]:
-    """In the place of the product's: no descriptors."""
-    return SimSeat(revision, frozenset(view.records), tuple(view.kv), view.layouts), ()  # type: ignore[arg-type]
+def held_by(seat: SeatMemory) -> set[Any]:
+    """The handles that a seat's memory names."""
+    return {*(record.key for record in seat.records), *(extent.offset for extent in seat.kv)}
 
 
 class Bus:
@@ -264,7 +269,7 @@ class Hmm(Actor):
         self.segment = SimpleNamespace(bus=self.bus)
         self.ranks: dict[str, Rank] = {}
         self._disk = disk
-        self._sizes: dict[RecordKey, int] = {}
+        self._sizes: Mapping[RecordKey, int] = {}
         self.fence_seen = 0  # the checker's own
         self.on_change: Callable[[], None] = lambda: None
         self.expect: Callable[[bool, str], None] = lambda _is_true, _text: None
@@ -301,7 +306,8 @@ class Hmm(Actor):
         self.fence = DiskFence(self._disk, "hmm")
         log = get_logger("sim")
         self.members = Membership(self, log)  # type: ignore[arg-type]
-        self.transitions = Transitions(self, self, self.members, self, self.supply, log)  # type: ignore[arg-type]
+        parts: Any = (self, self, self.members, self, self.supply, log, self.sim.clock)
+        self.transitions = Transitions(*parts)
 
     # ---- holdings, attachments and copies, as the transitions see them
 
@@ -358,11 +364,11 @@ class Hmm(Actor):
         self._revision = max(self._revision + 1, int(self.sim.now * 1000))
         return self._revision
 
-    def update(self, attached: Any, seat: SimSeat, fds: tuple[int, ...]) -> None:
+    def update(self, attached: Any, seat: SeatMemory, fds: tuple[int, ...]) -> None:
         """Send a seat's memory, unless it is what was sent last."""
-        if seat._replace(revision=0) == attached.sent._replace(revision=0):
+        if seat == msgspec.structs.replace(attached.sent, revision=0):
             return
-        attached.sent = seat._replace(revision=self._next_revision())
+        attached.sent = msgspec.structs.replace(seat, revision=self._next_revision())
         rank = self.ranks.get(attached.incarnation)
         if rank is not None:
             rank.after(CHANNEL_S, rank.begin_memory, self.life, attached.sent)

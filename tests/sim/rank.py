@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from common.layout import RankId
 from common.protocol.codec import Message, Received
 from common.protocol.errors import Conflict, ElasticMoEError, Overloaded, Unavailable
+from common.protocol.handles import SeatMemory
 from common.protocol.pool import GetPool, StartRank
 from common.protocol.rank import (
     Cancel,
@@ -50,7 +51,7 @@ from tests.sim.hmm import (
     SPEC,
     Hmm,
     Memory,
-    SimSeat,
+    held_by,
 )
 from tests.sim.store import DiskFence
 
@@ -113,8 +114,8 @@ class SimEngine(Engine):
 class PeerClient:
     """In the place of a client's socket, for the migration's links."""
 
-    def __init__(self, path: tuple[Rank, str], identity: str, codec: object) -> None:
-        self._rank, self._target = path
+    def __init__(self, rank: Rank, target: str, identity: str) -> None:
+        self._rank, self._target = rank, target
         self._came: list[Received[Any]] = []
         self._address = f"{identity}>{self._target}"
         self._seqs: set[int] = set()
@@ -161,7 +162,7 @@ class Rank(Actor):
         self.is_attached = self.is_ready = self.is_member = self.is_leaving_now = False
         self.held: set[Any] = set()
         self.routings: dict[int, Any] = {}
-        self.goal: SimSeat | None = None
+        self.goal: SeatMemory | None = None
         self.generation = self.members = 0
         self.epoch = 0
         self.num_kv = 0
@@ -175,6 +176,10 @@ class Rank(Actor):
         self.reports = Reports(self._send_to)
         world.seat(self)
         self.after(0.02 + 0.1 * world.sim.rng.random(), self._attach)
+
+    def connect(self, name: str, identity: str, codec: object) -> PeerClient:
+        """See common.endpoints."""
+        return PeerClient(self, name, identity)
 
     # ---- memory
 
@@ -192,7 +197,7 @@ class Rank(Actor):
         """The HMM does not give a seat."""
         self.exit(error.message)
 
-    def attached(self, hmm_life: int, seat: SimSeat, memory: Memory, is_resumed: bool) -> None:
+    def attached(self, hmm_life: int, seat: SeatMemory, memory: Memory, is_resumed: bool) -> None:
         """The memory is handed over."""
         self._hmm_life = hmm_life
         if is_resumed:
@@ -202,13 +207,13 @@ class Rank(Actor):
             self.exit("its device is lost")
             return
         self.memory, self.num_kv = memory, len(seat.kv)
-        self.held = {*seat.records, *seat.kv}
-        self.routings = {layout.epoch: layout for layout in seat.layouts}
+        self.held = held_by(seat)
+        self.routings = {routing.epoch: routing for routing in seat.routings}
         self.engine = SimEngine(memory, self.num_kv)
         self.migration = Migration(
             self.seat,
             self.engine,
-            lambda name: (self, name),  # type: ignore[arg-type, return-value]
+            self,  # type: ignore[arg-type]
             watch=lambda _: None,
             unwatch=lambda _: None,
         )
@@ -232,7 +237,7 @@ class Rank(Actor):
         if self._hmm_life == hmm.life:
             hmm.after(CHANNEL_S, hmm.applied, self.seat.slot, self.seat.incarnation, revision)
 
-    def begin_memory(self, hmm_life: int, seat: SimSeat) -> None:
+    def begin_memory(self, hmm_life: int, seat: SeatMemory) -> None:
         """The HMM says what shall be mapped from now on."""
         if hmm_life == self._hmm_life:
             self.goal = seat
@@ -258,14 +263,14 @@ class Rank(Actor):
         if goal is None:
             return
         blocks = len(goal.kv) * BLOCKS_PER_HANDLE
-        keep = {*goal.records, *goal.kv}
+        keep = held_by(goal)
         if len(goal.kv) < self.num_kv and not self.engine.resize_kv(blocks):
             return
         self.held, self.num_kv = keep, len(goal.kv)
         if not self.engine.resize_kv(blocks):
             return
         # Routings of epochs that are over are forgotten, but for the one in use.
-        self.routings = {layout.epoch: layout for layout in goal.layouts} | (
+        self.routings = {routing.epoch: routing for routing in goal.routings} | (
             {self.epoch: self.routings[self.epoch]} if self.epoch in self.routings else {}
         )
         self.goal = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Coroutine, Generator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,7 +13,6 @@ from common.protocol.codec import Message, Received
 from common.protocol.errors import Unavailable
 from common.protocol.rank import Sampling, Submit
 from services.router.dispatcher import Dispatcher
-from services.router.links import RankLink
 from services.router.streams import Stream
 from tests.history import Report, _apply
 from tests.sim.heap import Actor
@@ -79,35 +80,75 @@ class Recorder:
 
 
 class RouterClient:
-    """In the place of a link's socket."""
+    """A link's connection. `receive` is awaited by one Task, which goes on when something comes."""
 
     num_bad = 0
 
-    def __init__(self, path: tuple[Router, str], identity: str, codec: object) -> None:
-        self._router, self._target = path
+    def __init__(self, router: Router, target: str, identity: str) -> None:
+        self._router, self._target = router, target
         self._identity = identity
+        self._came: deque[Received[Any]] = deque()
+        self.listener: Task | None = None
+
+    def deliver(self, message: Received[Any]) -> None:
+        """Something has come."""
+        self._came.append(message)
+        if self.listener is not None:
+            self.listener.go_on()
+
+    async def receive(self) -> Received[Any]:
+        """See common.endpoints."""
+        while not self._came:
+            await _Wait(self)
+        return self._came.popleft()
 
     def send(self, body: Message) -> int:
-        """See common.transport."""
+        """See common.endpoints."""
         sim, seq = self._router.sim, self._router.sim.next_seq()
         sim.send(self._identity, self._target, Received(0, self._identity, seq, body), "data")
         return seq
 
     def close(self) -> None:
-        """See common.transport."""
+        """See common.endpoints."""
+        if self._router.clients.get(self._target) is self:
+            del self._router.clients[self._target]
 
 
-class SimDispatcher(Dispatcher):
-    """Without tasks: the heap brings the messages."""
+class _Wait:
+    """What a task waits for: a connection's next message."""
 
-    def _open_link(self, rank: RankId, now: float) -> RankLink:
-        link = RankLink(rank, self._socket_of(f"rank-{rank}"), self._identity, now)
-        self.links[rank] = link
-        link.watch(now)
-        return link
+    def __init__(self, client: RouterClient) -> None:
+        self._client = client
 
-    def _close_link(self, rank: RankId) -> None:
-        self.links.pop(rank).close()
+    def __await__(self) -> Generator[RouterClient, None, None]:
+        yield self._client
+
+
+class Task:
+    """A coroutine without an asyncio loop: what it awaits is a RouterClient, or nothing."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        self._coroutine = coroutine
+        self._is_running = self._is_cancelled = False
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Run until it waits for a message."""
+        client: RouterClient | None = None
+        self._is_running = True
+        while client is None and not self._is_cancelled:
+            client = self._coroutine.send(None)
+        self._is_running = False
+        if client is None:
+            self._coroutine.close()
+        else:
+            client.listener = self
+
+    def cancel(self) -> None:
+        """See Dispatcher. It may be its own doing."""
+        self._is_cancelled = True
+        if not self._is_running:
+            self._coroutine.close()
 
 
 def _no_metrics() -> Any:
@@ -141,9 +182,9 @@ class Router(Actor):
         self.num_lives += 1
         self.identity = f"router:{self.num_lives}"
         self.history._apply("start")
-        self.dispatcher = SimDispatcher(
-            lambda name: cast(Any, (self, name)), _no_metrics(), cast(Any, self.history), self.identity
-        )
+        self.clients: dict[str, RouterClient] = {}
+        parts: Any = (self, _no_metrics(), self.history, self.identity)
+        self.dispatcher = Dispatcher(*parts, clock=self.sim.clock, spawn=Task)
         self.sim.actors[self.identity] = self
         self._tick()
 
@@ -156,8 +197,13 @@ class Router(Actor):
                 self.dispatcher.apply_layout(layout, self.sim.now)
         except Unavailable:
             pass
-        self.dispatcher.tick(self.sim.now)
+        self.dispatcher.turn(self.sim.now)
         self.after(TICK_S, self._tick)
+
+    def connect_async(self, name: str, identity: str, codec: object) -> RouterClient:
+        """See common.endpoints."""
+        self.clients[name] = RouterClient(self, name, identity)
+        return self.clients[name]
 
     def is_linked(self, identity: bytes, rank: RankId) -> bool:
         """Whether this router is connected to a rank."""
@@ -165,10 +211,8 @@ class Router(Actor):
 
     def receive(self, sender: str, message: Received[Any]) -> None:
         """One message of a rank; `sender` is its address."""
-        replica, tp = sender.removeprefix("rank-r").split("t")
-        link = self.dispatcher.links.get(RankId(int(replica), int(tp)))
-        if link is not None:
-            self.dispatcher._on_message(link, message, self.sim.now)
+        if sender in self.clients:
+            self.clients[sender].deliver(message)
 
     # ---- clients
 

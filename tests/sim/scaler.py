@@ -21,7 +21,7 @@ from services.scaler.decisions import PhaseChosen
 from services.scaler.desk import Cancel, Later
 from services.scaler.driver import Driver
 from services.scaler.intake import Intake
-from services.scaler.journal import RETRY_S, VERIFY_S, Journal
+from services.scaler.journal import Journal
 from services.scaler.lease import Lease
 from services.scaler.operation import Operation, Request
 from services.scaler.plan import Target
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 LEASE_MS = 3_000
 CALL_S = 2.0
 TURN_S, IDLE_TURN_S = 0.2, 0.6
+WRITE_S = 0.02
 CONFIG = ScalerConfig(run_dir="/nonexistent")
 
 
@@ -91,28 +92,6 @@ class SimPeers:
         return found
 
 
-class SimJournal(Journal):
-    """The product's journal without its thread: `pump` does one round of it."""
-
-    verified_at = 0.0
-
-    def pump(self, now: float) -> float:
-        """Write or verify; seconds until the next round."""
-        try:
-            if self._has_work():
-                self._write()
-                return 0.02
-            if now - self.verified_at > VERIFY_S:
-                self.verified_at = now
-                self._verify()
-        except Fenced:
-            self._on_fenced()
-        except ElasticMoEError as error:
-            self._note_failure(error)
-            return RETRY_S
-        return 0.1
-
-
 class Scaler(Actor):
     """One process. It waits for the lease, acts under its fencing epoch, and ends when it is fenced."""
 
@@ -127,7 +106,7 @@ class Scaler(Actor):
         self.driver: Driver | None = None
         self.intake: Intake
         self.waiting: list[tuple[str, Target | str | None, float]] = []
-        self.journal: SimJournal
+        self.journal: Journal
         self.has_served = False
         self.phase = "waiting"
         self.last_turn_s = -1.0
@@ -157,11 +136,19 @@ class Scaler(Actor):
             self.lease.lose,
             lambda: None,
             self.reserve,
-            lambda: self.sim.now,
+            self.sim.clock,
         )
-        self.journal = SimJournal(*wiring)
+        self.journal = Journal(*wiring)
         self.driver = Driver(CONFIG, self, self.journal, Quiet(), self._tell, lambda: self.sim.now)  # type: ignore[arg-type]
-        self.intake = Intake(CONFIG, SPEC, self.driver, (self.journal.check_room,), self._tell)
+        self.intake = Intake(
+            CONFIG,
+            SPEC,
+            self.driver,
+            (self.journal.check_room,),
+            self._tell,
+            clock=self.sim.clock,
+            new_id=lambda: f"op-{self.sim.next_seq():012x}",
+        )
         try:
             self.driver.resume(self.world.store.get_operation(), self.world.store.ended_operations())
         except Unavailable:
@@ -185,7 +172,11 @@ class Scaler(Actor):
         return False
 
     def _pump(self) -> None:
-        self.aside(self.journal.pump(self.sim.now), self._pump)
+        """A turn of the journal's thread; where there is nothing to write it looks again soon."""
+        is_busy = self.journal._has_work()
+        if (wait_s := self.journal.turn(self.sim.now)) is not None:
+            is_failing = is_busy and self.journal._failing
+            self.aside(wait_s if is_failing else WRITE_S if is_busy else 0.1, self._pump)
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
         if kind != "operation_phase":

@@ -11,7 +11,7 @@ from services.scaler.operation import Operation
 from services.scaler.plan import Target
 from tests.replay import DECISIONS, replay
 from tests.sim.heap import Faults, Violation
-from tests.sim.world import CLOCK, DEVICES, World
+from tests.sim.world import DEVICES, World
 
 START_S_MAX = 20.0
 HEAL_S_MAX = 240.0
@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
 def run_seed(seed: int, *, verbose: bool = False) -> Result:
     """Run one seed. Only within `simulated()`."""
-    world = CLOCK.world = World(seed, verbose=verbose)
+    world = World(seed, verbose=verbose)
     error = ""
     try:
         _play(world)

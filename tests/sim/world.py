@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections import deque
+import traceback
+from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import lru_cache
-from types import SimpleNamespace
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
-from common.families import records
 from common.layout import Layout, initial_layout
 from common.protocol.hmm import LoadModel
-from services.hmm import catalog as catalog_module
 from services.hmm.catalog import Transition, check_integrity, keys_of
 from services.scaler.plan import Target
 from services.worker.engine.plan import Plan
 from tests.sim.heap import Sim, Violation
-from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm, seat_memory
+from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm
 from tests.sim.loss import Losses
 from tests.sim.poison import Poisons
-from tests.sim.rank import PeerClient, Pool, Rank
-from tests.sim.router import Router, RouterClient
+from tests.sim.rank import Pool, Rank
+from tests.sim.router import Router
 from tests.sim.scaler import Scaler
 from tests.sim.store import Store
 
@@ -158,12 +153,11 @@ class World:
 
     def _check_homes(self, ranks: list[Rank], epoch: int) -> None:
         """Each expert is mapped by the rank that the routing in force sends its tokens to."""
-        layout: Layout = ranks[0].routings[epoch]
         if epoch not in self._needs:
-            needs: dict[int, set[Any]] = {seat.slot: set() for seat in layout.seats}
-            for layer, experts in enumerate(layout.homes):
-                for expert, homes in enumerate(experts):
-                    needs[homes[0]].add(("expert", layer, expert))
+            needs: defaultdict[int, set[Any]] = defaultdict(set)
+            for layer, experts in enumerate(ranks[0].routings[epoch].owners):
+                for expert, slot in enumerate(experts):
+                    needs[slot].add(("expert", layer, expert))
             self._needs[epoch] = {slot: frozenset(keys) for slot, keys in needs.items()}
         for rank in ranks:
             held = {(key.kind, key.layer, key.expert) for key in rank.held if not isinstance(key, int)}
@@ -263,53 +257,24 @@ class World:
         return ""
 
 
-class _NoThread:
-    def __init__(self, **_: Any) -> None:
-        pass
+class _Defects(logging.Handler):
+    """What the product logs with a stack, because it lives on after it, is a finding here."""
 
-    def start(self) -> None:
-        """Nothing: the simulation pumps."""
-
-
-class _Clock:
-    """In the place of the module time, for the cores that look at it."""
-
-    world: World | None = None
-
-    def monotonic(self) -> float:
-        """Virtual."""
-        return self.world.sim.now if self.world else 0.0
-
-    def time(self) -> float:
-        """Virtual too."""
-        return self.monotonic()
-
-    def uuid4(self) -> SimpleNamespace:
-        """The same in each run of a seed."""
-        return SimpleNamespace(hex=f"{self.world.sim.next_seq() if self.world else 0:012x}")
-
-
-CLOCK = _Clock()
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            frames = traceback.extract_tb(record.exc_info[2])[-3:]
+            places = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in reversed(frames))
+            raise Violation(f"{record.getMessage()}: {record.exc_info[1]!r} at {places}")
 
 
 @contextmanager
 def simulated() -> Iterator[None]:
-    """Sockets, threads, clocks and logs of the product are the simulation's meanwhile."""
-    all_records = lru_cache(maxsize=4)(lambda spec: tuple(records(spec)))
-    replaced: list[tuple[str, Any]] = [
-        ("services.hmm.transition.seat_memory", seat_memory),
-        ("services.hmm.transition.time", CLOCK),
-        ("services.hmm.staging.records", all_records),
-        ("services.router.links.AsyncClient", RouterClient),
-        ("services.worker.migration.link.Client", PeerClient),
-        ("services.scaler.intake.time", CLOCK),
-        ("services.scaler.intake.uuid", SimpleNamespace(uuid4=CLOCK.uuid4)),
-        ("services.scaler.journal.threading", SimpleNamespace(Condition=threading.Condition, Thread=_NoThread)),
-    ]
-    with ExitStack() as stack:
-        for name, value in replaced:
-            stack.enter_context(mock.patch(name, value))
-        stack.enter_context(mock.patch.object(catalog_module, "records", all_records))
-        logging.disable(logging.CRITICAL)
-        stack.callback(logging.disable, logging.NOTSET)
+    """Logs of the product are the simulation's meanwhile. Nothing else of it is replaced."""
+    root, handler = logging.getLogger(), _Defects()
+    root.addHandler(handler)
+    logging.disable(logging.WARNING)
+    try:
         yield
+    finally:
+        logging.disable(logging.NOTSET)
+        root.removeHandler(handler)

@@ -20,7 +20,7 @@ from common.protocol.pool import StartRank
 from common.protocol.rank import HandOver, Move, MoveTarget, Reserve, Sampling, Submit, ToRank, Unreserve
 from common.protocol.replies import Ack, Refused, refusal
 from common.protocol.router import Delta, Failed, Logprob, MayMove, Moved
-from common.transport import Server
+from common.transport import Server, Sockets
 from native import host
 from native.ledger import Ledger, format_ledger, ledger_bytes
 from services.worker.engine.engine import Engine
@@ -85,7 +85,7 @@ class Node:
         )
         self.watched: set[int] = set()
         self.migration = Migration(
-            self.seat, self.engine, world.socket, watch=self.watched.add, unwatch=self.watched.remove
+            self.seat, self.engine, Sockets(world.socket), watch=self.watched.add, unwatch=self.watched.remove
         )
         self.is_alive = True
         self.is_deaf = False

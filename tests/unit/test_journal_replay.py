@@ -60,6 +60,7 @@ class Run:
         plan, made = basis.make()
         self.store, self.world = store, World(before)
         self.journal = Journal(store, "a", lambda _: None, lambda: None, lambda: None)
+        self.journal.start()
         self.journal.act_under(1)
         config = ScalerConfig(run_dir=str(folder))
         self.driver = Driver(config, Links(self.world, plan), self.journal, Meters(), _tell, lambda: self.world.now)  # type: ignore[arg-type]

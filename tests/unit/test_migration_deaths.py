@@ -15,7 +15,7 @@ from cli.models import make_model
 from common.protocol import rank as rank_messages
 from common.protocol.peer import Taken
 from common.protocol.rank import Unreserve
-from common.transport import Server
+from common.transport import Server, Sockets
 from services.worker.engine.adoption import adopt_rows
 from services.worker.engine.engine import Engine
 from services.worker.migration import Migration
@@ -63,7 +63,9 @@ def replace(world: World, number: int) -> Node:
     new.engine.memory_kept_by_the_test = old.engine.memory_kept_by_the_test  # type: ignore[attr-defined]
     new.watched, new.seen, new.is_alive, new.is_deaf = set(), [], True, False
     new.lost = set()
-    new.migration = Migration(new.seat, new.engine, world.socket, watch=new.watched.add, unwatch=new.watched.remove)
+    new.migration = Migration(
+        new.seat, new.engine, Sockets(world.socket), watch=new.watched.add, unwatch=new.watched.remove
+    )
     world.nodes[number] = new
     world.take(new, adopt_rows(new.engine, VOCAB))
     connect_again(world, new)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from common.config import RouterConfig
 from common.protocol.errors import ElasticMoEError, InvalidRequest, Overloaded
 from common.protocol.router import Delta, Logprob
+from common.transport import Sockets
 from services.router.admission import ByteBudget, Permits, Price, check_price, price
 from services.router.api.app import build_app
 from services.router.dispatcher import Dispatcher, router_identity
@@ -60,7 +61,7 @@ def front_of(base: Path, **settings: Any) -> Front:
         write_model(base / "model")
     config = RouterConfig(run_dir=str(base), model=str(base / "model"), served_name="m", **settings)
     metrics = Metrics("m")
-    dispatcher = Rank(config.socket, metrics, History(None, "r"), router_identity())
+    dispatcher = Rank(Sockets(config.socket), metrics, History(None, "r"), router_identity())
     model = ServedModel(base / "model", "m")
     return make_front(config, model, InProcess(model.codec), dispatcher, metrics, None)
 

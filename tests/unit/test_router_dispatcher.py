@@ -16,11 +16,12 @@ from common.protocol.errors import Unavailable
 from common.protocol.rank import Sampling, Submit
 from common.protocol.replies import Refused
 from common.protocol.router import Delta, Failed, Logprob, Moved, RankStatus, Suspected, Suspicion, Tokens, ToRouter
-from common.transport import AsyncClient
+from common.transport import AsyncClient, Sockets
 from services.router.balancer import LOST_S
 from services.router.detokenizer import TextStream, TokenTable
-from services.router.dispatcher import ADOPT_S, EMPTY_S, GAP_S, LEAVE_S, LOSSES_MAX, SUBMITS_MAX, Dispatcher
+from services.router.dispatcher import GAP_S, LEAVE_S, LOSSES_MAX, SUBMITS_MAX, Dispatcher
 from services.router.history import History
+from services.router.links import ADOPT_S, EMPTY_S
 from services.router.metrics import Metrics
 from services.router.streams import Stream
 from tests.history import check_history
@@ -37,7 +38,8 @@ class Bench:
         self.path = directory / "history.jsonl"
         self.history = History(self.path, "router:1")
         self.metrics = Metrics("m")
-        self.dispatcher = Dispatcher(lambda name: directory / f"{name}.sock", self.metrics, self.history, "router:1")
+        sockets = Sockets(lambda name: directory / f"{name}.sock")
+        self.dispatcher = Dispatcher(sockets, self.metrics, self.history, "router:1")
 
     def layout(self, *replicas: int, epoch: int = 1) -> None:
         self.dispatcher.apply_layout(layout_of(*replicas, epoch=epoch), self.now)
@@ -80,7 +82,7 @@ class Bench:
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
-        self.dispatcher.tick(self.now)
+        self.dispatcher.turn(self.now)
 
     def sent(self, replica: int) -> list[Message]:
         """What has been said to a rank."""

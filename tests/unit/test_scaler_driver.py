@@ -136,6 +136,7 @@ class Scene:
         self.world, self.store, self.told = world, FakeStore(), []
         self.fenced, self.woken = threading.Event(), threading.Event()
         self.journal = Journal(self.store, "scaler:a", lambda _: None, self.fenced.set, self.woken.set)  # type: ignore[arg-type]
+        self.journal.start()
         self.journal.act_under(1)
         self.links = FakeLinks(world)
         config = ScalerConfig(run_dir=str(tmp_path))
@@ -316,6 +317,7 @@ def test_nothing_is_written_or_dropped_before_the_lease_is_there(
     store, woken = FakeStore(), threading.Event()
     store.operation = operation_of(DOWN)
     journal = Journal(store, "scaler:a", lambda _: None, lambda: None, woken.set)  # type: ignore[arg-type]
+    journal.start()
     try:
         journal.event(Event("decision", "because", 1, "scaler:a", 0.0))
         journal.put(operation_of(UP))

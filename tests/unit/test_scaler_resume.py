@@ -237,11 +237,13 @@ def test_an_epoch_is_on_this_hosts_disk_before_anybody_can_see_it(store: KeptSto
     epochs: list[int] = []
     store.on_write = lambda: epochs.append(int((tmp_path / "state/fence-layout").read_text()))
     journal = Journal(store, "scaler:a", recall.epochs.note, lambda: None, lambda: None)  # type: ignore[arg-type]
+    journal.start()
     journal.announce(layout_of(2, (0, 1)))
     journal.act_under(1)
     journal.close()
     assert (store.writes, epochs) == (["layout"], [2])
     journal = Journal(store, "scaler:a", recall.epochs.note, lambda: None, lambda: None)  # type: ignore[arg-type]
+    journal.start()
     journal.put(operation_of(UP))
     journal.act_under(1)
     journal.close()

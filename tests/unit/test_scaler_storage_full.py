@@ -20,6 +20,7 @@ from services.scaler.journal import Journal
 from services.scaler.lease import Lease
 from services.scaler.operation import Operation
 from services.scaler.reserve import Reserve, bytes_of
+from tests.clocks import PlayedClock
 from tests.procs.waiting import wait_until
 from tests.unit.transitions import UP, operation_of
 
@@ -133,6 +134,7 @@ def test_a_lease_that_cannot_be_renewed_for_want_of_room_refuses_orders(tmp_path
 def test_a_journal_without_room_says_so_until_it_could_write() -> None:
     store: Any = FakeStore()
     journal = Journal(store, "scaler:a", lambda _: None, lambda: None, lambda: None)
+    journal.start()
     journal.act_under(1)
     try:
         journal.check_room()
@@ -176,13 +178,6 @@ def test_refusals_of_a_full_store_are_told_apart(error: redis.RedisError, is_ful
 # ---- room that is reserved -------------------------------------------------------------------------------------------
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Scene:
     """A journal, its store, and the folder of the store's files."""
 
@@ -190,8 +185,10 @@ class Scene:
         self.store: Any = FakeStore()
         (folder / "appendonlydir").mkdir()
         self.file = folder / "reserve"
-        self.clock = Clock()
-        self.journal = Journal(self.store, "a", lambda _: None, lambda: None, lambda: None, Reserve(folder), self.clock)
+        self.now = 0.0
+        clock, reserve = PlayedClock(lambda: self.now), Reserve(folder)
+        self.journal = Journal(self.store, "a", lambda _: None, lambda: None, lambda: None, reserve, clock)
+        self.journal.start()
         self.journal.act_under(1)
 
     def put(self, operation: Operation) -> None:
@@ -242,7 +239,7 @@ def test_a_store_without_room_gets_what_was_reserved_and_time_to_find_it(scene: 
     scene.journal.put(msgspec.structs.replace(operation, phase="commit"))
     wait_until(lambda: not scene.file.exists(), "it was given up")
     assert scene.journal.no_room() == ""
-    scene.clock.now += journal_module.REOPEN_S
+    scene.now += journal_module.REOPEN_S
     assert scene.journal.no_room() == FULL.message  # somebody else took it
     scene.store.error = None
     wait_until(lambda: scene.journal.no_room() == "", "there is room again")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Generic, TypeVar
 
+from common.endpoints import ClientEnd
 from common.protocol.codec import Message
 from common.protocol.errors import ElasticMoEError, ProtocolError
-from common.protocol.peer import CODEC, ToPeer
+from common.protocol.peer import ToPeer
 from common.telemetry import get_logger
-from common.transport import Client
 
 log = get_logger("migration")
 
@@ -21,9 +20,9 @@ class Link(Generic[Subject]):
     """A client and what each question under way is about. Owns the client; its descriptor is watched until `close`."""
 
     def __init__(
-        self, path: Path, identity: str, *, watch: Callable[[int], None], unwatch: Callable[[int], None]
+        self, client: ClientEnd[ToPeer], *, watch: Callable[[int], None], unwatch: Callable[[int], None]
     ) -> None:
-        self._client = Client(path, identity, CODEC)
+        self._client = client
         self._fd = self._client.fileno()
         self._unwatch = unwatch
         self._asked: dict[int, Subject] = {}

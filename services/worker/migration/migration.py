@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 
+from common.endpoints import Transport
 from common.layout import RankId
 from common.protocol.codec import Message
 from common.protocol.peer import Reserved, Taken
@@ -27,18 +27,18 @@ class Migration:
         self,
         seat: StartRank,
         engine: Engine,
-        socket_of: Callable[[str], Path],
+        transport: Transport,
         *,
         watch: Callable[[int], None],
         unwatch: Callable[[int], None],
     ) -> None:
-        """`socket_of("hmm")` and `socket_of("rank-<rank>")` are the paths of services. `watch` makes the loop's poll
-        return when a descriptor is readable; `turn` then has to be called."""
+        """`transport` leads to the HMM and to other ranks. `watch` makes the loop's poll return when a descriptor is
+        readable; `turn` then has to be called."""
         self._seat = seat
         self._engine = engine
         self._targets = Targets()
         self._outgoing = Outgoing(
-            seat, engine, self._targets, socket_of, watch=watch, unwatch=unwatch, on_taken=self._note_gone
+            seat, engine, self._targets, transport, watch=watch, unwatch=unwatch, on_taken=self._note_gone
         )
         self._incoming = Incoming(seat, engine, self._release)
         self._gone: OrderedDict[Key, RankId] = OrderedDict()  # where sequences went, the latest of them

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
+from common.endpoints import Transport
 from common.failpoint import failpoint
 from common.layout import RankId
 from common.protocol.codec import Message
 from common.protocol.errors import ElasticMoEError
 from common.protocol.hmm import CopyBlocks
 from common.protocol.limits import BLOCKS_PER_COPY_MAX, TAIL_BYTES_MAX
-from common.protocol.peer import Reserved, Taken, ToPeer
+from common.protocol.peer import CODEC, Reserved, Taken, ToPeer
 from common.protocol.pool import StartRank
 from common.protocol.rank import HandOver, MoveTarget, Reserve, Unreserve
 from common.protocol.replies import Ack, Refused
@@ -81,7 +81,7 @@ class Outgoing:
         seat: StartRank,
         engine: Engine,
         targets: Targets,
-        socket_of: Callable[[str], Path],
+        transport: Transport,
         *,
         watch: Callable[[int], None],
         unwatch: Callable[[int], None],
@@ -90,7 +90,7 @@ class Outgoing:
         self._seat = seat
         self._engine = engine
         self._targets = targets
-        self._socket_of = socket_of
+        self._transport = transport
         self._watch = watch
         self._unwatch = unwatch
         self._on_taken = on_taken
@@ -157,9 +157,8 @@ class Outgoing:
 
     def _link(self, name: str) -> Link[Transfer]:
         if name not in self._links:
-            self._links[name] = Link(
-                self._socket_of(name), self._seat.incarnation, watch=self._watch, unwatch=self._unwatch
-            )
+            client = self._transport.connect(name, self._seat.incarnation, CODEC)
+            self._links[name] = Link(client, watch=self._watch, unwatch=self._unwatch)
         return self._links[name]
 
     def _close(self, name: str) -> None:

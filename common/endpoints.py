@@ -1,0 +1,81 @@
+"""What services, ranks and routers need of a transport. The system's is made of sockets (transport.py); the simulation
+of the tests has its own.
+
+Addresses are names of services: `hmm`, `pool`, `rank-r0t0`. An end belongs to the thread that made it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+from common.protocol.codec import Codec, Message, Received
+
+T = TypeVar("T")
+
+
+class ServerEnd(Protocol[T]):
+    """Where a service receives one closed union of messages, and answers."""
+
+    def watch(self, fd: int) -> None:
+        """Let `poll` also return when `fd` is readable."""
+
+    def unwatch(self, fd: int) -> None:
+        """Undo `watch`. Idempotent."""
+
+    def poll(self, timeout_ms: int) -> set[int]:
+        """Wait until a message or a watched descriptor is ready, at most `timeout_ms`: the readable descriptors."""
+
+    def receive(self) -> tuple[bytes, Received[T]] | None:
+        """The next valid message without waiting: (peer, message), or None when there is none."""
+
+    def send(self, peer: bytes, body: Message, *, seq: int = 0, epoch: int = 0) -> bool:
+        """Send without waiting. False when the peer is unknown or its queue is full: it is gone or wedged."""
+
+    def close(self) -> None:
+        """End it. Idempotent."""
+
+
+class ClientEnd(Protocol[T]):
+    """A connection to one service, by which questions go and answers come, without waiting."""
+
+    def fileno(self) -> int:
+        """An edge-triggered descriptor: after it is readable, `receive` until None."""
+
+    def send(self, body: Message) -> int:
+        """Queue a message; its seq. Raises Unavailable when the queue is full."""
+
+    def receive(self) -> Received[T] | None:
+        """The next message, None when there is none. Raises ProtocolError."""
+
+    def close(self) -> None:
+        """Drop what is queued. Idempotent."""
+
+
+class AsyncClientEnd(Protocol[T]):
+    """`ClientEnd` for one asyncio loop. `num_bad`: messages that could not be decoded, and were dropped."""
+
+    @property
+    def num_bad(self) -> int:
+        """See the class."""
+
+    def send(self, body: Message) -> int:
+        """Queue a message; its seq. Raises Unavailable when the queue is full."""
+
+    async def receive(self) -> Received[T]:
+        """The next valid message. One task at a time may receive."""
+
+    def close(self) -> None:
+        """Drop what is queued. Idempotent."""
+
+
+class Transport(Protocol):
+    """Makes ends. `identity` is the sender's in messages, one per incarnation."""
+
+    def serve(self, name: str, identity: str, codec: Codec[T]) -> ServerEnd[T]:
+        """Receive as `name`. Raises Conflict where another process does."""
+
+    def connect(self, name: str, identity: str, codec: Codec[T]) -> ClientEnd[T]:
+        """To the service of that name, which need not be there yet."""
+
+    def connect_async(self, name: str, identity: str, codec: Codec[T]) -> AsyncClientEnd[T]:
+        """The same for an asyncio loop."""
