@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from cli.models.byte_tokenizer import build_byte_tokenizer
+from common.clock import SYSTEM_CLOCK
 from common.layout import RankId
 from common.protocol.codec import Message, Received
 from common.protocol.errors import Unavailable
@@ -403,7 +404,7 @@ async def test_a_handler_that_fails_does_not_end_the_link(bench: Bench, monkeypa
 
     monkeypatch.setattr(link._client, "receive", receive)
     with pytest.raises(asyncio.CancelledError):
-        await link.run(handle)
+        await link._listen(SYSTEM_CLOCK, handle)
     assert len(heard) == 3
 
 
