@@ -10,7 +10,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.protocol.errors import Fenced, Unavailable
@@ -69,6 +69,12 @@ class Fence:
             if epoch > self.refresh():
                 self._write(epoch)
                 self.epoch = epoch
+
+    def heed(self, epoch: int) -> None:
+        """A question was asked under `epoch`: commands of earlier ones are refused from now on. A question is answered
+        whatever its epoch, also where that cannot be made durable: the first command under it raises then."""
+        with suppress(Unavailable):
+            self.note(epoch)
 
     def _read(self) -> int:
         try:

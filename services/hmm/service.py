@@ -202,6 +202,7 @@ class Hmm:
     def _answer(self, peer: bytes, message: Received[ToHmm]) -> Message | None:
         body = message.body
         if isinstance(body, GetHmmStatus):
+            self._fence.heed(message.epoch)  # a scaler that has just taken over asks before it commands
             return hmm_status(
                 self._holdings,
                 self._attachments,

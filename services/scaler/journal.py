@@ -31,7 +31,9 @@ PLANS_QUEUED_MAX = 8
 RETRY_S = 0.5
 VERIFY_S = 2.0  # a store that was emptied or rolled back gets the layout and the operation again after this time
 CLOSE_S_MAX = 3.0
-REOPEN_S = 3.0  # a store that found no room looks every second whether there is some
+# A store that found no room looks every second whether there is some, puts that off by up to two while the disk still
+# flushes, and is asked again every RETRY_S; as much again for a busy machine.
+REOPEN_S = 7.0
 
 Mark = tuple[str, tuple[object, ...]]
 

@@ -283,6 +283,7 @@ class Pool:
     def _answer(self, peer: bytes, message: Received[ToPool]) -> Message:
         body = message.body
         if isinstance(body, GetPool):
+            self._fence.heed(message.epoch)
             self._subscriber = peer
             return self._status()
         self._fence.check(message.epoch, message.sender)

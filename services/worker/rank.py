@@ -289,6 +289,7 @@ class Rank:
             if isinstance(body, GetRankIntegrity):
                 return Integrity(tuple(self._engine.check_integrity()), {})
             if isinstance(body, GetRankLoad):
+                self._fence.heed(message.epoch)
                 return self._load()
             if isinstance(body, Reserve):
                 return self._migration.reserve(sender, body)

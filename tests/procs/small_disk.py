@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -34,11 +34,12 @@ def mounted(megabytes: int) -> Iterator[Path | None]:
 
 class Full:
     """The file system of `folder` without room, from here to the end of the block. `is_greedy`: what others give back
-    meanwhile is taken too."""
+    meanwhile is taken too, and what is in the files `held` stays taken when they are removed."""
 
-    def __init__(self, folder: Path, *, is_greedy: bool = False) -> None:
+    def __init__(self, folder: Path, *, is_greedy: bool = False, held: Sequence[Path] = ()) -> None:
         self._path = folder / "filler"
         self._is_greedy = is_greedy
+        self._held = [os.open(path, os.O_RDONLY) for path in held]  # a file that is open keeps its blocks
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -67,5 +68,7 @@ class Full:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+        for descriptor in self._held:
+            os.close(descriptor)
         self._file.close()
         self._path.unlink()

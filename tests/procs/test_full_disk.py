@@ -73,7 +73,7 @@ class Scene:
         self.failpoints.arm(place)
         self.begin(op_id, **body)
         self.failpoints.wait_hit(place)
-        full = Full(self.disk, is_greedy=is_greedy).__enter__()
+        full = Full(self.disk, is_greedy=is_greedy, held=[self.reserve] if is_greedy else []).__enter__()
         self.wait_noticed()
         self.failpoints.release(place)
         return full
@@ -122,7 +122,8 @@ def in_what_is_reserved(scene: Scene) -> None:
     """Between the order and the commit: it is done, and the next one is refused."""
     full = scene.begin_and_fill("scaler.leg1.commit.before", "grow", is_greedy=False, replicas=3)
     try:
-        assert scene.deployment.wait_operation("grow")["phase"] == "done"
+        ended = scene.deployment.wait_operation("grow")
+        assert ended["phase"] == "done", (ended, scene.deployment.explain())
         full.take()  # of what was reserved, what was not needed
         wait_until(lambda: not scene.reserve.exists(), "nothing is reserved")
         assert scene.order(replicas=2) == (503, "storage_full")
@@ -151,7 +152,7 @@ def undone(scene: Scene) -> None:
     command += ["--run-dir", str(scene.deployment.run_dir)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
         scene.failpoints.wait_hit(place)
-        with Full(scene.disk, is_greedy=True):
+        with Full(scene.disk, is_greedy=True, held=[scene.reserve]):
             scene.wait_noticed()
             scene.failpoints.release(place)
             begun = time.monotonic()

@@ -21,7 +21,7 @@ from common.families import records
 from common.fdchannel import FDS_MAX, connect
 from common.layout import Layout, RankId, initial_layout
 from common.protocol.errors import ElasticMoEError, Unavailable
-from common.protocol.hmm import CheckIntegrity, SetMembership
+from common.protocol.hmm import CheckIntegrity, GetHmmStatus, SetMembership
 from common.protocol.keeper import TO_HMM, Fetch, Forget, Keep, Kept
 from common.protocol.replies import Ack, Refused
 from common.transport import new_identity
@@ -410,6 +410,8 @@ def test_a_superseded_scaler_is_refused_also_after_a_restart(pair: tuple[Deploym
     assert first.bus.membership()[0] == generation
     deployment.members(0, 1, epoch=7)
     deployment.call(CheckIntegrity(), epoch=0)  # asking needs no authority
+    deployment.call(GetHmmStatus(), epoch=8)  # a scaler that has taken over and has commanded nothing yet
+    assert deployment.refusal(SetMembership((0,), True), epoch=7) == "stale_epoch"
 
 
 # ---- Start and stop

@@ -154,6 +154,11 @@ def test_a_superseded_scaler_is_refused_also_after_a_restart(pool: Pool) -> None
         pool.process.send_signal(signal.SIGTERM)
         assert pool.process.wait(30) == 0
         pool.start()
+    pool.client.epoch = 6
+    assert pool.status() is not None
+    pool.client.epoch = 5
+    with pytest.raises(ElasticMoEError, match="acts under epoch 5; epoch 6 has been seen"):
+        pool.client.call(StopRank(wanted.rank, wanted.incarnation), deadline_ms=CALL_MS)
 
 
 def test_a_seat_refuses_a_superseded_scaler_by_itself(pool: Pool) -> None:

@@ -25,6 +25,7 @@ from common.protocol.scaler import RankLoad, ToScaler
 from common.transport import Client, new_identity
 from tests.procs.clients import check_load_against_oracle
 from tests.procs.deployment import Deployment
+from tests.procs.failpoints import Failpoints
 from tests.procs.faults import another, roll_back, snapshot_of, store_client, wait_answers
 from tests.procs.gaps import TimedLoad
 from tests.procs.integrity import ask, check_integrity, hmm_status, is_attached
@@ -350,13 +351,21 @@ def stale_command(deployment: Deployment, fence: int) -> None:
         client.close()
 
 
-async def test_a_scaler_that_slept_past_its_lease_is_fenced(deploy: Deploy, oracle_folder: Path) -> None:
-    deployment = deploy("oracle", replicas=2, devices=3, lease_ms=1_000, copy_bytes_per_s=1 << 20, **SETTINGS)
+async def test_a_scaler_that_slept_past_its_lease_is_fenced(
+    deploy: Deploy, oracle_folder: Path, tmp_path: Path
+) -> None:
+    failpoints = Failpoints(tmp_path / "failpoints")
+    settings = SETTINGS | {"lease_ms": 1_000, "failpoint_dir": str(failpoints.folder)}
+    deployment = deploy("oracle", replicas=2, devices=3, **settings)
     port = free_port()
     fence = deployment.admin("/v1/layout")["fence"]
     async with loaded(deployment) as load:
+        begun = "scaler.leg1.prepare.after"  # the store knows the operation
+        failpoints.arm(begun)
         op_id = await asyncio.to_thread(start_operation, deployment)
-        sleeper = deployment.kill("scaler", signal.SIGSTOP)  # in the midst of it
+        await asyncio.to_thread(failpoints.wait_hit, begun)
+        sleeper = deployment.kill("scaler", signal.SIGSTOP)
+        failpoints.release(begun)
         # (Stopping a deployment kills what is stopped, so nothing is left should this test fail.)
         with another(deployment, "scaler", admin_port=port) as successor:
             await asyncio.to_thread(wait_answers, f"http://127.0.0.1:{port}/ready", successor)

@@ -153,3 +153,23 @@ def test_a_fence_that_cannot_be_read_lets_nothing_pass(tmp_path: Path) -> None:
         lease.check()
     (tmp_path / "fence-scaler").write_text("1")
     fence.check(1, "a")
+
+
+def test_a_question_under_a_newer_epoch_fences_the_older_ones(tmp_path: Path) -> None:
+    fence = Fence(tmp_path, "hmm")
+    fence.check(1, "scaler:a")
+    fence.heed(0)
+    fence.heed(2)
+    with pytest.raises(Fenced, match="epoch 2 has been seen"):
+        Fence(tmp_path, "hmm").check(1, "scaler:a")
+    fence.check(2, "scaler:b")
+
+
+def test_a_question_is_no_error_where_its_epoch_cannot_be_kept(tmp_path: Path) -> None:
+    fence = Fence(tmp_path, "hmm")
+    fence.check(1, "scaler:a")
+    (tmp_path / "fence-hmm.new").mkdir()  # nothing can be written there
+    fence.heed(2)
+    assert fence.epoch == 1
+    with pytest.raises(Unavailable, match="epoch 2 cannot be made durable"):
+        fence.check(2, "scaler:b")
