@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import httpx
 
-from cli.arguments import whole
+from cli.arguments import WrongUsage, whole
 from cli.http import lines_of, local_client, why
 from cli.record import living_record
 from common.private import is_private, read_secret
@@ -124,18 +124,26 @@ def connect(run_dir: Path) -> Admin:
     return Admin(local_client(path), read_secret(run_dir / "secrets" / "admin.token"), str(path))
 
 
-def add_target(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
-    """The flags that name a target, and the run directory."""
-    what = parser.add_mutually_exclusive_group(required=is_required)
+def add_target(parser: argparse.ArgumentParser, *, can_cancel: bool = False) -> None:
+    """The flags that name a target, of which one is needed, and the run directory."""
+    what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--replicas", type=whole(1, RANKS_MAX), metavar="N", help="how many replicas to have")
     what.add_argument(
         "--devices", nargs="+", metavar="DEVICE", help="exactly the devices to use, such as host:0 host:2"
     )
     what.add_argument("--remove", nargs="+", metavar="REPLICA", help="replicas that leave, such as r1")
+    if can_cancel:
+        what.add_argument("--cancel", metavar="OP", help="cancel the operation OP, which is not committed yet")
     parser.add_argument(
         "--lost", action="store_const", const=True, help="with --remove: their devices have lost their memory"
     )
     parser.add_argument("--run-dir", metavar="DIR", help="the deployment's run directory")
+
+
+def check_target(args: argparse.Namespace) -> None:
+    """Raises WrongUsage for a flag that says something of another one, which is not there."""
+    if args.lost and args.remove is None:
+        raise WrongUsage("--lost: it says something of the replicas of --remove, which is missing")
 
 
 def body_of(args: argparse.Namespace, **more: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from common.wording import nearest
 
@@ -18,6 +18,16 @@ _MISSING = "the following arguments are required: "
 _UNKNOWN = "unrecognized arguments: "
 _ONE_OF = re.compile(r"^one of the arguments (.*) is required$")
 _AMBIGUOUS = re.compile(r"^ambiguous option: (\S+) could match (.*)$", re.DOTALL)
+
+
+class WrongUsage(Exception):
+    """Flags that do not go together: as wrong as one that is unknown, and told alike."""
+
+
+def refuse_beside(args: argparse.Namespace, name: str, other: str) -> None:
+    """Raises WrongUsage where the flag `name` is given beside `other`, which would leave it without effect."""
+    if getattr(args, name) not in (None, False):
+        raise WrongUsage(f"--{name.replace('_', '-')}: it has no effect beside {other}")
 
 
 def whole(least: int = -_WHOLE_MAX, most: int = _WHOLE_MAX) -> Callable[[str], int]:
@@ -61,19 +71,27 @@ def _check(value: float, least: float, most: float) -> None:
         raise argparse.ArgumentTypeError(f"{value:g} is more than {most:g}, the most that it may be")
 
 
-def plainly(message: str, flags: Iterable[str]) -> str:
-    """argparse's complaint, for people. `flags`: that the command has."""
+def plainly(message: str, flags: Iterable[str], choices: Mapping[str, Iterable[str]]) -> str:
+    """argparse's complaint, for people. `flags`: that the command has; `choices`: what an argument without a flag may
+    be, by its name."""
     if message.startswith(_UNKNOWN):
         first = message.removeprefix(_UNKNOWN).split()[0]
         return f"{first!r} is not known{nearest(first.partition('=')[0], flags)}"
     if message.startswith(_MISSING):
-        return f"{message.removeprefix(_MISSING)} is missing"
+        return "; ".join(_missing(name, choices.get(name, ())) for name in message.removeprefix(_MISSING).split(", "))
     if one_of := _ONE_OF.match(message):
         return f"one of {', '.join(one_of[1].split())} is needed"
     if ambiguous := _AMBIGUOUS.match(message):
         return f"{ambiguous[1]} may mean {ambiguous[2].replace(', ', ' or ')}"
     argument = _ARGUMENT.match(message)
     return f"{argument[1]}: {_of_argument(argument[2])}" if argument else message
+
+
+def _missing(name: str, choices: Iterable[str]) -> str:
+    allowed = ", ".join(choices)
+    return f"{name if name.startswith('-') else name.upper()} is missing" + (
+        f": give one of {allowed}" if allowed else ""
+    )
 
 
 def _of_argument(rest: str) -> str:

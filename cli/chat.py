@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 
 from cli.admin import not_running
-from cli.arguments import number, whole
-from cli.http import check_url, lines_of, why
+from cli.arguments import number, refuse_beside, whole
+from cli.http import check_url, lines_of, speaks_tls, speaks_tls_text, tls_trouble, why
 from cli.http import client as http_client
 from cli.paths import home_dir, run_dir_of
 from cli.record import living_record
@@ -34,8 +34,9 @@ Message = dict[str, str]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `chat`."""
     add = parser.add_argument
-    add("--url", help=f"the server (default: the deployment that runs here, else {_DEFAULT_URL})")
-    add("--run-dir", metavar="DIR", help="the deployment's run directory")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--url", help=f"the server (default: the deployment that runs here, else {_DEFAULT_URL})")
+    where.add_argument("--run-dir", metavar="DIR", help="the deployment's run directory")
     add("--model", metavar="NAME", help="the model (default: the server's first)")
     add("--system", metavar="TEXT", help="a system message")
     add("--once", metavar="TEXT", help="send this one message, print the answer, and end")
@@ -46,8 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 when the user leaves. Raises ElasticMoEError, such as Unavailable when the server is not there."""
+    """Returns 0 when the user leaves. Raises ElasticMoEError, such as Unavailable when the server is not there, and
+    WrongUsage."""
     url = base_url(args)
+    if not url.startswith("https:"):
+        refuse_beside(args, "ca_file", f"{url}, which is not https")
     timeout = httpx.Timeout(_TOKEN_SECONDS_MAX, connect=_CONNECT_SECONDS_MAX)
     with http_client(url, ca_file=args.ca_file, timeout=timeout, headers=_headers(args)) as client:
         session = Session(client, args.model or first_model(client), _options(args), args.system)
@@ -181,12 +185,17 @@ def error_of(response: httpx.Response) -> ElasticMoEError:
     try:
         return _server_error(response.json()["error"], code)
     except (ValueError, LookupError, TypeError, RecursionError):
+        url = str(response.request.url.copy_with(raw_path=b"/")).rstrip("/")
+        if response.status_code == 400 and speaks_tls(url):  # which servers tell in a page of their own
+            return Unavailable(speaks_tls_text(url), code="unreachable")
         return ElasticMoEError(f"the server answered {response.status_code}", code=code)
 
 
 def unreachable(client: httpx.Client, error: httpx.HTTPError) -> Unavailable:
     """The server does not answer."""
     url = str(client.base_url).rstrip("/")
+    if told := tls_trouble(url, error):
+        return Unavailable(told, code="unreachable")
     if isinstance(error, httpx.ConnectError):
         return Unavailable(f"nothing answers at {url}; start a deployment with `elasticmoe up`", code="unreachable")
     return Unavailable(f"{url} stopped answering: {why(error)}", code="unreachable")

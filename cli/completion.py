@@ -20,7 +20,7 @@ for this shell only:  eval "$(elasticmoe completion bash)"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `completion`."""
-    parser.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help="the shell that reads the script")
     parser.epilog = _HOW
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 

@@ -69,6 +69,42 @@ def why(error: httpx.HTTPError) -> str:
     return "no answer in time" if isinstance(error, httpx.TimeoutException) else "the connection broke"
 
 
+def tls_trouble(url: str, error: httpx.HTTPError) -> str:
+    """Why no connection to the server at `url` can be had that both sides understand; empty where TLS is not why.
+
+    Blocks for a handshake where a server of a URL without TLS broke off.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"{url} cannot prove who it is ({cause.verify_message}): name the certificates to trust with --ca-file"
+    if cause is not None:
+        return f"{url} does not speak TLS as we do: for a server without it write http://"
+    is_broken_off = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
+    return speaks_tls_text(url) if is_broken_off and speaks_tls(url) else ""
+
+
+def speaks_tls_text(url: str) -> str:
+    """What is said of a server that is spoken to without TLS and has it."""
+    return f"{url} speaks TLS: write https://"
+
+
+def speaks_tls(url: str) -> bool:
+    """Whether the server of a URL without TLS makes a handshake, whoever it is. Blocks."""
+    parts = urlsplit(url)
+    if parts.scheme != "http":
+        return False
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 80), _CONNECT_S) as connection:
+            context.wrap_socket(connection, server_hostname=parts.hostname).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def check_url(url: str) -> None:
     """Raises ConfigError for what is not an http or https URL with a host. Empty is none, and right."""
     try:

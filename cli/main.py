@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from cli import terminal
+from cli.arguments import WrongUsage
 from cli.version import version
 from common.protocol.errors import ElasticMoEError
 from common.transport import describe
@@ -84,6 +85,9 @@ def _run(argv: Sequence[str]) -> int:
         return int(args.run(args))
     except ElasticMoEError as error:
         line = describe(error)
+    except WrongUsage as error:
+        terminal.complain_of_usage(str(error), f"elasticmoe {args.command}")
+        return terminal.WRONG_USAGE
     except KeyboardInterrupt:
         terminal.complain("elasticmoe: interrupted")
         return _INTERRUPTED

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cli.admin import add_target, admin_of, body_of
+from cli.admin import add_target, admin_of, body_of, check_target
 from cli.console import size
 from cli.paths import run_dir_of
 from cli.terminal import say_json, show
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 when there is a plan. Raises ElasticMoEError for one that is refused."""
+    """Exit status 0 when there is a plan. Raises ElasticMoEError for one that is refused, WrongUsage."""
+    check_target(args)
     with admin_of(run_dir_of(args.run_dir)) as admin:
         plan = admin.call("POST", "/v1/scale", body_of(args, dry_run=True))
     if args.json:

@@ -9,12 +9,13 @@ import uuid
 from typing import Any
 from urllib.parse import quote
 
-from cli.admin import Admin, Refusal, add_target, admin_of, body_of
+from cli.admin import Admin, Refusal, add_target, admin_of, body_of, check_target
+from cli.arguments import refuse_beside
 from cli.console import Console, make_console, size
 from cli.paths import run_dir_of
 from cli.settings import DEFAULTS, parse_seconds
 from cli.terminal import complain, say, say_json
-from common.protocol.errors import ConfigError, ElasticMoEError
+from common.protocol.errors import ElasticMoEError
 from common.wording import counted
 
 HELP = "grow or shrink a running deployment while it serves"
@@ -26,10 +27,9 @@ _UNREACHABLE_S_MAX = 60.0  # a scaler that restarts resumes the operation
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `scale`."""
-    add_target(parser, is_required=False)
-    parser.add_argument("--cancel", metavar="OP", help="cancel the operation OP, which is not committed yet")
+    add_target(parser, can_cancel=True)
     add_waiting(parser)
-    parser.add_argument("--reason", default="", help="kept with the operation")
+    parser.add_argument("--reason", metavar="TEXT", help="kept with the operation")
 
 
 def add_waiting(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +46,12 @@ def add_waiting(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 when it was accepted (`--wait`: when it is done), 1 when it was aborted. Raises ElasticMoEError."""
-    has_target = any(getattr(args, name) is not None for name in ("replicas", "devices", "remove"))
-    if has_target == (args.cancel is not None):
-        raise ConfigError("name a target (--replicas, --devices or --remove), or an operation to --cancel")
+    """Exit status 0 when it was accepted (`--wait`: when it is done), 1 when it was aborted. Raises ElasticMoEError,
+    WrongUsage."""
+    check_target(args)
+    if args.cancel is not None:
+        for flag in ("op_id", "deadline", "reason"):
+            refuse_beside(args, flag, "--cancel")
     with admin_of(run_dir_of(args.run_dir)) as admin:
         if args.cancel is not None:
             operation = admin.call("DELETE", f"/v1/operations/{quote(args.cancel, safe='')}")

@@ -41,6 +41,8 @@ def sentence(event: Event) -> str:
     if facts.get("kind"):
         facts["kind"] = facts["kind"].replace("_", " ")
     form = _SENTENCES.get(str(event.get("kind")))
+    if event.get("kind") == "operation_accepted" and facts.get("kind") == "none":
+        form = "operation {op_id} asks for what is there already: {reason}"
     if form is None:
         shown = "".join(f" {name}={value}" for name, value in facts.items())
         text = f"{event.get('kind')}: {event.get('reason')}{shown}"

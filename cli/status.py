@@ -60,6 +60,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         return status if failure is None else status | {"failure": failure}
     status["deployment"] = msgspec.to_builtins(record)
     status["uptime_s"] = round(time.time() - record.started_at, 1)
+    status["launcher"] = {"pid": record.launcher.pid, "state": record.state, "since": record.started_at}
     for process, entry in zip(record.processes, status["deployment"]["processes"], strict=True):
         entry["alive"] = process.is_alive()
     views = {"layout": "/v1/layout", "devices": "/v1/devices", "operations": "/v1/operations"}

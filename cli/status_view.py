@@ -132,8 +132,10 @@ def _operations(operations: dict[str, Any]) -> tuple[RenderableType | None, Rend
     """The operation in progress with its bars, or one line about the last one."""
     if "error" in operations:
         return None, Text(f"Operations: {operations['error']}")
-    listed = operations.get("operations") or []
-    if not listed:
+    listed = [
+        entry for entry in operations.get("operations") or () if not (entry["kind"] == "none" and entry["outcome"])
+    ]
+    if not listed:  # or only orders for what was there already
         return None, None
     if listed[0].get("outcome"):
         return None, Text("Last operation: " + operation_line(listed[0]))

@@ -31,6 +31,7 @@ _UNSAFE_IN_ANSWERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066
 
 OUTPUT_FAILED = "output_failed"
 WRONG_USAGE = 2
+_PIPE_WIDTH = 4_096
 
 
 def clean(text: str) -> str:
@@ -77,7 +78,8 @@ def show(renderable: RenderableType) -> None:
 
 
 def table_console(file: IO[str] | None = None) -> Console:
-    """A rich console that takes texts as they are: no markup, no emoji names, no colours of its own choice."""
+    """A rich console that takes texts as they are: no markup, no emoji names, no colours of its own choice; and no
+    line ends where nobody's terminal is that narrow."""
     from rich.console import Console
 
     class Plain(Console):
@@ -87,7 +89,10 @@ def table_console(file: IO[str] | None = None) -> Console:
             """Called while the error is handled."""
             raise BrokenPipeError
 
-    return Plain(file=file, highlight=False, markup=False, emoji=False, soft_wrap=file is not None)
+    console = Plain(file=file, highlight=False, markup=False, emoji=False, soft_wrap=file is not None)
+    if file is None and not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_WIDTH  # programs read lines, and no path in them may be cut
+    return console
 
 
 class Cleaned:
@@ -107,6 +112,11 @@ class Cleaned:
 def complain(text: str) -> None:
     """One line on stderr. Never raises: nobody may be there to read it."""
     _complain_lines(clean(text) + "\n")
+
+
+def complain_of_usage(text: str, command: str) -> None:
+    """The line for a wrong command line; `command`: whose help says how."""
+    complain(f"elasticmoe: wrong_usage: {text}; see `{command} --help`")
 
 
 def _complain_lines(text: str) -> None:
@@ -171,7 +181,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and end."""
         flags = [option for action in self._actions for option in action.option_strings]
-        complain(f"elasticmoe: wrong_usage: {plainly(message, flags)}; see `{self.prog} --help`")
+        arguments = [action for action in self._actions if not action.option_strings and action.choices]
+        choices = {str(action.metavar or action.dest): list(action.choices or ()) for action in arguments}
+        complain_of_usage(plainly(message, flags, choices), self.prog)
         raise SystemExit(WRONG_USAGE)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -343,7 +343,10 @@ def _announce(resolved: settings.Settings, console: Console, replicas: int) -> N
 def _room(scaler: ScalerConfig, replicas: int) -> str:
     used = replicas * scaler.tp
     free = scaler.num_devices - used
-    return f"{scaler.devices}: {used} in use, {free or 'none'} to grow into (`elasticmoe scale`)"
+    room = (
+        f"{free} to grow into (`elasticmoe scale`)" if free else "none to grow into: start with more --devices for that"
+    )
+    return f"{scaler.devices}: {used} in use, {room}"
 
 
 def curl_line(url: str, name: str, key_file: str) -> str:

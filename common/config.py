@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,9 @@ from common.wording import nearest, read, shown
 PREFIX = "ELASTICMOE_"
 RESERVED = {"CONFIG", "HOME"}  # this file's path, and the command line's cache: not fields
 
+_ENVIRONMENT = "environment"
+_NAME_CHARS_MAX = 80
+_LIST = "docs/reference/configuration.md"
 _LISTEN_FDS_MAX = 16
 
 C = TypeVar("C", bound=Common)
@@ -71,7 +74,7 @@ def given(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     path = os.environ.get(PREFIX + "CONFIG")
     if path:
         values.update(_known(_read_toml(Path(path)), every_field, f"configuration file {path}"))
-    values.update(_known(_environment(), every_field, "environment"))
+    values.update(_known(_environment(), every_field, _ENVIRONMENT))
     return values | {key: value for key, value in (overrides or {}).items() if value is not None}
 
 
@@ -113,9 +116,17 @@ def _check_topology(config: Common) -> None:
 def _known(values: Mapping[str, Any], fields: set[str], origin: str) -> Mapping[str, Any]:
     unknown = sorted(set(values) - fields)
     if unknown:
-        meant = nearest(unknown[0], fields) or f"; known: {', '.join(sorted(fields))}"
-        raise ConfigError(f"{origin}: unknown setting {unknown[0]!r}{meant}")
+        is_variable = origin == _ENVIRONMENT
+        spelt: Callable[[str], str] = _spelt if is_variable else str
+        known = fields | {name.lower() for name in RESERVED} if is_variable else fields
+        meant = nearest(unknown[0], known, spelt) or f"; {_LIST} has all"
+        raise ConfigError(f"{origin}: unknown setting {spelt(unknown[0])[:_NAME_CHARS_MAX]!r}{meant}")
     return values
+
+
+def _spelt(name: str) -> str:
+    """A field as a variable of the environment."""
+    return PREFIX + name.upper()
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

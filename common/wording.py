@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -172,10 +172,10 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'replicas'?` where one of `known` is near, else nothing."""
+def nearest(word: str, known: Iterable[str], spelt: Callable[[str], str] = str) -> str:
+    """`; did you mean 'replicas'?` where one of `known` is near, else nothing. `spelt`: how users write it."""
     found = difflib.get_close_matches(word[:_CHARS_MAX], list(known), 1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    return f"; did you mean {spelt(found[0])!r}?" if found else ""
 
 
 def _fields(kind: Any, path: str) -> list[str]:

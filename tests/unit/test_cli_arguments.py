@@ -14,7 +14,7 @@ from cli.bench.report import _folder
 from cli.main import main, make_parser
 
 WRONG = [
-    ([], "COMMAND is missing"),
+    ([], "COMMAND is missing: give one of up, down, status, "),
     (["upp"], "COMMAND: 'upp' is none of up, down, "),
     (["upp"], "did you mean 'up'?; see `elasticmoe --help`"),
     (["up", "--modle", "x"], "'--modle' is not known; did you mean '--model'?; see `elasticmoe up --help`"),
@@ -33,10 +33,15 @@ WRONG = [
     (["status", "--json=1"], "--json: it takes no value, and is given '1'"),
     (["chat", "--temperature", "nan"], "--temperature: 'nan' is not a finite number"),
     (["chat", "--max-tokens", "0"], "--max-tokens: 0 is less than 1"),
-    (["bench"], "NAME is missing"),
+    (["bench"], "NAME is missing: give one of serve, "),
     (["bench", "serve", "--concurrency", "1,x"], "--concurrency: 'x' is not a whole number"),
     (["model", "make", "demo"], "DIR is missing"),
-    (["completion", "sh"], "shell: 'sh' is none of bash, zsh, fish"),
+    (["completion", "sh"], "SHELL: 'sh' is none of bash, zsh, fish"),
+    (["completion"], "SHELL is missing: give one of bash, zsh, fish; see `elasticmoe completion --help`"),
+    (["model", "make"], "NAME is missing; DIR is missing; see"),
+    (["scale"], "one of --replicas, --devices, --remove, --cancel is needed"),
+    (["scale", "--cancel", "op", "--replicas", "2"], "--replicas: it cannot stand beside --cancel"),
+    (["chat", "--url", "http://x", "--run-dir", "y"], "--run-dir: it cannot stand beside --url"),
 ]
 
 
@@ -51,6 +56,25 @@ def test_a_wrong_command_line_is_one_line_with_a_code(
     assert line.startswith("elasticmoe: wrong_usage: ")
     assert line.count("\n") == 1
     assert told in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["scale", "--cancel", "op", "--deadline", "3"], "--deadline: it has no effect beside --cancel"),
+        (["scale", "--cancel", "op", "--op-id", "x"], "--op-id: it has no effect beside --cancel"),
+        (["scale", "--cancel", "op", "--reason", "x"], "--reason: it has no effect beside --cancel"),
+        (["scale", "--replicas", "2", "--lost"], "--lost: it says something of the replicas of --remove"),
+        (["plan", "--replicas", "2", "--lost"], "--lost: it says something of the replicas of --remove"),
+    ],
+)
+def test_a_flag_that_would_have_no_effect_is_refused(
+    argv: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"elasticmoe: wrong_usage: {told}")
+    assert line.endswith(f"; see `elasticmoe {argv[0]} --help`\n")
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

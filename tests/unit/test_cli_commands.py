@@ -275,9 +275,27 @@ def test_status_of_a_living_launcher_survives_dead_listeners(
     write_record(tmp_path, record)
     assert main(["status", "--run-dir", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["launcher"] == {"pid": os.getpid(), "state": "starting", "since": 0.0}
     assert found["deployment"]["processes"][0]["alive"] is False
     assert found["load"] == {"error": "does not answer: nobody listens there"}
     assert "has no sockets" in found["layout"]["error"]
+
+
+def test_no_line_of_a_status_that_goes_into_a_pipe_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    run_dir = tmp_path / ("a folder with spaces " * 5) / ("x" * 200)
+    run_dir.mkdir(parents=True, mode=0o700)
+    value = running(layout={"error": "e" * 300}, devices={"devices": []}, load={}) | {"run_dir": str(run_dir)}
+    monkeypatch.setattr(status, "collect", lambda _: value)
+    assert main(["status", "--run-dir", str(run_dir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith(f"run directory {run_dir}") for line in lines) == 1
+    assert f"Ranks: {'e' * 300}" in lines
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["status", "--run-dir", str(run_dir)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100, "who says how wide it is gets that"
 
 
 def probe_of(scaler: httpx.Response | None, router: httpx.Response | None) -> Iterator[Probe]:

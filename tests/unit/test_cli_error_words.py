@@ -139,14 +139,40 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("PROT", "port"), ("REPLICA", "replicas"), ("KV_BYTE", "kv_bytes"), ("LOGLEVEL", "log_level")]
+    ("name", "meant"),
+    [
+        ("PROT", "PORT"),
+        ("REPLICA", "REPLICAS"),
+        ("KV_BYTE", "KV_BYTES"),
+        ("LOGLEVEL", "LOG_LEVEL"),
+        ("CONFIGS", "CONFIG"),
+    ],
 )
 def test_an_unknown_setting_gets_its_nearest(
     name: str, meant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(f"ELASTICMOE_{name}", "1")
     code, text = line_of(["up"], capsys)
-    assert (code, text) == ("bad_config", f"environment: unknown setting {name.lower()!r}; did you mean {meant!r}?")
+    told = f"environment: unknown setting 'ELASTICMOE_{name}'; did you mean 'ELASTICMOE_{meant}'?"
+    assert (code, text) == ("bad_config", told)
+
+
+def test_an_unknown_setting_that_is_near_to_none_is_told_where_all_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ELASTICMOE_FOO", "1")
+    told = "environment: unknown setting 'ELASTICMOE_FOO'; docs/reference/configuration.md has all"
+    assert line_of(["up"], capsys) == ("bad_config", told)
+    monkeypatch.delenv("ELASTICMOE_FOO")
+    file = tmp_path / "c.toml"
+    monkeypatch.setenv("ELASTICMOE_CONFIG", str(file))
+    for content, name, rest in (
+        ("foo = 1", "foo", "; docs/reference/configuration.md has all"),
+        ("prot = 1", "prot", "; did you mean 'port'?"),
+        (f"{'x' * 500} = 1", "x" * 80, "; docs/reference/configuration.md has all"),
+    ):
+        file.write_text(content)
+        assert line_of(["up"], capsys)[1] == f"configuration file {file}: unknown setting {name!r}{rest}"
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,9 @@ def test_a_deployment_that_was_cut_off_gets_no_fewer_devices(tmp_path: Path, mod
 def test_what_is_in_use_is_told_of_the_replicas_that_serve(tmp_path: Path) -> None:
     scaler = resolved(tmp_path, "--devices", "host:5").scaler
     assert up._room(scaler, 3) == "host:5: 3 in use, 2 to grow into (`elasticmoe scale`)"
+    told = up._room(scaler, 5)
+    assert told == "host:5: 5 in use, none to grow into: start with more --devices for that"
+    assert "scale" not in told
 
 
 def test_a_deployment_that_runs_is_told_before_its_ports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

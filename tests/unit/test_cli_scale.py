@@ -94,12 +94,6 @@ def test_a_wrong_command_line_is_two(argv: list[str]) -> None:
     assert ended.value.code == 2
 
 
-@pytest.mark.parametrize("argv", [["scale"], ["scale", "--replicas", "2", "--cancel", "op"]])
-def test_scale_needs_one_thing_to_do(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(argv) == 1
-    assert "name a target" in capsys.readouterr().err
-
-
 def test_without_a_deployment_there_is_one_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["scale", "--replicas", "2"], ["plan", "--replicas", "2"], ["rebalance"], ["events"]):
         assert main([*argv, "--run-dir", str(tmp_path)]) == 1
@@ -292,6 +286,9 @@ def test_status_shows_the_operation_and_the_last_one() -> None:
     assert any("0.98 KiB of 0.98 KiB" in text for text in shown)
     assert shown[-1].startswith("Last operation: op (scale up) done after")
     assert "1.95 KiB copied, 1 sequence moved" in shown[-1]
+    nothing = {**views()[-1], "op_id": "same", "kind": "none"}
+    assert rendered({"operations": [nothing, views()[-1]]}) == shown[-1]
+    assert rendered({"operations": [nothing]}) == ""
     assert rendered({"operations": []}) == ""
     assert "does not answer" in rendered({"error": "does not answer"})
     assert status._is_scaling({"operations": {"operations": [{"outcome": None}]}})

@@ -55,6 +55,7 @@ def test_every_kind_of_event_has_a_sentence_of_its_facts() -> None:
         ("decision", {"phase": "serving"}, "the deployment is serving: why"),
         ("rank_exited", {"rank": "r1t0"}, "rank r1t0 has ended, and a standby takes its seat: why"),
         ("operation_accepted", {"op_id": "op", "kind": "scale_up"}, "operation op (scale up) begins: why"),
+        ("operation_accepted", {"op_id": "op", "kind": "none"}, "operation op asks for what is there already: why"),
         (
             "operation_phase",
             {"op_id": "op", "phase": "commit", "leg": "2", "before": "prepare", "before_s": "0.421"},

@@ -93,7 +93,7 @@ def test_children_resolve_the_same_settings(tmp_path: Path, monkeypatch: pytest.
 
 def test_an_unknown_variable_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ELASTICMOE_REPLICA", "1")
-    with pytest.raises(ConfigError, match="unknown setting 'replica'"):
+    with pytest.raises(ConfigError, match="unknown setting 'ELASTICMOE_REPLICA'"):
         resolved(tmp_path)
 
 

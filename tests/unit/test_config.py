@@ -40,7 +40,9 @@ def test_file_is_overridden_by_environment_and_that_by_flags(monkeypatch: pytest
 
 def test_unknown_keys_stop_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ELASTICMOE_PROT", "1")
-    with pytest.raises(ConfigError, match="environment: unknown setting 'prot'"):
+    with pytest.raises(
+        ConfigError, match="environment: unknown setting 'ELASTICMOE_PROT'; did you mean 'ELASTICMOE_PORT'"
+    ):
         load(RouterConfig)
     monkeypatch.delenv("ELASTICMOE_PROT")
     path = tmp_path / "c.toml"

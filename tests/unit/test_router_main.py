@@ -27,7 +27,7 @@ def _logging() -> Iterator[None]:
     ("settings", "text"),
     [
         ({"port": "99999"}, "ELASTICMOE_PORT: has to be a whole number of at most 65535"),
-        ({"prot": "1"}, "unknown setting 'prot'"),
+        ({"prot": "1"}, "unknown setting 'ELASTICMOE_PROT'"),
         ({"model": "elsewhere"}, "model elsewhere is not a directory"),
         ({"model": ""}, "model is not set"),
         ({"api_key_file": "missing"}, "API key file missing cannot be read"),
