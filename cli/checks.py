@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
+
 from cli.console import size
 from cli.probes import bind_once
 from cli.settings import Settings
@@ -20,7 +22,7 @@ from common.capacity import (
 )
 from common.checkpoint import Checkpoint
 from common.families import load_spec
-from common.layout import initial_layout
+from common.layout import Layout, initial_layout
 from common.machine import available_bytes
 from common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
 from common.protocol.hmm import LoadModel
@@ -47,6 +49,19 @@ def check_store(settings: Settings) -> None:
         store.ping()
     except Unavailable as error:
         raise Unavailable(f"--store: {error.message}", code=error.code) from None
+    finally:
+        store.close()
+
+
+def layout_left(settings: Settings) -> Layout | None:
+    """The layout that the store says was committed last. None where there is none, where an operation that was cut off
+    may have committed another one, and where the store's answer is for the scaler to refuse."""
+    store = store_of(settings.scaler, "elasticmoe")
+    try:
+        is_cut_off = store.get_operation(msgspec.msgpack.Decoder(msgspec.Raw)) is not None
+        return None if is_cut_off else store.get_layout()
+    except Unavailable:
+        return None
     finally:
         store.close()
 

@@ -1,7 +1,8 @@
 """What `up` makes of a deployment that was cut off in its run directory: go on with it, begin anew, or refuse. Pure.
 
-Only what the flags contradict is looked at here, so that it is told before anything is started, by the flags' names.
-What the layout itself contradicts, such as devices that it uses, the scaler refuses (services/scaler/resume.py).
+What the flags contradict is told before anything is started; devices that the layout uses, as soon as the store that
+has it answers, and before anything else is started. What only the scaler can tell, it refuses
+(services/scaler/resume.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from cli.record import STATE_FORMAT, DeploymentRecord
 from cli.settings import Settings
+from common.layout import Layout, lacking
 from common.protocol.errors import Conflict
 
 CODE = "state_differs"
@@ -30,7 +32,17 @@ class Resumed:
 def check_resumable(record: DeploymentRecord, settings: Settings) -> None:
     """Raises Conflict `state_differs`, with all that differs and both ways out, where these settings cannot go on with
     what the deployment of `record` has left."""
-    if found := differences(record, settings):
+    _refuse(differences(record, settings), settings)
+
+
+def check_devices(layout: Layout | None, settings: Settings) -> None:
+    """The same for the layout that was committed last, None where it cannot be told which that is."""
+    text = lacking(layout, [f"host:{index}" for index in range(settings.scaler.num_devices)]) if layout else ""
+    _refuse([text] * bool(text), settings)
+
+
+def _refuse(found: list[str], settings: Settings) -> None:
+    if found:
         raise Conflict(
             f"{settings.scaler.run_path} holds what is left of a deployment that was cut off, and it differs: "
             f"{'; '.join(found)}. Start with its settings to resume it, or with --fresh to begin anew without its "

@@ -205,7 +205,8 @@ def _run_launcher(
     is_left: bool,
 ) -> int:
     probe = Probe(resolved.url, resolved.admin_url)
-    launcher = Launcher(_plan(args, resolved, probe, listeners), console)
+    plan = _plan(args, resolved, probe, listeners, is_resuming=is_left and not args.fresh)
+    launcher = Launcher(plan, console)
     failed: ElasticMoEError | None = None
     with launcher.signals():
         try:
@@ -266,6 +267,8 @@ def _take_up(resolved: settings.Settings, run_dir: RunDir, console: Console, *, 
     if is_left and not is_fresh:
         if left is not None:
             resume.check_resumable(left, resolved)
+        if resolved.scaler.store_url:  # an embedded one has to be started first
+            resume.check_devices(checks.layout_left(resolved), resolved)
         console.line(f"resuming the deployment that was cut off in {run_dir.path}")
     run_dir.prepare(resolved.scaler)
     if is_fresh:
@@ -275,7 +278,9 @@ def _take_up(resolved: settings.Settings, run_dir: RunDir, console: Console, *, 
     return is_left
 
 
-def _plan(args: argparse.Namespace, resolved: settings.Settings, probe: Probe, listeners: Listeners) -> Plan:
+def _plan(
+    args: argparse.Namespace, resolved: settings.Settings, probe: Probe, listeners: Listeners, *, is_resuming: bool
+) -> Plan:
     scaler, run_path = resolved.scaler, resolved.scaler.run_path
     base = DeploymentRecord(
         state="starting",
@@ -299,7 +304,13 @@ def _plan(args: argparse.Namespace, resolved: settings.Settings, probe: Probe, l
     def answers(spec: ChildSpec) -> bool:
         if spec.awaits is None:
             return True
-        return is_answering(spec.awaits, password) if spec.name == "store" else spec.awaits.is_socket()
+        if spec.name != "store":
+            return spec.awaits.is_socket()
+        if not is_answering(spec.awaits, password):
+            return False
+        if is_resuming:
+            resume.check_devices(checks.layout_left(resolved), resolved)
+        return True
 
     def record(state: State, processes: tuple[ProcessRecord, ...], down: tuple[DownRecord, ...]) -> bool:
         try:

@@ -108,6 +108,18 @@ class Layout(msgspec.Struct, frozen=True):
                     raise ValueError(f"expert {expert} of layer {layer} has homes {homes}, not a sorted set of {slots}")
 
 
+def lacking(layout: Layout, devices: Sequence[str]) -> str:
+    """Why `devices` do not do for the layout, and which would, by the setting's name; empty where they do."""
+    missing = [seat.device for seat in layout.seats if seat.device not in devices]
+    if not missing:
+        return ""
+    needed = 1 + max(int(device.split(":")[1]) for device in missing)
+    return (
+        f"its replicas lie on the first {needed} devices, so --devices (ELASTICMOE_DEVICES) has to be host:{needed} or "
+        f"more; it is host:{len(devices)} now"
+    )
+
+
 def keys_on(layout: Layout, slot: int) -> Iterator[RecordKey]:
     """The records that belong on the device of `slot`: base, all layers, and the experts that live there."""
     yield RecordKey("base")

@@ -123,6 +123,15 @@ class Unavailable(ElasticMoEError):
     http_status = 503
 
 
+class Unready(Unavailable):
+    """What is asked does not serve yet, or not at the moment. The text is why, and the way out."""
+
+    code = "not_ready"
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why}: try again in a moment (`elasticmoe status` shows how far it is)")
+
+
 class DeadlineExceeded(ElasticMoEError):
     """The request's own deadline passed."""
 

@@ -24,7 +24,7 @@ from common.endpoints import Transport
 from common.failpoint import failpoint
 from common.layout import Layout, RankId
 from common.protocol.codec import Message, Received
-from common.protocol.errors import DeadlineExceeded, ElasticMoEError, ProtocolError, RequestFailed, Unavailable
+from common.protocol.errors import DeadlineExceeded, ElasticMoEError, ProtocolError, RequestFailed, Unavailable, Unready
 from common.protocol.rank import Cancel
 from common.protocol.replies import Refused
 from common.protocol.router import CODEC, Delta, Failed, MayMove, Moved, RankStatus, Suspected, Tokens, ToRouter
@@ -127,7 +127,7 @@ class Dispatcher:
         """Tokens of prompt and output together that every replica takes. Raises Unavailable before any has reported."""
         lengths = [link.status.max_model_len for link in self.links.values() if link.status and link.left_at is None]
         if not lengths:
-            raise Unavailable("no replica has reported yet", code="not_ready")
+            raise Unready("no replica has reported yet")
         return min(lengths)
 
     def readiness(self, now: float) -> tuple[bool, str]:
@@ -152,7 +152,7 @@ class Dispatcher:
     def _submit(self, stream: Stream, candidates: list[Candidate]) -> RankLink:
         rank, reason = decide(candidates, self._turn)
         if rank is None:
-            raise Unavailable(reason, code="not_ready")
+            raise Unready(reason)
         link = self.links[rank]
         stream.seq = link.send(stream.submit)
         stream.num_submits += 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from common.clock import SYSTEM_CLOCK, Clock
 from common.config import ScalerConfig
 from common.model_spec import ModelSpec
-from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
+from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unready
 from common.protocol.scaler import HmmStatus
 from common.telemetry import get_logger
 from services.scaler import orders
@@ -74,7 +74,7 @@ class Intake:
             self._check_lost(order, hmm)
         is_lost = order.target is not None and order.target.is_lost
         if not ever_served and not is_lost:  # it may be the lost device for which nothing is served
-            raise Unavailable("the deployment does not serve yet", code="not_ready")
+            raise Unready("the deployment does not serve yet")
         if not order.is_dry_run:
             self._check_room()
         op_id = order.op_id or self._new_id()

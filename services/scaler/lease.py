@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from common.fence import Fence
-from common.protocol.errors import Fenced, Unavailable
+from common.protocol.errors import Fenced, Unavailable, Unready
 from common.store import Store, Writer
 from common.telemetry import get_logger
 
@@ -22,7 +22,7 @@ class Lease:
         self._holder = holder
         self._lease_ms = lease_ms
         self._fence = fence
-        self.why_not = Unavailable("no scaler has the lease yet", code="not_ready")
+        self.why_not: Unavailable = Unready("no scaler has the lease yet")
         self._full: Unavailable | None = None
         self._writer = Writer(holder, 0)
         self._lost = threading.Event()
@@ -51,7 +51,7 @@ class Lease:
             # another scaler of this host may have had the lease while this one waited.
             got = self._store.acquire_lease(self._holder, self._lease_ms, self._fence.refresh())
             if isinstance(got, str):
-                self.why_not = Unavailable(f"{got} holds the lease", code="not_ready")
+                self.why_not = Unready(f"{got} holds the lease")
         except Unavailable as error:
             got, self.why_not = error.message, error
         if isinstance(got, int):
@@ -67,7 +67,7 @@ class Lease:
         try:
             self._fence.claim(fence, self._holder)
         except Fenced as error:
-            why, self.why_not = error.message, Unavailable(error.message, code="not_ready")
+            why, self.why_not = error.message, Unready(error.message)
         except Unavailable as error:
             why, self.why_not = "the fencing epoch cannot be kept on this host's disk", error
         else:

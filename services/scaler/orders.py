@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from common.described import says
 from common.http.decode import decode
-from common.protocol.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from common.protocol.errors import Conflict, InvalidRequest, NotFound, Unready
 from common.protocol.limits import DEVICES_MAX, NAME_CHARS_MAX, RANKS_MAX
 from common.protocol.scaler import HmmStatus
 from services.scaler.operation import Accounting, DeviceChange, Figures, Kind, Operation, Planned, Request
@@ -211,11 +211,11 @@ def lost_by(operation: Operation) -> set[str]:
 
 
 def memory_of(hmm: HmmStatus | None) -> Memory:
-    """What bounds a plan now. Raises Unavailable `not_ready` while the HMM is away, and while nothing is loaded."""
+    """What bounds a plan now. Raises Unready while the HMM is away, and while nothing is loaded."""
     if hmm is None:
-        raise Unavailable("the HMM does not answer", code="not_ready")
+        raise Unready("the HMM does not answer")
     if hmm.phase != "ready" or hmm.memory is None or hmm.layout is None:
-        raise Unavailable("the HMM has loaded no model yet", code="not_ready")
+        raise Unready("the HMM has loaded no model yet")
     facts, used = hmm.memory, {seat.device for seat in hmm.layout.seats}
     return Memory(
         budgets={device.device: device.budget for device in hmm.devices},

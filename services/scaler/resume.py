@@ -6,13 +6,12 @@ epoch rises in every case: routers take only higher ones, and nothing may be tak
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
 
 from common.described import says
-from common.layout import Layout, Served, initial_layout
+from common.layout import Layout, Served, initial_layout, lacking
 from common.protocol.replies import Refused
 from services.scaler.operation import Operation
 
@@ -109,10 +108,6 @@ def differences(left: Left, layout: Layout | None, wanted: Wanted) -> list[str]:
         found.append(f"its tp is {layout.tp}, and tp is {wanted.tp} now")
     if not found and tuple(len(homes) for homes in layout.homes) != wanted.experts:
         found.append("its layers and experts are not those of the model")
-    if missing := [seat.device for seat in layout.seats if seat.device not in wanted.devices]:
-        found.append(f"its {layout.dp} replicas use {_some(missing)}, and devices has {len(wanted.devices)} devices")
+    if text := lacking(layout, wanted.devices):
+        found.append(text)
     return found
-
-
-def _some(devices: Sequence[str]) -> str:
-    return ", ".join(devices[:3]) + (f" and {len(devices) - 3} more" if len(devices) > 3 else "")

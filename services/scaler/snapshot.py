@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from common.layout import Layout
-from common.protocol.errors import NotFound, Unavailable
+from common.protocol.errors import NotFound, Unavailable, Unready
 from common.protocol.replies import Refused
 from common.protocol.scaler import DeviceStatus, HmmStatus, PoolStatus
 from services.scaler import views
@@ -161,13 +161,13 @@ def operations_view(snapshot: Snapshot) -> views.Operations:
 
 
 def find_operation(snapshot: Snapshot, op_id: str) -> views.Operation:
-    """GET /v1/operations/{op_id}. Raises NotFound; Unavailable `not_ready` while it is not known what there was."""
+    """GET /v1/operations/{op_id}. Raises NotFound; Unready while it is not known what there was."""
     current = [snapshot.operation] if snapshot.operation else []
     for operation in (*current, *snapshot.ended):
         if operation.op_id == op_id:
             return operation_view(operation, snapshot.hmm)
     if snapshot.phase == "starting":  # a scaler that waits for its lease has not read the journal
-        raise Unavailable("the journal has not been read yet", code="not_ready")
+        raise Unready("the journal has not been read yet")
     raise NotFound(f"no operation {op_id}", code="unknown_operation")
 
 

@@ -72,9 +72,11 @@ def test_what_was_committed_goes_on_and_only_fresh_drops_it(up: Up) -> None:
 
     # Fewer devices than the layout uses, other weights: nothing of that is carried out, or dropped.
     left = {path.name: path.read_bytes() for path in (second.run_dir / "state").glob("fence-*")}
-    assert "state_differs: what an earlier run has left is of other settings: its 3 replicas use host:2" in refusal(
-        up(replicas=2, devices=2)
-    )
+    fewer = up(replicas=2, devices=2)
+    told = refusal(fewer)
+    assert told.startswith(f"elasticmoe: state_differs: {fewer.run_dir} holds what is left of a deployment")
+    assert "--devices (ELASTICMOE_DEVICES) has to be host:3 or more; it is host:2 now" in told
+    assert {path.name for path in (fewer.run_dir / "logs").glob("*.log")} == {"store.log"}, "nothing else was started"
     assert "state_differs" in refusal(up(replicas=2, dtype="bfloat16"))
     kept = {path.name: path.read_bytes() for path in (second.run_dir / "state").glob("fence-*")}
     assert kept["fence-layout"] == left["fence-layout"]

@@ -8,10 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cli import settings
+from cli import checks, settings
 from cli.record import STATE_FORMAT, DeploymentRecord, ProcessRecord
-from cli.resume import Resumed, check_resumable, differences, explain, store_name
-from common.protocol.errors import Conflict
+from cli.resume import Resumed, check_devices, check_resumable, differences, explain, store_name
+from common.layout import Layout
+from common.protocol.errors import Conflict, Unavailable
+from tests.unit.transitions import layout_of
 
 RECORD = DeploymentRecord(
     state="serving",
@@ -70,6 +72,19 @@ def test_what_can_change_contradicts_nothing(tmp_path: Path, values: dict[str, o
     assert differences(RECORD, resolved(tmp_path, **values)) == []
 
 
+def test_devices_that_the_layout_uses_are_needed(tmp_path: Path) -> None:
+    layout = layout_of(3, (0, 2))
+    for fits in (None, layout):
+        check_devices(fits, resolved(tmp_path, devices="host:3"))
+    with pytest.raises(Conflict) as refused:
+        check_devices(layout, resolved(tmp_path, devices="host:2"))
+    assert refused.value.code == "state_differs"
+    assert (
+        "differs: its replicas lie on the first 3 devices, so --devices (ELASTICMOE_DEVICES) has to be host:3 or more; "
+        "it is host:2 now. Start with its settings to resume it, or with --fresh" in refused.value.message
+    )
+
+
 @pytest.mark.parametrize("state_format", [0, STATE_FORMAT + 1])
 def test_state_of_another_version_is_refused(tmp_path: Path, state_format: int) -> None:
     record = msgspec.structs.replace(RECORD, state_format=state_format)
@@ -96,3 +111,35 @@ def test_what_is_resumed_and_what_is_ignored_is_said() -> None:
     assert lines[0] == "resumed: layout 3 with 1 replica, as it was committed last"
     assert lines[1].startswith("--replicas 2 is ignored because of that: `elasticmoe scale --replicas 2` changes it")
     assert lines[2] == "operation op-1, which was in progress, goes on"
+
+
+class FakeStore:
+    def __init__(self, operation: object = None, failure: Exception | None = None) -> None:
+        self.operation, self.failure, self.is_closed = operation, failure, False
+
+    def get_operation(self, _: object) -> object:
+        if self.failure is not None:
+            raise self.failure
+        return self.operation
+
+    def get_layout(self) -> Layout:
+        return layout_of(3, (0, 2))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize(
+    ("store", "is_known"),
+    [
+        (FakeStore(), True),
+        (FakeStore(operation=b"one that was cut off"), False),
+        (FakeStore(failure=Unavailable("its value is damaged")), False),
+    ],
+)
+def test_which_layout_was_committed_last_is_told_only_where_that_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: FakeStore, is_known: bool
+) -> None:
+    monkeypatch.setattr(checks, "store_of", lambda *_: store)
+    assert checks.layout_left(resolved(tmp_path)) == (layout_of(3, (0, 2)) if is_known else None)
+    assert store.is_closed

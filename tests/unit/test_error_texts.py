@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.protocol.errors import Unready
+
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = ("common", "services", "cli")
 BASE = "ElasticMoEError"
@@ -154,6 +156,14 @@ def test_each_has_a_code() -> None:
     given = [(made.place, made.code) for made in ALL if re.fullmatch(r"\w+", str(made.code))]
     assert len(given) >= 0.9 * len(ALL)
     assert [f"{place}: {code}" for place, code in given if not CODE.fullmatch(str(code).lower())] == []
+
+
+def test_each_that_tells_to_come_again_says_how_to_see_when() -> None:
+    """But for the HMM's, which only the scaler hears, and asks again."""
+    made = [made for made in ALL if made.code == "not_ready" and not made.place.startswith("services/hmm/")]
+    assert len(made) >= 8
+    assert [f"{each.place}: {each.text}" for each in made if each.kind != "Unready"] == []
+    assert str(Unready("why")) == "why: try again in a moment (`elasticmoe status` shows how far it is)"
 
 
 def test_each_that_states_a_limit_gives_it_and_the_value() -> None:

@@ -57,7 +57,12 @@ def test_more_devices_and_an_older_store_without_a_name_contradict_nothing() -> 
         (LEFT, wanted(served=Served("/models/b", "float32")), "its model is /models/a, and model is /models/b now"),
         (LEFT, wanted(served=Served("/models/a", "bfloat16")), "its dtype is float32, and dtype is bfloat16 now"),
         (LEFT, wanted(tp=2, replicas=1), "its tp is 1, and tp is 2 now"),
-        (LEFT, wanted(devices=("host:0", "host:1")), "its 3 replicas use host:2, and devices has 2 devices"),
+        (
+            LEFT,
+            wanted(devices=("host:0", "host:1")),
+            "its replicas lie on the first 3 devices, so --devices (ELASTICMOE_DEVICES) has to be host:3 or more; "
+            "it is host:2 now",
+        ),
         (left(served=None), wanted(experts=(4, 4)), "its layers and experts are not those of the model"),
         (left(layout=None, damage="store value is not valid"), WANTED, "it cannot be read (store value is not valid)"),
     ],

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from common.protocol.errors import InvalidRequest, Overloaded, Unavailable
+from common.protocol.errors import InvalidRequest, Overloaded, Unavailable, Unready
 from common.telemetry import get_logger
 from services.router.text import forkserver, jobs, worker
 from services.router.text.fair import Turns
@@ -193,7 +193,7 @@ class TextWorkers:
             async with asyncio.timeout(START_SECONDS_MAX):
                 await self._is_ready.wait()
         except TimeoutError:
-            raise Unavailable("the workers that tokenize are not running", code="not_ready") from None
+            raise Unready("the workers that tokenize are not running") from None
         if self._is_stale:
             raise Unavailable("the checkpoint's tokenizer files have changed; the router has to be started again")
 
