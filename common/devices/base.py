@@ -1,137 +1,58 @@
 """The interface of all device backends, and the rules of device memory, enforced here for every backend.
 
-Owner and users of memory are different processes: the HMM *creates* page handles and *exports* them, a rank *imports*
-and *maps* them. Both *reserve* address ranges and map whole handles into them. A rule that some accelerator has holds
-on all of them, so that a test on the host finds what would break on a device. Each breach is a DeviceError with a code:
+Owner and users of memory are different processes: the HMM *creates* handles and *exports* them, a rank *imports* and
+*maps* them. Both *reserve* address ranges and map whole handles into them. A rule that some accelerator has holds on
+all of them, so that a test on the host finds what would break on a device. Each breach is a DeviceError with a code:
 
 | code                | rule                                                                              |
 |---------------------|-----------------------------------------------------------------------------------|
 | not_granular        | sizes and offsets are positive multiples of the granularity                       |
-| out_of_range        | a mapping, tensor or copy lies inside its reserved range                          |
+| out_of_range        | a mapping, tensor or access lies inside its handle or reserved range              |
 | mapping_live        | nothing is mapped over a live mapping                                             |
 | mixed_range         | a range holds local handles only or imported ones only                            |
 | other_device        | a range holds handles of its own device only                                      |
 | already_imported    | a handle is imported once per process                                             |
 | export_and_import   | one process exports or imports, never both                                        |
-| not_local           | only local handles are exported                                                   |
-| not_mapped          | unmap undoes exactly one map; only mapped memory is copied                        |
+| not_local           | only local handles are exported and retired                                       |
+| not_claimed         | memory is made for claimed handles only                                           |
+| not_populated       | a handle is settled once all its memory is there                                  |
+| not_settled         | what is still being made is not exported                                          |
+| not_retired         | memory of a handle that may be in use is not given back                           |
+| not_mapped          | unmap undoes exactly one map; only mapped memory is read, written and copied      |
 | still_mapped        | a mapped handle is not released, a range with mappings is not given back          |
-| released            | a released handle, range or device is not used again                              |
-| read_only           | what was exported read-only is mapped read-only                                   |
+| released            | a retired or released handle, a range or device that is gone, is not used again   |
+| read_only           | what was exported read-only is mapped read-only, and not written where it is      |
 
-A Device and everything made by it belong to one thread at a time.
+Addresses are the device's: of those that are mapped here, this interface reads, writes and copies. Whether the CPU may
+touch them is the backend's affair, and nobody else does; what computes on them are the tensors of `wrap`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from bisect import insort
-from collections.abc import Hashable, Iterable
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from common.devices.rules import SPACES, Handle, ProcessRules, Range, Space, Token
-from common.protocol.errors import DeviceError, DoesNotFit
-from common.wording import size
+from common.devices.handles import Handles
+from common.devices.rules import Completion, Handle, ProcessRules, Range, Space, Token
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Device", "Handle", "ProcessRules", "Range", "Space", "Token"]
+__all__ = ["Completion", "Device", "Handle", "ProcessRules", "Range", "Space", "Token"]
 
 
-class Device(ABC):
-    """One device's memory, as this process uses it. `budget`: bytes that `create` may have out at once; 0 for a process
-    that only imports. `granularity`: bytes; a power of two, and a multiple of the page size.
+class Device(Handles):
+    """One device's memory, as this process uses it: handles (handles.py), ranges, and what is done with the bytes.
 
-    Public methods check the rules and call the backend's method of the same name with an underscore, which may assume
-    them. Nothing here blocks for long except `create` (pages are made now), `copy` and `fence`.
+    Belongs to one thread at a time, but for reading, writing, copying and checksums, which any thread may do with
+    memory that stays mapped meanwhile. Nothing here blocks for long except where it says so.
     """
 
     def __init__(self, name: str, granularity: int, budget: int, rules: ProcessRules) -> None:
-        self.name = name
-        self.granularity = granularity
-        self.budget = budget
-        self.used: dict[Space, int] = dict.fromkeys(SPACES, 0)
-        self._rules = rules
-        self._local: set[Handle] = set()
-        self._imports: dict[Handle, Hashable] = {}
+        super().__init__(name, granularity, budget, rules)
         self._ranges: set[Range] = set()
-        self._is_closed = False
-
-    # ---- Handles
-
-    @property
-    def free(self) -> int:
-        """Bytes of the budget that no handle uses."""
-        return self.budget - sum(self.used.values())
-
-    def create(self, nbytes: int, space: Space) -> Handle:
-        """Allocate a handle of zeroed memory, for records of the class `space`. Blocks while pages are made.
-
-        Raises DoesNotFit with the figures beyond the budget or where the machine's memory is short; nothing changed
-        then. DeviceError not_granular.
-        """
-        self._check_room(nbytes)
-        handle = Handle(self.name, nbytes, "local", space, True, self._create(nbytes, space))
-        self._own(handle, space)
-        return handle
-
-    def _check_room(self, nbytes: int) -> None:
-        self._check_open()
-        self._check_size(nbytes)
-        if nbytes > self.free:
-            used = sum(self.used.values())
-            raise DoesNotFit(f"{self.name}: {size(nbytes)} do not fit: {size(used)} of {size(self.budget)} are in use")
-
-    def _own(self, handle: Handle, space: Space) -> None:
-        self._local.add(handle)
-        self.used[space] += handle.nbytes
-
-    def release(self, handle: Handle) -> None:
-        """End a handle. A local one's memory is gone and its bytes are free; an imported one stays its owner's.
-
-        Raises DeviceError still_mapped, released, other_device.
-        """
-        self._check_handle(handle)
-        if handle.num_mappings:
-            raise self._broken("still_mapped", f"the handle is still mapped {handle.num_mappings} times")
-        self._release(handle)
-        handle.is_live = False
-        if handle.origin == "imported":
-            self._rules.drop_import(self._imports.pop(handle))
-        elif handle.space is not None:
-            self._local.discard(handle)
-            self.used[handle.space] -= handle.nbytes
-
-    def export(self, handle: Handle) -> Token:
-        """What another process needs to import `handle`; valid while the handle is. Weights are exported read-only
-        where the backend can. Raises DeviceError export_and_import, not_local."""
-        self._check_handle(handle)
-        if handle.origin != "local":
-            raise self._broken("not_local", "an imported handle cannot be exported")
-        self._rules.take_role("exports")
-        return self._export(handle)
-
-    def import_(self, token: Token) -> Handle:
-        """Make another process's handle usable here. `token.fd` stays the caller's and may be closed afterwards.
-
-        Raises DeviceError already_imported, export_and_import, not_granular; invalid_token where it names no memory.
-        """
-        self._check_open()
-        self._check_size(token.nbytes)
-        if token.offset < 0 or token.offset % self.granularity:
-            raise self._broken("not_granular", f"token offset {token.offset} is not a multiple of {self.granularity}")
-        self._rules.take_role("imports")
-        identity = self._identity(token)
-        self._rules.add_import(identity)
-        try:
-            backing, writable = self._import(token)
-        except BaseException:
-            self._rules.drop_import(identity)
-            raise
-        handle = Handle(self.name, token.nbytes, "imported", None, writable, backing)
-        self._imports[handle] = identity
-        return handle
 
     # ---- Ranges and mappings
 
@@ -149,7 +70,7 @@ class Device(ABC):
         """Give a range back. Tensors over it must be gone. Raises DeviceError still_mapped, released."""
         self._check_range(range_)
         if range_.starts:
-            raise self._broken("still_mapped", f"the range still has {len(range_.starts)} mappings")
+            raise self._broken(f"the range still has {len(range_.starts)} mappings", code="still_mapped")
         range_.is_live = False
         self._ranges.discard(range_)
         self._rules.drop_range(range_)
@@ -173,34 +94,26 @@ class Device(ABC):
         for offset, handle in ordered:
             self._check_part(range_, offset, handle, writable)
             if offset < end:
-                raise self._broken("mapping_live", f"two parts to map overlap at {offset}")
+                raise self._broken(f"two parts to map overlap at {offset}", code="mapping_live")
             end = offset + handle.nbytes
         if len({handle.origin for _, handle in ordered} | {range_.origin} - {None}) > 1:
-            raise self._broken("mixed_range", "a range cannot hold local and imported handles")
+            raise self._broken("a range cannot hold local and imported handles", code="mixed_range")
         if not ordered:
             return
         self._map_many(range_, ordered, writable, populate)
-        for offset, handle in ordered:
-            insort(range_.starts, offset)
-            range_.mappings[offset] = handle
-            handle.num_mappings += 1
-        range_.origin = ordered[0][1].origin
+        self._rules.add_mappings(range_, ordered, writable)
 
     def unmap(self, range_: Range, offset: int) -> None:
         """Undo one mapping: the one that begins at `offset`. Fences first, so no operation of this process is in
         flight; that other threads and processes have stopped to use it is the caller's to know. Raises DeviceError
         not_mapped."""
         self._check_range(range_)
-        handle = range_.mappings.get(offset)
-        if handle is None:
-            raise self._broken("not_mapped", f"no mapping begins at {offset}")
+        mapping = range_.mappings.get(offset)
+        if mapping is None:
+            raise self._broken(f"no mapping begins at {offset}", code="not_mapped")
         self.fence()
-        self._unmap(range_, offset, handle.nbytes)
-        del range_.mappings[offset]
-        range_.starts.remove(offset)
-        handle.num_mappings -= 1
-        if not range_.starts:
-            range_.origin = None
+        self._rules.drop_mapping(range_, offset)
+        self._unmap(range_, offset, mapping.handle.nbytes)
 
     def wrap(
         self, range_: Range, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str
@@ -211,20 +124,71 @@ class Device(ABC):
         self._check_range(range_)
         return self._wrap(range_, offset, shape, strides, dtype)
 
-    def copy(self, dst: int, src: int, nbytes: int) -> None:
-        """Copy between two addresses of mapped memory, also of two devices; they must not overlap. Returns when done.
+    # ---- Bytes
 
-        Raises DeviceError out_of_range, not_mapped.
+    def copy(self, dst: int, src: int, nbytes: int) -> None:
+        """Copy between two addresses, also of two devices; they must not overlap. Returns when it is done.
+
+        Raises DeviceError out_of_range, not_mapped, read_only.
+        """
+        self.copy_async([(dst, src, nbytes)]).wait()
+
+    def copy_async(self, parts: Sequence[tuple[int, int, int]]) -> Completion:
+        """Begin to copy parts (destination, source, bytes), of this device or to it. No two may overlap, and nothing of
+        them may be unmapped or relied on before the completion says that all is done; a backend may be done at once.
+
+        Raises as `copy` does, and then nothing was begun.
         """
         self._check_open()
-        self._rules.check_mapped(dst, nbytes)
-        self._rules.check_mapped(src, nbytes)
-        self._copy(dst, src, nbytes)
+        for dst, src, nbytes in parts:
+            self._rules.check_mapped(dst, nbytes, writable=True)
+            self._rules.check_mapped(src, nbytes)
+            if dst < src + nbytes and src < dst + nbytes:
+                raise self._broken(f"{nbytes} bytes to copy overlap their source", code="out_of_range")
+        return self._copy_async(parts)
+
+    def read_into(self, address: int, fd: int, file_offset: int, nbytes: int) -> None:
+        """Read exactly `nbytes` of a file to `address`. Blocks. Raises OSError of the file (EIO where it ends early),
+        DeviceError out_of_range, not_mapped, read_only."""
+        self._check_open()
+        self._rules.check_mapped(address, nbytes, writable=True)
+        self._read_into(address, fd, file_offset, nbytes)
+
+    @contextmanager
+    def fill(self, address: int, nbytes: int) -> Iterator[memoryview]:
+        """A buffer of this process to be filled whole: its bytes are at `address` once the block has ended. Where the
+        CPU can write there, it is that memory itself. Raises DeviceError out_of_range, not_mapped, read_only."""
+        self._check_open()
+        self._rules.check_mapped(address, nbytes, writable=True)
+        with self._fill(address, nbytes) as buffer:
+            yield buffer
+
+    def read_bytes(self, address: int, nbytes: int) -> bytes:
+        """A copy of what is at `address`. Raises DeviceError out_of_range, not_mapped."""
+        self._check_open()
+        self._rules.check_mapped(address, nbytes)
+        return self._read_bytes(address, nbytes)
+
+    def write_bytes(self, address: int, data: bytes | memoryview) -> None:
+        """Put `data`, whose items are bytes, at `address`. Raises DeviceError out_of_range, not_mapped, read_only."""
+        with self.fill(address, len(data)) as buffer:
+            buffer[:] = data
+
+    def checksum(self, address: int, nbytes: int) -> int:
+        """XXH64 with seed 0 of what is at `address`. Blocks. Raises DeviceError out_of_range, not_mapped."""
+        self._check_open()
+        self._rules.check_mapped(address, nbytes)
+        return self._checksum(address, nbytes)
+
+    @abstractmethod
+    def fence(self) -> None:
+        """Wait until no operation of this process on the device is in flight."""
 
     def close(self) -> None:
         """Give everything back, mapped or not; for the process's end and for tests. Idempotent."""
         if self._is_closed:
             return
+        self.fence()
         for range_ in list(self._ranges):
             range_.is_live = False
             self._rules.drop_range(range_)
@@ -236,55 +200,30 @@ class Device(ABC):
 
     # ---- Checks
 
-    def _broken(self, code: str, text: str) -> DeviceError:
-        return DeviceError(f"{self.name}: {text}", code=code)
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise DeviceError(f"{self.name} is closed", code="released")
-
-    def _check_size(self, nbytes: int) -> None:
-        if nbytes <= 0 or nbytes % self.granularity:
-            raise self._broken("not_granular", f"{nbytes} bytes are not a positive multiple of {self.granularity}")
-
-    def _check_handle(self, handle: Handle) -> None:
-        self._check_open()
-        if handle.device != self.name:
-            raise DeviceError(f"a handle of {handle.device} was given to {self.name}", code="other_device")
-        if not handle.is_live:
-            raise self._broken("released", "the handle has been released")
-
     def _check_range(self, range_: Range) -> None:
         self._check_open()
         if range_.device != self.name:
-            raise DeviceError(f"a range of {range_.device} was given to {self.name}", code="other_device")
+            raise self._broken(f"a range of {range_.device} was given", code="other_device")
         if not range_.is_live:
-            raise self._broken("released", "the range has been given back")
+            raise self._broken("the range has been given back", code="released")
 
     def _check_part(self, range_: Range, offset: int, handle: Handle, writable: bool) -> None:
         self._check_handle(handle)
+        if handle.state == "retired":
+            raise self._broken("the handle is retired", code="released")
         if offset % self.granularity:
-            raise self._broken("not_granular", f"offset {offset} is not a multiple of {self.granularity}")
+            raise self._broken(f"offset {offset} is not a multiple of {self.granularity}", code="not_granular")
         end = offset + handle.nbytes
         if offset < 0 or end > range_.nbytes:
-            raise self._broken("out_of_range", f"[{offset}, {end}) exceeds the range of {range_.nbytes} bytes")
+            text = f"[{offset}, {end}) exceeds the range of {range_.nbytes} bytes"
+            raise self._broken(text, code="out_of_range")
         if writable and not handle.writable:
-            raise self._broken("read_only", "the handle was exported read-only")
+            raise self._broken("the handle was exported read-only", code="read_only")
         if range_.overlaps(offset, end):
-            raise self._broken("mapping_live", f"[{offset}, {end}) is already mapped")
+            raise self._broken(f"[{offset}, {end}) is already mapped", code="mapping_live")
 
     # ---- What a backend does
 
-    @abstractmethod
-    def _create(self, nbytes: int, space: Space) -> Any: ...
-    @abstractmethod
-    def _release(self, handle: Handle) -> None: ...
-    @abstractmethod
-    def _export(self, handle: Handle) -> Token: ...
-    @abstractmethod
-    def _identity(self, token: Token) -> Hashable: ...
-    @abstractmethod
-    def _import(self, token: Token) -> tuple[Any, bool]: ...
     @abstractmethod
     def _reserve(self, nbytes: int) -> tuple[int, Any]: ...
     @abstractmethod
@@ -298,9 +237,14 @@ class Device(ABC):
         self, range_: Range, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str
     ) -> torch.Tensor: ...
     @abstractmethod
-    def _copy(self, dst: int, src: int, nbytes: int) -> None: ...
+    def _copy_async(self, parts: Sequence[tuple[int, int, int]]) -> Completion: ...
+    @abstractmethod
+    def _read_into(self, address: int, fd: int, file_offset: int, nbytes: int) -> None: ...
+    @abstractmethod
+    def _fill(self, address: int, nbytes: int) -> AbstractContextManager[memoryview]: ...
+    @abstractmethod
+    def _read_bytes(self, address: int, nbytes: int) -> bytes: ...
+    @abstractmethod
+    def _checksum(self, address: int, nbytes: int) -> int: ...
     @abstractmethod
     def _close(self) -> None: ...
-    @abstractmethod
-    def fence(self) -> None:
-        """Wait until no operation of this process on the device is in flight."""

@@ -1,12 +1,9 @@
 """The host backend: a device is a slice of this machine's memory.
 
 Memory lives in one memfd per space of a device (one per record would run into the limit of open files), and a handle
-is an extent of it. Extents are chosen first fit; their pages are made when the handle is created (fallocate), so that
-nothing fails later, and punched out when it is released. A memfd's offsets cost nothing, so it may reach far beyond the
-budget, and fragmentation cannot refuse what the budget allows.
-
-To make much memory without a pause, an owner divides `create`: `claim` takes the extent at once, `populate` makes its
-pages in pieces of the caller's choice, `settle` says that all are there. `punch` gives pages back ahead of `release`.
+is an extent of it, at the handle's place. Its pages are made when it is created or populated (fallocate), so that
+nothing fails later, and punched out when it is reclaimed or released. A memfd's offsets cost nothing, so places may
+reach far beyond the budget, and fragmentation cannot refuse what the budget allows.
 """
 
 from __future__ import annotations
@@ -16,12 +13,12 @@ import fcntl
 import math
 import os
 import stat
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.devices.base import Device
-from common.devices.extents import FreeList
-from common.devices.rules import PROCESS, SPACES, Handle, ProcessRules, Range, Space, Token
+from common.devices.rules import DONE, PROCESS, SPACES, Completion, Handle, ProcessRules, Range, Space, Token
 from common.machine import group_room
 from common.protocol.errors import DeviceError, DoesNotFit
 from native import host
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 _WORTH_A_LOOK = 1 << 20
-REACH = 8  # a memfd's offsets end at this multiple of the budget
 
 
 class Extent(NamedTuple):
@@ -44,10 +40,9 @@ class Extent(NamedTuple):
 class _File:
     """The memfd of one space: owner's side. `fd` is writable; `read_only` another description of the same file."""
 
-    def __init__(self, fd: int, nbytes: int) -> None:
+    def __init__(self, fd: int) -> None:
         self.fd = fd
         self.read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-        self.free = FreeList(nbytes)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -63,8 +58,8 @@ class _Import:
 
 
 class HostDevice(Device):
-    """See the module's text. The owner gives a `budget`; after its restart also `files`, the descriptors that `files()`
-    gave its predecessor (taken over), and calls `restore` for each handle and `trim`. A process that only imports gives
+    """See the module's text. The owner gives a `budget`; after its restart also `descriptors`, those that its
+    predecessor named (taken over), and calls `restore` for each handle and `trim`. A process that only imports gives
     neither."""
 
     def __init__(
@@ -73,7 +68,7 @@ class HostDevice(Device):
         granularity: int,
         budget: int = 0,
         *,
-        files: Mapping[Space, int] | None = None,
+        descriptors: Mapping[str, int] | None = None,
         rules: ProcessRules = PROCESS,
     ) -> None:
         """Raises DeviceError bad_granularity unless it is a power of two and a multiple of the page size."""
@@ -83,150 +78,68 @@ class HostDevice(Device):
                 f"{name}: granularity {granularity} is not a power of two of at least {page}", code="bad_granularity"
             )
         super().__init__(name, granularity, budget, rules)
-        self._reach = max(granularity, budget // granularity * granularity * REACH)
-        self._files: dict[Space, _File] = {space: _File(fd, self._reach) for space, fd in (files or {}).items()}
+        self._files: dict[str, _File] = {space: _File(fd) for space, fd in (descriptors or {}).items()}
         self._imported: dict[Hashable, _Import] = {}
-        self._unsettled: set[Handle] = set()  # whose pages are not all there: yet, or any more
 
-    @property
-    def reach(self) -> int:
-        """Handles of one space lie at offsets below this: the size of a range that can hold each at its own offset."""
-        return self._reach
-
-    def files(self) -> dict[Space, int]:
-        """The descriptors of the spaces in use, for a successor. They stay the device's."""
+    def descriptors(self) -> Mapping[str, int]:
+        """The file of each space in use, by the space's name."""
         return {space: file.fd for space, file in self._files.items()}
 
-    def create_files(self) -> None:
-        """Make the files of all spaces, which is otherwise left to the first `create`."""
+    def prepare(self) -> None:
+        """Make the files of all spaces, which is otherwise left to their first handles. Raises OSError."""
         for space in SPACES:
             self._file(space)
 
     def _file(self, space: Space) -> _File:
         file = self._files.get(space)
         if file is None:
-            file = _File(os.memfd_create(f"{self.name}.{space}", os.MFD_CLOEXEC), self._reach)
-            self._files[space] = file
+            file = self._files[space] = _File(os.memfd_create(f"{self.name}.{space}", os.MFD_CLOEXEC))
         return file
-
-    def offset_of(self, handle: Handle) -> int:
-        """Where a handle lies in its space's file."""
-        extent: Extent = handle.backing
-        return extent.offset
 
     # ---- Owner's side
 
-    def restore(self, space: Space, offset: int, nbytes: int) -> Handle:
-        """The local handle that a predecessor made there. Raises DeviceError invalid_extent."""
+    def _create(self, nbytes: int, space: Space, place: int) -> Extent:
+        self._check_group(nbytes)
         file = self._file(space)
-        self._check_size(nbytes)
         try:
-            if offset % self.granularity or offset + nbytes > os.fstat(file.fd).st_size:
-                raise ValueError(f"extent ({offset}, {nbytes}) is not in the file")
-            file.free.take(offset, nbytes)
-        except ValueError as error:
-            raise DeviceError(f"{self.name}.{space}: {error}", code="invalid_extent") from None
-        handle = Handle(self.name, nbytes, "local", space, True, Extent(file.fd, offset))
-        self._own(handle, space)
-        return handle
-
-    def claim(self, nbytes: int, space: Space) -> Handle:
-        """`create` without its pages: `populate` makes them, `settle` ends that. The handle may be mapped meanwhile.
-
-        Raises DoesNotFit beyond the budget, DeviceError not_granular.
-        """
-        self._check_room(nbytes)
-        file = self._file(space)
-        offset = self._find(file, nbytes)
-        try:
-            if os.fstat(file.fd).st_size < offset + nbytes:
-                os.ftruncate(file.fd, offset + nbytes)
+            host.allocate(file.fd, place, nbytes)
         except OSError as error:
-            file.free.release(offset, nbytes)
-            raise DoesNotFit(f"{self.name}: no file of {offset + nbytes} bytes: {error.strerror}") from None
-        handle = Handle(self.name, nbytes, "local", space, True, Extent(file.fd, offset))
-        self._own(handle, space)
-        self._unsettled.add(handle)
-        return handle
+            raise self._no_memory(nbytes, error) from None
+        return Extent(file.fd, place)
 
-    def populate(self, handle: Handle, offset: int, nbytes: int) -> None:
-        """Make the pages of a part of a claimed handle. Blocks meanwhile; any thread may, while the handle lives.
+    def _claim(self, nbytes: int, space: Space, place: int) -> Extent:
+        file = self._file(space)
+        try:
+            if os.fstat(file.fd).st_size < place + nbytes:
+                os.ftruncate(file.fd, place + nbytes)
+        except OSError as error:
+            raise DoesNotFit(f"{self.name}: no file of {place + nbytes} bytes: {error.strerror}") from None
+        return Extent(file.fd, place)
 
-        Raises DoesNotFit where the machine's memory is short.
-        """
+    def _restore(self, nbytes: int, space: Space, place: int) -> Extent:
+        file = self._file(space)
+        if place + nbytes > os.fstat(file.fd).st_size:
+            raise self._broken(f"{space}: extent ({place}, {nbytes}) is not in the file", code="invalid_extent")
+        return Extent(file.fd, place)
+
+    def _populate(self, handle: Handle, offset: int, nbytes: int) -> None:
         extent: Extent = handle.backing
         self._check_group(nbytes)
         try:
             host.allocate(extent.fd, extent.offset + offset, nbytes)
         except OSError as error:
-            raise DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}") from None
+            raise self._no_memory(nbytes, error) from None
 
-    def write(self, handle: Handle, offset: int, address: int, nbytes: int) -> None:
-        """Make the pages of a part of a claimed handle with what is at `address`. Blocks, and raises, as `populate`."""
+    def _write(self, handle: Handle, offset: int, address: int, nbytes: int) -> None:
         extent: Extent = handle.backing
         self._check_group(nbytes)
         try:
             host.write_from(extent.fd, extent.offset + offset, address, nbytes)
         except OSError as error:
-            raise DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}") from None
+            raise self._no_memory(nbytes, error) from None
 
-    def retire(self, handle: Handle) -> None:
-        """Nobody uses a local handle any more: `punch` may give its pages back, until it is released."""
-        self._unsettled.add(handle)
-
-    def punch(self, handle: Handle, offset: int, nbytes: int) -> None:
-        """Give back the pages of a part of a retired handle, ahead of its release. Any thread may, while it lives."""
-        extent: Extent = handle.backing
-        host.punch_hole(extent.fd, extent.offset + offset, nbytes)
-
-    def settle(self, handle: Handle) -> None:
-        """All pages of a claimed handle are there."""
-        self._unsettled.discard(handle)
-
-    @property
-    def pages(self) -> int:
-        """Real bytes of all spaces now, whoever made them. Any thread may ask."""
-        return sum(os.fstat(file.fd).st_blocks * 512 for file in list(self._files.values()))
-
-    def trim(self) -> None:
-        """Give back pages that no handle owns: what a predecessor allocated and did not record."""
-        for file in self._files.values():
-            size = os.fstat(file.fd).st_size
-            for offset, nbytes in file.free.extents:
-                if offset < size:
-                    host.punch_hole(file.fd, offset, min(nbytes, size - offset))
-
-    def check_integrity(self) -> list[str]:
-        """Findings: free + owned = total in every space, and pages of settled handles are there. None: all is well."""
-        findings = []
-        for space, file in self._files.items():
-            owned = sorted((self.offset_of(handle), handle.nbytes) for handle in self._local if handle.space == space)
-            end = 0
-            for offset, nbytes in sorted(owned + file.free.extents):
-                if offset != end:
-                    findings.append(f"{self.name}.{space}: [{min(end, offset)}, {max(end, offset)}) is lost or doubled")
-                end = offset + nbytes
-            if end != self._reach:
-                findings.append(f"{self.name}.{space}: free and owned extents end at {end}, not at {self._reach}")
-            owned_bytes = sum(nbytes for _, nbytes in owned)
-            unsettled_bytes = sum(handle.nbytes for handle in self._unsettled if handle.space == space)
-            if owned_bytes != self.used[space]:
-                findings.append(f"{self.name}.{space}: {self.used[space]} bytes are counted, {owned_bytes} are owned")
-            present = os.fstat(file.fd).st_blocks * 512
-            if present < owned_bytes - unsettled_bytes:
-                findings.append(f"{self.name}.{space}: {present} bytes are present, {owned_bytes} are owned")
-        return findings
-
-    def _create(self, nbytes: int, space: Space) -> Extent:
-        self._check_group(nbytes)
-        file = self._file(space)
-        offset = self._find(file, nbytes)
-        try:
-            host.allocate(file.fd, offset, nbytes)
-        except OSError as error:
-            file.free.release(offset, nbytes)
-            raise DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}") from None
-        return Extent(file.fd, offset)
+    def _no_memory(self, nbytes: int, error: OSError) -> DoesNotFit:
+        return DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}")
 
     def _check_group(self, nbytes: int) -> None:
         """Raises DoesNotFit for what a control group cannot hold: beyond its limit the kernel kills processes of the
@@ -235,26 +148,34 @@ class HostDevice(Device):
             return
         raise DoesNotFit(f"{self.name}: no memory for {nbytes} bytes: its control group has room for {room} more")
 
-    def _find(self, file: _File, nbytes: int) -> int:
-        offset = file.free.allocate(nbytes)
-        if offset is None:
-            raise DoesNotFit(f"{self.name}: no gap of {nbytes} bytes is left in {self._reach} bytes of offsets")
-        return offset
+    def _reclaim(self, handle: Handle, offset: int, nbytes: int) -> None:
+        extent: Extent = handle.backing
+        host.punch_hole(extent.fd, extent.offset + offset, nbytes)
 
     def _release(self, handle: Handle) -> None:
         extent: Extent = handle.backing
-        self._unsettled.discard(handle)
         if handle.origin == "imported":
             self._drop_file(extent.file)
-        elif handle.space is not None:
+        else:
             host.punch_hole(extent.fd, extent.offset, handle.nbytes)
-            self._files[handle.space].free.release(extent.offset, handle.nbytes)
 
     def _export(self, handle: Handle) -> Token:
         assert handle.space is not None, "only local handles are exported"
         file = self._files[handle.space]
-        fd = file.read_only if handle.space == "weights" else file.fd
-        return Token(fd, self.offset_of(handle), handle.nbytes)
+        return Token(file.read_only if handle.space == "weights" else file.fd, handle.place, handle.nbytes)
+
+    def _present(self, space: Space) -> int:
+        file = self._files.get(space)
+        return os.fstat(file.fd).st_blocks * 512 if file is not None else 0
+
+    def _trim(self, space: Space, free: list[tuple[int, int]]) -> None:
+        if space not in self._files:
+            return
+        fd = self._files[space].fd
+        nbytes_max = os.fstat(fd).st_size
+        for offset, nbytes in free:
+            if offset < nbytes_max:
+                host.punch_hole(fd, offset, min(nbytes, nbytes_max - offset))
 
     # ---- User's side
 
@@ -316,14 +237,6 @@ class HostDevice(Device):
     def _unmap(self, range_: Range, offset: int, nbytes: int) -> None:
         range_.backing.unmap(offset, nbytes)
 
-    def view(self, range_: Range, offset: int, nbytes: int) -> memoryview:
-        """Bytes of a mapped part as this process sees them, without a copy. Writable where the mapping is; it must be
-        gone before `unreserve`. Only this backend has it. Raises DeviceError not_mapped."""
-        self._check_range(range_)
-        if offset < 0 or not range_.is_mapped(offset, nbytes):
-            raise DeviceError(f"{self.name}: [{offset}, {offset + nbytes}) is not all mapped", code="not_mapped")
-        return memoryview((ctypes.c_char * nbytes).from_address(range_.address(offset))).cast("B")
-
     def _wrap(
         self, range_: Range, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str
     ) -> torch.Tensor:
@@ -347,11 +260,23 @@ class HostDevice(Device):
         storage = torch._C._construct_storage_from_data_pointer(range_.address(offset), cpu, nbytes)
         return torch.empty(0, dtype=kind, device=cpu).set_(storage, 0, shape, strides)
 
-    def _copy(self, dst: int, src: int, nbytes: int) -> None:
-        try:
+    def _copy_async(self, parts: Sequence[tuple[int, int, int]]) -> Completion:
+        for dst, src, nbytes in parts:
             host.copy(dst, src, nbytes)
-        except ValueError as error:
-            raise DeviceError(f"{self.name}: {error}", code="out_of_range") from None
+        return DONE
+
+    def _read_into(self, address: int, fd: int, file_offset: int, nbytes: int) -> None:
+        host.read_into(fd, file_offset, address, nbytes)
+
+    @contextmanager
+    def _fill(self, address: int, nbytes: int) -> Iterator[memoryview]:
+        yield memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+    def _read_bytes(self, address: int, nbytes: int) -> bytes:
+        return ctypes.string_at(address, nbytes)
+
+    def _checksum(self, address: int, nbytes: int) -> int:
+        return host.checksum(address, nbytes)
 
     def fence(self) -> None:
         """Nothing to wait for: operations of the CPU are over when they return."""

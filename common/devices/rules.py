@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import threading
+from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Hashable
 from typing import Any, Final, Literal, NamedTuple
 
@@ -11,6 +13,7 @@ from common.protocol.errors import DeviceError
 Space = Literal["weights", "kv", "shared"]
 SPACES: Final[tuple[Space, ...]] = ("weights", "kv", "shared")
 Origin = Literal["local", "imported"]
+State = Literal["claimed", "settled", "retired"]
 
 
 class Token(NamedTuple):
@@ -25,13 +28,38 @@ class Token(NamedTuple):
 
 
 class Handle:
-    """One physical allocation of `nbytes` on `device`, mapped whole. Made by `create`, `import_` or a backend's
-    restoration; ends with `release`. Compared by identity."""
+    """One physical allocation of `nbytes` on `device`, mapped whole. Made by `create`, `claim`, `restore` or `import_`;
+    ends with `release`. Compared by identity.
 
-    __slots__ = ("backing", "device", "is_live", "nbytes", "num_mappings", "origin", "space", "writable")
+    `place`: of a local one: its offset in its space, unlike that of any other handle there, for its life and for its
+    owner's successors; -1 of an imported one. `num_filled`: bytes that were made since it was claimed.
+    """
+
+    __slots__ = (
+        "backing",
+        "device",
+        "is_live",
+        "nbytes",
+        "num_filled",
+        "num_mappings",
+        "origin",
+        "place",
+        "space",
+        "state",
+        "writable",
+    )
 
     def __init__(
-        self, device: str, nbytes: int, origin: Origin, space: Space | None, writable: bool, backing: Any
+        self,
+        device: str,
+        nbytes: int,
+        origin: Origin,
+        space: Space | None,
+        writable: bool,
+        backing: Any,
+        *,
+        place: int = -1,
+        state: State = "settled",
     ) -> None:
         self.device = device
         self.nbytes = nbytes
@@ -39,8 +67,18 @@ class Handle:
         self.space: Space | None = space  # None for imported handles: the importer does not know
         self.writable = writable
         self.backing = backing
+        self.place = place
+        self.state: State = state
+        self.num_filled = 0
         self.num_mappings = 0
         self.is_live = True
+
+
+class Mapping(NamedTuple):
+    """A handle in its place of a range."""
+
+    handle: Handle
+    writable: bool
 
 
 class Range:
@@ -56,35 +94,69 @@ class Range:
         self.backing = backing
         self.origin: Origin | None = None  # of the handles that are mapped in it; None while there are none
         self.starts: list[int] = []  # offsets of live mappings, ascending
-        self.mappings: dict[int, Handle] = {}
+        self.mappings: dict[int, Mapping] = {}
         self.is_live = True
 
     def address(self, offset: int) -> int:
         """The address of `offset`. Stable for the range's life, whatever is mapped."""
         return self.base + offset
 
+    def end_of(self, at: int) -> int:
+        """Where the mapping ends whose start is the one numbered `at`."""
+        return self.starts[at] + self.mappings[self.starts[at]].handle.nbytes
+
     def overlaps(self, offset: int, end: int) -> bool:
         """Whether any part of [offset, end) is mapped."""
         at = bisect_left(self.starts, end) - 1
-        return at >= 0 and self.starts[at] + self.mappings[self.starts[at]].nbytes > offset
+        return at >= 0 and self.end_of(at) > offset
 
-    def is_mapped(self, offset: int, nbytes: int) -> bool:
-        """Whether mappings cover all of [offset, offset + nbytes)."""
+    def is_mapped(self, offset: int, nbytes: int, *, writable: bool = False) -> bool:
+        """Whether mappings cover all of [offset, offset + nbytes): `writable` ones, if that is asked."""
         at = bisect_right(self.starts, offset) - 1
         end = offset
         while 0 <= at < len(self.starts) and self.starts[at] <= end < offset + nbytes:
-            end = max(end, self.starts[at] + self.mappings[self.starts[at]].nbytes)
+            if writable and not self.mappings[self.starts[at]].writable:
+                return False
+            end = max(end, self.end_of(at))
             at += 1
         return end >= offset + nbytes
 
 
+class Completion(ABC):
+    """Work that a device was asked for. Its memory may be used, and what it reads changed, once it is done."""
+
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether all of it is over. Does not wait."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when all of it is over. Raises DeviceError where it failed."""
+
+
+class _Done(Completion):
+    """Of work that was over when it had been asked for."""
+
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+DONE: Final[Completion] = _Done()
+
+
 class ProcessRules:
-    """What the rules say about the process as a whole: its role, and what it has imported. One per process."""
+    """What the rules say about the process as a whole: its role, what it has imported and what it has mapped. One per
+    process; `check_mapped` may be asked by any thread."""
 
     def __init__(self) -> None:
         self._role: Literal["exports", "imports"] | None = None
         self._imported: set[Hashable] = set()
         self._ranges: dict[int, Range] = {}  # live ones, by base
+        self._bases: list[int] = []  # ascending
+        self._lock = threading.Lock()  # of ranges and what is mapped in them
 
     def take_role(self, role: Literal["exports", "imports"]) -> None:
         """Fix whether this process exports or imports. Raises DeviceError export_and_import."""
@@ -106,20 +178,45 @@ class ProcessRules:
 
     def add_range(self, range_: Range) -> None:
         """Note a live range."""
-        self._ranges[range_.base] = range_
+        with self._lock:
+            self._ranges[range_.base] = range_
+            insort(self._bases, range_.base)
 
     def drop_range(self, range_: Range) -> None:
         """Undo `add_range`."""
-        self._ranges.pop(range_.base, None)
+        with self._lock:
+            if self._ranges.pop(range_.base, None) is not None:
+                self._bases.remove(range_.base)
 
-    def check_mapped(self, address: int, nbytes: int) -> None:
-        """Raise DeviceError out_of_range or not_mapped unless all of it is mapped memory of one range."""
-        for base, range_ in self._ranges.items():
-            if base <= address and address + nbytes <= base + range_.nbytes:
-                if not range_.is_mapped(address - base, nbytes):
-                    raise DeviceError(f"{nbytes} bytes to copy are not all mapped", code="not_mapped")
-                return
-        raise DeviceError(f"{nbytes} bytes to copy do not lie inside one reserved range", code="out_of_range")
+    def add_mappings(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool) -> None:
+        """Note that handles are mapped now, each at its offset."""
+        with self._lock:
+            for offset, handle in parts:
+                insort(range_.starts, offset)
+                range_.mappings[offset] = Mapping(handle, writable)
+                handle.num_mappings += 1
+            range_.origin = parts[0][1].origin
+
+    def drop_mapping(self, range_: Range, offset: int) -> None:
+        """Note that what is mapped at `offset` is about to be unmapped."""
+        with self._lock:
+            range_.mappings.pop(offset).handle.num_mappings -= 1
+            range_.starts.remove(offset)
+            if not range_.starts:
+                range_.origin = None
+
+    def check_mapped(self, address: int, nbytes: int, *, writable: bool = False) -> None:
+        """Raise DeviceError out_of_range, not_mapped or read_only unless all of it is mapped memory of one range."""
+        with self._lock:
+            at = bisect_right(self._bases, address) - 1
+            range_ = self._ranges[self._bases[at]] if at >= 0 else None
+            if range_ is None or nbytes <= 0 or address + nbytes > range_.base + range_.nbytes:
+                raise DeviceError(f"{nbytes} bytes do not lie inside one reserved range", code="out_of_range")
+            offset = address - range_.base
+            if not range_.is_mapped(offset, nbytes):
+                raise DeviceError(f"{nbytes} bytes are not all mapped", code="not_mapped")
+            if writable and not range_.is_mapped(offset, nbytes, writable=True):
+                raise DeviceError(f"{nbytes} bytes to be written are mapped read-only", code="read_only")
 
 
 PROCESS = ProcessRules()

@@ -8,38 +8,48 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from common.devices.base import Device
 from common.model_spec import KvGeometry
 from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, Overloaded
 from common.protocol.hmm import CopyBlocks
-from native import host
 from services.hmm.attachments import Attached
 from services.hmm.background import Background
 from services.hmm.memory import DeviceMemory
 
 RUNNING_MAX: Final = 2  # threads at once
 WAITING_MAX: Final = 256
+COPY_BYTES: Final = 1 << 20  # asked of the device at once: also how long a stop may wait
 
 Answer = Callable[[ElasticMoEError | None], None]
 
 
 class _Job:
-    """One CopyBlocks: addresses to copy between, and how it ends."""
+    """One CopyBlocks: what `target` copies, as parts of (destination, source, bytes), and how it ends."""
 
-    def __init__(self, request: CopyBlocks, devices: tuple[str, str], parts: Sequence[tuple[int, int]], answer: Answer):
+    def __init__(
+        self,
+        request: CopyBlocks,
+        source: Device,
+        target: Device,
+        parts: Sequence[tuple[int, int, int]],
+        answer: Answer,
+    ) -> None:
         self.slots = (request.source_slot, request.target_slot)
-        self.devices = devices
+        self.devices = (source.name, target.name)
         self.answer = answer
-        self.parts = parts
+        self._target = target
+        self._parts = parts
         self.stopped = threading.Event()
         self.ended = threading.Event()
 
-    def run(self, nbytes: int) -> None:
-        """Copy block by block. Raises Conflict when it was stopped."""
+    def run(self) -> None:
+        """Copy some blocks at a time. Raises Conflict when it was stopped."""
+        count = max(1, COPY_BYTES // self._parts[0][2]) if self._parts else 1
         try:
-            for source, target in self.parts:
+            for done in range(0, len(self._parts), count):
                 if self.stopped.is_set():
                     raise _stale("one of the two ranks ended while blocks were copied")
-                host.copy(target, source, nbytes)
+                self._target.copy_async(self._parts[done : done + count]).wait()
         finally:
             self.ended.set()
 
@@ -50,7 +60,7 @@ class BlockCopies:
     def __init__(self, background: Background) -> None:
         self._background = background
         self._running: list[_Job] = []
-        self._waiting: deque[tuple[_Job, int]] = deque()
+        self._waiting: deque[_Job] = deque()
 
     def start(
         self,
@@ -67,37 +77,36 @@ class BlockCopies:
             raise Overloaded(f"{WAITING_MAX} copies of blocks wait, the limit")
         sources = [_address(memories[0], geometry, source) for source, _ in request.pairs]
         targets = [_address(memories[1], geometry, target) for _, target in request.pairs]
-        devices = (memories[0].device.name, memories[1].device.name)
-        job = _Job(request, devices, list(zip(sources, targets, strict=True)), answer)
-        self._waiting.append((job, geometry.block_bytes))
+        parts = [(dst, src, geometry.block_bytes) for dst, src in zip(targets, sources, strict=True)]
+        self._waiting.append(_Job(request, memories[0].device, memories[1].device, parts, answer))
         self._fill()
 
     def _fill(self) -> None:
         while self._waiting and len(self._running) < RUNNING_MAX:
-            job, nbytes = self._waiting.popleft()
+            job = self._waiting.popleft()
             self._running.append(job)
-            self._begin(job, nbytes)
+            self._begin(job)
 
-    def _begin(self, job: _Job, nbytes: int) -> None:
+    def _begin(self, job: _Job) -> None:
         def over(result: ElasticMoEError | None) -> None:
             self._running.remove(job)
             job.answer(result)
             self._fill()
 
-        self._background.start("blocks", lambda: job.run(nbytes), over)
+        self._background.start("blocks", job.run, over)
 
     def is_busy(self, device: str) -> bool:
         """Whether a copy reads or writes KV of `device`, or is about to."""
-        return any(device in job.devices for job in (*self._running, *(job for job, _ in self._waiting)))
+        return any(device in job.devices for job in (*self._running, *self._waiting))
 
     def stop(self, slot: int) -> None:
         """The rank of `slot` is gone: no copy from or to it may go on."""
         for job in self._running:
             if slot in job.slots:
                 job.stopped.set()
-        for item in [item for item in self._waiting if slot in item[0].slots]:
-            self._waiting.remove(item)
-            item[0].answer(_stale("one of the two ranks ended before blocks were copied"))
+        for job in [job for job in self._waiting if slot in job.slots]:
+            self._waiting.remove(job)
+            job.answer(_stale("one of the two ranks ended before blocks were copied"))
 
     def wait_stopped(self, slot: int, timeout_s: float) -> bool:
         """Whether no copy that was stopped touches `slot` any more, after at most `timeout_s`."""

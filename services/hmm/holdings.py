@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from common.capacity import budget_of
 from common.config import HmmConfig
-from common.devices.host import HostDevice
-from common.devices.rules import SPACES
+from common.devices.base import Device
+from common.devices.factory import open_device
 from common.layout import Layout
 from common.machine import available_bytes
 from common.protocol.errors import ConfigError, DeviceError, Unavailable
@@ -100,8 +100,10 @@ class Holdings:
             )
 
     def _adopt_device(self, entry: DeviceEntry, kept: dict[str, int]) -> None:
-        files = {space: kept.pop(name) for space in SPACES if (name := f"{entry.device}.{space}") in kept}
-        device = HostDevice(entry.device, self.granularity, entry.budget, files=files)
+        prefix = f"{entry.device}."
+        names = [name for name in kept if name.startswith(prefix)]
+        descriptors = {name.removeprefix(prefix): kept.pop(name) for name in names}
+        device = open_device(entry.device, self.granularity, entry.budget, descriptors=descriptors)
         self.memories[entry.device] = memory = DeviceMemory(device)
         memory.restore(entry)
 
@@ -120,7 +122,7 @@ class Holdings:
                 f"a device of {self._config.device_bytes} bytes is smaller than the granularity of {self.granularity}"
             )
         for name in names:
-            self.memories[name] = DeviceMemory(HostDevice(name, self.granularity, budget))
+            self.memories[name] = DeviceMemory(open_device(name, self.granularity, budget))
         self._snapshot = Snapshot.create()
         self.write()
 
@@ -140,7 +142,7 @@ class Holdings:
             for slot in layout.slots:
                 self.doorbells[slot] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             for seat in layout.seats:
-                self.memories[seat.device].device.create_files()
+                self.memories[seat.device].device.prepare()
         except OSError as error:
             self.discard()
             raise Unavailable(f"no descriptors for {len(layout.seats)} seats: {error.strerror}") from None
@@ -175,7 +177,7 @@ class Holdings:
             for slot in slots:
                 self.doorbells[slot] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             for seat in layout.seats:
-                self.memories[seat.device].device.create_files()
+                self.memories[seat.device].device.prepare()
         except OSError as error:
             self.close_slots(slots)
             raise Unavailable(f"no descriptors for {len(layout.seats)} seats: {error.strerror}") from None
@@ -219,10 +221,10 @@ class Holdings:
             findings += memory.device.check_integrity()
         return findings
 
-    def checksum_jobs(self) -> list[tuple[str, int, int]]:
-        """(name, address, bytes) of each weight record on each device."""
+    def checksum_jobs(self) -> list[tuple[str, Device, int, int]]:
+        """(name, device, address, bytes) of each weight record on each device."""
         return [
-            (f"{name}/{key}", memory.address(handle), handle.nbytes)
+            (f"{name}/{key}", memory.device, memory.address(handle), handle.nbytes)
             for name, memory in self.memories.items()
             for key, handle in memory.records.items()
         ]
@@ -240,8 +242,8 @@ class Holdings:
             self._parking.keep(CATALOG, self._snapshot.fd)
 
     def _park_files(self, name: str, memory: DeviceMemory) -> None:
-        for space, fd in memory.device.files().items():
-            self._parking.keep(f"{name}.{space}", fd)
+        for part, fd in memory.device.descriptors().items():
+            self._parking.keep(f"{name}.{part}", fd)
 
     def close(self) -> None:
         """Close this process's descriptors and mappings; what the keeper holds lives on. Idempotent."""

@@ -112,7 +112,7 @@ class Load:
         reader = Reader(checkpoint, self._progress)
         for record in specs:
             memory = self._holders(record.key)[0]
-            reader.add(record, memory.address(memory.records[record.key]))
+            reader.add(record, memory.device, memory.address(memory.records[record.key]))
         self.bytes_total = reader.nbytes
         reader.read()
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 from common.capacity import BusSizes
-from common.devices.base import Handle, Range, Space
-from common.devices.host import HostDevice
+from common.devices.base import Device, Handle, Range, Space
 from common.model_spec import RecordKey
 from common.protocol.errors import DeviceError
 from native.bus import Bus, format_bus
@@ -21,7 +20,7 @@ class DeviceMemory:
     Belongs to the load's thread during a load, else to the service's loop.
     """
 
-    def __init__(self, device: HostDevice) -> None:
+    def __init__(self, device: Device) -> None:
         self.device = device
         self.records: dict[RecordKey, Handle] = {}
         self.kv: list[Handle] = []
@@ -45,7 +44,7 @@ class DeviceMemory:
         self._map(self.kv[-1])
 
     def claim(self, nbytes: int, space: Space) -> Handle:
-        """A mapped handle without pages that the catalog does not name yet (HostDevice.claim). Raises DoesNotFit."""
+        """A mapped handle without pages that the catalog does not name yet (Device.claim). Raises DoesNotFit."""
         handle = self.device.claim(nbytes, space)
         self._map(handle)
         return handle
@@ -55,17 +54,12 @@ class DeviceMemory:
         window = self._windows.get(handle.space)
         if window is None:
             window = self._windows[handle.space] = self.device.reserve(self.device.reach)
-        self.device.map(window, self.device.offset_of(handle), handle, writable=True)
+        self.device.map(window, handle.place, handle, writable=True)
 
     def address(self, handle: Handle) -> int:
         """Where a handle is mapped."""
         assert handle.space is not None, "the HMM maps local handles only"
-        return self._windows[handle.space].address(self.device.offset_of(handle))
-
-    def view(self, handle: Handle, offset: int, nbytes: int) -> memoryview:
-        """A part of a handle's memory."""
-        assert handle.space is not None, "the HMM maps local handles only"
-        return self.device.view(self._windows[handle.space], self.device.offset_of(handle) + offset, nbytes)
+        return self._windows[handle.space].address(handle.place)
 
     def clear(self) -> None:
         """Unmap and release every handle."""
@@ -83,18 +77,15 @@ class DeviceMemory:
     def release(self, handle: Handle) -> None:
         """Unmap and release a handle that the catalog does not name."""
         if handle.num_mappings and handle.space is not None:
-            self.device.unmap(self._windows[handle.space], self.device.offset_of(handle))
+            self.device.unmap(self._windows[handle.space], handle.place)
         self.device.release(handle)
 
     def entry(self) -> DeviceEntry:
         """The catalog's entry of this device."""
-        records = tuple(Placed(key, self._span(handle)) for key, handle in self.records.items())
-        kv = tuple(self._span(handle) for handle in self.kv)
-        ledger = self._span(self.ledger) if self.ledger else None
+        records = tuple(Placed(key, _span(handle)) for key, handle in self.records.items())
+        kv = tuple(_span(handle) for handle in self.kv)
+        ledger = _span(self.ledger) if self.ledger else None
         return DeviceEntry(self.device.name, self.device.budget, records, kv, ledger)
-
-    def _span(self, handle: Handle) -> Span:
-        return Span(self.device.offset_of(handle), handle.nbytes)
 
     def restore(self, entry: DeviceEntry) -> None:
         """Take over what a predecessor created, and give back what it did not record. Raises DeviceError."""
@@ -109,6 +100,10 @@ class DeviceMemory:
             self.ledger = self.device.restore("shared", entry.ledger.offset, entry.ledger.nbytes)
             self._map(self.ledger)
         self.device.trim()
+
+
+def _span(handle: Handle) -> Span:
+    return Span(handle.place, handle.nbytes)
 
 
 class BusSegment:

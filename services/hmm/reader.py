@@ -3,7 +3,6 @@ is the served one, else through a small staging buffer."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
@@ -11,6 +10,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from common.checkpoint import Checkpoint
+from common.devices.base import Device
 from common.model_spec import DTYPE_BYTES, Dtype, RecordSpec
 from common.protocol.errors import CheckpointError
 from common.safetensors import DTYPE_BYTES as STORED_BYTES
@@ -24,13 +24,14 @@ _DROP_BYTES: Final = 32 << 20  # read before the file's cached pages are dropped
 
 
 class _Piece(NamedTuple):
-    """A stored tensor, or a part of one, and the address where it goes."""
+    """A stored tensor, or a part of one, and the address of a device where it goes."""
 
     file: TensorFile
     begin: int
     nbytes: int
     stored: str
     served: Dtype
+    device: Device
     address: int
 
 
@@ -45,12 +46,12 @@ class Reader:
         self._staging_bytes = min(self._chunk_bytes, _STAGING_BYTES)
         self._pieces: list[_Piece] = []
 
-    def add(self, record: RecordSpec, address: int) -> None:
-        """Let `record` be read to `address`."""
+    def add(self, record: RecordSpec, device: Device, address: int) -> None:
+        """Let `record` be read to `address`, where `device` has mapped its handle."""
         for tensor in record.tensors:
             at = address + tensor.offset
             for file, begin, nbytes, stored in self._checkpoint.pieces(tensor):
-                self._pieces.append(_Piece(file, begin, nbytes, stored, tensor.dtype, at))
+                self._pieces.append(_Piece(file, begin, nbytes, stored, tensor.dtype, device, at))
                 at += nbytes // STORED_BYTES[stored] * DTYPE_BYTES[tensor.dtype]
 
     @property
@@ -93,7 +94,7 @@ class Reader:
         for done in range(0, piece.nbytes, self._chunk_bytes):
             self._progress(0)
             nbytes = min(self._chunk_bytes, piece.nbytes - done)
-            host.read_into(piece.file.fd, piece.begin + done, piece.address + done, nbytes)
+            piece.device.read_into(piece.address + done, piece.file.fd, piece.begin + done, nbytes)
             self._count(piece.file, nbytes)
 
     def _read_converted(self, piece: _Piece, staging: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
@@ -105,8 +106,8 @@ class Reader:
             self._count(piece.file, nbytes)
             count = nbytes // size
             address = piece.address + done // size * served_size
-            target = memoryview((ctypes.c_char * (count * served_size)).from_address(address)).cast("B")
-            convert(staging.data[:nbytes], piece.stored, piece.served, target)
+            with piece.device.fill(address, count * served_size) as target:
+                convert(staging.data[:nbytes], piece.stored, piece.served, target)
 
     def _count(self, file: TensorFile, nbytes: int) -> None:
         file.bytes_read += nbytes

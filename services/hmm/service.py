@@ -38,7 +38,6 @@ from common.protocol.replies import Ack, Refused, refusal
 from common.protocol.scaler import Integrity
 from common.telemetry import setup_logging
 from common.transport import Server, new_identity
-from native import host
 from services.hmm.attachments import Attached, Attachments
 from services.hmm.background import Background
 from services.hmm.blocks import BlockCopies, check_ranks
@@ -306,7 +305,9 @@ class Hmm:
 
         self._holdings.num_readers += 1
         self._background.start(
-            "checksums", lambda: {name: host.checksum(address, nbytes) for name, address, nbytes in jobs}, answer
+            "checksums",
+            lambda: {name: device.checksum(address, nbytes) for name, device, address, nbytes in jobs},
+            answer,
         )
         return None
 

@@ -16,7 +16,7 @@ from services.hmm.background import Background
 from services.hmm.catalog import Loaded, Transition, record_bytes
 from services.hmm.holdings import Holdings
 from services.hmm.memory import DeviceMemory
-from services.hmm.transfer import Part, Peaks, Transfer, punch
+from services.hmm.transfer import Part, Peaks, Transfer, reclaim
 
 Then = Callable[[ElasticMoEError | None], None]
 
@@ -150,4 +150,4 @@ class Supply:
         for memory, handle in gone:
             memory.device.retire(handle)
         self._num_releasing += 1
-        self._background.start("release", lambda: punch([(memory.device, one) for memory, one in gone]), over)
+        self._background.start("release", lambda: reclaim([(memory.device, one) for memory, one in gone]), over)

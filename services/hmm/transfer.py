@@ -15,8 +15,7 @@ from typing import Final, NamedTuple
 
 from common.capacity import LEDGER_BLOB_BYTES, LedgerSizes
 from common.checkpoint import Checkpoint
-from common.devices.base import Handle
-from common.devices.host import HostDevice
+from common.devices.base import Device, Handle
 from common.failpoint import failpoint
 from common.families import record
 from common.model_spec import ModelSpec, RecordKey
@@ -34,7 +33,7 @@ class Part(NamedTuple):
     """One claimed handle to be made: at `address`, and filled from the address `source`, if not 0; from the checkpoint,
     where `key` says which record; with an empty ledger's header, where `ledger` is given; else it stays zeros."""
 
-    device: HostDevice
+    device: Device
     handle: Handle
     address: int
     source: int = 0
@@ -49,7 +48,7 @@ class Peaks:
         self.by_device: dict[str, int] = dict(by_device or {})
         self._lock = threading.Lock()
 
-    def sample(self, device: HostDevice) -> None:
+    def sample(self, device: Device) -> None:
         """Look at the device now: after pages were made, and before some are given back."""
         pages = device.pages
         with self._lock:
@@ -125,7 +124,7 @@ class Transfer:
             reader = Reader(checkpoint, self._pause, chunk_bytes=self._piece_bytes)
             for part in parts:
                 assert part.key is not None, "only records are read"
-                reader.add(record(spec, part.key), part.address)
+                reader.add(record(spec, part.key), part.device, part.address)
             reader.read()
         self._count(sum(part.handle.nbytes for part in parts))
 
@@ -159,8 +158,8 @@ def _shares(parts: Sequence[Part]) -> list[list[Part]]:
     return [share for share in (read, *shares) if share]
 
 
-def punch(parts: Sequence[tuple[HostDevice, Handle]]) -> None:
+def reclaim(parts: Sequence[tuple[Device, Handle]]) -> None:
     """Give back the pages of handles that nobody uses any more, in pieces. Blocks; releasing them is quick then."""
     for device, handle in parts:
         for done in range(0, handle.nbytes, _PIECE_BYTES):
-            device.punch(handle, done, min(_PIECE_BYTES, handle.nbytes - done))
+            device.reclaim(handle, done, min(_PIECE_BYTES, handle.nbytes - done))

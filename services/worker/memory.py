@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from common.devices.base import Handle, Range, Token
-from common.devices.host import HostDevice
+from common.devices.factory import open_device
 from common.families import record
 from common.model_spec import DTYPE_BYTES, RecordKey, RecordSpec, round_up
 from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
@@ -70,7 +70,7 @@ class Memory:
         """
         self.memory_id = reply.memory_id
         self.spec = reply.spec
-        self.device = HostDevice(device, reply.granularity)
+        self.device = open_device(device, reply.granularity)
         self.doorbells: dict[int, int] = {}
         self.routings: dict[int, Routing] = {}
         self._slot = slot
@@ -92,7 +92,7 @@ class Memory:
         self._experts = [self._reserve_experts(layer) for layer in range(self.spec.num_layers)]
         handle_bytes = self._geometry.handle_bytes
         self._kv_range = self.device.reserve(max(reply.kv_bytes_reserved, len(reply.seat.kv) * handle_bytes))
-        self.kv = KvCache(self._kv_range.base, 0, self._geometry)
+        self.kv = KvCache(self._kv_range.base, 0, self._geometry, self.device)
         self.bus = Bus(*self._map_one(reply.bus, fds), self._slot)
         self.ledger = Ledger(*self._map_one(reply.ledger, fds))
         self.begin(reply.seat, fds)

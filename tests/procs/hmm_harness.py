@@ -18,7 +18,7 @@ import msgspec
 
 from common.config import HmmConfig, environment_of
 from common.devices.base import Handle, ProcessRules, Range, Token
-from common.devices.host import HostDevice
+from common.devices.factory import open_device
 from common.families import load_spec, parse_spec, records
 from common.fdchannel import Channel, connect
 from common.layout import Layout, RankId, initial_layout
@@ -31,7 +31,6 @@ from common.protocol.hmm import CheckIntegrity, GetHmmStatus, LoadModel, SetMemb
 from common.protocol.replies import Ack, Refused
 from common.protocol.scaler import HmmStatus, Integrity
 from common.transport import Client, new_identity
-from native import host
 from native.bus import Bus
 from native.ledger import Ledger
 from tests.procs.waiting import wait_until
@@ -179,7 +178,7 @@ class Rank:
         self.request = msgspec.structs.replace(
             Attach(RankId(slot, 0), slot, f"host:{slot}", f"r{slot}:{os.urandom(4).hex()}"), **changes
         )
-        self.device = HostDevice(self.request.device, 4096, rules=ProcessRules())
+        self.device = open_device(self.request.device, 4096, rules=ProcessRules())
         self.fds: list[int] = []
         self.records: dict[RecordKey, Range] = {}
         self.kv: list[Range] = []
@@ -259,19 +258,26 @@ class Rank:
     def checksums(self) -> dict[str, int]:
         """Hash of each record as this process sees it, named as the HMM names them."""
         return {
-            f"{self.request.device}/{key}": host.checksum(range_.base, range_.nbytes)
+            f"{self.request.device}/{key}": self.device.checksum(range_.base, range_.nbytes)
             for key, range_ in self.records.items()
         }
 
     def bytes_of(self, key: RecordKey, offset: int, nbytes: int) -> bytes:
         """A part of a record."""
-        return bytes(self.device.view(self.records[key], offset, nbytes))
+        return self.device.read_bytes(self.records[key].address(offset), nbytes)
 
-    def block(self, number: int) -> memoryview:
+    def block(self, number: int) -> bytes:
         """One KV block."""
+        return self.device.read_bytes(self._block(number), self.reply.kv_geometry.block_bytes)
+
+    def write_block(self, number: int, data: bytes) -> None:
+        """Put `data` at the beginning of a KV block."""
+        self.device.write_bytes(self._block(number), data)
+
+    def _block(self, number: int) -> int:
         geometry = self.reply.kv_geometry
         handle, index = divmod(number, geometry.blocks_per_handle)
-        return self.device.view(self.kv[handle], index * geometry.block_stride, geometry.block_bytes)
+        return self.kv[handle].address(index * geometry.block_stride)
 
     def is_rung(self) -> bool:
         """Whether the own doorbell rang since it was last asked."""

@@ -94,7 +94,7 @@ def test_what_a_rank_maps_is_what_the_checkpoint_holds(deployment: Deployment, m
                 wanted = torch.cat([source[part.name] for part in tensor.sources])
                 raw = bytearray(rank.bytes_of(record.key, tensor.offset, tensor.nbytes))
                 assert torch.equal(torch.frombuffer(raw, dtype=torch.float32).reshape(tensor.shape), wanted)
-        assert all(bytes(rank.device.view(kv, 0, kv.nbytes)) == bytes(kv.nbytes) for kv in rank.kv)
+        assert all(rank.device.read_bytes(kv.base, kv.nbytes) == bytes(kv.nbytes) for kv in rank.kv)
         assert (rank.ledger.num_rows, rank.ledger.rows()) == (4, [])
         assert rank.seat.slots == (0, 1)
         assert [[len(owners) for owners in one.owners] for one in rank.seat.routings] == [[5, 5]]
@@ -267,7 +267,7 @@ def test_a_killed_hmm_comes_back_with_everything(pair: tuple[Deployment, Rank, R
     deployment, first, second = pair
     before = deployment.integrity(checksums=True).checksums
     mine = first.checksums()
-    first.device.view(first.kv[0], 0, 5)[:] = b"alive"
+    first.device.write_bytes(first.kv[0].base, b"alive")
     first.ledger.open_row(0, b"request", [1, 2, 3], [0])
     deployment.kill_hmm()
     assert first.checksums() == mine
@@ -287,7 +287,7 @@ def test_a_killed_hmm_comes_back_with_everything(pair: tuple[Deployment, Rank, R
 
     first.channel.close()  # its death, and a standby that takes its seat
     replacement = Rank(deployment, 0)
-    assert bytes(replacement.device.view(replacement.kv[0], 0, 5)) == b"alive"
+    assert replacement.device.read_bytes(replacement.kv[0].base, 5) == b"alive"
     assert replacement.ledger.rows() == [0]
     assert replacement.checksums() == mine
     replacement.close()

@@ -32,6 +32,7 @@ from common.protocol.rank import (
 from common.protocol.replies import Ack, refusal
 from common.protocol.router import Delta, Failed, RankStatus, Tokens
 from common.protocol.scaler import PoolRank, PoolStatus, RankExited, RankLoad, RankReady, RankStarted
+from native import host
 from services.worker.engine.adoption import adopt_rows
 from services.worker.engine.engine import Engine
 from services.worker.engine.outcome import Choice, Outcome
@@ -69,12 +70,19 @@ def next_token(tokens: Iterable[int]) -> int:
     return 1 + value % 250
 
 
+def _write_bytes(address: int, data: memoryview) -> None:
+    ctypes.memmove(address, bytes(data), len(data))
+
+
 class SimEngine(Engine):
     """The product's engine with arithmetic in the model's place."""
 
     def __init__(self, memory: Memory, num_kv: int) -> None:
         kv: Any = SimpleNamespace(
-            geometry=GEOMETRY, base_addr=ctypes.addressof(memory.buffer), num_blocks=num_kv * BLOCKS_PER_HANDLE
+            geometry=GEOMETRY,
+            base_addr=ctypes.addressof(memory.buffer),
+            num_blocks=num_kv * BLOCKS_PER_HANDLE,
+            device=SimpleNamespace(copy=host.copy, read_bytes=ctypes.string_at, write_bytes=_write_bytes),
         )
         super().__init__(
             None,  # type: ignore[arg-type]

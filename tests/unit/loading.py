@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
-from common.devices.host import HostDevice
+from common.devices.factory import open_device
 from common.devices.rules import ProcessRules
 from common.families import load_spec
 from common.layout import initial_layout
@@ -28,7 +28,7 @@ class World:
     def __init__(self) -> None:
         rules = ProcessRules()
         self.memories = {
-            name: DeviceMemory(HostDevice(name, PAGE, BUDGET, rules=rules)) for name in ("host:0", "host:1")
+            name: DeviceMemory(open_device(name, PAGE, BUDGET, rules=rules)) for name in ("host:0", "host:1")
         }
         self.segment = BusSegment(os.memfd_create("bus"))
 
@@ -42,9 +42,8 @@ class World:
 
     @property
     def pages(self) -> int:
-        """Bytes that the devices' files really take."""
-        fds = [fd for memory in self.memories.values() for fd in memory.device.files().values()]
-        return sum(os.fstat(fd).st_blocks * 512 for fd in fds)
+        """Bytes that the devices really take."""
+        return sum(memory.device.pages for memory in self.memories.values())
 
     @property
     def used(self) -> int:
@@ -54,7 +53,7 @@ class World:
     def tensor(self, device: str, key: RecordKey, tensor: TensorSpec) -> torch.Tensor:
         """A copy of what lies in memory."""
         memory = self.memories[device]
-        raw = bytes(memory.view(memory.records[key], tensor.offset, tensor.nbytes))
+        raw = memory.device.read_bytes(memory.address(memory.records[key]) + tensor.offset, tensor.nbytes)
         return torch.frombuffer(bytearray(raw), dtype=getattr(torch, tensor.dtype)).reshape(tensor.shape)
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from services.worker.exchange.shm import ShmExchange
 from services.worker.model.batch import Batch, Part
 from services.worker.model.registry import Model, build_model
 from services.worker.model.weights import KvCache, RankWeights
+from tests.device_memory import DeviceMemory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEADLINE_MS = 20_000.0
@@ -29,10 +30,11 @@ NUM_BLOCKS = 64
 
 def read_record(checkpoint: Checkpoint, described: RecordSpec) -> dict[str, torch.Tensor]:
     """A record's tensors, read as the HMM reads them, into memory of their own."""
-    memory = torch.zeros(described.nbytes, dtype=torch.uint8)
+    read = DeviceMemory(described.nbytes)
     reader = Reader(checkpoint, lambda _: None)
-    reader.add(described, memory.data_ptr())
+    reader.add(described, read.device, read.address)
     reader.read()
+    memory = torch.frombuffer(bytearray(read.device.read_bytes(read.address, described.nbytes)), dtype=torch.uint8)
     return {
         tensor.name: memory[tensor.offset : tensor.offset + tensor.nbytes].view(DTYPES[tensor.dtype]).view(tensor.shape)
         for tensor in described.tensors
@@ -82,7 +84,7 @@ class Ranks:
         self.block_size = block_size
         self.layout = initial_layout(self.spec.num_experts_by_layer, [f"device{i}" for i in range(size)])
         geometry = kv_geometry(self.spec, block_size, GRANULARITY)
-        self._kv_memory: list[torch.Tensor] = []
+        self._kv_memory: list[DeviceMemory] = []
         shape = (size, max_tokens, self.spec.hidden, self.spec.moe.top_k)
         nbytes = bus_bytes(*shape)
         self._segment = mmap.mmap(-1, nbytes)
@@ -99,9 +101,10 @@ class Ranks:
             bus.join(slot + 1)
             held = [set(self.layout.experts_on(slot, layer)) for layer in range(self.spec.num_layers)]
             # Full of NaN: what is read must have been written.
-            kv_memory = torch.full((NUM_BLOCKS * geometry.block_stride // 4,), float("nan"))
+            kv_memory = DeviceMemory(NUM_BLOCKS * geometry.block_stride)
+            kv_memory.device.write_bytes(kv_memory.address, b"\xff" * (NUM_BLOCKS * geometry.block_stride))
             self._kv_memory.append(kv_memory)
-            kv = KvCache(kv_memory.data_ptr(), NUM_BLOCKS, geometry)
+            kv = KvCache(kv_memory.address, NUM_BLOCKS, geometry, kv_memory.device)
             with Checkpoint(directory, self.spec) as checkpoint:
                 self.weights.append(load_weights(checkpoint, self.spec, held, kv))
             self.models.append(build_model(self.weights[-1], max_tokens))

@@ -20,7 +20,7 @@ PAGE = 4096
 
 def pages_of(device: HostDevice) -> int:
     """Bytes that the device's files really take."""
-    return sum(os.fstat(fd).st_blocks * 512 for fd in device.files().values())
+    return sum(os.fstat(fd).st_blocks * 512 for fd in device.descriptors().values())
 
 
 @pytest.fixture
@@ -98,12 +98,12 @@ def test_fragmented_offsets_do_not_refuse_what_the_budget_allows(owner: HostDevi
 def test_released_memory_is_zero_when_it_is_created_again(owner: HostDevice) -> None:
     handle = owner.create(PAGE, "kv")
     range_ = mapped(owner, handle)
-    owner.view(range_, 0, PAGE)[:] = b"\xff" * PAGE
+    owner.write_bytes(range_.base, b"\xff" * PAGE)
     owner.unmap(range_, 0)
     owner.release(handle)
     again = owner.create(PAGE, "kv")
-    assert owner.offset_of(again) == 0
-    assert bytes(owner.view(mapped(owner, again), 0, PAGE)) == bytes(PAGE)
+    assert again.place == 0
+    assert owner.read_bytes(mapped(owner, again).base, PAGE) == bytes(PAGE)
 
 
 def test_a_user_sees_what_the_owner_writes_and_keeps_it_after_the_owner(owner: HostDevice, user: HostDevice) -> None:
@@ -114,11 +114,11 @@ def test_a_user_sees_what_the_owner_writes_and_keeps_it_after_the_owner(owner: H
     fd = os.dup(token.fd)
     imported = user.import_(Token(fd, token.offset, token.nbytes))
     os.close(fd)  # the device keeps a duplicate of its own
-    view = user.view(mapped(user, imported, writable=False), 0, 2 * PAGE)
-    owner.view(mapped(owner, handle), 0, 2 * PAGE)[:] = b"\x5a" * 2 * PAGE
-    assert bytes(view) == b"\x5a" * 2 * PAGE
+    seen = mapped(user, imported, writable=False)
+    owner.write_bytes(mapped(owner, handle).base, b"\x5a" * 2 * PAGE)
+    assert user.read_bytes(seen.base, 2 * PAGE) == b"\x5a" * 2 * PAGE
     owner.close()
-    assert bytes(view) == b"\x5a" * 2 * PAGE
+    assert user.read_bytes(seen.base, 2 * PAGE) == b"\x5a" * 2 * PAGE
 
 
 @pytest.mark.parametrize(("space", "writable"), [("weights", False), ("kv", True), ("shared", True)])
@@ -139,12 +139,12 @@ def test_a_successor_restores_handles_and_trims_what_was_not_recorded(owner: Hos
     kept = owner.create(2 * PAGE, "weights")
     owner.create(3 * PAGE, "weights")  # never recorded
     owner.create(PAGE, "kv")
-    owner.view(mapped(owner, kept), 0, PAGE)[:3] = b"abc"
-    files = {space: os.dup(fd) for space, fd in owner.files().items()}
-    successor = HostDevice("host:0", PAGE, 16 * PAGE, files=files, rules=ProcessRules())
+    owner.write_bytes(mapped(owner, kept).base, b"abc")
+    descriptors = {name: os.dup(fd) for name, fd in owner.descriptors().items()}
+    successor = HostDevice("host:0", PAGE, 16 * PAGE, descriptors=descriptors, rules=ProcessRules())
     handle = successor.restore("weights", 0, 2 * PAGE)
     successor.trim()
-    assert bytes(successor.view(mapped(successor, handle), 0, 3)) == b"abc"
+    assert successor.read_bytes(mapped(successor, handle).base, 3) == b"abc"
     assert successor.used == {"weights": 2 * PAGE, "kv": 0, "shared": 0}
     assert pages_of(successor) == 2 * PAGE
     assert successor.check_integrity() == []
@@ -158,7 +158,7 @@ def test_a_successor_restores_handles_and_trims_what_was_not_recorded(owner: Hos
 def test_integrity_finds_lost_pages_and_wrong_counts(owner: HostDevice) -> None:
     owner.create(2 * PAGE, "weights")
     owner.used["weights"] += PAGE
-    host.punch_hole(owner.files()["weights"], 0, PAGE)
+    host.punch_hole(owner.descriptors()["weights"], 0, PAGE)
     findings = owner.check_integrity()
     assert findings == [
         f"host:0.weights: {3 * PAGE} bytes are counted, {2 * PAGE} are owned",
@@ -170,9 +170,9 @@ def test_copy_moves_bytes_between_devices() -> None:
     rules = ProcessRules()
     devices = [HostDevice(f"host:{i}", PAGE, PAGE, rules=rules) for i in range(2)]
     ranges = [mapped(device, device.create(PAGE, "weights")) for device in devices]
-    devices[0].view(ranges[0], 0, PAGE)[:4] = b"page"
+    devices[0].write_bytes(ranges[0].base, b"page")
     devices[1].copy(ranges[1].base, ranges[0].base, PAGE)
-    assert bytes(devices[1].view(ranges[1], 0, 4)) == b"page"
+    assert devices[1].read_bytes(ranges[1].base, 4) == b"page"
     for device in devices:
         device.close()
 
@@ -209,7 +209,7 @@ def test_granularity_is_a_power_of_two_of_pages(granularity: int) -> None:
 def test_nothing_stays_open() -> None:
     before = set(os.listdir("/proc/self/fd"))
     owner = HostDevice("host:0", PAGE, 4 * PAGE, rules=ProcessRules())
-    owner.create_files()
+    owner.prepare()
     user = HostDevice("host:0", PAGE, rules=ProcessRules())
     handles = [user.import_(owner.export(owner.create(PAGE, "weights"))) for _ in range(3)]
     user.release(handles[0])

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from common.devices.base import Handle, ProcessRules, Range, Token
-from common.devices.host import HostDevice
+from common.devices.base import Device, Handle, ProcessRules, Range, Token
+from common.devices.factory import open_device
 from common.protocol.errors import DeviceError
 
 PAGE = 4096
@@ -20,10 +21,10 @@ PAGE = 4096
 class World:
     """An owner of two devices and a user of the same two, as two processes would be."""
 
-    owner: HostDevice
-    owner_other: HostDevice
-    user: HostDevice
-    user_other: HostDevice
+    owner: Device
+    owner_other: Device
+    user: Device
+    user_other: Device
 
     def local(self, pages: int = 1) -> Handle:
         return self.owner.create(pages * PAGE, "kv")
@@ -36,10 +37,10 @@ class World:
 def world() -> Iterator[World]:
     here, there = ProcessRules(), ProcessRules()
     devices = [
-        HostDevice("host:0", PAGE, 64 * PAGE, rules=here),
-        HostDevice("host:1", PAGE, 64 * PAGE, rules=here),
-        HostDevice("host:0", PAGE, rules=there),
-        HostDevice("host:1", PAGE, rules=there),
+        open_device("host:0", PAGE, 64 * PAGE, rules=here),
+        open_device("host:1", PAGE, 64 * PAGE, rules=here),
+        open_device("host:0", PAGE, rules=there),
+        open_device("host:1", PAGE, rules=there),
     ]
     yield World(*devices)
     for device in devices:
@@ -91,7 +92,7 @@ def test_many_parts_are_mapped_all_or_none(world: World) -> None:
 
 
 def test_a_range_holds_local_or_imported_handles(world: World) -> None:
-    user = HostDevice("host:0", PAGE, 4 * PAGE, rules=ProcessRules())  # a rank may have memory of its own, too
+    user = open_device("host:0", PAGE, 4 * PAGE, rules=ProcessRules())  # a rank may have memory of its own, too
     range_ = user.reserve(4 * PAGE)
     local, imported = user.create(PAGE, "kv"), user.import_(world.owner.export(world.local()))
     refuses("mixed_range", lambda: user.map_many(range_, [(0, local), (PAGE, imported)], True))
@@ -129,7 +130,7 @@ def test_a_process_exports_or_imports(world: World) -> None:
     token = world.owner.export(world.local())
     refuses("export_and_import", lambda: world.owner.import_(token))
     refuses("export_and_import", lambda: world.owner_other.import_(token))
-    user = HostDevice("host:0", PAGE, PAGE, rules=ProcessRules())
+    user = open_device("host:0", PAGE, PAGE, rules=ProcessRules())
     user.import_(token)
     own = user.create(PAGE, "kv")
     refuses("export_and_import", lambda: user.export(own))
@@ -214,15 +215,15 @@ def both(world: World) -> tuple[Range, Range]:
     return ranges
 
 
-def test_only_mapped_memory_is_copied_or_viewed(world: World) -> None:
+def test_only_mapped_memory_is_copied_or_read(world: World) -> None:
     dst, src = both(world)
     world.owner.copy(dst.base, src.base, 2 * PAGE)
     refuses("not_mapped", lambda: world.owner.copy(dst.base + PAGE, src.base, 2 * PAGE))
     refuses("not_mapped", lambda: world.owner.copy(dst.base, src.base + 2 * PAGE, PAGE))
     refuses("out_of_range", lambda: world.owner.copy(dst.base, 4096, PAGE))
     refuses("out_of_range", lambda: world.owner.copy(dst.base, dst.base + 1, PAGE))
-    refuses("not_mapped", lambda: world.owner.view(dst, PAGE, 2 * PAGE))
-    refuses("not_mapped", lambda: world.owner.view(dst, -1, 2))
+    refuses("not_mapped", lambda: world.owner.read_bytes(dst.address(PAGE), 2 * PAGE))
+    refuses("out_of_range", lambda: world.owner.read_bytes(dst.base - 1, 2))
 
 
 def test_tokens_that_name_no_memory_are_refused(world: World) -> None:
@@ -234,3 +235,96 @@ def test_tokens_that_name_no_memory_are_refused(world: World) -> None:
     os.close(out)
     os.close(into)
     world.user.import_(token)  # none of them left a trace
+
+
+def test_a_handle_is_made_settled_and_given_back_in_that_order(world: World) -> None:
+    owner = world.owner
+    handle = owner.claim(2 * PAGE, "weights")
+    range_ = owner.reserve(2 * PAGE)
+    owner.map(range_, 0, handle, True)  # its addresses may be known before its memory is there
+    refuses("not_settled", lambda: owner.export(handle))
+    refuses("not_retired", lambda: owner.reclaim(handle, 0, PAGE))
+    refuses("not_populated", lambda: owner.settle(handle))
+    owner.populate(handle, 0, PAGE)
+    refuses("not_populated", lambda: owner.settle(handle))
+    source = both(world)[0].base
+    owner.write_bytes(source, b"ab" * (PAGE // 2))
+    owner.write(handle, PAGE, source, PAGE)
+    owner.settle(handle)
+    assert owner.read_bytes(range_.base, 2 * PAGE) == bytes(PAGE) + b"ab" * (PAGE // 2)
+    acts: list[Callable[[Handle], object]] = [
+        owner.settle,
+        lambda one: owner.populate(one, 0, PAGE),
+        lambda one: owner.write(one, 0, source, PAGE),
+    ]
+    for act in acts:
+        refuses("not_claimed", partial(act, handle))
+    owner.export(handle)
+    owner.retire(handle)
+    owner.reclaim(handle, 0, PAGE)
+    refuses("released", lambda: owner.export(handle))
+    refuses("released", lambda: owner.map(owner.reserve(2 * PAGE), 0, handle, True))
+    owner.unmap(range_, 0)
+    owner.release(handle)
+    refuses("released", lambda: owner.retire(handle))
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(-PAGE, PAGE), (0, 0), (PAGE, 2 * PAGE), (2 * PAGE, 1)])
+def test_what_is_made_and_given_back_lies_in_the_handle(world: World, offset: int, nbytes: int) -> None:
+    handle, source = world.owner.claim(2 * PAGE, "kv"), both(world)[0].base
+    refuses("out_of_range", lambda: world.owner.populate(handle, offset, nbytes))
+    if nbytes == PAGE:
+        refuses("out_of_range", lambda: world.owner.write(handle, offset, source, nbytes))
+    world.owner.retire(handle)
+    refuses("out_of_range", lambda: world.owner.reclaim(handle, offset, nbytes))
+
+
+def test_imported_handles_are_their_owners_to_change(world: World) -> None:
+    imported = world.imported()
+    refuses("not_local", lambda: world.user.retire(imported))
+    refuses("not_claimed", lambda: world.user.populate(imported, 0, PAGE))
+    refuses("not_claimed", lambda: world.user.settle(imported))
+    refuses("not_retired", lambda: world.user.reclaim(imported, 0, PAGE))
+
+
+def test_every_access_to_bytes_is_checked(world: World, tmp_path: Path) -> None:
+    owner, range_ = world.owner, both(world)[0]
+    (tmp_path / "file").write_bytes(b"0123456789")
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    claimed = owner.claim(2 * PAGE, "kv")
+    acts: list[Callable[[int, int], object]] = [
+        lambda at, nbytes: owner.read_into(at, fd, 0, nbytes),
+        owner.read_bytes,
+        lambda at, nbytes: owner.write_bytes(at, bytes(nbytes)),
+        owner.checksum,
+        lambda at, nbytes: owner.copy_async([(range_.base, range_.address(PAGE), 1), (at, range_.base, nbytes)]),
+        lambda at, nbytes: owner.write(claimed, 0, at, nbytes),
+    ]
+    for act in acts:
+        refuses("not_mapped", partial(act, range_.address(2 * PAGE), PAGE))
+        refuses("not_mapped", partial(act, range_.address(2 * PAGE - 1), 2))
+        refuses("out_of_range", partial(act, range_.address(4 * PAGE - 1), 2))
+        refuses("out_of_range", partial(act, 0, 1))
+        refuses("out_of_range", partial(act, range_.base, 0))
+    owner.read_into(range_.address(10), fd, 2, 8)
+    assert owner.read_bytes(range_.address(9), 10) == b"\x0023456789\x00"
+    with pytest.raises(OSError, match="Input/output"):
+        owner.read_into(range_.base, fd, 8, 8)
+    os.close(fd)
+
+
+def test_what_is_mapped_read_only_is_not_written(world: World, tmp_path: Path) -> None:
+    user = world.user
+    seen, own = user.reserve(PAGE), user.reserve(PAGE)
+    user.map(seen, 0, world.imported(), False)
+    user.map(own, 0, world.imported(), True)
+    user.copy(own.base, seen.base, PAGE)
+    refuses("read_only", lambda: user.copy(seen.base, own.base, PAGE))
+    refuses("read_only", lambda: user.write_bytes(seen.base, b"x"))
+    (tmp_path / "file").write_bytes(b"x")
+    with open(tmp_path / "file", "rb") as file:
+        refuses("read_only", lambda: user.read_into(seen.base, file.fileno(), 0, 1))
+
+
+def test_a_device_of_no_backend_is_refused() -> None:
+    refuses("unknown_backend", lambda: open_device("tpu:0", PAGE))

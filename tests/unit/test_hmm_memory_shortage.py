@@ -102,7 +102,7 @@ class World:
 
     def checksums(self) -> dict[str, int]:
         jobs = self.holdings.checksum_jobs()
-        return {name: host.checksum(address, nbytes) for name, address, nbytes in jobs}
+        return {name: device.checksum(address, nbytes) for name, device, address, nbytes in jobs}
 
     @property
     def layout(self) -> Layout:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from common.devices.host import HostDevice
+from common.devices.factory import open_device
 from common.devices.rules import ProcessRules
 from common.model_spec import KvGeometry, RecordKey
 from common.protocol.errors import DoesNotFit, ElasticMoEError, InvalidRequest, Overloaded, Unavailable
@@ -34,7 +34,7 @@ RECORD = 32 * PAGE
 @pytest.fixture
 def memories() -> Iterator[dict[str, DeviceMemory]]:
     rules = ProcessRules()
-    made = {f"host:{i}": DeviceMemory(HostDevice(f"host:{i}", PAGE, 64 * RECORD, rules=rules)) for i in range(3)}
+    made = {f"host:{i}": DeviceMemory(open_device(f"host:{i}", PAGE, 64 * RECORD, rules=rules)) for i in range(3)}
     yield made
     for memory in made.values():
         memory.device.close()
@@ -63,7 +63,7 @@ def sources(memory: DeviceMemory, count: int) -> list[int]:
     for number in range(count):
         key = RecordKey("expert", 0, number)
         memory.create_record(key, RECORD)
-        memory.view(memory.records[key], 0, RECORD)[:] = bytes([number + 1]) * RECORD
+        memory.device.write_bytes(memory.address(memory.records[key]), bytes([number + 1]) * RECORD)
         addresses.append(memory.address(memory.records[key]))
     return addresses
 
@@ -95,7 +95,7 @@ def test_claimed_handles_are_counted_at_once_and_get_pages_as_they_are_filled(
     transfer.run()
     assert transfer.bytes_done == 6 * RECORD
     for part in parts["host:1"]:
-        assert host.checksum(part.address, RECORD) == host.checksum(part.source, RECORD)
+        assert part.device.checksum(part.address, RECORD) == part.device.checksum(part.source, RECORD)
         device.settle(part.handle)
     assert device.pages == 3 * RECORD
     assert device.check_integrity() == []
@@ -116,7 +116,7 @@ def test_two_threads_share_what_one_device_needs(memories: dict[str, DeviceMemor
     assert ended == [None, None]
     assert transfer.bytes_done == transfer.bytes_total == 5 * RECORD
     for part in parts["host:1"]:
-        assert host.checksum(part.address, RECORD) == host.checksum(part.source, RECORD)
+        assert part.device.checksum(part.address, RECORD) == part.device.checksum(part.source, RECORD)
     assert peaks.by_device == {"host:1": memory.device.pages} == {"host:1": 9 * RECORD}
 
 
@@ -203,7 +203,7 @@ def with_kv(memories: dict[str, DeviceMemory]) -> tuple[DeviceMemory, DeviceMemo
 
 def test_blocks_go_where_the_geometry_says(memories: dict[str, DeviceMemory], background: Background) -> None:
     source, target = with_kv(memories)
-    source.view(source.kv[1], 1024, 1000)[:] = b"x" * 1000
+    source.device.write_bytes(source.address(source.kv[1]) + 1024, b"x" * 1000)
     copies, ended = BlockCopies(background), []
     copies.start(request((5, 2)), (source, target), GEOMETRY, ended.append)
     assert copies.is_busy("host:0")
@@ -211,7 +211,7 @@ def test_blocks_go_where_the_geometry_says(memories: dict[str, DeviceMemory], ba
     finish(background, lambda: bool(ended))
     assert ended == [None]
     assert not copies.is_busy("host:0")
-    assert bytes(target.view(target.kv[0], 2048, 1024)) == b"x" * 1000 + bytes(24)
+    assert target.device.read_bytes(target.address(target.kv[0]) + 2048, 1024) == b"x" * 1000 + bytes(24)
     for pair in ((8, 0), (0, 8)):
         with pytest.raises(InvalidRequest, match="block 8 is not one of the 8"):
             copies.start(request(pair), (source, target), GEOMETRY, ended.append)
@@ -230,6 +230,7 @@ def test_a_copy_ends_with_either_rank_and_the_slot_is_free_only_then(
         assert go_on.wait(10.0)
 
     monkeypatch.setattr(host, "copy", copy)
+    monkeypatch.setattr(blocks_module, "COPY_BYTES", 1)  # one block at a time
     monkeypatch.setattr(blocks_module, "RUNNING_MAX", 1)
     monkeypatch.setattr(blocks_module, "WAITING_MAX", 1)
     copies = BlockCopies(background)

@@ -15,7 +15,7 @@ import pytest
 from cli import checks, doctor
 from common import machine
 from common.devices import host as host_device
-from common.devices.host import HostDevice
+from common.devices.factory import open_device
 from common.machine import available_bytes, group_room, usable_cores
 from common.protocol.errors import DoesNotFit
 from services.hmm import holdings
@@ -168,7 +168,7 @@ def test_all_who_ask_are_told_the_same(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_device_refuses_what_its_group_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond its group's limit the kernel would kill the process in the midst of the allocation."""
-    device = HostDevice("host:0", budget=64 * MIB, granularity=MIB)
+    device = open_device("host:0", budget=64 * MIB, granularity=MIB)
     try:
         monkeypatch.setattr(host_device, "group_room", lambda: 3 * MIB)
         with pytest.raises(DoesNotFit, match="has room for 3145728 more"):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from common.devices.host import HostDevice
+from common.devices.base import Device
+from common.devices.factory import open_device
 from common.devices.rules import Handle, ProcessRules
 from common.families import record
 from common.model_spec import KvGeometry, RecordKey, kv_geometry, round_up
@@ -33,7 +34,7 @@ def geometry() -> KvGeometry:
 class Owner:
     """What the HMM would hold: handles of all records, filled with a number of their own."""
 
-    device: HostDevice
+    device: Device
     handles: dict[RecordKey, Handle] = field(default_factory=dict)
     kv: list[Handle] = field(default_factory=list)
     revision: int = 0
@@ -67,7 +68,7 @@ class Owner:
             handle = self.handles[key] = self.device.create(nbytes, "weights")
             range_ = self.device.reserve(nbytes)
             self.device.map(range_, 0, handle, True)
-            self.device.view(range_, 0, nbytes)[:] = bytes([number_of(key)]) * nbytes
+            self.device.write_bytes(range_.base, bytes([number_of(key)]) * nbytes)
             self.device.unmap(range_, 0)
         return self.handles[key]
 
@@ -93,7 +94,7 @@ def number_of(key: RecordKey) -> int:
 
 @pytest.fixture
 def owner() -> Iterator[Owner]:
-    device = HostDevice("host:1", GRANULARITY, 64 << 20, rules=ProcessRules())
+    device = open_device("host:1", GRANULARITY, 64 << 20, rules=ProcessRules())
     yield Owner(device)
     device.close()
 

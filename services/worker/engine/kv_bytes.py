@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence as Seq
 
-from native import host
 from services.worker.model.weights import KvCache
 
 
 def copy_block(kv: KvCache, source: int, target: int) -> None:
     """Copy one block to another place."""
-    host.copy(_address(kv, target), _address(kv, source), kv.geometry.block_bytes)
+    kv.device.copy(_address(kv, target), _address(kv, source), kv.geometry.block_bytes)
 
 
 def read_blocks(kv: KvCache, blocks: Seq[int]) -> bytes:
     """The blocks' bytes one after the other, `block_bytes` each."""
-    return b"".join(ctypes.string_at(_address(kv, block), kv.geometry.block_bytes) for block in blocks)
+    return b"".join(kv.device.read_bytes(_address(kv, block), kv.geometry.block_bytes) for block in blocks)
 
 
 def write_blocks(kv: KvCache, blocks: Seq[int], data: bytes) -> None:
@@ -24,8 +22,9 @@ def write_blocks(kv: KvCache, blocks: Seq[int], data: bytes) -> None:
     size = kv.geometry.block_bytes
     if len(data) != len(blocks) * size:
         raise ValueError(f"{len(data)} bytes for {len(blocks)} blocks of {size}")
+    whole = memoryview(data)
     for index, block in enumerate(blocks):
-        ctypes.memmove(_address(kv, block), data[index * size : (index + 1) * size], size)
+        kv.device.write_bytes(_address(kv, block), whole[index * size : (index + 1) * size])
 
 
 def _address(kv: KvCache, block: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common.devices.base import Device
 from common.model_spec import KvGeometry, ModelSpec
 
 
@@ -18,12 +19,14 @@ class KvCache:
     """The KV blocks that are mapped: block b lies at `base_addr + b * geometry.block_stride` bytes.
 
     Inside a block: [layers, 2 (k, v), kv heads, block_size, head_dim] in the model's dtype, contiguous. `num_blocks`
-    may change between steps, as blocks are mapped or unmapped at the end; a batch is checked against it.
+    may change between steps, as blocks are mapped or unmapped at the end; a batch is checked against it. `device`: by
+    which the blocks' bytes are copied, read and written.
     """
 
     base_addr: int
     num_blocks: int
     geometry: KvGeometry
+    device: Device
 
 
 @dataclass(frozen=True, slots=True)

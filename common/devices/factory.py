@@ -1,0 +1,57 @@
+"""The only place that knows device backends: which there are, and which one a device's name asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from common.devices.base import Device
+from common.devices.host import HostDevice
+from common.devices.rules import PROCESS, ProcessRules
+from common.protocol.errors import DeviceError
+
+
+class Backend(Protocol):
+    """What makes the devices of one kind."""
+
+    def __call__(
+        self,
+        name: str,
+        granularity: int,
+        budget: int,
+        *,
+        descriptors: Mapping[str, int] | None,
+        rules: ProcessRules,
+    ) -> Device:
+        """As `open_device`, whose arguments these are."""
+        ...
+
+
+_BACKENDS: dict[str, Backend] = {"host": HostDevice}
+
+
+def register(kind: str, backend: Backend) -> None:
+    """Let `backend` make the devices that are named `kind:INDEX`."""
+    _BACKENDS[kind] = backend
+
+
+def open_device(
+    name: str,
+    granularity: int,
+    budget: int = 0,
+    *,
+    descriptors: Mapping[str, int] | None = None,
+    rules: ProcessRules = PROCESS,
+) -> Device:
+    """The device called `name`, of the form `kind:INDEX`. The owner of its memory gives a `budget` in bytes, and after
+    its restart the `descriptors` that its predecessor named, then calls `restore` for each handle and `trim`. A process
+    that only imports gives neither. The caller closes it.
+
+    Raises DeviceError unknown_backend; bad_granularity where the backend does not have that one.
+    """
+    kind = name.partition(":")[0]
+    backend = _BACKENDS.get(kind)
+    if backend is None:
+        known = ", ".join(sorted(_BACKENDS))
+        raise DeviceError(f"{name}: no backend is called {kind}; there are: {known}", code="unknown_backend")
+    return backend(name, granularity, budget, descriptors=descriptors, rules=rules)
