@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from common.protocol.errors import DoesNotFit
+
 ROOT = Path("/")
+_WORTH_A_LOOK = 1 << 20
 
 # Names of a group's files, by version: limits of memory, what is used of it, and what can be given back at once.
 _LIMITS = {2: ("memory.max", "memory.high"), 1: ("memory.limit_in_bytes",)}
@@ -37,6 +40,14 @@ def group_room(root: Path = ROOT) -> int | None:
     """
     rooms = [_room(version, folder) for version, folder in _groups(root, "memory")]
     return min((room for room in rooms if room is not None), default=None)
+
+
+def check_group(nbytes: int) -> None:
+    """Raise DoesNotFit for what a control group cannot hold: beyond its limit the kernel kills processes of the group
+    where a machine without memory would refuse. Small parts are not worth the look."""
+    if nbytes < _WORTH_A_LOOK or (room := group_room()) is None or nbytes <= room:
+        return
+    raise DoesNotFit(f"no memory for {nbytes} bytes: the process's control group has room for {room} more")
 
 
 def usable_cores(root: Path = ROOT) -> float:

@@ -38,7 +38,7 @@ SOLE_IMPORTERS = {
         "cli/doctor.py",
     ),
     "common.devices.host": "common/devices/factory.py",  # who needs a device asks the factory
-    "native.host": ("common/devices/", "services/hmm/memory.py", "services/hmm/reader.py", "cli/doctor.py"),
+    "native.host": ("common/devices/", "common/host_shared.py", "services/hmm/reader.py", "cli/doctor.py"),
 }
 # Pure cores: decisions are functions of their arguments.
 PURE = [

@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from common.devices.base import Device
 from common.devices.rules import DONE, PROCESS, SPACES, Completion, Handle, ProcessRules, Range, Space, Token
-from common.machine import group_room
+from common.machine import check_group
 from common.protocol.errors import DeviceError, DoesNotFit
 from native import host
 
 if TYPE_CHECKING:
     import torch
-
-_WORTH_A_LOOK = 1 << 20
 
 
 class Extent(NamedTuple):
@@ -99,7 +97,7 @@ class HostDevice(Device):
     # ---- Owner's side
 
     def _create(self, nbytes: int, space: Space, place: int) -> Extent:
-        self._check_group(nbytes)
+        check_group(nbytes)
         file = self._file(space)
         try:
             host.allocate(file.fd, place, nbytes)
@@ -124,7 +122,7 @@ class HostDevice(Device):
 
     def _populate(self, handle: Handle, offset: int, nbytes: int) -> None:
         extent: Extent = handle.backing
-        self._check_group(nbytes)
+        check_group(nbytes)
         try:
             host.allocate(extent.fd, extent.offset + offset, nbytes)
         except OSError as error:
@@ -132,7 +130,7 @@ class HostDevice(Device):
 
     def _write(self, handle: Handle, offset: int, address: int, nbytes: int) -> None:
         extent: Extent = handle.backing
-        self._check_group(nbytes)
+        check_group(nbytes)
         try:
             host.write_from(extent.fd, extent.offset + offset, address, nbytes)
         except OSError as error:
@@ -140,13 +138,6 @@ class HostDevice(Device):
 
     def _no_memory(self, nbytes: int, error: OSError) -> DoesNotFit:
         return DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}")
-
-    def _check_group(self, nbytes: int) -> None:
-        """Raises DoesNotFit for what a control group cannot hold: beyond its limit the kernel kills processes of the
-        group where a device without memory would refuse. Small parts are not worth the look."""
-        if nbytes < _WORTH_A_LOOK or (room := group_room()) is None or nbytes <= room:
-            return
-        raise DoesNotFit(f"{self.name}: no memory for {nbytes} bytes: its control group has room for {room} more")
 
     def _reclaim(self, handle: Handle, offset: int, nbytes: int) -> None:
         extent: Extent = handle.backing

@@ -10,8 +10,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 from common.protocol.errors import DeviceError
 
-Space = Literal["weights", "kv", "shared"]
-SPACES: Final[tuple[Space, ...]] = ("weights", "kv", "shared")
+Space = Literal["weights", "kv"]
+SPACES: Final[tuple[Space, ...]] = ("weights", "kv")
 Origin = Literal["local", "imported"]
 State = Literal["claimed", "settled", "retired"]
 

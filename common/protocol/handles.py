@@ -36,6 +36,13 @@ class Extent(Message, frozen=True, tag=False):
     nbytes: int
 
 
+class Segment(Message, frozen=True, tag=False):
+    """Memory of the host that several processes share, whole: `fd` is an index into the descriptors of the message."""
+
+    fd: int
+    nbytes: int
+
+
 class RecordExtent(Message, frozen=True, tag=False):
     """A weight record's handle."""
 
@@ -79,8 +86,8 @@ class AttachReply(Message, frozen=True):
     granularity: int
     kv_geometry: KvGeometry
     kv_bytes_reserved: int
-    bus: Extent
-    ledger: Extent
+    bus: Segment
+    ledger: Segment
     seat: SeatMemory
 
 

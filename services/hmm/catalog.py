@@ -20,7 +20,7 @@ Phase = Literal[
     "vacating", "copying", "staged", "committed", "releasing", "released", "aborting", "aborted", "failed"
 ]  # scaler.TransitionStatus has them, and `flipped`, which only the bus knows
 
-VERSION = 2  # of the serialized form
+VERSION = 3  # of the serialized form
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
@@ -38,13 +38,14 @@ class Placed(msgspec.Struct, frozen=True, array_like=True):
 
 
 class DeviceEntry(msgspec.Struct, frozen=True):
-    """One device: its budget in bytes, its weight records, its KV handles in order of their blocks, its ledger."""
+    """One device: its budget in bytes, its weight records, its KV handles in order of their blocks, and the
+    bytes of its rank's ledger (0: none), which is memory of the host."""
 
     device: str
     budget: int
     records: tuple[Placed, ...] = ()
     kv: tuple[Span, ...] = ()
-    ledger: Span | None = None
+    ledger_bytes: int = 0
 
     @property
     def weights_bytes(self) -> int:
@@ -59,7 +60,7 @@ class DeviceEntry(msgspec.Struct, frozen=True):
     @property
     def other_bytes(self) -> int:
         """Bytes of everything else."""
-        return self.ledger.nbytes if self.ledger else 0
+        return self.ledger_bytes
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -186,14 +187,13 @@ def check_integrity(catalog: Catalog) -> list[str]:
 
 
 def _is_used(entry: DeviceEntry) -> bool:
-    return bool(entry.records or entry.kv or entry.ledger)
+    return bool(entry.records or entry.kv or entry.ledger_bytes)
 
 
 def _check_spans(entry: DeviceEntry, granularity: int) -> list[str]:
     findings = []
-    ledger = (entry.ledger,) if entry.ledger else ()
     weights = tuple(placed.span for placed in entry.records)
-    for space, spans in (("weights", weights), ("kv", entry.kv), ("shared", ledger)):
+    for space, spans in (("weights", weights), ("kv", entry.kv)):
         end = 0
         for span in sorted(spans, key=lambda span: span.offset):
             if span.offset < end:
@@ -232,7 +232,7 @@ def _check_placement(catalog: Catalog, loaded: Loaded) -> list[str]:
         ]
         if (wanted and not entry.kv) or any(span.nbytes != loaded.kv.handle_bytes for span in entry.kv):
             findings.append(f"{entry.device}: KV handles are none, or not of {loaded.kv.handle_bytes} bytes")
-        if wanted and entry.ledger is None:
+        if wanted and not entry.ledger_bytes:
             findings.append(f"{entry.device}: has no ledger")
     known = {entry.device for entry in catalog.devices}
     absent = {seat.device for layout in allowed for seat in layout.seats} - known

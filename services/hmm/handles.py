@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from common.devices.base import Handle
+from common.host_shared import HostShared
 from common.layout import Layout, Seat
 from common.model_spec import RecordKey
 from common.protocol.errors import Conflict, NotFound
-from common.protocol.handles import Attach, AttachReply, Extent, RecordExtent, Routing, SeatMemory
+from common.protocol.handles import Attach, AttachReply, Extent, RecordExtent, Routing, SeatMemory, Segment
 from services.hmm.catalog import Loaded, Transition, keys_of, layouts, slots_of
 from services.hmm.holdings import Holdings
 from services.hmm.memory import DeviceMemory
@@ -91,6 +92,10 @@ def _export(memory: DeviceMemory, fds: _Fds, handle: Handle) -> Extent:
     return Extent(fds.add(token.fd), token.offset, token.nbytes)
 
 
+def _share(fds: _Fds, shared: HostShared) -> Segment:
+    return Segment(fds.add(shared.fd), shared.nbytes)
+
+
 def attach_reply(
     view: View, memory: DeviceMemory, holdings: Holdings, revision: int
 ) -> tuple[AttachReply, tuple[int, ...]]:
@@ -107,8 +112,8 @@ def attach_reply(
         kv_geometry=loaded.kv,
         # Address space for all KV that the device could ever hold: experts that leave make room for it.
         kv_bytes_reserved=memory.device.budget // loaded.kv.handle_bytes * loaded.kv.handle_bytes,
-        bus=Extent(fds.add(segment.fd), 0, segment.nbytes),
-        ledger=_export(memory, fds, memory.ledger),
+        bus=_share(fds, segment.shared),
+        ledger=_share(fds, memory.ledger),
         seat=seat,
     )
     return reply, tuple(fds.all)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Final
 
 from common.capacity import budget_of
 from common.config import HmmConfig
 from common.devices.base import Device
 from common.devices.factory import open_device
+from common.host_shared import HostShared
 from common.layout import Layout
 from common.machine import available_bytes
 from common.protocol.errors import ConfigError, DeviceError, Unavailable
@@ -30,6 +32,8 @@ from services.hmm.catalog import (
 from services.hmm.memory import BusSegment, DeviceMemory
 from services.hmm.parking import CATALOG, Parking
 from services.hmm.snapshot import Snapshot
+
+_BUS: Final = "bus"
 
 
 class Holdings:
@@ -67,7 +71,7 @@ class Holdings:
             self._parking.forget(name)
         if not is_adopted:
             self._begin()
-        self._park_all()
+        self._park()
 
     def _adopt(self, kept: dict[str, int]) -> bool:
         fd = kept.pop(CATALOG, None)
@@ -100,16 +104,16 @@ class Holdings:
             )
 
     def _adopt_device(self, entry: DeviceEntry, kept: dict[str, int]) -> None:
-        prefix = f"{entry.device}."
+        prefix = f"device.{entry.device}."
         names = [name for name in kept if name.startswith(prefix)]
         descriptors = {name.removeprefix(prefix): kept.pop(name) for name in names}
-        device = open_device(entry.device, self.granularity, entry.budget, descriptors=descriptors)
-        self.memories[entry.device] = memory = DeviceMemory(device)
-        memory.restore(entry)
+        ledger = kept.pop(_ledger(entry.device)) if entry.ledger_bytes else None
+        memory = DeviceMemory(open_device(entry.device, self.granularity, entry.budget, descriptors=descriptors))
+        self.memories[entry.device] = memory
+        memory.restore(entry, HostShared.open(ledger, entry.ledger_bytes) if ledger is not None else None)
 
     def _adopt_model(self, loaded: Loaded, transition: Transition | None, kept: dict[str, int]) -> None:
-        self.segment = BusSegment(kept.pop("bus"))
-        self.segment.open(loaded.bus_bytes)
+        self.segment = BusSegment.open(kept.pop(_BUS), loaded.bus_bytes)
         for slot in _slots_in_use(loaded, transition):
             self.doorbells[slot] = kept.pop(_doorbell(slot))
         self.loaded, self.transition = loaded, transition
@@ -133,12 +137,12 @@ class Holdings:
     # ---- A model's way in
 
     def prepare(self, layout: Layout) -> BusSegment:
-        """Make and park the descriptors that a load of `layout` will fill: all before any of them is in a catalog.
+        """Make the descriptors that a load of `layout` will fill.
 
         Raises Unavailable at the limit of open files.
         """
         try:
-            self.segment = BusSegment(os.memfd_create("bus", os.MFD_CLOEXEC))
+            self.segment = BusSegment(HostShared.create("bus"))
             for slot in layout.slots:
                 self.doorbells[slot] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             for seat in layout.seats:
@@ -146,7 +150,6 @@ class Holdings:
         except OSError as error:
             self.discard()
             raise Unavailable(f"no descriptors for {len(layout.seats)} seats: {error.strerror}") from None
-        self._park_all()
         return self.segment
 
     def commit(self, loaded: Loaded) -> None:
@@ -157,18 +160,16 @@ class Holdings:
     def discard(self) -> None:
         """A load failed and has released its handles: end the rest of what `prepare` made."""
         if self.segment is not None:
-            self._parking.forget("bus")
             self.segment.close()
             self.segment = None
-        for slot, fd in self.doorbells.items():
-            self._parking.forget(_doorbell(slot))
+        for fd in self.doorbells.values():
             os.close(fd)
         self.doorbells.clear()
 
     # ---- Another layout's way in and out
 
     def open_layout(self, layout: Layout) -> None:
-        """Make and park the descriptors that `layout` needs beside those that are there, before a catalog names it.
+        """Make the descriptors that `layout` needs beside those that are there.
 
         Raises Unavailable at the limit of open files; nothing stays made then.
         """
@@ -181,10 +182,6 @@ class Holdings:
         except OSError as error:
             self.close_slots(slots)
             raise Unavailable(f"no descriptors for {len(layout.seats)} seats: {error.strerror}") from None
-        for slot in slots:
-            self._parking.keep(_doorbell(slot), self.doorbells[slot])
-        for seat in layout.seats:
-            self._park_files(seat.device, self.memories[seat.device])
 
     def close_slots(self, slots: Iterable[int]) -> None:
         """End the doorbells of slots that no layout has any more, and that the catalog does not name."""
@@ -212,7 +209,25 @@ class Holdings:
     def write(self) -> None:
         """Make what there is now durable: the handles of the catalog are complete, and no others are in it."""
         assert self._snapshot is not None, "there is a snapshot from start on"
+        wanted = self._park()
         self._snapshot.write(encode(self.catalog()))
+        for name in self._parking.names - set(wanted):
+            self._parking.forget(name)
+
+    def _park(self) -> dict[str, int]:
+        """Let the keeper hold all that the catalog may name, by name, before it does."""
+        wanted = {_doorbell(slot): fd for slot, fd in self.doorbells.items()}
+        for name, memory in self.memories.items():
+            wanted |= {f"device.{name}.{part}": fd for part, fd in memory.device.descriptors().items()}
+            if memory.ledger is not None:
+                wanted[_ledger(name)] = memory.ledger.fd
+        if self.segment is not None:
+            wanted[_BUS] = self.segment.shared.fd
+        if self._snapshot is not None:
+            wanted[CATALOG] = self._snapshot.fd
+        for name, fd in wanted.items():
+            self._parking.keep(name, fd)
+        return wanted
 
     def check_integrity(self) -> list[str]:
         """Findings about the catalog and the devices; empty when all is well."""
@@ -229,26 +244,10 @@ class Holdings:
             for key, handle in memory.records.items()
         ]
 
-    # ---- Parking
-
-    def _park_all(self) -> None:
-        for name, memory in self.memories.items():
-            self._park_files(name, memory)
-        if self.segment is not None:
-            self._parking.keep("bus", self.segment.fd)
-        for slot, fd in self.doorbells.items():
-            self._parking.keep(_doorbell(slot), fd)
-        if self._snapshot is not None:
-            self._parking.keep(CATALOG, self._snapshot.fd)
-
-    def _park_files(self, name: str, memory: DeviceMemory) -> None:
-        for part, fd in memory.device.descriptors().items():
-            self._parking.keep(f"{name}.{part}", fd)
-
     def close(self) -> None:
         """Close this process's descriptors and mappings; what the keeper holds lives on. Idempotent."""
         for memory in self.memories.values():
-            memory.device.close()
+            memory.close()
         self.memories.clear()
         if self.segment is not None:
             self.segment.close()
@@ -266,6 +265,10 @@ def _slots_in_use(loaded: Loaded, transition: Transition | None) -> tuple[int, .
     if transition is None or transition.is_over:
         return loaded.layout.slots
     return slots_of((transition.before, transition.after))
+
+
+def _ledger(device: str) -> str:
+    return f"ledger.{device}"
 
 
 def _doorbell(slot: int) -> str:

@@ -12,12 +12,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.capacity import (
-    LEDGER_BLOB_BYTES,
-    DeviceSizes,
-    LedgerSizes,
-    size_load,
-)
+from common.capacity import DeviceSizes, LedgerSizes, size_load
 from common.checkpoint import Checkpoint
 from common.failpoint import failpoint
 from common.families import load_spec
@@ -25,8 +20,8 @@ from common.model_spec import KvGeometry, RecordKey, RecordSpec, round_up
 from common.protocol.errors import CheckpointError, Unavailable
 from common.protocol.hmm import LoadModel
 from common.telemetry import get_logger
-from native.ledger import format_ledger
 from services.hmm.catalog import Loaded
+from services.hmm.ledgers import make_ledger
 from services.hmm.memory import BusSegment, DeviceMemory
 from services.hmm.reader import Reader
 
@@ -76,21 +71,26 @@ class Load:
             if remarks := checkpoint.remarks():
                 log.warning("checkpoint: " + "; ".join(remarks))
             failpoint("hmm.load")
-            self._create(specs, sizes, geometry)
+            self._create(specs, sizes, geometry, ledger)
             self._read(checkpoint, specs)
             self.bytes_read = checkpoint.bytes_read
         self._replicate(specs)
-        self._format(sizes, ledger)
         self._segment.format(bus)
         footprint = max(size.weights_bytes + size.num_kv_handles * geometry.handle_bytes for size in sizes.values())
         handles = max(size.num_kv_handles for size in sizes.values())
         return Loaded(load, spec, geometry, bus.nbytes, load.layout, uuid.uuid4().hex, footprint, handles)
 
-    def _create(self, specs: Sequence[RecordSpec], sizes: Mapping[str, DeviceSizes], geometry: KvGeometry) -> None:
+    def _create(
+        self,
+        specs: Sequence[RecordSpec],
+        sizes: Mapping[str, DeviceSizes],
+        geometry: KvGeometry,
+        ledger: LedgerSizes,
+    ) -> None:
         nbytes = {spec.key: round_up(spec.nbytes, self._granularity) for spec in specs}
         for name, size in sizes.items():
             memory = self._memories[name]
-            memory.create_ledger(size.ledger_bytes)
+            memory.ledger = make_ledger(name, ledger)
             for key in size.keys:
                 self._check_abort()
                 memory.create_record(key, nbytes[key])
@@ -124,19 +124,6 @@ class Load:
                 self._check_abort()
                 target = other.records[record.key]
                 other.device.copy(other.address(target), first.address(source), source.nbytes)
-
-    def _format(self, sizes: Mapping[str, DeviceSizes], ledger: LedgerSizes) -> None:
-        for name in sizes:
-            memory = self._memories[name]
-            assert memory.ledger is not None, "every seat's device has a ledger by now"
-            format_ledger(
-                memory.address(memory.ledger),
-                ledger.nbytes,
-                ledger.num_rows,
-                ledger.max_tokens,
-                ledger.max_blocks,
-                LEDGER_BLOB_BYTES,
-            )
 
 
 def _existing(path: str) -> Path:

@@ -1,21 +1,20 @@
-"""The HMM's own view of its memory: the handles of each device, where it maps them itself, and the bus segment."""
+"""The HMM's own view of its memory: the handles of each device, where it maps them itself, ledgers and the bus."""
 
 from __future__ import annotations
 
-import os
-
 from common.capacity import BusSizes
 from common.devices.base import Device, Handle, Range, Space
+from common.host_shared import HostShared
 from common.model_spec import RecordKey
 from common.protocol.errors import DeviceError
 from native.bus import Bus, format_bus
-from native.host import Reservation
 from services.hmm.catalog import DeviceEntry, Placed, Span
 
 
 class DeviceMemory:
     """All handles of one device, mapped here as long as they live, each at its own offset of one window per space, so
-    that addresses are stable. `records`, `kv` and `ledger` are what the catalog names.
+    that addresses are stable. `records`, `kv` and `ledger` are what the catalog names; the ledger, of the rank on this
+    device, is memory of the host.
 
     Belongs to the load's thread during a load, else to the service's loop.
     """
@@ -24,7 +23,7 @@ class DeviceMemory:
         self.device = device
         self.records: dict[RecordKey, Handle] = {}
         self.kv: list[Handle] = []
-        self.ledger: Handle | None = None
+        self.ledger: HostShared | None = None
         self._windows: dict[Space, Range] = {}
 
     def create_record(self, key: RecordKey, nbytes: int) -> None:
@@ -32,11 +31,6 @@ class DeviceMemory:
         handle = self.device.create(nbytes, "weights")
         self.records[key] = handle
         self._map(handle)
-
-    def create_ledger(self, nbytes: int) -> None:
-        """Create and map the ledger's handle. Raises DoesNotFit."""
-        self.ledger = self.device.create(nbytes, "shared")
-        self._map(self.ledger)
 
     def create_kv(self, nbytes: int) -> None:
         """Create and map one more KV handle. Raises DoesNotFit."""
@@ -66,29 +60,33 @@ class DeviceMemory:
         for handle in self.take_all():
             self.release(handle)
 
-    def take_all(self) -> list[Handle]:
-        """Every handle that the catalog names, which it does no more: they are the caller's, to `release`."""
-        handles = [*self.records.values(), *self.kv, *([self.ledger] if self.ledger else [])]
+    def take_all(self) -> list[Handle | HostShared]:
+        """All that the catalog names, which it does no more: it is the caller's, to `release`."""
+        taken: list[Handle | HostShared] = [*self.records.values(), *self.kv, *([self.ledger] if self.ledger else [])]
         self.records.clear()
         self.kv.clear()
         self.ledger = None
-        return handles
+        return taken
 
-    def release(self, handle: Handle) -> None:
-        """Unmap and release a handle that the catalog does not name."""
-        if handle.num_mappings and handle.space is not None:
-            self.device.unmap(self._windows[handle.space], handle.place)
-        self.device.release(handle)
+    def release(self, memory: Handle | HostShared) -> None:
+        """Unmap and give back what the catalog does not name."""
+        if isinstance(memory, HostShared):
+            memory.close()
+            return
+        if memory.num_mappings and memory.space is not None:
+            self.device.unmap(self._windows[memory.space], memory.place)
+        self.device.release(memory)
 
     def entry(self) -> DeviceEntry:
         """The catalog's entry of this device."""
         records = tuple(Placed(key, _span(handle)) for key, handle in self.records.items())
         kv = tuple(_span(handle) for handle in self.kv)
-        ledger = _span(self.ledger) if self.ledger else None
-        return DeviceEntry(self.device.name, self.device.budget, records, kv, ledger)
+        ledger_bytes = self.ledger.nbytes if self.ledger else 0
+        return DeviceEntry(self.device.name, self.device.budget, records, kv, ledger_bytes)
 
-    def restore(self, entry: DeviceEntry) -> None:
+    def restore(self, entry: DeviceEntry, ledger: HostShared | None) -> None:
         """Take over what a predecessor created, and give back what it did not record. Raises DeviceError."""
+        self.ledger = ledger
         for placed in entry.records:
             handle = self.device.restore("weights", placed.span.offset, placed.span.nbytes)
             self.records[placed.key] = handle
@@ -96,10 +94,14 @@ class DeviceMemory:
         for span in entry.kv:
             self.kv.append(self.device.restore("kv", span.offset, span.nbytes))
             self._map(self.kv[-1])
-        if entry.ledger:
-            self.ledger = self.device.restore("shared", entry.ledger.offset, entry.ledger.nbytes)
-            self._map(self.ledger)
         self.device.trim()
+
+    def close(self) -> None:
+        """Give back this process's part of everything. Idempotent."""
+        if self.ledger is not None:
+            self.ledger.close()
+            self.ledger = None
+        self.device.close()
 
 
 def _span(handle: Handle) -> Span:
@@ -107,42 +109,31 @@ def _span(handle: Handle) -> Span:
 
 
 class BusSegment:
-    """The bus's memfd. It is working memory like activations, outside the devices' budgets: its exchange areas take
-    pages only when they are touched. Owns the descriptor and the mapping."""
+    """The bus's memory. It is working memory like activations, outside the devices' budgets: its exchange areas take
+    pages only when they are touched. Owns it."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.nbytes = 0
+    def __init__(self, shared: HostShared) -> None:
+        self.shared = shared
         self.bus: Bus | None = None
-        self._mapping: Reservation | None = None
 
     def format(self, sizes: BusSizes) -> None:
-        """Give an empty segment its size and header, and open it."""
-        os.ftruncate(self.fd, sizes.nbytes)
-        base = self._map(sizes.nbytes)
-        format_bus(base, sizes.nbytes, sizes.max_ranks, sizes.max_tokens, sizes.hidden, sizes.top_k)
-        self.bus = Bus(base, sizes.nbytes)
+        """Give an empty segment its size and header, and open it. Raises DoesNotFit."""
+        self.shared.resize(sizes.nbytes)
+        format_bus(self.shared.address, sizes.nbytes, sizes.max_ranks, sizes.max_tokens, sizes.hidden, sizes.top_k)
+        self.bus = Bus(self.shared.address, sizes.nbytes)
 
-    def open(self, nbytes: int) -> None:
-        """Open a segment that a predecessor formatted. Raises DeviceError."""
+    @classmethod
+    def open(cls, fd: int, nbytes: int) -> BusSegment:
+        """A segment that a predecessor formatted; `fd` is taken over. Raises DeviceError invalid_extent."""
+        segment = cls(HostShared.open(fd, nbytes))
         try:
-            self.bus = Bus(self._map(nbytes), nbytes)
-        except OSError as error:
-            text = f"the bus of {nbytes} bytes cannot be opened: {error.strerror}"
-            raise DeviceError(text, code="invalid_extent") from None
+            segment.bus = Bus(segment.shared.address, nbytes)
         except ValueError as error:
+            segment.close()
             raise DeviceError(f"the bus of {nbytes} bytes cannot be opened: {error}", code="invalid_extent") from None
-
-    def _map(self, nbytes: int) -> int:
-        self.nbytes = nbytes
-        self._mapping = Reservation(nbytes)
-        self._mapping.map(0, self.fd, 0, nbytes, True)
-        return self._mapping.base
+        return segment
 
     def close(self) -> None:
-        """Unmap and close."""
+        """Unmap and close. Idempotent."""
         self.bus = None
-        if self._mapping is not None:
-            self._mapping.close()
-            self._mapping = None
-        os.close(self.fd)
+        self.shared.close()

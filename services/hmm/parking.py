@@ -63,8 +63,15 @@ class Parking:
             _close(kept.values())
             raise
 
+    @property
+    def names(self) -> set[str]:
+        """Of what the keeper shall hold."""
+        return set(self._wanted)
+
     def keep(self, name: str, fd: int) -> None:
-        """Park `fd`, which stays the caller's, open until `forget`."""
+        """Park `fd`, which stays the caller's, open until `forget`; nothing is to do where it is parked already."""
+        if self._wanted.get(name) == fd:
+            return
         self._wanted[name] = fd
         self._try(Keep(name), (fd,))
 

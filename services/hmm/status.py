@@ -84,7 +84,8 @@ def _memory_facts(holdings: Holdings) -> MemoryFacts | None:
 def _device_status(name: str, holdings: Holdings, attachments: Attachments, members: Membership) -> DeviceStatus:
     memory, loaded = holdings.memories[name], holdings.loaded
     attached = next((one for one in attachments.by_slot.values() if one.device == name), None)
-    used = dict(memory.device.used)
+    used, ledger = dict(memory.device.used), memory.ledger
+    other = ledger.nbytes if ledger is not None else 0
     num_experts, num_blocks = 0, 0
     if loaded is not None:  # else the load's thread may be at work on these
         num_experts = sum(key.kind == "expert" for key in memory.records)
@@ -94,8 +95,8 @@ def _device_status(name: str, holdings: Holdings, attachments: Attachments, memb
         budget=memory.device.budget,
         weights=used["weights"],
         kv=used["kv"],
-        other=used["shared"],
-        free=memory.device.budget - sum(used.values()),
+        other=other,
+        free=memory.device.budget - sum(used.values()) - other,
         num_experts=num_experts,
         kv_blocks=num_blocks,
         attached=attached.incarnation if attached else None,

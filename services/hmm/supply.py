@@ -10,15 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from common.capacity import size_ledger
 from common.devices.base import Handle, Space
 from common.failpoint import failpoint
+from common.host_shared import HostShared
 from common.model_spec import RecordKey
 from common.protocol.errors import ElasticMoEError
 from services.hmm.background import Background
 from services.hmm.catalog import Loaded, Transition, record_bytes
 from services.hmm.holdings import Holdings
+from services.hmm.ledgers import claim_ledger
 from services.hmm.memory import DeviceMemory
-from services.hmm.transfer import Part, Peaks, Transfer, reclaim
+from services.hmm.transfer import LedgerPart, Part, Peaks, Transfer, reclaim
 
 Then = Callable[[ElasticMoEError | None], None]
+Parts = dict[str, list[Part | LedgerPart]]
 
 
 class Supply:
@@ -30,7 +33,7 @@ class Supply:
         self._transfer: Transfer | None = None  # at work
         self._num_running = 0  # of its threads
         self._failure: ElasticMoEError | None = None
-        self._claims: list[tuple[DeviceMemory, RecordKey | None, Handle]] = []
+        self._claims: list[tuple[DeviceMemory, RecordKey | None, Handle | HostShared]] = []
         self._num_releasing = 0
         self.peaks = Peaks()
         self.bytes_done = 0  # of the latest transfer that is over
@@ -58,21 +61,22 @@ class Supply:
 
     # ---- In
 
-    def claim_stage(self, transition: Transition, loaded: Loaded) -> dict[str, list[Part]]:
+    def claim_stage(self, transition: Transition, loaded: Loaded) -> Parts:
         """What `transition` needs beside what is there: ledger and KV of new seats, and the records to be copied.
 
         Raises DoesNotFit; `drop_claims` takes back what was claimed by then.
         """
         failpoint("hmm.claim")
         memories, request = self._holdings.memories, transition.request
-        parts: dict[str, list[Part]] = {}
+        parts: Parts = {}
         ledger = size_ledger(loaded.load, self._holdings.granularity)
         for seat in transition.after.seats:
             if transition.before.seat_on(seat.device) is not None:
                 continue
             memory = memories[seat.device]
-            handle = self._claim(memory, None, ledger.nbytes, "shared")
-            parts[seat.device] = [Part(memory.device, handle, memory.address(handle), ledger=ledger)]
+            shared = claim_ledger(seat.device, ledger)
+            self._claims.append((memory, None, shared))
+            parts[seat.device] = [LedgerPart(shared, ledger)]
             parts[seat.device] += self.claim_kv(memory, request.kv_handles[seat.device], loaded)
         sizes = record_bytes(loaded, self._holdings.granularity)
         for copy in request.copies:
@@ -85,7 +89,7 @@ class Supply:
             parts.setdefault(copy.target, []).append(part)
         return parts
 
-    def claim_kv(self, memory: DeviceMemory, count: int, loaded: Loaded) -> list[Part]:
+    def claim_kv(self, memory: DeviceMemory, count: int, loaded: Loaded) -> list[Part | LedgerPart]:
         """`count` more KV handles. Raises DoesNotFit."""
         handles = [self._claim(memory, None, loaded.kv.handle_bytes, "kv") for _ in range(count)]
         return [Part(memory.device, handle, memory.address(handle)) for handle in handles]
@@ -95,7 +99,7 @@ class Supply:
         self._claims.append((memory, key, handle))
         return handle
 
-    def start(self, parts: Mapping[str, Sequence[Part]], bytes_per_s_max: int, loaded: Loaded, then: Then) -> None:
+    def start(self, parts: Parts, bytes_per_s_max: int, loaded: Loaded, then: Then) -> None:
         """Let threads make `parts`; `then` is called in the loop's thread when all have ended."""
         transfer = Transfer(parts, bytes_per_s_max, self.peaks, loaded.spec, loaded.load.model_path)
         self._transfer, self._num_running, self._failure = transfer, transfer.num_threads, None
@@ -118,14 +122,15 @@ class Supply:
 
     def settle(self) -> None:
         """All that was claimed is complete: it belongs to the catalog from now on."""
-        for memory, key, handle in self._claims:
-            memory.device.settle(handle)
+        for memory, key, claim in self._claims:
+            if isinstance(claim, HostShared):
+                memory.ledger = claim
+                continue
+            memory.device.settle(claim)
             if key is not None:
-                memory.records[key] = handle
-            elif handle.space == "kv":
-                memory.kv.append(handle)
+                memory.records[key] = claim
             else:
-                memory.ledger = handle
+                memory.kv.append(claim)
         self._claims.clear()
 
     # ---- Out
@@ -137,17 +142,18 @@ class Supply:
         if gone:
             self.give_back(gone)
 
-    def give_back(self, gone: Sequence[tuple[DeviceMemory, Handle]]) -> None:
-        """Release handles that no catalog names and nobody uses: their pages in a thread, the rest afterwards."""
+    def give_back(self, gone: Sequence[tuple[DeviceMemory, Handle | HostShared]]) -> None:
+        """Release what no catalog names and nobody uses: their pages in a thread, the rest afterwards."""
 
         def over(_: ElasticMoEError | None) -> None:
-            for memory, handle in gone:
-                memory.release(handle)
+            for memory, one in gone:
+                memory.release(one)
             self._num_releasing -= 1
 
         for device in {memory.device.name: memory.device for memory, _ in gone}.values():
             self.peaks.sample(device)
-        for memory, handle in gone:
-            memory.device.retire(handle)
+        handles = [(memory.device, one) for memory, one in gone if isinstance(one, Handle)]
+        for device, handle in handles:
+            device.retire(handle)
         self._num_releasing += 1
-        self._background.start("release", lambda: reclaim([(memory.device, one) for memory, one in gone]), over)
+        self._background.start("release", lambda: reclaim(handles), over)

@@ -13,14 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from common.capacity import LEDGER_BLOB_BYTES, LedgerSizes
+from common.capacity import LedgerSizes
 from common.checkpoint import Checkpoint
 from common.devices.base import Device, Handle
 from common.failpoint import failpoint
 from common.families import record
+from common.host_shared import HostShared
 from common.model_spec import ModelSpec, RecordKey
 from common.protocol.errors import Unavailable
-from native.ledger import format_ledger
+from services.hmm.ledgers import format_pages
 from services.hmm.reader import Reader
 
 _THREADS: Final = 2  # while there is no limit; a joining replica waits for one device only
@@ -31,14 +32,35 @@ _PIECES_PER_S: Final = 20  # at the least, where the limit allows pieces of the 
 
 class Part(NamedTuple):
     """One claimed handle to be made: at `address`, and filled from the address `source`, if not 0; from the checkpoint,
-    where `key` says which record; with an empty ledger's header, where `ledger` is given; else it stays zeros."""
+    where `key` says which record; else it stays zeros."""
 
     device: Device
     handle: Handle
     address: int
     source: int = 0
     key: RecordKey | None = None
-    ledger: LedgerSizes | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the handle."""
+        return self.handle.nbytes
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether it is filled with what is elsewhere."""
+        return bool(self.source) or self.key is not None
+
+
+class LedgerPart(NamedTuple):
+    """An empty ledger to be made in `shared`, which has its size."""
+
+    shared: HostShared
+    sizes: LedgerSizes
+
+    @property
+    def nbytes(self) -> int:
+        """Of the ledger."""
+        return self.sizes.nbytes
 
 
 class Peaks:
@@ -60,15 +82,15 @@ class Transfer:
 
     def __init__(
         self,
-        parts: Mapping[str, Sequence[Part]],
+        parts: Mapping[str, Sequence[Part | LedgerPart]],
         bytes_per_s_max: int,
         peaks: Peaks,
         spec: ModelSpec,
         model_path: str,
     ) -> None:
         self.bytes_done = 0
-        self.bytes_total = sum(part.handle.nbytes for some in parts.values() for part in some if _is_copied(part))
         self.parts = [part for some in parts.values() for part in some]
+        self.bytes_total = sum(part.nbytes for part in self.parts if isinstance(part, Part) and part.is_copied)
         self._shares = deque(share for some in parts.values() for share in _shares(some))
         self.num_threads = max(1, min(1 if bytes_per_s_max else _THREADS, len(self._shares)))
         self._peaks = peaks
@@ -98,10 +120,14 @@ class Transfer:
             self.stop()  # the others' work would be in vain
             raise
 
-    def _make(self, parts: Sequence[Part]) -> None:
+    def _make(self, parts: Sequence[Part | LedgerPart]) -> None:
         for part in parts:
-            for done in range(0, part.handle.nbytes, self._piece_bytes):
-                nbytes = min(self._piece_bytes, part.handle.nbytes - done)
+            for done in range(0, part.nbytes, self._piece_bytes):
+                nbytes = min(self._piece_bytes, part.nbytes - done)
+                if isinstance(part, LedgerPart):
+                    part.shared.populate(done, nbytes)
+                    self._pause(nbytes)
+                    continue
                 if part.source:
                     part.device.write(part.handle, done, part.source + done, nbytes)
                     failpoint("hmm.copy")
@@ -110,11 +136,9 @@ class Transfer:
                     part.device.populate(part.handle, done, nbytes)
                 self._peaks.sample(part.device)
                 self._pause(nbytes)
-            if part.ledger is not None:
-                sizes = part.ledger
-                blob = LEDGER_BLOB_BYTES
-                format_ledger(part.address, sizes.nbytes, sizes.num_rows, sizes.max_tokens, sizes.max_blocks, blob)
-        self._read([part for part in parts if part.key is not None])
+            if isinstance(part, LedgerPart):
+                format_pages(part.shared, part.sizes)
+        self._read([part for part in parts if isinstance(part, Part) and part.key is not None])
 
     def _read(self, parts: Sequence[Part]) -> None:
         if not parts:
@@ -141,20 +165,18 @@ class Transfer:
             raise Unavailable("the transition was given up", code="aborted")
 
 
-def _is_copied(part: Part) -> bool:
-    return bool(part.source) or part.key is not None
-
-
-def _shares(parts: Sequence[Part]) -> list[list[Part]]:
+def _shares(parts: Sequence[Part | LedgerPart]) -> list[list[Part | LedgerPart]]:
     """One device's parts in as many shares of about the same size as there are threads; what is read from the
     checkpoint stays together, because files are read from their beginning to their end."""
-    read = [part for part in parts if part.key is not None]
-    shares: list[list[Part]] = [[] for _ in range(_THREADS)]
+    read: list[Part | LedgerPart] = [part for part in parts if isinstance(part, Part) and part.key is not None]
+    shares: list[list[Part | LedgerPart]] = [[] for _ in range(_THREADS)]
     sizes = [0] * _THREADS
-    for part in sorted((part for part in parts if part.key is None), key=lambda part: -part.handle.nbytes):
+    for part in sorted(
+        (part for part in parts if isinstance(part, LedgerPart) or part.key is None), key=lambda part: -part.nbytes
+    ):
         least = sizes.index(min(sizes))
         shares[least].append(part)
-        sizes[least] += part.handle.nbytes
+        sizes[least] += part.nbytes
     return [share for share in (read, *shares) if share]
 
 

@@ -16,6 +16,7 @@ import msgspec
 from common.clock import SYSTEM_CLOCK, Clock
 from common.devices.base import Handle
 from common.failpoint import failpoint
+from common.host_shared import HostShared
 from common.layout import Layout, Seat
 from common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound
 from common.protocol.hmm import StageLayout
@@ -30,8 +31,7 @@ from services.hmm.holdings import Holdings
 from services.hmm.membership import Membership
 from services.hmm.memory import DeviceMemory
 from services.hmm.staging import check_stage
-from services.hmm.supply import Supply
-from services.hmm.transfer import Part
+from services.hmm.supply import Parts, Supply
 
 _RESUME_S: Final = 5.0  # after a start: a living rank has introduced itself by then
 
@@ -321,7 +321,7 @@ class Transitions:
     def _take_back(self, transition: Transition, layout: Layout) -> bool:
         """Whether no device holds what it need not hold by `layout`."""
         is_done = True
-        gone: list[tuple[DeviceMemory, Handle]] = []
+        gone: list[tuple[DeviceMemory, Handle | HostShared]] = []
         for seat in sorted({*transition.before.seats, *transition.after.seats}, key=_slot_of):
             memory = self._holdings.memories[seat.device]
             keys = keys_of((layout,), seat.device)
@@ -331,8 +331,8 @@ class Transitions:
             is_done = False
             if not self._is_let_go(seat.slot, bool(keys)) or self._is_used(memory):
                 continue
-            handles = [memory.records.pop(key) for key in extra] if keys else memory.take_all()
-            gone += [(memory, handle) for handle in handles]
+            taken = [memory.records.pop(key) for key in extra] if keys else memory.take_all()
+            gone += [(memory, one) for one in taken]
         if gone:
             failpoint("hmm.give_back.before")
             self._changed()
@@ -354,7 +354,7 @@ class Transitions:
         """Start to make the KV handles that are missing; whether there are any."""
         loaded = self._holdings.loaded
         assert loaded is not None, "a transition is of a loaded model"
-        parts: dict[str, list[Part]] = {}
+        parts: Parts = {}
         try:
             for device, count in sorted(kv_handles.items()):
                 memory = self._holdings.memories[device]

@@ -2,7 +2,7 @@
 
 One virtual range for each of the base and layer records; one per MoE layer with a slot for *every* expert of the model
 at `expert * stride`, of which only the held ones are mapped, so that an expert's address never changes; one for the KV
-blocks, reserved for the most that the device could hold; one each for the bus and the ledger.
+blocks, reserved for the most that the device could hold. Bus and ledger are memory of the host.
 
 A SeatMemory is a goal: what is named and not mapped is mapped, what is mapped and not named is unmapped, all else stays
 untouched. The rank works at it between its steps, a slice at a time, so that serving goes on; experts that come or go
@@ -20,9 +20,10 @@ import torch
 from common.devices.base import Handle, Range, Token
 from common.devices.factory import open_device
 from common.families import record
+from common.host_shared import HostShared
 from common.model_spec import DTYPE_BYTES, RecordKey, RecordSpec, round_up
 from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
-from common.protocol.handles import AttachReply, Extent, Routing, SeatMemory
+from common.protocol.handles import AttachReply, Extent, Routing, SeatMemory, Segment
 from native.bus import Bus
 from native.ledger import Ledger
 from services.worker.model.weights import KvCache, RankWeights
@@ -78,6 +79,7 @@ class Memory:
         self._kv: list[_Mapping] = []
         self._geometry = reply.kv_geometry
         self._goal: _Goal | None = None
+        self._shared: list[HostShared] = []  # of the host: bus and ledger
         try:
             self._map_all(reply, fds)
         except BaseException:
@@ -93,8 +95,9 @@ class Memory:
         handle_bytes = self._geometry.handle_bytes
         self._kv_range = self.device.reserve(max(reply.kv_bytes_reserved, len(reply.seat.kv) * handle_bytes))
         self.kv = KvCache(self._kv_range.base, 0, self._geometry, self.device)
-        self.bus = Bus(*self._map_one(reply.bus, fds), self._slot)
-        self.ledger = Ledger(*self._map_one(reply.ledger, fds))
+        bus, ledger = (self._open(segment, fds) for segment in (reply.bus, reply.ledger))
+        self.bus = Bus(bus.address, bus.nbytes, self._slot)
+        self.ledger = Ledger(ledger.address, ledger.nbytes)
         self.begin(reply.seat, fds)
         while not self.advance(self._set_num_blocks, populate=False):
             pass
@@ -221,15 +224,17 @@ class Memory:
         for fd in self.doorbells.values():
             os.close(fd)
         self.doorbells.clear()
+        for shared in self._shared:
+            shared.close()
+        self._shared.clear()
         self.device.close()
 
     # ---- Places
 
-    def _map_one(self, extent: Extent, fds: list[int]) -> tuple[int, int]:
-        """Map one handle read-write in a range of its own: (address, bytes)."""
-        range_ = self.device.reserve(extent.nbytes)
-        self.device.map(range_, 0, self.device.import_(_token(extent, fds)), True)
-        return range_.base, extent.nbytes
+    def _open(self, segment: Segment, fds: list[int]) -> HostShared:
+        shared = HostShared.open(os.dup(_fd(fds, segment.fd)), segment.nbytes)
+        self._shared.append(shared)
+        return shared
 
     def _reserve_experts(self, layer: int) -> tuple[Range, int] | None:
         """A slot for every expert of the layer: the range, and the bytes from slot to slot."""

@@ -21,6 +21,7 @@ from common.devices.base import Handle, ProcessRules, Range, Token
 from common.devices.factory import open_device
 from common.families import load_spec, parse_spec, records
 from common.fdchannel import Channel, connect
+from common.host_shared import HostShared
 from common.layout import Layout, RankId, initial_layout
 from common.model_spec import RecordKey
 from common.protocol import scaler
@@ -191,10 +192,10 @@ class Rank:
             self.channel.close()
             raise
         deployment.ranks.append(self)
-        self._bus, self._ledger = (self._map(extent, fds, True)[0] for extent in (self.reply.bus, self.reply.ledger))
-        self._fixed = set(self._ranges)
-        self.bus = Bus(self._bus.base, self._bus.nbytes, slot)
-        self.ledger = Ledger(self._ledger.base, self._ledger.nbytes)
+        segments = (self.reply.bus, self.reply.ledger)
+        self._shared = [HostShared.open(os.dup(fds[segment.fd]), segment.nbytes) for segment in segments]
+        self.bus = Bus(self._shared[0].address, self._shared[0].nbytes, slot)
+        self.ledger = Ledger(self._shared[1].address, self._shared[1].nbytes)
         self.apply(self.reply.seat, fds)
 
     @property
@@ -220,7 +221,7 @@ class Rank:
         self.received.append(seat)
         records = {item.key: self._map(item.extent, fds, False) for item in seat.records}
         kv = [self._map(extent, fds, True) for extent in seat.kv]
-        kept = self._fixed | {name for _, name in (*records.values(), *kv)}
+        kept = {name for _, name in (*records.values(), *kv)}
         for name in set(self._ranges) - kept:
             range_, handle = self._ranges.pop(name)
             self.device.unmap(range_, 0)
@@ -293,6 +294,8 @@ class Rank:
         for fd in self.fds:
             os.close(fd)
         self.fds = []
+        for shared in self._shared:
+            shared.close()
         self.device.close()
 
 

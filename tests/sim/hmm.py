@@ -323,7 +323,7 @@ class Hmm(Actor):
         for name, memory in self.memories.items():
             placed = tuple(self._placed(key, index) for index, key in enumerate(memory.records))
             kv = tuple(Span(i * PAGE, PAGE) for i in range(len(memory.kv)))
-            ledger = Span(0, self.ledger_bytes) if memory.ledger else None
+            ledger = self.ledger_bytes if memory.ledger else 0
             entries.append(DeviceEntry(name, memory.device.budget, placed, kv, ledger))
         return Catalog(granularity=PAGE, devices=tuple(entries), loaded=self.loaded, transition=self.transition)
 

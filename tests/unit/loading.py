@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from common.devices.factory import open_device
 from common.devices.rules import ProcessRules
 from common.families import load_spec
+from common.host_shared import HostShared
 from common.layout import initial_layout
 from common.model_spec import RecordKey, TensorSpec
 from common.protocol.hmm import LoadModel
@@ -30,7 +30,7 @@ class World:
         self.memories = {
             name: DeviceMemory(open_device(name, PAGE, BUDGET, rules=rules)) for name in ("host:0", "host:1")
         }
-        self.segment = BusSegment(os.memfd_create("bus"))
+        self.segment = BusSegment(HostShared.create("bus"))
 
     def load(self, directory: Path, dtype: str = "float32", devices: int = 2, **changes: Any) -> Load:
         spec = load_spec(directory, dtype) if (directory / "config.json").is_file() else None
@@ -59,4 +59,4 @@ class World:
     def close(self) -> None:
         self.segment.close()
         for memory in self.memories.values():
-            memory.device.close()
+            memory.close()

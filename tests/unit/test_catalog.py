@@ -50,7 +50,7 @@ def entry_of(device: str, slot: int) -> DeviceEntry:
         placed.append(Placed(key, Span(at, SIZES[key])))
         at += SIZES[key]
     kv = tuple(Span(i * GEOMETRY.handle_bytes, GEOMETRY.handle_bytes) for i in range(2))
-    return DeviceEntry(device, 1 << 25, tuple(placed), kv, Span(0, 16 * PAGE))
+    return DeviceEntry(device, 1 << 25, tuple(placed), kv, 16 * PAGE)
 
 
 def catalog() -> Catalog:
@@ -85,8 +85,8 @@ def test_other_bytes_are_no_catalog(raw: bytes) -> None:
 
 
 def test_another_version_is_no_catalog() -> None:
-    with pytest.raises(ValueError, match="version 1 is not 2"):
-        decode(encode(msgspec.structs.replace(catalog(), version=1)))
+    with pytest.raises(ValueError, match="version 2 is not 3"):
+        decode(encode(msgspec.structs.replace(catalog(), version=2)))
 
 
 def test_every_expert_has_one_home_and_every_device_the_rest() -> None:
@@ -123,7 +123,7 @@ def test_findings_name_what_is_wrong() -> None:
     assert "is not granular" in _finding(with_entry(0, records=(*first.records[:-1], shifted)))
     assert "exceed the budget of 4096" in _finding(with_entry(0, budget=PAGE))
     assert "KV handles are none" in _finding(with_entry(0, kv=()))
-    assert "has no ledger" in _finding(with_entry(0, ledger=None))
+    assert "has no ledger" in _finding(with_entry(0, ledger_bytes=0))
     assert "host:2: holds memory without a seat" in _finding(with_entry(2, kv=first.kv))
     homeless = msgspec.structs.replace(catalog(), devices=catalog().devices[1:])
     assert "host:0: has a seat but is not of this host" in _finding(homeless)
@@ -166,9 +166,7 @@ def entry_by(device: str, *layouts_: Layout) -> DeviceEntry:
         placed.append(Placed(key, Span(at, SIZES[key])))
         at += SIZES[key]
     kv = (Span(0, GEOMETRY.handle_bytes),)
-    return (
-        DeviceEntry(device, 1 << 25, tuple(placed), kv, Span(0, 16 * PAGE)) if placed else DeviceEntry(device, 1 << 25)
-    )
+    return DeviceEntry(device, 1 << 25, tuple(placed), kv, 16 * PAGE) if placed else DeviceEntry(device, 1 << 25)
 
 
 @pytest.mark.parametrize(

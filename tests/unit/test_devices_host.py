@@ -44,11 +44,11 @@ def mapped(device: HostDevice, handle: Handle, writable: bool = True) -> Range:
 
 
 def test_pages_are_real_at_creation_and_gone_after_release(owner: HostDevice) -> None:
-    spaces: list[Space] = ["weights", "kv", "shared"]
+    spaces: list[Space] = ["weights", "kv"]
     handles = [owner.create(2 * PAGE, space) for space in spaces]
-    assert pages_of(owner) == 6 * PAGE
-    assert owner.used == {"weights": 2 * PAGE, "kv": 2 * PAGE, "shared": 2 * PAGE}
-    assert owner.free == 10 * PAGE
+    assert pages_of(owner) == 4 * PAGE
+    assert owner.used == {"weights": 2 * PAGE, "kv": 2 * PAGE}
+    assert owner.free == 12 * PAGE
     for handle in handles:
         owner.release(handle)
     assert pages_of(owner) == 0
@@ -121,7 +121,7 @@ def test_a_user_sees_what_the_owner_writes_and_keeps_it_after_the_owner(owner: H
     assert user.read_bytes(seen.base, 2 * PAGE) == b"\x5a" * 2 * PAGE
 
 
-@pytest.mark.parametrize(("space", "writable"), [("weights", False), ("kv", True), ("shared", True)])
+@pytest.mark.parametrize(("space", "writable"), [("weights", False), ("kv", True)])
 def test_weights_are_exported_read_only(owner: HostDevice, user: HostDevice, space: Space, writable: bool) -> None:
     handle = user.import_(owner.export(owner.create(PAGE, space)))
     assert handle.writable is writable
@@ -145,7 +145,7 @@ def test_a_successor_restores_handles_and_trims_what_was_not_recorded(owner: Hos
     handle = successor.restore("weights", 0, 2 * PAGE)
     successor.trim()
     assert successor.read_bytes(mapped(successor, handle).base, 3) == b"abc"
-    assert successor.used == {"weights": 2 * PAGE, "kv": 0, "shared": 0}
+    assert successor.used == {"weights": 2 * PAGE, "kv": 0}
     assert pages_of(successor) == 2 * PAGE
     assert successor.check_integrity() == []
     for offset, nbytes in [(0, PAGE), (PAGE, 2 * PAGE), (100 * PAGE, PAGE), (PAGE // 2, PAGE)]:

@@ -14,7 +14,17 @@ import pytest
 from common.fdchannel import Channel, Listener, connect
 from common.layout import RankId
 from common.model_spec import KvGeometry, RecordKey
-from common.protocol.handles import TO_RANK, Applied, Attach, AttachReply, Extent, FromHmm, RecordExtent, SeatMemory
+from common.protocol.handles import (
+    TO_RANK,
+    Applied,
+    Attach,
+    AttachReply,
+    Extent,
+    FromHmm,
+    RecordExtent,
+    SeatMemory,
+    Segment,
+)
 from common.telemetry import get_logger
 from services.hmm import attachments as attachments_module
 from services.hmm.attachments import Attachments
@@ -22,6 +32,7 @@ from tests.procs.waiting import wait_until
 from tests.unit.specs import tiny_mixtral_spec
 
 EXTENT = Extent(0, 0, 4096)
+SEGMENT = Segment(0, 4096)
 SEAT = SeatMemory(1, (), (EXTENT,), (), (0,), (0,))
 LARGE = SeatMemory(
     0,
@@ -43,7 +54,7 @@ class Pair:
         self.subject.accept(self.subject.fds())
         ((accepted, request),) = wait_until(lambda: self.subject.requests(self.subject.fds()), "the rank asks")
         reply = AttachReply(
-            "m", tiny_mixtral_spec(), 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, EXTENT, EXTENT, SEAT
+            "m", tiny_mixtral_spec(), 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, SEGMENT, SEGMENT, SEAT
         )
         self.fd = os.memfd_create("x")
         os.write(self.fd, b"content")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ import msgspec
 import pytest
 
 from common.capacity import BusSizes
+from common.host_shared import HostShared
 from common.layout import Layout, initial_layout
 from common.telemetry import get_logger
 from services.hmm.membership import Membership, slots_of_mask
@@ -24,7 +24,7 @@ class World:
     """A bus, and the layout in force."""
 
     def __init__(self) -> None:
-        self.segment = BusSegment(os.memfd_create("bus"))
+        self.segment = BusSegment(HostShared.create("bus"))
         self.segment.format(BusSizes(8, 4, 8, 2, 1 << 20))
         self.num_rings = 0
         self.holdings: Any = SimpleNamespace(

@@ -70,7 +70,7 @@ class World:
     def __init__(self, model: Path, folder: Path) -> None:
         self.machine = Memory()
         config = HmmConfig(run_dir=str(folder), devices="host:3", device_bytes=BUDGET)
-        parking: Any = SimpleNamespace(fetch=dict, keep=lambda *_: None, forget=lambda _: None)
+        parking: Any = SimpleNamespace(fetch=dict, keep=lambda *_: None, forget=lambda _: None, names=set())
         self.holdings = Holdings(config, parking, LOG)
         self.holdings.start()
         layout = initial_layout((5, 5), ["host:0", "host:1"])
@@ -151,7 +151,7 @@ class World:
         for name, memory in self.holdings.memories.items():
             keys = keys_of((self.layout,), name)
             assert set(memory.records) == keys
-            handles = [*memory.records.values(), *memory.kv, *([memory.ledger] if memory.ledger else [])]
+            handles = [*memory.records.values(), *memory.kv]
             assert memory.device.pages == sum(handle.nbytes for handle in handles)
             assert memory.device.free == memory.device.budget - memory.device.pages
             assert bool(memory.kv) == bool(memory.ledger) == bool(keys)

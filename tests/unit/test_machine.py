@@ -14,7 +14,6 @@ import pytest
 
 from cli import checks, doctor
 from common import machine
-from common.devices import host as host_device
 from common.devices.factory import open_device
 from common.machine import available_bytes, group_room, usable_cores
 from common.protocol.errors import DoesNotFit
@@ -170,7 +169,7 @@ def test_a_device_refuses_what_its_group_cannot_hold(monkeypatch: pytest.MonkeyP
     """Beyond its group's limit the kernel would kill the process in the midst of the allocation."""
     device = open_device("host:0", budget=64 * MIB, granularity=MIB)
     try:
-        monkeypatch.setattr(host_device, "group_room", lambda: 3 * MIB)
+        monkeypatch.setattr(machine, "group_room", lambda: 3 * MIB)
         with pytest.raises(DoesNotFit, match="has room for 3145728 more"):
             device.create(4 * MIB, "weights")
         device.release(device.create(2 * MIB, "weights"))

@@ -12,9 +12,10 @@ from common.devices.base import Device
 from common.devices.factory import open_device
 from common.devices.rules import Handle, ProcessRules
 from common.families import record
+from common.host_shared import HostShared
 from common.model_spec import KvGeometry, RecordKey, kv_geometry, round_up
 from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
-from common.protocol.handles import AttachReply, Extent, RecordExtent, Routing, SeatMemory
+from common.protocol.handles import AttachReply, Extent, RecordExtent, Routing, SeatMemory, Segment
 from native.bus import bus_bytes, format_bus
 from native.ledger import format_ledger, ledger_bytes
 from services.worker import memory as memory_module
@@ -74,18 +75,19 @@ class Owner:
 
     def reply(self, seat: SeatMemory) -> AttachReply:
         bus, ledger = bus_bytes(2, 8, 8, 2), ledger_bytes(4, 32, 8, 256)
-        extents = []
-        for nbytes, make in (
-            (round_up(bus, GRANULARITY), lambda at, n: format_bus(at, n, 2, 8, 8, 2)),
-            (round_up(ledger, GRANULARITY), lambda at, n: format_ledger(at, n, 4, 32, 8, 256)),
+        segments = []
+        for name, nbytes, make in (
+            ("bus", round_up(bus, GRANULARITY), lambda at, n: format_bus(at, n, 2, 8, 8, 2)),
+            ("ledger", round_up(ledger, GRANULARITY), lambda at, n: format_ledger(at, n, 4, 32, 8, 256)),
         ):
-            handle = self.device.create(nbytes, "shared")
-            range_ = self.device.reserve(nbytes)
-            self.device.map(range_, 0, handle, True)
-            make(range_.base, nbytes)
-            extents.append(self.extent(handle))
+            shared = HostShared.create(name)
+            shared.resize(nbytes)
+            make(shared.address, nbytes)
+            self.fds.append(os.dup(shared.fd))
+            segments.append(Segment(len(self.fds) - 1, nbytes))
+            shared.close()
         reserved = 64 * geometry().handle_bytes
-        return AttachReply("id", SPEC, GRANULARITY, geometry(), reserved, extents[0], extents[1], seat)
+        return AttachReply("id", SPEC, GRANULARITY, geometry(), reserved, segments[0], segments[1], seat)
 
 
 def number_of(key: RecordKey) -> int:
