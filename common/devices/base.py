@@ -35,12 +35,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from common.devices.handles import Handles
-from common.devices.rules import Completion, Handle, ProcessRules, Range, Space, Token
+from common.devices.rules import Completion, FdToken, Handle, KeyToken, ProcessRules, Range, Space, Token
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Completion", "Device", "Handle", "ProcessRules", "Range", "Space", "Token"]
+__all__ = ["Completion", "Device", "FdToken", "Handle", "KeyToken", "ProcessRules", "Range", "Space", "Token"]
 
 
 class Device(Handles):

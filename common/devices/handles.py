@@ -22,7 +22,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Final
 
 from common.devices.extents import FreeList
-from common.devices.rules import SPACES, Handle, ProcessRules, Space, State, Token
+from common.devices.rules import SPACES, FdToken, Handle, ProcessRules, Space, State, Token
 from common.protocol.errors import DeviceError, DoesNotFit
 from common.wording import size
 
@@ -37,6 +37,8 @@ class Handles(ABC):
     them. Belongs to one thread at a time, but for `populate`, `write`, `reclaim` and `pages`, which any thread may call
     while the handle lives.
     """
+
+    token_kind: type[Token]
 
     def __init__(self, name: str, granularity: int, budget: int, rules: ProcessRules) -> None:
         self.name = name
@@ -224,13 +226,18 @@ class Handles(ABC):
     # ---- The user's side
 
     def import_(self, token: Token) -> Handle:
-        """Make another process's handle usable here. `token.fd` stays the caller's and may be closed afterwards.
+        """Make another process's handle usable here. A token's descriptor stays the caller's and may be closed
+        afterwards.
 
-        Raises DeviceError already_imported, export_and_import, not_granular; invalid_token where it names no memory.
+        Raises DeviceError already_imported, export_and_import, not_granular; invalid_token where it names no memory of
+        this backend.
         """
         self._check_open()
         self._check_size(token.nbytes)
-        if token.offset < 0 or token.offset % self.granularity:
+        if not isinstance(token, self.token_kind):
+            text = f"{type(token).__name__} is not what this backend shares by: {self.token_kind.__name__}"
+            raise self._broken(text, code="invalid_token")
+        if isinstance(token, FdToken) and (token.offset < 0 or token.offset % self.granularity):
             text = f"token offset {token.offset} is not a multiple of {self.granularity}"
             raise self._broken(text, code="not_granular")
         self._rules.take_role("imports")

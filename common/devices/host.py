@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.devices.base import Device
-from common.devices.rules import DONE, PROCESS, SPACES, Completion, Handle, ProcessRules, Range, Space, Token
+from common.devices.rules import DONE, PROCESS, SPACES, Completion, FdToken, Handle, ProcessRules, Range, Space, Token
 from common.machine import check_group
 from common.protocol.errors import DeviceError, DoesNotFit
 from native import host
@@ -59,6 +59,8 @@ class HostDevice(Device):
     """See the module's text. The owner gives a `budget`; after its restart also `descriptors`, those that its
     predecessor named (taken over), and calls `restore` for each handle and `trim`. A process that only imports gives
     neither."""
+
+    token_kind = FdToken
 
     def __init__(
         self,
@@ -150,10 +152,10 @@ class HostDevice(Device):
         else:
             host.punch_hole(extent.fd, extent.offset, handle.nbytes)
 
-    def _export(self, handle: Handle) -> Token:
+    def _export(self, handle: Handle) -> FdToken:
         assert handle.space is not None, "only local handles are exported"
         file = self._files[handle.space]
-        return Token(file.read_only if handle.space == "weights" else file.fd, handle.place, handle.nbytes)
+        return FdToken(file.read_only if handle.space == "weights" else file.fd, handle.place, handle.nbytes)
 
     def _present(self, space: Space) -> int:
         file = self._files.get(space)
@@ -171,10 +173,11 @@ class HostDevice(Device):
     # ---- User's side
 
     def _identity(self, token: Token) -> Hashable:
+        assert isinstance(token, FdToken), "import_ has looked"
         status = self._status(token)
         return status.st_dev, status.st_ino, token.offset
 
-    def _status(self, token: Token) -> os.stat_result:
+    def _status(self, token: FdToken) -> os.stat_result:
         try:
             status = os.fstat(token.fd)
         except OSError as error:
@@ -190,6 +193,7 @@ class HostDevice(Device):
         return status
 
     def _import(self, token: Token) -> tuple[Extent, bool]:
+        assert isinstance(token, FdToken), "import_ has looked"
         status = self._status(token)
         writable = fcntl.fcntl(token.fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
         name = (status.st_dev, status.st_ino, writable)

@@ -16,15 +16,23 @@ Origin = Literal["local", "imported"]
 State = Literal["claimed", "settled", "retired"]
 
 
-class Token(NamedTuple):
-    """What one process hands another so that it can import a handle: a descriptor and a part of what it names.
-
-    The descriptor belongs to the exporting device; it travels as a duplicate (SCM_RIGHTS).
-    """
+class FdToken(NamedTuple):
+    """A share token that is a descriptor and a part of what it names. The descriptor belongs to the exporting device
+    and is open while the handle is live; it travels as a duplicate (SCM_RIGHTS)."""
 
     fd: int
     offset: int
     nbytes: int
+
+
+class KeyToken(NamedTuple):
+    """A share token that is a number of 64 bits, by which the driver knows the handle."""
+
+    key: int
+    nbytes: int
+
+
+Token = FdToken | KeyToken  # what one process hands another so that it can import a handle
 
 
 class Handle:
@@ -72,6 +80,12 @@ class Handle:
         self.num_filled = 0
         self.num_mappings = 0
         self.is_live = True
+
+    @property
+    def id(self) -> int:
+        """Names a local handle among those of its device, also for its owner's successors. Only to be compared."""
+        assert self.space is not None, "only local handles have an id"
+        return self.place * len(SPACES) + SPACES.index(self.space)
 
 
 class Mapping(NamedTuple):

@@ -1,7 +1,7 @@
 """The handle channel: a Unix stream socket between the HMM and each rank, the only way by which memory is shared.
 
-Each message is a 4-byte little-endian length and that many bytes of MessagePack; file descriptors accompany the first
-byte of an AttachReply. The connection stays open as long as the rank lives: its end is how the HMM sees a rank's death.
+Each message is a 4-byte little-endian length and that many bytes of MessagePack; file descriptors accompany a message's
+first byte. The connection stays open as long as the rank lives: its end is how the HMM sees a rank's death.
 """
 
 from __future__ import annotations
@@ -28,12 +28,35 @@ class Attach(Message, frozen=True):
     resume: bool = False
 
 
-class Extent(Message, frozen=True, tag=False):
-    """One page handle as the other process needs it: `fd` is an index into the descriptors of the message."""
+class SharedFd(Message, frozen=True, tag="fd"):
+    """A handle is the part from `offset` of what a descriptor names; `fd` is its index among those of the message."""
 
     fd: int
     offset: int
+
+
+class SharedKey(Message, frozen=True, tag="key"):
+    """A handle is known to the driver by a number."""
+
+    key: Annotated[int, Meta(ge=0)]
+
+
+class SharedHandle(Message, frozen=True, tag=False):
+    """A page handle of `nbytes` as the other process needs it. `id`: its name among those of the device, for as long as
+    it is there, also after a restart of the HMM."""
+
+    id: int
     nbytes: int
+    token: SharedFd | SharedKey
+
+
+class ShareHandles(Message, frozen=True):
+    """HMM -> rank: handles that a SeatMemory is about to name: as many messages of them as are needed, so that each has
+    descriptors within a message's limit, and whoever takes them can close those of one before the next. A rank that
+    has a handle already passes it over; it drops those that the next SeatMemory does not name.
+    """
+
+    handles: tuple[SharedHandle, ...]
 
 
 class Segment(Message, frozen=True, tag=False):
@@ -43,11 +66,11 @@ class Segment(Message, frozen=True, tag=False):
     nbytes: int
 
 
-class RecordExtent(Message, frozen=True, tag=False):
-    """A weight record's handle."""
+class RecordHandle(Message, frozen=True, tag=False):
+    """A weight record, and the id of its handle."""
 
     key: RecordKey
-    extent: Extent
+    handle: int
 
 
 class Routing(Message, frozen=True, tag=False):
@@ -61,24 +84,25 @@ class SeatMemory(Message, frozen=True):
     """HMM -> rank: all that a rank has mapped from now on, beside bus and ledger. Whoever has more unmaps it, whoever
     has less maps it. Answered by Applied when that is done, perhaps after many steps.
 
-    `revision` grows with each that the HMM sends. `kv`: handles in order of their blocks; fewer than before: the blocks
+    Handles are named by ids that ShareHandles has told before. `revision` grows with each that the HMM sends. `kv`:
+    handles in order of their blocks; fewer than before: the blocks
     behind them are vacated first. `routings`: by epoch, of every layout that a generation of the bus may name.
     `doorbells[i]` is the fd index of the eventfd of `slots[i]`: a rank sleeps on its own and rings the others'.
     """
 
     revision: int
-    records: tuple[RecordExtent, ...]
-    kv: tuple[Extent, ...]
+    records: tuple[RecordHandle, ...]
+    kv: tuple[int, ...]
     routings: tuple[Routing, ...]
     slots: tuple[int, ...]
     doorbells: tuple[int, ...]
 
 
 class AttachReply(Message, frozen=True):
-    """HMM -> rank: the seat's memory. Weights' descriptors are read-only.
+    """HMM -> rank: yes; what it is handed follows, as ShareHandles and SeatMemory. Weights are shared read-only.
 
     `memory_id` names this memory's creation: a rank that resumes leaves where it is another one than it has mapped.
-    A rank that attached anew has applied `seat` when it says RankReady; it answers Applied too.
+    A rank that attached anew has applied the first SeatMemory when it says RankReady; it answers Applied too.
     """
 
     memory_id: str
@@ -88,7 +112,6 @@ class AttachReply(Message, frozen=True):
     kv_bytes_reserved: int
     bus: Segment
     ledger: Segment
-    seat: SeatMemory
 
 
 class Applied(Message, frozen=True):
@@ -98,6 +121,6 @@ class Applied(Message, frozen=True):
 
 
 ToHmm = Attach | Applied
-FromHmm = AttachReply | SeatMemory | Refused
+FromHmm = AttachReply | ShareHandles | SeatMemory | Refused
 TO_HMM: Codec[ToHmm] = Codec(ToHmm)
 TO_RANK: Codec[FromHmm] = Codec(FromHmm)

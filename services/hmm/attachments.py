@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import select
 import socket
 import struct
 import time
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -18,6 +20,7 @@ from common.protocol.errors import Conflict, ElasticMoEError, ProtocolError, Una
 from common.protocol.handles import TO_HMM, Applied, Attach, AttachReply, SeatMemory, ToHmm
 from common.protocol.replies import refusal
 from common.telemetry import Logger
+from services.hmm.handles import Offer, shares
 
 PENDING_MAX: Final = 128  # connections that have not said who they are
 PENDING_S: Final = 5.0  # that they have for it
@@ -27,6 +30,16 @@ _MESSAGES_PER_TURN: Final = 16
 _SEND_BUFFER_BYTES: Final = 4 << 20  # as much of it as the system allows: most messages leave at once
 _UNSENT_S: Final = 60.0  # a rank reads between two steps
 _UNSENT_TURN_MS: Final = 5
+_LATER: Final = (errno.EAGAIN, errno.ETOOMANYREFS)  # the socket is full, or too many descriptors are on their way
+_NOTHING: Final = SeatMemory(0, (), (), (), (), ())
+
+
+class _Unsent(NamedTuple):
+    """The rest of a message; the descriptors go with its first byte. `kept`: those that are to be closed then."""
+
+    data: bytes
+    fds: tuple[int, ...]
+    kept: tuple[int, ...]
 
 
 class _Outbox:
@@ -36,15 +49,17 @@ class _Outbox:
         self._sock = socket.socket(fileno=os.dup(channel.fileno()))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._identity = identity
-        self._unsent: list[tuple[bytes, list[int]]] = []  # the rest of each message; descriptors go with its first byte
+        self._unsent: list[_Unsent] = []
         self._since = 0.0
 
-    def put(self, message: Message, fds: tuple[int, ...]) -> None:
-        """Send, now or from `flush`. Raises Unavailable when the peer is gone. `fds` stay the caller's."""
+    def put(self, message: Message, fds: tuple[int, ...], *, are_lasting: bool = False) -> None:
+        """Send, now or from `flush`. Raises Unavailable when the peer is gone. `fds` stay the caller's; unless they
+        `are_lasting`, open until the peer has answered, duplicates of them are kept meanwhile."""
         raw = encode(message, sender=self._identity)
         if not self._unsent:
             self._since = time.monotonic()
-        self._unsent.append((struct.pack("<I", len(raw)) + raw, [os.dup(fd) for fd in fds]))
+        kept = () if are_lasting else tuple(os.dup(fd) for fd in fds)
+        self._unsent.append(_Unsent(struct.pack("<I", len(raw)) + raw, kept or fds, kept))
         self.flush()
 
     @property
@@ -55,42 +70,44 @@ class _Outbox:
     def flush(self) -> None:
         """Send what the socket takes. Raises Unavailable where the peer is gone, or did not read for too long."""
         while self._unsent:
-            data, fds = self._unsent[0]
+            data, fds, kept = self._unsent[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
                 sent = self._sock.sendmsg([memoryview(data)[: 1 << 20]], rights, socket.MSG_DONTWAIT)
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno not in _LATER:
+                    raise Unavailable(f"peer is gone: {error.strerror}") from None
                 if time.monotonic() - self._since > _UNSENT_S:
                     raise Unavailable(f"the rank has read nothing for {_UNSENT_S:.0f} s") from None
                 return
-            except OSError as error:
-                raise Unavailable(f"peer is gone: {error.strerror}") from None
-            _close(fds)
+            _close(kept)
             self._since = time.monotonic()
-            self._unsent[0] = (data[sent:], [])
-            if not self._unsent[0][0]:
+            self._unsent[0] = _Unsent(data[sent:], (), ())
+            if not self._unsent[0].data:
                 self._unsent.pop(0)
 
     def close(self) -> None:
         """Drop what is unsent. Idempotent."""
-        for _, fds in self._unsent:
-            _close(fds)
+        for one in self._unsent:
+            _close(one.kept)
         self._unsent.clear()
         self._sock.close()
 
 
 class Attached:
     """A living rank: its connection, who it is, and its memory as last `sent`, of which `applied` is the revision that
-    it has mapped. `version`: of the HMM's view when that was made."""
+    it has mapped. `shared`: ids of the handles that it has, or was sent. `version`: of the HMM's view when that was
+    made."""
 
-    def __init__(self, channel: Channel[ToHmm], request: Attach, outbox: _Outbox, sent: SeatMemory) -> None:
+    def __init__(self, channel: Channel[ToHmm], request: Attach, outbox: _Outbox) -> None:
         self.channel = channel
         self.rank = request.rank
         self.slot = request.slot
         self.device = request.device
         self.incarnation = request.incarnation
         self.outbox = outbox
-        self.sent = sent
+        self.sent = _NOTHING
+        self.shared: set[int] = set()
         self.applied = 0
         self.version = -1
 
@@ -124,7 +141,7 @@ class Attachments:
 
     # ---- Attached ranks
 
-    def next_revision(self) -> int:
+    def _next_revision(self) -> int:
         """Greater than all before it, those of a former HMM of this machine included."""
         self._revision = max(self._revision + 1, time.monotonic_ns() // 1_000_000)
         return self._revision
@@ -171,16 +188,20 @@ class Attachments:
             self._log.warning("rank breaks the protocol", slot=slot, reason=error.message)
         return attached
 
-    def update(self, attached: Attached, seat: SeatMemory, fds: tuple[int, ...]) -> None:
-        """Send a seat's memory, unless it is what was sent last but for the revision. A failure shows as its end."""
+    def update(self, attached: Attached, seat: SeatMemory, offer: Offer) -> None:
+        """Send a seat's memory, and what of its handles the rank does not have, unless it is what was sent last but for
+        the revision. A failure shows as its end."""
         if msgspec.structs.replace(seat, revision=0) == msgspec.structs.replace(attached.sent, revision=0):
             return
-        seat = msgspec.structs.replace(seat, revision=self.next_revision())
+        seat = msgspec.structs.replace(seat, revision=self._next_revision())
         attached.sent = seat
         try:
-            attached.outbox.put(seat, fds)
+            for message, fds in shares(offer, attached.shared):
+                attached.outbox.put(message, fds, are_lasting=True)  # no handle is given back while a rank may have it
+            attached.outbox.put(seat, offer.fds)
         except Unavailable:
             pass  # the connection's end is readable, and the next turn takes it out
+        attached.shared = set(offer.handles)
 
     # ---- New connections
 
@@ -236,8 +257,8 @@ class Attachments:
         if slot in self.by_slot:
             raise Conflict(f"slot {slot} is held by {self.by_slot[slot].incarnation}, which is alive")
 
-    def admit(self, channel: Channel[ToHmm], request: Attach, reply: AttachReply, fds: tuple[int, ...]) -> None:
-        """Answer with the seat's memory; from now on the connection stands for the rank's life.
+    def admit(self, channel: Channel[ToHmm], request: Attach, reply: AttachReply, fds: tuple[int, ...]) -> Attached:
+        """Answer; from now on the connection stands for the rank's life. `update` is to send its memory.
 
         Raises Conflict where another rank is attached there; Unavailable when the peer is gone.
         """
@@ -248,7 +269,8 @@ class Attachments:
         except BaseException:
             outbox.close()
             raise
-        self.by_slot[request.slot] = Attached(channel, request, outbox, reply.seat)
+        attached = self.by_slot[request.slot] = Attached(channel, request, outbox)
+        return attached
 
     def close(self) -> None:
         """End all connections and the listener. Idempotent."""
@@ -261,6 +283,6 @@ class Attachments:
         self._listener.close()
 
 
-def _close(fds: list[int]) -> None:
+def _close(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)

@@ -1,18 +1,33 @@
-"""What a rank is handed: its seat's memory, as messages say it, and the descriptors that they index, each once."""
+"""What a rank is handed: its seat's memory, as messages say it, and the handles and descriptors that they name."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
+from typing import Final, NamedTuple
 
-from common.devices.base import Handle
+from common.devices.base import Device, FdToken, Handle
+from common.fdchannel import FDS_MAX
 from common.host_shared import HostShared
 from common.layout import Layout, Seat
 from common.model_spec import RecordKey
 from common.protocol.errors import Conflict, NotFound
-from common.protocol.handles import Attach, AttachReply, Extent, RecordExtent, Routing, SeatMemory, Segment
+from common.protocol.handles import (
+    Attach,
+    AttachReply,
+    RecordHandle,
+    Routing,
+    SeatMemory,
+    Segment,
+    SharedFd,
+    SharedHandle,
+    SharedKey,
+    ShareHandles,
+)
 from services.hmm.catalog import Loaded, Transition, keys_of, layouts, slots_of
 from services.hmm.holdings import Holdings
 from services.hmm.memory import DeviceMemory
+
+HANDLES_MAX: Final = 1_024  # of one message: importing them takes a rank some milliseconds between two steps
 
 
 class _Fds:
@@ -28,6 +43,15 @@ class _Fds:
             self._index[fd] = len(self.all)
             self.all.append(fd)
         return self._index[fd]
+
+
+class Offer(NamedTuple):
+    """What a SeatMemory needs beside it: the descriptors that it indexes, and by id the handles of `device` that it
+    names."""
+
+    fds: tuple[int, ...]
+    device: Device
+    handles: dict[int, Handle]
 
 
 class View(NamedTuple):
@@ -62,21 +86,14 @@ def wanted_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | N
     return View({key: handle for key, handle in memory.records.items() if key in keys}, kv, routed)
 
 
-def seat_memory(
-    view: View, memory: DeviceMemory, holdings: Holdings, revision: int
-) -> tuple[SeatMemory, tuple[int, ...]]:
-    """The message for `view`, and its descriptors."""
-    seat, fds = _seat(view, memory, holdings, revision)
-    return seat, tuple(fds.all)
-
-
-def _seat(view: View, memory: DeviceMemory, holdings: Holdings, revision: int) -> tuple[SeatMemory, _Fds]:
+def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, revision: int) -> tuple[SeatMemory, Offer]:
+    """The message for `view`, and what it needs."""
     fds = _Fds()
     slots = slots_of(view.layouts)
     seat = SeatMemory(
         revision=revision,
-        records=tuple(RecordExtent(key, _export(memory, fds, handle)) for key, handle in view.records.items()),
-        kv=tuple(_export(memory, fds, handle) for handle in view.kv),
+        records=tuple(RecordHandle(key, handle.id) for key, handle in view.records.items()),
+        kv=tuple(handle.id for handle in view.kv),
         routings=tuple(
             Routing(layout.epoch, tuple(layout.owners(layer) for layer in range(len(layout.homes))))
             for layout in view.layouts
@@ -84,27 +101,39 @@ def _seat(view: View, memory: DeviceMemory, holdings: Holdings, revision: int) -
         slots=slots,
         doorbells=tuple(fds.add(holdings.doorbells[slot]) for slot in slots),
     )
-    return seat, fds
+    handles = {handle.id: handle for handle in (*view.records.values(), *view.kv)}
+    return seat, Offer(tuple(fds.all), memory.device, handles)
 
 
-def _export(memory: DeviceMemory, fds: _Fds, handle: Handle) -> Extent:
-    token = memory.device.export(handle)
-    return Extent(fds.add(token.fd), token.offset, token.nbytes)
+def shares(offer: Offer, known: Collection[int]) -> Iterator[tuple[ShareHandles, tuple[int, ...]]]:
+    """The messages that hand over what is offered and not `known`, each with its descriptors: they are the device's."""
+    fds, handles = _Fds(), list[SharedHandle]()
+    for name, handle in offer.handles.items():
+        if name in known:
+            continue
+        token = offer.device.export(handle)
+        if len(handles) == HANDLES_MAX or len(fds.all) == FDS_MAX:
+            yield ShareHandles(tuple(handles)), tuple(fds.all)
+            fds, handles = _Fds(), []
+        if isinstance(token, FdToken):
+            handles.append(SharedHandle(name, token.nbytes, SharedFd(fds.add(token.fd), token.offset)))
+        else:
+            handles.append(SharedHandle(name, token.nbytes, SharedKey(token.key)))
+    if handles:
+        yield ShareHandles(tuple(handles)), tuple(fds.all)
 
 
 def _share(fds: _Fds, shared: HostShared) -> Segment:
     return Segment(fds.add(shared.fd), shared.nbytes)
 
 
-def attach_reply(
-    view: View, memory: DeviceMemory, holdings: Holdings, revision: int
-) -> tuple[AttachReply, tuple[int, ...]]:
-    """What the rank on `memory`'s device is handed when it attaches."""
+def attach_reply(memory: DeviceMemory, holdings: Holdings) -> tuple[AttachReply, tuple[int, ...]]:
+    """What the rank on `memory`'s device is told first when it attaches, and its descriptors."""
     loaded, segment = holdings.loaded, holdings.segment
     assert loaded is not None, "a seat is of a loaded model"
     assert segment is not None, "a loaded model has a bus"
     assert memory.ledger is not None, "a seat's device has a ledger"
-    seat, fds = _seat(view, memory, holdings, revision)
+    fds = _Fds()
     reply = AttachReply(
         memory_id=loaded.memory_id,
         spec=loaded.spec,
@@ -114,7 +143,6 @@ def attach_reply(
         kv_bytes_reserved=memory.device.budget // loaded.kv.handle_bytes * loaded.kv.handle_bytes,
         bus=_share(fds, segment.shared),
         ledger=_share(fds, memory.ledger),
-        seat=seat,
     )
     return reply, tuple(fds.all)
 

@@ -42,7 +42,7 @@ from services.hmm.attachments import Attached, Attachments
 from services.hmm.background import Background
 from services.hmm.blocks import BlockCopies, check_ranks
 from services.hmm.catalog import Loaded
-from services.hmm.handles import attach_reply, full_view, seat_for
+from services.hmm.handles import attach_reply, full_view, seat_for, seat_memory
 from services.hmm.holdings import Holdings
 from services.hmm.loader import Load
 from services.hmm.membership import Membership, slots_of_mask
@@ -331,9 +331,9 @@ class Hmm:
                 raise Unavailable(f"blocks are still copied from or to slot {request.slot}", code="copying")
             assert loaded is not None, "a seat is of a loaded model"
             memory = self._holdings.memories[seat.device]
-            view = full_view(memory, loaded, transition)
-            reply, fds = attach_reply(view, memory, self._holdings, self._attachments.next_revision())
-            self._attachments.admit(channel, request, reply, fds)
+            handed = seat_memory(full_view(memory, loaded, transition), memory, self._holdings, 0)
+            attached = self._attachments.admit(channel, request, *attach_reply(memory, self._holdings))
+            self._attachments.update(attached, *handed)
         except ElasticMoEError as error:
             self._log.warning("attach refused", slot=request.slot, code=error.code, reason=error.message)
             self._attachments.refuse(channel, error)

@@ -6,12 +6,12 @@ Without an HMM the rank serves on with what it has mapped; it introduces itself 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common import fdchannel
 from common.protocol.errors import ElasticMoEError, ProtocolError
-from common.protocol.handles import TO_RANK, Applied, Attach, AttachReply, FromHmm, SeatMemory
+from common.protocol.handles import TO_RANK, Applied, Attach, AttachReply, FromHmm, SeatMemory, ShareHandles
 from common.protocol.pool import StartRank
 from common.protocol.replies import Refused
 from common.telemetry import get_logger
@@ -23,7 +23,7 @@ RESUME_MS = 2_000  # the HMM listens only once it can answer; meanwhile this ran
 RECEIVE_MS = 500  # for the rest of a message that has begun to come
 RESUME_S = 0.5  # between attempts to reach a restarted HMM
 
-Handed = tuple[SeatMemory, list[int]]
+Handed = tuple[ShareHandles | SeatMemory, list[int]]
 
 
 class HmmLink:
@@ -46,7 +46,8 @@ class HmmLink:
         return self._channel is not None
 
     def attach(self) -> tuple[AttachReply, list[int]]:
-        """Ask for the seat's memory: the answer and its descriptors, which are the caller's. Blocks, at most ATTACH_MS.
+        """Ask for the seat's memory: the answer and its descriptors, which are the caller's; what is `handed` over
+        comes next. Blocks, at most ATTACH_MS.
 
         Raises the HMM's refusal, Unavailable without an HMM.
         """
@@ -54,24 +55,37 @@ class HmmLink:
         self._memory_id = reply.memory_id
         return reply, fds
 
+    def handed(self) -> Iterator[Handed]:
+        """The messages that follow the answer, up to the first SeatMemory, each with its descriptors, which are the
+        caller's. Blocks, at most ATTACH_MS for each. Raises Unavailable, DeadlineExceeded, ProtocolError."""
+        while True:
+            assert self._channel is not None, "`attach` has connected"
+            message, fds = self._receive(self._channel, ATTACH_MS)
+            yield message, fds
+            if isinstance(message, SeatMemory):
+                return
+
+    def _receive(self, channel: fdchannel.Channel[FromHmm], deadline_ms: int) -> Handed:
+        received, fds = channel.receive(deadline_ms=deadline_ms)
+        if isinstance(received.body, ShareHandles | SeatMemory):
+            return received.body, fds
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError(f"{type(received.body).__name__} was not asked for")
+
     def look(self, readable: set[int], now: float) -> Handed | None:
-        """Take what came: a new SeatMemory with its descriptors, which are the caller's, or None. Does not wait for
+        """Take what came: a message with its descriptors, which are the caller's, or None. Does not wait for
         anything that has not begun to come. Raises ElasticMoEError `memory_replaced` where a restarted HMM has lost
         the memory that this rank has mapped: nobody else can ever see it again."""
         if self._channel is not None and self._channel.fileno() in readable:
             try:
-                received, fds = self._channel.receive(deadline_ms=RECEIVE_MS)
-                if isinstance(received.body, SeatMemory):
-                    return received.body, fds
-                for fd in fds:
-                    os.close(fd)
-                raise ProtocolError(f"{type(received.body).__name__} was not asked for")
+                return self._receive(self._channel, RECEIVE_MS)
             except ElasticMoEError as error:
                 log.warning("the HMM is gone; serving goes on", because=error.message)
                 self.close()
         if self._channel is None and now >= self._resume_at:
             self._resume_at = now + RESUME_S
-            return self._resume()
+            self._resume()
         return None
 
     def applied(self, revision: int) -> None:
@@ -84,18 +98,17 @@ class HmmLink:
             log.warning("the HMM is gone; serving goes on", because=error.message)
             self.close()
 
-    def _resume(self) -> Handed | None:
+    def _resume(self) -> None:
         try:
             reply, fds = self._introduce(is_resuming=True)
         except ElasticMoEError as error:
             log.debug("no HMM yet", because=error.message)
-            return None
+            return
+        for fd in fds:  # of what this rank has mapped already
+            os.close(fd)
         if reply.memory_id != self._memory_id:
-            for fd in fds:
-                os.close(fd)
             raise ElasticMoEError("the HMM has lost the memory that this rank has mapped", code="memory_replaced")
         log.info("introduced to the restarted HMM")
-        return reply.seat, fds
 
     def _introduce(self, *, is_resuming: bool) -> tuple[AttachReply, list[int]]:
         seat = self._seat

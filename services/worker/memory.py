@@ -17,15 +17,25 @@ from dataclasses import dataclass
 
 import torch
 
-from common.devices.base import Handle, Range, Token
+from common.devices.base import FdToken, Handle, KeyToken, Range
 from common.devices.factory import open_device
+from common.devices.rules import Token
 from common.families import record
 from common.host_shared import HostShared
 from common.model_spec import DTYPE_BYTES, RecordKey, RecordSpec, round_up
 from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
-from common.protocol.handles import AttachReply, Extent, Routing, SeatMemory, Segment
+from common.protocol.handles import (
+    AttachReply,
+    Routing,
+    SeatMemory,
+    Segment,
+    SharedHandle,
+    SharedKey,
+    ShareHandles,
+)
 from native.bus import Bus
 from native.ledger import Ledger
+from services.worker.hmm_link import Handed
 from services.worker.model.weights import KvCache, RankWeights
 
 SLICE_BYTES = 64 << 20  # mapped or unmapped between two steps: populating it takes some 8 ms
@@ -33,27 +43,21 @@ SLICE_BYTES = 64 << 20  # mapped or unmapped between two steps: populating it ta
 
 @dataclass(frozen=True, slots=True)
 class _Mapping:
-    """One record or KV handle in its place."""
+    """One record or KV handle in its place; `id` is the handle's."""
 
     range_: Range
     offset: int
     handle: Handle
-    extent: tuple[int, int]  # offset and bytes in the device's file: its identity
+    id: int
 
 
 @dataclass(slots=True)
 class _Goal:
-    """A SeatMemory that is not reached yet. Owns the descriptors until then; the list is emptied when they close."""
+    """A SeatMemory that is not reached yet."""
 
     seat: SeatMemory
-    fds: list[int]
     unmap: list[RecordKey]
-    map: list[tuple[RecordKey, Extent]]
-
-    def close(self) -> None:
-        for fd in self.fds:
-            os.close(fd)
-        self.fds.clear()
+    map: list[tuple[RecordKey, int]]
 
 
 class Memory:
@@ -61,10 +65,12 @@ class Memory:
     be touched.
 
     `doorbells`: eventfd of each slot; the rank sleeps on its own. `routings`: owners of the experts, by epoch.
+    `revision`: of the latest goal that was reached.
     """
 
-    def __init__(self, reply: AttachReply, fds: list[int], device: str, slot: int) -> None:
-        """Map what `reply` says; `fds` are closed and the list is emptied.
+    def __init__(self, reply: AttachReply, fds: list[int], device: str, slot: int, handed: Iterable[Handed]) -> None:
+        """Map what `reply` and the messages `handed` say, the last of which is a SeatMemory; all descriptors are closed
+        and their lists emptied.
 
         Raises DeviceError for a hand-over that breaks the device's rules, ProtocolError, ElasticMoEError
         missing_record; nothing stays mapped or open then.
@@ -78,30 +84,31 @@ class Memory:
         self._records: dict[RecordKey, _Mapping] = {}
         self._kv: list[_Mapping] = []
         self._geometry = reply.kv_geometry
+        self.revision = 0
         self._goal: _Goal | None = None
         self._shared: list[HostShared] = []  # of the host: bus and ledger
+        self._handles: dict[int, Handle] = {}  # imported ones, by id
+        self._offered: set[int] = set()  # ids that were shared since the latest goal
         try:
-            self._map_all(reply, fds)
+            self._open_all(reply, fds)
+            for message in handed:
+                self.take(*message)
+            while not self.advance(self._set_num_blocks, populate=False):
+                pass
+            self.weights = self._wrap()
         except BaseException:
             self.close()
             raise
         finally:
-            for fd in fds:
-                os.close(fd)
-            fds.clear()
+            _close(fds)
 
-    def _map_all(self, reply: AttachReply, fds: list[int]) -> None:
+    def _open_all(self, reply: AttachReply, fds: list[int]) -> None:
         self._experts = [self._reserve_experts(layer) for layer in range(self.spec.num_layers)]
-        handle_bytes = self._geometry.handle_bytes
-        self._kv_range = self.device.reserve(max(reply.kv_bytes_reserved, len(reply.seat.kv) * handle_bytes))
+        self._kv_range = self.device.reserve(reply.kv_bytes_reserved)
         self.kv = KvCache(self._kv_range.base, 0, self._geometry, self.device)
         bus, ledger = (self._open(segment, fds) for segment in (reply.bus, reply.ledger))
         self.bus = Bus(bus.address, bus.nbytes, self._slot)
         self.ledger = Ledger(ledger.address, ledger.nbytes)
-        self.begin(reply.seat, fds)
-        while not self.advance(self._set_num_blocks, populate=False):
-            pass
-        self.weights = self._wrap()
 
     def _set_num_blocks(self, num_blocks: int) -> bool:
         self.kv.num_blocks = num_blocks
@@ -118,24 +125,48 @@ class Memory:
 
     # ---- Goals
 
-    def begin(self, seat: SeatMemory, fds: list[int]) -> None:
-        """Take a new goal in place of the one in progress. `fds` belong to it from now on, also after an error.
+    def take(self, message: ShareHandles | SeatMemory, fds: list[int]) -> None:
+        """Import handles, or take a new goal in place of the one in progress. `fds` are closed, also after an error,
+        and the list is emptied.
 
-        Raises ProtocolError, or DeviceError `record_moved` where something mapped is said to lie elsewhere."""
-        if self._goal is not None:
-            self._goal.close()
-        wanted = {item.key: item.extent for item in seat.records}
+        Raises ProtocolError, or DeviceError: `record_moved` where something mapped is said to lie elsewhere."""
+        try:
+            if isinstance(message, ShareHandles):
+                self._import(message, fds)
+            else:
+                self._begin(message, fds)
+        finally:
+            _close(fds)
+
+    def _import(self, message: ShareHandles, fds: list[int]) -> None:
+        for shared in message.handles:
+            known = self._handles.get(shared.id)
+            if known is None:
+                self._handles[shared.id] = self.device.import_(_token(shared, fds))
+            elif known.nbytes != shared.nbytes:
+                text = f"handle {shared.id} of {known.nbytes} bytes is said to have {shared.nbytes}"
+                raise DeviceError(text, code="record_moved")
+            self._offered.add(shared.id)
+
+    def _begin(self, seat: SeatMemory, fds: list[int]) -> None:
+        wanted = {item.key: item.handle for item in seat.records}
+        named = {*wanted.values(), *seat.kv}
+        if missing := named - self._handles.keys():
+            raise ProtocolError(f"handle {min(missing)} is named, but was not shared")
         for key, mapping in self._records.items():
-            if key in wanted and mapping.extent != _identity(wanted[key]):
+            if mapping.id != wanted.get(key, mapping.id):
                 raise DeviceError(f"record {key} cannot move while it is mapped", code="record_moved")
-        for at, (mapping, extent) in enumerate(zip(self._kv, seat.kv, strict=False)):
-            if mapping.extent != _identity(extent):
+        for at, (mapping, name) in enumerate(zip(self._kv, seat.kv, strict=False)):
+            if mapping.id != name:
                 raise DeviceError(f"KV handle {at} cannot move while it is mapped", code="record_moved")
+        mapped = {mapping.id for mapping in (*self._records.values(), *self._kv)}
+        for name in self._handles.keys() - named - mapped:  # a goal that was replaced had named them
+            self.device.release(self._handles.pop(name))
+        self._offered.clear()
         self._goal = _Goal(
             seat,
-            fds,
             [key for key in self._records if key not in wanted],
-            [(key, extent) for key, extent in wanted.items() if key not in self._records],
+            [(key, name) for key, name in wanted.items() if key not in self._records],
         )
         self._take_doorbells(seat, fds)
         self.routings.clear()
@@ -182,20 +213,19 @@ class Memory:
             left = self._map_kv(goal, left)
         if left <= 0 or not resize_kv(num_kv * per_handle):
             return 0
-        goal.close()
-        self._goal = None
-        return goal.seat.revision
+        self._goal, self.revision = None, goal.seat.revision
+        return self.revision
 
     def _map_records(self, goal: _Goal, left: int, populate: bool) -> int:
         """Map records until `left` bytes are used up; what is left then."""
         by_range: dict[int, tuple[Range, list[tuple[int, Handle]]]] = {}
         while goal.map and left > 0:
-            key, extent = goal.map.pop()
-            range_, offset = self._place(key, extent)
-            handle = self.device.import_(_token(extent, goal.fds))
+            key, name = goal.map.pop()
+            handle = self._handles[name]
+            range_, offset = self._place(key, handle.nbytes)
             by_range.setdefault(range_.base, (range_, []))[1].append((offset, handle))
-            self._records[key] = _Mapping(range_, offset, handle, _identity(extent))
-            left -= extent.nbytes
+            self._records[key] = _Mapping(range_, offset, handle, name)
+            left -= handle.nbytes
         for range_, parts in by_range.values():
             self.device.map_many(range_, parts, False, populate=populate)
         return left
@@ -203,24 +233,22 @@ class Memory:
     def _map_kv(self, goal: _Goal, left: int) -> int:
         parts = []
         while len(self._kv) < len(goal.seat.kv) and left > 0:
-            extent = goal.seat.kv[len(self._kv)]
-            offset = len(self._kv) * self._geometry.handle_bytes
-            handle = self.device.import_(_token(extent, goal.fds))
+            name = goal.seat.kv[len(self._kv)]
+            offset, handle = len(self._kv) * self._geometry.handle_bytes, self._handles[name]
             parts.append((offset, handle))
-            self._kv.append(_Mapping(self._kv_range, offset, handle, _identity(extent)))
-            left -= extent.nbytes
+            self._kv.append(_Mapping(self._kv_range, offset, handle, name))
+            left -= handle.nbytes
         self.device.map_many(self._kv_range, parts, True)
         return left
 
     def _unmap(self, mapping: _Mapping) -> None:
         self.device.unmap(mapping.range_, mapping.offset)
-        self.device.release(mapping.handle)
+        if mapping.id not in self._offered:  # else the next goal names it again
+            self.device.release(self._handles.pop(mapping.id))
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
-        if self._goal is not None:
-            self._goal.close()
-            self._goal = None
+        self._goal = None
         for fd in self.doorbells.values():
             os.close(fd)
         self.doorbells.clear()
@@ -244,10 +272,10 @@ class Memory:
         stride = round_up(self._described(RecordKey("expert", layer, 0)).nbytes, self.device.granularity)
         return self.device.reserve(count * stride), stride
 
-    def _place(self, key: RecordKey, extent: Extent) -> tuple[Range, int]:
+    def _place(self, key: RecordKey, nbytes: int) -> tuple[Range, int]:
         """Where a record belongs. Raises ProtocolError for one that the model does not have."""
         if key.kind != "expert":
-            return self.device.reserve(extent.nbytes), 0
+            return self.device.reserve(nbytes), 0
         slots = self._experts[key.layer] if 0 <= key.layer < len(self._experts) else None
         if slots is None or not 0 <= key.expert < self.spec.num_experts_by_layer[key.layer]:
             raise ProtocolError(f"{key} is not a record of this model")
@@ -302,15 +330,19 @@ def _strides(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _identity(extent: Extent) -> tuple[int, int]:
-    return extent.offset, extent.nbytes
-
-
 def _fd(fds: list[int], index: int) -> int:
     if not 0 <= index < len(fds):
         raise ProtocolError(f"message names descriptor {index} of {len(fds)}")
     return fds[index]
 
 
-def _token(extent: Extent, fds: list[int]) -> Token:
-    return Token(_fd(fds, extent.fd), extent.offset, extent.nbytes)
+def _token(shared: SharedHandle, fds: list[int]) -> Token:
+    if isinstance(shared.token, SharedKey):
+        return KeyToken(shared.token.key, shared.nbytes)
+    return FdToken(_fd(fds, shared.token.fd), shared.token.offset, shared.nbytes)
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+    fds.clear()

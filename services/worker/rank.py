@@ -82,7 +82,7 @@ class Rank:
         self._fence = Fence(config.state_dir, f"rank-{seat.slot}")
         failpoint("rank.attach")
         reply, fds = self._hmm.attach()
-        self._memory = Memory(reply, fds, seat.device, seat.slot)
+        self._memory = Memory(reply, fds, seat.device, seat.slot, self._hmm.handed())
         attached = time.perf_counter()
         bus = self._memory.bus
         self._barrier = ShmBarrier(bus, self._memory.doorbells, seat.slot)
@@ -109,7 +109,7 @@ class Rank:
             warm_up(model, self._memory)
         self._attach_ms = (attached - started) * 1e3
         self._build_ms = (time.perf_counter() - attached) * 1e3
-        self._revision = reply.seat.revision
+        self._revision = self._memory.revision
         self._reports = Reports(self._server.send)
         self._watchers: set[bytes] = set()
         self._num_welcomes = 0  # left
@@ -260,7 +260,7 @@ class Rank:
         handed = self._hmm.look(readable, now)
         if handed is not None:
             failpoint("rank.apply")
-            self._memory.begin(*handed)
+            self._memory.take(*handed)
 
     # ---- messages -------------------------------------------------------------------------------------------------
 

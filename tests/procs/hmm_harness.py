@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from common.config import HmmConfig, environment_of
-from common.devices.base import Handle, ProcessRules, Range, Token
+from common.devices.base import FdToken, Handle, KeyToken, ProcessRules, Range
 from common.devices.factory import open_device
 from common.families import load_spec, parse_spec, records
 from common.fdchannel import Channel, connect
@@ -27,7 +27,17 @@ from common.model_spec import RecordKey
 from common.protocol import scaler
 from common.protocol.codec import Message
 from common.protocol.errors import ElasticMoEError
-from common.protocol.handles import TO_RANK, Applied, Attach, AttachReply, Extent, FromHmm, SeatMemory
+from common.protocol.handles import (
+    TO_RANK,
+    Applied,
+    Attach,
+    AttachReply,
+    FromHmm,
+    SeatMemory,
+    SharedHandle,
+    SharedKey,
+    ShareHandles,
+)
 from common.protocol.hmm import CheckIntegrity, GetHmmStatus, LoadModel, SetMembership
 from common.protocol.replies import Ack, Refused
 from common.protocol.scaler import HmmStatus, Integrity
@@ -184,7 +194,8 @@ class Rank:
         self.records: dict[RecordKey, Range] = {}
         self.kv: list[Range] = []
         self.received: list[SeatMemory] = []
-        self._ranges: dict[tuple[int, int], tuple[Range, Handle]] = {}  # by inode and offset
+        self._handles: dict[int, Handle] = {}
+        self._ranges: dict[int, Range] = {}
         self.channel = connect(deployment.config.socket("handles"), new_identity("rank"), TO_RANK)
         try:
             self.reply, fds = receive(self.channel, self.request)
@@ -196,22 +207,33 @@ class Rank:
         self._shared = [HostShared.open(os.dup(fds[segment.fd]), segment.nbytes) for segment in segments]
         self.bus = Bus(self._shared[0].address, self._shared[0].nbytes, slot)
         self.ledger = Ledger(self._shared[1].address, self._shared[1].nbytes)
-        self.apply(self.reply.seat, fds)
+        for fd in fds:
+            os.close(fd)
+        self.apply(*self.next_seat())
 
     @property
     def seat(self) -> SeatMemory:
         """What the HMM sent last."""
         return self.received[-1]
 
-    def _map(self, extent: Extent, fds: list[int], writable: bool) -> tuple[Range, tuple[int, int]]:
-        fd = fds[extent.fd]
-        name = (os.fstat(fd).st_ino, extent.offset)
+    def _map(self, name: int, writable: bool) -> Range:
         if name not in self._ranges:
-            handle = self.device.import_(Token(fd, extent.offset, extent.nbytes))
-            range_ = self.device.reserve(extent.nbytes)
+            handle = self._handles[name]
+            range_ = self.device.reserve(handle.nbytes)
             self.device.map(range_, 0, handle, writable)
-            self._ranges[name] = (range_, handle)
-        return self._ranges[name][0], name
+            self._ranges[name] = range_
+        return self._ranges[name]
+
+    def _import(self, message: ShareHandles, fds: list[int]) -> None:
+        for shared in message.handles:
+            if shared.id not in self._handles:
+                self._handles[shared.id] = self.device.import_(_token(shared, fds))
+        for fd in fds:
+            os.close(fd)
+
+    def handle(self, name: int) -> Handle:
+        """An imported handle by its id."""
+        return self._handles[name]
 
     def take(self, seat: SeatMemory, fds: list[int]) -> None:
         """Map and unmap as `seat` says, without an answer."""
@@ -219,16 +241,14 @@ class Rank:
             os.close(fd)
         self.fds = fds
         self.received.append(seat)
-        records = {item.key: self._map(item.extent, fds, False) for item in seat.records}
-        kv = [self._map(extent, fds, True) for extent in seat.kv]
-        kept = {name for _, name in (*records.values(), *kv)}
-        for name in set(self._ranges) - kept:
-            range_, handle = self._ranges.pop(name)
-            self.device.unmap(range_, 0)
-            self.device.unreserve(range_)
-            self.device.release(handle)
-        self.records = {key: range_ for key, (range_, _) in records.items()}
-        self.kv = [range_ for range_, _ in kv]
+        self.records = {item.key: self._map(item.handle, False) for item in seat.records}
+        self.kv = [self._map(name, True) for name in seat.kv]
+        named = {*(item.handle for item in seat.records), *seat.kv}
+        for name in set(self._handles) - named:
+            if (range_ := self._ranges.pop(name, None)) is not None:
+                self.device.unmap(range_, 0)
+                self.device.unreserve(range_)
+            self.device.release(self._handles.pop(name))
 
     def apply(self, seat: SeatMemory, fds: list[int]) -> None:
         """`take`, and answer."""
@@ -236,8 +256,12 @@ class Rank:
         self.channel.send(Applied(seat.revision))
 
     def next_seat(self) -> tuple[SeatMemory, list[int]]:
-        """The next message of the HMM, to be applied later."""
-        received, fds = self.channel.receive(deadline_ms=CALL_MS)
+        """The next goal of the HMM, to be applied later; handles that come before it are imported."""
+        while True:
+            received, fds = self.channel.receive(deadline_ms=CALL_MS)
+            if not isinstance(received.body, ShareHandles):
+                break
+            self._import(received.body, fds)
         assert isinstance(received.body, SeatMemory)
         return received.body, fds
 
@@ -254,7 +278,9 @@ class Rank:
         self.channel = connect(deployment.config.socket("handles"), new_identity("rank"), TO_RANK)
         reply, fds = receive(self.channel, msgspec.structs.replace(self.request, resume=True))
         assert reply.memory_id == self.reply.memory_id
-        (self.take if silent else self.apply)(reply.seat, fds)
+        for fd in fds:
+            os.close(fd)
+        (self.take if silent else self.apply)(*self.next_seat())
 
     def checksums(self) -> dict[str, int]:
         """Hash of each record as this process sees it, named as the HMM names them."""
@@ -297,6 +323,12 @@ class Rank:
         for shared in self._shared:
             shared.close()
         self.device.close()
+
+
+def _token(shared: SharedHandle, fds: list[int]) -> FdToken | KeyToken:
+    if isinstance(shared.token, SharedKey):
+        return KeyToken(shared.token.key, shared.nbytes)
+    return FdToken(fds[shared.token.fd], shared.token.offset, shared.nbytes)
 
 
 def receive(channel: Channel[FromHmm], request: Attach) -> tuple[AttachReply, list[int]]:

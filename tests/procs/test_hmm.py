@@ -105,11 +105,11 @@ def test_what_a_rank_maps_is_what_the_checkpoint_holds(deployment: Deployment, m
 
 def test_weights_cannot_be_written_by_a_rank(pair: tuple[Deployment, Rank, Rank]) -> None:
     _, rank, _ = pair
-    extent = rank.seat.records[0].extent
-    for fd in (rank.fds[extent.fd],):
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.pwrite(fd, b"x", extent.offset)
-    os.pwrite(rank.fds[rank.seat.kv[0].fd], b"x", rank.seat.kv[0].offset)
+    weights, kv = rank.handle(rank.seat.records[0].handle), rank.handle(rank.seat.kv[0])
+    assert (weights.writable, kv.writable) == (False, True)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.pwrite(weights.backing.fd, b"x", weights.backing.offset)
+    os.pwrite(kv.backing.fd, b"x", kv.backing.offset)
 
 
 def test_status_gives_the_figures(pair: tuple[Deployment, Rank, Rank]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from common.devices.base import Handle, ProcessRules, Range, Space, Token
+from common.devices.base import FdToken, Handle, ProcessRules, Range, Space
 from common.devices.host import HostDevice
 from common.protocol.errors import DeviceError, DoesNotFit
 from common.wording import size
@@ -112,7 +112,7 @@ def test_a_user_sees_what_the_owner_writes_and_keeps_it_after_the_owner(owner: H
     token = owner.export(handle)
     assert token.offset == PAGE
     fd = os.dup(token.fd)
-    imported = user.import_(Token(fd, token.offset, token.nbytes))
+    imported = user.import_(FdToken(fd, token.offset, token.nbytes))
     os.close(fd)  # the device keeps a duplicate of its own
     seen = mapped(user, imported, writable=False)
     owner.write_bytes(mapped(owner, handle).base, b"\x5a" * 2 * PAGE)

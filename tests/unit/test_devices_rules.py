@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.devices.base import Device, Handle, ProcessRules, Range, Token
+from common.devices.base import Device, FdToken, Handle, ProcessRules, Range
 from common.devices.factory import open_device
 from common.protocol.errors import DeviceError
 
@@ -58,8 +58,8 @@ def test_sizes_are_granular(world: World, nbytes: int) -> None:
     refuses("not_granular", lambda: world.owner.create(nbytes, "kv"))
     refuses("not_granular", lambda: world.owner.reserve(nbytes))
     token = world.owner.export(world.local())
-    refuses("not_granular", lambda: world.user.import_(Token(token.fd, 0, nbytes)))
-    refuses("not_granular", lambda: world.user.import_(Token(token.fd, 7, PAGE)))
+    refuses("not_granular", lambda: world.user.import_(FdToken(token.fd, 0, nbytes)))
+    refuses("not_granular", lambda: world.user.import_(FdToken(token.fd, 7, PAGE)))
 
 
 @pytest.mark.parametrize(("offset", "code"), [(1, "not_granular"), (-PAGE, "out_of_range"), (3 * PAGE, "out_of_range")])
@@ -228,10 +228,10 @@ def test_only_mapped_memory_is_copied_or_read(world: World) -> None:
 
 def test_tokens_that_name_no_memory_are_refused(world: World) -> None:
     token = world.owner.export(world.local())
-    refuses("invalid_token", lambda: world.user.import_(Token(token.fd, 1 << 40, PAGE)))
-    refuses("invalid_token", lambda: world.user.import_(Token(1 << 20, 0, PAGE)))
+    refuses("invalid_token", lambda: world.user.import_(FdToken(token.fd, 1 << 40, PAGE)))
+    refuses("invalid_token", lambda: world.user.import_(FdToken(1 << 20, 0, PAGE)))
     out, into = os.pipe()
-    refuses("invalid_token", lambda: world.user.import_(Token(out, 0, PAGE)))
+    refuses("invalid_token", lambda: world.user.import_(FdToken(out, 0, PAGE)))
     os.close(out)
     os.close(into)
     world.user.import_(token)  # none of them left a trace

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import resource
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
-from common.fdchannel import Channel, Listener, connect
+from common.devices.base import FdToken, Handle, ProcessRules
+from common.devices.factory import open_device
+from common.devices.host import HostDevice
+from common.fdchannel import FDS_MAX, Channel, Listener, connect
 from common.layout import RankId
 from common.model_spec import KvGeometry, RecordKey
 from common.protocol.handles import (
@@ -19,29 +26,26 @@ from common.protocol.handles import (
     Applied,
     Attach,
     AttachReply,
-    Extent,
     FromHmm,
-    RecordExtent,
+    RecordHandle,
     SeatMemory,
     Segment,
+    SharedFd,
+    ShareHandles,
 )
 from common.telemetry import get_logger
 from services.hmm import attachments as attachments_module
 from services.hmm.attachments import Attachments
+from services.hmm.handles import Offer
+from tests.procs.descriptors import limit_leaving, numbers_of
 from tests.procs.waiting import wait_until
 from tests.unit.specs import tiny_mixtral_spec
 
-EXTENT = Extent(0, 0, 4096)
+PAGE = 4096
 SEGMENT = Segment(0, 4096)
-SEAT = SeatMemory(1, (), (EXTENT,), (), (0,), (0,))
-LARGE = SeatMemory(
-    0,
-    tuple(RecordExtent(RecordKey("expert", 0, i), Extent(0, i << 40, 1 << 40)) for i in range(30_000)),
-    (),
-    (),
-    (),
-    (),
-)
+UNUSED: Any = None
+SEAT = SeatMemory(1, (), (), (), (0,), (0,))
+LARGE = SeatMemory(0, tuple(RecordHandle(RecordKey("expert", 0, i), i << 40) for i in range(100_000)), (), (), (), ())
 
 
 class Pair:
@@ -53,17 +57,28 @@ class Pair:
         self.channel.send(Attach(RankId(0, 0), 0, "host:0", "r0"))
         self.subject.accept(self.subject.fds())
         ((accepted, request),) = wait_until(lambda: self.subject.requests(self.subject.fds()), "the rank asks")
-        reply = AttachReply(
-            "m", tiny_mixtral_spec(), 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, SEGMENT, SEGMENT, SEAT
-        )
+        reply = AttachReply("m", tiny_mixtral_spec(), 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, SEGMENT, SEGMENT)
         self.fd = os.memfd_create("x")
         os.write(self.fd, b"content")
-        self.subject.admit(accepted, request, reply, (self.fd,))
-        self.rank = self.subject.by_slot[0]
+        self.rank = self.subject.admit(accepted, request, reply, (self.fd,))
+        self.subject.update(self.rank, SEAT, self.offer)
+
+    @property
+    def offer(self) -> Offer:
+        """A descriptor, and no handles."""
+        return Offer((self.fd,), UNUSED, {})
 
     def take(self) -> list[int]:
         """One turn of the loop: slots of ranks that ended."""
         return [one.slot for one in self.subject.take(self.subject.fds())]
+
+    def read_first(self) -> None:
+        """What every rank is told when it attaches."""
+        for kind in (AttachReply, SeatMemory):
+            received, fds = self.channel.receive()
+            assert isinstance(received.body, kind)
+            for fd in fds:
+                os.close(fd)
 
     def close(self) -> None:
         self.channel.close()
@@ -80,13 +95,13 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
 
 
 def test_a_large_message_waits_for_a_busy_rank_and_holds_up_nobody(pair: Pair) -> None:
-    started = time.monotonic()
-    pair.subject.update(pair.rank, LARGE, (pair.fd,))
-    pair.subject.update(pair.rank, SEAT, (pair.fd,))
+    started, first = time.monotonic(), pair.rank.sent.revision
+    pair.subject.update(pair.rank, LARGE, pair.offer)
+    pair.subject.update(pair.rank, SEAT, pair.offer)
     assert time.monotonic() - started < 2.0
     assert not pair.rank.outbox.is_empty
     assert pair.subject.turn_ms(500) < 500
-    assert isinstance(pair.channel.receive()[0].body, AttachReply)
+    pair.read_first()
     found: list[SeatMemory] = []
     with socket.socket(fileno=os.dup(pair.channel.fileno())) as raw:
         head = raw.recv(4, socket.MSG_PEEK)  # nothing is read: the rest is sent as the rank reads
@@ -109,20 +124,21 @@ def test_a_large_message_waits_for_a_busy_rank_and_holds_up_nobody(pair: Pair) -
     thread.start()
     wait_until(read, "all is sent")
     thread.join(10.0)
-    assert [len(seat.records) for seat in found] == [30_000, 0]
-    assert SEAT.revision < found[0].revision < found[1].revision
+    assert [len(seat.records) for seat in found] == [100_000, 0]
+    assert first < found[0].revision < found[1].revision
     pair.channel.send(Applied(found[1].revision))
     wait_until(lambda: pair.take() == [] and pair.rank.applied == found[1].revision, "the rank has applied it")
     assert pair.subject.turn_ms(500) == 500
 
 
 def test_what_was_sent_last_is_not_sent_again(pair: Pair) -> None:
-    pair.subject.update(pair.rank, SEAT, (pair.fd,))
-    assert pair.rank.sent.revision == SEAT.revision
+    before = pair.rank.sent.revision
+    pair.subject.update(pair.rank, SEAT, pair.offer)
+    assert pair.rank.sent.revision == before > 0
 
 
 def test_the_end_of_a_rank_is_seen_also_while_something_is_unsent(pair: Pair) -> None:
-    pair.subject.update(pair.rank, LARGE, (pair.fd,))
+    pair.subject.update(pair.rank, LARGE, pair.offer)
     pair.channel.close()
     assert wait_until(pair.take, "the end is seen") == [0]
     assert pair.subject.by_slot == {}
@@ -132,3 +148,77 @@ def test_the_end_of_a_rank_is_seen_also_while_something_is_unsent(pair: Pair) ->
 def test_what_no_rank_may_say_ends_the_connection(pair: Pair, message: Applied) -> None:
     pair.channel.send(message)
     assert wait_until(pair.take, "the breach is seen") == [0]
+
+
+class OneEach(HostDevice):
+    """Shares every handle by a descriptor of its own, as devices do whose handles are no parts of a file. Of the
+    descriptors there are a few more than one message takes, in turn."""
+
+    def __init__(self) -> None:
+        super().__init__("host:0", PAGE, HANDLES * PAGE, rules=ProcessRules())
+        self.prepare()
+        (file,) = {fd for name, fd in self.descriptors().items() if name == "kv"}
+        self._pool = itertools.cycle([os.dup(file) for _ in range(FDS_MAX + 10)])
+
+    def _export(self, handle: Handle) -> FdToken:
+        return FdToken(next(self._pool), handle.place, handle.nbytes)
+
+    def _close(self) -> None:
+        for fd in {next(self._pool) for _ in range(FDS_MAX + 10)}:
+            os.close(fd)
+        super()._close()
+
+
+HANDLES = 20_000
+
+
+def test_tens_of_thousands_of_handles_with_a_descriptor_each_are_handed_over(pair: Pair) -> None:
+    """Neither side has more of them open than a message takes: both would run into the limit of open files."""
+    owner, user = OneEach(), open_device("host:0", PAGE, rules=ProcessRules())
+    handles = [owner.create(PAGE, "kv") for _ in range(HANDLES)]
+    offer = Offer((), owner, {handle.id: handle for handle in handles})
+    seat = SeatMemory(0, (), tuple(handle.id for handle in handles), (), (), ())
+    imported: dict[int, Handle] = {}
+    found: list[SeatMemory] = []
+    most = 0
+
+    def read() -> None:
+        nonlocal most
+        pair.read_first()
+        while not found:
+            received, fds = pair.channel.receive(deadline_ms=10_000)
+            most = max(most, len(fds))
+            if isinstance(received.body, SeatMemory):
+                found.append(received.body)
+            elif isinstance(received.body, ShareHandles):
+                for one in received.body.handles:
+                    assert isinstance(one.token, SharedFd)
+                    imported[one.id] = user.import_(FdToken(fds[one.token.fd], one.token.offset, one.nbytes))
+            for fd in fds:
+                os.close(fd)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit_leaving(numbers_of(os.getpid()), FDS_MAX + 10), hard))
+    thread = threading.Thread(target=read)
+    try:
+        thread.start()
+        pair.subject.update(pair.rank, seat, offer)
+        wait_until(lambda: pair.take() == [] and pair.rank.outbox.is_empty, "all is sent")
+        thread.join(20.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [len(one.kv) for one in found] == [HANDLES]
+    assert set(found[0].kv) == set(imported)
+    assert most == FDS_MAX
+    range_ = user.reserve(HANDLES * PAGE)
+    user.map_many(range_, [(at * PAGE, imported[handle.id]) for at, handle in enumerate(handles)], True)
+    there = owner.reserve(PAGE)
+    owner.map(there, 0, handles[12_345], True)
+    owner.write_bytes(there.base, b"number")
+    assert user.read_bytes(range_.address(12_345 * PAGE), 6) == b"number"
+    pair.subject.update(
+        pair.rank, msgspec.structs.replace(seat, slots=(0,), doorbells=(0,)), offer._replace(fds=(pair.fd,))
+    )
+    assert isinstance(pair.channel.receive()[0].body, SeatMemory)  # nothing is handed over twice
+    user.close()
+    owner.close()

@@ -14,7 +14,7 @@ from common.model_spec import KvGeometry, RecordKey
 from common.protocol import handles, hmm, keeper, peer, pool, rank, router, scaler, standby
 from common.protocol.codec import Codec, Message, encode
 from common.protocol.errors import ProtocolError
-from common.protocol.handles import Extent, RecordExtent
+from common.protocol.handles import RecordHandle
 from common.protocol.limits import PROTOCOL_VERSION
 from common.protocol.replies import Ack, Refused
 from common.protocol.router import Delta, Logprob
@@ -25,11 +25,10 @@ LAYOUT = initial_layout([3, 0, 3], ["host:0", "host:1"])
 RANK = RankId(1, 0)
 NAME = "rank-r1t0:0123456789abcdef"
 SAMPLING = rank.Sampling(seed=7, temperature=0.5, logit_bias=((3, -1.5),), logprobs=2)
-EXTENT = Extent(0, 4096, 8192)
 SEAT = handles.SeatMemory(
     7,
-    (RecordExtent(RecordKey("expert", 0, 2), EXTENT),),
-    (EXTENT,),
+    (RecordHandle(RecordKey("expert", 0, 2), 8),),
+    (9,),
     (handles.Routing(2, ((0, 1), (1, 0))),),
     (0, 1),
     (1, 2),
@@ -162,7 +161,12 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
                 1 << 20,
                 handles.Segment(0, 4096),
                 handles.Segment(0, 4096),
-                SEAT,
+            ),
+            handles.ShareHandles(
+                (
+                    handles.SharedHandle(8, 4096, handles.SharedFd(1, 8192)),
+                    handles.SharedHandle(9, 1 << 21, handles.SharedKey((1 << 64) - 1)),
+                )
             ),
             SEAT,
             Refused("conflict", "text", False),

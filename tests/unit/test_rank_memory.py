@@ -6,16 +6,26 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
-from common.devices.base import Device
+from common.devices.base import Device, FdToken
 from common.devices.factory import open_device
 from common.devices.rules import Handle, ProcessRules
 from common.families import record
 from common.host_shared import HostShared
 from common.model_spec import KvGeometry, RecordKey, kv_geometry, round_up
 from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
-from common.protocol.handles import AttachReply, Extent, RecordExtent, Routing, SeatMemory, Segment
+from common.protocol.handles import (
+    AttachReply,
+    RecordHandle,
+    Routing,
+    SeatMemory,
+    Segment,
+    SharedFd,
+    SharedHandle,
+    ShareHandles,
+)
 from native.bus import bus_bytes, format_bus
 from native.ledger import format_ledger, ledger_bytes
 from services.worker import memory as memory_module
@@ -40,28 +50,39 @@ class Owner:
     kv: list[Handle] = field(default_factory=list)
     revision: int = 0
     fds: list[int] = field(default_factory=list)
+    shared: ShareHandles = field(default_factory=lambda: ShareHandles(()))
+    shared_fds: list[int] = field(default_factory=list)
 
-    def extent(self, handle: Handle) -> Extent:
+    def share(self, handle: Handle) -> SharedHandle:
         token = self.device.export(handle)
-        self.fds.append(os.dup(token.fd))
-        return Extent(len(self.fds) - 1, token.offset, token.nbytes)
+        assert isinstance(token, FdToken)
+        self.shared_fds.append(os.dup(token.fd))
+        return SharedHandle(handle.id, token.nbytes, SharedFd(len(self.shared_fds) - 1, token.offset))
 
     def seat(self, experts: list[tuple[int, int]], num_kv: int, epochs: tuple[int, ...] = (1,)) -> SeatMemory:
-        """The goal with these experts; the descriptors that it indexes are in `fds`."""
+        """The goal with these experts, and in `shared` the handles that it names; the descriptors that they index are
+        in `fds` and `shared_fds`."""
         self.revision += 1
-        self.fds = []
+        self.fds, self.shared_fds = [], []
         fixed = [RecordKey("base"), *(RecordKey("layer", layer) for layer in range(SPEC.num_layers))]
         keys = [*fixed, *(RecordKey("expert", layer, expert) for layer, expert in experts)]
-        records = tuple(RecordExtent(key, self.extent(self.handle(key))) for key in keys)
         while len(self.kv) < num_kv:
             self.kv.append(self.device.create(geometry().handle_bytes, "kv"))
-        kv = tuple(self.extent(handle) for handle in self.kv[:num_kv])
+        handles = {key: self.handle(key) for key in keys}
+        self.shared = ShareHandles(tuple(self.share(one) for one in (*handles.values(), *self.kv[:num_kv])))
+        records = tuple(RecordHandle(key, handle.id) for key, handle in handles.items())
         doorbells = []
         for _ in range(2):
             doorbells.append(len(self.fds))
             self.fds.append(os.eventfd(0))
         routings = tuple(Routing(epoch, ((0,),)) for epoch in epochs)
+        kv = tuple(handle.id for handle in self.kv[:num_kv])
         return SeatMemory(self.revision, records, kv, routings, (0, SLOT), tuple(doorbells))
+
+    def hand(self, memory: Memory, seat: SeatMemory) -> None:
+        """All that the HMM would send."""
+        memory.take(self.shared, self.shared_fds)
+        memory.take(seat, self.fds)
 
     def handle(self, key: RecordKey) -> Handle:
         if key not in self.handles:
@@ -73,9 +94,9 @@ class Owner:
             self.device.unmap(range_, 0)
         return self.handles[key]
 
-    def reply(self, seat: SeatMemory) -> AttachReply:
+    def reply(self) -> tuple[AttachReply, list[int]]:
         bus, ledger = bus_bytes(2, 8, 8, 2), ledger_bytes(4, 32, 8, 256)
-        segments = []
+        segments, fds = [], list[int]()
         for name, nbytes, make in (
             ("bus", round_up(bus, GRANULARITY), lambda at, n: format_bus(at, n, 2, 8, 8, 2)),
             ("ledger", round_up(ledger, GRANULARITY), lambda at, n: format_ledger(at, n, 4, 32, 8, 256)),
@@ -83,11 +104,11 @@ class Owner:
             shared = HostShared.create(name)
             shared.resize(nbytes)
             make(shared.address, nbytes)
-            self.fds.append(os.dup(shared.fd))
-            segments.append(Segment(len(self.fds) - 1, nbytes))
+            fds.append(os.dup(shared.fd))
+            segments.append(Segment(len(fds) - 1, nbytes))
             shared.close()
         reserved = 64 * geometry().handle_bytes
-        return AttachReply("id", SPEC, GRANULARITY, geometry(), reserved, segments[0], segments[1], seat)
+        return AttachReply("id", SPEC, GRANULARITY, geometry(), reserved, segments[0], segments[1]), fds
 
 
 def number_of(key: RecordKey) -> int:
@@ -103,7 +124,8 @@ def owner() -> Iterator[Owner]:
 
 def attach(owner: Owner, experts: list[tuple[int, int]], num_kv: int = 2) -> Memory:
     seat = owner.seat(experts, num_kv)
-    return Memory(owner.reply(seat), owner.fds, "host:1", SLOT)
+    handed = [(owner.shared, owner.shared_fds), (seat, owner.fds)]
+    return Memory(*owner.reply(), "host:1", SLOT, handed)
 
 
 def byte_of(memory: Memory, layer: int, expert: int) -> int:
@@ -129,7 +151,7 @@ def reach(memory: Memory, *, refusals: int = 0) -> tuple[int, list[int]]:
 
 def test_attach_maps_what_is_named_and_closes_every_descriptor(owner: Owner) -> None:
     memory = attach(owner, [(0, 0), (0, 3), (1, 2)])
-    assert owner.fds == []
+    assert owner.fds == owner.shared_fds == []
     assert memory.held == [[0, 3], [2]]
     assert byte_of(memory, 0, 3) == number_of(RecordKey("expert", 0, 3))
     assert memory.kv.num_blocks == 2 * geometry().blocks_per_handle
@@ -141,12 +163,12 @@ def test_experts_come_and_go_and_what_stays_keeps_its_place(owner: Owner, monkey
     monkeypatch.setattr(memory_module, "SLICE_BYTES", 1)  # one record between two steps
     memory = attach(owner, [(0, 0), (0, 3), (1, 2)])
     address = memory.weights.experts[0]["w13"].data_ptr()
-    memory.begin(owner.seat([(0, 0), (0, 1), (1, 2), (1, 3)], 2, (1, 2)), owner.fds)
+    owner.hand(memory, owner.seat([(0, 0), (0, 1), (1, 2), (1, 3)], 2, (1, 2)))
     assert memory.is_changing
     assert set(memory.routings) == {1, 2}
     revision, _ = reach(memory)
     assert revision == owner.revision
-    assert owner.fds == []
+    assert owner.fds == owner.shared_fds == []
     assert memory.held == [[0, 1], [2, 3]]
     assert memory.weights.experts[0]["w13"].data_ptr() == address
     assert [byte_of(memory, layer, expert) for layer, expert in ((0, 0), (0, 1), (1, 3))] == [
@@ -158,12 +180,12 @@ def test_experts_come_and_go_and_what_stays_keeps_its_place(owner: Owner, monkey
 def test_kv_shrinks_only_when_its_blocks_are_vacated_and_grows_again(owner: Owner) -> None:
     memory = attach(owner, [(0, 0)], num_kv=4)
     per_handle = geometry().blocks_per_handle
-    memory.begin(owner.seat([(0, 0)], 1), owner.fds)
+    owner.hand(memory, owner.seat([(0, 0)], 1))
     revision, asked = reach(memory, refusals=3)
     assert revision == owner.revision
     assert asked[:4] == [per_handle] * 4
     assert memory.kv.num_blocks == per_handle
-    memory.begin(owner.seat([(0, 0)], 3), owner.fds)
+    owner.hand(memory, owner.seat([(0, 0)], 3))
     assert reach(memory)[0] == owner.revision
     assert memory.kv.num_blocks == 3 * per_handle
     memory.close()
@@ -171,11 +193,9 @@ def test_kv_shrinks_only_when_its_blocks_are_vacated_and_grows_again(owner: Owne
 
 def test_a_newer_goal_replaces_one_in_progress(owner: Owner) -> None:
     memory = attach(owner, [(0, 0)], num_kv=2)
-    shrink, shrink_fds = owner.seat([(0, 0)], 1), owner.fds
-    memory.begin(shrink, shrink_fds)
+    owner.hand(memory, owner.seat([(0, 0)], 1))
     assert memory.advance(lambda _: False) == 0
-    memory.begin(owner.seat([(0, 0), (0, 1)], 2), owner.fds)
-    assert shrink_fds == []
+    owner.hand(memory, owner.seat([(0, 0), (0, 1)], 2))
     revision, asked = reach(memory)
     assert revision == owner.revision
     assert asked[-1] == 2 * geometry().blocks_per_handle  # the shrinking is taken back
@@ -187,11 +207,17 @@ def test_what_is_mapped_cannot_be_said_to_lie_elsewhere(owner: Owner) -> None:
     memory = attach(owner, [(0, 0), (0, 1)])
     seat = owner.seat([(0, 0), (0, 1)], 2)
     first, *others = [item for item in seat.records if item.key.kind == "expert"]
-    moved = RecordExtent(first.key, others[0].extent)
+    moved = RecordHandle(first.key, others[0].handle)
     records = (*(item for item in seat.records if item.key != first.key), moved)
     bad = SeatMemory(9, records, seat.kv, seat.routings, seat.slots, seat.doorbells)
     with pytest.raises(DeviceError, match=r"expert\.0\.0 cannot move"):
-        memory.begin(bad, owner.fds)
+        owner.hand(memory, bad)
+    bad = SeatMemory(9, seat.records, seat.kv[::-1], seat.routings, seat.slots, seat.doorbells)
+    with pytest.raises(DeviceError, match="KV handle 0 cannot move"):
+        memory.take(bad, owner.fds)
+    grown = msgspec.structs.replace(owner.shared.handles[0], nbytes=1 << 30)
+    with pytest.raises(DeviceError, match="is said to have 1073741824"):
+        memory.take(ShareHandles((grown,)), [])
     memory.close()
 
 
@@ -199,8 +225,8 @@ def test_what_is_mapped_cannot_be_said_to_lie_elsewhere(owner: Owner) -> None:
 def test_records_of_another_model_are_refused(owner: Owner, key: RecordKey) -> None:
     memory = attach(owner, [(0, 0)])
     seat = owner.seat([(0, 0), (0, 1)], 2)
-    records = (*seat.records, RecordExtent(key, seat.records[-1].extent))
-    memory.begin(SeatMemory(9, records, seat.kv, seat.routings, seat.slots, seat.doorbells), owner.fds)
+    records = (*seat.records, RecordHandle(key, seat.records[-1].handle))
+    owner.hand(memory, SeatMemory(9, records, seat.kv, seat.routings, seat.slots, seat.doorbells))
     with pytest.raises(ProtocolError, match="is not a record of this model"):
         reach(memory)
     memory.close()
@@ -209,7 +235,37 @@ def test_records_of_another_model_are_refused(owner: Owner, key: RecordKey) -> N
 def test_a_record_that_is_not_handed_over_fails_the_attach(owner: Owner) -> None:
     seat = owner.seat([(0, 0)], 1)
     cut = SeatMemory(1, seat.records[1:], seat.kv, seat.routings, seat.slots, seat.doorbells)
-    reply = owner.reply(cut)
+    handed = [(owner.shared, owner.shared_fds), (cut, owner.fds)]
     with pytest.raises(ElasticMoEError, match="of record base, 0 bytes were handed over; it has at least"):
-        Memory(reply, owner.fds, "host:1", SLOT)
+        Memory(*owner.reply(), "host:1", SLOT, handed)
+    assert owner.fds == owner.shared_fds == []
+
+
+def test_handles_are_kept_and_dropped_as_goals_name_them(owner: Owner) -> None:
+    memory = attach(owner, [(0, 0)], num_kv=2)
+    held = len(memory.device._imports)
+    owner.hand(memory, owner.seat([(0, 0), (0, 1)], 2))  # shares what is there already, too
+    assert len(memory.device._imports) == held + 1
+    owner.hand(memory, owner.seat([(0, 0)], 2))  # replaces a goal of which nothing was mapped
+    assert len(memory.device._imports) == held
+    reach(memory)
+    owner.hand(memory, owner.seat([(0, 0)], 1))
+    again = owner.seat([(0, 0)], 2)
+    memory.take(owner.shared, owner.shared_fds)  # while the other goal is worked at, whose KV goes
+    reach(memory)
+    memory.take(again, owner.fds)
+    assert reach(memory)[0] == again.revision
+    assert len(memory.device._imports) == held
+    memory.close()
+
+
+def test_a_goal_that_names_what_was_not_shared_is_refused(owner: Owner) -> None:
+    memory = attach(owner, [(0, 0)])
+    seat = owner.seat([(0, 0), (0, 1)], 2)
+    with pytest.raises(ProtocolError, match="is named, but was not shared"):
+        memory.take(seat, owner.fds)
     assert owner.fds == []
+    memory.take(ShareHandles(()), owner.shared_fds)
+    with pytest.raises(ProtocolError, match="names descriptor 4 of 0"):
+        memory.take(owner.shared, [])
+    memory.close()
