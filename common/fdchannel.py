@@ -19,12 +19,11 @@ from typing import Generic, Self, TypeVar
 
 from common.protocol.codec import Codec, Message, Received, encode
 from common.protocol.errors import DeadlineExceeded, ProtocolError, Unauthorized, Unavailable
-from common.protocol.limits import MESSAGE_BYTES_MAX
+from common.protocol.limits import FDS_MAX, MESSAGE_BYTES_MAX
 from common.transport import PathLock
 
 T = TypeVar("T")
 
-FDS_MAX = 253  # SCM_MAX_FD of Linux
 DESCRIPTORS_CUT = "descriptors_cut"
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 

@@ -1,6 +1,6 @@
 """The keeper channel: the HMM parks its file descriptors with a process that does nothing else.
 
-Same framing as handles.py; a Keep carries exactly one descriptor, a Kept one per name, in the order of `names`.
+Same framing as handles.py; a Keep and a Kept carry one descriptor per name, in the order of `names`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from typing import Annotated
 from msgspec import Meta
 
 from common.protocol.codec import Codec, Message
-from common.protocol.limits import NAME_CHARS_MAX
+from common.protocol.limits import FDS_MAX, NAME_CHARS_MAX
 from common.protocol.replies import Ack, Refused
 
 Name = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+Names = Annotated[tuple[Name, ...], Meta(min_length=1, max_length=FDS_MAX)]
 
 
 class Keep(Message, frozen=True):
-    """HMM -> keeper: hold this descriptor under `name`; an earlier one of that name is closed. Answered by Ack."""
+    """HMM -> keeper: hold these descriptors under `names`; an earlier one of a name is closed. All or none. Answered by
+    Ack."""
 
-    name: Name
+    names: Names
 
 
 class Forget(Message, frozen=True):
-    """HMM -> keeper: close the descriptor of `name`. Answered by Ack, also when there is none."""
+    """HMM -> keeper: close the descriptors of `names`. Answered by Ack, also for one that there is not."""
 
-    name: Name
+    names: Names
 
 
 class Fetch(Message, frozen=True):

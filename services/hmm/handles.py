@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator
 from typing import Final, NamedTuple
 
 from common.devices.base import Device, FdToken, Handle
-from common.fdchannel import FDS_MAX
 from common.host_shared import HostShared
 from common.layout import Layout, Seat
 from common.model_spec import RecordKey
@@ -23,6 +22,7 @@ from common.protocol.handles import (
     SharedKey,
     ShareHandles,
 )
+from common.protocol.limits import FDS_MAX
 from services.hmm.catalog import Loaded, Transition, keys_of, layouts, slots_of
 from services.hmm.holdings import Holdings
 from services.hmm.memory import DeviceMemory

@@ -67,8 +67,7 @@ class Holdings:
         finally:
             for fd in kept.values():  # _adopt takes out what it keeps
                 os.close(fd)
-        for name in kept if is_adopted else names:
-            self._parking.forget(name)
+        self._parking.forget(kept if is_adopted else names)
         if not is_adopted:
             self._begin()
         self._park()
@@ -188,7 +187,7 @@ class Holdings:
         for slot in slots:
             fd = self.doorbells.pop(slot, None)
             if fd is not None:
-                self._parking.forget(_doorbell(slot))
+                self._parking.forget((_doorbell(slot),))
                 os.close(fd)
 
     def ring(self) -> None:
@@ -211,8 +210,7 @@ class Holdings:
         assert self._snapshot is not None, "there is a snapshot from start on"
         wanted = self._park()
         self._snapshot.write(encode(self.catalog()))
-        for name in self._parking.names - set(wanted):
-            self._parking.forget(name)
+        self._parking.forget(self._parking.names - set(wanted))
 
     def _park(self) -> dict[str, int]:
         """Let the keeper hold all that the catalog may name, by name, before it does."""
@@ -225,8 +223,7 @@ class Holdings:
             wanted[_BUS] = self.segment.shared.fd
         if self._snapshot is not None:
             wanted[CATALOG] = self._snapshot.fd
-        for name, fd in wanted.items():
-            self._parking.keep(name, fd)
+        self._parking.keep(wanted)
         return wanted
 
     def check_integrity(self) -> list[str]:

@@ -6,22 +6,25 @@ holds: it has as little reason to fail as a process can have.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import select
 import signal
 import sys
 from typing import Final
 
 from common.config import KeeperConfig, load, make_run_dirs
-from common.fdchannel import FDS_MAX, Channel, Listener
+from common.fdchannel import Channel, Listener
 from common.protocol.codec import Message
 from common.protocol.errors import ElasticMoEError, ProtocolError
 from common.protocol.keeper import TO_KEEPER, Fetch, Forget, Keep, Kept
+from common.protocol.limits import FDS_MAX
 from common.protocol.replies import Ack, refusal
 from common.telemetry import setup_logging
 from common.transport import describe, new_identity
 
-KEPT_MAX: Final = 512  # descriptors; more would run into the limit of open files
+FDS_SPARE: Final = 320  # of the open files that are allowed: for channels, and what one message brings
 CHANNELS_MAX: Final = 16
 _RECEIVE_MS: Final = 1_000
 
@@ -35,6 +38,7 @@ class Keeper:
         self._listener = Listener(config.socket("keeper"))
         self._log = setup_logging("keeper", level=config.log_level, as_json=config.log_json)
         self._kept: dict[str, int] = {}
+        self._kept_max = max(0, open_files_max() - FDS_SPARE)
         self._channels: dict[int, Channel[Keep | Forget | Fetch]] = {}
         self._wake_out, self._wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._is_stopping = False
@@ -48,7 +52,7 @@ class Keeper:
         signal.set_wakeup_fd(self._wake_in, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
-        self._log.info("keeper ready", pid=os.getpid())
+        self._log.info("keeper ready", pid=os.getpid(), descriptors_max=self._kept_max)
         while not self._is_stopping:
             poller = select.poll()
             for fd in (self._wake_out, self._listener.fileno(), *self._channels):
@@ -94,20 +98,23 @@ class Keeper:
             pass  # the peer is gone: nobody is left to be told
 
     def _handle(self, body: Keep | Forget | Fetch, fds: list[int]) -> tuple[Message, tuple[int, ...]]:
-        if len(fds) != isinstance(body, Keep):
+        if len(fds) != (len(body.names) if isinstance(body, Keep) else 0):
             _close(fds)
             return refusal(ProtocolError(f"{type(body).__name__} came with {len(fds)} descriptors")), ()
         if isinstance(body, Fetch):
             names = tuple(sorted(name for name in self._kept if name > body.after))[:FDS_MAX]
             return Kept(names), tuple(self._kept[name] for name in names)
-        if isinstance(body, Keep) and body.name not in self._kept and len(self._kept) >= KEPT_MAX:
+        if isinstance(body, Keep) and len(self._kept.keys() | set(body.names)) > self._kept_max:
             _close(fds)
-            return refusal(ElasticMoEError(f"{KEPT_MAX} descriptors are held, the limit", code="too_many")), ()
-        old = self._kept.pop(body.name, None)
-        if old is not None:
-            os.close(old)
+            held = f"{len(self._kept)} descriptors are held, and {self._kept_max} can be"
+            text = f"{held}: allow more open files (ulimit -n)"
+            return refusal(ElasticMoEError(text, code="too_many")), ()
+        _close([self._kept.pop(name) for name in set(body.names) & self._kept.keys()])
         if isinstance(body, Keep):
-            self._kept[body.name] = fds[0]
+            for name, fd in zip(body.names, fds, strict=True):
+                if name in self._kept:  # named twice
+                    os.close(self._kept[name])
+                self._kept[name] = fd
         return Ack(), ()
 
     def close(self) -> None:
@@ -121,6 +128,15 @@ class Keeper:
 def _close(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def open_files_max() -> int:
+    """How many files this process may have open, once it has asked for as many as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def main() -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ from common.fdchannel import Channel, connect
 from common.protocol.codec import Message
 from common.protocol.errors import ElasticMoEError, ProtocolError, Unavailable
 from common.protocol.keeper import TO_HMM, Fetch, Forget, Keep, Kept
+from common.protocol.limits import FDS_MAX
 from common.protocol.replies import Ack, Refused
 from common.telemetry import Logger
 
@@ -68,17 +70,20 @@ class Parking:
         """Of what the keeper shall hold."""
         return set(self._wanted)
 
-    def keep(self, name: str, fd: int) -> None:
-        """Park `fd`, which stays the caller's, open until `forget`; nothing is to do where it is parked already."""
-        if self._wanted.get(name) == fd:
-            return
-        self._wanted[name] = fd
-        self._try(Keep(name), (fd,))
+    def keep(self, fds: Mapping[str, int]) -> None:
+        """Park descriptors under names. They stay the caller's, open until `forget`; nothing is to do for those that
+        are parked already."""
+        fresh = [name for name, fd in fds.items() if self._wanted.get(name) != fd]
+        self._wanted.update(fds)
+        for names in _batches(fresh):
+            self._try(Keep(names), tuple(fds[name] for name in names))
 
-    def forget(self, name: str) -> None:
-        """Let the keeper close what it holds under `name`."""
-        self._wanted.pop(name, None)
-        self._try(Forget(name))
+    def forget(self, names: Iterable[str]) -> None:
+        """Let the keeper close what it holds under these names."""
+        for some in _batches(names):
+            for name in some:
+                self._wanted.pop(name, None)
+            self._try(Forget(some))
 
     def _try(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         if self._channel is None:
@@ -116,10 +121,10 @@ class Parking:
             self.connect(deadline_ms=_RETRY_MS)
             kept = self.fetch(deadline_ms=_RETRY_MS)
             _close(kept.values())
-            for name in sorted(set(kept) - set(self._wanted)):
-                self._call(Forget(name), deadline_ms=_RETRY_MS)
-            for name in sorted(self._wanted, key=lambda name: (name == CATALOG, name)):
-                self._call(Keep(name), (self._wanted[name],), deadline_ms=_RETRY_MS)
+            for names in _batches(sorted(set(kept) - set(self._wanted))):
+                self._call(Forget(names), deadline_ms=_RETRY_MS)
+            for names in _batches(sorted(self._wanted, key=lambda name: (name == CATALOG, name))):
+                self._call(Keep(names), tuple(self._wanted[name] for name in names), deadline_ms=_RETRY_MS)
         except ElasticMoEError as error:
             self.lose(error.message)
             return False
@@ -131,6 +136,13 @@ class Parking:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+
+
+def _batches(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """As many at once as one message carries."""
+    left = iter(names)
+    while some := tuple(islice(left, FDS_MAX)):
+        yield some
 
 
 def _close(fds: Iterable[int]) -> None:

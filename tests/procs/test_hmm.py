@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,15 +18,20 @@ import torch
 from safetensors.torch import load_file
 
 from cli.models import random_checkpoint
+from common.config import KeeperConfig
 from common.families import records
-from common.fdchannel import FDS_MAX, connect
+from common.fdchannel import connect
 from common.layout import Layout, RankId, initial_layout
 from common.protocol.errors import ElasticMoEError, Unavailable
 from common.protocol.hmm import CheckIntegrity, GetHmmStatus, SetMembership
 from common.protocol.keeper import TO_HMM, Fetch, Forget, Keep, Kept
+from common.protocol.limits import FDS_MAX
 from common.protocol.replies import Ack, Refused
+from common.telemetry import get_logger
 from common.transport import new_identity
-from services.hmm.keeper import KEPT_MAX
+from services.hmm import keeper as keeper_module
+from services.hmm.keeper import FDS_SPARE
+from services.hmm.parking import Parking
 from tests.procs.hmm_harness import Deployment, Rank, hollow_checkpoint, load_message
 from tests.procs.waiting import processes_of, wait_until
 from tests.unit.specs import TINY_MIXTRAL
@@ -346,7 +352,7 @@ def test_what_was_kept_without_a_valid_catalog_is_dropped(
         rank.close()
     channel, fd = keeper_channel(deployment), os.memfd_create("catalog")
     os.write(fd, content)
-    channel.send(Keep("catalog"), (fd,))
+    channel.send(Keep(("catalog",)), (fd,))
     assert isinstance(channel.receive()[0].body, Ack)
     channel.close()
     os.close(fd)
@@ -513,7 +519,7 @@ def test_the_keeper_hands_back_more_than_one_message_can_carry(keeper: Deploymen
     for name in names:
         fd = os.memfd_create(name)
         os.write(fd, name.encode())
-        channel.send(Keep(name), (fd,))
+        channel.send(Keep((name,)), (fd,))
         os.close(fd)
         assert isinstance(channel.receive()[0].body, Ack)
     channel.close()
@@ -535,19 +541,17 @@ def test_the_keeper_hands_back_more_than_one_message_can_carry(keeper: Deploymen
 def test_the_keeper_refuses_what_breaks_its_protocol(keeper: Deployment) -> None:
     channel = keeper_channel(keeper)
     fd = os.memfd_create("x")
-    for message, fds in ((Keep("a"), ()), (Keep("a"), (fd, fd)), (Forget("a"), (fd,)), (Fetch(), (fd,))):
+    one = ("a",)
+    for message, fds in ((Keep(one), ()), (Keep(one), (fd, fd)), (Forget(one), (fd,)), (Fetch(), (fd,))):
         channel.send(message, fds)
         body = channel.receive()[0].body
         assert isinstance(body, Refused)
         assert body.code == "protocol_error"
-    for number in range(KEPT_MAX + 1):
-        channel.send(Keep(f"n{number}"), (fd,))
-        body = channel.receive()[0].body
-        assert isinstance(body, Ack if number < KEPT_MAX else Refused)
-    channel.send(Keep("n0"), (fd,))  # replacing needs no room
-    assert isinstance(channel.receive()[0].body, Ack)
-    channel.send(Forget("n0"))
-    channel.send(Forget("never"))
+    channel.send(Keep(("a", "a", "b")), (fd, fd, fd))
+    channel.send(Keep(("a",)), (fd,))
+    assert [type(channel.receive()[0].body) for _ in range(2)] == [Ack, Ack]
+    channel.send(Forget(("a", "never")))
+    channel.send(Forget(("b",)))
     assert [type(channel.receive()[0].body) for _ in range(2)] == [Ack, Ack]
     with socket.socket(socket.AF_UNIX) as peer:
         peer.connect(str(keeper.config.socket("keeper")))
@@ -561,6 +565,54 @@ def test_the_keeper_refuses_what_breaks_its_protocol(keeper: Deployment) -> None
     channel.close()
     assert keeper.keeper is not None
     assert keeper.keeper.poll() is None
+
+
+def test_the_keeper_holds_thousands_and_says_where_its_limit_is(keeper: Deployment) -> None:
+    assert keeper.keeper is not None
+    limit = FDS_SPARE + 3_000
+    assert resource.prlimit(keeper.keeper.pid, resource.RLIMIT_NOFILE)[0] > limit  # it has asked for more than is usual
+    parking = Parking(keeper.config.socket("keeper"), "hmm:1", get_logger("test"))
+    parking.connect()
+    fd = os.memfd_create("x")
+    names = [f"n{number:04}" for number in range(3_000)]
+    with limited(os.getpid(), limit):
+        parking.keep(dict.fromkeys(names, fd))
+        kept = parking.fetch()
+        assert sorted(kept) == names
+        for one in kept.values():
+            os.close(one)
+        parking.forget(names[1:])
+        assert [os.close(one) or name for name, one in parking.fetch().items()] == ["n0000"]
+    parking.close()
+    os.close(fd)
+
+
+def test_the_keeper_refuses_more_than_it_can_have_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "open_files_max", lambda: FDS_SPARE + 2)
+    (tmp_path / "sockets").mkdir()
+    keeper = keeper_module.Keeper(KeeperConfig(run_dir=str(tmp_path)))
+    fds = [os.memfd_create("x") for _ in range(3)]
+    assert isinstance(keeper._handle(Keep(("a", "b")), [os.dup(fd) for fd in fds[:2]])[0], Ack)
+    before = len(os.listdir("/proc/self/fd"))
+    refused, _ = keeper._handle(Keep(("c", "a")), [os.dup(fd) for fd in fds[:2]])
+    assert isinstance(refused, Refused)
+    assert (refused.code, "2 can be" in refused.message) == ("too_many", True)
+    assert isinstance(keeper._handle(Keep(("a",)), [os.dup(fds[2])])[0], Ack)  # replacing needs no room
+    assert len(os.listdir("/proc/self/fd")) == before
+    keeper.close()
+    for fd in fds:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def limited(pid: int, soft: int) -> Iterator[None]:
+    """With another limit of open files until the end of the block."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
 def test_the_keeper_is_small(keeper: Deployment) -> None:

@@ -18,7 +18,7 @@ import pytest
 from common.devices.base import FdToken, Handle, ProcessRules
 from common.devices.factory import open_device
 from common.devices.host import HostDevice
-from common.fdchannel import FDS_MAX, Channel, Listener, connect
+from common.fdchannel import Channel, Listener, connect
 from common.layout import RankId
 from common.model_spec import KvGeometry, RecordKey
 from common.protocol.handles import (
@@ -33,6 +33,7 @@ from common.protocol.handles import (
     SharedFd,
     ShareHandles,
 )
+from common.protocol.limits import FDS_MAX
 from common.telemetry import get_logger
 from services.hmm import attachments as attachments_module
 from services.hmm.attachments import Attachments

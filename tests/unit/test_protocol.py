@@ -130,7 +130,7 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
             Refused("conflict", "text", False),
         ),
     ),
-    "keeper": (keeper.TO_KEEPER, (keeper.Keep("a"), keeper.Forget("a"), keeper.Fetch())),
+    "keeper": (keeper.TO_KEEPER, (keeper.Keep(("a", "b")), keeper.Forget(("a",)), keeper.Fetch())),
     "template": (standby.TO_TEMPLATE, (standby.Fork(),)),
     "pool from its processes": (standby.TO_POOL, (standby.Forked(12), standby.Posted())),
     "seats on file": (

@@ -161,9 +161,9 @@ def test_descriptors_travel_with_their_message(tmp_path: Path) -> None:
     assert theirs is not None
     memfd = os.memfd_create("test")
     os.write(memfd, b"hello")
-    ours.send(Keep("a"), (memfd,), epoch=7)
+    ours.send(Keep(("a",)), (memfd,), epoch=7)
     received, fds = theirs.receive()
-    assert (received.body, received.epoch, len(fds)) == (Keep("a"), 7, 1)
+    assert (received.body, received.epoch, len(fds)) == (Keep(("a",)), 7, 1)
     assert os.pread(fds[0], 5, 0) == b"hello"
     assert os.get_inheritable(fds[0]) is False
     theirs.send(Kept(("a",)), (fds[0],))
