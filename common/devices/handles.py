@@ -185,6 +185,13 @@ class Handles(ABC):
         self._rules.take_role("exports")
         return self._export(handle)
 
+    def id_of(self, handle: Handle) -> int:
+        """A number that no other local handle of this device has while it lives; its owner's successors give it the
+        same one. Only to be compared. Raises DeviceError not_local."""
+        self._check_local(handle)
+        assert handle.space is not None, "a local handle has a space"
+        return handle.place * len(SPACES) + SPACES.index(handle.space)
+
     # ---- From owner to owner
 
     @abstractmethod

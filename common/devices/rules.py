@@ -81,12 +81,6 @@ class Handle:
         self.num_mappings = 0
         self.is_live = True
 
-    @property
-    def id(self) -> int:
-        """Names a local handle among those of its device, also for its owner's successors. Only to be compared."""
-        assert self.space is not None, "only local handles have an id"
-        return self.place * len(SPACES) + SPACES.index(self.space)
-
 
 class Mapping(NamedTuple):
     """A handle in its place of a range."""

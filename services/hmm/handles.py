@@ -88,12 +88,12 @@ def wanted_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | N
 
 def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, revision: int) -> tuple[SeatMemory, Offer]:
     """The message for `view`, and what it needs."""
-    fds = _Fds()
+    fds, name = _Fds(), memory.device.id_of
     slots = slots_of(view.layouts)
     seat = SeatMemory(
         revision=revision,
-        records=tuple(RecordHandle(key, handle.id) for key, handle in view.records.items()),
-        kv=tuple(handle.id for handle in view.kv),
+        records=tuple(RecordHandle(key, name(handle)) for key, handle in view.records.items()),
+        kv=tuple(name(handle) for handle in view.kv),
         routings=tuple(
             Routing(layout.epoch, tuple(layout.owners(layer) for layer in range(len(layout.homes))))
             for layout in view.layouts
@@ -101,7 +101,7 @@ def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, revision: 
         slots=slots,
         doorbells=tuple(fds.add(holdings.doorbells[slot]) for slot in slots),
     )
-    handles = {handle.id: handle for handle in (*view.records.values(), *view.kv)}
+    handles = {name(handle): handle for handle in (*view.records.values(), *view.kv)}
     return seat, Offer(tuple(fds.all), memory.device, handles)
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from common.capacity import kv_handles_min, size_ledger
-from common.devices.base import Token
 from common.layout import Layout, keys_on
 from common.model_spec import KvGeometry, RecordKey
 from common.protocol import hmm as to_hmm
@@ -31,7 +30,7 @@ from native.ledger import Ledger, format_ledger
 from native.ledger import ledger_bytes as native_ledger_bytes
 from services.hmm.blocks import check_ranks
 from services.hmm.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition, record_bytes
-from services.hmm.handles import full_view, seat_for, seat_memory
+from services.hmm.handles import Offer, full_view, seat_for, seat_memory
 from services.hmm.membership import Membership
 from services.hmm.transition import Transitions
 from tests.sim.heap import Actor, Sim
@@ -51,15 +50,15 @@ CHANNEL_S = 0.003
 
 
 class Device:
-    """A device's name and budget in bytes. A KV handle is its own offset, a record is known by its key."""
+    """A device's name and budget in bytes. A KV handle is its own id, a record is known by its key."""
 
     def __init__(self, name: str, budget: int) -> None:
         self.name = name
         self.budget = budget
 
-    def export(self, handle: RecordKey | int) -> Token:
+    def id_of(self, handle: RecordKey | int) -> int:
         """See common.devices."""
-        return Token(0, 0 if isinstance(handle, RecordKey) else handle, PAGE)
+        return 0 if isinstance(handle, RecordKey) else handle
 
 
 class Memory:
@@ -103,7 +102,7 @@ class Memory:
 
 def held_by(seat: SeatMemory) -> set[Any]:
     """The handles that a seat's memory names."""
-    return {*(record.key for record in seat.records), *(extent.offset for extent in seat.kv)}
+    return {*(record.key for record in seat.records), *seat.kv}
 
 
 class Bus:
@@ -364,7 +363,7 @@ class Hmm(Actor):
         self._revision = max(self._revision + 1, int(self.sim.now * 1000))
         return self._revision
 
-    def update(self, attached: Any, seat: SeatMemory, fds: tuple[int, ...]) -> None:
+    def update(self, attached: Any, seat: SeatMemory, _: Offer) -> None:
         """Send a seat's memory, unless it is what was sent last."""
         if seat == msgspec.structs.replace(attached.sent, revision=0):
             return

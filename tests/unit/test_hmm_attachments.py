@@ -177,8 +177,8 @@ def test_tens_of_thousands_of_handles_with_a_descriptor_each_are_handed_over(pai
     """Neither side has more of them open than a message takes: both would run into the limit of open files."""
     owner, user = OneEach(), open_device("host:0", PAGE, rules=ProcessRules())
     handles = [owner.create(PAGE, "kv") for _ in range(HANDLES)]
-    offer = Offer((), owner, {handle.id: handle for handle in handles})
-    seat = SeatMemory(0, (), tuple(handle.id for handle in handles), (), (), ())
+    offer = Offer((), owner, {owner.id_of(handle): handle for handle in handles})
+    seat = SeatMemory(0, (), tuple(owner.id_of(handle) for handle in handles), (), (), ())
     imported: dict[int, Handle] = {}
     found: list[SeatMemory] = []
     most = 0
@@ -212,7 +212,7 @@ def test_tens_of_thousands_of_handles_with_a_descriptor_each_are_handed_over(pai
     assert set(found[0].kv) == set(imported)
     assert most == FDS_MAX
     range_ = user.reserve(HANDLES * PAGE)
-    user.map_many(range_, [(at * PAGE, imported[handle.id]) for at, handle in enumerate(handles)], True)
+    user.map_many(range_, [(at * PAGE, imported[owner.id_of(handle)]) for at, handle in enumerate(handles)], True)
     there = owner.reserve(PAGE)
     owner.map(there, 0, handles[12_345], True)
     owner.write_bytes(there.base, b"number")

@@ -57,7 +57,7 @@ class Owner:
         token = self.device.export(handle)
         assert isinstance(token, FdToken)
         self.shared_fds.append(os.dup(token.fd))
-        return SharedHandle(handle.id, token.nbytes, SharedFd(len(self.shared_fds) - 1, token.offset))
+        return SharedHandle(self.device.id_of(handle), token.nbytes, SharedFd(len(self.shared_fds) - 1, token.offset))
 
     def seat(self, experts: list[tuple[int, int]], num_kv: int, epochs: tuple[int, ...] = (1,)) -> SeatMemory:
         """The goal with these experts, and in `shared` the handles that it names; the descriptors that they index are
@@ -70,13 +70,13 @@ class Owner:
             self.kv.append(self.device.create(geometry().handle_bytes, "kv"))
         handles = {key: self.handle(key) for key in keys}
         self.shared = ShareHandles(tuple(self.share(one) for one in (*handles.values(), *self.kv[:num_kv])))
-        records = tuple(RecordHandle(key, handle.id) for key, handle in handles.items())
+        records = tuple(RecordHandle(key, self.device.id_of(handle)) for key, handle in handles.items())
         doorbells = []
         for _ in range(2):
             doorbells.append(len(self.fds))
             self.fds.append(os.eventfd(0))
         routings = tuple(Routing(epoch, ((0,),)) for epoch in epochs)
-        kv = tuple(handle.id for handle in self.kv[:num_kv])
+        kv = tuple(self.device.id_of(handle) for handle in self.kv[:num_kv])
         return SeatMemory(self.revision, records, kv, routings, (0, SLOT), tuple(doorbells))
 
     def hand(self, memory: Memory, seat: SeatMemory) -> None:
