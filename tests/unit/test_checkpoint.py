@@ -134,7 +134,7 @@ def test_ledgers_and_bus_are_formatted_and_kv_is_there(world: World, mixtral: Pa
     loaded = world.load(mixtral).run()
     for memory in world.memories.values():
         assert memory.ledger is not None
-        ledger = Ledger(memory.address(memory.ledger), memory.ledger.nbytes)
+        ledger = Ledger(memory.ledger.address, memory.ledger.nbytes)
         assert (ledger.num_rows, ledger.max_tokens, ledger.max_blocks) == (4, 64, 4)
         assert len(memory.kv) == 4 << 20 >> 21
         assert {handle.nbytes for handle in memory.kv} == {loaded.kv.handle_bytes}
