@@ -35,6 +35,7 @@ PROGRAMS = frozenset(
     ]
 )
 
+_MADE = ("build", "dist")
 _FENCE = re.compile(r"^(\s*)(`{3,}|~{3,})\s*([\w+-]*)\s*$")
 _MARK = re.compile(r"^\s*<!--\s*not run:\s*(.+?)\s*-->\s*$")
 _NEAR_MARK = re.compile(r"<!--\s*not[ -]?run", re.IGNORECASE)
@@ -70,8 +71,9 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """README and everything below docs, however new it is."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """All of the repository, however new they are; not those of what was installed or built."""
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in _MADE]
+    return sorted([*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))])
 
 
 def blocks_of(page: Path) -> list[Block]:

@@ -23,6 +23,20 @@ def told(blocks: list[Block]) -> str:
     return "\n".join(f"{block.place}: {block.why_not}" for block in blocks)
 
 
+def indented(page: Path) -> list[str]:
+    """Where commands stand in a block without a fence: indented lines that follow an empty one."""
+    text, found, before = page.read_text(encoding="utf-8"), [], ""
+    fenced = {
+        number for block in blocks_of(page) for number in range(block.line, block.line + block.text.count("\n") + 2)
+    }
+    for number, line in enumerate(text.splitlines(), 1):
+        first = line.split()[:1]
+        if line.startswith("    ") and not before.strip() and number not in fenced and first and first[0] in PROGRAMS:
+            found.append(f"{page.relative_to(ROOT)}:{number}")
+        before = line
+    return found
+
+
 def test_most_commands_are_run() -> None:
     print(told(LEFT_OUT))
     assert len(commands(ALL)) >= 2
@@ -42,6 +56,7 @@ def test_no_command_hides_in_a_fence_without_a_language() -> None:
         and any(line.split()[:1] and line.split()[0] in PROGRAMS for line in block.text.splitlines())
     ]
     assert hidden == [], "write ```sh"
+    assert [place for page in pages() for place in indented(page)] == [], "write ```sh"
     shells = {"bash", "shell", "zsh", "shellsession", "sh-session", "terminal"}
     assert [block.place for block in ALL if block.language in shells] == [], "write ```sh"
 
@@ -87,6 +102,32 @@ INLINE = [
     for match in re.finditer(r"`(elasticmoe [^`\n]+)`", page.read_text(encoding="utf-8"))
     if not re.search(r"\[|…|\\\||[A-Z]{2,}|, ", match[1])  # a form to fill in, a list
 ]
+
+
+LEFT_OUT_LINES = [
+    (block.place, line.partition(" #")[0].strip())
+    for block in LEFT_OUT
+    for line in block.script.replace("\\\n", " ").splitlines()
+]
+
+
+def test_what_is_left_out_names_targets_and_flags_that_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    parser, wrong = make_parser(), []
+    made = [
+        (place, name) for place, line in LEFT_OUT_LINES for name in re.findall(r"\bmake (?:-C \S+ )?([\w-]+)", line)
+    ]
+    typed = [(place, line) for place, line in LEFT_OUT_LINES if line.startswith("elasticmoe ")]
+    assert len(made) >= 8
+    assert len(typed) >= 8
+    wrong += [f"{place}: make {name}" for place, name in made if name not in targets]
+    for place, line in typed:
+        try:
+            parser.parse_args(shlex.split(re.split(r" [|>&] ?", line)[0])[1:])
+        except SystemExit as ended:
+            if ended.code:
+                wrong.append(f"{place}: {line}")
+    assert wrong == []
 
 
 def test_commands_in_sentences_are_ones_that_exist() -> None:
