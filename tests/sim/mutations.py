@@ -94,7 +94,10 @@ MUTATIONS: dict[str, Mutation] = {
         Intake, "lost_slots", lambda *_: frozenset(), ("which is lost",)
     ),
     "a new pool knows nothing of the ranks that live": Mutation(
-        Pool, "_survivors", lambda _: {}, ("two processes have slot", "] live")
+        Pool,
+        "_survivors",
+        lambda _: {},
+        ("ranks in slots []; ['rank-",),  # it has none, and some live
     ),
     "a router takes tokens that it has": Mutation(Stream, "_accept_part", _double, ("tokens", "history")),
     "a rank goes on with rows as if nothing was known of them": Mutation(
