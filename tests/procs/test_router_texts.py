@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ MIB = 1024 * 1024
 LONG = 8_000_000  # characters; the body's limit is 8 MiB
 HONEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+UNTOKENIZED = re.compile(r"your prompt has \d+ characters, and no more than \d+ of them fit")
 TEMPLATE = "{% if messages[0].content == 'slow' %}" + LOOPS + "{% endif %}{{ messages[0].content }}"
 
 
@@ -80,10 +82,10 @@ def error_of(answer: httpx.Response) -> tuple[int, str, str]:
 
 
 class Beside:
-    """Requests that go on while others run: the slowest of each kind, in seconds."""
+    """Requests that go on while others run: how many of each kind have been answered."""
 
     def __init__(self, router: RouterProcess, *bodies: dict[str, Any]) -> None:
-        self.slowest = {"/health": 0.0, **{path_of(body): 0.0 for body in bodies}}
+        self.answered = {"/health": 0, **{path_of(body): 0 for body in bodies}}
         self.failed: list[str] = []
         self._router = router
         self._bodies = bodies
@@ -107,11 +109,18 @@ class Beside:
                     self._one(path, lambda path=path, body=body: http.post(path, json=body))
 
     def _one(self, what: str, request: Callable[[], httpx.Response]) -> None:
-        began = time.monotonic()
         answer = request()
-        self.slowest[what] = max(self.slowest[what], time.monotonic() - began)
+        self.answered[what] += 1
         if answer.status_code != 200:
             self.failed.append(f"{what}: {answer.text}")
+
+    def meanwhile(self, request: Callable[[], httpx.Response]) -> httpx.Response:
+        """The answer to `request`; fails the test unless others of each kind were asked and answered before it."""
+        before = dict(self.answered)
+        answer = request()
+        answered = {what: number - before[what] for what, number in self.answered.items()}
+        assert min(answered.values()) >= 2, answered  # one may have been under way
+        return answer
 
 
 def path_of(body: dict[str, Any]) -> str:
@@ -120,6 +129,18 @@ def path_of(body: dict[str, Any]) -> str:
 
 def resident(router: RouterProcess) -> int:
     return psutil.Process(router.process.pid).memory_info().rss
+
+
+@contextmanager
+def stopped(processes: list[psutil.Process]) -> Iterator[None]:
+    """Until the end of the block they do nothing."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def family(router: RouterProcess) -> list[psutil.Process]:
@@ -142,14 +163,11 @@ def family(router: RouterProcess) -> list[psutil.Process]:
 def test_a_text_beyond_the_context_is_not_tokenized(served: RouterProcess, path: str, body: dict[str, Any]) -> None:
     before = resident(served)
     with Beside(served, HONEST) as beside:
-        began = time.monotonic()
         status, code, text = error_of(post(served, body, path))
-        took = time.monotonic() - began
     assert (status, code) == (400, "context_length_exceeded")
     assert "maximum context length is 512 tokens. However, your prompt has" in text
-    assert took < 5.0  # tokenizing it takes 12
+    assert UNTOKENIZED.search(text), text
     assert beside.failed == []
-    assert max(beside.slowest.values()) < 4.0, beside.slowest
     assert resident(served) - before < 64 * MIB
 
 
@@ -158,6 +176,7 @@ def test_texts_just_beyond_the_context_are_told_so(served: RouterProcess) -> Non
     answer = post(served, {"prompt": "x" * 6_000}, "/v1/completions")
     assert error_of(answer)[:2] == (400, "context_length_exceeded")
     assert "6000" in error_of(answer)[2]
+    assert not UNTOKENIZED.search(error_of(answer)[2])
     assert post(served, {"prompt": "x" * 6_000}, "/tokenize").json()["count"] == 6_000
 
 
@@ -190,8 +209,8 @@ def test_five_of_them_beside_an_honest_chat(served: RouterProcess) -> None:
     with Beside(served, HONEST, {"prompt": "honest", "max_tokens": 1}) as beside:
         answers, most = send_at_once(served, [chat_body("x" * LONG)] * 5, "/v1/chat/completions")
     assert [error_of(answer)[:2] for answer in answers] == [(400, "context_length_exceeded")] * 5
+    assert all(UNTOKENIZED.search(error_of(answer)[2]) for answer in answers)
     assert beside.failed == []
-    assert max(beside.slowest.values()) < 4.0, beside.slowest
     assert most < 512 * MIB
     wait_until(lambda: resident(served) - before < 64 * MIB, "the memory is given back")
     wait_until(lambda: sum(p.memory_info().rss for p in family(served)) < 256 * MIB, "the workers' too")
@@ -211,10 +230,10 @@ def test_forty_of_them_with_wide_characters(served: RouterProcess) -> None:
 
 
 def test_a_list_of_tokens_beyond_the_context_is_not_decoded(served: RouterProcess) -> None:
-    began = time.monotonic()
-    answer = post(served, {"prompt": [97] * 250_000, "echo": True}, "/v1/completions")
+    """It is refused while the processes that would decode it stand still."""
+    with stopped(family(served)):
+        answer = post(served, {"prompt": [97] * 250_000, "echo": True}, "/v1/completions")
     assert error_of(answer)[:2] == (400, "context_length_exceeded")
-    assert time.monotonic() - began < 4.0
 
 
 def test_large_answers_of_tokenize_are_made_elsewhere(served: RouterProcess) -> None:
@@ -231,14 +250,10 @@ def test_a_template_that_does_not_end(hostile_served: RouterProcess) -> None:
     """It costs its own request five seconds of CPU and an error; other requests go on, chats with one worker less."""
     with Beside(hostile_served, HONEST, {"prompt": "honest", "max_tokens": 1}) as beside:
         body = {**HONEST, "messages": [{"role": "user", "content": "slow"}]}
-        began = time.monotonic()
-        status, code, text = error_of(post(hostile_served, body))
-        took = time.monotonic() - began
+        status, code, text = error_of(beside.meanwhile(lambda: post(hostile_served, body)))
     assert (status, code) == (400, "prompt_too_expensive")
     assert "more than the limit of 5 s of CPU" in text
-    assert 5.0 <= took < 40.0
     assert beside.failed == []
-    assert max(beside.slowest.values()) < 4.0, beside.slowest
 
 
 @pytest.mark.slow
@@ -250,7 +265,6 @@ def test_a_tokenizer_without_a_bound(hostile_served: RouterProcess) -> None:
     assert (status, code) == (400, "prompt_too_expensive")
     assert "more than the limit of 256 MiB of memory" in text
     assert [failure for failure in beside.failed if "context_length_exceeded" not in failure] == []
-    assert max(beside.slowest.values()) < 4.0, beside.slowest
     assert resident(hostile_served) - before < 64 * MIB
 
 
