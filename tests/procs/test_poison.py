@@ -77,6 +77,13 @@ def one(
         yield both
 
 
+@pytest.fixture(scope="module", params=[("one", 1), ("two", 2)], ids=lambda param: param[0])
+def either(request: pytest.FixtureRequest) -> tuple[Deployment, Failpoints, int]:
+    """Both in turn, with their replicas. Of the module as they are: a test that started one would seem to leak it."""
+    name, replicas = request.param
+    return (*request.getfixturevalue(name), replicas)
+
+
 def strikes(deployment: tuple[Deployment, Failpoints]) -> list[str]:
     """Ids under which bad requests have struck so far."""
     path = deployment[1].folder / "strikes"
@@ -190,12 +197,11 @@ async def test_the_client_is_told_so(two: tuple[Deployment, Failpoints]) -> None
     assert "out of bounds" not in answer.text
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
 async def test_ten_deaths_in_a_row_end_nobody(
-    replicas: int, request: pytest.FixtureRequest, model_folder: Callable[[str], Path]
+    either: tuple[Deployment, Failpoints, int], model_folder: Callable[[str], Path]
 ) -> None:
     """Each process of the seat dies in its first step: none is completed in between."""
-    deployment, points = request.getfixturevalue("one" if replicas == 1 else "two")
+    deployment, points, replicas = either
     point = "rank.step.begun@r0t0"
     before = await asyncio.to_thread(num_deaths, deployment)
     async with TimedLoad(deployment.base_url, clients=12, seed=3, shortest=20, longest=60) as load:
