@@ -8,8 +8,9 @@ all of them, so that a test on the host finds what would break on a device. Each
 |---------------------|-----------------------------------------------------------------------------------|
 | not_granular        | sizes and offsets are positive multiples of the granularity                       |
 | out_of_range        | a mapping, tensor or access lies inside its handle or reserved range              |
+| range_too_large     | a range is no larger than the backend's largest                                   |
 | mapping_live        | nothing is mapped over a live mapping                                             |
-| mixed_range         | a range holds local handles only or imported ones only                            |
+| mixed_range         | a range holds handles of one origin: made here, a predecessor's, or imported      |
 | other_device        | a range holds handles of its own device only                                      |
 | already_imported    | a handle is imported once per process                                             |
 | export_and_import   | one process exports or imports, never both                                        |
@@ -29,6 +30,7 @@ touch them is the backend's affair, and nobody else does; what computes on them 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -57,9 +59,13 @@ class Device(Handles):
     # ---- Ranges and mappings
 
     def reserve(self, nbytes: int) -> Range:
-        """Reserve address space, a multiple of the granularity. No memory. Raises DeviceError not_granular."""
+        """Reserve address space, a multiple of the granularity. No memory. Raises DeviceError not_granular,
+        range_too_large."""
         self._check_open()
         self._check_size(nbytes)
+        if nbytes > self.range_bytes_max:
+            text = f"a range of {nbytes} bytes exceeds the limit of {self.range_bytes_max}"
+            raise self._broken(text, code="range_too_large")
         base, backing = self._reserve(nbytes)
         range_ = Range(self.name, base, nbytes, backing)
         self._ranges.add(range_)
@@ -97,7 +103,7 @@ class Device(Handles):
                 raise self._broken(f"two parts to map overlap at {offset}", code="mapping_live")
             end = offset + handle.nbytes
         if len({handle.origin for _, handle in ordered} | {range_.origin} - {None}) > 1:
-            raise self._broken("a range cannot hold local and imported handles", code="mixed_range")
+            raise self._broken("a range holds handles of one origin", code="mixed_range")
         if not ordered:
             return
         self._map_many(range_, ordered, writable, populate)
@@ -121,8 +127,22 @@ class Device(Handles):
         """A tensor over a part of the range, without a copy. `offset`: bytes; `strides`: elements, None for row-major;
         `dtype`: as TensorSpec has it. Parts of it may be unmapped, if nobody touches them. It owns nothing: it must be
         gone before `unreserve`. Raises DeviceError out_of_range, invalid_dtype."""
+        import torch  # here, because the HMM wraps nothing and starts without it
+
         self._check_range(range_)
-        return self._wrap(range_, offset, shape, strides, dtype)
+        kind = getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype):
+            raise self._broken(f"{dtype!r} is not a dtype", code="invalid_dtype")
+        strides = strides if strides is not None else tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        if len(strides) != len(shape) or min((*shape, *strides, 0)) < 0:
+            raise self._broken(f"shape {shape} and strides {strides} do not match", code="out_of_range")
+        last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        nbytes = (last + 1) * kind.itemsize if math.prod(shape) else 0
+        if offset < 0 or offset % kind.itemsize or offset + nbytes > range_.nbytes:
+            where = f"the range of {range_.nbytes} bytes, or not aligned"
+            raise self._broken(f"a tensor of {nbytes} bytes at {offset} is not in {where}", code="out_of_range")
+        storage = self._storage(range_, offset, nbytes)
+        return torch.empty(0, dtype=kind, device=storage.device).set_(storage, 0, shape, strides)
 
     # ---- Bytes
 
@@ -233,9 +253,7 @@ class Device(Handles):
     @abstractmethod
     def _unmap(self, range_: Range, offset: int, nbytes: int) -> None: ...
     @abstractmethod
-    def _wrap(
-        self, range_: Range, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str
-    ) -> torch.Tensor: ...
+    def _storage(self, range_: Range, offset: int, nbytes: int) -> Any: ...  # of torch, untyped
     @abstractmethod
     def _copy_async(self, parts: Sequence[tuple[int, int, int]]) -> Completion: ...
     @abstractmethod

@@ -18,11 +18,14 @@ class FreeList:
         """Free extents as (offset, nbytes), ascending, no two adjacent."""
         return list(zip(self._starts, self._sizes, strict=True))
 
-    def allocate(self, nbytes: int) -> int | None:
-        """Take the first extent that is large enough; its offset, or None when there is none."""
-        for at, size in enumerate(self._sizes):
-            if size >= nbytes:
-                offset = self._starts[at]
+    def allocate(self, nbytes: int, window: int) -> int | None:
+        """Take the first free part that is large enough and lies in one window, which are `window` bytes each; its
+        offset, or None when there is none."""
+        for at, (start, size) in enumerate(zip(self._starts, self._sizes, strict=True)):
+            offset = start
+            if start // window != (start + nbytes - 1) // window:
+                offset = -(-start // window) * window
+            if nbytes <= window and offset + nbytes <= start + size:
                 self._cut(at, offset, nbytes)
                 return offset
         return None

@@ -17,6 +17,7 @@ The owner of memory (the HMM) takes a handle through these states, each by one c
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Final
@@ -26,6 +27,7 @@ from common.devices.rules import SPACES, FdToken, Handle, ProcessRules, Space, S
 from common.protocol.errors import DeviceError, DoesNotFit
 from common.wording import size
 
+_Make = Callable[[int, Space, int], tuple[Any, int]]
 REACH: Final = 8  # places of a space end at this multiple of the budget, so that gaps refuse nothing
 
 
@@ -39,6 +41,7 @@ class Handles(ABC):
     """
 
     token_kind: type[Token]
+    range_bytes_max: int = sys.maxsize  # of one reserved range
 
     def __init__(self, name: str, granularity: int, budget: int, rules: ProcessRules) -> None:
         self.name = name
@@ -51,6 +54,12 @@ class Handles(ABC):
         self._imports: dict[Handle, Hashable] = {}
         self._places: dict[Space, FreeList] = {space: FreeList(self.reach) for space in SPACES}
         self._is_closed = False
+
+    @property
+    def window_bytes(self) -> int:
+        """Handles of one space lie in windows of this size, none across two: each can be a range of its own, with the
+        handles at their places."""
+        return min(self.reach, self.range_bytes_max)
 
     @property
     def free(self) -> int:
@@ -80,29 +89,30 @@ class Handles(ABC):
         """
         return self._make(nbytes, space, "claimed", self._claim)
 
-    def _make(self, nbytes: int, space: Space, state: State, make: Callable[[int, Space, int], Any]) -> Handle:
+    def _make(self, nbytes: int, space: Space, state: State, make: _Make) -> Handle:
         self._check_open()
         self._check_size(nbytes)
         if nbytes > self.free:
             used = sum(self.used.values())
             raise DoesNotFit(f"{self.name}: {size(nbytes)} do not fit: {size(used)} of {size(self.budget)} are in use")
-        place = self._places[space].allocate(nbytes)
+        place = self._places[space].allocate(nbytes, self.window_bytes)
         if place is None:
             raise DoesNotFit(f"{self.name}: no gap of {nbytes} bytes is left in {self.reach} bytes of places")
         try:
-            backing = make(nbytes, space, place)
+            backing, key = make(nbytes, space, place)
         except BaseException:
             self._places[space].release(place, nbytes)
             raise
-        return self._own(Handle(self.name, nbytes, "local", space, True, backing, place=place, state=state), space)
+        handle = Handle(self.name, nbytes, "local", space, True, backing, place=place, key=key, state=state)
+        return self._own(handle, space)
 
     def _own(self, handle: Handle, space: Space) -> Handle:
         self._local.add(handle)
         self.used[space] += handle.nbytes
         return handle
 
-    def restore(self, space: Space, place: int, nbytes: int) -> Handle:
-        """The settled handle that a predecessor had there. Raises DeviceError invalid_extent."""
+    def restore(self, space: Space, place: int, nbytes: int, key: int = 0) -> Handle:
+        """The settled handle that a predecessor had there, by that key. Raises DeviceError invalid_extent."""
         self._check_open()
         self._check_size(nbytes)
         try:
@@ -112,11 +122,11 @@ class Handles(ABC):
         except ValueError as error:
             raise self._broken(f"{space}: {error}", code="invalid_extent") from None
         try:
-            backing = self._restore(nbytes, space, place)
+            backing = self._restore(nbytes, space, place, key)
         except BaseException:
             self._places[space].release(place, nbytes)
             raise
-        return self._own(Handle(self.name, nbytes, "local", space, True, backing, place=place), space)
+        return self._own(Handle(self.name, nbytes, "restored", space, True, backing, place=place, key=key), space)
 
     def populate(self, handle: Handle, offset: int, nbytes: int) -> None:
         """Make a part of a claimed handle, as zeros. Blocks meanwhile.
@@ -282,7 +292,7 @@ class Handles(ABC):
 
     def _check_local(self, handle: Handle) -> None:
         self._check_handle(handle)
-        if handle.origin != "local":
+        if handle.origin == "imported":
             raise self._broken("an imported handle is its owner's to export and to retire", code="not_local")
 
     def _check_claimed(self, handle: Handle, offset: int, nbytes: int) -> None:
@@ -299,11 +309,11 @@ class Handles(ABC):
     # ---- What a backend does
 
     @abstractmethod
-    def _create(self, nbytes: int, space: Space, place: int) -> Any: ...
+    def _create(self, nbytes: int, space: Space, place: int) -> tuple[Any, int]: ...  # backing and key
     @abstractmethod
-    def _claim(self, nbytes: int, space: Space, place: int) -> Any: ...
+    def _claim(self, nbytes: int, space: Space, place: int) -> tuple[Any, int]: ...
     @abstractmethod
-    def _restore(self, nbytes: int, space: Space, place: int) -> Any: ...
+    def _restore(self, nbytes: int, space: Space, place: int, key: int) -> Any: ...
     @abstractmethod
     def _populate(self, handle: Handle, offset: int, nbytes: int) -> None: ...
     @abstractmethod

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import math
 import os
 import stat
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from common.devices.base import Device
 from common.devices.rules import DONE, PROCESS, SPACES, Completion, FdToken, Handle, ProcessRules, Range, Space, Token
 from common.machine import check_group
 from common.protocol.errors import DeviceError, DoesNotFit
 from native import host
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Extent(NamedTuple):
@@ -98,25 +94,26 @@ class HostDevice(Device):
 
     # ---- Owner's side
 
-    def _create(self, nbytes: int, space: Space, place: int) -> Extent:
+    def _create(self, nbytes: int, space: Space, place: int) -> tuple[Extent, int]:
         check_group(nbytes)
         file = self._file(space)
         try:
             host.allocate(file.fd, place, nbytes)
         except OSError as error:
             raise self._no_memory(nbytes, error) from None
-        return Extent(file.fd, place)
+        return Extent(file.fd, place), 0
 
-    def _claim(self, nbytes: int, space: Space, place: int) -> Extent:
+    def _claim(self, nbytes: int, space: Space, place: int) -> tuple[Extent, int]:
         file = self._file(space)
         try:
             if os.fstat(file.fd).st_size < place + nbytes:
                 os.ftruncate(file.fd, place + nbytes)
         except OSError as error:
             raise DoesNotFit(f"{self.name}: no file of {place + nbytes} bytes: {error.strerror}") from None
-        return Extent(file.fd, place)
+        return Extent(file.fd, place), 0
 
-    def _restore(self, nbytes: int, space: Space, place: int) -> Extent:
+    def _restore(self, nbytes: int, space: Space, place: int, key: int) -> Extent:
+        del key  # places say all
         file = self._file(space)
         if place + nbytes > os.fstat(file.fd).st_size:
             raise self._broken(f"{space}: extent ({place}, {nbytes}) is not in the file", code="invalid_extent")
@@ -232,28 +229,10 @@ class HostDevice(Device):
     def _unmap(self, range_: Range, offset: int, nbytes: int) -> None:
         range_.backing.unmap(offset, nbytes)
 
-    def _wrap(
-        self, range_: Range, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str
-    ) -> torch.Tensor:
+    def _storage(self, range_: Range, offset: int, nbytes: int) -> Any:
         import torch  # here, because the HMM wraps nothing and starts without it
 
-        kind = getattr(torch, dtype, None)
-        if not isinstance(kind, torch.dtype):
-            raise DeviceError(f"{self.name}: {dtype!r} is not a dtype", code="invalid_dtype")
-        strides = strides if strides is not None else tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-        if len(strides) != len(shape) or min((*shape, *strides, 0)) < 0:
-            raise DeviceError(f"{self.name}: shape {shape} and strides {strides} do not match", code="out_of_range")
-        last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        nbytes = (last + 1) * kind.itemsize if math.prod(shape) else 0
-        if offset < 0 or offset % kind.itemsize or offset + nbytes > range_.nbytes:
-            raise DeviceError(
-                f"{self.name}: a tensor of {nbytes} bytes at {offset} is not in the range of "
-                f"{range_.nbytes} bytes, or not aligned",
-                code="out_of_range",
-            )
-        cpu = torch.device("cpu")
-        storage = torch._C._construct_storage_from_data_pointer(range_.address(offset), cpu, nbytes)
-        return torch.empty(0, dtype=kind, device=cpu).set_(storage, 0, shape, strides)
+        return torch._C._construct_storage_from_data_pointer(range_.address(offset), torch.device("cpu"), nbytes)
 
     def _copy_async(self, parts: Sequence[tuple[int, int, int]]) -> Completion:
         for dst, src, nbytes in parts:

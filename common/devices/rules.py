@@ -12,7 +12,7 @@ from common.protocol.errors import DeviceError
 
 Space = Literal["weights", "kv"]
 SPACES: Final[tuple[Space, ...]] = ("weights", "kv")
-Origin = Literal["local", "imported"]
+Origin = Literal["local", "restored", "imported"]
 State = Literal["claimed", "settled", "retired"]
 
 
@@ -40,13 +40,15 @@ class Handle:
     ends with `release`. Compared by identity.
 
     `place`: of a local one: its offset in its space, unlike that of any other handle there, for its life and for its
-    owner's successors; -1 of an imported one. `num_filled`: bytes that were made since it was claimed.
+    owner's successors; -1 of an imported one. `key`: the driver's name for a local one, where it has any, else 0; a
+    successor needs it. `num_filled`: bytes that were made since it was claimed.
     """
 
     __slots__ = (
         "backing",
         "device",
         "is_live",
+        "key",
         "nbytes",
         "num_filled",
         "num_mappings",
@@ -67,6 +69,7 @@ class Handle:
         backing: Any,
         *,
         place: int = -1,
+        key: int = 0,
         state: State = "settled",
     ) -> None:
         self.device = device
@@ -76,6 +79,7 @@ class Handle:
         self.writable = writable
         self.backing = backing
         self.place = place
+        self.key = key
         self.state: State = state
         self.num_filled = 0
         self.num_mappings = 0

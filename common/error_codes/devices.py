@@ -26,6 +26,7 @@ DEVICES: dict[str, Code] = {
     "not_settled": Code("A handle was to be exported before all its memory was there", _REPORT),
     "other_device": Code("A handle of another device was given", _REPORT),
     "out_of_range": Code("An access lies outside what is mapped", _REPORT),
+    "range_too_large": Code("More address space was asked for than the backend reserves at once", _REPORT),
     "read_only": Code("What is read-only was to be written", _REPORT),
     "record_moved": Code("A record was to be mapped where another one is", _REPORT),
     "released": Code("The handle has been given back already", _REPORT),

@@ -24,10 +24,11 @@ VERSION = 3  # of the serialized form
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
-    """Where a page handle lies in its space of its device, in bytes."""
+    """Where a page handle lies in its space of its device, in bytes, and the driver's name for it (0: none)."""
 
     offset: int
     nbytes: int
+    key: int = 0
 
 
 class Placed(msgspec.Struct, frozen=True, array_like=True):

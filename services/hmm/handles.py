@@ -140,7 +140,9 @@ def attach_reply(memory: DeviceMemory, holdings: Holdings) -> tuple[AttachReply,
         granularity=holdings.granularity,
         kv_geometry=loaded.kv,
         # Address space for all KV that the device could ever hold: experts that leave make room for it.
-        kv_bytes_reserved=memory.device.budget // loaded.kv.handle_bytes * loaded.kv.handle_bytes,
+        kv_bytes_reserved=min(memory.device.budget, memory.device.range_bytes_max)
+        // loaded.kv.handle_bytes
+        * loaded.kv.handle_bytes,
         bus=_share(fds, segment.shared),
         ledger=_share(fds, memory.ledger),
     )

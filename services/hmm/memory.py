@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from common.capacity import BusSizes
 from common.devices.base import Device, Handle, Range, Space
+from common.devices.rules import Origin
 from common.host_shared import HostShared
 from common.model_spec import RecordKey
 from common.protocol.errors import DeviceError
 from native.bus import Bus, format_bus
 from services.hmm.catalog import DeviceEntry, Placed, Span
 
+_Window = tuple[Space, Origin, int]
+
 
 class DeviceMemory:
-    """All handles of one device, mapped here as long as they live, each at its own offset of one window per space, so
+    """All handles of one device, mapped here as long as they live, each at its own offset of a window of its space, so
     that addresses are stable. `records`, `kv` and `ledger` are what the catalog names; the ledger, of the rank on this
     device, is memory of the host.
 
@@ -24,7 +27,7 @@ class DeviceMemory:
         self.records: dict[RecordKey, Handle] = {}
         self.kv: list[Handle] = []
         self.ledger: HostShared | None = None
-        self._windows: dict[Space, Range] = {}
+        self._windows: dict[_Window, Range] = {}
 
     def create_record(self, key: RecordKey, nbytes: int) -> None:
         """Create and map the handle of a weight record. Raises DoesNotFit."""
@@ -44,16 +47,22 @@ class DeviceMemory:
         return handle
 
     def _map(self, handle: Handle) -> None:
-        assert handle.space is not None, "the HMM maps local handles only"
-        window = self._windows.get(handle.space)
+        name, offset = self._window_of(handle)
+        window = self._windows.get(name)
         if window is None:
-            window = self._windows[handle.space] = self.device.reserve(self.device.reach)
-        self.device.map(window, handle.place, handle, writable=True)
+            window = self._windows[name] = self.device.reserve(self.device.window_bytes)
+        self.device.map(window, offset, handle, writable=True)
+
+    def _window_of(self, handle: Handle) -> tuple[_Window, int]:
+        """Which window a handle is in, and its offset there. A predecessor's handles have windows of their own."""
+        assert handle.space is not None, "the HMM maps no imported handles"
+        number, offset = divmod(handle.place, self.device.window_bytes)
+        return (handle.space, handle.origin, number), offset
 
     def address(self, handle: Handle) -> int:
         """Where a handle is mapped."""
-        assert handle.space is not None, "the HMM maps local handles only"
-        return self._windows[handle.space].address(handle.place)
+        name, offset = self._window_of(handle)
+        return self._windows[name].address(offset)
 
     def clear(self) -> None:
         """Unmap and release every handle."""
@@ -73,8 +82,9 @@ class DeviceMemory:
         if isinstance(memory, HostShared):
             memory.close()
             return
-        if memory.num_mappings and memory.space is not None:
-            self.device.unmap(self._windows[memory.space], memory.place)
+        if memory.num_mappings:
+            name, offset = self._window_of(memory)
+            self.device.unmap(self._windows[name], offset)
         self.device.release(memory)
 
     def entry(self) -> DeviceEntry:
@@ -88,11 +98,11 @@ class DeviceMemory:
         """Take over what a predecessor created, and give back what it did not record. Raises DeviceError."""
         self.ledger = ledger
         for placed in entry.records:
-            handle = self.device.restore("weights", placed.span.offset, placed.span.nbytes)
+            handle = self.device.restore("weights", *_where(placed.span))
             self.records[placed.key] = handle
             self._map(handle)
         for span in entry.kv:
-            self.kv.append(self.device.restore("kv", span.offset, span.nbytes))
+            self.kv.append(self.device.restore("kv", *_where(span)))
             self._map(self.kv[-1])
         self.device.trim()
 
@@ -104,8 +114,12 @@ class DeviceMemory:
         self.device.close()
 
 
+def _where(span: Span) -> tuple[int, int, int]:
+    return span.offset, span.nbytes, span.key
+
+
 def _span(handle: Handle) -> Span:
-    return Span(handle.place, handle.nbytes)
+    return Span(handle.place, handle.nbytes, handle.key)
 
 
 class BusSegment:

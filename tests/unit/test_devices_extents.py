@@ -29,7 +29,7 @@ def test_free_list_agrees_with_a_model(steps: list[tuple[str, int, int]]) -> Non
         inside = size > 0 and at + size <= PAGES
         if action == "allocate" and size > 0:
             first = next((s for s, n in extents_of(model) if n >= size), None)
-            assert subject.allocate(size) == first
+            assert subject.allocate(size, PAGES) == first
             if first is not None:
                 model[first : first + size] = [False] * size
         elif action == "take":
@@ -51,9 +51,28 @@ def test_free_list_agrees_with_a_model(steps: list[tuple[str, int, int]]) -> Non
 
 def test_freed_neighbours_join_so_that_a_large_extent_fits_again() -> None:
     subject = FreeList(30)
-    parts = [subject.allocate(10) for _ in range(3)]
+    parts = [subject.allocate(10, 30) for _ in range(3)]
     assert parts == [0, 10, 20]
-    assert subject.allocate(1) is None
+    assert subject.allocate(1, 30) is None
     for offset in (0, 20, 10):
         subject.release(offset, 10)
-    assert subject.allocate(30) == 0
+    assert subject.allocate(30, 30) == 0
+
+
+@given(st.lists(st.integers(1, 9), max_size=20), st.integers(5, 8))
+def test_no_part_lies_in_two_windows_and_what_is_passed_over_stays_free(sizes: list[int], window: int) -> None:
+    subject, taken = FreeList(PAGES), 0
+    for size in sizes:
+        before = subject.extents
+        offset = subject.allocate(size, window)
+        if offset is None:
+            fits = (
+                start <= at and at + size <= start + nbytes and at // window == (at + size - 1) // window
+                for start, nbytes in before
+                for at in range(PAGES)
+            )
+            assert not any(fits)
+            continue
+        taken += size
+        assert offset // window == (offset + size - 1) // window
+    assert sum(nbytes for _, nbytes in subject.extents) == PAGES - taken

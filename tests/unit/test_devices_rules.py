@@ -10,17 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from common.devices.base import Device, FdToken, Handle, ProcessRules, Range
+from common.devices.base import Device, FdToken, Handle, KeyToken, ProcessRules, Range
 from common.devices.factory import open_device
+from common.devices.rules import Token
 from common.protocol.errors import DeviceError
+from tests.devices import strict
 
-PAGE = 4096
+PAGE = 2 << 20
+strict.install()
 
 
 @dataclass
 class World:
-    """An owner of two devices and a user of the same two, as two processes would be."""
+    """An owner of two devices and a user of the same two, as two processes would be. `kind`: of the backend."""
 
+    kind: str
     owner: Device
     owner_other: Device
     user: Device
@@ -33,16 +37,18 @@ class World:
         return self.user.import_(self.owner.export(self.local(pages)))
 
 
-@pytest.fixture
-def world() -> Iterator[World]:
+@pytest.fixture(params=["host", "strict"])
+def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setenv(strict.FOLDER, str(tmp_path))
+    kind = request.param
     here, there = ProcessRules(), ProcessRules()
     devices = [
-        open_device("host:0", PAGE, 64 * PAGE, rules=here),
-        open_device("host:1", PAGE, 64 * PAGE, rules=here),
-        open_device("host:0", PAGE, rules=there),
-        open_device("host:1", PAGE, rules=there),
+        open_device(f"{kind}:0", PAGE, 64 * PAGE, rules=here),
+        open_device(f"{kind}:1", PAGE, 64 * PAGE, rules=here),
+        open_device(f"{kind}:0", PAGE, rules=there),
+        open_device(f"{kind}:1", PAGE, rules=there),
     ]
-    yield World(*devices)
+    yield World(kind, *devices)
     for device in devices:
         device.close()
 
@@ -58,8 +64,9 @@ def test_sizes_are_granular(world: World, nbytes: int) -> None:
     refuses("not_granular", lambda: world.owner.create(nbytes, "kv"))
     refuses("not_granular", lambda: world.owner.reserve(nbytes))
     token = world.owner.export(world.local())
-    refuses("not_granular", lambda: world.user.import_(FdToken(token.fd, 0, nbytes)))
-    refuses("not_granular", lambda: world.user.import_(FdToken(token.fd, 7, PAGE)))
+    refuses("not_granular", lambda: world.user.import_(token._replace(nbytes=nbytes)))
+    if isinstance(token, FdToken):
+        refuses("not_granular", lambda: world.user.import_(token._replace(offset=7)))
 
 
 @pytest.mark.parametrize(("offset", "code"), [(1, "not_granular"), (-PAGE, "out_of_range"), (3 * PAGE, "out_of_range")])
@@ -92,7 +99,7 @@ def test_many_parts_are_mapped_all_or_none(world: World) -> None:
 
 
 def test_a_range_holds_local_or_imported_handles(world: World) -> None:
-    user = open_device("host:0", PAGE, 4 * PAGE, rules=ProcessRules())  # a rank may have memory of its own, too
+    user = open_device(f"{world.kind}:0", PAGE, 4 * PAGE, rules=ProcessRules())
     range_ = user.reserve(4 * PAGE)
     local, imported = user.create(PAGE, "kv"), user.import_(world.owner.export(world.local()))
     refuses("mixed_range", lambda: user.map_many(range_, [(0, local), (PAGE, imported)], True))
@@ -118,10 +125,12 @@ def test_devices_do_not_mix(world: World) -> None:
 def test_a_handle_is_imported_once_per_process_whatever_the_descriptor(world: World) -> None:
     token = world.owner.export(world.local())
     handle = world.user.import_(token)
-    again = os.dup(token.fd)
-    refuses("already_imported", lambda: world.user.import_(token._replace(fd=again)))
-    refuses("already_imported", lambda: world.user_other.import_(token))
-    os.close(again)
+    refuses("already_imported", lambda: world.user.import_(token))
+    if isinstance(token, FdToken):
+        again = os.dup(token.fd)
+        refuses("already_imported", lambda: world.user.import_(token._replace(fd=again)))
+        refuses("already_imported", lambda: world.user_other.import_(token))  # any of this host's may map it
+        os.close(again)
     world.user.release(handle)
     world.user.import_(token)
 
@@ -130,7 +139,7 @@ def test_a_process_exports_or_imports(world: World) -> None:
     token = world.owner.export(world.local())
     refuses("export_and_import", lambda: world.owner.import_(token))
     refuses("export_and_import", lambda: world.owner_other.import_(token))
-    user = open_device("host:0", PAGE, PAGE, rules=ProcessRules())
+    user = open_device(f"{world.kind}:0", PAGE, PAGE, rules=ProcessRules())
     user.import_(token)
     own = user.create(PAGE, "kv")
     refuses("export_and_import", lambda: user.export(own))
@@ -190,11 +199,11 @@ def test_read_only_handles_are_mapped_read_only(world: World) -> None:
 @pytest.mark.parametrize(
     ("offset", "shape", "strides", "dtype", "code"),
     [
-        (0, (1025,), None, "float32", "out_of_range"),
+        (0, (PAGE // 4 + 1,), None, "float32", "out_of_range"),
         (PAGE, (1,), None, "float32", "out_of_range"),
         (-4, (1,), None, "float32", "out_of_range"),
         (2, (4,), None, "float32", "out_of_range"),
-        (0, (2, 2), (1024, 1), "float32", "out_of_range"),
+        (0, (2, 2), (PAGE // 4, 1), "float32", "out_of_range"),
         (0, (2,), (-1,), "float32", "out_of_range"),
         (0, (2, 2), (1,), "float32", "out_of_range"),
         (0, (1 << 62,), None, "float32", "out_of_range"),
@@ -228,12 +237,18 @@ def test_only_mapped_memory_is_copied_or_read(world: World) -> None:
 
 def test_tokens_that_name_no_memory_are_refused(world: World) -> None:
     token = world.owner.export(world.local())
-    refuses("invalid_token", lambda: world.user.import_(FdToken(token.fd, 1 << 40, PAGE)))
-    refuses("invalid_token", lambda: world.user.import_(FdToken(1 << 20, 0, PAGE)))
-    out, into = os.pipe()
-    refuses("invalid_token", lambda: world.user.import_(FdToken(out, 0, PAGE)))
-    os.close(out)
-    os.close(into)
+    bad: list[Token]
+    if isinstance(token, FdToken):
+        out, into = os.pipe()
+        bad = [token._replace(offset=1 << 40), token._replace(fd=1 << 20), token._replace(fd=out), KeyToken(1, PAGE)]
+    else:
+        out, into = -1, -1
+        other = world.owner_other.export(world.owner_other.create(PAGE, "kv"))
+        bad = [token._replace(key=token.key ^ 1), token._replace(nbytes=2 * PAGE), other, FdToken(0, 0, PAGE)]
+    for one in bad:
+        refuses("invalid_token", partial(world.user.import_, one))
+    for fd in {out, into} - {-1}:
+        os.close(fd)
     world.user.import_(token)  # none of them left a trace
 
 
@@ -328,3 +343,49 @@ def test_what_is_mapped_read_only_is_not_written(world: World, tmp_path: Path) -
 
 def test_a_device_of_no_backend_is_refused() -> None:
     refuses("unknown_backend", lambda: open_device("tpu:0", PAGE))
+
+
+def test_a_successor_takes_over_what_was_recorded_and_the_rest_goes(world: World) -> None:
+    owner, name = world.owner, f"{world.kind}:0"
+    kept, handle = owner.create(2 * PAGE, "weights"), owner.claim(PAGE, "kv")
+    lost = owner.create(3 * PAGE, "weights")
+    range_ = owner.reserve(2 * PAGE)
+    owner.map(range_, 0, kept, True)
+    owner.write_bytes(range_.base, b"abc")
+    seen = world.user.import_(owner.export(kept))
+    descriptors = {part: os.dup(fd) for part, fd in owner.descriptors().items()}
+    successor = open_device(name, PAGE, 64 * PAGE, descriptors=descriptors, rules=ProcessRules())
+    for place, nbytes, key in ((kept.place, PAGE, 0), (kept.place + 100 * PAGE, PAGE, 1), (7, PAGE, kept.key)):
+        if world.kind == "host" and place == kept.place:
+            continue  # there a place says all
+        refuses("invalid_extent", partial(successor.restore, "weights", place, nbytes, key))
+    again = successor.restore("weights", kept.place, kept.nbytes, kept.key)
+    refuses("invalid_extent", lambda: successor.restore("weights", kept.place, kept.nbytes, kept.key))
+    successor.trim()
+    assert (successor.used, successor.pages) == ({"weights": 2 * PAGE, "kv": 0}, 2 * PAGE)
+    assert successor.check_integrity() == []
+    assert (successor.id_of(again), successor.export(again).nbytes) == (owner.id_of(kept), 2 * PAGE)
+    if world.kind == "strict":  # else the offsets are there, and full of zeros
+        for gone in (lost, handle):
+            refuses("invalid_token", partial(world.user.import_, KeyToken(gone.key, gone.nbytes)))
+    place = successor.reserve(2 * PAGE)
+    successor.map(place, 0, again, True)
+    assert successor.read_bytes(place.base, 4) == b"abc\0"
+    both_kinds, new = successor.reserve(4 * PAGE), successor.create(PAGE, "weights")
+    successor.map(both_kinds, 0, new, True)
+    refuses("mixed_range", lambda: successor.map(both_kinds, PAGE, again, True))
+    there = world.user.reserve(2 * PAGE)
+    world.user.map(there, 0, seen, False)
+    successor.write_bytes(place.base, b"xyz")
+    assert world.user.read_bytes(there.base, 3) == b"xyz"
+    successor.close()
+
+
+def test_a_range_is_no_larger_than_the_backend_reserves(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.owner, "range_bytes_max", 4 * PAGE)
+    world.owner.reserve(4 * PAGE)
+    refuses("range_too_large", lambda: world.owner.reserve(5 * PAGE))
+    handles = [world.owner.create(3 * PAGE, "kv") for _ in range(3)]
+    assert [handle.place for handle in handles] == [0, 4 * PAGE, 8 * PAGE]  # each in one range
+    assert world.owner.create(PAGE, "kv").place == 3 * PAGE
+    assert world.owner.check_integrity() == []

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,11 +67,14 @@ class Memory:
 class World:
     """An HMM without sockets that has a model loaded on two of three devices. Ranks map at once what they are sent."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, *, granularity: int = 4096, device_bytes: int = BUDGET) -> None:
         self.machine = Memory()
-        config = HmmConfig(run_dir=str(folder), devices="host:3", device_bytes=BUDGET)
-        parking: Any = SimpleNamespace(fetch=dict, keep=lambda *_: None, forget=lambda _: None, names=set())
-        self.holdings = Holdings(config, parking, LOG)
+        self.kept: dict[str, int] = {}  # what a keeper would hold
+        self.config = HmmConfig(
+            run_dir=str(folder), devices="host:3", device_bytes=device_bytes, granularity=granularity
+        )
+        parking: Any = SimpleNamespace(fetch=dict, keep=self.kept.update, forget=self._forget, names=self.kept.keys())
+        self.holdings = Holdings(self.config, parking, LOG)
         self.holdings.start()
         layout = initial_layout((5, 5), ["host:0", "host:1"])
         request = LoadModel("load", str(model), "float32", layout, 16, 3 << 21, 64, 4, 64)
@@ -91,6 +94,10 @@ class World:
         self.members.publish(layout.slots, True)
         self.kv = {name: len(memory.kv) for name, memory in self.holdings.memories.items() if memory.kv}
         self.sums = self.checksums()
+
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in set(names):
+            self.kept.pop(name, None)
 
     def _update(self, attached: Any, seat: SeatMemory, _: tuple[int, ...]) -> None:
         attached.applied = seat.revision

@@ -24,17 +24,22 @@ from services.hmm.blocks import BlockCopies, check_ranks
 from services.hmm.memory import DeviceMemory
 from services.hmm.supply import Supply
 from services.hmm.transfer import Part, Peaks, Transfer
+from tests.devices.backends import granularity
 from tests.unit.specs import tiny_mixtral_spec
 
-PAGE = 4096
+__all__ = ["granularity"]
+
 SPEC = tiny_mixtral_spec()
-RECORD = 32 * PAGE
+RECORD = 2 << 20
+KV_HANDLE = 2 << 20
 
 
 @pytest.fixture
-def memories() -> Iterator[dict[str, DeviceMemory]]:
+def memories(granularity: int) -> Iterator[dict[str, DeviceMemory]]:
     rules = ProcessRules()
-    made = {f"host:{i}": DeviceMemory(open_device(f"host:{i}", PAGE, 64 * RECORD, rules=rules)) for i in range(3)}
+    made = {
+        f"host:{i}": DeviceMemory(open_device(f"host:{i}", granularity, 64 * RECORD, rules=rules)) for i in range(3)
+    }
     yield made
     for memory in made.values():
         memory.device.close()
@@ -124,11 +129,11 @@ def test_a_limit_is_kept_by_one_thread(
     memories: dict[str, DeviceMemory],
 ) -> None:
     addresses = sources(memories["host:0"], 1)
-    transfer = transfer_of(parts_of(memories, addresses), limit=2 << 20)
+    transfer = transfer_of(parts_of(memories, addresses), limit=16 << 20)
     assert transfer.num_threads == 1
     started = time.monotonic()
     transfer.run()
-    assert time.monotonic() - started >= 2 * RECORD / (2 << 20)  # two records
+    assert time.monotonic() - started >= 2 * RECORD / (16 << 20)  # two records
 
 
 def test_a_transfer_can_be_stopped_while_it_sleeps(memories: dict[str, DeviceMemory]) -> None:
@@ -148,12 +153,13 @@ def test_a_transfer_can_be_stopped_while_it_sleeps(memories: dict[str, DeviceMem
     assert [getattr(error, "code", "") for error in caught] == ["aborted"]
 
 
+@pytest.mark.parametrize("granularity", ["host"], indirect=True)  # whose memory can be made to fail
 def test_a_machine_without_memory_fails_the_transfer_and_all_is_given_back(
     memories: dict[str, DeviceMemory], background: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    holdings: Any = SimpleNamespace(memories=memories, granularity=PAGE)
+    holdings: Any = SimpleNamespace(memories=memories, granularity=4096)
     loaded: Any = SimpleNamespace(
-        spec=SPEC, load=SimpleNamespace(model_path="/nowhere"), kv=KvGeometry(16, PAGE, PAGE, 32, RECORD)
+        spec=SPEC, load=SimpleNamespace(model_path="/nowhere"), kv=KvGeometry(16, RECORD, RECORD, 1, RECORD)
     )
     supply, errors = Supply(holdings, background), []
     allocate, num_calls = host.allocate, 0
@@ -187,7 +193,8 @@ def test_a_claim_beyond_the_budget_is_refused(memories: dict[str, DeviceMemory])
 
 # ---- Blocks
 
-GEOMETRY = KvGeometry(16, 1000, 1024, 4, PAGE)
+STRIDE = KV_HANDLE // 4
+GEOMETRY = KvGeometry(16, 1000, STRIDE, 4, KV_HANDLE)
 
 
 def request(*pairs: tuple[int, int], target: int = 1) -> CopyBlocks:
@@ -197,13 +204,13 @@ def request(*pairs: tuple[int, int], target: int = 1) -> CopyBlocks:
 def with_kv(memories: dict[str, DeviceMemory]) -> tuple[DeviceMemory, DeviceMemory]:
     for name in ("host:0", "host:1"):
         for _ in range(2):
-            memories[name].create_kv(PAGE)
+            memories[name].create_kv(KV_HANDLE)
     return memories["host:0"], memories["host:1"]
 
 
 def test_blocks_go_where_the_geometry_says(memories: dict[str, DeviceMemory], background: Background) -> None:
     source, target = with_kv(memories)
-    source.device.write_bytes(source.address(source.kv[1]) + 1024, b"x" * 1000)
+    source.device.write_bytes(source.address(source.kv[1]) + STRIDE, b"x" * 1000)
     copies, ended = BlockCopies(background), []
     copies.start(request((5, 2)), (source, target), GEOMETRY, ended.append)
     assert copies.is_busy("host:0")
@@ -211,7 +218,7 @@ def test_blocks_go_where_the_geometry_says(memories: dict[str, DeviceMemory], ba
     finish(background, lambda: bool(ended))
     assert ended == [None]
     assert not copies.is_busy("host:0")
-    assert target.device.read_bytes(target.address(target.kv[0]) + 2048, 1024) == b"x" * 1000 + bytes(24)
+    assert target.device.read_bytes(target.address(target.kv[0]) + 2 * STRIDE, 1024) == b"x" * 1000 + bytes(24)
     for pair in ((8, 0), (0, 8)):
         with pytest.raises(InvalidRequest, match="block 8 is not one of the 8"):
             copies.start(request(pair), (source, target), GEOMETRY, ended.append)

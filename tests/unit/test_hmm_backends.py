@@ -1,0 +1,64 @@
+"""The HMM's memory on each device backend: loads, transitions there and back, and a successor that takes all over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cli.models import random_checkpoint
+from common.telemetry import get_logger
+from services.hmm.holdings import Holdings
+from tests.devices.backends import granularity
+from tests.unit.specs import TINY_MIXTRAL
+from tests.unit.test_hmm_memory_shortage import World, try_transition
+
+__all__ = ["granularity"]
+
+LOG = get_logger("test")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("m") / "m", TINY_MIXTRAL, seed=5, dtype="float32")
+
+
+@pytest.fixture
+def world(model: Path, tmp_path: Path, granularity: int) -> Iterator[World]:
+    made = World(model, tmp_path, granularity=granularity, device_bytes=256 << 20)
+    yield made
+    made.close()
+
+
+def test_layouts_come_and_go_and_every_record_is_whole(world: World) -> None:
+    for slots in ((0, 1, 2), (0, 2), (0,), (0, 1)):
+        assert try_transition(world, slots) == "released"
+        world.check()
+
+
+def test_a_successor_has_the_same_memory(world: World) -> None:
+    assert try_transition(world, (0, 1, 2)) == "released"
+    before, kept = world.checksums(), {name: os.dup(fd) for name, fd in world.kept.items()}
+    names = {name: [memory.device.id_of(one) for one in memory.kv] for name, memory in world.holdings.memories.items()}
+    held: dict[str, int] = {}
+    parking: Any = SimpleNamespace(
+        fetch=lambda: kept, keep=held.update, forget=lambda _: None, names=set(), connect=lambda: None
+    )
+    successor = Holdings(world.config, parking, LOG)
+    successor.start()
+    assert set(held) == set(world.kept)
+    assert successor.check_integrity() == []
+    jobs = successor.checksum_jobs()
+    assert {name: device.checksum(address, nbytes) for name, device, address, nbytes in jobs} == before
+    for name, memory in successor.memories.items():
+        assert [memory.device.id_of(one) for one in memory.kv] == names[name]
+        made = memory.claim(memory.device.granularity, "kv")  # beside what the predecessor made
+        memory.device.populate(made, 0, made.nbytes)
+        memory.device.settle(made)
+        memory.device.write_bytes(memory.address(made), b"new")
+        memory.release(made)
+    successor.close()
