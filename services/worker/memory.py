@@ -105,7 +105,8 @@ class Memory:
     def _open_all(self, reply: AttachReply, fds: list[int]) -> None:
         self._experts = [self._reserve_experts(layer) for layer in range(self.spec.num_layers)]
         self._kv_range = self.device.reserve(reply.kv_bytes_reserved)
-        self.kv = KvCache(self._kv_range.base, 0, self._geometry, self.device)
+        whole = self.device.wrap(self._kv_range, 0, (self._kv_range.nbytes,), None, "uint8")
+        self.kv = KvCache(whole.data_ptr(), 0, self._geometry, self.device, self._kv_range.base)
         bus, ledger = (self._open(segment, fds) for segment in (reply.bus, reply.ledger))
         self.bus = Bus(bus.address, bus.nbytes, self._slot)
         self.ledger = Ledger(ledger.address, ledger.nbytes)

@@ -81,6 +81,7 @@ class SimEngine(Engine):
         kv: Any = SimpleNamespace(
             geometry=GEOMETRY,
             base_addr=ctypes.addressof(memory.buffer),
+            address=ctypes.addressof(memory.buffer),
             num_blocks=num_kv * BLOCKS_PER_HANDLE,
             device=SimpleNamespace(copy=host.copy, read_bytes=ctypes.string_at, write_bytes=_write_bytes),
         )

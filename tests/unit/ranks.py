@@ -104,7 +104,7 @@ class Ranks:
             kv_memory = DeviceMemory(NUM_BLOCKS * geometry.block_stride)
             kv_memory.device.write_bytes(kv_memory.address, b"\xff" * (NUM_BLOCKS * geometry.block_stride))
             self._kv_memory.append(kv_memory)
-            kv = KvCache(kv_memory.address, NUM_BLOCKS, geometry, kv_memory.device)
+            kv = KvCache(kv_memory.address, NUM_BLOCKS, geometry, kv_memory.device, kv_memory.address)
             with Checkpoint(directory, self.spec) as checkpoint:
                 self.weights.append(load_weights(checkpoint, self.spec, held, kv))
             self.models.append(build_model(self.weights[-1], max_tokens))

@@ -28,4 +28,4 @@ def write_blocks(kv: KvCache, blocks: Seq[int], data: bytes) -> None:
 
 
 def _address(kv: KvCache, block: int) -> int:
-    return kv.base_addr + block * kv.geometry.block_stride
+    return kv.address + block * kv.geometry.block_stride

@@ -16,17 +16,18 @@ from common.model_spec import KvGeometry, ModelSpec
 
 @dataclass(slots=True)
 class KvCache:
-    """The KV blocks that are mapped: block b lies at `base_addr + b * geometry.block_stride` bytes.
+    """The KV blocks that are mapped: block b lies at `base_addr + b * geometry.block_stride` for what computes on it,
+    and at `address + b * geometry.block_stride` of `device`, which copies, reads and writes the bytes of blocks.
 
     Inside a block: [layers, 2 (k, v), kv heads, block_size, head_dim] in the model's dtype, contiguous. `num_blocks`
-    may change between steps, as blocks are mapped or unmapped at the end; a batch is checked against it. `device`: by
-    which the blocks' bytes are copied, read and written.
+    may change between steps, as blocks are mapped or unmapped at the end; a batch is checked against it.
     """
 
     base_addr: int
     num_blocks: int
     geometry: KvGeometry
     device: Device
+    address: int
 
 
 @dataclass(frozen=True, slots=True)
