@@ -142,7 +142,7 @@ def test_ledgers_and_bus_are_formatted_and_kv_is_there(world: World, mixtral: Pa
     assert isinstance(bus, Bus)
     assert (bus.max_ranks, bus.max_tokens, bus.hidden, bus.top_k) == (8, 32, 32, 2)
     assert bus.membership() == (0, 0, False, 0)
-    assert loaded.bus_bytes == world.segment.nbytes
+    assert loaded.bus_bytes == world.segment.shared.nbytes
 
 
 def test_one_file_without_index_and_harmless_extras_are_taken(world: World, tmp_path: Path) -> None:
