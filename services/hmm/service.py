@@ -349,4 +349,5 @@ class Hmm:
         """A rank's connection ended: the others must not wait for it."""
         self._log.warning("rank detached", rank=attached.rank, slot=attached.slot, rank_id=attached.incarnation)
         self._members.park(attached.slot)
+        self._transitions.on_detach(attached.slot)
         self._copies.stop(attached.slot)

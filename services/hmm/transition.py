@@ -8,7 +8,7 @@ go, and enters it when it is complete.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import msgspec
@@ -33,7 +33,7 @@ from services.hmm.memory import DeviceMemory
 from services.hmm.staging import check_stage
 from services.hmm.supply import Parts, Supply
 
-_RESUME_S: Final = 5.0  # after a start: a living rank has introduced itself by then
+_RESUME_S: Final = 5.0  # after a start, or its connection's end: a living rank has introduced itself by then
 
 
 class Transitions:
@@ -59,6 +59,7 @@ class Transitions:
         self._version = 0  # of what ranks shall have: grows when any of it changes
         self._growth_error: ElasticMoEError | None = None  # why KV could not be made again
         self._unseen: set[int] = set()  # slots whose rank may live, but has not resumed
+        self._ended_at: dict[int, float] = {}  # slot -> when its rank's connection ended; it has not resumed since
         self._resume_until = 0.0
         self._is_flip_logged = False
 
@@ -84,7 +85,16 @@ class Transitions:
 
     def on_attach(self, slot: int) -> None:
         """A rank has attached or resumed."""
-        self._unseen.discard(slot)
+        self._forget_ends((slot,))
+
+    def _forget_ends(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._unseen.discard(slot)
+            self._ended_at.pop(slot, None)
+
+    def on_detach(self, slot: int) -> None:
+        """A rank's connection has ended. It may live on: who fails in a step ends the generation so, and resumes."""
+        self._ended_at[slot] = self._clock.monotonic()
 
     # ---- Commands
 
@@ -131,7 +141,7 @@ class Transitions:
     def release(self, op_id: str, gone: tuple[int, ...] = ()) -> None:
         """ReleaseLayout. Raises Conflict `not_flipped`."""
         transition = self._named(op_id)
-        self._unseen -= set(gone)
+        self._forget_ends(gone)
         if transition.phase in ("releasing", "released"):
             return
         if transition.phase != "committed" or not self._members.has_flipped(transition.after):
@@ -143,7 +153,7 @@ class Transitions:
     def abort(self, op_id: str, gone: tuple[int, ...] = ()) -> None:
         """AbortLayout. Raises Conflict `committed` or `still_attached`."""
         transition = self._named(op_id)
-        self._unseen -= set(gone)
+        self._forget_ends(gone)
         if transition.phase in ("aborting", "aborted"):
             return
         if transition.phase in ("committed", "releasing", "released"):
@@ -345,10 +355,12 @@ class Transitions:
         attached = self._attachments.by_slot.get(slot)
         if attached is not None:
             return stays and self._is_settled(attached)
-        if slot not in self._unseen:
-            return True  # its rank ended while this HMM looked
-        # A living rank of a seat that stays resumes, or a new one comes; one that left may have died unseen.
-        return not stays and self._clock.monotonic() > self._resume_until
+        now = self._clock.monotonic()
+        if slot in self._unseen:
+            # A living rank of a seat that stays resumes, or a new one comes; one that left may have died unseen.
+            return not stays and now > self._resume_until
+        # Its rank ended while this HMM looked; one that stays may only have failed in a step, and resumes soon.
+        return not stays or slot not in self._ended_at or now - self._ended_at[slot] > _RESUME_S
 
     def _grow(self, transition: Transition, kv_handles: Mapping[str, int]) -> bool:
         """Start to make the KV handles that are missing; whether there are any."""

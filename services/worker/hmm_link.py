@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import Protocol
 
-from common import fdchannel
+from common.protocol.codec import Message, Received
 from common.protocol.errors import ElasticMoEError, ProtocolError
-from common.protocol.handles import TO_RANK, Applied, Attach, AttachReply, FromHmm, SeatMemory, ShareHandles
+from common.protocol.handles import Applied, Attach, AttachReply, FromHmm, SeatMemory, ShareHandles
 from common.protocol.pool import StartRank
 from common.protocol.replies import Refused
 from common.telemetry import get_logger
@@ -26,18 +26,40 @@ RESUME_S = 0.5  # between attempts to reach a restarted HMM
 Handed = tuple[ShareHandles | SeatMemory, list[int]]
 
 
+class Channel(Protocol):
+    """What the link needs of a connection: common/fdchannel.py."""
+
+    def fileno(self) -> int:
+        """Readable at a message and at the peer's end."""
+
+    def send(self, body: Message, *, deadline_ms: int = ...) -> None:
+        """Raises Unavailable when the peer is gone."""
+
+    def receive(self, *, deadline_ms: int) -> tuple[Received[FromHmm], list[int]]:
+        """The next message and its descriptors, which are the caller's. Raises Unavailable, ProtocolError."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
 class HmmLink:
-    """Owned by the rank's thread. `watch` and `unwatch` tell the rank's poll about the connection's descriptor."""
+    """Owned by the rank's thread. `connect(deadline_ms)` makes a connection to the HMM, or raises Unavailable. `watch`
+    and `unwatch` tell the rank's poll about its descriptor."""
 
     def __init__(
-        self, path: Path, seat: StartRank, *, watch: Callable[[int], None], unwatch: Callable[[int], None]
+        self,
+        connect: Callable[[int], Channel],
+        seat: StartRank,
+        *,
+        watch: Callable[[int], None],
+        unwatch: Callable[[int], None],
     ) -> None:
-        self._path = path
+        self._connect = connect
         self._seat = seat
         self._watch = watch
         self._unwatch = unwatch
         self._memory_id = ""
-        self._channel: fdchannel.Channel[FromHmm] | None = None
+        self._channel: Channel | None = None
         self._resume_at = 0.0
 
     @property
@@ -65,7 +87,7 @@ class HmmLink:
             if isinstance(message, SeatMemory):
                 return
 
-    def _receive(self, channel: fdchannel.Channel[FromHmm], deadline_ms: int) -> Handed:
+    def _receive(self, channel: Channel, deadline_ms: int) -> Handed:
         received, fds = channel.receive(deadline_ms=deadline_ms)
         if isinstance(received.body, ShareHandles | SeatMemory):
             return received.body, fds
@@ -113,7 +135,7 @@ class HmmLink:
     def _introduce(self, *, is_resuming: bool) -> tuple[AttachReply, list[int]]:
         seat = self._seat
         connect_ms, answer_ms = (200, RESUME_MS) if is_resuming else (5_000, ATTACH_MS)
-        channel = fdchannel.connect(self._path, seat.incarnation, TO_RANK, deadline_ms=connect_ms)
+        channel = self._connect(connect_ms)
         try:
             channel.send(Attach(seat.rank, seat.slot, seat.device, seat.incarnation, is_resuming))
             received, fds = channel.receive(deadline_ms=answer_ms)

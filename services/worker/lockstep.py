@@ -18,9 +18,9 @@ then all others compute no tokens of their own. Of several that ask, the one in 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
+from common.clock import Clock
 from common.failpoint import failpoint
 from common.protocol.handles import Routing
 from common.telemetry import get_logger
@@ -29,7 +29,7 @@ from services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
 
 log = get_logger("rank")
 
-MEET_MS = 500.0  # a rank that waits for others looks that often whether it shall stop
+MEET_MS = 500.0  # of waiting for others in one go: the rank looks that often whether it shall stop
 STAGED_STEPS_MAX = 2  # urgent because a layout is staged: who has not heard of it by then is slow for other reasons
 FIRST_STEPS = 3  # urgent after ranks came in: who brings them work needs up to two steps
 STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
@@ -52,19 +52,21 @@ class Lockstep:
         exchange: Exchange,
         routings: Mapping[int, Routing],
         slot: int,
-        is_stopping: Callable[[], bool],
+        clock: Clock,
     ) -> None:
         self._barrier = barrier
         self._exchange = exchange
         self._routings = routings
         self._slot = slot
-        self._is_stopping = is_stopping
+        self._clock = clock
         self._generation = 0
         self._num_urgent = 0  # of the next steps
         self._has_run = False  # as a member
         self._num_staged = 0  # steps of this generation while another one was staged
         self._is_everybodys = True  # the last step
         self._num_clean = 0  # that were, and were completed, since the last one that failed
+        self._flags: int | None = None  # with which it has arrived where not all are yet
+        self._deadline = 0.0  # of that meeting
         self.epoch = 0
         self.members = 0
         self.is_member = False
@@ -121,30 +123,35 @@ class Lockstep:
         generation, epoch = self._barrier.staged()
         return generation if generation and epoch in self._routings else 0
 
-    def meet(self, num_tokens: int, *, is_alone: bool = False) -> int:
+    def meet(self, num_tokens: int, *, is_alone: bool = False) -> int | None:
         """Arrive at the step's barrier with `num_tokens` and wait for the others; the tokens of all ranks together, to
         be computed now; 0 when there is nothing to compute, be it that the ranks have flipped to a new layout.
         `is_alone`: nobody else's are to be computed with them. Whether the own ones are: `has_turn`.
 
-        Whoever comes from sleep first arrives, then rings those that are not there yet. Raises StepAborted when the
-        generation is over, StepTimedOut when a peer stays away beyond STEP_MS_MAX.
+        Whoever comes from sleep first arrives, then rings those that are not there yet. None: not all have come within
+        MEET_MS; the arrival stands, and the same call goes on waiting. Raises StepAborted when the generation is over,
+        StepTimedOut when a peer stays away beyond STEP_MS_MAX.
         """
-        deadline = time.monotonic() + STEP_MS_MAX / 1e3
-        flags = self._staged()
-        self._num_staged += flags != 0
-        wait_ms = MEET_MS if self.is_awake else 0.0
-        while True:
-            try:
-                said = self._barrier.arrive(self._generation, num_tokens | (ALONE if is_alone else 0), flags, wait_ms)
-                break
-            except StepTimedOut:
-                if self._is_stopping():
-                    return 0
-                if time.monotonic() > deadline:
-                    raise
-                self._barrier.ring()
-                self._barrier.count_progress()  # who waits is not who is stuck
-                wait_ms = MEET_MS
+        flags = self._flags
+        if flags is None:
+            flags, self._deadline = self._staged(), self._clock.monotonic() + STEP_MS_MAX / 1e3
+            self._num_staged += flags != 0
+            wait_ms = MEET_MS if self.is_awake else 0.0
+        else:
+            wait_ms = MEET_MS
+        try:
+            said = self._barrier.arrive(self._generation, num_tokens | (ALONE if is_alone else 0), flags, wait_ms)
+        except StepTimedOut:
+            if self._clock.monotonic() > self._deadline:
+                raise
+            self._flags = flags
+            self._barrier.ring()
+            self._barrier.count_progress()  # who waits is not who is stuck
+            return None
+        except StepAborted:
+            self._flags = None
+            raise
+        self._flags = None
         self._num_urgent = max(0, self._num_urgent - 1)
         staged = said[0][2]
         if staged and all(flag == staged for _, _, flag in said):

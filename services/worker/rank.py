@@ -2,25 +2,21 @@
 
 One thread does everything, and between steps what cannot be done during one: messages, changes of its memory, moving
 sequences to another rank. How ranks step together and change layouts: lockstep.py. What they have mapped: memory.py.
+What a rank is made of: parts.py; who makes it of that: assembly.py, and the simulation of the tests.
 """
 
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
 import msgspec
 
-from common.config import PoolConfig
 from common.failpoint import failpoint
-from common.fence import Fence
-from common.protocol import rank as rank_messages
 from common.protocol.codec import Message, Received
 from common.protocol.errors import ElasticMoEError, Unavailable
-from common.protocol.pool import StartRank
 from common.protocol.rank import (
     Cancel,
     GetRankIntegrity,
@@ -38,23 +34,19 @@ from common.protocol.replies import Ack, refusal
 from common.protocol.router import Delta, Failed, RankStatus, Tokens
 from common.protocol.scaler import Integrity, RankLoad, RankReady
 from common.telemetry import get_logger
-from common.transport import Server, Sockets
 from services.worker.engine.adoption import adopt_rows
-from services.worker.engine.engine import Engine
 from services.worker.engine.failure import failure_of
 from services.worker.engine.outcome import Outcome
+from services.worker.engine.plan import Plan
 from services.worker.exchange.base import StepAborted
-from services.worker.exchange.shm import ShmExchange
-from services.worker.exchange.shm_barrier import ShmBarrier
-from services.worker.hmm_link import HmmLink
 from services.worker.intake import check_ids
 from services.worker.lockstep import STEP_MS_MAX, Lockstep
-from services.worker.memory import Memory
 from services.worker.migration import Migration
-from services.worker.model.registry import build_model
+from services.worker.parts import Parts
 from services.worker.reports import Reports, tokens_of
+from services.worker.shares import Shares
 from services.worker.steps import Steps
-from services.worker.warm_up import warm_up
+from services.worker.welcome import Welcome
 
 log = get_logger("rank")
 
@@ -63,71 +55,45 @@ BUSY_MS = 5  # the longest sleep of a rank that does not step and has something 
 STATUS_S = 0.1  # at most this often
 SAME_STATUS_S = 0.9  # what has not changed is told this often: routers ask who is silent for longer (links.py)
 LOOK_S = 0.01  # how often a stepping rank looks at its descriptors
-WELCOME_S = 0.05  # a new member waits for what others hand over to it as it comes; megabytes of KV take 10 to 20 ms
-WELCOMES = 3  # of its first turns in which it waits so, WELCOME_S in all
-SMOOTHING = 0.05  # of the reported shares of a step
 
 
 class Rank:
-    """One seat's process. A context manager: leaving it unmaps the memory and closes the sockets."""
+    """One seat's process. A context manager: leaving it unmaps the memory and closes the sockets. Owned by the thread
+    that made it; only `stop` may come from elsewhere. `is_stopping`: it was told to stop, or has left, and takes no
+    further turn.
 
-    def __init__(self, config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankReady], None]) -> None:
-        """Attach and build. Raises the HMM's refusal, Unavailable, or DeviceError; the process ends then. `tell_ready`
-        is called once, in `run`."""
-        self._seat = seat
+    `run` is `start`, then `turn` and `wait` in turns, then `finish`; what drives it otherwise does the same.
+    """
+
+    def __init__(self, parts: Parts, tell_ready: Callable[[RankReady], None]) -> None:
+        """`tell_ready` is called once, in `start`."""
+        self._seat = parts.seat
+        self._clock = parts.clock
+        self._server = parts.server
+        self._hmm = parts.hmm
+        self._fence = parts.fence
+        self._memory = parts.memory
+        self._barrier = parts.barrier
+        self._engine = parts.engine
+        self._revision = parts.revision
+        seat = parts.seat
+        self._ready = RankReady(seat.rank, seat.slot, seat.incarnation, parts.attach_ms, parts.build_ms)
         self._tell_ready = tell_ready
-        started = time.perf_counter()
-        self._server: Server[ToRank] = Server(config.socket(f"rank-{seat.rank}"), seat.incarnation, rank_messages.CODEC)
-        self._hmm = HmmLink(config.socket("handles"), seat, watch=self._server.watch, unwatch=self._server.unwatch)
-        self._fence = Fence(config.state_dir, f"rank-{seat.slot}")
-        failpoint("rank.attach")
-        reply, fds = self._hmm.attach()
-        self._memory = Memory(reply, fds, seat.device, seat.slot, self._hmm.handed())
-        attached = time.perf_counter()
-        bus = self._memory.bus
-        self._barrier = ShmBarrier(bus, self._memory.doorbells, seat.slot)
-        exchange = ShmExchange(bus, self._memory.spec.num_experts_by_layer)
-        # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
-        ledger, max_tokens = self._memory.ledger, min(seat.max_tokens, bus.max_tokens)
-        model = build_model(self._memory.weights, max_tokens)
-        self._engine = Engine(
-            model,
-            exchange,
-            self._memory.weights.kv,
-            ledger,
-            max_tokens=max_tokens,
-            max_sequences=min(seat.max_sequences, ledger.num_rows),
-            max_model_len=min(seat.max_model_len, ledger.max_tokens),
-        )
-        self._lockstep = Lockstep(self._barrier, exchange, self._memory.routings, seat.slot, lambda: self._stopping)
-        self._steps = Steps(self._engine, exchange, self._lockstep, self._hmm, self._send)
+        self._lockstep = Lockstep(parts.barrier, parts.exchange, parts.memory.routings, seat.slot, parts.clock)
+        self._steps = Steps(parts.engine, parts.exchange, self._lockstep, parts.hmm, self._send)
         self._migration = Migration(
-            seat, self._engine, Sockets(config.socket), watch=self._server.watch, unwatch=self._server.unwatch
+            seat, parts.engine, parts.transport, watch=parts.server.watch, unwatch=parts.server.unwatch
         )
-        failpoint("rank.warm_up")
-        if not self._is_awaited:
-            warm_up(model, self._memory)
-        self._attach_ms = (attached - started) * 1e3
-        self._build_ms = (time.perf_counter() - attached) * 1e3
-        self._revision = self._memory.revision
-        self._reports = Reports(self._server.send)
+        self._reports = Reports(parts.server.send)
+        self._shares = Shares(parts.clock)
+        self._welcome = Welcome()
+        self._plan: Plan | None = None  # with which it has arrived at a barrier where not all are yet
         self._watchers: set[bytes] = set()
-        self._num_welcomes = 0  # left
-        self._welcome_s = 0.0  # left
         self._progress = 0
-        self._met_ns = 0  # spent at the last step's first barrier
-        self._overhead = 0.0
-        self._waiting = 0.0
         self._last_status: RankStatus | None = None
         self._status_at = 0.0
         self._look_at = 0.0
-        self._stopping = False
-
-    @property
-    def _is_awaited(self) -> bool:
-        """Whether the others cannot step until this rank is there: its predecessor, a member, died."""
-        now = self._barrier.membership()
-        return now.generation > 0 and not now.is_running and bool(now.members >> self._seat.slot & 1)
+        self.is_stopping = False
 
     def __enter__(self) -> Self:
         return self
@@ -141,22 +107,33 @@ class Rank:
 
     def stop(self, *_: int | FrameType | None) -> None:
         """Signal handler: only records."""
-        self._stopping = True
+        self.is_stopping = True
 
     def run(self) -> None:
         """Serve until SIGTERM, or until it has left. Raises StepTimedOut when a peer stays away too long,
         ElasticMoEError `memory_replaced`."""
         signal.signal(signal.SIGTERM, self.stop)
-        self._adopt(time.monotonic())
+        monotonic = self._clock.monotonic
+        self.start(monotonic())
+        while not self.is_stopping:
+            wait_ms = self.turn(monotonic())
+            if wait_ms:
+                self.wait(wait_ms)
+        self.finish()
+
+    def start(self, now: float) -> None:
+        """Go on with what the seat's last rank has left, and be there for all others."""
+        self._adopt(now)
         self._barrier.join(int(self._seat.incarnation.rpartition(":")[2], 16))
         self._server.watch(self._memory.doorbells[self._seat.slot])
-        ready = RankReady(self._seat.rank, self._seat.slot, self._seat.incarnation, self._attach_ms, self._build_ms)
+        ready = self._ready
         failpoint("rank.ready")
         self._tell_ready(ready)
         self._hmm.applied(self._revision)
         log.info("attached", device=self._seat.device, attach_ms=ready.attach_ms, build_ms=ready.build_ms)
-        while not self._stopping:
-            self._turn()
+
+    def finish(self) -> None:
+        """Tell routers of what ends with this rank."""
         self._send_failures(self._engine.fail_all(Unavailable("the rank is shutting down", code="shutting_down")))
 
     def _adopt(self, now: float) -> None:
@@ -171,67 +148,73 @@ class Rank:
 
     # ---- one turn -------------------------------------------------------------------------------------------------
 
-    def _turn(self) -> None:
+    def turn(self, now: float) -> int:
+        """Do what there is to do: messages, memory, sequences on their way, and one step. Returns how many milliseconds
+        the rank may sleep at most (`wait`) before its next turn; 0 for none.
+
+        Blocks for other ranks only: at a step's barrier, and in its exchange. Where the barrier gives up waiting for
+        them, the next turn goes on waiting, and nothing else.
+        """
+        plan = self._plan
+        if plan is None:
+            plan, wait_ms = self._prepare(now)
+            if plan is None:
+                return wait_ms
+        self._step(plan, now)
+        return 0
+
+    def wait(self, wait_ms: int) -> None:
+        """Sleep until a message comes, or something else to look at, at most so long; and look at it."""
+        self._look(self._server.poll(wait_ms), self._clock.monotonic())
+
+    def _prepare(self, now: float) -> tuple[Plan | None, int]:
+        """All that comes before a step: what to bring to it, or how long to wait at most until there is one."""
         failpoint("rank.turn")
-        started = time.perf_counter_ns()
-        now = time.monotonic()
+        self._shares.begin()
         self._take_messages(now)
         if now >= self._look_at:
             self._look(self._server.poll(0), now)
         self._progress += 1
         self._barrier.count_progress()
         self._change_memory()
-        self._follow_members()
+        lockstep = self._lockstep
+        if lockstep.sync():
+            self._migration.ask_again()
+            if lockstep.has_come_in:
+                self._welcome.begin()
+        if wait_s := self._welcome.wait_s(now, self._migration.num_expected):
+            return None, max(1, int(wait_s * 1e3))
         for router in self._reports.turn(now):
             self._drop_peer(router)
-        for router, message in self._migration.turn(now, self._lockstep.members):
+        for router, message in self._migration.turn(now, lockstep.members):
             self._tell(router, message)
         self._send(self._engine.end_overlong())
-        lockstep = self._lockstep
-        plan = None
         if lockstep.is_member:
             plan = self._steps.plan(decode_only=lockstep.is_urgent, num_clean=lockstep.num_clean)
-        if plan is None or not (plan.num_said or lockstep.shall_meet()):
-            self._send_status(now)
-            self._leave_if_unneeded()
-            is_busy = self._memory.is_changing or self._migration.has_work or self._reports.is_waiting
-            self._look(self._server.poll(BUSY_MS if is_busy else IDLE_MS), time.monotonic())
-            return
-        met, total = time.perf_counter_ns(), 0
+            if plan.num_said or lockstep.shall_meet():
+                self._shares.arrive()
+                return plan, 0
+        self._send_status(now)
+        self._leave_if_unneeded()
+        is_busy = self._memory.is_changing or self._migration.has_work or self._reports.is_waiting
+        return None, BUSY_MS if is_busy else IDLE_MS
+
+    def _step(self, plan: Plan, now: float) -> None:
+        """Meet the others with `plan`, and compute what all have brought."""
+        total: int | None = 0
         try:
-            total = lockstep.meet(plan.num_said, is_alone=plan.is_alone)
+            total = self._lockstep.meet(plan.num_said, is_alone=plan.is_alone)
         except StepAborted:  # before anything was computed
-            lockstep.abort()
-        self._met_ns = time.perf_counter_ns() - met
+            self._lockstep.abort()
+        if total is None:
+            self._plan = plan
+            return
+        self._plan = None
+        self._shares.meet()
         if total:
             self._steps.run(plan, total, STEP_MS_MAX)
-            self._note_shares(started)
+            self._shares.end(self._engine.cost)
         self._send_status(now)
-
-    def _follow_members(self) -> None:
-        """Learn who steps together now. A rank that has come in by a flip finds places kept for sequences that others
-        hand over at this very moment: it waits for them a little, so that they do not miss a step."""
-        if self._lockstep.sync():
-            self._migration.ask_again()
-            if self._lockstep.has_come_in:
-                self._num_welcomes, self._welcome_s = WELCOMES, WELCOME_S
-        if not self._num_welcomes:
-            return
-        self._num_welcomes -= 1
-        now = time.monotonic()
-        until = now + self._welcome_s
-        while self._migration.num_expected and now < until:
-            self._look(self._server.poll(max(1, int((until - now) * 1e3))), now)
-            now = time.monotonic()
-            self._take_messages(now)
-        self._welcome_s = until - now
-
-    def _note_shares(self, started: int) -> None:
-        took = time.perf_counter_ns() - started
-        cost = self._engine.cost
-        waiting = (cost.wait_ns + self._met_ns) / took
-        self._waiting += SMOOTHING * (waiting - self._waiting)
-        self._overhead += SMOOTHING * (1.0 - cost.math_ns / took - waiting - self._overhead)
 
     def _change_memory(self) -> None:
         """A slice of what the HMM asked for."""
@@ -249,7 +232,7 @@ class Rank:
             and not (self._engine.scheduler.sequences() or self._migration.num_moving or self._watchers)
         ):
             log.info("left")
-            self._stopping = True
+            self.is_stopping = True
 
     # ---- descriptors ----------------------------------------------------------------------------------------------
 
@@ -383,8 +366,8 @@ class Rank:
             blocks_free=scheduler.blocks.num_free,
             blocks_total=scheduler.blocks.num_blocks,
             max_model_len=scheduler.capacity_tokens,
-            share_overhead=round(self._overhead, 4),
-            share_waiting=round(self._waiting, 4),
+            share_overhead=round(self._shares.overhead, 4),
+            share_waiting=round(self._shares.waiting, 4),
             is_leaving=self._migration.is_leaving,
             recomputed=scheduler.recomputed + self._steps.num_discarded,
         )

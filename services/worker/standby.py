@@ -63,7 +63,7 @@ def standby_main(config: PoolConfig, channel: Channel[ToPool]) -> int:
 
 
 def _serve(config: PoolConfig, seat: StartRank, hold: Hold, channel: Channel[ToPool]) -> None:
-    from services.worker.rank import Rank
+    from services.worker.assembly import open_rank
 
     if config.pin_cores:
         _pin(seat.device)
@@ -76,7 +76,7 @@ def _serve(config: PoolConfig, seat: StartRank, hold: Hold, channel: Channel[ToP
             log.info("the pool is gone; the next one will find this rank", because=error.message)
         channel.close()  # nothing more is said here
 
-    with Rank(config, seat, tell_ready) as rank:
+    with open_rank(config, seat, tell_ready) as rank:
         rank.run()
 
 

@@ -56,7 +56,7 @@ def main() -> int:
     except Conflict:  # another one is there
         return 0
     _close_lifeline()
-    import services.worker.rank  # noqa: F401 - imported for the processes that are forked from here
+    import services.worker.assembly  # noqa: F401 - imported for the processes that are forked from here
 
     gc.collect()
     gc.freeze()

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from common.capacity import kv_handles_min, size_ledger
+from common.devices.base import KeyToken
+from common.families import records
 from common.layout import Layout, keys_on
 from common.model_spec import KvGeometry, RecordKey
 from common.protocol import hmm as to_hmm
@@ -30,15 +32,17 @@ from native.ledger import Ledger, format_ledger
 from native.ledger import ledger_bytes as native_ledger_bytes
 from services.hmm.blocks import check_ranks
 from services.hmm.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition, record_bytes
-from services.hmm.handles import Offer, full_view, seat_for, seat_memory
+from services.hmm.handles import Offer, attach_reply, full_view, seat_for, seat_memory, shares
 from services.hmm.membership import Membership
 from services.hmm.transition import Transitions
-from tests.sim.heap import Actor, Sim
+from tests.sim.barrier import Bus
+from tests.sim.heap import Actor
 from tests.sim.store import DiskFence
 from tests.unit.specs import tiny_mixtral_spec
 
 if TYPE_CHECKING:
-    from tests.sim.rank import Rank
+    from tests.sim.rank import Channel
+    from tests.sim.world import World
 
 PAGE = 4096
 SPEC = tiny_mixtral_spec(num_local_experts=4, num_hidden_layers=2)
@@ -47,18 +51,28 @@ GEOMETRY = KvGeometry(BLOCK_SIZE, 4 * BLOCK_SIZE, 4 * BLOCK_SIZE, BLOCKS_PER_HAN
 MAX_TOKENS, MAX_SEQUENCES, MAX_MODEL_LEN = 16, 4, 48
 BLOCKS_MAX = 4096
 CHANNEL_S = 0.003
+RECORD_IDS = {record.key: 1_000_000 + number for number, record in enumerate(records(SPEC))}
+
+
+SEGMENT = SimpleNamespace(fd=0, nbytes=PAGE)  # stands for a bus or a ledger in messages
 
 
 class Device:
-    """A device's name and budget in bytes. A KV handle is its own id, a record is known by its key."""
+    """A device's name and budget in bytes. A KV handle is its own id; those of records are above."""
 
     def __init__(self, name: str, budget: int) -> None:
         self.name = name
         self.budget = budget
 
+    range_bytes_max = 1 << 40
+
     def id_of(self, handle: RecordKey | int) -> int:
         """See common.devices."""
-        return 0 if isinstance(handle, RecordKey) else handle
+        return RECORD_IDS[handle] if isinstance(handle, RecordKey) else handle
+
+    def export(self, handle: RecordKey | int) -> KeyToken:
+        """See common.devices."""
+        return KeyToken(self.id_of(handle), PAGE)
 
 
 class Memory:
@@ -105,45 +119,9 @@ def held_by(seat: SeatMemory) -> set[Any]:
     return {*(record.key for record in seat.records), *seat.kv}
 
 
-class Bus:
-    """The shared memory of the bus, as values."""
-
-    def __init__(self) -> None:
-        self.now = (0, 0, False, 0)
-        self.next = (0, 0, 0)
-        self.max_ranks = 8
-
-    def membership(self) -> tuple[int, int, bool, int]:
-        """See native.bus."""
-        return self.now
-
-    def staged(self) -> tuple[int, int, int]:
-        """See native.bus."""
-        return self.next if self.next[0] > self.now[0] else (0, 0, 0)
-
-    def set_membership(self, generation: int, members: int, running: bool, epoch: int = 0) -> None:
-        """See native.bus."""
-        if generation <= self.now[0]:
-            raise ValueError("not greater")
-        self.now, self.next = (generation, members, running, epoch), (0, 0, 0)
-
-    def stage_membership(self, generation: int, members: int, epoch: int) -> None:
-        """See native.bus."""
-        self.next = (generation, members, epoch)
-
-    def flip(self, generation: int) -> bool:
-        """See native.bus."""
-        staged, members, epoch = self.next
-        if self.now[0] == generation:
-            return True
-        if staged != generation or generation <= self.now[0] or not self.now[2]:
-            return False
-        self.now, self.next = (generation, members, True, epoch), (0, 0, 0)
-        return True
-
-    def progress(self, slot: int) -> int:
-        """Not simulated."""
-        return 0
+def named_by(seat: SeatMemory) -> set[int]:
+    """Their ids."""
+    return {*(record.handle for record in seat.records), *seat.kv}
 
 
 class Supply:
@@ -219,7 +197,7 @@ class Supply:
             elif space == "kv":
                 memory.kv.append(key)
             else:
-                memory.ledger = True
+                memory.ledger = SEGMENT
                 memory.format()
         self._claims.clear()
 
@@ -253,11 +231,12 @@ class Supply:
 class Hmm(Actor):
     """The service. `memories`, `loaded`, `transition`: its holdings; `disk`: fences; `bus`: memory that outlives it.
 
-    `ranks[incarnation]`: the living ranks, to hand memory to.
+    `by_slot`: the ranks that are attached.
     """
 
-    def __init__(self, sim: Sim, devices: Sequence[str], budget: int, load: LoadModel, disk: dict[str, int]) -> None:
-        super().__init__(sim, "hmm")
+    def __init__(self, world: World, devices: Sequence[str], budget: int, load: LoadModel) -> None:
+        super().__init__(world.sim, "hmm")
+        self.world = world
         self.memories = {name: Memory(name, budget) for name in devices}
         self.granularity = PAGE
         self.num_readers = 0
@@ -265,9 +244,7 @@ class Hmm(Actor):
         self.gone: set[str] = set()  # devices whose memory is lost
         self.ledger_bytes = size_ledger(load, PAGE).nbytes
         self.bus = Bus()
-        self.segment = SimpleNamespace(bus=self.bus)
-        self.ranks: dict[str, Rank] = {}
-        self._disk = disk
+        self.segment = SimpleNamespace(bus=self.bus, shared=SEGMENT)
         self._sizes: Mapping[RecordKey, int] = {}
         self.fence_seen = 0  # the checker's own
         self.on_change: Callable[[], None] = lambda: None
@@ -279,14 +256,14 @@ class Hmm(Actor):
         self._spans: dict[tuple[RecordKey, int], Placed] = {}
         self._begin()
         self.write()
-        sim.actors["hmm"] = self
+        self.sim.actors["hmm"] = self
 
     def _fill(self, load: LoadModel) -> None:
         footprint = 0
         for seat in load.layout.seats:
             memory = self.memories[seat.device]
             memory.records = {key: key for key in keys_on(load.layout, seat.slot)}
-            memory.ledger = True
+            memory.ledger = SEGMENT
             memory.kv = [memory.new_kv() for _ in range(load.kv_bytes_max // PAGE)]
         self.loaded = Loaded(load, SPEC, GEOMETRY, PAGE, load.layout, "memory", 0, load.kv_bytes_max // PAGE)
         self._sizes = record_bytes(self.loaded, PAGE)
@@ -302,11 +279,16 @@ class Hmm(Actor):
         self.supply = Supply(self)
         self._revision = 0
         self._copying: list[Any] = []
-        self.fence = DiskFence(self._disk, "hmm")
+        self.fence = DiskFence(self.world.disk, "hmm")
         log = get_logger("sim")
         self.members = Membership(self, log)  # type: ignore[arg-type]
         parts: Any = (self, self, self.members, self, self.supply, log, self.sim.clock)
         self.transitions = Transitions(*parts)
+
+    @property
+    def channels(self) -> list[Channel]:
+        """To the ranks that are attached."""
+        return [attached.channel for attached in self.by_slot.values()]
 
     # ---- holdings, attachments and copies, as the transitions see them
 
@@ -353,7 +335,9 @@ class Hmm(Actor):
             self.doorbells.pop(slot, None)
 
     def ring(self) -> None:
-        """Everybody looks at the bus in every turn."""
+        """Wake all ranks."""
+        for channel in self.channels:
+            channel.process.ring()
 
     def is_busy(self, device: str) -> bool:
         """Whether blocks are copied from or to a device."""
@@ -363,62 +347,79 @@ class Hmm(Actor):
         self._revision = max(self._revision + 1, int(self.sim.now * 1000))
         return self._revision
 
-    def update(self, attached: Any, seat: SeatMemory, _: Offer) -> None:
+    def update(self, attached: Any, seat: SeatMemory, offer: Offer) -> None:
         """Send a seat's memory, unless it is what was sent last."""
         if seat == msgspec.structs.replace(attached.sent, revision=0):
             return
+        for message in self._handed(attached, seat, offer):
+            attached.channel.process.after(CHANNEL_S, attached.channel.deliver, message)
+
+    def _handed(self, attached: Any, seat: SeatMemory, offer: Offer) -> list[Message]:
+        """The messages for it."""
         attached.sent = msgspec.structs.replace(seat, revision=self._next_revision())
-        rank = self.ranks.get(attached.incarnation)
-        if rank is not None:
-            rank.after(CHANNEL_S, rank.begin_memory, self.life, attached.sent)
+        messages = [message for message, _ in shares(offer, attached.shared)]
+        attached.shared = set(offer.handles)
+        return [*messages, attached.sent]
 
     def check_unused(self, memory: Memory, handle: Any) -> None:
         """What is given back is mapped by no living rank."""
-        for rank in self.ranks.values():
-            if rank.is_alive and rank.is_attached and rank.seat.device == memory.device.name:
+        for rank in self.world.ranks.values():
+            if rank.seat.device == memory.device.name:
                 self.expect(handle not in rank.held, f"{handle} of {memory.device.name} is mapped and given back")
 
     # ---- ranks
 
-    def attach(self, rank: Rank, is_resumed: bool) -> None:
-        """A rank introduces itself."""
-        request = Attach(rank.seat.rank, rank.seat.slot, rank.seat.device, rank.seat.incarnation, is_resumed)
-        try:
-            seat = seat_for(self.loaded, self.transition, request)
-            if seat.slot in self.by_slot:
-                raise Conflict(f"slot {seat.slot} is taken", code="occupied")
-        except ElasticMoEError as error:
-            self.sim.note(f"hmm: attach of {rank.seat.incarnation} refused: {error.message}")
-            rank.after(CHANNEL_S, rank.refused, error)
-            return
+    def attach(self, channel: Channel, request: Attach) -> list[Message]:
+        """A rank introduces itself: what it is told. Raises what it is refused with."""
+        before = self.by_slot.get(request.slot)
+        if before is not None and before.channel.is_closed:
+            self.detached(before.channel)
+        seat = seat_for(self.loaded, self.transition, request)
+        if seat.slot in self.by_slot:
+            raise Conflict(f"slot {seat.slot} is taken", code="occupied")
         assert self.loaded is not None
-        memory = self.memories[seat.device]
-        sent, _ = seat_memory(full_view(memory, self.loaded, self.transition), memory, self, self._next_revision())  # type: ignore[arg-type]
-        self.by_slot[seat.slot] = SimpleNamespace(
-            rank=seat.rank, device=seat.device, incarnation=rank.seat.incarnation, sent=sent, applied=0, version=-1
+        holdings: Any = self
+        memory: Any = self.memories[seat.device]
+        view = full_view(memory, self.loaded, self.transition)
+        reply, _ = attach_reply(memory, holdings)
+        attached = self.by_slot[seat.slot] = SimpleNamespace(
+            rank=seat.rank,
+            slot=seat.slot,
+            device=seat.device,
+            incarnation=request.incarnation,
+            channel=channel,
+            sent=SeatMemory(0, (), (), (), (), ()),
+            shared=set(),
+            applied=0,
+            version=-1,
         )
-        self.ranks[rank.seat.incarnation] = rank
-        rank.is_attached = True
-        rank.after(CHANNEL_S, rank.attached, self.life, sent, memory, is_resumed)
+        messages = self._handed(attached, *seat_memory(view, memory, holdings, 0))
+        self.sim.note(f"hmm: attached {request.incarnation}{' again' if request.resume else ''}")
         self.transitions.on_attach(seat.slot)
-        if not is_resumed:
+        if not request.resume:
             self.members.park(seat.slot)
-        self.turn()
+        self.after(0.0, self.turn)
+        return [reply, *messages]
 
-    def applied(self, slot: int, incarnation: str, revision: int) -> None:
+    def _attached_by(self, channel: Channel) -> Any:
+        attached = self.by_slot.get(channel.process.seat.slot)
+        return attached if attached is not None and attached.channel is channel else None
+
+    def applied(self, channel: Channel, revision: int) -> None:
         """A rank has mapped what was sent."""
-        attached = self.by_slot.get(slot)
-        if attached is not None and attached.incarnation == incarnation:
+        attached = self._attached_by(channel)
+        if attached is not None:
             attached.applied = max(attached.applied, revision)
             self.turn()
 
-    def detached(self, slot: int, incarnation: str) -> None:
+    def detached(self, channel: Channel) -> None:
         """A rank's connection ended."""
-        self.ranks.pop(incarnation, None)
-        attached = self.by_slot.get(slot)
-        if attached is not None and attached.incarnation == incarnation:
+        attached = self._attached_by(channel)
+        if attached is not None:
+            slot = attached.slot
             del self.by_slot[slot]
             self.members.park(slot)
+            self.transitions.on_detach(slot)
             for job in [job for job in self._copying if slot in (job[1].source_slot, job[1].target_slot)]:
                 self._copied(job)
             self.turn()
@@ -541,23 +542,19 @@ class Hmm(Actor):
         """Killed, and back later with what the keeper has."""
         self.sim.note(f"hmm: killed for {down_s:.2f} s")
         self.end()
-        for rank in self.ranks.values():
-            rank.lose_hmm()
+        for channel in self.channels:
+            channel.process.after(CHANNEL_S, channel.cut)
         self.sim.push(self.sim.now + down_s, None, 0, self._restart, ())
 
     def _restart(self) -> None:
         self.sim.note("hmm: back")
         self.loaded, self.transition, held, self.doorbells = self._snapshot
-        for name, (records, kv, ledger) in held.items():
+        for name, (weights, kv, ledger) in held.items():
             memory = self.memories[name]
-            memory.records, memory.kv, memory.ledger = dict(records), list(kv), ledger
+            memory.records, memory.kv, memory.ledger = dict(weights), list(kv), ledger
             memory.num_claimed = memory.num_releasing = 0
-        ranks, self.ranks = self.ranks, {}
         self._begin()
         self.transitions.adopt()
-        for rank in ranks.values():
-            if rank.is_alive:
-                rank.after(0.05 + 0.2 * self.sim.rng.random(), rank.resume)
         self.beat(self.life)
 
     def beat(self, life: int) -> None:

@@ -21,7 +21,7 @@ from services.worker.engine import rows
 from services.worker.engine.engine import Engine
 from services.worker.engine.sequence import Sequence
 from services.worker.engine.trial import INNOCENT, Trial
-from tests.sim.rank import Pool
+from tests.sim.pool import Pool
 from tests.sim.store import Store
 
 

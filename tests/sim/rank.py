@@ -1,143 +1,65 @@
-"""Ranks and their pool: the product's engine, scheduler, ledger, migration and adoption around a model that is a hash.
+"""Ranks: the product's rank with its engine, scheduler, ledger, lockstep, steps, migration and adoption.
 
-What is simulated: the loop's order of things, the mapping of memory (sets), the meeting at each step (all members at
-once), processes. The next token is a function of all tokens so far as they are read back from the KV blocks.
-
-One file of more than 400 lines: ranks and the pool that starts and ends them know one another.
+What is simulated: its ends of transports, the mapping of memory (sets), the barrier (all members leave it at the same
+instant), what fails in a step, processes, and how long things take. The model: engine.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterable, Sequence
-from types import SimpleNamespace
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.layout import RankId
 from common.protocol.codec import Message, Received
-from common.protocol.errors import Conflict, ElasticMoEError, Overloaded, Unavailable
-from common.protocol.handles import SeatMemory
-from common.protocol.pool import GetPool, StartRank
-from common.protocol.rank import (
-    Cancel,
-    GetRankLoad,
-    HandOver,
-    Move,
-    Reserve,
-    Submit,
-    Unreserve,
-    Unwatch,
-    Watch,
-)
-from common.protocol.replies import Ack, refusal
-from common.protocol.router import Delta, Failed, RankStatus, Tokens
-from common.protocol.scaler import PoolRank, PoolStatus, RankExited, RankLoad, RankReady, RankStarted
-from native import host
-from services.worker.engine.adoption import adopt_rows
-from services.worker.engine.engine import Engine
-from services.worker.engine.outcome import Choice, Outcome
-from services.worker.engine.plan import Chunk, Plan
-from services.worker.engine.trials import guilty_error
-from services.worker.migration import Migration
-from services.worker.reports import Reports
-from tests.sim.heap import Actor, Sim
-from tests.sim.hmm import (
-    BLOCK_SIZE,
-    BLOCKS_PER_HANDLE,
-    CHANNEL_S,
-    GEOMETRY,
-    MAX_MODEL_LEN,
-    MAX_SEQUENCES,
-    MAX_TOKENS,
-    SPEC,
-    Hmm,
-    Memory,
-    held_by,
-)
+from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError, Unavailable
+from common.protocol.handles import Applied, Attach, Routing, SeatMemory, ShareHandles
+from common.protocol.pool import StartRank
+from common.protocol.replies import refusal
+from services.worker.exchange.base import StepTimedOut
+from services.worker.hmm_link import HmmLink
+from services.worker.parts import Parts
+from services.worker.rank import Rank
+from tests.sim.barrier import SimBarrier
+from tests.sim.engine import SimEngine
+from tests.sim.heap import Actor
+from tests.sim.hmm import BLOCKS_PER_HANDLE, CHANNEL_S, SPEC, Memory, held_by, named_by
 from tests.sim.store import DiskFence
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-STATUS_S = 0.5
+BEAT_S = 0.1  # the machine is busy: nobody sleeps for less, but where something comes
+STEP_S = 0.25  # a step is slow, so that requests live long enough to move
+MEET_S = 0.5
+CHANNEL_FD, DOORBELL_FD, CLIENT_FD = 1_000, 2_000, 3_000
 
 
-def next_token(tokens: Iterable[int]) -> int:
-    """The reference: a function of all tokens so far."""
-    value = 7
-    for token in tokens:
-        value = (value * 31 + token + 1) % 1_000_003
-    return 1 + value % 250
+class Killed(BaseException):
+    """The process ends in the middle of something."""
 
 
-def _write_bytes(address: int, data: memoryview) -> None:
-    ctypes.memmove(address, bytes(data), len(data))
+class Poisoned(Exception):
+    """A step fails in a rank that lives on."""
 
 
-class SimEngine(Engine):
-    """The product's engine with arithmetic in the model's place."""
+class Client:
+    """A connection to another rank or to the HMM."""
 
-    def __init__(self, memory: Memory, num_kv: int) -> None:
-        kv: Any = SimpleNamespace(
-            geometry=GEOMETRY,
-            base_addr=ctypes.addressof(memory.buffer),
-            address=ctypes.addressof(memory.buffer),
-            num_blocks=num_kv * BLOCKS_PER_HANDLE,
-            device=SimpleNamespace(copy=host.copy, read_bytes=ctypes.string_at, write_bytes=_write_bytes),
-        )
-        super().__init__(
-            None,  # type: ignore[arg-type]
-            None,  # type: ignore[arg-type]
-            kv,
-            memory.rows,
-            max_tokens=MAX_TOKENS,
-            max_sequences=MAX_SEQUENCES,
-            max_model_len=MAX_MODEL_LEN,
-        )
-        self._values = memory.values
-
-    def compute(self, plan: Plan, total_tokens: int, deadline_ms: float) -> list[Choice]:
-        """See Engine."""
-        del total_tokens, deadline_ms
-        choices = []
-        for chunk in plan.chunks:
-            self._write(chunk)
-            choices.append(Choice(next_token(self._read(chunk)) if chunk.sample else None))
-        return choices
-
-    def _write(self, chunk: Chunk) -> None:
-        sequence, start, count, _ = chunk
-        for position in range(start, start + count):
-            place = sequence.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-            self._values[place] = sequence.tokens[position]
-
-    def _read(self, chunk: Chunk) -> list[int]:
-        sequence, start, count, _ = chunk
-        values, blocks = self._values, sequence.blocks
-        found: list[int] = []
-        for index in range((start + count + BLOCK_SIZE - 1) // BLOCK_SIZE):
-            found += values[blocks[index] * BLOCK_SIZE : (blocks[index] + 1) * BLOCK_SIZE]
-        return found[: start + count]
-
-
-class PeerClient:
-    """In the place of a client's socket, for the migration's links."""
-
-    def __init__(self, rank: Rank, target: str, identity: str) -> None:
-        self._rank, self._target = rank, target
-        self._came: list[Received[Any]] = []
-        self._address = f"{identity}>{self._target}"
+    def __init__(self, process: RankProcess, name: str) -> None:
+        self._process, self._target = process, name
+        self._came: deque[Received[Any]] = deque()
         self._seqs: set[int] = set()
-        self._rank.clients[self._address] = self
+        process.clients.append(self)
 
     def fileno(self) -> int:
-        """None."""
-        return -1
+        """See common.endpoints. The rank is woken by whatever comes."""
+        return CLIENT_FD
 
     def send(self, body: Message) -> int:
-        """See common.transport."""
-        sim, seq = self._rank.sim, self._rank.sim.next_seq()
-        sim.send(self._rank.seat.incarnation, self._target, Received(0, self._rank.seat.incarnation, seq, body))
+        """See common.endpoints."""
+        sim, me = self._process.sim, self._process.seat.incarnation
+        seq = sim.next_seq()
+        sim.send(me, self._target, Received(0, me, seq, body))
         self._seqs.add(seq)
         return seq
 
@@ -149,324 +71,365 @@ class PeerClient:
         return is_mine
 
     def receive(self) -> Received[Any] | None:
-        """See common.transport."""
-        return self._came.pop(0) if self._came else None
+        """See common.endpoints."""
+        return self._came.popleft() if self._came else None
 
     def close(self) -> None:
-        """See common.transport."""
-        self._rank.clients.pop(self._address, None)
+        """See common.endpoints."""
+        if self in self._process.clients:
+            self._process.clients.remove(self)
 
 
-class Rank(Actor):
-    """One seat's process."""
+class Server:
+    """Where others reach the rank, and where it sleeps: `poll` says at once what there is to look at."""
+
+    def __init__(self, process: RankProcess) -> None:
+        self._process = process
+        self._watched: set[int] = set()
+        self.inbox: deque[tuple[bytes, Received[Any]]] = deque()
+
+    def watch(self, fd: int) -> None:
+        """See common.endpoints."""
+        self._watched.add(fd)
+
+    def unwatch(self, fd: int) -> None:
+        """See common.endpoints."""
+        self._watched.discard(fd)
+
+    def poll(self, timeout_ms: int) -> set[int]:
+        """See common.endpoints."""
+        return {fd for fd in self._watched if self._process.is_readable(fd)}
+
+    def receive(self) -> tuple[bytes, Received[Any]] | None:
+        """See common.endpoints."""
+        return self.inbox.popleft() if self.inbox else None
+
+    def send(self, peer: bytes, body: Message, *, seq: int = 0, epoch: int = 0) -> bool:
+        """See common.endpoints."""
+        process, target = self._process, peer.decode()
+        sim, seat, plane = process.sim, process.seat, "control"
+        if target.startswith("router:"):
+            plane, actor = "data", sim.actors.get(target)
+            if actor is None or not actor.is_alive or not process.world.router.is_linked(peer, seat.rank):
+                return False
+        sim.send(process.address, target, Received(epoch, seat.incarnation, seq, body), plane)
+        return True
+
+    def close(self) -> None:
+        """See common.endpoints."""
+
+
+class Channel:
+    """A rank's connection to one life of the HMM. Ordered; nothing is lost while both live."""
+
+    def __init__(self, process: RankProcess, fd: int) -> None:
+        self.process = process
+        self._hmm = process.world.hmm
+        self._fd = fd
+        self._came: deque[Message] = deque()
+        self._is_cut = False
+        self.is_closed = False
+
+    @property
+    def is_readable(self) -> bool:
+        """Something has come, be it the end."""
+        return bool(self._came) or self._is_cut
+
+    def fileno(self) -> int:
+        """See services.worker.hmm_link."""
+        return self._fd
+
+    def send(self, body: Message, *, deadline_ms: int = 0) -> None:
+        """See services.worker.hmm_link."""
+        if self._is_cut:
+            raise Unavailable("the peer is gone")
+        if isinstance(body, Attach):  # who attaches waits for the answer and does nothing else
+            try:
+                self._came.extend(self._hmm.attach(self, body))
+            except ElasticMoEError as error:
+                self._came.append(refusal(error))
+        else:
+            assert isinstance(body, Applied)
+            self._hmm.after(CHANNEL_S, self._hmm.applied, self, body.revision)
+
+    def receive(self, *, deadline_ms: int) -> tuple[Received[Any], list[int]]:
+        """See services.worker.hmm_link."""
+        if not self._came:
+            raise Unavailable("the peer is gone")
+        return Received(0, "hmm:1", 0, self._came.popleft()), []
+
+    def deliver(self, message: Message) -> None:
+        """From the HMM."""
+        self._came.append(message)
+        self.process.wake()
+
+    def cut(self) -> None:
+        """The HMM's process has ended."""
+        self._is_cut = True
+        self.process.wake()
+
+    def close(self) -> None:
+        """See services.worker.hmm_link. To the HMM it is the rank's death."""
+        if not self.is_closed:
+            self.is_closed = True
+            self._hmm.after(CHANNEL_S, self._hmm.detached, self)
+
+
+class Mapping:
+    """What a rank has mapped of its device: `held`, the handles of records and KV."""
+
+    def __init__(self, device: Memory, handed: Iterable[tuple[ShareHandles | SeatMemory, list[int]]]) -> None:
+        self.spec = SPEC
+        self.ledger = device.rows
+        self.routings: dict[int, Routing] = {}
+        self.doorbells: dict[int, int] = {}
+        self.held: set[Any] = set()
+        self._kv: tuple[int, ...] = ()
+        self._goal: SeatMemory | None = None
+        self._shared: set[int] = set()
+        for message in handed:
+            self.take(*message)
+        self.revision = self.advance(lambda _: True)
+
+    @property
+    def num_kv(self) -> int:
+        """KV handles that are mapped."""
+        return len(self._kv)
+
+    @property
+    def is_changing(self) -> bool:
+        """See services.worker.parts."""
+        return self._goal is not None
+
+    def take(self, message: ShareHandles | SeatMemory, fds: list[int]) -> None:
+        """See services.worker.parts."""
+        if isinstance(message, ShareHandles):
+            self._shared.update(handle.id for handle in message.handles)
+            return
+        seat = message
+        if missing := named_by(seat) - self._shared:
+            raise ProtocolError(f"handle {min(missing)} is named, but was not shared")
+        if any(mapped != named for mapped, named in zip(self._kv, seat.kv, strict=False)):
+            raise DeviceError("a KV handle cannot move while it is mapped", code="record_moved")
+        self._goal, self._shared = seat, named_by(seat)
+        self.doorbells = {slot: DOORBELL_FD + slot for slot in seat.slots}
+        self.routings.clear()
+        self.routings.update((routing.epoch, routing) for routing in seat.routings)
+
+    def advance(self, resize_kv: Callable[[int], bool]) -> int:
+        """See services.worker.parts."""
+        goal = self._goal
+        if goal is None:
+            return 0
+        num_blocks = len(goal.kv) * BLOCKS_PER_HANDLE
+        if len(goal.kv) < self.num_kv and not resize_kv(num_blocks):
+            return 0
+        self.held, self._kv = held_by(goal), goal.kv
+        if not resize_kv(num_blocks):
+            return 0
+        self._goal = None
+        return goal.revision
+
+    def close(self) -> None:
+        """See services.worker.parts."""
+
+
+class Exchange:
+    """What of a rank's exchange others see. `owners`: whose experts are where, by the routing in force."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.owners: Sequence[Sequence[int]] = ()
+        self.is_awaited = False  # by others, in a step that fails here
+
+    def set_routing(self, generation: int, owners: Sequence[Sequence[int]]) -> None:
+        """See services.worker.exchange."""
+        self.generation, self.owners = generation, owners
+
+
+class RankFence(DiskFence):
+    """A rank's. The world looks whom it obeys."""
+
+    def __init__(self, world: World, slot: int) -> None:
+        super().__init__(world.disk, f"rank-{slot}")
+        self._world, self._resource = world, f"rank-{slot}"
+
+    def check(self, epoch: int, sender: str) -> None:
+        """See Fence."""
+        super().check(epoch, sender)
+        self._world.note_fence(self._resource, epoch)
+
+
+class RankProcess(Actor):
+    """One seat's process. `rank`: the product's, once it is attached and built."""
 
     def __init__(self, world: World, seat: StartRank) -> None:
         super().__init__(world.sim, seat.incarnation)
         self.world = world
         self.seat = seat
         self.address = f"rank-{seat.rank}"
-        self.clients: dict[str, PeerClient] = {}
-        self.fence = DiskFence(world.disk, f"rank-{seat.slot}")
-        self.num_clean = 0  # see Lockstep
-        self.is_attached = self.is_ready = self.is_member = self.is_leaving_now = False
-        self.held: set[Any] = set()
-        self.routings: dict[int, Any] = {}
-        self.goal: SeatMemory | None = None
-        self.generation = self.members = 0
-        self.epoch = 0
-        self.num_kv = 0
-        self.memory: Memory | None = None
+        self.clients: list[Client] = []
+        self.server = Server(self)
+        self.channel: Channel | None = None
+        self.barrier = SimBarrier(world.hmm.bus, self)
+        self.exchange = Exchange()
+        self.mapping: Mapping | None = None
         self.engine: SimEngine
-        self._hmm_life = -1
-        self._watchers: set[bytes] = set()
-        self._status_at = -1.0
-        self._last_status: RankStatus | None = None
-        self._progress = 0
-        self.reports = Reports(self._send_to)
+        self.rank: Rank
+        self.is_ready = self.has_rung = False
+        self._num_channels = 0
+        self._turn_number = 0
+        self._sleeps = ""  # where: at the barrier, in poll
         world.seat(self)
-        self.after(0.02 + 0.1 * world.sim.rng.random(), self._attach)
+        self.after(0.02 + 0.1 * world.sim.rng.random(), self._boot)
 
-    def connect(self, name: str, identity: str, codec: object) -> PeerClient:
-        """See common.endpoints."""
-        return PeerClient(self, name, identity)
+    @property
+    def held(self) -> set[Any]:
+        """The handles that are mapped."""
+        return self.mapping.held if self.mapping is not None else set()
 
-    # ---- memory
+    # ---- beginning
 
-    def _attach(self) -> None:
-        hmm = self.world.hmm
-        if self.seat.device in hmm.gone:
+    def _boot(self) -> None:
+        hmm, seat = self.world.hmm, self.seat
+        if seat.device in hmm.gone:
             self.exit("its device is lost")
             return
         if not hmm.is_alive or hmm.is_paused:
-            self.after(0.2, self._attach)
+            self.after(0.2, self._boot)
             return
-        hmm.attach(self, False)
-
-    def refused(self, error: ElasticMoEError) -> None:
-        """The HMM does not give a seat."""
-        self.exit(error.message)
-
-    def attached(self, hmm_life: int, seat: SeatMemory, memory: Memory, is_resumed: bool) -> None:
-        """The memory is handed over."""
-        self._hmm_life = hmm_life
-        if is_resumed:
-            self.goal = seat
+        link = HmmLink(self._open_channel, seat, watch=self.server.watch, unwatch=self.server.unwatch)
+        try:
+            link.attach()
+        except ElasticMoEError as error:
+            self.exit(error.message)
             return
+        self._build(link)
+        self.after(0.05 + 0.2 * self.sim.rng.random(), self._start)
+
+    def _open_channel(self, deadline_ms: int) -> Channel:
+        """See HmmLink."""
+        hmm = self.world.hmm
+        if not hmm.is_alive or hmm.is_paused:
+            raise Unavailable("no HMM")
+        self._num_channels += 1
+        self.channel = Channel(self, CHANNEL_FD + self._num_channels)
+        return self.channel
+
+    def connect(self, name: str, identity: str, codec: object) -> Client:
+        """See common.endpoints."""
+        return Client(self, name)
+
+    def _build(self, link: HmmLink) -> None:
+        device = self.world.hmm.memories[self.seat.device]
+        self.mapping = Mapping(device, link.handed())
+        self.engine = SimEngine(device, self.mapping.num_kv, self._take_part)
+        simulated: Any = self  # what stands for a transport, a server, an exchange
+        parts = Parts(
+            seat=self.seat,
+            clock=self.sim.clock,
+            transport=simulated,
+            server=self.server,
+            hmm=link,
+            fence=RankFence(self.world, self.seat.slot),
+            memory=self.mapping,
+            revision=self.mapping.revision,
+            barrier=self.barrier,
+            exchange=simulated.exchange,
+            engine=self.engine,
+            attach_ms=1.0,
+            build_ms=1.0,
+        )
+        self.rank = Rank(parts, self.world.pool.notify)
+
+    def _start(self) -> None:
         if self.seat.device in self.world.hmm.gone:
             self.exit("its device is lost")
             return
-        self.memory, self.num_kv = memory, len(seat.kv)
-        self.held = held_by(seat)
-        self.routings = {routing.epoch: routing for routing in seat.routings}
-        self.engine = SimEngine(memory, self.num_kv)
-        self.migration = Migration(
-            self.seat,
-            self.engine,
-            self,  # type: ignore[arg-type]
-            watch=lambda _: None,
-            unwatch=lambda _: None,
-        )
-        self._revision = seat.revision
-        self.after(0.05 + 0.2 * self.sim.rng.random(), self._ready)
-
-    def _ready(self) -> None:
         self.is_ready = True
         self.sim.actors[self.address] = self
         self.sim.actors[self.seat.incarnation] = self
-        outcome = adopt_rows(self.engine, SPEC.vocab)
-        self.reports.expect({*outcome.deltas, *(router for router, _ in outcome.failures)}, self.sim.now)
-        self._send(outcome)
+        self.rank.start(self.sim.now)
         num = len(self.engine.scheduler.sequences())
         self.sim.note(f"{self.name}: ready in slot {self.seat.slot}, {num} sequences adopted")
-        self.world.pool.notify(RankReady(self.seat.rank, self.seat.slot, self.seat.incarnation, 1.0, 1.0))
-        self._tell_applied(self._revision)
-
-    def _tell_applied(self, revision: int) -> None:
-        hmm = self.world.hmm
-        if self._hmm_life == hmm.life:
-            hmm.after(CHANNEL_S, hmm.applied, self.seat.slot, self.seat.incarnation, revision)
-
-    def begin_memory(self, hmm_life: int, seat: SeatMemory) -> None:
-        """The HMM says what shall be mapped from now on."""
-        if hmm_life == self._hmm_life:
-            self.goal = seat
-
-    def lose_hmm(self) -> None:
-        """Its connection ended."""
-        self._hmm_life = -1
-        if not self.is_ready:
-            self.after(0.0, self.exit, "the HMM ended")
-
-    def resume(self) -> None:
-        """Introduce itself to the next one."""
-        hmm = self.world.hmm
-        if self._hmm_life == hmm.life and hmm.is_alive:
-            return
-        if not hmm.is_alive or hmm.is_paused:
-            self.after(0.2, self.resume)
-        else:
-            hmm.attach(self, True)
-
-    def _change_memory(self) -> None:
-        goal = self.goal
-        if goal is None:
-            return
-        blocks = len(goal.kv) * BLOCKS_PER_HANDLE
-        keep = held_by(goal)
-        if len(goal.kv) < self.num_kv and not self.engine.resize_kv(blocks):
-            return
-        self.held, self.num_kv = keep, len(goal.kv)
-        if not self.engine.resize_kv(blocks):
-            return
-        # Routings of epochs that are over are forgotten, but for the one in use.
-        self.routings = {routing.epoch: routing for routing in goal.routings} | (
-            {self.epoch: self.routings[self.epoch]} if self.epoch in self.routings else {}
-        )
-        self.goal = None
-        self._tell_applied(goal.revision)
+        self._again(0.0)
 
     # ---- turns
 
-    def turn(self) -> None:
-        """One turn of the loop, up to the plan."""
-        now = self.sim.now
-        self._progress += 1
-        self._send_failures(self.engine.expire(now))
-        self._change_memory()
-        if self._sync():
-            self.migration.ask_again()
-        for router in self.reports.turn(now):
-            self._drop_peer(router)
-        for router, message in self.migration.turn(now, self.members):
-            self._tell(router, message)
-        self._send(self.engine.end_overlong())
-        self._send_status(now)
-        has_work = self.engine.scheduler.sequences() or self.migration.num_moving or self._watchers
-        if self.migration.is_leaving and not self.is_member and not has_work:
-            self.exit("left")
+    def _again(self, seconds: float, sleeps: str = "") -> None:
+        """The next turn, unless something brings it forward."""
+        self._turn_number += 1
+        self._sleeps = sleeps
+        self.after(seconds, self._turn, self._turn_number)
 
-    def _sync(self) -> bool:
-        generation, members, running, epoch = self.world.hmm.bus.membership()
-        if generation == self.generation:
-            return False
-        is_member = running and bool(members >> self.seat.slot & 1)
-        if is_member and epoch not in self.routings:
-            return False
-        self.generation, self.members, self.is_member = generation, members, is_member
-        self.num_clean = 0
-        if is_member:
-            self.epoch = epoch
-        return running
+    def _turn(self, number: int) -> None:
+        if number != self._turn_number:
+            return
+        rank, engine = self.rank, self.engine
+        num_steps = engine.num_steps
+        if rank.is_stopping:
+            self._finish()
+            return
+        try:
+            if self._sleeps == "in poll":
+                rank.wait(0)
+            wait_ms = rank.turn(self.sim.now)
+        except Killed:
+            self.exit("killed in a step")
+            return
+        except (ElasticMoEError, StepTimedOut, Poisoned) as error:
+            self.exit(f"{type(error).__name__}: {error}")
+            return
+        if rank.is_stopping:
+            self._finish()
+        elif engine.num_steps > num_steps:
+            self._again(STEP_S)
+        elif rank._plan is not None:
+            self._again(MEET_S, "at the barrier")
+        elif wait_ms:
+            self._again(max(wait_ms / 1e3, BEAT_S), "in poll")
+        else:
+            self._again(0.001)
 
-    def step(self, plan: Plan) -> None:
-        """A step that nobody fails in."""
-        self._send(self.engine.commit(plan, self.engine.compute(plan, 0, 0.0)))
-        self.engine.trials.end(plan)
-        self.num_clean += not plan.is_alone
+    def _finish(self) -> None:
+        self.rank.finish()
+        self.exit("it was told to stop, or has left")
 
-    def fail_step(self, plan: Plan) -> None:
-        """A step that somebody fails in."""
-        self.num_clean = 0
-        self._send_failures([self.engine.fail(guilty, guilty_error()) for guilty in self.engine.trials.fail(plan)])
+    def wake(self) -> None:
+        """There is something to look at."""
+        if self._sleeps == "in poll":
+            self._again(0.0, "in poll")
 
-    @property
-    def is_connected(self) -> bool:
-        """An HMM would see its end."""
-        return self._hmm_life == self.world.hmm.life
+    def go_on(self) -> None:
+        """The barrier has an answer."""
+        if self._sleeps == "at the barrier":
+            self._again(0.0, "at the barrier")
 
-    def reconnect(self) -> None:
-        """End the generation, because it cannot go on with the step that others wait for."""
-        hmm = self.world.hmm
-        if self.is_connected:
-            self._hmm_life = -1
-            hmm.after(CHANNEL_S, hmm.detached, self.seat.slot, self.seat.incarnation)
-        self.after(0.05, self.resume)
+    def ring(self) -> None:
+        """Somebody rings its doorbell."""
+        self.has_rung = True
+        self.wake()
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether it wants a turn soon."""
-        scheduler = self.engine.scheduler
-        return bool(
-            self.goal or scheduler.running or scheduler.waiting or self.migration.num_moving or self.reports.is_waiting
-        )
+    def is_readable(self, fd: int) -> bool:
+        """Whether there is something at a descriptor."""
+        if fd == DOORBELL_FD + self.seat.slot:
+            return self.has_rung
+        return self.channel is not None and fd == self.channel.fileno() and self.channel.is_readable
 
-    # ---- messages
+    def _take_part(self) -> None:
+        """In the step that was met for; raises what becomes of it here."""
+        self.exchange.is_awaited = False
+        self.world.num_urgent += self.engine.last_plan.is_decode_only
+        fate = self.world.fate_of(self)
+        if fate is not None:
+            self.exchange.is_awaited = len(self.barrier.last.members) > 1
+            raise fate
 
     def receive(self, sender: str, message: Received[Any]) -> None:
         """One message."""
-        body, peer = message.body, sender.encode()
-        if any(client.take(message) for client in self.clients.values()):
-            return
-        if isinstance(body, Submit):
-            self._submit(body, peer)
-        elif isinstance(body, Cancel):
-            self.migration.cancel(peer, body.request_id)
-            self.engine.cancel(peer, body.request_id)
-        elif isinstance(body, Watch):
-            self._watchers.add(peer)
-            self._last_status = None
-        elif isinstance(body, Unwatch):
-            self._watchers.discard(peer)
-        elif isinstance(body, GetRankLoad | Reserve | HandOver | Unreserve | Move):
-            answer = self._answer(message)
-            self.sim.send(self.address, sender, Received(0, self.seat.incarnation, message.seq, answer))
-
-    def _answer(self, message: Received[Any]) -> Message:
-        body, sender, now = message.body, message.sender, self.sim.now
-        try:
-            if isinstance(body, GetRankLoad):
-                return self._load()
-            if isinstance(body, Reserve):
-                return self.migration.reserve(sender, body)
-            if isinstance(body, HandOver):
-                taken = self.migration.take(sender, body, now)
-                if body.router not in self._watchers:
-                    self.reports.expect((body.router,), now)
-                return taken
-            if isinstance(body, Unreserve):
-                self.migration.unreserve(sender, body)
-                return Ack()
-            self.fence.check(message.epoch, message.sender)
-            self.world.note_fence(f"rank-{self.seat.slot}", message.epoch)
-            self.migration.command(body)
-            self._last_status = None
-            return Ack()
-        except ElasticMoEError as error:
-            return refusal(error)
-
-    def _load(self) -> RankLoad:
-        scheduler, migration = self.engine.scheduler, self.migration
-        return RankLoad(
-            self.seat.rank,
-            self.seat.incarnation,
-            len(scheduler.running),
-            len(scheduler.waiting),
-            migration.num_moving,
-            migration.handed_over,
-            migration.taken_over,
-            scheduler.blocks.num_free,
-            scheduler.blocks.num_blocks,
-            migration.is_leaving,
-            migration.op_id,
-            len(self._watchers),
-            self.epoch,
-        )
-
-    def _submit(self, request: Submit, peer: bytes) -> None:
-        try:
-            if request.output and not self.engine.scheduler.has_room(request):
-                self._tell(peer, Tokens((Delta(request.request_id, len(request.output), (), "length"),)))
-                return
-            self.engine.add(request, peer, self.sim.now)
-        except ElasticMoEError as error:
-            self._send_to(peer, Failed(request.request_id, error.code, error.message, error.retryable))
-
-    def _send_to(self, router: bytes, message: Message) -> bool:
-        actor = self.sim.actors.get(router.decode())
-        if actor is None or not actor.is_alive or not self.world.router.is_linked(router, self.seat.rank):
-            return False
-        self.sim.send(self.address, router.decode(), Received(0, self.seat.incarnation, 0, message), "data")
-        return True
-
-    def _tell(self, router: bytes, message: Message) -> None:
-        if not self.reports.tell(router, message):
-            self._drop_peer(router)
-
-    def _send(self, outcome: Outcome) -> None:
-        for router, suspected in outcome.suspected:
-            self._tell(router, suspected)
-        for router, deltas in outcome.deltas.items():
-            self._tell(router, Tokens(tuple(deltas)))
-        self._send_failures(outcome.failures)
-
-    def _send_failures(self, failures: Sequence[tuple[bytes, Failed]]) -> None:
-        for router, failed in failures:
-            self._tell(router, failed)
-
-    def _drop_peer(self, peer: bytes) -> None:
-        self.sim.note(f"{self.name}: {peer.decode()} is gone")
-        self._watchers.discard(peer)
-        self.engine.cancel_peer(peer)
-
-    def _send_status(self, now: float) -> None:
-        if not self._watchers or (self._last_status is not None and now - self._status_at < STATUS_S):
-            return
-        scheduler = self.engine.scheduler
-        self._last_status = RankStatus(
-            self.seat.rank,
-            self.seat.incarnation,
-            self._progress,
-            len(scheduler.running),
-            len(scheduler.waiting),
-            scheduler.tokens_queued,
-            scheduler.blocks.num_free,
-            scheduler.blocks.num_blocks,
-            scheduler.capacity_tokens,
-            is_leaving=self.migration.is_leaving,
-        )
-        self._status_at = now
-        for router in list(self._watchers):
-            self._tell(router, self._last_status)
+        if not any(client.take(message) for client in self.clients):
+            self.server.inbox.append((sender.encode(), message))
+        self.wake()
 
     # ---- end
 
@@ -479,122 +442,15 @@ class Rank(Actor):
         for address in (self.address, self.seat.incarnation):
             if self.sim.actors.get(address) is self:
                 del self.sim.actors[address]
-        if self.is_ready:
-            self.migration.close()
-        hmm = self.world.hmm
-        hmm.after(CHANNEL_S, hmm.detached, self.seat.slot, self.seat.incarnation)
+        if self.channel is not None:
+            self.channel.close()
         self.world.ranks.pop(self.name, None)
         self.world.pool.on_exit(self, reason)
 
     def stop(self) -> None:
-        """SIGTERM: requests that nobody else may have fail."""
-        if self.is_ready:
-            self._send_failures(self.engine.fail_all(Unavailable("shutting down", code="shutting_down")))
-        self.exit("stopped")
-
-
-class Pool(Actor):
-    """The worker pool: starts and ends ranks. They outlive it, and the next one finds those that live."""
-
-    def __init__(self, world: World, standbys: int) -> None:
-        super().__init__(world.sim, "pool")
-        self.world = world
-        self._standbys = standbys
-        self.num_adopted = 0
-        self._begin()
-        self.standby = standbys
-        world.sim.actors["pool"] = self
-
-    def _begin(self) -> None:
-        self.is_alive = True
-        self.standby = 0
-        self.ranks = self._survivors()
-        self.num_adopted += len(self.ranks)
-        self.fence = DiskFence(self.world.disk, "pool")
-        self._subscriber = ""
-
-    def _survivors(self) -> dict[int, Rank]:
-        """What the records of its seats say."""
-        return {rank.seat.slot: rank for rank in self.world.ranks.values()}
-
-    def _fill(self) -> None:
-        self.standby = self._standbys
-
-    def receive(self, sender: str, message: Received[Any]) -> None:
-        """One message."""
-        try:
-            answer = self._answer(sender, message)
-        except ElasticMoEError as error:
-            self.sim.note(f"pool: refused {type(message.body).__name__}: {error.message}")
-            answer = refusal(error)
-        self.sim.send("pool", sender, Received(0, "pool:1", message.seq, answer))
-
-    def _answer(self, sender: str, message: Received[Any]) -> Message:
-        body = message.body
-        if isinstance(body, GetPool):
-            self._subscriber = sender
-            return self._status()
-        self.fence.check(message.epoch, message.sender)
-        self.world.note_fence("pool", message.epoch)
-        if isinstance(body, StartRank):
-            return self._start(body)
-        for rank in list(self.ranks.values()):
-            if rank.seat.incarnation == body.incarnation:
-                rank.after(0.01, rank.stop)
-                self.after(body.grace_ms / 1e3 + 0.02, rank.exit, "killed")
-        return Ack()
-
-    def _start(self, seat: StartRank) -> Message:
-        rank = self.ranks.get(seat.slot)
-        if rank is not None:
-            if rank.seat.incarnation == seat.incarnation:
-                return RankStarted(seat.rank, seat.incarnation)
-            raise Conflict(f"slot {seat.slot} has a living rank", code="seat_taken")
-        if self.standby <= 0:
-            raise Overloaded("no standby", code="no_standby")
-        self.standby -= 1
-        self.after(1.0, self._refill)
-        self.sim.note(f"pool: starts {seat.incarnation} on {seat.device}")
-        self.ranks[seat.slot] = Rank(self.world, seat)
-        return RankStarted(seat.rank, seat.incarnation)
-
-    def _refill(self) -> None:
-        self.standby = min(self._standbys, self.standby + 1)
-
-    def _status(self) -> PoolStatus:
-        ranks = tuple(
-            PoolRank(rank.seat.rank, slot, rank.seat.device, rank.seat.incarnation, 1, rank.is_ready)
-            for slot, rank in self.ranks.items()
-        )
-        return PoolStatus(self.standby, ranks)
-
-    def notify(self, event: Message) -> None:
-        """Tell the scaler that asked last."""
-        if self._subscriber and self.is_alive:
-            self.sim.send("pool", self._subscriber, Received(0, "pool:1", 0, event))
-
-    def on_exit(self, rank: Rank, reason: str) -> None:
-        """A rank has ended."""
-        if self.ranks.get(rank.seat.slot) is rank:
-            del self.ranks[rank.seat.slot]
-        if self.is_alive:
-            seat = rank.seat
-            self.after(0.01, self.notify, RankExited(seat.rank, seat.slot, seat.incarnation, -9, reason))
-
-    def crash(self, down_s: float) -> None:
-        """Killed, and back later; its standbys take longer. Ranks do not notice."""
-        self.sim.note(f"pool: killed for {down_s:.2f} s")
-        self.end()
-        self.sim.push(self.sim.now + down_s, None, 0, self._come_back, (down_s,))
-
-    def _come_back(self, more_s: float) -> None:
-        self._begin()
-        self.after(more_s, self._fill)
-
-
-def leader_of(rank: RankId) -> str:
-    """The address of a rank."""
-    return f"rank-{rank}"
-
-
-__all__ = ["Hmm", "Pool", "Rank", "Sim", "next_token"]
+        """SIGTERM."""
+        if not self.is_ready:
+            self.exit("stopped")
+            return
+        self.rank.stop()
+        self.wake()

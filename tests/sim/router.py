@@ -15,8 +15,8 @@ from common.protocol.rank import Sampling, Submit
 from services.router.dispatcher import Dispatcher
 from services.router.streams import Stream
 from tests.history import Report, _apply
+from tests.sim.engine import next_token
 from tests.sim.heap import Actor
-from tests.sim.rank import next_token
 
 if TYPE_CHECKING:
     from tests.sim.world import World

@@ -48,7 +48,8 @@ def _figures(world: World) -> dict[str, int]:
     ends = list(world.router.ends.values())
     return {
         "events": world.sim.num_events,
-        "flips": world.num_flips,
+        "flips": world.hmm.bus.num_flips,
+        "urgent": world.num_urgent,
         "requests": len(ends),
         "finished": sum(kind == "finish" for kind, _ in ends),
         "moved": world.router.history.report.num_moves,

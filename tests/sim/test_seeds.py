@@ -38,6 +38,7 @@ def test_all_promises_hold(first: int) -> None:
     # A batch in which nothing happened proves nothing.
     floors = {
         "flips": 10,
+        "urgent": 50,
         "requests": 100,
         "finished": 80,
         "moved": 3,

@@ -14,18 +14,20 @@ from common.protocol.hmm import LoadModel
 from services.hmm.catalog import Transition, check_integrity, keys_of
 from services.scaler.plan import Target
 from services.worker.engine.plan import Plan
+from services.worker.exchange.base import StepAborted
+from services.worker.lockstep import ALONE
+from tests.sim.barrier import Meeting
 from tests.sim.heap import Sim, Violation
 from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm
 from tests.sim.loss import Losses
 from tests.sim.poison import Poisons
-from tests.sim.rank import Pool, Rank
+from tests.sim.pool import Pool
+from tests.sim.rank import Killed, Poisoned, RankProcess
 from tests.sim.router import Router
 from tests.sim.scaler import Scaler
 from tests.sim.store import Store
 
 DEVICES = tuple(f"host:{i}" for i in range(4))
-BEAT_S, IDLE_BEAT_S = 0.1, 0.4
-STEP_S = 0.25  # a step is slow, so that requests live long enough to move
 
 
 class World:
@@ -38,10 +40,10 @@ class World:
         self.orders: deque[tuple[str, Target | str | None]] = deque()
         self.refused: dict[str, str] = {}
         self.deadline_s = 600.0
-        self.num_started = self.num_scalers = self.num_flips = self.num_full = 0
+        self.num_started = self.num_scalers = self.num_full = 0
+        self.num_urgent = 0  # parts of steps from which prompts were left out, because somebody waits for their end
         self.is_healed = False
         self.crash_rate = 0.0  # of a member, at each step
-        self._stepped_at = 0.0
         self._fences: dict[str, int] = {}
         self._needs: dict[int, dict[int, frozenset[Any]]] = {}
         self.store = Store(self.sim)
@@ -50,7 +52,8 @@ class World:
         load = LoadModel(
             "load-1", "/m", "float32", layout, BLOCK_SIZE, kv_bytes, MAX_TOKENS, MAX_SEQUENCES, MAX_MODEL_LEN
         )
-        self.hmm = Hmm(self.sim, DEVICES, rng.choice((330, 360, 420)) << 10, load, self.disk)
+        self.ranks: dict[str, RankProcess] = {}  # that live, whoever knows of them
+        self.hmm = Hmm(self, DEVICES, rng.choice((330, 360, 420)) << 10, load)
         self.hmm.expect = self.expect
         self.losses = Losses(self)
         self.poisons = Poisons(self, seed)
@@ -58,12 +61,10 @@ class World:
         self._was: tuple[Layout, Transition | None] = (layout, None)
         self._state: Any = None
         self.hmm.on_change = self._check_hmm
-        self.ranks: dict[str, Rank] = {}  # that live, whoever knows of them
         self.pool = Pool(self, 3)
         self.scalers: list[Scaler] = []
         self.start_scaler()
         self.router = Router(self)
-        self.sim.push(0.05, None, 0, self._beat, ())
 
     def start_scaler(self) -> None:
         """One more scaler; it waits for the lease."""
@@ -72,65 +73,37 @@ class World:
 
     # ---- steps
 
-    def _beat(self) -> None:
-        ranks = [rank for rank in self.ranks.values() if rank.is_ready]
-        for rank in ranks:
-            if rank.is_alive and not rank.is_paused:
-                rank.turn()
-        ranks = [rank for rank in ranks if rank.is_alive]
-        self._meet(ranks)
-        _, _, is_running, _ = self.hmm.bus.membership()
-        is_busy = not is_running or self.hmm.bus.staged()[0] or any(rank.is_busy for rank in ranks)
-        self.sim.push(self.sim.now + (BEAT_S if is_busy else IDLE_BEAT_S), None, 0, self._beat, ())
+    def ring(self, by: RankProcess) -> None:
+        """A rank rings all others."""
+        for process in list(self.ranks.values()):
+            if process is not by and process.is_ready:
+                process.ring()
 
-    def _meet(self, ranks: list[Rank]) -> None:
-        """All members step together, or flip, or wait for one that is not there."""
-        bus, rng = self.hmm.bus, self.sim.rng
-        generation, members, is_running, epoch = bus.membership()
-        here = [rank for rank in ranks if members >> rank.seat.slot & 1]
-        if not is_running or len(here) != members.bit_count():
-            return
-        if any(rank.generation != generation or not rank.is_member or rank.is_paused for rank in here):
-            return
-        self.expect(all(rank.epoch == epoch for rank in here), "two layouts are in force")
-        is_early = self.sim.now < self._stepped_at + STEP_S
-        plans = [rank.engine.plan(num_clean=rank.num_clean) for rank in here] if not is_early else []
-        staged, _, following = bus.staged()
-        if staged and all(following in rank.routings for rank in here):
-            self.expect(bus.flip(staged), "a staged generation cannot be flipped to")
-            self.num_flips += 1
-            self.sim.note(f"bus: flipped to generation {staged}, epoch {following}")
-            return
-        alone = next((number for number, plan in enumerate(plans) if plan.is_alone), None)
-        if alone is not None:
-            nothing = Plan([], [], [], is_alone=True)
-            plans = [plan if number == alone else nothing for number, plan in enumerate(plans)]
-        if not any(plan.num_said for plan in plans):
-            return
-        self._stepped_at = self.sim.now
-        self._check_homes(here, epoch)
-        victim = rng.choice(here) if self.crash_rate and rng.random() < self.crash_rate else None
+    def fate_of(self, process: RankProcess) -> BaseException | None:
+        """What ends the step for a rank that takes part in it; None where it is completed. Drawn for all at once."""
+        met = process.barrier.last
+        if not met.fates:
+            met.fates.update(self._draw_fates(met))
+        kind = met.fates[process.seat.slot]
+        if kind == "dies":
+            return Killed()
+        if kind == "raises":
+            return Poisoned()
+        return StepAborted(self.hmm.bus.now[0]) if kind == "aborted" else None
+
+    def _draw_fates(self, met: Meeting) -> dict[int, str]:
+        rng, here = self.sim.rng, list(met.members.values())
+        self._check_homes(here)
+        alone = next((said.slot for said in met.said if said.num_tokens & ALONE), None)
+        nothing = Plan([], [], [], is_alone=True)
+        plans = [one.engine.last_plan if alone in (None, one.seat.slot) else nothing for one in here]
         struck = self.poisons.strikes(plans)
-        for rank, plan in zip(here, plans, strict=True):
-            rank.engine.trials.begin(plan)
-        for number, (rank, plan) in enumerate(zip(here, plans, strict=True)):
-            if struck is not None and number == struck[0]:
-                self._fail(rank, plan, struck[1], is_awaited=len(here) > 1)
-            elif rank is victim:
-                rank.exit("killed in a step")
-            elif struck is None and (victim is None or rng.random() < 0.5):
-                rank.step(plan)
-            else:
-                rank.fail_step(plan)
-
-    def _fail(self, rank: Rank, plan: Plan, kind: str, *, is_awaited: bool) -> None:
-        """A rank fails in a step."""
-        if kind == "dies" or (is_awaited and not rank.is_connected):
-            rank.exit("killed by a request")
-            return
-        rank.fail_step(plan)
-        if is_awaited:
-            rank.reconnect()
+        if struck is not None:
+            return {one.seat.slot: struck[1] if n == struck[0] else "aborted" for n, one in enumerate(here)}
+        if not (self.crash_rate and rng.random() < self.crash_rate):
+            return dict.fromkeys(met.members, "completed")
+        victim = rng.choice(here)
+        return {one.seat.slot: "dies" if one is victim else rng.choice(("completed", "aborted")) for one in here}
 
     # ---- safety
 
@@ -139,7 +112,7 @@ class World:
         if not is_true:
             raise Violation(text)
 
-    def seat(self, rank: Rank) -> None:
+    def seat(self, rank: RankProcess) -> None:
         """A rank's process begins."""
         others = [other.name for other in self.ranks.values() if other.seat.slot == rank.seat.slot]
         self.expect(not others, f"two processes have slot {rank.seat.slot}: {rank.name} beside {others}")
@@ -151,11 +124,14 @@ class World:
         self.expect(epoch >= highest, f"{resource} obeys epoch {epoch} after {highest}")
         self._fences[resource] = epoch
 
-    def _check_homes(self, ranks: list[Rank], epoch: int) -> None:
-        """Each expert is mapped by the rank that the routing in force sends its tokens to."""
+    def _check_homes(self, ranks: list[RankProcess]) -> None:
+        """All compute by one layout, and each expert is mapped by the rank that its routing sends tokens to."""
+        epoch = self.hmm.bus.now[3]
+        is_one = {(one.exchange.generation, one.exchange.owners) for one in ranks}
+        self.expect(len(is_one) == 1, "two layouts are in force")
         if epoch not in self._needs:
             needs: defaultdict[int, set[Any]] = defaultdict(set)
-            for layer, experts in enumerate(ranks[0].routings[epoch].owners):
+            for layer, experts in enumerate(ranks[0].exchange.owners):
                 for expert, slot in enumerate(experts):
                     needs[slot].add(("expert", layer, expert))
             self._needs[epoch] = {slot: frozenset(keys) for slot, keys in needs.items()}
@@ -194,13 +170,12 @@ class World:
         self.expect(after.epoch == before.epoch + 1, f"epoch {after.epoch} follows {before.epoch}")
         for seat in after.seats:
             attached = self.hmm.by_slot.get(seat.slot)
-            rank = self.hmm.ranks.get(attached.incarnation) if attached else None
-            self.expect(rank is not None, f"epoch {after.epoch} is committed, and nobody is in slot {seat.slot}")
-            assert rank is not None
+            self.expect(attached is not None, f"epoch {after.epoch} is committed, and nobody is in slot {seat.slot}")
+            rank = attached.channel.process
             missing = keys_of((after,), seat.device) - rank.held
             text = f"epoch {after.epoch} is committed, and {rank.name} lacks"
             self.expect(not missing, f"{text} {missing}")
-            self.expect(after.epoch in rank.routings, f"{text} its routing")
+            self.expect(after.epoch in rank.mapping.routings, f"{text} its routing")
 
     # ---- liveness
 
@@ -240,13 +215,16 @@ class World:
 
     def _unrest_of_ranks(self, layout: Layout) -> str:
         for slot, rank in self.pool.ranks.items():
-            if not rank.is_ready or rank.goal is not None or rank.epoch != layout.epoch:
+            if not rank.is_ready or rank.mapping is None or rank.mapping.is_changing:
                 return f"{rank.name} is not there yet"
+            if rank.rank._lockstep.epoch != layout.epoch:
+                return f"{rank.name} computes by another layout"
             scheduler, memory = rank.engine.scheduler, self.hmm.memories[rank.seat.device]
+            migration = rank.rank._migration
             self.expect(not rank.engine.check_integrity(), f"{rank.name}: {rank.engine.check_integrity()}")
-            if scheduler.sequences() or scheduler.holds or rank.migration.num_moving:
+            if scheduler.sequences() or scheduler.holds or migration.num_moving:
                 return f"{rank.name} has sequences, holds or transfers"
-            if rank.migration.is_leaving:
+            if migration.is_leaving:
                 return f"{rank.name} leaves"
             blocks = scheduler.blocks
             if blocks.num_free != blocks.num_blocks or blocks.num_blocks != 4 * len(memory.kv):
@@ -261,7 +239,7 @@ class _Defects(logging.Handler):
     """What the product logs with a stack, because it lives on after it, is a finding here."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1] is not None:
+        if record.exc_info and not isinstance(record.exc_info[1], Poisoned | None):
             frames = traceback.extract_tb(record.exc_info[2])[-3:]
             places = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in reversed(frames))
             raise Violation(f"{record.getMessage()}: {record.exc_info[1]!r} at {places}")

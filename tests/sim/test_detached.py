@@ -1,0 +1,112 @@
+"""A rank whose connection has ended may live on: what it has mapped is not given back under its feet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from common.layout import initial_layout
+from common.model_spec import RecordKey
+from common.protocol.handles import SeatMemory
+from common.protocol.hmm import LoadModel, RecordCopy, StageLayout
+from tests.sim.heap import Sim
+from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm
+
+DEVICES = ("host:0", "host:1")
+KEY = RecordKey("expert", 0, 0)  # of host:0; host:1 gets it too
+
+
+class Channel:
+    """To a rank that maps at once what it is sent."""
+
+    def __init__(self, hmm: Hmm, slot: int) -> None:
+        self.process = SimpleNamespace(seat=SimpleNamespace(slot=slot), after=self._after, ring=lambda: None)
+        self.is_closed = False
+        self._hmm = hmm
+
+    def _after(self, _: float, deliver: Callable[[Any], None], message: Any) -> None:
+        deliver(message)
+
+    def deliver(self, message: Any) -> None:
+        if isinstance(message, SeatMemory):
+            self._hmm.after(0.0, self._hmm.applied, self, message.revision)
+
+
+def attach(hmm: Hmm, slot: int) -> Channel:
+    assert hmm.loaded is not None
+    channel, seat = Channel(hmm, slot), hmm.loaded.layout.seats[slot]
+    hmm.by_slot[slot] = SimpleNamespace(
+        rank=seat.rank,
+        slot=slot,
+        device=seat.device,
+        incarnation=f"rank-{slot}",
+        channel=channel,
+        sent=SeatMemory(0, (), (), (), (), ()),
+        shared=set(),
+        applied=0,
+        version=-1,
+    )
+    hmm.transitions.on_attach(slot)
+    hmm.turn()
+    return channel
+
+
+@pytest.fixture
+def hmm() -> Hmm:
+    """With a transition staged: host:1 holds what only the next layout needs."""
+    layout = initial_layout(SPEC.num_experts_by_layer, DEVICES)
+    assert layout.owners(0)[0] == 0
+    load = LoadModel("load", "/m", "float32", layout, BLOCK_SIZE, 4 * PAGE, MAX_TOKENS, MAX_SEQUENCES, MAX_MODEL_LEN)
+    sim = Sim(1)
+    world: Any = SimpleNamespace(sim=sim, disk={}, ranks={})
+    hmm = Hmm(world, DEVICES, 420 << 10, load)
+    for slot in layout.slots:
+        attach(hmm, slot)
+    hmm.members.publish(layout.slots, True)
+    homes = (((1,), *layout.homes[0][1:]), *layout.homes[1:])
+    kv = dict.fromkeys(DEVICES, 4)
+    after = msgspec.structs.replace(layout, epoch=layout.epoch + 1, homes=homes)
+    hmm.transitions.stage(StageLayout("op", after, (RecordCopy(KEY, *DEVICES),), kv, kv))
+    pass_time(hmm, 2.0)
+    assert phase(hmm) == "staged"
+    assert KEY in hmm.memories["host:1"].records
+    return hmm
+
+
+def pass_time(hmm: Hmm, seconds: float) -> None:
+    hmm.sim.run(hmm.sim.now + seconds)
+    hmm.turn()
+    hmm.sim.run(hmm.sim.now + 0.1)
+
+
+def phase(hmm: Hmm) -> str:
+    assert hmm.transition is not None
+    return hmm.transition.phase
+
+
+def test_memory_stays_until_the_rank_has_resumed_and_let_go(hmm: Hmm) -> None:
+    hmm.detached(hmm.by_slot[1].channel)
+    hmm.transitions.abort("op")
+    pass_time(hmm, 4.0)
+    assert phase(hmm) == "aborting"
+    assert KEY in hmm.memories["host:1"].records
+    attach(hmm, 1)
+    pass_time(hmm, 0.1)
+    assert phase(hmm) == "aborted"
+    assert KEY not in hmm.memories["host:1"].records
+
+
+@pytest.mark.parametrize("gone", [(), (1,)])
+def test_memory_of_a_rank_that_has_ended_goes(hmm: Hmm, gone: tuple[int, ...]) -> None:
+    """At once where the scaler knows it, else when it could have resumed."""
+    hmm.detached(hmm.by_slot[1].channel)
+    hmm.transitions.abort("op", gone)
+    pass_time(hmm, 0.1)
+    assert (phase(hmm) == "aborted") == bool(gone)
+    pass_time(hmm, 6.0)
+    assert phase(hmm) == "aborted"
+    assert KEY not in hmm.memories["host:1"].records
