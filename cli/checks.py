@@ -21,6 +21,7 @@ from common.capacity import (
     size_load,
 )
 from common.checkpoint import Checkpoint
+from common.devices.factory import granularity_of
 from common.families import load_spec
 from common.layout import Layout, initial_layout
 from common.machine import available_bytes
@@ -76,7 +77,7 @@ def check_memory(settings: Settings, model: Path) -> None:
     used = devices[: scaler.replicas * scaler.tp]
     load = load_of(scaler, spec, initial_layout(spec.num_experts_by_layer, used, tp=scaler.tp))
     try:
-        sizes = size_load(load, spec, dict.fromkeys(devices, budget), settings.hmm.granularity)
+        sizes = size_load(load, spec, dict.fromkeys(devices, budget), _granularity(settings))
     except DeviceTooSmall as small:
         needs = _needs(load, small.weights_bytes, small.ledger_bytes, small.kv_bytes_min)
         raise DoesNotFit(f"{needs} {_limit(settings, small, budget, available)}", code="out_of_memory") from None
@@ -89,6 +90,10 @@ def check_memory(settings: Settings, model: Path) -> None:
             f"more than {_share(available)}; a smaller --max-model-len or --max-sequences takes less",
             code="out_of_memory",
         )
+
+
+def _granularity(settings: Settings) -> int:
+    return granularity_of(settings.hmm.devices, settings.hmm.granularity)
 
 
 def _needs(load: LoadModel, weights: int, ledger: int, kv: int) -> str:
@@ -117,7 +122,7 @@ def _share(available: int) -> str:
 def num_devices_that_fit(settings: Settings, model: Path) -> int:
     """How many of the devices to have: as many as there is memory for, each with a budget for the whole model and its
     KV, so that the deployment can grow and shrink; at least those of the replicas."""
-    scaler, granularity = settings.scaler, settings.hmm.granularity
+    scaler, granularity = settings.scaler, _granularity(settings)
     spec = load_spec(model, scaler.dtype)
     load = load_of(scaler, spec, initial_layout(spec.num_experts_by_layer, ["host:0"]))
     whole = device_weights_bytes(spec, 1, granularity) + size_ledger(load, granularity).nbytes + scaler.kv_bytes

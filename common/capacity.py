@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.config import HmmConfig, ScalerConfig
+from common.devices.factory import backend_of, granularity_of
 from common.families import records
 from common.layout import Layout, keys_on
 from common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
@@ -85,7 +86,8 @@ def budget_of(config: HmmConfig, available_bytes: int, num_devices: int) -> int:
     """Of each device, a multiple of the granularity: what the operator says, else an equal share of most of the memory
     that is available now."""
     given = config.device_bytes or int(available_bytes * AVAILABLE_SHARE) // num_devices
-    return given // config.granularity * config.granularity
+    granularity = granularity_of(config.devices, config.granularity)
+    return given // granularity * granularity
 
 
 def load_of(config: ScalerConfig, spec: ModelSpec, layout: Layout) -> LoadModel:
@@ -112,7 +114,8 @@ def size_load(load: LoadModel, spec: ModelSpec, budgets: Mapping[str, int], gran
         )
     check_layout(load.layout, spec)
     specs = tuple(records(spec))
-    geometry = kv_geometry(spec, load.block_size, granularity)
+    handle_bytes_min = max(backend_of(seat.device).kv_handle_bytes_min for seat in load.layout.seats)
+    geometry = kv_geometry(spec, load.block_size, granularity, handle_bytes_min)
     ledger = size_ledger(load, granularity)
     bus = size_bus(load, spec, len(budgets), granularity)
     return LoadSizes(specs, geometry, ledger, bus, size_devices(load, specs, geometry, ledger, granularity, budgets))

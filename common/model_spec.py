@@ -190,7 +190,7 @@ class KvGeometry(msgspec.Struct, frozen=True):
     handle_bytes: int
 
 
-def kv_geometry(spec: ModelSpec, block_size: int, granularity: int, handle_bytes_min: int = 1 << 21) -> KvGeometry:
+def kv_geometry(spec: ModelSpec, block_size: int, granularity: int, handle_bytes_min: int) -> KvGeometry:
     """Choose the KV handle size: a multiple of `granularity`, at least `handle_bytes_min`, padding <= 3 % of a block.
 
     Blocks start at multiples of granularity / 2^m; m grows until the padding is small enough.

@@ -153,7 +153,11 @@ class HmmConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(ge=0, le=_BYTES_MAX),
         _is("Budget of each device; 0: an equal share of 80 % of the memory that is available at the start", "bytes"),
     ] = 0
-    granularity: Annotated[int, Meta(ge=4096, le=1 << 30), _is("Page handles are multiples of it", "bytes")] = 4096
+    granularity: Annotated[
+        int,
+        Meta(ge=4096, le=1 << 30),
+        _is("Page handles are multiples of it, or of the least that the devices have", "bytes"),
+    ] = 4096
 
 
 class KeeperConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):

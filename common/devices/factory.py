@@ -12,7 +12,17 @@ from common.protocol.errors import DeviceError
 
 
 class Backend(Protocol):
-    """What makes the devices of one kind."""
+    """What makes the devices of one kind, and what it asks of sizes, in bytes."""
+
+    @property
+    def granularity_min(self) -> int:
+        """Of handles; a power of two."""
+        ...
+
+    @property
+    def kv_handle_bytes_min(self) -> int:
+        """What a KV handle should have."""
+        ...
 
     def __call__(
         self,
@@ -35,6 +45,21 @@ def register(kind: str, backend: Backend) -> None:
     _BACKENDS[kind] = backend
 
 
+def backend_of(name: str) -> Backend:
+    """The backend of a device, or of devices, that are named `kind:...`. Raises DeviceError unknown_backend."""
+    kind = name.partition(":")[0]
+    backend = _BACKENDS.get(kind)
+    if backend is None:
+        known = ", ".join(sorted(_BACKENDS))
+        raise DeviceError(f"{name}: no backend is called {kind}; there are: {known}", code="unknown_backend")
+    return backend
+
+
+def granularity_of(devices: str, asked: int) -> int:
+    """The granularity of these devices: what is `asked` for, or the backend's least where that is more."""
+    return max(asked, backend_of(devices).granularity_min)
+
+
 def open_device(
     name: str,
     granularity: int,
@@ -49,9 +74,4 @@ def open_device(
 
     Raises DeviceError unknown_backend; bad_granularity where the backend does not have that one.
     """
-    kind = name.partition(":")[0]
-    backend = _BACKENDS.get(kind)
-    if backend is None:
-        known = ", ".join(sorted(_BACKENDS))
-        raise DeviceError(f"{name}: no backend is called {kind}; there are: {known}", code="unknown_backend")
-    return backend(name, granularity, budget, descriptors=descriptors, rules=rules)
+    return backend_of(name)(name, granularity, budget, descriptors=descriptors, rules=rules)

@@ -41,9 +41,15 @@ class Handles(ABC):
     """
 
     token_kind: type[Token]
+    granularity_min: int  # bytes
+    kv_handle_bytes_min: int  # small ones are given back in small steps, and each costs what a handle costs
     range_bytes_max: int = sys.maxsize  # of one reserved range
 
     def __init__(self, name: str, granularity: int, budget: int, rules: ProcessRules) -> None:
+        """Raises DeviceError bad_granularity unless it is a power of two, and the backend's least or more."""
+        if granularity < self.granularity_min or granularity & (granularity - 1):
+            text = f"granularity {granularity} is not a power of two of at least {self.granularity_min}"
+            raise DeviceError(f"{name}: {text}", code="bad_granularity")
         self.name = name
         self.granularity = granularity
         self.budget = budget

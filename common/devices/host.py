@@ -57,6 +57,8 @@ class HostDevice(Device):
     neither."""
 
     token_kind = FdToken
+    granularity_min = os.sysconf("SC_PAGESIZE")
+    kv_handle_bytes_min = 2 << 20
 
     def __init__(
         self,
@@ -67,12 +69,6 @@ class HostDevice(Device):
         descriptors: Mapping[str, int] | None = None,
         rules: ProcessRules = PROCESS,
     ) -> None:
-        """Raises DeviceError bad_granularity unless it is a power of two and a multiple of the page size."""
-        page = os.sysconf("SC_PAGESIZE")
-        if granularity < page or granularity & (granularity - 1):
-            raise DeviceError(
-                f"{name}: granularity {granularity} is not a power of two of at least {page}", code="bad_granularity"
-            )
         super().__init__(name, granularity, budget, rules)
         self._files: dict[str, _File] = {space: _File(fd) for space, fd in (descriptors or {}).items()}
         self._imported: dict[Hashable, _Import] = {}

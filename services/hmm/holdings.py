@@ -13,7 +13,7 @@ from typing import Final
 from common.capacity import budget_of
 from common.config import HmmConfig
 from common.devices.base import Device
-from common.devices.factory import open_device
+from common.devices.factory import granularity_of, open_device
 from common.host_shared import HostShared
 from common.layout import Layout
 from common.machine import available_bytes
@@ -45,7 +45,7 @@ class Holdings:
         self._parking = parking
         self._log = log
         self._snapshot: Snapshot | None = None
-        self.granularity = config.granularity
+        self.granularity = granularity_of(config.devices, config.granularity)
         self.memories: dict[str, DeviceMemory] = {}
         self.segment: BusSegment | None = None
         self.doorbells: dict[int, int] = {}

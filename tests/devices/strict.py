@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple
 from common.devices.base import Completion, Device, Handle, KeyToken, ProcessRules, Range
 from common.devices.factory import register
 from common.devices.rules import PROCESS, SPACES, Space, Token
-from common.protocol.errors import DeviceError, DoesNotFit
+from common.protocol.errors import DoesNotFit
 from native import host
 
 GRANULARITY: Final = 2 << 20
@@ -103,6 +103,8 @@ class StrictDevice(Device):
     """See the module's text."""
 
     token_kind = KeyToken
+    granularity_min = GRANULARITY
+    kv_handle_bytes_min = 2 * GRANULARITY
     range_bytes_max = 128 * 10**9 // GRANULARITY * GRANULARITY
 
     def __init__(
@@ -114,8 +116,6 @@ class StrictDevice(Device):
         descriptors: Mapping[str, int] | None = None,
         rules: ProcessRules = PROCESS,
     ) -> None:
-        if granularity < GRANULARITY or granularity & (granularity - 1):
-            raise DeviceError(f"{name}: granularity {granularity} is not that of 2 MiB pages", code="bad_granularity")
         assert not descriptors, "no descriptors were named"
         super().__init__(name, granularity, budget, rules)
         self._folder = folder()

@@ -20,7 +20,6 @@ from tests.procs.integrity import check_integrity
 pytestmark = [pytest.mark.procs, pytest.mark.slow]
 
 SETTINGS: dict[str, Any] = {
-    "granularity": strict.GRANULARITY,
     "device_bytes": 512 << 20,
     "kv_bytes": 8 << 20,
     "max_sequences": 16,
@@ -41,6 +40,7 @@ async def test_a_deployment_serves_scales_and_recovers(model_folder: Callable[[s
             assert (await asyncio.to_thread(deployment.scale, replicas=3))["phase"] == "done"
             keys = list((tmp_path / "devices").glob("*.key"))
             assert len(keys) > 10
+            assert all(int(key.read_text().split()[3]) % strict.GRANULARITY == 0 for key in keys)
             assert {key.read_text().split()[0] for key in keys} == {"host:0", "host:1", "host:2"}
             await asyncio.to_thread(check_integrity, deployment)
             os.kill(deployment.pids["hmm"], signal.SIGKILL)

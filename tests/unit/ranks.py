@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import Checkpoint
+from common.devices.factory import backend_of
 from common.families import load_spec, record, records
 from common.layout import initial_layout
 from common.model_spec import DTYPE_BYTES, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
@@ -83,7 +84,7 @@ class Ranks:
         self.spec = load_spec(directory, dtype)
         self.block_size = block_size
         self.layout = initial_layout(self.spec.num_experts_by_layer, [f"device{i}" for i in range(size)])
-        geometry = kv_geometry(self.spec, block_size, GRANULARITY)
+        geometry = kv_geometry(self.spec, block_size, GRANULARITY, backend_of("host").kv_handle_bytes_min)
         self._kv_memory: list[DeviceMemory] = []
         shape = (size, max_tokens, self.spec.hidden, self.spec.moe.top_k)
         nbytes = bus_bytes(*shape)

@@ -29,9 +29,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(model: Path, tmp_path: Path, granularity: int) -> Iterator[World]:
-    made = World(model, tmp_path, granularity=granularity, device_bytes=256 << 20)
+    made = World(model, tmp_path, device_bytes=256 << 20)
     yield made
     made.close()
+
+
+def test_sizes_follow_the_backend(world: World, granularity: int) -> None:
+    """Though the configuration says 4096."""
+    loaded = world.holdings.loaded
+    assert loaded is not None
+    assert world.holdings.granularity == granularity
+    assert loaded.kv.handle_bytes == (2 << 20 if granularity == 4096 else 4 << 20)
+    for memory in world.holdings.memories.values():
+        assert memory.device.granularity == granularity
+        assert all(handle.nbytes % granularity == 0 for handle in memory.records.values())
 
 
 def test_layouts_come_and_go_and_every_record_is_whole(world: World) -> None:

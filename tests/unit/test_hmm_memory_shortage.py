@@ -67,12 +67,10 @@ class Memory:
 class World:
     """An HMM without sockets that has a model loaded on two of three devices. Ranks map at once what they are sent."""
 
-    def __init__(self, model: Path, folder: Path, *, granularity: int = 4096, device_bytes: int = BUDGET) -> None:
+    def __init__(self, model: Path, folder: Path, *, device_bytes: int = BUDGET) -> None:
         self.machine = Memory()
         self.kept: dict[str, int] = {}  # what a keeper would hold
-        self.config = HmmConfig(
-            run_dir=str(folder), devices="host:3", device_bytes=device_bytes, granularity=granularity
-        )
+        self.config = HmmConfig(run_dir=str(folder), devices="host:3", device_bytes=device_bytes)
         parking: Any = SimpleNamespace(fetch=dict, keep=self.kept.update, forget=self._forget, names=self.kept.keys())
         self.holdings = Holdings(self.config, parking, LOG)
         self.holdings.start()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.devices.factory import backend_of
 from common.families import record, records
 from common.layout import RankId, Seat, initial_layout
 from common.model_spec import TENSOR_ALIGN_BYTES, RecordKey, kv_geometry
@@ -68,7 +69,7 @@ def test_kv_handles_are_filled_by_whole_blocks(granularity: int, layers: int, kv
     spec = tiny_mixtral_spec(
         num_hidden_layers=layers, num_key_value_heads=kv_heads, num_attention_heads=kv_heads, head_dim=head_dim
     )
-    geometry = kv_geometry(spec, 16, granularity)
+    geometry = kv_geometry(spec, 16, granularity, backend_of("host").kv_handle_bytes_min)
     assert geometry.handle_bytes % granularity == 0
     assert geometry.blocks_per_handle * geometry.block_stride == geometry.handle_bytes
     assert geometry.block_bytes <= geometry.block_stride <= geometry.block_bytes * 1.03 + TENSOR_ALIGN_BYTES

@@ -11,6 +11,7 @@ import pytest
 from cli.checks import device_weights_bytes
 from cli.models.make import QWEN3_MOE_1B, TINY_MIXTRAL
 from common.config import defaults
+from common.devices.factory import backend_of
 from common.families import parse_spec
 from common.model_spec import kv_geometry
 
@@ -53,6 +54,6 @@ def test_the_table_is_computed(model: str) -> None:
     spec, granularity = parse_spec(CONFIGS[model], "bfloat16"), defaults()["granularity"]
     for cell, num_devices in zip(weights, (1, 2, 4, 8), strict=True):
         assert close(cell, device_weights_bytes(spec, num_devices, granularity)), (cell, num_devices)
-    geometry = kv_geometry(spec, defaults()["block_size"], granularity)
+    geometry = kv_geometry(spec, defaults()["block_size"], granularity, backend_of("host").kv_handle_bytes_min)
     tokens_of_handle = geometry.blocks_per_handle * defaults()["block_size"]
     assert close(kv, geometry.handle_bytes / tokens_of_handle * 2_048), kv
