@@ -63,6 +63,7 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
     port: Port
     admin_port: Port
     started_at: float
+    compute: _Text = "host"
     tp: Annotated[int, Meta(ge=1)] = 1
     store: Annotated[str, Meta(max_length=4096)] = ""
     state_format: Annotated[int, Meta(ge=0)] = 0

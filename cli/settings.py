@@ -86,6 +86,7 @@ def from_flags(args: argparse.Namespace) -> Settings:
         "replicas": args.replicas,
         "tp": args.tp,
         "dtype": args.dtype,
+        "compute": args.compute,
         "host": args.host,
         "port": args.port,
         "admin_port": args.admin_port,

@@ -62,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--replicas", type=whole(), metavar="N", help=f"replicas to start with (default {default['replicas']})")
     add("--tp", type=whole(), metavar="N", help="devices per replica (only 1 for now)")
     add("--dtype", choices=("bfloat16", "float32"), help=f"dtype of weights and KV (default {default['dtype']})")
+    add(
+        "--compute",
+        choices=("auto", "host", "torch"),
+        help=f"what computes the steps (default {default['compute']})",
+    )
     add("--host", help=f"address of the OpenAI-compatible listener (default {default['host']})")
     add("--api-key-file", metavar="FILE", help="a file with the key that clients have to send as a bearer token")
     add("--no-api-key", action="store_true", help="serve other machines without a key: everybody may use it")
@@ -289,6 +294,7 @@ def _plan(
         model=scaler.model,
         served_name=scaler.served_name,
         dtype=scaler.dtype,
+        compute=scaler.compute_backend,
         devices=scaler.devices,
         url=resolved.url,
         admin_url=resolved.admin_url,

@@ -8,7 +8,7 @@ shared-memory rows can be addressed by it across epochs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -36,11 +36,17 @@ class Seat(msgspec.Struct, frozen=True):
     device: Annotated[str, says("The device whose memory it computes on", "host:0")]
 
 
+Compute = Literal["host", "torch"]
+"""Names of the compute backends (services/worker/backends)."""
+
+
 class Served(msgspec.Struct, frozen=True):
-    """What a layout is of: the checkpoint's folder, and the dtype of its weights."""
+    """What a layout is of: the checkpoint's folder, the dtype of its weights, and the backend that computes it: KV that
+    one has written is not, bit by bit, what another would have."""
 
     model: str
     dtype: str
+    compute: Compute = "host"
 
 
 class Layout(msgspec.Struct, frozen=True):

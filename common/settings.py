@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from common.layout import Compute
 from common.protocol.errors import ConfigError
 from common.protocol.limits import RANKS_MAX, SOCKET_PATH_BYTES_MAX
 
@@ -123,6 +124,15 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Meta(pattern=r"^(bfloat16|float32)\Z"),
         _is("Number format of weights and KV", form="`bfloat16`, `float32`"),
     ] = "bfloat16"
+    compute: Annotated[
+        str,
+        Meta(pattern=r"^(auto|host|torch)\Z"),
+        _is(
+            "What computes the steps: `host`, the kernels of this package; `torch`, plain torch operations, a slow "
+            "reference; `auto`: what is best for the devices, on `host:N` the `host` kernels",
+            form="`auto`, `host`, `torch`",
+        ),
+    ] = "auto"
     devices: Devices = "host:2"
     replicas: Annotated[int, Meta(ge=1, le=64), _is("Replicas to start with; a running deployment is scaled")] = 2
     tp: Annotated[int, Meta(ge=1, le=64), _is("Devices of one replica; only 1 for now")] = 1
@@ -142,6 +152,11 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def num_devices(self) -> int:
         """Number of devices that `devices` names."""
         return int(self.devices.split(":")[1])
+
+    @property
+    def compute_backend(self) -> Compute:
+        """The backend that `compute` means on these devices: the same for all ranks, whose results differ otherwise."""
+        return "torch" if self.compute == "torch" else "host"
 
 
 class HmmConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):

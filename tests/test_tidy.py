@@ -30,6 +30,7 @@ SOLE_IMPORTERS = {
         "tests/",
     ),
     "transformers": "tests/",
+    "native.kernels": "services/worker/backends/host.py",
     "native.bus": (
         "services/worker/exchange/shm",
         "services/worker/memory.py",

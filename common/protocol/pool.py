@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from common.layout import RankId
+from common.layout import Compute, RankId
 from common.protocol.codec import Codec, Message
 from common.protocol.limits import NAME_CHARS_MAX
 
@@ -15,7 +15,8 @@ class StartRank(Message, frozen=True):
     """Turn a standby process into the rank of a seat. Answered by scaler.RankStarted or Refused; scaler.RankReady
     follows when it serves. Idempotent: the same `incarnation` is started once.
 
-    `max_tokens`: most tokens of one step; `max_sequences`: most sequences at once, its ledger rows.
+    `max_tokens`: most tokens of one step; `max_sequences`: most sequences at once, its ledger rows. `compute`: the
+    backend, the same for all ranks.
     """
 
     rank: RankId
@@ -26,6 +27,7 @@ class StartRank(Message, frozen=True):
     max_tokens: Annotated[int, Meta(ge=1, le=65_536)]
     max_sequences: Annotated[int, Meta(ge=1, le=65_536)]
     max_model_len: Annotated[int, Meta(ge=2, le=1_048_576)]
+    compute: Compute = "host"
 
 
 class StopRank(Message, frozen=True):

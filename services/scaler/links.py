@@ -106,6 +106,7 @@ class Links:
                 max_tokens=self._config.max_tokens_per_step,
                 max_sequences=self._config.max_sequences,
                 max_model_len=min(self._config.max_model_len, self._spec.max_positions),
+                compute=self._config.compute_backend,
             )
         )
         self.starting[seat.slot] = time.monotonic()

@@ -42,7 +42,7 @@ class Recall:
         self._store = store
         self._mark = config.fresh_mark
         self._wanted = Wanted(
-            Served(str(Path(config.model).absolute()), spec.dtype),
+            Served(str(Path(config.model).absolute()), spec.dtype, config.compute_backend),
             config.replicas,
             config.tp,
             tuple(f"host:{i}" for i in range(config.num_devices)),

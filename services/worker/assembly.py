@@ -14,6 +14,7 @@ from common.protocol.pool import StartRank
 from common.protocol.rank import CODEC
 from common.protocol.scaler import RankReady
 from common.transport import Sockets
+from services.worker.backends.factory import open_backend
 from services.worker.engine.engine import Engine
 from services.worker.exchange.barrier import StepBarrier
 from services.worker.exchange.shm import ShmExchange
@@ -49,7 +50,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     exchange = ShmExchange(bus, memory.spec.num_experts_by_layer)
     # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
     ledger, max_tokens = memory.ledger, min(seat.max_tokens, bus.max_tokens)
-    model = build_model(memory.weights, max_tokens)
+    model = build_model(open_backend(seat.compute), memory.weights, max_tokens)
     engine = Engine(
         model,
         exchange,

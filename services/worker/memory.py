@@ -105,8 +105,7 @@ class Memory:
     def _open_all(self, reply: AttachReply, fds: list[int]) -> None:
         self._experts = [self._reserve_experts(layer) for layer in range(self.spec.num_layers)]
         self._kv_range = self.device.reserve(reply.kv_bytes_reserved)
-        whole = self.device.wrap(self._kv_range, 0, (self._kv_range.nbytes,), None, "uint8")
-        self.kv = KvCache(whole.data_ptr(), 0, self._geometry, self.device, self._kv_range.base)
+        self.kv = KvCache(self._wrap_kv(), 0, self._geometry, self.device, self._kv_range.base)
         bus, ledger = (self._open(segment, fds) for segment in (reply.bus, reply.ledger))
         self.bus = Bus(bus.address, bus.nbytes, self._slot)
         self.ledger = Ledger(ledger.address, ledger.nbytes)
@@ -293,6 +292,15 @@ class Memory:
         layers = [self._wrap_record(RecordKey("layer", layer)) for layer in range(spec.num_layers)]
         experts = [self._wrap_experts(layer) for layer in range(spec.num_layers)]
         return RankWeights(spec, base, layers, experts, self.kv)
+
+    def _wrap_kv(self) -> torch.Tensor:
+        """One strided tensor over all blocks that the range has room for, mapped or not."""
+        spec, block = self.spec, self._geometry
+        shape = (spec.num_layers, 2, spec.attention.num_kv_heads, block.block_size, spec.attention.head_dim)
+        stride, count = block.block_stride, self._kv_range.nbytes // block.block_stride
+        return self.device.wrap(
+            self._kv_range, 0, (count, *shape), (stride // DTYPE_BYTES[spec.dtype], *_strides(shape)), spec.dtype
+        )
 
     def _wrap_record(self, key: RecordKey) -> dict[str, torch.Tensor]:
         described, mapping = self._described(key), self._records.get(key)

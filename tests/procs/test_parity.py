@@ -37,14 +37,17 @@ def greedy(model: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize(("name", "replicas"), [("tiny-mixtral", 3), ("tiny-qwen3-moe", 4)])
+@pytest.mark.parametrize(
+    ("name", "replicas", "compute"),
+    [("tiny-mixtral", 3, "auto"), ("tiny-qwen3-moe", 4, "auto"), ("tiny-qwen3-moe", 2, "torch")],
+)
 def test_greedy_tokens_equal_transformers(
-    name: str, replicas: int, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+    name: str, replicas: int, compute: str, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:
     rng = random.Random(3)
     # Up to 150 tokens in steps of at most 32: prompts are computed in up to five chunks, mixed with others' decoding.
     prompts = [[rng.randrange(256) for _ in range(length)] for length in (1, 5, 31, 32, 33, 64, 100, 150)]
-    deployment = deploy(name, replicas=replicas, max_tokens_per_step=32, max_model_len=256)
+    deployment = deploy(name, replicas=replicas, max_tokens_per_step=32, max_model_len=256, compute=compute)
     with httpx.Client(base_url=deployment.base_url, timeout=60, trust_env=False) as client:
         answer = client.post(
             "/v1/completions",

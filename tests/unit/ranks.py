@@ -17,6 +17,8 @@ from common.layout import initial_layout
 from common.model_spec import DTYPE_BYTES, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
 from native.bus import Bus, bus_bytes, format_bus
 from services.hmm.reader import Reader
+from services.worker.backends.base import ComputeBackend
+from services.worker.backends.host import HostBackend
 from services.worker.exchange.shm import ShmExchange
 from services.worker.model.batch import Batch, Part
 from services.worker.model.registry import Model, build_model
@@ -79,7 +81,14 @@ class Ranks:
     """`size` ranks of one model. Each has all non-expert weights, its share of the experts and its own KV cache."""
 
     def __init__(
-        self, directory: Path, size: int, *, dtype: str = "float32", max_tokens: int = 64, block_size: int = 4
+        self,
+        directory: Path,
+        size: int,
+        *,
+        dtype: str = "float32",
+        max_tokens: int = 64,
+        block_size: int = 4,
+        backend: Callable[[], ComputeBackend] = HostBackend,
     ) -> None:
         self.spec = load_spec(directory, dtype)
         self.block_size = block_size
@@ -105,10 +114,14 @@ class Ranks:
             kv_memory = DeviceMemory(NUM_BLOCKS * geometry.block_stride)
             kv_memory.device.write_bytes(kv_memory.address, b"\xff" * (NUM_BLOCKS * geometry.block_stride))
             self._kv_memory.append(kv_memory)
-            kv = KvCache(kv_memory.address, NUM_BLOCKS, geometry, kv_memory.device, kv_memory.address)
+            attention, stride = self.spec.attention, geometry.block_stride // DTYPE_BYTES[self.spec.dtype]
+            inside = (self.spec.num_layers, 2, attention.num_kv_heads, block_size, attention.head_dim)
+            inner = torch.empty(inside, device="meta").stride()
+            blocks = kv_memory.device.wrap(kv_memory.range, 0, (NUM_BLOCKS, *inside), (stride, *inner), self.spec.dtype)
+            kv = KvCache(blocks, NUM_BLOCKS, geometry, kv_memory.device, kv_memory.address)
             with Checkpoint(directory, self.spec) as checkpoint:
                 self.weights.append(load_weights(checkpoint, self.spec, held, kv))
-            self.models.append(build_model(self.weights[-1], max_tokens))
+            self.models.append(build_model(backend(), self.weights[-1], max_tokens))
             exchange = ShmExchange(bus, self.spec.num_experts_by_layer)
             self.exchanges.append(exchange)
         self._set_routing()

@@ -1,8 +1,10 @@
-"""Decoder families against transformers, on random checkpoints of odd sizes, over one to four ranks."""
+"""Decoder families against transformers, on random checkpoints of odd sizes, over one to four ranks, on every compute
+backend."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import torch
 
 from cli.models import random_checkpoint
 from cli.models.make import TINY_MIXTRAL, TINY_QWEN3_MOE
+from services.worker.backends.base import ComputeBackend
+from services.worker.backends.factory import BACKENDS
 from services.worker.model.batch import Batch, Part
+from tests.unit.backends import QueuedBackend
 from tests.unit.ranks import Ranks, Stream, generate
 
 transformers = pytest.importorskip("transformers")
@@ -20,7 +25,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": TINY_MIXTRAL,
     "qwen3": TINY_QWEN3_MOE | {"mlp_only_layers": [1], "norm_topk_prob": False, "tie_word_embeddings": True},
 }
+Backend = Callable[[], ComputeBackend]
 NUM_TOKENS = 8
+BACKENDS_BOUND = 2e-5  # between two backends
 FLOAT32_BOUND = 1e-4  # of logits with a standard deviation of 1
 # Weights and KV are rounded to bfloat16, activations are not: closer to float32 than transformers' own bfloat16 (0.1).
 BFLOAT16_BOUND = 0.06
@@ -32,6 +39,12 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     directory = tmp_path_factory.mktemp(request.param) / "model"
     random_checkpoint(directory, CONFIGS[request.param], seed=3, dtype="float32", shards=2)
     return directory, reference_of(directory)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """What the ranks compute with."""
+    return BACKENDS[request.param]
 
 
 def reference_of(directory: Path) -> Any:
@@ -64,16 +77,42 @@ def compare(reference: Any, streams: list[list[Stream]], logits: dict[int, torch
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_logits_and_greedy_tokens(model: tuple[Path, Any], size: int) -> None:
+def test_logits_and_greedy_tokens(model: tuple[Path, Any], backend: Backend, size: int) -> None:
     directory, reference = model
     streams = make_streams(size, (5, 17, 40, 1)[: 5 - size])
-    logits = generate(Ranks(directory, size), streams, NUM_TOKENS)
+    logits = generate(Ranks(directory, size, backend=backend), streams, NUM_TOKENS)
     worst, is_greedy = compare(reference, streams, logits)
     assert worst < FLOAT32_BOUND
     assert is_greedy
 
 
-def test_placement_and_company_change_no_bit(model: tuple[Path, Any]) -> None:
+def test_results_are_waited_for(model: tuple[Path, Any]) -> None:
+    """On a device that computes only when it is waited for, in memory of its own."""
+    directory, _ = model
+    runs = []
+    for backend in (BACKENDS["torch"], QueuedBackend):
+        streams = make_streams(2, (9, 4))
+        logits = generate(Ranks(directory, 2, backend=backend), streams, 4)
+        runs.append([(stream.tokens, logits[id(stream)]) for row in streams for stream in row])
+    for (tokens, logits_NV), (want, want_NV) in zip(*runs, strict=True):
+        assert tokens == want
+        assert torch.equal(logits_NV, want_NV)
+
+
+def test_backends_agree(model: tuple[Path, Any]) -> None:
+    """The same greedy tokens, from nearly the same logits."""
+    directory, _ = model
+    runs = []
+    for backend in BACKENDS.values():
+        streams = make_streams(2, (33, 9))
+        logits = generate(Ranks(directory, 2, backend=backend), streams, NUM_TOKENS)
+        runs.append([(stream.tokens, logits[id(stream)]) for row in streams for stream in row])
+    for (tokens, logits_NV), (want, want_NV) in zip(*runs, strict=True):
+        assert tokens == want
+        assert float((logits_NV - want_NV).abs().max()) < BACKENDS_BOUND
+
+
+def test_placement_and_company_change_no_bit(model: tuple[Path, Any], backend: Backend) -> None:
     """A sequence's logits are the same on any number of ranks, in any chunks, with whatever runs beside it."""
     directory, _ = model
     runs = []
@@ -81,24 +120,24 @@ def test_placement_and_company_change_no_bit(model: tuple[Path, Any]) -> None:
         streams = make_streams(size, (33, 9))
         if not others:
             del streams[0][1:], streams[1:]
-        logits = generate(Ranks(directory, size), streams, NUM_TOKENS, lambda _, chunk=chunk: chunk)
+        logits = generate(Ranks(directory, size, backend=backend), streams, NUM_TOKENS, lambda _, chunk=chunk: chunk)
         runs.append((streams[0][0].tokens, logits[id(streams[0][0])]))
     for tokens, logits in runs[1:]:
         assert tokens == runs[0][0]
         assert torch.equal(logits, runs[0][1])
 
 
-def test_rank_without_tokens_takes_part(model: tuple[Path, Any]) -> None:
+def test_rank_without_tokens_takes_part(model: tuple[Path, Any], backend: Backend) -> None:
     directory, reference = model
     streams = make_streams(3, (12,))
     del streams[0][:], streams[2][:]
-    logits = generate(Ranks(directory, 3), streams, NUM_TOKENS)
+    logits = generate(Ranks(directory, 3, backend=backend), streams, NUM_TOKENS)
     assert compare(reference, streams, logits)[0] < FLOAT32_BOUND
 
 
-def test_repeated_step_gives_the_same_bits(model: tuple[Path, Any]) -> None:
+def test_repeated_step_gives_the_same_bits(model: tuple[Path, Any], backend: Backend) -> None:
     directory, _ = model
-    ranks = Ranks(directory, 2)
+    ranks = Ranks(directory, 2, backend=backend)
     work = [[stream.part(len(stream.tokens), 2) for stream in row] for row in make_streams(2, (7, 13))]
     first = ranks.step(work)
     again = ranks.step(work)
@@ -107,18 +146,18 @@ def test_repeated_step_gives_the_same_bits(model: tuple[Path, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_bfloat16_within_its_bound(name: str, tmp_path: Path) -> None:
+def test_bfloat16_within_its_bound(name: str, backend: Backend, tmp_path: Path) -> None:
     # All experts are chosen: with fewer, rounding can swap two that are nearly equal, which no bound covers.
     config = CONFIGS[name]
     count = config.get("num_experts", config.get("num_local_experts"))
     random_checkpoint(tmp_path / "model", config | {"num_experts_per_tok": count}, seed=4, dtype="bfloat16")
     streams = make_streams(2, (5, 40))
-    logits = generate(Ranks(tmp_path / "model", 2, dtype="bfloat16"), streams, NUM_TOKENS)
+    logits = generate(Ranks(tmp_path / "model", 2, dtype="bfloat16", backend=backend), streams, NUM_TOKENS)
     assert compare(reference_of(tmp_path / "model"), streams, logits)[0] < BFLOAT16_BOUND
 
 
-def test_bad_batches_are_refused(model: tuple[Path, Any]) -> None:
-    ranks = Ranks(model[0], 1, max_tokens=8)
+def test_bad_batches_are_refused(model: tuple[Path, Any], backend: Backend) -> None:
+    ranks = Ranks(model[0], 1, max_tokens=8, backend=backend)
     for part, text in (
         (Part([1] * 9, 0, [0, 1, 2], 1), "limit is 8"),
         (Part([260], 0, [0], 1), "token 260"),
@@ -131,21 +170,21 @@ def test_bad_batches_are_refused(model: tuple[Path, Any]) -> None:
             Batch([Part(ids, start, blocks, num_logits)], block_size=4)
 
 
-def test_times_add_up(model: tuple[Path, Any]) -> None:
-    ranks = Ranks(model[0], 2)
+def test_times_add_up(model: tuple[Path, Any], backend: Backend) -> None:
+    ranks = Ranks(model[0], 2, backend=backend)
     ranks.step([[Part([1, 2, 3], 0, [0], 1)], []])
     for rank in ranks.models:
         total_ns, exchange_ns, wait_ns = rank.times
         assert 0 <= wait_ns <= exchange_ns < total_ns
 
 
-def test_an_aborted_step_can_be_repeated(model: tuple[Path, Any]) -> None:
+def test_an_aborted_step_can_be_repeated(model: tuple[Path, Any], backend: Backend) -> None:
     """What breaks off in mid-step leaves nothing behind that changes the step's repetition."""
 
     class Broken(RuntimeError):
         pass
 
-    ranks, fresh = Ranks(model[0], 1), Ranks(model[0], 1)
+    ranks, fresh = Ranks(model[0], 1, backend=backend), Ranks(model[0], 1, backend=backend)
     exchange = ranks.exchanges[0]
     work = [[Part([5, 6, 7], 0, [3], 3)]]
 
@@ -161,8 +200,8 @@ def test_an_aborted_step_can_be_repeated(model: tuple[Path, Any]) -> None:
     assert torch.equal(ranks.step(work)[0], fresh.step(work)[0])
 
 
-def test_exchange_wants_the_models_routing(model: tuple[Path, Any]) -> None:
-    ranks = Ranks(model[0], 1)
+def test_exchange_wants_the_models_routing(model: tuple[Path, Any], backend: Backend) -> None:
+    ranks = Ranks(model[0], 1, backend=backend)
     owners = [list(ranks.layout.owners(layer)) for layer in range(ranks.spec.num_layers)]
     for wrong in (owners[:-1], [owners[0][:-1], *owners[1:]], [*owners, []]):
         with pytest.raises(ValueError, match="routing"):

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from cli.models import make_model
+from services.worker.backends.base import ComputeBackend
+from services.worker.backends.factory import BACKENDS
 from services.worker.model.batch import Part
 from tests.oracle import next_tokens
+from tests.unit.backends import QueuedBackend
 from tests.unit.ranks import Ranks, Stream, generate
 
 COUNT = 24
@@ -34,11 +37,21 @@ def make_streams(size: int, lengths: tuple[int, ...]) -> list[list[Stream]]:
     return rows
 
 
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_tokens_equal_those_of_plain_python(directory: Path, size: int) -> None:
+def test_tokens_equal_those_of_plain_python(directory: Path, size: int, backend: Callable[[], ComputeBackend]) -> None:
     streams = make_streams(size, (1, 8, 39))
     prompts = {id(stream): list(stream.tokens) for row in streams for stream in row}
-    generate(Ranks(directory, size), streams, COUNT)
+    generate(Ranks(directory, size, backend=backend), streams, COUNT)
+    for stream in (stream for row in streams for stream in row):
+        assert stream.tokens[-COUNT:] == next_tokens(directory, prompts[id(stream)], COUNT)
+
+
+def test_results_are_waited_for(directory: Path) -> None:
+    """On a device that computes only when it is waited for, in memory of its own."""
+    streams = make_streams(2, (8, 3))
+    prompts = {id(stream): list(stream.tokens) for row in streams for stream in row}
+    generate(Ranks(directory, 2, backend=QueuedBackend), streams, COUNT)
     for stream in (stream for row in streams for stream in row):
         assert stream.tokens[-COUNT:] == next_tokens(directory, prompts[id(stream)], COUNT)
 
@@ -91,11 +104,12 @@ def swap_experts(ranks: Ranks, stream: Stream) -> None:
         tensor[[0, 1]] = tensor[[1, 0]]
 
 
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.parametrize(
     "change", [zero_block, swap_blocks, double_block, change_one_value, skip_position, swap_experts]
 )
-def test_loss_shows(directory: Path, change: Change) -> None:
-    ranks = Ranks(directory, 1)
+def test_loss_shows(directory: Path, change: Change, backend: Callable[[], ComputeBackend]) -> None:
+    ranks = Ranks(directory, 1, backend=backend)
     kv = ranks.weights[0].kv
     ctypes.memset(kv.base_addr, 0, 64 * kv.geometry.block_stride)
     stream = Stream(list(range(40, 62)), range(20))

@@ -200,7 +200,8 @@ class Engine:
         if len(rows) < logits.shape[0]:
             logits = logits[rows]
         sequences = [chunks[index].sequence for index in sampling]
-        sampled = sample(logits, [SamplingState(sequence.request, sequence.tokens) for sequence in sequences])
+        states = [SamplingState(sequence.request, sequence.tokens) for sequence in sequences]
+        sampled = sample(self._model.backend, logits, states)
         for row, index in enumerate(sampling):
             error = sampled.errors.get(row)
             choices[index] = Choice(error=error) if error else Choice(sampled.tokens[row], sampled.logprobs[row])
@@ -232,7 +233,8 @@ class Engine:
         noted = self._prompt_logprobs.setdefault(sequence.arrival, [])
         del noted[chunk.start :]  # a preempted sequence starts over, a step that was given up is repeated
         try:
-            noted += prompt_logprobs(logits[: len(ids)], ids, max(0, sequence.request.sampling.logprobs))
+            num_top = max(0, sequence.request.sampling.logprobs)
+            noted += prompt_logprobs(self._model.backend, logits[: len(ids)], ids, num_top)
         except Exception as error:
             return Choice(error=failure_of(error, sequence.request.request_id, "judging the prompt's tokens"))
         return Choice()

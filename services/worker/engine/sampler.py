@@ -23,14 +23,13 @@ from common.protocol.errors import ElasticMoEError
 from common.protocol.limits import LOGPROB_MIN
 from common.protocol.rank import Sampling, Submit
 from common.protocol.router import Logprob
-from native import kernels
+from services.worker.backends.base import ComputeBackend
 from services.worker.engine.failure import failure_of
 
 GREEDY_BELOW = 1e-5  # temperatures that float32 logits would overflow under choose the greatest logit
 LARGEST = 3e38  # of a logit that was changed, either sign
 NEVER = -3.4e38  # the logit of a token that may not come: finite, as all logits must be, and less than any that may
 
-_FLOAT_BYTES = 4
 _MASK = (1 << 64) - 1
 
 
@@ -61,16 +60,16 @@ class Sampled(NamedTuple):
     errors: dict[int, ElasticMoEError]
 
 
-def sample(logits_BV: torch.Tensor, states: Seq[SamplingState]) -> Sampled:
-    """Choose one token per row of `logits` (float32, contiguous), which may be changed in place.
+def sample(backend: ComputeBackend, logits_BV: torch.Tensor, states: Seq[SamplingState]) -> Sampled:
+    """Choose one token per row of `logits` (float32, contiguous, the backend's), which may be changed in place.
 
     A row's choice does not depend on the other rows, nor does its failure touch them. Raises ValueError unless there is
     one row per state, and want of memory.
     """
     if len(states) != logits_BV.shape[0]:
         raise ValueError(f"{logits_BV.shape[0]} rows of logits for {len(states)} sequences")
-    address, vocab = _address(logits_BV), logits_BV.shape[1]
-    tokens = kernels.greatest(address, len(states), vocab)
+    _check(logits_BV)
+    tokens = backend.greatest(logits_BV)
     logprobs: list[Logprob | None] = [None] * len(states)
     errors: dict[int, ElasticMoEError] = {row: BadLogits() for row, token in enumerate(tokens) if token < 0}
     for row, state in enumerate(states):
@@ -81,40 +80,44 @@ def sample(logits_BV: torch.Tensor, states: Seq[SamplingState]) -> Sampled:
         if sampling.temperature < GREEDY_BELOW and sampling.logprobs < 0 and not is_changed:
             continue
         try:
-            tokens[row], logprobs[row] = _choose(logits_BV, state, row, is_changed=is_changed)
+            tokens[row], logprobs[row] = _choose(backend, logits_BV, state, row, is_changed=is_changed)
         except Exception as error:
             errors[row] = failure_of(error, state.request.request_id, "choosing the request's next token")
             tokens[row] = -1
     return Sampled(tokens, logprobs, errors)
 
 
-def _choose(logits_BV: torch.Tensor, state: SamplingState, row: int, *, is_changed: bool) -> tuple[int, Logprob | None]:
+def _choose(
+    backend: ComputeBackend, logits_BV: torch.Tensor, state: SamplingState, row: int, *, is_changed: bool
+) -> tuple[int, Logprob | None]:
     """A token of a row of finite logits, with its log probability where it is asked for. Raises BadLogits."""
     sampling, vocab = state.request.sampling, logits_BV.shape[1]
-    address = logits_BV.data_ptr() + row * vocab * _FLOAT_BYTES
     if not is_changed and sampling.logprobs < 0:
-        return _draw(address, vocab, sampling, len(state.tokens)), None
+        return _draw(backend, logits_BV, row, sampling, len(state.tokens)), None
     row_V = logits_BV[row]
     raw_V = row_V.clone() if is_changed and sampling.logprobs >= 0 else row_V
     if is_changed:
         _change_logits(row_V, state)
     if sampling.temperature < GREEDY_BELOW:
-        token = kernels.greatest(address, 1, vocab)[0]
+        token = backend.greatest(logits_BV[row : row + 1])[0]
     else:
-        token = _draw(address, vocab, sampling, len(state.tokens))
+        token = _draw(backend, logits_BV, row, sampling, len(state.tokens))
     if not 0 <= token < vocab:
         raise BadLogits
     if _is_banned_now(state) and token in state.request.stop_token_ids:
         raise BadLogits("the model's output leaves no token that may come yet")
-    return token, _logprob(raw_V, token, sampling.logprobs) if sampling.logprobs >= 0 else None
+    return token, _logprob(backend, raw_V, token, sampling.logprobs) if sampling.logprobs >= 0 else None
 
 
-def prompt_logprobs(logits_NV: torch.Tensor, token_ids: Seq[int], num_top: int) -> list[Logprob]:
+def prompt_logprobs(
+    backend: ComputeBackend, logits_NV: torch.Tensor, token_ids: Seq[int], num_top: int
+) -> list[Logprob]:
     """Log probability of `token_ids[i]` under row i of `logits` (float32), with the `num_top` best alternatives.
 
     Raises BadLogits for a row that is not finite.
     """
-    return [_logprob(row_V, token, num_top) for row_V, token in zip(logits_NV, token_ids, strict=True)]
+    _check(logits_NV)
+    return [_logprob(backend, row_V, token, num_top) for row_V, token in zip(logits_NV, token_ids, strict=True)]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -137,18 +140,10 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _draw(row_address: int, vocab: int, sampling: Sampling, position: int) -> int:
+def _draw(backend: ComputeBackend, logits_BV: torch.Tensor, row: int, sampling: Sampling, position: int) -> int:
     """A token by its probability. Raises BadLogits where no token has one."""
-    token = kernels.draw(
-        row_address,
-        vocab,
-        sampling.temperature,
-        sampling.top_k,
-        sampling.top_p,
-        sampling.min_p,
-        uniform(sampling.seed, position),
-    )
-    if not 0 <= token < vocab:
+    token = backend.draw(logits_BV, row, sampling, uniform(sampling.seed, position))
+    if not 0 <= token < logits_BV.shape[1]:
         raise BadLogits
     return token
 
@@ -175,36 +170,35 @@ def _change_logits(row_V: torch.Tensor, state: SamplingState) -> None:
     sampling, vocab = state.request.sampling, row_V.shape[0]
     biases = [(token, bias) for token, bias in sampling.logit_bias if token < vocab]
     if biases:
-        ids = torch.tensor([token for token, _ in biases])
-        row_V.index_add_(0, ids, torch.tensor([bias for _, bias in biases], dtype=torch.float32))
+        ids = torch.tensor([token for token, _ in biases], device=row_V.device)
+        values = torch.tensor([bias for _, bias in biases], dtype=torch.float32, device=row_V.device)
+        row_V.index_add_(0, ids, values)
         row_V[ids] = row_V[ids].clamp_(-LARGEST, LARGEST)
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(state.tokens)))
+        seen = torch.tensor(sorted(set(state.tokens)), device=row_V.device)
         values = row_V[seen]
         factor = sampling.repetition_penalty
         row_V[seen] = torch.where(values > 0, values / factor, values * factor).clamp_(-LARGEST, LARGEST)
     if sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0:
         counts = Counter(state.tokens[len(state.request.prompt) :])
         if counts:
-            ids = torch.tensor(list(counts))
-            times = torch.tensor(list(counts.values()), dtype=torch.float32)
+            ids = torch.tensor(list(counts), device=row_V.device)
+            times = torch.tensor(list(counts.values()), dtype=torch.float32, device=row_V.device)
             penalties = times * sampling.frequency_penalty + sampling.presence_penalty
             row_V[ids] = (row_V[ids] - penalties).clamp_(-LARGEST, LARGEST)
     if _is_banned_now(state):
         row_V[[token for token in state.request.stop_token_ids if token < vocab]] = NEVER
 
 
-def _logprob(row_V: torch.Tensor, token: int, num_top: int) -> Logprob:
-    address, vocab = _address(row_V), row_V.shape[0]
-    total = kernels.log_total(address, vocab)
+def _logprob(backend: ComputeBackend, row_V: torch.Tensor, token: int, num_top: int) -> Logprob:
+    total = backend.log_total(row_V)
     if math.isnan(total):
         raise BadLogits
-    top = kernels.top_tokens(address, vocab, num_top)
+    top = backend.top_tokens(row_V, num_top)
     own, *others = (min(0.0, max(LOGPROB_MIN, value - total)) for value in row_V[[token, *top]].tolist())
     return Logprob(own, tuple(zip(top, others, strict=True)))
 
 
-def _address(logits: torch.Tensor) -> int:
+def _check(logits: torch.Tensor) -> None:
     if logits.dtype != torch.float32 or not logits.is_contiguous():
         raise ValueError(f"logits are {logits.dtype} with strides {logits.stride()}; must be contiguous float32")
-    return logits.data_ptr()

@@ -1,1 +1,1 @@
-"""The models: decoder families over native kernels, and the oracle model."""
+"""The models: decoder families over a compute backend, and the oracle model."""

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from services.worker.backends.base import ComputeBackend
 from services.worker.exchange.base import Exchange
 from services.worker.model.batch import Batch
 
@@ -24,11 +25,15 @@ class StepTimes(NamedTuple):
 class Model(Protocol):
     """A model over one rank's memory. For one thread at a time."""
 
+    backend: ComputeBackend
+    """What computes it, and what tokens are chosen from its logits with."""
+
     times: StepTimes
     """Of the last forward pass that was completed."""
 
     def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
-        """Compute one step: write its KV, return the wanted logits, float32 [batch.num_logits, vocab].
+        """Compute one step: write its KV, return the wanted logits, float32 [batch.num_logits, vocab], where the
+        backend computes. Nothing of it is in flight then.
 
         The caller has begun the exchange's step. The logits belong to the model and are valid until the next call; the
         caller may change them. Raises ValueError for a batch beyond the model's limits or with a bad token or block id;

@@ -1,4 +1,4 @@
-"""One step's work in the form that kernels read: a few int32 arrays.
+"""One step's work in the form that compute backends read: a few int32 arrays.
 
 Rows are the step's tokens: those of the first part, then those of the second, and so on. N rows, S parts, M logits.
 """
@@ -30,31 +30,25 @@ class Batch:
     """The parts of one step. Immutable. No parts is a valid batch: the rank computes other ranks' tokens only.
 
     `num_rows`, `num_parts`, `num_logits` are N, S, M; the logits of a part follow those of the part before it. Arrays
-    of int32, which live at their `*_addr` as long as the batch:
+    of int32, whose memory stays where it is as long as the batch lives:
     `token_ids` [N] · `row_starts` [S + 1] first row of each part, and N · `kv_lens` [S] tokens of the sequence once
     this step is written · `block_starts` [S + 1] where a part's ids start in `blocks` · `blocks` [...] ·
     `logit_rows` [M] rows whose logits are wanted, ascending.
 
     Raises ValueError for a part without tokens, with too few blocks, or with more logits than tokens. Token ids and
-    block ids are checked by the kernels.
+    block ids are checked by the compute backend.
     """
 
     __slots__ = (
         "block_starts",
-        "block_starts_addr",
         "blocks",
-        "blocks_addr",
         "kv_lens",
-        "kv_lens_addr",
         "logit_rows",
-        "logit_rows_addr",
         "num_logits",
         "num_parts",
         "num_rows",
         "row_starts",
-        "row_starts_addr",
         "token_ids",
-        "token_ids_addr",
     )
 
     def __init__(self, parts: Sequence[Part], block_size: int) -> None:
@@ -76,9 +70,9 @@ class Batch:
             block_starts.append(len(blocks))
             logit_rows.extend(range(end - num_logits, end))
         self.num_rows, self.num_parts, self.num_logits = len(token_ids), len(kv_lens), len(logit_rows)
-        self.token_ids, self.token_ids_addr = token_ids, token_ids.buffer_info()[0]
-        self.row_starts, self.row_starts_addr = row_starts, row_starts.buffer_info()[0]
-        self.kv_lens, self.kv_lens_addr = kv_lens, kv_lens.buffer_info()[0]
-        self.block_starts, self.block_starts_addr = block_starts, block_starts.buffer_info()[0]
-        self.blocks, self.blocks_addr = blocks, blocks.buffer_info()[0]
-        self.logit_rows, self.logit_rows_addr = logit_rows, logit_rows.buffer_info()[0]
+        self.token_ids = token_ids
+        self.row_starts = row_starts
+        self.kv_lens = kv_lens
+        self.block_starts = block_starts
+        self.blocks = blocks
+        self.logit_rows = logit_rows

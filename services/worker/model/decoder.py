@@ -1,6 +1,7 @@
 """The decoder that all families are: norm, attention, norm, feed-forward, with the residual kept in float32.
 
-Attention and experts are given as classes, so that a family is a choice of parts. Per layer there are ten native calls.
+Attention and experts are given as classes, so that a family is a choice of parts. Per layer there are ten calls of the
+compute backend and of the exchange that do something on a host.
 Shape suffixes: N rows of a step, H hidden, M rows whose logits are wanted, V vocabulary.
 """
 
@@ -11,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from services.worker.backends.base import ComputeBackend, Operation
 from services.worker.exchange.base import Exchange
-from services.worker.model import ops
 from services.worker.model.attention import GroupedQueryAttention
 from services.worker.model.base import StepTimes
 from services.worker.model.batch import Batch
@@ -21,9 +22,9 @@ from services.worker.model.weights import RankWeights
 
 
 class _Layer(NamedTuple):
-    input_norm: ops.Operation
+    input_norm: Operation
     attention: GroupedQueryAttention
-    post_norm: ops.Operation
+    post_norm: Operation
     feed_forward: RoutedExperts | DenseFeedForward
 
 
@@ -32,6 +33,7 @@ class Decoder:
 
     def __init__(
         self,
+        backend: ComputeBackend,
         weights: RankWeights,
         max_tokens: int,
         *,
@@ -39,21 +41,21 @@ class Decoder:
         experts: type[RoutedExperts],
     ) -> None:
         spec = weights.spec
+        self.backend = backend
         self.times = StepTimes(0, 0, 0)
         self._weights = weights
         self._max_tokens = max_tokens
-        self._residual_NH, self._x_NH, self._delta_NH = (
-            torch.empty((max_tokens, spec.hidden), dtype=torch.float32) for _ in range(3)
-        )
+        self._residual_NH = backend.empty(max_tokens, spec.hidden)
+        self._x_NH, self._delta_NH = (backend.mirror(max_tokens, spec.hidden) for _ in range(2))
         self._head_VH = weights.base["embed" if spec.tie_embeddings else "head"]
-        self._logits_MV = torch.empty((0, spec.vocab), dtype=torch.float32)
-        self._head = ops.linear(self._x_NH, self._head_VH, self._logits_MV)
-        self._buffers = attention.make_buffers(spec, max_tokens)
-        self._embed = ops.embed(weights.base["embed"], self._residual_NH)
-        self._prepare = attention.make_prepare(spec, self._buffers)
+        self._logits_MV = backend.empty(0, spec.vocab)
+        self._head = backend.linear(self._x_NH.device, self._head_VH, self._logits_MV)
+        self._buffers = attention.make_buffers(backend, spec, max_tokens)
+        self._embed = backend.embed(weights.base["embed"], self._residual_NH)
+        self._prepare = attention.make_prepare(backend, spec, self._buffers)
         self._layers = [self._make_layer(layer, attention, experts) for layer in range(spec.num_layers)]
-        self._final_norm = ops.final_norm(
-            self._residual_NH, self._delta_NH, weights.base["final_norm"], spec.norm_eps, self._x_NH
+        self._final_norm = backend.final_norm(
+            self._residual_NH, self._delta_NH.device, weights.base["final_norm"], spec.norm_eps, self._x_NH.device
         )
 
     def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
@@ -63,37 +65,38 @@ class Decoder:
         started = time.perf_counter_ns()
         exchange.take_times()
         n = batch.num_rows
-        parts = ops.check_parts(batch, self._weights.kv, self._weights.spec)
-        self._embed(batch)
-        self._prepare(parts)
+        step = self.backend.check_batch(batch, self._weights.kv)
+        self._embed(step)
+        self._prepare(step)
         for input_norm, attention, post_norm, feed_forward in self._layers:
             input_norm(n)
-            attention(parts, n)
+            attention(step, n)
             post_norm(n)
             feed_forward(exchange, n)
-        self._final_norm(batch)
+        self._final_norm(step)
         logits_MV = self._compute_logits(batch.num_logits)
+        self.backend.fence()
         self.times = StepTimes(time.perf_counter_ns() - started, *exchange.take_times())
         return logits_MV
 
     def _make_layer(self, layer: int, attention: type[GroupedQueryAttention], experts: type[RoutedExperts]) -> _Layer:
-        spec, tensors = self._weights.spec, self._weights.layers[layer]
+        backend, spec, tensors = self.backend, self._weights.spec, self._weights.layers[layer]
         x_NH, residual_NH, delta_NH = self._x_NH, self._residual_NH, self._delta_NH
-        before = None if layer == 0 else delta_NH  # what the feed-forward before it left to be added
+        before = None if layer == 0 else delta_NH.device  # what the feed-forward before it left to be added
         return _Layer(
-            ops.rms_norm(residual_NH, before, tensors["input_norm"], spec.norm_eps, x_NH),
-            attention(spec, layer, tensors, self._buffers, x_NH, residual_NH),
-            ops.rms_norm(residual_NH, None, tensors["post_norm"], spec.norm_eps, x_NH),
-            DenseFeedForward(spec, tensors, x_NH, delta_NH)
+            backend.rms_norm(residual_NH, before, tensors["input_norm"], spec.norm_eps, x_NH.device),
+            attention(backend, spec, layer, tensors, self._buffers, x_NH.device, residual_NH),
+            backend.rms_norm(residual_NH, None, tensors["post_norm"], spec.norm_eps, x_NH.device),
+            DenseFeedForward(backend, spec, tensors, x_NH, delta_NH)
             if layer in spec.dense_layers
-            else experts(spec, layer, tensors, self._weights.experts[layer], x_NH, delta_NH),
+            else experts(backend, spec, layer, tensors, self._weights.experts[layer], x_NH, delta_NH),
         )
 
     def _compute_logits(self, num_logits: int) -> torch.Tensor:
         if num_logits > self._logits_MV.shape[0]:
             # Grows to the largest number seen: few rows while decoding, a whole chunk's for prompt log probabilities.
-            larger_MV = torch.empty((num_logits, self._logits_MV.shape[1]), dtype=torch.float32)
-            self._head = ops.linear(self._x_NH, self._head_VH, larger_MV)
+            larger_MV = self.backend.empty(num_logits, self._logits_MV.shape[1])
+            self._head = self.backend.linear(self._x_NH.device, self._head_VH, larger_MV)
             self._logits_MV = larger_MV  # last: where there is no memory for it, the step is repeated
         logits_MV = self._logits_MV[:num_logits]
         if num_logits:

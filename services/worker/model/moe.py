@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from common.model_spec import ModelSpec
+from services.worker.backends.base import ComputeBackend, Mirror
 from services.worker.exchange.base import Exchange
-from services.worker.model import ops
 
 
 class RoutedExperts:
@@ -17,37 +17,49 @@ class RoutedExperts:
 
     def __init__(
         self,
+        backend: ComputeBackend,
         spec: ModelSpec,
         layer: int,
         tensors: dict[str, torch.Tensor],
         experts: dict[str, torch.Tensor],
-        x_NH: torch.Tensor,
-        delta_NH: torch.Tensor,
+        x_NH: Mirror,
+        delta_NH: Mirror,
     ) -> None:
-        shape = (x_NH.shape[0], spec.moe.top_k)
+        max_tokens, top_k = x_NH.host.shape[0], spec.moe.top_k
+        ids_NK = backend.mirror(max_tokens, top_k, dtype=torch.int32)
+        weights_NK = backend.mirror(max_tokens, top_k)
         self._layer = layer
-        self._x_NH = x_NH
-        self._delta_NH = delta_NH
-        self._ids_NK = torch.empty(shape, dtype=torch.int32)
-        self._weights_NK = torch.empty(shape, dtype=torch.float32)
-        self._route = ops.route(x_NH, tensors["gate"], spec.moe, self._ids_NK, self._weights_NK)
-        self._compute = ops.experts(experts["w13"], experts["w2"], spec.moe, spec.hidden)
+        self._x_NH, self._ids_NK, self._weights_NK = x_NH.host, ids_NK.host, weights_NK.host
+        self._delta_NH = delta_NH.host
+        self._route = backend.route(x_NH.device, tensors["gate"], spec.moe, ids_NK.device, weights_NK.device)
+        self._download = backend.download(x_NH, ids_NK, weights_NK)
+        self._compute = backend.experts(experts["w13"], experts["w2"], spec.moe, spec.hidden)
+        self._upload = backend.upload(delta_NH)
 
     def __call__(self, exchange: Exchange, n: int) -> None:
         """Compute the layer; takes part in the exchange also with no rows."""
         self._route(n)
+        self._download(n)
         num_rows = exchange.dispatch(self._layer, self._x_NH, self._ids_NK, self._weights_NK, n)
         self._compute(exchange.rows_RH, exchange.counts_E, num_rows)
         exchange.combine(self._layer, exchange.rows_RH, self._delta_NH, n)
+        self._upload(n)
 
 
 class DenseFeedForward:
     """One layer without experts: x is read, the result is written to `delta`."""
 
     def __init__(
-        self, spec: ModelSpec, tensors: dict[str, torch.Tensor], x_NH: torch.Tensor, delta_NH: torch.Tensor
+        self,
+        backend: ComputeBackend,
+        spec: ModelSpec,
+        tensors: dict[str, torch.Tensor],
+        x_NH: Mirror,
+        delta_NH: Mirror,
     ) -> None:
-        self._compute = ops.feed_forward(x_NH, tensors["w13"], tensors["w2"], spec.dense_width, delta_NH)
+        self._compute = backend.feed_forward(
+            x_NH.device, tensors["w13"], tensors["w2"], spec.dense_width, delta_NH.device
+        )
 
     def __call__(self, exchange: Exchange, n: int) -> None:
         """Compute the layer; nothing is exchanged."""

@@ -2,7 +2,9 @@
 
 Its next token depends on every value of the sequence's KV cache and on the weights of the experts that were routed to,
 and a few lines of plain Python compute it independently (tests/oracle.py). It uses the same batch, exchange, KV
-addresses and sampler as real models. All values are whole numbers below the modulus p < 2^16, so float32 keeps them.
+blocks and sampler as real models. All values are whole numbers below the modulus p < 2^16, so float32 keeps them.
+
+The backend keeps and reads the cache; all other arithmetic is numpy's, on the host, whatever the device.
 
 Shape suffixes: N rows of a step, H hidden, D head_dim, E experts, K experts per token, R rows received, M logits,
 V vocabulary.
@@ -11,14 +13,15 @@ V vocabulary.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from types import EllipsisType
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from native import kernels
+from services.worker.backends.base import ComputeBackend, StepBatch
 from services.worker.exchange.base import Exchange
-from services.worker.model import ops
 from services.worker.model.base import StepTimes
 from services.worker.model.batch import Batch
 from services.worker.model.weights import RankWeights
@@ -28,35 +31,41 @@ FIRST_PRINTABLE, NUM_PRINTABLE = 32, 95  # bytes; a byte-level tokenizer's ids 0
 CHOSEN_LOGIT = 30.0  # all others are 0
 
 Ints = npt.NDArray[np.int64]
+Reader = Callable[[Ints | EllipsisType], npt.NDArray[np.float32]]
 
 
 class OracleModel:
     """One rank's oracle model (see Model). Owns its buffers, sized for `max_tokens` rows."""
 
-    def __init__(self, weights: RankWeights, max_tokens: int) -> None:
+    def __init__(self, backend: ComputeBackend, weights: RankWeights, max_tokens: int) -> None:
         spec = weights.spec
         hidden, dim, top_k = spec.hidden, spec.attention.head_dim, spec.moe.top_k
+        self.backend = backend
         self.times = StepTimes(0, 0, 0)
         self._weights = weights
         self._spec = spec
         self._max_tokens = max_tokens
-        # Views, so that each step reads what is in memory then.
-        self._embed_VH = weights.base["embed"].numpy()
-        self._head_H = weights.base["head"].numpy()
-        self._salt_LH = [layer["salt"].numpy() for layer in weights.layers]
-        self._experts = [(layer["mul"].numpy(), layer["add"].numpy()) for layer in weights.experts]
+        # Each step reads what is in memory then.
+        self._embed_VH, self._head_H = (_reader(backend, weights.base[name]) for name in ("embed", "head"))
+        self._salt_LH = [_reader(backend, layer["salt"]) for layer in weights.layers]
+        self._experts = [(_reader(backend, layer["mul"]), _reader(backend, layer["add"])) for layer in weights.experts]
         self._key_at_D, self._value_at_D = np.arange(dim) % hidden, np.arange(dim, 2 * dim) % hidden
         self._dim_of_H = np.arange(hidden) % dim
         self._router_H = np.arange(1, hidden + 1)
         experts_E = np.arange(spec.moe.num_experts)
         self._scale_E, self._shift_E = 2 * experts_E + 1, (experts_E + 1) ** 2 * 7919
-        # Tensors for kernels and exchange, and numpy's view of the same memory.
-        self._kv_ND, self._mixed_ND = (torch.empty((max_tokens, 2 * dim), dtype=torch.float32) for _ in range(2))
+        # Tensors for backend and exchange, and numpy's view of the same memory.
+        self._kv_ND, self._mixed_ND = (backend.mirror(max_tokens, 2 * dim) for _ in range(2))
+        self._upload, self._download = backend.upload(self._kv_ND), backend.download(self._mixed_ND)
+        self._mix = [
+            backend.whole_number_attention(layer, spec.modulus, BASE, self._kv_ND.device, self._mixed_ND.device)
+            for layer in range(spec.num_layers)
+        ]
         self._x_NH, self._sum_NH = (torch.empty((max_tokens, hidden), dtype=torch.float32) for _ in range(2))
         self._ids_NK = torch.empty((max_tokens, top_k), dtype=torch.int32)
         self._ones_NK = torch.ones((max_tokens, top_k), dtype=torch.float32)
         self._kv, self._mixed, self._x, self._sum = (
-            tensor.numpy() for tensor in (self._kv_ND, self._mixed_ND, self._x_NH, self._sum_NH)
+            tensor.numpy() for tensor in (self._kv_ND.host, self._mixed_ND.host, self._x_NH, self._sum_NH)
         )
         self._ids = self._ids_NK.numpy()
 
@@ -66,27 +75,29 @@ class OracleModel:
             raise ValueError(f"a step of {batch.num_rows} rows; the limit is {self._max_tokens}")
         started = time.perf_counter_ns()
         exchange.take_times()
-        parts = ops.check_parts(batch, self._weights.kv, self._spec)
+        step = self.backend.check_batch(batch, self._weights.kv)
         token_ids = np.array(batch.token_ids, dtype=np.int64)
         if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < self._spec.vocab:
             raise ValueError(f"a token is not below the vocabulary's {self._spec.vocab}")
         positions_N1 = _positions(batch)[:, None]
-        x_NH = self._embed_VH[token_ids].astype(np.int64)
+        x_NH = self._embed_VH(token_ids).astype(np.int64)
         for layer in range(self._spec.num_layers):
-            x_NH = self._attend(parts, layer, x_NH, positions_N1)
+            x_NH = self._attend(step, layer, x_NH, positions_N1)
             x_NH = self._route_and_compute(layer, x_NH, exchange)
         logits_MV = self._logits(x_NH[np.array(batch.logit_rows, dtype=np.int64)])
         self.times = StepTimes(time.perf_counter_ns() - started, *exchange.take_times())
         return logits_MV
 
-    def _attend(self, parts: kernels.Parts, layer: int, x_NH: Ints, positions_N1: Ints) -> Ints:
+    def _attend(self, step: StepBatch, layer: int, x_NH: Ints, positions_N1: Ints) -> Ints:
         """Write k and v, mix what the cache holds up to each row's position into x."""
         p, dim, n = self._spec.modulus, self._spec.attention.head_dim, len(x_NH)
-        salt_H = self._salt_LH[layer].astype(np.int64)
+        salt_H = self._salt_LH[layer](...).astype(np.int64)
         key_at_D, value_at_D = self._key_at_D, self._value_at_D
         self._kv[:n, :dim] = (x_NH[:, key_at_D] * salt_H[key_at_D] + positions_N1 + 1) % p
         self._kv[:n, dim:] = (x_NH[:, value_at_D] + salt_H[value_at_D] * (positions_N1 + 1)) % p
-        kernels.oracle_mix(parts, layer, self._kv_ND.data_ptr(), p, BASE, self._mixed_ND.data_ptr())
+        self._upload(n)
+        self._mix[layer](step)
+        self._download(n)
         mixed_ND = self._mixed[:n].astype(np.int64)
         keys_NH, values_NH = mixed_ND[:, self._dim_of_H], mixed_ND[:, dim + self._dim_of_H]
         mixed_NH: Ints = (x_NH + keys_NH + values_NH * salt_H) % p
@@ -104,8 +115,8 @@ class OracleModel:
             mul_EH, add_EH = self._experts[layer]
             experts_R = np.repeat(np.arange(self._spec.moe.num_experts), exchange.counts_E.numpy())
             rows_RH = exchange.rows_RH.numpy()[:num_rows]
-            # Indexing touches the slots of experts with rows only; the others may be unmapped.
-            mul_RH, add_RH = mul_EH[experts_R].astype(np.int64), add_EH[experts_R].astype(np.int64)
+            # The slots of experts without rows are not touched: they may be unmapped.
+            mul_RH, add_RH = mul_EH(experts_R).astype(np.int64), add_EH(experts_R).astype(np.int64)
             rows_RH[:] = (rows_RH.astype(np.int64) * mul_RH + add_RH) % p
         exchange.combine(layer, exchange.rows_RH, self._sum_NH, n)
         summed_NH: Ints = (x_NH + self._sum[:n].astype(np.int64)) % p
@@ -113,12 +124,25 @@ class OracleModel:
 
     def _logits(self, x_MH: Ints) -> torch.Tensor:
         vocab = self._spec.vocab
-        hash_M = x_MH @ self._head_H.astype(np.int64) % self._spec.modulus
+        hash_M = x_MH @ self._head_H(...).astype(np.int64) % self._spec.modulus
         has_printable = vocab >= FIRST_PRINTABLE + NUM_PRINTABLE
         tokens_M = FIRST_PRINTABLE + hash_M % NUM_PRINTABLE if has_printable else hash_M % vocab
         logits_MV = torch.zeros((len(x_MH), vocab), dtype=torch.float32)
         logits_MV.numpy()[np.arange(len(x_MH)), tokens_M] = CHOSEN_LOGIT
-        return logits_MV
+        return logits_MV.to(self.backend.device)
+
+
+def _reader(backend: ComputeBackend, tensor: torch.Tensor) -> Reader:
+    """What lies in `tensor` when it is called, at the indices of the first dimension or all of it, in host memory."""
+    if backend.is_synchronous:
+        return tensor.numpy().__getitem__
+
+    def read(at: Ints | EllipsisType) -> npt.NDArray[np.float32]:
+        index = at if isinstance(at, EllipsisType) else torch.from_numpy(at).to(tensor.device)
+        read_X: npt.NDArray[np.float32] = tensor[index].cpu().numpy()
+        return read_X
+
+    return read
 
 
 def _positions(batch: Batch) -> Ints:

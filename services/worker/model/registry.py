@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.protocol.errors import ConfigError
+from services.worker.backends.base import ComputeBackend
 from services.worker.model.attention import GroupedQueryAttention
 from services.worker.model.base import Model, StepTimes
 from services.worker.model.decoder import Decoder
@@ -18,23 +19,23 @@ from services.worker.model.weights import RankWeights
 __all__ = ["Model", "StepTimes", "build_model"]
 
 
-def build_model(weights: RankWeights, max_tokens: int) -> Model:
+def build_model(backend: ComputeBackend, weights: RankWeights, max_tokens: int) -> Model:
     """The model of `weights.spec`, with buffers for steps of at most `max_tokens` rows.
 
-    Keeps `weights`. Raises ConfigError for an architecture without code, ValueError for a tensor of a wrong shape or
-    dtype.
+    Keeps `backend` and `weights`. Raises ConfigError for an architecture without code, ValueError for a tensor of a
+    wrong shape or dtype.
     """
     builder = BUILDERS.get(weights.spec.architecture)
     if builder is None:
         raise ConfigError(f"architecture {weights.spec.architecture!r} cannot be computed; known: {sorted(BUILDERS)}")
-    return builder(weights, max_tokens)
+    return builder(backend, weights, max_tokens)
 
 
-def _softmax_decoder(weights: RankWeights, max_tokens: int) -> Model:
-    return Decoder(weights, max_tokens, attention=GroupedQueryAttention, experts=RoutedExperts)
+def _softmax_decoder(backend: ComputeBackend, weights: RankWeights, max_tokens: int) -> Model:
+    return Decoder(backend, weights, max_tokens, attention=GroupedQueryAttention, experts=RoutedExperts)
 
 
-BUILDERS: dict[str, Callable[[RankWeights, int], Model]] = {
+BUILDERS: dict[str, Callable[[ComputeBackend, RankWeights, int], Model]] = {
     "MixtralForCausalLM": _softmax_decoder,
     "Qwen3MoeForCausalLM": _softmax_decoder,
     "OracleMoeForCausalLM": OracleModel,

@@ -16,18 +16,24 @@ from common.model_spec import KvGeometry, ModelSpec
 
 @dataclass(slots=True)
 class KvCache:
-    """The KV blocks that are mapped: block b lies at `base_addr + b * geometry.block_stride` for what computes on it,
-    and at `address + b * geometry.block_stride` of `device`, which copies, reads and writes the bytes of blocks.
+    """The KV blocks. `blocks`: [most blocks, layers, 2 (k, v), kv heads, block_size, head_dim] in the model's dtype,
+    contiguous but for the first dimension: block b lies at `base_addr + b * geometry.block_stride` for what computes on
+    it, and at `address + b * geometry.block_stride` of `device`, which copies, reads and writes the bytes of blocks.
 
-    Inside a block: [layers, 2 (k, v), kv heads, block_size, head_dim] in the model's dtype, contiguous. `num_blocks`
-    may change between steps, as blocks are mapped or unmapped at the end; a batch is checked against it.
+    The first `num_blocks` are mapped; touching another is a fault. The number may change between steps, as blocks are
+    mapped or unmapped at the end; a batch is checked against it.
     """
 
-    base_addr: int
+    blocks: torch.Tensor
     num_blocks: int
     geometry: KvGeometry
     device: Device
     address: int
+
+    @property
+    def base_addr(self) -> int:
+        """Where the first block begins."""
+        return self.blocks.data_ptr()
 
 
 @dataclass(frozen=True, slots=True)

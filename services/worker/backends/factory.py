@@ -1,0 +1,15 @@
+"""The one place that knows the compute backends by name."""
+
+from __future__ import annotations
+
+from common.layout import Compute
+from services.worker.backends.base import ComputeBackend
+from services.worker.backends.host import HostBackend
+from services.worker.backends.torch import TorchBackend
+
+BACKENDS: dict[Compute, type[HostBackend | TorchBackend]] = {"host": HostBackend, "torch": TorchBackend}
+
+
+def open_backend(name: Compute) -> ComputeBackend:
+    """A backend for one rank on a device of this host."""
+    return BACKENDS[name]()

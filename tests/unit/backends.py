@@ -1,0 +1,72 @@
+"""A compute backend that computes as late as an accelerator may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from services.worker.backends.base import Mirror, Operation
+from services.worker.backends.torch import TorchBackend
+
+_QUEUED = (
+    "embed",
+    "linear",
+    "rms_norm",
+    "final_norm",
+    "rope_table",
+    "store_kv",
+    "attention",
+    "route",
+    "feed_forward",
+    "whole_number_attention",
+)
+
+
+class QueuedBackend(TorchBackend):
+    """Nothing is computed before a fence, and host memory is not the device's: what reads a result without having
+    waited for it reads what was there before."""
+
+    name = "queued"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_synchronous = False
+        self.num_fences = 0
+        self._queue: list[Callable[[], None]] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        """Operations that are queued when they are called."""
+        found = super().__getattribute__(name)
+        return self._queueing(found) if name in _QUEUED else found
+
+    def _queueing(self, make: Callable[..., Callable[..., None]]) -> Callable[..., Callable[..., None]]:
+        def made(*tensors: Any, **options: Any) -> Callable[..., None]:
+            run = make(*tensors, **options)
+            return lambda *args: self._queue.append(lambda: run(*args))
+
+        return made
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """See ComputeBackend. Full of what no result is."""
+        return torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype)
+
+    def download(self, *mirrors: Mirror) -> Operation:
+        """See ComputeBackend."""
+
+        def run(n: int) -> None:
+            for mirror in mirrors:
+                self._queue.append(lambda mirror=mirror: mirror.host[:n].copy_(mirror.device[:n]))  # type: ignore[misc]
+            self.fence()
+
+        return run
+
+    def upload(self, mirror: Mirror) -> Operation:
+        """See ComputeBackend. The host's rows are read as late as they may be."""
+        return lambda n: self._queue.append(lambda: mirror.device[:n].copy_(mirror.host[:n]))
+
+    def _synchronize(self) -> None:
+        self.num_fences += 1
+        while self._queue:
+            self._queue.pop(0)()

@@ -1,0 +1,169 @@
+"""Compute backends beside one another: a row's bits, the same choices, and what each refuses.
+
+Shape suffixes: N rows, H hidden, W width, E experts, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from common.model_spec import MoeSpec
+from common.protocol.rank import Sampling
+from services.worker.backends.base import ComputeBackend
+from services.worker.backends.factory import BACKENDS, open_backend
+
+ROWS, HIDDEN, WIDTH = 40, 512, 256
+BY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+Compute = Callable[[ComputeBackend, torch.Tensor], torch.Tensor]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> ComputeBackend:
+    """Each of them."""
+    return open_backend(request.param)
+
+
+def random_of(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(dtype: torch.dtype) -> Compute:
+    w_WH = (random_of(WIDTH, HIDDEN, seed=1) / 20).to(dtype)
+
+    def compute(backend: ComputeBackend, x_NH: torch.Tensor) -> torch.Tensor:
+        out_NW = backend.empty(len(x_NH), WIDTH)
+        backend.linear(x_NH, w_WH, out_NW)(len(x_NH))
+        return out_NW
+
+    return compute
+
+
+def feed_forward(dtype: torch.dtype) -> Compute:
+    w13, w2 = ((random_of(*shape, seed=2) / 20).to(dtype) for shape in ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)))
+
+    def compute(backend: ComputeBackend, x_NH: torch.Tensor) -> torch.Tensor:
+        out_NH = backend.empty(*x_NH.shape)
+        backend.feed_forward(x_NH, w13, w2, WIDTH, out_NH)(len(x_NH))
+        return out_NH
+
+    return compute
+
+
+def experts(dtype: torch.dtype) -> Compute:
+    """All rows are expert 1's; expert 0 has none and is full of NaN."""
+    moe = MoeSpec(2, 1, WIDTH, False)
+    w13, w2 = (
+        torch.stack([torch.full(shape, float("nan")), random_of(*shape, seed=3) / 20]).to(dtype)
+        for shape in ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH))
+    )
+
+    def compute(backend: ComputeBackend, x_NH: torch.Tensor) -> torch.Tensor:
+        rows_NH = x_NH.clone()
+        backend.experts(w13, w2, moe, HIDDEN)(rows_NH, torch.tensor([0, len(x_NH)], dtype=torch.int32), len(x_NH))
+        return rows_NH
+
+    return compute
+
+
+def rms_norm(_: torch.dtype) -> Compute:
+    def compute(backend: ComputeBackend, x_NH: torch.Tensor) -> torch.Tensor:
+        out_NH, sum_NH, weight_H = backend.empty(*x_NH.shape), x_NH.clone(), random_of(HIDDEN)
+        backend.rms_norm(sum_NH, x_NH, weight_H, 1e-6, out_NH)(len(x_NH))
+        return out_NH
+
+    return compute
+
+
+def route(_: torch.dtype) -> Compute:
+    moe = MoeSpec(60, 4, WIDTH, True)
+    gate_EH = random_of(60, HIDDEN, seed=4) / 20
+
+    def compute(backend: ComputeBackend, x_NH: torch.Tensor) -> torch.Tensor:
+        ids_NK, weights_NK = backend.empty(len(x_NH), 4, dtype=torch.int32), backend.empty(len(x_NH), 4)
+        backend.route(x_NH, gate_EH, moe, ids_NK, weights_NK)(len(x_NH))
+        return torch.cat([ids_NK.float(), weights_NK], 1)
+
+    return compute
+
+
+MAKERS = [linear, feed_forward, experts, rms_norm, route]
+
+
+@BY_DTYPE
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_rows_bits_do_not_depend_on_its_company(
+    make: Callable[[torch.dtype], Compute], dtype: torch.dtype, backend: ComputeBackend
+) -> None:
+    """torch's own products do depend on it: on the number of rows, and on a row's place among them."""
+    compute, x_NH = make(dtype), random_of(ROWS, HIDDEN)
+    together = compute(backend, x_NH)
+    assert torch.isfinite(together).all()
+    for begin, end in ((0, 1), (7, 9), (0, 17), (3, 40)):
+        assert torch.equal(compute(backend, x_NH[begin:end].clone()), together[begin:end])
+
+
+@BY_DTYPE
+@pytest.mark.parametrize("make", MAKERS)
+def test_operations_nearly_agree(make: Callable[[torch.dtype], Compute], dtype: torch.dtype) -> None:
+    compute, x_NH = make(dtype), random_of(ROWS, HIDDEN, seed=5)
+    first, *others = (compute(open_backend(name), x_NH) for name in BACKENDS)
+    for other in others:
+        assert float((first - other).abs().max()) < 1e-5 * float(first.abs().max())
+
+
+def test_equals_are_taken_by_their_ids(backend: ComputeBackend) -> None:
+    moe = MoeSpec(8, 3, 4, True)
+    ids_NK, weights_NK = backend.empty(1, 3, dtype=torch.int32), backend.empty(1, 3)
+    gate_EH = torch.zeros(8, 4)
+    for x in (torch.zeros(1, 4), torch.full((1, 4), float("nan"))):
+        backend.route(x, gate_EH, moe, ids_NK, weights_NK)(1)
+        assert len(set(ids_NK[0].tolist())) == 3
+        if not x.isnan().any():
+            assert ids_NK[0].tolist() == [0, 1, 2]
+    assert backend.greatest(torch.tensor([[1.0, 3.0, 3.0], [float("nan"), 1.0, 2.0], [0.0, -0.0, 0.0]])) == [1, -1, 0]
+    assert backend.top_tokens(torch.tensor([1.0, 3.0, 3.0, 2.0]), 3) == [1, 2, 3]
+
+
+def test_seeded_draws_are_the_same() -> None:
+    """Of the same logits, whatever the options, but where a random number falls onto the very edge of a token."""
+    rng, num_same, num_all = random.Random(11), 0, 0
+    backends = [open_backend(name) for name in BACKENDS]
+    for number in range(600):
+        vocab = rng.choice((3, 50, 259, 2_000))
+        logits_BV = random_of(1, vocab, seed=number) * rng.choice((0.1, 2.0, 8.0))
+        if rng.random() < 0.3:
+            logits_BV = logits_BV.round()  # equals
+        sampling = Sampling(
+            seed=1,
+            temperature=rng.choice((0.05, 0.7, 1.0, 3.0)),
+            top_k=rng.choice((0, 0, 1, 7, 40)),
+            top_p=rng.choice((1.0, 1.0, 0.9, 0.3, 0.0)),
+            min_p=rng.choice((0.0, 0.0, 0.05, 1.0)),
+        )
+        uniform = rng.random()
+        tokens = {backend.draw(logits_BV, 0, sampling, uniform) for backend in backends}
+        num_same += len(tokens) == 1
+        num_all += 1
+    assert num_same >= num_all - 1
+
+
+@pytest.mark.parametrize(
+    ("x_NH", "w_WH", "out_NW"),
+    [
+        (torch.zeros(2, 8), torch.zeros(4, 6), torch.zeros(2, 4)),
+        (torch.zeros(2, 8, dtype=torch.float64), torch.zeros(4, 8), torch.zeros(2, 4)),
+        (torch.zeros(2, 8), torch.zeros(4, 8, dtype=torch.float16), torch.zeros(2, 4)),
+        (torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(4, 2).T),
+        (torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(2, 5)),
+        (torch.zeros(2, 8, device="meta"), torch.zeros(4, 8), torch.zeros(2, 4)),
+    ],
+)
+def test_tensors_are_checked_when_an_operation_is_made(
+    x_NH: torch.Tensor, w_WH: torch.Tensor, out_NW: torch.Tensor, backend: ComputeBackend
+) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        backend.linear(x_NH, w_WH, out_NW)
