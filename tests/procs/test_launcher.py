@@ -271,7 +271,7 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_group(start: Start, run
     run.read(SERVING)
     started = time.monotonic()
     assert run.stop() == 0
-    assert 2.0 <= time.monotonic() - started < 30.0
+    assert time.monotonic() - started >= 2.0
     text = "".join(run.lines)
     assert "hmm did not end within 2 s of SIGTERM; killed" in text
     assert f"logs are kept in {run_dir / 'logs'}" in text

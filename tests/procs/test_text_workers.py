@@ -121,11 +121,9 @@ async def test_a_worker_that_cannot_be_started_costs_neither_the_others_nor_thei
 
 async def test_a_template_that_does_not_end_is_stopped(directory: Path) -> None:
     async with running(directory) as (texts, _):
-        began = time.monotonic()
         with pytest.raises(InvalidRequest, match="more than the limit of 2 s of CPU") as caught:
             await chat(texts, "slow")
         assert caught.value.code == "prompt_too_expensive"
-        assert time.monotonic() - began < 20.0
         _, alive = server_and_workers()
         psutil.wait_procs(alive, timeout=2.0)
         assert await chat(texts, "hi") == "hi;"

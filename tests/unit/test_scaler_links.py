@@ -8,7 +8,6 @@ import random
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,9 +131,7 @@ def test_what_the_pool_said_is_asked_for_again_when_it_tells_something_or_is_com
             assert events == [told]
             assert links.ask_pool(is_starting=False, age_s_max=60.0) == PoolStatus(4, ())
             links.wake()
-            begun = time.monotonic()
-            links.wait(10.0, is_quiet=True)
-            assert time.monotonic() - begun < 5.0
+            links.wait(3_600.0, is_quiet=True)  # returns
         finally:
             links.close()
             stop.set()
