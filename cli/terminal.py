@@ -89,8 +89,17 @@ def table_console(file: IO[str] | None = None) -> Console:
             """Called while the error is handled."""
             raise BrokenPipeError
 
-    console = Plain(file=file, highlight=False, markup=False, emoji=False, soft_wrap=file is not None)
-    if file is None and not console.is_terminal and "COLUMNS" not in os.environ:
+    # The library would take FORCE_COLOR, and others, for a terminal that can be filled and asks for keys.
+    is_terminal = (sys.stdout if file is None else file).isatty()
+    console = Plain(
+        file=file,
+        force_terminal=is_terminal,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=file is not None,
+    )
+    if file is None and not is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPE_WIDTH  # programs read lines, and no path in them may be cut
     return console
 

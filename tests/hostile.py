@@ -5,6 +5,7 @@ kind to them. All conditions, one after another, unless some are named:
     holes    with 20 inherited descriptors, and holes between their numbers
     umask    under umask 077
     user     as a user without rights, in a fresh home (needs root; said to be left out elsewhere)
+    shell    with what a caller's shell may have set: another time zone and locale, a narrow terminal, colours, proxies
 
 Without further arguments what `make test` runs. No test may depend on the machine's speed, on what was inherited, on
 who runs it or on what its files' modes would be. The exit status is 1 where a condition failed.
@@ -30,7 +31,17 @@ ROOT = Path(__file__).parent.parent
 USUAL = ["-m", "not compose and not slow", "-n", "2", "--dist", "loadfile"]
 NUMBERS = (*range(4, 11), *range(14, 19), 21, 24, 27, 30, 40, 63, 90, 200)  # 20 of them
 
-_Options = dict[str, Any]  # of Popen, and `prefix`, `numbers` of the command
+ODD = {
+    "TZ": "Pacific/Marquesas",  # nine hours and a half behind
+    "LC_ALL": "C",
+    "COLUMNS": "40",
+    "LINES": "10",
+    "FORCE_COLOR": "1",
+    "SSL_CERT_FILE": "/nonexistent",
+    "CDPATH": "/",
+}
+
+_Options = dict[str, Any]  # of Popen, `environment` to add to ours, and `prefix`, `numbers` of the command
 
 
 @contextmanager
@@ -65,11 +76,19 @@ def user(home: Path) -> Iterator[_Options]:
     yield {"prefix": as_user(NOBODY, ()) or ()}
 
 
+@contextmanager
+def shell(_: Path) -> Iterator[_Options]:
+    """Nothing that is set for other programs changes what ours does."""
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+    yield {"environment": {**nowhere, **ODD}}
+
+
 CONDITIONS: dict[str, Callable[[Path], contextlib.AbstractContextManager[_Options]]] = {
     "busy": busy,
     "holes": holes,
     "umask": umask,
     "user": user,
+    "shell": shell,
 }
 
 
@@ -78,9 +97,18 @@ def run(name: str, arguments: Sequence[str]) -> int:
     home = Path(tempfile.mkdtemp(prefix="em-hostile-"))
     # What is kept between runs is kept in the home: a user without rights cannot write to the checkout.
     environment = os.environ | {"HOME": str(home), "HYPOTHESIS_STORAGE_DIRECTORY": str(home / "hypothesis")}
-    command = [sys.executable, "-m", "pytest", "-o", f"cache_dir={home / 'pytest'}", *(arguments or USUAL)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--color=no",
+        "-o",
+        f"cache_dir={home / 'pytest'}",
+        *(arguments or USUAL),
+    ]
     try:
         with CONDITIONS[name](home) as options:
+            environment |= options.pop("environment", {})
             command = [*options.pop("prefix", ()), *with_numbers(options.pop("numbers", ()), command)]
             return subprocess.run(command, cwd=ROOT, env=environment, check=False, **options).returncode
     finally:

@@ -285,6 +285,7 @@ def test_no_line_of_a_status_that_goes_into_a_pipe_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which makes no terminal of a pipe
     run_dir = tmp_path / ("a folder with spaces " * 5) / ("x" * 200)
     run_dir.mkdir(parents=True, mode=0o700)
     value = running(layout={"error": "e" * 300}, devices={"devices": []}, load={}) | {"run_dir": str(run_dir)}
@@ -408,6 +409,7 @@ def test_the_doctor_finds_this_machine_fit(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_failed_check_is_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr(doctor, "CHECKS", (lambda: doctor.Finding("memfd", "fail", "no", "another kernel"),))
     assert main(["doctor"]) == 1
     assert "another kernel" in capsys.readouterr().out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import string
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,16 @@ def told() -> dict[str, set[str]]:
     return found
 
 
+@pytest.fixture
+def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The time zone, whatever this machine's is."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
 def test_every_kind_of_event_has_a_sentence_of_its_facts() -> None:
     kinds = told()
     assert len(kinds) >= 10
@@ -65,7 +77,7 @@ def test_every_kind_of_event_has_a_sentence_of_its_facts() -> None:
         ("of tomorrow", {"a": "{b}"}, "of tomorrow: why a={b}"),
     ],
 )
-def test_sentences(kind: str, facts: dict[str, str], text: str) -> None:
+def test_sentences(kind: str, facts: dict[str, str], text: str, utc: None) -> None:
     event = {"kind": kind, "reason": "why", "epoch": 3, "time_unix": 1e9, "facts": facts}
     stamp, _, rest = sentence(event).partition("  ")
     assert stamp.startswith("2001-09-09 ")

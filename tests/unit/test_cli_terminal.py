@@ -58,7 +58,8 @@ def test_an_answers_other_line_ends_become_line_ends() -> None:
     assert terminal.clean_answer("a\vb\fc\x85d\r\ne\u2028f") == "a\nb\nc\nd\ne\u2028f"
 
 
-def test_tables_bars_and_lines_are_cleaned(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_bars_and_lines_are_cleaned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     table = Table(title=f"t{HOSTILE}")
     table.add_column(f"c{HOSTILE}")
     table.add_row(Text(f"x{HOSTILE}", style="red"))
@@ -92,7 +93,7 @@ def test_errors_and_events_are_cleaned(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["version"]) == 1
     event = {"kind": HOSTILE, "reason": f"{HOSTILE}\nforged line", "epoch": 1, "time_unix": 0, "facts": {"a": HOSTILE}}
     monkeypatch.setattr(Admin, "lines", lambda *_: iter([f"data: {json.dumps(event)}"]))
-    monkeypatch.setattr("cli.events.admin_of", lambda _: Admin(httpx.Client(), "t", "x"))
+    monkeypatch.setattr("cli.events.admin_of", lambda _: Admin(httpx.Client(trust_env=False), "t", "x"))
     assert main(["events", "--run-dir", "/nowhere"]) == 0
     out, err = capsys.readouterr()
     assert is_safe(out)
