@@ -11,6 +11,7 @@ import array
 import errno
 import os
 import resource
+import select
 import socket
 import struct
 import time
@@ -45,6 +46,13 @@ class Channel(Generic[T]):
     def fileno(self) -> int:
         """For polling: readable at a message and at the peer's end."""
         return self._sock.fileno()
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether something has come, be it the peer's end."""
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        return bool(poller.poll(0))
 
     def peer_pid(self) -> int:
         """Process id of the other side: of who connected here, or listens there; 0 for one of another namespace."""

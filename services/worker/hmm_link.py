@@ -21,6 +21,7 @@ log = get_logger("rank")
 ATTACH_MS = 10_000
 RESUME_MS = 2_000  # the HMM listens only once it can answer; meanwhile this rank, and so all, do not step
 RECEIVE_MS = 500  # for the rest of a message that has begun to come
+MESSAGES_PER_LOOK = 4  # a rank steps between two looks, and importing handles takes milliseconds
 RESUME_S = 0.5  # between attempts to reach a restarted HMM
 
 Handed = tuple[ShareHandles | SeatMemory, list[int]]
@@ -31,6 +32,10 @@ class Channel(Protocol):
 
     def fileno(self) -> int:
         """Readable at a message and at the peer's end."""
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether it is now."""
 
     def send(self, body: Message, *, deadline_ms: int = ...) -> None:
         """Raises Unavailable when the peer is gone."""
@@ -95,20 +100,26 @@ class HmmLink:
             os.close(fd)
         raise ProtocolError(f"{type(received.body).__name__} was not asked for")
 
-    def look(self, readable: set[int], now: float) -> Handed | None:
-        """Take what came: a message with its descriptors, which are the caller's, or None. Does not wait for
-        anything that has not begun to come. Raises ElasticMoEError `memory_replaced` where a restarted HMM has lost
-        the memory that this rank has mapped: nobody else can ever see it again."""
-        if self._channel is not None and self._channel.fileno() in readable:
+    def look(self, readable: set[int], now: float) -> Iterator[Handed]:
+        """Take what came: messages with their descriptors, which are the caller's, up to a SeatMemory, and no more than
+        MESSAGES_PER_LOOK of them. Does not wait for anything that has not begun to come. Raises ElasticMoEError
+        `memory_replaced` where a restarted HMM has lost the memory that this rank has mapped: nobody else can ever see
+        it again."""
+        channel = self._channel
+        if channel is not None and channel.fileno() in readable:
             try:
-                return self._receive(self._channel, RECEIVE_MS)
+                for _ in range(MESSAGES_PER_LOOK):
+                    message, fds = self._receive(channel, RECEIVE_MS)
+                    yield message, fds
+                    if isinstance(message, SeatMemory) or not channel.is_readable:
+                        return
+                return
             except ElasticMoEError as error:
                 log.warning("the HMM is gone; serving goes on", because=error.message)
                 self.close()
         if self._channel is None and now >= self._resume_at:
             self._resume_at = now + RESUME_S
             self._resume()
-        return None
 
     def applied(self, revision: int) -> None:
         """Tell the HMM what has been reached. Where it is away, the next one asks again."""

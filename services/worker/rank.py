@@ -240,8 +240,7 @@ class Rank:
         self._look_at = now + LOOK_S
         if self._memory.doorbells[self._seat.slot] in readable:
             self._barrier.hear()
-        handed = self._hmm.look(readable, now)
-        if handed is not None:
+        for handed in self._hmm.look(readable, now):
             failpoint("rank.apply")
             self._memory.take(*handed)
 

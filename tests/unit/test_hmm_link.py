@@ -1,0 +1,94 @@
+"""A rank's connection to the HMM: what one look takes in, and what it leaves for the next."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import pytest
+
+from common.layout import RankId
+from common.protocol.codec import Message, Received
+from common.protocol.errors import ProtocolError, Unavailable
+from common.protocol.handles import Applied, SeatMemory, ShareHandles
+from common.protocol.pool import StartRank
+from common.protocol.replies import Ack
+from services.worker.hmm_link import MESSAGES_PER_LOOK, HmmLink
+
+SEAT = StartRank(RankId(0, 0), 0, "host:0", "r0", 1, 16, 4, 160)
+SHARE, GOAL = ShareHandles(()), SeatMemory(1, (), (), (), (), ())
+FD = 7
+
+
+class Channel:
+    """In place of common.fdchannel's. `came`: what the HMM has sent; its end, once `is_cut`."""
+
+    def __init__(self) -> None:
+        self.came: deque[Message] = deque()
+        self.sent: list[Message] = []
+        self.is_cut = False
+        self.is_closed = False
+
+    @property
+    def is_readable(self) -> bool:
+        return bool(self.came) or self.is_cut
+
+    def fileno(self) -> int:
+        return FD
+
+    def send(self, body: Message, *, deadline_ms: int = 0) -> None:
+        self.sent.append(body)
+
+    def receive(self, *, deadline_ms: int) -> tuple[Received[Any], list[int]]:
+        assert self.is_readable, "a rank that steps must not wait"
+        if not self.came:
+            raise Unavailable("peer closed the connection")
+        return Received(0, "hmm:1", 0, self.came.popleft()), []
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def channel() -> Channel:
+    return Channel()
+
+
+@pytest.fixture
+def link(channel: Channel) -> HmmLink:
+    made = HmmLink(lambda _: channel, SEAT, watch=lambda _: None, unwatch=lambda _: None)
+    made._channel = channel
+    return made
+
+
+def look(link: HmmLink) -> list[Message]:
+    return [message for message, _ in link.look({FD}, 0.0)]
+
+
+def test_a_look_takes_all_that_came_up_to_a_goal(link: HmmLink, channel: Channel) -> None:
+    channel.came.extend((SHARE, SHARE, GOAL, SHARE))
+    assert look(link) == [SHARE, SHARE, GOAL]
+    assert look(link) == [SHARE]
+    assert list(link.look(set(), 0.0)) == []
+    channel.came.extend([SHARE] * (MESSAGES_PER_LOOK + 1))
+    assert look(link) == [SHARE] * MESSAGES_PER_LOOK  # a step comes in between
+    assert look(link) == [SHARE]
+    link.applied(3)
+    assert channel.sent == [Applied(3)]
+
+
+def test_what_came_before_the_end_is_taken_and_then_the_link_is_cut(link: HmmLink, channel: Channel) -> None:
+    channel.came.append(SHARE)
+    channel.is_cut = True
+    assert look(link) == [SHARE]
+    assert channel.is_closed
+    assert not link.is_connected
+
+
+def test_the_first_goal_ends_what_is_handed_over(link: HmmLink, channel: Channel) -> None:
+    channel.came.extend((SHARE, GOAL, SHARE))
+    assert [message for message, _ in link.handed()] == [SHARE, GOAL]
+    channel.came.clear()
+    channel.came.append(Ack())
+    with pytest.raises(ProtocolError, match="Ack was not asked for"):
+        next(link.handed())
