@@ -10,6 +10,7 @@ from msgspec import Meta
 from common.layout import Layout
 from common.model_spec import Dtype, RecordKey
 from common.protocol.codec import Codec, Message
+from common.protocol.ids import TransitionId
 from common.protocol.limits import BLOCKS_PER_COPY_MAX, NAME_CHARS_MAX
 
 OpId = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
@@ -65,14 +66,14 @@ class RecordCopy(msgspec.Struct, frozen=True, array_like=True):
 
 class StageLayout(Message, frozen=True):
     """Make everything that `layout` needs beside what the layout in force uses: PREPARE. Answered at once by Ack or
-    Refused, then watched with GetHmmStatus (`HmmStatus.transition`). Idempotent for the same `op_id`.
+    Refused, then watched with GetHmmStatus (`HmmStatus.transition`). Idempotent for the same `id`.
 
     `layout.epoch` is one above the epoch in force. `kv_handles[device]`: KV handles of each device of both layouts from
     now until the release; where that is fewer than now, the device's rank vacates them first. `kv_handles_after`: from
     the release on, for the devices of `layout`. `bytes_per_s_max`: of all copies together, 0 for no limit.
     """
 
-    op_id: OpId
+    id: TransitionId
     layout: Layout
     copies: tuple[RecordCopy, ...]
     kv_handles: dict[str, int]
@@ -83,9 +84,9 @@ class StageLayout(Message, frozen=True):
 class CommitLayout(Message, frozen=True):
     """Let the staged layout come into force: the ranks flip to it at a step that they agree on. Refused
     (`not_prepared`) unless each of its slots has a rank that has mapped everything. From here on there is only forward.
-    Answered by Ack; idempotent for the same `op_id`."""
+    Answered by Ack; idempotent for the same `id`."""
 
-    op_id: OpId
+    id: TransitionId
 
 
 class ReleaseLayout(Message, frozen=True):
@@ -93,7 +94,7 @@ class ReleaseLayout(Message, frozen=True):
     before. `gone`: slots whose devices are lost, and in which no rank lives or will: an HMM that has restarted does not
     wait for theirs to resume. Answered by Ack at once, then watched with GetHmmStatus; idempotent."""
 
-    op_id: OpId
+    id: TransitionId
     gone: tuple[Slot, ...] = ()
 
 
@@ -103,7 +104,7 @@ class AbortLayout(Message, frozen=True):
     (`committed`) after the commit. `gone`: as of ReleaseLayout. Answered by Ack at once, then watched with
     GetHmmStatus; idempotent."""
 
-    op_id: OpId
+    id: TransitionId
     gone: tuple[Slot, ...] = ()
 
 

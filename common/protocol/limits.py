@@ -1,6 +1,6 @@
 """Every bound of the system in one place. A limit has a unit in its name or in the comment beside it."""
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # Messages
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
@@ -50,4 +50,4 @@ CHECKPOINT_FILES_MAX = 512
 
 # Sockets: a Unix socket's path must fit sockaddr_un.sun_path, its final NUL included
 SOCKET_PATH_BYTES_MAX = 107
-URGENT_STEPS_MAX = 16  # steps in a row that only decode
+DECODE_ONLY_STEPS_MAX = 16  # steps in a row that only decode

@@ -9,11 +9,12 @@ from msgspec import Meta
 
 from common.layout import RankId
 from common.protocol.codec import Codec, Message
+from common.protocol.ids import CommandId
 from common.protocol.limits import (
+    DECODE_ONLY_STEPS_MAX,
     LOGIT_BIAS_MAX,
     LOGPROBS_MAX,
     MOVE_TARGETS_MAX,
-    NAME_CHARS_MAX,
     OUTPUT_PENALTY_MAX,
     PROMPT_TOKENS_MAX,
     REPETITION_PENALTY_MAX,
@@ -24,7 +25,6 @@ from common.protocol.limits import (
     TAIL_BYTES_MAX,
     TEMPERATURE_MAX,
     TOKEN_BIAS_MAX,
-    URGENT_STEPS_MAX,
     VOCAB_MAX,
 )
 from common.protocol.router import Logprob, Suspicion
@@ -100,29 +100,58 @@ class GetRankLoad(Message, frozen=True):
 
 
 class MoveTarget(msgspec.Struct, frozen=True):
-    """A rank that may take sequences over, at most `num_sequences` of them."""
+    """A rank that may take sequences over, at most `num_sequences` of them; a drain has no such bound."""
 
     rank: RankId
     slot: Annotated[int, Meta(ge=0, le=63)]
-    num_sequences: Annotated[int, Meta(ge=0)]
+    num_sequences: Annotated[int, Meta(ge=0)] = 0
 
 
-class Move(Message, frozen=True):
-    """Scaler -> rank, fenced: hand sequences over to `targets`, with their KV, while they run. Answered by Ack at once,
-    then watched with GetRankLoad. A new command replaces the one in force.
+Targets = Annotated[tuple[MoveTarget, ...], Meta(max_length=MOVE_TARGETS_MAX)]
+DecodeOnlySteps = Annotated[int, Meta(ge=0, le=DECODE_ONLY_STEPS_MAX)]
 
-    `is_leaving`: hand over all of them, those that come later too, to any of the targets (their numbers are ignored),
-    until another Move says otherwise; the rank ends by itself once it is no member any more and nobody needs it.
-    Without targets: hand over nothing, and leave no more. A target that is no member yet gets places reserved and full
-    blocks copied; sequences are handed over to it when it steps with the others.
 
-    `urgent_steps`: the rank's next so many steps only decode, because what is commanded waits for their ends.
-    """
+class MigrateTo(Message, frozen=True):
+    """Scaler -> rank, fenced, as all RankCommands: hand so many sequences over to each of `targets`, with their KV,
+    while they run. Answered by Ack at once, then watched with GetRankLoad, which tells the `id` in force. Any new
+    command replaces the one in force; what it does not ask for ends."""
 
-    op_id: Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
-    targets: Annotated[tuple[MoveTarget, ...], Meta(max_length=MOVE_TARGETS_MAX)]
-    is_leaving: bool = False
-    urgent_steps: Annotated[int, Meta(ge=0, le=URGENT_STEPS_MAX)] = 0
+    id: CommandId
+    targets: Targets
+
+
+class Precopy(Message, frozen=True):
+    """Get sequences ready for ranks that are no members yet: places are reserved and full blocks copied; they are
+    handed over when the target steps with the others. The next `decode_only_steps` steps only decode, because all that
+    waits for their ends."""
+
+    id: CommandId
+    targets: Targets
+    decode_only_steps: DecodeOnlySteps = 0
+
+
+class DecodeOnly(Message, frozen=True):
+    """Hand over nothing; the next so many steps only decode, because what is under way waits for their ends."""
+
+    id: CommandId
+    decode_only_steps: DecodeOnlySteps
+
+
+class Drain(Message, frozen=True):
+    """Hand over all sequences, those that come later too, to any of `targets`. The rank leaves: it ends by itself once
+    it is no member any more and nobody needs it."""
+
+    id: CommandId
+    targets: Targets
+
+
+class CancelMigration(Message, frozen=True):
+    """Hand over nothing, and leave no more."""
+
+    id: CommandId
+
+
+RankCommand = MigrateTo | Precopy | DecodeOnly | Drain | CancelMigration
 
 
 class Reserve(Message, frozen=True):
@@ -166,5 +195,7 @@ class GetRankIntegrity(Message, frozen=True):
     """Verify blocks, rows and bus. Answered by scaler.Integrity."""
 
 
-ToRank = Submit | Cancel | Watch | Unwatch | GetRankIntegrity | GetRankLoad | Move | Reserve | Unreserve | HandOver
+ToRank = (
+    Submit | Cancel | Watch | Unwatch | GetRankIntegrity | GetRankLoad | RankCommand | Reserve | Unreserve | HandOver
+)
 CODEC: Codec[ToRank] = Codec(ToRank)

@@ -9,6 +9,7 @@ import msgspec
 from common.layout import Layout, RankId
 from common.model_spec import KvGeometry
 from common.protocol.codec import Codec, Message
+from common.protocol.ids import CommandId, TransitionId
 from common.protocol.limits import RANKS_MAX
 from common.protocol.replies import Ack, Refused
 
@@ -52,7 +53,7 @@ class TransitionStatus(msgspec.Struct, frozen=True):
     it. `bytes_done` of `bytes_total` are copied. `peak_pages`: the most real bytes, by device, since it began.
     """
 
-    op_id: str
+    id: TransitionId
     epoch: int
     phase: Literal[
         "vacating",
@@ -149,8 +150,8 @@ class PoolStatus(Message, frozen=True):
 
 class RankLoad(Message, frozen=True):
     """Answer to rank.GetRankLoad. `moving`: sequences on their way to another rank; `handed_over` and `taken_over`:
-    counts since the rank began; `move_op_id`: the Move command in force. `routers`: that watch it now. `epoch`: of the
-    layout that it computes by, 0 before its first step."""
+    counts since the rank began; `command`: the RankCommand in force, None before the first. `routers`: that watch it
+    now. `epoch`: of the layout that it computes by, 0 before its first step."""
 
     rank: RankId
     incarnation: str
@@ -162,7 +163,7 @@ class RankLoad(Message, frozen=True):
     blocks_free: int
     blocks_total: int
     is_leaving: bool
-    move_op_id: str
+    command: CommandId | None
     routers: int
     epoch: int
 

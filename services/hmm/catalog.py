@@ -120,7 +120,12 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
         raise KeyError(device)
 
 
+class _Version(msgspec.Struct):
+    version: int
+
+
 _decoder = msgspec.msgpack.Decoder(Catalog)
+_version_decoder = msgspec.msgpack.Decoder(_Version)
 
 
 def encode(catalog: Catalog) -> bytes:
@@ -131,12 +136,11 @@ def encode(catalog: Catalog) -> bytes:
 def decode(raw: bytes) -> Catalog:
     """The catalog in `raw`. Raises ValueError for anything else, another version included."""
     try:
-        catalog = _decoder.decode(raw)
+        if (version := _version_decoder.decode(raw).version) != VERSION:
+            raise ValueError(f"catalog version {version} is not {VERSION}")
+        return _decoder.decode(raw)
     except msgspec.DecodeError as error:
         raise ValueError(str(error)) from None
-    if catalog.version != VERSION:
-        raise ValueError(f"catalog version {catalog.version} is not {VERSION}")
-    return catalog
 
 
 def layouts(loaded: Loaded, transition: Transition | None) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:

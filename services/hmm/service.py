@@ -223,11 +223,11 @@ class Hmm:
         elif isinstance(body, StageLayout):
             self._transitions.stage(body)
         elif isinstance(body, CommitLayout):
-            self._transitions.commit(body.op_id)
+            self._transitions.commit(body.id)
         elif isinstance(body, ReleaseLayout):
-            self._transitions.release(body.op_id, body.gone)
+            self._transitions.release(body.id, body.gone)
         elif isinstance(body, AbortLayout):
-            self._transitions.abort(body.op_id, body.gone)
+            self._transitions.abort(body.id, body.gone)
         return Ack()
 
     def _load_model(self, request: LoadModel) -> None:

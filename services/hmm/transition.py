@@ -20,6 +20,7 @@ from common.host_shared import HostShared
 from common.layout import Layout, Seat
 from common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound
 from common.protocol.hmm import StageLayout
+from common.protocol.ids import TransitionId
 from common.protocol.replies import Refused, refusal
 from common.protocol.scaler import TransitionStatus
 from common.telemetry import Logger
@@ -76,7 +77,7 @@ class Transitions:
             return
         self._supply.begin(transition.peak_pages)
         if transition.phase in ("vacating", "copying"):
-            error = Refused("interrupted", f"the HMM ended while operation {transition.request.op_id} was staged")
+            error = Refused("interrupted", f"the HMM ended while operation {transition.request.id} was staged")
             self._enter("failed", error)
 
     def stop(self) -> None:
@@ -104,10 +105,10 @@ class Transitions:
         loaded = holdings.loaded
         if loaded is None:
             raise Conflict("no model is ready", code="not_ready")
-        if current is not None and current.request.op_id == request.op_id:
+        if current is not None and current.request.id == request.id:
             return
         if current is not None and not current.is_over:
-            raise Conflict(f"operation {current.request.op_id} is {current.phase}", code="in_transition")
+            raise Conflict(f"operation {current.request.id} is {current.phase}", code="in_transition")
         failpoint("hmm.stage")
         check_stage(holdings.catalog(), loaded, request, self._members.max_ranks)
         holdings.open_layout(request.layout)
@@ -120,15 +121,15 @@ class Transitions:
         self._enter("vacating")
         self.advance()
 
-    def commit(self, op_id: str) -> None:
+    def commit(self, transition_id: TransitionId) -> None:
         """CommitLayout. Raises Conflict `not_prepared` with what is missing."""
-        transition = self._named(op_id)
+        transition = self._named(transition_id)
         if transition.phase in ("committed", "releasing", "released"):
             return
         if transition.phase in ("aborting", "aborted"):
-            raise Conflict(f"operation {op_id} is {transition.phase}", code="aborted")
+            raise Conflict(f"operation {transition_id} is {transition.phase}", code="aborted")
         if transition.phase != "staged":
-            raise Conflict(f"operation {op_id} is {transition.phase}", code="not_prepared")
+            raise Conflict(f"operation {transition_id} is {transition.phase}", code="not_prepared")
         missing = sorted(set(transition.after.slots) - set(self._prepared()))
         if missing:
             raise Conflict(f"slot {missing[0]} has no rank that has mapped everything", code="not_prepared")
@@ -138,26 +139,26 @@ class Transitions:
         self._enter("committed")
         self._members.stage(transition.after)
 
-    def release(self, op_id: str, gone: tuple[int, ...] = ()) -> None:
+    def release(self, transition_id: TransitionId, gone: tuple[int, ...] = ()) -> None:
         """ReleaseLayout. Raises Conflict `not_flipped`."""
-        transition = self._named(op_id)
+        transition = self._named(transition_id)
         self._forget_ends(gone)
         if transition.phase in ("releasing", "released"):
             return
         if transition.phase != "committed" or not self._members.has_flipped(transition.after):
-            raise Conflict(f"operation {op_id} is {transition.phase}, and not flipped", code="not_flipped")
+            raise Conflict(f"operation {transition_id} is {transition.phase}, and not flipped", code="not_flipped")
         self._growth_error = None
         self._enter("releasing")
         self.advance()
 
-    def abort(self, op_id: str, gone: tuple[int, ...] = ()) -> None:
+    def abort(self, transition_id: TransitionId, gone: tuple[int, ...] = ()) -> None:
         """AbortLayout. Raises Conflict `committed` or `still_attached`."""
-        transition = self._named(op_id)
+        transition = self._named(transition_id)
         self._forget_ends(gone)
         if transition.phase in ("aborting", "aborted"):
             return
         if transition.phase in ("committed", "releasing", "released"):
-            raise Conflict(f"operation {op_id} is committed: there is only forward", code="committed")
+            raise Conflict(f"operation {transition_id} is committed: there is only forward", code="committed")
         joining = set(transition.after.slots) - set(transition.before.slots)
         attached = sorted(joining & set(self._attachments.by_slot))
         if attached:
@@ -167,11 +168,11 @@ class Transitions:
         self._enter("aborting")
         self.advance()
 
-    def _named(self, op_id: str) -> Transition:
+    def _named(self, transition_id: TransitionId) -> Transition:
         transition = self._holdings.transition
-        if transition is None or transition.request.op_id != op_id:
-            latest = transition.request.op_id if transition is not None else "none"
-            raise NotFound(f"operation {op_id} is not known; the latest is {latest}")
+        if transition is None or transition.request.id != transition_id:
+            latest = str(transition.request.id) if transition is not None else "none"
+            raise NotFound(f"operation {transition_id} is not known; the latest is {latest}")
         return transition
 
     # ---- Status
@@ -182,7 +183,7 @@ class Transitions:
         if transition is None:
             return None
         return TransitionStatus(
-            op_id=transition.request.op_id,
+            id=transition.request.id,
             epoch=transition.after.epoch,
             phase="flipped" if self._is_flipped(transition) else transition.phase,
             prepared=self._prepared(),
@@ -196,7 +197,7 @@ class Transitions:
         is_flipped = transition.phase == "committed" and self._members.has_flipped(transition.after)
         if is_flipped and not self._is_flip_logged:
             self._is_flip_logged = True
-            self._log.info("transition", op_id=transition.request.op_id, phase="flipped")
+            self._log.info("transition", op_id=str(transition.request.id), phase="flipped")
         return is_flipped
 
     def _prepared(self) -> tuple[int, ...]:
@@ -242,7 +243,7 @@ class Transitions:
         failpoint(f"hmm.{phase}.after")
         self._log.info(
             "transition",
-            op_id=transition.request.op_id,
+            op_id=str(transition.request.id),
             layout_epoch=transition.after.epoch,
             phase=phase,
             **({"code": error.code, "reason": error.message} if error else {}),

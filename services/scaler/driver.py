@@ -12,7 +12,6 @@ from common.failpoint import failpoint
 from common.protocol import hmm as to_hmm
 from common.protocol.errors import ElasticMoEError, Fenced
 from common.protocol.pool import StopRank
-from common.protocol.rank import Move
 from common.protocol.replies import Refused, refusal
 from common.protocol.scaler import HmmStatus, PoolStatus, RankExited
 from common.telemetry import get_logger
@@ -23,13 +22,14 @@ from services.scaler.meters import Meters
 from services.scaler.operation import (
     Abort,
     Action,
+    ActionKey,
     Commit,
-    MoveSequences,
     Operation,
     Release,
     Stage,
     StartSeat,
     StopSeat,
+    TellRank,
     key_of,
 )
 from services.scaler.settle import tidy
@@ -56,7 +56,7 @@ _PLACES: dict[type[Action], str] = {  # of failpoints
     Abort: "send_abort",
     StartSeat: "start_joiner",
     StopSeat: "stop_rank",
-    MoveSequences: "move",
+    TellRank: "move",
 }
 
 
@@ -85,7 +85,7 @@ class Driver:
         self.ended: list[Operation] = []
         self._exits: dict[int, str] = {}
         self._refused: Refused | None = None
-        self._sent: dict[tuple[str, str, str], float] = {}
+        self._sent: dict[ActionKey, float] = {}
         self._untidy_since: float | None = None
 
     def resume(self, operation: Operation | None, ended: list[Operation]) -> None:
@@ -252,19 +252,18 @@ class Driver:
             rate = self._config.copy_bytes_per_s if action.is_throttled else 0
             leg = action.leg
             kv, kv_after = leg.kv_handles, leg.kv_handles_after
-            self._links.tell_hmm(to_hmm.StageLayout(action.op_id, leg.layout, leg.copies, kv, kv_after, rate))
+            self._links.tell_hmm(to_hmm.StageLayout(action.id, leg.layout, leg.copies, kv, kv_after, rate))
         elif isinstance(action, Commit):
-            self._links.tell_hmm(to_hmm.CommitLayout(action.op_id))
+            self._links.tell_hmm(to_hmm.CommitLayout(action.id))
         elif isinstance(action, Release):
-            self._links.tell_hmm(to_hmm.ReleaseLayout(action.op_id, action.gone))
+            self._links.tell_hmm(to_hmm.ReleaseLayout(action.id, action.gone))
         elif isinstance(action, Abort):
-            self._links.tell_hmm(to_hmm.AbortLayout(action.op_id, action.gone))
+            self._links.tell_hmm(to_hmm.AbortLayout(action.id, action.gone))
         elif isinstance(action, StartSeat):
             self._links.start(action.seat, action.epoch)
         elif isinstance(action, StopSeat):
             lost = self.operation.lost if self.operation is not None else ()
             is_lost = any(seat.rank == action.rank for seat in lost)
             self._links.tell_pool(StopRank(action.rank, action.incarnation, 0 if is_lost else STOP_GRACE_MS))
-        elif isinstance(action, MoveSequences):
-            move = Move(action.op_id, action.targets, action.is_leaving, action.urgent_steps)
-            self._links.peers.tell(action.seat.rank, move)
+        elif isinstance(action, TellRank):
+            self._links.peers.tell(action.seat.rank, action.command)

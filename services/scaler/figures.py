@@ -31,10 +31,10 @@ def count(operation: Operation, hmm: HmmStatus | None, loads: Mapping[int, RankL
         before = blocks if figures.kv_blocks_before is None else figures.kv_blocks_before
         figures = msgspec.structs.replace(figures, kv_blocks_before=before, kv_blocks_after=blocks)
     transition = hmm.transition if hmm else None
-    if transition is not None and transition.op_id.startswith(f"{operation.op_id}/"):
-        if transition.op_id != bytes_of[0]:
+    if transition is not None and transition.id.op == operation.op_id:
+        if bytes_of is not None and bytes_of[0] != transition.id:
             bytes_prior += bytes_of[1]
-        bytes_of = (transition.op_id, transition.bytes_done)
+        bytes_of = (transition.id, transition.bytes_done)
         peak = dict(figures.peak_bytes)
         for device, nbytes in transition.peak_pages.items():
             peak[device] = max(peak.get(device, 0), nbytes)

@@ -13,7 +13,8 @@ import msgspec
 
 from common.described import says
 from common.layout import Layout, RankId, Seat
-from common.protocol.rank import MoveTarget
+from common.protocol.ids import CommandId, CommandKind, TransitionId
+from common.protocol.rank import RankCommand
 from common.protocol.replies import Refused
 from services.scaler.leveling import SequenceMove
 from services.scaler.plan import Leg, Plan
@@ -126,14 +127,14 @@ class Accounting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     timings: of the phases that are over
     bytes_prior: copied for staging attempts before `bytes_of`
-    bytes_of: the last attempt to be counted, and its bytes
+    bytes_of: the last attempt to be counted, and its bytes; None before the first
     handed_over: by a rank's incarnation, its counter when first and last seen
     figures: what is shown
     """
 
     timings: tuple[PhaseTime, ...] = ()
     bytes_prior: int = 0
-    bytes_of: tuple[str, int] = ("", 0)
+    bytes_of: tuple[TransitionId, int] | None = None
     handed_over: dict[str, tuple[int, int]] = {}
     figures: Figures = Figures()
 
@@ -177,24 +178,13 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     accounting: Accounting = Accounting()
 
     @property
-    def stage_id(self) -> str:
-        """The op_id under which the HMM knows this leg's present attempt."""
-        return f"{self.op_id}/{self.leg}.{self.progress.attempt}"
+    def transition_id(self) -> TransitionId:
+        """The name under which the HMM knows this leg's present attempt."""
+        return TransitionId(self.op_id, self.leg, self.progress.attempt)
 
-    @property
-    def soon_id(self) -> str:
-        """The op_id under which ranks are told to keep their steps short while the HMM copies."""
-        return f"{self.stage_id}.soon"
-
-    @property
-    def end_id(self) -> str:
-        """The op_id under which ranks are told to hand over nothing more."""
-        return f"{self.stage_id}.end"
-
-    @property
-    def ahead_id(self) -> str:
-        """The op_id under which ranks are told to get sequences ready for this attempt's joining ranks."""
-        return f"{self.stage_id}.ahead"
+    def command_id(self, kind: CommandKind, round: int = 0) -> CommandId:
+        """The name of what this leg's ranks are told."""
+        return CommandId(self.op_id, self.leg, 0 if kind == "drain" else self.progress.attempt, kind, round)
 
     @property
     def lost(self) -> tuple[Seat, ...]:
@@ -232,7 +222,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Stage(msgspec.Struct, frozen=True, tag=True):
     """Let the HMM make what the leg needs."""
 
-    op_id: str
+    id: TransitionId
     leg: Leg
     is_throttled: bool
 
@@ -240,60 +230,54 @@ class Stage(msgspec.Struct, frozen=True, tag=True):
 class StartSeat(msgspec.Struct, frozen=True, tag=True):
     """Seat a standby on a joining device."""
 
-    op_id: str
     seat: Seat
     epoch: int
 
 
-class MoveSequences(msgspec.Struct, frozen=True, tag=True):
-    """Tell the rank of `seat` to hand sequences over; without targets, to hand over nothing. Its next `urgent_steps`
-    steps only decode."""
+class TellRank(msgspec.Struct, frozen=True, tag=True):
+    """Give the rank of `seat` a command."""
 
-    op_id: str
     seat: Seat
-    targets: tuple[MoveTarget, ...]
-    is_leaving: bool
-    urgent_steps: int = 0
+    command: RankCommand
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
     """Let the staged layout come into force."""
 
-    op_id: str
+    id: TransitionId
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
     """Let the HMM give back what only the old layout used. `gone`: slots of lost devices, without a rank."""
 
-    op_id: str
+    id: TransitionId
     gone: tuple[int, ...] = ()
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
     """Let the HMM give back what was staged. `gone` as of Release."""
 
-    op_id: str
+    id: TransitionId
     gone: tuple[int, ...] = ()
 
 
 class StopSeat(msgspec.Struct, frozen=True, tag=True):
     """End a rank that has no seat, or will have none."""
 
-    op_id: str
     rank: RankId
     incarnation: str
 
 
-Action = Stage | StartSeat | MoveSequences | Commit | Release | Abort | StopSeat
+Action = Stage | StartSeat | TellRank | Commit | Release | Abort | StopSeat
+ActionKey = tuple[type[Action], object, object]
 
 
-def key_of(action: Action) -> tuple[str, str, str]:
+def key_of(action: Action) -> ActionKey:
     """Tells a repetition of an action from another one."""
-    what = ""
     if isinstance(action, StartSeat):
-        what = str(action.seat.slot)
-    elif isinstance(action, MoveSequences):
-        what = f"{action.seat.slot} {len(action.targets)}"
-    elif isinstance(action, StopSeat):
-        what = action.incarnation
-    return type(action).__name__, action.op_id, what
+        return StartSeat, action.seat, action.epoch
+    if isinstance(action, StopSeat):
+        return StopSeat, action.rank, action.incarnation
+    if isinstance(action, TellRank):
+        return TellRank, action.seat, action.command
+    return type(action), action.id, None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from common.layout import Seat
-from common.protocol.rank import MoveTarget
+from common.protocol.ids import CommandId
+from common.protocol.rank import CancelMigration, DecodeOnly, MigrateTo, MoveTarget, Precopy
 from common.protocol.scaler import HmmStatus, RankLoad
 from services.scaler.leveling import SequenceMove, level, level_ahead
-from services.scaler.operation import Abort, Action, LegProgress, MoveSequences, Operation, Release, StopSeat
+from services.scaler.operation import Abort, Action, LegProgress, Operation, Release, StopSeat, TellRank
 from services.scaler.steps import (
     BEFORE_COMMIT,
     LEAVE_S,
@@ -27,7 +28,8 @@ from services.scaler.steps import (
     take_back,
 )
 
-URGENT_STEPS = 6  # what it takes to ask for a place, to copy, and to flip, with one to spare for each
+ORPHAN_CANCEL = CommandId("", 0, 0, "cancel")  # of no operation
+DECODE_ONLY_STEPS = 6  # what it takes to ask for a place, to copy, and to flip, with one to spare for each
 
 
 def tidy(seen: Seen, since_s: float) -> tuple[tuple[Action, ...], str]:
@@ -38,19 +40,19 @@ def tidy(seen: Seen, since_s: float) -> tuple[tuple[Action, ...], str]:
     transition, seats = seen.hmm.transition, seen.hmm.layout.seats
     active = transition is not None and transition.phase not in OVER
     strays = tuple(
-        StopSeat("tidy", rank.rank, rank.incarnation)
+        StopSeat(rank.rank, rank.incarnation)
         for rank in seen.pool.ranks
         if rank.slot not in {seat.slot for seat in seats}
     )
     if transition is None or not active:
-        back = take_back("tidy", seats, seen)
+        back = take_back(ORPHAN_CANCEL, seats, seen)
         return (*strays, *back), "ranks without an operation" if strays or back else ""
     if transition.phase in BEFORE_COMMIT:
-        return (*strays, Abort(transition.op_id)), f"transition {transition.op_id} is in no journal: given up"
+        return (*strays, Abort(transition.id)), f"transition {transition.id} is in no journal: given up"
     # Ranks that left by a committed layout end by themselves once no router needs them.
     late = strays if since_s > LEAVE_S and transition.phase != "committed" else ()
-    release = (Release(transition.op_id),) if transition.phase == "flipped" else ()
-    return (*late, *release), f"transition {transition.op_id} is in no journal: finished"
+    release = (Release(transition.id),) if transition.phase == "flipped" else ()
+    return (*late, *release), f"transition {transition.id} is in no journal: finished"
 
 
 def migrate(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
@@ -73,19 +75,22 @@ def migrate(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if not moves:
         return _end_migration(operation, loads, leaders, actions, "all replicas have the same load within one")
     rounds = operation.progress.num_rounds + 1
-    actions += _commands(f"{operation.stage_id}.level{rounds}", moves, leaders)
+    seats, level_id = {seat.slot: seat for seat in leaders}, operation.command_id("migrate", rounds)
+    targets = sorted(_targets(moves, leaders).items())
+    actions += [TellRank(seats[source], MigrateTo(level_id, some)) for source, some in targets]
     sources = tuple(sorted({*operation.progress.sources, *(move.source for move in moves)}))
     operation = progressed(operation, num_rounds=rounds, sources=sources, moves_s=operation.elapsed_s)
     return stay(operation, "sequences move", *actions)
 
 
-def _commands(op_id: str, moves: Iterable[SequenceMove], seats: Iterable[Seat]) -> list[MoveSequences]:
-    by_slot = {seat.slot: seat for seat in seats}
-    targets: dict[int, list[MoveTarget]] = {}
+def _targets(moves: Iterable[SequenceMove], seats: Iterable[Seat]) -> dict[int, tuple[MoveTarget, ...]]:
+    """By the slot that hands over."""
+    ranks = {seat.slot: seat.rank for seat in seats}
+    targets: dict[int, tuple[MoveTarget, ...]] = {}
     for move in moves:
-        target = MoveTarget(by_slot[move.target].rank, move.target, move.num_sequences)
-        targets.setdefault(move.source, []).append(target)
-    return [MoveSequences(op_id, by_slot[source], tuple(some), False) for source, some in sorted(targets.items())]
+        target = MoveTarget(ranks[move.target], move.target, move.num_sequences)
+        targets[move.source] = (*targets.get(move.source, ()), target)
+    return targets
 
 
 def hurry(operation: Operation, seen: Seen) -> list[Action]:
@@ -93,7 +98,8 @@ def hurry(operation: Operation, seen: Seen) -> list[Action]:
     leg = operation.current_leg()
     if not leg.joining or leg.leaving:
         return []
-    return _tell_stayers(operation, seen.loads, operation.soon_id, {})
+    hint = DecodeOnly(operation.command_id("decode_only"), DECODE_ONLY_STEPS)
+    return [TellRank(seat, hint) for seat in _untold(operation, seen.loads, hint.id)]
 
 
 def move_ahead(operation: Operation, seen: Seen) -> tuple[Operation, list[Action]]:
@@ -103,11 +109,11 @@ def move_ahead(operation: Operation, seen: Seen) -> tuple[Operation, list[Action
     leg = operation.current_leg()
     if not leg.joining or leg.leaving:
         return operation, []
-    leaders = [seat for seat in leg.layout.seats if seat.rank.tp == 0]
+    leaders, precopy = [seat for seat in leg.layout.seats if seat.rank.tp == 0], operation.command_id("precopy")
     joining = {seat.slot for seat in leg.joining}
     if operation.progress.ahead is None:
         stayers = {seat.slot for seat in leaders} - joining
-        if operation.ahead_id in {load.move_op_id for load in seen.loads.values()}:
+        if precopy in {load.command for load in seen.loads.values()}:
             # A scaler that has ended told them: what it chose is not known.
             return progressed(operation, ahead=()), []
         is_listened_to = all(slot in seen.ranks or slot in seen.starting for slot in joining)
@@ -116,20 +122,16 @@ def move_ahead(operation: Operation, seen: Seen) -> tuple[Operation, list[Action
         counts = {slot: seen.loads[slot].running + seen.loads[slot].waiting for slot in stayers}
         moves = level_ahead(counts, {seat.slot for seat in leaders} & joining)
         operation = progressed(operation, ahead=moves)
-    commands = _commands(operation.ahead_id, operation.progress.ahead or (), leaders)
-    targets = {command.seat.slot: command.targets for command in commands}
-    return operation, _tell_stayers(operation, seen.loads, operation.ahead_id, targets)
-
-
-def _tell_stayers(
-    operation: Operation, loads: Mapping[int, RankLoad], op_id: str, targets: Mapping[int, tuple[MoveTarget, ...]]
-) -> list[Action]:
-    """Hurry all ranks that stay, one of each replica, with what each is to hand over; but those that were told."""
-    return [
-        MoveSequences(op_id, seat, targets.get(seat.slot, ()), False, URGENT_STEPS)
-        for seat in _leading_stayers(operation)
-        if seat.slot in loads and loads[seat.slot].move_op_id != op_id
+    targets = _targets(operation.progress.ahead or (), leaders)
+    return operation, [
+        TellRank(seat, Precopy(precopy, targets.get(seat.slot, ()), DECODE_ONLY_STEPS))
+        for seat in _untold(operation, seen.loads, precopy)
     ]
+
+
+def _untold(operation: Operation, loads: Mapping[int, RankLoad], command: CommandId) -> list[Seat]:
+    """The seats that stay, one of each replica, whose ranks do not say that they were told that."""
+    return [seat for seat in _leading_stayers(operation) if seat.slot in loads and loads[seat.slot].command != command]
 
 
 def _leading_stayers(operation: Operation) -> list[Seat]:
@@ -144,21 +146,24 @@ def end_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> tuple[list
     read the one command yet reads the other after it."""
     if not operation.current_leg().joining:
         return [], False
-    ends: list[Action] = [MoveSequences(operation.end_id, seat, (), False) for seat in _leading_stayers(operation)]
-    return ends, bool(_told_ahead(operation, loads))
+    return _cancels(operation, _leading_stayers(operation)), bool(_told_ahead(operation, loads))
 
 
 def _told_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> set[int]:
     """Slots of the ranks that get sequences ready for this operation's joining ranks, in whichever attempt."""
-    begin, end = f"{operation.op_id}/", operation.ahead_id.rpartition(".")[2]
-    return {slot for slot, load in loads.items() if load.move_op_id.startswith(begin) and load.move_op_id.endswith(end)}
+    commands = ((slot, load.command) for slot, load in loads.items())
+    return {slot for slot, at in commands if at is not None and (at.op, at.kind) == (operation.op_id, "precopy")}
+
+
+def _cancels(operation: Operation, seats: Iterable[Seat]) -> list[Action]:
+    return [TellRank(seat, CancelMigration(operation.command_id("cancel"))) for seat in seats]
 
 
 def _end_migration(
     operation: Operation, loads: Mapping[int, RankLoad], leaders: Sequence[Seat], actions: list[Action], why: str
 ) -> Step:
     told = {*operation.progress.sources, *_told_ahead(operation, loads)}
-    ends = [MoveSequences(operation.end_id, seat, (), False) for seat in leaders if seat.slot in told]
+    ends = _cancels(operation, (seat for seat in leaders if seat.slot in told))
     step = enter(operation, "done" if operation.kind == "rebalance" else "release", why)
     return Step(step.operation, (*actions, *ends))
 
@@ -177,7 +182,7 @@ def release(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     ranks = seen.ranks
     left = [seat for seat in leg.leaving if seat.slot in ranks]
     if since_s > LEAVE_S:
-        actions += [StopSeat(operation.stage_id, seat.rank, ranks[seat.slot].incarnation) for seat in left]
+        actions += [StopSeat(seat.rank, ranks[seat.slot].incarnation) for seat in left]
     if transition is None:
         assert hmm.layout is not None
         if hmm.layout.epoch >= leg.layout.epoch and not left:
@@ -186,7 +191,7 @@ def release(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if transition.phase == "released":
         return _finish_leg(operation, "released") if not left else stay(operation, "ranks end", *actions)
     if transition.phase == "flipped" or operation.lost:
-        actions.append(Release(operation.stage_id, gone(operation, seen)))
+        actions.append(Release(operation.transition_id, gone(operation, seen)))
     ending = f"; ranks {names(left)} end" if left else ""
     return stay(operation, f"the HMM gives back what only the old layout used{ending}", *actions)
 

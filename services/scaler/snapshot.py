@@ -124,7 +124,7 @@ def operation_view(operation: Operation, hmm: HmmStatus | None = None) -> views.
     """One operation, with the HMM's progress where it is about this one."""
     transition = hmm.transition if hmm else None
     progress = None
-    if transition and not operation.is_finished and transition.op_id == operation.stage_id:
+    if transition and not operation.is_finished and transition.id == operation.transition_id:
         progress = views.Progress(
             hmm_phase=transition.phase,
             bytes_done=transition.bytes_done,

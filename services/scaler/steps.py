@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from common.layout import Seat
-from common.protocol.rank import MoveTarget
+from common.protocol.ids import CommandId
+from common.protocol.rank import CancelMigration, Drain, MoveTarget
 from common.protocol.replies import Refused
 from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankLoad, TransitionStatus
-from services.scaler.operation import TIMINGS_MAX, Action, MoveSequences, Operation, Phase, PhaseTime, StopSeat
+from services.scaler.operation import TIMINGS_MAX, Action, Operation, Phase, PhaseTime, StopSeat, TellRank
 
 MIGRATE_S_MAX = 5.0  # leveling is best effort
 ROUND_S = 0.25  # between two looks at what leveling has done
@@ -66,7 +67,7 @@ class Step(msgspec.Struct, frozen=True):
 def ours(operation: Operation, hmm: HmmStatus) -> TransitionStatus | None:
     """The HMM's transition where it is this leg's present attempt."""
     transition = hmm.transition
-    return transition if transition is not None and transition.op_id == operation.stage_id else None
+    return transition if transition is not None and transition.id == operation.transition_id else None
 
 
 def is_empty(load: RankLoad) -> bool:
@@ -103,7 +104,7 @@ def empty_leavers(operation: Operation, seen: Seen) -> tuple[list[Action], list[
     """Tell leaving ranks to hand over what they have, unless their own word is that they do; who is not empty yet. Who
     has lost its memory has nothing to hand over."""
     leg = operation.current_leg()
-    op_id = f"{operation.op_id}/{operation.leg}.out"
+    drain = operation.command_id("drain")
     # Members of both layouts take over: a joining rank computes only after the flip.
     joining = {seat.slot for seat in leg.joining}
     stayers = [seat for seat in leg.layout.seats if seat.slot not in joining]
@@ -111,11 +112,11 @@ def empty_leavers(operation: Operation, seen: Seen) -> tuple[list[Action], list[
     busy = []
     for seat in leg.leaving if not operation.request.is_lost else ():
         load = seen.loads.get(seat.slot)
-        if load is None or not is_empty(load) or load.move_op_id != op_id or not load.is_leaving:
+        if load is None or not is_empty(load) or load.command != drain or not load.is_leaving:
             busy.append(seat)
-        if load is not None and (load.move_op_id != op_id or not load.is_leaving):
-            targets = tuple(MoveTarget(to.rank, to.slot, 0) for to in stayers if to.rank.tp == seat.rank.tp)
-            actions.append(MoveSequences(op_id, seat, targets, True))
+        if load is not None and (load.command != drain or not load.is_leaving):
+            targets = tuple(MoveTarget(to.rank, to.slot) for to in stayers if to.rank.tp == seat.rank.tp)
+            actions.append(TellRank(seat, Drain(drain, targets)))
     return actions, busy
 
 
@@ -123,7 +124,7 @@ def end_lost(operation: Operation, seen: Seen) -> list[Action]:
     """End the ranks of seats whose devices are lost."""
     ranks = seen.ranks
     seats = [seat for seat in operation.lost if seat.slot in ranks]
-    return [StopSeat(operation.stage_id, seat.rank, ranks[seat.slot].incarnation) for seat in seats]
+    return [StopSeat(seat.rank, ranks[seat.slot].incarnation) for seat in seats]
 
 
 def gone(operation: Operation, seen: Seen) -> tuple[int, ...]:
@@ -131,7 +132,7 @@ def gone(operation: Operation, seen: Seen) -> tuple[int, ...]:
     return tuple(seat.slot for seat in operation.lost if seen.pool is not None and seat.slot not in seen.ranks)
 
 
-def take_back(op_id: str, seats: Iterable[Seat], seen: Seen) -> tuple[Action, ...]:
+def take_back(cancel: CommandId, seats: Iterable[Seat], seen: Seen) -> tuple[Action, ...]:
     """Tell the ranks of these seats that say that they leave to stay."""
     leaving = [seat for seat in seats if seat.slot in seen.loads and seen.loads[seat.slot].is_leaving]
-    return tuple(MoveSequences(f"{op_id}.stay", seat, (), False) for seat in leaving)
+    return tuple(TellRank(seat, CancelMigration(cancel)) for seat in leaving)

@@ -135,7 +135,7 @@ def _before_flip(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
         return _stage(operation, seen, hmm)
     if transition.phase == "failed":
         why = transition.error.message if transition.error else "staging failed"
-        return stay(operation, f"{why}; it is staged again", Abort(transition.op_id, gone(operation, seen)))
+        return stay(operation, f"{why}; it is staged again", Abort(transition.id, gone(operation, seen)))
     if transition.phase == "aborting":
         return stay(operation, "the HMM gives the staged layout up")
     if transition.phase == "aborted":
@@ -186,7 +186,7 @@ def _stage(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
         return stay(operation, _unwritten("journal", seen))
     # Where replicas join, or nobody computes until a lost device's experts are there, it is in a hurry.
     is_throttled = not leg.joining and not operation.request.is_lost
-    return stay(operation, "the layout is staged", Stage(operation.stage_id, _fitted(leg, hmm), is_throttled))
+    return stay(operation, "the layout is staged", Stage(operation.transition_id, _fitted(leg, hmm), is_throttled))
 
 
 def _fitted(leg: Leg, hmm: HmmStatus) -> Leg:
@@ -244,7 +244,7 @@ def _make_ready(operation: Operation, seen: Seen, transition: TransitionStatus) 
         return stay(operation, _unwritten("commit record", seen), *actions)
     if operation.progress.committed_s is None:
         operation = progressed(operation, committed_s=operation.elapsed_s)
-    return stay(operation, "the layout is committed", *actions, Commit(operation.stage_id))
+    return stay(operation, "the layout is committed", *actions, Commit(operation.transition_id))
 
 
 def _unwritten(what: str, seen: Seen) -> str:
@@ -260,7 +260,7 @@ def _start_joiners(operation: Operation, seen: Seen) -> tuple[list[Action], list
         for seat in missing
         if seat.slot not in ranks and seat.slot not in seen.starting and not seen.is_attached(seat)
     ]
-    return [StartSeat(operation.stage_id, seat, leg.layout.epoch) for seat in free[: seen.pool.num_startable]], missing
+    return [StartSeat(seat, leg.layout.epoch) for seat in free[: seen.pool.num_startable]], missing
 
 
 def _committed(operation: Operation, transition: TransitionStatus) -> Step:
@@ -298,17 +298,15 @@ def _abort(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
         return enter(operation, "commit", "the HMM has committed", error=None, is_cancelled=False)
     ranks = seen.ranks
     joiners = [seat for seat in leg.joining if seat.slot in ranks or seat.slot in seen.starting]
-    stops = tuple(
-        StopSeat(operation.stage_id, seat.rank, ranks[seat.slot].incarnation) for seat in joiners if seat.slot in ranks
-    )
+    stops = [StopSeat(seat.rank, ranks[seat.slot].incarnation) for seat in joiners if seat.slot in ranks]
     if joiners and seen.pool is not None:
         return stay(operation, f"ranks {names(joiners)} end", *stops)
     if transition and transition.phase not in OVER:
         is_told = transition.phase == "aborting" and not operation.lost
-        abort = () if is_told else (Abort(operation.stage_id, gone(operation, seen)),)
+        abort = () if is_told else (Abort(operation.transition_id, gone(operation, seen)),)
         return stay(operation, "the HMM gives the staged layout up", *abort)
     ends, is_ahead = end_ahead(operation, seen.loads)
-    back = take_back(operation.stage_id, leg.leaving, seen)
+    back = take_back(operation.command_id("cancel"), leg.leaving, seen)
     silent = [seat for seat in leg.leaving if seat.slot in ranks and seat.slot not in seen.loads]
     if (back or silent or is_ahead) and operation.phase_s < TAKE_BACK_S:
         return stay(operation, "ranks leave no more", *back, *ends)

@@ -19,10 +19,12 @@ from common.protocol.codec import Message, Received
 from common.protocol.errors import ElasticMoEError, Unavailable
 from common.protocol.rank import (
     Cancel,
+    DecodeOnly,
     GetRankIntegrity,
     GetRankLoad,
     HandOver,
-    Move,
+    Precopy,
+    RankCommand,
     Reserve,
     Submit,
     ToRank,
@@ -284,10 +286,11 @@ class Rank:
             if isinstance(body, Unreserve):
                 self._migration.unreserve(sender, body)
                 return Ack()
-            assert isinstance(body, Move)
+            assert isinstance(body, RankCommand)
             self._fence.check(message.epoch, sender)
-            self._migration.command(body)
-            self._lockstep.hurry(body.urgent_steps)
+            self._migration.obey(body)
+            if isinstance(body, DecodeOnly | Precopy):
+                self._lockstep.hurry(body.decode_only_steps)
             self._last_status = None  # routers shall know at once that it leaves
             return Ack()
         except ElasticMoEError as error:
@@ -309,7 +312,7 @@ class Rank:
             blocks_free=scheduler.blocks.num_free,
             blocks_total=scheduler.blocks.num_blocks,
             is_leaving=migration.is_leaving,
-            move_op_id=migration.op_id,
+            command=migration.command_id,
             routers=len(self._watchers),
             epoch=self._lockstep.epoch,
         )

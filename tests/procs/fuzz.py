@@ -35,7 +35,11 @@ FENCED = (
     hmm.AbortLayout,
     pool.StartRank,
     pool.StopRank,
-    rank.Move,
+    rank.MigrateTo,
+    rank.Precopy,
+    rank.DecodeOnly,
+    rank.Drain,
+    rank.CancelMigration,
 )
 # Never thrown where they are valid. Watch and GetPool: whoever sends them gets what was the router's or the scaler's.
 # Keep and Fetch: descriptors would be held, or handed out to a peer that leaks them. Fork: a process is work, not harm.

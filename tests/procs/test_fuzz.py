@@ -21,6 +21,7 @@ import pytest
 from common.protocol import rank
 from common.protocol.codec import Message, encode
 from common.protocol.hmm import GetHmmStatus, SetMembership
+from common.protocol.ids import CommandId
 from common.protocol.keeper import Fetch
 from common.protocol.limits import PROTOCOL_VERSION
 from common.protocol.pool import GetPool, StopRank
@@ -246,7 +247,7 @@ def test_another_version_is_refused_on_every_socket(deploy: Deploy) -> None:
     commands: dict[str, tuple[Message, ...]] = {
         "hmm": (GetHmmStatus(), SetMembership((), False)),
         "pool": (GetPool(), StopRank(rank.RankId(0, 0), "nobody:0")),
-        "rank-r0t0": (GetRankLoad(), rank.Move("op", (), True)),
+        "rank-r0t0": (GetRankLoad(), rank.Drain(CommandId("op", 0, 0, "drain"), ())),
     }
     for name, messages in commands.items():
         peer = Peer(sockets / f"{name}.sock", QUESTIONS[receiver_of(name)])

@@ -26,6 +26,7 @@ from common.protocol.hmm import (
     ReleaseLayout,
     StageLayout,
 )
+from common.protocol.ids import TransitionId
 from common.protocol.replies import Ack
 from common.protocol.scaler import HmmStatus, TransitionStatus
 from services.hmm.catalog import keys_of
@@ -36,6 +37,7 @@ from tests.unit.specs import TINY_MIXTRAL
 pytestmark = pytest.mark.procs
 
 KV_HANDLES = 3  # of each device at the load; one sequence of full length needs one
+OP_2, OP_3 = TransitionId("op-2"), TransitionId("op-3")  # named by the epochs that they lead to
 SLOW = 1 << 20  # bytes per second: a new seat's memory takes seconds
 
 
@@ -83,7 +85,7 @@ class World:
         handles = {device.device: device.kv // (2 << 20) for device in status.devices}
         old, new = {seat.device for seat in before.seats}, {seat.device for seat in seats}
         request = StageLayout(
-            f"op-{layout.epoch}",
+            TransitionId(f"op-{layout.epoch}"),
             layout,
             copies_of(before, layout),
             {name: handles[name] - 1 if name in old else 1 for name in old | new},
@@ -192,23 +194,23 @@ def test_a_device_joins_and_another_leaves(world: World) -> None:
     request = world.request((0, 1, 2))
     world.call(request)
     staged = world.wait("staged")
-    assert (staged.op_id, staged.epoch, staged.error) == ("op-2", 2, None)
+    assert (staged.id, staged.epoch, staged.error) == (OP_2, 2, None)
     assert 0 < staged.bytes_done == staged.bytes_total
     joiner = world.join(2)
     assert joiner.seat.slots == world.ranks[0].seat.slots == (0, 1, 2)
     assert [routing.epoch for routing in joiner.seat.routings] == [1, 2]
     assert joiner.ledger.rows() == []
     world.wait_prepared(0, 1, 2)
-    world.call(CommitLayout("op-2"))
+    world.call(CommitLayout(OP_2))
     status = world.status()
     assert status.layout == request.layout
     assert (status.members, status.transition and status.transition.phase) == ((0, 1), "committed")
     assert world.ranks[1].bus.staged()[1:] == (7, 2)
     assert all(rank.is_rung() for rank in world.ranks.values())
-    assert world.deployment.refusal(ReleaseLayout("op-2")) == "not_flipped"
+    assert world.deployment.refusal(ReleaseLayout(OP_2)) == "not_flipped"
     world.flip()
     assert world.transition().phase == "flipped"
-    world.call(ReleaseLayout("op-2"))
+    world.call(ReleaseLayout(OP_2))
     released = world.wait("released")
     world.wait_prepared(0, 1, 2)
     world.check_memory()
@@ -220,9 +222,9 @@ def test_a_device_joins_and_another_leaves(world: World) -> None:
     world.call(world.request((1, 2)))  # any replica may leave
     world.wait("staged")
     world.wait_prepared(1, 2)
-    world.call(CommitLayout("op-3"))
+    world.call(CommitLayout(OP_3))
     world.flip(1)
-    world.call(ReleaseLayout("op-3"))
+    world.call(ReleaseLayout(OP_3))
     wait_until(lambda: world.deployment.status().devices[1].weights > 0, "an answer")
     for rank in world.ranks.values():
         rank.follow()
@@ -319,7 +321,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(world: World) -> None:
     ]
     for changes, code in cases:
         assert world.deployment.refusal(msgspec.structs.replace(good, **changes)) == code, changes
-    for message in (CommitLayout("op-2"), ReleaseLayout("op-2"), AbortLayout("op-2")):
+    for message in (CommitLayout(OP_2), ReleaseLayout(OP_2), AbortLayout(OP_2)):
         assert world.deployment.refusal(message) == "not_found"
     assert world.status().transition is None
     world.check_undone()
@@ -333,7 +335,7 @@ def test_the_figures_of_a_plan_that_does_not_fit_are_given(world: World) -> None
 
 def test_a_superseded_scaler_is_refused(world: World) -> None:
     world.deployment.members(0, 1, epoch=5)
-    for message in (world.request((0, 1, 2)), CommitLayout("op-2"), ReleaseLayout("op-2"), AbortLayout("op-2")):
+    for message in (world.request((0, 1, 2)), CommitLayout(OP_2), ReleaseLayout(OP_2), AbortLayout(OP_2)):
         assert world.deployment.refusal(message, epoch=4) == "stale_epoch"
     assert world.status().transition is None
 
@@ -342,24 +344,24 @@ def test_commands_are_idempotent_and_one_transition_goes_on_at_a_time(world: Wor
     request = world.request((0, 1, 2))
     world.call(request)
     world.call(request)
-    assert world.deployment.refusal(msgspec.structs.replace(request, op_id="other")) == "in_transition"
-    assert world.deployment.refusal(CommitLayout("op-2")) == "not_prepared"
-    assert world.deployment.refusal(CommitLayout("other")) == "not_found"
+    assert world.deployment.refusal(msgspec.structs.replace(request, id=TransitionId("other"))) == "in_transition"
+    assert world.deployment.refusal(CommitLayout(OP_2)) == "not_prepared"
+    assert world.deployment.refusal(CommitLayout(TransitionId("other"))) == "not_found"
     world.wait("staged")
     world.call(request)
-    assert world.deployment.refusal(CommitLayout("op-2")) == "not_prepared"  # nobody sits in slot 2
+    assert world.deployment.refusal(CommitLayout(OP_2)) == "not_prepared"  # nobody sits in slot 2
     world.join(2)
     world.wait_prepared(0, 1, 2)
     for _ in range(2):
-        world.call(CommitLayout("op-2"))
-    assert world.deployment.refusal(AbortLayout("op-2")) == "committed"
+        world.call(CommitLayout(OP_2))
+    assert world.deployment.refusal(AbortLayout(OP_2)) == "committed"
     world.flip()
     for _ in range(2):
-        world.call(ReleaseLayout("op-2"))
+        world.call(ReleaseLayout(OP_2))
     world.wait("released")
-    for message in (request, CommitLayout("op-2"), ReleaseLayout("op-2")):
+    for message in (request, CommitLayout(OP_2), ReleaseLayout(OP_2)):
         world.call(message)
-    assert world.deployment.refusal(AbortLayout("op-2")) == "committed"
+    assert world.deployment.refusal(AbortLayout(OP_2)) == "committed"
     assert world.transition().phase == "released"
     world.wait_prepared(0, 1, 2)
     world.check_memory()
@@ -378,16 +380,16 @@ def test_an_abort_leaves_nothing(world: World, phase: str) -> None:
         world.wait("staged")
         world.wait_prepared(0, 1)
     for _ in range(2):
-        world.call(AbortLayout("op-2"))
+        world.call(AbortLayout(OP_2))
     aborted = world.wait("aborted")
     assert aborted.error is None
-    world.call(AbortLayout("op-2"))
-    assert world.deployment.refusal(CommitLayout("op-2")) == "aborted"
+    world.call(AbortLayout(OP_2))
+    assert world.deployment.refusal(CommitLayout(OP_2)) == "aborted"
     world.wait_prepared(0, 1)
     world.check_undone()
     world.check_memory()
     assert world.ranks[0].seat.slots == (0, 1)
-    world.call(world.request((0, 1, 2), op_id="again"))
+    world.call(world.request((0, 1, 2), id=TransitionId("again")))
     world.wait("staged")
 
 
@@ -398,7 +400,7 @@ def test_a_limited_transfer_takes_its_time_and_counts_what_it_makes(world: World
     wait_until(lambda: world.status().devices[2].pages >= 1 << 20, "pages are made")
     assert world.transition().phase == "copying"
     assert world.status().devices[2].kv == 2 << 20  # counted from the start: a budget is a contract
-    world.call(AbortLayout("op-2"))
+    world.call(AbortLayout(OP_2))
     world.wait("aborted")
 
 
@@ -413,8 +415,8 @@ def test_what_could_not_be_staged_fails_and_is_given_up(world: World, model: Pat
         assert failed.error is not None
         assert failed.error.code == "bad_checkpoint"
         wait_until(lambda: world.status().devices[2].pages == 0, "what was made is given back")
-        assert world.deployment.refusal(CommitLayout("op-2")) == "not_prepared"
-        world.call(AbortLayout("op-2"))
+        assert world.deployment.refusal(CommitLayout(OP_2)) == "not_prepared"
+        world.call(AbortLayout(OP_2))
         world.wait("aborted")
         world.wait_prepared(0, 1)
         world.check_undone()
@@ -431,9 +433,9 @@ def test_a_new_hmm_waits_for_no_rank_on_a_lost_device(world: World) -> None:
     world.deployment.start_hmm()
     world.ranks[0].resume(world.deployment)
     world.deployment.members(0, 1, running=False)
-    world.call(AbortLayout("op-2"))
+    world.call(AbortLayout(OP_2))
     wait_until(lambda: world.transition().phase == "aborting", "it gives back")
-    world.call(AbortLayout("op-2", gone=(1,)))
+    world.call(AbortLayout(OP_2, gone=(1,)))
     world.wait("aborted")
     world.wait_prepared(0)
     world.check_undone()
@@ -451,18 +453,18 @@ def test_a_joiner_attaches_once_its_seat_is_staged_and_its_death_stops_nobody(wo
     world.wait("staged")
     joiner = world.join(2)
     world.wait_prepared(0, 1, 2)
-    assert world.deployment.refusal(AbortLayout("op-2")) == "still_attached"
+    assert world.deployment.refusal(AbortLayout(OP_2)) == "still_attached"
     world.ranks.pop(2)
     joiner.close()
     wait_until(lambda: world.transition().prepared == (0, 1), "the joiner is detached")
     assert world.ranks[0].bus.membership() == (1, 3, True, 1)
-    assert world.deployment.refusal(CommitLayout("op-2")) == "not_prepared"
+    assert world.deployment.refusal(CommitLayout(OP_2)) == "not_prepared"
     again = world.join(2)
     world.wait_prepared(0, 1, 2)
     world.ranks.pop(2)
     again.close()
     wait_until(lambda: world.transition().prepared == (0, 1), "the joiner is detached")
-    world.call(AbortLayout("op-2"))
+    world.call(AbortLayout(OP_2))
     world.wait("aborted")
     world.wait_prepared(0, 1)
     world.check_undone()
@@ -475,18 +477,18 @@ def test_a_joiner_that_dies_before_the_flip_parks_all_and_the_new_layout_comes_u
     world.wait("staged")
     joiner = world.join(2)
     world.wait_prepared(0, 1, 2)
-    world.call(CommitLayout("op-2"))
+    world.call(CommitLayout(OP_2))
     generation = world.ranks[0].bus.staged()[0]
     joiner.close()
     wait_until(lambda: not world.ranks[0].bus.membership()[2], "all are parked")
     assert world.ranks[0].bus.staged() == (0, 0, 0)
     assert not world.ranks[0].bus.flip(generation)
-    assert world.deployment.refusal(CommitLayout("other")) == "not_found"
+    assert world.deployment.refusal(CommitLayout(TransitionId("other"))) == "not_found"
     world.join(2)
     world.deployment.members(0, 1, 2)
     assert world.ranks[0].bus.membership()[1:] == (7, True, 2)
     assert world.transition().phase == "flipped"
-    world.call(ReleaseLayout("op-2"))
+    world.call(ReleaseLayout(OP_2))
     world.wait("released")
     world.wait_prepared(0, 1, 2)
     world.check_memory()
@@ -498,7 +500,7 @@ def test_a_commit_while_all_are_parked_stages_nothing(world: World) -> None:
     world.join(2)
     world.wait_prepared(0, 1, 2)
     world.deployment.members(0, 1, running=False)
-    world.call(CommitLayout("op-2"))
+    world.call(CommitLayout(OP_2))
     assert world.ranks[0].bus.staged() == (0, 0, 0)
     world.deployment.members(0, 1, 2)
     assert world.ranks[0].bus.membership()[1:] == (7, True, 2)
@@ -519,7 +521,7 @@ def test_an_hmm_killed_while_it_stages_gives_up(world: World, phase: str) -> Non
     assert failed.error is not None
     assert failed.error.code == "interrupted"
     assert world.status().devices[2].pages == 0
-    world.call(AbortLayout("op-2"))
+    world.call(AbortLayout(OP_2))
     world.wait("aborted")
     world.wait_prepared(0, 1)
     world.check_undone()
@@ -543,11 +545,11 @@ def test_an_hmm_killed_while_it_makes_kv_makes_the_rest(world: World, end: str) 
     if end == "released":
         world.join(2)
         world.wait_prepared(0, 1, 2)
-        world.call(CommitLayout("op-2"))
+        world.call(CommitLayout(OP_2))
         world.flip()
-        world.call(ReleaseLayout("op-2"))
+        world.call(ReleaseLayout(OP_2))
     else:
-        world.call(AbortLayout("op-2"))
+        world.call(AbortLayout(OP_2))
 
     def is_growing() -> bool:
         for rank in world.ranks.values():
@@ -571,7 +573,7 @@ def test_an_abort_after_a_restart_waits_for_ranks_that_may_live(world: World) ->
     world.wait_prepared(0, 1, 2)
     world.deployment.kill_hmm()
     world.deployment.start_hmm()
-    world.call(AbortLayout("op-2"))
+    world.call(AbortLayout(OP_2))
     assert world.deployment.status().devices[2].weights > 0  # the joiner may still have it mapped
     with pytest.raises(ElasticMoEError, match="no seat"):
         Rank(world.deployment, 2)
@@ -597,7 +599,7 @@ def test_an_hmm_killed_in_each_later_phase_goes_on(world: World) -> None:
     world.restart()
     assert world.deployment.status().layout != request.layout
     world.wait_prepared(0, 1, 2)
-    world.call(CommitLayout("op-2"))
+    world.call(CommitLayout(OP_2))
     world.restart()
     assert world.status().layout == request.layout
     assert world.transition().phase == "committed"
@@ -606,7 +608,7 @@ def test_an_hmm_killed_in_each_later_phase_goes_on(world: World) -> None:
     world.restart()
     assert world.transition().phase == "flipped"
     world.wait_prepared(0, 1, 2)
-    world.call(ReleaseLayout("op-2"))
+    world.call(ReleaseLayout(OP_2))
     assert world.transition().phase == "releasing"
     world.restart()
     world.wait("released")
@@ -621,9 +623,9 @@ def test_a_seat_that_left_while_the_hmm_was_away_is_cleared(world: World) -> Non
     world.call(world.request((1,)))
     world.wait("staged")
     world.wait_prepared(1)
-    world.call(CommitLayout("op-2"))
+    world.call(CommitLayout(OP_2))
     world.flip(1)
-    world.call(ReleaseLayout("op-2"))
+    world.call(ReleaseLayout(OP_2))
     world.wait_prepared(1)
     world.deployment.kill_hmm()
     world.ranks.pop(0).close()  # nobody sees it
@@ -640,9 +642,9 @@ def test_a_rank_of_a_seat_that_left_may_resume_but_nobody_may_take_it(world: Wor
     world.call(world.request((1,)))
     world.wait("staged")
     world.wait_prepared(1)
-    world.call(CommitLayout("op-2"))
+    world.call(CommitLayout(OP_2))
     world.flip(1)
-    world.call(ReleaseLayout("op-2"))
+    world.call(ReleaseLayout(OP_2))
     world.restart()
     assert world.transition().phase == "releasing"
     assert world.status().devices[0].attached == world.ranks[0].request.incarnation

@@ -184,7 +184,7 @@ async def refused_for_a_while(
 def has_begun(deployment: Deployment, op_id: str) -> bool:
     """Whether the HMM was told anything of an operation. Nothing is staged that is not in the journal."""
     transition = hmm_status(deployment).transition
-    return transition is not None and transition.op_id.startswith(op_id)
+    return transition is not None and transition.id.op == op_id
 
 
 async def full_for_a_while(deployment: Deployment, load: TimedLoad, client: redis.Redis) -> None:

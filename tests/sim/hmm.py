@@ -457,11 +457,11 @@ class Hmm(Actor):
         elif isinstance(body, to_hmm.StageLayout):
             self.transitions.stage(body)
         elif isinstance(body, to_hmm.CommitLayout):
-            self.transitions.commit(body.op_id)
+            self.transitions.commit(body.id)
         elif isinstance(body, to_hmm.ReleaseLayout):
-            self.transitions.release(body.op_id, body.gone)
+            self.transitions.release(body.id, body.gone)
         elif isinstance(body, to_hmm.AbortLayout):
-            self.transitions.abort(body.op_id, body.gone)
+            self.transitions.abort(body.id, body.gone)
         return Ack()
 
     def _set_membership(self, body: to_hmm.SetMembership) -> None:

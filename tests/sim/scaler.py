@@ -284,7 +284,7 @@ class Scaler(Actor):
         operation = self.driver.operation
         mark = (operation.phase, operation.leg, operation.progress.attempt, operation.why) if operation else None
         if operation is not None and mark != self._mark:
-            self.sim.note(f"{self.name}: {operation.stage_id} {operation.phase}: {operation.why}")
+            self.sim.note(f"{self.name}: {operation.transition_id} {operation.phase}: {operation.why}")
         self._mark = mark
 
     def _observe(self, hmm: HmmStatus, pool: PoolStatus | None) -> Observed:

@@ -147,7 +147,7 @@ class World:
         if loaded is None:
             return
         sizes = tuple((len(m.records), len(m.kv), m.num_claimed, m.num_releasing) for m in hmm.memories.values())
-        state = (loaded.layout.epoch, transition and (transition.request.op_id, transition.phase), sizes)
+        state = (loaded.layout.epoch, transition and (transition.request.id, transition.phase), sizes)
         if state == self._state:
             return
         self._state = state
@@ -158,11 +158,11 @@ class World:
             self.expect(used <= memory.device.budget, f"{memory.device.name}: {used} bytes exceed the budget")
         findings = check_integrity(hmm.catalog())
         self.expect(not findings, f"catalog: {findings}")
-        if transition is not None and (last is None or last.request.op_id != transition.request.op_id):
-            self.expect(last is None or last.is_over, f"{transition.request.op_id} begins in the middle of another one")
-            self.sim.note(f"hmm: {transition.request.op_id} {transition.phase}")
+        if transition is not None and (last is None or last.request.id != transition.request.id):
+            self.expect(last is None or last.is_over, f"{transition.request.id} begins in the middle of another one")
+            self.sim.note(f"hmm: {transition.request.id} {transition.phase}")
         elif transition is not None and last is not None and last.phase != transition.phase:
-            self.sim.note(f"hmm: {transition.request.op_id} {transition.phase}")
+            self.sim.note(f"hmm: {transition.request.id} {transition.phase}")
         if loaded.layout != before:
             self._check_commit(before, loaded.layout)
 
@@ -201,7 +201,7 @@ class World:
         if self.store.reserved_by in {scaler.name for scaler in acting}:
             return "room is reserved for an operation that has ended"
         if transition is not None and not transition.is_over:
-            return f"transition {transition.request.op_id} is {transition.phase}"
+            return f"transition {transition.request.id} is {transition.phase}"
         if self.store.get_layout() != layout or self.router.dispatcher.layout != layout:
             return "the store's, the router's and the HMM's layouts differ"
         _, members, is_running, epoch = bus.membership()

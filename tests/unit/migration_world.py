@@ -16,8 +16,9 @@ from common.protocol import rank as rank_messages
 from common.protocol.codec import Message
 from common.protocol.errors import ElasticMoEError
 from common.protocol.hmm import CopyBlocks
+from common.protocol.ids import CommandId
 from common.protocol.pool import StartRank
-from common.protocol.rank import HandOver, Move, MoveTarget, Reserve, Sampling, Submit, ToRank, Unreserve
+from common.protocol.rank import Drain, HandOver, MigrateTo, MoveTarget, Reserve, Sampling, Submit, ToRank, Unreserve
 from common.protocol.replies import Ack, Refused, refusal
 from common.protocol.router import Delta, Failed, Logprob, MayMove, Moved
 from common.transport import Server, Sockets
@@ -131,9 +132,11 @@ class Node:
             return refusal(error)
 
     def move_to(self, *targets: tuple[Node, int], is_leaving: bool = False) -> None:
-        self.migration.command(
-            Move("op", tuple(MoveTarget(node.rank, node.seat.slot, count) for node, count in targets), is_leaving)
-        )
+        places = tuple(MoveTarget(node.rank, node.seat.slot, count) for node, count in targets)
+        if is_leaving:
+            self.migration.obey(Drain(CommandId("op", 0, 0, "drain"), places))
+        else:
+            self.migration.obey(MigrateTo(CommandId("op", 0, 0, "migrate"), places))
 
     def seen_of(self, kind: type[Message]) -> int:
         return sum(isinstance(message, kind) for message in self.seen)

@@ -17,6 +17,7 @@ from common.layout import Layout, RankId, Seat, initial_layout, keys_on
 from common.model_spec import RecordKey, kv_geometry, round_up
 from common.protocol.errors import DoesNotFit, InvalidRequest, PayloadTooLarge
 from common.protocol.hmm import LoadModel, StageLayout
+from common.protocol.ids import TransitionId
 from common.wording import size as told_size
 from services.hmm import snapshot as snapshot_module
 from services.hmm.catalog import (
@@ -88,6 +89,8 @@ def test_other_bytes_are_no_catalog(raw: bytes) -> None:
 def test_another_version_is_no_catalog() -> None:
     with pytest.raises(ValueError, match="version 2 is not 3"):
         decode(encode(msgspec.structs.replace(catalog(), version=2)))
+    with pytest.raises(ValueError, match="version 2 is not 3"):  # whatever that one holds
+        decode(msgspec.msgpack.encode({"version": 2, "transition": {"request": {"op_id": "op/0.0"}}}))
 
 
 def test_every_expert_has_one_home_and_every_device_the_rest() -> None:
@@ -154,7 +157,7 @@ BOTH = msgspec.structs.replace(
 
 
 def in_transition(phase: Any, *entries: DeviceEntry, forward: bool = False) -> Catalog:
-    request = StageLayout("op-1", BOTH, (), {}, {})
+    request = StageLayout(TransitionId("op-1"), BOTH, (), {}, {})
     whole = catalog()
     loaded = msgspec.structs.replace(whole.loaded, layout=BOTH if forward else LAYOUT)
     transition = Transition(request, LAYOUT, {"host:0": 2, "host:1": 2}, phase)

@@ -19,6 +19,7 @@ from common.layout import Layout, RankId, Seat, initial_layout
 from common.protocol.errors import DoesNotFit, Unavailable
 from common.protocol.handles import SeatMemory
 from common.protocol.hmm import LoadModel, RecordCopy, StageLayout
+from common.protocol.ids import TransitionId
 from common.telemetry import get_logger
 from native import host
 from services.hmm.background import Background
@@ -125,7 +126,7 @@ class World:
         devices = old | {seat.device for seat in seats}
         fewer = {name: max(1, len(self.holdings.memories[name].kv) - 1) for name in devices}
         more = {seat.device: max(self.kv.values()) for seat in seats}
-        return StageLayout(f"op-{self.num_requests}", layout, copies_of(before, layout), fewer, more)
+        return StageLayout(TransitionId(f"op-{self.num_requests}"), layout, copies_of(before, layout), fewer, more)
 
     def turn_to(self, *phases: str) -> str:
         """Be the loop until the transition is in one of `phases`."""
@@ -204,19 +205,19 @@ def try_transition(world: World, slots: tuple[int, ...]) -> str:
         assert status is not None
         assert status.error is not None
         assert (status.error.code, "no memory" in status.error.message) == ("does_not_fit", True)
-        world.transitions.abort(request.op_id)
+        world.transitions.abort(request.id)
         world.turn_to("aborted")
         assert world.layout == before
         return "aborted"
     for slot in set(slots) - set(before.slots):
         world.attach(slot)
     world.turn_to("staged")
-    world.transitions.commit(request.op_id)
+    world.transitions.commit(request.id)
     world.flip()
     world.turn_to("flipped")
     for slot in set(before.slots) - set(slots):
         del world.by_slot[slot]
-    world.transitions.release(request.op_id)
+    world.transitions.release(request.id)
     world.turn_to("released")
     assert world.layout == request.layout
     return "released"
@@ -258,14 +259,14 @@ def test_kv_that_cannot_be_made_again_is_told_and_made_by_the_next_transition(wo
     request = world.request(0)
     world.transitions.stage(request)
     if world.turn_to("staged", "failed") == "failed":
-        world.transitions.abort(request.op_id)
+        world.transitions.abort(request.id)
         world.turn_to("aborted")
     else:
-        world.transitions.commit(request.op_id)
+        world.transitions.commit(request.id)
         world.flip()
         world.turn_to("flipped")
         del world.by_slot[1]
-        world.transitions.release(request.op_id)
+        world.transitions.release(request.id)
         world.turn_to("released")
     status = world.transitions.status()
     assert status is not None

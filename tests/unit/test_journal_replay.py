@@ -93,7 +93,7 @@ class Links(FakeLinks):
     def tell_hmm(self, command: Any) -> None:
         if hasattr(command, "layout"):
             leg = next(leg for leg in self._plan.legs if leg.layout == command.layout)
-            self.world.obey(transition.Stage(command.op_id, leg, not leg.joining))
+            self.world.obey(transition.Stage(command.id, leg, not leg.joining))
         else:
             super().tell_hmm(command)
 

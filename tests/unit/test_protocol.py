@@ -15,6 +15,7 @@ from common.protocol import handles, hmm, keeper, peer, pool, rank, router, scal
 from common.protocol.codec import Codec, Message, encode
 from common.protocol.errors import ProtocolError
 from common.protocol.handles import RecordHandle
+from common.protocol.ids import CommandId, TransitionId
 from common.protocol.limits import PROTOCOL_VERSION
 from common.protocol.replies import Ack, Refused
 from common.protocol.router import Delta, Logprob
@@ -23,6 +24,7 @@ from tests.unit.specs import tiny_mixtral_spec
 
 LAYOUT = initial_layout([3, 0, 3], ["host:0", "host:1"])
 RANK = RankId(1, 0)
+TRANSITION = TransitionId("op", 0, 1)
 NAME = "rank-r1t0:0123456789abcdef"
 SAMPLING = rank.Sampling(seed=7, temperature=0.5, logit_bias=((3, -1.5),), logprobs=2)
 SEAT = handles.SeatMemory(
@@ -43,16 +45,16 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
             hmm.SetMembership((0, 1), True),
             hmm.CheckIntegrity(True),
             hmm.StageLayout(
-                "op",
+                TRANSITION,
                 LAYOUT,
                 (hmm.RecordCopy(RecordKey("expert", 0, 2), "host:0", "host:1"),),
                 {"host:0": 3, "host:1": 2},
                 {"host:1": 4},
                 1 << 30,
             ),
-            hmm.CommitLayout("op"),
-            hmm.ReleaseLayout("op"),
-            hmm.AbortLayout("op"),
+            hmm.CommitLayout(TRANSITION),
+            hmm.ReleaseLayout(TRANSITION),
+            hmm.AbortLayout(TRANSITION),
             hmm.CopyBlocks(0, NAME, 1, "other", ((3, 4), (0, 1))),
         ),
     ),
@@ -73,7 +75,11 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
             rank.Unwatch(),
             rank.GetRankIntegrity(),
             rank.GetRankLoad(),
-            rank.Move("op", (rank.MoveTarget(RANK, 1, 3),), True),
+            rank.MigrateTo(CommandId("op", 1, 0, "migrate", 2), (rank.MoveTarget(RANK, 1, 3),)),
+            rank.Precopy(CommandId("op", 0, 1, "precopy"), (rank.MoveTarget(RANK, 1, 1),), 6),
+            rank.DecodeOnly(CommandId("op", 0, 1, "decode_only"), 6),
+            rank.Drain(CommandId("op", 0, 0, "drain"), (rank.MoveTarget(RANK, 1),)),
+            rank.CancelMigration(CommandId("", 0, 0, "cancel")),
             rank.Reserve("r1", b"router:1", (1, 2, 3), 2),
             rank.Unreserve("r1", b"router:1"),
             rank.HandOver(
@@ -117,14 +123,14 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
                 LAYOUT,
                 scaler.MemoryFacts(4096, KvGeometry(16, 4096, 4096, 1, 4096), 1 << 20, 8192, 2, 3),
                 scaler.TransitionStatus(
-                    "op", 2, "failed", (0,), 1, 2, {"host:0": 9}, Refused("does_not_fit", "text", False)
+                    TRANSITION, 2, "failed", (0,), 1, 2, {"host:0": 9}, Refused("does_not_fit", "text", False)
                 ),
             ),
             scaler.RankStarted(RANK, NAME),
             scaler.RankReady(RANK, 1, NAME, 1.5, 2.5),
             scaler.RankExited(RANK, 1, NAME, -9, "killed by signal 9"),
             scaler.PoolStatus(2, (PoolRank(RANK, 1, "host:1", NAME, 12, True),)),
-            scaler.RankLoad(RANK, NAME, 1, 2, 3, 4, 5, 6, 7, True, "op", 1, 2),
+            scaler.RankLoad(RANK, NAME, 1, 2, 3, 4, 5, 6, 7, True, CommandId("op", 0, 0, "drain"), 1, 2),
             scaler.Integrity(("finding",), {"host:0/base": 1 << 63}),
             Ack(),
             Refused("conflict", "text", False),
@@ -215,8 +221,8 @@ def test_round_trip_and_independent_decoding(receiver: str, message: Message) ->
 
 
 def test_another_version_is_told_apart_whatever_its_body() -> None:
-    raw = msgpack.packb({"version": 2, "epoch": 0, "sender": "x:1", "seq": 1, "body": {"type": "New", "deep": [[]]}})
-    with pytest.raises(ProtocolError, match="version 2 is not 1") as caught:
+    raw = msgpack.packb({"version": 1, "epoch": 0, "sender": "x:1", "seq": 1, "body": {"type": "New", "deep": [[]]}})
+    with pytest.raises(ProtocolError, match="version 1 is not 2") as caught:
         rank.CODEC.decode(raw)
     assert caught.value.code == "version_mismatch"
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from services.scaler.operation import Operation
-from services.scaler.settle import hurry, move_ahead
+from common.protocol.rank import DecodeOnly
+from services.scaler.operation import Operation, TellRank
+from services.scaler.settle import DECODE_ONLY_STEPS, hurry, move_ahead
 from services.scaler.steps import progressed
 from services.scaler.transition import cancel, outcome
-from tests.unit.transitions import DOWN, UP, World, operation_of
+from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
 
 def told_world() -> tuple[World, Operation]:
@@ -28,11 +29,11 @@ def test_sequences_are_got_ready_for_who_joins_and_go_there_after_the_flip() -> 
     world.running = {0: 6, 1: 5}
     operation = world.run_to(operation_of(UP), "commit")
     operation = world.step(operation)
-    assert world.commands[0] == operation.ahead_id
+    assert world.commands[0] == operation.command_id("precopy")
     assert (world.targets, world.running) == ({0: ((2, 1),), 1: ()}, {0: 6, 1: 5})
     done = world.run(operation)
     assert (done.phase, sorted(world.running.values())) == ("done", [3, 4, 4])
-    assert all(world.commands[slot].endswith(".end") for slot in (0, 1))
+    assert all(world.commands[slot].kind == "cancel" for slot in (0, 1))
 
 
 def test_steps_are_kept_short_while_the_hmm_copies_for_who_joins_and_for_nobody_else() -> None:
@@ -40,12 +41,10 @@ def test_steps_are_kept_short_while_the_hmm_copies_for_who_joins_and_for_nobody_
     operation = world.step(world.run_to(operation_of(UP), "prepare"))
     assert world.seen().hmm.transition.phase == "copying"
     told = hurry(operation, world.seen())
-    assert [(action.op_id, action.seat.slot, action.targets, action.is_leaving) for action in told] == [
-        (operation.soon_id, slot, (), False) for slot in (0, 1)
-    ]
-    assert all(action.urgent_steps for action in told)
+    hint = DecodeOnly(operation.command_id("decode_only"), DECODE_ONLY_STEPS)
+    assert told == [TellRank(seat, hint) for seat in SEATS[:2]]
     operation = world.step(operation)
-    assert world.commands == {0: operation.soon_id, 1: operation.soon_id}
+    assert world.commands == {0: operation.command_id("decode_only"), 1: operation.command_id("decode_only")}
     assert hurry(operation, world.seen()) == []
 
     leaving = World(DOWN.before)
@@ -73,10 +72,10 @@ def test_who_hands_over_to_a_joining_rank_is_chosen_once_and_told_until_it_says_
     world.running = {0: 1, 1: 9}  # the loads change, one rank has not heard, and one has been replaced
     seen = world.seen()
     for slot in (0, 1):
-        unheard = msgspec.structs.replace(seen.loads[slot], move_op_id=operation.soon_id)
+        unheard = msgspec.structs.replace(seen.loads[slot], command=operation.command_id("decode_only"))
         again, told = move_ahead(operation, msgspec.structs.replace(seen, loads={**seen.loads, slot: unheard}))
         assert again == operation
-        assert [(action.seat.slot, len(action.targets)) for action in told] == [(slot, 1 if slot == 0 else 0)]
+        assert [(action.seat.slot, len(action.command.targets)) for action in told] == [(slot, 1 if slot == 0 else 0)]
     assert move_ahead(operation, seen) == (operation, [])
 
 
@@ -88,10 +87,12 @@ def test_an_abort_also_tells_those_that_have_not_heard_yet_what_was_to_be_got_re
         operation = world.step(operation)
         if 2 not in world.ranks:
             world.progress()
-    world.commands = dict.fromkeys(world.commands, operation.soon_id)  # the command is still on its way
+    world.commands = dict.fromkeys(
+        world.commands, operation.command_id("decode_only")
+    )  # the command is still on its way
     done = world.run(cancel(operation))
     assert outcome(done) == "cancelled"
-    assert all(world.commands[slot] == done.end_id for slot in (0, 1))
+    assert all(world.commands[slot] == done.command_id("cancel") for slot in (0, 1))
 
 
 def test_a_restarted_scaler_does_not_choose_again_who_hands_over() -> None:
@@ -107,12 +108,12 @@ def test_an_abort_ends_what_was_got_ready() -> None:
     world = World(UP.before)
     world.running = {0: 6, 1: 5}
     operation = world.run_to(operation_of(UP), "prepare")
-    while world.commands[0] != operation.ahead_id:
+    while world.commands.get(0) != operation.command_id("precopy"):
         operation = world.step(operation)
         if 2 not in world.ranks:
             world.progress()
     assert operation.phase == "prepare"
     done = world.run(cancel(operation))
     assert (outcome(done), world.running, world.layout) == ("cancelled", {0: 6, 1: 5}, UP.before)
-    assert world.commands[0].endswith(".end")
+    assert world.commands[0].kind == "cancel"
     assert not world.targets[0]

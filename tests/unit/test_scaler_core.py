@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from common.layout import initial_layout
+from common.protocol.ids import TransitionId
 from common.protocol.replies import Refused
 from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, TransitionStatus
 from services.scaler.core import AnnounceLayout, Decision, Load, Observed, Publish, Start, decide
@@ -75,7 +76,7 @@ def test_a_seat_whose_device_is_lost_is_not_filled_and_waited_for_by_nobody() ->
 
 
 def test_what_was_committed_while_nobody_steps_is_in_force_also_where_a_seat_is_lost() -> None:
-    status = TransitionStatus("op/0.0", 1, "committed", (0, 1), 0, 0, {})
+    status = TransitionStatus(TransitionId("op"), 1, "committed", (0, 1), 0, 0, {})
     parked = msgspec.structs.replace(READY, generation=1, members=(0, 1), transition=status)
     one, lost = PoolStatus(0, (rank(0, True),)), frozenset({1})
     assert decide(LAYOUT, seen(hmm=parked, pool=one, lost=lost)).actions == (Publish(False),)
@@ -94,7 +95,7 @@ def test_a_rank_that_dies_again_is_replaced_later() -> None:
 
 
 def test_ranks_that_are_about_to_flip_are_left_alone_unless_they_are_parked_or_it_takes_too_long() -> None:
-    status = TransitionStatus("op/0.0", 1, "committed", (0, 1), 0, 0, {})
+    status = TransitionStatus(TransitionId("op"), 1, "committed", (0, 1), 0, 0, {})
     running = msgspec.structs.replace(READY, generation=1, members=(0,), running=True, transition=status)
     both = PoolStatus(0, (rank(0, True), rank(1, True)))
     assert decide(LAYOUT, seen(hmm=running, pool=both)).actions == ()

@@ -16,14 +16,14 @@ from common.protocol import hmm as to_hmm
 from common.protocol.codec import Message
 from common.protocol.errors import DoesNotFit, Fenced, Unavailable
 from common.protocol.pool import StopRank
-from common.protocol.rank import Move
+from common.protocol.rank import RankCommand
 from common.protocol.scaler import RankExited
 from common.store import Event, Writer
 from services.scaler import journal as journal_module
 from services.scaler.driver import Driver
 from services.scaler.journal import Journal
 from services.scaler.meters import Meters
-from services.scaler.operation import Abort, Commit, MoveSequences, Operation, Release, Stage, StartSeat, StopSeat
+from services.scaler.operation import Abort, Commit, Operation, Release, Stage, StartSeat, StopSeat, TellRank
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
 
@@ -95,9 +95,8 @@ class FakePeers:
         return {slot: loads[slot] for slot in ranks if slot in loads}
 
     def tell(self, rank: Any, command: Message) -> None:
-        assert isinstance(command, Move)
-        seat = next(seat for seat in SEATS if seat.rank == rank)
-        self._world.obey(MoveSequences(command.op_id, seat, command.targets, command.is_leaving))
+        assert isinstance(command, RankCommand)
+        self._world.obey(TellRank(next(seat for seat in SEATS if seat.rank == rank), command))
 
 
 class FakeLinks:
@@ -115,20 +114,20 @@ class FakeLinks:
         if isinstance(command, to_hmm.StageLayout):
             leg = next(leg for plan in (UP, DOWN) for leg in plan.legs if leg.layout == command.layout)
             assert (command.bytes_per_s_max == 0) == bool(leg.joining)
-            self.world.obey(Stage(command.op_id, leg, not leg.joining))
+            self.world.obey(Stage(command.id, leg, not leg.joining))
         elif isinstance(command, to_hmm.CommitLayout):
-            self.world.obey(Commit(command.op_id))
+            self.world.obey(Commit(command.id))
         elif isinstance(command, to_hmm.ReleaseLayout):
-            self.world.obey(Release(command.op_id))
+            self.world.obey(Release(command.id))
         elif isinstance(command, to_hmm.AbortLayout):
-            self.world.obey(Abort(command.op_id))
+            self.world.obey(Abort(command.id))
 
     def tell_pool(self, command: Message) -> None:
         assert isinstance(command, StopRank)
-        self.world.obey(StopSeat("", command.rank, command.incarnation))
+        self.world.obey(StopSeat(command.rank, command.incarnation))
 
     def start(self, seat: Seat, epoch: int) -> None:
-        self.world.obey(StartSeat("", seat, epoch))
+        self.world.obey(StartSeat(seat, epoch))
 
 
 class Scene:

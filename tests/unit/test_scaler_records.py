@@ -11,6 +11,7 @@ import pytest
 
 from common.layout import Served
 from common.protocol.errors import Unavailable
+from common.protocol.ids import TransitionId
 from common.store import Store, Writer
 from services.scaler.operation import Accounting, Figures, LegProgress, Operation, PhaseTime
 from services.scaler.orders import lost_devices
@@ -62,6 +63,8 @@ def of_the_release_before(operation: Operation) -> dict[str, Any]:
     record: dict[str, Any] = msgspec.to_builtins(operation)
     del record["form"]
     parts = [record.pop(name) for name in ("progress", "accounting")]
+    counted = parts[1]["bytes_of"]
+    parts[1]["bytes_of"] = [str(TransitionId(*counted[0])), counted[1]] if counted else ["", 0]
     return record | parts[0] | parts[1]
 
 
@@ -92,7 +95,7 @@ def test_a_record_of_the_release_before_loses_nothing() -> None:
     assert operation.accounting == Accounting(
         timings=(PhaseTime(0, "plan", 0.5),),
         bytes_prior=1000,
-        bytes_of=("op/1.2", 500),
+        bytes_of=(TransitionId("op", 1, 2), 500),
         handed_over={"rank-r0t0:0": (0, 2)},
         figures=Figures(capacity_s=1.2, bytes_copied=1500),
     )

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.protocol.ids import CommandId, TransitionId
+from common.protocol.rank import CancelMigration
 from common.protocol.replies import Refused
-from services.scaler.operation import Abort, MoveSequences, Operation, Release, StopSeat
+from services.scaler.operation import Abort, Operation, Release, StopSeat, TellRank
 from services.scaler.plan import Plan
 from services.scaler.settle import tidy
 from services.scaler.steps import LEAVE_S, progressed
@@ -27,7 +29,7 @@ def test_scaling_up_brings_replicas_in_first_and_moves_experts_then() -> None:
     world = world_of(UP)
     done = world.run(operation_of(UP))
     assert (done.phase, outcome(done), world.layout) == ("done", "done", UP.after)
-    order = [name for name in world.log if name != "MoveSequences"]
+    order = [name for name in world.log if name != "TellRank"]
     assert order == ["Stage", "StartSeat", "Commit", "Release", "Stage", "Commit", "Release"]
     assert [(time.leg, time.phase) for time in done.accounting.timings] == [
         (0, "plan"),
@@ -59,13 +61,13 @@ def test_nothing_to_do_is_done() -> None:
 def test_a_rebalance_only_moves_sequences() -> None:
     world = World(UP.before, {0: 9, 1: 0})
     done = world.run(operation_of(None))
-    assert (done.phase, set(world.log)) == ("done", {"MoveSequences"})
+    assert (done.phase, set(world.log)) == ("done", {"TellRank"})
     assert sorted(world.running.values()) == [4, 5]
 
 
 def test_leveling_that_leads_nowhere_ends() -> None:
     world = World(UP.before, {0: 9, 1: 0})
-    world._move = lambda _: None  # type: ignore[method-assign]
+    world._tell = lambda _: None  # type: ignore[method-assign]
     assert world.run(operation_of(None)).phase == "done"
 
 
@@ -139,7 +141,7 @@ def test_a_later_leg_waits_for_room_and_says_so() -> None:
 
 def test_a_deadline_before_the_commit_aborts() -> None:
     world = world_of(DOWN)
-    world._move = lambda _: None  # type: ignore[method-assign]
+    world._tell = lambda _: None  # type: ignore[method-assign]
     done = world.run(operation_of(DOWN, deadline_s=3.0))
     assert done.phase == "aborted"
     assert done.error is not None
@@ -316,16 +318,16 @@ def test_a_transition_that_no_journal_knows_is_finished_after_the_commit() -> No
     world.step(operation)
     assert tidy(world.seen(), 0.0)[0] == ()  # the ranks flip by themselves
     world.progress()
-    assert tidy(world.seen(), 0.0)[0] == (Release("op/0.0"),)
+    assert tidy(world.seen(), 0.0)[0] == (Release(TransitionId("op")),)
     assert any(isinstance(action, StopSeat) for action in tidy(world.seen(), LEAVE_S + 1)[0])
 
 
 def test_ranks_that_still_leave_are_taken_back() -> None:
     world = world_of(DOWN)
-    world.leaving[1] = "forgotten"
+    world.leaving.add(1)
     actions, reason = tidy(world.seen(), 0.0)
-    assert [(type(action), action.targets) for action in actions if isinstance(action, MoveSequences)] == [
-        (MoveSequences, ())
+    assert [action.command for action in actions if isinstance(action, TellRank)] == [
+        CancelMigration(CommandId("", 0, 0, "cancel"))
     ]
     assert reason
     assert not any(isinstance(action, Abort) for action in actions)

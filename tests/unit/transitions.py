@@ -9,6 +9,8 @@ import msgspec
 from common.layout import Layout, RankId, Seat
 from common.model_spec import KvGeometry, RecordKey
 from common.protocol.hmm import RecordCopy
+from common.protocol.ids import CommandId, CommandKind
+from common.protocol.rank import CancelMigration, DecodeOnly, Drain, MigrateTo, Precopy, RankCommand
 from common.protocol.replies import Refused
 from common.protocol.scaler import (
     DeviceStatus,
@@ -23,13 +25,13 @@ from services.scaler.operation import (
     Abort,
     Action,
     Commit,
-    MoveSequences,
     Operation,
     Release,
     Request,
     Stage,
     StartSeat,
     StopSeat,
+    TellRank,
 )
 from services.scaler.plan import Leg, Plan
 from services.scaler.steps import Seen
@@ -75,6 +77,15 @@ def operation_of(plan: Plan | None, *, deadline_s: float = 60.0) -> Operation:
     )
 
 
+KINDS: dict[type[RankCommand], CommandKind] = {
+    MigrateTo: "migrate",
+    Precopy: "precopy",
+    DecodeOnly: "decode_only",
+    Drain: "drain",
+    CancelMigration: "cancel",
+}
+
+
 class World:
     """Obeys commands at once; `progress` lets time do the rest. What the state machine may never do is asserted."""
 
@@ -84,8 +95,8 @@ class World:
         self.transition: TransitionStatus | None = None
         self.staged: Layout | None = None
         self.ranks = {seat.slot: f"rank-{seat.rank}:0" for seat in layout.seats}
-        self.leaving: dict[int, str] = {}
-        self.commands = dict.fromkeys(self.running, "")
+        self.leaving: set[int] = set()
+        self.commands: dict[int, CommandId] = {}
         self.targets: dict[int, tuple[tuple[int, int], ...]] = {}
         self.handed = dict.fromkeys(range(4), 0)
         self.starts = 0
@@ -112,7 +123,7 @@ class World:
                 5,
                 9,
                 slot in self.leaving,
-                self.leaving.get(slot, self.commands.get(slot, "")),
+                self.commands.get(slot),
                 1,
                 self.layout.epoch,
             )
@@ -159,14 +170,14 @@ class World:
         self.log.append(type(action).__name__)
         status = self.transition
         if isinstance(action, Stage):
-            assert status is None or status.phase in ("released", "aborted") or status.op_id == action.op_id
+            assert status is None or status.phase in ("released", "aborted") or status.id == action.id
             assert action.leg.layout.epoch == self.layout.epoch + 1
             assert self.is_durable, "staged without a record"
-            if status is None or status.op_id != action.op_id:
+            if status is None or status.id != action.id:
                 self.staged = action.leg.layout
                 total = action.leg.bytes_copied
                 self.transition = TransitionStatus(
-                    action.op_id, self.staged.epoch, "copying", (), 0, total, {"host:0": 60}
+                    action.id, self.staged.epoch, "copying", (), 0, total, {"host:0": 60}
                 )
         elif isinstance(action, Commit):
             assert self.is_durable, "committed without a record"
@@ -195,20 +206,22 @@ class World:
         elif isinstance(action, StopSeat):
             for slot in [slot for slot, incarnation in self.ranks.items() if incarnation == action.incarnation]:
                 self.end(slot)
-        elif isinstance(action, MoveSequences):
-            self._move(action)
+        elif isinstance(action, TellRank):
+            self._tell(action)
 
-    def _move(self, action: MoveSequences) -> None:
-        slot = action.seat.slot
-        self.leaving.pop(slot, None)
-        self.commands[slot] = action.op_id
-        self.targets[slot] = tuple((target.slot, target.num_sequences) for target in action.targets)
-        if action.is_leaving:
-            self.leaving[slot] = action.op_id
+    def _tell(self, action: TellRank) -> None:
+        slot, command = action.seat.slot, action.command
+        assert KINDS[type(command)] == command.id.kind, "a command's name is of another kind"
+        self.commands[slot] = command.id
+        targets = () if isinstance(command, DecodeOnly | CancelMigration) else command.targets
+        self.targets[slot] = tuple((target.slot, target.num_sequences) for target in targets)
+        self.leaving.discard(slot)
+        if isinstance(command, Drain):
+            self.leaving.add(slot)
 
     def end(self, slot: int) -> None:
         self.ranks.pop(slot, None)
-        self.leaving.pop(slot, None)
+        self.leaving.discard(slot)
 
     def _phase(self, phase: str) -> None:
         assert self.transition is not None

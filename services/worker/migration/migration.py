@@ -8,9 +8,10 @@ from collections.abc import Callable
 from common.endpoints import Transport
 from common.layout import RankId
 from common.protocol.codec import Message
+from common.protocol.ids import CommandId
 from common.protocol.peer import Reserved, Taken
 from common.protocol.pool import StartRank
-from common.protocol.rank import HandOver, Move, MoveTarget, Reserve, Unreserve
+from common.protocol.rank import HandOver, MoveTarget, RankCommand, Reserve, Unreserve
 from services.worker.engine.engine import Engine
 from services.worker.engine.sequence import Sequence
 from services.worker.migration.incoming import REMEMBERED_MAX, Incoming, Key
@@ -34,9 +35,8 @@ class Migration:
     ) -> None:
         """`transport` leads to the HMM and to other ranks. `watch` makes the loop's poll return when a descriptor is
         readable; `turn` then has to be called."""
-        self._seat = seat
         self._engine = engine
-        self._targets = Targets()
+        self._targets = Targets(seat.rank)
         self._outgoing = Outgoing(
             seat, engine, self._targets, transport, watch=watch, unwatch=unwatch, on_taken=self._note_gone
         )
@@ -53,9 +53,9 @@ class Migration:
         return self._targets.is_leaving
 
     @property
-    def op_id(self) -> str:
-        """Of the Move command in force; empty before the first."""
-        return self._targets.move.op_id
+    def command_id(self) -> CommandId | None:
+        """Of the command in force; None before the first."""
+        return self._targets.command_id
 
     @property
     def num_moving(self) -> int:
@@ -82,12 +82,10 @@ class Migration:
 
     # ---- messages -------------------------------------------------------------------------------------------------
 
-    def command(self, move: Move) -> None:
+    def obey(self, command: RankCommand) -> None:
         """Replace the command in force. Sequences on their way to ranks that are no targets any more stay, unless they
         were handed over already."""
-        own = self._seat.rank
-        targets = tuple(target for target in move.targets if target.rank != own)
-        self._targets.command(Move(move.op_id, targets, move.is_leaving))
+        self._targets.obey(command)
 
     def reserve(self, sender: str, message: Reserve) -> Reserved:
         """Keep a place for another rank's sequence. Raises an ElasticMoEError that says why not; idempotent."""

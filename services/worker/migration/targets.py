@@ -1,4 +1,4 @@
-"""Which sequence goes to which rank next, as the Move command in force has it. Pure: no sockets, no clock."""
+"""Which sequence goes to which rank next, as the command in force has it. Pure: no sockets, no clock."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from common.layout import RankId
-from common.protocol.rank import Move, MoveTarget
+from common.protocol.ids import CommandId
+from common.protocol.rank import CancelMigration, DecodeOnly, Drain, MoveTarget, RankCommand
 from services.worker.engine.sequence import Sequence
 
 RETRY_S, RETRY_S_MAX = 0.05, 2.0  # pause after a refusal; doubles with each one of the same sequence and target
@@ -19,27 +20,28 @@ _Place = tuple[bytes, str, RankId]
 class Targets:
     """The command in force, what was done of it, and who is not to be asked again yet."""
 
-    def __init__(self) -> None:
-        self.move = Move("", ())
+    def __init__(self, own: RankId) -> None:
+        self._own = own
+        self.command_id: CommandId | None = None
+        self.targets: tuple[MoveTarget, ...] = ()
+        self.is_leaving = False  # everything has to go
         self._done: Counter[RankId] = Counter()  # handed over under this command
         self._pauses: dict[_Place, tuple[float, float]] = {}  # (until, seconds)
         self._silent: dict[RankId, float] = {}  # until
 
-    def command(self, move: Move) -> None:
+    def obey(self, command: RankCommand) -> None:
         """Replace the command."""
-        self.move = move
+        targets = () if isinstance(command, DecodeOnly | CancelMigration) else command.targets
+        self.command_id = command.id
+        self.targets = tuple(target for target in targets if target.rank != self._own)
+        self.is_leaving = isinstance(command, Drain) and bool(self.targets)
         self._done.clear()
         self._pauses.clear()
         self._silent.clear()
 
-    @property
-    def is_leaving(self) -> bool:
-        """Whether everything has to go."""
-        return self.move.is_leaving and bool(self.move.targets)
-
     def has(self, rank: RankId) -> bool:
         """Whether `rank` is a target."""
-        return any(target.rank == rank for target in self.move.targets)
+        return any(target.rank == rank for target in self.targets)
 
     def note_done(self, rank: RankId) -> None:
         """A sequence was handed over to `rank`."""
@@ -61,10 +63,10 @@ class Targets:
     def wanted(self, on_the_way: Counter[RankId]) -> list[MoveTarget]:
         """Targets that get more, the most wanting first, those that did not answer last. `on_the_way`: sequences that
         are moving there now."""
-        load = {target.rank: self._done[target.rank] + on_the_way[target.rank] for target in self.move.targets}
+        load = {target.rank: self._done[target.rank] + on_the_way[target.rank] for target in self.targets}
         if self.is_leaving:
-            return sorted(self.move.targets, key=lambda t: (t.rank in self._silent, load[t.rank]))
-        missing = [target for target in self.move.targets if load[target.rank] < target.num_sequences]
+            return sorted(self.targets, key=lambda t: (t.rank in self._silent, load[t.rank]))
+        missing = [target for target in self.targets if load[target.rank] < target.num_sequences]
         return sorted(missing, key=lambda t: (t.rank in self._silent, load[t.rank] - t.num_sequences))
 
     def choose(
