@@ -6,18 +6,10 @@ from collections.abc import Iterable
 
 import msgspec
 
-from services.scaler.core import decide
-from services.scaler.decisions import (
-    Decision,
-    PhaseChosen,
-    PlanMade,
-    StepTaken,
-    digests,
-    without_plan,
-)
+from services.scaler.decisions import Decision, PlanMade, TurnTaken, digests, without_plan
 from services.scaler.plan import Plan
-from services.scaler.settle import tidy
-from services.scaler.transition import advance
+from services.scaler.reconciler import reconcile
+from services.scaler.state import State
 
 DECISIONS = msgspec.msgpack.Decoder(Decision)
 
@@ -32,27 +24,26 @@ def replay(decisions: Iterable[Decision]) -> list[str]:
             plans[decision.op_id] = plan
             if again != decision:
                 found.append(f"{decision.op_id}: another plan")
-        elif isinstance(decision, StepTaken):
-            found += _step(decision, plans)
-        elif isinstance(decision, PhaseChosen):
-            if (chosen := decide(decision.layout, decision.observed)) != decision.chosen:
-                found.append(f"phase: {chosen} and not {decision.chosen}")
         else:
-            actions, reason = tidy(decision.seen, decision.since_s)
-            if (reason, digests(actions)) != (decision.reason, decision.commands):
-                found.append(f"tidy: {reason} and not {decision.reason}")
+            found += _turn(decision, plans)
     return found
 
 
-def _step(decision: StepTaken, plans: dict[str, Plan]) -> list[str]:
-    before = decision.before
-    plan = plans.get(before.op_id)
-    if plan is None and before.kind != "rebalance":
-        return [f"{before.op_id}: the journal has a step and no plan"]
-    step = advance(msgspec.structs.replace(before, plan=plan), decision.seen, decision.now)
-    after, wanted = without_plan(step.operation), decision.after
+def _turn(decision: TurnTaken, plans: dict[str, Plan]) -> list[str]:
+    before, name = decision.before, "members"
+    if before.operation is not None:
+        name = before.operation.op_id
+        plan = plans.get(name)
+        if plan is None and before.operation.kind != "rebalance":
+            return [f"{name}: the journal has a turn and no plan"]
+        before = msgspec.structs.replace(before, operation=msgspec.structs.replace(before.operation, plan=plan))
+    step = reconcile(before, decision.seen, decision.now)
+    after, wanted = without_plan(step.state), decision.after
     if after != wanted:
-        return [f"{before.op_id}: {after.phase}, {after.why} and not {wanted.phase}, {wanted.why}"]
-    if digests(step.actions) != decision.commands:
-        return [f"{before.op_id}: {after.phase}: other commands"]
-    return []
+        return [f"{name}: {_said(after)} and not {_said(wanted)}"]
+    return [] if digests(step.actions) == decision.commands else [f"{name}: {_said(after)}: other commands"]
+
+
+def _said(state: State) -> str:
+    operation = state.operation
+    return f"{operation.phase}, {operation.why}" if operation else f"{state.status.phase}, {state.status.reason}"

@@ -43,7 +43,19 @@ SOLE_IMPORTERS = {
 }
 # Pure cores: decisions are functions of their arguments.
 PURE = [
-    "services/scaler/core.py",
+    "services/scaler/actions.py",
+    "services/scaler/observation.py",
+    "services/scaler/state.py",
+    "services/scaler/reconciler.py",
+    "services/scaler/members.py",
+    "services/scaler/watchdog.py",
+    "services/scaler/operation.py",
+    "services/scaler/records.py",
+    "services/scaler/steps.py",
+    "services/scaler/settle.py",
+    "services/scaler/transition.py",
+    "services/scaler/figures.py",
+    "services/scaler/leveling.py",
     "services/scaler/decisions.py",
     "services/scaler/capacity.py",
     "services/scaler/placement.py",

@@ -1,5 +1,5 @@
 """Decisions with all that they were made from, as the journal keeps them, so that each can be made again: the plans,
-each change of an operation's phase, what was tidied up, and each new phase of the deployment. Pure data.
+and the turns in which the reconciler did something new. Pure data.
 
 What is large and follows from the rest is left out: a plan is named by its digest, and commands are by theirs.
 """
@@ -12,11 +12,10 @@ from collections.abc import Iterable
 import msgspec
 
 from common.layout import Layout
-from services.scaler.core import Decision as Chosen
-from services.scaler.core import Observed
-from services.scaler.operation import Action, Operation
+from services.scaler.actions import Action, EjectRank, LeaveOut
+from services.scaler.observation import Observation, Step
 from services.scaler.plan import Memory, Plan, Rates, Sizes, Target
-from services.scaler.steps import Seen, Step
+from services.scaler.state import State
 from services.scaler.way import plan_way
 
 _encoder = msgspec.msgpack.Encoder(order="deterministic")
@@ -40,44 +39,42 @@ class PlanMade(msgspec.Struct, frozen=True, tag="plan", kw_only=True):
         return plan, msgspec.structs.replace(self, plan=digest(plan))
 
 
-class StepTaken(msgspec.Struct, frozen=True, tag="step"):
-    """What `advance` took and gave where a phase, leg or attempt changed; the operation without its plan."""
+class TurnTaken(msgspec.Struct, frozen=True, tag="turn"):
+    """What `reconcile` took and gave in a turn that changed the deployment's reason, the operation's leg, attempt or
+    phase, or asked for something that is seldom; operations without their plans."""
 
-    before: Operation
-    seen: Seen
+    before: State
+    seen: Observation
     now: float
-    after: Operation
+    after: State
     commands: tuple[str, ...]
 
 
-class Tidied(msgspec.Struct, frozen=True, tag="tidy"):
-    """What `tidy` took and gave where it began to tidy."""
-
-    seen: Seen
-    since_s: float
-    reason: str
-    commands: tuple[str, ...]
+Decision = PlanMade | TurnTaken
 
 
-class PhaseChosen(msgspec.Struct, frozen=True, tag="phase"):
-    """What `decide` took and gave where its reason was a new one."""
-
-    layout: Layout
-    observed: Observed
-    chosen: Chosen
+def turn_taken(before: State, seen: Observation, now: float, step: Step[State]) -> TurnTaken:
+    """The record of one turn."""
+    return TurnTaken(without_plan(before), seen, now, without_plan(step.state), digests(step.actions))
 
 
-Decision = PlanMade | StepTaken | Tidied | PhaseChosen
+def is_notable(before: State, step: Step[State]) -> bool:
+    """Whether a turn is worth a record."""
+    after = step.state
+    marks = [state.operation.mark for state in (before, after) if state.operation is not None]
+    return (
+        after.status.reason != before.status.reason
+        or len(set(marks)) > 1
+        or (after.orphans is not None and before.orphans is None)
+        or any(isinstance(action, EjectRank | LeaveOut) for action in step.actions)
+    )
 
 
-def step_taken(before: Operation, seen: Seen, now: float, step: Step) -> StepTaken:
-    """The record of one step."""
-    return StepTaken(without_plan(before), seen, now, without_plan(step.operation), digests(step.actions))
-
-
-def without_plan(operation: Operation) -> Operation:
-    """The operation as records hold it."""
-    return msgspec.structs.replace(operation, plan=None)
+def without_plan(state: State) -> State:
+    """The state as records hold it."""
+    if state.operation is None:
+        return state
+    return msgspec.structs.replace(state, operation=msgspec.structs.replace(state.operation, plan=None))
 
 
 def digest(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Carries an operation out: shows the state machine what is seen, journals its states, sends what it commands."""
+"""Carries out what the reconciler decides: shows it what is seen, journals the new state, sends what it asks for."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from common.config import ScalerConfig
 from common.failpoint import failpoint
 from common.protocol import hmm as to_hmm
 from common.protocol.errors import ElasticMoEError, Fenced
+from common.protocol.hmm import SetMembership
 from common.protocol.pool import StopRank
 from common.protocol.replies import Refused, refusal
-from common.protocol.scaler import HmmStatus, PoolStatus, RankExited
+from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankLoad
 from common.telemetry import get_logger
-from services.scaler.decisions import PlanMade, Tidied, digests, step_taken
-from services.scaler.journal import Journal
-from services.scaler.links import Links
-from services.scaler.meters import Meters
-from services.scaler.operation import (
+from services.scaler.actions import (
     Abort,
     Action,
     ActionKey,
+    AnnounceLayout,
     Commit,
-    Operation,
+    EjectRank,
+    LeaveOut,
+    LoadModel,
+    PublishMembers,
     Release,
     Stage,
     StartSeat,
@@ -32,9 +33,15 @@ from services.scaler.operation import (
     TellRank,
     key_of,
 )
-from services.scaler.settle import tidy
-from services.scaler.steps import Seen
-from services.scaler.transition import advance, outcome
+from services.scaler.decisions import PlanMade, is_notable, turn_taken
+from services.scaler.journal import Journal
+from services.scaler.links import Links
+from services.scaler.meters import Meters
+from services.scaler.observation import Observation
+from services.scaler.operation import Operation
+from services.scaler.reconciler import reconcile
+from services.scaler.state import State
+from services.scaler.transition import outcome
 
 log = get_logger("scaler")
 
@@ -58,12 +65,13 @@ _PLACES: dict[type[Action], str] = {  # of failpoints
     StopSeat: "stop_rank",
     TellRank: "move",
 }
+_STEADY = (LoadModel, StartSeat, PublishMembers, AnnounceLayout)
 
 
 class Driver:
-    """The loop's thread only. `operation`: the one in progress; `ended`: the last ones, newest first.
+    """The loop's thread only. `ended`: the last operations, newest first.
 
-    `tell(kind, reason, **facts)` journals an event and shows it to listeners.
+    `tell(kind, reason, **facts)` journals an event and shows it to listeners; `leave_out` takes LeaveOut.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class Driver:
         journal: Journal,
         meters: Meters,
         tell: Tell,
+        state: State,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -81,21 +90,28 @@ class Driver:
         self._meters = meters
         self._tell = tell
         self._clock = clock
-        self.operation: Operation | None = None
+        self.state = state
+        self.leave_out: Callable[[LeaveOut], None] = lambda _: None
         self.ended: list[Operation] = []
         self._exits: dict[int, str] = {}
         self._refused: Refused | None = None
         self._sent: dict[ActionKey, float] = {}
-        self._untidy_since: float | None = None
+
+    @property
+    def operation(self) -> Operation | None:
+        """The one in progress."""
+        return self.state.operation
 
     def resume(self, operation: Operation | None, ended: list[Operation]) -> None:
         """Take over what the journal of an earlier scaler says."""
         self.ended = ended
+        self._set(last=ended[0] if ended else None)
         if operation is None:
             self._journal.adopt(None)
             return
-        self.operation = msgspec.structs.replace(operation, clock=None)
-        self._journal.adopt(self.operation)
+        operation = msgspec.structs.replace(operation, clock=None)
+        self._set(operation=operation)
+        self._journal.adopt(operation)
         log.info("operation resumed", op_id=operation.op_id, phase=operation.phase, leg=operation.leg + 1)
         self._tell("operation_resumed", operation.why, op_id=operation.op_id, phase=operation.phase)
 
@@ -104,7 +120,7 @@ class Driver:
         `storage_full` where its records would find no room."""
         assert self.operation is None
         self._journal.reserve(operation)
-        self.operation = operation
+        self._set(operation=operation)
         if made is not None:
             self._journal.decision(made)
         self._journal.put(operation)
@@ -114,7 +130,7 @@ class Driver:
 
     def replace(self, operation: Operation) -> None:
         """Go on with a changed state of the operation in progress."""
-        self.operation = operation
+        self._set(operation=operation)
         self._journal.put(operation)
 
     def on_exit(self, event: RankExited) -> bool:
@@ -131,25 +147,48 @@ class Driver:
         is_expected = operation.phase not in ("prepare", "abort")
         return event.slot in {seat.slot for seat in leg.leaving} and is_expected
 
-    def turn(self, hmm: HmmStatus | None, pool: PoolStatus | None, *, is_quiet: bool = False) -> None:
-        """Bring the operation on by what is seen now, or tidy up where there is none. `is_quiet`: nobody computes.
-        Raises Fenced."""
-        seen = self._see(hmm, pool, LOADS_S if self.operation else LOADS_QUIET_S if is_quiet else LOADS_IDLE_S)
-        if self.operation is None:
-            self._tidy(seen)
-            return
-        before, now = self.operation, self._clock()
-        step = advance(before, seen, now)
-        self.operation = step.operation
-        if step.operation.is_late and not before.is_late:
-            log.warning("operation is past its deadline", op_id=before.op_id, phase=before.phase)
-            self._tell("operation_late", step.operation.why, op_id=before.op_id, phase=before.phase)
-        if step.operation.mark != before.mark:
-            self._journal.decision(step_taken(before, seen, now, step))
-            self._changed(before, step.operation)
-        self._act(step.actions)
+    def observe(self, hmm: HmmStatus | None, pool: PoolStatus | None, *, is_quiet: bool = False) -> Observation:
+        """What is seen of ranks and journal beside what HMM and pool have answered. `is_quiet`: nobody computes."""
+        return Observation(
+            hmm=hmm,
+            pool=pool,
+            loads=self._ask_loads(hmm, pool, is_quiet) if self.state.ever_served or self.operation else {},
+            starting=frozenset(self._links.starting),
+            announced_epoch=self._journal.announced_epoch,
+            exits=dict(self._exits),
+            stage_refused=self._refused,
+            is_durable=self.is_durable,
+            no_room=self._journal.no_room(),
+        )
 
-    def _see(self, hmm: HmmStatus | None, pool: PoolStatus | None, loads_s: float) -> Seen:
+    def decide(self, seen: Observation) -> tuple[Action, ...]:
+        """Go on to the reconciler's next state, and journal it; what it asks for."""
+        before, now = self.state, self._clock()
+        step = reconcile(before, seen, now)
+        self.state = step.state
+        if is_notable(before, step):
+            self._journal.decision(turn_taken(before, seen, now, step))
+        if step.reason != before.status.reason:
+            log.info(step.reason, phase=step.state.status.phase)
+            self._tell("decision", step.reason, phase=step.state.status.phase)
+        if step.state.orphans is not None and before.orphans is None:
+            log.warning(step.state.orphans.reason)
+            self._tell("tidy", step.state.orphans.reason)
+        if before.operation is not None and step.state.operation is not None:
+            self._note(before.operation, step.state.operation)
+        return step.actions
+
+    def _set(self, **changes: object) -> None:
+        self.state = msgspec.structs.replace(self.state, **changes)
+
+    def _note(self, before: Operation, after: Operation) -> None:
+        if after.is_late and not before.is_late:
+            log.warning("operation is past its deadline", op_id=before.op_id, phase=before.phase)
+            self._tell("operation_late", after.why, op_id=before.op_id, phase=before.phase)
+        if after.mark != before.mark:
+            self._changed(before, after)
+
+    def _ask_loads(self, hmm: HmmStatus | None, pool: PoolStatus | None, is_quiet: bool) -> dict[int, RankLoad]:
         seats = list(hmm.layout.seats) if hmm and hmm.layout else []
         operation = self.operation
         if operation is not None and operation.num_legs:
@@ -160,18 +199,9 @@ class Driver:
             living = [seat for seat in seats if seat.slot in ranks]
             if hmm is not None:  # else it is not known which seats there are
                 self._links.peers.keep(seats)
-            self._links.peers.ask(living, loads_s)
+            self._links.peers.ask(living, LOADS_S if operation else LOADS_QUIET_S if is_quiet else LOADS_IDLE_S)
         self._links.peers.receive()
-        return Seen(
-            hmm=hmm,
-            pool=pool,
-            loads=self._links.peers.loads(ranks, FRESH_S),
-            starting=frozenset(self._links.starting),
-            exits=dict(self._exits),
-            refused=self._refused,
-            is_durable=self.is_durable,
-            no_room=self._journal.no_room(),
-        )
+        return self._links.peers.loads(ranks, FRESH_S)
 
     @property
     def is_durable(self) -> bool:
@@ -183,19 +213,6 @@ class Driver:
         ranks = {rank.slot: rank for rank in pool.ranks} if pool else {}
         loads = self._links.peers.loads(ranks, FRESH_IDLE_S)
         return {slot: (load.blocks_free, load.blocks_total) for slot, load in loads.items()}
-
-    def _tidy(self, seen: Seen) -> None:
-        now = self._clock()
-        since = now if self._untidy_since is None else self._untidy_since
-        actions, reason = tidy(seen, now - since)
-        if not reason:
-            self._untidy_since = None
-        elif self._untidy_since is None:
-            self._untidy_since = now
-            log.warning(reason)
-            self._tell("tidy", reason)
-            self._journal.decision(Tidied(seen, now - since, reason, digests(actions)))
-        self._act(actions)
 
     def _changed(self, before: Operation, after: Operation) -> None:
         """Journal a new state before its commands are sent."""
@@ -216,7 +233,7 @@ class Driver:
             return
         over = msgspec.structs.replace(after, plan=None)
         self.ended = [over, *self.ended][:ENDED_MAX]
-        self.operation = None
+        self._set(operation=None, last=over)
         self._journal.end(over)
         self._meters.operation(over, outcome(over))
         self._tell("operation_ended", after.why, op_id=after.op_id, outcome=outcome(over))
@@ -226,44 +243,71 @@ class Driver:
         self._sent.clear()
         self._refused = None
 
-    def _act(self, actions: tuple[Action, ...]) -> None:
-        now = self._clock()
+    def execute(self, actions: tuple[Action, ...]) -> bool:
+        """Send what was asked for, but what was sent just now; False where a part of the steady state was refused: it
+        is asked for again. Raises Fenced."""
+        now, is_done = self._clock(), True
         self._sent = {key: at for key, at in self._sent.items() if now - at < REPEAT_S}
         for action in actions:
-            if key_of(action) in self._sent:
-                continue
-            self._sent[key_of(action)] = now
+            if (key := key_of(action)) is not None:
+                if key in self._sent:
+                    continue
+                self._sent[key] = now
             try:
-                place = f"scaler.{_PLACES[type(action)]}"
-                failpoint(f"{place}.before")
-                self._send(action)
-                failpoint(f"{place}.after")
+                self._send_between_failpoints(action)
                 if isinstance(action, Stage):
                     self._refused = None
             except ElasticMoEError as error:
                 if error.code == Fenced.code:
                     raise
                 log.warning("action failed", action=type(action).__name__, code=error.code, because=error.message)
+                is_done &= not isinstance(action, _STEADY)
                 if isinstance(action, Stage):
                     self._refused = refusal(error)
+        return is_done
+
+    def _send_between_failpoints(self, action: Action) -> None:
+        place = _PLACES.get(type(action))
+        if place is None or (isinstance(action, StartSeat) and action.seat.slot in self.state.layout.slots):
+            self._send(action)
+            return
+        failpoint(f"scaler.{place}.before")
+        self._send(action)
+        failpoint(f"scaler.{place}.after")
 
     def _send(self, action: Action) -> None:
-        if isinstance(action, Stage):
-            rate = self._config.copy_bytes_per_s if action.is_throttled else 0
-            leg = action.leg
-            kv, kv_after = leg.kv_handles, leg.kv_handles_after
-            self._links.tell_hmm(to_hmm.StageLayout(action.id, leg.layout, leg.copies, kv, kv_after, rate))
-        elif isinstance(action, Commit):
-            self._links.tell_hmm(to_hmm.CommitLayout(action.id))
-        elif isinstance(action, Release):
-            self._links.tell_hmm(to_hmm.ReleaseLayout(action.id, action.gone))
-        elif isinstance(action, Abort):
-            self._links.tell_hmm(to_hmm.AbortLayout(action.id, action.gone))
-        elif isinstance(action, StartSeat):
-            self._links.start(action.seat, action.epoch)
-        elif isinstance(action, StopSeat):
-            lost = self.operation.lost if self.operation is not None else ()
-            is_lost = any(seat.rank == action.rank for seat in lost)
-            self._links.tell_pool(StopRank(action.rank, action.incarnation, 0 if is_lost else STOP_GRACE_MS))
-        elif isinstance(action, TellRank):
-            self._links.peers.tell(action.seat.rank, action.command)
+        links = self._links
+        match action:
+            case LoadModel():
+                links.load(action.layout)
+            case StartSeat():
+                links.start(action.seat, action.epoch)
+            case PublishMembers():
+                links.tell_hmm(SetMembership(action.slots, action.running))
+            case AnnounceLayout():
+                self._journal.announce(action.layout)
+            case EjectRank():
+                self._eject(action)
+            case LeaveOut():
+                self.leave_out(action)
+            case Stage(leg=leg):
+                rate = self._config.copy_bytes_per_s if action.is_throttled else 0
+                kv, kv_after = leg.kv_handles, leg.kv_handles_after
+                links.tell_hmm(to_hmm.StageLayout(action.id, leg.layout, leg.copies, kv, kv_after, rate))
+            case Commit():
+                links.tell_hmm(to_hmm.CommitLayout(action.id))
+            case Release():
+                links.tell_hmm(to_hmm.ReleaseLayout(action.id, action.gone))
+            case Abort():
+                links.tell_hmm(to_hmm.AbortLayout(action.id, action.gone))
+            case StopSeat():
+                links.tell_pool(StopRank(action.rank, action.incarnation, 0 if action.is_lost else STOP_GRACE_MS))
+            case TellRank():
+                links.peers.tell(action.seat.rank, action.command)
+
+    def _eject(self, action: EjectRank) -> None:
+        """What follows is what follows any rank's death."""
+        reason = f"no progress for {action.still_s:.1f} s; the limit is {action.limit_s:g} s"
+        log.warning("rank ejected", rank=action.rank, rank_id=action.incarnation, because=reason)
+        self._tell("rank_ejected", reason, rank=str(action.rank), incarnation=action.incarnation)
+        self._links.tell_pool(StopRank(action.rank, action.incarnation, 0))

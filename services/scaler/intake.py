@@ -12,6 +12,7 @@ from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, No
 from common.protocol.scaler import HmmStatus
 from common.telemetry import get_logger
 from services.scaler import orders
+from services.scaler.actions import LeaveOut
 from services.scaler.decisions import PlanMade
 from services.scaler.desk import Accepted, Cancel, Later
 from services.scaler.driver import Driver, Tell
@@ -20,8 +21,6 @@ from services.scaler.plan import Plan, Rates, Target, sizes_of
 from services.scaler.transition import without_lost
 
 log = get_logger("scaler")
-
-AFTER_REFUSAL_S = 1.0
 
 
 def new_op_id() -> str:
@@ -50,8 +49,7 @@ class Intake:
         self._tell = tell
         self._clock = clock
         self._new_id = new_id
-        self._why_not = ""  # `go_on` could not begin
-        self._go_on_at = 0.0  # not before
+        self._why_not = ""  # `leave_out` could not begin
 
     def take(self, order: orders.Order | Cancel, hmm: HmmStatus | None, *, ever_served: bool) -> Accepted:
         """Carry an order out, with what the HMM said last. Raises its refusal, or Later."""
@@ -88,18 +86,10 @@ class Intake:
         driver.begin(operation, made)
         return Accepted(operation)
 
-    def go_on(self, hmm: HmmStatus | None) -> None:
-        """Where lost devices are still in the layout and no operation runs, because the last one gave way and nobody's
-        order followed: begin the one that leaves them out. Called in every turn; does nothing as a rule."""
-        if self._driver.operation is not None or hmm is None or hmm.layout is None:
-            return
-        slots, now = self.lost_slots(hmm), self._clock.monotonic()
-        if not slots or now < self._go_on_at:
-            return
-        self._go_on_at = now + AFTER_REFUSAL_S
-        remove = tuple(sorted({seat.rank.replica for seat in hmm.layout.seats if seat.slot in slots}))
-        request = Request(remove=remove, reason="a device was lost meanwhile", is_lost=True)
-        order = orders.Order("", request, Target(remove=remove, is_lost=True))
+    def leave_out(self, action: LeaveOut, hmm: HmmStatus | None) -> None:
+        """Begin the operation that leaves out lost devices, in place of the order that nobody gave."""
+        request = Request(remove=action.replicas, reason="a device was lost meanwhile", is_lost=True)
+        order = orders.Order("", request, Target(remove=action.replicas, is_lost=True))
         try:
             self.take(order, hmm, ever_served=True)
             self._why_not = ""
@@ -109,21 +99,10 @@ class Intake:
                 log.error("a lost device cannot be left out", code=error.code, because=error.message)
                 self._tell("loss_refused", error.message, code=error.code)
 
-    def lost_slots(self, hmm: HmmStatus | None) -> frozenset[int]:
-        """Slots whose devices have been lost, and which an operation leaves out or is about to: no rank is seated
-        there."""
-        operation, ended = self._driver.operation, self._driver.ended
-        seats = hmm.layout.seats if hmm is not None and hmm.layout is not None else ()
-        if operation is not None:  # a rebalance, which has no legs, knows the device and not its seat
-            meanwhile = {seat.slot for seat in seats if seat.device in operation.lost_meanwhile}
-            return frozenset(meanwhile | {seat.slot for seat in operation.lost})
-        lost = orders.lost_by(ended[0]) if ended else set()
-        return frozenset(seat.slot for seat in seats if seat.device in lost)
-
     def _check_lost(self, order: orders.Order, hmm: HmmStatus | None) -> None:
         """Raises Conflict `device_lost` where the next operation has to leave out lost devices, and this order would
         not: it might read from them, and fill their seats."""
-        slots = self.lost_slots(hmm) if self._driver.operation is None else frozenset()
+        slots = self._driver.state.lost_slots(hmm) if self._driver.operation is None else frozenset()
         if not slots:
             return
         assert hmm is not None, "its layout is known"

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from common.capacity import load_of
 from common.config import ScalerConfig
-from common.layout import Seat
+from common.layout import Layout, Seat
 from common.model_spec import ModelSpec
 from common.protocol.codec import Message
 from common.protocol.errors import ElasticMoEError, ProtocolError
@@ -93,6 +94,10 @@ class Links:
         _, events = self._pool.call(command, deadline_ms=CALL_MS)
         for event in events:
             self._take(event.body)
+
+    def load(self, layout: Layout) -> None:
+        """Let the HMM load the model for `layout`. Raises ElasticMoEError."""
+        self.tell_hmm(load_of(self._config, self._spec, layout))
 
     def start(self, seat: Seat, epoch: int) -> None:
         """Let a standby take `seat` of the layout of `epoch`. Raises ElasticMoEError."""

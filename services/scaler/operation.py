@@ -1,4 +1,4 @@
-"""A scale operation as the journal holds it, and the actions that bring it on. Pure data.
+"""A scale operation as the journal holds it. Pure data.
 
 An operation has one or two legs; each changes the layout by one epoch and passes through the phases prepare, commit,
 migrate and release. Times are counted by the scaler's monotonic clock and kept as sums, so that a restarted scaler goes
@@ -12,17 +12,16 @@ from typing import Annotated, Literal
 import msgspec
 
 from common.described import says
-from common.layout import Layout, RankId, Seat
+from common.layout import Layout, Seat
 from common.protocol.ids import CommandId, CommandKind, TransitionId
-from common.protocol.rank import RankCommand
 from common.protocol.replies import Refused
 from services.scaler.leveling import SequenceMove
 from services.scaler.plan import Leg, Plan
 
-Phase = Literal["plan", "prepare", "commit", "migrate", "release", "abort", "done", "aborted"]
+OperationPhase = Literal["plan", "prepare", "commit", "migrate", "release", "abort", "done", "aborted"]
 Kind = Literal["scale_up", "scale_down", "replace", "none", "rebalance"]
 
-FINISHED: frozenset[Phase] = frozenset({"done", "aborted"})
+FINISHED: frozenset[OperationPhase] = frozenset({"done", "aborted"})
 DEADLINE_S = 600.0
 TIMINGS_MAX = 64
 
@@ -72,7 +71,7 @@ class PhaseTime(msgspec.Struct, frozen=True):
     """How long a leg stayed in a phase."""
 
     leg: Annotated[int, says("The leg, from 0")]
-    phase: Annotated[Phase, says("The phase")]
+    phase: Annotated[OperationPhase, says("The phase")]
     seconds: Annotated[float, says("How long")]
 
 
@@ -165,7 +164,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_legs: int = 0
     lost_before: tuple[str, ...] = ()
     leg: int = 0
-    phase: Phase = "plan"
+    phase: OperationPhase = "plan"
     why: str = "accepted"
     clock: float | None = None
     elapsed_s: float = 0.0
@@ -199,12 +198,18 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return tuple(sorted(found, key=lambda seat: seat.rank))
 
     @property
+    def lost_devices(self) -> set[str]:
+        """Devices whose loss the operation is to answer, or that were lost while it ran."""
+        changes = self.planned.devices if self.planned is not None and self.request.is_lost else {}
+        return {*self.lost_meanwhile, *(device for device, change in changes.items() if not change.kv_handles_after)}
+
+    @property
     def is_finished(self) -> bool:
         """Whether nothing will happen any more."""
         return self.phase in FINISHED
 
     @property
-    def mark(self) -> tuple[int, int, Phase, bool, tuple[str, ...]]:
+    def mark(self) -> tuple[int, int, OperationPhase, bool, tuple[str, ...]]:
         """What has to be in the store before the commands of this state are sent."""
         return self.leg, self.progress.attempt, self.phase, self.is_cancelled, self.lost_meanwhile
 
@@ -217,67 +222,3 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """The layout that the present leg starts from. Only for operations with a plan."""
         assert self.plan is not None
         return self.plan.legs[self.leg - 1].layout if self.leg else self.plan.before
-
-
-class Stage(msgspec.Struct, frozen=True, tag=True):
-    """Let the HMM make what the leg needs."""
-
-    id: TransitionId
-    leg: Leg
-    is_throttled: bool
-
-
-class StartSeat(msgspec.Struct, frozen=True, tag=True):
-    """Seat a standby on a joining device."""
-
-    seat: Seat
-    epoch: int
-
-
-class TellRank(msgspec.Struct, frozen=True, tag=True):
-    """Give the rank of `seat` a command."""
-
-    seat: Seat
-    command: RankCommand
-
-
-class Commit(msgspec.Struct, frozen=True, tag=True):
-    """Let the staged layout come into force."""
-
-    id: TransitionId
-
-
-class Release(msgspec.Struct, frozen=True, tag=True):
-    """Let the HMM give back what only the old layout used. `gone`: slots of lost devices, without a rank."""
-
-    id: TransitionId
-    gone: tuple[int, ...] = ()
-
-
-class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Let the HMM give back what was staged. `gone` as of Release."""
-
-    id: TransitionId
-    gone: tuple[int, ...] = ()
-
-
-class StopSeat(msgspec.Struct, frozen=True, tag=True):
-    """End a rank that has no seat, or will have none."""
-
-    rank: RankId
-    incarnation: str
-
-
-Action = Stage | StartSeat | TellRank | Commit | Release | Abort | StopSeat
-ActionKey = tuple[type[Action], object, object]
-
-
-def key_of(action: Action) -> ActionKey:
-    """Tells a repetition of an action from another one."""
-    if isinstance(action, StartSeat):
-        return StartSeat, action.seat, action.epoch
-    if isinstance(action, StopSeat):
-        return StopSeat, action.rank, action.incarnation
-    if isinstance(action, TellRank):
-        return TellRank, action.seat, action.command
-    return type(action), action.id, None

@@ -201,13 +201,7 @@ def lost_devices(current: Operation | None, ended: Sequence[Operation]) -> set[s
         return set()
     changes = newest.planned.devices if newest.planned is not None and newest.phase != "aborted" else {}
     taken = {device for device, change in changes.items() if change.kv_handles_after}
-    return (set(newest.lost_before) - taken) | lost_by(newest)
-
-
-def lost_by(operation: Operation) -> set[str]:
-    """Devices whose loss the operation was to answer, or that were lost while it ran."""
-    changes = operation.planned.devices if operation.planned is not None and operation.request.is_lost else {}
-    return {*operation.lost_meanwhile, *(device for device, change in changes.items() if not change.kv_handles_after)}
+    return (set(newest.lost_before) - taken) | newest.lost_devices
 
 
 def memory_of(hmm: HmmStatus | None) -> Memory:

@@ -10,22 +10,17 @@ from types import FrameType
 
 import msgspec
 
-from common.capacity import load_of
 from common.config import ScalerConfig
 from common.failpoint import failpoint
 from common.families import load_spec
 from common.fence import Fence
 from common.layout import Layout
-from common.protocol.errors import ElasticMoEError, Fenced, Unavailable
-from common.protocol.hmm import SetMembership
-from common.protocol.pool import StopRank
+from common.protocol.errors import Unavailable
 from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
 from common.store import Event, Store, Writer
 from common.telemetry import get_logger
 from common.transport import new_identity
 from services.scaler import orders
-from services.scaler.core import Action, AnnounceLayout, Decision, Load, Observed, Publish, Start, decide
-from services.scaler.decisions import PhaseChosen
 from services.scaler.desk import Accepted, Cancel, Desk, Feed
 from services.scaler.driver import ENDED_MAX, Driver
 from services.scaler.intake import Intake
@@ -33,11 +28,12 @@ from services.scaler.journal import Journal
 from services.scaler.lease import Lease
 from services.scaler.links import Links
 from services.scaler.meters import Meters
+from services.scaler.observation import Observation
 from services.scaler.recall import Recall
 from services.scaler.reserve import Reserve
 from services.scaler.resume import Beginning
 from services.scaler.snapshot import Board, Snapshot
-from services.scaler.watchdog import Watchdog, pulses_of
+from services.scaler.state import State
 
 log = get_logger("scaler")
 
@@ -77,10 +73,11 @@ class Scaler:
             self._reserve,
         )
         self._journal.start()
-        self._driver = Driver(config, self._links, self._journal, self.meters, self._tell)
+        state = State(layout=Layout(0, config.tp, (), ()), stall_s=config.rank_stall_s)
+        self._driver = Driver(config, self._links, self._journal, self.meters, self._tell, state)
+        self._driver.leave_out = lambda action: self._intake.leave_out(action, self._hmm)
         room = (self._lease.check_room, self._journal.check_room)
         self._intake = Intake(config, self._spec, self._driver, room, self._tell)
-        self._watchdog = Watchdog(config.rank_stall_s)
         self._layout: Layout | None = None
         self._beginning: Beginning | None = None
         self._is_writing = self._is_settled = self._is_quiet = False
@@ -89,10 +86,7 @@ class Scaler:
         self._exits: dict[int, deque[float]] = {}  # slot -> when its last ranks ended
         self._backoff_until = 0.0
         self._last_exit = ""
-        self._committed_since: float | None = None
-        self._ever_served = False
         self._stopping = False
-        self._last_reason = ""
         settings = {k: v for k, v in msgspec.structs.asdict(config).items() if k != "store_url"}
         self.board = Board(Snapshot("starting", "", None, None, None, None, 0, settings))
 
@@ -150,9 +144,11 @@ class Scaler:
             self._refuse_orders()
             self._links.wait(AFTER_FAILURE_S)
             return
+        driver = self._driver
         hmm = self._hmm = self._links.ask_hmm()
         is_known = self._is_quiet and hmm is not None and self._attached == attached_of(hmm)
-        pool = self._links.ask_pool(is_starting=not self._ever_served, age_s_max=QUIET_POOL_S if is_known else 0.0)
+        is_starting = not driver.state.ever_served
+        pool = self._links.ask_pool(is_starting=is_starting, age_s_max=QUIET_POOL_S if is_known else 0.0)
         self._attached = attached_of(hmm)
         # What the HMM holds is in force, whatever this scaler's own configuration would make of it.
         layout = hmm.layout if hmm and hmm.layout else self._layout or beginning.layout
@@ -160,55 +156,24 @@ class Scaler:
         if hmm is not None and hmm.phase != "loading":
             self._layout = layout
         self.desk.serve(self._handle)
-        self._intake.go_on(hmm)
-        observed = self._observe(hmm, pool)
-        decision = decide(layout, observed)
-        if decision.reason != self._last_reason:
-            self._journal.decision(PhaseChosen(layout, observed, decision))
-        self._show(decision, hmm, pool, fence)
-        self._eject(hmm, pool)
-        for action in decision.actions:
-            self._act(action, layout)
-        if self._ever_served or self._driver.operation is not None:
-            self._driver.turn(hmm, pool, is_quiet=self._is_quiet)
-        is_busy = self._driver.operation is not None or decision.phase == "degraded" or bool(decision.actions)
-        self._is_quiet = not is_busy and decision.phase == "serving" and self._watchdog.is_quiet
+        driver.state = msgspec.structs.replace(driver.state, layout=layout)
+        actions = driver.decide(self._observe(hmm, pool))
+        self._show(hmm, pool, fence)
+        is_done = driver.execute(actions)
+        is_busy = driver.operation is not None or driver.state.status.phase == "degraded" or bool(actions)
+        self._is_quiet = not is_busy and driver.state.is_quiet
         wait_s = TURN_S if is_busy else QUIET_TURN_S if self._is_quiet else IDLE_TURN_S
-        self._links.wait(wait_s, is_quiet=self._is_quiet)
+        self._links.wait(wait_s if is_done else AFTER_FAILURE_S, is_quiet=self._is_quiet)
 
-    def _observe(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> Observed:
+    def _observe(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> Observation:
         now = time.monotonic()
-        is_committed = hmm is not None and hmm.transition is not None and hmm.transition.phase == "committed"
-        if not is_committed:
-            self._committed_since = None
-        elif self._committed_since is None:
-            self._committed_since = now
-        return Observed(
-            hmm=hmm,
-            pool=pool,
-            announced_epoch=self._journal.announced_epoch,
-            starting=frozenset(self._links.starting),
-            ever_served=self._ever_served,
+        return msgspec.structs.replace(
+            self._driver.observe(hmm, pool, is_quiet=self._is_quiet),
             restarts_left=self._config.rank_restarts_max - self._recent_exits(now) + 1,
             is_backing_off=now < self._backoff_until,
             last_exit=self._last_exit,
-            committed_for_s=now - self._committed_since if self._committed_since is not None else 0.0,
-            lost=self._intake.lost_slots(hmm),
-            refusal=self._beginning.refusal if self._beginning is not None else None,
+            load_refused=self._beginning.refusal if self._beginning is not None else None,
         )
-
-    def _eject(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> None:
-        """Kill ranks that live and make no progress; what follows is what follows any rank's death."""
-        for stalled in self._watchdog.look(time.monotonic(), pulses_of(hmm, pool)):
-            reason = f"no progress for {stalled.still_s:.1f} s; the limit is {stalled.limit_s:g} s"
-            log.warning("rank ejected", rank=stalled.rank, rank_id=stalled.incarnation, because=reason)
-            self._tell("rank_ejected", reason, rank=str(stalled.rank), incarnation=stalled.incarnation)
-            try:
-                self._links.tell_pool(StopRank(stalled.rank, stalled.incarnation, 0))
-            except ElasticMoEError as error:
-                if error.code == Fenced.code:
-                    raise
-                log.warning("rank could not be ejected", rank=stalled.rank, because=error.message)
 
     def _on_event(self, event: ToScaler) -> None:
         if isinstance(event, RankReady):
@@ -233,7 +198,7 @@ class Scaler:
 
     def _recent_exits(self, now: float) -> int:
         """Of the seat whose ranks died most often in the window, of those that are to be filled again."""
-        window_s, lost = self._config.rank_restarts_window_s, self._intake.lost_slots(self._hmm)
+        window_s, lost = self._config.rank_restarts_window_s, self._driver.state.lost_slots(self._hmm)
         slots = set(self._layout.slots if self._layout is not None else self._exits) - lost
         return max((sum(now - at < window_s for at in self._exits.get(slot, ())) for slot in slots), default=0)
 
@@ -247,16 +212,12 @@ class Scaler:
             self._recall.settled()
             self._is_settled = True
 
-    def _show(self, decision: Decision, hmm: HmmStatus | None, pool: PoolStatus | None, fence: int) -> None:
-        if decision.reason != self._last_reason:
-            self._last_reason = decision.reason
-            log.info(decision.reason, phase=decision.phase)
-            self._tell("decision", decision.reason, phase=decision.phase)
-        self._ever_served |= decision.phase == "serving"
+    def _show(self, hmm: HmmStatus | None, pool: PoolStatus | None, fence: int) -> None:
+        status = self._driver.state.status
         self.board.snapshot = Snapshot(
-            decision.phase,
-            decision.reason,
-            decision.error,
+            status.phase,
+            status.reason,
+            status.error,
             self._layout,
             hmm,
             pool,
@@ -279,27 +240,9 @@ class Scaler:
 
     def _handle(self, order: orders.Order | Cancel) -> Accepted:
         """Carry one order of the admin surface out, or raise its refusal. The board shows it before the answer goes."""
-        accepted = self._intake.take(order, self._hmm, ever_served=self._ever_served)
+        accepted = self._intake.take(order, self._hmm, ever_served=self._driver.state.ever_served)
         self.board.snapshot = msgspec.structs.replace(self.board.snapshot, operation=self._driver.operation)
         return accepted
-
-    # ---- actions --------------------------------------------------------------------------------------------------
-
-    def _act(self, action: Action, layout: Layout) -> None:
-        try:
-            if isinstance(action, Load):
-                self._links.tell_hmm(load_of(self._config, self._spec, layout))
-            elif isinstance(action, Start):
-                self._links.start(action.seat, layout.epoch)
-            elif isinstance(action, Publish):
-                self._links.tell_hmm(SetMembership(layout.slots, action.running))
-            elif isinstance(action, AnnounceLayout):
-                self._journal.announce(layout)
-        except ElasticMoEError as error:
-            if error.code == Fenced.code:
-                raise
-            log.warning("action failed", action=type(action).__name__, code=error.code, because=error.message)
-            self._links.wait(AFTER_FAILURE_S)
 
 
 def attached_of(hmm: HmmStatus | None) -> frozenset[str]:

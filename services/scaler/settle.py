@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from common.layout import Seat
 from common.protocol.ids import CommandId
 from common.protocol.rank import CancelMigration, DecodeOnly, MigrateTo, MoveTarget, Precopy
 from common.protocol.scaler import HmmStatus, RankLoad
+from services.scaler.actions import Abort, Action, Release, StopSeat, TellRank
 from services.scaler.leveling import SequenceMove, level, level_ahead
-from services.scaler.operation import Abort, Action, LegProgress, Operation, Release, StopSeat, TellRank
+from services.scaler.observation import Observation, Step
+from services.scaler.operation import LegProgress, Operation
 from services.scaler.steps import (
     BEFORE_COMMIT,
     LEAVE_S,
     MIGRATE_S_MAX,
     OVER,
     ROUND_S,
-    Seen,
-    Step,
     empty_leavers,
     enter,
     gone,
@@ -32,9 +32,9 @@ ORPHAN_CANCEL = CommandId("", 0, 0, "cancel")  # of no operation
 DECODE_ONLY_STEPS = 6  # what it takes to ask for a place, to copy, and to flip, with one to spare for each
 
 
-def tidy(seen: Seen, since_s: float) -> tuple[tuple[Action, ...], str]:
+def tidy(seen: Observation, since_s: float, lost: Collection[int]) -> tuple[tuple[Action, ...], str]:
     """Undo or finish what no operation answers for: a transition that no journal knows, ranks without a seat, ranks
-    that were told to leave. `since_s`: for how long that has been seen."""
+    that were told to leave. `since_s`: for how long that has been seen. `lost`: slots whose devices are lost."""
     if seen.hmm is None or seen.pool is None or seen.hmm.phase != "ready" or seen.hmm.layout is None:
         return (), ""
     transition, seats = seen.hmm.transition, seen.hmm.layout.seats
@@ -47,15 +47,17 @@ def tidy(seen: Seen, since_s: float) -> tuple[tuple[Action, ...], str]:
     if transition is None or not active:
         back = take_back(ORPHAN_CANCEL, seats, seen)
         return (*strays, *back), "ranks without an operation" if strays or back else ""
-    if transition.phase in BEFORE_COMMIT:
-        return (*strays, Abort(transition.id)), f"transition {transition.id} is in no journal: given up"
+    absent = tuple(sorted(slot for slot in lost if slot not in seen.ranks))  # an HMM that restarted may wait for them
+    if transition.phase in BEFORE_COMMIT or (transition.phase == "aborting" and absent):
+        return (*strays, Abort(transition.id, absent)), f"transition {transition.id} is in no journal: given up"
     # Ranks that left by a committed layout end by themselves once no router needs them.
     late = strays if since_s > LEAVE_S and transition.phase != "committed" else ()
-    release = (Release(transition.id),) if transition.phase == "flipped" else ()
+    is_releasable = transition.phase == "flipped" or (transition.phase == "releasing" and absent)
+    release = (Release(transition.id, absent),) if is_releasable else ()
     return (*late, *release), f"transition {transition.id} is in no journal: finished"
 
 
-def migrate(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
+def migrate(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Operation]:
     """Level the load, for MIGRATE_S_MAX at the longest; then release, or for a rebalance: done."""
     actions = _keep_leaving(operation, seen)
     if operation.lost_meanwhile:
@@ -93,7 +95,7 @@ def _targets(moves: Iterable[SequenceMove], seats: Iterable[Seat]) -> dict[int, 
     return targets
 
 
-def hurry(operation: Operation, seen: Seen) -> list[Action]:
+def hurry(operation: Operation, seen: Observation) -> list[Action]:
     """While the HMM makes memory for those that join: keep steps short, for the ranks learn of it between two."""
     leg = operation.current_leg()
     if not leg.joining or leg.leaving:
@@ -102,7 +104,7 @@ def hurry(operation: Operation, seen: Seen) -> list[Action]:
     return [TellRank(seat, hint) for seat in _untold(operation, seen.loads, hint.id)]
 
 
-def move_ahead(operation: Operation, seen: Seen) -> tuple[Operation, list[Action]]:
+def move_ahead(operation: Operation, seen: Observation) -> tuple[Operation, list[Action]]:
     """Let ranks get sequences ready for those that join, so that these have work from their first step on: places are
     reserved and KV is copied before the commit; sequences are handed over after the flip. All of that, and the flip,
     waits for the ends of steps, so they are kept short meanwhile. Which ones is chosen once: loads change."""
@@ -161,19 +163,19 @@ def _cancels(operation: Operation, seats: Iterable[Seat]) -> list[Action]:
 
 def _end_migration(
     operation: Operation, loads: Mapping[int, RankLoad], leaders: Sequence[Seat], actions: list[Action], why: str
-) -> Step:
+) -> Step[Operation]:
     told = {*operation.progress.sources, *_told_ahead(operation, loads)}
     ends = _cancels(operation, (seat for seat in leaders if seat.slot in told))
     step = enter(operation, "done" if operation.kind == "rebalance" else "release", why)
-    return Step(step.operation, (*actions, *ends))
+    return Step(step.state, (*actions, *ends), why)
 
 
-def _keep_leaving(operation: Operation, seen: Seen) -> list[Action]:
+def _keep_leaving(operation: Operation, seen: Observation) -> list[Action]:
     """A rank that has left by a layout in force hands over whatever it still gets."""
     return empty_leavers(operation, seen)[0] if operation.plan else []
 
 
-def release(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
+def release(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Operation]:
     """Wait until the HMM has released and who left has ended; then the next leg, or done."""
     leg, transition = operation.current_leg(), ours(operation, hmm)
     actions = _keep_leaving(operation, seen)
@@ -182,7 +184,8 @@ def release(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     ranks = seen.ranks
     left = [seat for seat in leg.leaving if seat.slot in ranks]
     if since_s > LEAVE_S:
-        actions += [StopSeat(seat.rank, ranks[seat.slot].incarnation) for seat in left]
+        lost = operation.lost
+        actions += [StopSeat(seat.rank, ranks[seat.slot].incarnation, seat in lost) for seat in left]
     if transition is None:
         assert hmm.layout is not None
         if hmm.layout.epoch >= leg.layout.epoch and not left:
@@ -196,7 +199,7 @@ def release(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     return stay(operation, f"the HMM gives back what only the old layout used{ending}", *actions)
 
 
-def _finish_leg(operation: Operation, why: str) -> Step:
+def _finish_leg(operation: Operation, why: str) -> Step[Operation]:
     following = operation.leg + 1
     if following >= operation.num_legs:
         return enter(operation, "done", why)

@@ -12,10 +12,10 @@ from common.protocol.errors import NotFound, Unavailable, Unready
 from common.protocol.replies import Refused
 from common.protocol.scaler import DeviceStatus, HmmStatus, PoolStatus
 from services.scaler import views
-from services.scaler.core import Phase
 from services.scaler.operation import Operation
 from services.scaler.plan import Plan
 from services.scaler.resume import Resumed
+from services.scaler.state import DeploymentPhase
 from services.scaler.transition import outcome
 
 
@@ -23,7 +23,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     """`config` is the resolved configuration without secrets; `ended`: the last operations, newest first; `blocks`:
     (free, all) KV blocks by slot of the ranks that told them lately; `resumed`: what was gone on with at the start."""
 
-    phase: Phase
+    phase: DeploymentPhase
     reason: str
     error: Refused | None
     layout: Layout | None

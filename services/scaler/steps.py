@@ -1,17 +1,18 @@
-"""What a step of an operation is made of: what was seen, what comes of it, and the parts that phases share. Pure."""
+"""What the phases of an operation share. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import msgspec
 
 from common.layout import Seat
 from common.protocol.ids import CommandId
 from common.protocol.rank import CancelMigration, Drain, MoveTarget
-from common.protocol.replies import Refused
-from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankLoad, TransitionStatus
-from services.scaler.operation import TIMINGS_MAX, Action, Operation, Phase, PhaseTime, StopSeat, TellRank
+from common.protocol.scaler import HmmStatus, RankLoad, TransitionStatus
+from services.scaler.actions import Action, StopSeat, TellRank
+from services.scaler.observation import Observation, Step
+from services.scaler.operation import TIMINGS_MAX, Operation, OperationPhase, PhaseTime
 
 MIGRATE_S_MAX = 5.0  # leveling is best effort
 ROUND_S = 0.25  # between two looks at what leveling has done
@@ -28,42 +29,6 @@ OVER = frozenset({"released", "aborted"})
 PAST_FLIP = frozenset({"flipped", "releasing", "released"})
 
 
-class Seen(msgspec.Struct, frozen=True, kw_only=True):
-    """What was observed last; None for a part that does not answer.
-
-    `loads`: by slot, fresh ones of ranks that live. `starting`: slots whose rank was asked for and has not come.
-    `exits`: why ranks of joining seats ended since this attempt began. `refused`: the HMM's answer to its staging.
-    `is_durable`: the journal holds the operation's present state. `no_room`: why the store takes no writes, where that
-    is for want of room.
-    """
-
-    hmm: HmmStatus | None
-    pool: PoolStatus | None
-    loads: Mapping[int, RankLoad]
-    starting: frozenset[int] = frozenset()
-    exits: Mapping[int, str] = {}
-    refused: Refused | None = None
-    is_durable: bool = True
-    no_room: str = ""
-
-    @property
-    def ranks(self) -> dict[int, PoolRank]:
-        """The pool's living ranks by slot."""
-        return {rank.slot: rank for rank in self.pool.ranks} if self.pool else {}
-
-    def is_attached(self, seat: Seat) -> bool:
-        """Whether some rank is attached to the seat's device."""
-        assert self.hmm is not None
-        return any(device.device == seat.device and device.attached for device in self.hmm.devices)
-
-
-class Step(msgspec.Struct, frozen=True):
-    """The operation as it is now, and the commands that bring it on. `operation.why` says why."""
-
-    operation: Operation
-    actions: tuple[Action, ...] = ()
-
-
 def ours(operation: Operation, hmm: HmmStatus) -> TransitionStatus | None:
     """The HMM's transition where it is this leg's present attempt."""
     transition = hmm.transition
@@ -75,19 +40,19 @@ def is_empty(load: RankLoad) -> bool:
     return load.running + load.waiting + load.moving == 0
 
 
-def stay(operation: Operation, why: str, *actions: Action) -> Step:
+def stay(operation: Operation, why: str, *actions: Action) -> Step[Operation]:
     """Stay in the phase, with commands."""
-    return Step(msgspec.structs.replace(operation, why=why), actions)
+    return Step(msgspec.structs.replace(operation, why=why), actions, why)
 
 
-def enter(operation: Operation, phase: Phase, why: str, **changes: object) -> Step:
+def enter(operation: Operation, phase: OperationPhase, why: str, **changes: object) -> Step[Operation]:
     """Go to `phase`, with changed fields."""
     if phase != operation.phase:
         accounting = operation.accounting
         timings = (*accounting.timings, PhaseTime(operation.leg, operation.phase, round(operation.phase_s, 4)))
         changes["accounting"] = msgspec.structs.replace(accounting, timings=timings[-TIMINGS_MAX:])
         changes["phase_s"] = 0.0
-    return Step(msgspec.structs.replace(operation, phase=phase, why=why, **changes))
+    return Step(msgspec.structs.replace(operation, phase=phase, why=why, **changes), (), why)
 
 
 def progressed(operation: Operation, **changes: object) -> Operation:
@@ -100,7 +65,7 @@ def names(seats: Iterable[Seat]) -> str:
     return ", ".join(str(seat.rank) for seat in seats)
 
 
-def empty_leavers(operation: Operation, seen: Seen) -> tuple[list[Action], list[Seat]]:
+def empty_leavers(operation: Operation, seen: Observation) -> tuple[list[Action], list[Seat]]:
     """Tell leaving ranks to hand over what they have, unless their own word is that they do; who is not empty yet. Who
     has lost its memory has nothing to hand over."""
     leg = operation.current_leg()
@@ -120,19 +85,19 @@ def empty_leavers(operation: Operation, seen: Seen) -> tuple[list[Action], list[
     return actions, busy
 
 
-def end_lost(operation: Operation, seen: Seen) -> list[Action]:
+def end_lost(operation: Operation, seen: Observation) -> list[Action]:
     """End the ranks of seats whose devices are lost."""
     ranks = seen.ranks
     seats = [seat for seat in operation.lost if seat.slot in ranks]
-    return [StopSeat(seat.rank, ranks[seat.slot].incarnation) for seat in seats]
+    return [StopSeat(seat.rank, ranks[seat.slot].incarnation, is_lost=True) for seat in seats]
 
 
-def gone(operation: Operation, seen: Seen) -> tuple[int, ...]:
+def gone(operation: Operation, seen: Observation) -> tuple[int, ...]:
     """Slots of lost devices in which no rank lives."""
     return tuple(seat.slot for seat in operation.lost if seen.pool is not None and seat.slot not in seen.ranks)
 
 
-def take_back(cancel: CommandId, seats: Iterable[Seat], seen: Seen) -> tuple[Action, ...]:
+def take_back(cancel: CommandId, seats: Iterable[Seat], seen: Observation) -> tuple[Action, ...]:
     """Tell the ranks of these seats that say that they leave to stay."""
     leaving = [seat for seat in seats if seat.slot in seen.loads and seen.loads[seat.slot].is_leaving]
     return tuple(TellRank(seat, CancelMigration(cancel)) for seat in leaving)

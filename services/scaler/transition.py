@@ -18,17 +18,10 @@ import msgspec
 from common.layout import Seat
 from common.protocol.replies import Refused
 from common.protocol.scaler import HmmStatus, TransitionStatus
+from services.scaler.actions import Abort, Action, Commit, Stage, StartSeat, StopSeat
 from services.scaler.figures import count
-from services.scaler.operation import (
-    Abort,
-    Action,
-    Commit,
-    LegProgress,
-    Operation,
-    Stage,
-    StartSeat,
-    StopSeat,
-)
+from services.scaler.observation import Observation, Step
+from services.scaler.operation import LegProgress, Operation
 from services.scaler.plan import Leg
 from services.scaler.settle import end_ahead, hurry, migrate, move_ahead, release, tidy
 from services.scaler.steps import (
@@ -40,8 +33,6 @@ from services.scaler.steps import (
     PAST_FLIP,
     STORAGE_FULL,
     TAKE_BACK_S,
-    Seen,
-    Step,
     empty_leavers,
     end_lost,
     enter,
@@ -54,17 +45,17 @@ from services.scaler.steps import (
 )
 
 
-def advance(operation: Operation, seen: Seen, now: float) -> Step:
+def advance(operation: Operation, seen: Observation, now: float) -> Step[Operation]:
     """The next step at monotonic time `now`. At most one change of phase."""
     if operation.is_finished:
-        return Step(operation)
+        return Step(operation, (), operation.why)
     step = _advance(operation, seen, now)
     # Whoever computes on a device that was lost meanwhile is ended whatever the phase.
     stops = end_lost(operation, seen) if operation.lost_meanwhile else []
-    return Step(step.operation, (*stops, *step.actions))
+    return Step(step.state, (*stops, *step.actions), step.reason)
 
 
-def _advance(operation: Operation, seen: Seen, now: float) -> Step:
+def _advance(operation: Operation, seen: Observation, now: float) -> Step[Operation]:
     operation = count(operation, seen.hmm, seen.loads, now)
     if seen.hmm is None:
         return _blind(operation, "the HMM does not answer")
@@ -108,7 +99,7 @@ def can_cancel(operation: Operation, *, is_durable: bool) -> bool:
 # ---- before the flip -------------------------------------------------------------------------------------------------
 
 
-def _plan(operation: Operation) -> Step:
+def _plan(operation: Operation) -> Step[Operation]:
     if operation.kind == "rebalance":
         return enter(operation, "migrate", "sequences are levelled")
     if not operation.num_legs:
@@ -116,7 +107,7 @@ def _plan(operation: Operation) -> Step:
     return enter(operation, "prepare", f"leg 1 of {operation.num_legs}")
 
 
-def _before_flip(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
+def _before_flip(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Operation]:
     """The phases prepare and commit: they differ in what a failure means and in what is sent when all is prepared."""
     leg, transition = operation.current_leg(), ours(operation, hmm)
     if transition and (transition.phase == "committed" or transition.phase in PAST_FLIP):
@@ -143,7 +134,7 @@ def _before_flip(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     return _make_ready(operation, seen, transition)
 
 
-def _failure(operation: Operation, seen: Seen, transition: TransitionStatus | None) -> Refused | None:
+def _failure(operation: Operation, seen: Observation, transition: TransitionStatus | None) -> Refused | None:
     """Why the first leg has to be given up, if it has to be. A later one only where what it starts from is gone, or a
     device of it."""
     before = operation.layout_before()
@@ -162,8 +153,8 @@ def _failure(operation: Operation, seen: Seen, transition: TransitionStatus | No
         return Refused("deadline_exceeded", text, True)
     if transition and transition.phase == "failed":
         return transition.error or Refused("stage_failed", "the HMM could not stage the layout")
-    if seen.refused is not None and transition is None and not seen.refused.retryable:
-        return seen.refused
+    if seen.stage_refused is not None and transition is None and not seen.stage_refused.retryable:
+        return seen.stage_refused
     joining = {seat.slot: seat for seat in operation.current_leg().joining}
     for slot, text in seen.exits.items():
         if slot in joining:
@@ -171,15 +162,15 @@ def _failure(operation: Operation, seen: Seen, transition: TransitionStatus | No
     return None
 
 
-def _stage(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
+def _stage(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Operation]:
     other, leg = hmm.transition, operation.current_leg()
     if other is not None and other.phase not in OVER:
-        actions, why = tidy(seen, operation.phase_s)
+        actions, why = tidy(seen, operation.phase_s, {seat.slot for seat in operation.lost})
         return stay(operation, why, *actions)
     if operation.elapsed_s < operation.progress.retry_s:
         return stay(operation, "the next attempt to stage waits")
-    if seen.refused is not None and not seen.refused.retryable:
-        return _retry(operation, f"staging was refused: {seen.refused.message}")
+    if seen.stage_refused is not None and not seen.stage_refused.retryable:
+        return _retry(operation, f"staging was refused: {seen.stage_refused.message}")
     if operation.phase == "commit":
         return _again(operation, "the HMM has lost what was staged", operation.progress.retry_s)
     if not seen.is_durable:
@@ -203,18 +194,18 @@ def _fitted(leg: Leg, hmm: HmmStatus) -> Leg:
     return msgspec.structs.replace(leg, kv_handles=kv_handles)
 
 
-def _retry(operation: Operation, why: str) -> Step:
+def _retry(operation: Operation, why: str) -> Step[Operation]:
     wait_s = min(BACKOFF_S_MAX, BACKOFF_S * 2 ** min(operation.progress.attempt + 1, 10))
     return _again(operation, why, operation.elapsed_s + wait_s)
 
 
-def _again(operation: Operation, why: str, retry_s: float) -> Step:
+def _again(operation: Operation, why: str, retry_s: float) -> Step[Operation]:
     """The next attempt to stage the leg, not before `retry_s`."""
     attempt = LegProgress(attempt=operation.progress.attempt + 1, retry_s=retry_s)
     return enter(operation, "prepare", why, progress=attempt)
 
 
-def _make_ready(operation: Operation, seen: Seen, transition: TransitionStatus) -> Step:
+def _make_ready(operation: Operation, seen: Observation, transition: TransitionStatus) -> Step[Operation]:
     """Start who joins, empty who leaves, and commit when every member of the new layout has mapped everything."""
     leg = operation.current_leg()
     actions: list[Action] = []
@@ -247,23 +238,18 @@ def _make_ready(operation: Operation, seen: Seen, transition: TransitionStatus) 
     return stay(operation, "the layout is committed", *actions, Commit(operation.transition_id))
 
 
-def _unwritten(what: str, seen: Seen) -> str:
+def _unwritten(what: str, seen: Observation) -> str:
     return f"the store does not take the {what}" + (f": {seen.no_room}" if seen.no_room else "")
 
 
-def _start_joiners(operation: Operation, seen: Seen) -> tuple[list[Action], list[Seat]]:
-    assert seen.pool is not None
+def _start_joiners(operation: Operation, seen: Observation) -> tuple[list[Action], list[Seat]]:
     leg, ranks = operation.current_leg(), seen.ranks
     missing = [seat for seat in leg.joining if not (seat.slot in ranks and ranks[seat.slot].ready)]
-    free = [
-        seat
-        for seat in missing
-        if seat.slot not in ranks and seat.slot not in seen.starting and not seen.is_attached(seat)
-    ]
-    return [StartSeat(seat, leg.layout.epoch) for seat in free[: seen.pool.num_startable]], missing
+    free = [seat for seat in missing if seat.slot not in ranks and seat.slot not in seen.starting]
+    return [StartSeat(seat, leg.layout.epoch) for seat in seen.startable(free)], missing
 
 
-def _committed(operation: Operation, transition: TransitionStatus) -> Step:
+def _committed(operation: Operation, transition: TransitionStatus) -> Step[Operation]:
     if operation.phase == "prepare":  # the commit was sent by this scaler's predecessor, or crossed an abort
         operation = progressed(operation, committed_s=operation.elapsed_s)
         return enter(operation, "commit", "the HMM has committed", error=None)
@@ -291,14 +277,15 @@ def _flipped(operation: Operation) -> Operation:
 # ---- back ------------------------------------------------------------------------------------------------------------
 
 
-def _abort(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
+def _abort(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Operation]:
     leg, transition = operation.current_leg(), ours(operation, hmm)
     if hmm.layout == leg.layout or (transition and (transition.phase in PAST_FLIP or transition.phase == "committed")):
         # A commit that had been sent was carried out: from here there is only forward.
         return enter(operation, "commit", "the HMM has committed", error=None, is_cancelled=False)
     ranks = seen.ranks
     joiners = [seat for seat in leg.joining if seat.slot in ranks or seat.slot in seen.starting]
-    stops = [StopSeat(seat.rank, ranks[seat.slot].incarnation) for seat in joiners if seat.slot in ranks]
+    lost = operation.lost
+    stops = [StopSeat(seat.rank, ranks[seat.slot].incarnation, seat in lost) for seat in joiners if seat.slot in ranks]
     if joiners and seen.pool is not None:
         return stay(operation, f"ranks {names(joiners)} end", *stops)
     if transition and transition.phase not in OVER:
@@ -311,10 +298,10 @@ def _abort(operation: Operation, seen: Seen, hmm: HmmStatus) -> Step:
     if (back or silent or is_ahead) and operation.phase_s < TAKE_BACK_S:
         return stay(operation, "ranks leave no more", *back, *ends)
     step = enter(operation, "aborted", operation.error.message if operation.error else "")
-    return Step(step.operation, (*back, *ends))
+    return Step(step.state, (*back, *ends), step.reason)
 
 
-def _blind(operation: Operation, why: str) -> Step:
+def _blind(operation: Operation, why: str) -> Step[Operation]:
     """Nothing can be seen. Before anything was commanded, the deadline and a cancel still count."""
     is_late = operation.elapsed_s > operation.deadline_s
     if operation.phase == "plan" and not operation.request.is_lost and (is_late or operation.is_cancelled):

@@ -9,9 +9,9 @@ import msgspec
 from common.described import says
 from common.layout import Seat
 from common.protocol.replies import Refused
-from services.scaler.core import Phase as DeploymentPhase
-from services.scaler.operation import Figures, Kind, Phase, PhaseTime, Planned, Request
+from services.scaler.operation import Figures, Kind, OperationPhase, PhaseTime, Planned, Request
 from services.scaler.resume import Resumed
+from services.scaler.state import DeploymentPhase
 from services.scaler.transition import Outcome
 
 DeviceState = Literal["used", "joining", "leaving", "free"]
@@ -109,7 +109,7 @@ class Operation(msgspec.Struct, frozen=True):
 
     op_id: Annotated[str, says("Its name", "op-1f0c2d3e4a5b")]
     kind: Annotated[Kind, says("What it does")]
-    phase: Annotated[Phase, says("`done` or `aborted` when it has ended")]
+    phase: Annotated[OperationPhase, says("`done` or `aborted` when it has ended")]
     outcome: Annotated[Outcome | None, says("How it ended; null before that")]
     reason: Annotated[str, says("Why it is in this phase: what it waits for", "slots 2 have not mapped everything")]
     leg: Annotated[int, says("The present leg, from 1")]

@@ -10,12 +10,14 @@ ejected after ALONE_FACTOR * `stall_s`. Ejected means killed: its seat's next ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
 from common.layout import RankId
 from common.protocol.scaler import HmmStatus, PoolStatus
+from services.scaler.actions import EjectRank
+from services.scaler.observation import Step
 
 ALONE_FACTOR = 4.0
 STRIDE_S = 0.5  # a pause between two looks counts as no more: then the watcher itself did not run, or the machine
@@ -33,13 +35,28 @@ class Pulse(msgspec.Struct, frozen=True):
     is_asleep: bool = False
 
 
-class Stalled(msgspec.Struct, frozen=True):
-    """A rank to eject. `still_s`: for how long its counter has stood; `limit_s`: how long it may."""
+class Standing(msgspec.Struct, frozen=True):
+    """A rank's progress counter. `still_s`: for how long it has stood; `asleep_s`: of that, since the rank was last
+    seen to run; `named_s`: of that, what an earlier verdict was about."""
 
-    rank: RankId
-    incarnation: str
-    still_s: float
-    limit_s: float
+    progress: int
+    still_s: float = 0.0
+    asleep_s: float = 0.0
+    named_s: float = 0.0
+
+    @property
+    def due_s(self) -> float:
+        """What counts toward the next verdict."""
+        return self.still_s - self.named_s
+
+
+class Watched(msgspec.Struct, frozen=True):
+    """What was seen of each rank so far, by incarnation, and when. `is_quiet`: nobody computes, and nobody has stood
+    for long: the next look may be later."""
+
+    looked_at: float | None = None
+    ranks: dict[str, Standing] = {}
+    is_quiet: bool = False
 
 
 def pulses_of(hmm: HmmStatus | None, pool: PoolStatus | None) -> tuple[Pulse, ...]:
@@ -54,66 +71,37 @@ def pulses_of(hmm: HmmStatus | None, pool: PoolStatus | None) -> tuple[Pulse, ..
     )
 
 
-class _Watched:
-    """`still_s`: for how long the counter has stood; `asleep_s`: of that, since it was last seen to run; `named_s`: of
-    that, what an earlier verdict was about."""
+def watch(before: Watched, stall_s: float, now: float, pulses: Iterable[Pulse]) -> Step[Watched]:
+    """The ranks to eject now. One that still lives is named again each time the limit has passed once more. Every
+    observation has to be shown; seconds are of any monotonic clock."""
+    since_s = min(now - before.looked_at, STRIDE_S) if before.looked_at is not None else 0.0
+    pulse_of = {pulse.incarnation: pulse for pulse in pulses}
+    ranks, steps = {}, 0
+    for name, pulse in pulse_of.items():
+        was = before.ranks.get(name) or Standing(pulse.progress)
+        steps = max(steps, pulse.progress - was.progress)
+        if was.progress != pulse.progress:
+            ranks[name] = Standing(pulse.progress)
+        else:
+            asleep_s = was.asleep_s + since_s if pulse.is_asleep else 0.0
+            ranks[name] = Standing(was.progress, was.still_s + since_s, asleep_s, was.named_s)
+    stood_s = max((at.still_s for at in ranks.values()), default=0.0)
+    is_quiet = steps <= QUIET_PER_S * since_s and stood_s < min(MOVING_S, stall_s / 2)
+    late, limit_s, waited = _late(ranks, stall_s)
+    ejected = tuple(EjectRank(pulse_of[name].rank, name, ranks[name].still_s, limit_s) for name in late)
+    for name in waited:
+        ranks[name] = msgspec.structs.replace(ranks[name], named_s=ranks[name].still_s)
+    return Step(Watched(now, ranks, is_quiet), ejected)
 
-    def __init__(self, progress: int) -> None:
-        self.progress = progress
-        self.still_s = 0.0
-        self.asleep_s = 0.0
-        self.named_s = 0.0
 
-    @property
-    def due_s(self) -> float:
-        """What counts toward the next verdict."""
-        return self.still_s - self.named_s
-
-
-class Watchdog:
-    """What was seen of each rank so far. Feed it every observation; seconds are of any monotonic clock."""
-
-    def __init__(self, stall_s: float) -> None:
-        self._stall_s = stall_s
-        self._looked_at: float | None = None
-        self._watched: dict[str, _Watched] = {}  # by incarnation
-        self.is_quiet = False  # nobody computes, and nobody has stood for long: the next look may be later
-
-    def look(self, now: float, pulses: Iterable[Pulse]) -> tuple[Stalled, ...]:
-        """The ranks to eject now. One that still lives is named again each time the limit has passed once more."""
-        since_s = min(now - self._looked_at, STRIDE_S) if self._looked_at is not None else 0.0
-        self._looked_at = now
-        ranks = {pulse.incarnation: pulse for pulse in pulses}
-        self._watched = {name: self._watched.get(name) or _Watched(pulse.progress) for name, pulse in ranks.items()}
-        steps = max((ranks[name].progress - watched.progress for name, watched in self._watched.items()), default=0)
-        for name, watched in self._watched.items():
-            if watched.progress != ranks[name].progress:
-                self._watched[name] = _Watched(ranks[name].progress)
-            else:
-                watched.still_s += since_s
-                watched.asleep_s = watched.asleep_s + since_s if ranks[name].is_asleep else 0.0
-        stood_s = max((watched.still_s for watched in self._watched.values()), default=0.0)
-        self.is_quiet = steps <= QUIET_PER_S * since_s and stood_s < min(MOVING_S, self._stall_s / 2)
-        late, limit_s = self._late()
-        return tuple(Stalled(ranks[name].rank, name, self._watched[name].still_s, limit_s) for name in late)
-
-    def _late(self) -> tuple[list[str], float]:
-        """Who is to be ejected, and the limit that it has passed; the verdict is noted."""
-        is_awaited = any(watched.still_s < min(MOVING_S, self._stall_s) for watched in self._watched.values())
-        limit_s = self._stall_s
-        late = [
-            name
-            for name, watched in self._watched.items()
-            if watched.due_s >= limit_s and (is_awaited or watched.asleep_s >= limit_s)
-        ]
-        for name in late:
-            self._watched[name].named_s = self._watched[name].still_s
-        if late or is_awaited:
-            return late, limit_s
-        limit_s = self._stall_s * ALONE_FACTOR
-        longest = max(self._watched, key=lambda name: self._watched[name].due_s, default=None)
-        if longest is None or self._watched[longest].due_s < limit_s:
-            return [], limit_s
-        for watched in self._watched.values():  # the others may have waited for this one alone
-            watched.named_s = watched.still_s
-        return [longest], limit_s
+def _late(ranks: Mapping[str, Standing], stall_s: float) -> tuple[list[str], float, Collection[str]]:
+    """Who is to be ejected, the limit that it has passed, and whose standing that verdict is about."""
+    is_awaited = any(at.still_s < min(MOVING_S, stall_s) for at in ranks.values())
+    late = [name for name, at in ranks.items() if at.due_s >= stall_s and (is_awaited or at.asleep_s >= stall_s)]
+    if late or is_awaited:
+        return late, stall_s, late
+    limit_s = stall_s * ALONE_FACTOR
+    longest = max(ranks, key=lambda name: ranks[name].due_s, default=None)
+    if longest is None or ranks[longest].due_s < limit_s:
+        return [], limit_s, ()
+    return [longest], limit_s, ranks.keys()  # the others may have waited for this one alone

@@ -14,9 +14,9 @@ from common.store import Writer
 from services.hmm.catalog import Transition
 from services.hmm.transition import Transitions
 from services.router.streams import Stream
-from services.scaler import orders
-from services.scaler.intake import Intake
+from services.scaler import orders, reconciler
 from services.scaler.journal import Journal
+from services.scaler.state import State
 from services.worker.engine import rows
 from services.worker.engine.engine import Engine
 from services.worker.engine.sequence import Sequence
@@ -88,10 +88,10 @@ MUTATIONS: dict[str, Mutation] = {
         orders, "lost_devices", lambda *_: set(), ("which is lost", "has forgotten", "not at rest")
     ),
     "an order that waits for an operation to give way is all that remembers the loss": Mutation(
-        Intake, "go_on", lambda *_: None, ("is lost and has a seat",)
+        reconciler, "_leave_out", lambda *_: None, ("is lost and has a seat",)
     ),
     "ranks are seated on a lost device until it is left out": Mutation(
-        Intake, "lost_slots", lambda *_: frozenset(), ("which is lost",)
+        State, "lost_slots", lambda *_: frozenset(), ("which is lost",)
     ),
     "a new pool knows nothing of the ranks that live": Mutation(
         Pool,

@@ -1,23 +1,22 @@
-"""The scaler: the product's driver, state machine, decisions and journal in a loop that is driven by the event heap."""
+"""The scaler: the product's driver, reconciler, decisions and journal in a loop that is driven by the event heap."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from common.config import ScalerConfig
-from common.layout import RankId, Seat
+from common.layout import Layout, RankId, Seat
 from common.protocol.codec import Message, Received
 from common.protocol.errors import ElasticMoEError, Fenced, Unavailable
-from common.protocol.hmm import GetHmmStatus, SetMembership
+from common.protocol.hmm import GetHmmStatus
 from common.protocol.pool import GetPool, StartRank
 from common.protocol.rank import GetRankLoad
 from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankExited, RankLoad
 from services.scaler import orders
-from services.scaler.core import AnnounceLayout, Observed, Publish, Start, decide
-from services.scaler.decisions import PhaseChosen
 from services.scaler.desk import Cancel, Later
 from services.scaler.driver import Driver
 from services.scaler.intake import Intake
@@ -25,6 +24,7 @@ from services.scaler.journal import Journal
 from services.scaler.lease import Lease
 from services.scaler.operation import Operation, Request
 from services.scaler.plan import Target
+from services.scaler.state import State
 from tests.sim.heap import Actor, Crashed
 from tests.sim.hmm import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, SPEC
 from tests.sim.store import DiskFence, StoreReserve
@@ -107,14 +107,10 @@ class Scaler(Actor):
         self.intake: Intake
         self.waiting: list[tuple[str, Target | str | None, float]] = []
         self.journal: Journal
-        self.has_served = False
-        self.phase = "waiting"
         self.last_turn_s = -1.0
-        self._committed_since: float | None = None
         self._hmm: HmmStatus | None = None
         self._num_started = 0
         self._mark: Any = None
-        self._last_reason = ""
         world.sim.actors[self.name] = self
         self.after(0.01, self._acquire)
 
@@ -139,7 +135,8 @@ class Scaler(Actor):
             self.sim.clock,
         )
         self.journal = Journal(*wiring)
-        self.driver = Driver(CONFIG, self, self.journal, Quiet(), self._tell, lambda: self.sim.now)  # type: ignore[arg-type]
+        state = State(layout=Layout(0, 1, (), ()), stall_s=math.inf)
+        self.driver = Driver(CONFIG, self, self.journal, Quiet(), self._tell, state, lambda: self.sim.now)  # type: ignore[arg-type]
         self.intake = Intake(
             CONFIG,
             SPEC,
@@ -149,6 +146,7 @@ class Scaler(Actor):
             clock=self.sim.clock,
             new_id=lambda: f"op-{self.sim.next_seq():012x}",
         )
+        self.driver.leave_out = lambda action: self.intake.leave_out(action, self._hmm)
         try:
             self.driver.resume(self.world.store.get_operation(), self.world.store.ended_operations())
         except Unavailable:
@@ -249,35 +247,26 @@ class Scaler(Actor):
         coming = {rank.slot for rank in pool.ranks if not rank.ready} if pool else set(self.starting)
         self.starting = {slot: at for slot, at in self.starting.items() if slot in coming and now - at < 60.0}
         self._hmm = hmm
-        if hmm is None or hmm.layout is None:
-            if self.driver.operation is not None or self.has_served:
-                self.driver.turn(hmm, pool)
+        if hmm is not None and hmm.layout is not None:
+            self.driver.state = msgspec.structs.replace(self.driver.state, layout=hmm.layout)
+            self._serve_orders()
+        elif not self.has_served and self.driver.operation is None:
             return True
-        layout = hmm.layout
-        self._serve_orders()
-        self.intake.go_on(hmm)
-        observed = self._observe(hmm, pool)
-        decision = decide(layout, observed)
-        if decision.reason != self._last_reason:
-            self.journal.decision(PhaseChosen(layout, observed, decision))
-            self._last_reason = decision.reason
-        self.phase = decision.phase
-        self.has_served |= decision.phase == "serving"
-        for action in decision.actions:
-            try:
-                if isinstance(action, Start):
-                    self.start(action.seat, layout.epoch)
-                elif isinstance(action, Publish):
-                    self.tell_hmm(SetMembership(layout.slots, action.running))
-                elif isinstance(action, AnnounceLayout):
-                    self.journal.announce(layout)
-            except ElasticMoEError as error:
-                if error.code == Fenced.code:
-                    raise
-        if self.has_served or self.driver.operation is not None:
-            self.driver.turn(hmm, pool)
+        seen = msgspec.structs.replace(self.driver.observe(hmm, pool), restarts_left=5)
+        actions = self.driver.decide(seen)
+        self.driver.execute(actions)
         self._note_operation()
-        return self.driver.operation is not None or decision.phase != "serving" or bool(decision.actions)
+        return self.driver.operation is not None or self.phase != "serving" or bool(actions)
+
+    @property
+    def has_served(self) -> bool:
+        """Whether the deployment has served since this scaler began."""
+        return self.driver is not None and self.driver.state.ever_served
+
+    @property
+    def phase(self) -> str:
+        """Of the deployment, as it sees it."""
+        return self.driver.state.status.phase if self.driver is not None else "waiting"
 
     def _note_operation(self) -> None:
         assert self.driver is not None
@@ -286,24 +275,6 @@ class Scaler(Actor):
         if operation is not None and mark != self._mark:
             self.sim.note(f"{self.name}: {operation.transition_id} {operation.phase}: {operation.why}")
         self._mark = mark
-
-    def _observe(self, hmm: HmmStatus, pool: PoolStatus | None) -> Observed:
-        now = self.sim.now
-        is_committed = hmm.transition is not None and hmm.transition.phase == "committed"
-        if not is_committed:
-            self._committed_since = None
-        elif self._committed_since is None:
-            self._committed_since = now
-        return Observed(
-            hmm=hmm,
-            pool=pool,
-            announced_epoch=self.journal.announced_epoch,
-            starting=frozenset(self.starting),
-            ever_served=self.has_served,
-            restarts_left=5,
-            committed_for_s=now - self._committed_since if self._committed_since is not None else 0.0,
-            lost=self.intake.lost_slots(hmm),
-        )
 
     # ---- orders
 

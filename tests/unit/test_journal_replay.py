@@ -14,18 +14,21 @@ import common.store
 from common.config import ScalerConfig
 from common.protocol.errors import PayloadTooLarge, Unavailable
 from common.store import Store, Writer
-from services.scaler import core, transition
-from services.scaler.core import Observed, decide
-from services.scaler.decisions import Decision, PhaseChosen, PlanMade, StepTaken, Tidied
+from services.scaler import members, reconciler, transition
+from services.scaler.actions import Stage
+from services.scaler.decisions import Decision, PlanMade, TurnTaken, turn_taken
 from services.scaler.driver import Driver
 from services.scaler.journal import Journal
 from services.scaler.meters import Meters
+from services.scaler.observation import Observation
 from services.scaler.operation import Operation
 from services.scaler.plan import Memory, Rates, Sizes, Target
+from services.scaler.reconciler import reconcile
+from services.scaler.state import State
 from services.scaler.transition import cancel
 from tests.procs.waiting import wait_until
 from tests.replay import DECISIONS, replay
-from tests.unit.test_scaler_driver import FakeLinks
+from tests.unit.test_scaler_driver import FakeLinks, turn
 from tests.unit.test_store import Server
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 
@@ -63,7 +66,9 @@ class Run:
         self.journal.start()
         self.journal.act_under(1)
         config = ScalerConfig(run_dir=str(folder))
-        self.driver = Driver(config, Links(self.world, plan), self.journal, Meters(), _tell, lambda: self.world.now)  # type: ignore[arg-type]
+        state = State(layout=before, ever_served=True, stall_s=99.0)
+        links: Any = Links(self.world, plan)
+        self.driver = Driver(config, links, self.journal, Meters(), _tell, state, lambda: self.world.now)
         self.driver.begin(operation_of(plan), made)
 
     def turn(self) -> None:
@@ -71,7 +76,7 @@ class Run:
         if operation is not None:
             wait_until(lambda: self.journal.is_durable(operation), "the operation is in the store")
         seen = self.world.seen()
-        self.driver.turn(seen.hmm, seen.pool)
+        turn(self.driver, seen)
         self.world.progress()
 
     def finish(self) -> Operation:
@@ -93,7 +98,7 @@ class Links(FakeLinks):
     def tell_hmm(self, command: Any) -> None:
         if hasattr(command, "layout"):
             leg = next(leg for leg in self._plan.legs if leg.layout == command.layout)
-            self.world.obey(transition.Stage(command.id, leg, not leg.joining))
+            self.world.obey(Stage(command.id, leg, not leg.joining))
         else:
             super().tell_hmm(command)
 
@@ -113,8 +118,10 @@ def test_an_operation_is_decided_again_as_it_was(store: Store, tmp_path: Path, t
     ended = Run(store, tmp_path, target, before).finish()
     decisions = journaled(store)
     assert isinstance(decisions[0], PlanMade)
-    steps = [decision for decision in decisions if isinstance(decision, StepTaken)]
-    assert [ended.phase, ended.op_id] == ["done", "op"] == [steps[-1].after.phase, steps[-1].after.op_id]
+    steps = [at for at in turns(decisions) if at.before.operation]
+    last = steps[-1].after.operation
+    assert last is not None
+    assert [ended.phase, ended.op_id] == ["done", "op"] == [last.phase, last.op_id]
     assert len(steps) >= (1 if ended.kind == "none" else 5)
     assert replay(decisions) == []
 
@@ -132,14 +139,24 @@ def test_a_cancelled_operation_too_and_what_is_tidied_up(store: Store, tmp_path:
     run.turn()
     assert run.finish().phase == "aborted"
     decisions = journaled(store)
-    assert {type(decision) for decision in decisions} == {PlanMade, StepTaken, Tidied}
+    assert any(isinstance(decision, PlanMade) for decision in decisions)
+    assert [at.after.orphans for at in turns(decisions) if at.after.orphans and not at.before.orphans]
+    assert [at.after.operation.phase for at in turns(decisions) if at.after.operation][-1] == "aborted"
     assert replay(decisions) == []
 
 
-def phase_chosen() -> PhaseChosen:
-    seen = World(UP.before).seen()
-    observed = Observed(seen.hmm, seen.pool, 0, frozenset({2}), True, 5)
-    return PhaseChosen(UP.before, observed, decide(UP.before, observed))
+def turns(decisions: list[Decision]) -> list[TurnTaken]:
+    return [decision for decision in decisions if isinstance(decision, TurnTaken)]
+
+
+def taken(seen: Observation) -> TurnTaken:
+    """A turn without an operation."""
+    state = State(layout=UP.before, ever_served=True, stall_s=99.0)
+    return turn_taken(state, seen, 7.0, reconcile(state, seen, 7.0))
+
+
+def phase_chosen() -> TurnTaken:
+    return taken(World(UP.before).seen())
 
 
 def test_another_code_is_told_apart(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,13 +167,18 @@ def test_another_code_is_told_apart(store: Store, tmp_path: Path, monkeypatch: p
         patch.setattr(transition, "empty_leavers", lambda *_: ([], []))
         patch.setattr(transition, "migrate", lambda operation, *_: transition.enter(operation, "done", "over"))
         assert [text for text in replay(decisions) if "done, over and not release" in text]
-    with monkeypatch.context() as patch:
-        patch.setattr(core, "_waiting", lambda _: "loading")
-        patch.setattr(core, "_is_flipping", lambda _: True)
-        degraded = msgspec.structs.replace(decisions[-1].observed, pool=None)  # type: ignore[union-attr]
-        chosen = PhaseChosen(UP.before, degraded, decide(UP.before, degraded))
-        patch.undo()
-        assert len(replay([chosen])) == 1
+    blind = taken(msgspec.structs.replace(World(UP.before).seen(), pool=None))
+    stray = World(UP.before)
+    stray.ranks[3] = "rank-r3t0:9"
+    for decision, module, name, instead, said in (
+        (blind, members, "_waiting", lambda _: "loading", "loading, the worker pool"),
+        (taken(stray.seen()), reconciler, "tidy", lambda *_: ((), ""), "serving, layout 1 serves"),
+        (taken(stray.seen()), reconciler, "tidy", lambda *_: ((), "ranks without an operation"), "other commands"),
+    ):
+        assert replay([decision]) == []
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, instead)
+            assert [text for text in replay([decision]) if said in text], name
 
 
 def test_an_input_that_is_missing_or_another_one_is_told_apart(store: Store, tmp_path: Path) -> None:
@@ -170,9 +192,11 @@ def test_an_input_that_is_missing_or_another_one_is_told_apart(store: Store, tmp
         msgspec.structs.replace(made, rates=Rates(step_s=1.0)),
     ):
         assert replay([changed]) == ["op: another plan"]
-    assert replay(decisions[1:2]) == ["op: the journal has a step and no plan"]
+    assert replay([at for at in turns(decisions) if at.before.operation][:1]) == [
+        "op: the journal has a turn and no plan"
+    ]
     for number, step in enumerate(decisions):
-        if isinstance(step, StepTaken) and step.before.phase == "prepare":
+        if isinstance(step, TurnTaken) and step.before.operation and step.before.operation.phase == "prepare":
             blind = msgspec.structs.replace(step, seen=msgspec.structs.replace(step.seen, hmm=None))
             assert len(replay([made, blind])) == 1, number
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from common.protocol.rank import DecodeOnly
-from services.scaler.operation import Operation, TellRank
+from services.scaler.actions import TellRank
+from services.scaler.operation import Operation
 from services.scaler.settle import DECODE_ONLY_STEPS, hurry, move_ahead
 from services.scaler.steps import progressed
 from services.scaler.transition import cancel, outcome

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from common.config import ScalerConfig
@@ -20,10 +21,13 @@ from common.protocol.rank import RankCommand
 from common.protocol.scaler import RankExited
 from common.store import Event, Writer
 from services.scaler import journal as journal_module
+from services.scaler.actions import Abort, Commit, Release, Stage, StartSeat, StopSeat, TellRank
 from services.scaler.driver import Driver
 from services.scaler.journal import Journal
 from services.scaler.meters import Meters
-from services.scaler.operation import Abort, Commit, Operation, Release, Stage, StartSeat, StopSeat, TellRank
+from services.scaler.observation import Observation
+from services.scaler.operation import Operation
+from services.scaler.state import State
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
 
@@ -130,6 +134,13 @@ class FakeLinks:
         self.world.obey(StartSeat(seat, epoch))
 
 
+def turn(driver: Driver, seen: Observation) -> None:
+    """What the scaler's loop does, where only HMM and pool were asked."""
+    assert seen.hmm is not None
+    driver.state = msgspec.structs.replace(driver.state, layout=seen.hmm.layout)
+    driver.execute(driver.decide(driver.observe(seen.hmm, seen.pool)))
+
+
 class Scene:
     def __init__(self, world: World, tmp_path: Path) -> None:
         self.world, self.store, self.told = world, FakeStore(), []
@@ -139,7 +150,8 @@ class Scene:
         self.journal.act_under(1)
         self.links = FakeLinks(world)
         config = ScalerConfig(run_dir=str(tmp_path))
-        self.driver = Driver(config, self.links, self.journal, Meters(), self._tell, lambda: world.now)  # type: ignore[arg-type]
+        state = State(layout=world.layout, ever_served=True, stall_s=99.0)
+        self.driver = Driver(config, self.links, self.journal, Meters(), self._tell, state, lambda: world.now)  # type: ignore[arg-type]
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
         self.told.append((kind, facts.get("phase") or facts.get("outcome")))
@@ -151,7 +163,7 @@ class Scene:
             self.store.wait(lambda: self.journal.is_durable(operation))
         self.world.is_durable = operation is not None and self.journal.is_durable(operation)
         seen = self.world.seen()
-        self.driver.turn(seen.hmm, seen.pool)
+        turn(self.driver, seen)
         self.world.progress()
 
     def run(self, turns: int = 100) -> None:

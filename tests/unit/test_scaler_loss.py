@@ -12,9 +12,13 @@ from common.config import ScalerConfig
 from common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError
 from common.protocol.scaler import HmmStatus
 from services.scaler import intake
+from services.scaler.actions import LeaveOut
+from services.scaler.observation import Observation
 from services.scaler.operation import DeviceChange, Operation, Planned, Request
 from services.scaler.orders import Order, accept, lost_devices, parse_scale, planned_of
 from services.scaler.plan import Plan, Sizes
+from services.scaler.reconciler import reconcile
+from services.scaler.state import State
 from services.scaler.transition import can_cancel, without_lost
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 
@@ -114,12 +118,26 @@ class Driver:
     """What an Intake needs of a driver: what runs, what has ended, what was begun."""
 
     def __init__(self, ended: Operation) -> None:
-        self.operation: Operation | None = None
-        self.ended = [ended]
+        self.state = State(layout=DOWN.before, last=ended, stall_s=9.0)
         self.is_durable = True
 
+    @property
+    def operation(self) -> Operation | None:
+        return self.state.operation
+
+    @property
+    def ended(self) -> list[Operation]:
+        return [self.state.last] if self.state.last else []
+
     def begin(self, operation: Operation, made: object = None) -> None:
-        self.operation = operation
+        self.state = msgspec.structs.replace(self.state, operation=operation)
+
+    def leave_out(self, taking: Intake, hmm: HmmStatus | None, now: float) -> None:
+        """One turn, as far as lost devices go."""
+        self.state, actions, _ = reconcile(self.state, Observation(hmm=hmm, pool=None), now)
+        for action in actions:
+            if isinstance(action, LeaveOut):
+                taking.leave_out(action, hmm)
 
 
 class Intake(intake.Intake):
@@ -148,7 +166,7 @@ def pending() -> tuple[Intake, Driver, HmmStatus, list[str]]:
 
 def test_what_a_pending_loss_leaves_out_is_left_out_first(pending: tuple[Intake, Driver, HmmStatus, list[str]]) -> None:
     taking, driver, hmm, _ = pending
-    assert taking.lost_slots(hmm) == {1}
+    assert driver.state.lost_slots(hmm) == {1}
     for body in (b'{"replicas": 2}', b'{"remove": [1]}', b'{"remove": [2], "lost": true}'):
         with pytest.raises(Conflict, match="the devices of r1 are lost") as refused:
             taking.take(parse_scale(body, 9.0), hmm, ever_served=True)
@@ -162,35 +180,38 @@ def test_what_a_pending_loss_leaves_out_is_left_out_first(pending: tuple[Intake,
 
 def test_the_scaler_leaves_a_lost_device_out_by_itself(pending: tuple[Intake, Driver, HmmStatus, list[str]]) -> None:
     taking, driver, hmm, told = pending
-    taking.go_on(None)
+    driver.leave_out(taking, None, 1.0)
     assert driver.operation is None
     taking.refusal = DoesNotFit("too many bytes")
-    taking.go_on(hmm)
-    taking.go_on(hmm)
+    driver.leave_out(taking, hmm, 1.0)
+    driver.leave_out(taking, hmm, 1.9)
     assert (driver.operation, taking.num_plans, told) == (None, 1, ["loss_refused"]), "it tries again, but not at once"
     with pytest.raises(Conflict, match="that is refused: too many bytes"):
         taking.take(parse_scale(b'{"replicas": 2}', 9.0), hmm, ever_served=True)
-    assert taking.lost_slots(hmm) == {1}, "nobody is seated there meanwhile"
-    taking._go_on_at, taking.refusal = 0.0, None
-    taking.go_on(hmm)
+    assert driver.state.lost_slots(hmm) == {1}, "nobody is seated there meanwhile"
+    driver.leave_out(taking, hmm, 2.0)
+    assert (driver.operation, taking.num_plans, told) == (None, 2, ["loss_refused"]), "the same is told once"
+    taking.refusal = None
+    driver.leave_out(taking, hmm, 3.0)
     assert driver.operation is not None
     assert (driver.operation.request.remove, driver.operation.request.is_lost) == ((1,), True)
-    begun = driver.operation
-    taking.go_on(hmm)
-    assert driver.operation is begun
+    begun = driver.operation.op_id
+    driver.leave_out(taking, hmm, 9.0)
+    assert driver.operation.op_id == begun
 
 
 def test_nobody_is_seated_on_a_lost_device_while_a_rebalance_ends(
     pending: tuple[Intake, Driver, HmmStatus, list[str]],
 ) -> None:
     """Found by the simulation (seed 835): a rebalance has no legs, and so no seats of its own."""
-    taking, driver, hmm, _ = pending
-    driver.operation = operation_of(None)
-    assert taking.lost_slots(hmm) == set()
+    _, driver, hmm, _ = pending
+    driver.begin(operation_of(None))
+    assert driver.operation is not None
+    assert driver.state.lost_slots(hmm) == set()
     marks = [driver.operation.mark]
     for device, slots in (("host:1", {1}), ("host:2", {1, 2})):
-        driver.operation = without_lost(driver.operation, (device,))
-        assert taking.lost_slots(hmm) == slots
+        driver.begin(without_lost(driver.operation, (device,)))
+        assert driver.state.lost_slots(hmm) == slots
         marks.append(driver.operation.mark)
     assert len(set(marks)) == 3, "each loss is journaled before anything is commanded"
 
@@ -198,10 +219,10 @@ def test_nobody_is_seated_on_a_lost_device_while_a_rebalance_ends(
 def test_a_lost_operation_that_could_not_begin_is_not_forgotten(
     pending: tuple[Intake, Driver, HmmStatus, list[str]],
 ) -> None:
-    taking, driver, hmm, _ = pending
+    _, driver, hmm, _ = pending
     devices = {f"host:{i}": DeviceChange(0, 0, 0, 0, 0 if i == 1 else 4, 0) for i in range(3)}
     planned = msgspec.structs.replace(planned_of(DOWN, SIZES), devices=devices)
     order = parse_scale(b'{"remove": [1], "lost": true}', 9.0)
     lost = accept(order, "op", DOWN, planned, 0.0)
-    driver.ended = [msgspec.structs.replace(lost, phase="aborted")]
-    assert taking.lost_slots(hmm) == {1}
+    driver.state = msgspec.structs.replace(driver.state, last=msgspec.structs.replace(lost, phase="aborted"))
+    assert driver.state.lost_slots(hmm) == {1}

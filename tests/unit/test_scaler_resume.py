@@ -13,11 +13,14 @@ from common.layout import Layout, Served
 from common.protocol.errors import Fenced, Unavailable
 from common.protocol.scaler import HmmStatus
 from common.store import Writer
-from services.scaler.core import Load, Observed, decide
+from services.scaler.actions import LoadModel
 from services.scaler.journal import Journal
+from services.scaler.members import serve
+from services.scaler.observation import Observation
 from services.scaler.operation import Operation
 from services.scaler.recall import Recall
 from services.scaler.resume import CODE, Left, Wanted, begin
+from services.scaler.state import State
 from tests.unit.specs import tiny_mixtral_spec
 from tests.unit.transitions import DOWN, UP, layout_of, operation_of
 
@@ -114,13 +117,14 @@ def test_nothing_is_loaded_while_it_is_refused_and_what_is_held_goes_on() -> Non
     refusal = begin(LEFT, wanted(tp=2, replicas=1)).refusal
     assert LEFT.layout is not None
     empty = HmmStatus("empty", 0, 0, None, (), 0, (), False)
-    seen = Observed(empty, None, 0, frozenset(), ever_served=False, restarts_left=5)
-    assert [type(action) for action in decide(LEFT.layout, seen).actions] == [Load]
-    refused = decide(LEFT.layout, msgspec.structs.replace(seen, refusal=refusal))
-    assert (refused.actions, refused.phase, refused.error) == ((), "failed", refusal)
+    state = State(layout=LEFT.layout, stall_s=9.0)
+    seen = Observation(hmm=empty, pool=None)
+    assert serve(state, seen, 0.0).actions == (LoadModel(LEFT.layout),)
+    refused = serve(state, msgspec.structs.replace(seen, load_refused=refusal), 0.0)
+    assert (refused.actions, refused.state.phase, refused.state.error) == ((), "failed", refusal)
     held = msgspec.structs.replace(empty, phase="ready", layout=LEFT.layout)
-    chosen = decide(LEFT.layout, msgspec.structs.replace(seen, hmm=held, refusal=refusal))
-    assert (chosen.phase, chosen.error) == ("attaching", None)
+    chosen = serve(state, msgspec.structs.replace(seen, hmm=held, load_refused=refusal), 0.0)
+    assert (chosen.state.phase, chosen.state.error) == ("attaching", None)
 
 
 class KeptStore:

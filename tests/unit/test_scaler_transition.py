@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from common.protocol.ids import CommandId, TransitionId
 from common.protocol.rank import CancelMigration
 from common.protocol.replies import Refused
-from services.scaler.operation import Abort, Operation, Release, StopSeat, TellRank
+from services.scaler.actions import Abort, Release, StopSeat, TellRank
+from services.scaler.operation import Operation, Request
 from services.scaler.plan import Plan
 from services.scaler.settle import tidy
 from services.scaler.steps import LEAVE_S, progressed
@@ -117,7 +118,7 @@ def test_records_that_find_no_room_undo_an_operation_at_once(plan: Plan, phase: 
     if phase == "prepare":
         assert world.step(operation).phase == phase  # what is written needs no room
     world.is_durable = False
-    assert advance(operation, world.seen(), world.now).operation.phase == "abort"
+    assert advance(operation, world.seen(), world.now).state.phase == "abort"
     done = world.run(operation)
     assert done.error is not None
     assert (done.error.code, done.error.retryable, outcome(done)) == ("storage_full", True, "aborted")
@@ -303,10 +304,10 @@ def test_a_transition_that_no_journal_knows_is_given_up_before_the_commit() -> N
         operation = world.step(operation)
         world.progress()
     for _ in range(5):
-        for action in tidy(world.seen(), 0.0)[0]:
+        for action in tidy(world.seen(), 0.0, ())[0]:
             world.obey(action)
         world.progress()
-    assert tidy(world.seen(), 0.0) == ((), "")
+    assert tidy(world.seen(), 0.0, ()) == ((), "")
     assert (world.layout, set(world.ranks)) == (UP.before, {0, 1})
     assert world.transition is not None
     assert world.transition.phase == "aborted"
@@ -316,16 +317,38 @@ def test_a_transition_that_no_journal_knows_is_finished_after_the_commit() -> No
     world = world_of(DOWN)
     operation = world.run_to(operation_of(DOWN), "commit")
     world.step(operation)
-    assert tidy(world.seen(), 0.0)[0] == ()  # the ranks flip by themselves
+    assert tidy(world.seen(), 0.0, ())[0] == ()  # the ranks flip by themselves
     world.progress()
-    assert tidy(world.seen(), 0.0)[0] == (Release(TransitionId("op")),)
-    assert any(isinstance(action, StopSeat) for action in tidy(world.seen(), LEAVE_S + 1)[0])
+    assert tidy(world.seen(), 0.0, ())[0] == (Release(TransitionId("op")),)
+    assert any(isinstance(action, StopSeat) for action in tidy(world.seen(), LEAVE_S + 1, ())[0])
+
+
+@pytest.mark.parametrize("plan", [UP, DOWN])
+@pytest.mark.parametrize(("phase", "does"), [("staged", Abort), ("aborting", Abort), ("releasing", Release)])
+def test_an_hmm_is_told_that_nobody_comes_back_to_a_lost_device(plan: Plan, phase: str, does: type) -> None:
+    """Found by the simulation: it had restarted, and waited for that rank before the transition could end."""
+    world = world_of(plan)
+    operation = world.run_to(operation_of(plan), "prepare")
+    for _ in range(3):
+        operation = world.step(operation)
+        world.progress()
+    assert world.transition is not None
+    world.transition = msgspec.structs.replace(world.transition, phase=phase)
+    told = does(TransitionId("op"), (1,))
+    assert told not in tidy(world.seen(), 0.0, {1})[0], "its rank lives"
+    world.end(1)
+    assert told in tidy(world.seen(), 0.0, {1})[0]
+    assert told not in tidy(world.seen(), 0.0, ())[0]
+    successor = msgspec.structs.replace(operation_of(DOWN), op_id="lost", phase="prepare")
+    successor = msgspec.structs.replace(successor, request=Request(remove=(1,), is_lost=True))
+    if plan is DOWN:  # what the next operation starts from is the same
+        assert told in advance(successor, world.seen(), world.now).actions
 
 
 def test_ranks_that_still_leave_are_taken_back() -> None:
     world = world_of(DOWN)
     world.leaving.add(1)
-    actions, reason = tidy(world.seen(), 0.0)
+    actions, reason = tidy(world.seen(), 0.0, ())
     assert [action.command for action in actions if isinstance(action, TellRank)] == [
         CancelMigration(CommandId("", 0, 0, "cancel"))
     ]

@@ -9,11 +9,27 @@ import pytest
 
 from common.layout import RankId
 from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
+from services.scaler.actions import EjectRank
 from services.scaler.service import IDLE_TURN_S, QUIET_TURN_S
-from services.scaler.watchdog import ALONE_FACTOR, Pulse, Stalled, Watchdog, pulses_of
+from services.scaler.watchdog import ALONE_FACTOR, Pulse, Watched, pulses_of, watch
 
 STALL_S = 2.4
 TURN_S = 0.05
+
+
+class Watchdog:
+    """Shows each observation to `watch`, with what came of the one before."""
+
+    def __init__(self, stall_s: float) -> None:
+        self.stall_s, self.watched = stall_s, Watched()
+
+    def look(self, now: float, pulses: Iterable[Pulse]) -> tuple[object, ...]:
+        self.watched, ejected, _ = watch(self.watched, self.stall_s, now, pulses)
+        return ejected
+
+    @property
+    def is_quiet(self) -> bool:
+        return self.watched.is_quiet
 
 
 def run(
@@ -23,7 +39,7 @@ def run(
     until: float,
     ranks: Iterable[int] = (0, 1, 2),
     is_asleep: Callable[[float, int], bool] = lambda *_: False,
-) -> list[tuple[float, Stalled]]:
+) -> list[tuple[float, EjectRank]]:
     """Observe `ranks` every TURN_S; `progress(now, slot)` is each one's counter. What was ejected, and when."""
     ejected = []
     for turn in range(int(until / TURN_S)):
@@ -114,7 +130,7 @@ def test_a_watcher_that_slept_blames_nobody() -> None:
 def test_a_successor_starts_with_a_clean_slate() -> None:
     watchdog = Watchdog(STALL_S)
 
-    def look(now: float, incarnation: str) -> tuple[Stalled, ...]:
+    def look(now: float, incarnation: str) -> tuple[EjectRank, ...]:
         others = Pulse(1, RankId(1, 0), "rank:b", int(now * 10))
         return watchdog.look(now, [Pulse(0, RankId(0, 0), incarnation, 9), others])
 

@@ -21,21 +21,11 @@ from common.protocol.scaler import (
     RankLoad,
     TransitionStatus,
 )
-from services.scaler.operation import (
-    Abort,
-    Action,
-    Commit,
-    Operation,
-    Release,
-    Request,
-    Stage,
-    StartSeat,
-    StopSeat,
-    TellRank,
-)
+from services.scaler.actions import Abort, Action, Commit, Release, Stage, StartSeat, StopSeat, TellRank
+from services.scaler.observation import Observation
+from services.scaler.operation import Operation, Request
 from services.scaler.plan import Leg, Plan
-from services.scaler.steps import Seen
-from services.scaler.transition import Step, advance
+from services.scaler.transition import advance
 
 DEVICES = tuple(f"host:{i}" for i in range(4))
 SEATS = tuple(Seat(RankId(i, 0), i, DEVICES[i]) for i in range(4))
@@ -110,7 +100,7 @@ class World:
         self.log: list[str] = []
         self.now = 0.0
 
-    def seen(self) -> Seen:
+    def seen(self) -> Observation:
         loads = {
             slot: RankLoad(
                 SEATS[slot].rank,
@@ -154,12 +144,12 @@ class World:
                 for slot, incarnation in self.ranks.items()
             ),
         )
-        return Seen(
+        return Observation(
             hmm=hmm if self.hmm_answers else None,
             pool=pool if self.pool_answers else None,
             loads=loads if self.pool_answers else {},
             exits=self.exits,
-            refused=self.refused,
+            stage_refused=self.refused,
             is_durable=self.is_durable,
             no_room=self.no_room,
         )
@@ -257,10 +247,10 @@ class World:
             self._phase("aborted")
 
     def step(self, operation: Operation) -> Operation:
-        step: Step = advance(operation, self.seen(), self.now)
+        step = advance(operation, self.seen(), self.now)
         for action in step.actions:
             self.obey(action)
-        return step.operation
+        return step.state
 
     def run(self, operation: Operation, *, steps: int = 200) -> Operation:
         """Until the operation has ended."""

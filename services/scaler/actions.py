@@ -1,0 +1,123 @@
+"""What the reconciler may ask for: one closed union. Each is idempotent and may be repeated. Pure data."""
+
+from __future__ import annotations
+
+import msgspec
+
+from common.layout import Layout, RankId, Seat
+from common.protocol.ids import TransitionId
+from common.protocol.rank import RankCommand
+from services.scaler.plan import Leg
+
+
+class LoadModel(msgspec.Struct, frozen=True, tag=True):
+    """Let the HMM create and fill the layout's memory."""
+
+    layout: Layout
+
+
+class StartSeat(msgspec.Struct, frozen=True, tag=True):
+    """Seat a standby, by the layout of `epoch`."""
+
+    seat: Seat
+    epoch: int
+
+
+class PublishMembers(msgspec.Struct, frozen=True, tag=True):
+    """Let the ranks of these slots step together, or park them."""
+
+    slots: tuple[int, ...]
+    running: bool
+
+
+class AnnounceLayout(msgspec.Struct, frozen=True, tag=True):
+    """The layout serves: write it to the store, where the routers see it."""
+
+    layout: Layout
+
+
+class EjectRank(msgspec.Struct, frozen=True, tag=True):
+    """Kill a rank that lives and makes no progress. `still_s`: for how long; `limit_s`: how long it may."""
+
+    rank: RankId
+    incarnation: str
+    still_s: float
+    limit_s: float
+
+
+class LeaveOut(msgspec.Struct, frozen=True, tag=True):
+    """Begin the operation that leaves out these replicas, whose devices are lost."""
+
+    replicas: tuple[int, ...]
+
+
+class Stage(msgspec.Struct, frozen=True, tag=True):
+    """Let the HMM make what the leg needs."""
+
+    id: TransitionId
+    leg: Leg
+    is_throttled: bool
+
+
+class TellRank(msgspec.Struct, frozen=True, tag=True):
+    """Give the rank of `seat` a command."""
+
+    seat: Seat
+    command: RankCommand
+
+
+class Commit(msgspec.Struct, frozen=True, tag=True):
+    """Let the staged layout come into force."""
+
+    id: TransitionId
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """Let the HMM give back what only the old layout used. `gone`: slots of lost devices, without a rank."""
+
+    id: TransitionId
+    gone: tuple[int, ...] = ()
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Let the HMM give back what was staged. `gone` as of Release."""
+
+    id: TransitionId
+    gone: tuple[int, ...] = ()
+
+
+class StopSeat(msgspec.Struct, frozen=True, tag=True):
+    """End a rank that has no seat, or will have none; at once where its device is lost."""
+
+    rank: RankId
+    incarnation: str
+    is_lost: bool = False
+
+
+Action = (
+    LoadModel
+    | StartSeat
+    | PublishMembers
+    | AnnounceLayout
+    | EjectRank
+    | LeaveOut
+    | Stage
+    | TellRank
+    | Commit
+    | Release
+    | Abort
+    | StopSeat
+)
+ActionKey = tuple[type[Action], object, object]
+
+
+def key_of(action: Action) -> ActionKey | None:
+    """Tells a repetition of an action from another one; None for those whose effect is seen in the next turn, which
+    are repeated at once."""
+    if isinstance(action, StopSeat):
+        return StopSeat, action.rank, action.incarnation
+    if isinstance(action, TellRank):
+        return TellRank, action.seat, action.command
+    if isinstance(action, Stage | Commit | Release | Abort):
+        return type(action), action.id, None
+    return None

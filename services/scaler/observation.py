@@ -1,0 +1,70 @@
+"""What the scaler sees in one turn, and what a part of the reconciler makes of it. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Generic, NamedTuple, TypeVar
+
+import msgspec
+
+from common.layout import Seat
+from common.protocol.replies import Refused
+from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankLoad
+from services.scaler.actions import Action
+
+S = TypeVar("S")
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen last. `hmm` and `pool` are None while they do not answer.
+
+    loads: by slot, fresh ones of ranks that live
+    starting: slots whose rank was asked for and has neither come nor failed
+    announced_epoch: of the layout that the routers see
+    restarts_left: ranks of members that may still be replaced in this window
+    is_backing_off: not yet the next one
+    last_exit: why the last one ended
+    load_refused: why nothing may be loaded
+    exits: by slot, why ranks of joining seats ended since this attempt began
+    stage_refused: the HMM's answer to its staging
+    is_durable: the journal holds the operation's present state
+    no_room: why the store takes no writes, where that is for want of room
+    """
+
+    hmm: HmmStatus | None
+    pool: PoolStatus | None
+    loads: Mapping[int, RankLoad] = {}
+    starting: frozenset[int] = frozenset()
+    announced_epoch: int = 0
+    restarts_left: int = 1
+    is_backing_off: bool = False
+    last_exit: str = ""
+    load_refused: Refused | None = None
+    exits: Mapping[int, str] = {}
+    stage_refused: Refused | None = None
+    is_durable: bool = True
+    no_room: str = ""
+
+    @property
+    def ranks(self) -> dict[int, PoolRank]:
+        """The pool's living ranks by slot."""
+        return {rank.slot: rank for rank in self.pool.ranks} if self.pool else {}
+
+    @property
+    def attached(self) -> frozenset[str]:
+        """Devices to which some rank is attached."""
+        return frozenset(device.device for device in self.hmm.devices if device.attached) if self.hmm else frozenset()
+
+    def startable(self, seats: list[Seat]) -> list[Seat]:
+        """Those of `seats` that can be filled now: the HMM has let go of their last holders, and standbys wait."""
+        assert self.pool is not None
+        attached = self.attached
+        return [seat for seat in seats if seat.device not in attached][: self.pool.num_startable]
+
+
+class Step(NamedTuple, Generic[S]):
+    """What comes of an observation: the new state, what is asked for, and why."""
+
+    state: S
+    actions: tuple[Action, ...] = ()
+    reason: str = ""

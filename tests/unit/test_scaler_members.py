@@ -1,0 +1,150 @@
+"""The scaler's decisions, one observation at a time, and a bring-up played to its end."""
+
+from __future__ import annotations
+
+import msgspec
+
+from common.layout import initial_layout
+from common.protocol.ids import TransitionId
+from common.protocol.replies import Refused
+from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, TransitionStatus
+from services.scaler.actions import AnnounceLayout, LoadModel, PublishMembers, StartSeat
+from services.scaler.members import serve
+from services.scaler.observation import Observation, Step
+from services.scaler.operation import Operation, Request
+from services.scaler.state import State, Status
+
+LAYOUT = initial_layout([4, 4], ["host:0", "host:1"])
+
+
+def device(name: str, attached: str | None = None) -> DeviceStatus:
+    return DeviceStatus(name, 100, 10, 10, 10, 70, 4, 8, attached)
+
+
+EMPTY = HmmStatus("empty", 0, 0, None, (device("host:0"), device("host:1")), 0, (), False)
+READY = msgspec.structs.replace(EMPTY, phase="ready", layout=LAYOUT)
+
+
+def rank(slot: int, ready: bool) -> PoolRank:
+    seat = LAYOUT.seats[slot]
+    return PoolRank(seat.rank, slot, seat.device, f"rank:{slot}", 100 + slot, ready)
+
+
+START = tuple(StartSeat(seat, LAYOUT.epoch) for seat in LAYOUT.seats)
+PARK, JOIN = (PublishMembers(LAYOUT.slots, is_running) for is_running in (False, True))
+# That of slot 1, by a rebalance, so that no seat is one of the operation's own.
+LOSS = Operation(
+    op_id="op",
+    kind="rebalance",
+    request=Request(),
+    accepted_unix=0.0,
+    deadline_s=9.0,
+    plan=None,
+    lost_meanwhile=("host:1",),
+)
+
+
+def step(
+    *, ever_served: bool = False, committed_at: float | None = None, is_lost: bool = False, **changes: object
+) -> Step[Status]:
+    """What is made of an observation at time 10."""
+    base = Observation(hmm=READY, pool=PoolStatus(2, ()), restarts_left=5)
+    state = State(
+        layout=LAYOUT,
+        ever_served=ever_served,
+        committed_at=committed_at,
+        operation=LOSS if is_lost else None,
+        stall_s=9.0,
+    )
+    return serve(state, msgspec.structs.replace(base, **changes), 10.0)
+
+
+def test_nothing_is_done_blind() -> None:
+    assert step(hmm=None).actions == ()
+    assert step(pool=None).actions == ()
+    loading = msgspec.structs.replace(READY, phase="loading")
+    assert step(hmm=loading) == (Status("loading", "the HMM loads the model"), (), "the HMM loads the model")
+
+
+def test_a_failed_load_is_reported_with_its_error() -> None:
+    error = Refused("bad_checkpoint", "tensor x is missing", False)
+    decision = step(hmm=msgspec.structs.replace(EMPTY, phase="failed", error=error))
+    assert (decision.state.phase, decision.state.error, decision.actions) == ("failed", error, ())
+
+
+def test_seats_are_filled_only_when_their_device_is_let_go_and_a_standby_is_there() -> None:
+    assert step().actions == START
+    assert step(pool=PoolStatus(1, ())).actions == START[:1]
+    held = msgspec.structs.replace(READY, devices=(device("host:0", "rank:old"), device("host:1")))
+    assert step(hmm=held).actions == START[1:]
+    assert step(starting=frozenset({0, 1})).actions == ()
+
+
+def test_a_crash_loop_ends() -> None:
+    decision = step(restarts_left=0, last_exit="killed by signal 11")
+    assert decision.state.phase == "failed"
+    assert decision.state.error is not None
+    assert decision.state.error.code == "rank_crash_loop"
+    assert "killed by signal 11" in decision.state.error.message
+
+
+def test_a_seat_whose_device_is_lost_is_not_filled_and_waited_for_by_nobody() -> None:
+    one = PoolStatus(2, (rank(0, True),))
+    decision = step(pool=one, is_lost=True, ever_served=True, restarts_left=0)
+    assert (decision.actions, decision.state.phase, decision.state.error) == ((), "degraded", None)
+    assert "r1t0" in decision.reason
+    assert step(pool=one).actions == START[1:]
+
+
+def test_what_was_committed_while_nobody_steps_is_in_force_also_where_a_seat_is_lost() -> None:
+    status = TransitionStatus(TransitionId("op"), 1, "committed", (0, 1), 0, 0, {})
+    parked = msgspec.structs.replace(READY, generation=1, members=(0, 1), transition=status)
+    one = PoolStatus(0, (rank(0, True),))
+    assert step(hmm=parked, pool=one, is_lost=True).actions == (PARK,)
+    held = msgspec.structs.replace(parked, running=True, devices=(device("host:0"), device("host:1", "rank:old")))
+    assert step(hmm=held, pool=one, is_lost=True).actions == (), "its end parks the others"
+    unseen = msgspec.structs.replace(parked, running=True)
+    assert step(hmm=unseen, pool=one, is_lost=True).actions == (PARK,), "no HMM saw its end"
+    without = msgspec.structs.replace(unseen, members=(0,))
+    assert step(hmm=without, pool=one, is_lost=True).actions == ()
+    flipped = msgspec.structs.replace(parked, transition=msgspec.structs.replace(status, phase="flipped"))
+    assert step(hmm=flipped, pool=one, is_lost=True).actions == ()
+
+
+def test_a_rank_that_dies_again_is_replaced_later() -> None:
+    assert step(is_backing_off=True).actions == ()
+
+
+def test_ranks_that_are_about_to_flip_are_left_alone_unless_they_are_parked_or_it_takes_too_long() -> None:
+    status = TransitionStatus(TransitionId("op"), 1, "committed", (0, 1), 0, 0, {})
+    running = msgspec.structs.replace(READY, generation=1, members=(0,), running=True, transition=status)
+    both = PoolStatus(0, (rank(0, True), rank(1, True)))
+    assert step(hmm=running, pool=both, committed_at=9.0).actions == ()
+    assert step(hmm=running, pool=both, committed_at=4.0).actions == (JOIN,)
+    parked = msgspec.structs.replace(running, running=False)
+    assert step(hmm=parked, pool=both).actions == (JOIN,)
+    flipped = msgspec.structs.replace(running, transition=msgspec.structs.replace(status, phase="flipped"))
+    assert step(hmm=flipped, pool=both).actions == (JOIN,)
+
+
+def test_bring_up_to_serving_and_recovery_of_a_rank() -> None:
+    phases = []
+
+    def play(**changes: object) -> tuple[object, ...]:
+        decision = step(**changes)
+        phases.append(decision.state.phase)
+        return decision.actions
+
+    both = PoolStatus(2, (rank(0, True), rank(1, True)))
+    running = msgspec.structs.replace(READY, generation=1, members=(0, 1), running=True)
+    assert play(hmm=EMPTY) == (LoadModel(LAYOUT),)
+    assert len(play()) == 2
+    assert play(pool=PoolStatus(2, (rank(0, True), rank(1, False)))) == ()
+    assert play(pool=both) == (JOIN,)
+    assert play(pool=both, hmm=running) == (AnnounceLayout(LAYOUT),)
+    assert play(pool=both, hmm=running, announced_epoch=1) == ()
+    parked = msgspec.structs.replace(running, generation=2, running=False)
+    dead = {"hmm": parked, "announced_epoch": 1, "ever_served": True}
+    assert play(pool=PoolStatus(2, (rank(0, True),)), **dead) == START[1:]
+    assert play(pool=both, **dead) == (JOIN,)
+    assert phases == ["loading", *["attaching"] * 3, "serving", "serving", "degraded", "degraded"]
