@@ -2,7 +2,7 @@
 
 What the flags contradict is told before anything is started; devices that the layout uses, as soon as the store that
 has it answers, and before anything else is started. What only the scaler can tell, it refuses
-(services/scaler/resume.py).
+(services/scaler/store/resume.py).
 """
 
 from __future__ import annotations

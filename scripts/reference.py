@@ -1,7 +1,7 @@
 """docs/reference: pages that are made from the code. `make docs` writes them; a unit test compares them.
 
 Each text stands beside what it describes: settings in common/settings.py, metrics in the `measures.py` of router and
-scaler, errors in common/error_codes, events in services/scaler/events.py, flags where the parsers are made.
+scaler, errors in common/error_codes, events in services/scaler/api/events.py, flags where the parsers are made.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from common.measures import Measure
 from common.store import Event
 from services.router import measures as router_measures
 from services.scaler import measures as scaler_measures
-from services.scaler.desk import EVENTS_KEPT
-from services.scaler.events import KINDS
+from services.scaler.api.event_stream import EVENTS_KEPT
+from services.scaler.api.events import KINDS
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 _MADE = "<!-- Made by `make docs` from the code: do not edit. -->"

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import msgspec
 
-from services.scaler.decisions import Decision, PlanMade, TurnTaken, digests, without_plan
-from services.scaler.plan import Plan
-from services.scaler.reconciler import reconcile
-from services.scaler.state import State
+from services.scaler.control.audit_log import Decision, PlanMade, TurnTaken, digests, without_plan
+from services.scaler.control.reconciler import reconcile
+from services.scaler.control.state import State
+from services.scaler.planning.plan import Plan
 
 DECISIONS = msgspec.msgpack.Decoder(Decision)
 

@@ -18,7 +18,8 @@ from cli.bench.report import add_output, provenance, table, write_raw
 from cli.terminal import say
 from common.layout import Layout, initial_layout
 from common.model_spec import round_up
-from services.scaler.planner import Memory, Plan, Rates, Sizes, Target, make_plan
+from services.scaler.planning.plan import Memory, Plan, Rates, Sizes, Target
+from services.scaler.planning.planner import plan_way
 
 GRANULARITY = 2 << 20
 GIB = 1 << 30
@@ -172,7 +173,7 @@ def _case(
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
-        plan = make_plan(layout, Target(replicas=after), sizes, memory, devices, rates)
+        plan = plan_way(layout, Target(replicas=after), sizes, memory, devices, rates)
         seconds.append(time.perf_counter() - started)
     for leg in plan.legs:
         leg.layout.check(num_devices)

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict, deque
 from typing import NamedTuple
 
 from common.protocol.hmm import RecordCopy
-from services.scaler.planner import Leg, Memory, Plan, Sizes
+from services.scaler.planning.plan import Leg, Memory, Plan, Sizes
 
 
 class Assumptions(NamedTuple):

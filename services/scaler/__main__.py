@@ -14,7 +14,7 @@ from common.protocol.errors import EXIT_SUPERSEDED, ElasticMoEError, Fenced
 from common.store import store_of
 from common.telemetry import setup_logging
 from common.transport import describe
-from services.scaler.admin import build_app, serve
+from services.scaler.api.admin import build_app, serve
 from services.scaler.service import Scaler
 
 

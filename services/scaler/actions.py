@@ -7,10 +7,10 @@ import msgspec
 from common.layout import Layout, RankId, Seat
 from common.protocol.ids import TransitionId
 from common.protocol.rank import RankCommand
-from services.scaler.plan import Leg
+from services.scaler.planning.plan import Leg
 
 
-class LoadModel(msgspec.Struct, frozen=True, tag=True):
+class LoadLayout(msgspec.Struct, frozen=True, tag=True):
     """Let the HMM create and fill the layout's memory."""
 
     layout: Layout
@@ -95,7 +95,7 @@ class StopSeat(msgspec.Struct, frozen=True, tag=True):
 
 
 Action = (
-    LoadModel
+    LoadLayout
     | StartSeat
     | PublishMembers
     | AnnounceLayout

@@ -20,20 +20,20 @@ from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady,
 from common.store import Event, Store, Writer
 from common.telemetry import get_logger
 from common.transport import new_identity
-from services.scaler import orders
-from services.scaler.desk import Accepted, Cancel, Desk, Feed
-from services.scaler.driver import ENDED_MAX, Driver
-from services.scaler.intake import Intake
-from services.scaler.journal import Journal
-from services.scaler.lease import Lease
-from services.scaler.links import Links
-from services.scaler.meters import Meters
+from services.scaler.api.event_stream import EventStream
+from services.scaler.api.snapshot import StatusCache, StatusSnapshot
+from services.scaler.control.admission import Accepted, Admission, CancelOperation, Order
+from services.scaler.control.command_queue import CommandQueue
+from services.scaler.control.executor import ENDED_MAX, Executor
+from services.scaler.control.links import Links
+from services.scaler.control.state import State
+from services.scaler.metrics import Meters
 from services.scaler.observation import Observation
-from services.scaler.recall import Recall
-from services.scaler.reserve import Reserve
-from services.scaler.resume import Beginning
-from services.scaler.snapshot import Board, Snapshot
-from services.scaler.state import State
+from services.scaler.store.journal import Journal
+from services.scaler.store.lease import Lease
+from services.scaler.store.recall import Recall
+from services.scaler.store.reserve import DiskReserve
+from services.scaler.store.resume import Beginning
 
 log = get_logger("scaler")
 
@@ -60,10 +60,10 @@ class Scaler:
         fence = Fence(config.state_dir, "scaler")
         self._lease = Lease(store.another("scaler-lease"), self._identity, config.lease_ms, fence)
         self.meters = Meters()
-        self.desk = Desk(self._links.wake)
-        self.feed = Feed()
+        self.desk = CommandQueue(self._links.wake)
+        self.feed = EventStream()
         self._recall = Recall(config, self._spec, store)
-        self._reserve = Reserve(config.run_path / "store")
+        self._reserve = DiskReserve(config.run_path / "store")
         self._journal = Journal(
             store.another("scaler-journal"),
             self._identity,
@@ -74,10 +74,10 @@ class Scaler:
         )
         self._journal.start()
         state = State(layout=Layout(0, config.tp, (), ()), stall_s=config.rank_stall_s)
-        self._driver = Driver(config, self._links, self._journal, self.meters, self._tell, state)
+        self._driver = Executor(config, self._links, self._journal, self.meters, self._tell, state)
         self._driver.leave_out = lambda action: self._intake.leave_out(action, self._hmm)
         room = (self._lease.check_room, self._journal.check_room)
-        self._intake = Intake(config, self._spec, self._driver, room, self._tell)
+        self._intake = Admission(config, self._spec, self._driver, room, self._tell)
         self._layout: Layout | None = None
         self._beginning: Beginning | None = None
         self._is_writing = self._is_settled = self._is_quiet = False
@@ -88,7 +88,7 @@ class Scaler:
         self._last_exit = ""
         self._stopping = False
         settings = {k: v for k, v in msgspec.structs.asdict(config).items() if k != "store_url"}
-        self.board = Board(Snapshot("starting", "", None, None, None, None, 0, settings))
+        self.board = StatusCache(StatusSnapshot("starting", "", None, None, None, None, 0, settings))
 
     def stop(self, *_: int | FrameType | None) -> None:
         """Signal handler: only records."""
@@ -115,7 +115,7 @@ class Scaler:
     def _refuse_orders(self) -> bool:
         """While the lease is waited for: answer orders with the reason. True when a signal has come."""
 
-        def refuse(_: orders.Order | Cancel) -> Accepted:
+        def refuse(_: Order | CancelOperation) -> Accepted:
             raise self._lease.why_not
 
         self.desk.serve(refuse)
@@ -214,7 +214,7 @@ class Scaler:
 
     def _show(self, hmm: HmmStatus | None, pool: PoolStatus | None, fence: int) -> None:
         status = self._driver.state.status
-        self.board.snapshot = Snapshot(
+        self.board.snapshot = StatusSnapshot(
             status.phase,
             status.reason,
             status.error,
@@ -238,7 +238,7 @@ class Scaler:
 
     # ---- orders ---------------------------------------------------------------------------------------------------
 
-    def _handle(self, order: orders.Order | Cancel) -> Accepted:
+    def _handle(self, order: Order | CancelOperation) -> Accepted:
         """Carry one order of the admin surface out, or raise its refusal. The board shows it before the answer goes."""
         accepted = self._intake.take(order, self._hmm, ever_served=self._driver.state.ever_served)
         self.board.snapshot = msgspec.structs.replace(self.board.snapshot, operation=self._driver.operation)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from services.router.service import SPARE_CONNECTIONS
-from services.scaler.admin import CONNECTIONS_MAX
+from services.scaler.api.admin import CONNECTIONS_MAX
 from tests.procs.router_fakes import FakeRank, Reply
 from tests.procs.router_harness import RouterProcess
 from tests.procs.scaler_harness import TOKEN, ScalerProcess

@@ -8,8 +8,8 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from services.scaler.orders import lost_devices
-from services.scaler.plan import Target
+from services.scaler.control.admission import lost_devices
+from services.scaler.planning.plan import Target
 
 if TYPE_CHECKING:
     from tests.sim.world import World

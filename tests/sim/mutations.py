@@ -14,9 +14,9 @@ from common.store import Writer
 from services.hmm.catalog import Transition
 from services.hmm.transition import Transitions
 from services.router.streams import Stream
-from services.scaler import orders, reconciler
-from services.scaler.journal import Journal
-from services.scaler.state import State
+from services.scaler.control import admission, reconciler
+from services.scaler.control.state import State
+from services.scaler.store.journal import Journal
 from services.worker.engine import rows
 from services.worker.engine.engine import Engine
 from services.worker.engine.sequence import Sequence
@@ -85,7 +85,7 @@ MUTATIONS: dict[str, Mutation] = {
         ((Store, "_may_write", _may_write_by_lease), (Fence, "refresh", lambda fence: fence.epoch)),
     ),
     "lost devices are used for new replicas": Mutation(
-        orders, "lost_devices", lambda *_: set(), ("which is lost", "has forgotten", "not at rest")
+        admission, "lost_devices", lambda *_: set(), ("which is lost", "has forgotten", "not at rest")
     ),
     "an order that waits for an operation to give way is all that remembers the loss": Mutation(
         reconciler, "_leave_out", lambda *_: None, ("is lost and has a seat",)

@@ -16,15 +16,13 @@ from common.protocol.hmm import GetHmmStatus
 from common.protocol.pool import GetPool, StartRank
 from common.protocol.rank import GetRankLoad
 from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankExited, RankLoad
-from services.scaler import orders
-from services.scaler.desk import Cancel, Later
-from services.scaler.driver import Driver
-from services.scaler.intake import Intake
-from services.scaler.journal import Journal
-from services.scaler.lease import Lease
-from services.scaler.operation import Operation, Request
-from services.scaler.plan import Target
-from services.scaler.state import State
+from services.scaler.control.admission import Admission, CancelOperation, Later, Order
+from services.scaler.control.executor import Executor
+from services.scaler.control.state import State
+from services.scaler.operation.operation import Operation, Request
+from services.scaler.planning.plan import Target
+from services.scaler.store.journal import Journal
+from services.scaler.store.lease import Lease
 from tests.sim.heap import Actor, Crashed
 from tests.sim.hmm import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, SPEC
 from tests.sim.store import DiskFence, StoreReserve
@@ -43,10 +41,10 @@ class Quiet:
     """Meters that count nothing."""
 
     def phase(self, phase: str, seconds: float) -> None:
-        """See services.scaler.meters."""
+        """See services.scaler.metrics."""
 
     def operation(self, operation: Operation, outcome: str) -> None:
-        """See services.scaler.meters."""
+        """See services.scaler.metrics."""
 
 
 class SimPeers:
@@ -58,13 +56,13 @@ class SimPeers:
         self._asked: dict[RankId, float] = {}
 
     def keep(self, seats: Iterable[Seat]) -> None:
-        """See services.scaler.peers."""
+        """See services.scaler.control.peers."""
         wanted = {seat.rank for seat in seats}
         for rank in [rank for rank in self._loads if rank not in wanted]:
             del self._loads[rank]
 
     def ask(self, seats: Iterable[Seat], interval_s: float) -> None:
-        """See services.scaler.peers."""
+        """See services.scaler.control.peers."""
         now = self._scaler.sim.now
         for seat in seats:
             if now - self._asked.get(seat.rank, -9.0) >= min(interval_s, 0.4):
@@ -72,18 +70,18 @@ class SimPeers:
                 self.tell(seat.rank, GetRankLoad())
 
     def tell(self, rank: RankId, command: Message) -> None:
-        """See services.scaler.peers."""
+        """See services.scaler.control.peers."""
         self._scaler.send(f"rank-{rank}", command)
 
     def receive(self) -> None:
-        """See services.scaler.peers: answers are taken as they come."""
+        """See services.scaler.control.peers: answers are taken as they come."""
 
     def take(self, load: RankLoad) -> None:
         """An answer."""
         self._loads[load.rank] = load, self._scaler.sim.now
 
     def loads(self, ranks: Mapping[int, PoolRank], age_s_max: float) -> dict[int, RankLoad]:
-        """See services.scaler.peers."""
+        """See services.scaler.control.peers."""
         found = {}
         for slot, rank in ranks.items():
             load, at = self._loads.get(rank.rank, (None, 0.0))
@@ -103,8 +101,8 @@ class Scaler(Actor):
         self.lease = Lease(world.store, self.name, LEASE_MS, DiskFence(world.disk, "scaler"))  # type: ignore[arg-type]
         self.starting: dict[int, float] = {}
         self.peers = SimPeers(self)
-        self.driver: Driver | None = None
-        self.intake: Intake
+        self.driver: Executor | None = None
+        self.intake: Admission
         self.waiting: list[tuple[str, Target | str | None, float]] = []
         self.journal: Journal
         self.last_turn_s = -1.0
@@ -136,8 +134,8 @@ class Scaler(Actor):
         )
         self.journal = Journal(*wiring)
         state = State(layout=Layout(0, 1, (), ()), stall_s=math.inf)
-        self.driver = Driver(CONFIG, self, self.journal, Quiet(), self._tell, state, lambda: self.sim.now)  # type: ignore[arg-type]
-        self.intake = Intake(
+        self.driver = Executor(CONFIG, self, self.journal, Quiet(), self._tell, state, lambda: self.sim.now)  # type: ignore[arg-type]
+        self.intake = Admission(
             CONFIG,
             SPEC,
             self.driver,
@@ -199,15 +197,15 @@ class Scaler(Actor):
         return self.sim.call(self, self.name, address, self.epoch, body, CALL_S)
 
     def tell_hmm(self, command: Message) -> None:
-        """See services.scaler.links."""
+        """See services.scaler.control.links."""
         self._call("hmm", command)
 
     def tell_pool(self, command: Message) -> None:
-        """See services.scaler.links."""
+        """See services.scaler.control.links."""
         self._call("pool", command)
 
     def start(self, seat: Seat, epoch: int) -> None:
-        """See services.scaler.links."""
+        """See services.scaler.control.links."""
         if self.epoch == self.world.disk["scaler"]:  # what a superseded one asks for is refused
             self.world.losses.check_start(seat.device)
         self.world.num_started += 1
@@ -305,9 +303,9 @@ class Scaler(Actor):
         self.sim.note(f"{self.name}: order {op_id} refused: {error.message}")
         self.world.refused[op_id] = error.code
 
-    def _order(self, op_id: str, target: Target | str | None) -> orders.Order | Cancel:
+    def _order(self, op_id: str, target: Target | str | None) -> Order | CancelOperation:
         if isinstance(target, str):
-            return Cancel(target)
+            return CancelOperation(target)
         request = Request(reason=op_id, deadline_s=self.world.deadline_s)
         if target is not None:
             request = msgspec.structs.replace(
@@ -317,7 +315,7 @@ class Scaler(Actor):
                 remove=target.remove,
                 is_lost=target.is_lost,
             )
-        return orders.Order(op_id, request, target)
+        return Order(op_id, request, target)
 
     def crash(self, down_s: float) -> None:
         """It ends; a supervisor starts another one."""

@@ -13,8 +13,8 @@ from common.fence import Fence
 from common.layout import Layout
 from common.protocol.errors import Fenced, Unavailable
 from common.store import Writer
-from services.scaler.operation import Operation
-from services.scaler.reserve import Reserve
+from services.scaler.operation.operation import Operation
+from services.scaler.store.reserve import DiskReserve
 from tests.sim.heap import Sim
 
 
@@ -161,7 +161,7 @@ class Store:
         self.num_losses += 1
 
 
-class StoreReserve(Reserve):
+class StoreReserve(DiskReserve):
     """The product's reserve, with a flag of the store for a file."""
 
     def __init__(self, store: Store, holder: str) -> None:
@@ -170,13 +170,13 @@ class StoreReserve(Reserve):
         self._holder = holder
 
     def take(self, nbytes: int) -> None:
-        """See services.scaler.reserve."""
+        """See services.scaler.store.reserve."""
         if self._store.is_full:
             raise Unavailable("no room for an operation's records", code="storage_full")
         self._store.reserved_by = self._holder
 
     def give_up(self) -> bool:
-        """See services.scaler.reserve."""
+        """See services.scaler.store.reserve."""
         was, self._store.reserved_by = self._store.reserved_by, ""
         if was and not self._store.is_reserve_eaten:
             self._store.is_full = False

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from services.scaler.transition import _fitted
+from services.scaler.operation.prepare import fitted
 from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.scenario import run_seed
 from tests.sim.world import simulated
@@ -73,6 +73,6 @@ def test_a_later_leg_takes_no_more_kv_than_there_is() -> None:
     hmm = World(UP.legs[0].layout).seen().hmm
     assert hmm is not None
     devices = tuple(msgspec.structs.replace(device, kv=3 * 4096) for device in hmm.devices)
-    leg = _fitted(UP.legs[1], msgspec.structs.replace(hmm, devices=devices))
+    leg = fitted(UP.legs[1], msgspec.structs.replace(hmm, devices=devices))
     assert set(UP.legs[1].kv_handles.values()) == {4}
     assert set(leg.kv_handles.values()) == {3}

@@ -12,7 +12,7 @@ from typing import Any
 from common.layout import Layout, initial_layout
 from common.protocol.hmm import LoadModel
 from services.hmm.catalog import Transition, check_integrity, keys_of
-from services.scaler.plan import Target
+from services.scaler.planning.plan import Target
 from services.worker.engine.plan import Plan
 from services.worker.exchange.base import StepAborted
 from services.worker.lockstep import ALONE

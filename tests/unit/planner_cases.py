@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from common.layout import Layout, RankId, Seat
 from common.model_spec import RecordKey
-from services.scaler.planner import Leg, Memory, Plan, Sizes, Target
+from services.scaler.planning.plan import Leg, Memory, Plan, Sizes, Target
 
 DEVICES = [f"host:{i}" for i in range(10)]
 LEDGER = 7

@@ -18,9 +18,10 @@ from cli.admin import Admin
 from cli.console import PlainConsole
 from cli.main import main
 from common.protocol.errors import ElasticMoEError
-from services.scaler.orders import accept, parse_scale, planned_of
-from services.scaler.plan import Sizes
-from services.scaler.snapshot import operation_view, plan_view
+from services.scaler.api.requests import parse_scale
+from services.scaler.api.snapshot import operation_view, plan_view
+from services.scaler.control.admission import accept, planned_of
+from services.scaler.planning.plan import Sizes
 from tests.unit.transitions import UP, World
 
 Answers = list[tuple[str, str, Any]]

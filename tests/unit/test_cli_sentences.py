@@ -19,7 +19,7 @@ TELLERS = {"_tell", "tell"}
 def told() -> dict[str, set[str]]:
     """What the scaler tells: the facts of each kind of event that stand in its calls."""
     found: dict[str, set[str]] = {}
-    for path in sorted((ROOT / "services/scaler").glob("*.py")):
+    for path in sorted((ROOT / "services/scaler").rglob("*.py")):
         module = ast.parse(path.read_text())
         keys = {
             key.value

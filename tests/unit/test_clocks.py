@@ -23,12 +23,12 @@ ALLOWED = {
     ("common/telemetry.py", "time.strftime"): "the time of a log line",
     ("common/telemetry.py", "time.localtime"): "the time of a log line",
     ("common/safetensors.py", ".st_mtime_ns"): "equality: whether a file was changed while it was read",
+    ("common/clock.py", "time.time"): "what the clock that services are given tells beside monotonic time",
     ("common/http/listener.py", "time.time"): "`Date` of an answer",
     ("services/router/api/chat.py", "time.time"): "`created` of an answer",
     ("services/router/api/completions.py", "time.time"): "`created` of an answer",
     ("services/router/text/template.py", "datetime.now"): "`strftime_now` of chat templates",
     ("services/router/front.py", "time.time"): "`created` of the model, shown",
-    ("services/scaler/intake.py", "time.time"): "when an operation was accepted, shown",
     ("services/scaler/service.py", "time.time"): "the time of an event, shown",
 }
 

@@ -16,7 +16,7 @@ from common.error_codes import CODES, GROUPS
 from common.http.errors import error_response, status_of
 from common.protocol import errors
 from common.protocol.errors import Conflict, ElasticMoEError, Unavailable
-from services.scaler import orders
+from services.scaler.api import requests as orders
 from services.worker.engine import rows, sampler
 
 ROOT = Path(__file__).parent.parent.parent
@@ -28,7 +28,7 @@ KINDS: dict[str, type[ElasticMoEError]] = {
     if inspect.isclass(kind) and issubclass(kind, ElasticMoEError)
 }
 # Where an error becomes the answer to an HTTP request.
-ANSWERING = ("common/http/", "services/router/", "services/scaler/admin.py", "services/scaler/desk.py")
+ANSWERING = ("common/http/", "services/router/", "services/scaler/api/", "services/scaler/control/command_queue.py")
 # What takes a code at a place of its own: the place of the code, and of whether it is retryable.
 POSITIONS = {"Refused": (0, 2), "jobs.Refused": (1, None), "Refusal": (1, None)}
 

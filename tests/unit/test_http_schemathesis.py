@@ -25,8 +25,7 @@ from schemathesis.specs.openapi.checks import (
 from common.protocol.router import Delta, Logprob
 from services.router.dispatcher import Dispatcher
 from services.router.streams import Stream
-from services.scaler.desk import Accepted
-from services.scaler.orders import Order
+from services.scaler.control.admission import Accepted, Order
 from tests.unit import test_http_surfaces as surfaces
 from tests.unit.test_scaler_admin import Listener, snapshot_of
 from tests.unit.transitions import UP, World, operation_of

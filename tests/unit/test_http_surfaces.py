@@ -23,10 +23,11 @@ from services.router.front import make_front
 from services.router.history import History
 from services.router.metrics import Metrics
 from services.router.tokenizer import ServedModel
-from services.scaler.admin import build_app as build_admin
-from services.scaler.desk import Desk, Feed
-from services.scaler.meters import Meters
-from services.scaler.snapshot import Board, Snapshot
+from services.scaler.api.admin import build_app as build_admin
+from services.scaler.api.event_stream import EventStream
+from services.scaler.api.snapshot import StatusCache, StatusSnapshot
+from services.scaler.control.command_queue import CommandQueue
+from services.scaler.metrics import Meters
 from tests.procs.router_harness import write_model
 from tests.unit.in_process import InProcess
 
@@ -107,7 +108,7 @@ def make_router(base: Path, make_dispatcher: type[Dispatcher], api_key: bytes | 
 
 @pytest.fixture(scope="module")
 def admin() -> App:
-    desk = Desk(lambda: None)
+    desk = CommandQueue(lambda: None)
 
     def refuse(_: object) -> Any:
         raise Unavailable("nothing runs in this test", code="not_ready")
@@ -122,7 +123,12 @@ def admin() -> App:
 
     desk.ask = ask  # type: ignore[method-assign]
     return build_admin(
-        Board(Snapshot("starting", "", None, None, None, None, 0, {})), desk, Feed(), Meters(), "t", 60.0
+        StatusCache(StatusSnapshot("starting", "", None, None, None, None, 0, {})),
+        desk,
+        EventStream(),
+        Meters(),
+        "t",
+        60.0,
     )
 
 

@@ -14,18 +14,20 @@ import common.store
 from common.config import ScalerConfig
 from common.protocol.errors import PayloadTooLarge, Unavailable
 from common.store import Store, Writer
-from services.scaler import members, reconciler, transition
 from services.scaler.actions import Stage
-from services.scaler.decisions import Decision, PlanMade, TurnTaken, turn_taken
-from services.scaler.driver import Driver
-from services.scaler.journal import Journal
-from services.scaler.meters import Meters
+from services.scaler.control import members, reconciler
+from services.scaler.control.audit_log import Decision, PlanMade, TurnTaken, turn_taken
+from services.scaler.control.executor import Executor
+from services.scaler.control.reconciler import reconcile
+from services.scaler.control.state import State
+from services.scaler.metrics import Meters
 from services.scaler.observation import Observation
-from services.scaler.operation import Operation
-from services.scaler.plan import Memory, Rates, Sizes, Target
-from services.scaler.reconciler import reconcile
-from services.scaler.state import State
-from services.scaler.transition import cancel
+from services.scaler.operation import advance, prepare
+from services.scaler.operation.advance import cancel
+from services.scaler.operation.operation import Operation
+from services.scaler.operation.steps import enter
+from services.scaler.planning.plan import Memory, Rates, Sizes, Target
+from services.scaler.store.journal import Journal
 from tests.procs.waiting import wait_until
 from tests.replay import DECISIONS, replay
 from tests.unit.test_scaler_driver import FakeLinks, turn
@@ -68,7 +70,7 @@ class Run:
         config = ScalerConfig(run_dir=str(folder))
         state = State(layout=before, ever_served=True, stall_s=99.0)
         links: Any = Links(self.world, plan)
-        self.driver = Driver(config, links, self.journal, Meters(), _tell, state, lambda: self.world.now)
+        self.driver = Executor(config, links, self.journal, Meters(), _tell, state, lambda: self.world.now)
         self.driver.begin(operation_of(plan), made)
 
     def turn(self) -> None:
@@ -164,16 +166,22 @@ def test_another_code_is_told_apart(store: Store, tmp_path: Path, monkeypatch: p
     decisions = [*journaled(store), phase_chosen()]
     assert replay(decisions) == []
     with monkeypatch.context() as patch:
-        patch.setattr(transition, "empty_leavers", lambda *_: ([], []))
-        patch.setattr(transition, "migrate", lambda operation, *_: transition.enter(operation, "done", "over"))
+        patch.setattr(prepare, "empty_leavers", lambda *_: ([], []))
+        patch.setattr(advance, "migrate", lambda operation, *_: enter(operation, "done", "over"))
         assert [text for text in replay(decisions) if "done, over and not release" in text]
     blind = taken(msgspec.structs.replace(World(UP.before).seen(), pool=None))
     stray = World(UP.before)
     stray.ranks[3] = "rank-r3t0:9"
     for decision, module, name, instead, said in (
         (blind, members, "_waiting", lambda _: "loading", "loading, the worker pool"),
-        (taken(stray.seen()), reconciler, "tidy", lambda *_: ((), ""), "serving, layout 1 serves"),
-        (taken(stray.seen()), reconciler, "tidy", lambda *_: ((), "ranks without an operation"), "other commands"),
+        (taken(stray.seen()), reconciler, "collect_orphans", lambda *_: ((), ""), "serving, layout 1 serves"),
+        (
+            taken(stray.seen()),
+            reconciler,
+            "collect_orphans",
+            lambda *_: ((), "ranks without an operation"),
+            "other commands",
+        ),
     ):
         assert replay([decision]) == []
         with monkeypatch.context() as patch:

@@ -15,8 +15,8 @@ import pytest
 from common.version import version
 from services.router.api import told
 from services.router.api.examples import EXAMPLES as router_examples
-from services.scaler.docs import ANSWERS
-from services.scaler.examples import EXAMPLES as admin_examples
+from services.scaler.api.docs import ANSWERS
+from services.scaler.api.examples import EXAMPLES as admin_examples
 from tests.unit import test_http_surfaces as surfaces
 from tests.unit.test_http_schemathesis import serving_admin, serving_router
 from tests.unit.test_http_surfaces import App, call, document_of

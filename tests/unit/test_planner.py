@@ -11,7 +11,8 @@ from common.families import records
 from common.layout import Layout, RankId, Seat, initial_layout
 from common.model_spec import RecordKey, round_up
 from common.protocol.errors import DoesNotFit, ElasticMoEError, InvalidRequest, NotFound
-from services.scaler.planner import Memory, Plan, Rates, Sizes, Target, make_plan, sizes_of
+from services.scaler.planning.plan import Memory, Plan, Rates, Sizes, Target, sizes_of
+from services.scaler.planning.planner import make_plan
 from tests.unit.planner_cases import DEVICES, KV_HANDLE, LEDGER, memory_of, run_plan
 from tests.unit.specs import tiny_mixtral_spec, tiny_qwen3_spec
 

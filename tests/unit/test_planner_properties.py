@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from common.layout import Layout, RankId, Seat, initial_layout
 from common.model_spec import RecordKey
 from common.protocol.errors import DoesNotFit
-from services.scaler.placement import spread_common
-from services.scaler.planner import Memory, Plan, Sizes, Target, make_plan
+from services.scaler.planning.placement import spread_common
+from services.scaler.planning.plan import Memory, Plan, Sizes, Target
+from services.scaler.planning.planner import make_plan
 from tests.unit.planner_cases import (
     DEVICES,
     KV_HANDLE,

@@ -10,7 +10,8 @@ from cli.bench.plan_simulation import Assumptions, Links, simulate
 from common.layout import initial_layout
 from common.model_spec import RecordKey
 from common.protocol.hmm import RecordCopy
-from services.scaler.planner import Leg, Sizes, Target, make_plan
+from services.scaler.planning.plan import Leg, Sizes, Target
+from services.scaler.planning.planner import make_plan
 
 DEVICES = [f"device:{i}" for i in range(4)]
 MACHINE = Assumptions(link_bytes_per_s=100.0, share=0.1, handle_s=0.0, warm_up_s=0.0, step_s=0.0)

@@ -19,14 +19,15 @@ from scripts import reference
 from services.router import measures as router_measures
 from services.router.metrics import Metrics
 from services.scaler import measures as scaler_measures
-from services.scaler.events import KINDS
-from services.scaler.meters import Meters, render_metrics
+from services.scaler.api.events import KINDS
+from services.scaler.api.prometheus import render_metrics
+from services.scaler.metrics import Meters
 from tests.unit.test_scaler_admin import snapshot_of
 from tests.unit.transitions import UP, World
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = reference.pages()
-SCALER = sorted((ROOT / "services" / "scaler").glob("*.py"))
+SCALER = sorted((ROOT / "services" / "scaler").rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", PAGES)

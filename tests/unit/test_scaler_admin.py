@@ -15,30 +15,34 @@ import pytest
 from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, InvalidRequest, NotFound, Overloaded
 from common.protocol.replies import Refused
 from common.store import Event
-from services.scaler import admin, desk
-from services.scaler.admin import build_app
-from services.scaler.desk import Accepted, Cancel, Desk, Feed, Later
-from services.scaler.meters import Meters
-from services.scaler.operation import Request
-from services.scaler.orders import (
+from services.scaler.api import admin
+from services.scaler.api.admin import build_app
+from services.scaler.api.event_stream import LISTENERS_MAX, EventStream
+from services.scaler.api.requests import parse_rebalance, parse_scale
+from services.scaler.api.snapshot import StatusCache, StatusSnapshot
+from services.scaler.control import command_queue as desk
+from services.scaler.control.admission import (
+    Accepted,
+    CancelOperation,
+    Later,
     Order,
     accept,
     cancelled,
-    parse_rebalance,
-    parse_scale,
     planned_of,
     repeated,
 )
-from services.scaler.plan import Sizes, Target
-from services.scaler.snapshot import Board, Snapshot
+from services.scaler.control.command_queue import CommandQueue
+from services.scaler.metrics import Meters
+from services.scaler.operation.operation import Request
+from services.scaler.planning.plan import Sizes, Target
 from tests.unit.transitions import DOWN, UP, World, operation_of
 
 SIZES = Sizes(100, (10,), (7,))
 
 
-def snapshot_of(world: World, **changes: Any) -> Snapshot:
+def snapshot_of(world: World, **changes: Any) -> StatusSnapshot:
     seen = world.seen()
-    base = Snapshot("serving", "nothing to do", None, world.layout, seen.hmm, seen.pool, 3, {"model": "/m"})
+    base = StatusSnapshot("serving", "nothing to do", None, world.layout, seen.hmm, seen.pool, 3, {"model": "/m"})
     return msgspec.structs.replace(base, **changes)
 
 
@@ -48,7 +52,7 @@ class Loop:
     def __init__(self, handle: Callable[[Any], Accepted]) -> None:
         self._woken = threading.Event()
         self._ended = False
-        self.desk = Desk(self._woken.set)
+        self.desk = CommandQueue(self._woken.set)
         self._handle = handle
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -68,11 +72,11 @@ class Loop:
 class Listener:
     """The app with everything behind it."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: StatusSnapshot) -> None:
         self.orders: list[Any] = []
         self.answer: Accepted | ElasticMoEError = Accepted(operation_of(None))
         self.loop = Loop(self._handle)
-        self.board, self.feed, self.meters = Board(snapshot), Feed(), Meters()
+        self.board, self.feed, self.meters = StatusCache(snapshot), EventStream(), Meters()
         self.app = build_app(self.board, self.loop.desk, self.feed, self.meters, "secret", 600.0)
 
     def _handle(self, order: Any) -> Accepted:
@@ -183,7 +187,7 @@ async def test_refusals_keep_their_code(listener: Listener) -> None:
     assert answer.status_code == 409
     listener.answer = NotFound("no operation x", code="unknown_operation")
     answer = await listener.call("DELETE", "/v1/operations/x")
-    assert (answer.status_code, listener.orders[-1]) == (404, Cancel("x"))
+    assert (answer.status_code, listener.orders[-1]) == (404, CancelOperation("x"))
 
 
 def test_an_op_id_names_one_operation() -> None:
@@ -220,11 +224,11 @@ async def test_a_loop_that_does_not_answer_is_waited_for_no_longer_than_stated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(desk, "ANSWER_S_MAX", 0.05)
-    silent = Desk(lambda: None)
+    silent = CommandQueue(lambda: None)
     with pytest.raises(DeadlineExceeded):
-        await silent.ask(Cancel("x"))
+        await silent.ask(CancelOperation("x"))
     silent.serve(lambda _: pytest.fail("nobody waits for it any more"))
-    waits = [asyncio.create_task(silent.ask(Cancel(str(i)))) for i in range(desk.ORDERS_MAX + 1)]
+    waits = [asyncio.create_task(silent.ask(CancelOperation(str(i)))) for i in range(desk.ORDERS_MAX + 1)]
     done = await asyncio.gather(*waits, return_exceptions=True)
     assert isinstance(done[-1], Overloaded)
 
@@ -232,14 +236,14 @@ async def test_a_loop_that_does_not_answer_is_waited_for_no_longer_than_stated(
 async def test_an_order_that_cannot_be_carried_out_yet_is_tried_again() -> None:
     tries = iter([Later(Conflict("not yet")), Later(Conflict("not yet")), Accepted(operation_of(UP))])
 
-    def handle(_: Order | Cancel) -> Accepted:
+    def handle(_: Order | CancelOperation) -> Accepted:
         answer = next(tries)
         if isinstance(answer, Later):
             raise answer
         return answer
 
-    waiting = Desk(lambda: None)
-    asked = asyncio.create_task(waiting.ask(Cancel("x")))
+    waiting = CommandQueue(lambda: None)
+    asked = asyncio.create_task(waiting.ask(CancelOperation("x")))
     for _ in range(3):
         assert not asked.done()
         await asyncio.sleep(0)
@@ -251,11 +255,11 @@ async def test_an_order_that_waits_too_long_gets_its_refusal(monkeypatch: pytest
     monkeypatch.setattr(desk, "ANSWER_S_MAX", 5.0)
     monkeypatch.setattr(desk, "REFUSE_S", 5.0)
 
-    def handle(_: Order | Cancel) -> Accepted:
+    def handle(_: Order | CancelOperation) -> Accepted:
         raise Later(Conflict("operation a is in progress", code="operation_running"))
 
-    waiting = Desk(lambda: None)
-    asked = asyncio.create_task(waiting.ask(Cancel("x")))
+    waiting = CommandQueue(lambda: None)
+    asked = asyncio.create_task(waiting.ask(CancelOperation("x")))
     await asyncio.sleep(0)
     waiting.serve(handle)
     with pytest.raises(Conflict, match="operation a"):
@@ -338,7 +342,7 @@ def event(reason: str) -> Event:
 
 
 async def test_events_go_on_where_a_listener_left_off() -> None:
-    feed = Feed()
+    feed = EventStream()
     feed.fence = 4
     for reason in ("one", "two", "three"):
         feed.publish(event(reason))
@@ -360,8 +364,8 @@ async def test_events_go_on_where_a_listener_left_off() -> None:
 
 
 async def test_listeners_are_bounded_and_end_with_the_scaler() -> None:
-    feed = Feed()
-    streams = [feed.listen("", 0.01) for _ in range(desk.LISTENERS_MAX)]
+    feed = EventStream()
+    streams = [feed.listen("", 0.01) for _ in range(LISTENERS_MAX)]
     for stream in streams:
         assert await anext(stream) is None
     with pytest.raises(Overloaded, match="16 listeners"):

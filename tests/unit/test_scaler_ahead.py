@@ -6,10 +6,10 @@ import msgspec
 
 from common.protocol.rank import DecodeOnly
 from services.scaler.actions import TellRank
-from services.scaler.operation import Operation
-from services.scaler.settle import DECODE_ONLY_STEPS, hurry, move_ahead
-from services.scaler.steps import progressed
-from services.scaler.transition import cancel, outcome
+from services.scaler.operation.advance import cancel, outcome
+from services.scaler.operation.migrate import DECODE_ONLY_STEPS, hurry, move_ahead
+from services.scaler.operation.operation import Operation
+from services.scaler.operation.steps import progressed
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
 

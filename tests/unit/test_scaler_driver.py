@@ -20,14 +20,14 @@ from common.protocol.pool import StopRank
 from common.protocol.rank import RankCommand
 from common.protocol.scaler import RankExited
 from common.store import Event, Writer
-from services.scaler import journal as journal_module
 from services.scaler.actions import Abort, Commit, Release, Stage, StartSeat, StopSeat, TellRank
-from services.scaler.driver import Driver
-from services.scaler.journal import Journal
-from services.scaler.meters import Meters
+from services.scaler.control.executor import Executor
+from services.scaler.control.state import State
+from services.scaler.metrics import Meters
 from services.scaler.observation import Observation
-from services.scaler.operation import Operation
-from services.scaler.state import State
+from services.scaler.operation.operation import Operation
+from services.scaler.store import journal as journal_module
+from services.scaler.store.journal import Journal
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
 
@@ -134,7 +134,7 @@ class FakeLinks:
         self.world.obey(StartSeat(seat, epoch))
 
 
-def turn(driver: Driver, seen: Observation) -> None:
+def turn(driver: Executor, seen: Observation) -> None:
     """What the scaler's loop does, where only HMM and pool were asked."""
     assert seen.hmm is not None
     driver.state = msgspec.structs.replace(driver.state, layout=seen.hmm.layout)
@@ -151,7 +151,7 @@ class Scene:
         self.links = FakeLinks(world)
         config = ScalerConfig(run_dir=str(tmp_path))
         state = State(layout=world.layout, ever_served=True, stall_s=99.0)
-        self.driver = Driver(config, self.links, self.journal, Meters(), self._tell, state, lambda: world.now)  # type: ignore[arg-type]
+        self.driver = Executor(config, self.links, self.journal, Meters(), self._tell, state, lambda: world.now)  # type: ignore[arg-type]
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
         self.told.append((kind, facts.get("phase") or facts.get("outcome")))

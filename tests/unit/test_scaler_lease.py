@@ -13,7 +13,7 @@ import common.fence
 from common.fence import Fence
 from common.protocol.errors import Fenced, Unavailable
 from common.store import Writer
-from services.scaler.lease import Lease
+from services.scaler.store.lease import Lease
 
 
 class ForgetfulStore:

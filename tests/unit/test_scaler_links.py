@@ -22,7 +22,7 @@ from common.protocol.codec import Codec, Message
 from common.protocol.replies import Ack
 from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, ToScaler
 from common.transport import Server, new_identity
-from services.scaler.links import Links
+from services.scaler.control.links import Links
 from tests.procs.fuzz import Thrower, thrower
 from tests.procs.waiting import wait_until
 from tests.unit.specs import tiny_mixtral_spec

@@ -11,15 +11,16 @@ import pytest
 from common.config import ScalerConfig
 from common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError
 from common.protocol.scaler import HmmStatus
-from services.scaler import intake
 from services.scaler.actions import LeaveOut
+from services.scaler.api.requests import parse_scale
+from services.scaler.control import admission
+from services.scaler.control.admission import Order, accept, lost_devices, planned_of
+from services.scaler.control.reconciler import reconcile
+from services.scaler.control.state import State
 from services.scaler.observation import Observation
-from services.scaler.operation import DeviceChange, Operation, Planned, Request
-from services.scaler.orders import Order, accept, lost_devices, parse_scale, planned_of
-from services.scaler.plan import Plan, Sizes
-from services.scaler.reconciler import reconcile
-from services.scaler.state import State
-from services.scaler.transition import can_cancel, without_lost
+from services.scaler.operation.advance import can_cancel, without_lost
+from services.scaler.operation.operation import DeviceChange, Operation, Planned, Request
+from services.scaler.planning.plan import Plan, Sizes
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 
 PHASES = ("prepare", "commit", "migrate", "release")
@@ -114,8 +115,8 @@ def test_lost_devices_are_known_however_many_operations_have_been_forgotten() ->
     assert lost_devices(None, []) == set()
 
 
-class Driver:
-    """What an Intake needs of a driver: what runs, what has ended, what was begun."""
+class Executor:
+    """What an Admission needs of a driver: what runs, what has ended, what was begun."""
 
     def __init__(self, ended: Operation) -> None:
         self.state = State(layout=DOWN.before, last=ended, stall_s=9.0)
@@ -132,7 +133,7 @@ class Driver:
     def begin(self, operation: Operation, made: object = None) -> None:
         self.state = msgspec.structs.replace(self.state, operation=operation)
 
-    def leave_out(self, taking: Intake, hmm: HmmStatus | None, now: float) -> None:
+    def leave_out(self, taking: Admission, hmm: HmmStatus | None, now: float) -> None:
         """One turn, as far as lost devices go."""
         self.state, actions, _ = reconcile(self.state, Observation(hmm=hmm, pool=None), now)
         for action in actions:
@@ -140,7 +141,7 @@ class Driver:
                 taking.leave_out(action, hmm)
 
 
-class Intake(intake.Intake):
+class Admission(admission.Admission):
     """Makes the same plan for every order, or refuses it."""
 
     refusal: ElasticMoEError | None = None
@@ -154,17 +155,19 @@ class Intake(intake.Intake):
 
 
 @pytest.fixture
-def pending() -> tuple[Intake, Driver, HmmStatus, list[str]]:
+def pending() -> tuple[Admission, Executor, HmmStatus, list[str]]:
     """After an operation that gave way to the loss of host:1, of slot and replica 1."""
     gave_way = msgspec.structs.replace(operation_of(UP), phase="aborted", lost_meanwhile=("host:1",))
-    driver, told, hmm = Driver(gave_way), [], World(DOWN.before).seen().hmm
+    driver, told, hmm = Executor(gave_way), [], World(DOWN.before).seen().hmm
     assert hmm is not None
     config = ScalerConfig(run_dir="/nowhere")
-    made = Intake(config, None, driver, (), lambda kind, *_, **__: told.append(kind))  # type: ignore[arg-type]
+    made = Admission(config, None, driver, (), lambda kind, *_, **__: told.append(kind))  # type: ignore[arg-type]
     return made, driver, hmm, told
 
 
-def test_what_a_pending_loss_leaves_out_is_left_out_first(pending: tuple[Intake, Driver, HmmStatus, list[str]]) -> None:
+def test_what_a_pending_loss_leaves_out_is_left_out_first(
+    pending: tuple[Admission, Executor, HmmStatus, list[str]],
+) -> None:
     taking, driver, hmm, _ = pending
     assert driver.state.lost_slots(hmm) == {1}
     for body in (b'{"replicas": 2}', b'{"remove": [1]}', b'{"remove": [2], "lost": true}'):
@@ -178,7 +181,9 @@ def test_what_a_pending_loss_leaves_out_is_left_out_first(pending: tuple[Intake,
     assert driver.operation.request.remove == (1, 2)
 
 
-def test_the_scaler_leaves_a_lost_device_out_by_itself(pending: tuple[Intake, Driver, HmmStatus, list[str]]) -> None:
+def test_the_scaler_leaves_a_lost_device_out_by_itself(
+    pending: tuple[Admission, Executor, HmmStatus, list[str]],
+) -> None:
     taking, driver, hmm, told = pending
     driver.leave_out(taking, None, 1.0)
     assert driver.operation is None
@@ -201,7 +206,7 @@ def test_the_scaler_leaves_a_lost_device_out_by_itself(pending: tuple[Intake, Dr
 
 
 def test_nobody_is_seated_on_a_lost_device_while_a_rebalance_ends(
-    pending: tuple[Intake, Driver, HmmStatus, list[str]],
+    pending: tuple[Admission, Executor, HmmStatus, list[str]],
 ) -> None:
     """Found by the simulation (seed 835): a rebalance has no legs, and so no seats of its own."""
     _, driver, hmm, _ = pending
@@ -217,7 +222,7 @@ def test_nobody_is_seated_on_a_lost_device_while_a_rebalance_ends(
 
 
 def test_a_lost_operation_that_could_not_begin_is_not_forgotten(
-    pending: tuple[Intake, Driver, HmmStatus, list[str]],
+    pending: tuple[Admission, Executor, HmmStatus, list[str]],
 ) -> None:
     _, driver, hmm, _ = pending
     devices = {f"host:{i}": DeviceChange(0, 0, 0, 0, 0 if i == 1 else 4, 0) for i in range(3)}

@@ -8,11 +8,11 @@ from common.layout import initial_layout
 from common.protocol.ids import TransitionId
 from common.protocol.replies import Refused
 from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, TransitionStatus
-from services.scaler.actions import AnnounceLayout, LoadModel, PublishMembers, StartSeat
-from services.scaler.members import serve
+from services.scaler.actions import AnnounceLayout, LoadLayout, PublishMembers, StartSeat
+from services.scaler.control.members import serve
+from services.scaler.control.state import State, Status
 from services.scaler.observation import Observation, Step
-from services.scaler.operation import Operation, Request
-from services.scaler.state import State, Status
+from services.scaler.operation.operation import Operation, Request
 
 LAYOUT = initial_layout([4, 4], ["host:0", "host:1"])
 
@@ -137,7 +137,7 @@ def test_bring_up_to_serving_and_recovery_of_a_rank() -> None:
 
     both = PoolStatus(2, (rank(0, True), rank(1, True)))
     running = msgspec.structs.replace(READY, generation=1, members=(0, 1), running=True)
-    assert play(hmm=EMPTY) == (LoadModel(LAYOUT),)
+    assert play(hmm=EMPTY) == (LoadLayout(LAYOUT),)
     assert len(play()) == 2
     assert play(pool=PoolStatus(2, (rank(0, True), rank(1, False)))) == ()
     assert play(pool=both) == (JOIN,)

@@ -7,12 +7,12 @@ import pytest
 
 from common.protocol.scaler import PoolStatus
 from services.scaler.actions import Action, EjectRank, LeaveOut, PublishMembers, StartSeat, StopSeat, TellRank
+from services.scaler.control.reconciler import LEAVE_OUT_S, reconcile
+from services.scaler.control.state import Orphans, State, Status
+from services.scaler.control.watchdog import Standing, Watched
 from services.scaler.observation import Observation, Step
-from services.scaler.operation import Operation
-from services.scaler.reconciler import LEAVE_OUT_S, reconcile
-from services.scaler.settle import LEAVE_S
-from services.scaler.state import Orphans, State, Status
-from services.scaler.watchdog import Standing, Watched
+from services.scaler.operation.operation import Operation
+from services.scaler.operation.release import LEAVE_S
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 
 STALL_S = 3.0

@@ -13,14 +13,14 @@ from common.layout import Layout, Served
 from common.protocol.errors import Fenced, Unavailable
 from common.protocol.scaler import HmmStatus
 from common.store import Writer
-from services.scaler.actions import LoadModel
-from services.scaler.journal import Journal
-from services.scaler.members import serve
+from services.scaler.actions import LoadLayout
+from services.scaler.control.members import serve
+from services.scaler.control.state import State
 from services.scaler.observation import Observation
-from services.scaler.operation import Operation
-from services.scaler.recall import Recall
-from services.scaler.resume import CODE, Left, Wanted, begin
-from services.scaler.state import State
+from services.scaler.operation.operation import Operation
+from services.scaler.store.journal import Journal
+from services.scaler.store.recall import Recall
+from services.scaler.store.resume import CODE, Left, Wanted, begin
 from tests.unit.specs import tiny_mixtral_spec
 from tests.unit.transitions import DOWN, UP, layout_of, operation_of
 
@@ -119,7 +119,7 @@ def test_nothing_is_loaded_while_it_is_refused_and_what_is_held_goes_on() -> Non
     empty = HmmStatus("empty", 0, 0, None, (), 0, (), False)
     state = State(layout=LEFT.layout, stall_s=9.0)
     seen = Observation(hmm=empty, pool=None)
-    assert serve(state, seen, 0.0).actions == (LoadModel(LEFT.layout),)
+    assert serve(state, seen, 0.0).actions == (LoadLayout(LEFT.layout),)
     refused = serve(state, msgspec.structs.replace(seen, load_refused=refusal), 0.0)
     assert (refused.actions, refused.state.phase, refused.state.error) == ((), "failed", refusal)
     held = msgspec.structs.replace(empty, phase="ready", layout=LEFT.layout)

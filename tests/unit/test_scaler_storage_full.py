@@ -15,11 +15,11 @@ import redis
 from common.fence import Fence
 from common.protocol.errors import Unavailable
 from common.store import Event, Writer, _guard
-from services.scaler import journal as journal_module
-from services.scaler.journal import Journal
-from services.scaler.lease import Lease
-from services.scaler.operation import Operation
-from services.scaler.reserve import Reserve, bytes_of
+from services.scaler.operation.operation import Operation
+from services.scaler.store import journal as journal_module
+from services.scaler.store.journal import Journal
+from services.scaler.store.lease import Lease
+from services.scaler.store.reserve import DiskReserve, bytes_of
 from tests.clocks import PlayedClock
 from tests.procs.waiting import wait_until
 from tests.unit.transitions import UP, operation_of
@@ -186,7 +186,7 @@ class Scene:
         (folder / "appendonlydir").mkdir()
         self.file = folder / "reserve"
         self.now = 0.0
-        clock, reserve = PlayedClock(lambda: self.now), Reserve(folder)
+        clock, reserve = PlayedClock(lambda: self.now), DiskReserve(folder)
         self.journal = Journal(self.store, "a", lambda _: None, lambda: None, lambda: None, reserve, clock)
         self.journal.start()
         self.journal.act_under(1)
@@ -270,7 +270,7 @@ def test_what_an_earlier_scaler_reserved_stays_for_its_operation_only(scene: Sce
 
 
 def test_nothing_is_reserved_beside_a_store_whose_files_are_elsewhere(tmp_path: Path) -> None:
-    Reserve(tmp_path).take(1 << 20)
+    DiskReserve(tmp_path).take(1 << 20)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,11 +11,12 @@ from common.protocol.ids import CommandId, TransitionId
 from common.protocol.rank import CancelMigration
 from common.protocol.replies import Refused
 from services.scaler.actions import Abort, Release, StopSeat, TellRank
-from services.scaler.operation import Operation, Request
-from services.scaler.plan import Plan
-from services.scaler.settle import tidy
-from services.scaler.steps import LEAVE_S, progressed
-from services.scaler.transition import advance, can_cancel, cancel, outcome
+from services.scaler.operation.advance import advance, can_cancel, cancel, outcome
+from services.scaler.operation.operation import Operation, Request
+from services.scaler.operation.orphans import collect_orphans
+from services.scaler.operation.release import LEAVE_S
+from services.scaler.operation.steps import progressed
+from services.scaler.planning.plan import Plan
 from tests.unit.transitions import DOWN, UP, World, operation_of, plan_of
 
 BEFORE = ("plan", "prepare")
@@ -304,10 +305,10 @@ def test_a_transition_that_no_journal_knows_is_given_up_before_the_commit() -> N
         operation = world.step(operation)
         world.progress()
     for _ in range(5):
-        for action in tidy(world.seen(), 0.0, ())[0]:
+        for action in collect_orphans(world.seen(), 0.0, ())[0]:
             world.obey(action)
         world.progress()
-    assert tidy(world.seen(), 0.0, ()) == ((), "")
+    assert collect_orphans(world.seen(), 0.0, ()) == ((), "")
     assert (world.layout, set(world.ranks)) == (UP.before, {0, 1})
     assert world.transition is not None
     assert world.transition.phase == "aborted"
@@ -317,10 +318,10 @@ def test_a_transition_that_no_journal_knows_is_finished_after_the_commit() -> No
     world = world_of(DOWN)
     operation = world.run_to(operation_of(DOWN), "commit")
     world.step(operation)
-    assert tidy(world.seen(), 0.0, ())[0] == ()  # the ranks flip by themselves
+    assert collect_orphans(world.seen(), 0.0, ())[0] == ()  # the ranks flip by themselves
     world.progress()
-    assert tidy(world.seen(), 0.0, ())[0] == (Release(TransitionId("op")),)
-    assert any(isinstance(action, StopSeat) for action in tidy(world.seen(), LEAVE_S + 1, ())[0])
+    assert collect_orphans(world.seen(), 0.0, ())[0] == (Release(TransitionId("op")),)
+    assert any(isinstance(action, StopSeat) for action in collect_orphans(world.seen(), LEAVE_S + 1, ())[0])
 
 
 @pytest.mark.parametrize("plan", [UP, DOWN])
@@ -335,10 +336,10 @@ def test_an_hmm_is_told_that_nobody_comes_back_to_a_lost_device(plan: Plan, phas
     assert world.transition is not None
     world.transition = msgspec.structs.replace(world.transition, phase=phase)
     told = does(TransitionId("op"), (1,))
-    assert told not in tidy(world.seen(), 0.0, {1})[0], "its rank lives"
+    assert told not in collect_orphans(world.seen(), 0.0, {1})[0], "its rank lives"
     world.end(1)
-    assert told in tidy(world.seen(), 0.0, {1})[0]
-    assert told not in tidy(world.seen(), 0.0, ())[0]
+    assert told in collect_orphans(world.seen(), 0.0, {1})[0]
+    assert told not in collect_orphans(world.seen(), 0.0, ())[0]
     successor = msgspec.structs.replace(operation_of(DOWN), op_id="lost", phase="prepare")
     successor = msgspec.structs.replace(successor, request=Request(remove=(1,), is_lost=True))
     if plan is DOWN:  # what the next operation starts from is the same
@@ -348,7 +349,7 @@ def test_an_hmm_is_told_that_nobody_comes_back_to_a_lost_device(plan: Plan, phas
 def test_ranks_that_still_leave_are_taken_back() -> None:
     world = world_of(DOWN)
     world.leaving.add(1)
-    actions, reason = tidy(world.seen(), 0.0, ())
+    actions, reason = collect_orphans(world.seen(), 0.0, ())
     assert [action.command for action in actions if isinstance(action, TellRank)] == [
         CancelMigration(CommandId("", 0, 0, "cancel"))
     ]

@@ -10,8 +10,8 @@ import pytest
 from common.layout import RankId
 from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
 from services.scaler.actions import EjectRank
+from services.scaler.control.watchdog import ALONE_FACTOR, Pulse, Watched, pulses_of, watch
 from services.scaler.service import IDLE_TURN_S, QUIET_TURN_S
-from services.scaler.watchdog import ALONE_FACTOR, Pulse, Watched, pulses_of, watch
 
 STALL_S = 2.4
 TURN_S = 0.05

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from common.layout import initial_layout
-from services.scaler.plan import Memory, Rates, Sizes, Target
-from services.scaler.way import plan_way
+from services.scaler.planning.plan import Memory, Rates, Sizes, Target
+from services.scaler.planning.planner import plan_way
 
 SIZES = Sizes(100, (10,), (7,))
 DEVICES = tuple(f"host:{i}" for i in range(4))

@@ -17,7 +17,7 @@ from common.http.decode import decode
 from common.protocol.errors import InvalidRequest
 from common.wording import Complaint, broken_json, counted, nearest, of_pattern, read, shown, undecodable
 from services.router.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from services.scaler.orders import RebalanceBody, ScaleBody
+from services.scaler.api.requests import RebalanceBody, ScaleBody
 from tests.wording import LIBRARY
 
 BODIES = (ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, RebalanceBody, ScaleBody)

@@ -23,9 +23,9 @@ from common.protocol.scaler import (
 )
 from services.scaler.actions import Abort, Action, Commit, Release, Stage, StartSeat, StopSeat, TellRank
 from services.scaler.observation import Observation
-from services.scaler.operation import Operation, Request
-from services.scaler.plan import Leg, Plan
-from services.scaler.transition import advance
+from services.scaler.operation.advance import advance
+from services.scaler.operation.operation import Operation, Request
+from services.scaler.planning.plan import Leg, Plan
 
 DEVICES = tuple(f"host:{i}" for i in range(4))
 SEATS = tuple(Seat(RankId(i, 0), i, DEVICES[i]) for i in range(4))

@@ -1,0 +1,199 @@
+"""The operator's REST surface, on a listener of its own. Everything but /health and /ready asks for the token.
+
+The app reads one immutable snapshot that the scaler's loop replaces, and hands orders to the loop through the desk; it
+never touches the loop's sockets or the store.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import FastAPI, Path, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+
+from common.http.body import Body, Receive
+from common.http.connection import Rules
+from common.http.door import Door, Scope, Send, bearer_of, headers_of
+from common.http.errors import on_error, on_status
+from common.http.hosts import NoPages
+from common.http.listener import Server, make_server
+from common.protocol.errors import ConfigError, ElasticMoEError, Unauthorized
+from common.protocol.limits import NAME_CHARS_MAX
+from common.sse import escape_separators
+from common.version import version
+from services.scaler.api import docs, views
+from services.scaler.api.docs import describe
+from services.scaler.api.event_stream import EventStream
+from services.scaler.api.prometheus import render_metrics
+from services.scaler.api.requests import RebalanceBody, ScaleBody, parse_rebalance, parse_scale
+from services.scaler.api.snapshot import (
+    StatusCache,
+    devices_view,
+    find_operation,
+    layout_view,
+    operation_view,
+    operations_view,
+    plan_view,
+    ready_view,
+)
+from services.scaler.control.admission import CancelOperation
+from services.scaler.control.command_queue import CommandQueue
+from services.scaler.metrics import Meters
+
+BODY_BYTES_MAX = 1024 * 1024
+BODY_S_MAX = 10.0
+HEARTBEAT_S = 10.0
+CONNECTIONS_MAX = 128
+PUBLIC_PATHS = frozenset({"/health", "/ready"})
+OpIdInPath = Annotated[str, Path(description="The operation's `op_id`")]
+
+
+class AdminGate:
+    """The ASGI application behind the door: default deny, and bodies within their bounds. Raises ConfigError for an
+    empty token."""
+
+    def __init__(self, app: Any, token: str) -> None:
+        if not token:
+            raise ConfigError("the admin token is empty")
+        self._app = app
+        self._token = token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on. Raises its refusal, or ClientLeft."""
+        if scope["path"] not in PUBLIC_PATHS and not hmac.compare_digest(bearer_of(scope), self._token):
+            raise Unauthorized("admin token is missing or wrong", code="invalid_admin_token")
+        if scope["method"] == "GET":
+            await self._app(scope, receive, send)
+            return
+        body = Body(receive, BODY_BYTES_MAX, BODY_S_MAX)
+        await body.read(headers_of(scope))
+        await self._app(scope, body.replay, send)
+
+
+def build_app(
+    board: StatusCache, desk: CommandQueue, feed: EventStream, meters: Meters, token: str, deadline_s: float
+) -> Door:
+    """The admin app; `deadline_s`: of operations that name none. Raises ConfigError for an empty token."""
+    app = FastAPI(
+        title="ElasticMoE scaler",
+        description=docs.ABOUT,
+        version=version(),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    _add_views(app, board, meters)
+    _add_orders(app, desk, deadline_s)
+    _add_events(app, feed)
+    docs.install(app, PUBLIC_PATHS)
+    app.add_exception_handler(ElasticMoEError, on_error)
+    app.add_exception_handler(HTTPException, on_status)
+    app.add_exception_handler(Exception, on_error)
+    return Door(AdminGate(app, token), NoPages(), PUBLIC_PATHS, meters.refused)
+
+
+def serve(app: Door, meters: Meters, keep_alive_s: float) -> Server:
+    """The admin listener's server, for a bound socket and a thread of its own."""
+    rules = Rules(CONNECTIONS_MAX, BODY_BYTES_MAX, PUBLIC_PATHS | {"/metrics"}, meters.refused)
+    return make_server(app, rules, keep_alive_s=keep_alive_s, stop_s=2)
+
+
+def _add_views(app: FastAPI, board: StatusCache, meters: Meters) -> None:
+    """Coroutines, though they wait for nothing: for others a thread each would be started, and kept."""
+
+    @app.get("/health", **describe("Health", docs.PUBLIC))
+    async def health() -> Response:
+        """Answers as long as the listener lives. Asks for no token."""
+        return _json(views.Health("ok"))
+
+    @app.get("/ready", **docs.describe_ready())
+    async def ready() -> Response:
+        """200 while all ranks of the layout step, else 503, with the reason. Asks for no token."""
+        snapshot = board.snapshot
+        return _json(ready_view(snapshot), 200 if snapshot.phase == "serving" else 503)
+
+    @app.get("/v1/layout", **describe("Layout", docs.READING))
+    async def layout() -> Response:
+        """The layout in force: its ranks with their devices and memory, and where each expert is."""
+        return _json(layout_view(board.snapshot))
+
+    @app.get("/v1/devices", **describe("Devices", docs.READING))
+    async def devices() -> Response:
+        """All devices, used or not, with their memory."""
+        return _json(devices_view(board.snapshot))
+
+    @app.get("/v1/operations", **describe("Operations", docs.READING))
+    async def operations() -> Response:
+        """The operation in progress, and the last 100 that have ended."""
+        return _json(operations_view(board.snapshot))
+
+    @app.get("/v1/operations/{op_id}", **describe("Operation", docs.FINDING))
+    async def operation(op_id: OpIdInPath) -> Response:
+        """One operation: its phase, what it waits for, and what it has cost."""
+        return _json(find_operation(board.snapshot, op_id))
+
+    @app.get("/v1/config", **describe("Config", docs.READING))
+    async def config() -> Response:
+        """The settings that are in force, without secrets."""
+        return _json(board.snapshot.config)
+
+    @app.get("/metrics", **describe("text/plain", docs.READING))
+    async def metrics() -> Response:
+        """Prometheus text: `docs/reference/metrics.md`."""
+        return Response(render_metrics(board.snapshot, meters), media_type="text/plain; version=0.0.4")
+
+
+def _add_orders(app: FastAPI, desk: CommandQueue, deadline_s: float) -> None:
+    @app.post("/v1/scale", **describe("Operation", docs.ORDERING, body=ScaleBody, status=202, told="It is accepted"))
+    async def scale(request: Request) -> Response:
+        """Grow or shrink while it serves: `replicas`, `devices` or `remove`. One operation at a time; with an `op_id` a
+        repetition starts no second one. With `dry_run` only the plan is made."""
+        order = parse_scale(await request.body(), deadline_s)
+        accepted = await desk.ask(order)
+        if accepted.plan is not None:
+            return _json(plan_view(accepted.plan, accepted.operation))
+        return _json(operation_view(accepted.operation), 202)
+
+    @app.post(
+        "/v1/rebalance", **describe("Operation", docs.ORDERING, body=RebalanceBody, status=202, told="It is accepted")
+    )
+    async def rebalance(request: Request) -> Response:
+        """Level the running requests over the replicas. The body may be empty."""
+        accepted = await desk.ask(parse_rebalance(await request.body(), deadline_s))
+        return _json(operation_view(accepted.operation), 202)
+
+    @app.delete(
+        "/v1/operations/{op_id}", **describe("Operation", docs.CANCELLING, status=202, told="It is being undone")
+    )
+    async def cancel(op_id: OpIdInPath) -> Response:
+        """Cancel an operation that is not committed yet. Refused with `committed` afterwards."""
+        return _json(operation_view((await desk.ask(CancelOperation(op_id))).operation), 202)
+
+
+def _add_events(app: FastAPI, feed: EventStream) -> None:
+    @app.get("/v1/events", **describe("text/event-stream", docs.READING))
+    async def events(request: Request) -> Response:
+        """What the scaler decides and does, as server-sent events, for ever: `docs/reference/events.md`. With
+        `Last-Event-ID` it goes on after that one."""
+        feed.check()
+        last_id = request.headers.get("last-event-id", "")[:NAME_CHARS_MAX]
+
+        async def stream() -> AsyncIterator[bytes]:
+            yield b": events\n\n"
+            async for entry in feed.listen(last_id, HEARTBEAT_S):
+                if entry is None:
+                    yield b": heartbeat\n\n"
+                else:
+                    event_id, event = entry
+                    data = escape_separators(msgspec.json.encode(event))
+                    yield f"id: {event_id}\nevent: {event.kind}\ndata: ".encode() + data + b"\n\n"
+
+        return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")

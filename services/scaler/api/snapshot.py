@@ -1,0 +1,221 @@
+"""What the scaler knows at one moment, and how the admin surface shows it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from common.layout import Layout
+from common.protocol.errors import NotFound, Unavailable, Unready
+from common.protocol.replies import Refused
+from common.protocol.scaler import DeviceStatus, HmmStatus, PoolStatus
+from services.scaler.api import views
+from services.scaler.control.state import DeploymentPhase
+from services.scaler.operation.advance import outcome
+from services.scaler.operation.operation import Operation
+from services.scaler.planning.plan import Plan
+from services.scaler.store.resume import Resumed
+
+
+class StatusSnapshot(msgspec.Struct, frozen=True):
+    """`config` is the resolved configuration without secrets; `ended`: the last operations, newest first; `blocks`:
+    (free, all) KV blocks by slot of the ranks that told them lately; `resumed`: what was gone on with at the start."""
+
+    phase: DeploymentPhase
+    reason: str
+    error: Refused | None
+    layout: Layout | None
+    hmm: HmmStatus | None
+    pool: PoolStatus | None
+    fence: int
+    config: dict[str, Any]
+    operation: Operation | None = None
+    ended: tuple[Operation, ...] = ()
+    blocks: Mapping[int, tuple[int, int]] = {}
+    resumed: Resumed | None = None
+
+
+class StatusCache:
+    """Where the loop puts the newest snapshot and the app reads it. Assignment is atomic; no lock is needed."""
+
+    def __init__(self, snapshot: StatusSnapshot) -> None:
+        self.snapshot = snapshot
+
+
+def ready_view(snapshot: StatusSnapshot) -> views.Ready:
+    """GET /ready."""
+    hmm = snapshot.hmm
+    return views.Ready(
+        phase=snapshot.phase,
+        reason=snapshot.reason,
+        bytes_done=hmm.bytes_done if hmm else 0,
+        bytes_total=hmm.bytes_total if hmm else 0,
+        error=snapshot.error,
+        resumed=snapshot.resumed,
+    )
+
+
+def layout_view(snapshot: StatusSnapshot) -> views.Layout:
+    """GET /v1/layout. Raises Unavailable before the first layout."""
+    layout = snapshot.layout
+    if layout is None:
+        raise Unavailable("no layout has been made yet")
+    by_device = {status.device: status for status in snapshot.hmm.devices} if snapshot.hmm else {}
+    pids = {rank.slot: rank for rank in snapshot.pool.ranks} if snapshot.pool else {}
+    states = _seat_states(snapshot)
+    ranks = []
+    seats = [*layout.seats, *(seat for seat in _other_seats(snapshot) if seat.slot not in layout.slots)]
+    for seat in seats:
+        device, rank = by_device.get(seat.device), pids.get(seat.slot)
+        blocks = snapshot.blocks.get(seat.slot)
+        ranks.append(
+            views.Rank(
+                replica=seat.rank.replica,
+                tp=seat.rank.tp,
+                slot=seat.slot,
+                device=seat.device,
+                state=states.get(seat.device, "used"),
+                incarnation=rank.incarnation if rank else None,
+                pid=rank.pid if rank else None,
+                ready=bool(rank and rank.ready),
+                attach_ms=rank.attach_ms if rank else None,
+                experts=layout.num_experts_on(seat.slot),
+                kv_blocks=device.kv_blocks if device else 0,
+                kv_blocks_free=blocks[0] if blocks else None,
+                memory=memory_view(device) if device else None,
+            )
+        )
+    return views.Layout(
+        epoch=layout.epoch,
+        fence=snapshot.fence,
+        phase=snapshot.phase,
+        reason=snapshot.reason,
+        tp=layout.tp,
+        replicas=layout.dp,
+        operation=snapshot.operation.op_id if snapshot.operation else None,
+        ranks=ranks,
+        experts=layout.homes,
+    )
+
+
+def devices_view(snapshot: StatusSnapshot) -> views.Devices:
+    """GET /v1/devices. Raises Unavailable while the HMM does not answer."""
+    if snapshot.hmm is None:
+        raise Unavailable("the HMM does not answer")
+    states = _seat_states(snapshot)
+    return views.Devices(
+        standby_processes=snapshot.pool.standby if snapshot.pool else 0,
+        devices=[
+            views.Device(
+                device=status.device,
+                state=states.get(status.device, "free"),
+                attached=status.attached,
+                memory=memory_view(status),
+                pages=status.pages,
+            )
+            for status in snapshot.hmm.devices
+        ],
+    )
+
+
+def operation_view(operation: Operation, hmm: HmmStatus | None = None) -> views.Operation:
+    """One operation, with the HMM's progress where it is about this one."""
+    transition = hmm.transition if hmm else None
+    progress = None
+    if transition and not operation.is_finished and transition.id == operation.transition_id:
+        progress = views.Progress(
+            hmm_phase=transition.phase,
+            bytes_done=transition.bytes_done,
+            bytes_total=transition.bytes_total,
+            slots_prepared=transition.prepared,
+        )
+    return views.Operation(
+        op_id=operation.op_id,
+        kind=operation.kind,
+        phase=operation.phase,
+        outcome=outcome(operation) if operation.is_finished else None,
+        reason=operation.why,
+        leg=operation.leg + 1 if operation.num_legs else 0,
+        legs=operation.num_legs,
+        attempt=operation.progress.attempt + 1,
+        request=operation.request,
+        accepted_unix=operation.accepted_unix,
+        deadline_s=operation.deadline_s,
+        elapsed_s=round(operation.elapsed_s, 4),
+        is_late=operation.is_late,
+        is_cancelled=operation.is_cancelled,
+        timings=operation.accounting.timings,
+        progress=progress,
+        planned=operation.planned,
+        figures=operation.accounting.figures,
+        error=operation.error,
+    )
+
+
+def operations_view(snapshot: StatusSnapshot) -> views.Operations:
+    """GET /v1/operations: the one in progress first, then the last that ended, newest first."""
+    current = [snapshot.operation] if snapshot.operation else []
+    return views.Operations([operation_view(operation, snapshot.hmm) for operation in (*current, *snapshot.ended)])
+
+
+def find_operation(snapshot: StatusSnapshot, op_id: str) -> views.Operation:
+    """GET /v1/operations/{op_id}. Raises NotFound; Unready while it is not known what there was."""
+    current = [snapshot.operation] if snapshot.operation else []
+    for operation in (*current, *snapshot.ended):
+        if operation.op_id == op_id:
+            return operation_view(operation, snapshot.hmm)
+    if snapshot.phase == "starting":  # a scaler that waits for its lease has not read the journal
+        raise Unready("the journal has not been read yet")
+    raise NotFound(f"no operation {op_id}", code="unknown_operation")
+
+
+def plan_view(plan: Plan, operation: Operation) -> views.Plan:
+    """The answer to a dry run: the plan in short, and each leg with its copies as [record, from, to]."""
+    return views.Plan(
+        kind=plan.kind,
+        planned=operation.planned,
+        legs=[
+            views.Leg(
+                epoch=leg.layout.epoch,
+                joining=leg.joining,
+                leaving=leg.leaving,
+                bytes_copied=leg.bytes_copied,
+                peak_bytes=leg.peak_bytes,
+                kv_handles=leg.kv_handles,
+                kv_handles_after=leg.kv_handles_after,
+                copies=[(str(copy.key), copy.source, copy.target) for copy in leg.copies],
+            )
+            for leg in plan.legs
+        ],
+    )
+
+
+def memory_view(device: DeviceStatus) -> views.Memory:
+    """A device's bytes by class; they add up to its budget."""
+    return views.Memory(device.budget, device.weights, device.kv, device.other, device.free)
+
+
+def _other_seats(snapshot: StatusSnapshot) -> tuple[Any, ...]:
+    """Seats of the operation's present leg that join or leave."""
+    operation = snapshot.operation
+    if operation is None or operation.plan is None or not operation.num_legs:
+        return ()
+    leg = operation.current_leg()
+    return (*leg.joining, *leg.leaving)
+
+
+def _seat_states(snapshot: StatusSnapshot) -> dict[str, views.DeviceState]:
+    """used, joining, leaving by device; devices without an entry are free."""
+    used = set(snapshot.layout.slots) if snapshot.layout else set()
+    seats = snapshot.layout.seats if snapshot.layout else ()
+    states: dict[str, views.DeviceState] = {seat.device: "used" for seat in seats}
+    operation = snapshot.operation
+    if operation is None or operation.plan is None or not operation.num_legs:
+        return states
+    leg = operation.current_leg()
+    states |= {seat.device: "joining" for seat in leg.joining if seat.slot not in used}
+    living = {rank.slot for rank in snapshot.pool.ranks} if snapshot.pool else set()
+    states |= {seat.device: "leaving" for seat in leg.leaving if seat.slot in used or seat.slot in living}
+    return states

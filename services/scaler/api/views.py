@@ -1,0 +1,155 @@
+"""What the admin surface answers, field by field: `snapshot.py` fills it in, and the OpenAPI document is made of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from common.described import says
+from common.layout import Seat
+from common.protocol.replies import Refused
+from services.scaler.control.state import DeploymentPhase
+from services.scaler.operation.advance import Outcome
+from services.scaler.operation.operation import Figures, Kind, OperationPhase, PhaseTime, Planned, Request
+from services.scaler.store.resume import Resumed
+
+DeviceState = Literal["used", "joining", "leaving", "free"]
+
+
+class Health(msgspec.Struct, frozen=True):
+    """The listener answers."""
+
+    status: Annotated[Literal["ok"], says("Always `ok`")]
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """Whether the deployment serves, and how far it has come."""
+
+    phase: Annotated[DeploymentPhase, says("`serving` when all ranks of the layout step")]
+    reason: Annotated[str, says("Why it is in this phase", "nothing to do")]
+    bytes_done: Annotated[int, says("Bytes of the checkpoint that have been read")]
+    bytes_total: Annotated[int, says("Bytes of the checkpoint to be read; 0 before that is known")]
+    error: Annotated[Refused | None, says("Why it has failed; null unless it has")]
+    resumed: Annotated[Resumed | None, says("What was gone on with at the start; null for a fresh deployment")] = None
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """A device's bytes by class: `weights + kv + other + free == budget`."""
+
+    budget: Annotated[int, says("All that the deployment may use of the device")]
+    weights: Annotated[int, says("Weights")]
+    kv: Annotated[int, says("KV blocks, used or not")]
+    other: Annotated[int, says("The rank's ledger, and its part of what is shared")]
+    free: Annotated[int, says("What is left of the budget")]
+
+
+class Rank(msgspec.Struct, frozen=True):
+    """One seat of the layout, or one that joins or leaves now, with the process in it."""
+
+    replica: Annotated[int, says("The replica's number")]
+    tp: Annotated[int, says("The rank's number in its replica")]
+    slot: Annotated[int, says("Its place on the bus")]
+    device: Annotated[str, says("Its device", "host:0")]
+    state: Annotated[DeviceState, says("`used` unless it joins or leaves now")]
+    incarnation: Annotated[str | None, says("The process; null where the seat has none")]
+    pid: Annotated[int | None, says("Its process id, in the pool's namespace")]
+    ready: Annotated[bool, says("It has mapped its memory and can step")]
+    attach_ms: Annotated[float | None, says("What mapping its memory took")]
+    experts: Annotated[int, says("Expert records on its device")]
+    kv_blocks: Annotated[int, says("KV blocks of its device")]
+    kv_blocks_free: Annotated[int | None, says("Those that are free; null where the rank has not told lately")]
+    memory: Annotated[Memory | None, says("Its device's bytes; null while the HMM does not answer")]
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """The layout in force: which ranks serve, and where each expert is."""
+
+    epoch: Annotated[int, says("Grows by one with each change of the layout")]
+    fence: Annotated[int, says("This scaler's fencing epoch")]
+    phase: Annotated[DeploymentPhase, says("As of /ready")]
+    reason: Annotated[str, says("Why it is in this phase")]
+    tp: Annotated[int, says("Ranks of a replica")]
+    replicas: Annotated[int, says("Replicas that serve")]
+    operation: Annotated[str | None, says("`op_id` of the operation in progress")]
+    ranks: Annotated[list[Rank], says("All seats")]
+    experts: Annotated[
+        tuple[tuple[tuple[int, ...], ...], ...], says("`experts[layer][expert]`: slots whose devices hold it")
+    ]
+
+
+class Device(msgspec.Struct, frozen=True):
+    """One device."""
+
+    device: Annotated[str, says("Its name", "host:0")]
+    state: Annotated[DeviceState, says("Whether the layout uses it")]
+    attached: Annotated[str | None, says("The process that has mapped its memory")]
+    memory: Annotated[Memory, says("Its bytes")]
+    pages: Annotated[int, says("Bytes of real memory behind it")]
+
+
+class Devices(msgspec.Struct, frozen=True):
+    """All devices."""
+
+    standby_processes: Annotated[int, says("Processes that wait for a seat")]
+    devices: Annotated[list[Device], says("All devices, used or not")]
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """What the HMM does for the operation's present leg."""
+
+    hmm_phase: Annotated[str, says("`vacating`, `copying`, `staged`, `committed`, …")]
+    bytes_done: Annotated[int, says("Bytes copied")]
+    bytes_total: Annotated[int, says("Bytes to be copied")]
+    slots_prepared: Annotated[tuple[int, ...], says("Slots whose rank has mapped everything")]
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """One operation: what was asked for, how far it is, and what it has cost."""
+
+    op_id: Annotated[str, says("Its name", "op-1f0c2d3e4a5b")]
+    kind: Annotated[Kind, says("What it does")]
+    phase: Annotated[OperationPhase, says("`done` or `aborted` when it has ended")]
+    outcome: Annotated[Outcome | None, says("How it ended; null before that")]
+    reason: Annotated[str, says("Why it is in this phase: what it waits for", "slots 2 have not mapped everything")]
+    leg: Annotated[int, says("The present leg, from 1")]
+    legs: Annotated[int, says("How many it has")]
+    attempt: Annotated[int, says("The present attempt at this leg, from 1")]
+    request: Annotated[Request, says("What was asked for")]
+    accepted_unix: Annotated[float, says("When it was accepted, in seconds since 1970")]
+    deadline_s: Annotated[float, says("It is undone unless it is committed by then")]
+    elapsed_s: Annotated[float, says("Since it was accepted; time without a scaler is not counted")]
+    is_late: Annotated[bool, says("It is past its deadline and cannot be undone any more")]
+    is_cancelled: Annotated[bool, says("Somebody has cancelled it")]
+    timings: Annotated[tuple[PhaseTime, ...], says("How long it was in each phase")]
+    progress: Annotated[Progress | None, says("What the HMM does for it; null where it does nothing")]
+    planned: Annotated[Planned | None, says("The plan in short; null for a rebalance")]
+    figures: Annotated[Figures, says("What it has cost so far, beside what was planned")]
+    error: Annotated[Refused | None, says("Why it was undone; null unless it was")]
+
+
+class Operations(msgspec.Struct, frozen=True):
+    """The one in progress first, then the last 100 that have ended, newest first."""
+
+    operations: Annotated[list[Operation], says("All that are known")]
+
+
+class Leg(msgspec.Struct, frozen=True):
+    """One step of a plan, from one layout to the next."""
+
+    epoch: Annotated[int, says("Of the layout that it leads to")]
+    joining: Annotated[tuple[Seat, ...], says("Seats that come")]
+    leaving: Annotated[tuple[Seat, ...], says("Seats that go")]
+    bytes_copied: Annotated[int, says("Bytes that its copies have")]
+    peak_bytes: Annotated[dict[str, int], says("The most bytes at any instant, by device")]
+    kv_handles: Annotated[dict[str, int], says("KV handles by device, until the release")]
+    kv_handles_after: Annotated[dict[str, int], says("KV handles by device, from the release on")]
+    copies: Annotated[list[tuple[str, str | None, str]], says("Each record with the device it comes from, and goes to")]
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What a dry run would do."""
+
+    kind: Annotated[Kind, says("What it does; `none`: the deployment is what is asked for")]
+    planned: Annotated[Planned | None, says("The plan in short")]
+    legs: Annotated[list[Leg], says("Its steps, in order")]

@@ -1,0 +1,347 @@
+"""What becomes of an order, looked at beside what is in force and in progress: an operation, a plan (dry run), the
+operation that it already is (the same op_id again), or a refusal. The loop's thread."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from common.clock import SYSTEM_CLOCK, Clock
+from common.config import ScalerConfig
+from common.model_spec import ModelSpec
+from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unready
+from common.protocol.scaler import HmmStatus
+from common.telemetry import get_logger
+from services.scaler.actions import LeaveOut
+from services.scaler.control.audit_log import PlanMade
+from services.scaler.control.executor import Executor, Tell
+from services.scaler.operation.advance import can_cancel, cancel, without_lost
+from services.scaler.operation.operation import Accounting, DeviceChange, Figures, Kind, Operation, Planned, Request
+from services.scaler.planning.plan import Memory, Plan, Rates, Sizes, Target, sizes_of
+
+log = get_logger("scaler")
+
+
+class Order(msgspec.Struct, frozen=True):
+    """A checked order. `target` is None for a rebalance; `op_id` is empty where the client gave none."""
+
+    op_id: str
+    request: Request
+    target: Target | None
+    is_dry_run: bool = False
+
+
+class CancelOperation(msgspec.Struct, frozen=True):
+    """An order to cancel the operation `op_id`."""
+
+    op_id: str
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """What became of an order: an operation, or the plan of a dry run with the operation that it would be."""
+
+    operation: Operation
+    plan: Plan | None = None
+
+
+class Later(Exception):
+    """The order cannot be carried out yet: it is tried again in each turn, and refused with `error` at last."""
+
+    def __init__(self, error: ElasticMoEError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class UnprocessableTarget(InvalidRequest):
+    """A well-formed order whose target cannot be reached; the text gives the bound."""
+
+    code = "invalid_target"
+    http_status = 422
+
+
+class Running(Conflict):
+    """Another operation is in progress: the same order may be accepted when that has ended."""
+
+    code = "operation_running"
+    retryable = True
+
+
+def new_op_id() -> str:
+    """The id of an operation that nobody has named."""
+    return f"op-{uuid.uuid4().hex[:12]}"
+
+
+class Admission:
+    """Takes orders for the driver. `room`: each raises Unavailable while what an operation writes would find none."""
+
+    def __init__(
+        self,
+        config: ScalerConfig,
+        spec: ModelSpec,
+        driver: Executor,
+        room: Sequence[Callable[[], None]],
+        tell: Tell,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        new_id: Callable[[], str] = new_op_id,
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._driver = driver
+        self._room = room
+        self._tell = tell
+        self._clock = clock
+        self._new_id = new_id
+        self._why_not = ""  # `leave_out` could not begin
+
+    def take(self, order: Order | CancelOperation, hmm: HmmStatus | None, *, ever_served: bool) -> Accepted:
+        """Carry an order out, with what the HMM said last. Raises its refusal, or Later."""
+        driver = self._driver
+        if isinstance(order, CancelOperation):
+            operation = cancelled(order.op_id, driver.operation, driver.ended, is_durable=driver.is_durable)
+            if operation is not driver.operation:
+                driver.replace(operation)
+                self._tell("operation_cancel", "asked for by the operator", op_id=order.op_id)
+            return Accepted(operation)
+        if not order.is_dry_run:
+            try:
+                known = repeated(order, driver.operation, driver.ended)
+            except Running as running:
+                self._check_room()
+                self._give_way(order, hmm, running)
+                raise
+            if known is not None:
+                return Accepted(known)
+            self._check_lost(order, hmm)
+        is_lost = order.target is not None and order.target.is_lost
+        if not ever_served and not is_lost:  # it may be the lost device for which nothing is served
+            raise Unready("the deployment does not serve yet")
+        if not order.is_dry_run:
+            self._check_room()
+        op_id = order.op_id or self._new_id()
+        if order.target is None:
+            operation = accept(order, op_id, None, None, self._clock.time(), self._lost())
+            driver.begin(operation)
+            return Accepted(operation)
+        operation, plan, made = self._plan(order, op_id, order.target, hmm)
+        if order.is_dry_run:
+            return Accepted(operation, plan)
+        driver.begin(operation, made)
+        return Accepted(operation)
+
+    def leave_out(self, action: LeaveOut, hmm: HmmStatus | None) -> None:
+        """Begin the operation that leaves out lost devices, in place of the order that nobody gave."""
+        request = Request(remove=action.replicas, reason="a device was lost meanwhile", is_lost=True)
+        order = Order("", request, Target(remove=action.replicas, is_lost=True))
+        try:
+            self.take(order, hmm, ever_served=True)
+            self._why_not = ""
+        except ElasticMoEError as error:
+            if error.message != self._why_not:
+                self._why_not = error.message
+                log.error("a lost device cannot be left out", code=error.code, because=error.message)
+                self._tell("loss_refused", error.message, code=error.code)
+
+    def _check_lost(self, order: Order, hmm: HmmStatus | None) -> None:
+        """Raises Conflict `device_lost` where the next operation has to leave out lost devices, and this order would
+        not: it might read from them, and fill their seats."""
+        slots = self._driver.state.lost_slots(hmm) if self._driver.operation is None else frozenset()
+        if not slots:
+            return
+        assert hmm is not None, "its layout is known"
+        assert hmm.layout is not None, "its layout is known"
+        lost = {seat.rank.replica for seat in hmm.layout.seats if seat.slot in slots}
+        if order.target is None or not order.target.is_lost or not lost <= set(order.target.remove or ()):
+            why = f"; that is refused: {self._why_not}" if self._why_not else ""
+            names = ", ".join(f"r{replica}" for replica in sorted(lost))
+            text = f"the devices of {names} are lost, and are left out first{why}"
+            raise Conflict(text, code="device_lost", retryable=True)
+
+    def _check_room(self) -> None:
+        for check in self._room:
+            check()
+
+    def _give_way(self, order: Order, hmm: HmmStatus | None, running: Running) -> None:
+        """The loss of a device does not wait for the operation in progress, which may wait for that very device: let it
+        end with a layout that is complete, and the order be tried again. Raises Later; returns for other"""
+        current = self._driver.operation
+        if order.target is None or not order.target.is_lost or current is None:
+            return
+        memory_of(hmm)  # raises
+        assert hmm is not None, "its memory is known"
+        assert hmm.layout is not None, "its memory is known"
+        remove = set(order.target.remove or ())
+        devices = {seat.device for seat in hmm.layout.seats if seat.rank.replica in remove}
+        if devices and devices <= set(current.lost_meanwhile):
+            raise Later(running)
+        if current.request.is_lost and remove <= set(current.request.remove or ()):
+            return  # it does that already
+        self._plan(order, "", order.target, hmm)  # raises: an order that cannot be carried out ends no other
+        missing = {seat.rank.replica for seat in current.lost if seat in hmm.layout.seats} - remove
+        if missing:
+            text = f"operation {current.op_id} leaves out r{min(missing)} as lost: name it too"
+            raise Running(text)
+        self._driver.replace(without_lost(current, devices))
+        self._tell("operation_gives_way", "a device was lost meanwhile", op_id=current.op_id)
+        raise Later(running)
+
+    def _plan(
+        self, order: Order, op_id: str, target: Target, hmm: HmmStatus | None
+    ) -> tuple[Operation, Plan, PlanMade]:
+        """The operation of an order, its plan, and what that was made from. Raises UnprocessableTarget, DoesNotFit,
+        Unavailable."""
+        memory = memory_of(hmm)
+        assert hmm is not None, "its memory is known"
+        assert hmm.layout is not None, "its memory is known"
+        assert hmm.memory is not None, "its memory is known"
+        sizes = sizes_of(self._spec, hmm.memory.granularity)
+        lost = self._lost()
+        unusable = lost - set(target.devices or ())  # new replicas take a lost device only where the order names it
+        made = PlanMade(
+            op_id=op_id,
+            layout=hmm.layout,
+            target=target,
+            sizes=sizes,
+            memory=memory,
+            devices=tuple(device.device for device in hmm.devices if device.device not in unusable),
+            rates=Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s)),
+        )
+        try:
+            plan, made = made.make()
+        except (InvalidRequest, NotFound) as error:
+            raise UnprocessableTarget(error.message, code=error.code) from None
+        planned = planned_of(plan, sizes)
+        return accept(order, op_id, plan, planned, self._clock.time(), lost), plan, made
+
+    def _lost(self) -> set[str]:
+        return lost_devices(self._driver.operation, self._driver.ended)
+
+
+def repeated(order: Order, current: Operation | None, ended: Sequence[Operation]) -> Operation | None:
+    """The operation that this order already is. Raises Conflict `op_id_reused` for another request of the same op_id,
+    Running when another operation is in progress."""
+    known: list[Operation] = [*([current] if current else ()), *ended]
+    for operation in known if order.op_id else ():
+        if operation.op_id == order.op_id:
+            is_same_kind = (operation.kind == "rebalance") == (order.target is None)
+            if operation.request != order.request or not is_same_kind:
+                raise Conflict(f"operation {order.op_id} exists with another request", code="op_id_reused")
+            return operation
+    if current is not None:
+        raise Running(
+            f"operation {current.op_id} is in progress ({current.phase}): wait for it, or cancel it "
+            f"(`elasticmoe scale --cancel {current.op_id}`)"
+        )
+    return None
+
+
+def accept(
+    order: Order,
+    op_id: str,
+    plan: Plan | None,
+    planned: Planned | None,
+    now_unix: float,
+    lost_before: Iterable[str] = (),
+) -> Operation:
+    """The operation that begins with this order; without a plan it is a rebalance."""
+    kind: Kind = plan.kind if plan else "rebalance"
+    figures = Figures()
+    if plan is not None:
+        figures = Figures(bytes_planned=plan.bytes_copied, peak_bytes_planned=plan.peak_bytes)
+    return Operation(
+        op_id=op_id,
+        kind=kind,
+        request=order.request,
+        plan=plan,
+        planned=planned,
+        accepted_unix=now_unix,
+        deadline_s=order.request.deadline_s,
+        num_legs=len(plan.legs) if plan else 0,
+        lost_before=tuple(sorted(lost_before)),
+        accounting=Accounting(figures=figures),
+    )
+
+
+def cancelled(op_id: str, current: Operation | None, ended: Sequence[Operation], *, is_durable: bool) -> Operation:
+    """The operation with its cancel noted. `is_durable`: the store has its present state. Raises NotFound, Conflict
+    `committed` or `operation_ended`."""
+    if current is not None and current.op_id == op_id:
+        if current.is_cancelled:
+            return current
+        if not can_cancel(current, is_durable=is_durable):
+            text = f"operation {op_id} is past the point of no return: leg {current.leg + 1}, phase {current.phase}"
+            raise Conflict(text, code="committed")
+        return cancel(current)
+    for operation in ended:
+        if operation.op_id == op_id:
+            raise Conflict(f"operation {op_id} has ended: {operation.phase}", code="operation_ended")
+    raise NotFound(f"no operation {op_id}", code="unknown_operation")
+
+
+def lost_devices(current: Operation | None, ended: Sequence[Operation]) -> set[str]:
+    """Devices that have been lost and to which no replica has come since. Each operation keeps what was lost before it,
+    so the newest one tells, however many have been forgotten."""
+    newest = current or (ended[0] if ended else None)
+    if newest is None:
+        return set()
+    changes = newest.planned.devices if newest.planned is not None and newest.phase != "aborted" else {}
+    taken = {device for device, change in changes.items() if change.kv_handles_after}
+    return (set(newest.lost_before) - taken) | newest.lost_devices
+
+
+def memory_of(hmm: HmmStatus | None) -> Memory:
+    """What bounds a plan now. Raises Unready while the HMM is away, and while nothing is loaded."""
+    if hmm is None:
+        raise Unready("the HMM does not answer")
+    if hmm.phase != "ready" or hmm.memory is None or hmm.layout is None:
+        raise Unready("the HMM has loaded no model yet")
+    facts, used = hmm.memory, {seat.device for seat in hmm.layout.seats}
+    return Memory(
+        budgets={device.device: device.budget for device in hmm.devices},
+        footprint=facts.footprint,
+        ledger=facts.ledger,
+        kv_handle_bytes=facts.kv.handle_bytes,
+        kv_handles_min=facts.kv_handles_min,
+        kv_handles={
+            device.device: device.kv // facts.kv.handle_bytes for device in hmm.devices if device.device in used
+        },
+        kv_handles_load=facts.kv_handles_load,
+    )
+
+
+def planned_of(plan: Plan, sizes: Sizes) -> Planned:
+    """The plan in short."""
+    before, after = plan.before, plan.after
+    names = dict.fromkeys(
+        seat.device for layout in (before, *(leg.layout for leg in plan.legs)) for seat in layout.seats
+    )
+    devices = {}
+    for name in names:
+        arrivals = [copy.key for leg in plan.legs for copy in leg.copies if copy.target == name]
+        was, will = before.seat_on(name), after.seat_on(name)
+        devices[name] = DeviceChange(
+            experts_in=sum(key.kind == "expert" for key in arrivals),
+            bytes_in=sum(sizes.of(key) for key in arrivals),
+            experts_before=before.num_experts_on(was.slot) if was else 0,
+            experts_after=after.num_experts_on(will.slot) if will else 0,
+            kv_handles_after=plan.legs[-1].kv_handles_after.get(name, 0) if plan.legs else 0,
+            peak_bytes=max((leg.peak_bytes.get(name, 0) for leg in plan.legs), default=0),
+        )
+    return Planned(
+        epoch_before=before.epoch,
+        epoch_after=after.epoch,
+        replicas_before=before.dp,
+        replicas_after=after.dp,
+        joining=tuple(str(seat.rank) for leg in plan.legs for seat in leg.joining),
+        leaving=tuple(str(seat.rank) for leg in plan.legs for seat in leg.leaving),
+        experts_moved=plan.experts_moved,
+        bytes_copied=plan.bytes_copied,
+        peak_bytes=plan.peak_bytes,
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        seconds=plan.seconds,
+        pause_ms=plan.pause_ms,
+        devices=devices,
+    )

@@ -1,0 +1,87 @@
+"""Decisions with all that they were made from, as the journal keeps them, so that each can be made again: the plans,
+and the turns in which the reconciler did something new. Pure data.
+
+What is large and follows from the rest is left out: a plan is named by its digest, and commands are by theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import msgspec
+
+from common.layout import Layout
+from services.scaler.actions import Action, EjectRank, LeaveOut
+from services.scaler.control.state import State
+from services.scaler.observation import Observation, Step
+from services.scaler.planning.plan import Memory, Plan, Rates, Sizes, Target
+from services.scaler.planning.planner import plan_way
+
+_encoder = msgspec.msgpack.Encoder(order="deterministic")
+
+
+class PlanMade(msgspec.Struct, frozen=True, tag="plan", kw_only=True):
+    """What `plan_way` took, and the digest of what it gave, for the operation `op_id`."""
+
+    op_id: str
+    layout: Layout
+    target: Target
+    sizes: Sizes
+    memory: Memory
+    devices: tuple[str, ...]
+    rates: Rates
+    plan: str = ""
+
+    def make(self) -> tuple[Plan, PlanMade]:
+        """The plan, and this with its digest. Raises what plan_way raises."""
+        plan = plan_way(self.layout, self.target, self.sizes, self.memory, self.devices, self.rates)
+        return plan, msgspec.structs.replace(self, plan=digest(plan))
+
+
+class TurnTaken(msgspec.Struct, frozen=True, tag="turn"):
+    """What `reconcile` took and gave in a turn that changed the deployment's reason, the operation's leg, attempt or
+    phase, or asked for something that is seldom; operations without their plans."""
+
+    before: State
+    seen: Observation
+    now: float
+    after: State
+    commands: tuple[str, ...]
+
+
+Decision = PlanMade | TurnTaken
+
+
+def turn_taken(before: State, seen: Observation, now: float, step: Step[State]) -> TurnTaken:
+    """The record of one turn."""
+    return TurnTaken(without_plan(before), seen, now, without_plan(step.state), digests(step.actions))
+
+
+def is_notable(before: State, step: Step[State]) -> bool:
+    """Whether a turn is worth a record."""
+    after = step.state
+    marks = [state.operation.mark for state in (before, after) if state.operation is not None]
+    return (
+        after.status.reason != before.status.reason
+        or len(set(marks)) > 1
+        or (after.orphans is not None and before.orphans is None)
+        or any(isinstance(action, EjectRank | LeaveOut) for action in step.actions)
+    )
+
+
+def without_plan(state: State) -> State:
+    """The state as records hold it."""
+    if state.operation is None:
+        return state
+    return msgspec.structs.replace(state, operation=msgspec.structs.replace(state.operation, plan=None))
+
+
+def digest(value: object) -> str:
+    """Names a value: equal ones have the same."""
+    return hashlib.sha256(_encoder.encode(value)).hexdigest()[:32]
+
+
+def digests(actions: Iterable[Action]) -> tuple[str, ...]:
+    """Names commands: each by its type and digest."""
+    return tuple(f"{type(action).__name__} {digest(action)}" for action in actions)

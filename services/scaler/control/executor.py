@@ -1,0 +1,313 @@
+"""Carries out what the reconciler decides: shows it what is seen, journals the new state, sends what it asks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from common.config import ScalerConfig
+from common.failpoint import failpoint
+from common.protocol import hmm as to_hmm
+from common.protocol.errors import ElasticMoEError, Fenced
+from common.protocol.hmm import SetMembership
+from common.protocol.pool import StopRank
+from common.protocol.replies import Refused, refusal
+from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankLoad
+from common.telemetry import get_logger
+from services.scaler.actions import (
+    Abort,
+    Action,
+    ActionKey,
+    AnnounceLayout,
+    Commit,
+    EjectRank,
+    LeaveOut,
+    LoadLayout,
+    PublishMembers,
+    Release,
+    Stage,
+    StartSeat,
+    StopSeat,
+    TellRank,
+    key_of,
+)
+from services.scaler.control.audit_log import PlanMade, is_notable, turn_taken
+from services.scaler.control.links import Links
+from services.scaler.control.reconciler import reconcile
+from services.scaler.control.state import State
+from services.scaler.metrics import Meters
+from services.scaler.observation import Observation
+from services.scaler.operation.advance import outcome
+from services.scaler.operation.operation import Operation
+from services.scaler.store.journal import Journal
+
+log = get_logger("scaler")
+
+REPEAT_S = 0.5  # an action that did not show an effect is repeated after this time
+STOP_GRACE_MS = 2_000
+LOADS_S = 0.02  # between two questions for a rank's load while an operation needs it
+LOADS_IDLE_S = 1.0
+LOADS_QUIET_S = 5.0  # while nobody computes
+FRESH_S = 1.0  # an operation acts on nothing that is older
+FRESH_IDLE_S = 12.0
+ENDED_MAX = 100
+
+Tell = Callable[..., None]
+
+_PLACES: dict[type[Action], str] = {  # of failpoints
+    Stage: "stage",
+    Commit: "send_commit",
+    Release: "send_release",
+    Abort: "send_abort",
+    StartSeat: "start_joiner",
+    StopSeat: "stop_rank",
+    TellRank: "move",
+}
+_STEADY = (LoadLayout, StartSeat, PublishMembers, AnnounceLayout)
+
+
+class Executor:
+    """The loop's thread only. `ended`: the last operations, newest first.
+
+    `tell(kind, reason, **facts)` journals an event and shows it to listeners; `leave_out` takes LeaveOut.
+    """
+
+    def __init__(
+        self,
+        config: ScalerConfig,
+        links: Links,
+        journal: Journal,
+        meters: Meters,
+        tell: Tell,
+        state: State,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._links = links
+        self._journal = journal
+        self._meters = meters
+        self._tell = tell
+        self._clock = clock
+        self.state = state
+        self.leave_out: Callable[[LeaveOut], None] = lambda _: None
+        self.ended: list[Operation] = []
+        self._exits: dict[int, str] = {}
+        self._refused: Refused | None = None
+        self._sent: dict[ActionKey, float] = {}
+
+    @property
+    def operation(self) -> Operation | None:
+        """The one in progress."""
+        return self.state.operation
+
+    def resume(self, operation: Operation | None, ended: list[Operation]) -> None:
+        """Take over what the journal of an earlier scaler says."""
+        self.ended = ended
+        self._set(last=ended[0] if ended else None)
+        if operation is None:
+            self._journal.adopt(None)
+            return
+        operation = msgspec.structs.replace(operation, clock=None)
+        self._set(operation=operation)
+        self._journal.adopt(operation)
+        log.info("operation resumed", op_id=operation.op_id, phase=operation.phase, leg=operation.leg + 1)
+        self._tell("operation_resumed", operation.why, op_id=operation.op_id, phase=operation.phase)
+
+    def begin(self, operation: Operation, made: PlanMade | None = None) -> None:
+        """Take on an operation, with what its plan was made from. Only while none is in progress. Raises Unavailable
+        `storage_full` where its records would find no room."""
+        assert self.operation is None
+        self._journal.reserve(operation)
+        self._set(operation=operation)
+        if made is not None:
+            self._journal.decision(made)
+        self._journal.put(operation)
+        self._forget()
+        facts = {"op_id": operation.op_id, "kind": operation.kind}
+        self._tell("operation_accepted", operation.request.reason or "asked for by the operator", **facts)
+
+    def replace(self, operation: Operation) -> None:
+        """Go on with a changed state of the operation in progress."""
+        self._set(operation=operation)
+        self._journal.put(operation)
+
+    def on_exit(self, event: RankExited) -> bool:
+        """Note a rank's end; True when that was no crash of a member: it was joining or leaving."""
+        operation = self.operation
+        if operation is None or not operation.num_legs:
+            return False
+        if event.slot in {seat.slot for seat in operation.lost}:
+            return True
+        leg = operation.current_leg()
+        if event.slot in {seat.slot for seat in leg.joining} and operation.phase in ("prepare", "commit", "abort"):
+            self._exits[event.slot] = event.reason
+            return operation.phase != "commit"
+        is_expected = operation.phase not in ("prepare", "abort")
+        return event.slot in {seat.slot for seat in leg.leaving} and is_expected
+
+    def observe(self, hmm: HmmStatus | None, pool: PoolStatus | None, *, is_quiet: bool = False) -> Observation:
+        """What is seen of ranks and journal beside what HMM and pool have answered. `is_quiet`: nobody computes."""
+        return Observation(
+            hmm=hmm,
+            pool=pool,
+            loads=self._ask_loads(hmm, pool, is_quiet) if self.state.ever_served or self.operation else {},
+            starting=frozenset(self._links.starting),
+            announced_epoch=self._journal.announced_epoch,
+            exits=dict(self._exits),
+            stage_refused=self._refused,
+            is_durable=self.is_durable,
+            no_room=self._journal.no_room(),
+        )
+
+    def decide(self, seen: Observation) -> tuple[Action, ...]:
+        """Go on to the reconciler's next state, and journal it; what it asks for."""
+        before, now = self.state, self._clock()
+        step = reconcile(before, seen, now)
+        self.state = step.state
+        if is_notable(before, step):
+            self._journal.decision(turn_taken(before, seen, now, step))
+        if step.reason != before.status.reason:
+            log.info(step.reason, phase=step.state.status.phase)
+            self._tell("decision", step.reason, phase=step.state.status.phase)
+        if step.state.orphans is not None and before.orphans is None:
+            log.warning(step.state.orphans.reason)
+            self._tell("tidy", step.state.orphans.reason)
+        if before.operation is not None and step.state.operation is not None:
+            self._note(before.operation, step.state.operation)
+        return step.actions
+
+    def _set(self, **changes: object) -> None:
+        self.state = msgspec.structs.replace(self.state, **changes)
+
+    def _note(self, before: Operation, after: Operation) -> None:
+        if after.is_late and not before.is_late:
+            log.warning("operation is past its deadline", op_id=before.op_id, phase=before.phase)
+            self._tell("operation_late", after.why, op_id=before.op_id, phase=before.phase)
+        if after.mark != before.mark:
+            self._changed(before, after)
+
+    def _ask_loads(self, hmm: HmmStatus | None, pool: PoolStatus | None, is_quiet: bool) -> dict[int, RankLoad]:
+        seats = list(hmm.layout.seats) if hmm and hmm.layout else []
+        operation = self.operation
+        if operation is not None and operation.num_legs:
+            known = {seat.slot for seat in seats}
+            seats += [seat for seat in operation.current_leg().leaving if seat.slot not in known]
+        ranks = {rank.slot: rank for rank in pool.ranks if rank.ready} if pool else {}
+        if pool is not None:
+            living = [seat for seat in seats if seat.slot in ranks]
+            if hmm is not None:  # else it is not known which seats there are
+                self._links.peers.keep(seats)
+            self._links.peers.ask(living, LOADS_S if operation else LOADS_QUIET_S if is_quiet else LOADS_IDLE_S)
+        self._links.peers.receive()
+        return self._links.peers.loads(ranks, FRESH_S)
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether the store holds the present state of the operation in progress."""
+        return self.operation is None or self._journal.is_durable(self.operation)
+
+    def loads_of(self, pool: PoolStatus | None) -> dict[int, tuple[int, int]]:
+        """(free, all) KV blocks by slot, of the ranks that told their load lately."""
+        ranks = {rank.slot: rank for rank in pool.ranks} if pool else {}
+        loads = self._links.peers.loads(ranks, FRESH_IDLE_S)
+        return {slot: (load.blocks_free, load.blocks_total) for slot, load in loads.items()}
+
+    def _changed(self, before: Operation, after: Operation) -> None:
+        """Journal a new state before its commands are sent."""
+        self._forget()
+        facts = {
+            "op_id": after.op_id,
+            "phase": after.phase,
+            "leg": str(after.leg + 1),
+            "before": before.phase,
+            "before_s": f"{before.phase_s:.3f}",
+        }
+        log.info(f"operation: {after.phase}", because=after.why, **facts)
+        self._tell("operation_phase", after.why, **facts)
+        if after.phase != before.phase:
+            self._meters.phase(before.phase, before.phase_s)
+        if not after.is_finished:
+            self._journal.put(after)
+            return
+        over = msgspec.structs.replace(after, plan=None)
+        self.ended = [over, *self.ended][:ENDED_MAX]
+        self._set(operation=None, last=over)
+        self._journal.end(over)
+        self._meters.operation(over, outcome(over))
+        self._tell("operation_ended", after.why, op_id=after.op_id, outcome=outcome(over))
+
+    def _forget(self) -> None:
+        self._exits.clear()
+        self._sent.clear()
+        self._refused = None
+
+    def execute(self, actions: tuple[Action, ...]) -> bool:
+        """Send what was asked for, but what was sent just now; False where a part of the steady state was refused: it
+        is asked for again. Raises Fenced."""
+        now, is_done = self._clock(), True
+        self._sent = {key: at for key, at in self._sent.items() if now - at < REPEAT_S}
+        for action in actions:
+            if (key := key_of(action)) is not None:
+                if key in self._sent:
+                    continue
+                self._sent[key] = now
+            try:
+                self._send_between_failpoints(action)
+                if isinstance(action, Stage):
+                    self._refused = None
+            except ElasticMoEError as error:
+                if error.code == Fenced.code:
+                    raise
+                log.warning("action failed", action=type(action).__name__, code=error.code, because=error.message)
+                is_done &= not isinstance(action, _STEADY)
+                if isinstance(action, Stage):
+                    self._refused = refusal(error)
+        return is_done
+
+    def _send_between_failpoints(self, action: Action) -> None:
+        place = _PLACES.get(type(action))
+        if place is None or (isinstance(action, StartSeat) and action.seat.slot in self.state.layout.slots):
+            self._send(action)
+            return
+        failpoint(f"scaler.{place}.before")
+        self._send(action)
+        failpoint(f"scaler.{place}.after")
+
+    def _send(self, action: Action) -> None:
+        links = self._links
+        match action:
+            case LoadLayout():
+                links.load(action.layout)
+            case StartSeat():
+                links.start(action.seat, action.epoch)
+            case PublishMembers():
+                links.tell_hmm(SetMembership(action.slots, action.running))
+            case AnnounceLayout():
+                self._journal.announce(action.layout)
+            case EjectRank():
+                self._eject(action)
+            case LeaveOut():
+                self.leave_out(action)
+            case Stage(leg=leg):
+                rate = self._config.copy_bytes_per_s if action.is_throttled else 0
+                kv, kv_after = leg.kv_handles, leg.kv_handles_after
+                links.tell_hmm(to_hmm.StageLayout(action.id, leg.layout, leg.copies, kv, kv_after, rate))
+            case Commit():
+                links.tell_hmm(to_hmm.CommitLayout(action.id))
+            case Release():
+                links.tell_hmm(to_hmm.ReleaseLayout(action.id, action.gone))
+            case Abort():
+                links.tell_hmm(to_hmm.AbortLayout(action.id, action.gone))
+            case StopSeat():
+                links.tell_pool(StopRank(action.rank, action.incarnation, 0 if action.is_lost else STOP_GRACE_MS))
+            case TellRank():
+                links.peers.tell(action.seat.rank, action.command)
+
+    def _eject(self, action: EjectRank) -> None:
+        """What follows is what follows any rank's death."""
+        reason = f"no progress for {action.still_s:.1f} s; the limit is {action.limit_s:g} s"
+        log.warning("rank ejected", rank=action.rank, rank_id=action.incarnation, because=reason)
+        self._tell("rank_ejected", reason, rank=str(action.rank), incarnation=action.incarnation)
+        self._links.tell_pool(StopRank(action.rank, action.incarnation, 0))

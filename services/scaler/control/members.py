@@ -1,0 +1,99 @@
+"""What the ranks of the layout need to serve: the model in memory, a rank in each seat, their membership. Pure.
+
+It is level-triggered: what is, is compared with the layout that should be. So a restart of any part needs no memory of
+what was in flight: the next observation says what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from common.layout import Seat
+from common.protocol.replies import Refused
+from common.protocol.scaler import HmmStatus, PoolStatus
+from services.scaler.actions import Action, AnnounceLayout, LoadLayout, PublishMembers, StartSeat
+from services.scaler.control.state import DeploymentPhase, State, Status
+from services.scaler.observation import Observation, Step
+
+FLIP_SECONDS_MAX = 5.0
+
+
+def serve(state: State, seen: Observation, now: float) -> Step[Status]:
+    """The next steps toward `state.layout`."""
+    hmm, waiting = seen.hmm, _waiting(state)
+    if hmm is None:
+        return _step(waiting, "the HMM does not answer")
+    if hmm.phase == "failed":
+        return _step("failed", "the HMM could not load the model", error=hmm.error)
+    if hmm.phase == "empty" and seen.load_refused is not None:
+        return _step("failed", "what an earlier run has left is of other settings", error=seen.load_refused)
+    if hmm.phase == "empty":
+        return _step("loading", "the HMM holds nothing", LoadLayout(state.layout))
+    if hmm.phase == "loading":
+        return _step("loading", "the HMM loads the model")
+    if seen.pool is None:
+        return _step(waiting, "the worker pool does not answer")
+    return _fill(state, seen, hmm, seen.pool) or _join(state, seen, hmm, now)
+
+
+def _step(phase: DeploymentPhase, reason: str, *actions: Action, error: Refused | None = None) -> Step[Status]:
+    return Step(Status(phase, reason, error), actions, reason)
+
+
+def _fill(state: State, seen: Observation, hmm: HmmStatus, pool: PoolStatus) -> Step[Status] | None:
+    """Until each seat whose device is not lost has a rank that is ready; None when that is so."""
+    layout, ranks, waiting = state.layout, seen.ranks, _waiting(state)
+    lost = state.lost_slots(hmm)
+    without = [seat for seat in layout.seats if seat.slot in lost]
+    empty = [seat for seat in layout.seats if seat.slot not in ranks and seat.slot not in seen.starting | lost]
+    if empty:
+        if seen.restarts_left <= 0:
+            text = f"ranks {_names(empty)} died too often, last of: {seen.last_exit}"
+            return _step("failed", text, error=Refused("rank_crash_loop", text, False))
+        if seen.is_backing_off:
+            return _step(waiting, f"ranks {_names(empty)} died again; the next start waits")
+        starts = [StartSeat(seat, layout.epoch) for seat in seen.startable(empty)]
+        return _step(waiting, f"seats {_names(empty)} have no rank; {pool.standby} standbys", *starts)
+    if without and _has_to_park(hmm, without, ranks):
+        park = PublishMembers(layout.slots, False)
+        return _step(waiting, f"nobody steps by layout {layout.epoch} for now", park)
+    if without:
+        return _step(waiting, f"the devices of {_names(without)} are lost; the layout goes on without them")
+    if not all(seat.slot in ranks and ranks[seat.slot].ready for seat in layout.seats):
+        return _step(waiting, "ranks attach")
+    return None
+
+
+def _join(state: State, seen: Observation, hmm: HmmStatus, now: float) -> Step[Status]:
+    """Let ranks that are all ready step together, and the routers know."""
+    layout = state.layout
+    if not hmm.running or hmm.members != layout.slots:
+        if hmm.running and state.committed_at is not None and now - state.committed_at < FLIP_SECONDS_MAX:
+            # The ranks are about to take the new membership themselves, at a step that they agree on.
+            return _step("serving", "the ranks flip to the new layout")
+        return _step(_waiting(state), "all ranks are ready", PublishMembers(layout.slots, True))
+    if seen.announced_epoch != layout.epoch:
+        return _step("serving", f"layout {layout.epoch} serves", AnnounceLayout(layout))
+    return _step("serving", "nothing to do")
+
+
+def _has_to_park(hmm: HmmStatus, lost: Sequence[Seat], ranks: Collection[int]) -> bool:
+    """Whether the step barrier is blocked on a lost seat that nobody will fill."""
+    if not hmm.running:
+        return is_flipping(hmm)  # who does not step cannot flip; parked anew, what was committed is in force
+    # A member ended while no HMM looked: the others wait for it.
+    attached = {device.device for device in hmm.devices if device.attached}
+    return any(seat.slot in hmm.members and seat.slot not in ranks and seat.device not in attached for seat in lost)
+
+
+def is_flipping(hmm: HmmStatus) -> bool:
+    """Whether a layout is committed that the ranks have not flipped to."""
+    return hmm.transition is not None and hmm.transition.phase == "committed"
+
+
+def _waiting(state: State) -> DeploymentPhase:
+    return "degraded" if state.ever_served else "attaching"
+
+
+def _names(seats: Sequence[Seat]) -> str:
+    return ", ".join(str(seat.rank) for seat in seats)

@@ -1,0 +1,63 @@
+"""The one place where it is decided what the scaler does next: from a state and an observation to a new state and what
+is asked for. Pure: no sockets, no store, no clock.
+
+All parts see the same observation, in this order. What the first ones ask for is done first:
+
+| part | acts where | asks for |
+|---|---|---|
+| watchdog | a rank lives and makes no progress | EjectRank |
+| members | always: it says what phase the deployment is in | LoadLayout, StartSeat, PublishMembers, AnnounceLayout |
+| operation | an operation is in progress | Stage, StartSeat, TellRank, Commit, Release, Abort, StopSeat |
+| lost devices | no operation is, and a device that was lost has a seat | LeaveOut |
+| orphans | no operation is, and ranks or a transition belong to none | Abort, Release, StopSeat, TellRank |
+
+An operation in progress is never interrupted by the two parts below it; it takes the members' seats into account by the
+layout in force. Orphans are collected only by a scaler that has seen the deployment serve: before, the ranks of an
+operation that is yet to be read would be taken for some.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from services.scaler.actions import Action, LeaveOut
+from services.scaler.control.members import is_flipping, serve
+from services.scaler.control.state import Orphans, State
+from services.scaler.control.watchdog import pulses_of, watch
+from services.scaler.observation import Observation, Step
+from services.scaler.operation.advance import advance
+from services.scaler.operation.orphans import collect_orphans
+
+LEAVE_OUT_S = 1.0  # between two attempts to begin the operation that leaves lost devices out
+
+
+def reconcile(state: State, seen: Observation, now: float) -> Step[State]:
+    """The next state and actions at monotonic time `now`. An operation changes its phase once at most."""
+    replace = msgspec.structs.replace
+    if seen.hmm is None or not is_flipping(seen.hmm):
+        state = replace(state, committed_at=None)
+    elif state.committed_at is None:
+        state = replace(state, committed_at=now)
+    watched, ejected, _ = watch(state.watched, state.stall_s, now, pulses_of(seen.hmm, seen.pool))
+    status, members, reason = serve(state, seen, now)
+    state = replace(state, status=status, watched=watched, ever_served=state.ever_served or status.phase == "serving")
+    actions: tuple[Action, ...] = ()
+    if state.operation is not None:
+        operation, actions, _ = advance(state.operation, seen, now)
+        state = replace(state, operation=operation, orphans=None)
+    elif leave_out := _leave_out(state, seen, now):
+        state, actions = replace(state, leave_out_at=now + LEAVE_OUT_S), (leave_out,)
+    elif state.ever_served:
+        since_s = now - state.orphans.since if state.orphans is not None else 0.0
+        actions, orphans = collect_orphans(seen, since_s, state.lost_slots(seen.hmm))
+        state = replace(state, orphans=(state.orphans or Orphans(now, orphans)) if orphans else None)
+    return Step(state, (*ejected, *members, *actions), reason)
+
+
+def _leave_out(state: State, seen: Observation, now: float) -> LeaveOut | None:
+    """For lost devices that still have seats, because an operation gave way to an order that did not follow."""
+    if seen.hmm is None or seen.hmm.layout is None or now < state.leave_out_at:
+        return None
+    slots = state.lost_slots(seen.hmm)
+    replicas = {seat.rank.replica for seat in seen.hmm.layout.seats if seat.slot in slots}
+    return LeaveOut(tuple(sorted(replicas))) if replicas else None

@@ -1,0 +1,72 @@
+"""What the reconciler goes on from: one value, a new one in each turn. Pure data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from common.layout import Layout
+from common.protocol.replies import Refused
+from common.protocol.scaler import HmmStatus
+from services.scaler.control.watchdog import Watched
+from services.scaler.operation.operation import Operation
+
+DeploymentPhase = Literal["starting", "loading", "attaching", "serving", "degraded", "failed"]
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The deployment's phase, and why. `error` is set in the phase `failed`."""
+
+    phase: DeploymentPhase
+    reason: str
+    error: Refused | None = None
+
+
+class Orphans(msgspec.Struct, frozen=True):
+    """What no operation answers for, and since when that has been seen."""
+
+    since: float
+    reason: str
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """All that outlives a turn.
+
+    layout: the one in force, or to begin with; empty before that is known
+    status: of the deployment
+    ever_served: it has been serving since this scaler began
+    operation: the one in progress; one that has just ended is in it for the end of its turn
+    last: the newest one that ended
+    committed_at: since when the HMM has had a committed layout that the ranks have not flipped to
+    orphans: ranks or a transition that no operation answers for
+    leave_out_at: lost devices are left out not before
+    watched: the progress of ranks
+    stall_s: how long that may stand
+    """
+
+    layout: Layout
+    status: Status = Status("starting", "")
+    ever_served: bool = False
+    operation: Operation | None = None
+    last: Operation | None = None
+    committed_at: float | None = None
+    orphans: Orphans | None = None
+    leave_out_at: float = 0.0
+    watched: Watched = Watched()
+    stall_s: float
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it serves and nobody computes."""
+        return self.status.phase == "serving" and self.watched.is_quiet
+
+    def lost_slots(self, hmm: HmmStatus | None) -> frozenset[int]:
+        """Slots whose devices have been lost, and which an operation leaves out or is about to: no rank is seated
+        there."""
+        seats = hmm.layout.seats if hmm is not None and hmm.layout is not None else ()
+        if self.operation is not None:  # a rebalance, which has no legs, knows the device and not its seat
+            meanwhile = {seat.slot for seat in seats if seat.device in self.operation.lost_meanwhile}
+            return frozenset(meanwhile | {seat.slot for seat in self.operation.lost})
+        lost = self.last.lost_devices if self.last is not None else set()
+        return frozenset(seat.slot for seat in seats if seat.device in lost)

@@ -1,0 +1,38 @@
+"""The scaler's counters, which live as long as the process."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry
+
+from services.scaler import measures
+from services.scaler.operation.operation import Operation
+
+_PHASE_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+_PAUSE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+
+
+class Meters:
+    """Counted by the loop's thread and the listener's, read by any: prometheus-client's objects are safe for that."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._operations = measures.OPERATIONS.counter(self.registry)
+        self._phases = measures.PHASES.histogram(self.registry, _PHASE_BUCKETS)
+        self._pauses = measures.PAUSES.histogram(self.registry, _PAUSE_BUCKETS)
+        self._bytes = measures.BYTES_MOVED.counter(self.registry)
+        self._refused = measures.REFUSED.counter(self.registry)
+
+    def refused(self, status: int) -> None:
+        """An error was answered."""
+        self._refused.labels(str(status)).inc()
+
+    def phase(self, phase: str, seconds: float) -> None:
+        """A phase has ended."""
+        self._phases.labels(phase).observe(seconds)
+
+    def operation(self, operation: Operation, outcome: str) -> None:
+        """An operation has ended."""
+        self._operations.labels(operation.kind, outcome).inc()
+        self._bytes.inc(operation.accounting.figures.bytes_copied)
+        if operation.accounting.figures.flip_s_max is not None:
+            self._pauses.observe(operation.accounting.figures.flip_s_max)

@@ -1,0 +1,37 @@
+"""Back to the old layout, before the HMM has committed the first leg. Pure."""
+
+from __future__ import annotations
+
+from common.protocol.scaler import HmmStatus
+from services.scaler.actions import Abort, StopSeat
+from services.scaler.observation import Observation, Step
+from services.scaler.operation.migrate import end_ahead, take_back
+from services.scaler.operation.operation import Operation
+from services.scaler.operation.steps import OVER, PAST_FLIP, enter, gone, names, ours, stay
+
+TAKE_BACK_S = 10.0  # an abort waits this long for ranks to say that they leave no more
+
+
+def abort(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Operation]:
+    """End who has joined, let the HMM give up what it staged, and ranks stay that were told to leave."""
+    leg, transition = operation.current_leg(), ours(operation, hmm)
+    if hmm.layout == leg.layout or (transition and (transition.phase in PAST_FLIP or transition.phase == "committed")):
+        # A commit that had been sent was carried out: from here there is only forward.
+        return enter(operation, "commit", "the HMM has committed", error=None, is_cancelled=False)
+    ranks = seen.ranks
+    joiners = [seat for seat in leg.joining if seat.slot in ranks or seat.slot in seen.starting]
+    lost = operation.lost
+    stops = [StopSeat(seat.rank, ranks[seat.slot].incarnation, seat in lost) for seat in joiners if seat.slot in ranks]
+    if joiners and seen.pool is not None:
+        return stay(operation, f"ranks {names(joiners)} end", *stops)
+    if transition and transition.phase not in OVER:
+        is_told = transition.phase == "aborting" and not operation.lost
+        abort = () if is_told else (Abort(operation.transition_id, gone(operation, seen)),)
+        return stay(operation, "the HMM gives the staged layout up", *abort)
+    ends, is_ahead = end_ahead(operation, seen.loads)
+    back = take_back(operation.command_id("cancel"), leg.leaving, seen)
+    silent = [seat for seat in leg.leaving if seat.slot in ranks and seat.slot not in seen.loads]
+    if (back or silent or is_ahead) and operation.phase_s < TAKE_BACK_S:
+        return stay(operation, "ranks leave no more", *back, *ends)
+    step = enter(operation, "aborted", operation.error.message if operation.error else "")
+    return Step(step.state, (*back, *ends), step.reason)

@@ -1,0 +1,39 @@
+"""What is done about transitions and ranks that no operation answers for. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from common.protocol.ids import CommandId
+from services.scaler.actions import Abort, Action, Release, StopSeat
+from services.scaler.observation import Observation
+from services.scaler.operation.migrate import take_back
+from services.scaler.operation.release import LEAVE_S
+from services.scaler.operation.steps import BEFORE_COMMIT, OVER
+
+ORPHAN_CANCEL = CommandId("", 0, 0, "cancel")  # of no operation
+
+
+def collect_orphans(seen: Observation, since_s: float, lost: Collection[int]) -> tuple[tuple[Action, ...], str]:
+    """Undo or finish what no operation answers for: a transition that no journal knows, ranks without a seat, ranks
+    that were told to leave. `since_s`: for how long that has been seen. `lost`: slots whose devices are lost."""
+    if seen.hmm is None or seen.pool is None or seen.hmm.phase != "ready" or seen.hmm.layout is None:
+        return (), ""
+    transition, seats = seen.hmm.transition, seen.hmm.layout.seats
+    active = transition is not None and transition.phase not in OVER
+    strays = tuple(
+        StopSeat(rank.rank, rank.incarnation)
+        for rank in seen.pool.ranks
+        if rank.slot not in {seat.slot for seat in seats}
+    )
+    if transition is None or not active:
+        back = take_back(ORPHAN_CANCEL, seats, seen)
+        return (*strays, *back), "ranks without an operation" if strays or back else ""
+    absent = tuple(sorted(slot for slot in lost if slot not in seen.ranks))  # an HMM that restarted may wait for them
+    if transition.phase in BEFORE_COMMIT or (transition.phase == "aborting" and absent):
+        return (*strays, Abort(transition.id, absent)), f"transition {transition.id} is in no journal: given up"
+    # Ranks that left by a committed layout end by themselves once no router needs them.
+    late = strays if since_s > LEAVE_S and transition.phase != "committed" else ()
+    is_releasable = transition.phase == "flipped" or (transition.phase == "releasing" and absent)
+    release = (Release(transition.id, absent),) if is_releasable else ()
+    return (*late, *release), f"transition {transition.id} is in no journal: finished"

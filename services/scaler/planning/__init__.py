@@ -1,0 +1,1 @@
+"""From a layout and a target to the steps between them. Pure."""

@@ -1,0 +1,95 @@
+"""How a scaler finds what earlier runs have left, in the store and on this host's disk, and takes it over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from common.config import ScalerConfig
+from common.fence import Fence
+from common.layout import Served
+from common.model_spec import ModelSpec
+from common.protocol.errors import Unavailable
+from common.store import Store, Writer
+from common.telemetry import get_logger
+from services.scaler.operation.operation import Operation
+from services.scaler.store.records import OPERATIONS
+from services.scaler.store.resume import Beginning, Left, Resumed, Wanted, begin
+
+log = get_logger("scaler")
+
+_LATER = ("store_unavailable", "storage_full")
+
+
+class Recalled(msgspec.Struct, frozen=True):
+    """How a scaler begins: the layout, the operation in progress, those that ended, newest first, and what of it is
+    resumed."""
+
+    beginning: Beginning
+    operation: Operation | None
+    ended: list[Operation]
+    resumed: Resumed | None
+
+
+class Recall:
+    """Made and called by the loop's thread. `epochs`: the highest epoch of a layout, kept on this host, so that it does
+    not fall where the store is emptied as well."""
+
+    def __init__(self, config: ScalerConfig, spec: ModelSpec, store: Store) -> None:
+        """Raises Unavailable where the file of epochs cannot be read."""
+        self._config = config
+        self._store = store
+        self._mark = config.fresh_mark
+        self._wanted = Wanted(
+            Served(str(Path(config.model).absolute()), spec.dtype, config.compute_backend),
+            config.replicas,
+            config.tp,
+            tuple(f"host:{i}" for i in range(config.num_devices)),
+            tuple(spec.num_experts_by_layer),
+        )
+        self.epochs = Fence(config.state_dir, "layout")
+
+    def read(self, by: Writer) -> Recalled:
+        """Read all of it, and where nothing is refused, say in the store what is served from now on. Raises Unavailable
+        where the store or the disk does not answer, Fenced where another scaler has taken over."""
+        ended = self._store.ended_operations(OPERATIONS)
+        left = self._left()
+        operation = left.operation
+        beginning = begin(left, self._wanted)
+        resumed = None
+        if beginning.refusal is not None:
+            log.error("nothing begins", because=beginning.refusal.message)
+        elif beginning.is_resumed:
+            layout = beginning.layout
+            op_id = operation.op_id if operation is not None else ""
+            resumed = Resumed(layout.epoch, layout.dp, self._config.replicas, op_id)
+            log.info("layout resumed", **msgspec.structs.asdict(resumed))
+        else:
+            log.info("layout begun anew", epoch=beginning.layout.epoch, replicas=beginning.layout.dp)
+        if left.is_dropped:
+            operation = None
+            self._store.put_operation(by, None)
+        if beginning.refusal is None and left.served != self._wanted.served:
+            self._store.put_served(by, self._wanted.served)
+        return Recalled(beginning, operation, ended, resumed)
+
+    def _left(self) -> Left:
+        is_dropped = self._mark.exists()
+        epoch, damage = self.epochs.refresh(), ""
+        layout = served = operation = None
+        try:
+            epoch = max(epoch, self._store.get_epoch())
+            layout, served = self._store.get_layout(), self._store.get_served()
+            operation = self._store.get_operation(OPERATIONS)
+        except Unavailable as error:
+            if error.code in _LATER:
+                raise
+            damage = error.message
+        if layout is not None:
+            epoch = max(epoch, layout.epoch)
+        return Left(layout, served, operation, epoch, damage, is_dropped)
+
+    def settled(self) -> None:
+        """The layout to begin with has been committed: what was to be dropped has been."""
+        self._mark.unlink(missing_ok=True)
