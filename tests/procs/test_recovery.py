@@ -139,7 +139,7 @@ async def test_what_the_ledger_cannot_tell_the_router_can(
 def break_rows(deployment: Deployment, device: str) -> int:
     """Give every second live row of a device's ledger a block that does not exist. Its rank must be stopped or dead."""
     folder = Path(f"/proc/{deployment.pids['hmm']}/fd")
-    path = next(fd for fd in folder.iterdir() if os.readlink(fd).startswith(f"/memfd:{device}.shared"))
+    path = next(fd for fd in folder.iterdir() if os.readlink(fd).startswith(f"/memfd:{device}.ledger"))
     with open(path, "r+b", buffering=0) as file:
         memory = mmap.mmap(file.fileno(), 0)
     ledger = Ledger(ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(memory))
