@@ -8,7 +8,7 @@ from common import failpoint
 from common.config import HmmConfig, load, make_run_dirs
 from common.protocol.errors import ElasticMoEError
 from common.transport import describe
-from services.hmm.service import Hmm
+from services.hmm.assembly import open_hmm
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
         config = load(HmmConfig)
         make_run_dirs(config)
         failpoint.enable(config.failpoint_dir, "hmm")
-        hmm = Hmm(config)
+        hmm = open_hmm(config)
     except ElasticMoEError as error:
         print(f"elasticmoe-hmm: {describe(error)}", file=sys.stderr)
         return 1

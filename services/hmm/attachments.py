@@ -129,6 +129,10 @@ class Attachments:
         self._revision = 0
         self.by_slot: dict[int, Attached] = {}
 
+    def open(self) -> None:
+        """Let ranks connect from now on."""
+        self._listener.open()
+
     def fds(self) -> set[int]:
         """What the loop has to watch."""
         living = {attached.channel.fileno() for attached in self.by_slot.values()}

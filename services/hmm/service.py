@@ -9,19 +9,15 @@ from __future__ import annotations
 import os
 import select
 import signal
-import time
 from typing import Final
 
-from common.config import HmmConfig
 from common.failpoint import failpoint
-from common.fdchannel import Channel, Listener
-from common.fence import Fence
+from common.fdchannel import Channel
 from common.protocol.codec import Message, Received
 from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
 from common.protocol.handles import Attach
 from common.protocol.handles import ToHmm as FromRank
 from common.protocol.hmm import (
-    CODEC,
     AbortLayout,
     CheckIntegrity,
     CommitLayout,
@@ -36,19 +32,14 @@ from common.protocol.hmm import (
 from common.protocol.limits import TP_MAX
 from common.protocol.replies import Ack, Refused, refusal
 from common.protocol.scaler import Integrity
-from common.telemetry import setup_logging
-from common.transport import Server, new_identity
-from services.hmm.attachments import Attached, Attachments
-from services.hmm.background import Background
-from services.hmm.blocks import BlockCopies, check_ranks
+from services.hmm.attachments import Attached
+from services.hmm.blocks import check_ranks
 from services.hmm.catalog import Loaded
 from services.hmm.handles import attach_reply, full_view, seat_for, seat_memory
-from services.hmm.holdings import Holdings
 from services.hmm.loader import Load
 from services.hmm.membership import Membership, slots_of_mask
-from services.hmm.parking import Parking
+from services.hmm.parts import Parts
 from services.hmm.status import Loading, hmm_status
-from services.hmm.supply import Supply
 from services.hmm.transition import Transitions
 
 _KEEPER_WAIT_S: Final = 10.0
@@ -59,38 +50,32 @@ _COPIES_WAIT_S: Final = 1.0  # for copies into a slot whose rank is gone: each o
 
 
 class Hmm:
-    """One host's memory manager. `start`, then `run`; `close` always."""
+    """One host's memory manager. `start`, then `run`; `close` always. Owned by the thread that made it; only `stop` may
+    come from elsewhere. What drives it otherwise calls `adopt`, then `turn` whenever there is something to look at."""
 
-    def __init__(self, config: HmmConfig) -> None:
-        """Takes the run directory's HMM sockets. Raises Conflict (already_running) where another HMM has them."""
-        self._config = config
-        self._identity = new_identity("hmm")
-        self._server = Server(config.socket("hmm"), self._identity, CODEC)
-        try:
-            # Opened once everything is adopted: a rank that steps must not wait in a connection for that.
-            listener = Listener(config.socket("handles"), is_open=False)
-        except BaseException:
-            self._server.close()
-            raise
-        self._log = setup_logging("hmm", level=config.log_level, as_json=config.log_json)
-        self._listener = listener
-        self._attachments = Attachments(listener, self._identity, self._log)
-        self._parking = Parking(config.socket("keeper"), self._identity, self._log)
-        self._holdings = Holdings(config, self._parking, self._log)
-        self._background = Background(self._log)
-        self._members = Membership(self._holdings, self._log)
-        self._copies = BlockCopies(self._background)
+    def __init__(self, parts: Parts) -> None:
+        self._devices = parts.devices
+        self._clock = parts.clock
+        self._log = parts.log
+        self._server = parts.server
+        self._attachments = parts.attachments
+        self._parking = parts.parking
+        self._holdings = parts.holdings
+        self._background = parts.background
+        self._copies = parts.copies
+        self._fence = parts.fence
+        self._members = Membership(parts.holdings, parts.log)
         self._transitions = Transitions(
-            self._holdings,
-            self._attachments,
+            parts.holdings,
+            parts.attachments,
             self._members,
-            self._copies,
-            Supply(self._holdings, self._background),
-            self._log,
+            parts.copies,
+            parts.supply,
+            parts.log,
+            parts.clock,
         )
-        self._fence = Fence(config.state_dir, "hmm")
         self._loading = Loading()
-        self._wake_out, self._wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake: tuple[int, ...] = ()  # both ends of a pipe that signals write to
         self._watched: set[int] = set()
         self._is_stopping = False
 
@@ -102,32 +87,38 @@ class Hmm:
 
     def start(self) -> None:
         """Find the keeper and adopt what it holds. Raises Unavailable when it is not there in time."""
-        signal.set_wakeup_fd(self._wake_in, warn_on_full_buffer=False)
+        self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        wake_out, wake_in = self._wake
+        signal.set_wakeup_fd(wake_in, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
         poller = select.poll()
-        poller.register(self._wake_out, select.POLLIN)
-        deadline = time.monotonic() + _KEEPER_WAIT_S
+        poller.register(wake_out, select.POLLIN)
+        deadline = self._clock.monotonic() + _KEEPER_WAIT_S
         while not self._is_stopping:
             try:
                 self._parking.connect()
                 break
             except Unavailable:
-                if time.monotonic() > deadline:
+                if self._clock.monotonic() > deadline:
                     raise Unavailable(f"the keeper is not there after {_KEEPER_WAIT_S:.0f} s") from None
                 poller.poll(50)
         if not self._is_stopping:
-            self._holdings.start()
-            self._transitions.adopt()
-            self._listener.open()
+            self.adopt()
             self._log.info("hmm ready", **self._facts())
+
+    def adopt(self) -> None:
+        """Go on with what the keeper holds, and let ranks attach."""
+        self._holdings.start()
+        self._transitions.adopt()
+        self._attachments.open()
 
     def _facts(self) -> dict[str, object]:
         budgets = {memory.device.budget for memory in self._holdings.memories.values()}
         return {
             "pid": os.getpid(),
             "phase": self._loading.phase(self._holdings),
-            "devices": self._config.devices,
+            "devices": self._devices,
             "device_bytes": max(budgets),
             "granularity": self._holdings.granularity,
             "fence_epoch": self._fence.epoch,
@@ -138,26 +129,29 @@ class Hmm:
         while not self._is_stopping:
             failpoint("hmm.turn")
             self._watch()
-            ready = self._server.poll(self._attachments.turn_ms(_TURN_MS))
-            self._background.finish()
-            for attached in self._attachments.take(ready):
-                self._on_death(attached)
-            if self._parking.fileno() in ready:
-                self._parking.lose("it closed the connection")
-            self._parking.retry()
-            for channel, request in self._attachments.requests(ready):
-                self._on_attach(channel, request)
-            self._attachments.accept(ready)
-            for _ in range(_MESSAGES_PER_TURN):
-                message = self._server.receive()
-                if message is None:
-                    break
-                self._on_message(*message)
-            self._transitions.advance()
+            self.turn(self._server.poll(self._attachments.turn_ms(_TURN_MS)))
         self._log.info("hmm stops")
 
+    def turn(self, ready: set[int]) -> None:
+        """Take what has come, and do what can be done now. Does not wait. `ready`: descriptors that are readable."""
+        self._background.finish()
+        for attached in self._attachments.take(ready):
+            self._on_death(attached)
+        if self._parking.fileno() in ready:
+            self._parking.lose("it closed the connection")
+        self._parking.retry()
+        for channel, request in self._attachments.requests(ready):
+            self._on_attach(channel, request)
+        self._attachments.accept(ready)
+        for _ in range(_MESSAGES_PER_TURN):
+            message = self._server.receive()
+            if message is None:
+                break
+            self._on_message(*message)
+        self._transitions.advance()
+
     def _watch(self) -> None:
-        wanted = {self._wake_out, self._background.fileno(), *self._attachments.fds()}
+        wanted = {self._wake[0], self._background.fileno(), *self._attachments.fds()}
         if self._parking.is_connected:
             wanted.add(self._parking.fileno())
         for fd in self._watched - wanted:
@@ -180,8 +174,8 @@ class Hmm:
         if is_quiet:  # else a thread still writes there; the process's end unmaps it
             self._background.close()
             self._holdings.close()
-        os.close(self._wake_in)
-        os.close(self._wake_out)
+        for fd in self._wake:
+            os.close(fd)
 
     # ---- Control messages
 
@@ -244,16 +238,16 @@ class Hmm:
             raise InvalidRequest(f"tp {request.layout.tp} exceeds the limit of {TP_MAX}", code="tp_unsupported")
         unknown = [seat.device for seat in request.layout.seats if seat.device not in self._holdings.memories]
         if unknown:
-            raise NotFound(f"device {unknown[0]} is not one of {self._config.devices}")
+            raise NotFound(f"device {unknown[0]} is not one of {self._devices}")
         segment = self._holdings.prepare(request.layout)
         load = Load(request, self._holdings.memories, segment, self._holdings.granularity)
         self._loading = Loading(load, is_at_work=True)
-        started = time.monotonic()
+        started = self._clock.monotonic()
         self._log.info("load starts", op_id=request.op_id, seats=len(request.layout.seats))
         self._background.start("load", load.run, lambda result: self._on_loaded(load, result, started))
 
     def _on_loaded(self, load: Load, result: Loaded | ElasticMoEError, started: float) -> None:
-        op_id, seconds = load.request.op_id, time.monotonic() - started
+        op_id, seconds = load.request.op_id, self._clock.monotonic() - started
         if isinstance(result, ElasticMoEError):
             self._holdings.discard()
             self._loading = Loading(load, error=refusal(result))

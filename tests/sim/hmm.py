@@ -1,7 +1,9 @@
-"""The HMM: the product's transitions, membership, catalog and checks over memory that is only counted.
+"""The HMM: the product's service over memory that is only counted.
 
-What is simulated: pages (sets and counts), the threads that make and release them (time passes), the keeper's snapshot,
-the channel to each rank (ordered, nothing is lost while both live), the bus (values), the copies of KV blocks.
+What is simulated: pages (sets and counts), the threads that make, release and copy them (time passes), the keeper's
+snapshot, the channel to each rank (ordered, nothing is lost while both live), the bus (values).
+
+Its process's ends: hmm_ends.py.
 
 One file of more than 400 lines: it stands for one process, whose parts share its holdings.
 """
@@ -13,31 +15,26 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from common.capacity import kv_handles_min, size_ledger
+from common.capacity import size_ledger
 from common.devices.base import KeyToken
 from common.families import records
 from common.layout import Layout, keys_on
 from common.model_spec import KvGeometry, RecordKey
-from common.protocol import hmm as to_hmm
-from common.protocol.codec import Message, Received
-from common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound, Unavailable
+from common.protocol.codec import Received
+from common.protocol.errors import DoesNotFit, ElasticMoEError, Unavailable
 from common.protocol.handles import Attach, SeatMemory
 from common.protocol.hmm import LoadModel
-from common.protocol.replies import Ack, refusal
-from common.protocol.scaler import DeviceStatus, HmmStatus, MemoryFacts
 from common.telemetry import get_logger
 from native.ledger import Ledger, format_ledger
 from native.ledger import ledger_bytes as native_ledger_bytes
-from services.hmm.blocks import check_ranks
 from services.hmm.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition, record_bytes
-from services.hmm.handles import Offer, attach_reply, full_view, seat_for, seat_memory, shares
-from services.hmm.membership import Membership
+from services.hmm.parts import Parts
+from services.hmm.service import Hmm as HmmService
 from services.hmm.transition import Transitions
 from tests.sim.barrier import Bus
 from tests.sim.heap import Actor
-from tests.sim.store import DiskFence
+from tests.sim.hmm_ends import Attachments, Background, Copies, Parking, Server
+from tests.sim.store import NotingFence
 from tests.unit.specs import tiny_mixtral_spec
 
 if TYPE_CHECKING:
@@ -54,17 +51,25 @@ CHANNEL_S = 0.003
 RECORD_IDS = {record.key: 1_000_000 + number for number, record in enumerate(records(SPEC))}
 
 
-SEGMENT = SimpleNamespace(fd=0, nbytes=PAGE)  # stands for a bus or a ledger in messages
+SEGMENT = SimpleNamespace(fd=0, nbytes=PAGE)  # stands for the bus in messages
 
 
 class Device:
     """A device's name and budget in bytes. A KV handle is its own id; those of records are above."""
 
+    range_bytes_max = 1 << 40
+    pages = 0  # not simulated
+
     def __init__(self, name: str, budget: int) -> None:
         self.name = name
         self.budget = budget
+        self.used = {"weights": 0, "kv": 0}  # as of the latest snapshot
 
-    range_bytes_max = 1 << 40
+    def copy_async(self, parts: Sequence[tuple[int, int, int]]) -> SimpleNamespace:
+        """See common.devices. Done at once."""
+        for target, source, nbytes in parts:
+            ctypes.memmove(target, source, nbytes)
+        return SimpleNamespace(wait=lambda: None)
 
     def id_of(self, handle: RecordKey | int) -> int:
         """See common.devices."""
@@ -107,6 +112,10 @@ class Memory:
         taken = [*self.records, *self.kv, *(("ledger",) if self.ledger else ())]
         self.records, self.kv, self.ledger = {}, [], None
         return taken
+
+    def address(self, handle: int) -> int:
+        """See services.hmm.memory. The bytes of a KV handle are where its place among them is."""
+        return ctypes.addressof(self.buffer) + self.kv.index(handle) * BLOCKS_PER_HANDLE * GEOMETRY.block_bytes
 
     def new_kv(self) -> int:
         """A KV handle."""
@@ -197,7 +206,7 @@ class Supply:
             elif space == "kv":
                 memory.kv.append(key)
             else:
-                memory.ledger = SEGMENT
+                memory.ledger = self._hmm.ledger
                 memory.format()
         self._claims.clear()
 
@@ -243,10 +252,10 @@ class Hmm(Actor):
         self.failure_rate = 0.0
         self.gone: set[str] = set()  # devices whose memory is lost
         self.ledger_bytes = size_ledger(load, PAGE).nbytes
+        self.ledger = SimpleNamespace(fd=0, nbytes=self.ledger_bytes)  # stands for one in messages
         self.bus = Bus()
         self.segment = SimpleNamespace(bus=self.bus, shared=SEGMENT)
         self._sizes: Mapping[RecordKey, int] = {}
-        self.fence_seen = 0  # the checker's own
         self.on_change: Callable[[], None] = lambda: None
         self.expect: Callable[[bool, str], None] = lambda _is_true, _text: None
         self.loaded: Loaded | None = None
@@ -256,6 +265,7 @@ class Hmm(Actor):
         self._spans: dict[tuple[RecordKey, int], Placed] = {}
         self._begin()
         self.write()
+        self.service.adopt()
         self.sim.actors["hmm"] = self
 
     def _fill(self, load: LoadModel) -> None:
@@ -263,7 +273,7 @@ class Hmm(Actor):
         for seat in load.layout.seats:
             memory = self.memories[seat.device]
             memory.records = {key: key for key in keys_on(load.layout, seat.slot)}
-            memory.ledger = SEGMENT
+            memory.ledger = self.ledger
             memory.kv = [memory.new_kv() for _ in range(load.kv_bytes_max // PAGE)]
         self.loaded = Loaded(load, SPEC, GEOMETRY, PAGE, load.layout, "memory", 0, load.kv_bytes_max // PAGE)
         self._sizes = record_bytes(self.loaded, PAGE)
@@ -275,26 +285,52 @@ class Hmm(Actor):
     def _begin(self) -> None:
         """What a process of its own has."""
         self.is_alive = True
-        self.by_slot: dict[int, Any] = {}
+        self.server = Server(self.sim)
+        self.attachments = Attachments(self)
+        background = Background(self)
         self.supply = Supply(self)
-        self._revision = 0
-        self._copying: list[Any] = []
-        self.fence = DiskFence(self.world.disk, "hmm")
-        log = get_logger("sim")
-        self.members = Membership(self, log)  # type: ignore[arg-type]
-        parts: Any = (self, self, self.members, self, self.supply, log, self.sim.clock)
-        self.transitions = Transitions(*parts)
+        self.fence = NotingFence(self.world, "hmm")
+        parts: Any = Parts(
+            devices="",
+            clock=self.sim.clock,
+            log=get_logger("sim"),
+            server=self.server,
+            attachments=self.attachments,  # type: ignore[arg-type]
+            parking=Parking(),  # type: ignore[arg-type]
+            holdings=self,  # type: ignore[arg-type]
+            background=background,  # type: ignore[arg-type]
+            copies=Copies(background),
+            supply=self.supply,  # type: ignore[arg-type]
+            fence=self.fence,
+        )
+        self.service = HmmService(parts)
+
+    def start(self) -> None:
+        """See services.hmm.holdings. A new process goes on with what the keeper has."""
+        self.loaded, self.transition, held, self.doorbells = self._snapshot
+        for name, (weights, kv, ledger) in held.items():
+            memory = self.memories[name]
+            memory.records, memory.kv, memory.ledger = dict(weights), list(kv), ledger
+            memory.num_claimed = memory.num_releasing = 0
 
     @property
-    def channels(self) -> list[Channel]:
-        """To the ranks that are attached."""
-        return [attached.channel for attached in self.by_slot.values()]
+    def by_slot(self) -> dict[int, Any]:
+        """The ranks that are attached."""
+        return self.attachments.by_slot
+
+    @property
+    def transitions(self) -> Transitions:
+        """The product's, of this life."""
+        return self.service._transitions
 
     # ---- holdings, attachments and copies, as the transitions see them
 
     def write(self) -> None:
         """The snapshot."""
         held = {name: (dict(m.records), list(m.kv), m.ledger) for name, m in self.memories.items()}
+        for memory in self.memories.values():
+            weights = sum(self._sizes[key] for key in memory.records)
+            memory.device.used = {"weights": weights, "kv": len(memory.kv) * PAGE}
         self._snapshot = (self.loaded, self.transition, held, dict(self.doorbells))
         self.on_change()
 
@@ -336,30 +372,9 @@ class Hmm(Actor):
 
     def ring(self) -> None:
         """Wake all ranks."""
-        for channel in self.channels:
-            channel.process.ring()
-
-    def is_busy(self, device: str) -> bool:
-        """Whether blocks are copied from or to a device."""
-        return any(device in devices for devices, *_ in self._copying)
-
-    def _next_revision(self) -> int:
-        self._revision = max(self._revision + 1, int(self.sim.now * 1000))
-        return self._revision
-
-    def update(self, attached: Any, seat: SeatMemory, offer: Offer) -> None:
-        """Send a seat's memory, unless it is what was sent last."""
-        if seat == msgspec.structs.replace(attached.sent, revision=0):
-            return
-        for message in self._handed(attached, seat, offer):
-            attached.channel.process.after(CHANNEL_S, attached.channel.deliver, message)
-
-    def _handed(self, attached: Any, seat: SeatMemory, offer: Offer) -> list[Message]:
-        """The messages for it."""
-        attached.sent = msgspec.structs.replace(seat, revision=self._next_revision())
-        messages = [message for message, _ in shares(offer, attached.shared)]
-        attached.shared = set(offer.handles)
-        return [*messages, attached.sent]
+        for process in self.world.ranks.values():
+            if process.is_ready:
+                process.ring()
 
     def check_unused(self, memory: Memory, handle: Any) -> None:
         """What is given back is mapped by no living rank."""
@@ -367,174 +382,32 @@ class Hmm(Actor):
             if rank.seat.device == memory.device.name:
                 self.expect(handle not in rank.held, f"{handle} of {memory.device.name} is mapped and given back")
 
-    # ---- ranks
-
-    def attach(self, channel: Channel, request: Attach) -> list[Message]:
-        """A rank introduces itself: what it is told. Raises what it is refused with."""
-        before = self.by_slot.get(request.slot)
-        if before is not None and before.channel.is_closed:
-            self.detached(before.channel)
-        seat = seat_for(self.loaded, self.transition, request)
-        if seat.slot in self.by_slot:
-            raise Conflict(f"slot {seat.slot} is taken", code="occupied")
-        assert self.loaded is not None
-        holdings: Any = self
-        memory: Any = self.memories[seat.device]
-        view = full_view(memory, self.loaded, self.transition)
-        reply, _ = attach_reply(memory, holdings)
-        attached = self.by_slot[seat.slot] = SimpleNamespace(
-            rank=seat.rank,
-            slot=seat.slot,
-            device=seat.device,
-            incarnation=request.incarnation,
-            channel=channel,
-            sent=SeatMemory(0, (), (), (), (), ()),
-            shared=set(),
-            applied=0,
-            version=-1,
-        )
-        messages = self._handed(attached, *seat_memory(view, memory, holdings, 0))
-        self.sim.note(f"hmm: attached {request.incarnation}{' again' if request.resume else ''}")
-        self.transitions.on_attach(seat.slot)
-        if not request.resume:
-            self.members.park(seat.slot)
-        self.after(0.0, self.turn)
-        return [reply, *messages]
-
-    def _attached_by(self, channel: Channel) -> Any:
-        attached = self.by_slot.get(channel.process.seat.slot)
-        return attached if attached is not None and attached.channel is channel else None
-
-    def applied(self, channel: Channel, revision: int) -> None:
-        """A rank has mapped what was sent."""
-        attached = self._attached_by(channel)
-        if attached is not None:
-            attached.applied = max(attached.applied, revision)
-            self.turn()
-
-    def detached(self, channel: Channel) -> None:
-        """A rank's connection ended."""
-        attached = self._attached_by(channel)
-        if attached is not None:
-            slot = attached.slot
-            del self.by_slot[slot]
-            self.members.park(slot)
-            self.transitions.on_detach(slot)
-            for job in [job for job in self._copying if slot in (job[1].source_slot, job[1].target_slot)]:
-                self._copied(job)
-            self.turn()
-
-    # ---- messages
+    # ---- turns
 
     def turn(self) -> None:
-        """What the loop does after everything."""
-        self.transitions.advance()
+        """The loop has something to look at."""
+        self.service.turn(set())
         self.on_change()
 
     def receive(self, sender: str, message: Received[Any]) -> None:
         """One message."""
-        try:
-            answer = self._answer(sender, message)
-        except ElasticMoEError as error:
-            self.sim.note(f"hmm: refused {type(message.body).__name__}: {error.message}")
-            answer = refusal(error)
-        if answer is not None:
-            self.sim.send("hmm", sender, Received(0, "hmm:1", message.seq, answer))
+        self.server.inbox.append((sender.encode(), message))
         self.turn()
 
-    def _answer(self, sender: str, message: Received[Any]) -> Message | None:
-        body = message.body
-        if isinstance(body, to_hmm.GetHmmStatus):
-            return self.status()
-        if isinstance(body, to_hmm.CopyBlocks):
-            self._copy(sender, message.seq, body)
-            return None
-        self.fence.check(message.epoch, message.sender)
-        self.expect(message.epoch >= self.fence_seen, f"hmm obeys epoch {message.epoch} after {self.fence_seen}")
-        self.fence_seen = max(self.fence_seen, message.epoch)
-        if isinstance(body, to_hmm.SetMembership):
-            self._set_membership(body)
-        elif isinstance(body, to_hmm.StageLayout):
-            self.transitions.stage(body)
-        elif isinstance(body, to_hmm.CommitLayout):
-            self.transitions.commit(body.id)
-        elif isinstance(body, to_hmm.ReleaseLayout):
-            self.transitions.release(body.id, body.gone)
-        elif isinstance(body, to_hmm.AbortLayout):
-            self.transitions.abort(body.id, body.gone)
-        return Ack()
-
-    def _set_membership(self, body: to_hmm.SetMembership) -> None:
-        assert self.loaded is not None
-        if set(body.slots) - set(self.loaded.layout.slots):
-            raise NotFound("a slot is not of the layout in force")
-        if body.running and set(body.slots) - set(self.by_slot):
-            raise Unavailable("a slot has no attached rank", code="not_attached")
-        self.members.publish(body.slots, body.running)
-
-    def _copy(self, sender: str, seq: int, body: to_hmm.CopyBlocks) -> None:
-        source, target = self.by_slot.get(body.source_slot), self.by_slot.get(body.target_slot)
-        check_ranks(body, (source, target))
-        assert source is not None
-        assert target is not None
-        job = ((source.device, target.device), body, sender, seq)
-        self._copying.append(job)
-        self.after(0.01 + 0.2 * self.sim.rng.random(), self._copied, job)
-
-    def _copied(self, job: Any) -> None:
-        if job not in self._copying:
-            return
-        (source, target), body, sender, seq = job
-        self._copying.remove(job)
-        one, other = self.memories[source].values, self.memories[target].values
-        by_slot = self.by_slot
-        try:
-            check_ranks(body, (by_slot.get(body.source_slot), by_slot.get(body.target_slot)))
-        except ElasticMoEError as error:  # one has died: the copy was stopped
-            self.sim.send("hmm", sender, Received(0, "hmm:1", seq, refusal(error)))
-            return
-        for a, b in body.pairs:
-            other[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE] = one[a * BLOCK_SIZE : (a + 1) * BLOCK_SIZE]
-        self.sim.send("hmm", sender, Received(0, "hmm:1", seq, Ack()))
+    def introduce(self, channel: Channel, request: Attach) -> None:
+        """A rank asks to be attached; it is answered before this returns."""
+        self.attachments.asking.append((channel, request))
         self.turn()
 
-    def status(self) -> HmmStatus:
-        """Answer to GetHmmStatus."""
-        assert self.loaded is not None
-        attached = {one.device: one.incarnation for one in self.by_slot.values()}
-        devices = []
-        for name, memory in self.memories.items():
-            weights = sum(self._sizes[key] for key in memory.records)
-            kv, other = len(memory.kv) * PAGE, self.ledger_bytes if memory.ledger else 0
-            budget, blocks = memory.device.budget, len(memory.kv) * BLOCKS_PER_HANDLE
-            free = budget - weights - kv - other
-            devices.append(DeviceStatus(name, budget, weights, kv, other, free, 0, blocks, attached.get(name)))
-        generation, members, running, _ = self.bus.membership()
-        load = self.loaded.load
-        facts = MemoryFacts(
-            PAGE,
-            GEOMETRY,
-            self.loaded.footprint,
-            self.ledger_bytes,
-            kv_handles_min(load, GEOMETRY),
-            self.loaded.kv_handles,
-        )
-        slots = tuple(slot for slot in range(8) if members >> slot & 1)
-        return HmmStatus(
-            "ready",
-            0,
-            0,
-            None,
-            tuple(devices),
-            generation,
-            slots,
-            running,
-            load.op_id,
-            self.loaded.layout,
-            facts,
-            self.transitions.status(),
-            self.fence.num_refused,
-        )
+    def applied(self, channel: Channel, revision: int) -> None:
+        """A rank has mapped what was sent."""
+        self.attachments.note_applied(channel, revision)
+        self.turn()
+
+    def detached(self, channel: Channel) -> None:
+        """A rank's connection has ended."""
+        self.attachments.ended.append(channel)
+        self.turn()
 
     # ---- life
 
@@ -542,19 +415,14 @@ class Hmm(Actor):
         """Killed, and back later with what the keeper has."""
         self.sim.note(f"hmm: killed for {down_s:.2f} s")
         self.end()
-        for channel in self.channels:
-            channel.process.after(CHANNEL_S, channel.cut)
+        for attached in self.by_slot.values():
+            attached.channel.process.after(CHANNEL_S, attached.channel.cut)
         self.sim.push(self.sim.now + down_s, None, 0, self._restart, ())
 
     def _restart(self) -> None:
         self.sim.note("hmm: back")
-        self.loaded, self.transition, held, self.doorbells = self._snapshot
-        for name, (weights, kv, ledger) in held.items():
-            memory = self.memories[name]
-            memory.records, memory.kv, memory.ledger = dict(weights), list(kv), ledger
-            memory.num_claimed = memory.num_releasing = 0
         self._begin()
-        self.transitions.adopt()
+        self.service.adopt()
         self.beat(self.life)
 
     def beat(self, life: int) -> None:

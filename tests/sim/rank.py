@@ -2,6 +2,8 @@
 
 What is simulated: its ends of transports, the mapping of memory (sets), the barrier (all members leave it at the same
 instant), what fails in a step, processes, and how long things take. The model: engine.py.
+
+One file of more than 400 lines: a process and all of its ends know one another.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from common.protocol.codec import Message, Received
 from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError, Unavailable
 from common.protocol.handles import Applied, Attach, Routing, SeatMemory, ShareHandles
 from common.protocol.pool import StartRank
-from common.protocol.replies import refusal
 from services.worker.exchange.base import StepTimedOut
 from services.worker.hmm_link import HmmLink
 from services.worker.parts import Parts
@@ -23,7 +24,7 @@ from tests.sim.barrier import SimBarrier
 from tests.sim.engine import SimEngine
 from tests.sim.heap import Actor
 from tests.sim.hmm import BLOCKS_PER_HANDLE, CHANNEL_S, SPEC, Memory, held_by, named_by
-from tests.sim.store import DiskFence
+from tests.sim.store import NotingFence
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -127,7 +128,7 @@ class Channel:
         self._hmm = process.world.hmm
         self._fd = fd
         self._came: deque[Message] = deque()
-        self._is_cut = False
+        self._is_cut = self._is_introducing = False
         self.is_closed = False
 
     @property
@@ -144,10 +145,9 @@ class Channel:
         if self._is_cut:
             raise Unavailable("the peer is gone")
         if isinstance(body, Attach):  # who attaches waits for the answer and does nothing else
-            try:
-                self._came.extend(self._hmm.attach(self, body))
-            except ElasticMoEError as error:
-                self._came.append(refusal(error))
+            self._is_introducing = True
+            self._hmm.introduce(self, body)
+            self._is_introducing = False
         else:
             assert isinstance(body, Applied)
             self._hmm.after(CHANNEL_S, self._hmm.applied, self, body.revision)
@@ -158,8 +158,14 @@ class Channel:
             raise Unavailable("the peer is gone")
         return Received(0, "hmm:1", 0, self._came.popleft()), []
 
-    def deliver(self, message: Message) -> None:
-        """From the HMM."""
+    def tell(self, message: Message) -> None:
+        """The HMM sends something."""
+        if self._is_introducing:
+            self._came.append(message)
+        else:
+            self.process.after(CHANNEL_S, self._deliver, message)
+
+    def _deliver(self, message: Message) -> None:
         self._came.append(message)
         self.process.wake()
 
@@ -247,19 +253,6 @@ class Exchange:
         self.generation, self.owners = generation, owners
 
 
-class RankFence(DiskFence):
-    """A rank's. The world looks whom it obeys."""
-
-    def __init__(self, world: World, slot: int) -> None:
-        super().__init__(world.disk, f"rank-{slot}")
-        self._world, self._resource = world, f"rank-{slot}"
-
-    def check(self, epoch: int, sender: str) -> None:
-        """See Fence."""
-        super().check(epoch, sender)
-        self._world.note_fence(self._resource, epoch)
-
-
 class RankProcess(Actor):
     """One seat's process. `rank`: the product's, once it is attached and built."""
 
@@ -331,7 +324,7 @@ class RankProcess(Actor):
             transport=simulated,
             server=self.server,
             hmm=link,
-            fence=RankFence(self.world, self.seat.slot),
+            fence=NotingFence(self.world, f"rank-{self.seat.slot}"),
             memory=self.mapping,
             revision=self.mapping.revision,
             barrier=self.barrier,

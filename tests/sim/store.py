@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,6 +16,9 @@ from common.store import Writer
 from services.scaler.operation.operation import Operation
 from services.scaler.store.reserve import DiskReserve
 from tests.sim.heap import Sim
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
 
 
 class Store:
@@ -200,3 +203,16 @@ class DiskFence(Fence):
 
     def _write(self, epoch: int) -> None:
         self._disk[self._name] = epoch
+
+
+class NotingFence(DiskFence):
+    """The world looks whom the resource obeys."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world.disk, name)
+        self._world = world
+
+    def check(self, epoch: int, sender: str) -> None:
+        """See Fence."""
+        super().check(epoch, sender)
+        self._world.note_fence(self._name, epoch)

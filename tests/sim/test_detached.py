@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +10,14 @@ import pytest
 
 from common.layout import initial_layout
 from common.model_spec import RecordKey
-from common.protocol.handles import SeatMemory
+from common.protocol.handles import Attach, SeatMemory
 from common.protocol.hmm import LoadModel, RecordCopy, StageLayout
+from common.protocol.ids import TransitionId
 from tests.sim.heap import Sim
 from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm
 
 DEVICES = ("host:0", "host:1")
+OP = TransitionId("op")
 KEY = RecordKey("expert", 0, 0)  # of host:0; host:1 gets it too
 
 
@@ -24,34 +25,20 @@ class Channel:
     """To a rank that maps at once what it is sent."""
 
     def __init__(self, hmm: Hmm, slot: int) -> None:
-        self.process = SimpleNamespace(seat=SimpleNamespace(slot=slot), after=self._after, ring=lambda: None)
+        self.process = SimpleNamespace(seat=SimpleNamespace(slot=slot))
         self.is_closed = False
         self._hmm = hmm
 
-    def _after(self, _: float, deliver: Callable[[Any], None], message: Any) -> None:
-        deliver(message)
-
-    def deliver(self, message: Any) -> None:
+    def tell(self, message: Any) -> None:
         if isinstance(message, SeatMemory):
             self._hmm.after(0.0, self._hmm.applied, self, message.revision)
 
 
-def attach(hmm: Hmm, slot: int) -> Channel:
+def attach(hmm: Hmm, slot: int) -> Any:
     assert hmm.loaded is not None
-    channel, seat = Channel(hmm, slot), hmm.loaded.layout.seats[slot]
-    hmm.by_slot[slot] = SimpleNamespace(
-        rank=seat.rank,
-        slot=slot,
-        device=seat.device,
-        incarnation=f"rank-{slot}",
-        channel=channel,
-        sent=SeatMemory(0, (), (), (), (), ()),
-        shared=set(),
-        applied=0,
-        version=-1,
-    )
-    hmm.transitions.on_attach(slot)
-    hmm.turn()
+    channel: Any = Channel(hmm, slot)
+    seat = hmm.loaded.layout.seats[slot]
+    hmm.introduce(channel, Attach(seat.rank, slot, seat.device, f"rank-{slot}"))
     return channel
 
 
@@ -66,11 +53,11 @@ def hmm() -> Hmm:
     hmm = Hmm(world, DEVICES, 420 << 10, load)
     for slot in layout.slots:
         attach(hmm, slot)
-    hmm.members.publish(layout.slots, True)
+    hmm.service._members.publish(layout.slots, True)
     homes = (((1,), *layout.homes[0][1:]), *layout.homes[1:])
     kv = dict.fromkeys(DEVICES, 4)
     after = msgspec.structs.replace(layout, epoch=layout.epoch + 1, homes=homes)
-    hmm.transitions.stage(StageLayout("op", after, (RecordCopy(KEY, *DEVICES),), kv, kv))
+    hmm.transitions.stage(StageLayout(OP, after, (RecordCopy(KEY, *DEVICES),), kv, kv))
     pass_time(hmm, 2.0)
     assert phase(hmm) == "staged"
     assert KEY in hmm.memories["host:1"].records
@@ -90,7 +77,7 @@ def phase(hmm: Hmm) -> str:
 
 def test_memory_stays_until_the_rank_has_resumed_and_let_go(hmm: Hmm) -> None:
     hmm.detached(hmm.by_slot[1].channel)
-    hmm.transitions.abort("op")
+    hmm.transitions.abort(OP)
     pass_time(hmm, 4.0)
     assert phase(hmm) == "aborting"
     assert KEY in hmm.memories["host:1"].records
@@ -104,7 +91,7 @@ def test_memory_stays_until_the_rank_has_resumed_and_let_go(hmm: Hmm) -> None:
 def test_memory_of_a_rank_that_has_ended_goes(hmm: Hmm, gone: tuple[int, ...]) -> None:
     """At once where the scaler knows it, else when it could have resumed."""
     hmm.detached(hmm.by_slot[1].channel)
-    hmm.transitions.abort("op", gone)
+    hmm.transitions.abort(OP, gone)
     pass_time(hmm, 0.1)
     assert (phase(hmm) == "aborted") == bool(gone)
     pass_time(hmm, 6.0)

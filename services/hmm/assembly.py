@@ -1,0 +1,50 @@
+"""An HMM in a process of its own."""
+
+from __future__ import annotations
+
+from common.clock import SYSTEM_CLOCK
+from common.config import HmmConfig
+from common.fdchannel import Listener
+from common.fence import Fence
+from common.protocol.hmm import CODEC
+from common.telemetry import setup_logging
+from common.transport import Sockets, new_identity
+from services.hmm.attachments import Attachments
+from services.hmm.background import Background
+from services.hmm.blocks import BlockCopies
+from services.hmm.holdings import Holdings
+from services.hmm.parking import Parking
+from services.hmm.parts import Parts
+from services.hmm.service import Hmm
+from services.hmm.supply import Supply
+
+
+def open_hmm(config: HmmConfig) -> Hmm:
+    """Take the run directory's HMM sockets. Raises Conflict (already_running) where another HMM has them."""
+    identity = new_identity("hmm")
+    server = Sockets(config.socket).serve("hmm", identity, CODEC)
+    try:
+        # Opened once everything is adopted: a rank that steps must not wait in a connection for that.
+        listener = Listener(config.socket("handles"), is_open=False)
+    except BaseException:
+        server.close()
+        raise
+    log = setup_logging("hmm", level=config.log_level, as_json=config.log_json)
+    parking = Parking(config.socket("keeper"), identity, log)
+    holdings = Holdings(config, parking, log)
+    background = Background(log)
+    return Hmm(
+        Parts(
+            devices=config.devices,
+            clock=SYSTEM_CLOCK,
+            log=log,
+            server=server,
+            attachments=Attachments(listener, identity, log),
+            parking=parking,
+            holdings=holdings,
+            background=background,
+            copies=BlockCopies(background),
+            supply=Supply(holdings, background),
+            fence=Fence(config.state_dir, "hmm"),
+        )
+    )
