@@ -120,6 +120,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
     `max_positions`: the longest sequence that may be served. It is within the `sliding_window` (0: none), so that
     attention, which knows no windows, sees what the model would see. `tie_embeddings`: the head is the embedding.
+    `constants`: names and numbers of the family's own, which only its own code reads.
     """
 
     family: str
@@ -136,8 +137,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     dense_width: int = 0
     dense_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
-    modulus: int = 0  # the oracle model's; 0 for all others
     sliding_window: int = 0
+    constants: tuple[tuple[str, int], ...] = ()
 
     @property
     def num_experts_by_layer(self) -> tuple[int, ...]:

@@ -146,6 +146,12 @@ class Bus:
     def progress(self, slot: int) -> int:
         """Progress counter of a slot. Counts on across incarnations."""
 
+    def set_waiting_for_device(self, is_waiting: bool) -> None:
+        """Say in the own slot that the rank waits for its device, or does no more. ``join`` says that it does not."""
+
+    def is_waiting_for_device(self, slot: int) -> bool:
+        """What the rank of a slot has said last."""
+
     def step_count(self, slot: int) -> int:
         """Number of steps that a slot completed. Counts on across incarnations."""
 

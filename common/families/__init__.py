@@ -79,7 +79,7 @@ def parse_spec(fields: Mapping[str, Any], dtype: str) -> ModelSpec:
     return ModelSpec(
         family=family.name,
         architecture=family.architecture,
-        dtype=cast(Dtype, "float32" if family.name == "oracle" else dtype),
+        dtype=family.dtype or cast(Dtype, dtype),
         eos_token_ids=_eos_ids(fields),
         **family.parse(config),
     )

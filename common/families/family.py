@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from common.families.config import Config, Key
-from common.model_spec import ModelSpec, RecordSpec
+from common.model_spec import Dtype, ModelSpec, RecordSpec
 
 
 class Family(NamedTuple):
@@ -17,7 +17,8 @@ class Family(NamedTuple):
     other name of a key -> the key. `parse` gives the fields of ModelSpec that are the family's own to say. `expert`,
     `layer` and `base` build the three kinds of records. `renamed`: parts of tensors' names that transformers renames
     when it loads, old -> new; `expert_names` finds layer and expert in the (new) name of one expert's tensor.
-    `embedding` and `head`: the two tensors that a tied head may make one; empty where the family ties nothing.
+    `embedding` and `head`: the two tensors that a tied head may make one; empty where the family ties nothing. `dtype`:
+    what it is served in, whatever is asked for; None: as asked.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Family(NamedTuple):
     expert_names: re.Pattern[str] | None = None
     embedding: str = ""
     head: str = ""
+    dtype: Dtype | None = None
 
     def canonical(self, name: str) -> str:
         """A stored tensor's name without what may differ: the name of the base model before it, and old parts."""

@@ -56,7 +56,7 @@ def _parse(config: Config) -> dict[str, Any]:
         "tie_embeddings": True,
         "attention": AttentionSpec(1, 1, config.integer("head_dim", 1, 1_024), False, RopeSpec(10_000.0)),
         "moe": moe,
-        "modulus": config.integer("oracle_modulus", 257, 65_521),
+        "constants": (("modulus", config.integer("oracle_modulus", 257, 65_521)),),
     }
 
 
@@ -90,4 +90,5 @@ ORACLE: Final = Family(
     expert=_expert,
     layer=_layer,
     base=_base,
+    dtype="float32",  # which alone holds its whole numbers exactly
 )

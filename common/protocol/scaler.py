@@ -16,7 +16,8 @@ from common.protocol.replies import Ack, Refused
 
 class DeviceStatus(msgspec.Struct, frozen=True):
     """One device's memory in bytes; `weights + kv + other + free == budget`. `attached`: incarnation of its rank.
-    `pages`: real memory behind it, whoever made it. `progress`: what that rank has counted on the bus."""
+    `pages`: real memory behind it, whoever made it. `progress`: what that rank has counted on the bus. `is_waiting`: it
+    says there that it waits for this device, in a call in which it counts nothing."""
 
     device: str
     budget: int
@@ -29,6 +30,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     attached: str | None
     pages: int = 0
     progress: int = 0
+    is_waiting: bool = False
 
 
 class MemoryFacts(msgspec.Struct, frozen=True):

@@ -34,6 +34,10 @@ class Membership:
         """How often the rank of `slot` has counted up its progress; 0 without a model."""
         return self._bus.progress(slot) if self._bus is not None else 0
 
+    def is_waiting_for_device(self, slot: int) -> bool:
+        """Whether the rank of `slot` says so; not without a model."""
+        return self._bus is not None and self._bus.is_waiting_for_device(slot)
+
     def publish(self, slots: tuple[int, ...], is_running: bool) -> None:
         """Make `slots` the members, by the layout in force, and wake everybody. A staged membership is void then."""
         while not self._try(sum(1 << slot for slot in set(slots)), is_running):

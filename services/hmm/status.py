@@ -102,4 +102,5 @@ def _device_status(name: str, holdings: Holdings, attachments: Attachments, memb
         attached=attached.incarnation if attached else None,
         pages=memory.device.pages,
         progress=members.progress(attached.slot) if attached else 0,
+        is_waiting=attached is not None and members.is_waiting_for_device(attached.slot),
     )

@@ -147,6 +147,9 @@ class SimBarrier(StepBarrier):
     def count_progress(self) -> None:
         """See StepBarrier."""
 
+    def tell_waiting(self, is_waiting: bool) -> None:
+        """See StepBarrier. Nothing is computed on a device."""
+
     def ring(self) -> None:
         """See StepBarrier."""
         self._process.world.ring(self._process)

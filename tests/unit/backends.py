@@ -30,8 +30,8 @@ class QueuedBackend(TorchBackend):
 
     name = "queued"
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, tell_waiting: Callable[[bool], None] | None = None) -> None:
+        super().__init__(tell_waiting)
         self.is_synchronous = False
         self.num_fences = 0
         self._queue: list[Callable[[], None]] = []

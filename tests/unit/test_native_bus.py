@@ -162,9 +162,14 @@ def test_slots_are_taken_counted_and_left(segment):
     rank.bump_progress()
     rank.bump_progress()
     assert (hmm.incarnation(3), hmm.progress(3), hmm.step_count(3)) == (2**63 + 1, 2, 0)
-    rank.leave()
+    assert not hmm.is_waiting_for_device(3)
+    rank.set_waiting_for_device(True)
+    assert [hmm.is_waiting_for_device(slot) for slot in range(4)] == [False, False, False, True]
+    segment.join(3, incarnation=7)  # it died of it
+    assert not hmm.is_waiting_for_device(3)
+    segment.join(3, incarnation=2**63 + 1).leave()
     assert hmm.incarnation(3) == 0
-    for call in (hmm.incarnation, hmm.progress, hmm.step_count, hmm.nudge):
+    for call in (hmm.incarnation, hmm.progress, hmm.step_count, hmm.nudge, hmm.is_waiting_for_device):
         with pytest.raises(ValueError):
             call(4)
     with pytest.raises(ValueError):

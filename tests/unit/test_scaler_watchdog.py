@@ -162,6 +162,9 @@ def test_only_ranks_that_are_attached_and_ready_are_watched() -> None:
     stopped = msgspec.structs.replace(pool.ranks[0], is_asleep=True)
     assert pulses_of(hmm, PoolStatus(0, (stopped,))) == (Pulse(0, RankId(0, 0), "rank:a", 4, True),)
     assert pulses_of(None, pool) == pulses_of(hmm, None) == ()
+    waiting = msgspec.structs.replace(devices[0], is_waiting=True)
+    hmm = msgspec.structs.replace(hmm, devices=(waiting, *devices[1:]))
+    assert pulses_of(hmm, PoolStatus(0, (stopped,))) == (Pulse(0, RankId(0, 0), "rank:a", 4, False),)
 
 
 @pytest.mark.parametrize("stopped_at", [10.0, 10.07, 10.2, 10.33, 10.49, 10.6])

@@ -283,6 +283,18 @@ void bind_bus(nb::module_& module) {
           "progress", [](PyBus& bus, int64_t slot) { return bus.slot(slot).progress.load(std::memory_order_relaxed); },
           "slot"_a)
       .def(
+          "set_waiting_for_device",
+          [](PyBus& bus, bool is_waiting) {
+            bus.slot(bus.meeting().slot()).is_waiting_for_device.store(is_waiting, std::memory_order_relaxed);
+          },
+          "is_waiting"_a)
+      .def(
+          "is_waiting_for_device",
+          [](PyBus& bus, int64_t slot) {
+            return bus.slot(slot).is_waiting_for_device.load(std::memory_order_relaxed) != 0;
+          },
+          "slot"_a)
+      .def(
           "step_count",
           [](PyBus& bus, int64_t slot) { return bus.slot(slot).num_steps.load(std::memory_order_relaxed); }, "slot"_a)
       .def("barrier", &PyBus::barrier, "generation"_a, "deadline_ms"_a)

@@ -172,6 +172,7 @@ Outcome Meeting::wait_membership(uint32_t known_generation, int64_t deadline_ns)
 
 void Meeting::join(uint64_t incarnation) {
   require(incarnation != 0, "incarnation must not be zero");
+  segment_.slot(slot()).is_waiting_for_device.store(0, std::memory_order_relaxed);  // a predecessor may have died so
   segment_.slot(slot()).incarnation.store(incarnation, std::memory_order_seq_cst);
   incarnation_.store(incarnation, std::memory_order_relaxed);
   last_arrived_ = 0;

@@ -82,6 +82,7 @@ struct Slot {
   alignas(kLine) std::atomic<uint64_t> incarnation;
   std::atomic<uint64_t> progress;
   std::atomic<uint64_t> num_steps;
+  std::atomic<uint32_t> is_waiting_for_device;
   alignas(kLine) std::atomic<uint32_t> is_nudged;
 };
 

@@ -4,8 +4,9 @@ A rank counts up its progress on the bus at each turn of its work loop, at each 
 for others, so at least every half second unless it is stopped, wedged, or deep in one layer's mathematics. A rank whose
 count stands while another's moves holds that one up: it is ejected after `stall_s`. Where nobody moves, all may be in a
 long step, for which they run or wait for a processor. Who does neither, whenever it is looked at, is stopped or sleeps
-in a call, not waiting for a peer, and is ejected after `stall_s` too. Of the others the one that has stood longest is
-ejected after ALONE_FACTOR * `stall_s`. Ejected means killed: its seat's next rank goes on with its sequences.
+in a call, not waiting for a peer, and is ejected after `stall_s` too, but for one that says that it waits for its
+device: then that computes the long step. Of the others the one that has stood longest is ejected after ALONE_FACTOR *
+`stall_s`. Ejected means killed: its seat's next rank goes on with its sequences.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ QUIET_PER_S = 25.0  # a rank without work counts up a few times a second, one th
 
 
 class Pulse(msgspec.Struct, frozen=True):
-    """One rank that should get on: its incarnation and its progress counter on the bus. `is_asleep`: see PoolRank."""
+    """One rank that should get on: its incarnation and its progress counter on the bus. `is_asleep`: just now it
+    neither runs (see PoolRank) nor waits for its device (see DeviceStatus)."""
 
     slot: int
     rank: RankId
@@ -63,11 +65,11 @@ def pulses_of(hmm: HmmStatus | None, pool: PoolStatus | None) -> tuple[Pulse, ..
     """The ranks to be watched: attached, and ready by what their pool says."""
     if hmm is None or pool is None:
         return ()
-    attached = {device.attached: device.progress for device in hmm.devices if device.attached}
+    attached = {device.attached: device for device in hmm.devices if device.attached}
     return tuple(
-        Pulse(rank.slot, rank.rank, rank.incarnation, attached[rank.incarnation], rank.is_asleep)
+        Pulse(rank.slot, rank.rank, rank.incarnation, device.progress, rank.is_asleep and not device.is_waiting)
         for rank in pool.ranks
-        if rank.ready and rank.incarnation in attached
+        if rank.ready and (device := attached.get(rank.incarnation)) is not None
     )
 
 

@@ -6,7 +6,7 @@ number of rows and looks at no tensor again. The maker keeps the tensors alive f
 An operation is queued when it returns, and done in the order of the queue; a backend that computes at once says
 `is_synchronous`. The exchange between ranks reads and writes host memory: what goes there passes through a Mirror.
 
-Every backend holds two rules (ADR 8, ADR 23): a row's result depends, bit by bit, on its own input, its sequence's KV
+Every backend holds two rules (ADR 8, ADR 26): a row's result depends, bit by bit, on its own input, its sequence's KV
 and the weights alone, and of equals the lower id comes first. Two backends agree only nearly, so that all ranks of a
 deployment have the same.
 
@@ -56,6 +56,11 @@ class ComputeBackend(ABC):
     device: torch.device
     is_synchronous: bool
 
+    def __init__(self, tell_waiting: Callable[[bool], None] | None = None) -> None:
+        """`tell_waiting` is called when the rank begins to wait for the device, and when it goes on; not where
+        `is_synchronous`."""
+        self._tell_waiting = tell_waiting
+
     # ---- buffers and the queue
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -90,9 +95,17 @@ class ComputeBackend(ABC):
         return run
 
     def fence(self) -> None:
-        """Block until all that was queued is done."""
-        if not self.is_synchronous:
+        """Block until all that was queued is done. Others see meanwhile that this rank waits for its device."""
+        if self.is_synchronous:
+            return
+        if self._tell_waiting is None:
             self._synchronize()
+            return
+        self._tell_waiting(True)
+        try:
+            self._synchronize()
+        finally:
+            self._tell_waiting(False)
 
     @abstractmethod
     def _synchronize(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from common.layout import Compute
 from services.worker.backends.base import ComputeBackend
 from services.worker.backends.host import HostBackend
@@ -10,6 +12,6 @@ from services.worker.backends.torch import TorchBackend
 BACKENDS: dict[Compute, type[HostBackend | TorchBackend]] = {"host": HostBackend, "torch": TorchBackend}
 
 
-def open_backend(name: Compute) -> ComputeBackend:
-    """A backend for one rank on a device of this host."""
-    return BACKENDS[name]()
+def open_backend(name: Compute, tell_waiting: Callable[[bool], None] | None = None) -> ComputeBackend:
+    """A backend for one rank on a device of this host. `tell_waiting`: see ComputeBackend."""
+    return BACKENDS[name](tell_waiting)

@@ -2,7 +2,7 @@
 
 Products, sums and functions such as exp are computed row by row, each on a buffer of one shape: torch chooses its
 kernels by shape and alignment and treats the end of a tensor in another way than its midst, so that a row among others
-may differ from the same row alone in its last bits (ADR 23). Activations are float32, as on the host backend: weights
+may differ from the same row alone in its last bits (ADR 26). Activations are float32, as on the host backend: weights
 and KV in bfloat16 are widened as they are used.
 
 Shape suffixes: as in base.py; L positions of a sequence up to a row's own, G kv heads, P queries that share a kv head,
@@ -47,7 +47,8 @@ class TorchBackend(ComputeBackend):
 
     name = "torch"
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, tell_waiting: Callable[[bool], None] | None = None, device: torch.device | None = None) -> None:
+        super().__init__(tell_waiting)
         self.device = torch.device("cpu") if device is None else device
         self.is_synchronous = self.device.type == "cpu"
 

@@ -68,6 +68,11 @@ class StepBarrier(ABC):
         """Let others see that this rank is not stuck."""
 
     @abstractmethod
+    def tell_waiting(self, is_waiting: bool) -> None:
+        """Let others see whether this rank waits for its device, in a call that may last. `join` says that it does
+        not."""
+
+    @abstractmethod
     def ring(self) -> None:
         """Wake the other ranks."""
 

@@ -59,6 +59,10 @@ class ShmBarrier(StepBarrier):
         """See StepBarrier."""
         self._bus.bump_progress()
 
+    def tell_waiting(self, is_waiting: bool) -> None:
+        """See StepBarrier."""
+        self._bus.set_waiting_for_device(is_waiting)
+
     def ring(self) -> None:
         """See StepBarrier."""
         for slot, fd in self._doorbells.items():

@@ -44,6 +44,7 @@ class OracleModel:
         self.times = StepTimes(0, 0, 0)
         self._weights = weights
         self._spec = spec
+        self._modulus = dict(spec.constants)["modulus"]
         self._max_tokens = max_tokens
         # Each step reads what is in memory then.
         self._embed_VH, self._head_H = (_reader(backend, weights.base[name]) for name in ("embed", "head"))
@@ -58,7 +59,7 @@ class OracleModel:
         self._kv_ND, self._mixed_ND = (backend.mirror(max_tokens, 2 * dim) for _ in range(2))
         self._upload, self._download = backend.upload(self._kv_ND), backend.download(self._mixed_ND)
         self._mix = [
-            backend.whole_number_attention(layer, spec.modulus, BASE, self._kv_ND.device, self._mixed_ND.device)
+            backend.whole_number_attention(layer, self._modulus, BASE, self._kv_ND.device, self._mixed_ND.device)
             for layer in range(spec.num_layers)
         ]
         self._x_NH, self._sum_NH = (torch.empty((max_tokens, hidden), dtype=torch.float32) for _ in range(2))
@@ -90,7 +91,7 @@ class OracleModel:
 
     def _attend(self, step: StepBatch, layer: int, x_NH: Ints, positions_N1: Ints) -> Ints:
         """Write k and v, mix what the cache holds up to each row's position into x."""
-        p, dim, n = self._spec.modulus, self._spec.attention.head_dim, len(x_NH)
+        p, dim, n = self._modulus, self._spec.attention.head_dim, len(x_NH)
         salt_H = self._salt_LH[layer](...).astype(np.int64)
         key_at_D, value_at_D = self._key_at_D, self._value_at_D
         self._kv[:n, :dim] = (x_NH[:, key_at_D] * salt_H[key_at_D] + positions_N1 + 1) % p
@@ -105,7 +106,7 @@ class OracleModel:
 
     def _route_and_compute(self, layer: int, x_NH: Ints, exchange: Exchange) -> Ints:
         """Add the results of the top k experts, each with weight 1."""
-        p, top_k, n = self._spec.modulus, self._spec.moe.top_k, len(x_NH)
+        p, top_k, n = self._modulus, self._spec.moe.top_k, len(x_NH)
         hash_N1 = (x_NH @ self._router_H % p)[:, None]
         scores_NE = (hash_N1 * self._scale_E + self._shift_E) % p
         self._ids[:n] = np.argsort(-scores_NE, axis=1, kind="stable")[:, :top_k]
@@ -124,7 +125,7 @@ class OracleModel:
 
     def _logits(self, x_MH: Ints) -> torch.Tensor:
         vocab = self._spec.vocab
-        hash_M = x_MH @ self._head_H(...).astype(np.int64) % self._spec.modulus
+        hash_M = x_MH @ self._head_H(...).astype(np.int64) % self._modulus
         has_printable = vocab >= FIRST_PRINTABLE + NUM_PRINTABLE
         tokens_M = FIRST_PRINTABLE + hash_M % NUM_PRINTABLE if has_printable else hash_M % vocab
         logits_MV = torch.zeros((len(x_MH), vocab), dtype=torch.float32)
