@@ -283,7 +283,7 @@ def _extra(elastic: Elastic, ranks: list[dict[str, Any]], devices: dict[str, Any
     used = {rank["device"] for rank in ranks}
     for entry in devices["devices"]:
         memory = entry["memory"]
-        counted = memory["weights"] + memory["kv"] + memory["other"]
+        counted = memory["weights"] + memory["kv"]  # the rest, the ledger, is memory of the host
         if bool(entry["attached"]) != (entry["device"] in used):
             return f"{entry['device']}: attached: {entry['attached']}; used: {sorted(used)}"
         if entry["pages"] != counted or bool(counted) != (entry["device"] in used):

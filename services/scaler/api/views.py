@@ -85,7 +85,7 @@ class Device(msgspec.Struct, frozen=True):
     state: Annotated[DeviceState, says("Whether the layout uses it")]
     attached: Annotated[str | None, says("The process that has mapped its memory")]
     memory: Annotated[Memory, says("Its bytes")]
-    pages: Annotated[int, says("Bytes of real memory behind it")]
+    pages: Annotated[int, says("Bytes of real memory behind its weights and KV")]
 
 
 class Devices(msgspec.Struct, frozen=True):
