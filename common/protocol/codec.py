@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from common.protocol.errors import PayloadTooLarge, ProtocolError
-from common.protocol.limits import MESSAGE_BYTES_MAX, NAME_CHARS_MAX, PROTOCOL_VERSION
+from common.protocol.limits import EPOCH_MAX, MESSAGE_BYTES_MAX, NAME_CHARS_MAX, PROTOCOL_VERSION
 from common.wording import undecodable
 
 T = TypeVar("T")
@@ -91,4 +91,6 @@ def decode_envelope(raw: bytes | memoryview) -> Envelope:
         )
     if not 0 < len(envelope.sender) <= NAME_CHARS_MAX or envelope.epoch < 0 or envelope.seq < 0:
         raise ProtocolError("envelope has an empty or long sender, or a negative epoch or seq")
+    if envelope.epoch > EPOCH_MAX:
+        raise ProtocolError(f"envelope's epoch {envelope.epoch} exceeds the limit of {EPOCH_MAX}")
     return envelope

@@ -6,6 +6,7 @@ PROTOCOL_VERSION = 2
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 FDS_MAX = 253  # descriptors of one message: SCM_MAX_FD of Linux
 NAME_CHARS_MAX = 128
+EPOCH_MAX = (1 << 53) - 1  # fencing epochs count lives of scalers; JSON tells numbers up to here exactly
 REQUEST_ID_CHARS_MAX = 128
 ERROR_TEXT_CHARS_MAX = 2_000
 
