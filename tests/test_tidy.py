@@ -33,13 +33,13 @@ SOLE_IMPORTERS = {
     "native.kernels": "services/worker/backends/host.py",
     "native.bus": (
         "services/worker/exchange/shm",
-        "services/worker/memory.py",
+        "services/worker/hmm/memory.py",
         "services/hmm/",
         "common/capacity.py",
         "cli/doctor.py",
     ),
     "common.devices.host": "common/devices/factory.py",  # who needs a device asks the factory
-    "native.host": ("common/devices/", "common/host_shared.py", "services/hmm/reader.py", "cli/doctor.py"),
+    "native.host": ("common/devices/", "common/host_shared.py", "services/hmm/loading/reader.py", "cli/doctor.py"),
 }
 # Pure cores: decisions are functions of their arguments.
 PURE = [
@@ -68,8 +68,8 @@ PURE = [
     "services/scaler/planning/planner.py",
     "services/scaler/store/resume.py",
     "services/scaler/planning/replica_assignment.py",
-    "services/router/balancer.py",
-    "services/hmm/catalog.py",
+    "services/router/dispatch/balancer.py",
+    "services/hmm/memory/catalog.py",
     "services/worker/engine/blocks.py",
     "services/worker/engine/scheduler.py",
     "services/worker/engine/sequence.py",

@@ -30,7 +30,7 @@ class Posted(Message, frozen=True):
 
 
 class SeatRecord(Message, frozen=True):
-    """What is on file of a seat (services/worker/seats.py): written by its rank, for the pool that has it now or later.
+    """What is on file of a seat (services/worker/pool/seats.py): written by its rank, for the pool that has it.
     `pid`: who wrote it. `ready`: since it serves; `failure`: why it is about to end."""
 
     pid: Annotated[int, Meta(ge=1)]

@@ -9,14 +9,14 @@ from common.fence import Fence
 from common.protocol.hmm import CODEC
 from common.telemetry import setup_logging
 from common.transport import Sockets, new_identity
-from services.hmm.attachments import Attachments
 from services.hmm.background import Background
-from services.hmm.blocks import BlockCopies
-from services.hmm.holdings import Holdings
-from services.hmm.parking import Parking
+from services.hmm.memory.blocks import BlockCopies
+from services.hmm.memory.holdings import Holdings
+from services.hmm.memory.supply import Supply
 from services.hmm.parts import Parts
 from services.hmm.service import Hmm
-from services.hmm.supply import Supply
+from services.hmm.sessions.attachments import Attachments
+from services.hmm.sessions.parking import Parking
 
 
 def open_hmm(config: HmmConfig) -> Hmm:

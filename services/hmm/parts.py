@@ -9,12 +9,12 @@ from common.endpoints import ServerEnd
 from common.fence import Fence
 from common.protocol.hmm import ToHmm
 from common.telemetry import Logger
-from services.hmm.attachments import Attachments
 from services.hmm.background import Background
-from services.hmm.blocks import BlockCopies
-from services.hmm.holdings import Holdings
-from services.hmm.parking import Parking
-from services.hmm.supply import Supply
+from services.hmm.memory.blocks import BlockCopies
+from services.hmm.memory.holdings import Holdings
+from services.hmm.memory.supply import Supply
+from services.hmm.sessions.attachments import Attachments
+from services.hmm.sessions.parking import Parking
 
 
 class Parts(NamedTuple):

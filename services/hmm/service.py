@@ -32,15 +32,15 @@ from common.protocol.hmm import (
 from common.protocol.limits import TP_MAX
 from common.protocol.replies import Ack, Refused, refusal
 from common.protocol.scaler import Integrity
-from services.hmm.attachments import Attached
-from services.hmm.blocks import check_ranks
-from services.hmm.catalog import Loaded
-from services.hmm.handles import attach_reply, full_view, seat_for, seat_memory
-from services.hmm.loader import Load
-from services.hmm.membership import Membership, slots_of_mask
+from services.hmm.loading.loader import Load
+from services.hmm.memory.blocks import check_ranks
+from services.hmm.memory.catalog import Loaded
 from services.hmm.parts import Parts
+from services.hmm.sessions.attachments import Attached
+from services.hmm.sessions.handles import attach_reply, full_view, seat_for, seat_memory
+from services.hmm.sessions.membership import Membership, slots_of_mask
 from services.hmm.status import Loading, hmm_status
-from services.hmm.transition import Transitions
+from services.hmm.transition.transition import Transitions
 
 _KEEPER_WAIT_S: Final = 10.0
 _STOP_WAIT_S: Final = 5.0

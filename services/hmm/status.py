@@ -7,11 +7,11 @@ from typing import Literal
 from common.capacity import kv_handles_min, size_ledger
 from common.protocol.replies import Refused
 from common.protocol.scaler import DeviceStatus, HmmStatus, MemoryFacts
-from services.hmm.attachments import Attachments
-from services.hmm.holdings import Holdings
-from services.hmm.loader import Load
-from services.hmm.membership import Membership, slots_of_mask
-from services.hmm.transition import Transitions
+from services.hmm.loading.loader import Load
+from services.hmm.memory.holdings import Holdings
+from services.hmm.sessions.attachments import Attachments
+from services.hmm.sessions.membership import Membership, slots_of_mask
+from services.hmm.transition.transition import Transitions
 
 
 class Loading:

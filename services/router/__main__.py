@@ -17,7 +17,7 @@ from common.protocol.errors import ElasticMoEError
 from common.telemetry import setup_logging
 from common.transport import describe
 from services.router.service import LayoutSource, RouterService
-from services.router.tokenizer import load_model
+from services.router.text.tokenizer import load_model
 
 
 def layout_source(config: RouterConfig) -> LayoutSource:

@@ -24,13 +24,13 @@ from common.protocol.limits import RANKS_MAX
 from common.telemetry import get_logger
 from common.transport import Sockets
 from services.router.api.app import build_app
+from services.router.api.front import Front, make_front
 from services.router.api.gate import PUBLIC_PATHS
-from services.router.dispatcher import Dispatcher, router_identity
-from services.router.front import Front, make_front
+from services.router.dispatch.dispatcher import Dispatcher, router_identity
 from services.router.history import History
 from services.router.metrics import Metrics
 from services.router.text.pool import TextWorkers
-from services.router.tokenizer import ServedModel
+from services.router.text.tokenizer import ServedModel
 
 log = get_logger("router")
 

@@ -14,7 +14,7 @@ from common.config import PoolConfig, load, make_run_dirs
 from common.protocol.errors import ConfigError, ElasticMoEError
 from common.telemetry import setup_logging
 from common.transport import describe
-from services.worker.pool import Pool
+from services.worker.pool.pool import Pool
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from common.http.listener import bind
 from common.layout import Layout
 from common.telemetry import setup_logging
 from services.router.service import RouterService
-from services.router.tokenizer import load_model
+from services.router.text.tokenizer import load_model
 
 POLL_S = 0.02
 

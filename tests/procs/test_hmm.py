@@ -31,7 +31,7 @@ from common.telemetry import get_logger
 from common.transport import new_identity
 from services.hmm import keeper as keeper_module
 from services.hmm.keeper import FDS_SPARE
-from services.hmm.parking import Parking
+from services.hmm.sessions.parking import Parking
 from tests.procs.hmm_harness import Deployment, Rank, hollow_checkpoint, load_message
 from tests.procs.waiting import processes_of, wait_until
 from tests.unit.specs import TINY_MIXTRAL

@@ -29,7 +29,7 @@ from common.protocol.hmm import (
 from common.protocol.ids import TransitionId
 from common.protocol.replies import Ack
 from common.protocol.scaler import HmmStatus, TransitionStatus
-from services.hmm.catalog import keys_of
+from services.hmm.memory.catalog import keys_of
 from tests.procs.hmm_harness import Deployment, Rank, load_message
 from tests.procs.waiting import processes_of, wait_until
 from tests.unit.specs import TINY_MIXTRAL

@@ -82,7 +82,7 @@ def private_bytes(maps: dict[str, dict[str, int]]) -> int:
 def standby_pids(deployment: Deployment) -> set[int]:
     """The pool's processes that have no seat: forked from the same one as the ranks, which is among them."""
     commands = processes_of(deployment.run_dir)
-    forked = {pid for pid, command in commands.items() if "services.worker.template" in command}
+    forked = {pid for pid, command in commands.items() if "services.worker.pool.template" in command}
     return forked - set(deployment.rank_pids().values())
 
 

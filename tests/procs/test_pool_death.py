@@ -20,7 +20,7 @@ from common.protocol.errors import ElasticMoEError
 from common.protocol.pool import GetPool, StartRank, StopRank
 from common.protocol.scaler import PoolRank, PoolStatus, RankExited, RankStarted, ToScaler
 from common.transport import Client, new_identity
-from services.worker.seats import RECORD_BYTES
+from services.worker.pool.seats import RECORD_BYTES
 from tests.procs.failpoints import Failpoints
 from tests.procs.launcher_run import Run
 from tests.procs.waiting import processes_of, wait_until
@@ -227,7 +227,7 @@ def test_a_dead_template_takes_nobody_along(shared: Site) -> None:
     commands = {
         child: command
         for child, command in processes_of(shared.run_dir).items()
-        if "services.worker.template" in command
+        if "services.worker.pool.template" in command
     }
     template = min(set(commands) - {pid})
     num_processes = shared.processes()

@@ -11,9 +11,9 @@ import msgspec
 
 from common.fence import Fence
 from common.store import Writer
-from services.hmm.catalog import Transition
-from services.hmm.transition import Transitions
-from services.router.streams import Stream
+from services.hmm.memory.catalog import Transition
+from services.hmm.transition.transition import Transitions
+from services.router.dispatch.streams import Stream
 from services.scaler.control import admission, reconciler
 from services.scaler.control.state import State
 from services.scaler.store.journal import Journal

@@ -17,9 +17,9 @@ from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError, 
 from common.protocol.handles import Applied, Attach, Routing, SeatMemory, ShareHandles
 from common.protocol.pool import StartRank
 from services.worker.exchange.base import StepTimedOut
-from services.worker.hmm_link import HmmLink
-from services.worker.parts import Parts
-from services.worker.rank import Rank
+from services.worker.hmm.link import HmmLink
+from services.worker.rank.parts import Parts
+from services.worker.rank.rank import Rank
 from tests.sim.barrier import SimBarrier
 from tests.sim.engine import SimEngine
 from tests.sim.heap import Actor
@@ -137,11 +137,11 @@ class Channel:
         return bool(self._came) or self._is_cut
 
     def fileno(self) -> int:
-        """See services.worker.hmm_link."""
+        """See services.worker.hmm.link."""
         return self._fd
 
     def send(self, body: Message, *, deadline_ms: int = 0) -> None:
-        """See services.worker.hmm_link."""
+        """See services.worker.hmm.link."""
         if self._is_cut:
             raise Unavailable("the peer is gone")
         if isinstance(body, Attach):  # who attaches waits for the answer and does nothing else
@@ -153,7 +153,7 @@ class Channel:
             self._hmm.after(CHANNEL_S, self._hmm.applied, self, body.revision)
 
     def receive(self, *, deadline_ms: int) -> tuple[Received[Any], list[int]]:
-        """See services.worker.hmm_link."""
+        """See services.worker.hmm.link."""
         if not self._came:
             raise Unavailable("the peer is gone")
         return Received(0, "hmm:1", 0, self._came.popleft()), []
@@ -175,7 +175,7 @@ class Channel:
         self.process.wake()
 
     def close(self) -> None:
-        """See services.worker.hmm_link. To the HMM it is the rank's death."""
+        """See services.worker.hmm.link. To the HMM it is the rank's death."""
         if not self.is_closed:
             self.is_closed = True
             self._hmm.after(CHANNEL_S, self._hmm.detached, self)
@@ -204,11 +204,11 @@ class Mapping:
 
     @property
     def is_changing(self) -> bool:
-        """See services.worker.parts."""
+        """See services.worker.rank.parts."""
         return self._goal is not None
 
     def take(self, message: ShareHandles | SeatMemory, fds: list[int]) -> None:
-        """See services.worker.parts."""
+        """See services.worker.rank.parts."""
         if isinstance(message, ShareHandles):
             self._shared.update(handle.id for handle in message.handles)
             return
@@ -223,7 +223,7 @@ class Mapping:
         self.routings.update((routing.epoch, routing) for routing in seat.routings)
 
     def advance(self, resize_kv: Callable[[int], bool]) -> int:
-        """See services.worker.parts."""
+        """See services.worker.rank.parts."""
         goal = self._goal
         if goal is None:
             return 0
@@ -237,7 +237,7 @@ class Mapping:
         return goal.revision
 
     def close(self) -> None:
-        """See services.worker.parts."""
+        """See services.worker.rank.parts."""
 
 
 class Exchange:

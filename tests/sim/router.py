@@ -12,8 +12,8 @@ from common.layout import RankId
 from common.protocol.codec import Message, Received
 from common.protocol.errors import Unavailable
 from common.protocol.rank import Sampling, Submit
-from services.router.dispatcher import Dispatcher
-from services.router.streams import Stream
+from services.router.dispatch.dispatcher import Dispatcher
+from services.router.dispatch.streams import Stream
 from tests.history import Report, _apply
 from tests.sim.engine import next_token
 from tests.sim.heap import Actor
@@ -32,11 +32,11 @@ class PlainText:
     num_chars = 0
 
     def feed(self, token: int) -> str:
-        """See services.router.detokenizer."""
+        """See services.router.text.detokenizer."""
         return ""
 
     def finish(self) -> str:
-        """See services.router.detokenizer."""
+        """See services.router.text.detokenizer."""
         return ""
 
 

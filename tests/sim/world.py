@@ -11,11 +11,11 @@ from typing import Any
 
 from common.layout import Layout, initial_layout
 from common.protocol.hmm import LoadModel
-from services.hmm.catalog import Transition, check_integrity, keys_of
+from services.hmm.memory.catalog import Transition, check_integrity, keys_of
 from services.scaler.planning.plan import Target
 from services.worker.engine.plan import Plan
 from services.worker.exchange.base import StepAborted
-from services.worker.lockstep import ALONE
+from services.worker.rank.lockstep import ALONE
 from tests.sim.barrier import Meeting
 from tests.sim.heap import Sim, Violation
 from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm

@@ -15,7 +15,7 @@ from services.worker.engine.adoption import adopt_rows
 from services.worker.engine.engine import Engine
 from services.worker.engine.outcome import Outcome
 from services.worker.engine.plan import Plan
-from services.worker.steps import Steps
+from services.worker.rank.steps import Steps
 from tests.unit.migration_world import MAX_MODEL_LEN, MAX_SEQUENCES, make_ledger
 from tests.unit.ranks import Ranks
 

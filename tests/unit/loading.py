@@ -15,8 +15,8 @@ from common.host_shared import HostShared
 from common.layout import initial_layout
 from common.model_spec import RecordKey, TensorSpec
 from common.protocol.hmm import LoadModel
-from services.hmm.loader import Load
-from services.hmm.memory import BusSegment, DeviceMemory
+from services.hmm.loading.loader import Load
+from services.hmm.memory.memory import BusSegment, DeviceMemory
 
 PAGE = 4096
 BUDGET = 64 << 20

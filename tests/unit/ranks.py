@@ -16,7 +16,7 @@ from common.families import load_spec, record, records
 from common.layout import initial_layout
 from common.model_spec import DTYPE_BYTES, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
 from native.bus import Bus, bus_bytes, format_bus
-from services.hmm.reader import Reader
+from services.hmm.loading.reader import Reader
 from services.worker.backends.base import ComputeBackend
 from services.worker.backends.host import HostBackend
 from services.worker.exchange.shm import ShmExchange

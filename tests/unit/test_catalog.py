@@ -19,8 +19,7 @@ from common.protocol.errors import DoesNotFit, InvalidRequest, PayloadTooLarge
 from common.protocol.hmm import LoadModel, StageLayout
 from common.protocol.ids import TransitionId
 from common.wording import size as told_size
-from services.hmm import snapshot as snapshot_module
-from services.hmm.catalog import (
+from services.hmm.memory.catalog import (
     Catalog,
     DeviceEntry,
     Loaded,
@@ -34,7 +33,8 @@ from services.hmm.catalog import (
     layouts,
     slots_of,
 )
-from services.hmm.snapshot import SLOT_BYTES, Snapshot
+from services.hmm.memory.memory import snapshot as snapshot_module
+from services.hmm.memory.snapshot import SLOT_BYTES, Snapshot
 from tests.unit.specs import tiny_mixtral_spec, tiny_qwen3_spec
 
 PAGE = 4096

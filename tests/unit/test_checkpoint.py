@@ -31,9 +31,9 @@ from common.wording import size
 from native import host
 from native.bus import Bus
 from native.ledger import Ledger
-from services.hmm import reader as reader_module
-from services.hmm.catalog import Loaded
-from services.hmm.convert import convert
+from services.hmm.loading import reader as reader_module
+from services.hmm.loading.convert import convert
+from services.hmm.memory.catalog import Loaded
 from tests.unit.loading import BUDGET, World
 from tests.unit.specs import TINY_MIXTRAL, TINY_QWEN3
 

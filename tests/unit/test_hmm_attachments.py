@@ -34,9 +34,9 @@ from common.protocol.handles import (
 )
 from common.protocol.limits import FDS_MAX
 from common.telemetry import get_logger
-from services.hmm import attachments as attachments_module
-from services.hmm.attachments import Attachments
-from services.hmm.handles import Offer
+from services.hmm.sessions import attachments as attachments_module
+from services.hmm.sessions.attachments import Attachments
+from services.hmm.sessions.handles import Offer
 from tests.procs.descriptors import limit_leaving, numbers_of
 from tests.procs.waiting import wait_until
 from tests.unit.specs import tiny_mixtral_spec

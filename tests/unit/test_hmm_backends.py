@@ -12,7 +12,7 @@ import pytest
 
 from cli.models import random_checkpoint
 from common.telemetry import get_logger
-from services.hmm.holdings import Holdings
+from services.hmm.memory.holdings import Holdings
 from tests.devices.backends import granularity
 from tests.unit.specs import TINY_MIXTRAL
 from tests.unit.test_hmm_memory_shortage import World, try_transition

@@ -13,7 +13,7 @@ from common.protocol.errors import ProtocolError, Unavailable
 from common.protocol.handles import Applied, SeatMemory, ShareHandles
 from common.protocol.pool import StartRank
 from common.protocol.replies import Ack
-from services.worker.hmm_link import MESSAGES_PER_LOOK, HmmLink
+from services.worker.hmm.link import MESSAGES_PER_LOOK, HmmLink
 
 SEAT = StartRank(RankId(0, 0), 0, "host:0", "r0", 1, 16, 4, 160)
 SHARE, GOAL = ShareHandles(()), SeatMemory(1, (), (), (), (), ())

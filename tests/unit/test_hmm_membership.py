@@ -13,8 +13,8 @@ from common.capacity import BusSizes
 from common.host_shared import HostShared
 from common.layout import Layout, initial_layout
 from common.telemetry import get_logger
-from services.hmm.membership import Membership, slots_of_mask
-from services.hmm.memory import BusSegment
+from services.hmm.memory.memory import BusSegment
+from services.hmm.sessions.membership import Membership, slots_of_mask
 
 BEFORE = initial_layout((4,), ["host:0", "host:1"])
 AFTER = msgspec.structs.replace(initial_layout((4,), ["host:0", "host:1", "host:2"]), epoch=2)

@@ -23,12 +23,12 @@ from common.protocol.ids import TransitionId
 from common.telemetry import get_logger
 from native import host
 from services.hmm.background import Background
-from services.hmm.catalog import keys_of
-from services.hmm.holdings import Holdings
-from services.hmm.loader import Load
-from services.hmm.membership import Membership
-from services.hmm.supply import Supply
-from services.hmm.transition import Transitions
+from services.hmm.loading.loader import Load
+from services.hmm.memory.catalog import keys_of
+from services.hmm.memory.holdings import Holdings
+from services.hmm.memory.supply import Supply
+from services.hmm.sessions.membership import Membership
+from services.hmm.transition.transition import Transitions
 from tests.unit.specs import TINY_MIXTRAL
 
 pytestmark = pytest.mark.slow

@@ -18,12 +18,12 @@ from common.protocol.errors import DoesNotFit, ElasticMoEError, InvalidRequest, 
 from common.protocol.hmm import CopyBlocks
 from common.telemetry import get_logger
 from native import host
-from services.hmm import blocks as blocks_module
 from services.hmm.background import Background
-from services.hmm.blocks import BlockCopies, check_ranks
-from services.hmm.memory import DeviceMemory
-from services.hmm.supply import Supply
-from services.hmm.transfer import Part, Peaks, Transfer
+from services.hmm.memory.blocks import BlockCopies, check_ranks
+from services.hmm.memory.memory import DeviceMemory
+from services.hmm.memory.memory import blocks as blocks_module
+from services.hmm.memory.supply import Supply
+from services.hmm.memory.transfer import Part, Peaks, Transfer
 from tests.devices.backends import granularity
 from tests.unit.specs import tiny_mixtral_spec
 

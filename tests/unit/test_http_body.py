@@ -9,7 +9,7 @@ import pytest
 
 from common.http.body import SMALL_BYTES, Body
 from common.protocol.errors import Overloaded
-from services.router.admission import ByteBudget
+from services.router.dispatch.admission import ByteBudget
 
 
 def body_of(budget: ByteBudget, *chunks: bytes) -> Body:

@@ -23,8 +23,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from common.protocol.router import Delta, Logprob
-from services.router.dispatcher import Dispatcher
-from services.router.streams import Stream
+from services.router.dispatch.dispatcher import Dispatcher
+from services.router.dispatch.streams import Stream
 from services.scaler.control.admission import Accepted, Order
 from tests.unit import test_http_surfaces as surfaces
 from tests.unit.test_scaler_admin import Listener, snapshot_of

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from common.config import RouterConfig
 from common.protocol.errors import Unavailable
 from services.router.api.app import build_app as build_router
-from services.router.dispatcher import Dispatcher, router_identity
-from services.router.front import make_front
+from services.router.api.front import make_front
+from services.router.dispatch.dispatcher import Dispatcher, router_identity
 from services.router.history import History
 from services.router.metrics import Metrics
-from services.router.tokenizer import ServedModel
+from services.router.text.tokenizer import ServedModel
 from services.scaler.api.admin import build_app as build_admin
 from services.scaler.api.event_stream import EventStream
 from services.scaler.api.snapshot import StatusCache, StatusSnapshot

@@ -18,7 +18,7 @@ from common.protocol.handles import Routing
 from native.bus import Bus, bus_bytes, format_bus
 from services.worker.exchange.base import Exchange, StepAborted
 from services.worker.exchange.shm_barrier import ShmBarrier
-from services.worker.lockstep import Lockstep
+from services.worker.rank.lockstep import Lockstep
 
 DEADLINE_S = 20.0
 SLOTS = 4

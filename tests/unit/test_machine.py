@@ -17,7 +17,7 @@ from common import machine
 from common.devices.factory import open_device
 from common.machine import available_bytes, group_room, usable_cores
 from common.protocol.errors import DoesNotFit
-from services.hmm import holdings
+from services.hmm.memory.memory import holdings
 
 MIB, GIB = 1 << 20, 1 << 30
 MACHINE = 22 * GIB

@@ -13,7 +13,7 @@ from services.worker.engine import planning
 from services.worker.engine.plan import Draft, Plan, PlanFailed
 from services.worker.engine.scheduler import Scheduler
 from services.worker.engine.sequence import Sequence
-from services.worker.steps import FAILED_MAX
+from services.worker.rank.steps import FAILED_MAX
 from tests.unit.crew import PEER, Crew
 from tests.unit.ranks import Ranks
 from tests.unit.test_quarantine import POISON, check_good, directory, fill

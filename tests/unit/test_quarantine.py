@@ -29,7 +29,7 @@ from services.worker.engine.trial import (
     Trial,
     after_death,
 )
-from services.worker.steps import FAILED_MAX
+from services.worker.rank.steps import FAILED_MAX
 from tests.oracle import next_tokens
 from tests.unit.crew import Crew, Killed
 from tests.unit.ranks import Ranks

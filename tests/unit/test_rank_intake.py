@@ -12,8 +12,8 @@ from common.protocol.errors import ElasticMoEError, Overloaded
 from common.protocol.rank import GetRankIntegrity, Sampling, Submit
 from common.protocol.replies import Refused
 from common.protocol.router import Failed
-from services.worker.intake import check_ids
-from services.worker.rank import Rank
+from services.worker.rank.intake import check_ids
+from services.worker.rank.rank import Rank
 
 PEER = b"router:1"
 

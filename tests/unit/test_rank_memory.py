@@ -29,8 +29,8 @@ from common.protocol.handles import (
 )
 from native.bus import bus_bytes, format_bus
 from native.ledger import format_ledger, ledger_bytes
-from services.worker import memory as memory_module
-from services.worker.memory import Memory
+from services.worker.hmm import memory as memory_module
+from services.worker.hmm.memory import Memory
 from tests.devices.backends import granularity
 from tests.unit.specs import tiny_mixtral_spec
 

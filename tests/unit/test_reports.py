@@ -9,8 +9,8 @@ from common.protocol.codec import Message, encode
 from common.protocol.errors import PayloadTooLarge
 from common.protocol.limits import MESSAGE_BYTES_MAX
 from common.protocol.router import Delta, Logprob, Tokens, logprob_bytes
-from services.worker import reports
-from services.worker.reports import GRACE_S, MESSAGES_MAX, TRY_S, Reports, tokens_of
+from services.worker.rank.rank import reports
+from services.worker.rank.reports import GRACE_S, MESSAGES_MAX, TRY_S, Reports, tokens_of
 
 A, B = b"router:a", b"router:b"
 

@@ -16,14 +16,14 @@ from common.config import RouterConfig
 from common.protocol.errors import ElasticMoEError, InvalidRequest, Overloaded
 from common.protocol.router import Delta, Logprob
 from common.transport import Sockets
-from services.router.admission import ByteBudget, Permits, Price, check_price, price
 from services.router.api.app import build_app
-from services.router.dispatcher import Dispatcher, router_identity
-from services.router.front import ANSWERS_MAX, Front, make_front
+from services.router.api.front import ANSWERS_MAX, Front, make_front
+from services.router.dispatch.admission import ByteBudget, Permits, Price, check_price, price
+from services.router.dispatch.dispatcher import Dispatcher, router_identity
+from services.router.dispatch.streams import Ending, Stream
 from services.router.history import History
 from services.router.metrics import Metrics
-from services.router.streams import Ending, Stream
-from services.router.tokenizer import ServedModel
+from services.router.text.tokenizer import ServedModel
 from tests.procs.router_harness import write_model
 from tests.unit.in_process import InProcess
 

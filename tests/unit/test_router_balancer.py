@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.layout import RankId
-from services.router.balancer import LOST_S, STALE_S, Candidate, decide
+from services.router.dispatch.balancer import LOST_S, STALE_S, Candidate, decide
 
 
 def candidate(

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from cli.models.byte_tokenizer import VOCAB_SIZE, build_byte_tokenizer
 from common.protocol.errors import ConfigError
-from services.router.detokenizer import TextStream, TokenTable
+from services.router.text.detokenizer import TextStream, TokenTable
 
 BYTES = TokenTable(build_byte_tokenizer())
 

@@ -18,13 +18,13 @@ from common.protocol.rank import Sampling, Submit
 from common.protocol.replies import Refused
 from common.protocol.router import Delta, Failed, Logprob, Moved, RankStatus, Suspected, Suspicion, Tokens, ToRouter
 from common.transport import AsyncClient, Sockets
-from services.router.balancer import LOST_S
-from services.router.detokenizer import TextStream, TokenTable
-from services.router.dispatcher import GAP_S, LEAVE_S, LOSSES_MAX, SUBMITS_MAX, Dispatcher
+from services.router.dispatch.balancer import LOST_S
+from services.router.dispatch.dispatcher import GAP_S, LEAVE_S, LOSSES_MAX, SUBMITS_MAX, Dispatcher
+from services.router.dispatch.links import ADOPT_S, EMPTY_S
+from services.router.dispatch.streams import Stream
 from services.router.history import History
-from services.router.links import ADOPT_S, EMPTY_S
 from services.router.metrics import Metrics
-from services.router.streams import Stream
+from services.router.text.detokenizer import TextStream, TokenTable
 from tests.history import check_history
 from tests.procs.router_fakes import layout_of
 

@@ -7,9 +7,9 @@ import pytest
 from common.layout import RankId
 from common.protocol.replies import Refused
 from common.protocol.router import MayMove, Moved
-from services.router.balancer import LOST_S
-from services.router.dispatcher import GONE_S, LEAVE_S
-from services.router.links import ADOPT_S, EMPTY_S
+from services.router.dispatch.balancer import LOST_S
+from services.router.dispatch.dispatcher import GONE_S, LEAVE_S
+from services.router.dispatch.links import ADOPT_S, EMPTY_S
 from tests.history import check_history
 from tests.unit.test_router_dispatcher import Bench, bench, reason
 

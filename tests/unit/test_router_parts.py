@@ -16,7 +16,7 @@ from common.protocol.errors import InvalidRequest, Overloaded
 from common.protocol.rank import Cancel
 from common.protocol.router import Failed
 from common.transport import AsyncClient, Server
-from services.router.admission import ByteBudget, Permits
+from services.router.dispatch.admission import ByteBudget, Permits
 from services.router.history import History
 from tests.history import check_history
 

@@ -15,7 +15,7 @@ from common.protocol.rank import Submit
 from services.router.api.options import options_of
 from services.router.api.parse import parse
 from services.router.api.schemas import ChatRequest, CompletionRequest
-from services.router.tokenizer import ServedModel
+from services.router.text.tokenizer import ServedModel
 from tests.procs.router_harness import write_model
 
 CHAT, COMPLETION = msgspec.json.Decoder(ChatRequest), msgspec.json.Decoder(CompletionRequest)

@@ -12,8 +12,8 @@ from cli.models.byte_tokenizer import build_byte_tokenizer
 from common.protocol.errors import ProtocolError, Unavailable
 from common.protocol.rank import Sampling, Submit
 from common.protocol.router import Delta, Logprob
-from services.router.detokenizer import TextStream, TokenTable
-from services.router.streams import Ending, Output, Stream
+from services.router.dispatch.streams import Ending, Output, Stream
+from services.router.text.detokenizer import TextStream, TokenTable
 
 TABLE = TokenTable(build_byte_tokenizer())
 

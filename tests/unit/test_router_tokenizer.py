@@ -11,7 +11,7 @@ import pytest
 from common.protocol.errors import CheckpointError, ConfigError
 from services.router.text.codec import load_codec
 from services.router.text.jobs import Conversation
-from services.router.tokenizer import ServedModel, load_model
+from services.router.text.tokenizer import ServedModel, load_model
 from tests.procs.router_harness import write_model
 
 

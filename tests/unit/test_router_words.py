@@ -19,7 +19,7 @@ from services.router.api.options import options_of, refuse_words
 from services.router.api.parse import parse
 from services.router.api.schemas import ChatMessage, ChatRequest, CompletionRequest, GenerateRequest, StreamOptions
 from services.router.api.words import MESSAGE_WORDS, WORDS
-from services.router.tokenizer import ServedModel
+from services.router.text.tokenizer import ServedModel
 from tests.procs.router_harness import write_model
 
 CHAT, COMPLETION = msgspec.json.Decoder(ChatRequest), msgspec.json.Decoder(CompletionRequest)

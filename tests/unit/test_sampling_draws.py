@@ -17,7 +17,7 @@ from common.protocol.router import Logprob
 from services.router.api.options import options_of
 from services.router.api.parse import parse
 from services.router.api.schemas import CompletionRequest
-from services.router.tokenizer import ServedModel
+from services.router.text.tokenizer import ServedModel
 from tests.extremes import draw
 from tests.unit.crew import Crew
 from tests.unit.ranks import Ranks

@@ -21,7 +21,7 @@ from services.worker.engine import engine as engine_module
 from services.worker.engine.engine import Engine
 from services.worker.engine.outcome import Outcome
 from services.worker.engine.plan import Chunk, Plan
-from services.worker.steps import GIVEN_UP_MAX, Steps
+from services.worker.rank.steps import GIVEN_UP_MAX, Steps
 from tests.unit.crew import Crew, PlayedLockstep
 from tests.unit.migration_world import make_engine
 from tests.unit.ranks import Ranks

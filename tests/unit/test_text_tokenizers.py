@@ -19,11 +19,11 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from cli.models.byte_tokenizer import _byte_chars
 from common.families import FAMILIES
 from common.protocol.errors import CheckpointError, InvalidRequest
-from services.router.detokenizer import TextStream
 from services.router.text.classes import BY_FAMILY, REBUILT, REFUSED
 from services.router.text.codec import load_codec
+from services.router.text.detokenizer import TextStream
 from services.router.text.jobs import Conversation
-from services.router.tokenizer import ServedModel
+from services.router.text.tokenizer import ServedModel
 
 VOCAB = 400
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "Ã ©"]

@@ -18,13 +18,12 @@ from common.config import PoolConfig, make_run_dirs
 from common.fdchannel import Channel
 from common.protocol.errors import Unavailable
 from common.protocol.standby import TO_POOL, Forked, FromStandby
-from services.worker import children
-from services.worker import pool as pool_module
-from services.worker.pool import FORK_S_MAX, STANDBY_FAILURES_MAX, STANDBY_SETTLED_S, Pool
+from services.worker.pool.pool import FORK_S_MAX, STANDBY_FAILURES_MAX, STANDBY_SETTLED_S, Pool, children
+from services.worker.pool.pool import pool as pool_module
 
 
 class Template:
-    """In the place of services.worker.forks.Forks. `sockets`: of those that were asked for, as they would have them."""
+    """In the place of services.worker.pool.forks.Forks. `sockets`: of those that were asked for."""
 
     def __init__(self, *_: Any) -> None:
         self.connected_at = 0.0

@@ -15,8 +15,8 @@ from common.protocol.errors import ElasticMoEError, Unavailable
 from common.protocol.limits import ERROR_TEXT_CHARS_MAX, NAME_CHARS_MAX, RANKS_MAX
 from common.protocol.pool import StartRank
 from common.protocol.scaler import RankReady
-from services.worker import seats
-from services.worker.seats import RECORD_BYTES, Hold, Seats, path_of
+from services.worker.pool.pool import seats
+from services.worker.pool.seats import RECORD_BYTES, Hold, Seats, path_of
 
 WIDE = "\U0001f600"  # four bytes
 

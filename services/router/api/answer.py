@@ -25,7 +25,7 @@ from services.router.api.errors import error_event
 from services.router.api.generate import Generation
 from services.router.api.logprobs import PIECE_TOKENS
 from services.router.api.pieces import CHUNK_BYTES, send_json, send_pieces
-from services.router.streams import Ending, Output, Stream
+from services.router.dispatch.streams import Ending, Output, Stream
 
 HEAD_S = 0.5
 TICK_S = 0.001  # a timer may come early by so much

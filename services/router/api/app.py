@@ -11,8 +11,8 @@ from common.http.hosts import HostPolicy, split
 from common.protocol.errors import ElasticMoEError
 from common.version import version
 from services.router.api import chat, completions, docs, health, metrics, models, tokens
+from services.router.api.front import Front
 from services.router.api.gate import PUBLIC_PATHS, Gate
-from services.router.front import Front
 
 
 def build_app(front: Front) -> Door:

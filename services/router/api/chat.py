@@ -11,6 +11,7 @@ from common.protocol.errors import InvalidRequest
 from services.router.api.answer import Answer
 from services.router.api.conversation import conversation_of
 from services.router.api.docs import describe
+from services.router.api.front import Front
 from services.router.api.gate import client_of, front_of, permit_of, request_id_of
 from services.router.api.generate import Generation, start
 from services.router.api.logprobs import Entries, Teller
@@ -18,8 +19,7 @@ from services.router.api.options import Options, UsageChunks, options_of
 from services.router.api.parse import body_of
 from services.router.api.schemas import ChatRequest
 from services.router.api.told import AnswerMessage, ChatCompletion, ChatCompletionChunk, ChatLogprobs, Usage
-from services.router.front import Front
-from services.router.streams import Output, Stream
+from services.router.dispatch.streams import Output, Stream
 
 routes = APIRouter()
 _decoder = msgspec.json.Decoder(ChatRequest)

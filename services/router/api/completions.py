@@ -12,6 +12,7 @@ from common.protocol.errors import InvalidRequest
 from services.router.api.answer import Answer
 from services.router.api.chat import end_of_event, end_of_events, usage_of
 from services.router.api.docs import describe
+from services.router.api.front import Front
 from services.router.api.gate import client_of, front_of, permit_of, request_id_of
 from services.router.api.generate import Generation, start
 from services.router.api.logprobs import Columns, Teller
@@ -19,8 +20,7 @@ from services.router.api.options import Options, check_ids, options_of, unsuppor
 from services.router.api.parse import body_of
 from services.router.api.schemas import BATCH_MAX, CompletionRequest
 from services.router.api.told import Completion, CompletionChunk, CompletionLogprobs
-from services.router.front import Front
-from services.router.streams import Output, Stream
+from services.router.dispatch.streams import Output, Stream
 
 MAX_TOKENS_DEFAULT = 16
 

@@ -17,8 +17,8 @@ from common.http import ids
 from common.http.body import Body, Receive
 from common.http.door import Scope, Send, bearer_of, headers_of
 from common.protocol.errors import InvalidRequest, Unauthorized, Unavailable
-from services.router.admission import Permit
-from services.router.front import Front
+from services.router.api.front import Front
+from services.router.dispatch.admission import Permit
 
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
 WORK_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})

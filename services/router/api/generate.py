@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from common.protocol.errors import ContextLengthExceeded, InvalidRequest
 from common.protocol.limits import PROMPT_TOKENS_MAX
 from common.protocol.rank import Submit
-from services.router.admission import Permit, check_price, price
+from services.router.api.front import Front
 from services.router.api.options import Options
-from services.router.detokenizer import TextStream
-from services.router.front import Front
-from services.router.streams import Ending, Stream
+from services.router.dispatch.admission import Permit, check_price, price
+from services.router.dispatch.streams import Ending, Stream
+from services.router.text.detokenizer import TextStream
 
 PIECE_TOKENS = 65_536  # of prompts that are submitted in one go
 

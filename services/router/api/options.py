@@ -10,10 +10,10 @@ import msgspec
 
 from common.protocol.errors import InvalidRequest
 from common.protocol.rank import Sampling
+from services.router.api.sampling_defaults import OPENAI, SamplingDefaults
 from services.router.api.schemas import GenerateRequest, StreamOptions
 from services.router.api.words import WORDS, Word, asked_for
-from services.router.sampling_defaults import OPENAI, SamplingDefaults
-from services.router.tokenizer import ServedModel
+from services.router.text.tokenizer import ServedModel
 
 SEED_MASK = (1 << 63) - 1
 

@@ -14,11 +14,11 @@ from fastapi import Request
 from common.http.decode import decode
 from common.protocol.errors import Unavailable
 from common.protocol.limits import PROMPT_TOKENS_MAX
+from services.router.api.front import Front
 from services.router.api.gate import front_of
 from services.router.api.parts import PIECE_BYTES, Parts
 from services.router.api.schemas import BATCH_MAX
 from services.router.api.whole import to_integers
-from services.router.front import Front
 
 T = TypeVar("T")
 

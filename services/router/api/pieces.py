@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from common.http.body import Receive
 from common.http.door import Scope, Send
-from services.router.turns import Turns
+from services.router.api.turns import Turns
 
 T = TypeVar("T")
 

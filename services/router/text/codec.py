@@ -14,9 +14,9 @@ import msgspec
 
 from common.families import load_spec, read_config
 from common.protocol.errors import CheckpointError, InvalidRequest
-from services.router.detokenizer import TokenTable
 from services.router.text.backend import Backend, build, errors_as
 from services.router.text.bounds import measure
+from services.router.text.detokenizer import TokenTable
 from services.router.text.files import TemplateSource, read_tokenizer_files
 from services.router.text.jobs import (
     Chat,

@@ -1,4 +1,4 @@
-"""What a rank computes on: tensors over mapped records, and the KV cache. Made by `services/worker/memory.py`.
+"""What a rank computes on: tensors over mapped records, and the KV cache. Made by `services/worker/hmm/memory.py`.
 
 Shape suffixes: E experts (all of the model's, present or not). Everything here is memory of the HMM that this process
 has mapped; nothing is copied, and nothing may be written but the KV blocks.

@@ -91,5 +91,5 @@ class _Sampled:
         self.request, self.tokens = state.request, state.tokens
 
 
-if "services.worker.template" in sys.orig_argv:
+if "services.worker.pool.template" in sys.orig_argv:
     patch()

@@ -1,0 +1,137 @@
+"""Loading: from a checkpoint to final weights in page handles, ready to be mapped.
+
+Each tensor is read from disk once (reader.py), into the record's handle on its first device. Records that live on
+several devices are then copied between them.
+Nothing is created before the whole checkpoint and the sizes are verified; on any failure everything is given back.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common.capacity import DeviceSizes, LedgerSizes, size_load
+from common.checkpoint import Checkpoint
+from common.failpoint import failpoint
+from common.families import load_spec
+from common.model_spec import KvGeometry, RecordKey, RecordSpec, round_up
+from common.protocol.errors import CheckpointError, Unavailable
+from common.protocol.hmm import LoadModel
+from common.telemetry import get_logger
+from services.hmm.loading.reader import Reader
+from services.hmm.memory.catalog import Loaded
+from services.hmm.memory.ledgers import make_ledger
+from services.hmm.memory.memory import BusSegment, DeviceMemory
+
+log = get_logger("hmm")
+
+
+class Load:
+    """One load, run once, by a thread of its own. `bytes_done` and `bytes_total` count tensor bytes of the checkpoint
+    and may be read by other threads; `abort` may be called by them."""
+
+    def __init__(
+        self, request: LoadModel, memories: Mapping[str, DeviceMemory], segment: BusSegment, granularity: int
+    ) -> None:
+        self.request = request
+        self.bytes_done = 0
+        self.bytes_total = 0
+        self.bytes_read: dict[str, int] = {}  # by file; set at the end
+        self._memories = memories
+        self._segment = segment
+        self._granularity = granularity
+        self._abort = threading.Event()
+
+    def abort(self) -> None:
+        """Let `run` end soon with Unavailable."""
+        self._abort.set()
+
+    def _check_abort(self) -> None:
+        if self._abort.is_set():
+            raise Unavailable("the load was aborted", code="aborted")
+
+    def run(self) -> Loaded:
+        """Load. Blocks until all memory is filled. Raises CheckpointError, DoesNotFit, InvalidRequest, Unavailable."""
+        try:
+            return self._run()
+        except BaseException:
+            for memory in self._memories.values():
+                memory.clear()
+            raise
+
+    def _run(self) -> Loaded:
+        load, granularity = self.request, self._granularity
+        directory = _existing(load.model_path)
+        spec = load_spec(directory, load.dtype)
+        budgets = {name: memory.device.budget for name, memory in self._memories.items()}
+        specs, geometry, ledger, bus, sizes = size_load(load, spec, budgets, granularity)
+        with Checkpoint(directory, spec) as checkpoint:
+            if remarks := checkpoint.remarks():
+                log.warning("checkpoint: " + "; ".join(remarks))
+            failpoint("hmm.load")
+            self._create(specs, sizes, geometry, ledger)
+            self._read(checkpoint, specs)
+            self.bytes_read = checkpoint.bytes_read
+        self._replicate(specs)
+        self._segment.format(bus)
+        footprint = max(size.weights_bytes + size.num_kv_handles * geometry.handle_bytes for size in sizes.values())
+        handles = max(size.num_kv_handles for size in sizes.values())
+        return Loaded(load, spec, geometry, bus.nbytes, load.layout, uuid.uuid4().hex, footprint, handles)
+
+    def _create(
+        self,
+        specs: Sequence[RecordSpec],
+        sizes: Mapping[str, DeviceSizes],
+        geometry: KvGeometry,
+        ledger: LedgerSizes,
+    ) -> None:
+        nbytes = {spec.key: round_up(spec.nbytes, self._granularity) for spec in specs}
+        for name, size in sizes.items():
+            memory = self._memories[name]
+            memory.ledger = make_ledger(name, ledger)
+            for key in size.keys:
+                self._check_abort()
+                memory.create_record(key, nbytes[key])
+            for _ in range(size.num_kv_handles):
+                self._check_abort()
+                memory.create_kv(geometry.handle_bytes)
+
+    def _holders(self, key: RecordKey) -> list[DeviceMemory]:
+        seats = sorted(self.request.layout.seats, key=lambda seat: seat.slot)
+        memories = [self._memories[seat.device] for seat in seats]
+        return [memory for memory in memories if key in memory.records]
+
+    def _progress(self, nbytes: int) -> None:
+        self.bytes_done += nbytes
+        if not nbytes:
+            self._check_abort()
+
+    def _read(self, checkpoint: Checkpoint, specs: Sequence[RecordSpec]) -> None:
+        reader = Reader(checkpoint, self._progress)
+        for record in specs:
+            memory = self._holders(record.key)[0]
+            reader.add(record, memory.device, memory.address(memory.records[record.key]))
+        self.bytes_total = reader.nbytes
+        reader.read()
+
+    def _replicate(self, specs: Sequence[RecordSpec]) -> None:
+        for record in specs:
+            first, *others = self._holders(record.key)
+            source = first.records[record.key]
+            for other in others:
+                self._check_abort()
+                target = other.records[record.key]
+                other.device.copy(other.address(target), first.address(source), source.nbytes)
+
+
+def _existing(path: str) -> Path:
+    directory = Path(path)
+    try:
+        exists = directory.is_dir()
+    except (OSError, ValueError):  # a name that is too long, a folder that may not be entered
+        exists = False
+    if not exists:
+        raise CheckpointError(f"checkpoint {directory.name!r:.200} is not a directory that can be read")
+    return directory

@@ -1,0 +1,1 @@
+"""What the HMM holds: device memory, records, KV handles, copies between devices."""

@@ -1,0 +1,148 @@
+"""Copies of KV blocks between devices, for sequences that move: in threads, fenced by the two ranks' incarnations."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from common.devices.base import Device
+from common.model_spec import KvGeometry
+from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, Overloaded
+from common.protocol.hmm import CopyBlocks
+from services.hmm.background import Background
+from services.hmm.memory.memory import DeviceMemory
+from services.hmm.sessions.attachments import Attached
+
+RUNNING_MAX: Final = 2  # threads at once
+WAITING_MAX: Final = 256
+COPY_BYTES: Final = 1 << 20  # asked of the device at once: also how long a stop may wait
+
+Answer = Callable[[ElasticMoEError | None], None]
+
+
+class _Job:
+    """One CopyBlocks: what `target` copies, as parts of (destination, source, bytes), and how it ends."""
+
+    def __init__(
+        self,
+        request: CopyBlocks,
+        source: Device,
+        target: Device,
+        parts: Sequence[tuple[int, int, int]],
+        answer: Answer,
+    ) -> None:
+        self.slots = (request.source_slot, request.target_slot)
+        self.devices = (source.name, target.name)
+        self.answer = answer
+        self._target = target
+        self._parts = parts
+        self.stopped = threading.Event()
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        """Copy some blocks at a time. Raises Conflict when it was stopped."""
+        count = max(1, COPY_BYTES // self._parts[0][2]) if self._parts else 1
+        try:
+            for done in range(0, len(self._parts), count):
+                if self.stopped.is_set():
+                    raise _stale("one of the two ranks ended while blocks were copied")
+                self._target.copy_async(self._parts[done : done + count]).wait()
+        finally:
+            self.ended.set()
+
+
+class BlockCopies:
+    """All copies of KV blocks that run or wait. Belongs to the service's loop."""
+
+    def __init__(self, background: Background) -> None:
+        self._background = background
+        self._running: list[_Job] = []
+        self._waiting: deque[_Job] = deque()
+
+    def start(
+        self,
+        request: CopyBlocks,
+        memories: tuple[DeviceMemory, DeviceMemory],
+        geometry: KvGeometry,
+        answer: Answer,
+    ) -> None:
+        """Begin what `check_ranks` has let pass; `answer` is called when it is over, with None where all was copied.
+
+        Raises InvalidRequest for blocks that are not there, Overloaded.
+        """
+        if len(self._waiting) >= WAITING_MAX:
+            raise Overloaded(f"{WAITING_MAX} copies of blocks wait, the limit")
+        sources = [_address(memories[0], geometry, source) for source, _ in request.pairs]
+        targets = [_address(memories[1], geometry, target) for _, target in request.pairs]
+        parts = [(dst, src, geometry.block_bytes) for dst, src in zip(targets, sources, strict=True)]
+        self._waiting.append(_Job(request, memories[0].device, memories[1].device, parts, answer))
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._running) < RUNNING_MAX:
+            job = self._waiting.popleft()
+            self._running.append(job)
+            self._begin(job)
+
+    def _begin(self, job: _Job) -> None:
+        def over(result: ElasticMoEError | None) -> None:
+            self._running.remove(job)
+            job.answer(result)
+            self._fill()
+
+        self._background.start("blocks", job.run, over)
+
+    def is_busy(self, device: str) -> bool:
+        """Whether a copy reads or writes KV of `device`, or is about to."""
+        return any(device in job.devices for job in (*self._running, *self._waiting))
+
+    def stop(self, slot: int) -> None:
+        """The rank of `slot` is gone: no copy from or to it may go on."""
+        for job in self._running:
+            if slot in job.slots:
+                job.stopped.set()
+        for job in [job for job in self._waiting if slot in job.slots]:
+            self._waiting.remove(job)
+            job.answer(_stale("one of the two ranks ended before blocks were copied"))
+
+    def wait_stopped(self, slot: int, timeout_s: float) -> bool:
+        """Whether no copy that was stopped touches `slot` any more, after at most `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        jobs = [job for job in self._running if slot in job.slots and job.stopped.is_set()]
+        return all(job.ended.wait(max(0.0, deadline - time.monotonic())) for job in jobs)
+
+    def close(self) -> None:
+        """Let all end soon."""
+        for job in self._running:
+            job.stopped.set()
+        self._waiting.clear()
+
+
+def check_ranks(request: CopyBlocks, ranks: tuple[Attached | None, Attached | None]) -> None:
+    """Raise Conflict `stale_incarnation` unless both ranks are the ones that the request names; InvalidRequest for one
+    and the same."""
+    if request.source_slot == request.target_slot:
+        raise InvalidRequest(f"slot {request.source_slot} is source and target")
+    named = (
+        (request.source_slot, request.source_incarnation),
+        (request.target_slot, request.target_incarnation),
+    )
+    for (slot, incarnation), rank in zip(named, ranks, strict=True):
+        if rank is None or rank.incarnation != incarnation:
+            present = rank.incarnation if rank is not None else "nobody"
+            raise _stale(f"slot {slot} is held by {present}, not by {incarnation}")
+
+
+def _stale(text: str) -> Conflict:
+    return Conflict(text, code="stale_incarnation")
+
+
+def _address(memory: DeviceMemory, geometry: KvGeometry, block: int) -> int:
+    handle, index = divmod(block, geometry.blocks_per_handle)
+    if handle >= len(memory.kv):
+        num_blocks = len(memory.kv) * geometry.blocks_per_handle
+        raise InvalidRequest(f"block {block} is not one of the {num_blocks} of {memory.device.name}")
+    return memory.address(memory.kv[handle]) + index * geometry.block_stride

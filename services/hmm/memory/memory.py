@@ -1,0 +1,153 @@
+"""The HMM's own view of its memory: the handles of each device, where it maps them itself, ledgers and the bus."""
+
+from __future__ import annotations
+
+from common.capacity import BusSizes
+from common.devices.base import Device, Handle, Range, Space
+from common.devices.rules import Origin
+from common.host_shared import HostShared
+from common.model_spec import RecordKey
+from common.protocol.errors import DeviceError
+from native.bus import Bus, format_bus
+from services.hmm.memory.catalog import DeviceEntry, Placed, Span
+
+_Window = tuple[Space, Origin, int]
+
+
+class DeviceMemory:
+    """All handles of one device, mapped here as long as they live, each at its own offset of a window of its space, so
+    that addresses are stable. `records`, `kv` and `ledger` are what the catalog names; the ledger, of the rank on this
+    device, is memory of the host.
+
+    Belongs to the load's thread during a load, else to the service's loop.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.records: dict[RecordKey, Handle] = {}
+        self.kv: list[Handle] = []
+        self.ledger: HostShared | None = None
+        self._windows: dict[_Window, Range] = {}
+
+    def create_record(self, key: RecordKey, nbytes: int) -> None:
+        """Create and map the handle of a weight record. Raises DoesNotFit."""
+        handle = self.device.create(nbytes, "weights")
+        self.records[key] = handle
+        self._map(handle)
+
+    def create_kv(self, nbytes: int) -> None:
+        """Create and map one more KV handle. Raises DoesNotFit."""
+        self.kv.append(self.device.create(nbytes, "kv"))
+        self._map(self.kv[-1])
+
+    def claim(self, nbytes: int, space: Space) -> Handle:
+        """A mapped handle without pages that the catalog does not name yet (Device.claim). Raises DoesNotFit."""
+        handle = self.device.claim(nbytes, space)
+        self._map(handle)
+        return handle
+
+    def _map(self, handle: Handle) -> None:
+        name, offset = self._window_of(handle)
+        window = self._windows.get(name)
+        if window is None:
+            window = self._windows[name] = self.device.reserve(self.device.window_bytes)
+        self.device.map(window, offset, handle, writable=True)
+
+    def _window_of(self, handle: Handle) -> tuple[_Window, int]:
+        """Which window a handle is in, and its offset there. A predecessor's handles have windows of their own."""
+        assert handle.space is not None, "the HMM maps no imported handles"
+        number, offset = divmod(handle.place, self.device.window_bytes)
+        return (handle.space, handle.origin, number), offset
+
+    def address(self, handle: Handle) -> int:
+        """Where a handle is mapped."""
+        name, offset = self._window_of(handle)
+        return self._windows[name].address(offset)
+
+    def clear(self) -> None:
+        """Unmap and release every handle."""
+        for handle in self.take_all():
+            self.release(handle)
+
+    def take_all(self) -> list[Handle | HostShared]:
+        """All that the catalog names, which it does no more: it is the caller's, to `release`."""
+        taken: list[Handle | HostShared] = [*self.records.values(), *self.kv, *([self.ledger] if self.ledger else [])]
+        self.records.clear()
+        self.kv.clear()
+        self.ledger = None
+        return taken
+
+    def release(self, memory: Handle | HostShared) -> None:
+        """Unmap and give back what the catalog does not name."""
+        if isinstance(memory, HostShared):
+            memory.close()
+            return
+        if memory.num_mappings:
+            name, offset = self._window_of(memory)
+            self.device.unmap(self._windows[name], offset)
+        self.device.release(memory)
+
+    def entry(self) -> DeviceEntry:
+        """The catalog's entry of this device."""
+        records = tuple(Placed(key, _span(handle)) for key, handle in self.records.items())
+        kv = tuple(_span(handle) for handle in self.kv)
+        ledger_bytes = self.ledger.nbytes if self.ledger else 0
+        return DeviceEntry(self.device.name, self.device.budget, records, kv, ledger_bytes)
+
+    def restore(self, entry: DeviceEntry, ledger: HostShared | None) -> None:
+        """Take over what a predecessor created, and give back what it did not record. Raises DeviceError."""
+        self.ledger = ledger
+        for placed in entry.records:
+            handle = self.device.restore("weights", *_where(placed.span))
+            self.records[placed.key] = handle
+            self._map(handle)
+        for span in entry.kv:
+            self.kv.append(self.device.restore("kv", *_where(span)))
+            self._map(self.kv[-1])
+        self.device.trim()
+
+    def close(self) -> None:
+        """Give back this process's part of everything. Idempotent."""
+        if self.ledger is not None:
+            self.ledger.close()
+            self.ledger = None
+        self.device.close()
+
+
+def _where(span: Span) -> tuple[int, int, int]:
+    return span.offset, span.nbytes, span.key
+
+
+def _span(handle: Handle) -> Span:
+    return Span(handle.place, handle.nbytes, handle.key)
+
+
+class BusSegment:
+    """The bus's memory. It is working memory like activations, outside the devices' budgets: its exchange areas take
+    pages only when they are touched. Owns it."""
+
+    def __init__(self, shared: HostShared) -> None:
+        self.shared = shared
+        self.bus: Bus | None = None
+
+    def format(self, sizes: BusSizes) -> None:
+        """Give an empty segment its size and header, and open it. Raises DoesNotFit."""
+        self.shared.resize(sizes.nbytes)
+        format_bus(self.shared.address, sizes.nbytes, sizes.max_ranks, sizes.max_tokens, sizes.hidden, sizes.top_k)
+        self.bus = Bus(self.shared.address, sizes.nbytes)
+
+    @classmethod
+    def open(cls, fd: int, nbytes: int) -> BusSegment:
+        """A segment that a predecessor formatted; `fd` is taken over. Raises DeviceError invalid_extent."""
+        segment = cls(HostShared.open(fd, nbytes))
+        try:
+            segment.bus = Bus(segment.shared.address, nbytes)
+        except ValueError as error:
+            segment.close()
+            raise DeviceError(f"the bus of {nbytes} bytes cannot be opened: {error}", code="invalid_extent") from None
+        return segment
+
+    def close(self) -> None:
+        """Unmap and close. Idempotent."""
+        self.bus = None
+        self.shared.close()

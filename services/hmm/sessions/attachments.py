@@ -1,0 +1,292 @@
+"""The handle channel's connections: which ranks are attached, what was sent to each, and what each has applied."""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+import msgspec
+
+from common.fdchannel import Channel, Listener
+from common.protocol.codec import Message, encode
+from common.protocol.errors import Conflict, ElasticMoEError, ProtocolError, Unavailable
+from common.protocol.handles import TO_HMM, Applied, Attach, AttachReply, SeatMemory, ToHmm
+from common.protocol.replies import refusal
+from common.telemetry import Logger
+from services.hmm.sessions.handles import Offer, shares
+
+PENDING_MAX: Final = 128  # connections that have not said who they are
+PENDING_S: Final = 5.0  # that they have for it
+_RECEIVE_MS: Final = 1_000
+_APPLIED_MS: Final = 200  # a few bytes that were sent at once
+_MESSAGES_PER_TURN: Final = 16
+_SEND_BUFFER_BYTES: Final = 4 << 20  # as much of it as the system allows: most messages leave at once
+_UNSENT_S: Final = 60.0  # a rank reads between two steps
+_UNSENT_TURN_MS: Final = 5
+_LATER: Final = (errno.EAGAIN, errno.ETOOMANYREFS)  # the socket is full, or too many descriptors are on their way
+_NOTHING: Final = SeatMemory(0, (), (), (), (), ())
+
+
+class _Unsent(NamedTuple):
+    """The rest of a message; the descriptors go with its first byte. `kept`: those that are to be closed then."""
+
+    data: bytes
+    fds: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
+class _Outbox:
+    """Sends whole messages without waiting for the reader. Owns a duplicate of the channel's socket."""
+
+    def __init__(self, channel: Channel[ToHmm], identity: str) -> None:
+        self._sock = socket.socket(fileno=os.dup(channel.fileno()))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        self._identity = identity
+        self._unsent: list[_Unsent] = []
+        self._since = 0.0
+
+    def put(self, message: Message, fds: tuple[int, ...], *, are_lasting: bool = False) -> None:
+        """Send, now or from `flush`. Raises Unavailable when the peer is gone. `fds` stay the caller's; unless they
+        `are_lasting`, open until the peer has answered, duplicates of them are kept meanwhile."""
+        raw = encode(message, sender=self._identity)
+        if not self._unsent:
+            self._since = time.monotonic()
+        kept = () if are_lasting else tuple(os.dup(fd) for fd in fds)
+        self._unsent.append(_Unsent(struct.pack("<I", len(raw)) + raw, kept or fds, kept))
+        self.flush()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all was sent."""
+        return not self._unsent
+
+    def flush(self) -> None:
+        """Send what the socket takes. Raises Unavailable where the peer is gone, or did not read for too long."""
+        while self._unsent:
+            data, fds, kept = self._unsent[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                sent = self._sock.sendmsg([memoryview(data)[: 1 << 20]], rights, socket.MSG_DONTWAIT)
+            except OSError as error:
+                if error.errno not in _LATER:
+                    raise Unavailable(f"peer is gone: {error.strerror}") from None
+                if time.monotonic() - self._since > _UNSENT_S:
+                    raise Unavailable(f"the rank has read nothing for {_UNSENT_S:.0f} s") from None
+                return
+            _close(kept)
+            self._since = time.monotonic()
+            self._unsent[0] = _Unsent(data[sent:], (), ())
+            if not self._unsent[0].data:
+                self._unsent.pop(0)
+
+    def close(self) -> None:
+        """Drop what is unsent. Idempotent."""
+        for one in self._unsent:
+            _close(one.kept)
+        self._unsent.clear()
+        self._sock.close()
+
+
+class Attached:
+    """A living rank: its connection, who it is, and its memory as last `sent`, of which `applied` is the revision that
+    it has mapped. `shared`: ids of the handles that it has, or was sent. `version`: of the HMM's view when that was
+    made."""
+
+    def __init__(self, channel: Channel[ToHmm], request: Attach, outbox: _Outbox) -> None:
+        self.channel = channel
+        self.rank = request.rank
+        self.slot = request.slot
+        self.device = request.device
+        self.incarnation = request.incarnation
+        self.outbox = outbox
+        self.sent = _NOTHING
+        self.shared: set[int] = set()
+        self.applied = 0
+        self.version = -1
+
+    def close(self) -> None:
+        """End the connection."""
+        self.outbox.close()
+        self.channel.close()
+
+
+class Attachments:
+    """The handle channel's listener and connections. Belongs to the service's loop. The service says what may be
+    attached (`admit`), and hears of ends from `take`."""
+
+    def __init__(self, listener: Listener, identity: str, log: Logger) -> None:
+        self._listener = listener
+        self._identity = identity
+        self._log = log
+        self._pending: dict[int, tuple[Channel[ToHmm], float]] = {}
+        self._revision = 0
+        self.by_slot: dict[int, Attached] = {}
+
+    def open(self) -> None:
+        """Let ranks connect from now on."""
+        self._listener.open()
+
+    def fds(self) -> set[int]:
+        """What the loop has to watch."""
+        living = {attached.channel.fileno() for attached in self.by_slot.values()}
+        return {self._listener.fileno(), *self._pending, *living}
+
+    def turn_ms(self, otherwise: int) -> int:
+        """How long the loop may sleep: shorter while something could not be sent."""
+        is_empty = all(attached.outbox.is_empty for attached in self.by_slot.values())
+        return otherwise if is_empty else _UNSENT_TURN_MS
+
+    # ---- Attached ranks
+
+    def _next_revision(self) -> int:
+        """Greater than all before it, those of a former HMM of this machine included."""
+        self._revision = max(self._revision + 1, time.monotonic_ns() // 1_000_000)
+        return self._revision
+
+    def take(self, ready: set[int]) -> list[Attached]:
+        """Take in what ranks have applied, send what is unsent, and take out the ranks whose connections ended."""
+        ended = []
+        for slot, attached in list(self.by_slot.items()):
+            try:
+                attached.outbox.flush()
+                if attached.channel.fileno() in ready:
+                    self._receive(attached)
+            except ElasticMoEError as error:
+                ended.append(self._end(slot, error))
+        return ended
+
+    def ended_now(self, slot: int) -> Attached | None:
+        """The rank of `slot`, taken out, if its connection ended after the loop last looked."""
+        if slot not in self.by_slot:
+            return None
+        try:
+            self._receive(self.by_slot[slot])
+        except ElasticMoEError as error:
+            return self._end(slot, error)
+        return None
+
+    def _receive(self, attached: Attached) -> None:
+        poller = select.poll()
+        poller.register(attached.channel.fileno(), select.POLLIN)
+        for _ in range(_MESSAGES_PER_TURN):
+            if not poller.poll(0):
+                return
+            received, fds = attached.channel.receive(deadline_ms=_APPLIED_MS)
+            _close(fds)  # nobody asked for them
+            body = received.body
+            if not isinstance(body, Applied) or body.revision > attached.sent.revision:
+                raise ProtocolError(f"{type(body).__name__} is not what an attached rank may say now")
+            attached.applied = max(attached.applied, body.revision)
+
+    def _end(self, slot: int, error: ElasticMoEError) -> Attached:
+        attached = self.by_slot.pop(slot)
+        attached.close()
+        if isinstance(error, ProtocolError):
+            self._log.warning("rank breaks the protocol", slot=slot, reason=error.message)
+        return attached
+
+    def update(self, attached: Attached, seat: SeatMemory, offer: Offer) -> None:
+        """Send a seat's memory, and what of its handles the rank does not have, unless it is what was sent last but for
+        the revision. A failure shows as its end."""
+        if msgspec.structs.replace(seat, revision=0) == msgspec.structs.replace(attached.sent, revision=0):
+            return
+        seat = msgspec.structs.replace(seat, revision=self._next_revision())
+        attached.sent = seat
+        try:
+            for message, fds in shares(offer, attached.shared):
+                attached.outbox.put(message, fds, are_lasting=True)  # no handle is given back while a rank may have it
+            attached.outbox.put(seat, offer.fds)
+        except Unavailable:
+            pass  # the connection's end is readable, and the next turn takes it out
+        attached.shared = set(offer.handles)
+
+    # ---- New connections
+
+    def accept(self, ready: set[int]) -> None:
+        """Take new connections, and drop those that did not say who they are in time."""
+        now = time.monotonic()
+        for fd in [fd for fd, (_, since) in self._pending.items() if now - since > PENDING_S]:
+            self._log.warning("silent connection dropped", after_s=PENDING_S)
+            self._pending.pop(fd)[0].close()
+        if self._listener.fileno() not in ready:
+            return
+        while True:
+            try:
+                channel = self._listener.accept(self._identity, TO_HMM)
+            except ElasticMoEError as error:
+                self._log.warning("connection refused", code=error.code, reason=error.message)
+                continue
+            if channel is None:
+                return
+            if len(self._pending) >= PENDING_MAX:
+                self._log.warning("connection refused", code="too_many", limit=PENDING_MAX)
+                channel.close()
+                continue
+            self._pending[channel.fileno()] = (channel, now)
+
+    def requests(self, ready: set[int]) -> list[tuple[Channel[ToHmm], Attach]]:
+        """Who asks to be attached; each channel is now the caller's, to `admit` or `refuse`."""
+        found = []
+        for fd in ready & set(self._pending):
+            channel, _ = self._pending.pop(fd)
+            try:
+                received, fds = channel.receive(deadline_ms=_RECEIVE_MS)
+                _close(fds)  # nobody asked for them
+                if not isinstance(received.body, Attach):
+                    raise ProtocolError(f"{type(received.body).__name__} is not how a rank introduces itself")
+            except ElasticMoEError as error:
+                self._log.warning("bad attach", code=error.code, reason=error.message)
+                self.refuse(channel, error)
+                continue
+            found.append((channel, received.body))
+        return found
+
+    def refuse(self, channel: Channel[ToHmm], error: ElasticMoEError) -> None:
+        """Answer Refused and end the connection."""
+        try:
+            channel.send(refusal(error), deadline_ms=_RECEIVE_MS)
+        except ElasticMoEError:
+            pass  # the peer is gone: nobody is left to be told
+        channel.close()
+
+    def check_vacant(self, slot: int) -> None:
+        """Raise Conflict where another rank is attached to `slot`."""
+        if slot in self.by_slot:
+            raise Conflict(f"slot {slot} is held by {self.by_slot[slot].incarnation}, which is alive")
+
+    def admit(self, channel: Channel[ToHmm], request: Attach, reply: AttachReply, fds: tuple[int, ...]) -> Attached:
+        """Answer; from now on the connection stands for the rank's life. `update` is to send its memory.
+
+        Raises Conflict where another rank is attached there; Unavailable when the peer is gone.
+        """
+        self.check_vacant(request.slot)
+        outbox = _Outbox(channel, self._identity)
+        try:
+            outbox.put(reply, fds)
+        except BaseException:
+            outbox.close()
+            raise
+        attached = self.by_slot[request.slot] = Attached(channel, request, outbox)
+        return attached
+
+    def close(self) -> None:
+        """End all connections and the listener. Idempotent."""
+        for attached in self.by_slot.values():
+            attached.close()
+        for channel, _ in self._pending.values():
+            channel.close()
+        self.by_slot.clear()
+        self._pending.clear()
+        self._listener.close()
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,168 @@
+"""What a rank is handed: its seat's memory, as messages say it, and the handles and descriptors that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Final, NamedTuple
+
+from common.devices.base import Device, FdToken, Handle
+from common.host_shared import HostShared
+from common.layout import Layout, Seat
+from common.model_spec import RecordKey
+from common.protocol.errors import Conflict, NotFound
+from common.protocol.handles import (
+    Attach,
+    AttachReply,
+    RecordHandle,
+    Routing,
+    SeatMemory,
+    Segment,
+    SharedFd,
+    SharedHandle,
+    SharedKey,
+    ShareHandles,
+)
+from common.protocol.limits import FDS_MAX
+from services.hmm.memory.catalog import Loaded, Transition, keys_of, layouts, slots_of
+from services.hmm.memory.holdings import Holdings
+from services.hmm.memory.memory import DeviceMemory
+
+HANDLES_MAX: Final = 1_024  # of one message: importing them takes a rank some milliseconds between two steps
+
+
+class _Fds:
+    """Descriptors of one message, each once."""
+
+    def __init__(self) -> None:
+        self.all: list[int] = []
+        self._index: dict[int, int] = {}
+
+    def add(self, fd: int) -> int:
+        """The index of `fd` in the message."""
+        if fd not in self._index:
+            self._index[fd] = len(self.all)
+            self.all.append(fd)
+        return self._index[fd]
+
+
+class Offer(NamedTuple):
+    """What a SeatMemory needs beside it: the descriptors that it indexes, and by id the handles of `device` that it
+    names."""
+
+    fds: tuple[int, ...]
+    device: Device
+    handles: dict[int, Handle]
+
+
+class View(NamedTuple):
+    """What a seat shall have mapped: its records, KV handles in order, and the layouts whose routing it may need."""
+
+    records: dict[RecordKey, Handle]
+    kv: list[Handle]
+    layouts: tuple[Layout, ...]
+
+
+def full_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | None) -> View:
+    """All that there is, for a rank that attaches: what shall go is taken from it afterwards, as from any other."""
+    needed, allowed = layouts(loaded, transition)
+    is_needed = any(layout.seat_on(memory.device.name) for layout in needed)
+    return View(memory.records, memory.kv, needed if is_needed else allowed)
+
+
+def wanted_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | None) -> View | None:
+    """What the rank on `memory`'s device shall have; None where its seat has left, and it keeps what it has."""
+    needed, _ = layouts(loaded, transition)
+    name = memory.device.name
+    keys = keys_of(needed, name)
+    if not keys:
+        return None
+    kv = memory.kv
+    if transition is not None and transition.phase == "vacating":
+        kv = kv[: transition.request.kv_handles.get(name, len(kv))]
+    routed = needed
+    if transition is not None and transition.phase in ("vacating", "copying"):
+        # Early, so that a rank to which nothing else comes is prepared before the copies are over.
+        routed = (transition.before, transition.after)
+    return View({key: handle for key, handle in memory.records.items() if key in keys}, kv, routed)
+
+
+def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, revision: int) -> tuple[SeatMemory, Offer]:
+    """The message for `view`, and what it needs."""
+    fds, name = _Fds(), memory.device.id_of
+    slots = slots_of(view.layouts)
+    seat = SeatMemory(
+        revision=revision,
+        records=tuple(RecordHandle(key, name(handle)) for key, handle in view.records.items()),
+        kv=tuple(name(handle) for handle in view.kv),
+        routings=tuple(
+            Routing(layout.epoch, tuple(layout.owners(layer) for layer in range(len(layout.homes))))
+            for layout in view.layouts
+        ),
+        slots=slots,
+        doorbells=tuple(fds.add(holdings.doorbells[slot]) for slot in slots),
+    )
+    handles = {name(handle): handle for handle in (*view.records.values(), *view.kv)}
+    return seat, Offer(tuple(fds.all), memory.device, handles)
+
+
+def shares(offer: Offer, known: Collection[int]) -> Iterator[tuple[ShareHandles, tuple[int, ...]]]:
+    """The messages that hand over what is offered and not `known`, each with its descriptors: they are the device's."""
+    fds, handles = _Fds(), list[SharedHandle]()
+    for name, handle in offer.handles.items():
+        if name in known:
+            continue
+        token = offer.device.export(handle)
+        if len(handles) == HANDLES_MAX or len(fds.all) == FDS_MAX:
+            yield ShareHandles(tuple(handles)), tuple(fds.all)
+            fds, handles = _Fds(), []
+        if isinstance(token, FdToken):
+            handles.append(SharedHandle(name, token.nbytes, SharedFd(fds.add(token.fd), token.offset)))
+        else:
+            handles.append(SharedHandle(name, token.nbytes, SharedKey(token.key)))
+    if handles:
+        yield ShareHandles(tuple(handles)), tuple(fds.all)
+
+
+def _share(fds: _Fds, shared: HostShared) -> Segment:
+    return Segment(fds.add(shared.fd), shared.nbytes)
+
+
+def attach_reply(memory: DeviceMemory, holdings: Holdings) -> tuple[AttachReply, tuple[int, ...]]:
+    """What the rank on `memory`'s device is told first when it attaches, and its descriptors."""
+    loaded, segment = holdings.loaded, holdings.segment
+    assert loaded is not None, "a seat is of a loaded model"
+    assert segment is not None, "a loaded model has a bus"
+    assert memory.ledger is not None, "a seat's device has a ledger"
+    fds = _Fds()
+    reply = AttachReply(
+        memory_id=loaded.memory_id,
+        spec=loaded.spec,
+        granularity=holdings.granularity,
+        kv_geometry=loaded.kv,
+        # Address space for all KV that the device could ever hold: experts that leave make room for it.
+        kv_bytes_reserved=min(memory.device.budget, memory.device.range_bytes_max)
+        // loaded.kv.handle_bytes
+        * loaded.kv.handle_bytes,
+        bus=_share(fds, segment.shared),
+        ledger=_share(fds, memory.ledger),
+    )
+    return reply, tuple(fds.all)
+
+
+def seat_for(loaded: Loaded | None, transition: Transition | None, request: Attach) -> Seat:
+    """The seat that `request` names: of the layout in force, or of one that is staged; a rank that only resumes may
+    also be of one that has left. Raises Conflict while no model is ready, NotFound where there is no such seat."""
+    if loaded is None:
+        raise Conflict("no model is ready", code="not_ready")
+    open_ = [loaded.layout]
+    if transition is not None and transition.phase == "staged":
+        open_.append(transition.after)
+    if transition is not None and request.resume:
+        open_ += layouts(loaded, transition)[1]
+    for layout in open_:
+        for seat in layout.seats:
+            if (seat.rank, seat.slot, seat.device) == (request.rank, request.slot, request.device):
+                return seat
+    raise NotFound(
+        f"layout {loaded.layout.epoch} has no seat of rank {request.rank} in slot {request.slot} on {request.device}"
+    )

@@ -1,0 +1,68 @@
+"""What every endpoint works with: one bundle, made by the service and handed to the app."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.config import RouterConfig
+from common.protocol.errors import NotFound
+from services.router.api.sampling_defaults import SamplingDefaults, read_defaults
+from services.router.api.turns import Turns
+from services.router.dispatch.admission import ByteBudget, Permits
+from services.router.dispatch.dispatcher import Dispatcher
+from services.router.metrics import Metrics
+from services.router.text.texts import Texts, Workers
+from services.router.text.tokenizer import ServedModel
+
+BODIES_MAX = 16  # bodies of the largest size that are in memory at once
+ANSWERS_MAX = 2  # answers of the largest size
+
+
+@dataclass(slots=True)
+class Front:
+    """The parts of a running router. `defaults`: of requests that do not say how to sample. `is_draining`: no new
+    requests; those that run may end. `api_key` None: open."""
+
+    config: RouterConfig
+    model: ServedModel
+    texts: Texts
+    dispatcher: Dispatcher
+    metrics: Metrics
+    permits: Permits
+    bodies: ByteBudget
+    answers: ByteBudget
+    defaults: SamplingDefaults
+    turns: Turns = field(default_factory=Turns)
+    api_key: bytes | None = None
+    is_draining: bool = False
+    started_unix: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> None:
+        """Raises NotFound for a model that is not served here; none given means the only one."""
+        if name is not None and name != self.model.name:
+            raise NotFound(f"model {name[:80]!r} is not served here", code="model_not_found")
+
+
+def make_front(
+    config: RouterConfig,
+    model: ServedModel,
+    workers: Workers,
+    dispatcher: Dispatcher,
+    metrics: Metrics,
+    api_key: bytes | None,
+) -> Front:
+    """The bundle with its limits taken from `config`, and the model's defaults. Raises CheckpointError."""
+    return Front(
+        config=config,
+        model=model,
+        texts=Texts(model.codec, workers),
+        dispatcher=dispatcher,
+        metrics=metrics,
+        permits=Permits(config.requests_max),
+        bodies=ByteBudget(BODIES_MAX * config.body_bytes_max),
+        answers=ByteBudget(ANSWERS_MAX * config.answer_bytes_max, "answers"),
+        defaults=read_defaults(Path(config.model), config.generation_config),
+        api_key=api_key,
+    )

@@ -1,0 +1,1 @@
+"""Which rank computes a request, and the streams of its tokens."""

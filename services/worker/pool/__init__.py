@@ -1,0 +1,1 @@
+"""The worker pool: starts, watches and ends rank processes."""

@@ -1,0 +1,87 @@
+"""A rank in a process of its own: attached to the HMM, its memory mapped, its model built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common import fdchannel
+from common.clock import SYSTEM_CLOCK
+from common.config import PoolConfig
+from common.failpoint import failpoint
+from common.fence import Fence
+from common.protocol.handles import TO_RANK
+from common.protocol.pool import StartRank
+from common.protocol.rank import CODEC
+from common.protocol.scaler import RankReady
+from common.transport import Sockets
+from services.worker.backends.factory import open_backend
+from services.worker.engine.engine import Engine
+from services.worker.exchange.barrier import StepBarrier
+from services.worker.exchange.shm import ShmExchange
+from services.worker.exchange.shm_barrier import ShmBarrier
+from services.worker.hmm.link import HmmLink
+from services.worker.hmm.memory import Memory
+from services.worker.model.registry import build_model
+from services.worker.rank.parts import Parts
+from services.worker.rank.rank import Rank
+from services.worker.rank.warm_up import warm_up
+
+
+def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankReady], None]) -> Rank:
+    """Attach and build. Raises the HMM's refusal, Unavailable, or DeviceError; the process ends then. `tell_ready` is
+    called once, when the rank has begun to serve."""
+    clock, transport = SYSTEM_CLOCK, Sockets(config.socket)
+    started = clock.monotonic()
+    server = transport.serve(f"rank-{seat.rank}", seat.incarnation, CODEC)
+    handles = config.socket("handles")
+    hmm = HmmLink(
+        lambda deadline_ms: fdchannel.connect(handles, seat.incarnation, TO_RANK, deadline_ms=deadline_ms),
+        seat,
+        watch=server.watch,
+        unwatch=server.unwatch,
+    )
+    fence = Fence(config.state_dir, f"rank-{seat.slot}")
+    failpoint("rank.attach")
+    reply, fds = hmm.attach()
+    memory = Memory(reply, fds, seat.device, seat.slot, hmm.handed())
+    attached = clock.monotonic()
+    bus = memory.bus
+    barrier = ShmBarrier(bus, memory.doorbells, seat.slot)
+    exchange = ShmExchange(bus, memory.spec.num_experts_by_layer)
+    # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
+    ledger, max_tokens = memory.ledger, min(seat.max_tokens, bus.max_tokens)
+    model = build_model(open_backend(seat.compute, barrier.tell_waiting), memory.weights, max_tokens)
+    engine = Engine(
+        model,
+        exchange,
+        memory.weights.kv,
+        ledger,
+        max_tokens=max_tokens,
+        max_sequences=min(seat.max_sequences, ledger.num_rows),
+        max_model_len=min(seat.max_model_len, ledger.max_tokens),
+    )
+    failpoint("rank.warm_up")
+    if not _is_awaited(barrier, seat.slot):
+        warm_up(model, memory)
+    parts = Parts(
+        seat=seat,
+        clock=clock,
+        transport=transport,
+        server=server,
+        hmm=hmm,
+        fence=fence,
+        memory=memory,
+        revision=memory.revision,
+        barrier=barrier,
+        exchange=exchange,
+        engine=engine,
+        attach_ms=(attached - started) * 1e3,
+        build_ms=(clock.monotonic() - attached) * 1e3,
+    )
+    return Rank(parts, tell_ready)
+
+
+def _is_awaited(barrier: StepBarrier, slot: int) -> bool:
+    """Whether the others cannot step until this rank is there: its predecessor, a member, died."""
+    now = barrier.membership()
+    return now.generation > 0 and not now.is_running and bool(now.members >> slot & 1)

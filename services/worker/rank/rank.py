@@ -1,0 +1,381 @@
+"""A rank: the engine's shell. It takes messages, meets the other ranks at each step, and sends what came of it.
+
+One thread does everything, and between steps what cannot be done during one: messages, changes of its memory, moving
+sequences to another rank. How ranks step together and change layouts: lockstep.py. What they have mapped: memory.py.
+What a rank is made of: parts.py; who makes it of that: assembly.py, and the simulation of the tests.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+import msgspec
+
+from common.failpoint import failpoint
+from common.protocol.codec import Message, Received
+from common.protocol.errors import ElasticMoEError, Unavailable
+from common.protocol.rank import (
+    Cancel,
+    DecodeOnly,
+    GetRankIntegrity,
+    GetRankLoad,
+    HandOver,
+    Precopy,
+    RankCommand,
+    Reserve,
+    Submit,
+    ToRank,
+    Unreserve,
+    Unwatch,
+    Watch,
+)
+from common.protocol.replies import Ack, refusal
+from common.protocol.router import Delta, Failed, RankStatus, Tokens
+from common.protocol.scaler import Integrity, RankLoad, RankReady
+from common.telemetry import get_logger
+from services.worker.engine.adoption import adopt_rows
+from services.worker.engine.failure import failure_of
+from services.worker.engine.outcome import Outcome
+from services.worker.engine.plan import Plan
+from services.worker.exchange.base import StepAborted
+from services.worker.migration import Migration
+from services.worker.rank.intake import check_ids
+from services.worker.rank.lockstep import STEP_MS_MAX, Lockstep
+from services.worker.rank.parts import Parts
+from services.worker.rank.reports import Reports, tokens_of
+from services.worker.rank.shares import Shares
+from services.worker.rank.steps import Steps
+from services.worker.rank.welcome import Welcome
+
+log = get_logger("rank")
+
+IDLE_MS = 500  # the longest sleep, and so the slowest beat of an idle rank's status
+BUSY_MS = 5  # the longest sleep of a rank that does not step and has something else to do
+STATUS_S = 0.1  # at most this often
+SAME_STATUS_S = 0.9  # what has not changed is told this often: routers ask who is silent for longer (links.py)
+LOOK_S = 0.01  # how often a stepping rank looks at its descriptors
+
+
+class Rank:
+    """One seat's process. A context manager: leaving it unmaps the memory and closes the sockets. Owned by the thread
+    that made it; only `stop` may come from elsewhere. `is_stopping`: it was told to stop, or has left, and takes no
+    further turn.
+
+    `run` is `start`, then `turn` and `wait` in turns, then `finish`; what drives it otherwise does the same.
+    """
+
+    def __init__(self, parts: Parts, tell_ready: Callable[[RankReady], None]) -> None:
+        """`tell_ready` is called once, in `start`."""
+        self._seat = parts.seat
+        self._clock = parts.clock
+        self._server = parts.server
+        self._hmm = parts.hmm
+        self._fence = parts.fence
+        self._memory = parts.memory
+        self._barrier = parts.barrier
+        self._engine = parts.engine
+        self._revision = parts.revision
+        seat = parts.seat
+        self._ready = RankReady(seat.rank, seat.slot, seat.incarnation, parts.attach_ms, parts.build_ms)
+        self._tell_ready = tell_ready
+        self._lockstep = Lockstep(parts.barrier, parts.exchange, parts.memory.routings, seat.slot, parts.clock)
+        self._steps = Steps(parts.engine, parts.exchange, self._lockstep, parts.hmm, self._send)
+        self._migration = Migration(
+            seat, parts.engine, parts.transport, watch=parts.server.watch, unwatch=parts.server.unwatch
+        )
+        self._reports = Reports(parts.server.send)
+        self._shares = Shares(parts.clock)
+        self._welcome = Welcome()
+        self._plan: Plan | None = None  # with which it has arrived at a barrier where not all are yet
+        self._watchers: set[bytes] = set()
+        self._progress = 0
+        self._last_status: RankStatus | None = None
+        self._status_at = 0.0
+        self._look_at = 0.0
+        self.is_stopping = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._barrier.leave()
+        self._migration.close()
+        self._hmm.close()
+        self._server.close()
+        self._memory.close()
+
+    def stop(self, *_: int | FrameType | None) -> None:
+        """Signal handler: only records."""
+        self.is_stopping = True
+
+    def run(self) -> None:
+        """Serve until SIGTERM, or until it has left. Raises StepTimedOut when a peer stays away too long,
+        ElasticMoEError `memory_replaced`."""
+        signal.signal(signal.SIGTERM, self.stop)
+        monotonic = self._clock.monotonic
+        self.start(monotonic())
+        while not self.is_stopping:
+            wait_ms = self.turn(monotonic())
+            if wait_ms:
+                self.wait(wait_ms)
+        self.finish()
+
+    def start(self, now: float) -> None:
+        """Go on with what the seat's last rank has left, and be there for all others."""
+        self._adopt(now)
+        self._barrier.join(int(self._seat.incarnation.rpartition(":")[2], 16))
+        self._server.watch(self._memory.doorbells[self._seat.slot])
+        ready = self._ready
+        failpoint("rank.ready")
+        self._tell_ready(ready)
+        self._hmm.applied(self._revision)
+        log.info("attached", device=self._seat.device, attach_ms=ready.attach_ms, build_ms=ready.build_ms)
+
+    def finish(self) -> None:
+        """Tell routers of what ends with this rank."""
+        self._send_failures(self._engine.fail_all(Unavailable("the rank is shutting down", code="shutting_down")))
+
+    def _adopt(self, now: float) -> None:
+        """Go on with the sequences of the seat's last rank. Their routers are still to connect to this one."""
+        num_rows = len(self._memory.ledger.rows())
+        outcome = adopt_rows(self._engine, self._memory.spec.vocab)
+        self._reports.expect({*outcome.deltas, *(router for router, _ in outcome.failures)}, now)
+        self._send(outcome)
+        if num_rows:
+            num_live = len(self._engine.scheduler.sequences())
+            log.info("sequences adopted", num=num_live, rows=num_rows, failed=len(outcome.failures))
+
+    # ---- one turn -------------------------------------------------------------------------------------------------
+
+    def turn(self, now: float) -> int:
+        """Do what there is to do: messages, memory, sequences on their way, and one step. Returns how many milliseconds
+        the rank may sleep at most (`wait`) before its next turn; 0 for none.
+
+        Blocks for other ranks only: at a step's barrier, and in its exchange. Where the barrier gives up waiting for
+        them, the next turn goes on waiting, and nothing else.
+        """
+        plan = self._plan
+        if plan is None:
+            plan, wait_ms = self._prepare(now)
+            if plan is None:
+                return wait_ms
+        self._step(plan, now)
+        return 0
+
+    def wait(self, wait_ms: int) -> None:
+        """Sleep until a message comes, or something else to look at, at most so long; and look at it."""
+        self._look(self._server.poll(wait_ms), self._clock.monotonic())
+
+    def _prepare(self, now: float) -> tuple[Plan | None, int]:
+        """All that comes before a step: what to bring to it, or how long to wait at most until there is one."""
+        failpoint("rank.turn")
+        self._shares.begin()
+        self._take_messages(now)
+        if now >= self._look_at:
+            self._look(self._server.poll(0), now)
+        self._progress += 1
+        self._barrier.count_progress()
+        self._change_memory()
+        lockstep = self._lockstep
+        if lockstep.sync():
+            self._migration.ask_again()
+            if lockstep.has_come_in:
+                self._welcome.begin()
+        if wait_s := self._welcome.wait_s(now, self._migration.num_expected):
+            return None, max(1, int(wait_s * 1e3))
+        for router in self._reports.turn(now):
+            self._drop_peer(router)
+        for router, message in self._migration.turn(now, lockstep.members):
+            self._tell(router, message)
+        self._send(self._engine.end_overlong())
+        if lockstep.is_member:
+            plan = self._steps.plan(decode_only=lockstep.is_urgent, num_clean=lockstep.num_clean)
+            if plan.num_said or lockstep.shall_meet():
+                self._shares.arrive()
+                return plan, 0
+        self._send_status(now)
+        self._leave_if_unneeded()
+        is_busy = self._memory.is_changing or self._migration.has_work or self._reports.is_waiting
+        return None, BUSY_MS if is_busy else IDLE_MS
+
+    def _step(self, plan: Plan, now: float) -> None:
+        """Meet the others with `plan`, and compute what all have brought."""
+        total: int | None = 0
+        try:
+            total = self._lockstep.meet(plan.num_said, is_alone=plan.is_alone)
+        except StepAborted:  # before anything was computed
+            self._lockstep.abort()
+        if total is None:
+            self._plan = plan
+            return
+        self._plan = None
+        self._shares.meet()
+        if total:
+            self._steps.run(plan, total, STEP_MS_MAX)
+            self._shares.end(self._engine.cost)
+        self._send_status(now)
+
+    def _change_memory(self) -> None:
+        """A slice of what the HMM asked for."""
+        if self._memory.is_changing and (revision := self._memory.advance(self._engine.resize_kv)):
+            log.info("memory changed", revision=revision)
+            failpoint("rank.applied")
+            self._hmm.applied(revision)
+
+    def _leave_if_unneeded(self) -> None:
+        """A rank that leaves ends once the others step without it, its sequences have gone, and no router sends it
+        any more."""
+        if (
+            self._migration.is_leaving
+            and not self._lockstep.is_member
+            and not (self._engine.scheduler.sequences() or self._migration.num_moving or self._watchers)
+        ):
+            log.info("left")
+            self.is_stopping = True
+
+    # ---- descriptors ----------------------------------------------------------------------------------------------
+
+    def _look(self, readable: set[int], now: float) -> None:
+        self._look_at = now + LOOK_S
+        if self._memory.doorbells[self._seat.slot] in readable:
+            self._barrier.hear()
+        for handed in self._hmm.look(readable, now):
+            failpoint("rank.apply")
+            self._memory.take(*handed)
+
+    # ---- messages -------------------------------------------------------------------------------------------------
+
+    def _take_messages(self, now: float) -> None:
+        while (received := self._server.receive()) is not None:
+            peer, message = received
+            body = message.body
+            if isinstance(body, Submit):
+                self._submit(body, peer, now)
+            elif isinstance(body, Cancel):
+                self._migration.cancel(peer, body.request_id)
+                self._engine.cancel(peer, body.request_id)
+            elif isinstance(body, Watch):
+                self._watchers.add(peer)
+                self._last_status = None
+            elif isinstance(body, Unwatch):
+                self._watchers.discard(peer)
+            else:
+                self._server.send(peer, self._answer(message, now), seq=message.seq)
+        self._send_failures(self._engine.expire(now))
+
+    def _answer(self, message: Received[ToRank], now: float) -> Message:
+        """The answer to a command or a question."""
+        body, sender = message.body, message.sender
+        try:
+            if isinstance(body, GetRankIntegrity):
+                return Integrity(tuple(self._engine.check_integrity()), {})
+            if isinstance(body, GetRankLoad):
+                self._fence.heed(message.epoch)
+                return self._load()
+            if isinstance(body, Reserve):
+                return self._migration.reserve(sender, body)
+            if isinstance(body, HandOver):
+                check_ids(body.request, body.output, self._memory.spec.vocab)
+                taken = self._migration.take(sender, body, now)
+                if body.router not in self._watchers:
+                    self._reports.expect((body.router,), now)
+                return taken
+            if isinstance(body, Unreserve):
+                self._migration.unreserve(sender, body)
+                return Ack()
+            assert isinstance(body, RankCommand)
+            self._fence.check(message.epoch, sender)
+            self._migration.obey(body)
+            if isinstance(body, DecodeOnly | Precopy):
+                self._lockstep.hurry(body.decode_only_steps)
+            self._last_status = None  # routers shall know at once that it leaves
+            return Ack()
+        except ElasticMoEError as error:
+            log.debug("refused", message=type(body).__name__, code=error.code, because=error.message)
+            return refusal(error)
+        except Exception as error:
+            return refusal(failure_of(error, type(body).__name__, "taking a message"))
+
+    def _load(self) -> RankLoad:
+        scheduler, migration = self._engine.scheduler, self._migration
+        return RankLoad(
+            rank=self._seat.rank,
+            incarnation=self._seat.incarnation,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            moving=migration.num_moving,
+            handed_over=migration.handed_over,
+            taken_over=migration.taken_over,
+            blocks_free=scheduler.blocks.num_free,
+            blocks_total=scheduler.blocks.num_blocks,
+            is_leaving=migration.is_leaving,
+            command=migration.command_id,
+            routers=len(self._watchers),
+            epoch=self._lockstep.epoch,
+        )
+
+    def _submit(self, request: Submit, peer: bytes, now: float) -> None:
+        try:
+            check_ids(request, request.output, self._memory.spec.vocab)
+            if request.output and not self._engine.scheduler.has_room(request):
+                self._tell(peer, Tokens((Delta(request.request_id, len(request.output), (), "length"),)))
+                return
+            self._engine.add(request, peer, now)
+        except Exception as problem:
+            error = failure_of(problem, request.request_id, "taking the request")
+            self._server.send(peer, Failed(request.request_id, error.code, error.message, error.retryable))
+
+    def _tell(self, router: bytes, message: Message) -> None:
+        if not self._reports.tell(router, message):
+            self._drop_peer(router)
+
+    def _send(self, outcome: Outcome) -> None:
+        for router, suspected in outcome.suspected:
+            self._tell(router, suspected)
+        for router, deltas in outcome.deltas.items():
+            for message in tokens_of(deltas):
+                self._tell(router, message)
+        self._send_failures(outcome.failures)
+
+    def _send_failures(self, failures: list[tuple[bytes, Failed]]) -> None:
+        for router, failed in failures:
+            self._tell(router, failed)
+
+    def _drop_peer(self, peer: bytes) -> None:
+        log.warning("router is gone; its requests are dropped", peer=peer.decode(errors="replace"))
+        self._watchers.discard(peer)
+        self._engine.cancel_peer(peer)
+
+    def _is_told(self, status: RankStatus) -> bool:
+        """Whether nothing has changed since the last status but that time has passed."""
+        last = self._last_status
+        return last is not None and msgspec.structs.replace(last, progress=status.progress) == status
+
+    def _send_status(self, now: float) -> None:
+        if not self._watchers or (self._last_status is not None and now - self._status_at < STATUS_S):
+            return
+        scheduler = self._engine.scheduler
+        status = RankStatus(
+            rank=self._seat.rank,
+            incarnation=self._seat.incarnation,
+            progress=self._progress,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            tokens_queued=scheduler.tokens_queued,
+            blocks_free=scheduler.blocks.num_free,
+            blocks_total=scheduler.blocks.num_blocks,
+            max_model_len=scheduler.capacity_tokens,
+            share_overhead=round(self._shares.overhead, 4),
+            share_waiting=round(self._shares.waiting, 4),
+            is_leaving=self._migration.is_leaving,
+            recomputed=scheduler.recomputed + self._steps.num_discarded,
+        )
+        if now - self._status_at < SAME_STATUS_S and self._is_told(status):
+            return
+        self._last_status = status
+        self._status_at = now
+        for router in list(self._watchers):
+            self._tell(router, status)

@@ -1,0 +1,151 @@
+"""Computing the steps that ranks have agreed on, and living on after those that fail. What was not committed is planned
+again, by this process where it can; a step that is never repeated costs nobody but who is to blame.
+
+A step may find no memory: then it is given up, and if that does not help, planned without the request that needs most.
+It may raise what cannot be laid at one request's door, or be discarded because another rank failed in it: then all that
+were in it are tried (engine/trial.py). Where the process cannot go on, it ends, and the marks that it leaves in the
+ledger tell the seat's next one as much.
+
+A rank that fails in the midst of an exchange must not let the others wait for it. Only the HMM can end a generation of
+the bus, and it does when a rank's connection ends: so the rank ends it, steps no more in that generation, and
+introduces itself again (hmm_link.py), as after the HMM's own restart. The others discard the step, as at a death.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from common.protocol.errors import Unavailable
+from common.telemetry import get_logger
+from services.worker.engine.engine import Engine
+from services.worker.engine.failure import OUT_OF_MEMORY, is_shortage
+from services.worker.engine.outcome import Outcome
+from services.worker.engine.plan import Chunk, Plan, PlanFailed
+from services.worker.engine.trials import guilty_error
+from services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
+from services.worker.hmm.link import HmmLink
+from services.worker.rank.lockstep import Lockstep
+
+log = get_logger("rank")
+
+GIVEN_UP_MAX: Final = 8  # steps in a row without a request of one's own to do without: others' tokens find no room here
+FAILED_MAX: Final = 8  # steps in a row that raised, also those without suspects: it is this process that is broken
+
+
+class Steps:
+    """Computes steps for the rank. Owned by its thread; all that it is made of stays the rank's. `tell` is called with
+    what is to be told to routers. `num_discarded`: tokens of steps that other ranks' failures ended."""
+
+    def __init__(
+        self, engine: Engine, exchange: Exchange, lockstep: Lockstep, hmm: HmmLink, tell: Callable[[Outcome], None]
+    ) -> None:
+        self._engine = engine
+        self._exchange = exchange
+        self._lockstep = lockstep
+        self._hmm = hmm
+        self._tell = tell
+        self._num_given_up = 0  # in a row, but for steps that left prompts out
+        self._num_failed = 0  # in a row
+        self._num_unplanned = 0  # in a row, for reasons that are nobody's
+        self.num_discarded = 0
+
+    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> Plan:
+        """The next step's work. A request that its planning fails of ends alone; a failure that is nobody's costs the
+        step, as one in computing it does. Raises MemoryError, and what went wrong where this process cannot go on."""
+        while True:
+            try:
+                plan = self._engine.plan(decode_only=decode_only, num_clean=num_clean)
+            except PlanFailed as failed:
+                ended = self._engine.settle_plan(failed)
+                log.exception("a plan failed", requests=[one.request_id for _, one in ended])
+                self._tell(Outcome({}, ended))
+                if ended:
+                    continue  # one request fewer
+                self._num_unplanned += 1
+                if self._num_unplanned > FAILED_MAX:
+                    raise
+                return Plan([], [], [])
+            self._num_unplanned = 0
+            return plan
+
+    def run(self, plan: Plan, total_tokens: int, deadline_ms: float) -> None:
+        """Compute, commit and tell. `total_tokens`: of all ranks together. Raises StepTimedOut, and what went wrong
+        where this process cannot go on."""
+        if not self._lockstep.has_turn:
+            plan = Plan([], [], [], is_alone=True)
+        self._engine.trials.begin(plan)
+        try:
+            choices = self._engine.compute(plan, total_tokens, deadline_ms)
+        except StepTimedOut:
+            raise
+        except StepAborted as aborted:
+            log.info("step discarded", generation=aborted.generation)
+            self.num_discarded += plan.num_tokens
+            self._fail(plan, is_aborted=True)
+            return
+        except Exception as error:
+            self._live_on(plan, error)
+            return
+        self._num_failed = 0
+        # A step that left something out says nothing of one that was given up: it would be tried again for ever.
+        if plan.is_whole:
+            self._num_given_up = 0
+        self._tell(self._engine.commit(plan, choices))
+        self._engine.trials.end(plan)
+        self._lockstep.note_done()
+
+    def _live_on(self, plan: Plan, error: Exception) -> None:
+        """A step raised an error. Raises it again where this process must end of it."""
+        is_awaited = self._exchange.is_awaited
+        if is_awaited and not self._hmm.is_connected:
+            raise error  # nobody can stop the others but this process's end
+        if is_shortage(error):
+            self._give_up(plan, error, is_awaited=is_awaited)
+            return
+        self._num_failed += 1
+        log.exception("a step failed", tokens=plan.num_tokens, in_a_row=self._num_failed, others_wait=is_awaited)
+        if self._num_failed > FAILED_MAX:
+            raise error
+        if is_awaited:
+            self._hmm.close()
+        self._fail(plan, is_aborted=is_awaited)
+
+    def _fail(self, plan: Plan, *, is_aborted: bool) -> None:
+        """All that were in the step are tried; who is to blame ends. `is_aborted`: the generation ends of it."""
+        if is_aborted:
+            self._lockstep.abort()
+        self._lockstep.note_failed()
+        guilty = self._engine.trials.fail(plan)
+        for sequence in guilty:
+            log.error("request made steps fail, and is ended", request_id=sequence.request.request_id)
+        self._tell(Outcome({}, [self._engine.fail(sequence, guilty_error()) for sequence in guilty]))
+
+    def _give_up(self, plan: Plan, error: Exception, *, is_awaited: bool) -> None:
+        """A step found no memory."""
+        self._num_given_up += 1
+        log.error(
+            "a step found no memory",
+            because=f"{type(error).__name__}: {str(error)[:200]}",
+            tokens=plan.num_tokens,
+            in_a_row=self._num_given_up,
+            others_wait=is_awaited,
+        )
+        if self._num_given_up > GIVEN_UP_MAX and not plan.chunks:
+            raise error
+        if is_awaited:
+            self._lockstep.abort()
+            self._hmm.close()
+        self._lockstep.note_failed()
+        self._engine.trials.drop(plan)
+        if self._num_given_up > 1 and plan.chunks:
+            text = "the rank has no memory to compute this request's next step"
+            largest = max(plan.chunks, key=_size)
+            failure = self._engine.fail(largest.sequence, Unavailable(text, code=OUT_OF_MEMORY))
+            self._tell(Outcome({}, [failure]))
+
+
+def _size(chunk: Chunk) -> tuple[int, int, int]:
+    """Logits of whole prompts first, then tokens; of equals the youngest."""
+    sequence = chunk.sequence
+    return chunk.num_tokens if sequence.wants_prompt_logprobs else 0, chunk.num_tokens, sequence.arrival

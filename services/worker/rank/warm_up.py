@@ -1,0 +1,29 @@
+"""A new rank's step alone, before it steps with the others."""
+
+from __future__ import annotations
+
+from services.worker.engine.kv_bytes import read_blocks, write_blocks
+from services.worker.exchange.alone import Alone
+from services.worker.hmm.memory import Memory
+from services.worker.model.batch import Batch, Part
+from services.worker.model.registry import Model
+
+WARM_UP_TOKENS = 4
+
+
+def warm_up(model: Model, memory: Memory) -> None:
+    """Compute one step alone, so that the first one with the others finds page tables, buffers and code in place. Who
+    is waited for does without it: its first step maps what that step needs.
+
+    Every held expert gets a row. Tokens of its own only where no sequence of a predecessor may have its KV in the block
+    that they use, and what was there comes back.
+    """
+    block_size, spec = memory.kv.geometry.block_size, memory.spec
+    alone = Alone(memory.held, max(spec.num_experts_by_layer), spec.hidden)
+    if memory.ledger.rows() or not memory.kv.num_blocks:
+        model.forward(Batch([], block_size), alone)
+        return
+    before = read_blocks(memory.kv, [0])
+    tokens = [0] * min(WARM_UP_TOKENS, block_size)
+    model.forward(Batch([Part(tokens, 0, [0], 1)], block_size), alone)
+    write_blocks(memory.kv, [0], before)
