@@ -18,7 +18,7 @@ from cli.bench.report import add_output, provenance, table, write_raw
 from cli.terminal import say
 from common.layout import Layout, initial_layout
 from common.model_spec import round_up
-from services.scaler.planning.plan import Memory, Plan, Rates, Sizes, Target
+from services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target
 from services.scaler.planning.planner import plan_way
 
 GRANULARITY = 2 << 20
@@ -95,7 +95,7 @@ def kv_handle_bytes(model: Geometry) -> int:
     return round_up(block * KV_BLOCKS_PER_HANDLE, GRANULARITY)
 
 
-def memory_for(model: Geometry, layout: Layout, sizes: Sizes, devices: list[str], budget: int) -> Memory:
+def memory_for(model: Geometry, layout: Layout, sizes: Sizes, devices: list[str], budget: int) -> MemoryForecast:
     """Memory after a load that gives KV all that the budget leaves. Raises ValueError when that is too little."""
     weights = {seat.slot: sizes.common for seat in layout.seats}
     for experts, nbytes in zip(layout.homes, sizes.experts, strict=True):
@@ -110,7 +110,7 @@ def memory_for(model: Geometry, layout: Layout, sizes: Sizes, devices: list[str]
         if kv[seat.device] < handles_min:
             raise ValueError(f"{weights[seat.slot]} bytes of weights leave too little of a budget of {budget}")
     footprint = max(weights[seat.slot] + kv[seat.device] * handle for seat in layout.seats)
-    return Memory(dict.fromkeys(devices, budget), footprint, LEDGER_BYTES, handle, handles_min, kv)
+    return MemoryForecast(dict.fromkeys(devices, budget), footprint, LEDGER_BYTES, handle, handles_min, kv)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +187,7 @@ def _row(
     plan_s: float,
     plan_s_max: float,
     sizes: Sizes,
-    memory: Memory,
+    memory: MemoryForecast,
     machine: Assumptions,
 ) -> dict[str, Any]:
     line = simulate(plan, sizes, memory, machine)

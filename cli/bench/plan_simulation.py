@@ -12,7 +12,7 @@ from collections import Counter, defaultdict, deque
 from typing import NamedTuple
 
 from common.protocol.hmm import RecordCopy
-from services.scaler.planning.plan import Leg, Memory, Plan, Sizes
+from services.scaler.planning.plan import Leg, MemoryForecast, Plan, Sizes
 
 
 class Assumptions(NamedTuple):
@@ -45,7 +45,7 @@ class Timeline(NamedTuple):
 class NullHost:
     """All devices' memory as numbers. Raises ValueError when a handle would exceed a budget."""
 
-    def __init__(self, plan: Plan, sizes: Sizes, memory: Memory) -> None:
+    def __init__(self, plan: Plan, sizes: Sizes, memory: MemoryForecast) -> None:
         self._memory = memory
         self._sizes = sizes
         self.records: dict[str, int] = {}
@@ -101,7 +101,7 @@ class NullHost:
         self.add(device, -self.records.pop(device) - self._memory.ledger)
 
 
-def simulate(plan: Plan, sizes: Sizes, memory: Memory, machine: Assumptions) -> Timeline:
+def simulate(plan: Plan, sizes: Sizes, memory: MemoryForecast, machine: Assumptions) -> Timeline:
     """Run `plan` on a null host. Raises ValueError where a budget would be exceeded."""
     host = NullHost(plan, sizes, memory)
     now = copying = balanced = 0.0

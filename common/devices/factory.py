@@ -11,7 +11,7 @@ from common.devices.rules import PROCESS, ProcessRules
 from common.protocol.errors import DeviceError
 
 
-class Backend(Protocol):
+class DeviceBackend(Protocol):
     """What makes the devices of one kind, and what it asks of sizes, in bytes."""
 
     @property
@@ -37,15 +37,15 @@ class Backend(Protocol):
         ...
 
 
-_BACKENDS: dict[str, Backend] = {"host": HostDevice}
+_BACKENDS: dict[str, DeviceBackend] = {"host": HostDevice}
 
 
-def register(kind: str, backend: Backend) -> None:
+def register(kind: str, backend: DeviceBackend) -> None:
     """Let `backend` make the devices that are named `kind:INDEX`."""
     _BACKENDS[kind] = backend
 
 
-def backend_of(name: str) -> Backend:
+def backend_of(name: str) -> DeviceBackend:
     """The backend of a device, or of devices, that are named `kind:...`. Raises DeviceError unknown_backend."""
     kind = name.partition(":")[0]
     backend = _BACKENDS.get(kind)

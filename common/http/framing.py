@@ -23,7 +23,7 @@ _UPGRADE_FIELDS = (b"upgrade", b"http2-settings")
 _PORT_MAX = 65_535
 
 
-class Target(NamedTuple):
+class RequestTarget(NamedTuple):
     """`path` decoded and `raw_path` as sent, without the query. `authority`: of an absolute target, else None."""
 
     path: str
@@ -38,7 +38,7 @@ def is_authority(value: bytes) -> bool:
     return match is not None and int(match[1] or 0) <= _PORT_MAX
 
 
-def target_of(method: bytes, url: bytes) -> Target:
+def target_of(method: bytes, url: bytes) -> RequestTarget:
     """The target in any of the forms of RFC 9112 section 3.2 that an origin server serves. Raises Refusal."""
     if b"#" in url:
         raise bad_request("a fragment in the target")
@@ -46,14 +46,14 @@ def target_of(method: bytes, url: bytes) -> Target:
         raw_path, _, query = url.partition(b"?")
         authority = None
     elif url == b"*" and method == b"OPTIONS":
-        return Target("*", b"*", b"", None)
+        return RequestTarget("*", b"*", b"", None)
     else:
         match = _ABSOLUTE.fullmatch(url)
         if match is None or not is_authority(match[1]):
             raise bad_request("the target")
         authority, raw_path, query = match[1], match[2] or b"/", match[3] or b""
     path = raw_path.decode("ascii")
-    return Target(unquote(path) if "%" in path else path, raw_path, query, authority)
+    return RequestTarget(unquote(path) if "%" in path else path, raw_path, query, authority)
 
 
 def check_version(version: str) -> None:

@@ -47,7 +47,7 @@ class _State(ServerState):
         """uvicorn begins with none."""
 
 
-class Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn without its signal handling, which would end requests that may still run, and whose loop waits for its
     end instead of looking ten times a second, and goes on where it finds no memory."""
 
@@ -82,7 +82,7 @@ class Server(uvicorn.Server):
         yield
 
 
-def make_server(app: Door, rules: Rules, *, keep_alive_s: float, stop_s: int) -> Server:
+def make_server(app: Door, rules: Rules, *, keep_alive_s: float, stop_s: int) -> HttpServer:
     """A server for a bound socket. `keep_alive_s`: an idle connection is closed then. `stop_s`: seconds that answers
     have to end when it stops."""
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are what strangers send
@@ -99,7 +99,7 @@ def make_server(app: Door, rules: Rules, *, keep_alive_s: float, stop_s: int) ->
         timeout_graceful_shutdown=stop_s,
         backlog=BACKLOG,
     )
-    return Server(config)
+    return HttpServer(config)
 
 
 def _within_descriptors(rules: Rules) -> Rules:

@@ -32,7 +32,7 @@ from common.protocol.hmm import (
 from common.protocol.limits import TP_MAX
 from common.protocol.replies import Ack, Refused, refusal
 from common.protocol.scaler import Integrity
-from services.hmm.loading.loader import Load
+from services.hmm.loading.loader import ModelLoad
 from services.hmm.memory.blocks import check_ranks
 from services.hmm.memory.catalog import Loaded
 from services.hmm.parts import Parts
@@ -240,13 +240,13 @@ class Hmm:
         if unknown:
             raise NotFound(f"device {unknown[0]} is not one of {self._devices}")
         segment = self._holdings.prepare(request.layout)
-        load = Load(request, self._holdings.memories, segment, self._holdings.granularity)
+        load = ModelLoad(request, self._holdings.memories, segment, self._holdings.granularity)
         self._loading = Loading(load, is_at_work=True)
         started = self._clock.monotonic()
         self._log.info("load starts", op_id=request.op_id, seats=len(request.layout.seats))
         self._background.start("load", load.run, lambda result: self._on_loaded(load, result, started))
 
-    def _on_loaded(self, load: Load, result: Loaded | ElasticMoEError, started: float) -> None:
+    def _on_loaded(self, load: ModelLoad, result: Loaded | ElasticMoEError, started: float) -> None:
         op_id, seconds = load.request.op_id, self._clock.monotonic() - started
         if isinstance(result, ElasticMoEError):
             self._holdings.discard()

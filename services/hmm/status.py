@@ -7,7 +7,7 @@ from typing import Literal
 from common.capacity import kv_handles_min, size_ledger
 from common.protocol.replies import Refused
 from common.protocol.scaler import DeviceStatus, HmmStatus, MemoryFacts
-from services.hmm.loading.loader import Load
+from services.hmm.loading.loader import ModelLoad
 from services.hmm.memory.holdings import Holdings
 from services.hmm.sessions.attachments import Attachments
 from services.hmm.sessions.membership import Membership, slots_of_mask
@@ -17,7 +17,9 @@ from services.hmm.transition.transition import Transitions
 class Loading:
     """The latest load of this process, also when it is over; `error` where it failed."""
 
-    def __init__(self, load: Load | None = None, *, is_at_work: bool = False, error: Refused | None = None) -> None:
+    def __init__(
+        self, load: ModelLoad | None = None, *, is_at_work: bool = False, error: Refused | None = None
+    ) -> None:
         self.load = load
         self.is_at_work = is_at_work
         self.error = error

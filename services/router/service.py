@@ -17,7 +17,7 @@ from typing import Protocol
 
 from common.config import RouterConfig
 from common.http.connection import Rules
-from common.http.listener import Server, make_server
+from common.http.listener import HttpServer, make_server
 from common.layout import Layout, RankId
 from common.protocol.errors import ConfigError, ElasticMoEError
 from common.protocol.limits import RANKS_MAX
@@ -153,7 +153,7 @@ class RouterService:
             await asyncio.sleep(LAYOUT_RETRY_S)
 
 
-def _make_server(front: Front) -> Server:
+def _make_server(front: Front) -> HttpServer:
     config, most = front.config, front.config.requests_max
     rules = Rules(2 * most + SPARE_CONNECTIONS, config.body_bytes_max, PUBLIC_PATHS, front.metrics.refused)
     return make_server(build_app(front), rules, keep_alive_s=config.keep_alive_seconds, stop_s=3)

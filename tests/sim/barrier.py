@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from services.worker.exchange.barrier import Arrival, Membership, StepBarrier
+from services.worker.exchange.barrier import Arrival, BarrierMembership, StepBarrier
 from services.worker.exchange.base import StepAborted, StepTimedOut
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ class SimBarrier(StepBarrier):
     def leave(self) -> None:
         """See StepBarrier."""
 
-    def membership(self) -> Membership:
+    def membership(self) -> BarrierMembership:
         """See StepBarrier."""
-        return Membership(*self._bus.membership())
+        return BarrierMembership(*self._bus.membership())
 
     def staged(self) -> tuple[int, int]:
         """See StepBarrier."""

@@ -11,7 +11,7 @@ from typing import Any
 from native import host
 from services.worker.engine.engine import Engine
 from services.worker.engine.outcome import Choice
-from services.worker.engine.plan import Chunk, Plan
+from services.worker.engine.plan import Chunk, StepPlan
 from tests.sim.hmm import (
     BLOCK_SIZE,
     BLOCKS_PER_HANDLE,
@@ -59,15 +59,15 @@ class SimEngine(Engine):
         )
         self._values = memory.values
         self._take_part = take_part
-        self.last_plan = Plan([], [], [])
+        self.last_plan = StepPlan([], [], [])
         self.num_steps = 0
 
-    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> Plan:
+    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> StepPlan:
         """See Engine."""
         self.last_plan = super().plan(decode_only=decode_only, num_clean=num_clean)
         return self.last_plan
 
-    def compute(self, plan: Plan, total_tokens: int, deadline_ms: float) -> list[Choice]:
+    def compute(self, plan: StepPlan, total_tokens: int, deadline_ms: float) -> list[Choice]:
         """See Engine."""
         del total_tokens, deadline_ms
         self.num_steps += 1

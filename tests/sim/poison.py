@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, NamedTuple
 
-from services.worker.engine.plan import Plan
+from services.worker.engine.plan import StepPlan
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -38,7 +38,7 @@ class Poisons:
             position = self.rng.choice((first, num_prompt, self.rng.randrange(first, first + num_tokens)))
             self.by_name[name] = Poison(self.rng.choice(("dies", "raises")), position, self.rng.random() < 0.3)
 
-    def strikes(self, plans: list[Plan]) -> tuple[int, str] | None:
+    def strikes(self, plans: list[StepPlan]) -> tuple[int, str] | None:
         """Which of the ranks with these plans fails in this step, by number, and how."""
         for number, plan in enumerate(plans):
             for chunk in plan.chunks:

@@ -18,7 +18,7 @@ from common.protocol.handles import Applied, Attach, Routing, SeatMemory, ShareH
 from common.protocol.pool import StartRank
 from services.worker.exchange.base import StepTimedOut
 from services.worker.hmm.link import HmmLink
-from services.worker.rank.parts import Parts
+from services.worker.rank.parts import RankParts
 from services.worker.rank.rank import Rank
 from tests.sim.barrier import SimBarrier
 from tests.sim.engine import SimEngine
@@ -318,7 +318,7 @@ class RankProcess(Actor):
         self.mapping = Mapping(device, link.handed())
         self.engine = SimEngine(device, self.mapping.num_kv, self._take_part)
         simulated: Any = self  # what stands for a transport, a server, an exchange
-        parts = Parts(
+        parts = RankParts(
             seat=self.seat,
             clock=self.sim.clock,
             transport=simulated,

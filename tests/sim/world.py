@@ -13,7 +13,7 @@ from common.layout import Layout, initial_layout
 from common.protocol.hmm import LoadModel
 from services.hmm.memory.catalog import Transition, check_integrity, keys_of
 from services.scaler.planning.plan import Target
-from services.worker.engine.plan import Plan
+from services.worker.engine.plan import StepPlan
 from services.worker.exchange.base import StepAborted
 from services.worker.rank.lockstep import ALONE
 from tests.sim.barrier import Meeting
@@ -95,7 +95,7 @@ class World:
         rng, here = self.sim.rng, list(met.members.values())
         self._check_homes(here)
         alone = next((said.slot for said in met.said if said.num_tokens & ALONE), None)
-        nothing = Plan([], [], [], is_alone=True)
+        nothing = StepPlan([], [], [], is_alone=True)
         plans = [one.engine.last_plan if alone in (None, one.seat.slot) else nothing for one in here]
         struck = self.poisons.strikes(plans)
         if struck is not None:

@@ -14,7 +14,7 @@ from common.protocol.router import Delta, Failed, Logprob, Suspected
 from services.worker.engine.adoption import adopt_rows
 from services.worker.engine.engine import Engine
 from services.worker.engine.outcome import Outcome
-from services.worker.engine.plan import Plan
+from services.worker.engine.plan import StepPlan
 from services.worker.rank.steps import Steps
 from tests.unit.migration_world import MAX_MODEL_LEN, MAX_SEQUENCES, make_ledger
 from tests.unit.ranks import Ranks
@@ -66,7 +66,7 @@ class CrewRank:
         self._ledger, self._memory = make_ledger(sequences_max=sequences_max)
         self._submits: dict[str, Submit] = {}
         self.given_up: set[str] = set()
-        self.plan = Plan([], [], [])  # the last one
+        self.plan = StepPlan([], [], [])  # the last one
         self.num_deaths = 0
         self.tokens: dict[str, list[int]] = {}
         self.finish: dict[str, str] = {}
@@ -213,7 +213,7 @@ class Crew:
         for member in self.members:
             assert member.engine.check_integrity() == []
 
-    def _compute(self, plans: list[Plan], total: int) -> None:
+    def _compute(self, plans: list[StepPlan], total: int) -> None:
         ends: list[BaseException | None] = [None] * len(plans)
 
         def step(number: int) -> None:

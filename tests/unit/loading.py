@@ -15,7 +15,7 @@ from common.host_shared import HostShared
 from common.layout import initial_layout
 from common.model_spec import RecordKey, TensorSpec
 from common.protocol.hmm import LoadModel
-from services.hmm.loading.loader import Load
+from services.hmm.loading.loader import ModelLoad
 from services.hmm.memory.memory import BusSegment, DeviceMemory
 
 PAGE = 4096
@@ -32,13 +32,13 @@ class World:
         }
         self.segment = BusSegment(HostShared.create("bus"))
 
-    def load(self, directory: Path, dtype: str = "float32", devices: int = 2, **changes: Any) -> Load:
+    def load(self, directory: Path, dtype: str = "float32", devices: int = 2, **changes: Any) -> ModelLoad:
         spec = load_spec(directory, dtype) if (directory / "config.json").is_file() else None
         counts = spec.num_experts_by_layer if spec else (1,)
         layout = initial_layout(counts, list(self.memories)[:devices])
         request = LoadModel("load-1", str(directory), "float32", layout, 16, 4 << 20, 32, 4, 64)
         request = msgspec.structs.replace(request, dtype=dtype, **changes)
-        return Load(request, self.memories, self.segment, PAGE)
+        return ModelLoad(request, self.memories, self.segment, PAGE)
 
     @property
     def pages(self) -> int:

@@ -26,7 +26,7 @@ from native import host
 from native.ledger import Ledger, format_ledger, ledger_bytes
 from services.worker.engine.engine import Engine
 from services.worker.engine.outcome import Outcome
-from services.worker.engine.plan import Plan
+from services.worker.engine.plan import StepPlan
 from services.worker.migration import Migration
 from tests.oracle import next_tokens
 from tests.unit.ranks import NUM_BLOCKS, Ranks
@@ -65,7 +65,7 @@ def make_engine(ranks: Ranks, num_blocks: int = NUM_BLOCKS) -> Engine:
     return engine
 
 
-def run_step(engine: Engine, plan: Plan, total_tokens: int = 0) -> Outcome:
+def run_step(engine: Engine, plan: StepPlan, total_tokens: int = 0) -> Outcome:
     """One step as a rank takes it, without other ranks or failures."""
     engine.trials.begin(plan)
     outcome = engine.commit(plan, engine.compute(plan, total_tokens or plan.num_tokens, DEADLINE_MS))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from common.layout import Layout, RankId, Seat
 from common.model_spec import RecordKey
-from services.scaler.planning.plan import Leg, Memory, Plan, Sizes, Target
+from services.scaler.planning.plan import Leg, MemoryForecast, Plan, Sizes, Target
 
 DEVICES = [f"host:{i}" for i in range(10)]
 LEDGER = 7
@@ -56,11 +56,13 @@ def targets(draw: st.DrawFn, layout: Layout) -> Target:
     return Target(devices=(*added, *kept))
 
 
-def memory_of(layout: Layout, sizes: Sizes, spare: int, budget_spare: int = 1_000, kv_handles_load: int = 0) -> Memory:
+def memory_of(
+    layout: Layout, sizes: Sizes, spare: int, budget_spare: int = 1_000, kv_handles_load: int = 0
+) -> MemoryForecast:
     """Memory as a load settles it: the fullest device has `spare` KV handles, all others as many."""
     weights = weights_of(layout, sizes)
     footprint = max(weights.values()) + spare * KV_HANDLE
-    return Memory(
+    return MemoryForecast(
         budgets=dict.fromkeys(DEVICES, footprint + LEDGER + budget_spare),
         footprint=footprint,
         ledger=LEDGER,
@@ -100,7 +102,7 @@ def weights_of(layout: Layout, sizes: Sizes) -> dict[str, int]:
 class Host:
     """What all devices hold; every change verifies the budgets, and notes the peaks."""
 
-    def __init__(self, layout: Layout, sizes: Sizes, memory: Memory) -> None:
+    def __init__(self, layout: Layout, sizes: Sizes, memory: MemoryForecast) -> None:
         self.layout, self.sizes, self.memory = layout, sizes, memory
         self.records = records_of(layout)
         self.kv = Counter(memory.kv_handles)
@@ -161,7 +163,7 @@ class Host:
         self.note()
 
 
-def run_plan(plan: Plan, sizes: Sizes, memory: Memory) -> Host:
+def run_plan(plan: Plan, sizes: Sizes, memory: MemoryForecast) -> Host:
     """Run all legs; the host as it is afterwards. Asserts all rules of `Host`, and the plan's own figures."""
     host = Host(plan.before, sizes, memory)
     assert host.total() == plan.bytes_before

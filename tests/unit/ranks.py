@@ -20,7 +20,7 @@ from services.hmm.loading.reader import Reader
 from services.worker.backends.base import ComputeBackend
 from services.worker.backends.host import HostBackend
 from services.worker.exchange.shm import ShmExchange
-from services.worker.model.batch import Batch, Part
+from services.worker.model.batch import Batch, BatchPart
 from services.worker.model.registry import Model, build_model
 from services.worker.model.weights import KvCache, RankWeights
 from tests.device_memory import DeviceMemory
@@ -137,7 +137,7 @@ class Ranks:
         self._observer.set_membership(self._generation, (1 << len(self.models)) - 1, True)
         self._set_routing()
 
-    def step(self, work: Sequence[Sequence[Part]]) -> list[torch.Tensor]:
+    def step(self, work: Sequence[Sequence[BatchPart]]) -> list[torch.Tensor]:
         """Logits of each rank's parts, all ranks in lockstep."""
         total = sum(len(part.token_ids) for parts in work for part in parts)
         results: list[torch.Tensor | BaseException] = [RuntimeError("never ran")] * len(work)
@@ -169,9 +169,9 @@ class Stream:
         self.blocks = list(blocks)
         self.kv_len = 0
 
-    def part(self, count: int, num_logits: int) -> Part:
+    def part(self, count: int, num_logits: int) -> BatchPart:
         start = self.kv_len
-        return Part(self.tokens[start : start + count], start, self.blocks, num_logits)
+        return BatchPart(self.tokens[start : start + count], start, self.blocks, num_logits)
 
 
 def generate(

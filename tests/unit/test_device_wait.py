@@ -15,13 +15,13 @@ from native.bus import Bus
 from services.scaler.control.watchdog import ALONE_FACTOR, Watched, pulses_of, watch
 from services.worker.backends.factory import BACKENDS
 from services.worker.exchange.shm_barrier import ShmBarrier
-from services.worker.model.batch import Part
+from services.worker.model.batch import BatchPart
 from tests.unit.backends import QueuedBackend
 from tests.unit.ranks import Ranks
 
 STALL_S, TURN_S = 2.4, 0.05
 SECONDS_MAX = 30.0
-WORK = [[Part([5, 6, 7], 0, [3], 1)]]
+WORK = [[BatchPart([5, 6, 7], 0, [3], 1)]]
 
 
 class SlowDevice(QueuedBackend):

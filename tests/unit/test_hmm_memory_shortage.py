@@ -23,7 +23,7 @@ from common.protocol.ids import TransitionId
 from common.telemetry import get_logger
 from native import host
 from services.hmm.background import Background
-from services.hmm.loading.loader import Load
+from services.hmm.loading.loader import ModelLoad
 from services.hmm.memory.catalog import keys_of
 from services.hmm.memory.holdings import Holdings
 from services.hmm.memory.supply import Supply
@@ -77,7 +77,7 @@ class World:
         self.holdings.start()
         layout = initial_layout((5, 5), ["host:0", "host:1"])
         request = LoadModel("load", str(model), "float32", layout, 16, 3 << 21, 64, 4, 64)
-        load = Load(request, self.holdings.memories, self.holdings.prepare(layout), self.holdings.granularity)
+        load = ModelLoad(request, self.holdings.memories, self.holdings.prepare(layout), self.holdings.granularity)
         self.holdings.commit(load.run())
         self.background = Background(LOG)
         self.members = Membership(self.holdings, LOG)

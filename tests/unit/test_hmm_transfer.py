@@ -23,7 +23,7 @@ from services.hmm.memory.blocks import BlockCopies, check_ranks
 from services.hmm.memory.memory import DeviceMemory
 from services.hmm.memory.memory import blocks as blocks_module
 from services.hmm.memory.supply import Supply
-from services.hmm.memory.transfer import Part, Peaks, Transfer
+from services.hmm.memory.transfer import Peaks, Transfer, TransferOp
 from tests.devices.backends import granularity
 from tests.unit.specs import tiny_mixtral_spec
 
@@ -73,17 +73,17 @@ def sources(memory: DeviceMemory, count: int) -> list[int]:
     return addresses
 
 
-def parts_of(memories: dict[str, DeviceMemory], addresses: list[int]) -> dict[str, list[Part]]:
-    parts: dict[str, list[Part]] = {}
+def parts_of(memories: dict[str, DeviceMemory], addresses: list[int]) -> dict[str, list[TransferOp]]:
+    parts: dict[str, list[TransferOp]] = {}
     for name in ("host:1", "host:2"):
         memory = memories[name]
         for address in addresses:
             handle = memory.claim(RECORD, "weights")
-            parts.setdefault(name, []).append(Part(memory.device, handle, memory.address(handle), address))
+            parts.setdefault(name, []).append(TransferOp(memory.device, handle, memory.address(handle), address))
     return parts
 
 
-def transfer_of(parts: dict[str, list[Part]], limit: int = 0) -> Transfer:
+def transfer_of(parts: dict[str, list[TransferOp]], limit: int = 0) -> Transfer:
     return Transfer(parts, limit, Peaks(), SPEC, "/nowhere")
 
 
@@ -110,7 +110,7 @@ def test_two_threads_share_what_one_device_needs(memories: dict[str, DeviceMemor
     parts = parts_of(memories, sources(memories["host:0"], 5))
     memory = memories["host:1"]
     grown = memory.claim(4 * RECORD, "kv")
-    zeros = Part(memory.device, grown, memory.address(grown))
+    zeros = TransferOp(memory.device, grown, memory.address(grown))
     peaks = Peaks()
     transfer = Transfer({"host:1": [*parts["host:1"], zeros]}, 0, peaks, SPEC, "/nowhere")
     assert transfer.num_threads == 2

@@ -16,7 +16,7 @@ import pytest_asyncio
 from common.http import connection, listener, orderly, places
 from common.http.connection import Rules
 from common.http.door import Door
-from common.http.listener import Server, make_server
+from common.http.listener import HttpServer, make_server
 
 PLACES = 3
 HELD = b"POST /held HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
@@ -67,7 +67,7 @@ class Serving:
     def __init__(self, sock: socket.socket, *, keep_alive_s: float = 5.0) -> None:
         self.app = App()
         rules = Rules(PLACES, 1_000, frozenset({"/probe"}), self.app.refused.append, guests_max=PLACES)
-        self.server: Server = make_server(cast(Door, self.app), rules, keep_alive_s=keep_alive_s, stop_s=2)
+        self.server: HttpServer = make_server(cast(Door, self.app), rules, keep_alive_s=keep_alive_s, stop_s=2)
         self.address = sock.getsockname()
         self.task = asyncio.create_task(self.server.serve([sock]))
         self.clients: list[Client] = []

@@ -26,7 +26,7 @@ from services.scaler.operation import advance, prepare
 from services.scaler.operation.advance import cancel
 from services.scaler.operation.operation import Operation
 from services.scaler.operation.steps import enter
-from services.scaler.planning.plan import Memory, Rates, Sizes, Target
+from services.scaler.planning.plan import MemoryForecast, Rates, Sizes, Target
 from services.scaler.store.journal import Journal
 from tests.procs.waiting import wait_until
 from tests.replay import DECISIONS, replay
@@ -37,7 +37,7 @@ from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 A = Writer("a", 1)
 HANDLES = dict.fromkeys(DEVICES, 4)
 SIZES = Sizes(10, (5,), (8,))
-MEMORY = Memory(dict.fromkeys(DEVICES, 1_000), 200, 7, 16, 2, HANDLES, 4)
+MEMORY = MemoryForecast(dict.fromkeys(DEVICES, 1_000), 200, 7, 16, 2, HANDLES, 4)
 
 
 @pytest.fixture

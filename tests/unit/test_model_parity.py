@@ -15,7 +15,7 @@ from cli.models import random_checkpoint
 from cli.models.make import TINY_MIXTRAL, TINY_QWEN3_MOE
 from services.worker.backends.base import ComputeBackend
 from services.worker.backends.factory import BACKENDS
-from services.worker.model.batch import Batch, Part
+from services.worker.model.batch import Batch, BatchPart
 from tests.unit.backends import QueuedBackend
 from tests.unit.ranks import Ranks, Stream, generate
 
@@ -159,20 +159,20 @@ def test_bfloat16_within_its_bound(name: str, backend: Backend, tmp_path: Path) 
 def test_bad_batches_are_refused(model: tuple[Path, Any], backend: Backend) -> None:
     ranks = Ranks(model[0], 1, max_tokens=8, backend=backend)
     for part, text in (
-        (Part([1] * 9, 0, [0, 1, 2], 1), "limit is 8"),
-        (Part([260], 0, [0], 1), "token 260"),
-        (Part([1], 0, [64], 1), "block 64"),
+        (BatchPart([1] * 9, 0, [0, 1, 2], 1), "limit is 8"),
+        (BatchPart([260], 0, [0], 1), "token 260"),
+        (BatchPart([1], 0, [64], 1), "block 64"),
     ):
         with pytest.raises(ValueError, match=text):
             ranks.step([[part]])
     for ids, start, blocks, num_logits in (([], 0, [1], 0), ([1], 4, [1], 1), ([1], -1, [1], 1), ([1], 0, [1], 2)):
         with pytest.raises(ValueError, match="part of"):
-            Batch([Part(ids, start, blocks, num_logits)], block_size=4)
+            Batch([BatchPart(ids, start, blocks, num_logits)], block_size=4)
 
 
 def test_times_add_up(model: tuple[Path, Any], backend: Backend) -> None:
     ranks = Ranks(model[0], 2, backend=backend)
-    ranks.step([[Part([1, 2, 3], 0, [0], 1)], []])
+    ranks.step([[BatchPart([1, 2, 3], 0, [0], 1)], []])
     for rank in ranks.models:
         total_ns, exchange_ns, wait_ns = rank.times
         assert 0 <= wait_ns <= exchange_ns < total_ns
@@ -186,7 +186,7 @@ def test_an_aborted_step_can_be_repeated(model: tuple[Path, Any], backend: Backe
 
     ranks, fresh = Ranks(model[0], 1, backend=backend), Ranks(model[0], 1, backend=backend)
     exchange = ranks.exchanges[0]
-    work = [[Part([5, 6, 7], 0, [3], 3)]]
+    work = [[BatchPart([5, 6, 7], 0, [3], 3)]]
 
     def fail(*_: object) -> None:
         raise Broken

@@ -13,7 +13,7 @@ import torch
 from cli.models import make_model
 from services.worker.backends.base import ComputeBackend
 from services.worker.backends.factory import BACKENDS
-from services.worker.model.batch import Part
+from services.worker.model.batch import BatchPart
 from tests.oracle import next_tokens
 from tests.unit.backends import QueuedBackend
 from tests.unit.ranks import Ranks, Stream, generate
@@ -137,10 +137,10 @@ def test_every_cached_value_counts(directory: Path) -> None:
     """Nearly every change of a single value changes even the very next token (by chance one in 95 does not)."""
     ranks = Ranks(directory, 1)
     kv, length, blocks = ranks.weights[0].kv, 9, [5, 2, 8]
-    ranks.step([[Part(range(30, 30 + length), 0, blocks, 0)]])
+    ranks.step([[BatchPart(range(30, 30 + length), 0, blocks, 0)]])
 
     def run() -> torch.Tensor:
-        return ranks.step([[Part([77], length, blocks, 1)]])[0]
+        return ranks.step([[BatchPart([77], length, blocks, 1)]])[0]
 
     want = run()
     places = [(block, at) for block in blocks[:2] for at in range(0, kv.geometry.block_bytes, 4 * 7)]  # every seventh
@@ -158,6 +158,6 @@ def test_every_cached_value_counts(directory: Path) -> None:
 def test_bad_tokens_are_refused(directory: Path) -> None:
     ranks = Ranks(directory, 1, max_tokens=4)
     with pytest.raises(ValueError, match="token"):
-        ranks.step([[Part([260], 0, [0], 1)]])
+        ranks.step([[BatchPart([260], 0, [0], 1)]])
     with pytest.raises(ValueError, match="limit is 4"):
-        ranks.step([[Part([1] * 5, 0, [0, 1], 1)]])
+        ranks.step([[BatchPart([1] * 5, 0, [0, 1], 1)]])

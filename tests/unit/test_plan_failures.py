@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from services.worker.engine import planning
-from services.worker.engine.plan import Draft, Plan, PlanFailed
+from services.worker.engine.plan import Draft, PlanFailed, StepPlan
 from services.worker.engine.scheduler import Scheduler
 from services.worker.engine.sequence import Sequence
 from services.worker.rank.steps import FAILED_MAX
@@ -118,7 +118,7 @@ def test_what_is_nobodys_costs_steps_and_at_last_the_process(
         crew.step()
     real, first, left = Scheduler._plan, crew.members[0].engine.scheduler, [times]
 
-    def struck(self: Scheduler, draft: Draft, **named: Any) -> Plan:
+    def struck(self: Scheduler, draft: Draft, **named: Any) -> StepPlan:
         if self is first and left[0]:
             left[0] -= 1
             raise IndexError("index 7 is out of bounds")

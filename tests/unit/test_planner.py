@@ -11,7 +11,7 @@ from common.families import records
 from common.layout import Layout, RankId, Seat, initial_layout
 from common.model_spec import RecordKey, round_up
 from common.protocol.errors import DoesNotFit, ElasticMoEError, InvalidRequest, NotFound
-from services.scaler.planning.plan import Memory, Plan, Rates, Sizes, Target, sizes_of
+from services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target, sizes_of
 from services.scaler.planning.planner import make_plan
 from tests.unit.planner_cases import DEVICES, KV_HANDLE, LEDGER, memory_of, run_plan
 from tests.unit.specs import tiny_mixtral_spec, tiny_qwen3_spec
@@ -212,7 +212,7 @@ def test_experts_that_leave_become_kv_and_kv_makes_room_for_experts() -> None:
     up = make_plan(layout, Target(replicas=4), SIZES, memory, DEVICES)
     gained = up.legs[-1].kv_handles_after["host:0"] - 20
     assert gained == 40 // KV_HANDLE, "4 of 8 experts left"
-    after = Memory(
+    after = MemoryForecast(
         memory.budgets, memory.footprint, LEDGER, KV_HANDLE, memory.kv_handles_min, up.legs[-1].kv_handles_after
     )
     down = make_plan(up.after, Target(replicas=2), SIZES, after, DEVICES)
@@ -253,7 +253,7 @@ def test_384_devices_are_planned_without_a_limit_of_slots() -> None:
     devices = [f"device:{i}" for i in range(384)]
     sizes = Sizes(100, (10,) * 61, tuple(5 if count else 0 for count in counts))
     layout = initial_layout(counts, devices[:320], slots_max=384)
-    memory = Memory(dict.fromkeys(devices, 10_000), 5_000, 1, 10, 4, dict.fromkeys(devices[:320], 10))
+    memory = MemoryForecast(dict.fromkeys(devices, 10_000), 5_000, 1, 10, 4, dict.fromkeys(devices[:320], 10))
     plan = make_plan(layout, Target(replicas=384), sizes, memory, devices)
     plan.after.check(384)
     assert plan.after.dp == 384

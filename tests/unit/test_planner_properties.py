@@ -13,7 +13,7 @@ from common.layout import Layout, RankId, Seat, initial_layout
 from common.model_spec import RecordKey
 from common.protocol.errors import DoesNotFit
 from services.scaler.planning.placement import spread_common
-from services.scaler.planning.plan import Memory, Plan, Sizes, Target
+from services.scaler.planning.plan import MemoryForecast, Plan, Sizes, Target
 from services.scaler.planning.planner import make_plan
 from tests.unit.planner_cases import (
     DEVICES,
@@ -84,13 +84,13 @@ def check_legs(plan: Plan, target: Target) -> None:
         assert gone == set(target.remove)
 
 
-def kv_room(memory: Memory, device: str, weights: int) -> int:
+def kv_room(memory: MemoryForecast, device: str, weights: int) -> int:
     """KV handles that belong on a device beside `weights`."""
     wanted = max((memory.footprint - weights) // KV_HANDLE, memory.kv_handles_load)
     return min(wanted, (memory.budgets[device] - LEDGER - weights) // KV_HANDLE)
 
 
-def check_kv(plan: Plan, sizes: Sizes, memory: Memory) -> None:
+def check_kv(plan: Plan, sizes: Sizes, memory: MemoryForecast) -> None:
     """KV handles by the formula of the footprint, in every leg."""
 
     def room(device: str, weights: int) -> int:

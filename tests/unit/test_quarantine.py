@@ -16,7 +16,7 @@ from common.protocol.rank import Sampling
 from common.protocol.router import Suspicion
 from services.worker.engine import sampler
 from services.worker.engine.engine import Engine
-from services.worker.engine.plan import Plan
+from services.worker.engine.plan import StepPlan
 from services.worker.engine.sequence import Sequence
 from services.worker.engine.trial import (
     COMPUTED,
@@ -62,12 +62,12 @@ class Poison:
         self._crew = crew
         self._action = action
         self._position = position
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, StepPlan] = {}
         self._patch = patch
         self.struck_at: list[int] = []  # steps
         compute = Engine.compute
 
-        def noted(engine: Engine, plan: Plan, total: int, deadline_ms: float) -> Any:
+        def noted(engine: Engine, plan: StepPlan, total: int, deadline_ms: float) -> Any:
             self._plans[id(engine)] = plan
             return compute(engine, plan, total, deadline_ms)
 

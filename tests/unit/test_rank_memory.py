@@ -30,7 +30,7 @@ from common.protocol.handles import (
 from native.bus import bus_bytes, format_bus
 from native.ledger import format_ledger, ledger_bytes
 from services.worker.hmm import memory as memory_module
-from services.worker.hmm.memory import Memory
+from services.worker.hmm.memory import RankMemory
 from tests.devices.backends import granularity
 from tests.unit.specs import tiny_mixtral_spec
 
@@ -89,7 +89,7 @@ class Owner:
         kv = tuple(self.device.id_of(handle) for handle in self.kv[:num_kv])
         return SeatMemory(self.revision, records, kv, routings, (0, SLOT), tuple(doorbells))
 
-    def hand(self, memory: Memory, seat: SeatMemory) -> None:
+    def hand(self, memory: RankMemory, seat: SeatMemory) -> None:
         """All that the HMM would send."""
         memory.take(self.shared, self.shared_fds)
         memory.take(seat, self.fds)
@@ -132,17 +132,17 @@ def owner(granularity: int) -> Iterator[Owner]:
     device.close()
 
 
-def attach(owner: Owner, experts: list[tuple[int, int]], num_kv: int = 2) -> Memory:
+def attach(owner: Owner, experts: list[tuple[int, int]], num_kv: int = 2) -> RankMemory:
     seat = owner.seat(experts, num_kv)
     handed = [(owner.shared, owner.shared_fds), (seat, owner.fds)]
-    return Memory(*owner.reply(), "host:1", SLOT, handed)
+    return RankMemory(*owner.reply(), "host:1", SLOT, handed)
 
 
-def byte_of(memory: Memory, layer: int, expert: int) -> int:
+def byte_of(memory: RankMemory, layer: int, expert: int) -> int:
     return int(memory.weights.experts[layer]["w13"][expert].view(-1).view(memory_module.torch.uint8)[0])
 
 
-def reach(memory: Memory, *, refusals: int = 0) -> tuple[int, list[int]]:
+def reach(memory: RankMemory, *, refusals: int = 0) -> tuple[int, list[int]]:
     """Advance to the goal; the revision, and what KV sizes were asked for."""
     asked: list[int] = []
 
@@ -247,7 +247,7 @@ def test_a_record_that_is_not_handed_over_fails_the_attach(owner: Owner) -> None
     cut = SeatMemory(1, seat.records[1:], seat.kv, seat.routings, seat.slots, seat.doorbells)
     handed = [(owner.shared, owner.shared_fds), (cut, owner.fds)]
     with pytest.raises(ElasticMoEError, match="of record base, 0 bytes were handed over; it has at least"):
-        Memory(*owner.reply(), "host:1", SLOT, handed)
+        RankMemory(*owner.reply(), "host:1", SLOT, handed)
     assert owner.fds == owner.shared_fds == []
 
 

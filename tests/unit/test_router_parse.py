@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from common.protocol.errors import InvalidRequest
 from common.protocol.limits import PROMPT_TOKENS_MAX
 from services.router.api.parse import LARGE_BYTES, parse
-from services.router.api.parts import CONTAINERS_MAX, PIECE_BYTES, STRINGS_MAX, Parts
+from services.router.api.parts import CONTAINERS_MAX, PIECE_BYTES, STRINGS_MAX, BodyParts
 from services.router.api.schemas import ChatRequest, CompletionRequest
 
 CHAT, COMPLETION = msgspec.json.Decoder(ChatRequest), msgspec.json.Decoder(CompletionRequest)
@@ -31,7 +31,7 @@ def filled(before: bytes, part: bytes, after: bytes, count: int | None = None) -
 
 def counted(decoder: Any, raw: bytes, *, tokens_max: int = PROMPT_TOKENS_MAX, size: int = PIECE_BYTES) -> Any:
     """As the router takes a large body."""
-    parts = Parts(tokens_max)
+    parts = BodyParts(tokens_max)
     for start in range(0, len(raw), size):
         parts.count(raw[start : start + size])
     return parse(decoder, raw)
@@ -111,7 +111,7 @@ def test_parts_are_counted_as_they_are(value: Any, is_ascii: bool, size: int) ->
         return 0, isinstance(value, str)
 
     raw = json.dumps(value, ensure_ascii=is_ascii).encode()
-    parts = Parts(1_000)
+    parts = BodyParts(1_000)
     for start in range(0, len(raw), size):
         parts.count(raw[start : start + size])
     assert (parts._num_containers, parts._num_quotes // 2) == count(value)

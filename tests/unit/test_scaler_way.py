@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from common.layout import initial_layout
-from services.scaler.planning.plan import Memory, Rates, Sizes, Target
+from services.scaler.planning.plan import MemoryForecast, Rates, Sizes, Target
 from services.scaler.planning.planner import plan_way
 
 SIZES = Sizes(100, (10,), (7,))
 DEVICES = tuple(f"host:{i}" for i in range(4))
 LAYOUT = initial_layout([4], DEVICES[:2])
-MEMORY = Memory(dict.fromkeys(DEVICES, 10_000), 1_000, 10, 50, 2, dict.fromkeys(DEVICES[:2], 17))
+MEMORY = MemoryForecast(dict.fromkeys(DEVICES, 10_000), 1_000, 10, 50, 2, dict.fromkeys(DEVICES[:2], 17))
 
 
 def test_every_leg_has_replicas_that_stay() -> None:

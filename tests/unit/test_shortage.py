@@ -20,7 +20,7 @@ from common.protocol.rank import Sampling, Submit
 from services.worker.engine import engine as engine_module
 from services.worker.engine.engine import Engine
 from services.worker.engine.outcome import Outcome
-from services.worker.engine.plan import Chunk, Plan
+from services.worker.engine.plan import Chunk, StepPlan
 from services.worker.rank.steps import GIVEN_UP_MAX, Steps
 from tests.unit.crew import Crew, PlayedLockstep
 from tests.unit.migration_world import make_engine
@@ -212,18 +212,18 @@ def test_a_step_without_prompts_in_between_does_not_save_one_that_finds_no_room(
     hmm: Any = None
     steps = Steps(engine, exchange, lockstep, hmm, nothing)
     sequence: Any = SimpleNamespace(wants_prompt_logprobs=False, arrival=0)
-    prompt = Plan([Chunk(sequence, 0, 10, True)], [], [])
+    prompt = StepPlan([Chunk(sequence, 0, 10, True)], [], [])
     for left_out in ({"is_decode_only": True}, {"is_alone": True}, {"leaves_suspects": True}):
         failed.clear()
-        for plan in (prompt, Plan([], [], [], **left_out)):
+        for plan in (prompt, StepPlan([], [], [], **left_out)):
             steps.run(plan, plan.num_tokens, 0.0)
         assert failed == []
         steps.run(prompt, 10, 0.0)
         assert failed == [sequence]
-        steps.run(Plan([], [], []), 2, 0.0)  # with the rest of the work there is room
+        steps.run(StepPlan([], [], []), 2, 0.0)  # with the rest of the work there is room
         steps.run(prompt, 10, 0.0)
         assert failed == [sequence]  # another one is tried again first
-        steps.run(Plan([], [], []), 2, 0.0)
+        steps.run(StepPlan([], [], []), 2, 0.0)
 
 
 def test_a_rank_that_cannot_go_on_ends(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,10 +235,10 @@ def test_a_rank_that_cannot_go_on_ends(ranks: Ranks, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(rank.engine, "compute", compute)
     for _ in range(GIVEN_UP_MAX):
-        rank.steps.run(Plan([], [], []), 1, DEADLINE_MS)
+        rank.steps.run(StepPlan([], [], []), 1, DEADLINE_MS)
     assert rank.failed == {}
     with pytest.raises(MemoryError):
-        rank.steps.run(Plan([], [], []), 1, DEADLINE_MS)
+        rank.steps.run(StepPlan([], [], []), 1, DEADLINE_MS)
 
 
 @pytest.mark.parametrize("where", ["dispatch", "combine", "sample"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.protocol.errors import Overloaded
-from services.router.text.fair import FairQueue, Turns
+from services.router.text.fair import FairQueue, FairTurns
 
 
 def drain(queue: FairQueue[int]) -> list[int]:
@@ -56,7 +56,7 @@ def test_each_entry_comes_out_once_and_in_its_clients_order(steps: list[tuple[st
 
 def test_no_more_than_allowed_hold_a_turn() -> None:
     async def run() -> int:
-        turns, holding, most = Turns(2, 5.0), 0, 0
+        turns, holding, most = FairTurns(2, 5.0), 0, 0
 
         async def one(client: str) -> None:
             nonlocal holding, most
@@ -77,7 +77,7 @@ def test_no_more_than_allowed_hold_a_turn() -> None:
 
 def test_a_turn_that_does_not_come() -> None:
     async def run() -> None:
-        turns = Turns(1, 0.05)
+        turns = FairTurns(1, 0.05)
         await turns.take("a")
         with pytest.raises(Overloaded, match=r"waited 0\.05 s for its turn") as caught:
             await turns.take("b")
@@ -90,7 +90,7 @@ def test_a_turn_that_does_not_come() -> None:
 
 def test_whoever_is_cancelled_leaves_the_turn_to_others() -> None:
     async def run() -> None:
-        turns = Turns(1, 5.0)
+        turns = FairTurns(1, 5.0)
         await turns.take("a")
         waiting = [asyncio.create_task(turns.take(client)) for client in "bcd"]
         await asyncio.sleep(0)

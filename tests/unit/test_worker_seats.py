@@ -16,7 +16,7 @@ from common.protocol.limits import ERROR_TEXT_CHARS_MAX, NAME_CHARS_MAX, RANKS_M
 from common.protocol.pool import StartRank
 from common.protocol.scaler import RankReady
 from services.worker.pool.pool import seats
-from services.worker.pool.seats import RECORD_BYTES, Hold, Seats, path_of
+from services.worker.pool.seats import RECORD_BYTES, SeatLock, Seats, path_of
 
 WIDE = "\U0001f600"  # four bytes
 
@@ -35,7 +35,7 @@ def test_what_a_rank_puts_on_file_is_read_back(path: Path) -> None:
     assert path.stat().st_size == RANKS_MAX * RECORD_BYTES
     last = RANKS_MAX - 1
     assert (file.read(last), file.holder(last)) == (None, 0)
-    hold = Hold(path, seat(last))
+    hold = SeatLock(path, seat(last))
     record = file.read(last)
     assert record is not None
     assert (record.pid, record.seat, record.ready, record.failure) == (os.getpid(), seat(last), None, None)
@@ -54,7 +54,7 @@ def test_what_a_rank_puts_on_file_is_read_back(path: Path) -> None:
 
 def test_the_longest_record_fits(path: Path) -> None:
     file, name = Seats(path), WIDE * NAME_CHARS_MAX
-    hold = Hold(path, StartRank(RankId(0, 0), 0, name, name, 1, 16, 4, 64))
+    hold = SeatLock(path, StartRank(RankId(0, 0), 0, name, name, 1, 16, 4, 64))
     hold.tell_ready(RankReady(RankId(0, 0), 0, name, 1.5, 2.5))
     hold.tell_failure(ElasticMoEError(WIDE * (2 * ERROR_TEXT_CHARS_MAX), code=name))
     record = file.read(0)
@@ -71,7 +71,7 @@ def test_what_cannot_be_read_is_no_record(path: Path, change: str, monkeypatch: 
     if change == "the version":
         newer = encode(seats.SeatRecord(1, seat(2)), sender="rank:1").replace(b"\xa7version\x01", b"\xa7version\x02")
         monkeypatch.setattr(seats, "encode", lambda *_, **__: newer)
-    Hold(path, seat(2))
+    SeatLock(path, seat(2))
     with open(path, "r+b") as raw:
         raw.seek(2 * RECORD_BYTES)
         data = bytearray(raw.read(RECORD_BYTES))
@@ -98,7 +98,7 @@ def test_a_full_disk_is_a_refusal(path: Path, monkeypatch: pytest.MonkeyPatch) -
             Seats(path)
         assert (caught.value.code, len(os.listdir("/proc/self/fd"))) == ("storage_full", before)
     Seats(path).close()
-    hold = Hold(path, seat(0))
+    hold = SeatLock(path, seat(0))
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(Unavailable, match="cannot be written") as caught:
         hold.tell_ready(RankReady(RankId(0, 0), 0, "rank-r0t0:1", 1.5, 2.5))
@@ -107,4 +107,4 @@ def test_a_full_disk_is_a_refusal(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_file_that_is_not_there_is_a_refusal(path: Path) -> None:
     with pytest.raises(Unavailable, match="cannot be locked"):
-        Hold(path, seat(0))
+        SeatLock(path, seat(0))

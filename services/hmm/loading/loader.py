@@ -28,7 +28,7 @@ from services.hmm.memory.memory import BusSegment, DeviceMemory
 log = get_logger("hmm")
 
 
-class Load:
+class ModelLoad:
     """One load, run once, by a thread of its own. `bytes_done` and `bytes_total` count tensor bytes of the checkpoint
     and may be read by other threads; `abort` may be called by them."""
 

@@ -18,10 +18,10 @@ from services.hmm.memory.catalog import Loaded, Transition, record_bytes
 from services.hmm.memory.holdings import Holdings
 from services.hmm.memory.ledgers import claim_ledger
 from services.hmm.memory.memory import DeviceMemory
-from services.hmm.memory.transfer import LedgerPart, Part, Peaks, Transfer, reclaim
+from services.hmm.memory.transfer import LedgerPart, Peaks, Transfer, TransferOp, reclaim
 
 Then = Callable[[ElasticMoEError | None], None]
-Parts = dict[str, list[Part | LedgerPart]]
+Parts = dict[str, list[TransferOp | LedgerPart]]
 
 
 class Supply:
@@ -85,14 +85,14 @@ class Supply:
             source = memories[copy.source] if copy.source else None
             address = source.address(source.records[copy.key]) if source is not None else 0
             key = None if source is not None else copy.key
-            part = Part(memory.device, handle, memory.address(handle), address, key)
+            part = TransferOp(memory.device, handle, memory.address(handle), address, key)
             parts.setdefault(copy.target, []).append(part)
         return parts
 
-    def claim_kv(self, memory: DeviceMemory, count: int, loaded: Loaded) -> list[Part | LedgerPart]:
+    def claim_kv(self, memory: DeviceMemory, count: int, loaded: Loaded) -> list[TransferOp | LedgerPart]:
         """`count` more KV handles. Raises DoesNotFit."""
         handles = [self._claim(memory, None, loaded.kv.handle_bytes, "kv") for _ in range(count)]
-        return [Part(memory.device, handle, memory.address(handle)) for handle in handles]
+        return [TransferOp(memory.device, handle, memory.address(handle)) for handle in handles]
 
     def _claim(self, memory: DeviceMemory, key: RecordKey | None, nbytes: int, space: Space) -> Handle:
         handle = memory.claim(nbytes, space)

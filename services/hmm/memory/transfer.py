@@ -30,7 +30,7 @@ _PIECE_BYTES_MIN: Final = 64 << 10  # a multiple of every page size
 _PIECES_PER_S: Final = 20  # at the least, where the limit allows pieces of the smallest size
 
 
-class Part(NamedTuple):
+class TransferOp(NamedTuple):
     """One claimed handle to be made: at `address`, and filled from the address `source`, if not 0; from the checkpoint,
     where `key` says which record; else it stays zeros."""
 
@@ -82,7 +82,7 @@ class Transfer:
 
     def __init__(
         self,
-        parts: Mapping[str, Sequence[Part | LedgerPart]],
+        parts: Mapping[str, Sequence[TransferOp | LedgerPart]],
         bytes_per_s_max: int,
         peaks: Peaks,
         spec: ModelSpec,
@@ -90,7 +90,7 @@ class Transfer:
     ) -> None:
         self.bytes_done = 0
         self.parts = [part for some in parts.values() for part in some]
-        self.bytes_total = sum(part.nbytes for part in self.parts if isinstance(part, Part) and part.is_copied)
+        self.bytes_total = sum(part.nbytes for part in self.parts if isinstance(part, TransferOp) and part.is_copied)
         self._shares = deque(share for some in parts.values() for share in _shares(some))
         self.num_threads = max(1, min(1 if bytes_per_s_max else _THREADS, len(self._shares)))
         self._peaks = peaks
@@ -120,7 +120,7 @@ class Transfer:
             self.stop()  # the others' work would be in vain
             raise
 
-    def _make(self, parts: Sequence[Part | LedgerPart]) -> None:
+    def _make(self, parts: Sequence[TransferOp | LedgerPart]) -> None:
         for part in parts:
             for done in range(0, part.nbytes, self._piece_bytes):
                 nbytes = min(self._piece_bytes, part.nbytes - done)
@@ -138,9 +138,9 @@ class Transfer:
                 self._pause(nbytes)
             if isinstance(part, LedgerPart):
                 format_pages(part.shared, part.sizes)
-        self._read([part for part in parts if isinstance(part, Part) and part.key is not None])
+        self._read([part for part in parts if isinstance(part, TransferOp) and part.key is not None])
 
-    def _read(self, parts: Sequence[Part]) -> None:
+    def _read(self, parts: Sequence[TransferOp]) -> None:
         if not parts:
             return
         spec = self._spec
@@ -165,11 +165,13 @@ class Transfer:
             raise Unavailable("the transition was given up", code="aborted")
 
 
-def _shares(parts: Sequence[Part | LedgerPart]) -> list[list[Part | LedgerPart]]:
+def _shares(parts: Sequence[TransferOp | LedgerPart]) -> list[list[TransferOp | LedgerPart]]:
     """One device's parts in as many shares of about the same size as there are threads; what is read from the
     checkpoint stays together, because files are read from their beginning to their end."""
-    read: list[Part | LedgerPart] = [part for part in parts if isinstance(part, Part) and part.key is not None]
-    shares: list[list[Part | LedgerPart]] = [[] for _ in range(_THREADS)]
+    read: list[TransferOp | LedgerPart] = [
+        part for part in parts if isinstance(part, TransferOp) and part.key is not None
+    ]
+    shares: list[list[TransferOp | LedgerPart]] = [[] for _ in range(_THREADS)]
     sizes = [0] * _THREADS
     for part in sorted(
         (part for part in parts if isinstance(part, LedgerPart) or part.key is None), key=lambda part: -part.nbytes

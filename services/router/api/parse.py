@@ -16,7 +16,7 @@ from common.protocol.errors import Unavailable
 from common.protocol.limits import PROMPT_TOKENS_MAX
 from services.router.api.front import Front
 from services.router.api.gate import front_of
-from services.router.api.parts import PIECE_BYTES, Parts
+from services.router.api.parts import PIECE_BYTES, BodyParts
 from services.router.api.schemas import BATCH_MAX
 from services.router.api.whole import to_integers
 
@@ -30,7 +30,7 @@ async def body_of(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
     raw = await request.body()
     if len(raw) > LARGE_BYTES:
         front = front_of(request)
-        parts = Parts(_tokens_max(front))
+        parts = BodyParts(_tokens_max(front))
         for start in range(0, len(raw), PIECE_BYTES):
             await front.turns.wait()
             parts.count(raw[start : start + PIECE_BYTES])

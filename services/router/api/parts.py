@@ -11,7 +11,7 @@ VALUES_MAX = 262_144  # of all kinds, beside the tokens that the contexts of a b
 PIECE_BYTES = 256 * 1024  # counted in one go: some milliseconds, whatever it consists of
 
 
-class Parts:
+class BodyParts:
     """What has been seen of one document, which comes in pieces. `tokens_max`: of all its prompts together."""
 
     def __init__(self, tokens_max: int) -> None:

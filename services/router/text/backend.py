@@ -16,7 +16,7 @@ from services.router.text.files import TokenizerFiles
 from services.router.text.special import SpecialTokens, gather, install
 
 
-class Backend(NamedTuple):
+class TokenizerBackend(NamedTuple):
     """A tokenizer with its tokens. `specials`: special tokens by the names that templates use; `eos_id`: the end of
     sequence that the tokenizer's files name; `cleans_up`: transformers would take spaces out of decoded texts."""
 
@@ -44,7 +44,7 @@ class _Whole(msgspec.Struct):
     post_processor: msgspec.Raw = msgspec.Raw(b"null")
 
 
-def build(files: TokenizerFiles, family: str) -> Backend:
+def build(files: TokenizerFiles, family: str) -> TokenizerBackend:
     """The tokenizer of a model of `family`. Blocks for about 0.5 s for 150,000 tokens.
 
     Raises CheckpointError for files that transformers would not load, and for classes that are not supported.
@@ -66,7 +66,7 @@ def build(files: TokenizerFiles, family: str) -> Backend:
     eos_id = tokenizer.token_to_id(str(eos)) if eos is not None else None
     is_bpe = type(tokenizer.model).__name__ == "BPE"  # for these transformers does not either
     cleans_up = bool(files.settings.get("clean_up_tokenization_spaces")) and not is_bpe
-    return Backend(tokenizer, tokens.texts(), eos_id, cleans_up)
+    return TokenizerBackend(tokenizer, tokens.texts(), eos_id, cleans_up)
 
 
 def _add(tokenizer: Tokenizer, tokens: SpecialTokens, kind: TokenizerClass | None) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from common.families import load_spec, read_config
 from common.protocol.errors import CheckpointError, InvalidRequest
-from services.router.text.backend import Backend, build, errors_as
+from services.router.text.backend import TokenizerBackend, build, errors_as
 from services.router.text.bounds import measure
 from services.router.text.detokenizer import TokenTable
 from services.router.text.files import TemplateSource, read_tokenizer_files
@@ -41,7 +41,7 @@ class TextCodec:
     `digest`: of the files that it was made of.
     """
 
-    def __init__(self, backend: Backend, source: TemplateSource, digest: str) -> None:
+    def __init__(self, backend: TokenizerBackend, source: TemplateSource, digest: str) -> None:
         self.backend = backend
         self.digest = digest
         self.bound = measure(backend.tokenizer)

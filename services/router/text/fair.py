@@ -46,7 +46,7 @@ class FairQueue(Generic[T]):
                 del self._entries[client]
 
 
-class Turns:
+class FairTurns:
     """At most `most` holders at once; the others wait in a fair queue. For one asyncio loop."""
 
     def __init__(self, most: int, wait_seconds_max: float) -> None:

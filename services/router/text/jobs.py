@@ -99,7 +99,7 @@ class Inspected(msgspec.Struct, frozen=True, tag=True):
     code: str = ""
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True):
+class JobRefused(msgspec.Struct, frozen=True, tag=True):
     """An InvalidRequest that crosses a process boundary."""
 
     text: str
@@ -110,7 +110,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 Job = Encode | Chat | Tokenize | Decode | Inspect
 Reply = Encoded | TokenizedBody | Decoded | Inspected
 JOBS: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
-REPLIES: msgspec.msgpack.Decoder[Reply | Refused] = msgspec.msgpack.Decoder(Reply | Refused)
+REPLIES: msgspec.msgpack.Decoder[Reply | JobRefused] = msgspec.msgpack.Decoder(Reply | JobRefused)
 
 
 def context_of(job: Job) -> int:

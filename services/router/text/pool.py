@@ -23,8 +23,8 @@ import msgspec
 from common.protocol.errors import InvalidRequest, Overloaded, Unavailable, Unready
 from common.telemetry import get_logger
 from services.router.text import forkserver, jobs, worker
-from services.router.text.fair import Turns
-from services.router.text.jobs import Job, Refused, Reply
+from services.router.text.fair import FairTurns
+from services.router.text.jobs import Job, JobRefused, Reply
 
 log = get_logger("router")
 
@@ -108,7 +108,7 @@ class _Worker(NamedTuple):
 @dataclass(slots=True)
 class _Lane:
     limits: Limits
-    turns: Turns
+    turns: FairTurns
     idle: list[_Worker] = field(default_factory=list)
 
 
@@ -121,7 +121,9 @@ class TextWorkers:
     def __init__(self, directory: Path, digest: str) -> None:
         self._directory = directory
         self._digest = digest
-        self._lanes = {name: _Lane(limits, Turns(limits.workers, WAIT_SECONDS_MAX)) for name, limits in LANES.items()}
+        self._lanes = {
+            name: _Lane(limits, FairTurns(limits.workers, WAIT_SECONDS_MAX)) for name, limits in LANES.items()
+        }
         self._endings: dict[int, asyncio.Future[int]] = {}
         self._held_bytes = 0
         self._is_stale = False
@@ -147,11 +149,11 @@ class TextWorkers:
                 reply = await self._run(lane, msgspec.msgpack.encode(job), *limits)
         finally:
             self._held_bytes -= num_bytes
-        if isinstance(reply, Refused):
+        if isinstance(reply, JobRefused):
             raise InvalidRequest(reply.text, code=reply.code, param=reply.param)
         return reply
 
-    async def _run(self, lane: _Lane, raw: bytes, seconds: int, memory_bytes: int) -> Reply | Refused:
+    async def _run(self, lane: _Lane, raw: bytes, seconds: int, memory_bytes: int) -> Reply | JobRefused:
         num_deaths = 0
         while num_deaths < DEATHS_MAX:
             await self._wait_ready()
@@ -289,7 +291,7 @@ class TextWorkers:
             await asyncio.get_running_loop().run_in_executor(None, process.wait)
 
 
-def _stopped(seconds: int) -> Refused:
+def _stopped(seconds: int) -> JobRefused:
     log.warning("text worker stopped: a job took too long", limit_s=seconds)
     return worker.too_slow(seconds)
 

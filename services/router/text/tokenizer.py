@@ -14,7 +14,7 @@ from common.families import load_spec
 from common.protocol.errors import CheckpointError, ConfigError, InvalidRequest
 from common.protocol.limits import STOP_TOKEN_IDS_MAX
 from common.telemetry import get_logger
-from services.router.text.backend import Backend
+from services.router.text.backend import TokenizerBackend
 from services.router.text.codec import load_codec
 
 log = get_logger("router")
@@ -55,7 +55,7 @@ class ServedModel:
                     )
 
 
-def _eos_ids(configured: Sequence[int], backend: Backend, vocab: int) -> tuple[int, ...]:
+def _eos_ids(configured: Sequence[int], backend: TokenizerBackend, vocab: int) -> tuple[int, ...]:
     """The ids that end a sequence: config.json's or generation_config.json's, and the one that the tokenizer names."""
     ids = [*configured, *([] if backend.eos_id is None else [backend.eos_id])]
     found = tuple(dict.fromkeys(token_id for token_id in ids if token_id < vocab))
@@ -64,7 +64,7 @@ def _eos_ids(configured: Sequence[int], backend: Backend, vocab: int) -> tuple[i
     return found
 
 
-def _tokens_beyond(backend: Backend, vocab: int) -> dict[int, str]:
+def _tokens_beyond(backend: TokenizerBackend, vocab: int) -> dict[int, str]:
     """Added tokens that the embedding does not have. Raises CheckpointError where it is not only added ones."""
     added = backend.tokenizer.get_added_tokens_decoder()
     beyond = {i: text for text, i in backend.tokenizer.get_vocab(with_added_tokens=True).items() if i >= vocab}
@@ -74,7 +74,7 @@ def _tokens_beyond(backend: Backend, vocab: int) -> dict[int, str]:
     return dict(sorted(beyond.items()))
 
 
-def _warnings(backend: Backend, beyond: Mapping[int, str]) -> list[str]:
+def _warnings(backend: TokenizerBackend, beyond: Mapping[int, str]) -> list[str]:
     found = []
     if beyond:
         names = ", ".join(repr(text)[:80] for text in list(beyond.values())[:_NAMED_MAX])

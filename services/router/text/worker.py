@@ -48,21 +48,21 @@ def _perform(codec: TextCodec, raw: bytearray, memory_bytes: int) -> bytes:
     try:
         return _encode(codec.perform(jobs.JOBS.decode(raw)))
     except InvalidRequest as error:
-        return _encode(jobs.Refused(error.message, error.code, error.param))
+        return _encode(jobs.JobRefused(error.message, error.code, error.param))
     except MemoryError:
         return _encode(too_large(memory_bytes))
 
 
-def too_large(memory_bytes: int) -> jobs.Refused:
+def too_large(memory_bytes: int) -> jobs.JobRefused:
     """The refusal of a prompt that does not fit into a worker's memory."""
     text = f"the prompt needs more than the limit of {memory_bytes >> 20} MiB of memory to be rendered and tokenized"
-    return jobs.Refused(text, "prompt_too_expensive", None)
+    return jobs.JobRefused(text, "prompt_too_expensive", None)
 
 
-def too_slow(seconds_max: float) -> jobs.Refused:
+def too_slow(seconds_max: float) -> jobs.JobRefused:
     """The refusal of a prompt whose worker was stopped."""
     text = f"the prompt takes more than the limit of {seconds_max:g} s of CPU to be rendered and tokenized"
-    return jobs.Refused(text, "prompt_too_expensive", None)
+    return jobs.JobRefused(text, "prompt_too_expensive", None)
 
 
 def _read(sock: socket.socket, nbytes: int) -> bytearray | None:

@@ -20,7 +20,7 @@ from common.http.connection import Rules
 from common.http.door import Door, Scope, Send, bearer_of, headers_of
 from common.http.errors import on_error, on_status
 from common.http.hosts import NoPages
-from common.http.listener import Server, make_server
+from common.http.listener import HttpServer, make_server
 from common.protocol.errors import ConfigError, ElasticMoEError, Unauthorized
 from common.protocol.limits import NAME_CHARS_MAX
 from common.sse import escape_separators
@@ -96,7 +96,7 @@ def build_app(
     return Door(AdminGate(app, token), NoPages(), PUBLIC_PATHS, meters.refused)
 
 
-def serve(app: Door, meters: Meters, keep_alive_s: float) -> Server:
+def serve(app: Door, meters: Meters, keep_alive_s: float) -> HttpServer:
     """The admin listener's server, for a bound socket and a thread of its own."""
     rules = Rules(CONNECTIONS_MAX, BODY_BYTES_MAX, PUBLIC_PATHS | {"/metrics"}, meters.refused)
     return make_server(app, rules, keep_alive_s=keep_alive_s, stop_s=2)

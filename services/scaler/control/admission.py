@@ -19,7 +19,7 @@ from services.scaler.control.audit_log import PlanMade
 from services.scaler.control.executor import Executor, Tell
 from services.scaler.operation.advance import can_cancel, cancel, without_lost
 from services.scaler.operation.operation import Accounting, DeviceChange, Figures, Kind, Operation, Planned, Request
-from services.scaler.planning.plan import Memory, Plan, Rates, Sizes, Target, sizes_of
+from services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target, sizes_of
 
 log = get_logger("scaler")
 
@@ -291,14 +291,14 @@ def lost_devices(current: Operation | None, ended: Sequence[Operation]) -> set[s
     return (set(newest.lost_before) - taken) | newest.lost_devices
 
 
-def memory_of(hmm: HmmStatus | None) -> Memory:
+def memory_of(hmm: HmmStatus | None) -> MemoryForecast:
     """What bounds a plan now. Raises Unready while the HMM is away, and while nothing is loaded."""
     if hmm is None:
         raise Unready("the HMM does not answer")
     if hmm.phase != "ready" or hmm.memory is None or hmm.layout is None:
         raise Unready("the HMM has loaded no model yet")
     facts, used = hmm.memory, {seat.device for seat in hmm.layout.seats}
-    return Memory(
+    return MemoryForecast(
         budgets={device.device: device.budget for device in hmm.devices},
         footprint=facts.footprint,
         ledger=facts.ledger,

@@ -15,7 +15,7 @@ from common.layout import Layout
 from services.scaler.actions import Action, EjectRank, LeaveOut
 from services.scaler.control.state import State
 from services.scaler.observation import Observation, Step
-from services.scaler.planning.plan import Memory, Plan, Rates, Sizes, Target
+from services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target
 from services.scaler.planning.planner import plan_way
 
 _encoder = msgspec.msgpack.Encoder(order="deterministic")
@@ -28,7 +28,7 @@ class PlanMade(msgspec.Struct, frozen=True, tag="plan", kw_only=True):
     layout: Layout
     target: Target
     sizes: Sizes
-    memory: Memory
+    memory: MemoryForecast
     devices: tuple[str, ...]
     rates: Rates
     plan: str = ""

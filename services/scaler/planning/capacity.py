@@ -13,7 +13,7 @@ from common.layout import Layout
 from common.protocol.errors import DoesNotFit, NotFound
 from common.wording import size
 from services.scaler.planning.placement import Move
-from services.scaler.planning.plan import Memory, Sizes
+from services.scaler.planning.plan import MemoryForecast, Sizes
 
 _WAY_OUT = "more replicas leave each device fewer experts; a start with more --device-memory has larger budgets"
 _FIRST_SHARE = 8  # a joiner that gets its experts in the next leg starts with this part of its final KV
@@ -54,7 +54,7 @@ def weights_on(layout: Layout, sizes: Sizes) -> dict[str, int]:
 class Capacity:
     """Arithmetic over one model's sizes and one host's memory."""
 
-    def __init__(self, sizes: Sizes, memory: Memory) -> None:
+    def __init__(self, sizes: Sizes, memory: MemoryForecast) -> None:
         self._sizes = sizes
         self._memory = memory
 

@@ -28,7 +28,7 @@ class Move(NamedTuple):
     nbytes: int
 
 
-class _Layer(NamedTuple):
+class _LayerPlacement(NamedTuple):
     """One layer's experts: `holders[expert]`; `kept[slot]`: experts that could stay there; `quotient`, `remainder`."""
 
     number: int
@@ -60,7 +60,7 @@ def place(homes: Homes, slots: Sequence[int], expert_bytes: Sequence[int]) -> tu
     members = sorted(slots)
     staying = set(members)
     layers = [
-        _Layer(number, holders, _keepers(holders, staying), *divmod(len(holders), len(members)))
+        _LayerPlacement(number, holders, _keepers(holders, staying), *divmod(len(holders), len(members)))
         for number, holders in enumerate(homes)
     ]
     extras = _choose_extras(layers, members, expert_bytes)
@@ -112,7 +112,9 @@ def _keepers(holders: tuple[tuple[int, ...], ...], staying: set[int]) -> dict[in
     return kept
 
 
-def _choose_extras(layers: Sequence[_Layer], members: Sequence[int], expert_bytes: Sequence[int]) -> list[set[int]]:
+def _choose_extras(
+    layers: Sequence[_LayerPlacement], members: Sequence[int], expert_bytes: Sequence[int]
+) -> list[set[int]]:
     """For each layer the slots that hold one expert more than the others, with even totals over the layers."""
     totals = dict.fromkeys(members, 0)
     chosen: list[set[int]] = [set() for _ in layers]
@@ -141,7 +143,7 @@ def _least(slots: list[int], totals: dict[int, int], count: int) -> list[int]:
 
 
 def _place_layer(
-    layer: _Layer, extra: set[int], members: Sequence[int], traffic: Traffic, nbytes: int, moves: list[Move]
+    layer: _LayerPlacement, extra: set[int], members: Sequence[int], traffic: Traffic, nbytes: int, moves: list[Move]
 ) -> tuple[tuple[int, ...], ...]:
     """One layer's homes; appends its moves to `moves`, by expert."""
     home: list[int] = [-1] * len(layer.holders)

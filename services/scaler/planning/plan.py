@@ -48,7 +48,7 @@ def sizes_of(spec: ModelSpec, granularity: int) -> Sizes:
     )
 
 
-class Memory(msgspec.Struct, frozen=True):
+class MemoryForecast(msgspec.Struct, frozen=True):
     """What bounds a plan, in bytes: each device's budget, the footprint (bytes of weights and KV of one device, which
     KV fills up as weights leave), the ledger of one rank, and KV handles: their size, the fewest that a rank can work
     with, how many each device of the layout in force has now, and how many a device had at the load."""

@@ -17,7 +17,7 @@ from common.model_spec import RecordKey
 from common.protocol.hmm import RecordCopy
 from services.scaler.planning.capacity import Capacity, Instants
 from services.scaler.planning.placement import Move, place, spread_common
-from services.scaler.planning.plan import Leg, Memory, Plan, Rates, Sizes, Target
+from services.scaler.planning.plan import Leg, MemoryForecast, Plan, Rates, Sizes, Target
 from services.scaler.planning.replica_assignment import Seating, reseat
 
 _DEFAULT_RATES = Rates()
@@ -27,7 +27,7 @@ def make_plan(
     layout: Layout,
     target: Target,
     sizes: Sizes,
-    memory: Memory,
+    memory: MemoryForecast,
     devices: Sequence[str],
     rates: Rates = _DEFAULT_RATES,
 ) -> Plan:
@@ -78,7 +78,7 @@ def plan_way(
     layout: Layout,
     target: Target,
     sizes: Sizes,
-    memory: Memory,
+    memory: MemoryForecast,
     devices: Sequence[str],
     rates: Rates,
 ) -> Plan:

@@ -24,15 +24,15 @@ from services.worker.engine.blocks import BlockManager
 from services.worker.engine.failure import failure_of, plan_error
 from services.worker.engine.hand_over import check_hand_over
 from services.worker.engine.outcome import Choice, Outcome, StepCost
-from services.worker.engine.plan import Chunk, Plan, PlanFailed
+from services.worker.engine.plan import Chunk, PlanFailed, StepPlan
 from services.worker.engine.planning import Planning
 from services.worker.engine.rows import entry_bytes_max
 from services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
 from services.worker.engine.scheduler import Scheduler
-from services.worker.engine.sequence import Hold, Sequence
+from services.worker.engine.sequence import BlockHold, Sequence
 from services.worker.engine.trials import Trials
 from services.worker.exchange.base import Exchange
-from services.worker.model.batch import Batch, Part
+from services.worker.model.batch import Batch, BatchPart
 from services.worker.model.registry import Model
 from services.worker.model.weights import KvCache
 
@@ -143,7 +143,7 @@ class Engine:
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
-    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> Plan:
+    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> StepPlan:
         """See Planning. Raises PlanFailed, after which `settle_plan` is due, and MemoryError."""
         return self._planning.plan(decode_only=decode_only, num_clean=num_clean)
 
@@ -156,7 +156,7 @@ class Engine:
             raise failed
         return ended
 
-    def compute(self, plan: Plan, total_tokens: int, deadline_ms: float) -> list[Choice]:
+    def compute(self, plan: StepPlan, total_tokens: int, deadline_ms: float) -> list[Choice]:
         """Run the step that all ranks have agreed on: what came of each chunk. `total_tokens`: of all ranks together.
 
         Raises StepAborted or StepTimedOut, or what went wrong; then nothing has changed but KV behind the committed
@@ -171,7 +171,7 @@ class Engine:
         self.cost = StepCost(forward_ns - times.exchange_ns, times.exchange_ns - times.wait_ns, times.wait_ns)
         return self._choose(plan.chunks, logits)
 
-    def _part(self, chunk: Chunk) -> Part:
+    def _part(self, chunk: Chunk) -> BatchPart:
         sequence, start, count, is_last = chunk
         if sequence.wants_prompt_logprobs:
             num_logits = count
@@ -179,7 +179,7 @@ class Engine:
             num_logits = 1 if is_last else 0
         tokens = sequence.tokens
         ids = tokens[start:] if start + count == len(tokens) else tokens[start : start + count]
-        return Part(ids, start, sequence.blocks, num_logits)
+        return BatchPart(ids, start, sequence.blocks, num_logits)
 
     def _choose(self, chunks: list[Chunk], logits: torch.Tensor) -> list[Choice]:
         choices = [Choice() for _ in chunks]
@@ -207,7 +207,7 @@ class Engine:
             choices[index] = Choice(error=error) if error else Choice(sampled.tokens[row], sampled.logprobs[row])
         return choices
 
-    def commit(self, plan: Plan, choices: list[Choice]) -> Outcome:
+    def commit(self, plan: StepPlan, choices: list[Choice]) -> Outcome:
         """Make what `compute` returned count: in memory, in the ledger, and in what is to be told. Whatever this raises
         can only be mended by the seat's next rank."""
         done = [(chunk, choice) for chunk, choice in zip(plan.chunks, choices, strict=True) if choice.error is None]
@@ -356,7 +356,7 @@ class Engine:
             prompt_logprobs=None if noted is None else tuple(noted),
         )
 
-    def adopt(self, hold: Hold, message: HandOver, now: float) -> None:
+    def adopt(self, hold: BlockHold, message: HandOver, now: float) -> None:
         """Go on with another rank's sequence in the place that `hold` keeps. Its KV up to block number
         `message.num_copied` is there already. Raises an ElasticMoEError; then nothing has changed."""
         sequence = Sequence(message.request, message.router, 0, now + message.request.deadline_s)

@@ -6,11 +6,11 @@ from common.model_spec import KvGeometry
 from common.protocol.errors import InvalidRequest
 from common.protocol.rank import HandOver
 from services.worker.engine.scheduler import Scheduler
-from services.worker.engine.sequence import Hold, Sequence
+from services.worker.engine.sequence import BlockHold, Sequence
 
 
 def check_hand_over(
-    scheduler: Scheduler, geometry: KvGeometry, hold: Hold, message: HandOver, sequence: Sequence
+    scheduler: Scheduler, geometry: KvGeometry, hold: BlockHold, message: HandOver, sequence: Sequence
 ) -> None:
     """Whether `message` fits to the place that `hold` keeps and makes `sequence`. Raises InvalidRequest for figures
     that do not fit together."""

@@ -16,7 +16,7 @@ class Chunk(NamedTuple):
     sample: bool
 
 
-class Plan(NamedTuple):
+class StepPlan(NamedTuple):
     """One step. `admitted` run from now on, each in a row of its own; `freed_rows` belonged to sequences that lost
     their blocks and wait again. Admissions and preemptions stand even if the step is given up. `is_decode_only`:
     prompts were left out. `is_alone`: of one suspect, to be computed only if no rank brings anything else; without any
@@ -70,6 +70,8 @@ class Draft:
         end = sequence.kv_len + count
         self.chunks.append(Chunk(sequence, sequence.kv_len, count, end == len(sequence.tokens)))
 
-    def finish(self, *, is_decode_only: bool = False, is_alone: bool = False, leaves_suspects: bool = False) -> Plan:
+    def finish(
+        self, *, is_decode_only: bool = False, is_alone: bool = False, leaves_suspects: bool = False
+    ) -> StepPlan:
         """The plan."""
-        return Plan(self.chunks, self.admitted, self.freed_rows, is_decode_only, is_alone, leaves_suspects)
+        return StepPlan(self.chunks, self.admitted, self.freed_rows, is_decode_only, is_alone, leaves_suspects)

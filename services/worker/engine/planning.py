@@ -8,7 +8,7 @@ not add up afterwards only its process's end helps: the seat's next one goes on 
 from __future__ import annotations
 
 from native.ledger import Ledger
-from services.worker.engine.plan import Plan, PlanFailed
+from services.worker.engine.plan import PlanFailed, StepPlan
 from services.worker.engine.rows import encode_entry
 from services.worker.engine.scheduler import Scheduler
 from services.worker.engine.sequence import Sequence
@@ -21,7 +21,7 @@ class Planning:
         self._scheduler = scheduler
         self._ledger = ledger
 
-    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> Plan:
+    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> StepPlan:
         """Choose the next step's work, and write to the ledger which sequences run and which blocks are theirs. Raises
         PlanFailed, after which `settle` is due, and MemoryError."""
         plan = self._scheduler.plan(decode_only=decode_only, num_clean=num_clean)

@@ -15,8 +15,8 @@ from bisect import insort
 from common.protocol.errors import ContextLengthExceeded, DoesNotFit, InvalidRequest, Overloaded
 from common.protocol.rank import Submit
 from services.worker.engine.blocks import BlockManager
-from services.worker.engine.plan import Chunk, Draft, Plan, PlanFailed
-from services.worker.engine.sequence import Hold, Sequence
+from services.worker.engine.plan import Chunk, Draft, PlanFailed, StepPlan
+from services.worker.engine.sequence import BlockHold, Sequence
 from services.worker.engine.trial import INNOCENT, Trial
 
 
@@ -34,7 +34,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order
         self.waiting: list[Sequence] = []  # in order
         self.detached: list[Sequence] = []
-        self.holds: list[Hold] = []
+        self.holds: list[BlockHold] = []
         self.struck: list[Sequence] = []  # in steps that failed since their last one that was completed
         self._by_id: dict[tuple[bytes, str], Sequence] = {}
         self.recomputed = 0  # tokens whose KV was written before and lost
@@ -95,7 +95,7 @@ class Scheduler:
             max(0, len(s.tokens) - s.kv_len - 1) for s in self.running
         )
 
-    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> Plan:
+    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> StepPlan:
         """Choose the next step's work and allocate its blocks. `decode_only`: prompts wait for the next step.
         `num_clean`: see Trial.may_be_alone; if there are suspects, this is one's own step, or they are left out. Raises
         PlanFailed, and MemoryError."""
@@ -107,7 +107,7 @@ class Scheduler:
         except Exception as error:
             raise PlanFailed(draft.subject) from error
 
-    def _plan(self, draft: Draft, *, decode_only: bool, num_clean: int) -> Plan:
+    def _plan(self, draft: Draft, *, decode_only: bool, num_clean: int) -> StepPlan:
         suspects = [s for s in self.struck if s.is_suspect and s not in self.detached] if self.struck else []
         if not decode_only:
             # Who is about to be found guilty or innocent comes first.
@@ -238,10 +238,10 @@ class Scheduler:
         self.detached.remove(sequence)
         insort(self.running if sequence.row >= 0 else self.waiting, sequence, key=lambda s: s.order)
 
-    def hold(self, tokens: tuple[int, ...], num_blocks: int) -> Hold:
+    def hold(self, tokens: tuple[int, ...], num_blocks: int) -> BlockHold:
         """Keep a place for a sequence that begins with `tokens`; with KV where `num_blocks` > 0: a row and blocks, the
         first of them from the prefix cache. Raises Overloaded and DoesNotFit; then nothing is kept."""
-        hold = Hold(tokens)
+        hold = BlockHold(tokens)
         if num_blocks:
             hold.blocks = self.blocks.match(tokens)
             hold.num_cached = len(hold.blocks)
@@ -253,7 +253,7 @@ class Scheduler:
         self.holds.append(hold)
         return hold
 
-    def extend(self, hold: Hold, num_blocks: int) -> None:
+    def extend(self, hold: BlockHold, num_blocks: int) -> None:
         """Let a hold have `num_blocks` blocks, if it has fewer. Raises as `hold`; then it is as it was."""
         if max(len(hold.tokens) + 1, (num_blocks - 1) * self.blocks.block_size) > self.capacity_tokens:
             raise DoesNotFit(
@@ -277,14 +277,14 @@ class Scheduler:
         if hold.row < 0:
             hold.row = self._free_rows.pop()
 
-    def release_hold(self, hold: Hold) -> None:
+    def release_hold(self, hold: BlockHold) -> None:
         """Undo `hold`."""
         self.holds.remove(hold)
         self.blocks.release(hold.blocks)
         if hold.row >= 0:
             self._free_rows.append(hold.row)
 
-    def adopt(self, hold: Hold, sequence: Sequence) -> None:
+    def adopt(self, hold: BlockHold, sequence: Sequence) -> None:
         """Let `sequence`, whose `tokens` and `kv_len` are set, take the place of `hold`, which ends.
 
         With KV it runs, before those that were here first: it has been served already. Else it waits. Raises Overloaded

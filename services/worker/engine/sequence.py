@@ -106,7 +106,7 @@ class Sequence:
         return None
 
 
-class Hold:
+class BlockHold:
     """What is kept for a sequence with the beginning `tokens` that another rank hands over. Owned by the scheduler.
 
     `blocks`: by position; the first `num_cached` hold its KV already and are shared. `row`: a ledger row that is not

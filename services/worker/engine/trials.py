@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from common.protocol.errors import RequestFailed
 from native.ledger import Ledger
-from services.worker.engine.plan import Plan
+from services.worker.engine.plan import StepPlan
 from services.worker.engine.scheduler import Scheduler
 from services.worker.engine.sequence import Sequence
 from services.worker.engine.trial import COMPUTED, COMPUTED_ALONE, GUILTY_FAILURES, INNOCENT, LEFT_OUT, NOTHING
@@ -20,7 +20,7 @@ class Trials:
         self._scheduler = scheduler
         self._ledger = ledger
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: StepPlan) -> None:
         """The step is about to be computed."""
         state = COMPUTED_ALONE if plan.is_alone else COMPUTED
         plain = []
@@ -33,7 +33,7 @@ class Trials:
         if self._scheduler.struck and not plan.is_alone:
             self.note(self._left_out(plan), LEFT_OUT)
 
-    def end(self, plan: Plan) -> None:
+    def end(self, plan: StepPlan) -> None:
         """What came of the step was told."""
         going = [sequence for sequence, *_ in plan.chunks if sequence.row >= 0]
         if self._scheduler.struck:
@@ -42,7 +42,7 @@ class Trials:
             self.note(self._scheduler.struck)
         self._ledger.mark_rows([s.row for s in going if not s.trial.failures], INNOCENT.mark())
 
-    def fail(self, plan: Plan) -> list[Sequence]:
+    def fail(self, plan: StepPlan) -> list[Sequence]:
         """The step failed, with `plan` as this rank's part. Returns those that were found to be the cause."""
         computed = [chunk.sequence for chunk in plan.chunks]
         if not plan.is_alone:
@@ -53,7 +53,7 @@ class Trials:
         self.drop(plan)
         return [sequence for sequence in computed if sequence.trial.is_guilty]
 
-    def drop(self, plan: Plan) -> None:
+    def drop(self, plan: StepPlan) -> None:
         """The step is given up for reasons that no request has."""
         self.note([chunk.sequence for chunk in plan.chunks])
         self.note(self._left_out(plan))
@@ -64,7 +64,7 @@ class Trials:
             if sequence.row >= 0:
                 self._ledger.mark_rows([sequence.row], sequence.trial.mark(state))
 
-    def _left_out(self, plan: Plan) -> list[Sequence]:
+    def _left_out(self, plan: StepPlan) -> list[Sequence]:
         """Those that failed steps are known of, and that are not in this one."""
         computed = {id(chunk.sequence) for chunk in plan.chunks}
         return [sequence for sequence in self._scheduler.struck if id(sequence) not in computed]

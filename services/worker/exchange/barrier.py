@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 
-class Membership(NamedTuple):
+class BarrierMembership(NamedTuple):
     """One publication: `members` is a bit mask of slots, `epoch` the layout's. All 0, not running, before the first."""
 
     generation: int
@@ -39,7 +39,7 @@ class StepBarrier(ABC):
         """Give the own slot back, unless another incarnation has taken it. Idempotent."""
 
     @abstractmethod
-    def membership(self) -> Membership:
+    def membership(self) -> BarrierMembership:
         """What was published last. Never blocks."""
 
     @abstractmethod

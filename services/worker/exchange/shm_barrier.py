@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 from native.bus import Bus, BusAborted, BusTimeout
-from services.worker.exchange.barrier import Arrival, Membership, StepBarrier
+from services.worker.exchange.barrier import Arrival, BarrierMembership, StepBarrier
 from services.worker.exchange.base import StepAborted, StepTimedOut
 
 
@@ -26,9 +26,9 @@ class ShmBarrier(StepBarrier):
         """See StepBarrier."""
         self._bus.leave()
 
-    def membership(self) -> Membership:
+    def membership(self) -> BarrierMembership:
         """See StepBarrier."""
-        return Membership(*self._bus.membership())
+        return BarrierMembership(*self._bus.membership())
 
     def staged(self) -> tuple[int, int]:
         """See StepBarrier."""

@@ -27,7 +27,7 @@ RESUME_S = 0.5  # between attempts to reach a restarted HMM
 Handed = tuple[ShareHandles | SeatMemory, list[int]]
 
 
-class Channel(Protocol):
+class HmmConnection(Protocol):
     """What the link needs of a connection: common/fdchannel.py."""
 
     def fileno(self) -> int:
@@ -53,7 +53,7 @@ class HmmLink:
 
     def __init__(
         self,
-        connect: Callable[[int], Channel],
+        connect: Callable[[int], HmmConnection],
         seat: StartRank,
         *,
         watch: Callable[[int], None],
@@ -64,7 +64,7 @@ class HmmLink:
         self._watch = watch
         self._unwatch = unwatch
         self._memory_id = ""
-        self._channel: Channel | None = None
+        self._channel: HmmConnection | None = None
         self._resume_at = 0.0
 
     @property
@@ -92,7 +92,7 @@ class HmmLink:
             if isinstance(message, SeatMemory):
                 return
 
-    def _receive(self, channel: Channel, deadline_ms: int) -> Handed:
+    def _receive(self, channel: HmmConnection, deadline_ms: int) -> Handed:
         received, fds = channel.receive(deadline_ms=deadline_ms)
         if isinstance(received.body, ShareHandles | SeatMemory):
             return received.body, fds

@@ -60,7 +60,7 @@ class _Goal:
     map: list[tuple[RecordKey, int]]
 
 
-class Memory:
+class RankMemory:
     """A seat's memory in this process. Owned by the rank's thread; `close` unmaps everything, after which no tensor may
     be touched.
 

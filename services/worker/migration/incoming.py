@@ -18,7 +18,7 @@ from common.protocol.pool import StartRank
 from common.protocol.rank import HandOver, Reserve, Unreserve
 from common.telemetry import get_logger
 from services.worker.engine.engine import Engine
-from services.worker.engine.sequence import Hold
+from services.worker.engine.sequence import BlockHold
 
 log = get_logger("migration")
 
@@ -33,7 +33,7 @@ class _Reservation:
 
     __slots__ = ("heard_at", "hold")
 
-    def __init__(self, hold: Hold) -> None:
+    def __init__(self, hold: BlockHold) -> None:
         self.hold = hold
         self.heard_at: float | None = None
 

@@ -51,7 +51,7 @@ LINK_IDLE_S = 60.0
 Stage = Literal["reserving", "ready", "copying", "handing", "draining"]
 
 
-class Transfer:
+class SequenceTransfer:
     """One sequence on its way. `place`: the target's answer. KV up to its block number `num_copied` is there; the copy
     under way brings it to `copying_to`."""
 
@@ -94,11 +94,11 @@ class Outgoing:
         self._watch = watch
         self._unwatch = unwatch
         self._on_taken = on_taken
-        self._links: dict[str, Link[Transfer]] = {}
+        self._links: dict[str, Link[SequenceTransfer]] = {}
         self._hmm_silent_until = 0.0
         self._members = 0
         self._news: list[tuple[bytes, Message]] = []
-        self.transfers: list[Transfer] = []
+        self.transfers: list[SequenceTransfer] = []
 
     def turn(self, now: float, members: int) -> list[tuple[bytes, Message]]:
         """Advance everything. `members`: bit mask of the slots that step together. What is to be told to routers."""
@@ -130,7 +130,7 @@ class Outgoing:
         """Send a message to a rank without waiting for its answer."""
         self._link(f"rank-{rank}").tell(message, now)
 
-    def give_up(self, transfer: Transfer, now: float) -> None:
+    def give_up(self, transfer: SequenceTransfer, now: float) -> None:
         """The sequence, if it lives, goes on here. The target is told once nobody writes to its place any more."""
         sequence = transfer.sequence
         if transfer.stage == "copying":
@@ -155,7 +155,7 @@ class Outgoing:
 
     # ---- links ----------------------------------------------------------------------------------------------------
 
-    def _link(self, name: str) -> Link[Transfer]:
+    def _link(self, name: str) -> Link[SequenceTransfer]:
         if name not in self._links:
             client = self._transport.connect(name, self._seat.incarnation, CODEC)
             self._links[name] = Link(client, watch=self._watch, unwatch=self._unwatch)
@@ -169,12 +169,12 @@ class Outgoing:
             for transfer, answer in link.answers():
                 self._take_answer(transfer, answer, now)
 
-    def _end(self, transfer: Transfer) -> None:
+    def _end(self, transfer: SequenceTransfer) -> None:
         self.transfers.remove(transfer)
         for link in self._links.values():
             link.drop(transfer)
 
-    def _ask(self, transfer: Transfer, name: str, question: Message, now: float) -> None:
+    def _ask(self, transfer: SequenceTransfer, name: str, question: Message, now: float) -> None:
         """Ask about a transfer; one that cannot be asked about is given up when no answer has come."""
         transfer.asked_at = now
         try:
@@ -194,14 +194,14 @@ class Outgoing:
             chosen = self._targets.choose(self.candidates, wanted, now)
             if chosen is None:
                 return
-            transfer = Transfer(*chosen)
+            transfer = SequenceTransfer(*chosen)
             self.transfers.append(transfer)
             self._reserve(transfer, now)
             sequence = transfer.sequence
             self._news.append((sequence.peer, MayMove(sequence.request.request_id, transfer.target.rank)))
             wanted = self._targets.wanted(self.on_the_way)
 
-    def _reserve(self, transfer: Transfer, now: float) -> None:
+    def _reserve(self, transfer: SequenceTransfer, now: float) -> None:
         sequence, blocks = transfer.sequence, self._engine.scheduler.blocks
         tokens, num_blocks = sequence.tokens, 0
         if sequence.kv_len:
@@ -214,7 +214,7 @@ class Outgoing:
         message = Reserve(sequence.request.request_id, sequence.peer, tuple(tokens), num_blocks)
         self._ask(transfer, f"rank-{transfer.target.rank}", message, now)
 
-    def _check(self, transfer: Transfer, now: float) -> None:
+    def _check(self, transfer: SequenceTransfer, now: float) -> None:
         """Do what the transfer's stage and the time ask for."""
         if transfer.stage == "draining":
             if now - transfer.asked_at > COPY_S:
@@ -234,7 +234,7 @@ class Outgoing:
         elif transfer.stage == "copying" and now - transfer.asked_at > COPY_S:
             self._lose_hmm(now)
 
-    def _check_handing(self, transfer: Transfer, now: float) -> None:
+    def _check_handing(self, transfer: SequenceTransfer, now: float) -> None:
         if now - transfer.asked_at <= ANSWER_S:
             return
         if transfer.attempts < HAND_OVER_ATTEMPTS:
@@ -254,7 +254,7 @@ class Outgoing:
             self._targets.pause(transfer.sequence, transfer.target.rank, now)
             self._end(transfer)
 
-    def _take_answer(self, transfer: Transfer, answer: ToPeer, now: float) -> None:
+    def _take_answer(self, transfer: SequenceTransfer, answer: ToPeer, now: float) -> None:
         stage = transfer.stage
         if isinstance(answer, Refused):
             log.debug("refused", rank=str(transfer.target.rank), stage=stage, code=answer.code, because=answer.message)
@@ -281,7 +281,7 @@ class Outgoing:
             else:
                 self.give_up(transfer, now)  # cancelled meanwhile
 
-    def _advance(self, transfer: Transfer, now: float) -> None:
+    def _advance(self, transfer: SequenceTransfer, now: float) -> None:
         sequence, kv, place = transfer.sequence, self._engine.kv, transfer.place
         assert place is not None
         full = sequence.kv_len // kv.geometry.block_size
@@ -304,7 +304,7 @@ class Outgoing:
         else:
             self._copy(transfer, place, room, now)
 
-    def _copy(self, transfer: Transfer, place: Reserved, room: int, now: float) -> None:
+    def _copy(self, transfer: SequenceTransfer, place: Reserved, room: int, now: float) -> None:
         first = transfer.num_copied
         num_blocks_max = max(1, min(BLOCKS_PER_COPY_MAX, COPY_BYTES_MAX // self._engine.kv.geometry.block_bytes))
         last = min(room, first + num_blocks_max)
@@ -316,7 +316,7 @@ class Outgoing:
         message = CopyBlocks(seat.slot, seat.incarnation, place.slot, place.incarnation, pairs)
         self._ask(transfer, "hmm", message, now)
 
-    def _hand_over(self, transfer: Transfer, now: float) -> None:
+    def _hand_over(self, transfer: SequenceTransfer, now: float) -> None:
         sequence = transfer.sequence
         if sequence.deadline <= now:
             self.give_up(transfer, now)  # it is about to expire here
@@ -327,12 +327,12 @@ class Outgoing:
         failpoint("rank.hand_over")
         self._send_hand_over(transfer, now)
 
-    def _send_hand_over(self, transfer: Transfer, now: float) -> None:
+    def _send_hand_over(self, transfer: SequenceTransfer, now: float) -> None:
         assert transfer.message is not None
         transfer.attempts += 1
         self._ask(transfer, f"rank-{transfer.target.rank}", transfer.message, now)
 
-    def _finish(self, transfer: Transfer) -> None:
+    def _finish(self, transfer: SequenceTransfer) -> None:
         sequence, target = transfer.sequence, transfer.target
         self._end(transfer)
         self._engine.forget(sequence)
@@ -342,7 +342,7 @@ class Outgoing:
         self._on_taken(sequence, target)
 
 
-def _is_same_place(transfer: Transfer, answer: Reserved, now: float) -> bool:
+def _is_same_place(transfer: SequenceTransfer, answer: Reserved, now: float) -> bool:
     """Whether what was copied to the place that the target named before lies in the one that it names now."""
     before = transfer.place
     return (

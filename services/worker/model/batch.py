@@ -12,7 +12,7 @@ from typing import NamedTuple
 assert array("i").itemsize == 4
 
 
-class Part(NamedTuple):
+class BatchPart(NamedTuple):
     """Consecutive tokens of one sequence: `token_ids` at positions `start`, `start` + 1, ...
 
     `blocks`: the sequence's KV block ids by position, enough for all tokens up to and with these; what comes before
@@ -51,7 +51,7 @@ class Batch:
         "token_ids",
     )
 
-    def __init__(self, parts: Sequence[Part], block_size: int) -> None:
+    def __init__(self, parts: Sequence[BatchPart], block_size: int) -> None:
         token_ids, blocks, logit_rows = array("i"), array("i"), array("i")
         row_starts, kv_lens, block_starts = array("i", [0]), array("i"), array("i", [0])
         for ids, start, table, num_logits in parts:

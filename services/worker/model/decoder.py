@@ -21,7 +21,7 @@ from services.worker.model.moe import DenseFeedForward, RoutedExperts
 from services.worker.model.weights import RankWeights
 
 
-class _Layer(NamedTuple):
+class _DecoderLayer(NamedTuple):
     input_norm: Operation
     attention: GroupedQueryAttention
     post_norm: Operation
@@ -79,11 +79,13 @@ class Decoder:
         self.times = StepTimes(time.perf_counter_ns() - started, *exchange.take_times())
         return logits_MV
 
-    def _make_layer(self, layer: int, attention: type[GroupedQueryAttention], experts: type[RoutedExperts]) -> _Layer:
+    def _make_layer(
+        self, layer: int, attention: type[GroupedQueryAttention], experts: type[RoutedExperts]
+    ) -> _DecoderLayer:
         backend, spec, tensors = self.backend, self._weights.spec, self._weights.layers[layer]
         x_NH, residual_NH, delta_NH = self._x_NH, self._residual_NH, self._delta_NH
         before = None if layer == 0 else delta_NH.device  # what the feed-forward before it left to be added
-        return _Layer(
+        return _DecoderLayer(
             backend.rms_norm(residual_NH, before, tensors["input_norm"], spec.norm_eps, x_NH.device),
             attention(backend, spec, layer, tensors, self._buffers, x_NH.device, residual_NH),
             backend.rms_norm(residual_NH, None, tensors["post_norm"], spec.norm_eps, x_NH.device),

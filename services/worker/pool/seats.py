@@ -80,7 +80,7 @@ class Seats:
             self._fd = -1
 
 
-class Hold:
+class SeatLock:
     """A rank's hold of its seat, from now to the end of its process."""
 
     def __init__(self, path: Path, seat: StartRank) -> None:

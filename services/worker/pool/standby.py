@@ -19,7 +19,7 @@ from common.protocol.pool import StartRank, ToPool
 from common.protocol.scaler import RankReady
 from common.protocol.standby import Posted
 from common.telemetry import get_logger, setup_logging
-from services.worker.pool.seats import Hold, path_of
+from services.worker.pool.seats import SeatLock, path_of
 
 log = get_logger("rank")
 
@@ -45,9 +45,9 @@ def standby_main(config: PoolConfig, channel: Channel[ToPool]) -> int:
     name = f"rank-{message.rank}"
     failpoint.enable(config.failpoint_dir, str(message.rank))
     setup_logging(name, level=config.log_level, as_json=config.log_json)
-    hold: Hold | None = None
+    hold: SeatLock | None = None
     try:
-        hold = Hold(path_of(config.state_dir, config.pool_name), message)
+        hold = SeatLock(path_of(config.state_dir, config.pool_name), message)
         if poller.poll(0):  # its pool is gone, and the next one may have looked before there was a hold
             return 0
         # A seat fences by itself too: a rank of a superseded scaler must not map the memory of its successor's.
@@ -62,7 +62,7 @@ def standby_main(config: PoolConfig, channel: Channel[ToPool]) -> int:
     return 0
 
 
-def _serve(config: PoolConfig, seat: StartRank, hold: Hold, channel: Channel[ToPool]) -> None:
+def _serve(config: PoolConfig, seat: StartRank, hold: SeatLock, channel: Channel[ToPool]) -> None:
     from services.worker.rank.assembly import open_rank
 
     if config.pin_cores:
@@ -86,7 +86,7 @@ def _pin(device: str) -> None:
     os.sched_setaffinity(0, {cores[int(device.rpartition(":")[2]) % len(cores)]})
 
 
-def _fail(hold: Hold | None, error: ElasticMoEError) -> int:
+def _fail(hold: SeatLock | None, error: ElasticMoEError) -> int:
     try:
         if hold is not None:
             hold.tell_failure(error)

@@ -20,9 +20,9 @@ from services.worker.exchange.barrier import StepBarrier
 from services.worker.exchange.shm import ShmExchange
 from services.worker.exchange.shm_barrier import ShmBarrier
 from services.worker.hmm.link import HmmLink
-from services.worker.hmm.memory import Memory
+from services.worker.hmm.memory import RankMemory
 from services.worker.model.registry import build_model
-from services.worker.rank.parts import Parts
+from services.worker.rank.parts import RankParts
 from services.worker.rank.rank import Rank
 from services.worker.rank.warm_up import warm_up
 
@@ -43,7 +43,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     fence = Fence(config.state_dir, f"rank-{seat.slot}")
     failpoint("rank.attach")
     reply, fds = hmm.attach()
-    memory = Memory(reply, fds, seat.device, seat.slot, hmm.handed())
+    memory = RankMemory(reply, fds, seat.device, seat.slot, hmm.handed())
     attached = clock.monotonic()
     bus = memory.bus
     barrier = ShmBarrier(bus, memory.doorbells, seat.slot)
@@ -63,7 +63,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     failpoint("rank.warm_up")
     if not _is_awaited(barrier, seat.slot):
         warm_up(model, memory)
-    parts = Parts(
+    parts = RankParts(
         seat=seat,
         clock=clock,
         transport=transport,

@@ -52,7 +52,7 @@ class Mapped(Protocol):
         """Give everything back. Idempotent."""
 
 
-class Parts(NamedTuple):
+class RankParts(NamedTuple):
     """A rank's, and its thread's, from then on.
 
     `seat`: who it is.

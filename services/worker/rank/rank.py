@@ -39,12 +39,12 @@ from common.telemetry import get_logger
 from services.worker.engine.adoption import adopt_rows
 from services.worker.engine.failure import failure_of
 from services.worker.engine.outcome import Outcome
-from services.worker.engine.plan import Plan
+from services.worker.engine.plan import StepPlan
 from services.worker.exchange.base import StepAborted
 from services.worker.migration import Migration
 from services.worker.rank.intake import check_ids
 from services.worker.rank.lockstep import STEP_MS_MAX, Lockstep
-from services.worker.rank.parts import Parts
+from services.worker.rank.parts import RankParts
 from services.worker.rank.reports import Reports, tokens_of
 from services.worker.rank.shares import Shares
 from services.worker.rank.steps import Steps
@@ -67,7 +67,7 @@ class Rank:
     `run` is `start`, then `turn` and `wait` in turns, then `finish`; what drives it otherwise does the same.
     """
 
-    def __init__(self, parts: Parts, tell_ready: Callable[[RankReady], None]) -> None:
+    def __init__(self, parts: RankParts, tell_ready: Callable[[RankReady], None]) -> None:
         """`tell_ready` is called once, in `start`."""
         self._seat = parts.seat
         self._clock = parts.clock
@@ -89,7 +89,7 @@ class Rank:
         self._reports = Reports(parts.server.send)
         self._shares = Shares(parts.clock)
         self._welcome = Welcome()
-        self._plan: Plan | None = None  # with which it has arrived at a barrier where not all are yet
+        self._plan: StepPlan | None = None  # with which it has arrived at a barrier where not all are yet
         self._watchers: set[bytes] = set()
         self._progress = 0
         self._last_status: RankStatus | None = None
@@ -169,7 +169,7 @@ class Rank:
         """Sleep until a message comes, or something else to look at, at most so long; and look at it."""
         self._look(self._server.poll(wait_ms), self._clock.monotonic())
 
-    def _prepare(self, now: float) -> tuple[Plan | None, int]:
+    def _prepare(self, now: float) -> tuple[StepPlan | None, int]:
         """All that comes before a step: what to bring to it, or how long to wait at most until there is one."""
         failpoint("rank.turn")
         self._shares.begin()
@@ -201,7 +201,7 @@ class Rank:
         is_busy = self._memory.is_changing or self._migration.has_work or self._reports.is_waiting
         return None, BUSY_MS if is_busy else IDLE_MS
 
-    def _step(self, plan: Plan, now: float) -> None:
+    def _step(self, plan: StepPlan, now: float) -> None:
         """Meet the others with `plan`, and compute what all have brought."""
         total: int | None = 0
         try:

@@ -21,7 +21,7 @@ from common.telemetry import get_logger
 from services.worker.engine.engine import Engine
 from services.worker.engine.failure import OUT_OF_MEMORY, is_shortage
 from services.worker.engine.outcome import Outcome
-from services.worker.engine.plan import Chunk, Plan, PlanFailed
+from services.worker.engine.plan import Chunk, PlanFailed, StepPlan
 from services.worker.engine.trials import guilty_error
 from services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
 from services.worker.hmm.link import HmmLink
@@ -50,7 +50,7 @@ class Steps:
         self._num_unplanned = 0  # in a row, for reasons that are nobody's
         self.num_discarded = 0
 
-    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> Plan:
+    def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> StepPlan:
         """The next step's work. A request that its planning fails of ends alone; a failure that is nobody's costs the
         step, as one in computing it does. Raises MemoryError, and what went wrong where this process cannot go on."""
         while True:
@@ -65,15 +65,15 @@ class Steps:
                 self._num_unplanned += 1
                 if self._num_unplanned > FAILED_MAX:
                     raise
-                return Plan([], [], [])
+                return StepPlan([], [], [])
             self._num_unplanned = 0
             return plan
 
-    def run(self, plan: Plan, total_tokens: int, deadline_ms: float) -> None:
+    def run(self, plan: StepPlan, total_tokens: int, deadline_ms: float) -> None:
         """Compute, commit and tell. `total_tokens`: of all ranks together. Raises StepTimedOut, and what went wrong
         where this process cannot go on."""
         if not self._lockstep.has_turn:
-            plan = Plan([], [], [], is_alone=True)
+            plan = StepPlan([], [], [], is_alone=True)
         self._engine.trials.begin(plan)
         try:
             choices = self._engine.compute(plan, total_tokens, deadline_ms)
@@ -95,7 +95,7 @@ class Steps:
         self._engine.trials.end(plan)
         self._lockstep.note_done()
 
-    def _live_on(self, plan: Plan, error: Exception) -> None:
+    def _live_on(self, plan: StepPlan, error: Exception) -> None:
         """A step raised an error. Raises it again where this process must end of it."""
         is_awaited = self._exchange.is_awaited
         if is_awaited and not self._hmm.is_connected:
@@ -111,7 +111,7 @@ class Steps:
             self._hmm.close()
         self._fail(plan, is_aborted=is_awaited)
 
-    def _fail(self, plan: Plan, *, is_aborted: bool) -> None:
+    def _fail(self, plan: StepPlan, *, is_aborted: bool) -> None:
         """All that were in the step are tried; who is to blame ends. `is_aborted`: the generation ends of it."""
         if is_aborted:
             self._lockstep.abort()
@@ -121,7 +121,7 @@ class Steps:
             log.error("request made steps fail, and is ended", request_id=sequence.request.request_id)
         self._tell(Outcome({}, [self._engine.fail(sequence, guilty_error()) for sequence in guilty]))
 
-    def _give_up(self, plan: Plan, error: Exception, *, is_awaited: bool) -> None:
+    def _give_up(self, plan: StepPlan, error: Exception, *, is_awaited: bool) -> None:
         """A step found no memory."""
         self._num_given_up += 1
         log.error(

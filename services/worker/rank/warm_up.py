@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from services.worker.engine.kv_bytes import read_blocks, write_blocks
 from services.worker.exchange.alone import Alone
-from services.worker.hmm.memory import Memory
-from services.worker.model.batch import Batch, Part
+from services.worker.hmm.memory import RankMemory
+from services.worker.model.batch import Batch, BatchPart
 from services.worker.model.registry import Model
 
 WARM_UP_TOKENS = 4
 
 
-def warm_up(model: Model, memory: Memory) -> None:
+def warm_up(model: Model, memory: RankMemory) -> None:
     """Compute one step alone, so that the first one with the others finds page tables, buffers and code in place. Who
     is waited for does without it: its first step maps what that step needs.
 
@@ -25,5 +25,5 @@ def warm_up(model: Model, memory: Memory) -> None:
         return
     before = read_blocks(memory.kv, [0])
     tokens = [0] * min(WARM_UP_TOKENS, block_size)
-    model.forward(Batch([Part(tokens, 0, [0], 1)], block_size), alone)
+    model.forward(Batch([BatchPart(tokens, 0, [0], 1)], block_size), alone)
     write_blocks(memory.kv, [0], before)
