@@ -40,6 +40,7 @@ ENV PATH=/opt/build/bin:$PATH
 WORKDIR /src
 COPY pyproject.toml CMakeLists.txt LICENSE ./
 COPY native native
+COPY elasticmoe elasticmoe
 # A wheel without the Python packages leaves the compiled objects behind: a change of Python code compiles nothing.
 RUN mkdir cli common services \
     && pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir /tmp/native-only . \

@@ -97,7 +97,7 @@ soak: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p common -p services -p cli
+	$(BIN)/mypy -p elasticmoe
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/python -m pytest -q tests/test_tidy.py
 

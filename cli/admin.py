@@ -10,12 +10,12 @@ from typing import Any, Self
 
 import httpx
 
-from cli.arguments import WrongUsage, whole
-from cli.http import lines_of, local_client, why
-from cli.record import living_record
-from common.private import is_private, read_secret
-from common.protocol.errors import ElasticMoEError, Unavailable
-from common.protocol.limits import RANKS_MAX
+from elasticmoe.cli.arguments import WrongUsage, whole
+from elasticmoe.cli.http import lines_of, local_client, why
+from elasticmoe.cli.record import living_record
+from elasticmoe.common.private import is_private, read_secret
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.limits import RANKS_MAX
 
 _TIMEOUT_S = 20.0
 _SILENCE_S_MAX = 60.0  # the event stream has heartbeats

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from common.wording import nearest
+from elasticmoe.common.wording import nearest
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _WHOLE_MAX = 10**18

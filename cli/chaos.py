@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from cli.arguments import number, whole
-from cli.bench.deployment import Deployment
-from cli.chaos_abuse import GAP_FACTOR_MAX, GIVEN_BACK_MIB, HEALTH_S_MAX, WATCHED, Abuse, abused
-from cli.chaos_faults import KILL, NOT_NEEDED, draw_faults, draw_resizes
-from cli.chaos_load import BROKEN, HUNG, Clients, Tally
-from cli.chaos_run import AFTER_S, BLAMELESS_S, Run, Seen
-from cli.terminal import say, show
-from common.protocol.errors import ConfigError, ElasticMoEError
+from elasticmoe.cli.arguments import number, whole
+from elasticmoe.cli.bench.deployment import Deployment
+from elasticmoe.cli.chaos_abuse import GAP_FACTOR_MAX, GIVEN_BACK_MIB, HEALTH_S_MAX, WATCHED, Abuse, abused
+from elasticmoe.cli.chaos_faults import KILL, NOT_NEEDED, draw_faults, draw_resizes
+from elasticmoe.cli.chaos_load import BROKEN, HUNG, Clients, Tally
+from elasticmoe.cli.chaos_run import AFTER_S, BLAMELESS_S, Run, Seen
+from elasticmoe.cli.terminal import say, show
+from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError
 
 HELP = "try a deployment: load, random faults, random resizes; tells which promises held"
 

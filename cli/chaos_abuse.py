@@ -16,8 +16,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
-from cli.bench.deployment import Deployment
-from cli.settings import importing_environment
+from elasticmoe.cli.bench.deployment import Deployment
+from elasticmoe.cli.settings import importing_environment
 
 WATCHED = {"router": 512, "scaler": 256}  # MiB that each may hold at any time
 GIVEN_BACK_MIB = 64  # more than before the abuse, at most, once it is over
@@ -87,9 +87,13 @@ async def abused(deployment: Deployment, model: str, seed: int) -> AsyncIterator
     looking = asyncio.create_task(_look(deployment, seen))
     try:
         async with (
-            _child("cli.chaos_prober", [str(url.hostname), str(url.port)], lambda line: _probed(line, seen, under_way)),
             _child(
-                "cli.chaos_abuser",
+                "elasticmoe.cli.chaos_prober",
+                [str(url.hostname), str(url.port)],
+                lambda line: _probed(line, seen, under_way),
+            ),
+            _child(
+                "elasticmoe.cli.chaos_abuser",
                 [str(deployment.run_dir), model, str(seed)],
                 lambda line: _attacked(line, seen, under_way),
             ),

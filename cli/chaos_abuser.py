@@ -1,4 +1,4 @@
-"""`python -m cli.chaos_abuser RUN_DIR MODEL SEED`: attacks the deployment until its standard input ends.
+"""`python -m elasticmoe.cli.chaos_abuser RUN_DIR MODEL SEED`: attacks the deployment until its standard input ends.
 
 It says `> NAME` when an attack begins, and `< NAME WORD` when it has ended: the status of the answer, or another word.
 """
@@ -10,10 +10,10 @@ import random
 import sys
 from pathlib import Path
 
-from cli.chaos_attacks import ATTACKS, Attack, Target
-from cli.record import read_record
-from cli.terminal import say
-from common.protocol.errors import ElasticMoEError
+from elasticmoe.cli.chaos_attacks import ATTACKS, Attack, Target
+from elasticmoe.cli.record import read_record
+from elasticmoe.cli.terminal import say
+from elasticmoe.common.protocol.errors import ElasticMoEError
 
 AT_ONCE = 3  # attacks under way; many more would be overload, which is another question
 PAUSE_S = 0.05

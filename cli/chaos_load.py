@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import httpx
 import msgspec
 
-from cli.http import async_client, async_lines_of
+from elasticmoe.cli.http import async_client, async_lines_of
 
 PROMPTS = 24
 PROMPT_TOKENS = (1, 3, 17, 40, 90)

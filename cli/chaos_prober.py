@@ -1,4 +1,4 @@
-"""`python -m cli.chaos_prober HOST PORT`: asks a router for its health, over and over, until standard input ends.
+"""`python -m elasticmoe.cli.chaos_prober HOST PORT`: asks a router for its health until standard input ends.
 
 It says `BEGUN SECONDS` for each answer, on the clock that all processes share. A process of its own, so that what the
 honest clients do in the meantime is not what it measures.
@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 
-from cli.terminal import say
+from elasticmoe.cli.terminal import say
 
 PAUSE_S = 0.05
 _ANSWER_S_MAX = 10.0

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cli.bench.deployment import Deployment
-from cli.bench.http import ask
-from cli.chaos_faults import KILL, LOSE, Fault, Resize
-from cli.chaos_load import Clients
-from cli.chaos_state import findings_of, holdings_of, rank_pids
+from elasticmoe.cli.bench.deployment import Deployment
+from elasticmoe.cli.bench.http import ask
+from elasticmoe.cli.chaos_faults import KILL, LOSE, Fault, Resize
+from elasticmoe.cli.chaos_load import Clients
+from elasticmoe.cli.chaos_state import findings_of, holdings_of, rank_pids
 
 RECOVERED_S_MAX = 30.0  # after the end of a fault
 OPERATION_S_MAX = 180.0

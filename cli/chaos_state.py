@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli.bench.deployment import Deployment, processes_of
-from common.protocol import scaler
-from common.protocol.codec import Message
-from common.protocol.errors import ElasticMoEError
-from common.protocol.hmm import CheckIntegrity
-from common.protocol.rank import GetRankIntegrity
-from common.protocol.scaler import Integrity, ToScaler
-from common.transport import Client, new_identity
+from elasticmoe.cli.bench.deployment import Deployment, processes_of
+from elasticmoe.common.protocol import scaler
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.hmm import CheckIntegrity
+from elasticmoe.common.protocol.rank import GetRankIntegrity
+from elasticmoe.common.protocol.scaler import Integrity, ToScaler
+from elasticmoe.common.transport import Client, new_identity
 
 FDS_MORE_MAX = 16  # connections that come and go
 BYTES_MORE_SHARE_MAX = 0.02  # KV comes in whole handles, which may fall differently on the devices
@@ -61,7 +61,7 @@ async def holdings_of(deployment: Deployment) -> Holdings:
 def _is_text_worker(pid: int) -> bool:
     """One of the router's, of which there are as many as there was work for: their number is bounded, not steady."""
     try:
-        return b"services.router.text" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"elasticmoe.services.router.text" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return True  # it has just ended
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import httpx
 
-from cli.admin import not_running
-from cli.arguments import number, refuse_beside, whole
-from cli.http import check_url, lines_of, speaks_tls, speaks_tls_text, tls_trouble, why
-from cli.http import client as http_client
-from cli.paths import home_dir, run_dir_of
-from cli.record import living_record
-from cli.settings import DEFAULTS
-from cli.terminal import OUTPUT_FAILED, say, say_answer, typed
-from common.http.keys import read_key
-from common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.cli.admin import not_running
+from elasticmoe.cli.arguments import number, refuse_beside, whole
+from elasticmoe.cli.http import check_url, lines_of, speaks_tls, speaks_tls_text, tls_trouble, why
+from elasticmoe.cli.http import client as http_client
+from elasticmoe.cli.paths import home_dir, run_dir_of
+from elasticmoe.cli.record import living_record
+from elasticmoe.cli.settings import DEFAULTS
+from elasticmoe.cli.terminal import OUTPUT_FAILED, say, say_answer, typed
+from elasticmoe.common.http.keys import read_key
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 
 HELP = "chat with a deployment"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from cli.console import size
-from cli.probes import bind_once
-from cli.settings import Settings
-from common.capacity import (
+from elasticmoe.cli.console import size
+from elasticmoe.cli.probes import bind_once
+from elasticmoe.cli.settings import Settings
+from elasticmoe.common.capacity import (
     AVAILABLE_SHARE,
     DeviceTooSmall,
     budget_of,
@@ -20,14 +20,14 @@ from common.capacity import (
     size_ledger,
     size_load,
 )
-from common.checkpoint import Checkpoint
-from common.devices.factory import granularity_of
-from common.families import load_spec
-from common.layout import Layout, initial_layout
-from common.machine import available_bytes
-from common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
-from common.protocol.hmm import LoadModel
-from common.store import store_of
+from elasticmoe.common.checkpoint import Checkpoint
+from elasticmoe.common.devices.factory import granularity_of
+from elasticmoe.common.families import load_spec
+from elasticmoe.common.layout import Layout, initial_layout
+from elasticmoe.common.machine import available_bytes
+from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
+from elasticmoe.common.protocol.hmm import LoadModel
+from elasticmoe.common.store import store_of
 
 _DISK_BYTES_MIN = 64 * 1024 * 1024
 

@@ -6,7 +6,7 @@ import argparse
 
 import shtab
 
-from cli.terminal import say
+from elasticmoe.cli.terminal import say
 
 HELP = "print a script that lets a shell complete commands and flags"
 SHELLS = ("bash", "zsh", "fish")
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print it."""
-    from cli.main import make_parser  # which imports this module
+    from elasticmoe.cli.main import make_parser  # which imports this module
 
     say(shtab.complete(make_parser(), shell=args.shell), end="")
     return 0

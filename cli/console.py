@@ -11,8 +11,8 @@ from typing import IO, Protocol, Self
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cli.terminal import clean, clean_lines, table_console
-from common.wording import size as size
+from elasticmoe.cli.terminal import clean, clean_lines, table_console
+from elasticmoe.common.wording import size as size
 
 _PLAIN_STEP_PERCENT = 25
 _FINISH_SECONDS_MAX = 5.0

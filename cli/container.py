@@ -1,4 +1,5 @@
-"""What containers run besides the services: `python -m cli.container init FOLDER`, `store`, `fresh` or `check NAME`.
+"""What containers run besides the services: `python -m elasticmoe.cli.container init FOLDER`, `store`, `fresh` or
+`check NAME`.
 
 `init FOLDER` makes the secrets and gives each container's volume those that it needs; what is there stays, so it may
 run beside a living deployment. `store` becomes the embedded store's server. `fresh`, in the scaler's container while no
@@ -17,14 +18,14 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli.embedded_store import is_answering, store_spec
-from cli.rundir import ADMIN_TOKEN, SECRETS, ensure_secret, write_secret
-from cli.terminal import Parser, complain
-from common.config import KeeperConfig, PoolConfig, RouterConfig, ScalerConfig, load, make_run_dirs
-from common.private import make_private, read_secret
-from common.protocol.errors import ElasticMoEError
-from common.store import PASSWORDS, READER, WRITER
-from common.transport import describe
+from elasticmoe.cli.embedded_store import is_answering, store_spec
+from elasticmoe.cli.rundir import ADMIN_TOKEN, SECRETS, ensure_secret, write_secret
+from elasticmoe.cli.terminal import Parser, complain
+from elasticmoe.common.config import KeeperConfig, PoolConfig, RouterConfig, ScalerConfig, load, make_run_dirs
+from elasticmoe.common.private import make_private, read_secret
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.store import PASSWORDS, READER, WRITER
+from elasticmoe.common.transport import describe
 
 _NAMES = ("store", "keeper", "hmm", "worker", "scaler", "router")
 _CHECK_SECONDS_MAX = 3.0
@@ -39,7 +40,7 @@ _KEEPS_ALL = "init"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for. Exit status 0, or 1 with one line on stderr; `store` does not return."""
-    parser = Parser(prog="python -m cli.container", description="Entry points of containers.")
+    parser = Parser(prog="python -m elasticmoe.cli.container", description="Entry points of containers.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     init_action = actions.add_parser("init", help="make the secrets, and share them out")
     init_action.add_argument("folder", type=Path, help="where the containers' secrets are mounted, by container")

@@ -8,9 +8,9 @@ import os
 import subprocess
 import sys
 
-from cli.console import Console
-from cli.settings import Settings, child_environment
-from common.protocol.errors import DeadlineExceeded, ElasticMoEError
+from elasticmoe.cli.console import Console
+from elasticmoe.cli.settings import Settings, child_environment
+from elasticmoe.common.protocol.errors import DeadlineExceeded, ElasticMoEError
 
 _STOP_SECONDS_MAX = 120.0
 
@@ -22,7 +22,7 @@ def start_detached(args: argparse.Namespace, settings: Settings, console: Consol
     interrupt stops the launcher before it goes on.
     """
     reader, writer = os.pipe()
-    argv = [sys.executable, "-P", "-m", "cli.main", "up", "--report-fd", str(writer)]
+    argv = [sys.executable, "-P", "-m", "elasticmoe.cli.main", "up", "--report-fd", str(writer)]
     argv += ["--ready-timeout", str(args.ready_timeout)]
     argv += [flag for flag, is_set in (("--keep-logs", args.keep_logs), ("--fresh", args.fresh)) if is_set]
     with open(settings.scaler.run_path / "logs" / "launcher.log", "ab") as log:

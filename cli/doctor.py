@@ -20,23 +20,23 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from cli.console import size
-from cli.embedded_store import is_answering, server_binary
-from cli.paths import default_run_dir
-from cli.probes import bind_once
-from cli.settings import DEFAULTS
-from cli.terminal import say_json, show
-from cli.version import version
-from common.config import HmmConfig
-from common.machine import available_bytes, usable_cores
-from common.private import UNSAFE, is_private
-from common.protocol.errors import ConfigError, ElasticMoEError
+from elasticmoe.cli.console import size
+from elasticmoe.cli.embedded_store import is_answering, server_binary
+from elasticmoe.cli.paths import default_run_dir
+from elasticmoe.cli.probes import bind_once
+from elasticmoe.cli.settings import DEFAULTS
+from elasticmoe.cli.terminal import say_json, show
+from elasticmoe.cli.version import version
+from elasticmoe.common.config import HmmConfig
+from elasticmoe.common.machine import available_bytes, usable_cores
+from elasticmoe.common.private import UNSAFE, is_private
+from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError
 
 HELP = "check whether this machine can run a deployment"
 
 _PYTHON_MIN = (3, 11)
 _TORCH = "2.13"
-_NATIVE = ("native.bus", "native.host", "native.kernels", "native.ledger")
+_NATIVE = ("elasticmoe.native.bus", "elasticmoe.native.host", "elasticmoe.native.kernels", "elasticmoe.native.ledger")
 _MAP_COUNT_WISHED = 262_144
 _FILES_WISHED = 8_192
 _MEMORY_WISHED = 4 << 30
@@ -175,7 +175,7 @@ def check_huge_pages() -> Finding:
 
 def _can_collapse() -> bool:
     try:
-        from native.host import Reservation
+        from elasticmoe.native.host import Reservation
     except ImportError:
         return False  # check_native tells
     fd = os.memfd_create("doctor", os.MFD_CLOEXEC)

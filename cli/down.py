@@ -8,12 +8,12 @@ import select
 import signal
 from pathlib import Path
 
-from cli.paths import run_dir_of
-from cli.record import DAMAGED, ProcessRecord, living_record
-from cli.rundir import RunDir, is_left_over
-from cli.settings import parse_seconds
-from cli.terminal import say
-from common.protocol.errors import ConfigError, Conflict, DeadlineExceeded, ElasticMoEError
+from elasticmoe.cli.paths import run_dir_of
+from elasticmoe.cli.record import DAMAGED, ProcessRecord, living_record
+from elasticmoe.cli.rundir import RunDir, is_left_over
+from elasticmoe.cli.settings import parse_seconds
+from elasticmoe.cli.terminal import say
+from elasticmoe.common.protocol.errors import ConfigError, Conflict, DeadlineExceeded, ElasticMoEError
 
 HELP = "stop a deployment"
 

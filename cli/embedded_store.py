@@ -6,11 +6,11 @@ import os
 import socket
 from pathlib import Path
 
-from cli.children import ChildSpec
-from common.config import Common
-from common.private import read_secret
-from common.protocol.errors import ElasticMoEError
-from common.store import PASSWORDS, READER, READER_COMMANDS, READER_KEYS, WRITER
+from elasticmoe.cli.children import ChildSpec
+from elasticmoe.common.config import Common
+from elasticmoe.common.private import read_secret
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.store import PASSWORDS, READER, READER_COMMANDS, READER_KEYS, WRITER
 
 _MEMORY_BYTES_MAX = 256 * 1024 * 1024
 _TURNS_PER_S = 1  # for what the server does by itself; keys that have expired are gone at once for whoever asks

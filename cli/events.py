@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cli.admin import admin_of
-from cli.paths import run_dir_of
-from cli.sentences import sentence
-from cli.terminal import clean, say, say_json
+from elasticmoe.cli.admin import admin_of
+from elasticmoe.cli.paths import run_dir_of
+from elasticmoe.cli.sentences import sentence
+from elasticmoe.cli.terminal import clean, say, say_json
 
 HELP = "show what the scaler has done, and follow what it does until Ctrl-C"
 

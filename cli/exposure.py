@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-from cli.settings import Settings
-from common.http.keys import read_key
-from common.protocol.errors import ConfigError
+from elasticmoe.cli.settings import Settings
+from elasticmoe.common.http.keys import read_key
+from elasticmoe.common.protocol.errors import ConfigError
 
 
 def is_loopback(host: str) -> bool:

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from common.private import UNSAFE
-from common.protocol.errors import ConfigError, ElasticMoEError, Unavailable
+from elasticmoe.common.private import UNSAFE
+from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, Unavailable
 
 LINE_BYTES_MAX = 16 << 20
 _CONNECT_S = 5.0

@@ -18,15 +18,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal, Protocol
 
-from cli.children import Child, ChildSpec
-from cli.console import Console
-from cli.logs import LOOK_S, Logs
-from cli.orphans import Orphans
-from cli.probes import Progress
-from cli.record import DownRecord, ProcessRecord
-from cli.supervisor import ChildState, Exit, Fatal, Limits, decide, describe_exit
-from common.protocol.errors import DeadlineExceeded, ElasticMoEError
-from common.ties import take_in_orphans
+from elasticmoe.cli.children import Child, ChildSpec
+from elasticmoe.cli.console import Console
+from elasticmoe.cli.logs import LOOK_S, Logs
+from elasticmoe.cli.orphans import Orphans
+from elasticmoe.cli.probes import Progress
+from elasticmoe.cli.record import DownRecord, ProcessRecord
+from elasticmoe.cli.supervisor import ChildState, Exit, Fatal, Limits, decide, describe_exit
+from elasticmoe.common.protocol.errors import DeadlineExceeded, ElasticMoEError
+from elasticmoe.common.ties import take_in_orphans
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROBE_INTERVAL_S = 0.1

@@ -10,9 +10,9 @@ import os
 import socket
 from pathlib import Path
 
-from cli.probes import listen
-from cli.settings import Settings
-from common.protocol.errors import ConfigError
+from elasticmoe.cli.probes import listen
+from elasticmoe.cli.settings import Settings
+from elasticmoe.common.protocol.errors import ConfigError
 
 ROUTER, ADMIN, ADMIN_LOCAL = "router", "admin", "admin.sock"
 _BACKLOG = 128

@@ -8,28 +8,28 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cli import terminal
-from cli.arguments import WrongUsage
-from cli.version import version
-from common.protocol.errors import ElasticMoEError
-from common.transport import describe
+from elasticmoe.cli import terminal
+from elasticmoe.cli.arguments import WrongUsage
+from elasticmoe.cli.version import version
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.transport import describe
 
 # Each module has HELP, add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
-    "up": "cli.up",
-    "down": "cli.down",
-    "status": "cli.status",
-    "scale": "cli.scale",
-    "plan": "cli.plan",
-    "rebalance": "cli.rebalance",
-    "events": "cli.events",
-    "chat": "cli.chat",
-    "doctor": "cli.doctor",
-    "model": "cli.model",
-    "bench": "cli.bench.command",
-    "chaos": "cli.chaos",
-    "completion": "cli.completion",
-    "version": "cli.version",
+    "up": "elasticmoe.cli.up",
+    "down": "elasticmoe.cli.down",
+    "status": "elasticmoe.cli.status",
+    "scale": "elasticmoe.cli.scale",
+    "plan": "elasticmoe.cli.plan",
+    "rebalance": "elasticmoe.cli.rebalance",
+    "events": "elasticmoe.cli.events",
+    "chat": "elasticmoe.cli.chat",
+    "doctor": "elasticmoe.cli.doctor",
+    "model": "elasticmoe.cli.model",
+    "bench": "elasticmoe.cli.bench.command",
+    "chaos": "elasticmoe.cli.chaos",
+    "completion": "elasticmoe.cli.completion",
+    "version": "elasticmoe.cli.version",
 }
 _INTERRUPTED = 128 + signal.SIGINT
 _READER_LEFT = 128 + signal.SIGPIPE  # as a shell reports a program that ended by the signal

@@ -1,4 +1,4 @@
-"""`python -m cli.maker NAME DIR`: make a named model for another process, which reads JSON lines from our stdout.
+"""`python -m elasticmoe.cli.maker NAME DIR`: make a named model for another process, which reads our JSON lines.
 
 A process of its own, so that the launcher neither loads torch nor keeps what the making allocated. Lines:
 `{"done": bytes, "total": bytes}`, and at the end `{"error": text or null}`.
@@ -12,15 +12,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cli.children import tied_to_us
-from cli.settings import importing_environment
-from common.protocol.errors import CheckpointError
+from elasticmoe.cli.children import tied_to_us
+from elasticmoe.cli.settings import importing_environment
+from elasticmoe.common.protocol.errors import CheckpointError
 
 
 def make_elsewhere(name: str, directory: Path, progress: Callable[[int, int], None]) -> None:
     """Make the model in a process of its own, which ends with this one; the user's interrupt reaches it as well. Raises
     CheckpointError."""
-    argv = tied_to_us([sys.executable, "-P", "-m", "cli.maker", name, str(directory)])
+    argv = tied_to_us([sys.executable, "-P", "-m", "elasticmoe.cli.maker", name, str(directory)])
     error: object = "its process ended without a word"
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=importing_environment()) as process:
         assert process.stdout is not None
@@ -36,7 +36,7 @@ def make_elsewhere(name: str, directory: Path, progress: Callable[[int, int], No
 
 def main(name: str, directory: Path) -> None:
     """Make the model and report."""
-    from cli.models import make_model
+    from elasticmoe.cli.models import make_model
 
     error = None
     try:

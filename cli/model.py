@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cli.arguments import whole
-from cli.console import make_console, size
-from cli.terminal import say
-from common.protocol.errors import CheckpointError
+from elasticmoe.cli.arguments import whole
+from elasticmoe.cli.console import make_console, size
+from elasticmoe.cli.terminal import say
+from elasticmoe.common.protocol.errors import CheckpointError
 
 HELP = "make or list the models that need no hub"
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises CheckpointError when the model cannot be made."""
-    from cli.models import make_model, model_names
+    from elasticmoe.cli.models import make_model, model_names
 
     if args.action == "list":
         for name, summary in model_names().items():

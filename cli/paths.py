@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cli.terminal import is_text
-from common.protocol.errors import ConfigError
+from elasticmoe.cli.terminal import is_text
+from elasticmoe.common.protocol.errors import ConfigError
 
 HOME_VARIABLE = "ELASTICMOE_HOME"
 

@@ -9,10 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cli.admin import add_target, admin_of, body_of, check_target
-from cli.console import size
-from cli.paths import run_dir_of
-from cli.terminal import say_json, show
+from elasticmoe.cli.admin import add_target, admin_of, body_of, check_target
+from elasticmoe.cli.console import size
+from elasticmoe.cli.paths import run_dir_of
+from elasticmoe.cli.terminal import say_json, show
 
 HELP = "show what scaling would move, and what it would cost"
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import httpx
 import msgspec
 
-from cli.http import client as http_client
-from cli.resume import Resumed
-from common.protocol.errors import ElasticMoEError, InvalidRequest
-from common.protocol.replies import Refused
+from elasticmoe.cli.http import client as http_client
+from elasticmoe.cli.resume import Resumed
+from elasticmoe.common.protocol.errors import ElasticMoEError, InvalidRequest
+from elasticmoe.common.protocol.replies import Refused
 
 _TIMEOUT_S = 1.0  # the launcher holds the ports, so a process that is not up yet is silence, not a refusal
 _PHASE_CHARS_MAX = 60

@@ -6,10 +6,10 @@ import os
 import sys
 from typing import Any
 
-from cli.children import ChildSpec
-from cli.embedded_store import store_spec
-from cli.listeners import ADMIN, ADMIN_LOCAL, ROUTER
-from cli.settings import Settings
+from elasticmoe.cli.children import ChildSpec
+from elasticmoe.cli.embedded_store import store_spec
+from elasticmoe.cli.listeners import ADMIN, ADMIN_LOCAL, ROUTER
+from elasticmoe.cli.settings import Settings
 
 _ROUTER_GRACE_S = 40.0  # it lets running requests end for up to 30 s
 _GRACE_S = 15.0
@@ -22,12 +22,12 @@ def process_specs(settings: Settings) -> list[ChildSpec]:
     specs = [] if scaler.store_url else [store_spec(scaler)]
     return [
         *specs,
-        _service("keeper", "services.hmm.keeper", awaits=scaler.socket("keeper")),
-        _service("hmm", "services.hmm"),
-        _service("pool", "services.worker", "--launcher", str(os.getpid()), is_outlived=True),
-        _service("scaler", "services.scaler", sockets=(ADMIN, ADMIN_LOCAL)),
+        _service("keeper", "elasticmoe.services.hmm.keeper", awaits=scaler.socket("keeper")),
+        _service("hmm", "elasticmoe.services.hmm"),
+        _service("pool", "elasticmoe.services.worker", "--launcher", str(os.getpid()), is_outlived=True),
+        _service("scaler", "elasticmoe.services.scaler", sockets=(ADMIN, ADMIN_LOCAL)),
         # The only one without which nobody is served: ranks serve on without the others (promise P6).
-        _service("router", "services.router", grace_s=_ROUTER_GRACE_S, sockets=(ROUTER,), is_vital=True),
+        _service("router", "elasticmoe.services.router", grace_s=_ROUTER_GRACE_S, sockets=(ROUTER,), is_vital=True),
     ]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import uuid
 
-from cli.admin import admin_of
-from cli.paths import run_dir_of
-from cli.scale import add_waiting, announce, follow
+from elasticmoe.cli.admin import admin_of
+from elasticmoe.cli.paths import run_dir_of
+from elasticmoe.cli.scale import add_waiting, announce, follow
 
 HELP = "level running requests over the replicas"
 

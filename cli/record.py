@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from common.private import is_private, read_private
-from common.protocol.errors import ConfigError
-from common.wording import undecodable
+from elasticmoe.common.private import is_private, read_private
+from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.common.wording import undecodable
 
 FILE_NAME = "deployment.json"
 STATE_FORMAT = 1  # of what a run directory's state and store hold; 0: before it was written down

@@ -13,15 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.console import Console
-from cli.maker import make_elsewhere
-from cli.paths import absolute, home_dir, package_root
-from common.protocol.errors import CheckpointError, DeadlineExceeded, NotFound, Unavailable
-from common.weights import check_no_adapter, no_weights
+from elasticmoe.cli.console import Console
+from elasticmoe.cli.maker import make_elsewhere
+from elasticmoe.cli.paths import absolute, home_dir, package_root
+from elasticmoe.common.protocol.errors import CheckpointError, DeadlineExceeded, NotFound, Unavailable
+from elasticmoe.common.weights import check_no_adapter, no_weights
 
 DEFAULT = "demo"  # where nothing names a model
 ALIASES = {"tiny": "tiny-mixtral"}
-NAMES = ("tiny-mixtral", "tiny-qwen3-moe", "oracle", "qwen3-moe-1b", "demo")  # cli.models knows them, and loads torch
+NAMES = (
+    "tiny-mixtral",
+    "tiny-qwen3-moe",
+    "oracle",
+    "qwen3-moe-1b",
+    "demo",
+)  # elasticmoe.cli.models knows them, and loads torch
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _HUB_FILES = [
     *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.index.json"),

@@ -8,13 +8,13 @@ import secrets
 import shutil
 from pathlib import Path
 
-from cli.paths import parent_name
-from cli.record import FILE_NAME
-from cli.settings import TEMPORARY
-from common.config import Common, make_run_dirs
-from common.private import is_private, make_private, read_private
-from common.protocol.errors import ConfigError, Conflict
-from common.store import PASSWORDS
+from elasticmoe.cli.paths import parent_name
+from elasticmoe.cli.record import FILE_NAME
+from elasticmoe.cli.settings import TEMPORARY
+from elasticmoe.common.config import Common, make_run_dirs
+from elasticmoe.common.private import is_private, make_private, read_private
+from elasticmoe.common.protocol.errors import ConfigError, Conflict
+from elasticmoe.common.store import PASSWORDS
 
 ADMIN_TOKEN = "admin.token"
 _LOCK = "launcher.lock"  # also the mark of a directory that we made and may clear

@@ -9,14 +9,14 @@ import uuid
 from typing import Any
 from urllib.parse import quote
 
-from cli.admin import Admin, Refusal, add_target, admin_of, body_of, check_target
-from cli.arguments import refuse_beside
-from cli.console import Console, make_console, size
-from cli.paths import run_dir_of
-from cli.settings import DEFAULTS, parse_seconds
-from cli.terminal import complain, say, say_json
-from common.protocol.errors import ElasticMoEError
-from common.wording import counted
+from elasticmoe.cli.admin import Admin, Refusal, add_target, admin_of, body_of, check_target
+from elasticmoe.cli.arguments import refuse_beside
+from elasticmoe.cli.console import Console, make_console, size
+from elasticmoe.cli.paths import run_dir_of
+from elasticmoe.cli.settings import DEFAULTS, parse_seconds
+from elasticmoe.cli.terminal import complain, say, say_json
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.wording import counted
 
 HELP = "grow or shrink a running deployment while it serves"
 

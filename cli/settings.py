@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli.paths import absolute, package_root, run_dir_of
-from common import config
-from common.protocol.limits import RANKS_MAX
+from elasticmoe.cli.paths import absolute, package_root, run_dir_of
+from elasticmoe.common import config
+from elasticmoe.common.protocol.limits import RANKS_MAX
 
 DEFAULTS = config.defaults()
 TEMPORARY = "tmp"  # in the run directory

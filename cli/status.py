@@ -10,16 +10,16 @@ from typing import Any
 import httpx
 import msgspec
 
-from cli.admin import Admin, connect
-from cli.http import client as http_client
-from cli.http import why
-from cli.paths import run_dir_of
-from cli.record import living_record
-from cli.rundir import last_failure
-from cli.status_view import render
-from cli.terminal import say_json, show
-from cli.watch import watch
-from common.protocol.errors import ElasticMoEError
+from elasticmoe.cli.admin import Admin, connect
+from elasticmoe.cli.http import client as http_client
+from elasticmoe.cli.http import why
+from elasticmoe.cli.paths import run_dir_of
+from elasticmoe.cli.record import living_record
+from elasticmoe.cli.rundir import last_failure
+from elasticmoe.cli.status_view import render
+from elasticmoe.cli.terminal import say_json, show
+from elasticmoe.cli.watch import watch
+from elasticmoe.common.protocol.errors import ElasticMoEError
 
 HELP = "show a deployment's processes, devices and ranks"
 

@@ -14,10 +14,10 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from cli.console import size
-from cli.record import DeploymentRecord
-from cli.scale import phase_text
-from common.wording import counted
+from elasticmoe.cli.console import size
+from elasticmoe.cli.record import DeploymentRecord
+from elasticmoe.cli.scale import phase_text
+from elasticmoe.common.wording import counted
 
 _PHASES = ("prepare", "commit", "migrate", "release")
 _BARS_WIDTH_MAX = 100

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
-from common.protocol.errors import EXIT_SUPERSEDED
+from elasticmoe.common.protocol.errors import EXIT_SUPERSEDED
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ import re
 import sys
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from cli.arguments import plainly
-from common.protocol.errors import ElasticMoEError
+from elasticmoe.cli.arguments import plainly
+from elasticmoe.common.protocol.errors import ElasticMoEError
 
 if TYPE_CHECKING:  # rich takes longer to import than what prints no table lives
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import msgspec
 
-from cli import checks, resume, settings
-from cli.arguments import whole
-from cli.children import ChildSpec
-from cli.console import Console, PipeConsole, make_console
-from cli.detach import start_detached
-from cli.embedded_store import is_answering
-from cli.exposure import check_api_key, is_loopback
-from cli.launcher import Launcher, Plan, State, StopRequested
-from cli.listeners import ADMIN, ROUTER, Listeners
-from cli.logs import Logs
-from cli.probes import Probe
-from cli.processes import process_specs
-from cli.record import (
+from elasticmoe.cli import checks, resume, settings
+from elasticmoe.cli.arguments import whole
+from elasticmoe.cli.children import ChildSpec
+from elasticmoe.cli.console import Console, PipeConsole, make_console
+from elasticmoe.cli.detach import start_detached
+from elasticmoe.cli.embedded_store import is_answering
+from elasticmoe.cli.exposure import check_api_key, is_loopback
+from elasticmoe.cli.launcher import Launcher, Plan, State, StopRequested
+from elasticmoe.cli.listeners import ADMIN, ROUTER, Listeners
+from elasticmoe.cli.logs import Logs
+from elasticmoe.cli.probes import Probe
+from elasticmoe.cli.processes import process_specs
+from elasticmoe.cli.record import (
     DAMAGED,
     STATE_FORMAT,
     DeploymentRecord,
@@ -35,15 +35,15 @@ from cli.record import (
     start_ticks,
     write_record,
 )
-from cli.record import FILE_NAME as RECORD
-from cli.resolve import resolve_model
-from cli.rundir import RunDir
-from common.config import ScalerConfig
-from common.fence import Fence
-from common.private import read_secret
-from common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest
-from common.store import PASSWORDS, WRITER
-from common.transport import describe
+from elasticmoe.cli.record import FILE_NAME as RECORD
+from elasticmoe.cli.resolve import resolve_model
+from elasticmoe.cli.rundir import RunDir
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.private import read_secret
+from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest
+from elasticmoe.common.store import PASSWORDS, WRITER
+from elasticmoe.common.transport import describe
 
 HELP = "start a deployment on this machine"
 

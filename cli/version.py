@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from cli.terminal import say
-from common.version import version as version
+from elasticmoe.cli.terminal import say
+from elasticmoe.common.version import version as version
 
 HELP = "print the version"
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from rich.live import Live
 
-from cli.keys import Keys, Pressed
-from cli.status_view import Fitted
-from cli.terminal import Cleaned, table_console
-from common.protocol.errors import InvalidRequest
+from elasticmoe.cli.keys import Keys, Pressed
+from elasticmoe.cli.status_view import Fitted
+from elasticmoe.cli.terminal import Cleaned, table_console
+from elasticmoe.common.protocol.errors import InvalidRequest
 
 _LEAVING_KEYS = frozenset("qQ\x03\x04")  # the last two: Ctrl-C and Ctrl-D, where a terminal sends them as keys
 _ENDS = frozenset((signal.SIGTERM, signal.SIGHUP))

@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.config import HmmConfig, ScalerConfig
-from common.devices.factory import backend_of, granularity_of
-from common.families import records
-from common.layout import Layout, keys_on
-from common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
-from common.protocol.errors import DoesNotFit, InvalidRequest
-from common.protocol.hmm import LoadModel
-from common.protocol.limits import RANKS_MAX
-from common.wording import size
-from native.bus import bus_bytes
-from native.ledger import ledger_bytes
+from elasticmoe.common.config import HmmConfig, ScalerConfig
+from elasticmoe.common.devices.factory import backend_of, granularity_of
+from elasticmoe.common.families import records
+from elasticmoe.common.layout import Layout, keys_on
+from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
+from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest
+from elasticmoe.common.protocol.hmm import LoadModel
+from elasticmoe.common.protocol.limits import RANKS_MAX
+from elasticmoe.common.wording import size
+from elasticmoe.native.bus import bus_bytes
+from elasticmoe.native.ledger import ledger_bytes
 
 LEDGER_BLOB_BYTES = 16_384  # a request's id, sampling parameters and router in one ledger row
 AVAILABLE_SHARE = 0.8  # of memory for all devices; the rest is for activations, the processes and everybody else

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from common.families import FAMILIES, read_config, records, unread_names
-from common.families.shared_keys import quantized
-from common.model_spec import ModelSpec, Source, TensorSpec
-from common.protocol.errors import CheckpointError
-from common.safetensors import DTYPE_BYTES, TensorFile
-from common.weights import Stored, Weights, named
-from common.wording import counted
+from elasticmoe.common.families import FAMILIES, read_config, records, unread_names
+from elasticmoe.common.families.shared_keys import quantized
+from elasticmoe.common.model_spec import ModelSpec, Source, TensorSpec
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.common.safetensors import DTYPE_BYTES, TensorFile
+from elasticmoe.common.weights import Stored, Weights, named
+from elasticmoe.common.wording import counted
 
 SOURCE_DTYPES: Final = ("F32", "F16", "BF16")  # that weights may be stored in
 # Written by old versions; transformers computes them.

@@ -12,8 +12,8 @@ import stat
 from pathlib import Path
 from typing import Any, Final
 
-from common.protocol.errors import CheckpointError
-from common.wording import broken_json
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.common.wording import broken_json
 
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 

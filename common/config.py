@@ -17,19 +17,19 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from common.private import make_private
-from common.protocol.errors import ConfigError
-from common.protocol.limits import RANKS_MAX, TP_MAX
-from common.service_links import is_service_link
-from common.settings import CONFIGS as CONFIGS
-from common.settings import Common as Common
-from common.settings import HmmConfig as HmmConfig
-from common.settings import KeeperConfig as KeeperConfig
-from common.settings import ModelConfig as ModelConfig
-from common.settings import PoolConfig as PoolConfig
-from common.settings import RouterConfig as RouterConfig
-from common.settings import ScalerConfig as ScalerConfig
-from common.wording import nearest, read, shown
+from elasticmoe.common.private import make_private
+from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.common.protocol.limits import RANKS_MAX, TP_MAX
+from elasticmoe.common.service_links import is_service_link
+from elasticmoe.common.settings import CONFIGS as CONFIGS
+from elasticmoe.common.settings import Common as Common
+from elasticmoe.common.settings import HmmConfig as HmmConfig
+from elasticmoe.common.settings import KeeperConfig as KeeperConfig
+from elasticmoe.common.settings import ModelConfig as ModelConfig
+from elasticmoe.common.settings import PoolConfig as PoolConfig
+from elasticmoe.common.settings import RouterConfig as RouterConfig
+from elasticmoe.common.settings import ScalerConfig as ScalerConfig
+from elasticmoe.common.wording import nearest, read, shown
 
 PREFIX = "ELASTICMOE_"
 RESERVED = {"CONFIG", "HOME"}  # this file's path, and the command line's cache: not fields

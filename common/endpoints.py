@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-from common.protocol.codec import Codec, Message, Received
+from elasticmoe.common.protocol.codec import Codec, Message, Received
 
 T = TypeVar("T")
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.errors import ElasticMoEError
 
 WAIT_S_MAX: Final = 60.0
 _LOOK_S: Final = 0.005

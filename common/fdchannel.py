@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
-from common.protocol.codec import Codec, Message, Received, encode
-from common.protocol.errors import DeadlineExceeded, ProtocolError, Unauthorized, Unavailable
-from common.protocol.limits import FDS_MAX, MESSAGE_BYTES_MAX
-from common.transport import PathLock
+from elasticmoe.common.protocol.codec import Codec, Message, Received, encode
+from elasticmoe.common.protocol.errors import DeadlineExceeded, ProtocolError, Unauthorized, Unavailable
+from elasticmoe.common.protocol.limits import FDS_MAX, MESSAGE_BYTES_MAX
+from elasticmoe.common.transport import PathLock
 
 T = TypeVar("T")
 

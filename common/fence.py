@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common.protocol.errors import Fenced, Unavailable
+from elasticmoe.common.protocol.errors import Fenced, Unavailable
 
 LOCK_SECONDS_MAX = 1.0  # a process that was stopped with the lock holds up nobody for longer
 _LOCK_AGAIN_S = 0.01

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 
-from common.machine import check_group
-from common.protocol.errors import DeviceError, DoesNotFit
-from native import host
-from native.host import Reservation
+from elasticmoe.common.machine import check_group
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
+from elasticmoe.native import host
+from elasticmoe.native.host import Reservation
 
 
 class HostShared:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import socket
 
-from common.config import listen_fds
-from common.protocol.errors import ConfigError
+from elasticmoe.common.config import listen_fds
+from elasticmoe.common.protocol.errors import ConfigError
 
 
 def inherited(name: str) -> socket.socket | None:

@@ -12,10 +12,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from common.described import says
-from common.model_spec import RecordKey
-from common.protocol.errors import ConfigError
-from common.protocol.limits import EXPERTS_MAX, LAYERS_MAX, RANKS_MAX
+from elasticmoe.common.described import says
+from elasticmoe.common.model_spec import RecordKey
+from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.common.protocol.limits import EXPERTS_MAX, LAYERS_MAX, RANKS_MAX
 
 
 class RankId(msgspec.Struct, frozen=True, order=True, array_like=True):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from common.protocol.errors import DoesNotFit
+from elasticmoe.common.protocol.errors import DoesNotFit
 
 ROOT = Path("/")
 _WORTH_A_LOOK = 1 << 20

@@ -13,7 +13,7 @@ import os
 import stat
 from pathlib import Path
 
-from common.protocol.errors import ConfigError
+from elasticmoe.common.protocol.errors import ConfigError
 
 _OTHERS_WRITE = 0o022
 _OTHERS_ANY = 0o077

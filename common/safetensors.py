@@ -15,10 +15,10 @@ import struct
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
 
-from common.checkpoint_files import LFS_POINTER, check_no_pointer
-from common.protocol.errors import CheckpointError
-from common.protocol.limits import SAFETENSORS_HEADER_BYTES_MAX, SAFETENSORS_TENSORS_MAX
-from common.wording import broken_json
+from elasticmoe.common.checkpoint_files import LFS_POINTER, check_no_pointer
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.common.protocol.limits import SAFETENSORS_HEADER_BYTES_MAX, SAFETENSORS_TENSORS_MAX
+from elasticmoe.common.wording import broken_json
 
 DTYPE_BYTES: Final[dict[str, int]] = {
     **{"F32": 4, "F16": 2, "BF16": 2},

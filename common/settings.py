@@ -13,9 +13,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from common.layout import Compute
-from common.protocol.errors import ConfigError
-from common.protocol.limits import RANKS_MAX, SOCKET_PATH_BYTES_MAX
+from elasticmoe.common.layout import Compute
+from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.common.protocol.limits import RANKS_MAX, SOCKET_PATH_BYTES_MAX
 
 _BYTES_MAX = 1 << 50
 

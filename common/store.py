@@ -36,11 +36,11 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from common.config import Common
-from common.layout import Layout, Served
-from common.private import read_secret
-from common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
-from common.wording import undecodable
+from elasticmoe.common.config import Common
+from elasticmoe.common.layout import Layout, Served
+from elasticmoe.common.private import read_secret
+from elasticmoe.common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
+from elasticmoe.common.wording import undecodable
 
 EVENTS_MAX = 10_000
 DECISIONS_MAX = 500

@@ -26,10 +26,10 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import zmq
 import zmq.asyncio
 
-from common.protocol.codec import Codec, Message, Received, decode_envelope, encode
-from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, ProtocolError, Unavailable
-from common.protocol.limits import MESSAGE_BYTES_MAX
-from common.protocol.replies import Refused, refusal
+from elasticmoe.common.protocol.codec import Codec, Message, Received, decode_envelope, encode
+from elasticmoe.common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, ProtocolError, Unavailable
+from elasticmoe.common.protocol.limits import MESSAGE_BYTES_MAX
+from elasticmoe.common.protocol.replies import Refused, refusal
 
 T = TypeVar("T")
 POLLIN = zmq.POLLIN

@@ -11,16 +11,16 @@ import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from common.checkpoint_files import read_json
-from common.protocol.errors import CheckpointError
-from common.protocol.limits import (
+from elasticmoe.common.checkpoint_files import read_json
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.common.protocol.limits import (
     CHECKPOINT_FILES_MAX,
     CHECKPOINT_INDEX_BYTES_MAX,
     CONFIG_JSON_BYTES_MAX,
     SAFETENSORS_TENSORS_MAX,
 )
-from common.safetensors import StoredTensor, TensorFile
-from common.wording import counted
+from elasticmoe.common.safetensors import StoredTensor, TensorFile
+from elasticmoe.common.wording import counted
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"

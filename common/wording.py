@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from common.protocol.limits import RANKS_MAX
+from elasticmoe.common.protocol.limits import RANKS_MAX
 
 _PATH = re.compile(r"^(.*) - at (`key` in )?`\$([^`]*)`$", re.DOTALL)
 _EXPECTED = re.compile(r"^Expected `([^`]+)`(.*)$", re.DOTALL)

@@ -2,11 +2,11 @@
 
 import sys
 
-from common.config import HmmConfig, load
-from common.protocol.errors import ElasticMoEError
-from common.protocol.hmm import CheckIntegrity, GetHmmStatus
-from common.protocol.scaler import CODEC, HmmStatus, Integrity
-from common.transport import Client, describe, new_identity
+from elasticmoe.common.config import HmmConfig, load
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.hmm import CheckIntegrity, GetHmmStatus
+from elasticmoe.common.protocol.scaler import CODEC, HmmStatus, Integrity
+from elasticmoe.common.transport import Client, describe, new_identity
 
 DEADLINE_MS = 60_000
 

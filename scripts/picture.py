@@ -62,7 +62,7 @@ def main() -> None:
 
 def command(*words: str) -> str:
     """Run a command of ours; what it prints."""
-    words = (sys.executable, "-m", "cli.main", *words)
+    words = (sys.executable, "-m", "elasticmoe.cli.main", *words)
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
 
@@ -77,12 +77,12 @@ def record() -> list[Frame]:
     if pid == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         os.environ |= {"TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(ROWS)}
-        os.execv(sys.executable, [sys.executable, "-m", "cli.main", "status", "--watch"])
+        os.execv(sys.executable, [sys.executable, "-m", "elasticmoe.cli.main", "status", "--watch"])
     try:
         screen = pyte.Screen(COLUMNS, ROWS)
         stream = pyte.ByteStream(screen)
         frames = watch(fd, screen, stream, lambda now: now > 4)
-        scaling = subprocess.Popen([sys.executable, "-m", "cli.main", "scale", "--replicas", "3", "--wait"])
+        scaling = subprocess.Popen([sys.executable, "-m", "elasticmoe.cli.main", "scale", "--replicas", "3", "--wait"])
         frames += watch(fd, screen, stream, lambda _: scaling.poll() is not None)
         frames += watch(fd, screen, stream, lambda now: now > 3)
         return frames

@@ -15,15 +15,15 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from cli import main as command_line
-from common import config
-from common.error_codes import GROUPS, Code
-from common.measures import Measure
-from common.store import Event
-from services.router import measures as router_measures
-from services.scaler import measures as scaler_measures
-from services.scaler.api.event_stream import EVENTS_KEPT
-from services.scaler.api.events import KINDS
+from elasticmoe.cli import main as command_line
+from elasticmoe.common import config
+from elasticmoe.common.error_codes import GROUPS, Code
+from elasticmoe.common.measures import Measure
+from elasticmoe.common.store import Event
+from elasticmoe.services.router import measures as router_measures
+from elasticmoe.services.scaler import measures as scaler_measures
+from elasticmoe.services.scaler.api.event_stream import EVENTS_KEPT
+from elasticmoe.services.scaler.api.events import KINDS
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 _MADE = "<!-- Made by `make docs` from the code: do not edit. -->"

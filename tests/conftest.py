@@ -24,7 +24,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     root = tmp_path_factory.mktemp("models")
 
     def folder(name: str) -> Path:
-        from cli.models import make_model  # loads torch, which most tests do not need
+        from elasticmoe.cli.models import make_model  # loads torch, which most tests do not need
 
         path = root / name
         return path if path.is_dir() else make_model(name, path)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import weakref
 
-from common.devices.factory import open_device
-from common.devices.rules import ProcessRules
-from common.model_spec import round_up
+from elasticmoe.common.devices.factory import open_device
+from elasticmoe.common.devices.rules import ProcessRules
+from elasticmoe.common.model_spec import round_up
 
 GRANULARITY = 4096
 

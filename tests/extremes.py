@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from common.protocol.limits import LOGIT_BIAS_MAX
+from elasticmoe.common.protocol.limits import LOGIT_BIAS_MAX
 
 # Field -> (what is within its bounds, what is not), as JSON texts.
 _TINY = ("0", "-0.0", "5e-324", "1e-310", "1e-300", "1e-45", "1e-38", "1e-7")

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import msgspec
 
-from services.scaler.control.audit_log import Decision, PlanMade, TurnTaken, digests, without_plan
-from services.scaler.control.reconciler import reconcile
-from services.scaler.control.state import State
-from services.scaler.planning.plan import Plan
+from elasticmoe.services.scaler.control.audit_log import Decision, PlanMade, TurnTaken, digests, without_plan
+from elasticmoe.services.scaler.control.reconciler import reconcile
+from elasticmoe.services.scaler.control.state import State
+from elasticmoe.services.scaler.planning.plan import Plan
 
 DECISIONS = msgspec.msgpack.Decoder(Decision)
 

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cli.admin import connect
-from cli.arguments import whole
-from cli.bench.deployment import running
-from cli.bench.report import add_output, provenance, table, write_raw
-from cli.terminal import say
+from elasticmoe.cli.admin import connect
+from elasticmoe.cli.arguments import whole
+from elasticmoe.cli.bench.deployment import running
+from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
+from elasticmoe.cli.terminal import say
 
 DEADLINE_S = 60.0
 TURN_S = 0.005

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from cli.bench import attach, idle, overload, plan, recovery, replicas, scaling, serve
-from common.protocol.errors import ElasticMoEError
+from elasticmoe.cli.bench import attach, idle, overload, plan, recovery, replicas, scaling, serve
+from elasticmoe.common.protocol.errors import ElasticMoEError
 
 HELP = "measure this machine: prints a table, writes raw data and a plot"
 

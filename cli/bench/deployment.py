@@ -18,15 +18,15 @@ from typing import Any
 
 import msgspec
 
-from cli.bench.http import ask
-from cli.children import tied_to_us
-from cli.record import DeploymentRecord, read_record
-from cli.settings import importing_environment
-from common.config import environment_of
-from common.private import read_secret
-from common.protocol.errors import ConfigError
+from elasticmoe.cli.bench.http import ask
+from elasticmoe.cli.children import tied_to_us
+from elasticmoe.cli.record import DeploymentRecord, read_record
+from elasticmoe.cli.settings import importing_environment
+from elasticmoe.common.config import environment_of
+from elasticmoe.common.private import read_secret
+from elasticmoe.common.protocol.errors import ConfigError
 
-_COMMAND = [sys.executable, "-m", "cli.main"]
+_COMMAND = [sys.executable, "-m", "elasticmoe.cli.main"]
 _TURN_S = 0.02
 _KILL_SECONDS_MAX = 15.0
 
@@ -41,7 +41,7 @@ class Running:
 
 @contextmanager
 def running(model: str, replicas: int, **settings: Any) -> Iterator[Running]:
-    """`elasticmoe up --detach` … `elasticmoe down`. `settings` are fields of common.config by name.
+    """`elasticmoe up --detach` … `elasticmoe down`. `settings` are fields of elasticmoe.common.config by name.
 
     Raises ValueError when it does not come up.
     """
@@ -68,7 +68,7 @@ class Deployment:
 
     Its launcher is our child, in a session of its own, so that Ctrl-C reaches it only through us; it dies with the
     thread that made it. Owns a folder with the run directory and its logs until `remove`. `settings` are fields of
-    common.config by name.
+    elasticmoe.common.config by name.
     """
 
     def __init__(self, model: str, replicas: int, devices: int, *, port: int = 0, **settings: Any) -> None:

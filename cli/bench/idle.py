@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cli.admin import connect
-from cli.arguments import whole
-from cli.bench.deployment import running
-from cli.bench.report import provenance, table, write_raw
-from cli.record import read_record
-from cli.settings import parse_seconds
-from cli.terminal import say
+from elasticmoe.cli.admin import connect
+from elasticmoe.cli.arguments import whole
+from elasticmoe.cli.bench.deployment import running
+from elasticmoe.cli.bench.report import provenance, table, write_raw
+from elasticmoe.cli.record import read_record
+from elasticmoe.cli.settings import parse_seconds
+from elasticmoe.cli.terminal import say
 
 SETTLE_S = 10.0  # after the start: what was begun then has ended
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")

@@ -19,15 +19,15 @@ from typing import Any
 
 import msgspec
 
-from cli.arguments import number, whole
-from cli.bench.load import Shape, one_request, percentile
-from cli.bench.report import add_output, provenance, table, write_raw
-from cli.bench.scaling_figures import Window, arrivals_of, throughput
-from cli.bench.scaling_load import Load, Request, Target
-from cli.bench.scaling_methods import Scene
-from cli.bench.scaling_run import SAFE_VOCAB, check_steady
-from cli.settings import parse_size
-from cli.terminal import say
+from elasticmoe.cli.arguments import number, whole
+from elasticmoe.cli.bench.load import Shape, one_request, percentile
+from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
+from elasticmoe.cli.bench.scaling_figures import Window, arrivals_of, throughput
+from elasticmoe.cli.bench.scaling_load import Load, Request, Target
+from elasticmoe.cli.bench.scaling_methods import Scene
+from elasticmoe.cli.bench.scaling_run import SAFE_VOCAB, check_steady
+from elasticmoe.cli.settings import parse_size
+from elasticmoe.cli.terminal import say
 
 FACTORS = "0.5,1,1.5,2,2.5,3,2,1,0.5"
 FACTOR_MAX = 100.0

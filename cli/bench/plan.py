@@ -12,14 +12,14 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from cli.arguments import number, whole
-from cli.bench.plan_simulation import Assumptions, simulate
-from cli.bench.report import add_output, provenance, table, write_raw
-from cli.terminal import say
-from common.layout import Layout, initial_layout
-from common.model_spec import round_up
-from services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target
-from services.scaler.planning.planner import plan_way
+from elasticmoe.cli.arguments import number, whole
+from elasticmoe.cli.bench.plan_simulation import Assumptions, simulate
+from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
+from elasticmoe.cli.terminal import say
+from elasticmoe.common.layout import Layout, initial_layout
+from elasticmoe.common.model_spec import round_up
+from elasticmoe.services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target
+from elasticmoe.services.scaler.planning.planner import plan_way
 
 GRANULARITY = 2 << 20
 GIB = 1 << 30

@@ -11,8 +11,8 @@ import heapq
 from collections import Counter, defaultdict, deque
 from typing import NamedTuple
 
-from common.protocol.hmm import RecordCopy
-from services.scaler.planning.plan import Leg, MemoryForecast, Plan, Sizes
+from elasticmoe.common.protocol.hmm import RecordCopy
+from elasticmoe.services.scaler.planning.plan import Leg, MemoryForecast, Plan, Sizes
 
 
 class Assumptions(NamedTuple):

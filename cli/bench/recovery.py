@@ -25,22 +25,22 @@ from typing import Any
 
 import msgspec
 
-from cli.arguments import number, whole
-from cli.bench.deployment import Deployment
-from cli.bench.load import Shape
-from cli.bench.recovery_gaps import gaps_around, gaps_within
-from cli.bench.report import add_output, provenance, table, write_raw
-from cli.bench.scaling_load import Load, Target
-from cli.bench.scaling_methods import Scene, counters
-from cli.bench.scaling_run import SAFE_VOCAB
-from cli.settings import parse_size
-from cli.terminal import say
-from common.layout import RankId
-from common.protocol import scaler
-from common.protocol.errors import DeadlineExceeded, ElasticMoEError
-from common.protocol.pool import StopRank
-from common.protocol.scaler import ToScaler
-from common.transport import Client, new_identity
+from elasticmoe.cli.arguments import number, whole
+from elasticmoe.cli.bench.deployment import Deployment
+from elasticmoe.cli.bench.load import Shape
+from elasticmoe.cli.bench.recovery_gaps import gaps_around, gaps_within
+from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
+from elasticmoe.cli.bench.scaling_load import Load, Target
+from elasticmoe.cli.bench.scaling_methods import Scene, counters
+from elasticmoe.cli.bench.scaling_run import SAFE_VOCAB
+from elasticmoe.cli.settings import parse_size
+from elasticmoe.cli.terminal import say
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol import scaler
+from elasticmoe.common.protocol.errors import DeadlineExceeded, ElasticMoEError
+from elasticmoe.common.protocol.pool import StopRank
+from elasticmoe.common.protocol.scaler import ToScaler
+from elasticmoe.common.transport import Client, new_identity
 
 TURN_S = 0.02
 SERVICE_TURN_S = 0.1

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from cli.bench.history import events
+from elasticmoe.cli.bench.history import events
 
 
 class Gaps(msgspec.Struct, frozen=True):

@@ -15,13 +15,13 @@ from typing import Any
 
 import msgspec
 
-from cli.arguments import whole
-from cli.bench.deployment import running
-from cli.bench.load import Figures, Shape, figures, run_clients
-from cli.bench.report import add_output, provenance, table, write_raw
-from cli.chat import first_model
-from cli.http import client as http_client
-from cli.terminal import say
+from elasticmoe.cli.arguments import whole
+from elasticmoe.cli.bench.deployment import running
+from elasticmoe.cli.bench.load import Figures, Shape, figures, run_clients
+from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
+from elasticmoe.cli.chat import first_model
+from elasticmoe.cli.http import client as http_client
+from elasticmoe.cli.terminal import say
 
 SAFE_VOCAB = 256  # byte ids, which every tokenizer here has
 SIZES = (1, 2)

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from cli.paths import absolute, home_dir, package_root
+from elasticmoe.cli.paths import absolute, home_dir, package_root
 
 NO_PLOT = "no plot: matplotlib is not installed; `pip install matplotlib` into this environment"
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import msgspec
 
-from cli.arguments import number, whole
-from cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
-from cli.bench.scaling_figures import Bounds, Series
-from cli.bench.scaling_methods import KINDS
-from cli.bench.scaling_plot import plot
-from cli.bench.scaling_run import DIRECTIONS, Recipe, Run, capacity_of, run_once
-from cli.bench.scaling_table import Result, tables
-from cli.settings import parse_size
-from cli.terminal import say
+from elasticmoe.cli.arguments import number, whole
+from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
+from elasticmoe.cli.bench.scaling_figures import Bounds, Series
+from elasticmoe.cli.bench.scaling_methods import KINDS
+from elasticmoe.cli.bench.scaling_plot import plot
+from elasticmoe.cli.bench.scaling_run import DIRECTIONS, Recipe, Run, capacity_of, run_once
+from elasticmoe.cli.bench.scaling_table import Result, tables
+from elasticmoe.cli.settings import parse_size
+from elasticmoe.cli.terminal import say
 
 LOADS = ("closed", "open")
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from cli.bench.load import percentile
-from cli.bench.scaling_load import Request
+from elasticmoe.cli.bench.load import percentile
+from elasticmoe.cli.bench.scaling_load import Request
 
 GRID_S = 0.05  # how finely the moment of full throughput is looked for
 SHARE = 0.95  # of the new steady throughput

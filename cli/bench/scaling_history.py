@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from cli.bench.history import events
+from elasticmoe.cli.bench.history import events
 
 
 def first_token(lines: Iterable[bytes], ranks: Collection[str], since: float, until: float) -> float | None:

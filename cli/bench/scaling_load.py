@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from cli.bench.load import Sample, Shape, one_request
+from elasticmoe.cli.bench.load import Sample, Shape, one_request
 
 RETRY_S = 0.1
 _RETRIED = (429, 503)

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 
-from cli.bench.deployment import Deployment
+from elasticmoe.cli.bench.deployment import Deployment
 
 _SAMPLE_S = 0.05
 _LOOK_S = 0.5  # how often to look for new files

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from cli.bench.deployment import Deployment
-from cli.bench.scaling_load import Load, Target
+from elasticmoe.cli.bench.deployment import Deployment
+from elasticmoe.cli.bench.scaling_load import Load, Target
 
 POLL_S = 0.1
 FINISHED = ("done", "aborted")

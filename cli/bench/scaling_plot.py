@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cli.bench.scaling_figures import BIN_S, SLO_BIN_S, Series
+from elasticmoe.cli.bench.scaling_figures import BIN_S, SLO_BIN_S, Series
 
 BEFORE_S = 10.0
 AFTER_S_MAX = 60.0

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from cli.bench.deployment import Deployment
-from cli.bench.load import Shape
-from cli.bench.scaling_figures import (
+from elasticmoe.cli.bench.deployment import Deployment
+from elasticmoe.cli.bench.load import Shape
+from elasticmoe.cli.bench.scaling_figures import (
     Bounds,
     Change,
     Figures,
@@ -22,10 +22,10 @@ from cli.bench.scaling_figures import (
     series_of,
     throughput,
 )
-from cli.bench.scaling_history import first_token
-from cli.bench.scaling_load import Load, Request, Target
-from cli.bench.scaling_memory import MemorySampler
-from cli.bench.scaling_methods import Kind, Outcome, Scene
+from elasticmoe.cli.bench.scaling_history import first_token
+from elasticmoe.cli.bench.scaling_load import Load, Request, Target
+from elasticmoe.cli.bench.scaling_memory import MemorySampler
+from elasticmoe.cli.bench.scaling_methods import Kind, Outcome, Scene
 
 DIRECTIONS = ("up", "down")  # of the two commands of a run
 SAFE_VOCAB = 256  # byte ids, which every tokenizer here has

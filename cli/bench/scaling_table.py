@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from cli.bench.scaling_figures import Figures
-from cli.bench.scaling_run import DIRECTIONS, Run
+from elasticmoe.cli.bench.scaling_figures import Figures
+from elasticmoe.cli.bench.scaling_run import DIRECTIONS, Run
 
 REFERENCE = "cold-restart"
 NOTHING = "–"

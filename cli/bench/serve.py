@@ -15,16 +15,16 @@ from typing import Any
 
 import msgspec
 
-from cli.arguments import whole, wholes
-from cli.bench.deployment import running
-from cli.bench.load import Figures, Shape, figures, run_clients
-from cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
-from cli.chat import first_model
-from cli.http import client as http_client
-from cli.terminal import say
-from common.protocol import router as router_messages
-from common.protocol.rank import Watch
-from common.transport import Client, new_identity
+from elasticmoe.cli.arguments import whole, wholes
+from elasticmoe.cli.bench.deployment import running
+from elasticmoe.cli.bench.load import Figures, Shape, figures, run_clients
+from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
+from elasticmoe.cli.chat import first_model
+from elasticmoe.cli.http import client as http_client
+from elasticmoe.cli.terminal import say
+from elasticmoe.common.protocol import router as router_messages
+from elasticmoe.common.protocol.rank import Watch
+from elasticmoe.common.transport import Client, new_identity
 
 Shares = tuple[float, float]  # of a step: overhead, and waiting for a slower rank
 

@@ -4,8 +4,8 @@
 weights for any Mixtral or Qwen3-MoE `config.json`. Both need no network, except for the model `demo`.
 """
 
-from cli.models.checkpoint import DTYPES
-from cli.models.make import make_model, model_names
-from cli.models.random_weights import random_checkpoint
+from elasticmoe.cli.models.checkpoint import DTYPES
+from elasticmoe.cli.models.make import make_model, model_names
+from elasticmoe.cli.models.random_weights import random_checkpoint
 
 __all__ = ["DTYPES", "make_model", "model_names", "random_checkpoint"]

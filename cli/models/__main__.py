@@ -1,4 +1,4 @@
-"""`python -m cli.models NAME DIR [--seed N] [--dtype bfloat16|float32]`: make one of the named models."""
+"""`python -m elasticmoe.cli.models NAME DIR [--seed N] [--dtype bfloat16|float32]`: make one of the named models."""
 
 import argparse
 import sys
@@ -6,15 +6,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli.models.checkpoint import DTYPES
-from cli.models.make import make_model, model_names
+from elasticmoe.cli.models.checkpoint import DTYPES
+from elasticmoe.cli.models.make import make_model, model_names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the model that the command line asks for. Returns the exit status: 0, or 1 with the reason on stderr."""
     known = "\n".join(f"  {name:<16}{summary}" for name, summary in model_names().items())
     parser = argparse.ArgumentParser(
-        prog="python -m cli.models",
+        prog="python -m elasticmoe.cli.models",
         description=f"Make a model checkpoint without a hub.\n\nnames:\n{known}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from cli.models.checkpoint import write_json
+from elasticmoe.cli.models.checkpoint import write_json
 
 NUM_BYTES = 256
 BOS, EOS, USER, ASSISTANT = "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cli.models import byte_tokenizer
-from cli.models.checkpoint import Progress, num_shards_for, parse_dtype
-from cli.models.oracle import make_oracle
-from cli.models.random_weights import random_checkpoint, random_plans
+from elasticmoe.cli.models import byte_tokenizer
+from elasticmoe.cli.models.checkpoint import Progress, num_shards_for, parse_dtype
+from elasticmoe.cli.models.oracle import make_oracle
+from elasticmoe.cli.models.random_weights import random_checkpoint, random_plans
 
 _BYTE_LEVEL: dict[str, Any] = {
     "vocab_size": byte_tokenizer.VOCAB_SIZE,
@@ -131,7 +131,7 @@ def _random(config: dict[str, Any]) -> _Maker:
 
 def _demo(directory: Path, *, seed: int, dtype: str, progress: Progress | None) -> Path:
     # Imported here because only this model needs the gguf package, and what that imports.
-    from cli.models.upcycle import make_demo
+    from elasticmoe.cli.models.upcycle import make_demo
 
     return make_demo(directory, seed=seed, dtype=dtype, progress=progress)
 

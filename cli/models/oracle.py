@@ -23,9 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli.models import byte_tokenizer
-from cli.models.checkpoint import Progress, TensorPlan, check_seed, staged_directory, write_json, write_weights
-from cli.models.random_weights import generator_of, positive
+from elasticmoe.cli.models import byte_tokenizer
+from elasticmoe.cli.models.checkpoint import (
+    Progress,
+    TensorPlan,
+    check_seed,
+    staged_directory,
+    write_json,
+    write_weights,
+)
+from elasticmoe.cli.models.random_weights import generator_of, positive
 
 MODULUS = 65521
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli.models.byte_tokenizer import write_byte_tokenizer
-from cli.models.checkpoint import (
+from elasticmoe.cli.models.byte_tokenizer import write_byte_tokenizer
+from elasticmoe.cli.models.checkpoint import (
     Progress,
     TensorPlan,
     check_seed,

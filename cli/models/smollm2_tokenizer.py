@@ -5,8 +5,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from cli.models.checkpoint import write_json
-from cli.models.smollm2 import SmolLM2
+from elasticmoe.cli.models.checkpoint import write_json
+from elasticmoe.cli.models.smollm2 import SmolLM2
 
 # GGUF's `token_type` of tokens that control the model and never stand for text (LLAMA_TOKEN_TYPE_CONTROL).
 _CONTROL = 3

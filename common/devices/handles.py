@@ -22,10 +22,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Final
 
-from common.devices.extents import FreeList
-from common.devices.rules import SPACES, FdToken, Handle, ProcessRules, Space, State, Token
-from common.protocol.errors import DeviceError, DoesNotFit
-from common.wording import size
+from elasticmoe.common.devices.extents import FreeList
+from elasticmoe.common.devices.rules import SPACES, FdToken, Handle, ProcessRules, Space, State, Token
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
+from elasticmoe.common.wording import size
 
 _Make = Callable[[int, Space, int], tuple[Any, int]]
 REACH: Final = 8  # places of a space end at this multiple of the budget, so that gaps refuse nothing

@@ -16,11 +16,22 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from common.devices.base import Device
-from common.devices.rules import DONE, PROCESS, SPACES, Completion, FdToken, Handle, ProcessRules, Range, Space, Token
-from common.machine import check_group
-from common.protocol.errors import DeviceError, DoesNotFit
-from native import host
+from elasticmoe.common.devices.base import Device
+from elasticmoe.common.devices.rules import (
+    DONE,
+    PROCESS,
+    SPACES,
+    Completion,
+    FdToken,
+    Handle,
+    ProcessRules,
+    Range,
+    Space,
+    Token,
+)
+from elasticmoe.common.machine import check_group
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
+from elasticmoe.native import host
 
 
 class Extent(NamedTuple):

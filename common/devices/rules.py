@@ -8,7 +8,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Hashable
 from typing import Any, Final, Literal, NamedTuple
 
-from common.protocol.errors import DeviceError
+from elasticmoe.common.protocol.errors import DeviceError
 
 Space = Literal["weights", "kv"]
 SPACES: Final[tuple[Space, ...]] = ("weights", "kv")

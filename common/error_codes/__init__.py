@@ -6,13 +6,13 @@ A code is part of the interface: it stays what it is, and no error has one that 
 
 from __future__ import annotations
 
-from common.error_codes.clients import CLIENTS
-from common.error_codes.code import Code as Code
-from common.error_codes.commands import COMMANDS
-from common.error_codes.devices import DEVICES
-from common.error_codes.internal import INTERNAL
-from common.error_codes.operators import OPERATORS
-from common.error_codes.start import START
+from elasticmoe.common.error_codes.clients import CLIENTS
+from elasticmoe.common.error_codes.code import Code as Code
+from elasticmoe.common.error_codes.commands import COMMANDS
+from elasticmoe.common.error_codes.devices import DEVICES
+from elasticmoe.common.error_codes.internal import INTERNAL
+from elasticmoe.common.error_codes.operators import OPERATORS
+from elasticmoe.common.error_codes.start import START
 
 # By who meets them first; a code stands in one group.
 GROUPS: dict[str, dict[str, Code]] = {

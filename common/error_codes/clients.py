@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.error_codes.code import Code
+from elasticmoe.common.error_codes.code import Code
 
 CLIENTS: dict[str, Code] = {
     "invalid_request": Code("The input breaks a stated bound; nothing happened", "Correct what the text names", (400,)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.error_codes.code import Code
+from elasticmoe.common.error_codes.code import Code
 
 COMMANDS: dict[str, Code] = {
     "bad_argument": Code("An argument is not text in UTF-8", "Write it in UTF-8"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.error_codes.code import Code
+from elasticmoe.common.error_codes.code import Code
 
 _NOTHING = "Nothing: the sender goes on from what it sees"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.error_codes.code import Code
+from elasticmoe.common.error_codes.code import Code
 
 START: dict[str, Code] = {
     "bad_config": Code("A setting is unknown, or beyond its bounds", "configuration.md lists all settings"),

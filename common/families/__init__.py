@@ -14,18 +14,18 @@ from typing import Any, cast
 
 import msgspec
 
-from common.checkpoint_files import read_json
-from common.families.config import Config, check_type
-from common.families.family import Family
-from common.families.mixtral import MIXTRAL
-from common.families.oracle import ORACLE
-from common.families.qwen3_moe import QWEN3_MOE
-from common.families.rope import unread_rope_keys
-from common.families.shared_keys import check_shared_keys, unread_keys
-from common.model_spec import Dtype, ModelSpec, RecordKey, RecordSpec
-from common.protocol.errors import CheckpointError
-from common.protocol.limits import CONFIG_JSON_BYTES_MAX, VOCAB_MAX
-from common.weights import Weights, are_equal
+from elasticmoe.common.checkpoint_files import read_json
+from elasticmoe.common.families.config import Config, check_type
+from elasticmoe.common.families.family import Family
+from elasticmoe.common.families.mixtral import MIXTRAL
+from elasticmoe.common.families.oracle import ORACLE
+from elasticmoe.common.families.qwen3_moe import QWEN3_MOE
+from elasticmoe.common.families.rope import unread_rope_keys
+from elasticmoe.common.families.shared_keys import check_shared_keys, unread_keys
+from elasticmoe.common.model_spec import Dtype, ModelSpec, RecordKey, RecordSpec
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.common.protocol.limits import CONFIG_JSON_BYTES_MAX, VOCAB_MAX
+from elasticmoe.common.weights import Weights, are_equal
 
 __all__ = ["FAMILIES", "Family", "load_spec", "parse_spec", "read_config", "record", "records", "unread_names"]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Final, NamedTuple, NoReturn, get_args, get_origin
 
-from common.protocol.errors import CheckpointError
+from elasticmoe.common.protocol.errors import CheckpointError
 
 REQUIRED: Final = object()  # the default of a key that must be there
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from common.families.config import Config, Key
-from common.families.rope import rope_of
-from common.model_spec import AttentionSpec, ModelSpec, MoeSpec, RecordBuilder, RecordKey, RecordSpec, Source
-from common.protocol.errors import CheckpointError
-from common.protocol.limits import HIDDEN_MAX, LAYERS_MAX, PROMPT_TOKENS_MAX, VOCAB_MAX
+from elasticmoe.common.families.config import Config, Key
+from elasticmoe.common.families.rope import rope_of
+from elasticmoe.common.model_spec import AttentionSpec, ModelSpec, MoeSpec, RecordBuilder, RecordKey, RecordSpec, Source
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.common.protocol.limits import HIDDEN_MAX, LAYERS_MAX, PROMPT_TOKENS_MAX, VOCAB_MAX
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"

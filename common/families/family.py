@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from common.families.config import Config, Key
-from common.model_spec import Dtype, ModelSpec, RecordSpec
+from elasticmoe.common.families.config import Config, Key
+from elasticmoe.common.model_spec import Dtype, ModelSpec, RecordSpec
 
 
 class Family(NamedTuple):

@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from common.families.config import Config, Key
-from common.families.decoder import (
+from elasticmoe.common.families.config import Config, Key
+from elasticmoe.common.families.decoder import (
     EMBEDDING,
     HEAD,
     NEUTRAL_KEYS,
@@ -18,9 +18,9 @@ from common.families.decoder import (
     parse_decoder,
     window_of,
 )
-from common.families.family import Family
-from common.model_spec import MoeSpec
-from common.protocol.limits import EXPERTS_MAX, HIDDEN_MAX, TOP_K_EXPERTS_MAX
+from elasticmoe.common.families.family import Family
+from elasticmoe.common.model_spec import MoeSpec
+from elasticmoe.common.protocol.limits import EXPERTS_MAX, HIDDEN_MAX, TOP_K_EXPERTS_MAX
 
 _KEYS: Final[dict[str, Key]] = {
     **NEUTRAL_KEYS,

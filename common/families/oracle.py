@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from common.families.config import Config, Key
-from common.families.family import Family
-from common.model_spec import (
+from elasticmoe.common.families.config import Config, Key
+from elasticmoe.common.families.family import Family
+from elasticmoe.common.model_spec import (
     AttentionSpec,
     ModelSpec,
     MoeSpec,
@@ -17,7 +17,7 @@ from common.model_spec import (
     RopeSpec,
     Source,
 )
-from common.protocol.limits import EXPERTS_MAX, LAYERS_MAX, PROMPT_TOKENS_MAX, TOP_K_EXPERTS_MAX, VOCAB_MAX
+from elasticmoe.common.protocol.limits import EXPERTS_MAX, LAYERS_MAX, PROMPT_TOKENS_MAX, TOP_K_EXPERTS_MAX, VOCAB_MAX
 
 _SHAPED_LIKE_A_DECODER: Final = "there so that the config looks like a decoder's"
 _KEYS: Final[dict[str, Key]] = {

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from common.families.config import number, refuse_value
-from common.model_spec import RopeSpec
-from common.protocol.errors import CheckpointError
+from elasticmoe.common.families.config import number, refuse_value
+from elasticmoe.common.model_spec import RopeSpec
+from elasticmoe.common.protocol.errors import CheckpointError
 
 _THETA_MAX: Final = 1e15
 _READ: Final = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}

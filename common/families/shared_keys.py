@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from common.families.config import refuse_value
-from common.protocol.errors import CheckpointError
+from elasticmoe.common.families.config import refuse_value
+from elasticmoe.common.protocol.errors import CheckpointError
 
 # Key -> the values that change nothing; any other is refused.
 _ONLY: Final[dict[str, tuple[Any, ...]]] = {

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Protocol
 
-from common.protocol.errors import InvalidRequest, PayloadTooLarge
+from elasticmoe.common.protocol.errors import InvalidRequest, PayloadTooLarge
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 

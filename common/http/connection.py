@@ -14,11 +14,11 @@ from typing import Any, ClassVar, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from common.http import framing
-from common.http.cycle import Cycle, PlainCycle
-from common.http.orderly import OrderlyProtocol, Outlet
-from common.http.places import Places
-from common.http.refusal import Refusal, bad_request, explain, too_many
+from elasticmoe.common.http import framing
+from elasticmoe.common.http.cycle import Cycle, PlainCycle
+from elasticmoe.common.http.orderly import OrderlyProtocol, Outlet
+from elasticmoe.common.http.places import Places
+from elasticmoe.common.http.refusal import Refusal, bad_request, explain, too_many
 
 HEAD_SECONDS_MAX = 10.0  # for a request's head, and for the rest of a body that nobody reads
 GUEST_SECONDS_MAX = 2.0  # for a head where no place is free

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from common.protocol.errors import InvalidRequest
-from common.wording import not_json, read, shown
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.common.wording import not_json, read, shown
 
 T = TypeVar("T")
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from starlette.responses import Response
 
-from common.http import ids
-from common.http.body import ClientLeft, Receive
-from common.http.errors import error_response, status_of
-from common.http.hosts import Policy
-from common.protocol.errors import ElasticMoEError, InvalidRequest
-from common.telemetry import get_logger
+from elasticmoe.common.http import ids
+from elasticmoe.common.http.body import ClientLeft, Receive
+from elasticmoe.common.http.errors import error_response, status_of
+from elasticmoe.common.http.hosts import Policy
+from elasticmoe.common.protocol.errors import ElasticMoEError, InvalidRequest
+from elasticmoe.common.telemetry import get_logger
 
 log = get_logger("http")
 

@@ -11,11 +11,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from common.described import says
-from common.error_codes import CODES
-from common.protocol import errors
-from common.protocol.errors import ElasticMoEError, InvalidRequest, NotFound
-from common.telemetry import get_logger
+from elasticmoe.common.described import says
+from elasticmoe.common.error_codes import CODES
+from elasticmoe.common.protocol import errors
+from elasticmoe.common.protocol.errors import ElasticMoEError, InvalidRequest, NotFound
+from elasticmoe.common.telemetry import get_logger
 
 log = get_logger("http")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from common.http.refusal import Refusal, bad_request, bad_version
+from elasticmoe.common.http.refusal import Refusal, bad_request, bad_version
 
 Headers = list[tuple[bytes, bytes]]
 

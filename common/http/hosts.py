@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Protocol
 
-from common.http.framing import is_authority
-from common.protocol.errors import ConfigError, Forbidden
+from elasticmoe.common.http.framing import is_authority
+from elasticmoe.common.protocol.errors import ConfigError, Forbidden
 
 ANY = "*"
 HOSTS_KEPT = 64

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import MutableMapping
 from typing import Any
 
-from common.protocol.limits import REQUEST_ID_CHARS_MAX
+from elasticmoe.common.protocol.limits import REQUEST_ID_CHARS_MAX
 
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"
 assert REQUEST_ID_CHARS_MAX == 128, "REQUEST_ID_PATTERN states the limit"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from common.protocol.errors import ConfigError
+from elasticmoe.common.protocol.errors import ConfigError
 
 KEY_BYTES_MAX = 4096
 _KEY = re.compile(rb"[!-~]+")  # what can stand in a header

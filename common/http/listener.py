@@ -16,10 +16,10 @@ from email.utils import formatdate
 import uvicorn
 from uvicorn.server import ServerState
 
-from common.http.connection import Rules, guarded
-from common.http.door import Door
-from common.protocol.errors import ConfigError
-from common.telemetry import get_logger
+from elasticmoe.common.http.connection import Rules, guarded
+from elasticmoe.common.http.door import Door
+from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.common.telemetry import get_logger
 
 log = get_logger("http")
 

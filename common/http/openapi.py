@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from common.error_codes import CODES
-from common.http.errors import type_of
+from elasticmoe.common.error_codes import CODES
+from elasticmoe.common.http.errors import type_of
 
 REF = "#/components/schemas/"
 BEARER = "bearer"

@@ -9,9 +9,9 @@ import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from common.http import ids
-from common.http.errors import RETRY_AFTER_S, ErrorBody, ErrorDetail, type_of
-from common.telemetry import get_logger
+from elasticmoe.common.http import ids
+from elasticmoe.common.http.errors import RETRY_AFTER_S, ErrorBody, ErrorDetail, type_of
+from elasticmoe.common.telemetry import get_logger
 
 log = get_logger("http")
 

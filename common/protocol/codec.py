@@ -10,9 +10,9 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from common.protocol.errors import PayloadTooLarge, ProtocolError
-from common.protocol.limits import EPOCH_MAX, MESSAGE_BYTES_MAX, NAME_CHARS_MAX, PROTOCOL_VERSION
-from common.wording import undecodable
+from elasticmoe.common.protocol.errors import PayloadTooLarge, ProtocolError
+from elasticmoe.common.protocol.limits import EPOCH_MAX, MESSAGE_BYTES_MAX, NAME_CHARS_MAX, PROTOCOL_VERSION
+from elasticmoe.common.wording import undecodable
 
 T = TypeVar("T")
 

@@ -10,11 +10,11 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from common.layout import RankId
-from common.model_spec import KvGeometry, ModelSpec, RecordKey
-from common.protocol.codec import Codec, Message
-from common.protocol.limits import NAME_CHARS_MAX
-from common.protocol.replies import Refused
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey
+from elasticmoe.common.protocol.codec import Codec, Message
+from elasticmoe.common.protocol.limits import NAME_CHARS_MAX
+from elasticmoe.common.protocol.replies import Refused
 
 
 class Attach(Message, frozen=True):

@@ -7,11 +7,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from common.layout import Layout
-from common.model_spec import Dtype, RecordKey
-from common.protocol.codec import Codec, Message
-from common.protocol.ids import TransitionId
-from common.protocol.limits import BLOCKS_PER_COPY_MAX, NAME_CHARS_MAX
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.model_spec import Dtype, RecordKey
+from elasticmoe.common.protocol.codec import Codec, Message
+from elasticmoe.common.protocol.ids import TransitionId
+from elasticmoe.common.protocol.limits import BLOCKS_PER_COPY_MAX, NAME_CHARS_MAX
 
 OpId = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
 Slot = Annotated[int, Meta(ge=0, le=63)]

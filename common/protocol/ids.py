@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from common.protocol.limits import NAME_CHARS_MAX
+from elasticmoe.common.protocol.limits import NAME_CHARS_MAX
 
 Count = Annotated[int, Meta(ge=0)]
 CommandKind = Literal["decode_only", "precopy", "migrate", "drain", "cancel"]

@@ -9,9 +9,9 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from common.protocol.codec import Codec, Message
-from common.protocol.limits import FDS_MAX, NAME_CHARS_MAX
-from common.protocol.replies import Ack, Refused
+from elasticmoe.common.protocol.codec import Codec, Message
+from elasticmoe.common.protocol.limits import FDS_MAX, NAME_CHARS_MAX
+from elasticmoe.common.protocol.replies import Ack, Refused
 
 Name = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
 Names = Annotated[tuple[Name, ...], Meta(min_length=1, max_length=FDS_MAX)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.protocol.codec import Codec, Message
-from common.protocol.replies import Ack, Refused
+from elasticmoe.common.protocol.codec import Codec, Message
+from elasticmoe.common.protocol.replies import Ack, Refused
 
 
 class Reserved(Message, frozen=True):

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from common.layout import Compute, RankId
-from common.protocol.codec import Codec, Message
-from common.protocol.limits import NAME_CHARS_MAX
+from elasticmoe.common.layout import Compute, RankId
+from elasticmoe.common.protocol.codec import Codec, Message
+from elasticmoe.common.protocol.limits import NAME_CHARS_MAX
 
 
 class StartRank(Message, frozen=True):

@@ -7,10 +7,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from common.layout import RankId
-from common.protocol.codec import Codec, Message
-from common.protocol.ids import CommandId
-from common.protocol.limits import (
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.codec import Codec, Message
+from elasticmoe.common.protocol.ids import CommandId
+from elasticmoe.common.protocol.limits import (
     DECODE_ONLY_STEPS_MAX,
     LOGIT_BIAS_MAX,
     LOGPROBS_MAX,
@@ -27,7 +27,7 @@ from common.protocol.limits import (
     TOKEN_BIAS_MAX,
     VOCAB_MAX,
 )
-from common.protocol.router import Logprob, Suspicion
+from elasticmoe.common.protocol.router import Logprob, Suspicion
 
 TokenId = Annotated[int, Meta(ge=0, lt=VOCAB_MAX)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=REQUEST_ID_CHARS_MAX)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from common.described import says
-from common.protocol.codec import Message
-from common.protocol.errors import ElasticMoEError
-from common.protocol.limits import ERROR_TEXT_CHARS_MAX
+from elasticmoe.common.described import says
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.limits import ERROR_TEXT_CHARS_MAX
 
 
 class Ack(Message, frozen=True):

@@ -7,10 +7,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from common.layout import RankId
-from common.protocol.codec import Codec, Message
-from common.protocol.limits import PROMPT_TOKENS_MAX, STEP_FAILURES_MAX
-from common.protocol.replies import Ack, Refused
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.codec import Codec, Message
+from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX, STEP_FAILURES_MAX
+from elasticmoe.common.protocol.replies import Ack, Refused
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):

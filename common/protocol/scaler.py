@@ -6,12 +6,12 @@ from typing import Literal
 
 import msgspec
 
-from common.layout import Layout, RankId
-from common.model_spec import KvGeometry
-from common.protocol.codec import Codec, Message
-from common.protocol.ids import CommandId, TransitionId
-from common.protocol.limits import RANKS_MAX
-from common.protocol.replies import Ack, Refused
+from elasticmoe.common.layout import Layout, RankId
+from elasticmoe.common.model_spec import KvGeometry
+from elasticmoe.common.protocol.codec import Codec, Message
+from elasticmoe.common.protocol.ids import CommandId, TransitionId
+from elasticmoe.common.protocol.limits import RANKS_MAX
+from elasticmoe.common.protocol.replies import Ack, Refused
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):

@@ -9,10 +9,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from common.protocol.codec import Codec, Message
-from common.protocol.pool import StartRank
-from common.protocol.replies import Refused
-from common.protocol.scaler import RankReady
+from elasticmoe.common.protocol.codec import Codec, Message
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import RankReady
 
 
 class Fork(Message, frozen=True):

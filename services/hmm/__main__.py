@@ -1,14 +1,14 @@
-"""`python -m services.hmm`: the HMM of one run directory. It needs the keeper (`python -m services.hmm.keeper`)."""
+"""`python -m elasticmoe.services.hmm`: the HMM of one run directory. It needs the keeper (services/hmm/keeper.py)."""
 
 from __future__ import annotations
 
 import sys
 
-from common import failpoint
-from common.config import HmmConfig, load, make_run_dirs
-from common.protocol.errors import ElasticMoEError
-from common.transport import describe
-from services.hmm.assembly import open_hmm
+from elasticmoe.common import failpoint
+from elasticmoe.common.config import HmmConfig, load, make_run_dirs
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.transport import describe
+from elasticmoe.services.hmm.assembly import open_hmm
 
 
 def main() -> int:

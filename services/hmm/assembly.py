@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from common.clock import SYSTEM_CLOCK
-from common.config import HmmConfig
-from common.fdchannel import Listener
-from common.fence import Fence
-from common.protocol.hmm import CODEC
-from common.telemetry import setup_logging
-from common.transport import Sockets, new_identity
-from services.hmm.background import Background
-from services.hmm.memory.blocks import BlockCopies
-from services.hmm.memory.holdings import Holdings
-from services.hmm.memory.supply import Supply
-from services.hmm.parts import Parts
-from services.hmm.service import Hmm
-from services.hmm.sessions.attachments import Attachments
-from services.hmm.sessions.parking import Parking
+from elasticmoe.common.clock import SYSTEM_CLOCK
+from elasticmoe.common.config import HmmConfig
+from elasticmoe.common.fdchannel import Listener
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.protocol.hmm import CODEC
+from elasticmoe.common.telemetry import setup_logging
+from elasticmoe.common.transport import Sockets, new_identity
+from elasticmoe.services.hmm.background import Background
+from elasticmoe.services.hmm.memory.blocks import BlockCopies
+from elasticmoe.services.hmm.memory.holdings import Holdings
+from elasticmoe.services.hmm.memory.supply import Supply
+from elasticmoe.services.hmm.parts import Parts
+from elasticmoe.services.hmm.service import Hmm
+from elasticmoe.services.hmm.sessions.attachments import Attachments
+from elasticmoe.services.hmm.sessions.parking import Parking
 
 
 def open_hmm(config: HmmConfig) -> Hmm:

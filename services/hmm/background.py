@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from common.protocol.errors import ElasticMoEError
-from common.telemetry import Logger
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.telemetry import Logger
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """The keeper: a process that holds file descriptors and does nothing else, so that memory outlives the HMM.
 
-Run as `python -m services.hmm.keeper`. It loads neither numpy nor torch, has no state on disk and never maps what it
-holds: it has as little reason to fail as a process can have.
+Run as `python -m elasticmoe.services.hmm.keeper`. It loads neither numpy nor torch, has no state on disk and never maps
+what it holds: it has as little reason to fail as a process can have.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import signal
 import sys
 from typing import Final
 
-from common.config import KeeperConfig, load, make_run_dirs
-from common.fdchannel import Channel, Listener
-from common.protocol.codec import Message
-from common.protocol.errors import ElasticMoEError, ProtocolError
-from common.protocol.keeper import TO_KEEPER, Fetch, Forget, Keep, Kept
-from common.protocol.limits import FDS_MAX
-from common.protocol.replies import Ack, refusal
-from common.telemetry import setup_logging
-from common.transport import describe, new_identity
+from elasticmoe.common.config import KeeperConfig, load, make_run_dirs
+from elasticmoe.common.fdchannel import Channel, Listener
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
+from elasticmoe.common.protocol.keeper import TO_KEEPER, Fetch, Forget, Keep, Kept
+from elasticmoe.common.protocol.limits import FDS_MAX
+from elasticmoe.common.protocol.replies import Ack, refusal
+from elasticmoe.common.telemetry import setup_logging
+from elasticmoe.common.transport import describe, new_identity
 
 FDS_SPARE: Final = 320  # of the open files that are allowed: for channels, and what one message brings
 CHANNELS_MAX: Final = 16

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from common.clock import Clock
-from common.endpoints import ServerEnd
-from common.fence import Fence
-from common.protocol.hmm import ToHmm
-from common.telemetry import Logger
-from services.hmm.background import Background
-from services.hmm.memory.blocks import BlockCopies
-from services.hmm.memory.holdings import Holdings
-from services.hmm.memory.supply import Supply
-from services.hmm.sessions.attachments import Attachments
-from services.hmm.sessions.parking import Parking
+from elasticmoe.common.clock import Clock
+from elasticmoe.common.endpoints import ServerEnd
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.protocol.hmm import ToHmm
+from elasticmoe.common.telemetry import Logger
+from elasticmoe.services.hmm.background import Background
+from elasticmoe.services.hmm.memory.blocks import BlockCopies
+from elasticmoe.services.hmm.memory.holdings import Holdings
+from elasticmoe.services.hmm.memory.supply import Supply
+from elasticmoe.services.hmm.sessions.attachments import Attachments
+from elasticmoe.services.hmm.sessions.parking import Parking
 
 
 class Parts(NamedTuple):

@@ -11,13 +11,13 @@ import select
 import signal
 from typing import Final
 
-from common.failpoint import failpoint
-from common.fdchannel import Channel
-from common.protocol.codec import Message, Received
-from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
-from common.protocol.handles import Attach
-from common.protocol.handles import ToHmm as FromRank
-from common.protocol.hmm import (
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.fdchannel import Channel
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
+from elasticmoe.common.protocol.handles import Attach
+from elasticmoe.common.protocol.handles import ToHmm as FromRank
+from elasticmoe.common.protocol.hmm import (
     AbortLayout,
     CheckIntegrity,
     CommitLayout,
@@ -29,18 +29,18 @@ from common.protocol.hmm import (
     StageLayout,
     ToHmm,
 )
-from common.protocol.limits import TP_MAX
-from common.protocol.replies import Ack, Refused, refusal
-from common.protocol.scaler import Integrity
-from services.hmm.loading.loader import ModelLoad
-from services.hmm.memory.blocks import check_ranks
-from services.hmm.memory.catalog import Loaded
-from services.hmm.parts import Parts
-from services.hmm.sessions.attachments import Attached
-from services.hmm.sessions.handles import attach_reply, full_view, seat_for, seat_memory
-from services.hmm.sessions.membership import Membership, slots_of_mask
-from services.hmm.status import Loading, hmm_status
-from services.hmm.transition.transition import Transitions
+from elasticmoe.common.protocol.limits import TP_MAX
+from elasticmoe.common.protocol.replies import Ack, Refused, refusal
+from elasticmoe.common.protocol.scaler import Integrity
+from elasticmoe.services.hmm.loading.loader import ModelLoad
+from elasticmoe.services.hmm.memory.blocks import check_ranks
+from elasticmoe.services.hmm.memory.catalog import Loaded
+from elasticmoe.services.hmm.parts import Parts
+from elasticmoe.services.hmm.sessions.attachments import Attached
+from elasticmoe.services.hmm.sessions.handles import attach_reply, full_view, seat_for, seat_memory
+from elasticmoe.services.hmm.sessions.membership import Membership, slots_of_mask
+from elasticmoe.services.hmm.status import Loading, hmm_status
+from elasticmoe.services.hmm.transition.transition import Transitions
 
 _KEEPER_WAIT_S: Final = 10.0
 _STOP_WAIT_S: Final = 5.0

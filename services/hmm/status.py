@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from common.capacity import kv_handles_min, size_ledger
-from common.protocol.replies import Refused
-from common.protocol.scaler import DeviceStatus, HmmStatus, MemoryFacts
-from services.hmm.loading.loader import ModelLoad
-from services.hmm.memory.holdings import Holdings
-from services.hmm.sessions.attachments import Attachments
-from services.hmm.sessions.membership import Membership, slots_of_mask
-from services.hmm.transition.transition import Transitions
+from elasticmoe.common.capacity import kv_handles_min, size_ledger
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, MemoryFacts
+from elasticmoe.services.hmm.loading.loader import ModelLoad
+from elasticmoe.services.hmm.memory.holdings import Holdings
+from elasticmoe.services.hmm.sessions.attachments import Attachments
+from elasticmoe.services.hmm.sessions.membership import Membership, slots_of_mask
+from elasticmoe.services.hmm.transition.transition import Transitions
 
 
 class Loading:

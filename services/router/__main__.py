@@ -1,4 +1,4 @@
-"""`python -m services.router`: start the front door. Settings come from the environment and the configuration file."""
+"""`python -m elasticmoe.services.router`: start the front door. Settings come from the environment and a file."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import AsyncIterator
 
 import uvloop
 
-from common import failpoint
-from common.config import RouterConfig, load, make_run_dirs
-from common.http.keys import read_key
-from common.http.listener import bind
-from common.inherited import inherited
-from common.layout import Layout
-from common.protocol.errors import ElasticMoEError
-from common.telemetry import setup_logging
-from common.transport import describe
-from services.router.service import LayoutSource, RouterService
-from services.router.text.tokenizer import load_model
+from elasticmoe.common import failpoint
+from elasticmoe.common.config import RouterConfig, load, make_run_dirs
+from elasticmoe.common.http.keys import read_key
+from elasticmoe.common.http.listener import bind
+from elasticmoe.common.inherited import inherited
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.telemetry import setup_logging
+from elasticmoe.common.transport import describe
+from elasticmoe.services.router.service import LayoutSource, RouterService
+from elasticmoe.services.router.text.tokenizer import load_model
 
 
 def layout_source(config: RouterConfig) -> LayoutSource:
     """The deployment's store. Imported here, so that a router with another source needs no redis."""
-    from common.store import AsyncStore, async_store_of
+    from elasticmoe.common.store import AsyncStore, async_store_of
 
     class StoreSource:
         """The store as a source of layouts."""

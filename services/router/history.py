@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
-from common.config import defaults
-from common.telemetry import get_logger
+from elasticmoe.common.config import defaults
+from elasticmoe.common.telemetry import get_logger
 
 log = get_logger("router")
 

@@ -14,11 +14,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from common.layout import Layout, RankId
-from common.measures import Measure
-from services.router import measures
-from services.router.dispatch.links import RankLink
-from services.router.dispatch.streams import Stream
+from elasticmoe.common.layout import Layout, RankId
+from elasticmoe.common.measures import Measure
+from elasticmoe.services.router import measures
+from elasticmoe.services.router.dispatch.links import RankLink
+from elasticmoe.services.router.dispatch.streams import Stream
 
 _FAST_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _SLOW_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)

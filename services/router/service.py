@@ -15,22 +15,22 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol
 
-from common.config import RouterConfig
-from common.http.connection import Rules
-from common.http.listener import HttpServer, make_server
-from common.layout import Layout, RankId
-from common.protocol.errors import ConfigError, ElasticMoEError
-from common.protocol.limits import RANKS_MAX
-from common.telemetry import get_logger
-from common.transport import Sockets
-from services.router.api.app import build_app
-from services.router.api.front import Front, make_front
-from services.router.api.gate import PUBLIC_PATHS
-from services.router.dispatch.dispatcher import Dispatcher, router_identity
-from services.router.history import History
-from services.router.metrics import Metrics
-from services.router.text.pool import TextWorkers
-from services.router.text.tokenizer import ServedModel
+from elasticmoe.common.config import RouterConfig
+from elasticmoe.common.http.connection import Rules
+from elasticmoe.common.http.listener import HttpServer, make_server
+from elasticmoe.common.layout import Layout, RankId
+from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError
+from elasticmoe.common.protocol.limits import RANKS_MAX
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.transport import Sockets
+from elasticmoe.services.router.api.app import build_app
+from elasticmoe.services.router.api.front import Front, make_front
+from elasticmoe.services.router.api.gate import PUBLIC_PATHS
+from elasticmoe.services.router.dispatch.dispatcher import Dispatcher, router_identity
+from elasticmoe.services.router.history import History
+from elasticmoe.services.router.metrics import Metrics
+from elasticmoe.services.router.text.pool import TextWorkers
+from elasticmoe.services.router.text.tokenizer import ServedModel
 
 log = get_logger("router")
 

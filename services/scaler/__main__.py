@@ -1,21 +1,21 @@
-"""`python -m services.scaler`: start the scaler and its admin listener."""
+"""`python -m elasticmoe.services.scaler`: start the scaler and its admin listener."""
 
 from __future__ import annotations
 
 import sys
 import threading
 
-from common import failpoint
-from common.config import ScalerConfig, load, make_run_dirs
-from common.http.listener import bind
-from common.inherited import inherited
-from common.private import read_secret
-from common.protocol.errors import EXIT_SUPERSEDED, ElasticMoEError, Fenced
-from common.store import store_of
-from common.telemetry import setup_logging
-from common.transport import describe
-from services.scaler.api.admin import build_app, serve
-from services.scaler.service import Scaler
+from elasticmoe.common import failpoint
+from elasticmoe.common.config import ScalerConfig, load, make_run_dirs
+from elasticmoe.common.http.listener import bind
+from elasticmoe.common.inherited import inherited
+from elasticmoe.common.private import read_secret
+from elasticmoe.common.protocol.errors import EXIT_SUPERSEDED, ElasticMoEError, Fenced
+from elasticmoe.common.store import store_of
+from elasticmoe.common.telemetry import setup_logging
+from elasticmoe.common.transport import describe
+from elasticmoe.services.scaler.api.admin import build_app, serve
+from elasticmoe.services.scaler.service import Scaler
 
 
 def main() -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from common.layout import Layout, RankId, Seat
-from common.protocol.ids import TransitionId
-from common.protocol.rank import RankCommand
-from services.scaler.planning.plan import Leg
+from elasticmoe.common.layout import Layout, RankId, Seat
+from elasticmoe.common.protocol.ids import TransitionId
+from elasticmoe.common.protocol.rank import RankCommand
+from elasticmoe.services.scaler.planning.plan import Leg
 
 
 class LoadLayout(msgspec.Struct, frozen=True, tag=True):

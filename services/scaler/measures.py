@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.measures import Measure
+from elasticmoe.common.measures import Measure
 
 OPERATIONS = Measure(
     "elasticmoe:scale_operations",

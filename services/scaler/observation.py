@@ -7,10 +7,10 @@ from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from common.layout import Seat
-from common.protocol.replies import Refused
-from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankLoad
-from services.scaler.actions import Action
+from elasticmoe.common.layout import Seat
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankLoad
+from elasticmoe.services.scaler.actions import Action
 
 S = TypeVar("S")
 

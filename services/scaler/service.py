@@ -10,30 +10,30 @@ from types import FrameType
 
 import msgspec
 
-from common.config import ScalerConfig
-from common.failpoint import failpoint
-from common.families import load_spec
-from common.fence import Fence
-from common.layout import Layout
-from common.protocol.errors import Unavailable
-from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
-from common.store import Event, Store, Writer
-from common.telemetry import get_logger
-from common.transport import new_identity
-from services.scaler.api.event_stream import EventStream
-from services.scaler.api.snapshot import StatusCache, StatusSnapshot
-from services.scaler.control.admission import Accepted, Admission, CancelOperation, Order
-from services.scaler.control.command_queue import CommandQueue
-from services.scaler.control.executor import ENDED_MAX, Executor
-from services.scaler.control.links import Links
-from services.scaler.control.state import State
-from services.scaler.metrics import Meters
-from services.scaler.observation import Observation
-from services.scaler.store.journal import Journal
-from services.scaler.store.lease import Lease
-from services.scaler.store.recall import Recall
-from services.scaler.store.reserve import DiskReserve
-from services.scaler.store.resume import Beginning
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.families import load_spec
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
+from elasticmoe.common.store import Event, Store, Writer
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.transport import new_identity
+from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
+from elasticmoe.services.scaler.control.admission import Accepted, Admission, CancelOperation, Order
+from elasticmoe.services.scaler.control.command_queue import CommandQueue
+from elasticmoe.services.scaler.control.executor import ENDED_MAX, Executor
+from elasticmoe.services.scaler.control.links import Links
+from elasticmoe.services.scaler.control.state import State
+from elasticmoe.services.scaler.metrics import Meters
+from elasticmoe.services.scaler.observation import Observation
+from elasticmoe.services.scaler.store.journal import Journal
+from elasticmoe.services.scaler.store.lease import Lease
+from elasticmoe.services.scaler.store.recall import Recall
+from elasticmoe.services.scaler.store.reserve import DiskReserve
+from elasticmoe.services.scaler.store.resume import Beginning
 
 log = get_logger("scaler")
 

@@ -1,4 +1,4 @@
-"""`python -m services.worker [--launcher PID]`: start a worker pool.
+"""`python -m elasticmoe.services.worker [--launcher PID]`: start a worker pool.
 
 With `--launcher`, which names its parent, ranks outlive the pool: the launcher takes them in and ends them.
 """
@@ -9,17 +9,17 @@ import argparse
 import os
 import sys
 
-from common import failpoint
-from common.config import PoolConfig, load, make_run_dirs
-from common.protocol.errors import ConfigError, ElasticMoEError
-from common.telemetry import setup_logging
-from common.transport import describe
-from services.worker.pool.pool import Pool
+from elasticmoe.common import failpoint
+from elasticmoe.common.config import PoolConfig, load, make_run_dirs
+from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError
+from elasticmoe.common.telemetry import setup_logging
+from elasticmoe.common.transport import describe
+from elasticmoe.services.worker.pool.pool import Pool
 
 
 def main() -> int:
     """Run until SIGTERM; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m services.worker", description="A worker pool.")
+    parser = argparse.ArgumentParser(prog="python -m elasticmoe.services.worker", description="A worker pool.")
     parser.add_argument("--launcher", type=int, default=0, metavar="PID", help="the parent that takes ranks in")
     launcher: int = parser.parse_args().launcher
     try:

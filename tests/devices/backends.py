@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.devices import factory
+from elasticmoe.common.devices import factory
 from tests.devices import strict
 
 KINDS = ("host", "strict")

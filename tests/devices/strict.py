@@ -25,11 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from common.devices.base import Completion, Device, Handle, KeyToken, ProcessRules, Range
-from common.devices.factory import register
-from common.devices.rules import PROCESS, SPACES, Space, Token
-from common.protocol.errors import DoesNotFit
-from native import host
+from elasticmoe.common.devices.base import Completion, Device, Handle, KeyToken, ProcessRules, Range
+from elasticmoe.common.devices.factory import register
+from elasticmoe.common.devices.rules import PROCESS, SPACES, Space, Token
+from elasticmoe.common.protocol.errors import DoesNotFit
+from elasticmoe.native import host
 
 GRANULARITY: Final = 2 << 20
 FOLDER: Final = "STRICT_DEVICES"  # environment variable: where all processes of a test find the devices' memory

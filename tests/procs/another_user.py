@@ -46,7 +46,12 @@ def as_user(uid: int, command: Sequence[str]) -> list[str] | None:
 
 
 def _is_in_reach(prefix: Sequence[str]) -> bool:
-    says = [*prefix, sys.executable, "-c", "import native.bus, pytest, sys, tests, torch; print(sys.version)"]
+    says = [
+        *prefix,
+        sys.executable,
+        "-c",
+        "import elasticmoe.native.bus, pytest, sys, tests, torch; print(sys.version)",
+    ]
     told = subprocess.run(says, cwd=ROOT, capture_output=True, text=True, check=False)
     return told.stdout.strip() == sys.version
 

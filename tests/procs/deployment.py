@@ -17,8 +17,8 @@ from typing import Any
 
 import httpx
 
-from cli.record import DeploymentRecord, read_record
-from common.config import environment_of
+from elasticmoe.cli.record import DeploymentRecord, read_record
+from elasticmoe.common.config import environment_of
 from tests.history import Report, check_history
 from tests.procs.waiting import processes_of, wait_until
 
@@ -60,7 +60,7 @@ class Deployment:
         up += ["--keep-logs", "--ready-timeout", str(READY_SECONDS_MAX), *flags]
         with open(self.output_path, "wb") as output:
             self.launcher = subprocess.Popen(
-                [sys.executable, "-m", "cli.main", *up],
+                [sys.executable, "-m", "elasticmoe.cli.main", *up],
                 cwd=ROOT,
                 env=inherited | environment_of({**fixed, **settings}) | dict(environment or {}),
                 stdin=subprocess.DEVNULL,

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import redis
 
-from common.config import environment_of
+from elasticmoe.common.config import environment_of
 from tests.procs.deployment import ROOT, Deployment
 from tests.procs.waiting import wait_until
 

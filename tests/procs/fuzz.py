@@ -14,10 +14,10 @@ from typing import Any, Final, get_args
 import msgpack
 import msgspec
 
-from common.protocol import handles, hmm, keeper, pool, rank, router, scaler, standby
-from common.protocol.codec import Codec, Message, Received, decode_envelope, encode
-from common.protocol.errors import ProtocolError
-from common.protocol.limits import EPOCH_MAX, MESSAGE_BYTES_MAX, NAME_CHARS_MAX, PROTOCOL_VERSION
+from elasticmoe.common.protocol import handles, hmm, keeper, pool, rank, router, scaler, standby
+from elasticmoe.common.protocol.codec import Codec, Message, Received, decode_envelope, encode
+from elasticmoe.common.protocol.errors import ProtocolError
+from elasticmoe.common.protocol.limits import EPOCH_MAX, MESSAGE_BYTES_MAX, NAME_CHARS_MAX, PROTOCOL_VERSION
 from tests.unit.test_protocol import RECEIVERS
 
 SENDER: Final = "fuzz:0123456789abcdef"

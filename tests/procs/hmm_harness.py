@@ -16,18 +16,18 @@ from typing import Any
 
 import msgspec
 
-from common.config import HmmConfig, environment_of
-from common.devices.base import FdToken, Handle, KeyToken, ProcessRules, Range
-from common.devices.factory import open_device
-from common.families import load_spec, parse_spec, records
-from common.fdchannel import Channel, connect
-from common.host_shared import HostShared
-from common.layout import Layout, RankId, initial_layout
-from common.model_spec import RecordKey
-from common.protocol import scaler
-from common.protocol.codec import Message
-from common.protocol.errors import ElasticMoEError
-from common.protocol.handles import (
+from elasticmoe.common.config import HmmConfig, environment_of
+from elasticmoe.common.devices.base import FdToken, Handle, KeyToken, ProcessRules, Range
+from elasticmoe.common.devices.factory import open_device
+from elasticmoe.common.families import load_spec, parse_spec, records
+from elasticmoe.common.fdchannel import Channel, connect
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.layout import Layout, RankId, initial_layout
+from elasticmoe.common.model_spec import RecordKey
+from elasticmoe.common.protocol import scaler
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.handles import (
     TO_RANK,
     Applied,
     Attach,
@@ -38,12 +38,12 @@ from common.protocol.handles import (
     SharedKey,
     ShareHandles,
 )
-from common.protocol.hmm import CheckIntegrity, GetHmmStatus, LoadModel, SetMembership
-from common.protocol.replies import Ack, Refused
-from common.protocol.scaler import HmmStatus, Integrity
-from common.transport import Client, new_identity
-from native.bus import Bus
-from native.ledger import Ledger
+from elasticmoe.common.protocol.hmm import CheckIntegrity, GetHmmStatus, LoadModel, SetMembership
+from elasticmoe.common.protocol.replies import Ack, Refused
+from elasticmoe.common.protocol.scaler import HmmStatus, Integrity
+from elasticmoe.common.transport import Client, new_identity
+from elasticmoe.native.bus import Bus
+from elasticmoe.native.ledger import Ledger
 from tests.procs.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -84,12 +84,12 @@ class Deployment:
 
     def start_keeper(self) -> None:
         """Start a keeper and wait until it listens."""
-        self.keeper = process = self.spawn("services.hmm.keeper")
+        self.keeper = process = self.spawn("elasticmoe.services.hmm.keeper")
         wait_until(lambda: "keeper ready" in self.log_of(process), "the keeper starts")
 
     def start_hmm(self, **settings: Any) -> None:
         """Start an HMM and wait until it serves."""
-        self.hmm = process = self.spawn("services.hmm", **settings)
+        self.hmm = process = self.spawn("elasticmoe.services.hmm", **settings)
         wait_until(lambda: "hmm ready" in self.log_of(process) or process.poll() is not None, "the HMM starts")
         assert process.poll() is None, self.log_of(process)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from common.protocol import scaler
-from common.protocol.codec import Message
-from common.protocol.hmm import CheckIntegrity, GetHmmStatus
-from common.protocol.rank import GetRankIntegrity
-from common.protocol.scaler import HmmStatus, Integrity, ToScaler
-from common.transport import Client, new_identity
+from elasticmoe.common.protocol import scaler
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.hmm import CheckIntegrity, GetHmmStatus
+from elasticmoe.common.protocol.rank import GetRankIntegrity
+from elasticmoe.common.protocol.scaler import HmmStatus, Integrity, ToScaler
+from elasticmoe.common.transport import Client, new_identity
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import wait_until
 

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import IO
 
-from cli.record import DeploymentRecord, read_record
-from common.config import environment_of
+from elasticmoe.cli.record import DeploymentRecord, read_record
+from elasticmoe.common.config import environment_of
 from tests.procs.waiting import processes_of, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 class Run:
     """`elasticmoe up` as a process of its own, with stand-ins (stand_in.py). Its output is read line by line.
 
-    `settings` are fields of common.config by name. Owned by the test, until `close`.
+    `settings` are fields of elasticmoe.common.config by name. Owned by the test, until `close`.
     """
 
     def __init__(self, home: Path, run_dir: Path, behaviours: dict[str, str], *flags: str, **settings: object) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from common.config import RouterConfig, load, make_run_dirs
-from common.http.keys import read_key
-from common.http.listener import bind
-from common.layout import Layout
-from common.telemetry import setup_logging
-from services.router.service import RouterService
-from services.router.text.tokenizer import load_model
+from elasticmoe.common.config import RouterConfig, load, make_run_dirs
+from elasticmoe.common.http.keys import read_key
+from elasticmoe.common.http.listener import bind
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.telemetry import setup_logging
+from elasticmoe.services.router.service import RouterService
+from elasticmoe.services.router.text.tokenizer import load_model
 
 POLL_S = 0.02
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.layout import Layout, RankId, Seat
-from common.protocol import rank as rank_messages
-from common.protocol.codec import Message
-from common.protocol.rank import Cancel, Submit, ToRank, Unwatch, Watch
-from common.protocol.router import Delta, Failed, Logprob, Moved, RankStatus, Tokens
-from common.transport import Server, new_identity
+from elasticmoe.common.layout import Layout, RankId, Seat
+from elasticmoe.common.protocol import rank as rank_messages
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.rank import Cancel, Submit, ToRank, Unwatch, Watch
+from elasticmoe.common.protocol.router import Delta, Failed, Logprob, Moved, RankStatus, Tokens
+from elasticmoe.common.transport import Server, new_identity
 
 WAIT_S = 10.0
 STATUS_EVERY_S = 0.1

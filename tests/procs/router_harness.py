@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import msgspec
 
-from cli.models.byte_tokenizer import VOCAB_SIZE, write_byte_tokenizer
-from common.config import environment_of
-from common.layout import Layout
+from elasticmoe.cli.models.byte_tokenizer import VOCAB_SIZE, write_byte_tokenizer
+from elasticmoe.common.config import environment_of
+from elasticmoe.common.layout import Layout
 from tests.history import Report, check_history
 from tests.procs.router_fakes import WAIT_S
 from tests.procs.waiting import wait_until

@@ -21,9 +21,9 @@ from typing import Any
 
 import httpx
 
-from cli.record import start_ticks
-from common.store import EVENTS_MAX, LAYOUTS_MAX, OPERATIONS_MAX
-from services.router.dispatch.dispatcher import LEAVE_S
+from elasticmoe.cli.record import start_ticks
+from elasticmoe.common.store import EVENTS_MAX, LAYOUTS_MAX, OPERATIONS_MAX
+from elasticmoe.services.router.dispatch.dispatcher import LEAVE_S
 from tests.procs.clients import Load, stream_completion
 from tests.procs.deployment import Deployment
 from tests.procs.faults import store_client
@@ -184,7 +184,7 @@ def _targets(pid: int) -> list[str]:
 
 
 def _is_template(pid: int) -> bool:
-    return b"services.worker.pool.template" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"elasticmoe.services.worker.pool.template" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _children(pid: int) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from common.config import environment_of
+from elasticmoe.common.config import environment_of
 from tests.procs.router_harness import ROOT, plain_client
 from tests.procs.waiting import wait_until
 
@@ -30,7 +30,7 @@ class ScalerProcess:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("ELASTICMOE_")}
         with (run_dir / "scaler.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.scaler"],
+                [sys.executable, "-m", "elasticmoe.services.scaler"],
                 cwd=ROOT,
                 env=environment | environment_of(values),
                 stdin=subprocess.DEVNULL,

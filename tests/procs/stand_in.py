@@ -24,8 +24,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-from common.inherited import inherited
-from common.protocol.errors import EXIT_SUPERSEDED
+from elasticmoe.common.inherited import inherited
+from elasticmoe.common.protocol.errors import EXIT_SUPERSEDED
 
 _GRACE_S = {"slow": 60.0}  # by name; others:
 _GRACE_S_DEFAULT = 2.0
@@ -34,13 +34,13 @@ _REAL = "STAND_IN_REAL"  # in the environment: names of children that are no sta
 
 def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
     """The command line with stand-ins."""
-    from cli import up
-    from cli.children import ChildSpec
-    from cli.embedded_store import store_spec
-    from cli.listeners import ADMIN, ADMIN_LOCAL, ROUTER
-    from cli.main import main
-    from cli.processes import process_specs as real_specs
-    from cli.settings import Settings
+    from elasticmoe.cli import up
+    from elasticmoe.cli.children import ChildSpec
+    from elasticmoe.cli.embedded_store import store_spec
+    from elasticmoe.cli.listeners import ADMIN, ADMIN_LOCAL, ROUTER
+    from elasticmoe.cli.main import main
+    from elasticmoe.cli.processes import process_specs as real_specs
+    from elasticmoe.cli.settings import Settings
 
     def process_specs(settings: Settings) -> list[ChildSpec]:
         return [
@@ -148,7 +148,7 @@ def tidy_up(*_: object) -> None:
 
 def loop(code: int) -> int:
     """Live until the deployment serves, then end with `code`."""
-    from cli.record import read_record
+    from elasticmoe.cli.record import read_record
 
     run_dir = Path(os.environ["ELASTICMOE_RUN_DIR"])
     while (record := read_record(run_dir)) is None or record.state == "starting":

@@ -1,4 +1,4 @@
-"""`up` says yes exactly where a real HMM does: both ask common.capacity."""
+"""`up` says yes exactly where a real HMM does: both ask elasticmoe.common.capacity."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cli import checks, settings, up
-from common.capacity import load_of
-from common.families import load_spec
-from common.layout import initial_layout
-from common.protocol.errors import DoesNotFit
+from elasticmoe.cli import checks, settings, up
+from elasticmoe.common.capacity import load_of
+from elasticmoe.common.families import load_spec
+from elasticmoe.common.layout import initial_layout
+from elasticmoe.common.protocol.errors import DoesNotFit
 from tests.procs.hmm_harness import Deployment
 
 pytestmark = pytest.mark.procs

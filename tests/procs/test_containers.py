@@ -15,21 +15,21 @@ import httpx
 import pytest
 import redis
 
-from cli import container
-from common.config import environment_of
-from common.store import PASSWORDS, READER
+from elasticmoe.cli import container
+from elasticmoe.common.config import environment_of
+from elasticmoe.common.store import PASSWORDS, READER
 from tests.procs.waiting import free_port, processes_of, wait_until
 
 pytestmark = pytest.mark.procs
 
 ROOT = Path(__file__).parent.parent.parent
 MODULES = {
-    "store": ["cli.container", "store"],
-    "keeper": ["services.hmm.keeper"],
-    "hmm": ["services.hmm"],
-    "worker": ["services.worker"],
-    "scaler": ["services.scaler"],
-    "router": ["services.router"],
+    "store": ["elasticmoe.cli.container", "store"],
+    "keeper": ["elasticmoe.services.hmm.keeper"],
+    "hmm": ["elasticmoe.services.hmm"],
+    "worker": ["elasticmoe.services.worker"],
+    "scaler": ["elasticmoe.services.scaler"],
+    "router": ["elasticmoe.services.router"],
 }
 
 
@@ -71,7 +71,7 @@ class Containers:
         ended = self.processes[name].poll()
         assert ended is None, f"{name} ended with {ended}: {(self.folder / f'{name}.log').read_text()[-2000:]}"
         environment = os.environ | environment_of(self._settings | {"run_dir": self.folder / name})
-        command = [sys.executable, "-m", "cli.container", "check", name]
+        command = [sys.executable, "-m", "elasticmoe.cli.container", "check", name]
         return subprocess.run(command, cwd=ROOT, env=environment, timeout=30, capture_output=True).returncode == 0
 
     def close(self) -> dict[str, int]:

@@ -148,7 +148,7 @@ def undone(scene: Scene) -> None:
     """Between the order and the commit, and what was reserved is taken too: undone, and who waits is told why."""
     place = "scaler.leg1.commit.before"
     scene.failpoints.arm(place)
-    command = [sys.executable, "-m", "cli.main", "scale", "--replicas", "2", "--wait", "--op-id", "undone"]
+    command = [sys.executable, "-m", "elasticmoe.cli.main", "scale", "--replicas", "2", "--wait", "--op-id", "undone"]
     command += ["--run-dir", str(scene.deployment.run_dir)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
         scene.failpoints.wait_hit(place)

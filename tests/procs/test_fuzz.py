@@ -18,18 +18,18 @@ from typing import Any
 
 import pytest
 
-from common.protocol import rank
-from common.protocol.codec import Message, encode
-from common.protocol.hmm import GetHmmStatus, SetMembership
-from common.protocol.ids import CommandId
-from common.protocol.keeper import Fetch
-from common.protocol.limits import PROTOCOL_VERSION
-from common.protocol.pool import GetPool, StopRank
-from common.protocol.rank import GetRankLoad
-from common.protocol.replies import Ack
-from common.protocol.scaler import CODEC, HmmStatus, PoolStatus, RankLoad, ToScaler
-from common.protocol.standby import Fork
-from common.transport import Client, Server, new_identity
+from elasticmoe.common.protocol import rank
+from elasticmoe.common.protocol.codec import Message, encode
+from elasticmoe.common.protocol.hmm import GetHmmStatus, SetMembership
+from elasticmoe.common.protocol.ids import CommandId
+from elasticmoe.common.protocol.keeper import Fetch
+from elasticmoe.common.protocol.limits import PROTOCOL_VERSION
+from elasticmoe.common.protocol.pool import GetPool, StopRank
+from elasticmoe.common.protocol.rank import GetRankLoad
+from elasticmoe.common.protocol.replies import Ack
+from elasticmoe.common.protocol.scaler import CODEC, HmmStatus, PoolStatus, RankLoad, ToScaler
+from elasticmoe.common.protocol.standby import Fork
+from elasticmoe.common.transport import Client, Server, new_identity
 from tests.procs.clients import check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.fuzz import SENDER, answer_of, framed, thrower

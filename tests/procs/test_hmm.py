@@ -17,21 +17,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cli.models import random_checkpoint
-from common.config import KeeperConfig
-from common.families import records
-from common.fdchannel import connect
-from common.layout import Layout, RankId, initial_layout
-from common.protocol.errors import ElasticMoEError, Unavailable
-from common.protocol.hmm import CheckIntegrity, GetHmmStatus, SetMembership
-from common.protocol.keeper import TO_HMM, Fetch, Forget, Keep, Kept
-from common.protocol.limits import FDS_MAX
-from common.protocol.replies import Ack, Refused
-from common.telemetry import get_logger
-from common.transport import new_identity
-from services.hmm import keeper as keeper_module
-from services.hmm.keeper import FDS_SPARE
-from services.hmm.sessions.parking import Parking
+from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.common.config import KeeperConfig
+from elasticmoe.common.families import records
+from elasticmoe.common.fdchannel import connect
+from elasticmoe.common.layout import Layout, RankId, initial_layout
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.hmm import CheckIntegrity, GetHmmStatus, SetMembership
+from elasticmoe.common.protocol.keeper import TO_HMM, Fetch, Forget, Keep, Kept
+from elasticmoe.common.protocol.limits import FDS_MAX
+from elasticmoe.common.protocol.replies import Ack, Refused
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.transport import new_identity
+from elasticmoe.services.hmm import keeper as keeper_module
+from elasticmoe.services.hmm.keeper import FDS_SPARE
+from elasticmoe.services.hmm.sessions.parking import Parking
 from tests.procs.hmm_harness import Deployment, Rank, hollow_checkpoint, load_message
 from tests.procs.waiting import processes_of, wait_until
 from tests.unit.specs import TINY_MIXTRAL
@@ -369,7 +369,7 @@ def test_other_devices_than_the_kept_ones_are_refused_and_nothing_is_lost(
 ) -> None:
     deployment, first, _ = pair
     deployment.kill_hmm()
-    process = deployment.spawn("services.hmm", devices="host:3")
+    process = deployment.spawn("elasticmoe.services.hmm", devices="host:3")
     assert process.wait(10) == 1
     assert "keeper_mismatch: the keeper holds the memory of 2 devices" in deployment.log_of(process)
     deployment.start_hmm()
@@ -424,7 +424,7 @@ def test_a_superseded_scaler_is_refused_also_after_a_restart(pair: tuple[Deploym
 
 
 def test_a_second_hmm_or_keeper_of_a_run_directory_is_refused(deployment: Deployment) -> None:
-    for module, name in (("services.hmm", "hmm"), ("services.hmm.keeper", "keeper")):
+    for module, name in (("elasticmoe.services.hmm", "hmm"), ("elasticmoe.services.hmm.keeper", "keeper")):
         process = deployment.spawn(module)
         assert process.wait(10) == 1
         text = f"elasticmoe-{name}: already_running: socket {name}.sock is in use by another process\n"
@@ -435,7 +435,7 @@ def test_a_second_hmm_or_keeper_of_a_run_directory_is_refused(deployment: Deploy
 @pytest.mark.parametrize(("setting", "value"), [("device_bytes", "-1"), ("granularity", "5000"), ("devices", "gpu")])
 def test_a_bad_configuration_stops_the_start_with_one_line(deployment: Deployment, setting: str, value: str) -> None:
     deployment.kill_hmm()
-    process = deployment.spawn("services.hmm", **{setting: value})
+    process = deployment.spawn("elasticmoe.services.hmm", **{setting: value})
     assert process.wait(10) == 1
     lines = deployment.log_of(process).splitlines()
     assert len(lines) == 1
@@ -445,7 +445,7 @@ def test_a_bad_configuration_stops_the_start_with_one_line(deployment: Deploymen
 @pytest.mark.slow
 def test_without_a_keeper_the_start_ends_with_one_line() -> None:
     deployment = Deployment()
-    process = deployment.spawn("services.hmm")
+    process = deployment.spawn("elasticmoe.services.hmm")
     assert process.wait(30) == 1
     assert deployment.log_of(process) == "elasticmoe-hmm: unavailable: the keeper is not there after 10 s\n"
     deployment.close()

@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from cli.models import random_checkpoint
-from common.layout import Layout, RankId, Seat, initial_layout
-from common.model_spec import RecordKey
-from common.protocol.errors import ElasticMoEError
-from common.protocol.handles import Applied
-from common.protocol.hmm import (
+from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout
+from elasticmoe.common.model_spec import RecordKey
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.handles import Applied
+from elasticmoe.common.protocol.hmm import (
     AbortLayout,
     CommitLayout,
     CopyBlocks,
@@ -26,10 +26,10 @@ from common.protocol.hmm import (
     ReleaseLayout,
     StageLayout,
 )
-from common.protocol.ids import TransitionId
-from common.protocol.replies import Ack
-from common.protocol.scaler import HmmStatus, TransitionStatus
-from services.hmm.memory.catalog import keys_of
+from elasticmoe.common.protocol.ids import TransitionId
+from elasticmoe.common.protocol.replies import Ack
+from elasticmoe.common.protocol.scaler import HmmStatus, TransitionStatus
+from elasticmoe.services.hmm.memory.catalog import keys_of
 from tests.procs.hmm_harness import Deployment, Rank, load_message
 from tests.procs.waiting import processes_of, wait_until
 from tests.unit.specs import TINY_MIXTRAL

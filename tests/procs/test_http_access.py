@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from services.scaler.api.event_stream import LISTENERS_MAX
+from elasticmoe.services.scaler.api.event_stream import LISTENERS_MAX
 from tests.procs.router_fakes import FakeRank, layout_of
 from tests.procs.router_harness import RouterProcess, write_model
 from tests.procs.scaler_harness import ScalerProcess

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from services.router.service import SPARE_CONNECTIONS
-from services.scaler.api.admin import CONNECTIONS_MAX
+from elasticmoe.services.router.service import SPARE_CONNECTIONS
+from elasticmoe.services.scaler.api.admin import CONNECTIONS_MAX
 from tests.procs.router_fakes import FakeRank, Reply
 from tests.procs.router_harness import RouterProcess
 from tests.procs.scaler_harness import TOKEN, ScalerProcess

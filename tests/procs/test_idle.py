@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cli.bench.idle import processes_of, watch
+from elasticmoe.cli.bench.idle import processes_of, watch
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import wait_until
 

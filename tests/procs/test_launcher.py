@@ -18,8 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cli.embedded_store import is_answering, server_binary
-from cli.main import main
+from elasticmoe.cli.embedded_store import is_answering, server_binary
+from elasticmoe.cli.main import main
 from tests.procs.launcher_run import Run
 from tests.procs.waiting import free_port, processes_of, wait_until
 

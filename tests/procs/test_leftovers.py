@@ -18,8 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cli.main import main
-from cli.record import read_record
+from elasticmoe.cli.main import main
+from elasticmoe.cli.record import read_record
 from tests.procs.waiting import processes_of, wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow]
@@ -49,7 +49,7 @@ class Place:
         flags = ["--replicas", "1", "--devices", "host:1", "--device-memory", "256MiB", "--kv-memory", "8MiB"]
         flags += ["--port", "0", "--admin-port", "0", "--run-dir", str(self.run_dir)]
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "cli.main", "up", "--model", "oracle", *flags],
+            [sys.executable, "-m", "elasticmoe.cli.main", "up", "--model", "oracle", *flags],
             cwd=ROOT,
             env=self.environment,
             stdin=subprocess.DEVNULL,
@@ -115,15 +115,15 @@ def test_a_deployment_that_is_killed_leaves_nothing_outside_of_its_run_directory
 
 
 def test_who_makes_a_model_ends_with_the_launcher(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from cli.console import make_console"
-    code += "; from cli.resolve import make_named; make_named('oracle', Path(sys.argv[1]), make_console())"
+    code = "import sys; from pathlib import Path; from elasticmoe.cli.console import make_console"
+    code += "; from elasticmoe.cli.resolve import make_named; make_named('oracle', Path(sys.argv[1]), make_console())"
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "oracle")], cwd=ROOT, **silent)
 
     def maker() -> int | None:
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in children}
-        return next((pid for pid, words in commands.items() if b"cli.maker" in words), None)
+        return next((pid for pid, words in commands.items() if b"elasticmoe.cli.maker" in words), None)
 
     pid = wait_until(maker, "a model is being made", 30.0)
     pidfd = os.pidfd_open(pid or 0)

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from cli.main import main
-from cli.record import read_record, start_ticks
-from common.private import is_private, read_private
-from common.protocol.errors import ConfigError
+from elasticmoe.cli.main import main
+from elasticmoe.cli.record import read_record, start_ticks
+from elasticmoe.common.private import is_private, read_private
+from elasticmoe.common.protocol.errors import ConfigError
 from tests.procs.another_user import unused_uid
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import wait_until

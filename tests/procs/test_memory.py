@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cli.models import random_checkpoint
-from common.families import load_spec, records
-from common.protocol.hmm import GetHmmStatus
-from common.protocol.scaler import HmmStatus
+from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.common.families import load_spec, records
+from elasticmoe.common.protocol.hmm import GetHmmStatus
+from elasticmoe.common.protocol.scaler import HmmStatus
 from tests.procs.clients import check_against_oracle, closed_loop
 from tests.procs.deployment import Deployment
 from tests.procs.integrity import ask, check_integrity
@@ -82,7 +82,7 @@ def private_bytes(maps: dict[str, dict[str, int]]) -> int:
 def standby_pids(deployment: Deployment) -> set[int]:
     """The pool's processes that have no seat: forked from the same one as the ranks, which is among them."""
     commands = processes_of(deployment.run_dir)
-    forked = {pid for pid, command in commands.items() if "services.worker.pool.template" in command}
+    forked = {pid for pid, command in commands.items() if "elasticmoe.services.worker.pool.template" in command}
     return forked - set(deployment.rank_pids().values())
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from common.protocol.rank import GetRankLoad
-from common.protocol.scaler import RankLoad
+from elasticmoe.common.protocol.rank import GetRankLoad
+from elasticmoe.common.protocol.scaler import RankLoad
 from tests.procs.clients import check_load_against_oracle, stream_completion
 from tests.procs.deployment import Deployment
 from tests.procs.gaps import TimedLoad

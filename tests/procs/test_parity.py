@@ -10,7 +10,7 @@ import httpx
 import pytest
 import torch
 
-from cli.models.byte_tokenizer import write_byte_tokenizer
+from elasticmoe.cli.models.byte_tokenizer import write_byte_tokenizer
 from tests.procs.deployment import Deployment
 from tests.unit import forms
 

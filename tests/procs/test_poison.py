@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from services.worker.engine.trial import GUILTY_FAILURES, SUSPECT_FAILURES
+from elasticmoe.services.worker.engine.trial import GUILTY_FAILURES, SUSPECT_FAILURES
 from tests.procs.clients import Stream, check_load_against_oracle, stream_completion
 from tests.procs.deployment import Deployment
 from tests.procs.failpoints import Failpoints

@@ -16,14 +16,14 @@ from subprocess import PIPE
 import msgspec
 import pytest
 
-from common.config import environment_of
-from common.layout import RankId
-from common.protocol import scaler
-from common.protocol.errors import ElasticMoEError
-from common.protocol.pool import GetPool, StartRank, StopRank
-from common.protocol.scaler import PoolStatus, RankExited, RankStarted, ToScaler
-from common.transport import Client, new_identity
-from services.worker.pool.seats import RECORD_BYTES, path_of
+from elasticmoe.common.config import environment_of
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol import scaler
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.pool import GetPool, StartRank, StopRank
+from elasticmoe.common.protocol.scaler import PoolStatus, RankExited, RankStarted, ToScaler
+from elasticmoe.common.transport import Client, new_identity
+from elasticmoe.services.worker.pool.seats import RECORD_BYTES, path_of
 from tests.procs.descriptors import SHAPES, leave, left_with, numbers_of, with_numbers
 from tests.procs.failpoints import Failpoints
 from tests.procs.waiting import processes_of, wait_until
@@ -50,7 +50,7 @@ class Pool:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ELASTICMOE_")}
         with open(self.run_dir / "log", "ab") as log:
             self.process = subprocess.Popen(
-                with_numbers(self.inherited, [sys.executable, "-m", "services.worker"]),
+                with_numbers(self.inherited, [sys.executable, "-m", "elasticmoe.services.worker"]),
                 cwd=ROOT,
                 env=environment
                 | environment_of(
@@ -67,7 +67,7 @@ class Pool:
     def template_and_standbys(self) -> tuple[int | None, list[int]]:
         """Process ids: of who was started, and of whom it forked. Those that were forked are younger."""
         commands = processes_of(self.run_dir)
-        pids = sorted(pid for pid, command in commands.items() if "services.worker.pool.template" in command)
+        pids = sorted(pid for pid, command in commands.items() if "elasticmoe.services.worker.pool.template" in command)
         listening = [pid for pid in pids if self._listens(pid)]
         return (listening[0] if listening else None), [pid for pid in pids if pid not in listening]
 
@@ -263,7 +263,9 @@ def test_a_dead_template_is_replaced_however_far_its_start_comes(pool: Pool, fre
 
 def test_a_dead_standby_is_replaced(pool: Pool) -> None:
     children = [
-        pid for pid, command in processes_of(pool.run_dir).items() if "services.worker.pool.template" in command
+        pid
+        for pid, command in processes_of(pool.run_dir).items()
+        if "elasticmoe.services.worker.pool.template" in command
     ]
     assert len(children) == 3  # the template and two standbys
     os.kill(max(children), signal.SIGKILL)

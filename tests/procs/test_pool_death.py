@@ -14,13 +14,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from common.layout import RankId
-from common.protocol import scaler
-from common.protocol.errors import ElasticMoEError
-from common.protocol.pool import GetPool, StartRank, StopRank
-from common.protocol.scaler import PoolRank, PoolStatus, RankExited, RankStarted, ToScaler
-from common.transport import Client, new_identity
-from services.worker.pool.seats import RECORD_BYTES
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol import scaler
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.pool import GetPool, StartRank, StopRank
+from elasticmoe.common.protocol.scaler import PoolRank, PoolStatus, RankExited, RankStarted, ToScaler
+from elasticmoe.common.transport import Client, new_identity
+from elasticmoe.services.worker.pool.seats import RECORD_BYTES
 from tests.procs.failpoints import Failpoints
 from tests.procs.launcher_run import Run
 from tests.procs.waiting import processes_of, wait_until
@@ -227,7 +227,7 @@ def test_a_dead_template_takes_nobody_along(shared: Site) -> None:
     commands = {
         child: command
         for child, command in processes_of(shared.run_dir).items()
-        if "services.worker.pool.template" in command
+        if "elasticmoe.services.worker.pool.template" in command
     }
     template = min(set(commands) - {pid})
     num_processes = shared.processes()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from native.ledger import Ledger
+from elasticmoe.native.ledger import Ledger
 from tests.procs.clients import check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.gaps import TimedLoad

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cli.main import main
+from elasticmoe.cli.main import main
 from tests.procs.clients import check_against_oracle, closed_loop
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import processes_of, wait_until
@@ -34,7 +34,19 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def up(run_dir: Path, *flags: str) -> tuple[int, str]:
     """Run `elasticmoe up` to its end: exit code and the one line it says about its failure."""
     ended = subprocess.run(
-        [sys.executable, "-m", "cli.main", "up", "--run-dir", str(run_dir), "--port", "0", "--admin-port", "0", *flags],
+        [
+            sys.executable,
+            "-m",
+            "elasticmoe.cli.main",
+            "up",
+            "--run-dir",
+            str(run_dir),
+            "--port",
+            "0",
+            "--admin-port",
+            "0",
+            *flags,
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -137,7 +149,7 @@ def test_port_that_is_taken_between_the_check_and_the_start(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("cli.checks.check_ports", lambda _: None)
+    monkeypatch.setattr("elasticmoe.cli.checks.check_ports", lambda _: None)
     flags = ["--model", str(model_folder("oracle")), "--run-dir", str(run_dir), "--admin-port", "0", "--detach"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["up", "--port", str(taken.getsockname()[1]), *flags]) == 1

@@ -16,13 +16,13 @@ import httpx
 import pytest
 import redis
 
-from common.layout import RankId
-from common.protocol import scaler as to_scaler
-from common.protocol.errors import ElasticMoEError, Fenced
-from common.protocol.hmm import SetMembership
-from common.protocol.rank import GetRankLoad
-from common.protocol.scaler import RankLoad, ToScaler
-from common.transport import Client, new_identity
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol import scaler as to_scaler
+from elasticmoe.common.protocol.errors import ElasticMoEError, Fenced
+from elasticmoe.common.protocol.hmm import SetMembership
+from elasticmoe.common.protocol.rank import GetRankLoad
+from elasticmoe.common.protocol.scaler import RankLoad, ToScaler
+from elasticmoe.common.transport import Client, new_identity
 from tests.procs.clients import check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.failpoints import Failpoints

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from common.config import defaults
+from elasticmoe.common.config import defaults
 from tests.certificate import NAME
 from tests.procs.proxies import PAGE, Proxy, start_proxy, text_of
 from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of

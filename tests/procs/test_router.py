@@ -8,8 +8,8 @@ import httpx
 import openai
 import pytest
 
-from cli.models.byte_tokenizer import EOS_ID
-from common.protocol.rank import Submit
+from elasticmoe.cli.models.byte_tokenizer import EOS_ID
+from elasticmoe.common.protocol.rank import Submit
 from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of
 from tests.procs.router_harness import MODEL, RouterProcess, plain_client, write_model
 

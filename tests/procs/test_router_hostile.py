@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from common.config import environment_of
-from common.layout import RankId
-from common.protocol.hmm import GetHmmStatus
-from common.protocol.router import Delta, Failed, RankStatus, Tokens
+from elasticmoe.common.config import environment_of
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.hmm import GetHmmStatus
+from elasticmoe.common.protocol.router import Delta, Failed, RankStatus, Tokens
 from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of
 from tests.procs.router_harness import ROOT, RouterProcess, write_model
 from tests.procs.waiting import wait_until
@@ -183,7 +183,7 @@ def test_no_message_of_a_rank_harms_the_router(rank: FakeRank, router: RouterPro
 def test_an_occupied_port_is_told_in_a_line(router: RouterProcess, tmp_path: Path) -> None:
     settings = {"run_dir": tmp_path / "run", "model": router.run_dir.parent / "model", "port": router.port}
     done = subprocess.run(
-        [sys.executable, "-m", "services.router"],
+        [sys.executable, "-m", "elasticmoe.services.router"],
         cwd=ROOT,
         env={"PATH": "/usr/bin", **environment_of(settings)},
         capture_output=True,

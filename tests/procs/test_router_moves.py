@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from common.layout import RankId
+from elasticmoe.common.layout import RankId
 from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of
 from tests.procs.router_harness import RouterProcess, write_model
 from tests.procs.waiting import wait_until

@@ -18,7 +18,7 @@ SETTINGS = {"replicas": 1, "devices": 3, "kv_bytes": 4 << 20, "device_bytes": 64
 
 
 def elasticmoe(deployment: Deployment, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cli.main", *args, "--run-dir", str(deployment.run_dir)]
+    command = [sys.executable, "-m", "elasticmoe.cli.main", *args, "--run-dir", str(deployment.run_dir)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from common.protocol.hmm import GetHmmStatus
-from common.protocol.scaler import HmmStatus
+from elasticmoe.common.protocol.hmm import GetHmmStatus
+from elasticmoe.common.protocol.scaler import HmmStatus
 from tests.procs.clients import check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.failpoints import Failpoints

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cli.main import main
+from elasticmoe.cli.main import main
 from tests.procs.terminals import Terminal
 from tests.procs.waiting import wait_until
 from tests.unit.test_cli_watch import SIZES, status
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.procs
 
 PROGRAM = """
 import json, sys
-from cli.watch import watch
+from elasticmoe.cli.watch import watch
 status = json.loads(sys.argv[1])
 sys.exit(watch(lambda: status, lambda _: 0.05))
 """
@@ -104,7 +104,7 @@ def test_without_a_terminal_it_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_the_command_itself_in_a_terminal(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cli.main", "status", "--watch", "--run-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "elasticmoe.cli.main", "status", "--watch", "--run-dir", str(tmp_path)]
     with Terminal(command, 70, 24) as terminal:
         terminal.read_until(lambda output: "nothing runs in" in output, "it is drawn")
         terminal.type("q")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import make_parser
-from common.config import PREFIX, RESERVED, defaults
+from elasticmoe.cli.main import make_parser
+from elasticmoe.common.config import PREFIX, RESERVED, defaults
 from tests.markdown import ROOT
 
 UNIT, PAGE = ROOT / "deploy/elasticmoe.service", ROOT / "docs/systemd.md"

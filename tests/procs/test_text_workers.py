@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from common.protocol.errors import InvalidRequest, Unavailable
-from services.router.text import jobs, pool
-from services.router.text.codec import load_codec
-from services.router.text.jobs import Conversation
-from services.router.text.pool import MIB, Limits, TextWorkers
-from services.router.text.texts import INLINE_CHARS_MAX, Texts
-from services.router.text.worker import GROWTH_BYTES_MAX
+from elasticmoe.common.protocol.errors import InvalidRequest, Unavailable
+from elasticmoe.services.router.text import jobs, pool
+from elasticmoe.services.router.text.codec import load_codec
+from elasticmoe.services.router.text.jobs import Conversation
+from elasticmoe.services.router.text.pool import MIB, Limits, TextWorkers
+from elasticmoe.services.router.text.texts import INLINE_CHARS_MAX, Texts
+from elasticmoe.services.router.text.worker import GROWTH_BYTES_MAX
 from tests.procs.descriptors import left_with
 from tests.procs.router_harness import write_model
 from tests.procs.waiting import wait_until
@@ -290,7 +290,7 @@ async def test_a_cancelled_request_leaves_no_answer_behind(directory: Path) -> N
 
 def test_the_limits_of_a_worker() -> None:
     """In a process of its own: they cannot be taken back."""
-    from services.router.text import process
+    from elasticmoe.services.router.text import process
 
     pid = os.fork()
     if pid == 0:

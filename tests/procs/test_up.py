@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from cli.record import read_record
+from elasticmoe.cli.record import read_record
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import processes_of, wait_until
 
@@ -95,7 +95,7 @@ def test_detached_it_is_watched_and_stopped_by_other_commands(
     environment |= {"ELASTICMOE_RUN_DIR": str(run_dir), "ELASTICMOE_HOME": str(folder)}
 
     def elasticmoe(*argv: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cli.main", *argv]
+        command = [sys.executable, "-m", "elasticmoe.cli.main", *argv]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
     small = ("--replicas", "1", "--devices", "host:1", "--device-memory", "256MiB", "--kv-memory", "8MiB")
@@ -124,7 +124,7 @@ def test_detached_it_is_watched_and_stopped_by_other_commands(
 
 def test_a_detached_start_that_fails_says_why(folder: Path, model_folder: Callable[[str], Path]) -> None:
     run_dir = folder / "run"
-    command = [sys.executable, "-m", "cli.main", "up", "--model", str(model_folder("oracle")), "--detach"]
+    command = [sys.executable, "-m", "elasticmoe.cli.main", "up", "--model", str(model_folder("oracle")), "--detach"]
     command += ["--run-dir", str(run_dir), "--port", "0", "--admin-port", "0"]
     points = folder / "points"
     points.mkdir()

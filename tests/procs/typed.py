@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli.record import read_record
-from cli.resolve import models_recipe
+from elasticmoe.cli.record import read_record
+from elasticmoe.cli.resolve import models_recipe
 from tests.markdown import Block
 from tests.procs.waiting import free_port, wait_until
 

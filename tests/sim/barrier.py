@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from services.worker.exchange.barrier import Arrival, BarrierMembership, StepBarrier
-from services.worker.exchange.base import StepAborted, StepTimedOut
+from elasticmoe.services.worker.exchange.barrier import Arrival, BarrierMembership, StepBarrier
+from elasticmoe.services.worker.exchange.base import StepAborted, StepTimedOut
 
 if TYPE_CHECKING:
     from tests.sim.rank import RankProcess
@@ -32,25 +32,25 @@ class Bus:
         self._unread: dict[int, Meeting] = {}
 
     def membership(self) -> tuple[int, int, bool, int]:
-        """See native.bus."""
+        """See elasticmoe.native.bus."""
         return self.now
 
     def staged(self) -> tuple[int, int, int]:
-        """See native.bus."""
+        """See elasticmoe.native.bus."""
         return self.next if self.next[0] > self.now[0] else (0, 0, 0)
 
     def set_membership(self, generation: int, members: int, running: bool, epoch: int = 0) -> None:
-        """See native.bus."""
+        """See elasticmoe.native.bus."""
         if generation <= self.now[0]:
             raise ValueError("not greater")
         self._change((generation, members, running, epoch))
 
     def stage_membership(self, generation: int, members: int, epoch: int) -> None:
-        """See native.bus."""
+        """See elasticmoe.native.bus."""
         self.next = (generation, members, epoch)
 
     def flip(self, generation: int) -> bool:
-        """See native.bus."""
+        """See elasticmoe.native.bus."""
         staged, members, epoch = self.next
         if self.now[0] == generation:
             return True

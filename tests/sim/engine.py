@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
-from native import host
-from services.worker.engine.engine import Engine
-from services.worker.engine.outcome import Choice
-from services.worker.engine.plan import Chunk, StepPlan
+from elasticmoe.native import host
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.outcome import Choice
+from elasticmoe.services.worker.engine.plan import Chunk, StepPlan
 from tests.sim.hmm import (
     BLOCK_SIZE,
     BLOCKS_PER_HANDLE,

@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
-from common.protocol.codec import Message, Received
-from common.protocol.errors import DeadlineExceeded
-from common.protocol.replies import Refused
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import DeadlineExceeded
+from elasticmoe.common.protocol.replies import Refused
 from tests.clocks import PlayedClock
 
 EVENTS_SHOWN = 50

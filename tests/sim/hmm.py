@@ -15,22 +15,22 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from common.capacity import size_ledger
-from common.devices.base import KeyToken
-from common.families import records
-from common.layout import Layout, keys_on
-from common.model_spec import KvGeometry, RecordKey
-from common.protocol.codec import Received
-from common.protocol.errors import DoesNotFit, ElasticMoEError, Unavailable
-from common.protocol.handles import Attach, SeatMemory
-from common.protocol.hmm import LoadModel
-from common.telemetry import get_logger
-from native.ledger import Ledger, format_ledger
-from native.ledger import ledger_bytes as native_ledger_bytes
-from services.hmm.memory.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition, record_bytes
-from services.hmm.parts import Parts
-from services.hmm.service import Hmm as HmmService
-from services.hmm.transition.transition import Transitions
+from elasticmoe.common.capacity import size_ledger
+from elasticmoe.common.devices.base import KeyToken
+from elasticmoe.common.families import records
+from elasticmoe.common.layout import Layout, keys_on
+from elasticmoe.common.model_spec import KvGeometry, RecordKey
+from elasticmoe.common.protocol.codec import Received
+from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.handles import Attach, SeatMemory
+from elasticmoe.common.protocol.hmm import LoadModel
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.native.ledger import Ledger, format_ledger
+from elasticmoe.native.ledger import ledger_bytes as native_ledger_bytes
+from elasticmoe.services.hmm.memory.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition, record_bytes
+from elasticmoe.services.hmm.parts import Parts
+from elasticmoe.services.hmm.service import Hmm as HmmService
+from elasticmoe.services.hmm.transition.transition import Transitions
 from tests.sim.barrier import Bus
 from tests.sim.heap import Actor
 from tests.sim.hmm_ends import Attachments, Background, Copies, Parking, Server
@@ -66,17 +66,17 @@ class Device:
         self.used = {"weights": 0, "kv": 0}  # as of the latest snapshot
 
     def copy_async(self, parts: Sequence[tuple[int, int, int]]) -> SimpleNamespace:
-        """See common.devices. Done at once."""
+        """See elasticmoe.common.devices. Done at once."""
         for target, source, nbytes in parts:
             ctypes.memmove(target, source, nbytes)
         return SimpleNamespace(wait=lambda: None)
 
     def id_of(self, handle: RecordKey | int) -> int:
-        """See common.devices."""
+        """See elasticmoe.common.devices."""
         return RECORD_IDS[handle] if isinstance(handle, RecordKey) else handle
 
     def export(self, handle: RecordKey | int) -> KeyToken:
-        """See common.devices."""
+        """See elasticmoe.common.devices."""
         return KeyToken(self.id_of(handle), PAGE)
 
 
@@ -114,7 +114,7 @@ class Memory:
         return taken
 
     def address(self, handle: int) -> int:
-        """See services.hmm.memory.memory. The bytes of a KV handle are where its place among them is."""
+        """See elasticmoe.services.hmm.memory.memory. The bytes of a KV handle are where its place among them is."""
         return ctypes.addressof(self.buffer) + self.kv.index(handle) * BLOCKS_PER_HANDLE * GEOMETRY.block_bytes
 
     def new_kv(self) -> int:
@@ -147,11 +147,11 @@ class Supply:
 
     @property
     def is_releasing(self) -> bool:
-        """See services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.supply."""
         return self._num_releasing > 0
 
     def begin(self, peaks: Any = None) -> None:
-        """See services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.supply."""
 
     def _claim(self, memory: Memory, space: str, key: Any, nbytes: int) -> None:
         if self._hmm.bytes_of(memory) + nbytes > memory.device.budget:
@@ -160,7 +160,7 @@ class Supply:
         self._claims.append((memory, space, key, nbytes))
 
     def claim_stage(self, transition: Transition, loaded: Loaded) -> dict[str, list[Any]]:
-        """See services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.supply."""
         memories, sizes = self._hmm.memories, record_bytes(loaded, PAGE)
         for seat in transition.after.seats:
             if transition.before.seat_on(seat.device) is None:
@@ -176,13 +176,13 @@ class Supply:
         return {"": []}
 
     def claim_kv(self, memory: Memory, count: int, loaded: Loaded) -> list[Any]:
-        """See services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.supply."""
         for _ in range(count):
             self._claim(memory, "kv", memory.new_kv(), loaded.kv.handle_bytes)
         return []
 
     def start(self, parts: Any, rate: int, loaded: Loaded, then: Callable[[ElasticMoEError | None], None]) -> None:
-        """See services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.supply."""
         self.is_transferring = True
         hmm = self._hmm
         fails = hmm.sim.rng.random() < hmm.failure_rate
@@ -198,7 +198,7 @@ class Supply:
         hmm.after(0.02 + hmm.sim.rng.random() * (1.5 if rate else 0.3), over)
 
     def settle(self) -> None:
-        """See services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.supply."""
         for memory, space, key, nbytes in self._claims:
             memory.num_claimed -= nbytes
             if space == "records":
@@ -211,16 +211,16 @@ class Supply:
         self._claims.clear()
 
     def drop_claims(self) -> None:
-        """See services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.supply."""
         for memory, _, _, nbytes in self._claims:
             memory.num_claimed -= nbytes
         self._claims.clear()
 
     def stop(self) -> None:
-        """See services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.supply."""
 
     def give_back(self, gone: Sequence[tuple[Memory, Any]]) -> None:
-        """See services.hmm.memory.supply. Nobody may have it mapped."""
+        """See elasticmoe.services.hmm.memory.supply. Nobody may have it mapped."""
         for memory, handle in gone:
             self._hmm.check_unused(memory, handle)
         nbytes = [(memory, self._hmm.handle_bytes(handle)) for memory, handle in gone]
@@ -306,7 +306,7 @@ class Hmm(Actor):
         self.service = HmmService(parts)
 
     def start(self) -> None:
-        """See services.hmm.memory.holdings. A new process goes on with what the keeper has."""
+        """See elasticmoe.services.hmm.memory.holdings. A new process goes on with what the keeper has."""
         self.loaded, self.transition, held, self.doorbells = self._snapshot
         for name, (weights, kv, ledger) in held.items():
             memory = self.memories[name]
@@ -361,12 +361,12 @@ class Hmm(Actor):
         return PAGE if isinstance(handle, int) else self.ledger_bytes
 
     def open_layout(self, layout: Layout) -> None:
-        """See services.hmm.memory.holdings."""
+        """See elasticmoe.services.hmm.memory.holdings."""
         for slot in layout.slots:
             self.doorbells.setdefault(slot, 0)
 
     def close_slots(self, slots: set[int]) -> None:
-        """See services.hmm.memory.holdings."""
+        """See elasticmoe.services.hmm.memory.holdings."""
         for slot in slots:
             self.doorbells.pop(slot, None)
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from common.protocol.codec import Message, Received
-from common.protocol.errors import Conflict, ElasticMoEError
-from common.protocol.handles import Attach, SeatMemory
-from common.protocol.replies import Refused, refusal
-from services.hmm.memory.blocks import BlockCopies
-from services.hmm.sessions.handles import Offer, shares
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError
+from elasticmoe.common.protocol.handles import Attach, SeatMemory
+from elasticmoe.common.protocol.replies import Refused, refusal
+from elasticmoe.services.hmm.memory.blocks import BlockCopies
+from elasticmoe.services.hmm.sessions.handles import Offer, shares
 from tests.sim.heap import Sim
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ class Server:
         self.inbox: deque[tuple[bytes, Received[Any]]] = deque()
 
     def receive(self) -> tuple[bytes, Received[Any]] | None:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         return self.inbox.popleft() if self.inbox else None
 
     def send(self, peer: bytes, body: Message, *, seq: int = 0, epoch: int = 0) -> bool:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         if isinstance(body, Refused):
             self._sim.note(f"hmm: refused: {body.message}")
         self._sim.send("hmm", peer.decode(), Received(epoch, "hmm:1", seq, body))
@@ -46,11 +46,11 @@ class Parking:
     is_connected = True
 
     def fileno(self) -> int:
-        """See services.hmm.sessions.parking."""
+        """See elasticmoe.services.hmm.sessions.parking."""
         return -1
 
     def retry(self) -> bool:
-        """See services.hmm.sessions.parking."""
+        """See elasticmoe.services.hmm.sessions.parking."""
         return False
 
 
@@ -63,7 +63,7 @@ class Background:
         self._done: deque[Callable[[], None]] = deque()
 
     def start(self, name: str, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """See services.hmm.background."""
+        """See elasticmoe.services.hmm.background."""
         job = (work, then)
         self._jobs.append(job)
         self._hmm.after(0.01 + 0.2 * self._hmm.sim.rng.random(), self._end, job)
@@ -88,7 +88,7 @@ class Background:
             self._run(job)
 
     def finish(self) -> None:
-        """See services.hmm.background."""
+        """See elasticmoe.services.hmm.background."""
         while self._done:
             self._done.popleft()()
 
@@ -130,13 +130,13 @@ class Attachments:
         self.ended: list[Channel] = []
 
     def open(self) -> None:
-        """See services.hmm.sessions.attachments."""
+        """See elasticmoe.services.hmm.sessions.attachments."""
 
     def accept(self, ready: set[int]) -> None:
-        """See services.hmm.sessions.attachments."""
+        """See elasticmoe.services.hmm.sessions.attachments."""
 
     def requests(self, ready: set[int]) -> list[tuple[Channel, Attach]]:
-        """See services.hmm.sessions.attachments."""
+        """See elasticmoe.services.hmm.sessions.attachments."""
         asking, self.asking = self.asking, []
         return asking
 
@@ -147,7 +147,7 @@ class Attachments:
             attached.applied = max(attached.applied, revision)
 
     def take(self, ready: set[int]) -> list[Attached]:
-        """See services.hmm.sessions.attachments."""
+        """See elasticmoe.services.hmm.sessions.attachments."""
         ended, self.ended = self.ended, []
         gone = [one for one in self.by_slot.values() if one.channel in ended]
         for attached in gone:
@@ -155,28 +155,28 @@ class Attachments:
         return gone
 
     def ended_now(self, slot: int) -> Attached | None:
-        """See services.hmm.sessions.attachments."""
+        """See elasticmoe.services.hmm.sessions.attachments."""
         attached = self.by_slot.get(slot)
         return self.by_slot.pop(slot) if attached is not None and attached.channel.is_closed else None
 
     def check_vacant(self, slot: int) -> None:
-        """See services.hmm.sessions.attachments."""
+        """See elasticmoe.services.hmm.sessions.attachments."""
         if slot in self.by_slot:
             raise Conflict(f"slot {slot} is taken", code="occupied")
 
     def admit(self, channel: Channel, request: Attach, reply: Message, fds: tuple[int, ...]) -> Attached:
-        """See services.hmm.sessions.attachments."""
+        """See elasticmoe.services.hmm.sessions.attachments."""
         channel.tell(reply)
         self._hmm.sim.note(f"hmm: attached {request.incarnation}{' again' if request.resume else ''}")
         attached = self.by_slot[request.slot] = Attached(channel, request)
         return attached
 
     def refuse(self, channel: Channel, error: ElasticMoEError) -> None:
-        """See services.hmm.sessions.attachments."""
+        """See elasticmoe.services.hmm.sessions.attachments."""
         channel.tell(refusal(error))
 
     def update(self, attached: Attached, seat: SeatMemory, offer: Offer) -> None:
-        """See services.hmm.sessions.attachments."""
+        """See elasticmoe.services.hmm.sessions.attachments."""
         if seat == msgspec.structs.replace(attached.sent, revision=0):
             return
         self._revision = max(self._revision + 1, int(self._hmm.sim.now * 1000))

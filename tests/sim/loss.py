@@ -8,8 +8,8 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from services.scaler.control.admission import lost_devices
-from services.scaler.planning.plan import Target
+from elasticmoe.services.scaler.control.admission import lost_devices
+from elasticmoe.services.scaler.planning.plan import Target
 
 if TYPE_CHECKING:
     from tests.sim.world import World

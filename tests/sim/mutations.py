@@ -9,18 +9,18 @@ from unittest import mock
 
 import msgspec
 
-from common.fence import Fence
-from common.store import Writer
-from services.hmm.memory.catalog import Transition
-from services.hmm.transition.transition import Transitions
-from services.router.dispatch.streams import Stream
-from services.scaler.control import admission, reconciler
-from services.scaler.control.state import State
-from services.scaler.store.journal import Journal
-from services.worker.engine import rows
-from services.worker.engine.engine import Engine
-from services.worker.engine.sequence import Sequence
-from services.worker.engine.trial import INNOCENT, Trial
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.store import Writer
+from elasticmoe.services.hmm.memory.catalog import Transition
+from elasticmoe.services.hmm.transition.transition import Transitions
+from elasticmoe.services.router.dispatch.streams import Stream
+from elasticmoe.services.scaler.control import admission, reconciler
+from elasticmoe.services.scaler.control.state import State
+from elasticmoe.services.scaler.store.journal import Journal
+from elasticmoe.services.worker.engine import rows
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.engine.trial import INNOCENT, Trial
 from tests.sim.pool import Pool
 from tests.sim.store import Store
 

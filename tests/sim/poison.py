@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, NamedTuple
 
-from services.worker.engine.plan import StepPlan
+from elasticmoe.services.worker.engine.plan import StepPlan
 
 if TYPE_CHECKING:
     from tests.sim.world import World

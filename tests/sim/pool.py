@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from common.protocol.codec import Message, Received
-from common.protocol.errors import Conflict, ElasticMoEError, Overloaded
-from common.protocol.pool import GetPool, StartRank
-from common.protocol.replies import Ack, refusal
-from common.protocol.scaler import PoolRank, PoolStatus, RankExited, RankStarted
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, Overloaded
+from elasticmoe.common.protocol.pool import GetPool, StartRank
+from elasticmoe.common.protocol.replies import Ack, refusal
+from elasticmoe.common.protocol.scaler import PoolRank, PoolStatus, RankExited, RankStarted
 from tests.sim.heap import Actor
 from tests.sim.rank import RankProcess
 from tests.sim.store import DiskFence

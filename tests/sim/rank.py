@@ -12,14 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.protocol.codec import Message, Received
-from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError, Unavailable
-from common.protocol.handles import Applied, Attach, Routing, SeatMemory, ShareHandles
-from common.protocol.pool import StartRank
-from services.worker.exchange.base import StepTimedOut
-from services.worker.hmm.link import HmmLink
-from services.worker.rank.parts import RankParts
-from services.worker.rank.rank import Rank
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError, Unavailable
+from elasticmoe.common.protocol.handles import Applied, Attach, Routing, SeatMemory, ShareHandles
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.services.worker.exchange.base import StepTimedOut
+from elasticmoe.services.worker.hmm.link import HmmLink
+from elasticmoe.services.worker.rank.parts import RankParts
+from elasticmoe.services.worker.rank.rank import Rank
 from tests.sim.barrier import SimBarrier
 from tests.sim.engine import SimEngine
 from tests.sim.heap import Actor
@@ -53,11 +53,11 @@ class Client:
         process.clients.append(self)
 
     def fileno(self) -> int:
-        """See common.endpoints. The rank is woken by whatever comes."""
+        """See elasticmoe.common.endpoints. The rank is woken by whatever comes."""
         return CLIENT_FD
 
     def send(self, body: Message) -> int:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         sim, me = self._process.sim, self._process.seat.incarnation
         seq = sim.next_seq()
         sim.send(me, self._target, Received(0, me, seq, body))
@@ -72,11 +72,11 @@ class Client:
         return is_mine
 
     def receive(self) -> Received[Any] | None:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         return self._came.popleft() if self._came else None
 
     def close(self) -> None:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         if self in self._process.clients:
             self._process.clients.remove(self)
 
@@ -90,23 +90,23 @@ class Server:
         self.inbox: deque[tuple[bytes, Received[Any]]] = deque()
 
     def watch(self, fd: int) -> None:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         self._watched.add(fd)
 
     def unwatch(self, fd: int) -> None:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         self._watched.discard(fd)
 
     def poll(self, timeout_ms: int) -> set[int]:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         return {fd for fd in self._watched if self._process.is_readable(fd)}
 
     def receive(self) -> tuple[bytes, Received[Any]] | None:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         return self.inbox.popleft() if self.inbox else None
 
     def send(self, peer: bytes, body: Message, *, seq: int = 0, epoch: int = 0) -> bool:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         process, target = self._process, peer.decode()
         sim, seat, plane = process.sim, process.seat, "control"
         if target.startswith("router:"):
@@ -117,7 +117,7 @@ class Server:
         return True
 
     def close(self) -> None:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
 
 
 class Channel:
@@ -137,11 +137,11 @@ class Channel:
         return bool(self._came) or self._is_cut
 
     def fileno(self) -> int:
-        """See services.worker.hmm.link."""
+        """See elasticmoe.services.worker.hmm.link."""
         return self._fd
 
     def send(self, body: Message, *, deadline_ms: int = 0) -> None:
-        """See services.worker.hmm.link."""
+        """See elasticmoe.services.worker.hmm.link."""
         if self._is_cut:
             raise Unavailable("the peer is gone")
         if isinstance(body, Attach):  # who attaches waits for the answer and does nothing else
@@ -153,7 +153,7 @@ class Channel:
             self._hmm.after(CHANNEL_S, self._hmm.applied, self, body.revision)
 
     def receive(self, *, deadline_ms: int) -> tuple[Received[Any], list[int]]:
-        """See services.worker.hmm.link."""
+        """See elasticmoe.services.worker.hmm.link."""
         if not self._came:
             raise Unavailable("the peer is gone")
         return Received(0, "hmm:1", 0, self._came.popleft()), []
@@ -175,7 +175,7 @@ class Channel:
         self.process.wake()
 
     def close(self) -> None:
-        """See services.worker.hmm.link. To the HMM it is the rank's death."""
+        """See elasticmoe.services.worker.hmm.link. To the HMM it is the rank's death."""
         if not self.is_closed:
             self.is_closed = True
             self._hmm.after(CHANNEL_S, self._hmm.detached, self)
@@ -204,11 +204,11 @@ class Mapping:
 
     @property
     def is_changing(self) -> bool:
-        """See services.worker.rank.parts."""
+        """See elasticmoe.services.worker.rank.parts."""
         return self._goal is not None
 
     def take(self, message: ShareHandles | SeatMemory, fds: list[int]) -> None:
-        """See services.worker.rank.parts."""
+        """See elasticmoe.services.worker.rank.parts."""
         if isinstance(message, ShareHandles):
             self._shared.update(handle.id for handle in message.handles)
             return
@@ -223,7 +223,7 @@ class Mapping:
         self.routings.update((routing.epoch, routing) for routing in seat.routings)
 
     def advance(self, resize_kv: Callable[[int], bool]) -> int:
-        """See services.worker.rank.parts."""
+        """See elasticmoe.services.worker.rank.parts."""
         goal = self._goal
         if goal is None:
             return 0
@@ -237,7 +237,7 @@ class Mapping:
         return goal.revision
 
     def close(self) -> None:
-        """See services.worker.rank.parts."""
+        """See elasticmoe.services.worker.rank.parts."""
 
 
 class Exchange:
@@ -249,7 +249,7 @@ class Exchange:
         self.is_awaited = False  # by others, in a step that fails here
 
     def set_routing(self, generation: int, owners: Sequence[Sequence[int]]) -> None:
-        """See services.worker.exchange."""
+        """See elasticmoe.services.worker.exchange."""
         self.generation, self.owners = generation, owners
 
 
@@ -310,7 +310,7 @@ class RankProcess(Actor):
         return self.channel
 
     def connect(self, name: str, identity: str, codec: object) -> Client:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         return Client(self, name)
 
     def _build(self, link: HmmLink) -> None:

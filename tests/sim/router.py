@@ -8,12 +8,12 @@ from collections.abc import Coroutine, Generator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from common.layout import RankId
-from common.protocol.codec import Message, Received
-from common.protocol.errors import Unavailable
-from common.protocol.rank import Sampling, Submit
-from services.router.dispatch.dispatcher import Dispatcher
-from services.router.dispatch.streams import Stream
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.services.router.dispatch.dispatcher import Dispatcher
+from elasticmoe.services.router.dispatch.streams import Stream
 from tests.history import Report, _apply
 from tests.sim.engine import next_token
 from tests.sim.heap import Actor
@@ -32,11 +32,11 @@ class PlainText:
     num_chars = 0
 
     def feed(self, token: int) -> str:
-        """See services.router.text.detokenizer."""
+        """See elasticmoe.services.router.text.detokenizer."""
         return ""
 
     def finish(self) -> str:
-        """See services.router.text.detokenizer."""
+        """See elasticmoe.services.router.text.detokenizer."""
         return ""
 
 
@@ -53,30 +53,30 @@ class Recorder:
         self._router.world.expect(not findings, f"history: {findings}")
 
     def accepted(self, name: str, **facts: Any) -> None:
-        """See services.router.history."""
+        """See elasticmoe.services.router.history."""
         self._apply("accepted", name, **facts)
 
     def chunk(self, name: str, index: int, ids: Any) -> None:
-        """See services.router.history."""
+        """See elasticmoe.services.router.history."""
         self._apply("chunk", name, index=index, ids=list(ids))
         self._router.check_tokens(name)
 
     def moved(self, name: str, rank: str) -> None:
-        """See services.router.history."""
+        """See elasticmoe.services.router.history."""
         self._apply("moved", name, rank=rank)
 
     def resubmitted(self, name: str, rank: str) -> None:
-        """See services.router.history."""
+        """See elasticmoe.services.router.history."""
         self._apply("resubmitted", name, rank=rank)
 
     def terminal(self, name: str, kind: str, reason: str, *, retryable: bool = False, tokens: int = 0) -> None:
-        """See services.router.history."""
+        """See elasticmoe.services.router.history."""
         self._apply("terminal", name, kind=kind, reason=reason, retryable=retryable, tokens=tokens)
         self._router.sim.note(f"router: {name} ended: {kind} {reason} after {tokens} tokens")
         self._router.check_end(name, kind, reason)
 
     def flush(self) -> None:
-        """See services.router.history."""
+        """See elasticmoe.services.router.history."""
 
 
 class RouterClient:
@@ -97,19 +97,19 @@ class RouterClient:
             self.listener.go_on()
 
     async def receive(self) -> Received[Any]:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         while not self._came:
             await _Wait(self)
         return self._came.popleft()
 
     def send(self, body: Message) -> int:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         sim, seq = self._router.sim, self._router.sim.next_seq()
         sim.send(self._identity, self._target, Received(0, self._identity, seq, body), "data")
         return seq
 
     def close(self) -> None:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         if self._router.clients.get(self._target) is self:
             del self._router.clients[self._target]
 
@@ -201,7 +201,7 @@ class Router(Actor):
         self.after(TICK_S, self._tick)
 
     def connect_async(self, name: str, identity: str, codec: object) -> RouterClient:
-        """See common.endpoints."""
+        """See elasticmoe.common.endpoints."""
         self.clients[name] = RouterClient(self, name, identity)
         return self.clients[name]
 

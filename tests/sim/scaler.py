@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from common.config import ScalerConfig
-from common.layout import Layout, RankId, Seat
-from common.protocol.codec import Message, Received
-from common.protocol.errors import ElasticMoEError, Fenced, Unavailable
-from common.protocol.hmm import GetHmmStatus
-from common.protocol.pool import GetPool, StartRank
-from common.protocol.rank import GetRankLoad
-from common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankExited, RankLoad
-from services.scaler.control.admission import Admission, CancelOperation, Later, Order
-from services.scaler.control.executor import Executor
-from services.scaler.control.state import State
-from services.scaler.operation.operation import Operation, Request
-from services.scaler.planning.plan import Target
-from services.scaler.store.journal import Journal
-from services.scaler.store.lease import Lease
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.layout import Layout, RankId, Seat
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import ElasticMoEError, Fenced, Unavailable
+from elasticmoe.common.protocol.hmm import GetHmmStatus
+from elasticmoe.common.protocol.pool import GetPool, StartRank
+from elasticmoe.common.protocol.rank import GetRankLoad
+from elasticmoe.common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankExited, RankLoad
+from elasticmoe.services.scaler.control.admission import Admission, CancelOperation, Later, Order
+from elasticmoe.services.scaler.control.executor import Executor
+from elasticmoe.services.scaler.control.state import State
+from elasticmoe.services.scaler.operation.operation import Operation, Request
+from elasticmoe.services.scaler.planning.plan import Target
+from elasticmoe.services.scaler.store.journal import Journal
+from elasticmoe.services.scaler.store.lease import Lease
 from tests.sim.heap import Actor, Crashed
 from tests.sim.hmm import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, SPEC
 from tests.sim.store import DiskFence, StoreReserve
@@ -41,10 +41,10 @@ class Quiet:
     """Meters that count nothing."""
 
     def phase(self, phase: str, seconds: float) -> None:
-        """See services.scaler.metrics."""
+        """See elasticmoe.services.scaler.metrics."""
 
     def operation(self, operation: Operation, outcome: str) -> None:
-        """See services.scaler.metrics."""
+        """See elasticmoe.services.scaler.metrics."""
 
 
 class SimPeers:
@@ -56,13 +56,13 @@ class SimPeers:
         self._asked: dict[RankId, float] = {}
 
     def keep(self, seats: Iterable[Seat]) -> None:
-        """See services.scaler.control.peers."""
+        """See elasticmoe.services.scaler.control.peers."""
         wanted = {seat.rank for seat in seats}
         for rank in [rank for rank in self._loads if rank not in wanted]:
             del self._loads[rank]
 
     def ask(self, seats: Iterable[Seat], interval_s: float) -> None:
-        """See services.scaler.control.peers."""
+        """See elasticmoe.services.scaler.control.peers."""
         now = self._scaler.sim.now
         for seat in seats:
             if now - self._asked.get(seat.rank, -9.0) >= min(interval_s, 0.4):
@@ -70,18 +70,18 @@ class SimPeers:
                 self.tell(seat.rank, GetRankLoad())
 
     def tell(self, rank: RankId, command: Message) -> None:
-        """See services.scaler.control.peers."""
+        """See elasticmoe.services.scaler.control.peers."""
         self._scaler.send(f"rank-{rank}", command)
 
     def receive(self) -> None:
-        """See services.scaler.control.peers: answers are taken as they come."""
+        """See elasticmoe.services.scaler.control.peers: answers are taken as they come."""
 
     def take(self, load: RankLoad) -> None:
         """An answer."""
         self._loads[load.rank] = load, self._scaler.sim.now
 
     def loads(self, ranks: Mapping[int, PoolRank], age_s_max: float) -> dict[int, RankLoad]:
-        """See services.scaler.control.peers."""
+        """See elasticmoe.services.scaler.control.peers."""
         found = {}
         for slot, rank in ranks.items():
             load, at = self._loads.get(rank.rank, (None, 0.0))
@@ -197,15 +197,15 @@ class Scaler(Actor):
         return self.sim.call(self, self.name, address, self.epoch, body, CALL_S)
 
     def tell_hmm(self, command: Message) -> None:
-        """See services.scaler.control.links."""
+        """See elasticmoe.services.scaler.control.links."""
         self._call("hmm", command)
 
     def tell_pool(self, command: Message) -> None:
-        """See services.scaler.control.links."""
+        """See elasticmoe.services.scaler.control.links."""
         self._call("pool", command)
 
     def start(self, seat: Seat, epoch: int) -> None:
-        """See services.scaler.control.links."""
+        """See elasticmoe.services.scaler.control.links."""
         if self.epoch == self.world.disk["scaler"]:  # what a superseded one asks for is refused
             self.world.losses.check_start(seat.device)
         self.world.num_started += 1

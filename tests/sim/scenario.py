@@ -7,8 +7,8 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
-from services.scaler.operation.operation import Operation
-from services.scaler.planning.plan import Target
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.planning.plan import Target
 from tests.replay import DECISIONS, replay
 from tests.sim.heap import Faults, Violation
 from tests.sim.world import DEVICES, World

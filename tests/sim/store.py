@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from common.fence import Fence
-from common.layout import Layout
-from common.protocol.errors import Fenced, Unavailable
-from common.store import Writer
-from services.scaler.operation.operation import Operation
-from services.scaler.store.reserve import DiskReserve
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.protocol.errors import Fenced, Unavailable
+from elasticmoe.common.store import Writer
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.store.reserve import DiskReserve
 from tests.sim.heap import Sim
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Store:
-    """Does what common.store.Store does, at once or not at all."""
+    """Does what elasticmoe.common.store.Store does, at once or not at all."""
 
     def __init__(self, sim: Sim) -> None:
         self._sim = sim
@@ -71,7 +71,7 @@ class Store:
         return str(self.data.get("lease", "")) if self._sim.now < self.lease_until else ""
 
     def acquire_lease(self, holder: str, lease_ms: int, fence_min: int) -> int | str:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         self._check_room()
         if self._holder() not in ("", holder):
             return self._holder()
@@ -80,20 +80,20 @@ class Store:
         return int(self.data["fence"])
 
     def renew_lease(self, by: Writer, lease_ms: int) -> bool:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         if not self._may_write(by):
             return False
         self.data["lease"], self.lease_until = by.holder, self._sim.now + lease_ms / 1e3
         return True
 
     def release_lease(self, holder: str) -> None:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         self._check()
         if self._holder() == holder:
             self.data.pop("lease")
 
     def put_operation(self, by: Writer, operation: Operation | None) -> str:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         self._check_writer(by)
         if operation is None:
             self.data.pop("operation", None)
@@ -102,44 +102,44 @@ class Store:
         return self._mark()
 
     def end_operation(self, by: Writer, operation: Operation) -> str:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         self._check_writer(by)
         self.data.pop("operation", None)
         self.data["ended"] = [operation, *self.data.get("ended", [])]
         return self._mark()
 
     def journal_mark(self) -> str:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         self._check()
         return str(self.data.get("journal", ""))
 
     def get_operation(self) -> Operation | None:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         self._check()
         return self.data.get("operation")
 
     def ended_operations(self) -> list[Operation]:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         self._check()
         return list(self.data.get("ended", []))
 
     def put_layout(self, by: Writer, layout: Layout) -> None:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         self._check_writer(by)
         self.data["layout"] = layout
 
     def get_layout(self) -> Layout | None:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         self._check()
         return self.data.get("layout")
 
     def get_epoch(self) -> int:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         layout = self.get_layout()
         return layout.epoch if layout else 0
 
     def append_event(self, by: Writer, event: object) -> None:
-        """See common.store."""
+        """See elasticmoe.common.store."""
         self._check_writer(by)
 
     def append_decision(self, by: Writer, decision: Any) -> None:
@@ -173,13 +173,13 @@ class StoreReserve(DiskReserve):
         self._holder = holder
 
     def take(self, nbytes: int) -> None:
-        """See services.scaler.store.reserve."""
+        """See elasticmoe.services.scaler.store.reserve."""
         if self._store.is_full:
             raise Unavailable("no room for an operation's records", code="storage_full")
         self._store.reserved_by = self._holder
 
     def give_up(self) -> bool:
-        """See services.scaler.store.reserve."""
+        """See elasticmoe.services.scaler.store.reserve."""
         was, self._store.reserved_by = self._store.reserved_by, ""
         if was and not self._store.is_reserve_eaten:
             self._store.is_full = False

@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.layout import initial_layout
-from common.model_spec import RecordKey
-from common.protocol.handles import Attach, SeatMemory
-from common.protocol.hmm import LoadModel, RecordCopy, StageLayout
-from common.protocol.ids import TransitionId
+from elasticmoe.common.layout import initial_layout
+from elasticmoe.common.model_spec import RecordKey
+from elasticmoe.common.protocol.handles import Attach, SeatMemory
+from elasticmoe.common.protocol.hmm import LoadModel, RecordCopy, StageLayout
+from elasticmoe.common.protocol.ids import TransitionId
 from tests.sim.heap import Sim
 from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from services.scaler.operation.prepare import fitted
+from elasticmoe.services.scaler.operation.prepare import fitted
 from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.scenario import run_seed
 from tests.sim.world import simulated

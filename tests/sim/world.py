@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from common.layout import Layout, initial_layout
-from common.protocol.hmm import LoadModel
-from services.hmm.memory.catalog import Transition, check_integrity, keys_of
-from services.scaler.planning.plan import Target
-from services.worker.engine.plan import StepPlan
-from services.worker.exchange.base import StepAborted
-from services.worker.rank.lockstep import ALONE
+from elasticmoe.common.layout import Layout, initial_layout
+from elasticmoe.common.protocol.hmm import LoadModel
+from elasticmoe.services.hmm.memory.catalog import Transition, check_integrity, keys_of
+from elasticmoe.services.scaler.planning.plan import Target
+from elasticmoe.services.worker.engine.plan import StepPlan
+from elasticmoe.services.worker.exchange.base import StepAborted
+from elasticmoe.services.worker.rank.lockstep import ALONE
 from tests.sim.barrier import Meeting
 from tests.sim.heap import Sim, Violation
 from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from services.worker.backends.base import Mirror, Operation
-from services.worker.backends.torch import TorchBackend
+from elasticmoe.services.worker.backends.base import Mirror, Operation
+from elasticmoe.services.worker.backends.torch import TorchBackend
 
 _QUEUED = (
     "embed",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from common.devices.rules import PROCESS, ProcessRules
+from elasticmoe.common.devices.rules import PROCESS, ProcessRules
 
 
 @pytest.fixture(autouse=True)

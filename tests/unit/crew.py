@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 
-from common.protocol.rank import Sampling, Submit
-from common.protocol.router import Delta, Failed, Logprob, Suspected
-from services.worker.engine.adoption import adopt_rows
-from services.worker.engine.engine import Engine
-from services.worker.engine.outcome import Outcome
-from services.worker.engine.plan import StepPlan
-from services.worker.rank.steps import Steps
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.common.protocol.router import Delta, Failed, Logprob, Suspected
+from elasticmoe.services.worker.engine.adoption import adopt_rows
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.outcome import Outcome
+from elasticmoe.services.worker.engine.plan import StepPlan
+from elasticmoe.services.worker.rank.steps import Steps
 from tests.unit.migration_world import MAX_MODEL_LEN, MAX_SEQUENCES, make_ledger
 from tests.unit.ranks import Ranks
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli.models import random_checkpoint
+from elasticmoe.cli.models import random_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 Edit = Callable[[Tensors], Tensors]

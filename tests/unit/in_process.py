@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from services.router.text.codec import TextCodec
-from services.router.text.jobs import Job, Reply
+from elasticmoe.services.router.text.codec import TextCodec
+from elasticmoe.services.router.text.jobs import Job, Reply
 
 
 class InProcess:

@@ -8,15 +8,15 @@ from typing import Any
 import msgspec
 import torch
 
-from common.devices.factory import open_device
-from common.devices.rules import ProcessRules
-from common.families import load_spec
-from common.host_shared import HostShared
-from common.layout import initial_layout
-from common.model_spec import RecordKey, TensorSpec
-from common.protocol.hmm import LoadModel
-from services.hmm.loading.loader import ModelLoad
-from services.hmm.memory.memory import BusSegment, DeviceMemory
+from elasticmoe.common.devices.factory import open_device
+from elasticmoe.common.devices.rules import ProcessRules
+from elasticmoe.common.families import load_spec
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.layout import initial_layout
+from elasticmoe.common.model_spec import RecordKey, TensorSpec
+from elasticmoe.common.protocol.hmm import LoadModel
+from elasticmoe.services.hmm.loading.loader import ModelLoad
+from elasticmoe.services.hmm.memory.memory import BusSegment, DeviceMemory
 
 PAGE = 4096
 BUDGET = 64 << 20

@@ -9,25 +9,35 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.capacity import LEDGER_BLOB_BYTES
-from common.layout import RankId
-from common.protocol import hmm as hmm_messages
-from common.protocol import rank as rank_messages
-from common.protocol.codec import Message
-from common.protocol.errors import ElasticMoEError
-from common.protocol.hmm import CopyBlocks
-from common.protocol.ids import CommandId
-from common.protocol.pool import StartRank
-from common.protocol.rank import Drain, HandOver, MigrateTo, MoveTarget, Reserve, Sampling, Submit, ToRank, Unreserve
-from common.protocol.replies import Ack, Refused, refusal
-from common.protocol.router import Delta, Failed, Logprob, MayMove, Moved
-from common.transport import Server, Sockets
-from native import host
-from native.ledger import Ledger, format_ledger, ledger_bytes
-from services.worker.engine.engine import Engine
-from services.worker.engine.outcome import Outcome
-from services.worker.engine.plan import StepPlan
-from services.worker.migration import Migration
+from elasticmoe.common.capacity import LEDGER_BLOB_BYTES
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol import hmm as hmm_messages
+from elasticmoe.common.protocol import rank as rank_messages
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.hmm import CopyBlocks
+from elasticmoe.common.protocol.ids import CommandId
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.rank import (
+    Drain,
+    HandOver,
+    MigrateTo,
+    MoveTarget,
+    Reserve,
+    Sampling,
+    Submit,
+    ToRank,
+    Unreserve,
+)
+from elasticmoe.common.protocol.replies import Ack, Refused, refusal
+from elasticmoe.common.protocol.router import Delta, Failed, Logprob, MayMove, Moved
+from elasticmoe.common.transport import Server, Sockets
+from elasticmoe.native import host
+from elasticmoe.native.ledger import Ledger, format_ledger, ledger_bytes
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.outcome import Outcome
+from elasticmoe.services.worker.engine.plan import StepPlan
+from elasticmoe.services.worker.migration import Migration
 from tests.oracle import next_tokens
 from tests.unit.ranks import NUM_BLOCKS, Ranks
 

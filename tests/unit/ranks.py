@@ -10,19 +10,19 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import Checkpoint
-from common.devices.factory import backend_of
-from common.families import load_spec, record, records
-from common.layout import initial_layout
-from common.model_spec import DTYPE_BYTES, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
-from native.bus import Bus, bus_bytes, format_bus
-from services.hmm.loading.reader import Reader
-from services.worker.backends.base import ComputeBackend
-from services.worker.backends.host import HostBackend
-from services.worker.exchange.shm import ShmExchange
-from services.worker.model.batch import Batch, BatchPart
-from services.worker.model.registry import Model, build_model
-from services.worker.model.weights import KvCache, RankWeights
+from elasticmoe.common.checkpoint import Checkpoint
+from elasticmoe.common.devices.factory import backend_of
+from elasticmoe.common.families import load_spec, record, records
+from elasticmoe.common.layout import initial_layout
+from elasticmoe.common.model_spec import DTYPE_BYTES, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
+from elasticmoe.native.bus import Bus, bus_bytes, format_bus
+from elasticmoe.services.hmm.loading.reader import Reader
+from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.host import HostBackend
+from elasticmoe.services.worker.exchange.shm import ShmExchange
+from elasticmoe.services.worker.model.batch import Batch, BatchPart
+from elasticmoe.services.worker.model.registry import Model, build_model
+from elasticmoe.services.worker.model.weights import KvCache, RankWeights
 from tests.device_memory import DeviceMemory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

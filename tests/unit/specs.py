@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.families import parse_spec
-from common.model_spec import ModelSpec
+from elasticmoe.common.families import parse_spec
+from elasticmoe.common.model_spec import ModelSpec
 
 TINY_MIXTRAL: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from cli.models import make_model
-from common.protocol.rank import Sampling, Submit
-from common.protocol.router import Delta, Failed, Logprob, Suspected, Suspicion
-from native.ledger import Ledger
-from services.worker.engine import adoption
-from services.worker.engine.adoption import adopt_rows
-from services.worker.engine.engine import Engine
-from services.worker.engine.outcome import Outcome
-from services.worker.engine.rows import encode_entry, entry_bytes_max
-from services.worker.engine.trial import INNOCENT
+from elasticmoe.cli.models import make_model
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.common.protocol.router import Delta, Failed, Logprob, Suspected, Suspicion
+from elasticmoe.native.ledger import Ledger
+from elasticmoe.services.worker.engine import adoption
+from elasticmoe.services.worker.engine.adoption import adopt_rows
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.outcome import Outcome
+from elasticmoe.services.worker.engine.rows import encode_entry, entry_bytes_max
+from elasticmoe.services.worker.engine.trial import INNOCENT
 from tests.oracle import next_tokens
 from tests.unit.migration_world import make_engine, run_step
 from tests.unit.ranks import Ranks

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from common.model_spec import MoeSpec
-from common.protocol.rank import Sampling
-from services.worker.backends.base import ComputeBackend
-from services.worker.backends.factory import BACKENDS, open_backend
+from elasticmoe.common.model_spec import MoeSpec
+from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.factory import BACKENDS, open_backend
 
 ROWS, HIDDEN, WIDTH = 40, 512, 256
 BY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

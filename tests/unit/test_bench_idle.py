@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cli.bench.idle import _line_of, _parents, processes_of, usage_of, watch
+from elasticmoe.cli.bench.idle import _line_of, _parents, processes_of, usage_of, watch
 from tests.procs.waiting import wait_until
 
 SLEEPER = "import sys, time\nprint(flush=True)\nsys.stdin.read()"

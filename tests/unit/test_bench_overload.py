@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 
-from cli.bench import overload
-from cli.bench.load import CUT_OFF, Shape
-from cli.bench.overload import NO_CONNECTION, Arrivals, Bounds, Figures, Step, figures_of, parse_factors, summary_of
-from cli.bench.scaling_figures import Window
-from cli.bench.scaling_load import Request
+from elasticmoe.cli.bench import overload
+from elasticmoe.cli.bench.load import CUT_OFF, Shape
+from elasticmoe.cli.bench.overload import (
+    NO_CONNECTION,
+    Arrivals,
+    Bounds,
+    Figures,
+    Step,
+    figures_of,
+    parse_factors,
+    summary_of,
+)
+from elasticmoe.cli.bench.scaling_figures import Window
+from elasticmoe.cli.bench.scaling_load import Request
 
 BOUNDS = Bounds(ttft_s=1.0, tpot_s=0.5)
 STEP = Step(2.0, 8.0, Window(10.0, 20.0))

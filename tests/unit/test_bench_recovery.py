@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from cli.bench.recovery_gaps import Gaps, gaps_around, gaps_within
+from elasticmoe.cli.bench.recovery_gaps import Gaps, gaps_around, gaps_within
 
 
 def history(*events: tuple[float, str, str, str]) -> list[bytes]:

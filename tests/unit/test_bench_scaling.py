@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from cli.bench import scaling
-from cli.bench.load import CUT_OFF, Shape
-from cli.bench.report import table
-from cli.bench.scaling_figures import (
+from elasticmoe.cli.bench import scaling
+from elasticmoe.cli.bench.load import CUT_OFF, Shape
+from elasticmoe.cli.bench.report import table
+from elasticmoe.cli.bench.scaling_figures import (
     Bounds,
     Change,
     Figures,
@@ -32,13 +32,13 @@ from cli.bench.scaling_figures import (
     throughput,
     time_to,
 )
-from cli.bench.scaling_history import first_token
-from cli.bench.scaling_load import Load, Request, Target
-from cli.bench.scaling_memory import bytes_of, device_files
-from cli.bench.scaling_methods import counters, kv_blocks, rank_names
-from cli.bench.scaling_plot import plot, points, reach
-from cli.bench.scaling_run import Recipe, Run, check_steady
-from cli.bench.scaling_table import Result, middle, ratio, tables, worst
+from elasticmoe.cli.bench.scaling_history import first_token
+from elasticmoe.cli.bench.scaling_load import Load, Request, Target
+from elasticmoe.cli.bench.scaling_memory import bytes_of, device_files
+from elasticmoe.cli.bench.scaling_methods import counters, kv_blocks, rank_names
+from elasticmoe.cli.bench.scaling_plot import plot, points, reach
+from elasticmoe.cli.bench.scaling_run import Recipe, Run, check_steady
+from elasticmoe.cli.bench.scaling_table import Result, middle, ratio, tables, worst
 
 BOUNDS = Bounds(ttft_s=1.0, gap_s=0.5)
 

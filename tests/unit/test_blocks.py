@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.protocol.errors import Overloaded
-from services.worker.engine.blocks import BlockManager
+from elasticmoe.common.protocol.errors import Overloaded
+from elasticmoe.services.worker.engine.blocks import BlockManager
 
 SIZE = 2
 

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.capacity import check_layout, size_bus, size_devices, size_ledger
-from common.devices.factory import backend_of
-from common.families import records
-from common.layout import Layout, RankId, Seat, initial_layout, keys_on
-from common.model_spec import RecordKey, kv_geometry, round_up
-from common.protocol.errors import DoesNotFit, InvalidRequest, PayloadTooLarge
-from common.protocol.hmm import LoadModel, StageLayout
-from common.protocol.ids import TransitionId
-from common.wording import size as told_size
-from services.hmm.memory.catalog import (
+from elasticmoe.common.capacity import check_layout, size_bus, size_devices, size_ledger
+from elasticmoe.common.devices.factory import backend_of
+from elasticmoe.common.families import records
+from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout, keys_on
+from elasticmoe.common.model_spec import RecordKey, kv_geometry, round_up
+from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, PayloadTooLarge
+from elasticmoe.common.protocol.hmm import LoadModel, StageLayout
+from elasticmoe.common.protocol.ids import TransitionId
+from elasticmoe.common.wording import size as told_size
+from elasticmoe.services.hmm.memory.catalog import (
     Catalog,
     DeviceEntry,
     Loaded,
@@ -33,8 +33,8 @@ from services.hmm.memory.catalog import (
     layouts,
     slots_of,
 )
-from services.hmm.memory.memory import snapshot as snapshot_module
-from services.hmm.memory.snapshot import SLOT_BYTES, Snapshot
+from elasticmoe.services.hmm.memory.memory import snapshot as snapshot_module
+from elasticmoe.services.hmm.memory.snapshot import SLOT_BYTES, Snapshot
 from tests.unit.specs import tiny_mixtral_spec, tiny_qwen3_spec
 
 PAGE = 4096

@@ -19,21 +19,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cli.models import random_checkpoint
-from common.checkpoint import Checkpoint
-from common.families import parse_spec, records
-from common.layout import initial_layout
-from common.model_spec import TensorSpec
-from common.protocol.errors import CheckpointError, DoesNotFit, InvalidRequest, Unavailable
-from common.protocol.limits import SAFETENSORS_HEADER_BYTES_MAX
-from common.weights import INDEX, SINGLE
-from common.wording import size
-from native import host
-from native.bus import Bus
-from native.ledger import Ledger
-from services.hmm.loading import reader as reader_module
-from services.hmm.loading.convert import convert
-from services.hmm.memory.catalog import Loaded
+from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.common.checkpoint import Checkpoint
+from elasticmoe.common.families import parse_spec, records
+from elasticmoe.common.layout import initial_layout
+from elasticmoe.common.model_spec import TensorSpec
+from elasticmoe.common.protocol.errors import CheckpointError, DoesNotFit, InvalidRequest, Unavailable
+from elasticmoe.common.protocol.limits import SAFETENSORS_HEADER_BYTES_MAX
+from elasticmoe.common.weights import INDEX, SINGLE
+from elasticmoe.common.wording import size
+from elasticmoe.native import host
+from elasticmoe.native.bus import Bus
+from elasticmoe.native.ledger import Ledger
+from elasticmoe.services.hmm.loading import reader as reader_module
+from elasticmoe.services.hmm.loading.convert import convert
+from elasticmoe.services.hmm.memory.catalog import Loaded
 from tests.unit.loading import BUDGET, World
 from tests.unit.specs import TINY_MIXTRAL, TINY_QWEN3
 

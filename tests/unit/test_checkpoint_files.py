@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint_files import read_file, read_json
-from common.protocol.errors import CheckpointError
+from elasticmoe.common.checkpoint_files import read_file, read_json
+from elasticmoe.common.protocol.errors import CheckpointError
 
 
 def test_a_file_is_read_whole_and_an_absent_one_is_none(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from common.checkpoint import Checkpoint
-from common.families import load_spec, records
-from common.weights import SINGLE
-from native import host
+from elasticmoe.common.checkpoint import Checkpoint
+from elasticmoe.common.families import load_spec, records
+from elasticmoe.common.weights import SINGLE
+from elasticmoe.native import host
 from tests.unit import forms
 from tests.unit.forms import BASES, SIZES, Edit, Tensors, beside, fused, renamed, same_head, without
 from tests.unit.loading import World
@@ -293,7 +293,7 @@ def test_a_load_warns_once_of_all_that_it_does_not_use(
 def test_comparing_a_tied_pair_stops_at_the_first_difference(
     bases: dict[str, Tensors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from common import weights
+    from elasticmoe.common import weights
 
     monkeypatch.setattr(weights, "_COMPARED_BYTES", 1_000)
     head = bases["mixtral"][EMBEDDING].clone()

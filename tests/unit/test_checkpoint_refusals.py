@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.checkpoint import Checkpoint
-from common.families import load_spec
-from common.protocol.errors import CheckpointError
-from common.weights import INDEX, SINGLE
+from elasticmoe.common.checkpoint import Checkpoint
+from elasticmoe.common.families import load_spec
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.common.weights import INDEX, SINGLE
 from tests.unit import forms
 from tests.unit.forms import BASES, Edit, Tensors, fused, renamed, without
 

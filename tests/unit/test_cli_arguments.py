@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cli.arguments import number, whole, wholes
-from cli.bench.report import _folder
-from cli.main import main, make_parser
+from elasticmoe.cli.arguments import number, whole, wholes
+from elasticmoe.cli.bench.report import _folder
+from elasticmoe.cli.main import main, make_parser
 
 WRONG = [
     ([], "COMMAND is missing: give one of up, down, status, "),
@@ -120,7 +120,7 @@ def test_results_go_to_the_checkout_or_the_cache_and_never_to_where_one_stands(
     monkeypatch.setenv("ELASTICMOE_HOME", str(tmp_path / "home"))
     assert _folder("") == Path(__file__).parent.parent.parent / "benchmarks/results"
     assert _folder("here") == tmp_path / "here"
-    monkeypatch.setattr("cli.bench.report.package_root", lambda: tmp_path / "site-packages")
+    monkeypatch.setattr("elasticmoe.cli.bench.report.package_root", lambda: tmp_path / "site-packages")
     assert _folder("") == tmp_path / "home/benchmarks"
     assert os.listdir(tmp_path) == []
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from cli.chaos import Verdict, judge, judge_abuse
-from cli.chaos_abuse import Abuse
-from cli.chaos_attacks import ATTACKS, CLOSED, Target
-from cli.chaos_faults import DEVICE, KILL, LOSE, STOP, TARGETS, Fault, Resize, draw_faults, draw_resizes
-from cli.chaos_load import BROKEN, HUNG, Tally
-from cli.chaos_run import Seen
-from cli.chaos_state import FDS_MORE_MAX, Holdings
+from elasticmoe.cli.chaos import Verdict, judge, judge_abuse
+from elasticmoe.cli.chaos_abuse import Abuse
+from elasticmoe.cli.chaos_attacks import ATTACKS, CLOSED, Target
+from elasticmoe.cli.chaos_faults import DEVICE, KILL, LOSE, STOP, TARGETS, Fault, Resize, draw_faults, draw_resizes
+from elasticmoe.cli.chaos_load import BROKEN, HUNG, Tally
+from elasticmoe.cli.chaos_run import Seen
+from elasticmoe.cli.chaos_state import FDS_MORE_MAX, Holdings
 
 
 def test_a_seed_gives_the_same_run() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cli import checks, settings, up
-from common.protocol.errors import CheckpointError
+from elasticmoe.cli import checks, settings, up
+from elasticmoe.common.protocol.errors import CheckpointError
 from tests.unit import forms
 
 

@@ -14,12 +14,12 @@ import httpx
 import pytest
 from rich.console import Console
 
-from cli import chat, doctor, status
-from cli.console import PipeConsole, PlainConsole, TerminalConsole, make_console
-from cli.main import COMMANDS, main
-from cli.probes import Probe, Progress
-from cli.record import DeploymentRecord, ProcessRecord, start_ticks, write_record
-from common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.cli import chat, doctor, status
+from elasticmoe.cli.console import PipeConsole, PlainConsole, TerminalConsole, make_console
+from elasticmoe.cli.main import COMMANDS, main
+from elasticmoe.cli.probes import Probe, Progress
+from elasticmoe.cli.record import DeploymentRecord, ProcessRecord, start_ticks, write_record
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from tests.procs.waiting import free_port
 
 
@@ -45,13 +45,13 @@ def test_errors_are_one_line_and_never_a_stack(
     def fail(_: argparse.Namespace) -> int:
         raise error
 
-    monkeypatch.setattr("cli.version.run", fail)
+    monkeypatch.setattr("elasticmoe.cli.version.run", fail)
     assert main(["version"]) == code
     assert capsys.readouterr().err == line
 
 
 def test_debug_shows_the_stack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("cli.version.run", lambda _: 1 // 0)
+    monkeypatch.setattr("elasticmoe.cli.version.run", lambda _: 1 // 0)
     assert main(["--debug", "version"]) == 1
     assert "Traceback" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import main
+from elasticmoe.cli.main import main
 from tests.procs.waiting import free_port
 from tests.unit.test_cli_arguments import WRONG
 from tests.wording import faults_of

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from cli import up
-from cli.completion import SHELLS
-from cli.exposure import check_api_key, is_loopback
-from cli.main import COMMANDS, main, make_parser
-from cli.settings import Settings, from_flags
-from common.http.keys import KEY_BYTES_MAX
-from common.protocol.errors import ConfigError
+from elasticmoe.cli import up
+from elasticmoe.cli.completion import SHELLS
+from elasticmoe.cli.exposure import check_api_key, is_loopback
+from elasticmoe.cli.main import COMMANDS, main, make_parser
+from elasticmoe.cli.settings import Settings, from_flags
+from elasticmoe.common.http.keys import KEY_BYTES_MAX
+from elasticmoe.common.protocol.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cli.children import Child, ChildSpec
-from cli.logs import OLD, Logs
-from services.router.history import History
+from elasticmoe.cli.children import Child, ChildSpec
+from elasticmoe.cli.logs import OLD, Logs
+from elasticmoe.services.router.history import History
 
 
 def test_a_full_log_is_kept_once_and_its_writer_goes_on(tmp_path: Path) -> None:

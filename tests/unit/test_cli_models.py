@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cli import resolve
-from cli.console import PlainConsole
-from cli.main import main
-from cli.models import model_names
-from common.protocol.errors import CheckpointError, ElasticMoEError, NotFound, Unavailable
+from elasticmoe.cli import resolve
+from elasticmoe.cli.console import PlainConsole
+from elasticmoe.cli.main import main
+from elasticmoe.cli.models import model_names
+from elasticmoe.common.protocol.errors import CheckpointError, ElasticMoEError, NotFound, Unavailable
 
 
 @pytest.fixture(autouse=True)

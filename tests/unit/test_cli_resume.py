@@ -8,11 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cli import checks, settings
-from cli.record import STATE_FORMAT, DeploymentRecord, ProcessRecord
-from cli.resume import Resumed, check_devices, check_resumable, differences, explain, store_name
-from common.layout import Layout
-from common.protocol.errors import Conflict, Unavailable
+from elasticmoe.cli import checks, settings
+from elasticmoe.cli.record import STATE_FORMAT, DeploymentRecord, ProcessRecord
+from elasticmoe.cli.resume import Resumed, check_devices, check_resumable, differences, explain, store_name
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.protocol.errors import Conflict, Unavailable
 from tests.unit.transitions import layout_of
 
 RECORD = DeploymentRecord(

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cli import checks, settings, up
-from cli.main import main
-from cli.record import DeploymentRecord, ProcessRecord, write_record
-from cli.rundir import RunDir
-from common.capacity import device_weights_bytes, load_of, size_ledger
-from common.families import load_spec
-from common.layout import initial_layout
-from common.private import make_private
+from elasticmoe.cli import checks, settings, up
+from elasticmoe.cli.main import main
+from elasticmoe.cli.record import DeploymentRecord, ProcessRecord, write_record
+from elasticmoe.cli.rundir import RunDir
+from elasticmoe.common.capacity import device_weights_bytes, load_of, size_ledger
+from elasticmoe.common.families import load_spec
+from elasticmoe.common.layout import initial_layout
+from elasticmoe.common.private import make_private
 from tests.unit import forms
 
 PAGE = 4096

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from cli import record
-from cli.down import terminate
-from cli.main import main
-from cli.record import DeploymentRecord, ProcessRecord, living_record, read_record, start_ticks, write_record
-from cli.rundir import RunDir, ensure_secret
-from common.config import HmmConfig
-from common.protocol.errors import ConfigError, Conflict
+from elasticmoe.cli import record
+from elasticmoe.cli.down import terminate
+from elasticmoe.cli.main import main
+from elasticmoe.cli.record import DeploymentRecord, ProcessRecord, living_record, read_record, start_ticks, write_record
+from elasticmoe.cli.rundir import RunDir, ensure_secret
+from elasticmoe.common.config import HmmConfig
+from elasticmoe.common.protocol.errors import ConfigError, Conflict
 
 
 @pytest.fixture

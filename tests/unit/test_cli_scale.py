@@ -13,15 +13,15 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from cli import events, plan, rebalance, scale, status, status_view
-from cli.admin import Admin
-from cli.console import PlainConsole
-from cli.main import main
-from common.protocol.errors import ElasticMoEError
-from services.scaler.api.requests import parse_scale
-from services.scaler.api.snapshot import operation_view, plan_view
-from services.scaler.control.admission import accept, planned_of
-from services.scaler.planning.plan import Sizes
+from elasticmoe.cli import events, plan, rebalance, scale, status, status_view
+from elasticmoe.cli.admin import Admin
+from elasticmoe.cli.console import PlainConsole
+from elasticmoe.cli.main import main
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.services.scaler.api.requests import parse_scale
+from elasticmoe.services.scaler.api.snapshot import operation_view, plan_view
+from elasticmoe.services.scaler.control.admission import accept, planned_of
+from elasticmoe.services.scaler.planning.plan import Sizes
 from tests.unit.transitions import UP, World
 
 Answers = list[tuple[str, str, Any]]

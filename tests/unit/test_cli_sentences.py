@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.sentences import _SENTENCES, sentence
+from elasticmoe.cli.sentences import _SENTENCES, sentence
 
 ROOT = Path(__file__).parent.parent.parent
 TELLERS = {"_tell", "tell"}

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from cli import checks, settings, up
-from cli.console import size
-from cli.listeners import ADMIN, ROUTER, Listeners
-from cli.probes import bind_once
-from common.capacity import device_weights_bytes
-from common.families import load_spec
-from common.protocol.errors import CheckpointError, ConfigError, DoesNotFit, ElasticMoEError, InvalidRequest
+from elasticmoe.cli import checks, settings, up
+from elasticmoe.cli.console import size
+from elasticmoe.cli.listeners import ADMIN, ROUTER, Listeners
+from elasticmoe.cli.probes import bind_once
+from elasticmoe.common.capacity import device_weights_bytes
+from elasticmoe.common.families import load_spec
+from elasticmoe.common.protocol.errors import CheckpointError, ConfigError, DoesNotFit, ElasticMoEError, InvalidRequest
 from tests.procs.waiting import free_port
 
 

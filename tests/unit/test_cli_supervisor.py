@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.supervisor import ChildState, Exit, Fatal, Limits, Restart, decide, describe_exit
-from common.protocol.errors import EXIT_SUPERSEDED
+from elasticmoe.cli.supervisor import ChildState, Exit, Fatal, Limits, Restart, decide, describe_exit
+from elasticmoe.common.protocol.errors import EXIT_SUPERSEDED
 
 LIMITS = Limits(restarts_max=5, window_s=60.0, backoff_first_s=0.1, backoff_max_s=5.0)
 RUNNING = Exit(1, starting=False, is_vital=True)

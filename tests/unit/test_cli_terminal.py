@@ -20,13 +20,13 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from cli import chat, events, terminal
-from cli.admin import Admin
-from cli.console import PlainConsole, TerminalConsole
-from cli.http import LINE_BYTES_MAX, lines_of
-from cli.main import main
-from common.protocol.errors import ElasticMoEError
-from common.sse import escape_separators
+from elasticmoe.cli import chat, events, terminal
+from elasticmoe.cli.admin import Admin
+from elasticmoe.cli.console import PlainConsole, TerminalConsole
+from elasticmoe.cli.http import LINE_BYTES_MAX, lines_of
+from elasticmoe.cli.main import main
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.sse import escape_separators
 
 ROOT = Path(__file__).parent.parent.parent
 # Everything that `str.splitlines` takes for the end of a line, but for the two that are one.
@@ -89,11 +89,11 @@ def test_errors_and_events_are_cleaned(monkeypatch: pytest.MonkeyPatch, capsys: 
     def fail(_: Any) -> int:
         raise ElasticMoEError(HOSTILE, code=HOSTILE)
 
-    monkeypatch.setattr("cli.version.run", fail)
+    monkeypatch.setattr("elasticmoe.cli.version.run", fail)
     assert main(["version"]) == 1
     event = {"kind": HOSTILE, "reason": f"{HOSTILE}\nforged line", "epoch": 1, "time_unix": 0, "facts": {"a": HOSTILE}}
     monkeypatch.setattr(Admin, "lines", lambda *_: iter([f"data: {json.dumps(event)}"]))
-    monkeypatch.setattr("cli.events.admin_of", lambda _: Admin(httpx.Client(trust_env=False), "t", "x"))
+    monkeypatch.setattr("elasticmoe.cli.events.admin_of", lambda _: Admin(httpx.Client(trust_env=False), "t", "x"))
     assert main(["events", "--run-dir", "/nowhere"]) == 0
     out, err = capsys.readouterr()
     assert is_safe(out)
@@ -247,7 +247,7 @@ def server() -> Iterator[str]:
 
 def cli(shell: str, tmp_path: Path, *arguments: str | bytes, stdin: bytes = b"", **environment: str) -> Any:
     """Run `elasticmoe` where `shell` says ELASTICMOE, in a shell, so that redirections are real."""
-    command = shell.replace("ELASTICMOE", f'"{sys.executable}" -m cli.main')
+    command = shell.replace("ELASTICMOE", f'"{sys.executable}" -m elasticmoe.cli.main')
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-c", command, "bash", *arguments],
@@ -321,7 +321,8 @@ def test_closed_and_full_streams_end_in_order(shell: str, code: int, server: str
 
 def test_a_closed_stdout_is_no_file_that_is_opened_later(tmp_path: Path) -> None:
     program = (
-        "import os, cli.terminal as t; t.prepare_streams(); print(os.readlink('/proc/self/fd/1'), file=t.sys.stderr)"
+        "import os, elasticmoe.cli.terminal as t; t.prepare_streams(); "
+        "print(os.readlink('/proc/self/fd/1'), file=t.sys.stderr)"
     )
     done = cli(f'"{sys.executable}" -c "$0" >&-'.replace("$0", program), tmp_path)
     assert done.stderr.strip() == b"/dev/null"
@@ -332,7 +333,7 @@ def test_a_reader_that_left_is_the_pipes_own_exit_status(command: str, server: s
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "cli.main", *command.replace("URL", server).split()],
+        [sys.executable, "-m", "elasticmoe.cli.main", *command.replace("URL", server).split()],
         cwd=ROOT,
         env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path)},
         stdout=writer,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import main
+from elasticmoe.cli.main import main
 from tests.certificate import make_certificate
 from tests.wording import faults_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cli.status_view import Fitted, render
+from elasticmoe.cli.status_view import Fitted, render
 
 SIZES = [(70, 24), (80, 24), (40, 12), (120, 40), (200, 60)]
 MEMORY = {"budget": 4 << 30, "weights": 1 << 30, "kv": 256 << 20, "other": 4096, "free": 3 << 30}

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from cli import container
-from cli.rundir import SECRETS
-from common.config import RUN_DIR_PARTS, KeeperConfig, ScalerConfig, load
-from common.protocol.errors import ConfigError
+from elasticmoe.cli import container
+from elasticmoe.cli.rundir import SECRETS
+from elasticmoe.common.config import RUN_DIR_PARTS, KeeperConfig, ScalerConfig, load
+from elasticmoe.common.protocol.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
@@ -123,7 +123,7 @@ def test_fresh_leaves_the_mark_that_the_next_scaler_looks_for(tmp_path: Path, mo
 
 
 def test_the_store_is_configured_with_both_passwords(tmp_path: Path) -> None:
-    from cli.embedded_store import configuration
+    from elasticmoe.cli.embedded_store import configuration
 
     container.init(tmp_path)
     (tmp_path / "store").rename(tmp_path / "secrets")
@@ -150,7 +150,7 @@ def test_every_import_is_a_dependency_with_bounds() -> None:
                     imported |= {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     imported.add(node.module.split(".")[0])
-    foreign = imported - set(sys.stdlib_module_names) - {"common", "services", "cli", "native"} - OPTIONAL
+    foreign = imported - set(sys.stdlib_module_names) - {"elasticmoe"} - OPTIONAL
     assert {NAMES.get(name, name) for name in foreign} <= set(NEEDED)
     for requirement in NEEDED.values():
         operators = {specifier.operator for specifier in requirement.specifier}

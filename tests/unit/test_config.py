@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import (
+from elasticmoe.common.config import (
     CONFIGS,
     HmmConfig,
     RouterConfig,
@@ -16,8 +16,8 @@ from common.config import (
     load,
     make_run_dirs,
 )
-from common.protocol.errors import ConfigError
-from common.service_links import is_service_link
+from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.common.service_links import is_service_link
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cli import scale, up
-from common.config import CONFIGS, defaults
+from elasticmoe.cli import scale, up
+from elasticmoe.common.config import CONFIGS, defaults
 
 ROOT = Path(__file__).parent.parent.parent
 DEFAULTS = defaults()

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cli.models import make_model
-from common.layout import RankId
-from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
-from native.bus import Bus
-from services.scaler.control.watchdog import ALONE_FACTOR, Watched, pulses_of, watch
-from services.worker.backends.factory import BACKENDS
-from services.worker.exchange.shm_barrier import ShmBarrier
-from services.worker.model.batch import BatchPart
+from elasticmoe.cli.models import make_model
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
+from elasticmoe.native.bus import Bus
+from elasticmoe.services.scaler.control.watchdog import ALONE_FACTOR, Watched, pulses_of, watch
+from elasticmoe.services.worker.backends.factory import BACKENDS
+from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
+from elasticmoe.services.worker.model.batch import BatchPart
 from tests.unit.backends import QueuedBackend
 from tests.unit.ranks import Ranks
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.devices.extents import FreeList
+from elasticmoe.common.devices.extents import FreeList
 
 PAGES = 48
 

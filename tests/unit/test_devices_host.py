@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from common.devices.base import FdToken, Handle, ProcessRules, Range, Space
-from common.devices.host import HostDevice
-from common.protocol.errors import DeviceError, DoesNotFit
-from common.wording import size
-from native import host
+from elasticmoe.common.devices.base import FdToken, Handle, ProcessRules, Range, Space
+from elasticmoe.common.devices.host import HostDevice
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
+from elasticmoe.common.wording import size
+from elasticmoe.native import host
 
 PAGE = 4096
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from common.devices.base import Device, FdToken, Handle, KeyToken, ProcessRules, Range
-from common.devices.factory import open_device
-from common.devices.rules import Token
-from common.protocol.errors import DeviceError
+from elasticmoe.common.devices.base import Device, FdToken, Handle, KeyToken, ProcessRules, Range
+from elasticmoe.common.devices.factory import open_device
+from elasticmoe.common.devices.rules import Token
+from elasticmoe.common.protocol.errors import DeviceError
 from tests.devices import strict
 
 PAGE = 2 << 20

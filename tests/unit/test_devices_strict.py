@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.devices.base import Device, ProcessRules, Range
-from common.devices.factory import open_device
+from elasticmoe.common.devices.base import Device, ProcessRules, Range
+from elasticmoe.common.devices.factory import open_device
 from tests.devices import strict
 
 PAGE = strict.GRANULARITY

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import make_parser
+from elasticmoe.cli.main import make_parser
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"

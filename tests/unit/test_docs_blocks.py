@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import make_parser
+from elasticmoe.cli.main import make_parser
 from tests.markdown import PROGRAMS, ROOT, Block, blocks_of, commands, pages, parse
 
 # Why a block may be left out: it needs what a test's machine does not have, or has no end.

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cli.models import make_model
-from common.protocol.errors import InvalidRequest
-from common.protocol.rank import Sampling, Submit
-from common.protocol.router import Delta, Failed
-from native.ledger import Ledger
-from services.worker.engine.engine import Engine
-from services.worker.engine.outcome import Outcome
+from elasticmoe.cli.models import make_model
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.common.protocol.router import Delta, Failed
+from elasticmoe.native.ledger import Ledger
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.outcome import Outcome
 from tests.oracle import next_tokens
 from tests.unit.migration_world import make_engine, run_step
 from tests.unit.ranks import Ranks
@@ -182,7 +182,7 @@ def test_places_kept_for_others_are_not_moved(ranks: Ranks) -> None:
 
 def test_log_probabilities_that_no_message_holds_are_refused(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(ranks)
-    monkeypatch.setattr("services.worker.engine.engine.PROMPT_LOGPROBS_BYTES_MAX", 3_130)
+    monkeypatch.setattr("elasticmoe.services.worker.engine.engine.PROMPT_LOGPROBS_BYTES_MAX", 3_130)
     sampling = Sampling(seed=1, logprobs=20)
     engine.add(Submit("a", (1,) * 10, 4, sampling, prompt_logprobs=True), PEER, 0.0)
     engine.add(Submit("b", (1,) * 11, 4, sampling), PEER, 0.0)

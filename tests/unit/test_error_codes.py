@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import pytest
 
-from common.error_codes import CODES, GROUPS
-from common.http.errors import error_response, status_of
-from common.protocol import errors
-from common.protocol.errors import Conflict, ElasticMoEError, Unavailable
-from services.scaler.api import requests as orders
-from services.worker.engine import rows, sampler
+from elasticmoe.common.error_codes import CODES, GROUPS
+from elasticmoe.common.http.errors import error_response, status_of
+from elasticmoe.common.protocol import errors
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, Unavailable
+from elasticmoe.services.scaler.api import requests as orders
+from elasticmoe.services.worker.engine import rows, sampler
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = [path for part in ("common", "services", "cli") for path in sorted((ROOT / part).rglob("*.py"))]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.protocol.errors import Unready
+from elasticmoe.common.protocol.errors import Unready
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = ("common", "services", "cli")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from common import failpoint
-from common.protocol.errors import DoesNotFit, ElasticMoEError
+from elasticmoe.common import failpoint
+from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError
 from tests.procs.failpoints import Failpoints
 from tests.procs.waiting import wait_until
 

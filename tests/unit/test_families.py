@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from common.families import FAMILIES, load_spec, parse_spec, read_config, unread_names
-from common.families.config import Config, Key
-from common.families.shared_keys import check_shared_keys, unread_keys
-from common.model_spec import ModelSpec
-from common.protocol.errors import CheckpointError
-from common.protocol.limits import PROMPT_TOKENS_MAX
+from elasticmoe.common.families import FAMILIES, load_spec, parse_spec, read_config, unread_names
+from elasticmoe.common.families.config import Config, Key
+from elasticmoe.common.families.shared_keys import check_shared_keys, unread_keys
+from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX
 from tests.unit.specs import TINY_MIXTRAL, TINY_QWEN3
 
 transformers = pytest.importorskip("transformers")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from common.fdchannel import DESCRIPTORS_CUT, Channel, Listener, connect
-from common.protocol.errors import ProtocolError, Unavailable
-from common.protocol.standby import TO_TEMPLATE, Fork
+from elasticmoe.common.fdchannel import DESCRIPTORS_CUT, Channel, Listener, connect
+from elasticmoe.common.protocol.errors import ProtocolError, Unavailable
+from elasticmoe.common.protocol.standby import TO_TEMPLATE, Fork
 from tests.procs.descriptors import left_with, limit_leaving, numbers_of
 
 

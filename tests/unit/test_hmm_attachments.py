@@ -14,13 +14,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.devices.base import FdToken, Handle, ProcessRules
-from common.devices.factory import open_device
-from common.devices.host import HostDevice
-from common.fdchannel import Channel, Listener, connect
-from common.layout import RankId
-from common.model_spec import KvGeometry, RecordKey
-from common.protocol.handles import (
+from elasticmoe.common.devices.base import FdToken, Handle, ProcessRules
+from elasticmoe.common.devices.factory import open_device
+from elasticmoe.common.devices.host import HostDevice
+from elasticmoe.common.fdchannel import Channel, Listener, connect
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.model_spec import KvGeometry, RecordKey
+from elasticmoe.common.protocol.handles import (
     TO_RANK,
     Applied,
     Attach,
@@ -32,11 +32,11 @@ from common.protocol.handles import (
     SharedFd,
     ShareHandles,
 )
-from common.protocol.limits import FDS_MAX
-from common.telemetry import get_logger
-from services.hmm.sessions import attachments as attachments_module
-from services.hmm.sessions.attachments import Attachments
-from services.hmm.sessions.handles import Offer
+from elasticmoe.common.protocol.limits import FDS_MAX
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.hmm.sessions import attachments as attachments_module
+from elasticmoe.services.hmm.sessions.attachments import Attachments
+from elasticmoe.services.hmm.sessions.handles import Offer
 from tests.procs.descriptors import limit_leaving, numbers_of
 from tests.procs.waiting import wait_until
 from tests.unit.specs import tiny_mixtral_spec

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from cli.models import random_checkpoint
-from common.telemetry import get_logger
-from services.hmm.memory.holdings import Holdings
+from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.hmm.memory.holdings import Holdings
 from tests.devices.backends import granularity
 from tests.unit.specs import TINY_MIXTRAL
 from tests.unit.test_hmm_memory_shortage import World, try_transition

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from common.layout import RankId
-from common.protocol.codec import Message, Received
-from common.protocol.errors import ProtocolError, Unavailable
-from common.protocol.handles import Applied, SeatMemory, ShareHandles
-from common.protocol.pool import StartRank
-from common.protocol.replies import Ack
-from services.worker.hmm.link import MESSAGES_PER_LOOK, HmmLink
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import ProtocolError, Unavailable
+from elasticmoe.common.protocol.handles import Applied, SeatMemory, ShareHandles
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.replies import Ack
+from elasticmoe.services.worker.hmm.link import MESSAGES_PER_LOOK, HmmLink
 
 SEAT = StartRank(RankId(0, 0), 0, "host:0", "r0", 1, 16, 4, 160)
 SHARE, GOAL = ShareHandles(()), SeatMemory(1, (), (), (), (), ())
@@ -21,7 +21,7 @@ FD = 7
 
 
 class Channel:
-    """In place of common.fdchannel's. `came`: what the HMM has sent; its end, once `is_cut`."""
+    """In place of elasticmoe.common.fdchannel's. `came`: what the HMM has sent; its end, once `is_cut`."""
 
     def __init__(self) -> None:
         self.came: deque[Message] = deque()

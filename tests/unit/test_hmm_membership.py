@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.capacity import BusSizes
-from common.host_shared import HostShared
-from common.layout import Layout, initial_layout
-from common.telemetry import get_logger
-from services.hmm.memory.memory import BusSegment
-from services.hmm.sessions.membership import Membership, slots_of_mask
+from elasticmoe.common.capacity import BusSizes
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.layout import Layout, initial_layout
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.hmm.memory.memory import BusSegment
+from elasticmoe.services.hmm.sessions.membership import Membership, slots_of_mask
 
 BEFORE = initial_layout((4,), ["host:0", "host:1"])
 AFTER = msgspec.structs.replace(initial_layout((4,), ["host:0", "host:1", "host:2"]), epoch=2)

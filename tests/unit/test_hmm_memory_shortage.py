@@ -13,22 +13,22 @@ from typing import Any
 
 import pytest
 
-from cli.models import random_checkpoint
-from common.config import HmmConfig
-from common.layout import Layout, RankId, Seat, initial_layout
-from common.protocol.errors import DoesNotFit, Unavailable
-from common.protocol.handles import SeatMemory
-from common.protocol.hmm import LoadModel, RecordCopy, StageLayout
-from common.protocol.ids import TransitionId
-from common.telemetry import get_logger
-from native import host
-from services.hmm.background import Background
-from services.hmm.loading.loader import ModelLoad
-from services.hmm.memory.catalog import keys_of
-from services.hmm.memory.holdings import Holdings
-from services.hmm.memory.supply import Supply
-from services.hmm.sessions.membership import Membership
-from services.hmm.transition.transition import Transitions
+from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.common.config import HmmConfig
+from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout
+from elasticmoe.common.protocol.errors import DoesNotFit, Unavailable
+from elasticmoe.common.protocol.handles import SeatMemory
+from elasticmoe.common.protocol.hmm import LoadModel, RecordCopy, StageLayout
+from elasticmoe.common.protocol.ids import TransitionId
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.native import host
+from elasticmoe.services.hmm.background import Background
+from elasticmoe.services.hmm.loading.loader import ModelLoad
+from elasticmoe.services.hmm.memory.catalog import keys_of
+from elasticmoe.services.hmm.memory.holdings import Holdings
+from elasticmoe.services.hmm.memory.supply import Supply
+from elasticmoe.services.hmm.sessions.membership import Membership
+from elasticmoe.services.hmm.transition.transition import Transitions
 from tests.unit.specs import TINY_MIXTRAL
 
 pytestmark = pytest.mark.slow

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from common.devices.factory import open_device
-from common.devices.rules import ProcessRules
-from common.model_spec import KvGeometry, RecordKey
-from common.protocol.errors import DoesNotFit, ElasticMoEError, InvalidRequest, Overloaded, Unavailable
-from common.protocol.hmm import CopyBlocks
-from common.telemetry import get_logger
-from native import host
-from services.hmm.background import Background
-from services.hmm.memory.blocks import BlockCopies, check_ranks
-from services.hmm.memory.memory import DeviceMemory
-from services.hmm.memory.memory import blocks as blocks_module
-from services.hmm.memory.supply import Supply
-from services.hmm.memory.transfer import Peaks, Transfer, TransferOp
+from elasticmoe.common.devices.factory import open_device
+from elasticmoe.common.devices.rules import ProcessRules
+from elasticmoe.common.model_spec import KvGeometry, RecordKey
+from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError, InvalidRequest, Overloaded, Unavailable
+from elasticmoe.common.protocol.hmm import CopyBlocks
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.native import host
+from elasticmoe.services.hmm.background import Background
+from elasticmoe.services.hmm.memory.blocks import BlockCopies, check_ranks
+from elasticmoe.services.hmm.memory.memory import DeviceMemory
+from elasticmoe.services.hmm.memory.memory import blocks as blocks_module
+from elasticmoe.services.hmm.memory.supply import Supply
+from elasticmoe.services.hmm.memory.transfer import Peaks, Transfer, TransferOp
 from tests.devices.backends import granularity
 from tests.unit.specs import tiny_mixtral_spec
 

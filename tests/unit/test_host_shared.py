@@ -8,10 +8,10 @@ import os
 
 import pytest
 
-from common import machine
-from common.host_shared import HostShared
-from common.protocol.errors import DeviceError, DoesNotFit
-from native import host
+from elasticmoe.common import machine
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
+from elasticmoe.native import host
 
 PAGE = 4096
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from common.http.body import SMALL_BYTES, Body
-from common.protocol.errors import Overloaded
-from services.router.dispatch.admission import ByteBudget
+from elasticmoe.common.http.body import SMALL_BYTES, Body
+from elasticmoe.common.protocol.errors import Overloaded
+from elasticmoe.services.router.dispatch.admission import ByteBudget
 
 
 def body_of(budget: ByteBudget, *chunks: bytes) -> Body:

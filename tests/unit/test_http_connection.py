@@ -13,10 +13,10 @@ from typing import Any, cast
 import pytest
 import pytest_asyncio
 
-from common.http import connection, listener, orderly, places
-from common.http.connection import Rules
-from common.http.door import Door
-from common.http.listener import HttpServer, make_server
+from elasticmoe.common.http import connection, listener, orderly, places
+from elasticmoe.common.http.connection import Rules
+from elasticmoe.common.http.door import Door
+from elasticmoe.common.http.listener import HttpServer, make_server
 
 PLACES = 3
 HELD = b"POST /held HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"

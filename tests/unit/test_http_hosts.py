@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from common.http.framing import is_authority
-from common.http.hosts import HostPolicy, NoPages, split
-from common.protocol.errors import ConfigError, Forbidden
+from elasticmoe.common.http.framing import is_authority
+from elasticmoe.common.http.hosts import HostPolicy, NoPages, split
+from elasticmoe.common.protocol.errors import ConfigError, Forbidden
 
 
 def policy(*, bound: str = "127.0.0.1", allowed: str = "", origins: str = "", is_open: bool = True) -> HostPolicy:

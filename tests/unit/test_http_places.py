@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.http.places import GRACE_S, Places
+from elasticmoe.common.http.places import GRACE_S, Places
 
 MOST = 4
 EVENTS = st.lists(

@@ -22,10 +22,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from common.protocol.router import Delta, Logprob
-from services.router.dispatch.dispatcher import Dispatcher
-from services.router.dispatch.streams import Stream
-from services.scaler.control.admission import Accepted, Order
+from elasticmoe.common.protocol.router import Delta, Logprob
+from elasticmoe.services.router.dispatch.dispatcher import Dispatcher
+from elasticmoe.services.router.dispatch.streams import Stream
+from elasticmoe.services.scaler.control.admission import Accepted, Order
 from tests.unit import test_http_surfaces as surfaces
 from tests.unit.test_scaler_admin import Listener, snapshot_of
 from tests.unit.transitions import UP, World, operation_of

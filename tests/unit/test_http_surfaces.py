@@ -15,19 +15,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.config import RouterConfig
-from common.protocol.errors import Unavailable
-from services.router.api.app import build_app as build_router
-from services.router.api.front import make_front
-from services.router.dispatch.dispatcher import Dispatcher, router_identity
-from services.router.history import History
-from services.router.metrics import Metrics
-from services.router.text.tokenizer import ServedModel
-from services.scaler.api.admin import build_app as build_admin
-from services.scaler.api.event_stream import EventStream
-from services.scaler.api.snapshot import StatusCache, StatusSnapshot
-from services.scaler.control.command_queue import CommandQueue
-from services.scaler.metrics import Meters
+from elasticmoe.common.config import RouterConfig
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.services.router.api.app import build_app as build_router
+from elasticmoe.services.router.api.front import make_front
+from elasticmoe.services.router.dispatch.dispatcher import Dispatcher, router_identity
+from elasticmoe.services.router.history import History
+from elasticmoe.services.router.metrics import Metrics
+from elasticmoe.services.router.text.tokenizer import ServedModel
+from elasticmoe.services.scaler.api.admin import build_app as build_admin
+from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
+from elasticmoe.services.scaler.control.command_queue import CommandQueue
+from elasticmoe.services.scaler.metrics import Meters
 from tests.procs.router_harness import write_model
 from tests.unit.in_process import InProcess
 

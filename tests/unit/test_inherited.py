@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cli.children import tied_to_us
-from common.config import listen_fds
-from common.inherited import inherited
-from common.protocol.errors import ConfigError
+from elasticmoe.cli.children import tied_to_us
+from elasticmoe.common.config import listen_fds
+from elasticmoe.common.inherited import inherited
+from elasticmoe.common.protocol.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -54,8 +54,8 @@ def sockets() -> Iterator[list[socket.socket]]:
 
 PROGRAM = """
 import os, sys
-from common.inherited import inherited
-from common.protocol.errors import ConfigError
+from elasticmoe.common.inherited import inherited
+from elasticmoe.common.protocol.errors import ConfigError
 for name in ("good", "bound", "datagram", "none"):
     try:
         sock = inherited(name)

@@ -10,24 +10,24 @@ from typing import Any
 import msgspec
 import pytest
 
-import common.store
-from common.config import ScalerConfig
-from common.protocol.errors import PayloadTooLarge, Unavailable
-from common.store import Store, Writer
-from services.scaler.actions import Stage
-from services.scaler.control import members, reconciler
-from services.scaler.control.audit_log import Decision, PlanMade, TurnTaken, turn_taken
-from services.scaler.control.executor import Executor
-from services.scaler.control.reconciler import reconcile
-from services.scaler.control.state import State
-from services.scaler.metrics import Meters
-from services.scaler.observation import Observation
-from services.scaler.operation import advance, prepare
-from services.scaler.operation.advance import cancel
-from services.scaler.operation.operation import Operation
-from services.scaler.operation.steps import enter
-from services.scaler.planning.plan import MemoryForecast, Rates, Sizes, Target
-from services.scaler.store.journal import Journal
+import elasticmoe.common.store
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.protocol.errors import PayloadTooLarge, Unavailable
+from elasticmoe.common.store import Store, Writer
+from elasticmoe.services.scaler.actions import Stage
+from elasticmoe.services.scaler.control import members, reconciler
+from elasticmoe.services.scaler.control.audit_log import Decision, PlanMade, TurnTaken, turn_taken
+from elasticmoe.services.scaler.control.executor import Executor
+from elasticmoe.services.scaler.control.reconciler import reconcile
+from elasticmoe.services.scaler.control.state import State
+from elasticmoe.services.scaler.metrics import Meters
+from elasticmoe.services.scaler.observation import Observation
+from elasticmoe.services.scaler.operation import advance, prepare
+from elasticmoe.services.scaler.operation.advance import cancel
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.operation.steps import enter
+from elasticmoe.services.scaler.planning.plan import MemoryForecast, Rates, Sizes, Target
+from elasticmoe.services.scaler.store.journal import Journal
 from tests.procs.waiting import wait_until
 from tests.replay import DECISIONS, replay
 from tests.unit.test_scaler_driver import FakeLinks, turn
@@ -210,14 +210,16 @@ def test_an_input_that_is_missing_or_another_one_is_told_apart(store: Store, tmp
 
 
 def test_decisions_are_few_and_small_in_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common.store, "DECISIONS_MAX", 3)
+    monkeypatch.setattr(elasticmoe.common.store, "DECISIONS_MAX", 3)
     for _ in range(5):
         store.append_decision(A, phase_chosen())
     assert journaled(store) == [phase_chosen()] * 3
-    monkeypatch.setattr(common.store, "DECISION_BYTES_MAX", 100)
+    monkeypatch.setattr(elasticmoe.common.store, "DECISION_BYTES_MAX", 100)
     with pytest.raises(PayloadTooLarge, match="exceeds the limit of 100"):
         store.append_decision(A, phase_chosen())
-    monkeypatch.setattr(common.store, "VALUE_BYTES_MAX", 100)  # of what is read, when it is no longer compressed
+    monkeypatch.setattr(
+        elasticmoe.common.store, "VALUE_BYTES_MAX", 100
+    )  # of what is read, when it is no longer compressed
     with pytest.raises(Unavailable) as caught:
         journaled(store)
     assert caught.value.code == "store_corrupt"
@@ -226,6 +228,6 @@ def test_decisions_are_few_and_small_in_the_store(store: Store, monkeypatch: pyt
 def test_a_decision_that_is_too_large_holds_up_nothing(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common.store, "DECISION_BYTES_MAX", 100)
+    monkeypatch.setattr(elasticmoe.common.store, "DECISION_BYTES_MAX", 100)
     assert Run(store, tmp_path, Target(replicas=3), UP.before).finish().phase == "done"
     assert journaled(store) == []

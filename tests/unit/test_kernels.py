@@ -1,4 +1,4 @@
-"""native.kernels against torch, on every instruction set that this machine has.
+"""elasticmoe.native.kernels against torch, on every instruction set that this machine has.
 
 Shape suffixes: N rows, H hidden, W width, D head_dim, E experts, V vocabulary.
 """
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from native import kernels
-from native.host import Reservation
+from elasticmoe.native import kernels
+from elasticmoe.native.host import Reservation
 
 DTYPES = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16}
 BY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.devices.factory import backend_of
-from common.families import record, records
-from common.layout import RankId, Seat, initial_layout
-from common.model_spec import TENSOR_ALIGN_BYTES, RecordKey, kv_geometry
-from common.protocol.errors import ConfigError
+from elasticmoe.common.devices.factory import backend_of
+from elasticmoe.common.families import record, records
+from elasticmoe.common.layout import RankId, Seat, initial_layout
+from elasticmoe.common.model_spec import TENSOR_ALIGN_BYTES, RecordKey, kv_geometry
+from elasticmoe.common.protocol.errors import ConfigError
 from tests.unit.specs import tiny_mixtral_spec, tiny_qwen3_spec
 
 

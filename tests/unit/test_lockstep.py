@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import pytest
 
-from common.clock import SYSTEM_CLOCK
-from common.protocol.handles import Routing
-from native.bus import Bus, bus_bytes, format_bus
-from services.worker.exchange.base import Exchange, StepAborted
-from services.worker.exchange.shm_barrier import ShmBarrier
-from services.worker.rank.lockstep import Lockstep
+from elasticmoe.common.clock import SYSTEM_CLOCK
+from elasticmoe.common.protocol.handles import Routing
+from elasticmoe.native.bus import Bus, bus_bytes, format_bus
+from elasticmoe.services.worker.exchange.base import Exchange, StepAborted
+from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
+from elasticmoe.services.worker.rank.lockstep import Lockstep
 
 DEADLINE_S = 20.0
 SLOTS = 4

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from cli import checks, doctor
-from common import machine
-from common.devices.factory import open_device
-from common.machine import available_bytes, group_room, usable_cores
-from common.protocol.errors import DoesNotFit
-from services.hmm.memory.memory import holdings
+from elasticmoe.cli import checks, doctor
+from elasticmoe.common import machine
+from elasticmoe.common.devices.factory import open_device
+from elasticmoe.common.machine import available_bytes, group_room, usable_cores
+from elasticmoe.common.protocol.errors import DoesNotFit
+from elasticmoe.services.hmm.memory.memory import holdings
 
 MIB, GIB = 1 << 20, 1 << 30
 MACHINE = 22 * GIB

@@ -9,11 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cli.models import make_model
-from common.protocol.errors import ElasticMoEError
-from common.protocol.peer import Reserved, Taken
-from common.protocol.rank import HandOver, Reserve, Sampling, Submit, Unreserve
-from common.protocol.replies import Refused
+from elasticmoe.cli.models import make_model
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.peer import Reserved, Taken
+from elasticmoe.common.protocol.rank import HandOver, Reserve, Sampling, Submit, Unreserve
+from elasticmoe.common.protocol.replies import Refused
 from tests.unit.migration_world import ROUTER, Node, World
 from tests.unit.ranks import Ranks
 

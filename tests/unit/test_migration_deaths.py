@@ -11,14 +11,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cli.models import make_model
-from common.protocol import rank as rank_messages
-from common.protocol.peer import Taken
-from common.protocol.rank import Unreserve
-from common.transport import Server, Sockets
-from services.worker.engine.adoption import adopt_rows
-from services.worker.engine.engine import Engine
-from services.worker.migration import Migration
+from elasticmoe.cli.models import make_model
+from elasticmoe.common.protocol import rank as rank_messages
+from elasticmoe.common.protocol.peer import Taken
+from elasticmoe.common.protocol.rank import Unreserve
+from elasticmoe.common.transport import Server, Sockets
+from elasticmoe.services.worker.engine.adoption import adopt_rows
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.migration import Migration
 from tests.unit.migration_world import MAX_MODEL_LEN, MAX_SEQUENCES, ROUTER, SECONDS_MAX, Node, World
 from tests.unit.ranks import Ranks
 

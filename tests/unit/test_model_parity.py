@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from cli.models import random_checkpoint
-from cli.models.make import TINY_MIXTRAL, TINY_QWEN3_MOE
-from services.worker.backends.base import ComputeBackend
-from services.worker.backends.factory import BACKENDS
-from services.worker.model.batch import Batch, BatchPart
+from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.cli.models.make import TINY_MIXTRAL, TINY_QWEN3_MOE
+from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.factory import BACKENDS
+from elasticmoe.services.worker.model.batch import Batch, BatchPart
 from tests.unit.backends import QueuedBackend
 from tests.unit.ranks import Ranks, Stream, generate
 

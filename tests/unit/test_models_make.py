@@ -21,9 +21,18 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from cli.models import __main__ as command
-from cli.models import byte_tokenizer, checkpoint, make, make_model, model_names, random_checkpoint, smollm2, upcycle
-from cli.models.random_weights import random_plans
+from elasticmoe.cli.models import __main__ as command
+from elasticmoe.cli.models import (
+    byte_tokenizer,
+    checkpoint,
+    make,
+    make_model,
+    model_names,
+    random_checkpoint,
+    smollm2,
+    upcycle,
+)
+from elasticmoe.cli.models.random_weights import random_plans
 
 BYTE_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 
@@ -517,7 +526,7 @@ def test_the_cache_folder_follows_the_xdg_variable(monkeypatch: pytest.MonkeyPat
 def test_a_gguf_file_of_another_kind_is_refused(
     small_source: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cli.models import smollm2_tokenizer
+    from elasticmoe.cli.models import smollm2_tokenizer
 
     with smollm2.open_wheel(small_source[0] / smollm2.WHEEL_NAME) as source:
         with pytest.raises(ValueError, match=r"no field 'llama\.expert_count'"):

@@ -1,4 +1,4 @@
-"""native.bus: membership, barriers and the token exchange between the threads of one process."""
+"""elasticmoe.native.bus: membership, barriers and the token exchange between the threads of one process."""
 
 import ctypes
 import mmap
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from native.bus import MAX_RANKS, Bus, BusAborted, BusDesync, BusTimeout, bus_bytes, format_bus, make_routing
+from elasticmoe.native.bus import MAX_RANKS, Bus, BusAborted, BusDesync, BusTimeout, bus_bytes, format_bus, make_routing
 
 SHAPE = (4, 6, 32, 3)  # ranks, tokens, hidden, top_k
 NUM_EXPERTS = 10

@@ -1,4 +1,4 @@
-"""native.host: reservations and mappings, page allocation, bulk memory work, as Python sees them."""
+"""elasticmoe.native.host: reservations and mappings, page allocation, bulk memory work, as Python sees them."""
 
 import ctypes
 import errno
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from native import host
+from elasticmoe.native import host
 
 PAGE = mmap.PAGESIZE
 

@@ -1,4 +1,4 @@
-"""native.ledger: rows written through one view are read through another, and wrong operations change nothing."""
+"""elasticmoe.native.ledger: rows of one view are read through another; wrong operations change nothing."""
 
 import ctypes
 import mmap
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from native.ledger import Ledger, LedgerCorrupt, format_ledger, ledger_bytes
+from elasticmoe.native.ledger import Ledger, LedgerCorrupt, format_ledger, ledger_bytes
 
 SHAPE = (4, 32, 6, 16)  # rows, tokens, blocks, blob bytes
 

@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.version import version
-from services.router.api import told
-from services.router.api.examples import EXAMPLES as router_examples
-from services.scaler.api.docs import ANSWERS
-from services.scaler.api.examples import EXAMPLES as admin_examples
+from elasticmoe.common.version import version
+from elasticmoe.services.router.api import told
+from elasticmoe.services.router.api.examples import EXAMPLES as router_examples
+from elasticmoe.services.scaler.api.docs import ANSWERS
+from elasticmoe.services.scaler.api.examples import EXAMPLES as admin_examples
 from tests.unit import test_http_surfaces as surfaces
 from tests.unit.test_http_schemathesis import serving_admin, serving_router
 from tests.unit.test_http_surfaces import App, call, document_of

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli.models import make_model
-from services.worker.backends.base import ComputeBackend
-from services.worker.backends.factory import BACKENDS
-from services.worker.model.batch import BatchPart
+from elasticmoe.cli.models import make_model
+from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.factory import BACKENDS
+from elasticmoe.services.worker.model.batch import BatchPart
 from tests.oracle import next_tokens
 from tests.unit.backends import QueuedBackend
 from tests.unit.ranks import Ranks, Stream, generate

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from services.worker.engine import planning
-from services.worker.engine.plan import Draft, PlanFailed, StepPlan
-from services.worker.engine.scheduler import Scheduler
-from services.worker.engine.sequence import Sequence
-from services.worker.rank.steps import FAILED_MAX
+from elasticmoe.services.worker.engine import planning
+from elasticmoe.services.worker.engine.plan import Draft, PlanFailed, StepPlan
+from elasticmoe.services.worker.engine.scheduler import Scheduler
+from elasticmoe.services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.rank.steps import FAILED_MAX
 from tests.unit.crew import PEER, Crew
 from tests.unit.ranks import Ranks
 from tests.unit.test_quarantine import POISON, check_good, directory, fill

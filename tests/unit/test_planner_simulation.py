@@ -5,13 +5,13 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from cli.bench.plan import DEEPSEEK_V2_LITE, DEEPSEEK_V3, kv_handle_bytes, memory_for, sizes_of_geometry
-from cli.bench.plan_simulation import Assumptions, Links, simulate
-from common.layout import initial_layout
-from common.model_spec import RecordKey
-from common.protocol.hmm import RecordCopy
-from services.scaler.planning.plan import Leg, Sizes, Target
-from services.scaler.planning.planner import make_plan
+from elasticmoe.cli.bench.plan import DEEPSEEK_V2_LITE, DEEPSEEK_V3, kv_handle_bytes, memory_for, sizes_of_geometry
+from elasticmoe.cli.bench.plan_simulation import Assumptions, Links, simulate
+from elasticmoe.common.layout import initial_layout
+from elasticmoe.common.model_spec import RecordKey
+from elasticmoe.common.protocol.hmm import RecordCopy
+from elasticmoe.services.scaler.planning.plan import Leg, Sizes, Target
+from elasticmoe.services.scaler.planning.planner import make_plan
 
 DEVICES = [f"device:{i}" for i in range(4)]
 MACHINE = Assumptions(link_bytes_per_s=100.0, share=0.1, handle_s=0.0, warm_up_s=0.0, step_s=0.0)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common.private import is_private, make_private, read_private, read_secret
-from common.protocol.errors import ConfigError
+from elasticmoe.common.private import is_private, make_private, read_private, read_secret
+from elasticmoe.common.protocol.errors import ConfigError
 
 
 def mode(path: Path) -> int:

@@ -9,17 +9,17 @@ import msgpack
 import msgspec
 import pytest
 
-from common.layout import RankId, initial_layout
-from common.model_spec import KvGeometry, RecordKey
-from common.protocol import handles, hmm, keeper, peer, pool, rank, router, scaler, standby
-from common.protocol.codec import Codec, Message, encode
-from common.protocol.errors import ProtocolError
-from common.protocol.handles import RecordHandle
-from common.protocol.ids import CommandId, TransitionId
-from common.protocol.limits import PROTOCOL_VERSION
-from common.protocol.replies import Ack, Refused
-from common.protocol.router import Delta, Logprob
-from common.protocol.scaler import DeviceStatus, PoolRank
+from elasticmoe.common.layout import RankId, initial_layout
+from elasticmoe.common.model_spec import KvGeometry, RecordKey
+from elasticmoe.common.protocol import handles, hmm, keeper, peer, pool, rank, router, scaler, standby
+from elasticmoe.common.protocol.codec import Codec, Message, encode
+from elasticmoe.common.protocol.errors import ProtocolError
+from elasticmoe.common.protocol.handles import RecordHandle
+from elasticmoe.common.protocol.ids import CommandId, TransitionId
+from elasticmoe.common.protocol.limits import PROTOCOL_VERSION
+from elasticmoe.common.protocol.replies import Ack, Refused
+from elasticmoe.common.protocol.router import Delta, Logprob
+from elasticmoe.common.protocol.scaler import DeviceStatus, PoolRank
 from tests.unit.specs import tiny_mixtral_spec
 
 LAYOUT = initial_layout([3, 0, 3], ["host:0", "host:1"])

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from cli.models import make_model
-from common.protocol.rank import Sampling
-from common.protocol.router import Suspicion
-from services.worker.engine import sampler
-from services.worker.engine.engine import Engine
-from services.worker.engine.plan import StepPlan
-from services.worker.engine.sequence import Sequence
-from services.worker.engine.trial import (
+from elasticmoe.cli.models import make_model
+from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.common.protocol.router import Suspicion
+from elasticmoe.services.worker.engine import sampler
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.plan import StepPlan
+from elasticmoe.services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.engine.trial import (
     COMPUTED,
     COMPUTED_ALONE,
     CONTROL_STEPS,
@@ -29,7 +29,7 @@ from services.worker.engine.trial import (
     Trial,
     after_death,
 )
-from services.worker.rank.steps import FAILED_MAX
+from elasticmoe.services.worker.rank.steps import FAILED_MAX
 from tests.oracle import next_tokens
 from tests.unit.crew import Crew, Killed
 from tests.unit.ranks import Ranks

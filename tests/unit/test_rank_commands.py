@@ -6,10 +6,18 @@ from collections import Counter
 
 import pytest
 
-from common.layout import RankId
-from common.protocol.ids import CommandId, CommandKind, TransitionId
-from common.protocol.rank import CancelMigration, DecodeOnly, Drain, MigrateTo, MoveTarget, Precopy, RankCommand
-from services.worker.migration.targets import Targets
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.ids import CommandId, CommandKind, TransitionId
+from elasticmoe.common.protocol.rank import (
+    CancelMigration,
+    DecodeOnly,
+    Drain,
+    MigrateTo,
+    MoveTarget,
+    Precopy,
+    RankCommand,
+)
+from elasticmoe.services.worker.migration.targets import Targets
 
 OWN, OTHER, THIRD = RankId(0, 0), RankId(1, 0), RankId(2, 0)
 PLACES = (MoveTarget(OWN, 0, 5), MoveTarget(OTHER, 1, 2), MoveTarget(THIRD, 2, 1))

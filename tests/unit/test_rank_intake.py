@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from common.protocol.codec import Message, Received
-from common.protocol.errors import ElasticMoEError, Overloaded
-from common.protocol.rank import GetRankIntegrity, Sampling, Submit
-from common.protocol.replies import Refused
-from common.protocol.router import Failed
-from services.worker.rank.intake import check_ids
-from services.worker.rank.rank import Rank
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import ElasticMoEError, Overloaded
+from elasticmoe.common.protocol.rank import GetRankIntegrity, Sampling, Submit
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.router import Failed
+from elasticmoe.services.worker.rank.intake import check_ids
+from elasticmoe.services.worker.rank.rank import Rank
 
 PEER = b"router:1"
 

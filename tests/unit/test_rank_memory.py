@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
-from common.devices.base import Device, KeyToken
-from common.devices.factory import open_device
-from common.devices.rules import Handle, ProcessRules
-from common.families import record
-from common.host_shared import HostShared
-from common.model_spec import KvGeometry, RecordKey, kv_geometry, round_up
-from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
-from common.protocol.handles import (
+from elasticmoe.common.devices.base import Device, KeyToken
+from elasticmoe.common.devices.factory import open_device
+from elasticmoe.common.devices.rules import Handle, ProcessRules
+from elasticmoe.common.families import record
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.model_spec import KvGeometry, RecordKey, kv_geometry, round_up
+from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
+from elasticmoe.common.protocol.handles import (
     AttachReply,
     RecordHandle,
     Routing,
@@ -27,10 +27,10 @@ from common.protocol.handles import (
     SharedKey,
     ShareHandles,
 )
-from native.bus import bus_bytes, format_bus
-from native.ledger import format_ledger, ledger_bytes
-from services.worker.hmm import memory as memory_module
-from services.worker.hmm.memory import RankMemory
+from elasticmoe.native.bus import bus_bytes, format_bus
+from elasticmoe.native.ledger import format_ledger, ledger_bytes
+from elasticmoe.services.worker.hmm import memory as memory_module
+from elasticmoe.services.worker.hmm.memory import RankMemory
 from tests.devices.backends import granularity
 from tests.unit.specs import tiny_mixtral_spec
 

@@ -11,17 +11,17 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from common import config
-from common.layout import RankId, initial_layout
-from common.measures import Measure
-from common.protocol.router import RankStatus
+from elasticmoe.common import config
+from elasticmoe.common.layout import RankId, initial_layout
+from elasticmoe.common.measures import Measure
+from elasticmoe.common.protocol.router import RankStatus
+from elasticmoe.services.router import measures as router_measures
+from elasticmoe.services.router.metrics import Metrics
+from elasticmoe.services.scaler import measures as scaler_measures
+from elasticmoe.services.scaler.api.events import KINDS
+from elasticmoe.services.scaler.api.prometheus import render_metrics
+from elasticmoe.services.scaler.metrics import Meters
 from scripts import reference
-from services.router import measures as router_measures
-from services.router.metrics import Metrics
-from services.scaler import measures as scaler_measures
-from services.scaler.api.events import KINDS
-from services.scaler.api.prometheus import render_metrics
-from services.scaler.metrics import Meters
 from tests.unit.test_scaler_admin import snapshot_of
 from tests.unit.transitions import UP, World
 

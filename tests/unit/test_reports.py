@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from common.protocol.codec import Message, encode
-from common.protocol.errors import PayloadTooLarge
-from common.protocol.limits import MESSAGE_BYTES_MAX
-from common.protocol.router import Delta, Logprob, Tokens, logprob_bytes
-from services.worker.rank.rank import reports
-from services.worker.rank.reports import GRACE_S, MESSAGES_MAX, TRY_S, Reports, tokens_of
+from elasticmoe.common.protocol.codec import Message, encode
+from elasticmoe.common.protocol.errors import PayloadTooLarge
+from elasticmoe.common.protocol.limits import MESSAGE_BYTES_MAX
+from elasticmoe.common.protocol.router import Delta, Logprob, Tokens, logprob_bytes
+from elasticmoe.services.worker.rank.rank import reports
+from elasticmoe.services.worker.rank.reports import GRACE_S, MESSAGES_MAX, TRY_S, Reports, tokens_of
 
 A, B = b"router:a", b"router:b"
 

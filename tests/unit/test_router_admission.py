@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import RouterConfig
-from common.protocol.errors import ElasticMoEError, InvalidRequest, Overloaded
-from common.protocol.router import Delta, Logprob
-from common.transport import Sockets
-from services.router.api.app import build_app
-from services.router.api.front import ANSWERS_MAX, Front, make_front
-from services.router.dispatch.admission import ByteBudget, Permits, Price, check_price, price
-from services.router.dispatch.dispatcher import Dispatcher, router_identity
-from services.router.dispatch.streams import Ending, Stream
-from services.router.history import History
-from services.router.metrics import Metrics
-from services.router.text.tokenizer import ServedModel
+from elasticmoe.common.config import RouterConfig
+from elasticmoe.common.protocol.errors import ElasticMoEError, InvalidRequest, Overloaded
+from elasticmoe.common.protocol.router import Delta, Logprob
+from elasticmoe.common.transport import Sockets
+from elasticmoe.services.router.api.app import build_app
+from elasticmoe.services.router.api.front import ANSWERS_MAX, Front, make_front
+from elasticmoe.services.router.dispatch.admission import ByteBudget, Permits, Price, check_price, price
+from elasticmoe.services.router.dispatch.dispatcher import Dispatcher, router_identity
+from elasticmoe.services.router.dispatch.streams import Ending, Stream
+from elasticmoe.services.router.history import History
+from elasticmoe.services.router.metrics import Metrics
+from elasticmoe.services.router.text.tokenizer import ServedModel
 from tests.procs.router_harness import write_model
 from tests.unit.in_process import InProcess
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.layout import RankId
-from services.router.dispatch.balancer import LOST_S, STALE_S, Candidate, decide
+from elasticmoe.common.layout import RankId
+from elasticmoe.services.router.dispatch.balancer import LOST_S, STALE_S, Candidate, decide
 
 
 def candidate(

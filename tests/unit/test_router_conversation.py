@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.protocol.errors import InvalidRequest
-from services.router.api.conversation import DEPTH_MAX, VALUE_CHARS_MAX, VALUES_MAX, conversation_of
-from services.router.api.parse import parse
-from services.router.api.schemas import ChatRequest, TokenizeRequest
-from services.router.text.jobs import Conversation
-from services.router.text.template import RESERVED_VARIABLES
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api.conversation import DEPTH_MAX, VALUE_CHARS_MAX, VALUES_MAX, conversation_of
+from elasticmoe.services.router.api.parse import parse
+from elasticmoe.services.router.api.schemas import ChatRequest, TokenizeRequest
+from elasticmoe.services.router.text.jobs import Conversation
+from elasticmoe.services.router.text.template import RESERVED_VARIABLES
 
 KINDS = [ChatRequest, TokenizeRequest]
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from cli.models.byte_tokenizer import VOCAB_SIZE, build_byte_tokenizer
-from common.protocol.errors import ConfigError
-from services.router.text.detokenizer import TextStream, TokenTable
+from elasticmoe.cli.models.byte_tokenizer import VOCAB_SIZE, build_byte_tokenizer
+from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.services.router.text.detokenizer import TextStream, TokenTable
 
 BYTES = TokenTable(build_byte_tokenizer())
 

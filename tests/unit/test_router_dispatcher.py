@@ -9,22 +9,32 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from cli.models.byte_tokenizer import build_byte_tokenizer
-from common.clock import SYSTEM_CLOCK
-from common.layout import RankId
-from common.protocol.codec import Message, Received
-from common.protocol.errors import Unavailable
-from common.protocol.rank import Sampling, Submit
-from common.protocol.replies import Refused
-from common.protocol.router import Delta, Failed, Logprob, Moved, RankStatus, Suspected, Suspicion, Tokens, ToRouter
-from common.transport import AsyncClient, Sockets
-from services.router.dispatch.balancer import LOST_S
-from services.router.dispatch.dispatcher import GAP_S, LEAVE_S, LOSSES_MAX, SUBMITS_MAX, Dispatcher
-from services.router.dispatch.links import ADOPT_S, EMPTY_S
-from services.router.dispatch.streams import Stream
-from services.router.history import History
-from services.router.metrics import Metrics
-from services.router.text.detokenizer import TextStream, TokenTable
+from elasticmoe.cli.models.byte_tokenizer import build_byte_tokenizer
+from elasticmoe.common.clock import SYSTEM_CLOCK
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.router import (
+    Delta,
+    Failed,
+    Logprob,
+    Moved,
+    RankStatus,
+    Suspected,
+    Suspicion,
+    Tokens,
+    ToRouter,
+)
+from elasticmoe.common.transport import AsyncClient, Sockets
+from elasticmoe.services.router.dispatch.balancer import LOST_S
+from elasticmoe.services.router.dispatch.dispatcher import GAP_S, LEAVE_S, LOSSES_MAX, SUBMITS_MAX, Dispatcher
+from elasticmoe.services.router.dispatch.links import ADOPT_S, EMPTY_S
+from elasticmoe.services.router.dispatch.streams import Stream
+from elasticmoe.services.router.history import History
+from elasticmoe.services.router.metrics import Metrics
+from elasticmoe.services.router.text.detokenizer import TextStream, TokenTable
 from tests.history import check_history
 from tests.procs.router_fakes import layout_of
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import PREFIX
-from services.router.__main__ import main
+from elasticmoe.common.config import PREFIX
+from elasticmoe.services.router.__main__ import main
 from tests.procs.router_harness import write_model
 
 

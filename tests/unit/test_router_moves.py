@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from common.layout import RankId
-from common.protocol.replies import Refused
-from common.protocol.router import MayMove, Moved
-from services.router.dispatch.balancer import LOST_S
-from services.router.dispatch.dispatcher import GONE_S, LEAVE_S
-from services.router.dispatch.links import ADOPT_S, EMPTY_S
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.router import MayMove, Moved
+from elasticmoe.services.router.dispatch.balancer import LOST_S
+from elasticmoe.services.router.dispatch.dispatcher import GONE_S, LEAVE_S
+from elasticmoe.services.router.dispatch.links import ADOPT_S, EMPTY_S
 from tests.history import check_history
 from tests.unit.test_router_dispatcher import Bench, bench, reason
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.protocol.errors import InvalidRequest
-from common.protocol.limits import PROMPT_TOKENS_MAX
-from services.router.api.parse import LARGE_BYTES, parse
-from services.router.api.parts import CONTAINERS_MAX, PIECE_BYTES, STRINGS_MAX, BodyParts
-from services.router.api.schemas import ChatRequest, CompletionRequest
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX
+from elasticmoe.services.router.api.parse import LARGE_BYTES, parse
+from elasticmoe.services.router.api.parts import CONTAINERS_MAX, PIECE_BYTES, STRINGS_MAX, BodyParts
+from elasticmoe.services.router.api.schemas import ChatRequest, CompletionRequest
 
 CHAT, COMPLETION = msgspec.json.Decoder(ChatRequest), msgspec.json.Decoder(CompletionRequest)
 BODY_BYTES = 8 * 1024 * 1024

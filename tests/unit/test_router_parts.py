@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from common.protocol import rank as rank_messages
-from common.protocol import router as router_messages
-from common.protocol.errors import InvalidRequest, Overloaded
-from common.protocol.rank import Cancel
-from common.protocol.router import Failed
-from common.transport import AsyncClient, Server
-from services.router.dispatch.admission import ByteBudget, Permits
-from services.router.history import History
+from elasticmoe.common.protocol import rank as rank_messages
+from elasticmoe.common.protocol import router as router_messages
+from elasticmoe.common.protocol.errors import InvalidRequest, Overloaded
+from elasticmoe.common.protocol.rank import Cancel
+from elasticmoe.common.protocol.router import Failed
+from elasticmoe.common.transport import AsyncClient, Server
+from elasticmoe.services.router.dispatch.admission import ByteBudget, Permits
+from elasticmoe.services.router.history import History
 from tests.history import check_history
 
 

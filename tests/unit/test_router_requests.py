@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.http.errors import error_response
-from common.protocol.errors import ElasticMoEError, InvalidRequest
-from common.protocol.rank import Submit
-from services.router.api.options import options_of
-from services.router.api.parse import parse
-from services.router.api.schemas import ChatRequest, CompletionRequest
-from services.router.text.tokenizer import ServedModel
+from elasticmoe.common.http.errors import error_response
+from elasticmoe.common.protocol.errors import ElasticMoEError, InvalidRequest
+from elasticmoe.common.protocol.rank import Submit
+from elasticmoe.services.router.api.options import options_of
+from elasticmoe.services.router.api.parse import parse
+from elasticmoe.services.router.api.schemas import ChatRequest, CompletionRequest
+from elasticmoe.services.router.text.tokenizer import ServedModel
 from tests.procs.router_harness import write_model
 
 CHAT, COMPLETION = msgspec.json.Decoder(ChatRequest), msgspec.json.Decoder(CompletionRequest)

@@ -8,12 +8,12 @@ import random
 
 import pytest
 
-from cli.models.byte_tokenizer import build_byte_tokenizer
-from common.protocol.errors import ProtocolError, Unavailable
-from common.protocol.rank import Sampling, Submit
-from common.protocol.router import Delta, Logprob
-from services.router.dispatch.streams import Ending, Output, Stream
-from services.router.text.detokenizer import TextStream, TokenTable
+from elasticmoe.cli.models.byte_tokenizer import build_byte_tokenizer
+from elasticmoe.common.protocol.errors import ProtocolError, Unavailable
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.common.protocol.router import Delta, Logprob
+from elasticmoe.services.router.dispatch.streams import Ending, Output, Stream
+from elasticmoe.services.router.text.detokenizer import TextStream, TokenTable
 
 TABLE = TokenTable(build_byte_tokenizer())
 

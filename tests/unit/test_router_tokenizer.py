@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from common.protocol.errors import CheckpointError, ConfigError
-from services.router.text.codec import load_codec
-from services.router.text.jobs import Conversation
-from services.router.text.tokenizer import ServedModel, load_model
+from elasticmoe.common.protocol.errors import CheckpointError, ConfigError
+from elasticmoe.services.router.text.codec import load_codec
+from elasticmoe.services.router.text.jobs import Conversation
+from elasticmoe.services.router.text.tokenizer import ServedModel, load_model
 from tests.procs.router_harness import write_model
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.protocol.errors import InvalidRequest
-from services.router.api import schemas
-from services.router.api.parse import parse
-from services.router.api.whole import to_integers, whole
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api import schemas
+from elasticmoe.services.router.api.parse import parse
+from elasticmoe.services.router.api.whole import to_integers, whole
 
 KINDS = [schemas.ChatRequest, schemas.CompletionRequest, schemas.DetokenizeRequest]
 BASES: dict[type, dict[str, Any]] = {

@@ -14,12 +14,18 @@ import pytest
 from openai.types import completion_create_params as openai_completion
 from openai.types.chat import completion_create_params as openai_chat
 
-from common.protocol.errors import InvalidRequest
-from services.router.api.options import options_of, refuse_words
-from services.router.api.parse import parse
-from services.router.api.schemas import ChatMessage, ChatRequest, CompletionRequest, GenerateRequest, StreamOptions
-from services.router.api.words import MESSAGE_WORDS, WORDS
-from services.router.text.tokenizer import ServedModel
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api.options import options_of, refuse_words
+from elasticmoe.services.router.api.parse import parse
+from elasticmoe.services.router.api.schemas import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    GenerateRequest,
+    StreamOptions,
+)
+from elasticmoe.services.router.api.words import MESSAGE_WORDS, WORDS
+from elasticmoe.services.router.text.tokenizer import ServedModel
 from tests.procs.router_harness import write_model
 
 CHAT, COMPLETION = msgspec.json.Decoder(ChatRequest), msgspec.json.Decoder(CompletionRequest)

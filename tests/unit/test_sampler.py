@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from common.protocol.rank import Sampling, Submit
-from services.worker.backends.base import ComputeBackend
-from services.worker.backends.factory import BACKENDS, open_backend
-from services.worker.engine.sampler import Sampled, SamplingState, prompt_logprobs, sample, uniform
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.factory import BACKENDS, open_backend
+from elasticmoe.services.worker.engine.sampler import Sampled, SamplingState, prompt_logprobs, sample, uniform
 
 VOCAB = 50
 

@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.protocol.errors import CheckpointError
-from common.protocol.rank import Sampling
-from services.router.api.options import options_of
-from services.router.api.parse import parse
-from services.router.api.sampling_defaults import OPENAI, SamplingDefaults, read_defaults
-from services.router.api.schemas import CompletionRequest
-from services.router.text.tokenizer import ServedModel
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.services.router.api.options import options_of
+from elasticmoe.services.router.api.parse import parse
+from elasticmoe.services.router.api.sampling_defaults import OPENAI, SamplingDefaults, read_defaults
+from elasticmoe.services.router.api.schemas import CompletionRequest
+from elasticmoe.services.router.text.tokenizer import ServedModel
 from tests.procs.router_harness import write_model
 
 COMPLETION = msgspec.json.Decoder(CompletionRequest)

@@ -9,15 +9,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cli.models import make_model
-from common.protocol.errors import InvalidRequest
-from common.protocol.limits import LOGPROB_MIN
-from common.protocol.rank import Submit
-from common.protocol.router import Logprob
-from services.router.api.options import options_of
-from services.router.api.parse import parse
-from services.router.api.schemas import CompletionRequest
-from services.router.text.tokenizer import ServedModel
+from elasticmoe.cli.models import make_model
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.common.protocol.limits import LOGPROB_MIN
+from elasticmoe.common.protocol.rank import Submit
+from elasticmoe.common.protocol.router import Logprob
+from elasticmoe.services.router.api.options import options_of
+from elasticmoe.services.router.api.parse import parse
+from elasticmoe.services.router.api.schemas import CompletionRequest
+from elasticmoe.services.router.text.tokenizer import ServedModel
 from tests.extremes import draw
 from tests.unit.crew import Crew
 from tests.unit.ranks import Ranks

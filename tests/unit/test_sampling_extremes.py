@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from common.protocol.errors import InvalidRequest, RequestFailed
-from common.protocol.limits import LOGIT_BIAS_MAX, LOGPROB_MIN, LOGPROBS_MAX, STOP_TOKEN_IDS_MAX, VOCAB_MAX
-from common.protocol.rank import Sampling, Submit
-from common.protocol.router import Logprob
-from native import kernels
-from services.router.api.parse import parse
-from services.router.api.schemas import ChatRequest, CompletionRequest, GenerateRequest
-from services.worker.backends.base import ComputeBackend
-from services.worker.backends.factory import BACKENDS, open_backend
-from services.worker.engine import sampler
-from services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
+from elasticmoe.common.protocol.errors import InvalidRequest, RequestFailed
+from elasticmoe.common.protocol.limits import LOGIT_BIAS_MAX, LOGPROB_MIN, LOGPROBS_MAX, STOP_TOKEN_IDS_MAX, VOCAB_MAX
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.common.protocol.router import Logprob
+from elasticmoe.native import kernels
+from elasticmoe.services.router.api.parse import parse
+from elasticmoe.services.router.api.schemas import ChatRequest, CompletionRequest, GenerateRequest
+from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.factory import BACKENDS, open_backend
+from elasticmoe.services.worker.engine import sampler
+from elasticmoe.services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 TINY = 5e-324  # the least double above 0

@@ -12,16 +12,23 @@ import httpx
 import msgspec
 import pytest
 
-from common.protocol.errors import Conflict, DeadlineExceeded, ElasticMoEError, InvalidRequest, NotFound, Overloaded
-from common.protocol.replies import Refused
-from common.store import Event
-from services.scaler.api import admin
-from services.scaler.api.admin import build_app
-from services.scaler.api.event_stream import LISTENERS_MAX, EventStream
-from services.scaler.api.requests import parse_rebalance, parse_scale
-from services.scaler.api.snapshot import StatusCache, StatusSnapshot
-from services.scaler.control import command_queue as desk
-from services.scaler.control.admission import (
+from elasticmoe.common.protocol.errors import (
+    Conflict,
+    DeadlineExceeded,
+    ElasticMoEError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+)
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.store import Event
+from elasticmoe.services.scaler.api import admin
+from elasticmoe.services.scaler.api.admin import build_app
+from elasticmoe.services.scaler.api.event_stream import LISTENERS_MAX, EventStream
+from elasticmoe.services.scaler.api.requests import parse_rebalance, parse_scale
+from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
+from elasticmoe.services.scaler.control import command_queue as desk
+from elasticmoe.services.scaler.control.admission import (
     Accepted,
     CancelOperation,
     Later,
@@ -31,10 +38,10 @@ from services.scaler.control.admission import (
     planned_of,
     repeated,
 )
-from services.scaler.control.command_queue import CommandQueue
-from services.scaler.metrics import Meters
-from services.scaler.operation.operation import Request
-from services.scaler.planning.plan import Sizes, Target
+from elasticmoe.services.scaler.control.command_queue import CommandQueue
+from elasticmoe.services.scaler.metrics import Meters
+from elasticmoe.services.scaler.operation.operation import Request
+from elasticmoe.services.scaler.planning.plan import Sizes, Target
 from tests.unit.transitions import DOWN, UP, World, operation_of
 
 SIZES = Sizes(100, (10,), (7,))

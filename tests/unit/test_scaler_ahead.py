@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from common.protocol.rank import DecodeOnly
-from services.scaler.actions import TellRank
-from services.scaler.operation.advance import cancel, outcome
-from services.scaler.operation.migrate import DECODE_ONLY_STEPS, hurry, move_ahead
-from services.scaler.operation.operation import Operation
-from services.scaler.operation.steps import progressed
+from elasticmoe.common.protocol.rank import DecodeOnly
+from elasticmoe.services.scaler.actions import TellRank
+from elasticmoe.services.scaler.operation.advance import cancel, outcome
+from elasticmoe.services.scaler.operation.migrate import DECODE_ONLY_STEPS, hurry, move_ahead
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.operation.steps import progressed
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
 

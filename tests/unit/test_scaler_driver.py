@@ -11,23 +11,23 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.config import ScalerConfig
-from common.layout import Seat
-from common.protocol import hmm as to_hmm
-from common.protocol.codec import Message
-from common.protocol.errors import DoesNotFit, Fenced, Unavailable
-from common.protocol.pool import StopRank
-from common.protocol.rank import RankCommand
-from common.protocol.scaler import RankExited
-from common.store import Event, Writer
-from services.scaler.actions import Abort, Commit, Release, Stage, StartSeat, StopSeat, TellRank
-from services.scaler.control.executor import Executor
-from services.scaler.control.state import State
-from services.scaler.metrics import Meters
-from services.scaler.observation import Observation
-from services.scaler.operation.operation import Operation
-from services.scaler.store import journal as journal_module
-from services.scaler.store.journal import Journal
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.layout import Seat
+from elasticmoe.common.protocol import hmm as to_hmm
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import DoesNotFit, Fenced, Unavailable
+from elasticmoe.common.protocol.pool import StopRank
+from elasticmoe.common.protocol.rank import RankCommand
+from elasticmoe.common.protocol.scaler import RankExited
+from elasticmoe.common.store import Event, Writer
+from elasticmoe.services.scaler.actions import Abort, Commit, Release, Stage, StartSeat, StopSeat, TellRank
+from elasticmoe.services.scaler.control.executor import Executor
+from elasticmoe.services.scaler.control.state import State
+from elasticmoe.services.scaler.metrics import Meters
+from elasticmoe.services.scaler.observation import Observation
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.store import journal as journal_module
+from elasticmoe.services.scaler.store.journal import Journal
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import common.fence
-from common.fence import Fence
-from common.protocol.errors import Fenced, Unavailable
-from common.store import Writer
-from services.scaler.store.lease import Lease
+import elasticmoe.common.fence
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.protocol.errors import Fenced, Unavailable
+from elasticmoe.common.store import Writer
+from elasticmoe.services.scaler.store.lease import Lease
 
 
 class ForgetfulStore:
@@ -126,7 +126,7 @@ def test_one_of_many_claims_an_epoch(tmp_path: Path) -> None:
 def test_a_process_that_stopped_with_the_lock_holds_up_nobody_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[Fence], None]
 ) -> None:
-    monkeypatch.setattr(common.fence, "LOCK_SECONDS_MAX", 0.05)
+    monkeypatch.setattr(elasticmoe.common.fence, "LOCK_SECONDS_MAX", 0.05)
     fence = Fence(tmp_path, "scaler")
     fence.claim(1, "a")
     with open(tmp_path / "fence-scaler.lock") as file:

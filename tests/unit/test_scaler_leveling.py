@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scaler.planning.rebalance import SequenceMove, level, level_ahead
+from elasticmoe.services.scaler.planning.rebalance import SequenceMove, level, level_ahead
 
 
 def test_examples() -> None:

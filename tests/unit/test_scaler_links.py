@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import zmq
 
-from common.config import ScalerConfig
-from common.layout import RankId
-from common.protocol import hmm, pool
-from common.protocol.codec import Codec, Message
-from common.protocol.replies import Ack
-from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, ToScaler
-from common.transport import Server, new_identity
-from services.scaler.control.links import Links
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol import hmm, pool
+from elasticmoe.common.protocol.codec import Codec, Message
+from elasticmoe.common.protocol.replies import Ack
+from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus, RankExited, ToScaler
+from elasticmoe.common.transport import Server, new_identity
+from elasticmoe.services.scaler.control.links import Links
 from tests.procs.fuzz import Thrower, thrower
 from tests.procs.waiting import wait_until
 from tests.unit.specs import tiny_mixtral_spec

@@ -8,19 +8,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.config import ScalerConfig
-from common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError
-from common.protocol.scaler import HmmStatus
-from services.scaler.actions import LeaveOut
-from services.scaler.api.requests import parse_scale
-from services.scaler.control import admission
-from services.scaler.control.admission import Order, accept, lost_devices, planned_of
-from services.scaler.control.reconciler import reconcile
-from services.scaler.control.state import State
-from services.scaler.observation import Observation
-from services.scaler.operation.advance import can_cancel, without_lost
-from services.scaler.operation.operation import DeviceChange, Operation, Planned, Request
-from services.scaler.planning.plan import Plan, Sizes
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError
+from elasticmoe.common.protocol.scaler import HmmStatus
+from elasticmoe.services.scaler.actions import LeaveOut
+from elasticmoe.services.scaler.api.requests import parse_scale
+from elasticmoe.services.scaler.control import admission
+from elasticmoe.services.scaler.control.admission import Order, accept, lost_devices, planned_of
+from elasticmoe.services.scaler.control.reconciler import reconcile
+from elasticmoe.services.scaler.control.state import State
+from elasticmoe.services.scaler.observation import Observation
+from elasticmoe.services.scaler.operation.advance import can_cancel, without_lost
+from elasticmoe.services.scaler.operation.operation import DeviceChange, Operation, Planned, Request
+from elasticmoe.services.scaler.planning.plan import Plan, Sizes
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 
 PHASES = ("prepare", "commit", "migrate", "release")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
-from common.layout import initial_layout
-from common.protocol.ids import TransitionId
-from common.protocol.replies import Refused
-from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, TransitionStatus
-from services.scaler.actions import AnnounceLayout, LoadLayout, PublishMembers, StartSeat
-from services.scaler.control.members import serve
-from services.scaler.control.state import State, Status
-from services.scaler.observation import Observation, Step
-from services.scaler.operation.operation import Operation, Request
+from elasticmoe.common.layout import initial_layout
+from elasticmoe.common.protocol.ids import TransitionId
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, TransitionStatus
+from elasticmoe.services.scaler.actions import AnnounceLayout, LoadLayout, PublishMembers, StartSeat
+from elasticmoe.services.scaler.control.members import serve
+from elasticmoe.services.scaler.control.state import State, Status
+from elasticmoe.services.scaler.observation import Observation, Step
+from elasticmoe.services.scaler.operation.operation import Operation, Request
 
 LAYOUT = initial_layout([4, 4], ["host:0", "host:1"])
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from common.protocol.scaler import PoolStatus
-from services.scaler.actions import Action, EjectRank, LeaveOut, PublishMembers, StartSeat, StopSeat, TellRank
-from services.scaler.control.reconciler import LEAVE_OUT_S, reconcile
-from services.scaler.control.state import Orphans, State, Status
-from services.scaler.control.watchdog import Standing, Watched
-from services.scaler.observation import Observation, Step
-from services.scaler.operation.operation import Operation
-from services.scaler.operation.release import LEAVE_S
+from elasticmoe.common.protocol.scaler import PoolStatus
+from elasticmoe.services.scaler.actions import (
+    Action,
+    EjectRank,
+    LeaveOut,
+    PublishMembers,
+    StartSeat,
+    StopSeat,
+    TellRank,
+)
+from elasticmoe.services.scaler.control.reconciler import LEAVE_OUT_S, reconcile
+from elasticmoe.services.scaler.control.state import Orphans, State, Status
+from elasticmoe.services.scaler.control.watchdog import Standing, Watched
+from elasticmoe.services.scaler.observation import Observation, Step
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.operation.release import LEAVE_S
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 
 STALL_S = 3.0

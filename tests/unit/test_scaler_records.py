@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.layout import Served
-from common.protocol.errors import Unavailable
-from common.protocol.ids import TransitionId
-from common.store import Store, Writer
-from services.scaler.control.admission import lost_devices
-from services.scaler.operation.operation import Accounting, Figures, LegProgress, Operation, PhaseTime
-from services.scaler.store.records import OPERATIONS
+from elasticmoe.common.layout import Served
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.protocol.ids import TransitionId
+from elasticmoe.common.store import Store, Writer
+from elasticmoe.services.scaler.control.admission import lost_devices
+from elasticmoe.services.scaler.operation.operation import Accounting, Figures, LegProgress, Operation, PhaseTime
+from elasticmoe.services.scaler.store.records import OPERATIONS
 from tests.unit.test_scaler_resume import recall_of
 from tests.unit.test_store import Server
 from tests.unit.transitions import DOWN, UP, World, layout_of, operation_of

@@ -8,19 +8,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from common.config import ScalerConfig
-from common.layout import Layout, Served
-from common.protocol.errors import Fenced, Unavailable
-from common.protocol.scaler import HmmStatus
-from common.store import Writer
-from services.scaler.actions import LoadLayout
-from services.scaler.control.members import serve
-from services.scaler.control.state import State
-from services.scaler.observation import Observation
-from services.scaler.operation.operation import Operation
-from services.scaler.store.journal import Journal
-from services.scaler.store.recall import Recall
-from services.scaler.store.resume import CODE, Left, Wanted, begin
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.layout import Layout, Served
+from elasticmoe.common.protocol.errors import Fenced, Unavailable
+from elasticmoe.common.protocol.scaler import HmmStatus
+from elasticmoe.common.store import Writer
+from elasticmoe.services.scaler.actions import LoadLayout
+from elasticmoe.services.scaler.control.members import serve
+from elasticmoe.services.scaler.control.state import State
+from elasticmoe.services.scaler.observation import Observation
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.store.journal import Journal
+from elasticmoe.services.scaler.store.recall import Recall
+from elasticmoe.services.scaler.store.resume import CODE, Left, Wanted, begin
 from tests.unit.specs import tiny_mixtral_spec
 from tests.unit.transitions import DOWN, UP, layout_of, operation_of
 

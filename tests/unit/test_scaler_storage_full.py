@@ -12,14 +12,14 @@ import msgspec
 import pytest
 import redis
 
-from common.fence import Fence
-from common.protocol.errors import Unavailable
-from common.store import Event, Writer, _guard
-from services.scaler.operation.operation import Operation
-from services.scaler.store import journal as journal_module
-from services.scaler.store.journal import Journal
-from services.scaler.store.lease import Lease
-from services.scaler.store.reserve import DiskReserve, bytes_of
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.store import Event, Writer, _guard
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.store import journal as journal_module
+from elasticmoe.services.scaler.store.journal import Journal
+from elasticmoe.services.scaler.store.lease import Lease
+from elasticmoe.services.scaler.store.reserve import DiskReserve, bytes_of
 from tests.clocks import PlayedClock
 from tests.procs.waiting import wait_until
 from tests.unit.transitions import UP, operation_of

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.protocol.ids import CommandId, TransitionId
-from common.protocol.rank import CancelMigration
-from common.protocol.replies import Refused
-from services.scaler.actions import Abort, Release, StopSeat, TellRank
-from services.scaler.operation.advance import advance, can_cancel, cancel, outcome
-from services.scaler.operation.operation import Operation, Request
-from services.scaler.operation.orphans import collect_orphans
-from services.scaler.operation.release import LEAVE_S
-from services.scaler.operation.steps import progressed
-from services.scaler.planning.plan import Plan
+from elasticmoe.common.protocol.ids import CommandId, TransitionId
+from elasticmoe.common.protocol.rank import CancelMigration
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.services.scaler.actions import Abort, Release, StopSeat, TellRank
+from elasticmoe.services.scaler.operation.advance import advance, can_cancel, cancel, outcome
+from elasticmoe.services.scaler.operation.operation import Operation, Request
+from elasticmoe.services.scaler.operation.orphans import collect_orphans
+from elasticmoe.services.scaler.operation.release import LEAVE_S
+from elasticmoe.services.scaler.operation.steps import progressed
+from elasticmoe.services.scaler.planning.plan import Plan
 from tests.unit.transitions import DOWN, UP, World, operation_of, plan_of
 
 BEFORE = ("plan", "prepare")

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 import msgspec
 import pytest
 
-from common.layout import RankId
-from common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
-from services.scaler.actions import EjectRank
-from services.scaler.control.watchdog import ALONE_FACTOR, Pulse, Watched, pulses_of, watch
-from services.scaler.service import IDLE_TURN_S, QUIET_TURN_S
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
+from elasticmoe.services.scaler.actions import EjectRank
+from elasticmoe.services.scaler.control.watchdog import ALONE_FACTOR, Pulse, Watched, pulses_of, watch
+from elasticmoe.services.scaler.service import IDLE_TURN_S, QUIET_TURN_S
 
 STALL_S = 2.4
 TURN_S = 0.05

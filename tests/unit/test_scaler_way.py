@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from common.layout import initial_layout
-from services.scaler.planning.plan import MemoryForecast, Rates, Sizes, Target
-from services.scaler.planning.planner import plan_way
+from elasticmoe.common.layout import initial_layout
+from elasticmoe.services.scaler.planning.plan import MemoryForecast, Rates, Sizes, Target
+from elasticmoe.services.scaler.planning.planner import plan_way
 
 SIZES = Sizes(100, (10,), (7,))
 DEVICES = tuple(f"host:{i}" for i in range(4))

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.protocol.errors import InvalidRequest, Overloaded
-from common.protocol.rank import Sampling, Submit
-from services.worker.engine.blocks import BlockManager
-from services.worker.engine.scheduler import Scheduler
-from services.worker.engine.sequence import HEAD_START_S, head_start_s
+from elasticmoe.common.protocol.errors import InvalidRequest, Overloaded
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.services.worker.engine.blocks import BlockManager
+from elasticmoe.services.worker.engine.scheduler import Scheduler
+from elasticmoe.services.worker.engine.sequence import HEAD_START_S, head_start_s
 
 PEER = b"router:1"
 

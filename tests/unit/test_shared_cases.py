@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from common.families import load_spec
-from common.protocol.errors import CheckpointError
+from elasticmoe.common.families import load_spec
+from elasticmoe.common.protocol.errors import CheckpointError
 from tests.unit.ranks import Ranks, Stream, generate
 
 ROOT = Path(__file__).parents[2]

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cli.models import make_model
-from common.protocol.rank import Sampling, Submit
-from services.worker.engine import engine as engine_module
-from services.worker.engine.engine import Engine
-from services.worker.engine.outcome import Outcome
-from services.worker.engine.plan import Chunk, StepPlan
-from services.worker.rank.steps import GIVEN_UP_MAX, Steps
+from elasticmoe.cli.models import make_model
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.services.worker.engine import engine as engine_module
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.outcome import Outcome
+from elasticmoe.services.worker.engine.plan import Chunk, StepPlan
+from elasticmoe.services.worker.rank.steps import GIVEN_UP_MAX, Steps
 from tests.unit.crew import Crew, PlayedLockstep
 from tests.unit.migration_world import make_engine
 from tests.unit.ranks import Ranks

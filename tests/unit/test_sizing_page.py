@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from cli.checks import device_weights_bytes
-from cli.models.make import QWEN3_MOE_1B, TINY_MIXTRAL
-from common.config import defaults
-from common.devices.factory import backend_of
-from common.families import parse_spec
-from common.model_spec import kv_geometry
+from elasticmoe.cli.checks import device_weights_bytes
+from elasticmoe.cli.models.make import QWEN3_MOE_1B, TINY_MIXTRAL
+from elasticmoe.common.config import defaults
+from elasticmoe.common.devices.factory import backend_of
+from elasticmoe.common.families import parse_spec
+from elasticmoe.common.model_spec import kv_geometry
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "sizing.md").read_text()
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", "rms_norm_eps": 1e-5}

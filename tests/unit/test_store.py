@@ -13,13 +13,13 @@ import msgspec
 import pytest
 import redis
 
-import common.store
+import elasticmoe.common.store
 import tests.sim.store
-from cli.embedded_store import is_answering, server_binary
-from common.config import HmmConfig
-from common.layout import Layout, Seat, initial_layout
-from common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
-from common.store import OPERATIONS_MAX, AsyncStore, Event, Store, Writer, store_of
+from elasticmoe.cli.embedded_store import is_answering, server_binary
+from elasticmoe.common.config import HmmConfig
+from elasticmoe.common.layout import Layout, Seat, initial_layout
+from elasticmoe.common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
+from elasticmoe.common.store import OPERATIONS_MAX, AsyncStore, Event, Store, Writer, store_of
 
 LAYOUT = initial_layout([3], ["host:0", "host:1"])
 A = Writer("a", 1)
@@ -270,7 +270,7 @@ def test_operations_of_another_version_are_refused_or_left_out(store: Store, ser
 
 
 def test_a_value_that_could_not_be_read_back_is_not_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.store.VALUE_BYTES_MAX", 100)
+    monkeypatch.setattr("elasticmoe.common.store.VALUE_BYTES_MAX", 100)
     with pytest.raises(PayloadTooLarge, match="limit of 100"):
         store.put_operation(A, Work("x" * 200))
 
@@ -334,8 +334,8 @@ def test_each_thread_has_a_connection_of_its_own_and_a_name_for_it(server: Serve
 
 
 async def test_news_of_a_layout_wake_a_router_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common.store, "POLL_SECONDS", 60.0)  # so that it cannot be the polling
-    monkeypatch.setattr(common.store, "LAYOUTS_MAX", 2)
+    monkeypatch.setattr(elasticmoe.common.store, "POLL_SECONDS", 60.0)  # so that it cannot be the polling
+    monkeypatch.setattr(elasticmoe.common.store, "LAYOUTS_MAX", 2)
     watcher, store = AsyncStore(server.url, "test"), Store(server.url, "test")
     for epoch in range(1, 6):
         store.put_layout(A, msgspec.structs.replace(LAYOUT, epoch=epoch))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from cli.models.byte_tokenizer import _byte_chars, build_byte_tokenizer
-from common.protocol.errors import InvalidRequest
-from services.router.text.bounds import CharBound, measure
+from elasticmoe.cli.models.byte_tokenizer import _byte_chars, build_byte_tokenizer
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.text.bounds import CharBound, measure
 
 WORDS = ["hello", "Ġhello", "ĠĠĠĠĠĠĠĠ", "<0x", "a" * 40]
 

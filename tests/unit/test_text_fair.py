@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.protocol.errors import Overloaded
-from services.router.text.fair import FairQueue, FairTurns
+from elasticmoe.common.protocol.errors import Overloaded
+from elasticmoe.services.router.text.fair import FairQueue, FairTurns
 
 
 def drain(queue: FairQueue[int]) -> list[int]:

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from services.router.text import forkserver
-from services.router.text.forkserver import ENDING, FORK, NOT_STARTED, ORDER, ForkServer
+from elasticmoe.services.router.text import forkserver
+from elasticmoe.services.router.text.forkserver import ENDING, FORK, NOT_STARTED, ORDER, ForkServer
 from tests.procs.descriptors import numbers_of
 
 NUMBER = 7

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from cli.models.byte_tokenizer import build_byte_tokenizer
-from common.protocol.errors import CheckpointError, InvalidRequest
-from services.router.text.template import TEMPLATE_CHARS_MAX, ChatTemplate
+from elasticmoe.cli.models.byte_tokenizer import build_byte_tokenizer
+from elasticmoe.common.protocol.errors import CheckpointError, InvalidRequest
+from elasticmoe.services.router.text.template import TEMPLATE_CHARS_MAX, ChatTemplate
 from tests.unit.template_samples import TEMPLATES
 
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {

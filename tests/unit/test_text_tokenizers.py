@@ -16,14 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from cli.models.byte_tokenizer import _byte_chars
-from common.families import FAMILIES
-from common.protocol.errors import CheckpointError, InvalidRequest
-from services.router.text.classes import BY_FAMILY, REBUILT, REFUSED
-from services.router.text.codec import load_codec
-from services.router.text.detokenizer import TextStream
-from services.router.text.jobs import Conversation
-from services.router.text.tokenizer import ServedModel
+from elasticmoe.cli.models.byte_tokenizer import _byte_chars
+from elasticmoe.common.families import FAMILIES
+from elasticmoe.common.protocol.errors import CheckpointError, InvalidRequest
+from elasticmoe.services.router.text.classes import BY_FAMILY, REBUILT, REFUSED
+from elasticmoe.services.router.text.codec import load_codec
+from elasticmoe.services.router.text.detokenizer import TextStream
+from elasticmoe.services.router.text.jobs import Conversation
+from elasticmoe.services.router.text.tokenizer import ServedModel
 
 VOCAB = 400
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "Ã ©"]

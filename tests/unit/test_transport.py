@@ -10,11 +10,11 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from common import fdchannel, transport
-from common.fence import Fence
-from common.layout import RankId
-from common.protocol import keeper, pool, rank, scaler
-from common.protocol.errors import (
+from elasticmoe.common import fdchannel, transport
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol import keeper, pool, rank, scaler
+from elasticmoe.common.protocol.errors import (
     Conflict,
     DeadlineExceeded,
     ElasticMoEError,
@@ -23,11 +23,11 @@ from common.protocol.errors import (
     Unauthorized,
     Unavailable,
 )
-from common.protocol.keeper import Fetch, Keep, Kept
-from common.protocol.pool import GetPool, StopRank
-from common.protocol.replies import Ack, Refused
-from common.protocol.scaler import PoolStatus
-from common.transport import Client, Server, new_identity
+from elasticmoe.common.protocol.keeper import Fetch, Keep, Kept
+from elasticmoe.common.protocol.pool import GetPool, StopRank
+from elasticmoe.common.protocol.replies import Ack, Refused
+from elasticmoe.common.protocol.scaler import PoolStatus
+from elasticmoe.common.transport import Client, Server, new_identity
 
 
 @pytest.fixture

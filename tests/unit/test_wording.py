@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Meta, inspect
 
-from common.config import CONFIGS
-from common.http.decode import decode
-from common.protocol.errors import InvalidRequest
-from common.wording import Complaint, broken_json, counted, nearest, of_pattern, read, shown, undecodable
-from services.router.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from services.scaler.api.requests import RebalanceBody, ScaleBody
+from elasticmoe.common.config import CONFIGS
+from elasticmoe.common.http.decode import decode
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.common.wording import Complaint, broken_json, counted, nearest, of_pattern, read, shown, undecodable
+from elasticmoe.services.router.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from elasticmoe.services.scaler.api.requests import RebalanceBody, ScaleBody
 from tests.wording import LIBRARY
 
 BODIES = (ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, RebalanceBody, ScaleBody)

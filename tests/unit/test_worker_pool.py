@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from common.config import PoolConfig, make_run_dirs
-from common.fdchannel import Channel
-from common.protocol.errors import Unavailable
-from common.protocol.standby import TO_POOL, Forked, FromStandby
-from services.worker.pool.pool import FORK_S_MAX, STANDBY_FAILURES_MAX, STANDBY_SETTLED_S, Pool, children
-from services.worker.pool.pool import pool as pool_module
+from elasticmoe.common.config import PoolConfig, make_run_dirs
+from elasticmoe.common.fdchannel import Channel
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.protocol.standby import TO_POOL, Forked, FromStandby
+from elasticmoe.services.worker.pool.pool import FORK_S_MAX, STANDBY_FAILURES_MAX, STANDBY_SETTLED_S, Pool, children
+from elasticmoe.services.worker.pool.pool import pool as pool_module
 
 
 class Template:
-    """In the place of services.worker.pool.forks.Forks. `sockets`: of those that were asked for."""
+    """In the place of elasticmoe.services.worker.pool.forks.Forks. `sockets`: of those that were asked for."""
 
     def __init__(self, *_: Any) -> None:
         self.connected_at = 0.0

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from common.layout import RankId
-from common.protocol.codec import encode
-from common.protocol.errors import ElasticMoEError, Unavailable
-from common.protocol.limits import ERROR_TEXT_CHARS_MAX, NAME_CHARS_MAX, RANKS_MAX
-from common.protocol.pool import StartRank
-from common.protocol.scaler import RankReady
-from services.worker.pool.pool import seats
-from services.worker.pool.seats import RECORD_BYTES, SeatLock, Seats, path_of
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.codec import encode
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.limits import ERROR_TEXT_CHARS_MAX, NAME_CHARS_MAX, RANKS_MAX
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.scaler import RankReady
+from elasticmoe.services.worker.pool.pool import seats
+from elasticmoe.services.worker.pool.seats import RECORD_BYTES, SeatLock, Seats, path_of
 
 WIDE = "\U0001f600"  # four bytes
 

@@ -6,13 +6,13 @@ import itertools
 
 import msgspec
 
-from common.layout import Layout, RankId, Seat
-from common.model_spec import KvGeometry, RecordKey
-from common.protocol.hmm import RecordCopy
-from common.protocol.ids import CommandId, CommandKind
-from common.protocol.rank import CancelMigration, DecodeOnly, Drain, MigrateTo, Precopy, RankCommand
-from common.protocol.replies import Refused
-from common.protocol.scaler import (
+from elasticmoe.common.layout import Layout, RankId, Seat
+from elasticmoe.common.model_spec import KvGeometry, RecordKey
+from elasticmoe.common.protocol.hmm import RecordCopy
+from elasticmoe.common.protocol.ids import CommandId, CommandKind
+from elasticmoe.common.protocol.rank import CancelMigration, DecodeOnly, Drain, MigrateTo, Precopy, RankCommand
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import (
     DeviceStatus,
     HmmStatus,
     MemoryFacts,
@@ -21,11 +21,11 @@ from common.protocol.scaler import (
     RankLoad,
     TransitionStatus,
 )
-from services.scaler.actions import Abort, Action, Commit, Release, Stage, StartSeat, StopSeat, TellRank
-from services.scaler.observation import Observation
-from services.scaler.operation.advance import advance
-from services.scaler.operation.operation import Operation, Request
-from services.scaler.planning.plan import Leg, Plan
+from elasticmoe.services.scaler.actions import Abort, Action, Commit, Release, Stage, StartSeat, StopSeat, TellRank
+from elasticmoe.services.scaler.observation import Observation
+from elasticmoe.services.scaler.operation.advance import advance
+from elasticmoe.services.scaler.operation.operation import Operation, Request
+from elasticmoe.services.scaler.planning.plan import Leg, Plan
 
 DEVICES = tuple(f"host:{i}" for i in range(4))
 SEATS = tuple(Seat(RankId(i, 0), i, DEVICES[i]) for i in range(4))

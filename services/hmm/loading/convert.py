@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from common.model_spec import Dtype
+from elasticmoe.common.model_spec import Dtype
 
 SAME: Final = {("F32", "float32"), ("BF16", "bfloat16")}  # (stored, served) that need no conversion
 

@@ -12,18 +12,18 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.capacity import DeviceSizes, LedgerSizes, size_load
-from common.checkpoint import Checkpoint
-from common.failpoint import failpoint
-from common.families import load_spec
-from common.model_spec import KvGeometry, RecordKey, RecordSpec, round_up
-from common.protocol.errors import CheckpointError, Unavailable
-from common.protocol.hmm import LoadModel
-from common.telemetry import get_logger
-from services.hmm.loading.reader import Reader
-from services.hmm.memory.catalog import Loaded
-from services.hmm.memory.ledgers import make_ledger
-from services.hmm.memory.memory import BusSegment, DeviceMemory
+from elasticmoe.common.capacity import DeviceSizes, LedgerSizes, size_load
+from elasticmoe.common.checkpoint import Checkpoint
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.families import load_spec
+from elasticmoe.common.model_spec import KvGeometry, RecordKey, RecordSpec, round_up
+from elasticmoe.common.protocol.errors import CheckpointError, Unavailable
+from elasticmoe.common.protocol.hmm import LoadModel
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.hmm.loading.reader import Reader
+from elasticmoe.services.hmm.memory.catalog import Loaded
+from elasticmoe.services.hmm.memory.ledgers import make_ledger
+from elasticmoe.services.hmm.memory.memory import BusSegment, DeviceMemory
 
 log = get_logger("hmm")
 

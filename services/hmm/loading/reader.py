@@ -9,14 +9,14 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from common.checkpoint import Checkpoint
-from common.devices.base import Device
-from common.model_spec import DTYPE_BYTES, Dtype, RecordSpec
-from common.protocol.errors import CheckpointError
-from common.safetensors import DTYPE_BYTES as STORED_BYTES
-from common.safetensors import TensorFile
-from native import host
-from services.hmm.loading.convert import SAME, convert
+from elasticmoe.common.checkpoint import Checkpoint
+from elasticmoe.common.devices.base import Device
+from elasticmoe.common.model_spec import DTYPE_BYTES, Dtype, RecordSpec
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.common.safetensors import DTYPE_BYTES as STORED_BYTES
+from elasticmoe.common.safetensors import TensorFile
+from elasticmoe.native import host
+from elasticmoe.services.hmm.loading.convert import SAME, convert
 
 _CHUNK_BYTES: Final = 16 << 20  # read at once: also how long an abort may wait
 _STAGING_BYTES: Final = 8 << 20  # of source elements that wait for conversion

@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from common.devices.base import Device
-from common.model_spec import KvGeometry
-from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, Overloaded
-from common.protocol.hmm import CopyBlocks
-from services.hmm.background import Background
-from services.hmm.memory.memory import DeviceMemory
-from services.hmm.sessions.attachments import Attached
+from elasticmoe.common.devices.base import Device
+from elasticmoe.common.model_spec import KvGeometry
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, Overloaded
+from elasticmoe.common.protocol.hmm import CopyBlocks
+from elasticmoe.services.hmm.background import Background
+from elasticmoe.services.hmm.memory.memory import DeviceMemory
+from elasticmoe.services.hmm.sessions.attachments import Attached
 
 RUNNING_MAX: Final = 2  # threads at once
 WAITING_MAX: Final = 256

@@ -10,11 +10,11 @@ from typing import Literal
 
 import msgspec
 
-from common.families import records
-from common.layout import Layout, keys_on
-from common.model_spec import KvGeometry, ModelSpec, RecordKey, round_up
-from common.protocol.hmm import LoadModel, StageLayout
-from common.protocol.replies import Refused
+from elasticmoe.common.families import records
+from elasticmoe.common.layout import Layout, keys_on
+from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey, round_up
+from elasticmoe.common.protocol.hmm import LoadModel, StageLayout
+from elasticmoe.common.protocol.replies import Refused
 
 Phase = Literal[
     "vacating", "copying", "staged", "committed", "releasing", "released", "aborting", "aborted", "failed"

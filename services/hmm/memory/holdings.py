@@ -10,16 +10,16 @@ import os
 from collections.abc import Iterable
 from typing import Final
 
-from common.capacity import budget_of
-from common.config import HmmConfig
-from common.devices.base import Device
-from common.devices.factory import granularity_of, open_device
-from common.host_shared import HostShared
-from common.layout import Layout
-from common.machine import available_bytes
-from common.protocol.errors import ConfigError, DeviceError, Unavailable
-from common.telemetry import Logger
-from services.hmm.memory.catalog import (
+from elasticmoe.common.capacity import budget_of
+from elasticmoe.common.config import HmmConfig
+from elasticmoe.common.devices.base import Device
+from elasticmoe.common.devices.factory import granularity_of, open_device
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.machine import available_bytes
+from elasticmoe.common.protocol.errors import ConfigError, DeviceError, Unavailable
+from elasticmoe.common.telemetry import Logger
+from elasticmoe.services.hmm.memory.catalog import (
     Catalog,
     DeviceEntry,
     Loaded,
@@ -29,9 +29,9 @@ from services.hmm.memory.catalog import (
     encode,
     slots_of,
 )
-from services.hmm.memory.memory import BusSegment, DeviceMemory
-from services.hmm.memory.snapshot import Snapshot
-from services.hmm.sessions.parking import CATALOG, Parking
+from elasticmoe.services.hmm.memory.memory import BusSegment, DeviceMemory
+from elasticmoe.services.hmm.memory.snapshot import Snapshot
+from elasticmoe.services.hmm.sessions.parking import CATALOG, Parking
 
 _BUS: Final = "bus"
 

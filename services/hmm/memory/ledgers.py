@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from common.capacity import LEDGER_BLOB_BYTES, LedgerSizes
-from common.host_shared import HostShared
-from common.protocol.errors import Unavailable
-from native.ledger import format_ledger
+from elasticmoe.common.capacity import LEDGER_BLOB_BYTES, LedgerSizes
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.native.ledger import format_ledger
 
 
 def claim_ledger(device: str, sizes: LedgerSizes) -> HostShared:

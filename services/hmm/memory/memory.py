@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from common.capacity import BusSizes
-from common.devices.base import Device, Handle, Range, Space
-from common.devices.rules import Origin
-from common.host_shared import HostShared
-from common.model_spec import RecordKey
-from common.protocol.errors import DeviceError
-from native.bus import Bus, format_bus
-from services.hmm.memory.catalog import DeviceEntry, Placed, Span
+from elasticmoe.common.capacity import BusSizes
+from elasticmoe.common.devices.base import Device, Handle, Range, Space
+from elasticmoe.common.devices.rules import Origin
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.model_spec import RecordKey
+from elasticmoe.common.protocol.errors import DeviceError
+from elasticmoe.native.bus import Bus, format_bus
+from elasticmoe.services.hmm.memory.catalog import DeviceEntry, Placed, Span
 
 _Window = tuple[Space, Origin, int]
 

@@ -11,7 +11,7 @@ import os
 import struct
 from typing import Final
 
-from common.protocol.errors import PayloadTooLarge
+from elasticmoe.common.protocol.errors import PayloadTooLarge
 
 SLOT_BYTES: Final = 64 * 1024 * 1024  # of address space: pages exist only where something was written
 _HEAD: Final = struct.Struct("<QQ8s")

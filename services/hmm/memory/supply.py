@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from common.capacity import size_ledger
-from common.devices.base import Handle, Space
-from common.failpoint import failpoint
-from common.host_shared import HostShared
-from common.model_spec import RecordKey
-from common.protocol.errors import ElasticMoEError
-from services.hmm.background import Background
-from services.hmm.memory.catalog import Loaded, Transition, record_bytes
-from services.hmm.memory.holdings import Holdings
-from services.hmm.memory.ledgers import claim_ledger
-from services.hmm.memory.memory import DeviceMemory
-from services.hmm.memory.transfer import LedgerPart, Peaks, Transfer, TransferOp, reclaim
+from elasticmoe.common.capacity import size_ledger
+from elasticmoe.common.devices.base import Handle, Space
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.model_spec import RecordKey
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.services.hmm.background import Background
+from elasticmoe.services.hmm.memory.catalog import Loaded, Transition, record_bytes
+from elasticmoe.services.hmm.memory.holdings import Holdings
+from elasticmoe.services.hmm.memory.ledgers import claim_ledger
+from elasticmoe.services.hmm.memory.memory import DeviceMemory
+from elasticmoe.services.hmm.memory.transfer import LedgerPart, Peaks, Transfer, TransferOp, reclaim
 
 Then = Callable[[ElasticMoEError | None], None]
 Parts = dict[str, list[TransferOp | LedgerPart]]

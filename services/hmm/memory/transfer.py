@@ -13,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from common.capacity import LedgerSizes
-from common.checkpoint import Checkpoint
-from common.devices.base import Device, Handle
-from common.failpoint import failpoint
-from common.families import record
-from common.host_shared import HostShared
-from common.model_spec import ModelSpec, RecordKey
-from common.protocol.errors import Unavailable
-from services.hmm.loading.reader import Reader
-from services.hmm.memory.ledgers import format_pages
+from elasticmoe.common.capacity import LedgerSizes
+from elasticmoe.common.checkpoint import Checkpoint
+from elasticmoe.common.devices.base import Device, Handle
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.families import record
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.model_spec import ModelSpec, RecordKey
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.services.hmm.loading.reader import Reader
+from elasticmoe.services.hmm.memory.ledgers import format_pages
 
 _THREADS: Final = 2  # while there is no limit; a joining replica waits for one device only
 _PIECE_BYTES: Final = 4 << 20

@@ -14,13 +14,13 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from common.fdchannel import Channel, Listener
-from common.protocol.codec import Message, encode
-from common.protocol.errors import Conflict, ElasticMoEError, ProtocolError, Unavailable
-from common.protocol.handles import TO_HMM, Applied, Attach, AttachReply, SeatMemory, ToHmm
-from common.protocol.replies import refusal
-from common.telemetry import Logger
-from services.hmm.sessions.handles import Offer, shares
+from elasticmoe.common.fdchannel import Channel, Listener
+from elasticmoe.common.protocol.codec import Message, encode
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, ProtocolError, Unavailable
+from elasticmoe.common.protocol.handles import TO_HMM, Applied, Attach, AttachReply, SeatMemory, ToHmm
+from elasticmoe.common.protocol.replies import refusal
+from elasticmoe.common.telemetry import Logger
+from elasticmoe.services.hmm.sessions.handles import Offer, shares
 
 PENDING_MAX: Final = 128  # connections that have not said who they are
 PENDING_S: Final = 5.0  # that they have for it

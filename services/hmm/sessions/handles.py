@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Final, NamedTuple
 
-from common.devices.base import Device, FdToken, Handle
-from common.host_shared import HostShared
-from common.layout import Layout, Seat
-from common.model_spec import RecordKey
-from common.protocol.errors import Conflict, NotFound
-from common.protocol.handles import (
+from elasticmoe.common.devices.base import Device, FdToken, Handle
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.layout import Layout, Seat
+from elasticmoe.common.model_spec import RecordKey
+from elasticmoe.common.protocol.errors import Conflict, NotFound
+from elasticmoe.common.protocol.handles import (
     Attach,
     AttachReply,
     RecordHandle,
@@ -22,10 +22,10 @@ from common.protocol.handles import (
     SharedKey,
     ShareHandles,
 )
-from common.protocol.limits import FDS_MAX
-from services.hmm.memory.catalog import Loaded, Transition, keys_of, layouts, slots_of
-from services.hmm.memory.holdings import Holdings
-from services.hmm.memory.memory import DeviceMemory
+from elasticmoe.common.protocol.limits import FDS_MAX
+from elasticmoe.services.hmm.memory.catalog import Loaded, Transition, keys_of, layouts, slots_of
+from elasticmoe.services.hmm.memory.holdings import Holdings
+from elasticmoe.services.hmm.memory.memory import DeviceMemory
 
 HANDLES_MAX: Final = 1_024  # of one message: importing them takes a rank some milliseconds between two steps
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from common.layout import Layout
-from common.telemetry import Logger
-from native.bus import Bus
-from services.hmm.memory.holdings import Holdings
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.telemetry import Logger
+from elasticmoe.native.bus import Bus
+from elasticmoe.services.hmm.memory.holdings import Holdings
 
 
 class Membership:

@@ -9,13 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from common.fdchannel import Channel, connect
-from common.protocol.codec import Message
-from common.protocol.errors import ElasticMoEError, ProtocolError, Unavailable
-from common.protocol.keeper import TO_HMM, Fetch, Forget, Keep, Kept
-from common.protocol.limits import FDS_MAX
-from common.protocol.replies import Ack, Refused
-from common.telemetry import Logger
+from elasticmoe.common.fdchannel import Channel, connect
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError, Unavailable
+from elasticmoe.common.protocol.keeper import TO_HMM, Fetch, Forget, Keep, Kept
+from elasticmoe.common.protocol.limits import FDS_MAX
+from elasticmoe.common.protocol.replies import Ack, Refused
+from elasticmoe.common.telemetry import Logger
 
 CATALOG: Final = "catalog"  # parked last: where it is, everything that it names is
 _CALL_MS: Final = 2_000

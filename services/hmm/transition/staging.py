@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from common.capacity import check_layout, kv_handles_min, size_ledger
-from common.layout import Layout
-from common.protocol.errors import Conflict, DoesNotFit, InvalidRequest, NotFound
-from common.protocol.hmm import StageLayout
-from common.wording import size
-from services.hmm.memory.catalog import Catalog, Loaded, keys_of, record_bytes
+from elasticmoe.common.capacity import check_layout, kv_handles_min, size_ledger
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, InvalidRequest, NotFound
+from elasticmoe.common.protocol.hmm import StageLayout
+from elasticmoe.common.wording import size
+from elasticmoe.services.hmm.memory.catalog import Catalog, Loaded, keys_of, record_bytes
 
 
 def check_stage(catalog: Catalog, loaded: Loaded, request: StageLayout, max_ranks: int) -> None:

@@ -13,26 +13,26 @@ from typing import Final
 
 import msgspec
 
-from common.clock import SYSTEM_CLOCK, Clock
-from common.devices.base import Handle
-from common.failpoint import failpoint
-from common.host_shared import HostShared
-from common.layout import Layout, Seat
-from common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound
-from common.protocol.hmm import StageLayout
-from common.protocol.ids import TransitionId
-from common.protocol.replies import Refused, refusal
-from common.protocol.scaler import TransitionStatus
-from common.telemetry import Logger
-from services.hmm.memory.blocks import BlockCopies
-from services.hmm.memory.catalog import Loaded, Phase, Transition, keys_of, record_bytes
-from services.hmm.memory.holdings import Holdings
-from services.hmm.memory.memory import DeviceMemory
-from services.hmm.memory.supply import Parts, Supply
-from services.hmm.sessions.attachments import Attached, Attachments
-from services.hmm.sessions.handles import seat_memory, wanted_view
-from services.hmm.sessions.membership import Membership
-from services.hmm.transition.staging import check_stage
+from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
+from elasticmoe.common.devices.base import Handle
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.layout import Layout, Seat
+from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound
+from elasticmoe.common.protocol.hmm import StageLayout
+from elasticmoe.common.protocol.ids import TransitionId
+from elasticmoe.common.protocol.replies import Refused, refusal
+from elasticmoe.common.protocol.scaler import TransitionStatus
+from elasticmoe.common.telemetry import Logger
+from elasticmoe.services.hmm.memory.blocks import BlockCopies
+from elasticmoe.services.hmm.memory.catalog import Loaded, Phase, Transition, keys_of, record_bytes
+from elasticmoe.services.hmm.memory.holdings import Holdings
+from elasticmoe.services.hmm.memory.memory import DeviceMemory
+from elasticmoe.services.hmm.memory.supply import Parts, Supply
+from elasticmoe.services.hmm.sessions.attachments import Attached, Attachments
+from elasticmoe.services.hmm.sessions.handles import seat_memory, wanted_view
+from elasticmoe.services.hmm.sessions.membership import Membership
+from elasticmoe.services.hmm.transition.staging import check_stage
 
 _RESUME_S: Final = 5.0  # after a start, or its connection's end: a living rank has introduced itself by then
 

@@ -16,16 +16,16 @@ from typing import Protocol
 
 from starlette.responses import Response
 
-from common.http.body import Receive
-from common.http.door import Scope, Send
-from common.http.errors import error_response
-from common.protocol.errors import ElasticMoEError, Unavailable
-from common.sse import escape_separators
-from services.router.api.errors import error_event
-from services.router.api.generate import Generation
-from services.router.api.logprobs import PIECE_TOKENS
-from services.router.api.pieces import CHUNK_BYTES, send_json, send_pieces
-from services.router.dispatch.streams import Ending, Output, Stream
+from elasticmoe.common.http.body import Receive
+from elasticmoe.common.http.door import Scope, Send
+from elasticmoe.common.http.errors import error_response
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.sse import escape_separators
+from elasticmoe.services.router.api.errors import error_event
+from elasticmoe.services.router.api.generate import Generation
+from elasticmoe.services.router.api.logprobs import PIECE_TOKENS
+from elasticmoe.services.router.api.pieces import CHUNK_BYTES, send_json, send_pieces
+from elasticmoe.services.router.dispatch.streams import Ending, Output, Stream
 
 HEAD_S = 0.5
 TICK_S = 0.001  # a timer may come early by so much

@@ -5,14 +5,14 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
-from common.http.door import Door
-from common.http.errors import on_error, on_status
-from common.http.hosts import HostPolicy, split
-from common.protocol.errors import ElasticMoEError
-from common.version import version
-from services.router.api import chat, completions, docs, health, metrics, models, tokens
-from services.router.api.front import Front
-from services.router.api.gate import PUBLIC_PATHS, Gate
+from elasticmoe.common.http.door import Door
+from elasticmoe.common.http.errors import on_error, on_status
+from elasticmoe.common.http.hosts import HostPolicy, split
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.version import version
+from elasticmoe.services.router.api import chat, completions, docs, health, metrics, models, tokens
+from elasticmoe.services.router.api.front import Front
+from elasticmoe.services.router.api.gate import PUBLIC_PATHS, Gate
 
 
 def build_app(front: Front) -> Door:

@@ -7,19 +7,19 @@ import time
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from common.protocol.errors import InvalidRequest
-from services.router.api.answer import Answer
-from services.router.api.conversation import conversation_of
-from services.router.api.docs import describe
-from services.router.api.front import Front
-from services.router.api.gate import client_of, front_of, permit_of, request_id_of
-from services.router.api.generate import Generation, start
-from services.router.api.logprobs import Entries, Teller
-from services.router.api.options import Options, UsageChunks, options_of
-from services.router.api.parse import body_of
-from services.router.api.schemas import ChatRequest
-from services.router.api.told import AnswerMessage, ChatCompletion, ChatCompletionChunk, ChatLogprobs, Usage
-from services.router.dispatch.streams import Output, Stream
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api.answer import Answer
+from elasticmoe.services.router.api.conversation import conversation_of
+from elasticmoe.services.router.api.docs import describe
+from elasticmoe.services.router.api.front import Front
+from elasticmoe.services.router.api.gate import client_of, front_of, permit_of, request_id_of
+from elasticmoe.services.router.api.generate import Generation, start
+from elasticmoe.services.router.api.logprobs import Entries, Teller
+from elasticmoe.services.router.api.options import Options, UsageChunks, options_of
+from elasticmoe.services.router.api.parse import body_of
+from elasticmoe.services.router.api.schemas import ChatRequest
+from elasticmoe.services.router.api.told import AnswerMessage, ChatCompletion, ChatCompletionChunk, ChatLogprobs, Usage
+from elasticmoe.services.router.dispatch.streams import Output, Stream
 
 routes = APIRouter()
 _decoder = msgspec.json.Decoder(ChatRequest)

@@ -8,19 +8,19 @@ from typing import NamedTuple
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from common.protocol.errors import InvalidRequest
-from services.router.api.answer import Answer
-from services.router.api.chat import end_of_event, end_of_events, usage_of
-from services.router.api.docs import describe
-from services.router.api.front import Front
-from services.router.api.gate import client_of, front_of, permit_of, request_id_of
-from services.router.api.generate import Generation, start
-from services.router.api.logprobs import Columns, Teller
-from services.router.api.options import Options, check_ids, options_of, unsupported
-from services.router.api.parse import body_of
-from services.router.api.schemas import BATCH_MAX, CompletionRequest
-from services.router.api.told import Completion, CompletionChunk, CompletionLogprobs
-from services.router.dispatch.streams import Output, Stream
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api.answer import Answer
+from elasticmoe.services.router.api.chat import end_of_event, end_of_events, usage_of
+from elasticmoe.services.router.api.docs import describe
+from elasticmoe.services.router.api.front import Front
+from elasticmoe.services.router.api.gate import client_of, front_of, permit_of, request_id_of
+from elasticmoe.services.router.api.generate import Generation, start
+from elasticmoe.services.router.api.logprobs import Columns, Teller
+from elasticmoe.services.router.api.options import Options, check_ids, options_of, unsupported
+from elasticmoe.services.router.api.parse import body_of
+from elasticmoe.services.router.api.schemas import BATCH_MAX, CompletionRequest
+from elasticmoe.services.router.api.told import Completion, CompletionChunk, CompletionLogprobs
+from elasticmoe.services.router.dispatch.streams import Output, Stream
 
 MAX_TOKENS_DEFAULT = 16
 

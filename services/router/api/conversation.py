@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from common.protocol.errors import InvalidRequest
-from services.router.api.options import refuse_words, unsupported
-from services.router.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
-from services.router.api.words import MESSAGE_WORDS
-from services.router.text.jobs import Conversation
-from services.router.text.template import RESERVED_VARIABLES
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api.options import refuse_words, unsupported
+from elasticmoe.services.router.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
+from elasticmoe.services.router.api.words import MESSAGE_WORDS
+from elasticmoe.services.router.text.jobs import Conversation
+from elasticmoe.services.router.text.template import RESERVED_VARIABLES
 
 VALUES_MAX = 4_096  # values in all template variables and documents of a request, containers included
 VALUE_CHARS_MAX = 1 << 20  # characters of texts and keys in them

@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Response
 
-from common.http.errors import ErrorBody
-from common.http.openapi import json_content, refusals, secure
-from services.router.api import schemas, told
-from services.router.api.examples import EXAMPLES
-from services.router.api.words import MESSAGE_WORDS, WORDS, UnsupportedMessageWords, UnsupportedWords
+from elasticmoe.common.http.errors import ErrorBody
+from elasticmoe.common.http.openapi import json_content, refusals, secure
+from elasticmoe.services.router.api import schemas, told
+from elasticmoe.services.router.api.examples import EXAMPLES
+from elasticmoe.services.router.api.words import MESSAGE_WORDS, WORDS, UnsupportedMessageWords, UnsupportedWords
 
 _REF = "#/components/schemas/"
 ABOUT = """An OpenAI-compatible API for one model. What is honoured, ignored and refused: `docs/api.md`; framing,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 from starlette.responses import Response
 
-from common.http.errors import ErrorBody, detail_of
-from common.protocol.errors import ElasticMoEError
+from elasticmoe.common.http.errors import ErrorBody, detail_of
+from elasticmoe.common.protocol.errors import ElasticMoEError
 
 
 def error_event(error: ElasticMoEError) -> bytes:

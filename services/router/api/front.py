@@ -6,15 +6,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.config import RouterConfig
-from common.protocol.errors import NotFound
-from services.router.api.sampling_defaults import SamplingDefaults, read_defaults
-from services.router.api.turns import Turns
-from services.router.dispatch.admission import ByteBudget, Permits
-from services.router.dispatch.dispatcher import Dispatcher
-from services.router.metrics import Metrics
-from services.router.text.texts import Texts, Workers
-from services.router.text.tokenizer import ServedModel
+from elasticmoe.common.config import RouterConfig
+from elasticmoe.common.protocol.errors import NotFound
+from elasticmoe.services.router.api.sampling_defaults import SamplingDefaults, read_defaults
+from elasticmoe.services.router.api.turns import Turns
+from elasticmoe.services.router.dispatch.admission import ByteBudget, Permits
+from elasticmoe.services.router.dispatch.dispatcher import Dispatcher
+from elasticmoe.services.router.metrics import Metrics
+from elasticmoe.services.router.text.texts import Texts, Workers
+from elasticmoe.services.router.text.tokenizer import ServedModel
 
 BODIES_MAX = 16  # bodies of the largest size that are in memory at once
 ANSWERS_MAX = 2  # answers of the largest size

@@ -13,12 +13,12 @@ from typing import Any, cast
 
 from starlette.requests import Request
 
-from common.http import ids
-from common.http.body import Body, Receive
-from common.http.door import Scope, Send, bearer_of, headers_of
-from common.protocol.errors import InvalidRequest, Unauthorized, Unavailable
-from services.router.api.front import Front
-from services.router.dispatch.admission import Permit
+from elasticmoe.common.http import ids
+from elasticmoe.common.http.body import Body, Receive
+from elasticmoe.common.http.door import Scope, Send, bearer_of, headers_of
+from elasticmoe.common.protocol.errors import InvalidRequest, Unauthorized, Unavailable
+from elasticmoe.services.router.api.front import Front
+from elasticmoe.services.router.dispatch.admission import Permit
 
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
 WORK_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})

@@ -7,14 +7,14 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from common.protocol.errors import ContextLengthExceeded, InvalidRequest
-from common.protocol.limits import PROMPT_TOKENS_MAX
-from common.protocol.rank import Submit
-from services.router.api.front import Front
-from services.router.api.options import Options
-from services.router.dispatch.admission import Permit, check_price, price
-from services.router.dispatch.streams import Ending, Stream
-from services.router.text.detokenizer import TextStream
+from elasticmoe.common.protocol.errors import ContextLengthExceeded, InvalidRequest
+from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX
+from elasticmoe.common.protocol.rank import Submit
+from elasticmoe.services.router.api.front import Front
+from elasticmoe.services.router.api.options import Options
+from elasticmoe.services.router.dispatch.admission import Permit, check_price, price
+from elasticmoe.services.router.dispatch.streams import Ending, Stream
+from elasticmoe.services.router.text.detokenizer import TextStream
 
 PIECE_TOKENS = 65_536  # of prompts that are submitted in one go
 

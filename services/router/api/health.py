@@ -6,11 +6,11 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
-from common.version import version
-from services.router.api.docs import describe
-from services.router.api.errors import json_response
-from services.router.api.gate import front_of
-from services.router.api.told import Health, Load, Ready, ReplicaLoad, Version
+from elasticmoe.common.version import version
+from elasticmoe.services.router.api.docs import describe
+from elasticmoe.services.router.api.errors import json_response
+from elasticmoe.services.router.api.gate import front_of
+from elasticmoe.services.router.api.told import Health, Load, Ready, ReplicaLoad, Version
 
 routes = APIRouter()
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import cast
 
-from common.protocol.limits import LOGPROB_MIN
-from common.protocol.router import Logprob
-from services.router.api.pieces import items_of, joined
-from services.router.api.told import CompletionLogprobs, TokenLogprob, TopLogprob
-from services.router.api.turns import Turns
-from services.router.dispatch.streams import TokenInfo
-from services.router.text.detokenizer import TextStream, TokenTable
+from elasticmoe.common.protocol.limits import LOGPROB_MIN
+from elasticmoe.common.protocol.router import Logprob
+from elasticmoe.services.router.api.pieces import items_of, joined
+from elasticmoe.services.router.api.told import CompletionLogprobs, TokenLogprob, TopLogprob
+from elasticmoe.services.router.api.turns import Turns
+from elasticmoe.services.router.dispatch.streams import TokenInfo
+from elasticmoe.services.router.text.detokenizer import TextStream, TokenTable
 
 _COLUMNS = tuple(name.encode() for name in CompletionLogprobs.__struct_fields__)
 PIECE_TOKENS = 256  # that are rendered in one go: some milliseconds with all alternatives

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from services.router.api.docs import describe
-from services.router.api.gate import front_of
+from elasticmoe.services.router.api.docs import describe
+from elasticmoe.services.router.api.gate import front_of
 
 routes = APIRouter()
 

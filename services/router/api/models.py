@@ -6,12 +6,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
-from common.protocol.errors import Unavailable
-from services.router.api.docs import describe
-from services.router.api.errors import json_response
-from services.router.api.front import Front
-from services.router.api.gate import front_of
-from services.router.api.told import ModelCard, ModelList
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.services.router.api.docs import describe
+from elasticmoe.services.router.api.errors import json_response
+from elasticmoe.services.router.api.front import Front
+from elasticmoe.services.router.api.gate import front_of
+from elasticmoe.services.router.api.told import ModelCard, ModelList
 
 routes = APIRouter()
 NameInPath = Annotated[str, Path(description="A model's name; it may have slashes")]

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from common.protocol.errors import InvalidRequest
-from common.protocol.rank import Sampling
-from services.router.api.sampling_defaults import OPENAI, SamplingDefaults
-from services.router.api.schemas import GenerateRequest, StreamOptions
-from services.router.api.words import WORDS, Word, asked_for
-from services.router.text.tokenizer import ServedModel
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.services.router.api.sampling_defaults import OPENAI, SamplingDefaults
+from elasticmoe.services.router.api.schemas import GenerateRequest, StreamOptions
+from elasticmoe.services.router.api.words import WORDS, Word, asked_for
+from elasticmoe.services.router.text.tokenizer import ServedModel
 
 SEED_MASK = (1 << 63) - 1
 

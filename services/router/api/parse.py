@@ -11,14 +11,14 @@ from typing import TypeVar
 import msgspec
 from fastapi import Request
 
-from common.http.decode import decode
-from common.protocol.errors import Unavailable
-from common.protocol.limits import PROMPT_TOKENS_MAX
-from services.router.api.front import Front
-from services.router.api.gate import front_of
-from services.router.api.parts import PIECE_BYTES, BodyParts
-from services.router.api.schemas import BATCH_MAX
-from services.router.api.whole import to_integers
+from elasticmoe.common.http.decode import decode
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX
+from elasticmoe.services.router.api.front import Front
+from elasticmoe.services.router.api.gate import front_of
+from elasticmoe.services.router.api.parts import PIECE_BYTES, BodyParts
+from elasticmoe.services.router.api.schemas import BATCH_MAX
+from elasticmoe.services.router.api.whole import to_integers
 
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@ decoded, whatever bound it breaks."""
 
 from __future__ import annotations
 
-from common.protocol.errors import InvalidRequest
+from elasticmoe.common.protocol.errors import InvalidRequest
 
 CONTAINERS_MAX = 16_384  # arrays and objects: four for each of the most messages
 STRINGS_MAX = 131_072  # names and texts: eight for each of those

@@ -11,9 +11,9 @@ from typing import TypeVar
 import msgspec
 from starlette.responses import Response
 
-from common.http.body import Receive
-from common.http.door import Scope, Send
-from services.router.api.turns import Turns
+from elasticmoe.common.http.body import Receive
+from elasticmoe.common.http.door import Scope, Send
+from elasticmoe.services.router.api.turns import Turns
 
 T = TypeVar("T")
 

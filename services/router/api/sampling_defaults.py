@@ -12,13 +12,13 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from common.checkpoint_files import read_json
-from common.protocol.errors import CheckpointError
-from common.protocol.limits import CONFIG_JSON_BYTES_MAX
-from common.telemetry import get_logger
-from common.wording import read, shown
-from services.router.api.schemas import GenerateRequest
-from services.router.api.whole import to_integers
+from elasticmoe.common.checkpoint_files import read_json
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.common.protocol.limits import CONFIG_JSON_BYTES_MAX
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.wording import read, shown
+from elasticmoe.services.router.api.schemas import GenerateRequest
+from elasticmoe.services.router.api.whole import to_integers
 
 log = get_logger("router")
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from common.described import says
-from common.http.ids import REQUEST_ID_PATTERN
-from common.protocol.limits import (
+from elasticmoe.common.described import says
+from elasticmoe.common.http.ids import REQUEST_ID_PATTERN
+from elasticmoe.common.protocol.limits import (
     LOGIT_BIAS_MAX,
     LOGPROBS_MAX,
     PROMPT_TOKENS_MAX,
@@ -22,9 +22,9 @@ from common.protocol.limits import (
     STOP_TOKEN_IDS_MAX,
     VOCAB_MAX,
 )
-from common.protocol.rank import OutputPenalty, RepetitionPenalty, Share, Temperature, TokenBias, TokenId
-from services.router.api.whole import whole
-from services.router.api.words import UnsupportedMessageWords, UnsupportedWords
+from elasticmoe.common.protocol.rank import OutputPenalty, RepetitionPenalty, Share, Temperature, TokenBias, TokenId
+from elasticmoe.services.router.api.whole import whole
+from elasticmoe.services.router.api.words import UnsupportedMessageWords, UnsupportedWords
 
 CHOICES_MAX = 128
 BATCH_MAX = 64

@@ -5,17 +5,17 @@ from __future__ import annotations
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from common.protocol.errors import InvalidRequest
-from services.router.api.conversation import conversation_of, refuse_without_messages
-from services.router.api.docs import describe
-from services.router.api.errors import json_response
-from services.router.api.gate import client_of, front_of
-from services.router.api.options import check_ids
-from services.router.api.parse import body_of
-from services.router.api.pieces import JsonPieces
-from services.router.api.schemas import DetokenizeRequest, TokenizeRequest
-from services.router.api.told import Detokenized, Tokenized
-from services.router.text.jobs import Tokenize
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api.conversation import conversation_of, refuse_without_messages
+from elasticmoe.services.router.api.docs import describe
+from elasticmoe.services.router.api.errors import json_response
+from elasticmoe.services.router.api.gate import client_of, front_of
+from elasticmoe.services.router.api.options import check_ids
+from elasticmoe.services.router.api.parse import body_of
+from elasticmoe.services.router.api.pieces import JsonPieces
+from elasticmoe.services.router.api.schemas import DetokenizeRequest, TokenizeRequest
+from elasticmoe.services.router.api.told import Detokenized, Tokenized
+from elasticmoe.services.router.text.jobs import Tokenize
 
 routes = APIRouter()
 _tokenize_decoder = msgspec.json.Decoder(TokenizeRequest)

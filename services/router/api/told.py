@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from common.described import says
+from elasticmoe.common.described import says
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from common.protocol.errors import InvalidRequest, Overloaded
+from elasticmoe.common.protocol.errors import InvalidRequest, Overloaded
 
 # Bytes of an answer per token, about: its text, and its log probabilities with each alternative: of the output while
 # they wait for a reader, of the prompt as JSON.

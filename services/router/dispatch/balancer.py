@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from common.layout import RankId
+from elasticmoe.common.layout import RankId
 
 STALE_S = 2.5  # silent, or with work and without progress, for longer: no new work while others are fresh
 LOST_S = 10.0  # silent for longer: as good as dead

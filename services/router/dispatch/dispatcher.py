@@ -1,4 +1,5 @@
 """Brings generations and replicas together: submits, cancels, hands tokens to their streams, and notices losses.
+Longer than 400 lines, because all that can end or move a stream is decided in one class.
 
 What can go wrong, and who ends a stream then:
 - a rank says Failed: its error, or another try elsewhere when it is retryable;
@@ -19,23 +20,40 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from common.clock import SYSTEM_CLOCK, Clock
-from common.endpoints import Transport
-from common.failpoint import failpoint
-from common.layout import Layout, RankId
-from common.protocol.codec import Message, Received
-from common.protocol.errors import DeadlineExceeded, ElasticMoEError, ProtocolError, RequestFailed, Unavailable, Unready
-from common.protocol.rank import Cancel
-from common.protocol.replies import Refused
-from common.protocol.router import CODEC, Delta, Failed, MayMove, Moved, RankStatus, Suspected, Tokens, ToRouter
-from common.telemetry import get_logger
-from common.transport import new_identity
-from services.router.dispatch.balancer import LOST_S, Candidate, decide
-from services.router.dispatch.links import RankLink, Spawn, spawn_task
-from services.router.dispatch.pace import TICK_S, Pace
-from services.router.dispatch.streams import Ending, Stream
-from services.router.history import History
-from services.router.metrics import Metrics
+from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
+from elasticmoe.common.endpoints import Transport
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.layout import Layout, RankId
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import (
+    DeadlineExceeded,
+    ElasticMoEError,
+    ProtocolError,
+    RequestFailed,
+    Unavailable,
+    Unready,
+)
+from elasticmoe.common.protocol.rank import Cancel
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.router import (
+    CODEC,
+    Delta,
+    Failed,
+    MayMove,
+    Moved,
+    RankStatus,
+    Suspected,
+    Tokens,
+    ToRouter,
+)
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.transport import new_identity
+from elasticmoe.services.router.dispatch.balancer import LOST_S, Candidate, decide
+from elasticmoe.services.router.dispatch.links import RankLink, Spawn, spawn_task
+from elasticmoe.services.router.dispatch.pace import TICK_S, Pace
+from elasticmoe.services.router.dispatch.streams import Ending, Stream
+from elasticmoe.services.router.history import History
+from elasticmoe.services.router.metrics import Metrics
 
 log = get_logger("router")
 

@@ -11,16 +11,16 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Protocol
 
-from common.clock import Clock
-from common.endpoints import AsyncClientEnd
-from common.layout import RankId
-from common.protocol.codec import Message, Received
-from common.protocol.errors import ProtocolError, Unavailable
-from common.protocol.rank import Unwatch, Watch
-from common.protocol.router import RankStatus, Tokens, ToRouter
-from common.telemetry import get_logger
-from services.router.dispatch.balancer import LOST_S, Candidate
-from services.router.dispatch.streams import Stream
+from elasticmoe.common.clock import Clock
+from elasticmoe.common.endpoints import AsyncClientEnd
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import ProtocolError, Unavailable
+from elasticmoe.common.protocol.rank import Unwatch, Watch
+from elasticmoe.common.protocol.router import RankStatus, Tokens, ToRouter
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.router.dispatch.balancer import LOST_S, Candidate
+from elasticmoe.services.router.dispatch.streams import Stream
 
 log = get_logger("router")
 

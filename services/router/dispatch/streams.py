@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from common.layout import RankId
-from common.protocol.errors import ElasticMoEError, ProtocolError
-from common.protocol.limits import VOCAB_MAX
-from common.protocol.rank import Submit
-from common.protocol.router import Delta, Logprob, Suspicion
-from services.router.text.detokenizer import TextStream
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
+from elasticmoe.common.protocol.limits import VOCAB_MAX
+from elasticmoe.common.protocol.rank import Submit
+from elasticmoe.common.protocol.router import Delta, Logprob, Suspicion
+from elasticmoe.services.router.text.detokenizer import TextStream
 
 FINISH_REASONS = ("stop", "length")
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import msgspec
 from tokenizers import AddedToken, Tokenizer
 
-from common.protocol.errors import CheckpointError, ElasticMoEError
-from services.router.text.classes import TokenizerClass, class_of
-from services.router.text.files import TokenizerFiles
-from services.router.text.special import SpecialTokens, gather, install
+from elasticmoe.common.protocol.errors import CheckpointError, ElasticMoEError
+from elasticmoe.services.router.text.classes import TokenizerClass, class_of
+from elasticmoe.services.router.text.files import TokenizerFiles
+from elasticmoe.services.router.text.special import SpecialTokens, gather, install
 
 
 class TokenizerBackend(NamedTuple):

@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple
 
 from tokenizers import Tokenizer
 
-from common.protocol.errors import InvalidRequest
-from services.router.text.detokenizer import byte_of_char
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.text.detokenizer import byte_of_char
 
 # Canonical composition makes at most this many code points one: no code point decomposes into more (Unicode's own
 # bound, see the expansion factors of UAX 15).

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from common.protocol.errors import CheckpointError
+from elasticmoe.common.protocol.errors import CheckpointError
 
 Settings = Mapping[str, Any]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import msgspec
 
-from common.families import load_spec, read_config
-from common.protocol.errors import CheckpointError, InvalidRequest
-from services.router.text.backend import TokenizerBackend, build, errors_as
-from services.router.text.bounds import measure
-from services.router.text.detokenizer import TokenTable
-from services.router.text.files import TemplateSource, read_tokenizer_files
-from services.router.text.jobs import (
+from elasticmoe.common.families import load_spec, read_config
+from elasticmoe.common.protocol.errors import CheckpointError, InvalidRequest
+from elasticmoe.services.router.text.backend import TokenizerBackend, build, errors_as
+from elasticmoe.services.router.text.bounds import measure
+from elasticmoe.services.router.text.detokenizer import TokenTable
+from elasticmoe.services.router.text.files import TemplateSource, read_tokenizer_files
+from elasticmoe.services.router.text.jobs import (
     Chat,
     Conversation,
     Decode,
@@ -32,7 +32,7 @@ from services.router.text.jobs import (
     Tokenize,
     TokenizedBody,
 )
-from services.router.text.template import ChatTemplate
+from elasticmoe.services.router.text.template import ChatTemplate
 
 
 class TextCodec:

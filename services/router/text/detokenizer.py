@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from common.protocol.errors import ConfigError
+from elasticmoe.common.protocol.errors import ConfigError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 

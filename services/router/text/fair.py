@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
-from common.protocol.errors import Overloaded
+from elasticmoe.common.protocol.errors import Overloaded
 
 T = TypeVar("T")
 

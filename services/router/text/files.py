@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from common.checkpoint_files import read_file, read_json
-from common.protocol.errors import CheckpointError
+from elasticmoe.common.checkpoint_files import read_file, read_json
+from elasticmoe.common.protocol.errors import CheckpointError
 
 TOKENIZER_BYTES_MAX: Final = 128 * 1024 * 1024
 SETTINGS_BYTES_MAX: Final = 16 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""`python -m services.router.text.forkserver DIRECTORY FD`: loads a checkpoint's tokenizer once, then forks workers.
+"""`python -m elasticmoe.services.router.text.forkserver DIRECTORY FD`: loads a tokenizer once, then forks workers.
 
 One thread, no loop of its own beyond this file, nothing that a request can reach: it forks, kills and reaps. A worker
 is there in milliseconds and shares the tokenizer's memory. FD is a socket of kind SOCK_SEQPACKET; when its other end is
@@ -17,10 +17,10 @@ import struct
 import sys
 from pathlib import Path
 
-from common.protocol.errors import ElasticMoEError
-from services.router.text import process
-from services.router.text.codec import TextCodec, load_codec
-from services.router.text.worker import serve
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.services.router.text import process
+from elasticmoe.services.router.text.codec import TextCodec, load_codec
+from elasticmoe.services.router.text.worker import serve
 
 ORDER = struct.Struct("<cIQ")  # FORK with a socket, or KILL; the worker's number; its memory in bytes
 ENDING = struct.Struct("<Ii")  # the number of a worker that has ended, and its exit status, negative for a signal

@@ -20,11 +20,11 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from common.protocol.errors import InvalidRequest, Overloaded, Unavailable, Unready
-from common.telemetry import get_logger
-from services.router.text import forkserver, jobs, worker
-from services.router.text.fair import FairTurns
-from services.router.text.jobs import Job, JobRefused, Reply
+from elasticmoe.common.protocol.errors import InvalidRequest, Overloaded, Unavailable, Unready
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.router.text import forkserver, jobs, worker
+from elasticmoe.services.router.text.fair import FairTurns
+from elasticmoe.services.router.text.jobs import Job, JobRefused, Reply
 
 log = get_logger("router")
 

@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
-from common.protocol.errors import CheckpointError
-from services.router.text.files import TokenizerFiles
+from elasticmoe.common.protocol.errors import CheckpointError
+from elasticmoe.services.router.text.files import TokenizerFiles
 
 NAMES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ADDED_TOKENS_MAX: Final = 65_536

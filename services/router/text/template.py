@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from common.protocol.errors import CheckpointError, InvalidRequest
+from elasticmoe.common.protocol.errors import CheckpointError, InvalidRequest
 
 TEMPLATE_CHARS_MAX: Final = 1 << 20
 TEMPLATE_ERROR_CHARS_MAX: Final = 300

@@ -8,11 +8,11 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from common.telemetry import get_logger
-from services.router.text import jobs
-from services.router.text.codec import TextCodec
-from services.router.text.jobs import Conversation, Job, Reply
-from services.router.text.process import give_memory_back
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.router.text import jobs
+from elasticmoe.services.router.text.codec import TextCodec
+from elasticmoe.services.router.text.jobs import Conversation, Job, Reply
+from elasticmoe.services.router.text.process import give_memory_back
 
 log = get_logger("router")
 

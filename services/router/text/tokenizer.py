@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.families import load_spec
-from common.protocol.errors import CheckpointError, ConfigError, InvalidRequest
-from common.protocol.limits import STOP_TOKEN_IDS_MAX
-from common.telemetry import get_logger
-from services.router.text.backend import TokenizerBackend
-from services.router.text.codec import load_codec
+from elasticmoe.common.families import load_spec
+from elasticmoe.common.protocol.errors import CheckpointError, ConfigError, InvalidRequest
+from elasticmoe.common.protocol.limits import STOP_TOKEN_IDS_MAX
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.router.text.backend import TokenizerBackend
+from elasticmoe.services.router.text.codec import load_codec
 
 log = get_logger("router")
 

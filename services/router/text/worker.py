@@ -10,9 +10,9 @@ import struct
 
 import msgspec
 
-from common.protocol.errors import InvalidRequest
-from services.router.text import jobs, process
-from services.router.text.codec import TextCodec
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.text import jobs, process
+from elasticmoe.services.router.text.codec import TextCodec
 
 JOB_HEAD = struct.Struct("<II")  # bytes of the job, and seconds of CPU that it may take
 REPLY_HEAD = struct.Struct("<IB")  # bytes of the reply, and whether the worker ends after it

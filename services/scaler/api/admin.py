@@ -15,22 +15,22 @@ from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
-from common.http.body import Body, Receive
-from common.http.connection import Rules
-from common.http.door import Door, Scope, Send, bearer_of, headers_of
-from common.http.errors import on_error, on_status
-from common.http.hosts import NoPages
-from common.http.listener import HttpServer, make_server
-from common.protocol.errors import ConfigError, ElasticMoEError, Unauthorized
-from common.protocol.limits import NAME_CHARS_MAX
-from common.sse import escape_separators
-from common.version import version
-from services.scaler.api import docs, views
-from services.scaler.api.docs import describe
-from services.scaler.api.event_stream import EventStream
-from services.scaler.api.prometheus import render_metrics
-from services.scaler.api.requests import RebalanceBody, ScaleBody, parse_rebalance, parse_scale
-from services.scaler.api.snapshot import (
+from elasticmoe.common.http.body import Body, Receive
+from elasticmoe.common.http.connection import Rules
+from elasticmoe.common.http.door import Door, Scope, Send, bearer_of, headers_of
+from elasticmoe.common.http.errors import on_error, on_status
+from elasticmoe.common.http.hosts import NoPages
+from elasticmoe.common.http.listener import HttpServer, make_server
+from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, Unauthorized
+from elasticmoe.common.protocol.limits import NAME_CHARS_MAX
+from elasticmoe.common.sse import escape_separators
+from elasticmoe.common.version import version
+from elasticmoe.services.scaler.api import docs, views
+from elasticmoe.services.scaler.api.docs import describe
+from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.prometheus import render_metrics
+from elasticmoe.services.scaler.api.requests import RebalanceBody, ScaleBody, parse_rebalance, parse_scale
+from elasticmoe.services.scaler.api.snapshot import (
     StatusCache,
     devices_view,
     find_operation,
@@ -40,9 +40,9 @@ from services.scaler.api.snapshot import (
     plan_view,
     ready_view,
 )
-from services.scaler.control.admission import CancelOperation
-from services.scaler.control.command_queue import CommandQueue
-from services.scaler.metrics import Meters
+from elasticmoe.services.scaler.control.admission import CancelOperation
+from elasticmoe.services.scaler.control.command_queue import CommandQueue
+from elasticmoe.services.scaler.metrics import Meters
 
 BODY_BYTES_MAX = 1024 * 1024
 BODY_S_MAX = 10.0

@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Response
 
-from common.http.errors import ErrorBody
-from common.http.openapi import REF, json_content, refusals, secure
-from services.scaler.api import views
-from services.scaler.api.examples import EXAMPLES
-from services.scaler.api.requests import RebalanceBody, ScaleBody
+from elasticmoe.common.http.errors import ErrorBody
+from elasticmoe.common.http.openapi import REF, json_content, refusals, secure
+from elasticmoe.services.scaler.api import views
+from elasticmoe.services.scaler.api.examples import EXAMPLES
+from elasticmoe.services.scaler.api.requests import RebalanceBody, ScaleBody
 
 ABOUT = """How an operator scales a running deployment, and sees what it does: `docs/admin-api.md` has every call by
 curl, `docs/scaling.md` what an operation is, `docs/reference/` the error codes and the events."""

@@ -7,8 +7,8 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator
 
-from common.protocol.errors import Overloaded
-from common.store import Event
+from elasticmoe.common.protocol.errors import Overloaded
+from elasticmoe.common.store import Event
 
 LISTENERS_MAX = 16
 EVENTS_KEPT = 1_000

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 
-from services.scaler import measures
-from services.scaler.api.snapshot import StatusSnapshot, memory_view
-from services.scaler.metrics import Meters
+from elasticmoe.services.scaler import measures
+from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, memory_view
+from elasticmoe.services.scaler.metrics import Meters
 
 
 def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:

@@ -8,15 +8,15 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from common.described import says
-from common.http.decode import decode
-from common.protocol.errors import (
+from elasticmoe.common.described import says
+from elasticmoe.common.http.decode import decode
+from elasticmoe.common.protocol.errors import (
     InvalidRequest,
 )
-from common.protocol.limits import DEVICES_MAX, NAME_CHARS_MAX, RANKS_MAX
-from services.scaler.control.admission import Order
-from services.scaler.operation.operation import Request
-from services.scaler.planning.plan import Target
+from elasticmoe.common.protocol.limits import DEVICES_MAX, NAME_CHARS_MAX, RANKS_MAX
+from elasticmoe.services.scaler.control.admission import Order
+from elasticmoe.services.scaler.operation.operation import Request
+from elasticmoe.services.scaler.planning.plan import Target
 
 OpId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
 DeadlineS = Annotated[float, Meta(gt=0, le=86_400)]

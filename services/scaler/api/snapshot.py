@@ -7,16 +7,16 @@ from typing import Any
 
 import msgspec
 
-from common.layout import Layout
-from common.protocol.errors import NotFound, Unavailable, Unready
-from common.protocol.replies import Refused
-from common.protocol.scaler import DeviceStatus, HmmStatus, PoolStatus
-from services.scaler.api import views
-from services.scaler.control.state import DeploymentPhase
-from services.scaler.operation.advance import outcome
-from services.scaler.operation.operation import Operation
-from services.scaler.planning.plan import Plan
-from services.scaler.store.resume import Resumed
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.protocol.errors import NotFound, Unavailable, Unready
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolStatus
+from elasticmoe.services.scaler.api import views
+from elasticmoe.services.scaler.control.state import DeploymentPhase
+from elasticmoe.services.scaler.operation.advance import outcome
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.planning.plan import Plan
+from elasticmoe.services.scaler.store.resume import Resumed
 
 
 class StatusSnapshot(msgspec.Struct, frozen=True):

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from common.described import says
-from common.layout import Seat
-from common.protocol.replies import Refused
-from services.scaler.control.state import DeploymentPhase
-from services.scaler.operation.advance import Outcome
-from services.scaler.operation.operation import Figures, Kind, OperationPhase, PhaseTime, Planned, Request
-from services.scaler.store.resume import Resumed
+from elasticmoe.common.described import says
+from elasticmoe.common.layout import Seat
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.services.scaler.control.state import DeploymentPhase
+from elasticmoe.services.scaler.operation.advance import Outcome
+from elasticmoe.services.scaler.operation.operation import Figures, Kind, OperationPhase, PhaseTime, Planned, Request
+from elasticmoe.services.scaler.store.resume import Resumed
 
 DeviceState = Literal["used", "joining", "leaving", "free"]
 

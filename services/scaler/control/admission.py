@@ -8,18 +8,26 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from common.clock import SYSTEM_CLOCK, Clock
-from common.config import ScalerConfig
-from common.model_spec import ModelSpec
-from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unready
-from common.protocol.scaler import HmmStatus
-from common.telemetry import get_logger
-from services.scaler.actions import LeaveOut
-from services.scaler.control.audit_log import PlanMade
-from services.scaler.control.executor import Executor, Tell
-from services.scaler.operation.advance import can_cancel, cancel, without_lost
-from services.scaler.operation.operation import Accounting, DeviceChange, Figures, Kind, Operation, Planned, Request
-from services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target, sizes_of
+from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unready
+from elasticmoe.common.protocol.scaler import HmmStatus
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.scaler.actions import LeaveOut
+from elasticmoe.services.scaler.control.audit_log import PlanMade
+from elasticmoe.services.scaler.control.executor import Executor, Tell
+from elasticmoe.services.scaler.operation.advance import can_cancel, cancel, without_lost
+from elasticmoe.services.scaler.operation.operation import (
+    Accounting,
+    DeviceChange,
+    Figures,
+    Kind,
+    Operation,
+    Planned,
+    Request,
+)
+from elasticmoe.services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target, sizes_of
 
 log = get_logger("scaler")
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 
 import msgspec
 
-from common.layout import Layout
-from services.scaler.actions import Action, EjectRank, LeaveOut
-from services.scaler.control.state import State
-from services.scaler.observation import Observation, Step
-from services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target
-from services.scaler.planning.planner import plan_way
+from elasticmoe.common.layout import Layout
+from elasticmoe.services.scaler.actions import Action, EjectRank, LeaveOut
+from elasticmoe.services.scaler.control.state import State
+from elasticmoe.services.scaler.observation import Observation, Step
+from elasticmoe.services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target
+from elasticmoe.services.scaler.planning.planner import plan_way
 
 _encoder = msgspec.msgpack.Encoder(order="deterministic")
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, Full, Queue
 
-from common.protocol.errors import (
+from elasticmoe.common.protocol.errors import (
     DeadlineExceeded,
     ElasticMoEError,
     Overloaded,
 )
-from common.telemetry import get_logger
-from services.scaler.control.admission import Accepted, CancelOperation, Later, Order
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.scaler.control.admission import Accepted, CancelOperation, Later, Order
 
 log = get_logger("scaler")
 ORDERS_MAX = 32

@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import msgspec
 
-from common.config import ScalerConfig
-from common.failpoint import failpoint
-from common.protocol import hmm as to_hmm
-from common.protocol.errors import ElasticMoEError, Fenced
-from common.protocol.hmm import SetMembership
-from common.protocol.pool import StopRank
-from common.protocol.replies import Refused, refusal
-from common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankLoad
-from common.telemetry import get_logger
-from services.scaler.actions import (
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.protocol import hmm as to_hmm
+from elasticmoe.common.protocol.errors import ElasticMoEError, Fenced
+from elasticmoe.common.protocol.hmm import SetMembership
+from elasticmoe.common.protocol.pool import StopRank
+from elasticmoe.common.protocol.replies import Refused, refusal
+from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankLoad
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.scaler.actions import (
     Abort,
     Action,
     ActionKey,
@@ -33,15 +33,15 @@ from services.scaler.actions import (
     TellRank,
     key_of,
 )
-from services.scaler.control.audit_log import PlanMade, is_notable, turn_taken
-from services.scaler.control.links import Links
-from services.scaler.control.reconciler import reconcile
-from services.scaler.control.state import State
-from services.scaler.metrics import Meters
-from services.scaler.observation import Observation
-from services.scaler.operation.advance import outcome
-from services.scaler.operation.operation import Operation
-from services.scaler.store.journal import Journal
+from elasticmoe.services.scaler.control.audit_log import PlanMade, is_notable, turn_taken
+from elasticmoe.services.scaler.control.links import Links
+from elasticmoe.services.scaler.control.reconciler import reconcile
+from elasticmoe.services.scaler.control.state import State
+from elasticmoe.services.scaler.metrics import Meters
+from elasticmoe.services.scaler.observation import Observation
+from elasticmoe.services.scaler.operation.advance import outcome
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.store.journal import Journal
 
 log = get_logger("scaler")
 

@@ -8,18 +8,18 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from common.capacity import load_of
-from common.config import ScalerConfig
-from common.layout import Layout, Seat
-from common.model_spec import ModelSpec
-from common.protocol.codec import Message
-from common.protocol.errors import ElasticMoEError, ProtocolError
-from common.protocol.hmm import GetHmmStatus
-from common.protocol.pool import GetPool, StartRank
-from common.protocol.scaler import CODEC, HmmStatus, PoolStatus, ToScaler
-from common.telemetry import get_logger
-from common.transport import Client, new_identity
-from services.scaler.control.peers import Peers
+from elasticmoe.common.capacity import load_of
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.layout import Layout, Seat
+from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
+from elasticmoe.common.protocol.hmm import GetHmmStatus
+from elasticmoe.common.protocol.pool import GetPool, StartRank
+from elasticmoe.common.protocol.scaler import CODEC, HmmStatus, PoolStatus, ToScaler
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.transport import Client, new_identity
+from elasticmoe.services.scaler.control.peers import Peers
 
 log = get_logger("scaler")
 

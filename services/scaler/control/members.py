@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from common.layout import Seat
-from common.protocol.replies import Refused
-from common.protocol.scaler import HmmStatus, PoolStatus
-from services.scaler.actions import Action, AnnounceLayout, LoadLayout, PublishMembers, StartSeat
-from services.scaler.control.state import DeploymentPhase, State, Status
-from services.scaler.observation import Observation, Step
+from elasticmoe.common.layout import Seat
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus
+from elasticmoe.services.scaler.actions import Action, AnnounceLayout, LoadLayout, PublishMembers, StartSeat
+from elasticmoe.services.scaler.control.state import DeploymentPhase, State, Status
+from elasticmoe.services.scaler.observation import Observation, Step
 
 FLIP_SECONDS_MAX = 5.0
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 
-from common.config import Common
-from common.layout import RankId, Seat
-from common.protocol.codec import Message
-from common.protocol.errors import ProtocolError, Unavailable
-from common.protocol.rank import GetRankLoad
-from common.protocol.replies import Refused
-from common.protocol.scaler import CODEC, PoolRank, RankLoad, ToScaler
-from common.telemetry import get_logger
-from common.transport import Client
+from elasticmoe.common.config import Common
+from elasticmoe.common.layout import RankId, Seat
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import ProtocolError, Unavailable
+from elasticmoe.common.protocol.rank import GetRankLoad
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import CODEC, PoolRank, RankLoad, ToScaler
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.transport import Client
 
 log = get_logger("scaler")
 

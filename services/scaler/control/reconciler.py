@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import msgspec
 
-from services.scaler.actions import Action, LeaveOut
-from services.scaler.control.members import is_flipping, serve
-from services.scaler.control.state import Orphans, State
-from services.scaler.control.watchdog import pulses_of, watch
-from services.scaler.observation import Observation, Step
-from services.scaler.operation.advance import advance
-from services.scaler.operation.orphans import collect_orphans
+from elasticmoe.services.scaler.actions import Action, LeaveOut
+from elasticmoe.services.scaler.control.members import is_flipping, serve
+from elasticmoe.services.scaler.control.state import Orphans, State
+from elasticmoe.services.scaler.control.watchdog import pulses_of, watch
+from elasticmoe.services.scaler.observation import Observation, Step
+from elasticmoe.services.scaler.operation.advance import advance
+from elasticmoe.services.scaler.operation.orphans import collect_orphans
 
 LEAVE_OUT_S = 1.0  # between two attempts to begin the operation that leaves lost devices out
 

@@ -6,11 +6,11 @@ from typing import Literal
 
 import msgspec
 
-from common.layout import Layout
-from common.protocol.replies import Refused
-from common.protocol.scaler import HmmStatus
-from services.scaler.control.watchdog import Watched
-from services.scaler.operation.operation import Operation
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import HmmStatus
+from elasticmoe.services.scaler.control.watchdog import Watched
+from elasticmoe.services.scaler.operation.operation import Operation
 
 DeploymentPhase = Literal["starting", "loading", "attaching", "serving", "degraded", "failed"]
 

@@ -15,10 +15,10 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from common.layout import RankId
-from common.protocol.scaler import HmmStatus, PoolStatus
-from services.scaler.actions import EjectRank
-from services.scaler.observation import Step
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus
+from elasticmoe.services.scaler.actions import EjectRank
+from elasticmoe.services.scaler.observation import Step
 
 ALONE_FACTOR = 4.0
 STRIDE_S = 0.5  # a pause between two looks counts as no more: then the watcher itself did not run, or the machine

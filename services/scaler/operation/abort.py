@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from common.protocol.scaler import HmmStatus
-from services.scaler.actions import Abort, StopSeat
-from services.scaler.observation import Observation, Step
-from services.scaler.operation.migrate import end_ahead, take_back
-from services.scaler.operation.operation import Operation
-from services.scaler.operation.steps import OVER, PAST_FLIP, enter, gone, names, ours, stay
+from elasticmoe.common.protocol.scaler import HmmStatus
+from elasticmoe.services.scaler.actions import Abort, StopSeat
+from elasticmoe.services.scaler.observation import Observation, Step
+from elasticmoe.services.scaler.operation.migrate import end_ahead, take_back
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.operation.steps import OVER, PAST_FLIP, enter, gone, names, ours, stay
 
 TAKE_BACK_S = 10.0  # an abort waits this long for ranks to say that they leave no more
 

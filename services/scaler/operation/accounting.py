@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from common.protocol.scaler import HmmStatus, RankLoad
-from services.scaler.operation.operation import Accounting, Operation
+from elasticmoe.common.protocol.scaler import HmmStatus, RankLoad
+from elasticmoe.services.scaler.operation.operation import Accounting, Operation
 
 RANKS_COUNTED_MAX = 256
 

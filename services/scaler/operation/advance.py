@@ -15,15 +15,15 @@ from typing import Literal
 
 import msgspec
 
-from common.protocol.replies import Refused
-from services.scaler.observation import Observation, Step
-from services.scaler.operation.abort import abort
-from services.scaler.operation.accounting import count
-from services.scaler.operation.migrate import migrate
-from services.scaler.operation.operation import Operation
-from services.scaler.operation.prepare import prepare
-from services.scaler.operation.release import release
-from services.scaler.operation.steps import end_lost, enter, stay
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.services.scaler.observation import Observation, Step
+from elasticmoe.services.scaler.operation.abort import abort
+from elasticmoe.services.scaler.operation.accounting import count
+from elasticmoe.services.scaler.operation.migrate import migrate
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.operation.prepare import prepare
+from elasticmoe.services.scaler.operation.release import release
+from elasticmoe.services.scaler.operation.steps import end_lost, enter, stay
 
 Outcome = Literal["done", "cancelled", "aborted"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from common.protocol.scaler import TransitionStatus
-from services.scaler.observation import Step
-from services.scaler.operation.operation import Operation
-from services.scaler.operation.steps import enter, progressed, stay
+from elasticmoe.common.protocol.scaler import TransitionStatus
+from elasticmoe.services.scaler.observation import Step
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.operation.steps import enter, progressed, stay
 
 
 def cut_over(operation: Operation, transition: TransitionStatus) -> Step[Operation]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from common.layout import Seat
-from common.protocol.ids import CommandId
-from common.protocol.rank import CancelMigration, DecodeOnly, Drain, MigrateTo, MoveTarget, Precopy
-from common.protocol.scaler import HmmStatus, RankLoad
-from services.scaler.actions import Action, TellRank
-from services.scaler.observation import Observation, Step
-from services.scaler.operation.operation import Operation
-from services.scaler.operation.steps import enter, progressed, stay
-from services.scaler.planning.rebalance import SequenceMove, level, level_ahead
+from elasticmoe.common.layout import Seat
+from elasticmoe.common.protocol.ids import CommandId
+from elasticmoe.common.protocol.rank import CancelMigration, DecodeOnly, Drain, MigrateTo, MoveTarget, Precopy
+from elasticmoe.common.protocol.scaler import HmmStatus, RankLoad
+from elasticmoe.services.scaler.actions import Action, TellRank
+from elasticmoe.services.scaler.observation import Observation, Step
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.operation.steps import enter, progressed, stay
+from elasticmoe.services.scaler.planning.rebalance import SequenceMove, level, level_ahead
 
 MIGRATE_S_MAX = 5.0  # leveling is best effort
 ROUND_S = 0.25  # between two looks at what leveling has done

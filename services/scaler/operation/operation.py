@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from common.described import says
-from common.layout import Layout, Seat
-from common.protocol.ids import CommandId, CommandKind, TransitionId
-from common.protocol.replies import Refused
-from services.scaler.planning.plan import Leg, Plan
-from services.scaler.planning.rebalance import SequenceMove
+from elasticmoe.common.described import says
+from elasticmoe.common.layout import Layout, Seat
+from elasticmoe.common.protocol.ids import CommandId, CommandKind, TransitionId
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.services.scaler.planning.plan import Leg, Plan
+from elasticmoe.services.scaler.planning.rebalance import SequenceMove
 
 OperationPhase = Literal["plan", "prepare", "commit", "migrate", "release", "abort", "done", "aborted"]
 Kind = Literal["scale_up", "scale_down", "replace", "none", "rebalance"]

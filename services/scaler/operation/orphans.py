@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from common.protocol.ids import CommandId
-from services.scaler.actions import Abort, Action, Release, StopSeat
-from services.scaler.observation import Observation
-from services.scaler.operation.migrate import take_back
-from services.scaler.operation.release import LEAVE_S
-from services.scaler.operation.steps import BEFORE_COMMIT, OVER
+from elasticmoe.common.protocol.ids import CommandId
+from elasticmoe.services.scaler.actions import Abort, Action, Release, StopSeat
+from elasticmoe.services.scaler.observation import Observation
+from elasticmoe.services.scaler.operation.migrate import take_back
+from elasticmoe.services.scaler.operation.release import LEAVE_S
+from elasticmoe.services.scaler.operation.steps import BEFORE_COMMIT, OVER
 
 ORPHAN_CANCEL = CommandId("", 0, 0, "cancel")  # of no operation
 

@@ -5,17 +5,27 @@ from __future__ import annotations
 
 import msgspec
 
-from common.layout import Seat
-from common.protocol.replies import Refused
-from common.protocol.scaler import HmmStatus, TransitionStatus
-from services.scaler.actions import Abort, Action, Commit, Stage, StartSeat
-from services.scaler.observation import Observation, Step
-from services.scaler.operation.cutover import cut_over, flipped
-from services.scaler.operation.migrate import empty_leavers, hurry, move_ahead
-from services.scaler.operation.operation import LegProgress, Operation
-from services.scaler.operation.orphans import collect_orphans
-from services.scaler.operation.steps import OVER, PAST_FLIP, end_lost, enter, gone, names, ours, progressed, stay
-from services.scaler.planning.plan import Leg
+from elasticmoe.common.layout import Seat
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import HmmStatus, TransitionStatus
+from elasticmoe.services.scaler.actions import Abort, Action, Commit, Stage, StartSeat
+from elasticmoe.services.scaler.observation import Observation, Step
+from elasticmoe.services.scaler.operation.cutover import cut_over, flipped
+from elasticmoe.services.scaler.operation.migrate import empty_leavers, hurry, move_ahead
+from elasticmoe.services.scaler.operation.operation import LegProgress, Operation
+from elasticmoe.services.scaler.operation.orphans import collect_orphans
+from elasticmoe.services.scaler.operation.steps import (
+    OVER,
+    PAST_FLIP,
+    end_lost,
+    enter,
+    gone,
+    names,
+    ours,
+    progressed,
+    stay,
+)
+from elasticmoe.services.scaler.planning.plan import Leg
 
 BACKOFF_S = 0.5
 BACKOFF_S_MAX = 10.0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from common.protocol.scaler import HmmStatus
-from services.scaler.actions import Release, StopSeat
-from services.scaler.observation import Observation, Step
-from services.scaler.operation.migrate import keep_leaving
-from services.scaler.operation.operation import LegProgress, Operation
-from services.scaler.operation.steps import enter, gone, names, ours, stay
+from elasticmoe.common.protocol.scaler import HmmStatus
+from elasticmoe.services.scaler.actions import Release, StopSeat
+from elasticmoe.services.scaler.observation import Observation, Step
+from elasticmoe.services.scaler.operation.migrate import keep_leaving
+from elasticmoe.services.scaler.operation.operation import LegProgress, Operation
+from elasticmoe.services.scaler.operation.steps import enter, gone, names, ours, stay
 
 LEAVE_S = 10.0  # a rank that left and still runs after this time is ended
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import msgspec
 
-from common.layout import Seat
-from common.protocol.scaler import HmmStatus, TransitionStatus
-from services.scaler.actions import Action, StopSeat
-from services.scaler.observation import Observation, Step
-from services.scaler.operation.operation import TIMINGS_MAX, Operation, OperationPhase, PhaseTime
+from elasticmoe.common.layout import Seat
+from elasticmoe.common.protocol.scaler import HmmStatus, TransitionStatus
+from elasticmoe.services.scaler.actions import Action, StopSeat
+from elasticmoe.services.scaler.observation import Observation, Step
+from elasticmoe.services.scaler.operation.operation import TIMINGS_MAX, Operation, OperationPhase, PhaseTime
 
 BEFORE_COMMIT = frozenset({"vacating", "copying", "staged", "failed"})  # phases of the HMM's transition
 OVER = frozenset({"released", "aborted"})

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from common.layout import Layout
-from common.protocol.errors import DoesNotFit, NotFound
-from common.wording import size
-from services.scaler.planning.placement import Move
-from services.scaler.planning.plan import MemoryForecast, Sizes
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.protocol.errors import DoesNotFit, NotFound
+from elasticmoe.common.wording import size
+from elasticmoe.services.scaler.planning.placement import Move
+from elasticmoe.services.scaler.planning.plan import MemoryForecast, Sizes
 
 _WAY_OUT = "more replicas leave each device fewer experts; a start with more --device-memory has larger budgets"
 _FIRST_SHARE = 8  # a joiner that gets its experts in the next leg starts with this part of its final KV

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from common.model_spec import RecordKey
+from elasticmoe.common.model_spec import RecordKey
 
 Homes = tuple[tuple[tuple[int, ...], ...], ...]
 _PAIR = 1 << 20  # above every slot number: two slots as one integer, which hashes faster than a tuple

@@ -6,10 +6,10 @@ from typing import Literal
 
 import msgspec
 
-from common.families import record
-from common.layout import Layout, Seat
-from common.model_spec import ModelSpec, RecordKey, round_up
-from common.protocol.hmm import RecordCopy
+from elasticmoe.common.families import record
+from elasticmoe.common.layout import Layout, Seat
+from elasticmoe.common.model_spec import ModelSpec, RecordKey, round_up
+from elasticmoe.common.protocol.hmm import RecordCopy
 
 
 class Sizes(msgspec.Struct, frozen=True):

@@ -12,13 +12,13 @@ from typing import Literal
 
 import msgspec
 
-from common.layout import Layout, Seat
-from common.model_spec import RecordKey
-from common.protocol.hmm import RecordCopy
-from services.scaler.planning.capacity import Capacity, Instants
-from services.scaler.planning.placement import Move, place, spread_common
-from services.scaler.planning.plan import Leg, MemoryForecast, Plan, Rates, Sizes, Target
-from services.scaler.planning.replica_assignment import Seating, reseat
+from elasticmoe.common.layout import Layout, Seat
+from elasticmoe.common.model_spec import RecordKey
+from elasticmoe.common.protocol.hmm import RecordCopy
+from elasticmoe.services.scaler.planning.capacity import Capacity, Instants
+from elasticmoe.services.scaler.planning.placement import Move, place, spread_common
+from elasticmoe.services.scaler.planning.plan import Leg, MemoryForecast, Plan, Rates, Sizes, Target
+from elasticmoe.services.scaler.planning.replica_assignment import Seating, reseat
 
 _DEFAULT_RATES = Rates()
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import NamedTuple
 
-from common.layout import Layout, RankId, Seat
-from common.protocol.errors import InvalidRequest, NotFound
-from common.wording import counted
-from services.scaler.planning.plan import Target
+from elasticmoe.common.layout import Layout, RankId, Seat
+from elasticmoe.common.protocol.errors import InvalidRequest, NotFound
+from elasticmoe.common.wording import counted
+from elasticmoe.services.scaler.planning.plan import Target
 
 _NAMED_MAX = 8
 

@@ -13,15 +13,15 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from common.clock import SYSTEM_CLOCK, Clock
-from common.failpoint import failpoint
-from common.layout import Layout
-from common.protocol.errors import ElasticMoEError, Fenced, PayloadTooLarge, Unavailable
-from common.store import Event, Store, Writer
-from common.telemetry import get_logger
-from services.scaler.control.audit_log import Decision, PlanMade
-from services.scaler.operation.operation import Operation
-from services.scaler.store.reserve import DiskReserve, bytes_of
+from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.protocol.errors import ElasticMoEError, Fenced, PayloadTooLarge, Unavailable
+from elasticmoe.common.store import Event, Store, Writer
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.scaler.control.audit_log import Decision, PlanMade
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.store.reserve import DiskReserve, bytes_of
 
 log = get_logger("scaler")
 

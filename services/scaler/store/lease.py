@@ -6,10 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from common.fence import Fence
-from common.protocol.errors import Fenced, Unavailable, Unready
-from common.store import Store, Writer
-from common.telemetry import get_logger
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.protocol.errors import Fenced, Unavailable, Unready
+from elasticmoe.common.store import Store, Writer
+from elasticmoe.common.telemetry import get_logger
 
 log = get_logger("scaler")
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import msgspec
 
-from common.config import ScalerConfig
-from common.fence import Fence
-from common.layout import Served
-from common.model_spec import ModelSpec
-from common.protocol.errors import Unavailable
-from common.store import Store, Writer
-from common.telemetry import get_logger
-from services.scaler.operation.operation import Operation
-from services.scaler.store.records import OPERATIONS
-from services.scaler.store.resume import Beginning, Left, Resumed, Wanted, begin
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.layout import Served
+from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.store import Store, Writer
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.store.records import OPERATIONS
+from elasticmoe.services.scaler.store.resume import Beginning, Left, Resumed, Wanted, begin
 
 log = get_logger("scaler")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from services.scaler.operation.operation import Accounting, LegProgress, Operation
+from elasticmoe.services.scaler.operation.operation import Accounting, LegProgress, Operation
 
 
 class OperationRecords:

@@ -16,8 +16,8 @@ from typing import Final
 
 import msgspec
 
-from common.protocol.errors import Unavailable
-from services.scaler.operation.operation import Operation
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.services.scaler.operation.operation import Operation
 
 FILE_NAME: Final = "reserve"
 _STORE_FILES: Final = "appendonlydir"  # what the embedded server makes in its folder

@@ -10,16 +10,16 @@ from typing import Annotated
 
 import msgspec
 
-from common.described import says
-from common.layout import Layout, Served, initial_layout, lacking
-from common.protocol.replies import Refused
-from services.scaler.operation.operation import Operation
+from elasticmoe.common.described import says
+from elasticmoe.common.layout import Layout, Served, initial_layout, lacking
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.services.scaler.operation.operation import Operation
 
 CODE = "state_differs"
 _FORWARD = ("commit", "migrate", "release")  # the HMM may have committed the leg's layout
 _WAYS_OUT = (
     "use the settings of that run to resume it, or begin anew without its layout and its journal: "
-    "`elasticmoe up --fresh`, in containers `python -m cli.container fresh`"
+    "`elasticmoe up --fresh`, in containers `python -m elasticmoe.cli.container fresh`"
 )
 
 

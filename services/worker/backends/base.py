@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from common.model_spec import AttentionSpec, MoeSpec
-from common.protocol.rank import Sampling
-from services.worker.model.batch import Batch
-from services.worker.model.weights import KvCache
+from elasticmoe.common.model_spec import AttentionSpec, MoeSpec
+from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.services.worker.model.batch import Batch
+from elasticmoe.services.worker.model.weights import KvCache
 
 Operation = Callable[[int], None]
 """Called with the number of rows N; writes the output that it is bound to."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.layout import Compute
-from services.worker.backends.base import ComputeBackend
-from services.worker.backends.host import HostBackend
-from services.worker.backends.torch import TorchBackend
+from elasticmoe.common.layout import Compute
+from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.host import HostBackend
+from elasticmoe.services.worker.backends.torch import TorchBackend
 
 BACKENDS: dict[Compute, type[HostBackend | TorchBackend]] = {"host": HostBackend, "torch": TorchBackend}
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from common.model_spec import AttentionSpec, MoeSpec
-from common.protocol.rank import Sampling
-from native import kernels
-from services.worker.backends.base import BatchOperation, ComputeBackend, Operation
-from services.worker.model.batch import Batch
-from services.worker.model.weights import KvCache
+from elasticmoe.common.model_spec import AttentionSpec, MoeSpec
+from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.native import kernels
+from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation
+from elasticmoe.services.worker.model.batch import Batch
+from elasticmoe.services.worker.model.weights import KvCache
 
 _CODES = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16}
 _FLOAT_BYTES = 4

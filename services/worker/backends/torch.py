@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import silu
 
-from common.model_spec import AttentionSpec, MoeSpec
-from common.protocol.rank import Sampling
-from services.worker.backends import torch_sampling
-from services.worker.backends.base import BatchOperation, ComputeBackend, Operation
-from services.worker.model.batch import Batch
-from services.worker.model.weights import KvCache
+from elasticmoe.common.model_spec import AttentionSpec, MoeSpec
+from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.services.worker.backends import torch_sampling
+from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation
+from elasticmoe.services.worker.model.batch import Batch
+from elasticmoe.services.worker.model.weights import KvCache
 
 _STORED = (torch.float32, torch.bfloat16)
 

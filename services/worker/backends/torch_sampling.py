@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from common.protocol.rank import Sampling
+from elasticmoe.common.protocol.rank import Sampling
 
 _TEMPERATURES = (1e-6, 1e6)
 

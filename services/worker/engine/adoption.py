@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from common.protocol.router import Delta, Failed, Suspected
-from common.telemetry import get_logger
-from services.worker.engine.engine import Engine
-from services.worker.engine.failure import is_shortage
-from services.worker.engine.outcome import Outcome
-from services.worker.engine.rows import BadRow, read_sequence
-from services.worker.engine.sequence import Sequence
-from services.worker.engine.trials import guilty_error
+from elasticmoe.common.protocol.router import Delta, Failed, Suspected
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.failure import is_shortage
+from elasticmoe.services.worker.engine.outcome import Outcome
+from elasticmoe.services.worker.engine.rows import BadRow, read_sequence
+from elasticmoe.services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.engine.trials import guilty_error
 
 log = get_logger("engine")
 

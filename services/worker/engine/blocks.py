@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 
-from common.protocol.errors import Overloaded
+from elasticmoe.common.protocol.errors import Overloaded
 
 _Key = tuple[int, tuple[int, ...]]  # (entry number of the predecessor, the block's tokens)
 

@@ -14,27 +14,33 @@ import time
 import msgspec
 import torch
 
-from common.protocol.errors import Conflict, ContextLengthExceeded, DeadlineExceeded, ElasticMoEError, InvalidRequest
-from common.protocol.limits import PROMPT_LOGPROBS_BYTES_MAX
-from common.protocol.rank import HandOver, Submit
-from common.protocol.router import Delta, Failed, Logprob, logprob_bytes
-from native.ledger import Ledger
-from services.worker.engine import kv_bytes
-from services.worker.engine.blocks import BlockManager
-from services.worker.engine.failure import failure_of, plan_error
-from services.worker.engine.hand_over import check_hand_over
-from services.worker.engine.outcome import Choice, Outcome, StepCost
-from services.worker.engine.plan import Chunk, PlanFailed, StepPlan
-from services.worker.engine.planning import Planning
-from services.worker.engine.rows import entry_bytes_max
-from services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
-from services.worker.engine.scheduler import Scheduler
-from services.worker.engine.sequence import BlockHold, Sequence
-from services.worker.engine.trials import Trials
-from services.worker.exchange.base import Exchange
-from services.worker.model.batch import Batch, BatchPart
-from services.worker.model.registry import Model
-from services.worker.model.weights import KvCache
+from elasticmoe.common.protocol.errors import (
+    Conflict,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    ElasticMoEError,
+    InvalidRequest,
+)
+from elasticmoe.common.protocol.limits import PROMPT_LOGPROBS_BYTES_MAX
+from elasticmoe.common.protocol.rank import HandOver, Submit
+from elasticmoe.common.protocol.router import Delta, Failed, Logprob, logprob_bytes
+from elasticmoe.native.ledger import Ledger
+from elasticmoe.services.worker.engine import kv_bytes
+from elasticmoe.services.worker.engine.blocks import BlockManager
+from elasticmoe.services.worker.engine.failure import failure_of, plan_error
+from elasticmoe.services.worker.engine.hand_over import check_hand_over
+from elasticmoe.services.worker.engine.outcome import Choice, Outcome, StepCost
+from elasticmoe.services.worker.engine.plan import Chunk, PlanFailed, StepPlan
+from elasticmoe.services.worker.engine.planning import Planning
+from elasticmoe.services.worker.engine.rows import entry_bytes_max
+from elasticmoe.services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
+from elasticmoe.services.worker.engine.scheduler import Scheduler
+from elasticmoe.services.worker.engine.sequence import BlockHold, Sequence
+from elasticmoe.services.worker.engine.trials import Trials
+from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.model.batch import Batch, BatchPart
+from elasticmoe.services.worker.model.registry import Model
+from elasticmoe.services.worker.model.weights import KvCache
 
 NO_TOKENS: tuple[int, ...] = ()
 

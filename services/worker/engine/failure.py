@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from common.protocol.errors import ElasticMoEError, RequestFailed
-from common.telemetry import get_logger
+from elasticmoe.common.protocol.errors import ElasticMoEError, RequestFailed
+from elasticmoe.common.telemetry import get_logger
 
 log = get_logger("engine")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from common.model_spec import KvGeometry
-from common.protocol.errors import InvalidRequest
-from common.protocol.rank import HandOver
-from services.worker.engine.scheduler import Scheduler
-from services.worker.engine.sequence import BlockHold, Sequence
+from elasticmoe.common.model_spec import KvGeometry
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.common.protocol.rank import HandOver
+from elasticmoe.services.worker.engine.scheduler import Scheduler
+from elasticmoe.services.worker.engine.sequence import BlockHold, Sequence
 
 
 def check_hand_over(

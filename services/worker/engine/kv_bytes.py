@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from services.worker.model.weights import KvCache
+from elasticmoe.services.worker.model.weights import KvCache
 
 
 def copy_block(kv: KvCache, source: int, target: int) -> None:

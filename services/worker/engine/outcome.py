@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-from common.protocol.errors import ElasticMoEError
-from common.protocol.router import Delta, Failed, Logprob, Suspected
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.router import Delta, Failed, Logprob, Suspected
 
 
 class Choice(NamedTuple):

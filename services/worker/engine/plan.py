@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.engine.sequence import Sequence
 
 
 class Chunk(NamedTuple):

@@ -7,11 +7,11 @@ not add up afterwards only its process's end helps: the seat's next one goes on 
 
 from __future__ import annotations
 
-from native.ledger import Ledger
-from services.worker.engine.plan import PlanFailed, StepPlan
-from services.worker.engine.rows import encode_entry
-from services.worker.engine.scheduler import Scheduler
-from services.worker.engine.sequence import Sequence
+from elasticmoe.native.ledger import Ledger
+from elasticmoe.services.worker.engine.plan import PlanFailed, StepPlan
+from elasticmoe.services.worker.engine.rows import encode_entry
+from elasticmoe.services.worker.engine.scheduler import Scheduler
+from elasticmoe.services.worker.engine.sequence import Sequence
 
 
 class Planning:

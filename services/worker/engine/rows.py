@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import msgspec
 
-from common.protocol.errors import ElasticMoEError
-from common.protocol.rank import Submit
-from common.wording import undecodable
-from native.ledger import Ledger, LedgerCorrupt, Row
-from services.worker.engine.sequence import Sequence
-from services.worker.engine.trial import after_death
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.rank import Submit
+from elasticmoe.common.wording import undecodable
+from elasticmoe.native.ledger import Ledger, LedgerCorrupt, Row
+from elasticmoe.services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.engine.trial import after_death
 
 
 class BadRow(ElasticMoEError):

@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import torch
 
-from common.protocol.errors import ElasticMoEError
-from common.protocol.limits import LOGPROB_MIN
-from common.protocol.rank import Sampling, Submit
-from common.protocol.router import Logprob
-from services.worker.backends.base import ComputeBackend
-from services.worker.engine.failure import failure_of
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.limits import LOGPROB_MIN
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.common.protocol.router import Logprob
+from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.engine.failure import failure_of
 
 GREEDY_BELOW = 1e-5  # temperatures that float32 logits would overflow under choose the greatest logit
 LARGEST = 3e38  # of a logit that was changed, either sign

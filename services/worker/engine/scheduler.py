@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from bisect import insort
 
-from common.protocol.errors import ContextLengthExceeded, DoesNotFit, InvalidRequest, Overloaded
-from common.protocol.rank import Submit
-from services.worker.engine.blocks import BlockManager
-from services.worker.engine.plan import Chunk, Draft, PlanFailed, StepPlan
-from services.worker.engine.sequence import BlockHold, Sequence
-from services.worker.engine.trial import INNOCENT, Trial
+from elasticmoe.common.protocol.errors import ContextLengthExceeded, DoesNotFit, InvalidRequest, Overloaded
+from elasticmoe.common.protocol.rank import Submit
+from elasticmoe.services.worker.engine.blocks import BlockManager
+from elasticmoe.services.worker.engine.plan import Chunk, Draft, PlanFailed, StepPlan
+from elasticmoe.services.worker.engine.sequence import BlockHold, Sequence
+from elasticmoe.services.worker.engine.trial import INNOCENT, Trial
 
 
 class Scheduler:

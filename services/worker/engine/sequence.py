@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from common.protocol.rank import Submit
-from services.worker.engine.trial import trial_of
+from elasticmoe.common.protocol.rank import Submit
+from elasticmoe.services.worker.engine.trial import trial_of
 
 HEAD_START_S = 60.0
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from common.protocol.limits import STEP_FAILURES_MAX
-from common.protocol.router import Suspicion
+from elasticmoe.common.protocol.limits import STEP_FAILURES_MAX
+from elasticmoe.common.protocol.router import Suspicion
 
 SUSPECT_FAILURES: Final = 2
 GUILTY_FAILURES: Final = 2

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from common.protocol.errors import RequestFailed
-from native.ledger import Ledger
-from services.worker.engine.plan import StepPlan
-from services.worker.engine.scheduler import Scheduler
-from services.worker.engine.sequence import Sequence
-from services.worker.engine.trial import COMPUTED, COMPUTED_ALONE, GUILTY_FAILURES, INNOCENT, LEFT_OUT, NOTHING
+from elasticmoe.common.protocol.errors import RequestFailed
+from elasticmoe.native.ledger import Ledger
+from elasticmoe.services.worker.engine.plan import StepPlan
+from elasticmoe.services.worker.engine.scheduler import Scheduler
+from elasticmoe.services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.engine.trial import (
+    COMPUTED,
+    COMPUTED_ALONE,
+    GUILTY_FAILURES,
+    INNOCENT,
+    LEFT_OUT,
+    NOTHING,
+)
 
 
 class Trials:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from services.worker.exchange.base import Exchange, ExchangeTimes
+from elasticmoe.services.worker.exchange.base import Exchange, ExchangeTimes
 
 
 class Alone(Exchange):

@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import torch
 
-from common.failpoint import failpoint
-from native.bus import Bus, BusAborted, BusTimeout, Routing, make_routing
-from services.worker.exchange.base import Exchange, ExchangeTimes, StepAborted, StepTimedOut
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.native.bus import Bus, BusAborted, BusTimeout, Routing, make_routing
+from elasticmoe.services.worker.exchange.base import Exchange, ExchangeTimes, StepAborted, StepTimedOut
 
 WAIT_MS = 500.0  # a rank that waits for others in a step says that often that it is not the one that is stuck
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from native.bus import Bus, BusAborted, BusTimeout
-from services.worker.exchange.barrier import Arrival, BarrierMembership, StepBarrier
-from services.worker.exchange.base import StepAborted, StepTimedOut
+from elasticmoe.native.bus import Bus, BusAborted, BusTimeout
+from elasticmoe.services.worker.exchange.barrier import Arrival, BarrierMembership, StepBarrier
+from elasticmoe.services.worker.exchange.base import StepAborted, StepTimedOut
 
 
 class ShmBarrier(StepBarrier):

@@ -9,12 +9,12 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from common.protocol.codec import Message, Received
-from common.protocol.errors import ElasticMoEError, ProtocolError
-from common.protocol.handles import Applied, Attach, AttachReply, FromHmm, SeatMemory, ShareHandles
-from common.protocol.pool import StartRank
-from common.protocol.replies import Refused
-from common.telemetry import get_logger
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
+from elasticmoe.common.protocol.handles import Applied, Attach, AttachReply, FromHmm, SeatMemory, ShareHandles
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.telemetry import get_logger
 
 log = get_logger("rank")
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 import torch
 
-from common.devices.base import FdToken, Handle, KeyToken, Range
-from common.devices.factory import open_device
-from common.devices.rules import Token
-from common.families import record
-from common.host_shared import HostShared
-from common.model_spec import DTYPE_BYTES, RecordKey, RecordSpec, round_up
-from common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
-from common.protocol.handles import (
+from elasticmoe.common.devices.base import FdToken, Handle, KeyToken, Range
+from elasticmoe.common.devices.factory import open_device
+from elasticmoe.common.devices.rules import Token
+from elasticmoe.common.families import record
+from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.model_spec import DTYPE_BYTES, RecordKey, RecordSpec, round_up
+from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
+from elasticmoe.common.protocol.handles import (
     AttachReply,
     Routing,
     SeatMemory,
@@ -33,10 +33,10 @@ from common.protocol.handles import (
     SharedKey,
     ShareHandles,
 )
-from native.bus import Bus
-from native.ledger import Ledger
-from services.worker.hmm.link import Handed
-from services.worker.model.weights import KvCache, RankWeights
+from elasticmoe.native.bus import Bus
+from elasticmoe.native.ledger import Ledger
+from elasticmoe.services.worker.hmm.link import Handed
+from elasticmoe.services.worker.model.weights import KvCache, RankWeights
 
 SLICE_BYTES = 64 << 20  # mapped or unmapped between two steps: populating it takes some 8 ms
 

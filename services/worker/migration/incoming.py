@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from common.failpoint import failpoint
-from common.layout import RankId
-from common.protocol.errors import Conflict, Unavailable
-from common.protocol.peer import Reserved, Taken
-from common.protocol.pool import StartRank
-from common.protocol.rank import HandOver, Reserve, Unreserve
-from common.telemetry import get_logger
-from services.worker.engine.engine import Engine
-from services.worker.engine.sequence import BlockHold
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.errors import Conflict, Unavailable
+from elasticmoe.common.protocol.peer import Reserved, Taken
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.rank import HandOver, Reserve, Unreserve
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.sequence import BlockHold
 
 log = get_logger("migration")
 

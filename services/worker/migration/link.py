@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from common.endpoints import ClientEnd
-from common.protocol.codec import Message
-from common.protocol.errors import ElasticMoEError, ProtocolError
-from common.protocol.peer import ToPeer
-from common.telemetry import get_logger
+from elasticmoe.common.endpoints import ClientEnd
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
+from elasticmoe.common.protocol.peer import ToPeer
+from elasticmoe.common.telemetry import get_logger
 
 log = get_logger("migration")
 

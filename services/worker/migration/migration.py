@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from common.endpoints import Transport
-from common.layout import RankId
-from common.protocol.codec import Message
-from common.protocol.ids import CommandId
-from common.protocol.peer import Reserved, Taken
-from common.protocol.pool import StartRank
-from common.protocol.rank import HandOver, MoveTarget, RankCommand, Reserve, Unreserve
-from services.worker.engine.engine import Engine
-from services.worker.engine.sequence import Sequence
-from services.worker.migration.incoming import REMEMBERED_MAX, Incoming, Key
-from services.worker.migration.outgoing import Outgoing
-from services.worker.migration.targets import Targets
+from elasticmoe.common.endpoints import Transport
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.ids import CommandId
+from elasticmoe.common.protocol.peer import Reserved, Taken
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.rank import HandOver, MoveTarget, RankCommand, Reserve, Unreserve
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.migration.incoming import REMEMBERED_MAX, Incoming, Key
+from elasticmoe.services.worker.migration.outgoing import Outgoing
+from elasticmoe.services.worker.migration.targets import Targets
 
 
 class Migration:

@@ -16,23 +16,23 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
-from common.endpoints import Transport
-from common.failpoint import failpoint
-from common.layout import RankId
-from common.protocol.codec import Message
-from common.protocol.errors import ElasticMoEError
-from common.protocol.hmm import CopyBlocks
-from common.protocol.limits import BLOCKS_PER_COPY_MAX, TAIL_BYTES_MAX
-from common.protocol.peer import CODEC, Reserved, Taken, ToPeer
-from common.protocol.pool import StartRank
-from common.protocol.rank import HandOver, MoveTarget, Reserve, Unreserve
-from common.protocol.replies import Ack, Refused
-from common.protocol.router import MayMove, Moved
-from common.telemetry import get_logger
-from services.worker.engine.engine import Engine
-from services.worker.engine.sequence import Sequence
-from services.worker.migration.link import Link
-from services.worker.migration.targets import Targets
+from elasticmoe.common.endpoints import Transport
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.hmm import CopyBlocks
+from elasticmoe.common.protocol.limits import BLOCKS_PER_COPY_MAX, TAIL_BYTES_MAX
+from elasticmoe.common.protocol.peer import CODEC, Reserved, Taken, ToPeer
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.rank import HandOver, MoveTarget, Reserve, Unreserve
+from elasticmoe.common.protocol.replies import Ack, Refused
+from elasticmoe.common.protocol.router import MayMove, Moved
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.migration.link import Link
+from elasticmoe.services.worker.migration.targets import Targets
 
 log = get_logger("migration")
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
-from common.layout import RankId
-from common.protocol.ids import CommandId
-from common.protocol.rank import CancelMigration, DecodeOnly, Drain, MoveTarget, RankCommand
-from services.worker.engine.sequence import Sequence
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.ids import CommandId
+from elasticmoe.common.protocol.rank import CancelMigration, DecodeOnly, Drain, MoveTarget, RankCommand
+from elasticmoe.services.worker.engine.sequence import Sequence
 
 RETRY_S, RETRY_S_MAX = 0.05, 2.0  # pause after a refusal; doubles with each one of the same sequence and target
 SILENT_S = 2.0  # pause after a target has not answered

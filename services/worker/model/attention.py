@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common.model_spec import ModelSpec
-from services.worker.backends.base import BatchOperation, ComputeBackend, StepBatch
+from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, StepBatch
 
 
 @dataclass(frozen=True, slots=True)

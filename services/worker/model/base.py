@@ -6,9 +6,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from services.worker.backends.base import ComputeBackend
-from services.worker.exchange.base import Exchange
-from services.worker.model.batch import Batch
+from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.model.batch import Batch
 
 
 class StepTimes(NamedTuple):

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from services.worker.backends.base import ComputeBackend, Operation
-from services.worker.exchange.base import Exchange
-from services.worker.model.attention import GroupedQueryAttention
-from services.worker.model.base import StepTimes
-from services.worker.model.batch import Batch
-from services.worker.model.moe import DenseFeedForward, RoutedExperts
-from services.worker.model.weights import RankWeights
+from elasticmoe.services.worker.backends.base import ComputeBackend, Operation
+from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.model.attention import GroupedQueryAttention
+from elasticmoe.services.worker.model.base import StepTimes
+from elasticmoe.services.worker.model.batch import Batch
+from elasticmoe.services.worker.model.moe import DenseFeedForward, RoutedExperts
+from elasticmoe.services.worker.model.weights import RankWeights
 
 
 class _DecoderLayer(NamedTuple):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from common.model_spec import ModelSpec
-from services.worker.backends.base import ComputeBackend, Mirror
-from services.worker.exchange.base import Exchange
+from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
+from elasticmoe.services.worker.exchange.base import Exchange
 
 
 class RoutedExperts:

@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from services.worker.backends.base import ComputeBackend, StepBatch
-from services.worker.exchange.base import Exchange
-from services.worker.model.base import StepTimes
-from services.worker.model.batch import Batch
-from services.worker.model.weights import RankWeights
+from elasticmoe.services.worker.backends.base import ComputeBackend, StepBatch
+from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.model.base import StepTimes
+from elasticmoe.services.worker.model.batch import Batch
+from elasticmoe.services.worker.model.weights import RankWeights
 
 BASE = 17  # of the positions' powers; a primitive root of 65521, so that all distances up to 65520 differ
 FIRST_PRINTABLE, NUM_PRINTABLE = 32, 95  # bytes; a byte-level tokenizer's ids 0..255 are the bytes

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.protocol.errors import ConfigError
-from services.worker.backends.base import ComputeBackend
-from services.worker.model.attention import GroupedQueryAttention
-from services.worker.model.base import Model, StepTimes
-from services.worker.model.decoder import Decoder
-from services.worker.model.moe import RoutedExperts
-from services.worker.model.oracle import OracleModel
-from services.worker.model.weights import RankWeights
+from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.model.attention import GroupedQueryAttention
+from elasticmoe.services.worker.model.base import Model, StepTimes
+from elasticmoe.services.worker.model.decoder import Decoder
+from elasticmoe.services.worker.model.moe import RoutedExperts
+from elasticmoe.services.worker.model.oracle import OracleModel
+from elasticmoe.services.worker.model.weights import RankWeights
 
 __all__ = ["Model", "StepTimes", "build_model"]
 

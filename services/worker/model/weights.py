@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common.devices.base import Device
-from common.model_spec import KvGeometry, ModelSpec
+from elasticmoe.common.devices.base import Device
+from elasticmoe.common.model_spec import KvGeometry, ModelSpec
 
 
 @dataclass(slots=True)

@@ -8,12 +8,12 @@ import signal
 import time
 from contextlib import suppress
 
-from common.fdchannel import Channel
-from common.protocol.errors import ElasticMoEError, Unavailable
-from common.protocol.pool import StartRank
-from common.protocol.replies import Refused
-from common.protocol.scaler import PoolRank, RankReady
-from common.protocol.standby import Forked, FromStandby, SeatRecord
+from elasticmoe.common.fdchannel import Channel
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import PoolRank, RankReady
+from elasticmoe.common.protocol.standby import Forked, FromStandby, SeatRecord
 
 _RECEIVE_MS = 100  # for the rest of a message that has begun to come
 _EXIT_CODE = 52 - 3  # proc(5) counts from 1, and the first two fields are cut off

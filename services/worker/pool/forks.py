@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from common import fdchannel
-from common.fdchannel import Channel
-from common.protocol.errors import ElasticMoEError, Unavailable
-from common.protocol.standby import TO_POOL, Fork, FromStandby
+from elasticmoe.common import fdchannel
+from elasticmoe.common.fdchannel import Channel
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.standby import TO_POOL, Fork, FromStandby
 
 _CONNECT_MS = 200
 _SEND_MS = 200
@@ -101,7 +101,12 @@ class Forks:
 
     def _run(self, *arguments: str, stdin: int = subprocess.DEVNULL, pass_fds: tuple[int, ...] = ()) -> None:
         # As this interpreter was started: with the working directory among the modules' places, or without it.
-        command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "services.worker.pool.template"]
+        command = [
+            sys.executable,
+            *(["-P"] if sys.flags.safe_path else []),
+            "-m",
+            "elasticmoe.services.worker.pool.template",
+        ]
         self._starters.append(
             subprocess.Popen([*command, *arguments, str(self._guardian)], stdin=stdin, pass_fds=pass_fds)
         )

@@ -19,22 +19,22 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-from common.config import PoolConfig
-from common.failpoint import failpoint
-from common.fence import Fence
-from common.protocol import pool as pool_messages
-from common.protocol.codec import Message, Received
-from common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
-from common.protocol.limits import RANKS_MAX, TP_MAX
-from common.protocol.pool import GetPool, StartRank, StopRank, ToPool
-from common.protocol.replies import Ack, refusal
-from common.protocol.scaler import PoolStatus, RankExited, RankStarted
-from common.telemetry import get_logger
-from common.ties import take_in_orphans
-from common.transport import Server, new_identity
-from services.worker.pool.children import Child
-from services.worker.pool.forks import Forks
-from services.worker.pool.seats import Seats, path_of
+from elasticmoe.common.config import PoolConfig
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.protocol import pool as pool_messages
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
+from elasticmoe.common.protocol.limits import RANKS_MAX, TP_MAX
+from elasticmoe.common.protocol.pool import GetPool, StartRank, StopRank, ToPool
+from elasticmoe.common.protocol.replies import Ack, refusal
+from elasticmoe.common.protocol.scaler import PoolStatus, RankExited, RankStarted
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.ties import take_in_orphans
+from elasticmoe.common.transport import Server, new_identity
+from elasticmoe.services.worker.pool.children import Child
+from elasticmoe.services.worker.pool.forks import Forks
+from elasticmoe.services.worker.pool.seats import Seats, path_of
 
 log = get_logger("pool")
 

@@ -19,13 +19,13 @@ from typing import Final
 
 import msgspec
 
-from common.protocol.codec import encode
-from common.protocol.errors import Conflict, ElasticMoEError, ProtocolError, Unavailable
-from common.protocol.limits import RANKS_MAX
-from common.protocol.pool import StartRank
-from common.protocol.replies import refusal
-from common.protocol.scaler import RankReady
-from common.protocol.standby import ON_FILE, SeatRecord
+from elasticmoe.common.protocol.codec import encode
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, ProtocolError, Unavailable
+from elasticmoe.common.protocol.limits import RANKS_MAX
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.replies import refusal
+from elasticmoe.common.protocol.scaler import RankReady
+from elasticmoe.common.protocol.standby import ON_FILE, SeatRecord
 
 RECORD_BYTES: Final = 16 * 1024  # the longest text of an error fits, with all names
 _HEAD = struct.Struct("<II")  # length and CRC-32 of the message that follows

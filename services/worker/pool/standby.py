@@ -10,16 +10,16 @@ import os
 import select
 import signal
 
-from common import failpoint
-from common.config import PoolConfig
-from common.fdchannel import Channel
-from common.fence import Fence
-from common.protocol.errors import ElasticMoEError, Unavailable
-from common.protocol.pool import StartRank, ToPool
-from common.protocol.scaler import RankReady
-from common.protocol.standby import Posted
-from common.telemetry import get_logger, setup_logging
-from services.worker.pool.seats import SeatLock, path_of
+from elasticmoe.common import failpoint
+from elasticmoe.common.config import PoolConfig
+from elasticmoe.common.fdchannel import Channel
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.pool import StartRank, ToPool
+from elasticmoe.common.protocol.scaler import RankReady
+from elasticmoe.common.protocol.standby import Posted
+from elasticmoe.common.telemetry import get_logger, setup_logging
+from elasticmoe.services.worker.pool.seats import SeatLock, path_of
 
 log = get_logger("rank")
 
@@ -63,7 +63,7 @@ def standby_main(config: PoolConfig, channel: Channel[ToPool]) -> int:
 
 
 def _serve(config: PoolConfig, seat: StartRank, hold: SeatLock, channel: Channel[ToPool]) -> None:
-    from services.worker.rank.assembly import open_rank
+    from elasticmoe.services.worker.rank.assembly import open_rank
 
     if config.pin_cores:
         _pin(seat.device)

@@ -1,4 +1,4 @@
-"""`python -m services.worker.pool.template PATH GUARDIAN_PID`: imports everything, and forks standbys.
+"""`python -m elasticmoe.services.worker.pool.template PATH GUARDIAN_PID`: imports everything, and forks standbys.
 
 What has been imported is frozen: the garbage collector of a forked process would otherwise walk all of it, and so copy
 every page that is shared with this one. That took 130 ms of CPU in the midst of an attach that takes 15.
@@ -11,7 +11,7 @@ Where there is no launcher, the pool is the guardian.
 Its standard input is a socket of whoever started it, and closed once it listens: so its end tells that it does, or that
 it never will.
 
-`python -m services.worker.pool.template --once FD GUARDIAN_PID` becomes a single standby, which talks over FD.
+`python -m elasticmoe.services.worker.pool.template --once FD GUARDIAN_PID` becomes a standby, which talks over FD.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import sys
 import time
 from pathlib import Path
 
-from common.config import PoolConfig, load
-from common.fdchannel import DESCRIPTORS_CUT, Channel, Listener
-from common.protocol import pool as pool_messages
-from common.protocol.errors import Conflict, ElasticMoEError, ProtocolError
-from common.protocol.pool import ToPool
-from common.protocol.replies import refusal
-from common.protocol.standby import TO_TEMPLATE, Fork, Forked
-from common.ties import end_with_parent
+from elasticmoe.common.config import PoolConfig, load
+from elasticmoe.common.fdchannel import DESCRIPTORS_CUT, Channel, Listener
+from elasticmoe.common.protocol import pool as pool_messages
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, ProtocolError
+from elasticmoe.common.protocol.pool import ToPool
+from elasticmoe.common.protocol.replies import refusal
+from elasticmoe.common.protocol.standby import TO_TEMPLATE, Fork, Forked
+from elasticmoe.common.ties import end_with_parent
 
 _IDENTITY = "template:0"
 _ADOPTED_TURN_S = 0.0005
@@ -56,7 +56,7 @@ def main() -> int:
     except Conflict:  # another one is there
         return 0
     _close_lifeline()
-    import services.worker.rank.assembly  # noqa: F401 - imported for the processes that are forked from here
+    import elasticmoe.services.worker.rank.assembly  # noqa: F401 - imported for the processes that are forked from here
 
     gc.collect()
     gc.freeze()
@@ -163,7 +163,7 @@ def _be_standby(config: PoolConfig, fd: int, guardian: int | None = None) -> int
     """What a forked process does; its exit status. `guardian`: where the kernel has not been told yet."""
     if guardian is not None:
         end_with_parent(guardian)
-    from services.worker.pool.standby import standby_main
+    from elasticmoe.services.worker.pool.standby import standby_main
 
     channel: Channel[ToPool] = Channel.of(fd, f"standby:{os.getpid()}", pool_messages.CODEC)
     try:

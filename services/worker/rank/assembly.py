@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common import fdchannel
-from common.clock import SYSTEM_CLOCK
-from common.config import PoolConfig
-from common.failpoint import failpoint
-from common.fence import Fence
-from common.protocol.handles import TO_RANK
-from common.protocol.pool import StartRank
-from common.protocol.rank import CODEC
-from common.protocol.scaler import RankReady
-from common.transport import Sockets
-from services.worker.backends.factory import open_backend
-from services.worker.engine.engine import Engine
-from services.worker.exchange.barrier import StepBarrier
-from services.worker.exchange.shm import ShmExchange
-from services.worker.exchange.shm_barrier import ShmBarrier
-from services.worker.hmm.link import HmmLink
-from services.worker.hmm.memory import RankMemory
-from services.worker.model.registry import build_model
-from services.worker.rank.parts import RankParts
-from services.worker.rank.rank import Rank
-from services.worker.rank.warm_up import warm_up
+from elasticmoe.common import fdchannel
+from elasticmoe.common.clock import SYSTEM_CLOCK
+from elasticmoe.common.config import PoolConfig
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.protocol.handles import TO_RANK
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.rank import CODEC
+from elasticmoe.common.protocol.scaler import RankReady
+from elasticmoe.common.transport import Sockets
+from elasticmoe.services.worker.backends.factory import open_backend
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.exchange.barrier import StepBarrier
+from elasticmoe.services.worker.exchange.shm import ShmExchange
+from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
+from elasticmoe.services.worker.hmm.link import HmmLink
+from elasticmoe.services.worker.hmm.memory import RankMemory
+from elasticmoe.services.worker.model.registry import build_model
+from elasticmoe.services.worker.rank.parts import RankParts
+from elasticmoe.services.worker.rank.rank import Rank
+from elasticmoe.services.worker.rank.warm_up import warm_up
 
 
 def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankReady], None]) -> Rank:

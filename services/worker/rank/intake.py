@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.protocol.errors import ElasticMoEError
-from common.protocol.rank import Submit
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.rank import Submit
 
 
 def check_ids(request: Submit, output: tuple[int, ...], vocab: int) -> None:

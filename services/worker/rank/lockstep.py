@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from common.clock import Clock
-from common.failpoint import failpoint
-from common.protocol.handles import Routing
-from common.telemetry import get_logger
-from services.worker.exchange.barrier import StepBarrier
-from services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
+from elasticmoe.common.clock import Clock
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.protocol.handles import Routing
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.worker.exchange.barrier import StepBarrier
+from elasticmoe.services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
 
 log = get_logger("rank")
 

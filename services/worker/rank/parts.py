@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-from common.clock import Clock
-from common.endpoints import ServerEnd, Transport
-from common.fence import Fence
-from common.model_spec import ModelSpec
-from common.protocol.handles import Routing, SeatMemory, ShareHandles
-from common.protocol.pool import StartRank
-from common.protocol.rank import ToRank
-from native.ledger import Ledger
-from services.worker.engine.engine import Engine
-from services.worker.exchange.barrier import StepBarrier
-from services.worker.exchange.base import Exchange
-from services.worker.hmm.link import HmmLink
+from elasticmoe.common.clock import Clock
+from elasticmoe.common.endpoints import ServerEnd, Transport
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.common.protocol.handles import Routing, SeatMemory, ShareHandles
+from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.rank import ToRank
+from elasticmoe.native.ledger import Ledger
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.exchange.barrier import StepBarrier
+from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.hmm.link import HmmLink
 
 
 class Mapped(Protocol):

@@ -14,10 +14,10 @@ from typing import Self
 
 import msgspec
 
-from common.failpoint import failpoint
-from common.protocol.codec import Message, Received
-from common.protocol.errors import ElasticMoEError, Unavailable
-from common.protocol.rank import (
+from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.protocol.codec import Message, Received
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.rank import (
     Cancel,
     DecodeOnly,
     GetRankIntegrity,
@@ -32,23 +32,23 @@ from common.protocol.rank import (
     Unwatch,
     Watch,
 )
-from common.protocol.replies import Ack, refusal
-from common.protocol.router import Delta, Failed, RankStatus, Tokens
-from common.protocol.scaler import Integrity, RankLoad, RankReady
-from common.telemetry import get_logger
-from services.worker.engine.adoption import adopt_rows
-from services.worker.engine.failure import failure_of
-from services.worker.engine.outcome import Outcome
-from services.worker.engine.plan import StepPlan
-from services.worker.exchange.base import StepAborted
-from services.worker.migration import Migration
-from services.worker.rank.intake import check_ids
-from services.worker.rank.lockstep import STEP_MS_MAX, Lockstep
-from services.worker.rank.parts import RankParts
-from services.worker.rank.reports import Reports, tokens_of
-from services.worker.rank.shares import Shares
-from services.worker.rank.steps import Steps
-from services.worker.rank.welcome import Welcome
+from elasticmoe.common.protocol.replies import Ack, refusal
+from elasticmoe.common.protocol.router import Delta, Failed, RankStatus, Tokens
+from elasticmoe.common.protocol.scaler import Integrity, RankLoad, RankReady
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.worker.engine.adoption import adopt_rows
+from elasticmoe.services.worker.engine.failure import failure_of
+from elasticmoe.services.worker.engine.outcome import Outcome
+from elasticmoe.services.worker.engine.plan import StepPlan
+from elasticmoe.services.worker.exchange.base import StepAborted
+from elasticmoe.services.worker.migration import Migration
+from elasticmoe.services.worker.rank.intake import check_ids
+from elasticmoe.services.worker.rank.lockstep import STEP_MS_MAX, Lockstep
+from elasticmoe.services.worker.rank.parts import RankParts
+from elasticmoe.services.worker.rank.reports import Reports, tokens_of
+from elasticmoe.services.worker.rank.shares import Shares
+from elasticmoe.services.worker.rank.steps import Steps
+from elasticmoe.services.worker.rank.welcome import Welcome
 
 log = get_logger("rank")
 

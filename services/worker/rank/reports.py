@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from common.protocol.codec import Message
-from common.protocol.limits import LOGPROBS_MAX, MESSAGE_BYTES_MAX, REQUEST_ID_CHARS_MAX
-from common.protocol.router import Delta, Tokens, logprob_bytes
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.limits import LOGPROBS_MAX, MESSAGE_BYTES_MAX, REQUEST_ID_CHARS_MAX
+from elasticmoe.common.protocol.router import Delta, Tokens, logprob_bytes
 
 GRACE_S = 10.0
 MESSAGES_MAX = 4096  # kept for one router: a step has one

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.clock import Clock
-from services.worker.engine.outcome import StepCost
+from elasticmoe.common.clock import Clock
+from elasticmoe.services.worker.engine.outcome import StepCost
 
 SMOOTHING = 0.05
 

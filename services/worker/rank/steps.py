@@ -16,16 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from common.protocol.errors import Unavailable
-from common.telemetry import get_logger
-from services.worker.engine.engine import Engine
-from services.worker.engine.failure import OUT_OF_MEMORY, is_shortage
-from services.worker.engine.outcome import Outcome
-from services.worker.engine.plan import Chunk, PlanFailed, StepPlan
-from services.worker.engine.trials import guilty_error
-from services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
-from services.worker.hmm.link import HmmLink
-from services.worker.rank.lockstep import Lockstep
+from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.worker.engine.engine import Engine
+from elasticmoe.services.worker.engine.failure import OUT_OF_MEMORY, is_shortage
+from elasticmoe.services.worker.engine.outcome import Outcome
+from elasticmoe.services.worker.engine.plan import Chunk, PlanFailed, StepPlan
+from elasticmoe.services.worker.engine.trials import guilty_error
+from elasticmoe.services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
+from elasticmoe.services.worker.hmm.link import HmmLink
+from elasticmoe.services.worker.rank.lockstep import Lockstep
 
 log = get_logger("rank")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from services.worker.engine.kv_bytes import read_blocks, write_blocks
-from services.worker.exchange.alone import Alone
-from services.worker.hmm.memory import RankMemory
-from services.worker.model.batch import Batch, BatchPart
-from services.worker.model.registry import Model
+from elasticmoe.services.worker.engine.kv_bytes import read_blocks, write_blocks
+from elasticmoe.services.worker.exchange.alone import Alone
+from elasticmoe.services.worker.hmm.memory import RankMemory
+from elasticmoe.services.worker.model.batch import Batch, BatchPart
+from elasticmoe.services.worker.model.registry import Model
 
 WARM_UP_TOKENS = 4
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.devices.factory import register
+from elasticmoe.common.devices.factory import register
 from tests.devices.strict import StrictDevice
 
 register("host", StrictDevice)

@@ -53,10 +53,10 @@ def act(action: str) -> None:
 
 def patch() -> None:
     """Let the engine and the exchange do so."""
-    from services.worker.engine import sampler
-    from services.worker.engine.engine import Engine
-    from services.worker.engine.plan import Draft
-    from services.worker.exchange.shm import ShmExchange
+    from elasticmoe.services.worker.engine import sampler
+    from elasticmoe.services.worker.engine.engine import Engine
+    from elasticmoe.services.worker.engine.plan import Draft
+    from elasticmoe.services.worker.exchange.shm import ShmExchange
 
     now: list[Any] = []  # sequences of the present step
 
@@ -91,5 +91,5 @@ class _Sampled:
         self.request, self.tokens = state.request, state.tokens
 
 
-if "services.worker.pool.template" in sys.orig_argv:
+if "elasticmoe.services.worker.pool.template" in sys.orig_argv:
     patch()
