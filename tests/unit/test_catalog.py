@@ -19,6 +19,7 @@ from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, Payloa
 from elasticmoe.common.protocol.hmm import LoadModel, StageLayout
 from elasticmoe.common.protocol.ids import TransitionId
 from elasticmoe.common.wording import size as told_size
+from elasticmoe.services.hmm.memory import snapshot as snapshot_module
 from elasticmoe.services.hmm.memory.catalog import (
     Catalog,
     DeviceEntry,
@@ -33,7 +34,6 @@ from elasticmoe.services.hmm.memory.catalog import (
     layouts,
     slots_of,
 )
-from elasticmoe.services.hmm.memory.memory import snapshot as snapshot_module
 from elasticmoe.services.hmm.memory.snapshot import SLOT_BYTES, Snapshot
 from tests.unit.specs import tiny_mixtral_spec, tiny_qwen3_spec
 

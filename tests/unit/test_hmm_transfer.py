@@ -19,9 +19,9 @@ from elasticmoe.common.protocol.hmm import CopyBlocks
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native import host
 from elasticmoe.services.hmm.background import Background
+from elasticmoe.services.hmm.memory import blocks as blocks_module
 from elasticmoe.services.hmm.memory.blocks import BlockCopies, check_ranks
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
-from elasticmoe.services.hmm.memory.memory import blocks as blocks_module
 from elasticmoe.services.hmm.memory.supply import Supply
 from elasticmoe.services.hmm.memory.transfer import Peaks, Transfer, TransferOp
 from tests.devices.backends import granularity

@@ -17,7 +17,7 @@ from elasticmoe.common import machine
 from elasticmoe.common.devices.factory import open_device
 from elasticmoe.common.machine import available_bytes, group_room, usable_cores
 from elasticmoe.common.protocol.errors import DoesNotFit
-from elasticmoe.services.hmm.memory.memory import holdings
+from elasticmoe.services.hmm.memory import holdings
 
 MIB, GIB = 1 << 20, 1 << 30
 MACHINE = 22 * GIB

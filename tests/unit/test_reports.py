@@ -9,7 +9,7 @@ from elasticmoe.common.protocol.codec import Message, encode
 from elasticmoe.common.protocol.errors import PayloadTooLarge
 from elasticmoe.common.protocol.limits import MESSAGE_BYTES_MAX
 from elasticmoe.common.protocol.router import Delta, Logprob, Tokens, logprob_bytes
-from elasticmoe.services.worker.rank.rank import reports
+from elasticmoe.services.worker.rank import reports
 from elasticmoe.services.worker.rank.reports import GRACE_S, MESSAGES_MAX, TRY_S, Reports, tokens_of
 
 A, B = b"router:a", b"router:b"

@@ -15,7 +15,7 @@ from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.limits import ERROR_TEXT_CHARS_MAX, NAME_CHARS_MAX, RANKS_MAX
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.scaler import RankReady
-from elasticmoe.services.worker.pool.pool import seats
+from elasticmoe.services.worker.pool import seats
 from elasticmoe.services.worker.pool.seats import RECORD_BYTES, SeatLock, Seats, path_of
 
 WIDE = "\U0001f600"  # four bytes
