@@ -18,8 +18,9 @@ from elasticmoe.common.config import PoolConfig, make_run_dirs
 from elasticmoe.common.fdchannel import Channel
 from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.common.protocol.standby import TO_POOL, Forked, FromStandby
+from elasticmoe.services.worker.pool import children
 from elasticmoe.services.worker.pool import pool as pool_module
-from elasticmoe.services.worker.pool.pool import FORK_S_MAX, STANDBY_FAILURES_MAX, STANDBY_SETTLED_S, Pool, children
+from elasticmoe.services.worker.pool.pool import FORK_S_MAX, STANDBY_FAILURES_MAX, STANDBY_SETTLED_S, Pool
 
 
 class Template:

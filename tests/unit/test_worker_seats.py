@@ -12,7 +12,7 @@ import pytest
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.codec import encode
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
-from elasticmoe.common.protocol.limits import ERROR_TEXT_CHARS_MAX, NAME_CHARS_MAX, RANKS_MAX
+from elasticmoe.common.protocol.limits import ERROR_TEXT_CHARS_MAX, NAME_CHARS_MAX, PROTOCOL_VERSION, RANKS_MAX
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.scaler import RankReady
 from elasticmoe.services.worker.pool import seats
@@ -69,7 +69,9 @@ def test_the_longest_record_fits(path: Path) -> None:
 def test_what_cannot_be_read_is_no_record(path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = Seats(path)
     if change == "the version":
-        newer = encode(seats.SeatRecord(1, seat(2)), sender="rank:1").replace(b"\xa7version\x01", b"\xa7version\x02")
+        now, later = (b"\xa7version" + bytes([version]) for version in (PROTOCOL_VERSION, PROTOCOL_VERSION + 1))
+        newer = encode(seats.SeatRecord(1, seat(2)), sender="rank:1").replace(now, later)
+        assert later in newer
         monkeypatch.setattr(seats, "encode", lambda *_, **__: newer)
     SeatLock(path, seat(2))
     with open(path, "r+b") as raw:
