@@ -70,6 +70,10 @@ class Bus:
         """Not simulated."""
         return 0
 
+    def is_waiting_for_device(self, slot: int) -> bool:
+        """Never: what computes here is done at once."""
+        return False
+
     def is_awaited(self, generation: int) -> bool:
         """See StepBarrier."""
         self._check(generation)

@@ -21,7 +21,7 @@ PAGES = sorted(
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
-FOR_DEVELOPERS = {"architecture.md", "oracle.md", "promises.md", "robustness.md"}
+FOR_DEVELOPERS = {"architecture.md", "glossary.md", "oracle.md", "promises.md", "robustness.md"}
 FIRST_SCREEN = 30  # lines
 OTHERS = {"useradd", "systemctl", "journalctl", "rm", "git", "-C"}  # commands to which the name is an argument
 

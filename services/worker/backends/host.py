@@ -40,25 +40,15 @@ class HostBackend(ComputeBackend):
     name = "host"
     device = torch.device("cpu")
     is_synchronous = True
+    _seen: tuple[torch.Tensor, int, kernels.KvView] | None = None  # blocks, number of those that are mapped, their view
 
     def _synchronize(self) -> None:
         """See ComputeBackend. Nothing is ever in flight."""
 
     def check_batch(self, batch: Batch, cache: KvCache) -> _HostBatch:
         """See ComputeBackend."""
-        _, layers, _, heads, block_size, dim = cache.blocks.shape
-        view = kernels.KvView(
-            cache.base_addr,
-            cache.num_blocks,
-            cache.geometry.block_stride,
-            layers,
-            heads,
-            block_size,
-            dim,
-            _CODES[cache.blocks.dtype],
-        )
         parts = kernels.Parts(
-            view,
+            self._view_of(cache),
             batch.num_rows,
             batch.num_parts,
             batch.row_starts.buffer_info()[0],
@@ -68,6 +58,16 @@ class HostBackend(ComputeBackend):
         )
         token_ids_addr, logit_rows_addr = batch.token_ids.buffer_info()[0], batch.logit_rows.buffer_info()[0]
         return _HostBatch(parts, batch.num_rows, batch.num_logits, token_ids_addr, logit_rows_addr, batch)
+
+    def _view_of(self, cache: KvCache) -> kernels.KvView:
+        """The cache as kernels see it. Made where blocks came or went, and kept: asking a tensor takes microseconds."""
+        seen = self._seen
+        if seen is None or seen[0] is not cache.blocks or seen[1] != cache.num_blocks:
+            _, layers, _, heads, block_size, dim = cache.blocks.shape
+            stride, code = cache.geometry.block_stride, _CODES[cache.blocks.dtype]
+            view = kernels.KvView(cache.base_addr, cache.num_blocks, stride, layers, heads, block_size, dim, code)
+            seen = self._seen = (cache.blocks, cache.num_blocks, view)
+        return seen[2]
 
     # ---- a decoder's
 
