@@ -123,7 +123,7 @@ def in_what_is_reserved(scene: Scene) -> None:
     full = scene.begin_and_fill("scaler.leg1.commit.before", "grow", is_greedy=False, replicas=3)
     try:
         ended = scene.deployment.wait_operation("grow")
-        assert ended["phase"] == "done", (ended, scene.deployment.explain())
+        assert ended["phase"] == "done", f"{ended}\n{scene.deployment.explain()}"
         full.take()  # of what was reserved, what was not needed
         wait_until(lambda: not scene.reserve.exists(), "nothing is reserved")
         assert scene.order(replicas=2) == (503, "storage_full")

@@ -245,6 +245,24 @@ def test_a_store_without_room_gets_what_was_reserved_and_time_to_find_it(scene: 
     wait_until(lambda: scene.journal.no_room() == "", "there is room again")
 
 
+def test_what_was_given_up_is_reserved_again_once_the_store_has_found_room(scene: Scene) -> None:
+    operation = operation_of(UP)
+    scene.journal.reserve(operation)
+    scene.store.error = FULL  # it has not looked yet since its disk was full
+    scene.journal.put(operation)
+    wait_until(lambda: not scene.file.exists(), "it was given up")
+    scene.store.error = None
+    wait_until(scene.file.exists, "it is reserved again")
+    assert scene.file.stat().st_size == bytes_of(operation)
+    scene.store.error = FULL
+    scene.journal.put(msgspec.structs.replace(operation, phase="commit"))
+    wait_until(lambda: not scene.file.exists(), "it was given up once more")
+    assert scene.journal.no_room() == ""
+    scene.store.error = None
+    scene.journal.end(operation)
+    wait_until(lambda: scene.store.num_ended == 1 and not scene.file.exists(), "nothing is reserved for what has ended")
+
+
 def test_without_room_for_all_records_nothing_is_held(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     def allocate(fd: int, start: int, nbytes: int) -> None:
         os.ftruncate(fd, nbytes // 2)

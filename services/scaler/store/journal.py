@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import suppress
 from collections.abc import Callable
 
 from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
@@ -250,6 +251,18 @@ class Journal:
         self._write_next()
         with self._lock:
             self._full = ""
+            self._reserve_again()
+
+    def _reserve_again(self) -> None:
+        """The store has found room: what was given up for that is reserved for the operation's other records, if it can
+        be. The lock is held."""
+        operation = self._last_operation
+        if self._reserve is None or self._given_up_at is None or operation is None:
+            return
+        if operation.op_id == self._reserved_for:
+            with suppress(Unavailable):
+                self._reserve.take(bytes_of(operation))
+                self._given_up_at = None
 
     def _write_next(self) -> None:
         """Write one thing, the most urgent one; it is forgotten only when it is written."""
