@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from contextlib import suppress
 from collections.abc import Callable
+from contextlib import suppress
 
 from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
 from elasticmoe.common.failpoint import failpoint
