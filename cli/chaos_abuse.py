@@ -1,7 +1,7 @@
 """The hostile client of `elasticmoe chaos --abuse`, and what it costs others.
 
-The client is a process of its own (`cli.chaos_abuser`), so that its work delays no honest client here. It says what it
-begins and what came of it, a line each. Meanwhile another one (`cli.chaos_prober`) asks for /health, as an orchestrator
+The client is a process of its own (chaos_abuser.py), so that its work delays no honest client here. It says what it
+begins and what came of it, a line each. Meanwhile another one (chaos_prober.py) asks for /health, as an orchestrator
 would, and the resident memory of the processes that strangers reach is looked at.
 """
 

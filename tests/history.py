@@ -1,6 +1,6 @@
 """The checker of promise P1 over a router's history: every accepted request ends exactly once.
 
-`check_history` reads what `services.router.history` wrote and raises AssertionError with every finding. It is meant to
+`check_history` reads what services/router/history.py wrote and raises AssertionError with every finding. It is meant to
 run at the end of every test that serves requests with history on.
 """
 

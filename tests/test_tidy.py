@@ -253,6 +253,91 @@ def test_every_import_has_the_root() -> None:
     assert found == []
 
 
+# Written modules that no checker of imports sees: `-m services.x`, "cli.x", `common.x`, "from common import x".
+_WITHOUT_ROOT = re.compile(
+    rf"""-m[ '",]+(?:{"|".join(SOURCE)})\.[a-z]|['"`](?:{"|".join(SOURCE)})\.(?!cmake|md\b|pyi?\b)[a-z_]+"""
+    rf"""|\b(?:from (?:{"|".join(SOURCE)})(?:\.\w+)* import|import (?:{"|".join(SOURCE)})\.)"""
+)
+_MODULE = re.compile(r"\belasticmoe((?:\.[A-Za-z_]\w*)+)")
+_FILE = re.compile(r"(?<![\w./<>-])((?:\.\./)*(?:[\w.-]+/)*[A-Za-z_][\w-]*\.(?:py|pyi|md|cpp))(?![\w/-]|\.\w)")
+_FOLDER = re.compile(r"(?<![\w./-])((?:elasticmoe/)?(?:services|common|native|cli)/[\w/]*\w)(?![\w*{<]|\.\w)")
+# Files of other projects, and ones that a test makes or that only look like files.
+_FOREIGN = {
+    "alloc_cpu.cpp",
+    "check.py",
+    "chat_template_utils.py",
+    "configuration_mixtral.py",
+    "configuration_qwen3_moe.py",
+    "convert_hf_to_gguf.py",
+    "llama.cpp",
+    "page.md",
+    "xxhash_spec.md",
+}
+
+
+def texts() -> Iterator[tuple[str, int, str]]:
+    """(file, number, line) of all that may name a file or a module of the present. CHANGELOG.md tells of the past."""
+    for path in tracked(
+        ".py", ".pyi", ".md", ".cpp", ".h", ".toml", ".yaml", ".service", ".sh", ".ci/run", "Makefile", "Dockerfile"
+    ):
+        if name(path).startswith("elasticmoe/") or path in (ROOT / "CHANGELOG.md", Path(__file__)):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            yield name(path), number, line
+
+
+def test_every_module_that_is_written_of_has_the_root_and_exists() -> None:
+    """In strings, comments and pages, such as commands to be typed."""
+    found = []
+    for file, number, line in texts():
+        found += [f"{file}:{number} {match[0]!r}: without the root" for match in _WITHOUT_ROOT.finditer(line)]
+        found += [
+            f"{file}:{number} elasticmoe{match[1]}: no module"
+            for match in _MODULE.finditer(line)
+            if match[1].split(".")[1] in SOURCE and not is_module(match[1].split(".")[1:])
+        ]
+    assert found == []
+
+
+def is_module(parts: list[str]) -> bool:
+    """Whether these name a package, a module, or something in one."""
+    folder = ROOT
+    for part in parts:
+        if any((folder / f"{part}{ending}").is_file() for ending in (".py", ".pyi")):
+            return True
+        if not (folder / part).is_dir():
+            text = (folder / "__init__.py").read_text(encoding="utf-8") if (folder / "__init__.py").is_file() else ""
+            return re.search(rf"\b{part}\b", text) is not None
+        folder /= part
+    return True
+
+
+def test_files_that_are_written_of_exist() -> None:
+    """A name without its folder is one of the same service, or of what all have."""
+    files = [name(path) for path in tracked("")]
+    found = []
+    for file, number, line in texts():
+        for match in _FILE.finditer(line):
+            what = match[1].removeprefix("elasticmoe/").rpartition("../")[2]
+            if what.rpartition("/")[2] in _FOREIGN:
+                continue
+            near = service_of(file) if "/" not in what else "services/"
+            named = (other for other in files if f"/{other}".endswith(f"/{what}"))
+            if not any(other.startswith(near) or not other.startswith("services/") for other in named):
+                found.append(f"{file}:{number} {what}")
+        for match in _FOLDER.finditer(line):
+            what = match[1].removeprefix("elasticmoe/")
+            if not any(other.startswith((f"{what}/", f"{what}.")) for other in files):
+                found.append(f"{file}:{number} {what}")
+    assert found == []
+
+
+def service_of(file: str) -> str:
+    """`services/x/` for a file of a service, `services/` for all others, which may mean any."""
+    parts = file.split("/")
+    return f"services/{parts[1]}/" if parts[0] == "services" and len(parts) > 2 else "services/"
+
+
 def test_a_class_name_means_one_thing() -> None:
     """Answers' documents (api/views.py, api/told.py) may share names with what they tell of: theirs are OpenAPI's."""
     places: dict[str, list[str]] = {}

@@ -416,7 +416,7 @@ def test_a_failed_check_is_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_NATIVE", ("native.nothing",))
+    monkeypatch.setattr(doctor, "_NATIVE", ("elasticmoe.no_such_module",))
     assert doctor.check_native().level == "fail"
     monkeypatch.setattr(doctor, "_TORCH", "1.0")
     assert doctor.check_torch().fix == "install torch==1.0.*"

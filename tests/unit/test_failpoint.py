@@ -104,7 +104,7 @@ def test_one_of_many_threads_takes_it(points: Failpoints, tmp_path: Path) -> Non
 def test_die_is_sigkill(tmp_path: Path) -> None:
     points = Failpoints(tmp_path)
     points.arm("a", "die")
-    code = f"from common import failpoint as f; f.enable({str(tmp_path)!r}); f.failpoint('a')"
+    code = f"from elasticmoe.common import failpoint as f; f.enable({str(tmp_path)!r}); f.failpoint('a')"
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == -signal.SIGKILL
     assert points.wait_hit("a") > 0
 

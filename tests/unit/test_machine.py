@@ -214,7 +214,7 @@ def test_a_real_group_counts(real_group: Path) -> None:
     code = (
         "import json, os, sys; from pathlib import Path; Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))"
     )
-    code += "; from cli import doctor; from common import machine"
+    code += "; from elasticmoe.cli import doctor; from elasticmoe.common import machine"
     code += "; print(json.dumps([machine.available_bytes(), machine.group_room(), doctor.check_memory().text]))"
     done = subprocess.run([sys.executable, "-c", code, str(real_group)], capture_output=True, text=True, check=False)
     if "cgroup.procs" in done.stderr or "PermissionError" in done.stderr:

@@ -37,6 +37,10 @@ class Segment:
         self.memory.close()
 
 
+def test_its_errors_say_where_they_can_be_imported_from() -> None:
+    assert {error.__module__ for error in (BusAborted, BusDesync, BusTimeout)} == {Bus.__module__}
+
+
 @pytest.fixture
 def segment() -> Iterator[Segment]:
     segment = Segment()

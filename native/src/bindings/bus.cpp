@@ -26,7 +26,7 @@ struct Errors {
 Errors errors;
 
 PyObject* new_error(nb::module_& module, const char* name, PyObject* base) {
-  const std::string full_name = std::string("native.bus.") + name;
+  const std::string full_name = std::string("elasticmoe.native.bus.") + name;
   PyObject* type = PyErr_NewException(full_name.c_str(), base, nullptr);
   if (type == nullptr) throw nb::python_error();
   module.attr(name) = nb::borrow(type);

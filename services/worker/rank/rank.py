@@ -55,7 +55,7 @@ log = get_logger("rank")
 IDLE_MS = 500  # the longest sleep, and so the slowest beat of an idle rank's status
 BUSY_MS = 5  # the longest sleep of a rank that does not step and has something else to do
 STATUS_S = 0.1  # at most this often
-SAME_STATUS_S = 0.9  # what has not changed is told this often: routers ask who is silent for longer (links.py)
+SAME_STATUS_S = 0.9  # what has not changed is told this often: routers ask who is silent for longer
 LOOK_S = 0.01  # how often a stepping rank looks at its descriptors
 
 

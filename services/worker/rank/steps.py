@@ -8,7 +8,7 @@ ledger tell the seat's next one as much.
 
 A rank that fails in the midst of an exchange must not let the others wait for it. Only the HMM can end a generation of
 the bus, and it does when a rank's connection ends: so the rank ends it, steps no more in that generation, and
-introduces itself again (hmm_link.py), as after the HMM's own restart. The others discard the step, as at a death.
+introduces itself again (hmm/link.py), as after the HMM's own restart. The others discard the step, as at a death.
 """
 
 from __future__ import annotations
