@@ -128,6 +128,11 @@ def test_devices_that_were_lost_before_the_upgrade_stay_lost(store: Store) -> No
         ({"form": 2}, "attempt"),
         ({"hurried_s": 1.0}, "hurried_s"),
         ({"phase": "paused"}, "phase"),
+        ({"bytes_of": 5}, "list"),
+        ({"bytes_of": [5, 5]}, "text"),
+        ({"bytes_of": ["op", 5]}, "form"),
+        ({"bytes_of": ["op/1", 5]}, "form"),
+        ({"bytes_of": ["op/1.2", "all"]}, "whole number"),
     ],
 )
 def test_a_record_of_any_other_form_is_refused_and_stays(

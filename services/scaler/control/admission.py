@@ -173,7 +173,7 @@ class Admission:
 
     def _give_way(self, order: Order, hmm: HmmStatus | None, running: Running) -> None:
         """The loss of a device does not wait for the operation in progress, which may wait for that very device: let it
-        end with a layout that is complete, and the order be tried again. Raises Later; returns for other"""
+        end with a layout that is complete, and the order be tried again. Raises Later; returns for other orders."""
         current = self._driver.operation
         if order.target is None or not order.target.is_lost or current is None:
             return

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from elasticmoe.services.scaler.operation.operation import Accounting, LegProgress, Operation
+
+_Attempt = Annotated[str, msgspec.Meta(pattern=r"^(.+/[0-9]{1,9}\.[0-9]{1,9})?$")]
 
 
 class OperationRecords:
@@ -19,11 +21,18 @@ class OperationRecords:
         if "form" not in record:
             for name, part in (("progress", LegProgress), ("accounting", Accounting)):
                 record[name] = {field: record.pop(field) for field in part.__struct_fields__ if field in record}
-            attempt, nbytes = record["accounting"].pop("bytes_of", ("", 0))
-            if attempt:
-                op, _, place = attempt.rpartition("/")
-                record["accounting"]["bytes_of"] = ((op, *(int(number) for number in place.split("."))), nbytes)
+            if "bytes_of" in record["accounting"]:
+                record["accounting"]["bytes_of"] = _bytes_of(record["accounting"]["bytes_of"])
         return msgspec.convert(record, Operation)
+
+
+def _bytes_of(before: object) -> tuple[tuple[str, int, int], int] | None:
+    attempt, nbytes = msgspec.convert(before, tuple[_Attempt, int])
+    if not attempt:
+        return None
+    op, _, place = attempt.rpartition("/")
+    leg, _, number = place.partition(".")
+    return (op, int(leg), int(number)), nbytes
 
 
 OPERATIONS = OperationRecords()
