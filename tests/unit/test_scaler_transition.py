@@ -67,6 +67,21 @@ def test_a_rebalance_only_moves_sequences() -> None:
     assert sorted(world.running.values()) == [4, 5]
 
 
+@pytest.mark.parametrize("plan", [None, UP, DOWN])
+def test_no_rank_goes_on_with_what_a_scaler_that_has_ended_told_it(plan: Plan | None) -> None:
+    """The rounds of leveling are not in the journal: the next scaler learns of them from the ranks."""
+    world = World(plan.before if plan else UP.before, {0: 9, 1: 0})
+    journaled = world.run_to(operation_of(plan), "migrate")
+    world.running[0] += 5
+    told = world.step(journaled)
+    assert told.progress.sources
+    assert {at.kind for at in world.commands.values()} >= {"migrate"}
+    world.progress()
+    done = world.run(msgspec.structs.replace(journaled, clock=None))
+    assert done.phase == "done"
+    assert {at.kind for slot, at in world.commands.items() if slot in world.ranks} == {"cancel"}
+
+
 def test_leveling_that_leads_nowhere_ends() -> None:
     world = World(UP.before, {0: 9, 1: 0})
     world._tell = lambda _: None  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from elasticmoe.common.layout import Seat
-from elasticmoe.common.protocol.ids import CommandId
+from elasticmoe.common.protocol.ids import CommandId, CommandKind
 from elasticmoe.common.protocol.rank import CancelMigration, DecodeOnly, Drain, MigrateTo, MoveTarget, Precopy
 from elasticmoe.common.protocol.scaler import HmmStatus, RankLoad
 from elasticmoe.services.scaler.actions import Action, TellRank
@@ -50,7 +50,8 @@ def migrate(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Ope
 def _end_migration(
     operation: Operation, loads: Mapping[int, RankLoad], leaders: Sequence[Seat], actions: list[Action], why: str
 ) -> Step[Operation]:
-    told = {*operation.progress.sources, *told_ahead(operation, loads)}
+    # What ranks say counts as well: a scaler that has ended may have told some more.
+    told = {*operation.progress.sources, *_in_force(operation, loads, "precopy", "migrate")}
     ends = cancels(operation, (seat for seat in leaders if seat.slot in told))
     step = enter(operation, "done" if operation.kind == "rebalance" else "release", why)
     return Step(step.state, (*actions, *ends), why)
@@ -119,13 +120,13 @@ def end_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> tuple[list
     read the one command yet reads the other after it."""
     if not operation.current_leg().joining:
         return [], False
-    return cancels(operation, _leading_stayers(operation)), bool(told_ahead(operation, loads))
+    return cancels(operation, _leading_stayers(operation)), bool(_in_force(operation, loads, "precopy"))
 
 
-def told_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> set[int]:
-    """Slots of the ranks that get sequences ready for this operation's joining ranks, in whichever attempt."""
+def _in_force(operation: Operation, loads: Mapping[int, RankLoad], *kinds: CommandKind) -> set[int]:
+    """Slots of the ranks that say that such a command of this operation is in force, of whichever leg and attempt."""
     commands = ((slot, load.command) for slot, load in loads.items())
-    return {slot for slot, at in commands if at is not None and (at.op, at.kind) == (operation.op_id, "precopy")}
+    return {slot for slot, at in commands if at is not None and at.op == operation.op_id and at.kind in kinds}
 
 
 def cancels(operation: Operation, seats: Iterable[Seat]) -> list[Action]:

@@ -1,4 +1,4 @@
-"""The handing side: each sequence on its way is a Transfer that goes through stages, a little at each turn.
+"""The handing side: each sequence on its way is a SequenceTransfer that goes through stages, a little at each turn.
 
 reserving  the target was asked for a place; the sequence runs on here
 ready      the next thing can be done: copy what is full, or hand over, once the target steps with the others
