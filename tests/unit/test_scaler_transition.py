@@ -11,7 +11,7 @@ from elasticmoe.common.protocol.ids import CommandId, TransitionId
 from elasticmoe.common.protocol.rank import CancelMigration
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.services.scaler.actions import Abort, Release, StopSeat, TellRank
-from elasticmoe.services.scaler.operation.advance import advance, can_cancel, cancel, outcome
+from elasticmoe.services.scaler.operation.advance import advance, can_cancel, cancel, outcome, without_lost
 from elasticmoe.services.scaler.operation.operation import Operation, Request
 from elasticmoe.services.scaler.operation.orphans import collect_orphans
 from elasticmoe.services.scaler.operation.release import LEAVE_S
@@ -80,6 +80,29 @@ def test_no_rank_goes_on_with_what_a_scaler_that_has_ended_told_it(plan: Plan | 
     done = world.run(msgspec.structs.replace(journaled, clock=None))
     assert done.phase == "done"
     assert {at.kind for slot, at in world.commands.items() if slot in world.ranks} == {"cancel"}
+
+
+def test_no_command_to_move_sequences_outlives_the_phase_that_levels() -> None:
+    """Not one of an operation before, nor one of a rank that is silent at the end, nor where a device is lost."""
+    world = World(UP.before)
+    world.commands[1] = CommandId("before", 0, 0, "migrate", 2)
+    assert world.run(operation_of(None)).phase == "done"
+    assert world.commands[1] == CommandId("op", 0, 0, "cancel")
+
+    world = World(UP.before, {0: 9, 1: 0})
+    operation = world.step(world.run_to(operation_of(None), "migrate"))
+    assert [at.kind for at in world.commands.values()] == ["migrate"]
+    world.pool_answers = False
+    assert world.run(operation).phase == "done"
+    assert {at.kind for at in world.commands.values()} == {"cancel"}
+
+    world = World(UP.before, {0: 9, 1: 0})
+    operation = world.run_to(operation_of(UP), "migrate")
+    operation = world.step(operation)
+    world.commands[1] = CommandId("op", 0, 0, "precopy")
+    step = advance(without_lost(operation, ("host:2",)), world.seen(), world.now)
+    ends = {action.seat.slot for action in step.actions if isinstance(action, TellRank)}
+    assert (step.state.phase, ends) == ("release", {0, 1}), "who is lost is told nothing"
 
 
 def test_leveling_that_leads_nowhere_ends() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from elasticmoe.common.layout import Seat
-from elasticmoe.common.protocol.ids import CommandId, CommandKind
+from elasticmoe.common.protocol.ids import CommandId
 from elasticmoe.common.protocol.rank import CancelMigration, DecodeOnly, Drain, MigrateTo, MoveTarget, Precopy
 from elasticmoe.common.protocol.scaler import HmmStatus, RankLoad
 from elasticmoe.services.scaler.actions import Action, TellRank
@@ -22,12 +22,14 @@ DECODE_ONLY_STEPS = 6  # what it takes to ask for a place, to copy, and to flip,
 def migrate(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Operation]:
     """Level the load, for MIGRATE_S_MAX at the longest; then release, or for a rebalance: done."""
     actions = keep_leaving(operation, seen)
-    if operation.lost_meanwhile:
-        return enter(operation, "release" if operation.plan else "done", "a device was lost meanwhile")
-    if operation.kind != "rebalance" and not (operation.current_leg().joining or operation.current_leg().leaving):
-        return enter(operation, "release", "no replica came or went")
+    if operation.plan is not None and not operation.lost_meanwhile:
+        leg = operation.current_leg()
+        if not (leg.joining or leg.leaving):
+            return enter(operation, "release", "no replica came or went")
     leaders = [seat for seat in hmm.layout.seats if seat.rank.tp == 0] if hmm.layout else []
     loads = {seat.slot: seen.loads[seat.slot] for seat in leaders if seat.slot in seen.loads}
+    if operation.lost_meanwhile:
+        return _end_migration(operation, loads, leaders, actions, "a device was lost meanwhile")
     if operation.phase_s > MIGRATE_S_MAX:
         return _end_migration(operation, loads, leaders, actions, f"leveling has had its {MIGRATE_S_MAX:g} s")
     if len(loads) < len(leaders) or not leaders:
@@ -50,9 +52,11 @@ def migrate(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Ope
 def _end_migration(
     operation: Operation, loads: Mapping[int, RankLoad], leaders: Sequence[Seat], actions: list[Action], why: str
 ) -> Step[Operation]:
-    # What ranks say counts as well: a scaler that has ended may have told some more.
-    told = {*operation.progress.sources, *_in_force(operation, loads, "precopy", "migrate")}
-    ends = cancels(operation, (seat for seat in leaders if seat.slot in told))
+    """No command to move sequences outlives this phase, whoever gave it: its targets may be gone one day. Who says
+    nothing now is told as well, but for ranks that are ended."""
+    told = {*operation.progress.sources, *(slot for slot, load in loads.items() if _is_moving(load))}
+    living = [seat for seat in leaders if seat.device not in operation.lost_meanwhile]
+    ends = cancels(operation, (seat for seat in living if seat.slot in told or seat.slot not in loads))
     step = enter(operation, "done" if operation.kind == "rebalance" else "release", why)
     return Step(step.state, (*actions, *ends), why)
 
@@ -120,13 +124,17 @@ def end_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> tuple[list
     read the one command yet reads the other after it."""
     if not operation.current_leg().joining:
         return [], False
-    return cancels(operation, _leading_stayers(operation)), bool(_in_force(operation, loads, "precopy"))
+    return cancels(operation, _leading_stayers(operation)), _is_told_ahead(operation, loads)
 
 
-def _in_force(operation: Operation, loads: Mapping[int, RankLoad], *kinds: CommandKind) -> set[int]:
-    """Slots of the ranks that say that such a command of this operation is in force, of whichever leg and attempt."""
-    commands = ((slot, load.command) for slot, load in loads.items())
-    return {slot for slot, at in commands if at is not None and at.op == operation.op_id and at.kind in kinds}
+def _is_told_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> bool:
+    """Whether a rank gets sequences ready for this operation's joining ranks, in whichever attempt."""
+    commands = [load.command for load in loads.values() if load.command is not None]
+    return any((at.op, at.kind) == (operation.op_id, "precopy") for at in commands)
+
+
+def _is_moving(load: RankLoad) -> bool:
+    return load.command is not None and load.command.kind in ("precopy", "migrate")
 
 
 def cancels(operation: Operation, seats: Iterable[Seat]) -> list[Action]:
