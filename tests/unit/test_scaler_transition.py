@@ -105,6 +105,21 @@ def test_no_command_to_move_sequences_outlives_the_phase_that_levels() -> None:
     assert (step.state.phase, ends) == ("release", {0, 1}), "who is lost is told nothing"
 
 
+def test_ranks_are_told_to_stay_though_the_pool_is_away_when_that_is_due() -> None:
+    world = World(DOWN.before)
+    operation = world.run_to(operation_of(DOWN), "commit")
+    assert world.leaving == {1}
+    operation = world.step(cancel(operation))
+    world.pool_answers = False
+    for _ in range(5):
+        operation = world.step(operation)
+        world.progress()
+    assert operation.phase == "abort"
+    world.pool_answers = True
+    assert world.run(operation).phase == "aborted"
+    assert world.leaving == set()
+
+
 def test_leveling_that_leads_nowhere_ends() -> None:
     world = World(UP.before, {0: 9, 1: 0})
     world._tell = lambda _: None  # type: ignore[method-assign]

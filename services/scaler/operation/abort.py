@@ -30,7 +30,8 @@ def abort(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Opera
         return stay(operation, "the HMM gives the staged layout up", *abort)
     ends, is_ahead = end_ahead(operation, seen.loads)
     back = take_back(operation.command_id("cancel"), leg.leaving, seen)
-    silent = [seat for seat in leg.leaving if seat.slot in ranks and seat.slot not in seen.loads]
+    is_blind = seen.pool is None  # who lives is not known
+    silent = [seat for seat in leg.leaving if (is_blind or seat.slot in ranks) and seat.slot not in seen.loads]
     if (back or silent or is_ahead) and operation.phase_s < TAKE_BACK_S:
         return stay(operation, "ranks leave no more", *back, *ends)
     step = enter(operation, "aborted", operation.error.message if operation.error else "")
