@@ -43,7 +43,10 @@ def test_systemd_understands_every_line(tmp_path: Path) -> None:
 
 def test_the_page_and_the_unit_say_the_same() -> None:
     unit, page = UNIT.read_text(), PAGE.read_text()
-    for line in re.findall(r"^\| `([^`]*=[^`]*)`", page, re.MULTILINE):
+    cells = re.findall(r"^\| (`[^|]*=[^|]*`)[^|]* \|", page, re.MULTILINE)
+    lines = [line for cell in cells for line in re.findall(r"`([^`]*=[^`]*)`", cell)]
+    assert {"KillMode=mixed", "TimeoutStopSec=130"} <= set(lines)
+    for line in lines:
         name, _, value = line.partition("=… ")
         assert f"{name}=" in unit if value else line in unit, line
     variables = re.findall(r"^Environment=(\w+)=(\S+)$", unit, re.MULTILINE)
