@@ -128,11 +128,14 @@ def _share(fds: _Fds, shared: HostShared) -> Segment:
 
 
 def attach_reply(memory: DeviceMemory, holdings: Holdings) -> tuple[AttachReply, tuple[int, ...]]:
-    """What the rank on `memory`'s device is told first when it attaches, and its descriptors."""
+    """What the rank on `memory`'s device is told first when it attaches, and its descriptors. Raises NotFound where the
+    seat has left and its memory was given back: a rank that was thought to have ended may come to resume all the same.
+    """
     loaded, segment = holdings.loaded, holdings.segment
     assert loaded is not None, "a seat is of a loaded model"
     assert segment is not None, "a loaded model has a bus"
-    assert memory.ledger is not None, "a seat's device has a ledger"
+    if memory.ledger is None:
+        raise NotFound(f"the seat on {memory.device.name} has left, and its memory was given back")
     fds = _Fds()
     reply = AttachReply(
         memory_id=loaded.memory_id,
