@@ -13,6 +13,7 @@ import pytest
 from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.hmm.memory.holdings import Holdings
+from tests.devices import strict
 from tests.devices.backends import granularity
 from tests.unit.specs import TINY_MIXTRAL
 from tests.unit.test_hmm_memory_shortage import World, try_transition
@@ -51,16 +52,43 @@ def test_layouts_come_and_go_and_every_record_is_whole(world: World) -> None:
         world.check()
 
 
+def started(world: World, kept: dict[str, int], held: dict[str, int]) -> Holdings:
+    """A successor that finds `kept` at the keeper, and lets it hold `held`."""
+    parking: Any = SimpleNamespace(fetch=lambda: kept, keep=held.update, forget=lambda _: None, names=set())
+    successor = Holdings(world.config, parking, LOG)
+    successor.start()
+    return successor
+
+
+@pytest.mark.parametrize("lost", ["catalog", "ledger.host:1", "bus", "doorbell.1"])
+def test_a_successor_that_finds_not_everything_drops_all_memory(world: World, lost: str, granularity: int) -> None:
+    before = open_files()
+    kept = {name: os.dup(fd) for name, fd in world.kept.items() if name != lost}
+    successor = started(world, kept, {})
+    assert successor.loaded is None
+    assert [memory.device.pages for memory in successor.memories.values()] == [0, 0, 0]
+    assert successor.check_integrity() == []
+    if granularity == strict.GRANULARITY:  # there memory outlives every process
+        folder = Path(os.environ[strict.FOLDER])
+        assert list(folder.glob("*.key")) == []
+        assert sum(file.stat().st_blocks for file in folder.iterdir()) == 0
+    successor.close()
+    assert open_files() == before
+
+
+def open_files() -> list[str]:
+    """Of this process, by number and name."""
+    folder = Path("/proc/self/fd")
+    numbers = sorted(int(name) for name in os.listdir(folder))
+    return [f"{number} {os.readlink(folder / str(number))}" for number in numbers if (folder / str(number)).exists()]
+
+
 def test_a_successor_has_the_same_memory(world: World) -> None:
     assert try_transition(world, (0, 1, 2)) == "released"
     before, kept = world.checksums(), {name: os.dup(fd) for name, fd in world.kept.items()}
     names = {name: [memory.device.id_of(one) for one in memory.kv] for name, memory in world.holdings.memories.items()}
     held: dict[str, int] = {}
-    parking: Any = SimpleNamespace(
-        fetch=lambda: kept, keep=held.update, forget=lambda _: None, names=set(), connect=lambda: None
-    )
-    successor = Holdings(world.config, parking, LOG)
-    successor.start()
+    successor = started(world, kept, held)
     assert set(held) == set(world.kept)
     assert successor.check_integrity() == []
     jobs = successor.checksum_jobs()

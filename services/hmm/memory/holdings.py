@@ -106,9 +106,9 @@ class Holdings:
         prefix = f"device.{entry.device}."
         names = [name for name in kept if name.startswith(prefix)]
         descriptors = {name.removeprefix(prefix): kept.pop(name) for name in names}
-        ledger = kept.pop(_ledger(entry.device)) if entry.ledger_bytes else None
         memory = DeviceMemory(open_device(entry.device, self.granularity, entry.budget, descriptors=descriptors))
-        self.memories[entry.device] = memory
+        self.memories[entry.device] = memory  # at once: whatever fails from here on, `close` ends it
+        ledger = kept.pop(_ledger(entry.device)) if entry.ledger_bytes else None
         memory.restore(entry, HostShared.open(ledger, entry.ledger_bytes) if ledger is not None else None)
 
     def _adopt_model(self, loaded: Loaded, transition: Transition | None, kept: dict[str, int]) -> None:
@@ -125,7 +125,9 @@ class Holdings:
                 f"a device of {self._config.device_bytes} bytes is smaller than the granularity of {self.granularity}"
             )
         for name in names:
-            self.memories[name] = DeviceMemory(open_device(name, self.granularity, budget))
+            device = open_device(name, self.granularity, budget)
+            device.trim()  # where handles outlive whoever made them, those of a lost catalog are still there
+            self.memories[name] = DeviceMemory(device)
         self._snapshot = Snapshot.create()
         self.write()
 
