@@ -112,14 +112,18 @@ class Device(Handles):
     def unmap(self, range_: Range, offset: int) -> None:
         """Undo one mapping: the one that begins at `offset`. Fences first, so no operation of this process is in
         flight; that other threads and processes have stopped to use it is the caller's to know. Raises DeviceError
-        not_mapped."""
+        not_mapped, and one where the backend cannot: it stays mapped then."""
         self._check_range(range_)
         mapping = range_.mappings.get(offset)
         if mapping is None:
             raise self._broken(f"no mapping begins at {offset}", code="not_mapped")
         self.fence()
-        self._rules.drop_mapping(range_, offset)
-        self._unmap(range_, offset, mapping.handle.nbytes)
+        self._rules.drop_mapping(range_, offset)  # first: no other thread may find it mapped from here on
+        try:
+            self._unmap(range_, offset, mapping.handle.nbytes)
+        except BaseException:  # it is mapped still, and its handle must not be released
+            self._rules.add_mappings(range_, [(offset, mapping.handle)], mapping.writable)
+            raise
 
     def wrap(
         self, range_: Range, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str

@@ -257,9 +257,7 @@ class Handles(ABC):
         """
         self._check_open()
         self._check_size(token.nbytes)
-        if not isinstance(token, self.token_kind):
-            text = f"{type(token).__name__} is not what this backend shares by: {self.token_kind.__name__}"
-            raise self._broken(text, code="invalid_token")
+        self._check_kind(token)
         if isinstance(token, FdToken) and (token.offset < 0 or token.offset % self.granularity):
             text = f"token offset {token.offset} is not a multiple of {self.granularity}"
             raise self._broken(text, code="not_granular")
@@ -275,6 +273,12 @@ class Handles(ABC):
         self._imports[handle] = identity
         return handle
 
+    def is_named(self, handle: Handle, token: Token) -> bool:
+        """Whether `token` names the memory that this imported handle is. Raises DeviceError invalid_token."""
+        self._check_handle(handle)
+        self._check_kind(token)
+        return self._imports.get(handle) == self._identity(token) and handle.nbytes == token.nbytes
+
     # ---- Checks
 
     def _broken(self, text: str, *, code: str) -> DeviceError:
@@ -288,6 +292,11 @@ class Handles(ABC):
         if nbytes <= 0 or nbytes % self.granularity:
             text = f"{nbytes} bytes are not a positive multiple of {self.granularity}"
             raise self._broken(text, code="not_granular")
+
+    def _check_kind(self, token: Token) -> None:
+        if not isinstance(token, self.token_kind):
+            text = f"{type(token).__name__} is not what this backend shares by: {self.token_kind.__name__}"
+            raise self._broken(text, code="invalid_token")
 
     def _check_handle(self, handle: Handle) -> None:
         self._check_open()

@@ -234,7 +234,10 @@ class HostDevice(Device):
             raise DeviceError(f"{self.name}: {len(parts)} handles cannot be mapped: {error.strerror}") from None
 
     def _unmap(self, range_: Range, offset: int, nbytes: int) -> None:
-        range_.backing.unmap(offset, nbytes)
+        try:
+            range_.backing.unmap(offset, nbytes)
+        except OSError as error:
+            raise DeviceError(f"{self.name}: {nbytes} bytes cannot be unmapped: {error.strerror}") from None
 
     def _storage(self, range_: Range, offset: int, nbytes: int) -> Any:
         import torch  # here, because the HMM wraps nothing and starts without it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,20 @@ def test_slots_may_be_empty_under_a_tensor(owner: HostDevice) -> None:
     slots[2].fill_(3.0)
     assert slots[0].sum() == 0.0
     assert slots[2].sum() == 24.0
+
+
+def test_what_the_system_does_not_unmap_is_an_error_of_the_device(owner: HostDevice) -> None:
+    range_ = mapped(owner, owner.create(PAGE, "kv"))
+    backing = range_.backing
+
+    def fail(offset: int, nbytes: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    range_.backing = SimpleNamespace(unmap=fail)
+    with pytest.raises(DeviceError, match="host:0: 4096 bytes cannot be unmapped: Cannot allocate memory"):
+        owner.unmap(range_, 0)
+    range_.backing = backing
+    owner.unmap(range_, 0)
 
 
 @pytest.mark.parametrize("granularity", [0, 1, 2048, 4096 * 3])

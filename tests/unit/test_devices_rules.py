@@ -135,6 +135,24 @@ def test_a_handle_is_imported_once_per_process_whatever_the_descriptor(world: Wo
     world.user.import_(token)
 
 
+def test_a_token_names_one_handle(world: World) -> None:
+    """Also where another one has the place, and so the id, that it had."""
+    first, second = world.local(), world.local()
+    token = world.owner.export(first)
+    known = world.user.import_(token)
+    assert world.user.is_named(known, token)
+    assert not world.user.is_named(known, world.owner.export(second))
+    assert not world.user.is_named(known, token._replace(nbytes=2 * PAGE))
+    place = first.place
+    world.owner.release(first)
+    again = world.local()
+    assert again.place == place
+    # On the host a place is the memory; elsewhere a key tells one handle from its successor there.
+    assert world.user.is_named(known, world.owner.export(again)) == (world.kind == "host")
+    other: Token = KeyToken(1, PAGE) if world.kind == "host" else FdToken(0, 0, PAGE)
+    refuses("invalid_token", lambda: world.user.is_named(known, other))
+
+
 def test_a_process_exports_or_imports(world: World) -> None:
     token = world.owner.export(world.local())
     refuses("export_and_import", lambda: world.owner.import_(token))
@@ -161,6 +179,26 @@ def test_unmap_undoes_exactly_one_map(world: World) -> None:
     world.owner.unmap(range_, PAGE)
     refuses("not_mapped", lambda: world.owner.unmap(range_, PAGE))
     assert range_.starts == [3 * PAGE]
+
+
+def test_what_could_not_be_unmapped_is_mapped_still(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at the limit of mappings: its handle must not be given back under it."""
+
+    def fail(*_: object) -> None:
+        raise DeviceError("no more mappings")
+
+    owner, range_, handle = world.owner, world.owner.reserve(2 * PAGE), world.local()
+    owner.map(range_, PAGE, handle, True)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, "_unmap", fail)
+        with pytest.raises(DeviceError, match="no more mappings"):
+            owner.unmap(range_, PAGE)
+    refuses("still_mapped", lambda: owner.release(handle))
+    refuses("mapping_live", lambda: owner.map(range_, PAGE, handle, True))
+    owner.write_bytes(range_.address(PAGE), b"abc")
+    owner.unmap(range_, PAGE)
+    refuses("not_mapped", lambda: owner.read_bytes(range_.address(PAGE), 3))
+    owner.release(handle)
 
 
 def test_mapped_handles_and_ranges_are_not_given_back(world: World) -> None:

@@ -231,6 +231,23 @@ def test_what_is_mapped_cannot_be_said_to_lie_elsewhere(owner: Owner) -> None:
     memory.close()
 
 
+def test_a_handle_that_has_another_ones_place_and_id_is_refused(owner: Owner, granularity: int) -> None:
+    """The rank was away while its handle was given back. On the host, the place is the memory, and nothing is wrong."""
+    memory, key = attach(owner, [(0, 0), (0, 1)]), RecordKey("expert", 0, 1)
+    old = owner.handles.pop(key)
+    owner.device.release(old)
+    seat = owner.seat([(0, 0), (0, 1)], 2)
+    assert owner.handles[key].place == old.place
+    if granularity == 4096:
+        owner.hand(memory, seat)
+        assert byte_of(memory, 0, 1) == number_of(key)
+    else:
+        with pytest.raises(DeviceError, match="is said to be another one") as caught:
+            owner.hand(memory, seat)
+        assert caught.value.code == "record_moved"
+    memory.close()
+
+
 @pytest.mark.parametrize("key", [RecordKey("expert", 0, 99), RecordKey("expert", 7, 0)])
 def test_records_of_another_model_are_refused(owner: Owner, key: RecordKey) -> None:
     memory = attach(owner, [(0, 0)])
@@ -277,6 +294,6 @@ def test_a_goal_that_names_what_was_not_shared_is_refused(owner: Owner) -> None:
     assert owner.fds == []
     memory.take(ShareHandles(()), owner.shared_fds)
     if isinstance(owner.shared.handles[0].token, SharedFd):
-        with pytest.raises(ProtocolError, match="names descriptor 4 of 0"):
+        with pytest.raises(ProtocolError, match="names descriptor 0 of 0"):
             memory.take(owner.shared, [])
     memory.close()

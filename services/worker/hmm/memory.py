@@ -129,7 +129,8 @@ class RankMemory:
         """Import handles, or take a new goal in place of the one in progress. `fds` are closed, also after an error,
         and the list is emptied.
 
-        Raises ProtocolError, or DeviceError: `record_moved` where something mapped is said to lie elsewhere."""
+        Raises ProtocolError, or DeviceError: `record_moved` where something mapped is said to lie elsewhere, or a
+        handle to be another one."""
         try:
             if isinstance(message, ShareHandles):
                 self._import(message, fds)
@@ -146,6 +147,9 @@ class RankMemory:
             elif known.nbytes != shared.nbytes:
                 text = f"handle {shared.id} of {known.nbytes} bytes is said to have {shared.nbytes}"
                 raise DeviceError(text, code="record_moved")
+            elif not self.device.is_named(known, _token(shared, fds)):
+                # Its memory was given back while this rank was away, and the id is another's now.
+                raise DeviceError(f"handle {shared.id} is said to be another one", code="record_moved")
             self._offered.add(shared.id)
 
     def _begin(self, seat: SeatMemory, fds: list[int]) -> None:
