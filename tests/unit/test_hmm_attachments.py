@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from elasticmoe.common.devices.host import HostDevice
 from elasticmoe.common.fdchannel import Channel, Listener, connect
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
+from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.common.protocol.handles import (
     TO_RANK,
     Applied,
@@ -37,7 +37,7 @@ from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.hmm.sessions import attachments as attachments_module
 from elasticmoe.services.hmm.sessions.attachments import Attachments
 from elasticmoe.services.hmm.sessions.handles import Offer
-from tests.procs.descriptors import limit_leaving, numbers_of
+from tests.procs.descriptors import left_with, numbers_of
 from tests.procs.waiting import wait_until
 from tests.unit.specs import tiny_mixtral_spec
 
@@ -149,6 +149,31 @@ def test_what_no_rank_may_say_ends_the_connection(pair: Pair, message: Applied) 
     assert wait_until(pair.take, "the breach is seen") == [0]
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_without_descriptors_a_rank_is_let_go_and_comes_again(pair: Pair, left: int) -> None:
+    """What was not sent must not count as sent: the rank would never map it."""
+    before = numbers_of(os.getpid())
+    with left_with(os.getpid(), left):
+        pair.subject.update(pair.rank, msgspec.structs.replace(SEAT, kv=(7,)), Offer((pair.fd, pair.fd), UNUSED, {}))
+    assert numbers_of(os.getpid()) == before
+    pair.read_first()
+    with pytest.raises(Unavailable):
+        pair.channel.receive()
+    assert wait_until(pair.take, "the end is seen") == [0]
+
+
+def test_without_descriptors_nobody_is_admitted(pair: Pair) -> None:
+    request = Attach(RankId(1, 0), 1, "host:1", "r1")
+    reply = AttachReply("m", tiny_mixtral_spec(), 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, SEGMENT, SEGMENT)
+    before = numbers_of(os.getpid())
+    for left in (0, 1):
+        with left_with(os.getpid(), left), pytest.raises(Unavailable) as caught:
+            pair.subject.admit(pair.rank.channel, request, reply, (pair.fd,))
+        assert caught.value.code == "no_descriptors"
+    assert numbers_of(os.getpid()) == before
+    assert list(pair.subject.by_slot) == [0]
+
+
 class OneEach(HostDevice):
     """Shares every handle by a descriptor of its own, as devices do whose handles are no parts of a file. Of the
     descriptors there are a few more than one message takes, in turn."""
@@ -196,16 +221,12 @@ def test_tens_of_thousands_of_handles_with_a_descriptor_each_are_handed_over(pai
             for fd in fds:
                 os.close(fd)
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit_leaving(numbers_of(os.getpid()), FDS_MAX + 10), hard))
     thread = threading.Thread(target=read)
-    try:
+    with left_with(os.getpid(), FDS_MAX + 10):
         thread.start()
         pair.subject.update(pair.rank, seat, offer)
         wait_until(lambda: pair.take() == [] and pair.rank.outbox.is_empty, "all is sent")
         thread.join(20.0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert [len(one.kv) for one in found] == [HANDLES]
     assert set(found[0].kv) == set(imported)
     assert most == FDS_MAX

@@ -10,6 +10,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 import msgspec
@@ -46,19 +47,22 @@ class _Outbox:
     """Sends whole messages without waiting for the reader. Owns a duplicate of the channel's socket."""
 
     def __init__(self, channel: Channel[ToHmm], identity: str) -> None:
-        self._sock = socket.socket(fileno=os.dup(channel.fileno()))
+        """Raises Unavailable `no_descriptors` at the limit of open files."""
+        (fd,) = _duplicates((channel.fileno(),))
+        self._sock = socket.socket(fileno=fd)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._identity = identity
         self._unsent: list[_Unsent] = []
         self._since = 0.0
 
     def put(self, message: Message, fds: tuple[int, ...], *, are_lasting: bool = False) -> None:
-        """Send, now or from `flush`. Raises Unavailable when the peer is gone. `fds` stay the caller's; unless they
-        `are_lasting`, open until the peer has answered, duplicates of them are kept meanwhile."""
+        """Send, now or from `flush`. Raises Unavailable when the peer is gone, `no_descriptors` at the limit of open
+        files. `fds` stay the caller's; unless they `are_lasting`, open until the peer has answered, duplicates of them
+        are kept meanwhile."""
         raw = encode(message, sender=self._identity)
         if not self._unsent:
             self._since = time.monotonic()
-        kept = () if are_lasting else tuple(os.dup(fd) for fd in fds)
+        kept = () if are_lasting else _duplicates(fds)
         self._unsent.append(_Unsent(struct.pack("<I", len(raw)) + raw, kept or fds, kept))
         self.flush()
 
@@ -85,6 +89,11 @@ class _Outbox:
             self._unsent[0] = _Unsent(data[sent:], (), ())
             if not self._unsent[0].data:
                 self._unsent.pop(0)
+
+    def end(self) -> None:
+        """Let both sides see the connection's end."""
+        with suppress(OSError):  # the peer has ended it already
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Drop what is unsent. Idempotent."""
@@ -203,8 +212,10 @@ class Attachments:
             for message, fds in shares(offer, attached.shared):
                 attached.outbox.put(message, fds, are_lasting=True)  # no handle is given back while a rank may have it
             attached.outbox.put(seat, offer.fds)
-        except Unavailable:
-            pass  # the connection's end is readable, and the next turn takes it out
+        except Unavailable as error:
+            # The next turn takes it out. A rank that lives resumes, and is sent everything anew.
+            self._log.warning("rank cannot be told", slot=attached.slot, code=error.code, reason=error.message)
+            attached.outbox.end()
         attached.shared = set(offer.handles)
 
     # ---- New connections
@@ -285,6 +296,18 @@ class Attachments:
         self.by_slot.clear()
         self._pending.clear()
         self._listener.close()
+
+
+def _duplicates(fds: Iterable[int]) -> tuple[int, ...]:
+    made: list[int] = []
+    try:
+        for fd in fds:
+            made.append(os.dup(fd))
+    except OSError as error:
+        _close(made)
+        text = f"no descriptors to tell a rank of its memory: {error.strerror}"
+        raise Unavailable(text, code="no_descriptors") from None
+    return tuple(made)
 
 
 def _close(fds: Iterable[int]) -> None:
