@@ -61,20 +61,21 @@ class Fence:
             self._write(epoch)
             self.epoch = epoch
 
-    def note(self, epoch: int) -> None:
-        """Make `epoch` durable where it is above all that have been seen. Raises Unavailable as `check` does."""
+    def note(self, epoch: int, *, wait_s: float | None = None) -> None:
+        """Make `epoch` durable where it is above all that have been seen. Raises Unavailable as `check` does, after
+        `wait_s` for another process, else LOCK_SECONDS_MAX."""
         if epoch <= self.epoch:
             return
-        with self._locked(epoch):
+        with self._locked(epoch, wait_s):
             if epoch > self.refresh():
                 self._write(epoch)
                 self.epoch = epoch
 
     def heed(self, epoch: int) -> None:
         """A question was asked under `epoch`: commands of earlier ones are refused from now on. A question is answered
-        whatever its epoch, also where that cannot be made durable: the first command under it raises then."""
+        whatever its epoch, and at once: where that cannot be made durable now, the first command under it raises."""
         with suppress(Unavailable):
-            self.note(epoch)
+            self.note(epoch, wait_s=0.0)
 
     def _read(self) -> int:
         try:
@@ -87,9 +88,10 @@ class Fence:
             raise Unavailable(f"{self._path.name} cannot be read: it holds no whole number") from None
 
     @contextmanager
-    def _locked(self, epoch: int) -> Iterator[None]:
-        """One process at a time compares and writes. Blocks for LOCK_SECONDS_MAX at most."""
-        deadline = time.monotonic() + LOCK_SECONDS_MAX
+    def _locked(self, epoch: int, wait_s: float | None = None) -> Iterator[None]:
+        """One process at a time compares and writes. Blocks for `wait_s` at most, else LOCK_SECONDS_MAX."""
+        wait_s = LOCK_SECONDS_MAX if wait_s is None else wait_s
+        deadline = time.monotonic() + wait_s
         try:
             descriptor = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -100,8 +102,8 @@ class Fence:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        text = f"its file was locked by another process for {LOCK_SECONDS_MAX:g} s"
+                    if time.monotonic() >= deadline:
+                        text = f"its file was locked by another process for {wait_s:g} s"
                         raise Unavailable(f"epoch {epoch} cannot be made durable: {text}") from None
                     time.sleep(_LOCK_AGAIN_S)
             yield

@@ -198,7 +198,7 @@ class DiskFence(Fence):
         return self._disk.get(self._name, 0)
 
     @contextmanager
-    def _locked(self, epoch: int) -> Iterator[None]:
+    def _locked(self, epoch: int, wait_s: float | None = None) -> Iterator[None]:
         yield
 
     def _write(self, epoch: int) -> None:

@@ -173,3 +173,22 @@ def test_a_question_is_no_error_where_its_epoch_cannot_be_kept(tmp_path: Path) -
     assert fence.epoch == 1
     with pytest.raises(Unavailable, match="epoch 2 cannot be made durable"):
         fence.check(2, "scaler:b")
+
+
+def test_a_question_does_not_wait_for_who_stopped_with_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank is asked many times a second, and all others wait for it."""
+
+    def sleep(_: float) -> None:
+        raise AssertionError("a question waits")
+
+    monkeypatch.setattr(elasticmoe.common.fence.time, "sleep", sleep)
+    fence = Fence(tmp_path, "rank-0")
+    fence.check(1, "scaler:a")
+    with open(tmp_path / "fence-rank-0.lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        fence.heed(2)
+    assert fence.epoch == 1
+    fence.heed(2)
+    assert fence.epoch == 2
