@@ -41,7 +41,7 @@ class Handle:
 
     `place`: of a local one: its offset in its space, unlike that of any other handle there, for its life and for its
     owner's successors; -1 of an imported one. `key`: the driver's name for a local one, where it has any, else 0; a
-    successor needs it. `num_filled`: bytes that were made since it was claimed.
+    successor needs it. `num_filled`: bytes of a local one that were made: all, once it is settled.
     """
 
     __slots__ = (
@@ -81,7 +81,7 @@ class Handle:
         self.place = place
         self.key = key
         self.state: State = state
-        self.num_filled = 0
+        self.num_filled = nbytes if state == "settled" and space is not None else 0
         self.num_mappings = 0
         self.is_live = True
 

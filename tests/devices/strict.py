@@ -184,7 +184,7 @@ class StrictDevice(Device):
             return
         host.punch_hole(self._file(place.device, place.space), place.offset, place.nbytes)
         self._key_file(handle.key).unlink()
-        self._made[place.space] -= handle.num_filled or handle.nbytes
+        self._made[place.space] -= handle.num_filled
 
     def _export(self, handle: Handle) -> KeyToken:
         return KeyToken(handle.key, handle.nbytes)

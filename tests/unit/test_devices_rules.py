@@ -322,6 +322,21 @@ def test_a_handle_is_made_settled_and_given_back_in_that_order(world: World) -> 
     refuses("released", lambda: owner.retire(handle))
 
 
+@pytest.mark.parametrize("pages", [0, 1, 2])
+def test_a_claim_that_is_given_up_takes_only_what_was_made_of_it(world: World, pages: int) -> None:
+    owner, kept = world.owner, world.local()
+    handle = owner.claim(2 * PAGE, "kv")
+    for page in range(pages):
+        owner.populate(handle, page * PAGE, PAGE)
+    assert owner.pages == (1 + pages) * PAGE
+    owner.retire(handle)
+    owner.release(handle)
+    assert (owner.pages, owner.used["kv"]) == (PAGE, PAGE)
+    assert owner.check_integrity() == []
+    owner.release(kept)
+    assert (owner.pages, owner.check_integrity()) == (0, [])
+
+
 @pytest.mark.parametrize(("offset", "nbytes"), [(-PAGE, PAGE), (0, 0), (PAGE, 2 * PAGE), (2 * PAGE, 1)])
 def test_what_is_made_and_given_back_lies_in_the_handle(world: World, offset: int, nbytes: int) -> None:
     handle, source = world.owner.claim(2 * PAGE, "kv"), both(world)[0].base
