@@ -60,6 +60,11 @@ class HostShared:
         except OSError as error:
             raise DoesNotFit(f"the machine has no memory for {nbytes} bytes: {error.strerror}") from None
 
+    @property
+    def pages(self) -> int:
+        """Real bytes that it takes now."""
+        return os.fstat(self.fd).st_blocks * 512
+
     def _map(self, nbytes: int) -> None:
         mapping = Reservation(nbytes)
         mapping.map(0, self.fd, 0, nbytes, True)

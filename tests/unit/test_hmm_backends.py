@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.common.telemetry import get_logger
+from elasticmoe.native import host
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from tests.devices import strict
 from tests.devices.backends import granularity
@@ -46,10 +48,28 @@ def test_sizes_follow_the_backend(world: World, granularity: int) -> None:
         assert all(handle.nbytes % granularity == 0 for handle in memory.records.values())
 
 
+def ledgers() -> list[str]:
+    """Devices whose ledgers this process has open."""
+    found = (re.fullmatch(r"\d+ /memfd:(.+)\.ledger \(deleted\)", file) for file in open_files())
+    return sorted(match[1] for match in found if match is not None)
+
+
 def test_layouts_come_and_go_and_every_record_is_whole(world: World) -> None:
     for slots in ((0, 1, 2), (0, 2), (0,), (0, 1)):
         assert try_transition(world, slots) == "released"
         world.check()
+        assert ledgers() == [f"host:{slot}" for slot in slots]
+        assert sorted(name for name in world.kept if name.startswith("ledger.")) == [
+            f"ledger.{one}" for one in ledgers()
+        ]
+
+
+def test_a_ledger_that_has_lost_memory_is_found(world: World) -> None:
+    ledger = world.holdings.memories["host:1"].ledger
+    assert ledger is not None
+    host.punch_hole(ledger.fd, ledger.nbytes - 4096, 4096)
+    (finding,) = world.holdings.check_integrity()
+    assert finding == f"host:1: of the ledger, {ledger.nbytes - 4096} bytes are present, it has {ledger.nbytes}"
 
 
 def started(world: World, kept: dict[str, int], held: dict[str, int]) -> Holdings:

@@ -232,7 +232,7 @@ class Holdings:
         """Findings about the catalog and the devices; empty when all is well."""
         findings = check_integrity(self.catalog())
         for memory in self.memories.values():
-            findings += memory.device.check_integrity()
+            findings += memory.check_integrity()
         return findings
 
     def checksum_jobs(self) -> list[tuple[str, Device, int, int]]:

@@ -106,6 +106,14 @@ class DeviceMemory:
             self._map(self.kv[-1])
         self.device.trim()
 
+    def check_integrity(self) -> list[str]:
+        """Findings of the device, and whether all of the ledger's memory is there. None: all is well."""
+        findings = self.device.check_integrity()
+        if self.ledger is not None and self.ledger.pages < self.ledger.nbytes:
+            text = f"{self.ledger.pages} bytes are present, it has {self.ledger.nbytes}"
+            findings.append(f"{self.device.name}: of the ledger, {text}")
+        return findings
+
     def close(self) -> None:
         """Give back this process's part of everything. Idempotent."""
         if self.ledger is not None:
