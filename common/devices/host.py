@@ -102,7 +102,7 @@ class HostDevice(Device):
     # ---- Owner's side
 
     def _create(self, nbytes: int, space: Space, place: int) -> tuple[Extent, int]:
-        check_group(nbytes)
+        self._check_group(nbytes)
         file = self._file(space)
         try:
             host.allocate(file.fd, place, nbytes)
@@ -128,7 +128,7 @@ class HostDevice(Device):
 
     def _populate(self, handle: Handle, offset: int, nbytes: int) -> None:
         extent: Extent = handle.backing
-        check_group(nbytes)
+        self._check_group(nbytes)
         try:
             host.allocate(extent.fd, extent.offset + offset, nbytes)
         except OSError as error:
@@ -136,11 +136,17 @@ class HostDevice(Device):
 
     def _write(self, handle: Handle, offset: int, address: int, nbytes: int) -> None:
         extent: Extent = handle.backing
-        check_group(nbytes)
+        self._check_group(nbytes)
         try:
             host.write_from(extent.fd, extent.offset + offset, address, nbytes)
         except OSError as error:
             raise self._no_memory(nbytes, error) from None
+
+    def _check_group(self, nbytes: int) -> None:
+        try:
+            check_group(nbytes)
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{self.name}: {error.message}") from None
 
     def _no_memory(self, nbytes: int, error: OSError) -> DoesNotFit:
         return DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}")

@@ -268,6 +268,16 @@ def test_a_record_that_is_not_handed_over_fails_the_attach(owner: Owner) -> None
     assert owner.fds == owner.shared_fds == []
 
 
+def test_a_device_that_cannot_be_opened_leaves_nothing_open(owner: Owner) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    reply, fds = owner.reply()
+    with pytest.raises(DeviceError) as caught:
+        RankMemory(msgspec.structs.replace(reply, granularity=3), fds, "host:1", SLOT, [])
+    assert caught.value.code == "bad_granularity"
+    assert fds == []
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
 def test_handles_are_kept_and_dropped_as_goals_name_them(owner: Owner) -> None:
     memory = attach(owner, [(0, 0)], num_kv=2)
     held = len(memory.device._imports)

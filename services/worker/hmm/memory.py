@@ -77,7 +77,11 @@ class RankMemory:
         """
         self.memory_id = reply.memory_id
         self.spec = reply.spec
-        self.device = open_device(device, reply.granularity)
+        try:
+            self.device = open_device(device, reply.granularity)
+        except BaseException:
+            _close(fds)
+            raise
         self.doorbells: dict[int, int] = {}
         self.routings: dict[int, Routing] = {}
         self._slot = slot
