@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,7 @@ class Faults(msgspec.Struct, frozen=True):
 CALM = Faults()
 
 
-class Actor:
+class Actor(ABC):
     """A process. `life` counts its incarnations: what was to happen in an earlier one does not happen."""
 
     def __init__(self, sim: Sim, name: str) -> None:
@@ -88,9 +89,9 @@ class Actor:
         self.life += 1
         self.put_off.clear()
 
+    @abstractmethod
     def receive(self, sender: str, message: Received[Any]) -> None:
         """A message has come."""
-        raise NotImplementedError
 
 
 class Sim:
