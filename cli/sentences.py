@@ -21,7 +21,7 @@ _SENTENCES = {
     "operation_gives_way": "operation {op_id} gives way to another one: {reason}",
     "operation_ended": "operation {op_id} has ended, {outcome}: {reason}",
     "loss_refused": "a lost device cannot be left out ({code}): {reason}",
-    "tidy": "what an unknown operation left is cleared away: {reason}",
+    "orphans_found": "what an unknown operation left is cleared away: {reason}",
 }
 
 

@@ -27,7 +27,9 @@ def main() -> int:
         log = setup_logging("scaler", level=config.log_level, as_json=config.log_json)
         token = read_secret(config.secret("admin.token"))
         scaler = Scaler(config, store_of(config, "scaler"))
-        app = build_app(scaler.board, scaler.desk, scaler.feed, scaler.meters, token, config.operation_deadline_s)
+        app = build_app(
+            scaler.status_cache, scaler.commands, scaler.events, scaler.meters, token, config.operation_deadline_s
+        )
         sock = inherited("admin") or bind(config.admin_host, config.admin_port)
         local = inherited("admin.sock")  # the same for this user's own commands, in the run directory
         sockets = [sock, local] if local is not None else [sock]

@@ -48,8 +48,8 @@ BACKOFF_S_MAX = 5.0
 
 
 class Scaler:
-    """Owns the layout. Everything in it belongs to the loop's thread; `board`, `desk`, `feed` and `meters` are shared
-    with the admin listener."""
+    """Owns the layout. Everything in it belongs to the loop's thread; `status_cache`, `commands`, `events` and
+    `meters` are shared with the admin listener."""
 
     def __init__(self, config: ScalerConfig, store: Store) -> None:
         """Raises CheckpointError for a model that cannot be read, ConfigError for devices that make no replicas."""
@@ -60,8 +60,8 @@ class Scaler:
         fence = Fence(config.state_dir, "scaler")
         self._lease = Lease(store.another("scaler-lease"), self._identity, config.lease_ms, fence)
         self.meters = Meters()
-        self.desk = CommandQueue(self._links.wake)
-        self.feed = EventStream()
+        self.commands = CommandQueue(self._links.wake)
+        self.events = EventStream()
         self._recall = Recall(config, self._spec, store)
         self._reserve = DiskReserve(config.run_path / "store")
         self._journal = Journal(
@@ -74,10 +74,10 @@ class Scaler:
         )
         self._journal.start()
         state = State(layout=Layout(0, config.tp, (), ()), stall_s=config.rank_stall_s)
-        self._driver = Executor(config, self._links, self._journal, self.meters, self._tell, state)
-        self._driver.leave_out = lambda action: self._intake.leave_out(action, self._hmm)
+        self._executor = Executor(config, self._links, self._journal, self.meters, self._tell, state)
+        self._executor.leave_out = lambda action: self._admission.leave_out(action, self._hmm)
         room = (self._lease.check_room, self._journal.check_room)
-        self._intake = Admission(config, self._spec, self._driver, room, self._tell)
+        self._admission = Admission(config, self._spec, self._executor, room, self._tell)
         self._layout: Layout | None = None
         self._beginning: Beginning | None = None
         self._is_writing = self._is_settled = self._is_quiet = False
@@ -88,7 +88,7 @@ class Scaler:
         self._last_exit = ""
         self._stopping = False
         settings = {k: v for k, v in msgspec.structs.asdict(config).items() if k != "store_url"}
-        self.board = StatusCache(StatusSnapshot("starting", "", None, None, None, None, 0, settings))
+        self.status_cache = StatusCache(StatusSnapshot("starting", "", None, None, None, None, 0, settings))
 
     def stop(self, *_: int | FrameType | None) -> None:
         """Signal handler: only records."""
@@ -102,12 +102,12 @@ class Scaler:
             fence = self._lease.acquire(self._refuse_orders)
             if fence:
                 self._links.act_under(fence)
-                self.feed.fence = fence
+                self.events.fence = fence
             while not self._stopping:
                 self._lease.check()
                 self._turn(fence, self._beginning or self._begin(fence))
         finally:
-            self.feed.close()
+            self.events.close()
             self._links.close()
             self._journal.close()
             self._lease.release()
@@ -118,7 +118,7 @@ class Scaler:
         def refuse(_: Order | CancelOperation) -> Accepted:
             raise self._lease.why_not
 
-        self.desk.serve(refuse)
+        self.commands.serve(refuse)
         if self._lease.why_not.code == "storage_full":
             self._reserve.give_up()  # what is reserved for an operation is of no use to it without a scaler
         return self._stopping
@@ -131,8 +131,8 @@ class Scaler:
             log.warning("what earlier runs have left cannot be read", because=error.message)
             self._lease.why_not = error
             return None
-        self._driver.resume(recalled.operation, recalled.ended[:ENDED_MAX])
-        self.board.snapshot = msgspec.structs.replace(self.board.snapshot, resumed=recalled.resumed)
+        self._executor.resume(recalled.operation, recalled.ended[:ENDED_MAX])
+        self.status_cache.snapshot = msgspec.structs.replace(self.status_cache.snapshot, resumed=recalled.resumed)
         self._beginning = recalled.beginning
         return recalled.beginning
 
@@ -144,10 +144,10 @@ class Scaler:
             self._refuse_orders()
             self._links.wait(AFTER_FAILURE_S)
             return
-        driver = self._driver
+        executor = self._executor
         hmm = self._hmm = self._links.ask_hmm()
         is_known = self._is_quiet and hmm is not None and self._attached == attached_of(hmm)
-        is_starting = not driver.state.ever_served
+        is_starting = not executor.state.ever_served
         pool = self._links.ask_pool(is_starting=is_starting, age_s_max=QUIET_POOL_S if is_known else 0.0)
         self._attached = attached_of(hmm)
         # What the HMM holds is in force, whatever this scaler's own configuration would make of it.
@@ -155,20 +155,20 @@ class Scaler:
         self._go_on_writing(fence, beginning, hmm)
         if hmm is not None and hmm.phase != "loading":
             self._layout = layout
-        self.desk.serve(self._handle)
-        driver.state = msgspec.structs.replace(driver.state, layout=layout)
-        actions = driver.decide(self._observe(hmm, pool))
+        self.commands.serve(self._handle)
+        executor.state = msgspec.structs.replace(executor.state, layout=layout)
+        actions = executor.decide(self._observe(hmm, pool))
         self._show(hmm, pool, fence)
-        is_done = driver.execute(actions)
-        is_busy = driver.operation is not None or driver.state.status.phase == "degraded" or bool(actions)
-        self._is_quiet = not is_busy and driver.state.is_quiet
+        is_done = executor.execute(actions)
+        is_busy = executor.operation is not None or executor.state.status.phase == "degraded" or bool(actions)
+        self._is_quiet = not is_busy and executor.state.is_quiet
         wait_s = TURN_S if is_busy else QUIET_TURN_S if self._is_quiet else IDLE_TURN_S
         self._links.wait(wait_s if is_done else AFTER_FAILURE_S, is_quiet=self._is_quiet)
 
     def _observe(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> Observation:
         now = time.monotonic()
         return msgspec.structs.replace(
-            self._driver.observe(hmm, pool, is_quiet=self._is_quiet),
+            self._executor.observe(hmm, pool, is_quiet=self._is_quiet),
             restarts_left=self._config.rank_restarts_max - self._recent_exits(now) + 1,
             is_backing_off=now < self._backoff_until,
             last_exit=self._last_exit,
@@ -184,7 +184,7 @@ class Scaler:
             if event.exit_code is not None:
                 facts["exit_code"] = str(event.exit_code)
             is_member = self._layout is None or event.slot in self._layout.slots
-            if self._driver.on_exit(event) or not is_member:
+            if self._executor.on_exit(event) or not is_member:
                 log.info("rank ended that joins or leaves", because=event.reason, **facts)
                 self._tell("rank_ended", event.reason, **facts)
                 return
@@ -198,7 +198,7 @@ class Scaler:
 
     def _recent_exits(self, now: float) -> int:
         """Of the seat whose ranks died most often in the window, of those that are to be filled again."""
-        window_s, lost = self._config.rank_restarts_window_s, self._driver.state.lost_slots(self._hmm)
+        window_s, lost = self._config.rank_restarts_window_s, self._executor.state.lost_slots(self._hmm)
         slots = set(self._layout.slots if self._layout is not None else self._exits) - lost
         return max((sum(now - at < window_s for at in self._exits.get(slot, ())) for slot in slots), default=0)
 
@@ -213,8 +213,8 @@ class Scaler:
             self._is_settled = True
 
     def _show(self, hmm: HmmStatus | None, pool: PoolStatus | None, fence: int) -> None:
-        status = self._driver.state.status
-        self.board.snapshot = StatusSnapshot(
+        status = self._executor.state.status
+        self.status_cache.snapshot = StatusSnapshot(
             status.phase,
             status.reason,
             status.error,
@@ -222,11 +222,11 @@ class Scaler:
             hmm,
             pool,
             fence,
-            self.board.snapshot.config,
-            self._driver.operation,
-            tuple(self._driver.ended),
-            self._driver.loads_of(pool),
-            self.board.snapshot.resumed,
+            self.status_cache.snapshot.config,
+            self._executor.operation,
+            tuple(self._executor.ended),
+            self._executor.loads_of(pool),
+            self.status_cache.snapshot.resumed,
         )
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
@@ -234,14 +234,17 @@ class Scaler:
         epoch = self._layout.epoch if self._layout else 0
         event = Event(kind, reason, epoch, self._identity, time.time(), facts)
         self._journal.event(event)
-        self.feed.publish(event)
+        self.events.publish(event)
 
     # ---- orders ---------------------------------------------------------------------------------------------------
 
     def _handle(self, order: Order | CancelOperation) -> Accepted:
-        """Carry one order of the admin surface out, or raise its refusal. The board shows it before the answer goes."""
-        accepted = self._intake.take(order, self._hmm, ever_served=self._driver.state.ever_served)
-        self.board.snapshot = msgspec.structs.replace(self.board.snapshot, operation=self._driver.operation)
+        """Carry one order of the admin surface out, or raise its refusal. The status shows it before the
+        answer goes."""
+        accepted = self._admission.take(order, self._hmm, ever_served=self._executor.state.ever_served)
+        self.status_cache.snapshot = msgspec.structs.replace(
+            self.status_cache.snapshot, operation=self._executor.operation
+        )
         return accepted
 
 

@@ -108,23 +108,23 @@ def make_router(base: Path, make_dispatcher: type[Dispatcher], api_key: bytes | 
 
 @pytest.fixture(scope="module")
 def admin() -> App:
-    desk = CommandQueue(lambda: None)
+    commands = CommandQueue(lambda: None)
 
     def refuse(_: object) -> Any:
         raise Unavailable("nothing runs in this test", code="not_ready")
 
-    real = desk.ask
+    real = commands.ask
 
     async def ask(order: Any) -> Any:
         waiting = asyncio.ensure_future(real(order))
         await asyncio.sleep(0)
-        desk.serve(refuse)
+        commands.serve(refuse)
         return await waiting
 
-    desk.ask = ask  # type: ignore[method-assign]
+    commands.ask = ask  # type: ignore[method-assign]
     return build_admin(
         StatusCache(StatusSnapshot("starting", "", None, None, None, None, 0, {})),
-        desk,
+        commands,
         EventStream(),
         Meters(),
         "t",

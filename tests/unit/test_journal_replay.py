@@ -30,7 +30,7 @@ from elasticmoe.services.scaler.planning.plan import MemoryForecast, Rates, Size
 from elasticmoe.services.scaler.store.journal import Journal
 from tests.procs.waiting import wait_until
 from tests.replay import DECISIONS, replay
-from tests.unit.test_scaler_driver import FakeLinks, turn
+from tests.unit.test_scaler_executor import FakeLinks, turn
 from tests.unit.test_store import Server
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 
@@ -70,24 +70,24 @@ class Run:
         config = ScalerConfig(run_dir=str(folder))
         state = State(layout=before, ever_served=True, stall_s=99.0)
         links: Any = Links(self.world, plan)
-        self.driver = Executor(config, links, self.journal, Meters(), _tell, state, lambda: self.world.now)
-        self.driver.begin(operation_of(plan), made)
+        self.executor = Executor(config, links, self.journal, Meters(), _tell, state, lambda: self.world.now)
+        self.executor.begin(operation_of(plan), made)
 
     def turn(self) -> None:
-        operation = self.driver.operation
+        operation = self.executor.operation
         if operation is not None:
             wait_until(lambda: self.journal.is_durable(operation), "the operation is in the store")
         seen = self.world.seen()
-        turn(self.driver, seen)
+        turn(self.executor, seen)
         self.world.progress()
 
     def finish(self) -> Operation:
         for _ in range(100):
-            if self.driver.operation is None:
+            if self.executor.operation is None:
                 break
             self.turn()
         self.journal.close()
-        return self.driver.ended[0]
+        return self.executor.ended[0]
 
 
 class Links(FakeLinks):
@@ -132,10 +132,10 @@ def test_a_cancelled_operation_too_and_what_is_tidied_up(store: Store, tmp_path:
     run = Run(store, tmp_path, Target(replicas=3), UP.before)
     for _ in range(3):
         run.turn()
-    assert run.driver.operation is not None
-    run.driver.replace(cancel(run.driver.operation))
+    assert run.executor.operation is not None
+    run.executor.replace(cancel(run.executor.operation))
     for _ in range(20):
-        if run.driver.operation is not None:
+        if run.executor.operation is not None:
             run.turn()
     run.world.ranks[3] = "rank-r3t0:9"  # a stray
     run.turn()

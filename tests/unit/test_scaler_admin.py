@@ -1,4 +1,4 @@
-"""The admin surface: orders through the desk, their refusals, views of operations, events, metrics."""
+"""The admin surface: orders through the command queue, their refusals, views of operations, events, metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from elasticmoe.services.scaler.api.admin import build_app
 from elasticmoe.services.scaler.api.event_stream import LISTENERS_MAX, EventStream
 from elasticmoe.services.scaler.api.requests import parse_rebalance, parse_scale
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
-from elasticmoe.services.scaler.control import command_queue as desk
+from elasticmoe.services.scaler.control import command_queue
 from elasticmoe.services.scaler.control.admission import (
     Accepted,
     CancelOperation,
@@ -59,7 +59,7 @@ class Loop:
     def __init__(self, handle: Callable[[Any], Accepted]) -> None:
         self._woken = threading.Event()
         self._ended = False
-        self.desk = CommandQueue(self._woken.set)
+        self.commands = CommandQueue(self._woken.set)
         self._handle = handle
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -68,7 +68,7 @@ class Loop:
         while not self._ended:
             self._woken.wait(5)
             self._woken.clear()
-            self.desk.serve(self._handle)
+            self.commands.serve(self._handle)
 
     def close(self) -> None:
         self._ended = True
@@ -83,8 +83,8 @@ class Listener:
         self.orders: list[Any] = []
         self.answer: Accepted | ElasticMoEError = Accepted(operation_of(None))
         self.loop = Loop(self._handle)
-        self.board, self.feed, self.meters = StatusCache(snapshot), EventStream(), Meters()
-        self.app = build_app(self.board, self.loop.desk, self.feed, self.meters, "secret", 600.0)
+        self.status_cache, self.events, self.meters = StatusCache(snapshot), EventStream(), Meters()
+        self.app = build_app(self.status_cache, self.loop.commands, self.events, self.meters, "secret", 600.0)
 
     def _handle(self, order: Any) -> Accepted:
         self.orders.append(order)
@@ -230,12 +230,12 @@ def test_cancelling_depends_on_the_phase() -> None:
 async def test_a_loop_that_does_not_answer_is_waited_for_no_longer_than_stated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(desk, "ANSWER_S_MAX", 0.05)
+    monkeypatch.setattr(command_queue, "ANSWER_S_MAX", 0.05)
     silent = CommandQueue(lambda: None)
     with pytest.raises(DeadlineExceeded):
         await silent.ask(CancelOperation("x"))
     silent.serve(lambda _: pytest.fail("nobody waits for it any more"))
-    waits = [asyncio.create_task(silent.ask(CancelOperation(str(i)))) for i in range(desk.ORDERS_MAX + 1)]
+    waits = [asyncio.create_task(silent.ask(CancelOperation(str(i)))) for i in range(command_queue.ORDERS_MAX + 1)]
     done = await asyncio.gather(*waits, return_exceptions=True)
     assert isinstance(done[-1], Overloaded)
 
@@ -259,8 +259,8 @@ async def test_an_order_that_cannot_be_carried_out_yet_is_tried_again() -> None:
 
 
 async def test_an_order_that_waits_too_long_gets_its_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk, "ANSWER_S_MAX", 5.0)
-    monkeypatch.setattr(desk, "REFUSE_S", 5.0)
+    monkeypatch.setattr(command_queue, "ANSWER_S_MAX", 5.0)
+    monkeypatch.setattr(command_queue, "REFUSE_S", 5.0)
 
     def handle(_: Order | CancelOperation) -> Accepted:
         raise Later(Conflict("operation a is in progress", code="operation_running"))
@@ -282,7 +282,7 @@ async def test_operations_are_shown_with_the_hmms_progress(listener: Listener) -
     operation = world.run_to(operation_of(UP), "prepare")
     operation = world.step(operation)
     ended = msgspec.structs.replace(operation, op_id="old", phase="aborted", error=Refused("cancelled", "no"))
-    listener.board.snapshot = snapshot_of(world, operation=operation, ended=(ended,))
+    listener.status_cache.snapshot = snapshot_of(world, operation=operation, ended=(ended,))
     listed = (await listener.call("GET", "/v1/operations")).json()["operations"]
     assert [(item["op_id"], item["outcome"]) for item in listed] == [("op", None), ("old", "cancelled")]
     assert listed[0]["progress"]["bytes_total"] == 1000
@@ -290,7 +290,9 @@ async def test_operations_are_shown_with_the_hmms_progress(listener: Listener) -
     one = await listener.call("GET", "/v1/operations/op")
     assert one.json()["phase"] == "prepare"
     assert (await listener.call("GET", "/v1/operations/none")).json()["error"]["code"] == "unknown_operation"
-    listener.board.snapshot = msgspec.structs.replace(listener.board.snapshot, phase="starting", operation=None)
+    listener.status_cache.snapshot = msgspec.structs.replace(
+        listener.status_cache.snapshot, phase="starting", operation=None
+    )
     unread = await listener.call("GET", "/v1/operations/op")
     assert (unread.status_code, unread.json()["error"]["code"]) == (503, "not_ready")  # the journal may know it
 
@@ -301,7 +303,7 @@ async def test_layout_and_devices_tell_who_joins_and_who_leaves(
 ) -> None:
     world = World(plan.before)
     operation = world.run_to(operation_of(plan), "prepare")
-    listener.board.snapshot = snapshot_of(world, operation=operation, blocks={0: (3, 9)})
+    listener.status_cache.snapshot = snapshot_of(world, operation=operation, blocks={0: (3, 9)})
     devices = (await listener.call("GET", "/v1/devices")).json()["devices"]
     assert (devices[slot]["state"], devices[0]["state"], devices[3]["state"]) == (state, "used", "free")
     layout = (await listener.call("GET", "/v1/layout")).json()
@@ -314,7 +316,7 @@ async def test_metrics_never_reset(listener: Listener) -> None:
     done = world.run(operation_of(DOWN))
     listener.meters.operation(done, "done")
     listener.meters.phase("prepare", 0.2)
-    listener.board.snapshot = snapshot_of(world, blocks={0: (3, 9), 2: (4, 9)})
+    listener.status_cache.snapshot = snapshot_of(world, blocks={0: (3, 9), 2: (4, 9)})
     text = (await listener.call("GET", "/metrics")).text
     for line in (
         'elasticmoe:scale_operations_total{kind="scale_down",outcome="done"} 1.0',
@@ -349,48 +351,48 @@ def event(reason: str) -> Event:
 
 
 async def test_events_go_on_where_a_listener_left_off() -> None:
-    feed = EventStream()
-    feed.fence = 4
+    events = EventStream()
+    events.fence = 4
     for reason in ("one", "two", "three"):
-        feed.publish(event(reason))
-    stream = feed.listen("4-1", 5.0)
+        events.publish(event(reason))
+    stream = events.listen("4-1", 5.0)
     assert [(await anext(stream))[0] for _ in range(2)] == ["4-2", "4-3"]  # type: ignore[index]
     assert await anext(stream) is None, "that was the past"
     waiting = asyncio.create_task(anext(stream))
     await asyncio.sleep(0)
-    threading.Thread(target=feed.publish, args=(event("four"),)).start()
+    threading.Thread(target=events.publish, args=(event("four"),)).start()
     found = await asyncio.wait_for(waiting, 5)
     assert found is not None
     assert (found[0], found[1].reason) == ("4-4", "four")
-    quiet = feed.listen("", 0.01)
+    quiet = events.listen("", 0.01)
     assert await anext(quiet) is None  # a heartbeat
-    unknown = feed.listen("3-99", 5.0)  # of an earlier scaler: all that is left
+    unknown = events.listen("3-99", 5.0)  # of an earlier scaler: all that is left
     assert (await anext(unknown))[0] == "4-1"  # type: ignore[index]
     for listening in (stream, quiet, unknown):
         await listening.aclose()  # type: ignore[attr-defined]
 
 
 async def test_listeners_are_bounded_and_end_with_the_scaler() -> None:
-    feed = EventStream()
-    streams = [feed.listen("", 0.01) for _ in range(LISTENERS_MAX)]
+    events = EventStream()
+    streams = [events.listen("", 0.01) for _ in range(LISTENERS_MAX)]
     for stream in streams:
         assert await anext(stream) is None
     with pytest.raises(Overloaded, match="16 listeners"):
-        await anext(feed.listen("", 0.01))
-    feed.close()
+        await anext(events.listen("", 0.01))
+    events.close()
     for stream in streams:
         assert [item async for item in stream] == []
-    feed.check()
+    events.check()
 
 
 async def test_the_stream_has_ids_and_kinds(listener: Listener) -> None:
-    listener.feed.publish(event("first"))
+    listener.events.publish(event("first"))
     task = asyncio.create_task(listener.call("GET", "/v1/events"))
-    while not listener.feed._listeners:
+    while not listener.events._listeners:
         await asyncio.sleep(0.001)
-    listener.feed.publish(event("second"))
+    listener.events.publish(event("second"))
     await asyncio.sleep(0.05)
-    listener.feed.close()
+    listener.events.close()
     answer = await asyncio.wait_for(task, 10)
     assert answer.headers["content-type"].startswith("text/event-stream")
     blocks = answer.text.strip().split("\n\n")

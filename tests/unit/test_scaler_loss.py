@@ -116,7 +116,7 @@ def test_lost_devices_are_known_however_many_operations_have_been_forgotten() ->
 
 
 class Executor:
-    """What an Admission needs of a driver: what runs, what has ended, what was begun."""
+    """What an Admission needs of a executor: what runs, what has ended, what was begun."""
 
     def __init__(self, ended: Operation) -> None:
         self.state = State(layout=DOWN.before, last=ended, stall_s=9.0)
@@ -158,18 +158,18 @@ class Admission(admission.Admission):
 def pending() -> tuple[Admission, Executor, HmmStatus, list[str]]:
     """After an operation that gave way to the loss of host:1, of slot and replica 1."""
     gave_way = msgspec.structs.replace(operation_of(UP), phase="aborted", lost_meanwhile=("host:1",))
-    driver, told, hmm = Executor(gave_way), [], World(DOWN.before).seen().hmm
+    executor, told, hmm = Executor(gave_way), [], World(DOWN.before).seen().hmm
     assert hmm is not None
     config = ScalerConfig(run_dir="/nowhere")
-    made = Admission(config, None, driver, (), lambda kind, *_, **__: told.append(kind))  # type: ignore[arg-type]
-    return made, driver, hmm, told
+    made = Admission(config, None, executor, (), lambda kind, *_, **__: told.append(kind))  # type: ignore[arg-type]
+    return made, executor, hmm, told
 
 
 def test_what_a_pending_loss_leaves_out_is_left_out_first(
     pending: tuple[Admission, Executor, HmmStatus, list[str]],
 ) -> None:
-    taking, driver, hmm, _ = pending
-    assert driver.state.lost_slots(hmm) == {1}
+    taking, executor, hmm, _ = pending
+    assert executor.state.lost_slots(hmm) == {1}
     for body in (b'{"replicas": 2}', b'{"remove": [1]}', b'{"remove": [2], "lost": true}'):
         with pytest.raises(Conflict, match="the devices of r1 are lost") as refused:
             taking.take(parse_scale(body, 9.0), hmm, ever_served=True)
@@ -177,57 +177,59 @@ def test_what_a_pending_loss_leaves_out_is_left_out_first(
     with pytest.raises(Conflict, match="left out first"):
         taking.take(Order("", Request(), None), hmm, ever_served=True)
     taking.take(parse_scale(b'{"remove": [1, 2], "lost": true}', 9.0), hmm, ever_served=False)
-    assert driver.operation is not None
-    assert driver.operation.request.remove == (1, 2)
+    assert executor.operation is not None
+    assert executor.operation.request.remove == (1, 2)
 
 
 def test_the_scaler_leaves_a_lost_device_out_by_itself(
     pending: tuple[Admission, Executor, HmmStatus, list[str]],
 ) -> None:
-    taking, driver, hmm, told = pending
-    driver.leave_out(taking, None, 1.0)
-    assert driver.operation is None
+    taking, executor, hmm, told = pending
+    executor.leave_out(taking, None, 1.0)
+    assert executor.operation is None
     taking.refusal = DoesNotFit("too many bytes")
-    driver.leave_out(taking, hmm, 1.0)
-    driver.leave_out(taking, hmm, 1.9)
-    assert (driver.operation, taking.num_plans, told) == (None, 1, ["loss_refused"]), "it tries again, but not at once"
+    executor.leave_out(taking, hmm, 1.0)
+    executor.leave_out(taking, hmm, 1.9)
+    assert (executor.operation, taking.num_plans, told) == (None, 1, ["loss_refused"]), (
+        "it tries again, but not at once"
+    )
     with pytest.raises(Conflict, match="that is refused: too many bytes"):
         taking.take(parse_scale(b'{"replicas": 2}', 9.0), hmm, ever_served=True)
-    assert driver.state.lost_slots(hmm) == {1}, "nobody is seated there meanwhile"
-    driver.leave_out(taking, hmm, 2.0)
-    assert (driver.operation, taking.num_plans, told) == (None, 2, ["loss_refused"]), "the same is told once"
+    assert executor.state.lost_slots(hmm) == {1}, "nobody is seated there meanwhile"
+    executor.leave_out(taking, hmm, 2.0)
+    assert (executor.operation, taking.num_plans, told) == (None, 2, ["loss_refused"]), "the same is told once"
     taking.refusal = None
-    driver.leave_out(taking, hmm, 3.0)
-    assert driver.operation is not None
-    assert (driver.operation.request.remove, driver.operation.request.is_lost) == ((1,), True)
-    begun = driver.operation.op_id
-    driver.leave_out(taking, hmm, 9.0)
-    assert driver.operation.op_id == begun
+    executor.leave_out(taking, hmm, 3.0)
+    assert executor.operation is not None
+    assert (executor.operation.request.remove, executor.operation.request.is_lost) == ((1,), True)
+    begun = executor.operation.op_id
+    executor.leave_out(taking, hmm, 9.0)
+    assert executor.operation.op_id == begun
 
 
 def test_nobody_is_seated_on_a_lost_device_while_a_rebalance_ends(
     pending: tuple[Admission, Executor, HmmStatus, list[str]],
 ) -> None:
     """Found by the simulation (seed 835): a rebalance has no legs, and so no seats of its own."""
-    _, driver, hmm, _ = pending
-    driver.begin(operation_of(None))
-    assert driver.operation is not None
-    assert driver.state.lost_slots(hmm) == set()
-    marks = [driver.operation.mark]
+    _, executor, hmm, _ = pending
+    executor.begin(operation_of(None))
+    assert executor.operation is not None
+    assert executor.state.lost_slots(hmm) == set()
+    marks = [executor.operation.mark]
     for device, slots in (("host:1", {1}), ("host:2", {1, 2})):
-        driver.begin(without_lost(driver.operation, (device,)))
-        assert driver.state.lost_slots(hmm) == slots
-        marks.append(driver.operation.mark)
+        executor.begin(without_lost(executor.operation, (device,)))
+        assert executor.state.lost_slots(hmm) == slots
+        marks.append(executor.operation.mark)
     assert len(set(marks)) == 3, "each loss is journaled before anything is commanded"
 
 
 def test_a_lost_operation_that_could_not_begin_is_not_forgotten(
     pending: tuple[Admission, Executor, HmmStatus, list[str]],
 ) -> None:
-    _, driver, hmm, _ = pending
+    _, executor, hmm, _ = pending
     devices = {f"host:{i}": DeviceChange(0, 0, 0, 0, 0 if i == 1 else 4, 0) for i in range(3)}
     planned = msgspec.structs.replace(planned_of(DOWN, SIZES), devices=devices)
     order = parse_scale(b'{"remove": [1], "lost": true}', 9.0)
     lost = accept(order, "op", DOWN, planned, 0.0)
-    driver.state = msgspec.structs.replace(driver.state, last=msgspec.structs.replace(lost, phase="aborted"))
-    assert driver.state.lost_slots(hmm) == {1}
+    executor.state = msgspec.structs.replace(executor.state, last=msgspec.structs.replace(lost, phase="aborted"))
+    assert executor.state.lost_slots(hmm) == {1}

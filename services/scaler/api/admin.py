@@ -1,7 +1,7 @@
 """The operator's REST surface, on a listener of its own. Everything but /health and /ready asks for the token.
 
-The app reads one immutable snapshot that the scaler's loop replaces, and hands orders to the loop through the desk; it
-never touches the loop's sockets or the store.
+The app reads one immutable snapshot that the scaler's loop replaces, and hands orders to the loop through the command
+queue; it never touches the loop's sockets or the store.
 """
 
 from __future__ import annotations
@@ -75,7 +75,12 @@ class AdminGate:
 
 
 def build_app(
-    board: StatusCache, desk: CommandQueue, feed: EventStream, meters: Meters, token: str, deadline_s: float
+    status_cache: StatusCache,
+    commands: CommandQueue,
+    events: EventStream,
+    meters: Meters,
+    token: str,
+    deadline_s: float,
 ) -> Door:
     """The admin app; `deadline_s`: of operations that name none. Raises ConfigError for an empty token."""
     app = FastAPI(
@@ -86,9 +91,9 @@ def build_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    _add_views(app, board, meters)
-    _add_orders(app, desk, deadline_s)
-    _add_events(app, feed)
+    _add_views(app, status_cache, meters)
+    _add_orders(app, commands, deadline_s)
+    _add_events(app, events)
     docs.install(app, PUBLIC_PATHS)
     app.add_exception_handler(ElasticMoEError, on_error)
     app.add_exception_handler(HTTPException, on_status)
@@ -102,7 +107,7 @@ def serve(app: Door, meters: Meters, keep_alive_s: float) -> HttpServer:
     return make_server(app, rules, keep_alive_s=keep_alive_s, stop_s=2)
 
 
-def _add_views(app: FastAPI, board: StatusCache, meters: Meters) -> None:
+def _add_views(app: FastAPI, status_cache: StatusCache, meters: Meters) -> None:
     """Coroutines, though they wait for nothing: for others a thread each would be started, and kept."""
 
     @app.get("/health", **describe("Health", docs.PUBLIC))
@@ -113,47 +118,47 @@ def _add_views(app: FastAPI, board: StatusCache, meters: Meters) -> None:
     @app.get("/ready", **docs.describe_ready())
     async def ready() -> Response:
         """200 while all ranks of the layout step, else 503, with the reason. Asks for no token."""
-        snapshot = board.snapshot
+        snapshot = status_cache.snapshot
         return _json(ready_view(snapshot), 200 if snapshot.phase == "serving" else 503)
 
     @app.get("/v1/layout", **describe("Layout", docs.READING))
     async def layout() -> Response:
         """The layout in force: its ranks with their devices and memory, and where each expert is."""
-        return _json(layout_view(board.snapshot))
+        return _json(layout_view(status_cache.snapshot))
 
     @app.get("/v1/devices", **describe("Devices", docs.READING))
     async def devices() -> Response:
         """All devices, used or not, with their memory."""
-        return _json(devices_view(board.snapshot))
+        return _json(devices_view(status_cache.snapshot))
 
     @app.get("/v1/operations", **describe("Operations", docs.READING))
     async def operations() -> Response:
         """The operation in progress, and the last 100 that have ended."""
-        return _json(operations_view(board.snapshot))
+        return _json(operations_view(status_cache.snapshot))
 
     @app.get("/v1/operations/{op_id}", **describe("Operation", docs.FINDING))
     async def operation(op_id: OpIdInPath) -> Response:
         """One operation: its phase, what it waits for, and what it has cost."""
-        return _json(find_operation(board.snapshot, op_id))
+        return _json(find_operation(status_cache.snapshot, op_id))
 
     @app.get("/v1/config", **describe("Config", docs.READING))
     async def config() -> Response:
         """The settings that are in force, without secrets."""
-        return _json(board.snapshot.config)
+        return _json(status_cache.snapshot.config)
 
     @app.get("/metrics", **describe("text/plain", docs.READING))
     async def metrics() -> Response:
         """Prometheus text: `docs/reference/metrics.md`."""
-        return Response(render_metrics(board.snapshot, meters), media_type="text/plain; version=0.0.4")
+        return Response(render_metrics(status_cache.snapshot, meters), media_type="text/plain; version=0.0.4")
 
 
-def _add_orders(app: FastAPI, desk: CommandQueue, deadline_s: float) -> None:
+def _add_orders(app: FastAPI, commands: CommandQueue, deadline_s: float) -> None:
     @app.post("/v1/scale", **describe("Operation", docs.ORDERING, body=ScaleBody, status=202, told="It is accepted"))
     async def scale(request: Request) -> Response:
         """Grow or shrink while it serves: `replicas`, `devices` or `remove`. One operation at a time; with an `op_id` a
         repetition starts no second one. With `dry_run` only the plan is made."""
         order = parse_scale(await request.body(), deadline_s)
-        accepted = await desk.ask(order)
+        accepted = await commands.ask(order)
         if accepted.plan is not None:
             return _json(plan_view(accepted.plan, accepted.operation))
         return _json(operation_view(accepted.operation), 202)
@@ -163,7 +168,7 @@ def _add_orders(app: FastAPI, desk: CommandQueue, deadline_s: float) -> None:
     )
     async def rebalance(request: Request) -> Response:
         """Level the running requests over the replicas. The body may be empty."""
-        accepted = await desk.ask(parse_rebalance(await request.body(), deadline_s))
+        accepted = await commands.ask(parse_rebalance(await request.body(), deadline_s))
         return _json(operation_view(accepted.operation), 202)
 
     @app.delete(
@@ -171,20 +176,20 @@ def _add_orders(app: FastAPI, desk: CommandQueue, deadline_s: float) -> None:
     )
     async def cancel(op_id: OpIdInPath) -> Response:
         """Cancel an operation that is not committed yet. Refused with `committed` afterwards."""
-        return _json(operation_view((await desk.ask(CancelOperation(op_id))).operation), 202)
+        return _json(operation_view((await commands.ask(CancelOperation(op_id))).operation), 202)
 
 
-def _add_events(app: FastAPI, feed: EventStream) -> None:
+def _add_events(app: FastAPI, source: EventStream) -> None:
     @app.get("/v1/events", **describe("text/event-stream", docs.READING))
     async def events(request: Request) -> Response:
         """What the scaler decides and does, as server-sent events, for ever: `docs/reference/events.md`. With
         `Last-Event-ID` it goes on after that one."""
-        feed.check()
+        source.check()
         last_id = request.headers.get("last-event-id", "")[:NAME_CHARS_MAX]
 
         async def stream() -> AsyncIterator[bytes]:
             yield b": events\n\n"
-            async for entry in feed.listen(last_id, HEARTBEAT_S):
+            async for entry in source.listen(last_id, HEARTBEAT_S):
                 if entry is None:
                     yield b": heartbeat\n\n"
                 else:

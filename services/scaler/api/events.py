@@ -48,5 +48,5 @@ KINDS: dict[str, Kind] = {
         "A lost device cannot be left out; nothing is served until the deployment is started again",
         {"code": "of the refusal: errors.md"},
     ),
-    "tidy": Kind("Something is left of an operation that the journal does not know; it is cleared away", {}),
+    "orphans_found": Kind("Something is left of an operation that the journal does not know; it is cleared away", {}),
 }

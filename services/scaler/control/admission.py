@@ -82,13 +82,13 @@ def new_op_id() -> str:
 
 
 class Admission:
-    """Takes orders for the driver. `room`: each raises Unavailable while what an operation writes would find none."""
+    """Takes orders for the executor. `room`: each raises Unavailable while what an operation writes would find none."""
 
     def __init__(
         self,
         config: ScalerConfig,
         spec: ModelSpec,
-        driver: Executor,
+        executor: Executor,
         room: Sequence[Callable[[], None]],
         tell: Tell,
         *,
@@ -97,7 +97,7 @@ class Admission:
     ) -> None:
         self._config = config
         self._spec = spec
-        self._driver = driver
+        self._executor = executor
         self._room = room
         self._tell = tell
         self._clock = clock
@@ -106,16 +106,16 @@ class Admission:
 
     def take(self, order: Order | CancelOperation, hmm: HmmStatus | None, *, ever_served: bool) -> Accepted:
         """Carry an order out, with what the HMM said last. Raises its refusal, or Later."""
-        driver = self._driver
+        executor = self._executor
         if isinstance(order, CancelOperation):
-            operation = cancelled(order.op_id, driver.operation, driver.ended, is_durable=driver.is_durable)
-            if operation is not driver.operation:
-                driver.replace(operation)
+            operation = cancelled(order.op_id, executor.operation, executor.ended, is_durable=executor.is_durable)
+            if operation is not executor.operation:
+                executor.replace(operation)
                 self._tell("operation_cancel", "asked for by the operator", op_id=order.op_id)
             return Accepted(operation)
         if not order.is_dry_run:
             try:
-                known = repeated(order, driver.operation, driver.ended)
+                known = repeated(order, executor.operation, executor.ended)
             except Running as running:
                 self._check_room()
                 self._give_way(order, hmm, running)
@@ -131,12 +131,12 @@ class Admission:
         op_id = order.op_id or self._new_id()
         if order.target is None:
             operation = accept(order, op_id, None, None, self._clock.time(), self._lost())
-            driver.begin(operation)
+            executor.begin(operation)
             return Accepted(operation)
         operation, plan, made = self._plan(order, op_id, order.target, hmm)
         if order.is_dry_run:
             return Accepted(operation, plan)
-        driver.begin(operation, made)
+        executor.begin(operation, made)
         return Accepted(operation)
 
     def leave_out(self, action: LeaveOut, hmm: HmmStatus | None) -> None:
@@ -155,7 +155,7 @@ class Admission:
     def _check_lost(self, order: Order, hmm: HmmStatus | None) -> None:
         """Raises Conflict `device_lost` where the next operation has to leave out lost devices, and this order would
         not: it might read from them, and fill their seats."""
-        slots = self._driver.state.lost_slots(hmm) if self._driver.operation is None else frozenset()
+        slots = self._executor.state.lost_slots(hmm) if self._executor.operation is None else frozenset()
         if not slots:
             return
         assert hmm is not None, "its layout is known"
@@ -174,7 +174,7 @@ class Admission:
     def _give_way(self, order: Order, hmm: HmmStatus | None, running: Running) -> None:
         """The loss of a device does not wait for the operation in progress, which may wait for that very device: let it
         end with a layout that is complete, and the order be tried again. Raises Later; returns for other orders."""
-        current = self._driver.operation
+        current = self._executor.operation
         if order.target is None or not order.target.is_lost or current is None:
             return
         memory_of(hmm)  # raises
@@ -191,7 +191,7 @@ class Admission:
         if missing:
             text = f"operation {current.op_id} leaves out r{min(missing)} as lost: name it too"
             raise Running(text)
-        self._driver.replace(without_lost(current, devices))
+        self._executor.replace(without_lost(current, devices))
         self._tell("operation_gives_way", "a device was lost meanwhile", op_id=current.op_id)
         raise Later(running)
 
@@ -224,7 +224,7 @@ class Admission:
         return accept(order, op_id, plan, planned, self._clock.time(), lost), plan, made
 
     def _lost(self) -> set[str]:
-        return lost_devices(self._driver.operation, self._driver.ended)
+        return lost_devices(self._executor.operation, self._executor.ended)
 
 
 def repeated(order: Order, current: Operation | None, ended: Sequence[Operation]) -> Operation | None:

@@ -173,7 +173,7 @@ class Executor:
             self._tell("decision", step.reason, phase=step.state.status.phase)
         if step.state.orphans is not None and before.orphans is None:
             log.warning(step.state.orphans.reason)
-            self._tell("tidy", step.state.orphans.reason)
+            self._tell("orphans_found", step.state.orphans.reason)
         if before.operation is not None and step.state.operation is not None:
             self._note(before.operation, step.state.operation)
         return step.actions

@@ -1,4 +1,4 @@
-"""The driver and the journal: what is written before what is sent, and what happens when the store or an answer is
+"""The executor and the journal: what is written before what is sent, and what happens when the store or an answer is
 missing. The HMM, the pool and the ranks are values (transitions.World); the store fails on demand."""
 
 from __future__ import annotations
@@ -134,11 +134,11 @@ class FakeLinks:
         self.world.obey(StartSeat(seat, epoch))
 
 
-def turn(driver: Executor, seen: Observation) -> None:
+def turn(executor: Executor, seen: Observation) -> None:
     """What the scaler's loop does, where only HMM and pool were asked."""
     assert seen.hmm is not None
-    driver.state = msgspec.structs.replace(driver.state, layout=seen.hmm.layout)
-    driver.execute(driver.decide(driver.observe(seen.hmm, seen.pool)))
+    executor.state = msgspec.structs.replace(executor.state, layout=seen.hmm.layout)
+    executor.execute(executor.decide(executor.observe(seen.hmm, seen.pool)))
 
 
 class Scene:
@@ -151,27 +151,27 @@ class Scene:
         self.links = FakeLinks(world)
         config = ScalerConfig(run_dir=str(tmp_path))
         state = State(layout=world.layout, ever_served=True, stall_s=99.0)
-        self.driver = Executor(config, self.links, self.journal, Meters(), self._tell, state, lambda: world.now)  # type: ignore[arg-type]
+        self.executor = Executor(config, self.links, self.journal, Meters(), self._tell, state, lambda: world.now)  # type: ignore[arg-type]
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
         self.told.append((kind, facts.get("phase") or facts.get("outcome")))
 
     def turn(self) -> None:
         """One turn, with the journal caught up first if it can."""
-        operation = self.driver.operation
+        operation = self.executor.operation
         if operation is not None and self.store.failure is None:
             self.store.wait(lambda: self.journal.is_durable(operation))
         self.world.is_durable = operation is not None and self.journal.is_durable(operation)
         seen = self.world.seen()
-        turn(self.driver, seen)
+        turn(self.executor, seen)
         self.world.progress()
 
     def run(self, turns: int = 100) -> None:
         for _ in range(turns):
-            if self.driver.operation is None:
+            if self.executor.operation is None:
                 return
             self.turn()
-        raise AssertionError(f"still in progress: {self.driver.operation}")
+        raise AssertionError(f"still in progress: {self.executor.operation}")
 
 
 @pytest.fixture
@@ -190,10 +190,10 @@ def make(tmp_path: Path) -> Iterator[Callable[[World], Scene]]:
 @pytest.mark.parametrize("plan", [UP, DOWN])
 def test_an_operation_runs_to_its_end_and_is_kept(make: Callable[[World], Scene], plan: Any) -> None:
     scene = make(World(plan.before))
-    scene.driver.begin(operation_of(plan))
+    scene.executor.begin(operation_of(plan))
     scene.run()
     assert scene.world.layout == plan.after
-    ended = scene.driver.ended[0]
+    ended = scene.executor.ended[0]
     assert (ended.phase, ended.plan, ended.op_id) == ("done", None, "op")
     scene.store.wait(lambda: scene.store.ended == [ended])
     assert scene.store.operation is None
@@ -203,13 +203,13 @@ def test_an_operation_runs_to_its_end_and_is_kept(make: Callable[[World], Scene]
 
 def test_another_scaler_resumes_from_the_store(make: Callable[[World], Scene]) -> None:
     first = make(World(UP.before))
-    first.driver.begin(operation_of(UP))
+    first.executor.begin(operation_of(UP))
     while first.world.layout == UP.before:
         first.turn()
     record = first.store.operation
     assert record is not None
     second = make(first.world)
-    second.driver.resume(record, [])
+    second.executor.resume(record, [])
     second.run()
     assert second.world.layout == UP.after
 
@@ -217,12 +217,12 @@ def test_another_scaler_resumes_from_the_store(make: Callable[[World], Scene]) -
 def test_nothing_is_staged_before_the_store_has_the_record(make: Callable[[World], Scene]) -> None:
     scene = make(World(UP.before))
     scene.store.failure = Unavailable("store does not answer")
-    scene.driver.begin(operation_of(UP))
+    scene.executor.begin(operation_of(UP))
     for _ in range(5):
         scene.turn()
     assert scene.world.log == []
-    assert scene.driver.operation is not None
-    assert scene.driver.operation.phase == "prepare"
+    assert scene.executor.operation is not None
+    assert scene.executor.operation.phase == "prepare"
     scene.store.failure = None
     scene.run()
     assert scene.world.layout == UP.after
@@ -231,17 +231,17 @@ def test_nothing_is_staged_before_the_store_has_the_record(make: Callable[[World
 def test_a_refused_staging_ends_the_operation(make: Callable[[World], Scene]) -> None:
     scene = make(World(UP.before))
     scene.links.refusal = DoesNotFit("needs 5 bytes, has 4")
-    scene.driver.begin(operation_of(UP))
+    scene.executor.begin(operation_of(UP))
     scene.run()
-    error = scene.driver.ended[0].error
+    error = scene.executor.ended[0].error
     assert error is not None
-    assert (error.code, scene.driver.ended[0].phase) == ("does_not_fit", "aborted")
+    assert (error.code, scene.executor.ended[0].phase) == ("does_not_fit", "aborted")
 
 
 def test_a_command_that_is_fenced_ends_the_scaler(make: Callable[[World], Scene]) -> None:
     scene = make(World(UP.before))
     scene.links.refusal = Fenced("epoch 2 has been seen")
-    scene.driver.begin(operation_of(UP))
+    scene.executor.begin(operation_of(UP))
     with pytest.raises(Fenced):
         scene.run()
 
@@ -251,23 +251,23 @@ def test_the_end_of_a_rank_that_joins_or_leaves_is_no_crash(make: Callable[[Worl
         return RankExited(SEATS[slot].rank, slot, "x", 1, "killed")
 
     up, down = make(World(UP.before)), make(World(DOWN.before))
-    assert not up.driver.on_exit(end_of(2))
-    up.driver.begin(operation_of(UP))
+    assert not up.executor.on_exit(end_of(2))
+    up.executor.begin(operation_of(UP))
     up.turn()
-    assert up.driver.on_exit(end_of(2))
-    assert not up.driver.on_exit(end_of(0))
-    down.driver.begin(operation_of(DOWN))
+    assert up.executor.on_exit(end_of(2))
+    assert not up.executor.on_exit(end_of(0))
+    down.executor.begin(operation_of(DOWN))
     down.turn()
-    assert not down.driver.on_exit(end_of(1))  # before the commit it is a member
-    while down.driver.operation is not None and down.driver.operation.phase != "release":
+    assert not down.executor.on_exit(end_of(1))  # before the commit it is a member
+    while down.executor.operation is not None and down.executor.operation.phase != "release":
         down.turn()
-    assert down.driver.on_exit(end_of(1))
+    assert down.executor.on_exit(end_of(1))
 
 
 def test_a_transition_without_an_operation_is_tidied(make: Callable[[World], Scene]) -> None:
     world = World(UP.before)
     lost = make(world)
-    lost.driver.begin(operation_of(UP))
+    lost.executor.begin(operation_of(UP))
     for _ in range(4):
         lost.turn()
     assert world.transition is not None
