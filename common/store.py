@@ -8,6 +8,7 @@ keys share the prefix `elasticmoe:<deployment>:`. Values are MessagePack of the 
 |---|---|---|---|
 | `layout` | Layout | for ever | the committed layout |
 | `served` | Served | for ever | what that layout is of |
+| `instance` | text | until its state is dropped | names the deployment to orchestrators |
 | `epoch` | integer | for ever | that layout's epoch, which routers poll |
 | `layouts` | stream of epochs | the last LAYOUTS_MAX | wakes routers when a layout is committed, no more |
 | `fence` | integer | for ever | the last fencing epoch given out; never falls |
@@ -102,7 +103,7 @@ redis.call('SET', KEYS[4], ARGV[4])
 redis.call('XADD', KEYS[5], 'MAXLEN', ARGV[5], '*', 'epoch', ARGV[4])
 return 1
 """
-_PUT_SERVED = f"{_GUARD} redis.call('SET', KEYS[3], ARGV[3]) return 1"
+_PUT = f"{_GUARD} redis.call('SET', KEYS[3], ARGV[3]) return 1"
 _APPEND = f"{_GUARD} redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[4], '*', 'e', ARGV[3]) return 1"
 _APPEND_DECISION = f"{_GUARD} redis.call('XADD', KEYS[3], 'MAXLEN', ARGV[4], '*', 'd', ARGV[3]) return 1"
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
@@ -228,11 +229,19 @@ class Store:
 
     def put_served(self, by: Writer, served: Served) -> None:
         """Say what the layouts that follow are of. Raises Fenced."""
-        self._write_or_raise(_PUT_SERVED, by, ("served",), _encode(served))
+        self._write_or_raise(_PUT, by, ("served",), _encode(served))
 
     def get_served(self) -> Served | None:
         """What the committed layout is of, or None before the first."""
         return _decode(_guard(lambda: self._redis.get(self._key("served"))), _served)
+
+    def put_instance(self, by: Writer, instance: str) -> None:
+        """Name the deployment. Raises Fenced."""
+        self._write_or_raise(_PUT, by, ("instance",), instance)
+
+    def get_instance(self) -> str:
+        """The deployment's name, empty before it has one."""
+        return bytes(_guard(lambda: self._redis.get(self._key("instance"))) or b"").decode(errors="replace")
 
     def get_epoch(self) -> int:
         """Epoch of the committed layout, 0 before the first."""

@@ -132,7 +132,9 @@ class Scaler:
             self._lease.why_not = error
             return None
         self._executor.resume(recalled.operation, recalled.ended[:ENDED_MAX])
-        self.status_cache.snapshot = msgspec.structs.replace(self.status_cache.snapshot, resumed=recalled.resumed)
+        self.status_cache.snapshot = msgspec.structs.replace(
+            self.status_cache.snapshot, resumed=recalled.resumed, instance=recalled.instance
+        )
         self._beginning = recalled.beginning
         return recalled.beginning
 
@@ -227,6 +229,7 @@ class Scaler:
             tuple(self._executor.ended),
             self._executor.loads_of(pool),
             self.status_cache.snapshot.resumed,
+            self.status_cache.snapshot.instance,
         )
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:

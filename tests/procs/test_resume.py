@@ -60,14 +60,17 @@ def refusal(deployment: Deployment) -> str:
 def test_what_was_committed_goes_on_and_only_fresh_drops_it(up: Up) -> None:
     first = up(replicas=2).wait_ready()
     assert "resum" not in said(first)
-    assert first.scale(replicas=3)["phase"] == "done"
+    operation_id = first.scale(replicas=3)["op_id"]
     epoch, fence, _ = seen(first)
+    instance = first.admin("/v1/scale")["instance_id"]
     first.cut_off()
 
     second = up(replicas=2).wait_ready()
     assert seen(second) == (epoch, fence + 1, 3)
     assert f"resumed: layout {epoch} with 3 replicas, as it was committed last" in said(second)
     assert "--replicas 2 is ignored because of that" in said(second)
+    size = second.admin("/v1/scale")
+    assert (size["instance_id"], size["operation_id"], size["phase"]) == (instance, operation_id, "done")
     second.cut_off()
 
     # Fewer devices than the layout uses, other weights: nothing of that is carried out, or dropped.
@@ -88,6 +91,7 @@ def test_what_was_committed_goes_on_and_only_fresh_drops_it(up: Up) -> None:
     anew, fence_anew, replicas = seen(third)
     assert (anew, replicas) == (epoch + 1, 1)
     assert fence_anew > fence + 1
+    assert third.admin("/v1/scale")["instance_id"] != instance
     third.cut_off()
 
     # More devices contradict nothing; and what was begun anew is what is resumed now.

@@ -65,12 +65,22 @@ def test_the_api_is_strict_and_idempotent(deploy: Callable[..., Deployment]) -> 
     assert (status, again["op_id"]) == (202, "once")
     status, reused = deployment.admin_call("POST", "/v1/scale", {"replicas": 3, "op_id": "once"})
     assert (status, reused["error"]["code"]) == (409, "op_id_reused")
+    size = deployment.admin("/v1/scale")
+    wanted = {"operation_id": "leave", "replicas": 1, "expected_instance_id": size["instance_id"]}
+    assert (size["effective_size"], size["participating_ranks"]) == (2, ["r0t0", "r1t0"])
+    status, refused = deployment.admin_call("POST", "/v1/scale", {**wanted, "expected_instance_id": "i-other"})
+    assert (status, refused["error"]["code"]) == (409, "wrong_instance")
+    assert deployment.scale(**wanted)["phase"] == "done"
+    size = deployment.admin("/v1/scale")
+    assert (size["operation_id"], size["phase"], size["effective_size"]) == ("leave", "done", 1)
+    assert (size["pending_target"], size["safe_to_terminate_ranks"]) == (None, ["r1t0"])
+    assert size["topology_generation"] == operation["planned"]["epoch_after"] + 1
     status, _ = deployment.admin_call("DELETE", "/v1/operations/once")
     assert status == 409
     status, _ = deployment.admin_call("GET", "/v1/operations/never")
     assert status == 404
-    assert deployment.admin("/v1/layout")["epoch"] == operation["planned"]["epoch_after"]
-    assert [shown["op_id"] for shown in deployment.admin("/v1/operations")["operations"]] == ["once"]
+    assert deployment.admin("/v1/layout")["epoch"] == size["topology_generation"]
+    assert [shown["op_id"] for shown in deployment.admin("/v1/operations")["operations"]] == ["leave", "once"]
 
 
 def test_events_are_streamed_and_resumed(deploy: Callable[..., Deployment]) -> None:

@@ -135,6 +135,7 @@ class KeptStore:
         self.served: Served | None = None
         self.operation: Operation | None = None
         self.epoch = 0
+        self.instance = ""
         self.failure: Exception | None = None
         self.layout_failure: Exception | None = None
         self.writes: list[str] = []
@@ -150,6 +151,13 @@ class KeptStore:
 
     def get_served(self) -> object:
         return self._get(self.served)
+
+    def get_instance(self) -> object:
+        return self._get(self.instance)
+
+    def put_instance(self, _: Writer, instance: str) -> None:
+        self.writes.append("instance")
+        self.instance = instance
 
     def get_epoch(self) -> object:
         return self._get(self.epoch)
@@ -196,20 +204,22 @@ def recall_of(store: KeptStore, folder: Path, **settings: object) -> Recall:
 
 def test_the_store_names_what_it_serves_before_the_first_layout(store: KeptStore, tmp_path: Path) -> None:
     recalled = recall_of(store, tmp_path).read(BY)
-    assert (recalled.resumed, store.writes) == (None, ["served"])
+    assert (recalled.resumed, store.writes) == (None, ["served", "instance"])
     assert store.served == Served("/models/a", tiny_mixtral_spec().dtype)
-    recall_of(store, tmp_path).read(BY)
-    assert store.writes == ["served"]
+    again = recall_of(store, tmp_path).read(BY)
+    assert store.writes == ["served", "instance"]
+    assert again.instance == recalled.instance == store.instance != ""
 
 
 def test_what_is_dropped_is_dropped_once_and_survives_a_kill_before_that(store: KeptStore, tmp_path: Path) -> None:
-    store.layout, store.epoch, store.operation = layout_of(3, (0, 1, 2)), 3, operation_of(UP)
+    store.layout, store.epoch, store.operation, store.instance = layout_of(3, (0, 1, 2)), 3, operation_of(UP), "i-old"
     recall = recall_of(store, tmp_path)
     (tmp_path / "state/fresh").touch()
     for _ in range(2):  # killed before its layout was written, it begins anew again
         recalled = recall.read(BY)
         assert (recalled.beginning.layout.epoch, recalled.beginning.is_resumed) == (4, False)
         assert (recalled.operation, store.operation) == (None, None)
+        assert recalled.instance == store.instance != "i-old", "its operations are another deployment's"
     store.put_layout(BY, recalled.beginning.layout)
     recall.settled()
     again = recall.read(BY)

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from elasticmoe.common.http.body import Body, Receive
 from elasticmoe.common.http.connection import Rules
 from elasticmoe.common.http.door import Door, Scope, Send, bearer_of, headers_of
-from elasticmoe.common.http.errors import on_error, on_status
+from elasticmoe.common.http.errors import error_response, on_error, on_status
 from elasticmoe.common.http.hosts import NoPages
 from elasticmoe.common.http.listener import HttpServer, make_server
 from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, Unauthorized
@@ -26,6 +26,7 @@ from elasticmoe.common.protocol.limits import NAME_CHARS_MAX
 from elasticmoe.common.sse import escape_separators
 from elasticmoe.common.version import version
 from elasticmoe.services.scaler.api import docs, views
+from elasticmoe.services.scaler.api.contract import check_instance, scale_status
 from elasticmoe.services.scaler.api.docs import describe
 from elasticmoe.services.scaler.api.event_stream import EventStream
 from elasticmoe.services.scaler.api.prometheus import render_metrics
@@ -40,7 +41,7 @@ from elasticmoe.services.scaler.api.snapshot import (
     plan_view,
     ready_view,
 )
-from elasticmoe.services.scaler.control.admission import CancelOperation
+from elasticmoe.services.scaler.control.admission import CancelOperation, Running
 from elasticmoe.services.scaler.control.command_queue import CommandQueue
 from elasticmoe.services.scaler.metrics import Meters
 
@@ -92,7 +93,7 @@ def build_app(
         redirect_slashes=False,
     )
     _add_views(app, status_cache, meters)
-    _add_orders(app, commands, deadline_s)
+    _add_orders(app, status_cache, commands, deadline_s)
     _add_events(app, events)
     docs.install(app, PUBLIC_PATHS)
     app.add_exception_handler(ElasticMoEError, on_error)
@@ -126,6 +127,11 @@ def _add_views(app: FastAPI, status_cache: StatusCache, meters: Meters) -> None:
         """The layout in force: its ranks with their devices and memory, and where each expert is."""
         return _json(layout_view(status_cache.snapshot))
 
+    @app.get("/v1/scale", **describe("ScaleStatus", docs.READING))
+    async def size() -> Response:
+        """How large the deployment is and will be, and by which operation: the status of orchestrators' contracts."""
+        return _json(scale_status(status_cache.snapshot))
+
     @app.get("/v1/devices", **describe("Devices", docs.READING))
     async def devices() -> Response:
         """All devices, used or not, with their memory."""
@@ -152,13 +158,20 @@ def _add_views(app: FastAPI, status_cache: StatusCache, meters: Meters) -> None:
         return Response(render_metrics(status_cache.snapshot, meters), media_type="text/plain; version=0.0.4")
 
 
-def _add_orders(app: FastAPI, commands: CommandQueue, deadline_s: float) -> None:
+def _add_orders(app: FastAPI, status_cache: StatusCache, commands: CommandQueue, deadline_s: float) -> None:
     @app.post("/v1/scale", **describe("Operation", docs.ORDERING, body=ScaleBody, status=202, told="It is accepted"))
     async def scale(request: Request) -> Response:
         """Grow or shrink while it serves: `replicas`, `devices` or `remove`. One operation at a time; with an `op_id` a
         repetition starts no second one. With `dry_run` only the plan is made."""
         order = parse_scale(await request.body(), deadline_s)
-        accepted = await commands.ask(order)
+        if order.instance:
+            check_instance(order.instance, status_cache.snapshot)
+        try:
+            accepted = await commands.ask(order)
+        except Running as running:
+            response = error_response(running)
+            response.headers["location"] = f"/v1/operations/{running.op_id}"
+            return response
         if accepted.plan is not None:
             return _json(plan_view(accepted.plan, accepted.operation))
         return _json(operation_view(accepted.operation), 202)

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Response
 from elasticmoe.common.http.errors import ErrorBody
 from elasticmoe.common.http.openapi import REF, json_content, refusals, secure
 from elasticmoe.services.scaler.api import views
+from elasticmoe.services.scaler.api.contract import ScaleStatus
 from elasticmoe.services.scaler.api.examples import EXAMPLES
 from elasticmoe.services.scaler.api.requests import RebalanceBody, ScaleBody
 
@@ -48,6 +49,7 @@ ANSWERS = {
         views.Operation,
         views.Operations,
         views.Plan,
+        ScaleStatus,
     )
 }
 _CONFIG = {

@@ -132,5 +132,17 @@ EXAMPLES: dict[str, Any] = {
             }
         ],
     },
+    "ScaleStatus": {
+        "instance_id": "i-9f2c61d04b7e",
+        "operation_id": "grow-monday",
+        "effective_size": 2,
+        "pending_target": 3,
+        "phase": "prepare",
+        "participating_ranks": ["r0t0", "r1t0"],
+        "joining_ranks": ["r2t0"],
+        "safe_to_terminate_ranks": [],
+        "topology_generation": 1,
+        "last_error": None,
+    },
     "Config": {"model": "/models/demo", "devices": "host:3", "replicas": 2},
 }

@@ -59,6 +59,13 @@ class ScaleBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = False
     op_id: GivenOpId = None
+    operation_id: Annotated[OpId | None, says("The same as `op_id`, by the name that orchestrators' contracts use")] = (
+        None
+    )
+    expected_instance_id: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=64)] | None,
+        says("`instance_id` of GET /v1/scale: refused with `wrong_instance` by any other deployment", "i-9f2c61d04b7e"),
+    ] = None
     dry_run: Annotated[bool, says("Only plan: answer 200 with what it would move and cost")] = False
     deadline_s: GivenDeadlineS = None
     reason: Reason = ""
@@ -87,8 +94,12 @@ def parse_scale(raw: bytes, deadline_s: float) -> Order:
     remove = tuple(sorted({_replica(name) for name in body.remove})) if body.remove is not None else None
     if body.lost and remove is None:
         raise InvalidRequest("lost says something of the replicas in remove; there is no remove", code="invalid_target")
+    if body.op_id and body.operation_id and body.op_id != body.operation_id:
+        text = f"op_id is {body.op_id} and operation_id, which says the same, is {body.operation_id}: give one"
+        raise InvalidRequest(text, code="invalid_request")
     request = Request(body.replicas, devices, remove, body.reason, body.deadline_s or deadline_s, body.lost)
-    return Order(body.op_id or "", request, Target(body.replicas, devices, remove, body.lost), body.dry_run)
+    target = Target(body.replicas, devices, remove, body.lost)
+    return Order(body.op_id or body.operation_id or "", request, target, body.dry_run, body.expected_instance_id or "")
 
 
 def parse_rebalance(raw: bytes, deadline_s: float) -> Order:

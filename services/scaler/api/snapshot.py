@@ -21,7 +21,8 @@ from elasticmoe.services.scaler.store.resume import Resumed
 
 class StatusSnapshot(msgspec.Struct, frozen=True):
     """`config` is the resolved configuration without secrets; `ended`: the last operations, newest first; `blocks`:
-    (free, all) KV blocks by slot of the ranks that told them lately; `resumed`: what was gone on with at the start."""
+    (free, all) KV blocks by slot of the ranks that told them lately; `resumed`: what was gone on with at the start;
+    `instance`: names the deployment, empty before the journal has been read."""
 
     phase: DeploymentPhase
     reason: str
@@ -35,6 +36,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True):
     ended: tuple[Operation, ...] = ()
     blocks: Mapping[int, tuple[int, int]] = {}
     resumed: Resumed | None = None
+    instance: str = ""
 
 
 class StatusCache:

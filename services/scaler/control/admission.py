@@ -33,12 +33,14 @@ log = get_logger("scaler")
 
 
 class Order(msgspec.Struct, frozen=True):
-    """A checked order. `target` is None for a rebalance; `op_id` is empty where the client gave none."""
+    """A checked order. `target` is None for a rebalance; `op_id` is empty where the client gave none, `instance` where
+    it is for whatever deployment takes it."""
 
     op_id: str
     request: Request
     target: Target | None
     is_dry_run: bool = False
+    instance: str = ""
 
 
 class CancelOperation(msgspec.Struct, frozen=True):
@@ -70,10 +72,14 @@ class UnprocessableTarget(InvalidRequest):
 
 
 class Running(Conflict):
-    """Another operation is in progress: the same order may be accepted when that has ended."""
+    """Another operation is in progress: the same order may be accepted when that has ended. `op_id`: which one."""
 
     code = "operation_running"
     retryable = True
+
+    def __init__(self, message: str, op_id: str) -> None:
+        super().__init__(message)
+        self.op_id = op_id
 
 
 def new_op_id() -> str:
@@ -190,7 +196,7 @@ class Admission:
         missing = {seat.rank.replica for seat in current.lost if seat in hmm.layout.seats} - remove
         if missing:
             text = f"operation {current.op_id} leaves out r{min(missing)} as lost: name it too"
-            raise Running(text)
+            raise Running(text, current.op_id)
         self._executor.replace(without_lost(current, devices))
         self._tell("operation_gives_way", "a device was lost meanwhile", op_id=current.op_id)
         raise Later(running)
@@ -240,7 +246,8 @@ def repeated(order: Order, current: Operation | None, ended: Sequence[Operation]
     if current is not None:
         raise Running(
             f"operation {current.op_id} is in progress ({current.phase}): wait for it, or cancel it "
-            f"(`elasticmoe scale --cancel {current.op_id}`)"
+            f"(`elasticmoe scale --cancel {current.op_id}`)",
+            current.op_id,
         )
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import msgspec
@@ -23,13 +24,14 @@ _LATER = ("store_unavailable", "storage_full")
 
 
 class Recalled(msgspec.Struct, frozen=True):
-    """How a scaler begins: the layout, the operation in progress, those that ended, newest first, and what of it is
-    resumed."""
+    """How a scaler begins: the layout, the operation in progress, those that ended, newest first, what of it is
+    resumed, and the deployment's name, which it has until its state is dropped."""
 
     beginning: Beginning
     operation: Operation | None
     ended: list[Operation]
     resumed: Resumed | None
+    instance: str
 
 
 class Recall:
@@ -72,7 +74,15 @@ class Recall:
             self._store.put_operation(by, None)
         if beginning.refusal is None and left.served != self._wanted.served:
             self._store.put_served(by, self._wanted.served)
-        return Recalled(beginning, operation, ended, resumed)
+        is_refused = beginning.refusal is not None
+        return Recalled(beginning, operation, ended, resumed, self._instance(by, left, is_refused=is_refused))
+
+    def _instance(self, by: Writer, left: Left, *, is_refused: bool) -> str:
+        known = "" if left.is_dropped else self._store.get_instance()
+        if not known and not is_refused:
+            known = f"i-{secrets.token_hex(6)}"
+            self._store.put_instance(by, known)
+        return known
 
     def _left(self) -> Left:
         is_dropped = self._mark.exists()
