@@ -97,6 +97,10 @@ PURE = [
     "common/families/shared_keys.py",
     "cli/resume.py",
     "cli/supervisor.py",
+    "cli/traces/arrival.py",
+    "cli/traces/generate.py",
+    "cli/traces/profiles.py",
+    "cli/traces/scale.py",
 ]
 IMPURE_MODULES = {"time", "random", "socket", "zmq", "redis", "torch", "asyncio", "threading", "subprocess", "secrets"}
 FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}

@@ -19,6 +19,7 @@ COMMANDS: dict[str, Code] = {
     "bad_url": Code("The URL cannot be used", "Use http:// or https:// with a host"),
     "bad_certificates": Code("The file of `--ca-file` holds no certificates", "Give a PEM file"),
     "bad_key_file": Code("The file of `--api-key-file` cannot be used", "One line with the key"),
+    "bad_trace": Code("The trace cannot be read, or a line of it is not right", "Mend the line that the text names"),
     "no_model": Code("The server lists no model", "Name one with `--model`"),
     "bad_answer": Code("The admin listener's answer makes no sense", "See the scaler's log"),
     "bad_stream": Code("The stream's end or a line of it makes no sense", "Look at the server or the proxy"),

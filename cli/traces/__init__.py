@@ -1,0 +1,1 @@
+"""Traffic that was recorded or is drawn: when requests arrive, and how many tokens they bring and want."""
