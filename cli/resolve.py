@@ -25,6 +25,7 @@ NAMES = (
     "tiny-mixtral",
     "tiny-qwen3-moe",
     "oracle",
+    "oracle-paced",
     "qwen3-moe-1b",
     "demo",
 )  # elasticmoe.cli.models knows them, and loads torch

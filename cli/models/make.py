@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from elasticmoe.cli.models import byte_tokenizer
 from elasticmoe.cli.models.checkpoint import Progress, num_shards_for, parse_dtype
-from elasticmoe.cli.models.oracle import make_oracle
+from elasticmoe.cli.models.oracle import PACED_CONFIG, make_oracle
 from elasticmoe.cli.models.random_weights import random_checkpoint, random_plans
 
 _BYTE_LEVEL: dict[str, Any] = {
@@ -140,6 +141,11 @@ _MODELS: Mapping[str, _Model] = {
     "tiny-mixtral": _Model("random Mixtral: 3 layers, 7 experts top-2", "float32", _random(TINY_MIXTRAL)),
     "tiny-qwen3-moe": _Model("random Qwen3-MoE: 3 layers, 11 experts top-3", "float32", _random(TINY_QWEN3_MOE)),
     "oracle": _Model("integer model whose every token plain arithmetic predicts, for tests", "float32", make_oracle),
+    "oracle-paced": _Model(
+        "the oracle with a stand-in for accelerator time, for benchmarks of scaling",
+        "float32",
+        partial(make_oracle, config=PACED_CONFIG),
+    ),
     "qwen3-moe-1b": _Model("random Qwen3-MoE of 1.04 B weights: 64 experts top-8", "bfloat16", _random(QWEN3_MOE_1B)),
     "demo": _Model("SmolLM2-135M-Instruct as an 8-expert Mixtral of 0.69 B: answers in English", "bfloat16", _demo),
 }

@@ -29,12 +29,26 @@ _KEYS: Final[dict[str, Key]] = {
     "max_position_embeddings": Key(int, 4_096),
     "head_dim": Key(int),
     "oracle_modulus": Key(int),
+    "oracle_step_us": Key(int, 0),
+    "oracle_token_us": Key(int, 0),
+    "oracle_sequence_us": Key(int, 0),
+    "oracle_kv_ns": Key(int, 0),
+    "oracle_row_us": Key(int, 0),
     "eos_token_id": Key(int | list[int] | None, None),
     "bos_token_id": Key(int | None, None, "the tokenizer's files say which tokens are special"),
     "num_attention_heads": Key(int, 1, _SHAPED_LIKE_A_DECODER),
     "num_key_value_heads": Key(int, 1, _SHAPED_LIKE_A_DECODER),
     "intermediate_size": Key(int, 4, _SHAPED_LIKE_A_DECODER),
     "tie_word_embeddings": Key(bool, False, _SHAPED_LIKE_A_DECODER),
+}
+
+# What a step takes at the least, in place of an accelerator's time (docs/oracle.md). A full step stays within seconds.
+_PACE_MAX: Final[dict[str, int]] = {
+    "step_us": 1_000_000,
+    "token_us": 1_000,
+    "sequence_us": 10_000,
+    "kv_ns": 100_000,
+    "row_us": 1_000,
 }
 
 
@@ -56,7 +70,10 @@ def _parse(config: Config) -> dict[str, Any]:
         "tie_embeddings": True,
         "attention": AttentionSpec(1, 1, config.integer("head_dim", 1, 1_024), False, RopeSpec(10_000.0)),
         "moe": moe,
-        "constants": (("modulus", config.integer("oracle_modulus", 257, 65_521)),),
+        "constants": (
+            ("modulus", config.integer("oracle_modulus", 257, 65_521)),
+            *((name, config.integer(f"oracle_{name}", 0, most)) for name, most in _PACE_MAX.items()),
+        ),
     }
 
 

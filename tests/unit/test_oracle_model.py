@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from elasticmoe.cli.models import make_model
+from elasticmoe.cli.models.oracle import ORACLE_CONFIG, PACED_CONFIG
+from elasticmoe.common.families import load_spec
+from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.factory import BACKENDS
+from elasticmoe.services.worker.model import oracle
 from elasticmoe.services.worker.model.batch import BatchPart
 from tests.oracle import next_tokens
 from tests.unit.backends import QueuedBackend
@@ -54,6 +60,39 @@ def test_results_are_waited_for(directory: Path) -> None:
     generate(Ranks(directory, 2, backend=QueuedBackend), streams, COUNT)
     for stream in (stream for row in streams for stream in row):
         assert stream.tokens[-COUNT:] == next_tokens(directory, prompts[id(stream)], COUNT)
+
+
+def test_a_paced_step_takes_what_its_config_says_of_own_tokens_and_of_experts_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks: one has all the tokens, both compute rows, and the tokens are those of the oracle without a pace."""
+    paced = make_model("oracle-paced", tmp_path / "paced", seed=7)
+    plain = make_model("oracle", tmp_path / "plain", seed=7)
+    slept: list[float] = []
+    monkeypatch.setattr(oracle, "time", SimpleNamespace(sleep=slept.append, perf_counter_ns=lambda: 0))
+    streams = [[Stream(list(range(20)), list(range(16)))], []]
+    generate(Ranks(paced, 2), streams, 1)
+    assert streams[0][0].tokens[-1:] == next_tokens(plain, range(20), 1)
+    config = json.loads((paced / "config.json").read_text())
+    rows = 20 * config["num_experts_per_tok"] * config["num_hidden_layers"]
+    kv_lens = [7, 14, 20]  # of the steps that compute the prompt
+    own_us = (
+        20 * config["oracle_token_us"] + 3 * config["oracle_sequence_us"] + sum(kv_lens) * config["oracle_kv_ns"] / 1e3
+    )
+    assert len(slept) == 2 * len(kv_lens)
+    steps_us = len(slept) * config["oracle_step_us"]
+    assert sum(slept) * 1e6 == pytest.approx(steps_us + own_us + rows * config["oracle_row_us"])
+    assert min(slept) * 1e6 > config["oracle_step_us"], "the other rank computes rows as well"
+
+
+@pytest.mark.parametrize("name", [name for name in PACED_CONFIG if name not in ORACLE_CONFIG])
+@pytest.mark.parametrize("value", [-1, 1_000_001, 0.5, None])
+def test_a_pace_beyond_its_bounds_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    directory = make_model("oracle", tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(CheckpointError, match=name):
+        load_spec(directory, "float32")
 
 
 def test_tokens_are_printable_and_varied(directory: Path) -> None:

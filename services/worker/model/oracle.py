@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import EllipsisType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,27 @@ Ints = npt.NDArray[np.int64]
 Reader = Callable[[Ints | EllipsisType], npt.NDArray[np.float32]]
 
 
+class StepPace(NamedTuple):
+    """What a step takes at the least: of one rank `step_us`, for each of its own tokens `token_us`, for each sequence
+    `sequence_us`, for each token whose KV they read `kv_ns`; and for each row that an expert of this rank computes,
+    whosever it is, `row_us`: so the layout divides it. All 0: as long as it takes."""
+
+    step_us: int = 0
+    token_us: int = 0
+    sequence_us: int = 0
+    kv_ns: int = 0
+    row_us: int = 0
+
+    def own_ns(self, batch: Batch) -> int:
+        """For the rank's own tokens."""
+        us = self.step_us + self.token_us * batch.num_rows + self.sequence_us * len(batch.kv_lens)
+        return 1_000 * us + self.kv_ns * sum(batch.kv_lens)
+
+    def rows_ns(self, num_rows: int) -> int:
+        """For what its experts compute in one layer."""
+        return 1_000 * self.row_us * num_rows
+
+
 class OracleModel:
     """One rank's oracle model (see Model). Owns its buffers, sized for `max_tokens` rows."""
 
@@ -44,7 +66,9 @@ class OracleModel:
         self.times = StepTimes(0, 0, 0)
         self._weights = weights
         self._spec = spec
-        self._modulus = dict(spec.constants)["modulus"]
+        constants = dict(spec.constants)
+        self._modulus = constants["modulus"]
+        self._pace = StepPace(**{name: value for name, value in constants.items() if name != "modulus"})
         self._max_tokens = max_tokens
         # Each step reads what is in memory then.
         self._embed_VH, self._head_H = (_reader(backend, weights.base[name]) for name in ("embed", "head"))
@@ -69,6 +93,7 @@ class OracleModel:
             tensor.numpy() for tensor in (self._kv_ND.host, self._mixed_ND.host, self._x_NH, self._sum_NH)
         )
         self._ids = self._ids_NK.numpy()
+        self._due_ns = 0
 
     def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
         """See Model."""
@@ -81,10 +106,11 @@ class OracleModel:
         if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < self._spec.vocab:
             raise ValueError(f"a token is not below the vocabulary's {self._spec.vocab}")
         positions_N1 = _positions(batch)[:, None]
+        self._due_ns = started + self._pace.own_ns(batch)
         x_NH = self._embed_VH(token_ids).astype(np.int64)
         for layer in range(self._spec.num_layers):
             x_NH = self._attend(step, layer, x_NH, positions_N1)
-            x_NH = self._route_and_compute(layer, x_NH, exchange)
+            x_NH = self._route_and_compute(layer, x_NH, exchange, is_last=layer + 1 == self._spec.num_layers)
         logits_MV = self._logits(x_NH[np.array(batch.logit_rows, dtype=np.int64)])
         self.times = StepTimes(time.perf_counter_ns() - started, *exchange.take_times())
         return logits_MV
@@ -104,8 +130,9 @@ class OracleModel:
         mixed_NH: Ints = (x_NH + keys_NH + values_NH * salt_H) % p
         return mixed_NH
 
-    def _route_and_compute(self, layer: int, x_NH: Ints, exchange: Exchange) -> Ints:
-        """Add the results of the top k experts, each with weight 1."""
+    def _route_and_compute(self, layer: int, x_NH: Ints, exchange: Exchange, *, is_last: bool) -> Ints:
+        """Add the results of the top k experts, each with weight 1. In the last layer the step's time is brought up to
+        what the config says, while the others wait for the rows, as for those of a slower device."""
         p, top_k, n = self._modulus, self._spec.moe.top_k, len(x_NH)
         hash_N1 = (x_NH @ self._router_H % p)[:, None]
         scores_NE = (hash_N1 * self._scale_E + self._shift_E) % p
@@ -119,6 +146,9 @@ class OracleModel:
             # The slots of experts without rows are not touched: they may be unmapped.
             mul_RH, add_RH = mul_EH(experts_R).astype(np.int64), add_EH(experts_R).astype(np.int64)
             rows_RH[:] = (rows_RH.astype(np.int64) * mul_RH + add_RH) % p
+            self._due_ns += self._pace.rows_ns(num_rows)
+        if is_last and (left_ns := self._due_ns - time.perf_counter_ns()) > 0:
+            time.sleep(left_ns / 1e9)
         exchange.combine(layer, exchange.rows_RH, self._sum_NH, n)
         summed_NH: Ints = (x_NH + self._sum[:n].astype(np.int64)) % p
         return summed_NH
