@@ -1,4 +1,5 @@
-"""docs/reference: pages that are made from the code. `make docs` writes them; a unit test compares them.
+"""docs/reference, and the alerts of deploy/prometheus: files that are made from the code. `make docs` writes them; a
+unit test compares them.
 
 Each text stands beside what it describes: settings in common/settings.py, metrics in the `measures.py` of router and
 scaler, errors in common/error_codes, events in services/scaler/api/events.py, flags where the parsers are made.
@@ -7,6 +8,7 @@ scaler, errors in common/error_codes, events in services/scaler/api/events.py, f
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,7 +27,9 @@ from elasticmoe.services.scaler import measures as scaler_measures
 from elasticmoe.services.scaler.api.event_stream import EVENTS_KEPT
 from elasticmoe.services.scaler.api.events import KINDS
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
+_ROOT = Path(__file__).resolve().parent.parent
+FOLDER = _ROOT / "docs" / "reference"
+RULES = _ROOT / "deploy" / "prometheus" / "alerts.json"
 _MADE = "<!-- Made by `make docs` from the code: do not edit. -->"
 # The processes by the settings that they read.
 _SERVICES = {
@@ -51,6 +55,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
+    RULES.write_text(rules(), encoding="utf-8")
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -207,15 +212,7 @@ elasticmoe down
 Prometheus text from two listeners: the router's asks for no key, the scaler's for the admin token. Names with `vllm:`
 are vLLM's, with its meaning, so that its dashboards work. A histogram is scraped as `_bucket`, `_sum` and `_count`.
 Alerts are suggestions in PromQL: their figures are for you to change. What has none belongs on a dashboard.
-
-```yaml
-scrape_configs:
-  - job_name: elasticmoe-router
-    static_configs: [{{targets: ["127.0.0.1:8000"]}}]
-  - job_name: elasticmoe-scaler
-    authorization: {{credentials_file: /run/user/1000/elasticmoe-1000/default/secrets/admin.token}}
-    static_configs: [{{targets: ["127.0.0.1:8100"]}}]
-```
+`deploy/prometheus/` has them as a file of rules, and a configuration that scrapes both listeners and reads it.
 
 {chr(10).join(sections)}"""
 
@@ -224,6 +221,25 @@ def _measure(measure: Measure) -> tuple[str, ...]:
     alert = f"`{measure.alert}`: {_linked(measure.why)}" if measure.alert else ""
     labels = ", ".join(f"`{label}`" for label in measure.labels)
     return f"`{measure.exposed}`", measure.kind, labels, measure.text, alert
+
+
+def rules() -> str:
+    """The alerts that metrics suggest, as a file of rules: JSON, which Prometheus reads as the YAML that it is."""
+    alerts = [
+        {
+            "alert": _alert_name(measure),
+            "expr": measure.alert,
+            "annotations": {"summary": measure.text, "description": measure.why},
+        }
+        for measure in (*router_measures.MEASURES, *scaler_measures.MEASURES)
+        if measure.alert
+    ]
+    return json.dumps({"groups": [{"name": "elasticmoe", "rules": alerts}]}, indent=2) + "\n"
+
+
+def _alert_name(measure: Measure) -> str:
+    words = [measure.source, *measure.name.partition(":")[2].split("_")]
+    return "ElasticMoE" + "".join(word.capitalize() for word in words)
 
 
 # ---- events ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,12 @@ SCALER = sorted((ROOT / "services" / "scaler").rglob("*.py"))
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_what_the_code_says(name: str) -> None:
     assert (reference.FOLDER / name).read_text() == PAGES[name], "the code has changed: run `make docs`"
+
+
+def test_the_alerts_are_what_the_code_says_and_each_has_a_name_of_its_own() -> None:
+    assert reference.RULES.read_text() == reference.rules(), "the code has changed: run `make docs`"
+    names = [rule["alert"] for rule in json.loads(reference.rules())["groups"][0]["rules"]]
+    assert len(set(names)) == len(names) > 10
 
 
 def test_every_setting_has_a_meaning_and_every_number_a_bound() -> None:

@@ -1,0 +1,85 @@
+"""A real Prometheus with deploy/prometheus/, word for word but for addresses: it scrapes a running deployment and
+understands every rule."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.markdown import ROOT
+from tests.procs.deployment import Deployment
+from tests.procs.proxies import replaced
+from tests.procs.waiting import free_port, wait_until
+
+pytestmark = pytest.mark.procs
+
+FOLDER = ROOT / "deploy" / "prometheus"
+
+
+def configured(folder: Path, deployment: Deployment) -> Path:
+    """The folder's files with this deployment's addresses: where the configuration is."""
+    text = replaced(
+        (FOLDER / "prometheus.yml").read_text(),
+        ("127.0.0.1:8000", deployment.base_url.removeprefix("http://")),
+        ("127.0.0.1:8100", deployment.admin_url.removeprefix("http://")),
+        ("/run/user/1000/elasticmoe-1000/default/secrets", f"{deployment.run_dir}/secrets"),
+        ("scrape_interval: 5s", "scrape_interval: 200ms"),
+        ("evaluation_interval: 5s", "evaluation_interval: 200ms"),
+    )
+    (folder / "prometheus.yml").write_text(text)
+    shutil.copy(FOLDER / "alerts.json", folder)
+    return folder / "prometheus.yml"
+
+
+def test_prometheus_scrapes_both_listeners_and_evaluates_every_rule(
+    deploy: Callable[..., Deployment], tmp_path: Path
+) -> None:
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("prometheus is not installed")
+    deployment = deploy("oracle", replicas=1)
+    config = configured(tmp_path, deployment)
+    checked = subprocess.run(["promtool", "check", "config", str(config)], capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    port = free_port()
+    command = [program, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}"]
+    with open(tmp_path / "log", "wb") as log:
+        command.append(f"--web.listen-address=127.0.0.1:{port}")
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def ask(path: str, **parameters: str) -> Any:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/api/v1/{path}", params=parameters, timeout=10).json()["data"]
+        except (httpx.HTTPError, json.JSONDecodeError, KeyError):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            return None
+
+    def targets_are_up() -> bool:
+        found = ask("targets")
+        return bool(found) and [target["health"] for target in found["activeTargets"]] == ["up", "up"]
+
+    def rules_are_evaluated() -> bool:
+        found = ask("rules")
+        rules = found["groups"][0]["rules"] if found and found["groups"] else []
+        return bool(rules) and all(rule["health"] == "ok" for rule in rules)
+
+    def serving() -> bool:
+        found = ask("query", query="elasticmoe:serving")
+        return bool(found) and [result["value"][1] for result in found["result"]] == ["1"]
+
+    try:
+        wait_until(targets_are_up, "both listeners are scraped", 60.0)
+        wait_until(serving, "a metric has its value", 30.0)
+        wait_until(rules_are_evaluated, "every rule is evaluated", 30.0)
+        firing = [alert["labels"]["alertname"] for alert in ask("alerts")["alerts"]]
+        assert firing == [], "a deployment with nothing to do deserves nobody's attention"
+    finally:
+        process.terminate()
+        process.wait(30)
