@@ -12,7 +12,7 @@ from elasticmoe.common.transport import Sockets, new_identity
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.memory.blocks import BlockCopies
 from elasticmoe.services.hmm.memory.holdings import Holdings
-from elasticmoe.services.hmm.memory.supply import Supply
+from elasticmoe.services.hmm.memory.transfer import Supply
 from elasticmoe.services.hmm.parts import Parts
 from elasticmoe.services.hmm.service import Hmm
 from elasticmoe.services.hmm.sessions.attachments import Attachments

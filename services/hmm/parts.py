@@ -12,7 +12,7 @@ from elasticmoe.common.telemetry import Logger
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.memory.blocks import BlockCopies
 from elasticmoe.services.hmm.memory.holdings import Holdings
-from elasticmoe.services.hmm.memory.supply import Supply
+from elasticmoe.services.hmm.memory.transfer import Supply
 from elasticmoe.services.hmm.sessions.attachments import Attachments
 from elasticmoe.services.hmm.sessions.parking import Parking
 

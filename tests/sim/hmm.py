@@ -147,11 +147,11 @@ class Supply:
 
     @property
     def is_releasing(self) -> bool:
-        """See elasticmoe.services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.transfer."""
         return self._num_releasing > 0
 
     def begin(self, peaks: Any = None) -> None:
-        """See elasticmoe.services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.transfer."""
 
     def _claim(self, memory: Memory, space: str, key: Any, nbytes: int) -> None:
         if self._hmm.bytes_of(memory) + nbytes > memory.device.budget:
@@ -159,8 +159,8 @@ class Supply:
         memory.num_claimed += nbytes
         self._claims.append((memory, space, key, nbytes))
 
-    def claim_stage(self, transition: Transition, loaded: Loaded) -> dict[str, list[Any]]:
-        """See elasticmoe.services.hmm.memory.supply."""
+    def claim_stage(self, transition: Transition, loaded: Loaded) -> None:
+        """See elasticmoe.services.hmm.memory.transfer."""
         memories, sizes = self._hmm.memories, record_bytes(loaded, PAGE)
         for seat in transition.after.seats:
             if transition.before.seat_on(seat.device) is None:
@@ -173,16 +173,14 @@ class Supply:
                 not copy.source or copy.key in memories[copy.source].records, f"{copy.key} is copied from nothing"
             )
             self._claim(memories[copy.target], "records", copy.key, sizes[copy.key])
-        return {"": []}
 
-    def claim_kv(self, memory: Memory, count: int, loaded: Loaded) -> list[Any]:
-        """See elasticmoe.services.hmm.memory.supply."""
+    def claim_kv(self, memory: Memory, count: int, loaded: Loaded) -> None:
+        """See elasticmoe.services.hmm.memory.transfer."""
         for _ in range(count):
             self._claim(memory, "kv", memory.new_kv(), loaded.kv.handle_bytes)
-        return []
 
-    def start(self, parts: Any, rate: int, loaded: Loaded, then: Callable[[ElasticMoEError | None], None]) -> None:
-        """See elasticmoe.services.hmm.memory.supply."""
+    def start(self, rate: int, loaded: Loaded, then: Callable[[ElasticMoEError | None], None]) -> None:
+        """See elasticmoe.services.hmm.memory.transfer."""
         self.is_transferring = True
         hmm = self._hmm
         fails = hmm.sim.rng.random() < hmm.failure_rate
@@ -198,7 +196,7 @@ class Supply:
         hmm.after(0.02 + hmm.sim.rng.random() * (1.5 if rate else 0.3), over)
 
     def settle(self) -> None:
-        """See elasticmoe.services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.transfer."""
         for memory, space, key, nbytes in self._claims:
             memory.num_claimed -= nbytes
             if space == "records":
@@ -211,16 +209,16 @@ class Supply:
         self._claims.clear()
 
     def drop_claims(self) -> None:
-        """See elasticmoe.services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.transfer."""
         for memory, _, _, nbytes in self._claims:
             memory.num_claimed -= nbytes
         self._claims.clear()
 
     def stop(self) -> None:
-        """See elasticmoe.services.hmm.memory.supply."""
+        """See elasticmoe.services.hmm.memory.transfer."""
 
     def give_back(self, gone: Sequence[tuple[Memory, Any]]) -> None:
-        """See elasticmoe.services.hmm.memory.supply. Nobody may have it mapped."""
+        """See elasticmoe.services.hmm.memory.transfer. Nobody may have it mapped."""
         for memory, handle in gone:
             self._hmm.check_unused(memory, handle)
         nbytes = [(memory, self._hmm.handle_bytes(handle)) for memory, handle in gone]

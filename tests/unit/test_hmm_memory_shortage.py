@@ -26,7 +26,7 @@ from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.loading.loader import ModelLoad
 from elasticmoe.services.hmm.memory.catalog import keys_of
 from elasticmoe.services.hmm.memory.holdings import Holdings
-from elasticmoe.services.hmm.memory.supply import Supply
+from elasticmoe.services.hmm.memory.transfer import Supply
 from elasticmoe.services.hmm.sessions.membership import Membership
 from elasticmoe.services.hmm.transition.transition import Transitions
 from tests.unit.specs import TINY_MIXTRAL

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
+from elasticmoe.common.devices.base import Handle
 from elasticmoe.common.devices.factory import open_device
 from elasticmoe.common.devices.rules import ProcessRules
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
 from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError, InvalidRequest, Overloaded, Unavailable
-from elasticmoe.common.protocol.hmm import CopyBlocks
+from elasticmoe.common.protocol.hmm import CopyBlocks, RecordCopy
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native import host
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.memory import blocks as blocks_module
 from elasticmoe.services.hmm.memory.blocks import BlockCopies, check_ranks
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
-from elasticmoe.services.hmm.memory.supply import Supply
-from elasticmoe.services.hmm.memory.transfer import Peaks, Transfer, TransferOp
+from elasticmoe.services.hmm.memory.transfer import HandlePart, Peaks, Supply, Transfer
 from tests.devices.backends import granularity
 from tests.unit.specs import tiny_mixtral_spec
 
@@ -62,36 +62,45 @@ def finish(background: Background, condition: Callable[[], bool]) -> None:
         background.finish()
 
 
-def sources(memory: DeviceMemory, count: int) -> list[int]:
-    """Addresses of records with some content."""
-    addresses = []
+def sources(memory: DeviceMemory, count: int) -> list[Handle]:
+    """Records with some content."""
     for number in range(count):
         key = RecordKey("expert", 0, number)
         memory.create_record(key, RECORD)
         memory.device.write_bytes(memory.address(memory.records[key]), bytes([number + 1]) * RECORD)
-        addresses.append(memory.address(memory.records[key]))
-    return addresses
+    return list(memory.records.values())
 
 
-def parts_of(memories: dict[str, DeviceMemory], addresses: list[int]) -> dict[str, list[TransferOp]]:
-    parts: dict[str, list[TransferOp]] = {}
-    for name in ("host:1", "host:2"):
-        memory = memories[name]
-        for address in addresses:
-            handle = memory.claim(RECORD, "weights")
-            parts.setdefault(name, []).append(TransferOp(memory.device, handle, memory.address(handle), address))
-    return parts
+def parts_of(memories: dict[str, DeviceMemory], handles: list[Handle]) -> list[HandlePart]:
+    """Copies of these handles of host:0 to the two other devices."""
+    source = memories["host:0"]
+    return [
+        HandlePart(
+            memories[name],
+            memories[name].claim(RECORD, "weights"),
+            RecordCopy(RecordKey("expert", 0, number), "host:0", name),
+            (source, handle),
+        )
+        for name in ("host:1", "host:2")
+        for number, handle in enumerate(handles)
+    ]
 
 
-def transfer_of(parts: dict[str, list[TransferOp]], limit: int = 0) -> Transfer:
+def is_equal_to_its_source(part: HandlePart) -> bool:
+    assert part.source is not None
+    memory, handle = part.source
+    copied = part.memory.device.checksum(part.memory.address(part.handle), RECORD)
+    return copied == memory.device.checksum(memory.address(handle), RECORD)
+
+
+def transfer_of(parts: list[HandlePart], limit: int = 0) -> Transfer:
     return Transfer(parts, limit, Peaks(), SPEC, "/nowhere")
 
 
 def test_claimed_handles_are_counted_at_once_and_get_pages_as_they_are_filled(
     memories: dict[str, DeviceMemory],
 ) -> None:
-    addresses = sources(memories["host:0"], 3)
-    parts = parts_of(memories, addresses)
+    parts = parts_of(memories, sources(memories["host:0"], 3))
     device = memories["host:1"].device
     assert (device.used["weights"], device.pages) == (3 * RECORD, 0)
     assert device.check_integrity() == []  # pages of claimed handles may be absent
@@ -99,20 +108,19 @@ def test_claimed_handles_are_counted_at_once_and_get_pages_as_they_are_filled(
     assert (transfer.num_threads, transfer.bytes_total) == (2, 6 * RECORD)
     transfer.run()
     assert transfer.bytes_done == 6 * RECORD
-    for part in parts["host:1"]:
-        assert part.device.checksum(part.address, RECORD) == part.device.checksum(part.source, RECORD)
+    for part in parts[:3]:
+        assert is_equal_to_its_source(part)
         device.settle(part.handle)
     assert device.pages == 3 * RECORD
     assert device.check_integrity() == []
 
 
 def test_two_threads_share_what_one_device_needs(memories: dict[str, DeviceMemory], background: Background) -> None:
-    parts = parts_of(memories, sources(memories["host:0"], 5))
+    parts = parts_of(memories, sources(memories["host:0"], 5))[:5]
     memory = memories["host:1"]
-    grown = memory.claim(4 * RECORD, "kv")
-    zeros = TransferOp(memory.device, grown, memory.address(grown))
+    zeros = HandlePart(memory, memory.claim(4 * RECORD, "kv"))
     peaks = Peaks()
-    transfer = Transfer({"host:1": [*parts["host:1"], zeros]}, 0, peaks, SPEC, "/nowhere")
+    transfer = Transfer([*parts, zeros], 0, peaks, SPEC, "/nowhere")
     assert transfer.num_threads == 2
     ended: list[ElasticMoEError | None] = []
     for _ in range(transfer.num_threads):
@@ -120,16 +128,14 @@ def test_two_threads_share_what_one_device_needs(memories: dict[str, DeviceMemor
     finish(background, lambda: len(ended) == 2)
     assert ended == [None, None]
     assert transfer.bytes_done == transfer.bytes_total == 5 * RECORD
-    for part in parts["host:1"]:
-        assert part.device.checksum(part.address, RECORD) == part.device.checksum(part.source, RECORD)
+    assert all(is_equal_to_its_source(part) for part in parts)
     assert peaks.by_device == {"host:1": memory.device.pages} == {"host:1": 9 * RECORD}
 
 
 def test_a_limit_is_kept_by_one_thread(
     memories: dict[str, DeviceMemory],
 ) -> None:
-    addresses = sources(memories["host:0"], 1)
-    transfer = transfer_of(parts_of(memories, addresses), limit=16 << 20)
+    transfer = transfer_of(parts_of(memories, sources(memories["host:0"], 1)), limit=16 << 20)
     assert transfer.num_threads == 1
     started = time.monotonic()
     transfer.run()
@@ -172,9 +178,10 @@ def test_a_machine_without_memory_fails_the_transfer_and_all_is_given_back(
         allocate(fd, offset, nbytes)
 
     supply.begin()
-    parts = {name: supply.claim_kv(memories[name], 4, loaded) for name in ("host:1", "host:2")}
+    for name in ("host:1", "host:2"):
+        supply.claim_kv(memories[name], 4, loaded)
     monkeypatch.setattr(host, "allocate", fail)
-    supply.start(parts, 0, loaded, errors.append)
+    supply.start(0, loaded, errors.append)
     finish(background, lambda: bool(errors))
     assert isinstance(errors[0], DoesNotFit)
     supply.drop_claims()

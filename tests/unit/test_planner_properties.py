@@ -29,6 +29,8 @@ from tests.unit.planner_cases import (
     weights_of,
 )
 
+MANY = [f"host:{i}" for i in range(18)]
+
 
 def fewest_moves(holders: tuple[tuple[int, ...], ...], slots: tuple[int, ...]) -> int:
     """The fewest moves of one layer by maximum flow: expert -> staying holder -> its share, or one of the remainder."""
@@ -224,21 +226,22 @@ def test_totals_over_the_layers_are_even_where_the_choice_is_free(old: int, coun
 @given(st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(1, 50), min_size=1, max_size=40))
 def test_common_records_are_read_evenly_from_all_holders(sources: int, joiners: int, nbytes: list[int]) -> None:
     records = [(RecordKey("layer", layer), size) for layer, size in enumerate(nbytes)]
-    moves = spread_common(records, range(sources), range(sources, sources + joiners), [])
-    assert Counter((move.key, move.target) for move in moves) == {
-        (key, target): 1 for key, _ in records for target in range(sources, sources + joiners)
+    holders, targets = MANY[:sources], MANY[sources : sources + joiners]
+    copies = spread_common(records, holders, targets, {})
+    assert Counter((copy.key, copy.target) for copy in copies) == {
+        (key, target): 1 for key, _ in records for target in targets
     }
-    given_by = Counter(dict.fromkeys(range(sources), 0))
-    for move in moves:
-        given_by[move.source] += move.nbytes
+    given_by = Counter(dict.fromkeys(holders, 0))
+    for copy in copies:
+        given_by[copy.source] += nbytes[copy.key.layer]
     assert max(given_by.values()) - min(given_by.values()) <= 2 * max(nbytes)
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 64))
 def test_no_link_is_hot(sources: int, joiners: int, layers: int) -> None:
     records = [(RecordKey("layer", layer), 1) for layer in range(layers)]
-    moves = spread_common(records, range(sources), range(sources, sources + joiners), [])
-    links = Counter((move.source, move.target) for move in moves)
+    copies = spread_common(records, MANY[:sources], MANY[sources : sources + joiners], {})
+    links = Counter((copy.source, copy.target) for copy in copies)
     assert max(links.values()) <= -(-layers // sources) + 1
 
 

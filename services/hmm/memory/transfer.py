@@ -1,7 +1,8 @@
-"""The work of a transition that takes time: making pages and filling them, in threads of its own, in small pieces.
+"""Memory on its way in or out: handles that are claimed, made by threads, and those that are given back.
 
-A thread touches the handles that it was given, and no catalog. Between two pieces it may be stopped, and it sleeps as
-the limit asks, so that serving keeps its throughput.
+None of them is in the catalog: `settle` puts in what is complete, and only what the catalog has lost may be given back.
+Threads make pages and fill them in small pieces. A thread touches the handles that it was given, and no catalog.
+Between two pieces it may be stopped, and it sleeps as the limit asks, so that serving keeps its throughput.
 """
 
 from __future__ import annotations
@@ -9,36 +10,42 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from elasticmoe.common.capacity import LedgerSizes
+from elasticmoe.common.capacity import LedgerSizes, size_ledger
 from elasticmoe.common.checkpoint import Checkpoint
 from elasticmoe.common.devices.base import Device, Handle
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.families import record
 from elasticmoe.common.host_shared import HostShared
-from elasticmoe.common.model_spec import ModelSpec, RecordKey
-from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.hmm import RecordCopy
+from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.loading.reader import Reader
-from elasticmoe.services.hmm.memory.ledgers import format_pages
+from elasticmoe.services.hmm.memory.catalog import Loaded, Transition, record_bytes
+from elasticmoe.services.hmm.memory.holdings import Holdings
+from elasticmoe.services.hmm.memory.ledgers import claim_ledger, format_pages
+from elasticmoe.services.hmm.memory.memory import DeviceMemory
 
 _THREADS: Final = 2  # while there is no limit; a joining replica waits for one device only
 _PIECE_BYTES: Final = 4 << 20
 _PIECE_BYTES_MIN: Final = 64 << 10  # a multiple of every page size
 _PIECES_PER_S: Final = 20  # at the least, where the limit allows pieces of the smallest size
 
+Then = Callable[[ElasticMoEError | None], None]
 
-class TransferOp(NamedTuple):
-    """One claimed handle to be made: at `address`, and filled from the address `source`, if not 0; from the checkpoint,
-    where `key` says which record; else it stays zeros."""
 
-    device: Device
+class HandlePart(NamedTuple):
+    """A claimed handle of `memory` to be made: KV, which is zeros, or the record of `copy`, which comes from the handle
+    `source` of the device that the copy names, or from the checkpoint where it names none."""
+
+    memory: DeviceMemory
     handle: Handle
-    address: int
-    source: int = 0
-    key: RecordKey | None = None
+    copy: RecordCopy | None = None
+    source: tuple[DeviceMemory, Handle] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -46,14 +53,15 @@ class TransferOp(NamedTuple):
         return self.handle.nbytes
 
     @property
-    def is_copied(self) -> bool:
-        """Whether it is filled with what is elsewhere."""
-        return bool(self.source) or self.key is not None
+    def is_read(self) -> bool:
+        """Whether it comes from the checkpoint."""
+        return self.copy is not None and self.source is None
 
 
 class LedgerPart(NamedTuple):
-    """An empty ledger to be made in `shared`, which has its size."""
+    """An empty ledger to be made in `shared`, which has its size, for the rank on the device of `memory`."""
 
+    memory: DeviceMemory
     shared: HostShared
     sizes: LedgerSizes
 
@@ -61,6 +69,9 @@ class LedgerPart(NamedTuple):
     def nbytes(self) -> int:
         """Of the ledger."""
         return self.sizes.nbytes
+
+
+Part = HandlePart | LedgerPart
 
 
 class Peaks:
@@ -78,20 +89,22 @@ class Peaks:
 
 
 class Transfer:
-    """Parts to be made, by device. `run` is called by as many threads as `num_threads` says, `stop` by anybody."""
+    """Parts to be made. `run` is called by as many threads as `num_threads` says, `stop` by anybody."""
 
     def __init__(
         self,
-        parts: Mapping[str, Sequence[TransferOp | LedgerPart]],
+        parts: Sequence[Part],
         bytes_per_s_max: int,
         peaks: Peaks,
         spec: ModelSpec,
         model_path: str,
     ) -> None:
         self.bytes_done = 0
-        self.parts = [part for some in parts.values() for part in some]
-        self.bytes_total = sum(part.nbytes for part in self.parts if isinstance(part, TransferOp) and part.is_copied)
-        self._shares = deque(share for some in parts.values() for share in _shares(some))
+        self.bytes_total = sum(part.nbytes for part in parts if isinstance(part, HandlePart) and part.copy is not None)
+        by_device: dict[str, list[Part]] = {}
+        for part in parts:
+            by_device.setdefault(part.memory.device.name, []).append(part)
+        self._shares = deque(share for some in by_device.values() for share in _shares(some))
         self.num_threads = max(1, min(1 if bytes_per_s_max else _THREADS, len(self._shares)))
         self._peaks = peaks
         self._spec = spec
@@ -120,35 +133,44 @@ class Transfer:
             self.stop()  # the others' work would be in vain
             raise
 
-    def _make(self, parts: Sequence[TransferOp | LedgerPart]) -> None:
+    def _make(self, parts: Sequence[Part]) -> None:
         for part in parts:
-            for done in range(0, part.nbytes, self._piece_bytes):
-                nbytes = min(self._piece_bytes, part.nbytes - done)
-                if isinstance(part, LedgerPart):
-                    part.shared.populate(done, nbytes)
-                    self._pause(nbytes)
-                    continue
-                if part.source:
-                    part.device.write(part.handle, done, part.source + done, nbytes)
-                    failpoint("hmm.copy")
-                    self._count(nbytes)
-                else:
-                    part.device.populate(part.handle, done, nbytes)
-                self._peaks.sample(part.device)
+            if isinstance(part, HandlePart):
+                self._fill(part)
+                continue
+            for done, nbytes in self._pieces(part):
+                part.shared.populate(done, nbytes)
                 self._pause(nbytes)
-            if isinstance(part, LedgerPart):
-                format_pages(part.shared, part.sizes)
-        self._read([part for part in parts if isinstance(part, TransferOp) and part.key is not None])
+            format_pages(part.shared, part.sizes)
+        self._read([part for part in parts if isinstance(part, HandlePart) and part.is_read])
 
-    def _read(self, parts: Sequence[TransferOp]) -> None:
+    def _pieces(self, part: Part) -> Iterable[tuple[int, int]]:
+        """(offset, bytes) of each."""
+        step = self._piece_bytes
+        return ((done, min(step, part.nbytes - done)) for done in range(0, part.nbytes, step))
+
+    def _fill(self, part: HandlePart) -> None:
+        device, source = part.memory.device, part.source
+        address = source[0].address(source[1]) if source is not None else 0
+        for done, nbytes in self._pieces(part):
+            if source is not None:
+                device.write(part.handle, done, address + done, nbytes)
+                failpoint("hmm.copy")
+                self._count(nbytes)
+            else:
+                device.populate(part.handle, done, nbytes)
+            self._peaks.sample(device)
+            self._pause(nbytes)
+
+    def _read(self, parts: Sequence[HandlePart]) -> None:
         if not parts:
             return
         spec = self._spec
         with Checkpoint(Path(self._model_path), spec) as checkpoint:
             reader = Reader(checkpoint, self._pause, chunk_bytes=self._piece_bytes)
             for part in parts:
-                assert part.key is not None, "only records are read"
-                reader.add(record(spec, part.key), part.device, part.address)
+                assert part.copy is not None, "only records are read"
+                reader.add(record(spec, part.copy.key), part.memory.device, part.memory.address(part.handle))
             reader.read()
         self._count(sum(part.handle.nbytes for part in parts))
 
@@ -165,21 +187,143 @@ class Transfer:
             raise Unavailable("the transition was given up", code="aborted")
 
 
-def _shares(parts: Sequence[TransferOp | LedgerPart]) -> list[list[TransferOp | LedgerPart]]:
+def _shares(parts: Sequence[Part]) -> list[list[Part]]:
     """One device's parts in as many shares of about the same size as there are threads; what is read from the
     checkpoint stays together, because files are read from their beginning to their end."""
-    read: list[TransferOp | LedgerPart] = [
-        part for part in parts if isinstance(part, TransferOp) and part.key is not None
-    ]
-    shares: list[list[TransferOp | LedgerPart]] = [[] for _ in range(_THREADS)]
+    read: list[Part] = [part for part in parts if isinstance(part, HandlePart) and part.is_read]
+    shares: list[list[Part]] = [[] for _ in range(_THREADS)]
     sizes = [0] * _THREADS
-    for part in sorted(
-        (part for part in parts if isinstance(part, LedgerPart) or part.key is None), key=lambda part: -part.nbytes
-    ):
+    made = [part for part in parts if isinstance(part, LedgerPart) or not part.is_read]
+    for part in sorted(made, key=lambda part: -part.nbytes):
         least = sizes.index(min(sizes))
         shares[least].append(part)
         sizes[least] += part.nbytes
     return [share for share in (read, *shares) if share]
+
+
+class Supply:
+    """One transfer at a time, and any number of releases. Belongs to the service's loop."""
+
+    def __init__(self, holdings: Holdings, background: Background) -> None:
+        self._holdings = holdings
+        self._background = background
+        self._transfer: Transfer | None = None  # at work
+        self._num_running = 0  # of its threads
+        self._failure: ElasticMoEError | None = None
+        self._claims: list[Part] = []  # not settled yet
+        self._num_releasing = 0
+        self.peaks = Peaks()
+        self.bytes_done = 0  # of the latest transfer that is over
+
+    @property
+    def is_transferring(self) -> bool:
+        """Whether threads make memory."""
+        return self._transfer is not None
+
+    @property
+    def is_releasing(self) -> bool:
+        """Whether threads give memory back."""
+        return self._num_releasing > 0
+
+    @property
+    def bytes_copied(self) -> int:
+        """Of the latest transfer, so far."""
+        return self._transfer.bytes_done if self._transfer is not None else self.bytes_done
+
+    def begin(self, peaks: Mapping[str, int] | None = None) -> None:
+        """Watch real memory from now on, or go on from a predecessor's `peaks`."""
+        self.peaks = Peaks(peaks)
+        for memory in self._holdings.memories.values():
+            self.peaks.sample(memory.device)
+
+    # ---- In
+
+    def claim_stage(self, transition: Transition, loaded: Loaded) -> None:
+        """Claim what `transition` needs beside what is there: ledger and KV of new seats, and the records to be copied.
+
+        Raises DoesNotFit; `drop_claims` takes back what was claimed by then.
+        """
+        failpoint("hmm.claim")
+        memories, request = self._holdings.memories, transition.request
+        ledger = size_ledger(loaded.load, self._holdings.granularity)
+        for seat in transition.after.seats:
+            if transition.before.seat_on(seat.device) is not None:
+                continue
+            memory = memories[seat.device]
+            self._claims.append(LedgerPart(memory, claim_ledger(seat.device, ledger), ledger))
+            self.claim_kv(memory, request.kv_handles[seat.device], loaded)
+        sizes = record_bytes(loaded, self._holdings.granularity)
+        for copy in request.copies:
+            memory, holder = memories[copy.target], memories[copy.source] if copy.source else None
+            source = (holder, holder.records[copy.key]) if holder is not None else None
+            handle = memory.claim(sizes[copy.key], "weights")
+            self._claims.append(HandlePart(memory, handle, copy, source))
+
+    def claim_kv(self, memory: DeviceMemory, count: int, loaded: Loaded) -> None:
+        """Claim `count` more KV handles. Raises DoesNotFit."""
+        for _ in range(count):
+            self._claims.append(HandlePart(memory, memory.claim(loaded.kv.handle_bytes, "kv")))
+
+    def start(self, bytes_per_s_max: int, loaded: Loaded, then: Then) -> None:
+        """Let threads make what is claimed; `then` is called in the loop's thread when all have ended."""
+        transfer = Transfer(tuple(self._claims), bytes_per_s_max, self.peaks, loaded.spec, loaded.load.model_path)
+        self._transfer, self._num_running, self._failure = transfer, transfer.num_threads, None
+
+        def over(result: ElasticMoEError | None) -> None:
+            if result is not None and (self._failure is None or self._failure.code == "aborted"):
+                self._failure = result
+            self._num_running -= 1
+            if not self._num_running:
+                self.bytes_done, self._transfer = transfer.bytes_done, None
+                then(self._failure)
+
+        for _ in range(transfer.num_threads):
+            self._background.start("transfer", transfer.run, over)
+
+    def stop(self) -> None:
+        """Let the transfer's threads end soon."""
+        if self._transfer is not None:
+            self._transfer.stop()
+
+    def settle(self) -> None:
+        """All that was claimed is complete: it belongs to the catalog from now on."""
+        for part in self._claims:
+            if isinstance(part, LedgerPart):
+                part.memory.ledger = part.shared
+                continue
+            part.memory.device.settle(part.handle)
+            if part.copy is not None:
+                part.memory.records[part.copy.key] = part.handle
+            else:
+                part.memory.kv.append(part.handle)
+        self._claims.clear()
+
+    # ---- Out
+
+    def drop_claims(self) -> None:
+        """Give back what was claimed and is not settled; no thread may be at work on it."""
+        gone: list[tuple[DeviceMemory, Handle | HostShared]] = [
+            (part.memory, part.handle if isinstance(part, HandlePart) else part.shared) for part in self._claims
+        ]
+        self._claims.clear()
+        if gone:
+            self.give_back(gone)
+
+    def give_back(self, gone: Sequence[tuple[DeviceMemory, Handle | HostShared]]) -> None:
+        """Release what no catalog names and nobody uses: their pages in a thread, the rest afterwards."""
+
+        def over(_: ElasticMoEError | None) -> None:
+            for memory, one in gone:
+                memory.release(one)
+            self._num_releasing -= 1
+
+        for device in {memory.device.name: memory.device for memory, _ in gone}.values():
+            self.peaks.sample(device)
+        handles = [(memory.device, one) for memory, one in gone if isinstance(one, Handle)]
+        for device, handle in handles:
+            device.retire(handle)
+        self._num_releasing += 1
+        self._background.start("release", lambda: reclaim(handles), over)
 
 
 def reclaim(parts: Sequence[tuple[Device, Handle]]) -> None:

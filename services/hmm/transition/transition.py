@@ -28,7 +28,7 @@ from elasticmoe.services.hmm.memory.blocks import BlockCopies
 from elasticmoe.services.hmm.memory.catalog import Loaded, Phase, Transition, keys_of, record_bytes
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
-from elasticmoe.services.hmm.memory.supply import Parts, Supply
+from elasticmoe.services.hmm.memory.transfer import Supply
 from elasticmoe.services.hmm.sessions.attachments import Attached, Attachments
 from elasticmoe.services.hmm.sessions.handles import seat_memory, wanted_view
 from elasticmoe.services.hmm.sessions.membership import Membership
@@ -285,12 +285,12 @@ class Transitions:
         if not is_done or self._supply.is_releasing:
             return False
         try:
-            parts = self._supply.claim_stage(transition, loaded)
+            self._supply.claim_stage(transition, loaded)
         except ElasticMoEError as error:
             self._fail(error)
             return True
         self._enter("copying")
-        self._supply.start(parts, transition.request.bytes_per_s_max, loaded, self._on_copied)
+        self._supply.start(transition.request.bytes_per_s_max, loaded, self._on_copied)
         return False
 
     def _on_copied(self, error: ElasticMoEError | None) -> None:
@@ -367,19 +367,18 @@ class Transitions:
         """Start to make the KV handles that are missing; whether there are any."""
         loaded = self._holdings.loaded
         assert loaded is not None, "a transition is of a loaded model"
-        parts: Parts = {}
+        memories = self._holdings.memories
+        missing = {name: count - len(memories[name].kv) for name, count in sorted(kv_handles.items())}
+        missing = {name: count for name, count in missing.items() if count > 0}
         try:
-            for device, count in sorted(kv_handles.items()):
-                memory = self._holdings.memories[device]
-                missing = count - len(memory.kv)
-                if missing > 0:
-                    parts[device] = self._supply.claim_kv(memory, missing, loaded)
+            for name, count in missing.items():
+                self._supply.claim_kv(memories[name], count, loaded)
         except DoesNotFit as error:
             self._on_grown(error)
             return False
-        if parts:
-            self._supply.start(parts, transition.request.bytes_per_s_max, loaded, self._on_grown)
-        return bool(parts)
+        if missing:
+            self._supply.start(transition.request.bytes_per_s_max, loaded, self._on_grown)
+        return bool(missing)
 
     def _on_grown(self, error: ElasticMoEError | None) -> None:
         if error is not None:  # the deployment goes on with less KV

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.errors import DoesNotFit, NotFound
+from elasticmoe.common.protocol.hmm import RecordCopy
 from elasticmoe.common.wording import size
-from elasticmoe.services.scaler.planning.placement import Move
 from elasticmoe.services.scaler.planning.plan import MemoryForecast, Sizes
 
 _WAY_OUT = "more replicas leave each device fewer experts; a start with more --device-memory has larger budgets"
@@ -62,8 +62,8 @@ class Capacity:
         """Bytes of weights, KV and ledger by device of `layout`."""
         return self._sum(weights_on(layout, self._sizes), kv_handles)
 
-    def instants(self, layout: Layout, steps: Sequence[tuple[Layout, Sequence[Move]]]) -> list[Instants]:
-        """The figures of each leg; `steps` are the layouts that follow on `layout`, with the moves to each.
+    def instants(self, layout: Layout, steps: Sequence[tuple[Layout, Sequence[RecordCopy]]]) -> list[Instants]:
+        """The figures of each leg; `steps` are the layouts that follow on `layout`, with the copies to each.
 
         Raises DoesNotFit (`does_not_fit`) for the first device that could not keep `kv_handles_min`, or whose bytes
         would exceed its budget; NotFound (`unknown_device`) for one without a budget.
@@ -78,16 +78,14 @@ class Capacity:
             now = instants.kv_handles_after
         return result
 
-    def _weights(self, layout: Layout, steps: Sequence[tuple[Layout, Sequence[Move]]]) -> list[_Weights]:
+    def _weights(self, layout: Layout, steps: Sequence[tuple[Layout, Sequence[RecordCopy]]]) -> list[_Weights]:
         result = []
         before = weights_on(layout, self._sizes)
-        for step, moves in steps:
+        for step, copies in steps:
             after = weights_on(step, self._sizes)
-            device = {seat.slot: seat.device for seat in step.seats}
             both = dict(before)
-            for move in moves:
-                name = device[move.target]
-                both[name] = both.get(name, 0) + move.nbytes
+            for copy in copies:
+                both[copy.target] = both.get(copy.target, 0) + self._sizes.of(copy.key)
             result.append(_Weights(before, both, after))
             before = after
         return result

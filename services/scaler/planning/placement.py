@@ -9,23 +9,15 @@ them is free to choose, and evens out the totals over the layers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from elasticmoe.common.model_spec import RecordKey
+from elasticmoe.common.protocol.hmm import RecordCopy
 
 Homes = tuple[tuple[tuple[int, ...], ...], ...]
 _PAIR = 1 << 20  # above every slot number: two slots as one integer, which hashes faster than a tuple
 _ROUNDS = 3  # how often the choice of who carries a remainder is gone over; totals hardly change after the second
-
-
-class Move(NamedTuple):
-    """A record that has to come from slot `source` to slot `target`; `nbytes` of it."""
-
-    key: RecordKey
-    source: int
-    target: int
-    nbytes: int
 
 
 class _LayerPlacement(NamedTuple):
@@ -51,11 +43,14 @@ class Traffic:
         self.link[source * _PAIR + target] += nbytes
 
 
-def place(homes: Homes, slots: Sequence[int], expert_bytes: Sequence[int]) -> tuple[Homes, list[Move]]:
-    """The homes of all experts on `slots`, and the moves from `homes` to there, by layer.
+def place(
+    homes: Homes, slots: Sequence[int], expert_bytes: Sequence[int], devices: Mapping[int, str]
+) -> tuple[Homes, list[RecordCopy]]:
+    """The homes of all experts on `slots`, and the copies that lead from `homes` to there, by layer.
 
     Each expert gets one home; further holders that it has are used as sources only. `expert_bytes[layer]`: of one
-    expert of that layer. O(experts + moves x targets), cheap where links are many.
+    expert of that layer; `devices`: by slot, as copies name them. O(experts + copies x targets), cheap where links are
+    many.
     """
     members = sorted(slots)
     staying = set(members)
@@ -65,12 +60,15 @@ def place(homes: Homes, slots: Sequence[int], expert_bytes: Sequence[int]) -> tu
     ]
     extras = _choose_extras(layers, members, expert_bytes)
     traffic = Traffic()
-    moves: list[Move] = []
-    placed = tuple(
-        _place_layer(layer, extra, members, traffic, expert_bytes[layer.number], moves)
-        for layer, extra in zip(layers, extras, strict=True)
-    )
-    return placed, moves
+    copies: list[RecordCopy] = []
+    placed = []
+    for layer, extra in zip(layers, extras, strict=True):
+        layer_homes, movers = _place_layer(layer, extra, members, traffic, expert_bytes[layer.number])
+        placed.append(layer_homes)
+        for expert, source, target in movers:
+            key = RecordKey("expert", layer.number, expert)
+            copies.append(RecordCopy(key, devices[source], devices[target]))
+    return tuple(placed), copies
 
 
 def _keepers(holders: tuple[tuple[int, ...], ...], staying: set[int]) -> dict[int, list[int]]:
@@ -143,9 +141,9 @@ def _least(slots: list[int], totals: dict[int, int], count: int) -> list[int]:
 
 
 def _place_layer(
-    layer: _LayerPlacement, extra: set[int], members: Sequence[int], traffic: Traffic, nbytes: int, moves: list[Move]
-) -> tuple[tuple[int, ...], ...]:
-    """One layer's homes; appends its moves to `moves`, by expert."""
+    layer: _LayerPlacement, extra: set[int], members: Sequence[int], traffic: Traffic, nbytes: int
+) -> tuple[tuple[tuple[int, ...], ...], list[tuple[int, int, int]]]:
+    """One layer's homes, and who moves: (expert, source, target), by expert."""
     home: list[int] = [-1] * len(layer.holders)
     room: list[tuple[int, int]] = []
     for slot in members:
@@ -156,10 +154,10 @@ def _place_layer(
         if len(kept) < limit:
             room.append((slot, limit - len(kept)))
     movers = [expert for expert, slot in enumerate(home) if slot < 0]
+    arrivals = []
     if movers:
         turn = layer.number % len(room)
         targets = dict(room[turn:] + room[:turn])
-        arrivals = []
         for expert, source in _interleave(movers, layer.holders, traffic):
             target = _coldest(source, targets, traffic)
             targets[target] -= 1
@@ -167,10 +165,9 @@ def _place_layer(
                 del targets[target]
             traffic.add(source, target, nbytes)
             home[expert] = target
-            arrivals.append(Move(RecordKey("expert", layer.number, expert), source, target, nbytes))
-        moves += sorted(arrivals, key=lambda move: move.key.expert)
+            arrivals.append((expert, source, target))
     single = {slot: (slot,) for slot in members}
-    return tuple(single[slot] for slot in home)
+    return tuple(single[slot] for slot in home), sorted(arrivals)
 
 
 def _interleave(movers: Sequence[int], holders: tuple[tuple[int, ...], ...], traffic: Traffic) -> list[tuple[int, int]]:
@@ -199,30 +196,30 @@ def _coldest(source: int, targets: dict[int, int], traffic: Traffic) -> int:
 
 
 def spread_common(
-    records: Sequence[tuple[RecordKey, int]], sources: Sequence[int], joiners: Sequence[int], busy: Sequence[Move]
-) -> list[Move]:
-    """Copies of `records` (key, bytes), which all `sources` hold, to all `joiners`, by record.
+    records: Sequence[tuple[RecordKey, int]],
+    sources: Sequence[str],
+    joiners: Sequence[str],
+    busy: Mapping[str, int],
+) -> list[RecordCopy]:
+    """Copies of `records` (key, bytes), which all devices `sources` hold, to all `joiners`, by record.
 
-    Sources give equally many bytes, within two records; what they give by the moves `busy` counts. The largest records
+    Sources give equally many bytes, within two records; what they give anyway, by `busy`, counts. The largest records
     are given out first; of the sources that have given least, or one record more, the one is taken that the joiner has
-    read least from. O(records x joiners x sources), cheap steps.
+    read least from; the first in `sources` where they are equal. O(records x joiners x sources), cheap steps.
     """
-    egress = dict.fromkeys(sorted(sources), 0)
-    for move in busy:
-        if move.source in egress:
-            egress[move.source] += move.nbytes
+    egress = {source: busy.get(source, 0) for source in sources}
     links = {target: dict.fromkeys(egress, 0) for target in joiners}
-    copies: dict[RecordKey, list[Move]] = {}
+    copies: dict[RecordKey, list[RecordCopy]] = {}
     for number, (key, nbytes) in enumerate(sorted(records, key=lambda record: -record[1])):
-        moves = []
+        some = []
         turn = number % len(joiners)  # the last one has least choice: not always the same
         for target in [*joiners[turn:], *joiners[:turn]]:
             link = links[target]
             limit = min(egress.values()) + nbytes
-            free = sorted([slot for slot, given in egress.items() if given <= limit], key=egress.__getitem__)
+            free = sorted([name for name, given in egress.items() if given <= limit], key=egress.__getitem__)
             source = min(free, key=link.__getitem__)  # the first of the least: the one that has given least
             egress[source] += nbytes
             link[source] += nbytes
-            moves.append(Move(key, source, target, nbytes))
-        copies[key] = moves
-    return [move for key, _ in records for move in copies[key]]
+            some.append(RecordCopy(key, source, target))
+        copies[key] = some
+    return [copy for key, _ in records for copy in copies[key]]

@@ -6,7 +6,7 @@ Which replicas join and leave is settled by `replica_assignment.py`, where exper
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,7 +16,7 @@ from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.hmm import RecordCopy
 from elasticmoe.services.scaler.planning.capacity import Capacity, Instants
-from elasticmoe.services.scaler.planning.placement import Move, place, spread_common
+from elasticmoe.services.scaler.planning.placement import place, spread_common
 from elasticmoe.services.scaler.planning.plan import Leg, MemoryForecast, Plan, Rates, Sizes, Target
 from elasticmoe.services.scaler.planning.replica_assignment import Seating, reseat
 
@@ -46,25 +46,22 @@ def make_plan(
         held = Capacity(sizes, memory).held(layout, memory.kv_handles)
         total = sum(held.values())
         return Plan("none", layout, (), 0, 0, total, total, total, 0.0, 0.0)
-    steps = _steps(layout, seating, sizes)
-    capacity = Capacity(sizes, memory)
-    instants = capacity.instants(layout, steps)
-    legs = []
     lost = {seat.device for seat in seating.leaving} if target.is_lost else set()
+    steps = _steps(layout, seating, sizes, lost)
+    instants = Capacity(sizes, memory).instants(layout, steps)
+    legs = []
     before = layout
-    for (after, moves), instant in zip(steps, instants, strict=True):
-        legs.append(_leg(before, after, moves, instant, lost))
+    for (after, copies), instant in zip(steps, instants, strict=True):
+        legs.append(_leg(before, after, copies, instant, sizes))
         before = after
     if target.is_lost:
         rates = msgspec.structs.replace(rates, copy_bytes_per_s=0.0)  # nobody computes meanwhile
-    seconds = sum(
-        _predict(leg, moves, instant, rates) for leg, (_, moves), instant in zip(legs, steps, instants, strict=True)
-    )
+    seconds = sum(_predict(leg, instant, sizes, rates) for leg, instant in zip(legs, instants, strict=True))
     return Plan(
         kind=_kind(seating),
         before=layout,
         legs=tuple(legs),
-        experts_moved=sum(move.key.kind == "expert" for _, moves in steps for move in moves),
+        experts_moved=sum(copy.key.kind == "expert" for leg in legs for copy in leg.copies),
         bytes_copied=sum(leg.bytes_copied for leg in legs),
         peak_bytes=max(instant.peak_total for instant in instants),
         bytes_before=sum(instants[0].start.values()),
@@ -113,10 +110,12 @@ def _kind(seating: Seating) -> Literal["scale_up", "scale_down", "replace"]:
     return "scale_up" if len(seating.joining) > len(seating.leaving) else "scale_down"
 
 
-def _steps(layout: Layout, seating: Seating, sizes: Sizes) -> list[tuple[Layout, list[Move]]]:
-    """The layouts of the legs, each with what has to move to get there."""
+def _steps(layout: Layout, seating: Seating, sizes: Sizes, lost: set[str]) -> list[tuple[Layout, list[RecordCopy]]]:
+    """The layouts of the legs, each with what has to be copied to get there; from the checkpoint what only `lost`
+    devices held."""
     seats = tuple(sorted((*seating.staying, *seating.joining), key=lambda seat: seat.rank))
-    homes, experts = place(layout.homes, [seat.slot for seat in seats], sizes.experts)
+    devices = {seat.slot: "" if seat.device in lost else seat.device for seat in (*layout.seats, *seating.joining)}
+    homes, experts = place(layout.homes, [seat.slot for seat in seats], sizes.experts, devices)
     final = Layout(layout.epoch + 1, layout.tp, seats, homes)
     if seating.leaving:
         return [(final, [*_common(layout, seating, sizes, experts), *experts])]
@@ -127,30 +126,32 @@ def _steps(layout: Layout, seating: Seating, sizes: Sizes) -> list[tuple[Layout,
     return steps
 
 
-def _common(layout: Layout, seating: Seating, sizes: Sizes, busy: list[Move]) -> list[Move]:
-    """Copies of base and layers to the joining seats, from holders of the same tp index."""
+def _common(layout: Layout, seating: Seating, sizes: Sizes, experts: list[RecordCopy]) -> list[RecordCopy]:
+    """Copies of base and layers to the joining seats, from holders of the same tp index, beside those of `experts`."""
     records = [(RecordKey("base"), sizes.base)]
     records += [(RecordKey("layer", layer), nbytes) for layer, nbytes in enumerate(sizes.layers)]
-    moves: list[Move] = []
+    busy: Counter[str] = Counter()
+    for copy in experts:
+        busy[copy.source] += sizes.of(copy.key)
+    holders = sorted(layout.seats, key=lambda seat: seat.slot)
+    copies: list[RecordCopy] = []
     for tp in range(layout.tp):
-        joiners = [seat.slot for seat in seating.joining if seat.rank.tp == tp]
+        joiners = [seat.device for seat in seating.joining if seat.rank.tp == tp]
         if joiners:
-            sources = [seat.slot for seat in layout.seats if seat.rank.tp == tp]
-            moves += spread_common(records, sources, joiners, busy)
-    return moves
+            sources = [seat.device for seat in holders if seat.rank.tp == tp]
+            copies += spread_common(records, sources, joiners, busy)
+    return copies
 
 
-def _leg(before: Layout, after: Layout, moves: list[Move], instants: Instants, lost: set[str]) -> Leg:
-    device = {seat.slot: seat.device for seat in (*before.seats, *after.seats)}
-    source = {slot: "" if name in lost else name for slot, name in device.items()}
+def _leg(before: Layout, after: Layout, copies: list[RecordCopy], instants: Instants, sizes: Sizes) -> Leg:
     return Leg(
         layout=after,
         joining=_without(after.seats, before.seats),
         leaving=_without(before.seats, after.seats),
-        copies=tuple(RecordCopy(move.key, source[move.source], device[move.target]) for move in moves),
+        copies=tuple(copies),
         kv_handles=instants.kv_handles,
         kv_handles_after=instants.kv_handles_after,
-        bytes_copied=sum(move.nbytes for move in moves),
+        bytes_copied=sum(sizes.of(copy.key) for copy in copies),
         peak_bytes=instants.peak,
     )
 
@@ -160,14 +161,16 @@ def _without(seats: tuple[Seat, ...], others: tuple[Seat, ...]) -> tuple[Seat, .
     return tuple(seat for seat in seats if seat not in known)
 
 
-def _predict(leg: Leg, moves: list[Move], instants: Instants, rates: Rates) -> float:
-    """Seconds of a leg: clear KV, create handles and copy, let joiners warm up, flip, release, make KV of it."""
-    egress: defaultdict[int, int] = defaultdict(int)
-    ingress: defaultdict[int, int] = defaultdict(int)
+def _predict(leg: Leg, instants: Instants, sizes: Sizes, rates: Rates) -> float:
+    """Seconds of a leg: clear KV, create handles and copy, let joiners warm up, flip, release, make KV of it. The
+    checkpoint counts as one device that is read from."""
+    egress: Counter[str] = Counter()
+    ingress: Counter[str] = Counter()
     handles: Counter[str] = Counter()
-    for move, copy in zip(moves, leg.copies, strict=True):
-        egress[move.source] += move.nbytes
-        ingress[move.target] += move.nbytes
+    for copy in leg.copies:
+        nbytes = sizes.of(copy.key)
+        egress[copy.source] += nbytes
+        ingress[copy.target] += nbytes
         handles[copy.target] += 1
     for seat in leg.joining:
         handles[seat.device] += leg.kv_handles[seat.device]
