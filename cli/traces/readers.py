@@ -21,6 +21,7 @@ import msgspec
 
 from elasticmoe.cli.traces.arrival import Arrival, Trace
 from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.common.wording import read
 
 BAD_TRACE = "bad_trace"
 LINE_BYTES_MAX = 1 << 20
@@ -39,8 +40,10 @@ _FORMS = (
 _Lines = Iterator[tuple[int, str]]
 
 
-class _Bad(Exception):
-    """What is wrong with a line."""
+class _Bad(ConfigError):
+    """What is wrong with a line, without its number."""
+
+    code = BAD_TRACE
 
 
 class _MooncakeLine(msgspec.Struct):
@@ -81,7 +84,7 @@ def _read(path: Path, file: BinaryIO) -> Trace:
         try:
             arrival = parse(line)
         except _Bad as error:
-            raise ConfigError(f"trace {path}, line {number}: {error}", code=BAD_TRACE) from None
+            raise ConfigError(f"trace {path}, line {number}: {error.message}", code=BAD_TRACE) from None
         if arrival.output_tokens == 0:
             num_without_output += 1
         elif len(found) == ARRIVALS_MAX:
@@ -134,8 +137,8 @@ def _csv_parser(
     def parse(line: str) -> Arrival:
         try:
             fields = next(csv.reader([line], strict=True))
-        except csv.Error as error:
-            raise _Bad(f"{_shown(line)} is not CSV: {error}") from None
+        except csv.Error:
+            raise _Bad(f"{_shown(line)} is not CSV") from None
         if len(fields) != len(header):
             raise _Bad(f"{len(fields)} fields; the header has {len(header)}")
         when, prompt, answer = (fields[place].strip() for place in places)
@@ -168,7 +171,7 @@ def _parse_mooncake(line: str) -> Arrival:
     try:
         raw = _mooncake_decoder.decode(line)
     except msgspec.ValidationError as error:
-        raise _Bad(f"{_shown(line)}: {error}") from None
+        raise _Bad(f"{_shown(line)}: {read(error, _MooncakeLine).told()}") from None
     except (msgspec.DecodeError, RecursionError):
         raise _Bad(f"{_shown(line)} is not a JSON object") from None
     for prefix in raw.hash_ids:
