@@ -8,19 +8,19 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-import httpx
-import msgspec
-
-from elasticmoe.cli.http import async_client, async_lines_of
+from elasticmoe.cli.load.endpoint import Shape, endpoint_of
+from elasticmoe.cli.load.prompts import random_prompt
+from elasticmoe.cli.load.sample import CUT_OFF, TIMED_OUT, Sample
+from elasticmoe.cli.load.stream import complete
 
 PROMPTS = 24
 PROMPT_TOKENS = (1, 3, 17, 40, 90)
-TOKEN_IDS = 256  # every model's vocabulary has these
 OUTPUT_TOKENS = (8, 160)
 PAUSE_S = 0.1  # of a client after an error
 SILENCE_S_MAX = 60.0  # a request that says nothing for so long hangs
 BROKEN = "connection_broken"
 HUNG = "hung"
+_CODES = {CUT_OFF: BROKEN, TIMED_OUT: HUNG}
 
 
 @dataclass
@@ -74,10 +74,6 @@ class Tally:
         return Counter(code for _, code in self.errors)
 
 
-class _Failed(Exception):
-    """A request was answered with an error; the text is its code."""
-
-
 class Clients:
     """`count` clients, each with one request under way. Call `learn` before faults begin, then `run` until `stop`."""
 
@@ -87,30 +83,24 @@ class Clients:
         self.model = model
         self._count = count
         self._rng = rng
+        self._endpoint = endpoint_of(url)
         self._prompts = [
-            ([rng.randrange(TOKEN_IDS) for _ in range(rng.choice(PROMPT_TOKENS))], rng.randint(*OUTPUT_TOKENS))
-            for _ in range(PROMPTS)
+            (random_prompt(rng, rng.choice(PROMPT_TOKENS)), rng.randint(*OUTPUT_TOKENS)) for _ in range(PROMPTS)
         ]
         self._texts: list[str] = []
         self._stopping = False
-        limits = httpx.Limits(max_connections=count)
-        timeout = httpx.Timeout(SILENCE_S_MAX)
-        self._http = async_client(url, timeout=timeout, limits=limits)
 
     async def learn(self) -> None:
         """Take each prompt's text from a deployment at rest. Raises ValueError where it fails."""
         for number in range(len(self._prompts)):
-            try:
-                self._texts.append(await self._request(number, Tally()))
-            except (_Failed, httpx.HTTPError) as error:
-                raise ValueError(f"the undisturbed run failed: {type(error).__name__} {error}") from None
+            text, error = await self._request(number, Tally())
+            if error:
+                raise ValueError(f"the undisturbed run failed: {error}")
+            self._texts.append(text)
 
     async def run(self) -> None:
         """Requests without end; returns when `stop` was called and all that were under way have ended."""
-        try:
-            await asyncio.gather(*(self._client() for _ in range(self._count)))
-        finally:
-            await self._http.aclose()
+        await asyncio.gather(*(self._client() for _ in range(self._count)))
 
     def stop(self) -> None:
         """Begin no further request."""
@@ -119,60 +109,33 @@ class Clients:
     async def _client(self) -> None:
         while not self._stopping:
             number = self._rng.randrange(len(self._prompts))
-            try:
-                text = await self._request(number, self.tally)
-            except _Failed as error:
-                self._fail(str(error))
-            except httpx.TimeoutException:
-                self._fail(HUNG)
-            except httpx.HTTPError:
-                self._fail(BROKEN)
-            else:
-                is_right = text == self._texts[number]
-                self.tally.good += is_right
-                self.tally.wrong += not is_right
-                self.tally.tokens += self._prompts[number][1]
+            text, error = await self._request(number, self.tally)
+            if error:
+                self.tally.errors.append((time.monotonic(), error))
+                await asyncio.sleep(PAUSE_S)
                 continue
-            await asyncio.sleep(PAUSE_S)
+            is_right = text == self._texts[number]
+            self.tally.good += is_right
+            self.tally.wrong += not is_right
+            self.tally.tokens += self._prompts[number][1]
 
-    def _fail(self, code: str) -> None:
-        self.tally.errors.append((time.monotonic(), code))
-
-    async def _request(self, number: int, tally: Tally) -> str:
-        """Stream one completion; its text. Raises _Failed, httpx.HTTPError."""
+    async def _request(self, number: int, tally: Tally) -> tuple[str, str]:
+        """Stream one completion; its text, and the code of the error that ended it, empty for none."""
         prompt, max_tokens = self._prompts[number]
-        body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-        stream = tally.begin()
-        is_whole = False
+        request = self._endpoint.request(Shape(self.model, len(prompt), max_tokens), prompt)
+        stream, sample, parts = tally.begin(), Sample(), list[str]()
+
+        def on_text(now: float, text: str) -> None:
+            tally.note(stream, now)
+            parts.append(text)
+
         try:
-            text = await self._stream(body, stream, tally)
-            is_whole = True
+            await complete(self._endpoint, request, sample, silence_s=SILENCE_S_MAX, on_text=on_text)
+        except TimeoutError:
+            sample.error = HUNG
+        except OSError:
+            sample.error = BROKEN
         finally:
-            tally.end(stream, time.monotonic(), is_whole=is_whole)
-        return text
-
-    async def _stream(self, body: dict[str, object], stream: int, tally: Tally) -> str:
-        text, finish = "", None
-        async with self._http.stream("POST", "/v1/completions", json=body | {"ignore_eos": True}) as answer:
-            if answer.status_code != 200:
-                raise _Failed(_code_of(await answer.aread()))
-            async for line in async_lines_of(answer.aiter_bytes()):
-                if not line.startswith("data: {"):
-                    continue
-                event = msgspec.json.decode(line[6:])
-                if "error" in event:
-                    raise _Failed(str(event["error"].get("code")))
-                tally.note(stream, time.monotonic())
-                for choice in event["choices"]:
-                    text += choice["text"]
-                    finish = choice["finish_reason"] or finish
-        if finish is None:
-            raise _Failed(BROKEN)
-        return text
-
-
-def _code_of(raw: bytes) -> str:
-    try:
-        return str(msgspec.json.decode(raw)["error"]["code"])
-    except (msgspec.DecodeError, KeyError, TypeError):
-        return "no_error_body"
+            tally.end(stream, time.monotonic(), is_whole=sample.error == "")
+        error = sample.error or ""
+        return "".join(parts), _CODES.get(error, error)

@@ -10,7 +10,7 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,13 +29,7 @@ def client(url: str = "", *, ca_file: str | None = None, **options: Any) -> http
     """A blocking client; `options` as httpx.Client has them. Raises ConfigError for a URL or certificates that are
     none."""
     check_url(url)
-    return httpx.Client(base_url=url, trust_env=False, verify=_verify(url, ca_file), **options)
-
-
-def async_client(url: str, **options: Any) -> httpx.AsyncClient:
-    """The same for asyncio."""
-    check_url(url)
-    return httpx.AsyncClient(base_url=url, trust_env=False, verify=_verify(url, None), **options)
+    return httpx.Client(base_url=url, trust_env=False, verify=verification(url, ca_file), **options)
 
 
 def local_client(path: Path, **options: Any) -> httpx.Client:
@@ -119,8 +113,8 @@ def check_url(url: str) -> None:
         )
 
 
-def _verify(url: str, ca_file: str | None) -> ssl.SSLContext | bool:
-    """How servers prove who they are. Nothing is loaded for plain HTTP, where nobody does."""
+def verification(url: str, ca_file: str | None) -> ssl.SSLContext | bool:
+    """How the server of a URL proves who it is; False for plain HTTP, where nobody does. Raises ConfigError."""
     if not url.startswith("https:"):
         return False
     try:
@@ -171,13 +165,3 @@ def lines_of(chunks: Iterable[bytes]) -> Iterator[str]:
     for chunk in chunks:
         yield from splitter.feed(chunk)
     yield from splitter.end()
-
-
-async def async_lines_of(chunks: AsyncIterable[bytes]) -> AsyncIterator[str]:
-    """The same for asyncio."""
-    splitter = _Splitter()
-    async for chunk in chunks:
-        for line in splitter.feed(chunk):
-            yield line
-    for line in splitter.end():
-        yield line

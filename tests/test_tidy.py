@@ -22,7 +22,7 @@ SOLE_IMPORTERS = {
     "zmq": "common/transport.py",
     "redis": "common/store.py",
     "uvicorn": "common/http/",
-    "httptools": "common/http/",
+    "httptools": ("common/http/", "cli/load/stream.py"),  # of listeners, and of the client of load
     "torch": (
         "services/worker/",
         "common/devices/",

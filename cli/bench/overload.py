@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -20,20 +19,19 @@ from typing import Any
 import msgspec
 
 from elasticmoe.cli.arguments import number, whole
-from elasticmoe.cli.bench.load import Shape, one_request, percentile
 from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
 from elasticmoe.cli.bench.scaling_figures import Window, arrivals_of, throughput
-from elasticmoe.cli.bench.scaling_load import Load, Request, Target
 from elasticmoe.cli.bench.scaling_methods import Scene
-from elasticmoe.cli.bench.scaling_run import SAFE_VOCAB, check_steady
+from elasticmoe.cli.bench.scaling_run import check_steady
+from elasticmoe.cli.load.client import Load, Target
+from elasticmoe.cli.load.endpoint import Shape
+from elasticmoe.cli.load.sample import REFUSED, Sample, percentile
 from elasticmoe.cli.settings import parse_size
 from elasticmoe.cli.terminal import say
 
 FACTORS = "0.5,1,1.5,2,2.5,3,2,1,0.5"
 FACTOR_MAX = 100.0
 AIM_FACTOR, AIM_SHARE = 2.0, 0.9
-REFUSED = (429, 503)
-NO_CONNECTION = "no connection"
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -83,19 +81,19 @@ def parse_factors(text: str) -> list[float]:
     return factors
 
 
-def is_refused(request: Request) -> bool:
+def is_refused(request: Sample) -> bool:
     """Whether it was turned away before it was taken."""
     return request.status in REFUSED
 
 
-def is_in_time(request: Request, bounds: Bounds) -> bool:
+def is_in_time(request: Sample, bounds: Bounds) -> bool:
     """Whether it ended and kept its bounds. The first token counts from when it was asked for."""
     if request.error != "" or not request.arrivals or request.arrivals[0] - request.asked > bounds.ttft_s:
         return False
     return request.arrivals[-1] - request.arrivals[0] <= bounds.tpot_s * max(1, request.tokens - 1)
 
 
-def figures_of(requests: Sequence[Request], step: Step, bounds: Bounds) -> Figures:
+def figures_of(requests: Sequence[Sample], step: Step, bounds: Bounds) -> Figures:
     """The figures of one step. A request that has not ended counts as late."""
     window = step.window
     asked = [request for request in requests if window.start <= request.asked < window.end]
@@ -193,24 +191,25 @@ def _row(one: Figures) -> dict[str, Any]:
 async def _run(args: argparse.Namespace, factors: list[float]) -> tuple[float, list[Figures]]:
     settings = {"requests_max": args.requests_max or args.clients, "kv_bytes": args.kv_memory}
     scene = Scene(args.model, (args.replicas, args.replicas), settings, args.timeout_s, args.kv_memory)
-    shape = Shape("", args.prompt_tokens, args.output_tokens, SAFE_VOCAB, is_counted=True)
+    shape = Shape("", args.prompt_tokens, args.output_tokens, is_counted=True)
     gc.disable()  # a collection in our loop would be a pause of every stream
     try:
         deployment = await scene.deploy(args.replicas, args.replicas)
         shape = msgspec.structs.replace(shape, model=await deployment.served_name())
         peak = await _peak(args, shape, deployment.url)
-        arrivals = Arrivals(deployment.url, shape, args.seed)
+        load = Load(shape, args.seed, is_patient=False)
+        load.set_targets(Target("it", deployment.url))
         steps = []
         try:
             for factor in factors:
                 rate = factor * peak / args.output_tokens
                 begun = time.monotonic()
-                await arrivals.go_on(rate, args.step_s)
+                await load.arrive(rate, args.step_s)
                 steps.append(Step(factor, rate, Window(begun + args.settle_s, begun + args.step_s)))
         finally:
-            await arrivals.end(args.timeout_s)
+            await load.drain(args.timeout_s)
         bounds = Bounds(args.ttft_ms / 1e3, args.tpot_ms / 1e3)
-        return peak, [figures_of(arrivals.requests, step, bounds) for step in steps]
+        return peak, [figures_of(load.requests, step, bounds) for step in steps]
     finally:
         gc.enable()
         await scene.clear()
@@ -229,48 +228,3 @@ async def _peak(args: argparse.Namespace, shape: Shape, url: str) -> float:
         return throughput(arrivals_of(load.requests), Window(begun, time.monotonic()))
     finally:
         await load.stop()
-
-
-class Arrivals:
-    """Requests at given rates, each sent once. `requests`: all of them, also those under way. For one asyncio loop; to
-    be ended in it."""
-
-    def __init__(self, url: str, shape: Shape, seed: int) -> None:
-        self.requests: list[Request] = []
-        self._url = url
-        self._shape = shape
-        self._rng = random.Random(seed)
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def go_on(self, rate: float, seconds: float) -> None:
-        """Let requests arrive at `rate` per second, for so long."""
-        now = time.monotonic()
-        until, due = now + seconds, now + self._rng.expovariate(rate)
-        while due < until:
-            await asyncio.sleep(due - time.monotonic())
-            self._tasks.append(asyncio.create_task(self._send()))
-            due += self._rng.expovariate(rate)
-        await asyncio.sleep(until - time.monotonic())
-
-    async def end(self, timeout_s: float) -> None:
-        """Wait until all requests have ended; those that have not by then stay without an end. Raises what went wrong
-        in a client."""
-        tasks, self._tasks = self._tasks, []
-        if tasks:
-            done, left = await asyncio.wait(tasks, timeout=timeout_s)
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
-            for task in done:
-                task.result()
-
-    async def _send(self) -> None:
-        mean = self._shape.output_tokens
-        length = self._rng.randint(max(1, mean // 2), mean + mean // 2)
-        prompt = [self._rng.randrange(self._shape.vocab) for _ in range(self._shape.prompt_tokens)]
-        request = Request(asked=time.monotonic())
-        self.requests.append(request)
-        try:
-            await one_request(self._url, prompt, msgspec.structs.replace(self._shape, output_tokens=length), request)
-        except OSError:
-            request.error, request.ended = NO_CONNECTION, time.monotonic()

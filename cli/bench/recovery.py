@@ -27,12 +27,11 @@ import msgspec
 
 from elasticmoe.cli.arguments import number, whole
 from elasticmoe.cli.bench.deployment import Deployment
-from elasticmoe.cli.bench.load import Shape
 from elasticmoe.cli.bench.recovery_gaps import gaps_around, gaps_within
 from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
-from elasticmoe.cli.bench.scaling_load import Load, Target
 from elasticmoe.cli.bench.scaling_methods import Scene, counters
-from elasticmoe.cli.bench.scaling_run import SAFE_VOCAB
+from elasticmoe.cli.load.client import Load, Target
+from elasticmoe.cli.load.endpoint import Shape
 from elasticmoe.cli.settings import parse_size
 from elasticmoe.cli.terminal import say
 from elasticmoe.common.layout import RankId
@@ -133,7 +132,7 @@ async def _run(args: argparse.Namespace) -> list[Round]:
     limits = {"rank_restarts_max": 1_000, "rank_restarts_window_s": 0.5}
     settings = {"history": "true", "kv_bytes": args.kv_memory, "max_sequences": 64, **limits}
     scene = Scene(args.model, (args.replicas, args.replicas), settings, args.timeout_s, args.kv_memory)
-    load = Load(Shape("", args.prompt_tokens, args.output_tokens, SAFE_VOCAB, is_counted=False), args.seed)
+    load = Load(Shape("", args.prompt_tokens, args.output_tokens), args.seed)
     rounds: list[Round] = []
     try:
         deployment = await scene.deploy(args.replicas, args.replicas)

@@ -17,13 +17,14 @@ import msgspec
 
 from elasticmoe.cli.arguments import whole
 from elasticmoe.cli.bench.deployment import running
-from elasticmoe.cli.bench.load import Figures, Shape, figures, run_clients
 from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
+from elasticmoe.cli.bench.steady import Figures, figures
 from elasticmoe.cli.chat import first_model
 from elasticmoe.cli.http import client as http_client
+from elasticmoe.cli.load.client import run_clients
+from elasticmoe.cli.load.endpoint import Shape
 from elasticmoe.cli.terminal import say
 
-SAFE_VOCAB = 256  # byte ids, which every tokenizer here has
 SIZES = (1, 2)
 
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         urls = {1: one.url, 2: two.url}
         with http_client(one.url, timeout=10) as client:
             name = first_model(client)
-        shape = Shape(name, args.prompt_tokens, args.output_tokens, SAFE_VOCAB)
+        shape = Shape(name, args.prompt_tokens, args.output_tokens)
         for size in SIZES:
             asyncio.run(run_clients(urls[size], shape, 2, 2, seed=0))
         num = args.concurrency * args.requests_per_client

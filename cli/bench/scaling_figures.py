@@ -11,8 +11,7 @@ from typing import Any
 
 import msgspec
 
-from elasticmoe.cli.bench.load import percentile
-from elasticmoe.cli.bench.scaling_load import Request
+from elasticmoe.cli.load.sample import Sample, percentile
 
 GRID_S = 0.05  # how finely the moment of full throughput is looked for
 SHARE = 0.95  # of the new steady throughput
@@ -95,7 +94,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure(
-    requests: Sequence[Request],
+    requests: Sequence[Sample],
     memory: Sequence[tuple[float, int]],
     change: Change,
     bounds: Bounds,
@@ -143,7 +142,7 @@ def measure(
     )
 
 
-def arrivals_of(requests: Iterable[Request]) -> list[float]:
+def arrivals_of(requests: Iterable[Sample]) -> list[float]:
     """When each token came to any client, sorted."""
     return sorted(arrival for request in requests for arrival in request.arrivals)
 
@@ -165,7 +164,7 @@ def time_to(arrivals: Sequence[float], start: float, until: float, wanted: float
     return None
 
 
-def gaps_of(requests: Iterable[Request], until: float) -> list[tuple[float, float]]:
+def gaps_of(requests: Iterable[Sample], until: float) -> list[tuple[float, float]]:
     """The gaps between tokens of every stream, as (start, end).
 
     A stream that was cut off pauses until any client gets a token after that (at the latest `until`): its own client
@@ -196,7 +195,7 @@ def median_of(memory: Iterable[tuple[float, int]], window: Window) -> int:
     return found[len(found) // 2] if found else 0
 
 
-def is_attained(request: Request, bounds: Bounds) -> bool | None:
+def is_attained(request: Sample, bounds: Bounds) -> bool | None:
     """Whether a request kept its bounds; None while that is open. The time to the first token counts from when it was
     asked for, refusals included."""
     if request.error or (request.arrivals and request.arrivals[0] - request.asked > bounds.ttft_s):
@@ -206,7 +205,7 @@ def is_attained(request: Request, bounds: Bounds) -> bool | None:
     return True if request.error == "" and request.arrivals else None
 
 
-def attainment(requests: Iterable[Request], window: Window, bounds: Bounds) -> float | None:
+def attainment(requests: Iterable[Sample], window: Window, bounds: Bounds) -> float | None:
     """The share of the requests asked for in a window that kept their bounds; None when there are none."""
     verdicts = [is_attained(request, bounds) for request in requests if window.start <= request.asked < window.end]
     known = [verdict for verdict in verdicts if verdict is not None]
@@ -227,7 +226,7 @@ class Series(msgspec.Struct, frozen=True):
 
 
 def series_of(
-    requests: Sequence[Request], memory: Sequence[tuple[float, int]], change: Change, bounds: Bounds
+    requests: Sequence[Sample], memory: Sequence[tuple[float, int]], change: Change, bounds: Bounds
 ) -> Series:
     """The series from the window before a change to the end of the one after it."""
     bins = _bins(change, BIN_S)

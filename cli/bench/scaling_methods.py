@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from elasticmoe.cli.bench.deployment import Deployment
-from elasticmoe.cli.bench.scaling_load import Load, Target
+from elasticmoe.cli.load.client import Load, Target
 
 POLL_S = 0.1
 FINISHED = ("done", "aborted")

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 
 from elasticmoe.cli.bench.deployment import Deployment
-from elasticmoe.cli.bench.load import Shape
 from elasticmoe.cli.bench.scaling_figures import (
     Bounds,
     Change,
@@ -23,12 +22,13 @@ from elasticmoe.cli.bench.scaling_figures import (
     throughput,
 )
 from elasticmoe.cli.bench.scaling_history import first_token
-from elasticmoe.cli.bench.scaling_load import Load, Request, Target
 from elasticmoe.cli.bench.scaling_memory import MemorySampler
 from elasticmoe.cli.bench.scaling_methods import Kind, Outcome, Scene
+from elasticmoe.cli.load.client import Load, Target
+from elasticmoe.cli.load.endpoint import Shape
+from elasticmoe.cli.load.sample import Sample
 
 DIRECTIONS = ("up", "down")  # of the two commands of a run
-SAFE_VOCAB = 256  # byte ids, which every tokenizer here has
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +105,7 @@ async def _end(scene: Scene, load: Load, sampler: MemorySampler | None = None) -
 
 def make_load(recipe: Recipe, seed: int) -> Load:
     """The load, which does not know the model's name yet."""
-    shape = Shape("", recipe.prompt_tokens, recipe.output_tokens, SAFE_VOCAB, is_counted=True)
+    shape = Shape("", recipe.prompt_tokens, recipe.output_tokens, is_counted=True)
     return Load(shape, seed)
 
 
@@ -148,7 +148,7 @@ async def _steady(recipe: Recipe) -> Window:
     return Window(start, time.monotonic())
 
 
-def check_steady(requests: list[Request]) -> None:
+def check_steady(requests: list[Sample]) -> None:
     """Raises ValueError when requests fail, or none is served, before anything has been changed."""
     failed = [request.error for request in requests if request.error]
     if failed:
@@ -162,7 +162,7 @@ def _change(
     outcome: Outcome,
     before: Window,
     after: Window,
-    requests: list[Request],
+    requests: list[Sample],
     deployments: list[Deployment],
 ) -> Change:
     """The change with the time of the first token of what is new."""
@@ -191,7 +191,7 @@ def _change(
     )
 
 
-def _sum_up(recipe: Recipe, changes: list[Change], requests: list[Request], memory: list[tuple[float, int]]) -> Run:
+def _sum_up(recipe: Recipe, changes: list[Change], requests: list[Sample], memory: list[tuple[float, int]]) -> Run:
     return Run(
         tuple(
             measure(requests, memory, change, recipe.bounds, recipe.prompt_tokens, recipe.window_s)

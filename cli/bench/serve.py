@@ -17,10 +17,12 @@ import msgspec
 
 from elasticmoe.cli.arguments import whole, wholes
 from elasticmoe.cli.bench.deployment import running
-from elasticmoe.cli.bench.load import Figures, Shape, figures, run_clients
 from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
+from elasticmoe.cli.bench.steady import Figures, figures
 from elasticmoe.cli.chat import first_model
 from elasticmoe.cli.http import client as http_client
+from elasticmoe.cli.load.client import run_clients
+from elasticmoe.cli.load.endpoint import Shape
 from elasticmoe.cli.terminal import say
 from elasticmoe.common.protocol import router as router_messages
 from elasticmoe.common.protocol.rank import Watch
@@ -29,7 +31,6 @@ from elasticmoe.common.transport import Client, new_identity
 Shares = tuple[float, float]  # of a step: overhead, and waiting for a slower rank
 
 STATUS_MS = 5_000
-SAFE_VOCAB = 256  # byte ids, which every tokenizer here has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +66,8 @@ def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[
     concurrencies: tuple[int, ...] = args.concurrency
     results: dict[int, list[tuple[Figures, Shares]]] = {n: [] for n in concurrencies}
     with running(model, replicas) as deployment:
-        name, vocab = _served(deployment.url)
-        shape = Shape(name, args.prompt_tokens, args.output_tokens, vocab)
+        with http_client(deployment.url, timeout=10) as client:
+            shape = Shape(first_model(client), args.prompt_tokens, args.output_tokens)
         asyncio.run(run_clients(deployment.url, shape, 2 * replicas, 2 * replicas, seed=0))
         for turn in range(args.rounds):
             for n in concurrencies:
@@ -74,12 +75,6 @@ def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[
                 samples = asyncio.run(run_clients(deployment.url, shape, n, num, seed=1 + turn * 100 + n))
                 results[n].append((figures(samples, n), _shares(deployment.run_dir, replicas)))
     return [_summary(model, replicas, rounds) for rounds in results.values()]
-
-
-def _served(url: str) -> tuple[str, int]:
-    """The served model's name, and how many token ids are safe to send (all of the benchmark's models have them)."""
-    with http_client(url, timeout=10) as client:
-        return first_model(client), SAFE_VOCAB
 
 
 def _shares(run_dir: Path, replicas: int) -> Shares:

@@ -43,7 +43,7 @@ _Lines = Iterator[tuple[int, str]]
 class _Bad(ConfigError):
     """What is wrong with a line, without its number."""
 
-    code = BAD_TRACE
+    code = "bad_trace"
 
 
 class _MooncakeLine(msgspec.Struct):

@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 
 from elasticmoe.cli.bench import overload
-from elasticmoe.cli.bench.load import CUT_OFF, Shape
 from elasticmoe.cli.bench.overload import (
-    NO_CONNECTION,
-    Arrivals,
     Bounds,
     Figures,
     Step,
@@ -21,19 +18,21 @@ from elasticmoe.cli.bench.overload import (
     summary_of,
 )
 from elasticmoe.cli.bench.scaling_figures import Window
-from elasticmoe.cli.bench.scaling_load import Request
+from elasticmoe.cli.load.client import Load, Target
+from elasticmoe.cli.load.endpoint import Shape
+from elasticmoe.cli.load.sample import CUT_OFF, NO_CONNECTION, Sample
 
 BOUNDS = Bounds(ttft_s=1.0, tpot_s=0.5)
 STEP = Step(2.0, 8.0, Window(10.0, 20.0))
 
 
-def served(asked: float, *arrivals: float, **fields: Any) -> Request:
+def served(asked: float, *arrivals: float, **fields: Any) -> Sample:
     fields = {"error": "", "status": 200, "tokens": len(arrivals), "ended": arrivals[-1]} | fields
-    return Request(asked=asked, arrivals=list(arrivals), **fields)
+    return Sample(asked=asked, arrivals=list(arrivals), **fields)
 
 
-def refused(asked: float, after: float, status: int = 429) -> Request:
-    return Request(asked=asked, status=status, error=f"HTTP {status}", ended=asked + after)
+def refused(asked: float, after: float, status: int = 429) -> Sample:
+    return Sample(asked=asked, status=status, error=f"HTTP {status}", ended=asked + after)
 
 
 def test_each_request_of_a_step_is_one_of_four_kinds() -> None:
@@ -41,9 +40,9 @@ def test_each_request_of_a_step_is_one_of_four_kinds() -> None:
         served(10.0, 10.5, 11.4, 11.5),  # one gap is long, the mean is not
         served(12.0, 13.5, 13.6),  # its first token is late
         served(12.0, 12.5, 13.1),  # its tokens are slow
-        Request(asked=15.0, arrivals=[15.2], status=200),  # under way for ever
+        Sample(asked=15.0, arrivals=[15.2], status=200),  # under way for ever
         served(16.0, 16.1, error=CUT_OFF),
-        Request(asked=17.0, error=NO_CONNECTION, ended=17.0),
+        Sample(asked=17.0, error=NO_CONNECTION, ended=17.0),
         refused(18.0, 0.004),
         refused(18.5, 0.020, 503),
         refused(9.9, 3.0),  # asked for before
@@ -60,7 +59,7 @@ def test_goodput_is_what_came_of_requests_that_are_in_time() -> None:
         served(9.0, 9.9, 10.1, 10.2),  # asked for before: two tokens came here
         served(12.0, 13.5, 13.6),  # late
         served(12.0, 12.1, error=CUT_OFF),
-        Request(asked=15.0, arrivals=[15.2], status=200),
+        Sample(asked=15.0, arrivals=[15.2], status=200),
         served(19.8, 19.9, 20.0),  # one came after the step
     ]
     found = figures_of(requests, STEP, BOUNDS)
@@ -94,6 +93,12 @@ def test_factors_are_checked() -> None:
         overload.run(parser.parse_args(["--settle-s", "10"]))
 
 
+def once(url: str) -> Load:
+    load = Load(Shape("m", 4, 8), seed=1, is_patient=False)
+    load.set_targets(Target("it", url))
+    return load
+
+
 async def test_a_refused_request_is_not_sent_again() -> None:
     num = 0
 
@@ -108,14 +113,14 @@ async def test_a_refused_request_is_not_sent_again() -> None:
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        arrivals = Arrivals(f"http://127.0.0.1:{port}", Shape("m", 4, 8, 256), seed=1)
-        await arrivals.go_on(100.0, 0.2)
-        await arrivals.end(10.0)
+        arrivals = once(f"http://127.0.0.1:{port}")
+        await arrivals.arrive(100.0, 0.2)
+        await arrivals.drain(10.0)
     assert num == len(arrivals.requests) > 0
     assert all(overload.is_refused(request) for request in arrivals.requests)
-    gone = Arrivals(f"http://127.0.0.1:{port}", Shape("m", 4, 8, 256), seed=1)
-    await gone.go_on(100.0, 0.05)
-    await gone.end(10.0)
+    gone = once(f"http://127.0.0.1:{port}")
+    await gone.arrive(100.0, 0.05)
+    await gone.drain(10.0)
     assert {request.error for request in gone.requests} == {NO_CONNECTION}
 
 
@@ -127,8 +132,8 @@ async def test_who_does_not_end_is_left() -> None:
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     async with server:
-        arrivals = Arrivals(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", Shape("m", 4, 8, 256), seed=1)
-        await arrivals.go_on(100.0, 0.1)
-        await arrivals.end(0.1)
+        arrivals = once(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        await arrivals.arrive(100.0, 0.1)
+        await arrivals.drain(0.1)
     assert arrivals.requests
     assert all(request.arrivals == [] for request in arrivals.requests)

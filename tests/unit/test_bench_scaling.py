@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elasticmoe.cli.bench import scaling
-from elasticmoe.cli.bench.load import CUT_OFF, Shape
 from elasticmoe.cli.bench.report import table
 from elasticmoe.cli.bench.scaling_figures import (
     Bounds,
@@ -33,22 +29,22 @@ from elasticmoe.cli.bench.scaling_figures import (
     time_to,
 )
 from elasticmoe.cli.bench.scaling_history import first_token
-from elasticmoe.cli.bench.scaling_load import Load, Request, Target
 from elasticmoe.cli.bench.scaling_memory import bytes_of, device_files
 from elasticmoe.cli.bench.scaling_methods import counters, kv_blocks, rank_names
 from elasticmoe.cli.bench.scaling_plot import plot, points, reach
 from elasticmoe.cli.bench.scaling_run import Recipe, Run, check_steady
 from elasticmoe.cli.bench.scaling_table import Result, middle, ratio, tables, worst
+from elasticmoe.cli.load.sample import CUT_OFF, Sample
 
 BOUNDS = Bounds(ttft_s=1.0, gap_s=0.5)
 
 
-def request(asked: float, *arrivals: float, error: str | None = "", ended: float = 0.0, **fields: Any) -> Request:
+def request(asked: float, *arrivals: float, error: str | None = "", ended: float = 0.0, **fields: Any) -> Sample:
     end = ended or (arrivals[-1] if arrivals else asked)
-    return Request(asked=asked, sent=asked, arrivals=list(arrivals), error=error, ended=end, **fields)
+    return Sample(asked=asked, sent=asked, arrivals=list(arrivals), error=error, ended=end, **fields)
 
 
-def steady_stream(start: float, end: float, every: float) -> Request:
+def steady_stream(start: float, end: float, every: float) -> Sample:
     num = round((end - start) / every)
     return request(start - every, *(start + n * every for n in range(num)))
 
@@ -112,7 +108,7 @@ def test_memory_is_the_median_of_a_window() -> None:
         (request(0.0, error=None), None),
     ],
 )
-def test_slo_of_a_request(item: Request, verdict: bool | None) -> None:
+def test_slo_of_a_request(item: Sample, verdict: bool | None) -> None:
     assert is_attained(item, BOUNDS) is verdict
 
 
@@ -125,7 +121,7 @@ def test_attainment_is_a_share_of_the_decided_requests_asked_for_in_the_window()
 # ---- a whole change --------------------------------------------------------------------------------------------------
 
 
-def restart() -> tuple[list[Request], Change]:
+def restart() -> tuple[list[Sample], Change]:
     """10 tokens/s until 20.0, nothing until 25.0, then 20 tokens/s until 40."""
     before = steady_stream(0.0, 20.0, 0.1)
     cut = request(19.0, 19.5, 19.95, error=CUT_OFF, ended=20.0)
@@ -322,117 +318,6 @@ def test_lines_of_the_plot() -> None:
     assert points(series, 2) == ([-0.5, 0.5], [0.0, 1.0])
     assert points(series, 3) == ([-2.5, 2.5], [None, 1.0])
     assert reach([series]) == 1.0
-
-
-# ---- the load --------------------------------------------------------------------------------------------------------
-
-TOKEN = b'data: {"choices":[{"text":"a"}],"usage":null}\n\n'
-END = b'data: {"choices":[],"usage":{"completion_tokens":2}}\n\ndata: [DONE]\n\n'
-OK = b"HTTP/1.1 200 OK\r\n\r\n"
-
-
-@asynccontextmanager
-async def server(*answers: bytes) -> AsyncIterator[str]:
-    """Answers each request with the next of `answers`, and with the last from then on."""
-    left = list(answers)
-    handlers: set[asyncio.Task[None]] = set()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        handlers.add(task)
-        with suppress(OSError, asyncio.IncompleteReadError):  # a client that was stopped left in the midst of it
-            try:
-                await reader.readuntil(b"\r\n\r\n")
-                writer.write(left.pop(0) if len(left) > 1 else left[0])
-                await writer.drain()
-            finally:
-                writer.close()
-                await writer.wait_closed()
-
-    running = await asyncio.start_server(handle, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{running.sockets[0].getsockname()[1]}"
-    finally:
-        running.close()
-        await running.wait_closed()
-        async with asyncio.timeout(10):  # no connection outlives the loop
-            await asyncio.gather(*handlers)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
-async def test_closed_clients_go_on_and_note_what_they_saw() -> None:
-    async with server(OK + TOKEN, OK + TOKEN + TOKEN + END) as url:
-        load = Load(Shape("m", 4, 4, 256, is_counted=True), seed=1)
-        load.set_targets(Target("one", url))
-        load.start_closed(1)
-        await until(lambda: len(load.requests) >= 3 and load.requests[1].error is not None)
-        await load.stop()
-    cut, good = load.requests[:2]
-    assert (cut.error, len(cut.arrivals)) == (CUT_OFF, 1)
-    assert (good.error, good.tokens, len(good.arrivals), good.target) == ("", 2, 2, "one")
-    assert cut.asked <= cut.sent <= cut.arrivals[0] <= cut.ended <= good.asked
-
-
-async def test_a_client_that_is_turned_away_comes_back_and_finds_the_new_target() -> None:
-    async with server(b"HTTP/1.1 503 Service Unavailable\r\n\r\n") as busy, server(OK + TOKEN + TOKEN + END) as url:
-        load = Load(Shape("m", 4, 4, 256), seed=1)
-        load.set_targets(Target("busy", busy))
-        load.start_closed(1)
-        await until(lambda: load.requests[0].refusals > 0 if load.requests else False)
-        assert load.running_on("busy") == 1
-        load.set_targets(Target("new", url))
-        await until(lambda: load.requests[0].error == "")
-        await load.stop()
-    assert load.requests[0].target == "new"
-    assert load.running_on("busy") == 0
-
-
-async def test_a_client_waits_for_a_server_that_is_not_there() -> None:
-    async with server(OK + TOKEN + END) as url:
-        pass  # its port is free again
-    load = Load(Shape("m", 4, 4, 256), seed=1)
-    load.set_targets(Target("gone", url))
-    load.start_open(200.0)
-    await until(lambda: len(load.requests) > 3 and load.requests[0].refusals > 1)
-    await load.stop()
-    assert all(item.error is None and item.sent == 0 for item in load.requests)
-
-
-async def test_both_loads_follow_the_seed() -> None:
-    async def prompts(seed: int) -> list[int]:
-        load = Load(Shape("m", 4, 64, 256), seed=seed)
-        lengths: list[int] = []
-
-        async def note(_: Any, length: int) -> None:
-            lengths.append(length)
-
-        load._serve = note  # type: ignore[method-assign]
-        load.start_open(2000.0)
-        await until(lambda: len(lengths) >= 20)
-        await load.stop()
-        return lengths[:20]
-
-    first, again, other = await prompts(1), await prompts(1), await prompts(2)
-    assert first == again
-    assert first != other
-    assert all(32 <= length <= 96 for length in first)
-
-
-async def test_an_error_in_a_client_is_raised_once() -> None:
-    async with server(OK + b"data: {nonsense\n\n") as url:
-        load = Load(Shape("m", 4, 4, 256), seed=1)
-        load.set_targets(Target("one", url))
-        load.start_closed(1)
-        await until(lambda: bool(load.requests) and load.requests[0].ended > 0)
-        with pytest.raises(Exception, match="malformed"):
-            await load.stop()
-        await load.stop()
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ WORDS_OF_OURS = {
     "no ledger of {} rows with {} tokens and {} blocks each: {}": "native/src/ledger",
     "chat template does not compile: {}": "what is wrong with the template, of which only its compiler knows",
     "the chat template refuses the messages: {}": "the template's own words",
-    "{}; seed {}": "cli/chaos_load.py",
+    "{}; seed {}": "cli/chaos.py",
     None: "ledger rows (native/src/ledger), and benchmarks",
 }
 CODE = re.compile(r"[a-z][a-z0-9_]{2,40}")

@@ -1,0 +1,1 @@
+"""Load on an OpenAI endpoint: the one client of `elasticmoe load`, the benchmarks and chaos."""
