@@ -71,6 +71,8 @@ def read(error: msgspec.ValidationError, kind: Any = None) -> Complaint:
     match = _PATH.match(str(error))
     what, is_name, path = match.groups() if match else (str(error), None, "")
     name = path.lstrip(".")
+    if isinstance(error.__cause__, ValueError):  # of a struct's own check: its text is ours
+        return Complaint(name, str(error.__cause__), is_field=True)
     return _read(what, name, kind)._replace(is_name=bool(is_name))
 
 

@@ -52,3 +52,11 @@ CHECKPOINT_FILES_MAX = 512
 # Sockets: a Unix socket's path must fit sockaddr_un.sun_path, its final NUL included
 SOCKET_PATH_BYTES_MAX = 107
 DECODE_ONLY_STEPS_MAX = 16  # steps in a row that only decode
+
+# Signals to the scaler
+SKETCH_BUCKETS = 140  # of common/sketch.py: 1 ms to 1000 s with a relative error of 5 %
+WINDOW_SECONDS_MAX = 60.0  # that one window spans
+WINDOW_COUNT_MAX = 1_000_000_000  # requests, steps or gaps between tokens of one window
+WINDOW_TOKENS_MAX = 1 << 48  # of one window
+MONOTONIC_SECONDS_MAX = 1e10  # of a monotonic clock: three centuries
+STEP_SAMPLES_MAX = 8  # steps that a window tells in full

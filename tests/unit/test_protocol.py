@@ -11,12 +11,18 @@ import pytest
 
 from elasticmoe.common.layout import RankId, initial_layout
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
-from elasticmoe.common.protocol import handles, hmm, keeper, peer, pool, rank, router, scaler, standby
+from elasticmoe.common.protocol import handles, hmm, keeper, peer, pool, rank, router, scaler, signals, standby
 from elasticmoe.common.protocol.codec import Codec, Message, encode
 from elasticmoe.common.protocol.errors import ProtocolError
 from elasticmoe.common.protocol.handles import RecordHandle
 from elasticmoe.common.protocol.ids import CommandId, TransitionId
-from elasticmoe.common.protocol.limits import PROTOCOL_VERSION
+from elasticmoe.common.protocol.limits import (
+    EPOCH_MAX,
+    NAME_CHARS_MAX,
+    PROTOCOL_VERSION,
+    SKETCH_BUCKETS,
+    WINDOW_COUNT_MAX,
+)
 from elasticmoe.common.protocol.replies import Ack, Refused
 from elasticmoe.common.protocol.router import Delta, Logprob
 from elasticmoe.common.protocol.scaler import DeviceStatus, PoolRank
@@ -134,6 +140,50 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
             scaler.Integrity(("finding",), {"host:0/base": 1 << 63}),
             Ack(),
             Refused("conflict", "text", False),
+        ),
+    ),
+    "scaler from all that serve": (
+        signals.CODEC,
+        (
+            signals.RouterWindow(
+                router="router:0123456789abcdef",
+                number=7,
+                epoch=2,
+                ended_s=1234.5,
+                span_s=1.0,
+                admitted=3,
+                refused=1,
+                prompt_tokens=900,
+                max_tokens=600,
+                finished=2,
+                failed=1,
+                cancelled=1,
+                output_tokens=123,
+                open=5,
+                queued=2,
+                oldest_queued_s=0.75,
+                ttft=((0, 1), (70, 2)),
+                gaps=((30, 100),),
+                joint=((0, 30, 1), (0, 31, 1), (70, 30, 2)),
+            ),
+            signals.RankWindow(
+                rank=RANK,
+                incarnation=NAME,
+                number=7,
+                epoch=2,
+                ended_s=1234.5,
+                span_s=1.0,
+                running=3,
+                waiting=1,
+                queued_prefill_tokens=450,
+                kv_used=2048,
+                kv_total=4096,
+                uncached_tokens=900,
+                cached_tokens=300,
+                generated=60,
+                num_steps=20,
+                steps=(signals.StepSample(0.05, 128, 2048, 3, 40),),
+            ),
         ),
     ),
     "keeper": (keeper.TO_KEEPER, (keeper.Keep(("a", "b")), keeper.Forget(("a",)), keeper.Fetch())),
@@ -254,6 +304,73 @@ def test_bodies_out_of_bounds_are_refused(body: Any) -> None:
     raw = msgpack.packb({"version": PROTOCOL_VERSION, "epoch": 0, "sender": "x:1", "seq": 1, "body": body})
     with pytest.raises(ProtocolError):
         rank.CODEC.decode(raw)
+
+
+ROUTER_WINDOW = {"type": "RouterWindow", "router": "router:1", "number": 1, "epoch": 1, "ended_s": 9.0, "span_s": 1.0}
+RANK_WINDOW = {
+    "type": "RankWindow",
+    "rank": [0, 0],
+    "incarnation": NAME,
+    "number": 1,
+    "epoch": 1,
+    "ended_s": 9.0,
+    "span_s": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("window", "wrong", "why"),
+    [
+        (ROUTER_WINDOW, {"number": 0}, "number"),
+        (ROUTER_WINDOW, {"router": ""}, "router"),
+        (ROUTER_WINDOW, {"span_s": 0.0}, "span_s"),
+        (ROUTER_WINDOW, {"span_s": 61.0}, "span_s"),
+        (ROUTER_WINDOW, {"ended_s": float("nan")}, "ended_s"),
+        (ROUTER_WINDOW, {"ended_s": float("inf")}, "ended_s"),
+        (ROUTER_WINDOW, {"admitted": -1}, "admitted"),
+        (ROUTER_WINDOW, {"epoch": 1 << 53}, "epoch"),
+        (ROUTER_WINDOW, {"ttft": [[140, 1]]}, "ttft"),
+        (ROUTER_WINDOW, {"ttft": [[3, 0]]}, "ttft"),
+        (ROUTER_WINDOW, {"ttft": [[3, 1], [3, 1]]}, "bucket 3 comes after 3"),
+        (ROUTER_WINDOW, {"gaps": [[4, 1], [3, 1]]}, "bucket 3 comes after 4"),
+        (ROUTER_WINDOW, {"gaps": [[3, 1]] * 141}, "gaps"),
+        (ROUTER_WINDOW, {"open": 1, "queued": 2}, "2 requests wait for a first token, of 1"),
+        (ROUTER_WINDOW, {"oldest_queued_s": 0.5}, "no request waits"),
+        (ROUTER_WINDOW, {"output_tokens": 5, "failed": 1}, "no request finished"),
+        (ROUTER_WINDOW, {"finished": 1, "joint": [[1, 1, 2]]}, "2 requests with a token ended, of 1"),
+        (ROUTER_WINDOW, {"finished": 3, "joint": [[2, 1, 1], [1, 9, 1]]}, "comes after"),
+        (RANK_WINDOW, {"kv_used": 2, "kv_total": 1}, "KV of 2 tokens is used, of 1"),
+        (RANK_WINDOW, {"num_steps": 9, "steps": [[0.1, 1, 1, 1, 1]] * 9}, "steps"),
+        (RANK_WINDOW, {"num_steps": 1, "steps": [[0.1, 1, 1, 1, 1]] * 2}, "2 steps are told, of 1"),
+        (RANK_WINDOW, {"num_steps": 1, "steps": [[0.0, 1, 1, 1, 1]]}, "steps"),
+        (RANK_WINDOW, {"rank": [-1, 0]}, "no rank is"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(window: dict[str, Any], wrong: dict[str, Any], why: str) -> None:
+    head = {"version": PROTOCOL_VERSION, "epoch": 0, "sender": "x:1", "seq": 0}
+    assert signals.CODEC.decode(msgpack.packb({**head, "body": window})).body is not None
+    with pytest.raises(ProtocolError, match=why):
+        signals.CODEC.decode(msgpack.packb({**head, "body": {**window, **wrong}}))
+
+
+def test_the_longest_window_is_a_small_message() -> None:
+    """No sender has to leave anything out of it."""
+    buckets = range(SKETCH_BUCKETS)
+    most = WINDOW_COUNT_MAX // SKETCH_BUCKETS**2
+    window = signals.RouterWindow(
+        router="r" * NAME_CHARS_MAX,
+        number=EPOCH_MAX,
+        epoch=EPOCH_MAX,
+        ended_s=1e9,
+        span_s=1.0,
+        finished=WINDOW_COUNT_MAX,
+        ttft=tuple((bucket, most) for bucket in buckets),
+        gaps=tuple((bucket, most) for bucket in buckets),
+        joint=tuple((first, second, most) for first in buckets for second in buckets),
+    )
+    raw = encode(window, sender="test:1")
+    assert len(raw) < 256 * 1024
+    assert signals.CODEC.decode(raw).body == window
 
 
 def test_no_bytes_raise_anything_else() -> None:

@@ -124,6 +124,20 @@ def test_any_value_gets_an_answer_in_words(value: Any) -> None:
         assert "`" not in told.partition("; it is ")[0]
 
 
+def test_a_struct_that_checks_itself_says_what_is_wrong() -> None:
+    class Pair(msgspec.Struct):
+        low: int
+        high: int
+
+        def __post_init__(self) -> None:
+            if self.low > self.high:
+                raise ValueError(f"{self.low} is above {self.high}")
+
+    with pytest.raises(msgspec.ValidationError) as caught:
+        msgspec.convert([{"low": 2, "high": 1}], list[Pair])
+    assert undecodable(caught.value) == "[...]: 2 is above 1"
+
+
 def test_values_are_short_and_printable() -> None:
     values = [None, True, 3, 2.5, "", "a\x1b", "y" * 99, [], [1], {}, {"a": 1}, 10**60]
     told = ["null", "true", "3", "2.5", "empty", '"a\\u001b"', "a text of 99 characters", "empty", "a list of 1 entry"]

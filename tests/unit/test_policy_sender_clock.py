@@ -1,0 +1,48 @@
+"""A sender's moments by our clock, without clocks that agree."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elasticmoe.services.scaler.policy.sender_clock import MEMORY_S, SAMPLES_MAX, SenderClock
+
+
+def test_before_the_first_message_nothing_is_known() -> None:
+    with pytest.raises(ValueError, match="clock is not known"):
+        SenderClock().on_ours(1.0)
+
+
+def test_a_late_message_is_seen_as_late() -> None:
+    clock = SenderClock()
+    for second in range(5):
+        clock = clock.seen(1_000.0 + second, 50.0 + second + 0.002)
+    clock = clock.seen(1_005.0, 63.0)
+    assert clock.on_ours(1_005.0) == pytest.approx(55.002)
+
+
+def test_a_clock_that_runs_slower_is_followed() -> None:
+    clock = SenderClock()
+    for second in range(1_000):
+        clock = clock.seen(second * (1 - 1e-4), float(second))
+    assert clock.on_ours(999 * (1 - 1e-4)) == pytest.approx(999.0, abs=2e-4 * MEMORY_S)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.0, 2.0), st.floats(0.0, 9.0)), min_size=1, max_size=100),
+    st.floats(-1e6, 1e6),
+)
+def test_a_moment_is_never_told_earlier_than_it_was(steps: list[tuple[float, float]], distance: float) -> None:
+    """By more than rounding: and no later than by the fastest delivery of those seen."""
+    clock, sent = SenderClock(), 1e6
+    delays = []
+    for pause, delay in steps:
+        sent += pause
+        delays.append(delay)
+        clock = clock.seen(sent + distance, sent + delay)
+        found = clock.on_ours(sent + distance)
+        assert sent - 1e-6 <= found <= sent + delay + 1e-6
+        assert len(clock.least) <= SAMPLES_MAX
+    if sum(pause for pause, _ in steps) + 9.0 < MEMORY_S:
+        assert clock.on_ours(distance) == pytest.approx(min(delays), abs=1e-6)
