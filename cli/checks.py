@@ -14,11 +14,12 @@ from elasticmoe.common.capacity import (
     AVAILABLE_SHARE,
     DeviceTooSmall,
     budget_of,
-    device_weights_bytes,
-    kv_handles_min,
     load_of,
+    needs_of,
     size_ledger,
     size_load,
+    sizes_of,
+    weights_on,
 )
 from elasticmoe.common.checkpoint import Checkpoint
 from elasticmoe.common.devices.factory import granularity_of
@@ -81,7 +82,7 @@ def check_memory(settings: Settings, model: Path) -> None:
     except DeviceTooSmall as small:
         needs = _needs(load, small.weights_bytes, small.ledger_bytes, small.kv_bytes_min)
         raise DoesNotFit(f"{needs} {_limit(settings, small, budget, available)}", code="out_of_memory") from None
-    kv_min = kv_handles_min(load, sizes.kv) * sizes.kv.handle_bytes
+    kv_min = needs_of(load, sizes.kv, _granularity(settings)).kv_handles_min * sizes.kv.handle_bytes
     most = max(sizes.devices.values(), key=lambda device: device.weights_bytes)
     needed = len(used) * (most.weights_bytes + most.ledger_bytes + kv_min)
     if needed > available * AVAILABLE_SHARE:
@@ -124,8 +125,9 @@ def num_devices_that_fit(settings: Settings, model: Path) -> int:
     KV, so that the deployment can grow and shrink; at least those of the replicas."""
     scaler, granularity = settings.scaler, _granularity(settings)
     spec = load_spec(model, scaler.dtype)
-    load = load_of(scaler, spec, initial_layout(spec.num_experts_by_layer, ["host:0"]))
-    whole = device_weights_bytes(spec, 1, granularity) + size_ledger(load, granularity).nbytes + scaler.kv_bytes
+    alone = initial_layout(spec.num_experts_by_layer, ["host:0"])
+    weights = weights_on(sizes_of(spec, granularity), alone)["host:0"]
+    whole = weights + size_ledger(load_of(scaler, spec, alone), granularity).nbytes + scaler.kv_bytes
     room = int(available_bytes() * AVAILABLE_SHARE) // (settings.hmm.device_bytes or whole)
     return max(scaler.replicas * scaler.tp, min(room, scaler.num_devices))
 

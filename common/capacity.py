@@ -1,19 +1,27 @@
-"""What a model needs on each device and what fits: asked before a start, by the HMM when it loads, and for the figures
-that scaling is planned with. So `up` says yes where the HMM does. Pure; all in bytes.
+"""What a model needs on each device, and what fits: the one place that the launcher asks before a start, the HMM when
+it loads and when it stages a layout, and the planner. So they say the same. Pure; all in bytes.
+
+A device holds weights, its rank's ledger, and KV in handles, at least as many as one sequence of full length needs.
+While a layout is staged it holds the weights of both layouts, and no more KV than before. KV takes what the footprint
+leaves beside weights, at least what a device had at the load, and never more than the budget leaves.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from elasticmoe.common.config import HmmConfig, ScalerConfig
 from elasticmoe.common.devices.factory import backend_of, granularity_of
-from elasticmoe.common.families import records
+from elasticmoe.common.families import record, records
 from elasticmoe.common.layout import Layout, keys_on
 from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
-from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest
+from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, NotFound
 from elasticmoe.common.protocol.hmm import LoadModel
 from elasticmoe.common.protocol.limits import RANKS_MAX
 from elasticmoe.common.wording import size
@@ -23,15 +31,106 @@ from elasticmoe.native.ledger import ledger_bytes
 LEDGER_BLOB_BYTES = 16_384  # a request's id, sampling parameters and router in one ledger row
 AVAILABLE_SHARE = 0.8  # of memory for all devices; the rest is for activations, the processes and everybody else
 _RANKS_MIN = 8  # slots of the bus beyond the layout's, so that a deployment can grow
+_FIRST_SHARE = 8  # a joiner that gets its experts in the next leg starts with this part of its final KV
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """Bytes of a model's records, rounded up to the granularity: the base record, each layer's record, one expert of
+    each layer (0: a dense layer)."""
+
+    base: int
+    layers: tuple[int, ...]
+    experts: tuple[int, ...]
+
+    @property
+    def common(self) -> int:
+        """Bytes that every device holds: the base record and all layer records."""
+        return self.base + sum(self.layers)
+
+    def of(self, key: RecordKey) -> int:
+        """Bytes of the record called `key`."""
+        if key.kind == "expert":
+            return self.experts[key.layer]
+        return self.layers[key.layer] if key.kind == "layer" else self.base
+
+
+@lru_cache(maxsize=2)  # asked for at each check and stage; one model is loaded, with many records
+def sizes_of(spec: ModelSpec, granularity: int) -> Sizes:
+    """The sizes of the records of `spec`, as the HMM makes page handles of them."""
+
+    def nbytes(key: RecordKey) -> int:
+        return round_up(record(spec, key).nbytes, granularity)
+
+    return Sizes(
+        base=nbytes(RecordKey("base")),
+        layers=tuple(nbytes(RecordKey("layer", layer)) for layer in range(spec.num_layers)),
+        experts=tuple(
+            nbytes(RecordKey("expert", layer, 0)) if count else 0
+            for layer, count in enumerate(spec.num_experts_by_layer)
+        ),
+    )
+
+
+def weights_on(sizes: Sizes, *layouts: Layout) -> dict[str, int]:
+    """Bytes of weights by device of `layouts`, which agree on the slots' devices; what several of them want is there
+    once."""
+    by_slot: Counter[int] = Counter()
+    for slot in {slot for layout in layouts for slot in layout.slots}:
+        by_slot[slot] = sizes.common
+    first, *others = layouts
+    for layer, nbytes in enumerate(sizes.experts):
+        for expert, slots in enumerate(first.homes[layer]):
+            homes = set(slots).union(*(other.homes[layer][expert] for other in others)) if others else slots
+            for slot in homes:
+                by_slot[slot] += nbytes
+    return {seat.device: by_slot[seat.slot] for layout in layouts for seat in layout.seats}
+
+
+class Needs(NamedTuple):
+    """What a rank's device needs beside weights: its ledger's bytes, and KV handles of `kv_handle_bytes`, the fewest
+    that one sequence of full length needs."""
+
+    ledger: int
+    kv_handle_bytes: int
+    kv_handles_min: int
+
+    def kv_room(self, budget: int, weights: int) -> int:
+        """KV handles for which a budget has room; below 0 where it has none for the rest."""
+        return (budget - weights - self.ledger) // self.kv_handle_bytes
+
+    def total(self, weights: int, kv_handles: int) -> int:
+        """Bytes of a device with so many KV handles."""
+        return weights + self.ledger + kv_handles * self.kv_handle_bytes
+
+    def check(
+        self, when: str, budgets: Mapping[str, int], weights: Mapping[str, int], kv_handles: Mapping[str, int]
+    ) -> None:
+        """Raise DoesNotFit with the figures of the first device of `weights` that exceeds its budget or has too few KV
+        handles; NotFound (`unknown_device`) for one without a budget."""
+        for device, nbytes in sorted(weights.items()):
+            budget, count = budgets.get(device), kv_handles[device]
+            if budget is None:
+                raise NotFound(f"{device} is not one of the {len(budgets)} devices", code="unknown_device")
+            excess = self.total(nbytes, count) - budget
+            if count < self.kv_handles_min:
+                what = f"are left, and one sequence of full length needs {self.kv_handles_min}"
+            elif excess > 0:
+                what = f"would exceed it by {size(excess)}"
+            else:
+                continue
+            raise DoesNotFit(
+                f"{device} {when}: of the budget of {size(budget)}, weights take {size(nbytes)} and the ledger "
+                f"{size(self.ledger)}; {max(0, count)} KV handles of {size(self.kv_handle_bytes)} {what}; more "
+                "replicas leave each device fewer experts; a start with more --device-memory has larger budgets"
+            )
 
 
 class DeviceTooSmall(DoesNotFit):
     """A device's budget holds no `weights_bytes`, `ledger_bytes` and `kv_bytes_min`, the KV of one sequence of full
     length; or the load allows less KV than that."""
 
-    def __init__(
-        self, device: str, budget: int, weights_bytes: int, ledger_bytes: int, kv_bytes_min: int, load: LoadModel
-    ) -> None:
+    def __init__(self, device: str, budget: int, weights_bytes: int, needs: Needs, load: LoadModel) -> None:
+        ledger_bytes, kv_bytes_min = needs.ledger, needs.kv_handles_min * needs.kv_handle_bytes
         room = max(0, budget - weights_bytes - ledger_bytes)
         super().__init__(
             f"{device}: the KV of one sequence of {load.max_model_len} tokens needs {size(kv_bytes_min)}; of the "
@@ -81,6 +180,17 @@ class LoadSizes(NamedTuple):
     bus: BusSizes
     devices: dict[str, DeviceSizes]
 
+    @property
+    def footprint(self) -> int:
+        """The most bytes of weights and KV of one device."""
+        handle_bytes = self.kv.handle_bytes
+        return max(device.weights_bytes + device.num_kv_handles * handle_bytes for device in self.devices.values())
+
+    @property
+    def kv_handles(self) -> int:
+        """The most KV handles of one device."""
+        return max(device.num_kv_handles for device in self.devices.values())
+
 
 def budget_of(config: HmmConfig, available_bytes: int, num_devices: int) -> int:
     """Of each device, a multiple of the granularity: what the operator says, else an equal share of most of the memory
@@ -116,21 +226,9 @@ def size_load(load: LoadModel, spec: ModelSpec, budgets: Mapping[str, int], gran
     specs = tuple(records(spec))
     handle_bytes_min = max(backend_of(seat.device).kv_handle_bytes_min for seat in load.layout.seats)
     geometry = kv_geometry(spec, load.block_size, granularity, handle_bytes_min)
-    ledger = size_ledger(load, granularity)
     bus = size_bus(load, spec, len(budgets), granularity)
-    return LoadSizes(specs, geometry, ledger, bus, size_devices(load, specs, geometry, ledger, granularity, budgets))
-
-
-def device_weights_bytes(spec: ModelSpec, num_devices: int, granularity: int) -> int:
-    """Most weight bytes of one device: everything but experts, and its share of each layer's experts."""
-    replicated, experts = 0, 0
-    for record in records(spec):
-        nbytes = round_up(record.nbytes, granularity)
-        if record.key.kind == "expert":
-            experts += nbytes
-        else:
-            replicated += nbytes
-    return replicated + -(-experts // num_devices)
+    devices = _size_devices(load, sizes_of(spec, granularity), needs_of(load, geometry, granularity), budgets)
+    return LoadSizes(specs, geometry, size_ledger(load, granularity), bus, devices)
 
 
 def size_bus(load: LoadModel, spec: ModelSpec, num_devices: int, granularity: int) -> BusSizes:
@@ -155,40 +253,22 @@ def size_ledger(load: LoadModel, granularity: int) -> LedgerSizes:
     return LedgerSizes(load.max_sequences, load.max_model_len, blocks, round_up(nbytes, granularity))
 
 
-def kv_handles_min(load: LoadModel, geometry: KvGeometry) -> int:
-    """KV handles that one sequence of full length needs."""
-    return -(-load.max_model_len // (load.block_size * geometry.blocks_per_handle))
+def needs_of(load: LoadModel, geometry: KvGeometry, granularity: int) -> Needs:
+    """What the load's ranks need beside weights. Raises InvalidRequest."""
+    handles_min = -(-load.max_model_len // (load.block_size * geometry.blocks_per_handle))
+    return Needs(size_ledger(load, granularity).nbytes, geometry.handle_bytes, handles_min)
 
 
-def size_devices(
-    load: LoadModel,
-    records: Sequence[RecordSpec],
-    geometry: KvGeometry,
-    ledger: LedgerSizes,
-    granularity: int,
-    budgets: Mapping[str, int],
-) -> dict[str, DeviceSizes]:
-    """Sizes by device of the layout. KV takes what `load.kv_bytes_max` and the budget allow.
-
-    Raises DoesNotFit with the figures when a device cannot hold its weights and one sequence of full length;
-    InvalidRequest when the layout is not for this model.
-    """
-    sizes = {record.key: round_up(record.nbytes, granularity) for record in records}
-    handles_min = kv_handles_min(load, geometry)
-    kv_min = handles_min * geometry.handle_bytes
+def _size_devices(load: LoadModel, sizes: Sizes, needs: Needs, budgets: Mapping[str, int]) -> dict[str, DeviceSizes]:
+    """Sizes by device of the layout. KV takes what `load.kv_bytes_max` and the budget allow. Raises DeviceTooSmall."""
+    weights = weights_on(sizes, load.layout)
     result = {}
     for seat in load.layout.seats:
-        keys = tuple(keys_on(load.layout, seat.slot))
-        foreign = next((key for key in keys if key not in sizes), None)
-        if foreign is not None:
-            raise InvalidRequest(f"the layout places {foreign}, which the model does not have")
-        weights = sum(sizes[key] for key in keys)
-        budget = budgets[seat.device]
-        room = budget - weights - ledger.nbytes
-        num_kv = max(0, min(load.kv_bytes_max, room)) // geometry.handle_bytes
-        if num_kv < handles_min:
-            raise DeviceTooSmall(seat.device, budget, weights, ledger.nbytes, kv_min, load)
-        result[seat.device] = DeviceSizes(keys, weights, ledger.nbytes, num_kv)
+        budget, nbytes = budgets[seat.device], weights[seat.device]
+        num_kv = max(0, min(load.kv_bytes_max // needs.kv_handle_bytes, needs.kv_room(budget, nbytes)))
+        if num_kv < needs.kv_handles_min:
+            raise DeviceTooSmall(seat.device, budget, nbytes, needs, load)
+        result[seat.device] = DeviceSizes(tuple(keys_on(load.layout, seat.slot)), nbytes, needs.ledger, num_kv)
     return result
 
 
@@ -207,3 +287,101 @@ def check_layout(layout: Layout, spec: ModelSpec) -> None:
             f"the layout has experts {list(counts)[:8]} in its first layers of {len(counts)}, the model has "
             f"{list(spec.num_experts_by_layer)[:8]} of {spec.num_layers}"
         )
+
+
+class MemoryForecast(msgspec.Struct, frozen=True):
+    """What bounds a plan, in bytes: each device's budget, the footprint (bytes of weights and KV of one device, which
+    KV fills up as weights leave), the ledger of one rank, and KV handles: their size, the fewest that a rank can work
+    with, how many each device of the layout in force has now, and how many a device had at the load."""
+
+    budgets: dict[str, int]
+    footprint: int
+    ledger: int
+    kv_handle_bytes: int
+    kv_handles_min: int
+    kv_handles: dict[str, int]
+    kv_handles_load: int = 0
+
+    @property
+    def needs(self) -> Needs:
+        """Of each device."""
+        return Needs(self.ledger, self.kv_handle_bytes, self.kv_handles_min)
+
+
+class Instants(NamedTuple):
+    """One leg by device: bytes at its start, while it is staged, after its release; the most of these (`peak`, and
+    `peak_total` summed over devices); KV handles until and from the release. `vacates`: KV has to be cleared first."""
+
+    start: dict[str, int]
+    staged: dict[str, int]
+    released: dict[str, int]
+    peak: dict[str, int]
+    peak_total: int
+    kv_handles: dict[str, int]
+    kv_handles_after: dict[str, int]
+    vacates: bool
+
+
+class Capacity:
+    """What each device holds before, during and after each leg: arithmetic over one model's sizes and one memory."""
+
+    def __init__(self, sizes: Sizes, memory: MemoryForecast) -> None:
+        self._sizes = sizes
+        self._memory = memory
+        self._needs = memory.needs
+
+    def held(self, layout: Layout, kv_handles: Mapping[str, int]) -> dict[str, int]:
+        """Bytes of weights, KV and ledger by device of `layout`."""
+        return self._sum(weights_on(self._sizes, layout), kv_handles)
+
+    def instants(self, layout: Layout, steps: Sequence[Layout]) -> list[Instants]:
+        """The figures of each leg; `steps` are the layouts that follow on `layout`.
+
+        Raises DoesNotFit (`does_not_fit`) for the first device that could not keep `kv_handles_min`, or whose bytes
+        would exceed its budget; NotFound (`unknown_device`) for one without a budget.
+        """
+        now = {seat.device: self._memory.kv_handles.get(seat.device, 0) for seat in layout.seats}
+        result = []
+        for number, step in enumerate(steps):
+            following = steps[number + 1] if number + 1 < len(steps) else None
+            instants = self._leg(layout, step, now, following)
+            result.append(instants)
+            layout, now = step, instants.kv_handles_after
+        return result
+
+    def _leg(self, before: Layout, layout: Layout, now: dict[str, int], following: Layout | None) -> Instants:
+        old, new = weights_on(self._sizes, before), weights_on(self._sizes, layout)
+        both = weights_on(self._sizes, before, layout)
+        after = {device: self._kv(device, weights) for device, weights in new.items()}
+        first = self._first(layout, following) if following is not None else {}
+        during = {}
+        for device, weights in both.items():
+            if device in now:
+                during[device] = max(0, min(now[device], self._kv(device, weights)))
+            else:
+                during[device] = after[device] = min(first.get(device, after[device]), after[device])
+        self._needs.check("after the release", self._memory.budgets, new, after)
+        self._needs.check("while both layouts are in memory", self._memory.budgets, both, during)
+        start, staged, released = self._sum(old, now), self._sum(both, during), self._sum(new, after)
+        ends = {device: max(nbytes, released.get(device, 0)) for device, nbytes in staged.items()}
+        peak = {device: max(nbytes, start.get(device, 0)) for device, nbytes in ends.items()}
+        vacates = any(during[device] < handles for device, handles in now.items())
+        total = max(sum(start.values()), sum(ends.values()))
+        return Instants(start, staged, released, peak, total, during, after, vacates)
+
+    def _first(self, layout: Layout, following: Layout) -> dict[str, int]:
+        """KV handles of joiners that get their experts in the following leg, beside which these fit."""
+        both, handles_min = weights_on(self._sizes, layout, following), self._memory.kv_handles_min
+        return {
+            device: max(handles_min, min(self._kv(device, weights) // _FIRST_SHARE, self._kv(device, both[device])))
+            for device, weights in weights_on(self._sizes, following).items()
+        }
+
+    def _kv(self, device: str, weights: int) -> int:
+        """KV handles beside `weights`: what the footprint leaves, within the budget."""
+        memory = self._memory
+        wanted = max((memory.footprint - weights) // memory.kv_handle_bytes, memory.kv_handles_load)
+        return min(wanted, self._needs.kv_room(memory.budgets.get(device, 0), weights))
+
+    def _sum(self, weights: Mapping[str, int], kv_handles: Mapping[str, int]) -> dict[str, int]:
+        return {name: self._needs.total(nbytes, kv_handles.get(name, 0)) for name, nbytes in weights.items()}

@@ -70,7 +70,6 @@ PURE = [
     "services/scaler/operation/accounting.py",
     "services/scaler/planning/rebalance.py",
     "services/scaler/control/audit_log.py",
-    "services/scaler/planning/capacity.py",
     "services/scaler/planning/placement.py",
     "services/scaler/planning/plan.py",
     "services/scaler/planning/planner.py",

@@ -16,9 +16,10 @@ from elasticmoe.cli.arguments import number, whole
 from elasticmoe.cli.bench.plan_simulation import Assumptions, simulate
 from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
 from elasticmoe.cli.terminal import say
+from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.common.layout import Layout, initial_layout
 from elasticmoe.common.model_spec import round_up
-from elasticmoe.services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target
+from elasticmoe.services.scaler.planning.plan import Plan, Rates, Target
 from elasticmoe.services.scaler.planning.planner import plan_way
 
 GRANULARITY = 2 << 20

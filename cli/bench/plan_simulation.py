@@ -11,8 +11,9 @@ import heapq
 from collections import Counter, defaultdict, deque
 from typing import NamedTuple
 
+from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.common.protocol.hmm import RecordCopy
-from elasticmoe.services.scaler.planning.plan import Leg, MemoryForecast, Plan, Sizes
+from elasticmoe.services.scaler.planning.plan import Leg, Plan
 
 
 class Assumptions(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from elasticmoe.common.capacity import kv_handles_min, size_ledger
+from elasticmoe.common.capacity import needs_of
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, MemoryFacts
 from elasticmoe.services.hmm.loading.loader import ModelLoad
@@ -73,12 +73,13 @@ def _memory_facts(holdings: Holdings) -> MemoryFacts | None:
     loaded = holdings.loaded
     if loaded is None:
         return None
+    needs = needs_of(loaded.load, loaded.kv, holdings.granularity)
     return MemoryFacts(
         granularity=holdings.granularity,
         kv=loaded.kv,
         footprint=loaded.footprint,
-        ledger=size_ledger(loaded.load, holdings.granularity).nbytes,
-        kv_handles_min=kv_handles_min(loaded.load, loaded.kv),
+        ledger=needs.ledger,
+        kv_handles_min=needs.kv_handles_min,
         kv_handles_load=loaded.kv_handles,
     )
 

@@ -11,11 +11,11 @@ One file of more than 400 lines: it stands for one process, whose parts share it
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from elasticmoe.common.capacity import size_ledger
+from elasticmoe.common.capacity import Sizes, size_ledger, sizes_of
 from elasticmoe.common.devices.base import KeyToken
 from elasticmoe.common.families import records
 from elasticmoe.common.layout import Layout, keys_on
@@ -27,7 +27,7 @@ from elasticmoe.common.protocol.hmm import LoadModel
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native.ledger import Ledger, format_ledger
 from elasticmoe.native.ledger import ledger_bytes as native_ledger_bytes
-from elasticmoe.services.hmm.memory.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition, record_bytes
+from elasticmoe.services.hmm.memory.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition
 from elasticmoe.services.hmm.parts import Parts
 from elasticmoe.services.hmm.service import Hmm as HmmService
 from elasticmoe.services.hmm.transition.transition import Transitions
@@ -161,7 +161,7 @@ class Supply:
 
     def claim_stage(self, transition: Transition, loaded: Loaded) -> None:
         """See elasticmoe.services.hmm.memory.transfer."""
-        memories, sizes = self._hmm.memories, record_bytes(loaded, PAGE)
+        memories, sizes = self._hmm.memories, sizes_of(SPEC, PAGE)
         for seat in transition.after.seats:
             if transition.before.seat_on(seat.device) is None:
                 memory = memories[seat.device]
@@ -172,7 +172,7 @@ class Supply:
             self._hmm.expect(
                 not copy.source or copy.key in memories[copy.source].records, f"{copy.key} is copied from nothing"
             )
-            self._claim(memories[copy.target], "records", copy.key, sizes[copy.key])
+            self._claim(memories[copy.target], "records", copy.key, sizes.of(copy.key))
 
     def claim_kv(self, memory: Memory, count: int, loaded: Loaded) -> None:
         """See elasticmoe.services.hmm.memory.transfer."""
@@ -253,7 +253,7 @@ class Hmm(Actor):
         self.ledger = SimpleNamespace(fd=0, nbytes=self.ledger_bytes)  # stands for one in messages
         self.bus = Bus()
         self.segment = SimpleNamespace(bus=self.bus, shared=SEGMENT)
-        self._sizes: Mapping[RecordKey, int] = {}
+        self._sizes: Sizes = sizes_of(SPEC, PAGE)
         self.on_change: Callable[[], None] = lambda: None
         self.expect: Callable[[bool, str], None] = lambda _is_true, _text: None
         self.loaded: Loaded | None = None
@@ -274,9 +274,8 @@ class Hmm(Actor):
             memory.ledger = self.ledger
             memory.kv = [memory.new_kv() for _ in range(load.kv_bytes_max // PAGE)]
         self.loaded = Loaded(load, SPEC, GEOMETRY, PAGE, load.layout, "memory", 0, load.kv_bytes_max // PAGE)
-        self._sizes = record_bytes(self.loaded, PAGE)
         for memory in self.memories.values():
-            footprint = max(footprint, sum(self._sizes[key] for key in memory.records) + len(memory.kv) * PAGE)
+            footprint = max(footprint, sum(self._sizes.of(key) for key in memory.records) + len(memory.kv) * PAGE)
         self.loaded = Loaded(load, SPEC, GEOMETRY, PAGE, load.layout, "memory", footprint, load.kv_bytes_max // PAGE)
         self.doorbells = dict.fromkeys(load.layout.slots, 0)
 
@@ -327,7 +326,7 @@ class Hmm(Actor):
         """The snapshot."""
         held = {name: (dict(m.records), list(m.kv), m.ledger) for name, m in self.memories.items()}
         for memory in self.memories.values():
-            weights = sum(self._sizes[key] for key in memory.records)
+            weights = sum(self._sizes.of(key) for key in memory.records)
             memory.device.used = {"weights": weights, "kv": len(memory.kv) * PAGE}
         self._snapshot = (self.loaded, self.transition, held, dict(self.doorbells))
         self.on_change()
@@ -344,18 +343,18 @@ class Hmm(Actor):
 
     def _placed(self, key: RecordKey, index: int) -> Placed:
         if (key, index) not in self._spans:
-            self._spans[key, index] = Placed(key, Span(index << 24, self._sizes[key]))
+            self._spans[key, index] = Placed(key, Span(index << 24, self._sizes.of(key)))
         return self._spans[key, index]
 
     def bytes_of(self, memory: Memory) -> int:
         """All that is in use, or about to be."""
-        held = sum(self._sizes[key] for key in memory.records) + len(memory.kv) * PAGE
+        held = sum(self._sizes.of(key) for key in memory.records) + len(memory.kv) * PAGE
         return held + (self.ledger_bytes if memory.ledger else 0) + memory.num_claimed + memory.num_releasing
 
     def handle_bytes(self, handle: Any) -> int:
         """Of a record, a KV handle or a ledger."""
         if isinstance(handle, RecordKey):
-            return self._sizes[handle]
+            return self._sizes.of(handle)
         return PAGE if isinstance(handle, int) else self.ledger_bytes
 
     def open_layout(self, layout: Layout) -> None:

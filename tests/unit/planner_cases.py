@@ -6,9 +6,10 @@ from collections import Counter
 
 from hypothesis import strategies as st
 
+from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.common.layout import Layout, RankId, Seat
 from elasticmoe.common.model_spec import RecordKey
-from elasticmoe.services.scaler.planning.plan import Leg, MemoryForecast, Plan, Sizes, Target
+from elasticmoe.services.scaler.planning.plan import Leg, Plan, Target
 
 DEVICES = [f"host:{i}" for i in range(10)]
 LEDGER = 7

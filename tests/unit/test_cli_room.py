@@ -12,7 +12,7 @@ from elasticmoe.cli import checks, settings, up
 from elasticmoe.cli.main import main
 from elasticmoe.cli.record import DeploymentRecord, ProcessRecord, write_record
 from elasticmoe.cli.rundir import RunDir
-from elasticmoe.common.capacity import device_weights_bytes, load_of, size_ledger
+from elasticmoe.common.capacity import load_of, size_ledger, sizes_of, weights_on
 from elasticmoe.common.families import load_spec
 from elasticmoe.common.layout import initial_layout
 from elasticmoe.common.private import make_private
@@ -71,8 +71,9 @@ def test_named_devices_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest
 def test_each_device_has_room_for_the_whole_model(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = resolved(tmp_path, "--kv-memory", "256MiB")
     spec = load_spec(model, found.scaler.dtype)
-    load = load_of(found.scaler, spec, initial_layout(spec.num_experts_by_layer, ["host:0"]))
-    each = device_weights_bytes(spec, 1, PAGE) + size_ledger(load, PAGE).nbytes + (256 << 20)
+    alone = initial_layout(spec.num_experts_by_layer, ["host:0"])
+    load, weights = load_of(found.scaler, spec, alone), weights_on(sizes_of(spec, PAGE), alone)["host:0"]
+    each = weights + size_ledger(load, PAGE).nbytes + (256 << 20)
     for number, expected in ((0, 2), (1, 2), (2, 2), (3, 3), (4, 4), (9, 4)):
         monkeypatch.setattr(checks, "available_bytes", lambda number=number: int(number * each / 0.8) + 64)
         assert checks.num_devices_that_fit(found, model) == expected

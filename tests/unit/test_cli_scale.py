@@ -17,11 +17,11 @@ from elasticmoe.cli import events, plan, rebalance, scale, status, status_view
 from elasticmoe.cli.admin import Admin
 from elasticmoe.cli.console import PlainConsole
 from elasticmoe.cli.main import main
+from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.services.scaler.api.requests import parse_scale
 from elasticmoe.services.scaler.api.snapshot import operation_view, plan_view
 from elasticmoe.services.scaler.control.admission import accept, planned_of
-from elasticmoe.services.scaler.planning.plan import Sizes
 from tests.unit.transitions import UP, World
 
 Answers = list[tuple[str, str, Any]]

@@ -16,8 +16,9 @@ from elasticmoe.cli import checks, settings, up
 from elasticmoe.cli.console import size
 from elasticmoe.cli.listeners import ADMIN, ROUTER, Listeners
 from elasticmoe.cli.probes import bind_once
-from elasticmoe.common.capacity import device_weights_bytes
+from elasticmoe.common.capacity import sizes_of, weights_on
 from elasticmoe.common.families import load_spec
+from elasticmoe.common.layout import initial_layout
 from elasticmoe.common.protocol.errors import CheckpointError, ConfigError, DoesNotFit, ElasticMoEError, InvalidRequest
 from tests.procs.waiting import free_port
 
@@ -233,7 +234,9 @@ def test_too_little_memory_is_refused_with_the_figures(
 
 def test_experts_are_shared_out_and_the_rest_is_not(model: Path) -> None:
     spec = load_spec(model, "float32")
-    one, two, four = (device_weights_bytes(spec, number, 4096) for number in (1, 2, 4))
+    devices, sizes = [f"host:{i}" for i in range(4)], sizes_of(spec, 4096)
+    layouts = [initial_layout(spec.num_experts_by_layer, devices[:number]) for number in (1, 2, 4)]
+    one, two, four = (max(weights_on(sizes, layout).values()) for layout in layouts)
     assert one - two == 2 * (two - four)
 
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 import elasticmoe.common.store
+from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.protocol.errors import PayloadTooLarge, Unavailable
 from elasticmoe.common.store import Store, Writer
@@ -26,7 +27,7 @@ from elasticmoe.services.scaler.operation import advance, prepare
 from elasticmoe.services.scaler.operation.advance import cancel
 from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.operation.steps import enter
-from elasticmoe.services.scaler.planning.plan import MemoryForecast, Rates, Sizes, Target
+from elasticmoe.services.scaler.planning.plan import Rates, Target
 from elasticmoe.services.scaler.store.journal import Journal
 from tests.procs.waiting import wait_until
 from tests.replay import DECISIONS, replay

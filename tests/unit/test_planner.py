@@ -7,11 +7,12 @@ from collections import Counter
 import msgspec
 import pytest
 
+from elasticmoe.common.capacity import MemoryForecast, Sizes, sizes_of
 from elasticmoe.common.families import records
 from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout
 from elasticmoe.common.model_spec import RecordKey, round_up
 from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError, InvalidRequest, NotFound
-from elasticmoe.services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target, sizes_of
+from elasticmoe.services.scaler.planning.plan import Plan, Rates, Target
 from elasticmoe.services.scaler.planning.planner import make_plan
 from tests.unit.planner_cases import DEVICES, KV_HANDLE, LEDGER, memory_of, run_plan
 from tests.unit.specs import tiny_mixtral_spec, tiny_qwen3_spec

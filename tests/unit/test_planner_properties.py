@@ -9,11 +9,12 @@ import networkx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.errors import DoesNotFit
 from elasticmoe.services.scaler.planning.placement import spread_common
-from elasticmoe.services.scaler.planning.plan import MemoryForecast, Plan, Sizes, Target
+from elasticmoe.services.scaler.planning.plan import Plan, Target
 from elasticmoe.services.scaler.planning.planner import make_plan
 from tests.unit.planner_cases import (
     DEVICES,

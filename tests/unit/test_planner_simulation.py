@@ -7,10 +7,11 @@ import pytest
 
 from elasticmoe.cli.bench.plan import DEEPSEEK_V2_LITE, DEEPSEEK_V3, kv_handle_bytes, memory_for, sizes_of_geometry
 from elasticmoe.cli.bench.plan_simulation import Assumptions, Links, simulate
+from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.layout import initial_layout
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.hmm import RecordCopy
-from elasticmoe.services.scaler.planning.plan import Leg, Sizes, Target
+from elasticmoe.services.scaler.planning.plan import Leg, Target
 from elasticmoe.services.scaler.planning.planner import make_plan
 
 DEVICES = [f"device:{i}" for i in range(4)]

@@ -12,6 +12,7 @@ import httpx
 import msgspec
 import pytest
 
+from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.protocol.errors import (
     Conflict,
     DeadlineExceeded,
@@ -41,7 +42,7 @@ from elasticmoe.services.scaler.control.admission import (
 from elasticmoe.services.scaler.control.command_queue import CommandQueue
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.operation.operation import Request
-from elasticmoe.services.scaler.planning.plan import Sizes, Target
+from elasticmoe.services.scaler.planning.plan import Target
 from tests.unit.transitions import DOWN, UP, World, operation_of
 
 SIZES = Sizes(100, (10,), (7,))

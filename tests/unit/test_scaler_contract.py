@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.protocol.errors import Conflict, InvalidRequest, Unready
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import PoolRank, PoolStatus
@@ -14,7 +15,6 @@ from elasticmoe.services.scaler.api.contract import check_instance, scale_status
 from elasticmoe.services.scaler.api.requests import parse_scale
 from elasticmoe.services.scaler.api.snapshot import StatusSnapshot
 from elasticmoe.services.scaler.control.admission import planned_of
-from elasticmoe.services.scaler.planning.plan import Sizes
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
 SIZES = Sizes(100, (10,), (7,))

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError
 from elasticmoe.common.protocol.scaler import HmmStatus
@@ -20,7 +21,7 @@ from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.observation import Observation
 from elasticmoe.services.scaler.operation.advance import can_cancel, without_lost
 from elasticmoe.services.scaler.operation.operation import DeviceChange, Operation, Planned, Request
-from elasticmoe.services.scaler.planning.plan import Plan, Sizes
+from elasticmoe.services.scaler.planning.plan import Plan
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 
 PHASES = ("prepare", "commit", "migrate", "release")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.common.layout import initial_layout
-from elasticmoe.services.scaler.planning.plan import MemoryForecast, Rates, Sizes, Target
+from elasticmoe.services.scaler.planning.plan import Rates, Target
 from elasticmoe.services.scaler.planning.planner import plan_way
 
 SIZES = Sizes(100, (10,), (7,))

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from elasticmoe.cli.checks import device_weights_bytes
 from elasticmoe.cli.models.make import QWEN3_MOE_1B, TINY_MIXTRAL
+from elasticmoe.common.capacity import sizes_of, weights_on
 from elasticmoe.common.config import defaults
 from elasticmoe.common.devices.factory import backend_of
 from elasticmoe.common.families import parse_spec
+from elasticmoe.common.layout import initial_layout
 from elasticmoe.common.model_spec import kv_geometry
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "sizing.md").read_text()
@@ -53,7 +54,9 @@ def test_the_table_is_computed(model: str) -> None:
     *weights, kv = [cell.strip() for cell in row[1].split("|")]
     spec, granularity = parse_spec(CONFIGS[model], "bfloat16"), defaults()["granularity"]
     for cell, num_devices in zip(weights, (1, 2, 4, 8), strict=True):
-        assert close(cell, device_weights_bytes(spec, num_devices, granularity)), (cell, num_devices)
+        layout = initial_layout(spec.num_experts_by_layer, [f"host:{i}" for i in range(num_devices)])
+        most = max(weights_on(sizes_of(spec, granularity), layout).values())
+        assert close(cell, most), (cell, num_devices)
     geometry = kv_geometry(spec, defaults()["block_size"], granularity, backend_of("host").kv_handle_bytes_min)
     tokens_of_handle = geometry.blocks_per_handle * defaults()["block_size"]
     assert close(kv, geometry.handle_bytes / tokens_of_handle * 2_048), kv

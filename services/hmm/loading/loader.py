@@ -12,11 +12,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from elasticmoe.common.capacity import DeviceSizes, LedgerSizes, size_load
+from elasticmoe.common.capacity import LoadSizes, Sizes, size_load, sizes_of
 from elasticmoe.common.checkpoint import Checkpoint
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.families import load_spec
-from elasticmoe.common.model_spec import KvGeometry, RecordKey, RecordSpec, round_up
+from elasticmoe.common.model_spec import RecordKey, RecordSpec
 from elasticmoe.common.protocol.errors import CheckpointError, Unavailable
 from elasticmoe.common.protocol.hmm import LoadModel
 from elasticmoe.common.telemetry import get_logger
@@ -66,37 +66,29 @@ class ModelLoad:
         directory = _existing(load.model_path)
         spec = load_spec(directory, load.dtype)
         budgets = {name: memory.device.budget for name, memory in self._memories.items()}
-        specs, geometry, ledger, bus, sizes = size_load(load, spec, budgets, granularity)
+        sizes = size_load(load, spec, budgets, granularity)
         with Checkpoint(directory, spec) as checkpoint:
             if remarks := checkpoint.remarks():
                 log.warning("checkpoint: " + "; ".join(remarks))
             failpoint("hmm.load")
-            self._create(specs, sizes, geometry, ledger)
-            self._read(checkpoint, specs)
+            self._create(sizes, sizes_of(spec, granularity))
+            self._read(checkpoint, sizes.records)
             self.bytes_read = checkpoint.bytes_read
-        self._replicate(specs)
-        self._segment.format(bus)
-        footprint = max(size.weights_bytes + size.num_kv_handles * geometry.handle_bytes for size in sizes.values())
-        handles = max(size.num_kv_handles for size in sizes.values())
-        return Loaded(load, spec, geometry, bus.nbytes, load.layout, uuid.uuid4().hex, footprint, handles)
+        self._replicate(sizes.records)
+        self._segment.format(sizes.bus)
+        memory_id, bus_bytes = uuid.uuid4().hex, sizes.bus.nbytes
+        return Loaded(load, spec, sizes.kv, bus_bytes, load.layout, memory_id, sizes.footprint, sizes.kv_handles)
 
-    def _create(
-        self,
-        specs: Sequence[RecordSpec],
-        sizes: Mapping[str, DeviceSizes],
-        geometry: KvGeometry,
-        ledger: LedgerSizes,
-    ) -> None:
-        nbytes = {spec.key: round_up(spec.nbytes, self._granularity) for spec in specs}
-        for name, size in sizes.items():
+    def _create(self, sizes: LoadSizes, records: Sizes) -> None:
+        for name, size in sizes.devices.items():
             memory = self._memories[name]
-            memory.ledger = make_ledger(name, ledger)
+            memory.ledger = make_ledger(name, sizes.ledger)
             for key in size.keys:
                 self._check_abort()
-                memory.create_record(key, nbytes[key])
+                memory.create_record(key, records.of(key))
             for _ in range(size.num_kv_handles):
                 self._check_abort()
-                memory.create_kv(geometry.handle_bytes)
+                memory.create_kv(sizes.kv.handle_bytes)
 
     def _holders(self, key: RecordKey) -> list[DeviceMemory]:
         seats = sorted(self.request.layout.seats, key=lambda seat: seat.slot)

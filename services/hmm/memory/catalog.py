@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from types import MappingProxyType
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
 
-from elasticmoe.common.families import records
+from elasticmoe.common.capacity import sizes_of
 from elasticmoe.common.layout import Layout, keys_on
-from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey, round_up
+from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey
 from elasticmoe.common.protocol.hmm import LoadModel, StageLayout
 from elasticmoe.common.protocol.replies import Refused
 
@@ -154,16 +152,6 @@ def layouts(loaded: Loaded, transition: Transition | None) -> tuple[tuple[Layout
     return ((transition.after,) if transition.phase == "releasing" else (transition.before,)), both
 
 
-def record_bytes(loaded: Loaded, granularity: int) -> Mapping[RecordKey, int]:
-    """Bytes of each record's handle."""
-    return _record_bytes(loaded.spec, granularity)
-
-
-@lru_cache(maxsize=2)  # asked for at each check and stage; one model is loaded, with tens of thousands of records
-def _record_bytes(spec: ModelSpec, granularity: int) -> Mapping[RecordKey, int]:
-    return MappingProxyType({record.key: round_up(record.nbytes, granularity) for record in records(spec)})
-
-
 def keys_of(wanted: Iterable[Layout], device: str) -> set[RecordKey]:
     """The records that belong on `device` by any of the layouts."""
     seats = ((layout, layout.seat_on(device)) for layout in wanted)
@@ -218,8 +206,8 @@ def _check_placement(catalog: Catalog, loaded: Loaded) -> list[str]:
         except ValueError as error:
             findings.append(f"layout: {error}")
         if tuple(len(experts) for experts in layout.homes) != loaded.spec.num_experts_by_layer:
-            findings.append("layout: its experts are not the model's")
-    sizes = record_bytes(loaded, catalog.granularity)
+            return [*findings, "layout: its experts are not the model's"]
+    sizes = sizes_of(loaded.spec, catalog.granularity)
     for entry in catalog.devices:
         wanted, may_hold = keys_of(needed, entry.device), keys_of(allowed, entry.device)
         held = Counter(placed.key for placed in entry.records)
@@ -231,9 +219,9 @@ def _check_placement(catalog: Catalog, loaded: Loaded) -> list[str]:
         findings += [f"{entry.device}: holds {key} without need" for key in sorted(set(held) - may_hold)]
         findings += [f"{entry.device}: holds {key} {count} times" for key, count in held.items() if count > 1]
         findings += [
-            f"{entry.device}: {placed.key} has {placed.span.nbytes} bytes, not {sizes.get(placed.key)}"
+            f"{entry.device}: {placed.key} has {placed.span.nbytes} bytes, not {sizes.of(placed.key)}"
             for placed in entry.records
-            if placed.span.nbytes != sizes.get(placed.key)
+            if placed.key in may_hold and placed.span.nbytes != sizes.of(placed.key)
         ]
         if (wanted and not entry.kv) or any(span.nbytes != loaded.kv.handle_bytes for span in entry.kv):
             findings.append(f"{entry.device}: KV handles are none, or not of {loaded.kv.handle_bytes} bytes")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from elasticmoe.common.capacity import LedgerSizes, size_ledger
+from elasticmoe.common.capacity import LedgerSizes, size_ledger, sizes_of
 from elasticmoe.common.checkpoint import Checkpoint
 from elasticmoe.common.devices.base import Device, Handle
 from elasticmoe.common.failpoint import failpoint
@@ -25,7 +25,7 @@ from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.hmm import RecordCopy
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.loading.reader import Reader
-from elasticmoe.services.hmm.memory.catalog import Loaded, Transition, record_bytes
+from elasticmoe.services.hmm.memory.catalog import Loaded, Transition
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.ledgers import claim_ledger, format_pages
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
@@ -252,11 +252,11 @@ class Supply:
             memory = memories[seat.device]
             self._claims.append(LedgerPart(memory, claim_ledger(seat.device, ledger), ledger))
             self.claim_kv(memory, request.kv_handles[seat.device], loaded)
-        sizes = record_bytes(loaded, self._holdings.granularity)
+        sizes = sizes_of(loaded.spec, self._holdings.granularity)
         for copy in request.copies:
             memory, holder = memories[copy.target], memories[copy.source] if copy.source else None
             source = (holder, holder.records[copy.key]) if holder is not None else None
-            handle = memory.claim(sizes[copy.key], "weights")
+            handle = memory.claim(sizes.of(copy.key), "weights")
             self._claims.append(HandlePart(memory, handle, copy, source))
 
     def claim_kv(self, memory: DeviceMemory, count: int, loaded: Loaded) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from elasticmoe.common.capacity import check_layout, kv_handles_min, size_ledger
+from elasticmoe.common.capacity import check_layout, needs_of, sizes_of, weights_on
 from elasticmoe.common.layout import Layout
-from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, InvalidRequest, NotFound
+from elasticmoe.common.protocol.errors import Conflict, InvalidRequest, NotFound
 from elasticmoe.common.protocol.hmm import StageLayout
-from elasticmoe.common.wording import size
-from elasticmoe.services.hmm.memory.catalog import Catalog, Loaded, keys_of, record_bytes
+from elasticmoe.services.hmm.memory.catalog import Catalog, Loaded, keys_of
 
 
 def check_stage(catalog: Catalog, loaded: Loaded, request: StageLayout, max_ranks: int) -> None:
@@ -78,13 +75,6 @@ def _check_kv(catalog: Catalog, loaded: Loaded, request: StageLayout) -> None:
     ):
         if set(counts) != devices:
             raise InvalidRequest(f"{name} is for {sorted(counts)[:8]}, not for the layout's {sorted(devices)[:8]}")
-        handles_min = kv_handles_min(loaded.load, loaded.kv)
-        for device, count in sorted(counts.items()):
-            if count < handles_min:
-                raise DoesNotFit(
-                    f"{device}: {count} KV handles are left; one sequence of {loaded.load.max_model_len} tokens needs "
-                    f"{handles_min}"
-                )
     for device in sorted(before):
         now, wanted = len(catalog.entry(device).kv), request.kv_handles[device]
         if wanted > now:
@@ -98,22 +88,9 @@ def _check_kv(catalog: Catalog, loaded: Loaded, request: StageLayout) -> None:
 
 
 def _check_budgets(catalog: Catalog, loaded: Loaded, request: StageLayout) -> None:
-    sizes = record_bytes(loaded, catalog.granularity)
-    ledger = size_ledger(loaded.load, catalog.granularity).nbytes
-    during = (loaded.layout, request.layout)
-    counts: tuple[tuple[str, tuple[Layout, ...], Mapping[str, int]], ...] = (
-        ("until the release", during, request.kv_handles),
-        ("after the release", (request.layout,), request.kv_handles_after),
-    )
-    for when, wanted, kv_handles in counts:
-        for device, num_handles in sorted(kv_handles.items()):
-            budget = catalog.entry(device).budget
-            weights = sum(sizes[key] for key in keys_of(wanted, device))
-            kv = num_handles * loaded.kv.handle_bytes
-            total = weights + kv + ledger
-            if total > budget:
-                raise DoesNotFit(
-                    f"{device}: {when} weights take {size(weights)}, {num_handles} KV handles {size(kv)} and the "
-                    f"ledger {size(ledger)}: {size(total)} exceed the budget of {size(budget)} by "
-                    f"{size(total - budget)}"
-                )
+    sizes = sizes_of(loaded.spec, catalog.granularity)
+    needs = needs_of(loaded.load, loaded.kv, catalog.granularity)
+    budgets = {entry.device: entry.budget for entry in catalog.devices}
+    both, after = weights_on(sizes, loaded.layout, request.layout), weights_on(sizes, request.layout)
+    needs.check("after the release", budgets, after, request.kv_handles_after)
+    needs.check("while both layouts are in memory", budgets, both, request.kv_handles)

@@ -13,6 +13,7 @@ from typing import Final
 
 import msgspec
 
+from elasticmoe.common.capacity import sizes_of
 from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
 from elasticmoe.common.devices.base import Handle
 from elasticmoe.common.failpoint import failpoint
@@ -25,7 +26,7 @@ from elasticmoe.common.protocol.replies import Refused, refusal
 from elasticmoe.common.protocol.scaler import TransitionStatus
 from elasticmoe.common.telemetry import Logger
 from elasticmoe.services.hmm.memory.blocks import BlockCopies
-from elasticmoe.services.hmm.memory.catalog import Loaded, Phase, Transition, keys_of, record_bytes
+from elasticmoe.services.hmm.memory.catalog import Loaded, Phase, Transition, keys_of
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
 from elasticmoe.services.hmm.memory.transfer import Supply
@@ -114,8 +115,8 @@ class Transitions:
         holdings.open_layout(request.layout)
         before = {seat.device: len(holdings.memories[seat.device].kv) for seat in loaded.layout.seats}
         self._supply.begin()
-        sizes = record_bytes(loaded, holdings.granularity)
-        bytes_total = sum(sizes[copy.key] for copy in request.copies)
+        sizes = sizes_of(loaded.spec, holdings.granularity)
+        bytes_total = sum(sizes.of(copy.key) for copy in request.copies)
         holdings.transition = Transition(request, loaded.layout, before, "vacating", bytes_total=bytes_total)
         self._is_flip_logged = False
         self._enter("vacating")

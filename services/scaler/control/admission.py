@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
+from elasticmoe.common.capacity import MemoryForecast, Sizes, sizes_of
 from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.model_spec import ModelSpec
@@ -27,7 +28,7 @@ from elasticmoe.services.scaler.operation.operation import (
     Planned,
     Request,
 )
-from elasticmoe.services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target, sizes_of
+from elasticmoe.services.scaler.planning.plan import Plan, Rates, Target
 
 log = get_logger("scaler")
 

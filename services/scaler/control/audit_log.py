@@ -11,11 +11,12 @@ from collections.abc import Iterable
 
 import msgspec
 
+from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.common.layout import Layout
 from elasticmoe.services.scaler.actions import Action, EjectRank, LeaveOut
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.observation import Observation, Step
-from elasticmoe.services.scaler.planning.plan import MemoryForecast, Plan, Rates, Sizes, Target
+from elasticmoe.services.scaler.planning.plan import Plan, Rates, Target
 from elasticmoe.services.scaler.planning.planner import plan_way
 
 _encoder = msgspec.msgpack.Encoder(order="deterministic")

@@ -1,4 +1,4 @@
-"""What the planner takes and gives: sizes, what bounds a plan, the target, and the plan with its legs. Pure data."""
+"""What the planner takes and gives beside sizes and memory: the target, and the plan with its legs. Pure data."""
 
 from __future__ import annotations
 
@@ -6,60 +6,8 @@ from typing import Literal
 
 import msgspec
 
-from elasticmoe.common.families import record
 from elasticmoe.common.layout import Layout, Seat
-from elasticmoe.common.model_spec import ModelSpec, RecordKey, round_up
 from elasticmoe.common.protocol.hmm import RecordCopy
-
-
-class Sizes(msgspec.Struct, frozen=True):
-    """Bytes of a model's records, rounded up to the granularity: the base record, each layer's record, one expert of
-    each layer (0: a dense layer)."""
-
-    base: int
-    layers: tuple[int, ...]
-    experts: tuple[int, ...]
-
-    @property
-    def common(self) -> int:
-        """Bytes that every device holds: the base record and all layer records."""
-        return self.base + sum(self.layers)
-
-    def of(self, key: RecordKey) -> int:
-        """Bytes of the record called `key`."""
-        if key.kind == "expert":
-            return self.experts[key.layer]
-        return self.layers[key.layer] if key.kind == "layer" else self.base
-
-
-def sizes_of(spec: ModelSpec, granularity: int) -> Sizes:
-    """The sizes of the records of `spec`, as the HMM makes page handles of them."""
-
-    def nbytes(key: RecordKey) -> int:
-        return round_up(record(spec, key).nbytes, granularity)
-
-    return Sizes(
-        base=nbytes(RecordKey("base")),
-        layers=tuple(nbytes(RecordKey("layer", layer)) for layer in range(spec.num_layers)),
-        experts=tuple(
-            nbytes(RecordKey("expert", layer, 0)) if count else 0
-            for layer, count in enumerate(spec.num_experts_by_layer)
-        ),
-    )
-
-
-class MemoryForecast(msgspec.Struct, frozen=True):
-    """What bounds a plan, in bytes: each device's budget, the footprint (bytes of weights and KV of one device, which
-    KV fills up as weights leave), the ledger of one rank, and KV handles: their size, the fewest that a rank can work
-    with, how many each device of the layout in force has now, and how many a device had at the load."""
-
-    budgets: dict[str, int]
-    footprint: int
-    ledger: int
-    kv_handle_bytes: int
-    kv_handles_min: int
-    kv_handles: dict[str, int]
-    kv_handles_load: int = 0
 
 
 class Target(msgspec.Struct, frozen=True):

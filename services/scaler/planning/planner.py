@@ -1,7 +1,7 @@
 """The planner: from a layout and a target to the cheapest transition, with its figures, or a refusal. Pure.
 
 Which replicas join and leave is settled by `replica_assignment.py`, where experts live and what is read from where by
-`placement.py`, KV and peaks by `capacity.py`. `plan_way` is the way in.
+`placement.py`, KV and peaks by `common/capacity.py`. `plan_way` is the way in.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Literal
 
 import msgspec
 
+from elasticmoe.common.capacity import Capacity, Instants, MemoryForecast, Sizes
 from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.hmm import RecordCopy
-from elasticmoe.services.scaler.planning.capacity import Capacity, Instants
 from elasticmoe.services.scaler.planning.placement import place, spread_common
-from elasticmoe.services.scaler.planning.plan import Leg, MemoryForecast, Plan, Rates, Sizes, Target
+from elasticmoe.services.scaler.planning.plan import Leg, Plan, Rates, Target
 from elasticmoe.services.scaler.planning.replica_assignment import Seating, reseat
 
 _DEFAULT_RATES = Rates()
@@ -48,7 +48,7 @@ def make_plan(
         return Plan("none", layout, (), 0, 0, total, total, total, 0.0, 0.0)
     lost = {seat.device for seat in seating.leaving} if target.is_lost else set()
     steps = _steps(layout, seating, sizes, lost)
-    instants = Capacity(sizes, memory).instants(layout, steps)
+    instants = Capacity(sizes, memory).instants(layout, [after for after, _ in steps])
     legs = []
     before = layout
     for (after, copies), instant in zip(steps, instants, strict=True):
