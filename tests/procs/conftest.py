@@ -1,16 +1,19 @@
-"""Tests that take many minutes run only where they are asked for: `pytest -m soak`. And the two listeners alone."""
+"""Tests that take many minutes run only where they are asked for: `pytest -m soak`. And the two listeners alone:
+a router whose ranks are scripted, a scaler that finds nothing."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import openai
 import pytest
 
 from tests.procs.raw_http import Listener, admin_listener, router_listener
-from tests.procs.router_fakes import layout_of
-from tests.procs.router_harness import RouterProcess, write_model
+from tests.procs.router_fakes import WAIT_S, FakeRank
+from tests.procs.router_harness import RouterProcess, StartRouter, plain_client, running_router, serving, write_model
 from tests.procs.scaler_harness import ScalerProcess
 from tests.procs.small_disk import mounted
 
@@ -29,16 +32,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="module")
-def bare_router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    """A real router with its usual limits, and without ranks until a test starts one."""
-    base = tmp_path_factory.mktemp("router")
-    process = RouterProcess(base / "run", write_model(base / "model"), layout_of(0))
-    yield process
-    process.stop()
+def start_router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartRouter]:
+    """`start_router(requests_max=4)`: a real router that runs until the module's end, without ranks until a test starts
+    one. What it serves is `model`, or a model of its own."""
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(running_router(tmp_path_factory.mktemp("router"), **settings))
 
 
 @pytest.fixture(scope="module")
-def bare_scaler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScalerProcess]:
+def router(start_router: StartRouter) -> RouterProcess:
+    """A router with its usual limits. A module whose router has others defines its own `router`."""
+    return start_router()
+
+
+@pytest.fixture
+def rank(router: RouterProcess) -> Iterator[FakeRank]:
+    """A rank behind `router`."""
+    with serving(router) as rank:
+        yield rank
+
+
+@pytest.fixture
+def client(router: RouterProcess) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client of `router`."""
+    with plain_client("") as http:
+        yield openai.OpenAI(
+            base_url=router.url + "/v1", api_key="none", max_retries=0, timeout=WAIT_S, http_client=http
+        )
+
+
+@pytest.fixture(scope="module")
+def scaler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScalerProcess]:
     """A real scaler that finds nothing else."""
     base = tmp_path_factory.mktemp("scaler")
     process = ScalerProcess(base / "run", write_model(base / "model"))
@@ -47,9 +71,9 @@ def bare_scaler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScalerProc
 
 
 @pytest.fixture(params=["router", "admin"])
-def listener(request: pytest.FixtureRequest, bare_router: RouterProcess, bare_scaler: ScalerProcess) -> Listener:
+def listener(request: pytest.FixtureRequest, router: RouterProcess, scaler: ScalerProcess) -> Listener:
     """Either of both, for raw bytes."""
-    return router_listener(bare_router) if request.param == "router" else admin_listener(bare_scaler)
+    return router_listener(router) if request.param == "router" else admin_listener(scaler)
 
 
 @pytest.fixture

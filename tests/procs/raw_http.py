@@ -191,6 +191,16 @@ def chunked(body: bytes, size: int = 50, extension: bytes = b"", end: bytes = b"
     return b"".join(b"%x%b\r\n%b\r\n" % (len(piece), extension, piece) for piece in pieces) + end
 
 
+def hear_until(connection: socket.socket, until: bytes, times: int = 1) -> bytes:
+    """The bytes that come until `until` has come so often."""
+    heard = b""
+    while heard.count(until) < times:
+        part = connection.recv(65_536)
+        assert part, heard
+        heard += part
+    return heard
+
+
 def hear_anyhow(connection: socket.socket) -> list[Answer]:
     """As `hear`, for a peer that may reset the connection."""
     try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,14 @@ import msgspec
 
 from elasticmoe.cli.models.byte_tokenizer import VOCAB_SIZE, write_byte_tokenizer
 from elasticmoe.common.config import environment_of
-from elasticmoe.common.layout import Layout
+from elasticmoe.common.layout import Layout, RankId
 from tests.history import Report, check_history
-from tests.procs.router_fakes import WAIT_S
+from tests.procs.router_fakes import WAIT_S, FakeRank, layout_of
 from tests.procs.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny"
+StartRouter = Callable[..., "RouterProcess"]  # settings of a router by name, and `model`: its folder
 
 
 def write_model(directory: Path) -> Path:
@@ -42,6 +46,11 @@ def write_model(directory: Path) -> Path:
     }
     (directory / "config.json").write_bytes(msgspec.json.encode(config))
     return directory
+
+
+def configure(path: Path, **fields: Any) -> None:
+    """Set fields of a JSON file, which need not be there yet."""
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **fields}))
 
 
 def plain_client(url: str) -> httpx.Client:
@@ -78,7 +87,7 @@ class RouterProcess:
             self.http.base_url = self.url
             wait_until(self._answers, "the router listens", timeout_s=30.0)
         except BaseException:
-            self._kill()
+            self.kill()
             raise
 
     @property
@@ -122,12 +131,13 @@ class RouterProcess:
         try:
             code = self.process.wait(40.0)
         finally:
-            self._kill()
+            self.kill()
         assert code == expected, self.log_text
         assert "Traceback" not in self.log_text, self.log_text
         return self.history()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """End it, checking nothing."""
         self.http.close()
         self.process.kill()
         self.process.wait()
@@ -142,3 +152,52 @@ class RouterProcess:
     def history(self, *, is_running: bool = False) -> Report:
         """The checked history."""
         return check_history(self.run_dir / "logs" / "history-router.jsonl", is_running=is_running)
+
+
+@contextmanager
+def running_router(folder: Path, *replicas: int, model: Path | None = None, **settings: Any) -> Iterator[RouterProcess]:
+    """A router of `folder` for the block, then stopped with its checks; its layout has `replicas`, or one."""
+    layout = layout_of(*replicas or (0,))
+    router = RouterProcess(folder / "run", model or write_model(folder / "model"), layout, **settings)
+    try:
+        yield router
+    except BaseException:
+        router.kill()
+        raise
+    router.stop()
+
+
+@contextmanager
+def serving(router: RouterProcess, rank: FakeRank | None = None) -> Iterator[FakeRank]:
+    """A rank (`rank`, not started yet, or one of its own) behind `router` for the block. Then all permits are back, and
+    the history so far holds."""
+    rank = (rank or FakeRank(router.sockets)).start()
+    try:
+        router.wait_ready()
+        yield rank
+        router.wait_idle()
+        router.history(is_running=True)
+    finally:
+        rank.stop()
+
+
+@contextmanager
+def ranks_of(router: RouterProcess, *replicas: int) -> Iterator[list[FakeRank]]:
+    """A rank of each of `replicas` behind `router` for the block."""
+    ranks = [FakeRank(router.sockets, RankId(replica, 0)).start() for replica in replicas]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.stop()
+
+
+def post(router: RouterProcess, path: str = "/v1/completions", **body: object) -> httpx.Response:
+    """A request with that body."""
+    return router.http.post(path, json=body)
+
+
+def error_of(answer: httpx.Response) -> tuple[int, str, str]:
+    """Status, code and message of a refusal."""
+    error = answer.json()["error"]
+    return answer.status_code, error["code"], error["message"]

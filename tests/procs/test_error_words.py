@@ -83,10 +83,8 @@ def check(answer: httpx.Response, what: object) -> dict[str, Any]:
 
 
 @pytest.fixture(params=["router", "scaler"])
-def api(
-    request: pytest.FixtureRequest, bare_router: RouterProcess, bare_scaler: ScalerProcess
-) -> tuple[httpx.Client, Any]:
-    return (bare_router.http, ROUTER) if request.param == "router" else (bare_scaler.http, SCALER)
+def api(request: pytest.FixtureRequest, router: RouterProcess, scaler: ScalerProcess) -> tuple[httpx.Client, Any]:
+    return (router.http, ROUTER) if request.param == "router" else (scaler.http, SCALER)
 
 
 def post(client: httpx.Client, path: str, raw: bytes) -> httpx.Response:
@@ -125,12 +123,11 @@ def test_fields_of_another_kind_or_size(api: Api) -> None:
     assert "invalid_request" in seen
 
 
-def test_what_a_text_says(bare_router: RouterProcess, bare_scaler: ScalerProcess) -> None:
-    def told(client: httpx.Client, path: str, body: Any) -> str:
+def test_what_a_text_says(router: RouterProcess, scaler: ScalerProcess) -> None:
+    def told(process: RouterProcess | ScalerProcess, path: str, body: Any) -> str:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return str(check(post(client, path, raw), body)["message"])
+        return str(check(post(process.http, path, raw), body)["message"])
 
-    router, scaler = bare_router.http, bare_scaler.http
     assert told(scaler, "/v1/scale", {"replicas": 0}) == "replicas: has to be a whole number of at least 1; it is 0"
     assert told(scaler, "/v1/scale", {"replica": 3}) == "the body has no field 'replica'; did you mean 'replicas'?"
     assert told(scaler, "/v1/scale", {"replicas": 2, "op_id": "a b"}) == (
@@ -153,15 +150,15 @@ def test_what_a_text_says(bare_router: RouterProcess, bare_scaler: ScalerProcess
     assert told_roles[2] == "messages[0].content: has to be a text or a list; it is 3"
 
 
-def test_paths_methods_and_credentials(bare_router: RouterProcess, bare_scaler: ScalerProcess) -> None:
-    for client in (bare_router.http, bare_scaler.http):
+def test_paths_methods_and_credentials(router: RouterProcess, scaler: ScalerProcess) -> None:
+    for client in (router.http, scaler.http):
         for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
             check(client.request(method, "/nowhere"), method)
         check(client.request("PATCH", "/health"), "PATCH /health")
         check(client.post("/v1/scale", content=b"x", headers={"content-encoding": "gzip"}), "gzip")
         check(client.get("/v1/models", headers={"host": "evil.example"}), "host")
         check(client.get("/v1/layout", headers={"origin": "https://evil.example"}), "origin")
-    check(bare_scaler.http.get("/v1/layout", headers={"authorization": "Bearer no"}), "token")
-    check(bare_scaler.http.get("/v1/operations/nothing"), "operation")
-    check(bare_scaler.http.delete("/v1/operations/%20"), "cancel")
-    check(bare_scaler.http.get("/v1/devices"), "devices")
+    check(scaler.http.get("/v1/layout", headers={"authorization": "Bearer no"}), "token")
+    check(scaler.http.get("/v1/operations/nothing"), "operation")
+    check(scaler.http.delete("/v1/operations/%20"), "cancel")
+    check(scaler.http.get("/v1/devices"), "devices")

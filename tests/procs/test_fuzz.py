@@ -229,7 +229,7 @@ def test_no_message_of_a_rank_ends_or_harms_a_router(tmp_path: Path) -> None:
             fake.stop()
         router.stop()
     finally:
-        router._kill()
+        router.kill()
         shutil.rmtree(run_dir, ignore_errors=True)
 
 

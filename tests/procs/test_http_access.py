@@ -11,8 +11,7 @@ import httpx
 import pytest
 
 from elasticmoe.services.scaler.api.event_stream import LISTENERS_MAX
-from tests.procs.router_fakes import FakeRank, layout_of
-from tests.procs.router_harness import RouterProcess, write_model
+from tests.procs.router_harness import RouterProcess, StartRouter, running_router, serving, write_model
 from tests.procs.scaler_harness import ScalerProcess
 
 pytestmark = pytest.mark.procs
@@ -23,32 +22,15 @@ BODY = {"tokens": [88, 89]}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "model")
+def widened(start_router: StartRouter) -> RouterProcess:
+    hosts = "llm.example.org, *.svc"
+    return start_router(allowed_hosts=hosts, cors_origins=CHAT_PAGE, keep_alive_seconds=KEEP_ALIVE_S)
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[RouterProcess]:
-    process = RouterProcess(tmp_path_factory.mktemp("router") / "run", model, layout_of(0))
-    yield process
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def widened(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[RouterProcess]:
-    settings = {
-        "allowed_hosts": "llm.example.org, *.svc",
-        "cors_origins": CHAT_PAGE,
-        "keep_alive_seconds": KEEP_ALIVE_S,
-    }
-    process = RouterProcess(tmp_path_factory.mktemp("widened") / "run", model, layout_of(0), **settings)
-    yield process
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def scaler(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[ScalerProcess]:
-    process = ScalerProcess(tmp_path_factory.mktemp("scaler") / "run", model, keep_alive_seconds=KEEP_ALIVE_S)
+def scaler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScalerProcess]:
+    base = tmp_path_factory.mktemp("scaler")
+    process = ScalerProcess(base / "run", write_model(base / "model"), keep_alive_seconds=KEEP_ALIVE_S)
     yield process
     process.stop()
 
@@ -143,11 +125,10 @@ def test_an_allowed_page_may_ask_and_read(widened: RouterProcess) -> None:
     assert "access-control-allow-origin" not in plain.headers
 
 
-def test_with_a_key_pages_may_ask_but_read_only_by_the_setting(tmp_path: Path, model: Path) -> None:
+def test_with_a_key_pages_may_ask_but_read_only_by_the_setting(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("s3cret")
     settings = {"api_key_file": tmp_path / "key", "cors_origins": CHAT_PAGE}
-    router = RouterProcess(tmp_path / "run", model, layout_of(0), **settings)
-    try:
+    with running_router(tmp_path, **settings) as router:
         preflight = {"origin": CHAT_PAGE, "access-control-request-method": "POST"}
         answer = router.http.request("OPTIONS", "/detokenize", headers=preflight)
         assert answer.status_code == 204, "a preflight has no key"
@@ -159,20 +140,14 @@ def test_with_a_key_pages_may_ask_but_read_only_by_the_setting(tmp_path: Path, m
         assert answer.status_code == 200
         assert "access-control-allow-origin" not in answer.headers
         assert error_of(router.http.request("OPTIONS", "/detokenize", headers=other)) == (405, "method_not_allowed")
-    finally:
-        router.stop()
 
 
 def test_an_answer_in_pieces_has_the_headers_too(widened: RouterProcess) -> None:
-    rank = FakeRank(widened.sockets).start()
-    try:
-        widened.wait_ready()
+    with serving(widened):
         body = {"prompt": "x", "stream": True}
         answer = widened.http.post("/v1/completions", json=body, headers={"origin": CHAT_PAGE})
         assert answer.headers["access-control-allow-origin"] == CHAT_PAGE
         assert answer.text.endswith("data: [DONE]\n\n")
-    finally:
-        rank.stop()
 
 
 def test_an_idle_connection_ends_after_the_setting(widened: RouterProcess, scaler: ScalerProcess) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.procs.router_fakes import FakeRank, Reply
-from tests.procs.router_harness import RouterProcess
+from tests.procs.router_fakes import Reply
+from tests.procs.router_harness import RouterProcess, serving
 from tests.procs.scaler_harness import TOKEN, ScalerProcess
 
 pytestmark = pytest.mark.procs
@@ -41,23 +41,18 @@ class Target:
 
 
 @pytest.fixture(params=["whole", "stream", "admin"])
-def target(request: pytest.FixtureRequest, bare_router: RouterProcess, bare_scaler: ScalerProcess) -> Iterator[Target]:
+def target(request: pytest.FixtureRequest, router: RouterProcess, scaler: ScalerProcess) -> Iterator[Target]:
     if request.param == "admin":
         fields = {"content-type": "application/json", "authorization": f"Bearer {TOKEN}"}
         body = json.dumps({"reason": "x" * 300, "replicas": 99_999})
-        yield Target(f"{bare_scaler.url}/v1/scale", fields, body, 400, "it is 99999")
+        yield Target(f"{scaler.url}/v1/scale", fields, body, 400, "it is 99999")
         return
-    rank = FakeRank(bare_router.sockets).start()
-    rank.answer = lambda submit: Reply(bytes(submit.prompt)[-6:], per_step=3)
-    bare_router.wait_ready()
     is_stream = request.param == "stream"
     body = json.dumps({"stream": is_stream, "max_tokens": 20, "prompt": "x" * 300 + "answer"})
     proof = "[DONE]" if is_stream else '"text":"answer"'
-    try:
-        yield Target(f"{bare_router.url}/v1/completions", {"content-type": "application/json"}, body, 200, proof)
-        bare_router.wait_idle()
-    finally:
-        rank.stop()
+    with serving(router) as rank:
+        rank.answer = lambda submit: Reply(bytes(submit.prompt)[-6:], per_step=3)
+        yield Target(f"{router.url}/v1/completions", {"content-type": "application/json"}, body, 200, proof)
 
 
 def program(name: str) -> str:

@@ -16,8 +16,7 @@ import pytest
 
 from elasticmoe.services.router.service import SPARE_CONNECTIONS
 from elasticmoe.services.scaler.api.admin import CONNECTIONS_MAX
-from tests.procs.router_fakes import FakeRank, Reply
-from tests.procs.router_harness import RouterProcess
+from tests.procs.router_harness import RouterProcess, serving
 from tests.procs.scaler_harness import TOKEN, ScalerProcess
 
 pytestmark = pytest.mark.procs
@@ -48,29 +47,22 @@ def _descriptors() -> Iterator[None]:
 
 
 @pytest.fixture(params=["router", "admin"])
-def target(request: pytest.FixtureRequest, bare_router: RouterProcess, bare_scaler: ScalerProcess) -> Iterator[Target]:
+def target(request: pytest.FixtureRequest, router: RouterProcess, scaler: ScalerProcess) -> Iterator[Target]:
     if request.param == "admin":
         head = f"GET /v1/config HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
-        yield Target(bare_scaler.port, CONNECTIONS_MAX, head.encode())
+        yield Target(scaler.port, CONNECTIONS_MAX, head.encode())
         return
-    rank = FakeRank(bare_router.sockets).start()
-    rank.answer = Reply(b"Hello!")
-    bare_router.wait_ready()
     body = b'{"prompt":"x"}'
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    try:
-        yield Target(
-            bare_router.port, 2 * 256 + SPARE_CONNECTIONS, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-        )
-        bare_router.wait_idle()
-    finally:
-        rank.stop()
+    raw = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    with serving(router):  # says "Hello!"
+        yield Target(router.port, 2 * 256 + SPARE_CONNECTIONS, raw)
 
 
 @pytest.fixture
-def peak(target: Target, bare_router: RouterProcess, bare_scaler: ScalerProcess) -> Callable[[], int]:
+def peak(target: Target, router: RouterProcess, scaler: ScalerProcess) -> Callable[[], int]:
     """The most resident memory that the listener's process has had, in bytes."""
-    pid = next(process.process.pid for process in (bare_router, bare_scaler) if process.port == target.port)
+    pid = next(process.process.pid for process in (router, scaler) if process.port == target.port)
 
     def read() -> int:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -18,8 +18,9 @@ import pytest
 from elasticmoe.common.config import defaults
 from tests.certificate import NAME
 from tests.procs.proxies import PAGE, Proxy, start_proxy, text_of
-from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of
-from tests.procs.router_harness import RouterProcess, write_model
+from tests.procs.raw_http import hear_until
+from tests.procs.router_fakes import WAIT_S, FakeRank, Reply
+from tests.procs.router_harness import RouterProcess, StartRouter
 
 pytestmark = pytest.mark.procs
 
@@ -32,13 +33,9 @@ PROXIES = list(UNBUFFERED)
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+def router(start_router: StartRouter) -> RouterProcess:
     """Without a key: it serves the name that the proxy passes on, and no other."""
-    base = tmp_path_factory.mktemp("router")
-    settings = {"stream_keepalive_s": KEEPALIVE_S, "allowed_hosts": NAME}
-    process = RouterProcess(base / "run", write_model(base / "model"), layout_of(0), **settings)
-    yield process
-    process.stop()
+    return start_router(stream_keepalive_s=KEEPALIVE_S, allowed_hosts=NAME)
 
 
 @pytest.fixture(scope="module", params=PROXIES)
@@ -50,17 +47,6 @@ def proxy(
     found = start_proxy(request.param, folder, router.port, *(changes if request.param == "nginx" else ()))
     yield found
     found.stop()
-
-
-@pytest.fixture
-def rank(router: RouterProcess) -> Iterator[FakeRank]:
-    rank = FakeRank(router.sockets).start()
-    router.wait_ready()
-    try:
-        yield rank
-        router.wait_idle()
-    finally:
-        rank.stop()
 
 
 @contextmanager
@@ -77,15 +63,6 @@ def ask(connection: ssl.SSLSocket, body: bytes, size: int = 0) -> None:
     """`size`: of the whole body, of which only this is sent."""
     lines = ["POST /v1/completions HTTP/1.1", f"Host: {NAME}", "Content-Type: application/json"]
     connection.sendall("\r\n".join([*lines, f"Content-Length: {size or len(body)}", "", ""]).encode() + body)
-
-
-def hear(connection: ssl.SSLSocket, until: bytes, times: int = 1) -> bytes:
-    heard = b""
-    while heard.count(until) < times:
-        part = connection.recv(65_536)
-        assert part, heard
-        heard += part
-    return heard
 
 
 def client_of(proxy: Proxy) -> httpx.Client:
@@ -112,18 +89,18 @@ def test_a_stream_comes_as_it_is_made(proxy: Proxy, rank: FakeRank) -> None:
     rank.answer = Reply(b"Hello!", after=release)
     with connection_to(proxy) as connection:
         ask(connection, STREAM)
-        assert hear(connection, b"\r\n\r\n").startswith(b"HTTP/1.1 200")
-        hear(connection, COMMENT, times=2)
+        assert hear_until(connection, b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+        hear_until(connection, COMMENT, times=2)
         release.set()
-        hear(connection, b"[DONE]")
+        hear_until(connection, b"[DONE]")
     rank.answer = Reply(finish=None)
     with connection_to(proxy) as connection:
         ask(connection, STREAM.replace(b"20", b"400"))
-        hear(connection, b"data: {", times=3)
+        hear_until(connection, b"data: {", times=3)
         rank.is_muted.set()
-        hear(connection, COMMENT, times=2)
+        hear_until(connection, COMMENT, times=2)
         rank.is_muted.clear()
-        hear(connection, b"data: {", times=3)
+        hear_until(connection, b"data: {", times=3)
     assert rank.seen.cancel(), "the client has left, and the proxy lets the router know"
 
 
@@ -138,9 +115,9 @@ def test_silence_ends_whole_answers_and_no_streams(
         rank.answer = Reply(b"Hello!", after=release)
         with connection_to(proxy) as connection:
             ask(connection, STREAM)
-            hear(connection, COMMENT, times=int(1.6 / KEEPALIVE_S))
+            hear_until(connection, COMMENT, times=int(1.6 / KEEPALIVE_S))
             release.set()
-            hear(connection, b"[DONE]")
+            hear_until(connection, b"[DONE]")
         rank.answer = Reply(b"Hello!", after=threading.Event())
         with client_of(proxy) as http:
             assert post(http, WHOLE).status_code == 504
@@ -170,7 +147,7 @@ def test_bodies_up_to_the_routers_limit_arrive_and_larger_ones_get_its_error(pro
         assert post(http, WHOLE + b" " * (BODY_MAX - len(WHOLE))).status_code == 200
     with connection_to(proxy) as connection:  # it is refused before all is sent; Caddy waits for its first kilobytes
         ask(connection, WHOLE + b" " * 65_536, BODY_MAX + 1)
-        told = hear(connection, b"}}")
+        told = hear_until(connection, b"}}")
     assert told.startswith(b"HTTP/1.1 413")
     assert b'"code":"payload_too_large"' in told.replace(b" ", b"")
 

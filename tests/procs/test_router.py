@@ -2,51 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import httpx
 import openai
 import pytest
 
 from elasticmoe.cli.models.byte_tokenizer import EOS_ID
 from elasticmoe.common.protocol.rank import Submit
-from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of
-from tests.procs.router_harness import MODEL, RouterProcess, plain_client, write_model
+from tests.procs.router_fakes import FakeRank, Reply
+from tests.procs.router_harness import MODEL, RouterProcess, StartRouter, post
 
 pytestmark = pytest.mark.procs
 HELLO = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    base = tmp_path_factory.mktemp("router")
-    process = RouterProcess(base / "run", write_model(base / "model"), layout_of(0), requests_max=32)
-    yield process
-    process.stop()
-
-
-@pytest.fixture
-def rank(router: RouterProcess) -> Iterator[FakeRank]:
-    rank = FakeRank(router.sockets).start()
-    router.wait_ready()
-    try:
-        yield rank
-        router.wait_idle()
-        router.history(is_running=True)
-    finally:
-        rank.stop()
-
-
-@pytest.fixture
-def client(router: RouterProcess) -> Iterator[openai.OpenAI]:
-    with plain_client("") as http:
-        yield openai.OpenAI(
-            base_url=router.url + "/v1", api_key="none", max_retries=0, timeout=WAIT_S, http_client=http
-        )
-
-
-def post(router: RouterProcess, path: str = "/v1/completions", **body: object) -> httpx.Response:
-    return router.http.post(path, json=body)
+def router(start_router: StartRouter) -> RouterProcess:
+    return start_router(requests_max=32)
 
 
 # ---- what clients get ------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from tests.procs.health_watch import health_watched
-from tests.procs.router_fakes import FakeRank, Reply, layout_of
-from tests.procs.router_harness import RouterProcess, write_model
+from tests.procs.router_fakes import FakeRank, Reply
+from tests.procs.router_harness import RouterProcess, serving
 from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
@@ -26,22 +26,12 @@ CHAT: Any = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    base = tmp_path_factory.mktemp("router")
-    process = RouterProcess(base / "run", write_model(base / "model"), layout_of(0))
-    yield process
-    process.stop()
-
-
-@pytest.fixture(scope="module")
 def rank(router: RouterProcess) -> Iterator[FakeRank]:
     rank = FakeRank(router.sockets)
     rank.max_model_len = 2_048
     rank.answer = Reply(finish=None, top=TOP)
-    rank.start()
-    router.wait_ready()
-    yield rank
-    rank.stop()
+    with serving(router, rank):
+        yield rank
 
 
 def many(before: bytes, part: bytes, after: bytes, count: int) -> bytes:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.procs.router_fakes import FakeRank, layout_of
-from tests.procs.router_harness import RouterProcess, write_model
+from tests.procs.router_fakes import FakeRank
+from tests.procs.router_harness import RouterProcess, StartRouter, configure, error_of, serving, write_model
 
 pytestmark = pytest.mark.procs
 TEMPLATE = (
@@ -23,60 +20,23 @@ USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Yes, "}
 
 
-def configure(directory: Path, name: str, **fields: Any) -> None:
-    path = directory / name
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**content, **fields}))
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory, start_router: StartRouter) -> RouterProcess:
+    model = write_model(tmp_path_factory.mktemp("templates") / "model")
+    configure(model / "tokenizer_config.json", chat_template=TEMPLATE, pad_token="<|pad|>", eos_token="<|assistant|>")
+    return start_router(model=model)
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    base = tmp_path_factory.mktemp("router")
-    model = write_model(base / "model")
-    configure(model, "tokenizer_config.json", chat_template=TEMPLATE, pad_token="<|pad|>", eos_token="<|assistant|>")
-    process = RouterProcess(base / "run", model, layout_of(0))
-    yield process
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+def broken(tmp_path_factory: pytest.TempPathFactory, start_router: StartRouter) -> RouterProcess:
     """A router whose model's template does not compile."""
-    base = tmp_path_factory.mktemp("broken")
-    model = write_model(base / "model")
-    configure(model, "tokenizer_config.json", chat_template="{% if %}")
-    process = RouterProcess(base / "run", model, layout_of(0))
-    yield process
-    process.stop()
-
-
-def rank_of(router: RouterProcess) -> Iterator[FakeRank]:
-    rank = FakeRank(router.sockets).start()
-    router.wait_ready()
-    try:
-        yield rank
-        router.wait_idle()
-    finally:
-        rank.stop()
-
-
-@pytest.fixture
-def rank(router: RouterProcess) -> Iterator[FakeRank]:
-    yield from rank_of(router)
-
-
-@pytest.fixture
-def broken_rank(broken: RouterProcess) -> Iterator[FakeRank]:
-    yield from rank_of(broken)
+    model = write_model(tmp_path_factory.mktemp("broken") / "model")
+    configure(model / "tokenizer_config.json", chat_template="{% if %}")
+    return start_router(model=model)
 
 
 def chat(router: RouterProcess, **body: Any) -> httpx.Response:
     return router.http.post("/v1/chat/completions", json={"max_tokens": 1, **body})
-
-
-def error_of(answer: httpx.Response) -> tuple[int, str, str]:
-    error = answer.json()["error"]
-    return answer.status_code, error["code"], error["message"]
 
 
 @pytest.mark.parametrize(
@@ -152,12 +112,13 @@ def test_special_tokens_of_completions(rank: FakeRank, router: RouterProcess) ->
         assert rank.seen.submit().prompt == (97,)
 
 
-def test_a_broken_template_costs_chat_only(broken_rank: FakeRank, broken: RouterProcess) -> None:
-    for path in ("/v1/chat/completions", "/tokenize"):
-        status, code, text = error_of(broken.http.post(path, json={"messages": [USER]}))
-        assert (status, code) == (400, "bad_chat_template")
-        assert "does not compile" in text
-        assert "/v1/completions" in text
-    assert broken.http.post("/v1/completions", json={"prompt": "a"}).status_code == 200
-    assert broken.http.post("/tokenize", json={"prompt": "a"}).json()["tokens"] == [97]
-    assert broken.log_text.count("does not compile") == 1
+def test_a_broken_template_costs_chat_only(broken: RouterProcess) -> None:
+    with serving(broken):
+        for path in ("/v1/chat/completions", "/tokenize"):
+            status, code, text = error_of(broken.http.post(path, json={"messages": [USER]}))
+            assert (status, code) == (400, "bad_chat_template")
+            assert "does not compile" in text
+            assert "/v1/completions" in text
+        assert broken.http.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+        assert broken.http.post("/tokenize", json={"prompt": "a"}).json()["tokens"] == [97]
+        assert broken.log_text.count("does not compile") == 1

@@ -16,8 +16,8 @@ from elasticmoe.common.config import environment_of
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.hmm import GetHmmStatus
 from elasticmoe.common.protocol.router import Delta, Failed, RankStatus, Tokens
-from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of
-from tests.procs.router_harness import ROOT, RouterProcess, write_model
+from tests.procs.router_fakes import WAIT_S, FakeRank, Reply
+from tests.procs.router_harness import ROOT, RouterProcess, StartRouter, post, serving
 from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
@@ -26,31 +26,16 @@ BODY_S = 0.5
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    base = tmp_path_factory.mktemp("router")
-    process = RouterProcess(
-        base / "run",
-        write_model(base / "model"),
-        layout_of(0),
-        requests_max=4,
-        body_bytes_max=BODY_MAX,
-        body_seconds_max=BODY_S,
-        request_seconds_max=1.0,
-    )
-    yield process
-    process.stop()
+def router(start_router: StartRouter) -> RouterProcess:
+    limits = {"body_bytes_max": BODY_MAX, "body_seconds_max": BODY_S, "request_seconds_max": 1.0}
+    return start_router(requests_max=4, **limits)
 
 
 @pytest.fixture
 def rank(router: RouterProcess) -> Iterator[FakeRank]:
-    rank = FakeRank(router.sockets).start()
-    router.wait_ready()
-    try:
+    with serving(router) as rank:
         yield rank
-        assert router.http.post("/v1/completions", json={"prompt": "x"}).status_code == 200, "still serves"
-        router.wait_idle()
-    finally:
-        rank.stop()
+        assert post(router, prompt="x").status_code == 200, "still serves"
 
 
 def talk(router: RouterProcess, raw: bytes, *, until: bytes = b"") -> bytes:

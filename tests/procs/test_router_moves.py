@@ -9,9 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from elasticmoe.common.layout import RankId
-from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of
-from tests.procs.router_harness import RouterProcess, write_model
+from tests.procs.router_fakes import WAIT_S, Reply, layout_of
+from tests.procs.router_harness import RouterProcess, ranks_of, running_router
 from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
@@ -20,9 +19,8 @@ TEXT = bytes(97 + index % 26 for index in range(400))
 
 @pytest.fixture
 def router(tmp_path: Path) -> Iterator[RouterProcess]:
-    process = RouterProcess(tmp_path / "run", write_model(tmp_path / "model"), layout_of(0), requests_max=32)
-    yield process
-    process.stop()
+    with running_router(tmp_path, requests_max=32) as process:
+        yield process
 
 
 class Client(threading.Thread):
@@ -47,8 +45,7 @@ class Client(threading.Thread):
 
 
 def test_a_replica_leaves_and_comes_back_and_no_token_is_lost(router: RouterProcess) -> None:
-    ranks = [FakeRank(router.sockets, RankId(replica, 0)).start() for replica in (0, 1)]
-    try:
+    with ranks_of(router, 0, 1) as ranks:
         for rank in ranks:
             rank.answer = Reply(TEXT)
         router.wait_ready(1)
@@ -68,15 +65,11 @@ def test_a_replica_leaves_and_comes_back_and_no_token_is_lost(router: RouterProc
         router.set_layout(layout_of(0, 1, epoch=4))
         router.wait_ready(2)
         assert not ranks[0].seen.unwatched.is_set()
-    finally:
-        for rank in ranks:
-            rank.stop()
 
 
 def test_a_client_that_leaves_frees_the_rank_that_took_its_stream_over(router: RouterProcess) -> None:
     router.set_layout(layout_of(0, epoch=2))
-    ranks = [FakeRank(router.sockets, RankId(replica, 0)).start() for replica in (0, 7)]
-    try:
+    with ranks_of(router, 0, 7) as ranks:
         ranks[0].answer = Reply(finish=None)
         router.wait_ready(1)
         ranks[1].is_muted.set()  # so that the news comes from the first one
@@ -91,21 +84,14 @@ def test_a_client_that_leaves_frees_the_rank_that_took_its_stream_over(router: R
         assert ranks[1].seen.unwatched.wait(WAIT_S)
         assert ranks[0].seen.cancels.empty()
         router.wait_idle()
-    finally:
-        for rank in ranks:
-            rank.stop()
 
 
 def test_requests_avoid_a_replica_that_leaves(router: RouterProcess) -> None:
     router.set_layout(layout_of(0, 1, epoch=2))
-    ranks = [FakeRank(router.sockets, RankId(replica, 0)).start() for replica in (0, 1)]
-    try:
+    with ranks_of(router, 0, 1) as ranks:
         router.wait_ready(2)
         ranks[0].is_leaving = True
         ranks[0].say(ranks[0].status(1))
         ranks[1].answer = Reply(TEXT)
         wait_until(lambda: Client(router).text().encode() == TEXT, "the news arrived")
         assert [Client(router).text().encode() for _ in range(5)] == [TEXT] * 5
-    finally:
-        for rank in ranks:
-            rank.stop()

@@ -12,9 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from elasticmoe.common.layout import RankId
 from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of
-from tests.procs.router_harness import RouterProcess, write_model
+from tests.procs.router_harness import RouterProcess, StartRouter, post, ranks_of, running_router
 from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
@@ -22,27 +21,8 @@ HELLO = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    base = tmp_path_factory.mktemp("router")
-    process = RouterProcess(base / "run", write_model(base / "model"), layout_of(0), requests_max=32)
-    yield process
-    process.stop()
-
-
-@pytest.fixture
-def rank(router: RouterProcess) -> Iterator[FakeRank]:
-    rank = FakeRank(router.sockets).start()
-    router.wait_ready()
-    try:
-        yield rank
-        router.wait_idle()
-        router.history(is_running=True)
-    finally:
-        rank.stop()
-
-
-def post(router: RouterProcess, path: str = "/v1/completions", **body: object) -> httpx.Response:
-    return router.http.post(path, json=body)
+def router(start_router: StartRouter) -> RouterProcess:
+    return start_router(requests_max=32)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -261,9 +241,7 @@ def test_a_request_without_tokens_is_submitted_anew(rank: FakeRank, router: Rout
 
 
 def test_two_replicas_share_and_one_may_leave(tmp_path: Path) -> None:
-    router = RouterProcess(tmp_path / "run", write_model(tmp_path / "model"), layout_of(0, 1))
-    ranks = [FakeRank(router.sockets, RankId(replica, 0)).start() for replica in (0, 1)]
-    try:
+    with running_router(tmp_path, 0, 1) as router, ranks_of(router, 0, 1) as ranks:
         router.wait_ready(2)
         release = threading.Event()
         for rank in ranks:
@@ -282,48 +260,36 @@ def test_two_replicas_share_and_one_may_leave(tmp_path: Path) -> None:
         assert post(router, prompt="last").json()["choices"][0]["text"] == "last"
         assert ranks[1].seen.submit().prompt == tuple(b"last")
         assert ranks[0].seen.submits.empty()
-    finally:
-        for rank in ranks:
-            rank.stop()
         report = router.stop()
     assert report.count("finish", "stop") == 9
 
 
 def test_an_overloaded_replica_passes_on_to_the_other(tmp_path: Path) -> None:
-    router = RouterProcess(tmp_path / "run", write_model(tmp_path / "model"), layout_of(0, 1))
-    ranks = [FakeRank(router.sockets, RankId(replica, 0)).start() for replica in (0, 1)]
-    ranks[0].answer = Reply(fail=("queue_full", "full", True))
-    try:
+    with running_router(tmp_path, 0, 1) as router, ranks_of(router, 0, 1) as ranks:
+        ranks[0].answer = Reply(fail=("queue_full", "full", True))
         router.wait_ready(2)
         for _ in range(4):
             assert post(router, prompt="x").json()["choices"][0]["text"] == "Hello!"
         assert router.metric("elasticmoe:requests_resubmitted_total") >= 1
-    finally:
-        for rank in ranks:
-            rank.stop()
-        router.stop()
 
 
 # ---- start and stop --------------------------------------------------------------------------------------------------
 
 
 def test_before_any_rank_it_is_not_ready(tmp_path: Path) -> None:
-    router = RouterProcess(tmp_path / "run", write_model(tmp_path / "model"), layout_of(0))
-    answer = post(router, prompt="x")
-    ready = router.get("/ready")
-    router.stop()
+    with running_router(tmp_path) as router:
+        answer = post(router, prompt="x")
+        ready = router.get("/ready")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
     assert answer.headers["retry-after"] == "1"
     assert (ready.status_code, ready.json()["phase"]) == (503, "waiting")
 
 
 def test_stop_lets_requests_end(tmp_path: Path) -> None:
-    router = RouterProcess(tmp_path / "run", write_model(tmp_path / "model"), layout_of(0))
-    rank = FakeRank(router.sockets).start()
     release = threading.Event()
-    rank.answer = Reply(b"in time", after=release)
     answers: list[httpx.Response] = []
-    try:
+    with running_router(tmp_path) as router, ranks_of(router, 0) as (rank,):
+        rank.answer = Reply(b"in time", after=release)
         router.wait_ready()
         thread = threading.Thread(target=lambda: answers.append(post(router, prompt="x")))
         thread.start()
@@ -334,8 +300,6 @@ def test_stop_lets_requests_end(tmp_path: Path) -> None:
         release.set()
         thread.join(WAIT_S)
         report = router.stop()
-    finally:
-        rank.stop()
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
     assert answers[0].json()["choices"][0]["text"] == "in time"
     assert report.count("finish") == 1
@@ -343,9 +307,7 @@ def test_stop_lets_requests_end(tmp_path: Path) -> None:
 
 def test_keys(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("s3cret\n")
-    model = write_model(tmp_path / "model")
-    router = RouterProcess(tmp_path / "run", model, layout_of(0), api_key_file=tmp_path / "key")
-    try:
+    with running_router(tmp_path, api_key_file=tmp_path / "key") as router:
         for path in ("/health", "/ready", "/version", "/metrics"):
             assert router.get(path).status_code in (200, 503)
         for path in ("/v1/models", "/load", "/openapi.json", "/nothing", "//health"):
@@ -365,6 +327,4 @@ def test_keys(tmp_path: Path) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, "duplicate_header")
         refused = router.get("/v1/models")
         assert refused.headers["www-authenticate"] == "Bearer"
-    finally:
-        router.stop()
-        assert "s3cret" not in router.log_text
+    assert "s3cret" not in router.log_text

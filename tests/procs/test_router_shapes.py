@@ -6,15 +6,14 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of
-from tests.procs.router_harness import MODEL, RouterProcess, plain_client, write_model
+from tests.procs.router_fakes import WAIT_S, FakeRank, Reply
+from tests.procs.router_harness import MODEL, RouterProcess, StartRouter, configure, post, write_model
 
 pytestmark = pytest.mark.procs
 HELLO: Any = [{"role": "user", "content": "Hi"}]
@@ -23,38 +22,11 @@ TOP = ((ord("x"), -0.5), (ord("y"), -1.5), (ord("o"), -2.5))
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    base = tmp_path_factory.mktemp("router")
-    model = write_model(base / "model")
+def router(tmp_path_factory: pytest.TempPathFactory, start_router: StartRouter) -> RouterProcess:
+    model = write_model(tmp_path_factory.mktemp("recommended") / "model")
     recommended = {"eos_token_id": 257, "temperature": 0.2, "top_p": 0.9, "max_new_tokens": 40}
-    (model / "generation_config.json").write_text(json.dumps(recommended))
-    process = RouterProcess(base / "run", model, layout_of(0), requests_max=256, allow_priority="true")
-    yield process
-    process.stop()
-
-
-@pytest.fixture
-def rank(router: RouterProcess) -> Iterator[FakeRank]:
-    rank = FakeRank(router.sockets).start()
-    router.wait_ready()
-    try:
-        yield rank
-        router.wait_idle()
-        router.history(is_running=True)
-    finally:
-        rank.stop()
-
-
-@pytest.fixture
-def client(router: RouterProcess) -> Iterator[openai.OpenAI]:
-    with plain_client("") as http:
-        yield openai.OpenAI(
-            base_url=router.url + "/v1", api_key="none", max_retries=0, timeout=WAIT_S, http_client=http
-        )
-
-
-def post(router: RouterProcess, path: str = "/v1/completions", **body: object) -> httpx.Response:
-    return router.http.post(path, json=body)
+    configure(model / "generation_config.json", **recommended)
+    return start_router(model=model, requests_max=256, allow_priority="true")
 
 
 # ---- log probabilities -----------------------------------------------------------------------------------------------

@@ -9,13 +9,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from tests.procs.router_fakes import WAIT_S, FakeRank, Reply, layout_of
-from tests.procs.router_harness import MODEL, RouterProcess, plain_client, write_model
+from tests.procs.raw_http import hear_until
+from tests.procs.router_fakes import WAIT_S, FakeRank, Reply
+from tests.procs.router_harness import (
+    MODEL,
+    RouterProcess,
+    StartRouter,
+    plain_client,
+    running_router,
+    serving,
+)
 
 pytestmark = pytest.mark.procs
 KEEPALIVE_S = 0.3
@@ -23,24 +32,8 @@ COMMENT = b": keep-alive\n\n"
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    base = tmp_path_factory.mktemp("router")
-    settings = {"requests_max": 32, "stream_keepalive_s": KEEPALIVE_S, "request_seconds_max": 5.0}
-    process = RouterProcess(base / "run", write_model(base / "model"), layout_of(0), **settings)
-    yield process
-    process.stop()
-
-
-@pytest.fixture
-def rank(router: RouterProcess) -> Iterator[FakeRank]:
-    rank = FakeRank(router.sockets).start()
-    router.wait_ready()
-    try:
-        yield rank
-        router.wait_idle()
-        router.history(is_running=True)
-    finally:
-        rank.stop()
+def router(start_router: StartRouter) -> RouterProcess:
+    return start_router(requests_max=32, stream_keepalive_s=KEEPALIVE_S, request_seconds_max=5.0)
 
 
 @contextmanager
@@ -54,29 +47,19 @@ def stream(router: RouterProcess, path: str = "/v1/completions", **body: object)
         yield connection
 
 
-def hear(connection: socket.socket, until: bytes, times: int = 1) -> bytes:
-    """What comes until `until` has come so often."""
-    heard = b""
-    while heard.count(until) < times:
-        part = connection.recv(65_536)
-        assert part, heard
-        heard += part
-    return heard
-
-
 def test_the_head_comes_at_once_and_comments_while_it_waits(rank: FakeRank, router: RouterProcess) -> None:
     release = threading.Event()
     rank.answer = Reply(b"Hello!", after=release)
     started = time.monotonic()
     with stream(router, max_tokens=20) as connection:
-        head = hear(connection, b"\r\n\r\n")  # which waits for nothing that the rank, held up until then, does
+        head = hear_until(connection, b"\r\n\r\n")  # which waits for nothing that the rank, held up until then, does
         assert head.startswith(b"HTTP/1.1 200")
         assert b"text/event-stream" in head
         assert b"data:" not in head
-        hear(connection, COMMENT, times=3)
+        hear_until(connection, COMMENT, times=3)
         assert time.monotonic() - started >= 3 * KEEPALIVE_S
         release.set()
-        rest = hear(connection, b"[DONE]")
+        rest = hear_until(connection, b"[DONE]")
     events = [json.loads(line[6:]) for line in rest.splitlines() if line.startswith(b"data: {")]
     assert "".join(event["choices"][0]["text"] for event in events) == "Hello!"
 
@@ -84,18 +67,18 @@ def test_the_head_comes_at_once_and_comments_while_it_waits(rank: FakeRank, rout
 def test_a_stream_that_stalls_in_its_midst_says_so(rank: FakeRank, router: RouterProcess) -> None:
     rank.answer = Reply(finish=None)
     with stream(router, max_tokens=400) as connection:
-        hear(connection, b"data: {", times=3)
+        hear_until(connection, b"data: {", times=3)
         rank.is_muted.set()
-        hear(connection, COMMENT, times=2)
+        hear_until(connection, COMMENT, times=2)
         rank.is_muted.clear()
-        hear(connection, b"data: {", times=3)
+        hear_until(connection, b"data: {", times=3)
     assert rank.seen.cancel()
 
 
 def test_a_stream_that_speaks_has_no_comments(rank: FakeRank, router: RouterProcess) -> None:
     rank.answer = Reply(finish=None)
     with stream(router, max_tokens=500) as connection:
-        heard = hear(connection, b"[DONE]")  # a second at two milliseconds a token
+        heard = hear_until(connection, b"[DONE]")  # a second at two milliseconds a token
     assert COMMENT not in heard
 
 
@@ -122,10 +105,10 @@ def test_what_fails_after_the_head_is_an_event(rank: FakeRank, router: RouterPro
     release = threading.Event()
     rank.answer = Reply(fail=("queue_full", "4 requests wait; the limit is 4", True), after=release)
     with stream(router) as connection:
-        assert hear(connection, b"\r\n\r\n").startswith(b"HTTP/1.1 200")
-        hear(connection, COMMENT)
+        assert hear_until(connection, b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+        hear_until(connection, COMMENT)
         release.set()
-        rest = hear(connection, b"[DONE]")
+        rest = hear_until(connection, b"[DONE]")
     (error,) = [json.loads(line[6:])["error"] for line in rest.splitlines() if line.startswith(b"data: {")]
     assert error == {
         "message": "4 requests wait; the limit is 4",
@@ -146,7 +129,7 @@ def test_what_fails_at_once_has_a_status(rank: FakeRank, router: RouterProcess) 
 def test_the_deadline_of_a_silent_stream_is_an_event(rank: FakeRank, router: RouterProcess) -> None:
     rank.answer = Reply(b"never", after=threading.Event())
     with stream(router) as connection:
-        rest = hear(connection, b"[DONE]")
+        rest = hear_until(connection, b"[DONE]")
     assert b'"code":"deadline_exceeded"' in rest
 
 
@@ -158,18 +141,11 @@ def test_an_answer_that_is_no_stream_waits_for_its_end(rank: FakeRank, router: R
     assert answer.json()["choices"][0]["text"] == "Hello!"
 
 
-def test_without_the_setting_there_are_no_comments(tmp_path_factory: pytest.TempPathFactory) -> None:
-    base = tmp_path_factory.mktemp("router")
-    router = RouterProcess(base / "run", write_model(base / "model"), layout_of(0), stream_keepalive_s=0)
-    rank = FakeRank(router.sockets).start()
-    try:
-        router.wait_ready()
-        release = threading.Event()
+def test_without_the_setting_there_are_no_comments(tmp_path: Path) -> None:
+    release = threading.Event()
+    with running_router(tmp_path, stream_keepalive_s=0) as router, serving(router) as rank:
         rank.answer = Reply(b"Hello!", after=release)
         with stream(router) as connection:
-            hear(connection, b"\r\n\r\n")
+            hear_until(connection, b"\r\n\r\n")
             threading.Timer(0.5, release.set).start()
-            assert b": " not in hear(connection, b"[DONE]").replace(b"data: ", b"")
-    finally:
-        rank.stop()
-        router.stop()
+            assert b": " not in hear_until(connection, b"[DONE]").replace(b"data: ", b"")

@@ -15,7 +15,16 @@ import psutil
 import pytest
 
 from tests.procs.router_fakes import FakeRank, layout_of
-from tests.procs.router_harness import MODEL, RouterProcess, plain_client, write_model
+from tests.procs.router_harness import (
+    MODEL,
+    RouterProcess,
+    StartRouter,
+    configure,
+    error_of,
+    plain_client,
+    serving,
+    write_model,
+)
 from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
@@ -27,39 +36,19 @@ UNTOKENIZED = re.compile(r"your prompt has \d+ characters, and no more than \d+ 
 TEMPLATE = "{% if messages[0].content == 'slow' %}" + LOOPS + "{% endif %}{{ messages[0].content }}"
 
 
-def change(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    base = tmp_path_factory.mktemp("router")
-    process = RouterProcess(base / "run", write_model(base / "model"), layout_of(0))
-    yield process
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+def hostile(tmp_path_factory: pytest.TempPathFactory, start_router: StartRouter) -> RouterProcess:
     """A model whose template can loop, and whose tokenizer allows no bound on characters."""
-    base = tmp_path_factory.mktemp("hostile")
-    model = write_model(base / "model")
-    change(model / "tokenizer_config.json", chat_template=TEMPLATE)
-    change(model / "tokenizer.json", normalizer={"type": "StripAccents"})
-    process = RouterProcess(base / "run", model, layout_of(0))
-    yield process
-    process.stop()
+    model = write_model(tmp_path_factory.mktemp("hostile") / "model")
+    configure(model / "tokenizer_config.json", chat_template=TEMPLATE)
+    configure(model / "tokenizer.json", normalizer={"type": "StripAccents"})
+    return start_router(model=model)
 
 
 def with_rank(router: RouterProcess) -> Iterator[RouterProcess]:
-    rank = FakeRank(router.sockets).start()
-    router.wait_ready()
-    try:
+    with serving(router):
         assert post(router, HONEST).status_code == 200  # the workers are there
         yield router
-        router.wait_idle()
-    finally:
-        rank.stop()
 
 
 @pytest.fixture
@@ -74,11 +63,6 @@ def hostile_served(hostile: RouterProcess) -> Iterator[RouterProcess]:
 
 def post(router: RouterProcess, body: dict[str, Any], path: str = "/v1/chat/completions") -> httpx.Response:
     return router.http.post(path, json=body, timeout=60.0)
-
-
-def error_of(answer: httpx.Response) -> tuple[int, str, str]:
-    error = answer.json()["error"]
-    return answer.status_code, error["code"], error["message"]
 
 
 class Beside:
@@ -272,7 +256,7 @@ def test_a_tokenizer_without_a_bound(hostile_served: RouterProcess) -> None:
 def own(tmp_path: Path) -> Iterator[RouterProcess]:
     """A router of the test's own, with a rank and busy-able workers; the test ends it."""
     model = write_model(tmp_path / "model")
-    change(model / "tokenizer_config.json", chat_template=TEMPLATE)
+    configure(model / "tokenizer_config.json", chat_template=TEMPLATE)
     router = RouterProcess(tmp_path / "run", model, layout_of(0))
     rank = FakeRank(router.sockets).start()
     try:

@@ -1,10 +1,21 @@
-"""Unit tests share a process, and what one process may do with device memory depends on what it has done before."""
+"""Unit tests share a process, and what one process may do with device memory depends on what it has done before. And
+what many of them start from."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from elasticmoe.common.devices.rules import PROCESS, ProcessRules
+from elasticmoe.common.store import Store
+from tests.unit.stores import Server
+
+if TYPE_CHECKING:
+    from tests.unit.ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +23,41 @@ def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test begins as a process that has neither exported nor imported handles."""
     for name, value in vars(ProcessRules()).items():
         monkeypatch.setattr(PROCESS, name, value)
+
+
+@pytest.fixture
+def no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment names no setting."""
+    for name in [name for name in os.environ if name.startswith("ELASTICMOE_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the oracle model, which tests only read."""
+    from elasticmoe.cli.models import make_model  # loads torch too
+
+    return make_model("oracle", tmp_path_factory.mktemp("oracle") / "model", seed=7)
+
+
+@pytest.fixture(scope="module")
+def ranks(directory: Path) -> Ranks:
+    """One rank of the oracle model."""
+    from tests.unit.ranks import Ranks  # loads torch, which most tests do not need
+
+    return Ranks(directory, 1, max_tokens=16)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def store(server: Server) -> Iterator[Store]:
+    """A store on `server`."""
+    store = Store(server.url, "test")
+    yield store
+    store.close()

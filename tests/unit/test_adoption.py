@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from elasticmoe.cli.models import make_model
 from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.common.protocol.router import Delta, Failed, Logprob, Suspected, Suspicion
 from elasticmoe.native.ledger import Ledger
@@ -25,16 +24,6 @@ from tests.unit.ranks import Ranks
 PEER = b"router:1"
 VOCAB = 260
 DEADLINE_MS = 20_000.0
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("oracle", tmp_path_factory.mktemp("oracle") / "model", seed=7)
-
-
-@pytest.fixture(scope="module")
-def ranks(directory: Path) -> Ranks:
-    return Ranks(directory, 1, max_tokens=16)
 
 
 class Seat:

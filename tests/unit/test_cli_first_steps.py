@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ from elasticmoe.cli.main import COMMANDS, main, make_parser
 from elasticmoe.cli.settings import Settings, from_flags
 from elasticmoe.common.http.keys import KEY_BYTES_MAX
 from elasticmoe.common.protocol.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("no_settings_of_the_caller")
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -107,12 +108,6 @@ def test_the_curl_line_stands_alone_and_fits_a_terminal() -> None:
 def resolved(tmp_path: Path, *argv: str) -> Settings:
     args = make_parser().parse_args(["up", "--run-dir", str(tmp_path), *argv])
     return from_flags(args)
-
-
-@pytest.fixture(autouse=True)
-def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("ELASTICMOE_")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(

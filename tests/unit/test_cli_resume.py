@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
@@ -14,6 +13,8 @@ from elasticmoe.cli.resume import Resumed, check_devices, check_resumable, diffe
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.errors import Conflict, Unavailable
 from tests.unit.transitions import layout_of
+
+pytestmark = pytest.mark.usefixtures("no_settings_of_the_caller")
 
 RECORD = DeploymentRecord(
     state="serving",
@@ -30,12 +31,6 @@ RECORD = DeploymentRecord(
     started_at=0.0,
     state_format=STATE_FORMAT,
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("ELASTICMOE_")]:
-        monkeypatch.delenv(name)
 
 
 def resolved(tmp_path: Path, **values: object) -> settings.Settings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,11 @@ from elasticmoe.common.layout import initial_layout
 from elasticmoe.common.private import make_private
 from tests.unit import forms
 
+pytestmark = pytest.mark.usefixtures("no_settings_of_the_caller")
+
 PAGE = 4096
 PAGE = 4096
 GIB = 1 << 30
-
-
-@pytest.fixture(autouse=True)
-def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("ELASTICMOE_")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture

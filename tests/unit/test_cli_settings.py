@@ -22,11 +22,7 @@ from elasticmoe.common.layout import initial_layout
 from elasticmoe.common.protocol.errors import CheckpointError, ConfigError, DoesNotFit, ElasticMoEError, InvalidRequest
 from tests.procs.waiting import free_port
 
-
-@pytest.fixture(autouse=True)
-def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("ELASTICMOE_")]:
-        monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("no_settings_of_the_caller")
 
 
 def flags(*argv: str) -> argparse.Namespace:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from elasticmoe.cli.models import make_model
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
 from elasticmoe.native.bus import Bus
@@ -66,11 +65,6 @@ class World:
             if ejected:
                 return turn * TURN_S
         raise AssertionError("never")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("oracle", tmp_path_factory.mktemp("oracle") / "model", seed=7)
 
 
 @pytest.mark.parametrize("fails", [False, True])

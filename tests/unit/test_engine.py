@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from elasticmoe.cli.models import make_model
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.common.protocol.router import Delta, Failed
@@ -20,16 +19,6 @@ from tests.unit.migration_world import make_engine, run_step
 from tests.unit.ranks import Ranks
 
 PEER = b"router:1"
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("oracle", tmp_path_factory.mktemp("oracle") / "model", seed=7)
-
-
-@pytest.fixture(scope="module")
-def ranks(directory: Path) -> Ranks:
-    return Ranks(directory, 1, max_tokens=16)
 
 
 class Listener:

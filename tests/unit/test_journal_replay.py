@@ -3,7 +3,6 @@ P20). Here one operation at a time, by way of a real store; all faults together:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +31,12 @@ from elasticmoe.services.scaler.store.journal import Journal
 from tests.procs.waiting import wait_until
 from tests.replay import DECISIONS, replay
 from tests.unit.test_scaler_executor import FakeLinks, turn
-from tests.unit.test_store import Server
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 
 A = Writer("a", 1)
 HANDLES = dict.fromkeys(DEVICES, 4)
 SIZES = Sizes(10, (5,), (8,))
 MEMORY = MemoryForecast(dict.fromkeys(DEVICES, 1_000), 200, 7, 16, 2, HANDLES, 4)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    server = Server(tmp_path)
-    store = Store(server.url, "test")
-    yield store
-    store.close()
-    server.stop()
 
 
 class Run:

@@ -9,18 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from elasticmoe.cli.models import make_model
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.peer import Reserved, Taken
 from elasticmoe.common.protocol.rank import HandOver, Reserve, Sampling, Submit, Unreserve
 from elasticmoe.common.protocol.replies import Refused
 from tests.unit.migration_world import ROUTER, Node, World
 from tests.unit.ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("oracle", tmp_path_factory.mktemp("oracle") / "model", seed=7)
 
 
 @pytest.fixture(scope="module")

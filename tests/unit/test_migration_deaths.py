@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from elasticmoe.cli.models import make_model
 from elasticmoe.common.protocol import rank as rank_messages
 from elasticmoe.common.protocol.peer import Taken
 from elasticmoe.common.protocol.rank import Unreserve
@@ -23,11 +22,6 @@ from tests.unit.migration_world import MAX_MODEL_LEN, MAX_SEQUENCES, ROUTER, SEC
 from tests.unit.ranks import Ranks
 
 VOCAB = 260
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("oracle", tmp_path_factory.mktemp("oracle") / "model", seed=7)
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,6 @@ from tests.unit.ranks import Ranks, Stream, generate
 COUNT = 24
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("oracle", tmp_path_factory.mktemp("oracle") / "model", seed=7)
-
-
 def make_streams(size: int, lengths: tuple[int, ...]) -> list[list[Stream]]:
     rng = random.Random(size)
     rows = []

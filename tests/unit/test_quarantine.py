@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from elasticmoe.cli.models import make_model
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.common.protocol.router import Suspicion
 from elasticmoe.services.worker.engine import sampler
@@ -37,11 +36,6 @@ from tests.unit.ranks import Ranks
 GREEDY = Sampling(seed=1, temperature=0.0)
 NUM_TOKENS = 14
 POISON = "poison"
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("oracle", tmp_path_factory.mktemp("oracle") / "model", seed=7)
 
 
 @pytest.fixture(scope="module")

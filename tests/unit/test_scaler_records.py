@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from elasticmoe.services.scaler.control.admission import lost_devices
 from elasticmoe.services.scaler.operation.operation import Accounting, Figures, LegProgress, Operation, PhaseTime
 from elasticmoe.services.scaler.store.records import OPERATIONS
 from tests.unit.test_scaler_resume import recall_of
-from tests.unit.test_store import Server
 from tests.unit.transitions import DOWN, UP, World, layout_of, operation_of
 
 BY = Writer("scaler:a", 1)
@@ -66,15 +64,6 @@ def of_the_release_before(operation: Operation) -> dict[str, Any]:
     counted = parts[1]["bytes_of"]
     parts[1]["bytes_of"] = [str(TransitionId(*counted[0])), counted[1]] if counted else ["", 0]
     return record | parts[0] | parts[1]
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    server = Server(tmp_path)
-    store = Store(server.url, "test")
-    yield store
-    store.close()
-    server.stop()
 
 
 def test_a_record_of_the_release_before_loses_nothing() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,44 +14,14 @@ import redis
 
 import elasticmoe.common.store
 import tests.sim.store
-from elasticmoe.cli.embedded_store import is_answering, server_binary
 from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.layout import Layout, Seat, initial_layout
 from elasticmoe.common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
 from elasticmoe.common.store import OPERATIONS_MAX, AsyncStore, Event, Store, Writer, store_of
+from tests.unit.stores import Server
 
 LAYOUT = initial_layout([3], ["host:0", "host:1"])
 A = Writer("a", 1)
-
-
-class Server:
-    """A Valkey server on a Unix socket of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        self.socket = directory / "store.sock"
-        self.url = f"unix://:secret@{self.socket}"
-        self._directory = directory
-        self.start()
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [server_binary(), "--port", "0", "--unixsocket", str(self.socket), "--requirepass", "secret", "--save", ""],
-            cwd=self._directory,
-            stdout=subprocess.DEVNULL,
-        )
-        while not is_answering(self.socket, "secret"):
-            assert self._process.poll() is None, "the server ended"
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(10)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path)
-    yield server
-    server.stop()
 
 
 @pytest.fixture

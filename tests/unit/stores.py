@@ -1,0 +1,31 @@
+"""A store as a real server."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from elasticmoe.cli.embedded_store import is_answering, server_binary
+
+
+class Server:
+    """A Valkey server on a Unix socket of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = directory / "store.sock"
+        self.url = f"unix://:secret@{self.socket}"
+        self._directory = directory
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [server_binary(), "--port", "0", "--unixsocket", str(self.socket), "--requirepass", "secret", "--save", ""],
+            cwd=self._directory,
+            stdout=subprocess.DEVNULL,
+        )
+        while not is_answering(self.socket, "secret"):
+            assert self._process.poll() is None, "the server ended"
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
