@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ from elasticmoe.common.protocol.errors import EXIT_SUPERSEDED
 
 _GRACE_S = {"slow": 60.0}  # by name; others:
 _GRACE_S_DEFAULT = 2.0
+_QUICK_S = {
+    "backoff_first_s": 0.02,
+    "backoff_max_s": 1.0,
+    "superseded_s": 0.2,
+}  # of restarts, where children end in loops
 _REAL = "STAND_IN_REAL"  # in the environment: names of children that are no stand-ins
 
 
@@ -41,6 +47,7 @@ def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
     from elasticmoe.cli.main import main
     from elasticmoe.cli.processes import process_specs as real_specs
     from elasticmoe.cli.settings import Settings
+    from elasticmoe.cli.supervisor import Limits
 
     def process_specs(settings: Settings) -> list[ChildSpec]:
         return [
@@ -59,6 +66,8 @@ def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
         ]
 
     up.process_specs = process_specs
+    if any(behaviour.startswith("loop") for behaviour in behaviours.values()):
+        up.Plan = partial(up.Plan, limits=Limits(**_QUICK_S))
     os.environ[_REAL] = " ".join(name for name, behaviour in behaviours.items() if behaviour == "real")
     return main(argv)
 
@@ -123,9 +132,9 @@ def child(behaviour: str) -> int:
 
 
 def chat() -> None:
-    """Log for ever, 40 kB a second."""
+    """Log for ever, 400 kB a second."""
     for number in itertools.count():
-        sys.stderr.write(f"line {number} {'x' * 180}\n")
+        sys.stderr.write("".join(f"line {number}.{part} {'x' * 180}\n" for part in range(10)))
         select.select([], [], [], 0.005)
 
 

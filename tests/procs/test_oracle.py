@@ -15,7 +15,9 @@ from tests.procs.integrity import check_integrity
 pytestmark = pytest.mark.procs
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize(
+    "replicas", [1, 2, 4, *(pytest.param(replicas, marks=pytest.mark.slow) for replicas in (3, 5, 6))]
+)
 async def test_32_streams_with_cancels_are_exact(
     replicas: int, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:

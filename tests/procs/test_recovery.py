@@ -81,6 +81,7 @@ async def test_kills_at_random_moments_lose_nothing(
     assert report.count("finish") == len(load.streams)
 
 
+@pytest.mark.slow
 async def test_kills_during_resizes_lose_nothing(
     deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:

@@ -18,6 +18,7 @@ from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.layout import Layout, Seat, initial_layout
 from elasticmoe.common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
 from elasticmoe.common.store import OPERATIONS_MAX, AsyncStore, Event, Store, Writer, store_of
+from tests.procs.waiting import wait_until
 from tests.unit.stores import Server
 
 LAYOUT = initial_layout([3], ["host:0", "host:1"])
@@ -315,6 +316,8 @@ async def test_news_of_a_layout_wake_a_router_at_once(server: Server, monkeypatc
         assert (await asyncio.wait_for(seen.get(), 10))[0] == epoch
     with redis.Redis.from_url(server.url) as raw:
         assert raw.xlen("elasticmoe:test:layouts") == 2
+        # A cancel on the way there may be noticed only where the waiting ends, after the 60 s.
+        await asyncio.to_thread(wait_until, lambda: raw.info("clients")["blocked_clients"] == 1, "it waits for more")
     await end_watch(task, watcher)
     store.close()
 
