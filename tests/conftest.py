@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +18,44 @@ from tests.procs.waiting import wait_until
 # No test depends on the machine's speed: an example may take as long as it takes, and so may drawing one.
 settings.register_profile("elasticmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("elasticmoe")
+
+# Marks of tests that are left out unless asked for, and what runs them. Of several marks of a test the first counts.
+ELSEWHERE = {"soak": "pytest -m soak", "compose": "make compose-test", "slow": "make test-all"}
+_LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LEFT_OUT] = Counter()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Count what the marks leave out of what was collected; not what `-k` does."""
+    if config.option.keyword:
+        return (yield)
+    collected = list(items)
+    yield
+    chosen = set(items)
+    for item in collected:
+        marks = [] if item in chosen else [mark for mark in ELSEWHERE if item.get_closest_marker(mark)]
+        config.stash[_LEFT_OUT].update(marks[:1])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["left_out"] = dict(session.config.stash[_LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Each worker of xdist has collected the same."""
+    node.config.stash[_LEFT_OUT] |= Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Nobody takes a part of the tests for all of them."""
+    for mark, number in sorted(config.stash[_LEFT_OUT].items()):
+        terminalreporter.write_line(f"left out: {number} {mark} tests, which `{ELSEWHERE[mark]}` runs")
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +70,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return path if path.is_dir() else make_model(name, path)
 
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a model of the smallest specification (tests/unit/specs.py), in float32."""
+    from elasticmoe.cli.models import random_checkpoint
+    from tests.unit.specs import TINY_MIXTRAL
+
+    return random_checkpoint(tmp_path_factory.mktemp("m") / "m", TINY_MIXTRAL, seed=5, dtype="float32")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ LINES_MAX = 400
 LINES_WITH_REASON_MAX = 500  # of the product
 ROOMS = ("services/", "common/")
 FUNCTION_LINES_MAX = 70
+REPEATED_MAX = 70  # characters of a test's fixture or helper that another test file may hold too
 SOURCE = ("common", "services", "cli", "native")
 
 # Modules that may be imported by one module (or package) of the project only.
@@ -469,3 +470,15 @@ def test_every_test_waits_for_events() -> None:
         if (node.value.id, node.attr) == ("time", "sleep")
     ]
     assert found == []
+
+
+def test_what_tests_start_from_is_written_once() -> None:
+    """A fixture or helper of some size that two test files hold word for word belongs into a conftest or a helper."""
+    holders: dict[str, list[str]] = {}
+    for path in PYTHON:
+        for node in tree(path).body if name(path).startswith("tests/") else ():
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                body = "\n".join(ast.unparse(part) for part in node.body[ast.get_docstring(node) is not None :])
+                if len(body) > REPEATED_MAX:
+                    holders.setdefault(body, []).append(f"{name(path)}:{node.lineno} {node.name}")
+    assert [places for places in holders.values() if len(places) > 1] == []

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.errors import ElasticMoEError
@@ -32,18 +31,12 @@ from elasticmoe.common.protocol.scaler import HmmStatus, TransitionStatus
 from elasticmoe.services.hmm.memory.catalog import keys_of
 from tests.procs.hmm_harness import Deployment, Rank, load_message
 from tests.procs.waiting import processes_of, wait_until
-from tests.unit.specs import TINY_MIXTRAL
 
 pytestmark = pytest.mark.procs
 
 KV_HANDLES = 3  # of each device at the load; one sequence of full length needs one
 OP_2, OP_3 = TransitionId("op-2"), TransitionId("op-3")  # named by the epochs that they lead to
 SLOW = 1 << 20  # bytes per second: a new seat's memory takes seconds
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_checkpoint(tmp_path_factory.mktemp("m") / "m", TINY_MIXTRAL, seed=5, dtype="float32")
 
 
 class World:
@@ -170,11 +163,11 @@ def copies_of(before: Layout, after: Layout) -> tuple[RecordCopy, ...]:
 
 
 @pytest.fixture
-def make(model: Path) -> Iterator[Callable[..., World]]:
+def make(tiny_mixtral: Path) -> Iterator[Callable[..., World]]:
     made: list[World] = []
 
     def world(*slots: int, **settings: Any) -> World:
-        made.append(World(model, slots, **settings))
+        made.append(World(tiny_mixtral, slots, **settings))
         return made[-1]
 
     yield world
@@ -404,10 +397,10 @@ def test_a_limited_transfer_takes_its_time_and_counts_what_it_makes(world: World
     world.wait("aborted")
 
 
-def test_what_could_not_be_staged_fails_and_is_given_up(world: World, model: Path, tmp_path: Path) -> None:
+def test_what_could_not_be_staged_fails_and_is_given_up(world: World, tiny_mixtral: Path, tmp_path: Path) -> None:
     request = world.request((0, 1, 2))
     copies = tuple(msgspec.structs.replace(copy, source="") for copy in request.copies)
-    weights = model / "model.safetensors"
+    weights = tiny_mixtral / "model.safetensors"
     weights.rename(tmp_path / "away")
     try:
         world.call(msgspec.structs.replace(request, copies=copies))
@@ -707,7 +700,7 @@ def test_blocks_go_to_a_joiner_and_kv_that_was_given_back_takes_none(world: Worl
 # ---- Facts
 
 
-def test_the_planners_facts_are_settled_at_the_load(world: World, model: Path) -> None:
+def test_the_planners_facts_are_settled_at_the_load(world: World, tiny_mixtral: Path) -> None:
     status = world.status()
     facts = status.memory
     assert facts is not None
@@ -715,7 +708,7 @@ def test_the_planners_facts_are_settled_at_the_load(world: World, model: Path) -
     assert facts.ledger == status.devices[0].other
     assert (facts.granularity, facts.kv_handles_min) == (4096, 1)
     assert facts.kv == world.ranks[0].reply.kv_geometry
-    assert load_message(model).max_model_len == 64
+    assert load_message(tiny_mixtral).max_model_len == 64
 
 
 @pytest.mark.parametrize("revision", [0, 1 << 62])

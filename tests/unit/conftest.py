@@ -12,9 +12,12 @@ import pytest
 
 from elasticmoe.common.devices.rules import PROCESS, ProcessRules
 from elasticmoe.common.store import Store
+from elasticmoe.services.router.text.tokenizer import ServedModel
+from tests.procs.router_harness import write_model
 from tests.unit.stores import Server
 
 if TYPE_CHECKING:
+    from tests.unit.forms import Tensors
     from tests.unit.ranks import Ranks
 
 
@@ -46,6 +49,21 @@ def ranks(directory: Path) -> Ranks:
     from tests.unit.ranks import Ranks  # loads torch, which most tests do not need
 
     return Ranks(directory, 1, max_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    """What a router knows of a model that has only a tokenizer."""
+    return ServedModel(write_model(tmp_path_factory.mktemp("m") / "model"), "m")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensors]:
+    """The tensors of a small model of each family, by the names of its checkpoint."""
+    from tests.unit import forms
+
+    root = tmp_path_factory.mktemp("bases")
+    return {family: forms.base_tensors(root / family, family) for family in forms.BASES}
 
 
 @pytest.fixture

@@ -112,12 +112,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensors]:
-    root = tmp_path_factory.mktemp("bases")
-    return {family: forms.base_tensors(root / family, family) for family in BASES}
-
-
 def check_parity(directory: Path, reference: Any) -> None:
     streams = make_streams(2, (5, 17))
     worst, is_greedy = compare(reference, streams, generate(Ranks(directory, 2), streams, 8))

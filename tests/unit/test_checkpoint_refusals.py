@@ -14,16 +14,10 @@ from elasticmoe.common.families import load_spec
 from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.common.weights import INDEX, SINGLE
 from tests.unit import forms
-from tests.unit.forms import BASES, Edit, Tensors, fused, renamed, without
+from tests.unit.forms import Edit, Tensors, fused, renamed, without
 
 TIED = {"tie_word_embeddings": True}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensors]:
-    root = tmp_path_factory.mktemp("bases")
-    return {family: forms.base_tensors(root / family, family) for family in BASES}
 
 
 def expert(family: str, index: int, what: int = 0, layer: int = 0) -> str:

@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 
-from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native import host
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from tests.devices import strict
 from tests.devices.backends import granularity
-from tests.unit.specs import TINY_MIXTRAL
 from tests.unit.test_hmm_memory_shortage import World, try_transition
 
 __all__ = ["granularity"]
@@ -25,14 +23,9 @@ __all__ = ["granularity"]
 LOG = get_logger("test")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_checkpoint(tmp_path_factory.mktemp("m") / "m", TINY_MIXTRAL, seed=5, dtype="float32")
-
-
 @pytest.fixture
-def world(model: Path, tmp_path: Path, granularity: int) -> Iterator[World]:
-    made = World(model, tmp_path, device_bytes=256 << 20)
+def world(tiny_mixtral: Path, tmp_path: Path, granularity: int) -> Iterator[World]:
+    made = World(tiny_mixtral, tmp_path, device_bytes=256 << 20)
     yield made
     made.close()
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout
 from elasticmoe.common.protocol.errors import DoesNotFit, Unavailable
@@ -29,7 +28,6 @@ from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.transfer import Supply
 from elasticmoe.services.hmm.sessions.membership import Membership
 from elasticmoe.services.hmm.transition.transition import Transitions
-from tests.unit.specs import TINY_MIXTRAL
 
 pytestmark = pytest.mark.slow
 
@@ -182,14 +180,9 @@ def copies_of(before: Layout, after: Layout) -> tuple[RecordCopy, ...]:
     return tuple(copies)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_checkpoint(tmp_path_factory.mktemp("m") / "m", TINY_MIXTRAL, seed=5, dtype="float32")
-
-
 @pytest.fixture
-def world(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    made = World(model, tmp_path)
+def world(tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    made = World(tiny_mixtral, tmp_path)
     monkeypatch.setattr(host, "allocate", made.machine.allocate)
     monkeypatch.setattr(host, "write_from", made.machine.write_from)
     yield made

@@ -16,7 +16,6 @@ from elasticmoe.services.router.api.options import options_of
 from elasticmoe.services.router.api.parse import parse
 from elasticmoe.services.router.api.schemas import ChatRequest, CompletionRequest
 from elasticmoe.services.router.text.tokenizer import ServedModel
-from tests.procs.router_harness import write_model
 
 CHAT, COMPLETION = msgspec.json.Decoder(ChatRequest), msgspec.json.Decoder(CompletionRequest)
 FIELDS = sorted({*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__, "unknown"})
@@ -33,11 +32,6 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
     ),
     max_leaves=8,
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    return ServedModel(write_model(tmp_path_factory.mktemp("m") / "model"), "m")
 
 
 @settings(max_examples=500)

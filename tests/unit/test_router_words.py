@@ -26,7 +26,6 @@ from elasticmoe.services.router.api.schemas import (
 )
 from elasticmoe.services.router.api.words import MESSAGE_WORDS, WORDS
 from elasticmoe.services.router.text.tokenizer import ServedModel
-from tests.procs.router_harness import write_model
 
 CHAT, COMPLETION = msgspec.json.Decoder(ChatRequest), msgspec.json.Decoder(CompletionRequest)
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
@@ -34,11 +33,6 @@ BASES: dict[Any, dict[str, Any]] = {CHAT: {"messages": [{"role": "user", "conten
 ASKING: tuple[Any, ...] = ({"a": 1}, ["a"], "something", 7, True, False, 0.5, "x" * 5_000)
 # Words whose row says that they are for one endpoint: the other's struct has a field of that name.
 FIELDS = {kind: set(kind.__struct_fields__) for kind in (ChatRequest, CompletionRequest)}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    return ServedModel(write_model(tmp_path_factory.mktemp("m") / "model"), "m")
 
 
 def section(title: str) -> str:

@@ -16,14 +16,8 @@ from elasticmoe.services.router.api.parse import parse
 from elasticmoe.services.router.api.sampling_defaults import OPENAI, SamplingDefaults, read_defaults
 from elasticmoe.services.router.api.schemas import CompletionRequest
 from elasticmoe.services.router.text.tokenizer import ServedModel
-from tests.procs.router_harness import write_model
 
 COMPLETION = msgspec.json.Decoder(CompletionRequest)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    return ServedModel(write_model(tmp_path_factory.mktemp("m") / "model"), "m")
 
 
 def defaults_of(directory: Path, text: str, setting: str = "auto") -> SamplingDefaults:
