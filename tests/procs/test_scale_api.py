@@ -80,7 +80,8 @@ def test_the_api_is_strict_and_idempotent(deployment: Deployment) -> None:
     assert (status, reused["error"]["code"]) == (409, "op_id_reused")
     size = deployment.admin("/v1/scale")
     wanted = {"operation_id": "leave", "replicas": 1, "expected_instance_id": size["instance_id"]}
-    assert size["effective_size"] == len(before := size["participating_ranks"]) == 2
+    before = size["participating_ranks"]
+    assert size["effective_size"] == len(before) == 2
     status, refused = deployment.admin_call("POST", "/v1/scale", {**wanted, "expected_instance_id": "i-other"})
     assert (status, refused["error"]["code"]) == (409, "wrong_instance")
     assert deployment.scale(**wanted)["phase"] == "done"
