@@ -16,9 +16,8 @@ from elasticmoe.services.worker.engine.sequence import Sequence
 from elasticmoe.services.worker.rank.steps import FAILED_MAX
 from tests.unit.crew import PEER, Crew
 from tests.unit.ranks import Ranks
-from tests.unit.test_quarantine import POISON, check_good, directory, fill
+from tests.unit.test_quarantine import POISON, check_good, fill
 
-__all__ = ["directory"]  # a fixture
 
 LATER = 14  # tokens of the bad request
 
