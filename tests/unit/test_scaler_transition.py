@@ -27,44 +27,10 @@ def world_of(plan: Plan) -> World:
     return World(plan.before)
 
 
-def test_scaling_up_brings_replicas_in_first_and_moves_experts_then() -> None:
-    world = world_of(UP)
-    done = world.run(operation_of(UP))
-    assert (done.phase, outcome(done), world.layout) == ("done", "done", UP.after)
-    order = [name for name in world.log if name != "TellRank"]
-    assert order == ["Stage", "StartSeat", "Commit", "Release", "Stage", "Commit", "Release"]
-    assert [(time.leg, time.phase) for time in done.accounting.timings] == [
-        (0, "plan"),
-        *((leg, phase) for leg in (0, 1) for phase in PHASES),
-    ]
-    figures = done.accounting.figures
-    assert figures.capacity_s is not None
-    assert figures.capacity_s < done.elapsed_s
-    assert (figures.bytes_copied, figures.peak_bytes_total) == (2000, 60)
-    assert figures.sequences_moved == 1
-    assert sorted(world.running.values()) == [1, 1, 2]
-
-
-def test_leaving_replicas_are_empty_before_the_commit() -> None:
-    world = world_of(DOWN)
-    done = world.run(operation_of(DOWN))
-    assert (done.phase, world.layout, set(world.ranks)) == ("done", DOWN.after, {0, 2})
-    assert world.running[1] == 0
-    assert done.accounting.figures.sequences_moved >= 2
-    assert done.accounting.figures.capacity_s is None
-
-
 def test_nothing_to_do_is_done() -> None:
     world = world_of(UP)
     done = world.run(operation_of(plan_of("none", UP.before)))
     assert (done.phase, world.log) == ("done", [])
-
-
-def test_a_rebalance_only_moves_sequences() -> None:
-    world = World(UP.before, {0: 9, 1: 0})
-    done = world.run(operation_of(None))
-    assert (done.phase, set(world.log)) == ("done", {"TellRank"})
-    assert sorted(world.running.values()) == [4, 5]
 
 
 @pytest.mark.parametrize("plan", [None, UP, DOWN])
@@ -103,21 +69,6 @@ def test_no_command_to_move_sequences_outlives_the_phase_that_levels() -> None:
     step = advance(without_lost(operation, ("host:2",)), world.seen(), world.now)
     ends = {action.seat.slot for action in step.actions if isinstance(action, TellRank)}
     assert (step.state.phase, ends) == ("release", {0, 1}), "who is lost is told nothing"
-
-
-def test_ranks_are_told_to_stay_though_the_pool_is_away_when_that_is_due() -> None:
-    world = World(DOWN.before)
-    operation = world.run_to(operation_of(DOWN), "commit")
-    assert world.leaving == {1}
-    operation = world.step(cancel(operation))
-    world.pool_answers = False
-    for _ in range(5):
-        operation = world.step(operation)
-        world.progress()
-    assert operation.phase == "abort"
-    world.pool_answers = True
-    assert world.run(operation).phase == "aborted"
-    assert world.leaving == set()
 
 
 def test_leveling_that_leads_nowhere_ends() -> None:
@@ -181,107 +132,12 @@ def test_records_that_find_no_room_undo_an_operation_at_once(plan: Plan, phase: 
     assert "Commit" not in world.log
 
 
-def test_a_later_leg_waits_for_room_and_says_so() -> None:
-    world = world_of(UP)
-    operation = world.run_to(operation_of(UP, deadline_s=5.0), "commit", leg=1)
-    world.is_durable, world.no_room = False, "it is out of disk"
-    for _ in range(50):
-        operation = world.step(operation)
-        world.progress()
-    assert (operation.phase, operation.leg) == ("commit", 1)
-    assert operation.why == "the store does not take the commit record: it is out of disk"
-    world.is_durable, world.no_room = True, ""
-    assert world.run(operation).phase == "done"
-
-
-def test_a_deadline_before_the_commit_aborts() -> None:
-    world = world_of(DOWN)
-    world._tell = lambda _: None  # type: ignore[method-assign]
-    done = world.run(operation_of(DOWN, deadline_s=3.0))
-    assert done.phase == "aborted"
-    assert done.error is not None
-    assert done.error.code == "deadline_exceeded"
-    assert "r1t0 hand their sequences over" in done.error.message
-    assert world.layout == DOWN.before
-
-
 def test_a_deadline_after_the_commit_only_warns() -> None:
     world = world_of(UP)
     operation = world.run_to(operation_of(UP, deadline_s=5.0), "release")
     world.now += 100
     done = world.run(operation)
     assert (done.phase, done.is_late) == ("done", True)
-
-
-@pytest.mark.parametrize("code", ["device_error", ""])
-def test_staging_that_fails_aborts_the_first_leg(code: str) -> None:
-    world = world_of(UP)
-    operation = world.run_to(operation_of(UP), "prepare")
-    operation = world.step(operation)
-    world.transition = msgspec.structs.replace(
-        world.transition, phase="failed", error=Refused(code, "no memory") if code else None
-    )
-    done = world.run(operation)
-    assert (done.phase, world.layout) == ("aborted", UP.before)
-    assert done.error is not None
-    assert done.error.code == (code or "stage_failed")
-
-
-def test_staging_that_is_refused_aborts_the_first_leg_and_a_busy_hmm_does_not() -> None:
-    world = world_of(UP)
-    operation = world.run_to(operation_of(UP), "prepare")
-    world.refused = Refused("busy", "later", True)
-    assert world.step(operation).phase == "prepare"
-    world = world_of(UP)
-    world.refused = Refused("does_not_fit", "too much")
-    done = world.run(operation)
-    assert (done.phase, done.error) == ("aborted", world.refused)
-
-
-def test_a_joiner_that_ends_aborts_the_first_leg() -> None:
-    world = world_of(UP)
-    operation = world.run_to(operation_of(UP), "prepare")
-    for _ in range(3):
-        operation = world.step(operation)
-        world.progress()
-    world.end(2)
-    world.exits = {2: "killed by signal 11"}
-    done = world.run(operation)
-    assert done.error is not None
-    assert (done.error.code, done.phase, world.layout) == ("joiner_exited", "aborted", UP.before)
-    assert "signal 11" in done.error.message
-
-
-@pytest.mark.parametrize("how", ["failed", "aborted", "forgotten"])
-def test_a_later_leg_is_staged_again_until_it_succeeds(how: str) -> None:
-    world = world_of(UP)
-    operation = world.run_to(operation_of(UP), "prepare", leg=1)
-    operation = world.step(operation)
-    for _ in range(3):
-        if how == "forgotten":
-            world.transition = None
-        else:
-            world.transition = msgspec.structs.replace(world.transition, phase=how)
-        for _ in range(8):
-            operation = world.step(operation)
-            if world.transition and world.transition.phase == "copying":
-                break
-            world.progress()
-    done = world.run(operation)
-    assert (done.phase, world.layout) == ("done", UP.after)
-
-
-def test_a_store_outage_before_the_commit_waits_and_aborts_at_the_deadline() -> None:
-    world = world_of(UP)
-    operation = world.run_to(operation_of(UP, deadline_s=20.0), "commit")
-    world.is_durable = False
-    for _ in range(10):
-        operation = world.step(operation)
-        world.progress()
-        assert operation.phase == "commit"
-    assert "Commit" not in world.log
-    done = world.run(operation)
-    assert (done.phase, world.layout) == ("aborted", UP.before)
 
 
 @pytest.mark.parametrize("phase", ["migrate", "release"])
