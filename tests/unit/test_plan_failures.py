@@ -18,7 +18,6 @@ from tests.unit.crew import PEER, Crew
 from tests.unit.ranks import Ranks
 from tests.unit.test_quarantine import POISON, check_good, fill
 
-
 LATER = 14  # tokens of the bad request
 
 
