@@ -68,6 +68,17 @@ class AsyncClientEnd(Protocol[T]):
         """Drop what is queued. Idempotent."""
 
 
+class PushEnd(Protocol):
+    """A connection to one service that only takes what is told: what it cannot take now is lost. Nothing waits in it
+    for a service that is away, so what comes is never old news."""
+
+    def push(self, body: Message) -> bool:
+        """Send without waiting. False when it is lost: the service is away or behind."""
+
+    def close(self) -> None:
+        """Drop what is queued. Idempotent."""
+
+
 class Transport(Protocol):
     """Makes ends. `identity` is the sender's in messages, one per incarnation."""
 
@@ -79,3 +90,6 @@ class Transport(Protocol):
 
     def connect_async(self, name: str, identity: str, codec: Codec[T]) -> AsyncClientEnd[T]:
         """The same for an asyncio loop."""
+
+    def connect_push(self, name: str, identity: str) -> PushEnd:
+        """To the service of that name, for what may be lost."""

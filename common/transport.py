@@ -35,6 +35,7 @@ T = TypeVar("T")
 POLLIN = zmq.POLLIN
 
 _HIGH_WATER = 10_000  # messages queued to one peer; more means that the peer is gone or wedged
+_PUSH_HIGH_WATER = 16  # of what may be lost: old news serve nobody
 _OPTIONS: dict[int, int] = {
     zmq.LINGER: 0,
     zmq.SNDHWM: _HIGH_WATER,
@@ -337,6 +338,40 @@ class AsyncClient(Generic[T]):
             _async_contexts.give_back()
 
 
+class PushClient:
+    """A DEALER that only sends, to one server that may be away: what does not go at once is lost. One thread may use
+    it. What the server answers is not read."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.identity = identity
+        self.num_lost = 0
+        self._seq = 0
+        self._socket = _contexts.take().socket(zmq.DEALER)
+        _configure(self._socket, identity)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue for a living connection only
+        self._socket.setsockopt(zmq.SNDHWM, _PUSH_HIGH_WATER)
+        self._socket.setsockopt(zmq.RCVHWM, 1)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 200)  # nobody waits for it, and an idle process stays idle
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
+        self._socket.connect(f"ipc://{path}")
+
+    def push(self, body: Message) -> bool:
+        """Send without waiting. False when it is lost: the server is away or behind."""
+        self._seq += 1
+        try:
+            self._socket.send(encode(body, sender=self.identity, epoch=0, seq=self._seq), zmq.NOBLOCK)
+        except zmq.Again:
+            self.num_lost += 1
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the socket; what is queued is dropped. Idempotent."""
+        if not self._socket.closed:
+            self._socket.close()
+            _contexts.give_back()
+
+
 class Sockets:
     """The system's Transport (endpoints.py). `socket_of(name)`: the path of a service's socket."""
 
@@ -354,6 +389,10 @@ class Sockets:
     def connect_async(self, name: str, identity: str, codec: Codec[T]) -> AsyncClient[T]:
         """See Transport."""
         return AsyncClient(self._socket_of(name), identity, codec)
+
+    def connect_push(self, name: str, identity: str) -> PushClient:
+        """See Transport."""
+        return PushClient(self._socket_of(name), identity)
 
 
 def describe(error: ElasticMoEError) -> str:

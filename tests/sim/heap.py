@@ -227,3 +227,14 @@ class Sim:
 
 def _text(body: object) -> str:
     return f"{type(body).__name__} {getattr(body, 'op_id', None) or getattr(body, 'request_id', '') or ''}"
+
+
+class LostPush:
+    """An end by which nothing arrives: nobody in the world takes windows of load."""
+
+    def push(self, body: Message) -> bool:
+        """See elasticmoe.common.endpoints."""
+        return False
+
+    def close(self) -> None:
+        """See elasticmoe.common.endpoints."""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from elasticmoe.common.endpoints import PushEnd
 from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError, Unavailable
 from elasticmoe.common.protocol.handles import Applied, Attach, Routing, SeatMemory, ShareHandles
@@ -22,7 +23,7 @@ from elasticmoe.services.worker.rank.parts import RankParts
 from elasticmoe.services.worker.rank.rank import Rank
 from tests.sim.barrier import SimBarrier
 from tests.sim.engine import SimEngine
-from tests.sim.heap import Actor
+from tests.sim.heap import Actor, LostPush
 from tests.sim.hmm import BLOCKS_PER_HANDLE, CHANNEL_S, SPEC, Memory, held_by, named_by
 from tests.sim.store import NotingFence
 
@@ -312,6 +313,10 @@ class RankProcess(Actor):
     def connect(self, name: str, identity: str, codec: object) -> Client:
         """See elasticmoe.common.endpoints."""
         return Client(self, name)
+
+    def connect_push(self, name: str, identity: str) -> PushEnd:
+        """See elasticmoe.common.endpoints."""
+        return LostPush()
 
     def _build(self, link: HmmLink) -> None:
         device = self.world.hmm.memories[self.seat.device]

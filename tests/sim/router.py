@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Generator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from elasticmoe.common.endpoints import PushEnd
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import Unavailable
@@ -16,7 +17,7 @@ from elasticmoe.services.router.dispatch.dispatcher import Dispatcher
 from elasticmoe.services.router.dispatch.streams import Stream
 from tests.history import Report, _apply
 from tests.sim.engine import next_token
-from tests.sim.heap import Actor
+from tests.sim.heap import Actor, LostPush
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -204,6 +205,10 @@ class Router(Actor):
         """See elasticmoe.common.endpoints."""
         self.clients[name] = RouterClient(self, name, identity)
         return self.clients[name]
+
+    def connect_push(self, name: str, identity: str) -> PushEnd:
+        """See elasticmoe.common.endpoints."""
+        return LostPush()
 
     def is_linked(self, identity: bytes, rank: RankId) -> bool:
         """Whether this router is connected to a rank."""

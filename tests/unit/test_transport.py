@@ -13,7 +13,7 @@ import pytest
 from elasticmoe.common import fdchannel, transport
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.layout import RankId
-from elasticmoe.common.protocol import keeper, pool, rank, scaler
+from elasticmoe.common.protocol import keeper, pool, rank, scaler, signals
 from elasticmoe.common.protocol.errors import (
     Conflict,
     DeadlineExceeded,
@@ -27,7 +27,8 @@ from elasticmoe.common.protocol.keeper import Fetch, Keep, Kept
 from elasticmoe.common.protocol.pool import GetPool, StopRank
 from elasticmoe.common.protocol.replies import Ack, Refused
 from elasticmoe.common.protocol.scaler import PoolStatus
-from elasticmoe.common.transport import Client, Server, new_identity
+from elasticmoe.common.transport import Client, PushClient, Server, new_identity
+from tests.procs.waiting import wait_until
 
 
 @pytest.fixture
@@ -279,3 +280,50 @@ def test_clients_share_the_thread_that_moves_their_messages(server, tmp_path: Pa
     with_another = Client(tmp_path / "pool.sock", new_identity("scaler"), scaler.CODEC)
     assert with_another.send(GetPool()) == 1
     with_another.close()
+
+
+# ---- what may be lost ------------------------------------------------------------------------------------------------
+
+
+def windows_of(server: Server, count: int) -> list[int]:  # type: ignore[type-arg]
+    numbers: list[int] = []
+    while len(numbers) < count:
+        server.poll(5_000)
+        received = server.receive()
+        assert received is not None
+        numbers.append(received[1].body.number)
+    return numbers
+
+
+def test_what_is_pushed_arrives_in_order_and_nothing_waits_for_who_is_away(tmp_path: Path) -> None:
+    path = tmp_path / "signals.sock"
+    pusher = PushClient(path, new_identity("rank-r0t0"))
+    assert not any(pusher.push(window(number)) for number in range(1, 4))
+    assert pusher.num_lost == 3
+    for begin in (10, 20):  # a server, and the one that takes its place
+        with Server(path, new_identity("scaler"), signals.CODEC) as server:
+            wait_until(lambda at=begin: pusher.push(window(at)), "the connection is there", 10.0)
+            assert pusher.push(window(begin + 1))
+            assert windows_of(server, 2) == [begin, begin + 1]
+        wait_until(lambda at=begin: not pusher.push(window(at + 9)), "the connection has gone", 10.0)
+    pusher.close()
+    pusher.close()
+
+
+def test_who_does_not_take_what_is_pushed_does_not_stop_who_pushes(tmp_path: Path) -> None:
+    path = tmp_path / "signals.sock"
+    pusher = PushClient(path, new_identity("router"))
+    with Server(path, new_identity("scaler"), signals.CODEC) as server:
+        wait_until(lambda: pusher.push(window(1)), "the connection is there", 10.0)
+        for number in range(100_000):
+            if not pusher.push(window(number + 2)):
+                break
+        assert pusher.num_lost > 0, "the queues are bounded"
+        assert windows_of(server, 3) == [1, 2, 3]
+    pusher.close()
+
+
+def window(number: int) -> signals.RankWindow:
+    return signals.RankWindow(
+        rank=RankId(0, 0), incarnation="rank-r0t0:1", number=number, epoch=1, ended_s=1.0, span_s=1.0
+    )

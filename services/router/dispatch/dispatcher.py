@@ -52,6 +52,7 @@ from elasticmoe.services.router.dispatch.balancer import LOST_S, Candidate, deci
 from elasticmoe.services.router.dispatch.links import RankLink, Spawn, spawn_task
 from elasticmoe.services.router.dispatch.pace import TICK_S, Pace
 from elasticmoe.services.router.dispatch.streams import Ending, Stream
+from elasticmoe.services.router.dispatch.windows import RouterWindows
 from elasticmoe.services.router.history import History
 from elasticmoe.services.router.metrics import Metrics
 
@@ -91,6 +92,7 @@ class Dispatcher:
         self._spawn = spawn
         self._turn = 0
         self._pace = Pace()
+        self.windows = RouterWindows(identity, lambda: transport.connect_push("signals", identity))
         metrics.watch(self.links, lambda: self.layout)
 
     # ---- layout ------------------------------------------------------------------------------------------------------
@@ -158,8 +160,13 @@ class Dispatcher:
     def open(self, stream: Stream, now: float) -> None:
         """Accept a stream and submit it. Raises Unavailable when no replica takes it: then it was not accepted."""
         self._turn += 1
-        link = self._submit(stream, self.candidates(now))
+        try:
+            link = self._submit(stream, self.candidates(now))
+        except Unavailable:
+            self.windows.refused()
+            raise
         self._metrics.accepted(len(stream.submit.prompt))
+        self.windows.admitted(stream)
         self._history.accepted(
             stream.name,
             prompt_tokens=len(stream.submit.prompt),
@@ -198,6 +205,7 @@ class Dispatcher:
         retryable = ending.error is not None and ending.error.retryable
         self._history.terminal(stream.name, ending.kind, ending.reason, retryable=retryable, tokens=stream.num_tokens)
         self._metrics.ended(stream, self._clock.monotonic())
+        self.windows.ended(stream)
 
     def _release(self, stream: Stream, *, tell_rank: bool) -> None:
         request_id = stream.submit.request_id
@@ -301,9 +309,9 @@ class Dispatcher:
                 if stream.rank in self.links:
                     self.links[stream.rank].started(stream)
             self._history.chunk(stream.name, index, ids)
-            self._metrics.tokens(
-                len(ids), now - (stream.accepted_at if first_at is None else last_at), first_at is None
-            )
+            seconds, is_first = now - (stream.accepted_at if first_at is None else last_at), first_at is None
+            self._metrics.tokens(len(ids), seconds, is_first)
+            self.windows.tokens(seconds, is_first)
         if stream.ending is not None:
             self._forget(stream, tell_rank=delta.finish is None)
 
@@ -374,6 +382,7 @@ class Dispatcher:
             elif stream.gap_since is not None and now - stream.gap_since > GAP_S:
                 self._retry_or_fail(stream, _lost(stream.rank), now, avoid=None)
         self._history.flush()
+        self.windows.turn(now, self.layout.epoch if self.layout is not None else 0, self.streams.values())
 
     def _check_link(self, link: RankLink, now: float) -> None:
         if not link.streams:
@@ -406,6 +415,7 @@ class Dispatcher:
             self._fail(stream, Unavailable("the router is shutting down", code="shutting_down"))
         for rank in list(self.links):
             self._close_link(rank)
+        self.windows.close()
 
 
 def _lost(rank: RankId | None) -> Unavailable:

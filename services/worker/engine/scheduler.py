@@ -38,6 +38,8 @@ class Scheduler:
         self.struck: list[Sequence] = []  # in steps that failed since their last one that was completed
         self._by_id: dict[tuple[bytes, str], Sequence] = {}
         self.recomputed = 0  # tokens whose KV was written before and lost
+        self.tokens_uncached = 0  # of those that began to run, tokens to be computed
+        self.tokens_cached = 0  # and ones whose KV was found in the prefix cache
         self._arrivals = 0
         self._adoptions = 0
         self._free_rows = list(range(max_sequences - 1, -1, -1))
@@ -192,6 +194,9 @@ class Scheduler:
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda s: s.order)
         sequence.row = self._free_rows.pop()
+        if not sequence.stops:  # one that lost its blocks is no new demand
+            self.tokens_uncached += len(sequence.tokens) - sequence.kv_len
+            self.tokens_cached += sequence.kv_len
         return True
 
     @property

@@ -49,6 +49,7 @@ from elasticmoe.services.worker.rank.reports import Reports, tokens_of
 from elasticmoe.services.worker.rank.shares import Shares
 from elasticmoe.services.worker.rank.steps import Steps
 from elasticmoe.services.worker.rank.welcome import Welcome
+from elasticmoe.services.worker.rank.windows import RankWindows
 
 log = get_logger("rank")
 
@@ -88,6 +89,8 @@ class Rank:
         )
         self._reports = Reports(parts.server.send)
         self._shares = Shares(parts.clock)
+        push = parts.transport.connect_push("signals", seat.incarnation)
+        self._windows = RankWindows(seat, parts.engine.scheduler, push)
         self._welcome = Welcome()
         self._plan: StepPlan | None = None  # with which it has arrived at a barrier where not all are yet
         self._watchers: set[bytes] = set()
@@ -103,6 +106,7 @@ class Rank:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._barrier.leave()
         self._migration.close()
+        self._windows.close()
         self._hmm.close()
         self._server.close()
         self._memory.close()
@@ -196,6 +200,7 @@ class Rank:
             if plan.num_said or lockstep.shall_meet():
                 self._shares.arrive()
                 return plan, 0
+        self._windows.turn(now, lockstep.epoch)
         self._send_status(now)
         self._leave_if_unneeded()
         is_busy = self._memory.is_changing or self._migration.has_work or self._reports.is_waiting
@@ -215,7 +220,8 @@ class Rank:
         self._shares.meet()
         if total:
             self._steps.run(plan, total, STEP_MS_MAX)
-            self._shares.end(self._engine.cost)
+            self._windows.step(plan, self._shares.end(self._engine.cost))
+        self._windows.turn(now, self._lockstep.epoch)
         self._send_status(now)
 
     def _change_memory(self) -> None:

@@ -34,9 +34,10 @@ class Shares:
         """All have met."""
         self._met_ns = self._now_ns() - self._arrived_ns
 
-    def end(self, cost: StepCost) -> None:
-        """The step is over, computed at this cost."""
+    def end(self, cost: StepCost) -> float:
+        """The step is over, computed at this cost. Returns the seconds since the turn began."""
         took = max(1, self._now_ns() - self._began_ns)
         waiting = (cost.wait_ns + self._met_ns) / took
         self.waiting += SMOOTHING * (waiting - self.waiting)
         self.overhead += SMOOTHING * (1.0 - cost.math_ns / took - waiting - self.overhead)
+        return took / 1e9
