@@ -48,6 +48,19 @@ def test_scaling_up_brings_replicas_in_first_and_moves_experts_then() -> None:
     assert (figures.bytes_copied, figures.peak_bytes_total, figures.sequences_moved) == (2000, 60, 1)
 
 
+def test_nothing_moves_before_all_ranks_have_flipped() -> None:
+    world = World(UP.before)
+    story = """
+    * nothing goes on
+    staged 0:2 1:2 2:0    -> precopy r0t0, precopy r1t0 1>2, Commit | 1 commit: the layout is committed
+    committed 0:2 1:2 2:0 -> nothing                                | 1 commit: the ranks flip
+    * all goes on
+    committed 0:2 1:2 2:0 -> nothing                                | 1 commit: the ranks flip
+    flipped 0:2 1:1 2:1   -> nothing                                | 1 migrate: all ranks flipped
+    """
+    play(world, world.run_to(operation_of(UP), "commit"), story)
+
+
 def test_leaving_replicas_are_empty_before_the_commit() -> None:
     world = World(DOWN.before)
     story = """

@@ -51,6 +51,11 @@ def _set(**fields: object) -> Callable[[World, Operation, str], Operation]:
     return change
 
 
+def _goes_on(world: World, operation: Operation, _: str) -> Operation:
+    del world.progress  # what hid the method
+    return operation
+
+
 def _no_room(world: World, operation: Operation, why: str) -> Operation:
     world.is_durable, world.no_room = False, why
     return operation
@@ -87,6 +92,7 @@ EVENTS: dict[str, Callable[..., Operation]] = {
     r"()the pool is back": _set(pool_answers=True),
     r"()nobody heeds commands": _set(_tell=lambda _: None),
     r"()nothing goes on": _set(progress=lambda: None),
+    r"()all goes on": _goes_on,
     r"(\d+) s pass": _later,
 }
 
