@@ -28,7 +28,7 @@ from tests.procs.another_user import NOBODY, OUT_OF_REACH, as_user
 from tests.procs.descriptors import with_numbers
 
 ROOT = Path(__file__).parent.parent
-USUAL = ["-m", "not compose and not slow", "-n", "2", "--dist", "loadfile"]
+USUAL = ["-m", "not compose and not slow", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 NUMBERS = (*range(4, 11), *range(14, 19), 21, 24, 27, 30, 40, 63, 90, 200)  # 20 of them
 
 ODD = {

@@ -125,20 +125,24 @@ def test_any_logits_and_options_give_a_token_or_one_error(case: tuple[list[float
 
 
 @pytest.mark.parametrize("kernels_of", kernels.instruction_sets())
-@settings(max_examples=300)
-@given(case=cases())
-def test_kernels_stay_within_the_row(kernels_of: str, case: tuple[list[float], SamplingState]) -> None:
+def test_kernels_stay_within_the_row(kernels_of: str) -> None:
     if USED[-1].name != "host" and kernels_of != kernels.instruction_sets()[0]:
         return  # it has no instruction sets: once is enough
-    row, state = case
-    logits, options = torch.tensor([row], dtype=torch.float32), state.request.sampling
-    kernels.use_instruction_set(kernels_of)
-    try:
+
+    @settings(max_examples=300)
+    @given(case=cases())
+    def check(case: tuple[list[float], SamplingState]) -> None:
+        row, state = case
+        logits, options = torch.tensor([row], dtype=torch.float32), state.request.sampling
         for temperature in (1e-6, max(1e-6, options.temperature), 1e6):
             for uniform in (0.0, 1.0 - 2.0**-53):
                 token = USED[-1].draw(logits, 0, msgspec.structs.replace(options, temperature=temperature), uniform)
                 is_finite = all(math.isfinite(value) for value in row)
                 assert 0 <= token < len(row) if is_finite else token == -1
+
+    kernels.use_instruction_set(kernels_of)
+    try:
+        check()
     finally:
         kernels.use_instruction_set(kernels.instruction_sets()[0])
 
