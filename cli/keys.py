@@ -59,7 +59,7 @@ class Keys:
         if self._fd is not None:
             if self._saved is None:
                 self._saved = termios.tcgetattr(self._fd)
-            tty.setcbreak(self._fd)
+            tty.setcbreak(self._fd, termios.TCSADRAIN)  # what has been pressed already is kept
 
     def give_mode_back(self) -> None:
         """The mode that was found. Idempotent."""

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +64,33 @@ def test_a_signal_that_ends_it_leaves_the_terminal_as_it_was(number: signal.Sign
         assert terminal.is_as_it_was
 
 
-def test_it_can_be_stopped_and_continued() -> None:
+@contextmanager
+def stopped() -> Iterator[Terminal]:
+    """One that has been stopped by Ctrl-Z."""
     with in_terminal(status(), 70, 24) as terminal:
         terminal.read_until(lambda output: "op-0123456789ab" in output, "it is drawn")
-        job = terminal.job
+        state = Path(f"/proc/{terminal.job}/stat")
         terminal.type("\x1a")
-        state = Path(f"/proc/{job}/stat")
         wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", "it is stopped")
         terminal.read_until(lambda _: terminal.is_as_it_was, "the terminal is as it was")
+        yield terminal
+
+
+def test_it_can_be_stopped_and_continued() -> None:
+    with stopped() as terminal:
         drawn = len(terminal.output)
-        os.killpg(job, signal.SIGCONT)
+        os.killpg(terminal.job, signal.SIGCONT)
         terminal.read_until(lambda output: "op-0123456789ab" in output[drawn:], "it is drawn again")
         assert not terminal.is_as_it_was
         terminal.type("q")
+        assert terminal.end() == 0
+        assert terminal.is_as_it_was
+
+
+def test_a_key_that_is_pressed_while_it_is_continued_counts() -> None:
+    with stopped() as terminal:
+        terminal.type("q")
+        os.killpg(terminal.job, signal.SIGCONT)
         assert terminal.end() == 0
         assert terminal.is_as_it_was
 
