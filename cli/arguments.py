@@ -11,6 +11,9 @@ from elasticmoe.common.wording import nearest
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _WHOLE_MAX = 10**18
+_DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(ms|s|m|h|)")
+_UNITS_S = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_S_MAX = 3.2e9
 _ARGUMENT = re.compile(r"^argument ([^:]+): (.*)$", re.DOTALL)
 _CHOICE = re.compile(r"^invalid choice: '?(.*?)'? \(choose from (.*)\)$", re.DOTALL)
 _GIVEN = re.compile(r"^ignored explicit argument (.*)$", re.DOTALL)
@@ -62,6 +65,15 @@ def number(least: float = 0.0, most: float = math.inf) -> Callable[[str], float]
         return value
 
     return parse
+
+
+def duration(text: str) -> float:
+    """The type of a flag: a time above 0 in seconds, written 2, 2s, 100ms, 5m or 1h; a hundred years at most."""
+    match = _DURATION.fullmatch(text)
+    seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
+    if not 0 < seconds <= _DURATION_S_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0, such as 2s, 100ms, 5m or 1h")
+    return seconds
 
 
 def _check(value: float, least: float, most: float) -> None:

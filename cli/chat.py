@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if not url.startswith("https:"):
         refuse_beside(args, "ca_file", f"{url}, which is not https")
     timeout = httpx.Timeout(_TOKEN_SECONDS_MAX, connect=_CONNECT_SECONDS_MAX)
-    with http_client(url, ca_file=args.ca_file, timeout=timeout, headers=_headers(args)) as client:
+    with http_client(url, ca_file=args.ca_file, timeout=timeout, headers=headers_of(args)) as client:
         session = Session(client, args.model or first_model(client), _options(args), args.system)
         if args.once is not None:
             for text in session.answer(args.once):
@@ -78,7 +78,8 @@ def base_url(args: argparse.Namespace) -> str:
     return record.url if record is not None else _DEFAULT_URL
 
 
-def _headers(args: argparse.Namespace) -> dict[str, str]:
+def headers_of(args: argparse.Namespace) -> dict[str, str]:
+    """What `--api-key-file` adds to each request. Raises ElasticMoEError."""
     if not args.api_key_file:
         return {}
     return {"Authorization": f"Bearer {read_key(args.api_key_file).decode()}"}
@@ -167,6 +168,11 @@ def _server_error(detail: Any, code: str) -> ElasticMoEError:
 
 def first_model(client: httpx.Client) -> str:
     """The first model that the server lists. Raises ElasticMoEError."""
+    return str(listed_models(client)[0]["id"])
+
+
+def listed_models(client: httpx.Client) -> list[dict[str, Any]]:
+    """The models that the server lists, one at least, each with an `id`. Raises ElasticMoEError."""
     try:
         response = client.get("/v1/models")
     except httpx.HTTPError as error:
@@ -174,9 +180,12 @@ def first_model(client: httpx.Client) -> str:
     if response.status_code != 200:
         raise error_of(response)
     try:
-        return str(response.json()["data"][0]["id"])
+        models = [dict(model) | {"id": str(model["id"])} for model in response.json()["data"]]
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise ElasticMoEError("the server lists no model; name one with --model", code="no_model") from None
+        models = []
+    if not models:
+        raise ElasticMoEError("the server lists no model; name one with --model", code="no_model")
+    return models
 
 
 def error_of(response: httpx.Response) -> ElasticMoEError:

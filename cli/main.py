@@ -24,6 +24,7 @@ COMMANDS = {
     "rebalance": "elasticmoe.cli.rebalance",
     "events": "elasticmoe.cli.events",
     "chat": "elasticmoe.cli.chat",
+    "load": "elasticmoe.cli.load.command",
     "doctor": "elasticmoe.cli.doctor",
     "model": "elasticmoe.cli.model",
     "bench": "elasticmoe.cli.bench.command",

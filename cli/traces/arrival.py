@@ -8,7 +8,7 @@ import msgspec
 PREFIX_BLOCK_TOKENS = 512
 
 
-class Arrival(msgspec.Struct, frozen=True):
+class Arrival(msgspec.Struct, frozen=True, gc=False):
     """A request that comes at `at_s`, in seconds after the begin of its trace; traces are ordered by it.
 
     `input_tokens`: of its prompt, 1 or more. `output_tokens`: that it wants, 1 or more. `prefixes`: one id for each

@@ -61,7 +61,8 @@ def window(arrivals: Sequence[Arrival], start_s: float = 0.0, duration_s: float 
     ]
     if not found:
         last = f"the last comes at {arrivals[-1].at_s:.1f} s" if arrivals else "there is none at all"
-        raise ValueError(f"no request comes from {start_s:g} s on for {duration_s:g} s; {last}")
+        until = f" before {start_s + duration_s:g} s" if math.isfinite(duration_s) else ""
+        raise ValueError(f"no request comes from {start_s:g} s on{until}; {last}")
     return found
 
 
