@@ -10,6 +10,7 @@ from elasticmoe.services.scaler.operation.advance import cancel, outcome
 from elasticmoe.services.scaler.operation.migrate import DECODE_ONLY_STEPS, hurry, move_ahead
 from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.operation.steps import progressed
+from tests.unit.transcripts import play
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
 
@@ -28,13 +29,13 @@ def told_world() -> tuple[World, Operation]:
 def test_sequences_are_got_ready_for_who_joins_and_go_there_after_the_flip() -> None:
     world = World(UP.before)
     world.running = {0: 6, 1: 5}
-    operation = world.run_to(operation_of(UP), "commit")
-    operation = world.step(operation)
-    assert world.commands[0] == operation.command_id("precopy")
-    assert (world.targets, world.running) == ({0: ((2, 1),), 1: ()}, {0: 6, 1: 5})
-    done = world.run(operation)
-    assert (done.phase, sorted(world.running.values())) == ("done", [3, 4, 4])
-    assert all(world.commands[slot].kind == "cancel" for slot in (0, 1))
+    story = """
+    staged 0:6 1:5 2:0  -> precopy r0t0 1>2, precopy r1t0, Commit | 1 commit: the layout is committed
+    flipped 0:5 1:5 2:1 -> nothing                                | 1 migrate: all ranks flipped
+    flipped 0:5 1:5 2:1 -> migrate r0t0 1>2, migrate r1t0 1>2     | 1 migrate: sequences move
+    flipped 0:4 1:4 2:3 -> cancel r0t0, cancel r1t0 | 1 release: all replicas have the same load within one
+    """
+    play(world, world.run_to(operation_of(UP), "commit"), story)
 
 
 def test_steps_are_kept_short_while_the_hmm_copies_for_who_joins_and_for_nobody_else() -> None:
@@ -108,13 +109,15 @@ def test_a_restarted_scaler_does_not_choose_again_who_hands_over() -> None:
 def test_an_abort_ends_what_was_got_ready() -> None:
     world = World(UP.before)
     world.running = {0: 6, 1: 5}
-    operation = world.run_to(operation_of(UP), "prepare")
-    while world.commands.get(0) != operation.command_id("precopy"):
-        operation = world.step(operation)
-        if 2 not in world.ranks:
-            world.progress()
-    assert operation.phase == "prepare"
-    done = world.run(cancel(operation))
-    assert (outcome(done), world.running, world.layout) == ("cancelled", {0: 6, 1: 5}, UP.before)
-    assert world.commands[0].kind == "cancel"
-    assert not world.targets[0]
+    story = """
+    * the store takes nothing
+    staged 0:6 1:5 2:0 -> precopy r0t0 1>2, precopy r1t0 | 1 commit: the store does not take the commit record
+    * an operator cancels it
+    staged 0:6 1:5 2:0 -> nothing                  | 1 abort: cancelled by the operator
+    staged 0:6 1:5 2:0 -> StopSeat rank-r2t0:1     | 1 abort: ranks r2t0 end
+    staged 0:6 1:5     -> Abort                    | 1 abort: the HMM gives the staged layout up
+    aborted 0:6 1:5    -> cancel r0t0, cancel r1t0 | 1 abort: ranks leave no more
+    aborted 0:6 1:5    -> cancel r0t0, cancel r1t0 | 1 aborted: cancelled by the operator
+    """
+    done = play(world, world.run_to(operation_of(UP), "commit"), story)
+    assert (outcome(done), world.layout) == ("cancelled", UP.before)
