@@ -13,6 +13,7 @@ from elasticmoe.services.scaler.control.members import serve
 from elasticmoe.services.scaler.control.state import State, Status
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.operation import Operation, Request
+from tests.unit.transcripts import done
 
 LAYOUT = initial_layout([4, 4], ["host:0", "host:1"])
 
@@ -128,23 +129,32 @@ def test_ranks_that_are_about_to_flip_are_left_alone_unless_they_are_parked_or_i
 
 
 def test_bring_up_to_serving_and_recovery_of_a_rank() -> None:
-    phases = []
-
-    def play(**changes: object) -> tuple[object, ...]:
-        decision = step(**changes)
-        phases.append(decision.state.phase)
-        return decision.actions
-
     both = PoolStatus(2, (rank(0, True), rank(1, True)))
     running = msgspec.structs.replace(READY, generation=1, members=(0, 1), running=True)
-    assert play(hmm=EMPTY) == (LoadLayout(LAYOUT),)
-    assert len(play()) == 2
-    assert play(pool=PoolStatus(2, (rank(0, True), rank(1, False)))) == ()
-    assert play(pool=both) == (JOIN,)
-    assert play(pool=both, hmm=running) == (AnnounceLayout(LAYOUT),)
-    assert play(pool=both, hmm=running, announced_epoch=1) == ()
-    parked = msgspec.structs.replace(running, generation=2, running=False)
-    dead = {"hmm": parked, "announced_epoch": 1, "ever_served": True}
-    assert play(pool=PoolStatus(2, (rank(0, True),)), **dead) == START[1:]
-    assert play(pool=both, **dead) == (JOIN,)
-    assert phases == ["loading", *["attaching"] * 3, "serving", "serving", "degraded", "degraded"]
+    parked = {"hmm": msgspec.structs.replace(running, generation=2, running=False), "ever_served": True}
+    observations: dict[str, dict[str, object]] = {
+        "nothing is loaded": {"hmm": EMPTY},
+        "it is loaded": {},
+        "one rank is ready": {"pool": PoolStatus(2, (rank(0, True), rank(1, False)))},
+        "both are ready": {"pool": both},
+        "they run": {"pool": both, "hmm": running},
+        "it is announced": {"pool": both, "hmm": running, "announced_epoch": 1},
+        "one has died": {"pool": PoolStatus(2, (rank(0, True),)), "announced_epoch": 1, **parked},
+        "it is replaced": {"pool": both, "announced_epoch": 1, **parked},
+    }
+    decisions = {seen: step(**changes) for seen, changes in observations.items()}  # type: ignore[arg-type]
+    assert [
+        f"{seen} -> {done(decision.actions)} | {decision.state.phase}: {decision.reason}"
+        for seen, decision in decisions.items()
+    ] == [
+        "nothing is loaded -> LoadLayout | loading: the HMM holds nothing",
+        "it is loaded -> StartSeat r0t0, StartSeat r1t0 | attaching: seats r0t0, r1t0 have no rank; 2 standbys",
+        "one rank is ready -> nothing | attaching: ranks attach",
+        "both are ready -> PublishMembers (0, 1) running | attaching: all ranks are ready",
+        "they run -> AnnounceLayout | serving: layout 1 serves",
+        "it is announced -> nothing | serving: nothing to do",
+        "one has died -> StartSeat r1t0 | degraded: seats r1t0 have no rank; 2 standbys",
+        "it is replaced -> PublishMembers (0, 1) running | degraded: all ranks are ready",
+    ]
+    assert decisions["nothing is loaded"].actions == (LoadLayout(LAYOUT),)
+    assert decisions["they run"].actions == (AnnounceLayout(LAYOUT),)

@@ -10,12 +10,12 @@ it is not told again. See `EVENTS` for what can happen.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.services.scaler.actions import Action, StopSeat, TellRank
+from elasticmoe.services.scaler.actions import Action, PublishMembers, StopSeat, TellRank
 from elasticmoe.services.scaler.operation.advance import advance, cancel, without_lost
 from elasticmoe.services.scaler.operation.operation import Operation
 from tests.unit.transitions import KINDS, World
@@ -132,8 +132,8 @@ def _turns(world: World, operation: Operation, came: list[str]) -> Iterator[tupl
         for action in step.actions:
             world.obey(action)
         operation = step.state
-        done = ", ".join(map(_told, step.actions)) or "nothing"
-        event = yield operation, f"{seen} -> {done} | {operation.leg + 1} {operation.phase}: {operation.why}"
+        told = f"{seen} -> {done(step.actions)} | {operation.leg + 1} {operation.phase}: {operation.why}"
+        event = yield operation, told
 
 
 def _happens(world: World, operation: Operation, event: str) -> Operation:
@@ -149,7 +149,14 @@ def _seen(world: World) -> str:
     return " ".join([hmm if world.hmm_answers else "no HMM", *(ranks if world.pool_answers else ["no pool"])])
 
 
+def done(actions: Iterable[Action]) -> str:
+    """What is done, in words."""
+    return ", ".join(map(_told, actions)) or "nothing"
+
+
 def _told(action: Action) -> str:
+    if isinstance(action, PublishMembers):
+        return f"PublishMembers {action.slots} {'running' if action.running else 'parked'}"
     if not isinstance(action, TellRank):
         what = getattr(action, "seat", None)
         whom = what.rank if what is not None else action.incarnation if isinstance(action, StopSeat) else ""
