@@ -238,7 +238,7 @@ def test_a_template_without_descriptors_lives_on(pool: Pool) -> None:
     assert pool.template_and_standbys()[0] == template
 
 
-@pytest.mark.parametrize("free", [1, 3, 5])
+@pytest.mark.parametrize("free", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_dead_template_is_replaced_however_far_its_start_comes(pool: Pool, free: int) -> None:
     """With too few descriptors to start one, for the first attempts; those that are there stay."""
     template, standbys = pool.template_and_standbys()
