@@ -62,7 +62,7 @@ async def complete(
     connection is closed at the end, also when the caller is cancelled; then the sample has no error.
     """
     loop = asyncio.get_running_loop()
-    sample.error = None
+    sample.error, sample.status = None, 0  # another attempt may have left its own
     async with asyncio.timeout(CONNECT_S_MAX):
         _, answer = await loop.create_connection(
             lambda: _Answer(loop, request, sample, on_text), endpoint.host, endpoint.port, ssl=endpoint.tls

@@ -85,6 +85,16 @@ async def test_a_client_that_is_turned_away_comes_back_and_finds_the_new_target(
     assert load.running_on("busy") == 0
 
 
+async def test_an_attempt_that_is_taken_and_cut_off_is_not_the_refusal_before_it() -> None:
+    async with server(b"HTTP/1.1 503 Service Unavailable\r\n\r\n", b"") as url:
+        load = Load(SHAPE, seed=1)
+        load.set_targets(Target("one", url))
+        load.start_closed(1)
+        await until(lambda: len(load.requests) >= 2)
+        await load.stop()
+    assert (load.requests[0].refusals, load.requests[0].status, load.requests[0].error) == (1, 0, CUT_OFF)
+
+
 async def test_a_client_waits_for_a_server_that_is_not_there() -> None:
     async with server(OK + TOKEN + END) as url:
         pass  # its port is free again
