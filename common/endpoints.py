@@ -36,7 +36,10 @@ class ServerEnd(Protocol[T]):
 
 
 class ClientEnd(Protocol[T]):
-    """A connection to one service, by which questions go and answers come, without waiting."""
+    """A connection to one service, by which questions go and answers come; only `call` waits. `epoch`: the fencing
+    epoch that messages are sent under, 0 at first."""
+
+    epoch: int
 
     def fileno(self) -> int:
         """An edge-triggered descriptor: after it is readable, `receive` until None."""
@@ -46,6 +49,10 @@ class ClientEnd(Protocol[T]):
 
     def receive(self) -> Received[T] | None:
         """The next message, None when there is none. Raises ProtocolError."""
+
+    def call(self, body: Message, *, deadline_ms: int) -> tuple[T, list[Received[T]]]:
+        """Send and wait for the answer: (answer, other messages that came meanwhile). Raises DeadlineExceeded, or the
+        refusal as an ElasticMoEError with its code."""
 
     def close(self) -> None:
         """Drop what is queued. Idempotent."""

@@ -11,11 +11,10 @@ from elasticmoe.common.http.listener import bind
 from elasticmoe.common.inherited import inherited
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import EXIT_SUPERSEDED, ElasticMoEError, Fenced
-from elasticmoe.common.store import store_of
 from elasticmoe.common.telemetry import setup_logging
 from elasticmoe.common.transport import describe
 from elasticmoe.services.scaler.api.admin import build_app, serve
-from elasticmoe.services.scaler.service import Scaler
+from elasticmoe.services.scaler.assembly import open_scaler
 
 
 def main() -> int:
@@ -26,7 +25,7 @@ def main() -> int:
         failpoint.enable(config.failpoint_dir, "scaler")
         log = setup_logging("scaler", level=config.log_level, as_json=config.log_json)
         token = read_secret(config.secret("admin.token"))
-        scaler = Scaler(config, store_of(config, "scaler"))
+        scaler = open_scaler(config)
         app = build_app(
             scaler.status_cache, scaler.commands, scaler.events, scaler.meters, token, config.operation_deadline_s
         )

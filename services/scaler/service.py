@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections import deque
-from pathlib import Path
 from types import FrameType
 
 import msgspec
 
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.failpoint import failpoint
-from elasticmoe.common.families import load_spec
-from elasticmoe.common.fence import Fence
 from elasticmoe.common.layout import Layout
+from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
-from elasticmoe.common.store import Event, Store, Writer
+from elasticmoe.common.store import Event, Writer
 from elasticmoe.common.telemetry import get_logger
-from elasticmoe.common.transport import new_identity
 from elasticmoe.services.scaler.api.event_stream import EventStream
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.control.admission import Accepted, Admission, CancelOperation, Order
@@ -29,10 +25,10 @@ from elasticmoe.services.scaler.control.links import Links
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.observation import Observation
+from elasticmoe.services.scaler.parts import ScalerParts
 from elasticmoe.services.scaler.store.journal import Journal
 from elasticmoe.services.scaler.store.lease import Lease
 from elasticmoe.services.scaler.store.recall import Recall
-from elasticmoe.services.scaler.store.reserve import DiskReserve
 from elasticmoe.services.scaler.store.resume import Beginning
 
 log = get_logger("scaler")
@@ -49,35 +45,39 @@ BACKOFF_S_MAX = 5.0
 
 class Scaler:
     """Owns the layout. Everything in it belongs to the loop's thread; `status_cache`, `commands`, `events` and
-    `meters` are shared with the admin listener."""
+    `meters` are shared with the admin listener.
 
-    def __init__(self, config: ScalerConfig, store: Store) -> None:
-        """Raises CheckpointError for a model that cannot be read, ConfigError for devices that make no replicas."""
+    `run` lets threads take the turns of lease and journal, and is `turn` and `wait` in turns until a signal, then
+    `close`. What drives it otherwise does the same, and takes the turns of lease and journal as well.
+    """
+
+    def __init__(self, config: ScalerConfig, spec: ModelSpec, parts: ScalerParts) -> None:
+        """Raises ConfigError for devices that make no replicas."""
         self._config = config
-        self._identity = new_identity("scaler")
-        self._spec = load_spec(Path(config.model), config.dtype)
-        self._links = Links(config, self._spec, self._identity, self._on_event)
-        fence = Fence(config.state_dir, "scaler")
-        self._lease = Lease(store.another("scaler-lease"), self._identity, config.lease_ms, fence)
+        self._identity = parts.identity
+        self._clock = parts.clock
+        self._reserve = parts.reserve
+        self._links = Links(config, spec, parts, self._on_event)
+        self.lease = Lease(parts.store.another("scaler-lease"), parts.identity, config.lease_ms, parts.fence)
         self.meters = Meters()
-        self.commands = CommandQueue(self._links.wake)
+        self.commands = CommandQueue(parts.poller.wake, parts.clock)
         self.events = EventStream()
-        self._recall = Recall(config, self._spec, store)
-        self._reserve = DiskReserve(config.run_path / "store")
-        self._journal = Journal(
-            store.another("scaler-journal"),
-            self._identity,
-            self._recall.epochs.note,
-            self._lease.lose,
-            self._links.wake,
-            self._reserve,
+        self._recall = Recall(config, spec, parts.store, parts.epochs, parts.new_identity)
+        self.journal = Journal(
+            parts.store.another("scaler-journal"),
+            parts.identity,
+            parts.epochs.note,
+            self.lease.lose,
+            parts.poller.wake,
+            parts.reserve,
+            parts.clock,
         )
-        self._journal.start()
         state = State(layout=Layout(0, config.tp, (), ()), stall_s=config.rank_stall_s)
-        self._executor = Executor(config, self._links, self._journal, self.meters, self._tell, state)
+        self._executor = Executor(config, self._links, self.journal, self.meters, self._tell, state, parts.clock)
         self._executor.leave_out = lambda action: self._admission.leave_out(action, self._hmm)
-        room = (self._lease.check_room, self._journal.check_room)
-        self._admission = Admission(config, self._spec, self._executor, room, self._tell)
+        room = (self.lease.check_room, self.journal.check_room)
+        self._admission = Admission(config, spec, self._executor, room, self._tell, parts.clock, parts.new_identity)
+        self._fence = 0  # the epoch that came with the lease
         self._layout: Layout | None = None
         self._beginning: Beginning | None = None
         self._is_writing = self._is_settled = self._is_quiet = False
@@ -99,37 +99,51 @@ class Scaler:
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
         try:
-            fence = self._lease.acquire(self._refuse_orders)
-            if fence:
-                self._links.act_under(fence)
-                self.events.fence = fence
+            self.journal.start()
+            self.lease.start()
             while not self._stopping:
-                self._lease.check()
-                self._turn(fence, self._beginning or self._begin(fence))
+                self.wait(self.turn())
         finally:
-            self.events.close()
-            self._links.close()
-            self._journal.close()
-            self._lease.release()
+            self.close()
 
-    def _refuse_orders(self) -> bool:
-        """While the lease is waited for: answer orders with the reason. True when a signal has come."""
+    def close(self) -> None:
+        """Write what is left to the store, and let another scaler have the lease."""
+        self.events.close()
+        self._links.close()
+        self.journal.close()
+        self.lease.release()
 
+    def wait(self, wait_s: float) -> None:
+        """Sleep until something comes, at most so long, and look at it. Answers do not wake a quiet loop."""
+        self._links.wait(wait_s, is_quiet=self._is_quiet)
+
+    # ---- before the first turn ------------------------------------------------------------------------------------
+
+    def _acquire(self) -> bool:
+        """Ask for the lease, and answer orders with the reason where there is none."""
+        fence = self.lease.attempt()
+        if isinstance(fence, str):
+            self._refuse_orders()
+            if self.lease.why_not.code == "storage_full":
+                self._reserve.give_up()  # what is reserved for an operation is of no use to it without a scaler
+            return False
+        self._fence = self.events.fence = fence
+        self._links.act_under(fence)
+        return True
+
+    def _refuse_orders(self) -> None:
         def refuse(_: Order | CancelOperation) -> Accepted:
-            raise self._lease.why_not
+            raise self.lease.why_not
 
         self.commands.serve(refuse)
-        if self._lease.why_not.code == "storage_full":
-            self._reserve.give_up()  # what is reserved for an operation is of no use to it without a scaler
-        return self._stopping
 
-    def _begin(self, fence: int) -> Beginning | None:
+    def _begin(self) -> Beginning | None:
         """Take over what the store knows; None where it does not answer now."""
         try:
-            recalled = self._recall.read(Writer(self._identity, fence))
+            recalled = self._recall.read(Writer(self._identity, self._fence))
         except Unavailable as error:
             log.warning("what earlier runs have left cannot be read", because=error.message)
-            self._lease.why_not = error
+            self.lease.why_not = error
             return None
         self._executor.resume(recalled.operation, recalled.ended[:ENDED_MAX])
         self.status_cache.snapshot = msgspec.structs.replace(
@@ -140,12 +154,17 @@ class Scaler:
 
     # ---- one turn -------------------------------------------------------------------------------------------------
 
-    def _turn(self, fence: int, beginning: Beginning | None) -> None:
+    def turn(self) -> float:
+        """Observe, decide, act; for how many seconds to `wait` at most before the next turn. Blocks for answers of HMM
+        and pool only, which are asked by links. Raises Fenced when another scaler has taken over."""
+        self.lease.check()
+        if not self._fence and not self._acquire():
+            return self._config.lease_ms / 10e3
         failpoint("scaler.turn")
+        beginning = self._beginning or self._begin()
         if beginning is None:
             self._refuse_orders()
-            self._links.wait(AFTER_FAILURE_S)
-            return
+            return AFTER_FAILURE_S
         executor = self._executor
         hmm = self._hmm = self._links.ask_hmm()
         is_known = self._is_quiet and hmm is not None and self._attached == attached_of(hmm)
@@ -154,21 +173,21 @@ class Scaler:
         self._attached = attached_of(hmm)
         # What the HMM holds is in force, whatever this scaler's own configuration would make of it.
         layout = hmm.layout if hmm and hmm.layout else self._layout or beginning.layout
-        self._go_on_writing(fence, beginning, hmm)
+        self._go_on_writing(beginning, hmm)
         if hmm is not None and hmm.phase != "loading":
             self._layout = layout
         self.commands.serve(self._handle)
         executor.state = msgspec.structs.replace(executor.state, layout=layout)
         actions = executor.decide(self._observe(hmm, pool))
-        self._show(hmm, pool, fence)
+        self._show(hmm, pool)
         is_done = executor.execute(actions)
         is_busy = executor.operation is not None or executor.state.status.phase == "degraded" or bool(actions)
         self._is_quiet = not is_busy and executor.state.is_quiet
         wait_s = TURN_S if is_busy else QUIET_TURN_S if self._is_quiet else IDLE_TURN_S
-        self._links.wait(wait_s if is_done else AFTER_FAILURE_S, is_quiet=self._is_quiet)
+        return wait_s if is_done else AFTER_FAILURE_S
 
     def _observe(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> Observation:
-        now = time.monotonic()
+        now = self._clock.monotonic()
         return msgspec.structs.replace(
             self._executor.observe(hmm, pool, is_quiet=self._is_quiet),
             restarts_left=self._config.rank_restarts_max - self._recent_exits(now) + 1,
@@ -190,7 +209,7 @@ class Scaler:
                 log.info("rank ended that joins or leaves", because=event.reason, **facts)
                 self._tell("rank_ended", event.reason, **facts)
                 return
-            now = time.monotonic()
+            now = self._clock.monotonic()
             self._exits.setdefault(event.slot, deque(maxlen=100)).append(now)
             # The first replacement starts at once: streams wait for it. Later ones wait longer, up to a limit.
             self._backoff_until = now + min(BACKOFF_S_MAX, BACKOFF_S * (2 ** (self._recent_exits(now) - 1) - 1))
@@ -204,17 +223,17 @@ class Scaler:
         slots = set(self._layout.slots if self._layout is not None else self._exits) - lost
         return max((sum(now - at < window_s for at in self._exits.get(slot, ())) for slot in slots), default=0)
 
-    def _go_on_writing(self, fence: int, beginning: Beginning, hmm: HmmStatus | None) -> None:
+    def _go_on_writing(self, beginning: Beginning, hmm: HmmStatus | None) -> None:
         """Write to the store, but over nothing that is refused and may yet be resumed; and once the layout to begin
         with has been written there, what was to be dropped has been."""
         if not self._is_writing and (beginning.refusal is None or (hmm and hmm.layout)):
-            self._journal.act_under(fence)
+            self.journal.act_under(self._fence)
             self._is_writing = True
-        if not self._is_settled and self._journal.announced_epoch:
+        if not self._is_settled and self.journal.announced_epoch:
             self._recall.settled()
             self._is_settled = True
 
-    def _show(self, hmm: HmmStatus | None, pool: PoolStatus | None, fence: int) -> None:
+    def _show(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> None:
         status = self._executor.state.status
         self.status_cache.snapshot = StatusSnapshot(
             status.phase,
@@ -223,7 +242,7 @@ class Scaler:
             self._layout,
             hmm,
             pool,
-            fence,
+            self._fence,
             self.status_cache.snapshot.config,
             self._executor.operation,
             tuple(self._executor.ended),
@@ -235,8 +254,8 @@ class Scaler:
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
         """Journal an event, and show it to those who listen."""
         epoch = self._layout.epoch if self._layout else 0
-        event = Event(kind, reason, epoch, self._identity, time.time(), facts)
-        self._journal.event(event)
+        event = Event(kind, reason, epoch, self._identity, self._clock.time(), facts)
+        self.journal.event(event)
         self.events.publish(event)
 
     # ---- orders ---------------------------------------------------------------------------------------------------

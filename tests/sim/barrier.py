@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from elasticmoe.services.worker.exchange.barrier import Arrival, BarrierMembership, StepBarrier
@@ -28,6 +29,7 @@ class Bus:
         self.next = (0, 0, 0)
         self.max_ranks = 8
         self.num_flips = 0
+        self.counts: defaultdict[int, int] = defaultdict(int)  # of progress, by slot
         self._here: dict[int, tuple[Arrival, RankProcess]] = {}
         self._unread: dict[int, Meeting] = {}
 
@@ -67,8 +69,8 @@ class Bus:
             process.go_on()
 
     def progress(self, slot: int) -> int:
-        """Not simulated."""
-        return 0
+        """See elasticmoe.native.bus."""
+        return self.counts[slot]
 
     def is_waiting_for_device(self, slot: int) -> bool:
         """Never: what computes here is done at once."""
@@ -132,6 +134,7 @@ class SimBarrier(StepBarrier):
 
     def arrive(self, generation: int, num_tokens: int, flags: int, wait_ms: float) -> list[Arrival]:
         """See StepBarrier. Never waits: it times out at once."""
+        self.count_progress()
         said = Arrival(self._process.seat.slot, num_tokens, flags)
         self.last = self._bus.arrive(self._process, generation, said)
         return self.last.said
@@ -150,6 +153,7 @@ class SimBarrier(StepBarrier):
 
     def count_progress(self) -> None:
         """See StepBarrier."""
+        self._bus.counts[self._process.seat.slot] += 1
 
     def tell_waiting(self, is_waiting: bool) -> None:
         """See StepBarrier. Nothing is computed on a device."""

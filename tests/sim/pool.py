@@ -87,7 +87,9 @@ class Pool(Actor):
 
     def _status(self) -> PoolStatus:
         ranks = tuple(
-            PoolRank(rank.seat.rank, slot, rank.seat.device, rank.seat.incarnation, 1, rank.is_ready)
+            PoolRank(
+                rank.seat.rank, slot, rank.seat.device, rank.seat.incarnation, 1, rank.is_ready, 0.0, rank.is_paused
+            )
             for slot, rank in self.ranks.items()
         )
         return PoolStatus(self.standby, ranks)

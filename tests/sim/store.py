@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from elasticmoe.common.fence import Fence
-from elasticmoe.common.layout import Layout
+from elasticmoe.common.layout import Layout, Served
 from elasticmoe.common.protocol.errors import Fenced, Unavailable
 from elasticmoe.common.store import Writer
 from elasticmoe.services.scaler.operation.operation import Operation
@@ -36,6 +36,10 @@ class Store:
         self.num_losses = 0
         self._num_writes = 0
         self._earlier: dict[str, Any] = {}
+
+    def another(self, client: str) -> Store:
+        """See elasticmoe.common.store."""
+        return self
 
     def _check(self) -> None:
         if self.is_down:
@@ -113,12 +117,12 @@ class Store:
         self._check()
         return str(self.data.get("journal", ""))
 
-    def get_operation(self) -> Operation | None:
+    def get_operation(self, decoder: object = None) -> Operation | None:
         """See elasticmoe.common.store."""
         self._check()
         return self.data.get("operation")
 
-    def ended_operations(self) -> list[Operation]:
+    def ended_operations(self, decoder: object = None) -> list[Operation]:
         """See elasticmoe.common.store."""
         self._check()
         return list(self.data.get("ended", []))
@@ -137,6 +141,26 @@ class Store:
         """See elasticmoe.common.store."""
         layout = self.get_layout()
         return layout.epoch if layout else 0
+
+    def put_served(self, by: Writer, served: Served) -> None:
+        """See elasticmoe.common.store."""
+        self._check_writer(by)
+        self.data["served"] = served
+
+    def get_served(self) -> Served | None:
+        """See elasticmoe.common.store."""
+        self._check()
+        return self.data.get("served")
+
+    def put_instance(self, by: Writer, instance: str) -> None:
+        """See elasticmoe.common.store."""
+        self._check_writer(by)
+        self.data["instance"] = instance
+
+    def get_instance(self) -> str:
+        """See elasticmoe.common.store."""
+        self._check()
+        return str(self.data.get("instance", ""))
 
     def append_event(self, by: Writer, event: object) -> None:
         """See elasticmoe.common.store."""

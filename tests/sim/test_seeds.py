@@ -15,7 +15,7 @@ from tests.sim.world import simulated
 from tests.unit.transitions import UP, World
 
 BATCH, NUM_BATCHES = 50, 22
-MUTATION_SEEDS_MAX = 400
+MUTATION_SEEDS_MAX = 800
 
 
 @pytest.fixture(autouse=True)

@@ -38,11 +38,12 @@ class World:
         rng = self.sim.rng
         self.disk: dict[str, int] = {}
         self.orders: deque[tuple[str, Target | str | None]] = deque()
-        self.refused: dict[str, str] = {}
         self.deadline_s = 600.0
-        self.num_started = self.num_scalers = self.num_full = 0
+        self.num_named = self.num_scalers = self.num_full = 0
         self.num_urgent = 0  # parts of steps from which prompts were left out, because somebody waits for their end
+        self.num_ejected = 0
         self.is_healed = False
+        self.has_crash_loop = False  # a seat's ranks died more often than is allowed: nothing is served for a while
         self.crash_rate = 0.0  # of a member, at each step
         self._fences: dict[str, int] = {}
         self._needs: dict[int, dict[int, frozenset[Any]]] = {}
@@ -182,18 +183,17 @@ class World:
     def unrest(self) -> str:
         """What is not as it must be in the end; empty when all is quiet and in agreement."""
         hmm, bus = self.hmm, self.hmm.bus
-        acting = [scaler for scaler in self.scalers if scaler.driver is not None and not scaler.is_fenced]
+        acting = [scaler for scaler in self.scalers if scaler.is_acting]
         if not acting:
             return "no scaler acts"
         assert hmm.loaded is not None
         layout, transition = hmm.loaded.layout, hmm.transition
-        if self.orders or any(scaler.waiting for scaler in acting):
+        if self.orders or any(scaler.asked for scaler in acting):
             return "orders wait"
         if text := self.losses.unrest():
             return text
         for scaler in acting:
-            if scaler.driver is not None and scaler.driver.operation is not None:
-                operation = scaler.driver.operation
+            if (operation := scaler.operation) is not None:
                 return f"{operation.op_id} is in progress: {operation.phase}, {operation.why}"
         if self.store.data.get("operation") is not None:
             return "the journal has an operation"

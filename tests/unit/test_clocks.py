@@ -29,7 +29,6 @@ ALLOWED = {
     ("services/router/api/completions.py", "time.time"): "`created` of an answer",
     ("services/router/text/template.py", "datetime.now"): "`strftime_now` of chat templates",
     ("services/router/api/front.py", "time.time"): "`created` of the model, shown",
-    ("services/scaler/service.py", "time.time"): "the time of an event, shown",
 }
 
 WALL = {

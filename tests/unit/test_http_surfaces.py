@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import RouterConfig
 from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.services.router.api.app import build_app as build_router
@@ -108,7 +109,7 @@ def make_router(base: Path, make_dispatcher: type[Dispatcher], api_key: bytes | 
 
 @pytest.fixture(scope="module")
 def admin() -> App:
-    commands = CommandQueue(lambda: None)
+    commands = CommandQueue(lambda: None, SYSTEM_CLOCK)
 
     def refuse(_: object) -> Any:
         raise Unavailable("nothing runs in this test", code="not_ready")

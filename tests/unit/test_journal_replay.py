@@ -11,6 +11,7 @@ import pytest
 
 import elasticmoe.common.store
 from elasticmoe.common.capacity import MemoryForecast, Sizes
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.protocol.errors import PayloadTooLarge, Unavailable
 from elasticmoe.common.store import Store, Writer
@@ -28,8 +29,10 @@ from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.operation.steps import enter
 from elasticmoe.services.scaler.planning.plan import Rates, Target
 from elasticmoe.services.scaler.store.journal import Journal
+from tests.clocks import PlayedClock
 from tests.procs.waiting import wait_until
 from tests.replay import DECISIONS, replay
+from tests.unit.reserves import NO_RESERVE
 from tests.unit.test_scaler_executor import FakeLinks, turn
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
 
@@ -54,13 +57,14 @@ class Run:
         )
         plan, made = basis.make()
         self.store, self.world = store, World(before)
-        self.journal = Journal(store, "a", lambda _: None, lambda: None, lambda: None)
+        self.journal = Journal(store, "a", lambda _: None, lambda: None, lambda: None, NO_RESERVE, SYSTEM_CLOCK)
         self.journal.start()
         self.journal.act_under(1)
         config = ScalerConfig(run_dir=str(folder))
         state = State(layout=before, ever_served=True, stall_s=99.0)
         links: Any = Links(self.world, plan)
-        self.executor = Executor(config, links, self.journal, Meters(), _tell, state, lambda: self.world.now)
+        clock = PlayedClock(lambda: self.world.now)
+        self.executor = Executor(config, links, self.journal, Meters(), _tell, state, clock)
         self.executor.begin(operation_of(plan), made)
 
     def turn(self) -> None:

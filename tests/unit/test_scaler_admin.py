@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from elasticmoe.common.capacity import Sizes
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.protocol.errors import (
     Conflict,
     DeadlineExceeded,
@@ -60,7 +61,7 @@ class Loop:
     def __init__(self, handle: Callable[[Any], Accepted]) -> None:
         self._woken = threading.Event()
         self._ended = False
-        self.commands = CommandQueue(self._woken.set)
+        self.commands = CommandQueue(self._woken.set, SYSTEM_CLOCK)
         self._handle = handle
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -232,7 +233,7 @@ async def test_a_loop_that_does_not_answer_is_waited_for_no_longer_than_stated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(command_queue, "ANSWER_S_MAX", 0.05)
-    silent = CommandQueue(lambda: None)
+    silent = CommandQueue(lambda: None, SYSTEM_CLOCK)
     with pytest.raises(DeadlineExceeded):
         await silent.ask(CancelOperation("x"))
     silent.serve(lambda _: pytest.fail("nobody waits for it any more"))
@@ -250,7 +251,7 @@ async def test_an_order_that_cannot_be_carried_out_yet_is_tried_again() -> None:
             raise answer
         return answer
 
-    waiting = CommandQueue(lambda: None)
+    waiting = CommandQueue(lambda: None, SYSTEM_CLOCK)
     asked = asyncio.create_task(waiting.ask(CancelOperation("x")))
     for _ in range(3):
         assert not asked.done()
@@ -266,7 +267,7 @@ async def test_an_order_that_waits_too_long_gets_its_refusal(monkeypatch: pytest
     def handle(_: Order | CancelOperation) -> Accepted:
         raise Later(Conflict("operation a is in progress", code="operation_running"))
 
-    waiting = CommandQueue(lambda: None)
+    waiting = CommandQueue(lambda: None, SYSTEM_CLOCK)
     asked = asyncio.create_task(waiting.ask(CancelOperation("x")))
     await asyncio.sleep(0)
     waiting.serve(handle)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.layout import Seat
 from elasticmoe.common.protocol import hmm as to_hmm
@@ -28,6 +29,8 @@ from elasticmoe.services.scaler.observation import Observation
 from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.store import journal as journal_module
 from elasticmoe.services.scaler.store.journal import Journal
+from tests.clocks import PlayedClock
+from tests.unit.reserves import NO_RESERVE
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
 
@@ -145,13 +148,16 @@ class Scene:
     def __init__(self, world: World, tmp_path: Path) -> None:
         self.world, self.store, self.told = world, FakeStore(), []
         self.fenced, self.woken = threading.Event(), threading.Event()
-        self.journal = Journal(self.store, "scaler:a", lambda _: None, self.fenced.set, self.woken.set)  # type: ignore[arg-type]
+        store: Any = self.store
+        ends = (lambda _: None, self.fenced.set, self.woken.set)
+        self.journal = Journal(store, "scaler:a", *ends, NO_RESERVE, SYSTEM_CLOCK)
         self.journal.start()
         self.journal.act_under(1)
         self.links = FakeLinks(world)
         config = ScalerConfig(run_dir=str(tmp_path))
         state = State(layout=world.layout, ever_served=True, stall_s=99.0)
-        self.executor = Executor(config, self.links, self.journal, Meters(), self._tell, state, lambda: world.now)  # type: ignore[arg-type]
+        clock, links = PlayedClock(lambda: world.now), self.links
+        self.executor = Executor(config, links, self.journal, Meters(), self._tell, state, clock)  # type: ignore[arg-type]
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
         self.told.append((kind, facts.get("phase") or facts.get("outcome")))
@@ -327,7 +333,7 @@ def test_nothing_is_written_or_dropped_before_the_lease_is_there(
     monkeypatch.setattr(journal_module, "RETRY_S", 0.01)
     store, woken = FakeStore(), threading.Event()
     store.operation = operation_of(DOWN)
-    journal = Journal(store, "scaler:a", lambda _: None, lambda: None, woken.set)  # type: ignore[arg-type]
+    journal = Journal(store, "scaler:a", lambda _: None, lambda: None, woken.set, NO_RESERVE, SYSTEM_CLOCK)  # type: ignore[arg-type]
     journal.start()
     try:
         journal.event(Event("decision", "because", 1, "scaler:a", 0.0))

@@ -22,12 +22,14 @@ from elasticmoe.common.protocol.codec import Codec, Message
 from elasticmoe.common.protocol.replies import Ack
 from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus, RankExited, ToScaler
 from elasticmoe.common.transport import Server, new_identity
+from elasticmoe.services.scaler.assembly import system_parts
 from elasticmoe.services.scaler.control.links import Links
 from tests.procs.fuzz import Thrower, thrower
 from tests.procs.waiting import wait_until
 from tests.unit.specs import tiny_mixtral_spec
 
 SEED = 7
+NO_STORE: Any = None
 ROUNDS, PER_ROUND = 40, 50
 
 
@@ -69,13 +71,14 @@ def run_dir() -> Iterator[Path]:
 
 def test_nonsense_on_a_connection_is_no_answer_and_the_next_one_is_heard(run_dir: Path) -> None:
     config = ScalerConfig(run_dir=str(run_dir), model="/nowhere")
+    parts = system_parts(config, NO_STORE)
     events: list[ToScaler] = []
     status = HmmStatus("empty", 0, 0, None, (), 0, (), False)
     servers = (
         Hostile(config.socket("hmm"), hmm.CODEC, status),
         Hostile(config.socket(config.pool_name), pool.CODEC, PoolStatus(2, ())),
     )
-    links = Links(config, tiny_mixtral_spec(), new_identity("scaler"), events.append)
+    links = Links(config, tiny_mixtral_spec(), parts, events.append)
     try:
 
         def is_pelted() -> bool:
@@ -101,10 +104,11 @@ def test_nonsense_on_a_connection_is_no_answer_and_the_next_one_is_heard(run_dir
 
 def test_what_the_pool_said_is_asked_for_again_when_it_tells_something_or_is_commanded(run_dir: Path) -> None:
     config = ScalerConfig(run_dir=str(run_dir), model="/nowhere")
+    parts = system_parts(config, NO_STORE)
     events: list[ToScaler] = []
     told = RankExited(RankId(0, 0), 0, "rank:a", 1, "ended")
     with Server(config.socket(config.pool_name), new_identity("pool"), pool.CODEC) as server:
-        links = Links(config, tiny_mixtral_spec(), new_identity("scaler"), events.append)
+        links = Links(config, tiny_mixtral_spec(), parts, events.append)
         num_asked = 0
         stop = threading.Event()
 
@@ -130,7 +134,7 @@ def test_what_the_pool_said_is_asked_for_again_when_it_tells_something_or_is_com
             wait_until(lambda: links.wait(10.0, is_quiet=True) or events, "it is told, and waits no longer")
             assert events == [told]
             assert links.ask_pool(is_starting=False, age_s_max=60.0) == PoolStatus(4, ())
-            links.wake()
+            parts.poller.wake()
             links.wait(3_600.0, is_quiet=True)  # returns
         finally:
             links.close()

@@ -9,9 +9,11 @@ import msgspec
 import pytest
 
 from elasticmoe.common.capacity import Sizes
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError
 from elasticmoe.common.protocol.scaler import HmmStatus
+from elasticmoe.common.transport import new_identity
 from elasticmoe.services.scaler.actions import LeaveOut
 from elasticmoe.services.scaler.api.requests import parse_scale
 from elasticmoe.services.scaler.control import admission
@@ -169,7 +171,7 @@ def pending() -> tuple[Admission, Executor, HmmStatus, list[str]]:
     executor, told, hmm = Executor(gave_way), [], World(DOWN.before).seen().hmm
     assert hmm is not None
     config = ScalerConfig(run_dir="/nowhere")
-    made = Admission(config, None, executor, (), lambda kind, *_, **__: told.append(kind))  # type: ignore[arg-type]
+    made = Admission(config, None, executor, (), lambda kind, *_, **__: told.append(kind), SYSTEM_CLOCK, new_identity)  # type: ignore[arg-type]
     return made, executor, hmm, told
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.fence import Fence
 from elasticmoe.common.layout import Layout, Served
 from elasticmoe.common.protocol.errors import Fenced, Unavailable
 from elasticmoe.common.protocol.scaler import HmmStatus
 from elasticmoe.common.store import Writer
+from elasticmoe.common.transport import new_identity
 from elasticmoe.services.scaler.actions import LoadLayout
 from elasticmoe.services.scaler.control.members import serve
 from elasticmoe.services.scaler.control.state import State
@@ -21,6 +24,7 @@ from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.store.journal import Journal
 from elasticmoe.services.scaler.store.recall import Recall
 from elasticmoe.services.scaler.store.resume import CODE, Left, Wanted, begin
+from tests.unit.reserves import NO_RESERVE
 from tests.unit.specs import tiny_mixtral_spec
 from tests.unit.transitions import DOWN, UP, layout_of, operation_of
 
@@ -199,7 +203,9 @@ def recall_of(store: KeptStore, folder: Path, **settings: object) -> Recall:
     values = {"run_dir": str(folder), "model": "/models/a", "dtype": "float32", "devices": "host:4", **settings}
     config = ScalerConfig(**values)  # type: ignore[arg-type]
     config.state_dir.mkdir(parents=True, exist_ok=True)
-    return Recall(config, tiny_mixtral_spec(num_local_experts=4, num_hidden_layers=1), store)  # type: ignore[arg-type]
+    epochs = Fence(config.state_dir, "layout")
+    spec = tiny_mixtral_spec(num_local_experts=4, num_hidden_layers=1)
+    return Recall(config, spec, store, epochs, new_identity)  # type: ignore[arg-type]
 
 
 def test_the_store_names_what_it_serves_before_the_first_layout(store: KeptStore, tmp_path: Path) -> None:
@@ -256,13 +262,13 @@ def test_an_epoch_is_on_this_hosts_disk_before_anybody_can_see_it(store: KeptSto
     recall = recall_of(store, tmp_path)
     epochs: list[int] = []
     store.on_write = lambda: epochs.append(int((tmp_path / "state/fence-layout").read_text()))
-    journal = Journal(store, "scaler:a", recall.epochs.note, lambda: None, lambda: None)  # type: ignore[arg-type]
+    journal = Journal(store, "scaler:a", recall.epochs.note, lambda: None, lambda: None, NO_RESERVE, SYSTEM_CLOCK)  # type: ignore[arg-type]
     journal.start()
     journal.announce(layout_of(2, (0, 1)))
     journal.act_under(1)
     journal.close()
     assert (store.writes, epochs) == (["layout"], [2])
-    journal = Journal(store, "scaler:a", recall.epochs.note, lambda: None, lambda: None)  # type: ignore[arg-type]
+    journal = Journal(store, "scaler:a", recall.epochs.note, lambda: None, lambda: None, NO_RESERVE, SYSTEM_CLOCK)  # type: ignore[arg-type]
     journal.start()
     journal.put(operation_of(UP))
     journal.act_under(1)

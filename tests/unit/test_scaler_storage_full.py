@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import redis
 
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.common.store import Event, Writer, _guard
@@ -22,6 +23,7 @@ from elasticmoe.services.scaler.store.lease import Lease
 from elasticmoe.services.scaler.store.reserve import DiskReserve, bytes_of
 from tests.clocks import PlayedClock
 from tests.procs.waiting import wait_until
+from tests.unit.reserves import NO_RESERVE
 from tests.unit.transitions import UP, operation_of
 
 FULL = Unavailable("store takes no writes: it is out of memory or disk", code="storage_full")
@@ -95,22 +97,19 @@ def test_an_epoch_that_cannot_be_kept_is_not_acted_under(tmp_path: Path) -> None
     lease = Lease(store, "scaler:a", 100, fence)  # type: ignore[arg-type]
     reasons: list[tuple[str, str]] = []
 
-    def looks() -> bool:
+    while isinstance(got := lease.attempt(), str):
         reasons.append((lease.why_not.code, store.holder))
-        fence.is_full = len(reasons) < 4
-        return False
-
-    got = lease.acquire(looks)
+        fence.is_full = len(reasons) < 3
     assert got == fence.epoch == store.fence
-    assert reasons[0][0] == "not_ready"
-    assert reasons[1:] == [("storage_full", "")] * 3  # and the lease was given back each time
+    assert reasons == [("storage_full", "")] * 3  # and the lease was given back each time
     lease.release()
 
 
 def test_a_lease_that_cannot_be_renewed_for_want_of_room_refuses_orders(tmp_path: Path) -> None:
     store = FakeStore()
     lease = Lease(store, "scaler:a", 100, Fence(tmp_path, "scaler"))  # type: ignore[arg-type]
-    lease.acquire(lambda: False)
+    lease.start()
+    assert lease.attempt() == 1
     lease.check_room()
 
     def is_refused() -> bool:
@@ -133,7 +132,7 @@ def test_a_lease_that_cannot_be_renewed_for_want_of_room_refuses_orders(tmp_path
 
 def test_a_journal_without_room_says_so_until_it_could_write() -> None:
     store: Any = FakeStore()
-    journal = Journal(store, "scaler:a", lambda _: None, lambda: None, lambda: None)
+    journal = Journal(store, "scaler:a", lambda _: None, lambda: None, lambda: None, NO_RESERVE, SYSTEM_CLOCK)
     journal.start()
     journal.act_under(1)
     try:

@@ -3,13 +3,12 @@ operation that it already is (the same op_id again), or a refusal. The loop's th
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
 from elasticmoe.common.capacity import MemoryForecast, Sizes, sizes_of
-from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
+from elasticmoe.common.clock import Clock
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unready
@@ -83,11 +82,6 @@ class Running(Conflict):
         self.op_id = op_id
 
 
-def new_op_id() -> str:
-    """The id of an operation that nobody has named."""
-    return f"op-{uuid.uuid4().hex[:12]}"
-
-
 class Admission:
     """Takes orders for the executor. `room`: each raises Unavailable while what an operation writes would find none."""
 
@@ -98,9 +92,8 @@ class Admission:
         executor: Executor,
         room: Sequence[Callable[[], None]],
         tell: Tell,
-        *,
-        clock: Clock = SYSTEM_CLOCK,
-        new_id: Callable[[], str] = new_op_id,
+        clock: Clock,
+        new_identity: Callable[[str], str],
     ) -> None:
         self._config = config
         self._spec = spec
@@ -108,7 +101,7 @@ class Admission:
         self._room = room
         self._tell = tell
         self._clock = clock
-        self._new_id = new_id
+        self._new_identity = new_identity
         self._why_not = ""  # `leave_out` could not begin
 
     def take(self, order: Order | CancelOperation, hmm: HmmStatus | None, *, ever_served: bool) -> Accepted:
@@ -135,7 +128,7 @@ class Admission:
             raise Unready("the deployment does not serve yet")
         if not order.is_dry_run:
             self._check_room()
-        op_id = order.op_id or self._new_id()
+        op_id = order.op_id or f"op-{self._new_identity('op')[-12:]}"
         if order.target is None:
             operation = accept(order, op_id, None, None, self._clock.time(), self._lost())
             executor.begin(operation)

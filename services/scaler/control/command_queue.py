@@ -4,11 +4,11 @@ as futures."""
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, Full, Queue
 
+from elasticmoe.common.clock import Clock
 from elasticmoe.common.protocol.errors import (
     DeadlineExceeded,
     ElasticMoEError,
@@ -26,24 +26,30 @@ REFUSE_S = 1.0  # what waits is refused so long before its client gives up
 class CommandQueue:
     """Orders, from any thread to the loop's. `wake` lets the loop look. `_waiting` belongs to the loop's thread."""
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    def __init__(self, wake: Callable[[], None], clock: Clock) -> None:
         self._wake = wake
+        self._clock = clock
         self._queue: Queue[_Entry] = Queue(ORDERS_MAX)
         self._waiting: list[_Entry] = []
 
     async def ask(self, order: Order | CancelOperation) -> Accepted:
         """Hand an order in and wait for what becomes of it. Raises its refusal, Overloaded, or DeadlineExceeded."""
-        future: Future[Accepted] = Future()
         try:
-            self._queue.put_nowait((order, time.monotonic() + ANSWER_S_MAX, future))
-        except Full:
-            raise Overloaded(f"{ORDERS_MAX} orders wait already") from None
-        self._wake()
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), ANSWER_S_MAX)
+            return await asyncio.wait_for(asyncio.wrap_future(self.put(order)), ANSWER_S_MAX)
         except TimeoutError:
             text = f"the scaler did not answer within {ANSWER_S_MAX:g} s; GET /v1/operations tells what it does"
             raise DeadlineExceeded(text) from None
+
+    def put(self, order: Order | CancelOperation) -> Future[Accepted]:
+        """Hand an order in: what becomes of it, for at most ANSWER_S_MAX. One whose future is cancelled before it is
+        carried out is not. Raises Overloaded."""
+        future: Future[Accepted] = Future()
+        try:
+            self._queue.put_nowait((order, self._clock.monotonic() + ANSWER_S_MAX, future))
+        except Full:
+            raise Overloaded(f"{ORDERS_MAX} orders wait already") from None
+        self._wake()
+        return future
 
     def serve(self, handle: Callable[[Order | CancelOperation], Accepted]) -> None:
         """Let `handle` answer all orders that wait. The loop's thread."""
@@ -60,13 +66,13 @@ class CommandQueue:
     def _serve(self, entry: _Entry, handle: Callable[[Order | CancelOperation], Accepted]) -> None:
         order, deadline, future = entry
         # Nobody waits any more for an order that was cancelled meanwhile: it is not carried out.
-        if time.monotonic() > deadline or future.cancelled():
+        if self._clock.monotonic() > deadline or future.cancelled():
             return
         accepted: Accepted | ElasticMoEError
         try:
             accepted = handle(order)
         except Later as later:
-            if time.monotonic() < deadline - REFUSE_S and len(self._waiting) < ORDERS_MAX:
+            if self._clock.monotonic() < deadline - REFUSE_S and len(self._waiting) < ORDERS_MAX:
                 self._waiting.append(entry)
                 return
             accepted = later.error

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import msgspec
 
+from elasticmoe.common.clock import Clock
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.protocol import hmm as to_hmm
@@ -82,7 +82,7 @@ class Executor:
         meters: Meters,
         tell: Tell,
         state: State,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock,
     ) -> None:
         self._config = config
         self._links = links
@@ -163,7 +163,7 @@ class Executor:
 
     def decide(self, seen: Observation) -> tuple[Action, ...]:
         """Go on to the reconciler's next state, and journal it; what it asks for."""
-        before, now = self.state, self._clock()
+        before, now = self.state, self._clock.monotonic()
         step = reconcile(before, seen, now)
         self.state = step.state
         if is_notable(before, step):
@@ -246,7 +246,7 @@ class Executor:
     def execute(self, actions: tuple[Action, ...]) -> bool:
         """Send what was asked for, but what was sent just now; False where a part of the steady state was refused: it
         is asked for again. Raises Fenced."""
-        now, is_done = self._clock(), True
+        now, is_done = self._clock.monotonic(), True
         self._sent = {key: at for key, at in self._sent.items() if now - at < REPEAT_S}
         for action in actions:
             if (key := key_of(action)) is not None:

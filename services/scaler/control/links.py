@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import select
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from elasticmoe.common.capacity import load_of
 from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.endpoints import ClientEnd
 from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.codec import Message
@@ -18,8 +16,8 @@ from elasticmoe.common.protocol.hmm import GetHmmStatus
 from elasticmoe.common.protocol.pool import GetPool, StartRank
 from elasticmoe.common.protocol.scaler import CODEC, HmmStatus, PoolStatus, ToScaler
 from elasticmoe.common.telemetry import get_logger
-from elasticmoe.common.transport import Client, new_identity
 from elasticmoe.services.scaler.control.peers import Peers
+from elasticmoe.services.scaler.parts import ScalerParts
 
 log = get_logger("scaler")
 
@@ -34,16 +32,18 @@ class Links:
     """`on_event` gets what the pool tells unasked. `starting`: slot -> when its rank was asked for."""
 
     def __init__(
-        self, config: ScalerConfig, spec: ModelSpec, identity: str, on_event: Callable[[ToScaler], None]
+        self, config: ScalerConfig, spec: ModelSpec, parts: ScalerParts, on_event: Callable[[ToScaler], None]
     ) -> None:
         self._config = config
         self._spec = spec
         self._on_event = on_event
-        self._hmm: Client[ToScaler] = Client(config.socket("hmm"), identity, CODEC)
-        self._pool: Client[ToScaler] = Client(config.socket(config.pool_name), identity, CODEC)
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._clock = parts.clock
+        self._poller = parts.poller
+        self._new_identity = parts.new_identity
+        self._hmm = parts.transport.connect("hmm", parts.identity, CODEC)
+        self._pool = parts.transport.connect(config.pool_name, parts.identity, CODEC)
         self._pool_status: tuple[PoolStatus, float] | None = None  # its last answer, and when it was asked for
-        self.peers = Peers(config, identity)
+        self.peers = Peers(parts.transport, parts.identity, parts.clock)
         self.starting: dict[int, float] = {}
 
     def act_under(self, fence: int) -> None:
@@ -57,20 +57,20 @@ class Links:
     def ask_pool(self, *, is_starting: bool, age_s_max: float = 0.0) -> PoolStatus | None:
         """What the pool says now, or said at most `age_s_max` ago if it has not told anything since. At start it
         imports for seconds; loading must not wait for it."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         if self._pool_status is not None and now - self._pool_status[1] < age_s_max:
             return self._pool_status[0]
         status = self._ask(self._pool, GetPool(), PoolStatus, STARTING_MS if is_starting else CALL_MS)
         self._pool_status = (status, now) if status is not None else None
         # A rank that was asked for is the pool's from its answer on: what the pool does not list has ended.
-        now = time.monotonic()
+        now = self._clock.monotonic()
         coming = {rank.slot for rank in status.ranks if not rank.ready} if status else set(self.starting)
         self.starting = {
             slot: at for slot, at in self.starting.items() if slot in coming and now - at < START_SECONDS_MAX
         }
         return status
 
-    def _ask(self, client: Client[ToScaler], question: Message, kind: type[T], deadline_ms: int) -> T | None:
+    def _ask(self, client: ClientEnd[ToScaler], question: Message, kind: type[T], deadline_ms: int) -> T | None:
         try:
             answer, events = client.call(question, deadline_ms=deadline_ms)
         except ElasticMoEError:
@@ -106,7 +106,7 @@ class Links:
                 rank=seat.rank,
                 slot=seat.slot,
                 device=seat.device,
-                incarnation=new_identity(f"rank-{seat.rank}"),
+                incarnation=self._new_identity(f"rank-{seat.rank}"),
                 epoch=epoch,
                 max_tokens=self._config.max_tokens_per_step,
                 max_sequences=self._config.max_sequences,
@@ -114,25 +114,16 @@ class Links:
                 compute=self._config.compute_backend,
             )
         )
-        self.starting[seat.slot] = time.monotonic()
-
-    def wake(self) -> None:
-        """Let `wait` return. Any thread."""
-        os.eventfd_write(self._wake, 1)
+        self.starting[seat.slot] = self._clock.monotonic()
 
     def wait(self, wait_s: float, *, is_quiet: bool = False) -> None:
         """Until something comes, at most `wait_s`; where it is quiet, until something is told unasked or somebody wakes
         this. What has come is handled."""
-        deadline = time.monotonic() + wait_s
-        poller = select.poll()
-        for fd in (self._wake, self._hmm.fileno(), self._pool.fileno(), *self.peers.filenos()):
-            poller.register(fd, select.POLLIN)
+        deadline = self._clock.monotonic() + wait_s
         # The sockets' descriptors are edge-triggered: they have to be drained before each wait.
-        while not self._drain() and (left_s := deadline - time.monotonic()) > 0:
-            ready = {fd for fd, _ in poller.poll(max(1, int(left_s * 1e3)))}
-            if self._wake in ready:
-                os.eventfd_read(self._wake)
-            if self._wake in ready or not is_quiet:
+        while not self._drain() and (left_s := deadline - self._clock.monotonic()) > 0:
+            fds = (self._hmm.fileno(), self._pool.fileno(), *self.peers.filenos())
+            if self._poller.poll(fds, left_s) or not is_quiet:
                 self._drain()
                 return
 

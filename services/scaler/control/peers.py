@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 
-from elasticmoe.common.config import Common
+from elasticmoe.common.clock import Clock
+from elasticmoe.common.endpoints import ClientEnd, Transport
 from elasticmoe.common.layout import RankId, Seat
 from elasticmoe.common.protocol.codec import Message
 from elasticmoe.common.protocol.errors import ProtocolError, Unavailable
@@ -13,7 +13,6 @@ from elasticmoe.common.protocol.rank import GetRankLoad
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import CODEC, PoolRank, RankLoad, ToScaler
 from elasticmoe.common.telemetry import get_logger
-from elasticmoe.common.transport import Client
 
 log = get_logger("scaler")
 
@@ -21,7 +20,7 @@ ANSWER_S = 0.5  # a question that was not answered by then is asked again
 
 
 class _Peer:
-    def __init__(self, client: Client[ToScaler]) -> None:
+    def __init__(self, client: ClientEnd[ToScaler]) -> None:
         self.client = client
         self.asked_at = -ANSWER_S
         self.is_waiting = False
@@ -32,9 +31,10 @@ class _Peer:
 class Peers:
     """One connection per rank, made when it is first needed, closed when its seat is gone. The loop's thread only."""
 
-    def __init__(self, config: Common, identity: str) -> None:
-        self._config = config
+    def __init__(self, transport: Transport, identity: str, clock: Clock) -> None:
+        self._transport = transport
         self._identity = identity
+        self._clock = clock
         self._peers: dict[RankId, _Peer] = {}
         self.epoch = 0
 
@@ -50,7 +50,7 @@ class Peers:
 
     def ask(self, seats: Iterable[Seat], interval_s: float) -> None:
         """Ask each rank for its load, at most every `interval_s`."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         for seat in seats:
             peer = self._peer(seat.rank)
             wait_s = max(interval_s, ANSWER_S) if peer.is_waiting else interval_s
@@ -75,13 +75,13 @@ class Peers:
                 if received is None:
                     break
                 if isinstance(received.body, RankLoad):
-                    peer.load, peer.loaded_at, peer.is_waiting = received.body, time.monotonic(), False
+                    peer.load, peer.loaded_at, peer.is_waiting = received.body, self._clock.monotonic(), False
                 elif isinstance(received.body, Refused):
                     log.warning("rank refused", rank=rank, code=received.body.code, because=received.body.message)
 
     def loads(self, ranks: Mapping[int, PoolRank], age_s_max: float) -> dict[int, RankLoad]:
         """Loads by slot, of these ranks' living incarnations, no older than `age_s_max`."""
-        oldest = time.monotonic() - age_s_max
+        oldest = self._clock.monotonic() - age_s_max
         found = {}
         for slot, rank in ranks.items():
             peer = self._peers.get(rank.rank)
@@ -96,7 +96,7 @@ class Peers:
     def _peer(self, rank: RankId) -> _Peer:
         peer = self._peers.get(rank)
         if peer is None:
-            peer = _Peer(Client(self._config.socket(f"rank-{rank}"), self._identity, CODEC))
+            peer = _Peer(self._transport.connect(f"rank-{rank}", self._identity, CODEC))
             self._peers[rank] = peer
         peer.client.epoch = self.epoch
         return peer

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
+from elasticmoe.common.clock import Clock
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.errors import ElasticMoEError, Fenced, PayloadTooLarge, Unavailable
@@ -51,8 +51,8 @@ class Journal:
         note_epoch: Callable[[int], None],
         on_fenced: Callable[[], None],
         on_written: Callable[[], None],
-        reserve: DiskReserve | None = None,
-        clock: Clock = SYSTEM_CLOCK,
+        reserve: DiskReserve,
+        clock: Clock,
     ) -> None:
         """`reserve`: room for an operation's records, where the store's disk is this host's."""
         self._store = store
@@ -97,8 +97,7 @@ class Journal:
     def reserve(self, operation: Operation) -> None:
         """Take room for all records of an operation that is about to begin. Raises Unavailable `storage_full`."""
         with self._lock:
-            if self._reserve is not None:
-                self._reserve.take(bytes_of(operation))
+            self._reserve.take(bytes_of(operation))
             self._reserved_for, self._given_up_at = operation.op_id, None
 
     def put(self, operation: Operation) -> None:
@@ -215,7 +214,7 @@ class Journal:
         is_full = error.code == "storage_full"
         with self._lock:
             self._full = error.message if is_full else ""
-            is_given_up = is_full and self._reserve is not None and self._reserve.give_up()
+            is_given_up = is_full and self._reserve.give_up()
             if is_given_up:
                 self._given_up_at = self._clock.monotonic()
         if is_given_up:
@@ -239,7 +238,7 @@ class Journal:
     def _free_reserve(self, op_id: str) -> None:
         """Nothing stays reserved for that operation; empty: for one of an earlier scaler that no journal knows."""
         with self._lock:
-            if self._reserve is not None and self._reserved_for == op_id:
+            if self._reserved_for == op_id:
                 self._reserve.give_up()
                 self._reserved_for = ""
 
@@ -257,7 +256,7 @@ class Journal:
         """The store has found room: what was given up for that is reserved for the operation's other records, if it can
         be. The lock is held."""
         operation = self._last_operation
-        if self._reserve is None or self._given_up_at is None or operation is None:
+        if self._given_up_at is None or operation is None:
             return
         if operation.op_id == self._reserved_for:
             with suppress(Unavailable):

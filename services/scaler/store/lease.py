@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.protocol.errors import Fenced, Unavailable, Unready
@@ -15,7 +13,7 @@ log = get_logger("scaler")
 
 
 class Lease:
-    """Who may act as scaler. Made, asked and released by the loop's thread. `why_not`: while `acquire` waits."""
+    """Who may act as scaler. Made, asked and released by the loop's thread. `why_not`: the last `attempt` failed."""
 
     def __init__(self, store: Store, holder: str, lease_ms: int, fence: Fence) -> None:
         self._store = store
@@ -27,22 +25,13 @@ class Lease:
         self._writer = Writer(holder, 0)
         self._lost = threading.Event()
         self._ended = threading.Event()
+        self._waiting_for = ""
         self._thread: threading.Thread | None = None
 
-    def acquire(self, is_stopping: Callable[[], bool]) -> int:
-        """Wait for the lease; the fencing epoch that comes with it, or 0 when `is_stopping` says so before."""
-        waiting_for = ""
-        while not is_stopping():
-            got = self.attempt()
-            if isinstance(got, int):
-                self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
-                self._thread.start()
-                return got
-            if got != waiting_for:
-                log.info("waiting for the lease", because=got)
-                waiting_for = got
-            time.sleep(self._lease_ms / 10e3)
-        return 0
+    def start(self) -> None:
+        """Let a thread of the lease's own renew it from when there is one, until `release`."""
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
 
     def attempt(self) -> int | str:
         """Try once to get the lease: the fencing epoch, made durable on this host, or why not."""
@@ -59,6 +48,9 @@ class Lease:
         if isinstance(got, int):
             self._writer = Writer(self._holder, got)
             log.info("lease acquired", fence=got)
+        elif got != self._waiting_for:
+            self._waiting_for = got
+            log.info("waiting for the lease", because=got)
         return got
 
     def _remember(self, fence: int) -> int | str:
@@ -93,10 +85,14 @@ class Lease:
         self._lost.set()
 
     def _keep(self) -> None:
-        """Renew at half time. An outage of the store ends no scaler: fencing keeps two from acting on the resources."""
-        while not self._ended.wait(self._lease_ms / 2e3):
-            if not self.renew():
-                return
+        wait_s = self.turn()
+        while wait_s is not None and not self._ended.wait(wait_s):
+            wait_s = self.turn()
+
+    def turn(self) -> float | None:
+        """Renew the lease where there is one, at half time: the next turn is due after so many seconds. None: it
+        is lost, and there is none. An outage ends no scaler: fencing keeps two from acting on the resources."""
+        return None if self._writer.fence and not self.renew() else self._lease_ms / 2e3
 
     def renew(self) -> bool:
         """Renew once, as far as the store answers. False, and `check` raises from now on, when another scaler has been

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -38,8 +38,9 @@ class Recall:
     """Made and called by the loop's thread. `epochs`: the highest epoch of a layout, kept on this host, so that it does
     not fall where the store is emptied as well."""
 
-    def __init__(self, config: ScalerConfig, spec: ModelSpec, store: Store) -> None:
-        """Raises Unavailable where the file of epochs cannot be read."""
+    def __init__(
+        self, config: ScalerConfig, spec: ModelSpec, store: Store, epochs: Fence, new_identity: Callable[[str], str]
+    ) -> None:
         self._config = config
         self._store = store
         self._mark = config.fresh_mark
@@ -50,7 +51,8 @@ class Recall:
             tuple(f"host:{i}" for i in range(config.num_devices)),
             tuple(spec.num_experts_by_layer),
         )
-        self.epochs = Fence(config.state_dir, "layout")
+        self.epochs = epochs
+        self._new_identity = new_identity
 
     def read(self, by: Writer) -> Recalled:
         """Read all of it, and where nothing is refused, say in the store what is served from now on. Raises Unavailable
@@ -80,7 +82,7 @@ class Recall:
     def _instance(self, by: Writer, left: Left, *, is_refused: bool) -> str:
         known = "" if left.is_dropped else self._store.get_instance()
         if not known and not is_refused:
-            known = f"i-{secrets.token_hex(6)}"
+            known = f"i-{self._new_identity('i')[-12:]}"
             self._store.put_instance(by, known)
         return known
 
