@@ -46,6 +46,7 @@ class Player:
         self._schedule: asyncio.Task[None] | None = None
         self._over = asyncio.Event()
         self._error: BaseException | None = None
+        self._unbegun: dict[int, tuple[Arrival, float]] = {}  # a task that is cancelled before it ran tells nothing
         self.begun = 0.0
 
     @property
@@ -65,6 +66,9 @@ class Player:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._error is not None:
             raise self._error
+        for number, (arrival, due) in self._unbegun.items():
+            lag = max(0.0, time.monotonic() - due)
+            self._on_result(result_of(number, arrival, Sample(asked=due), self.begun, lag), [])
 
     def stop(self) -> None:
         """Send nothing more, and cut off what is under way; it is told as interrupted. Idempotent."""
@@ -97,11 +101,13 @@ class Player:
             if len(self._tasks) > self._connections_max:  # this one is among them
                 self._on_result(not_sent(number, arrival, time.monotonic() - due), [])
             else:
+                self._unbegun[number] = (arrival, due)
                 self._spawn(self._send(number, arrival, request, due))
             await asyncio.sleep(0)  # it begins before the next one is made; so does what came meanwhile
 
     async def _send(self, number: int, arrival: Arrival, request: bytes, due: float) -> None:
         lag = max(0.0, time.monotonic() - due)
+        del self._unbegun[number]
         sample = Sample(asked=due)
         try:
             await complete(self._endpoint, request, sample, silence_s=self._silence_s)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 
@@ -152,6 +153,27 @@ async def test_stop_sends_nothing_more() -> None:
                 await asyncio.sleep(0.005)
         told.player.stop()
         assert len(await task) == 2
+
+
+async def test_one_that_is_stopped_before_it_began_is_told_too() -> None:
+    told = Told("http://127.0.0.1:1")
+
+    def arrivals() -> Iterator[Arrival]:
+        yield Arrival(0.0, 8, 2)
+        raise AssertionError("the first was not stopped")
+
+    spawn = told.player._spawn
+
+    def spawn_and_stop(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = spawn(work)
+        if told.player._unbegun:
+            told.player.stop()
+        return task
+
+    told.player._spawn = spawn_and_stop  # type: ignore[method-assign]
+    async with asyncio.timeout(10):
+        await told.player.play(arrivals())
+    assert [(result.number, result.outcome, result.sent_s) for result in told.results] == [(0, "interrupted", None)]
 
 
 async def test_a_client_that_is_late_says_so() -> None:
