@@ -12,11 +12,10 @@ import pytest
 
 from elasticmoe.common.devices.rules import PROCESS, ProcessRules
 from elasticmoe.common.store import Store
-from elasticmoe.services.router.text.tokenizer import ServedModel
-from tests.procs.router_harness import write_model
 from tests.unit.stores import Server
 
 if TYPE_CHECKING:
+    from elasticmoe.services.router.text.tokenizer import ServedModel
     from tests.unit.forms import Tensors
     from tests.unit.ranks import Ranks
 
@@ -38,7 +37,7 @@ def no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of the oracle model, which tests only read."""
-    from elasticmoe.cli.models import make_model  # loads torch too
+    from elasticmoe.cli.models import make_model
 
     return make_model("oracle", tmp_path_factory.mktemp("oracle") / "model", seed=7)
 
@@ -46,7 +45,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(directory: Path) -> Ranks:
     """One rank of the oracle model."""
-    from tests.unit.ranks import Ranks  # loads torch, which most tests do not need
+    from tests.unit.ranks import Ranks
 
     return Ranks(directory, 1, max_tokens=16)
 
@@ -54,6 +53,9 @@ def ranks(directory: Path) -> Ranks:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     """What a router knows of a model that has only a tokenizer."""
+    from elasticmoe.services.router.text.tokenizer import ServedModel
+    from tests.procs.router_harness import write_model  # loads torch, which most tests do not need
+
     return ServedModel(write_model(tmp_path_factory.mktemp("m") / "model"), "m")
 
 
