@@ -30,7 +30,7 @@ def open_hmm(config: HmmConfig) -> Hmm:
         server.close()
         raise
     log = setup_logging("hmm", level=config.log_level, as_json=config.log_json)
-    parking = Parking(config.socket("keeper"), identity, log)
+    parking = Parking(config.socket("keeper"), identity, log, SYSTEM_CLOCK)
     holdings = Holdings(config, parking, log)
     background = Background(log)
     return Hmm(
@@ -39,7 +39,7 @@ def open_hmm(config: HmmConfig) -> Hmm:
             clock=SYSTEM_CLOCK,
             log=log,
             server=server,
-            attachments=Attachments(listener, identity, log),
+            attachments=Attachments(listener, identity, log, SYSTEM_CLOCK),
             parking=parking,
             holdings=holdings,
             background=background,

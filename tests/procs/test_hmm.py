@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import KeeperConfig
 from elasticmoe.common.families import records
 from elasticmoe.common.fdchannel import connect
@@ -571,7 +572,7 @@ def test_the_keeper_holds_thousands_and_says_where_its_limit_is(keeper: Deployme
     assert keeper.keeper is not None
     limit = FDS_SPARE + 3_000
     assert resource.prlimit(keeper.keeper.pid, resource.RLIMIT_NOFILE)[0] > limit  # it has asked for more than is usual
-    parking = Parking(keeper.config.socket("keeper"), "hmm:1", get_logger("test"))
+    parking = Parking(keeper.config.socket("keeper"), "hmm:1", get_logger("test"), SYSTEM_CLOCK)
     parking.connect()
     fd = os.memfd_create("x")
     names = [f"n{number:04}" for number in range(3_000)]

@@ -66,6 +66,30 @@ def test_the_wall_clock_is_read_only_for_what_is_shown() -> None:
     assert found == set(ALLOWED)
 
 
+# Loops and decisions that the simulation drives: they are given a Clock, and sleep in nothing but what they are given.
+SIMULATED = (
+    *("services/scaler/", "services/router/dispatch/", "services/hmm/service.py", "services/hmm/sessions/"),
+    *("services/hmm/transition/", "services/worker/rank/", "services/worker/migration/", "services/worker/hmm/"),
+)
+TIMES = {"time", "time_ns", "monotonic", "monotonic_ns", "sleep"}
+
+
+def times_in(module: ast.Module) -> list[str]:
+    """Where a Python module asks the machine for the time, or sleeps."""
+    return [
+        f"{node.lineno}: time.{node.attr}"
+        for node in ast.walk(module)
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "time" and node.attr in TIMES
+    ]
+
+
+def test_what_is_simulated_asks_the_clock_that_it_was_given() -> None:
+    paths = [path for path in CODE if name(path).startswith(SIMULATED)]
+    assert {room for room in SIMULATED if any(name(path).startswith(room) for path in paths)} == set(SIMULATED)
+    assert {name(path): found for path in paths if (found := times_in(tree(path)))} == {}
+    assert times_in(ast.parse("import time\nnow = time.monotonic()")) == ["2: time.monotonic"]
+
+
 def test_native_code_reads_no_wall_clock() -> None:
     sources = [path for path in tracked(".cpp", ".h", ".hpp", ".cc") if name(path).startswith("native/")]
     assert len(sources) > 10

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.devices.base import FdToken, Handle, ProcessRules
 from elasticmoe.common.devices.factory import open_device
 from elasticmoe.common.devices.host import HostDevice
@@ -52,7 +53,7 @@ class Pair:
     """Attachments with one rank, whose end is `channel`."""
 
     def __init__(self, path: Path) -> None:
-        self.subject = Attachments(Listener(path), "hmm:1", get_logger("test"))
+        self.subject = Attachments(Listener(path), "hmm:1", get_logger("test"), SYSTEM_CLOCK)
         self.channel: Channel[FromHmm] = connect(path, "rank:1", TO_RANK)
         self.channel.send(Attach(RankId(0, 0), 0, "host:0", "r0"))
         self.subject.accept(self.subject.fds())

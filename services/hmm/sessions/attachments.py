@@ -8,13 +8,13 @@ import os
 import select
 import socket
 import struct
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final, NamedTuple
 
 import msgspec
 
+from elasticmoe.common.clock import Clock
 from elasticmoe.common.fdchannel import Channel, Listener
 from elasticmoe.common.protocol.codec import Message, encode
 from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, ProtocolError, Unavailable
@@ -46,7 +46,8 @@ class _Unsent(NamedTuple):
 class _Outbox:
     """Sends whole messages without waiting for the reader. Owns a duplicate of the channel's socket."""
 
-    def __init__(self, channel: Channel[ToHmm], identity: str) -> None:
+    def __init__(self, channel: Channel[ToHmm], identity: str, clock: Clock) -> None:
+        self._clock = clock
         """Raises Unavailable `no_descriptors` at the limit of open files."""
         (fd,) = _duplicates((channel.fileno(),))
         self._sock = socket.socket(fileno=fd)
@@ -61,7 +62,7 @@ class _Outbox:
         are kept meanwhile."""
         raw = encode(message, sender=self._identity)
         if not self._unsent:
-            self._since = time.monotonic()
+            self._since = self._clock.monotonic()
         kept = () if are_lasting else _duplicates(fds)
         self._unsent.append(_Unsent(struct.pack("<I", len(raw)) + raw, kept or fds, kept))
         self.flush()
@@ -81,11 +82,11 @@ class _Outbox:
             except OSError as error:
                 if error.errno not in _LATER:
                     raise Unavailable(f"peer is gone: {error.strerror}") from None
-                if time.monotonic() - self._since > _UNSENT_S:
+                if self._clock.monotonic() - self._since > _UNSENT_S:
                     raise Unavailable(f"the rank has read nothing for {_UNSENT_S:.0f} s") from None
                 return
             _close(kept)
-            self._since = time.monotonic()
+            self._since = self._clock.monotonic()
             self._unsent[0] = _Unsent(data[sent:], (), ())
             if not self._unsent[0].data:
                 self._unsent.pop(0)
@@ -130,7 +131,8 @@ class Attachments:
     """The handle channel's listener and connections. Belongs to the service's loop. The service says what may be
     attached (`admit`), and hears of ends from `take`."""
 
-    def __init__(self, listener: Listener, identity: str, log: Logger) -> None:
+    def __init__(self, listener: Listener, identity: str, log: Logger, clock: Clock) -> None:
+        self._clock = clock
         self._listener = listener
         self._identity = identity
         self._log = log
@@ -156,7 +158,7 @@ class Attachments:
 
     def _next_revision(self) -> int:
         """Greater than all before it, those of a former HMM of this machine included."""
-        self._revision = max(self._revision + 1, time.monotonic_ns() // 1_000_000)
+        self._revision = max(self._revision + 1, self._clock.monotonic_ns() // 1_000_000)
         return self._revision
 
     def take(self, ready: set[int]) -> list[Attached]:
@@ -222,7 +224,7 @@ class Attachments:
 
     def accept(self, ready: set[int]) -> None:
         """Take new connections, and drop those that did not say who they are in time."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         for fd in [fd for fd, (_, since) in self._pending.items() if now - since > PENDING_S]:
             self._log.warning("silent connection dropped", after_s=PENDING_S)
             self._pending.pop(fd)[0].close()
@@ -278,7 +280,7 @@ class Attachments:
         Raises Conflict where another rank is attached there; Unavailable when the peer is gone.
         """
         self.check_vacant(request.slot)
-        outbox = _Outbox(channel, self._identity)
+        outbox = _Outbox(channel, self._identity, self._clock)
         try:
             outbox.put(reply, fds)
         except BaseException:

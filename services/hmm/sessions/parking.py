@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from elasticmoe.common.clock import Clock
 from elasticmoe.common.fdchannel import Channel, connect
 from elasticmoe.common.protocol.codec import Message
 from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError, Unavailable
@@ -27,7 +27,8 @@ class Parking:
     """Keeps the keeper up to date. `keep` and `forget` never fail: while the keeper is away they are remembered, and
     `retry` parks everything again once it is back. Belongs to the service's loop."""
 
-    def __init__(self, path: Path, identity: str, log: Logger) -> None:
+    def __init__(self, path: Path, identity: str, log: Logger, clock: Clock) -> None:
+        self._clock = clock
         self._path = path
         self._identity = identity
         self._log = log
@@ -114,9 +115,9 @@ class Parking:
 
     def retry(self) -> bool:
         """Where the keeper is away: try, now and then, to reach it and park everything. True when that worked now."""
-        if self._channel is not None or time.monotonic() < self._retry_at:
+        if self._channel is not None or self._clock.monotonic() < self._retry_at:
             return False
-        self._retry_at = time.monotonic() + _RETRY_EVERY_S
+        self._retry_at = self._clock.monotonic() + _RETRY_EVERY_S
         try:
             self.connect(deadline_ms=_RETRY_MS)
             kept = self.fetch(deadline_ms=_RETRY_MS)
