@@ -6,10 +6,18 @@ from collections.abc import Iterable
 
 import msgspec
 
-from elasticmoe.services.scaler.control.audit_log import Decision, PlanMade, TurnTaken, digests, without_plan
+from elasticmoe.services.scaler.control.audit_log import (
+    Decision,
+    PlanMade,
+    TurnTaken,
+    digest,
+    digests,
+    without_plan,
+)
 from elasticmoe.services.scaler.control.reconciler import reconcile
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.planning.plan import Plan
+from elasticmoe.services.scaler.planning.planner import plan_way
 
 DECISIONS = msgspec.msgpack.Decoder(Decision)
 
@@ -20,13 +28,17 @@ def replay(decisions: Iterable[Decision]) -> list[str]:
     found = []
     for decision in decisions:
         if isinstance(decision, PlanMade):
-            plan, again = msgspec.structs.replace(decision, plan="").make()
-            plans[decision.op_id] = plan
-            if again != decision:
+            plans[decision.op_id] = plan = plan_again(decision)
+            if digest(plan) != decision.plan:
                 found.append(f"{decision.op_id}: another plan")
         else:
             found += _turn(decision, plans)
     return found
+
+
+def plan_again(made: PlanMade) -> Plan:
+    """From what it was made from. Raises what plan_way raises."""
+    return plan_way(made.layout, made.target, made.sizes, made.memory, made.devices, made.rates)
 
 
 def _turn(decision: TurnTaken, plans: dict[str, Plan]) -> list[str]:

@@ -66,7 +66,6 @@ PURE = [
     "services/scaler/operation/release.py",
     "services/scaler/operation/abort.py",
     "services/scaler/operation/orphans.py",
-    "services/scaler/operation/advance.py",
     "services/scaler/operation/prepare.py",
     "services/scaler/operation/cutover.py",
     "services/scaler/operation/accounting.py",

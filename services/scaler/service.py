@@ -18,8 +18,7 @@ from elasticmoe.common.store import Event, Writer
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.api.event_stream import EventStream
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
-from elasticmoe.services.scaler.control.admission import Accepted, Admission, CancelOperation, Order
-from elasticmoe.services.scaler.control.command_queue import CommandQueue
+from elasticmoe.services.scaler.control.admission import Accepted, Admission, CancelOperation, CommandQueue, Order
 from elasticmoe.services.scaler.control.executor import ENDED_MAX, Executor
 from elasticmoe.services.scaler.control.links import Links
 from elasticmoe.services.scaler.control.state import State

@@ -21,7 +21,8 @@ from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.services.scaler.api.requests import parse_scale
 from elasticmoe.services.scaler.api.snapshot import operation_view, plan_view
-from elasticmoe.services.scaler.control.admission import accept, planned_of
+from elasticmoe.services.scaler.control.admission import accept
+from elasticmoe.services.scaler.operation.operation import planned_of
 from tests.unit.transitions import UP, World
 
 Answers = list[tuple[str, str, Any]]

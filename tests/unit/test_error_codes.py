@@ -28,7 +28,7 @@ KINDS: dict[str, type[ElasticMoEError]] = {
     if inspect.isclass(kind) and issubclass(kind, ElasticMoEError)
 }
 # Where an error becomes the answer to an HTTP request.
-ANSWERING = ("common/http/", "services/router/", "services/scaler/api/", "services/scaler/control/command_queue.py")
+ANSWERING = ("common/http/", "services/router/", "services/scaler/api/", "services/scaler/control/admission.py")
 # What takes a code at a place of its own: the place of the code, and of whether it is retryable.
 POSITIONS = {"Refused": (0, 2), "jobs.Refused": (1, None), "Refusal": (1, None)}
 

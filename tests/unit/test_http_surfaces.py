@@ -27,7 +27,7 @@ from elasticmoe.services.router.text.tokenizer import ServedModel
 from elasticmoe.services.scaler.api.admin import build_app as build_admin
 from elasticmoe.services.scaler.api.event_stream import EventStream
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
-from elasticmoe.services.scaler.control.command_queue import CommandQueue
+from elasticmoe.services.scaler.control.admission import CommandQueue
 from elasticmoe.services.scaler.metrics import Meters
 from tests.procs.router_harness import write_model
 from tests.unit.in_process import InProcess

@@ -17,21 +17,20 @@ from elasticmoe.common.protocol.errors import PayloadTooLarge, Unavailable
 from elasticmoe.common.store import Store, Writer
 from elasticmoe.services.scaler.actions import Stage
 from elasticmoe.services.scaler.control import members, reconciler
-from elasticmoe.services.scaler.control.audit_log import Decision, PlanMade, TurnTaken, turn_taken
+from elasticmoe.services.scaler.control.audit_log import Decision, PlanMade, TurnTaken, digest, turn_taken
 from elasticmoe.services.scaler.control.executor import Executor
 from elasticmoe.services.scaler.control.reconciler import reconcile
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.observation import Observation
-from elasticmoe.services.scaler.operation import advance, prepare
-from elasticmoe.services.scaler.operation.advance import cancel
-from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.operation import prepare
+from elasticmoe.services.scaler.operation.operation import Operation, cancel
 from elasticmoe.services.scaler.operation.steps import enter
 from elasticmoe.services.scaler.planning.plan import Rates, Target
 from elasticmoe.services.scaler.store.journal import Journal
 from tests.clocks import PlayedClock
 from tests.procs.waiting import wait_until
-from tests.replay import DECISIONS, replay
+from tests.replay import DECISIONS, plan_again, replay
 from tests.unit.reserves import NO_RESERVE
 from tests.unit.test_scaler_executor import FakeLinks, turn
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
@@ -46,16 +45,9 @@ class Run:
     """One operation, from its plan to its end, as a scaler with a real journal and a real store carries it out."""
 
     def __init__(self, store: Store, folder: Path, target: Target, before: Any) -> None:
-        basis = PlanMade(
-            op_id="op",
-            layout=before,
-            target=target,
-            sizes=SIZES,
-            memory=MEMORY,
-            devices=DEVICES,
-            rates=Rates(),
-        )
-        plan, made = basis.make()
+        made = PlanMade("op", before, target, SIZES, MEMORY, DEVICES, Rates(), "")
+        plan = plan_again(made)
+        made = msgspec.structs.replace(made, plan=digest(plan))
         self.store, self.world = store, World(before)
         self.journal = Journal(store, "a", lambda _: None, lambda: None, lambda: None, NO_RESERVE, SYSTEM_CLOCK)
         self.journal.start()
@@ -161,7 +153,7 @@ def test_another_code_is_told_apart(store: Store, tmp_path: Path, monkeypatch: p
     assert replay(decisions) == []
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "empty_leavers", lambda *_: ([], []))
-        patch.setattr(advance, "migrate", lambda operation, *_: enter(operation, "done", "over"))
+        patch.setattr(reconciler, "migrate", lambda operation, *_: enter(operation, "done", "over"))
         assert [text for text in replay(decisions) if "done, over and not release" in text]
     blind = taken(msgspec.structs.replace(World(UP.before).seen(), pool=None))
     stray = World(UP.before)

@@ -29,20 +29,19 @@ from elasticmoe.services.scaler.api.admin import build_app
 from elasticmoe.services.scaler.api.event_stream import LISTENERS_MAX, EventStream
 from elasticmoe.services.scaler.api.requests import parse_rebalance, parse_scale
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
-from elasticmoe.services.scaler.control import command_queue
+from elasticmoe.services.scaler.control import admission
 from elasticmoe.services.scaler.control.admission import (
     Accepted,
     CancelOperation,
+    CommandQueue,
     Later,
     Order,
     accept,
     cancelled,
-    planned_of,
     repeated,
 )
-from elasticmoe.services.scaler.control.command_queue import CommandQueue
 from elasticmoe.services.scaler.metrics import Meters
-from elasticmoe.services.scaler.operation.operation import Request
+from elasticmoe.services.scaler.operation.operation import Request, planned_of
 from elasticmoe.services.scaler.planning.plan import Target
 from tests.unit.transitions import DOWN, UP, World, operation_of
 
@@ -232,12 +231,12 @@ def test_cancelling_depends_on_the_phase() -> None:
 async def test_a_loop_that_does_not_answer_is_waited_for_no_longer_than_stated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(command_queue, "ANSWER_S_MAX", 0.05)
+    monkeypatch.setattr(admission, "ANSWER_S_MAX", 0.05)
     silent = CommandQueue(lambda: None, SYSTEM_CLOCK)
     with pytest.raises(DeadlineExceeded):
         await silent.ask(CancelOperation("x"))
     silent.serve(lambda _: pytest.fail("nobody waits for it any more"))
-    waits = [asyncio.create_task(silent.ask(CancelOperation(str(i)))) for i in range(command_queue.ORDERS_MAX + 1)]
+    waits = [asyncio.create_task(silent.ask(CancelOperation(str(i)))) for i in range(admission.ORDERS_MAX + 1)]
     done = await asyncio.gather(*waits, return_exceptions=True)
     assert isinstance(done[-1], Overloaded)
 
@@ -261,8 +260,8 @@ async def test_an_order_that_cannot_be_carried_out_yet_is_tried_again() -> None:
 
 
 async def test_an_order_that_waits_too_long_gets_its_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command_queue, "ANSWER_S_MAX", 5.0)
-    monkeypatch.setattr(command_queue, "REFUSE_S", 5.0)
+    monkeypatch.setattr(admission, "ANSWER_S_MAX", 5.0)
+    monkeypatch.setattr(admission, "REFUSE_S", 5.0)
 
     def handle(_: Order | CancelOperation) -> Accepted:
         raise Later(Conflict("operation a is in progress", code="operation_running"))

@@ -6,9 +6,8 @@ import msgspec
 
 from elasticmoe.common.protocol.rank import DecodeOnly
 from elasticmoe.services.scaler.actions import TellRank
-from elasticmoe.services.scaler.operation.advance import cancel, outcome
 from elasticmoe.services.scaler.operation.migrate import DECODE_ONLY_STEPS, hurry, move_ahead
-from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.operation.operation import Operation, cancel, outcome
 from elasticmoe.services.scaler.operation.steps import progressed
 from tests.unit.transcripts import play
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of

@@ -14,7 +14,7 @@ from elasticmoe.common.protocol.scaler import PoolRank, PoolStatus
 from elasticmoe.services.scaler.api.contract import check_instance, scale_status
 from elasticmoe.services.scaler.api.requests import parse_scale
 from elasticmoe.services.scaler.api.snapshot import StatusSnapshot
-from elasticmoe.services.scaler.control.admission import planned_of
+from elasticmoe.services.scaler.operation.operation import planned_of
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
 SIZES = Sizes(100, (10,), (7,))

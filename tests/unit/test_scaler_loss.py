@@ -17,12 +17,19 @@ from elasticmoe.common.transport import new_identity
 from elasticmoe.services.scaler.actions import LeaveOut
 from elasticmoe.services.scaler.api.requests import parse_scale
 from elasticmoe.services.scaler.control import admission
-from elasticmoe.services.scaler.control.admission import Order, accept, lost_devices, planned_of
+from elasticmoe.services.scaler.control.admission import Order, accept, lost_devices
 from elasticmoe.services.scaler.control.reconciler import reconcile
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.observation import Observation
-from elasticmoe.services.scaler.operation.advance import can_cancel, without_lost
-from elasticmoe.services.scaler.operation.operation import DeviceChange, Operation, Planned, Request
+from elasticmoe.services.scaler.operation.operation import (
+    DeviceChange,
+    Operation,
+    Planned,
+    Request,
+    can_cancel,
+    planned_of,
+    without_lost,
+)
 from elasticmoe.services.scaler.planning.plan import Plan
 from tests.unit.transcripts import play
 from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.services.scaler.operation.advance import outcome
+from elasticmoe.services.scaler.operation.operation import outcome
 from tests.unit.transcripts import play
 from tests.unit.transitions import DOWN, UP, World, operation_of
 

@@ -11,8 +11,8 @@ from elasticmoe.common.protocol.ids import CommandId, TransitionId
 from elasticmoe.common.protocol.rank import CancelMigration
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.services.scaler.actions import Abort, Release, StopSeat, TellRank
-from elasticmoe.services.scaler.operation.advance import advance, can_cancel, cancel, outcome, without_lost
-from elasticmoe.services.scaler.operation.operation import Operation, Request
+from elasticmoe.services.scaler.control.reconciler import advance
+from elasticmoe.services.scaler.operation.operation import Operation, Request, can_cancel, cancel, outcome, without_lost
 from elasticmoe.services.scaler.operation.orphans import collect_orphans
 from elasticmoe.services.scaler.operation.release import LEAVE_S
 from elasticmoe.services.scaler.operation.steps import progressed

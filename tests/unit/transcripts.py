@@ -16,8 +16,8 @@ import msgspec
 
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.services.scaler.actions import Action, PublishMembers, StopSeat, TellRank
-from elasticmoe.services.scaler.operation.advance import advance, cancel, without_lost
-from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.control.reconciler import advance
+from elasticmoe.services.scaler.operation.operation import Operation, cancel, without_lost
 from tests.unit.transitions import KINDS, World
 
 TURNS_MAX = 400

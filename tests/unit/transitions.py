@@ -22,8 +22,8 @@ from elasticmoe.common.protocol.scaler import (
     TransitionStatus,
 )
 from elasticmoe.services.scaler.actions import Abort, Action, Commit, Release, Stage, StartSeat, StopSeat, TellRank
+from elasticmoe.services.scaler.control.reconciler import advance
 from elasticmoe.services.scaler.observation import Observation
-from elasticmoe.services.scaler.operation.advance import advance
 from elasticmoe.services.scaler.operation.operation import Operation, Request
 from elasticmoe.services.scaler.planning.plan import Leg, Plan
 

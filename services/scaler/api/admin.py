@@ -41,8 +41,7 @@ from elasticmoe.services.scaler.api.snapshot import (
     plan_view,
     ready_view,
 )
-from elasticmoe.services.scaler.control.admission import CancelOperation, Running
-from elasticmoe.services.scaler.control.command_queue import CommandQueue
+from elasticmoe.services.scaler.control.admission import CancelOperation, CommandQueue, Running
 from elasticmoe.services.scaler.metrics import Meters
 
 BODY_BYTES_MAX = 1024 * 1024

@@ -13,8 +13,7 @@ from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolStatus
 from elasticmoe.services.scaler.api import views
 from elasticmoe.services.scaler.control.state import DeploymentPhase
-from elasticmoe.services.scaler.operation.advance import outcome
-from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.operation.operation import Operation, outcome
 from elasticmoe.services.scaler.planning.plan import Plan
 from elasticmoe.services.scaler.store.resume import Resumed
 

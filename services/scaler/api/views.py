@@ -10,8 +10,15 @@ from elasticmoe.common.described import says
 from elasticmoe.common.layout import Seat
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.services.scaler.control.state import DeploymentPhase
-from elasticmoe.services.scaler.operation.advance import Outcome
-from elasticmoe.services.scaler.operation.operation import Figures, Kind, OperationPhase, PhaseTime, Planned, Request
+from elasticmoe.services.scaler.operation.operation import (
+    Figures,
+    Kind,
+    OperationPhase,
+    Outcome,
+    PhaseTime,
+    Planned,
+    Request,
+)
 from elasticmoe.services.scaler.store.resume import Resumed
 
 DeviceState = Literal["used", "joining", "leaving", "free"]

@@ -1,35 +1,54 @@
-"""What becomes of an order, looked at beside what is in force and in progress: an operation, a plan (dry run), the
-operation that it already is (the same op_id again), or a refusal. The loop's thread."""
+"""An order's way to what becomes of it: an operation, a plan (dry run), the operation that it already is (the same
+op_id again), or a refusal. It comes from the admin listener's threads through a bounded queue, and is looked at beside
+what is in force and in progress by the loop's thread."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from queue import Empty, Full, Queue
 
 import msgspec
 
-from elasticmoe.common.capacity import MemoryForecast, Sizes, sizes_of
+from elasticmoe.common.capacity import sizes_of
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.model_spec import ModelSpec
-from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unready
+from elasticmoe.common.protocol.errors import (
+    Conflict,
+    DeadlineExceeded,
+    ElasticMoEError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unready,
+)
 from elasticmoe.common.protocol.scaler import HmmStatus
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import LeaveOut
-from elasticmoe.services.scaler.control.audit_log import PlanMade
+from elasticmoe.services.scaler.control.audit_log import PlanMade, digest
 from elasticmoe.services.scaler.control.executor import Executor, Tell
-from elasticmoe.services.scaler.operation.advance import can_cancel, cancel, without_lost
 from elasticmoe.services.scaler.operation.operation import (
     Accounting,
-    DeviceChange,
     Figures,
     Kind,
     Operation,
     Planned,
     Request,
+    can_cancel,
+    cancel,
+    planned_of,
+    without_lost,
 )
 from elasticmoe.services.scaler.planning.plan import Plan, Rates, Target
+from elasticmoe.services.scaler.planning.planner import memory_of, plan_way
 
 log = get_logger("scaler")
+
+ORDERS_MAX = 32
+ANSWER_S_MAX = 15.0
+REFUSE_S = 1.0  # what waits is refused so long before its client gives up
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -207,20 +226,14 @@ class Admission:
         sizes = sizes_of(self._spec, hmm.memory.granularity)
         lost = self._lost()
         unusable = lost - set(target.devices or ())  # new replicas take a lost device only where the order names it
-        made = PlanMade(
-            op_id=op_id,
-            layout=hmm.layout,
-            target=target,
-            sizes=sizes,
-            memory=memory,
-            devices=tuple(device.device for device in hmm.devices if device.device not in unusable),
-            rates=Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s)),
-        )
+        devices = tuple(device.device for device in hmm.devices if device.device not in unusable)
+        rates = Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s))
+        given = (hmm.layout, target, sizes, memory, devices, rates)
         try:
-            plan, made = made.make()
+            plan = plan_way(*given)
         except (InvalidRequest, NotFound) as error:
             raise UnprocessableTarget(error.message, code=error.code) from None
-        planned = planned_of(plan, sizes)
+        planned, made = planned_of(plan, sizes), PlanMade(op_id, *given, digest(plan))
         return accept(order, op_id, plan, planned, self._clock.time(), lost), plan, made
 
     def _lost(self) -> set[str]:
@@ -300,57 +313,70 @@ def lost_devices(current: Operation | None, ended: Sequence[Operation]) -> set[s
     return (set(newest.lost_before) - taken) | newest.lost_devices
 
 
-def memory_of(hmm: HmmStatus | None) -> MemoryForecast:
-    """What bounds a plan now. Raises Unready while the HMM is away, and while nothing is loaded."""
-    if hmm is None:
-        raise Unready("the HMM does not answer")
-    if hmm.phase != "ready" or hmm.memory is None or hmm.layout is None:
-        raise Unready("the HMM has loaded no model yet")
-    facts, used = hmm.memory, {seat.device for seat in hmm.layout.seats}
-    return MemoryForecast(
-        budgets={device.device: device.budget for device in hmm.devices},
-        footprint=facts.footprint,
-        ledger=facts.ledger,
-        kv_handle_bytes=facts.kv.handle_bytes,
-        kv_handles_min=facts.kv_handles_min,
-        kv_handles={
-            device.device: device.kv // facts.kv.handle_bytes for device in hmm.devices if device.device in used
-        },
-        kv_handles_load=facts.kv_handles_load,
-    )
+class CommandQueue:
+    """Orders, from any thread to the loop's. `wake` lets the loop look. `_waiting` belongs to the loop's thread."""
+
+    def __init__(self, wake: Callable[[], None], clock: Clock) -> None:
+        self._wake = wake
+        self._clock = clock
+        self._queue: Queue[_Entry] = Queue(ORDERS_MAX)
+        self._waiting: list[_Entry] = []
+
+    async def ask(self, order: Order | CancelOperation) -> Accepted:
+        """Hand an order in and wait for what becomes of it. Raises its refusal, Overloaded, or DeadlineExceeded."""
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(self.put(order)), ANSWER_S_MAX)
+        except TimeoutError:
+            text = f"the scaler did not answer within {ANSWER_S_MAX:g} s; GET /v1/operations tells what it does"
+            raise DeadlineExceeded(text) from None
+
+    def put(self, order: Order | CancelOperation) -> Future[Accepted]:
+        """Hand an order in: what becomes of it, for at most ANSWER_S_MAX. One whose future is cancelled before it is
+        carried out is not. Raises Overloaded."""
+        future: Future[Accepted] = Future()
+        try:
+            self._queue.put_nowait((order, self._clock.monotonic() + ANSWER_S_MAX, future))
+        except Full:
+            raise Overloaded(f"{ORDERS_MAX} orders wait already") from None
+        self._wake()
+        return future
+
+    def serve(self, handle: Callable[[Order | CancelOperation], Accepted]) -> None:
+        """Let `handle` answer all orders that wait. The loop's thread."""
+        entries, self._waiting = self._waiting, []
+        for entry in entries:
+            self._serve(entry, handle)
+        while True:
+            try:
+                entry = self._queue.get_nowait()
+            except Empty:
+                return
+            self._serve(entry, handle)
+
+    def _serve(self, entry: _Entry, handle: Callable[[Order | CancelOperation], Accepted]) -> None:
+        order, deadline, future = entry
+        # Nobody waits any more for an order that was cancelled meanwhile: it is not carried out.
+        if self._clock.monotonic() > deadline or future.cancelled():
+            return
+        accepted: Accepted | ElasticMoEError
+        try:
+            accepted = handle(order)
+        except Later as later:
+            if self._clock.monotonic() < deadline - REFUSE_S and len(self._waiting) < ORDERS_MAX:
+                self._waiting.append(entry)
+                return
+            accepted = later.error
+        except ElasticMoEError as error:
+            accepted = error
+        except Exception as error:  # no order may end the scaler
+            log.exception("order failed")
+            accepted = ElasticMoEError(f"the order could not be carried out: {type(error).__name__}")
+        if not future.set_running_or_notify_cancel():
+            return
+        if isinstance(accepted, ElasticMoEError):
+            future.set_exception(accepted)
+        else:
+            future.set_result(accepted)
 
 
-def planned_of(plan: Plan, sizes: Sizes) -> Planned:
-    """The plan in short."""
-    before, after = plan.before, plan.after
-    names = dict.fromkeys(
-        seat.device for layout in (before, *(leg.layout for leg in plan.legs)) for seat in layout.seats
-    )
-    devices = {}
-    for name in names:
-        arrivals = [copy.key for leg in plan.legs for copy in leg.copies if copy.target == name]
-        was, will = before.seat_on(name), after.seat_on(name)
-        devices[name] = DeviceChange(
-            experts_in=sum(key.kind == "expert" for key in arrivals),
-            bytes_in=sum(sizes.of(key) for key in arrivals),
-            experts_before=before.num_experts_on(was.slot) if was else 0,
-            experts_after=after.num_experts_on(will.slot) if will else 0,
-            kv_handles_after=plan.legs[-1].kv_handles_after.get(name, 0) if plan.legs else 0,
-            peak_bytes=max((leg.peak_bytes.get(name, 0) for leg in plan.legs), default=0),
-        )
-    return Planned(
-        epoch_before=before.epoch,
-        epoch_after=after.epoch,
-        replicas_before=before.dp,
-        replicas_after=after.dp,
-        joining=tuple(str(seat.rank) for leg in plan.legs for seat in leg.joining),
-        leaving=tuple(str(seat.rank) for leg in plan.legs for seat in leg.leaving),
-        experts_moved=plan.experts_moved,
-        bytes_copied=plan.bytes_copied,
-        peak_bytes=plan.peak_bytes,
-        bytes_before=plan.bytes_before,
-        bytes_after=plan.bytes_after,
-        seconds=plan.seconds,
-        pause_ms=plan.pause_ms,
-        devices=devices,
-    )
+_Entry = tuple[Order | CancelOperation, float, Future[Accepted]]  # when nobody waits any more, by the monotonic clock

@@ -16,13 +16,12 @@ from elasticmoe.common.layout import Layout
 from elasticmoe.services.scaler.actions import Action, EjectRank, LeaveOut
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.observation import Observation, Step
-from elasticmoe.services.scaler.planning.plan import Plan, Rates, Target
-from elasticmoe.services.scaler.planning.planner import plan_way
+from elasticmoe.services.scaler.planning.plan import Rates, Target
 
 _encoder = msgspec.msgpack.Encoder(order="deterministic")
 
 
-class PlanMade(msgspec.Struct, frozen=True, tag="plan", kw_only=True):
+class PlanMade(msgspec.Struct, frozen=True, tag="plan"):
     """What `plan_way` took, and the digest of what it gave, for the operation `op_id`."""
 
     op_id: str
@@ -32,12 +31,7 @@ class PlanMade(msgspec.Struct, frozen=True, tag="plan", kw_only=True):
     memory: MemoryForecast
     devices: tuple[str, ...]
     rates: Rates
-    plan: str = ""
-
-    def make(self) -> tuple[Plan, PlanMade]:
-        """The plan, and this with its digest. Raises what plan_way raises."""
-        plan = plan_way(self.layout, self.target, self.sizes, self.memory, self.devices, self.rates)
-        return plan, msgspec.structs.replace(self, plan=digest(plan))
+    plan: str
 
 
 class TurnTaken(msgspec.Struct, frozen=True, tag="turn"):

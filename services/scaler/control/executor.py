@@ -39,8 +39,7 @@ from elasticmoe.services.scaler.control.reconciler import reconcile
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.observation import Observation
-from elasticmoe.services.scaler.operation.advance import outcome
-from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.operation.operation import Operation, outcome
 from elasticmoe.services.scaler.store.journal import Journal
 
 log = get_logger("scaler")

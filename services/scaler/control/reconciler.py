@@ -14,19 +14,32 @@ All parts see the same observation, in this order. What the first ones ask for i
 An operation in progress is never interrupted by the two parts below it; it takes the members' seats into account by the
 layout in force. Orphans are collected only by a scaler that has seen the deployment serve: before, the ranks of an
 operation that is yet to be read would be taken for some.
+
+An operation goes through plan -> (prepare -> commit -> migrate -> release) once per leg -> done; or abort -> aborted,
+before the HMM has committed the first leg. It is level-triggered: a phase asks what is still missing and commands that,
+so a scaler that restarts goes on from the journaled operation and from what it sees. Commands are idempotent and may be
+repeated. Two wait until the journal has the operation's state: staging and the commit. From the HMM's commit on there
+is only forward, also without a store.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.services.scaler.actions import Action, LeaveOut
 from elasticmoe.services.scaler.control.members import is_flipping, serve
 from elasticmoe.services.scaler.control.state import Orphans, State
 from elasticmoe.services.scaler.control.watchdog import pulses_of, watch
 from elasticmoe.services.scaler.observation import Observation, Step
-from elasticmoe.services.scaler.operation.advance import advance
+from elasticmoe.services.scaler.operation.abort import abort
+from elasticmoe.services.scaler.operation.accounting import count
+from elasticmoe.services.scaler.operation.migrate import migrate
+from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.operation.orphans import collect_orphans
+from elasticmoe.services.scaler.operation.prepare import prepare
+from elasticmoe.services.scaler.operation.release import release
+from elasticmoe.services.scaler.operation.steps import end_lost, enter, stay
 
 LEAVE_OUT_S = 1.0  # between two attempts to begin the operation that leaves lost devices out
 
@@ -61,3 +74,49 @@ def _leave_out(state: State, seen: Observation, now: float) -> LeaveOut | None:
     slots = state.lost_slots(seen.hmm)
     replicas = {seat.rank.replica for seat in seen.hmm.layout.seats if seat.slot in slots}
     return LeaveOut(tuple(sorted(replicas))) if replicas else None
+
+
+def advance(operation: Operation, seen: Observation, now: float) -> Step[Operation]:
+    """The next step at monotonic time `now`. At most one change of phase."""
+    if operation.is_finished:
+        return Step(operation, (), operation.why)
+    step = _advance(operation, seen, now)
+    # Whoever computes on a device that was lost meanwhile is ended whatever the phase.
+    stops = end_lost(operation, seen) if operation.lost_meanwhile else []
+    return Step(step.state, (*stops, *step.actions), step.reason)
+
+
+def _advance(operation: Operation, seen: Observation, now: float) -> Step[Operation]:
+    operation = count(operation, seen.hmm, seen.loads, now)
+    if seen.hmm is None:
+        return _blind(operation, "the HMM does not answer")
+    if operation.phase == "plan":
+        return _plan(operation)
+    if operation.phase == "migrate":
+        return migrate(operation, seen, seen.hmm)
+    if seen.hmm.phase != "ready" or seen.hmm.layout is None:
+        return _blind(operation, "the HMM holds no layout yet")
+    if operation.phase == "abort":
+        return abort(operation, seen, seen.hmm)
+    if seen.pool is None:
+        return _blind(operation, "the worker pool does not answer")
+    if operation.phase == "release":
+        return release(operation, seen, seen.hmm)
+    return prepare(operation, seen, seen.hmm)
+
+
+def _plan(operation: Operation) -> Step[Operation]:
+    if operation.kind == "rebalance":
+        return enter(operation, "migrate", "sequences are levelled")
+    if not operation.num_legs:
+        return enter(operation, "done", "nothing to do")
+    return enter(operation, "prepare", f"leg 1 of {operation.num_legs}")
+
+
+def _blind(operation: Operation, why: str) -> Step[Operation]:
+    """Nothing can be seen. Before anything was commanded, the deadline and a cancel still count."""
+    is_late = operation.elapsed_s > operation.deadline_s
+    if operation.phase == "plan" and not operation.request.is_lost and (is_late or operation.is_cancelled):
+        code = "cancelled" if operation.is_cancelled else "deadline_exceeded"
+        return enter(operation, "aborted", why, error=Refused(code, f"{why}; nothing was begun", not is_late))
+    return stay(operation, why)

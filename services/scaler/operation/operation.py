@@ -7,10 +7,12 @@ on counting; what passed while none ran is not counted.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import msgspec
 
+from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.described import says
 from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.protocol.ids import CommandId, CommandKind, TransitionId
@@ -19,6 +21,7 @@ from elasticmoe.services.scaler.planning.plan import Leg, Plan
 from elasticmoe.services.scaler.planning.rebalance import SequenceMove
 
 OperationPhase = Literal["plan", "prepare", "commit", "migrate", "release", "abort", "done", "aborted"]
+Outcome = Literal["done", "cancelled", "aborted"]
 Kind = Literal["scale_up", "scale_down", "replace", "none", "rebalance"]
 
 FINISHED: frozenset[OperationPhase] = frozenset({"done", "aborted"})
@@ -139,7 +142,7 @@ class Accounting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One operation. Changed only by `advance`, and by a cancel.
+    """One operation. Changed only by the reconciler's `advance`, and by a cancel.
 
     form: of its record; store/records.py reads the one before as well
     accepted_unix, deadline_s, planned, num_legs, lost_before: as of its acceptance; `lost_before` names the devices
@@ -222,3 +225,68 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """The layout that the present leg starts from. Only for operations with a plan."""
         assert self.plan is not None
         return self.plan.legs[self.leg - 1].layout if self.leg else self.plan.before
+
+
+def cancel(operation: Operation) -> Operation:
+    """Ask for an abort. Only before the commit of the first leg: see `can_cancel`."""
+    return msgspec.structs.replace(operation, is_cancelled=True)
+
+
+def without_lost(operation: Operation, devices: Iterable[str]) -> Operation:
+    """These devices have been lost: let the operation end where a layout is complete, before or after its present leg,
+    so that the one that leaves them out can begin."""
+    return msgspec.structs.replace(operation, lost_meanwhile=tuple(sorted({*operation.lost_meanwhile, *devices})))
+
+
+def can_cancel(operation: Operation, *, is_durable: bool) -> bool:
+    """Whether a cancel still leads back to the old layout: until the store has the record of the first commit, which is
+    not sent before."""
+    if operation.request.is_lost or operation.lost_meanwhile:
+        return False  # its ranks have been ended
+    if operation.leg or operation.kind == "rebalance":
+        return False
+    is_commit_open = operation.phase == "commit" and operation.progress.committed_s is None and not is_durable
+    return is_commit_open or operation.phase in ("plan", "prepare", "abort")
+
+
+def outcome(operation: Operation) -> Outcome:
+    """How a finished operation ended."""
+    if operation.phase == "done":
+        return "done"
+    return "cancelled" if operation.error and operation.error.code == "cancelled" else "aborted"
+
+
+def planned_of(plan: Plan, sizes: Sizes) -> Planned:
+    """The plan in short."""
+    before, after = plan.before, plan.after
+    names = dict.fromkeys(
+        seat.device for layout in (before, *(leg.layout for leg in plan.legs)) for seat in layout.seats
+    )
+    devices = {}
+    for name in names:
+        arrivals = [copy.key for leg in plan.legs for copy in leg.copies if copy.target == name]
+        was, will = before.seat_on(name), after.seat_on(name)
+        devices[name] = DeviceChange(
+            experts_in=sum(key.kind == "expert" for key in arrivals),
+            bytes_in=sum(sizes.of(key) for key in arrivals),
+            experts_before=before.num_experts_on(was.slot) if was else 0,
+            experts_after=after.num_experts_on(will.slot) if will else 0,
+            kv_handles_after=plan.legs[-1].kv_handles_after.get(name, 0) if plan.legs else 0,
+            peak_bytes=max((leg.peak_bytes.get(name, 0) for leg in plan.legs), default=0),
+        )
+    return Planned(
+        epoch_before=before.epoch,
+        epoch_after=after.epoch,
+        replicas_before=before.dp,
+        replicas_after=after.dp,
+        joining=tuple(str(seat.rank) for leg in plan.legs for seat in leg.joining),
+        leaving=tuple(str(seat.rank) for leg in plan.legs for seat in leg.leaving),
+        experts_moved=plan.experts_moved,
+        bytes_copied=plan.bytes_copied,
+        peak_bytes=plan.peak_bytes,
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        seconds=plan.seconds,
+        pause_ms=plan.pause_ms,
+        devices=devices,
+    )
