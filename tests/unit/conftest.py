@@ -4,6 +4,7 @@ what many of them start from."""
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,13 @@ def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test begins as a process that has neither exported nor imported handles."""
     for name, value in vars(ProcessRules()).items():
         monkeypatch.setattr(PROCESS, name, value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_of_torch() -> None:
+    """Several would meet after each small operation, and wait there for cores that are taken."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture
