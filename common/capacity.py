@@ -308,6 +308,21 @@ class MemoryForecast(msgspec.Struct, frozen=True):
         return Needs(self.ledger, self.kv_handle_bytes, self.kv_handles_min)
 
 
+def kv_handles_at(sizes: Sizes, memory: MemoryForecast, num_experts: Sequence[int], num_devices: int) -> int:
+    """KV handles of a device when `num_experts` of each layer are spread evenly over so many: of the fullest one, with
+    the smallest budget. Below 0 where the weights alone do not fit."""
+    weights = sizes.common + sum(
+        -(-count // num_devices) * nbytes for count, nbytes in zip(num_experts, sizes.experts, strict=True)
+    )
+    return _kv_beside(memory, min(memory.budgets.values()), weights)
+
+
+def _kv_beside(memory: MemoryForecast, budget: int, weights: int) -> int:
+    """KV handles beside `weights`: what the footprint leaves, within the budget."""
+    wanted = max((memory.footprint - weights) // memory.kv_handle_bytes, memory.kv_handles_load)
+    return min(wanted, memory.needs.kv_room(budget, weights))
+
+
 class Instants(NamedTuple):
     """One leg by device: bytes at its start, while it is staged, after its release; the most of these (`peak`, and
     `peak_total` summed over devices); KV handles until and from the release. `vacates`: KV has to be cleared first."""
@@ -378,10 +393,7 @@ class Capacity:
         }
 
     def _kv(self, device: str, weights: int) -> int:
-        """KV handles beside `weights`: what the footprint leaves, within the budget."""
-        memory = self._memory
-        wanted = max((memory.footprint - weights) // memory.kv_handle_bytes, memory.kv_handles_load)
-        return min(wanted, self._needs.kv_room(memory.budgets.get(device, 0), weights))
+        return _kv_beside(self._memory, self._memory.budgets.get(device, 0), weights)
 
     def _sum(self, weights: Mapping[str, int], kv_handles: Mapping[str, int]) -> dict[str, int]:
         return {name: self._needs.total(nbytes, kv_handles.get(name, 0)) for name, nbytes in weights.items()}

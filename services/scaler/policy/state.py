@@ -1,0 +1,129 @@
+"""What the policy goes on from, and what it decides: values, a new one in each turn. Pure data."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+
+from elasticmoe.common.described import says
+from elasticmoe.services.scaler.policy.demand import Demand, DemandPeaks, Forecast
+from elasticmoe.services.scaler.policy.saturation import Saturation
+
+
+class Reason(StrEnum):
+    """Why a decision is what it is. The first group changes something, the second one holds."""
+
+    GROW_SATURATED = "grow_saturated"
+    GROW_PANIC = "grow_panic"
+    GROW_FORECAST = "grow_forecast"
+    GROW_BACKLOG_BLIND = "grow_backlog_blind"
+    GROW_BOUND = "grow_bound"
+    SUPERSEDE_SHRINK = "supersede_shrink"
+    SHRINK_IDLE = "shrink_idle"
+    SHRINK_BOUND = "shrink_bound"
+    CANCEL_STUCK = "cancel_stuck"
+    REPEAT_ORDER = "repeat_order"
+
+    OFF = "off"
+    STEADY = "steady"
+    AT_MAX = "at_max"
+    AT_MIN = "at_min"
+    UNKNOWN = "unknown"
+    BLIND = "blind"
+    OPERATION = "operation_in_progress"
+    AWAITING = "awaiting_answer"
+    RECOVERING = "recovering"
+    AFTER_LOSS = "after_loss"
+    AFTER_REFUSAL = "after_refusal"
+    TOO_MANY = "too_many_operations"
+    HOLDING = "holding"
+    WOULD_SATURATE = "smaller_would_saturate"
+    KV_WOULD_NOT_FIT = "smaller_has_no_room"
+    FORECAST_FLOOR = "forecast_floor"
+    NOT_WORTH = "not_worth_its_price"
+    NO_PLAN = "no_plan"
+
+
+class ScaleOrder(msgspec.Struct, frozen=True):
+    """What the policy asked for. `op_id`: repeated as it is, it is the same operation. `supersedes`: the operation that
+    gives way to it."""
+
+    op_id: str
+    target: int
+    sent_s: float
+    supersedes: str | None = None
+
+
+class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
+    """All that outlives a turn.
+
+    at_s: of the last turn
+    saturation: smoothed
+    above_since_s: since when it is above the threshold
+    forecast, peaks: of the demand
+    unknown_since_s, known_since_s: since when something is not known, or everything is
+    order: sent, and not answered yet
+    num_orders: sent so far; they are numbered
+    sent_s: of the orders in `operations_over_s`
+    grown_s, shrunk_s: when the last growth and the last shrink were ordered
+    hold_s: before the next shrink, None: as configured
+    flap_s: when the last flap was; `too_small`: the width that it showed to be too small, and for which work
+    cancelled: the operation that was told to give way last
+    refused_until_s: no order before
+    dwell_s: mean time from a shrink to the growth after it, None before the first
+    """
+
+    at_s: float | None = None
+    saturation: float | None = None
+    above_since_s: float | None = None
+    forecast: Forecast = Forecast()
+    peaks: DemandPeaks = DemandPeaks()
+    unknown_since_s: float | None = None
+    known_since_s: float | None = None
+    order: ScaleOrder | None = None
+    num_orders: int = 0
+    sent_s: tuple[float, ...] = ()
+    grown_s: float | None = None
+    shrunk_s: float | None = None
+    hold_s: float | None = None
+    flap_s: float | None = None
+    too_small: tuple[int, float] | None = None
+    cancelled: str | None = None
+    refused_until_s: float | None = None
+    dwell_s: float | None = None
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures that a decision rests on."""
+
+    raw: Annotated[Saturation, says("Saturation as it is now, by what limits it")] = Saturation()
+    smoothed: Annotated[float | None, says("Its greatest component, smoothed")] = None
+    threshold: Annotated[float | None, says("Above which it grows")] = None
+    demand: Annotated[Demand | None, says("As it is now; null where it is not known")] = None
+    forecast_per_s: Annotated[float | None, says("Requests per second `horizon_s` ahead")] = None
+    of_width: Annotated[int | None, says("The number of replicas in question")] = None
+    predicted: Annotated[Saturation | None, says("Saturation of that, at the demand that it has to stand")] = None
+    silent: Annotated[tuple[str, ...], says("Routers and ranks that are not heard of")] = ()
+    is_blind: Annotated[bool, says("Nothing is done because of that")] = False
+    saved_s: Annotated[float | None, says("Device-seconds that a shrink would save")] = None
+    cost_s: Annotated[float | None, says("Device-seconds that it would cost")] = None
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """What comes of a turn.
+
+    target: replicas to have; None: no change is wanted
+    op_id: of the order for it, or of the operation that is to be cancelled (`CANCEL_STUCK`)
+    supersedes: an operation that has to give way first, before its commit
+    acts: whether it is to be done; in the mode `advise`, and where it holds, it is not
+    """
+
+    target: int | None
+    reason: Reason
+    evidence: Evidence
+    state: PolicyState
+    op_id: str | None = None
+    supersedes: str | None = None
+    acts: bool = False

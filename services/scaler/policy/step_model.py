@@ -1,0 +1,156 @@
+"""How long a step takes, learned from steps: seconds = a + b·prefill tokens + c·KV tokens + d·sequences. Pure.
+
+Non-negative least squares (Lawson and Hanson, 1974): no sample makes a step shorter by its work. The newest samples are
+kept in 4 × 4 buckets of prefill and KV tokens; the oldest of the fullest bucket makes room, so that a long time at one
+operating point does not push out what is known of the others. There is one model for each width; a width without one
+begins with its neighbour's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from elasticmoe.common.protocol.signals import StepSample
+
+SAMPLES = 64
+BUCKETS = 4
+WARM_UP_STEPS = 20  # after a cutover: caches are cold, and memory is mapped between steps
+SAMPLES_MIN = 12  # three for each coefficient
+
+
+class StepModel(msgspec.Struct, frozen=True):
+    """Coefficients in seconds: of a step, of a prefill token, of a token of KV that is read, of a sequence."""
+
+    a: float
+    b: float
+    c: float
+    d: float
+
+    def seconds(self, prefill_tokens: float, kv_tokens: float, sequences: float) -> float:
+        """What such a step takes."""
+        return self.a + self.b * prefill_tokens + self.c * kv_tokens + self.d * sequences
+
+
+class Samples:
+    """Steps of one width, at most SAMPLES of them. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[tuple[int, int], deque[StepSample]] = {}
+        self._most = (1.0, 1.0)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._buckets.values()))
+
+    def add(self, sample: StepSample) -> None:
+        """Keep a step, but for those of the first WARM_UP_STEPS after a cutover."""
+        if not self.is_warm(sample):
+            return
+        most = (max(self._most[0], sample.prefill_tokens), max(self._most[1], sample.kv_tokens))
+        if most != self._most:
+            self._most, kept = most, list(itertools.chain.from_iterable(self._buckets.values()))
+            self._buckets = {}
+            for one in kept:
+                self._put(one)
+        self._put(sample)
+
+    @staticmethod
+    def is_warm(sample: StepSample) -> bool:
+        """Whether a step is one like all that follow."""
+        return sample.steps_since_cutover >= WARM_UP_STEPS
+
+    def _put(self, sample: StepSample) -> None:
+        """Where there are too many, the oldest of the fullest bucket goes."""
+        place = (_part(sample.prefill_tokens, self._most[0]), _part(sample.kv_tokens, self._most[1]))
+        self._buckets.setdefault(place, deque()).append(sample)
+        if len(self) > SAMPLES:
+            max(self._buckets.values(), key=len).popleft()
+
+    def fit(self) -> StepModel | None:
+        """The model of what is kept; None of fewer than SAMPLES_MIN steps."""
+        samples = list(itertools.chain.from_iterable(self._buckets.values()))
+        if len(samples) < SAMPLES_MIN:
+            return None
+        rows = [(1.0, float(one.prefill_tokens), float(one.kv_tokens), float(one.sequences)) for one in samples]
+        return StepModel(*non_negative_least_squares(rows, [one.seconds for one in samples]))
+
+
+def _part(value: float, most: float) -> int:
+    """Which of the BUCKETS equal parts of what was seen."""
+    return min(BUCKETS - 1, int(BUCKETS * value / most))
+
+
+def non_negative_least_squares(rows: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[float, ...]:
+    """Coefficients >= 0 with the least squared error of `rows` · coefficients against `values`.
+
+    Of few columns: every set of columns that are not 0 is tried, and the best one without a negative coefficient
+    taken, which is the optimum as the problem is convex.
+    """
+    width = len(rows[0])
+    scale = [math.sqrt(sum(row[i] * row[i] for row in rows)) or 1.0 for i in range(width)]
+    scaled = [[value / by for value, by in zip(row, scale, strict=True)] for row in rows]
+    gram = [[sum(row[i] * row[j] for row in scaled) for j in range(width)] for i in range(width)]
+    right = [sum(row[i] * value for row, value in zip(scaled, values, strict=True)) for i in range(width)]
+    best, least = (0.0,) * width, 0.0  # the error, less what is the same for all
+    for size in range(1, width + 1):
+        for columns in itertools.combinations(range(width), size):
+            found = _solve([[gram[i][j] for j in columns] for i in columns], [right[i] for i in columns])
+            if found is None or min(found) < 0.0:
+                continue
+            error = -sum(x * right[i] for x, i in zip(found, columns, strict=True))
+            if error < least - 1e-15:
+                least = error
+                full = dict(zip(columns, found, strict=True))
+                best = tuple(full.get(i, 0.0) / scale[i] for i in range(width))
+    return best
+
+
+def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:
+    """Gaussian elimination with pivots; None where the columns do not differ."""
+    size = len(right)
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    for i in range(size):
+        pivot = max(range(i, size), key=lambda j: abs(rows[j][i]))
+        if abs(rows[pivot][i]) < 1e-10:
+            return None
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        for j in range(i + 1, size):
+            factor = rows[j][i] / rows[i][i]
+            rows[j] = [x - factor * y for x, y in zip(rows[j], rows[i], strict=True)]
+    found = [0.0] * size
+    for i in reversed(range(size)):
+        found[i] = (rows[i][size] - sum(rows[i][j] * found[j] for j in range(i + 1, size))) / rows[i][i]
+    return found
+
+
+class StepModels:
+    """What is known of every width that was tried. Not thread-safe."""
+
+    def __init__(self, given: dict[int, StepModel] | None = None) -> None:
+        self._samples: dict[int, Samples] = {}
+        self._models: dict[int, StepModel] = dict(given or {})
+
+    def learn(self, width: int, steps: Iterable[StepSample]) -> None:
+        """Steps of ranks of a deployment of `width` replicas. None of a transition may be among them."""
+        samples = self._samples.setdefault(width, Samples())
+        for step in steps:
+            samples.add(step)
+        model = samples.fit()
+        if model is not None:
+            self._models[width] = model
+
+    @property
+    def known(self) -> dict[int, StepModel]:
+        """By width."""
+        return dict(self._models)
+
+    def of(self, width: int) -> StepModel | None:
+        """The model of a width; of its nearest neighbour where it has none, the wider one of two; None of none at
+        all."""
+        if not self._models:
+            return None
+        return self._models[min(self._models, key=lambda known: (abs(known - width), -known))]

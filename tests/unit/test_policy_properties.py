@@ -1,0 +1,225 @@
+"""What holds of the policy whatever the load: Hypothesis looks for one where it does not."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.common.protocol.signals import StepSample
+from elasticmoe.services.scaler.policy import step_model
+from elasticmoe.services.scaler.policy.config import PolicyConfig, policy_config
+from elasticmoe.services.scaler.policy.facts import ChangePrice, DeploymentFacts, OperationFacts
+from elasticmoe.services.scaler.policy.figures import UNKNOWN, Missing, Unknown
+from elasticmoe.services.scaler.policy.recommend import recommend
+from elasticmoe.services.scaler.policy.signals import Intake
+from elasticmoe.services.scaler.policy.state import PolicyState, Reason
+from tests.unit import policy_world as world
+
+RATES = st.floats(0.0, 12.0)
+WIDTHS = st.integers(1, 8)
+FEW = settings(max_examples=25, deadline=None)
+
+
+@FEW
+@given(RATES, WIDTHS, st.floats(0.8, 1.25))
+def test_a_constant_load_never_flaps(rate: float, width: int, scale: float) -> None:
+    """Wherever it begins, it goes one way and stays, though the model be wrong by a quarter."""
+    plant = world.Plant(width, scale=scale)
+    plant.run(1_500, rate)
+    changes = [after - before for before, after in pairwise(plant.sizes) if after != before]
+    turns = sum((one > 0) != (other > 0) for one, other in pairwise(changes))
+    assert turns <= 1, changes
+    assert len(set(plant.sizes[-300:])) == 1
+
+
+@FEW
+@given(WIDTHS, RATES, st.lists(RATES, min_size=1, max_size=30))
+def test_unknown_never_shrinks(width: int, before: float, rates: list[float]) -> None:
+    plant = world.Plant(width)
+    plant.run(100, before)
+    at, running = plant.width, plant.operation
+    least = at if running is None or running.target is None else min(at, running.target)  # what was known before
+    for rate in rates:
+        decisions = plant.run(20, rate, admitted_per_s=UNKNOWN, prompt_tokens_per_s=UNKNOWN, silent=("router:2",))
+        assert all(one.target is None or one.target > at for one in decisions if plant.operation is None)
+    assert min(plant.sizes[100:]) >= least
+    assert plant.decisions[-1].target is None
+
+
+@FEW
+@given(WIDTHS, st.floats(0.0, 6.0), st.floats(0.0, 0.02))
+def test_a_growing_load_never_shrinks(width: int, begin: float, per_s: float) -> None:
+    """From where it fits: what is too large for the first load may become smaller before."""
+    plant = world.Plant(width)
+    plant.run(900, begin)
+    settled = len(plant.sizes)
+    for second in range(400):
+        plant.run(1, begin + per_s * second)
+    assert all(after >= before for before, after in pairwise(plant.sizes[settled:]))
+
+
+@FEW
+@given(WIDTHS, WIDTHS, WIDTHS, st.lists(st.floats(0.0, 40.0), min_size=1, max_size=40))
+def test_targets_are_within_the_bounds(width: int, one: int, other: int, rates: list[float]) -> None:
+    config = msgspec.structs.replace(world.CONFIG, replicas_min=min(one, other), replicas_max=max(one, other))
+    plant = world.Plant(width, config)
+    for rate in rates:
+        plant.run(20, rate)
+    assert all(config.replicas_min <= target <= config.replicas_max for target in plant.targets)
+    assert plant.width >= config.replicas_min
+
+
+@FEW
+@given(WIDTHS, st.lists(st.floats(0.0, 20.0), min_size=5, max_size=40), st.floats(1.0, 60.0))
+def test_there_is_one_decision_for_an_operation(width: int, rates: list[float], delay_s: float) -> None:
+    plant = world.Plant(width, delay_s=delay_s)
+    for rate in rates:
+        plant.run(15, rate)
+    acting = [one.op_id for one in plant.decisions if one.acts and one.reason is not Reason.REPEAT_ORDER]
+    assert len(acting) == len(set(acting))
+    times = [float(str(op_id).rsplit("-", 1)[1]) for op_id in acting]
+    assert all(len([at for at in times if begin <= at < begin + 600.0]) <= 8 for begin in times)
+
+
+def test_a_step_of_load_is_answered_within_three_seconds() -> None:
+    plant = world.Plant(2)
+    plant.run(120, 2.5)
+    assert plant.targets == []
+    decisions = plant.run(3, 6.0, queued=9, oldest_queued_s=1.2)
+    assert next(one.target for one in decisions if one.target is not None) >= 4
+
+
+def test_latency_that_no_load_explains_is_answered_at_most_twofold() -> None:
+    plant = world.Plant(3)
+    assert [one.target for one in plant.run(1, 200.0)] == [6]
+
+
+def test_a_shrink_gives_way_to_a_panic_before_its_commit_only() -> None:
+    for is_committed, expected in ((False, Reason.SUPERSEDE_SHRINK), (True, Reason.OPERATION)):
+        plant = world.Plant(4, delay_s=1e9)
+        plant.operation = OperationFacts("policy-1", "shrink", 3, plant.now, 1.0, is_committed)
+        (decision,) = plant.run(1, 30.0)
+        assert decision.reason is expected
+        assert decision.supersedes == (None if is_committed else "policy-1")
+
+
+def test_kv_alone_makes_it_grow() -> None:
+    plant = world.Plant(2)
+    plant.run(5, 0.5, kv_used=360_000.0, kv_share_most=0.9)
+    assert plant.targets[0] > 2
+
+
+def test_after_a_loss_it_only_grows_and_in_recovery_it_holds() -> None:
+    now, seen = 2_000.0, world.signals(2_000.0, 0.1)
+    state = PolicyState(known_since_s=0.0)
+    lost = DeploymentFacts(width=4, lost_s=now - 100.0)
+    assert recommend(world.CONFIG, seen, lost, world.widths, world.prices, state, now).reason is Reason.AFTER_LOSS
+    bad = DeploymentFacts(width=4, is_recovering=True)
+    assert recommend(world.CONFIG, seen, bad, world.widths, world.prices, state, now).reason is Reason.RECOVERING
+
+
+def test_a_shrink_that_costs_more_than_it_brings_is_not_made() -> None:
+    state = PolicyState(known_since_s=0.0, dwell_s=50.0)
+    facts = DeploymentFacts(width=4)
+    for seconds, reason in ((1.0, Reason.SHRINK_IDLE), (60.0, Reason.NOT_WORTH)):
+        price = ChangePrice(seconds, seconds, 1 << 40, 0.1)
+        found = recommend(world.CONFIG, world.signals(9e3, 0.1), facts, world.widths, lambda _, p=price: p, state, 9e3)
+        assert found.reason is reason
+
+
+def test_blind_for_long_nothing_is_done_and_it_is_said() -> None:
+    plant = world.Plant(2)
+    plant.run(60, 1.0)
+    decisions = plant.run(40, 1.0, admitted_per_s=UNKNOWN, silent=("router:2",), oldest_queued_s=9.0)
+    assert decisions[0].reason is Reason.GROW_BACKLOG_BLIND
+    assert decisions[-1].reason is Reason.BLIND
+    assert decisions[-1].evidence.is_blind
+
+
+@pytest.mark.parametrize("mode", ["advise", "off"])
+def test_other_modes_do_nothing(mode: str) -> None:
+    plant = world.Plant(2, msgspec.structs.replace(world.CONFIG, mode=mode))
+    decisions = plant.run(30, 9.0)
+    assert not any(one.acts for one in decisions)
+    assert any(one.target for one in decisions) == (mode == "advise")
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ({"ttft_s": 0.0}, "ttft_s: has to be a number above 0"),
+        ({"replicas_min": 5, "replicas_max": 4}, "replicas_min is 5, above replicas_max, which is 4"),
+        ({"mode": "auto"}, "mode: has to be one of"),
+        ({"itl": 0.1}, "has no field 'itl'"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_in_words(raw: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        policy_config(raw)
+    assert policy_config({"ttft_s": 1.5}) == PolicyConfig(ttft_s=1.5)
+
+
+def test_lost_doubled_late_and_foreign_windows() -> None:
+    intake = Intake(world.CONFIG)
+    intake.expect({"router:1"}, {RankId(0, 0): "rank:1"}, 2, 0.0)
+    for number in (1, 2, 4, 4, 5, 3):  # 3 comes last, 4 twice
+        window = world.router_window(number, 100.0 + number, admitted=10, prompt_tokens=10)
+        intake.take_router(window, 5.0 if number == 3 else float(number))
+    assert intake.signals(5.0).admitted_per_s == 10.0
+    intake.take_router(world.router_window(1, 5.0, router="router:9", admitted=99), 5.0)
+    assert intake.signals(5.0).admitted_per_s == 10.0
+    intake.take_rank(world.rank_window(1, 1.0, epoch=1, running=9), 5.0)
+    assert isinstance(intake.signals(5.0).running, Unknown)
+    intake.take_rank(world.rank_window(2, 1.0, epoch=2, running=9), 5.0)
+    assert intake.signals(5.0).running == 9.0
+    assert intake.signals(5.0).silent == ()
+    assert isinstance(intake.signals(12.0).admitted_per_s, Unknown)
+    assert isinstance(intake.signals(12.0).ttft_s, Missing)
+
+
+def test_routers_add_up_and_a_silent_one_makes_the_sum_unknown() -> None:
+    intake = Intake(world.CONFIG)
+    intake.expect({"router:1", "router:2"}, {}, 1, 0.0)
+    for number in range(1, 12):
+        intake.take_router(world.router_window(number, float(number), admitted=3), float(number))
+        if number < 6:
+            other = world.router_window(number, 7e5 + number, router="router:2", admitted=4, queued=2, open=2)
+            intake.take_router(other, float(number))
+        if number == 5:
+            assert intake.signals(5.0).admitted_per_s == 7.0
+            assert intake.signals(5.0).queued == 2
+    seen = intake.signals(11.0)
+    assert isinstance(seen.admitted_per_s, Unknown)
+    assert seen.silent == ("router:2",)
+    assert seen.silent_since_s == 5.0
+
+
+@given(st.tuples(*[st.floats(0.0, 1.0)] * 4), st.integers(0, 2**32 - 1))
+@FEW
+def test_a_step_model_is_found_again(scale: tuple[float, ...], seed: int) -> None:
+    import random
+
+    rng = random.Random(seed)
+    true = step_model.StepModel(0.01 + 0.05 * scale[0], 1e-4 * scale[1], 1e-6 * scale[2], 1e-3 * scale[3])
+    models = step_model.StepModels()
+    for number in range(100):
+        work = rng.randrange(2_048), rng.randrange(90_000), rng.randrange(1, 64)
+        models.learn(3, [StepSample(true.seconds(*work), *work, 20 + number)])
+    found = models.of(4)
+    assert found is not None
+    assert min(found.a, found.b, found.c, found.d) >= 0.0
+    assert found.seconds(1_000, 40_000, 30) == pytest.approx(true.seconds(1_000, 40_000, 30), rel=1e-6)
+
+
+def test_one_operating_point_does_not_push_out_the_others() -> None:
+    samples = step_model.Samples()
+    for number in range(200):
+        samples.add(StepSample(0.05, 2_000 if number < 12 else 0, 50_000 if number < 12 else 100, 3, 50))
+    assert len(samples) == step_model.SAMPLES
+    assert any(one.prefill_tokens == 2_000 for bucket in samples._buckets.values() for one in bucket)
