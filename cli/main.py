@@ -22,6 +22,7 @@ COMMANDS = {
     "scale": "elasticmoe.cli.scale",
     "plan": "elasticmoe.cli.plan",
     "rebalance": "elasticmoe.cli.rebalance",
+    "policy": "elasticmoe.cli.policy",
     "events": "elasticmoe.cli.events",
     "chat": "elasticmoe.cli.chat",
     "load": "elasticmoe.cli.load.command",

@@ -21,6 +21,9 @@ _SENTENCES = {
     "operation_gives_way": "operation {op_id} gives way to another one: {reason}",
     "operation_ended": "operation {op_id} has ended, {outcome}: {reason}",
     "loss_refused": "a lost device cannot be left out ({code}): {reason}",
+    "policy": "the policy ({mode}), at {replicas} replicas: {reason}, target {target}",
+    "policy_set": "the policy is changed, mode {mode}: {reason}",
+    "policy_refused": "the policy's order {op_id} is refused ({code}): {reason}",
     "orphans_found": "what an unknown operation left is cleared away: {reason}",
 }
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elasticmoe.cli.arguments import duration, number, whole
 from elasticmoe.cli.paths import absolute, package_root, run_dir_of
 from elasticmoe.common import config
 from elasticmoe.common.protocol.limits import RANKS_MAX
@@ -23,7 +24,13 @@ DEFAULTS = config.defaults()
 TEMPORARY = "tmp"  # in the run directory
 
 # Flags of `up` whose name is not the setting's.
-_FLAGS = {"device_bytes": "--device-memory", "kv_bytes": "--kv-memory", "store_url": "--store"}
+_FLAGS = {
+    "device_bytes": "--device-memory",
+    "kv_bytes": "--kv-memory",
+    "store_url": "--store",
+    "ttft_s": "--ttft",
+    "itl_s": "--itl",
+}
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SECONDS_MAX = 30 * 24 * 3600
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*")
@@ -75,6 +82,38 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
+def add_policy_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `up` by which the deployment follows its load."""
+    add, default = parser.add_argument, DEFAULTS
+    add(
+        "--policy",
+        choices=("off", "advise", "act"),
+        help=f"let the load decide the number of replicas: no, only tell, or do it (default {default['policy']})",
+    )
+    add(
+        "--ttft",
+        type=duration,
+        metavar="TIME",
+        help=f"objective: time to a first token (default {default['ttft_s']:g}s)",
+    )
+    itl = f"objective: time between tokens (default {default['itl_s'] * 1e3:g}ms)"
+    add("--itl", type=duration, metavar="TIME", help=itl)
+    share = f"objective: share of requests that keep both (default {default['attainment']:g})"
+    add("--attainment", type=number(most=1.0), metavar="SHARE", help=share)
+    add(
+        "--replicas-min",
+        type=whole(),
+        metavar="N",
+        help=f"the fewest replicas that the policy asks for (default {default['replicas_min']})",
+    )
+    add(
+        "--replicas-max",
+        type=whole(),
+        metavar="N",
+        help=f"the most replicas that it asks for (default {default['replicas_max']})",
+    )
+
+
 def from_flags(args: argparse.Namespace) -> Settings:
     """Resolve the flags of `up`. Raises ConfigError."""
     flags = {
@@ -96,6 +135,12 @@ def from_flags(args: argparse.Namespace) -> Settings:
         "max_sequences": args.max_sequences,
         "generation_config": args.generation_config,
         "api_key_file": args.api_key_file,
+        "policy": args.policy,
+        "ttft_s": args.ttft,
+        "itl_s": args.itl,
+        "attainment": args.attainment,
+        "replicas_min": args.replicas_min,
+        "replicas_max": args.replicas_max,
     }
     values = {name: value for name, value in flags.items() if value is not None}
     devices = _roomy(values)

@@ -63,7 +63,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     status["launcher"] = {"pid": record.launcher.pid, "state": record.state, "since": record.started_at}
     for process, entry in zip(record.processes, status["deployment"]["processes"], strict=True):
         entry["alive"] = process.is_alive()
-    views = {"layout": "/v1/layout", "devices": "/v1/devices", "operations": "/v1/operations"}
+    views = {"layout": "/v1/layout", "devices": "/v1/devices", "operations": "/v1/operations", "policy": "/v1/policy"}
     try:
         with connect(run_dir) as admin:
             status |= {name: _view(admin, path) for name, path in views.items()}

@@ -76,6 +76,7 @@ def _parts(status: Status, *, is_watched: bool = False) -> Parts:
         "last": last,
         "devices": _devices(status["devices"]),
         "processes": _processes(status),
+        "policy": _policy(status.get("policy") or {}),
         "load": _load(status["load"]),
     }
     return {name: part for name, part in parts.items() if part is not None}
@@ -291,6 +292,21 @@ def _short_ranks(status: Status) -> RenderableType:
     return Text("; ".join([head, *(", ".join(others),) * bool(others)]))
 
 
+def _policy(policy: dict[str, Any]) -> RenderableType | None:
+    """Objectives, attainment and target; nothing where the policy is off or has not been read."""
+    if "error" in policy:
+        return Text(f"Policy: {policy['error']}")
+    if "policy" not in policy or policy["policy"]["mode"] == "off":
+        return None
+    config, load = policy["policy"], policy["load"] or {}
+    attained = "nothing has ended lately"
+    if load.get("attainment") is not None:
+        attained = f"kept by {load['attainment']:.1%} lately, {config['attainment']:.1%} wanted"
+    sizes = f"{policy['replicas']} replicas, {policy['target']} wanted"
+    wanted = f"first token in {config['ttft_s']:g} s, then one in {config['itl_s']:g} s"
+    return Text(f"Policy ({config['mode']}): {sizes}; {wanted}; {attained}")
+
+
 def _load(load: Any) -> RenderableType:
     if not isinstance(load, dict):
         return Text(f"Requests: {load}")
@@ -315,6 +331,7 @@ _FOLDS: tuple[tuple[str, Callable[[Status], RenderableType | None]], ...] = (
     ("head", _short_head),
     ("devices", _short_devices),
     ("load", _nothing),
+    ("policy", _nothing),
     ("last", _nothing),
     ("processes", _nothing),
     ("devices", _nothing),

@@ -92,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "none"),
         help="defaults of sampling: the checkpoint's generation_config.json, or none of it (default auto)",
     )
+    settings.add_policy_flags(parser)
     seconds = settings.parse_seconds
     add("--ready-timeout", type=seconds, default=600.0, metavar="S", help="give up when it is not ready by then (600)")
     add(

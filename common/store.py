@@ -9,6 +9,7 @@ keys share the prefix `elasticmoe:<deployment>:`. Values are MessagePack of the 
 | `layout` | Layout | for ever | the committed layout |
 | `served` | Served | for ever | what that layout is of |
 | `instance` | text | until its state is dropped | names the deployment to orchestrators |
+| `policy` | the scaler's PolicyRecord | for ever | objectives and mode of the policy, with its version |
 | `epoch` | integer | for ever | that layout's epoch, which routers poll |
 | `layouts` | stream of epochs | the last LAYOUTS_MAX | wakes routers when a layout is committed, no more |
 | `fence` | integer | for ever | the last fencing epoch given out; never falls |
@@ -242,6 +243,14 @@ class Store:
     def get_instance(self) -> str:
         """The deployment's name, empty before it has one."""
         return bytes(_guard(lambda: self._redis.get(self._key("instance"))) or b"").decode(errors="replace")
+
+    def put_policy(self, by: Writer, policy: msgspec.Struct) -> None:
+        """Keep the policy. Raises Fenced."""
+        self._write_or_raise(_PUT, by, ("policy",), _encode(policy))
+
+    def get_policy(self, decoder: Decodes[R]) -> R | None:
+        """The policy, or None before the first. Raises Unavailable `store_corrupt` for what `decoder` does not take."""
+        return _decode(_guard(lambda: self._redis.get(self._key("policy"))), decoder)
 
     def get_epoch(self) -> int:
         """Epoch of the committed layout, 0 before the first."""

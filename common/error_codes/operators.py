@@ -32,6 +32,11 @@ OPERATORS: dict[str, Code] = {
     "op_id_reused": Code(
         "An operation of this `op_id` exists with another request", "Let each operation have an id of its own", (409,)
     ),
+    "policy_changed": Code(
+        "The policy is not what the writer has seen: somebody else has changed it meanwhile",
+        "Read `GET /v1/policy`, and decide anew",
+        (409,),
+    ),
     "wrong_instance": Code(
         "The order names another deployment than the one it came to: that one is gone, or its state was dropped",
         "Read `instance_id` of `GET /v1/scale`, and decide anew",

@@ -51,6 +51,21 @@ class LeaveOut(msgspec.Struct, frozen=True, tag=True):
     replicas: tuple[int, ...]
 
 
+class ScaleTo(msgspec.Struct, frozen=True, tag=True):
+    """Order so many replicas, as the policy decided for `reason`. `supersedes`: an operation that gives way first."""
+
+    op_id: str
+    replicas: int
+    reason: str
+    supersedes: str = ""
+
+
+class CancelStuck(msgspec.Struct, frozen=True, tag=True):
+    """Cancel an operation that does not come to its commit."""
+
+    op_id: str
+
+
 class Stage(msgspec.Struct, frozen=True, tag=True):
     """Let the HMM make what the leg needs."""
 
@@ -101,6 +116,8 @@ Action = (
     | AnnounceLayout
     | EjectRank
     | LeaveOut
+    | ScaleTo
+    | CancelStuck
     | Stage
     | TellRank
     | Commit

@@ -83,8 +83,73 @@ STANDBY = Measure(
     "The next rank that dies is replaced in seconds instead of milliseconds: see the pool's log.",
     "scaler",
 )
+REPLICAS = Measure("elasticmoe:replicas", "gauge", "Replicas of the layout in force", source="scaler")
+DESIRED = Measure(
+    "elasticmoe:desired_replicas",
+    "gauge",
+    "Replicas that there should be, by the policy's last decision; in the mode `advise` too",
+    (),
+    "min_over_time((elasticmoe:desired_replicas - elasticmoe:replicas)[10m:]) > 0",
+    "For ten minutes there has been too little: let the policy act, or scale. `elasticmoe policy explain` says why.",
+    "scaler",
+)
+SATURATION = Measure(
+    "elasticmoe:saturation",
+    "gauge",
+    "How near an objective is to being broken, by what limits it; 1: at the objective",
+    ("component",),
+    source="scaler",
+)
+ATTAINMENT = Measure(
+    "elasticmoe:attainment",
+    "gauge",
+    "Share of the requests that ended in the last minutes and kept both objectives",
+    (),
+    source="scaler",
+)
+BURN = Measure(
+    "elasticmoe:error_budget_burn",
+    "gauge",
+    "How many times faster than the objective allows requests miss it; 1: exactly at the objective",
+    (),
+    "avg_over_time(elasticmoe:error_budget_burn[5m]) > 10",
+    "Objectives are missed ten times as often as they may be: `elasticmoe policy explain`.",
+    "scaler",
+)
+BLIND = Measure(
+    "elasticmoe:policy_unknown",
+    "gauge",
+    "Routers and ranks that do not tell of their load",
+    (),
+    "min_over_time(elasticmoe:policy_unknown[1m]) > 0",
+    "Somebody is silent, so the policy takes nothing away, and soon does nothing: `elasticmoe policy show` names them.",
+    "scaler",
+)
+PREDICTED_S = Measure(
+    "elasticmoe:scale_predicted_seconds", "gauge", "What the last operation was to take", source="scaler"
+)
+ACTUAL_S = Measure("elasticmoe:scale_actual_seconds", "gauge", "What it has taken", source="scaler")
+DECISIONS = Measure(
+    "elasticmoe:policy_decisions",
+    "counter",
+    "Decisions of the policy, each time it decided otherwise than before or gave an order",
+    ("reason",),
+    'increase(elasticmoe:policy_decisions_total{reason="cancel_stuck"}[1h]) > 0',
+    "An operation did not come to its commit, and was cancelled: see the events.",
+    "scaler",
+)
 
 # Counters that live as long as the process, and gauges of the newest snapshot.
-COUNTED: tuple[Measure, ...] = (OPERATIONS, PHASES, PAUSES, BYTES_MOVED, REFUSED)
+COUNTED: tuple[Measure, ...] = (OPERATIONS, PHASES, PAUSES, BYTES_MOVED, REFUSED, DECISIONS)
 SEEN: tuple[Measure, ...] = (EPOCH, FENCE, SERVING, BUSY, EXPERTS, DEVICE_BYTES, KV_BLOCKS, STANDBY)
-MEASURES = (*COUNTED, *SEEN)
+OF_LOAD: tuple[Measure, ...] = (
+    REPLICAS,
+    DESIRED,
+    SATURATION,
+    ATTAINMENT,
+    BURN,
+    BLIND,
+    PREDICTED_S,
+    ACTUAL_S,
+)
+MEASURES = (*COUNTED, *SEEN, *OF_LOAD)

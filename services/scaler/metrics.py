@@ -21,10 +21,15 @@ class Meters:
         self._pauses = measures.PAUSES.histogram(self.registry, _PAUSE_BUCKETS)
         self._bytes = measures.BYTES_MOVED.counter(self.registry)
         self._refused = measures.REFUSED.counter(self.registry)
+        self._decisions = measures.DECISIONS.counter(self.registry)
 
     def refused(self, status: int) -> None:
         """An error was answered."""
         self._refused.labels(str(status)).inc()
+
+    def decision(self, reason: str) -> None:
+        """The policy has decided something else than before, or given an order."""
+        self._decisions.labels(reason).inc()
 
     def phase(self, phase: str, seconds: float) -> None:
         """A phase has ended."""

@@ -7,12 +7,41 @@ from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
+from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.common.layout import Seat
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankLoad
 from elasticmoe.services.scaler.actions import Action
+from elasticmoe.services.scaler.planning.plan import Rates
+from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.figures import Signals
+from elasticmoe.services.scaler.policy.step_model import StepModel
 
 S = TypeVar("S")
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """What is seen of the load in a turn in which the policy decides, with what it needs to judge that.
+
+    config: what the operator wants
+    signals: what routers and ranks have told
+    steps: by width, what a step takes
+    sizes, memory, devices, rates: what plans are made from; devices that may be used
+    kv_handle_tokens: that a KV handle holds
+    step_tokens_max: prompt tokens of one step
+    refused: the newest order of the policy that was refused
+    """
+
+    config: PolicyConfig
+    signals: Signals
+    steps: dict[int, StepModel]
+    sizes: Sizes
+    memory: MemoryForecast
+    devices: tuple[str, ...]
+    rates: Rates
+    kv_handle_tokens: int
+    step_tokens_max: int
+    refused: str | None = None
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +58,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     stage_refused: the HMM's answer to its staging
     is_durable: the journal holds the operation's present state
     no_room: why the store takes no writes, where that is for want of room
+    load: in turns in which the policy decides
     """
 
     hmm: HmmStatus | None
@@ -44,6 +74,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     stage_refused: Refused | None = None
     is_durable: bool = True
     no_room: str = ""
+    load: Load | None = None
 
     @property
     def ranks(self) -> dict[int, PoolRank]:

@@ -14,17 +14,30 @@ from elasticmoe.common.layout import Layout
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
+from elasticmoe.common.protocol.signals import CODEC as SIGNALS
 from elasticmoe.common.store import Event, Writer
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.api.event_stream import EventStream
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
-from elasticmoe.services.scaler.control.admission import Accepted, Admission, CancelOperation, CommandQueue, Order
+from elasticmoe.services.scaler.control.admission import (
+    Accepted,
+    Admission,
+    Answer,
+    CancelOperation,
+    Command,
+    CommandQueue,
+    Order,
+    SetPolicy,
+    lost_devices,
+)
+from elasticmoe.services.scaler.control.autoscaler import Autoscaler
 from elasticmoe.services.scaler.control.executor import ENDED_MAX, Executor
 from elasticmoe.services.scaler.control.links import Links
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.observation import Observation
 from elasticmoe.services.scaler.parts import ScalerParts
+from elasticmoe.services.scaler.policy.record import PolicyRecord, changed, policy_of
 from elasticmoe.services.scaler.store.journal import Journal
 from elasticmoe.services.scaler.store.lease import Lease
 from elasticmoe.services.scaler.store.recall import Recall
@@ -76,6 +89,18 @@ class Scaler:
         self._executor.leave_out = lambda action: self._admission.leave_out(action, self._hmm)
         room = (self.lease.check_room, self.journal.check_room)
         self._admission = Admission(config, spec, self._executor, room, self._tell, parts.clock, parts.new_identity)
+        self._autoscaler = Autoscaler(
+            config,
+            spec,
+            lambda: parts.transport.serve("signals", parts.identity, SIGNALS),
+            policy_of(config),
+            self._take,
+            self._tell,
+            self.meters.decision,
+            parts.clock,
+        )
+        self._executor.scale, self._executor.cancel = self._autoscaler.scale, self._autoscaler.cancel
+        self._policy: PolicyRecord | None = None
         self._fence = 0  # the epoch that came with the lease
         self._layout: Layout | None = None
         self._beginning: Beginning | None = None
@@ -108,6 +133,7 @@ class Scaler:
     def close(self) -> None:
         """Write what is left to the store, and let another scaler have the lease."""
         self.events.close()
+        self._autoscaler.close()
         self._links.close()
         self.journal.close()
         self.lease.release()
@@ -131,7 +157,7 @@ class Scaler:
         return True
 
     def _refuse_orders(self) -> None:
-        def refuse(_: Order | CancelOperation) -> Accepted:
+        def refuse(_: Command) -> Answer:
             raise self.lease.why_not
 
         self.commands.serve(refuse)
@@ -149,6 +175,7 @@ class Scaler:
             self.status_cache.snapshot, resumed=recalled.resumed, instance=recalled.instance
         )
         self._beginning = recalled.beginning
+        self._use_policy(recalled.policy)
         return recalled.beginning
 
     # ---- one turn -------------------------------------------------------------------------------------------------
@@ -176,8 +203,13 @@ class Scaler:
         if hmm is not None and hmm.phase != "loading":
             self._layout = layout
         self.commands.serve(self._handle)
+        self._autoscaler.turn()
         executor.state = msgspec.structs.replace(executor.state, layout=layout)
-        actions = executor.decide(self._observe(hmm, pool))
+        seen = self._observe(hmm, pool)
+        actions = executor.decide(seen)
+        decision = executor.state.autoscaling.decision
+        if seen.load is not None and decision is not None:
+            self._autoscaler.note(decision, layout.dp)
         self._show(hmm, pool)
         is_done = executor.execute(actions)
         is_busy = executor.operation is not None or executor.state.status.phase == "degraded" or bool(actions)
@@ -193,6 +225,7 @@ class Scaler:
             is_backing_off=now < self._backoff_until,
             last_exit=self._last_exit,
             load_refused=self._beginning.refusal if self._beginning is not None else None,
+            load=self._autoscaler.observe(hmm, pool, self._lost()),
         )
 
     def _on_event(self, event: ToScaler) -> None:
@@ -248,6 +281,9 @@ class Scaler:
             self._executor.loads_of(pool),
             self.status_cache.snapshot.resumed,
             self.status_cache.snapshot.instance,
+            self._policy,
+            tuple(self._autoscaler.decided),
+            self._autoscaler.signals,
         )
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
@@ -259,14 +295,40 @@ class Scaler:
 
     # ---- orders ---------------------------------------------------------------------------------------------------
 
-    def _handle(self, order: Order | CancelOperation) -> Accepted:
+    def _handle(self, order: Command) -> Answer:
         """Carry one order of the admin surface out, or raise its refusal. The status shows it before the
         answer goes."""
-        accepted = self._admission.take(order, self._hmm, ever_served=self._executor.state.ever_served)
+        if isinstance(order, SetPolicy):
+            return self._set_policy(order)
+        accepted = self._take(order)
         self.status_cache.snapshot = msgspec.structs.replace(
             self.status_cache.snapshot, operation=self._executor.operation
         )
         return accepted
+
+    def _take(self, order: Order | CancelOperation) -> Accepted:
+        return self._admission.take(order, self._hmm, ever_served=self._executor.state.ever_served)
+
+    # ---- the policy -----------------------------------------------------------------------------------------------
+
+    def _set_policy(self, order: SetPolicy) -> PolicyRecord:
+        """Let another policy be in force. Raises Conflict `policy_changed`."""
+        assert self._policy is not None, "orders are served once the journal has been read"
+        policy = changed(self._policy, order.version, order.config)
+        if policy is not self._policy:
+            self.journal.keep(policy)
+            self._tell("policy_set", f"version {policy.version}", mode=policy.config.mode)
+            self._use_policy(policy)
+        return policy
+
+    def _use_policy(self, policy: PolicyRecord) -> None:
+        self._policy = policy
+        self._autoscaler.use(policy.config)
+        self.status_cache.snapshot = msgspec.structs.replace(self.status_cache.snapshot, policy=policy)
+
+    def _lost(self) -> frozenset[str]:
+        """Devices that have been lost and have not come back."""
+        return frozenset(lost_devices(self._executor.operation, self._executor.ended))
 
 
 def attached_of(hmm: HmmStatus | None) -> frozenset[str]:

@@ -229,12 +229,16 @@ def _text(body: object) -> str:
     return f"{type(body).__name__} {getattr(body, 'op_id', None) or getattr(body, 'request_id', '') or ''}"
 
 
-class LostPush:
-    """An end by which nothing arrives: nobody in the world takes windows of load."""
+class Push:
+    """An end by which windows of load go to the scaler, with all that may happen to a message."""
+
+    def __init__(self, sim: Sim, source: str) -> None:
+        self._sim, self._source = sim, source
 
     def push(self, body: Message) -> bool:
         """See elasticmoe.common.endpoints."""
-        return False
+        self._sim.send(self._source, "signals", Received(0, self._source, 0, body))
+        return True
 
     def close(self) -> None:
         """See elasticmoe.common.endpoints."""

@@ -23,7 +23,7 @@ from elasticmoe.services.worker.rank.parts import RankParts
 from elasticmoe.services.worker.rank.rank import Rank
 from tests.sim.barrier import SimBarrier
 from tests.sim.engine import SimEngine
-from tests.sim.heap import Actor, LostPush
+from tests.sim.heap import Actor, Push
 from tests.sim.hmm import BLOCKS_PER_HANDLE, CHANNEL_S, SPEC, Memory, held_by, named_by
 from tests.sim.store import NotingFence
 
@@ -316,7 +316,7 @@ class RankProcess(Actor):
 
     def connect_push(self, name: str, identity: str) -> PushEnd:
         """See elasticmoe.common.endpoints."""
-        return LostPush()
+        return Push(self.sim, self.address)
 
     def _build(self, link: HmmLink) -> None:
         device = self.world.hmm.memories[self.seat.device]

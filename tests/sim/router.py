@@ -17,7 +17,7 @@ from elasticmoe.services.router.dispatch.dispatcher import Dispatcher
 from elasticmoe.services.router.dispatch.streams import Stream
 from tests.history import Report, _apply
 from tests.sim.engine import next_token
-from tests.sim.heap import Actor, LostPush
+from tests.sim.heap import Actor, Push
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -208,7 +208,7 @@ class Router(Actor):
 
     def connect_push(self, name: str, identity: str) -> PushEnd:
         """See elasticmoe.common.endpoints."""
-        return LostPush()
+        return Push(self.sim, self.identity)
 
     def is_linked(self, identity: bytes, rank: RankId) -> bool:
         """Whether this router is connected to a rank."""

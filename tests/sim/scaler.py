@@ -12,6 +12,7 @@ from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import ElasticMoEError, Fenced
 from elasticmoe.common.protocol.pool import StartRank
+from elasticmoe.common.protocol.signals import RankWindow, RouterWindow
 from elasticmoe.services.scaler.control.admission import Accepted, CancelOperation, Order
 from elasticmoe.services.scaler.operation.operation import Operation, Request
 from elasticmoe.services.scaler.parts import ScalerParts
@@ -68,6 +69,20 @@ class Client:
         self._process.clients.pop(self._name)
 
 
+class Windows:
+    """Where routers and ranks push their load to."""
+
+    def __init__(self) -> None:
+        self.came: deque[tuple[bytes, Received[Any]]] = deque()
+
+    def receive(self) -> tuple[bytes, Received[Any]] | None:
+        """See elasticmoe.common.endpoints."""
+        return self.came.popleft() if self.came else None
+
+    def close(self) -> None:
+        """See elasticmoe.common.endpoints."""
+
+
 class Asked(NamedTuple):
     """An order that was handed in, until when its client waits, and what becomes of it."""
 
@@ -83,6 +98,7 @@ class Scaler(Actor):
         super().__init__(world.sim, f"scaler:{number}")
         self.world = world
         self.clients: dict[str, Client] = {}
+        self.windows = Windows()
         self.asked: list[Asked] = []
         self._last_event = ""
         simulated: Any = self  # what stands for a transport and a poller
@@ -111,6 +127,11 @@ class Scaler(Actor):
         self.clients[name] = Client(self, name)
         return self.clients[name]
 
+    def serve(self, name: str, identity: str, codec: object) -> Windows:
+        """See elasticmoe.common.endpoints."""
+        self.sim.actors[name] = self
+        return self.windows
+
     def wake(self) -> None:
         """See elasticmoe.services.scaler.control.poller. It looks again soon."""
 
@@ -120,7 +141,9 @@ class Scaler(Actor):
 
     def receive(self, sender: str, message: Received[Any]) -> None:
         """A message that nothing waits for; `sender` is an address."""
-        if sender in self.clients:
+        if isinstance(message.body, RankWindow | RouterWindow):
+            self.windows.came.append((b"", message))
+        elif sender in self.clients:
             self.clients[sender].came.append(message)
 
     # ---- turns

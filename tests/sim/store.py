@@ -162,6 +162,16 @@ class Store:
         self._check()
         return str(self.data.get("instance", ""))
 
+    def put_policy(self, by: Writer, policy: object) -> None:
+        """See elasticmoe.common.store."""
+        self._check_writer(by)
+        self.data["policy"] = policy
+
+    def get_policy(self, _: object) -> Any:
+        """See elasticmoe.common.store."""
+        self._check()
+        return self.data.get("policy")
+
     def append_event(self, by: Writer, event: object) -> None:
         """See elasticmoe.common.store."""
         self._check_writer(by)

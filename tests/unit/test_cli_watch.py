@@ -60,6 +60,13 @@ def status(ranks: int = 3, *, scaling: bool = True, **more: Any) -> dict[str, An
         "layout": {"epoch": 5, "phase": "serving", "ranks": [rank(n) for n in range(ranks)]},
         "devices": {"standby_processes": 2, "devices": devices},
         "operations": {"operations": [operation]},
+        "policy": {
+            "version": 1,
+            "policy": {"mode": "act", "ttft_s": 2.0, "itl_s": 0.1, "attainment": 0.99},
+            "replicas": 2,
+            "target": 3,
+            "load": {"attainment": 0.985},
+        },
         "load": {"server_load": 7, "limit": 256, "epoch": 5, "replicas": []},
         **more,
     }
@@ -72,6 +79,15 @@ def fitted(value: dict[str, Any], columns: int, rows: int) -> list[str]:
 
 
 # ---- what is on the screen -------------------------------------------------------------------------------------------
+
+
+def test_objectives_attainment_and_target_are_shown() -> None:
+    told = "\n".join(fitted(status(), 160, 60))
+    assert "Policy (act): 2 replicas, 3 wanted; first token in 2 s, then one in 0.1 s; kept by 98.5% lately" in told
+    told = "\n".join(fitted(status(policy={"error": "x"}), 160, 60))
+    assert "Policy: x" in told
+    off = {"policy": {"mode": "off"}, "replicas": 2, "target": 2, "load": None}
+    assert "Policy" not in "\n".join(fitted(status(policy=off), 160, 60))
 
 
 @pytest.mark.parametrize(("columns", "rows"), SIZES)
@@ -128,7 +144,7 @@ def test_a_process_that_does_not_stay_up_is_seen_when_folded() -> None:
     assert "Processes: 6 running, router failing" in text
 
 
-@pytest.mark.parametrize("part", ["layout", "devices", "operations", "load"])
+@pytest.mark.parametrize("part", ["layout", "devices", "operations", "policy", "load"])
 def test_a_part_that_does_not_answer_leaves_the_others(part: str) -> None:
     text = " ".join(fitted(status(**{part: {"error": "does not answer: ReadTimeout"}}), 70, 24))
     assert "does not answer: ReadTimeout" in text

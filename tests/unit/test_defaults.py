@@ -31,7 +31,13 @@ PROSE = [
     ("benchmarks/recovery.md", r"\| (\d+) \(default\) \|", "max_tokens_per_step"),
 ]
 # Of `elasticmoe up`: flags whose name is not the setting's.
-FLAGS = {"device-memory": "device_bytes", "kv-memory": "kv_bytes", "store": "store_url"}
+FLAGS = {
+    "device-memory": "device_bytes",
+    "kv-memory": "kv_bytes",
+    "store": "store_url",
+    "ttft": "ttft_s",
+    "itl": "itl_s",
+}
 
 
 def same(text: str, setting: str) -> bool:
@@ -120,6 +126,8 @@ def test_help_texts_tell_the_defaults() -> None:
         value = told[1]
         if value.endswith("MiB"):
             value = str(int(value.removesuffix("MiB")) << 20)
+        if time := re.fullmatch(r"([\d.]+)(m?)s", value):
+            value = f"{float(time[1]) / (1000 if time[2] else 1):g}"
         assert same(value, setting), (flag, value)
         num_compared += 1
     assert num_compared >= 8

@@ -25,7 +25,8 @@ from schemathesis.specs.openapi.checks import (
 from elasticmoe.common.protocol.router import Delta, Logprob
 from elasticmoe.services.router.dispatch.dispatcher import Dispatcher
 from elasticmoe.services.router.dispatch.streams import Stream
-from elasticmoe.services.scaler.control.admission import Accepted, Order
+from elasticmoe.services.scaler.control.admission import Accepted, Answer, Order, SetPolicy
+from elasticmoe.services.scaler.policy.record import PolicyRecord
 from tests.unit import test_http_surfaces as surfaces
 from tests.unit.test_scaler_admin import Listener, snapshot_of
 from tests.unit.transitions import UP, World, operation_of
@@ -66,7 +67,9 @@ def serving_router(tmp_path_factory: pytest.TempPathFactory) -> App:
 class Accepting(Listener):
     """Takes every order."""
 
-    def _handle(self, order: Any) -> Accepted:
+    def _handle(self, order: Any) -> Answer:
+        if isinstance(order, SetPolicy):
+            return PolicyRecord(2, order.config, order.config)
         is_dry_run = isinstance(order, Order) and order.is_dry_run
         return Accepted(operation_of(UP), UP if is_dry_run else None)
 

@@ -114,7 +114,7 @@ def admin() -> App:
     def refuse(_: object) -> Any:
         raise Unavailable("nothing runs in this test", code="not_ready")
 
-    real = commands.ask
+    real = commands._ask
 
     async def ask(order: Any) -> Any:
         waiting = asyncio.ensure_future(real(order))
@@ -122,7 +122,7 @@ def admin() -> App:
         commands.serve(refuse)
         return await waiting
 
-    commands.ask = ask  # type: ignore[method-assign]
+    commands._ask = ask  # type: ignore[method-assign]
     return build_admin(
         StatusCache(StatusSnapshot("starting", "", None, None, None, None, 0, {})),
         commands,

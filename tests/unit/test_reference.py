@@ -21,10 +21,18 @@ from elasticmoe.services.router.metrics import Metrics
 from elasticmoe.services.scaler import measures as scaler_measures
 from elasticmoe.services.scaler.api.events import KINDS
 from elasticmoe.services.scaler.api.prometheus import render_metrics
+from elasticmoe.services.scaler.api.snapshot import StatusSnapshot
+from elasticmoe.services.scaler.control.autoscaler import Decided
 from elasticmoe.services.scaler.metrics import Meters
+from elasticmoe.services.scaler.operation.operation import planned_of
+from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.figures import Signals
+from elasticmoe.services.scaler.policy.record import PolicyRecord
+from elasticmoe.services.scaler.policy.saturation import Saturation
+from elasticmoe.services.scaler.policy.state import Evidence, Reason
 from scripts import reference
-from tests.unit.test_scaler_admin import snapshot_of
-from tests.unit.transitions import UP, World
+from tests.unit.test_scaler_admin import SIZES, snapshot_of
+from tests.unit.transitions import UP, World, operation_of
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = reference.pages()
@@ -94,7 +102,33 @@ def test_the_scaler_shows_the_metrics_that_the_page_names() -> None:
     meters.refused(401)
     meters.phase("prepare", 1.0)
     meters._operations.labels("scale_up", "done").inc()
-    assert families(render_metrics(snapshot_of(World(UP.before)), meters)) == declared(scaler_measures.MEASURES)
+    meters.decision("steady")
+    assert families(render_metrics(decided_snapshot(), meters)) == declared(scaler_measures.MEASURES)
+
+
+def decided_snapshot() -> StatusSnapshot:
+    """Of a deployment whose policy has seen a load and decided, and whose last operation is over."""
+    config = PolicyConfig()
+    evidence = Evidence(raw=Saturation(0.5, 0.4, 0.1, 0.0, 0.2))
+    decided = Decided(
+        time_unix=1.0,
+        mode="advise",
+        reason=Reason.STEADY,
+        replicas=2,
+        target=None,
+        op_id=None,
+        supersedes=None,
+        acts=False,
+        evidence=evidence,
+    )
+    over = msgspec.structs.replace(operation_of(UP), phase="done", planned=planned_of(UP, SIZES))
+    return snapshot_of(
+        World(UP.before),
+        policy=PolicyRecord(1, config, config),
+        decided=(decided,),
+        signals=Signals(at_s=1.0, attainment=0.98),
+        ended=(over,),
+    )
 
 
 def test_an_alert_is_about_its_metric() -> None:

@@ -32,10 +32,12 @@ from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.control import admission
 from elasticmoe.services.scaler.control.admission import (
     Accepted,
+    Answer,
     CancelOperation,
     CommandQueue,
     Later,
     Order,
+    SetPolicy,
     accept,
     cancelled,
     repeated,
@@ -43,6 +45,8 @@ from elasticmoe.services.scaler.control.admission import (
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.operation.operation import Request, planned_of
 from elasticmoe.services.scaler.planning.plan import Target
+from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.record import PolicyRecord
 from tests.unit.transitions import DOWN, UP, World, operation_of
 
 SIZES = Sizes(100, (10,), (7,))
@@ -51,13 +55,14 @@ SIZES = Sizes(100, (10,), (7,))
 def snapshot_of(world: World, **changes: Any) -> StatusSnapshot:
     seen = world.seen()
     base = StatusSnapshot("serving", "nothing to do", None, world.layout, seen.hmm, seen.pool, 3, {"model": "/m"})
-    return msgspec.structs.replace(base, **changes)
+    policy = PolicyRecord(1, PolicyConfig(), PolicyConfig())
+    return msgspec.structs.replace(base, **{"policy": policy, **changes})
 
 
 class Loop:
     """A scaler's loop that answers orders with `handle`, in a thread as the real one."""
 
-    def __init__(self, handle: Callable[[Any], Accepted]) -> None:
+    def __init__(self, handle: Callable[[Any], Answer]) -> None:
         self._woken = threading.Event()
         self._ended = False
         self.commands = CommandQueue(self._woken.set, SYSTEM_CLOCK)
@@ -87,11 +92,11 @@ class Listener:
         self.status_cache, self.events, self.meters = StatusCache(snapshot), EventStream(), Meters()
         self.app = build_app(self.status_cache, self.loop.commands, self.events, self.meters, "secret", 600.0)
 
-    def _handle(self, order: Any) -> Accepted:
+    def _handle(self, order: Any) -> Answer:
         self.orders.append(order)
         if isinstance(self.answer, ElasticMoEError):
             raise self.answer
-        return self.answer
+        return PolicyRecord(2, order.config, order.config) if isinstance(order, SetPolicy) else self.answer
 
     async def call(self, method: str, path: str, body: Any = None, raw: bytes | None = None) -> httpx.Response:
         transport = httpx.ASGITransport(app=self.app)  # type: ignore[arg-type]

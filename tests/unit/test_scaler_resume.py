@@ -12,7 +12,7 @@ from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.layout import Layout, Served
-from elasticmoe.common.protocol.errors import Fenced, Unavailable
+from elasticmoe.common.protocol.errors import Conflict, Fenced, Unavailable
 from elasticmoe.common.protocol.scaler import HmmStatus
 from elasticmoe.common.store import Writer
 from elasticmoe.common.transport import new_identity
@@ -21,6 +21,7 @@ from elasticmoe.services.scaler.control.members import serve
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.observation import Observation
 from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.policy.record import PolicyRecord, changed
 from elasticmoe.services.scaler.store.journal import Journal
 from elasticmoe.services.scaler.store.recall import Recall
 from elasticmoe.services.scaler.store.resume import CODE, Left, Wanted, begin
@@ -140,6 +141,7 @@ class KeptStore:
         self.operation: Operation | None = None
         self.epoch = 0
         self.instance = ""
+        self.policy: PolicyRecord | None = None
         self.failure: Exception | None = None
         self.layout_failure: Exception | None = None
         self.writes: list[str] = []
@@ -162,6 +164,13 @@ class KeptStore:
     def put_instance(self, _: Writer, instance: str) -> None:
         self.writes.append("instance")
         self.instance = instance
+
+    def get_policy(self, _: object) -> object:
+        return self._get(self.policy)
+
+    def put_policy(self, _: Writer, policy: PolicyRecord) -> None:
+        self.writes.append("policy")
+        self.policy = policy
 
     def get_epoch(self) -> object:
         return self._get(self.epoch)
@@ -210,10 +219,10 @@ def recall_of(store: KeptStore, folder: Path, **settings: object) -> Recall:
 
 def test_the_store_names_what_it_serves_before_the_first_layout(store: KeptStore, tmp_path: Path) -> None:
     recalled = recall_of(store, tmp_path).read(BY)
-    assert (recalled.resumed, store.writes) == (None, ["served", "instance"])
+    assert (recalled.resumed, store.writes) == (None, ["served", "instance", "policy"])
     assert store.served == Served("/models/a", tiny_mixtral_spec().dtype)
     again = recall_of(store, tmp_path).read(BY)
-    assert store.writes == ["served", "instance"]
+    assert store.writes == ["served", "instance", "policy"]
     assert again.instance == recalled.instance == store.instance != ""
 
 
@@ -286,3 +295,27 @@ def test_a_superseded_scaler_takes_nothing_over(store: KeptStore, tmp_path: Path
     store.put_served = fenced  # type: ignore[method-assign]
     with pytest.raises(Fenced):
         recall_of(store, tmp_path).read(BY)
+
+
+def test_the_policy_that_was_set_while_it_ran_goes_on_until_the_settings_change(
+    store: KeptStore, tmp_path: Path
+) -> None:
+    first = recall_of(store, tmp_path, policy="advise").read(BY).policy
+    assert (first.version, first.config.mode, first.config.ttft_s) == (1, "advise", 2.0)
+    store.policy = changed(first, 1, msgspec.structs.replace(first.config, mode="act", ttft_s=0.5))
+    again = recall_of(store, tmp_path, policy="advise").read(BY).policy
+    assert (again.version, again.config.mode, again.config.ttft_s) == (2, "act", 0.5)
+    other = recall_of(store, tmp_path, policy="advise", itl_s=0.2).read(BY).policy
+    assert (other.version, other.config.mode, other.config.itl_s) == (3, "advise", 0.2)
+    assert store.policy == other
+    (tmp_path / "state/fresh").touch()
+    assert recall_of(store, tmp_path, itl_s=0.2).read(BY).policy.version == 1
+
+
+def test_a_change_of_a_policy_that_somebody_else_has_changed_is_refused(store: KeptStore, tmp_path: Path) -> None:
+    first = recall_of(store, tmp_path).read(BY).policy
+    second = changed(first, 1, msgspec.structs.replace(first.config, mode="act"))
+    assert changed(second, 2, second.config) is second, "nothing is changed"
+    with pytest.raises(Conflict, match="the policy is at version 2 and the change is of version 1") as refused:
+        changed(second, 1, first.config)
+    assert refused.value.code == "policy_changed"

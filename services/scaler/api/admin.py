@@ -29,6 +29,7 @@ from elasticmoe.services.scaler.api import docs, views
 from elasticmoe.services.scaler.api.contract import check_instance, scale_status
 from elasticmoe.services.scaler.api.docs import describe
 from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.policy import add_policy
 from elasticmoe.services.scaler.api.prometheus import render_metrics
 from elasticmoe.services.scaler.api.requests import RebalanceBody, ScaleBody, parse_rebalance, parse_scale
 from elasticmoe.services.scaler.api.snapshot import (
@@ -93,6 +94,7 @@ def build_app(
     )
     _add_views(app, status_cache, meters)
     _add_orders(app, status_cache, commands, deadline_s)
+    add_policy(app, status_cache, commands)
     _add_events(app, events)
     docs.install(app, PUBLIC_PATHS)
     app.add_exception_handler(ElasticMoEError, on_error)

@@ -13,6 +13,7 @@ from elasticmoe.common.http.openapi import REF, json_content, refusals, secure
 from elasticmoe.services.scaler.api import views
 from elasticmoe.services.scaler.api.contract import ScaleStatus
 from elasticmoe.services.scaler.api.examples import EXAMPLES
+from elasticmoe.services.scaler.api.policy_views import DecisionsView, PolicyBody, PolicyView
 from elasticmoe.services.scaler.api.requests import RebalanceBody, ScaleBody
 
 ABOUT = """How an operator scales a running deployment, and sees what it does: `docs/admin-api.md` has every call by
@@ -50,6 +51,8 @@ ANSWERS = {
         views.Operations,
         views.Plan,
         ScaleStatus,
+        PolicyView,
+        DecisionsView,
     )
 }
 _CONFIG = {
@@ -78,7 +81,7 @@ def describe(
         responses["200"] = {"description": "The plan of a dry run", "content": json_content("Plan", EXAMPLES["Plan"])}
     if body is not None:
         content = json_content(body.__name__, EXAMPLES[body.__name__])
-        extra["requestBody"] = {"required": body is ScaleBody, "content": content}
+        extra["requestBody"] = {"required": body is not RebalanceBody, "content": content}
     return {"openapi_extra": extra, "response_model": None, "response_class": Response, "status_code": status}
 
 
@@ -98,7 +101,7 @@ def install(app: FastAPI, public: frozenset[str]) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = make()
-            structs = (ScaleBody, RebalanceBody, ErrorBody, *ANSWERS.values())
+            structs = (ScaleBody, RebalanceBody, PolicyBody, ErrorBody, *ANSWERS.values())
             _, schemas = msgspec.json.schema_components(structs, ref_template=REF + "{name}")
             document["components"] = {"schemas": {**schemas, "Config": _CONFIG}}
             for path in document["paths"].values():

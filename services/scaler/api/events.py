@@ -48,5 +48,18 @@ KINDS: dict[str, Kind] = {
         "A lost device cannot be left out; nothing is served until the deployment is started again",
         {"code": "of the refusal: errors.md"},
     ),
+    "policy": Kind(
+        "The policy has decided otherwise than before, or given an order; `reason` is one of its stable names",
+        {
+            "mode": "`advise` or `act`",
+            "replicas": "in force",
+            "target": "replicas that there should be",
+            "acts": "`true` where it is done",
+            "op_id": "of the order that it gave, or would have given",
+            "evidence": "JSON: the figures that it rests on",
+        },
+    ),
+    "policy_set": Kind("Another policy is in force", {"mode": "`off`, `advise` or `act`"}),
+    "policy_refused": Kind("An order of the policy was refused", _OP_ID | {"code": "of the refusal: errors.md"}),
     "orphans_found": Kind("Something is left of an operation that the journal does not know; it is cleared away", {}),
 }

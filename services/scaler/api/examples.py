@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.demand import Demand
+from elasticmoe.services.scaler.policy.saturation import Saturation
+from elasticmoe.services.scaler.policy.state import Evidence
+
 _MEMORY = {"budget": 6086742016, "weights": 747360256, "kv": 267386880, "other": 1613824, "free": 5070381056}
 _DEVICE = {
     "experts_in": 60,
@@ -85,6 +92,28 @@ _RANK = {
     "memory": _MEMORY,
 }
 
+_POLICY = msgspec.to_builtins(PolicyConfig(mode="act", replicas_max=4))
+_DECIDED = {
+    "time_unix": 1795668293.2,
+    "mode": "act",
+    "reason": "grow_panic",
+    "replicas": 2,
+    "target": 3,
+    "op_id": "policy-4-81234.117",
+    "supersedes": None,
+    "acts": True,
+    "evidence": msgspec.to_builtins(
+        Evidence(
+            raw=Saturation(ttft=1.3, itl=0.4, backlog=0.8, queue_age=0.9, kv=0.84),
+            smoothed=1.1,
+            threshold=0.81,
+            demand=Demand(6.2, 540.0, 151.0, 757.0),
+            forecast_per_s=6.9,
+            of_width=3,
+        )
+    ),
+}
+
 EXAMPLES: dict[str, Any] = {
     "ScaleBody": {"replicas": 2, "reason": "more traffic"},
     "RebalanceBody": {"reason": "a replica was idle"},
@@ -144,5 +173,25 @@ EXAMPLES: dict[str, Any] = {
         "topology_generation": 1,
         "last_error": None,
     },
+    "PolicyBody": {"version": 1, "policy": {"mode": "act", "ttft_s": 2.0, "itl_s": 0.1, "replicas_max": 4}},
+    "PolicyView": {
+        "version": 2,
+        "policy": _POLICY,
+        "replicas": 2,
+        "target": 3,
+        "decision": _DECIDED,
+        "load": {
+            "silent": [],
+            "requests_per_s": 6.2,
+            "refused_per_s": 0.0,
+            "queued": 14,
+            "running": 61.0,
+            "ttft_s": 2.61,
+            "itl_s": 0.04,
+            "kv_share": 0.71,
+            "attainment": 0.98,
+        },
+    },
+    "DecisionsView": {"decisions": [_DECIDED]},
     "Config": {"model": "/models/demo", "devices": "host:3", "replicas": 2},
 }

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from elasticmoe.services.scaler import measures
 from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, memory_view
 from elasticmoe.services.scaler.metrics import Meters
+from elasticmoe.services.scaler.policy.figures import Missing, Unknown
 
 
 def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
@@ -28,4 +29,32 @@ def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
     blocks.labels("free").set(free)
     blocks.labels("used").set(sum(total for _, total in snapshot.blocks.values()) - free)
     standby.set(snapshot.pool.standby if snapshot.pool else 0)
+    _add_load(registry, snapshot)
     return generate_latest(registry) + generate_latest(meters.registry)
+
+
+def _add_load(registry: CollectorRegistry, snapshot: StatusSnapshot) -> None:
+    """What the policy sees and wants. A figure that is not known is left out: no sample is no zero."""
+    if snapshot.layout is None or snapshot.policy is None:
+        return
+    replicas = snapshot.layout.dp
+    measures.REPLICAS.gauge(registry).set(replicas)
+    decided = snapshot.decided[0] if snapshot.decided else None
+    if decided is not None:
+        target = decided.target if decided.target is not None else replicas
+        measures.DESIRED.gauge(registry).set(target)
+        saturation = measures.SATURATION.gauge(registry)
+        for component, value in decided.evidence.raw.parts.items():
+            if value is not None:
+                saturation.labels(component).set(value)
+    if snapshot.signals is not None:
+        measures.BLIND.gauge(registry).set(len(snapshot.signals.silent))
+        attainment = snapshot.signals.attainment
+        if not isinstance(attainment, Missing | Unknown):
+            measures.ATTAINMENT.gauge(registry).set(attainment)
+            budget = max(1e-6, 1.0 - snapshot.policy.config.attainment)
+            measures.BURN.gauge(registry).set((1.0 - attainment) / budget)
+    last = snapshot.ended[0] if snapshot.ended else None
+    if last is not None and last.planned is not None:
+        measures.PREDICTED_S.gauge(registry).set(last.planned.seconds)
+        measures.ACTUAL_S.gauge(registry).set(last.elapsed_s)

@@ -12,16 +12,20 @@ from elasticmoe.common.protocol.errors import NotFound, Unavailable, Unready
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolStatus
 from elasticmoe.services.scaler.api import views
+from elasticmoe.services.scaler.control.autoscaler import Decided
 from elasticmoe.services.scaler.control.state import DeploymentPhase
 from elasticmoe.services.scaler.operation.operation import Operation, outcome
 from elasticmoe.services.scaler.planning.plan import Plan
+from elasticmoe.services.scaler.policy.figures import Signals
+from elasticmoe.services.scaler.policy.record import PolicyRecord
 from elasticmoe.services.scaler.store.resume import Resumed
 
 
 class StatusSnapshot(msgspec.Struct, frozen=True):
     """`config` is the resolved configuration without secrets; `ended`: the last operations, newest first; `blocks`:
     (free, all) KV blocks by slot of the ranks that told them lately; `resumed`: what was gone on with at the start;
-    `instance`: names the deployment, empty before the journal has been read."""
+    `instance`: names the deployment, empty before the journal has been read, as `policy` is None; `decided`: by it,
+    newest first; `signals`: the load as it was seen last."""
 
     phase: DeploymentPhase
     reason: str
@@ -36,6 +40,9 @@ class StatusSnapshot(msgspec.Struct, frozen=True):
     blocks: Mapping[int, tuple[int, int]] = {}
     resumed: Resumed | None = None
     instance: str = ""
+    policy: PolicyRecord | None = None
+    decided: tuple[Decided, ...] = ()
+    signals: Signals | None = None
 
 
 class StatusCache:

@@ -1,6 +1,6 @@
 """An order's way to what becomes of it: an operation, a plan (dry run), the operation that it already is (the same
 op_id again), or a refusal. It comes from the admin listener's threads through a bounded queue, and is looked at beside
-what is in force and in progress by the loop's thread."""
+what is in force and in progress by the loop's thread. Longer than 400 lines, so that all of that way is in one file."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ from elasticmoe.services.scaler.operation.operation import (
 )
 from elasticmoe.services.scaler.planning.plan import Plan, Rates, Target
 from elasticmoe.services.scaler.planning.planner import memory_of, plan_way
+from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.record import PolicyRecord
 
 log = get_logger("scaler")
 
@@ -68,11 +70,24 @@ class CancelOperation(msgspec.Struct, frozen=True):
     op_id: str
 
 
+class SetPolicy(msgspec.Struct, frozen=True):
+    """An order to let `config` be the policy, in place of the one of `version`."""
+
+    version: int
+    config: PolicyConfig
+
+
+Command = Order | CancelOperation | SetPolicy
+
+
 class Accepted(msgspec.Struct, frozen=True):
     """What became of an order: an operation, or the plan of a dry run with the operation that it would be."""
 
     operation: Operation
     plan: Plan | None = None
+
+
+Answer = Accepted | PolicyRecord
 
 
 class Later(Exception):
@@ -324,16 +339,27 @@ class CommandQueue:
 
     async def ask(self, order: Order | CancelOperation) -> Accepted:
         """Hand an order in and wait for what becomes of it. Raises its refusal, Overloaded, or DeadlineExceeded."""
+        accepted = await self._ask(order)
+        assert isinstance(accepted, Accepted), "of an order for an operation"
+        return accepted
+
+    async def set_policy(self, order: SetPolicy) -> PolicyRecord:
+        """The same for another policy: the one that is in force then."""
+        policy = await self._ask(order)
+        assert isinstance(policy, PolicyRecord), "of an order for a policy"
+        return policy
+
+    async def _ask(self, order: Command) -> Answer:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(self.put(order)), ANSWER_S_MAX)
         except TimeoutError:
             text = f"the scaler did not answer within {ANSWER_S_MAX:g} s; GET /v1/operations tells what it does"
             raise DeadlineExceeded(text) from None
 
-    def put(self, order: Order | CancelOperation) -> Future[Accepted]:
+    def put(self, order: Command) -> Future[Answer]:
         """Hand an order in: what becomes of it, for at most ANSWER_S_MAX. One whose future is cancelled before it is
         carried out is not. Raises Overloaded."""
-        future: Future[Accepted] = Future()
+        future: Future[Answer] = Future()
         try:
             self._queue.put_nowait((order, self._clock.monotonic() + ANSWER_S_MAX, future))
         except Full:
@@ -341,7 +367,7 @@ class CommandQueue:
         self._wake()
         return future
 
-    def serve(self, handle: Callable[[Order | CancelOperation], Accepted]) -> None:
+    def serve(self, handle: Callable[[Command], Answer]) -> None:
         """Let `handle` answer all orders that wait. The loop's thread."""
         entries, self._waiting = self._waiting, []
         for entry in entries:
@@ -353,12 +379,12 @@ class CommandQueue:
                 return
             self._serve(entry, handle)
 
-    def _serve(self, entry: _Entry, handle: Callable[[Order | CancelOperation], Accepted]) -> None:
+    def _serve(self, entry: _Entry, handle: Callable[[Command], Answer]) -> None:
         order, deadline, future = entry
         # Nobody waits any more for an order that was cancelled meanwhile: it is not carried out.
         if self._clock.monotonic() > deadline or future.cancelled():
             return
-        accepted: Accepted | ElasticMoEError
+        accepted: Answer | ElasticMoEError
         try:
             accepted = handle(order)
         except Later as later:
@@ -379,4 +405,4 @@ class CommandQueue:
             future.set_result(accepted)
 
 
-_Entry = tuple[Order | CancelOperation, float, Future[Accepted]]  # when nobody waits any more, by the monotonic clock
+_Entry = tuple[Command, float, Future[Answer]]  # when nobody waits any more, by the monotonic clock

@@ -13,7 +13,7 @@ import msgspec
 
 from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.common.layout import Layout
-from elasticmoe.services.scaler.actions import Action, EjectRank, LeaveOut
+from elasticmoe.services.scaler.actions import Action, CancelStuck, EjectRank, LeaveOut, ScaleTo
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.planning.plan import Rates, Target
@@ -61,7 +61,7 @@ def is_notable(before: State, step: Step[State]) -> bool:
         after.status.reason != before.status.reason
         or len(set(marks)) > 1
         or (after.orphans is not None and before.orphans is None)
-        or any(isinstance(action, EjectRank | LeaveOut) for action in step.actions)
+        or any(isinstance(action, EjectRank | LeaveOut | ScaleTo | CancelStuck) for action in step.actions)
     )
 
 

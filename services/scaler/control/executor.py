@@ -21,12 +21,14 @@ from elasticmoe.services.scaler.actions import (
     Action,
     ActionKey,
     AnnounceLayout,
+    CancelStuck,
     Commit,
     EjectRank,
     LeaveOut,
     LoadLayout,
     PublishMembers,
     Release,
+    ScaleTo,
     Stage,
     StartSeat,
     StopSeat,
@@ -70,7 +72,8 @@ _STEADY = (LoadLayout, StartSeat, PublishMembers, AnnounceLayout)
 class Executor:
     """The loop's thread only. `ended`: the last operations, newest first.
 
-    `tell(kind, reason, **facts)` journals an event and shows it to listeners; `leave_out` takes LeaveOut.
+    `tell(kind, reason, **facts)` journals an event and shows it to listeners; `leave_out`, `scale` and `cancel` take
+    LeaveOut, ScaleTo and CancelStuck.
     """
 
     def __init__(
@@ -91,6 +94,8 @@ class Executor:
         self._clock = clock
         self.state = state
         self.leave_out: Callable[[LeaveOut], None] = lambda _: None
+        self.scale: Callable[[ScaleTo], None] = lambda _: None
+        self.cancel: Callable[[CancelStuck], None] = lambda _: None
         self.ended: list[Operation] = []
         self._exits: dict[int, str] = {}
         self._refused: Refused | None = None
@@ -289,6 +294,10 @@ class Executor:
                 self._eject(action)
             case LeaveOut():
                 self.leave_out(action)
+            case ScaleTo():
+                self.scale(action)
+            case CancelStuck():
+                self.cancel(action)
             case Stage(leg=leg):
                 rate = self._config.copy_bytes_per_s if action.is_throttled else 0
                 kv, kv_after = leg.kv_handles, leg.kv_handles_after

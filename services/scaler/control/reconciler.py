@@ -10,10 +10,11 @@ All parts see the same observation, in this order. What the first ones ask for i
 | operation | an operation is in progress | Stage, StartSeat, TellRank, Commit, Release, Abort, StopSeat |
 | lost devices | no operation is, and a device that was lost has a seat | LeaveOut |
 | orphans | no operation is, and ranks or a transition belong to none | Abort, Release, StopSeat, TellRank |
+| load | once a second: the policy decides | ScaleTo, CancelStuck |
 
-An operation in progress is never interrupted by the two parts below it; it takes the members' seats into account by the
-layout in force. Orphans are collected only by a scaler that has seen the deployment serve: before, the ranks of an
-operation that is yet to be read would be taken for some.
+An operation in progress is never interrupted by lost devices or orphans; the policy may cancel one before its commit.
+It takes the members' seats into account by the layout in force. Orphans are collected only by a scaler that has seen
+the deployment serve: before, the ranks of an operation that is yet to be read would be taken for some.
 
 An operation goes through plan -> (prepare -> commit -> migrate -> release) once per leg -> done; or abort -> aborted,
 before the HMM has committed the first leg. It is level-triggered: a phase asks what is still missing and commands that,
@@ -28,6 +29,7 @@ import msgspec
 
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.services.scaler.actions import Action, LeaveOut
+from elasticmoe.services.scaler.control.autoscaling import follow_load
 from elasticmoe.services.scaler.control.members import is_flipping, serve
 from elasticmoe.services.scaler.control.state import Orphans, State
 from elasticmoe.services.scaler.control.watchdog import pulses_of, watch
@@ -64,7 +66,24 @@ def reconcile(state: State, seen: Observation, now: float) -> Step[State]:
         since_s = now - state.orphans.since if state.orphans is not None else 0.0
         actions, orphans = collect_orphans(seen, since_s, state.lost_slots(seen.hmm))
         state = replace(state, orphans=(state.orphans or Orphans(now, orphans)) if orphans else None)
-    return Step(state, (*ejected, *members, *actions), reason)
+    state, wanted = _follow_load(state, seen, now)
+    return Step(state, (*ejected, *members, *actions, *wanted), reason)
+
+
+def _follow_load(state: State, seen: Observation, now: float) -> tuple[State, tuple[Action, ...]]:
+    if seen.load is None or seen.hmm is None or seen.hmm.layout is None:
+        return state, ()
+    autoscaling, wanted = follow_load(
+        state.autoscaling,
+        seen.load,
+        seen.hmm.layout,
+        state.operation,
+        state.last,
+        now,
+        is_serving=state.status.phase == "serving" and state.orphans is None,
+        is_lossy=bool(state.lost_slots(seen.hmm)),
+    )
+    return msgspec.structs.replace(state, autoscaling=autoscaling), wanted
 
 
 def _leave_out(state: State, seen: Observation, now: float) -> LeaveOut | None:

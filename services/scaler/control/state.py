@@ -9,6 +9,7 @@ import msgspec
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import HmmStatus
+from elasticmoe.services.scaler.control.autoscaling import Autoscaling
 from elasticmoe.services.scaler.control.watchdog import Watched
 from elasticmoe.services.scaler.operation.operation import Operation
 
@@ -43,6 +44,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     leave_out_at: lost devices are left out not before
     watched: the progress of ranks
     stall_s: how long that may stand
+    autoscaling: what the policy goes on from
     """
 
     layout: Layout
@@ -55,6 +57,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     leave_out_at: float = 0.0
     watched: Watched = Watched()
     stall_s: float
+    autoscaling: Autoscaling = Autoscaling()
 
     @property
     def is_quiet(self) -> bool:

@@ -22,6 +22,7 @@ from elasticmoe.common.store import Event, Store, Writer
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.control.audit_log import Decision, PlanMade
 from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.policy.record import PolicyRecord
 from elasticmoe.services.scaler.store.reserve import DiskReserve, bytes_of
 
 log = get_logger("scaler")
@@ -66,6 +67,7 @@ class Journal:
         self._operation: Operation | None = None
         self._ended: deque[Operation] = deque()
         self._layout: Layout | None = None
+        self._policy: PolicyRecord | None = None
         self._events: deque[Event] = deque(maxlen=EVENTS_QUEUED_MAX)
         self._plans: deque[PlanMade] = deque(maxlen=PLANS_QUEUED_MAX)
         self._decisions: deque[Decision] = deque(maxlen=DECISIONS_QUEUED_MAX)
@@ -117,6 +119,12 @@ class Journal:
         """Make `layout` the one that routers see. Does not block."""
         with self._lock:
             self._layout = layout
+            self._lock.notify()
+
+    def keep(self, policy: PolicyRecord) -> None:
+        """Keep the policy that is in force. Does not block."""
+        with self._lock:
+            self._policy = policy
             self._lock.notify()
 
     def event(self, event: Event) -> None:
@@ -243,8 +251,8 @@ class Journal:
                 self._reserved_for = ""
 
     def _has_work(self) -> bool:
-        has_any = self._operation or self._ended or self._layout or self._events or self._plans or self._decisions
-        return bool(has_any and self._writer.fence)
+        state = self._operation or self._ended or self._layout or self._policy
+        return bool((state or self._events or self._plans or self._decisions) and self._writer.fence)
 
     def _write(self) -> None:
         self._write_next()
@@ -267,7 +275,7 @@ class Journal:
         """Write one thing, the most urgent one; it is forgotten only when it is written."""
         with self._lock:
             ended = self._ended[0] if self._ended else None
-            operation, layout = self._operation, self._layout
+            operation, layout, policy = self._operation, self._layout, self._policy
             event = self._events[0] if self._events else None
             is_plan_next, has_decisions = bool(self._plans and ended is None), bool(self._decisions)
         if is_plan_next:
@@ -302,6 +310,11 @@ class Journal:
                 if self._layout is layout:
                     self._layout = None
             self._on_written()
+        elif policy is not None:
+            self._store.put_policy(self._writer, policy)
+            with self._lock:
+                if self._policy is policy:
+                    self._policy = None
         elif event is not None:
             self._store.append_event(self._writer, event)
             with self._lock:

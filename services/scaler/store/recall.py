@@ -15,23 +15,27 @@ from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.common.store import Store, Writer
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.policy.record import PolicyRecord, policy_of
+from elasticmoe.services.scaler.policy.record import resumed as resumed_policy
 from elasticmoe.services.scaler.store.records import OPERATIONS
 from elasticmoe.services.scaler.store.resume import Beginning, Left, Resumed, Wanted, begin
 
 log = get_logger("scaler")
 
+_policies = msgspec.msgpack.Decoder(PolicyRecord)
 _LATER = ("store_unavailable", "storage_full")
 
 
 class Recalled(msgspec.Struct, frozen=True):
     """How a scaler begins: the layout, the operation in progress, those that ended, newest first, what of it is
-    resumed, and the deployment's name, which it has until its state is dropped."""
+    resumed, the deployment's name, which it has until its state is dropped, and the policy."""
 
     beginning: Beginning
     operation: Operation | None
     ended: list[Operation]
     resumed: Resumed | None
     instance: str
+    policy: PolicyRecord
 
 
 class Recall:
@@ -77,7 +81,8 @@ class Recall:
         if beginning.refusal is None and left.served != self._wanted.served:
             self._store.put_served(by, self._wanted.served)
         is_refused = beginning.refusal is not None
-        return Recalled(beginning, operation, ended, resumed, self._instance(by, left, is_refused=is_refused))
+        instance = self._instance(by, left, is_refused=is_refused)
+        return Recalled(beginning, operation, ended, resumed, instance, self._policy(by, left, is_refused=is_refused))
 
     def _instance(self, by: Writer, left: Left, *, is_refused: bool) -> str:
         known = "" if left.is_dropped else self._store.get_instance()
@@ -85,6 +90,13 @@ class Recall:
             known = f"i-{self._new_identity('i')[-12:]}"
             self._store.put_instance(by, known)
         return known
+
+    def _policy(self, by: Writer, left: Left, *, is_refused: bool) -> PolicyRecord:
+        known = None if left.is_dropped else self._store.get_policy(_policies)
+        policy = resumed_policy(known, policy_of(self._config))
+        if policy != known and not is_refused:
+            self._store.put_policy(by, policy)
+        return policy
 
     def _left(self) -> Left:
         is_dropped = self._mark.exists()

@@ -1,0 +1,237 @@
+"""What the policy sees and does in the scaler's loop: windows come in, a load is shown to the reconciler once a second,
+its decisions are told, and its orders go to admission like an operator's. The loop's thread.
+
+Who is expected to tell of its load: every rank of the layout in force, by the pool's word, and each router that has
+been heard. A router that is silent leaves its share unknown; once another one speaks, which has taken its place, it is
+forgotten after FORGET_S.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Annotated
+
+import msgspec
+
+from elasticmoe.common.capacity import sizes_of
+from elasticmoe.common.clock import Clock
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.described import says
+from elasticmoe.common.endpoints import ServerEnd
+from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError
+from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus
+from elasticmoe.common.protocol.signals import RouterWindow, Signal
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
+from elasticmoe.services.scaler.control.admission import CancelOperation, Later, Order, Running
+from elasticmoe.services.scaler.observation import Load
+from elasticmoe.services.scaler.operation.operation import Request
+from elasticmoe.services.scaler.planning.plan import Rates, Target
+from elasticmoe.services.scaler.planning.planner import memory_of
+from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.figures import Signals
+from elasticmoe.services.scaler.policy.signals import Intake
+from elasticmoe.services.scaler.policy.state import Decision, Evidence, Reason
+from elasticmoe.services.scaler.policy.step_model import StepModels
+
+log = get_logger("scaler")
+
+TICK_S = 1.0
+FORGET_S = 10.0  # a silent router, once another one is heard
+DECISIONS_MAX = 200
+WINDOWS_MAX = 1_000  # taken in one turn
+
+Tell = Callable[..., None]
+
+
+class Decided(msgspec.Struct, frozen=True, kw_only=True):
+    """What the policy decided, from when it decided so until it decided otherwise."""
+
+    time_unix: Annotated[float, says("When, in seconds since 1970")]
+    mode: Annotated[str, says("`advise`: it was told and not done; `act`: done")]
+    reason: Annotated[Reason, says("Why, by its stable name")]
+    replicas: Annotated[int, says("Replicas in force then")]
+    target: Annotated[int | None, says("Replicas that there should be; null: as there are")]
+    op_id: Annotated[str | None, says("Of the order that it gave, or would have given")]
+    supersedes: Annotated[str | None, says("The operation that had to give way")]
+    acts: Annotated[bool, says("Whether it was done")]
+    evidence: Annotated[Evidence, says("What it rests on")]
+
+
+class Autoscaler:
+    """`serve` opens the end at which windows arrive, or raises Conflict while a scaler that was superseded has it;
+    `take` carries an order out as the admin surface's are, or raises its refusal; `count` counts a decision by its
+    reason."""
+
+    def __init__(
+        self,
+        config: ScalerConfig,
+        spec: ModelSpec,
+        serve: Callable[[], ServerEnd[Signal]],
+        policy: PolicyConfig,
+        take: Callable[[Order | CancelOperation], object],
+        tell: Tell,
+        count: Callable[[str], None],
+        clock: Clock,
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._serve = serve
+        self._server: ServerEnd[Signal] | None = None
+        self._serve_at = 0.0
+        self._take = take
+        self._tell = tell
+        self._count = count
+        self._clock = clock
+        self.policy = policy
+        self._intake = Intake(policy)
+        self._models = StepModels()
+        self._arrived: deque[tuple[Signal, float]] = deque(maxlen=WINDOWS_MAX)  # since the policy's last turn
+        self._routers: dict[str, float] = {}  # when each was heard last
+        self._due_at = 0.0
+        self._order: ScaleTo | None = None  # given, and neither accepted nor refused yet
+        self._refused: str | None = None
+        self.signals: Signals | None = None  # as of the policy's last turn
+        self.decided: deque[Decided] = deque(maxlen=DECISIONS_MAX)  # newest first
+
+    def use(self, policy: PolicyConfig) -> None:
+        """Follow another policy from now on."""
+        self.policy = policy
+        self._intake.configure(policy)
+        self._order = None
+
+    # ---- what is seen ---------------------------------------------------------------------------------------------
+
+    def observe(self, hmm: HmmStatus | None, pool: PoolStatus | None, lost: frozenset[str]) -> Load | None:
+        """The load, when the policy's next turn is due; takes what has come in any case. `lost`: devices that must not
+        be used."""
+        now = self._clock.monotonic()
+        self._receive(now)
+        if hmm is None or hmm.layout is None or hmm.memory is None or pool is None or now < self._due_at:
+            return None
+        self._due_at = now + TICK_S
+        layout = hmm.layout
+        living = {rank.slot: rank for rank in pool.ranks if rank.ready}
+        ranks = {seat.rank: living[seat.slot].incarnation if seat.slot in living else "" for seat in layout.seats}
+        self._intake.expect(self._expected_routers(now), ranks, layout.epoch, now)
+        for window, arrived_at in self._arrived:
+            if isinstance(window, RouterWindow):
+                self._intake.take_router(window, arrived_at)
+            else:
+                self._intake.take_rank(window, arrived_at)
+        self._arrived.clear()
+        self._models.learn(layout.dp, self._intake.take_steps())
+        self.signals = self._intake.signals(now)
+        return Load(
+            config=self.policy,
+            signals=self.signals,
+            steps=self._models.known,
+            sizes=sizes_of(self._spec, hmm.memory.granularity),
+            memory=memory_of(hmm),
+            devices=tuple(device.device for device in hmm.devices if device.device not in lost),
+            rates=Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s)),
+            kv_handle_tokens=hmm.memory.kv.blocks_per_handle * self._config.block_size,
+            step_tokens_max=self._config.max_tokens_per_step,
+            refused=self._refused,
+        )
+
+    def _receive(self, now: float) -> None:
+        if self._server is None:
+            if now < self._serve_at:
+                return
+            self._serve_at = now + TICK_S
+            try:
+                self._server = self._serve()
+            except Conflict as error:
+                log.info("nobody can be heard yet", because=error.message)
+                return
+        for _ in range(WINDOWS_MAX):
+            received = self._server.receive()
+            if received is None:
+                return
+            window = received[1].body
+            self._arrived.append((window, now))
+            if isinstance(window, RouterWindow):
+                self._routers[window.router] = now
+
+    def _expected_routers(self, now: float) -> set[str]:
+        newest = max(self._routers.values(), default=now)
+        if now - newest < FORGET_S:  # else none of them is heard, and all their shares are unknown
+            self._routers = {name: at for name, at in self._routers.items() if now - at < FORGET_S}
+        return set(self._routers)
+
+    # ---- what is decided ------------------------------------------------------------------------------------------
+
+    def note(self, decision: Decision, replicas: int) -> None:
+        """Keep and tell a decision that is not the one before, or that is done."""
+        before = self.decided[0] if self.decided else None
+        mode = self.policy.mode
+        is_same = before is not None and (before.reason, before.target, before.mode) == (
+            decision.reason,
+            decision.target,
+            mode,
+        )
+        if is_same and not decision.acts:
+            return
+        decided = Decided(
+            time_unix=self._clock.time(),
+            mode=mode,
+            reason=decision.reason,
+            replicas=replicas,
+            target=decision.target,
+            op_id=decision.op_id,
+            supersedes=decision.supersedes,
+            acts=decision.acts,
+            evidence=decision.evidence,
+        )
+        self.decided.appendleft(decided)
+        target = decision.target if decision.target is not None else replicas
+        facts = {"mode": mode, "replicas": str(replicas), "target": str(target), "acts": str(decision.acts).lower()}
+        if decision.op_id is not None:
+            facts["op_id"] = decision.op_id
+        evidence = msgspec.to_builtins(decision.evidence)
+        facts["evidence"] = msgspec.json.encode(evidence).decode()
+        self._tell("policy", decision.reason.value, **facts)
+        self._count(decision.reason.value)
+
+    def scale(self, action: ScaleTo) -> None:
+        """Give an order; `turn` goes on with it until it is accepted or refused."""
+        self._order = action
+        if action.supersedes:
+            self._try(CancelOperation(action.supersedes))
+        self.turn()
+
+    def cancel(self, action: CancelStuck) -> None:
+        """Cancel an operation that does not come to its commit. Whoever refuses that has seen its end or its commit."""
+        self._try(CancelOperation(action.op_id))
+
+    def turn(self) -> None:
+        """Go on with an order that has found no answer yet: the operation that gives way to it has to end first."""
+        action = self._order
+        if action is None:
+            return
+        reason = f"policy: {action.reason}"
+        request = Request(replicas=action.replicas, reason=reason, deadline_s=self._config.operation_deadline_s)
+        order = Order(action.op_id, request, Target(replicas=action.replicas))
+        try:
+            self._take(order)
+        except (Running, Later):
+            return
+        except ElasticMoEError as error:
+            self._refused = action.op_id
+            log.warning("the policy's order is refused", op_id=action.op_id, code=error.code, because=error.message)
+            self._tell("policy_refused", error.message, op_id=action.op_id, code=error.code)
+        self._order = None
+
+    def _try(self, order: CancelOperation) -> None:
+        try:
+            self._take(order)
+        except (ElasticMoEError, Later) as error:
+            log.info("not cancelled", op_id=order.op_id, because=str(error))
+
+    def close(self) -> None:
+        """Receive nothing more. Idempotent."""
+        if self._server is not None:
+            self._server.close()

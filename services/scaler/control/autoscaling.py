@@ -1,0 +1,145 @@
+"""The reconciler's part that lets the deployment follow its load: what the policy is told of it, and what its decision
+asks for. Pure.
+
+The policy (`services/scaler/policy`) knows widths and prices; this knows layouts, operations and the planner. Where the
+mode is `act`, a decision becomes an order like an operator's, under an id of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from elasticmoe.common.capacity import kv_handles_at
+from elasticmoe.common.layout import Layout
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.services.scaler.actions import Action, CancelStuck, ScaleTo
+from elasticmoe.services.scaler.observation import Load
+from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.planning.plan import Target
+from elasticmoe.services.scaler.planning.planner import plan_way
+from elasticmoe.services.scaler.policy.facts import ChangePrice, DeploymentFacts, OperationFacts, WidthFacts
+from elasticmoe.services.scaler.policy.recommend import recommend
+from elasticmoe.services.scaler.policy.state import Decision, PolicyState, Reason
+from elasticmoe.services.scaler.policy.step_model import StepModel
+
+REACTION_S = 1.0  # of a growth, before one has been seen
+_KINDS: dict[str, Literal["grow", "shrink", "other"]] = {"scale_up": "grow", "scale_down": "shrink"}
+
+
+class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
+    """What outlives a turn.
+
+    policy: its own state
+    decision: the last one; its state is `policy`
+    resized_at: when the number of replicas changed last, and `replicas`: which it was seen to be
+    lost_at: when a device was lost last
+    reaction_s: what the last growth took until its replicas served
+    """
+
+    policy: PolicyState = PolicyState()
+    decision: Decision | None = None
+    resized_at: float | None = None
+    replicas: int | None = None
+    lost_at: float | None = None
+    reaction_s: float = REACTION_S
+
+
+def follow_load(
+    before: Autoscaling,
+    load: Load,
+    layout: Layout,
+    operation: Operation | None,
+    last: Operation | None,
+    now: float,
+    *,
+    is_serving: bool,
+    is_lossy: bool,
+) -> tuple[Autoscaling, tuple[Action, ...]]:
+    """The policy's decision in one turn. `layout`: in force. `is_serving`: all of its ranks step. `is_lossy`: some of
+    its devices are lost."""
+    after = _seen(before, layout, last, now, is_lossy=is_lossy)
+    facts = DeploymentFacts(
+        width=layout.dp,
+        changed_s=after.resized_at,
+        operation=_operation_facts(operation, now) if operation is not None else None,
+        is_recovering=is_lossy or not (is_serving or operation is not None),
+        lost_s=after.lost_at,
+        last_op=last.op_id if last is not None else None,
+        refused=load.refused,
+        reaction_s=after.reaction_s,
+        available=len(load.devices) // layout.tp,
+    )
+
+    def width_facts(width: int) -> WidthFacts:
+        return _width_facts(load, layout, width)
+
+    def price(width: int) -> ChangePrice | None:
+        return _price(load, layout, width)
+
+    decision = recommend(load.config, load.signals, facts, width_facts, price, after.policy, now)
+    last_decision = msgspec.structs.replace(decision, state=PolicyState())  # which is `policy`
+    after = msgspec.structs.replace(after, policy=decision.state, decision=last_decision)
+    return after, _actions(decision)
+
+
+def _seen(before: Autoscaling, layout: Layout, last: Operation | None, now: float, *, is_lossy: bool) -> Autoscaling:
+    """After a look at what has happened since."""
+    after = before
+    if layout.dp != before.replicas:
+        resized_at = now if before.replicas is not None else None
+        after = msgspec.structs.replace(after, replicas=layout.dp, resized_at=resized_at)
+    if is_lossy:
+        after = msgspec.structs.replace(after, lost_at=now)
+    took_s = last.accounting.figures.capacity_s if last is not None else None
+    if took_s is not None and last is not None and last.phase == "done":
+        after = msgspec.structs.replace(after, reaction_s=took_s)
+    return after
+
+
+def _operation_facts(operation: Operation, now: float) -> OperationFacts:
+    planned = operation.planned
+    return OperationFacts(
+        op_id=operation.op_id,
+        kind=_KINDS.get(operation.kind, "other"),
+        target=planned.replicas_after if planned is not None else None,
+        since_s=now - operation.elapsed_s,
+        predicted_s=planned.seconds if planned is not None else 0.0,
+        is_committed=operation.leg > 0 or operation.phase not in ("plan", "prepare"),
+    )
+
+
+def _width_facts(load: Load, layout: Layout, width: int) -> WidthFacts:
+    experts = tuple(len(homes) for homes in layout.homes)
+    handles = kv_handles_at(load.sizes, load.memory, experts, width * layout.tp)
+    return WidthFacts(
+        width=width,
+        kv_tokens=max(0, handles) * load.kv_handle_tokens,
+        step=_step_of(load.steps, width),
+        prefill_tokens_max=load.step_tokens_max,
+        devices=layout.tp,
+    )
+
+
+def _step_of(steps: dict[int, StepModel], width: int) -> StepModel | None:
+    """Of the nearest width that is known, the wider one of two."""
+    return steps[min(steps, key=lambda known: (abs(known - width), -known))] if steps else None
+
+
+def _price(load: Load, layout: Layout, width: int) -> ChangePrice | None:
+    """By the planner's dry run."""
+    try:
+        plan = plan_way(layout, Target(replicas=width), load.sizes, load.memory, load.devices, load.rates)
+    except ElasticMoEError:
+        return None
+    return ChangePrice(plan.seconds, plan.seconds, plan.bytes_copied, plan.pause_ms / 1e3)
+
+
+def _actions(decision: Decision) -> tuple[Action, ...]:
+    if not decision.acts or decision.op_id is None:
+        return ()
+    if decision.reason is Reason.CANCEL_STUCK:
+        return (CancelStuck(decision.op_id),)
+    assert decision.target is not None, "an order has a target"
+    return (ScaleTo(decision.op_id, decision.target, decision.reason.value, decision.supersedes or ""),)

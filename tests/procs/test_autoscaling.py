@@ -1,0 +1,95 @@
+"""A deployment that follows its load, with real processes: it grows while requests come, shrinks when none do, and no
+stream is wrong or lost, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.procs.clients import Load, check_load_against_oracle
+from tests.procs.deployment import Deployment
+from tests.procs.waiting import wait_until
+
+pytestmark = pytest.mark.procs
+
+# A device of the paced model decodes some 16 streams in 40 ms; 24 of them break the objective of one, and not of three.
+SETTINGS: dict[str, Any] = {
+    "replicas": 1,
+    "devices": 3,
+    "kv_bytes": 8 << 20,
+    "device_bytes": 64 << 20,
+    "standbys": 2,
+    "policy": "act",
+    "itl_s": 0.03,
+    "replicas_max": 3,
+}
+QUICK = {"hold_s": 1.0, "hold_max_s": 2.0, "down_over_s": 2.0, "fall_s": 2.0, "price_factor": 0.1}
+
+
+def change(deployment: Deployment, **fields: Any) -> dict[str, Any]:
+    policy = deployment.admin("/v1/policy")
+    body = {"version": policy["version"], "policy": policy["policy"] | fields}
+    status, told = deployment.admin_call("PUT", "/v1/policy", body)
+    assert status == 200, told
+    assert isinstance(told, dict)
+    return told
+
+
+def replicas(deployment: Deployment) -> int:
+    status, size = deployment.admin_call("GET", "/v1/scale")
+    assert status in (200, 503), size
+    return int(size["effective_size"]) if status == 200 else 0  # a scaler that has not read the journal yet
+
+
+async def grows_to(deployment: Deployment, least: int) -> None:
+    await asyncio.to_thread(wait_until, lambda: replicas(deployment) >= least, f"{least} replicas serve", 60.0)
+
+
+async def test_it_grows_under_load_and_shrinks_after_it_and_no_stream_is_wrong(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    deployment = deploy("oracle-paced", **SETTINGS)
+    await asyncio.to_thread(change, deployment, **QUICK)
+    async with Load(deployment.base_url, clients=24, seed=3, longest=60) as load:
+        await grows_to(deployment, 2)
+        await asyncio.to_thread(deployment.kill, "r0t0")
+        old = await asyncio.to_thread(deployment.kill, "scaler")
+        await asyncio.to_thread(deployment.wait_restarted, "scaler", old)
+        await grows_to(deployment, 3)
+    assert check_load_against_oracle(load.streams, model_folder("oracle-paced")) > 0
+    policy = deployment.admin("/v1/policy")
+    assert (policy["version"], policy["policy"]["hold_s"]) == (2, 1.0), "what was set outlives the scaler"
+    wait_until(lambda: replicas(deployment) == 1, "nobody needs the others any more", 90.0)
+    decisions = deployment.admin("/v1/decisions")["decisions"]
+    assert {"shrink_idle"} <= {decision["reason"] for decision in decisions}
+    orders = [
+        operation for operation in deployment.admin("/v1/operations")["operations"] if operation["kind"] != "none"
+    ]
+    assert all(operation["op_id"].startswith("policy-") for operation in orders)
+    assert {operation["outcome"] for operation in orders} == {"done"}
+
+
+async def test_advice_changes_nothing_and_writers_do_not_overwrite_one_another(
+    deploy: Callable[..., Deployment],
+) -> None:
+    deployment = deploy("oracle-paced", **{**SETTINGS, "policy": "advise"})
+    async with Load(deployment.base_url, clients=24, seed=4, longest=60):
+        await asyncio.to_thread(
+            wait_until, lambda: deployment.admin("/v1/policy")["target"] > 1, "it advises to grow", 60.0
+        )
+    policy = deployment.admin("/v1/policy")
+    assert (policy["policy"]["mode"], policy["policy"]["itl_s"], policy["replicas"]) == ("advise", 0.03, 1)
+    assert deployment.admin("/v1/operations")["operations"] == []
+    told = change(deployment, mode="off")
+    assert (told["version"], told["policy"]["mode"]) == (policy["version"] + 1, "off")
+    body = {"version": policy["version"], "policy": {"mode": "act"}}
+    status, refused = deployment.admin_call("PUT", "/v1/policy", body)
+    assert (status, refused["error"]["code"]) == (409, "policy_changed")
+    for bad in ({"ttft_s": 0}, {"mode": "on"}, {"replicas_min": 5, "replicas_max": 4}, {"colour": 1}):
+        status, refused = deployment.admin_call("PUT", "/v1/policy", {"version": told["version"], "policy": bad})
+        assert (status, refused["error"]["code"]) == (400, "invalid_request"), bad
+    assert deployment.admin("/v1/policy")["version"] == told["version"]

@@ -1,0 +1,288 @@
+"""The policy in the scaler's loop: windows in, loads shown, decisions told, orders given and gone on with."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import msgspec
+import pytest
+
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.model_spec import KvGeometry
+from elasticmoe.common.protocol.codec import Received
+from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound
+from elasticmoe.common.protocol.scaler import MemoryFacts
+from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, Signal
+from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
+from elasticmoe.services.scaler.control.admission import CancelOperation, Order, Running
+from elasticmoe.services.scaler.control.autoscaler import DECISIONS_MAX, FORGET_S, TICK_S, Autoscaler
+from elasticmoe.services.scaler.observation import Load
+from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.figures import MISSING, UNKNOWN
+from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason
+from tests.clocks import PlayedClock
+from tests.unit.specs import tiny_mixtral_spec
+from tests.unit.transitions import UP, World
+
+FACTS = MemoryFacts(64, KvGeometry(16, 256, 1024, 4, 256), 1 << 20, 4096, 2, 20)
+
+
+class Inbox:
+    def __init__(self) -> None:
+        self.come: deque[tuple[bytes, Received[Signal]]] = deque()
+
+    def receive(self) -> tuple[bytes, Received[Signal]] | None:
+        return self.come.popleft() if self.come else None
+
+    def close(self) -> None:
+        self.come.clear()
+
+
+class Bench:
+    """An autoscaler whose scaler is the test: `answer` is what orders meet."""
+
+    def __init__(self, **policy: Any) -> None:
+        self.now = 1_000.0
+        self.clock = PlayedClock(lambda: self.now)
+        self.inbox = Inbox()
+        self.orders: list[Order | CancelOperation] = []
+        self.answer: ElasticMoEError | None = None
+        self.counted: list[str] = []
+        self.told: list[tuple[str, str, dict[str, str]]] = []
+        config = ScalerConfig(run_dir="/nowhere")
+        inbox: Any = self.inbox
+        parts = (config, tiny_mixtral_spec(), lambda: inbox, PolicyConfig(**{"mode": "act", **policy}))
+        self.scaler = Autoscaler(*parts, self.take, self.tell, self.counted.append, self.clock)  # type: ignore[arg-type]
+        self.world = World(UP.before)
+        self.seen = self.world.seen()
+        assert self.seen.hmm is not None
+        self.hmm = msgspec.structs.replace(self.seen.hmm, memory=FACTS)
+        self.numbers: dict[str, int] = {}
+
+    def take(self, order: Order | CancelOperation) -> None:
+        self.orders.append(order)
+        if self.answer is not None:
+            raise self.answer
+
+    def tell(self, kind: str, reason: str, /, **facts: str) -> None:
+        self.told.append((kind, reason, facts))
+
+    def push(self, window: Signal) -> None:
+        self.inbox.come.append((b"", Received(0, "x", 0, window)))
+
+    def router(self, name: str = "router:1", **facts: Any) -> None:
+        number = self.numbers[name] = self.numbers.get(name, 0) + 1
+        now = self.clock.monotonic()
+        known = {"epoch": self.world.layout.epoch, "ended_s": now, "span_s": 1.0, "admitted": 2, "prompt_tokens": 60}
+        self.push(RouterWindow(router=name, number=number, **{**known, **facts}))  # type: ignore[arg-type]
+
+    def rank(self, slot: int, **facts: Any) -> None:
+        incarnation = self.world.ranks[slot]
+        number = self.numbers[incarnation] = self.numbers.get(incarnation, 0) + 1
+        now = self.clock.monotonic()
+        known = {"epoch": self.world.layout.epoch, "ended_s": now, "span_s": 1.0, "kv_total": 1_000, "kv_used": 100}
+        rank = RankId(slot, 0)
+        self.push(RankWindow(rank=rank, incarnation=incarnation, number=number, **{**known, **facts}))  # type: ignore[arg-type]
+
+    def load(self) -> Load | None:
+        return self.scaler.observe(self.hmm, self.seen.pool, frozenset())
+
+    def tick(self, *routers: str, ranks: tuple[int, ...] = (0, 1)) -> Load:
+        """A second, in which these tell of their load."""
+        self.now += TICK_S
+        for name in routers:
+            self.router(name)
+        for slot in ranks:
+            self.rank(slot)
+        load = self.load()
+        assert load is not None
+        return load
+
+    def decision(self, reason: Reason, target: int | None = None, *, acts: bool = False) -> Decision:
+        op_id = "policy-1" if target else None
+        return Decision(target=target, reason=reason, evidence=Evidence(), state=PolicyState(), op_id=op_id, acts=acts)
+
+
+# ---- what is seen ----------------------------------------------------------------------------------------------------
+
+
+def test_a_load_is_shown_once_a_second() -> None:
+    bench = Bench()
+    assert bench.load() is not None
+    assert bench.load() is None
+    bench.now += TICK_S
+    assert bench.load() is not None
+
+
+def test_nothing_is_decided_while_it_is_not_known_what_serves() -> None:
+    bench = Bench()
+    no_memory = msgspec.structs.replace(bench.hmm, memory=None)
+    for hmm, pool in ((None, bench.seen.pool), (bench.hmm, None), (no_memory, bench.seen.pool)):
+        assert bench.scaler.observe(hmm, pool, frozenset()) is None
+
+
+def test_what_all_have_told_is_added_up() -> None:
+    bench = Bench()
+    load = bench.tick("router:1", "router:2")
+    assert load.signals.admitted_per_s == 4.0
+    assert load.signals.kv_used == 200.0
+    assert load.signals.silent == ()
+    assert load.devices == tuple(device.device for device in bench.hmm.devices)
+    assert load.kv_handle_tokens == 4 * 16
+
+
+def test_a_rank_that_tells_nothing_leaves_its_share_unknown() -> None:
+    bench = Bench()
+    for _ in range(8):
+        load = bench.tick("router:1", ranks=(0,))
+    assert load.signals.kv_used == UNKNOWN
+    assert load.signals.silent == ("r1t0",)
+    assert load.signals.admitted_per_s == 2.0
+
+
+def test_without_any_router_demand_is_unknown() -> None:
+    bench = Bench()
+    assert bench.tick().signals.admitted_per_s == UNKNOWN
+
+
+def test_the_only_router_that_falls_silent_stays_expected() -> None:
+    bench = Bench()
+    bench.tick("router:1")
+    for _ in range(int(3 * FORGET_S)):
+        load = bench.tick()
+    assert load.signals.admitted_per_s == UNKNOWN
+    assert load.signals.silent == ("router:1",)
+
+
+def test_a_router_that_another_one_has_replaced_is_forgotten() -> None:
+    bench = Bench()
+    bench.tick("router:1")
+    told = [bench.tick("router:2").signals for _ in range(int(FORGET_S) + 2)]
+    assert UNKNOWN in [one.admitted_per_s for one in told], "it may have been busy and come back"
+    assert told[-1].silent == ()
+    assert told[-1].admitted_per_s == 2.0
+
+
+def test_lost_devices_are_not_counted_on() -> None:
+    bench = Bench()
+    load = bench.scaler.observe(bench.hmm, bench.seen.pool, frozenset({"host:3"}))
+    assert load is not None
+    assert "host:3" not in load.devices
+
+
+def test_another_policy_is_followed_from_now_on() -> None:
+    bench = Bench()
+    bench.scaler.use(PolicyConfig(mode="advise", ttft_s=7.0))
+    load = bench.tick("router:1")
+    assert (load.config.mode, load.config.ttft_s) == ("advise", 7.0)
+    assert load.signals.ttft_s == MISSING
+
+
+def test_a_scaler_that_was_superseded_may_have_the_socket_for_a_while() -> None:
+    bench = Bench()
+    opened = bench.scaler._serve
+    bench.scaler._serve = _taken
+    bench.router()
+    assert bench.load() is not None
+    bench.scaler._serve = opened
+    assert bench.tick(ranks=()).signals.admitted_per_s == 2.0
+
+
+def _taken() -> Any:
+    raise Conflict("socket signals.sock is in use by another process", code="already_running")
+
+
+def test_more_windows_than_anybody_sends_take_no_more_memory() -> None:
+    bench = Bench()
+    bench.load()
+    for _ in range(5):
+        for _ in range(1_000):
+            bench.router()
+        bench.load()
+    assert len(bench.scaler._arrived) == 1_000
+
+
+# ---- what is decided -------------------------------------------------------------------------------------------------
+
+
+def test_a_decision_is_told_when_it_differs_from_the_one_before() -> None:
+    bench = Bench()
+    for reason, target in (
+        (Reason.STEADY, None),
+        (Reason.STEADY, None),
+        (Reason.GROW_PANIC, 3),
+        (Reason.GROW_PANIC, 4),
+    ):
+        bench.scaler.note(bench.decision(reason, target), 2)
+    assert [(reason, facts["target"]) for _, reason, facts in bench.told] == [
+        ("steady", "2"),
+        ("grow_panic", "3"),
+        ("grow_panic", "4"),
+    ]
+    assert [decided.target for decided in bench.scaler.decided] == [4, 3, None], "newest first"
+    assert bench.counted == ["steady", "grow_panic", "grow_panic"]
+
+
+def test_what_is_done_is_told_each_time_and_only_so_many_are_kept() -> None:
+    bench = Bench()
+    for _ in range(DECISIONS_MAX + 5):
+        bench.scaler.note(bench.decision(Reason.REPEAT_ORDER, 3, acts=True), 2)
+    assert len(bench.told) == DECISIONS_MAX + 5
+    assert len(bench.scaler.decided) == DECISIONS_MAX
+
+
+def test_an_order_is_one_like_an_operators() -> None:
+    bench = Bench()
+    bench.scaler.scale(ScaleTo("policy-1", 3, "grow_panic"))
+    (order,) = bench.orders
+    assert isinstance(order, Order)
+    assert order.target is not None
+    assert (order.op_id, order.target.replicas, order.request.reason) == ("policy-1", 3, "policy: grow_panic")
+    bench.scaler.turn()
+    assert len(bench.orders) == 1, "it has been accepted"
+
+
+def test_an_order_waits_for_the_operation_that_gives_way_to_it() -> None:
+    bench = Bench()
+    bench.answer = Running("operation op is in progress", "op")
+    bench.scaler.scale(ScaleTo("policy-1", 3, "supersede_shrink", "op"))
+    first, second = bench.orders
+    assert first == CancelOperation("op")
+    assert isinstance(second, Order)
+    bench.scaler.turn()
+    bench.answer = None
+    bench.scaler.turn()
+    bench.scaler.turn()
+    assert [type(order) for order in bench.orders[2:]] == [Order, Order]
+    assert bench.tick().refused is None
+
+
+def test_a_refused_order_is_told_and_not_repeated() -> None:
+    bench = Bench()
+    bench.answer = DoesNotFit("host:0 has no room")
+    bench.scaler.scale(ScaleTo("policy-1", 3, "grow_panic"))
+    assert [(kind, facts["op_id"], facts["code"]) for kind, _, facts in bench.told] == [
+        ("policy_refused", "policy-1", "does_not_fit")
+    ]
+    bench.scaler.turn()
+    assert len(bench.orders) == 1
+    assert bench.tick().refused == "policy-1"
+
+
+@pytest.mark.parametrize("error", [None, NotFound("no operation op", code="unknown_operation")])
+def test_an_operation_that_cannot_end_is_cancelled(error: ElasticMoEError | None) -> None:
+    bench = Bench()
+    bench.answer = error
+    bench.scaler.cancel(CancelStuck("op"))
+    assert bench.orders == [CancelOperation("op")]
+
+
+def test_another_policy_drops_the_order_of_the_one_before() -> None:
+    bench = Bench()
+    bench.answer = Running("operation op is in progress", "op")
+    bench.scaler.scale(ScaleTo("policy-1", 3, "grow_panic"))
+    bench.scaler.use(PolicyConfig(mode="off"))
+    bench.scaler.turn()
+    assert len(bench.orders) == 1

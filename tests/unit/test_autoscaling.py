@@ -1,0 +1,189 @@
+"""What the policy is told of the deployment, and what its decisions ask of the scaler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from elasticmoe.common.capacity import MemoryForecast, Sizes
+from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
+from elasticmoe.services.scaler.control.audit_log import TurnTaken, is_notable, turn_taken
+from elasticmoe.services.scaler.control.autoscaling import Autoscaling, follow_load
+from elasticmoe.services.scaler.control.reconciler import reconcile
+from elasticmoe.services.scaler.control.state import State, Status
+from elasticmoe.services.scaler.observation import Load
+from elasticmoe.services.scaler.operation.operation import Figures, Operation, Planned
+from elasticmoe.services.scaler.planning.plan import Rates
+from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.figures import Signals
+from elasticmoe.services.scaler.policy.state import Reason
+from elasticmoe.services.scaler.policy.step_model import StepModel
+from tests.unit.transitions import UP, World, layout_of, operation_of
+
+DEVICES = tuple(f"host:{slot}" for slot in range(4))
+EXPERTS = tuple(len(homes) for homes in UP.before.homes)
+SIZES = Sizes(100, (10,) * len(EXPERTS), (8,) * len(EXPERTS))
+MEMORY = MemoryForecast(
+    budgets=dict.fromkeys(DEVICES, 2_000),
+    footprint=1_000,
+    ledger=16,
+    kv_handle_bytes=32,
+    kv_handles_min=2,
+    kv_handles=dict.fromkeys(DEVICES, 20),
+    kv_handles_load=2,
+)
+STEPS = {2: StepModel(0.01, 1e-4, 1e-7, 1e-3)}
+
+
+def signals(requests_per_s: float = 1.0, *, queued: int = 0, age_s: float = 0.0, **changes: Any) -> Signals:
+    known = {
+        "admitted_per_s": requests_per_s,
+        "prompt_tokens_per_s": 100.0 * requests_per_s,
+        "output_tokens": 50.0,
+        "uncached_share": 1.0,
+        "queued_prefill_tokens": 100.0 * queued,
+        "queued_prefill_most": 100.0 * queued,
+        "running": 3.0,
+        "kv_used": 300.0,
+        "kv_share_most": 0.3,
+    }
+    return Signals(at_s=0.0, queued=queued, oldest_queued_s=age_s, **{**known, **changes})
+
+
+BUSY = signals(60.0, queued=30, age_s=5.0, kv_share_most=0.95)
+
+
+def load(seen: Signals, *, mode: str = "act", **changes: Any) -> Load:
+    base = Load(
+        config=PolicyConfig(mode=mode, replicas_max=4),  # type: ignore[arg-type]
+        signals=seen,
+        steps=STEPS,
+        sizes=SIZES,
+        memory=MEMORY,
+        devices=DEVICES,
+        rates=Rates(),
+        kv_handle_tokens=64,
+        step_tokens_max=128,
+    )
+    return msgspec.structs.replace(base, **changes)
+
+
+def decide(
+    seen: Load, now: float = 100.0, before: Autoscaling | None = None, operation: Operation | None = None, **facts: Any
+) -> tuple[Autoscaling, tuple[Any, ...]]:
+    known: dict[str, Any] = {"is_serving": True, "is_lossy": False, "last": None, **facts}
+    last = known.pop("last")
+    return follow_load(before or Autoscaling(), seen, UP.before, operation, last, now, **known)
+
+
+def test_a_deployment_that_is_too_small_is_let_grow_under_an_id_of_its_own() -> None:
+    after, actions = decide(load(BUSY))
+    (action,) = actions
+    assert isinstance(action, ScaleTo)
+    assert (action.replicas, action.reason, action.supersedes) == (4, Reason.GROW_PANIC.value, "")
+    assert after.decision is not None
+    assert (after.decision.op_id, after.decision.target) == (action.op_id, 4)
+    again, actions = decide(load(BUSY), 101.0, after)
+    assert actions == (), "one decision, one order"
+    assert again.decision is not None
+    assert again.decision.reason is Reason.AWAITING
+
+
+def test_advice_says_the_same_and_does_nothing() -> None:
+    after, actions = decide(load(BUSY, mode="advise"))
+    assert actions == ()
+    assert after.decision is not None
+    assert (after.decision.target, after.decision.reason, after.decision.acts) == (4, Reason.GROW_PANIC, False)
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [({"is_serving": False}, Reason.RECOVERING), ({"is_lossy": True}, Reason.RECOVERING)],
+)
+def test_recovery_goes_first(facts: dict[str, bool], reason: Reason) -> None:
+    after, actions = decide(load(BUSY), **facts)
+    assert actions == ()
+    assert after.decision is not None
+    assert after.decision.reason is reason
+
+
+def test_after_a_loss_it_may_only_grow() -> None:
+    after, _ = decide(load(signals(0.0)), is_lossy=True)
+    quiet = load(signals(0.0))
+    for second in range(300):
+        after, actions = decide(quiet, 101.0 + second, after)
+        assert actions == ()
+    assert after.decision is not None
+    assert after.decision.reason is Reason.AFTER_LOSS
+    _, actions = decide(load(BUSY), 402.0, after)
+    assert [type(action) for action in actions] == [ScaleTo]
+
+
+def test_devices_that_may_not_be_used_bound_it() -> None:
+    after, actions = decide(load(BUSY, devices=DEVICES[:3]))
+    assert [action.replicas for action in actions] == [3]
+    after, actions = decide(load(BUSY, devices=DEVICES[:2]))
+    assert actions == ()
+    assert after.decision is not None
+    assert after.decision.reason is Reason.AT_MAX
+
+
+def shrinking(**changes: Any) -> Operation:
+    planned = Planned(1, 2, 2, 1, (), ("r1t0",), 0, 0, 0, 0, 0, 2.0, 30.0, {})
+    base = msgspec.structs.replace(operation_of(UP), kind="scale_down", planned=planned, phase="prepare", elapsed_s=1.0)
+    return msgspec.structs.replace(base, **changes)
+
+
+def test_a_shrink_gives_way_to_a_panic_before_its_commit_and_not_after_it() -> None:
+    _, actions = decide(load(BUSY), operation=shrinking())
+    (action,) = actions
+    assert (action.supersedes, action.replicas) == ("op", 4)
+    for committed in ({"phase": "commit"}, {"phase": "release"}, {"phase": "prepare", "leg": 1}):
+        after, actions = decide(load(BUSY), operation=shrinking(**committed))
+        assert actions == ()
+        assert after.decision is not None
+        assert after.decision.reason is Reason.OPERATION
+
+
+def test_an_operation_that_does_not_come_to_its_commit_is_cancelled_once() -> None:
+    stuck = shrinking(kind="scale_up", elapsed_s=500.0)
+    after, actions = decide(load(signals()), operation=stuck)
+    assert actions == (CancelStuck("op"),)
+    _, actions = decide(load(signals()), 101.0, after, operation=stuck)
+    assert actions == ()
+
+
+def test_how_long_the_last_growth_took_is_what_the_next_one_is_expected_to_take() -> None:
+    done = msgspec.structs.replace(operation_of(UP), phase="done")
+    grown = msgspec.structs.replace(
+        done, accounting=msgspec.structs.replace(done.accounting, figures=Figures(capacity_s=7.5))
+    )
+    after, _ = decide(load(signals()), last=grown)
+    assert after.reaction_s == 7.5
+    after, _ = decide(load(signals()), 101.0, after, last=done)
+    assert after.reaction_s == 7.5, "a shrink says nothing of it"
+
+
+def test_latencies_are_of_the_present_size_once_it_has_changed() -> None:
+    after, _ = decide(load(signals()))
+    assert after.resized_at is None
+    wider = layout_of(3, (0, 1, 2))
+    after, _ = follow_load(after, load(signals()), wider, None, None, 105.0, is_serving=True, is_lossy=False)
+    assert (after.resized_at, after.replicas) == (105.0, 3)
+
+
+def test_the_reconciler_asks_the_policy_where_there_is_a_load_and_what_it_did_is_recorded_to_be_made_again() -> None:
+    seen = World(UP.before).seen()
+    state = State(layout=UP.before, status=Status("serving", ""), ever_served=True, stall_s=60.0)
+    idle = reconcile(state, seen, 100.0)
+    assert idle.state.autoscaling == Autoscaling()
+    shown = msgspec.structs.replace(seen, load=load(BUSY))
+    step = reconcile(idle.state, shown, 101.0)
+    assert [action.replicas for action in step.actions if isinstance(action, ScaleTo)] == [4]
+    assert is_notable(idle.state, step)
+    record = turn_taken(idle.state, shown, 101.0, step)
+    read = msgspec.msgpack.decode(msgspec.msgpack.encode(record), type=TurnTaken)
+    again = reconcile(read.before, read.seen, read.now)
+    assert turn_taken(read.before, read.seen, read.now, again) == record
