@@ -9,6 +9,7 @@ from typing import Any
 from elasticmoe.cli.admin import Admin, admin_of
 from elasticmoe.cli.arguments import WrongUsage, duration, number, whole
 from elasticmoe.cli.paths import run_dir_of
+from elasticmoe.cli.replay import command as replay
 from elasticmoe.cli.terminal import say, say_json
 
 HELP = "let the load decide the number of replicas, or see what would be decided"
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument("--json", action="store_true", help="one JSON object")
         if name == "set":
             _add_fields(action)
+    replay.add_arguments(actions.add_parser("replay", help="compare it with others on a trace, without a deployment"))
 
 
 def _add_fields(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +82,8 @@ _FIELDS = {"ttft": "ttft_s", "itl": "itl_s"}
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0. Raises ElasticMoEError, WrongUsage."""
+    if args.action == "replay":
+        return replay.run(args)
     with admin_of(run_dir_of(args.run_dir)) as admin:
         if args.action in ("show", "explain"):
             policy = admin.call("GET", "/v1/policy")

@@ -1,0 +1,1 @@
+"""Scaling policies in virtual time: traffic against a simulated deployment, and what came of it."""

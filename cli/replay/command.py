@@ -1,0 +1,213 @@
+"""`elasticmoe policy replay`: what policies and a clairvoyant make of the same traffic, in virtual time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+
+from elasticmoe.cli.arguments import WrongUsage, duration, number, whole
+from elasticmoe.cli.bench.report import table
+from elasticmoe.cli.replay import judge, traffic
+from elasticmoe.cli.replay.clairvoyant import clairvoyant
+from elasticmoe.cli.replay.model import STEP, Actuation, DeploymentModel
+from elasticmoe.cli.replay.policies import Fixed, Ours, Scaler
+from elasticmoe.cli.replay.simulate import Replayed, simulate
+from elasticmoe.cli.terminal import say, say_json
+from elasticmoe.cli.traces.arrival import Arrival
+from elasticmoe.services.scaler.policy.config import PolicyConfig, policy_config
+from elasticmoe.services.scaler.policy.step_model import StepModel
+
+REPLICAS_MAX = 8
+DELAY_S = 1.0
+
+
+class ReplaySetting(NamedTuple):
+    """What is the same for all who are compared."""
+
+    model: DeploymentModel
+    config: PolicyConfig
+
+    def replay(self, arrivals: list[Arrival], seconds: float, scaler: Scaler, delay_s: float, width: int) -> Replayed:
+        """Of one."""
+        config = self.config
+        actuation = Actuation(delay_s)
+        return simulate(arrivals, seconds, scaler, self.model, actuation, width, config.ttft_s, config.itl_s)
+
+
+class Contender(NamedTuple):
+    """Somebody who decides, with an actuation."""
+
+    name: str
+    delay_s: float
+    run: Callable[[ReplaySetting, list[Arrival], float], Replayed]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `policy replay`."""
+    traffic.add_arguments(parser)
+    add, config = parser.add_argument, PolicyConfig()
+    add("--ttft", type=duration, default=config.ttft_s, metavar="TIME", help="objective: time to a first token (2s)")
+    add("--itl", type=duration, default=config.itl_s, metavar="TIME", help="objective: time between tokens (100ms)")
+    add("--replicas-min", type=whole(1), default=1, metavar="N", help="the fewest replicas, and the first (1)")
+    add("--replicas-max", type=whole(1, 384), default=REPLICAS_MAX, metavar="N", help="the most (8)")
+    add("--delay", type=duration, default=DELAY_S, metavar="TIME", help="from an order until replicas serve (1s)")
+    model = DeploymentModel()
+    add(
+        "--step",
+        type=_step,
+        default=STEP,
+        metavar="A,B,C,D",
+        help=f"seconds of a step, of each token of a prompt, "
+        f"of KV, of each sequence in it ({STEP.a:g},{STEP.b:g},{STEP.c:g},{STEP.d:g})",
+    )
+    add(
+        "--step-tokens-max",
+        type=whole(1),
+        default=model.step_tokens_max,
+        metavar="N",
+        help=f"tokens of prompts in a step ({model.step_tokens_max})",
+    )
+    add(
+        "--memory-tokens",
+        type=whole(1),
+        default=model.memory_tokens,
+        metavar="N",
+        help=f"a replica's memory, in tokens of KV ({model.memory_tokens})",
+    )
+    add(
+        "--expert-tokens",
+        type=whole(0),
+        default=model.expert_tokens,
+        metavar="N",
+        help=f"what all experts take of it, which the replicas share ({model.expert_tokens})",
+    )
+    add("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def _step(text: str) -> StepModel:
+    """The type of a flag: four numbers."""
+    parts = [number()(part) for part in text.split(",")]
+    if len(parts) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} has {len(parts)} numbers; it has to have 4")
+    return StepModel(*parts)
+
+
+def contenders(setting: ReplaySetting, delay_s: float) -> list[Contender]:
+    """All, the static ones first."""
+    least, most = setting.config.replicas_min, setting.config.replicas_max
+
+    def fixed(width: int) -> Callable[[ReplaySetting, list[Arrival], float], Replayed]:
+        return lambda setting, arrivals, seconds: setting.replay(arrivals, seconds, Fixed(), delay_s, width)
+
+    def ours(setting: ReplaySetting, arrivals: list[Arrival], seconds: float) -> Replayed:
+        return setting.replay(arrivals, seconds, Ours(setting.config), delay_s, least)
+
+    def knowing(setting: ReplaySetting, arrivals: list[Arrival], seconds: float) -> Replayed:
+        config, actuation = setting.config, Actuation(delay_s)
+        return clairvoyant(arrivals, seconds, setting.model, actuation, least, most, config.ttft_s, config.itl_s)
+
+    return [
+        Contender("static minimum", delay_s, fixed(least)),
+        Contender("static maximum", delay_s, fixed(most)),
+        Contender("clairvoyant", delay_s, knowing),
+        Contender("ours", delay_s, ours),
+    ]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0. Raises ConfigError, WrongUsage."""
+    setting = _setting(args)
+    found: dict[tuple[str, float], list[judge.ReplayVerdict]] = {}
+    seeds = traffic.seeds_of(args)
+    for seed in seeds:
+        arrivals, seconds = traffic.traffic(args, seed)
+        for one in contenders(setting, args.delay):
+            try:
+                verdict = one.run(setting, arrivals, seconds).verdict
+            except ValueError as error:
+                raise WrongUsage(str(error)) from None
+            found.setdefault((one.name, one.delay_s), []).append(verdict)
+    means = {key: judge.mean(verdicts) for key, verdicts in found.items()}
+    if args.json:
+        say_json(_as_json(args, setting, seeds, found, means))
+    else:
+        say(table([_row(key, verdict, means) for key, verdict in means.items()]))
+    return 0
+
+
+def _setting(args: argparse.Namespace) -> ReplaySetting:
+    config = policy_config(
+        {
+            "mode": "act",
+            "ttft_s": args.ttft,
+            "itl_s": args.itl,
+            "replicas_min": args.replicas_min,
+            "replicas_max": args.replicas_max,
+        }
+    )
+    try:
+        model = DeploymentModel(
+            step=args.step,
+            step_tokens_max=args.step_tokens_max,
+            memory_tokens=args.memory_tokens,
+            expert_tokens=args.expert_tokens,
+        )
+    except ValueError as error:
+        raise WrongUsage(str(error)) from None
+    return ReplaySetting(model, config)
+
+
+Means = dict[tuple[str, float], judge.ReplayVerdict]
+
+
+def _ratio(verdict: judge.ReplayVerdict, means: Means) -> float | None:
+    """Device-seconds beside the clairvoyant's."""
+    clairvoyants = [one for (name, _), one in means.items() if name == "clairvoyant"]
+    return verdict.device_seconds / clairvoyants[0].device_seconds if clairvoyants else None
+
+
+def _row(key: tuple[str, float], verdict: judge.ReplayVerdict, means: Means) -> dict[str, Any]:
+    name, delay_s = key
+    ratio = _ratio(verdict, means)
+    return {
+        "policy": name,
+        "delay, s": f"{delay_s:g}",
+        "attainment": f"{verdict.attainment:.2%}",
+        "violations": f"{verdict.violations:.0f}",
+        "device-seconds": f"{verdict.device_seconds:.0f}",
+        "× clairvoyant": "" if ratio is None else f"{ratio:.2f}",
+        "replicas": f"{verdict.mean_replicas:.2f}",
+        "operations": f"{verdict.operations:.0f}",
+        "flaps/h": f"{verdict.flaps_per_hour:.1f}",
+        "TTFT p95, s": "" if verdict.p95_ttft_s is None else f"{verdict.p95_ttft_s:.2f}",
+    }
+
+
+def _as_json(
+    args: argparse.Namespace,
+    setting: ReplaySetting,
+    seeds: list[int],
+    found: dict[tuple[str, float], list[judge.ReplayVerdict]],
+    means: Means,
+) -> dict[str, Any]:
+    source = {"profile": args.generate, "seeds": seeds} if args.generate else {"trace": args.trace}
+    policies = [
+        {
+            "policy": key[0],
+            "delay_s": key[1],
+            "times_clairvoyant": _ratio(verdict, means),
+            "mean": msgspec.to_builtins(verdict),
+            "runs": msgspec.to_builtins(found[key]),
+        }
+        for key, verdict in means.items()
+    ]
+    return {
+        "source": source,
+        "time_scale": args.time_scale,
+        "deployment": msgspec.to_builtins(setting.model),
+        "policy": msgspec.to_builtins(setting.config),
+        "policies": policies,
+    }
