@@ -4,6 +4,7 @@ understands every rule."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -36,6 +37,14 @@ def configured(folder: Path, deployment: Deployment) -> Path:
     (folder / "prometheus.yml").write_text(text)
     shutil.copy(FOLDER / "alerts.json", folder)
     return folder / "prometheus.yml"
+
+
+def keda_value(ask: Callable[..., Any]) -> float | None:
+    """What KEDA would be told, by the query of deploy/keda/."""
+    text = (ROOT / "deploy" / "keda" / "scaledobject.yaml").read_text()
+    (query,) = re.findall(r"^ *query: (.*)$", text, re.MULTILINE)
+    found = ask("query", query=query)
+    return float(found["result"][0]["value"][1]) if found and found["result"] else None
 
 
 def test_prometheus_scrapes_both_listeners_and_evaluates_every_rule(
@@ -78,6 +87,7 @@ def test_prometheus_scrapes_both_listeners_and_evaluates_every_rule(
         wait_until(targets_are_up, "both listeners are scraped", 60.0)
         wait_until(serving, "a metric has its value", 30.0)
         wait_until(rules_are_evaluated, "every rule is evaluated", 30.0)
+        wait_until(lambda: keda_value(ask) == 2.0, "KEDA's query tells one more than is wanted", 30.0)
         firing = [alert["labels"]["alertname"] for alert in ask("alerts")["alerts"]]
         assert firing == [], "a deployment with nothing to do deserves nobody's attention"
     finally:
