@@ -23,7 +23,7 @@ from tests.unit import policy_world as world
 
 RATES = st.floats(0.0, 12.0)
 WIDTHS = st.integers(1, 8)
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=25)
 
 
 @FEW
