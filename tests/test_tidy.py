@@ -113,6 +113,7 @@ PURE = [
     "common/families/shared_keys.py",
     "cli/resume.py",
     "cli/supervisor.py",
+    "cli/replay/baselines.py",
     "cli/replay/clairvoyant.py",
     "cli/replay/judge.py",
     "cli/replay/model.py",

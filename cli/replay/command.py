@@ -10,7 +10,7 @@ import msgspec
 
 from elasticmoe.cli.arguments import WrongUsage, duration, number, whole
 from elasticmoe.cli.bench.report import table
-from elasticmoe.cli.replay import judge, traffic
+from elasticmoe.cli.replay import baselines, judge, traffic
 from elasticmoe.cli.replay.clairvoyant import clairvoyant
 from elasticmoe.cli.replay.model import STEP, Actuation, DeploymentModel
 from elasticmoe.cli.replay.policies import Fixed, Ours, Scaler
@@ -22,6 +22,7 @@ from elasticmoe.services.scaler.policy.step_model import StepModel
 
 REPLICAS_MAX = 8
 DELAY_S = 1.0
+BASELINE_DELAY_S = 100.0
 
 
 class ReplaySetting(NamedTuple):
@@ -55,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--replicas-max", type=whole(1, 384), default=REPLICAS_MAX, metavar="N", help="the most (8)")
     add("--delay", type=duration, default=DELAY_S, metavar="TIME", help="from an order until replicas serve (1s)")
     model = DeploymentModel()
+    add(
+        "--baseline-delay",
+        type=duration,
+        default=BASELINE_DELAY_S,
+        metavar="TIME",
+        help="the same of those that start replicas from nothing, beside --delay (100s)",
+    )
     add(
         "--step",
         type=_step,
@@ -95,11 +103,14 @@ def _step(text: str) -> StepModel:
     return StepModel(*parts)
 
 
-def contenders(setting: ReplaySetting, delay_s: float) -> list[Contender]:
-    """All, the static ones first."""
+Runs = Callable[[ReplaySetting, list[Arrival], float], Replayed]
+
+
+def contenders(setting: ReplaySetting, delay_s: float, baseline_delay_s: float) -> list[Contender]:
+    """All, the static ones first; the baselines with either delay."""
     least, most = setting.config.replicas_min, setting.config.replicas_max
 
-    def fixed(width: int) -> Callable[[ReplaySetting, list[Arrival], float], Replayed]:
+    def fixed(width: int) -> Runs:
         return lambda setting, arrivals, seconds: setting.replay(arrivals, seconds, Fixed(), delay_s, width)
 
     def ours(setting: ReplaySetting, arrivals: list[Arrival], seconds: float) -> Replayed:
@@ -114,7 +125,53 @@ def contenders(setting: ReplaySetting, delay_s: float) -> list[Contender]:
         Contender("static maximum", delay_s, fixed(most)),
         Contender("clairvoyant", delay_s, knowing),
         Contender("ours", delay_s, ours),
+        *(
+            Contender(name, each_s, _baseline(make, each_s))
+            for each_s in dict.fromkeys((delay_s, baseline_delay_s))
+            for name, make in _BASELINES.items()
+        ),
     ]
+
+
+def _baseline(make: Callable[[ReplaySetting, list[Arrival]], Scaler], delay_s: float) -> Runs:
+    def run(setting: ReplaySetting, arrivals: list[Arrival], seconds: float) -> Replayed:
+        return setting.replay(arrivals, seconds, make(setting, arrivals), delay_s, setting.config.replicas_min)
+
+    return run
+
+
+def _bounds(setting: ReplaySetting) -> baselines.Bounds:
+    return baselines.Bounds(setting.config.replicas_min, setting.config.replicas_max)
+
+
+def _hpa(setting: ReplaySetting, _: list[Arrival]) -> Scaler:
+    return baselines.HpaOnQueue(_bounds(setting))
+
+
+def _kpa(setting: ReplaySetting, arrivals: list[Arrival]) -> Scaler:
+    return baselines.Kpa(_bounds(setting), baselines.open_target(arrivals, setting.model, setting.config))
+
+
+def _ray_serve(setting: ReplaySetting, arrivals: list[Arrival]) -> Scaler:
+    return baselines.RayServe(_bounds(setting), baselines.open_target(arrivals, setting.model, setting.config))
+
+
+def _llm_d(setting: ReplaySetting, _: list[Arrival]) -> Scaler:
+    return baselines.LlmD(_bounds(setting), setting.config.ttft_s, setting.config.itl_s)
+
+
+def _dynamo(setting: ReplaySetting, arrivals: list[Arrival]) -> Scaler:
+    prompt = baselines.mean_demand(arrivals, 0.0).prompt_tokens
+    return baselines.DynamoLoad(_bounds(setting), setting.config.ttft_s, setting.config.itl_s, prompt)
+
+
+_BASELINES: dict[str, Callable[[ReplaySetting, list[Arrival]], Scaler]] = {
+    "HPA on queue": _hpa,
+    "KPA": _kpa,
+    "Ray Serve": _ray_serve,
+    "llm-d": _llm_d,
+    "Dynamo load": _dynamo,
+}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
     seeds = traffic.seeds_of(args)
     for seed in seeds:
         arrivals, seconds = traffic.traffic(args, seed)
-        for one in contenders(setting, args.delay):
+        for one in contenders(setting, args.delay, args.baseline_delay):
             try:
                 verdict = one.run(setting, arrivals, seconds).verdict
             except ValueError as error:

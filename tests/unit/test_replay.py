@@ -10,7 +10,7 @@ import pytest
 
 from elasticmoe.cli import policy
 from elasticmoe.cli.arguments import WrongUsage
-from elasticmoe.cli.replay.clairvoyant import Planned, clairvoyant
+from elasticmoe.cli.replay.clairvoyant import Planned, clairvoyant, sizes_for
 from elasticmoe.cli.replay.judge import flaps, judge, mean
 from elasticmoe.cli.replay.model import Actuation, DeploymentModel
 from elasticmoe.cli.replay.policies import Fixed, Ours, Scaler
@@ -93,6 +93,12 @@ def test_a_plan_is_ordered_by_the_actuation_before_it_is_needed() -> None:
     assert plan.wanted(0.0, 20.0) == 3
 
 
+def test_work_that_the_largest_size_cannot_do_waits_for_the_next_interval() -> None:
+    assert sizes_for([0.4, 1.6, 0.0], 1.0, 1, 8) == [1, 2, 1]
+    assert sizes_for([0.4, 1.6, 0.0], 2.0, 1, 8) == [1, 4, 1]
+    assert sizes_for([5.5, 0.5, 0.0, 0.0], 1.0, 1, 3) == [3, 3, 1, 1]
+
+
 def test_flaps_are_changes_turned_back_within_two_minutes() -> None:
     assert flaps([]) == 0
     assert flaps([(0.0, 1, 2), (10.0, 2, 4)]) == 0
@@ -130,6 +136,9 @@ def test_the_command_tells_the_mean_of_its_seeds(capsys: pytest.CaptureFixture[s
     assert told["source"] == {"profile": "conversation", "seeds": [3, 4]}
     names = [one["policy"] for one in told["policies"]]
     assert names[:4] == ["static minimum", "static maximum", "clairvoyant", "ours"]
+    others = ["HPA on queue", "KPA", "Ray Serve", "llm-d", "Dynamo load"]
+    assert names[4:] == 2 * others
+    assert [one["delay_s"] for one in told["policies"][4:]] == 5 * [1.0] + 5 * [100.0]
     nums = [len(generate("conversation", seed, 40.0)) for seed in (3, 4)]
     for one in told["policies"]:
         assert [each["num"] for each in one["runs"]] == nums
