@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from elasticmoe.cli.arguments import WrongUsage, duration, number, whole
-from elasticmoe.cli.bench.report import table
+from elasticmoe.cli.bench.report import NO_PLOT, table
+from elasticmoe.cli.paths import absolute
 from elasticmoe.cli.replay import baselines, judge, traffic
 from elasticmoe.cli.replay.clairvoyant import clairvoyant
 from elasticmoe.cli.replay.model import STEP, Actuation, DeploymentModel
+from elasticmoe.cli.replay.plot import plot
 from elasticmoe.cli.replay.policies import Fixed, Ours, Scaler
 from elasticmoe.cli.replay.simulate import Replayed, simulate
 from elasticmoe.cli.terminal import say, say_json
 from elasticmoe.cli.traces.arrival import Arrival
+from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.services.scaler.policy.config import PolicyConfig, policy_config
 from elasticmoe.services.scaler.policy.step_model import StepModel
 
 REPLICAS_MAX = 8
 DELAY_S = 1.0
 BASELINE_DELAY_S = 100.0
+PICTURES = (".png", ".svg", ".pdf")
 
 
 class ReplaySetting(NamedTuple):
@@ -92,7 +98,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"what all experts take of it, which the replicas share ({model.expert_tokens})",
     )
+    add("--plot", type=_picture, metavar="FILE", help="draw the first traffic, and the sizes that each wanted for it")
     add("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def _picture(text: str) -> Path:
+    """The type of a flag: a file of a form that can be drawn."""
+    path = absolute(text, "--plot")
+    if path.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text!r} ends with none of {', '.join(PICTURES)}")
+    return path
 
 
 def _step(text: str) -> StepModel:
@@ -176,23 +191,37 @@ _BASELINES: dict[str, Callable[[ReplaySetting, list[Arrival]], Scaler]] = {
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ConfigError, WrongUsage."""
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(NO_PLOT)
     setting = _setting(args)
     found: dict[tuple[str, float], list[judge.ReplayVerdict]] = {}
     seeds = traffic.seeds_of(args)
     for seed in seeds:
         arrivals, seconds = traffic.traffic(args, seed)
+        runs = {}
         for one in contenders(setting, args.delay, args.baseline_delay):
             try:
-                verdict = one.run(setting, arrivals, seconds).verdict
+                replayed = one.run(setting, arrivals, seconds)
             except ValueError as error:
                 raise WrongUsage(str(error)) from None
-            found.setdefault((one.name, one.delay_s), []).append(verdict)
+            runs[f"{one.name}, {one.delay_s:g} s"] = replayed
+            found.setdefault((one.name, one.delay_s), []).append(replayed.verdict)
+        if args.plot is not None and seed == seeds[0]:
+            title = f"{args.generate}, seed {seed}" if args.generate else Path(args.trace).name
+            _draw(args.plot, title, arrivals, seconds, runs)
     means = {key: judge.mean(verdicts) for key, verdicts in found.items()}
     if args.json:
         say_json(_as_json(args, setting, seeds, found, means))
     else:
         say(table([_row(key, verdict, means) for key, verdict in means.items()]))
     return 0
+
+
+def _draw(path: Path, title: str, arrivals: list[Arrival], seconds: float, runs: dict[str, Replayed]) -> None:
+    try:
+        plot(path, title, arrivals, seconds, runs)
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: {error.strerror or error}") from None
 
 
 def _setting(args: argparse.Namespace) -> ReplaySetting:

@@ -158,6 +158,20 @@ def test_the_command_replays_a_recorded_trace(tmp_path: Path, capsys: pytest.Cap
     assert "100.00%" in rows[2]
 
 
+def test_the_command_draws_the_first_traffic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "new" / "replay.svg"
+    assert run("--generate", "step", "--duration", "20s", "--seeds", "2", "--plot", str(picture)) == 0
+    drawn = picture.read_text()
+    assert drawn.startswith("<?xml")
+    assert "ours, 1 s" in drawn
+    assert "| ours" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("--generate", "step", "--plot", str(tmp_path / "replay.doc"))
+    with pytest.raises(ConfigError, match="--plot"):
+        run("--generate", "step", "--duration", "5s", "--plot", str(picture / "below.png"))
+
+
 def test_the_command_refuses_what_cannot_be_replayed(tmp_path: Path) -> None:
     with pytest.raises(WrongUsage, match="--seeds: it has no effect beside TRACE"):
         run(str(tmp_path / "trace.csv"), "--seeds", "2")

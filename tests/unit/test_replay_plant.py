@@ -68,7 +68,7 @@ def test_a_leap_is_as_long_as_its_steps() -> None:
     ends = [{stream.number: (stream.first_s, stream.ended_s) for stream in one.ended} for one in (leaping, stepping)]
     assert len(ends[0]) == 60
     for number, (first_s, ended_s) in ends[0].items():
-        assert ends[1][number] == (pytest.approx(first_s), pytest.approx(ended_s))
+        assert ends[1][number] == pytest.approx((first_s, ended_s))
 
 
 @pytest.mark.parametrize("growth", [0.0, 1e-5, 0.3])
