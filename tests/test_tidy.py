@@ -482,6 +482,19 @@ def test_public_things_have_docstrings() -> None:
     assert found == []
 
 
+def test_no_docstring_comes_too_late() -> None:
+    """A text behind a function's first statement is no docstring, and nothing else either."""
+    found = [
+        f"{name(path)}:{part.lineno} {node.name}"
+        for path in PYTHON
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for part in node.body[1:]
+        if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) and isinstance(part.value.value, str)
+    ]
+    assert found == []
+
+
 def test_every_test_waits_for_events() -> None:
     found = [
         f"{name(path)}:{node.lineno}"

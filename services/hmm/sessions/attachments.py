@@ -47,8 +47,8 @@ class _Outbox:
     """Sends whole messages without waiting for the reader. Owns a duplicate of the channel's socket."""
 
     def __init__(self, channel: Channel[ToHmm], identity: str, clock: Clock) -> None:
-        self._clock = clock
         """Raises Unavailable `no_descriptors` at the limit of open files."""
+        self._clock = clock
         (fd,) = _duplicates((channel.fileno(),))
         self._sock = socket.socket(fileno=fd)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
