@@ -207,9 +207,9 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
         int,
         Meta(ge=0, le=1_000),
         _is("A seat's rank that dies is replaced at most so often in `rank_restarts_window_s`; then `rank_crash_loop`"),
-    ] = 5
+    ] = 10
     rank_restarts_window_s: Annotated[float, Meta(gt=0, le=86_400), _is("The window of `rank_restarts_max`", "s")] = (
-        60.0
+        120.0
     )
     copy_bytes_per_s: Annotated[
         int,

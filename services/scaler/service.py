@@ -244,7 +244,7 @@ class Scaler:
             now = self._clock.monotonic()
             self._exits.setdefault(event.slot, deque(maxlen=100)).append(now)
             # The first replacement starts at once: streams wait for it. Later ones wait longer, up to a limit.
-            self._backoff_until = now + min(BACKOFF_S_MAX, BACKOFF_S * (2 ** (self._recent_exits(now) - 1) - 1))
+            self._backoff_until = now + backoff_s(self._recent_exits(now))
             self._last_exit = event.reason
             log.warning("rank exited", because=event.reason, **facts)
             self._tell("rank_exited", event.reason, **facts)
@@ -329,6 +329,11 @@ class Scaler:
     def _lost(self) -> frozenset[str]:
         """Devices that have been lost and have not come back."""
         return frozenset(lost_devices(self._executor.operation, self._executor.ended))
+
+
+def backoff_s(num_exits: int) -> float:
+    """How long the next start waits in seconds, after so many exits of a seat in the window."""
+    return min(BACKOFF_S_MAX, BACKOFF_S * (2.0 ** max(0, num_exits - 1) - 1.0))
 
 
 def attached_of(hmm: HmmStatus | None) -> frozenset[str]:

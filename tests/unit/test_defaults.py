@@ -28,6 +28,8 @@ PROSE = [
     ("docs/api.md", r"`stream_keepalive_s` \(default (\d+) s", "stream_keepalive_s"),
     ("docs/scaling.md", r"`deadline_s`, default (\d+)", "operation_deadline_s"),
     ("docs/promises.md", r"`requests_max` .{0,80}fixed number \((\d+)\)", "requests_max"),
+    ("docs/runbooks/crash-loop.md", r"`rank_restarts_max` times \((\d+)\)", "rank_restarts_max"),
+    ("docs/runbooks/crash-loop.md", r"`rank_restarts_window_s` \((\d+) s\)", "rank_restarts_window_s"),
     ("benchmarks/recovery.md", r"\| (\d+) \(default\) \|", "max_tokens_per_step"),
 ]
 # Of `elasticmoe up`: flags whose name is not the setting's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from elasticmoe.common.config import defaults
 from elasticmoe.common.layout import initial_layout
 from elasticmoe.common.protocol.ids import TransitionId
 from elasticmoe.common.protocol.replies import Refused
@@ -13,8 +14,10 @@ from elasticmoe.services.scaler.control.members import serve
 from elasticmoe.services.scaler.control.state import State, Status
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.operation import Operation, Request
+from elasticmoe.services.scaler.service import BACKOFF_S_MAX, backoff_s
 from tests.unit.transcripts import done
 
+DEFAULTS = defaults()
 LAYOUT = initial_layout([4, 4], ["host:0", "host:1"])
 
 
@@ -87,6 +90,16 @@ def test_a_crash_loop_ends() -> None:
     assert decision.state.error is not None
     assert decision.state.error.code == "rank_crash_loop"
     assert "killed by signal 11" in decision.state.error.message
+
+
+def test_a_seat_that_never_comes_up_is_given_up_and_not_tried_for_ever() -> None:
+    """However its pauses grow, more deaths than are allowed fall into the window, where a start takes 8 s."""
+    allowed, window_s = DEFAULTS["rank_restarts_max"], DEFAULTS["rank_restarts_window_s"]
+    assert isinstance(allowed, int)
+    assert isinstance(window_s, float)
+    pauses = [backoff_s(num) for num in range(1, allowed + 1)]
+    assert (pauses[0], pauses[-1]) == (0.0, BACKOFF_S_MAX)
+    assert sum(pauses) + 8.0 * allowed < window_s
 
 
 def test_a_seat_whose_device_is_lost_is_not_filled_and_waited_for_by_nobody() -> None:
