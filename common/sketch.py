@@ -58,43 +58,6 @@ def total(counts: Counts) -> int:
     return sum(count for _, count in counts)
 
 
-def quantile(counts: Counts, q: float) -> float | None:
-    """The time that a share `q` (0 to 1) of what was counted does not exceed, by nearest rank; None of nothing.
-
-    Raises ValueError for a share that is none.
-    """
-    if not 0.0 <= q <= 1.0:
-        raise ValueError(f"a quantile is between 0 and 1; this one is {q}")
-    rank = max(1, math.ceil(q * total(counts)))
-    seen = 0
-    for bucket, count in counts:
-        seen += count
-        if seen >= rank:
-            return value(bucket)
-    return None
-
-
-def share_below(counts: Counts, seconds: float) -> float | None:
-    """The share of what was counted that took up to `seconds`; None of nothing. Within the bucket of `seconds`, counts
-    are taken as spread evenly over the logarithm."""
-    num = total(counts)
-    if num == 0:
-        return None
-    edge = index(seconds)
-    below = float(sum(count for bucket, count in counts if bucket < edge))
-    inside = sum(count for bucket, count in counts if bucket == edge)
-    return min(1.0, (below + inside * _part_below(edge, seconds)) / num)
-
-
-def _part_below(bucket: int, seconds: float) -> float:
-    """Which part of a bucket lies below a time in it."""
-    if bucket == 0:
-        return 1.0 if seconds >= MIN_S else 0.0
-    if bucket == SKETCH_BUCKETS - 1:
-        return 0.0
-    return min(1.0, max(0.0, 1.0 - math.log(upper(bucket) / seconds) / _LOG_GROWTH))
-
-
 def share_within(counts: JointCounts, first_s: float, second_s: float) -> float | None:
     """The share of which the one figure is up to `first_s` and the other up to `second_s`; None of nothing. What is in
     a bucket of a limit counts as within where the bucket's value is."""
@@ -111,15 +74,6 @@ def merge(sketches: Iterable[Counts]) -> Counts:
         for bucket, count in counts:
             merged[bucket] += count
     return tuple(sorted(merged.items()))
-
-
-def merge_joint(sketches: Iterable[JointCounts]) -> JointCounts:
-    """As `merge`, of two figures at once."""
-    merged: Counter[tuple[int, int]] = Counter()
-    for counts in sketches:
-        for first, second, count in counts:
-            merged[first, second] += count
-    return tuple((first, second, count) for (first, second), count in sorted(merged.items()))
 
 
 def check_ascending(name: str, keys: Iterable[object]) -> None:

@@ -344,7 +344,6 @@ class PushClient:
 
     def __init__(self, path: Path, identity: str) -> None:
         self.identity = identity
-        self.num_lost = 0
         self._seq = 0
         self._socket = _contexts.take().socket(zmq.DEALER)
         _configure(self._socket, identity)
@@ -361,7 +360,6 @@ class PushClient:
         try:
             self._socket.send(encode(body, sender=self.identity, epoch=0, seq=self._seq), zmq.NOBLOCK)
         except zmq.Again:
-            self.num_lost += 1
             return False
         return True
 

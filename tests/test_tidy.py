@@ -495,6 +495,27 @@ def test_no_docstring_comes_too_late() -> None:
     assert found == []
 
 
+def test_nothing_is_there_for_tests_alone() -> None:
+    """What a module defines at its top, and no decorator hands on, is named somewhere in the product."""
+    named: set[str] = set()
+    defined: list[tuple[str, str]] = []
+    for path in PYTHON:
+        if name(path).startswith("tests/"):
+            continue
+        module = tree(path)
+        for node in ast.walk(module):
+            if isinstance(node, ast.Name | ast.Attribute):
+                named.add(node.id if isinstance(node, ast.Name) else node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named.add(node.value)
+        defined += [
+            (f"{name(path)}:{node.lineno}", node.name)
+            for node in module.body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.decorator_list
+        ]
+    assert [(place, what) for place, what in defined if what not in named] == []
+
+
 def test_every_test_waits_for_events() -> None:
     found = [
         f"{name(path)}:{node.lineno}"
