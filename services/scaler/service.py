@@ -149,12 +149,16 @@ class Scaler:
         fence = self.lease.attempt()
         if isinstance(fence, str):
             self._refuse_orders()
+            self._wait_because(f"waiting for the lease: {fence}")
             if self.lease.why_not.code == "storage_full":
                 self._reserve.give_up()  # what is reserved for an operation is of no use to it without a scaler
             return False
         self._fence = self.events.fence = fence
         self._links.act_under(fence)
         return True
+
+    def _wait_because(self, reason: str) -> None:
+        self.status_cache.snapshot = msgspec.structs.replace(self.status_cache.snapshot, reason=reason)
 
     def _refuse_orders(self) -> None:
         def refuse(_: Command) -> Answer:
@@ -169,6 +173,7 @@ class Scaler:
         except Unavailable as error:
             log.warning("what earlier runs have left cannot be read", because=error.message)
             self.lease.why_not = error
+            self._wait_because(f"what earlier runs have left cannot be read: {error.message}")
             return None
         self._executor.resume(recalled.operation, recalled.ended[:ENDED_MAX])
         self.status_cache.snapshot = msgspec.structs.replace(

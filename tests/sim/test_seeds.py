@@ -11,6 +11,7 @@ import pytest
 from elasticmoe.services.scaler.operation.prepare import fitted
 from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.scenario import run_seed
+from tests.sim.world import World as Simulated
 from tests.sim.world import simulated
 from tests.unit.transitions import UP, World
 
@@ -66,6 +67,23 @@ def test_a_mistake_is_found(name: str) -> None:
             if any(text in error for text in MUTATIONS[name].found):
                 return
     pytest.fail(f"not found in {MUTATION_SEEDS_MAX} seeds: {name}")
+
+
+def test_a_scaler_that_waits_says_what_for() -> None:
+    world = Simulated(1)
+    world.sim.run(3.0)
+    world.start_scaler()
+    world.sim.run(6.0)
+    acting, waiting = world.scalers
+    assert (acting.phase, waiting.phase) == ("serving", "starting")
+    assert waiting.service.status_cache.snapshot.reason == "waiting for the lease: scaler:1"
+    world.store.is_down = True
+    acting.crash(99.0)
+    world.sim.run(12.0)
+    assert waiting.service.status_cache.snapshot.reason == "waiting for the lease: the store does not answer"
+    world.store.is_down = False
+    world.sim.run(20.0)
+    assert (waiting.phase, waiting.service.status_cache.snapshot.reason) == ("serving", "nothing to do")
 
 
 def test_a_later_leg_takes_no_more_kv_than_there_is() -> None:

@@ -352,3 +352,22 @@ def test_a_journal_that_is_fenced_says_so(make: Callable[[World], Scene]) -> Non
     scene.store.failure = Fenced("another scaler holds the lease")
     scene.journal.put(operation_of(UP))
     assert scene.fenced.wait(10)
+
+
+@pytest.mark.parametrize("is_fenced", [False, True])
+def test_what_another_scaler_has_written_is_not_taken_for_a_loss(
+    is_fenced: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, lost = FakeStore(), threading.Event()
+    journal = Journal(store, "scaler:a", lambda _: None, lost.set, lambda: None, NO_RESERVE, SYSTEM_CLOCK)  # type: ignore[arg-type]
+    journal.act_under(1)
+    journal.put(operation_of(UP))
+    now = SYSTEM_CLOCK.monotonic() + journal_module.VERIFY_S
+    assert journal.turn(now) is not None
+    assert journal.turn(now) is not None
+    store.mark = "another"
+    store.failure = Fenced("another scaler holds the lease") if is_fenced else None
+    with caplog.at_level("WARNING"):
+        journal.turn(now + 2 * journal_module.VERIFY_S)
+    assert lost.is_set() == is_fenced
+    assert ("lost the journal" in caplog.text) != is_fenced

@@ -234,12 +234,12 @@ class Journal:
             return
         layout, operation = self._last_layout, self._last_operation
         if layout is not None and self._store.get_epoch() < layout.epoch:
-            log.warning("the store has lost the layout; it is written again", epoch=layout.epoch)
-            self._store.put_layout(self._writer, layout)
+            self._store.put_layout(self._writer, layout)  # raises where it was another scaler that wrote
+            log.warning("the store had lost the layout; it was written again", epoch=layout.epoch)
         if self._store.journal_mark() != self._stored:
-            if self._stored:
-                log.warning("the store has lost the journal; it is written again")
-            self._stored = self._store.put_operation(self._writer, operation)
+            before, self._stored = self._stored, self._store.put_operation(self._writer, operation)
+            if before:
+                log.warning("the store had lost the journal; it was written again")
             if operation is None:
                 self._free_reserve("")
 
