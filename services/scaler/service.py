@@ -12,7 +12,7 @@ from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.model_spec import ModelSpec
-from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.protocol.errors import Unavailable, Unready
 from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
 from elasticmoe.common.protocol.signals import CODEC as SIGNALS
 from elasticmoe.common.store import Event, Writer
@@ -131,7 +131,9 @@ class Scaler:
             self.close()
 
     def close(self) -> None:
-        """Write what is left to the store, and let another scaler have the lease."""
+        """Refuse what waits, write what is left to the store, and let another scaler have the lease."""
+        self.lease.why_not = Unready("this scaler ends, and another one takes its place")
+        self._refuse_orders()
         self.events.close()
         self._autoscaler.close()
         self._links.close()

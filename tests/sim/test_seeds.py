@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
+from elasticmoe.common.protocol.errors import Unready
 from elasticmoe.services.scaler.operation.prepare import fitted
 from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.scenario import run_seed
@@ -84,6 +85,17 @@ def test_a_scaler_that_waits_says_what_for() -> None:
     world.store.is_down = False
     world.sim.run(20.0)
     assert (waiting.phase, waiting.service.status_cache.snapshot.reason) == ("serving", "nothing to do")
+
+
+def test_an_order_that_waits_is_refused_when_its_scaler_ends() -> None:
+    world = Simulated(1)
+    world.sim.run(3.0)
+    (scaler,) = world.scalers
+    scaler.hand_in("op", "another")
+    (asked,) = scaler.asked
+    scaler.service.close()
+    with pytest.raises(Unready, match="this scaler ends"):
+        asked.future.result(timeout=0)
 
 
 def test_a_later_leg_takes_no_more_kv_than_there_is() -> None:
