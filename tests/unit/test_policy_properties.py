@@ -223,3 +223,32 @@ def test_one_operating_point_does_not_push_out_the_others() -> None:
         samples.add(StepSample(0.05, 2_000 if number < 12 else 0, 50_000 if number < 12 else 100, 3, 50))
     assert len(samples) == step_model.SAMPLES
     assert any(one.prefill_tokens == 2_000 for bucket in samples._buckets.values() for one in bucket)
+
+
+@FEW
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **{name: st.sampled_from([5e-324, 1e-300, 0.001, 86_400.0]) for name in ("ttft_s", "itl_s", "rise_s")},
+            **{name: st.sampled_from([5e-324, 0.001, 1.0]) for name in ("kv_share_max", "quantile", "down_share")},
+            **{name: st.sampled_from([5e-324, 0.001]) for name in ("up_min", "up_max")},
+            "unknown_after_s": st.sampled_from([5e-324, 0.001]),
+        },
+    )
+)
+def test_what_is_accepted_can_be_decided_by(raw: dict[str, float]) -> None:
+    """A policy that is kept and ends each scaler which follows it would end them all."""
+    try:
+        config = policy_config({"mode": "act", "up_min": 0.001, **raw})
+    except ConfigError:
+        return
+    plant = world.Plant(2, config=config)
+    plant.run(3, 0.0)
+    plant.run(3, 1e6, queued=1_000, oldest_queued_s=1e5, ttft_s=1e3, itl_s=1e3)
+
+
+@pytest.mark.parametrize("field", ["ttft_s", "up_max"])
+def test_a_number_next_to_zero_is_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}.*0.001"):
+        policy_config({field: 5e-324})

@@ -17,8 +17,9 @@ from elasticmoe.common.protocol.limits import DEVICES_MAX
 from elasticmoe.common.wording import read
 
 Mode = Literal["off", "advise", "act"]
-Seconds = Annotated[float, Meta(gt=0.0, le=86_400.0)]
-Share = Annotated[float, Meta(gt=0.0, le=1.0)]
+# What is divided by stays clear of zero: a quotient by the smallest number there is would be infinite.
+Seconds = Annotated[float, Meta(ge=0.001, le=86_400.0)]
+Share = Annotated[float, Meta(ge=0.001, le=1.0)]
 Replicas = Annotated[int, Meta(ge=1, le=DEVICES_MAX)]
 
 
