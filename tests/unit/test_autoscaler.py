@@ -15,6 +15,7 @@ from elasticmoe.common.protocol.codec import Received
 from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound
 from elasticmoe.common.protocol.scaler import MemoryFacts
 from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, Signal
+from elasticmoe.common.sketch import index, value
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
 from elasticmoe.services.scaler.control.admission import CancelOperation, Order, Running
 from elasticmoe.services.scaler.control.autoscaler import DECISIONS_MAX, FORGET_S, TICK_S, Autoscaler
@@ -26,6 +27,7 @@ from tests.clocks import PlayedClock
 from tests.unit.specs import tiny_mixtral_spec
 from tests.unit.transitions import UP, World
 
+SLOW, FAST = index(20.0), index(0.01)
 FACTS = MemoryFacts(64, KvGeometry(16, 256, 1024, 4, 256), 1 << 20, 4096, 2, 20)
 
 
@@ -86,6 +88,13 @@ class Bench:
         rank = RankId(slot, 0)
         self.push(RankWindow(rank=rank, incarnation=incarnation, number=number, **{**known, **facts}))  # type: ignore[arg-type]
 
+    def resize(self, replicas: int) -> None:
+        """Another layout comes into force, of the first so many replicas."""
+        layout = self.world.layout
+        seats = tuple(seat for seat in layout.seats if seat.rank.replica < replicas)
+        self.world.layout = msgspec.structs.replace(layout, epoch=layout.epoch + 1, seats=seats)
+        self.hmm = msgspec.structs.replace(self.hmm, layout=self.world.layout)
+
     def load(self) -> Load | None:
         return self.scaler.observe(self.hmm, self.seen.pool, frozenset())
 
@@ -140,6 +149,25 @@ def test_a_rank_that_tells_nothing_leaves_its_share_unknown() -> None:
     assert load.signals.kv_used == UNKNOWN
     assert load.signals.silent == ("r1t0",)
     assert load.signals.admitted_per_s == 2.0
+
+
+def test_latencies_of_another_size_do_not_speak_for_this_one() -> None:
+    """Else whoever has just grown grows again for what was slow before."""
+    bench = Bench(settle_s=3.0)
+    bench.tick("router:1")
+    bench.router("router:1", ttft=((SLOW, 10),), gaps=((SLOW, 10),))
+    slow = bench.tick().signals
+    assert slow.ttft_s == slow.itl_s == value(SLOW)
+    bench.resize(1)
+    assert bench.tick("router:1", ranks=(0,)).signals.ttft_s == MISSING
+    for _ in range(3):  # a request's first token comes late that has waited since before
+        bench.router("router:1", ttft=((SLOW, 1),))
+        assert bench.tick(ranks=(0,)).signals.ttft_s == MISSING
+    bench.now += TICK_S
+    bench.router("router:1", ttft=((FAST, 10),))
+    load = bench.load()
+    assert load is not None
+    assert load.signals.ttft_s == value(FAST)
 
 
 def test_without_any_router_demand_is_unknown() -> None:

@@ -8,6 +8,7 @@ forgotten after FORGET_S.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Annotated
@@ -90,6 +91,8 @@ class Autoscaler:
         self._models = StepModels()
         self._arrived: deque[tuple[Signal, float]] = deque(maxlen=WINDOWS_MAX)  # since the policy's last turn
         self._routers: dict[str, float] = {}  # when each was heard last
+        self._replicas: int | None = None  # of the policy's last turn
+        self._latencies_since_s = -math.inf  # those before tell of another size
         self._due_at = 0.0
         self._order: ScaleTo | None = None  # given, and neither accepted nor refused yet
         self._refused: str | None = None
@@ -123,7 +126,11 @@ class Autoscaler:
                 self._intake.take_rank(window, arrived_at)
         self._arrived.clear()
         self._models.learn(layout.dp, self._intake.take_steps())
-        self.signals = self._intake.signals(now)
+        if layout.dp != self._replicas:
+            if self._replicas is not None:
+                self._latencies_since_s = now + self.policy.settle_s
+            self._replicas = layout.dp
+        self.signals = self._intake.signals(now, self._latencies_since_s)
         return Load(
             config=self.policy,
             signals=self.signals,
