@@ -182,6 +182,7 @@ class Scaler:
             self.status_cache.snapshot, resumed=recalled.resumed, instance=recalled.instance
         )
         self._beginning = recalled.beginning
+        self.journal.adopt_policy(recalled.policy)
         self._use_policy(recalled.policy)
         return recalled.beginning
 
@@ -319,10 +320,13 @@ class Scaler:
     # ---- the policy -----------------------------------------------------------------------------------------------
 
     def _set_policy(self, order: SetPolicy) -> PolicyRecord:
-        """Let another policy be in force. Raises Conflict `policy_changed`."""
+        """Let another policy be in force. Raises Conflict `policy_changed`, and Unavailable while it could not be kept:
+        a restart would drop it without a word."""
         assert self._policy is not None, "orders are served once the journal has been read"
         policy = changed(self._policy, order.version, order.config)
         if policy is not self._policy:
+            self.lease.check_room()
+            self.journal.check_takes()
             self.journal.keep(policy)
             self._tell("policy_set", f"version {policy.version}", mode=policy.config.mode)
             self._use_policy(policy)

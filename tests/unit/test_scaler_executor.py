@@ -27,6 +27,8 @@ from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.observation import Observation
 from elasticmoe.services.scaler.operation.operation import Operation
+from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.record import PolicyRecord, changed
 from elasticmoe.services.scaler.store import journal as journal_module
 from elasticmoe.services.scaler.store.journal import Journal
 from tests.clocks import PlayedClock
@@ -42,6 +44,7 @@ class FakeStore:
         self.operation: Operation | None = None
         self.ended: list[Operation] = []
         self.layout: Any = None
+        self.policy: Any = None
         self.events: list[Event] = []
         self.mark = ""
         self.num_writes = 0
@@ -73,6 +76,9 @@ class FakeStore:
 
     def put_layout(self, by: Writer, layout: Any) -> None:
         self._write("layout", layout)
+
+    def put_policy(self, by: Writer, policy: Any) -> None:
+        self._write("policy", policy)
 
     def get_epoch(self) -> int:
         return self.layout.epoch if self.layout else 0
@@ -325,6 +331,41 @@ def test_a_store_that_was_emptied_gets_everything_again(
     scene.store.wait(lambda: scene.store.ended == [operation])
     scene.store.operation, scene.store.mark = operation_of(DOWN), "somebody else's"
     scene.store.wait(lambda: scene.store.operation is None)
+
+
+def test_a_store_that_was_emptied_gets_the_policy_again(
+    make: Callable[[World], Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next scaler would begin with what the settings say: `act`, where somebody had set `off`."""
+    monkeypatch.setattr(journal_module, "VERIFY_S", 0.05)
+    scene = make(World(UP.before))
+    first = PolicyRecord(1, PolicyConfig(), PolicyConfig())
+    scene.journal.adopt_policy(first)
+    scene.store.mark = "of an earlier scaler"
+    scene.store.wait(lambda: scene.store.policy == first)
+    then = (scene.store.policy, scene.store.mark)
+    second = changed(first, 1, PolicyConfig(mode="off"))
+    scene.journal.keep(second)
+    scene.store.wait(lambda: scene.store.policy == second)
+    for policy, mark in ((None, ""), then):  # emptied, and rolled back
+        scene.store.policy, scene.store.mark = policy, mark
+        scene.store.wait(lambda: scene.store.policy == second)
+
+
+def test_a_policy_is_refused_while_it_could_not_be_kept() -> None:
+    store = FakeStore()
+    journal = Journal(store, "scaler:a", lambda _: None, lambda: None, lambda: None, NO_RESERVE, SYSTEM_CLOCK)  # type: ignore[arg-type]
+    journal.act_under(1)
+    journal.check_takes()
+    store.failure = Unavailable("store does not answer", code="store_unavailable")
+    journal.event(Event("x", "one", 1, "scaler:a", 0.0))
+    journal.turn(0.0)
+    with pytest.raises(Unavailable, match="does not answer") as refused:
+        journal.check_takes()
+    assert refused.value.code == "store_unavailable"
+    store.failure = None
+    journal.turn(1.0)
+    journal.check_takes()
 
 
 def test_nothing_is_written_or_dropped_before_the_lease_is_there(

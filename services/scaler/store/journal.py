@@ -2,9 +2,9 @@
 
 The operation in progress is written at each change of its state; the loop asks `is_durable` before it sends a command
 that needs the record. What the store does not take is kept and written later: the newest state of the operation, the
-newest layout, and events up to a bound. While there is nothing to write, it is checked that the store still has what
-was written: one that was emptied or rolled back, or that a superseded scaler wrote to before its fencing epoch was
-restored, is put right.
+newest layout and policy, and events up to a bound. While there is nothing to write, it is checked that the store still
+has what was written: one that was emptied or rolled back, or that a superseded scaler wrote to before its fencing epoch
+was restored, is put right.
 """
 
 from __future__ import annotations
@@ -77,10 +77,12 @@ class Journal:
         self._closing = False
         self._failing = False
         self._full = ""
+        self._failure: ElasticMoEError | None = None  # of the last turn
         self._reserved_for = ""  # this operation
         self._given_up_at: float | None = None  # the reserve, for an operation that is still in progress
         self._last_layout: Layout | None = None
         self._last_operation: Operation | None = None
+        self._last_policy: PolicyRecord | None = None
         self._verified_at = 0.0
         self._thread: threading.Thread | None = None
 
@@ -160,6 +162,13 @@ class Journal:
             if self._full:
                 raise Unavailable(f"nothing can be journaled: {self._full}", code="storage_full")
 
+    def check_takes(self) -> None:
+        """Raises Unavailable while the store has not taken, or does not answer, what it was asked last."""
+        self.check_room()
+        with self._lock:
+            if self._failure is not None:
+                raise Unavailable(f"nothing can be kept: {self._failure.message}", code=self._failure.code)
+
     def no_room(self) -> str:
         """Why the store takes no writes, where that is for want of room and will not pass by itself: what was reserved
         has been given up, and the store did not find it."""
@@ -176,6 +185,10 @@ class Journal:
             return
         with self._lock:
             self._written, self._reserved_for = _mark(operation), operation.op_id
+
+    def adopt_policy(self, policy: PolicyRecord) -> None:
+        """The store had this policy just now, or is to have it: it gets it again where it loses it."""
+        self._last_policy = policy
 
     def close(self) -> None:
         """Write what is left as long as the store takes it, and end the thread."""
@@ -207,6 +220,8 @@ class Journal:
             elif now - self._verified_at >= VERIFY_S:
                 self._verified_at = now
                 self._verify()
+            with self._lock:
+                self._failure = None
         except Fenced:
             self._on_fenced()
             return None
@@ -222,6 +237,7 @@ class Journal:
         is_full = error.code == "storage_full"
         with self._lock:
             self._full = error.message if is_full else ""
+            self._failure = error
             is_given_up = is_full and self._reserve.give_up()
             if is_given_up:
                 self._given_up_at = self._clock.monotonic()
@@ -237,6 +253,8 @@ class Journal:
             self._store.put_layout(self._writer, layout)  # raises where it was another scaler that wrote
             log.warning("the store had lost the layout; it was written again", epoch=layout.epoch)
         if self._store.journal_mark() != self._stored:
+            if self._last_policy is not None:
+                self._store.put_policy(self._writer, self._last_policy)
             before, self._stored = self._stored, self._store.put_operation(self._writer, operation)
             if before:
                 log.warning("the store had lost the journal; it was written again")
@@ -312,6 +330,9 @@ class Journal:
             self._on_written()
         elif policy is not None:
             self._store.put_policy(self._writer, policy)
+            self._last_policy = policy
+            # A store that is rolled back to before the policy then has another mark, and gets it again.
+            self._stored = self._store.put_operation(self._writer, self._last_operation)
             with self._lock:
                 if self._policy is policy:
                     self._policy = None
