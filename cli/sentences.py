@@ -23,6 +23,7 @@ _SENTENCES = {
     "loss_refused": "a lost device cannot be left out ({code}): {reason}",
     "policy": "the policy ({mode}), at {replicas} replicas: {reason}, target {target}",
     "policy_set": "the policy is changed, mode {mode}: {reason}",
+    "policy_unreadable": "the policy in the store cannot be read, so its mode is {mode}: {reason}",
     "policy_refused": "the policy's order {op_id} is refused ({code}): {reason}",
     "orphans_found": "what an unknown operation left is cleared away: {reason}",
 }

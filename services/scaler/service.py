@@ -182,8 +182,11 @@ class Scaler:
             self.status_cache.snapshot, resumed=recalled.resumed, instance=recalled.instance
         )
         self._beginning = recalled.beginning
-        self.journal.adopt_policy(recalled.policy)
         self._use_policy(recalled.policy)
+        if recalled.policy_damage:
+            self._tell("policy_unreadable", recalled.policy_damage, mode=recalled.policy.config.mode)
+        else:
+            self.journal.adopt_policy(recalled.policy)
         return recalled.beginning
 
     # ---- one turn -------------------------------------------------------------------------------------------------

@@ -142,6 +142,7 @@ class KeptStore:
         self.epoch = 0
         self.instance = ""
         self.policy: PolicyRecord | None = None
+        self.policy_failure: Exception | None = None
         self.failure: Exception | None = None
         self.layout_failure: Exception | None = None
         self.writes: list[str] = []
@@ -166,7 +167,7 @@ class KeptStore:
         self.instance = instance
 
     def get_policy(self, _: object) -> object:
-        return self._get(self.policy)
+        return self._get(self.policy, self.policy_failure)
 
     def put_policy(self, _: Writer, policy: PolicyRecord) -> None:
         self.writes.append("policy")
@@ -310,6 +311,31 @@ def test_the_policy_that_was_set_while_it_ran_goes_on_until_the_settings_change(
     assert store.policy == other
     (tmp_path / "state/fresh").touch()
     assert recall_of(store, tmp_path, itl_s=0.2).read(BY).policy.version == 1
+
+
+@pytest.mark.parametrize(("mode", "used"), [("act", "advise"), ("advise", "advise"), ("off", "off")])
+def test_a_policy_that_cannot_be_read_keeps_nothing_else_from_going_on(
+    store: KeptStore, tmp_path: Path, mode: str, used: str
+) -> None:
+    """A later release's has fields that this one does not know. It may have said `off`: nothing is done by it."""
+    store.layout, store.epoch = layout_of(3, (0, 1)), 3
+    store.served = Served("/models/a", "float32")
+    store.policy_failure = Unavailable("store value is not valid: config: has no field 'x'", code="store_corrupt")
+    recalled = recall_of(store, tmp_path, policy=mode, ttft_s=0.5).read(BY)
+    assert recalled.beginning.is_resumed
+    assert (recalled.policy.config.mode, recalled.policy.config.ttft_s) == (used, 0.5)
+    assert "has no field 'x'" in recalled.policy_damage
+    assert "policy" not in store.writes, "the later release finds it as it was"
+    store.policy_failure = Unavailable("store does not answer", code="store_unavailable")
+    with pytest.raises(Unavailable, match="does not answer"):
+        recall_of(store, tmp_path).read(BY)
+
+
+def test_another_default_in_a_later_release_is_not_the_operators_word(store: KeptStore, tmp_path: Path) -> None:
+    first = recall_of(store, tmp_path).read(BY).policy
+    set_ = changed(first, 1, msgspec.structs.replace(first.config, mode="act"))
+    store.policy = msgspec.structs.replace(set_, settings=msgspec.structs.replace(set_.settings, hold_s=42.0))
+    assert recall_of(store, tmp_path).read(BY).policy == store.policy
 
 
 def test_a_change_of_a_policy_that_somebody_else_has_changed_is_refused(store: KeptStore, tmp_path: Path) -> None:

@@ -60,6 +60,9 @@ KINDS: dict[str, Kind] = {
         },
     ),
     "policy_set": Kind("Another policy is in force", {"mode": "`off`, `advise` or `act`"}),
+    "policy_unreadable": Kind(
+        "The policy in the store cannot be read; `policy set` puts another in its place", {"mode": "until then"}
+    ),
     "policy_refused": Kind("An order of the policy was refused", _OP_ID | {"code": "of the refusal: errors.md"}),
     "orphans_found": Kind("Something is left of an operation that the journal does not know; it is cleared away", {}),
 }

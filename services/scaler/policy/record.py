@@ -8,6 +8,8 @@ from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.protocol.errors import Conflict
 from elasticmoe.services.scaler.policy.config import Mode, PolicyConfig, policy_config
 
+SETTINGS = ("mode", "ttft_s", "itl_s", "attainment", "replicas_min", "replicas_max")  # what the settings say of it
+
 
 class PolicyRecord(msgspec.Struct, frozen=True):
     """`version`: grows by one with each change. `settings`: what the scaler's settings said when it was written: where
@@ -37,9 +39,16 @@ def resumed(left: PolicyRecord | None, settings: PolicyConfig) -> PolicyRecord:
     """The policy to begin with: what is left, unless the settings have changed since it was written."""
     if left is None:
         return PolicyRecord(1, settings, settings)
-    if left.settings != settings:
+    # Defaults of what no setting names may be others in another release: that is nobody's word.
+    if any(getattr(left.settings, name) != getattr(settings, name) for name in SETTINGS):
         return PolicyRecord(left.version + 1, settings, settings)
     return left
+
+
+def cautious(settings: PolicyConfig) -> PolicyRecord:
+    """The policy to go on with where what is left cannot be read: it may have said that nothing is to be done."""
+    mode: Mode = "off" if settings.mode == "off" else "advise"
+    return PolicyRecord(1, msgspec.structs.replace(settings, mode=mode), settings)
 
 
 def changed(record: PolicyRecord, version: int, config: PolicyConfig) -> PolicyRecord:

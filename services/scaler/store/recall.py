@@ -15,7 +15,7 @@ from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.common.store import Store, Writer
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.operation.operation import Operation
-from elasticmoe.services.scaler.policy.record import PolicyRecord, policy_of
+from elasticmoe.services.scaler.policy.record import PolicyRecord, cautious, policy_of
 from elasticmoe.services.scaler.policy.record import resumed as resumed_policy
 from elasticmoe.services.scaler.store.records import OPERATIONS
 from elasticmoe.services.scaler.store.resume import Beginning, Left, Resumed, Wanted, begin
@@ -28,7 +28,8 @@ _LATER = ("store_unavailable", "storage_full")
 
 class Recalled(msgspec.Struct, frozen=True):
     """How a scaler begins: the layout, the operation in progress, those that ended, newest first, what of it is
-    resumed, the deployment's name, which it has until its state is dropped, and the policy."""
+    resumed, the deployment's name, which it has until its state is dropped, and the policy, with why the one that is
+    left cannot be read."""
 
     beginning: Beginning
     operation: Operation | None
@@ -36,6 +37,7 @@ class Recalled(msgspec.Struct, frozen=True):
     resumed: Resumed | None
     instance: str
     policy: PolicyRecord
+    policy_damage: str = ""
 
 
 class Recall:
@@ -82,7 +84,8 @@ class Recall:
             self._store.put_served(by, self._wanted.served)
         is_refused = beginning.refusal is not None
         instance = self._instance(by, left, is_refused=is_refused)
-        return Recalled(beginning, operation, ended, resumed, instance, self._policy(by, left, is_refused=is_refused))
+        policy, damage = self._policy(by, left, is_refused=is_refused)
+        return Recalled(beginning, operation, ended, resumed, instance, policy, damage)
 
     def _instance(self, by: Writer, left: Left, *, is_refused: bool) -> str:
         known = "" if left.is_dropped else self._store.get_instance()
@@ -91,12 +94,21 @@ class Recall:
             self._store.put_instance(by, known)
         return known
 
-    def _policy(self, by: Writer, left: Left, *, is_refused: bool) -> PolicyRecord:
-        known = None if left.is_dropped else self._store.get_policy(_policies)
-        policy = resumed_policy(known, policy_of(self._config))
+    def _policy(self, by: Writer, left: Left, *, is_refused: bool) -> tuple[PolicyRecord, str]:
+        """One that cannot be read, such as a later release's, stays as it is until somebody sets another: nothing else
+        hangs on it."""
+        settings = policy_of(self._config)
+        try:
+            known = None if left.is_dropped else self._store.get_policy(_policies)
+        except Unavailable as error:
+            if error.code in _LATER:
+                raise
+            log.error("the policy cannot be read, and nothing is done by it", because=error.message)
+            return cautious(settings), error.message
+        policy = resumed_policy(known, settings)
         if policy != known and not is_refused:
             self._store.put_policy(by, policy)
-        return policy
+        return policy, ""
 
     def _left(self) -> Left:
         is_dropped = self._mark.exists()
