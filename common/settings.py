@@ -240,13 +240,13 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
         ),
     ] = "advise"
     ttft_s: Annotated[
-        float, Meta(gt=0, le=86_400), _is("Objective of the policy: the time to a request's first token", "s")
+        float, Meta(ge=0.001, le=86_400), _is("Objective of the policy: the time to a request's first token", "s")
     ] = 2.0
     itl_s: Annotated[
-        float, Meta(gt=0, le=86_400), _is("Objective of the policy: the mean time between a request's tokens", "s")
+        float, Meta(ge=0.001, le=86_400), _is("Objective of the policy: the mean time between a request's tokens", "s")
     ] = 0.1
     attainment: Annotated[
-        float, Meta(gt=0, le=1), _is("Objective of the policy: the share of requests that keep both")
+        float, Meta(ge=0.001, le=1), _is("Objective of the policy: the share of requests that keep both")
     ] = 0.99
     replicas_min: Annotated[int, Meta(ge=1, le=64), _is("The fewest replicas that the policy asks for")] = 1
     replicas_max: Annotated[int, Meta(ge=1, le=64), _is("The most replicas that the policy asks for")] = 64
