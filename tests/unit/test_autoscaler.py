@@ -287,6 +287,20 @@ def test_an_order_waits_for_the_operation_that_gives_way_to_it() -> None:
     assert bench.tick().refused is None
 
 
+def test_an_order_does_not_follow_somebody_elses_operation() -> None:
+    """A growth to 3 would make the 5 replicas smaller that an operator has asked for meanwhile."""
+    bench = Bench()
+    bench.answer = Running("operation op is in progress", "op")
+    bench.scaler.scale(ScaleTo("policy-1", 3, "supersede_shrink", "op"))
+    bench.answer = Running("operation grow is in progress", "grow")
+    bench.scaler.turn()
+    num = len(bench.orders)
+    bench.answer = None
+    bench.scaler.turn()
+    assert len(bench.orders) == num
+    assert bench.tick().refused is None
+
+
 def test_a_refused_order_is_told_and_not_repeated() -> None:
     bench = Bench()
     bench.answer = DoesNotFit("host:0 has no room")
@@ -310,7 +324,7 @@ def test_an_operation_that_cannot_end_is_cancelled(error: ElasticMoEError | None
 def test_another_policy_drops_the_order_of_the_one_before() -> None:
     bench = Bench()
     bench.answer = Running("operation op is in progress", "op")
-    bench.scaler.scale(ScaleTo("policy-1", 3, "grow_panic"))
+    bench.scaler.scale(ScaleTo("policy-1", 3, "supersede_shrink", "op"))
     bench.scaler.use(PolicyConfig(mode="off"))
     bench.scaler.turn()
-    assert len(bench.orders) == 1
+    assert len(bench.orders) == 2

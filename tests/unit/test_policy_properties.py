@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,7 +19,7 @@ from elasticmoe.services.scaler.policy.facts import ChangePrice, DeploymentFacts
 from elasticmoe.services.scaler.policy.figures import UNKNOWN, Missing, Unknown
 from elasticmoe.services.scaler.policy.recommend import recommend
 from elasticmoe.services.scaler.policy.signals import Intake
-from elasticmoe.services.scaler.policy.state import PolicyState, Reason
+from elasticmoe.services.scaler.policy.state import PolicyState, Reason, ScaleOrder
 from tests.unit import policy_world as world
 
 RATES = st.floats(0.0, 12.0)
@@ -153,7 +154,7 @@ def test_other_modes_do_nothing(mode: str) -> None:
 @pytest.mark.parametrize(
     ("raw", "text"),
     [
-        ({"ttft_s": 0.0}, "ttft_s: has to be a number above 0"),
+        ({"ttft_s": 0.0}, "ttft_s: has to be a number of at least 0.001"),
         ({"replicas_min": 5, "replicas_max": 4}, "replicas_min is 5, above replicas_max, which is 4"),
         ({"mode": "auto"}, "mode: has to be one of"),
         ({"itl": 0.1}, "has no field 'itl'"),
@@ -252,3 +253,45 @@ def test_what_is_accepted_can_be_decided_by(raw: dict[str, float]) -> None:
 def test_a_number_next_to_zero_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field}.*0.001"):
         policy_config({field: 5e-324})
+
+
+def with_order(target: int, supersedes: str | None = None) -> PolicyState:
+    return PolicyState(order=ScaleOrder("policy-1", target, 999.0, supersedes), num_orders=1)
+
+
+@pytest.mark.parametrize("changes", [{"mode": "advise"}, {"replicas_max": 3}, {"replicas_min": 5}])
+def test_an_order_that_another_policy_would_not_give_is_not_waited_for(changes: dict[str, Any]) -> None:
+    """It would be repeated: beyond the bounds, or for ever where nothing is done."""
+    config = msgspec.structs.replace(world.CONFIG, **changes)
+    facts, seen = DeploymentFacts(width=2), world.signals(1_000.0)
+    decision = recommend(config, seen, facts, world.widths, world.prices, with_order(4), 1_020.0)
+    assert decision.reason not in (Reason.AWAITING, Reason.REPEAT_ORDER)
+    assert decision.target != 4
+    kept = recommend(world.CONFIG, seen, facts, world.widths, world.prices, with_order(4), 1_020.0)
+    assert (kept.reason, kept.target) == (Reason.REPEAT_ORDER, 4)
+
+
+@pytest.mark.parametrize(("op_id", "is_waited_for"), [("somebody's", False), ("given up", True)])
+def test_somebody_elses_operation_ends_an_order(op_id: str, is_waited_for: bool) -> None:
+    running = OperationFacts(op_id, "grow", 5, 999.0, 2.0)
+    facts, seen = DeploymentFacts(width=2, operation=running), world.signals(1_000.0)
+    state = with_order(3, "given up")
+    decision = recommend(world.CONFIG, seen, facts, world.widths, world.prices, state, 1_001.0)
+    assert (decision.state.order is not None) == is_waited_for
+
+
+def test_another_size_than_an_order_was_for_ends_it() -> None:
+    facts, seen = DeploymentFacts(width=5, changed_s=1_003.0), world.signals(1_000.0)
+    decision = recommend(world.CONFIG, seen, facts, world.widths, world.prices, with_order(3), 1_020.0)
+    assert decision.target != 3
+
+
+def test_bounds_above_the_devices_are_kept_as_far_as_devices_go() -> None:
+    config = msgspec.structs.replace(world.CONFIG, replicas_min=4)
+    seen = world.signals(1_000.0, 0.0)
+    few = DeploymentFacts(width=1, available=3)
+    decision = recommend(config, seen, few, world.widths, world.prices, PolicyState(), 1_000.0)
+    assert (decision.reason, decision.target) == (Reason.GROW_BOUND, 3)
+    all_ = DeploymentFacts(width=3, available=3)
+    decision = recommend(config, seen, all_, world.widths, world.prices, PolicyState(), 1_000.0)
+    assert (decision.reason, decision.target) == (Reason.AT_MAX, None), "it has not the fewest that are allowed"

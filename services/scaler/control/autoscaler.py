@@ -224,8 +224,13 @@ class Autoscaler:
         order = Order(action.op_id, request, Target(replicas=action.replicas))
         try:
             self._take(order)
-        except (Running, Later):
+        except Later:
             return
+        except Running as running:
+            if running.op_id == action.supersedes:
+                return
+            # What somebody else has begun leads to another size than the one that was decided by.
+            log.info("the policy's order is dropped", op_id=action.op_id, because=running.message)
         except ElasticMoEError as error:
             self._refused = action.op_id
             log.warning("the policy's order is refused", op_id=action.op_id, code=error.code, because=error.message)

@@ -57,6 +57,11 @@ class Turn(NamedTuple):
         return self.config.replicas_max if available is None else min(self.config.replicas_max, available)
 
     @property
+    def least(self) -> int:
+        """Replicas that there have to be, as far as devices allow."""
+        return min(self.config.replicas_min, self.most)
+
+    @property
     def is_panic(self) -> bool:
         """Whether an objective is broken now, by what does not lie behind."""
         return self.raw.worst >= 1.0
@@ -125,10 +130,18 @@ def _observe(turn: Turn, state: PolicyState) -> PolicyState:
 
 
 def _answered(turn: Turn, state: PolicyState) -> PolicyState:
-    """An order is over when its operation is seen, has ended, or was refused."""
+    """An order is over when its operation is seen, has ended, or was refused; and where another policy would not give
+    it, or somebody else's operation has come before it: the size that it was for is no longer that."""
     if state.order is None:
         return state
-    op_id, operation = state.order.op_id, turn.deployment.operation
+    is_wanted = turn.config.mode == "act" and turn.least <= state.order.target <= turn.config.replicas_max
+    operation = turn.deployment.operation
+    is_overtaken = (turn.deployment.changed_s or -math.inf) > state.order.sent_s
+    if operation is not None:
+        is_overtaken |= operation.op_id not in (state.order.op_id, state.order.supersedes)
+    if is_overtaken or not is_wanted:
+        return _replace(state, order=None)
+    op_id = state.order.op_id
     if turn.deployment.refused == op_id:
         return _replace(state, order=None, refused_until_s=turn.now + REFUSED_S)
     if (operation is not None and operation.op_id == op_id) or turn.deployment.last_op == op_id:
@@ -174,8 +187,8 @@ def _decide(turn: Turn, state: PolicyState, evidence: Evidence, threshold: float
         )
     if state.refused_until_s is not None and turn.now < state.refused_until_s:
         return hold(Reason.AFTER_REFUSAL)
-    if turn.width < config.replicas_min <= turn.most:
-        return _order(turn, state, evidence, config.replicas_min, Reason.GROW_BOUND)
+    if turn.width < turn.least:
+        return _order(turn, state, evidence, turn.least, Reason.GROW_BOUND)
     if state.unknown_since_s is not None:
         return _blind(turn, state, evidence)
     grown = _grow(turn, state, evidence)
@@ -189,7 +202,9 @@ def _decide(turn: Turn, state: PolicyState, evidence: Evidence, threshold: float
         return _order(turn, state, evidence, config.replicas_max, Reason.SHRINK_BOUND)
     if above_since is not None:
         return hold(Reason.AT_MAX if turn.width >= turn.most else Reason.STEADY)
-    if turn.width <= config.replicas_min:
+    if turn.width < config.replicas_min:
+        return hold(Reason.AT_MAX)
+    if turn.width == config.replicas_min:
         return hold(Reason.AT_MIN)
     verdict = shrink(config, turn.widths, turn.prices, state, turn.width, threshold, turn.now)
     evidence = _replace(
