@@ -87,7 +87,8 @@ REPLICAS = Measure("elasticmoe:replicas", "gauge", "Replicas of the layout in fo
 DESIRED = Measure(
     "elasticmoe:desired_replicas",
     "gauge",
-    "Replicas that there should be, by the policy's last decision; in the mode `advise` too",
+    "Replicas that there should be: what an operation in progress leads to, else what the policy wants, in the mode "
+    "`advise` too",
     (),
     "min_over_time((elasticmoe:desired_replicas - elasticmoe:replicas)[10m:]) > 0",
     "For ten minutes there has been too little: let the policy act, or scale. `elasticmoe policy explain` says why.",

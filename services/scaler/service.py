@@ -295,6 +295,7 @@ class Scaler:
             self._policy,
             tuple(self._autoscaler.decided),
             self._autoscaler.signals,
+            self._autoscaler.saturation,
         )
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:

@@ -22,6 +22,7 @@ from elasticmoe.services.scaler.control.autoscaler import DECISIONS_MAX, FORGET_
 from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.figures import MISSING, UNKNOWN
+from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason
 from tests.clocks import PlayedClock
 from tests.unit.specs import tiny_mixtral_spec
@@ -251,6 +252,16 @@ def test_a_decision_is_told_when_it_differs_from_the_one_before() -> None:
     ]
     assert [decided.target for decided in bench.scaler.decided] == [4, 3, None], "newest first"
     assert bench.counted == ["steady", "grow_panic", "grow_panic"]
+
+
+def test_the_saturation_is_shown_anew_where_the_decision_stays() -> None:
+    bench = Bench()
+    for ttft in (0.1, 0.7):
+        decision = bench.decision(Reason.STEADY)
+        evidence = msgspec.structs.replace(decision.evidence, raw=Saturation(ttft))
+        bench.scaler.note(msgspec.structs.replace(decision, evidence=evidence), 2)
+    assert len(bench.scaler.decided) == 1
+    assert bench.scaler.saturation == Saturation(0.7)
 
 
 def test_what_is_done_is_told_each_time_and_only_so_many_are_kept() -> None:

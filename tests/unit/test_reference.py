@@ -127,8 +127,32 @@ def decided_snapshot() -> StatusSnapshot:
         policy=PolicyRecord(1, config, config),
         decided=(decided,),
         signals=Signals(at_s=1.0, attainment=0.98),
+        saturation=evidence.raw,
         ended=(over,),
     )
+
+
+def samples(snapshot: StatusSnapshot) -> dict[tuple[str, ...], float]:
+    text = render_metrics(snapshot, Meters()).decode()
+    found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {(sample.name, *sample.labels.values()): sample.value for sample in found}
+
+
+def test_what_is_wanted_does_not_fall_back_while_it_is_brought_about() -> None:
+    """Whoever provides devices by it would take them away in the middle of the growth."""
+    running = msgspec.structs.replace(operation_of(UP), phase="prepare", planned=planned_of(UP, SIZES))
+    desired = ("elasticmoe:desired_replicas",)
+    snapshot = decided_snapshot()
+    assert samples(snapshot)[desired] == 2
+    assert samples(msgspec.structs.replace(snapshot, operation=running))[desired] == 3
+    undone = msgspec.structs.replace(running, phase="abort")
+    assert samples(msgspec.structs.replace(snapshot, operation=undone))[desired] == 2
+
+
+def test_the_saturation_is_the_present_one_though_the_decision_stays() -> None:
+    now = msgspec.structs.replace(decided_snapshot(), saturation=Saturation(0.9))
+    assert samples(now)["elasticmoe:saturation", "ttft"] == 0.9
+    assert ("elasticmoe:saturation", "kv") not in samples(now)
 
 
 def test_an_alert_is_about_its_metric() -> None:

@@ -10,7 +10,7 @@ from msgspec import Meta
 from elasticmoe.common.described import says
 from elasticmoe.common.http.decode import decode
 from elasticmoe.common.protocol.errors import Unready
-from elasticmoe.services.scaler.api.snapshot import StatusSnapshot
+from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, wanted_replicas
 from elasticmoe.services.scaler.control.admission import SetPolicy
 from elasticmoe.services.scaler.control.autoscaler import Decided
 from elasticmoe.services.scaler.policy.config import PolicyConfig
@@ -48,7 +48,9 @@ class PolicyView(msgspec.Struct, frozen=True):
     version: Annotated[int, says("Grows by one with each change")]
     policy: Annotated[PolicyConfig, says("What is in force")]
     replicas: Annotated[int, says("That serve now")]
-    target: Annotated[int, says("That there should be, by the last decision")]
+    target: Annotated[
+        int, says("That there should be: what an operation in progress leads to, else what the last decision wants")
+    ]
     decision: Annotated[Decided | None, says("The last one; null before the first")]
     load: Annotated[LoadView | None, says("What is seen of the load; null before the first look")]
 
@@ -74,12 +76,11 @@ def policy_view(snapshot: StatusSnapshot) -> PolicyView:
     if record is None or snapshot.layout is None:
         raise Unready("the policy has not been read yet")
     decision = snapshot.decided[0] if snapshot.decided else None
-    replicas = snapshot.layout.dp
     return PolicyView(
         version=record.version,
         policy=record.config,
-        replicas=replicas,
-        target=decision.target if decision is not None and decision.target is not None else replicas,
+        replicas=snapshot.layout.dp,
+        target=wanted_replicas(snapshot, snapshot.layout),
         decision=decision,
         load=load_view(snapshot.signals) if snapshot.signals is not None else None,
     )

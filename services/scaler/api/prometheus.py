@@ -6,7 +6,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 
 from elasticmoe.services.scaler import measures
-from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, memory_view
+from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, memory_view, wanted_replicas
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.policy.figures import Missing, Unknown
 
@@ -37,14 +37,11 @@ def _add_load(registry: CollectorRegistry, snapshot: StatusSnapshot) -> None:
     """What the policy sees and wants. A figure that is not known is left out: no sample is no zero."""
     if snapshot.layout is None or snapshot.policy is None:
         return
-    replicas = snapshot.layout.dp
-    measures.REPLICAS.gauge(registry).set(replicas)
-    decided = snapshot.decided[0] if snapshot.decided else None
-    if decided is not None:
-        target = decided.target if decided.target is not None else replicas
-        measures.DESIRED.gauge(registry).set(target)
+    measures.REPLICAS.gauge(registry).set(snapshot.layout.dp)
+    if snapshot.saturation is not None:
+        measures.DESIRED.gauge(registry).set(wanted_replicas(snapshot, snapshot.layout))
         saturation = measures.SATURATION.gauge(registry)
-        for component, value in decided.evidence.raw.parts.items():
+        for component, value in snapshot.saturation.parts.items():
             if value is not None:
                 saturation.labels(component).set(value)
     if snapshot.signals is not None:

@@ -18,6 +18,7 @@ from elasticmoe.services.scaler.operation.operation import Operation, outcome
 from elasticmoe.services.scaler.planning.plan import Plan
 from elasticmoe.services.scaler.policy.figures import Signals
 from elasticmoe.services.scaler.policy.record import PolicyRecord
+from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.store.resume import Resumed
 
 
@@ -25,7 +26,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True):
     """`config` is the resolved configuration without secrets; `ended`: the last operations, newest first; `blocks`:
     (free, all) KV blocks by slot of the ranks that told them lately; `resumed`: what was gone on with at the start;
     `instance`: names the deployment, empty before the journal has been read, as `policy` is None; `decided`: by it,
-    newest first; `signals`: the load as it was seen last."""
+    newest first; `signals`, `saturation`: the load as it was seen last."""
 
     phase: DeploymentPhase
     reason: str
@@ -43,6 +44,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True):
     policy: PolicyRecord | None = None
     decided: tuple[Decided, ...] = ()
     signals: Signals | None = None
+    saturation: Saturation | None = None
 
 
 class StatusCache:
@@ -50,6 +52,16 @@ class StatusCache:
 
     def __init__(self, snapshot: StatusSnapshot) -> None:
         self.snapshot = snapshot
+
+
+def wanted_replicas(snapshot: StatusSnapshot, layout: Layout) -> int:
+    """That there should be: what an operation in progress leads to, else what the policy decided last, else as many as
+    there are."""
+    operation = snapshot.operation
+    if operation is not None and operation.planned is not None and operation.phase not in ("abort", "aborted"):
+        return operation.planned.replicas_after
+    decided = snapshot.decided[0] if snapshot.decided else None
+    return decided.target if decided is not None and decided.target is not None else layout.dp
 
 
 def ready_view(snapshot: StatusSnapshot) -> views.Ready:

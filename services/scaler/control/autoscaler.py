@@ -33,6 +33,7 @@ from elasticmoe.services.scaler.planning.plan import Rates, Target
 from elasticmoe.services.scaler.planning.planner import memory_of
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.figures import Signals
+from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.policy.signals import Intake
 from elasticmoe.services.scaler.policy.state import Decision, Evidence, Reason
 from elasticmoe.services.scaler.policy.step_model import StepModels
@@ -97,6 +98,7 @@ class Autoscaler:
         self._order: ScaleTo | None = None  # given, and neither accepted nor refused yet
         self._refused: str | None = None
         self.signals: Signals | None = None  # as of the policy's last turn
+        self.saturation: Saturation | None = None  # the same
         self.decided: deque[Decided] = deque(maxlen=DECISIONS_MAX)  # newest first
 
     def use(self, policy: PolicyConfig) -> None:
@@ -173,6 +175,7 @@ class Autoscaler:
 
     def note(self, decision: Decision, replicas: int) -> None:
         """Keep and tell a decision that is not the one before, or that is done."""
+        self.saturation = decision.evidence.raw
         before = self.decided[0] if self.decided else None
         mode = self.policy.mode
         is_same = before is not None and (before.reason, before.target, before.mode) == (
