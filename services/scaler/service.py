@@ -296,6 +296,7 @@ class Scaler:
             tuple(self._autoscaler.decided),
             self._autoscaler.signals,
             self._autoscaler.saturation,
+            self._autoscaler.decision,
         )
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:

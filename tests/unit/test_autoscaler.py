@@ -18,7 +18,7 @@ from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, Signal
 from elasticmoe.common.sketch import index, value
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
 from elasticmoe.services.scaler.control.admission import CancelOperation, Order, Running
-from elasticmoe.services.scaler.control.autoscaler import DECISIONS_MAX, FORGET_S, TICK_S, Autoscaler
+from elasticmoe.services.scaler.control.autoscaler import DECISIONS_MAX, FORGET_S, TELL_AGAIN_S, TICK_S, Autoscaler
 from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.figures import MISSING, UNKNOWN
@@ -252,6 +252,20 @@ def test_a_decision_is_told_when_it_differs_from_the_one_before() -> None:
     ]
     assert [decided.target for decided in bench.scaler.decided] == [4, 3, None], "newest first"
     assert bench.counted == ["steady", "grow_panic", "grow_panic"]
+
+
+def test_decisions_that_take_turns_do_not_crowd_out_other_events() -> None:
+    bench = Bench(mode="advise")
+    for turn in range(240):
+        bench.scaler.note(bench.decision(Reason.GROW_PANIC, 3) if turn % 2 else bench.decision(Reason.STEADY), 2)
+        assert bench.scaler.decision is not None
+        assert bench.scaler.decision.target == (3 if turn % 2 else None), "the last one is shown all the same"
+        bench.now += TICK_S
+    assert len(bench.told) == len(bench.scaler.decided) == 2 * 240 / TELL_AGAIN_S
+    assert len(bench.counted) == 240
+    bench.scaler.note(bench.decision(Reason.GROW_PANIC, 3, acts=True), 2)
+    bench.scaler.note(bench.decision(Reason.GROW_PANIC, 3, acts=True), 2)
+    assert len(bench.told) == 10, "what is done is told each time"
 
 
 def test_the_saturation_is_shown_anew_where_the_decision_stays() -> None:

@@ -126,6 +126,7 @@ def decided_snapshot() -> StatusSnapshot:
         World(UP.before),
         policy=PolicyRecord(1, config, config),
         decided=(decided,),
+        decision=decided,
         signals=Signals(at_s=1.0, attainment=0.98),
         saturation=evidence.raw,
         ended=(over,),

@@ -58,7 +58,9 @@ class PolicyView(msgspec.Struct, frozen=True):
 class DecisionsView(msgspec.Struct, frozen=True):
     """What the policy has decided since this scaler began, newest first."""
 
-    decisions: Annotated[tuple[Decided, ...], says("Each differs from the one before it, or was done")]
+    decisions: Annotated[
+        tuple[Decided, ...], says("Each has changed something or is new; one that comes and goes is told once a minute")
+    ]
 
 
 _body = msgspec.json.Decoder(PolicyBody, strict=True)
@@ -75,13 +77,12 @@ def policy_view(snapshot: StatusSnapshot) -> PolicyView:
     record = snapshot.policy
     if record is None or snapshot.layout is None:
         raise Unready("the policy has not been read yet")
-    decision = snapshot.decided[0] if snapshot.decided else None
     return PolicyView(
         version=record.version,
         policy=record.config,
         replicas=snapshot.layout.dp,
         target=wanted_replicas(snapshot, snapshot.layout),
-        decision=decision,
+        decision=snapshot.decision,
         load=load_view(snapshot.signals) if snapshot.signals is not None else None,
     )
 

@@ -25,8 +25,8 @@ from elasticmoe.services.scaler.store.resume import Resumed
 class StatusSnapshot(msgspec.Struct, frozen=True):
     """`config` is the resolved configuration without secrets; `ended`: the last operations, newest first; `blocks`:
     (free, all) KV blocks by slot of the ranks that told them lately; `resumed`: what was gone on with at the start;
-    `instance`: names the deployment, empty before the journal has been read, as `policy` is None; `decided`: by it,
-    newest first; `signals`, `saturation`: the load as it was seen last."""
+    `instance`: names the deployment, empty before the journal has been read, as `policy` is None; `decision`: the last
+    one by it; `decided`: those that were told, newest first; `signals`, `saturation`: the load as it was seen last."""
 
     phase: DeploymentPhase
     reason: str
@@ -45,6 +45,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True):
     decided: tuple[Decided, ...] = ()
     signals: Signals | None = None
     saturation: Saturation | None = None
+    decision: Decided | None = None
 
 
 class StatusCache:
@@ -60,7 +61,7 @@ def wanted_replicas(snapshot: StatusSnapshot, layout: Layout) -> int:
     operation = snapshot.operation
     if operation is not None and operation.planned is not None and operation.phase not in ("abort", "aborted"):
         return operation.planned.replicas_after
-    decided = snapshot.decided[0] if snapshot.decided else None
+    decided = snapshot.decision
     return decided.target if decided is not None and decided.target is not None else layout.dp
 
 

@@ -43,6 +43,9 @@ log = get_logger("scaler")
 TICK_S = 1.0
 FORGET_S = 10.0  # a silent router, once another one is heard
 DECISIONS_MAX = 200
+TELL_AGAIN_S = (
+    60.0  # where the load lies at a threshold, two decisions take turns, and would crowd out all other events
+)
 WINDOWS_MAX = 1_000  # taken in one turn
 
 Tell = Callable[..., None]
@@ -99,7 +102,9 @@ class Autoscaler:
         self._refused: str | None = None
         self.signals: Signals | None = None  # as of the policy's last turn
         self.saturation: Saturation | None = None  # the same
-        self.decided: deque[Decided] = deque(maxlen=DECISIONS_MAX)  # newest first
+        self.decision: Decided | None = None  # the last one
+        self.decided: deque[Decided] = deque(maxlen=DECISIONS_MAX)  # those that were told, newest first
+        self._told_at: dict[tuple[Reason, int | None, str], float] = {}  # each, when it was told last
 
     def use(self, policy: PolicyConfig) -> None:
         """Follow another policy from now on."""
@@ -174,15 +179,12 @@ class Autoscaler:
     # ---- what is decided ------------------------------------------------------------------------------------------
 
     def note(self, decision: Decision, replicas: int) -> None:
-        """Keep and tell a decision that is not the one before, or that is done."""
+        """Keep a decision that is not the one before, or that is done; and tell it, unless the same one, which was not
+        done, was told in the last TELL_AGAIN_S."""
         self.saturation = decision.evidence.raw
-        before = self.decided[0] if self.decided else None
-        mode = self.policy.mode
-        is_same = before is not None and (before.reason, before.target, before.mode) == (
-            decision.reason,
-            decision.target,
-            mode,
-        )
+        before, mode = self.decision, self.policy.mode
+        key = (decision.reason, decision.target, mode)
+        is_same = before is not None and (before.reason, before.target, before.mode) == key
         if is_same and not decision.acts:
             return
         decided = Decided(
@@ -196,6 +198,12 @@ class Autoscaler:
             acts=decision.acts,
             evidence=decision.evidence,
         )
+        self.decision = decided
+        self._count(decision.reason.value)
+        now = self._clock.monotonic()
+        if not decision.acts and now - self._told_at.get(key, -math.inf) < TELL_AGAIN_S:
+            return
+        self._told_at[key] = now
         self.decided.appendleft(decided)
         target = decision.target if decision.target is not None else replicas
         facts = {"mode": mode, "replicas": str(replicas), "target": str(target), "acts": str(decision.acts).lower()}
@@ -204,7 +212,6 @@ class Autoscaler:
         evidence = msgspec.to_builtins(decision.evidence)
         facts["evidence"] = msgspec.json.encode(evidence).decode()
         self._tell("policy", decision.reason.value, **facts)
-        self._count(decision.reason.value)
 
     def scale(self, action: ScaleTo) -> None:
         """Give an order; `turn` goes on with it until it is accepted or refused."""
