@@ -171,6 +171,18 @@ def test_latencies_of_another_size_do_not_speak_for_this_one() -> None:
     assert load.signals.ttft_s == value(FAST)
 
 
+def test_ranks_that_have_not_told_of_a_new_layout_are_silent_since_it_is_in_force() -> None:
+    """Else a deployment that has served for long would be blind right after each growth."""
+    bench = Bench()
+    for _ in range(40):
+        bench.tick("router:1")
+    bench.resize(1)
+    seen = bench.tick("router:1", ranks=()).signals
+    assert (seen.silent, seen.silent_since_s) == (("r0t0",), seen.at_s)
+    bench.tick("router:1", ranks=())
+    assert bench.tick("router:1", ranks=()).signals.silent_since_s == seen.at_s
+
+
 def test_without_any_router_demand_is_unknown() -> None:
     bench = Bench()
     assert bench.tick().signals.admitted_per_s == UNKNOWN

@@ -106,6 +106,7 @@ class Intake:
         load is none of this deployment's. Of the same ones, what was told is kept; of another epoch, none of ranks."""
         if epoch != self._epoch:
             self._epoch, self._ranks = epoch, {}
+            self._begun_s = {key: at for key, at in self._begun_s.items() if key in self._routers}
             self._steps.clear()
         known = self._routers
         self._routers = {name: known.get(name) or _Router() for name in routers}
