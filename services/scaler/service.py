@@ -185,8 +185,8 @@ class Scaler:
         self._use_policy(recalled.policy)
         if recalled.policy_damage:
             self._tell("policy_unreadable", recalled.policy_damage, mode=recalled.policy.config.mode)
-        else:
-            self.journal.adopt_policy(recalled.policy)
+        known_policy = None if recalled.policy_damage else recalled.policy
+        self.journal.adopt_kept(known_policy, recalled.instance, recalled.served)
         return recalled.beginning
 
     # ---- one turn -------------------------------------------------------------------------------------------------

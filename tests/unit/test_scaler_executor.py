@@ -13,7 +13,7 @@ import pytest
 
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import ScalerConfig
-from elasticmoe.common.layout import Seat
+from elasticmoe.common.layout import Seat, Served
 from elasticmoe.common.protocol import hmm as to_hmm
 from elasticmoe.common.protocol.codec import Message
 from elasticmoe.common.protocol.errors import DoesNotFit, Fenced, Unavailable
@@ -45,6 +45,8 @@ class FakeStore:
         self.ended: list[Operation] = []
         self.layout: Any = None
         self.policy: Any = None
+        self.instance = ""
+        self.served: Any = None
         self.events: list[Event] = []
         self.mark = ""
         self.num_writes = 0
@@ -79,6 +81,12 @@ class FakeStore:
 
     def put_policy(self, by: Writer, policy: Any) -> None:
         self._write("policy", policy)
+
+    def put_instance(self, by: Writer, instance: str) -> None:
+        self._write("instance", instance)
+
+    def put_served(self, by: Writer, served: Any) -> None:
+        self._write("served", served)
 
     def get_epoch(self) -> int:
         return self.layout.epoch if self.layout else 0
@@ -333,14 +341,15 @@ def test_a_store_that_was_emptied_gets_everything_again(
     scene.store.wait(lambda: scene.store.operation is None)
 
 
-def test_a_store_that_was_emptied_gets_the_policy_again(
+def test_a_store_that_was_emptied_gets_the_policy_and_the_names_again(
     make: Callable[[World], Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the next scaler would begin with what the settings say: `act`, where somebody had set `off`."""
+    """Else the next scaler would begin with what the settings say: `act`, where somebody had set `off`; orchestrators
+    would be refused as strangers; and another model could be put in this one's place."""
     monkeypatch.setattr(journal_module, "VERIFY_S", 0.05)
     scene = make(World(UP.before))
     first = PolicyRecord(1, PolicyConfig(), PolicyConfig())
-    scene.journal.adopt_policy(first)
+    scene.journal.adopt_kept(first, "i-1", Served("/models/a", "float32"))
     scene.store.mark = "of an earlier scaler"
     scene.store.wait(lambda: scene.store.policy == first)
     then = (scene.store.policy, scene.store.mark)
@@ -350,6 +359,8 @@ def test_a_store_that_was_emptied_gets_the_policy_again(
     for policy, mark in ((None, ""), then):  # emptied, and rolled back
         scene.store.policy, scene.store.mark = policy, mark
         scene.store.wait(lambda: scene.store.policy == second)
+    scene.store.instance, scene.store.served, scene.store.mark = "", None, ""
+    scene.store.wait(lambda: (scene.store.instance, scene.store.served) == ("i-1", Served("/models/a", "float32")))
 
 
 def test_a_policy_is_refused_while_it_could_not_be_kept() -> None:

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.failpoint import failpoint
-from elasticmoe.common.layout import Layout
+from elasticmoe.common.layout import Layout, Served
 from elasticmoe.common.protocol.errors import ElasticMoEError, Fenced, PayloadTooLarge, Unavailable
 from elasticmoe.common.store import Event, Store, Writer
 from elasticmoe.common.telemetry import get_logger
@@ -83,6 +83,8 @@ class Journal:
         self._last_layout: Layout | None = None
         self._last_operation: Operation | None = None
         self._last_policy: PolicyRecord | None = None
+        self._instance = ""
+        self._served: Served | None = None
         self._verified_at = 0.0
         self._thread: threading.Thread | None = None
 
@@ -186,9 +188,9 @@ class Journal:
         with self._lock:
             self._written, self._reserved_for = _mark(operation), operation.op_id
 
-    def adopt_policy(self, policy: PolicyRecord) -> None:
-        """The store had this policy just now, or is to have it: it gets it again where it loses it."""
-        self._last_policy = policy
+    def adopt_kept(self, policy: PolicyRecord | None, instance: str, served: Served | None) -> None:
+        """The store has these now: it gets them again where it loses them. None and empty: that is left alone."""
+        self._last_policy, self._instance, self._served = policy, instance, served
 
     def close(self) -> None:
         """Write what is left as long as the store takes it, and end the thread."""
@@ -253,13 +255,20 @@ class Journal:
             self._store.put_layout(self._writer, layout)  # raises where it was another scaler that wrote
             log.warning("the store had lost the layout; it was written again", epoch=layout.epoch)
         if self._store.journal_mark() != self._stored:
-            if self._last_policy is not None:
-                self._store.put_policy(self._writer, self._last_policy)
+            self._keep_again()
             before, self._stored = self._stored, self._store.put_operation(self._writer, operation)
             if before:
                 log.warning("the store had lost the journal; it was written again")
             if operation is None:
                 self._free_reserve("")
+
+    def _keep_again(self) -> None:
+        if self._last_policy is not None:
+            self._store.put_policy(self._writer, self._last_policy)
+        if self._instance:
+            self._store.put_instance(self._writer, self._instance)
+        if self._served is not None:
+            self._store.put_served(self._writer, self._served)
 
     def _free_reserve(self, op_id: str) -> None:
         """Nothing stays reserved for that operation; empty: for one of an earlier scaler that no journal knows."""

@@ -28,8 +28,8 @@ _LATER = ("store_unavailable", "storage_full")
 
 class Recalled(msgspec.Struct, frozen=True):
     """How a scaler begins: the layout, the operation in progress, those that ended, newest first, what of it is
-    resumed, the deployment's name, which it has until its state is dropped, and the policy, with why the one that is
-    left cannot be read."""
+    resumed, the deployment's name, which it has until its state is dropped, the policy, with why the one that is left
+    cannot be read, and what the layout is of."""
 
     beginning: Beginning
     operation: Operation | None
@@ -37,7 +37,8 @@ class Recalled(msgspec.Struct, frozen=True):
     resumed: Resumed | None
     instance: str
     policy: PolicyRecord
-    policy_damage: str = ""
+    policy_damage: str
+    served: Served | None
 
 
 class Recall:
@@ -85,7 +86,8 @@ class Recall:
         is_refused = beginning.refusal is not None
         instance = self._instance(by, left, is_refused=is_refused)
         policy, damage = self._policy(by, left, is_refused=is_refused)
-        return Recalled(beginning, operation, ended, resumed, instance, policy, damage)
+        served = left.served if is_refused else self._wanted.served
+        return Recalled(beginning, operation, ended, resumed, instance, policy, damage, served)
 
     def _instance(self, by: Writer, left: Left, *, is_refused: bool) -> str:
         known = "" if left.is_dropped else self._store.get_instance()
