@@ -104,7 +104,7 @@ SATURATION = Measure(
 ATTAINMENT = Measure(
     "elasticmoe:attainment",
     "gauge",
-    "Share of the requests that ended in the last minutes and kept both objectives",
+    "Share of the requests of the last minutes that kept both objectives; those refused or failed did not",
     (),
     source="scaler",
 )

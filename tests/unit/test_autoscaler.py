@@ -171,6 +171,15 @@ def test_latencies_of_another_size_do_not_speak_for_this_one() -> None:
     assert load.signals.ttft_s == value(FAST)
 
 
+def test_who_is_refused_or_fails_has_not_been_served_in_time() -> None:
+    bench = Bench()
+    bench.tick("router:1")
+    bench.router("router:1", finished=2, joint=((FAST, FAST, 1), (SLOW, SLOW, 1)), failed=3, refused=5)
+    assert bench.tick().signals.attainment == 0.1
+    bench.router("router:1", refused=10)
+    assert bench.tick().signals.attainment == 0.05, "though none ends"
+
+
 def test_ranks_that_have_not_told_of_a_new_layout_are_silent_since_it_is_in_force() -> None:
     """Else a deployment that has served for long would be blind right after each growth."""
     bench = Bench()

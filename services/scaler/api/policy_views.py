@@ -39,7 +39,9 @@ class LoadView(msgspec.Struct, frozen=True):
     ttft_s: Annotated[float | None, says("The objective's quantile of the time to the first token")]
     itl_s: Annotated[float | None, says("Mean time between tokens")]
     kv_share: Annotated[float | None, says("Used share of the fullest rank's KV")]
-    attainment: Annotated[float | None, says("Share of the requests that ended lately and kept both objectives")]
+    attainment: Annotated[
+        float | None, says("Share of the requests of late that kept both objectives; those refused or failed did not")
+    ]
 
 
 class PolicyView(msgspec.Struct, frozen=True):

@@ -37,7 +37,7 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     queued_prefill_tokens, queued_prefill_most: of all ranks, of the fullest
     running: sequences of all ranks
     kv_used, kv_share_most: tokens in KV of all ranks; used share of the fullest
-    attainment: share of the ended requests that kept both objectives
+    attainment: share of the requests that ended or were refused which kept both objectives
     """
 
     at_s: float

@@ -128,10 +128,11 @@ class Intake:
         self._asked.add(ended, window.max_tokens, window.admitted)
         num = sum(count for _, _, count in window.joint)
         share = share_within(window.joint, self._config.ttft_s, self._config.itl_s) or 0.0
-        if num + window.failed:
-            self._kept.append((ended, share * num, num + window.failed))
+        # Whoever was refused or failed was not served in time either.
+        if all_ := num + window.failed + window.refused:
+            self._kept.append((ended, share * num, all_))
             self._kept_sums[0] += share * num
-            self._kept_sums[1] += num + window.failed
+            self._kept_sums[1] += all_
 
     def take_rank(self, window: RankWindow, arrived_s: float) -> None:
         """A rank's window; dropped where the rank is not expected, the window is of another layout, or came before."""
