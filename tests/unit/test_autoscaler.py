@@ -12,12 +12,12 @@ from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.model_spec import KvGeometry
 from elasticmoe.common.protocol.codec import Received
-from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound
+from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound, Unavailable
 from elasticmoe.common.protocol.scaler import MemoryFacts
 from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, Signal
 from elasticmoe.common.sketch import index, value
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
-from elasticmoe.services.scaler.control.admission import CancelOperation, Order, Running
+from elasticmoe.services.scaler.control.admission import CancelOperation, Later, Order, Running
 from elasticmoe.services.scaler.control.autoscaler import DECISIONS_MAX, FORGET_S, TELL_AGAIN_S, TICK_S, Autoscaler
 from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.policy.config import PolicyConfig
@@ -51,7 +51,7 @@ class Bench:
         self.clock = PlayedClock(lambda: self.now)
         self.inbox = Inbox()
         self.orders: list[Order | CancelOperation] = []
-        self.answer: ElasticMoEError | None = None
+        self.answer: Exception | None = None
         self.counted: list[str] = []
         self.told: list[tuple[str, str, dict[str, str]]] = []
         config = ScalerConfig(run_dir="/nowhere")
@@ -365,6 +365,23 @@ def test_an_operation_that_cannot_end_is_cancelled(error: ElasticMoEError | None
     bench.answer = error
     bench.scaler.cancel(CancelStuck("op"))
     assert bench.orders == [CancelOperation("op")]
+
+
+def test_a_cancel_is_repeated_until_it_is_taken() -> None:
+    """An operation that stands because the store is away cannot be cancelled before the store is back."""
+    bench = Bench()
+    bench.answer = Later(Unavailable("the store does not answer"))
+    bench.scaler.cancel(CancelStuck("op"))
+    bench.scaler.turn()
+    bench.answer = None
+    bench.scaler.turn()
+    bench.scaler.turn()
+    assert bench.orders == [CancelOperation("op")] * 3
+    bench.answer = Later(Unavailable("the store does not answer"))
+    bench.scaler.cancel(CancelStuck("op"))
+    bench.scaler.use(PolicyConfig(mode="off"))
+    bench.scaler.turn()
+    assert len(bench.orders) == 4
 
 
 def test_another_policy_drops_the_order_of_the_one_before() -> None:

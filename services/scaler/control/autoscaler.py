@@ -98,6 +98,7 @@ class Autoscaler:
         self._replicas: int | None = None  # of the policy's last turn
         self._latencies_since_s = -math.inf  # those before tell of another size
         self._due_at = 0.0
+        self._cancel = ""  # this operation, which nobody has been told to yet
         self._order: ScaleTo | None = None  # given, and neither accepted nor refused yet
         self._refused: str | None = None
         self.signals: Signals | None = None  # as of the policy's last turn
@@ -110,7 +111,7 @@ class Autoscaler:
         """Follow another policy from now on."""
         self.policy = policy
         self._intake.configure(policy)
-        self._order = None
+        self._order, self._cancel = None, ""
 
     # ---- what is seen ---------------------------------------------------------------------------------------------
 
@@ -215,17 +216,18 @@ class Autoscaler:
 
     def scale(self, action: ScaleTo) -> None:
         """Give an order; `turn` goes on with it until it is accepted or refused."""
-        self._order = action
-        if action.supersedes:
-            self._try(CancelOperation(action.supersedes))
+        self._order, self._cancel = action, action.supersedes
         self.turn()
 
     def cancel(self, action: CancelStuck) -> None:
-        """Cancel an operation that does not come to its commit. Whoever refuses that has seen its end or its commit."""
-        self._try(CancelOperation(action.op_id))
+        """Cancel an operation that does not come to its commit."""
+        self._cancel = action.op_id
+        self.turn()
 
     def turn(self) -> None:
-        """Go on with an order that has found no answer yet: the operation that gives way to it has to end first."""
+        """Go on with what has found no answer yet: an operation that is to give way, and the order that it is to give
+        way to, which has to wait for its end."""
+        self._try_cancel()
         action = self._order
         if action is None:
             return
@@ -247,11 +249,17 @@ class Autoscaler:
             self._tell("policy_refused", error.message, op_id=action.op_id, code=error.code)
         self._order = None
 
-    def _try(self, order: CancelOperation) -> None:
+    def _try_cancel(self) -> None:
+        """Whoever refuses has seen the operation's end or its commit; `Later`: its journal is behind."""
+        if not self._cancel:
+            return
         try:
-            self._take(order)
-        except (ElasticMoEError, Later) as error:
-            log.info("not cancelled", op_id=order.op_id, because=str(error))
+            self._take(CancelOperation(self._cancel))
+        except Later:
+            return
+        except ElasticMoEError as error:
+            log.info("not cancelled", op_id=self._cancel, because=error.message)
+        self._cancel = ""
 
     def close(self) -> None:
         """Receive nothing more. Idempotent."""
