@@ -280,6 +280,17 @@ def test_somebody_elses_operation_ends_an_order(op_id: str, is_waited_for: bool)
     assert (decision.state.order is not None) == is_waited_for
 
 
+def test_a_cancel_that_was_only_advised_is_done_once_the_policy_acts() -> None:
+    facts = DeploymentFacts(width=2, operation=OperationFacts("op", "grow", 5, 0.0, 2.0))
+    seen, advise = world.signals(1_000.0), msgspec.structs.replace(world.CONFIG, mode="advise")
+    told = recommend(advise, seen, facts, world.widths, world.prices, PolicyState(), 1_000.0)
+    assert (told.reason, told.acts) == (Reason.CANCEL_STUCK, False)
+    done = recommend(world.CONFIG, seen, facts, world.widths, world.prices, told.state, 1_001.0)
+    assert (done.reason, done.acts) == (Reason.CANCEL_STUCK, True)
+    again = recommend(world.CONFIG, seen, facts, world.widths, world.prices, done.state, 1_002.0)
+    assert again.reason == Reason.OPERATION
+
+
 def test_another_size_than_an_order_was_for_ends_it() -> None:
     facts, seen = DeploymentFacts(width=5, changed_s=1_003.0), world.signals(1_000.0)
     decision = recommend(world.CONFIG, seen, facts, world.widths, world.prices, with_order(3), 1_020.0)

@@ -230,7 +230,8 @@ def _meanwhile(turn: Turn, state: PolicyState, evidence: Evidence, operation: Op
         target = max(turn.width, _target(turn, state, evidence))
         return _order(turn, state, evidence, target, Reason.SUPERSEDE_SHRINK, operation.op_id)
     if is_stuck(config, operation, turn.now):
-        state = _replace(state, cancelled=operation.op_id)
+        if config.mode == "act":
+            state = _replace(state, cancelled=operation.op_id)
         return Decision(
             target=None,
             reason=Reason.CANCEL_STUCK,
