@@ -323,7 +323,7 @@ def test_an_order_waits_for_the_operation_that_gives_way_to_it() -> None:
     bench.answer = Running("operation op is in progress", "op")
     bench.scaler.scale(ScaleTo("policy-1", 3, "supersede_shrink", "op"))
     first, second = bench.orders
-    assert first == CancelOperation("op")
+    assert first == CancelOperation("op", by="policy")
     assert isinstance(second, Order)
     bench.scaler.turn()
     bench.answer = None
@@ -364,7 +364,7 @@ def test_an_operation_that_cannot_end_is_cancelled(error: ElasticMoEError | None
     bench = Bench()
     bench.answer = error
     bench.scaler.cancel(CancelStuck("op"))
-    assert bench.orders == [CancelOperation("op")]
+    assert bench.orders == [CancelOperation("op", by="policy")]
 
 
 def test_a_cancel_is_repeated_until_it_is_taken() -> None:
@@ -376,7 +376,7 @@ def test_a_cancel_is_repeated_until_it_is_taken() -> None:
     bench.answer = None
     bench.scaler.turn()
     bench.scaler.turn()
-    assert bench.orders == [CancelOperation("op")] * 3
+    assert bench.orders == [CancelOperation("op", by="policy")] * 3
     bench.answer = Later(Unavailable("the store does not answer"))
     bench.scaler.cancel(CancelStuck("op"))
     bench.scaler.use(PolicyConfig(mode="off"))

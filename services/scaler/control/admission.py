@@ -65,9 +65,10 @@ class Order(msgspec.Struct, frozen=True):
 
 
 class CancelOperation(msgspec.Struct, frozen=True):
-    """An order to cancel the operation `op_id`."""
+    """An order to cancel the operation `op_id`. `by`: who asks."""
 
     op_id: str
+    by: str = "operator"
 
 
 class SetPolicy(msgspec.Struct, frozen=True):
@@ -145,7 +146,7 @@ class Admission:
             operation = cancelled(order.op_id, executor.operation, executor.ended, is_durable=executor.is_durable)
             if operation is not executor.operation:
                 executor.replace(operation)
-                self._tell("operation_cancel", "asked for by the operator", op_id=order.op_id)
+                self._tell("operation_cancel", f"asked for by the {order.by}", op_id=order.op_id)
             return Accepted(operation)
         if not order.is_dry_run:
             try:

@@ -254,7 +254,7 @@ class Autoscaler:
         if not self._cancel:
             return
         try:
-            self._take(CancelOperation(self._cancel))
+            self._take(CancelOperation(self._cancel, by="policy"))
         except Later:
             return
         except ElasticMoEError as error:
