@@ -306,3 +306,11 @@ def test_bounds_above_the_devices_are_kept_as_far_as_devices_go() -> None:
     all_ = DeploymentFacts(width=3, available=3)
     decision = recommend(config, seen, all_, world.widths, world.prices, PolicyState(), 1_000.0)
     assert (decision.reason, decision.target) == (Reason.AT_MAX, None), "it has not the fewest that are allowed"
+
+
+def test_a_flap_does_not_end_all_shrinks() -> None:
+    """However soon a growth followed on a shrink, it shrinks again when the load has gone."""
+    plant = world.Plant(3)
+    plant.state = msgspec.structs.replace(plant.state, dwell_s=2.0, flap_s=plant.now, hold_s=120.0)
+    plant.run(600, 0.0)
+    assert plant.width == 1

@@ -60,7 +60,8 @@ def shrink(
     price = prices(width - 1)
     if price is None:
         return Verdict(Reason.NO_PLAN, after)
-    dwell, devices = state.dwell_s or DWELL_S, facts.devices
+    # A flap is a mistake and no dwell: by its few seconds no shrink would ever be worth its price again.
+    dwell, devices = max(config.hold_s, DWELL_S if state.dwell_s is None else state.dwell_s), facts.devices
     saved, costs = dwell * devices, cost(price, width, 1, devices)
     if not is_worth(price, width, 1, devices, dwell, config):
         return Verdict(Reason.NOT_WORTH, after, saved, costs)
