@@ -14,7 +14,7 @@ from typing import Any, Final, get_args
 import msgpack
 import msgspec
 
-from elasticmoe.common.protocol import handles, hmm, keeper, pool, rank, router, scaler, standby
+from elasticmoe.common.protocol import handles, hmm, keeper, pool, rank, router, scaler, signals, standby
 from elasticmoe.common.protocol.codec import Codec, Message, Received, decode_envelope, encode
 from elasticmoe.common.protocol.errors import ProtocolError
 from elasticmoe.common.protocol.limits import EPOCH_MAX, MESSAGE_BYTES_MAX, NAME_CHARS_MAX, PROTOCOL_VERSION
@@ -185,6 +185,7 @@ UNIONS: dict[str, Any] = {
     "rank": rank.ToRank,
     "router": router.ToRouter,
     "scaler": scaler.ToScaler,
+    "signals": signals.Signal,
     "handles": handles.ToHmm,
     "keeper": keeper.Keep | keeper.Forget | keeper.Fetch,
     "pool-template": standby.Fork,
@@ -195,6 +196,7 @@ CODECS: dict[str, Codec[Any]] = {
     "rank": rank.CODEC,
     "router": router.CODEC,
     "scaler": scaler.CODEC,
+    "signals": signals.CODEC,
     "handles": handles.TO_HMM,
     "keeper": keeper.TO_KEEPER,
     "pool-template": standby.TO_TEMPLATE,

@@ -47,7 +47,8 @@ SEED: int | None = None  # set it to what a failed run printed
 SETTINGS: dict[str, Any] = {"max_sequences": 16, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 1}
 # By socket; 100,000 in all. A Unix stream socket takes one bad message per connection.
 STREAMS = ("handles", "keeper", "pool-template")
-NUMBERS = {"hmm": 27_000, "pool": 25_000, "rank-r0t0": 21_000, "rank-r1t0": 21_000} | dict.fromkeys(STREAMS, 2_000)
+NUMBERS = {"hmm": 26_000, "pool": 24_000, "rank-r0t0": 21_000, "rank-r1t0": 21_000, "signals": 2_000}
+NUMBERS |= dict.fromkeys(STREAMS, 2_000)
 ROUTER_NUMBER = 5_000
 WINDOW = 200  # messages between two looks at the answers: fewer than any queue holds
 CONNECTIONS = 16
@@ -59,6 +60,7 @@ QUESTIONS: dict[str, Message] = {
     "hmm": GetHmmStatus(),
     "pool": StopRank(rank.RankId(0, 0), "nobody:0"),
     "rank": GetRankLoad(),
+    "signals": GetHmmStatus(),  # windows have no answer; what is none is refused
 }
 
 
