@@ -1,4 +1,7 @@
-"""House rules that a machine can check. Each one names the file and the line that break it."""
+"""House rules that a machine can check. Each one names the file and the line that break it.
+
+Longer than other files because all rules share one reading of the tree, and are found in one place.
+"""
 
 from __future__ import annotations
 

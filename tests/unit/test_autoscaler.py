@@ -18,7 +18,14 @@ from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, Signal
 from elasticmoe.common.sketch import index, value
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
 from elasticmoe.services.scaler.control.admission import CancelOperation, Later, Order, Running
-from elasticmoe.services.scaler.control.autoscaler import DECISIONS_MAX, FORGET_S, TELL_AGAIN_S, TICK_S, Autoscaler
+from elasticmoe.services.scaler.control.autoscaler import (
+    DECISIONS_MAX,
+    FORGET_S,
+    ROUTERS_MAX,
+    TELL_AGAIN_S,
+    TICK_S,
+    Autoscaler,
+)
 from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.figures import MISSING, UNKNOWN
@@ -242,6 +249,14 @@ def test_a_scaler_that_was_superseded_may_have_the_socket_for_a_while() -> None:
 
 def _taken() -> Any:
     raise Conflict("socket signals.sock is in use by another process", code="already_running")
+
+
+def test_made_up_routers_take_no_more_memory() -> None:
+    bench = Bench()
+    for number in range(ROUTERS_MAX + 50):
+        bench.router(f"router:{number}")
+    bench.load()
+    assert len(bench.scaler._routers) == ROUTERS_MAX
 
 
 def test_more_windows_than_anybody_sends_take_no_more_memory() -> None:

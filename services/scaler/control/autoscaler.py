@@ -47,6 +47,7 @@ TELL_AGAIN_S = (
     60.0  # where the load lies at a threshold, two decisions take turns, and would crowd out all other events
 )
 WINDOWS_MAX = 1_000  # taken in one turn
+ROUTERS_MAX = 64  # expected at once; windows of others are dropped until one is forgotten
 
 Tell = Callable[..., None]
 
@@ -95,8 +96,6 @@ class Autoscaler:
         self._models = StepModels()
         self._arrived: deque[tuple[Signal, float]] = deque(maxlen=WINDOWS_MAX)  # since the policy's last turn
         self._routers: dict[str, float] = {}  # when each was heard last
-        self._replicas: int | None = None  # of the policy's last turn
-        self._latencies_since_s = -math.inf  # those before tell of another size
         self._due_at = 0.0
         self._cancel = ""  # this operation, which nobody has been told to yet
         self._order: ScaleTo | None = None  # given, and neither accepted nor refused yet
@@ -134,11 +133,7 @@ class Autoscaler:
                 self._intake.take_rank(window, arrived_at)
         self._arrived.clear()
         self._models.learn(layout.dp, self._intake.take_steps())
-        if layout.dp != self._replicas:
-            if self._replicas is not None:
-                self._latencies_since_s = now + self.policy.settle_s
-            self._replicas = layout.dp
-        self.signals = self._intake.signals(now, self._latencies_since_s)
+        self.signals = self._intake.signals(now)
         return Load(
             config=self.policy,
             signals=self.signals,
@@ -168,7 +163,8 @@ class Autoscaler:
                 return
             window = received[1].body
             self._arrived.append((window, now))
-            if isinstance(window, RouterWindow):
+            is_known = isinstance(window, RouterWindow) and window.router in self._routers
+            if isinstance(window, RouterWindow) and (is_known or len(self._routers) < ROUTERS_MAX):
                 self._routers[window.router] = now
 
     def _expected_routers(self, now: float) -> set[str]:

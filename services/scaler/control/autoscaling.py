@@ -22,7 +22,7 @@ from elasticmoe.services.scaler.planning.planner import plan_way
 from elasticmoe.services.scaler.policy.facts import ChangePrice, DeploymentFacts, OperationFacts, WidthFacts
 from elasticmoe.services.scaler.policy.recommend import recommend
 from elasticmoe.services.scaler.policy.state import Decision, PolicyState, Reason
-from elasticmoe.services.scaler.policy.step_model import StepModel
+from elasticmoe.services.scaler.policy.step_model import nearest
 
 REACTION_S = 1.0  # of a growth, before one has been seen
 _KINDS: dict[str, Literal["grow", "shrink", "other"]] = {"scale_up": "grow", "scale_down": "shrink"}
@@ -116,15 +116,10 @@ def _width_facts(load: Load, layout: Layout, width: int) -> WidthFacts:
     return WidthFacts(
         width=width,
         kv_tokens=max(0, handles) * load.kv_handle_tokens,
-        step=_step_of(load.steps, width),
+        step=nearest(load.steps, width),
         prefill_tokens_max=load.step_tokens_max,
         devices=layout.tp,
     )
-
-
-def _step_of(steps: dict[int, StepModel], width: int) -> StepModel | None:
-    """Of the nearest width that is known, the wider one of two."""
-    return steps[min(steps, key=lambda known: (abs(known - width), -known))] if steps else None
 
 
 def _price(load: Load, layout: Layout, width: int) -> ChangePrice | None:

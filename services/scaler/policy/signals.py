@@ -91,6 +91,8 @@ class Intake:
         self._routers: dict[str, _Router] = {}
         self._ranks: dict[tuple[RankId, str], _Rank] = {}
         self._epoch = 0
+        self._num_ranks: int | None = None
+        self._latencies_since_s = -math.inf  # those before tell of another size
         self._begun_s: dict[object, float] = {}  # since when one is expected that has told nothing
         self._steps: deque[StepSample] = deque(maxlen=STEPS_MAX)
         self._output, self._asked, self._uncached = _Ratio(), _Ratio(), _Ratio()
@@ -112,6 +114,9 @@ class Intake:
         self._routers = {name: known.get(name) or _Router() for name in routers}
         before = self._ranks
         self._ranks = {key: before.get(key) or _Rank() for key in ranks.items()}
+        if self._num_ranks is not None and len(ranks) != self._num_ranks:
+            self._latencies_since_s = now + self._config.settle_s
+        self._num_ranks = len(ranks)
         expected = {*self._routers, *self._ranks}
         self._begun_s = {key: self._begun_s.get(key, now) for key in expected}
 
@@ -155,15 +160,15 @@ class Intake:
         self._steps.clear()
         return steps
 
-    def signals(self, now: float, latencies_since_s: float = -math.inf) -> Signals:
-        """What is known at `now`. `latencies_since_s`: latencies before tell of another layout."""
+    def signals(self, now: float) -> Signals:
+        """What is known at `now`. Latencies are those since the deployment has this size, and has settled in it."""
         silent = self._silent(now)
         heard = [router for name, router in self._routers.items() if name not in silent]
         is_demand_known = bool(heard) and len(heard) == len(self._routers)
         is_ranks_known = bool(self._ranks) and silent.keys().isdisjoint(self._ranks)
         ranks = [rank for key, rank in self._ranks.items() if key not in silent]
         queues, running, used, shares = zip(*(rank.row for rank in ranks), strict=True) if ranks else ((),) * 4
-        ttft, itl = self._latencies(heard, max(now - LATENCY_S, latencies_since_s))
+        ttft, itl = self._latencies(heard, max(now - LATENCY_S, self._latencies_since_s))
         admitted, prompts, refused = _rates(heard, now)
         newest = [router.newest for router in heard if router.newest is not None]
         return Signals(

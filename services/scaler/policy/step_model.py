@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -127,6 +127,11 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:
     return found
 
 
+def nearest(models: Mapping[int, StepModel], width: int) -> StepModel | None:
+    """The model of a width; of its nearest neighbour where it has none, the wider one of two; None of none at all."""
+    return models[min(models, key=lambda known: (abs(known - width), -known))] if models else None
+
+
 class StepModels:
     """What is known of every width that was tried. Not thread-safe."""
 
@@ -149,8 +154,5 @@ class StepModels:
         return dict(self._models)
 
     def of(self, width: int) -> StepModel | None:
-        """The model of a width; of its nearest neighbour where it has none, the wider one of two; None of none at
-        all."""
-        if not self._models:
-            return None
-        return self._models[min(self._models, key=lambda known: (abs(known - width), -known))]
+        """See `nearest`."""
+        return nearest(self._models, width)
