@@ -62,13 +62,13 @@ def test_a_conversation_is_as_it_was_measured() -> None:
 
 
 def test_code_comes_in_bursts_as_it_was_measured() -> None:
-    """Gap CV 13.2, variance/mean 13 / 71 / 160, peak/mean 12.8 in one hour; ours spread around more than that."""
-    assert mean("code", "rate") == pytest.approx(2.57, rel=0.15)
-    assert mean("code", "gap_cv") == pytest.approx(13.2, rel=0.35)
-    assert dispersion("code", 1) == pytest.approx(13, rel=0.6)
-    for seconds, measured in ((10, 71), (60, 160)):
-        assert measured * 0.7 < dispersion("code", seconds) < measured * 2.2
-    assert mean("code", "peak_ratio") == pytest.approx(12.8, rel=0.5)
+    """In the hour that was recorded: gap CV 13.2 (minutes of silence are rarer here), variance/mean 13 / 71 / 160 at
+    1 / 10 / 60 s, peak/mean 12.8."""
+    assert mean("code", "rate") == pytest.approx(2.57, rel=0.1)
+    assert 9 < mean("code", "gap_cv") < 13.2
+    for seconds, measured in ((1, 13), (10, 71), (60, 160)):
+        assert dispersion("code", seconds) == pytest.approx(measured, rel=0.15)
+    assert mean("code", "peak_ratio") == pytest.approx(12.8, rel=0.2)
     arrivals = generate("code", 1)
     assert max(one.input_tokens for one in arrivals) == 7400
     assert statistics.median(one.input_tokens for one in arrivals) == pytest.approx(math.exp(7.0), rel=0.15)
