@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from elasticmoe.cli.bench import attach, idle, overload, plan, recovery, replicas, scaling, serve
+from elasticmoe.cli.bench import attach, idle, overload, plan, recovery, replicas, scaling, serve, slo
 from elasticmoe.common.protocol.errors import ElasticMoEError
 
 HELP = "measure this machine: prints a table, writes raw data and a plot"
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("attach", attach, "kill -9 of ranks: how long a standby takes to map their memory"),
         ("recovery", recovery, "kill -9 of ranks under load: gaps, failures, recomputed tokens, beside a restart"),
         ("overload", overload, "0.5 to 3 times the peak and back: what is served in time, what is refused"),
+        ("slo", slo, "a trace on real deployments: objectives kept, and devices held for it, beside the paper's means"),
         ("idle", idle, "what waiting costs: context switches, processor time and memory of each process"),
         ("plan", plan, "planning for 384 devices, and its transitions simulated"),
     ):

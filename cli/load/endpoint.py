@@ -34,19 +34,27 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     def request(self, shape: Shape, prompt: Sequence[int]) -> bytes:
         """A streaming completion of token ids, for a connection of its own."""
-        fields: dict[str, object] = {
-            "model": shape.model,
-            "prompt": prompt,
-            "max_tokens": shape.output_tokens,
-            "temperature": shape.temperature,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if shape.is_counted:
-            fields["logprobs"] = 0
-        body = msgspec.json.encode(fields)
+        return self.addressed(body_of(shape, prompt))
+
+    def addressed(self, body: bytes) -> bytes:
+        """A request with a body of `body_of`, to this server."""
         return b"%bContent-Length: %d\r\n\r\n%b" % (self.head, len(body), body)
+
+
+def body_of(shape: Shape, prompt: Sequence[int]) -> bytes:
+    """The body of a streaming completion of token ids."""
+    fields: dict[str, object] = {
+        "model": shape.model,
+        "prompt": prompt,
+        "max_tokens": shape.output_tokens,
+        "temperature": shape.temperature,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if shape.is_counted:
+        fields["logprobs"] = 0
+    return msgspec.json.encode(fields)
 
 
 def endpoint_of(url: str, *, api_key: str = "", ca_file: str | None = None) -> Endpoint:

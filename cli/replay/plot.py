@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from elasticmoe.cli.replay.simulate import Replayed
 from elasticmoe.cli.traces.arrival import Arrival
 
 BIN_S = 10.0
 
 
-def plot(path: Path, title: str, arrivals: Sequence[Arrival], seconds: float, runs: Mapping[str, Replayed]) -> None:
+class Drawn(Protocol):
+    """A run, as far as it is drawn."""
+
+    @property
+    def sizes(self) -> list[tuple[float, int]]:
+        """(Since when, replicas), from the beginning on."""
+
+    @property
+    def missed(self) -> list[float]:
+        """When each request came that broke an objective."""
+
+
+def plot(path: Path, title: str, arrivals: Sequence[Arrival], seconds: float, runs: Mapping[str, Drawn]) -> None:
     """Draw the requests per second, and a panel for each run: the replicas that were wanted, and the share of
     each BIN_S seconds' requests that broke an objective.
 

@@ -16,8 +16,8 @@ TOKENS_MAX = 32_768
 SEEDS_MAX = 100
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which traffic."""
+def add_arguments(parser: argparse.ArgumentParser, *, tokens_max: int = TOKENS_MAX) -> None:
+    """Flags that say which traffic. `tokens_max`: of a sequence where nobody says."""
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("trace", nargs="?", metavar="TRACE", help="a file of the Azure, BurstGPT or Mooncake form")
@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokens-max",
         type=whole(2),
-        default=TOKENS_MAX,
+        default=tokens_max,
         metavar="N",
-        help=f"scale lengths to sequences of N tokens ({TOKENS_MAX})",
+        help=f"scale lengths to sequences of N tokens ({tokens_max})",
     )
 
 

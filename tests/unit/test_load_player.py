@@ -62,7 +62,9 @@ async def server(answer: Callable[[int], bytes | None]) -> AsyncIterator[str]:
 class Told:
     """What a player tells; a list by number."""
 
-    def __init__(self, url: str, *, connections_max: int = 100, silence_s: float = 30.0) -> None:
+    def __init__(
+        self, url: str, *, connections_max: int = 100, silence_s: float = 30.0, retry_s: float | None = None
+    ) -> None:
         self.results: list[Result] = []
         self.gaps: list[list[float]] = []
         self.player = Player(
@@ -72,6 +74,7 @@ class Told:
             self._on_result,
             connections_max=connections_max,
             silence_s=silence_s,
+            retry_s=retry_s,
         )
 
     def _on_result(self, result: Result, gaps: list[float]) -> None:
@@ -223,3 +226,52 @@ def test_prompts_without_prefixes_share_nothing_and_follow_the_seed() -> None:
     assert len({tuple(prompt[:16]) for prompt in made}) == 50
     assert Prompts(1, 512).make(3, Arrival(0, lengths[3], 1)) == made[3]
     assert Prompts(2, 512).make(3, Arrival(0, lengths[3], 1)) != made[3]
+
+
+async def test_a_patient_load_sends_again_what_was_turned_away_and_its_time_counts_from_when_it_was_due() -> None:
+    async with server(lambda number: BUSY if number < 3 else GOOD) as url:
+        told = Told(url, retry_s=0.05)
+        (found,) = await told.play(every(1, 1))
+    assert (found.outcome, found.status, found.tokens, told.player.num_retries) == ("completed", 200, 2, 3)
+    assert found.scheduled_s == pytest.approx(0.0, abs=1e-3)
+    assert found.first_token_s is not None
+    assert found.first_token_s >= 0.15
+
+
+async def test_a_patient_load_waits_for_a_server_that_comes_back() -> None:
+    async with server(lambda _: GOOD) as url:
+        pass
+    told = Told(url, retry_s=0.02)
+    playing = asyncio.create_task(told.play(every(1, 1)))
+    while told.player.num_retries < 2:
+        await asyncio.sleep(0.005)
+    async with server(lambda _: GOOD) as other:
+        told.player.set_endpoints(endpoint_of(other))
+        (found,) = await playing
+    assert (found.outcome, found.error) == ("completed", "")
+
+
+async def test_a_patient_load_does_not_send_again_what_was_taken() -> None:
+    async with server(lambda _: b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices":[{"text":"a"}]}\n\n') as url:
+        told = Told(url, retry_s=0.01)
+        (found,) = await told.play(every(1, 1))
+    assert (found.outcome, found.error, told.player.num_retries) == ("failed", "cut_off", 0)
+
+
+async def test_a_patient_load_that_is_stopped_tells_of_what_waits_for_its_turn() -> None:
+    async with server(lambda _: BUSY) as url:
+        told = Told(url, retry_s=30.0)
+        playing = asyncio.create_task(told.play(every(1, 1)))
+        while told.player.num_retries < 1:
+            await asyncio.sleep(0.005)
+        told.player.stop()
+        (found,) = await playing
+    assert found.outcome == "interrupted"
+
+
+async def test_several_endpoints_take_turns() -> None:
+    async with server(lambda _: GOOD) as one, server(lambda _: BUSY) as other:
+        told = Told(one)
+        told.player.set_endpoints(endpoint_of(one), endpoint_of(other))
+        found = await told.play(every(0.01, 6))
+    assert [result.outcome for result in found] == ["completed", "refused"] * 3
