@@ -16,9 +16,10 @@ A, B = b"router:a", b"router:b"
 
 
 class Wire:
-    """The transport: routers that are connected, and what they got."""
+    """The transport: routers that are connected, what they got, and who was dropped."""
 
     def __init__(self) -> None:
+        self.dropped: list[bytes] = []
         self.connected: set[bytes] = set()
         self.got: list[tuple[bytes, Message]] = []
 
@@ -28,68 +29,85 @@ class Wire:
         return router in self.connected
 
 
+def reports_to(wire: Wire) -> Reports:
+    return Reports(wire.send, wire.dropped.append)
+
+
 def said(number: int) -> Tokens:
     return Tokens((Delta("r", number, (number,)),))
 
 
 def test_kept_until_it_comes_and_in_order() -> None:
     wire = Wire()
-    reports = Reports(wire.send)
+    reports = reports_to(wire)
     reports.expect([A], 100.0)
     for number in range(3):
-        assert reports.tell(A, said(number))
-        assert reports.turn(100.0 + number) == []
+        reports.tell(A, said(number))
+        reports.turn(100.0 + number)
     assert reports.is_waiting
     wire.connected.add(A)
-    assert reports.tell(A, said(3))  # not before what was kept
-    assert reports.turn(104.0) == []
-    assert reports.tell(A, said(4))
+    reports.tell(A, said(3))  # not before what was kept
+    reports.turn(104.0)
+    reports.tell(A, said(4))
     assert wire.got == [(A, said(number)) for number in range(5)]
     assert not reports.is_waiting
+    assert not wire.dropped
 
 
 def test_a_router_that_never_comes_is_gone() -> None:
     wire = Wire()
-    reports = Reports(wire.send)
+    reports = reports_to(wire)
     reports.expect([A, B], 100.0)
     reports.tell(A, said(0))
     reports.tell(B, said(0))
     wire.connected.add(B)
-    assert reports.turn(100.0) == []
-    assert reports.turn(100.0 + GRACE_S) == []
-    assert reports.turn(100.1 + GRACE_S) == [A]
+    reports.turn(100.0)
+    reports.turn(100.0 + GRACE_S)
+    assert not wire.dropped
+    reports.turn(100.1 + GRACE_S)
+    assert wire.dropped == [A]
     assert not reports.is_waiting
-    assert not reports.tell(A, said(1))  # like any router that is not connected
+    reports.tell(A, said(1))  # like any router that is not connected
+    assert wire.dropped == [A, A]
 
 
 def test_one_that_was_not_expected_is_gone_at_once() -> None:
-    assert not Reports(Wire().send).tell(A, said(0))
+    wire = Wire()
+    reports_to(wire).tell(A, said(0))
+    assert wire.dropped == [A]
 
 
 def test_what_is_kept_is_bounded() -> None:
-    reports = Reports(Wire().send)
+    wire = Wire()
+    reports = reports_to(wire)
     reports.expect([A], 0.0)
-    assert all(reports.tell(A, said(0)) for _ in range(MESSAGES_MAX))
-    assert not reports.tell(A, said(0))
+    for _ in range(MESSAGES_MAX):
+        reports.tell(A, said(0))
+    assert reports.is_waiting
+    assert not wire.dropped
+    reports.tell(A, said(0))
+    assert wire.dropped == [A]
     assert not reports.is_waiting
 
 
 def test_one_that_fails_half_way_is_gone() -> None:
     wire = Wire()
-    reports = Reports(lambda router, message: wire.send(router, message) and len(wire.got) < 2)
+    reports = Reports(lambda router, message: wire.send(router, message) and len(wire.got) < 2, wire.dropped.append)
     reports.expect([A], 0.0)
     for number in range(3):
-        assert reports.tell(A, said(number))
+        reports.tell(A, said(number))
+    assert not wire.dropped
     wire.connected.add(A)
-    assert reports.turn(TRY_S) == [A]
+    reports.turn(TRY_S)
+    assert wire.dropped == [A]
 
 
 def test_one_that_is_connected_already_need_not_wait() -> None:
     wire = Wire()
     wire.connected.add(A)
-    reports = Reports(wire.send)
+    reports = reports_to(wire)
     reports.expect([A], 0.0)
-    assert reports.tell(A, said(0))
+    reports.tell(A, said(0))
     assert wire.got == [(A, said(0))]
     assert not reports.is_waiting
 

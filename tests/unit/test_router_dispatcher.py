@@ -10,7 +10,6 @@ import pytest
 import pytest_asyncio
 
 from elasticmoe.cli.models.byte_tokenizer import build_byte_tokenizer
-from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import Unavailable
@@ -58,7 +57,7 @@ class Bench:
     def hear(self, replica: int, body: ToRouter, *, sender: str = "", seq: int = 0) -> None:
         sender = sender or f"rank-r{replica}t0:first"
         link = self.dispatcher.links[RankId(replica, 0)]
-        self.dispatcher._on_message(link, Received(0, sender, seq, body), self.now)
+        self.dispatcher._inbox.take(link, Received(0, sender, seq, body), self.now)
 
     def status(
         self, replica: int, *, running: int = 0, sender: str = "", length: int = 100, is_leaving: bool = False
@@ -408,13 +407,14 @@ async def test_a_handler_that_fails_does_not_end_the_link(bench: Bench, monkeypa
             raise asyncio.CancelledError
         return Received(0, "x", 0, Tokens(()))
 
-    def handle(_: object, received: Received[ToRouter], __: float) -> None:
+    def take(_: object, received: Received[ToRouter], __: float) -> None:
         heard.append(received)
         raise RuntimeError("bug")
 
     monkeypatch.setattr(link._client, "receive", receive)
+    monkeypatch.setattr(bench.dispatcher._inbox, "take", take)
     with pytest.raises(asyncio.CancelledError):
-        await link._listen(SYSTEM_CLOCK, handle)
+        await bench.dispatcher._inbox.listen(link, link._client)
     assert len(heard) == 3
 
 

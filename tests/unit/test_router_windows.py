@@ -76,7 +76,7 @@ async def test_ends_of_every_kind_are_told_apart(bench: LoadedBench) -> None:
     bench.dispatcher.cancel(bench.open("left"))
     bench.open("failed").end(Ending("error", "x", ElasticMoEError("x")))
     failed = bench.dispatcher.streams["failed"]
-    bench.dispatcher._forget(failed, tell_rank=True)
+    bench.dispatcher.forget(failed, tell_rank=True)
     window = bench.window()
     assert (window.cancelled, window.failed, window.finished) == (1, 1, 0)
 

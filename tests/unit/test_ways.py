@@ -7,13 +7,8 @@ loops of the two services and the link between them, which have stand-ins here, 
 from __future__ import annotations
 
 import asyncio
-import re
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType, FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -38,58 +33,19 @@ from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.operation.prepare import prepare
 from elasticmoe.services.scaler.planning.planner import plan_way
 from tests.unit.test_hmm_memory_shortage import World
+from tests.unit.ways import Trace, hands_of, said
 
-ROOT = Path(__file__).parents[2]
-CARRIERS = {"hmm/background"}
-# Where the order goes from hand to hand.
-HANDS: dict[CodeType, str] = {
-    function.__code__: name
-    for name, function in (
-        ("queue", CommandQueue.ask),
-        ("plan", plan_way),
-        ("begin", Executor.begin),
-        ("decide", prepare),
-        ("send", Executor._send),
-        ("stage", Transitions.stage),
-        ("claim", Supply.claim_stage),
-        ("write", Transfer._fill),
-    )
-}
-
-
-class Trace:
-    """The files of the services, in the order in which they were first on the stack at one of HANDS."""
-
-    def __init__(self) -> None:
-        self.files: list[str] = []
-        self.hands: list[str] = []
-
-    def __call__(self, frame: FrameType, event: str, _: object) -> None:
-        if event != "call" or frame.f_code not in HANDS:
-            return
-        self.hands.append(HANDS[frame.f_code])
-        stack: list[str] = []
-        at: FrameType | None = frame
-        while at is not None:
-            _, found, name = at.f_code.co_filename.rpartition("/services/")
-            if found:
-                stack.append(name.removesuffix(".py"))
-            at = at.f_back
-        for name in reversed(stack):
-            if name not in {*self.files, *CARRIERS}:
-                self.files.append(name)
-
-
-@contextmanager
-def traced() -> Iterator[Trace]:
-    trace = Trace()
-    threading.setprofile(trace)
-    sys.setprofile(trace)
-    try:
-        yield trace
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+CARRIERS = frozenset({"hmm/background"})
+HANDS = hands_of(
+    queue=CommandQueue.ask,
+    plan=plan_way,
+    begin=Executor.begin,
+    decide=prepare,
+    send=Executor._send,
+    stage=Transitions.stage,
+    claim=Supply.claim_stage,
+    write=Transfer._fill,
+)
 
 
 def _tell(kind: str, reason: str, /, **facts: str) -> None: ...
@@ -147,24 +103,12 @@ class Deployment:
         self.executor.execute(self.executor.decide(seen))
 
 
-def said(way: str) -> list[str]:
-    """The files of a row of the page's table of ways; a room is named where it changes."""
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    row = re.search(rf"^\| {way} \|(.*)\|$", page, re.MULTILINE)
-    assert row is not None
-    files, service = [], ""
-    for name in re.findall(r"`([^`]+)`", row[1]):
-        first = name.split("/")[0]
-        service = first if first in ("scaler", "hmm", "router", "worker") else service
-        files.append(name if first == service else f"{service}/{name}")
-    return files
-
-
 def test_a_scale_order_passes_the_files_that_the_page_names(tiny_mixtral: Path, tmp_path: Path) -> None:
     hmm = World(tiny_mixtral, tmp_path)
     try:
         deployment = Deployment(hmm, tmp_path)
-        with traced() as trace:
+        trace = Trace(HANDS, CARRIERS)
+        with trace.follow():
             answer = asyncio.run(deployment.order({"replicas": 3}))
             assert answer.status_code == 202, answer.text
             for _ in range(3):

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import time
-
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.services.router.api.answer import Answer
+from elasticmoe.services.router.api.chat_renderer import ChatRenderer
 from elasticmoe.services.router.api.conversation import conversation_of
 from elasticmoe.services.router.api.docs import describe
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.gate import client_of, front_of, permit_of, request_id_of
-from elasticmoe.services.router.api.generate import Generation, start
-from elasticmoe.services.router.api.logprobs import Entries, Teller
-from elasticmoe.services.router.api.options import Options, UsageChunks, options_of
+from elasticmoe.services.router.api.generate import start
+from elasticmoe.services.router.api.options import Options, options_of
 from elasticmoe.services.router.api.parse import body_of
 from elasticmoe.services.router.api.schemas import ChatRequest
-from elasticmoe.services.router.api.told import AnswerMessage, ChatCompletion, ChatCompletionChunk, ChatLogprobs, Usage
-from elasticmoe.services.router.dispatch.streams import Output, Stream
+from elasticmoe.services.router.api.told import ChatCompletion, ChatCompletionChunk
 
 routes = APIRouter()
 _decoder = msgspec.json.Decoder(ChatRequest)
-_encode = msgspec.json.encode
 
 
 @routes.post("/v1/chat/completions", **describe(ChatRequest, ChatCompletion, chunk=ChatCompletionChunk))
@@ -57,94 +53,3 @@ def _options(raw: ChatRequest, front: Front) -> Options:
         defaults=defaults,
         allow_priority=front.config.allow_priority,
     )
-
-
-class ChatRenderer:
-    """Chat's shapes. The parts of an event that do not change are made once."""
-
-    def __init__(self, answer_id: str, front: Front, options: Options) -> None:
-        self._id = answer_id
-        self._model = front.model.name
-        self._teller = Teller(front.model.table, options.sampling.logprobs, as_ids=options.as_ids)
-        self._created = int(time.time())
-        self._wants_logprobs = options.sampling.logprobs >= 0
-        self._usage = options.usage
-        self._end = end_of_events(options.usage)
-        self._gathered: dict[int, tuple[list[str], Entries]] = {}
-        facts = {"id": answer_id, "object": "chat.completion.chunk", "created": self._created, "model": self._model}
-        self._head = b"data: " + _encode(facts)[:-1]
-
-    def _event(self, index: int, stream: Stream, delta: bytes, logprobs: bytes, finish: bytes) -> bytes:
-        return b'%b,"choices":[{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b%b' % (
-            self._head,
-            index,
-            delta,
-            logprobs,
-            finish,
-            self._end or end_of_event(stream),
-        )
-
-    def is_ready(self, _generation: Generation, _index: int) -> bool:
-        """Nothing has to be waited for."""
-        return True
-
-    async def opening(self, generation: Generation, index: int) -> list[bytes]:
-        """The event with the role."""
-        role = b'{"role":"assistant","content":""}'
-        return [self._event(index, generation.streams[index], role, b"null", b"null")]
-
-    def events(self, index: int, stream: Stream, output: Output, finish_reason: str | None) -> bytes:
-        """An event with text, one with the finish reason."""
-        events = b""
-        if output.text or output.tokens:
-            logprobs = b"null"
-            if self._wants_logprobs:
-                logprobs = _encode(ChatLogprobs(self._teller.entries(output.tokens)))
-            events = self._event(index, stream, b'{"content":%b}' % _encode(output.text), logprobs, b"null")
-        if finish_reason is not None:
-            events += self._event(index, stream, b"{}", b"null", _encode(finish_reason))
-        return events
-
-    def usage_event(self, generation: Generation) -> bytes:
-        """The event with the usage and no choices."""
-        if not self._usage.at_end:
-            return b""
-        return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, _encode(usage_of(generation)))
-
-    async def gather(self, _generation: Generation, index: int, output: Output) -> None:
-        """Keep the text, and the log probabilities as JSON."""
-        texts, entries = self._gathered.setdefault(index, ([], Entries(self._teller)))
-        texts.append(output.text)
-        entries.add(output.tokens)
-
-    def body(self, generation: Generation) -> list[bytes]:
-        """A chat.completion object."""
-        facts = {"id": self._id, "object": "chat.completion", "created": self._created, "model": self._model}
-        pieces = [_encode(facts)[:-1], b',"choices":[']
-        for index, stream in enumerate(generation.streams):
-            assert stream.ending is not None
-            texts, entries = self._gathered[index]
-            message = _encode(AnswerMessage("assistant", "".join(texts)))
-            pieces.append(b'%b{"index":%d,"message":%b,"logprobs":' % (b"," if index else b"", index, message))
-            pieces += entries.json() if self._wants_logprobs else [b"null"]
-            pieces.append(b',"finish_reason":%b}' % _encode(stream.ending.reason))
-        return [*pieces, b'],"usage":%b}' % _encode(usage_of(generation))]
-
-
-def end_of_events(usage: UsageChunks) -> bytes:
-    """How every chunk with a choice ends; nothing where each has a usage of its own."""
-    if usage.always:
-        return b""
-    return b'}],"usage":null}\n\n' if usage.at_end else b"}]}\n\n"
-
-
-def end_of_event(stream: Stream) -> bytes:
-    """The end of a chunk with its choice's usage so far."""
-    prompt, completion = len(stream.submit.prompt), stream.num_tokens
-    return b'}],"usage":%b}\n\n' % _encode(Usage(prompt, completion, prompt + completion))
-
-
-def usage_of(generation: Generation) -> Usage:
-    """Tokens of prompts and choices."""
-    prompt, completion = generation.prompt_tokens, generation.completion_tokens
-    return Usage(prompt, completion, prompt + completion)

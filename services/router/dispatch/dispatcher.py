@@ -1,5 +1,4 @@
-"""Brings generations and replicas together: submits, cancels, hands tokens to their streams, and notices losses.
-Longer than 400 lines, because all that can end or move a stream is decided in one class.
+"""Brings generations and replicas together: submits, cancels, moves, and notices losses. What ranks say: inbox.py.
 
 What can go wrong, and who ends a stream then:
 - a rank says Failed: its error, or another try elsewhere when it is retryable;
@@ -24,31 +23,14 @@ from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
 from elasticmoe.common.endpoints import Transport
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.layout import Layout, RankId
-from elasticmoe.common.protocol.codec import Message, Received
-from elasticmoe.common.protocol.errors import (
-    DeadlineExceeded,
-    ElasticMoEError,
-    ProtocolError,
-    RequestFailed,
-    Unavailable,
-    Unready,
-)
+from elasticmoe.common.protocol.codec import Message
+from elasticmoe.common.protocol.errors import DeadlineExceeded, ElasticMoEError, Unavailable, Unready
 from elasticmoe.common.protocol.rank import Cancel
-from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.common.protocol.router import (
-    CODEC,
-    Delta,
-    Failed,
-    MayMove,
-    Moved,
-    RankStatus,
-    Suspected,
-    Tokens,
-    ToRouter,
-)
+from elasticmoe.common.protocol.router import CODEC
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.common.transport import new_identity
 from elasticmoe.services.router.dispatch.balancer import LOST_S, Candidate, decide
+from elasticmoe.services.router.dispatch.inbox import Inbox
 from elasticmoe.services.router.dispatch.links import RankLink, Spawn, spawn_task
 from elasticmoe.services.router.dispatch.pace import TICK_S, Pace
 from elasticmoe.services.router.dispatch.streams import Ending, Stream
@@ -93,6 +75,7 @@ class Dispatcher:
         self._turn = 0
         self._pace = Pace()
         self.windows = RouterWindows(identity, lambda: transport.connect_push("signals", identity))
+        self._inbox = Inbox(self, metrics, history, clock)
         metrics.watch(self.links, lambda: self.layout)
 
     # ---- layout ------------------------------------------------------------------------------------------------------
@@ -121,13 +104,13 @@ class Dispatcher:
         log.info("layout", epoch=layout.epoch, replicas=layout.dp, tp=layout.tp)
 
     def _open_link(self, rank: RankId, now: float) -> RankLink:
-        link = RankLink(rank, self._transport.connect_async(f"rank-{rank}", self._identity, CODEC), now)
-        self.links[rank] = link
-        link.listen(self._spawn, self._clock, self._on_message)
+        client = self._transport.connect_async(f"rank-{rank}", self._identity, CODEC)
+        link = self.links[rank] = RankLink(rank, client, now)
+        link.task = self._spawn(self._inbox.listen(link, client), f"link {rank}")
         link.watch(now)
         return link
 
-    def _link_to(self, rank: RankId, now: float) -> RankLink:
+    def link_to(self, rank: RankId, now: float) -> RankLink:
         """The link to a rank that has, or may have, a stream. One outside the layout is closed like one that left."""
         link = self.links.get(rank)
         if link is None:
@@ -191,13 +174,14 @@ class Dispatcher:
     def cancel(self, stream: Stream) -> None:
         """The client left, or its other choices failed. Nothing happens to a stream that has ended."""
         if stream.end(Ending("cancelled", "cancelled")):
-            self._forget(stream, tell_rank=True)
+            self.forget(stream, tell_rank=True)
 
-    def _fail(self, stream: Stream, error: ElasticMoEError) -> None:
+    def fail(self, stream: Stream, error: ElasticMoEError) -> None:
+        """End it with `error`. Nothing happens to a stream that has ended."""
         if stream.end(Ending("error", error.code, error)):
-            self._forget(stream, tell_rank=True)
+            self.forget(stream, tell_rank=True)
 
-    def _forget(self, stream: Stream, *, tell_rank: bool) -> None:
+    def forget(self, stream: Stream, *, tell_rank: bool) -> None:
         """The stream has ended: record it, and free what its rank holds."""
         self._release(stream, tell_rank=tell_rank)
         ending = stream.ending
@@ -214,15 +198,21 @@ class Dispatcher:
         if link is not None:
             link.detach(stream)
             if tell_rank:
-                self._send_quietly(link, Cancel(request_id))
+                self.say(link, Cancel(request_id))
 
-    def _send_quietly(self, link: RankLink, body: Message) -> None:
+    def say(self, link: RankLink, body: Message) -> None:
+        """Send what may be lost."""
         try:
             link.send(body)
         except Unavailable as error:
             log.debug("rank does not take messages", rank=link.rank, error=error.message)
 
-    def _retry_or_fail(self, stream: Stream, error: ElasticMoEError, now: float, *, avoid: RankId | None) -> None:
+    def lose(self, stream: Stream, rank: RankId | None, now: float, *, avoid: RankId | None = None) -> None:
+        """The rank that worked on it was lost: another try, else `rank_lost`."""
+        error = Unavailable(f"rank {rank} was lost while it worked on the request", code=LOST)
+        self.retry_or_fail(stream, error, now, avoid=avoid)
+
+    def retry_or_fail(self, stream: Stream, error: ElasticMoEError, now: float, *, avoid: RankId | None) -> None:
         """Submit a stream anew with what it has, under another id so that the tries cannot be confused; or end it."""
         if error.code == LOST:
             stream.num_losses += 1
@@ -230,7 +220,7 @@ class Dispatcher:
             stream.num_refusals += 1
         is_bounded = stream.num_losses <= LOSSES_MAX and stream.num_refusals < SUBMITS_MAX
         if not (error.retryable and is_bounded and now < stream.deadline):
-            self._fail(stream, error)
+            self.fail(stream, error)
             return
         try:
             self._release(stream, tell_rank=True)
@@ -238,84 +228,13 @@ class Dispatcher:
             others = [candidate for candidate in self.candidates(now) if candidate.rank != avoid]
             link = self._submit(stream, others)
         except (Unavailable, MemoryError):  # it is in no table now: nobody would come back to it
-            self._fail(stream, error)
+            self.fail(stream, error)
             return
         self._metrics.resubmitted.inc()
         self._history.resubmitted(stream.name, str(link.rank))
         log.warning("submitted anew", request=stream.name, rank=link.rank, reason=error.code)
 
-    # ---- messages ----------------------------------------------------------------------------------------------------
-
-    def _on_message(self, link: RankLink, received: Received[ToRouter], now: float) -> None:
-        """One message of a rank. Whatever it says, the loop goes on."""
-        if link.hear(received, now):
-            log.warning("another process speaks for the rank", rank=link.rank, sender=received.sender)
-            link.watch(now)
-        body = received.body
-        if isinstance(body, Tokens):
-            for delta in body.deltas:
-                self._on_delta(link, delta, now)
-        elif isinstance(body, RankStatus):
-            self._on_status(link, body, now)
-        elif isinstance(body, Failed):
-            self._on_failed(link, body, now)
-        elif isinstance(body, Suspected):
-            if body.request_id in link.streams:
-                link.streams[body.request_id].suspicion = body.suspicion
-        elif isinstance(body, Moved):
-            self._on_moved(link, body, now)
-        elif isinstance(body, MayMove):
-            self._on_may_move(link, body, now)
-        elif isinstance(body, Refused):
-            self._on_refused(link, body, received.seq, now)
-
-    def _on_status(self, link: RankLink, status: RankStatus, now: float) -> None:
-        try:
-            link.report(status, now)
-            self._metrics.recomputed.inc(link.take_recomputed())
-        except ProtocolError as error:
-            log.error("rank sent nonsense", rank=link.rank, error=error.message)
-            self._metrics.bad_messages.inc()
-
-    def _on_delta(self, link: RankLink, delta: Delta, now: float) -> None:
-        stream = self.streams.get(delta.request_id)
-        if stream is None:
-            if delta.finish is None:  # a cancel was lost or is still on its way
-                self._send_quietly(link, Cancel(delta.request_id))
-            return
-        if stream.rank == link.rank:
-            stream.sender = link.sender  # its present incarnation has taken it over
-        elif delta.index + len(delta.ids) > stream.reach:
-            self._move(stream, link, now)
-        if stream.rank == link.rank and stream.lacks(delta):
-            self._retry_or_fail(stream, _lost(link.rank), now, avoid=None)
-            return
-        index, first_at, last_at = stream.num_tokens, stream.first_at, stream.last_at
-        try:
-            ids = stream.accept(delta, now)
-        except ProtocolError as error:
-            log.error("rank sent nonsense", rank=link.rank, request=stream.name, error=error.message)
-            self._metrics.bad_messages.inc()
-            self._fail(stream, ElasticMoEError("the engine sent an invalid answer"))
-            return
-        except Exception:  # a bug here must not cost the step's other requests their tokens
-            log.exception("tokens could not be taken", rank=link.rank, request=stream.name)
-            self._fail(stream, ElasticMoEError("tokens could not be taken"))
-            return
-        if ids:
-            stream.last_at, stream.num_losses = now, 0
-            if first_at is None:
-                stream.first_at = now
-                if stream.rank in self.links:
-                    self.links[stream.rank].started(stream)
-            self._history.chunk(stream.name, index, ids)
-            seconds, is_first = now - (stream.accepted_at if first_at is None else last_at), first_at is None
-            self._metrics.tokens(len(ids), seconds, is_first)
-            self.windows.tokens(seconds, is_first)
-        if stream.ending is not None:
-            self._forget(stream, tell_rank=delta.finish is None)
-
-    def _move(self, stream: Stream, link: RankLink, now: float, incarnation: str = "") -> None:
+    def move(self, stream: Stream, link: RankLink, now: float, incarnation: str = "") -> None:
         """The stream is another rank's from now on: `link`'s, in `incarnation`, or its present one if it was heard."""
         old = self.links.get(stream.rank) if stream.rank else None
         if old is not None:
@@ -326,44 +245,6 @@ class Dispatcher:
         self._metrics.moved.inc()
         self._history.moved(stream.name, str(link.rank))
         log.debug("moved", request=stream.name, rank=link.rank)
-
-    def _leads(self, rank: RankId, link: RankLink) -> bool:
-        """Whether what `link` says can be true: that `rank` has, or gets, a sequence."""
-        if rank.tp == 0 and rank.replica >= 0:
-            return True
-        log.error("rank sent nonsense", rank=link.rank, error=f"{rank} does not lead a replica")
-        self._metrics.bad_messages.inc()
-        return False
-
-    def _on_may_move(self, link: RankLink, news: MayMove, now: float) -> None:
-        if self._leads(news.rank, link) and news.request_id in link.streams and news.rank not in self.links:
-            self._link_to(news.rank, now)
-
-    def _on_moved(self, link: RankLink, moved: Moved, now: float) -> None:
-        if not self._leads(moved.rank, link):
-            return
-        stream = self.streams.get(moved.request_id)
-        if stream is None:  # it ended before, and the cancel went to a rank that did not have it any more
-            self._send_quietly(self._link_to(moved.rank, now), Cancel(moved.request_id))
-        elif stream.rank == link.rank != moved.rank:
-            new = self._link_to(moved.rank, now)
-            self._move(stream, new, now, moved.incarnation)
-            new.watch(now)
-
-    def _on_failed(self, link: RankLink, failed: Failed, now: float) -> None:
-        stream = self.streams.get(failed.request_id)
-        if stream is None and failed.code == RequestFailed.code:  # of an earlier try, that had gone on unheard
-            stream = next((one for one in self.streams.values() if one.was(failed.request_id)), None)
-        if stream is None:
-            return
-        error = ElasticMoEError(failed.message, code=failed.code, retryable=failed.retryable)
-        self._retry_or_fail(stream, error, now, avoid=link.rank)
-
-    def _on_refused(self, link: RankLink, refused: Refused, seq: int, now: float) -> None:
-        log.warning("rank refused a message", rank=link.rank, code=refused.code, reason=refused.message)
-        for stream in [stream for stream in link.streams.values() if seq and stream.seq == seq]:
-            error = ElasticMoEError(refused.message, code=refused.code, retryable=refused.retryable)
-            self._retry_or_fail(stream, error, now, avoid=link.rank)
 
     # ---- time --------------------------------------------------------------------------------------------------------
 
@@ -378,9 +259,9 @@ class Dispatcher:
         for stream in list(self.streams.values()):
             if now >= stream.deadline:
                 limit = stream.deadline - stream.accepted_at
-                self._fail(stream, DeadlineExceeded(f"the request did not end within {limit:.0f} s"))
+                self.fail(stream, DeadlineExceeded(f"the request did not end within {limit:.0f} s"))
             elif stream.gap_since is not None and now - stream.gap_since > GAP_S:
-                self._retry_or_fail(stream, _lost(stream.rank), now, avoid=None)
+                self.lose(stream, stream.rank, now)
         self._history.flush()
         self.windows.turn(now, self.layout.epoch if self.layout is not None else 0, self.streams.values())
 
@@ -394,7 +275,7 @@ class Dispatcher:
             since_s = now - max(link.changed_at, stream.moved_at)
             is_orphan = stream.sender != link.sender and since_s > link.patience_s(stream)
             if is_silent or is_orphan:
-                self._retry_or_fail(stream, _lost(link.rank), now, avoid=link.rank if is_silent else None)
+                self.lose(stream, link.rank, now, avoid=link.rank if is_silent else None)
 
     async def run(self) -> None:
         """Take turns for ever."""
@@ -412,14 +293,10 @@ class Dispatcher:
     def close(self) -> None:
         """End what still runs and close the links. Idempotent."""
         for stream in list(self.streams.values()):
-            self._fail(stream, Unavailable("the router is shutting down", code="shutting_down"))
+            self.fail(stream, Unavailable("the router is shutting down", code="shutting_down"))
         for rank in list(self.links):
             self._close_link(rank)
         self.windows.close()
-
-
-def _lost(rank: RankId | None) -> Unavailable:
-    return Unavailable(f"rank {rank} was lost while it worked on the request", code=LOST)
 
 
 def router_identity() -> str:

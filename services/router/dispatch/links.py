@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from typing import Any, Protocol
 
-from elasticmoe.common.clock import Clock
 from elasticmoe.common.endpoints import AsyncClientEnd
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.codec import Message, Received
@@ -25,7 +23,6 @@ from elasticmoe.services.router.dispatch.streams import Stream
 log = get_logger("router")
 
 WATCH_EVERY_S = 1.6  # a rank that has been silent for this long is asked: it speaks each second by itself
-AFTER_SHORTAGE_S = 0.01
 EMPTY_S = 0.3  # patience with a new incarnation that has not named a stream, once its status has come
 ADOPT_S = 2.0  # where the stream may wait there unnamed, submitted while nobody was there
 WATCH_BUSY_S = 0.25  # and one that has streams: another process may be in its place, which does not know this router
@@ -76,7 +73,7 @@ class RankLink:
         self._num_bad = 0
         self._num_recomputed = 0
         self._client = client
-        self._task: Task | None = None
+        self.task: Task | None = None  # that listens to it
 
     def attach(self, stream: Stream) -> None:
         """The rank works on `stream` from now on."""
@@ -123,27 +120,6 @@ class RankLink:
         seq = self._client.send(body)
         self._is_dismissed = isinstance(body, Unwatch)
         return seq
-
-    def listen(self, spawn: Spawn, clock: Clock, handle: Callable[[RankLink, Received[ToRouter], float], None]) -> None:
-        """Give every message to `handle` until `close`. One that it cannot digest is logged and dropped."""
-        self._task = spawn(self._listen(clock, handle), f"link {self.rank}")
-
-    async def _listen(self, clock: Clock, handle: Callable[[RankLink, Received[ToRouter], float], None]) -> None:
-        while True:
-            try:
-                received = await self._client.receive()
-            except MemoryError:  # as if it had been lost on its way
-                with suppress(MemoryError):
-                    log.error("no memory for a message", rank=self.rank)
-                with suppress(MemoryError):
-                    await asyncio.sleep(AFTER_SHORTAGE_S)
-                continue
-            try:
-                handle(self, received, clock.monotonic())
-            except Exception:
-                with suppress(MemoryError):
-                    log.exception("message could not be handled", rank=self.rank, kind=type(received.body).__name__)
-            await asyncio.sleep(0)  # a flood of messages must not keep their readers from running
 
     def hear(self, received: Received[ToRouter], now: float) -> bool:
         """Note who speaks; True when it is not the incarnation that spoke before.
@@ -235,6 +211,6 @@ class RankLink:
 
     def close(self) -> None:
         """Hear nothing more, and close the connection. Idempotent."""
-        if self._task is not None:
-            self._task.cancel()
+        if self.task is not None:
+            self.task.cancel()
         self._client.close()

@@ -45,7 +45,7 @@ from elasticmoe.services.worker.migration import Migration
 from elasticmoe.services.worker.rank.intake import check_ids
 from elasticmoe.services.worker.rank.lockstep import STEP_MS_MAX, Lockstep
 from elasticmoe.services.worker.rank.parts import RankParts
-from elasticmoe.services.worker.rank.reports import Reports, tokens_of
+from elasticmoe.services.worker.rank.reports import Reports
 from elasticmoe.services.worker.rank.shares import Shares
 from elasticmoe.services.worker.rank.steps import Steps
 from elasticmoe.services.worker.rank.welcome import Welcome
@@ -83,11 +83,11 @@ class Rank:
         self._ready = RankReady(seat.rank, seat.slot, seat.incarnation, parts.attach_ms, parts.build_ms)
         self._tell_ready = tell_ready
         self._lockstep = Lockstep(parts.barrier, parts.exchange, parts.memory.routings, seat.slot, parts.clock)
-        self._steps = Steps(parts.engine, parts.exchange, self._lockstep, parts.hmm, self._send)
+        self._reports = Reports(parts.server.send, self._drop_peer)
+        self._steps = Steps(parts.engine, parts.exchange, self._lockstep, parts.hmm, self._reports.report)
         self._migration = Migration(
             seat, parts.engine, parts.transport, watch=parts.server.watch, unwatch=parts.server.unwatch
         )
-        self._reports = Reports(parts.server.send)
         self._shares = Shares(parts.clock)
         push = parts.transport.connect_push("signals", seat.incarnation)
         self._windows = RankWindows(seat, parts.engine.scheduler, push)
@@ -140,14 +140,15 @@ class Rank:
 
     def finish(self) -> None:
         """Tell routers of what ends with this rank."""
-        self._send_failures(self._engine.fail_all(Unavailable("the rank is shutting down", code="shutting_down")))
+        error = Unavailable("the rank is shutting down", code="shutting_down")
+        self._reports.report(Outcome({}, self._engine.fail_all(error)))
 
     def _adopt(self, now: float) -> None:
         """Go on with the sequences of the seat's last rank. Their routers are still to connect to this one."""
         num_rows = len(self._memory.ledger.rows())
         outcome = adopt_rows(self._engine, self._memory.spec.vocab)
         self._reports.expect({*outcome.deltas, *(router for router, _ in outcome.failures)}, now)
-        self._send(outcome)
+        self._reports.report(outcome)
         if num_rows:
             num_live = len(self._engine.scheduler.sequences())
             log.info("sequences adopted", num=num_live, rows=num_rows, failed=len(outcome.failures))
@@ -190,11 +191,10 @@ class Rank:
                 self._welcome.begin()
         if wait_s := self._welcome.wait_s(now, self._migration.num_expected):
             return None, max(1, int(wait_s * 1e3))
-        for router in self._reports.turn(now):
-            self._drop_peer(router)
+        self._reports.turn(now)
         for router, message in self._migration.turn(now, lockstep.members):
-            self._tell(router, message)
-        self._send(self._engine.end_overlong())
+            self._reports.tell(router, message)
+        self._reports.report(self._engine.end_overlong())
         if lockstep.is_member:
             plan = self._steps.plan(decode_only=lockstep.is_urgent, num_clean=lockstep.num_clean)
             if plan.num_said or lockstep.shall_meet():
@@ -270,7 +270,7 @@ class Rank:
                 self._watchers.discard(peer)
             else:
                 self._server.send(peer, self._answer(message, now), seq=message.seq)
-        self._send_failures(self._engine.expire(now))
+        self._reports.report(Outcome({}, self._engine.expire(now)))
 
     def _answer(self, message: Received[ToRank], now: float) -> Message:
         """The answer to a command or a question."""
@@ -327,28 +327,12 @@ class Rank:
         try:
             check_ids(request, request.output, self._memory.spec.vocab)
             if request.output and not self._engine.scheduler.has_room(request):
-                self._tell(peer, Tokens((Delta(request.request_id, len(request.output), (), "length"),)))
+                self._reports.tell(peer, Tokens((Delta(request.request_id, len(request.output), (), "length"),)))
                 return
             self._engine.add(request, peer, now)
         except Exception as problem:
             error = failure_of(problem, request.request_id, "taking the request")
             self._server.send(peer, Failed(request.request_id, error.code, error.message, error.retryable))
-
-    def _tell(self, router: bytes, message: Message) -> None:
-        if not self._reports.tell(router, message):
-            self._drop_peer(router)
-
-    def _send(self, outcome: Outcome) -> None:
-        for router, suspected in outcome.suspected:
-            self._tell(router, suspected)
-        for router, deltas in outcome.deltas.items():
-            for message in tokens_of(deltas):
-                self._tell(router, message)
-        self._send_failures(outcome.failures)
-
-    def _send_failures(self, failures: list[tuple[bytes, Failed]]) -> None:
-        for router, failed in failures:
-            self._tell(router, failed)
 
     def _drop_peer(self, peer: bytes) -> None:
         log.warning("router is gone; its requests are dropped", peer=peer.decode(errors="replace"))
@@ -384,4 +368,4 @@ class Rank:
         self._last_status = status
         self._status_at = now
         for router in list(self._watchers):
-            self._tell(router, status)
+            self._reports.tell(router, status)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from elasticmoe.common.protocol.codec import Message
 from elasticmoe.common.protocol.limits import LOGPROBS_MAX, MESSAGE_BYTES_MAX, REQUEST_ID_CHARS_MAX
 from elasticmoe.common.protocol.router import Delta, Tokens, logprob_bytes
+from elasticmoe.services.worker.engine.outcome import Outcome
 
 GRACE_S = 10.0
 MESSAGES_MAX = 4096  # kept for one router: a step has one
@@ -22,12 +23,14 @@ _DELTA_BYTES = 4 * REQUEST_ID_CHARS_MAX + 64  # without ids and log probabilitie
 
 class Reports:
     """Owned by the rank's thread. `send(router, message)` is the transport's: False when the router is not connected.
+    `drop` is called with a router that is gone: nothing that it asked for matters any more.
 
     Nothing blocks. The order of messages to one router is kept.
     """
 
-    def __init__(self, send: Callable[[bytes, Message], bool]) -> None:
+    def __init__(self, send: Callable[[bytes, Message], bool], drop: Callable[[bytes], None]) -> None:
         self._send = send
+        self._drop = drop
         self._kept: dict[bytes, list[Message]] = {}
         self._until: dict[bytes, float] = {}
         self._try_at = 0.0
@@ -43,24 +46,32 @@ class Reports:
             self._kept.setdefault(router, [])
             self._until[router] = now + GRACE_S
 
-    def tell(self, router: bytes, message: Message) -> bool:
-        """Send or keep. False when the router is gone: nothing that it asked for matters any more."""
-        kept = self._kept.get(router)
-        if kept is None:
-            return self._send(router, message)
-        if not kept and self._send(router, message):
-            del self._kept[router]
-            return True
-        kept.append(message)
-        if len(kept) > MESSAGES_MAX:
-            del self._kept[router]
-            return False
-        return True
+    def report(self, outcome: Outcome) -> None:
+        """Tell all that came of a step."""
+        for router, suspected in outcome.suspected:
+            self.tell(router, suspected)
+        for router, deltas in outcome.deltas.items():
+            for message in tokens_of(deltas):
+                self.tell(router, message)
+        for router, failed in outcome.failures:
+            self.tell(router, failed)
 
-    def turn(self, now: float) -> list[bytes]:
-        """Send what can be sent. Returns the routers whose time is over."""
+    def tell(self, router: bytes, message: Message) -> None:
+        """Send or keep."""
+        kept = self._kept.get(router)
+        if not kept and self._send(router, message):
+            self._kept.pop(router, None)
+            return
+        if kept is not None and len(kept) < MESSAGES_MAX:
+            kept.append(message)
+            return
+        self._kept.pop(router, None)
+        self._drop(router)
+
+    def turn(self, now: float) -> None:
+        """Send what can be sent. A router whose time is over is dropped."""
         if not self._kept or now < self._try_at:
-            return []
+            return
         self._try_at = now + TRY_S
         gone = []
         for router, kept in list(self._kept.items()):
@@ -71,7 +82,8 @@ class Reports:
             elif now > self._until[router]:
                 del self._kept[router]
                 gone.append(router)
-        return gone
+        for router in gone:
+            self._drop(router)
 
 
 def tokens_of(deltas: Sequence[Delta]) -> Iterator[Tokens]:
