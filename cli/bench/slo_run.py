@@ -15,6 +15,7 @@ import msgspec
 from elasticmoe.cli.bench.scaling_methods import Scene
 from elasticmoe.cli.bench.slo_figures import Objectives, Sizes, SloFigures, figures_of, sizes_of
 from elasticmoe.cli.bench.slo_methods import LOADED, METHODS, Slo, SloMethod
+from elasticmoe.cli.load.command import make_room
 from elasticmoe.cli.load.endpoint import endpoint_of
 from elasticmoe.cli.load.player import Player
 from elasticmoe.cli.load.prompts import Prompts
@@ -22,7 +23,7 @@ from elasticmoe.cli.load.result import Result
 from elasticmoe.cli.traces.arrival import PREFIX_BLOCK_TOKENS, Arrival
 
 RETRY_S = 0.25
-CONNECTIONS_MAX = 1024
+CONNECTIONS_MAX = 2048  # under way at once, and as many does a router take: what waits, waits in the deployment
 
 
 class SloRecipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,10 +56,11 @@ async def run_once(recipe: SloRecipe, name: str, arrivals: Sequence[Arrival], du
     """Play the trace on one method; everything it started is gone afterwards. Raises ValueError with the reason when it
     failed."""
     slo = recipe.slo if name.endswith(LOADED) else msgspec.structs.replace(recipe.slo, load_s=0.0)
-    settings = {"kv_bytes": recipe.kv_bytes, **recipe.settings}
+    settings = {"kv_bytes": recipe.kv_bytes, "requests_max": CONNECTIONS_MAX, **recipe.settings}
     scene = Scene(recipe.model, slo.sizes, settings, recipe.timeout_s, recipe.kv_bytes)
     method = METHODS[name.removesuffix(LOADED)](scene, slo, lambda urls: player.set_endpoints(*map(endpoint_of, urls)))
     results: list[Result] = []
+    make_room(CONNECTIONS_MAX)
     gc.disable()  # a collection in our loop would be a pause of every stream
     try:
         deployment = await method.start()

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         report.set_trace(fitted, figures_of(fitted.arrivals))
         say_json(report.trace_json()) if args.json else say(report.trace_text())
         return 0
-    _make_room(args.connections_max)
+    make_room(args.connections_max)
     endpoint, model, tokens_max = _server(args)
     tokens_max = args.tokens_max or tokens_max
     fitted = fit_lengths(arrivals, tokens_max) if tokens_max else _unfitted(arrivals)
@@ -125,12 +125,12 @@ def _server(args: argparse.Namespace) -> tuple[Endpoint, str, int | None]:
     return endpoint, args.model or model["id"], length if isinstance(length, int) and length > 1 else None
 
 
-def _make_room(connections_max: int) -> None:
-    """Let the process have a descriptor for each connection. Raises ConfigError."""
+def make_room(connections_max: int) -> None:
+    """Let this process have a descriptor for each of a load's connections. Raises ConfigError."""
     needed = connections_max + _FDS_BESIDE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and needed > hard:
-        text = f"--connections-max {connections_max} needs {needed} open files; this user may have {hard} at most"
+        text = f"{connections_max} connections need {needed} open files; this user may have {hard} at most"
         raise ConfigError(text)
     if soft != resource.RLIM_INFINITY and needed > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -218,10 +218,10 @@ def test_more_connections_than_files_are_refused(monkeypatch: pytest.MonkeyPatch
     limits = {"set": (256, 1000)}
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits["set"])
     monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: limits.update(set=wanted))
-    with pytest.raises(ConfigError, match="2000 needs 2064 open files; this user may have 1000 at most"):
-        command._make_room(2000)
+    with pytest.raises(ConfigError, match="2000 connections need 2064 open files; this user may have 1000 at most"):
+        command.make_room(2000)
     assert limits["set"] == (256, 1000)
-    command._make_room(100)
+    command.make_room(100)
     assert limits["set"] == (256, 1000)
-    command._make_room(800)
+    command.make_room(800)
     assert limits["set"] == (864, 1000)
