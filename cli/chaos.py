@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from elasticmoe.cli.chaos_faults import KILL, NOT_NEEDED, draw_faults, draw_resi
 from elasticmoe.cli.chaos_load import BROKEN, HUNG, Clients, Tally
 from elasticmoe.cli.chaos_run import AFTER_S, BLAMELESS_S, Run, Seen
 from elasticmoe.cli.terminal import say, show
+from elasticmoe.common.devices.names import COUNT_PATTERN, DeviceCount
 from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError
 
 HELP = "try a deployment: load, random faults, random resizes; tells which promises held"
@@ -63,17 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when every promise held, 1 when one broke. Raises ElasticMoEError when it could not be tried."""
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
-    kind, _, count = args.devices.partition(":")
-    if kind != "host" or not count.isdigit() or not 1 <= args.replicas <= int(count):
+    if not re.match(COUNT_PATTERN, args.devices) or (count := DeviceCount.parse(args.devices).count) < args.replicas:
         raise ConfigError(f"devices {args.devices!r}: give host:N with N at least --replicas, {args.replicas}")
     say(f"seed {seed}: {args.minutes:g} min on {args.devices}, {args.clients} clients")
     try:
-        seen, tally, _ = asyncio.run(_run(args, seed, int(count)))
+        seen, tally, _ = asyncio.run(_run(args, seed, count))
         verdicts = judge(seen, tally)
         _print(verdicts, seen, tally)
         if args.abuse:
             alone = tally
-            seen, tally, abuse = asyncio.run(_run(args, seed, int(count), is_abused=True))
+            seen, tally, abuse = asyncio.run(_run(args, seed, count, is_abused=True))
             further = [*judge(seen, tally), *judge_abuse(abuse.without(_router_away(seen)), tally, alone)]
             _print(further, seen, tally, title="what held beside a hostile client")
             verdicts += further

@@ -73,8 +73,8 @@ def check_memory(settings: Settings, model: Path) -> None:
     the figures, CheckpointError when config.json describes no model that can be served."""
     scaler, available = settings.scaler, available_bytes()
     spec = load_spec(model, scaler.dtype)
-    budget = budget_of(settings.hmm, available, scaler.num_devices)
-    devices = [f"host:{index}" for index in range(scaler.num_devices)]
+    budget = budget_of(settings.hmm, available, scaler.device_count.count)
+    devices = scaler.device_count.names()
     used = devices[: scaler.replicas * scaler.tp]
     load = load_of(scaler, spec, initial_layout(spec.num_experts_by_layer, used, tp=scaler.tp))
     try:
@@ -94,7 +94,7 @@ def check_memory(settings: Settings, model: Path) -> None:
 
 
 def _granularity(settings: Settings) -> int:
-    return granularity_of(settings.hmm.devices, settings.hmm.granularity)
+    return granularity_of(settings.scaler.device_count, settings.hmm.granularity)
 
 
 def _needs(load: LoadModel, weights: int, ledger: int, kv: int) -> str:
@@ -112,7 +112,7 @@ def _limit(settings: Settings, small: DeviceTooSmall, budget: int, available: in
     each = f"{size(needed)} per device, more than the {size(budget)}"
     if settings.hmm.device_bytes:
         return f"{each} of --device-memory; raise it, or take more --replicas, which share the experts"
-    count = settings.scaler.num_devices
+    count = settings.scaler.device_count.count
     return f"{each} that each of {count} gets of {_share(available)}; take fewer --devices or a smaller --model"
 
 
@@ -125,11 +125,12 @@ def num_devices_that_fit(settings: Settings, model: Path) -> int:
     KV, so that the deployment can grow and shrink; at least those of the replicas."""
     scaler, granularity = settings.scaler, _granularity(settings)
     spec = load_spec(model, scaler.dtype)
-    alone = initial_layout(spec.num_experts_by_layer, ["host:0"])
-    weights = weights_on(sizes_of(spec, granularity), alone)["host:0"]
+    first = scaler.device_count.names()[0]
+    alone = initial_layout(spec.num_experts_by_layer, [first])
+    weights = weights_on(sizes_of(spec, granularity), alone)[first]
     whole = weights + size_ledger(load_of(scaler, spec, alone), granularity).nbytes + scaler.kv_bytes
     room = int(available_bytes() * AVAILABLE_SHARE) // (settings.hmm.device_bytes or whole)
-    return max(scaler.replicas * scaler.tp, min(room, scaler.num_devices))
+    return max(scaler.replicas * scaler.tp, min(room, scaler.device_count.count))
 
 
 def check_checkpoint(settings: Settings, model: Path) -> list[str]:

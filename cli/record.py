@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from elasticmoe.common.devices.names import COUNT_PATTERN
 from elasticmoe.common.private import is_private, read_private
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.wording import undecodable
@@ -57,7 +58,7 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
     model: Annotated[str, Meta(max_length=4096)]
     served_name: _Text
     dtype: _Text
-    devices: _Text
+    devices: Annotated[str, Meta(pattern=COUNT_PATTERN)]
     url: _Text
     admin_url: _Text
     port: Port

@@ -37,7 +37,7 @@ def check_resumable(record: DeploymentRecord, settings: Settings) -> None:
 
 def check_devices(layout: Layout | None, settings: Settings) -> None:
     """The same for the layout that was committed last, None where it cannot be told which that is."""
-    text = lacking(layout, [f"host:{index}" for index in range(settings.scaler.num_devices)]) if layout else ""
+    text = lacking(layout, settings.scaler.device_count) if layout else ""
     _refuse([text] * bool(text), settings)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from elasticmoe.cli.arguments import duration, number, whole
 from elasticmoe.cli.paths import absolute, package_root, run_dir_of
 from elasticmoe.common import config
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.protocol.limits import RANKS_MAX
 
 DEFAULTS = config.defaults()
@@ -164,7 +165,7 @@ def _roomy(values: Mapping[str, Any]) -> str | None:
         used = int(given.get("replicas", DEFAULTS["replicas"])) * int(given.get("tp", DEFAULTS["tp"]))
     except (TypeError, ValueError):
         return None  # told when it is loaded
-    return f"host:{min(max(1, 2 * used), RANKS_MAX)}"
+    return str(DeviceCount("host", min(max(1, 2 * used), RANKS_MAX)))
 
 
 def resolve(values: Mapping[str, Any], *, is_roomy: bool = False) -> Settings:

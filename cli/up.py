@@ -39,6 +39,7 @@ from elasticmoe.cli.record import FILE_NAME as RECORD
 from elasticmoe.cli.resolve import resolve_model
 from elasticmoe.cli.rundir import RunDir
 from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest
@@ -167,8 +168,9 @@ def _devices(resolved: settings.Settings, model: Path) -> str:
     left = _record_if_sound(scaler.run_path)
     num_left = 0
     if left is not None and (left.model, left.dtype) == (scaler.model, scaler.dtype):
-        num_left = int(left.devices.split(":")[1])
-    return f"host:{max(num_left, checks.num_devices_that_fit(resolved, model))}"
+        num_left = DeviceCount.parse(left.devices).count
+    count = max(num_left, checks.num_devices_that_fit(resolved, model))
+    return str(DeviceCount(scaler.device_count.backend, count))
 
 
 def _record_if_sound(run_dir: Path) -> DeploymentRecord | None:
@@ -360,7 +362,7 @@ def _announce(resolved: settings.Settings, console: Console, replicas: int) -> N
 
 def _room(scaler: ScalerConfig, replicas: int) -> str:
     used = replicas * scaler.tp
-    free = scaler.num_devices - used
+    free = scaler.device_count.count - used
     room = (
         f"{free} to grow into (`elasticmoe scale`)" if free else "none to grow into: start with more --devices for that"
     )

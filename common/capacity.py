@@ -18,6 +18,7 @@ import msgspec
 
 from elasticmoe.common.config import HmmConfig, ScalerConfig
 from elasticmoe.common.devices.factory import backend_of, granularity_of
+from elasticmoe.common.devices.names import DeviceCount, DeviceId
 from elasticmoe.common.families import record, records
 from elasticmoe.common.layout import Layout, keys_on
 from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
@@ -196,7 +197,7 @@ def budget_of(config: HmmConfig, available_bytes: int, num_devices: int) -> int:
     """Of each device, a multiple of the granularity: what the operator says, else an equal share of most of the memory
     that is available now."""
     given = config.device_bytes or int(available_bytes * AVAILABLE_SHARE) // num_devices
-    granularity = granularity_of(config.devices, config.granularity)
+    granularity = granularity_of(DeviceCount.parse(config.devices), config.granularity)
     return given // granularity * granularity
 
 
@@ -224,7 +225,8 @@ def size_load(load: LoadModel, spec: ModelSpec, budgets: Mapping[str, int], gran
         )
     check_layout(load.layout, spec)
     specs = tuple(records(spec))
-    handle_bytes_min = max(backend_of(seat.device).kv_handle_bytes_min for seat in load.layout.seats)
+    backends = {DeviceId.parse(seat.device).backend for seat in load.layout.seats}
+    handle_bytes_min = max(backend_of(name).kv_handle_bytes_min for name in backends)
     geometry = kv_geometry(spec, load.block_size, granularity, handle_bytes_min)
     bus = size_bus(load, spec, len(budgets), granularity)
     devices = _size_devices(load, sizes_of(spec, granularity), needs_of(load, geometry, granularity), budgets)

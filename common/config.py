@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.private import make_private
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.protocol.limits import RANKS_MAX, TP_MAX
@@ -96,8 +97,8 @@ def _check_topology(config: Common) -> None:
     """Raises ConfigError for replicas that cannot be built on the devices, in whichever process asks for them."""
     if not isinstance(config, ModelConfig | HmmConfig):
         return
-    num_devices = int(config.devices.split(":")[1])
-    if num_devices > RANKS_MAX:
+    devices = DeviceCount.parse(config.devices)
+    if devices.count > RANKS_MAX:
         text = f"devices {config.devices} exceeds the limit of {RANKS_MAX} devices"
         raise ConfigError(text, code="too_many_devices")
     if not isinstance(config, ModelConfig):
@@ -105,10 +106,10 @@ def _check_topology(config: Common) -> None:
     if config.tp > TP_MAX:
         raise ConfigError(f"tp {config.tp} exceeds the limit of {TP_MAX}", code="tp_unsupported")
     needed = config.replicas * config.tp
-    if needed > num_devices:
+    if needed > devices.count:
         raise ConfigError(
-            f"{config.replicas} replicas of tp {config.tp} need {needed} devices, and devices {config.devices} has "
-            f"{num_devices}: name host:{needed} (--devices) or fewer replicas",
+            f"{config.replicas} replicas of tp {config.tp} need {needed} devices, and devices {devices} has "
+            f"{devices.count}: name {DeviceCount(devices.backend, needed)} (--devices) or fewer replicas",
             code="too_few_devices",
         )
 

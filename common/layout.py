@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from elasticmoe.common.described import says
+from elasticmoe.common.devices.names import LOCAL_HOST, DeviceCount, DeviceId, DeviceName, HostId
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.protocol.limits import EXPERTS_MAX, LAYERS_MAX, RANKS_MAX
@@ -33,7 +34,12 @@ class Seat(msgspec.Struct, frozen=True):
 
     rank: Annotated[RankId, says("[replica, number in the replica]")]
     slot: Annotated[int, says("Its place on the bus")]
-    device: Annotated[str, says("The device whose memory it computes on", "host:0")]
+    device: Annotated[DeviceName, says("The device whose memory it computes on", "host:0")]
+
+    @property
+    def host(self) -> HostId:
+        """That the device is in."""
+        return DeviceId.parse(self.device).host
 
 
 Compute = Literal["host", "torch"]
@@ -114,15 +120,19 @@ class Layout(msgspec.Struct, frozen=True):
                     raise ValueError(f"expert {expert} of layer {layer} has homes {homes}, not a sorted set of {slots}")
 
 
-def lacking(layout: Layout, devices: Sequence[str]) -> str:
-    """Why `devices` do not do for the layout, and which would, by the setting's name; empty where they do."""
-    missing = [seat.device for seat in layout.seats if seat.device not in devices]
-    if not missing:
+def lacking(layout: Layout, devices: DeviceCount) -> str:
+    """Why a deployment of one host with `devices` does not do for the layout, and which devices would, by the setting's
+    name; empty where it does."""
+    used = [DeviceId.parse(seat.device) for seat in layout.seats]
+    foreign = [device for device in used if (device.host, device.backend) != (LOCAL_HOST, devices.backend)]
+    if foreign:
+        return f"its replicas use {foreign[0]}, and this deployment has only this machine's {devices}"
+    needed = DeviceCount(devices.backend, 1 + max(device.index for device in used))
+    if needed.count <= devices.count:
         return ""
-    needed = 1 + max(int(device.split(":")[1]) for device in missing)
     return (
-        f"its replicas lie on the first {needed} devices, so --devices (ELASTICMOE_DEVICES) has to be host:{needed} or "
-        f"more; it is host:{len(devices)} now"
+        f"its replicas lie on the first {needed.count} devices, so --devices (ELASTICMOE_DEVICES) has to be {needed} "
+        f"or more; it is {devices} now"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from elasticmoe.common.devices.names import COUNT_PATTERN, DeviceCount
 from elasticmoe.common.layout import Compute
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.protocol.limits import RANKS_MAX, SOCKET_PATH_BYTES_MAX
@@ -42,7 +43,7 @@ ServedName = Annotated[
 ]
 Devices = Annotated[
     str,
-    Meta(pattern=r"^host:[1-9][0-9]{0,2}\Z"),
+    Meta(pattern=COUNT_PATTERN),
     _is("The devices that the deployment may use: N slices of this machine", form=f"`host:N`, N from 1 to {RANKS_MAX}"),
 ]
 PoolName = Annotated[
@@ -149,9 +150,9 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_sequences: Annotated[int, Meta(ge=1, le=65_536), _is("Most sequences of a replica at once")] = 64
 
     @property
-    def num_devices(self) -> int:
-        """Number of devices that `devices` names."""
-        return int(self.devices.split(":")[1])
+    def device_count(self) -> DeviceCount:
+        """What `devices` names."""
+        return DeviceCount.parse(self.devices)
 
     @property
     def compute_backend(self) -> Compute:

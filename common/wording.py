@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from elasticmoe.common.devices.names import COUNT_PATTERN
 from elasticmoe.common.protocol.limits import RANKS_MAX
 
 _PATH = re.compile(r"^(.*) - at (`key` in )?`\$([^`]*)`$", re.DOTALL)
@@ -41,7 +42,7 @@ _PARTS = {"str": ("character", "characters"), "array": ("entry", "entries"), "ob
 _COMPARED = {">=": "of at least", "<=": "of at most", ">": "above", "<": "below", "==": "of exactly"}
 # What regular expressions of ours mean, where it does not follow from their form.
 _PATTERNS = {
-    r"^host:[1-9][0-9]{0,2}\Z": f"has to be host:N, N being a number of devices from 1 to {RANKS_MAX}",
+    COUNT_PATTERN: f"has to be host:N, N being a number of devices from 1 to {RANKS_MAX}",
     r"^[^\x00-\x1f\x7f-\x9f]*\Z": "has to be a text without control characters",
     r"^[\x21-\x7e ]{0,4096}$": "has to be at most 4096 visible ASCII characters and spaces",
 }

@@ -17,6 +17,7 @@ from elasticmoe.cli.bench.plan_simulation import Assumptions, simulate
 from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
 from elasticmoe.cli.terminal import say
 from elasticmoe.common.capacity import MemoryForecast, Sizes
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.layout import Layout, initial_layout
 from elasticmoe.common.model_spec import round_up
 from elasticmoe.services.scaler.planning.plan import Plan, Rates, Target
@@ -161,7 +162,7 @@ def _case(
     repeats: int,
 ) -> dict[str, Any]:
     """One row: plan `repeats` times, simulate once."""
-    devices = [f"device:{i}" for i in range(num_devices)]
+    devices = DeviceCount("device", num_devices).names()
     sizes = sizes_of_geometry(model, dtype)
     layout = initial_layout(model.counts, devices[:before], slots_max=num_devices)
     memory = memory_for(model, layout, sizes, devices, budget)

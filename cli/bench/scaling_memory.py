@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterable, Sequence
 
 from elasticmoe.cli.bench.deployment import Deployment
+from elasticmoe.common.devices.names import DeviceId
 
 _SAMPLE_S = 0.05
 _LOOK_S = 0.5  # how often to look for new files
-_MARK = "/memfd:host:"
+_MARK = "/memfd:"
 _BLOCK_BYTES = 512
 
 
@@ -66,12 +67,23 @@ def device_files(pids: Iterable[int]) -> list[str]:
     for pid in pids:
         try:
             for entry in os.scandir(f"/proc/{pid}/fd"):
-                if os.readlink(entry.path).startswith(_MARK):
+                if _is_of_device(os.readlink(entry.path)):
                     status = os.stat(entry.path)
                     found.setdefault((status.st_dev, status.st_ino), entry.path)
         except OSError:
             continue  # it has ended, or closed the file
     return list(found.values())
+
+
+def _is_of_device(target: str) -> bool:
+    """Whether a descriptor leads to the file of a device's space, by the name that the device gave it."""
+    if not target.startswith(_MARK):
+        return False
+    try:
+        DeviceId.parse(target.removeprefix(_MARK).rpartition(".")[0])
+    except ValueError:
+        return False
+    return True
 
 
 def bytes_of(paths: Iterable[str]) -> int:

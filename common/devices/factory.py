@@ -7,6 +7,7 @@ from typing import Protocol
 
 from elasticmoe.common.devices.base import Device
 from elasticmoe.common.devices.host import HostDevice
+from elasticmoe.common.devices.names import DeviceCount, DeviceId
 from elasticmoe.common.devices.rules import PROCESS, ProcessRules
 from elasticmoe.common.protocol.errors import DeviceError
 
@@ -40,24 +41,23 @@ class DeviceBackend(Protocol):
 _BACKENDS: dict[str, DeviceBackend] = {"host": HostDevice}
 
 
-def register(kind: str, backend: DeviceBackend) -> None:
-    """Let `backend` make the devices that are named `kind:INDEX`."""
-    _BACKENDS[kind] = backend
+def register(name: str, backend: DeviceBackend) -> None:
+    """Let `backend` make the devices whose names have `name` for their backend."""
+    _BACKENDS[name] = backend
 
 
 def backend_of(name: str) -> DeviceBackend:
-    """The backend of a device, or of devices, that are named `kind:...`. Raises DeviceError unknown_backend."""
-    kind = name.partition(":")[0]
-    backend = _BACKENDS.get(kind)
+    """The backend called `name`. Raises DeviceError unknown_backend."""
+    backend = _BACKENDS.get(name)
     if backend is None:
         known = ", ".join(sorted(_BACKENDS))
-        raise DeviceError(f"{name}: no backend is called {kind}; there are: {known}", code="unknown_backend")
+        raise DeviceError(f"no backend is called {name}; there are: {known}", code="unknown_backend")
     return backend
 
 
-def granularity_of(devices: str, asked: int) -> int:
+def granularity_of(devices: DeviceCount, asked: int) -> int:
     """The granularity of these devices: what is `asked` for, or the backend's least where that is more."""
-    return max(asked, backend_of(devices).granularity_min)
+    return max(asked, backend_of(devices.backend).granularity_min)
 
 
 def open_device(
@@ -68,10 +68,10 @@ def open_device(
     descriptors: Mapping[str, int] | None = None,
     rules: ProcessRules = PROCESS,
 ) -> Device:
-    """The device called `name`, of the form `kind:INDEX`. The owner of its memory gives a `budget` in bytes, and after
+    """The device called `name`, as DeviceId writes it. The owner of its memory gives a `budget` in bytes, and after
     its restart the `descriptors` that its predecessor named, then calls `restore` for each handle and `trim`. A process
     that only imports gives neither. The caller closes it.
 
     Raises DeviceError unknown_backend; bad_granularity where the backend does not have that one.
     """
-    return backend_of(name)(name, granularity, budget, descriptors=descriptors, rules=rules)
+    return backend_of(DeviceId.parse(name).backend)(name, granularity, budget, descriptors=descriptors, rules=rules)

@@ -10,8 +10,9 @@ import pytest
 
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.fence import Fence
-from elasticmoe.common.layout import Layout, Served
+from elasticmoe.common.layout import Layout, Served, initial_layout
 from elasticmoe.common.protocol.errors import Conflict, Fenced, Unavailable
 from elasticmoe.common.protocol.scaler import HmmStatus
 from elasticmoe.common.store import Writer
@@ -31,7 +32,7 @@ from tests.unit.transitions import DOWN, UP, layout_of, operation_of
 
 SERVED = Served("/models/a", "float32")
 LEFT = Left(layout_of(3, (0, 1, 2)), SERVED, epoch=3)
-WANTED = Wanted(SERVED, replicas=2, tp=1, devices=tuple(f"host:{i}" for i in range(4)), experts=(4,))
+WANTED = Wanted(SERVED, replicas=2, tp=1, devices=DeviceCount("host", 4), experts=(4,))
 
 
 def wanted(**changes: object) -> Wanted:
@@ -54,8 +55,8 @@ def test_what_was_committed_goes_on_whatever_number_of_replicas_is_wanted() -> N
 
 
 def test_more_devices_and_an_older_store_without_a_name_contradict_nothing() -> None:
-    assert begin(LEFT, wanted(devices=tuple(f"host:{i}" for i in range(9)))).is_resumed
-    assert begin(LEFT, wanted(devices=WANTED.devices[:3])).is_resumed
+    assert begin(LEFT, wanted(devices=DeviceCount("host", 9))).is_resumed
+    assert begin(LEFT, wanted(devices=DeviceCount("host", 3))).is_resumed
     assert begin(left(served=None), WANTED).is_resumed
 
 
@@ -68,9 +69,14 @@ def test_more_devices_and_an_older_store_without_a_name_contradict_nothing() -> 
         (LEFT, wanted(tp=2, replicas=1), "its tp is 1, and tp is 2 now"),
         (
             LEFT,
-            wanted(devices=("host:0", "host:1")),
+            wanted(devices=DeviceCount("host", 2)),
             "its replicas lie on the first 3 devices, so --devices (ELASTICMOE_DEVICES) has to be host:3 or more; "
             "it is host:2 now",
+        ),
+        (
+            left(layout=initial_layout([4], ["host:0", "node-b/host:1"])),
+            WANTED,
+            "its replicas use node-b/host:1, and this deployment has only this machine's host:4",
         ),
         (left(served=None), wanted(experts=(4, 4)), "its layers and experts are not those of the model"),
         (left(layout=None, damage="store value is not valid"), WANTED, "it cannot be read (store value is not valid)"),

@@ -14,6 +14,7 @@ from elasticmoe.common.capacity import budget_of
 from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.devices.base import Device
 from elasticmoe.common.devices.factory import granularity_of, open_device
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.machine import available_bytes
@@ -45,7 +46,7 @@ class Holdings:
         self._parking = parking
         self._log = log
         self._snapshot: Snapshot | None = None
-        self.granularity = granularity_of(config.devices, config.granularity)
+        self.granularity = granularity_of(DeviceCount.parse(config.devices), config.granularity)
         self.memories: dict[str, DeviceMemory] = {}
         self.segment: BusSegment | None = None
         self.doorbells: dict[int, int] = {}
@@ -132,8 +133,7 @@ class Holdings:
         self.write()
 
     def _names(self) -> list[str]:
-        kind, count = self._config.devices.split(":")
-        return [f"{kind}:{index}" for index in range(int(count))]
+        return list(DeviceCount.parse(self._config.devices).names())
 
     # ---- A model's way in
 

@@ -55,7 +55,7 @@ class Recall:
             Served(str(Path(config.model).absolute()), spec.dtype, config.compute_backend),
             config.replicas,
             config.tp,
-            tuple(f"host:{i}" for i in range(config.num_devices)),
+            config.device_count,
             tuple(spec.num_experts_by_layer),
         )
         self.epochs = epochs

@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 
 from elasticmoe.common.described import says
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.layout import Layout, Served, initial_layout, lacking
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.services.scaler.operation.operation import Operation
@@ -42,7 +43,7 @@ class Wanted(msgspec.Struct, frozen=True):
     served: Served
     replicas: int
     tp: int
-    devices: tuple[str, ...]
+    devices: DeviceCount
     experts: tuple[int, ...]
 
 
@@ -67,7 +68,7 @@ def begin(left: Left, wanted: Wanted) -> Beginning:
     """Go on with what is left, begin anew above its epoch, or refuse. Raises ConfigError for too few devices."""
     anew = Beginning(
         initial_layout(
-            wanted.experts, wanted.devices[: wanted.replicas * wanted.tp], tp=wanted.tp, epoch=left.epoch + 1
+            wanted.experts, wanted.devices.names()[: wanted.replicas * wanted.tp], tp=wanted.tp, epoch=left.epoch + 1
         ),
         is_resumed=False,
     )

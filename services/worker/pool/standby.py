@@ -12,6 +12,7 @@ import signal
 
 from elasticmoe.common import failpoint
 from elasticmoe.common.config import PoolConfig
+from elasticmoe.common.devices.names import DeviceId
 from elasticmoe.common.fdchannel import Channel
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
@@ -83,7 +84,7 @@ def _serve(config: PoolConfig, seat: StartRank, hold: SeatLock, channel: Channel
 def _pin(device: str) -> None:
     """Run on the core that belongs to a device of this machine."""
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(device.rpartition(":")[2]) % len(cores)]})
+    os.sched_setaffinity(0, {cores[DeviceId.parse(device).index % len(cores)]})
 
 
 def _fail(hold: SeatLock | None, error: ElasticMoEError) -> int:

@@ -1,0 +1,97 @@
+"""Names of devices: one for each device, read and written in one place, with the host that it is in."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elasticmoe.common.devices.names import HOST_PATTERN, LOCAL_HOST, DeviceCount, DeviceId
+from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout, lacking
+
+ROOT = Path(__file__).parents[2]
+HOSTS = st.from_regex(HOST_PATTERN, fullmatch=True)
+BACKENDS = st.from_regex("[a-z][a-z0-9_-]{0,31}", fullmatch=True)
+
+
+@given(HOSTS, BACKENDS, st.integers(0, 999_999_999))
+def test_what_is_written_is_read_back(host: str, backend: str, index: int) -> None:
+    device = DeviceId(host, backend, index)
+    assert DeviceId.parse(str(device)) == device
+
+
+@given(st.text(max_size=20) | st.from_regex(r"\A[a-z/:0-9.-]{1,12}\Z"))
+def test_a_name_that_is_read_is_the_only_one_of_its_device(name: str) -> None:
+    try:
+        device = DeviceId.parse(name)
+    except ValueError:
+        return
+    assert str(device) == name
+
+
+def test_the_only_host_is_left_out() -> None:
+    assert str(DeviceId(LOCAL_HOST, "host", 0)) == "host:0"
+    assert DeviceId.parse("host:3") == DeviceId(LOCAL_HOST, "host", 3)
+
+
+def test_a_host_is_not_taken_for_a_backend() -> None:
+    assert DeviceId.parse("host/host:0") == DeviceId("host", "host", 0)
+    assert DeviceId.parse("cuda/host:0") != DeviceId.parse("host/cuda:0")
+    assert DeviceId.parse("node-a.example/cuda:7") == DeviceId("node-a.example", "cuda", 7)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "host", "host:", ":0", "host:01", "host:-1", "local/host:0", "/host:0", "a/b/host:0", "Node/host:0"]
+)
+def test_what_names_no_device_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="names no device"):
+        DeviceId.parse(name)
+
+
+def test_a_count_names_the_devices_of_a_host() -> None:
+    count = DeviceCount.parse("host:2")
+    assert (str(count), count.names(), count.names("b")) == ("host:2", ("host:0", "host:1"), ("b/host:0", "b/host:1"))
+    for setting in ("host", "host:", "host:0", ":2", "host:x"):
+        with pytest.raises(ValueError, match="names no devices"):
+            DeviceCount.parse(setting)
+
+
+def test_a_seat_says_its_host() -> None:
+    assert [Seat(RankId(0, 0), 0, name).host for name in ("host:0", "b/host:0")] == [LOCAL_HOST, "b"]
+
+
+def test_a_layout_of_other_devices_is_not_gone_on_with() -> None:
+    def of(*devices: str) -> Layout:
+        return initial_layout([4], devices)
+
+    two = DeviceCount("host", 2)
+    assert lacking(of("host:0", "host:1"), two) == ""
+    assert "has to be host:5 or more; it is host:2 now" in lacking(of("host:0", "host:4"), two)
+    assert "use b/host:0, and this deployment has only this machine's host:2" in lacking(of("host:0", "b/host:0"), two)
+    assert "use cuda:1, and" in lacking(of("host:0", "cuda:1"), two)
+
+
+def test_a_layout_of_the_release_before_is_read_and_one_of_no_devices_is_refused() -> None:
+    """As the store and the HMM's catalog hold it."""
+    stored = {"epoch": 3, "tp": 1, "seats": [{"rank": [0, 0], "slot": 0, "device": "host:0"}], "homes": [[[0], [0]]]}
+    layout = msgspec.msgpack.decode(msgspec.msgpack.encode(stored), type=Layout)
+    assert (layout.seats, layout.seats[0].host) == ((Seat(RankId(0, 0), 0, "host:0"),), LOCAL_HOST)
+    assert msgspec.to_builtins(layout) == stored
+    with pytest.raises(msgspec.ValidationError, match="device"):
+        msgspec.convert({**stored, "seats": [{"rank": [0, 0], "slot": 0, "device": "host"}]}, Layout)
+
+
+def test_no_other_module_writes_names() -> None:
+    """An f-string with a value behind a colon behind nothing but letters, such as f"host:{i}"."""
+    found = []
+    for path in (path for part in ("common", "services", "cli") for path in (ROOT / part).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else []
+            texts = [part.value for part in parts[:1] if isinstance(part, ast.Constant) and len(parts) > 1]
+            if any(str(text) in ("host:", "device:") for text in texts):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []
