@@ -23,6 +23,7 @@ from elasticmoe.cli.children import tied_to_us
 from elasticmoe.cli.record import DeploymentRecord, read_record
 from elasticmoe.cli.settings import importing_environment
 from elasticmoe.common.config import environment_of
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ConfigError
 
@@ -48,7 +49,16 @@ def running(model: str, replicas: int, **settings: Any) -> Iterator[Running]:
     with tempfile.TemporaryDirectory(prefix="em-bench-") as directory:
         run_dir = Path(directory) / "run"
         where = ["--run-dir", str(run_dir)]
-        size = ["--replicas", str(replicas), "--devices", f"host:{replicas}", "--port", "0", "--admin-port", "0"]
+        size = [
+            "--replicas",
+            str(replicas),
+            "--devices",
+            str(DeviceCount("host", replicas)),
+            "--port",
+            "0",
+            "--admin-port",
+            "0",
+        ]
         up = subprocess.run(
             [*_COMMAND, "up", "--model", model, "--detach", *where, *size],
             stdout=subprocess.DEVNULL,
@@ -76,7 +86,7 @@ class Deployment:
         self._folder = Path(tempfile.mkdtemp(prefix="em-bench-"))  # short: socket paths have a limit
         self.run_dir = self._folder / "run"
         up = ["up", "--model", model, "--run-dir", str(self.run_dir), "--keep-logs"]
-        up += ["--replicas", str(replicas), "--devices", f"host:{devices}"]
+        up += ["--replicas", str(replicas), "--devices", str(DeviceCount("host", devices))]
         up += ["--port", str(port), "--admin-port", "0"]
         with open(self._folder / "output", "wb") as output:
             self._launcher = subprocess.Popen(

@@ -162,7 +162,7 @@ def _case(
     repeats: int,
 ) -> dict[str, Any]:
     """One row: plan `repeats` times, simulate once."""
-    devices = DeviceCount("device", num_devices).names()
+    devices = list(DeviceCount("device", num_devices).names())
     sizes = sizes_of_geometry(model, dtype)
     layout = initial_layout(model.counts, devices[:before], slots_max=num_devices)
     memory = memory_for(model, layout, sizes, devices, budget)

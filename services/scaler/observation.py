@@ -8,10 +8,10 @@ from typing import Generic, NamedTuple, TypeVar
 import msgspec
 
 from elasticmoe.common.capacity import MemoryForecast, Sizes
-from elasticmoe.common.layout import Seat
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankLoad
+from elasticmoe.common.protocol.scaler import RankLoad
 from elasticmoe.services.scaler.actions import Action
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.planning.plan import Rates
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.figures import Signals
@@ -45,8 +45,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
-    """What was seen last. `hmm` and `pool` are None while they do not answer.
+    """What was seen last.
 
+    cluster: the hosts, and the layout in force
     loads: by slot, fresh ones of ranks that live
     starting: slots whose rank was asked for and has neither come nor failed
     announced_epoch: of the layout that the routers see
@@ -61,8 +62,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     load: in turns in which the policy decides
     """
 
-    hmm: HmmStatus | None
-    pool: PoolStatus | None
+    cluster: Cluster
     loads: Mapping[int, RankLoad] = {}
     starting: frozenset[int] = frozenset()
     announced_epoch: int = 0
@@ -75,22 +75,6 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     is_durable: bool = True
     no_room: str = ""
     load: Load | None = None
-
-    @property
-    def ranks(self) -> dict[int, PoolRank]:
-        """The pool's living ranks by slot."""
-        return {rank.slot: rank for rank in self.pool.ranks} if self.pool else {}
-
-    @property
-    def attached(self) -> frozenset[str]:
-        """Devices to which some rank is attached."""
-        return frozenset(device.device for device in self.hmm.devices if device.attached) if self.hmm else frozenset()
-
-    def startable(self, seats: list[Seat]) -> list[Seat]:
-        """Those of `seats` that can be filled now: the HMM has let go of their last holders, and standbys wait."""
-        assert self.pool is not None
-        attached = self.attached
-        return [seat for seat in seats if seat.device not in attached][: self.pool.num_startable]
 
 
 class Step(NamedTuple, Generic[S]):

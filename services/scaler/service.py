@@ -13,12 +13,14 @@ from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import Unavailable, Unready
-from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankReady, ToScaler
+from elasticmoe.common.protocol.scaler import RankExited, RankReady, ToScaler
 from elasticmoe.common.protocol.signals import CODEC as SIGNALS
 from elasticmoe.common.store import Event, Writer
 from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.scaler.actions import LeaveOut
 from elasticmoe.services.scaler.api.event_stream import EventStream
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
+from elasticmoe.services.scaler.cluster import Cluster, in_force
 from elasticmoe.services.scaler.control.admission import (
     Accepted,
     Admission,
@@ -49,7 +51,6 @@ TURN_S = 0.01  # while something is to be brought about
 IDLE_TURN_S = 0.05
 # While nobody computes. A rank that is stopped then is seen to stand, and looked at more often from there.
 QUIET_TURN_S = 0.4
-QUIET_POOL_S = 2.0  # the pool tells by itself when a rank comes or ends; this is for a pool that has come anew
 AFTER_FAILURE_S = 0.2
 BACKOFF_S = 0.1  # doubles with each exit of a seat in the window
 BACKOFF_S_MAX = 5.0
@@ -84,9 +85,9 @@ class Scaler:
             parts.reserve,
             parts.clock,
         )
-        state = State(layout=Layout(0, config.tp, (), ()), stall_s=config.rank_stall_s)
+        state = State(stall_s=config.rank_stall_s)
         self._executor = Executor(config, self._links, self.journal, self.meters, self._tell, state, parts.clock)
-        self._executor.leave_out = lambda action: self._admission.leave_out(action, self._hmm)
+        self._executor.leave_out = self._leave_out
         room = (self.lease.check_room, self.journal.check_room)
         self._admission = Admission(config, spec, self._executor, room, self._tell, parts.clock, parts.new_identity)
         self._autoscaler = Autoscaler(
@@ -105,14 +106,13 @@ class Scaler:
         self._layout: Layout | None = None
         self._beginning: Beginning | None = None
         self._is_writing = self._is_settled = self._is_quiet = False
-        self._attached: frozenset[str] = frozenset()
-        self._hmm: HmmStatus | None = None
+        self._cluster: Cluster | None = None
         self._exits: dict[int, deque[float]] = {}  # slot -> when its last ranks ended
         self._backoff_until = 0.0
         self._last_exit = ""
         self._stopping = False
         settings = {k: v for k, v in msgspec.structs.asdict(config).items() if k != "store_url"}
-        self.status_cache = StatusCache(StatusSnapshot("starting", "", None, None, None, None, 0, settings))
+        self.status_cache = StatusCache(StatusSnapshot("starting", "", None, None, None, 0, settings))
 
     def stop(self, *_: int | FrameType | None) -> None:
         """Signal handler: only records."""
@@ -203,47 +203,40 @@ class Scaler:
             self._refuse_orders()
             return AFTER_FAILURE_S
         executor = self._executor
-        hmm = self._hmm = self._links.ask_hmm()
-        is_known = self._is_quiet and hmm is not None and self._attached == attached_of(hmm)
-        is_starting = not executor.state.ever_served
-        pool = self._links.ask_pool(is_starting=is_starting, age_s_max=QUIET_POOL_S if is_known else 0.0)
-        self._attached = attached_of(hmm)
-        # What the HMM holds is in force, whatever this scaler's own configuration would make of it.
-        layout = hmm.layout if hmm and hmm.layout else self._layout or beginning.layout
-        self._go_on_writing(beginning, hmm)
-        if hmm is not None and hmm.phase != "loading":
-            self._layout = layout
+        hosts = self._links.ask(is_starting=not executor.state.ever_served, is_quiet=self._is_quiet)
+        cluster = self._cluster = Cluster(hosts, in_force(hosts, self._layout, beginning.layout))
+        self._go_on_writing(beginning, cluster)
+        if cluster.phase not in (None, "loading"):
+            self._layout = cluster.in_force.layout
         self.commands.serve(self._handle)
         self._autoscaler.turn()
-        executor.state = msgspec.structs.replace(executor.state, layout=layout)
-        seen = self._observe(hmm, pool)
+        seen = self._observe(cluster)
         actions = executor.decide(seen)
         decision = executor.state.autoscaling.decision
         if seen.load is not None and decision is not None:
-            self._autoscaler.note(decision, layout.dp)
-        self._show(hmm, pool)
+            self._autoscaler.note(decision, cluster.in_force.layout.dp)
+        self._show(cluster)
         is_done = executor.execute(actions)
         is_busy = executor.operation is not None or executor.state.status.phase == "degraded" or bool(actions)
         self._is_quiet = not is_busy and executor.state.is_quiet
         wait_s = TURN_S if is_busy else QUIET_TURN_S if self._is_quiet else IDLE_TURN_S
         return wait_s if is_done else AFTER_FAILURE_S
 
-    def _observe(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> Observation:
+    def _observe(self, cluster: Cluster) -> Observation:
         now = self._clock.monotonic()
         return msgspec.structs.replace(
-            self._executor.observe(hmm, pool, is_quiet=self._is_quiet),
+            self._executor.observe(cluster, is_quiet=self._is_quiet),
             restarts_left=self._config.rank_restarts_max - self._recent_exits(now) + 1,
             is_backing_off=now < self._backoff_until,
             last_exit=self._last_exit,
             load_refused=self._beginning.refusal if self._beginning is not None else None,
-            load=self._autoscaler.observe(hmm, pool, self._lost()),
+            load=self._autoscaler.observe(cluster, self._lost()),
         )
 
     def _on_event(self, event: ToScaler) -> None:
         if isinstance(event, RankReady):
             log.info("rank ready", rank=event.rank, attach_ms=event.attach_ms, build_ms=event.build_ms)
         elif isinstance(event, RankExited):
-            self._links.starting.pop(event.slot, None)
             facts = {"rank": str(event.rank)}
             if event.exit_code is not None:
                 facts["exit_code"] = str(event.exit_code)
@@ -262,34 +255,34 @@ class Scaler:
 
     def _recent_exits(self, now: float) -> int:
         """Of the seat whose ranks died most often in the window, of those that are to be filled again."""
-        window_s, lost = self._config.rank_restarts_window_s, self._executor.state.lost_slots(self._hmm)
+        committed = self._cluster.in_force.committed if self._cluster is not None else None
+        window_s, lost = self._config.rank_restarts_window_s, self._executor.state.lost_slots(committed)
         slots = set(self._layout.slots if self._layout is not None else self._exits) - lost
         return max((sum(now - at < window_s for at in self._exits.get(slot, ())) for slot in slots), default=0)
 
-    def _go_on_writing(self, beginning: Beginning, hmm: HmmStatus | None) -> None:
+    def _go_on_writing(self, beginning: Beginning, cluster: Cluster) -> None:
         """Write to the store, but over nothing that is refused and may yet be resumed; and once the layout to begin
         with has been written there, what was to be dropped has been."""
-        if not self._is_writing and (beginning.refusal is None or (hmm and hmm.layout)):
+        if not self._is_writing and (beginning.refusal is None or cluster.in_force.committed):
             self.journal.act_under(self._fence)
             self._is_writing = True
         if not self._is_settled and self.journal.announced_epoch:
             self._recall.settled()
             self._is_settled = True
 
-    def _show(self, hmm: HmmStatus | None, pool: PoolStatus | None) -> None:
+    def _show(self, cluster: Cluster) -> None:
         status = self._executor.state.status
         self.status_cache.snapshot = StatusSnapshot(
             status.phase,
             status.reason,
             status.error,
             self._layout,
-            hmm,
-            pool,
+            cluster,
             self._fence,
             self.status_cache.snapshot.config,
             self._executor.operation,
             tuple(self._executor.ended),
-            self._executor.loads_of(pool),
+            self._executor.blocks_of(cluster),
             self.status_cache.snapshot.resumed,
             self.status_cache.snapshot.instance,
             self._policy,
@@ -320,7 +313,12 @@ class Scaler:
         return accepted
 
     def _take(self, order: Order | CancelOperation) -> Accepted:
-        return self._admission.take(order, self._hmm, ever_served=self._executor.state.ever_served)
+        assert self._cluster is not None, "orders are served once it was seen"
+        return self._admission.take(order, self._cluster, ever_served=self._executor.state.ever_served)
+
+    def _leave_out(self, action: LeaveOut) -> None:
+        assert self._cluster is not None, "that was decided by what was seen"
+        self._admission.leave_out(action, self._cluster)
 
     # ---- the policy -----------------------------------------------------------------------------------------------
 
@@ -350,8 +348,3 @@ class Scaler:
 def backoff_s(num_exits: int) -> float:
     """How long the next start waits in seconds, after so many exits of a seat in the window."""
     return min(BACKOFF_S_MAX, BACKOFF_S * (2.0 ** max(0, num_exits - 1) - 1.0))
-
-
-def attached_of(hmm: HmmStatus | None) -> frozenset[str]:
-    """The ranks that the HMM knows to live, by incarnation."""
-    return frozenset(device.attached for device in hmm.devices if device.attached) if hmm is not None else frozenset()

@@ -14,7 +14,7 @@ from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.scenario import run_seed
 from tests.sim.world import World as Simulated
 from tests.sim.world import simulated
-from tests.unit.transitions import UP, World
+from tests.unit.transitions import UP, World, answered, host_of
 
 BATCH, NUM_BATCHES = 50, 22
 MUTATION_SEEDS_MAX = 800
@@ -100,9 +100,9 @@ def test_an_order_that_waits_is_refused_when_its_scaler_ends() -> None:
 
 def test_a_later_leg_takes_no_more_kv_than_there_is() -> None:
     """Found by the simulation: where KV had not grown after a leg, the next one was refused for ever."""
-    hmm = World(UP.legs[0].layout).seen().hmm
-    assert hmm is not None
-    devices = tuple(msgspec.structs.replace(device, kv=3 * 4096) for device in hmm.devices)
-    leg = fitted(UP.legs[1], msgspec.structs.replace(hmm, devices=devices))
+    seen = World(UP.legs[0].layout).seen()
+    devices = tuple(msgspec.structs.replace(device, kv=3 * 4096) for device in seen.cluster.devices)
+    less = answered(seen, hmm=msgspec.structs.replace(host_of(seen).hmm, devices=devices))
+    leg = fitted(UP.legs[1], less.cluster)
     assert set(UP.legs[1].kv_handles.values()) == {4}
     assert set(leg.kv_handles.values()) == {3}

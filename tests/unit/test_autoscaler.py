@@ -33,7 +33,7 @@ from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason
 from tests.clocks import PlayedClock
 from tests.unit.specs import tiny_mixtral_spec
-from tests.unit.transitions import UP, World
+from tests.unit.transitions import UP, World, cluster_of, host_of
 
 SLOW, FAST = index(20.0), index(0.01)
 FACTS = MemoryFacts(64, KvGeometry(16, 256, 1024, 4, 256), 1 << 20, 4096, 2, 20)
@@ -66,9 +66,9 @@ class Bench:
         parts = (config, tiny_mixtral_spec(), lambda: inbox, PolicyConfig(**{"mode": "act", **policy}))
         self.scaler = Autoscaler(*parts, self.take, self.tell, self.counted.append, self.clock)  # type: ignore[arg-type]
         self.world = World(UP.before)
-        self.seen = self.world.seen()
-        assert self.seen.hmm is not None
-        self.hmm = msgspec.structs.replace(self.seen.hmm, memory=FACTS)
+        host = host_of(self.world.seen())
+        assert host.hmm is not None
+        self.hmm, self.pool = msgspec.structs.replace(host.hmm, memory=FACTS), host.pool
         self.numbers: dict[str, int] = {}
 
     def take(self, order: Order | CancelOperation) -> None:
@@ -104,7 +104,7 @@ class Bench:
         self.hmm = msgspec.structs.replace(self.hmm, layout=self.world.layout)
 
     def load(self) -> Load | None:
-        return self.scaler.observe(self.hmm, self.seen.pool, frozenset())
+        return self.scaler.observe(cluster_of(self.hmm, self.pool), frozenset())
 
     def tick(self, *routers: str, ranks: tuple[int, ...] = (0, 1)) -> Load:
         """A second, in which these tell of their load."""
@@ -136,8 +136,8 @@ def test_a_load_is_shown_once_a_second() -> None:
 def test_nothing_is_decided_while_it_is_not_known_what_serves() -> None:
     bench = Bench()
     no_memory = msgspec.structs.replace(bench.hmm, memory=None)
-    for hmm, pool in ((None, bench.seen.pool), (bench.hmm, None), (no_memory, bench.seen.pool)):
-        assert bench.scaler.observe(hmm, pool, frozenset()) is None
+    for hmm, pool in ((None, bench.pool), (bench.hmm, None), (no_memory, bench.pool)):
+        assert bench.scaler.observe(cluster_of(hmm, pool), frozenset()) is None
 
 
 def test_what_all_have_told_is_added_up() -> None:
@@ -224,7 +224,7 @@ def test_a_router_that_another_one_has_replaced_is_forgotten() -> None:
 
 def test_lost_devices_are_not_counted_on() -> None:
     bench = Bench()
-    load = bench.scaler.observe(bench.hmm, bench.seen.pool, frozenset({"host:3"}))
+    load = bench.scaler.observe(cluster_of(bench.hmm, bench.pool), frozenset({"host:3"}))
     assert load is not None
     assert "host:3" not in load.devices
 

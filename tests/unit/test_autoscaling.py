@@ -176,7 +176,7 @@ def test_latencies_are_of_the_present_size_once_it_has_changed() -> None:
 
 def test_the_reconciler_asks_the_policy_where_there_is_a_load_and_what_it_did_is_recorded_to_be_made_again() -> None:
     seen = World(UP.before).seen()
-    state = State(layout=UP.before, status=Status("serving", ""), ever_served=True, stall_s=60.0)
+    state = State(status=Status("serving", ""), ever_served=True, stall_s=60.0)
     idle = reconcile(state, seen, 100.0)
     assert idle.state.autoscaling == Autoscaling()
     shown = msgspec.structs.replace(seen, load=load(BUSY))

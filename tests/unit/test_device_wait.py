@@ -17,6 +17,7 @@ from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
 from elasticmoe.services.worker.model.batch import BatchPart
 from tests.unit.backends import QueuedBackend
 from tests.unit.ranks import Ranks
+from tests.unit.transitions import cluster_of
 
 STALL_S, TURN_S = 2.4, 0.05
 SECONDS_MAX = 30.0
@@ -61,7 +62,7 @@ class World:
         hmm = HmmStatus("ready", 0, 0, None, (device,), 1, (0,), True)
         pool = PoolStatus(0, (PoolRank(RankId(0, 0), 0, "host:0", "rank:a", 7, True, is_asleep=True),))
         for turn in range(1_000):
-            watched, ejected, _ = watch(watched, STALL_S, turn * TURN_S, pulses_of(hmm, pool))
+            watched, ejected, _ = watch(watched, STALL_S, turn * TURN_S, pulses_of(cluster_of(hmm, pool)))
             if ejected:
                 return turn * TURN_S
         raise AssertionError("never")

@@ -33,7 +33,7 @@ from tests.procs.waiting import wait_until
 from tests.replay import DECISIONS, plan_again, replay
 from tests.unit.reserves import NO_RESERVE
 from tests.unit.test_scaler_executor import FakeLinks, turn
-from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
+from tests.unit.transitions import DEVICES, DOWN, UP, World, answered, operation_of
 
 A = Writer("a", 1)
 HANDLES = dict.fromkeys(DEVICES, 4)
@@ -53,7 +53,7 @@ class Run:
         self.journal.start()
         self.journal.act_under(1)
         config = ScalerConfig(run_dir=str(folder))
-        state = State(layout=before, ever_served=True, stall_s=99.0)
+        state = State(ever_served=True, stall_s=99.0)
         links: Any = Links(self.world, plan)
         clock = PlayedClock(lambda: self.world.now)
         self.executor = Executor(config, links, self.journal, Meters(), _tell, state, clock)
@@ -139,7 +139,7 @@ def turns(decisions: list[Decision]) -> list[TurnTaken]:
 
 def taken(seen: Observation) -> TurnTaken:
     """A turn without an operation."""
-    state = State(layout=UP.before, ever_served=True, stall_s=99.0)
+    state = State(ever_served=True, stall_s=99.0)
     return turn_taken(state, seen, 7.0, reconcile(state, seen, 7.0))
 
 
@@ -155,7 +155,7 @@ def test_another_code_is_told_apart(store: Store, tmp_path: Path, monkeypatch: p
         patch.setattr(prepare, "empty_leavers", lambda *_: ([], []))
         patch.setattr(reconciler, "migrate", lambda operation, *_: enter(operation, "done", "over"))
         assert [text for text in replay(decisions) if "done, over and not release" in text]
-    blind = taken(msgspec.structs.replace(World(UP.before).seen(), pool=None))
+    blind = taken(answered(World(UP.before).seen(), pool=None))
     stray = World(UP.before)
     stray.ranks[3] = "rank-r3t0:9"
     for decision, module, name, instead, said in (
@@ -191,7 +191,7 @@ def test_an_input_that_is_missing_or_another_one_is_told_apart(store: Store, tmp
     ]
     for number, step in enumerate(decisions):
         if isinstance(step, TurnTaken) and step.before.operation and step.before.operation.phase == "prepare":
-            blind = msgspec.structs.replace(step, seen=msgspec.structs.replace(step.seen, hmm=None))
+            blind = msgspec.structs.replace(step, seen=answered(step.seen, hmm=None))
             assert len(replay([made, blind])) == 1, number
 
 

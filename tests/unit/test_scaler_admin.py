@@ -54,7 +54,7 @@ SIZES = Sizes(100, (10,), (7,))
 
 def snapshot_of(world: World, **changes: Any) -> StatusSnapshot:
     seen = world.seen()
-    base = StatusSnapshot("serving", "nothing to do", None, world.layout, seen.hmm, seen.pool, 3, {"model": "/m"})
+    base = StatusSnapshot("serving", "nothing to do", None, world.layout, seen.cluster, 3, {"model": "/m"})
     policy = PolicyRecord(1, PolicyConfig(), PolicyConfig())
     return msgspec.structs.replace(base, **{"policy": policy, **changes})
 

@@ -40,7 +40,7 @@ def test_sequences_are_got_ready_for_who_joins_and_go_there_after_the_flip() -> 
 def test_steps_are_kept_short_while_the_hmm_copies_for_who_joins_and_for_nobody_else() -> None:
     world = World(UP.before)
     operation = world.step(world.run_to(operation_of(UP), "prepare"))
-    assert world.seen().hmm.transition.phase == "copying"
+    assert world.seen().cluster.transition.phase == "copying"
     told = hurry(operation, world.seen())
     hint = DecodeOnly(operation.command_id("decode_only"), DECODE_ONLY_STEPS)
     assert told == [TellRank(seat, hint) for seat in SEATS[:2]]

@@ -15,14 +15,14 @@ from elasticmoe.services.scaler.api.contract import check_instance, scale_status
 from elasticmoe.services.scaler.api.requests import parse_scale
 from elasticmoe.services.scaler.api.snapshot import StatusSnapshot
 from elasticmoe.services.scaler.operation.operation import planned_of
-from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
+from tests.unit.transitions import DOWN, SEATS, UP, World, cluster_of, operation_of
 
 SIZES = Sizes(100, (10,), (7,))
 
 
 def snapshot_of(world: World, **changes: Any) -> StatusSnapshot:
     seen = world.seen()
-    base = StatusSnapshot("serving", "nothing to do", None, world.layout, seen.hmm, seen.pool, 3, {}, instance="i-1")
+    base = StatusSnapshot("serving", "nothing to do", None, world.layout, seen.cluster, 3, {}, instance="i-1")
     return msgspec.structs.replace(base, **changes)
 
 
@@ -72,7 +72,7 @@ def test_a_rank_may_be_terminated_when_it_is_no_member_and_its_process_has_ended
     for over in (False, True):
         operation = planned(DOWN, phase="done" if over else "release")
         place = {"ended": (operation,)} if over else {"operation": operation}
-        status = scale_status(snapshot_of(World(layout), pool=pool, **place))
+        status = scale_status(snapshot_of(World(layout), cluster=cluster_of(None, pool), **place))
         assert status.safe_to_terminate_ranks == safe
         assert status.pending_target == (None if over else 2)
 

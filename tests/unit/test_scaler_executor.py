@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from elasticmoe.common.clock import SYSTEM_CLOCK
@@ -125,7 +124,7 @@ class FakeLinks:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.starting: dict[int, float] = {}
+        self.starting: frozenset[int] = frozenset()
         self.peers = FakePeers(world)
         self.refusal: Exception | None = None
 
@@ -153,9 +152,7 @@ class FakeLinks:
 
 def turn(executor: Executor, seen: Observation) -> None:
     """What the scaler's loop does, where only HMM and pool were asked."""
-    assert seen.hmm is not None
-    executor.state = msgspec.structs.replace(executor.state, layout=seen.hmm.layout)
-    executor.execute(executor.decide(executor.observe(seen.hmm, seen.pool)))
+    executor.execute(executor.decide(executor.observe(seen.cluster)))
 
 
 class Scene:
@@ -169,7 +166,7 @@ class Scene:
         self.journal.act_under(1)
         self.links = FakeLinks(world)
         config = ScalerConfig(run_dir=str(tmp_path))
-        state = State(layout=world.layout, ever_served=True, stall_s=99.0)
+        state = State(ever_served=True, stall_s=99.0)
         clock, links = PlayedClock(lambda: world.now), self.links
         self.executor = Executor(config, links, self.journal, Meters(), self._tell, state, clock)  # type: ignore[arg-type]
 

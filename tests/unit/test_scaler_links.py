@@ -16,6 +16,7 @@ import pytest
 import zmq
 
 from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.devices.names import LOCAL_HOST
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol import hmm, pool
 from elasticmoe.common.protocol.codec import Codec, Message
@@ -23,6 +24,7 @@ from elasticmoe.common.protocol.replies import Ack
 from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus, RankExited, ToScaler
 from elasticmoe.common.transport import Server, new_identity
 from elasticmoe.services.scaler.assembly import system_parts
+from elasticmoe.services.scaler.cluster import HostStatus
 from elasticmoe.services.scaler.control.links import Links
 from tests.procs.fuzz import Thrower, thrower
 from tests.procs.waiting import wait_until
@@ -79,11 +81,15 @@ def test_nonsense_on_a_connection_is_no_answer_and_the_next_one_is_heard(run_dir
         Hostile(config.socket(config.pool_name), pool.CODEC, PoolStatus(2, ())),
     )
     links = Links(config, tiny_mixtral_spec(), parts, events.append)
+
+    def ask() -> HostStatus:
+        return links.ask(is_starting=False, is_quiet=False)[LOCAL_HOST]
+
     try:
 
         def is_pelted() -> bool:
-            assert links.ask_hmm() in (None, status)
-            assert links.ask_pool(is_starting=False) in (None, PoolStatus(2, ()))
+            told = ask()
+            assert (told.hmm in (None, status), told.pool in (None, PoolStatus(2, ()))) == (True, True)
             links.wait(0.001)
             return all(server.thrown.num_invalid > ROUNDS * PER_ROUND // 2 for server in servers)
 
@@ -93,7 +99,7 @@ def test_nonsense_on_a_connection_is_no_answer_and_the_next_one_is_heard(run_dir
 
         def hears() -> bool:
             links.wait(0.001)  # drains what was still to come
-            return links.ask_hmm() == status and links.ask_pool(is_starting=False) == PoolStatus(2, ())
+            return ask() == HostStatus(status, PoolStatus(2, ()))
 
         wait_until(hears, "both are heard")
     finally:
@@ -109,6 +115,7 @@ def test_what_the_pool_said_is_asked_for_again_when_it_tells_something_or_is_com
     told = RankExited(RankId(0, 0), 0, "rank:a", 1, "ended")
     with Server(config.socket(config.pool_name), new_identity("pool"), pool.CODEC) as server:
         links = Links(config, tiny_mixtral_spec(), parts, events.append)
+        host = links.hosts[LOCAL_HOST]
         num_asked = 0
         stop = threading.Event()
 
@@ -127,13 +134,13 @@ def test_what_the_pool_said_is_asked_for_again_when_it_tells_something_or_is_com
         thread = threading.Thread(target=answer)
         thread.start()
         try:
-            assert links.ask_pool(is_starting=False) == PoolStatus(1, ())
-            assert links.ask_pool(is_starting=False, age_s_max=60.0) == PoolStatus(1, ())
-            assert links.ask_pool(is_starting=False) == PoolStatus(2, ())
+            assert host.ask_pool(is_starting=False) == PoolStatus(1, ())
+            assert host.ask_pool(is_starting=False, age_s_max=60.0) == PoolStatus(1, ())
+            assert host.ask_pool(is_starting=False) == PoolStatus(2, ())
             links.tell_pool(pool.StopRank(RankId(0, 0), "rank:a", 0))
             wait_until(lambda: links.wait(10.0, is_quiet=True) or events, "it is told, and waits no longer")
             assert events == [told]
-            assert links.ask_pool(is_starting=False, age_s_max=60.0) == PoolStatus(4, ())
+            assert host.ask_pool(is_starting=False, age_s_max=60.0) == PoolStatus(4, ())
             parts.poller.wake()
             links.wait(3_600.0, is_quiet=True)  # returns
         finally:

@@ -12,10 +12,10 @@ from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError
-from elasticmoe.common.protocol.scaler import HmmStatus
 from elasticmoe.common.transport import new_identity
 from elasticmoe.services.scaler.actions import LeaveOut
 from elasticmoe.services.scaler.api.requests import parse_scale
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control import admission
 from elasticmoe.services.scaler.control.admission import Order, accept, lost_devices
 from elasticmoe.services.scaler.control.reconciler import reconcile
@@ -32,7 +32,7 @@ from elasticmoe.services.scaler.operation.operation import (
 )
 from elasticmoe.services.scaler.planning.plan import Plan
 from tests.unit.transcripts import play
-from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
+from tests.unit.transitions import DEVICES, DOWN, UP, World, cluster_of, operation_of
 
 PHASES = ("prepare", "commit", "migrate", "release")
 SIZES = Sizes(100, (10,), (7,))
@@ -136,7 +136,7 @@ class Executor:
     """What an Admission needs of a executor: what runs, what has ended, what was begun."""
 
     def __init__(self, ended: Operation) -> None:
-        self.state = State(layout=DOWN.before, last=ended, stall_s=9.0)
+        self.state = State(last=ended, stall_s=9.0)
         self.is_durable = True
 
     @property
@@ -150,12 +150,12 @@ class Executor:
     def begin(self, operation: Operation, made: object = None) -> None:
         self.state = msgspec.structs.replace(self.state, operation=operation)
 
-    def leave_out(self, taking: Admission, hmm: HmmStatus | None, now: float) -> None:
+    def leave_out(self, taking: Admission, cluster: Cluster, now: float) -> None:
         """One turn, as far as lost devices go."""
-        self.state, actions, _ = reconcile(self.state, Observation(hmm=hmm, pool=None), now)
+        self.state, actions, _ = reconcile(self.state, Observation(cluster=cluster), now)
         for action in actions:
             if isinstance(action, LeaveOut):
-                taking.leave_out(action, hmm)
+                taking.leave_out(action, cluster)
 
 
 class Admission(admission.Admission):
@@ -164,7 +164,7 @@ class Admission(admission.Admission):
     refusal: ElasticMoEError | None = None
     num_plans = 0
 
-    def _plan(self, order: Any, op_id: str, target: Any, hmm: Any) -> Any:
+    def _plan(self, order: Any, op_id: str, target: Any, cluster: Any) -> Any:
         self.num_plans += 1
         if self.refusal is not None:
             raise self.refusal
@@ -172,81 +172,80 @@ class Admission(admission.Admission):
 
 
 @pytest.fixture
-def pending() -> tuple[Admission, Executor, HmmStatus, list[str]]:
+def pending() -> tuple[Admission, Executor, Cluster, list[str]]:
     """After an operation that gave way to the loss of host:1, of slot and replica 1."""
     gave_way = msgspec.structs.replace(operation_of(UP), phase="aborted", lost_meanwhile=("host:1",))
-    executor, told, hmm = Executor(gave_way), [], World(DOWN.before).seen().hmm
-    assert hmm is not None
+    executor, told, cluster = Executor(gave_way), [], World(DOWN.before).seen().cluster
     config = ScalerConfig(run_dir="/nowhere")
     made = Admission(config, None, executor, (), lambda kind, *_, **__: told.append(kind), SYSTEM_CLOCK, new_identity)  # type: ignore[arg-type]
-    return made, executor, hmm, told
+    return made, executor, cluster, told
 
 
 def test_what_a_pending_loss_leaves_out_is_left_out_first(
-    pending: tuple[Admission, Executor, HmmStatus, list[str]],
+    pending: tuple[Admission, Executor, Cluster, list[str]],
 ) -> None:
-    taking, executor, hmm, _ = pending
-    assert executor.state.lost_slots(hmm) == {1}
+    taking, executor, cluster, _ = pending
+    assert executor.state.lost_slots(DOWN.before) == {1}
     for body in (b'{"replicas": 2}', b'{"remove": [1]}', b'{"remove": [2], "lost": true}'):
         with pytest.raises(Conflict, match="the devices of r1 are lost") as refused:
-            taking.take(parse_scale(body, 9.0), hmm, ever_served=True)
+            taking.take(parse_scale(body, 9.0), cluster, ever_served=True)
         assert refused.value.code == "device_lost"
     with pytest.raises(Conflict, match="left out first"):
-        taking.take(Order("", Request(), None), hmm, ever_served=True)
-    taking.take(parse_scale(b'{"remove": [1, 2], "lost": true}', 9.0), hmm, ever_served=False)
+        taking.take(Order("", Request(), None), cluster, ever_served=True)
+    taking.take(parse_scale(b'{"remove": [1, 2], "lost": true}', 9.0), cluster, ever_served=False)
     assert executor.operation is not None
     assert executor.operation.request.remove == (1, 2)
 
 
 def test_the_scaler_leaves_a_lost_device_out_by_itself(
-    pending: tuple[Admission, Executor, HmmStatus, list[str]],
+    pending: tuple[Admission, Executor, Cluster, list[str]],
 ) -> None:
-    taking, executor, hmm, told = pending
-    executor.leave_out(taking, None, 1.0)
+    taking, executor, cluster, told = pending
+    executor.leave_out(taking, cluster_of(None), 1.0)
     assert executor.operation is None
     taking.refusal = DoesNotFit("too many bytes")
-    executor.leave_out(taking, hmm, 1.0)
-    executor.leave_out(taking, hmm, 1.9)
+    executor.leave_out(taking, cluster, 1.0)
+    executor.leave_out(taking, cluster, 1.9)
     assert (executor.operation, taking.num_plans, told) == (None, 1, ["loss_refused"]), (
         "it tries again, but not at once"
     )
     with pytest.raises(Conflict, match="that is refused: too many bytes"):
-        taking.take(parse_scale(b'{"replicas": 2}', 9.0), hmm, ever_served=True)
-    assert executor.state.lost_slots(hmm) == {1}, "nobody is seated there meanwhile"
-    executor.leave_out(taking, hmm, 2.0)
+        taking.take(parse_scale(b'{"replicas": 2}', 9.0), cluster, ever_served=True)
+    assert executor.state.lost_slots(DOWN.before) == {1}, "nobody is seated there meanwhile"
+    executor.leave_out(taking, cluster, 2.0)
     assert (executor.operation, taking.num_plans, told) == (None, 2, ["loss_refused"]), "the same is told once"
     taking.refusal = None
-    executor.leave_out(taking, hmm, 3.0)
+    executor.leave_out(taking, cluster, 3.0)
     assert executor.operation is not None
     assert (executor.operation.request.remove, executor.operation.request.is_lost) == ((1,), True)
     begun = executor.operation.op_id
-    executor.leave_out(taking, hmm, 9.0)
+    executor.leave_out(taking, cluster, 9.0)
     assert executor.operation.op_id == begun
 
 
 def test_nobody_is_seated_on_a_lost_device_while_a_rebalance_ends(
-    pending: tuple[Admission, Executor, HmmStatus, list[str]],
+    pending: tuple[Admission, Executor, Cluster, list[str]],
 ) -> None:
     """Found by the simulation (seed 835): a rebalance has no legs, and so no seats of its own."""
-    _, executor, hmm, _ = pending
+    _, executor, _, _ = pending
     executor.begin(operation_of(None))
     assert executor.operation is not None
-    assert executor.state.lost_slots(hmm) == set()
+    assert executor.state.lost_slots(DOWN.before) == set()
     marks = [executor.operation.mark]
     for device, slots in (("host:1", {1}), ("host:2", {1, 2})):
         executor.begin(without_lost(executor.operation, (device,)))
-        assert executor.state.lost_slots(hmm) == slots
+        assert executor.state.lost_slots(DOWN.before) == slots
         marks.append(executor.operation.mark)
     assert len(set(marks)) == 3, "each loss is journaled before anything is commanded"
 
 
 def test_a_lost_operation_that_could_not_begin_is_not_forgotten(
-    pending: tuple[Admission, Executor, HmmStatus, list[str]],
+    pending: tuple[Admission, Executor, Cluster, list[str]],
 ) -> None:
-    _, executor, hmm, _ = pending
+    _, executor, _, _ = pending
     devices = {f"host:{i}": DeviceChange(0, 0, 0, 0, 0 if i == 1 else 4, 0) for i in range(3)}
     planned = msgspec.structs.replace(planned_of(DOWN, SIZES), devices=devices)
     order = parse_scale(b'{"remove": [1], "lost": true}', 9.0)
     lost = accept(order, "op", DOWN, planned, 0.0)
     executor.state = msgspec.structs.replace(executor.state, last=msgspec.structs.replace(lost, phase="aborted"))
-    assert executor.state.lost_slots(hmm) == {1}
+    assert executor.state.lost_slots(DOWN.before) == {1}

@@ -16,6 +16,7 @@ from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.operation import Operation, Request
 from elasticmoe.services.scaler.service import BACKOFF_S_MAX, backoff_s
 from tests.unit.transcripts import done
+from tests.unit.transitions import cluster_of
 
 DEFAULTS = defaults()
 LAYOUT = initial_layout([4, 4], ["host:0", "host:1"])
@@ -34,6 +35,7 @@ def rank(slot: int, ready: bool) -> PoolRank:
     return PoolRank(seat.rank, slot, seat.device, f"rank:{slot}", 100 + slot, ready)
 
 
+STANDBYS = PoolStatus(2, ())
 START = tuple(StartSeat(seat, LAYOUT.epoch) for seat in LAYOUT.seats)
 PARK, JOIN = (PublishMembers(LAYOUT.slots, is_running) for is_running in (False, True))
 # That of slot 1, by a rebalance, so that no seat is one of the operation's own.
@@ -49,12 +51,17 @@ LOSS = Operation(
 
 
 def step(
-    *, ever_served: bool = False, committed_at: float | None = None, is_lost: bool = False, **changes: object
+    *,
+    hmm: HmmStatus | None = READY,
+    pool: PoolStatus | None = STANDBYS,
+    ever_served: bool = False,
+    committed_at: float | None = None,
+    is_lost: bool = False,
+    **changes: object,
 ) -> Step[Status]:
     """What is made of an observation at time 10."""
-    base = Observation(hmm=READY, pool=PoolStatus(2, ()), restarts_left=5)
+    base = Observation(cluster=cluster_of(hmm, pool, beginning=LAYOUT), restarts_left=5)
     state = State(
-        layout=LAYOUT,
         ever_served=ever_served,
         committed_at=committed_at,
         operation=LOSS if is_lost else None,

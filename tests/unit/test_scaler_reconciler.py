@@ -21,13 +21,13 @@ from elasticmoe.services.scaler.control.watchdog import Standing, Watched
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.operation.release import LEAVE_S
-from tests.unit.transitions import DEVICES, DOWN, UP, World, operation_of
+from tests.unit.transitions import DEVICES, DOWN, UP, World, answered, host_of, operation_of
 
 STALL_S = 3.0
 
 
 def state_of(world: World, operation: Operation | None = None, **changes: object) -> State:
-    state = State(layout=world.layout, operation=operation, ever_served=True, stall_s=STALL_S)
+    state = State(operation=operation, ever_served=True, stall_s=STALL_S)
     return msgspec.structs.replace(state, **changes)
 
 
@@ -54,9 +54,10 @@ def test_ejection_goes_first_then_members_then_the_operation() -> None:
     del world.ranks[1]
     world.commands.clear()
     seen = world.seen()
-    assert seen.pool is not None
-    asleep = tuple(msgspec.structs.replace(rank, is_asleep=True) for rank in seen.pool.ranks)
-    seen = msgspec.structs.replace(seen, pool=msgspec.structs.replace(seen.pool, ranks=asleep))
+    pool = host_of(seen).pool
+    assert pool is not None
+    asleep = tuple(msgspec.structs.replace(rank, is_asleep=True) for rank in pool.ranks)
+    seen = answered(seen, pool=msgspec.structs.replace(pool, ranks=asleep))
     step = reconcile(state_of(world, operation, watched=standing(world, 0)), seen, world.now)
     assert kinds(step) == [EjectRank, StartSeat, TellRank]
     assert step.reason == step.state.status.reason == "seats r1t0 have no rank; 2 standbys"
@@ -81,7 +82,7 @@ def test_an_operation_in_progress_keeps_orphans_and_losses_waiting(is_running: b
 def test_orphans_are_collected_once_it_has_served() -> None:
     world = World(UP.before)
     seen = with_stray(world)
-    unready = msgspec.structs.replace(seen, pool=None)
+    unready = answered(seen, pool=None)
     assert kinds(reconcile(state_of(world, ever_served=False), unready, 1.0)) == []
     first = reconcile(state_of(world), seen, 1.0)
     assert StopSeat in kinds(first)
@@ -110,8 +111,7 @@ def test_a_commit_that_is_not_flipped_to_is_published_after_a_time() -> None:
     operation = world.run_to(operation_of(DOWN), "commit")
     world.step(operation)
     seen = world.seen()
-    assert seen.hmm is not None
-    seen = msgspec.structs.replace(seen, hmm=msgspec.structs.replace(seen.hmm, members=DOWN.before.slots))
+    seen = answered(seen, hmm=msgspec.structs.replace(host_of(seen).hmm, members=DOWN.before.slots))
     first = reconcile(state_of(world), seen, 10.0)
     assert (first.state.committed_at, first.reason) == (10.0, "the ranks flip to the new layout")
     assert PublishMembers not in kinds(first)
@@ -125,9 +125,11 @@ def test_serving_is_remembered() -> None:
     served = reconcile(state_of(world, ever_served=False), world.seen(), 1.0).state
     assert served.status == Status("serving", "layout 1 serves")
     assert served.ever_served
-    blind = reconcile(served, msgspec.structs.replace(world.seen(), pool=None), 2.0).state
+    blind = reconcile(served, answered(world.seen(), pool=None), 2.0).state
     assert blind.status.phase == "degraded"
     early = reconcile(
-        state_of(world, ever_served=False), Observation(hmm=world.seen().hmm, pool=PoolStatus(0, ())), 1.0
+        state_of(world, ever_served=False),
+        Observation(cluster=answered(world.seen(), pool=PoolStatus(0, ())).cluster),
+        1.0,
     )
     assert early.state.status.phase == "attaching"

@@ -28,7 +28,7 @@ from elasticmoe.services.scaler.store.recall import Recall
 from elasticmoe.services.scaler.store.resume import CODE, Left, Wanted, begin
 from tests.unit.reserves import NO_RESERVE
 from tests.unit.specs import tiny_mixtral_spec
-from tests.unit.transitions import DOWN, UP, layout_of, operation_of
+from tests.unit.transitions import DOWN, UP, cluster_of, layout_of, operation_of
 
 SERVED = Served("/models/a", "float32")
 LEFT = Left(layout_of(3, (0, 1, 2)), SERVED, epoch=3)
@@ -128,13 +128,13 @@ def test_nothing_is_loaded_while_it_is_refused_and_what_is_held_goes_on() -> Non
     refusal = begin(LEFT, wanted(tp=2, replicas=1)).refusal
     assert LEFT.layout is not None
     empty = HmmStatus("empty", 0, 0, None, (), 0, (), False)
-    state = State(layout=LEFT.layout, stall_s=9.0)
-    seen = Observation(hmm=empty, pool=None)
+    state = State(stall_s=9.0)
+    seen = Observation(cluster=cluster_of(empty, beginning=LEFT.layout))
     assert serve(state, seen, 0.0).actions == (LoadLayout(LEFT.layout),)
     refused = serve(state, msgspec.structs.replace(seen, load_refused=refusal), 0.0)
     assert (refused.actions, refused.state.phase, refused.state.error) == ((), "failed", refusal)
     held = msgspec.structs.replace(empty, phase="ready", layout=LEFT.layout)
-    chosen = serve(state, msgspec.structs.replace(seen, hmm=held, load_refused=refusal), 0.0)
+    chosen = serve(state, Observation(cluster=cluster_of(held), load_refused=refusal), 0.0)
     assert (chosen.state.phase, chosen.state.error) == ("attaching", None)
 
 

@@ -12,6 +12,7 @@ from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank,
 from elasticmoe.services.scaler.actions import EjectRank
 from elasticmoe.services.scaler.control.watchdog import ALONE_FACTOR, Pulse, Watched, pulses_of, watch
 from elasticmoe.services.scaler.service import IDLE_TURN_S, QUIET_TURN_S
+from tests.unit.transitions import cluster_of
 
 STALL_S = 2.4
 TURN_S = 0.05
@@ -158,13 +159,13 @@ def test_only_ranks_that_are_attached_and_ready_are_watched() -> None:
             for slot, name, is_ready in ((0, "a", True), (1, "b", False), (2, "c", True))
         ),
     )
-    assert pulses_of(hmm, pool) == (Pulse(0, RankId(0, 0), "rank:a", 4),)
+    assert pulses_of(cluster_of(hmm, pool)) == (Pulse(0, RankId(0, 0), "rank:a", 4),)
     stopped = msgspec.structs.replace(pool.ranks[0], is_asleep=True)
-    assert pulses_of(hmm, PoolStatus(0, (stopped,))) == (Pulse(0, RankId(0, 0), "rank:a", 4, True),)
-    assert pulses_of(None, pool) == pulses_of(hmm, None) == ()
+    assert pulses_of(cluster_of(hmm, PoolStatus(0, (stopped,)))) == (Pulse(0, RankId(0, 0), "rank:a", 4, True),)
+    assert pulses_of(cluster_of(None, pool)) == pulses_of(cluster_of(hmm)) == ()
     waiting = msgspec.structs.replace(devices[0], is_waiting=True)
     hmm = msgspec.structs.replace(hmm, devices=(waiting, *devices[1:]))
-    assert pulses_of(hmm, PoolStatus(0, (stopped,))) == (Pulse(0, RankId(0, 0), "rank:a", 4, False),)
+    assert pulses_of(cluster_of(hmm, PoolStatus(0, (stopped,)))) == (Pulse(0, RankId(0, 0), "rank:a", 4, False),)
 
 
 @pytest.mark.parametrize("stopped_at", [10.0, 10.07, 10.2, 10.33, 10.49, 10.6])

@@ -18,7 +18,7 @@ from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.protocol.codec import Message
 from elasticmoe.common.protocol.hmm import StageLayout
-from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus
+from elasticmoe.common.protocol.scaler import PoolStatus
 from elasticmoe.common.transport import new_identity
 from elasticmoe.services.hmm.memory.transfer import Supply, Transfer
 from elasticmoe.services.hmm.status import Loading, hmm_status
@@ -26,6 +26,7 @@ from elasticmoe.services.hmm.transition.transition import Transitions
 from elasticmoe.services.scaler.api.admin import build_app
 from elasticmoe.services.scaler.api.event_stream import EventStream
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.admission import Admission, CommandQueue
 from elasticmoe.services.scaler.control.executor import Executor
 from elasticmoe.services.scaler.control.state import State
@@ -33,6 +34,7 @@ from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.operation.prepare import prepare
 from elasticmoe.services.scaler.planning.planner import plan_way
 from tests.unit.test_hmm_memory_shortage import World
+from tests.unit.transitions import cluster_of
 from tests.unit.ways import Trace, hands_of, said
 
 CARRIERS = frozenset({"hmm/background"})
@@ -67,10 +69,10 @@ class Deployment:
             announced_epoch=0,
         )
         peers = SimpleNamespace(keep=lambda _: None, ask=lambda *_: None, receive=lambda: None, loads=lambda *_: {})
-        links: Any = SimpleNamespace(starting={}, peers=peers, tell_hmm=self._tell_hmm, start=lambda *_: None)
+        links: Any = SimpleNamespace(starting=frozenset(), peers=peers, tell_hmm=self._tell_hmm, start=lambda *_: None)
         config, loaded = ScalerConfig(run_dir=str(folder)), hmm.holdings.loaded
         assert loaded is not None
-        state = State(layout=loaded.layout, ever_served=True, stall_s=99.0)
+        state = State(ever_served=True, stall_s=99.0)
         self.meters, self.commands = Meters(), CommandQueue(lambda: None, SYSTEM_CLOCK)
         self.executor = Executor(config, links, silent, self.meters, lambda *_, **__: None, state, SYSTEM_CLOCK)
         self.admission = Admission(
@@ -81,25 +83,26 @@ class Deployment:
         if isinstance(command, StageLayout):
             self.hmm.transitions.stage(command)
 
-    def status(self) -> HmmStatus:
+    def cluster(self) -> Cluster:
         hmm = self.hmm
         attachments: Any = SimpleNamespace(by_slot=hmm.by_slot)
-        return hmm_status(hmm.holdings, attachments, hmm.members, Loading(), hmm.transitions)
+        status = hmm_status(hmm.holdings, attachments, hmm.members, Loading(), hmm.transitions)
+        return cluster_of(status, PoolStatus(ranks=(), standby=0))
 
     async def order(self, body: dict[str, object]) -> httpx.Response:
         """By HTTP; the loop is this one."""
-        board = StatusCache(StatusSnapshot("serving", "", None, None, None, None, 0, {}))
+        board = StatusCache(StatusSnapshot("serving", "", None, None, None, 0, {}))
         app: Any = build_app(board, self.commands, EventStream(), self.meters, "secret", 600.0)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://scaler") as client:
             headers = {"Authorization": "Bearer secret"}
             asked = asyncio.create_task(client.post("/v1/scale", json=body, headers=headers))
             while not asked.done():
-                self.commands.serve(lambda order: self.admission.take(order, self.status(), ever_served=True))
+                self.commands.serve(lambda order: self.admission.take(order, self.cluster(), ever_served=True))
                 await asyncio.sleep(0)
             return await asked
 
     def turn(self) -> None:
-        seen = self.executor.observe(self.status(), PoolStatus(ranks=(), standby=0))
+        seen = self.executor.observe(self.cluster())
         self.executor.execute(self.executor.decide(seen))
 
 

@@ -6,6 +6,7 @@ import itertools
 
 import msgspec
 
+from elasticmoe.common.devices.names import LOCAL_HOST
 from elasticmoe.common.layout import Layout, RankId, Seat
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
 from elasticmoe.common.protocol.hmm import RecordCopy
@@ -22,6 +23,7 @@ from elasticmoe.common.protocol.scaler import (
     TransitionStatus,
 )
 from elasticmoe.services.scaler.actions import Abort, Action, Commit, Release, Stage, StartSeat, StopSeat, TellRank
+from elasticmoe.services.scaler.cluster import Cluster, HostStatus, in_force
 from elasticmoe.services.scaler.control.reconciler import advance
 from elasticmoe.services.scaler.observation import Observation
 from elasticmoe.services.scaler.operation.operation import Operation, Request
@@ -51,6 +53,7 @@ def plan_of(kind: str, *layouts: Layout) -> Plan:
     return Plan(kind, layouts[0], legs, 1, 1000 * len(legs), 100, 80, 90, 0.5, 20.0)
 
 
+FIRST = layout_of(1, (0, 1))
 UP = plan_of("scale_up", layout_of(1, (0, 1)), layout_of(2, (0, 1, 2), (0, 1)), layout_of(3, (0, 1, 2)))
 DOWN = plan_of("scale_down", layout_of(1, (0, 1, 2)), layout_of(2, (0, 2)))
 
@@ -74,6 +77,23 @@ KINDS: dict[type[RankCommand], CommandKind] = {
     Drain: "drain",
     CancelMigration: "cancel",
 }
+
+
+def cluster_of(hmm: HmmStatus | None, pool: PoolStatus | None = None, *, beginning: Layout = FIRST) -> Cluster:
+    """A deployment of one host that answers so, and has told nothing before."""
+    hosts = {LOCAL_HOST: HostStatus(hmm, pool)}
+    return Cluster(hosts, in_force(hosts, None, beginning))
+
+
+def host_of(seen: Observation) -> HostStatus:
+    """What its one host has answered."""
+    return seen.cluster.hosts[LOCAL_HOST]
+
+
+def answered(seen: Observation, **changes: object) -> Observation:
+    """The same, but for what the HMM or the pool has answered."""
+    status = msgspec.structs.replace(host_of(seen), **changes)
+    return msgspec.structs.replace(seen, cluster=cluster_of(status.hmm, status.pool))
 
 
 class World:
@@ -145,8 +165,7 @@ class World:
             ),
         )
         return Observation(
-            hmm=hmm if self.hmm_answers else None,
-            pool=pool if self.pool_answers else None,
+            cluster=cluster_of(hmm if self.hmm_answers else None, pool if self.pool_answers else None),
             loads=loads if self.pool_answers else {},
             exits=self.exits,
             stage_refused=self.refused,

@@ -66,10 +66,13 @@ def scale_status(snapshot: StatusSnapshot) -> ScaleStatus:
 
 def _safe_ranks(snapshot: StatusSnapshot, operation: Operation | None) -> tuple[str, ...]:
     """None while it is not known which processes live."""
-    if operation is None or operation.planned is None or snapshot.pool is None or snapshot.layout is None:
+    cluster = snapshot.cluster
+    if operation is None or operation.planned is None or snapshot.layout is None:
+        return ()
+    if cluster is None or not cluster.pools_answer:
         return ()
     members = {str(seat.rank) for seat in snapshot.layout.seats}
-    living = {str(rank.rank) for rank in snapshot.pool.ranks}
+    living = {str(rank.rank) for rank in cluster.ranks.values()}
     return tuple(rank for rank in operation.planned.leaving if rank not in members | living)
 
 

@@ -22,13 +22,13 @@ def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
         epoch.set(snapshot.layout.epoch)
         for seat in snapshot.layout.seats:
             experts.labels(str(seat.rank)).set(snapshot.layout.num_experts_on(seat.slot))
-    for device in snapshot.hmm.devices if snapshot.hmm else ():
+    for device in snapshot.cluster.devices if snapshot.cluster else ():
         for state, nbytes in msgspec.structs.asdict(memory_view(device)).items():
             memory.labels(device.device, state).set(nbytes)
     free = sum(left for left, _ in snapshot.blocks.values())
     blocks.labels("free").set(free)
     blocks.labels("used").set(sum(total for _, total in snapshot.blocks.values()) - free)
-    standby.set(snapshot.pool.standby if snapshot.pool else 0)
+    standby.set(snapshot.cluster.standby if snapshot.cluster else 0)
     _add_load(registry, snapshot)
     return generate_latest(registry) + generate_latest(meters.registry)
 

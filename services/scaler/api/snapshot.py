@@ -10,8 +10,9 @@ import msgspec
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.errors import NotFound, Unavailable, Unready
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolStatus
+from elasticmoe.common.protocol.scaler import DeviceStatus
 from elasticmoe.services.scaler.api import views
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.autoscaler import Decided
 from elasticmoe.services.scaler.control.state import DeploymentPhase
 from elasticmoe.services.scaler.operation.operation import Operation, outcome
@@ -32,8 +33,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True):
     reason: str
     error: Refused | None
     layout: Layout | None
-    hmm: HmmStatus | None
-    pool: PoolStatus | None
+    cluster: Cluster | None
     fence: int
     config: dict[str, Any]
     operation: Operation | None = None
@@ -67,12 +67,12 @@ def wanted_replicas(snapshot: StatusSnapshot, layout: Layout) -> int:
 
 def ready_view(snapshot: StatusSnapshot) -> views.Ready:
     """GET /ready."""
-    hmm = snapshot.hmm
+    done, total = snapshot.cluster.bytes_loaded if snapshot.cluster is not None else (0, 0)
     return views.Ready(
         phase=snapshot.phase,
         reason=snapshot.reason,
-        bytes_done=hmm.bytes_done if hmm else 0,
-        bytes_total=hmm.bytes_total if hmm else 0,
+        bytes_done=done,
+        bytes_total=total,
         error=snapshot.error,
         resumed=snapshot.resumed,
     )
@@ -83,13 +83,14 @@ def layout_view(snapshot: StatusSnapshot) -> views.Layout:
     layout = snapshot.layout
     if layout is None:
         raise Unavailable("no layout has been made yet")
-    by_device = {status.device: status for status in snapshot.hmm.devices} if snapshot.hmm else {}
-    pids = {rank.slot: rank for rank in snapshot.pool.ranks} if snapshot.pool else {}
+    cluster = snapshot.cluster
+    by_device = {status.device: status for status in cluster.devices} if cluster is not None else {}
+    processes = cluster.ranks if cluster is not None else {}
     states = _seat_states(snapshot)
     ranks = []
     seats = [*layout.seats, *(seat for seat in _other_seats(snapshot) if seat.slot not in layout.slots)]
     for seat in seats:
-        device, rank = by_device.get(seat.device), pids.get(seat.slot)
+        device, rank = by_device.get(seat.device), processes.get(seat.slot)
         blocks = snapshot.blocks.get(seat.slot)
         ranks.append(
             views.Rank(
@@ -123,11 +124,12 @@ def layout_view(snapshot: StatusSnapshot) -> views.Layout:
 
 def devices_view(snapshot: StatusSnapshot) -> views.Devices:
     """GET /v1/devices. Raises Unavailable while the HMM does not answer."""
-    if snapshot.hmm is None:
+    cluster = snapshot.cluster
+    if cluster is None or cluster.phase is None:
         raise Unavailable("the HMM does not answer")
     states = _seat_states(snapshot)
     return views.Devices(
-        standby_processes=snapshot.pool.standby if snapshot.pool else 0,
+        standby_processes=cluster.standby,
         devices=[
             views.Device(
                 device=status.device,
@@ -136,14 +138,14 @@ def devices_view(snapshot: StatusSnapshot) -> views.Devices:
                 memory=memory_view(status),
                 pages=status.pages,
             )
-            for status in snapshot.hmm.devices
+            for status in cluster.devices
         ],
     )
 
 
-def operation_view(operation: Operation, hmm: HmmStatus | None = None) -> views.Operation:
+def operation_view(operation: Operation, cluster: Cluster | None = None) -> views.Operation:
     """One operation, with the HMM's progress where it is about this one."""
-    transition = hmm.transition if hmm else None
+    transition = cluster.transition if cluster is not None else None
     progress = None
     if transition and not operation.is_finished and transition.id == operation.transition_id:
         progress = views.Progress(
@@ -178,7 +180,7 @@ def operation_view(operation: Operation, hmm: HmmStatus | None = None) -> views.
 def operations_view(snapshot: StatusSnapshot) -> views.Operations:
     """GET /v1/operations: the one in progress first, then the last that ended, newest first."""
     current = [snapshot.operation] if snapshot.operation else []
-    return views.Operations([operation_view(operation, snapshot.hmm) for operation in (*current, *snapshot.ended)])
+    return views.Operations([operation_view(operation, snapshot.cluster) for operation in (*current, *snapshot.ended)])
 
 
 def find_operation(snapshot: StatusSnapshot, op_id: str) -> views.Operation:
@@ -186,7 +188,7 @@ def find_operation(snapshot: StatusSnapshot, op_id: str) -> views.Operation:
     current = [snapshot.operation] if snapshot.operation else []
     for operation in (*current, *snapshot.ended):
         if operation.op_id == op_id:
-            return operation_view(operation, snapshot.hmm)
+            return operation_view(operation, snapshot.cluster)
     if snapshot.phase == "starting":  # a scaler that waits for its lease has not read the journal
         raise Unready("the journal has not been read yet")
     raise NotFound(f"no operation {op_id}", code="unknown_operation")
@@ -237,6 +239,6 @@ def _seat_states(snapshot: StatusSnapshot) -> dict[str, views.DeviceState]:
         return states
     leg = operation.current_leg()
     states |= {seat.device: "joining" for seat in leg.joining if seat.slot not in used}
-    living = {rank.slot for rank in snapshot.pool.ranks} if snapshot.pool else set()
+    living = set(snapshot.cluster.ranks) if snapshot.cluster is not None else set()
     states |= {seat.device: "leaving" for seat in leg.leaving if seat.slot in used or seat.slot in living}
     return states

@@ -14,6 +14,7 @@ import msgspec
 from elasticmoe.common.capacity import sizes_of
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.layout import Layout
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import (
     Conflict,
@@ -24,9 +25,9 @@ from elasticmoe.common.protocol.errors import (
     Overloaded,
     Unready,
 )
-from elasticmoe.common.protocol.scaler import HmmStatus
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import LeaveOut
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.audit_log import PlanMade, digest
 from elasticmoe.services.scaler.control.executor import Executor, Tell
 from elasticmoe.services.scaler.operation.operation import (
@@ -42,7 +43,7 @@ from elasticmoe.services.scaler.operation.operation import (
     without_lost,
 )
 from elasticmoe.services.scaler.planning.plan import Plan, Rates, Target
-from elasticmoe.services.scaler.planning.planner import memory_of, plan_way
+from elasticmoe.services.scaler.planning.planner import plan_way, planned_from
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.record import PolicyRecord
 
@@ -139,8 +140,8 @@ class Admission:
         self._new_identity = new_identity
         self._why_not = ""  # `leave_out` could not begin
 
-    def take(self, order: Order | CancelOperation, hmm: HmmStatus | None, *, ever_served: bool) -> Accepted:
-        """Carry an order out, with what the HMM said last. Raises its refusal, or Later."""
+    def take(self, order: Order | CancelOperation, cluster: Cluster, *, ever_served: bool) -> Accepted:
+        """Carry an order out, with what the hosts said last. Raises its refusal, or Later."""
         executor = self._executor
         if isinstance(order, CancelOperation):
             operation = cancelled(order.op_id, executor.operation, executor.ended, is_durable=executor.is_durable)
@@ -153,11 +154,11 @@ class Admission:
                 known = repeated(order, executor.operation, executor.ended)
             except Running as running:
                 self._check_room()
-                self._give_way(order, hmm, running)
+                self._give_way(order, cluster, running)
                 raise
             if known is not None:
                 return Accepted(known)
-            self._check_lost(order, hmm)
+            self._check_lost(order, cluster.in_force.committed)
         is_lost = order.target is not None and order.target.is_lost
         if not ever_served and not is_lost:  # it may be the lost device for which nothing is served
             raise Unready("the deployment does not serve yet")
@@ -168,18 +169,18 @@ class Admission:
             operation = accept(order, op_id, None, None, self._clock.time(), self._lost())
             executor.begin(operation)
             return Accepted(operation)
-        operation, plan, made = self._plan(order, op_id, order.target, hmm)
+        operation, plan, made = self._plan(order, op_id, order.target, cluster)
         if order.is_dry_run:
             return Accepted(operation, plan)
         executor.begin(operation, made)
         return Accepted(operation)
 
-    def leave_out(self, action: LeaveOut, hmm: HmmStatus | None) -> None:
+    def leave_out(self, action: LeaveOut, cluster: Cluster) -> None:
         """Begin the operation that leaves out lost devices, in place of the order that nobody gave."""
         request = Request(remove=action.replicas, reason="a device was lost meanwhile", is_lost=True)
         order = Order("", request, Target(remove=action.replicas, is_lost=True))
         try:
-            self.take(order, hmm, ever_served=True)
+            self.take(order, cluster, ever_served=True)
             self._why_not = ""
         except ElasticMoEError as error:
             if error.message != self._why_not:
@@ -187,15 +188,15 @@ class Admission:
                 log.error("a lost device cannot be left out", code=error.code, because=error.message)
                 self._tell("loss_refused", error.message, code=error.code)
 
-    def _check_lost(self, order: Order, hmm: HmmStatus | None) -> None:
+    def _check_lost(self, order: Order, committed: Layout | None) -> None:
         """Raises Conflict `device_lost` where the next operation has to leave out lost devices, and this order would
         not: it might read from them, and fill their seats."""
-        slots = self._executor.state.lost_slots(hmm) if self._executor.operation is None else frozenset()
+        if self._executor.operation is not None or committed is None:
+            return
+        slots = self._executor.state.lost_slots(committed)
         if not slots:
             return
-        assert hmm is not None, "its layout is known"
-        assert hmm.layout is not None, "its layout is known"
-        lost = {seat.rank.replica for seat in hmm.layout.seats if seat.slot in slots}
+        lost = {seat.rank.replica for seat in committed.seats if seat.slot in slots}
         if order.target is None or not order.target.is_lost or not lost <= set(order.target.remove or ()):
             why = f"; that is refused: {self._why_not}" if self._why_not else ""
             names = ", ".join(f"r{replica}" for replica in sorted(lost))
@@ -206,23 +207,21 @@ class Admission:
         for check in self._room:
             check()
 
-    def _give_way(self, order: Order, hmm: HmmStatus | None, running: Running) -> None:
+    def _give_way(self, order: Order, cluster: Cluster, running: Running) -> None:
         """The loss of a device does not wait for the operation in progress, which may wait for that very device: let it
         end with a layout that is complete, and the order be tried again. Raises Later; returns for other orders."""
         current = self._executor.operation
         if order.target is None or not order.target.is_lost or current is None:
             return
-        memory_of(hmm)  # raises
-        assert hmm is not None, "its memory is known"
-        assert hmm.layout is not None, "its memory is known"
+        layout, _, _ = planned_from(cluster)
         remove = set(order.target.remove or ())
-        devices = {seat.device for seat in hmm.layout.seats if seat.rank.replica in remove}
+        devices = {seat.device for seat in layout.seats if seat.rank.replica in remove}
         if devices and devices <= set(current.lost_meanwhile):
             raise Later(running)
         if current.request.is_lost and remove <= set(current.request.remove or ()):
             return  # it does that already
-        self._plan(order, "", order.target, hmm)  # raises: an order that cannot be carried out ends no other
-        missing = {seat.rank.replica for seat in current.lost if seat in hmm.layout.seats} - remove
+        self._plan(order, "", order.target, cluster)  # raises: an order that cannot be carried out ends no other
+        missing = {seat.rank.replica for seat in current.lost if seat in layout.seats} - remove
         if missing:
             text = f"operation {current.op_id} leaves out r{min(missing)} as lost: name it too"
             raise Running(text, current.op_id)
@@ -230,21 +229,16 @@ class Admission:
         self._tell("operation_gives_way", "a device was lost meanwhile", op_id=current.op_id)
         raise Later(running)
 
-    def _plan(
-        self, order: Order, op_id: str, target: Target, hmm: HmmStatus | None
-    ) -> tuple[Operation, Plan, PlanMade]:
+    def _plan(self, order: Order, op_id: str, target: Target, cluster: Cluster) -> tuple[Operation, Plan, PlanMade]:
         """The operation of an order, its plan, and what that was made from. Raises UnprocessableTarget, DoesNotFit,
         Unavailable."""
-        memory = memory_of(hmm)
-        assert hmm is not None, "its memory is known"
-        assert hmm.layout is not None, "its memory is known"
-        assert hmm.memory is not None, "its memory is known"
-        sizes = sizes_of(self._spec, hmm.memory.granularity)
+        layout, facts, memory = planned_from(cluster)
+        sizes = sizes_of(self._spec, facts.granularity)
         lost = self._lost()
         unusable = lost - set(target.devices or ())  # new replicas take a lost device only where the order names it
-        devices = tuple(device.device for device in hmm.devices if device.device not in unusable)
+        devices = tuple(device.device for device in cluster.devices if device.device not in unusable)
         rates = Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s))
-        given = (hmm.layout, target, sizes, memory, devices, rates)
+        given = (layout, target, sizes, memory, devices, rates)
         try:
             plan = plan_way(*given)
         except (InvalidRequest, NotFound) as error:

@@ -22,15 +22,15 @@ from elasticmoe.common.described import says
 from elasticmoe.common.endpoints import ServerEnd
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError
-from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus
 from elasticmoe.common.protocol.signals import RouterWindow, Signal
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.admission import CancelOperation, Later, Order, Running
 from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.operation.operation import Request
 from elasticmoe.services.scaler.planning.plan import Rates, Target
-from elasticmoe.services.scaler.planning.planner import memory_of
+from elasticmoe.services.scaler.planning.planner import planned_from
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.figures import Signals
 from elasticmoe.services.scaler.policy.saturation import Saturation
@@ -114,16 +114,16 @@ class Autoscaler:
 
     # ---- what is seen ---------------------------------------------------------------------------------------------
 
-    def observe(self, hmm: HmmStatus | None, pool: PoolStatus | None, lost: frozenset[str]) -> Load | None:
+    def observe(self, cluster: Cluster, lost: frozenset[str]) -> Load | None:
         """The load, when the policy's next turn is due; takes what has come in any case. `lost`: devices that must not
         be used."""
         now = self._clock.monotonic()
         self._receive(now)
-        if hmm is None or hmm.layout is None or hmm.memory is None or pool is None or now < self._due_at:
+        if cluster.memory is None or not cluster.pools_answer or now < self._due_at:
             return None
+        layout, facts, memory = planned_from(cluster)
         self._due_at = now + TICK_S
-        layout = hmm.layout
-        living = {rank.slot: rank for rank in pool.ranks if rank.ready}
+        living = {slot: rank for slot, rank in cluster.ranks.items() if rank.ready}
         ranks = {seat.rank: living[seat.slot].incarnation if seat.slot in living else "" for seat in layout.seats}
         self._intake.expect(self._expected_routers(now), ranks, layout.epoch, now)
         for window, arrived_at in self._arrived:
@@ -138,11 +138,11 @@ class Autoscaler:
             config=self.policy,
             signals=self.signals,
             steps=self._models.known,
-            sizes=sizes_of(self._spec, hmm.memory.granularity),
-            memory=memory_of(hmm),
-            devices=tuple(device.device for device in hmm.devices if device.device not in lost),
+            sizes=sizes_of(self._spec, facts.granularity),
+            memory=memory,
+            devices=tuple(device.device for device in cluster.devices if device.device not in lost),
             rates=Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s)),
-            kv_handle_tokens=hmm.memory.kv.blocks_per_handle * self._config.block_size,
+            kv_handle_tokens=facts.kv.blocks_per_handle * self._config.block_size,
             step_tokens_max=self._config.max_tokens_per_step,
             refused=self._refused,
         )

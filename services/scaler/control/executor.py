@@ -14,7 +14,7 @@ from elasticmoe.common.protocol.errors import ElasticMoEError, Fenced
 from elasticmoe.common.protocol.hmm import SetMembership
 from elasticmoe.common.protocol.pool import StopRank
 from elasticmoe.common.protocol.replies import Refused, refusal
-from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus, RankExited, RankLoad
+from elasticmoe.common.protocol.scaler import RankExited, RankLoad
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import (
     Abort,
@@ -35,6 +35,7 @@ from elasticmoe.services.scaler.actions import (
     TellRank,
     key_of,
 )
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.audit_log import PlanMade, is_notable, turn_taken
 from elasticmoe.services.scaler.control.links import Links
 from elasticmoe.services.scaler.control.reconciler import reconcile
@@ -100,6 +101,7 @@ class Executor:
         self._exits: dict[int, str] = {}
         self._refused: Refused | None = None
         self._sent: dict[ActionKey, float] = {}
+        self._slots: frozenset[int] = frozenset()  # of the layout in force
 
     @property
     def operation(self) -> Operation | None:
@@ -151,13 +153,12 @@ class Executor:
         is_expected = operation.phase not in ("prepare", "abort")
         return event.slot in {seat.slot for seat in leg.leaving} and is_expected
 
-    def observe(self, hmm: HmmStatus | None, pool: PoolStatus | None, *, is_quiet: bool = False) -> Observation:
-        """What is seen of ranks and journal beside what HMM and pool have answered. `is_quiet`: nobody computes."""
+    def observe(self, cluster: Cluster, *, is_quiet: bool = False) -> Observation:
+        """What is seen of ranks and journal beside what the hosts have answered. `is_quiet`: nobody computes."""
         return Observation(
-            hmm=hmm,
-            pool=pool,
-            loads=self._ask_loads(hmm, pool, is_quiet) if self.state.ever_served or self.operation else {},
-            starting=frozenset(self._links.starting),
+            cluster=cluster,
+            loads=self._ask_loads(cluster, is_quiet) if self.state.ever_served or self.operation else {},
+            starting=self._links.starting,
             announced_epoch=self._journal.announced_epoch,
             exits=dict(self._exits),
             stage_refused=self._refused,
@@ -168,6 +169,7 @@ class Executor:
     def decide(self, seen: Observation) -> tuple[Action, ...]:
         """Go on to the reconciler's next state, and journal it; what it asks for."""
         before, now = self.state, self._clock.monotonic()
+        self._slots = frozenset(seen.cluster.in_force.layout.slots)
         step = reconcile(before, seen, now)
         self.state = step.state
         if is_notable(before, step):
@@ -192,16 +194,17 @@ class Executor:
         if after.mark != before.mark:
             self._changed(before, after)
 
-    def _ask_loads(self, hmm: HmmStatus | None, pool: PoolStatus | None, is_quiet: bool) -> dict[int, RankLoad]:
-        seats = list(hmm.layout.seats) if hmm and hmm.layout else []
+    def _ask_loads(self, cluster: Cluster, is_quiet: bool) -> dict[int, RankLoad]:
+        committed = cluster.in_force.committed
+        seats = list(committed.seats) if committed is not None else []
         operation = self.operation
         if operation is not None and operation.num_legs:
             known = {seat.slot for seat in seats}
             seats += [seat for seat in operation.current_leg().leaving if seat.slot not in known]
-        ranks = {rank.slot: rank for rank in pool.ranks if rank.ready} if pool else {}
-        if pool is not None:
+        ranks = {slot: rank for slot, rank in cluster.ranks.items() if rank.ready}
+        if cluster.pools_answer:
             living = [seat for seat in seats if seat.slot in ranks]
-            if hmm is not None:  # else it is not known which seats there are
+            if cluster.phase is not None:  # else it is not known which seats there are
                 self._links.peers.keep(seats)
             self._links.peers.ask(living, LOADS_S if operation else LOADS_QUIET_S if is_quiet else LOADS_IDLE_S)
         self._links.peers.receive()
@@ -212,10 +215,9 @@ class Executor:
         """Whether the store holds the present state of the operation in progress."""
         return self.operation is None or self._journal.is_durable(self.operation)
 
-    def loads_of(self, pool: PoolStatus | None) -> dict[int, tuple[int, int]]:
+    def blocks_of(self, cluster: Cluster) -> dict[int, tuple[int, int]]:
         """(free, all) KV blocks by slot, of the ranks that told their load lately."""
-        ranks = {rank.slot: rank for rank in pool.ranks} if pool else {}
-        loads = self._links.peers.loads(ranks, FRESH_IDLE_S)
+        loads = self._links.peers.loads(cluster.ranks, FRESH_IDLE_S)
         return {slot: (load.blocks_free, load.blocks_total) for slot, load in loads.items()}
 
     def _changed(self, before: Operation, after: Operation) -> None:
@@ -272,7 +274,7 @@ class Executor:
 
     def _send_between_failpoints(self, action: Action) -> None:
         place = _PLACES.get(type(action))
-        if place is None or (isinstance(action, StartSeat) and action.seat.slot in self.state.layout.slots):
+        if place is None or (isinstance(action, StartSeat) and action.seat.slot in self._slots):
             self._send(action)
             return
         failpoint(f"scaler.{place}.before")

@@ -6,12 +6,12 @@ what was in flight: the next observation says what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from elasticmoe.common.layout import Seat
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus
 from elasticmoe.services.scaler.actions import Action, AnnounceLayout, LoadLayout, PublishMembers, StartSeat
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.state import DeploymentPhase, State, Status
 from elasticmoe.services.scaler.observation import Observation, Step
 
@@ -19,31 +19,31 @@ FLIP_SECONDS_MAX = 5.0
 
 
 def serve(state: State, seen: Observation, now: float) -> Step[Status]:
-    """The next steps toward `state.layout`."""
-    hmm, waiting = seen.hmm, _waiting(state)
-    if hmm is None:
+    """The next steps toward the layout in force."""
+    cluster, waiting = seen.cluster, _waiting(state)
+    if cluster.phase is None:
         return _step(waiting, "the HMM does not answer")
-    if hmm.phase == "failed":
-        return _step("failed", "the HMM could not load the model", error=hmm.error)
-    if hmm.phase == "empty" and seen.load_refused is not None:
+    if cluster.phase == "failed":
+        return _step("failed", "the HMM could not load the model", error=cluster.error)
+    if cluster.phase == "empty" and seen.load_refused is not None:
         return _step("failed", "what an earlier run has left is of other settings", error=seen.load_refused)
-    if hmm.phase == "empty":
-        return _step("loading", "the HMM holds nothing", LoadLayout(state.layout))
-    if hmm.phase == "loading":
+    if cluster.phase == "empty":
+        return _step("loading", "the HMM holds nothing", LoadLayout(cluster.in_force.layout))
+    if cluster.phase == "loading":
         return _step("loading", "the HMM loads the model")
-    if seen.pool is None:
+    if not cluster.pools_answer:
         return _step(waiting, "the worker pool does not answer")
-    return _fill(state, seen, hmm, seen.pool) or _join(state, seen, hmm, now)
+    return _fill(state, seen) or _join(state, seen, now)
 
 
 def _step(phase: DeploymentPhase, reason: str, *actions: Action, error: Refused | None = None) -> Step[Status]:
     return Step(Status(phase, reason, error), actions, reason)
 
 
-def _fill(state: State, seen: Observation, hmm: HmmStatus, pool: PoolStatus) -> Step[Status] | None:
+def _fill(state: State, seen: Observation) -> Step[Status] | None:
     """Until each seat whose device is not lost has a rank that is ready; None when that is so."""
-    layout, ranks, waiting = state.layout, seen.ranks, _waiting(state)
-    lost = state.lost_slots(hmm)
+    cluster, layout, waiting = seen.cluster, seen.cluster.in_force.layout, _waiting(state)
+    ranks, lost = cluster.ranks, state.lost_slots(cluster.in_force.committed)
     without = [seat for seat in layout.seats if seat.slot in lost]
     empty = [seat for seat in layout.seats if seat.slot not in ranks and seat.slot not in seen.starting | lost]
     if empty:
@@ -52,9 +52,9 @@ def _fill(state: State, seen: Observation, hmm: HmmStatus, pool: PoolStatus) -> 
             return _step("failed", text, error=Refused("rank_crash_loop", text, False))
         if seen.is_backing_off:
             return _step(waiting, f"ranks {_names(empty)} died again; the next start waits")
-        starts = [StartSeat(seat, layout.epoch) for seat in seen.startable(empty)]
-        return _step(waiting, f"seats {_names(empty)} have no rank; {pool.standby} standbys", *starts)
-    if without and _has_to_park(hmm, without, ranks):
+        starts = [StartSeat(seat, layout.epoch) for seat in cluster.startable(empty)]
+        return _step(waiting, f"seats {_names(empty)} have no rank; {cluster.standby} standbys", *starts)
+    if without and _has_to_park(cluster, without):
         park = PublishMembers(layout.slots, False)
         return _step(waiting, f"nobody steps by layout {layout.epoch} for now", park)
     if without:
@@ -64,11 +64,11 @@ def _fill(state: State, seen: Observation, hmm: HmmStatus, pool: PoolStatus) -> 
     return None
 
 
-def _join(state: State, seen: Observation, hmm: HmmStatus, now: float) -> Step[Status]:
+def _join(state: State, seen: Observation, now: float) -> Step[Status]:
     """Let ranks that are all ready step together, and the routers know."""
-    layout = state.layout
-    if not hmm.running or hmm.members != layout.slots:
-        if hmm.running and state.committed_at is not None and now - state.committed_at < FLIP_SECONDS_MAX:
+    cluster, layout = seen.cluster, seen.cluster.in_force.layout
+    if not cluster.is_running or cluster.members != layout.slots:
+        if cluster.is_running and state.committed_at is not None and now - state.committed_at < FLIP_SECONDS_MAX:
             # The ranks are about to take the new membership themselves, at a step that they agree on.
             return _step("serving", "the ranks flip to the new layout")
         return _step(_waiting(state), "all ranks are ready", PublishMembers(layout.slots, True))
@@ -77,18 +77,18 @@ def _join(state: State, seen: Observation, hmm: HmmStatus, now: float) -> Step[S
     return _step("serving", "nothing to do")
 
 
-def _has_to_park(hmm: HmmStatus, lost: Sequence[Seat], ranks: Collection[int]) -> bool:
+def _has_to_park(cluster: Cluster, lost: Sequence[Seat]) -> bool:
     """Whether the step barrier is blocked on a lost seat that nobody will fill."""
-    if not hmm.running:
-        return is_flipping(hmm)  # who does not step cannot flip; parked anew, what was committed is in force
+    if not cluster.is_running:
+        return is_flipping(cluster)  # who does not step cannot flip; parked anew, what was committed is in force
     # A member ended while no HMM looked: the others wait for it.
-    attached = {device.device for device in hmm.devices if device.attached}
-    return any(seat.slot in hmm.members and seat.slot not in ranks and seat.device not in attached for seat in lost)
+    ranks, attached = cluster.ranks, cluster.attached
+    return any(seat.slot in cluster.members and seat.slot not in ranks and seat.device not in attached for seat in lost)
 
 
-def is_flipping(hmm: HmmStatus) -> bool:
+def is_flipping(cluster: Cluster) -> bool:
     """Whether a layout is committed that the ranks have not flipped to."""
-    return hmm.transition is not None and hmm.transition.phase == "committed"
+    return cluster.transition is not None and cluster.transition.phase == "committed"
 
 
 def _waiting(state: State) -> DeploymentPhase:

@@ -49,11 +49,12 @@ LEAVE_OUT_S = 1.0  # between two attempts to begin the operation that leaves los
 def reconcile(state: State, seen: Observation, now: float) -> Step[State]:
     """The next state and actions at monotonic time `now`. An operation changes its phase once at most."""
     replace = msgspec.structs.replace
-    if seen.hmm is None or not is_flipping(seen.hmm):
+    cluster, committed = seen.cluster, seen.cluster.in_force.committed
+    if not is_flipping(cluster):
         state = replace(state, committed_at=None)
     elif state.committed_at is None:
         state = replace(state, committed_at=now)
-    watched, ejected, _ = watch(state.watched, state.stall_s, now, pulses_of(seen.hmm, seen.pool))
+    watched, ejected, _ = watch(state.watched, state.stall_s, now, pulses_of(cluster))
     status, members, reason = serve(state, seen, now)
     state = replace(state, status=status, watched=watched, ever_served=state.ever_served or status.phase == "serving")
     actions: tuple[Action, ...] = ()
@@ -64,34 +65,36 @@ def reconcile(state: State, seen: Observation, now: float) -> Step[State]:
         state, actions = replace(state, leave_out_at=now + LEAVE_OUT_S), (leave_out,)
     elif state.ever_served:
         since_s = now - state.orphans.since if state.orphans is not None else 0.0
-        actions, orphans = collect_orphans(seen, since_s, state.lost_slots(seen.hmm))
+        actions, orphans = collect_orphans(seen, since_s, state.lost_slots(committed))
         state = replace(state, orphans=(state.orphans or Orphans(now, orphans)) if orphans else None)
     state, wanted = _follow_load(state, seen, now)
     return Step(state, (*ejected, *members, *actions, *wanted), reason)
 
 
 def _follow_load(state: State, seen: Observation, now: float) -> tuple[State, tuple[Action, ...]]:
-    if seen.load is None or seen.hmm is None or seen.hmm.layout is None:
+    committed = seen.cluster.in_force.committed
+    if seen.load is None or committed is None:
         return state, ()
     autoscaling, wanted = follow_load(
         state.autoscaling,
         seen.load,
-        seen.hmm.layout,
+        committed,
         state.operation,
         state.last,
         now,
         is_serving=state.status.phase == "serving" and state.orphans is None,
-        is_lossy=bool(state.lost_slots(seen.hmm)),
+        is_lossy=bool(state.lost_slots(committed)),
     )
     return msgspec.structs.replace(state, autoscaling=autoscaling), wanted
 
 
 def _leave_out(state: State, seen: Observation, now: float) -> LeaveOut | None:
     """For lost devices that still have seats, because an operation gave way to an order that did not follow."""
-    if seen.hmm is None or seen.hmm.layout is None or now < state.leave_out_at:
+    committed = seen.cluster.in_force.committed
+    if committed is None or now < state.leave_out_at:
         return None
-    slots = state.lost_slots(seen.hmm)
-    replicas = {seat.rank.replica for seat in seen.hmm.layout.seats if seat.slot in slots}
+    slots = state.lost_slots(committed)
+    replicas = {seat.rank.replica for seat in committed.seats if seat.slot in slots}
     return LeaveOut(tuple(sorted(replicas))) if replicas else None
 
 
@@ -106,22 +109,23 @@ def advance(operation: Operation, seen: Observation, now: float) -> Step[Operati
 
 
 def _advance(operation: Operation, seen: Observation, now: float) -> Step[Operation]:
-    operation = count(operation, seen.hmm, seen.loads, now)
-    if seen.hmm is None:
+    cluster = seen.cluster
+    operation = count(operation, cluster, seen.loads, now)
+    if cluster.phase is None:
         return _blind(operation, "the HMM does not answer")
     if operation.phase == "plan":
         return _plan(operation)
     if operation.phase == "migrate":
-        return migrate(operation, seen, seen.hmm)
-    if seen.hmm.phase != "ready" or seen.hmm.layout is None:
+        return migrate(operation, seen)
+    if cluster.phase != "ready" or cluster.in_force.committed is None:
         return _blind(operation, "the HMM holds no layout yet")
     if operation.phase == "abort":
-        return abort(operation, seen, seen.hmm)
-    if seen.pool is None:
+        return abort(operation, seen)
+    if not cluster.pools_answer:
         return _blind(operation, "the worker pool does not answer")
     if operation.phase == "release":
-        return release(operation, seen, seen.hmm)
-    return prepare(operation, seen, seen.hmm)
+        return release(operation, seen)
+    return prepare(operation, seen)
 
 
 def _plan(operation: Operation) -> Step[Operation]:

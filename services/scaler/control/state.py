@@ -8,7 +8,6 @@ import msgspec
 
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.common.protocol.scaler import HmmStatus
 from elasticmoe.services.scaler.control.autoscaling import Autoscaling
 from elasticmoe.services.scaler.control.watchdog import Watched
 from elasticmoe.services.scaler.operation.operation import Operation
@@ -34,7 +33,6 @@ class Orphans(msgspec.Struct, frozen=True):
 class State(msgspec.Struct, frozen=True, kw_only=True):
     """All that outlives a turn.
 
-    layout: the one in force, or to begin with; empty before that is known
     status: of the deployment
     ever_served: it has been serving since this scaler began
     operation: the one in progress; one that has just ended is in it for the end of its turn
@@ -47,7 +45,6 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     autoscaling: what the policy goes on from
     """
 
-    layout: Layout
     status: Status = Status("starting", "")
     ever_served: bool = False
     operation: Operation | None = None
@@ -64,10 +61,10 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         """Whether it serves and nobody computes."""
         return self.status.phase == "serving" and self.watched.is_quiet
 
-    def lost_slots(self, hmm: HmmStatus | None) -> frozenset[int]:
-        """Slots whose devices have been lost, and which an operation leaves out or is about to: no rank is seated
-        there."""
-        seats = hmm.layout.seats if hmm is not None and hmm.layout is not None else ()
+    def lost_slots(self, committed: Layout | None) -> frozenset[int]:
+        """Slots of the committed layout, where it is known, whose devices have been lost, and which an operation leaves
+        out or is about to: no rank is seated there."""
+        seats = committed.seats if committed is not None else ()
         if self.operation is not None:  # a rebalance, which has no legs, knows the device and not its seat
             meanwhile = {seat.slot for seat in seats if seat.device in self.operation.lost_meanwhile}
             return frozenset(meanwhile | {seat.slot for seat in self.operation.lost})

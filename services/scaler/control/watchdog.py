@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterable, Mapping
 import msgspec
 
 from elasticmoe.common.layout import RankId
-from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus
 from elasticmoe.services.scaler.actions import EjectRank
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.observation import Step
 
 ALONE_FACTOR = 4.0
@@ -61,14 +61,12 @@ class Watched(msgspec.Struct, frozen=True):
     is_quiet: bool = False
 
 
-def pulses_of(hmm: HmmStatus | None, pool: PoolStatus | None) -> tuple[Pulse, ...]:
+def pulses_of(cluster: Cluster) -> tuple[Pulse, ...]:
     """The ranks to be watched: attached, and ready by what their pool says."""
-    if hmm is None or pool is None:
-        return ()
-    attached = {device.attached: device for device in hmm.devices if device.attached}
+    attached = {device.attached: device for device in cluster.devices if device.attached}
     return tuple(
         Pulse(rank.slot, rank.rank, rank.incarnation, device.progress, rank.is_asleep and not device.is_waiting)
-        for rank in pool.ranks
+        for rank in cluster.ranks.values()
         if rank.ready and (device := attached.get(rank.incarnation)) is not None
     )
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import msgspec
 
-from elasticmoe.common.protocol.scaler import HmmStatus, RankLoad
+from elasticmoe.common.protocol.scaler import RankLoad
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.operation.operation import Accounting, Operation
 
 RANKS_COUNTED_MAX = 256
 
 
-def count(operation: Operation, hmm: HmmStatus | None, loads: Mapping[int, RankLoad], now: float) -> Operation:
+def count(operation: Operation, cluster: Cluster, loads: Mapping[int, RankLoad], now: float) -> Operation:
     """Add the time since the last count, and take over what the HMM and the ranks tell."""
     passed_s = max(0.0, now - operation.clock) if operation.clock is not None else 0.0
     elapsed_s = operation.elapsed_s + passed_s
@@ -26,11 +27,11 @@ def count(operation: Operation, hmm: HmmStatus | None, loads: Mapping[int, RankL
         accounting.figures, sequences_moved=sum(last - first for first, last in handed_over.values())
     )
     bytes_prior, bytes_of = accounting.bytes_prior, accounting.bytes_of
-    if hmm is not None:
-        blocks = sum(device.kv_blocks for device in hmm.devices)
+    if cluster.phase is not None:
+        blocks = sum(device.kv_blocks for device in cluster.devices)
         before = blocks if figures.kv_blocks_before is None else figures.kv_blocks_before
         figures = msgspec.structs.replace(figures, kv_blocks_before=before, kv_blocks_after=blocks)
-    transition = hmm.transition if hmm else None
+    transition = cluster.transition
     if transition is not None and transition.id.op == operation.op_id:
         if bytes_of is not None and bytes_of[0] != transition.id:
             bytes_prior += bytes_of[1]

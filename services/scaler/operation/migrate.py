@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from elasticmoe.common.layout import Seat
 from elasticmoe.common.protocol.ids import CommandId
 from elasticmoe.common.protocol.rank import CancelMigration, DecodeOnly, Drain, MigrateTo, MoveTarget, Precopy
-from elasticmoe.common.protocol.scaler import HmmStatus, RankLoad
+from elasticmoe.common.protocol.scaler import RankLoad
 from elasticmoe.services.scaler.actions import Action, TellRank
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.operation import Operation
@@ -19,14 +19,15 @@ ROUND_S = 0.25  # between two looks at what leveling has done
 DECODE_ONLY_STEPS = 6  # what it takes to ask for a place, to copy, and to flip, with one to spare for each
 
 
-def migrate(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Operation]:
+def migrate(operation: Operation, seen: Observation) -> Step[Operation]:
     """Level the load, for MIGRATE_S_MAX at the longest; then release, or for a rebalance: done."""
     actions = keep_leaving(operation, seen)
     if operation.plan is not None and not operation.lost_meanwhile:
         leg = operation.current_leg()
         if not (leg.joining or leg.leaving):
             return enter(operation, "release", "no replica came or went")
-    leaders = [seat for seat in hmm.layout.seats if seat.rank.tp == 0] if hmm.layout else []
+    committed = seen.cluster.in_force.committed
+    leaders = [seat for seat in committed.seats if seat.rank.tp == 0] if committed is not None else []
     loads = {seat.slot: seen.loads[seat.slot] for seat in leaders if seat.slot in seen.loads}
     if operation.lost_meanwhile:
         return _end_migration(operation, loads, leaders, actions, "a device was lost meanwhile")
@@ -94,7 +95,8 @@ def move_ahead(operation: Operation, seen: Observation) -> tuple[Operation, list
         if precopy in {load.command for load in seen.loads.values()}:
             # A scaler that has ended told them: what it chose is not known.
             return progressed(operation, ahead=()), []
-        is_listened_to = all(slot in seen.ranks or slot in seen.starting for slot in joining)
+        ranks = seen.cluster.ranks
+        is_listened_to = all(slot in ranks or slot in seen.starting for slot in joining)
         if not is_listened_to or not stayers <= set(seen.loads):
             return operation, []
         counts = {slot: seen.loads[slot].running + seen.loads[slot].waiting for slot in stayers}

@@ -7,8 +7,9 @@ import msgspec
 
 from elasticmoe.common.layout import Seat
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.common.protocol.scaler import HmmStatus, TransitionStatus
+from elasticmoe.common.protocol.scaler import TransitionStatus
 from elasticmoe.services.scaler.actions import Abort, Action, Commit, Stage, StartSeat
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.cutover import cut_over, flipped
 from elasticmoe.services.scaler.operation.migrate import empty_leavers, hurry, move_ahead
@@ -35,12 +36,12 @@ LAYOUT_CHANGED = "layout_changed"
 DEVICE_LOST = "device_lost"
 
 
-def prepare(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Operation]:
+def prepare(operation: Operation, seen: Observation) -> Step[Operation]:
     """The phases prepare and commit: they differ in what a failure means and in what is sent when all is prepared."""
-    leg, transition = operation.current_leg(), ours(operation, hmm)
+    leg, transition = operation.current_leg(), ours(operation, seen.cluster)
     if transition and (transition.phase == "committed" or transition.phase in PAST_FLIP):
         return cut_over(operation, transition)
-    if hmm.layout == leg.layout:
+    if seen.cluster.in_force.committed == leg.layout:
         return enter(flipped(operation), "migrate", f"layout {leg.layout.epoch} is in force")
     failure = _failure(operation, seen, transition)
     can_go_back = operation.leg == 0 and not operation.request.is_lost  # there is no way back to a lost device
@@ -48,10 +49,10 @@ def prepare(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Ope
         return enter(operation, "abort", failure.message, error=failure)
     stops = end_lost(operation, seen)
     if stops:
-        ending = [seat for seat in operation.lost if seat.slot in seen.ranks]
+        ending = [seat for seat in operation.lost if seat.slot in seen.cluster.ranks]
         return stay(operation, f"ranks {names(ending)} end: their devices are lost", *stops)
     if transition is None:
-        return _stage(operation, seen, hmm)
+        return _stage(operation, seen)
     if transition.phase == "failed":
         why = transition.error.message if transition.error else "staging failed"
         return stay(operation, f"{why}; it is staged again", Abort(transition.id, gone(operation, seen)))
@@ -65,9 +66,9 @@ def prepare(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Ope
 def _failure(operation: Operation, seen: Observation, transition: TransitionStatus | None) -> Refused | None:
     """Why the first leg has to be given up, if it has to be. A later one only where what it starts from is gone, or a
     device of it."""
-    before = operation.layout_before()
-    if transition is None and seen.hmm and seen.hmm.layout and seen.hmm.layout != before:
-        have, want = seen.hmm.layout.epoch, before.epoch
+    before, committed = operation.layout_before(), seen.cluster.in_force.committed
+    if transition is None and committed is not None and committed != before:
+        have, want = committed.epoch, before.epoch
         return Refused(LAYOUT_CHANGED, f"layout {have} is in force and not the layout {want} that was planned from")
     if operation.lost_meanwhile:
         lost = ", ".join(operation.lost_meanwhile)
@@ -90,8 +91,8 @@ def _failure(operation: Operation, seen: Observation, transition: TransitionStat
     return None
 
 
-def _stage(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Operation]:
-    other, leg = hmm.transition, operation.current_leg()
+def _stage(operation: Operation, seen: Observation) -> Step[Operation]:
+    other, leg = seen.cluster.transition, operation.current_leg()
     if other is not None and other.phase not in OVER:
         actions, why = collect_orphans(seen, operation.phase_s, {seat.slot for seat in operation.lost})
         return stay(operation, why, *actions)
@@ -105,15 +106,16 @@ def _stage(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Oper
         return stay(operation, _unwritten("journal", seen))
     # Where replicas join, or nobody computes until a lost device's experts are there, it is in a hurry.
     is_throttled = not leg.joining and not operation.request.is_lost
-    return stay(operation, "the layout is staged", Stage(operation.transition_id, fitted(leg, hmm), is_throttled))
+    stage = Stage(operation.transition_id, fitted(leg, seen.cluster), is_throttled)
+    return stay(operation, "the layout is staged", stage)
 
 
-def fitted(leg: Leg, hmm: HmmStatus) -> Leg:
+def fitted(leg: Leg, cluster: Cluster) -> Leg:
     """The leg with no more KV until its release than there is: where KV did not grow after an earlier leg, for want of
     memory, devices have less than was planned."""
-    if hmm.memory is None:
+    if cluster.memory is None:
         return leg
-    now = {device.device: device.kv // hmm.memory.kv.handle_bytes for device in hmm.devices}
+    now = {device.device: device.kv // cluster.memory.kv.handle_bytes for device in cluster.devices}
     joining = {seat.device for seat in leg.joining}
     kv_handles = {
         device: count if device in joining else min(count, now.get(device, count))
@@ -171,7 +173,7 @@ def _unwritten(what: str, seen: Observation) -> str:
 
 
 def _start_joiners(operation: Operation, seen: Observation) -> tuple[list[Action], list[Seat]]:
-    leg, ranks = operation.current_leg(), seen.ranks
+    leg, ranks = operation.current_leg(), seen.cluster.ranks
     missing = [seat for seat in leg.joining if not (seat.slot in ranks and ranks[seat.slot].ready)]
     free = [seat for seat in missing if seat.slot not in ranks and seat.slot not in seen.starting]
-    return [StartSeat(seat, leg.layout.epoch) for seat in seen.startable(free)], missing
+    return [StartSeat(seat, leg.layout.epoch) for seat in seen.cluster.startable(free)], missing

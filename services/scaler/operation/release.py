@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from elasticmoe.common.protocol.scaler import HmmStatus
 from elasticmoe.services.scaler.actions import Release, StopSeat
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.migrate import keep_leaving
@@ -12,20 +11,19 @@ from elasticmoe.services.scaler.operation.steps import enter, gone, names, ours,
 LEAVE_S = 10.0  # a rank that left and still runs after this time is ended
 
 
-def release(operation: Operation, seen: Observation, hmm: HmmStatus) -> Step[Operation]:
+def release(operation: Operation, seen: Observation) -> Step[Operation]:
     """Wait until the HMM has released and who left has ended; then the next leg, or done."""
-    leg, transition = operation.current_leg(), ours(operation, hmm)
+    leg, transition = operation.current_leg(), ours(operation, seen.cluster)
     actions = keep_leaving(operation, seen)
     flipped_s = operation.progress.flipped_s
     since_s = operation.elapsed_s - flipped_s if flipped_s is not None else 0.0
-    ranks = seen.ranks
+    ranks = seen.cluster.ranks
     left = [seat for seat in leg.leaving if seat.slot in ranks]
     if since_s > LEAVE_S:
         lost = operation.lost
         actions += [StopSeat(seat.rank, ranks[seat.slot].incarnation, seat in lost) for seat in left]
     if transition is None:
-        assert hmm.layout is not None
-        if hmm.layout.epoch >= leg.layout.epoch and not left:
+        if seen.cluster.in_force.layout.epoch >= leg.layout.epoch and not left:
             return _finish_leg(operation, "the HMM keeps the new layout and no transition")
         return stay(operation, "the HMM has no transition of this leg", *actions)
     if transition.phase == "released":

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import msgspec
 
 from elasticmoe.common.layout import Seat
-from elasticmoe.common.protocol.scaler import HmmStatus, TransitionStatus
+from elasticmoe.common.protocol.scaler import TransitionStatus
 from elasticmoe.services.scaler.actions import Action, StopSeat
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.operation import TIMINGS_MAX, Operation, OperationPhase, PhaseTime
 
@@ -17,9 +18,9 @@ OVER = frozenset({"released", "aborted"})
 PAST_FLIP = frozenset({"flipped", "releasing", "released"})
 
 
-def ours(operation: Operation, hmm: HmmStatus) -> TransitionStatus | None:
+def ours(operation: Operation, cluster: Cluster) -> TransitionStatus | None:
     """The HMM's transition where it is this leg's present attempt."""
-    transition = hmm.transition
+    transition = cluster.transition
     return transition if transition is not None and transition.id == operation.transition_id else None
 
 
@@ -50,11 +51,12 @@ def names(seats: Iterable[Seat]) -> str:
 
 def end_lost(operation: Operation, seen: Observation) -> list[Action]:
     """End the ranks of seats whose devices are lost."""
-    ranks = seen.ranks
+    ranks = seen.cluster.ranks
     seats = [seat for seat in operation.lost if seat.slot in ranks]
     return [StopSeat(seat.rank, ranks[seat.slot].incarnation, is_lost=True) for seat in seats]
 
 
 def gone(operation: Operation, seen: Observation) -> tuple[int, ...]:
     """Slots of lost devices in which no rank lives."""
-    return tuple(seat.slot for seat in operation.lost if seen.pool is not None and seat.slot not in seen.ranks)
+    cluster = seen.cluster
+    return tuple(seat.slot for seat in operation.lost if cluster.pools_answer and seat.slot not in cluster.ranks)

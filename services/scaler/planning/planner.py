@@ -17,7 +17,8 @@ from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.errors import Unready
 from elasticmoe.common.protocol.hmm import RecordCopy
-from elasticmoe.common.protocol.scaler import HmmStatus
+from elasticmoe.common.protocol.scaler import MemoryFacts
+from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.planning.placement import place, spread_common
 from elasticmoe.services.scaler.planning.plan import Leg, Plan, Rates, Target
 from elasticmoe.services.scaler.planning.replica_assignment import Seating, reseat
@@ -185,21 +186,24 @@ def _predict(leg: Leg, instants: Instants, sizes: Sizes, rates: Rates) -> float:
     return seconds + steps * rates.step_s + (rates.warm_up_s if leg.joining else 0.0)
 
 
-def memory_of(hmm: HmmStatus | None) -> MemoryForecast:
-    """What bounds a plan now. Raises Unready while the HMM is away, and while nothing is loaded."""
-    if hmm is None:
+def planned_from(cluster: Cluster) -> tuple[Layout, MemoryFacts, MemoryForecast]:
+    """The layout that a plan starts from now, the facts of its memory, and what bounds the plan. Raises Unready while
+    the HMM is away, and while nothing is loaded."""
+    committed, facts = cluster.in_force.committed, cluster.memory
+    if cluster.phase is None:
         raise Unready("the HMM does not answer")
-    if hmm.phase != "ready" or hmm.memory is None or hmm.layout is None:
+    if cluster.phase != "ready" or facts is None or committed is None:
         raise Unready("the HMM has loaded no model yet")
-    facts, used = hmm.memory, {seat.device for seat in hmm.layout.seats}
-    return MemoryForecast(
-        budgets={device.device: device.budget for device in hmm.devices},
+    used = {seat.device for seat in committed.seats}
+    forecast = MemoryForecast(
+        budgets={device.device: device.budget for device in cluster.devices},
         footprint=facts.footprint,
         ledger=facts.ledger,
         kv_handle_bytes=facts.kv.handle_bytes,
         kv_handles_min=facts.kv_handles_min,
         kv_handles={
-            device.device: device.kv // facts.kv.handle_bytes for device in hmm.devices if device.device in used
+            device.device: device.kv // facts.kv.handle_bytes for device in cluster.devices if device.device in used
         },
         kv_handles_load=facts.kv_handles_load,
     )
+    return committed, facts, forecast
