@@ -42,7 +42,7 @@ def views() -> list[dict[str, Any]]:
     found = []
     while not operation.is_finished:
         operation = world.step(operation)
-        found.append(as_json(operation_view(operation, world.seen().hmm)))
+        found.append(as_json(operation_view(operation, world.seen().cluster)))
         world.progress()
     return found
 

@@ -124,7 +124,7 @@ def admin() -> App:
 
     commands._ask = ask  # type: ignore[method-assign]
     return build_admin(
-        StatusCache(StatusSnapshot("starting", "", None, None, None, None, 0, {})),
+        StatusCache(StatusSnapshot("starting", "", None, None, None, 0, {})),
         commands,
         EventStream(),
         Meters(),
