@@ -17,8 +17,8 @@ from typing import NamedTuple
 import msgspec
 
 from elasticmoe.common.config import HmmConfig, ScalerConfig
-from elasticmoe.common.devices.factory import backend_of, granularity_of
-from elasticmoe.common.devices.names import DeviceCount, DeviceId
+from elasticmoe.common.devices.factory import backend_of_device, granularity_of
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.families import record, records
 from elasticmoe.common.layout import Layout, keys_on
 from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
@@ -225,8 +225,7 @@ def size_load(load: LoadModel, spec: ModelSpec, budgets: Mapping[str, int], gran
         )
     check_layout(load.layout, spec)
     specs = tuple(records(spec))
-    backends = {DeviceId.parse(seat.device).backend for seat in load.layout.seats}
-    handle_bytes_min = max(backend_of(name).kv_handle_bytes_min for name in backends)
+    handle_bytes_min = max(backend_of_device(seat.device).kv_handle_bytes_min for seat in load.layout.seats)
     geometry = kv_geometry(spec, load.block_size, granularity, handle_bytes_min)
     bus = size_bus(load, spec, len(budgets), granularity)
     devices = _size_devices(load, sizes_of(spec, granularity), needs_of(load, geometry, granularity), budgets)

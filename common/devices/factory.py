@@ -55,6 +55,11 @@ def backend_of(name: str) -> DeviceBackend:
     return backend
 
 
+def backend_of_device(name: str) -> DeviceBackend:
+    """The backend of the device called `name`, as DeviceId writes it. Raises DeviceError unknown_backend."""
+    return backend_of(DeviceId.parse(name).backend)
+
+
 def granularity_of(devices: DeviceCount, asked: int) -> int:
     """The granularity of these devices: what is `asked` for, or the backend's least where that is more."""
     return max(asked, backend_of(devices.backend).granularity_min)
@@ -74,4 +79,4 @@ def open_device(
 
     Raises DeviceError unknown_backend; bad_granularity where the backend does not have that one.
     """
-    return backend_of(DeviceId.parse(name).backend)(name, granularity, budget, descriptors=descriptors, rules=rules)
+    return backend_of_device(name)(name, granularity, budget, descriptors=descriptors, rules=rules)
