@@ -31,6 +31,10 @@ class ServerEnd(Protocol[T]):
     def send(self, peer: bytes, body: Message, *, seq: int = 0, epoch: int = 0) -> bool:
         """Send without waiting. False when the peer is unknown or its queue is full: it is gone or wedged."""
 
+    def is_connected(self, peer: bytes) -> bool:
+        """Whether a peer that only pushes, and reads nothing, has its connection still. It may hang: a connection ends
+        with its process."""
+
     def close(self) -> None:
         """End it. Idempotent."""
 
@@ -91,6 +95,9 @@ class Transport(Protocol):
 
     def serve(self, name: str, identity: str, codec: Codec[T]) -> ServerEnd[T]:
         """Receive as `name`. Raises Conflict where another process does."""
+
+    def take_over(self, name: str, identity: str, codec: Codec[T]) -> ServerEnd[T]:
+        """Receive as `name` from now on, whoever does it now: for what is pushed to who holds a lease."""
 
     def connect(self, name: str, identity: str, codec: Codec[T]) -> ClientEnd[T]:
         """To the service of that name, which need not be there yet."""

@@ -1,4 +1,4 @@
-"""The only importer of zmq: one option block for all sockets, typed send and receive.
+"""The only importer of zmq: one option block for all sockets, typed send and receive. Longer than 400 lines for that.
 
 Each service binds one ROUTER socket at `<run>/sockets/<name>.sock` and answers there; whoever wants something of it
 connects a DEALER. Sockets belong to the thread that made them. Nothing here blocks without a deadline.
@@ -77,19 +77,30 @@ class PathLock:
             self._fd = -1
 
 
+def _bound_at(path: Path) -> tuple[int, int] | None:
+    """Names the socket that is bound at `path`: numbers of files alone are given again."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 class Server(Generic[T]):
     """A bound ROUTER socket that receives one closed union of messages.
 
     Bad messages are counted in `num_bad` and answered with Refused where the envelope can be read; they never raise.
+    One that `takes_over` binds the path though another process has bound it, which then hears no more of who follows
+    the path (PushClient).
     """
 
-    def __init__(self, path: Path, identity: str, codec: Codec[T]) -> None:
-        """Raises Conflict when another process has bound `path`."""
+    def __init__(self, path: Path, identity: str, codec: Codec[T], *, takes_over: bool = False) -> None:
+        """Raises Conflict when another process has bound `path`, unless this one `takes_over`."""
         self.identity = identity
         self.num_bad = 0
         self.num_unsent = 0
         self._codec = codec
-        self._lock = PathLock(path)
+        self._lock = None if takes_over else PathLock(path)
         self._path = path
         path.unlink(missing_ok=True)
         self._context: zmq.Context[Any] = zmq.Context()
@@ -99,6 +110,7 @@ class Server(Generic[T]):
         self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())  # peers of other users are turned away
         self._socket.bind(f"ipc://{path}")
         os.chmod(path, 0o600)
+        self._bound = _bound_at(path)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, POLLIN)
 
@@ -151,14 +163,26 @@ class Server(Generic[T]):
             return False
         return True
 
+    def is_connected(self, peer: bytes) -> bool:
+        """See ServerEnd. What is sent for that says nothing."""
+        try:
+            self._socket.send_multipart([peer, b""], zmq.NOBLOCK)
+        except zmq.Again:
+            return True  # it reads nothing, so it has enough of them already
+        except zmq.ZMQError:
+            return False
+        return True
+
     def close(self) -> None:
-        """Close the socket and remove its path. Idempotent."""
+        """Close the socket, and remove its path where no other process has taken it over. Idempotent."""
         if not self._socket.closed:
             self._socket.close()
             self._context.term()
-            self._path.unlink(missing_ok=True)
-            Path(f"{self._path}.lock").unlink(missing_ok=True)
-            self._lock.release()
+            if _bound_at(self._path) == self._bound:
+                self._path.unlink(missing_ok=True)
+            if self._lock is not None:
+                Path(f"{self._path}.lock").unlink(missing_ok=True)
+                self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -340,22 +364,32 @@ class AsyncClient(Generic[T]):
 
 class PushClient:
     """A DEALER that only sends, to one server that may be away: what does not go at once is lost. One thread may use
-    it. What the server answers is not read."""
+    it. What the server answers is not read. It follows the path: a server that was taken over may keep its connections,
+    if it hangs."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self.identity = identity
+        self._path = path
         self._seq = 0
-        self._socket = _contexts.take().socket(zmq.DEALER)
-        _configure(self._socket, identity)
+        self._context = _contexts.take()
+        self._open()
+
+    def _open(self) -> None:
+        self._bound = _bound_at(self._path)
+        self._socket = self._context.socket(zmq.DEALER)
+        _configure(self._socket, self.identity)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue for a living connection only
         self._socket.setsockopt(zmq.SNDHWM, _PUSH_HIGH_WATER)
         self._socket.setsockopt(zmq.RCVHWM, 1)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 200)  # nobody waits for it, and an idle process stays idle
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
-        self._socket.connect(f"ipc://{path}")
+        self._socket.connect(f"ipc://{self._path}")
 
     def push(self, body: Message) -> bool:
         """Send without waiting. False when it is lost: the server is away or behind."""
+        if _bound_at(self._path) not in (None, self._bound):
+            self._socket.close()
+            self._open()
         self._seq += 1
         try:
             self._socket.send(encode(body, sender=self.identity, epoch=0, seq=self._seq), zmq.NOBLOCK)
@@ -379,6 +413,10 @@ class Sockets:
     def serve(self, name: str, identity: str, codec: Codec[T]) -> Server[T]:
         """See Transport."""
         return Server(self._socket_of(name), identity, codec)
+
+    def take_over(self, name: str, identity: str, codec: Codec[T]) -> Server[T]:
+        """See Transport."""
+        return Server(self._socket_of(name), identity, codec, takes_over=True)
 
     def connect(self, name: str, identity: str, codec: Codec[T]) -> Client[T]:
         """See Transport."""

@@ -93,7 +93,7 @@ class Scaler:
         self._autoscaler = Autoscaler(
             config,
             spec,
-            lambda: parts.transport.serve("signals", parts.identity, SIGNALS),
+            lambda: parts.transport.take_over("signals", parts.identity, SIGNALS),
             policy_of(config),
             self._take,
             self._tell,

@@ -72,8 +72,13 @@ class Client:
 class Windows:
     """Where routers and ranks push their load to."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
+        self._world = world
         self.came: deque[tuple[bytes, Received[Any]]] = deque()
+
+    def is_connected(self, peer: bytes) -> bool:
+        """See elasticmoe.common.endpoints."""
+        return peer.decode() in self._world.sim.actors
 
     def receive(self) -> tuple[bytes, Received[Any]] | None:
         """See elasticmoe.common.endpoints."""
@@ -98,7 +103,7 @@ class Scaler(Actor):
         super().__init__(world.sim, f"scaler:{number}")
         self.world = world
         self.clients: dict[str, Client] = {}
-        self.windows = Windows()
+        self.windows = Windows(world)
         self.asked: list[Asked] = []
         self._last_event = ""
         simulated: Any = self  # what stands for a transport and a poller
@@ -127,7 +132,7 @@ class Scaler(Actor):
         self.clients[name] = Client(self, name)
         return self.clients[name]
 
-    def serve(self, name: str, identity: str, codec: object) -> Windows:
+    def take_over(self, name: str, identity: str, codec: object) -> Windows:
         """See elasticmoe.common.endpoints."""
         self.sim.actors[name] = self
         return self.windows

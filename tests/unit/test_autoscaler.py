@@ -12,7 +12,7 @@ from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.model_spec import KvGeometry
 from elasticmoe.common.protocol.codec import Received
-from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound, Unavailable
+from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError, NotFound, Unavailable
 from elasticmoe.common.protocol.scaler import MemoryFacts
 from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, Signal
 from elasticmoe.common.sketch import index, value
@@ -42,6 +42,10 @@ FACTS = MemoryFacts(64, KvGeometry(16, 256, 1024, 4, 256), 1 << 20, 4096, 2, 20)
 class Inbox:
     def __init__(self) -> None:
         self.come: deque[tuple[bytes, Received[Signal]]] = deque()
+        self.connected: set[bytes] = set()
+
+    def is_connected(self, peer: bytes) -> bool:
+        return peer in self.connected
 
     def receive(self) -> tuple[bytes, Received[Signal]] | None:
         return self.come.popleft() if self.come else None
@@ -222,6 +226,21 @@ def test_a_router_that_another_one_has_replaced_is_forgotten() -> None:
     assert told[-1].admitted_per_s == 2.0
 
 
+def test_a_router_that_hangs_stays_unknown_whoever_else_is_heard() -> None:
+    """It was forgotten after FORGET_S, and its requests counted as none."""
+    bench = Bench()
+    bench.tick("router:1", "router:2")
+    bench.inbox.connected.add(b"router:1")
+    for _ in range(int(3 * FORGET_S)):
+        signals = bench.tick("router:2").signals
+    assert signals.silent == ("router:1",)
+    assert signals.admitted_per_s == UNKNOWN
+    bench.inbox.connected.clear()  # its process has ended
+    signals = bench.tick("router:2").signals
+    assert signals.silent == ()
+    assert signals.admitted_per_s == 2.0
+
+
 def test_lost_devices_are_not_counted_on() -> None:
     bench = Bench()
     load = bench.scaler.observe(cluster_of(bench.hmm, bench.pool), frozenset({"host:3"}))
@@ -235,20 +254,6 @@ def test_another_policy_is_followed_from_now_on() -> None:
     load = bench.tick("router:1")
     assert (load.config.mode, load.config.ttft_s) == ("advise", 7.0)
     assert load.signals.ttft_s == MISSING
-
-
-def test_a_scaler_that_was_superseded_may_have_the_socket_for_a_while() -> None:
-    bench = Bench()
-    opened = bench.scaler._serve
-    bench.scaler._serve = _taken
-    bench.router()
-    assert bench.load() is not None
-    bench.scaler._serve = opened
-    assert bench.tick(ranks=()).signals.admitted_per_s == 2.0
-
-
-def _taken() -> Any:
-    raise Conflict("socket signals.sock is in use by another process", code="already_running")
 
 
 def test_made_up_routers_take_no_more_memory() -> None:

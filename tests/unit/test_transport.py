@@ -309,6 +309,39 @@ def test_what_is_pushed_arrives_in_order_and_nothing_waits_for_who_is_away(tmp_p
     pusher.close()
 
 
+def test_who_takes_over_hears_what_is_pushed_though_the_one_before_hangs(tmp_path: Path) -> None:
+    """A scaler that was stopped kept the socket, and with it all that routers and ranks told."""
+    path = tmp_path / "signals.sock"
+    pusher = PushClient(path, new_identity("router"))
+    hanging = Server(path, new_identity("scaler"), signals.CODEC, takes_over=True)
+    try:
+        wait_until(lambda: pusher.push(window(1)), "the connection is there", 10.0)
+        with Server(path, new_identity("scaler"), signals.CODEC, takes_over=True) as server:
+            wait_until(lambda: pusher.push(window(2)), "it is the new one that has it", 10.0)
+            assert windows_of(server, 1) == [2]
+            hanging.close()  # it was woken, and ends
+            late = PushClient(path, new_identity("rank-r0t0"))
+            wait_until(lambda: late.push(window(3)), "the path is its successor's still", 10.0)
+            assert windows_of(server, 1) == [3]
+            late.close()
+    finally:
+        hanging.close()
+        pusher.close()
+
+
+def test_who_pushes_is_connected_until_its_process_ends_whether_it_reads_or_not(tmp_path: Path) -> None:
+    path = tmp_path / "signals.sock"
+    pusher = PushClient(path, "router:1")
+    with Server(path, new_identity("scaler"), signals.CODEC, takes_over=True) as server:
+        assert not server.is_connected(b"router:1")
+        wait_until(lambda: pusher.push(window(1)), "the connection is there", 10.0)
+        assert windows_of(server, 1) == [1]
+        assert all(server.is_connected(b"router:1") for _ in range(5_000))
+        assert not server.is_connected(b"router:2")
+        pusher.close()
+        wait_until(lambda: not server.is_connected(b"router:1"), "the connection has gone", 10.0)
+
+
 def test_who_does_not_take_what_is_pushed_does_not_stop_who_pushes(tmp_path: Path) -> None:
     path = tmp_path / "signals.sock"
     pusher = PushClient(path, new_identity("router"))

@@ -2,8 +2,8 @@
 its decisions are told, and its orders go to admission like an operator's. The loop's thread.
 
 Who is expected to tell of its load: every rank of the layout in force, by the pool's word, and each router that has
-been heard. A router that is silent leaves its share unknown; once another one speaks, which has taken its place, it is
-forgotten after FORGET_S.
+been heard. A router that is silent leaves its share unknown for as long as its connection lasts: it hangs. One whose
+process has ended is forgotten after FORGET_S, once another one speaks, which has taken its place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.described import says
 from elasticmoe.common.endpoints import ServerEnd
 from elasticmoe.common.model_spec import ModelSpec
-from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError
+from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.signals import RouterWindow, Signal
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
@@ -41,7 +41,7 @@ from elasticmoe.services.scaler.policy.step_model import StepModels
 log = get_logger("scaler")
 
 TICK_S = 1.0
-FORGET_S = 10.0  # a silent router, once another one is heard
+FORGET_S = 10.0  # a router that has gone, once another one is heard
 DECISIONS_MAX = 200
 TELL_AGAIN_S = (
     60.0  # where the load lies at a threshold, two decisions take turns, and would crowd out all other events
@@ -67,9 +67,8 @@ class Decided(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Autoscaler:
-    """`serve` opens the end at which windows arrive, or raises Conflict while a scaler that was superseded has it;
-    `take` carries an order out as the admin surface's are, or raises its refusal; `count` counts a decision by its
-    reason."""
+    """`serve` opens the end at which windows arrive, and takes it from a scaler that was superseded; `take` carries an
+    order out as the admin surface's are, or raises its refusal; `count` counts a decision by its reason."""
 
     def __init__(
         self,
@@ -86,7 +85,6 @@ class Autoscaler:
         self._spec = spec
         self._serve = serve
         self._server: ServerEnd[Signal] | None = None
-        self._serve_at = 0.0
         self._take = take
         self._tell = tell
         self._count = count
@@ -149,14 +147,7 @@ class Autoscaler:
 
     def _receive(self, now: float) -> None:
         if self._server is None:
-            if now < self._serve_at:
-                return
-            self._serve_at = now + TICK_S
-            try:
-                self._server = self._serve()
-            except Conflict as error:
-                log.info("nobody can be heard yet", because=error.message)
-                return
+            self._server = self._serve()
         for _ in range(WINDOWS_MAX):
             received = self._server.receive()
             if received is None:
@@ -170,8 +161,13 @@ class Autoscaler:
     def _expected_routers(self, now: float) -> set[str]:
         newest = max(self._routers.values(), default=now)
         if now - newest < FORGET_S:  # else none of them is heard, and all their shares are unknown
-            self._routers = {name: at for name, at in self._routers.items() if now - at < FORGET_S}
+            gone = [name for name, at in self._routers.items() if now - at >= FORGET_S and not self._is_there(name)]
+            for name in gone:
+                del self._routers[name]
         return set(self._routers)
+
+    def _is_there(self, router: str) -> bool:
+        return self._server is not None and self._server.is_connected(router.encode())
 
     # ---- what is decided ------------------------------------------------------------------------------------------
 
