@@ -11,8 +11,9 @@ from typing import Any, Self
 import httpx
 
 from elasticmoe.cli.arguments import WrongUsage, whole
-from elasticmoe.cli.http import lines_of, local_client, why
+from elasticmoe.cli.http import local_client, why
 from elasticmoe.cli.record import living_record
+from elasticmoe.cli.sse import ServerEvent, events_of
 from elasticmoe.common.private import is_private, read_secret
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.limits import RANKS_MAX
@@ -64,15 +65,15 @@ class Admin:
             raise ElasticMoEError(f"{self._name} answered {answer.status_code} without JSON", code="bad_answer")
         return value
 
-    def lines(self, path: str, headers: dict[str, str] | None = None) -> Iterator[str]:
-        """The lines of a stream that goes on until the listener ends it."""
+    def events(self, path: str, headers: dict[str, str] | None = None) -> Iterator[ServerEvent]:
+        """The events of a stream that goes on until the listener ends it."""
         timeout = httpx.Timeout(_TIMEOUT_S, read=_SILENCE_S_MAX)
         try:
             with self._client.stream("GET", path, headers=headers, timeout=timeout) as answer:
                 if answer.status_code != 200:
                     answer.read()
                     raise _refusal(answer)
-                yield from lines_of(answer.iter_bytes())
+                yield from events_of(answer.iter_bytes())
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
 

@@ -11,11 +11,12 @@ import httpx
 
 from elasticmoe.cli.admin import not_running
 from elasticmoe.cli.arguments import number, refuse_beside, whole
-from elasticmoe.cli.http import check_url, lines_of, speaks_tls, speaks_tls_text, tls_trouble, why
+from elasticmoe.cli.http import check_url, speaks_tls, speaks_tls_text, tls_trouble, why
 from elasticmoe.cli.http import client as http_client
 from elasticmoe.cli.paths import home_dir, run_dir_of
 from elasticmoe.cli.record import living_record
 from elasticmoe.cli.settings import DEFAULTS
+from elasticmoe.cli.sse import ServerEvent, events_of
 from elasticmoe.cli.terminal import OUTPUT_FAILED, say, say_answer, typed
 from elasticmoe.common.http.keys import read_key
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
@@ -130,7 +131,7 @@ class Session:
                 if response.status_code != 200:
                     response.read()
                     raise error_of(response)
-                yield from deltas(lines_of(response.iter_bytes()))
+                yield from deltas(events_of(response.iter_bytes()))
         except httpx.HTTPError as error:
             raise unreachable(self._client, error) from None
 
@@ -140,14 +141,14 @@ def _joined(parts: list[str]) -> str:
     return "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def deltas(lines: Iterable[str]) -> Iterator[str]:
+def deltas(events: Iterable[ServerEvent]) -> Iterator[str]:
     """The texts in a stream of server-sent events. Raises ElasticMoEError for an error event and a stream cut short."""
-    for line in lines:
-        if not line.startswith("data:"):
-            continue
-        data = line[5:].strip()
-        if data == "[DONE]":
+    for told in events:
+        data = told.data.strip()
+        if data == b"[DONE]":
             return
+        if told.comment is not None:
+            continue
         try:
             event = json.loads(data)
             if "error" in event:

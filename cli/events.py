@@ -10,6 +10,7 @@ from typing import Any
 from elasticmoe.cli.admin import admin_of
 from elasticmoe.cli.paths import run_dir_of
 from elasticmoe.cli.sentences import sentence
+from elasticmoe.cli.sse import ServerEvent
 from elasticmoe.cli.terminal import clean, say, say_json
 
 HELP = "show what the scaler has done, and follow what it does until Ctrl-C"
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 when the stream ended or Ctrl-C came. Raises ElasticMoEError."""
     with admin_of(run_dir_of(args.run_dir)) as admin:
         try:
-            for event in parse(admin.lines("/v1/events", {"Last-Event-ID": _FROM_THE_FIRST})):
+            for event in parse(admin.events("/v1/events", {"Last-Event-ID": _FROM_THE_FIRST})):
                 if event is None and args.no_follow:
                     return 0
                 if event is None:
@@ -42,15 +43,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse(lines: Iterable[str]) -> Iterator[dict[str, Any] | None]:
-    """The events of a server-sent stream, None where there is none for now; broken lines are passed over."""
-    for text in lines:
-        if text == ": heartbeat":
+def parse(stream: Iterable[ServerEvent]) -> Iterator[dict[str, Any] | None]:
+    """What a stream tells, None where there is nothing for now; what is broken is passed over."""
+    for told in stream:
+        if told.comment == b"heartbeat":
             yield None
-        if text.startswith("data: "):
-            try:
-                event = json.loads(text[6:])
-            except ValueError:
-                continue
-            if isinstance(event, dict):
-                yield event
+        if told.comment is not None:
+            continue
+        try:
+            event = json.loads(told.data)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event

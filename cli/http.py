@@ -10,7 +10,6 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,9 +17,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from elasticmoe.common.private import UNSAFE
-from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.errors import ConfigError, Unavailable
 
-LINE_BYTES_MAX = 16 << 20
 _CONNECT_S = 5.0
 _CREDENTIALS = struct.Struct("3i")  # ucred: process, user, group
 
@@ -126,42 +124,3 @@ def verification(url: str, ca_file: str | None) -> ssl.SSLContext | bool:
         reason = error.strerror if isinstance(error, OSError) and is_file else "it holds none in PEM form"
         raise ConfigError(f"certificates in {ca_file} cannot be loaded: {reason}", code="bad_certificates") from None
     return context
-
-
-class _Splitter:
-    """Cuts chunks of bytes into lines that end in \\n (or \\r\\n), and in nothing else: `str.splitlines`, and so
-    httpx's own reader, also cuts at ten other characters, which stand in the middle of events."""
-
-    def __init__(self) -> None:
-        self._rest: list[bytes] = []
-        self._num_bytes = 0
-
-    def feed(self, chunk: bytes) -> list[str]:
-        """The lines that `chunk` completes. Raises ElasticMoEError for one that is longer than LINE_BYTES_MAX."""
-        first, *others = chunk.split(b"\n")
-        self._rest.append(first)
-        self._num_bytes += len(first)
-        if self._num_bytes > LINE_BYTES_MAX:
-            raise ElasticMoEError(f"the server sent a line of over {LINE_BYTES_MAX} bytes", code="bad_stream")
-        if not others:
-            return []
-        lines = [b"".join(self._rest), *others[:-1]]
-        self._rest, self._num_bytes = [others[-1]], len(others[-1])
-        return [_text_of(line) for line in lines]
-
-    def end(self) -> list[str]:
-        """What came behind the last line's end."""
-        rest = b"".join(self._rest)
-        return [_text_of(rest)] if rest else []
-
-
-def _text_of(line: bytes) -> str:
-    return line.removesuffix(b"\r").decode(errors="replace")
-
-
-def lines_of(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The lines in a stream of bytes, such as `response.iter_bytes()`. Raises ElasticMoEError (`bad_stream`)."""
-    splitter = _Splitter()
-    for chunk in chunks:
-        yield from splitter.feed(chunk)
-    yield from splitter.end()

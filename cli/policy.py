@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from typing import Any
 
@@ -97,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
             given = {_FIELDS.get(name, name): getattr(args, name) for name in names if getattr(args, name) is not None}
             if not given:
                 raise WrongUsage("one of --ttft, --itl, --attainment, --replicas-min, --replicas-max is needed")
+            least, most = given.get("replicas_min", 0), given.get("replicas_max", math.inf)
+            if least > most:
+                raise WrongUsage(f"--replicas-min is {least}, above --replicas-max, which is {most}")
         else:
             given = {"mode": args.action}
         say("\n".join(shown(_change(admin, given))))

@@ -64,6 +64,7 @@ def load(kind: type[C], overrides: Mapping[str, Any] | None = None, flags: Mappi
         told = complaint._replace(path=names.get(complaint.path, complaint.path))
         raise ConfigError(told.told(shown(values.get(complaint.path)))) from None
     _check_topology(config)
+    _check_bounds(config, names)
     return config
 
 
@@ -91,6 +92,13 @@ def _check_text(key: str, value: Any) -> None:
     """Raises ConfigError for a text that fits into no message or path: bytes that are no UTF-8, or a NUL."""
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
         raise ConfigError(f"{key}: has to be text in UTF-8 without NUL; it is {shown(value)}")
+
+
+def _check_bounds(config: Common, names: Mapping[str, str]) -> None:
+    """Raises ConfigError for bounds of the policy that contradict one another."""
+    if isinstance(config, ScalerConfig) and config.replicas_min > config.replicas_max:
+        least, most = (names.get(name, name) for name in ("replicas_min", "replicas_max"))
+        raise ConfigError(f"{least} is {config.replicas_min}, above {most}, which is {config.replicas_max}")
 
 
 def _check_topology(config: Common) -> None:

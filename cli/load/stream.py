@@ -16,11 +16,14 @@ import msgspec
 
 from elasticmoe.cli.load.endpoint import Endpoint
 from elasticmoe.cli.load.sample import BAD_STREAM, CUT_OFF, TIMED_OUT, Sample
+from elasticmoe.cli.sse import EventReader
+from elasticmoe.common.protocol.errors import ElasticMoEError
 
 CONNECT_S_MAX = 10.0
-_LINE_BYTES_MAX = 1 << 20
+_EVENT_BYTES_MAX = 1 << 20
 _ERROR_BYTES_MAX = 64 << 10
 _CODE_CHARS_MAX = 64
+_DONE = b"[DONE]"
 
 OnText = Callable[[float, str], None]
 
@@ -88,7 +91,8 @@ class _Answer(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._bodies: list[bytes] = []
-        self._rest = b""
+        self._events = EventReader(_EVENT_BYTES_MAX)
+        self._rest = b""  # of what is no stream of events
         self._is_complete = False
         self._is_whole = False
         self._heard = 0.0
@@ -161,12 +165,12 @@ class _Answer(asyncio.Protocol):
         if self._sample.status != 200:
             self._rest = (self._rest + body)[:_ERROR_BYTES_MAX]
             return
-        *lines, self._rest = (self._rest + body).split(b"\n") if self._rest else body.split(b"\n")
-        if len(self._rest) > _LINE_BYTES_MAX:
+        try:
+            for event in self._events.feed(body):
+                if event.comment is None and event.data != _DONE and not self._over.done():
+                    self._note(event.data, now)
+        except ElasticMoEError:
             self._finish(BAD_STREAM)
-        for line in lines:
-            if line.startswith(b"data: {") and not self._over.done():
-                self._note(line[6:], now)
 
     def _note(self, raw: bytes, now: float) -> None:
         try:

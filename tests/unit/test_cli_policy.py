@@ -109,9 +109,11 @@ def test_a_change_is_of_what_was_seen_and_of_nothing_else(listener: Listener) ->
     assert second == {"version": 3, "policy": first["policy"] | {"mode": "off"}}
 
 
-def test_a_change_of_nothing_is_a_wrong_command(listener: Listener) -> None:
+def test_a_change_of_nothing_or_to_what_cannot_be_is_a_wrong_command(listener: Listener) -> None:
     with pytest.raises(WrongUsage, match="one of --ttft, --itl, --attainment"):
         run("set")
+    with pytest.raises(WrongUsage, match="--replicas-min is 3, above --replicas-max, which is 2"):
+        run("set", "--replicas-min", "3", "--replicas-max", "2")
     assert listener.put == []
 
 

@@ -162,6 +162,18 @@ def test_impossible_topologies_are_refused(tmp_path: Path, argv: tuple[str, ...]
     assert refused.value.code == code
 
 
+def test_bounds_that_contradict_one_another_are_refused_by_the_names_they_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler alone refused them, when all else had been started."""
+    with pytest.raises(ConfigError, match="^--replicas-min is 3, above --replicas-max, which is 2$"):
+        resolved(tmp_path, "--replicas-min", "3", "--replicas-max", "2")
+    monkeypatch.setenv("ELASTICMOE_REPLICAS_MAX", "2")
+    with pytest.raises(ConfigError, match="^--replicas-min is 3, above ELASTICMOE_REPLICAS_MAX, which is 2$"):
+        resolved(tmp_path, "--replicas-min", "3")
+    assert resolved(tmp_path, "--replicas-min", "2").scaler.replicas_max == 2
+
+
 def test_a_port_in_use_is_named_with_its_flag(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

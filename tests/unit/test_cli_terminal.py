@@ -16,8 +16,8 @@ from rich.text import Text
 from elasticmoe.cli import chat, events, terminal
 from elasticmoe.cli.admin import Admin
 from elasticmoe.cli.console import PlainConsole, TerminalConsole
-from elasticmoe.cli.http import LINE_BYTES_MAX, lines_of
 from elasticmoe.cli.main import main
+from elasticmoe.cli.sse import ServerEvent
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.sse import escape_separators
 
@@ -84,7 +84,7 @@ def test_errors_and_events_are_cleaned(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr("elasticmoe.cli.version.run", fail)
     assert main(["version"]) == 1
     event = {"kind": HOSTILE, "reason": f"{HOSTILE}\nforged line", "epoch": 1, "time_unix": 0, "facts": {"a": HOSTILE}}
-    monkeypatch.setattr(Admin, "lines", lambda *_: iter([f"data: {json.dumps(event)}"]))
+    monkeypatch.setattr(Admin, "events", lambda *_: iter([ServerEvent(json.dumps(event).encode())]))
     monkeypatch.setattr("elasticmoe.cli.events.admin_of", lambda _: Admin(httpx.Client(trust_env=False), "t", "x"))
     assert main(["events", "--run-dir", "/nowhere"]) == 0
     out, err = capsys.readouterr()
@@ -94,19 +94,6 @@ def test_errors_and_events_are_cleaned(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 # ---- lines -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_lines_end_at_line_feeds_alone_wherever_chunks_end(size: int) -> None:
-    text = f"data: A{SEPARATORS}é👩D\r\n\ndata: next\nno end{SEPARATORS}"
-    raw = text.encode()
-    chunks = [raw[at : at + size] for at in range(0, len(raw), size)]
-    assert list(lines_of(chunks)) == [f"data: A{SEPARATORS}é👩D", "", "data: next", f"no end{SEPARATORS}"]
-
-
-def test_a_line_without_an_end_has_a_bound() -> None:
-    with pytest.raises(ElasticMoEError, match=str(LINE_BYTES_MAX)):
-        list(lines_of(b"x" * (1 << 20) for _ in range(100)))
 
 
 def test_an_answer_with_every_separator_is_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +109,7 @@ def test_events_of_the_scaler_are_read_whole() -> None:
     body = 'data: {"reason": "a\x85\u2028\u2029b"}\n\n'.encode()
     transport = httpx.MockTransport(lambda _: httpx.Response(200, content=body))
     admin = Admin(httpx.Client(base_url="http://s", transport=transport), "t", "s")
-    assert [event["reason"] for event in events.parse(admin.lines("/v1/events"))] == ["a\x85\u2028\u2029b"]
+    assert [event["reason"] for event in events.parse(admin.events("/v1/events"))] == ["a\x85\u2028\u2029b"]
 
 
 def test_the_servers_events_have_no_separator_of_unicode() -> None:
@@ -158,7 +145,7 @@ def test_the_servers_events_have_no_separator_of_unicode() -> None:
 )
 def test_strange_events_are_an_error_with_a_code(data: str) -> None:
     with pytest.raises(ElasticMoEError) as failed:
-        list(chat.deltas([f"data: {data}"]))
+        list(chat.deltas([ServerEvent(data.encode())]))
     assert failed.value.code in ("bad_stream", "server_error", "3")
 
 

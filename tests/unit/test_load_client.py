@@ -219,6 +219,8 @@ async def test_the_borders_of_what_arrives_mean_nothing(size: int) -> None:
         (chunked(TOKEN), CUT_OFF, 1),
         (chunked(TOKEN)[:-9], CUT_OFF, 0),
         (OK + TOKEN, CUT_OFF, 1),
+        (chunked((TOKEN + FINISH).replace(b"data: ", b"data:").replace(b"\n", b"\r\n")), "", 2),  # as others write it
+        (chunked(b": wait\n\n" + TOKEN.replace(b",", b",\ndata:") + FINISH), "", 2),  # comments; data of two lines
         (b"", CUT_OFF, 0),
         (b"SSH-2.0-OpenSSH\r\n", BAD_STREAM, 0),
         (chunked(TOKEN, b"data: {nonsense\n\n"), BAD_STREAM, 1),
