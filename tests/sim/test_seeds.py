@@ -77,7 +77,7 @@ def test_a_scaler_that_waits_says_what_for() -> None:
     world.sim.run(6.0)
     acting, waiting = world.scalers
     assert (acting.phase, waiting.phase) == ("serving", "starting")
-    assert waiting.service.status_cache.snapshot.reason == "waiting for the lease: scaler:1"
+    assert waiting.service.status_cache.snapshot.reason == "waiting for the lease: scaler:1 holds it"
     world.store.is_down = True
     acting.crash(99.0)
     world.sim.run(12.0)

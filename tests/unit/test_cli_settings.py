@@ -166,10 +166,10 @@ def test_bounds_that_contradict_one_another_are_refused_by_the_names_they_were_g
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scaler alone refused them, when all else had been started."""
-    with pytest.raises(ConfigError, match="^--replicas-min is 3, above --replicas-max, which is 2$"):
+    with pytest.raises(ConfigError, match=r"^--replicas-min is 3, above --replicas-max, which is 2$"):
         resolved(tmp_path, "--replicas-min", "3", "--replicas-max", "2")
     monkeypatch.setenv("ELASTICMOE_REPLICAS_MAX", "2")
-    with pytest.raises(ConfigError, match="^--replicas-min is 3, above ELASTICMOE_REPLICAS_MAX, which is 2$"):
+    with pytest.raises(ConfigError, match=r"^--replicas-min is 3, above ELASTICMOE_REPLICAS_MAX, which is 2$"):
         resolved(tmp_path, "--replicas-min", "3")
     assert resolved(tmp_path, "--replicas-min", "2").scaler.replicas_max == 2
 

@@ -12,8 +12,9 @@ from elasticmoe.common.protocol.errors import Conflict, InvalidRequest, Unready
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import PoolRank, PoolStatus
 from elasticmoe.services.scaler.api.contract import check_instance, scale_status
+from elasticmoe.services.scaler.api.policy_views import policy_view
 from elasticmoe.services.scaler.api.requests import parse_scale
-from elasticmoe.services.scaler.api.snapshot import StatusSnapshot
+from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, find_operation, layout_view
 from elasticmoe.services.scaler.operation.operation import planned_of
 from tests.unit.transitions import DOWN, SEATS, UP, World, cluster_of, operation_of
 
@@ -40,6 +41,22 @@ def test_before_anything_is_known_nothing_is_told() -> None:
     for missing in ({"layout": None}, {"instance": ""}):
         with pytest.raises(Unready):
             scale_status(snapshot_of(World(UP.before), **missing))
+
+
+def test_a_scaler_without_the_lease_says_who_holds_it() -> None:
+    """It said that no layout had been made, though another scaler served by one."""
+    reason = "waiting for the lease: scaler:1 holds it"
+    waiting = StatusSnapshot("starting", reason, None, None, None, None, 0, {})
+    for view in (
+        scale_status,
+        layout_view,
+        policy_view,
+        lambda snapshot: find_operation(snapshot, "grow"),
+        lambda snapshot: check_instance("i-1", snapshot),
+    ):
+        with pytest.raises(Unready, match=reason) as refused:
+            view(waiting)
+        assert (refused.value.code, refused.value.http_status) == ("not_ready", 503)
 
 
 def test_a_deployment_that_never_scaled_is_idle() -> None:

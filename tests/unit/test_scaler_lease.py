@@ -48,7 +48,7 @@ def test_who_waited_gets_an_epoch_above_the_ones_that_were_used_meanwhile(tmp_pa
     store = ForgetfulStore()
     first, waiting = lease_of(store, "a", tmp_path), lease_of(store, "b", tmp_path)
     assert first.attempt() == 1
-    assert waiting.attempt() == "scaler:a"
+    assert waiting.attempt() == "scaler:a holds it"
     store.wipe()
     assert waiting.attempt() == 2
 

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 import msgspec
 
 from elasticmoe.common.described import says
-from elasticmoe.common.protocol.errors import Conflict, Unready
+from elasticmoe.common.protocol.errors import Conflict
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.services.scaler.api.snapshot import StatusSnapshot
+from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, unready
 from elasticmoe.services.scaler.operation.operation import Operation, OperationPhase
 
 WRONG_INSTANCE = "wrong_instance"
@@ -47,7 +47,7 @@ def scale_status(snapshot: StatusSnapshot) -> ScaleStatus:
     """GET /v1/scale. Raises Unready before the first layout is known."""
     layout = snapshot.layout
     if layout is None or not snapshot.instance:
-        raise Unready("no layout has been made yet")
+        raise unready(snapshot, "no layout has been made yet")
     current = snapshot.operation
     operation = current or (snapshot.ended[0] if snapshot.ended else None)
     return ScaleStatus(
@@ -80,7 +80,7 @@ def check_instance(expected: str, snapshot: StatusSnapshot) -> None:
     """Refuse an order for another deployment than this one. Raises Conflict `wrong_instance`, Unready before it is
     known which one this is."""
     if not snapshot.instance:
-        raise Unready("the journal has not been read yet")
+        raise unready(snapshot, "the journal has not been read yet")
     if expected != snapshot.instance:
         text = f"the order is for {expected}; this deployment is {snapshot.instance}: look at its status again"
         raise Conflict(text, code=WRONG_INSTANCE)

@@ -9,8 +9,7 @@ from msgspec import Meta
 
 from elasticmoe.common.described import says
 from elasticmoe.common.http.decode import decode
-from elasticmoe.common.protocol.errors import Unready
-from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, wanted_replicas
+from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, unready, wanted_replicas
 from elasticmoe.services.scaler.control.admission import SetPolicy
 from elasticmoe.services.scaler.control.autoscaler import Decided
 from elasticmoe.services.scaler.policy.config import PolicyConfig
@@ -78,7 +77,7 @@ def policy_view(snapshot: StatusSnapshot) -> PolicyView:
     """GET /v1/policy. Raises Unready before the journal has been read."""
     record = snapshot.policy
     if record is None or snapshot.layout is None:
-        raise Unready("the policy has not been read yet")
+        raise unready(snapshot, "the policy has not been read yet")
     return PolicyView(
         version=record.version,
         policy=record.config,

@@ -55,6 +55,11 @@ class StatusCache:
         self.snapshot = snapshot
 
 
+def unready(snapshot: StatusSnapshot, otherwise: str) -> Unready:
+    """Why something cannot be told yet: a scaler that waits for the lease has read nothing, and says who holds it."""
+    return Unready(snapshot.reason if snapshot.reason and not snapshot.fence else otherwise)
+
+
 def wanted_replicas(snapshot: StatusSnapshot, layout: Layout) -> int:
     """That there should be: what an operation in progress leads to, else what the policy decided last, else as many as
     there are."""
@@ -79,10 +84,10 @@ def ready_view(snapshot: StatusSnapshot) -> views.Ready:
 
 
 def layout_view(snapshot: StatusSnapshot) -> views.Layout:
-    """GET /v1/layout. Raises Unavailable before the first layout."""
+    """GET /v1/layout. Raises Unready before the first layout is known."""
     layout = snapshot.layout
     if layout is None:
-        raise Unavailable("no layout has been made yet")
+        raise unready(snapshot, "no layout has been made yet")
     cluster = snapshot.cluster
     by_device = {status.device: status for status in cluster.devices} if cluster is not None else {}
     processes = cluster.ranks if cluster is not None else {}
@@ -190,7 +195,7 @@ def find_operation(snapshot: StatusSnapshot, op_id: str) -> views.Operation:
         if operation.op_id == op_id:
             return operation_view(operation, snapshot.cluster)
     if snapshot.phase == "starting":  # a scaler that waits for its lease has not read the journal
-        raise Unready("the journal has not been read yet")
+        raise unready(snapshot, "the journal has not been read yet")
     raise NotFound(f"no operation {op_id}", code="unknown_operation")
 
 

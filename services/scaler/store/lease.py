@@ -40,7 +40,7 @@ class Lease:
             # another scaler of this host may have had the lease while this one waited.
             got = self._store.acquire_lease(self._holder, self._lease_ms, self._fence.refresh())
             if isinstance(got, str):
-                self.why_not = Unready(f"{got} holds the lease")
+                self.why_not, got = Unready(f"{got} holds the lease"), f"{got} holds it"
         except Unavailable as error:
             got, self.why_not = error.message, error
         if isinstance(got, int):
