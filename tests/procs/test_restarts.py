@@ -371,12 +371,20 @@ async def test_a_scaler_that_slept_past_its_lease_is_fenced(
             await asyncio.to_thread(wait_answers, f"http://127.0.0.1:{port}/ready", successor)
             headers = {"Authorization": f"Bearer {deployment.token}"}
 
-            def is_done() -> bool:
-                url = f"http://127.0.0.1:{port}/v1/operations/{op_id}"
+            def told(path: str) -> Any:
+                url = f"http://127.0.0.1:{port}/v1/{path}"
                 answer = httpx.get(url, headers=headers, timeout=10, trust_env=False)
-                return answer.status_code == 200 and answer.json()["phase"] in ("done", "aborted")
+                return answer.json() if answer.status_code == 200 else {}
+
+            def is_done() -> bool:
+                return told(f"operations/{op_id}").get("phase") in ("done", "aborted")
+
+            def hears_all() -> bool:  # though its predecessor has the connections of routers and ranks still
+                load = told("policy").get("load")
+                return load is not None and not load["silent"] and load["requests_per_s"] is not None
 
             await asyncio.to_thread(wait_until, is_done, "the operation resumed", 30.0)
+            await asyncio.to_thread(wait_until, hears_all, "routers and ranks are heard", 30.0)
             before = hmm_status(deployment)
             await asyncio.to_thread(stale_command, deployment, fence)
             os.kill(sleeper, signal.SIGCONT)
