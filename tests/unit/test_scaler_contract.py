@@ -46,7 +46,7 @@ def test_before_anything_is_known_nothing_is_told() -> None:
 def test_a_scaler_without_the_lease_says_who_holds_it() -> None:
     """It said that no layout had been made, though another scaler served by one."""
     reason = "waiting for the lease: scaler:1 holds it"
-    waiting = StatusSnapshot("starting", reason, None, None, None, None, 0, {})
+    waiting = StatusSnapshot("starting", reason, None, None, None, 0, {})
     for view in (
         scale_status,
         layout_view,
