@@ -42,7 +42,7 @@ class RouterWindow(Message, frozen=True, kw_only=True):
     number, ended_s: as the module says
     epoch: of the layout that it routes by, 0 before the first
     admitted: requests that it took, at their admission; `prompt_tokens` and `max_tokens` (that they may get) of them
-    refused: requests that it did not take because no permit was free
+    refused: generations that it did not take for want of room: permits, bytes or replicas
     finished, failed, cancelled: requests that ended so, whenever they were admitted; `output_tokens` of the finished
     open: admitted and not ended at the window's end; `queued`: those of them without a first token; `oldest_queued_s`:
         since the admission of the oldest of these, 0.0 where there is none

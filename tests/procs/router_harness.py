@@ -117,7 +117,7 @@ class RouterProcess:
 
     def wait_idle(self) -> None:
         """Until all permits are back."""
-        wait_until(lambda: self.get("/load").json()["server_load"] == 0, "all permits are back", timeout_s=2.0)
+        wait_until(lambda: self.get("/load").json()["server_load"] == 0, "all permits are back")
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples."""

@@ -28,8 +28,10 @@ from elasticmoe.services.scaler.control.autoscaler import (
 )
 from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.demand import Demand, demand_of
 from elasticmoe.services.scaler.policy.figures import MISSING, UNKNOWN
 from elasticmoe.services.scaler.policy.saturation import Saturation
+from elasticmoe.services.scaler.policy.signals import RATE_S
 from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason
 from tests.clocks import PlayedClock
 from tests.unit.specs import tiny_mixtral_spec
@@ -180,6 +182,23 @@ def test_latencies_of_another_size_do_not_speak_for_this_one() -> None:
     load = bench.load()
     assert load is not None
     assert load.signals.ttft_s == value(FAST)
+
+
+def test_who_is_refused_is_demand_with_a_prompt_like_those_of_the_others() -> None:
+    bench = Bench()
+    bench.tick("router:1")  # two, with 30 tokens each
+    bench.now += RATE_S
+    bench.router("router:1", admitted=2, prompt_tokens=60, refused=6)
+    signals = bench.tick().signals
+    assert (signals.admitted_per_s, signals.prompt_tokens_per_s) == (8.0, 240.0)
+    assert signals.refused_per_s == 6.0
+    bench.now += RATE_S
+    bench.router("router:1", admitted=0, prompt_tokens=0, refused=6)
+    signals = bench.tick().signals
+    assert (signals.admitted_per_s, signals.prompt_tokens_per_s) == (6.0, pytest.approx(180.0)), "though none came in"
+    demand = demand_of(signals)
+    assert isinstance(demand, Demand)
+    assert (demand.requests_per_s, demand.prompt_tokens) == (6.0, pytest.approx(30.0))
 
 
 def test_who_is_refused_or_fails_has_not_been_served_in_time() -> None:

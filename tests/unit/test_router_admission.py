@@ -275,3 +275,36 @@ def test_what_fails_while_others_are_rendered_is_an_error(tmp_path: Path, monkey
     monkeypatch.setattr(front.dispatcher, "open", open_or_fail)
     answer = ask(front, prompt="x", n=2, max_tokens=300, logprobs=0)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "rank_lost")
+
+
+# ---- demand ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "fill", "num"),
+    [
+        ("/v1/completions", {"prompt": "x"}, "permits", 1),  # at the gate, before the body is read
+        ("/v1/chat/completions", {"messages": []}, "permits", 1),
+        ("/v1/completions", {"prompt": ["x", "y"], "n": 3}, "all permits but one", 6),
+        ("/v1/completions", {"prompt": ["x", "y"], "n": 3, "logprobs": 2}, "answers", 6),
+        ("/v1/completions", {"prompt": "x" * 200_000}, "bodies", 1),
+        ("/tokenize", {"prompt": "x"}, "permits", 0),  # asks nothing of a replica
+        ("/v1/completions", {"prompt": "x", "max_tokens": 10_000}, "", 0),  # wrong, and no demand
+    ],
+)
+def test_generations_that_are_refused_for_want_of_room_are_demand(
+    front: Front, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], fill: str, num: int
+) -> None:
+    refused: list[int] = []
+    monkeypatch.setattr(front.dispatcher.windows, "refused", lambda count=1: refused.append(count))
+    held = {
+        "permits": (front.permits, front.permits.most),
+        "all permits but one": (front.permits, front.permits.most - 1),
+        "answers": (front.answers, front.answers.most),
+        "bodies": (front.bodies, front.bodies.most),
+    }
+    if fill:
+        monkeypatch.setattr(held[fill][0], "num_held", held[fill][1])
+    answer = ask(front, path, **body)
+    assert answer.status_code == (429 if fill else 400), answer.text
+    assert sum(refused) == num

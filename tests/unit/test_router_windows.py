@@ -9,12 +9,11 @@ import pytest
 import pytest_asyncio
 
 from elasticmoe.common.layout import RankId
-from elasticmoe.common.protocol.errors import ElasticMoEError, Overloaded, Unavailable
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.limits import WINDOW_SECONDS_MAX
 from elasticmoe.common.protocol.signals import RouterWindow
 from elasticmoe.common.sketch import index
 from elasticmoe.common.transport import AsyncClient
-from elasticmoe.services.router.dispatch.admission import Permits
 from elasticmoe.services.router.dispatch.streams import Ending
 from elasticmoe.services.router.dispatch.windows import IDLE_SPAN_S, SPAN_S, RouterWindows
 from tests.unit.test_router_dispatcher import Bench
@@ -81,19 +80,12 @@ async def test_ends_of_every_kind_are_told_apart(bench: LoadedBench) -> None:
     assert (window.cancelled, window.failed, window.finished) == (1, 1, 0)
 
 
-async def test_what_found_no_room_is_demand_all_the_same(bench: LoadedBench) -> None:
-    permits = Permits(1, bench.dispatcher.windows.refused)
-    with permits.acquire() as permit:
-        with pytest.raises(Overloaded):
-            permits.acquire()
-        bench.dispatcher.links[RankId(0, 0)].status = None
-        with pytest.raises(Unavailable):
-            bench.open("nowhere")
-        permits.most = 2
-        with permits.acquire(), pytest.raises(Overloaded):
-            permit.widen(2)
+async def test_what_found_no_replica_is_demand_all_the_same(bench: LoadedBench) -> None:
+    bench.dispatcher.links[RankId(0, 0)].status = None
+    with pytest.raises(Unavailable):
+        bench.open("nowhere")
     window = bench.window()
-    assert (window.admitted, window.refused) == (0, 3)
+    assert (window.admitted, window.refused) == (0, 1)
 
 
 async def test_a_router_without_work_says_that_it_lives_and_less_often(bench: LoadedBench) -> None:

@@ -60,7 +60,7 @@ def make_front(
         texts=Texts(model.codec, workers),
         dispatcher=dispatcher,
         metrics=metrics,
-        permits=Permits(config.requests_max, dispatcher.windows.refused),
+        permits=Permits(config.requests_max),
         bodies=ByteBudget(BODIES_MAX * config.body_bytes_max),
         answers=ByteBudget(ANSWERS_MAX * config.answer_bytes_max, "answers"),
         defaults=read_defaults(Path(config.model), config.generation_config),

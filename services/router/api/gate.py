@@ -16,12 +16,13 @@ from starlette.requests import Request
 from elasticmoe.common.http import ids
 from elasticmoe.common.http.body import Body, Receive
 from elasticmoe.common.http.door import Scope, Send, bearer_of, headers_of
-from elasticmoe.common.protocol.errors import InvalidRequest, Unauthorized, Unavailable
+from elasticmoe.common.protocol.errors import InvalidRequest, Overloaded, Unauthorized, Unavailable
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.dispatch.admission import Permit
 
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
-WORK_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
+GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+WORK_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize"}
 
 _SCOPE_PERMIT = "elasticmoe.permit"
 
@@ -34,7 +35,16 @@ class Gate:
         self._front = front
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on. Raises its refusal, or ClientLeft."""
+        """Pass a request on. Raises its refusal, or ClientLeft. A generation that is refused here for want of room is
+        demand too; of how much work, nobody has read."""
+        try:
+            await self._pass(scope, receive, send)
+        except Overloaded:
+            if scope["path"] in GENERATION_PATHS:
+                self._front.dispatcher.windows.refused()
+            raise
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         front, path, headers = self._front, scope["path"], headers_of(scope)
         if front.api_key is not None and path not in PUBLIC_PATHS:
             _authorize(front.api_key, scope)

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from elasticmoe.common.protocol.errors import ContextLengthExceeded, InvalidRequest
+from elasticmoe.common.protocol.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX
 from elasticmoe.common.protocol.rank import Submit
 from elasticmoe.services.router.api.front import Front
@@ -129,13 +129,18 @@ def _admit(
     is_echo: bool,
 ) -> None:
     """Hold what the answer may need. Raises InvalidRequest for what is never free, Overloaded for what is not now."""
-    permit.widen(len(prompts) * options.num_choices)
     lengths = [len(prompt) for prompt in prompts]
     choices, logprobs = options.num_choices, options.sampling.logprobs
     cost = price(lengths, max_tokens, num_choices=choices, num_logprobs=logprobs, is_echo=is_echo)
     most = front.config.answer_bytes_max
     check_price(lengths, cost, most, num_choices=choices, num_logprobs=logprobs, is_echo=is_echo)
-    permit.hold(front.answers, cost.held)
+    num = len(prompts) * options.num_choices
+    try:
+        permit.widen(num)
+        permit.hold(front.answers, cost.held)
+    except Overloaded:
+        front.dispatcher.windows.refused(num)
+        raise
 
 
 def _max_tokens(num_prompt: int, options: Options, limit: int, what: str) -> int:

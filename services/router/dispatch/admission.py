@@ -4,7 +4,7 @@ probabilities) make a product that is not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -21,18 +21,15 @@ PROMPT_LOGPROBS_MAX = 131_072  # of one prompt, alternatives counted: a rank tel
 
 
 class Permits:
-    """A bounded number of permits, one per running generation (a choice of an answer). For one asyncio loop. `refused`
-    is called when there was none for a generation that asked for it."""
+    """A bounded number of permits, one per running generation (a choice of an answer). For one asyncio loop."""
 
-    def __init__(self, most: int, refused: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, most: int) -> None:
         self.most = most
         self.num_held = 0
-        self.refused = refused
 
     def check(self) -> None:
         """Raises Overloaded when none is free: the cheap refusal, before a body is read."""
         if self.num_held >= self.most:
-            self.refused()
             raise Overloaded(f"{self.num_held} requests are being served; the limit is {self.most}")
 
     def acquire(self) -> Permit:
@@ -76,7 +73,6 @@ class Permit:
         if count > permits.most:
             raise InvalidRequest(f"{count} choices in one request exceed the limit of {permits.most}", param="n")
         if permits.num_held + extra > permits.most:
-            permits.refused()
             raise Overloaded(
                 f"{permits.num_held} requests are being served and {extra} more are asked for; "
                 f"the limit is {permits.most}"

@@ -41,9 +41,9 @@ class RouterWindows:
         self._prompt_tokens += len(stream.submit.prompt)
         self._max_tokens += stream.submit.max_tokens
 
-    def refused(self) -> None:
-        """One was refused for want of room: it is demand that no rank has seen."""
-        self._refused += 1
+    def refused(self, num: int = 1) -> None:
+        """So many were refused for want of room: they are demand that no rank has seen."""
+        self._refused += num
 
     def tokens(self, seconds: float, is_first: bool) -> None:
         """Tokens came, so long after the ones before them or after acceptance."""

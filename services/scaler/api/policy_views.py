@@ -31,7 +31,7 @@ class LoadView(msgspec.Struct, frozen=True):
     has a share in it is silent; `silent` says who."""
 
     silent: Annotated[tuple[str, ...], says("Routers and ranks that have not told anything for too long")]
-    requests_per_s: Annotated[float | None, says("Admitted")]
+    requests_per_s: Annotated[float | None, says("Asked for: admitted, and refused")]
     refused_per_s: Annotated[float | None, says("Refused for want of room, by the routers that are heard")]
     queued: Annotated[int, says("Requests without a first token")]
     running: Annotated[float | None, says("Sequences of all ranks")]

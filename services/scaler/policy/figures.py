@@ -27,7 +27,8 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     """The load of a deployment at `at_s`.
 
     silent: routers and ranks that have not been heard of for too long; `silent_since_s`: since when the first of them
-    admitted_per_s, prompt_tokens_per_s: of all routers, at admission
+    admitted_per_s, prompt_tokens_per_s: of all routers, at admission; of who was refused there too, with prompts like
+        those of the others
     queued, oldest_queued_s, refused_per_s: of the routers that are heard
     output_tokens: of a request that finished; `asked_tokens`: that one may get, of those admitted
     uncached_share: of prompt tokens, what the prefix cache did not have

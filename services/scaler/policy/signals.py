@@ -95,7 +95,7 @@ class Intake:
         self._latencies_since_s = -math.inf  # those before tell of another size
         self._begun_s: dict[object, float] = {}  # since when one is expected that has told nothing
         self._steps: deque[StepSample] = deque(maxlen=STEPS_MAX)
-        self._output, self._asked, self._uncached = _Ratio(), _Ratio(), _Ratio()
+        self._output, self._asked, self._uncached, self._prompt = _Ratio(), _Ratio(), _Ratio(), _Ratio()
         self._kept: deque[tuple[float, float, float]] = deque()  # (end, requests that kept both objectives, all)
         self._kept_sums = [0.0, 0.0]
 
@@ -131,6 +131,7 @@ class Intake:
             router.newest_s, router.newest = ended, window
         self._output.add(ended, window.output_tokens, window.finished)
         self._asked.add(ended, window.max_tokens, window.admitted)
+        self._prompt.add(ended, window.prompt_tokens, window.admitted)
         num = sum(count for _, _, count in window.joint)
         share = share_within(window.joint, self._config.ttft_s, self._config.itl_s) or 0.0
         # Whoever was refused or failed was not served in time either.
@@ -170,12 +171,15 @@ class Intake:
         queues, running, used, shares = zip(*(rank.row for rank in ranks), strict=True) if ranks else ((),) * 4
         ttft, itl = self._latencies(heard, max(now - LATENCY_S, self._latencies_since_s))
         admitted, prompts, refused = _rates(heard, now)
+        # Who was refused is demand as well. What it would have brought is not known: prompts like those of the others.
+        prompt = self._prompt.figure
+        prompts += refused * (prompt if isinstance(prompt, float) else 0.0)
         newest = [router.newest for router in heard if router.newest is not None]
         return Signals(
             at_s=now,
             silent=tuple(sorted(key if isinstance(key, str) else str(key[0]) for key in silent)),
             silent_since_s=min(silent.values(), default=None),
-            admitted_per_s=admitted if is_demand_known else UNKNOWN,
+            admitted_per_s=admitted + refused if is_demand_known else UNKNOWN,
             prompt_tokens_per_s=prompts if is_demand_known else UNKNOWN,
             queued=sum(window.queued for window in newest),
             oldest_queued_s=max((window.oldest_queued_s for window in newest), default=0.0),
