@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from elasticmoe.cli.arguments import WrongUsage, duration, number, whole
+from elasticmoe.cli.arguments import WrongUsage, duration, number, refuse_beside, whole
 from elasticmoe.cli.bench.report import NO_PLOT, table
-from elasticmoe.cli.paths import absolute
-from elasticmoe.cli.replay import baselines, judge, traffic
+from elasticmoe.cli.paths import absolute, run_dir_of
+from elasticmoe.cli.replay import baselines, journal, judge, traffic
 from elasticmoe.cli.replay.clairvoyant import clairvoyant
 from elasticmoe.cli.replay.model import STEP, Actuation, DeploymentModel
 from elasticmoe.cli.replay.plot import plot
@@ -99,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what all experts take of it, which the replicas share ({model.expert_tokens})",
     )
     add("--plot", type=_picture, metavar="FILE", help="draw the first traffic, and the sizes that each wanted for it")
+    add("--save", metavar="FILE", help="with --run-dir: keep what the journal has, for --journal")
     add("--json", action="store_true", help="one JSON object instead of a table")
 
 
@@ -190,7 +191,10 @@ _BASELINES: dict[str, Callable[[ReplaySetting, list[Arrival]], Scaler]] = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0. Raises ConfigError, WrongUsage."""
+    """Returns 0, and 1 where decisions of a journal come out otherwise. Raises ElasticMoEError, WrongUsage."""
+    if args.journal is not None or args.run_dir is not None:
+        return _journal(args)
+    refuse_beside(args, "save", "traffic: it keeps a journal")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(NO_PLOT)
     setting = _setting(args)
@@ -215,6 +219,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         say(table([_row(key, verdict, means) for key, verdict in means.items()]))
     return 0
+
+
+def _journal(args: argparse.Namespace) -> int:
+    """A deployment's decisions made again."""
+    for name in ("seed", "seeds", "start", "duration", "plot"):
+        refuse_beside(args, name, "--journal and --run-dir, which replay no traffic")
+    if args.run_dir is not None:
+        records = journal.of_run_dir(run_dir_of(args.run_dir))
+        if args.save is not None:
+            journal.save(absolute(args.save, "--save"), records)
+    else:
+        refuse_beside(args, "save", "--journal")
+        records = journal.of_file(absolute(args.journal, "--journal"))
+    return journal.tell(records, as_json=args.json)
 
 
 def _draw(path: Path, title: str, arrivals: list[Arrival], seconds: float, runs: dict[str, Replayed]) -> None:

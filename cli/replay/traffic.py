@@ -22,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, tokens_max: int = TOKENS_M
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("trace", nargs="?", metavar="TRACE", help="a file of the Azure, BurstGPT or Mooncake form")
     what.add_argument("--generate", choices=list(PROFILES), help="traffic of this shape, drawn from the seed")
+    what.add_argument(
+        "--journal", metavar="FILE", help="no traffic: decisions of a real deployment again, as --save kept"
+    )
+    what.add_argument("--run-dir", metavar="DIR", help="the same from the store of a deployment that runs")
     add("--seed", type=whole(0), metavar="N", help="of the first traffic that is drawn (1)")
     add("--seeds", type=whole(1, SEEDS_MAX), metavar="N", help="draw N traffics, and tell the mean (1)")
     add("--start", type=duration, metavar="TIME", help="begin so far into the trace, such as 20m")

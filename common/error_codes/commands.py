@@ -24,5 +24,9 @@ COMMANDS: dict[str, Code] = {
     "bad_answer": Code("The admin listener's answer makes no sense", "See the scaler's log"),
     "bad_stream": Code("The stream's end or a line of it makes no sense", "Look at the server or the proxy"),
     "nothing_measured": Code("A benchmark could not measure", "See the text"),
+    "nothing_recorded": Code(
+        "A journal has no decision of the policy to make again",
+        "Let the policy decide for a while; records of another release are read by that one",
+    ),
     "chaos_failed": Code("A promise did not hold under `elasticmoe chaos`", "Report it with its seed"),
 }

@@ -33,6 +33,7 @@ from elasticmoe.services.scaler.control.admission import (
     lost_devices,
 )
 from elasticmoe.services.scaler.control.autoscaler import Autoscaler
+from elasticmoe.services.scaler.control.autoscaling import remembered
 from elasticmoe.services.scaler.control.executor import ENDED_MAX, Executor
 from elasticmoe.services.scaler.control.links import Links
 from elasticmoe.services.scaler.control.state import State
@@ -183,6 +184,10 @@ class Scaler:
         )
         self._beginning = recalled.beginning
         self._use_policy(recalled.policy)
+        newest = [] if recalled.operation is None else [recalled.operation]
+        now, now_unix = self._clock.monotonic(), self._clock.time()
+        known = remembered([*newest, *recalled.ended], recalled.policy.config, now, now_unix)
+        self._executor.state = msgspec.structs.replace(self._executor.state, autoscaling=known)
         if recalled.policy_damage:
             self._tell("policy_unreadable", recalled.policy_damage, mode=recalled.policy.config.mode)
         known_policy = None if recalled.policy_damage else recalled.policy

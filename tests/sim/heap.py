@@ -104,7 +104,7 @@ class Sim:
         self.clock = PlayedClock(lambda: self.now)
         self.log: deque[str] = deque(maxlen=EVENTS_SHOWN)
         self.actors: dict[str, Actor] = {}  # by address
-        self.faults: dict[str, Faults] = {}  # by plane: control, data
+        self.faults: dict[str, Faults] = {}  # by plane: control, data, signals, `signals of SENDER`
         self.num_events = 0
         self._verbose = verbose
         self._heap: list[tuple[float, int, Actor | None, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -237,7 +237,10 @@ class Push:
 
     def push(self, body: Message) -> bool:
         """See elasticmoe.common.endpoints."""
-        self._sim.send(self._source, "signals", Received(0, self._source, 0, body))
+        plane = f"signals of {self._source}"
+        if plane not in self._sim.faults:
+            plane = "signals" if "signals" in self._sim.faults else "control"
+        self._sim.send(self._source, "signals", Received(0, self._source, 0, body), plane)
         return True
 
     def close(self) -> None:

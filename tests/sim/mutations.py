@@ -14,8 +14,13 @@ from elasticmoe.common.store import Writer
 from elasticmoe.services.hmm.memory.catalog import Transition
 from elasticmoe.services.hmm.transition.transition import Transitions
 from elasticmoe.services.router.dispatch.streams import Stream
-from elasticmoe.services.scaler.control import admission, reconciler
+from elasticmoe.services.scaler import service
+from elasticmoe.services.scaler.actions import ScaleTo
+from elasticmoe.services.scaler.control import admission, autoscaling, reconciler
 from elasticmoe.services.scaler.control.state import State
+from elasticmoe.services.scaler.policy import recommend
+from elasticmoe.services.scaler.policy.signals import Intake
+from elasticmoe.services.scaler.policy.state import Decision
 from elasticmoe.services.scaler.store.journal import Journal
 from elasticmoe.services.worker.engine import rows
 from elasticmoe.services.worker.engine.engine import Engine
@@ -27,13 +32,14 @@ from tests.sim.store import Store
 
 class Mutation(NamedTuple):
     """`place` in an object is `instead` meanwhile, and so are those of `also`; one of `found` is part of what the
-    simulation then says."""
+    simulation then says. `is_of_policy`: seeds in which the policy acts can show it."""
 
     where: Any
     place: str
     instead: Any
     found: tuple[str, ...]
     also: tuple[tuple[Any, str, Any], ...] = ()
+    is_of_policy: bool = False
 
 
 def _double(self: Stream, delta: Any) -> tuple[int, ...]:
@@ -63,6 +69,21 @@ def _may_write_by_lease(self: Store, by: Writer) -> bool:
     """The store asks for the lease, not for the epoch."""
     self._check()
     return self._holder() in ("", by.holder)
+
+
+def _follow_load(*args: Any, **facts: Any) -> Any:
+    """Whoever is being replaced counts as there."""
+    return autoscaling.follow_load(*args, **(facts | {"is_serving": True}))
+
+
+def _advised(decision: Decision) -> tuple[ScaleTo, ...]:
+    return (ScaleTo(decision.op_id, decision.target, "advice"),) if decision.op_id and decision.target else ()
+
+
+def _twice(decision: Decision) -> tuple[ScaleTo, ...]:
+    """Each order under another name once more."""
+    orders = _advised(decision) if decision.acts else ()
+    return (*orders, *(msgspec.structs.replace(order, op_id=f"{order.op_id}-again") for order in orders))
 
 
 MUTATIONS: dict[str, Mutation] = {
@@ -108,6 +129,37 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "whoever was in two steps that failed is to blame": Mutation(
         Trial, "is_guilty", property(lambda trial: trial.failures > 1), ("for what it did not do",)
+    ),
+    "the policy decides as if no operation was in progress": Mutation(
+        autoscaling, "_operation_facts", lambda *_: None, (" is in progress: ",), is_of_policy=True
+    ),
+    "the policy decides as if no rank was being replaced": Mutation(
+        reconciler, "follow_load", _follow_load, ("while it is degraded", "while it is attaching"), is_of_policy=True
+    ),
+    "who is silent has no load": Mutation(Intake, "_silent", lambda *_: {}, (" is silent",), is_of_policy=True),
+    "the policy's most is not kept": Mutation(
+        recommend.Turn,
+        "most",
+        property(lambda turn: turn.deployment.available),
+        (", beyond ", ", out of "),
+        is_of_policy=True,
+    ),
+    "the policy's least is not kept": Mutation(
+        recommend.Turn, "least", property(lambda _: 1), (", out of ",), is_of_policy=True
+    ),
+    "advice is followed": Mutation(autoscaling, "_actions", _advised, ("that only advises",)),
+    "a scaler knows nothing of the operations that its predecessor's policy ordered": Mutation(
+        service,
+        "remembered",
+        lambda *_: autoscaling.Autoscaling(),
+        (" s after a growth", " operations"),
+        is_of_policy=True,
+    ),
+    "a decision is sent twice": Mutation(
+        autoscaling, "_actions", _twice, (" is in progress: ", "has no answer"), is_of_policy=True
+    ),
+    "an answered order is awaited for ever": Mutation(
+        recommend, "_answered", lambda _, state: state, ("after the last request",), is_of_policy=True
     ),
     "a hand-over loses the end of the KV": Mutation(Engine, "hand_over", _without_tail(Engine.hand_over), ("tokens",)),
 }

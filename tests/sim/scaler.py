@@ -119,7 +119,8 @@ class Scaler(Actor):
             epochs=DiskFence(world.disk, "layout"),
             reserve=StoreReserve(world.store, self.name),
         )
-        self.service = ScalerService(CONFIG, SPEC, parts)
+        self.service = ScalerService(world.policies.settings, SPEC, parts)
+        world.policies.watch(self)
         world.sim.actors[self.name] = self
         self.after(0.01, self._turn)
         self.aside(0.01, self._renew)
@@ -148,6 +149,7 @@ class Scaler(Actor):
         """A message that nothing waits for; `sender` is an address."""
         if isinstance(message.body, RankWindow | RouterWindow):
             self.windows.came.append((b"", message))
+            self.world.policies.hear(self, message.body)
         elif sender in self.clients:
             self.clients[sender].came.append(message)
 
@@ -167,6 +169,7 @@ class Scaler(Actor):
             self.crash(self.sim.rng.uniform(0.3, 3.0))
             return
         self._note_events()
+        self.world.policies.look(self)
         self._take_answers()
         self.after(max(wait_s, TURN_S), self._turn)
 

@@ -7,9 +7,9 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
+from elasticmoe.services.scaler.control.replay import DECISIONS, replay
 from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.planning.plan import Target
-from tests.replay import DECISIONS, replay
 from tests.sim.heap import Faults, Violation
 from tests.sim.world import DEVICES, World
 
@@ -67,6 +67,7 @@ def _figures(world: World) -> dict[str, int]:
         "crash_loops": int(world.has_crash_loop),
         "given_up_full": sum(_is_given_up_full(operation) for operation in world.store.data.get("ended", [])),
         "seconds": int(world.sim.now),
+        **world.policies.figures,
     }
 
 
@@ -89,6 +90,7 @@ def _play(world: World) -> None:
     is_plain = is_calm and rng.random() < 0.8
     _draw_orders(world, span_s, is_plain=is_plain)
     _draw_requests(world, span_s, is_plain=is_plain)
+    world.policies.draw(span_s)
     if not is_calm:
         world.losses.draw(span_s)
     sim.run(sim.now + span_s)
@@ -100,7 +102,8 @@ def _play(world: World) -> None:
         sim.run(sim.now + LOOK_S)
         unrest = world.unrest()
     _check_requests(world, is_plain=is_plain)
-    differences = replay([DECISIONS.decode(raw) for raw in world.store.decisions])
+    again = replay([DECISIONS.decode(raw) for raw in world.store.decisions])
+    differences = [f"{one.name}: {one.difference}" for one in again if one.difference]
     world.expect(not differences, "; ".join(differences))
 
 

@@ -11,12 +11,13 @@ import pytest
 from elasticmoe.common.protocol.errors import Unready
 from elasticmoe.services.scaler.operation.prepare import fitted
 from tests.sim.mutations import MUTATIONS, mutated
+from tests.sim.policy import acts
 from tests.sim.scenario import run_seed
 from tests.sim.world import World as Simulated
 from tests.sim.world import simulated
 from tests.unit.transitions import UP, World, answered, host_of
 
-BATCH, NUM_BATCHES = 50, 22
+BATCH, NUM_BATCHES = 50, 21
 MUTATION_SEEDS_MAX = 800
 
 
@@ -50,6 +51,8 @@ def test_all_promises_hold(first: int) -> None:
         "adopted": 4,
         "convicted": 1,  # rare: of some batches there are two
         "stores_full": 5,
+        "acts": 4,
+        "ordered": 5,
     }
     for name, at_least in floors.items():
         assert figures[name] >= at_least, f"{name}: {figures[name]} in {BATCH} seeds"
@@ -64,6 +67,8 @@ def test_a_seed_gives_the_same_run_again() -> None:
 def test_a_mistake_is_found(name: str) -> None:
     with mutated(name):
         for seed in range(1, MUTATION_SEEDS_MAX + 1):
+            if MUTATIONS[name].is_of_policy and not acts(seed):
+                continue
             error = run_seed(seed).error
             if any(text in error for text in MUTATIONS[name].found):
                 return
@@ -85,6 +90,24 @@ def test_a_scaler_that_waits_says_what_for() -> None:
     world.store.is_down = False
     world.sim.run(20.0)
     assert (waiting.phase, waiting.service.status_cache.snapshot.reason) == ("serving", "nothing to do")
+
+
+def test_a_scaler_knows_what_the_policy_of_one_that_was_killed_has_ordered() -> None:
+    seed = next(seed for seed in range(1, 100) if acts(seed))
+    world = Simulated(seed)
+    record = world.store.data["policy"]
+    bounds = msgspec.structs.replace(record.config, replicas_min=4, replicas_max=4)
+    world.store.data["policy"] = msgspec.structs.replace(record, config=bounds)
+    (killed,) = world.scalers
+    while not (world.policies.figures["ordered"] and killed.operation is None):
+        world.sim.run(world.sim.now + 0.5)
+    killed.crash(1.0)
+    world.sim.run(world.sim.now + 10.0)
+    (scaler,) = world.scalers
+    before, after = (one.service._executor.state.autoscaling.policy for one in (killed, scaler))
+    assert scaler is not killed
+    assert (after.num_orders, after.grown_s) == (before.num_orders, pytest.approx(before.grown_s))
+    assert after.sent_s == pytest.approx(before.sent_s)
 
 
 def test_an_order_that_waits_is_refused_when_its_scaler_ends() -> None:

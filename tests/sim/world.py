@@ -21,10 +21,11 @@ from tests.sim.heap import Sim, Violation
 from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm
 from tests.sim.loss import Losses
 from tests.sim.poison import Poisons
+from tests.sim.policy import Policies
 from tests.sim.pool import Pool
 from tests.sim.rank import Killed, Poisoned, RankProcess
 from tests.sim.router import Router
-from tests.sim.scaler import Scaler
+from tests.sim.scaler import CONFIG, Scaler
 from tests.sim.store import Store
 
 DEVICES = tuple(f"host:{i}" for i in range(4))
@@ -58,6 +59,7 @@ class World:
         self.hmm.expect = self.expect
         self.losses = Losses(self)
         self.poisons = Poisons(self, seed)
+        self.policies = Policies(self, seed, CONFIG)
         self.hmm.gone = self.losses.gone
         self._was: tuple[Layout, Transition | None] = (layout, None)
         self._state: Any = None
@@ -211,7 +213,7 @@ class World:
             return f"ranks in slots {sorted(self.pool.ranks)}; {sorted(self.ranks)} live"
         if self.router.dispatcher.streams:
             return f"requests {sorted(self.router.dispatcher.streams)} run"
-        return self._unrest_of_ranks(layout)
+        return self._unrest_of_ranks(layout) or self.policies.unrest()
 
     def _unrest_of_ranks(self, layout: Layout) -> str:
         for slot, rank in self.pool.ranks.items():

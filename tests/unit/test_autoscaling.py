@@ -10,7 +10,7 @@ import pytest
 from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
 from elasticmoe.services.scaler.control.audit_log import TurnTaken, is_notable, turn_taken
-from elasticmoe.services.scaler.control.autoscaling import Autoscaling, follow_load
+from elasticmoe.services.scaler.control.autoscaling import Autoscaling, follow_load, remembered
 from elasticmoe.services.scaler.control.reconciler import reconcile
 from elasticmoe.services.scaler.control.state import State, Status
 from elasticmoe.services.scaler.observation import Load
@@ -18,7 +18,7 @@ from elasticmoe.services.scaler.operation.operation import Figures, Operation, P
 from elasticmoe.services.scaler.planning.plan import Rates
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.figures import Signals
-from elasticmoe.services.scaler.policy.state import Reason
+from elasticmoe.services.scaler.policy.state import Decision, Reason
 from elasticmoe.services.scaler.policy.step_model import StepModel
 from tests.unit.transitions import UP, World, layout_of, operation_of
 
@@ -147,6 +147,17 @@ def test_a_shrink_gives_way_to_a_panic_before_its_commit_and_not_after_it() -> N
         assert after.decision.reason is Reason.OPERATION
 
 
+def test_a_shrink_does_not_give_way_while_a_rank_is_replaced() -> None:
+    """Found by the simulation: requests wait for the rank, and no width would serve them sooner."""
+    after, actions = decide(load(BUSY), operation=shrinking(), is_serving=False)
+    assert actions == ()
+    assert after.decision is not None
+    assert after.decision.reason is Reason.OPERATION
+    stuck = shrinking(elapsed_s=500.0)
+    _, actions = decide(load(BUSY), operation=stuck, is_serving=False)
+    assert actions == (CancelStuck("op"),), "it may wait for that very rank"
+
+
 def test_an_operation_that_does_not_come_to_its_commit_is_cancelled_once() -> None:
     stuck = shrinking(kind="scale_up", elapsed_s=500.0)
     after, actions = decide(load(signals()), operation=stuck)
@@ -187,3 +198,89 @@ def test_the_reconciler_asks_the_policy_where_there_is_a_load_and_what_it_did_is
     read = msgspec.msgpack.decode(msgspec.msgpack.encode(record), type=TurnTaken)
     again = reconcile(read.before, read.seen, read.now)
     assert turn_taken(read.before, read.seen, read.now, again) == record
+
+
+def test_a_deployment_that_nobody_asks_anything_shrinks_however_slow_its_steps_are() -> None:
+    """Found by chaos on a busy machine: a step took longer than the objective at every width, and none was left."""
+    slow = {2: StepModel(0.5, 1e-4, 1e-7, 1e-3)}
+    idle = signals(0.0, running=0.0, kv_used=0.0, kv_share_most=0.0)
+
+    def last(seen: Signals) -> Decision:
+        after = Autoscaling()
+        for second in range(130):
+            after, actions = decide(load(seen, steps=slow), 100.0 + second, after)
+            if actions:
+                break
+        assert after.decision is not None
+        return after.decision
+
+    assert (last(idle).reason, last(idle).target) == (Reason.SHRINK_IDLE, 1)
+    assert last(signals(0.1)).reason is Reason.WOULD_SATURATE, "a request would be too slow, and slower there"
+
+
+def ordered(number: int, accepted_unix: float, before: int, after: int, **changes: Any) -> Operation:
+    """One that has ended. `number`: of the policy's order; 0 for an operator's."""
+    planned = Planned(1, 2, before, after, (), (), 0, 0, 0, 0, 0, 2.0, 30.0, {})
+    op_id = f"policy-{number}-12.345" if number else f"mine-{accepted_unix}"
+    known = {"op_id": op_id, "kind": "scale_up", "planned": planned, "accepted_unix": accepted_unix, "elapsed_s": 3.0}
+    return msgspec.structs.replace(operation_of(UP), **{**known, "phase": "done", "plan": None, **changes})
+
+
+def test_a_scaler_that_begins_counts_on_from_the_operations_that_the_journal_has() -> None:
+    now, unix = 50.0, 1_700_000_000.0  # this host has just started: its predecessor's monotonic clock was another one
+    history = [
+        ordered(4, unix - 100.0, 2, 4),
+        ordered(0, unix - 130.0, 3, 2),
+        ordered(3, unix - 170.0, 3, 2, phase="aborted"),
+        ordered(2, unix - 800.0, 2, 3),
+    ]
+    policy = remembered(history, PolicyConfig(), now, unix).policy
+    assert (policy.grown_s, policy.shrunk_s) == (now - 100.0, now - 170.0)
+    assert (policy.flap_s, policy.hold_s, policy.dwell_s) == (now - 100.0, 120.0, 70.0), "and the hold is doubled"
+    assert (policy.num_orders, policy.order) == (4, None)
+    after, _ = decide(load(signals(1.0)), now, Autoscaling(policy=policy))
+    assert after.policy.sent_s == (now - 170.0, now - 100.0), "what is older than ten minutes counts no more"
+    full = [ordered(number, unix - 5.0 * (9 - number), 1, 2) for number in range(8, 0, -1)]
+    after, actions = decide(load(BUSY), now, remembered(full, PolicyConfig(), now, unix))
+    assert actions == ()
+    assert after.decision is not None
+    assert after.decision.reason is Reason.TOO_MANY
+    _, actions = decide(load(BUSY), now, remembered(full[:7], PolicyConfig(), now, unix))
+    assert [action.op_id for action in actions] == ["policy-9-50.000"], "no name is used twice"
+
+
+def test_a_scaler_that_begins_holds_after_its_predecessors_growth_and_loss() -> None:
+    now, unix = 1_000.0, 1_700_000_000.0
+    idle = load(signals(0.0, queued_prefill_tokens=0.0, running=0.0, kv_used=0.0, kv_share_most=0.0))
+
+    def reasons(before: Autoscaling, seconds: int) -> list[Reason]:
+        found = []
+        for second in range(seconds):
+            before, _ = decide(idle, now + second, before)
+            assert before.decision is not None
+            found.append(before.decision.reason)
+        return found
+
+    grown = remembered([ordered(1, unix - 1.0, 1, 2)], PolicyConfig(hold_s=90.0), now, unix)
+    patient = msgspec.structs.replace(idle, config=PolicyConfig(mode="act", hold_s=90.0))
+    after, _ = decide(patient, now, grown)
+    for second in range(1, 89):
+        after, actions = decide(patient, now + second, after)
+        assert actions == ()
+    assert after.decision is not None
+    assert after.decision.reason is Reason.HOLDING
+    gone = ordered(0, unix - 20.0, 3, 2, lost_meanwhile=("host:2",))
+    assert set(reasons(remembered([gone], PolicyConfig(), now, unix), 70)) == {Reason.AFTER_LOSS}
+    assert Reason.AFTER_LOSS not in reasons(Autoscaling(), 70)
+
+
+def test_a_wall_clock_that_was_put_back_makes_nothing_lie_ahead() -> None:
+    policy = remembered([ordered(1, 2_000.0, 1, 2)], PolicyConfig(), 10.0, 1_000.0).policy
+    assert policy.grown_s == 10.0
+
+
+def test_only_what_the_policy_names_counts_as_its_order() -> None:
+    others = [
+        ordered(0, 5.0, 1, 2, op_id=name) for name in ("policy-x", "policy-1", "a policy-1-1.000", "policy-1-1.0")
+    ]
+    assert remembered(others, PolicyConfig(), 10.0, 10.0).policy.sent_s == ()

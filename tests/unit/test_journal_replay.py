@@ -20,6 +20,7 @@ from elasticmoe.services.scaler.control import members, reconciler
 from elasticmoe.services.scaler.control.audit_log import Decision, PlanMade, TurnTaken, digest, turn_taken
 from elasticmoe.services.scaler.control.executor import Executor
 from elasticmoe.services.scaler.control.reconciler import reconcile
+from elasticmoe.services.scaler.control.replay import DECISIONS, plan_again, replay
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.observation import Observation
@@ -30,7 +31,6 @@ from elasticmoe.services.scaler.planning.plan import Rates, Target
 from elasticmoe.services.scaler.store.journal import Journal
 from tests.clocks import PlayedClock
 from tests.procs.waiting import wait_until
-from tests.replay import DECISIONS, plan_again, replay
 from tests.unit.reserves import NO_RESERVE
 from tests.unit.test_scaler_executor import FakeLinks, turn
 from tests.unit.transitions import DEVICES, DOWN, UP, World, answered, operation_of
@@ -94,6 +94,11 @@ class Links(FakeLinks):
 def _tell(kind: str, reason: str, /, **facts: str) -> None: ...
 
 
+def differences(decisions: list[Decision]) -> list[str]:
+    """What comes out otherwise than it did."""
+    return [f"{one.name}: {one.difference}" for one in replay(decisions) if one.difference]
+
+
 def journaled(store: Store) -> list[Decision]:
     """What the store has, oldest first."""
     return store.decisions(DECISIONS)
@@ -111,7 +116,7 @@ def test_an_operation_is_decided_again_as_it_was(store: Store, tmp_path: Path, t
     assert last is not None
     assert [ended.phase, ended.op_id] == ["done", "op"] == [last.phase, last.op_id]
     assert len(steps) >= (1 if ended.kind == "none" else 5)
-    assert replay(decisions) == []
+    assert differences(decisions) == []
 
 
 def test_a_cancelled_operation_too_and_what_is_tidied_up(store: Store, tmp_path: Path) -> None:
@@ -130,7 +135,7 @@ def test_a_cancelled_operation_too_and_what_is_tidied_up(store: Store, tmp_path:
     assert any(isinstance(decision, PlanMade) for decision in decisions)
     assert [at.after.orphans for at in turns(decisions) if at.after.orphans and not at.before.orphans]
     assert [at.after.operation.phase for at in turns(decisions) if at.after.operation][-1] == "aborted"
-    assert replay(decisions) == []
+    assert differences(decisions) == []
 
 
 def turns(decisions: list[Decision]) -> list[TurnTaken]:
@@ -150,11 +155,11 @@ def phase_chosen() -> TurnTaken:
 def test_another_code_is_told_apart(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Run(store, tmp_path, Target(replicas=3), UP.before).finish()
     decisions = [*journaled(store), phase_chosen()]
-    assert replay(decisions) == []
+    assert differences(decisions) == []
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "empty_leavers", lambda *_: ([], []))
         patch.setattr(reconciler, "migrate", lambda operation, *_: enter(operation, "done", "over"))
-        assert [text for text in replay(decisions) if "done, over and not release" in text]
+        assert [text for text in differences(decisions) if "done, over and not release" in text]
     blind = taken(answered(World(UP.before).seen(), pool=None))
     stray = World(UP.before)
     stray.ranks[3] = "rank-r3t0:9"
@@ -169,10 +174,10 @@ def test_another_code_is_told_apart(store: Store, tmp_path: Path, monkeypatch: p
             "other commands",
         ),
     ):
-        assert replay([decision]) == []
+        assert differences([decision]) == []
         with monkeypatch.context() as patch:
             patch.setattr(module, name, instead)
-            assert [text for text in replay([decision]) if said in text], name
+            assert [text for text in differences([decision]) if said in text], name
 
 
 def test_an_input_that_is_missing_or_another_one_is_told_apart(store: Store, tmp_path: Path) -> None:
@@ -185,14 +190,14 @@ def test_an_input_that_is_missing_or_another_one_is_told_apart(store: Store, tmp
         msgspec.structs.replace(made, sizes=Sizes(11, (5,), (8,))),
         msgspec.structs.replace(made, rates=Rates(step_s=1.0)),
     ):
-        assert replay([changed]) == ["op: another plan"]
-    assert replay([at for at in turns(decisions) if at.before.operation][:1]) == [
+        assert differences([changed]) == ["op: another plan"]
+    assert differences([at for at in turns(decisions) if at.before.operation][:1]) == [
         "op: the journal has a turn and no plan"
     ]
     for number, step in enumerate(decisions):
         if isinstance(step, TurnTaken) and step.before.operation and step.before.operation.phase == "prepare":
             blind = msgspec.structs.replace(step, seen=answered(step.seen, hmm=None))
-            assert len(replay([made, blind])) == 1, number
+            assert len(differences([made, blind])) == 1, number
 
 
 def test_decisions_are_few_and_small_in_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ What is large and follows from the rest is left out: a plan is named by its dige
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 
 import msgspec
@@ -17,6 +18,8 @@ from elasticmoe.services.scaler.actions import Action, CancelStuck, EjectRank, L
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.planning.plan import Rates, Target
+
+ADVICE_AGAIN_S = 60.0  # so that advice at a threshold does not crowd out the journal's other decisions
 
 _encoder = msgspec.msgpack.Encoder(order="deterministic")
 
@@ -63,6 +66,25 @@ def is_notable(before: State, step: Step[State]) -> bool:
         or (after.orphans is not None and before.orphans is None)
         or any(isinstance(action, EjectRank | LeaveOut | ScaleTo | CancelStuck) for action in step.actions)
     )
+
+
+class Advice:
+    """Which turns that only advise are worth a record: each decision for another size, by its reason and target, once
+    in ADVICE_AGAIN_S. The loop's thread."""
+
+    def __init__(self) -> None:
+        self._at: dict[tuple[str, int], float] = {}
+
+    def is_notable(self, after: State, seen: Observation, now: float) -> bool:
+        """Whether this turn is, and then count it as recorded."""
+        decision = after.autoscaling.decision
+        if seen.load is None or decision is None or decision.target is None or decision.acts:
+            return False
+        key = decision.reason.value, decision.target
+        if now - self._at.get(key, -math.inf) < ADVICE_AGAIN_S:
+            return False
+        self._at[key] = now
+        return True
 
 
 def without_plan(state: State) -> State:

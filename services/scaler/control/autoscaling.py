@@ -7,6 +7,7 @@ mode is `act`, a decision becomes an order like an operator's, under an id of it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -19,7 +20,9 @@ from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.planning.plan import Target
 from elasticmoe.services.scaler.planning.planner import plan_way
+from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.facts import ChangePrice, DeploymentFacts, OperationFacts, WidthFacts
+from elasticmoe.services.scaler.policy.orders import PastOrder, number_of, remembering
 from elasticmoe.services.scaler.policy.recommend import recommend
 from elasticmoe.services.scaler.policy.state import Decision, PolicyState, Reason
 from elasticmoe.services.scaler.policy.step_model import nearest
@@ -65,6 +68,7 @@ def follow_load(
         changed_s=after.resized_at,
         operation=_operation_facts(operation, now) if operation is not None else None,
         is_recovering=is_lossy or not (is_serving or operation is not None),
+        is_degraded=not is_serving,
         lost_s=after.lost_at,
         last_op=last.op_id if last is not None else None,
         refused=load.refused,
@@ -82,6 +86,20 @@ def follow_load(
     last_decision = msgspec.structs.replace(decision, state=PolicyState())  # which is `policy`
     after = msgspec.structs.replace(after, policy=decision.state, decision=last_decision)
     return after, _actions(decision)
+
+
+def remembered(operations: Iterable[Operation], config: PolicyConfig, now: float, now_unix: float) -> Autoscaling:
+    """What a scaler that begins knows of the operations that the journal has, newest first: its policy goes on where
+    the one before was, and a lost device is not forgotten."""
+    past, lost_at = list[PastOrder](), None
+    for operation in operations:
+        at = now - max(0.0, now_unix - operation.accepted_unix)
+        if lost_at is None and operation.lost_devices:
+            lost_at = min(now, at + operation.elapsed_s)
+        number, planned = number_of(operation.op_id), operation.planned
+        if number is not None and planned is not None:
+            past.append(PastOrder(number, at, planned.replicas_before, planned.replicas_after))
+    return Autoscaling(policy=remembering(config, reversed(past)), lost_at=lost_at)
 
 
 def _seen(before: Autoscaling, layout: Layout, last: Operation | None, now: float, *, is_lossy: bool) -> Autoscaling:

@@ -36,7 +36,7 @@ from elasticmoe.services.scaler.actions import (
     key_of,
 )
 from elasticmoe.services.scaler.cluster import Cluster
-from elasticmoe.services.scaler.control.audit_log import PlanMade, is_notable, turn_taken
+from elasticmoe.services.scaler.control.audit_log import Advice, PlanMade, is_notable, turn_taken
 from elasticmoe.services.scaler.control.links import Links
 from elasticmoe.services.scaler.control.reconciler import reconcile
 from elasticmoe.services.scaler.control.state import State
@@ -102,6 +102,7 @@ class Executor:
         self._refused: Refused | None = None
         self._sent: dict[ActionKey, float] = {}
         self._slots: frozenset[int] = frozenset()  # of the layout in force
+        self._advice = Advice()
 
     @property
     def operation(self) -> Operation | None:
@@ -172,7 +173,7 @@ class Executor:
         self._slots = frozenset(seen.cluster.in_force.layout.slots)
         step = reconcile(before, seen, now)
         self.state = step.state
-        if is_notable(before, step):
+        if is_notable(before, step) or self._advice.is_notable(step.state, seen, now):
             self._journal.decision(turn_taken(before, seen, now, step))
         if step.reason != before.status.reason:
             log.info(step.reason, phase=step.state.status.phase)

@@ -52,7 +52,8 @@ class DeploymentFacts(msgspec.Struct, frozen=True, kw_only=True):
     width: replicas of the layout in force
     changed_s: when that layout came into force, None for the first
     operation: the one in progress
-    is_recovering: ranks are replaced, devices are left out, or it does not serve yet
+    is_recovering: devices are left out, or, without an operation, ranks are replaced or it does not serve yet
+    is_degraded: ranks are replaced, whatever else is in progress
     lost_s: when a device was lost last
     last_op: the newest operation that ended
     refused: the newest order of the policy that was refused
@@ -64,6 +65,7 @@ class DeploymentFacts(msgspec.Struct, frozen=True, kw_only=True):
     changed_s: float | None = None
     operation: OperationFacts | None = None
     is_recovering: bool = False
+    is_degraded: bool = False
     lost_s: float | None = None
     last_op: str | None = None
     refused: str | None = None

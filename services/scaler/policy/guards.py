@@ -41,7 +41,9 @@ def shrink(
     facts, limit = widths(width - 1), config.down_share * threshold
     peak = state.peaks.demand.times(mistaken(state, widths(width), config))
     after = predicted(facts, peak, config)
-    if after.worst >= limit or repredicted(state, facts, peak, width, config) >= limit:
+    # Where nobody has asked for anything, no objective can be broken, however long a step takes at any width.
+    is_asked = peak.requests_per_s > 0.0
+    if (is_asked and after.worst >= limit) or repredicted(state, facts, peak, width, config) >= limit:
         return Verdict(Reason.WOULD_SATURATE, after)
     if state.too_small is not None:
         small, failed_at = state.too_small

@@ -26,6 +26,7 @@ from elasticmoe.services.scaler.policy.demand import Demand, demand_of
 from elasticmoe.services.scaler.policy.facts import DeploymentFacts, OperationFacts, Prices, WidthFacts, Widths
 from elasticmoe.services.scaler.policy.figures import Signals, Unknown
 from elasticmoe.services.scaler.policy.guards import shrink
+from elasticmoe.services.scaler.policy.orders import forgetting, order_id, sent
 from elasticmoe.services.scaler.policy.saturation import Saturation, measured, predicted, smoothed, work
 from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason, ScaleOrder
 
@@ -112,10 +113,8 @@ def _observe(turn: Turn, state: PolicyState) -> PolicyState:
         saturation=smoothed(state.saturation, turn.raw.worst, elapsed, config),
         unknown_since_s=unknown_since,
         known_since_s=known_since,
-        sent_s=tuple(at for at in state.sent_s if at > now - config.operations_over_s),
     )
-    if state.flap_s is not None and now - state.flap_s > max(config.hold_max_s, state.hold_s or 0.0):
-        state = _replace(state, flap_s=None, hold_s=None, too_small=None)
+    state = forgetting(config, state, now)
     if not isinstance(turn.demand, Unknown):
         step = turn.widths(turn.width).step
         busy = work(step, turn.demand) if step is not None else turn.demand.requests_per_s
@@ -225,7 +224,8 @@ def _meanwhile(turn: Turn, state: PolicyState, evidence: Evidence, operation: Op
     decision = Decision(target=None, reason=Reason.OPERATION, evidence=evidence, state=state)
     if operation.is_committed or state.cancelled == operation.op_id or turn.deployment.is_recovering:
         return decision
-    may_grow = state.unknown_since_s is None and turn.width <= turn.most  # else a shrink into the bounds goes on
+    # Who is behind for want of a rank is no load; and a shrink into the bounds goes on.
+    may_grow = state.unknown_since_s is None and not turn.deployment.is_degraded and turn.width <= turn.most
     if operation.kind == "shrink" and turn.is_panic and may_grow and state.order is None:
         target = max(turn.width, _target(turn, state, evidence))
         return _order(turn, state, evidence, target, Reason.SUPERSEDE_SHRINK, operation.op_id)
@@ -319,9 +319,9 @@ def _order(
     config = turn.config
     if len(state.sent_s) >= config.operations_max:
         return Decision(target=None, reason=Reason.TOO_MANY, evidence=evidence, state=state)
-    op_id = f"policy-{state.num_orders + 1}-{turn.now:.3f}"
+    op_id = order_id(state.num_orders + 1, turn.now)
     if config.mode == "act":
-        state = _sent(turn, state, ScaleOrder(op_id, target, turn.now, supersedes))
+        state = sent(config, turn.width, state, ScaleOrder(op_id, target, turn.now, supersedes))
     return Decision(
         target=target,
         reason=reason,
@@ -331,21 +331,3 @@ def _order(
         supersedes=supersedes,
         acts=config.mode == "act",
     )
-
-
-def _sent(turn: Turn, state: PolicyState, order: ScaleOrder) -> PolicyState:
-    """After an order that is carried out."""
-    now, config = turn.now, turn.config
-    state = _replace(state, order=order, num_orders=state.num_orders + 1, sent_s=(*state.sent_s, now))
-    state = _replace(state, above_since_s=None, cancelled=order.supersedes or state.cancelled)
-    if order.target < turn.width:
-        return _replace(state, shrunk_s=now)
-    shrunk = state.shrunk_s
-    if shrunk is not None and (state.grown_s is None or state.grown_s < shrunk):  # the first growth after a shrink
-        dwell = now - shrunk
-        state = _replace(state, dwell_s=dwell if state.dwell_s is None else 0.5 * (state.dwell_s + dwell))
-        if dwell <= config.flap_s:
-            hold = min(config.hold_max_s, 2 * (state.hold_s or config.hold_s))
-            too_small = (turn.width, state.peaks.work) if state.peaks.entries else None
-            state = _replace(state, flap_s=now, hold_s=hold, too_small=too_small)
-    return _replace(state, grown_s=now)

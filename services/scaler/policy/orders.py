@@ -1,0 +1,77 @@
+"""What the policy's orders leave behind: how many there were lately, when it grew and shrank, which shrinks were
+mistakes. Pure.
+
+Whoever begins anew makes that again from the operations that the journal has, so that a restart neither lets it order
+more than is allowed nor shrink sooner than it may.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import msgspec
+
+from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.state import PolicyState, ScaleOrder
+
+_ID = re.compile(r"policy-([0-9]{1,9})-[0-9]+\.[0-9]{3}")
+_replace = msgspec.structs.replace
+
+
+def order_id(number: int, now: float) -> str:
+    """The name of an order that is given at `now`, and of its operation."""
+    return f"policy-{number}-{now:.3f}"
+
+
+def number_of(op_id: str) -> int | None:
+    """Which of the policy's orders an operation comes from; None for somebody else's."""
+    found = _ID.fullmatch(op_id)
+    return int(found[1]) if found else None
+
+
+def sent(config: PolicyConfig, width: int, state: PolicyState, order: ScaleOrder) -> PolicyState:
+    """After an order that is carried out, to a deployment of `width`."""
+    now = order.sent_s
+    state = _replace(state, order=order, num_orders=state.num_orders + 1, sent_s=(*state.sent_s, now))
+    state = _replace(state, above_since_s=None, cancelled=order.supersedes or state.cancelled)
+    if order.target < width:
+        return _replace(state, shrunk_s=now)
+    shrunk = state.shrunk_s
+    if shrunk is not None and (state.grown_s is None or state.grown_s < shrunk):  # the first growth after a shrink
+        dwell = now - shrunk
+        state = _replace(state, dwell_s=dwell if state.dwell_s is None else 0.5 * (state.dwell_s + dwell))
+        if dwell <= config.flap_s:
+            hold = min(config.hold_max_s, 2 * (state.hold_s or config.hold_s))
+            too_small = (width, state.peaks.work) if state.peaks.entries else None
+            state = _replace(state, flap_s=now, hold_s=hold, too_small=too_small)
+    return _replace(state, grown_s=now)
+
+
+def forgetting(config: PolicyConfig, state: PolicyState, now: float) -> PolicyState:
+    """Without what lies too far behind to count."""
+    state = _replace(state, sent_s=tuple(at for at in state.sent_s if at > now - config.operations_over_s))
+    if state.flap_s is not None and now - state.flap_s > max(config.hold_max_s, state.hold_s or 0.0):
+        return _replace(state, flap_s=None, hold_s=None, too_small=None)
+    return state
+
+
+class PastOrder(msgspec.Struct, frozen=True):
+    """An order that was carried out by an earlier process: number, when it was accepted, by this one's clock, and which
+    change it was."""
+
+    number: int
+    at_s: float
+    width: int
+    target: int
+
+
+def remembering(config: PolicyConfig, orders: Iterable[PastOrder]) -> PolicyState:
+    """The state of a policy that has given these orders, oldest first, and knows nothing else. For which work a width
+    was too small is not known again: what is left of a flap is the hold."""
+    state = PolicyState()
+    for past in orders:
+        state = forgetting(config, state, past.at_s)
+        state = sent(config, past.width, state, ScaleOrder("", past.target, past.at_s))
+        state = _replace(state, order=None, num_orders=past.number)
+    return state
