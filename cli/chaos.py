@@ -1,7 +1,8 @@
 """`elasticmoe chaos`: load, random faults and random resizes on a deployment of its own, and which promises held.
 
 With `--abuse` it runs twice from the same seed: alone, and beside a hostile client. What honest streams lose by that
-client, and what the processes hold that it reaches, is in the table too.
+client, and what the processes hold that it reaches, is in the table too. With `--act` the policy resizes, and the load
+comes in bursts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from rich.table import Table
 from elasticmoe.cli.arguments import number, whole
 from elasticmoe.cli.bench.deployment import Deployment
 from elasticmoe.cli.chaos_abuse import GAP_FACTOR_MAX, GIVEN_BACK_MIB, HEALTH_S_MAX, WATCHED, Abuse, abused
+from elasticmoe.cli.chaos_act import ITL_S, MODEL, Acted, Acting, draw_bursts
 from elasticmoe.cli.chaos_faults import KILL, NOT_NEEDED, draw_faults, draw_resizes
 from elasticmoe.cli.chaos_load import BROKEN, HUNG, Clients, Tally
 from elasticmoe.cli.chaos_run import AFTER_S, BLAMELESS_S, Run, Seen
@@ -54,17 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="what faults and requests are drawn from (default: a random one)",
     )
-    add("--model", default="oracle", metavar="MODEL", help="a model as `up` takes it (oracle)")
-    add("--replicas", type=whole(1), default=3, metavar="N", help="replicas to start with (3)")
+    add("--model", metavar="MODEL", help="a model as `up` takes it (oracle; with --act: oracle-paced)")
+    add("--replicas", type=whole(1), metavar="N", help="replicas to start with (3; with --act: 1)")
     add("--devices", default="host:5", metavar="host:N", help="devices to use (host:5)")
-    add("--clients", type=whole(1), default=16, metavar="N", help="requests under way at once (16)")
-    add("--fault-every", type=number(), default=30.0, metavar="S", help="mean time between faults in seconds (30)")
-    add("--abuse", action="store_true", help="a second run of the same seed beside a hostile client")
+    add("--clients", type=whole(1), metavar="N", help="requests under way at once (16; with --act: 32, in bursts)")
+    add("--fault-every", type=number(), metavar="S", help="mean time between faults in seconds (30; with --act: 20)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--abuse", action="store_true", help="a second run of the same seed beside a hostile client")
+    mode.add_argument("--act", action="store_true", help="let the policy decide the size; faults are kills")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when every promise held, 1 when one broke. Raises ElasticMoEError when it could not be tried."""
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
+    _complete(args)
     if not re.match(COUNT_PATTERN, args.devices) or (count := DeviceCount.parse(args.devices).count) < args.replicas:
         raise ConfigError(f"devices {args.devices!r}: give host:N with N at least --replicas, {args.replicas}")
     say(f"seed {seed}: {args.minutes:g} min on {args.devices}, {args.clients} clients")
@@ -83,6 +89,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(verdict.has_held is not False for verdict in verdicts) else 1
 
 
+def _complete(args: argparse.Namespace) -> None:
+    """What was not given, by the kind of run."""
+    usual = (("model", "oracle", MODEL), ("replicas", 3, 1), ("clients", 16, 32), ("fault_every", 30.0, 20.0))
+    for name, plain, acting in usual:
+        if getattr(args, name) is None:
+            setattr(args, name, acting if args.act else plain)
+
+
 async def _run(
     args: argparse.Namespace, seed: int, devices: int, *, is_abused: bool = False
 ) -> tuple[Seen, Tally, Abuse]:
@@ -92,7 +106,9 @@ async def _run(
         say(f"{time.monotonic() - begun:7.1f} s  {text}")
 
     settings: dict[str, Any] = {"standbys": 3}
-    if args.model == "oracle":  # integers, which only float32 holds exactly; and a few MiB in all
+    if args.act:
+        settings |= {"policy": "act", "itl_s": ITL_S, "replicas_max": devices}
+    if args.model in ("oracle", MODEL):  # integers, which only float32 holds exactly; and a few MiB in all
         settings |= {"dtype": "float32", "kv_bytes": 16 << 20, "device_bytes": 256 << 20}
     deployment = Deployment(args.model, args.replicas, devices, **settings)
     try:
@@ -100,11 +116,16 @@ async def _run(
         clients = Clients(deployment.url, await deployment.served_name(), args.clients, seed)
         await clients.learn()
         seconds = args.minutes * 60.0
-        faults, resizes = draw_faults(seed, seconds, args.fault_every), draw_resizes(seed, seconds, devices)
+        faults = draw_faults(seed, seconds, args.fault_every, only_kills=args.act)
+        resizes = [] if args.act else draw_resizes(seed, seconds, devices)
+        acting = None
+        if args.act:
+            acting = Acting(deployment, clients, draw_bursts(seed, seconds, args.clients), devices, tell)
+            await acting.begin()
         tell(f"serves; {len(faults)} faults and {len(resizes)} resizes follow")
         hostile = abused(deployment, clients.model, seed) if is_abused else contextlib.nullcontext(Abuse())
         async with hostile as abuse:
-            seen = await Run(deployment, clients, tell).run(faults, resizes, seconds, args.replicas)
+            seen = await Run(deployment, clients, tell).run(faults, resizes, seconds, args.replicas, acting)
         await deployment.stop(_STOP_S_MAX)
         _tell_failures(deployment, seen, clients.tally, begun, tell)
         return seen, clients.tally, abuse
@@ -155,6 +176,35 @@ def judge(seen: Seen, tally: Tally) -> list[Verdict]:
         _pauses(seen, tally),
         Verdict("integrity", "memory and blocks are sound", not seen.findings, "; ".join(seen.findings[:3]) or "sound"),
         Verdict("P17", "nothing leaked", not seen.leaks, "; ".join(seen.leaks[:3]) or "as before"),
+        *(judge_act(seen.acted) if seen.acted is not None else ()),
+    ]
+
+
+def judge_act(acted: Acted) -> list[Verdict]:
+    """Whether the policy kept its bounds and its word."""
+    within = [acted.least <= size <= acted.most for size in (*acted.sizes, *acted.targets)]
+    ended = Counter(operation["outcome"] or "in progress" for operation in acted.operations)
+    up, down = (sum(operation["kind"] == kind for operation in acted.operations) for kind in ("scale_up", "scale_down"))
+    waited = "never" if acted.settled_s is None else f"{acted.settled_s:.0f} s after the load"
+    return [
+        Verdict(
+            "policy",
+            f"size and target within {acted.least} to {acted.most}",
+            all(within) if acted.sizes else None,
+            f"sizes {' '.join(map(str, acted.sizes))}",
+        ),
+        Verdict(
+            "policy",
+            "every operation of the policy ended",
+            not ended["in progress"] if acted.operations else None,
+            f"{up} growths, {down} shrinks; " + ", ".join(f"{count} {name}" for name, count in ended.most_common()),
+        ),
+        Verdict(
+            "policy",
+            "the size was what the policy wants",
+            acted.settled_s is not None,
+            f"{waited}: {acted.size} replicas, {acted.reason}",
+        ),
     ]
 
 

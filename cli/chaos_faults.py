@@ -51,16 +51,17 @@ class Resize(NamedTuple):
         return {"replicas": self.choice} if self.choice != len(present) else None
 
 
-def draw_faults(seed: int, seconds: float, every_s: float) -> list[Fault]:
-    """Faults for a run of `seconds`, about one each `every_s`."""
+def draw_faults(seed: int, seconds: float, every_s: float, *, only_kills: bool = False) -> list[Fault]:
+    """Faults for a run of `seconds`, about one each `every_s`. `only_kills`: of processes, nothing else."""
+    weights = {name: weight for name, weight in WEIGHTS.items() if name != DEVICE or not only_kills}
     rng = random.Random(f"{seed}/faults")
     faults: list[Fault] = []
     at = 0.0
     while True:
         pause_s = every_s * rng.uniform(0.7, 1.3)
         at += pause_s
-        target = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        kind = LOSE if target == DEVICE else KILL if rng.random() < KILL_SHARE else STOP
+        target = rng.choices(list(weights), list(weights.values()))[0]
+        kind = LOSE if target == DEVICE else KILL if rng.random() < KILL_SHARE or only_kills else STOP
         fault = Fault(pause_s, kind, target, rng.choice(TARGETS[target]) if kind == STOP else 0.0, rng.random())
         if at > seconds:
             return faults

@@ -14,9 +14,10 @@ from elasticmoe.cli.load.sample import CUT_OFF, TIMED_OUT, Sample
 from elasticmoe.cli.load.stream import complete
 
 PROMPTS = 24
+LEARN_AT_ONCE = 6  # a text does not hang on what else is computed
 PROMPT_TOKENS = (1, 3, 17, 40, 90)
 OUTPUT_TOKENS = (8, 160)
-PAUSE_S = 0.1  # of a client after an error
+PAUSE_S = 0.1  # of a client after an error, or while it is not to begin any request
 SILENCE_S_MAX = 60.0  # a request that says nothing for so long hangs
 BROKEN = "connection_broken"
 HUNG = "hung"
@@ -89,35 +90,44 @@ class Clients:
         ]
         self._texts: list[str] = []
         self._stopping = False
+        self._let = count
 
     async def learn(self) -> None:
         """Take each prompt's text from a deployment at rest. Raises ValueError where it fails."""
-        for number in range(len(self._prompts)):
-            text, error = await self._request(number, Tally())
-            if error:
-                raise ValueError(f"the undisturbed run failed: {error}")
-            self._texts.append(text)
+        for first in range(0, PROMPTS, LEARN_AT_ONCE):
+            numbers = range(first, min(PROMPTS, first + LEARN_AT_ONCE))
+            for text, error in await asyncio.gather(*(self._request(number, Tally()) for number in numbers)):
+                if error:
+                    raise ValueError(f"the undisturbed run failed: {error}")
+                self._texts.append(text)
 
     async def run(self) -> None:
         """Requests without end; returns when `stop` was called and all that were under way have ended."""
-        await asyncio.gather(*(self._client() for _ in range(self._count)))
+        await asyncio.gather(*(self._client(number) for number in range(self._count)))
+
+    def let(self, count: int) -> None:
+        """Let only so many clients begin requests from now on."""
+        self._let = count
 
     def stop(self) -> None:
         """Begin no further request."""
         self._stopping = True
 
-    async def _client(self) -> None:
+    async def _client(self, number: int) -> None:
         while not self._stopping:
-            number = self._rng.randrange(len(self._prompts))
-            text, error = await self._request(number, self.tally)
+            if number >= self._let:
+                await asyncio.sleep(PAUSE_S)
+                continue
+            prompt = self._rng.randrange(len(self._prompts))
+            text, error = await self._request(prompt, self.tally)
             if error:
                 self.tally.errors.append((time.monotonic(), error))
                 await asyncio.sleep(PAUSE_S)
                 continue
-            is_right = text == self._texts[number]
+            is_right = text == self._texts[prompt]
             self.tally.good += is_right
             self.tally.wrong += not is_right
-            self.tally.tokens += self._prompts[number][1]
+            self.tally.tokens += self._prompts[prompt][1]
 
     async def _request(self, number: int, tally: Tally) -> tuple[str, str]:
         """Stream one completion; its text, and the code of the error that ended it, empty for none."""

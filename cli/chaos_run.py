@@ -14,6 +14,7 @@ from typing import Any
 
 from elasticmoe.cli.bench.deployment import Deployment
 from elasticmoe.cli.bench.http import ask
+from elasticmoe.cli.chaos_act import Acted, Acting
 from elasticmoe.cli.chaos_faults import KILL, LOSE, Fault, Resize
 from elasticmoe.cli.chaos_load import Clients
 from elasticmoe.cli.chaos_state import findings_of, holdings_of, rank_pids
@@ -40,6 +41,7 @@ class Seen:
     epochs: list[int] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
+    acted: Acted | None = None  # where the policy decided the size
 
 
 class Run:
@@ -53,12 +55,20 @@ class Run:
         self._end = 0.0
         self.seen = Seen(time.monotonic())
 
-    async def run(self, faults: list[Fault], resizes: list[Resize], seconds: float, replicas: int) -> Seen:
-        """Load for `seconds` with these faults and resizes; back to `replicas`; then what must hold at rest.
+    async def run(
+        self,
+        faults: list[Fault],
+        resizes: list[Resize],
+        seconds: float,
+        replicas: int,
+        acting: Acting | None = None,
+    ) -> Seen:
+        """Load for `seconds` with these faults and resizes, or the policy's; back to `replicas`; then what must hold at
+        rest.
 
         Raises ValueError where the deployment ended."""
         before = await holdings_of(self._deployment)
-        watching = asyncio.create_task(self._watch_epoch())
+        watching = [asyncio.create_task(self._watch_epoch())]
         load = asyncio.create_task(self._clients.run())
         self.seen.begun = time.monotonic()
         self._end = self.seen.begun + seconds
@@ -66,8 +76,14 @@ class Run:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._do_faults(faults))
                 group.create_task(self._do_resizes(resizes))
+                if acting is not None:
+                    watching.append(asyncio.create_task(acting.watch()))
+                    group.create_task(acting.play(self._end))
                 group.create_task(asyncio.sleep(seconds))
             await self._recovered("the last fault")
+            if acting is not None:
+                self.seen.acted = acting.seen
+                await acting.settle()
             if len(await self._present()) != replicas:
                 await self._scale({"replicas": replicas})
             if len(await self._present()) != replicas:
@@ -75,9 +91,9 @@ class Run:
             self._clients.stop()
             await load
         finally:
-            for task in (watching, load):
+            for task in (*watching, load):
                 task.cancel()
-            await asyncio.gather(watching, load, return_exceptions=True)
+            await asyncio.gather(*watching, load, return_exceptions=True)
         await self._at_rest(before)
         return self.seen
 

@@ -152,6 +152,10 @@ class Deployment:
         """POST a JSON document to the admin listener. Raises ValueError for an answer that is an error."""
         return await self._ask("POST", path, msgspec.json.encode(body))
 
+    async def put(self, path: str, body: dict[str, Any]) -> Any:
+        """PUT a JSON document to the admin listener. Raises ValueError for an answer that is an error."""
+        return await self._ask("PUT", path, msgspec.json.encode(body))
+
     async def _ask(self, method: str, path: str, body: bytes) -> Any:
         self._living()
         token, local = read_secret(self.run_dir / "secrets" / "admin.token"), self.run_dir / "sockets" / "admin.sock"

@@ -4,6 +4,10 @@ stream is wrong or lost, whoever dies meanwhile."""
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +75,29 @@ async def test_it_grows_under_load_and_shrinks_after_it_and_no_stream_is_wrong(
     ]
     assert all(operation["op_id"].startswith("policy-") for operation in orders)
     assert {operation["outcome"] for operation in orders} == {"done"}
+    command = [sys.executable, "-m", "elasticmoe.cli.main", "policy", "replay", "--json"]
+    replayed = subprocess.run(
+        [*command, "--run-dir", str(deployment.run_dir)], capture_output=True, text=True, timeout=60.0
+    )
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    again = json.loads(replayed.stdout)
+    assert len(again["policy"]) >= len(orders), "each order was recorded with all that it was made from"
+    assert (again["different"], again["unreadable"]) == ([], 0)
+
+
+@pytest.mark.slow
+def test_chaos_lets_the_policy_decide_under_bursts_while_processes_are_killed() -> None:
+    flags = ("--minutes", "0.3", "--fault-every", "6", "--clients", "24", "--devices", "host:3", "--seed", "2")
+    command = [sys.executable, "-m", "elasticmoe.cli.main", "chaos", "--act", *flags]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=dict(os.environ) | {"COLUMNS": "200"}
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    told = ran.stdout + ran.stderr
+    for row in ("no token was wrong", "size and target within 1 to 3", "the size was what the policy wants"):
+        (line,) = [line for line in told.splitlines() if row in line]
+        assert " yes " in line, line
+    assert "2 replicas" in told, "it never grew"
 
 
 async def test_advice_changes_nothing_and_writers_do_not_overwrite_one_another(

@@ -11,6 +11,7 @@ import pytest
 
 from elasticmoe.cli.chaos import Verdict, judge, judge_abuse
 from elasticmoe.cli.chaos_abuse import Abuse
+from elasticmoe.cli.chaos_act import Acted, draw_bursts
 from elasticmoe.cli.chaos_attacks import ATTACKS, CLOSED, Target
 from elasticmoe.cli.chaos_faults import DEVICE, KILL, LOSE, STOP, TARGETS, Fault, Resize, draw_faults, draw_resizes
 from elasticmoe.cli.chaos_load import BROKEN, HUNG, Tally
@@ -30,6 +31,16 @@ def test_half_an_hour_has_every_kind_of_fault_about_every_30_seconds() -> None:
     assert {fault.kind for fault in faults} == {KILL, STOP, LOSE}
     assert all((fault.target == DEVICE) == (fault.kind == LOSE) for fault in faults)
     assert all((fault.seconds > 0) == (fault.kind == STOP) for fault in faults)
+
+
+def test_the_load_of_a_run_in_which_the_policy_acts_rises_and_falls_and_processes_are_only_killed() -> None:
+    bursts = draw_bursts(3, 300.0, 32)
+    assert bursts == draw_bursts(3, 300.0, 32) != draw_bursts(4, 300.0, 32)
+    assert [burst.clients for burst in bursts[:4]] == [32, 3, 32, 3]
+    assert sum(burst.seconds for burst in bursts) >= 300.0
+    faults = draw_faults(3, 1_800, 20, only_kills=True)
+    assert {fault.kind for fault in faults} == {KILL}
+    assert {fault.target for fault in faults} == {*TARGETS}
 
 
 def test_resizes_stay_within_the_devices_and_name_replicas_that_are_there() -> None:
@@ -84,6 +95,27 @@ def seen_with(**changes: Any) -> Seen:
 )
 def test_what_is_wrong_is_named(changes: dict[str, Any], tally: dict[str, Any], expected: set[str]) -> None:
     assert broken(judge(seen_with(**changes), Tally(good=10, **tally))) == expected
+
+
+def operation_of(kind: str, outcome: str | None) -> dict[str, Any]:
+    return {"op_id": "policy-1-2.000", "kind": kind, "outcome": outcome}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, set()),
+        ({"sizes": [1, 3, 5]}, {"size and target within 1 to 4"}),
+        ({"targets": [1, 0]}, {"size and target within 1 to 4"}),
+        ({"operations": [operation_of("scale_up", None)]}, {"every operation of the policy ended"}),
+        ({"settled_s": None, "reason": "recovering"}, {"the size was what the policy wants"}),
+    ],
+)
+def test_what_the_policy_did_wrong_is_named(changes: dict[str, Any], expected: set[str]) -> None:
+    ended = [operation_of("scale_up", "done"), operation_of("scale_down", "aborted")]
+    known = {"sizes": [1, 3, 1], "targets": [3, 1], "operations": ended, "settled_s": 9.0, "reason": "at_min"}
+    verdicts = judge(seen_with(acted=Acted(1, 4, **{**known, **changes})), Tally(good=10))
+    assert {verdict.what for verdict in verdicts if verdict.has_held is False} == expected
 
 
 def test_a_pause_counts_whole_wherever_in_it_the_window_ends() -> None:
