@@ -98,7 +98,6 @@ class Server(Generic[T]):
         """Raises Conflict when another process has bound `path`, unless this one `takes_over`."""
         self.identity = identity
         self.num_bad = 0
-        self.num_unsent = 0
         self._codec = codec
         self._lock = None if takes_over else PathLock(path)
         self._path = path
@@ -159,7 +158,6 @@ class Server(Generic[T]):
         try:
             self._socket.send_multipart([peer, raw], zmq.NOBLOCK)
         except zmq.ZMQError:
-            self.num_unsent += 1
             return False
         return True
 

@@ -103,7 +103,7 @@ class Bus:
         """
 
     def stage_membership(self, generation: int, members: int, epoch: int) -> None:
-        """Offer the next *running* membership, that any member may then make current by ``flip``. Wakes nobody (``nudge``).
+        """Offer the next *running* membership, that any member may then make current by ``flip``.
 
         Does nothing if just this is staged already. ``ValueError`` unless ``generation`` is greater than the current one and
         than any staged before, the current one is running, and nothing else is staged upon it (``set_membership`` makes that
@@ -152,9 +152,6 @@ class Bus:
     def is_waiting_for_device(self, slot: int) -> bool:
         """What the rank of a slot has said last."""
 
-    def step_count(self, slot: int) -> int:
-        """Number of steps that a slot completed. Counts on across incarnations."""
-
     # Meeting. `deadline_ms` is from now, ≥ 0; the own slot must be joined and a member (ValueError).
     def barrier(self, generation: int, deadline_ms: float) -> None:
         """Block until every member has arrived as often as this rank in this generation.
@@ -169,13 +166,10 @@ class Bus:
         """
 
     def idle_wait(self, generation: int, deadline_ms: float) -> bool:
-        """Sleep without arriving, until a peer waits at the next barrier or ``nudge`` was called for this slot: True.
+        """Sleep without arriving, until a peer waits at the next barrier: True.
 
         False at the deadline. ``BusAborted`` as in ``barrier``. An idle rank waits here rather than stepping with no tokens.
         """
-
-    def nudge(self, slot: int) -> None:
-        """Wake ``idle_wait`` of a slot, or make its next call return at once. From any thread or process."""
 
     # Token exchange of one MoE layer: dispatch, experts, combine.
     def dispatch(

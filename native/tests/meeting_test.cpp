@@ -106,7 +106,6 @@ TEST(misuse_is_refused) {
   CHECK_THROWS(std::invalid_argument, meet(hmm, 1, 0));   // an observer
   CHECK(meet(rank, 2, 0) == Outcome::aborted);
   CHECK_THROWS(std::invalid_argument, bus.open(8));
-  CHECK_THROWS(std::invalid_argument, rank.nudge(8));
 }
 
 TEST(threads_stay_in_lockstep) {
@@ -232,7 +231,7 @@ TEST(counts_may_wrap) {
   CHECK((rank.segment().slot(0).arrived.load() & 0xFFFFFFFF) == 1);
 }
 
-TEST(idlers_wake_for_a_peer_and_for_a_nudge) {
+TEST(idlers_wake_for_a_peer) {
   Fixture bus;
   Meeting hmm = bus.open();
   hmm.set_membership(1, 0b11, true);
@@ -241,21 +240,12 @@ TEST(idlers_wake_for_a_peer_and_for_a_nudge) {
   first.join(1);
   second.join(2);
   CHECK(finish([&] { return first.idle_wait(1, in_ms(3)); }) == Outcome::timeout);
-  hmm.nudge(0);
-  CHECK(finish([&] { return first.idle_wait(1, in_ms(1000)); }) == Outcome::done);
-  CHECK(finish([&] { return first.idle_wait(1, in_ms(3)); }) == Outcome::timeout);
-  for (const bool is_nudge : {true, false}) {
-    std::atomic<Outcome> outcome{Outcome::timeout};
-    std::thread idler([&] { outcome = finish([&] { return first.idle_wait(1, in_ms(60'000)); }); });
-    while (hmm.segment().wakeup().num_idlers == 0) std::this_thread::yield();
-    if (is_nudge) {
-      hmm.nudge(0);
-    } else {
-      CHECK(second.arrive(1, Kind::barrier, 0) == Outcome::done);
-    }
-    idler.join();
-    CHECK(outcome == Outcome::done);
-  }
+  std::atomic<Outcome> outcome{Outcome::timeout};
+  std::thread idler([&] { outcome = finish([&] { return first.idle_wait(1, in_ms(60'000)); }); });
+  while (hmm.segment().wakeup().num_idlers == 0) std::this_thread::yield();
+  CHECK(second.arrive(1, Kind::barrier, 0) == Outcome::done);
+  idler.join();
+  CHECK(outcome == Outcome::done);
   CHECK(meet(first, 1, in_ms(1000)) == Outcome::done);
   CHECK(second.wait(in_ms(1000)) == Outcome::done);
   hmm.set_membership(2, 0b11, false);

@@ -294,14 +294,9 @@ void bind_bus(nb::module_& module) {
             return bus.slot(slot).is_waiting_for_device.load(std::memory_order_relaxed) != 0;
           },
           "slot"_a)
-      .def(
-          "step_count",
-          [](PyBus& bus, int64_t slot) { return bus.slot(slot).num_steps.load(std::memory_order_relaxed); }, "slot"_a)
       .def("barrier", &PyBus::barrier, "generation"_a, "deadline_ms"_a)
       .def("step", &PyBus::step, "generation"_a, "num_tokens"_a, "flags"_a, "deadline_ms"_a)
       .def("idle_wait", &PyBus::idle_wait, "generation"_a, "deadline_ms"_a)
-      .def(
-          "nudge", [](PyBus& bus, int64_t slot) { bus.meeting().nudge(natural<uint32_t>("slot", slot)); }, "slot"_a)
       .def("dispatch", &PyBus::dispatch, "routing"_a, "generation"_a, "x_addr"_a, "ids_addr"_a, "w_addr"_a, "n"_a,
            "rows_addr"_a, "rows_cap"_a, "counts_addr"_a, "deadline_ms"_a)
       .def("combine", &PyBus::combine, "routing"_a, "generation"_a, "y_addr"_a, "out_addr"_a, "n"_a, "deadline_ms"_a)

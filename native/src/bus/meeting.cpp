@@ -193,12 +193,6 @@ void Meeting::wake_all() {
   futex_wake_all(segment_.wakeup().word);
 }
 
-void Meeting::nudge(uint32_t slot) {
-  require(slot < segment_.geometry().max_ranks, "slot must be below the bus's max_ranks");
-  segment_.slot(slot).is_nudged.store(1, std::memory_order_seq_cst);
-  wake(segment_.wakeup().num_idlers.load(std::memory_order_seq_cst));
-}
-
 bool Meeting::is_under_way(uint32_t generation, Kind kind) const {
   if (!met_.is_pending || met_.generation != generation) return false;
   require(met_.kind == kind, "another call that timed out must be ended first in this generation");
@@ -350,11 +344,10 @@ Outcome Meeting::idle_wait(uint32_t generation, int64_t deadline_ns) {
   for (;;) {
     const uint32_t seen = wakeup.word.load(std::memory_order_seq_cst);
     if (const Outcome outcome = check_current(generation); outcome != Outcome::done) return outcome;
-    Slot& mine = segment_.slot(slot());
-    const uint64_t word = mine.arrived.load(std::memory_order_seq_cst);
+    const uint64_t word = segment_.slot(slot()).arrived.load(std::memory_order_seq_cst);
     const uint32_t own_count = generation_of(word) == generation ? count_of(word) : 0;
     wakeup.num_idlers.fetch_add(1, std::memory_order_seq_cst);
-    const bool is_wanted = is_peer_ahead(membership(), own_count) || mine.is_nudged.exchange(0) != 0;
+    const bool is_wanted = is_peer_ahead(membership(), own_count);
     const bool is_over = is_wanted || was_signalled || now_ns() >= slice_end;
     if (!is_over) was_signalled = !futex_wait(wakeup.word, seen, slice_end);
     wakeup.num_idlers.fetch_sub(1, std::memory_order_seq_cst);

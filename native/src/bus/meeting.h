@@ -62,7 +62,6 @@ class Meeting {
 
   void join(uint64_t incarnation);
   void leave();
-  void nudge(uint32_t slot);
 
   // Meets the others; `payload` goes to all of them, and must be the same from all for dispatch and combine (else
   // `desync`). Blocks until the deadline at most, in slices.
@@ -83,7 +82,7 @@ class Meeting {
   uint64_t members() const { return met_.members; }
   bool is_current(uint32_t generation) const;
 
-  // Sleeps without arriving until a peer waits at the next meeting or this slot is nudged (`done`).
+  // Sleeps without arriving until a peer waits at the next meeting (`done`).
   Outcome idle_wait(uint32_t generation, int64_t deadline_ns);
 
   const Segment& segment() const { return segment_; }

@@ -15,7 +15,7 @@ namespace elasticmoe::bus {
 inline constexpr uint32_t kMaxRanks = 64;
 inline constexpr uint32_t kMaxTopK = 256;
 inline constexpr uint64_t kMagic = 0x31535542454F4D45;  // "EMOEBUS1"
-inline constexpr uint32_t kVersion = 2;
+inline constexpr uint32_t kVersion = 3;
 inline constexpr size_t kLine = 64;
 inline constexpr uint32_t kNumEntries = 4;
 
@@ -83,7 +83,6 @@ struct Slot {
   std::atomic<uint64_t> progress;
   std::atomic<uint64_t> num_steps;
   std::atomic<uint32_t> is_waiting_for_device;
-  alignas(kLine) std::atomic<uint32_t> is_nudged;
 };
 
 struct alignas(kLine) Mailbox {
@@ -92,7 +91,7 @@ struct alignas(kLine) Mailbox {
 
 static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
 static_assert(sizeof(Header) == kLine && sizeof(Membership) == 2 * kLine && sizeof(Wakeup) == kLine);
-static_assert(sizeof(Slot) == 3 * kLine && alignof(Slot) == kLine && sizeof(Mailbox) == kLine);
+static_assert(sizeof(Slot) == 2 * kLine && alignof(Slot) == kLine && sizeof(Mailbox) == kLine);
 
 uint64_t bus_bytes(const Geometry& geometry);
 void format_bus(uint64_t addr, uint64_t nbytes, const Geometry& geometry);

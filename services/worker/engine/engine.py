@@ -9,8 +9,6 @@ What fails in one sequence's own part of a step ends that sequence alone. Whose 
 
 from __future__ import annotations
 
-import time
-
 import msgspec
 import torch
 
@@ -170,11 +168,9 @@ class Engine:
         """
         self._exchange.begin_step(total_tokens, deadline_ms)
         batch = Batch([self._part(chunk) for chunk in plan.chunks], self._block_size)
-        started = time.perf_counter_ns()
         logits = self._model.forward(batch, self._exchange)
-        forward_ns = time.perf_counter_ns() - started
         times = self._model.times
-        self.cost = StepCost(forward_ns - times.exchange_ns, times.exchange_ns - times.wait_ns, times.wait_ns)
+        self.cost = StepCost(times.total_ns - times.exchange_ns, times.exchange_ns - times.wait_ns, times.wait_ns)
         return self._choose(plan.chunks, logits)
 
     def _part(self, chunk: Chunk) -> BatchPart:
