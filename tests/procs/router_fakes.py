@@ -237,5 +237,5 @@ def _logprob(token_id: int, num_top: int, top: tuple[tuple[int, float], ...] | N
 
 def layout_of(*replicas: int, epoch: int = 1) -> Layout:
     """A layout of one layer whose experts all live on the first replica's device."""
-    seats = tuple(Seat(RankId(replica, 0), slot, f"host{slot}") for slot, replica in enumerate(replicas))
+    seats = tuple(Seat(RankId(replica, 0), slot, f"host:{slot}") for slot, replica in enumerate(replicas))
     return Layout(epoch, 1, seats, (((0,),) * 4,))
