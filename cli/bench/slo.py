@@ -176,7 +176,7 @@ def report(results: Sequence[SloResult], pace: str) -> list[str]:
     for found in comparisons(results):
         share = "none has violations" if found.violations is None else f"{found.violations:.2f} times its violations"
         lines.append(
-            f"ours beside {found.baseline}: {share} (aim {found.violations_max:.2f}), {found.device_seconds:.2f} times "
+            f"ours beside {found.baseline}: {share} (aim {found.violations_max:.2f}), {found.device_seconds:.3f} times "
             f"its device-seconds (aim below 1): {'met' if found.is_met else 'not met'}"
         )
     low = [one for one in runs_by_method(results).get(STATIC_MOST, []) if one.attainment < STATIC_MOST_MIN]
