@@ -90,8 +90,6 @@ class Bus:
     @property
     def top_k(self) -> int:
         """Expert choices of one token."""
-    spin_us: int
-    """Microseconds to spin before sleeping in a barrier. -1 (the default) chooses: 30 where every member can have a core, else 0."""
 
     # Membership: written by the HMM alone, but for `flip`.
     def set_membership(self, generation: int, members: int, running: bool, epoch: int = 0) -> None:
@@ -123,10 +121,6 @@ class Bus:
 
     def membership(self) -> tuple[int, int, bool, int]:
         """``(generation, members, running, epoch)``, all of one publication; ``(0, 0, False, 0)`` before the first. Never blocks."""
-
-    def wait_membership(self, generation: int, deadline_ms: float) -> tuple[int, int, bool, int]:
-        """Block until the generation is greater than ``generation`` and return ``membership``; ``BusTimeout`` after
-        ``deadline_ms`` from now."""
 
     # The own slot and others' slots.
     def join(self, incarnation: int) -> None:

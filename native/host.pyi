@@ -74,9 +74,6 @@ def punch_hole(fd: int, offset: int, nbytes: int) -> None:
 def copy(dst_addr: int, src_addr: int, nbytes: int) -> None:
     """Copy memory. The two parts must not overlap (``ValueError``)."""
 
-def zero(addr: int, nbytes: int) -> None:
-    """Fill memory with zeros."""
-
 def checksum(addr: int, nbytes: int) -> int:
     """XXH64 of memory with seed 0: 64 bits, not cryptographic."""
 

@@ -251,13 +251,3 @@ TEST(idlers_wake_for_a_peer) {
   hmm.set_membership(2, 0b11, false);
   CHECK(finish([&] { return first.idle_wait(1, in_ms(3)); }) == Outcome::aborted);
 }
-
-TEST(membership_can_be_awaited) {
-  Fixture bus;
-  Meeting hmm = bus.open();
-  Meeting rank = bus.open(0);
-  CHECK(finish([&] { return rank.wait_membership(0, in_ms(3)); }) == Outcome::timeout);
-  std::thread publisher([&] { hmm.set_membership(1, 1, true); });
-  CHECK(finish([&] { return rank.wait_membership(0, in_ms(60'000)); }) == Outcome::done);
-  publisher.join();
-}

@@ -87,10 +87,10 @@ def test_other_bytes_are_no_catalog(raw: bytes) -> None:
 
 
 def test_another_version_is_no_catalog() -> None:
-    with pytest.raises(ValueError, match="version 2 is not 3"):
-        decode(encode(msgspec.structs.replace(catalog(), version=2)))
-    with pytest.raises(ValueError, match="version 2 is not 3"):  # whatever that one holds
-        decode(msgspec.msgpack.encode({"version": 2, "transition": {"request": {"op_id": "op/0.0"}}}))
+    with pytest.raises(ValueError, match="version 3 is not 4"):
+        decode(encode(msgspec.structs.replace(catalog(), version=3)))
+    with pytest.raises(ValueError, match="version 3 is not 4"):  # whatever that one holds
+        decode(msgspec.msgpack.encode({"version": 3, "transition": {"request": {"op_id": "op/0.0"}}}))
 
 
 def test_every_expert_has_one_home_and_every_device_the_rest() -> None:

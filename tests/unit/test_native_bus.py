@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -82,9 +83,6 @@ def test_membership_only_grows(segment):
     for generation, members in [(5, 1), (4, 1), (6, 1 << 4), (2**32, 1)]:
         with pytest.raises(ValueError):
             hmm.set_membership(generation, members, True)
-    assert hmm.wait_membership(4, 0) == (5, 0b11, True, 2**64 - 1)
-    with pytest.raises(BusTimeout):
-        hmm.wait_membership(5, 1)
     hmm.set_membership(6, 0b1, False)
     assert hmm.membership() == (6, 0b1, False, 0)
 
@@ -139,7 +137,8 @@ def test_members_flip_in_step(segment):
         steps_by_epoch = dict.fromkeys((1, 2), 0)
         generation, members, _, epoch = rank.membership()
         while not members >> slot & 1:
-            generation, members, _, epoch = rank.wait_membership(generation, LONG_MS)
+            time.sleep(0.0005)
+            generation, members, _, epoch = rank.membership()
         while members >> slot & 1 and steps_by_epoch[2] < steps:
             staged = rank.staged()[0]
             try:

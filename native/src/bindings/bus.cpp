@@ -78,15 +78,6 @@ class PyBus {
     return {view.generation, view.members, view.epoch};
   }
 
-  MembershipTuple wait_membership(int64_t generation, double deadline_ms) {
-    const auto known = natural<uint32_t>("generation", generation);
-    const int64_t deadline = deadline_from_ms(deadline_ms);
-    if (!block_or_time_out(known, [&] { return meeting_.wait_membership(known, deadline); })) {
-      raise(errors.timeout, "no greater generation was published before the deadline");
-    }
-    return membership();
-  }
-
   void join(uint64_t incarnation) {
     const Busy busy(*this);
     meeting_.join(incarnation);
@@ -245,12 +236,6 @@ void bind_bus(nb::module_& module) {
       .def_prop_ro("max_tokens", [](PyBus& bus) { return bus.geometry().max_tokens; })
       .def_prop_ro("hidden", [](PyBus& bus) { return bus.geometry().hidden; })
       .def_prop_ro("top_k", [](PyBus& bus) { return bus.geometry().top_k; })
-      .def_prop_rw(
-          "spin_us", [](PyBus& bus) { return bus.meeting().spin_us.load(std::memory_order_relaxed); },
-          [](PyBus& bus, int64_t spin_us) {
-            require(spin_us >= -1 && spin_us <= 1'000'000, "spin_us must be from -1 to 1000000");
-            bus.meeting().spin_us.store(static_cast<int>(spin_us), std::memory_order_relaxed);
-          })
       .def(
           "set_membership",
           [](PyBus& bus, int64_t generation, uint64_t members, bool running, uint64_t epoch) {
@@ -271,7 +256,6 @@ void bind_bus(nb::module_& module) {
           },
           "generation"_a)
       .def("membership", &PyBus::membership)
-      .def("wait_membership", &PyBus::wait_membership, "generation"_a, "deadline_ms"_a)
       .def("join", &PyBus::join, "incarnation"_a)
       .def("leave", [](PyBus& bus) { bus.meeting().leave(); })
       .def(

@@ -92,9 +92,6 @@ void bind_pages(nb::module_& module) {
       },
       "dst_addr"_a, "src_addr"_a, "nbytes"_a);
   module.def(
-      "zero", [](uint64_t addr, int64_t nbytes) { without_gil([&] { zero_memory(addr, natural("nbytes", nbytes)); }); },
-      "addr"_a, "nbytes"_a);
-  module.def(
       "checksum",
       [](uint64_t addr, int64_t nbytes) {
         uint64_t hash = 0;

@@ -159,17 +159,6 @@ bool Meeting::is_current(uint32_t generation) const {
   return generation_of(word) == generation && (word & kRunningBit) != 0;
 }
 
-Outcome Meeting::wait_membership(uint32_t known_generation, int64_t deadline_ns) {
-  std::atomic<uint32_t>& word = segment_.wakeup().word;
-  const uint32_t seen = word.load(std::memory_order_seq_cst);
-  if (membership().generation > known_generation) return Outcome::done;
-  const int64_t now = now_ns();
-  if (now >= deadline_ns) return Outcome::timeout;
-  futex_wait(word, seen, std::min(deadline_ns, now + kSliceNs));
-  if (membership().generation > known_generation) return Outcome::done;
-  return now_ns() >= deadline_ns ? Outcome::timeout : Outcome::interrupted;
-}
-
 void Meeting::join(uint64_t incarnation) {
   require(incarnation != 0, "incarnation must not be zero");
   segment_.slot(slot()).is_waiting_for_device.store(0, std::memory_order_relaxed);  // a predecessor may have died so

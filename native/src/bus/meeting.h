@@ -58,7 +58,6 @@ class Meeting {
   MembershipView staged() const;
   // Makes what is staged current and wakes everybody; true if that generation is current now, whoever did it.
   bool flip(uint32_t generation);
-  Outcome wait_membership(uint32_t known_generation, int64_t deadline_ns);
 
   void join(uint64_t incarnation);
   void leave();

@@ -110,11 +110,6 @@ void copy_memory(uint64_t dst_addr, uint64_t src_addr, uint64_t nbytes) {
   if (nbytes != 0) std::memcpy(pointer<void>(dst_addr), pointer<const void>(src_addr), nbytes);
 }
 
-void zero_memory(uint64_t addr, uint64_t nbytes) {
-  require_memory("addr", addr, nbytes);
-  if (nbytes != 0) std::memset(pointer<void>(addr), 0, nbytes);
-}
-
 uint64_t checksum_memory(uint64_t addr, uint64_t nbytes) {
   require_memory("addr", addr, nbytes);
   return xxh64(pointer<const void>(addr), nbytes);

@@ -20,7 +20,6 @@ void write_from(int fd, uint64_t file_offset, uint64_t addr, uint64_t nbytes);
 void read_into(int fd, uint64_t file_offset, uint64_t addr, uint64_t nbytes, uint64_t& done);
 
 void copy_memory(uint64_t dst_addr, uint64_t src_addr, uint64_t nbytes);
-void zero_memory(uint64_t addr, uint64_t nbytes);
 uint64_t checksum_memory(uint64_t addr, uint64_t nbytes);
 uint64_t resident_bytes(uint64_t addr, uint64_t nbytes);
 

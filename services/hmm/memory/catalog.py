@@ -18,7 +18,7 @@ Phase = Literal[
     "vacating", "copying", "staged", "committed", "releasing", "released", "aborting", "aborted", "failed"
 ]  # scaler.TransitionStatus has them, and `flipped`, which only the bus knows
 
-VERSION = 3  # of the serialized form
+VERSION = 4  # of the serialized form
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
