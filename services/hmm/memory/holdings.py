@@ -159,7 +159,7 @@ class Holdings:
         self.write()
 
     def discard(self) -> None:
-        """A load failed and has released its handles: end the rest of what `prepare` made."""
+        """End what `prepare` made: a load failed and has released its handles, or all is closed."""
         if self.segment is not None:
             self.segment.close()
             self.segment = None
@@ -248,12 +248,7 @@ class Holdings:
         for memory in self.memories.values():
             memory.close()
         self.memories.clear()
-        if self.segment is not None:
-            self.segment.close()
-            self.segment = None
-        for fd in self.doorbells.values():
-            os.close(fd)
-        self.doorbells.clear()
+        self.discard()
         if self._snapshot is not None:
             self._snapshot.close()
             self._snapshot = None

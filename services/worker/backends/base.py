@@ -229,5 +229,11 @@ class ComputeBackend(ABC):
         """The `count` greatest, best first; of equals the lower id first."""
 
 
+def inverse_frequencies(spec: AttentionSpec) -> torch.Tensor:
+    """float32 [D / 2]: how fast each pair of a head's elements rotates with the position. The same bits for all."""
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
+    return 1.0 / torch.pow(spec.rope.theta, exponents)
+
+
 def _is_there(n: int) -> None:
     """Nothing to copy: the device computes in host memory."""

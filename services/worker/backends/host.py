@@ -15,7 +15,7 @@ import torch
 from elasticmoe.common.model_spec import AttentionSpec, MoeSpec
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.native import kernels
-from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation
+from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, inverse_frequencies
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
 
@@ -129,9 +129,7 @@ class HostBackend(ComputeBackend):
 
     def rope_table(self, spec: AttentionSpec, out_ND: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
-        exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-        inv_freq: torch.Tensor = 1.0 / (spec.rope.theta**exponents)
-        out = _activations(out_ND, spec.head_dim)
+        inv_freq, out = inverse_frequencies(spec), _activations(out_ND, spec.head_dim)
 
         def run(step: _HostBatch) -> None:
             kernels.rope_table(step.parts, inv_freq.data_ptr(), out)

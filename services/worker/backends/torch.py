@@ -20,7 +20,7 @@ from torch.nn.functional import silu
 from elasticmoe.common.model_spec import AttentionSpec, MoeSpec
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends import torch_sampling
-from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation
+from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, inverse_frequencies
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
 
@@ -161,8 +161,7 @@ class TorchBackend(ComputeBackend):
 
     def rope_table(self, spec: AttentionSpec, out_ND: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
-        exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-        inv_freq: torch.Tensor = (1.0 / (spec.rope.theta**exponents)).to(self.device)
+        inv_freq = inverse_frequencies(spec).to(self.device)
         half = spec.head_dim // 2
         self._check_rows(out_ND, spec.head_dim)
 
