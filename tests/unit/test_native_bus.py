@@ -4,7 +4,6 @@ import ctypes
 import mmap
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -131,13 +130,14 @@ def test_members_flip_in_step(segment):
     """One rank goes, one comes; each computes every step of both generations but the one that flips."""
     hmm = segment.open()
     hmm.set_membership(1, 0b011, True, 1)
+    has_flipped = threading.Event()
 
     def run(slot, steps):
         rank = segment.join(slot)
         steps_by_epoch = dict.fromkeys((1, 2), 0)
         generation, members, _, epoch = rank.membership()
         while not members >> slot & 1:
-            time.sleep(0.0005)
+            assert has_flipped.wait(LONG_MS / 1e3)
             generation, members, _, epoch = rank.membership()
         while members >> slot & 1 and steps_by_epoch[2] < steps:
             staged = rank.staged()[0]
@@ -148,6 +148,7 @@ def test_members_flip_in_step(segment):
                 continue
             if staged and all(flags == staged for _, _, flags in entries):
                 assert rank.flip(staged)
+                has_flipped.set()
                 generation, members, _, epoch = rank.membership()
                 continue
             steps_by_epoch[epoch] += 1
