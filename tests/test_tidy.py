@@ -386,9 +386,9 @@ def test_a_class_name_means_one_thing() -> None:
 
 
 def test_the_command_line_stays_out_of_services() -> None:
-    """What it needs of a running service it asks for. Planning and policy are libraries: `bench plan`
-    measures the limits of the one, `policy replay` tries the other, and makes recorded decisions again."""
-    libraries = ("planning.", "policy.", "control.replay")
+    """What it needs of a running service it asks for. Planning and policy are libraries: `bench plan`, `bench policy`
+    measure their limits, `policy replay` tries the one and makes again what was decided."""
+    libraries = ("planning.", "policy.", "control.autoscaling", "control.replay", "observation")
     found = [
         f"{name(path)}:{line} imports {what}"
         for path in CODE

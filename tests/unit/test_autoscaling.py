@@ -9,14 +9,16 @@ import pytest
 
 from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
+from elasticmoe.services.scaler.control import autoscaling
 from elasticmoe.services.scaler.control.audit_log import TurnTaken, is_notable, turn_taken
-from elasticmoe.services.scaler.control.autoscaling import Autoscaling, follow_load, remembered
+from elasticmoe.services.scaler.control.autoscaling import NO_PLAN_S, PRICE_S, Autoscaling, follow_load, remembered
 from elasticmoe.services.scaler.control.reconciler import reconcile
 from elasticmoe.services.scaler.control.state import State, Status
 from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.operation.operation import Figures, Operation, Planned
 from elasticmoe.services.scaler.planning.plan import Rates
 from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.facts import ChangePrice
 from elasticmoe.services.scaler.policy.figures import Signals
 from elasticmoe.services.scaler.policy.state import Decision, Reason
 from elasticmoe.services.scaler.policy.step_model import StepModel
@@ -216,6 +218,36 @@ def test_a_deployment_that_nobody_asks_anything_shrinks_however_slow_its_steps_a
 
     assert (last(idle).reason, last(idle).target) == (Reason.SHRINK_IDLE, 1)
     assert last(signals(0.1)).reason is Reason.WOULD_SATURATE, "a request would be too slow, and slower there"
+
+
+def test_the_planner_is_asked_for_a_price_again_only_where_it_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[float]()
+    known: list[ChangePrice | None] = [ChangePrice(1.0, 1.0, 10, 0.01)]
+
+    def price(*_: object) -> ChangePrice | None:
+        asked.append(now)
+        return known[0]
+
+    monkeypatch.setattr(autoscaling, "_price", price)
+    idle = load(signals(0.0, running=0.0, kv_used=0.0, kv_share_most=0.0))
+    dear = msgspec.structs.replace(idle, config=PolicyConfig(mode="act", price_factor=1_000.0))
+    after, now = Autoscaling(), 0.0
+    for second in range(70 + int(PRICE_S)):
+        now = float(second)
+        after, actions = decide(dear, now, after)
+        assert actions == ()
+    assert after.decision is not None
+    assert after.decision.reason is Reason.NOT_WORTH
+    assert [at - asked[0] for at in asked] == [0.0, PRICE_S]
+    now += 1.0
+    after, _ = decide(msgspec.structs.replace(dear, devices=DEVICES[:3]), now, after)
+    assert len(asked) == 3, "other devices, another plan"
+    known[0] = None
+    for _ in range(2):
+        now += NO_PLAN_S
+        after, _ = decide(dear, now, after)
+    assert after.decision is not None
+    assert (len(asked), after.decision.reason) == (5, Reason.NO_PLAN), "a refusal does not last"
 
 
 def ordered(number: int, accepted_unix: float, before: int, after: int, **changes: Any) -> Operation:

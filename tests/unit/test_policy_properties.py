@@ -218,6 +218,20 @@ def test_a_step_model_is_found_again(scale: tuple[float, ...], seed: int) -> Non
     assert found.seconds(1_000, 40_000, 30) == pytest.approx(true.seconds(1_000, 40_000, 30), rel=1e-6)
 
 
+def test_of_the_steps_of_hundreds_of_ranks_some_of_many_ranks_are_learned() -> None:
+    models, true = step_model.StepModels(), step_model.StepModel(0.02, 1e-5, 1e-7, 1e-3)
+    told = [(at % 8 * 64, rank * 100, at % 8 + rank % 3) for rank in range(384) for at in range(8)]
+    models.learn(384, [StepSample(true.seconds(*work), *work, 50) for work in told])
+    samples = models._samples[384]
+    assert 32 <= len(samples) <= step_model.SAMPLES
+    kept = [one for bucket in samples._buckets.values() for one in bucket]
+    assert len({one.kv_tokens for one in kept}) >= 32, "of many ranks"
+    assert len({one.prefill_tokens for one in kept}) >= 4, "and of many places in what a rank tells"
+    models.learn(2, [])
+    models.learn(1, [StepSample(0.02, 1, 1, 1, 50)])
+    assert (len(models._samples[2]), len(models._samples[1])) == (0, 1)
+
+
 def test_one_operating_point_does_not_push_out_the_others() -> None:
     samples = step_model.Samples()
     for number in range(200):

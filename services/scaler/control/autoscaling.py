@@ -28,7 +28,23 @@ from elasticmoe.services.scaler.policy.state import Decision, PolicyState, Reaso
 from elasticmoe.services.scaler.policy.step_model import nearest
 
 REACTION_S = 1.0  # of a growth, before one has been seen
+PRICE_S, NO_PLAN_S = 300.0, 30.0  # for so long a price counts, and that there is none
 _KINDS: dict[str, Literal["grow", "shrink", "other"]] = {"scale_up": "grow", "scale_down": "shrink"}
+
+
+class Priced(msgspec.Struct, frozen=True):
+    """What the planner said of the change of the layout `epoch` to `width`, where so many devices could be used."""
+
+    epoch: int
+    width: int
+    devices: int
+    at_s: float
+    price: ChangePrice | None
+
+    def tells(self, epoch: int, width: int, devices: int, now: float) -> bool:
+        """Whether it is an answer to this question too. What a plan costs changes little while the layout stays."""
+        kept_s = PRICE_S if self.price is not None else NO_PLAN_S
+        return (self.epoch, self.width, self.devices) == (epoch, width, devices) and now - self.at_s < kept_s
 
 
 class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +55,7 @@ class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
     resized_at: when the number of replicas changed last, and `replicas`: which it was seen to be
     lost_at: when a device was lost last
     reaction_s: what the last growth took until its replicas served
+    priced: the last price: with hundreds of devices, a plan takes the planner a tenth of a second
     """
 
     policy: PolicyState = PolicyState()
@@ -47,6 +64,7 @@ class Autoscaling(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int | None = None
     lost_at: float | None = None
     reaction_s: float = REACTION_S
+    priced: Priced | None = None
 
 
 def follow_load(
@@ -79,12 +97,17 @@ def follow_load(
     def width_facts(width: int) -> WidthFacts:
         return _width_facts(load, layout, width)
 
+    priced = after.priced
+
     def price(width: int) -> ChangePrice | None:
-        return _price(load, layout, width)
+        nonlocal priced
+        if priced is None or not priced.tells(layout.epoch, width, len(load.devices), now):
+            priced = Priced(layout.epoch, width, len(load.devices), now, _price(load, layout, width))
+        return priced.price
 
     decision = recommend(load.config, load.signals, facts, width_facts, price, after.policy, now)
     last_decision = msgspec.structs.replace(decision, state=PolicyState())  # which is `policy`
-    after = msgspec.structs.replace(after, policy=decision.state, decision=last_decision)
+    after = msgspec.structs.replace(after, policy=decision.state, decision=last_decision, priced=priced)
     return after, _actions(decision)
 
 

@@ -153,7 +153,7 @@ class Intake:
         rank.newest_s = ended
         share = window.kv_used / window.kv_total if window.kv_total else 1.0
         rank.row = (window.queued_prefill_tokens, window.running, window.kv_used, share)
-        rank.step_s = sum(step.seconds for step in window.steps) / len(window.steps) if window.steps else 0.0
+        rank.step_s = sum([step.seconds for step in window.steps]) / len(window.steps) if window.steps else 0.0
 
     def take_steps(self) -> list[StepSample]:
         """The steps that were told since the last call, of the layout in force."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -20,6 +20,7 @@ from elasticmoe.common.protocol.signals import StepSample
 SAMPLES = 64
 BUCKETS = 4
 WARM_UP_STEPS = 20  # after a cutover: caches are cold, and memory is mapped between steps
+LEARNED_MAX = SAMPLES  # at once: of hundreds of ranks, more would only push one another out
 SAMPLES_MIN = 12  # three for each coefficient
 
 
@@ -139,10 +140,12 @@ class StepModels:
         self._samples: dict[int, Samples] = {}
         self._models: dict[int, StepModel] = dict(given or {})
 
-    def learn(self, width: int, steps: Iterable[StepSample]) -> None:
-        """Steps of ranks of a deployment of `width` replicas. None of a transition may be among them."""
+    def learn(self, width: int, steps: Sequence[StepSample]) -> None:
+        """Steps of ranks of a deployment of `width` replicas. None of a transition may be among them. Of many, some of
+        each rank's."""
         samples = self._samples.setdefault(width, Samples())
-        for step in steps:
+        # An odd stride meets other places in the ranks' windows, which tell powers of two.
+        for step in steps[:: (1 + len(steps) // LEARNED_MAX) | 1]:
             samples.add(step)
         model = samples.fit()
         if model is not None:
