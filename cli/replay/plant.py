@@ -20,7 +20,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """What happened since the last look, and how it is at `at_s`.
 
     admitted: requests that came; `firsts`: streams that got their first token, `ended`: their last; `gaps`: (seconds
-    between tokens, how often); `waiting`: streams without a first token; `oldest_s`: since the oldest of them came;
+    between tokens, how often); `waiting`: streams without a first token; `oldest_s`: since the oldest of them came, `oldest_tokens`: of its prompt;
     `ready`: replicas that serve; `wanted`: with those that come
     """
 
@@ -32,6 +32,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     gaps: tuple[tuple[float, int], ...]
     waiting: int
     oldest_s: float
+    oldest_tokens: int
     open: int
     ready: int
     wanted: int
@@ -120,6 +121,7 @@ class Plant:
 
     def look(self) -> Seen:
         """What happened since the last look."""
+        oldest = next(iter(self._waiting.values()), None)
         seen = Seen(
             at_s=self.now,
             span_s=self.now - self._looked_s,
@@ -128,7 +130,8 @@ class Plant:
             ended=tuple(self.ended[self._num_looked :]),
             gaps=tuple(self._gaps),
             waiting=len(self._waiting),
-            oldest_s=self.now - next(iter(self._waiting.values())).at_s if self._waiting else 0.0,
+            oldest_s=self.now - oldest.at_s if oldest else 0.0,
+            oldest_tokens=oldest.arrival.input_tokens if oldest else 0,
             open=len(self._open),
             ready=self.width,
             wanted=self.wanted,

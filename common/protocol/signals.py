@@ -45,7 +45,7 @@ class RouterWindow(Message, frozen=True, kw_only=True):
     refused: generations that it did not take for want of room: permits, bytes or replicas
     finished, failed, cancelled: requests that ended so, whenever they were admitted; `output_tokens` of the finished
     open: admitted and not ended at the window's end; `queued`: those of them without a first token; `oldest_queued_s`:
-        since the admission of the oldest of these, 0.0 where there is none
+        since the admission of the oldest of these, 0.0 where there is none; `oldest_prompt_tokens`: of its prompt
     ttft: seconds from admission to the first token, counted at the first token
     gaps: seconds between two tokens of a stream, counted as tokens come
     joint: (TTFT, mean gap) of the requests that ended with a token; the mean gap of a single token is 0
@@ -67,6 +67,7 @@ class RouterWindow(Message, frozen=True, kw_only=True):
     open: Num = 0
     queued: Num = 0
     oldest_queued_s: Moment = 0.0
+    oldest_prompt_tokens: NumTokens = 0
     ttft: Counts = ()
     gaps: Counts = ()
     joint: JointCounts = ()

@@ -77,7 +77,8 @@ class RouterWindows:
         if span_s <= 0 or (span_s < (IDLE_SPAN_S if is_idle else SPAN_S) and epoch == self._epoch):
             return
         self._number += 1
-        queued = [stream.accepted_at for stream in streams if stream.first_at is None]
+        queued = [stream for stream in streams if stream.first_at is None]
+        oldest = min(queued, key=lambda stream: stream.accepted_at, default=None)
         self._end.push(
             RouterWindow(
                 router=self._identity,
@@ -95,7 +96,8 @@ class RouterWindows:
                 cancelled=self._num_cancelled,
                 open=len(streams),
                 queued=len(queued),
-                oldest_queued_s=max(0.0, now - min(queued, default=now)),
+                oldest_queued_s=max(0.0, now - oldest.accepted_at) if oldest else 0.0,
+                oldest_prompt_tokens=len(oldest.submit.prompt) if oldest else 0,
                 ttft=self._ttft.take(),
                 gaps=self._gaps.take(),
                 joint=self._joint.take(),

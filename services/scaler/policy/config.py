@@ -46,21 +46,21 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     fall_s: Annotated[Seconds, says("Half-life while it falls")] = 30.0
     up_after_s: Annotated[
         Annotated[float, Meta(ge=0.0, le=3_600.0)],
-        says("How long it has to be above the threshold; 1 is answered at once"),
-    ] = 2.0
+        says("How long it has to be above the threshold, or how many seconds of its work came beyond what it can do"),
+    ] = 4.0
     up_min: Annotated[Share, says("The threshold at the least: the faster the load grows, the lower")] = 0.55
-    up_max: Annotated[Share, says("The threshold at the most")] = 0.85
+    up_max: Annotated[Share, says("The threshold at the most")] = 1.0
     headroom: Annotated[
         Annotated[float, Meta(ge=1.0, le=10.0)], says("The capacity that a growth aims at, over the demand")
-    ] = 1.15
+    ] = 1.0
     down_share: Annotated[
         Share, says("Of the threshold, below which the predicted saturation of the smaller size has to be")
-    ] = 0.8
-    down_over_s: Annotated[Seconds, says("The most demand of so many seconds counts for a shrink")] = 60.0
+    ] = 0.95
+    down_over_s: Annotated[Seconds, says("The most demand of so many seconds counts for a shrink")] = 30.0
     kv_spare: Annotated[
         Annotated[float, Meta(ge=0.0, lt=1.0)], says("Share of the smaller size's KV that has to stay free")
     ] = 0.15
-    hold_s: Annotated[Seconds, says("Between a change and a shrink; each flap doubles it")] = 60.0
+    hold_s: Annotated[Seconds, says("Between a change and a shrink; each flap doubles it")] = 120.0
     hold_max_s: Annotated[Seconds, says("Up to so much")] = 600.0
     flap_s: Annotated[Seconds, says("A growth that follows a shrink within this time is a flap")] = 120.0
     settle_s: Annotated[

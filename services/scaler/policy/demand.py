@@ -35,19 +35,24 @@ class Demand(msgspec.Struct, frozen=True):
 
     def times(self, factor: float) -> Demand:
         """The same requests, more often."""
-        return msgspec.structs.replace(self, requests_per_s=self.requests_per_s * factor)
+        return self.at(self.requests_per_s * factor)
+
+    def at(self, requests_per_s: float) -> Demand:
+        """The same requests, so many in a second."""
+        return msgspec.structs.replace(self, requests_per_s=requests_per_s)
 
 
 def demand_of(signals: Signals) -> Demand | Unknown:
-    """The demand, or that it is not known. Without a request in the window, it is 0, of requests as they were."""
-    admitted, prompts = signals.admitted_per_s, signals.prompt_tokens_per_s
-    if isinstance(admitted, Unknown) or isinstance(prompts, Unknown):
+    """The demand, or that it is not known. Lengths are means of minutes: of the requests of some seconds, a single long
+    one would make a peak of work that nobody is going to ask for."""
+    admitted = signals.admitted_per_s
+    if isinstance(admitted, Unknown):
         return Unknown()
     asked = signals.asked_tokens
     most = OUTPUT_TOKENS if isinstance(asked, Missing | Unknown) else min(asked, OUTPUT_TOKENS)
     output = most if isinstance(signals.output_tokens, Missing | Unknown) else signals.output_tokens
     uncached = 1.0 if isinstance(signals.uncached_share, Missing | Unknown) else signals.uncached_share
-    prompt = prompts / admitted if admitted > 0.0 else 0.0
+    prompt = 0.0 if isinstance(signals.prompt_tokens, Missing | Unknown) else signals.prompt_tokens
     return Demand(admitted, prompt * uncached, max(1.0, output), prompt)
 
 
@@ -82,33 +87,3 @@ class Forecast(msgspec.Struct, frozen=True):
     def growth_per_s(self) -> float:
         """The relative growth of the load in a second, 0 where it falls."""
         return max(0.0, self.trend / BUCKET_S / self.level) if self.level else 0.0
-
-
-class DemandPeaks(msgspec.Struct, frozen=True):
-    """The greatest demand and the most KV of the last while. (time, work per second, KV tokens, demand)."""
-
-    entries: tuple[tuple[float, float, float, Demand], ...] = ()
-
-    def seen(self, now: float, over_s: float, work: float, kv_tokens: float, demand: Demand) -> DemandPeaks:
-        """After a turn at `now`; only what may be the greatest of something later is kept."""
-        kept = [
-            entry
-            for entry in self.entries
-            if entry[0] > now - over_s and not (entry[1] <= work and entry[2] <= kv_tokens)
-        ]
-        return DemandPeaks((*kept, (now, work, kv_tokens, demand)))
-
-    @property
-    def demand(self) -> Demand:
-        """The one with the most work. There is one after the first turn."""
-        return max(self.entries, key=lambda entry: entry[1])[3]
-
-    @property
-    def work(self) -> float:
-        """The most."""
-        return max(entry[1] for entry in self.entries)
-
-    @property
-    def kv_tokens(self) -> float:
-        """The most."""
-        return max(entry[2] for entry in self.entries)

@@ -27,9 +27,9 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     """The load of a deployment at `at_s`.
 
     silent: routers and ranks that have not been heard of for too long; `silent_since_s`: since when the first of them
-    admitted_per_s, prompt_tokens_per_s: of all routers, at admission; of who was refused there too, with prompts like
-        those of the others
-    queued, oldest_queued_s, refused_per_s: of the routers that are heard
+    admitted_per_s: of all routers, at admission; of who was refused there too. `burst_per_s`: in the last moments
+    prompt_tokens: of a request that was admitted, in the mean of the last minutes
+    queued, oldest_queued_s, oldest_prompt_tokens, refused_per_s: of the routers that are heard
     output_tokens: of a request that finished; `asked_tokens`: that one may get, of those admitted
     uncached_share: of prompt tokens, what the prefix cache did not have
     ttft_s, itl_s: the quantile of the time to the first token, and the mean gap between tokens; of windows since the
@@ -45,9 +45,11 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     silent: tuple[str, ...] = ()
     silent_since_s: float | None = None
     admitted_per_s: Known = UNKNOWN
-    prompt_tokens_per_s: Known = UNKNOWN
+    burst_per_s: Known = UNKNOWN
+    prompt_tokens: Figure = MISSING
     queued: int = 0
     oldest_queued_s: float = 0.0
+    oldest_prompt_tokens: int = 0
     refused_per_s: float = 0.0
     output_tokens: Figure = MISSING
     asked_tokens: Figure = MISSING

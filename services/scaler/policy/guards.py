@@ -1,19 +1,35 @@
-"""Whether the deployment may become smaller by one replica: every guard has to agree. Pure."""
+"""Whether the deployment may become smaller: every guard has to agree. Pure."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
+
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.demand import Demand
 from elasticmoe.services.scaler.policy.facts import Prices, WidthFacts, Widths
 from elasticmoe.services.scaler.policy.price import cost, is_worth
-from elasticmoe.services.scaler.policy.saturation import Saturation, predicted
+from elasticmoe.services.scaler.policy.recent import Limits
+from elasticmoe.services.scaler.policy.saturation import Saturation, capacity, predicted
 from elasticmoe.services.scaler.policy.state import PolicyState, Reason
 
-TRY_AGAIN = 0.9  # of the work that a width was too small for
+TRY_AGAIN = 0.9  # of the load that a width was too small for
 GROWING = 1.05  # over the horizon; less is noise
 DWELL_S = 300.0  # expected before the first growth after a shrink was seen
+LATE_SHARE = 0.25  # of what the attainment allows to be late, that shrinks may cost
+NOTICE_S = 2.0  # from the need of a growth to the order, beside `up_after_s`
+# Objectives so many times as long: with these a width does all that it can.
+TTFT_TIMES, ITL_TIMES = 5.0, 2.0
+_replace = msgspec.structs.replace
+
+
+class Shrink(NamedTuple):
+    """A shrink in question. `reaction_s`: what the growth that takes it back would take."""
+
+    width: int
+    target: int
+    reaction_s: float
 
 
 class Verdict(NamedTuple):
@@ -25,31 +41,36 @@ class Verdict(NamedTuple):
     cost_s: float | None = None
 
 
-def shrink(
+def judge(
+    change: Shrink,
     config: PolicyConfig,
     widths: Widths,
     prices: Prices,
     state: PolicyState,
-    width: int,
+    demand: Demand,
     threshold: float,
     now: float,
 ) -> Verdict:
-    """Whether `width` - 1 replicas do: predicted for the most demand of the last while, and what is measured now
-    re-predicted for the share of the load that each one would have."""
+    """Whether the smaller width does: for the most requests of the last while (smoothed), of lengths as those of
+    `demand`; by what is measured now, for the share of the load that each replica would have; and by what would have
+    come too late in the last minutes."""
     if not is_held_long_enough(config, state, now):
         return Verdict(Reason.HOLDING)
-    facts, limit = widths(width - 1), config.down_share * threshold
-    peak = state.peaks.demand.times(mistaken(state, widths(width), config))
+    present, facts = widths(change.width), widths(change.target)
+    limit = config.down_share * threshold
+    demand = demand.at(state.recent.level(now - config.down_over_s))
+    peak = demand.times(mistaken(state, present, demand, config))
     after = predicted(facts, peak, config)
+    share = change.width / change.target
     # Where nobody has asked for anything, no objective can be broken, however long a step takes at any width.
     is_asked = peak.requests_per_s > 0.0
-    if (is_asked and after.worst >= limit) or repredicted(state, facts, peak, width, config) >= limit:
+    if (is_asked and after.worst >= limit) or repredicted(state, facts, peak, share, config) >= limit:
         return Verdict(Reason.WOULD_SATURATE, after)
     if state.too_small is not None:
         small, failed_at = state.too_small
-        if width - 1 <= small and state.peaks.work >= TRY_AGAIN * failed_at:
+        if change.target <= small and demand.requests_per_s >= TRY_AGAIN * failed_at:
             return Verdict(Reason.WOULD_SATURATE, after)
-    if state.peaks.kv_tokens > room(facts, config):
+    if state.recent.kv_tokens(now - max(config.down_over_s, state.hold_s or config.hold_s)) > room(facts, config):
         return Verdict(Reason.KV_WOULD_NOT_FIT, after)
     ahead = state.forecast.after(config.horizon_s)
     if ahead is not None and peak.requests_per_s > 0.0 and facts.step is not None:
@@ -59,24 +80,27 @@ def shrink(
         # What a growth would be sized for: a smaller width than that would be left again at once.
         if predicted(facts, coming.times(config.headroom), config).worst >= 1.0:
             return Verdict(Reason.FORECAST_FLOOR, after)
-    price = prices(width - 1)
+    if late(state, present, facts, demand, config, change.reaction_s) > LATE_SHARE * (1.0 - config.attainment):
+        return Verdict(Reason.WOULD_BE_LATE, after)
+    price = prices(change.target)
     if price is None:
         return Verdict(Reason.NO_PLAN, after)
     # A flap is a mistake and no dwell: by its few seconds no shrink would ever be worth its price again.
     dwell, devices = max(config.hold_s, DWELL_S if state.dwell_s is None else state.dwell_s), facts.devices
-    saved, costs = dwell * devices, cost(price, width, 1, devices)
-    if not is_worth(price, width, 1, devices, dwell, config):
+    by = change.width - change.target
+    saved, costs = by * dwell * devices, cost(price, change.width, by, devices)
+    if not is_worth(price, change.width, by, devices, dwell, config):
         return Verdict(Reason.NOT_WORTH, after, saved, costs)
     return Verdict(Reason.SHRINK_IDLE, after, saved, costs)
 
 
-def mistaken(state: PolicyState, facts: WidthFacts, config: PolicyConfig) -> float:
+def mistaken(state: PolicyState, facts: WidthFacts, demand: Demand, config: PolicyConfig) -> float:
     """How many times the work that the model knows of is being done, 1 at the least: what is measured at the present
     width over what was predicted for it."""
-    expected = predicted(facts, state.peaks.demand, config).worst
-    if state.saturation is None or expected <= 0.0:
+    expected = predicted(facts, demand, config).worst
+    if state.usual is None or expected <= 0.0:
         return 1.0
-    return min(config.saturation_max, max(1.0, state.saturation / expected))
+    return min(config.saturation_max, max(1.0, state.usual / expected))
 
 
 def room(facts: WidthFacts, config: PolicyConfig) -> float:
@@ -84,17 +108,27 @@ def room(facts: WidthFacts, config: PolicyConfig) -> float:
     return facts.kv_tokens * facts.width * (1.0 - config.kv_spare)
 
 
-def repredicted(state: PolicyState, facts: WidthFacts, peak: Demand, width: int, config: PolicyConfig) -> float:
-    """The measured saturation with one replica fewer: what the load brings grows by N / (N - 1), what an idle
-    deployment has as well does not."""
-    now = state.saturation or 0.0
+def repredicted(state: PolicyState, facts: WidthFacts, peak: Demand, share: float, config: PolicyConfig) -> float:
+    """The measured saturation where each replica has `share` times its load: what the load brings grows by that, what
+    an idle deployment has as well does not."""
+    now = state.usual or 0.0
     idle = min(now, predicted(facts, peak.times(0.0), config).worst)
-    return idle + (now - idle) * width / (width - 1)
+    return idle + (now - idle) * share
+
+
+def late(
+    state: PolicyState, present: WidthFacts, facts: WidthFacts, demand: Demand, config: PolicyConfig, reaction_s: float
+) -> float:
+    """The share of the requests of the last minutes that would have come too late with a smaller width: a width that
+    does for the load as it is may be far too small for the bursts that come again and again."""
+    loose = _replace(config, ttft_s=TTFT_TIMES * config.ttft_s, itl_s=ITL_TIMES * config.itl_s)
+    small, large = (Limits(capacity(one, demand, config), capacity(one, demand, loose)) for one in (facts, present))
+    return state.recent.late(small, large, config.up_after_s, reaction_s + NOTICE_S, config.ttft_s / 2)
 
 
 def is_held_long_enough(config: PolicyConfig, state: PolicyState, now: float) -> bool:
     """Whether the last change lies behind for long enough, and demand was seen for as long as it is judged by."""
-    if state.known_since_s is None or now - state.known_since_s < config.down_over_s or not state.peaks.entries:
+    if state.known_since_s is None or now - state.known_since_s < config.down_over_s:
         return False
     changes = [at for at in (state.grown_s, state.shrunk_s) if at is not None]
     return not changes or now - max(changes) >= (state.hold_s or config.hold_s)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import msgspec
 
 from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.recent import Excess
 from elasticmoe.services.scaler.policy.state import PolicyState, ScaleOrder
 
 _ID = re.compile(r"policy-([0-9]{1,9})-[0-9]+\.[0-9]{3}")
@@ -34,7 +35,7 @@ def sent(config: PolicyConfig, width: int, state: PolicyState, order: ScaleOrder
     """After an order that is carried out, to a deployment of `width`."""
     now = order.sent_s
     state = _replace(state, order=order, num_orders=state.num_orders + 1, sent_s=(*state.sent_s, now))
-    state = _replace(state, above_since_s=None, cancelled=order.supersedes or state.cancelled)
+    state = _replace(state, above_since_s=None, excess=Excess(), cancelled=order.supersedes or state.cancelled)
     if order.target < width:
         return _replace(state, shrunk_s=now)
     shrunk = state.shrunk_s
@@ -43,8 +44,8 @@ def sent(config: PolicyConfig, width: int, state: PolicyState, order: ScaleOrder
         state = _replace(state, dwell_s=dwell if state.dwell_s is None else 0.5 * (state.dwell_s + dwell))
         if dwell <= config.flap_s:
             hold = min(config.hold_max_s, 2 * (state.hold_s or config.hold_s))
-            too_small = (width, state.peaks.work) if state.peaks.entries else None
-            state = _replace(state, flap_s=now, hold_s=hold, too_small=too_small)
+            level = state.recent.level(now - config.down_over_s)
+            state = _replace(state, flap_s=now, hold_s=hold, too_small=(width, level))
     return _replace(state, grown_s=now)
 
 

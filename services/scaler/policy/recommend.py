@@ -22,14 +22,17 @@ from typing import NamedTuple
 import msgspec
 
 from elasticmoe.services.scaler.policy.config import PolicyConfig
-from elasticmoe.services.scaler.policy.demand import Demand, demand_of
+from elasticmoe.services.scaler.policy.demand import BUCKET_S, Demand, demand_of
 from elasticmoe.services.scaler.policy.facts import DeploymentFacts, OperationFacts, Prices, WidthFacts, Widths
-from elasticmoe.services.scaler.policy.figures import Signals, Unknown
-from elasticmoe.services.scaler.policy.guards import shrink
+from elasticmoe.services.scaler.policy.figures import Missing, Signals, Unknown
+from elasticmoe.services.scaler.policy.guards import Shrink, Verdict, judge
 from elasticmoe.services.scaler.policy.orders import forgetting, order_id, sent
-from elasticmoe.services.scaler.policy.saturation import Saturation, measured, predicted, smoothed, work
+from elasticmoe.services.scaler.policy.recent import Past
+from elasticmoe.services.scaler.policy.saturation import Saturation, capacity, measured, predicted, smoothed
 from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason, ScaleOrder
 
+GROWTH_MAX = 4  # times the present size
+DRAIN_S_MAX = 60.0
 REFUSED_S = 30.0  # after a refused order
 _replace = msgspec.structs.replace
 
@@ -79,9 +82,9 @@ def recommend(
 ) -> Decision:
     """The decision of a turn at `now`. `prices` is asked only for a shrink that everything else speaks for."""
     changed = deployment.changed_s
-    is_settled = changed is None or now - changed >= config.settle_s
+    is_drained = changed is None or now - changed >= _drain_s(signals, config)
     demand = demand_of(signals)
-    raw = measured(signals, widths(deployment.width), demand, config, settled=is_settled)
+    raw = measured(signals, widths(deployment.width), demand, config, changed_s=changed, drained=is_drained)
     turn = Turn(config, signals, deployment, widths, prices, demand, raw, now)
     state = _observe(turn, state)
     threshold = _threshold(turn, state)
@@ -94,6 +97,14 @@ def recommend(
         silent=signals.silent,
     )
     return _decide(turn, state, evidence, threshold)
+
+
+def _drain_s(signals: Signals, config: PolicyConfig) -> float:
+    """For how long after a change requests of the size before are there: a request's life. They stay where they are."""
+    tokens, itl = signals.output_tokens, signals.itl_s
+    if isinstance(tokens, Missing | Unknown) or isinstance(itl, Missing | Unknown):
+        return config.settle_s
+    return max(config.settle_s, min(DRAIN_S_MAX, tokens * itl))
 
 
 def _observe(turn: Turn, state: PolicyState) -> PolicyState:
@@ -110,22 +121,28 @@ def _observe(turn: Turn, state: PolicyState) -> PolicyState:
     state = _replace(
         state,
         at_s=now,
-        saturation=smoothed(state.saturation, turn.raw.worst, elapsed, config),
+        saturation=smoothed(state.saturation, turn.raw.worst, elapsed, config.rise_s, config.fall_s),
+        usual=smoothed(state.usual, turn.raw.lasting, elapsed, config.fall_s, config.fall_s),
         unknown_since_s=unknown_since,
         known_since_s=known_since,
     )
     state = forgetting(config, state, now)
     if not isinstance(turn.demand, Unknown):
-        step = turn.widths(turn.width).step
-        busy = work(step, turn.demand) if step is not None else turn.demand.requests_per_s
-        kv_used = turn.signals.kv_used
-        kv_tokens = 0.0 if isinstance(kv_used, Unknown) else kv_used
-        state = _replace(
-            state,
-            forecast=state.forecast.seen(turn.demand.requests_per_s, now),
-            peaks=state.peaks.seen(now, config.down_over_s, busy, kv_tokens, turn.demand),
-        )
+        state = _loaded(turn, state, turn.demand, elapsed)
     return _answered(turn, state)
+
+
+def _loaded(turn: Turn, state: PolicyState, demand: Demand, elapsed_s: float) -> PolicyState:
+    """After seeing the load, which is known."""
+    config, burst, kv_used = turn.config, turn.signals.burst_per_s, turn.signals.kv_used
+    rate = demand.requests_per_s if isinstance(burst, Unknown) else burst
+    excess = state.excess
+    if turn.deployment.operation is None:
+        excess = excess.seen(rate / capacity(turn.widths(turn.width), demand, config), elapsed_s)
+    forecast = state.forecast.seen(demand.requests_per_s, turn.now)
+    level = demand.requests_per_s if forecast.level is None else max(0.0, forecast.level)
+    past = Past(turn.now, rate, level, 0.0 if isinstance(kv_used, Unknown) else kv_used)
+    return _replace(state, excess=excess, forecast=forecast, recent=state.recent.seen(past, config.hold_max_s))
 
 
 def _answered(turn: Turn, state: PolicyState) -> PolicyState:
@@ -157,8 +174,7 @@ def _threshold(turn: Turn, state: PolicyState) -> float:
 
 def _decide(turn: Turn, state: PolicyState, evidence: Evidence, threshold: float) -> Decision:
     config, deployment = turn.config, turn.deployment
-    # The smoothed figure falls slowly: after a growth it still tells of the size before.
-    saturated = min(state.saturation or 0.0, turn.raw.worst) > threshold
+    saturated = turn.raw.worst > threshold
     above_since = (state.above_since_s if state.above_since_s is not None else turn.now) if saturated else None
     state = _replace(state, above_since_s=above_since)
 
@@ -205,17 +221,39 @@ def _decide(turn: Turn, state: PolicyState, evidence: Evidence, threshold: float
         return hold(Reason.AT_MAX)
     if turn.width == config.replicas_min:
         return hold(Reason.AT_MIN)
-    verdict = shrink(config, turn.widths, turn.prices, state, turn.width, threshold, turn.now)
+    assert not isinstance(turn.demand, Unknown), "which is what blind turns are for"
+    target, verdict = _smaller(turn, state, turn.demand, threshold)
     evidence = _replace(
         evidence,
-        of_width=turn.width - 1,
+        of_width=target,
         predicted=verdict.predicted,
         saved_s=verdict.saved_s,
         cost_s=verdict.cost_s,
     )
     if verdict.reason is not Reason.SHRINK_IDLE:
         return hold(verdict.reason)
-    return _order(turn, state, evidence, turn.width - 1, Reason.SHRINK_IDLE)
+    return _order(turn, state, evidence, target, Reason.SHRINK_IDLE)
+
+
+def _smaller(turn: Turn, state: PolicyState, demand: Demand, threshold: float) -> tuple[int, Verdict]:
+    """The smallest width that every guard agrees to, but no less than a half of the present one; or the next smaller
+    one, with what speaks against it."""
+    config, reaction_s = turn.config, turn.deployment.reaction_s
+
+    def verdict_on(target: int) -> Verdict:
+        change = Shrink(turn.width, target, reaction_s)
+        return judge(change, config, turn.widths, turn.prices, state, demand, threshold, turn.now)
+
+    target, least = turn.width - 1, max(config.replicas_min, (turn.width + 1) // 2)
+    verdict = verdict_on(target)
+    while verdict.reason is Reason.SHRINK_IDLE and least < target:  # what does for one width does for all wider ones
+        middle = (least + target) // 2
+        further = verdict_on(middle)
+        if further.reason is Reason.SHRINK_IDLE:
+            target, verdict = middle, further
+        else:
+            least = middle + 1
+    return target, verdict
 
 
 def _meanwhile(turn: Turn, state: PolicyState, evidence: Evidence, operation: OperationFacts) -> Decision:
@@ -260,42 +298,52 @@ def _blind(turn: Turn, state: PolicyState, evidence: Evidence) -> Decision:
 
 
 def _grow(turn: Turn, state: PolicyState, evidence: Evidence) -> Decision | None:
-    """Growth for saturation or by the forecast; None where none is wanted or possible."""
+    """Growth for what is measured, or for what comes beyond what the width can do; None where none is wanted or
+    possible."""
     config = turn.config
     if turn.width >= turn.most:
         return None
     is_long_enough = state.above_since_s is not None and turn.now - state.above_since_s >= config.up_after_s
-    if turn.is_panic or is_long_enough:
-        target = _target(turn, state, evidence)
-        evidence = _replace(evidence, of_width=target)
+    if state.excess.is_too_much(config.up_after_s):
+        reason = Reason.GROW_DEMAND
+    elif is_long_enough:
         reason = Reason.GROW_PANIC if turn.is_panic else Reason.GROW_SATURATED
-        return _order(turn, state, evidence, target, reason)
-    ahead = state.forecast.after(config.horizon_s)
-    if ahead is None or isinstance(turn.demand, Unknown) or turn.demand.requests_per_s <= 0.0:
+    else:
+        return _grow_ahead(turn, state, evidence)
+    target = _target(turn, state, evidence)
+    return _order(turn, state, _replace(evidence, of_width=target), target, reason)
+
+
+def _grow_ahead(turn: Turn, state: PolicyState, evidence: Evidence) -> Decision | None:
+    """Growth by the forecast, where it is beyond what the width can do by more than chance makes of arrivals."""
+    ahead, level, config = state.forecast.after(turn.config.horizon_s), state.forecast.level, turn.config
+    if ahead is None or level is None or isinstance(turn.demand, Unknown) or ahead <= turn.demand.requests_per_s:
         return None
-    coming = turn.demand.times(ahead / turn.demand.requests_per_s)
-    if ahead <= turn.demand.requests_per_s or _fits(turn.widths(turn.width), coming, config, 1.0):
+    chance = 2 * math.sqrt(max(0.0, level) / BUCKET_S)
+    if ahead - chance <= capacity(turn.widths(turn.width), turn.demand, config):
         return None
+    coming = turn.demand.at(ahead)
     target = _smallest(turn, coming, config.headroom)
     evidence = _replace(evidence, of_width=target, predicted=predicted(turn.widths(target), coming, config))
     return _order(turn, state, evidence, target, Reason.GROW_FORECAST)
 
 
 def _target(turn: Turn, state: PolicyState, evidence: Evidence) -> int:
-    """How far up: the smallest width that keeps up with the demand and what waits, at most twice the present one."""
-    config, demand = turn.config, turn.demand
+    """How far up: the smallest width that keeps up with the demand and what waits."""
+    config, demand, signals = turn.config, turn.demand, turn.signals
     if isinstance(demand, Unknown) or turn.widths(turn.width).step is None:
         ratio = max(turn.raw.worst, state.saturation or 0.0) / (evidence.threshold or config.up_max)
         return min(max(turn.width + 1, math.ceil(turn.width * ratio)), 2 * turn.width, turn.most)
-    waiting = turn.signals.queued / config.ttft_s
-    if demand.requests_per_s > 0.0:
-        demand = demand.times((demand.requests_per_s + waiting) / demand.requests_per_s)
-    return _smallest(turn, demand, config.headroom)
+    rate = demand.requests_per_s
+    if state.excess.is_too_much(config.up_after_s) and not isinstance(signals.burst_per_s, Unknown):
+        rate = max(rate, signals.burst_per_s)
+    waiting = max(0.0, signals.queued / config.ttft_s - rate / 2)  # those who are served in time wait, too
+    return _smallest(turn, demand.at(rate + waiting), config.headroom)
 
 
 def _smallest(turn: Turn, demand: Demand, headroom: float) -> int:
     """The smallest width above the present one that the demand fits in, or the largest allowed."""
-    largest = min(2 * turn.width, turn.most)
+    largest = min(GROWTH_MAX * turn.width, turn.most)
     for width in range(turn.width + 1, largest):
         if _fits(turn.widths(width), demand, turn.config, headroom) and _has_room(turn, width):
             return width

@@ -21,6 +21,9 @@ from elasticmoe.services.scaler.policy.facts import WidthFacts
 from elasticmoe.services.scaler.policy.figures import Figure, Missing, Signals, Unknown
 from elasticmoe.services.scaler.policy.step_model import StepModel
 
+RATE_MAX = 1e6  # requests per second
+ROUNDS = 12  # halvings: a 4 000th is near enough
+VARIABILITY = 2.0  # (1 + the square of the prompts' coefficient of variation) / 2, of traffic as it is recorded
 TAIL = 3.0  # the 95th percentile of an exponential distribution is three times its mean
 
 
@@ -41,21 +44,33 @@ class Saturation(msgspec.Struct, frozen=True):
         return max((part for part in self.parts.values() if part is not None), default=0.0)
 
     @property
+    def lasting(self) -> float:
+        """The greatest of those that a single moment does not make."""
+        return max(self.ttft or 0.0, self.itl or 0.0, self.kv or 0.0)
+
+    @property
     def parts(self) -> dict[str, float | None]:
         """By name."""
         return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
 def measured(
-    signals: Signals, facts: WidthFacts, demand: Demand | Unknown, config: PolicyConfig, *, settled: bool
+    signals: Signals,
+    facts: WidthFacts,
+    demand: Demand | Unknown,
+    config: PolicyConfig,
+    *,
+    changed_s: float | None,
+    drained: bool,
 ) -> Saturation:
-    """Of what was told. `settled`: the queue's age tells of the present width."""
+    """Of what was told. `changed_s`: since when the width is what it is; `drained`: the requests of the one before have
+    ended, whose ranks stay slow for so long."""
     itl = max((gap for gap in (_number(signals.itl_s), _number(signals.step_s)) if gap is not None), default=None)
     return Saturation(
         ttft=_clamped(_over(_number(signals.ttft_s), config.ttft_s), config),
-        itl=_clamped(_over(itl, config.itl_s), config),
+        itl=_clamped(_over(itl, config.itl_s), config) if drained else None,
         backlog=_clamped(_backlog(signals, facts, demand, config), config),
-        queue_age=_clamped(signals.oldest_queued_s / (config.ttft_s / 2), config) if settled else None,
+        queue_age=_clamped(_queue_age(signals, facts, config, changed_s), config),
         kv=_clamped(_over(_number(signals.kv_share_most), config.kv_share_max), config),
     )
 
@@ -79,28 +94,62 @@ def predicted(facts: WidthFacts, demand: Demand, config: PolicyConfig) -> Satura
     rate = demand.requests_per_s / facts.width
     kv_tokens = rate * demand.output_tokens * seconds * demand.kv_tokens
     sequences = rate * demand.output_tokens * seconds
-    chunks = max(1.0, demand.prefill_tokens / facts.prefill_tokens_max)
-    prefill = chunks * step.seconds(0.0, kv_tokens, sequences) + step.b * demand.prefill_tokens
+    prefill = _prefill_s(step, facts, demand.prefill_tokens, kv_tokens, sequences)
     busy = min(0.99, rate * prefill)
+    # Sakasegawa's approximation of the wait for one of `width` servers: whoever comes goes where least is to be done.
+    wait = VARIABILITY * prefill * busy ** (math.sqrt(2 * (facts.width + 1)) - 1) / (facts.width * (1 - busy))
     return Saturation(
-        ttft=_clamped(TAIL * prefill / (1 - busy) / config.ttft_s, config),
+        ttft=_clamped(TAIL * (prefill + wait) / config.ttft_s, config),
         itl=_clamped(seconds / config.itl_s, config),
         kv=_clamped(kv_tokens / facts.kv_tokens / config.kv_share_max, config) if facts.kv_tokens else most,
     )
 
 
+def capacity(facts: WidthFacts, demand: Demand, config: PolicyConfig) -> float:
+    """Requests per second of this kind with which the width is predicted to be at an objective. Infinite where nothing
+    is known of it, and where not even one request at a time keeps the objectives: no width is too small then."""
+    if facts.step is None or predicted(facts, demand.at(0.0), config).worst >= 1.0:
+        return math.inf
+    least, most = 0.0, 1.0
+    while predicted(facts, demand.at(most), config).worst < 1.0:
+        least, most = most, 2 * most
+        if most > RATE_MAX:
+            return math.inf
+    for _ in range(ROUNDS):
+        rate = (least + most) / 2
+        least, most = (rate, most) if predicted(facts, demand.at(rate), config).worst < 1.0 else (least, rate)
+    return most
+
+
+def _prefill_s(step: StepModel, facts: WidthFacts, tokens: float, kv_tokens: float, sequences: float) -> float:
+    """Seconds from the begin of a prompt's computing to its first token, beside what decodes."""
+    return max(1.0, tokens / facts.prefill_tokens_max) * step.seconds(0.0, kv_tokens, sequences) + step.b * tokens
+
+
+def _at_hand(signals: Signals, width: int) -> tuple[float, float]:
+    """KV tokens and sequences of a replica, on average."""
+    return (_number(signals.kv_used) or 0.0) / width, (_number(signals.running) or 0.0) / width
+
+
 def _backlog(signals: Signals, facts: WidthFacts, demand: Demand | Unknown, config: PolicyConfig) -> float | None:
-    """Seconds until the fullest rank has computed what waits, over what the objective leaves for waiting."""
-    queued, step = _number(signals.queued_prefill_most), facts.step
+    """Seconds until the ranks have computed what waits, over what the objective leaves for waiting."""
+    queued, step = _number(signals.queued_prefill_tokens), facts.step
     if queued is None or step is None:
         return None
+    at_hand = _at_hand(signals, facts.width)
     prompt = 0.0 if isinstance(demand, Unknown) else demand.prefill_tokens
-    running = _number(signals.running) or 0.0
-    kv_used = _number(signals.kv_used) or 0.0
-    decoding = step.seconds(0.0, kv_used / facts.width, running / facts.width)
-    seconds = math.ceil(queued / facts.prefill_tokens_max) * decoding + step.b * queued
-    floor = decoding + step.b * prompt
+    seconds = _prefill_s(step, facts, queued / facts.width, *at_hand) if queued else 0.0
+    floor = _prefill_s(step, facts, prompt, *at_hand)
     return seconds / max(config.ttft_s - floor, 0.1 * config.ttft_s)
+
+
+def _queue_age(signals: Signals, facts: WidthFacts, config: PolicyConfig, changed_s: float | None) -> float:
+    """How long the oldest request waits, without what its own prompt takes on any width, over half the objective."""
+    own = 0.0
+    if facts.step is not None:
+        own = _prefill_s(facts.step, facts, signals.oldest_prompt_tokens, *_at_hand(signals, facts.width))
+    waits = signals.oldest_queued_s if changed_s is None else min(signals.oldest_queued_s, signals.at_s - changed_s)
+    return max(0.0, waits - own) / (config.ttft_s / 2)
 
 
 def _number(figure: Figure) -> float | None:
@@ -116,9 +165,9 @@ def _clamped(figure: float | None, config: PolicyConfig) -> float | None:
     return None if figure is None else min(config.saturation_max, max(0.0, figure))
 
 
-def smoothed(before: float | None, raw: float, elapsed_s: float, config: PolicyConfig) -> float:
-    """The saturation after `elapsed_s` with the half-lives of the configuration."""
+def smoothed(before: float | None, raw: float, elapsed_s: float, rise_s: float, fall_s: float) -> float:
+    """The saturation after `elapsed_s`, with half-lives for a rise and for a fall."""
     if before is None:
         return raw
-    half_life = config.rise_s if raw > before else config.fall_s
+    half_life = rise_s if raw > before else fall_s
     return before + (raw - before) * (1.0 - math.exp2(-elapsed_s / half_life))

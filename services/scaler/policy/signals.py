@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, StepSample
@@ -19,7 +19,9 @@ from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.figures import MISSING, UNKNOWN, Figure, Known, Signals
 from elasticmoe.services.scaler.policy.sender_clock import SenderClock
 
-RATE_S = 5.0  # of admissions
+RATE_S = 10.0  # of admissions
+BURST_S = 2.0  # of admissions, as they are at this moment
+STEP_S = 5.0
 LATENCY_S = 10.0
 MEAN_HALF_LIFE_S = 120.0  # of what changes slowly: lengths of outputs, the prefix cache's share
 NUMBERS_MAX = 64  # of a sender's windows that are known by number
@@ -59,7 +61,17 @@ class _Rank(_Heard):
     def __init__(self) -> None:
         super().__init__()
         self.row = (0, 0, 0, 0.0)  # queued prefill tokens, running, KV used, its share
-        self.step_s = 0.0
+        self._steps: deque[tuple[float, float, int]] = deque(maxlen=WINDOWS_MAX)  # (end, seconds of so many steps)
+
+    def take_steps(self, ended: float, steps: Sequence[StepSample]) -> None:
+        """Steps of a window."""
+        self._steps.append((ended, sum([step.seconds for step in steps]), len(steps)))
+
+    def step_s(self, since: float) -> float | None:
+        """The mean step since then; None of none."""
+        recent = [(seconds, num) for ended, seconds, num in self._steps if ended > since]
+        num = sum(each for _, each in recent)
+        return sum(seconds for seconds, _ in recent) / num if num else None
 
 
 class _Ratio:
@@ -153,7 +165,7 @@ class Intake:
         rank.newest_s = ended
         share = window.kv_used / window.kv_total if window.kv_total else 1.0
         rank.row = (window.queued_prefill_tokens, window.running, window.kv_used, share)
-        rank.step_s = sum([step.seconds for step in window.steps]) / len(window.steps) if window.steps else 0.0
+        rank.take_steps(ended, window.steps)
 
     def take_steps(self) -> list[StepSample]:
         """The steps that were told since the last call, of the layout in force."""
@@ -170,26 +182,28 @@ class Intake:
         ranks = [rank for key, rank in self._ranks.items() if key not in silent]
         queues, running, used, shares = zip(*(rank.row for rank in ranks), strict=True) if ranks else ((),) * 4
         ttft, itl = self._latencies(heard, max(now - LATENCY_S, self._latencies_since_s))
-        admitted, prompts, refused = _rates(heard, now)
-        # Who was refused is demand as well. What it would have brought is not known: prompts like those of the others.
-        prompt = self._prompt.figure
-        prompts += refused * (prompt if isinstance(prompt, float) else 0.0)
+        admitted, refused = _rates(heard, now - RATE_S)
+        burst = sum(_rates(heard, now - BURST_S))
+        steps = [step for rank in ranks if (step := rank.step_s(now - STEP_S)) is not None]
         newest = [router.newest for router in heard if router.newest is not None]
+        oldest = max(newest, key=lambda window: window.oldest_queued_s, default=None)
         return Signals(
             at_s=now,
             silent=tuple(sorted(key if isinstance(key, str) else str(key[0]) for key in silent)),
             silent_since_s=min(silent.values(), default=None),
             admitted_per_s=admitted + refused if is_demand_known else UNKNOWN,
-            prompt_tokens_per_s=prompts if is_demand_known else UNKNOWN,
+            burst_per_s=burst if is_demand_known else UNKNOWN,
+            prompt_tokens=self._prompt.figure,
             queued=sum(window.queued for window in newest),
-            oldest_queued_s=max((window.oldest_queued_s for window in newest), default=0.0),
+            oldest_queued_s=oldest.oldest_queued_s if oldest else 0.0,
+            oldest_prompt_tokens=oldest.oldest_prompt_tokens if oldest else 0,
             refused_per_s=refused,
             output_tokens=self._output.figure,
             asked_tokens=self._asked.figure,
             uncached_share=self._uncached.figure,
             ttft_s=ttft,
             itl_s=itl,
-            step_s=max((rank.step_s for rank in ranks if rank.step_s), default=MISSING),
+            step_s=max(steps, default=MISSING),
             queued_prefill_tokens=_known(is_ranks_known, sum(queues)),
             queued_prefill_most=_known(is_ranks_known, max(queues, default=0)),
             running=_known(is_ranks_known, sum(running)),
@@ -224,17 +238,16 @@ def _known(is_known: bool, figure: float) -> Known:
     return float(figure) if is_known else UNKNOWN
 
 
-def _rates(routers: list[_Router], now: float) -> tuple[float, float, float]:
-    """Admitted requests, their prompt tokens, refused requests, each per second."""
-    admitted = prompts = refused = 0.0
+def _rates(routers: list[_Router], since: float) -> tuple[float, float]:
+    """Admitted and refused requests, each per second."""
+    admitted = refused = 0.0
     for router in routers:
-        recent = [window for ended, window in router.windows if ended > now - RATE_S]
+        recent = [window for ended, window in router.windows if ended > since]
         span = sum(window.span_s for window in recent)
         if span:
             admitted += sum(window.admitted for window in recent) / span
-            prompts += sum(window.prompt_tokens for window in recent) / span
             refused += sum(window.refused for window in recent) / span
-    return admitted, prompts, refused
+    return admitted, refused
 
 
 def _tail(counts: Counts, quantile: float) -> Figure:

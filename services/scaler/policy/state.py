@@ -8,7 +8,8 @@ from typing import Annotated
 import msgspec
 
 from elasticmoe.common.described import says
-from elasticmoe.services.scaler.policy.demand import Demand, DemandPeaks, Forecast
+from elasticmoe.services.scaler.policy.demand import Demand, Forecast
+from elasticmoe.services.scaler.policy.recent import Excess, Recent
 from elasticmoe.services.scaler.policy.saturation import Saturation
 
 
@@ -16,6 +17,7 @@ class Reason(StrEnum):
     """Why a decision is what it is. The first group changes something, the second one holds."""
 
     GROW_SATURATED = "grow_saturated"
+    GROW_DEMAND = "grow_demand"
     GROW_PANIC = "grow_panic"
     GROW_FORECAST = "grow_forecast"
     GROW_BACKLOG_BLIND = "grow_backlog_blind"
@@ -40,6 +42,7 @@ class Reason(StrEnum):
     TOO_MANY = "too_many_operations"
     HOLDING = "holding"
     WOULD_SATURATE = "smaller_would_saturate"
+    WOULD_BE_LATE = "smaller_would_be_late"
     KV_WOULD_NOT_FIT = "smaller_has_no_room"
     FORECAST_FLOOR = "forecast_floor"
     NOT_WORTH = "not_worth_its_price"
@@ -60,16 +63,18 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     """All that outlives a turn.
 
     at_s: of the last turn
-    saturation: smoothed
+    saturation: smoothed; `usual`: for longer, alike whether it rises or falls
+    excess: of what came beyond what the width can do
     above_since_s: since when it is above the threshold
-    forecast, peaks: of the demand
+    forecast: of the demand; `recent`: the load of the last while
     unknown_since_s, known_since_s: since when something is not known, or everything is
     order: sent, and not answered yet
     num_orders: sent so far; they are numbered
     sent_s: of the orders in `operations_over_s`
     grown_s, shrunk_s: when the last growth and the last shrink were ordered
     hold_s: before the next shrink, None: as configured
-    flap_s: when the last flap was; `too_small`: the width that it showed to be too small, and for which work
+    flap_s: when the last flap was; `too_small`: the width that it showed to be too small, and for how many requests
+        per second
     cancelled: the operation that was told to give way last
     refused_until_s: no order before
     dwell_s: mean time from a shrink to the growth after it, None before the first
@@ -78,8 +83,10 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     at_s: float | None = None
     saturation: float | None = None
     above_since_s: float | None = None
+    usual: float | None = None
+    excess: Excess = Excess()
     forecast: Forecast = Forecast()
-    peaks: DemandPeaks = DemandPeaks()
+    recent: Recent = Recent()
     unknown_since_s: float | None = None
     known_since_s: float | None = None
     order: ScaleOrder | None = None
