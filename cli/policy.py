@@ -26,12 +26,13 @@ _ACTIONS = {
 # What each reason says to a person; names as the API has them.
 _REASONS = {
     "grow_saturated": "an objective would soon be broken, so it should grow",
-    "grow_panic": "an objective is broken now, so it should grow at once",
+    "grow_demand": "more comes than this size can do, so it should grow",
+    "grow_panic": "an objective is broken, so it should grow",
     "grow_forecast": "the load grows, and would not fit soon",
     "grow_backlog_blind": "requests wait, and not everybody can be heard: it should grow by one",
     "grow_bound": "there are fewer replicas than the policy's least",
     "supersede_shrink": "an objective is broken while it shrinks: the shrink gives way",
-    "shrink_idle": "one replica fewer would do as well",
+    "shrink_idle": "fewer replicas would do as well",
     "shrink_bound": "there are more replicas than the policy's most",
     "cancel_stuck": "an operation does not come to its commit, and is cancelled",
     "repeat_order": "an order found no answer, and is given again, as the same",
@@ -49,6 +50,7 @@ _REASONS = {
     "too_many_operations": "there were too many operations lately",
     "holding": "the last change is too recent for a shrink",
     "smaller_would_saturate": "with one replica fewer an objective would be broken",
+    "smaller_would_be_late": "bursts of the last minutes would have come too late with fewer",
     "smaller_has_no_room": "with one replica fewer the KV would not fit",
     "forecast_floor": "with one replica fewer it would be too small soon",
     "not_worth_its_price": "a shrink would cost more than it saves",

@@ -20,7 +20,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """What happened since the last look, and how it is at `at_s`.
 
     admitted: requests that came; `firsts`: streams that got their first token, `ended`: their last; `gaps`: (seconds
-    between tokens, how often); `waiting`: streams without a first token; `oldest_s`: since the oldest of them came, `oldest_tokens`: of its prompt;
+    between tokens, how often); `waiting`: streams without a first token; `oldest_s`: since the oldest of
+    them came, `oldest_tokens`: of its prompt;
     `ready`: replicas that serve; `wanted`: with those that come
     """
 

@@ -40,13 +40,13 @@ def unreadable_is_not_idle() -> None:
     width = plant.width
     before = len(plant.targets)
     nothing = dict.fromkeys(
-        ("admitted_per_s", "prompt_tokens_per_s", "ttft_s", "itl_s", "step_s", "kv_used", "kv_share_most"), UNKNOWN
+        ("admitted_per_s", "burst_per_s", "ttft_s", "itl_s", "step_s", "kv_used", "kv_share_most"), UNKNOWN
     )
     plant.run(200, 6.0, **nothing)
     assert plant.targets[before:] == []
     assert plant.width == width
     idle = world.Plant(2)
-    idle.run(200, 0.0, prompt_tokens_per_s=0.0, ttft_s=MISSING, itl_s=MISSING, step_s=MISSING, kv_used=0.0)
+    idle.run(200, 0.0, ttft_s=MISSING, itl_s=MISSING, step_s=MISSING, kv_used=0.0)
     assert idle.width == 1
     assert all(not math.isnan(one.evidence.smoothed or 0.0) for one in idle.decisions)
 
@@ -77,7 +77,7 @@ def demand_is_counted_at_admission() -> None:
 def a_shrink_is_predicted_again() -> None:
     """4: what does for two is not halved for one."""
     plant = world.Plant(2)
-    plant.run(400, 1.0, itl_s=0.05, step_s=0.05)  # slower than predicted, which only measuring tells
+    plant.run(400, 0.5, itl_s=0.07, step_s=0.07)  # slower than predicted, which only measuring tells
     assert set(plant.sizes) == {2}
 
 
@@ -191,14 +191,14 @@ def _all_windows(self: Any, routers: Any, since: float) -> Any:
     return signals._tail(sketch.merge(one.ttft for one in recent), 0.95), signals._mean(())
 
 
-def _finished(routers: Any, now: float) -> Any:
-    recent = [window for router in routers for ended, window in router.windows if ended > now - signals.RATE_S]
-    return sum(one.finished for one in recent) / len(recent), 0.0, 0.0
+def _finished(routers: Any, since: float) -> Any:
+    recent = [window for router in routers for ended, window in router.windows if ended > since]
+    return sum(one.finished for one in recent) / len(recent), 0.0
 
 
 def _every_turn(config: Any, state: Any, now: float) -> bool:
     """Twenty turns are enough."""
-    return bool(state.peaks.entries) and now - (state.grown_s or 0.0) > 2.0
+    return bool(state.recent.entries) and now - (state.grown_s or 0.0) > 2.0
 
 
 def _anyone(self: Any, window: Any, arrived_s: float) -> None:

@@ -190,12 +190,12 @@ def test_who_is_refused_is_demand_with_a_prompt_like_those_of_the_others() -> No
     bench.now += RATE_S
     bench.router("router:1", admitted=2, prompt_tokens=60, refused=6)
     signals = bench.tick().signals
-    assert (signals.admitted_per_s, signals.prompt_tokens_per_s) == (8.0, 240.0)
+    assert (signals.admitted_per_s, signals.prompt_tokens) == (8.0, 30.0)
     assert signals.refused_per_s == 6.0
     bench.now += RATE_S
     bench.router("router:1", admitted=0, prompt_tokens=0, refused=6)
     signals = bench.tick().signals
-    assert (signals.admitted_per_s, signals.prompt_tokens_per_s) == (6.0, pytest.approx(180.0)), "though none came in"
+    assert (signals.admitted_per_s, signals.prompt_tokens) == (6.0, pytest.approx(30.0)), "though none came in"
     demand = demand_of(signals)
     assert isinstance(demand, Demand)
     assert (demand.requests_per_s, demand.prompt_tokens) == (6.0, pytest.approx(30.0))

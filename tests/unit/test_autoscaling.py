@@ -42,7 +42,8 @@ STEPS = {2: StepModel(0.01, 1e-4, 1e-7, 1e-3)}
 def signals(requests_per_s: float = 1.0, *, queued: int = 0, age_s: float = 0.0, **changes: Any) -> Signals:
     known = {
         "admitted_per_s": requests_per_s,
-        "prompt_tokens_per_s": 100.0 * requests_per_s,
+        "burst_per_s": requests_per_s,
+        "prompt_tokens": 100.0,
         "output_tokens": 50.0,
         "uncached_share": 1.0,
         "queued_prefill_tokens": 100.0 * queued,
@@ -59,7 +60,7 @@ BUSY = signals(60.0, queued=30, age_s=5.0, kv_share_most=0.95)
 
 def load(seen: Signals, *, mode: str = "act", **changes: Any) -> Load:
     base = Load(
-        config=PolicyConfig(mode=mode, replicas_max=4),  # type: ignore[arg-type]
+        config=PolicyConfig(mode=mode, replicas_max=4, up_after_s=0.0),  # type: ignore[arg-type]
         signals=seen,
         steps=STEPS,
         sizes=SIZES,
@@ -268,7 +269,7 @@ def test_a_scaler_that_begins_counts_on_from_the_operations_that_the_journal_has
     ]
     policy = remembered(history, PolicyConfig(), now, unix).policy
     assert (policy.grown_s, policy.shrunk_s) == (now - 100.0, now - 170.0)
-    assert (policy.flap_s, policy.hold_s, policy.dwell_s) == (now - 100.0, 120.0, 70.0), "and the hold is doubled"
+    assert (policy.flap_s, policy.hold_s, policy.dwell_s) == (now - 100.0, 240.0, 70.0), "and the hold is doubled"
     assert (policy.num_orders, policy.order) == (4, None)
     after, _ = decide(load(signals(1.0)), now, Autoscaling(policy=policy))
     assert after.policy.sent_s == (now - 170.0, now - 100.0), "what is older than ten minutes counts no more"

@@ -61,7 +61,7 @@ def test_what_is_in_force_is_shown_with_the_load(listener: Listener, capsys: pyt
     assert "first token within 2 s, then a token within 100 ms, for 99.00% of requests" in told
     assert "2 now, 3 wanted, 1 to 4 allowed" in told
     assert "6.2 requests/s, 14 wait, 61 run, KV of the fullest rank 71% used" in told
-    assert "2 → 3 replicas ordered: an objective is broken now" in told
+    assert "2 → 3 replicas ordered: an objective is broken" in told
 
 
 def test_what_is_not_known_is_not_shown_as_zero(listener: Listener, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from elasticmoe.services.scaler.policy.config import PolicyConfig, policy_config
 from elasticmoe.services.scaler.policy.facts import ChangePrice, DeploymentFacts, OperationFacts
 from elasticmoe.services.scaler.policy.figures import UNKNOWN, Missing, Unknown
 from elasticmoe.services.scaler.policy.recommend import recommend
+from elasticmoe.services.scaler.policy.saturation import measured
 from elasticmoe.services.scaler.policy.signals import Intake
 from elasticmoe.services.scaler.policy.state import PolicyState, Reason, ScaleOrder
 from tests.unit import policy_world as world
@@ -47,7 +48,7 @@ def test_unknown_never_shrinks(width: int, before: float, rates: list[float]) ->
     at, running = plant.width, plant.operation
     least = at if running is None or running.target is None else min(at, running.target)  # what was known before
     for rate in rates:
-        decisions = plant.run(20, rate, admitted_per_s=UNKNOWN, prompt_tokens_per_s=UNKNOWN, silent=("router:2",))
+        decisions = plant.run(20, rate, admitted_per_s=UNKNOWN, burst_per_s=UNKNOWN, silent=("router:2",))
         assert all(one.target is None or one.target > at for one in decisions if plant.operation is None)
     assert min(plant.sizes[100:]) >= least
     assert plant.decisions[-1].target is None
@@ -92,13 +93,68 @@ def test_a_step_of_load_is_answered_within_three_seconds() -> None:
     plant = world.Plant(2)
     plant.run(120, 2.5)
     assert plant.targets == []
-    decisions = plant.run(3, 6.0, queued=9, oldest_queued_s=1.2)
-    assert next(one.target for one in decisions if one.target is not None) >= 4
+    decisions = plant.run(3, 7.5)
+    assert next(one.target for one in decisions if one.target is not None) == 4
 
 
-def test_latency_that_no_load_explains_is_answered_at_most_twofold() -> None:
-    plant = world.Plant(3)
-    assert [one.target for one in plant.run(1, 200.0)] == [6]
+def test_one_growth_is_at_most_to_four_times_the_size() -> None:
+    plant = world.Plant(1)
+    plant.run(30, 1.0)
+    assert plant.targets == []
+    assert [one.target for one in plant.run(2, 200.0) if one.target is not None] == [4]
+
+
+def test_the_more_comes_the_sooner_it_grows_and_noise_gathers_to_nothing() -> None:
+    waits = []
+    for rate in (20.0, 7.0, 4.6):
+        plant = world.Plant(2)
+        plant.run(30, 2.5)
+        calm = len(plant.decisions)
+        plant.run(30, rate)
+        waits.append(next(at for at, one in enumerate(plant.decisions[calm:]) if one.target is not None))
+    assert waits == sorted(waits)
+    assert waits[0] < waits[-1] <= 4
+    plant = world.Plant(1)
+    for second in range(300):
+        plant.run(1, 1.2, burst_per_s=3.0 if second % 6 == 0 else 0.8)
+    assert plant.targets == []
+
+
+def test_what_one_long_prompt_takes_is_no_queue() -> None:
+    facts = world.widths(2)
+    for tokens, expected in ((30_000, 0.0), (100, 2.0)):
+        seen = world.signals(50.0, 2.0, queued=1, oldest_queued_s=2.5, oldest_prompt_tokens=tokens)
+        raw = measured(seen, facts, world.demand(2.0), world.CONFIG, changed_s=None, drained=True)
+        assert raw.queue_age == pytest.approx(expected, abs=0.2)
+
+
+def test_what_waited_before_a_change_tells_nothing_of_the_size_after_it() -> None:
+    seen = world.signals(50.0, 2.0, queued=9, oldest_queued_s=9.0, itl_s=9.0, step_s=9.0)
+    raw = measured(seen, world.widths(2), world.demand(2.0), world.CONFIG, changed_s=49.9, drained=False)
+    assert raw.itl is None
+    assert raw.queue_age == pytest.approx(0.0, abs=0.1)
+
+
+def test_a_shrink_is_tried_on_the_bursts_of_the_last_minutes() -> None:
+    """Bursts that come each minute keep the size that they need; the same load, even, does not."""
+    sizes = []
+    for burst, calm in ((24.0, 0.0), (4.0, 4.0)):
+        plant = world.Plant(8)
+        for second in range(900):
+            rate = burst if second % 60 < 10 else calm
+            plant.run(1, 4.0, burst_per_s=rate)
+        sizes.append(plant.width)
+        reasons = {one.reason for one in plant.decisions}
+        assert (Reason.WOULD_BE_LATE in reasons) == (burst != calm)
+    assert sizes[0] > sizes[1]
+
+
+def test_a_forecast_within_what_chance_makes_of_arrivals_grows_nothing() -> None:
+    """A steady rise is met before it is there, by what it will be; the noise of few requests is no rise."""
+    plant = world.Plant(1)
+    for second in range(400):
+        plant.run(1, 1.0 + (0.6 if second // 10 % 2 else 0.0))
+    assert plant.targets == []
 
 
 def test_a_shrink_gives_way_to_a_panic_before_its_commit_only() -> None:

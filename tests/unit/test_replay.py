@@ -48,7 +48,7 @@ def test_our_policy_grows_for_a_step_of_load_and_the_objectives_are_kept() -> No
     grown = [(at, decision) for at, decision in ours.decisions if decision.target is not None and decision.acts]
     at, decision = grown[0]
     assert 60.0 < at <= 66.0
-    assert decision.reason in (Reason.GROW_PANIC, Reason.GROW_SATURATED, Reason.GROW_FORECAST)
+    assert decision.reason in (Reason.GROW_PANIC, Reason.GROW_SATURATED, Reason.GROW_DEMAND)
     assert run.sizes[1][0] == at
     least, most = replay(step(), Fixed(), 1), replay(step(), Fixed(), 6)
     assert run.verdict.attainment >= 0.95 * most.verdict.attainment > least.verdict.attainment

@@ -39,6 +39,7 @@ def seen(at: float, plant: Plant, *, waiting: int = 0, is_open: int = 0, gap_s: 
         gaps=gaps,
         waiting=waiting,
         oldest_s=0.0,
+        oldest_tokens=0,
         open=is_open,
         ready=plant.width,
         wanted=plant.wanted,

@@ -10,7 +10,7 @@ from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.demand import Demand
 from elasticmoe.services.scaler.policy.facts import Prices, WidthFacts, Widths
 from elasticmoe.services.scaler.policy.price import cost, is_worth
-from elasticmoe.services.scaler.policy.recent import Limits
+from elasticmoe.services.scaler.policy.recent import Abilities
 from elasticmoe.services.scaler.policy.saturation import Saturation, capacity, predicted
 from elasticmoe.services.scaler.policy.state import PolicyState, Reason
 
@@ -122,7 +122,7 @@ def late(
     """The share of the requests of the last minutes that would have come too late with a smaller width: a width that
     does for the load as it is may be far too small for the bursts that come again and again."""
     loose = _replace(config, ttft_s=TTFT_TIMES * config.ttft_s, itl_s=ITL_TIMES * config.itl_s)
-    small, large = (Limits(capacity(one, demand, config), capacity(one, demand, loose)) for one in (facts, present))
+    small, large = (Abilities(capacity(one, demand, config), capacity(one, demand, loose)) for one in (facts, present))
     return state.recent.late(small, large, config.up_after_s, reaction_s + NOTICE_S, config.ttft_s / 2)
 
 

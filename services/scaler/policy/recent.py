@@ -28,11 +28,11 @@ class Excess(msgspec.Struct, frozen=True):
 
     def is_too_much(self, after_s: float) -> bool:
         """Whether the size is too small: after `after_s` of excess; the more comes in a second, the sooner."""
-        return self.seconds * max(1.0, self.load) >= after_s
+        return self.seconds > 0.0 and self.seconds * max(1.0, self.load) >= after_s
 
 
-class Limits(NamedTuple):
-    """Of a size, in requests per second: with which it keeps its objectives, and that it can do at all."""
+class Abilities(NamedTuple):
+    """A size's, in requests per second: with which it keeps its objectives, and that it can do at all."""
 
     kept: float
     most: float
@@ -70,10 +70,10 @@ class Recent(msgspec.Struct, frozen=True):
         """The most tokens in KV."""
         return max((entry.kv_tokens for entry in self.entries if entry.at_s >= since_s), default=0.0)
 
-    def late(self, smaller: Limits, present: Limits, after_s: float, react_s: float, wait_s: float) -> float:
+    def late(self, smaller: Abilities, present: Abilities, after_s: float, react_s: float, wait_s: float) -> float:
         """The share of all requests that would have come too late with a size that grows to the present one, in
-        `react_s`, whenever more comes than keeps the objectives (`after_s` as in `Excess.is_too_much`). Too late: behind
-        a backlog of more than `wait_s` of what can be done at all."""
+        `react_s`, whenever more comes than keeps the objectives (`after_s` as in `Excess.is_too_much`). Too late:
+        behind a backlog of more than `wait_s` of what can be done at all."""
         excess, backlog = Excess(), Excess()
         late = num = 0.0
         grown_at = math.inf

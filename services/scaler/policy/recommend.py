@@ -10,8 +10,8 @@ In this order; the first that applies decides:
 | an order without an answer | nothing; it is sent again, as the same, after a while |
 | bounds | growth or shrink into them |
 | something unknown | growth by what waits in the routers that are heard; after a while nothing at all |
-| saturation, forecast | growth |
-| all else | shrink by one, where every guard agrees |
+| excess, saturation, forecast | growth |
+| all else | shrink, as far as every guard agrees |
 """
 
 from __future__ import annotations
