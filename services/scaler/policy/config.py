@@ -47,7 +47,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     up_after_s: Annotated[
         Annotated[float, Meta(ge=0.0, le=3_600.0)],
         says("How long it has to be above the threshold, or how many seconds of its work came beyond what it can do"),
-    ] = 3.0
+    ] = 4.0
     up_min: Annotated[Share, says("The threshold at the least: the faster the load grows, the lower")] = 0.55
     up_max: Annotated[Share, says("The threshold at the most")] = 1.0
     headroom: Annotated[
