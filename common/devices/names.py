@@ -18,8 +18,12 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-HOST_PATTERN: Final = r"[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?"
-NAME_PATTERN: Final = rf"^(?:({HOST_PATTERN})/)?([a-z][a-z0-9_-]{{0,31}}):(0|[1-9][0-9]{{0,8}})\Z"
+_LABEL: Final = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
+HOST_PATTERN: Final = rf"{_LABEL}(?:\.{_LABEL})*"  # of at most 63 characters
+BACKEND_PATTERN: Final = r"[a-z][a-z0-9_-]{0,31}"
+NAME_PATTERN: Final = (
+    rf"^(?:(?!local/)(?=[a-z0-9.-]{{1,63}}/)({HOST_PATTERN})/)?({BACKEND_PATTERN}):(0|[1-9][0-9]{{0,8}})\Z"
+)
 COUNT_PATTERN: Final = r"^host:[1-9][0-9]{0,2}\Z"
 
 HostId = str
@@ -31,6 +35,7 @@ DeviceName = Annotated[str, Meta(pattern=NAME_PATTERN)]
 LOCAL_HOST: Final[HostId] = "local"
 
 _NAME = re.compile(NAME_PATTERN)
+_COUNT = re.compile(rf"^({BACKEND_PATTERN}):([1-9][0-9]{{0,8}})\Z")
 
 
 class DeviceId(msgspec.Struct, frozen=True, order=True):
@@ -48,7 +53,7 @@ class DeviceId(msgspec.Struct, frozen=True, order=True):
     def parse(cls, name: str) -> DeviceId:
         """What `str` wrote. Raises ValueError for anything else."""
         match = _NAME.match(name)
-        if match is None or match[1] == LOCAL_HOST:
+        if match is None:
             raise ValueError(f"{name!r:.80} names no device: it has to be BACKEND:INDEX or HOST/BACKEND:INDEX")
         return cls(match[1] or LOCAL_HOST, match[2], int(match[3]))
 
@@ -65,10 +70,10 @@ class DeviceCount(msgspec.Struct, frozen=True):
     @classmethod
     def parse(cls, setting: str) -> DeviceCount:
         """What `str` wrote. Raises ValueError for anything else, and for none."""
-        backend, _, count = setting.partition(":")
-        if not backend or not count.isdecimal() or int(count) < 1:
+        match = _COUNT.match(setting)
+        if match is None:
             raise ValueError(f"{setting!r:.80} names no devices: it has to be BACKEND:N with N at least 1")
-        return cls(backend, int(count))
+        return cls(match[1], int(match[2]))
 
     def names(self, host: HostId = LOCAL_HOST) -> tuple[str, ...]:
         """Of all devices of a host, by number."""

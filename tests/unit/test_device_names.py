@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elasticmoe.common.devices.names import HOST_PATTERN, LOCAL_HOST, DeviceCount, DeviceId
+from elasticmoe.common.devices.names import HOST_PATTERN, LOCAL_HOST, DeviceCount, DeviceId, DeviceName
 from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout, lacking
 
 ROOT = Path(__file__).parents[2]
-HOSTS = st.from_regex(HOST_PATTERN, fullmatch=True)
+HOSTS = st.from_regex(HOST_PATTERN, fullmatch=True).filter(lambda host: len(host) <= 63)
 BACKENDS = st.from_regex("[a-z][a-z0-9_-]{0,31}", fullmatch=True)
 
 
@@ -45,17 +45,25 @@ def test_a_host_is_not_taken_for_a_backend() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "host", "host:", ":0", "host:01", "host:-1", "local/host:0", "/host:0", "a/b/host:0", "Node/host:0"]
+    "name",
+    [
+        *("", "host", "host:", ":0", "host:01", "host:-1", "host:٣", "host:0\n"),
+        *("/host:0", "a/b/host:0", "Node/host:0"),
+        *("local/host:0", "a..b/host:0", "a.-b/host:0", "-a/host:0", "a-/host:0", "a./host:0", "x" * 64 + "/host:0"),
+    ],
 )
 def test_what_names_no_device_is_refused(name: str) -> None:
+    """By whoever reads a name, and in messages and records as well, where nobody is left to read it in vain."""
     with pytest.raises(ValueError, match="names no device"):
         DeviceId.parse(name)
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(name, DeviceName)
 
 
 def test_a_count_names_the_devices_of_a_host() -> None:
     count = DeviceCount.parse("host:2")
     assert (str(count), count.names(), count.names("b")) == ("host:2", ("host:0", "host:1"), ("b/host:0", "b/host:1"))
-    for setting in ("host", "host:", "host:0", ":2", "host:x"):
+    for setting in ("host", "host:", "host:0", ":2", "host:x", "host:03", "host:٣", "a/host:3", "host:" + "9" * 5_000):
         with pytest.raises(ValueError, match="names no devices"):
             DeviceCount.parse(setting)
 
