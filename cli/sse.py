@@ -45,7 +45,7 @@ class EventReader:
                 yield ServerEvent(b"", comment=value)
             elif field == b"data":
                 self._data.append(value)
-                self._num_bytes += len(value)
+                self._num_bytes += len(value) + 1  # its line feed: an event of empty lines has an end, too
         if self._num_bytes > self._bytes_max:
             raise ElasticMoEError(f"the server sent an event of over {self._bytes_max} bytes", code="bad_stream")
 

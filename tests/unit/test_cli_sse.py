@@ -66,7 +66,7 @@ def test_where_the_pieces_end_means_nothing(lines: list[bytes], ends: list[bytes
     assert list(events_of([stream[number : number + 1] for number in range(len(stream))])) == list(events_of([stream]))
 
 
-@pytest.mark.parametrize("piece", [b"x" * 1000, b"data: " + b"x" * 1000 + b"\n"])
+@pytest.mark.parametrize("piece", [b"x" * 1000, b"data: " + b"x" * 999 + b"\n", b"data\n" * 1000])
 def test_an_event_without_end_is_bounded(piece: bytes) -> None:
     reader = EventReader(10_000)
     for _ in range(10):
