@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elasticmoe.common.config import RouterConfig
-from elasticmoe.common.protocol.errors import ElasticMoEError, InvalidRequest, Overloaded
+from elasticmoe.common.protocol.errors import ElasticMoEError, InvalidRequest, Overloaded, Unready
 from elasticmoe.common.protocol.router import Delta, Logprob
 from elasticmoe.common.transport import Sockets
 from elasticmoe.services.router.api.app import build_app
@@ -308,3 +310,26 @@ def test_generations_that_are_refused_for_want_of_room_are_demand(
     answer = ask(front, path, **body)
     assert answer.status_code == (429 if fill else 400), answer.text
     assert sum(refused) == num
+
+
+@pytest.mark.parametrize("num_found", [0, 2])
+def test_every_choice_that_finds_no_replica_is_demand(
+    front: Front, monkeypatch: pytest.MonkeyPatch, num_found: int
+) -> None:
+    """Those that found one count as admitted, and are cancelled."""
+    refused: list[int] = []
+    admitted: list[Stream] = []
+    monkeypatch.setattr(front.dispatcher.windows, "refused", lambda count=1: refused.append(count))
+    monkeypatch.setattr(front.dispatcher.windows, "admitted", admitted.append)
+
+    def submit(*_: object) -> Any:
+        if len(admitted) == num_found:
+            raise Unready("no replica")
+        return SimpleNamespace(rank="r0t0")
+
+    monkeypatch.setattr(front.dispatcher, "_submit", submit)
+    monkeypatch.setattr(front.dispatcher, "open", partial(Dispatcher.open, front.dispatcher))
+    answer = ask(front, prompt=["x", "y"], n=3)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    assert (len(admitted), sum(refused)) == (num_found, 6 - num_found)
+    assert all(stream.ending is not None and stream.ending.kind == "cancelled" for stream in admitted)

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from elasticmoe.common.protocol.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from elasticmoe.common.protocol.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX
 from elasticmoe.common.protocol.rank import Submit
 from elasticmoe.services.router.api.front import Front
@@ -113,7 +113,10 @@ async def start(
                 else:
                     front.dispatcher.open(stream, now)
                 generation.streams.append(stream)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, Unavailable):  # `open` counted the choice that found no replica, and not those behind it
+            num = len(prompts) * options.num_choices
+            front.dispatcher.windows.refused(num - len(generation.streams) - 1)
         generation.close()
         raise
     return generation
