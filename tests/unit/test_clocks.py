@@ -25,10 +25,11 @@ ALLOWED = {
     ("common/telemetry.py", "time.strftime"): "the time of a log line",
     ("common/telemetry.py", "time.localtime"): "the time of a log line",
     ("common/safetensors.py", ".st_mtime_ns"): "equality: whether a file was changed while it was read",
+    ("common/transport.py", ".st_mtime_ns"): "equality: whether another process has bound a socket's path",
     ("common/clock.py", "time.time"): "what the clock that services are given tells beside monotonic time",
     ("common/http/listener.py", "time.time"): "`Date` of an answer",
-    ("services/router/api/chat.py", "time.time"): "`created` of an answer",
-    ("services/router/api/completions.py", "time.time"): "`created` of an answer",
+    ("services/router/api/chat_renderer.py", "time.time"): "`created` of an answer",
+    ("services/router/api/completion_renderer.py", "time.time"): "`created` of an answer",
     ("services/router/text/template.py", "datetime.now"): "`strftime_now` of chat templates",
     ("services/router/api/front.py", "time.time"): "`created` of the model, shown",
 }
