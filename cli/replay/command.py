@@ -19,7 +19,7 @@ from elasticmoe.cli.replay.model import STEP, Actuation, DeploymentModel
 from elasticmoe.cli.replay.plot import plot
 from elasticmoe.cli.replay.policies import Fixed, Ours, Scaler
 from elasticmoe.cli.replay.simulate import Replayed, simulate
-from elasticmoe.cli.terminal import say, say_json
+from elasticmoe.cli.terminal import complain, say, say_json
 from elasticmoe.cli.traces.arrival import Arrival
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.services.scaler.policy.config import PolicyConfig, policy_config
@@ -228,7 +228,9 @@ def _journal(args: argparse.Namespace) -> int:
     if args.run_dir is not None:
         records = journal.of_run_dir(run_dir_of(args.run_dir))
         if args.save is not None:
-            journal.save(absolute(args.save, "--save"), records)
+            num_kept = journal.save(absolute(args.save, "--save"), records)
+            if num_kept < len(records):
+                complain(f"--save: kept: the last {num_kept} of {len(records)} records; more do not fit into a file")
     else:
         refuse_beside(args, "save", "--journal")
         records = journal.of_file(absolute(args.journal, "--journal"))

@@ -12,11 +12,12 @@ import msgspec
 from elasticmoe.cli.terminal import say, say_json
 from elasticmoe.common.config import Common, load
 from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError
-from elasticmoe.common.store import DECISION_BYTES_MAX, DECISIONS_MAX, VALUE_BYTES_MAX, store_of
+from elasticmoe.common.store import DECISION_BYTES_MAX, DECISIONS_MAX, store_of
 from elasticmoe.services.scaler.control.replay import Remade, replay_records
 
 _MAGIC = b"elasticmoe journal 1\n"
-_BYTES_MAX = DECISIONS_MAX * DECISION_BYTES_MAX
+_BYTES_MAX = DECISIONS_MAX * DECISION_BYTES_MAX  # of a file, and of what it inflates to
+_HEADER_BYTES = 5  # of a list or of a record in msgpack, at most
 _entries = msgspec.msgpack.Decoder(list[bytes])
 
 
@@ -36,13 +37,32 @@ def of_run_dir(run_dir: Path) -> list[bytes]:
         store.close()
 
 
-def save(path: Path, records: list[bytes]) -> None:
-    """Keep records in a file, which must not exist. Raises ConfigError."""
+def save(path: Path, records: list[bytes]) -> int:
+    """Keep records, oldest first, in a file, which must not exist: as many of the last ones as `of_file` reads. Returns
+    how many are kept. Raises ConfigError; then no file is left behind."""
+    kept = _last_within(records, _BYTES_MAX)
     try:
         with open(path, "xb") as file:
-            file.write(_MAGIC + zlib.compress(msgspec.msgpack.encode(records)))
+            try:
+                file.write(_MAGIC + zlib.compress(msgspec.msgpack.encode(kept)))
+                file.flush()
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise ConfigError(f"--save {path}: {error.strerror or error}") from None
+    return len(kept)
+
+
+def _last_within(records: list[bytes], bytes_max: int) -> list[bytes]:
+    """The last of them that, encoded as one list, take no more bytes than that."""
+    num, left = 0, bytes_max - _HEADER_BYTES
+    for record in reversed(records):
+        left -= len(record) + _HEADER_BYTES
+        if left < 0:
+            break
+        num += 1
+    return records[len(records) - num :]
 
 
 def of_file(path: Path) -> list[bytes]:
@@ -58,9 +78,11 @@ def of_file(path: Path) -> list[bytes]:
         raise ConfigError(f"--journal {path}: not written by `elasticmoe policy replay --save`")
     try:
         unpacker = zlib.decompressobj()
-        inflated = unpacker.decompress(raw[len(_MAGIC) :], VALUE_BYTES_MAX * 2)
+        inflated = unpacker.decompress(raw[len(_MAGIC) :], _BYTES_MAX + 1)
+        if len(inflated) > _BYTES_MAX:
+            raise ConfigError(f"--journal {path}: inflates to over {_BYTES_MAX} bytes, the most that a journal has")
         if not unpacker.eof:
-            raise ConfigError(f"--journal {path}: cut off, or too large")
+            raise ConfigError(f"--journal {path}: cut off after {len(raw)} bytes")
         return _entries.decode(inflated)
     except (zlib.error, msgspec.DecodeError):
         raise ConfigError(f"--journal {path}: damaged") from None

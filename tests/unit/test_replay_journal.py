@@ -113,10 +113,36 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path: Path, kept: Callable[...
             path.write_bytes(raw)
         with pytest.raises(ConfigError, match=f"--journal {path}: "):
             run("--journal", str(path))
+    with pytest.raises(ConfigError, match=f"cut off after {len(whole) - 9} bytes"):
+        journal.of_file(tmp_path / "cut")
     (tmp_path / "there").write_bytes(b"mine")
     with pytest.raises(ConfigError, match=r"--save .*there: File exists"):
         journal.save(tmp_path / "there", [])
     assert (tmp_path / "there").read_bytes() == b"mine"
+
+
+def test_what_is_kept_can_be_read_however_much_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of a large deployment compress well: all of them would inflate to more than a reader takes."""
+    monkeypatch.setattr(journal, "_BYTES_MAX", 100_000)
+    records = [bytes([number]) * 999 for number in range(200)]
+    num_kept = journal.save(tmp_path / "kept", records)
+    assert 90 < num_kept < 100
+    assert journal.of_file(tmp_path / "kept") == records[-num_kept:]
+    assert journal.save(tmp_path / "none", [b"x" * 100_000]) == 0
+    bomb = tmp_path / "bomb"
+    bomb.write_bytes(journal._MAGIC + zlib.compress(b"x" * 1_000_000))
+    with pytest.raises(ConfigError, match="inflates to over 100000 bytes"):
+        journal.of_file(bomb)
+
+
+def test_a_file_that_could_not_be_written_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: bytes) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal.zlib, "compress", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        journal.save(tmp_path / "kept", [b"a"])
+    assert not (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize(
