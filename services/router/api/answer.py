@@ -66,7 +66,8 @@ class _Silence:
         self._every_s = every_s
         self._patience_s = HEAD_S
         self._heard_at = self._loop.time()
-        self._timer: asyncio.TimerHandle | None = self._loop.call_later(HEAD_S, self._look)
+        first_s = min(HEAD_S, every_s or HEAD_S)  # which may begin to count before HEAD_S has passed
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(first_s, self._look)
         self.is_due = False
 
     def broken(self) -> None:
