@@ -5,7 +5,8 @@ from __future__ import annotations
 import array
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from elasticmoe.common.telemetry import get_logger
@@ -37,30 +38,31 @@ class Texts:
         self._workers = workers
         self._inline_chars_max = INLINE_CHARS_MAX
         self._trimming: asyncio.TimerHandle | None = None
+        self._has_freed = False  # since that was set
 
     async def encode(self, texts: Sequence[str], context: int, client: str, *, add_special: bool) -> list[list[int]]:
         """Tokens of each text. Raises InvalidRequest for one that cannot fit into `context` tokens, untokenized."""
         job = jobs.Encode(list(texts), add_special, context)
-        self._give_back_after(job)
-        for text in texts:
-            self._check_length(text, context)
-        reply = await self._run(job, client)
+        with self._giving_back(job):
+            for text in texts:
+                self._check_length(text, context)
+            reply = await self._run(job, client)
         assert isinstance(reply, jobs.Encoded)
         return [array.array("I", packed).tolist() for packed in reply.packed]
 
     async def encode_chat(self, conversation: Conversation, context: int, client: str) -> list[int]:
         """A conversation's tokens. Raises InvalidRequest."""
         job = jobs.Chat(conversation, context)
-        self._give_back_after(job)
-        reply = await self._run(job, client)
+        with self._giving_back(job):
+            reply = await self._run(job, client)
         assert isinstance(reply, jobs.Encoded)
         return array.array("I", reply.packed[0]).tolist()
 
     async def tokenize(self, job: jobs.Tokenize, client: str) -> bytes:
         """The body of an answer to /tokenize. Raises InvalidRequest."""
-        self._give_back_after(job)
-        self._check_length(job.text, job.context)
-        reply = await self._run(job, client)
+        with self._giving_back(job):
+            self._check_length(job.text, job.context)
+            reply = await self._run(job, client)
         assert isinstance(reply, jobs.TokenizedBody)
         return reply.body
 
@@ -76,14 +78,27 @@ class Texts:
         assert isinstance(reply, jobs.Inspected)
         return reply
 
-    def _give_back_after(self, job: Job) -> None:
-        """A large request leaves the allocator with many free pages: return them when it has gone."""
-        if self._trimming is None and jobs.num_chars(job) > LARGE_CHARS:
-            self._trimming = asyncio.get_running_loop().call_later(TRIM_AFTER_SECONDS, self._give_back)
+    @contextmanager
+    def _giving_back(self, job: Job) -> Iterator[None]:
+        """A large request leaves the allocator with many free pages: return them soon after it has gone, however long
+        it waits for its turn."""
+        try:
+            yield
+        finally:
+            if jobs.num_chars(job) > LARGE_CHARS:
+                self._has_freed = True
+                if self._trimming is None:
+                    self._give_back_later()
+
+    def _give_back_later(self) -> None:
+        self._has_freed = False
+        self._trimming = asyncio.get_running_loop().call_later(TRIM_AFTER_SECONDS, self._give_back)
 
     def _give_back(self) -> None:
         self._trimming = None
         give_memory_back()
+        if self._has_freed:  # another one has ended meanwhile, and what it held may not have been free yet
+            self._give_back_later()
 
     def _check_length(self, text: str, context: int) -> None:
         if self._codec.bound is not None and not self._codec.bound.ignores_spaces:  # that takes long: a worker does it
