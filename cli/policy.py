@@ -178,6 +178,8 @@ def explained(policy: dict[str, Any]) -> list[str]:
             f"demand      {demand['requests_per_s']:.2f} requests/s of {demand['prompt_tokens']:.0f} prompt and "
             f"{demand['output_tokens']:.0f} output tokens"
         )
+    if evidence["excess_s"]:
+        lines.append(f"excess      {evidence['excess_s']:.1f} s of work beyond what this size can do")
     if evidence["forecast_per_s"] is not None:
         lines.append(f"forecast    {evidence['forecast_per_s']:.2f} requests/s in {_time(config['horizon_s'])}")
     if evidence["predicted"] is not None:

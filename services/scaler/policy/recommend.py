@@ -27,7 +27,7 @@ from elasticmoe.services.scaler.policy.facts import DeploymentFacts, OperationFa
 from elasticmoe.services.scaler.policy.figures import Missing, Signals, Unknown
 from elasticmoe.services.scaler.policy.guards import Shrink, Verdict, judge
 from elasticmoe.services.scaler.policy.orders import forgetting, order_id, sent
-from elasticmoe.services.scaler.policy.recent import Past
+from elasticmoe.services.scaler.policy.recent import RECENT_S, Past
 from elasticmoe.services.scaler.policy.saturation import Saturation, capacity, measured, predicted, smoothed
 from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason, ScaleOrder
 
@@ -92,6 +92,7 @@ def recommend(
         raw=raw,
         smoothed=state.saturation,
         threshold=threshold,
+        excess_s=state.excess.seconds,
         demand=None if isinstance(demand, Unknown) else demand,
         forecast_per_s=state.forecast.after(config.horizon_s),
         silent=signals.silent,
@@ -138,7 +139,7 @@ def _loaded(turn: Turn, state: PolicyState, demand: Demand, elapsed_s: float) ->
     rate = demand.requests_per_s if isinstance(burst, Unknown) else burst
     excess = state.excess
     if turn.deployment.operation is None:
-        excess = excess.seen(rate / capacity(turn.widths(turn.width), demand, config), elapsed_s)
+        excess = excess.seen(rate / capacity(turn.widths(turn.width), demand, config), min(elapsed_s, RECENT_S))
     forecast = state.forecast.seen(demand.requests_per_s, turn.now)
     level = demand.requests_per_s if forecast.level is None else max(0.0, forecast.level)
     past = Past(turn.now, rate, level, 0.0 if isinstance(kv_used, Unknown) else kv_used)

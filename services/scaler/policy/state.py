@@ -108,6 +108,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     raw: Annotated[Saturation, says("Saturation as it is now, by what limits it")] = Saturation()
     smoothed: Annotated[float | None, says("Its greatest component, smoothed")] = None
     threshold: Annotated[float | None, says("Above which it grows")] = None
+    excess_s: Annotated[float, says("Seconds of this size's work that came beyond what it can do")] = 0.0
     demand: Annotated[Demand | None, says("As it is now; null where it is not known")] = None
     forecast_per_s: Annotated[float | None, says("Requests per second `horizon_s` ahead")] = None
     of_width: Annotated[int | None, says("The number of replicas in question")] = None
