@@ -121,6 +121,8 @@ def late(
 ) -> float:
     """The share of the requests of the last minutes that would have come too late with a smaller width: a width that
     does for the load as it is may be far too small for the bursts that come again and again."""
+    if predicted(facts, demand.at(state.recent.most()), config).worst < 1.0:
+        return 0.0  # nothing was beyond what it keeps up with: no need to look for its limits
     loose = _replace(config, ttft_s=TTFT_TIMES * config.ttft_s, itl_s=ITL_TIMES * config.itl_s)
     small, large = (Abilities(capacity(one, demand, config), capacity(one, demand, loose)) for one in (facts, present))
     return state.recent.late(small, large, config.up_after_s, reaction_s + NOTICE_S, config.ttft_s / 2)

@@ -27,13 +27,14 @@ from elasticmoe.services.scaler.policy.facts import DeploymentFacts, OperationFa
 from elasticmoe.services.scaler.policy.figures import Missing, Signals, Unknown
 from elasticmoe.services.scaler.policy.guards import Shrink, Verdict, judge
 from elasticmoe.services.scaler.policy.orders import forgetting, order_id, sent
-from elasticmoe.services.scaler.policy.recent import RECENT_S, Past
+from elasticmoe.services.scaler.policy.recent import RECENT_S, Excess, Past
 from elasticmoe.services.scaler.policy.saturation import Saturation, capacity, measured, predicted, smoothed
 from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason, ScaleOrder
 
 GROWTH_MAX = 4  # times the present size
 DRAIN_S_MAX = 60.0
 REFUSED_S = 30.0  # after a refused order
+GAP_S = 10.0  # between two turns, as where the process stood still: what lasted before a longer one is not known to last
 _replace = msgspec.structs.replace
 
 
@@ -112,6 +113,8 @@ def _observe(turn: Turn, state: PolicyState) -> PolicyState:
     """The state after seeing, before deciding."""
     now, config = turn.now, turn.config
     elapsed = now - state.at_s if state.at_s is not None else 0.0
+    if elapsed > GAP_S:
+        state = _replace(state, excess=Excess(), above_since_s=None, known_since_s=None)
     since = turn.signals.silent_since_s
     unknown_since = None
     if isinstance(turn.demand, Unknown) or turn.signals.silent:
@@ -139,11 +142,13 @@ def _loaded(turn: Turn, state: PolicyState, demand: Demand, elapsed_s: float) ->
     rate = demand.requests_per_s if isinstance(burst, Unknown) else burst
     excess = state.excess
     if turn.deployment.operation is None:
-        excess = excess.seen(rate / capacity(turn.widths(turn.width), demand, config), min(elapsed_s, RECENT_S))
+        elapsed_s = min(elapsed_s, RECENT_S)  # a rate of the last moments tells nothing of the time before
+        excess = excess.seen(rate / capacity(turn.widths(turn.width), demand, config), elapsed_s)
     forecast = state.forecast.seen(demand.requests_per_s, turn.now)
     level = demand.requests_per_s if forecast.level is None else max(0.0, forecast.level)
+    over_s = max(config.hold_max_s, config.down_over_s)
     past = Past(turn.now, rate, level, 0.0 if isinstance(kv_used, Unknown) else kv_used)
-    return _replace(state, excess=excess, forecast=forecast, recent=state.recent.seen(past, config.hold_max_s))
+    return _replace(state, excess=excess, forecast=forecast, recent=state.recent.seen(past, over_s))
 
 
 def _answered(turn: Turn, state: PolicyState) -> PolicyState:

@@ -10,7 +10,7 @@ takes a step of its own for each chunk, and waits for those before it.
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -41,7 +41,9 @@ class Saturation(msgspec.Struct, frozen=True):
     @property
     def worst(self) -> float:
         """The greatest, 0 where there is none."""
-        return max((part for part in self.parts.values() if part is not None), default=0.0)
+        return max(
+            self.ttft or 0.0, self.itl or 0.0, self.backlog or 0.0, self.queue_age or 0.0, self.kv or 0.0
+        )
 
     @property
     def lasting(self) -> float:
@@ -75,49 +77,76 @@ def measured(
     )
 
 
-def work(step: StepModel, demand: Demand) -> float:
-    """Seconds of one replica's time that a second's requests take, without the steps' own time: ρ of a width of 1."""
+def work(step: StepModel, demand: Demand, per_s: float) -> float:
+    """Seconds of one replica's time that `per_s` requests as those of `demand` take, without the steps' own time: ρ of
+    a width of 1."""
     per_request = step.b * demand.prefill_tokens + demand.output_tokens * (step.d + step.c * demand.kv_tokens)
-    return demand.requests_per_s * per_request
+    return per_s * per_request
+
+
+class _InTheLongRun(NamedTuple):
+    """What a replica comes to: seconds to the first token and between tokens, used share of KV."""
+
+    ttft_s: float
+    itl_s: float
+    kv_share: float
 
 
 def predicted(facts: WidthFacts, demand: Demand, config: PolicyConfig) -> Saturation:
     """In the long run, at this width; without a step model nothing is known but that."""
-    step = facts.step
-    if step is None:
+    if facts.step is None:
         return Saturation()
     most = config.saturation_max
-    rho = work(step, demand) / facts.width
-    if rho >= 1.0:
+    found = _in_the_long_run(facts, facts.step, demand, demand.requests_per_s)
+    if found is None:
         return Saturation(most, most, most, most, most)
+    return Saturation(
+        ttft=_clamped(found.ttft_s / config.ttft_s, config),
+        itl=_clamped(found.itl_s / config.itl_s, config),
+        kv=_clamped(found.kv_share / config.kv_share_max, config),
+    )
+
+
+def _in_the_long_run(facts: WidthFacts, step: StepModel, demand: Demand, per_s: float) -> _InTheLongRun | None:
+    """Of so many requests per second, as those of `demand`; None where the work grows without end."""
+    rho = work(step, demand, per_s) / facts.width
+    if rho >= 1.0:
+        return None
     seconds = step.a / (1 - rho)
-    rate = demand.requests_per_s / facts.width
+    rate = per_s / facts.width
     kv_tokens = rate * demand.output_tokens * seconds * demand.kv_tokens
     sequences = rate * demand.output_tokens * seconds
     prefill = _prefill_s(step, facts, demand.prefill_tokens, kv_tokens, sequences)
     busy = min(0.99, rate * prefill)
     # Sakasegawa's approximation of the wait for one of `width` servers: whoever comes goes where least is to be done.
     wait = VARIABILITY * prefill * busy ** (math.sqrt(2 * (facts.width + 1)) - 1) / (facts.width * (1 - busy))
-    return Saturation(
-        ttft=_clamped(TAIL * (prefill + wait) / config.ttft_s, config),
-        itl=_clamped(seconds / config.itl_s, config),
-        kv=_clamped(kv_tokens / facts.kv_tokens / config.kv_share_max, config) if facts.kv_tokens else most,
-    )
+    return _InTheLongRun(TAIL * (prefill + wait), seconds, kv_tokens / facts.kv_tokens if facts.kv_tokens else math.inf)
 
 
 def capacity(facts: WidthFacts, demand: Demand, config: PolicyConfig) -> float:
     """Requests per second of this kind with which the width is predicted to be at an objective. Infinite where nothing
     is known of it, and where not even one request at a time keeps the objectives: no width is too small then."""
-    if facts.step is None or predicted(facts, demand.at(0.0), config).worst >= 1.0:
+    step = facts.step
+    if step is None:
+        return math.inf
+
+    def keeps(per_s: float) -> bool:
+        found = _in_the_long_run(facts, step, demand, per_s)
+        if found is None:
+            return False
+        is_in_time = found.ttft_s < config.ttft_s and found.itl_s < config.itl_s
+        return is_in_time and found.kv_share < config.kv_share_max
+
+    if not keeps(0.0):
         return math.inf
     least, most = 0.0, 1.0
-    while predicted(facts, demand.at(most), config).worst < 1.0:
+    while keeps(most):
         least, most = most, 2 * most
         if most > RATE_MAX:
             return math.inf
     for _ in range(ROUNDS):
         rate = (least + most) / 2
-        least, most = (rate, most) if predicted(facts, demand.at(rate), config).worst < 1.0 else (least, rate)
+        least, most = (rate, most) if keeps(rate) else (least, rate)
     return most
 
 
