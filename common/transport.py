@@ -107,6 +107,8 @@ class Server(Generic[T]):
         _configure(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())  # peers of other users are turned away
+        if takes_over:  # a PushClient comes again under its identity, maybe before its first connection is seen to end
+            self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.bind(f"ipc://{path}")
         os.chmod(path, 0o600)
         self._bound = _bound_at(path)

@@ -1,4 +1,4 @@
-"""The policy at its limits: after a time in which no turn was made, over a day of history, and with hundreds of replicas."""
+"""The policy at its limits: after a time without turns, over a day of history, and with hundreds of replicas."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def test_where_nothing_was_beyond_a_size_its_limits_are_not_looked_for_and_it_ma
     for at in range(0, 600, 2):
         recent = recent.seen(Past(float(at), rng.gammavariate(4.0, rate / 4.0), rate, 0.0), 600.0)
     loose = msgspec.structs.replace(config, ttft_s=5 * config.ttft_s, itl_s=2 * config.itl_s)
-    small, large = (Abilities(capacity(one, demand, config), capacity(one, demand, loose)) for one in (smaller, present))
+    small, large = (
+        Abilities(capacity(one, demand, config), capacity(one, demand, loose)) for one in (smaller, present)
+    )
     expected = recent.late(small, large, config.up_after_s, 1.0 + guards.NOTICE_S, config.ttft_s / 2)
     assert guards.late(PolicyState(recent=recent), present, smaller, demand, config, 1.0) == expected
 

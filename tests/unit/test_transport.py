@@ -328,6 +328,23 @@ def test_who_takes_over_hears_what_is_pushed_though_the_one_before_hangs(tmp_pat
         pusher.close()
 
 
+def test_who_had_found_the_new_one_already_is_heard_after_it_has_looked_at_the_path_too(tmp_path: Path) -> None:
+    """Its connection came back by itself before it saw that the path is another one's, and opened it anew: a second one
+    with the same identity, of whom a scaler heard nothing as long as it lived."""
+    path = tmp_path / "signals.sock"
+    pusher = PushClient(path, "router:1")
+    for number in range(1, 9):
+        with Server(path, new_identity("scaler"), signals.CODEC, takes_over=True) as server:
+            wait_until(lambda server=server: server.is_connected(b"router:1"), "the connection came by itself", 10.0)
+            pusher.push(window(number))
+            threading.Event().wait(0.1)  # as long as a turn of the scaler: both are there when it looks
+            wait_until(
+                lambda server=server, at=number: pusher.push(window(at)) and server.receive(), "it is heard", 10.0
+            )
+            assert server.is_connected(b"router:1")
+    pusher.close()
+
+
 def test_who_pushes_is_connected_until_its_process_ends_whether_it_reads_or_not(tmp_path: Path) -> None:
     path = tmp_path / "signals.sock"
     pusher = PushClient(path, "router:1")

@@ -34,7 +34,7 @@ from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicySt
 GROWTH_MAX = 4  # times the present size
 DRAIN_S_MAX = 60.0
 REFUSED_S = 30.0  # after a refused order
-GAP_S = 10.0  # between two turns, as where the process stood still: what lasted before a longer one is not known to last
+GAP_S = 10.0  # between two turns: what lasted before a longer one is not known to have lasted over it
 _replace = msgspec.structs.replace
 
 

@@ -41,9 +41,7 @@ class Saturation(msgspec.Struct, frozen=True):
     @property
     def worst(self) -> float:
         """The greatest, 0 where there is none."""
-        return max(
-            self.ttft or 0.0, self.itl or 0.0, self.backlog or 0.0, self.queue_age or 0.0, self.kv or 0.0
-        )
+        return max(self.ttft or 0.0, self.itl or 0.0, self.backlog or 0.0, self.queue_age or 0.0, self.kv or 0.0)
 
     @property
     def lasting(self) -> float:
