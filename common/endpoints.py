@@ -35,6 +35,9 @@ class ServerEnd(Protocol[T]):
         """Whether a peer that only pushes, and reads nothing, has its connection still. It may hang: a connection ends
         with its process."""
 
+    def has_path(self) -> bool:
+        """Whether who connects now comes here: another process may have taken the name over, and may be gone again."""
+
     def close(self) -> None:
         """End it. Idempotent."""
 

@@ -173,12 +173,16 @@ class Server(Generic[T]):
             return False
         return True
 
+    def has_path(self) -> bool:
+        """See ServerEnd."""
+        return _bound_at(self._path) == self._bound
+
     def close(self) -> None:
         """Close the socket, and remove its path where no other process has taken it over. Idempotent."""
         if not self._socket.closed:
             self._socket.close()
             self._context.term()
-            if _bound_at(self._path) == self._bound:
+            if self.has_path():
                 self._path.unlink(missing_ok=True)
             if self._lock is not None:
                 Path(f"{self._path}.lock").unlink(missing_ok=True)

@@ -72,9 +72,14 @@ class Client:
 class Windows:
     """Where routers and ranks push their load to."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, scaler: Scaler) -> None:
         self._world = world
+        self._scaler = scaler
         self.came: deque[tuple[bytes, Received[Any]]] = deque()
+
+    def has_path(self) -> bool:
+        """See elasticmoe.common.endpoints."""
+        return self._world.sim.actors.get("signals") is self._scaler
 
     def is_connected(self, peer: bytes) -> bool:
         """See elasticmoe.common.endpoints."""
@@ -103,7 +108,7 @@ class Scaler(Actor):
         super().__init__(world.sim, f"scaler:{number}")
         self.world = world
         self.clients: dict[str, Client] = {}
-        self.windows = Windows(world)
+        self.windows = Windows(world, self)
         self.asked: list[Asked] = []
         self._last_event = ""
         simulated: Any = self  # what stands for a transport and a poller

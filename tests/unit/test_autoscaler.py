@@ -45,6 +45,10 @@ class Inbox:
     def __init__(self) -> None:
         self.come: deque[tuple[bytes, Received[Signal]]] = deque()
         self.connected: set[bytes] = set()
+        self.is_found = True
+
+    def has_path(self) -> bool:
+        return self.is_found
 
     def is_connected(self, peer: bytes) -> bool:
         return peer in self.connected
@@ -54,6 +58,7 @@ class Inbox:
 
     def close(self) -> None:
         self.come.clear()
+        self.is_found = True
 
 
 class Bench:
@@ -68,14 +73,18 @@ class Bench:
         self.counted: list[str] = []
         self.told: list[tuple[str, str, dict[str, str]]] = []
         config = ScalerConfig(run_dir="/nowhere")
-        inbox: Any = self.inbox
-        parts = (config, tiny_mixtral_spec(), lambda: inbox, PolicyConfig(**{"mode": "act", **policy}))
+        self.num_served = 0
+        parts = (config, tiny_mixtral_spec(), self.serve, PolicyConfig(**{"mode": "act", **policy}))
         self.scaler = Autoscaler(*parts, self.take, self.tell, self.counted.append, self.clock)  # type: ignore[arg-type]
         self.world = World(UP.before)
         host = host_of(self.world.seen())
         assert host.hmm is not None
         self.hmm, self.pool = msgspec.structs.replace(host.hmm, memory=FACTS), host.pool
         self.numbers: dict[str, int] = {}
+
+    def serve(self) -> Any:
+        self.num_served += 1
+        return self.inbox
 
     def take(self, order: Order | CancelOperation) -> None:
         self.orders.append(order)
@@ -144,6 +153,19 @@ def test_nothing_is_decided_while_it_is_not_known_what_serves() -> None:
     no_memory = msgspec.structs.replace(bench.hmm, memory=None)
     for hmm, pool in ((None, bench.pool), (bench.hmm, None), (no_memory, bench.pool)):
         assert bench.scaler.observe(cluster_of(hmm, pool), frozenset()) is None
+
+
+def test_who_can_be_found_no_more_serves_anew_and_hears_on() -> None:
+    """A scaler that was stopped as it began did not know that it was superseded, took the windows, and ended."""
+    bench = Bench()
+    bench.tick("router:1")
+    bench.tick("router:1")
+    assert bench.num_served == 1
+    bench.inbox.is_found = False
+    load = bench.tick()
+    assert bench.num_served == 2
+    load = bench.tick("router:1")
+    assert (bench.num_served, load.signals.silent) == (2, ())
 
 
 def test_what_all_have_told_is_added_up() -> None:

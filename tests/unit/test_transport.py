@@ -345,6 +345,26 @@ def test_who_had_found_the_new_one_already_is_heard_after_it_has_looked_at_the_p
     pusher.close()
 
 
+def test_who_was_taken_over_in_its_turn_can_tell_and_takes_over_again(tmp_path: Path) -> None:
+    """A scaler that was superseded and does not know it yet: when it ends, nobody would be at the path."""
+    path = tmp_path / "signals.sock"
+    pusher = PushClient(path, new_identity("router"))
+    server = Server(path, new_identity("scaler"), signals.CODEC, takes_over=True)
+    try:
+        assert server.has_path()
+        with Server(path, new_identity("scaler"), signals.CODEC, takes_over=True) as old:
+            assert (server.has_path(), old.has_path()) == (False, True)
+        assert not server.has_path()
+        server.close()
+        server = Server(path, new_identity("scaler"), signals.CODEC, takes_over=True)
+        assert server.has_path()
+        wait_until(lambda: pusher.push(window(1)), "the connection is there", 10.0)
+        assert windows_of(server, 1) == [1]
+    finally:
+        server.close()
+        pusher.close()
+
+
 def test_who_pushes_is_connected_until_its_process_ends_whether_it_reads_or_not(tmp_path: Path) -> None:
     path = tmp_path / "signals.sock"
     pusher = PushClient(path, "router:1")

@@ -67,8 +67,9 @@ class Decided(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Autoscaler:
-    """`serve` opens the end at which windows arrive, and takes it from a scaler that was superseded; `take` carries an
-    order out as the admin surface's are, or raises its refusal; `count` counts a decision by its reason."""
+    """`serve` opens the end at which windows arrive, and takes it from a scaler that was superseded; anew where that
+    one took it back before it knew. `take` carries an order out as the admin surface's are, or raises its refusal.
+    `count` counts a decision by its reason."""
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class Autoscaler:
         self._spec = spec
         self._serve = serve
         self._server: ServerEnd[Signal] | None = None
+        self._look_at = 0.0  # whether it can still be found
         self._take = take
         self._tell = tell
         self._count = count
@@ -146,6 +148,12 @@ class Autoscaler:
         )
 
     def _receive(self, now: float) -> None:
+        if self._server is not None and now >= self._look_at:
+            self._look_at = now + TICK_S
+            if not self._server.has_path():
+                log.warning("another scaler took the windows, and this one takes them back")
+                self._server.close()
+                self._server = None
         if self._server is None:
             self._server = self._serve()
         for _ in range(WINDOWS_MAX):
