@@ -244,8 +244,8 @@ def test_the_planner_is_asked_for_a_price_again_only_where_it_may_be_another(mon
     after, _ = decide(msgspec.structs.replace(dear, devices=DEVICES[:3]), now, after)
     assert len(asked) == 3, "other devices, another plan"
     known[0] = None
-    for _ in range(2):
-        now += NO_PLAN_S
+    for _ in range(6):
+        now += NO_PLAN_S / 3  # a longer time without a turn would be a gap, after which demand is seen anew
         after, _ = decide(dear, now, after)
     assert after.decision is not None
     assert (len(asked), after.decision.reason) == (5, Reason.NO_PLAN), "a refusal does not last"
