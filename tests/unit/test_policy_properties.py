@@ -384,3 +384,21 @@ def test_a_flap_does_not_end_all_shrinks() -> None:
     plant.state = msgspec.structs.replace(plant.state, dwell_s=2.0, flap_s=plant.now, hold_s=120.0)
     plant.run(600, 0.0)
     assert plant.width == 1
+
+
+def test_a_turn_asks_for_one_price_however_many_widths_it_tries() -> None:
+    """Of a plan for hundreds of devices, which takes a tenth of a second."""
+    asked: list[int] = []
+
+    def price(width: int) -> ChangePrice:
+        asked.append(width)
+        return world.prices(width)
+
+    plant = world.Plant(8)
+    for _ in range(200):
+        before = len(asked)
+        seen = plant.load(0.1)
+        recommend(plant.config, seen, plant.facts(), plant.widths, price, plant.state, plant.now)
+        assert len(asked) - before <= 1
+        plant.turn(seen)
+    assert asked[0] == 4, "a half at once, and only that is priced"

@@ -25,7 +25,7 @@ from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.demand import BUCKET_S, Demand, demand_of
 from elasticmoe.services.scaler.policy.facts import DeploymentFacts, OperationFacts, Prices, WidthFacts, Widths
 from elasticmoe.services.scaler.policy.figures import Missing, Signals, Unknown
-from elasticmoe.services.scaler.policy.guards import Shrink, Verdict, judge
+from elasticmoe.services.scaler.policy.guards import Shrink, Verdict, judge, priced
 from elasticmoe.services.scaler.policy.orders import forgetting, order_id, sent
 from elasticmoe.services.scaler.policy.recent import RECENT_S, Excess, Past
 from elasticmoe.services.scaler.policy.saturation import Saturation, capacity, measured, predicted, smoothed
@@ -248,7 +248,7 @@ def _smaller(turn: Turn, state: PolicyState, demand: Demand, threshold: float) -
 
     def verdict_on(target: int) -> Verdict:
         change = Shrink(turn.width, target, reaction_s)
-        return judge(change, config, turn.widths, turn.prices, state, demand, threshold, turn.now)
+        return judge(change, config, turn.widths, state, demand, threshold, turn.now)
 
     target, least = turn.width - 1, max(config.replicas_min, (turn.width + 1) // 2)
     verdict = verdict_on(target)
@@ -259,6 +259,8 @@ def _smaller(turn: Turn, state: PolicyState, demand: Demand, threshold: float) -
             target, verdict = middle, further
         else:
             least = middle + 1
+    if verdict.reason is Reason.SHRINK_IDLE:
+        verdict = priced(Shrink(turn.width, target, reaction_s), config, turn.widths, turn.prices, state, verdict)
     return target, verdict
 
 
