@@ -49,7 +49,6 @@ def signals(at_s: float, requests_per_s: float = 1.0, **other: Any) -> Signals:
         itl_s=0.03,
         step_s=0.03,
         queued_prefill_tokens=0.0,
-        queued_prefill_most=0.0,
         running=5.0,
         kv_used=5_000.0,
         kv_share_most=0.05,

@@ -34,8 +34,8 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     uncached_share: of prompt tokens, what the prefix cache did not have
     ttft_s, itl_s: the quantile of the time to the first token, and the mean gap between tokens; of windows since the
         layout came into force and settled
-    step_s: mean step of the slowest rank
-    queued_prefill_tokens, queued_prefill_most: of all ranks, of the fullest
+    step_s: mean step of the slowest rank in the last seconds
+    queued_prefill_tokens: of all ranks
     running: sequences of all ranks
     kv_used, kv_share_most: tokens in KV of all ranks; used share of the fullest
     attainment: share of the requests that ended or were refused which kept both objectives
@@ -58,7 +58,6 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     itl_s: Figure = MISSING
     step_s: Figure = MISSING
     queued_prefill_tokens: Known = UNKNOWN
-    queued_prefill_most: Known = UNKNOWN
     running: Known = UNKNOWN
     kv_used: Known = UNKNOWN
     kv_share_most: Known = UNKNOWN

@@ -35,7 +35,9 @@ class Saturation(msgspec.Struct, frozen=True):
     backlog: Annotated[
         float | None, says("Seconds of prompts that wait, over what the objective leaves for waiting")
     ] = None
-    queue_age: Annotated[float | None, says("How long the oldest request has waited, over half the objective")] = None
+    queue_age: Annotated[
+        float | None, says("How long the oldest request has waited beyond its own prompt, over half the objective")
+    ] = None
     kv: Annotated[float | None, says("Used share of the fullest rank's KV, over the most")] = None
 
     @property

@@ -22,6 +22,7 @@ from elasticmoe.services.scaler.policy.sender_clock import SenderClock
 RATE_S = 10.0  # of admissions
 BURST_S = 2.0  # of admissions, as they are at this moment
 STEP_S = 5.0
+STEP_WINDOWS = 8  # of a rank: those of STEP_S, and some that a new layout ended early
 LATENCY_S = 10.0
 MEAN_HALF_LIFE_S = 120.0  # of what changes slowly: lengths of outputs, the prefix cache's share
 NUMBERS_MAX = 64  # of a sender's windows that are known by number
@@ -61,7 +62,7 @@ class _Rank(_Heard):
     def __init__(self) -> None:
         super().__init__()
         self.row = (0, 0, 0, 0.0)  # queued prefill tokens, running, KV used, its share
-        self._steps: deque[tuple[float, float, int]] = deque(maxlen=WINDOWS_MAX)  # (end, seconds of so many steps)
+        self._steps: deque[tuple[float, float, int]] = deque(maxlen=STEP_WINDOWS)  # (end, seconds of so many steps)
 
     def take_steps(self, ended: float, steps: Sequence[StepSample]) -> None:
         """Steps of a window."""
@@ -205,7 +206,6 @@ class Intake:
             itl_s=itl,
             step_s=max(steps, default=MISSING),
             queued_prefill_tokens=_known(is_ranks_known, sum(queues)),
-            queued_prefill_most=_known(is_ranks_known, max(queues, default=0)),
             running=_known(is_ranks_known, sum(running)),
             kv_used=_known(is_ranks_known, sum(used)),
             kv_share_most=_known(is_ranks_known, max(shares, default=0.0)),
