@@ -129,9 +129,20 @@ class Deployment:
 
     def scale(self, **body: Any) -> dict[str, Any]:
         """Start a scale operation and wait for its end; the operation as /v1/operations shows it."""
-        status, accepted = self.admin_call("POST", "/v1/scale", body)
-        assert status == 202, f"{body}: {status} {accepted}"
-        return self.wait_operation(accepted["op_id"])
+        return self.wait_operation(self.order(**body))
+
+    def order(self, **body: Any) -> str:
+        """Start a scale operation; its op_id. A scaler that says that it is not ready (its HMM has just died, it has
+        not read the journal) is asked again, as its Retry-After asks a client to do."""
+
+        def accepted() -> str:
+            status, answer = self.admin_call("POST", "/v1/scale", body)
+            if status == 503 and answer["error"]["code"] == "not_ready":
+                return ""
+            assert status == 202, f"{body}: {status} {answer}"
+            return str(answer["op_id"])
+
+        return str(wait_until(accepted, f"the order {body} to be accepted", timeout_s=30.0))
 
     def wait_operation(self, op_id: str, timeout_s: float = 60.0) -> dict[str, Any]:
         """Wait until an operation has ended; as /v1/operations shows it."""

@@ -40,10 +40,7 @@ class Elastic:
 
     def scale(self, **body: Any) -> str:
         """Start an operation; its op_id."""
-        status, answer = self.deployment.admin_call("POST", "/v1/scale", body)
-        assert status == 202, (status, answer)
-        op_id: str = answer["op_id"]
-        return op_id
+        return self.deployment.order(**body)
 
     def resize(self, **body: Any) -> None:
         """Carry a whole operation out."""
