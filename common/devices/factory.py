@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from elasticmoe.common.devices.ascend import AscendDevice
 from elasticmoe.common.devices.base import Device
+from elasticmoe.common.devices.cuda import CudaDevice
 from elasticmoe.common.devices.host import HostDevice
 from elasticmoe.common.devices.names import DeviceCount, DeviceId
 from elasticmoe.common.devices.rules import PROCESS, ProcessRules
@@ -38,7 +40,7 @@ class DeviceBackend(Protocol):
         ...
 
 
-_BACKENDS: dict[str, DeviceBackend] = {"host": HostDevice}
+_BACKENDS: dict[str, DeviceBackend] = {"host": HostDevice, "npu": AscendDevice, "cuda": CudaDevice}
 
 
 def register(name: str, backend: DeviceBackend) -> None:

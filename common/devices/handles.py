@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final
 
 from elasticmoe.common.devices.extents import FreeList
@@ -201,6 +201,10 @@ class Handles(ABC):
         self._rules.take_role("exports")
         return self._export(handle)
 
+    def admit(self, importers: Sequence[int]) -> None:  # noqa: B027 - most drivers ask nobody
+        """The processes that may import from now on, by their `importer_number`; who has imported keeps that. To be
+        said once each of them has started, and again when one has started anew. Raises DeviceError."""
+
     def id_of(self, handle: Handle) -> int:
         """A number that no other local handle of this device has while it lives; its owner's successors give it the
         same one. Only to be compared. Raises DeviceError not_local."""
@@ -247,6 +251,10 @@ class Handles(ABC):
         return findings
 
     # ---- The user's side
+
+    def importer_number(self) -> int:
+        """By what the owner `admit`s this process, where its driver asks who imports; else 0. Raises DeviceError."""
+        return 0
 
     def import_(self, token: Token) -> Handle:
         """Make another process's handle usable here. A token's descriptor stays the caller's and may be closed

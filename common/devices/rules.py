@@ -18,11 +18,13 @@ State = Literal["claimed", "settled", "retired"]
 
 class FdToken(NamedTuple):
     """A share token that is a descriptor and a part of what it names. The descriptor belongs to the exporting device
-    and is open while the handle is live; it travels as a duplicate (SCM_RIGHTS)."""
+    and is open while the handle is live; it travels as a duplicate (SCM_RIGHTS). `key`: names the memory among all that
+    its device shares, where descriptors do not tell it apart; 0 where they do."""
 
     fd: int
     offset: int
     nbytes: int
+    key: int = 0
 
 
 class KeyToken(NamedTuple):
@@ -216,6 +218,13 @@ class ProcessRules:
             range_.starts.remove(offset)
             if not range_.starts:
                 range_.origin = None
+
+    def device_of(self, address: int) -> str | None:
+        """The device in whose range an address lies; None where it lies in none."""
+        with self._lock:
+            at = bisect_right(self._bases, address) - 1
+            range_ = self._ranges[self._bases[at]] if at >= 0 else None
+            return range_.device if range_ is not None and address < range_.base + range_.nbytes else None
 
     def check_mapped(self, address: int, nbytes: int, *, writable: bool = False) -> None:
         """Raise DeviceError out_of_range, not_mapped or read_only unless all of it is mapped memory of one range."""

@@ -10,6 +10,13 @@ DEVICES: dict[str, Code] = {
     "device_error": Code("A device call failed", "See the text: limits of the machine, or a fault of it"),
     "bad_granularity": Code("`granularity` is no multiple of the page size", "Use one that is"),
     "unknown_backend": Code("A device is of a kind that no backend has", "Use one of those that the text names"),
+    "no_driver": Code("The library of a device's driver cannot be loaded", "Install it, as the text says"),
+    "no_device": Code("The driver has no such device", "Name one that it shows, or make it visible"),
+    "driver_failed": Code(
+        "A device or its driver has failed", "See the text, and the driver's log; replace the device"
+    ),
+    "driver_refused": Code("A driver has refused a call", _REPORT),
+    "not_admitted": Code("A process was not admitted to a shared handle, or before it had started", _REPORT),
     "already_imported": Code("A handle was imported twice", _REPORT),
     "export_and_import": Code("A handle was exported and imported by one process", _REPORT),
     "invalid_dtype": Code("A dtype that the backend does not have", _REPORT),

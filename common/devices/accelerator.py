@@ -1,0 +1,280 @@
+"""A device whose memory a driver manages, whatever its vendor: the interface of `base.Device` in terms of `Driver`.
+
+A handle is one physical allocation, made and given back whole. Its memory is the last one's until it is zeroed or
+written, at the address where the owner has mapped it, or in a range that is there for just that. Nothing here touches a
+device's address: bytes go through a buffer of this process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from elasticmoe.common.devices.base import Device
+from elasticmoe.common.devices.driver import Driver, Part
+from elasticmoe.common.devices.names import DeviceId
+from elasticmoe.common.devices.rules import PROCESS, SPACES, Completion, Handle, ProcessRules, Range, Space
+from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError
+from elasticmoe.native import host
+
+_STAGED_BYTES = 8 << 20  # of a file that are on their way to a device at once
+
+
+class Memory:
+    """A handle's memory. `number`: the driver's handle; `shared`: what it was exported as, None before; `places`:
+    addresses where it is mapped writable, by this owner."""
+
+    __slots__ = ("number", "places", "shared")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.shared: int | None = None
+        self.places: list[int] = []
+
+
+class _Copied(Completion):
+    """Copies of a device, up to an event of its driver."""
+
+    def __init__(self, driver: Driver, device: int, event: int) -> None:
+        self._driver, self._device = driver, device
+        self._event: int | None = event
+
+    def is_done(self) -> bool:
+        if self._event is not None and self._driver.is_done(self._device, self._event):
+            self._end()
+        return self._event is None
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._driver.wait(self._device, self._event)
+            self._end()
+
+    def _end(self) -> None:
+        event, self._event = self._event, None
+        if event is not None:
+            self._driver.forget(self._device, event)
+
+
+class AcceleratorDevice(Device):
+    """See the module's text. `library`: the vendor's, as the loader finds it; `torch_device`: what torch calls
+    the one of a number. A process opens a driver once."""
+
+    granularity_min = 2 << 20
+    kv_handle_bytes_min = 4 << 20
+    library: ClassVar[str]
+    torch_device: ClassVar[str]
+
+    _drivers: ClassVar[dict[str, Driver]] = {}  # of this process, by their libraries
+    _opening: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(
+        self,
+        name: str,
+        granularity: int,
+        budget: int = 0,
+        *,
+        descriptors: Mapping[str, int] | None = None,
+        rules: ProcessRules = PROCESS,
+    ) -> None:
+        """Raises DeviceError no_driver, no_device; bad_granularity where it is no multiple of the driver's."""
+        super().__init__(name, granularity, budget, rules)
+        self._kept = dict(descriptors or {})
+        self._index = DeviceId.parse(name).index
+        with self._opening:
+            if self.library not in self._drivers:
+                self._drivers[self.library] = self._load()
+            self._driver = self._drivers[self.library]
+            self._driver.open(self._index)
+        least = self._driver.granularity(self._index)
+        if granularity % least:
+            text = f"granularity {granularity} is no multiple of the driver's, {least}"
+            raise self._broken(text, code="bad_granularity")
+        self._made: dict[Space, int] = dict.fromkeys(SPACES, 0)
+        self._mapped: dict[int, Memory] = {}  # by address
+
+    @classmethod
+    @abstractmethod
+    def _load(cls) -> Driver: ...
+
+    def descriptors(self) -> Mapping[str, int]:
+        """None: see the backend's text for what outlives its owner."""
+        return {}
+
+    def prepare(self) -> None:
+        """Nothing is needed ahead of the first handle."""
+
+    # ---- Handles
+
+    def _create(self, nbytes: int, space: Space, place: int) -> tuple[Memory, int]:
+        memory, key = self._claim(nbytes, space, place)
+        try:
+            with self._at(memory, nbytes) as address:
+                self._driver.zero(self._index, address, nbytes)
+        except BaseException:
+            self._driver.release(self._index, memory.number)
+            self._made[space] -= nbytes
+            raise
+        return memory, key
+
+    def _claim(self, nbytes: int, space: Space, place: int) -> tuple[Memory, int]:
+        del place  # a name only: handles have no neighbours
+        try:
+            memory = Memory(self._driver.create(self._index, nbytes))
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{self.name}: {nbytes} bytes: {error.message}") from None
+        self._made[space] += nbytes
+        return memory, 0
+
+    @contextmanager
+    def _at(self, memory: Memory, nbytes: int) -> Iterator[int]:
+        """An address where the owner may write the handle's memory."""
+        if memory.places:
+            yield memory.places[0]
+            return
+        driver, index = self._driver, self._index
+        address = driver.reserve(index, nbytes)
+        try:
+            driver.map(index, [(address, nbytes, memory.number)])
+            try:
+                driver.allow(index, address, nbytes, True)
+                yield address
+            finally:
+                driver.synchronize()
+                driver.unmap(index, address, nbytes)
+        finally:
+            driver.unreserve(index, address, nbytes)
+
+    def _populate(self, handle: Handle, offset: int, nbytes: int) -> None:
+        with self._at(handle.backing, handle.nbytes) as address:
+            self._driver.zero(self._index, address + offset, nbytes)
+
+    def _write(self, handle: Handle, offset: int, address: int, nbytes: int) -> None:
+        with self._at(handle.backing, handle.nbytes) as there:
+            self._copy_async([(there + offset, address, nbytes)]).wait()
+
+    def _reclaim(self, handle: Handle, offset: int, nbytes: int) -> None:
+        """Handles go whole, with their release."""
+
+    def _release(self, handle: Handle) -> None:
+        self._driver.release(self._index, handle.backing.number)
+        if handle.space is not None:
+            self._made[handle.space] -= handle.nbytes
+
+    def _present(self, space: Space) -> int:
+        """All of what was claimed: the driver makes a handle's memory with the handle."""
+        return self._made[space]
+
+    def _trim(self, space: Space, free: list[tuple[int, int]]) -> None:
+        """What a predecessor had and nobody holds any more, the driver has given back."""
+
+    # ---- Ranges
+
+    def _reserve(self, nbytes: int) -> tuple[int, None]:
+        try:
+            return self._driver.reserve(self._index, nbytes), None
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{self.name}: no address space for {nbytes} bytes: {error.message}") from None
+
+    def _unreserve(self, range_: Range) -> None:
+        for address in [one for one in self._mapped if range_.base <= one < range_.base + range_.nbytes]:
+            mapping = range_.mappings[address - range_.base]
+            self._unmap(range_, address - range_.base, mapping.handle.nbytes)
+        self._driver.unreserve(self._index, range_.base, range_.nbytes)
+
+    def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool, populate: bool) -> None:
+        del populate  # a device's page tables are made when it is mapped
+        driver, index = self._driver, self._index
+        driver.map(index, [(range_.address(at), part.nbytes, part.backing.number) for at, part in parts])
+        try:
+            for begin, end in _runs(parts):
+                driver.allow(index, range_.address(begin), end - begin, writable)
+        except BaseException:
+            for offset, handle in parts:
+                driver.unmap(index, range_.address(offset), handle.nbytes)
+            raise
+        for offset, handle in parts:
+            memory: Memory = handle.backing
+            self._mapped[range_.address(offset)] = memory
+            if writable and handle.origin != "imported":
+                memory.places.append(range_.address(offset))
+
+    def _unmap(self, range_: Range, offset: int, nbytes: int) -> None:
+        address = range_.address(offset)
+        self._driver.unmap(self._index, address, nbytes)
+        memory = self._mapped.pop(address)
+        if address in memory.places:
+            memory.places.remove(address)
+
+    def _torch(self) -> tuple[Any, Any]:
+        """What makes a storage from an address, and this device, as torch has them."""
+        import torch
+
+        device = torch.device(self.torch_device.format(index=self._index))
+        return torch._C._construct_storage_from_data_pointer, device
+
+    def _storage(self, range_: Range, offset: int, nbytes: int) -> Any:
+        construct, device = self._torch()
+        return construct(range_.address(offset), device, nbytes)
+
+    # ---- Bytes
+
+    def _copy_async(self, parts: Sequence[tuple[int, int, int]]) -> Completion:
+        where = self._device_at
+        asked = [Part(dst, src, nbytes, where(dst), where(src)) for dst, src, nbytes in parts]
+        return _Copied(self._driver, self._index, self._driver.copy(self._index, asked))
+
+    def _device_at(self, address: int) -> int:
+        name = self._rules.device_of(address)
+        return self._index if name is None else DeviceId.parse(name).index  # None: a range of this class's own
+
+    def fence(self) -> None:
+        """Also of the process's other devices: their copies may read or write this one's memory."""
+        self._driver.synchronize()
+
+    def _read_into(self, address: int, fd: int, file_offset: int, nbytes: int) -> None:
+        buffer = (ctypes.c_char * min(nbytes, _STAGED_BYTES))()
+        for at in range(0, nbytes, _STAGED_BYTES):
+            num = min(_STAGED_BYTES, nbytes - at)
+            host.read_into(fd, file_offset + at, ctypes.addressof(buffer), num)
+            self._driver.to_device(self._index, address + at, ctypes.addressof(buffer), num)
+
+    @contextmanager
+    def _fill(self, address: int, nbytes: int) -> Iterator[memoryview]:
+        buffer = (ctypes.c_char * nbytes)()
+        yield memoryview(buffer).cast("B")
+        self._driver.to_device(self._index, address, ctypes.addressof(buffer), nbytes)
+
+    def _fetch(self, address: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+        buffer = (ctypes.c_char * nbytes)()
+        self._driver.to_host(self._index, ctypes.addressof(buffer), address, nbytes)
+        return buffer
+
+    def _read_bytes(self, address: int, nbytes: int) -> bytes:
+        return bytes(self._fetch(address, nbytes))
+
+    def _checksum(self, address: int, nbytes: int) -> int:
+        buffer = self._fetch(address, nbytes)
+        return host.checksum(ctypes.addressof(buffer), nbytes)
+
+    def _close(self) -> None:
+        """Ranges have been given back, and with them all mappings."""
+        for handle in (*self._local, *self._imports):
+            try:
+                self._driver.release(self._index, handle.backing.number)
+            except ElasticMoEError:
+                continue  # a device that has failed: the driver gives all back when the process ends
+
+
+def _runs(parts: Sequence[tuple[int, Handle]]) -> Iterator[tuple[int, int]]:
+    """Parts that follow one another without a gap, as (begin, end); `parts` ascend."""
+    begin = end = parts[0][0]
+    for offset, handle in parts:
+        if offset != end:
+            yield begin, end
+            begin = offset
+        end = offset + handle.nbytes
+    yield begin, end

@@ -1,0 +1,322 @@
+"""The backend `npu`: Ascend NPUs, by the memory calls of AscendCL (`libascendcl.so`, CANN 8.0.RC3 and later).
+
+Source of every call: the vendor's `acl/acl_rt.h`, and the pages "aclrtReserveMemAddress" to
+"aclrtMemSetPidToShareableHandle" of the CANN application development reference. `tests/devices/rules/ascend.toml` lists
+the rules with their sources. What has run on hardware: `docs/ascend.md`.
+
+- A share token is a number of 64 bits, and no capability: the owner `admit`s each process that may import, by the
+  number that the process has on the machine. The driver refuses what was admitted before the importer started.
+- Only whoever made a handle exports it or admits to it, and a process that exports does not import. So a successor
+  takes nothing over: memory outlives its owner where ranks hold it, and nobody else can reach it.
+- Access is not narrowed: what an importer may map, it may write.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Hashable, Iterable, Sequence
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from typing import Any, ClassVar, Final
+
+from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
+from elasticmoe.common.devices.driver import Driver, Library, Meaning, Part
+from elasticmoe.common.devices.rules import Handle, KeyToken, Space, Token
+from elasticmoe.common.protocol.errors import DeviceError
+
+_REPEATED_INIT: Final = 100002  # another library of this process, such as torch_npu, was first
+_HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # aclrtMemcpyKind
+_DEFAULT_SHARE: Final = 1  # ACL_MEM_SHARE_HANDLE_TYPE_DEFAULT
+_COMPLETE: Final = 1  # ACL_EVENT_RECORDED_STATUS_COMPLETE
+
+# acl_base_rt.h, error_codes/rt_error_codes.h
+REFUSALS: Final[dict[int, Meaning]] = {
+    100001: Meaning("ACL_ERROR_UNINITIALIZE", "driver_refused"),
+    107000: Meaning("ACL_ERROR_RT_PARAM_INVALID", "driver_refused"),
+    107001: Meaning("ACL_ERROR_RT_INVALID_DEVICEID", "no_device"),
+    107002: Meaning("ACL_ERROR_RT_CONTEXT_NULL", "driver_refused"),
+    107003: Meaning("ACL_ERROR_RT_STREAM_CONTEXT", "driver_refused"),
+    107017: Meaning("ACL_ERROR_RT_INVALID_HANDLE", "driver_refused"),
+    207000: Meaning("ACL_ERROR_RT_FEATURE_NOT_SUPPORT", "driver_refused"),
+    207001: Meaning("ACL_ERROR_RT_MEMORY_ALLOCATION", "does_not_fit"),
+    207004: Meaning("ACL_ERROR_RT_NO_DEVICE", "no_device"),
+    207006: Meaning("ACL_ERROR_RT_NO_PERMISSION", "not_admitted"),
+    207018: Meaning("ACL_ERROR_RT_DEVICE_OOM", "does_not_fit"),
+    507010: Meaning("ACL_ERROR_RT_LOST_HEARTBEAT", "driver_failed"),
+    507013: Meaning("ACL_ERROR_RT_SYS_DMA", "driver_failed"),
+    507053: Meaning("ACL_ERROR_RT_DEVICE_MEM_ERROR", "driver_failed"),
+    507899: Meaning("ACL_ERROR_RT_DRV_INTERNAL_ERROR", "driver_refused"),
+}
+
+
+class _AclLocation(ctypes.Structure):
+    """aclrtMemLocation."""
+
+    _fields_ = [("id", c_uint32), ("type", c_int)]
+
+
+class _PhysicalMemory(ctypes.Structure):
+    """aclrtPhysicalMemProp."""
+
+    _fields_ = [
+        ("handle_type", c_int),
+        ("allocation_type", c_int),
+        ("attributes", c_int),
+        ("location", _AclLocation),
+        ("reserve", c_uint64),
+    ]
+
+
+def _of(device: int) -> _PhysicalMemory:
+    """Pinned memory of a device in huge pages (ACL_HBM_MEM_HUGE, ACL_MEM_LOCATION_TYPE_DEVICE)."""
+    return _PhysicalMemory(0, 0, 4, _AclLocation(device, 1), 0)
+
+
+CALLS: Final[dict[str, tuple[Any, ...]]] = {
+    "aclInit": (c_char_p,),
+    "aclrtGetDeviceCount": (POINTER(c_uint32),),
+    "aclrtSetDevice": (c_int32,),
+    "aclrtDeviceGetBareTgid": (POINTER(c_int32),),
+    "aclrtMemGetAllocationGranularity": (POINTER(_PhysicalMemory), c_int, POINTER(c_size_t)),
+    "aclrtReserveMemAddress": (POINTER(c_void_p), c_size_t, c_size_t, c_void_p, c_uint64),
+    "aclrtReleaseMemAddress": (c_void_p,),
+    "aclrtMallocPhysical": (POINTER(c_void_p), c_size_t, POINTER(_PhysicalMemory), c_uint64),
+    "aclrtFreePhysical": (c_void_p,),
+    "aclrtMapMem": (c_void_p, c_size_t, c_size_t, c_void_p, c_uint64),
+    "aclrtUnmapMem": (c_void_p,),
+    "aclrtMemExportToShareableHandle": (c_void_p, c_int, c_uint64, POINTER(c_uint64)),
+    "aclrtMemSetPidToShareableHandle": (c_uint64, POINTER(c_int32), c_size_t),
+    "aclrtMemImportFromShareableHandle": (c_uint64, c_int32, POINTER(c_void_p)),
+    "aclrtDeviceEnablePeerAccess": (c_int32, c_uint32),
+    "aclrtCreateStream": (POINTER(c_void_p),),
+    "aclrtMemcpyAsync": (c_void_p, c_size_t, c_void_p, c_size_t, c_int, c_void_p),
+    "aclrtMemcpy": (c_void_p, c_size_t, c_void_p, c_size_t, c_int),
+    "aclrtMemset": (c_void_p, c_size_t, c_int32, c_size_t),
+    "aclrtCreateEvent": (POINTER(c_void_p),),
+    "aclrtDestroyEvent": (c_void_p,),
+    "aclrtRecordEvent": (c_void_p, c_void_p),
+    "aclrtQueryEventStatus": (c_void_p, POINTER(c_int)),
+    "aclrtSynchronizeEvent": (c_void_p,),
+    "aclrtSynchronizeDevice": (),
+}
+NEWER_CALLS: Final[dict[str, tuple[Any, ...]]] = {
+    "aclrtMemExportToShareableHandleV2": (c_void_p, c_uint64, c_int, POINTER(c_uint64)),
+    "aclrtMemSetPidToShareableHandleV2": (POINTER(c_uint64), c_int, POINTER(c_int32), c_size_t),
+    "aclrtMemImportFromShareableHandleV2": (POINTER(c_uint64), c_int, c_uint64, POINTER(c_void_p)),
+}
+_HINT: Final = "install CANN's runtime and its driver, and source CANN's set_env.sh, which puts it on LD_LIBRARY_PATH"
+
+
+class _AclDriver(Driver):
+    """AscendCL in this process. A thread's calls concern the device that it has set (aclrtSetDevice), and torch_npu
+    sets devices too: so each method says its own first."""
+
+    def __init__(self, path: str) -> None:
+        """Raises DeviceError no_driver; no_device where the driver sees none."""
+        super().__init__(Library(path, CALLS, NEWER_CALLS, REFUSALS, _HINT))
+        self._streams: dict[int, int] = {}  # of each device that is open
+        self._thread = threading.local()
+        self._peers: set[tuple[int, int]] = set()
+        if (answer := self.library.ask("aclInit", None)) not in (0, _REPEATED_INIT):
+            self.library.refuse("aclInit", answer)
+        self.is_newer = all(map(self.library.has, NEWER_CALLS))  # version 2 of the calls that share
+
+    def _set(self, device: int) -> None:
+        self.library.call("aclrtSetDevice", device)
+        self._thread.device = device
+
+    def open(self, device: int) -> None:
+        count = c_uint32()
+        self.library.call("aclrtGetDeviceCount", byref(count))
+        if device >= count.value:
+            text = f"there is no npu:{device}: the driver shows {count.value} devices (ASCEND_RT_VISIBLE_DEVICES)"
+            raise DeviceError(text, code="no_device")
+        if device not in self._streams:
+            self._set(device)
+            stream = c_void_p()
+            self.library.call("aclrtCreateStream", byref(stream))
+            self._streams[device] = stream.value or 0
+
+    def granularity(self, device: int) -> int:
+        self._set(device)
+        nbytes = c_size_t()
+        self.library.call("aclrtMemGetAllocationGranularity", byref(_of(device)), 0, byref(nbytes))
+        return nbytes.value
+
+    def reserve(self, device: int, nbytes: int) -> int:
+        self._set(device)
+        address = c_void_p()
+        self.library.call("aclrtReserveMemAddress", byref(address), nbytes, 0, None, 0)
+        return address.value or 0
+
+    def unreserve(self, device: int, address: int, nbytes: int) -> None:
+        self._set(device)
+        self.library.call("aclrtReleaseMemAddress", address)
+
+    def create(self, device: int, nbytes: int) -> int:
+        self._set(device)
+        handle = c_void_p()
+        self.library.call("aclrtMallocPhysical", byref(handle), nbytes, byref(_of(device)), 0)
+        return handle.value or 0
+
+    def release(self, device: int, handle: int) -> None:
+        self._set(device)
+        self.library.call("aclrtFreePhysical", handle)
+
+    def map(self, device: int, parts: Sequence[tuple[int, int, int]]) -> None:
+        self._set(device)
+        for at, (address, nbytes, handle) in enumerate(parts):
+            if answer := self.library.ask("aclrtMapMem", address, nbytes, 0, handle, 0):
+                for done, _, _ in parts[:at]:
+                    self.library.call("aclrtUnmapMem", done)
+                self.library.refuse("aclrtMapMem", answer)
+
+    def allow(self, device: int, address: int, nbytes: int, writable: bool) -> None:
+        """Mapped memory may be read and written at once: AscendCL narrows no access of a device."""
+
+    def unmap(self, device: int, address: int, nbytes: int) -> None:
+        self._set(device)
+        self.library.call("aclrtUnmapMem", address)
+
+    def export(self, device: int, handle: int) -> int:
+        """The number by which admitted processes import the handle. Once per handle."""
+        self._set(device)
+        key = c_uint64()
+        if self.is_newer:
+            self.library.call("aclrtMemExportToShareableHandleV2", handle, 0, _DEFAULT_SHARE, byref(key))
+        else:
+            self.library.call("aclrtMemExportToShareableHandle", handle, 0, 0, byref(key))
+        return key.value
+
+    def admit(self, device: int, keys: Iterable[int], importers: Sequence[int]) -> None:
+        """Let processes that have started import what was exported as `keys`: by their numbers on the machine, as
+        their `own_number` says."""
+        self._set(device)
+        numbers, num = (c_int32 * len(importers))(*importers), len(importers)
+        for key in keys:
+            if self.is_newer:
+                key_ref = byref(c_uint64(key))
+                self.library.call("aclrtMemSetPidToShareableHandleV2", key_ref, _DEFAULT_SHARE, numbers, num)
+            else:
+                self.library.call("aclrtMemSetPidToShareableHandle", key, numbers, num)
+
+    def own_number(self, device: int) -> int:
+        """This process's number on the machine, which in a container is not its own pid."""
+        self._set(device)
+        number = c_int32()
+        self.library.call("aclrtDeviceGetBareTgid", byref(number))
+        return number.value
+
+    def import_(self, device: int, key: int) -> int:
+        """A handle of what another process has exported. Raises DeviceError not_admitted."""
+        if getattr(self._thread, "device", None) != device:  # once for thousands of handles, by a thread of one device
+            self._set(device)
+        handle = c_void_p()
+        if self.is_newer:
+            self.library.call(
+                "aclrtMemImportFromShareableHandleV2", byref(c_uint64(key)), _DEFAULT_SHARE, 0, byref(handle)
+            )
+        else:
+            self.library.call("aclrtMemImportFromShareableHandle", key, device, byref(handle))
+        return handle.value or 0
+
+    def zero(self, device: int, address: int, nbytes: int) -> None:
+        self._set(device)
+        self.library.call("aclrtMemset", address, nbytes, 0, nbytes)
+
+    def copy(self, device: int, parts: Sequence[Part]) -> int:
+        self._set(device)
+        stream, event = self._streams[device], c_void_p()
+        for part in parts:
+            for peer in {part.dst_device, part.src_device} - {device}:
+                self._let_in(device, peer)
+            dst, src, nbytes = part[:3]
+            self.library.call("aclrtMemcpyAsync", dst, nbytes, src, nbytes, _DEVICE_TO_DEVICE, stream)
+        self.library.call("aclrtCreateEvent", byref(event))
+        self.library.call("aclrtRecordEvent", event, stream)
+        return event.value or 0
+
+    def _let_in(self, device: int, peer: int) -> None:
+        if (device, peer) not in self._peers:
+            self.library.call("aclrtDeviceEnablePeerAccess", peer, 0)
+            self._peers.add((device, peer))
+
+    def to_device(self, device: int, address: int, source: int, nbytes: int) -> None:
+        self._set(device)
+        self.library.call("aclrtMemcpy", address, nbytes, source, nbytes, _HOST_TO_DEVICE)
+
+    def to_host(self, device: int, target: int, address: int, nbytes: int) -> None:
+        self._set(device)
+        self.library.call("aclrtMemcpy", target, nbytes, address, nbytes, _DEVICE_TO_HOST)
+
+    def is_done(self, device: int, event: int) -> bool:
+        self._set(device)
+        status = c_int()
+        self.library.call("aclrtQueryEventStatus", event, byref(status))
+        return status.value == _COMPLETE
+
+    def wait(self, device: int, event: int) -> None:
+        self._set(device)
+        self.library.call("aclrtSynchronizeEvent", event)
+
+    def forget(self, device: int, event: int) -> None:
+        self._set(device)
+        self.library.call("aclrtDestroyEvent", event)
+
+    def synchronize(self) -> None:
+        for device in self._streams:
+            self._set(device)
+            self.library.call("aclrtSynchronizeDevice")
+
+
+class AscendDevice(AcceleratorDevice):
+    """One NPU. See the module's text."""
+
+    token_kind = KeyToken
+    range_bytes_max = 128 * 10**9 // (2 << 20) * (2 << 20)
+    library: ClassVar[str] = "libascendcl.so"
+    torch_device: ClassVar[str] = "npu:{index}"
+    _driver: _AclDriver
+    _importers: tuple[int, ...] = ()
+
+    @classmethod
+    def _load(cls) -> _AclDriver:
+        return _AclDriver(cls.library)
+
+    def importer_number(self) -> int:
+        """What the driver calls this process (aclrtDeviceGetBareTgid)."""
+        self._check_open()
+        return self._driver.own_number(self._index)
+
+    def admit(self, importers: Sequence[int]) -> None:
+        """To all that is exported, now and later: the driver keeps a list for each handle."""
+        self._check_open()
+        self._importers = tuple(importers)
+        keys = [handle.backing.shared for handle in self._local if handle.backing.shared is not None]
+        self._driver.admit(self._index, keys, self._importers)
+
+    def _restore(self, nbytes: int, space: Space, place: int, key: int) -> Memory:
+        text = f"{space}: ({place}, {nbytes}) cannot be taken over: only who made an NPU's memory can share it"
+        raise self._broken(text, code="invalid_extent")
+
+    def _export(self, handle: Handle) -> KeyToken:
+        memory: Memory = handle.backing
+        if memory.shared is None:
+            memory.shared = self._driver.export(self._index, memory.number)
+            if self._importers:
+                self._driver.admit(self._index, [memory.shared], self._importers)
+        return KeyToken(memory.shared, handle.nbytes)
+
+    def _identity(self, token: Token) -> Hashable:
+        assert isinstance(token, KeyToken), "import_ has looked"
+        return token.key
+
+    def _import(self, token: Token) -> tuple[Memory, bool]:
+        assert isinstance(token, KeyToken), "import_ has looked"
+        try:
+            return Memory(self._driver.import_(self._index, token.key)), True
+        except DeviceError as error:
+            if error.code != "driver_refused":
+                raise
+            text = f"what the token names cannot be imported: {error.message}"
+            raise self._broken(text, code="invalid_token") from None

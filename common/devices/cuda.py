@@ -1,0 +1,328 @@
+"""The backend `cuda`: NVIDIA GPUs, by the virtual memory calls of the driver (`libcuda.so.1`, CUDA 11.2 and later).
+
+Source of every call: the vendor's `cuda.h`, and the pages "Virtual Memory Management" of the CUDA driver API.
+`tests/devices/rules/cuda.toml` lists the rules with their sources. What has run on hardware: `docs/cuda.md`.
+
+- A share token is a descriptor (CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) of one handle, and a key: descriptors of
+  several handles look the same to whoever gets them.
+- Memory is there until every handle, mapping and open descriptor of it is gone, whoever made it. So a successor takes
+  over what it gets descriptors of.
+- What is mapped to be read only is read only to the device too, where the driver can: a write there is a fault, and
+  costs the process its context.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+from collections.abc import Hashable, Mapping, Sequence
+from ctypes import POINTER, byref, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_ushort, c_void_p
+from typing import Any, ClassVar, Final
+
+from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
+from elasticmoe.common.devices.driver import Driver, Library, Meaning, Part
+from elasticmoe.common.devices.rules import FdToken, Handle, Space, Token
+from elasticmoe.common.protocol.errors import DeviceError
+
+_DESCRIPTOR: Final = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+_READ, _READ_AND_WRITE = 1, 3  # CUmemAccess_flags
+_NON_BLOCKING: Final = 1  # CU_STREAM_NON_BLOCKING: its copies wait for no default stream
+_NO_TIMING: Final = 2  # CU_EVENT_DISABLE_TIMING
+_NOT_READY, _NOT_SUPPORTED = 600, 801
+_NEEDED: Final = {102: "virtual memory management", 103: "sharing by descriptors"}  # CUdevice_attribute
+
+# cuda.h, CUresult
+REFUSALS: Final[dict[int, Meaning]] = {
+    1: Meaning("CUDA_ERROR_INVALID_VALUE", "driver_refused"),
+    2: Meaning("CUDA_ERROR_OUT_OF_MEMORY", "does_not_fit"),
+    3: Meaning("CUDA_ERROR_NOT_INITIALIZED", "driver_refused"),
+    34: Meaning("CUDA_ERROR_STUB_LIBRARY", "no_driver"),
+    100: Meaning("CUDA_ERROR_NO_DEVICE", "no_device"),
+    101: Meaning("CUDA_ERROR_INVALID_DEVICE", "no_device"),
+    201: Meaning("CUDA_ERROR_INVALID_CONTEXT", "driver_refused"),
+    304: Meaning("CUDA_ERROR_OPERATING_SYSTEM", "driver_failed"),
+    400: Meaning("CUDA_ERROR_INVALID_HANDLE", "driver_refused"),
+    700: Meaning("CUDA_ERROR_ILLEGAL_ADDRESS", "driver_failed"),
+    800: Meaning("CUDA_ERROR_NOT_PERMITTED", "driver_refused"),
+    801: Meaning("CUDA_ERROR_NOT_SUPPORTED", "driver_refused"),
+    803: Meaning("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "no_driver"),
+    999: Meaning("CUDA_ERROR_UNKNOWN", "driver_failed"),
+}
+
+
+class _CudaLocation(ctypes.Structure):
+    """CUmemLocation."""
+
+    _fields_ = [("type", c_int), ("id", c_int)]
+
+
+class _Flags(ctypes.Structure):
+    """CUmemAllocationProp.allocFlags."""
+
+    _fields_ = [("compression", c_ubyte), ("rdma", c_ubyte), ("usage", c_ushort), ("reserved", c_ubyte * 4)]
+
+
+class _Allocation(ctypes.Structure):
+    """CUmemAllocationProp."""
+
+    _fields_ = [
+        ("type", c_int),
+        ("handle_types", c_int),
+        ("location", _CudaLocation),
+        ("metadata", c_void_p),
+        ("flags", _Flags),
+    ]
+
+
+class _Access(ctypes.Structure):
+    """CUmemAccessDesc."""
+
+    _fields_ = [("location", _CudaLocation), ("flags", c_int)]
+
+
+def _of(device: int) -> _Allocation:
+    """Pinned memory of a device, to be shared by descriptors (CU_MEM_LOCATION_TYPE_DEVICE)."""
+    return _Allocation(1, _DESCRIPTOR, _CudaLocation(1, device), None, _Flags())
+
+
+CALLS: Final[dict[str, tuple[Any, ...]]] = {
+    "cuInit": (c_uint,),
+    "cuDeviceGetCount": (POINTER(c_int),),
+    "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
+    "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
+    "cuCtxSetCurrent": (c_void_p,),
+    "cuCtxSynchronize": (),
+    "cuMemGetAllocationGranularity": (POINTER(c_size_t), POINTER(_Allocation), c_int),
+    "cuMemAddressReserve": (POINTER(c_uint64), c_size_t, c_size_t, c_uint64, c_ulonglong),
+    "cuMemAddressFree": (c_uint64, c_size_t),
+    "cuMemCreate": (POINTER(c_ulonglong), c_size_t, POINTER(_Allocation), c_ulonglong),
+    "cuMemRelease": (c_ulonglong,),
+    "cuMemMap": (c_uint64, c_size_t, c_size_t, c_ulonglong, c_ulonglong),
+    "cuMemUnmap": (c_uint64, c_size_t),
+    "cuMemSetAccess": (c_uint64, c_size_t, POINTER(_Access), c_size_t),
+    "cuMemExportToShareableHandle": (POINTER(c_int), c_ulonglong, c_int, c_ulonglong),
+    "cuMemImportFromShareableHandle": (POINTER(c_ulonglong), c_void_p, c_int),
+    "cuMemsetD8_v2": (c_uint64, c_ubyte, c_size_t),
+    "cuMemcpyHtoD_v2": (c_uint64, c_void_p, c_size_t),
+    "cuMemcpyDtoH_v2": (c_void_p, c_uint64, c_size_t),
+    "cuMemcpyDtoDAsync_v2": (c_uint64, c_uint64, c_size_t, c_void_p),
+    "cuMemcpyPeerAsync": (c_uint64, c_void_p, c_uint64, c_void_p, c_size_t, c_void_p),
+    "cuStreamCreate": (POINTER(c_void_p), c_uint),
+    "cuEventCreate": (POINTER(c_void_p), c_uint),
+    "cuEventDestroy_v2": (c_void_p,),
+    "cuEventRecord": (c_void_p, c_void_p),
+    "cuEventQuery": (c_void_p,),
+    "cuEventSynchronize": (c_void_p,),
+}
+_HINT: Final = "install NVIDIA's driver; in a container, start it with the NVIDIA container toolkit"
+
+
+class _CudaDriver(Driver):
+    """CUDA's driver in this process. It computes in the devices' primary contexts, which torch has too. A thread's
+    calls concern the context that it has set: each method that needs one says its own first. Calls about addresses and
+    handles need none (cuda.h: they answer no INVALID_CONTEXT)."""
+
+    def __init__(self, path: str) -> None:
+        """Raises DeviceError no_driver; no_device where the driver sees none."""
+        super().__init__(Library(path, CALLS, {}, REFUSALS, _HINT))
+        self._contexts: dict[int, int] = {}  # of each device that is open
+        self._streams: dict[int, int] = {}
+        self._narrows = True  # until the driver says that it cannot
+        self.library.call("cuInit", 0)
+
+    def _set(self, device: int) -> None:
+        self.library.call("cuCtxSetCurrent", self._contexts[device])
+
+    def open(self, device: int) -> None:
+        if device in self._contexts:
+            return
+        count, context, stream = c_int(), c_void_p(), c_void_p()
+        self.library.call("cuDeviceGetCount", byref(count))
+        if device >= count.value:
+            text = f"there is no cuda:{device}: the driver shows {count.value} devices (CUDA_VISIBLE_DEVICES)"
+            raise DeviceError(text, code="no_device")
+        for attribute, what in _NEEDED.items():
+            has = c_int()
+            self.library.call("cuDeviceGetAttribute", byref(has), attribute, device)
+            if not has.value:
+                raise DeviceError(f"cuda:{device} has no {what}, which its driver would need", code="no_device")
+        self.library.call("cuDevicePrimaryCtxRetain", byref(context), device)
+        self._contexts[device] = context.value or 0
+        self._set(device)
+        self.library.call("cuStreamCreate", byref(stream), _NON_BLOCKING)
+        self._streams[device] = stream.value or 0
+
+    def granularity(self, device: int) -> int:
+        nbytes = c_size_t()
+        self.library.call("cuMemGetAllocationGranularity", byref(nbytes), byref(_of(device)), 0)
+        return nbytes.value
+
+    def reserve(self, device: int, nbytes: int) -> int:
+        address = c_uint64()
+        self.library.call("cuMemAddressReserve", byref(address), nbytes, 0, 0, 0)
+        return address.value
+
+    def unreserve(self, device: int, address: int, nbytes: int) -> None:
+        self.library.call("cuMemAddressFree", address, nbytes)
+
+    def create(self, device: int, nbytes: int) -> int:
+        handle = c_ulonglong()
+        self.library.call("cuMemCreate", byref(handle), nbytes, byref(_of(device)), 0)
+        return handle.value
+
+    def release(self, device: int, handle: int) -> None:
+        self.library.call("cuMemRelease", handle)
+
+    def map(self, device: int, parts: Sequence[tuple[int, int, int]]) -> None:
+        for at, (address, nbytes, handle) in enumerate(parts):
+            if answer := self.library.ask("cuMemMap", address, nbytes, 0, handle, 0):
+                for done in parts[:at]:
+                    self.library.call("cuMemUnmap", *done[:2])
+                self.library.refuse("cuMemMap", answer)
+
+    def allow(self, device: int, address: int, nbytes: int, writable: bool) -> None:
+        flags = _READ if self._narrows and not writable else _READ_AND_WRITE
+        answer = self.library.ask("cuMemSetAccess", address, nbytes, byref(_Access(_CudaLocation(1, device), flags)), 1)
+        if answer == _NOT_SUPPORTED and flags == _READ:
+            self._narrows = False
+            self.allow(device, address, nbytes, writable)
+        elif answer:
+            self.library.refuse("cuMemSetAccess", answer)
+
+    def unmap(self, device: int, address: int, nbytes: int) -> None:
+        self.library.call("cuMemUnmap", address, nbytes)
+
+    def export(self, handle: int) -> int:
+        """A descriptor of the handle's memory, the caller's to close."""
+        fd = c_int()
+        self.library.call("cuMemExportToShareableHandle", byref(fd), handle, _DESCRIPTOR, 0)
+        return fd.value
+
+    def import_(self, fd: int) -> int:
+        """A handle of the memory that a descriptor is of, which stays the caller's."""
+        handle = c_ulonglong()
+        self.library.call("cuMemImportFromShareableHandle", byref(handle), c_void_p(fd), _DESCRIPTOR)
+        return handle.value
+
+    def zero(self, device: int, address: int, nbytes: int) -> None:
+        self._set(device)
+        self.library.call("cuMemsetD8_v2", address, 0, nbytes)
+        self.library.call("cuCtxSynchronize")
+
+    def copy(self, device: int, parts: Sequence[Part]) -> int:
+        self._set(device)
+        stream, event = self._streams[device], c_void_p()
+        for dst, src, nbytes, dst_device, src_device in parts:
+            if dst_device == src_device == device:
+                self.library.call("cuMemcpyDtoDAsync_v2", dst, src, nbytes, stream)
+            else:
+                there, here = self._contexts[dst_device], self._contexts[src_device]
+                self.library.call("cuMemcpyPeerAsync", dst, there, src, here, nbytes, stream)
+        self.library.call("cuEventCreate", byref(event), _NO_TIMING)
+        self.library.call("cuEventRecord", event, stream)
+        return event.value or 0
+
+    def to_device(self, device: int, address: int, source: int, nbytes: int) -> None:
+        self._set(device)
+        self.library.call("cuMemcpyHtoD_v2", address, source, nbytes)
+        self.library.call("cuCtxSynchronize")  # from memory that is not pinned it may return before it is there
+
+    def to_host(self, device: int, target: int, address: int, nbytes: int) -> None:
+        self._set(device)
+        self.library.call("cuMemcpyDtoH_v2", target, address, nbytes)
+
+    def is_done(self, device: int, event: int) -> bool:
+        answer = self.library.ask("cuEventQuery", event)
+        if answer not in (0, _NOT_READY):
+            self.library.refuse("cuEventQuery", answer)
+        return answer == 0
+
+    def wait(self, device: int, event: int) -> None:
+        self.library.call("cuEventSynchronize", event)
+
+    def forget(self, device: int, event: int) -> None:
+        self.library.call("cuEventDestroy_v2", event)
+
+    def synchronize(self) -> None:
+        for device in self._contexts:
+            self._set(device)
+            self.library.call("cuCtxSynchronize")
+
+
+class CudaDevice(AcceleratorDevice):
+    """One GPU. See the module's text. `descriptors` that a predecessor named are taken over."""
+
+    token_kind = FdToken
+    library: ClassVar[str] = "libcuda.so.1"
+    torch_device: ClassVar[str] = "cuda:{index}"
+    _driver: _CudaDriver
+
+    @classmethod
+    def _load(cls) -> _CudaDriver:
+        return _CudaDriver(cls.library)
+
+    def descriptors(self) -> Mapping[str, int]:
+        """One of each settled handle: its memory is there as long as somebody has it."""
+        settled = [handle for handle in self._local if handle.state == "settled" and handle.space is not None]
+        return {_name(one.space or "kv", one.place, one.nbytes, one.key): self._descriptor(one) for one in settled}
+
+    def _descriptor(self, handle: Handle) -> int:
+        memory: Memory = handle.backing
+        if memory.shared is None:
+            memory.shared = self._driver.export(memory.number)
+            os.set_inheritable(memory.shared, False)
+        return memory.shared
+
+    def _claim(self, nbytes: int, space: Space, place: int) -> tuple[Memory, int]:
+        memory, _ = super()._claim(nbytes, space, place)
+        return memory, 1 + secrets.randbits(62)
+
+    def _restore(self, nbytes: int, space: Space, place: int, key: int) -> Memory:
+        name = _name(space, place, nbytes, key)
+        if name not in self._kept:
+            raise self._broken(f"there is no descriptor of {name}", code="invalid_extent")
+        memory = Memory(self._driver.import_(self._kept[name]))
+        memory.shared = self._kept.pop(name)
+        self._made[space] += nbytes
+        return memory
+
+    def _trim(self, space: Space, free: list[tuple[int, int]]) -> None:
+        for name in [one for one in self._kept if one.startswith(f"{space}.")]:
+            os.close(self._kept.pop(name))
+
+    def _release(self, handle: Handle) -> None:
+        super()._release(handle)
+        if handle.backing.shared is not None:
+            os.close(handle.backing.shared)
+
+    def _export(self, handle: Handle) -> FdToken:
+        return FdToken(self._descriptor(handle), 0, handle.nbytes, handle.key)
+
+    def _identity(self, token: Token) -> Hashable:
+        assert isinstance(token, FdToken), "import_ has looked"
+        return token.key
+
+    def _import(self, token: Token) -> tuple[Memory, bool]:
+        assert isinstance(token, FdToken), "import_ has looked"
+        if token.offset:
+            raise self._broken(f"a handle is shared whole, not from {token.offset}", code="invalid_token")
+        try:
+            return Memory(self._driver.import_(token.fd)), True
+        except DeviceError as error:
+            if error.code != "driver_refused":
+                raise
+            text = f"what the token names cannot be imported: {error.message}"
+            raise self._broken(text, code="invalid_token") from None
+
+    def _close(self) -> None:
+        super()._close()
+        kept = [*self._kept.values(), *(one.backing.shared for one in self._local if one.backing.shared is not None)]
+        for fd in kept:
+            os.close(fd)
+        self._kept.clear()
+
+
+def _name(space: str, place: int, nbytes: int, key: int) -> str:
+    """Of a handle's descriptor."""
+    return f"{space}.{place}.{nbytes}.{key}"
