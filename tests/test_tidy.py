@@ -47,6 +47,8 @@ SOLE_IMPORTERS = {
         "cli/doctor.py",
     ),
     "elasticmoe.common.devices.host": "common/devices/factory.py",  # who needs a device asks the factory
+    "elasticmoe.common.devices.ascend": "common/devices/factory.py",
+    "elasticmoe.common.devices.cuda": "common/devices/factory.py",
     "elasticmoe.native.host": (
         "common/devices/",
         "common/host_shared.py",

@@ -1,0 +1,98 @@
+"""Stand-in drivers: the vendors' libraries over memory of this machine, compiled for the test run, with the vendors'
+rules and error codes (`rules/`). The devices' code is the product's; only the library's path and torch's device differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elasticmoe.common.devices.accelerator import AcceleratorDevice
+from elasticmoe.common.devices.ascend import AscendDevice
+from elasticmoe.common.devices.cuda import CudaDevice
+from tests.devices import vendor
+
+SOURCE = Path(__file__).parent / "standin"
+BUILT = vendor.ROOT / "build/standin"
+GRANULARITY = 2 << 20
+KINDS: dict[str, type[AcceleratorDevice]] = {"npu": AscendDevice, "cuda": CudaDevice}
+_HEADERS = {"npu": vendor.ASCEND, "cuda": vendor.CUDA}
+_SOURCES = {"npu": "ascend.cpp", "cuda": "cuda.cpp"}
+FLAGS: tuple[str, ...] = (
+    "-std=c++20",
+    "-O1",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-deprecated-declarations",
+    "-fPIC",
+    "-shared",
+)
+FLAGS += ("-fvisibility=hidden", "-fno-gnu-unique", "-DFUNC_VISIBILITY", "-Wl,--no-undefined")
+
+
+def library(kind: str, *defines: str) -> Path:
+    """The stand-in of the driver, compiled where it or its flags are new. Skips the test without declarations or a
+    compiler."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"stand-in drivers need a C++ compiler, and there is no {compiler}")
+    includes = vendor.headers(_HEADERS[kind])
+    sources = [SOURCE / _SOURCES[kind], SOURCE / "memory.cpp"]
+    command = [compiler, *FLAGS, *defines, *(f"-isystem{folder}" for folder in includes), *map(str, sources)]
+    state = [*command, *(path.read_text() for path in (*sources, SOURCE / "memory.h"))]
+    built = BUILT / f"{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.so"
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with (BUILT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            part = built.with_suffix(".part")
+            done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            part.rename(built)
+    return built
+
+
+@contextmanager
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on tmpfs that is the memory of all stand-in devices of a test, of all its processes."""
+    folder = Path(tempfile.mkdtemp(prefix="standin-", dir="/dev/shm"))
+    monkeypatch.setenv("STANDIN_FOLDER", str(folder))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+_numbers = itertools.count()
+
+
+def process(kind: str, folder: Path, *defines: str) -> type[AcceleratorDevice]:
+    """The devices' class of one more process on the machine: a copy of the library has a state of its own."""
+    copy = folder / f"lib{kind}-{next(_numbers)}.so"
+    shutil.copyfile(library(kind, *defines), copy)
+    return device_class(kind, copy)
+
+
+def device_class(kind: str, path: Path) -> type[AcceleratorDevice]:
+    """The product's class of the kind, on the library at `path` and torch's CPU."""
+    return type(f"StandIn{KINDS[kind].__name__}", (KINDS[kind],), {"library": str(path), "torch_device": "cpu"})
+
+
+def loaded(kind: type[AcceleratorDevice]) -> Any:
+    """The library itself, for what only a stand-in tells: `standin_calls()`, `standin_used(device)`."""
+    made = ctypes.CDLL(kind.library)
+    made.standin_calls.restype = made.standin_used.restype = ctypes.c_uint64
+    return made
