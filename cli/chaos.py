@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 when every promise held, 1 when one broke. Raises ElasticMoEError when it could not be tried."""
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
     _complete(args)
-    if not re.match(COUNT_PATTERN, args.devices) or (count := DeviceCount.parse(args.devices).count) < args.replicas:
+    is_count = args.devices.startswith("host:") and re.match(COUNT_PATTERN, args.devices)
+    if not is_count or (count := DeviceCount.parse(args.devices).count) < args.replicas:
         raise ConfigError(f"devices {args.devices!r}: give host:N with N at least --replicas, {args.replicas}")
     say(f"seed {seed}: {args.minutes:g} min on {args.devices}, {args.clients} clients")
     try:

@@ -22,7 +22,7 @@ from elasticmoe.common.capacity import (
     weights_on,
 )
 from elasticmoe.common.checkpoint import Checkpoint
-from elasticmoe.common.devices.factory import granularity_of
+from elasticmoe.common.devices.factory import check_devices, granularity_of
 from elasticmoe.common.families import load_spec
 from elasticmoe.common.layout import Layout, initial_layout
 from elasticmoe.common.machine import available_bytes
@@ -31,6 +31,13 @@ from elasticmoe.common.protocol.hmm import LoadModel
 from elasticmoe.common.store import store_of
 
 _DISK_BYTES_MIN = 64 * 1024 * 1024
+
+
+def check_hardware(settings: Settings) -> None:
+    """The devices are there, with their driver, and something computes there. Raises DeviceError no_driver, no_device;
+    ConfigError no_compute."""
+    check_devices(settings.scaler.device_count)
+    _ = settings.scaler.compute_backend
 
 
 def check_ports(settings: Settings) -> None:

@@ -116,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         resolved = settings.from_flags(args)
         run_dir = RunDir(settings.require_run_dir(resolved))  # first: a deployment that runs here has its ports
         try:
+            checks.check_hardware(resolved)
             checks.check_ports(resolved)
             check_api_key(resolved, may_lack=args.no_api_key)
             checks.check_store(resolved)

@@ -105,7 +105,10 @@ def _check_topology(config: Common) -> None:
     """Raises ConfigError for replicas that cannot be built on the devices, in whichever process asks for them."""
     if not isinstance(config, ModelConfig | HmmConfig):
         return
-    devices = DeviceCount.parse(config.devices)
+    try:
+        devices = DeviceCount.parse(config.devices)
+    except ValueError as error:
+        raise ConfigError(f"devices: {error}", code="bad_devices") from None
     if devices.count > RANKS_MAX:
         text = f"devices {config.devices} exceeds the limit of {RANKS_MAX} devices"
         raise ConfigError(text, code="too_many_devices")

@@ -127,13 +127,12 @@ def lacking(layout: Layout, devices: DeviceCount) -> str:
     foreign = [device for device in used if (device.host, device.backend) != (LOCAL_HOST, devices.backend)]
     if foreign:
         return f"its replicas use {foreign[0]}, and this deployment has only this machine's {devices}"
-    needed = DeviceCount(devices.backend, 1 + max(device.index for device in used))
-    if needed.count <= devices.count:
+    needed = DeviceCount.of(devices.backend, (device.index for device in used))
+    if set(needed.indices) <= set(devices.indices):
         return ""
-    return (
-        f"its replicas lie on the first {needed.count} devices, so --devices (ELASTICMOE_DEVICES) has to be {needed} "
-        f"or more; it is {devices} now"
-    )
+    where = f"the first {needed.count} devices" if not needed.numbers else str(needed)
+    asked = f"--devices (ELASTICMOE_DEVICES) has to be {needed} or more"
+    return f"its replicas lie on {where}, so {asked}; it is {devices} now"
 
 
 def keys_on(layout: Layout, slot: int) -> Iterator[RecordKey]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
@@ -44,8 +44,13 @@ ServedName = Annotated[
 Devices = Annotated[
     str,
     Meta(pattern=COUNT_PATTERN),
-    _is("The devices that the deployment may use: N slices of this machine", form=f"`host:N`, N from 1 to {RANKS_MAX}"),
+    _is(
+        "The devices that the deployment may use: N slices of this machine, or accelerators by their numbers, on which "
+        "nothing computes yet",
+        form=f"`host:N`, N from 1 to {RANKS_MAX}; `npu:0-7`; `cuda:0,cuda:2`",
+    ),
 ]
+COMPUTED: Final = ("host",)  # backends of devices on which a compute backend runs
 PoolName = Annotated[
     str,
     Meta(pattern=r"^[a-z0-9-]{1,32}\Z"),
@@ -156,7 +161,12 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     @property
     def compute_backend(self) -> Compute:
-        """The backend that `compute` means on these devices: the same for all ranks, whose results differ otherwise."""
+        """The backend that `compute` means on these devices: the same for all ranks, whose results differ otherwise.
+        Raises ConfigError no_compute where none computes there."""
+        devices = self.device_count
+        if devices.backend not in COMPUTED:
+            text = f"nothing computes on {devices} yet, whose memory alone is there: use host:N"
+            raise ConfigError(text, code="no_compute")
         return "torch" if self.compute == "torch" else "host"
 
 

@@ -84,17 +84,26 @@ class AcceleratorDevice(Device):
         super().__init__(name, granularity, budget, rules)
         self._kept = dict(descriptors or {})
         self._index = DeviceId.parse(name).index
-        with self._opening:
-            if self.library not in self._drivers:
-                self._drivers[self.library] = self._load()
-            self._driver = self._drivers[self.library]
-            self._driver.open(self._index)
+        self._driver = self._of_this_process()
+        self._driver.open(self._index)
         least = self._driver.granularity(self._index)
         if granularity % least:
             text = f"granularity {granularity} is no multiple of the driver's, {least}"
             raise self._broken(text, code="bad_granularity")
         self._made: dict[Space, int] = dict.fromkeys(SPACES, 0)
         self._mapped: dict[int, Memory] = {}  # by address
+
+    @classmethod
+    def check(cls, index: int) -> None:
+        """Whether there is such a device. Raises DeviceError no_driver, no_device."""
+        cls._of_this_process().check(index)
+
+    @classmethod
+    def _of_this_process(cls) -> Driver:
+        with cls._opening:
+            if cls.library not in cls._drivers:
+                cls._drivers[cls.library] = cls._load()
+            return cls._drivers[cls.library]
 
     @classmethod
     @abstractmethod

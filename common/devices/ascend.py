@@ -125,13 +125,16 @@ class _AclDriver(Driver):
         self.library.call("aclrtSetDevice", device)
         self._thread.device = device
 
-    def open(self, device: int) -> None:
+    def check(self, device: int) -> None:
         count = c_uint32()
         self.library.call("aclrtGetDeviceCount", byref(count))
         if device >= count.value:
             text = f"there is no npu:{device}: the driver shows {count.value} devices (ASCEND_RT_VISIBLE_DEVICES)"
             raise DeviceError(text, code="no_device")
+
+    def open(self, device: int) -> None:
         if device not in self._streams:
+            self.check(device)
             self._set(device)
             stream = c_void_p()
             self.library.call("aclrtCreateStream", byref(stream))

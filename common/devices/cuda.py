@@ -134,10 +134,8 @@ class _CudaDriver(Driver):
     def _set(self, device: int) -> None:
         self.library.call("cuCtxSetCurrent", self._contexts[device])
 
-    def open(self, device: int) -> None:
-        if device in self._contexts:
-            return
-        count, context, stream = c_int(), c_void_p(), c_void_p()
+    def check(self, device: int) -> None:
+        count = c_int()
         self.library.call("cuDeviceGetCount", byref(count))
         if device >= count.value:
             text = f"there is no cuda:{device}: the driver shows {count.value} devices (CUDA_VISIBLE_DEVICES)"
@@ -147,11 +145,16 @@ class _CudaDriver(Driver):
             self.library.call("cuDeviceGetAttribute", byref(has), attribute, device)
             if not has.value:
                 raise DeviceError(f"cuda:{device} has no {what}, which its driver would need", code="no_device")
-        self.library.call("cuDevicePrimaryCtxRetain", byref(context), device)
-        self._contexts[device] = context.value or 0
-        self._set(device)
-        self.library.call("cuStreamCreate", byref(stream), _NON_BLOCKING)
-        self._streams[device] = stream.value or 0
+
+    def open(self, device: int) -> None:
+        if device not in self._contexts:
+            self.check(device)
+            context, stream = c_void_p(), c_void_p()
+            self.library.call("cuDevicePrimaryCtxRetain", byref(context), device)
+            self._contexts[device] = context.value or 0
+            self._set(device)
+            self.library.call("cuStreamCreate", byref(stream), _NON_BLOCKING)
+            self._streams[device] = stream.value or 0
 
     def granularity(self, device: int) -> int:
         nbytes = c_size_t()

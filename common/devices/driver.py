@@ -91,6 +91,10 @@ class Driver(ABC):
         self.library = library
 
     @abstractmethod
+    def check(self, device: int) -> None:
+        """Whether there is such a device, without a touch of it. Raises DeviceError no_device."""
+
+    @abstractmethod
     def open(self, device: int) -> None:
         """Make a device usable in this process. Idempotent. Raises DeviceError no_device where there is none."""
 

@@ -27,6 +27,10 @@ class DeviceBackend(Protocol):
         """What a KV handle should have."""
         ...
 
+    def check(self, index: int) -> None:
+        """Whether there is a device of that number, and what it needs. Raises DeviceError no_driver, no_device."""
+        ...
+
     def __call__(
         self,
         name: str,
@@ -60,6 +64,13 @@ def backend_of(name: str) -> DeviceBackend:
 def backend_of_device(name: str) -> DeviceBackend:
     """The backend of the device called `name`, as DeviceId writes it. Raises DeviceError unknown_backend."""
     return backend_of(DeviceId.parse(name).backend)
+
+
+def check_devices(devices: DeviceCount) -> None:
+    """Whether all of them are there, and what they need. Raises DeviceError unknown_backend, no_driver, no_device."""
+    backend = backend_of(devices.backend)
+    for index in devices.indices:
+        backend.check(index)
 
 
 def granularity_of(devices: DeviceCount, asked: int) -> int:

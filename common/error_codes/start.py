@@ -6,6 +6,12 @@ from elasticmoe.common.error_codes.code import Code
 
 START: dict[str, Code] = {
     "bad_config": Code("A setting is unknown, or beyond its bounds", "configuration.md lists all settings"),
+    "bad_devices": Code(
+        "`devices` names none, one twice, or devices of two backends", "Name each once, of one backend"
+    ),
+    "no_compute": Code(
+        "Nothing computes on the devices that are named, yet", "Use `host:N`; hardware.md says what is there"
+    ),
     "too_many_devices": Code("More devices than a deployment may have", "Use fewer"),
     "tp_unsupported": Code("More devices per replica than are supported", "Leave `tp` at 1"),
     "model_unavailable": Code(

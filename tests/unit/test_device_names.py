@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elasticmoe.common.config import HmmConfig, load
 from elasticmoe.common.devices.names import HOST_PATTERN, LOCAL_HOST, DeviceCount, DeviceId, DeviceName
 from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout, lacking
+from elasticmoe.common.protocol.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 HOSTS = st.from_regex(HOST_PATTERN, fullmatch=True).filter(lambda host: len(host) <= 63)
@@ -63,9 +65,61 @@ def test_what_names_no_device_is_refused(name: str) -> None:
 def test_a_count_names_the_devices_of_a_host() -> None:
     count = DeviceCount.parse("host:2")
     assert (str(count), count.names(), count.names("b")) == ("host:2", ("host:0", "host:1"), ("b/host:0", "b/host:1"))
-    for setting in ("host", "host:", "host:0", ":2", "host:x", "host:03", "host:٣", "a/host:3", "host:" + "9" * 5_000):
+    for setting in (
+        *("host", "host:", "host:0", ":2", "host:x", "host:03", "host:٣", "a/host:3", "host:" + "9" * 5_000),
+        *(
+            "npu",
+            "npu:",
+            "npu:-1",
+            "npu:0-",
+            "npu:0,",
+            "npu:0,1",
+            "npu:00",
+            "npu:1000",
+            "cuda:0\n",
+            "a/cuda:0",
+            "host:0-3",
+        ),
+        *("npu:0 ,npu:1", "cuda:0/4", "NPU:0", "host:2,cuda:0", "," * 9),
+    ):
         with pytest.raises(ValueError, match="names no devices"):
             DeviceCount.parse(setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "written", "numbers"),
+    [
+        ("npu:0-7", "npu:0-7", tuple(range(8))),
+        ("cuda:0,cuda:1", "cuda:0-1", (0, 1)),
+        ("npu:6,npu:0-3", "npu:0-3,npu:6", (0, 1, 2, 3, 6)),
+        ("cuda:2", "cuda:2", (2,)),
+        ("npu:4-4,npu:999", "npu:4,npu:999", (4, 999)),
+    ],
+)
+def test_accelerators_are_named_by_their_numbers(setting: str, written: str, numbers: tuple[int, ...]) -> None:
+    devices = DeviceCount.parse(setting)
+    assert (str(devices), devices.indices, devices.count) == (written, numbers, len(numbers))
+    assert DeviceCount.parse(written) == devices
+    assert devices.names("b") == tuple(f"b/{setting[: setting.index(':')]}:{number}" for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [("cuda:0,npu:1", "two backends"), ("npu:0-3,npu:3", "twice"), ("npu:7-0", "7-0, whose end comes before")],
+)
+def test_a_setting_that_contradicts_itself_is_refused(setting: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        DeviceCount.parse(setting)
+    with pytest.raises(ConfigError, match=rf"devices: .*{why}") as caught:
+        load(HmmConfig, {"devices": setting, "run_dir": "/nowhere"})
+    assert caught.value.code == "bad_devices"
+
+
+@given(st.sampled_from(["npu", "cuda"]), st.sets(st.integers(0, 999), min_size=1, max_size=20))
+def test_numbers_that_are_written_are_read_back(backend: str, numbers: set[int]) -> None:
+    devices = DeviceCount.of(backend, numbers)
+    assert devices.indices == tuple(sorted(numbers))
+    assert DeviceCount.parse(str(devices)) == devices
 
 
 def test_a_seat_says_its_host() -> None:
@@ -81,6 +135,11 @@ def test_a_layout_of_other_devices_is_not_gone_on_with() -> None:
     assert "has to be host:5 or more; it is host:2 now" in lacking(of("host:0", "host:4"), two)
     assert "use b/host:0, and this deployment has only this machine's host:2" in lacking(of("host:0", "b/host:0"), two)
     assert "use cuda:1, and" in lacking(of("host:0", "cuda:1"), two)
+    some = DeviceCount.parse("npu:2-3")
+    assert lacking(of("npu:2", "npu:3"), some) == ""
+    assert "lie on npu:2,npu:5, so --devices (ELASTICMOE_DEVICES) has to be npu:2,npu:5" in lacking(
+        of("npu:2", "npu:5"), some
+    )
 
 
 def test_a_layout_of_the_release_before_is_read_and_one_of_no_devices_is_refused() -> None:

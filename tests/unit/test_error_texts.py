@@ -31,6 +31,7 @@ WORDS_OF_OURS = {
     "{}: {}": "extents, common/devices/extents.py",
     "the bus of {} bytes cannot be opened: {}": "native/src/bus",
     "layout: {}": "common/layout.py",
+    "devices: {}": "common/devices/names.py",
     "no bus of {} ranks with {} tokens each: {}": "native/src/bus",
     "no ledger of {} rows with {} tokens and {} blocks each: {}": "native/src/ledger",
     "chat template does not compile: {}": "what is wrong with the template, of which only its compiler knows",

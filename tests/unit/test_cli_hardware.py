@@ -1,0 +1,52 @@
+"""What `up` says of accelerators that cannot serve: before it makes, starts or leaves anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elasticmoe.cli.main import main
+from elasticmoe.common.devices import factory
+from tests.devices import standins
+
+pytestmark = pytest.mark.usefixtures("no_settings_of_the_caller")
+
+
+def told(tmp_path: Path, capsys: pytest.CaptureFixture[str], devices: str) -> str:
+    """By `up`, which fails."""
+    assert main(["up", "--devices", devices, "--run-dir", str(tmp_path / "run")]) == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("devices", "hint"), [("npu:0-7", "install CANN"), ("cuda:0,cuda:1", "install NVIDIA's driver")]
+)
+def test_a_driver_that_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, devices: str, hint: str
+) -> None:
+    kind = devices[: devices.index(":")]
+    monkeypatch.setitem(factory._BACKENDS, kind, standins.device_class(kind, tmp_path / "lib.so"))
+    error = told(tmp_path, capsys, devices)
+    assert "lib.so cannot be loaded" in error
+    assert hint in error
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+@pytest.mark.parametrize("kind", standins.KINDS)
+def test_a_device_that_is_missing_and_one_that_nothing_computes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("STANDIN_DEVICES", "2")
+    with standins.memory(monkeypatch) as folder:
+        monkeypatch.setitem(factory._BACKENDS, kind, standins.process(kind, folder))
+        assert f"there is no {kind}:2: the driver shows 2 devices" in told(tmp_path, capsys, f"{kind}:0-2")
+        assert f"nothing computes on {kind}:0-1 yet" in told(tmp_path, capsys, f"{kind}:0-1")
+
+
+def test_a_backend_that_nobody_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no backend is called tpu; there are: cuda, host, npu" in told(tmp_path, capsys, "tpu:0-1")
+
+
+def test_a_setting_that_names_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "or numbers of accelerators such as npu:0-7" in told(tmp_path, capsys, "npu:x")
