@@ -239,7 +239,7 @@ CUresult cuMemExportToShareableHandle(void* shareable, CUmemGenericAllocationHan
   auto* physical = reinterpret_cast<Physical*>(handle);
   if (flags || type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) return CUDA_ERROR_INVALID_VALUE;
   if (!state().handles.count(physical) || !physical->is_exported) return CUDA_ERROR_INVALID_VALUE;
-  const int fd = dup(physical->fd);
+  const int fd = state().pool.descriptor(*physical);
   if (fd < 0) return CUDA_ERROR_OPERATING_SYSTEM;
   *static_cast<int*>(shareable) = fd;
   return CUDA_SUCCESS;

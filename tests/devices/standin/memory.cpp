@@ -4,7 +4,6 @@
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -41,11 +40,6 @@ Pool::Pool()
     : folder_(std::getenv("STANDIN_FOLDER") ? std::getenv("STANDIN_FOLDER") : "/dev/shm"),
       num_devices_(std::min<uint64_t>(setting("STANDIN_DEVICES", 4), kDevicesMax)),
       nbytes_(setting("STANDIN_BYTES", 1ull << 30)) {
-  rlimit limit;
-  if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {  // a driver's handles are no descriptors of the process; here they are
-    limit.rlim_cur = limit.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &limit);
-  }
   const int fd = ::open((folder_ + "/registry").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
   if (fd < 0 || ftruncate(fd, sizeof(Registry)) != 0) std::abort();
   void* at = mmap(nullptr, sizeof(Registry), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -100,7 +94,14 @@ Physical* Pool::create(uint32_t device, uint64_t nbytes) {
   entry.serial = serial;
   entry.nbytes = nbytes;
   entry.device = device;
-  return new Physical{device, nbytes, serial, fd, false, false, 0, false};
+  return held(fd, device, nbytes, serial, false);
+}
+
+Physical* Pool::held(int fd, uint32_t device, uint64_t nbytes, uint64_t serial, bool is_imported) {
+  void* hold = mmap(nullptr, 1, PROT_NONE, MAP_SHARED, fd, 0);
+  ::close(fd);
+  if (hold == MAP_FAILED) return nullptr;
+  return new Physical{device, nbytes, serial, hold, is_imported, false, 0, false};
 }
 
 Physical* Pool::open(uint64_t serial) {
@@ -115,7 +116,7 @@ Physical* Pool::open(uint64_t serial) {
     return nullptr;
   }
   flock(fd, LOCK_SH);
-  return new Physical{entry.device, entry.nbytes, serial, fd, true, false, 0, false};
+  return held(fd, entry.device, entry.nbytes, serial, true);
 }
 
 Physical* Pool::adopt(int fd) {
@@ -128,16 +129,20 @@ Physical* Pool::adopt(int fd) {
   uint64_t serial, nbytes;
   const char* base = std::strrchr(name, '/');
   if (!base || std::sscanf(base, "/memory.%u.%" SCNu64 ".%" SCNu64, &device, &serial, &nbytes) != 3) return nullptr;
-  const int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);  // the same open file, and so its lock
-  if (own < 0) return nullptr;
-  return new Physical{device, nbytes, serial, own, true, false, 0, false};
+  return open(serial);
+}
+
+int Pool::descriptor(const Physical& physical) const {
+  const int fd = ::open(path(physical.device, physical.serial, physical.nbytes).c_str(), O_RDWR | O_CLOEXEC);
+  if (fd >= 0) flock(fd, LOCK_SH);
+  return fd;
 }
 
 void Pool::close(Physical* physical) {
-  const std::string name = path(physical->device, physical->serial, physical->nbytes);
-  ::close(physical->fd);
-  const int fd = ::open(name.c_str(), O_RDWR | O_CLOEXEC);
+  munmap(physical->hold, 1);
+  const int fd = ::open(path(physical->device, physical->serial, physical->nbytes).c_str(), O_RDWR | O_CLOEXEC);
   if (fd >= 0) {
+    const std::string name = path(physical->device, physical->serial, physical->nbytes);
     if (flock(fd, LOCK_EX | LOCK_NB) == 0 && unlink(name.c_str()) == 0) {
       registry_->used[physical->device] -= static_cast<int64_t>(physical->nbytes);
     }
@@ -193,8 +198,10 @@ Why AddressSpace::map(uint64_t address, uint64_t nbytes, uint64_t offset, Physic
     if (other.device != physical->device) return Why::kTwoDevices;
     if (other.is_imported != physical->is_imported) return Why::kTwoOrigins;
   }
-  void* at = reinterpret_cast<void*>(address);
-  if (mmap(at, nbytes, protection, MAP_SHARED | MAP_FIXED, physical->fd, 0) == MAP_FAILED) return Why::kNoAddresses;
+  const int fd = pool_.descriptor(*physical);
+  void* at = mmap(reinterpret_cast<void*>(address), nbytes, protection, MAP_SHARED | MAP_FIXED, fd, 0);
+  ::close(fd);
+  if (at == MAP_FAILED) return Why::kNoAddresses;
   mappings[address] = Mapping{physical, protection};
   ++physical->num_mappings;
   return Why::kFine;

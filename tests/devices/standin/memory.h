@@ -67,7 +67,7 @@ struct Physical {
   uint32_t device;
   uint64_t nbytes;
   uint64_t serial;
-  int fd;
+  void* hold;
   bool is_imported;
   bool is_exported;
   uint32_t num_mappings;
@@ -87,9 +87,11 @@ class Pool {
   Physical* open(uint64_t serial);                     // nullptr: it is gone
   Physical* adopt(int fd);                             // a descriptor of a process; nullptr: not ours
   void close(Physical* physical);
+  int descriptor(const Physical& physical) const;  // of its memory, the caller's to close
 
  private:
   std::string path(uint32_t device, uint64_t serial, uint64_t nbytes) const;
+  static Physical* held(int fd, uint32_t device, uint64_t nbytes, uint64_t serial, bool is_imported);
   std::string folder_;
   uint32_t num_devices_;
   uint64_t nbytes_;
