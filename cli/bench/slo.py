@@ -14,7 +14,7 @@ import msgspec
 
 from elasticmoe.cli.arguments import duration, number, whole
 from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
-from elasticmoe.cli.bench.slo_figures import Comparison, Objectives, SloFigures, compare
+from elasticmoe.cli.bench.slo_figures import Comparison, Objectives, SloFigures, compare, reactions
 from elasticmoe.cli.bench.slo_methods import COLD_RESTART, HORIZONTAL, LOADED, METHODS, OURS, STATIC_MOST, Slo
 from elasticmoe.cli.bench.slo_run import SloRecipe, SloRun, run_once
 from elasticmoe.cli.console import make_console
@@ -25,6 +25,8 @@ from elasticmoe.cli.settings import parse_size
 from elasticmoe.cli.terminal import say
 from elasticmoe.cli.traces.arrival import Arrival
 from elasticmoe.cli.traces.scale import figures_of as trace_figures
+from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.services.scaler.policy.config import policy_config
 
 AIMS = {COLD_RESTART: 1 / 5, HORIZONTAL: 1 / 2}  # violations of ours over the baseline's, at the most
 STATIC_MOST_MIN = 0.99  # below it the machine, or the largest size, is too small for the trace
@@ -51,6 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--replicas-max", type=whole(1, 64), default=4, metavar="N", help="the most replicas (4)")
     add("--ttft", type=duration, default=2.0, metavar="TIME", help="objective: time to a first token (2s)")
     add("--itl", type=duration, default=0.1, metavar="TIME", help="objective: mean time between tokens (100ms)")
+    add(
+        "--policy",
+        type=policy_fields,
+        default={},
+        metavar="FIELD=VALUE,...",
+        help="numbers of the policy, the same for all methods, such as hold_s=20,flap_s=20: a trace that is played "
+        "faster takes a policy that waits for less (the policy's defaults)",
+    )
     add(
         "--load-s",
         type=number(0.0, 600.0),
@@ -81,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     data["recipe"] = msgspec.to_builtins(recipe)
     seeds = traffic.seeds_of(args)
     drawn = {seed: traffic.traffic(args, seed) for seed in seeds}
+    rises, length_s = traffic.steps(args, drawn[seeds[0]][1])
     for seed, (arrivals, seconds) in drawn.items():
         data.setdefault("traces", []).append({"seed": seed, "seconds": seconds, **_told(arrivals)})
     for seed, (arrivals, seconds) in drawn.items():
@@ -96,10 +107,23 @@ def run(args: argparse.Namespace) -> int:
             path = write_raw(args.output, args.name, data)
     data["comparisons"] = msgspec.to_builtins(comparisons(results))
     path = write_raw(args.output, args.name, data)
-    say("\n".join(["", *report(results, pace)]))
+    say("\n".join(["", *report(results, pace), *told_reactions(results, rises, length_s)]))
     _draw(args, results, *drawn[seeds[0]])
     say(f"raw data: {path}")
     return 1 if any(result.error for result in results) else 0
+
+
+def policy_fields(text: str) -> dict[str, float]:
+    """The type of a flag: numbers of the policy, by field."""
+    fields = dict[str, float]()
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        fields[name] = number()(value)
+    try:
+        policy_config(fields)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+    return fields
 
 
 def methods_of(args: argparse.Namespace) -> list[str]:
@@ -133,7 +157,7 @@ def _recipe(args: argparse.Namespace) -> SloRecipe:
     policy = {"ttft_s": args.ttft, "itl_s": args.itl}
     return SloRecipe(
         model=args.model,
-        slo=Slo(sizes=(args.replicas_min, args.replicas_max), policy=policy, load_s=args.load_s),
+        slo=Slo(sizes=(args.replicas_min, args.replicas_max), policy=policy, fields=args.policy, load_s=args.load_s),
         objectives=Objectives(args.ttft, args.itl),
         settings={"pin_cores": "true"} if args.pin_cores else {},
         timeout_s=args.timeout_s,
@@ -185,6 +209,21 @@ def report(results: Sequence[SloResult], pace: str) -> list[str]:
             f"warning: the largest size itself attains {low[0].attainment:.2%}, below {STATIC_MOST_MIN:.0%}: the "
             f"machine, or that size, is too small for this trace"
         )
+    return lines
+
+
+def told_reactions(results: Sequence[SloResult], rises: Sequence[float], length_s: float) -> list[str]:
+    """How long each method took from a step of load to its order to grow, in all rounds."""
+    lines = []
+    for method in dict.fromkeys(result.method for result in results):
+        runs = [result.run for result in results if result.method == method and result.run is not None]
+        found = [one for run in runs for one in reactions(run.changes, rises, length_s)]
+        told = sorted(one for one in found if one is not None)
+        if told:
+            lines.append(
+                f"{method}: from a step of load to the order to grow {told[len(told) // 2]:.1f} s in the median, "
+                f"{told[-1]:.1f} s at the most, in {len(told)} of {len(found)} steps"
+            )
     return lines
 
 

@@ -126,6 +126,16 @@ def figures_of(
     )
 
 
+def reactions(
+    changes: Sequence[tuple[float, int, int]], begins: Sequence[float], length_s: float
+) -> list[float | None]:
+    """Seconds from the begin of each step of load, which lasts `length_s`, to the first order to grow in it; None where
+    there was none."""
+    growths = [at for at, before, after in changes if after > before]
+    firsts = (next((at for at in growths if begin <= at < begin + length_s), None) for begin in begins)
+    return [None if at is None else at - begin for at, begin in zip(firsts, begins, strict=True)]
+
+
 def _percentile(ordered: Sequence[float], percent: float) -> float | None:
     return percentile(ordered, percent) if ordered else None
 

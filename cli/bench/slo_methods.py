@@ -28,11 +28,12 @@ Route = Callable[[tuple[str, ...]], None]
 
 class Slo(msgspec.Struct, frozen=True, kw_only=True):
     """What all methods have in common. `sizes`: the fewest and the most replicas, of one device each. `policy`: fields
-    of the settings by name, but mode and bounds. `load_s`: added to each start of a baseline, in seconds, in the place
-    of what it takes to load a large model."""
+    of the settings by name, but mode and bounds. `fields`: others of the policy, which no setting names. `load_s`:
+    added to each start of a baseline, in seconds, in the place of what it takes to load a large model."""
 
     sizes: tuple[int, int]
     policy: dict[str, Any]
+    fields: dict[str, float] = {}
     load_s: float = 0.0
 
     def settings(self, mode: str, least: int) -> dict[str, Any]:
@@ -70,7 +71,12 @@ class SloMethod(ABC):
         return {}
 
     async def _deploy(self, replicas: int, devices: int, mode: str, least: int, *, port: int = 0) -> Deployment:
-        return await self.scene.deploy(replicas, devices, port=port, **self.slo.settings(mode, least))
+        deployment = await self.scene.deploy(replicas, devices, port=port, **self.slo.settings(mode, least))
+        if self.slo.fields:
+            found = await deployment.get("/v1/policy")
+            changed = {"version": found["version"], "policy": {**found["policy"], **self.slo.fields}}
+            await deployment.put("/v1/policy", changed)
+        return deployment
 
 
 class Static(SloMethod):

@@ -8,12 +8,13 @@ import math
 from elasticmoe.cli.arguments import WrongUsage, duration, number, refuse_beside, whole
 from elasticmoe.cli.paths import absolute
 from elasticmoe.cli.traces.arrival import Arrival
-from elasticmoe.cli.traces.profiles import PROFILES
+from elasticmoe.cli.traces.profiles import PROFILES, STEP_BEGIN_S, STEP_S
 from elasticmoe.cli.traces.readers import read_trace
 from elasticmoe.cli.traces.scale import fit_lengths, speed_up, window
 
 TOKENS_MAX = 32_768
 SEEDS_MAX = 100
+STEPS_MAX = 1_000
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, tokens_max: int = TOKENS_MAX) -> None:
@@ -48,6 +49,17 @@ def seeds_of(args: argparse.Namespace) -> list[int]:
         return [0]
     first = 1 if args.seed is None else args.seed
     return [first + at for at in range(args.seeds or 1)]
+
+
+def steps(args: argparse.Namespace, seconds: float) -> tuple[list[float], float]:
+    """When the load of `--generate step` rises in the first `seconds` of what is played, and for how long it is up; all
+    in seconds as they pass."""
+    if args.generate != "step":
+        return [], 0.0
+    period, start = PROFILES["step"], args.start or 0.0
+    first = math.floor(start / period)
+    rises = [(at * period + STEP_BEGIN_S - start) / args.time_scale for at in range(first, first + STEPS_MAX)]
+    return [at for at in rises if 0.0 <= at < seconds], STEP_S / args.time_scale
 
 
 def traffic(args: argparse.Namespace, seed: int) -> tuple[list[Arrival], float]:

@@ -6,7 +6,7 @@
   mean; the one hour that was recorded has 13, 71 and 160, and 12.8. Its gaps vary more (a coefficient of variation of
   13.2 against 10.2), for it is silent for minutes at times.
 - *day*: a conversation whose rate follows the hours, from 0.4 times the mean at 04:00 to 1.6 times at 16:00.
-- *step*: a Poisson process that for 120 s has three times its rate.
+- *step*: a Poisson process that for 120 s of each 480 s has three times its rate.
 
 The same seed and length make the same trace, as far as numpy keeps its streams (NEP 19). Pure.
 """
@@ -95,9 +95,15 @@ def _day(rng: np.random.Generator, duration_s: float) -> _Floats:
 
 
 def _step(rng: np.random.Generator, duration_s: float) -> _Floats:
-    begins = np.array([0.0, STEP_BEGIN_S, STEP_BEGIN_S + STEP_S])
-    ends = np.array([STEP_BEGIN_S, STEP_BEGIN_S + STEP_S, max(duration_s, STEP_BEGIN_S + STEP_S)])
-    return _poisson(rng, begins, ends - begins, _CONVERSATION_RATE * np.array([1.0, STEP_FACTOR, 1.0]))
+    period = PROFILES["step"]
+    begins, seconds = [0.0], list[float]()
+    for number in range(math.ceil(duration_s / period)):
+        first = number * period + STEP_BEGIN_S
+        begins += [first, first + STEP_S]
+        seconds += [first - begins[-3], STEP_S]
+    seconds.append(max(0.0, duration_s - begins[-1]))
+    rates = [_CONVERSATION_RATE * (STEP_FACTOR if number % 2 else 1.0) for number in range(len(begins))]
+    return _poisson(rng, np.array(begins), np.array(seconds), np.array(rates))
 
 
 def _code(rng: np.random.Generator, duration_s: float) -> _Floats:

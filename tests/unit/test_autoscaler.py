@@ -21,6 +21,7 @@ from elasticmoe.services.scaler.control.admission import CancelOperation, Later,
 from elasticmoe.services.scaler.control.autoscaler import (
     DECISIONS_MAX,
     FORGET_S,
+    HURRY_S,
     ROUTERS_MAX,
     TELL_AGAIN_S,
     TICK_S,
@@ -144,7 +145,26 @@ def test_a_load_is_shown_once_a_second() -> None:
     bench = Bench()
     assert bench.load() is not None
     assert bench.load() is None
-    bench.now += TICK_S
+    bench.now += TICK_S - 0.1
+    bench.rank(0)
+    assert bench.load() is None, "ranks tell at times of their own, and hundreds of them all the time"
+    bench.now += 0.1
+    assert bench.load() is not None
+
+
+def test_what_a_router_tells_is_shown_at_once_and_not_more_often_than_it_costs_nothing() -> None:
+    bench = Bench()
+    bench.tick("router:1")
+    bench.now += HURRY_S
+    assert bench.load() is None, "nothing is new"
+    bench.router("router:1", span_s=HURRY_S, admitted=9)
+    load = bench.load()
+    assert load is not None
+    assert load.signals.burst_per_s == pytest.approx((2 + 9) / (1.0 + HURRY_S))
+    bench.now += HURRY_S / 2
+    bench.router("router:1", span_s=HURRY_S / 2)
+    assert bench.load() is None
+    bench.now += HURRY_S / 2
     assert bench.load() is not None
 
 
@@ -342,7 +362,7 @@ def test_decisions_that_take_turns_do_not_crowd_out_other_events() -> None:
         bench.scaler.note(bench.decision(Reason.GROW_PANIC, 3) if turn % 2 else bench.decision(Reason.STEADY), 2)
         assert bench.scaler.decision is not None
         assert bench.scaler.decision.target == (3 if turn % 2 else None), "the last one is shown all the same"
-        bench.now += TICK_S
+        bench.now += 1.0
     assert len(bench.told) == len(bench.scaler.decided) == 2 * 240 / TELL_AGAIN_S
     assert len(bench.counted) == 240
     bench.scaler.note(bench.decision(Reason.GROW_PANIC, 3, acts=True), 2)

@@ -19,6 +19,7 @@ from elasticmoe.cli.bench.slo_figures import (
     compare,
     device_seconds,
     figures_of,
+    reactions,
     sizes_of,
 )
 from elasticmoe.cli.bench.slo_methods import (
@@ -34,6 +35,7 @@ from elasticmoe.cli.bench.slo_methods import (
 from elasticmoe.cli.bench.slo_run import SloRun, machine_times
 from elasticmoe.cli.load.result import Result
 from elasticmoe.cli.models.oracle import ORACLE_CONFIG, PACED_CONFIG
+from elasticmoe.cli.replay import traffic
 
 OBJECTIVES = Objectives(ttft_s=2.0, itl_s=0.1)
 
@@ -172,7 +174,8 @@ class FakeDeployment:
     def __init__(self, number: int, replicas: int) -> None:
         self.url = f"http://127.0.0.1:{number}"
         self.replicas = replicas
-        self.policy: dict[str, Any] | None = {"target": replicas, "policy": {"hold_s": 0.0}}
+        self.policy: dict[str, Any] | None = {"version": 3, "target": replicas, "policy": {"hold_s": 0.0}}
+        self.put_there: list[Any] = []
         self.scale: dict[str, Any] | None = {"effective_size": replicas, "pending_target": None}
 
     async def get(self, path: str) -> Any:
@@ -180,6 +183,9 @@ class FakeDeployment:
         if answer is None:
             raise ValueError(f"{path}: HTTP 503")
         return answer
+
+    async def put(self, path: str, body: dict[str, Any]) -> Any:
+        self.put_there.append((path, body))
 
 
 class FakeScene:
@@ -294,6 +300,23 @@ def test_every_method_follows_until_it_is_over() -> None:
         assert method.held.steps[0][1] in (2, 4)
 
 
+def test_every_deployment_of_every_method_has_the_same_numbers_of_the_policy() -> None:
+    for kind in METHODS.values():
+        scene = FakeScene()
+        slo_ = Slo(sizes=(2, 4), policy={}, fields={"hold_s": 20.0, "flap_s": 5.0})
+        method = kind(cast(Scene, scene), slo_, lambda _: None)
+        asyncio.run(method.start())
+        want(scene, 4)
+        asyncio.run(method.look())
+        for one in scene.made:
+            assert one.put_there == [("/v1/policy", {"version": 3, "policy": {"hold_s": 20.0, "flap_s": 5.0}})]
+
+
+def test_from_a_step_of_load_to_the_first_order_to_grow_in_it() -> None:
+    changes = [(1.0, 2, 3), (12.5, 3, 4), (14.0, 4, 5), (25.0, 5, 4), (41.0, 4, 5)]
+    assert reactions(changes, [10.0, 20.0, 30.0, 40.0], 10.0) == [2.5, None, None, 1.0]
+
+
 # ---- the command --------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +330,32 @@ def test_methods_are_those_that_are_named_and_with_a_load_the_baselines_run_twic
     assert slo.methods_of(arguments()) == list(METHODS)
     loaded = slo.methods_of(arguments("--methods", "ours,cold-restart", "--load-s", "5"))
     assert loaded == ["ours", "cold-restart", "cold-restart+load"]
+
+
+@pytest.mark.parametrize("text", ["hold_s", "hold_s=x", "hold=3", "hold_s=-1", "hold_s=700"])
+def test_numbers_that_no_policy_has_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        slo.policy_fields(text)
+    assert slo.policy_fields("hold_s=20,flap_s=5") == {"hold_s": 20.0, "flap_s": 5.0}
+
+
+def test_the_steps_of_what_is_played_are_known() -> None:
+    played = arguments("--start", "100s", "--time-scale", "8")
+    assert traffic.steps(played, 120.0) == ([10.0, 70.0], 15.0)
+    played.generate = "code"
+    assert traffic.steps(played, 120.0) == ([], 0.0)
+
+
+def test_reactions_are_told_of_all_rounds_together() -> None:
+    line = sizes_of([], held([(0.0, 1)]), 0.0, 1.0, OBJECTIVES)
+    runs = [
+        slo.SloResult(OURS, seed, SloRun(figures(0, 1.0), line, changes, 0.0, 0.1, 0.5, {}))
+        for seed, changes in ((1, [(12.0, 2, 4)]), (2, [(13.0, 2, 4), (33.0, 2, 4)]))
+    ]
+    (told,) = slo.told_reactions([*runs, slo.SloResult("it", 1, None, "down")], [10.0, 30.0], 5.0)
+    assert (
+        told == "ours: from a step of load to the order to grow 3.0 s in the median, 3.0 s at the most, in 3 of 4 steps"
+    )
 
 
 @pytest.mark.parametrize(

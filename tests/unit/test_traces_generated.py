@@ -98,6 +98,15 @@ def test_a_step_is_three_times_the_rate_for_120_s() -> None:
     assert generate("step", 1, 100)[-1].at_s < 100
 
 
+def test_a_longer_trace_has_a_step_in_each_eight_minutes() -> None:
+    rates = [0] * 8
+    for seed in SEEDS:
+        for one in generate("step", seed, 960.0):
+            rates[int(one.at_s // 120)] += 1
+    ups = [rate / 120 / len(SEEDS) > 1.3 * 5.53 for rate in rates]  # a step covers halves of two of these parts
+    assert ups == [False, True, True, False] * 2
+
+
 def test_what_there_is_not_is_said() -> None:
     with pytest.raises(ValueError, match="'chat' is none of conversation, code, day, step"):
         generate("chat", 1)

@@ -1,5 +1,6 @@
-"""What the policy sees and does in the scaler's loop: windows come in, a load is shown to the reconciler once a second,
-its decisions are told, and its orders go to admission like an operator's. The loop's thread.
+"""What the policy sees and does in the scaler's loop: windows come in, a load is shown to the reconciler when a router
+has told something new, about once a second, its decisions are told, and its orders go to admission like an operator's.
+The loop's thread.
 
 Who is expected to tell of its load: every rank of the layout in force, by the pool's word, and each router that has
 been heard. A router that is silent leaves its share unknown for as long as its connection lasts: it hangs. One whose
@@ -40,7 +41,8 @@ from elasticmoe.services.scaler.policy.step_model import StepModels
 
 log = get_logger("scaler")
 
-TICK_S = 1.0
+TICK_S = 1.25  # between two turns of the policy, at the most: longer than a window and its way
+HURRY_S = 0.3  # at the least, where a router's window has come
 FORGET_S = 10.0  # a router that has gone, once another one is heard
 DECISIONS_MAX = 200
 TELL_AGAIN_S = (
@@ -96,7 +98,8 @@ class Autoscaler:
         self._models = StepModels()
         self._arrived: deque[tuple[Signal, float]] = deque(maxlen=WINDOWS_MAX)  # since the policy's last turn
         self._routers: dict[str, float] = {}  # when each was heard last
-        self._due_at = 0.0
+        self._turned_at = -math.inf  # the policy's last turn
+        self._has_news = False  # a router has told something since
         self._cancel = ""  # this operation, which nobody has been told to yet
         self._order: ScaleTo | None = None  # given, and neither accepted nor refused yet
         self._refused: str | None = None
@@ -119,10 +122,12 @@ class Autoscaler:
         be used."""
         now = self._clock.monotonic()
         self._receive(now)
-        if cluster.memory is None or not cluster.pools_answer or now < self._due_at:
+        # By a clock of its own, a turn would see each window up to TICK_S late.
+        due_at = self._turned_at + (HURRY_S if self._has_news else TICK_S)
+        if cluster.memory is None or not cluster.pools_answer or now < due_at:
             return None
         layout, facts, memory = planned_from(cluster)
-        self._due_at = now + TICK_S
+        self._turned_at, self._has_news = now, False
         living = {slot: rank for slot, rank in cluster.ranks.items() if rank.ready}
         ranks = {seat.rank: living[seat.slot].incarnation if seat.slot in living else "" for seat in layout.seats}
         self._intake.expect(self._expected_routers(now), ranks, layout.epoch, now)
@@ -165,6 +170,7 @@ class Autoscaler:
             is_known = isinstance(window, RouterWindow) and window.router in self._routers
             if isinstance(window, RouterWindow) and (is_known or len(self._routers) < ROUTERS_MAX):
                 self._routers[window.router] = now
+                self._has_news = True
 
     def _expected_routers(self, now: float) -> set[str]:
         newest = max(self._routers.values(), default=now)

@@ -27,7 +27,8 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     """The load of a deployment at `at_s`.
 
     silent: routers and ranks that have not been heard of for too long; `silent_since_s`: since when the first of them
-    admitted_per_s: of all routers, at admission; of who was refused there too. `burst_per_s`: in the last moments
+    admitted_per_s: of all routers, at admission; of who was refused there too. `burst_per_s`: in the last moments;
+        `last_per_s`: in the last one, which tells of a step of the load a second sooner and is twice as noisy
     prompt_tokens: of a request that was admitted, in the mean of the last minutes
     queued, oldest_queued_s, oldest_prompt_tokens, refused_per_s: of the routers that are heard
     output_tokens: of a request that finished; `asked_tokens`: that one may get, of those admitted
@@ -46,6 +47,7 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     silent_since_s: float | None = None
     admitted_per_s: Known = UNKNOWN
     burst_per_s: Known = UNKNOWN
+    last_per_s: Known = UNKNOWN
     prompt_tokens: Figure = MISSING
     queued: int = 0
     oldest_queued_s: float = 0.0

@@ -140,10 +140,12 @@ def _loaded(turn: Turn, state: PolicyState, demand: Demand, elapsed_s: float) ->
     """After seeing the load, which is known."""
     config, burst, kv_used = turn.config, turn.signals.burst_per_s, turn.signals.kv_used
     rate = demand.requests_per_s if isinstance(burst, Unknown) else burst
+    last = turn.signals.last_per_s  # what gathers needs no mean over moments, which would only come later
     excess = state.excess
     if turn.deployment.operation is None:
         elapsed_s = min(elapsed_s, RECENT_S)  # a rate of the last moments tells nothing of the time before
-        excess = excess.seen(rate / capacity(turn.widths(turn.width), demand, config), elapsed_s)
+        came = rate if isinstance(last, Unknown) else last
+        excess = excess.seen(came / capacity(turn.widths(turn.width), demand, config), elapsed_s)
     forecast = state.forecast.seen(demand.requests_per_s, turn.now)
     level = demand.requests_per_s if forecast.level is None else max(0.0, forecast.level)
     over_s = max(config.hold_max_s, config.down_over_s)

@@ -21,6 +21,7 @@ from elasticmoe.services.scaler.policy.sender_clock import SenderClock
 
 RATE_S = 10.0  # of admissions
 BURST_S = 2.0  # of admissions, as they are at this moment
+LAST_S = 0.9  # the same at the very last: of a router's newest window, as long as none is cut short
 STEP_S = 5.0
 STEP_WINDOWS = 8  # of a rank: those of STEP_S, and some that a new layout ended early
 LATENCY_S = 10.0
@@ -194,6 +195,7 @@ class Intake:
             silent_since_s=min(silent.values(), default=None),
             admitted_per_s=admitted + refused if is_demand_known else UNKNOWN,
             burst_per_s=burst if is_demand_known else UNKNOWN,
+            last_per_s=_last_rate(heard) if is_demand_known else UNKNOWN,
             prompt_tokens=self._prompt.figure,
             queued=sum(window.queued for window in newest),
             oldest_queued_s=oldest.oldest_queued_s if oldest else 0.0,
@@ -248,6 +250,19 @@ def _rates(routers: list[_Router], since: float) -> tuple[float, float]:
             admitted += sum(window.admitted for window in recent) / span
             refused += sum(window.refused for window in recent) / span
     return admitted, refused
+
+
+def _last_rate(routers: list[_Router]) -> float:
+    """Admitted and refused requests of the newest windows that last for LAST_S together, per second."""
+    rate = 0.0
+    for router in routers:
+        num, span = 0, 0.0
+        for _, window in reversed(router.windows):
+            num, span = num + window.admitted + window.refused, span + window.span_s
+            if span >= LAST_S:
+                break
+        rate += num / max(span, LAST_S)
+    return rate
 
 
 def _tail(counts: Counts, quantile: float) -> Figure:
