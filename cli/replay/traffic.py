@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 
 from elasticmoe.cli.arguments import WrongUsage, duration, number, refuse_beside, whole
 from elasticmoe.cli.paths import absolute
@@ -31,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, tokens_max: int = TOKENS_M
     add("--seeds", type=whole(1, SEEDS_MAX), metavar="N", help="draw N traffics, and tell the mean (1)")
     add("--start", type=duration, metavar="TIME", help="begin so far into the trace, such as 20m")
     add("--duration", type=duration, metavar="TIME", help="so much of the trace, in its own time")
+    add(
+        "--share",
+        type=number(1e-6, 1.0),
+        default=1.0,
+        metavar="F",
+        help="keep this share of the requests, drawn at random: for a trace without bursts, which lose their shape (1)",
+    )
     add("--time-scale", type=number(1e-6, 1e6), default=1.0, metavar="F", help="play it F times as fast (1)")
     add(
         "--tokens-max",
@@ -76,6 +84,9 @@ def traffic(args: argparse.Namespace, seed: int) -> tuple[list[Arrival], float]:
             arrivals = read_trace(absolute(args.trace, "TRACE")).arrivals
             until = arrivals[-1].at_s
         arrivals = window(arrivals, start, length)
+        if args.share < 1.0:
+            rng = random.Random(f"share {seed}")
+            arrivals = [one for one in arrivals if rng.random() < args.share]
         seconds = min(length, until - start) / args.time_scale
         return fit_lengths(speed_up(arrivals, args.time_scale), args.tokens_max).arrivals, max(1.0, seconds)
     except ValueError as error:

@@ -346,6 +346,14 @@ def test_the_steps_of_what_is_played_are_known() -> None:
     assert traffic.steps(played, 120.0) == ([], 0.0)
 
 
+def test_a_share_of_a_trace_has_so_many_requests_over_the_same_time() -> None:
+    whole, seconds = traffic.traffic(arguments("--time-scale", "8"), 1)
+    part, same = traffic.traffic(arguments("--time-scale", "8", "--share", "0.25"), 1)
+    assert seconds == same
+    assert len(part) == pytest.approx(len(whole) / 4, rel=0.1)
+    assert {one.at_s for one in part} <= {one.at_s for one in whole}
+
+
 def test_reactions_are_told_of_all_rounds_together() -> None:
     line = sizes_of([], held([(0.0, 1)]), 0.0, 1.0, OBJECTIVES)
     runs = [
