@@ -10,6 +10,7 @@ On the wire a sketch is sparse: (bucket, count) in ascending order of buckets, c
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated
@@ -48,9 +49,12 @@ def upper(bucket: int) -> float:
     return MIN_S * GROWTH**bucket
 
 
+_VALUES = (MIN_S, *(2 * upper(bucket) / (1 + GROWTH) for bucket in range(1, SKETCH_BUCKETS)))
+
+
 def value(bucket: int) -> float:
     """The time, in seconds, that stands for a bucket."""
-    return MIN_S if bucket == 0 else 2 * upper(bucket) / (1 + GROWTH)
+    return _VALUES[bucket]
 
 
 def total(counts: Counts) -> int:
@@ -64,7 +68,8 @@ def share_within(counts: JointCounts, first_s: float, second_s: float) -> float 
     num = sum(count for _, _, count in counts)
     if num == 0:
         return None
-    return sum(count for a, b, count in counts if value(a) <= first_s and value(b) <= second_s) / num
+    first, second = bisect_right(_VALUES, first_s), bisect_right(_VALUES, second_s)  # buckets that are within
+    return sum(count for a, b, count in counts if a < first and b < second) / num
 
 
 def merge(sketches: Iterable[Counts]) -> Counts:

@@ -94,6 +94,7 @@ PURE = [
     "services/scaler/policy/signals.py",
     "services/scaler/policy/state.py",
     "services/scaler/policy/step_model.py",
+    "services/scaler/policy/told.py",
     "services/scaler/policy/sender_clock.py",
     "services/router/dispatch/balancer.py",
     "services/hmm/memory/catalog.py",

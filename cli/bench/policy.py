@@ -1,8 +1,9 @@
-"""`elasticmoe bench policy`: what a turn of the autoscaling policy costs the scaler's loop, with hundreds of devices.
+"""`elasticmoe bench policy`: what the autoscaling policy costs the scaler's loop, with hundreds of devices.
 
-The policy's own code decides by windows that are made up; no rank runs. `intake` is what the windows of a second cost,
-`decide` the decision, both in processor time. A shrink that everything else speaks for has its price asked of the
-planner.
+The policy's own code decides by windows that are made up; no rank runs. In processor time: `decode`, what it costs to
+decode and validate the windows of a second; `take`, to add them up as they come; `turn`, what the policy's turn then
+does: to sum up what is known, learn steps, and decide. A shrink that everything else speaks for has its price asked of
+the planner.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
 from elasticmoe.cli.terminal import say
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.layout import Layout, initial_layout
-from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, StepSample
+from elasticmoe.common.protocol.codec import encode
+from elasticmoe.common.protocol.signals import CODEC, RankWindow, RouterWindow, StepSample
 from elasticmoe.common.sketch import index
 from elasticmoe.services.scaler.control.autoscaling import Autoscaling, follow_load
 from elasticmoe.services.scaler.observation import Load
@@ -40,6 +42,7 @@ ROUTERS = 4
 BUDGET_BYTES = 112 * GIB
 WARM_TURNS = 70  # by then a shrink is judged
 STEPS_TOLD = 8  # of each rank's window
+SPREAD = 16  # buckets of each sketch of a router
 QUICK: dict[str, Any] = {"down_over_s": 20.0, "hold_s": 20.0}
 
 
@@ -103,7 +106,10 @@ class _Deployment:
     def windows(self, second: int) -> list[RouterWindow | RankWindow]:
         """Of one second."""
         now, num = float(second), self.case.requests_per_s // ROUTERS
-        bucket = ((index(self.case.latency_s), num),)
+        place = index(self.case.latency_s)
+        ttft = tuple((place + at, max(1, num // SPREAD)) for at in range(SPREAD))
+        gaps = tuple((index(0.02) + at, 200 * max(1, num // SPREAD)) for at in range(SPREAD))
+        joint = tuple((bucket, gaps[at][0], 1) for bucket, _ in ttft for at in range(SPREAD) if at < num // SPREAD)
         told: list[RouterWindow | RankWindow] = [
             RouterWindow(
                 router=f"router:{router}",
@@ -115,13 +121,16 @@ class _Deployment:
                 prompt_tokens=500 * num,
                 finished=num,
                 output_tokens=200 * num,
-                ttft=bucket,
+                ttft=ttft,
+                gaps=gaps,
+                joint=joint,
             )
             for router in range(ROUTERS)
         ]
+        work = [(64 * at, 500 * (at * at % 7), 1 + at % 3) for at in range(STEPS_TOLD)]
         steps = tuple(
-            StepSample(0.02 + 1e-5 * (64 * at) + 1e-3 * at, 64 * at, 500 * at, at, 1_000 + at)
-            for at in range(STEPS_TOLD)
+            StepSample(0.02 + 1e-5 * prefill + 1e-7 * kv + 1e-3 * sequences, prefill, kv, sequences, 1_000)
+            for prefill, kv, sequences in work
         )
         for seat in self.layout.seats:
             told.append(
@@ -135,6 +144,8 @@ class _Deployment:
                     running=3,
                     kv_used=1_500,
                     kv_total=500_000,
+                    uncached_tokens=1_500,
+                    cached_tokens=500,
                     num_steps=40,
                     steps=steps,
                 )
@@ -147,32 +158,33 @@ def _measure(case: Case, turns: int) -> dict[str, Any]:
     layout, intake, models = deployment.layout, deployment.intake, deployment.models
     ranks = {seat.rank: f"rank-{seat.rank}:1" for seat in layout.seats}
     routers = {f"router:{router}" for router in range(ROUTERS)}
-    intakes, decisions, reasons = list[float](), list[float](), set[str]()
+    times: dict[str, list[float]] = {"decode": [], "take": [], "turn": []}
+    reasons = set[str]()
+    intake.expect(routers, ranks, layout.epoch, 0.0)
     for second in range(1, WARM_TURNS + turns + 1):
-        told, now = deployment.windows(second), second + 0.01
+        sent, now = [encode(window, sender="sender:1") for window in deployment.windows(second)], second + 0.01
         begun = time.thread_time()
-        intake.expect(routers, ranks, layout.epoch, now)
+        told = [CODEC.decode(raw).body for raw in sent]
+        decoded = time.thread_time()
         for window in told:
-            if isinstance(window, RouterWindow):
-                intake.take_router(window, now)
-            else:
-                intake.take_rank(window, now)
+            intake.take(window, now)
+        taken = time.thread_time()
+        intake.expect(routers, ranks, layout.epoch, now)
         models.learn(layout.dp, intake.take_steps())
         seen = deployment.load(intake.signals(now), models.known)
-        taken = time.thread_time()
         after, _ = follow_load(after, seen, layout, None, None, now, is_serving=True, is_lossy=False)
         decided = time.thread_time()
         if second > WARM_TURNS:
-            intakes.append(taken - begun)
-            decisions.append(decided - taken)
+            spent = decoded - begun, taken - decoded, decided - taken
+            for kept, seconds in zip(times.values(), spent, strict=True):
+                kept.append(seconds)
             assert after.decision is not None, "a turn decides"
             reasons.add(after.decision.reason.value)
     return {
         "case": case.name,
         "replicas": case.replicas,
         "decided": ", ".join(sorted(reasons)),
-        **{f"intake {name} ms": value for name, value in _told(intakes).items()},
-        **{f"decide {name} ms": value for name, value in _told(decisions).items()},
+        **{f"{part} {name} ms": value for part, kept in times.items() for name, value in _told(kept).items()},
     }
 
 

@@ -201,10 +201,10 @@ def _every_turn(config: Any, state: Any, now: float) -> bool:
     return bool(state.recent.entries) and now - (state.grown_s or 0.0) > 2.0
 
 
-def _anyone(self: Any, window: Any, arrived_s: float) -> None:
+def _anyone(self: Any, window: Any, arrived_s: float) -> bool:
     """Whoever tells is one of ours."""
-    self._ranks.setdefault((window.rank, window.incarnation), signals._Rank())
-    _take_rank(self, window, arrived_s)
+    self._ranks.expect(dict(self._ranks._expected) | {window.rank: window.incarnation}, 0.0)
+    return _take_rank(self, window, arrived_s)
 
 
 def _again(turn: Any, state: Any) -> Any:

@@ -96,7 +96,8 @@ class Autoscaler:
         self.policy = policy
         self._intake = Intake(policy)
         self._models = StepModels()
-        self._arrived: deque[tuple[Signal, float]] = deque(maxlen=WINDOWS_MAX)  # since the policy's last turn
+        # Since the policy's last turn, of somebody who was not expected then.
+        self._early: deque[tuple[Signal, float]] = deque(maxlen=WINDOWS_MAX)
         self._routers: dict[str, float] = {}  # when each was heard last
         self._turned_at = -math.inf  # the policy's last turn
         self._has_news = False  # a router has told something since
@@ -131,12 +132,9 @@ class Autoscaler:
         living = {slot: rank for slot, rank in cluster.ranks.items() if rank.ready}
         ranks = {seat.rank: living[seat.slot].incarnation if seat.slot in living else "" for seat in layout.seats}
         self._intake.expect(self._expected_routers(now), ranks, layout.epoch, now)
-        for window, arrived_at in self._arrived:
-            if isinstance(window, RouterWindow):
-                self._intake.take_router(window, arrived_at)
-            else:
-                self._intake.take_rank(window, arrived_at)
-        self._arrived.clear()
+        for window, arrived_at in self._early:
+            self._intake.take(window, arrived_at)
+        self._early.clear()
         self._models.learn(layout.dp, self._intake.take_steps())
         self.signals = self._intake.signals(now)
         return Load(
@@ -166,7 +164,8 @@ class Autoscaler:
             if received is None:
                 return
             window = received[1].body
-            self._arrived.append((window, now))
+            if not self._intake.take(window, now):
+                self._early.append((window, now))
             is_known = isinstance(window, RouterWindow) and window.router in self._routers
             if isinstance(window, RouterWindow) and (is_known or len(self._routers) < ROUTERS_MAX):
                 self._routers[window.router] = now

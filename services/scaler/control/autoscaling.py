@@ -8,6 +8,7 @@ mode is `act`, a decision becomes an order like an operator's, under an id of it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Literal
 
 import msgspec
@@ -94,8 +95,11 @@ def follow_load(
         available=len(load.devices) // layout.tp,
     )
 
+    experts = tuple(map(len, layout.homes))
+
+    @cache
     def width_facts(width: int) -> WidthFacts:
-        return _width_facts(load, layout, width)
+        return _width_facts(load, experts, layout.tp, width)
 
     priced = after.priced
 
@@ -151,15 +155,15 @@ def _operation_facts(operation: Operation, now: float) -> OperationFacts:
     )
 
 
-def _width_facts(load: Load, layout: Layout, width: int) -> WidthFacts:
-    experts = tuple(len(homes) for homes in layout.homes)
-    handles = kv_handles_at(load.sizes, load.memory, experts, width * layout.tp)
+def _width_facts(load: Load, experts: tuple[int, ...], tp: int, width: int) -> WidthFacts:
+    """`experts`: how many each layer has."""
+    handles = kv_handles_at(load.sizes, load.memory, experts, width * tp)
     return WidthFacts(
         width=width,
         kv_tokens=max(0, handles) * load.kv_handle_tokens,
         step=nearest(load.steps, width),
         prefill_tokens_max=load.step_tokens_max,
-        devices=layout.tp,
+        devices=tp,
     )
 
 

@@ -17,6 +17,7 @@ In this order; the first that applies decides:
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import NamedTuple
 
 import msgspec
@@ -352,12 +353,14 @@ def _target(turn: Turn, state: PolicyState, evidence: Evidence) -> int:
 
 
 def _smallest(turn: Turn, demand: Demand, headroom: float) -> int:
-    """The smallest width above the present one that the demand fits in, or the largest allowed."""
+    """The smallest width above the present one that the demand fits in, or the largest allowed. What does for one width
+    does for all wider ones."""
+
+    def does(width: int) -> bool:
+        return _fits(turn.widths(width), demand, turn.config, headroom) and _has_room(turn, width)
+
     largest = min(GROWTH_MAX * turn.width, turn.most)
-    for width in range(turn.width + 1, largest):
-        if _fits(turn.widths(width), demand, turn.config, headroom) and _has_room(turn, width):
-            return width
-    return largest
+    return bisect_left(range(largest), True, lo=min(turn.width + 1, largest), hi=largest, key=does)
 
 
 def _fits(facts: WidthFacts, demand: Demand, config: PolicyConfig, headroom: float) -> bool:

@@ -23,6 +23,7 @@ from elasticmoe.services.scaler.policy.step_model import StepModel
 
 RATE_MAX = 1e6  # requests per second
 ROUNDS = 12  # halvings: a 4 000th is near enough
+DOUBLINGS = 5  # before them, at the most
 VARIABILITY = 2.0  # (1 + the square of the prompts' coefficient of variation) / 2, of traffic as it is recorded
 TAIL = 3.0  # the 95th percentile of an exponential distribution is three times its mean
 
@@ -139,7 +140,8 @@ def capacity(facts: WidthFacts, demand: Demand, config: PolicyConfig) -> float:
 
     if not keeps(0.0):
         return math.inf
-    least, most = 0.0, 1.0
+    alone = work(step, demand, 1.0) / facts.width  # of which the work of all is less than 1 together
+    least, most = 0.0, 1.0 / alone / 2**DOUBLINGS if alone * RATE_MAX > 1.0 else 1.0
     while keeps(most):
         least, most = most, 2 * most
         if most > RATE_MAX:

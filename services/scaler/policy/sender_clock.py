@@ -1,4 +1,4 @@
-"""Moments of another process's monotonic clock, told by ours. Pure.
+"""Moments of another process's monotonic clock, told by ours. Pure: time is an argument.
 
 The two clocks need not agree: they may be of different machines. What a message tells of its sender's clock arrives
 some time after; the least that was seen of `arrival - moment` is the clocks' distance and the fastest delivery. What
@@ -7,29 +7,33 @@ took longer is late by the difference, and what it tells is that much older.
 
 from __future__ import annotations
 
-import msgspec
+from collections import deque
 
 MEMORY_S = 60.0  # clocks of two machines drift apart by less than a millisecond in it
 SAMPLES_MAX = 64
 
 
-class SenderClock(msgspec.Struct, frozen=True):
-    """What is known of one sender's clock. `least`: (arrival by ours, distance) of messages of the last MEMORY_S,
-    each with a greater distance than those before it: the first has the least of all."""
+class SenderClock:
+    """What is known of one sender's clock. Not thread-safe.
 
-    least: tuple[tuple[float, float], ...] = ()
+    `least`: (arrival by ours, distance) of messages of the last MEMORY_S, each with a greater distance than those
+    before it: the first has the least of all.
+    """
 
-    def seen(self, moment_s: float, arrived_s: float) -> SenderClock:
-        """After a message that told `moment_s` of the sender's clock and arrived at `arrived_s` of ours."""
-        distance = arrived_s - moment_s
-        kept = [(at, least) for at, least in self.least if at > arrived_s - MEMORY_S and least < distance]
-        return SenderClock((*kept[: SAMPLES_MAX - 1], (arrived_s, distance)))
+    __slots__ = ("least",)
 
-    def on_ours(self, moment_s: float) -> float:
-        """The sender's moment by our clock: never before it was, and later by the fastest delivery seen at the most.
+    def __init__(self) -> None:
+        self.least: deque[tuple[float, float]] = deque()
 
-        Raises ValueError before the first message: nothing is known then.
-        """
-        if not self.least:
-            raise ValueError("no message of this sender has been seen: its clock is not known")
-        return moment_s + self.least[0][1]
+    def heard(self, moment_s: float, arrived_s: float) -> float:
+        """`moment_s` of the sender's clock by ours, told by a message that arrived at `arrived_s`, not before the last
+        one: never before it was, and later by the fastest delivery seen at the most."""
+        least, distance = self.least, arrived_s - moment_s
+        while least and least[-1][1] >= distance:
+            least.pop()
+        while least and least[0][0] <= arrived_s - MEMORY_S:
+            least.popleft()
+        if len(least) == SAMPLES_MAX:
+            least.pop()
+        least.append((arrived_s, distance))
+        return moment_s + least[0][1]

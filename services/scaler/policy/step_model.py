@@ -12,6 +12,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from operator import mul
 
 import msgspec
 
@@ -20,7 +21,7 @@ from elasticmoe.common.protocol.signals import StepSample
 SAMPLES = 64
 BUCKETS = 4
 WARM_UP_STEPS = 20  # after a cutover: caches are cold, and memory is mapped between steps
-LEARNED_MAX = SAMPLES  # at once: of hundreds of ranks, more would only push one another out
+LEARNED_MAX = SAMPLES // 2  # at once: of hundreds of ranks, more would only push one another out
 SAMPLES_MIN = 12  # three for each coefficient
 
 
@@ -43,9 +44,10 @@ class Samples:
     def __init__(self) -> None:
         self._buckets: dict[tuple[int, int], deque[StepSample]] = {}
         self._most = (1.0, 1.0)
+        self._num = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._buckets.values()))
+        return self._num
 
     def add(self, sample: StepSample) -> None:
         """Keep a step, but for those of the first WARM_UP_STEPS after a cutover."""
@@ -54,7 +56,7 @@ class Samples:
         most = (max(self._most[0], sample.prefill_tokens), max(self._most[1], sample.kv_tokens))
         if most != self._most:
             self._most, kept = most, list(itertools.chain.from_iterable(self._buckets.values()))
-            self._buckets = {}
+            self._buckets, self._num = {}, 0
             for one in kept:
                 self._put(one)
         self._put(sample)
@@ -67,9 +69,14 @@ class Samples:
     def _put(self, sample: StepSample) -> None:
         """Where there are too many, the oldest of the fullest bucket goes."""
         place = (_part(sample.prefill_tokens, self._most[0]), _part(sample.kv_tokens, self._most[1]))
-        self._buckets.setdefault(place, deque()).append(sample)
-        if len(self) > SAMPLES:
+        bucket = self._buckets.get(place)
+        if bucket is None:
+            bucket = self._buckets[place] = deque()
+        bucket.append(sample)
+        self._num += 1
+        if self._num > SAMPLES:
             max(self._buckets.values(), key=len).popleft()
+            self._num -= 1
 
     def fit(self) -> StepModel | None:
         """The model of what is kept; None of fewer than SAMPLES_MIN steps."""
@@ -89,13 +96,17 @@ def non_negative_least_squares(rows: Sequence[Sequence[float]], values: Sequence
     """Coefficients >= 0 with the least squared error of `rows` · coefficients against `values`.
 
     Of few columns: every set of columns that are not 0 is tried, and the best one without a negative coefficient
-    taken, which is the optimum as the problem is convex.
+    taken, which is the optimum as the problem is convex. Where all columns together have no negative one, no other set
+    does better.
     """
-    width = len(rows[0])
-    scale = [math.sqrt(sum(row[i] * row[i] for row in rows)) or 1.0 for i in range(width)]
-    scaled = [[value / by for value, by in zip(row, scale, strict=True)] for row in rows]
-    gram = [[sum(row[i] * row[j] for row in scaled) for j in range(width)] for i in range(width)]
-    right = [sum(row[i] * value for row, value in zip(scaled, values, strict=True)) for i in range(width)]
+    width, by_column = len(rows[0]), list(zip(*rows, strict=True))
+    raw = [[sum(map(mul, by_column[i], by_column[j])) for j in range(i + 1)] for i in range(width)]
+    scale = [math.sqrt(raw[i][i]) or 1.0 for i in range(width)]
+    gram = [[raw[max(i, j)][min(i, j)] / (scale[i] * scale[j]) for j in range(width)] for i in range(width)]
+    right = [sum(map(mul, column, values)) / by for column, by in zip(by_column, scale, strict=True)]
+    whole = _solve(gram, right)
+    if whole is not None and min(whole) >= 0.0:
+        return tuple(x / by for x, by in zip(whole, scale, strict=True))
     best, least = (0.0,) * width, 0.0  # the error, less what is the same for all
     for size in range(1, width + 1):
         for columns in itertools.combinations(range(width), size):
