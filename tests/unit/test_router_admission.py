@@ -312,6 +312,30 @@ def test_generations_that_are_refused_for_want_of_room_are_demand(
     assert sum(refused) == num
 
 
+@pytest.mark.parametrize("refusal", [Overloaded("no turn came"), Unready("no worker")])
+@pytest.mark.parametrize(
+    ("path", "body", "num"),
+    [
+        ("/v1/completions", {"prompt": ["x", "y"], "n": 3}, 6),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "n": 2}, 2),
+        ("/tokenize", {"prompt": "x"}, 0),
+    ],
+)
+def test_generations_whose_texts_nobody_reads_are_demand(
+    front: Front, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], num: int, refusal: ElasticMoEError
+) -> None:
+    refused: list[int] = []
+    monkeypatch.setattr(front.dispatcher.windows, "refused", lambda count=1: refused.append(count))
+
+    async def crowded(job: object, client: str) -> Any:
+        raise refusal
+
+    monkeypatch.setattr(front.texts, "_inline_chars_max", 0)
+    monkeypatch.setattr(front.texts._workers, "run", crowded)
+    assert ask(front, path, **body).status_code == refusal.http_status
+    assert sum(refused) == num
+
+
 @pytest.mark.parametrize("num_found", [0, 2])
 def test_every_choice_that_finds_no_replica_is_demand(
     front: Front, monkeypatch: pytest.MonkeyPatch, num_found: int

@@ -12,7 +12,7 @@ from elasticmoe.services.router.api.conversation import conversation_of
 from elasticmoe.services.router.api.docs import describe
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.gate import client_of, front_of, permit_of, request_id_of
-from elasticmoe.services.router.api.generate import start
+from elasticmoe.services.router.api.generate import counting_refusals, start
 from elasticmoe.services.router.api.options import Options, options_of
 from elasticmoe.services.router.api.parse import body_of
 from elasticmoe.services.router.api.schemas import ChatRequest
@@ -30,7 +30,9 @@ async def chat_completions(request: Request) -> Response:
     front.check_model(raw.model)
     options = _options(raw, front)
     context = front.dispatcher.max_model_len()
-    prompt = await front.texts.encode_chat(conversation_of(raw), context, client_of(request))
+    conversation = conversation_of(raw)
+    with counting_refusals(front, options.num_choices):
+        prompt = await front.texts.encode_chat(conversation, context, client_of(request))
     front.model.check_embedded(prompt)
     generation = await start(front, permit_of(request), options, [prompt], kind="chatcmpl")
     renderer = ChatRenderer(f"chatcmpl-{request_id_of(request, raw.request_id)}", front, options)

@@ -11,7 +11,7 @@ from elasticmoe.services.router.api.completion_renderer import CompletionRendere
 from elasticmoe.services.router.api.docs import describe
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.gate import client_of, front_of, permit_of, request_id_of
-from elasticmoe.services.router.api.generate import start
+from elasticmoe.services.router.api.generate import counting_refusals, start
 from elasticmoe.services.router.api.options import Options, check_ids, options_of, unsupported
 from elasticmoe.services.router.api.parse import body_of
 from elasticmoe.services.router.api.schemas import BATCH_MAX, CompletionRequest
@@ -73,7 +73,8 @@ async def _encode_prompts(front: Front, raw: CompletionRequest, context: int, cl
         if kinds == {list}:
             return _checked(front, [item for item in raw.prompt if isinstance(item, list)])
         texts = [item for item in raw.prompt if isinstance(item, str)]
-    ids = await front.texts.encode(texts, context, client, add_special=raw.add_special_tokens is not False)
+    with counting_refusals(front, len(texts) * (raw.n or 1)):
+        ids = await front.texts.encode(texts, context, client, add_special=raw.add_special_tokens is not False)
     for prompt in ids:
         front.model.check_embedded(prompt)
     return Prompts(ids, texts)

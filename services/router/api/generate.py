@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from elasticmoe.common.protocol.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX
@@ -120,6 +121,17 @@ async def start(
         generation.close()
         raise
     return generation
+
+
+@contextmanager
+def counting_refusals(front: Front, num: int) -> Iterator[None]:
+    """Where the texts of `num` generations are read: who finds no room or no worker there is demand too, that no rank
+    has seen."""
+    try:
+        yield
+    except (Overloaded, Unavailable):
+        front.dispatcher.windows.refused(num)
+        raise
 
 
 def _admit(
