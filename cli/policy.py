@@ -46,6 +46,7 @@ _REASONS = {
     "awaiting_answer": "the last order has not been answered yet",
     "recovering": "what is lost is being replaced; that goes first",
     "after_loss": "a device was lost lately: for a while it may only grow",
+    "advice_stands": "more was advised lately, and that stands for as long as a growth would be held",
     "after_refusal": "the last order was refused; a while passes before the next",
     "too_many_operations": "there were too many operations lately",
     "holding": "the last change is too recent for a shrink",

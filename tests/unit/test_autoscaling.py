@@ -267,8 +267,8 @@ def test_a_scaler_that_begins_counts_on_from_the_operations_that_the_journal_has
         ordered(2, unix - 800.0, 2, 3),
     ]
     policy = remembered(history, PolicyConfig(), now, unix).policy
-    assert (policy.grown_s, policy.shrunk_s) == (now - 100.0, now - 170.0)
-    assert (policy.flap_s, policy.hold_s, policy.dwell_s) == (now - 100.0, 240.0, 70.0), "and the hold is doubled"
+    assert (policy.grown_s, policy.shrunk_s) == (now - 100.0, now - 130.0), "an operator's shrink is one, too"
+    assert (policy.flap_s, policy.hold_s, policy.dwell_s) == (now - 100.0, 240.0, 30.0), "and the hold is doubled"
     assert (policy.num_orders, policy.order) == (4, None)
     after, _ = decide(load(signals(1.0)), now, Autoscaling(policy=policy))
     assert after.policy.sent_s == (now - 170.0, now - 100.0), "what is older than ten minutes counts no more"

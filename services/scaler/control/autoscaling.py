@@ -124,7 +124,8 @@ def remembered(operations: Iterable[Operation], config: PolicyConfig, now: float
         if lost_at is None and operation.lost_devices:
             lost_at = min(now, at + operation.elapsed_s)
         number, planned = number_of(operation.op_id), operation.planned
-        if number is not None and planned is not None:
+        is_done = operation.kind in _KINDS and operation.phase == "done" and not operation.lost_devices
+        if planned is not None and (number is not None or is_done):
             past.append(PastOrder(number, at, planned.replicas_before, planned.replicas_after))
     return Autoscaling(policy=remembering(config, reversed(past)), lost_at=lost_at)
 

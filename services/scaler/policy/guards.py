@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import msgspec
@@ -15,6 +16,7 @@ from elasticmoe.services.scaler.policy.saturation import Saturation, capacity, p
 from elasticmoe.services.scaler.policy.state import PolicyState, Reason
 
 TRY_AGAIN = 0.9  # of the load that a width was too small for
+UNSEEN_AGAIN = 0.5  # of what it is said to do, where that load was not seen
 GROWING = 1.05  # over the horizon; less is noise
 DWELL_S = 300.0  # expected before the first growth after a shrink was seen
 LATE_SHARE = 0.25  # of what the attainment allows to be late, that shrinks may cost
@@ -65,10 +67,8 @@ def judge(
     is_asked = peak.requests_per_s > 0.0
     if (is_asked and after.worst >= limit) or repredicted(state, facts, peak, share, config) >= limit:
         return Verdict(Reason.WOULD_SATURATE, after)
-    if state.too_small is not None:
-        small, failed_at = state.too_small
-        if change.target <= small and demand.requests_per_s >= TRY_AGAIN * failed_at:
-            return Verdict(Reason.WOULD_SATURATE, after)
+    if change.target <= _too_small(state, widths, demand, config):
+        return Verdict(Reason.WOULD_SATURATE, after)
     if state.recent.kv_tokens(now - max(config.down_over_s, state.hold_s or config.hold_s)) > room(facts, config):
         return Verdict(Reason.KV_WOULD_NOT_FIT, after)
     ahead = state.forecast.after(config.horizon_s)
@@ -82,6 +82,20 @@ def judge(
     if late(state, present, facts, demand, config, change.reaction_s) > LATE_SHARE * (1.0 - config.attainment):
         return Verdict(Reason.WOULD_BE_LATE, after)
     return Verdict(Reason.SHRINK_IDLE, after)
+
+
+def _too_small(state: PolicyState, widths: Widths, demand: Demand, config: PolicyConfig) -> int:
+    """The greatest width that a flap has shown to be too small for this load; 0 for none."""
+    if state.too_small is None or demand.requests_per_s == 0.0:
+        return 0
+    small, failed_at = state.too_small
+    if (
+        failed_at is None
+    ):  # before a restart: the model said that it would do, and nobody knows any more how wrong it was
+        again = UNSEEN_AGAIN * capacity(widths(small), demand, config)
+    else:
+        again = TRY_AGAIN * failed_at
+    return small if demand.requests_per_s >= again or again == math.inf else 0
 
 
 def priced(
@@ -140,5 +154,5 @@ def is_held_long_enough(config: PolicyConfig, state: PolicyState, now: float) ->
     """Whether the last change lies behind for long enough, and demand was seen for as long as it is judged by."""
     if state.known_since_s is None or now - state.known_since_s < config.down_over_s:
         return False
-    changes = [at for at in (state.grown_s, state.shrunk_s) if at is not None]
+    changes = [at for at in (state.grown_s, state.shrunk_s, state.withdrawn_s) if at is not None]
     return not changes or now - max(changes) >= (state.hold_s or config.hold_s)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import msgspec
 
 from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.facts import DeploymentFacts
 from elasticmoe.services.scaler.policy.recent import Excess
 from elasticmoe.services.scaler.policy.state import PolicyState, ScaleOrder
 
@@ -36,7 +37,12 @@ def sent(config: PolicyConfig, width: int, state: PolicyState, order: ScaleOrder
     now = order.sent_s
     state = _replace(state, order=order, num_orders=state.num_orders + 1, sent_s=(*state.sent_s, now))
     state = _replace(state, above_since_s=None, excess=Excess(), cancelled=order.supersedes or state.cancelled)
-    if order.target < width:
+    return resized(config, state, width, order.target, now)
+
+
+def resized(config: PolicyConfig, state: PolicyState, width: int, target: int, now: float) -> PolicyState:
+    """After a change from a width to another, whoever made it: what a flap teaches does not depend on that."""
+    if target < width:
         return _replace(state, shrunk_s=now)
     shrunk = state.shrunk_s
     if shrunk is not None and (state.grown_s is None or state.grown_s < shrunk):  # the first growth after a shrink
@@ -44,9 +50,23 @@ def sent(config: PolicyConfig, width: int, state: PolicyState, order: ScaleOrder
         state = _replace(state, dwell_s=dwell if state.dwell_s is None else 0.5 * (state.dwell_s + dwell))
         if dwell <= config.flap_s:
             hold = min(config.hold_max_s, 2 * (state.hold_s or config.hold_s))
-            level = state.recent.level(now - config.down_over_s)
+            level = state.recent.level(now - config.down_over_s) if state.recent.entries else None
             state = _replace(state, flap_s=now, hold_s=hold, too_small=(width, level))
     return _replace(state, grown_s=now)
+
+
+def followed(config: PolicyConfig, state: PolicyState, deployment: DeploymentFacts, now: float) -> PolicyState:
+    """After a look at the size, which somebody else may have changed: an operator, or who follows the policy's advice.
+    What is lost or replaced is nobody's wish."""
+    before, state = state.width, _replace(state, width=deployment.width)
+    is_lossy = deployment.lost_s is not None and now - deployment.lost_s < config.loss_hold_s
+    if before is None or before == deployment.width or deployment.is_recovering or is_lossy:
+        return state
+    by = deployment.last_op if deployment.operation is None else deployment.operation.op_id
+    if by is not None and number_of(by) is not None:
+        return state
+    state = _replace(state, above_since_s=None, excess=Excess())  # of the size before
+    return resized(config, state, before, deployment.width, now)
 
 
 def forgetting(config: PolicyConfig, state: PolicyState, now: float) -> PolicyState:
@@ -58,21 +78,24 @@ def forgetting(config: PolicyConfig, state: PolicyState, now: float) -> PolicySt
 
 
 class PastOrder(msgspec.Struct, frozen=True):
-    """An order that was carried out by an earlier process: number, when it was accepted, by this one's clock, and which
-    change it was."""
+    """An order that was carried out by an earlier process: its number, None of somebody else's; when it was accepted,
+    by this one's clock, and which change it was."""
 
-    number: int
+    number: int | None
     at_s: float
     width: int
     target: int
 
 
 def remembering(config: PolicyConfig, orders: Iterable[PastOrder]) -> PolicyState:
-    """The state of a policy that has given these orders, oldest first, and knows nothing else. For which work a width
-    was too small is not known again: what is left of a flap is the hold."""
+    """The state of a policy that has given or seen these orders, oldest first, and knows nothing else. For which work a
+    width was too small is not known again."""
     state = PolicyState()
     for past in orders:
         state = forgetting(config, state, past.at_s)
+        if past.number is None:
+            state = resized(config, state, past.width, past.target, past.at_s)
+            continue
         state = sent(config, past.width, state, ScaleOrder("", past.target, past.at_s))
         state = _replace(state, order=None, num_orders=past.number)
     return state

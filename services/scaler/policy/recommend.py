@@ -22,12 +22,13 @@ from typing import NamedTuple
 
 import msgspec
 
+from elasticmoe.services.scaler.policy.advice import standing
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.demand import BUCKET_S, Demand, demand_of
 from elasticmoe.services.scaler.policy.facts import DeploymentFacts, OperationFacts, Prices, WidthFacts, Widths
 from elasticmoe.services.scaler.policy.figures import Missing, Signals, Unknown
 from elasticmoe.services.scaler.policy.guards import Shrink, Verdict, judge, priced
-from elasticmoe.services.scaler.policy.orders import forgetting, order_id, sent
+from elasticmoe.services.scaler.policy.orders import followed, forgetting, order_id, sent
 from elasticmoe.services.scaler.policy.recent import RECENT_S, Excess, Past
 from elasticmoe.services.scaler.policy.saturation import Saturation, capacity, measured, predicted, smoothed
 from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason, ScaleOrder
@@ -99,7 +100,7 @@ def recommend(
         forecast_per_s=state.forecast.after(config.horizon_s),
         silent=signals.silent,
     )
-    return _decide(turn, state, evidence, threshold)
+    return standing(config, _decide(turn, state, evidence, threshold), turn.width, now)
 
 
 def _drain_s(signals: Signals, config: PolicyConfig) -> float:
@@ -115,7 +116,7 @@ def _observe(turn: Turn, state: PolicyState) -> PolicyState:
     now, config = turn.now, turn.config
     elapsed = now - state.at_s if state.at_s is not None else 0.0
     if elapsed > GAP_S:
-        state = _replace(state, excess=Excess(), above_since_s=None, known_since_s=None)
+        state = _replace(state, excess=Excess(), above_since_s=None, known_since_s=None, advice=None)
     since = turn.signals.silent_since_s
     unknown_since = None
     if isinstance(turn.demand, Unknown) or turn.signals.silent:
@@ -131,7 +132,7 @@ def _observe(turn: Turn, state: PolicyState) -> PolicyState:
         unknown_since_s=unknown_since,
         known_since_s=known_since,
     )
-    state = forgetting(config, state, now)
+    state = followed(config, forgetting(config, state, now), turn.deployment, now)
     if not isinstance(turn.demand, Unknown):
         state = _loaded(turn, state, turn.demand, elapsed)
     return _answered(turn, state)
@@ -156,10 +157,11 @@ def _loaded(turn: Turn, state: PolicyState, demand: Demand, elapsed_s: float) ->
 
 def _answered(turn: Turn, state: PolicyState) -> PolicyState:
     """An order is over when its operation is seen, has ended, or was refused; and where another policy would not give
-    it, or somebody else's operation has come before it: the size that it was for is no longer that."""
+    it, there are no more devices for it, or somebody else's operation has come before it: the size that it was for is
+    no longer that."""
     if state.order is None:
         return state
-    is_wanted = turn.config.mode == "act" and turn.least <= state.order.target <= turn.config.replicas_max
+    is_wanted = turn.config.mode == "act" and turn.least <= state.order.target <= turn.most
     operation = turn.deployment.operation
     is_overtaken = (turn.deployment.changed_s or -math.inf) > state.order.sent_s
     if operation is not None:

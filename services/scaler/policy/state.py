@@ -30,6 +30,7 @@ class Reason(StrEnum):
 
     OFF = "off"
     STEADY = "steady"
+    ADVISED = "advice_stands"
     AT_MAX = "at_max"
     AT_MIN = "at_min"
     UNKNOWN = "unknown"
@@ -59,10 +60,17 @@ class ScaleOrder(msgspec.Struct, frozen=True):
     supersedes: str | None = None
 
 
+class Advice(msgspec.Struct, frozen=True):
+    """Of the mode `advise`: the size that there should be, and when that was decided last."""
+
+    target: int
+    at_s: float
+
+
 class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     """All that outlives a turn.
 
-    at_s: of the last turn
+    at_s: of the last turn; `width`: replicas then
     saturation: smoothed; `usual`: for longer, alike whether it rises or falls
     excess: of what came beyond what the width can do
     above_since_s: since when it is above the threshold
@@ -71,16 +79,18 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     order: sent, and not answered yet
     num_orders: sent so far; they are numbered
     sent_s: of the orders in `operations_over_s`
-    grown_s, shrunk_s: when the last growth and the last shrink were ordered
+    grown_s, shrunk_s: when the last growth and the last shrink were ordered, or, by others, made
     hold_s: before the next shrink, None: as configured
     flap_s: when the last flap was; `too_small`: the width that it showed to be too small, and for how many requests
-        per second
+        per second, None where that was not seen
     cancelled: the operation that was told to give way last
     refused_until_s: no order before
     dwell_s: mean time from a shrink to the growth after it, None before the first
+    advice: that stands, in the mode `advise`; `withdrawn_s`: when the last one to shrink was taken back
     """
 
     at_s: float | None = None
+    width: int | None = None
     saturation: float | None = None
     above_since_s: float | None = None
     usual: float | None = None
@@ -96,10 +106,12 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     shrunk_s: float | None = None
     hold_s: float | None = None
     flap_s: float | None = None
-    too_small: tuple[int, float] | None = None
+    too_small: tuple[int, float | None] | None = None
     cancelled: str | None = None
     refused_until_s: float | None = None
     dwell_s: float | None = None
+    advice: Advice | None = None
+    withdrawn_s: float | None = None
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
