@@ -165,9 +165,7 @@ class Plant:
 
     def _share_out(self) -> None:
         """What waits goes to who has the least to do."""
-        streams = [stream for replica in self.replicas for stream in replica.waiting]
-        for replica in self.replicas:
-            replica.waiting.clear()
+        streams = [stream for replica in self.replicas for stream in replica.take_waiting()]
         for stream in sorted(streams, key=lambda one: one.number):
             self._least().offer(stream, self.now)
 

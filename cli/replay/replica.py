@@ -78,6 +78,7 @@ class Replica:
         self.number = number
         self.kv_total = kv_total
         self.kv_used = 0
+        self.queued_prefill = 0  # tokens that are to be computed before all streams decode
         self.busy_until_s = now  # the end of the last step
         self.waiting: deque[Stream] = deque()
         self.prefilling: deque[Stream] = deque()
@@ -101,11 +102,6 @@ class Replica:
         """Those that hold KV."""
         return len(self.prefilling) + len(self.decoding)
 
-    @property
-    def queued_prefill(self) -> int:
-        """Tokens that are to be computed before all streams decode."""
-        return sum(one.prefill for one in self.waiting) + sum(one.prefill for one in self.prefilling)
-
     def tell(self) -> Told:
         """What it did since the last call."""
         told = Told(self._prefilled, self._generated, self.num_steps - self._told_step, tuple(self._samples))
@@ -119,6 +115,14 @@ class Replica:
         """Take a stream that has just come."""
         self.busy_until_s = max(self.busy_until_s, now)
         self.waiting.append(stream)
+        self.queued_prefill += stream.prefill
+
+    def take_waiting(self) -> list[Stream]:
+        """Those that hold no KV, oldest first; it has them no longer."""
+        waiting = list(self.waiting)
+        self.waiting.clear()
+        self.queued_prefill -= sum(one.prefill for one in waiting)
+        return waiting
 
     def adopt(self, stream: Stream, now: float) -> None:
         """Take one that another replica gave up, with its KV where it has any and there is room; else it is computed
@@ -129,6 +133,7 @@ class Replica:
             self._decode(stream)
             return
         stream.prefill = stream.tokens
+        self.queued_prefill += stream.prefill
         if math.isnan(stream.first_s):
             self.waiting.append(stream)
         else:
@@ -142,7 +147,7 @@ class Replica:
         given = [*decoding, *self.prefilling, *self.waiting]
         for stream in self.prefilling:
             stream.prefill = stream.tokens
-        self.decoding, self.kv_used = {}, 0
+        self.decoding, self.kv_used, self.queued_prefill = {}, 0, 0
         self.prefilling.clear()
         self.waiting.clear()
         self._finishing.clear()
@@ -186,6 +191,7 @@ class Replica:
             done += 1
             if computed == room:
                 break
+        self.queued_prefill -= computed
         self._make_room()
         seconds = self._model.step.seconds(computed, self.kv_used, len(self.decoding))
         self._tell(1, seconds, 0.0, computed)
@@ -262,6 +268,7 @@ class Replica:
         self._settle(stream)
         self.kv_used -= stream.tokens
         stream.prefill = stream.tokens
+        self.queued_prefill += stream.prefill
         self.waiting.appendleft(stream)
         return True
 
