@@ -21,7 +21,7 @@ INTERVAL_S = 10.0
 TARGET = 0.99
 _FACTOR_MAX = 8.0
 _ROUNDS = 9
-_GAP_S = 0.05  # between tokens, about: over so long the work of an output is spread
+GAP_S = 0.05  # between tokens, about: over so long the work of an output is spread
 
 
 class Planned:
@@ -78,7 +78,7 @@ def work_by_interval(arrivals: Sequence[Arrival], duration_s: float, model: Depl
     step, last = model.step, len(work) - 1
     for arrival in arrivals:
         begin = int(arrival.at_s / INTERVAL_S)
-        end = int((arrival.at_s + arrival.output_tokens * _GAP_S) / INTERVAL_S)
+        end = int((arrival.at_s + arrival.output_tokens * GAP_S) / INTERVAL_S)
         kv_tokens = arrival.input_tokens + arrival.output_tokens / 2
         work[min(last, begin)] += step.b * arrival.input_tokens / INTERVAL_S
         each = arrival.output_tokens * (step.d + step.c * kv_tokens) / (end - begin + 1) / INTERVAL_S

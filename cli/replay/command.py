@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ from elasticmoe.services.scaler.policy.step_model import StepModel
 REPLICAS_MAX = 8
 DELAY_S = 1.0
 BASELINE_DELAY_S = 100.0
+CLAIRVOYANT = "clairvoyant"
+FLAP_LIMITED = f"{CLAIRVOYANT}, at most 1 flap/h"
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -68,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=BASELINE_DELAY_S,
         metavar="TIME",
         help="the same of those that start replicas from nothing, beside --delay (100s)",
+    )
+    add(
+        "--baselines",
+        type=_names,
+        metavar="NAME,...",
+        help=f"only these of {', '.join(_BASELINES)}; `none` for none of them (all)",
     )
     add(
         "--step",
@@ -111,6 +119,16 @@ def _picture(text: str) -> Path:
     return path
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """The type of a flag: names of baselines, in whatever case."""
+    names = {name.lower(): name for name in _BASELINES}
+    asked = [] if text.lower() == "none" else [part.strip() for part in text.split(",")]
+    wrong = next((name for name in asked if name.lower() not in names), None)
+    if wrong is not None:
+        raise argparse.ArgumentTypeError(f"{wrong!r} is none of {', '.join(_BASELINES)}, none")
+    return tuple(names[name.lower()] for name in asked)
+
+
 def _step(text: str) -> StepModel:
     """The type of a flag: four numbers."""
     parts = [number()(part) for part in text.split(",")]
@@ -122,8 +140,10 @@ def _step(text: str) -> StepModel:
 Runs = Callable[[ReplaySetting, list[Arrival], float], Replayed]
 
 
-def contenders(setting: ReplaySetting, delay_s: float, baseline_delay_s: float) -> list[Contender]:
-    """All, the static ones first; the baselines with either delay."""
+def contenders(
+    setting: ReplaySetting, delay_s: float, baseline_delay_s: float, names: Sequence[str] | None = None
+) -> list[Contender]:
+    """All, the static ones first; the baselines, or those that are named, with either delay."""
     least, most = setting.config.replicas_min, setting.config.replicas_max
 
     def fixed(width: int) -> Runs:
@@ -136,15 +156,22 @@ def contenders(setting: ReplaySetting, delay_s: float, baseline_delay_s: float) 
         config, actuation = setting.config, Actuation(delay_s)
         return clairvoyant(arrivals, seconds, setting.model, actuation, least, most, config.ttft_s, config.itl_s)
 
+    def rarely_turning(setting: ReplaySetting, arrivals: list[Arrival], seconds: float) -> Replayed:
+        from elasticmoe.cli.replay.foresight import flap_limited  # loads numpy
+
+        return flap_limited(arrivals, seconds, setting.model, Actuation(delay_s), setting.config)
+
     return [
         Contender("static minimum", delay_s, fixed(least)),
         Contender("static maximum", delay_s, fixed(most)),
-        Contender("clairvoyant", delay_s, knowing),
+        Contender(CLAIRVOYANT, delay_s, knowing),
+        Contender(FLAP_LIMITED, delay_s, rarely_turning),
         Contender("ours", delay_s, ours),
         *(
             Contender(name, each_s, _baseline(make, each_s))
             for each_s in dict.fromkeys((delay_s, baseline_delay_s))
             for name, make in _BASELINES.items()
+            if names is None or name in names
         ),
     ]
 
@@ -203,7 +230,7 @@ def run(args: argparse.Namespace) -> int:
     for seed in seeds:
         arrivals, seconds = traffic.traffic(args, seed)
         runs = {}
-        for one in contenders(setting, args.delay, args.baseline_delay):
+        for one in contenders(setting, args.delay, args.baseline_delay, args.baselines):
             try:
                 replayed = one.run(setting, arrivals, seconds)
             except ValueError as error:
@@ -269,22 +296,21 @@ def _setting(args: argparse.Namespace) -> ReplaySetting:
 Means = dict[tuple[str, float], judge.ReplayVerdict]
 
 
-def _ratio(verdict: judge.ReplayVerdict, means: Means) -> float | None:
-    """Device-seconds beside the clairvoyant's."""
-    clairvoyants = [one for (name, _), one in means.items() if name == "clairvoyant"]
-    return verdict.device_seconds / clairvoyants[0].device_seconds if clairvoyants else None
+def _ratio(verdict: judge.ReplayVerdict, means: Means, name: str) -> float:
+    """Device-seconds beside those of one of the clairvoyants."""
+    return verdict.device_seconds / next(one.device_seconds for (who, _), one in means.items() if who == name)
 
 
 def _row(key: tuple[str, float], verdict: judge.ReplayVerdict, means: Means) -> dict[str, Any]:
     name, delay_s = key
-    ratio = _ratio(verdict, means)
     return {
         "policy": name,
         "delay, s": f"{delay_s:g}",
         "attainment": f"{verdict.attainment:.2%}",
         "violations": f"{verdict.violations:.0f}",
         "device-seconds": f"{verdict.device_seconds:.0f}",
-        "× clairvoyant": "" if ratio is None else f"{ratio:.2f}",
+        "× clairvoyant": f"{_ratio(verdict, means, CLAIRVOYANT):.2f}",
+        "× with 1 flap/h": f"{_ratio(verdict, means, FLAP_LIMITED):.2f}",
         "replicas": f"{verdict.mean_replicas:.2f}",
         "operations": f"{verdict.operations:.0f}",
         "flaps/h": f"{verdict.flaps_per_hour:.1f}",
@@ -304,7 +330,8 @@ def _as_json(
         {
             "policy": key[0],
             "delay_s": key[1],
-            "times_clairvoyant": _ratio(verdict, means),
+            "times_clairvoyant": _ratio(verdict, means, CLAIRVOYANT),
+            "times_flap_limited": _ratio(verdict, means, FLAP_LIMITED),
             "mean": msgspec.to_builtins(verdict),
             "runs": msgspec.to_builtins(found[key]),
         }

@@ -11,6 +11,7 @@ import pytest
 from elasticmoe.cli import policy
 from elasticmoe.cli.arguments import WrongUsage
 from elasticmoe.cli.replay.clairvoyant import Planned, clairvoyant, sizes_for
+from elasticmoe.cli.replay.command import CLAIRVOYANT, FLAP_LIMITED
 from elasticmoe.cli.replay.judge import flaps, judge, mean
 from elasticmoe.cli.replay.model import Actuation, DeploymentModel
 from elasticmoe.cli.replay.policies import Fixed, Ours, Scaler
@@ -135,17 +136,29 @@ def test_the_command_tells_the_mean_of_its_seeds(capsys: pytest.CaptureFixture[s
     told = json.loads(capsys.readouterr().out)
     assert told["source"] == {"profile": "conversation", "seeds": [3, 4]}
     names = [one["policy"] for one in told["policies"]]
-    assert names[:4] == ["static minimum", "static maximum", "clairvoyant", "ours"]
+    assert names[:5] == ["static minimum", "static maximum", CLAIRVOYANT, FLAP_LIMITED, "ours"]
     others = ["HPA on queue", "KPA", "Ray Serve", "llm-d", "Dynamo load"]
-    assert names[4:] == 2 * others
-    assert [one["delay_s"] for one in told["policies"][4:]] == 5 * [1.0] + 5 * [100.0]
+    assert names[5:] == 2 * others
+    assert [one["delay_s"] for one in told["policies"][5:]] == 5 * [1.0] + 5 * [100.0]
     nums = [len(generate("conversation", seed, 40.0)) for seed in (3, 4)]
     for one in told["policies"]:
         assert [each["num"] for each in one["runs"]] == nums
         assert one["mean"]["num"] == sum(nums) / 2
     largest = told["policies"][1]["mean"]
     assert largest["device_seconds"] == 8 * 40.0
-    assert told["policies"][2]["times_clairvoyant"] == 1.0
+    assert told["policies"][2]["times_clairvoyant"] == told["policies"][3]["times_flap_limited"] == 1.0
+
+
+def test_only_the_baselines_that_are_named_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        run("--generate", "step", "--duration", "1m", "--baselines", "kpa, LLM-D", "--baseline-delay", "1s", "--json")
+        == 0
+    )
+    names = [one["policy"] for one in json.loads(capsys.readouterr().out)["policies"]]
+    assert names[5:] == ["KPA", "llm-d"]
+    with pytest.raises(SystemExit):
+        run("--generate", "step", "--baselines", "KPA,nobody")
+    assert "'nobody' is none of HPA on queue, KPA, Ray Serve, llm-d, Dynamo load, none" in capsys.readouterr().err
 
 
 def test_the_command_replays_a_recorded_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
