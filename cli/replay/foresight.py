@@ -5,7 +5,7 @@ objectives kept, times a margin; who comes behind a backlog of more than half th
 intervals of INTERVAL_S, dynamic programming finds the sizes with the least device-seconds + a price for each late
 request + one for each flap. A state is the size, the direction of the last change, how long ago that was, and the
 backlog. The least prices are sought with which the simulation, which judges this plan as everybody's, has TARGET of the
-largest size's requests in time, and no more flaps than FLAPS_PER_HOUR. Optimal for the fluid and its prices, not for
+largest size's requests in time, and no more flaps than it may. Optimal for the fluid and its prices, not for
 the simulation: another plan may need less.
 """
 
@@ -34,7 +34,7 @@ Whole = npt.NDArray[np.intp]
 
 FLAPS_PER_HOUR = 1.0
 SIZES_MAX = 16  # that are planned with
-MARGINS = (1.1, 1.25, 1.4)
+MARGINS = (1.2, 1.35, 1.5)
 LATE_PRICES = (0.1, 30.0)  # device-seconds for a request in time
 LATE_ROUNDS = 6
 FLAP_PRICES = (1.0, 1e5)  # the higher one forbids them
@@ -176,13 +176,13 @@ def _followed(
     return found, num_flaps
 
 
-def _thrifty(views: Sequence[Outlook], sizes: Floats, late_price: float, rule: Rule, flaps_max: int) -> list[int]:
+def _thrifty(views: Sequence[Outlook], sizes: Floats, late_price: float, rule: Rule, flaps_max: float) -> list[int]:
     """The plan with the least flap price that makes no more flaps."""
     found, num = plan(views, sizes, Prices(late_price, 0.0), rule)
     if num <= flaps_max:
         return found
     (low, high), (found, _) = FLAP_PRICES, plan(views, sizes, Prices(late_price, FLAP_PRICES[1]), rule)
-    for _ in range(FLAP_ROUNDS if flaps_max else 0):
+    for _ in range(FLAP_ROUNDS if flaps_max >= 1 else 0):
         price = math.sqrt(low * high)
         other, num = plan(views, sizes, Prices(late_price, price), rule)
         if num <= flaps_max:
@@ -205,8 +205,9 @@ def flap_limited(
     model: DeploymentModel,
     actuation: Actuation,
     config: PolicyConfig,
+    flaps_per_hour: float = FLAPS_PER_HOUR,
 ) -> Replayed:
-    """The replay of the best plan that was found with at most FLAPS_PER_HOUR. Raises ValueError as `simulate` does."""
+    """The replay of the best plan that was found with at most so many flaps. Raises ValueError as `simulate` does."""
     least, most = config.replicas_min, config.replicas_max
 
     def replay(plan: Sequence[int] | None) -> Replayed:
@@ -218,7 +219,7 @@ def flap_limited(
     goal = TARGET * best.verdict.attainment
     sizes = np.unique(np.linspace(least, most, min(SIZES_MAX, most - least + 1)).round())
     load, does = fluid(arrivals, duration_s, model), abilities(arrivals, model, config, sizes)
-    rule, flaps_max = _rule(actuation), math.floor(FLAPS_PER_HOUR * duration_s / 3600.0)
+    rule, flaps_max = _rule(actuation), flaps_per_hour * duration_s / 3600.0
     for margin in MARGINS:
         views, (low, high) = outlooks(load, margin * does, config.ttft_s / 2), LATE_PRICES
         for _ in range(LATE_ROUNDS):
@@ -226,7 +227,7 @@ def flap_limited(
             verdict = (run := replay(_thrifty(views, sizes, price, rule, flaps_max))).verdict
             is_enough = verdict.attainment >= goal
             low, high = (low, price) if is_enough else (price, high)
-            is_within = verdict.flaps_per_hour <= FLAPS_PER_HOUR
+            is_within = verdict.flaps_per_hour <= flaps_per_hour
             if is_enough and is_within and verdict.device_seconds <= best.verdict.device_seconds:
                 best = run
     return best
