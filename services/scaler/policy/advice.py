@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from elasticmoe.services.scaler.policy.config import PolicyConfig
-from elasticmoe.services.scaler.policy.state import Advice, Decision, Reason
+from elasticmoe.services.scaler.policy.state import AdvisedSize, Decision, Reason
 
 _replace = msgspec.structs.replace
 
@@ -28,5 +28,5 @@ def standing(config: PolicyConfig, decision: Decision, width: int, now: float) -
             return _replace(decision, target=before.target, reason=reason)
     elif before is not None and before.target < width and (target is None or target > width):
         state = _replace(state, withdrawn_s=now)
-    advice = None if target is None else Advice(target, now)
+    advice = None if target is None else AdvisedSize(target, now)
     return _replace(decision, state=_replace(state, advice=advice))

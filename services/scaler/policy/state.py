@@ -60,7 +60,7 @@ class ScaleOrder(msgspec.Struct, frozen=True):
     supersedes: str | None = None
 
 
-class Advice(msgspec.Struct, frozen=True):
+class AdvisedSize(msgspec.Struct, frozen=True):
     """Of the mode `advise`: the size that there should be, and when that was decided last."""
 
     target: int
@@ -110,7 +110,7 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     cancelled: str | None = None
     refused_until_s: float | None = None
     dwell_s: float | None = None
-    advice: Advice | None = None
+    advice: AdvisedSize | None = None
     withdrawn_s: float | None = None
 
 
