@@ -34,7 +34,7 @@ Whole = npt.NDArray[np.intp]
 
 FLAPS_PER_HOUR = 1.0
 SIZES_MAX = 16  # that are planned with
-MARGINS = (1.2, 1.35, 1.5)
+MARGINS = (1.0, 1.2, 1.35, 1.5)
 LATE_PRICES = (0.1, 30.0)  # device-seconds for a request in time
 LATE_ROUNDS = 6
 FLAP_PRICES = (1.0, 1e5)  # the higher one forbids them
