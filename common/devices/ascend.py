@@ -286,10 +286,16 @@ class AscendDevice(AcceleratorDevice):
     def _load(cls) -> _AclDriver:
         return _AclDriver(cls.library)
 
-    def importer_number(self) -> int:
+    @classmethod
+    def _of_this_process(cls) -> _AclDriver:
+        driver = super()._of_this_process()
+        assert isinstance(driver, _AclDriver), "as _load has made it"
+        return driver
+
+    @classmethod
+    def importer_number(cls, index: int) -> int:
         """What the driver calls this process (aclrtDeviceGetBareTgid)."""
-        self._check_open()
-        return self._driver.own_number(self._index)
+        return cls._of_this_process().own_number(index)
 
     def admit(self, importers: Sequence[int]) -> None:
         """To all that is exported, now and later: the driver keeps a list for each handle."""

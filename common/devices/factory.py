@@ -31,6 +31,10 @@ class DeviceBackend(Protocol):
         """Whether there is a device of that number, and what it needs. Raises DeviceError no_driver, no_device."""
         ...
 
+    def importer_number(self, index: int) -> int:
+        """As Device has it."""
+        ...
+
     def __call__(
         self,
         name: str,
@@ -71,6 +75,12 @@ def check_devices(devices: DeviceCount) -> None:
     backend = backend_of(devices.backend)
     for index in devices.indices:
         backend.check(index)
+
+
+def importer_number(name: str) -> int:
+    """By what the owner of the device called `name` admits this process. Raises DeviceError."""
+    device = DeviceId.parse(name)
+    return backend_of(device.backend).importer_number(device.index)
 
 
 def granularity_of(devices: DeviceCount, asked: int) -> int:

@@ -252,8 +252,10 @@ class Handles(ABC):
 
     # ---- The user's side
 
-    def importer_number(self) -> int:
-        """By what the owner `admit`s this process, where its driver asks who imports; else 0. Raises DeviceError."""
+    @classmethod
+    def importer_number(cls, index: int) -> int:  # noqa: ARG003
+        """By what the owner of device `index` admits this process, where its driver asks who imports; else 0. Raises
+        DeviceError."""
         return 0
 
     def import_(self, token: Token) -> Handle:

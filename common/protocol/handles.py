@@ -19,20 +19,23 @@ from elasticmoe.common.protocol.replies import Refused
 
 class Attach(Message, frozen=True):
     """Rank -> HMM: hand me the memory of my seat. `resume`: only watch this connection; I already hold the mappings
-    (sent by a living rank to a restarted HMM)."""
+    (sent by a living rank to a restarted HMM). `importer`: by what the owner of its device admits this process."""
 
     rank: RankId
     slot: Annotated[int, Meta(ge=0, le=63)]
     device: Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
     incarnation: Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
     resume: bool = False
+    importer: Annotated[int, Meta(ge=0)] = 0
 
 
 class SharedFd(Message, frozen=True, tag="fd"):
-    """A handle is the part from `offset` of what a descriptor names; `fd` is its index among those of the message."""
+    """A handle is the part from `offset` of what a descriptor names; `fd` is its index among those of the message.
+    `key`: as FdToken has it."""
 
     fd: int
     offset: int
+    key: Annotated[int, Meta(ge=0)] = 0
 
 
 class SharedKey(Message, frozen=True, tag="key"):

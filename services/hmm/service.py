@@ -325,6 +325,7 @@ class Hmm:
                 raise Unavailable(f"blocks are still copied from or to slot {request.slot}", code="copying")
             assert loaded is not None, "a seat is of a loaded model"
             memory = self._holdings.memories[seat.device]
+            memory.device.admit([request.importer])
             handed = seat_memory(full_view(memory, loaded, transition), memory, self._holdings, 0)
             attached = self._attachments.admit(channel, request, *attach_reply(memory, self._holdings))
             self._attachments.update(attached, *handed)

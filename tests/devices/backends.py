@@ -20,20 +20,20 @@ ALL_KINDS = (*KINDS, *standins.KINDS)
 """Those that the contract of devices is tested on: the product's and the tests' own, and accelerators on stand-ins."""
 
 
-@pytest.fixture(params=KINDS)
-def granularity(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Of the backend that the test runs on."""
-    return choose(request.param, tmp_path, monkeypatch)
-
-
-def choose(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Let `host:N` be devices of the backend `kind`, whose memory may be in `folder`; its granularity."""
-    if kind == "host":
-        return 4096
-    (folder / "devices").mkdir()
-    monkeypatch.setenv(strict.FOLDER, str(folder / "devices"))
-    monkeypatch.setitem(factory._BACKENDS, "host", strict.StrictDevice)
-    return strict.GRANULARITY
+@pytest.fixture(params=(*KINDS, "cuda"))
+def granularity(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Of the backend that the test runs on: one whose owner and user may be one process."""
+    if request.param == "host":
+        yield 4096
+    elif request.param == "strict":
+        (tmp_path / "devices").mkdir()
+        monkeypatch.setenv(strict.FOLDER, str(tmp_path / "devices"))
+        monkeypatch.setitem(factory._BACKENDS, "host", strict.StrictDevice)
+        yield strict.GRANULARITY
+    else:
+        with standins.memory(monkeypatch) as folder:
+            monkeypatch.setitem(factory._BACKENDS, "host", standins.process(request.param, folder))
+            yield standins.GRANULARITY
 
 
 class Process:

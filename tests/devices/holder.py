@@ -28,7 +28,7 @@ class Held:
 
     def number(self) -> int:
         """By what the owner admits this process."""
-        return self.device.importer_number()
+        return self.device.importer_number(0)
 
     def share(self, text: str, importer: int) -> int:
         """Make a handle with a text in it, and the number to import it by."""

@@ -81,7 +81,7 @@ _numbers = itertools.count()
 
 def process(kind: str, folder: Path, *defines: str) -> type[AcceleratorDevice]:
     """The devices' class of one more process on the machine: a copy of the library has a state of its own."""
-    copy = folder / f"lib{kind}-{next(_numbers)}.so"
+    copy = folder / f"lib{kind}-{os.getpid()}-{next(_numbers)}.so"
     shutil.copyfile(library(kind, *defines), copy)
     return device_class(kind, copy)
 

@@ -18,7 +18,8 @@ import msgspec
 
 from elasticmoe.common.config import HmmConfig, environment_of
 from elasticmoe.common.devices.base import FdToken, Handle, KeyToken, ProcessRules, Range
-from elasticmoe.common.devices.factory import open_device
+from elasticmoe.common.devices.factory import granularity_of, importer_number, open_device
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.families import load_spec, parse_spec, records
 from elasticmoe.common.fdchannel import Channel, connect
 from elasticmoe.common.host_shared import HostShared
@@ -187,9 +188,13 @@ class Rank:
     def __init__(self, deployment: Deployment, slot: int, **changes: Any) -> None:
         """Attach, map everything, and say so. Raises the HMM's refusal."""
         self.request = msgspec.structs.replace(
-            Attach(RankId(slot, 0), slot, f"host:{slot}", f"r{slot}:{os.urandom(4).hex()}"), **changes
+            Attach(RankId(slot, 0), slot, f"host:{slot}", f"r{slot}:{os.urandom(4).hex()}"),
+            importer=importer_number(f"host:{slot}"),
+            **changes,
         )
-        self.device = open_device(self.request.device, 4096, rules=ProcessRules())
+        self.device = open_device(
+            self.request.device, granularity_of(DeviceCount("host", 1), 4096), rules=ProcessRules()
+        )
         self.fds: list[int] = []
         self.records: dict[RecordKey, Range] = {}
         self.kv: list[Range] = []
@@ -328,7 +333,7 @@ class Rank:
 def _token(shared: SharedHandle, fds: list[int]) -> FdToken | KeyToken:
     if isinstance(shared.token, SharedKey):
         return KeyToken(shared.token.key, shared.nbytes)
-    return FdToken(fds[shared.token.fd], shared.token.offset, shared.nbytes)
+    return FdToken(fds[shared.token.fd], shared.token.offset, shared.nbytes, shared.token.key)
 
 
 def receive(channel: Channel[FromHmm], request: Attach) -> tuple[AttachReply, list[int]]:

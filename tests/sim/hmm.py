@@ -65,6 +65,9 @@ class Device:
         self.budget = budget
         self.used = {"weights": 0, "kv": 0}  # as of the latest snapshot
 
+    def admit(self, importers: Sequence[int]) -> None:
+        """See elasticmoe.common.devices. Nobody is refused."""
+
     def copy_async(self, parts: Sequence[tuple[int, int, int]]) -> SimpleNamespace:
         """See elasticmoe.common.devices. Done at once."""
         for target, source, nbytes in parts:

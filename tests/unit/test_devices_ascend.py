@@ -205,7 +205,7 @@ def test_who_comes_later_is_admitted_to_what_was_exported_before_and_after(monke
         with pytest.raises(DeviceError) as caught:
             user.import_(before)
         assert caught.value.code == "not_admitted"
-        owner.admit([user.importer_number()])
+        owner.admit([user.importer_number(0)])
         after = owner.export(owner.create(PAGE, "kv"))
         assert len({user.import_(before), user.import_(after)}) == 2
         owner.close()
@@ -216,7 +216,7 @@ def test_a_handle_of_another_size_is_refused_when_it_is_mapped(monkeypatch: pyte
     """The driver tells no size of what was imported."""
     with standins.memory(monkeypatch) as folder:
         owner, user = (standins.process("npu", folder)("npu:0", PAGE, 8 * PAGE, rules=ProcessRules()) for _ in range(2))
-        owner.admit([user.importer_number()])
+        owner.admit([user.importer_number(0)])
         first, second = (owner.export(owner.create(PAGE, "kv")) for _ in range(2))
         assert isinstance(second, KeyToken)
         parts = [(0, user.import_(first)), (PAGE, user.import_(second._replace(nbytes=2 * PAGE)))]

@@ -40,7 +40,7 @@ def test_ten_thousand_handles_are_attached_by_few_calls(kind: str, monkeypatch: 
             owner.export(handle)  # once, for all ranks that ever come
         before = sum(standins.loaded(one).standin_calls() for one in kinds)
         began = time.perf_counter()
-        owner.admit([rank.importer_number()])
+        owner.admit([rank.importer_number(0)])
         imported = [rank.import_(owner.export(handle)) for handle in handles]
         range_ = rank.reserve(NUM * PAGE)
         rank.map_many(range_, [(at * PAGE, handle) for at, handle in enumerate(imported)], False)

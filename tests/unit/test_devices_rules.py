@@ -38,7 +38,7 @@ class World:
     def third(self, budget: int) -> Device:
         """The first device in one more process, which may import what the owner exports."""
         made = self.machine.process().open(0, PAGE, budget)
-        self.owner.admit([self.user.importer_number(), made.importer_number()])
+        self.owner.admit([self.user.importer_number(0), made.importer_number(0)])
         return made
 
 
@@ -53,7 +53,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
             user.open(1, PAGE),
         ]
         for device in devices[:2]:
-            device.admit([devices[2].importer_number()])
+            device.admit([devices[2].importer_number(0)])
         yield World(made, *devices)
         for device in devices:
             device.close()

@@ -67,7 +67,7 @@ class Owner:
         if isinstance(token, KeyToken):
             return SharedHandle(name, token.nbytes, SharedKey(token.key))
         self.shared_fds.append(os.dup(token.fd))
-        return SharedHandle(name, token.nbytes, SharedFd(len(self.shared_fds) - 1, token.offset))
+        return SharedHandle(name, token.nbytes, SharedFd(len(self.shared_fds) - 1, token.offset, token.key))
 
     def seat(self, experts: list[tuple[int, int]], num_kv: int, epochs: tuple[int, ...] = (1,)) -> SeatMemory:
         """The goal with these experts, and in `shared` the handles that it names; the descriptors that they index are

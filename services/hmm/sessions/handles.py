@@ -116,7 +116,7 @@ def shares(offer: Offer, known: Collection[int]) -> Iterator[tuple[ShareHandles,
             yield ShareHandles(tuple(handles)), tuple(fds.all)
             fds, handles = _Fds(), []
         if isinstance(token, FdToken):
-            handles.append(SharedHandle(name, token.nbytes, SharedFd(fds.add(token.fd), token.offset)))
+            handles.append(SharedHandle(name, token.nbytes, SharedFd(fds.add(token.fd), token.offset, token.key)))
         else:
             handles.append(SharedHandle(name, token.nbytes, SharedKey(token.key)))
     if handles:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from elasticmoe.common.devices.factory import importer_number
 from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
 from elasticmoe.common.protocol.handles import Applied, Attach, AttachReply, FromHmm, SeatMemory, ShareHandles
@@ -148,7 +149,8 @@ class HmmLink:
         connect_ms, answer_ms = (200, RESUME_MS) if is_resuming else (5_000, ATTACH_MS)
         channel = self._connect(connect_ms)
         try:
-            channel.send(Attach(seat.rank, seat.slot, seat.device, seat.incarnation, is_resuming))
+            importer = importer_number(seat.device)
+            channel.send(Attach(seat.rank, seat.slot, seat.device, seat.incarnation, is_resuming, importer))
             received, fds = channel.receive(deadline_ms=answer_ms)
             if not isinstance(received.body, AttachReply):
                 for fd in fds:

@@ -356,7 +356,7 @@ def _fd(fds: list[int], index: int) -> int:
 def _token(shared: SharedHandle, fds: list[int]) -> Token:
     if isinstance(shared.token, SharedKey):
         return KeyToken(shared.token.key, shared.nbytes)
-    return FdToken(_fd(fds, shared.token.fd), shared.token.offset, shared.nbytes)
+    return FdToken(_fd(fds, shared.token.fd), shared.token.offset, shared.nbytes, shared.token.key)
 
 
 def _close(fds: list[int]) -> None:

@@ -1,0 +1,95 @@
+"""The HMM and its keeper as real processes on accelerators, which are stand-ins of their drivers: ranks attach, die and
+come again, and the HMM dies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.common.devices import factory
+from tests.devices import standins
+from tests.procs.hmm_harness import ROOT, Deployment, Rank
+from tests.unit.specs import TINY_MIXTRAL
+
+pytestmark = pytest.mark.procs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("m") / "m", TINY_MIXTRAL, seed=5, dtype="float32", shards=2)
+
+
+@pytest.fixture(params=standins.KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def deployment(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
+    """Its `host:N` are devices of the kind, and this process, which its ranks are in, has a driver of its own. At the
+    end nobody has any of their memory."""
+    with standins.memory(monkeypatch) as folder:
+        monkeypatch.setenv("STANDIN_KIND", kind)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT / "tests/devices/site_standin"), str(ROOT))))
+        driver = standins.process(kind, folder)
+        monkeypatch.setitem(factory._BACKENDS, "host", driver)
+        made = Deployment(device_bytes=256 << 20)
+        try:
+            made.start_keeper()
+            made.start_hmm()
+            yield made
+        finally:
+            made.close()
+        assert [standins.loaded(driver).standin_used(device) for device in range(4)] == [0] * 4
+
+
+def attached(deployment: Deployment, model: Path) -> tuple[Rank, Rank]:
+    deployment.load(model)
+    ranks = Rank(deployment, 0), Rank(deployment, 1)
+    deployment.members(0, 1)
+    return ranks
+
+
+def test_ranks_have_what_the_hmm_has_and_one_that_starts_anew_is_let_in(deployment: Deployment, model: Path) -> None:
+    first, second = attached(deployment, model)
+    held = standins.loaded(standins.process(os.environ["STANDIN_KIND"], Path(os.environ["STANDIN_FOLDER"])))
+    assert [held.standin_used(device) > 0 for device in range(4)] == [True, True, False, False]
+    answer = deployment.integrity(checksums=True)
+    assert answer.findings == ()
+    assert answer.checksums == first.checksums() | second.checksums()
+    first.device.write_bytes(first.kv[0].base, b"alive")
+    mine = first.checksums()
+    first.close()
+    again = Rank(deployment, 0)
+    assert again.device.read_bytes(again.kv[0].base, 5) == b"alive"
+    assert again.checksums() == mine
+    again.close()
+    second.close()
+    assert deployment.stop(deployment.hmm) == 0
+
+
+def test_a_killed_hmm_has_all_again_where_its_driver_lets_it(kind: str, deployment: Deployment, model: Path) -> None:
+    first, second = attached(deployment, model)
+    before, mine = deployment.integrity(checksums=True).checksums, first.checksums()
+    first.device.write_bytes(first.kv[0].base, b"alive")
+    deployment.kill_hmm()
+    assert first.checksums() == mine  # ranks go on
+    deployment.start_hmm()
+    if kind == "npu":  # only who made an NPU's memory can share it: the successor begins anew, and says so
+        assert deployment.status().phase == "empty"
+        assert deployment.hmm is not None
+        assert "cannot be taken over" in deployment.log_of(deployment.hmm)
+        assert first.device.read_bytes(first.kv[0].base, 5) == b"alive"
+        return
+    assert deployment.status().phase == "ready"
+    first.resume(deployment)
+    second.resume(deployment)
+    answer = deployment.integrity(checksums=True)
+    assert (answer.findings, answer.checksums) == ((), before)
+    assert first.device.read_bytes(first.kv[0].base, 5) == b"alive"
+    first.close()
+    assert Rank(deployment, 0).checksums() == mine
