@@ -36,7 +36,7 @@ HELP = "check whether this machine can run a deployment"
 
 _PYTHON_MIN = (3, 11)
 _TORCH = "2.13"
-_NATIVE = ("elasticmoe.native.bus", "elasticmoe.native.host", "elasticmoe.native.kernels", "elasticmoe.native.ledger")
+_NATIVE = tuple(f"elasticmoe.native.{name}" for name in ("bus", "convert", "host", "kernels", "ledger"))
 _MAP_COUNT_WISHED = 262_144
 _FILES_WISHED = 8_192
 _MEMORY_WISHED = 4 << 30

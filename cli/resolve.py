@@ -27,6 +27,7 @@ NAMES = (
     "oracle",
     "oracle-paced",
     "qwen3-moe-1b",
+    "qwen3-moe-1b-fp8",
     "demo",
 )  # elasticmoe.cli.models knows them, and loads torch
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")

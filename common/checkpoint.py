@@ -13,34 +13,46 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from elasticmoe.common.families import FAMILIES, read_config, records, unread_names
-from elasticmoe.common.families.shared_keys import quantized
-from elasticmoe.common.model_spec import ModelSpec, Source, TensorSpec
+from elasticmoe.common.families.quantization import BESIDE_STEM, BESIDE_WEIGHT, SCALE, quantized
+from elasticmoe.common.model_spec import ModelSpec, Source, TensorSpec, WeightBlock
 from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.common.safetensors import DTYPE_BYTES, TensorFile
 from elasticmoe.common.weights import Stored, Weights, named
 from elasticmoe.common.wording import counted
 
 SOURCE_DTYPES: Final = ("F32", "F16", "BF16")  # that weights may be stored in
+FP8: Final = "F8_E4M3"  # and this one, with scales
+SCALE_DTYPES: Final = ("F32", "BF16", "F16", "F8_E8M0")
 # Written by old versions; transformers computes them.
 _ROTARY = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# Ends of names that quantizers give to what they store in place of a weight or beside it.
-_QUANTIZED: Final[dict[str, str]] = {
-    ".qweight": "GPTQ or AWQ",
-    ".weight_packed": "compressed-tensors",
-    ".weight_scale": "FP8 or compressed-tensors",
-    ".weight_scale_inv": "FP8",
-    ".weight.quant_map": "bitsandbytes",
-    ".SCB": "bitsandbytes",
-}
 
 
-class Piece(NamedTuple):
-    """Contiguous bytes of a file that one source of a tensor is read from, of safetensors' `dtype`."""
+class Part(NamedTuple):
+    """Contiguous bytes of a file, of safetensors' `dtype`."""
 
     file: TensorFile
     begin: int
     nbytes: int
     dtype: str
+
+
+class Scales(NamedTuple):
+    """Of a matrix [rows, columns] stored in FP8: one for each `block`, in `part`, [grid rows, grid columns]. `name`: of
+    the stored tensor."""
+
+    name: str
+    part: Part
+    rows: int
+    columns: int
+    block: WeightBlock
+
+
+class Piece(NamedTuple):
+    """What one source of a tensor is read from; `scales` are to be multiplied with. `name`: of the stored tensor."""
+
+    name: str
+    part: Part
+    scales: Scales | None = None
 
 
 class Checkpoint:
@@ -70,11 +82,21 @@ class Checkpoint:
         """Where the sources of a tensor of the verified records are, in the order in which they are stacked."""
         pieces = []
         for source in self._form(tensor):
-            stored = self._stored[self._family.canonical(source.name)][0]
-            nbytes = math.prod(source.shape) * DTYPE_BYTES[stored.tensor.dtype]
-            begin = stored.tensor.begin + source.part * nbytes
-            pieces.append(Piece(stored.file, begin, nbytes, stored.tensor.dtype))
+            stored = self._get(source.name)
+            assert stored is not None, "the checkpoint is verified"
+            part = _part(stored, source.shape, source.part)
+            scales = self._scales(source) if part.dtype == FP8 else None
+            pieces.append(Piece(stored.name, part, scales))
         return pieces
+
+    def _scales(self, source: Source) -> Scales:
+        stored, block, (rows, columns) = self._get(source.name + SCALE), self._spec.weight_block, source.shape
+        assert stored is not None, "the checkpoint is verified"
+        assert block is not None, "the checkpoint is verified"
+        return Scales(stored.name, _part(stored, block.grid(rows, columns), source.part), rows, columns, block)
+
+    def _get(self, name: str) -> Stored | None:
+        return next(iter(self._stored.get(self._family.canonical(name), ())), None)
 
     def _form(self, tensor: TensorSpec) -> tuple[Source, ...]:
         """The first of the tensor's forms that is stored whole. Raises CheckpointError where none is."""
@@ -101,33 +123,57 @@ class Checkpoint:
                 raise CheckpointError(
                     f"checkpoint has the same weights as {first.name!r:.200} and {second.name!r:.200}"
                 )
-        self._used |= names
+        self._used |= names | {self._family.canonical(source.name + SCALE) for source in form}
 
     def _check_source(self, source: Source) -> None:
-        stored, *others = self._stored[self._family.canonical(source.name)]
+        stored = self._check_stored(source.name, source.stored_shape)
+        if stored.tensor.dtype == FP8:
+            self._check_scales(source, stored)
+        elif stored.tensor.dtype not in SOURCE_DTYPES:
+            raise self._error(source.name, _wrong_dtype(stored, (*SOURCE_DTYPES, FP8)))
+        elif scale := self._get(source.name + SCALE):
+            raise CheckpointError(
+                f"{scale.file.name}: {scale.name!r:.200} has scales for {stored.name!r:.200}, which is stored in "
+                f"{stored.tensor.dtype}, not in {FP8}"
+            )
+
+    def _check_stored(self, name: str, shape: tuple[int, ...]) -> Stored:
+        """The stored tensor `name`, which is there, once and with this shape."""
+        stored, *others = self._stored[self._family.canonical(name)]
         for other in others:
             raise CheckpointError(
                 f"tensor {stored.name!r:.200} is in {stored.file.name} and, called {other.name!r:.200}, in "
                 f"{other.file.name}"
             )
-        if stored.tensor.shape != source.stored_shape:
+        if stored.tensor.shape != shape:
             raise self._error(
-                source.name,
+                name,
                 f"{stored.file.name}: tensor {stored.name!r:.200} has the shape {list(stored.tensor.shape)}, "
-                f"config.json asks for {list(source.stored_shape)}",
+                f"config.json asks for {list(shape)}",
             )
-        if stored.tensor.dtype not in SOURCE_DTYPES:
-            raise self._error(
-                source.name,
-                f"{stored.file.name}: tensor {stored.name!r:.200} has the dtype {stored.tensor.dtype}; "
-                f"supported: {', '.join(SOURCE_DTYPES)}",
-            )
+        return stored
+
+    def _check_scales(self, source: Source, stored: Stored) -> None:
+        """Raise CheckpointError unless a weight in FP8 is a matrix with the scales that config.json announces."""
+        block, where = self._spec.weight_block, f"{stored.file.name}: tensor {stored.name!r:.200}"
+        if block is None:
+            raise self._error(source.name, f"{where} has the dtype {FP8}, and config.json no quantization_config")
+        if len(source.shape) != 2 or self._get(source.name + SCALE) is None:
+            raise self._error(source.name, f"{where} has the dtype {FP8} and no {stored.name + SCALE!r:.200}")
+        grid = block.grid(*source.shape)
+        scale = self._check_stored(source.name + SCALE, (source.parts, *grid) if source.parts else grid)
+        if scale.tensor.dtype not in SCALE_DTYPES:
+            raise CheckpointError(_wrong_dtype(scale, SCALE_DTYPES))
 
     def _error(self, name: str, text: str) -> CheckpointError:
         """The error of the weight `name`: that it is quantized, where what lies beside it tells so, else `text`."""
-        stem = self._family.canonical(name).removesuffix(".weight")
-        for end, method in _QUANTIZED.items():
-            if stored := self._stored.get(stem + end):
+        weight = self._family.canonical(name)
+        ends = {weight + end: method for end, method in BESIDE_WEIGHT.items()}
+        ends |= {weight.removesuffix(".weight") + end: method for end, method in BESIDE_STEM.items()}
+        if self._spec.weight_block is not None:
+            del ends[weight + SCALE]
+        for beside, method in ends.items():
+            if stored := self._stored.get(beside):
                 return quantized(method, f"{stored[0].file.name} has {stored[0].name!r:.200}")
         return CheckpointError(text)
 
@@ -172,6 +218,19 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _part(stored: Stored, shape: Sequence[int], number: int) -> Part:
+    """The part `number` of a tensor that is a stack of parts of this shape."""
+    nbytes = math.prod(shape) * DTYPE_BYTES[stored.tensor.dtype]
+    return Part(stored.file, stored.tensor.begin + number * nbytes, nbytes, stored.tensor.dtype)
+
+
+def _wrong_dtype(stored: Stored, supported: Sequence[str]) -> str:
+    return (
+        f"{stored.file.name}: tensor {stored.name!r:.200} has the dtype {stored.tensor.dtype}; "
+        f"supported: {', '.join(supported)}"
+    )
 
 
 def _config_remarks(fields: dict[str, Any], spec: ModelSpec) -> list[str]:

@@ -115,11 +115,23 @@ class MoeSpec(msgspec.Struct, frozen=True):
     norm_topk: bool
 
 
+class WeightBlock(msgspec.Struct, frozen=True, array_like=True):
+    """The part of a stored matrix that has one scale, in elements; the last one of a row or column may be cut off."""
+
+    rows: int
+    columns: int
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many blocks a matrix of this size has."""
+        return -(-rows // self.rows), -(-columns // self.columns)
+
+
 class ModelSpec(msgspec.Struct, frozen=True):
     """One model's geometry. `dense_layers` have an ordinary feed-forward of `dense_width` in place of experts.
 
     `max_positions`: the longest sequence that may be served. It is within the `sliding_window` (0: none), so that
     attention, which knows no windows, sees what the model would see. `tie_embeddings`: the head is the embedding.
+    `weight_block`: of the weights that are stored in FP8; None: there are none.
     `constants`: names and numbers of the family's own, which only its own code reads.
     """
 
@@ -138,6 +150,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     dense_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     sliding_window: int = 0
+    weight_block: WeightBlock | None = None
     constants: tuple[tuple[str, int], ...] = ()
 
     @property

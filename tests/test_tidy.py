@@ -46,6 +46,7 @@ SOLE_IMPORTERS = {
         "common/capacity.py",
         "cli/doctor.py",
     ),
+    "elasticmoe.native.convert": ("services/hmm/loading/convert.py", "cli/doctor.py"),
     "elasticmoe.common.devices.host": "common/devices/factory.py",  # who needs a device asks the factory
     "elasticmoe.common.devices.ascend": "common/devices/factory.py",
     "elasticmoe.common.devices.cuda": "common/devices/factory.py",
@@ -389,16 +390,18 @@ def test_a_class_name_means_one_thing() -> None:
 
 
 def test_the_command_line_stays_out_of_services() -> None:
-    """What it needs of a running service it asks for. Planning and policy are libraries: `bench plan`, `bench policy`
-    measure their limits, `policy replay` tries the one and makes again what was decided."""
-    libraries = ("planning.", "policy.", "control.autoscaling", "control.replay", "observation")
+    """What it needs of a running service it asks for. Planning, policy and loading are libraries: `bench plan`,
+    `bench policy` and `bench load` measure their limits, `policy replay` tries the one and makes again what was
+    decided."""
+    scaling = ("planning.", "policy.", "control.autoscaling", "control.replay", "observation")
+    libraries = (*(f"scaler.{library}" for library in scaling), "hmm.loading.loader", "hmm.memory.memory")
     found = [
         f"{name(path)}:{line} imports {what}"
         for path in CODE
         if name(path).startswith("cli/")
         for line, what in imports(tree(path))
         if what.startswith("elasticmoe.services.")
-        and not what.startswith(tuple(f"elasticmoe.services.scaler.{library}" for library in libraries))
+        and not what.startswith(tuple(f"elasticmoe.services.{library}" for library in libraries))
     ]
     assert found == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from elasticmoe.cli.bench import attach, idle, overload, plan, policy, recovery, replicas, scaling, serve, slo
+from elasticmoe.cli.bench import attach, idle, load, overload, plan, policy, recovery, replicas, scaling, serve, slo
 from elasticmoe.common.protocol.errors import ElasticMoEError
 
 HELP = "measure this machine: prints a table, writes raw data and a plot"
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("scaling", scaling, "grow and shrink under load, without standbys too, beside the paper's baselines"),
         ("replicas", replicas, "what a second replica brings, each pinned to a core"),
         ("attach", attach, "kill -9 of ranks: how long a standby takes to map their memory"),
+        ("load", load, "loading a checkpoint beside plain reading of its files, and the peak memory"),
         ("recovery", recovery, "kill -9 of ranks under load: gaps, failures, recomputed tokens, beside a restart"),
         ("overload", overload, "0.5 to 3 times the peak and back: what is served in time, what is refused"),
         ("slo", slo, "a trace on real deployments: objectives kept, and devices held for it, beside the paper's means"),

@@ -1,5 +1,6 @@
 """The named models and the one function that makes them."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from elasticmoe.cli.models import byte_tokenizer
-from elasticmoe.cli.models.checkpoint import Progress, num_shards_for, parse_dtype
+from elasticmoe.cli.models.checkpoint import Progress, num_shards_for, parse_dtype, staged_directory
+from elasticmoe.cli.models.fp8 import quantize_files
 from elasticmoe.cli.models.oracle import PACED_CONFIG, make_oracle
 from elasticmoe.cli.models.random_weights import random_checkpoint, random_plans
 
@@ -130,6 +132,22 @@ def _random(config: dict[str, Any]) -> _Maker:
     return make
 
 
+def _quantized(make_source: _Maker) -> _Maker:
+    def make(directory: Path, *, seed: int, dtype: str, progress: Progress | None) -> Path:
+        with staged_directory(directory) as stage:
+            source = make_source(stage / "source", seed=seed, dtype=dtype, progress=_share(progress, 0))
+            quantize_files(source, stage, progress=_share(progress, 1))
+            shutil.rmtree(source)
+        return directory
+
+    return make
+
+
+def _share(progress: Progress | None, half: int) -> Progress | None:
+    """Of two steps that take about as long."""
+    return None if progress is None else lambda done, total: progress(half * total + done, 2 * total)
+
+
 def _demo(directory: Path, *, seed: int, dtype: str, progress: Progress | None) -> Path:
     # Imported here because only this model needs the gguf package, and what that imports.
     from elasticmoe.cli.models.upcycle import make_demo
@@ -147,5 +165,8 @@ _MODELS: Mapping[str, _Model] = {
         partial(make_oracle, config=PACED_CONFIG),
     ),
     "qwen3-moe-1b": _Model("random Qwen3-MoE of 1.04 B weights: 64 experts top-8", "bfloat16", _random(QWEN3_MOE_1B)),
+    "qwen3-moe-1b-fp8": _Model(
+        "the same, quantized to FP8 in blocks, as models are published", "bfloat16", _quantized(_random(QWEN3_MOE_1B))
+    ),
     "demo": _Model("SmolLM2-135M-Instruct as an 8-expert Mixtral of 0.69 B: answers in English", "bfloat16", _demo),
 }

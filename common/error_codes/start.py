@@ -23,7 +23,9 @@ START: dict[str, Code] = {
     "bad_checkpoint": Code("The checkpoint must not be served", "checkpoints.md says what is accepted"),
     "lfs_pointer": Code("A weights file is only a pointer of Git LFS", "`git lfs pull`"),
     "adapter_unsupported": Code("The folder holds an adapter and no model", "Merge it into its base model"),
-    "quantization_unsupported": Code("The checkpoint is quantized", "Use bfloat16 or float32 weights"),
+    "quantization_unsupported": Code(
+        "The checkpoint is quantized", "Use weights in bfloat16, float32, float16 or FP8 in blocks"
+    ),
     "weights_format_unsupported": Code("The weights are not safetensors", "Convert them"),
     "out_of_memory": Code(
         "The model does not fit into the memory that there is, or a step found none",

@@ -19,6 +19,7 @@ from elasticmoe.common.families.config import Config, check_type
 from elasticmoe.common.families.family import Family
 from elasticmoe.common.families.mixtral import MIXTRAL
 from elasticmoe.common.families.oracle import ORACLE
+from elasticmoe.common.families.quantization import SCALE, unread_quantization_keys, weight_block_of
 from elasticmoe.common.families.qwen3_moe import QWEN3_MOE
 from elasticmoe.common.families.rope import unread_rope_keys
 from elasticmoe.common.families.shared_keys import check_shared_keys, unread_keys
@@ -64,8 +65,12 @@ def load_spec(directory: Path, dtype: str) -> ModelSpec:
         return spec
     with Weights(directory) as weights:
         stored = {family.canonical(tensor.name): tensor for tensor in weights.tensors}
-        embedding, head = (stored.get(family.canonical(name)) for name in (family.embedding, family.head))
-        apart = embedding is not None and head is not None and not are_equal(embedding, head)
+
+        def differ(end: str) -> bool:
+            first, second = (stored.get(family.canonical(name + end)) for name in (family.embedding, family.head))
+            return first is not None and second is not None and not are_equal(first, second)
+
+        apart = differ("") or differ(SCALE)
     return msgspec.structs.replace(spec, tie_embeddings=False) if apart else spec
 
 
@@ -81,6 +86,7 @@ def parse_spec(fields: Mapping[str, Any], dtype: str) -> ModelSpec:
         architecture=family.architecture,
         dtype=family.dtype or cast(Dtype, dtype),
         eos_token_ids=_eos_ids(fields),
+        weight_block=weight_block_of(fields),
         **family.parse(config),
     )
 
@@ -89,7 +95,7 @@ def unread_names(fields: Mapping[str, Any]) -> list[str]:
     """What config.json's `fields`, which `parse_spec` has accepted, say and nobody reads, transformers included."""
     family = _family_of(fields)
     known = {**family.keys, **family.spellings}
-    return [*unread_keys(fields, known), *unread_rope_keys(fields)]
+    return [*unread_keys(fields, known), *unread_rope_keys(fields), *unread_quantization_keys(fields)]
 
 
 def records(spec: ModelSpec) -> Iterator[RecordSpec]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from elasticmoe.common.families.config import refuse_value
-from elasticmoe.common.protocol.errors import CheckpointError
 
 # Key -> the values that change nothing; any other is refused.
 _ONLY: Final[dict[str, tuple[Any, ...]]] = {
@@ -61,33 +60,12 @@ _NEUTRAL: Final = frozenset(
     " ".join((_NAMES_AND_VERSIONS, _DTYPES, _PYTHON, _OTHERS, _SAMPLING, _READ_ELSEWHERE)).split()
 )
 
-_METHODS: Final[dict[str, str]] = {
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
-    "fp8": "FP8",
-    "fbgemm_fp8": "FP8 (FBGEMM)",
-    "mxfp4": "MXFP4",
-}
-
 
 def check_shared_keys(fields: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a key of any config whose value changes the computation, and for quantized weights."""
+    """Raise CheckpointError for a key of any config whose value changes the computation."""
     for name, allowed in _ONLY.items():
         if name in fields and not any(_same(fields[name], each) for each in allowed):
             refuse_value(name, fields[name], allowed)
-    for name in ("quantization_config", "compression_config"):
-        if fields.get(name) is not None:
-            raise quantized(_method_of(fields[name]), f"{name} of config.json")
-
-
-def quantized(method: str, where: str) -> CheckpointError:
-    """The error of a checkpoint whose weights are quantized with `method`, as `where` tells."""
-    return CheckpointError(
-        f"the weights are quantized with {method} ({where}); only weights in float32, bfloat16 or float16 are served",
-        code="quantization_unsupported",
-    )
 
 
 def unread_keys(fields: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
@@ -98,15 +76,3 @@ def unread_keys(fields: Mapping[str, Any], known: Mapping[str, Any]) -> list[str
 def _same(value: Any, allowed: Any) -> bool:
     """Equal, where true is not 1."""
     return isinstance(value, bool) == isinstance(allowed, bool) and value == allowed
-
-
-def _method_of(config: Any) -> str:
-    """The quantization's name, with its bits where it tells them."""
-    if not isinstance(config, dict):
-        return "an unnamed method"
-    name = config.get("quant_method") or config.get("quantization_method")
-    if name is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
-        name = "bitsandbytes"
-    bits = config.get("bits") or config.get("w_bit") or (config.get("load_in_4bit") and 4)
-    text = _METHODS.get(name, f"{name!r:.40}") if isinstance(name, str) else "an unnamed method"
-    return f"{text}, {bits} bit" if type(bits) is int else text

@@ -10,9 +10,11 @@ import httpx
 import pytest
 import torch
 
+from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.cli.models.byte_tokenizer import write_byte_tokenizer
 from tests.procs.deployment import Deployment
 from tests.unit import forms
+from tests.unit.quantized import dequantized_copy, quantized_copy
 
 pytestmark = pytest.mark.procs
 
@@ -105,3 +107,29 @@ def test_a_checkpoint_with_all_oddities_is_served_and_told_of_once(tmp_path: Pat
         assert part in warned
     assert "160 tokens of the model's sliding window" in told
     assert sorted(request.tokens for request in report.requests.values()) == sorted(greedy(model, prompts) * 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_checkpoint_in_fp8_is_served_as_its_dequantized_copy(tmp_path: Path) -> None:
+    """With blocks of 128 x 128 of which the last are cut off; also when a rank has come in and read its experts."""
+    sizes = {"hidden_size": 160, "moe_intermediate_size": 136, "intermediate_size": 264, "num_experts": 9}
+    config = forms.QWEN3 | sizes | {"head_dim": 32}
+    source = random_checkpoint(tmp_path / "source", config, seed=6, dtype="bfloat16", shards=2, tokenizer=True)
+    model = quantized_copy(source, tmp_path / "fp8")
+    rng = random.Random(5)
+    prompts = [[rng.randrange(256) for _ in range(length)] for length in (1, 33, 100)]
+    body = {"model": "fp8", "prompt": prompts, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}
+    deployment = Deployment(model, replicas=2, devices=3, max_model_len=256)
+    try:
+        deployment.wait_ready()
+        with httpx.Client(base_url=deployment.base_url, timeout=60, trust_env=False) as client:
+            assert client.post("/v1/completions", json=body).status_code == 200
+            deployment.scale(replicas=3)
+            assert client.post("/v1/completions", json=body).status_code == 200
+        output = deployment.output()
+        report = deployment.stop()
+    finally:
+        deployment.discard()
+    assert "warning" not in output
+    wanted = greedy(dequantized_copy(model, tmp_path / "plain"), prompts)
+    assert sorted(request.tokens for request in report.requests.values()) == sorted(wanted * 2)

@@ -276,10 +276,12 @@ class Hmm(Actor):
             memory.records = {key: key for key in keys_on(load.layout, seat.slot)}
             memory.ledger = self.ledger
             memory.kv = [memory.new_kv() for _ in range(load.kv_bytes_max // PAGE)]
-        self.loaded = Loaded(load, SPEC, GEOMETRY, PAGE, load.layout, "memory", 0, load.kv_bytes_max // PAGE)
+        self.loaded = Loaded(load, SPEC, GEOMETRY, PAGE, load.layout, "memory", 0, load.kv_bytes_max // PAGE, "")
         for memory in self.memories.values():
             footprint = max(footprint, sum(self._sizes.of(key) for key in memory.records) + len(memory.kv) * PAGE)
-        self.loaded = Loaded(load, SPEC, GEOMETRY, PAGE, load.layout, "memory", footprint, load.kv_bytes_max // PAGE)
+        self.loaded = Loaded(
+            load, SPEC, GEOMETRY, PAGE, load.layout, "memory", footprint, load.kv_bytes_max // PAGE, ""
+        )
         self.doorbells = dict.fromkeys(load.layout.slots, 0)
 
     def _begin(self) -> None:

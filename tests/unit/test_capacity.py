@@ -100,7 +100,7 @@ def bytes_needed(spec: ModelSpec, load: LoadModel, *layouts: Layout) -> int:
 def loaded_at(load: LoadModel, spec: ModelSpec, budget: int) -> tuple[Catalog, Loaded, MemoryForecast]:
     """The HMM after that load, and what its status tells the scaler."""
     found = size_load(load, spec, dict.fromkeys(DEVICES, budget), PAGE)
-    loaded = Loaded(load, spec, found.kv, PAGE, load.layout, "memory", found.footprint, found.kv_handles)
+    loaded = Loaded(load, spec, found.kv, PAGE, load.layout, "memory", found.footprint, found.kv_handles, "")
     needs = needs_of(load, found.kv, PAGE)
     kv = {name: device.num_kv_handles for name, device in found.devices.items()}
     entries = tuple(DeviceEntry(name, budget, kv=(Span(0, PAGE),) * kv.get(name, 0)) for name in DEVICES)

@@ -12,9 +12,18 @@ from hypothesis import strategies as st
 
 from elasticmoe.common.capacity import check_layout, size_bus, size_ledger, size_load
 from elasticmoe.common.devices.factory import backend_of
-from elasticmoe.common.families import records
+from elasticmoe.common.families import FAMILIES, records
+from elasticmoe.common.families.fingerprint import fingerprint
 from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout, keys_on
-from elasticmoe.common.model_spec import RecordKey, kv_geometry, round_up
+from elasticmoe.common.model_spec import (
+    ModelSpec,
+    RecordKey,
+    RecordSpec,
+    Source,
+    WeightBlock,
+    kv_geometry,
+    round_up,
+)
 from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, PayloadTooLarge
 from elasticmoe.common.protocol.hmm import LoadModel, StageLayout
 from elasticmoe.common.protocol.ids import TransitionId
@@ -58,7 +67,9 @@ def entry_of(device: str, slot: int) -> DeviceEntry:
 def catalog() -> Catalog:
     entries = (*(entry_of(seat.device, seat.slot) for seat in LAYOUT.seats), DeviceEntry("host:2", 1 << 25))
     return Catalog(
-        granularity=PAGE, devices=entries, loaded=Loaded(LOAD, SPEC, GEOMETRY, 1 << 20, LAYOUT, "memory-1", 1 << 24, 3)
+        granularity=PAGE,
+        devices=entries,
+        loaded=Loaded(LOAD, SPEC, GEOMETRY, 1 << 20, LAYOUT, "memory-1", 1 << 24, 3, "records-1"),
     )
 
 
@@ -87,10 +98,48 @@ def test_other_bytes_are_no_catalog(raw: bytes) -> None:
 
 
 def test_another_version_is_no_catalog() -> None:
-    with pytest.raises(ValueError, match="version 3 is not 4"):
+    with pytest.raises(ValueError, match="version 3 is not 5"):
         decode(encode(msgspec.structs.replace(catalog(), version=3)))
-    with pytest.raises(ValueError, match="version 3 is not 4"):  # whatever that one holds
+    with pytest.raises(ValueError, match="version 3 is not 5"):  # whatever that one holds
         decode(msgspec.msgpack.encode({"version": 3, "transition": {"request": {"op_id": "op/0.0"}}}))
+
+
+def changed_layer(**changes: Any) -> Any:
+    """The builder of a layer's record, with its first tensor changed."""
+    real = FAMILIES["qwen3_moe"].layer
+
+    def build(spec: ModelSpec, layer: int) -> RecordSpec:
+        record = real(spec, layer)
+        first = msgspec.structs.replace(record.tensors[0], **changes)
+        return msgspec.structs.replace(record, tensors=(first, *record.tensors[1:]))
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "norm"},
+        {"shape": (24, 2)},
+        {"dtype": "bfloat16"},
+        {"offset": 256},
+        {"sources": (Source("input_norm.weight", (48,)),)},
+        {"alternatives": ((Source("input_norm.weight", (48,)),),)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_fingerprint_tells_what_the_bytes_of_records_mean(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(SPEC)
+    assert fingerprint(tiny_qwen3_spec()) == before
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", FAMILIES["qwen3_moe"]._replace(layer=changed_layer(**changes)))
+    assert fingerprint(SPEC) != before
+
+
+def test_a_fingerprint_tells_the_format_of_stored_weights() -> None:
+    specs = [SPEC, *(msgspec.structs.replace(SPEC, weight_block=WeightBlock(128, side)) for side in (64, 128))]
+    assert len({fingerprint(spec) for spec in specs}) == 3
 
 
 def test_every_expert_has_one_home_and_every_device_the_rest() -> None:
@@ -138,7 +187,7 @@ def test_findings_name_what_is_wrong() -> None:
 def test_a_layout_of_another_model_is_found() -> None:
     other = msgspec.structs.replace(LOAD, layout=initial_layout((3, 3), DEVICES[:2]))
     broken = msgspec.structs.replace(
-        catalog(), loaded=Loaded(LOAD, SPEC, GEOMETRY, 1 << 20, other.layout, "memory-1", 1 << 24, 3)
+        catalog(), loaded=Loaded(LOAD, SPEC, GEOMETRY, 1 << 20, other.layout, "memory-1", 1 << 24, 3, "records-1")
     )
     assert "layout: its experts are not the model's" in check_integrity(broken)
     with pytest.raises(InvalidRequest, match="the layout has experts"):

@@ -35,6 +35,7 @@ from elasticmoe.services.hmm.loading import reader as reader_module
 from elasticmoe.services.hmm.loading.convert import convert
 from elasticmoe.services.hmm.memory.catalog import Loaded
 from tests.unit.loading import BUDGET, World
+from tests.unit.quantized import stored
 from tests.unit.specs import TINY_MIXTRAL, TINY_QWEN3
 
 
@@ -60,10 +61,6 @@ def copied(mixtral: Path, tmp_path: Path) -> Path:
     for path in mixtral.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
     return target
-
-
-def stored(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def shards(directory: Path) -> list[Path]:
@@ -389,7 +386,7 @@ def test_no_flipped_bit_of_a_header_passes_unseen(
 
     def places() -> list[Any]:
         with Checkpoint(directory, spec) as checkpoint:
-            return [piece[1:] for tensor in tensors for piece in checkpoint.pieces(tensor)]
+            return [piece.part[1:] for tensor in tensors for piece in checkpoint.pieces(tensor)]
 
     before = places()
     raw = bytearray((directory / SINGLE).read_bytes())

@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[str, Edit, dict[str, Any], str]] = {
         "mixtral",
         lambda t: t | {"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)},
         {},
-        "has the dtype F8_E4M3; supported: F32, F16, BF16",
+        "'model.norm.weight' has the dtype F8_E4M3, and config.json no quantization_config",
     ),
     "fp8 with scales": (
         "mixtral",
@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[str, Edit, dict[str, Any], str]] = {
             | {"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1, 1)}
         ),
         {},
-        r"quantized with FP8 \(model.safetensors has '.*q_proj\.weight_scale_inv'",
+        r"quantized with FP8 in blocks \(model.safetensors has '.*q_proj\.weight_scale_inv'",
     ),
     "quantized by bitsandbytes": (
         "qwen3",

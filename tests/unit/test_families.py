@@ -12,8 +12,8 @@ import pytest
 
 from elasticmoe.common.families import FAMILIES, load_spec, parse_spec, read_config, unread_names
 from elasticmoe.common.families.config import Config, Key
-from elasticmoe.common.families.shared_keys import check_shared_keys, unread_keys
-from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.common.families.shared_keys import unread_keys
+from elasticmoe.common.model_spec import ModelSpec, WeightBlock
 from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX
 from tests.unit.specs import TINY_MIXTRAL, TINY_QWEN3
@@ -355,7 +355,11 @@ def test_bad_configs_of_qwen3_are_refused(changes: dict[str, object], text: str)
     [
         ({"quant_method": "gptq", "bits": 4}, r"GPTQ, 4 bit \(quantization_config"),
         ({"quant_method": "awq", "w_bit": 4}, "AWQ, 4 bit"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "FP8 with a scale for each tensor"),
+        ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "FBGEMM FP8"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt"),
+        ({"quantization": {"quant_algo": "NVFP4"}, "producer": {"name": "modelopt"}}, "'NVFP4'"),
+        ({"quant_method": "auto-round", "bits": 4}, "AutoRound, 4 bit"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bit"),
         ({"load_in_8bit": True}, "bitsandbytes"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
@@ -369,7 +373,25 @@ def test_a_quantization_is_named(config: Any, name: str) -> None:
     with pytest.raises(CheckpointError, match=f"quantized with {name}") as caught:
         parse_spec(MIXTRAL | {"quantization_config": config}, "float32")
     assert caught.value.code == "quantization_unsupported"
-    check_shared_keys({"quantization_config": None})
+    assert parse_spec(MIXTRAL | {"quantization_config": None}, "float32").weight_block is None
+
+
+def test_every_quantization_of_transformers_has_a_name_and_one_is_read() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    methods = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING}
+    assert {"fp8", "bitsandbytes", "torchao"} < methods
+    for method in methods - {"fp8"}:
+        with pytest.raises(CheckpointError, match=r"quantized with [^']") as caught:  # not by what config.json calls it
+            parse_spec(MIXTRAL | {"quantization_config": {"quant_method": method}}, "float32")
+        assert caught.value.code == "quantization_unsupported"
+        with pytest.raises(CheckpointError, match=r"compression_config of config\.json"):
+            parse_spec(MIXTRAL | {"compression_config": {"quant_method": method}}, "float32")
+    for block in ([128, 128], [64, 32]):
+        spec = parse_spec(
+            MIXTRAL | {"quantization_config": {"quant_method": "fp8", "weight_block_size": block}}, "float32"
+        )
+        assert spec.weight_block == WeightBlock(*block)
 
 
 # ---- Which family, which file

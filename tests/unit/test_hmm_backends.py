@@ -11,8 +11,13 @@ from typing import Any
 
 import pytest
 
+from elasticmoe.common.families import FAMILIES
+from elasticmoe.common.families import fingerprint as fingerprint_module
+from elasticmoe.common.families.fingerprint import fingerprint
+from elasticmoe.common.model_spec import ModelSpec, RecordBuilder, RecordKey, RecordSpec
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native import host
+from elasticmoe.services.hmm.loading.loader import ModelLoad
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from tests.devices import strict
 from tests.devices.backends import granularity
@@ -21,6 +26,7 @@ from tests.unit.test_hmm_memory_shortage import World, try_transition
 __all__ = ["granularity"]
 
 LOG = get_logger("test")
+LAYER = FAMILIES["mixtral"].layer
 
 
 @pytest.fixture
@@ -71,6 +77,39 @@ def started(world: World, kept: dict[str, int], held: dict[str, int]) -> Holding
     successor = Holdings(world.config, parking, LOG)
     successor.start()
     return successor
+
+
+def reversed_layer(spec: ModelSpec, layer: int) -> RecordSpec:
+    """A layer's record as another version might lay it out: as large, in the other order."""
+    builder = RecordBuilder(RecordKey("layer", layer))
+    for tensor in reversed(LAYER(spec, layer).tensors):
+        builder.add(tensor.name, tensor.dtype, *tensor.sources, alternatives=tensor.alternatives)
+    return builder.build()
+
+
+@pytest.mark.parametrize("change", ["a record", "a transform"])
+def test_a_successor_that_lays_records_out_in_another_way_loads_them_anew(
+    world: World, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, kept = world.holdings.loaded, {name: os.dup(fd) for name, fd in world.kept.items()}
+    assert before is not None
+    if change == "a record":
+        other, mine = reversed_layer(before.spec, 0), LAYER(before.spec, 0)
+        assert other.nbytes == mine.nbytes  # so that nothing but the fingerprint tells
+        family = FAMILIES["mixtral"]._replace(layer=reversed_layer)
+        monkeypatch.setitem(FAMILIES, "mixtral", family)
+    else:
+        monkeypatch.setattr(fingerprint_module, "_TRANSFORMS", 2)
+    successor = started(world, kept, {})
+    assert successor.loaded is None
+    assert [memory.device.pages for memory in successor.memories.values()] == [0, 0, 0]
+    segment = successor.prepare(before.layout)
+    load = ModelLoad(before.load, successor.memories, segment, successor.granularity)
+    successor.commit(load.run())
+    assert successor.loaded is not None
+    assert successor.loaded.records == fingerprint(before.spec) != before.records
+    assert successor.check_integrity() == []
+    successor.close()
 
 
 @pytest.mark.parametrize("lost", ["catalog", "ledger.host:1", "bus", "doorbell.1"])

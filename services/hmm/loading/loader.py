@@ -16,6 +16,7 @@ from elasticmoe.common.capacity import LoadSizes, Sizes, size_load, sizes_of
 from elasticmoe.common.checkpoint import Checkpoint
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.families import load_spec
+from elasticmoe.common.families.fingerprint import fingerprint
 from elasticmoe.common.model_spec import RecordKey, RecordSpec
 from elasticmoe.common.protocol.errors import CheckpointError, Unavailable
 from elasticmoe.common.protocol.hmm import LoadModel
@@ -77,7 +78,17 @@ class ModelLoad:
         self._replicate(sizes.records)
         self._segment.format(sizes.bus)
         memory_id, bus_bytes = uuid.uuid4().hex, sizes.bus.nbytes
-        return Loaded(load, spec, sizes.kv, bus_bytes, load.layout, memory_id, sizes.footprint, sizes.kv_handles)
+        return Loaded(
+            load,
+            spec,
+            sizes.kv,
+            bus_bytes,
+            load.layout,
+            memory_id,
+            sizes.footprint,
+            sizes.kv_handles,
+            fingerprint(spec),
+        )
 
     def _create(self, sizes: LoadSizes, records: Sizes) -> None:
         for name, size in sizes.devices.items():

@@ -1,114 +1,208 @@
 """Reading tensors of a verified checkpoint to their places in memory, each byte once: straight, where the stored dtype
-is the served one, else through a small staging buffer."""
+is the served one, else through two small staging buffers, one of which is filled while the other is converted."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from typing import Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from elasticmoe.common.checkpoint import Checkpoint
+from elasticmoe.common.checkpoint import Checkpoint, Part, Piece
 from elasticmoe.common.devices.base import Device
 from elasticmoe.common.model_spec import DTYPE_BYTES, Dtype, RecordSpec
 from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.common.safetensors import DTYPE_BYTES as STORED_BYTES
 from elasticmoe.common.safetensors import TensorFile
 from elasticmoe.native import host
-from elasticmoe.services.hmm.loading.convert import SAME, convert
+from elasticmoe.services.hmm.loading.convert import SAME, convert, decode_scales, dequantize
 
 _CHUNK_BYTES: Final = 16 << 20  # read at once: also how long an abort may wait
-_STAGING_BYTES: Final = 8 << 20  # of source elements that wait for conversion
+_STAGING_BYTES: Final = 4 << 20  # of source elements that wait for conversion, in each of two buffers
 _DROP_BYTES: Final = 32 << 20  # read before the file's cached pages are dropped
 
+_ScalesOf = dict[Part, NDArray[np.float32]]  # by where they are stored
 
-class _Piece(NamedTuple):
+
+class _Target(NamedTuple):
     """A stored tensor, or a part of one, and the address of a device where it goes."""
 
-    file: TensorFile
-    begin: int
-    nbytes: int
-    stored: str
+    piece: Piece
     served: Dtype
     device: Device
     address: int
 
+    @property
+    def part(self) -> Part:
+        """What is read, without its scales."""
+        return self.piece.part
+
+    @property
+    def end(self) -> int:
+        """Where that ends in its file."""
+        return self.part.begin + self.part.nbytes
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether its bytes are those that are served."""
+        return (self.part.dtype, self.served) in SAME
+
+
+class _Span(NamedTuple):
+    """Bytes [begin, end) of a file: whole elements of `target`."""
+
+    target: _Target
+    begin: int
+    end: int
+
 
 class Reader:
-    """Reads records of `checkpoint`, in the thread that calls it. `progress` is called before and after each part that
-    was read, with its bytes (0 before); what it raises ends the reading."""
+    """Reads records of `checkpoint`. `progress` is called in the thread that calls `read`, before and after each part
+    that was read, with its bytes (0 before); what it raises ends the reading."""
 
     def __init__(self, checkpoint: Checkpoint, progress: Callable[[int], None], *, chunk_bytes: int = 0) -> None:
         self._checkpoint = checkpoint
         self._progress = progress
         self._chunk_bytes = chunk_bytes or _CHUNK_BYTES
         self._staging_bytes = min(self._chunk_bytes, _STAGING_BYTES)
-        self._pieces: list[_Piece] = []
+        self._targets: list[_Target] = []
 
     def add(self, record: RecordSpec, device: Device, address: int) -> None:
         """Let `record` be read to `address`, where `device` has mapped its handle."""
         for tensor in record.tensors:
             at = address + tensor.offset
-            for file, begin, nbytes, stored in self._checkpoint.pieces(tensor):
-                self._pieces.append(_Piece(file, begin, nbytes, stored, tensor.dtype, device, at))
-                at += nbytes // STORED_BYTES[stored] * DTYPE_BYTES[tensor.dtype]
+            for piece in self._checkpoint.pieces(tensor):
+                self._targets.append(_Target(piece, tensor.dtype, device, at))
+                at += piece.part.nbytes // STORED_BYTES[piece.part.dtype] * DTYPE_BYTES[tensor.dtype]
 
     @property
     def nbytes(self) -> int:
         """Stored bytes of all that was added."""
-        return sum(piece.nbytes for piece in self._pieces)
+        pieces = [target.piece for target in self._targets]
+        return sum(piece.part.nbytes + (piece.scales.part.nbytes if piece.scales else 0) for piece in pieces)
 
     def read(self) -> None:
-        """Read all that was added, in the files' order. Blocks. Raises CheckpointError, also where a file was changed
-        since it was verified."""
+        """Read all that was added, in the files' order. Blocks. Raises CheckpointError, also for a weight or a scale
+        that is not finite in FP8, and where a file was changed since it was verified."""
         files = list(self._checkpoint.files)
         order = {file: at for at, file in enumerate(files)}
-        self._pieces.sort(key=lambda piece: (order[piece.file], piece.begin))
-        self._read(files, self._pieces)
-        for file in files:
-            file.check_unchanged()
-
-    def _read(self, files: Iterable[TensorFile], pieces: Sequence[_Piece]) -> None:
+        self._targets.sort(key=lambda target: (order[target.part.file], target.part.begin))
         for file in files:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        staging = np.empty(self._staging_bytes, np.uint8)
-        dropped_to = dict.fromkeys(files, 0)
-        for piece in pieces:
-            try:
-                if (piece.stored, piece.served) in SAME:
-                    self._read_straight(piece)
-                else:
-                    self._read_converted(piece, staging)
-            except OSError as error:
-                raise CheckpointError(f"{piece.file.name} cannot be read: {error.strerror}") from None
-            end = piece.begin + piece.nbytes
-            if end - dropped_to[piece.file] >= _DROP_BYTES:
-                # What was read is in the handles now: a second copy in the page cache would double the peak.
-                os.posix_fadvise(piece.file.fd, 0, end, os.POSIX_FADV_DONTNEED)
-                dropped_to[piece.file] = end
+        with ThreadPoolExecutor(1, "read-ahead") as ahead:
+            for file, targets in groupby(self._targets, key=lambda target: target.part.file):
+                self._read_file(file, list(targets), ahead)
         for file in files:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            file.check_unchanged()
 
-    def _read_straight(self, piece: _Piece) -> None:
-        for done in range(0, piece.nbytes, self._chunk_bytes):
-            self._progress(0)
-            nbytes = min(self._chunk_bytes, piece.nbytes - done)
-            piece.device.read_into(piece.address + done, piece.file.fd, piece.begin + done, nbytes)
-            self._count(piece.file, nbytes)
+    def _read_file(self, file: TensorFile, targets: Sequence[_Target], ahead: ThreadPoolExecutor) -> None:
+        scales = self._read_scales(targets)
+        dropped_to = 0
+        for is_straight, group in groupby(targets, key=lambda target: target.is_straight):
+            run = list(group)
+            for end in self._read_straight(run) if is_straight else self._read_converted(run, scales, ahead):
+                if end - dropped_to >= _DROP_BYTES:
+                    # What was read is in the handles now: a second copy in the page cache would double the peak.
+                    os.posix_fadvise(file.fd, 0, end, os.POSIX_FADV_DONTNEED)
+                    dropped_to = end
 
-    def _read_converted(self, piece: _Piece, staging: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-        size, served_size = STORED_BYTES[piece.stored], DTYPE_BYTES[piece.served]
-        for done in range(0, piece.nbytes, self._staging_bytes):
+    def _read_scales(self, targets: Iterable[_Target]) -> _ScalesOf:
+        """All scales of one file's weights, wherever they are stored: a few thousandths of the weights' bytes."""
+        found = [target.piece.scales for target in targets if target.piece.scales is not None]
+        values: _ScalesOf = {}
+        for scales in sorted(found, key=lambda scales: (scales.part.file.name, scales.part.begin)):
             self._progress(0)
-            nbytes = min(self._staging_bytes, piece.nbytes - done)
-            host.read_into(piece.file.fd, piece.begin + done, staging.ctypes.data, nbytes)
-            self._count(piece.file, nbytes)
-            count = nbytes // size
-            address = piece.address + done // size * served_size
-            with piece.device.fill(address, count * served_size) as target:
-                convert(staging.data[:nbytes], piece.stored, piece.served, target)
+            raw = np.empty(scales.part.nbytes, np.uint8)
+            _read_into(scales.part.file, scales.part.begin, raw)
+            self._count(scales.part.file, raw.nbytes)
+            values[scales.part] = decode_scales(raw.data, scales)
+        return values
+
+    def _read_straight(self, targets: Iterable[_Target]) -> Iterator[int]:
+        """Gives, from time to time, up to where the file was read."""
+        for target in targets:
+            file, begin, nbytes_all, _ = target.part
+            for done in range(0, nbytes_all, self._chunk_bytes):
+                self._progress(0)
+                nbytes = min(self._chunk_bytes, nbytes_all - done)
+                try:
+                    target.device.read_into(target.address + done, file.fd, begin + done, nbytes)
+                except OSError as error:
+                    raise _unreadable(file, error) from None
+                self._count(file, nbytes)
+            yield target.end
+
+    def _read_converted(
+        self, targets: Iterable[_Target], scales: _ScalesOf, ahead: ThreadPoolExecutor
+    ) -> Iterator[int]:
+        """Likewise. The next chunk is read `ahead` while one is converted."""
+        staging = np.empty((2, self._staging_bytes), np.uint8)
+        reading: list[tuple[list[_Span], NDArray[np.uint8], Future[None]]] = []
+        for number, chunk in enumerate(_chunks(targets, self._staging_bytes)):
+            self._progress(0)
+            raw = staging[number % 2, : chunk[-1].end - chunk[0].begin]
+            reading.append((chunk, raw, ahead.submit(_read_into, chunk[0].target.part.file, chunk[0].begin, raw)))
+            if len(reading) == 2:
+                yield self._convert(*reading.pop(0), scales)
+        for last in reading:
+            yield self._convert(*last, scales)
+
+    def _convert(self, chunk: Sequence[_Span], raw: NDArray[np.uint8], reading: Future[None], scales: _ScalesOf) -> int:
+        """Wait for a chunk and convert it. Gives where it ends in the file."""
+        reading.result()
+        begin, end = chunk[0].begin, chunk[-1].end
+        self._count(chunk[0].target.part.file, end - begin)
+        for span in chunk:
+            _convert(span, raw.data[span.begin - begin : span.end - begin], scales)
+        return end
 
     def _count(self, file: TensorFile, nbytes: int) -> None:
         file.bytes_read += nbytes
         self._progress(nbytes)
+
+
+def _chunks(targets: Iterable[_Target], nbytes_max: int) -> Iterator[list[_Span]]:
+    """Targets, in their order, cut and put together to spans that follow each other in the file, to be read at once."""
+    chunk: list[_Span] = []
+    room = nbytes_max
+    for target in targets:
+        size, at = STORED_BYTES[target.part.dtype], target.part.begin
+        while at < target.end:
+            if chunk and (chunk[-1].end != at or room < size):
+                yield chunk
+                chunk, room = [], nbytes_max
+            end = min(target.end, at + room // size * size)
+            chunk.append(_Span(target, at, end))
+            room -= end - at
+            at = end
+    if chunk:
+        yield chunk
+
+
+def _convert(span: _Span, raw: memoryview, scales: _ScalesOf) -> None:
+    piece, served, device, address = span.target
+    size = STORED_BYTES[piece.part.dtype]
+    first, count = (span.begin - piece.part.begin) // size, len(raw) // size
+    with device.fill(address + first * DTYPE_BYTES[served], count * DTYPE_BYTES[served]) as out:
+        if piece.scales is None:
+            convert(raw, piece.part.dtype, served, out)
+        elif not dequantize(raw, first, piece.scales, scales[piece.scales.part], served, out):
+            raise CheckpointError(
+                f"{piece.part.file.name}: tensor {piece.name!r:.200} has a weight that is not a number"
+            )
+
+
+def _read_into(file: TensorFile, begin: int, raw: NDArray[np.uint8]) -> None:
+    try:
+        host.read_into(file.fd, begin, raw.ctypes.data, raw.nbytes)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: TensorFile, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{file.name} cannot be read: {error.strerror}")

@@ -18,7 +18,7 @@ Phase = Literal[
     "vacating", "copying", "staged", "committed", "releasing", "released", "aborting", "aborted", "failed"
 ]  # scaler.TransitionStatus has them, and `flipped`, which only the bus knows
 
-VERSION = 4  # of the serialized form
+VERSION = 5  # of the serialized form
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
@@ -65,7 +65,7 @@ class DeviceEntry(msgspec.Struct, frozen=True):
 class Loaded(msgspec.Struct, frozen=True):
     """The model that is in memory, and the command that brought it there. `layout` is the one in force; `memory_id`
     names this memory's creation; `footprint`: bytes of weights and KV of one device at the load, and
-    `kv_handles` of it."""
+    `kv_handles` of it. `records`: fingerprint of the records as they were laid out and filled."""
 
     load: LoadModel
     spec: ModelSpec
@@ -75,6 +75,7 @@ class Loaded(msgspec.Struct, frozen=True):
     memory_id: str
     footprint: int
     kv_handles: int
+    records: str
 
 
 class Transition(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.devices.base import Device
 from elasticmoe.common.devices.factory import granularity_of, open_device
 from elasticmoe.common.devices.names import DeviceCount
+from elasticmoe.common.families.fingerprint import fingerprint
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.machine import available_bytes
@@ -84,6 +85,8 @@ class Holdings:
                 raise ValueError("there is none")
             catalog = decode(raw)
             self._check_config(catalog)
+            if catalog.loaded is not None and catalog.loaded.records != fingerprint(catalog.loaded.spec):
+                raise ValueError("another version laid its records out in another way")
             for entry in catalog.devices:
                 self._adopt_device(entry, kept)
             if catalog.loaded is not None:
