@@ -25,6 +25,7 @@ NAMES = (
     "tiny-mixtral",
     "tiny-qwen3-moe",
     "oracle",
+    "oracle-latent",
     "oracle-paced",
     "qwen3-moe-1b",
     "qwen3-moe-1b-fp8",

@@ -9,7 +9,6 @@ Shape suffixes: H hidden, I expert width, E experts, V vocabulary, Q query width
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import msgspec
@@ -85,34 +84,144 @@ class RecordSpec(msgspec.Struct, frozen=True):
         raise KeyError(name)
 
 
+class RopeScaling(msgspec.Struct, frozen=True):
+    """How the frequencies of a rotary embedding are stretched beyond the positions that a model was first trained on,
+    as in transformers' `modeling_rope_utils`.
+
+    `kind`: linear (all alike), yarn or llama3 (fast ones stay, slow ones are divided by `factor`, those between change
+    from one to the other). `original_positions`: what the model was first trained on; not of linear. yarn's
+    `beta_fast` and `beta_slow`, llama3's `high` and `low` frequency factors bound the change. `truncate`: yarn's bounds
+    are whole numbers.
+    """
+
+    kind: Literal["linear", "yarn", "llama3"]
+    factor: float
+    original_positions: int = 0
+    fast: float = 0.0
+    slow: float = 0.0
+    truncate: bool = True
+
+
 class RopeSpec(msgspec.Struct, frozen=True):
-    """Rotary embedding of the half-split ("neox") kind over the whole head."""
+    """Rotary embedding of `dims` elements of a head: its first, or those that a latent attention keeps for it.
+
+    `interleaved`: element 2 i rotates with 2 i + 1; otherwise i with i + dims / 2 ("neox"). `amplitude` multiplies
+    cosines and sines (yarn's attention factor).
+    """
 
     theta: float
+    dims: int
+    interleaved: bool = False
+    scaling: RopeScaling | None = None
+    amplitude: float = 1.0
 
 
-class AttentionSpec(msgspec.Struct, frozen=True):
-    """Grouped-query attention. `qk_norm`: RMS norm over each head before rotation (Qwen3)."""
+class KvShape(msgspec.Struct, frozen=True):
+    """What one token leaves in the KV cache of one layer: `planes` x `heads` x `width` elements. A plane of a block is
+    [heads, block_size, width], so that one head's tokens lie together."""
+
+    planes: int
+    heads: int
+    width: int
+
+    @property
+    def elements(self) -> int:
+        """Elements of one token and layer."""
+        return self.planes * self.heads * self.width
+
+
+class AttentionSpec(msgspec.Struct, frozen=True, tag="grouped"):
+    """Grouped-query attention. `scale`: factor of the scores.
+
+    `qk_norm`: what one RMS norm of queries and keys covers, before rotation: each head (Qwen3) or all heads of a token
+    together (OLMoE). `qkv_bias`, `out_bias`: which projections add one. `clip`: queries, keys and values are cut to
+    [-clip, clip] before rotation; 0: they are not.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    qk_norm: bool
     rope: RopeSpec
+    scale: float
+    qk_norm: Literal["none", "head", "token"] = "none"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    clip: float = 0.0
 
     @property
-    def scale(self) -> float:
-        """Factor of the scores."""
-        return 1.0 / math.sqrt(self.head_dim)
+    def kv(self) -> KvShape:
+        """Keys, then values."""
+        return KvShape(2, self.num_kv_heads, self.head_dim)
+
+    @property
+    def query_width(self) -> int:
+        """Elements of all queries of a token."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def out_width(self) -> int:
+        """Elements that the output projection takes."""
+        return self.query_width
+
+
+class LatentAttentionSpec(msgspec.Struct, frozen=True, tag="latent"):
+    """Multi-head latent attention (DeepSeek's MLA). `scale`: factor of the scores.
+
+    The cache holds one latent of `kv_rank` elements per token, normed, and beside it one key of `rope.dims` elements,
+    rotated, that all heads share. A head's query has `nope_dim` elements that meet the latent (through its part of
+    kv_b) and then `rope.dims` that meet the shared key; its value has `v_dim`. `q_rank`: the rank of the queries'
+    projection, 0: queries come from one matrix. `bias`: q_a, kv_a and the output projection add one.
+    """
+
+    num_heads: int
+    q_rank: int
+    kv_rank: int
+    nope_dim: int
+    v_dim: int
+    rope: RopeSpec
+    scale: float
+    norm_eps: float = 1e-6
+    bias: bool = False
+
+    @property
+    def kv(self) -> KvShape:
+        """The latent, then the shared key, in one plane."""
+        return KvShape(1, 1, self.kv_rank + self.rope.dims)
+
+    @property
+    def query_width(self) -> int:
+        """Elements of all queries of a token."""
+        return self.num_heads * (self.nope_dim + self.rope.dims)
+
+    @property
+    def out_width(self) -> int:
+        """Elements that the output projection takes."""
+        return self.num_heads * self.v_dim
 
 
 class MoeSpec(msgspec.Struct, frozen=True):
-    """Softmax top-k routing. `norm_topk`: the k weights are divided by their sum."""
+    """Routed experts, and those that every token takes.
+
+    `scoring`: the experts' scores are a softmax over all, or each a sigmoid. `has_bias`: a bias is added to the scores
+    for the choice, and only for it. `num_groups`: experts are in so many equal groups, of which the `top_groups` best
+    are left to choose from; a group is as good as its best expert (softmax), or its two best together (sigmoid).
+    `norm_topk`: the k weights are divided by their sum. `scaling`: factor of the weights, after that.
+
+    `shared_width`: width of the shared experts, taken together as one feed-forward that each token's owner computes;
+    0: there are none. `shared_gate`: their output is multiplied by the sigmoid of a number that the token decides.
+    """
 
     num_experts: int
     top_k: int
     expert_width: int
     norm_topk: bool
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    has_bias: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    scaling: float = 1.0
+    shared_width: int = 0
+    shared_gate: bool = False
 
 
 class WeightBlock(msgspec.Struct, frozen=True, array_like=True):
@@ -132,6 +241,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     `max_positions`: the longest sequence that may be served. It is within the `sliding_window` (0: none), so that
     attention, which knows no windows, sees what the model would see. `tie_embeddings`: the head is the embedding.
     `weight_block`: of the weights that are stored in FP8; None: there are none.
+    `embedding_factor`, `residual_factor` and `logits_factor` (Granite) multiply the embeddings, what each attention and
+    each feed-forward adds to the residual, and the logits.
     `constants`: names and numbers of the family's own, which only its own code reads.
     """
 
@@ -144,13 +255,16 @@ class ModelSpec(msgspec.Struct, frozen=True):
     max_positions: int
     norm_eps: float
     tie_embeddings: bool
-    attention: AttentionSpec
+    attention: AttentionSpec | LatentAttentionSpec
     moe: MoeSpec
     dense_width: int = 0
     dense_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     sliding_window: int = 0
     weight_block: WeightBlock | None = None
+    embedding_factor: float = 1.0
+    residual_factor: float = 1.0
+    logits_factor: float = 1.0
     constants: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -159,14 +273,9 @@ class ModelSpec(msgspec.Struct, frozen=True):
         dense = set(self.dense_layers)
         return tuple(0 if layer in dense else self.moe.num_experts for layer in range(self.num_layers))
 
-    @property
-    def kv_width(self) -> int:
-        """Elements of one key (or value) of one token and layer."""
-        return self.attention.num_kv_heads * self.attention.head_dim
-
     def kv_block_bytes(self, block_size: int) -> int:
-        """Bytes of one KV block: [layers, 2, kv heads, block_size, head_dim] in the model's dtype, contiguous."""
-        return self.num_layers * 2 * self.kv_width * block_size * DTYPE_BYTES[self.dtype]
+        """Bytes of one KV block: [layers, planes, heads, block_size, width] in the model's dtype, contiguous."""
+        return self.num_layers * self.attention.kv.elements * block_size * DTYPE_BYTES[self.dtype]
 
 
 class RecordBuilder:

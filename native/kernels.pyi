@@ -8,13 +8,16 @@ call; outputs may not overlap inputs unless said otherwise. Sizes are in element
 it, nor on how a prompt was cut into chunks. It does depend on the instruction set.
 
 Shape suffixes: N rows of a step, H hidden, Q query heads, G kv heads, D head_dim, E experts, K experts per token, R rows for
-experts, I expert width, V vocabulary.
+experts, I expert width, V vocabulary; P planes and W width of the KV cache (W is D, or a latent's rank and the shared key's
+elements together).
 """
 
 from typing import Final
 
 FLOAT32: Final[int]
 BFLOAT16: Final[int]
+SOFTMAX: Final[int]
+SIGMOID: Final[int]
 
 def instruction_sets() -> list[str]:
     """Names of the kernel sets that this machine can run, the best first. The best is used unless another is chosen."""
@@ -25,7 +28,8 @@ def use_instruction_set(name: str) -> None:
     ``ValueError`` for any other name."""
 
 class KvView:
-    """The mapped blocks of a KV cache: block b at ``base_addr + b × block_stride`` bytes is [layers, 2 (k, v), G, block_size, D].
+    """The mapped blocks of a KV cache: block b at ``base_addr + b × block_stride`` bytes is [layers, P, G, block_size, W].
+    P is 2 (keys, values) for grouped-query attention, 1 for latent attention.
 
     Only describes memory; the caller keeps it mapped while it is used."""
 
@@ -35,9 +39,10 @@ class KvView:
         num_blocks: int,
         block_stride: int,
         num_layers: int,
+        num_planes: int,
         num_heads: int,
         block_size: int,
-        head_dim: int,
+        width: int,
         dtype: int,
     ) -> None: ...
 
@@ -60,9 +65,19 @@ class Parts:
     ) -> None: ...
 
 def linear(
-    x_addr: int, num_rows: int, w_addr: int, dtype: int, num_cols: int, depth: int, out_addr: int, accumulate: bool
+    x_addr: int,
+    num_rows: int,
+    w_addr: int,
+    dtype: int,
+    num_cols: int,
+    depth: int,
+    out_addr: int,
+    accumulate: bool,
+    bias_addr: int,
 ) -> None:
-    """``out[n, c] = x[n] · w[c]``, added to ``out`` if ``accumulate``. x [N, depth], w [num_cols, depth] in ``dtype``, out [N, num_cols]."""
+    """``out[n, c] = x[n] · w[c] + bias[c]``, added to ``out`` if ``accumulate``.
+
+    x [N, depth], w [num_cols, depth] in ``dtype``, out [N, num_cols], bias float32 [num_cols] (address 0: none)."""
 
 def rms_norm(
     x_addr: int,
@@ -79,11 +94,13 @@ def rms_norm(
     ``delta_addr`` 0: nothing is added; else x keeps the sum. ``rows_addr`` not 0: int32 [num_rows] indices of the rows to take
     (in range: not checked); out has ``num_rows`` rows and x stays."""
 
-def embed(ids_addr: int, num_rows: int, table_addr: int, dtype: int, vocab: int, hidden: int, out_addr: int) -> None:
-    """``out[n] = table[ids[n]]``. ids int32 [N]; ``ValueError`` for one that is not below ``vocab``."""
+def embed(
+    ids_addr: int, num_rows: int, table_addr: int, dtype: int, vocab: int, hidden: int, factor: float, out_addr: int
+) -> None:
+    """``out[n] = table[ids[n]] × factor``. ids int32 [N]; ``ValueError`` for one that is not below ``vocab``."""
 
-def rope_table(parts: Parts, inv_freq_addr: int, out_addr: int) -> None:
-    """Cosines and sines of each row's position × inv_freq: out [N, 2, D/2]. inv_freq float32 [D/2]."""
+def rope_table(parts: Parts, inv_freq_addr: int, dims: int, amplitude: float, out_addr: int) -> None:
+    """Cosines and sines of each row's position × inv_freq, times ``amplitude``: out [N, 2, dims/2]. inv_freq float32 [dims/2]."""
 
 def store_kv(
     parts: Parts,
@@ -91,30 +108,81 @@ def store_kv(
     qkv_addr: int,
     q_heads: int,
     rope_addr: int,
+    rope_dims: int,
+    interleaved: bool,
     q_norm_addr: int,
     k_norm_addr: int,
+    norms_token: bool,
     eps: float,
+    clip: float,
 ) -> None:
-    """Norm (weights [D]; address 0: none) and rotate q and k of qkv [N, (Q + 2 G) × D] in place; write k and v to the cache."""
+    """In place, of qkv [N, (Q + 2 G) × D]: norm q and k, cut q, k and v to ``clip`` (0: not), rotate q and k; then write k and v to
+    the cache, which has two planes.
+
+    Norm weights [D], or [Q × D] and [G × D] of one norm over all heads of a token if ``norms_token``; address 0: none. The first
+    ``rope_dims`` elements of each head rotate by rope [N, 2, rope_dims/2]: element 2 i with 2 i + 1 if ``interleaved``, else i
+    with i + rope_dims/2."""
 
 def attention(parts: Parts, layer: int, qkv_addr: int, q_heads: int, scale: float, out_addr: int) -> None:
     """Causal attention of the q of qkv [N, (Q + 2 G) × D] to positions 0 .. own of the cache. out [N, Q × D]."""
+
+def store_latent(
+    parts: Parts,
+    layer: int,
+    q_addr: int,
+    q_heads: int,
+    nope_dim: int,
+    kv_addr: int,
+    rope_addr: int,
+    rope_dims: int,
+    interleaved: bool,
+    norm_addr: int,
+    eps: float,
+) -> None:
+    """In place: rotate the last ``rope_dims`` elements of each query of q [N, Q, nope_dim + rope_dims]; of kv [N, W] norm the latent,
+    its first W - rope_dims elements (weights float32, as many), and rotate the rest. Then write kv to the cache, which has one
+    plane with one head."""
+
+def latent_attention(
+    parts: Parts,
+    layer: int,
+    q_addr: int,
+    q_heads: int,
+    nope_dim: int,
+    v_dim: int,
+    rope_dims: int,
+    kv_b_addr: int,
+    dtype: int,
+    scale: float,
+    out_addr: int,
+) -> None:
+    """Causal attention of q [N, Q, nope_dim + rope_dims] to the latents and shared keys of positions 0 .. own. out [N, Q × v_dim].
+
+    kv_b [Q, nope_dim + v_dim, W - rope_dims], in the cache's dtype, is absorbed: a head's first rows bring its query to the latents,
+    its last ones what it takes from them to a value."""
 
 def route(
     x_addr: int,
     num_rows: int,
     hidden: int,
     gate_addr: int,
+    bias_addr: int,
     num_experts: int,
     top_k: int,
+    scoring: int,
+    num_groups: int,
+    top_groups: int,
     renormalize: bool,
+    scaling: float,
     ids_addr: int,
     weights_addr: int,
 ) -> None:
-    """Softmax over ``x · gate`` and the K greatest, best first; of equals the lower expert first.
+    """The K experts with the greatest scores of ``x · gate``, best first; of equals the lower expert first.
 
-    gate float32 [E, H], ids int32 [N, K], weights float32 [N, K], divided by their sum if ``renormalize``. A row with NaN gets
-    distinct experts all the same."""
+    ``scoring``: ``SOFTMAX`` over all experts, or ``SIGMOID`` of each. gate float32 [E, H]; bias float32 [E] is added for the choice
+    alone (address 0: none). Of ``num_groups`` groups the ``top_groups`` with the greatest expert (softmax) or sum of two experts
+    (sigmoid) are chosen from; of equals the lower one. ids int32 [N, K], weights float32 [N, K]: scores, divided by their sum if
+    ``renormalize``, times ``scaling``. A row with NaN gets distinct experts all the same."""
 
 def experts(
     rows_addr: int,
@@ -135,8 +203,21 @@ def experts(
     rows [R, H] sorted by expert, counts int32 [E] rows of each (sum R). Expert e's w13 [2 I, H] lies at ``w13_addr + e × w13_stride``
     bytes, w2 [H, I] likewise; those of experts without rows are not touched. out [R, H]; may be ``rows`` itself."""
 
+def shared_experts(
+    x_addr: int,
+    num_rows: int,
+    w13_addr: int,
+    w2_addr: int,
+    dtype: int,
+    hidden: int,
+    width: int,
+    gate_addr: int,
+    out_addr: int,
+) -> None:
+    """``out[n] += w2 · (silu(gate) × up)``, as of ``experts``, times ``sigmoid(x[n] · gate)`` (float32 [H]; address 0: times 1)."""
+
 def oracle_mix(parts: Parts, layer: int, kv_addr: int, modulus: int, base: int, out_addr: int) -> None:
-    """The oracle model's attention: write kv [N, 2, D] to the cache, then, from what the cache holds,
+    """The oracle model's attention: write kv [N, P, W] to the cache; then, from what the cache holds,
     ``out[n] = sum of kv[j] × base^(position of n - j)`` over positions j up to the own one, modulo ``modulus`` (< 2**16).
 
     All numbers are whole, ≥ 0 and < modulus, in float32. The cache is float32 with one head."""

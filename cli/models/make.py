@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from elasticmoe.cli.models import byte_tokenizer
 from elasticmoe.cli.models.checkpoint import Progress, num_shards_for, parse_dtype, staged_directory
 from elasticmoe.cli.models.fp8 import quantize_files
-from elasticmoe.cli.models.oracle import PACED_CONFIG, make_oracle
+from elasticmoe.cli.models.oracle import LATENT_CONFIG, PACED_CONFIG, make_oracle
 from elasticmoe.cli.models.random_weights import random_checkpoint, random_plans
 
 _BYTE_LEVEL: dict[str, Any] = {
@@ -159,6 +159,9 @@ _MODELS: Mapping[str, _Model] = {
     "tiny-mixtral": _Model("random Mixtral: 3 layers, 7 experts top-2", "float32", _random(TINY_MIXTRAL)),
     "tiny-qwen3-moe": _Model("random Qwen3-MoE: 3 layers, 11 experts top-3", "float32", _random(TINY_QWEN3_MOE)),
     "oracle": _Model("integer model whose every token plain arithmetic predicts, for tests", "float32", make_oracle),
+    "oracle-latent": _Model(
+        "the oracle with a KV cache as of latent attention", "float32", partial(make_oracle, config=LATENT_CONFIG)
+    ),
     "oracle-paced": _Model(
         "the oracle with a stand-in for accelerator time, for benchmarks of scaling",
         "float32",

@@ -12,7 +12,7 @@ int64 and values are exact in float32). H = hidden_size, V = vocab_size, layers 
     model.layers.N.experts.E.add       [H]      expert E's summand
     model.head.salt                    [H]      mixed into the choice of the next token
 
-A KV cache entry has 2 x num_key_value_heads x head_dim floats per token and layer.
+A KV cache entry has 2 x head_dim floats per token and layer: in two planes, or in one (LATENT_CONFIG).
 """
 
 from collections.abc import Iterator, Mapping
@@ -56,6 +56,8 @@ ORACLE_CONFIG: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 
+# The same in a cache that is shaped as latent attention's: one plane, and a width that is no power of two.
+LATENT_CONFIG: dict[str, Any] = ORACLE_CONFIG | {"head_dim": 18, "oracle_kv_planes": 1}
 
 # A device that decodes 16 sequences in about 30 ms and computes some 4,000 prompt tokens a second alone; of a wider
 # deployment each rank computes its share of all experts' rows.
@@ -76,8 +78,8 @@ def make_oracle(
     progress: Progress | None = None,
     config: Mapping[str, Any] = ORACLE_CONFIG,
 ) -> Path:
-    """Write the oracle checkpoint (one file, about 45 kB) with its byte-level tokenizer. Atomic. `config`: the oracle's
-    with a pace or without one; the tensors are the same.
+    """Write the oracle checkpoint (one file, about 45 kB) with its byte-level tokenizer. Atomic. `config`: the
+    oracle's, with another cache or a pace; the tensors are the same.
 
     Raises ValueError if `dtype` is not float32, which its whole numbers need, if `seed` is negative, or if `directory`
     is not empty.

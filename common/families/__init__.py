@@ -28,7 +28,17 @@ from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.common.protocol.limits import CONFIG_JSON_BYTES_MAX, VOCAB_MAX
 from elasticmoe.common.weights import Weights, are_equal
 
-__all__ = ["FAMILIES", "Family", "load_spec", "parse_spec", "read_config", "record", "records", "unread_names"]
+__all__ = [
+    "FAMILIES",
+    "ORACLE",
+    "Family",
+    "load_spec",
+    "parse_spec",
+    "read_config",
+    "record",
+    "records",
+    "unread_names",
+]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (MIXTRAL, QWEN3_MOE, ORACLE)}
 _BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES.values()}

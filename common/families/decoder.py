@@ -1,23 +1,23 @@
-"""The decoder that several families are: RMS norms, grouped-query attention with rotary embedding, routed experts.
+"""What config.json says of the decoder that all families are: RMS norms, attention with rotary embedding, experts.
 
-A family's own file says what its keys mean and how its tensors are called; what they have in common is here.
+A family's own file says what its keys mean and which parts it takes; what they have in common is here. How their
+tensors are called is in records.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from elasticmoe.common.families.config import Config, Key
-from elasticmoe.common.families.rope import rope_of
-from elasticmoe.common.model_spec import AttentionSpec, ModelSpec, MoeSpec, RecordBuilder, RecordKey, RecordSpec, Source
+from elasticmoe.common.families.rope import RopeForm, rope_of, score_factor_of
+from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec
 from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.common.protocol.limits import HIDDEN_MAX, LAYERS_MAX, PROMPT_TOKENS_MAX, VOCAB_MAX
 
-EMBEDDING: Final = "model.embed_tokens.weight"
-HEAD: Final = "lm_head.weight"
 ACTIVATIONS: Final = ("silu", "swish")  # two names of one function in transformers' ACT2FN
 _HEADS_MAX: Final = 1_024
+_HEAD_DIM_MAX: Final = 1_024
+_RANK_MAX: Final = 16_384
 _INT_MAX: Final = (1 << 63) - 1
 
 _TRAINING: Final = "for training only"
@@ -35,38 +35,76 @@ NEUTRAL_KEYS: Final[dict[str, Key]] = {
 
 
 def parse_decoder(
-    config: Config, *, qk_norm: bool, moe: MoeSpec, window: int | None, head_dim: int | None, default_theta: float
+    config: Config,
+    *,
+    attention: AttentionSpec | LatentAttentionSpec,
+    moe: MoeSpec,
+    window: int | None = None,
+    dense_layers: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """The fields of ModelSpec that all decoders take from the same keys. `window`: tokens that attention sees, None:
-    all; `head_dim`: None where it follows from the hidden size. Raises CheckpointError."""
+    all. Raises CheckpointError."""
     config.must_be("hidden_act", *ACTIVATIONS)
-    hidden = config.integer("hidden_size", 1, HIDDEN_MAX)
-    heads = config.integer("num_attention_heads", 1, _HEADS_MAX)
-    kv_heads = config.integer("num_key_value_heads", 1, _HEADS_MAX)
-    layers = config.integer("num_hidden_layers", 1, LAYERS_MAX)
+    layers = num_layers_of(config)
     _check_layer_types(config, layers, window)
-    if heads % kv_heads:
-        raise CheckpointError(f"config.json: {heads} heads are no multiple of {kv_heads} kv heads")
-    if moe.top_k > moe.num_experts:
-        raise CheckpointError(f"config.json: top-k {moe.top_k} exceeds the {moe.num_experts} experts")
+    check_moe(moe)
     positions = min(config.integer("max_position_embeddings", 2, _INT_MAX), PROMPT_TOKENS_MAX)
     return {
         "num_layers": layers,
-        "hidden": hidden,
+        "hidden": config.integer("hidden_size", 1, HIDDEN_MAX),
         "vocab": config.integer("vocab_size", 1, VOCAB_MAX),
         "max_positions": min(positions, window or positions),
         "sliding_window": window or 0,
         "norm_eps": config.number("rms_norm_eps", 0.0, 1.0),
         "tie_embeddings": config.flag("tie_word_embeddings"),
-        "attention": AttentionSpec(
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=_checked_head_dim(hidden // heads if head_dim is None else head_dim),
-            qk_norm=qk_norm,
-            rope=rope_of(config.fields, default_theta),
-        ),
+        "attention": attention,
         "moe": moe,
+        "dense_layers": dense_layers,
+        "dense_width": config.integer("intermediate_size", 1, HIDDEN_MAX) if dense_layers else 0,
     }
+
+
+def num_layers_of(config: Config) -> int:
+    """`num_hidden_layers`."""
+    return config.integer("num_hidden_layers", 1, LAYERS_MAX)
+
+
+def grouped_query(config: Config, rope: RopeForm, *, head_dim: int | None = None, **parts: Any) -> AttentionSpec:
+    """Grouped-query attention by the usual keys; `head_dim`: None where it follows from the hidden size; `rope.dims` is
+    put in. `parts`: the other fields of AttentionSpec that are not the usual. Raises CheckpointError."""
+    hidden = config.integer("hidden_size", 1, HIDDEN_MAX)
+    heads = config.integer("num_attention_heads", 1, _HEADS_MAX)
+    # null: as many as there are heads, where a family's class allows null
+    kv_heads = heads if config.value("num_key_value_heads") is None else config.integer("num_key_value_heads", 1, heads)
+    if heads % kv_heads:
+        raise CheckpointError(f"config.json: {heads} heads are no multiple of {kv_heads} kv heads")
+    dim = _checked_head_dim(hidden // heads if head_dim is None else head_dim)
+    positions = config.integer("max_position_embeddings", 2, _INT_MAX)
+    return AttentionSpec(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        rope=rope_of(config.fields, rope._replace(dims=dim), positions),
+        **{"scale": dim**-0.5, **parts},
+    )
+
+
+def latent(config: Config, rope: RopeForm) -> LatentAttentionSpec:
+    """Latent attention by the keys of DeepSeek's configs; `rope.dims` is put in. Raises CheckpointError."""
+    nope, turned = (config.integer(f"qk_{name}_head_dim", 1, _HEAD_DIM_MAX) for name in ("nope", "rope"))
+    form = rope._replace(dims=turned)
+    q_rank = config.value("q_lora_rank")
+    positions = config.integer("max_position_embeddings", 2, _INT_MAX)
+    return LatentAttentionSpec(
+        num_heads=config.integer("num_attention_heads", 1, _HEADS_MAX),
+        q_rank=0 if q_rank is None else config.integer("q_lora_rank", 1, _RANK_MAX),
+        kv_rank=config.integer("kv_lora_rank", 1, _RANK_MAX),
+        nope_dim=nope,
+        v_dim=config.integer("v_head_dim", 1, _HEAD_DIM_MAX),
+        rope=rope_of(config.fields, form, positions),
+        scale=(nope + turned) ** -0.5 * score_factor_of(config.fields, form),
+        bias=config.flag("attention_bias"),
+    )
 
 
 def window_of(config: Config) -> int | None:
@@ -77,9 +115,39 @@ def window_of(config: Config) -> int | None:
     return config.integer("sliding_window", 2, _INT_MAX)
 
 
+def sparse_steps(config: Config) -> tuple[int, ...]:
+    """Layers with an ordinary feed-forward by Qwen's keys: those that are named, and all but every
+    `decoder_sparse_step`-th. Raises CheckpointError."""
+    only, step = set(config.value("mlp_only_layers") or ()), config.value("decoder_sparse_step")
+    if step == 0:
+        raise CheckpointError("config.json: decoder_sparse_step must not be 0")
+    return tuple(layer for layer in range(num_layers_of(config)) if layer in only or (layer + 1) % step)
+
+
+def check_moe(moe: MoeSpec) -> None:
+    """Raise CheckpointError for a router that cannot choose."""
+    experts, groups, chosen = moe.num_experts, moe.num_groups, moe.top_groups
+    if moe.top_k > experts:
+        raise CheckpointError(f"config.json: top-k {moe.top_k} exceeds the {experts} experts")
+    if groups == 1:
+        return
+    if experts % groups:
+        raise CheckpointError(f"config.json: {experts} experts are no multiple of {groups} groups")
+    if chosen > groups:
+        raise CheckpointError(f"config.json: topk_group {chosen} exceeds the {groups} groups")
+    if moe.scoring == "sigmoid" and experts // groups < 2:
+        raise CheckpointError(
+            f"config.json: groups are chosen by their two best experts; {groups} groups have one each"
+        )
+    if moe.top_k > chosen * (experts // groups):
+        raise CheckpointError(
+            f"config.json: top-k {moe.top_k} exceeds the {chosen * (experts // groups)} experts of {chosen} groups"
+        )
+
+
 def _checked_head_dim(head_dim: int) -> int:
-    if not 2 <= head_dim <= 1_024:
-        raise CheckpointError(f"config.json: head_dim must be an integer in [2, 1024], is {head_dim}")
+    if not 2 <= head_dim <= _HEAD_DIM_MAX:
+        raise CheckpointError(f"config.json: head_dim must be an integer in [2, {_HEAD_DIM_MAX}], is {head_dim}")
     if head_dim % 2:
         raise CheckpointError(f"config.json: head_dim must be even for rotary embeddings, is {head_dim}")
     return head_dim
@@ -98,81 +166,3 @@ def _check_layer_types(config: Config, layers: int, window: int | None) -> None:
         raise CheckpointError(
             f"config.json: layer type {other!r:.40} is not supported; supported: {', '.join(allowed)}"
         )
-
-
-# ---- Records --------------------------------------------------------------------------------------------------------
-
-
-class Names(NamedTuple):
-    """Where a family's checkpoints differ: the router's name, the experts' and those of an expert's three matrices."""
-
-    gate: str
-    experts: str
-    w1: str
-    w3: str
-    w2: str
-
-
-def decoder_base(spec: ModelSpec) -> RecordSpec:
-    """Embedding, final norm and, where it is not the embedding, the head. Of a tied pair either may be stored."""
-    shape = (spec.vocab, spec.hidden)
-    builder = RecordBuilder(RecordKey("base"))
-    tied = ((Source(HEAD, shape),),) if spec.tie_embeddings else ()
-    builder.add("embed", spec.dtype, Source(EMBEDDING, shape), alternatives=tied)
-    builder.add("final_norm", "float32", Source("model.norm.weight", (spec.hidden,)))
-    if not spec.tie_embeddings:
-        builder.add("head", spec.dtype, Source(HEAD, shape))
-    return builder.build()
-
-
-def decoder_layer(names: Names) -> Callable[[ModelSpec, int], RecordSpec]:
-    """The builder of a layer's record. Norms and the router's gate are kept in float32: they are small, and the
-    router's choice is sensitive."""
-
-    def build(spec: ModelSpec, layer: int) -> RecordSpec:
-        at = f"model.layers.{layer}."
-        hidden, attention = spec.hidden, spec.attention
-        query, kv = attention.num_heads * attention.head_dim, spec.kv_width
-        builder = RecordBuilder(RecordKey("layer", layer))
-        builder.add("input_norm", "float32", Source(at + "input_layernorm.weight", (hidden,)))
-        builder.add(
-            "qkv",
-            spec.dtype,
-            Source(at + "self_attn.q_proj.weight", (query, hidden)),
-            Source(at + "self_attn.k_proj.weight", (kv, hidden)),
-            Source(at + "self_attn.v_proj.weight", (kv, hidden)),
-        )
-        if attention.qk_norm:
-            builder.add("q_norm", "float32", Source(at + "self_attn.q_norm.weight", (attention.head_dim,)))
-            builder.add("k_norm", "float32", Source(at + "self_attn.k_norm.weight", (attention.head_dim,)))
-        builder.add("out", spec.dtype, Source(at + "self_attn.o_proj.weight", (hidden, query)))
-        builder.add("post_norm", "float32", Source(at + "post_attention_layernorm.weight", (hidden,)))
-        if layer in spec.dense_layers:
-            width = spec.dense_width
-            gate, up = (Source(f"{at}mlp.{name}_proj.weight", (width, hidden)) for name in ("gate", "up"))
-            builder.add("w13", spec.dtype, gate, up)
-            builder.add("w2", spec.dtype, Source(at + "mlp.down_proj.weight", (hidden, width)))
-        else:
-            builder.add("gate", "float32", Source(at + names.gate, (spec.moe.num_experts, hidden)))
-        return builder.build()
-
-    return build
-
-
-def decoder_expert(names: Names) -> Callable[[ModelSpec, int, int], RecordSpec]:
-    """The builder of an expert's record. Its matrices are stored each for itself, or all experts' of a layer in one
-    tensor, gate over up, as transformers 5 holds them and writes them with `save_original_format=False`."""
-
-    def build(spec: ModelSpec, layer: int, expert: int) -> RecordSpec:
-        at = f"model.layers.{layer}.{names.experts}."
-        hidden, width, experts = spec.hidden, spec.moe.expert_width, spec.moe.num_experts
-        gate, up = (Source(f"{at}{expert}.{name}", (width, hidden)) for name in (names.w1, names.w3))
-        down = Source(f"{at}{expert}.{names.w2}", (hidden, width))
-        gate_up = Source(at + "gate_up_proj", (2 * width, hidden), expert, experts)
-        all_down = Source(at + "down_proj", (hidden, width), expert, experts)
-        builder = RecordBuilder(RecordKey("expert", layer, expert))
-        builder.add("w13", spec.dtype, gate, up, alternatives=((gate_up,),))
-        builder.add("w2", spec.dtype, down, alternatives=((all_down,),))
-        return builder.build()
-
-    return build

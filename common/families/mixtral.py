@@ -7,18 +7,10 @@ import re
 from typing import Any, Final
 
 from elasticmoe.common.families.config import Config, Key
-from elasticmoe.common.families.decoder import (
-    EMBEDDING,
-    HEAD,
-    NEUTRAL_KEYS,
-    Names,
-    decoder_base,
-    decoder_expert,
-    decoder_layer,
-    parse_decoder,
-    window_of,
-)
+from elasticmoe.common.families.decoder import NEUTRAL_KEYS, grouped_query, parse_decoder, window_of
 from elasticmoe.common.families.family import Family
+from elasticmoe.common.families.records import EMBEDDING, HEAD, Names, decoder_base, decoder_expert, decoder_layer
+from elasticmoe.common.families.rope import RopeForm
 from elasticmoe.common.model_spec import MoeSpec
 from elasticmoe.common.protocol.limits import EXPERTS_MAX, HIDDEN_MAX, TOP_K_EXPERTS_MAX
 
@@ -43,7 +35,15 @@ _KEYS: Final[dict[str, Key]] = {
     "eos_token_id": Key(int | list[int] | None, 2),
     "router_jitter_noise": Key(float, 0.0, "for training only"),
 }
-_NAMES: Final = Names("block_sparse_moe.gate.weight", "block_sparse_moe.experts", "w1.weight", "w3.weight", "w2.weight")
+_NAMES: Final = Names(
+    gate="block_sparse_moe.gate.weight",
+    experts="block_sparse_moe.experts",
+    w1="w1.weight",
+    w3="w3.weight",
+    w2="w2.weight",
+    all_w13="block_sparse_moe.experts.gate_up_proj",
+    all_w2="block_sparse_moe.experts.down_proj",
+)
 
 
 def _parse(config: Config) -> dict[str, Any]:
@@ -54,9 +54,8 @@ def _parse(config: Config) -> dict[str, Any]:
         norm_topk=True,
     )
     head_dim = config.value("head_dim") or None  # 0, too, means that it follows from the hidden size
-    return parse_decoder(
-        config, qk_norm=False, moe=moe, window=window_of(config), head_dim=head_dim, default_theta=1_000_000.0
-    )
+    attention = grouped_query(config, RopeForm(theta=1_000_000.0, dims=0), head_dim=head_dim)
+    return parse_decoder(config, attention=attention, moe=moe, window=window_of(config))
 
 
 MIXTRAL: Final = Family(

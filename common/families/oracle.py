@@ -9,6 +9,7 @@ from elasticmoe.common.families.config import Config, Key
 from elasticmoe.common.families.family import Family
 from elasticmoe.common.model_spec import (
     AttentionSpec,
+    LatentAttentionSpec,
     ModelSpec,
     MoeSpec,
     RecordBuilder,
@@ -29,6 +30,7 @@ _KEYS: Final[dict[str, Key]] = {
     "max_position_embeddings": Key(int, 4_096),
     "head_dim": Key(int),
     "oracle_modulus": Key(int),
+    "oracle_kv_planes": Key(int, 2),
     "oracle_step_us": Key(int, 0),
     "oracle_token_us": Key(int, 0),
     "oracle_sequence_us": Key(int, 0),
@@ -54,6 +56,7 @@ _PACE_MAX: Final[dict[str, int]] = {
 
 def _parse(config: Config) -> dict[str, Any]:
     hidden = config.integer("hidden_size", 1, 4_096)
+    dim = config.integer("head_dim", 1, 1_024)
     experts = config.integer("num_local_experts", 1, EXPERTS_MAX)
     moe = MoeSpec(
         num_experts=experts,
@@ -68,13 +71,22 @@ def _parse(config: Config) -> dict[str, Any]:
         "max_positions": config.integer("max_position_embeddings", 2, PROMPT_TOKENS_MAX),
         "norm_eps": 0.0,
         "tie_embeddings": True,
-        "attention": AttentionSpec(1, 1, config.integer("head_dim", 1, 1_024), False, RopeSpec(10_000.0)),
+        "attention": _attention(dim, config.integer("oracle_kv_planes", 1, 2)),
         "moe": moe,
         "constants": (
             ("modulus", config.integer("oracle_modulus", 257, 65_521)),
             *((name, config.integer(f"oracle_{name}", 0, most)) for name, most in _PACE_MAX.items()),
         ),
     }
+
+
+def _attention(dim: int, planes: int) -> AttentionSpec | LatentAttentionSpec:
+    """What the cache looks like is all that counts: 2 x `dim` numbers, as keys and values or side by side as a latent
+    and a shared key."""
+    rope = RopeSpec(10_000.0, dim)
+    if planes == 2:
+        return AttentionSpec(1, 1, dim, rope, scale=1.0)
+    return LatentAttentionSpec(1, q_rank=0, kv_rank=dim, nope_dim=dim, v_dim=dim, rope=rope, scale=1.0)
 
 
 def _base(spec: ModelSpec) -> RecordSpec:

@@ -7,20 +7,11 @@ import re
 from typing import Any, Final
 
 from elasticmoe.common.families.config import Config, Key
-from elasticmoe.common.families.decoder import (
-    EMBEDDING,
-    HEAD,
-    NEUTRAL_KEYS,
-    Names,
-    decoder_base,
-    decoder_expert,
-    decoder_layer,
-    parse_decoder,
-    window_of,
-)
+from elasticmoe.common.families.decoder import NEUTRAL_KEYS, grouped_query, parse_decoder, sparse_steps, window_of
 from elasticmoe.common.families.family import Family
+from elasticmoe.common.families.records import EMBEDDING, HEAD, Names, decoder_base, decoder_expert, decoder_layer
+from elasticmoe.common.families.rope import RopeForm
 from elasticmoe.common.model_spec import MoeSpec
-from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.common.protocol.limits import EXPERTS_MAX, HIDDEN_MAX, TOP_K_EXPERTS_MAX
 
 _KEYS: Final[dict[str, Key]] = {
@@ -49,7 +40,7 @@ _KEYS: Final[dict[str, Key]] = {
     # Not of the config class, which keeps it as it comes: the model's code reads it and cannot do with null.
     "head_dim": Key(int, None),
 }
-_NAMES: Final = Names("mlp.gate.weight", "mlp.experts", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
+_NAMES: Final = Names()
 
 
 def _parse(config: Config) -> dict[str, Any]:
@@ -60,26 +51,11 @@ def _parse(config: Config) -> dict[str, Any]:
         expert_width=config.integer("moe_intermediate_size", 1, HIDDEN_MAX),
         norm_topk=config.flag("norm_topk_prob"),
     )
-    parsed = parse_decoder(
-        config,
-        qk_norm=True,
-        moe=moe,
-        window=window_of(config) if config.flag("use_sliding_window") else None,
-        head_dim=config.value("head_dim"),
-        default_theta=10_000.0,
+    attention = grouped_query(
+        config, RopeForm(theta=10_000.0, dims=0), head_dim=config.value("head_dim"), qk_norm="head"
     )
-    dense = _dense_layers(config, parsed["num_layers"])
-    if dense:
-        parsed["dense_width"] = config.integer("intermediate_size", 1, HIDDEN_MAX)
-    return {**parsed, "dense_layers": dense}
-
-
-def _dense_layers(config: Config, layers: int) -> tuple[int, ...]:
-    """Layers with an ordinary feed-forward: those that are named, and all but every `decoder_sparse_step`-th."""
-    only, step = set(config.value("mlp_only_layers") or ()), config.value("decoder_sparse_step")
-    if step == 0:
-        raise CheckpointError("config.json: decoder_sparse_step must not be 0")
-    return tuple(layer for layer in range(layers) if layer in only or (layer + 1) % step)
+    window = window_of(config) if config.flag("use_sliding_window") else None
+    return parse_decoder(config, attention=attention, moe=moe, window=window, dense_layers=sparse_steps(config))
 
 
 QWEN3_MOE: Final = Family(

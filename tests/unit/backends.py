@@ -18,8 +18,11 @@ _QUEUED = (
     "rope_table",
     "store_kv",
     "attention",
+    "store_latent",
+    "latent_attention",
     "route",
     "feed_forward",
+    "shared_experts",
     "whole_number_attention",
 )
 

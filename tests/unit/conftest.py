@@ -13,6 +13,7 @@ import pytest
 
 from elasticmoe.common.devices.rules import PROCESS, ProcessRules
 from elasticmoe.common.store import Store
+from elasticmoe.native import kernels
 from tests.unit.stores import Server
 
 if TYPE_CHECKING:
@@ -33,6 +34,14 @@ def _one_thread_of_torch() -> None:
     """Several would meet after each small operation, and wait there for cores that are taken."""
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(params=kernels.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A test runs once on each set of kernels that this machine has."""
+    kernels.use_instruction_set(request.param)
+    yield request.param
+    kernels.use_instruction_set(kernels.instruction_sets()[0])
 
 
 @pytest.fixture

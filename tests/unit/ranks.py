@@ -114,8 +114,8 @@ class Ranks:
             kv_memory = DeviceMemory(NUM_BLOCKS * geometry.block_stride)
             kv_memory.device.write_bytes(kv_memory.address, b"\xff" * (NUM_BLOCKS * geometry.block_stride))
             self._kv_memory.append(kv_memory)
-            attention, stride = self.spec.attention, geometry.block_stride // DTYPE_BYTES[self.spec.dtype]
-            inside = (self.spec.num_layers, 2, attention.num_kv_heads, block_size, attention.head_dim)
+            shape, stride = self.spec.attention.kv, geometry.block_stride // DTYPE_BYTES[self.spec.dtype]
+            inside = (self.spec.num_layers, shape.planes, shape.heads, block_size, shape.width)
             inner = torch.empty(inside, device="meta").stride()
             blocks = kv_memory.device.wrap(kv_memory.range, 0, (NUM_BLOCKS, *inside), (stride, *inner), self.spec.dtype)
             kv = KvCache(blocks, NUM_BLOCKS, geometry, kv_memory.device, kv_memory.address)

@@ -78,19 +78,57 @@ def rms_norm(_: torch.dtype) -> Compute:
     return compute
 
 
-def route(_: torch.dtype) -> Compute:
-    moe = MoeSpec(60, 4, WIDTH, True)
-    gate_EH = random_of(60, HIDDEN, seed=4) / 20
+def linear_with_bias(dtype: torch.dtype) -> Compute:
+    w_WH, bias_W = (random_of(WIDTH, HIDDEN, seed=1) / 20).to(dtype), random_of(WIDTH, seed=6)
 
     def compute(backend: ComputeBackend, x_NH: torch.Tensor) -> torch.Tensor:
-        ids_NK, weights_NK = backend.empty(len(x_NH), 4, dtype=torch.int32), backend.empty(len(x_NH), 4)
-        backend.route(x_NH, gate_EH, moe, ids_NK, weights_NK)(len(x_NH))
-        return torch.cat([ids_NK.float(), weights_NK], 1)
+        out_NW = x_NH[:, :WIDTH].clone()
+        backend.linear(x_NH, w_WH, out_NW, bias_W=bias_W, accumulate=True)(len(x_NH))
+        return out_NW
 
     return compute
 
 
-MAKERS = [linear, feed_forward, experts, rms_norm, route]
+def shared_experts(dtype: torch.dtype) -> Compute:
+    w13, w2 = ((random_of(*shape, seed=2) / 20).to(dtype) for shape in ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)))
+    gate_1H = random_of(1, HIDDEN, seed=7) / 20
+
+    def compute(backend: ComputeBackend, x_NH: torch.Tensor) -> torch.Tensor:
+        out_NH = x_NH.clone()
+        backend.shared_experts(x_NH, w13, w2, None, WIDTH, out_NH)(len(x_NH))
+        backend.shared_experts(x_NH, w13, w2, gate_1H, WIDTH, out_NH)(len(x_NH))
+        return out_NH
+
+    return compute
+
+
+def routes(moe: MoeSpec) -> Callable[[torch.dtype], Compute]:
+    experts, top_k = moe.num_experts, moe.top_k
+    gate_EH, bias_E = random_of(experts, HIDDEN, seed=4) / 20, random_of(experts, seed=5) / 10
+
+    def make(_: torch.dtype) -> Compute:
+        def compute(backend: ComputeBackend, x_NH: torch.Tensor) -> torch.Tensor:
+            ids_NK, weights_NK = backend.empty(len(x_NH), top_k, dtype=torch.int32), backend.empty(len(x_NH), top_k)
+            bias = bias_E if moe.has_bias else None
+            backend.route(x_NH, gate_EH, bias, moe, ids_NK, weights_NK)(len(x_NH))
+            return torch.cat([ids_NK.float(), weights_NK], 1)
+
+        return compute
+
+    return make
+
+
+ROUTERS = [
+    MoeSpec(60, 4, WIDTH, True),
+    MoeSpec(60, 4, WIDTH, False, num_groups=6, top_groups=2, scaling=16.0),
+    MoeSpec(64, 8, WIDTH, True, "sigmoid", has_bias=True, num_groups=8, top_groups=4, scaling=2.5),
+    MoeSpec(64, 6, WIDTH, False, "sigmoid", has_bias=True),
+    MoeSpec(33, 5, WIDTH, True, has_bias=True),
+]
+MAKERS = [
+    *(linear, linear_with_bias, feed_forward, shared_experts, experts, rms_norm),
+    *(routes(moe) for moe in ROUTERS),
+]
 
 
 @BY_DTYPE
@@ -120,7 +158,7 @@ def test_equals_are_taken_by_their_ids(backend: ComputeBackend) -> None:
     ids_NK, weights_NK = backend.empty(1, 3, dtype=torch.int32), backend.empty(1, 3)
     gate_EH = torch.zeros(8, 4)
     for x in (torch.zeros(1, 4), torch.full((1, 4), float("nan"))):
-        backend.route(x, gate_EH, moe, ids_NK, weights_NK)(1)
+        backend.route(x, gate_EH, None, moe, ids_NK, weights_NK)(1)
         assert len(set(ids_NK[0].tolist())) == 3
         if not x.isnan().any():
             assert ids_NK[0].tolist() == [0, 1, 2]

@@ -7,47 +7,24 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from elasticmoe.native import kernels
 from elasticmoe.native.host import Reservation
+from tests.unit.kernel_memory import BY_DTYPE, DTYPES, PAGE, Guarded, Paged, assert_close, exact, random, rotate
 
-DTYPES = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16}
-BY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-PAGE = 4096
-
-
-@pytest.fixture(autouse=True, params=kernels.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test runs once on each set of kernels."""
-    kernels.use_instruction_set(request.param)
-    yield request.param
-    kernels.use_instruction_set(kernels.instruction_sets()[0])
-
-
-def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
 def linear(x_NH: torch.Tensor, w_WH: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
     (rows, depth), width = x_NH.shape, w_WH.shape[0]
     out = torch.full((rows, width), float("nan")) if add is None else add.clone()
     code = DTYPES[w_WH.dtype]
-    kernels.linear(x_NH.data_ptr(), rows, w_WH.data_ptr(), code, width, depth, out.data_ptr(), add is not None)
+    kernels.linear(x_NH.data_ptr(), rows, w_WH.data_ptr(), code, width, depth, out.data_ptr(), add is not None, 0)
     return out
-
-
-def exact(x_NH: torch.Tensor, w_WH: torch.Tensor) -> torch.Tensor:
-    return (x_NH.double() @ w_WH.double().T).float()
-
-
-def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 2e-6) -> None:
-    assert torch.isfinite(got).all()
-    scale = float(want.abs().max()) + 1e-9
-    assert float((got - want).abs().max()) <= tolerance * scale
 
 
 def test_best_set_is_first_and_unknown_ones_are_refused() -> None:
@@ -68,39 +45,15 @@ def test_linear(dtype: torch.dtype, width: int, depth: int) -> None:
             assert_close(linear(x_NH, w_WH, torch.ones(rows, width)), want + 1)
 
 
-class Guarded:
-    """Memory that ends where a page ends that must not be touched."""
-
-    def __init__(self, content: torch.Tensor) -> None:
-        data = bytes(content.contiguous().view(torch.uint8).flatten().tolist())
-        pages = -(-len(data) // PAGE) * PAGE
-        self.fd = os.memfd_create("guarded")
-        os.ftruncate(self.fd, pages)
-        os.pwrite(self.fd, data, pages - len(data))
-        self.range = Reservation(pages + PAGE)
-        self.range.map(0, self.fd, 0, pages, True)
-        self.addr = self.range.base + pages - len(data)
-        self.nbytes = len(data)
-
-    def floats(self) -> torch.Tensor:
-        return torch.frombuffer(
-            bytearray(os.pread(self.fd, self.nbytes, self.addr - self.range.base)), dtype=torch.float32
-        )
-
-    def close(self) -> None:
-        self.range.close()
-        os.close(self.fd)
-
-
 @BY_DTYPE
 @pytest.mark.parametrize(("rows", "width", "depth"), [(1, 9, 33), (7, 12, 96), (13, 5, 31), (4, 8, 64)])
 def test_nothing_beyond_the_tensors_is_touched(dtype: torch.dtype, rows: int, width: int, depth: int) -> None:
     x_NH, w_WH = random(rows, depth), random(width, depth, seed=1).to(dtype)
     x, w, out = Guarded(x_NH), Guarded(w_WH), Guarded(torch.zeros(rows, width))
-    kernels.linear(x.addr, rows, w.addr, DTYPES[dtype], width, depth, out.addr, False)
+    kernels.linear(x.addr, rows, w.addr, DTYPES[dtype], width, depth, out.addr, False, 0)
     assert_close(out.floats().view(rows, width), exact(x_NH, w_WH))
     last = array("i", [width - 1])
-    kernels.embed(last.buffer_info()[0], 1, w.addr, DTYPES[dtype], width, depth, x.addr)
+    kernels.embed(last.buffer_info()[0], 1, w.addr, DTYPES[dtype], width, depth, 1.0, x.addr)
     assert kernels.greatest(out.addr, rows, width) == out.floats().view(rows, width).argmax(1).tolist()
     for memory in (x, w, out):
         memory.close()
@@ -151,50 +104,11 @@ def test_rms_norm(hidden: int) -> None:
 def test_embed(dtype: torch.dtype) -> None:
     table, out = random(11, 30).to(dtype), torch.empty(3, 30)
     ids = array("i", [10, 0, 10])
-    kernels.embed(ids.buffer_info()[0], 3, table.data_ptr(), DTYPES[dtype], 11, 30, out.data_ptr())
+    kernels.embed(ids.buffer_info()[0], 3, table.data_ptr(), DTYPES[dtype], 11, 30, 1.0, out.data_ptr())
     assert torch.equal(out, table[[10, 0, 10]].float())
     ids[1] = 11
     with pytest.raises(ValueError, match="token 11"):
-        kernels.embed(ids.buffer_info()[0], 3, table.data_ptr(), DTYPES[dtype], 11, 30, out.data_ptr())
-
-
-class Paged:
-    """A KV cache full of NaN, and sequences on shuffled blocks of it."""
-
-    def __init__(
-        self, dtype: torch.dtype, heads: int, dim: int, size: int, layers: int = 2, num_blocks: int = 40
-    ) -> None:
-        self.heads, self.dim, self.size = heads, dim, size
-        block = layers * 2 * heads * size * dim
-        self.stride = block + 64  # elements: some padding between blocks
-        self.memory = torch.full((num_blocks * self.stride,), float("nan"), dtype=dtype)
-        bytes_ = self.stride * self.memory.element_size()
-        self.view = kernels.KvView(self.memory.data_ptr(), num_blocks, bytes_, layers, heads, size, dim, DTYPES[dtype])
-        self.free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(5)).tolist()
-
-    def take(self, tokens: int) -> list[int]:
-        return [self.free.pop() for _ in range(-(-tokens // self.size))]
-
-    def parts(self, chunks: Sequence[tuple[int, int, list[int]]]) -> kernels.Parts:
-        """Of (start, count, blocks) each."""
-        row_starts, kv_lens, block_starts, blocks = array("i", [0]), array("i"), array("i", [0]), array("i")
-        for start, count, table in chunks:
-            row_starts.append(row_starts[-1] + count)
-            kv_lens.append(start + count)
-            blocks.extend(table)
-            block_starts.append(len(blocks))
-        self.arrays = (row_starts, kv_lens, block_starts, blocks)
-        addresses = [values.buffer_info()[0] for values in self.arrays]
-        return kernels.Parts(self.view, row_starts[-1], len(chunks), *addresses)
-
-    def stored(self, layer: int, which: int, table: list[int], count: int) -> torch.Tensor:
-        """k (0) or v (1) of positions 0 .. count: [count, heads, dim]."""
-        rows = []
-        for block in table:
-            flat = self.memory[block * self.stride :]
-            start = (layer * 2 + which) * self.heads * self.size * self.dim
-            rows.append(flat[start : start + self.heads * self.size * self.dim].view(self.heads, self.size, self.dim))
-        return torch.cat(rows, dim=1).transpose(0, 1)[:count].float()
+        kernels.embed(ids.buffer_info()[0], 3, table.data_ptr(), DTYPES[dtype], 11, 30, 1.0, out.data_ptr())
 
 
 def run_attention(
@@ -203,21 +117,12 @@ def run_attention(
     parts = cache.parts(chunks)
     rope = torch.empty(qkv.shape[0], cache.dim)
     inv_freq = 1.0 / (1e4 ** (torch.arange(0, cache.dim, 2).float() / cache.dim))
-    kernels.rope_table(parts, inv_freq.data_ptr(), rope.data_ptr())
+    kernels.rope_table(parts, inv_freq.data_ptr(), cache.dim, 1.0, rope.data_ptr())
     work = qkv.clone()
-    kernels.store_kv(parts, layer, work.data_ptr(), q_heads, rope.data_ptr(), 0, 0, 1e-6)
+    kernels.store_kv(parts, layer, work.data_ptr(), q_heads, rope.data_ptr(), cache.dim, False, 0, 0, False, 1e-6, 0.0)
     out = torch.full((qkv.shape[0], q_heads * cache.dim), float("nan"))
     kernels.attention(parts, layer, work.data_ptr(), q_heads, cache.dim**-0.5, out.data_ptr())
     return out
-
-
-def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Half-split rotation of x [N, heads, D]."""
-    half = x.shape[-1] // 2
-    angles = positions[:, None].float() / (1e4 ** (torch.arange(0, 2 * half, 2).float() / (2 * half)))
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 GEOMETRIES = pytest.mark.parametrize(
@@ -275,7 +180,8 @@ def test_q_and_k_are_normed_before_rotation() -> None:
     want = qkv.view(4, 16).clone()
     for row, weight in ((0, q_norm), (1, q_norm), (2, k_norm)):
         want[row] = want[row] * torch.rsqrt(want[row].pow(2).mean() + 1e-5) * weight
-    kernels.store_kv(parts, 0, qkv.data_ptr(), 2, rope.data_ptr(), q_norm.data_ptr(), k_norm.data_ptr(), 1e-5)
+    norms = (q_norm.data_ptr(), k_norm.data_ptr(), False)
+    kernels.store_kv(parts, 0, qkv.data_ptr(), 2, rope.data_ptr(), 16, False, *norms, 1e-5, 0.0)
     assert_close(qkv.view(4, 16), want)
 
 
@@ -306,9 +212,14 @@ def route(x: torch.Tensor, gate: torch.Tensor, top_k: int, renormalize: bool) ->
         x.shape[0],
         x.shape[1],
         gate.data_ptr(),
+        0,
         gate.shape[0],
         top_k,
+        kernels.SOFTMAX,
+        1,
+        1,
         renormalize,
+        1.0,
         ids.data_ptr(),
         weights.data_ptr(),
     )

@@ -13,16 +13,22 @@ inline int64_t element_bytes(Dtype dtype) {
   return dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-// A KV cache: blocks of [layers, 2, heads, block_size, head_dim], `stride` bytes apart.
+// A KV cache: blocks of [layers, planes, heads, block_size, width], `stride` bytes apart.
 struct KvCache {
   char* base;
   int64_t num_blocks;
   int64_t stride;
   int64_t num_layers;
+  int64_t num_planes;
   int64_t num_heads;
   int64_t block_size;
-  int64_t head_dim;
+  int64_t width;
   Dtype dtype;
+
+  // Elements from a block's start to the first token of a layer's plane and head.
+  int64_t offset(int64_t layer, int64_t plane, int64_t head) const {
+    return ((layer * num_planes + plane) * num_heads + head) * block_size * width;
+  }
 };
 
 // The parts of a batch, as services/worker/model/batch.py has them.
@@ -36,6 +42,16 @@ struct Parts {
   int64_t first_position(int64_t part) const { return kv_lens[part] - (row_starts[part + 1] - row_starts[part]); }
 };
 
+struct Embed {
+  const int32_t* ids;
+  int64_t num_rows;
+  const void* table;
+  Dtype dtype;
+  int64_t hidden;
+  float factor;
+  float* out;
+};
+
 struct Linear {
   const float* x;
   int64_t num_rows;
@@ -45,6 +61,7 @@ struct Linear {
   int64_t depth;
   float* out;
   bool add;
+  const float* bias;  // [num_cols]; may be null
 };
 
 struct Norm {
@@ -58,16 +75,25 @@ struct Norm {
   float* out;
 };
 
+// How pairs of elements rotate. `table`: [rows, 2, dims / 2], cosines and sines.
+struct Rope {
+  const float* table;
+  int64_t dims;
+  bool interleaved;  // element 2 i with 2 i + 1; else i with i + dims / 2
+};
+
 struct StoreKv {
   KvCache cache;
   Parts parts;
   int64_t layer;
-  float* qkv;  // [rows, (q_heads + 2 heads) * head_dim]; q is normed and rotated in place
+  float* qkv;  // [rows, (q_heads + 2 heads) * width]; normed, cut and rotated in place
   int64_t q_heads;
-  const float* rope;    // [rows, 2, head_dim / 2]: cosines, sines
-  const float* q_norm;  // [head_dim]; null: none
-  const float* k_norm;
+  Rope rope;            // of the first elements of each head
+  const float* q_norm;  // [width], or [q_heads * width] if norms_token; null: none
+  const float* k_norm;  // [width], or [heads * width]
+  bool norms_token;     // one norm over all heads of a token
   float eps;
+  float clip;  // 0: nothing is cut
 };
 
 struct Attention {
@@ -77,17 +103,51 @@ struct Attention {
   const float* qkv;
   int64_t q_heads;
   float scale;
-  float* out;  // [rows, q_heads * head_dim]
+  float* out;  // [rows, q_heads * width]
 };
+
+struct StoreLatent {
+  KvCache cache;  // of one plane and head: latent, then shared key of rope.dims
+  Parts parts;
+  int64_t layer;
+  float* q;  // [rows, q_heads, nope_dim + rope.dims]; the last rope.dims rotate in place
+  int64_t q_heads;
+  int64_t nope_dim;
+  float* kv;  // [rows, width]; normed and rotated in place
+  Rope rope;
+  const float* norm;  // [width - rope.dims]
+  float eps;
+};
+
+struct LatentAttention {
+  KvCache cache;
+  Parts parts;
+  int64_t layer;
+  const float* q;
+  int64_t q_heads;
+  int64_t nope_dim;
+  int64_t v_dim;
+  int64_t rank;      // of the latent; the rest of the cache's width is the shared key
+  const void* kv_b;  // [q_heads, nope_dim + v_dim, rank] in the cache's dtype
+  float scale;
+  float* out;  // [rows, q_heads * v_dim]
+};
+
+enum class Scoring : int64_t { kSoftmax = 0, kSigmoid = 1 };
 
 struct Router {
   const float* x;
   int64_t num_rows;
   int64_t hidden;
   const float* gate;
+  const float* bias;  // [num_experts], added for the choice alone; may be null
   int64_t num_experts;
   int64_t top_k;
+  Scoring scoring;
+  int64_t num_groups;
+  int64_t top_groups;
   bool renormalize;
+  float scaling;
   int32_t* ids;
   float* weights;
 };
@@ -103,7 +163,9 @@ struct Experts {
   Dtype dtype;
   int64_t hidden;
   int64_t width;
-  float* out;  // may be `rows`
+  const float* gate;  // [hidden]: each row's output is multiplied by sigmoid(row · gate); may be null
+  float* out;         // may be `rows`, unless `add`
+  bool add;           // to out
 };
 
 // One instruction set's kernels.
@@ -113,9 +175,11 @@ struct Kernels {
   void (*norm)(const Norm&);
   void (*store_kv)(const StoreKv&);
   void (*attention)(const Attention&);
+  void (*store_latent)(const StoreLatent&);
+  void (*latent_attention)(const LatentAttention&);
   void (*router)(const Router&);
   void (*experts)(const Experts&);
-  void (*embed)(const int32_t* ids, int64_t num_rows, const void* table, Dtype dtype, int64_t hidden, float* out);
+  void (*embed)(const Embed&);
   // Weights of a softmax before division by their sum: e^((x - peak) * factor), 0 where x is -inf.
   void (*exponentials)(const float* x, int64_t count, float peak, float factor, float* out);
   // Index of the first greatest of `count` values; -1 if one of them is not finite.
@@ -137,7 +201,7 @@ const Built& built_kernels();
 
 // Memory of the calling thread that lasts until its next call for the same purpose. Aligned to 64 bytes. Throws
 // std::bad_alloc.
-enum class Scratch { kPacked, kWide, kPackedWide, kScores, kSums, kCount };
+enum class Scratch { kPacked, kWide, kPackedWide, kScores, kSums, kTurned, kCount };
 float* scratch(Scratch purpose, int64_t count);
 
 }  // namespace elasticmoe::kernels

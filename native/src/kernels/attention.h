@@ -138,6 +138,7 @@ inline void soften(const QueryTile& tile, int64_t begin, int64_t count, float sc
   }
 }
 
+// One head's tokens in the blocks of a sequence.
 template <typename T>
 struct HeadCache {
   using Element = typename T::Element;
@@ -155,82 +156,110 @@ struct HeadCache {
   }
 };
 
-// While a block is computed the next one is fetched: blocks lie anywhere, so the hardware does not foresee them.
+// Scores of `count` keys from block `first` on. While a block is computed the next one, up to block `last`, is fetched:
+// blocks lie anywhere, so the hardware does not foresee them.
 template <typename T>
-void attend(const QueryTile& tile, const HeadCache<T>& head, int64_t num_keys, float scale) {
-  const int64_t dim = head.cache.head_dim, size = head.cache.block_size;
-  const int64_t blocks_per_tile = size < kKeys ? kKeys / size : 1;
+void score_keys(const QueryTile& tile, const HeadCache<T>& head, int64_t first, int64_t count, int64_t last) {
+  const int64_t dim = head.cache.width, size = head.cache.block_size;
   const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(typename T::Element));
   const int64_t num_row_tiles = num_row_blocks(tile.num_rows);
+  for (int64_t at = 0; at < count; at += size) {
+    const int64_t keys = count - at < size ? count - at : size;
+    const int64_t index = first + at / size;
+    Ahead ahead{reinterpret_cast<const char*>(head.keys(index < last ? index + 1 : last)), kTileCols};
+    for (int64_t block = 0, row = 0; block < num_row_tiles; ++block) {
+      const int64_t end = block_end(tile.num_rows, block);
+      dot_block<T>(end - row, tile.packed + row * padded<T>(dim), head.keys(index), dim, keys, dim,
+                   tile.scores + row * tile.stride + at, tile.stride, false, ahead, kTileCols * row_bytes);
+      row = end;
+      ahead = {};
+    }
+  }
+}
+
+// sums += probabilities × values, of `count` keys from block `first` on.
+template <typename T>
+void add_values_of(const QueryTile& tile, const HeadCache<T>& head, int64_t first, int64_t count, int64_t last) {
+  const int64_t dim = head.cache.width, size = head.cache.block_size;
+  const int64_t num_row_tiles = num_row_blocks(tile.num_rows);
+  for (int64_t at = 0; at < count; at += size) {
+    const int64_t keys = count - at < size ? count - at : size;
+    const int64_t index = first + at / size;
+    const char* ahead = reinterpret_cast<const char*>(head.values(index < last ? index + 1 : last));
+    for (int64_t block = 0, row = 0; block < num_row_tiles; ++block) {
+      const int64_t end = block_end(tile.num_rows, block);
+      add_value_block<T>(end - row, tile.scores + row * tile.stride + at, tile.stride, head.values(index), keys, dim,
+                         tile.sums + row * tile.sums_stride, tile.sums_stride, ahead);
+      row = end;
+    }
+  }
+}
+
+// All keys, tile after tile: scores, probabilities, and what `add` makes of them, called as add(first, count, last).
+template <typename T, typename Add>
+void attend(const QueryTile& tile, const HeadCache<T>& head, int64_t num_keys, float scale, Add add) {
+  const int64_t size = head.cache.block_size;
+  const int64_t blocks_per_tile = size < kKeys ? kKeys / size : 1;
   const int64_t last = (num_keys - 1) / size;
   for (int64_t first = 0; first * size < num_keys; first += blocks_per_tile) {
     const int64_t begin = first * size;
     const int64_t left = num_keys - begin, span = blocks_per_tile * size;
     const int64_t count = left < span ? left : span;
-    for (int64_t at = 0; at < count; at += size) {
-      const int64_t keys = count - at < size ? count - at : size;
-      const int64_t index = first + at / size;
-      Ahead ahead{reinterpret_cast<const char*>(head.keys(index < last ? index + 1 : last)), kTileCols};
-      for (int64_t block = 0, row = 0; block < num_row_tiles; ++block) {
-        const int64_t end = block_end(tile.num_rows, block);
-        dot_block<T>(end - row, tile.packed + row * padded<T>(dim), head.keys(index), dim, keys, dim,
-                     tile.scores + row * tile.stride + at, tile.stride, false, ahead, kTileCols * row_bytes);
-        row = end;
-        ahead = {};
-      }
-    }
+    score_keys<T>(tile, head, first, count, last);
     soften(tile, begin, count, scale);
-    for (int64_t at = 0; at < count; at += size) {
-      const int64_t keys = count - at < size ? count - at : size;
-      const int64_t index = first + at / size;
-      const char* ahead = reinterpret_cast<const char*>(head.values(index < last ? index + 1 : last));
-      for (int64_t block = 0, row = 0; block < num_row_tiles; ++block) {
-        const int64_t end = block_end(tile.num_rows, block);
-        add_value_block<T>(end - row, tile.scores + row * tile.stride + at, tile.stride, head.values(index), keys, dim,
-                           tile.sums + row * tile.sums_stride, tile.sums_stride, ahead);
-        row = end;
-      }
-    }
+    add(first, count, last);
+  }
+}
+
+// A tile for `most_rows` rows of `num_values` values over this cache, in this thread's scratch memory.
+template <typename T>
+QueryTile make_tile(const KvCache& cache, int64_t per_query, int64_t most_rows, int64_t num_values) {
+  const int64_t size = cache.block_size;
+  QueryTile tile{};
+  tile.per_query = per_query;
+  tile.stride = ((size < kKeys ? kKeys / size * size : size) + kLanes - 1) / kLanes * kLanes;
+  tile.sums_stride = padded<T>(num_values);
+  tile.packed = scratch(Scratch::kPacked, most_rows * padded<T>(cache.width));
+  tile.scores = scratch(Scratch::kScores, most_rows * tile.stride);
+  tile.sums = scratch(Scratch::kSums, most_rows * (tile.sums_stride + 2));
+  tile.peaks = tile.sums + most_rows * tile.sums_stride;
+  tile.totals = tile.peaks + most_rows;
+  return tile;
+}
+
+// Begin with `num_rows` rows, the first of a query at `first_position`.
+inline void reset(QueryTile& tile, int64_t num_rows, int64_t first_position) {
+  tile.num_rows = num_rows;
+  tile.first_position = first_position;
+  std::memset(tile.sums, 0, static_cast<size_t>(num_rows * tile.sums_stride) * sizeof(float));
+  for (int64_t i = 0; i < num_rows; ++i) {
+    tile.peaks[i] = -INFINITY;
+    tile.totals[i] = 0;
   }
 }
 
 template <typename T>
 void attention_as(const Attention& a) {
   const KvCache& cache = a.cache;
-  const int64_t dim = cache.head_dim, heads = cache.num_heads, size = cache.block_size;
-  const int64_t per_query = a.q_heads / heads, width = (a.q_heads + 2 * heads) * dim;
+  const int64_t dim = cache.width, heads = cache.num_heads;
+  const int64_t per_query = a.q_heads / heads, row_width = (a.q_heads + 2 * heads) * dim;
   const int64_t queries = per_query < kQueryRows ? kQueryRows / per_query : 1;
-  const int64_t most_rows = queries * per_query;
-  QueryTile tile{};
-  tile.per_query = per_query;
-  tile.stride = ((size < kKeys ? kKeys / size * size : size) + kLanes - 1) / kLanes * kLanes;
-  tile.sums_stride = padded<T>(dim);
-  tile.packed = scratch(Scratch::kPacked, most_rows * tile.sums_stride);
-  tile.scores = scratch(Scratch::kScores, most_rows * tile.stride);
-  tile.sums = scratch(Scratch::kSums, most_rows * (tile.sums_stride + 2));
-  tile.peaks = tile.sums + most_rows * tile.sums_stride;
-  tile.totals = tile.peaks + most_rows;
+  QueryTile tile = make_tile<T>(cache, per_query, queries * per_query, dim);
   for (int64_t part = 0; part < a.parts.num_parts; ++part) {
     const int64_t begin = a.parts.row_starts[part], end = a.parts.row_starts[part + 1];
     const int64_t first_position = a.parts.first_position(part);
     for (int64_t h = 0; h < heads; ++h) {
-      const int64_t k_offset = (a.layer * 2 * heads + h) * size * dim;
-      const HeadCache<T> head{cache, a.parts.blocks + a.parts.block_starts[part], k_offset,
-                              k_offset + heads * size * dim};
+      const HeadCache<T> head{cache, a.parts.blocks + a.parts.block_starts[part], cache.offset(a.layer, 0, h),
+                              cache.offset(a.layer, 1, h)};
       for (int64_t row = begin; row < end; row += queries) {
         const int64_t count = end - row < queries ? end - row : queries;
         const auto offset = [=](int64_t i) {
-          return (row + i / per_query) * width + (h * per_query + i % per_query) * dim;
+          return (row + i / per_query) * row_width + (h * per_query + i % per_query) * dim;
         };
-        tile.num_rows = count * per_query;
-        tile.first_position = first_position + row - begin;
+        reset(tile, count * per_query, first_position + row - begin);
         pack_rows<T>([&](int64_t i) { return a.qkv + offset(i); }, tile.num_rows, dim, tile.packed);
-        std::memset(tile.sums, 0, static_cast<size_t>(tile.num_rows * tile.sums_stride) * sizeof(float));
-        for (int64_t i = 0; i < tile.num_rows; ++i) {
-          tile.peaks[i] = -INFINITY;
-          tile.totals[i] = 0;
-        }
-        attend<T>(tile, head, tile.first_position + count, a.scale);
+        attend<T>(tile, head, tile.first_position + count, a.scale,
+                  [&](int64_t first, int64_t keys, int64_t last) { add_values_of<T>(tile, head, first, keys, last); });
         for (int64_t i = 0; i < tile.num_rows; ++i) {
           float* out = a.out + (row + i / per_query) * a.q_heads * dim + (h * per_query + i % per_query) * dim;
           unpack<T>(tile.sums + i * tile.sums_stride, dim, 1.0f / tile.totals[i], out);

@@ -11,10 +11,10 @@ struct OracleMix {
   KvCache cache;  // float32, one head
   Parts parts;
   int64_t layer;
-  const float* kv;  // [rows, 2, head_dim]: whole numbers to write at each row's position
+  const float* kv;  // [rows, planes, width]: whole numbers to write at each row's position
   int64_t modulus;
   int64_t base;
-  float* out;  // [rows, 2, head_dim]: sum over positions j <= own of kv[j] * base^(own - j), modulo modulus
+  float* out;  // [rows, planes, width]: sum over positions j <= own of kv[j] * base^(own - j), modulo modulus
 };
 
 void oracle_mix(const OracleMix& a);

@@ -157,15 +157,15 @@ std::vector<int32_t> top_tokens(const float* logits, int64_t vocab, int64_t coun
   return ids;
 }
 
-void rope_table(const Parts& parts, const float* inv_freq, int64_t half, float* to) {
+void rope_table(const Parts& parts, const float* inv_freq, int64_t half, float amplitude, float* to) {
   for (int64_t part = 0; part < parts.num_parts; ++part) {
     int64_t position = parts.first_position(part);
     for (int64_t row = parts.row_starts[part]; row < parts.row_starts[part + 1]; ++row, ++position) {
       float* cosines = to + row * 2 * half;
       for (int64_t i = 0; i < half; ++i) {
         const float angle = static_cast<float>(position) * inv_freq[i];
-        cosines[i] = std::cos(angle);
-        cosines[half + i] = std::sin(angle);
+        cosines[i] = std::cos(angle) * amplitude;
+        cosines[half + i] = std::sin(angle) * amplitude;
       }
     }
   }

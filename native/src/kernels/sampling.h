@@ -30,8 +30,8 @@ double log_total(const float* logits, int64_t vocab);
 // The `count` greatest, best first; of equals the lower id first.
 std::vector<int32_t> top_tokens(const float* logits, int64_t vocab, int64_t count);
 
-// to[row] = cosines and sines of position × inv_freq[i], rows of `parts` in order. The product is rounded to float32,
-// as the models were trained with.
-void rope_table(const Parts& parts, const float* inv_freq, int64_t half, float* to);
+// to[row] = cosines and sines of position × inv_freq[i], times `amplitude`; rows of `parts` in order. The product is
+// rounded to float32, as the models were trained with.
+void rope_table(const Parts& parts, const float* inv_freq, int64_t half, float amplitude, float* to);
 
 }  // namespace elasticmoe::kernels

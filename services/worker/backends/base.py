@@ -10,9 +10,9 @@ Every backend holds two rules (ADR 8, ADR 26): a row's result depends, bit by bi
 and the weights alone, and of equals the lower id comes first. Two backends agree only nearly, so that all ranks of a
 deployment have the same.
 
-Shape suffixes: N rows of a step, H hidden, W width of a linear's output, C width of qkv, Q width of the queries, D
-head_dim, E experts, K experts per token, I expert width, R rows for the own experts, V vocabulary, M rows whose logits
-are wanted, B sequences.
+Shape suffixes: N rows of a step, H hidden, W width of a linear's output, C width of qkv or of latent and shared key, Q
+width of the queries, O width of what attention gives, D elements that rotate, E experts, K experts per token, I expert
+width, R rows for the own experts, V vocabulary, M rows whose logits are wanted, B sequences.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from elasticmoe.common.model_spec import AttentionSpec, MoeSpec
+from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
@@ -121,14 +121,21 @@ class ComputeBackend(ABC):
     # ---- operations of a decoder
 
     @abstractmethod
-    def embed(self, table_VH: torch.Tensor, out_NH: torch.Tensor) -> BatchOperation:
-        """out = the rows of the table that the batch's tokens name. Raises ValueError for a token beyond the table."""
+    def embed(self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor) -> BatchOperation:
+        """out = the rows of the table that the batch's tokens name, times `factor`. Raises ValueError for a token
+        beyond the table."""
 
     @abstractmethod
     def linear(
-        self, x_NH: torch.Tensor, w_WH: torch.Tensor, out_NW: torch.Tensor, *, accumulate: bool = False
+        self,
+        x_NH: torch.Tensor,
+        w_WH: torch.Tensor,
+        out_NW: torch.Tensor,
+        *,
+        bias_W: torch.Tensor | None = None,
+        accumulate: bool = False,
     ) -> Operation:
-        """out = x · w, or out += x · w."""
+        """out = x · w, or out += x · w; with the bias (float32), where there is one, added once more."""
 
     @abstractmethod
     def rms_norm(
@@ -148,8 +155,8 @@ class ComputeBackend(ABC):
         """out = the norm of x + delta, of the rows whose logits are wanted."""
 
     @abstractmethod
-    def rope_table(self, spec: AttentionSpec, out_ND: torch.Tensor) -> BatchOperation:
-        """out = cosines and sines of each row's position, for `store_kv`."""
+    def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOperation:
+        """out = cosines and sines of each row's position, [N, 2, D / 2], for `store_kv` and `store_latent`."""
 
     @abstractmethod
     def store_kv(
@@ -158,22 +165,53 @@ class ComputeBackend(ABC):
         layer: int,
         qkv_NC: torch.Tensor,
         rope_ND: torch.Tensor,
-        norms_D: tuple[torch.Tensor, torch.Tensor] | None,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
     ) -> BatchOperation:
-        """Norm (q's and k's weights, where the model has them) and rotate q and k in place; write k and v to the
-        cache."""
+        """In place: norm q and k (weights [head_dim], or of all heads of a token together, as `spec.qk_norm` says), cut
+        q, k and v to `spec.clip`, rotate q and k; write k and v to the cache."""
 
     @abstractmethod
-    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NQ: torch.Tensor) -> BatchOperation:
+    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOperation:
         """out = causal attention of the queries in qkv to the cache."""
 
     @abstractmethod
+    def store_latent(
+        self,
+        spec: LatentAttentionSpec,
+        layer: int,
+        q_NQ: torch.Tensor,
+        kv_NC: torch.Tensor,
+        rope_ND: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+    ) -> BatchOperation:
+        """In place: rotate the last D elements of each query; norm the latent (the first `kv_rank` elements of kv, with
+        these weights), rotate the shared key behind it. Write kv to the cache."""
+
+    @abstractmethod
+    def latent_attention(
+        self, spec: LatentAttentionSpec, layer: int, q_NQ: torch.Tensor, kv_b: torch.Tensor, out_NO: torch.Tensor
+    ) -> BatchOperation:
+        """out = causal attention of the queries to the cached latents and shared keys.
+
+        kv_b [heads x (nope_dim + v_dim), kv_rank] is absorbed: a query is brought to the latents by its head's first
+        rows, and what it takes from the latents to a value by its last ones. No key or value of a head is ever made.
+        """
+
+    @abstractmethod
     def route(
-        self, x_NH: torch.Tensor, gate_EH: torch.Tensor, moe: MoeSpec, ids_NK: torch.Tensor, weights_NK: torch.Tensor
+        self,
+        x_NH: torch.Tensor,
+        gate_EH: torch.Tensor,
+        bias_E: torch.Tensor | None,
+        moe: MoeSpec,
+        ids_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
     ) -> Operation:
-        """Softmax over x · gate; ids (int32) and weights of the top k experts, best first, of equals the lower id
-        first. A row with NaN gets distinct experts all the same."""
+        """Scores of x · gate as `moe` says (see MoeSpec); ids (int32) and weights of the top k experts of the best
+        groups, best first, of equals the lower id first, of groups as of experts. The bias decides the choice and its
+        order, not the weights. A row with NaN gets distinct experts all the same."""
 
     @abstractmethod
     def experts(
@@ -191,6 +229,18 @@ class ComputeBackend(ABC):
         self, x_NH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, width: int, out_NH: torch.Tensor
     ) -> Operation:
         """out = w2 · (silu(gate) * up), gate and up the halves of w13 · x: one expert that takes every row."""
+
+    @abstractmethod
+    def shared_experts(
+        self,
+        x_NH: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        gate_1H: torch.Tensor | None,
+        width: int,
+        out_NH: torch.Tensor,
+    ) -> Operation:
+        """out += w2 · (silu(gate) * up), as of `feed_forward`, times sigmoid(x · gate_1H) where there is that gate."""
 
     # ---- operations of other models
 
@@ -229,11 +279,11 @@ class ComputeBackend(ABC):
         """The `count` greatest, best first; of equals the lower id first."""
 
 
-def inverse_frequencies(spec: AttentionSpec) -> torch.Tensor:
-    """float32 [D / 2]: how fast each pair of a head's elements rotates with the position. The same bits for all."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    return 1.0 / torch.pow(spec.rope.theta, exponents)
-
-
 def _is_there(n: int) -> None:
     """Nothing to copy: the device computes in host memory."""
+
+
+def check_norms(spec: AttentionSpec, norms: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    """Raise ValueError where there are norms that the spec does not know, or none where it asks for them."""
+    if (norms is None) != (spec.qk_norm == "none"):
+        raise ValueError(f"qk_norm is {spec.qk_norm!r}, and there are {'no' if norms is None else 'two'} norms")

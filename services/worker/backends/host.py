@@ -12,14 +12,24 @@ from typing import NamedTuple
 
 import torch
 
-from elasticmoe.common.model_spec import AttentionSpec, MoeSpec
+from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.native import kernels
-from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, inverse_frequencies
+from elasticmoe.services.worker.backends.addresses import (
+    CODES,
+    activations,
+    checked,
+    float32,
+    slot_stride,
+    stored,
+    stored_pair,
+)
+from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, check_norms
 from elasticmoe.services.worker.model.batch import Batch
+from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
 
-_CODES = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16}
+_SCORING = {"softmax": kernels.SOFTMAX, "sigmoid": kernels.SIGMOID}
 _FLOAT_BYTES = 4
 
 
@@ -63,35 +73,42 @@ class HostBackend(ComputeBackend):
         """The cache as kernels see it. Made where blocks came or went, and kept: asking a tensor takes microseconds."""
         seen = self._seen
         if seen is None or seen[0] is not cache.blocks or seen[1] != cache.num_blocks:
-            _, layers, _, heads, block_size, dim = cache.blocks.shape
-            stride, code = cache.geometry.block_stride, _CODES[cache.blocks.dtype]
-            view = kernels.KvView(cache.base_addr, cache.num_blocks, stride, layers, heads, block_size, dim, code)
+            _, layers, planes, heads, size, width = cache.blocks.shape
+            stride, code = cache.geometry.block_stride, CODES[cache.blocks.dtype]
+            view = kernels.KvView(cache.base_addr, cache.num_blocks, stride, layers, planes, heads, size, width, code)
             seen = self._seen = (cache.blocks, cache.num_blocks, view)
         return seen[2]
 
     # ---- a decoder's
 
-    def embed(self, table_VH: torch.Tensor, out_NH: torch.Tensor) -> BatchOperation:
+    def embed(self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
         vocab, hidden = table_VH.shape
-        table, code = _stored(table_VH, vocab, hidden)
-        out = _activations(out_NH, hidden)
+        table, code = stored(table_VH, vocab, hidden)
+        out = activations(out_NH, hidden)
 
         def run(step: _HostBatch) -> None:
-            kernels.embed(step.token_ids_addr, step.num_rows, table, code, vocab, hidden, out)
+            kernels.embed(step.token_ids_addr, step.num_rows, table, code, vocab, hidden, factor, out)
 
         return run
 
     def linear(
-        self, x_NH: torch.Tensor, w_WH: torch.Tensor, out_NW: torch.Tensor, *, accumulate: bool = False
+        self,
+        x_NH: torch.Tensor,
+        w_WH: torch.Tensor,
+        out_NW: torch.Tensor,
+        *,
+        bias_W: torch.Tensor | None = None,
+        accumulate: bool = False,
     ) -> Operation:
         """See ComputeBackend."""
         width, depth = w_WH.shape
-        x, out = _activations(x_NH, depth), _activations(out_NW, width)
-        w, code = _stored(w_WH, width, depth)
+        bias = float32(bias_W, width)
+        x, out = activations(x_NH, depth), activations(out_NW, width)
+        w, code = stored(w_WH, width, depth)
 
         def run(n: int) -> None:
-            kernels.linear(x, n, w, code, width, depth, out, accumulate)
+            kernels.linear(x, n, w, code, width, depth, out, accumulate, bias)
 
         return run
 
@@ -105,8 +122,8 @@ class HostBackend(ComputeBackend):
     ) -> Operation:
         """See ComputeBackend."""
         hidden = x_NH.shape[1]
-        x, out, weight = _activations(x_NH, hidden), _activations(out_NH, hidden), _float32(weight_H, hidden)
-        delta = 0 if delta_NH is None else _activations(delta_NH, hidden)
+        x, out, weight = activations(x_NH, hidden), activations(out_NH, hidden), float32(weight_H, hidden)
+        delta = 0 if delta_NH is None else activations(delta_NH, hidden)
 
         def run(n: int) -> None:
             kernels.rms_norm(x, delta, 0, n, hidden, weight, eps, out)
@@ -118,8 +135,8 @@ class HostBackend(ComputeBackend):
     ) -> BatchOperation:
         """See ComputeBackend."""
         hidden = x_NH.shape[1]
-        x, delta, out = (_activations(tensor, hidden) for tensor in (x_NH, delta_NH, out_MH))
-        weight = _float32(weight_H, hidden)
+        x, delta, out = (activations(tensor, hidden) for tensor in (x_NH, delta_NH, out_MH))
+        weight = float32(weight_H, hidden)
 
         def run(step: _HostBatch) -> None:
             if step.num_logits:
@@ -127,12 +144,13 @@ class HostBackend(ComputeBackend):
 
         return run
 
-    def rope_table(self, spec: AttentionSpec, out_ND: torch.Tensor) -> BatchOperation:
+    def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
-        inv_freq, out = inverse_frequencies(spec), _activations(out_ND, spec.head_dim)
+        inv_freq, out = inverse_frequencies(rope), activations(out_ND, rope.dims)
+        dims, amplitude = rope.dims, rope.amplitude
 
         def run(step: _HostBatch) -> None:
-            kernels.rope_table(step.parts, inv_freq.data_ptr(), out)
+            kernels.rope_table(step.parts, inv_freq.data_ptr(), dims, amplitude, out)
 
         return run
 
@@ -142,41 +160,99 @@ class HostBackend(ComputeBackend):
         layer: int,
         qkv_NC: torch.Tensor,
         rope_ND: torch.Tensor,
-        norms_D: tuple[torch.Tensor, torch.Tensor] | None,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
     ) -> BatchOperation:
         """See ComputeBackend."""
-        dim, heads = spec.head_dim, spec.num_heads
-        qkv, rope = _activations(qkv_NC, (heads + 2 * spec.num_kv_heads) * dim), _activations(rope_ND, dim)
-        q_norm, k_norm = (0, 0) if norms_D is None else (_float32(norm, dim) for norm in norms_D)
+        dim, heads, kv_heads, turned = spec.head_dim, spec.num_heads, spec.num_kv_heads, spec.rope
+        qkv, rope = activations(qkv_NC, (heads + 2 * kv_heads) * dim), activations(rope_ND, turned.dims)
+        check_norms(spec, norms)
+        is_token = spec.qk_norm == "token"
+        widths = (heads * dim, kv_heads * dim) if is_token else (dim, dim)
+        q_norm, k_norm = (float32(norm, width) for norm, width in zip(norms or (None, None), widths, strict=True))
 
         def run(step: _HostBatch) -> None:
-            kernels.store_kv(step.parts, layer, qkv, heads, rope, q_norm, k_norm, eps)
+            kernels.store_kv(
+                step.parts,
+                layer,
+                qkv,
+                heads,
+                rope,
+                turned.dims,
+                turned.interleaved,
+                q_norm,
+                k_norm,
+                is_token,
+                eps,
+                spec.clip,
+            )
 
         return run
 
-    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NQ: torch.Tensor) -> BatchOperation:
+    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
         dim, heads, scale = spec.head_dim, spec.num_heads, spec.scale
-        qkv = _activations(qkv_NC, (heads + 2 * spec.num_kv_heads) * dim)
-        out = _activations(out_NQ, heads * dim)
+        qkv = activations(qkv_NC, (heads + 2 * spec.num_kv_heads) * dim)
+        out = activations(out_NO, heads * dim)
 
         def run(step: _HostBatch) -> None:
             kernels.attention(step.parts, layer, qkv, heads, scale, out)
 
         return run
 
+    def store_latent(
+        self,
+        spec: LatentAttentionSpec,
+        layer: int,
+        q_NQ: torch.Tensor,
+        kv_NC: torch.Tensor,
+        rope_ND: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+    ) -> BatchOperation:
+        """See ComputeBackend."""
+        heads, nope_dim, turned = spec.num_heads, spec.nope_dim, spec.rope
+        q, kv = activations(q_NQ, spec.query_width), activations(kv_NC, spec.kv.width)
+        rope, weight = activations(rope_ND, turned.dims), float32(norm, spec.kv_rank)
+
+        def run(step: _HostBatch) -> None:
+            kernels.store_latent(
+                step.parts, layer, q, heads, nope_dim, kv, rope, turned.dims, turned.interleaved, weight, eps
+            )
+
+        return run
+
+    def latent_attention(
+        self, spec: LatentAttentionSpec, layer: int, q_NQ: torch.Tensor, kv_b: torch.Tensor, out_NO: torch.Tensor
+    ) -> BatchOperation:
+        """See ComputeBackend."""
+        heads, nope_dim, v_dim, dims, scale = spec.num_heads, spec.nope_dim, spec.v_dim, spec.rope.dims, spec.scale
+        q, out = activations(q_NQ, spec.query_width), activations(out_NO, spec.out_width)
+        w, code = stored(kv_b, heads * (nope_dim + v_dim), spec.kv_rank)
+
+        def run(step: _HostBatch) -> None:
+            kernels.latent_attention(step.parts, layer, q, heads, nope_dim, v_dim, dims, w, code, scale, out)
+
+        return run
+
     def route(
-        self, x_NH: torch.Tensor, gate_EH: torch.Tensor, moe: MoeSpec, ids_NK: torch.Tensor, weights_NK: torch.Tensor
+        self,
+        x_NH: torch.Tensor,
+        gate_EH: torch.Tensor,
+        bias_E: torch.Tensor | None,
+        moe: MoeSpec,
+        ids_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
     ) -> Operation:
         """See ComputeBackend."""
-        hidden, num_experts, top_k, renormalize = x_NH.shape[1], moe.num_experts, moe.top_k, moe.norm_topk
-        x, gate = _activations(x_NH, hidden), _float32(gate_EH, num_experts, hidden)
-        weights = _activations(weights_NK, top_k)
-        ids = _checked(ids_NK, (ids_NK.shape[0], top_k), torch.int32)
+        hidden, num_experts, top_k = x_NH.shape[1], moe.num_experts, moe.top_k
+        x, gate = activations(x_NH, hidden), float32(gate_EH, num_experts, hidden)
+        bias, weights = float32(bias_E, num_experts), activations(weights_NK, top_k)
+        ids = checked(ids_NK, (ids_NK.shape[0], top_k), torch.int32)
+        how = (_SCORING[moe.scoring], moe.num_groups, moe.top_groups, moe.norm_topk, moe.scaling)
 
         def run(n: int) -> None:
-            kernels.route(x, n, hidden, gate, num_experts, top_k, renormalize, ids, weights)
+            kernels.route(x, n, hidden, gate, bias, num_experts, top_k, *how, ids, weights)
 
         return run
 
@@ -185,10 +261,8 @@ class HostBackend(ComputeBackend):
     ) -> Callable[[torch.Tensor, torch.Tensor, int], None]:
         """See ComputeBackend."""
         width, num_experts = moe.expert_width, moe.num_experts
-        w13, w13_stride, code = _slots(w13_E, num_experts, 2 * width, hidden)
-        w2, w2_stride, w2_code = _slots(w2_E, num_experts, hidden, width)
-        if code != w2_code:
-            raise ValueError(f"w13 is {w13_E.dtype} and w2 is {w2_E.dtype}")
+        w13_stride, w2_stride = (slot_stride(tensor_E, num_experts) for tensor_E in (w13_E, w2_E))
+        w13, w2, code = stored_pair(w13_E[0], (2 * width, hidden), w2_E[0], (hidden, width))
 
         def run(rows_RH: torch.Tensor, counts_E: torch.Tensor, num_rows: int) -> None:
             rows, counts = rows_RH.data_ptr(), counts_E.data_ptr()
@@ -203,11 +277,8 @@ class HostBackend(ComputeBackend):
     ) -> Operation:
         """See ComputeBackend."""
         hidden = x_NH.shape[1]
-        x, out = _activations(x_NH, hidden), _activations(out_NH, hidden)
-        w13_addr, code = _stored(w13, 2 * width, hidden)
-        w2_addr, w2_code = _stored(w2, hidden, width)
-        if code != w2_code:
-            raise ValueError(f"w13 is {w13.dtype} and w2 is {w2.dtype}")
+        x, out = activations(x_NH, hidden), activations(out_NH, hidden)
+        w13_addr, w2_addr, code = stored_pair(w13, (2 * width, hidden), w2, (hidden, width))
         counts = array("i", [0])
         counts_addr = counts.buffer_info()[0]
 
@@ -217,13 +288,32 @@ class HostBackend(ComputeBackend):
 
         return run
 
+    def shared_experts(
+        self,
+        x_NH: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        gate_1H: torch.Tensor | None,
+        width: int,
+        out_NH: torch.Tensor,
+    ) -> Operation:
+        """See ComputeBackend."""
+        hidden = x_NH.shape[1]
+        x, out, gate = activations(x_NH, hidden), activations(out_NH, hidden), float32(gate_1H, 1, hidden)
+        w13_addr, w2_addr, code = stored_pair(w13, (2 * width, hidden), w2, (hidden, width))
+
+        def run(n: int) -> None:
+            kernels.shared_experts(x, n, w13_addr, w2_addr, code, hidden, width, gate, out)
+
+        return run
+
     # ---- other models'
 
     def whole_number_attention(
         self, layer: int, modulus: int, base: int, kv_NE: torch.Tensor, out_NE: torch.Tensor
     ) -> BatchOperation:
         """See ComputeBackend."""
-        kv, out = _activations(kv_NE, kv_NE.shape[1]), _activations(out_NE, kv_NE.shape[1])
+        kv, out = activations(kv_NE, kv_NE.shape[1]), activations(out_NE, kv_NE.shape[1])
 
         def run(step: _HostBatch) -> None:
             kernels.oracle_mix(step.parts, layer, kv, modulus, base, out)
@@ -251,34 +341,3 @@ class HostBackend(ComputeBackend):
     def top_tokens(self, row_V: torch.Tensor, count: int) -> list[int]:
         """See ComputeBackend."""
         return kernels.top_tokens(row_V.data_ptr(), row_V.shape[0], count)
-
-
-def _checked(tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> int:
-    """Address of a host tensor. Raises ValueError for another shape, dtype or device, or for gaps."""
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device.type != "cpu":
-        raise ValueError(
-            f"tensor is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; must be {shape} of {dtypes} on cpu"
-        )
-    if not tensor.is_contiguous():
-        raise ValueError(f"tensor of {shape} has strides {tensor.stride()}; must be contiguous")
-    return tensor.data_ptr()
-
-
-def _activations(tensor_NX: torch.Tensor, width: int) -> int:
-    return _checked(tensor_NX, (tensor_NX.shape[0], width), torch.float32)
-
-
-def _float32(tensor: torch.Tensor, *shape: int) -> int:
-    return _checked(tensor, shape, torch.float32)
-
-
-def _stored(tensor: torch.Tensor, *shape: int) -> tuple[int, int]:
-    return _checked(tensor, shape, *_CODES), _CODES[tensor.dtype]
-
-
-def _slots(tensor_E: torch.Tensor, num_experts: int, *shape: int) -> tuple[int, int, int]:
-    """Address of slot 0, bytes from slot to slot, dtype. Touches no memory: slot 0 may be unmapped."""
-    if tensor_E.shape[0] != num_experts:
-        raise ValueError(f"tensor has slots for {tensor_E.shape[0]} experts; must have {num_experts}")
-    first = tensor_E[0]
-    return _checked(first, shape, *_CODES), tensor_E.stride(0) * tensor_E.element_size(), _CODES[tensor_E.dtype]

@@ -5,41 +5,27 @@ kernels by shape and alignment and treats the end of a tensor in another way tha
 may differ from the same row alone in its last bits (ADR 26). Activations are float32, as on the host backend: weights
 and KV in bfloat16 are widened as they are used.
 
-Shape suffixes: as in base.py; L positions of a sequence up to a row's own, G kv heads, P queries that share a kv head,
-S blocks of a cache, T tokens of a block.
+Shape suffixes: as in base.py; X heads, Y elements of a head, L positions of a sequence up to a row's own, G kv heads, P
+queries that share a kv head, S blocks of a cache, T tokens of a block, U elements of a latent, W a plane's width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
-from torch.nn.functional import silu
 
-from elasticmoe.common.model_spec import AttentionSpec, MoeSpec
+from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends import torch_sampling
-from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, inverse_frequencies
+from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, check_norms
+from elasticmoe.services.worker.backends.torch_batch import TorchBatch, cached, lay_out
+from elasticmoe.services.worker.backends.torch_rows import feed_forward_row, first_rows, normed, rotate, routed
 from elasticmoe.services.worker.model.batch import Batch
+from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
 
 _STORED = (torch.float32, torch.bfloat16)
-
-
-class _TorchBatch(NamedTuple):
-    """A batch as tensors: `token_ids`, `positions` and the cache's `blocks` and `places` in them, where each row's k
-    and v belong, [N]; `tables[row]` [ceil(L / T)] block ids of the row's sequence up to its position; `logit_rows` [M].
-    """
-
-    num_rows: int
-    token_ids: torch.Tensor
-    positions: list[int]
-    blocks: torch.Tensor
-    places: torch.Tensor
-    tables: list[torch.Tensor]
-    logit_rows: list[int]
-    kv: torch.Tensor
 
 
 class TorchBackend(ComputeBackend):
@@ -56,65 +42,50 @@ class TorchBackend(ComputeBackend):
         """See ComputeBackend."""
         torch.accelerator.synchronize(self.device)
 
-    def check_batch(self, batch: Batch, cache: KvCache) -> _TorchBatch:
+    def check_batch(self, batch: Batch, cache: KvCache) -> TorchBatch:
         """See ComputeBackend."""
-        size, num_blocks = cache.geometry.block_size, cache.num_blocks
-        for block in batch.blocks:
-            if not 0 <= block < num_blocks:
-                raise ValueError(f"block {block} is not one of the {num_blocks} blocks")
-        positions: list[int] = []
-        tables: list[torch.Tensor] = []
-        all_blocks = self._ids(batch.blocks.tolist())
-        for part, kv_len in enumerate(batch.kv_lens):
-            table = all_blocks[batch.block_starts[part] : batch.block_starts[part + 1]]
-            for position in range(kv_len - (batch.row_starts[part + 1] - batch.row_starts[part]), kv_len):
-                positions.append(position)
-                tables.append(table[: position // size + 1])
-        last = [int(table[-1]) for table in tables]
-        return _TorchBatch(
-            batch.num_rows,
-            self._ids(batch.token_ids.tolist()),
-            positions,
-            self._ids(last),
-            self._ids([position % size for position in positions]),
-            tables,
-            batch.logit_rows.tolist(),
-            cache.blocks,
-        )
-
-    def _ids(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return lay_out(batch, cache, self.device)
 
     # ---- a decoder's
 
-    def embed(self, table_VH: torch.Tensor, out_NH: torch.Tensor) -> BatchOperation:
+    def embed(self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
         vocab, hidden = table_VH.shape
         self._check(table_VH, (vocab, hidden), *_STORED)
         self._check_rows(out_NH, hidden)
 
-        def run(step: _TorchBatch) -> None:
+        def run(step: TorchBatch) -> None:
             for token in step.token_ids.tolist():
                 if not 0 <= token < vocab:
                     raise ValueError(f"token {token} is not below the vocabulary's {vocab}")
-            out_NH[: step.num_rows] = table_VH[step.token_ids].float()
+            out_NH[: step.num_rows] = table_VH[step.token_ids].float() * factor
 
         return run
 
     def linear(
-        self, x_NH: torch.Tensor, w_WH: torch.Tensor, out_NW: torch.Tensor, *, accumulate: bool = False
+        self,
+        x_NH: torch.Tensor,
+        w_WH: torch.Tensor,
+        out_NW: torch.Tensor,
+        *,
+        bias_W: torch.Tensor | None = None,
+        accumulate: bool = False,
     ) -> Operation:
         """See ComputeBackend."""
         width, depth = w_WH.shape
         self._check(w_WH, (width, depth), *_STORED)
         self._check_rows(x_NH, depth)
         self._check_rows(out_NW, width)
+        if bias_W is not None:
+            self._check(bias_W, (width,), torch.float32)
         row_H = self.empty(depth)
 
         def run(n: int) -> None:
             w = w_WH.float()
-            for x_H, out_W in _rows(n, x_NH, out_NW):
+            for x_H, out_W in first_rows(n, x_NH, out_NW):
                 product_W = torch.mv(w, row_H.copy_(x_H))
+                if bias_W is not None:
+                    product_W += bias_W
                 out_W.copy_(out_W + product_W if accumulate else product_W)
 
         return run
@@ -128,17 +99,14 @@ class TorchBackend(ComputeBackend):
         out_NH: torch.Tensor,
     ) -> Operation:
         """See ComputeBackend."""
-        hidden = x_NH.shape[1]
-        self._check(weight_H, (hidden,), torch.float32)
-        for tensor_NH in (x_NH, out_NH, *([] if delta_NH is None else [delta_NH])):
-            self._check_rows(tensor_NH, hidden)
-        row_H = self.empty(hidden)
+        self._check_norm(weight_H, x_NH, out_NH, *([] if delta_NH is None else [delta_NH]))
+        row_H = self.empty(x_NH.shape[1])
 
         def run(n: int) -> None:
             if delta_NH is not None:
                 x_NH[:n] += delta_NH[:n]
-            for x_H, out_H in _rows(n, x_NH, out_NH):
-                out_H.copy_(_normed(row_H.copy_(x_H), weight_H, eps))
+            for x_H, out_H in first_rows(n, x_NH, out_NH):
+                out_H.copy_(normed(row_H.copy_(x_H), weight_H, eps))
 
         return run
 
@@ -146,29 +114,26 @@ class TorchBackend(ComputeBackend):
         self, x_NH: torch.Tensor, delta_NH: torch.Tensor, weight_H: torch.Tensor, eps: float, out_MH: torch.Tensor
     ) -> BatchOperation:
         """See ComputeBackend."""
-        hidden = x_NH.shape[1]
-        self._check(weight_H, (hidden,), torch.float32)
-        for tensor_NH in (x_NH, delta_NH, out_MH):
-            self._check_rows(tensor_NH, hidden)
-        row_H = self.empty(hidden)
+        self._check_norm(weight_H, x_NH, delta_NH, out_MH)
+        row_H = self.empty(x_NH.shape[1])
 
-        def run(step: _TorchBatch) -> None:
+        def run(step: TorchBatch) -> None:
             for at, row in enumerate(step.logit_rows):
                 torch.add(x_NH[row], delta_NH[row], out=row_H)
-                out_MH[at].copy_(_normed(row_H, weight_H, eps))
+                out_MH[at].copy_(normed(row_H, weight_H, eps))
 
         return run
 
-    def rope_table(self, spec: AttentionSpec, out_ND: torch.Tensor) -> BatchOperation:
+    def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
-        inv_freq = inverse_frequencies(spec).to(self.device)
-        half = spec.head_dim // 2
-        self._check_rows(out_ND, spec.head_dim)
+        inv_freq = inverse_frequencies(rope).to(self.device)
+        half = rope.dims // 2
+        self._check_rows(out_ND, rope.dims)
 
-        def run(step: _TorchBatch) -> None:
+        def run(step: TorchBatch) -> None:
             for row, position in enumerate(step.positions):
                 angles = inv_freq * position
-                out_ND[row, :half], out_ND[row, half:] = angles.cos(), angles.sin()
+                out_ND[row, :half], out_ND[row, half:] = angles.cos() * rope.amplitude, angles.sin() * rope.amplitude
 
         return run
 
@@ -178,57 +143,119 @@ class TorchBackend(ComputeBackend):
         layer: int,
         qkv_NC: torch.Tensor,
         rope_ND: torch.Tensor,
-        norms_D: tuple[torch.Tensor, torch.Tensor] | None,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
     ) -> BatchOperation:
         """See ComputeBackend."""
         dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
         self._check_rows(qkv_NC, (heads + 2 * kv_heads) * dim)
-        self._check_rows(rope_ND, dim)
-        for norm_D in norms_D or ():
-            self._check(norm_D, (dim,), torch.float32)
-        row_D = self.empty(dim)
+        self._check_rows(rope_ND, spec.rope.dims)
+        check_norms(spec, norms)
+        widths = (dim, dim) if spec.qk_norm == "head" else (heads * dim, kv_heads * dim)
+        for norm, width in zip(norms or (), widths, strict=False):
+            self._check(norm, (width,), torch.float32)
+        buffers = [self.empty(width) for width in widths]
+        ends = (0, heads * dim, (heads + kv_heads) * dim)
 
-        def run(step: _TorchBatch) -> None:
-            n, half = step.num_rows, dim // 2
-            heads_NXD = qkv_NC[:n].view(n, heads + 2 * kv_heads, dim)
-            turned_NXD = heads_NXD[:, : heads + kv_heads]
-            if norms_D is not None:
-                for turned_XD in turned_NXD:
-                    for head, turned_D in enumerate(turned_XD):
-                        turned_D.copy_(_normed(row_D.copy_(turned_D), norms_D[head >= heads], eps))
-            cosine, sine = rope_ND[:n, None, :half], rope_ND[:n, None, half:]
-            a, b = turned_NXD[..., :half].clone(), turned_NXD[..., half:].clone()
-            turned_NXD[..., :half] = a * cosine - b * sine
-            turned_NXD[..., half:] = b * cosine + a * sine
-            kv_N2GD = heads_NXD[:, heads:].reshape(n, 2, kv_heads, dim)
-            step.kv[step.blocks, layer, :, :, step.places] = kv_N2GD.to(step.kv.dtype)
+        def run(step: TorchBatch) -> None:
+            n = step.num_rows
+            for at, norm in enumerate(norms or ()):
+                for normed_NW in torch.split(qkv_NC[:n, ends[at] : ends[at + 1]], widths[at], 1):
+                    for normed_W in normed_NW:
+                        normed_W.copy_(normed(buffers[at].copy_(normed_W), norm, eps))
+            if spec.clip:
+                qkv_NC[:n].clamp_(-spec.clip, spec.clip)
+            heads_NXY = qkv_NC[:n].view(n, heads + 2 * kv_heads, dim)
+            rotate(heads_NXY[:, : heads + kv_heads, : spec.rope.dims], rope_ND[:n, None], spec.rope)
+            kv_N2GY = heads_NXY[:, heads:].reshape(n, 2, kv_heads, dim)
+            step.kv[step.blocks, layer, :, :, step.places] = kv_N2GY.to(step.kv.dtype)
 
         return run
 
-    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NQ: torch.Tensor) -> BatchOperation:
+    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
         dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
         self._check_rows(qkv_NC, (heads + 2 * kv_heads) * dim)
-        self._check_rows(out_NQ, heads * dim)
-        row_GPD = self.empty(kv_heads, heads // kv_heads, dim)
+        self._check_rows(out_NO, heads * dim)
+        row_GPY = self.empty(kv_heads, heads // kv_heads, dim)
 
-        def run(step: _TorchBatch) -> None:
+        def run(step: TorchBatch) -> None:
             for row, position in enumerate(step.positions):
-                row_GPD.copy_(qkv_NC[row, : heads * dim].view_as(row_GPD))
-                k_GLD, v_GLD = _cached(step, layer, row, position + 1)
-                scores_GPL = torch.bmm(row_GPD, k_GLD.transpose(1, 2)) * spec.scale
-                out_NQ[row] = torch.bmm(torch.softmax(scores_GPL, -1), v_GLD).view(heads * dim)
+                row_GPY.copy_(qkv_NC[row, : heads * dim].view_as(row_GPY))
+                k_GLY, v_GLY = cached(step, layer, row, position + 1)
+                scores_GPL = torch.bmm(row_GPY, k_GLY.transpose(1, 2)) * spec.scale
+                out_NO[row] = torch.bmm(torch.softmax(scores_GPL, -1), v_GLY).view(heads * dim)
+
+        return run
+
+    def store_latent(
+        self,
+        spec: LatentAttentionSpec,
+        layer: int,
+        q_NQ: torch.Tensor,
+        kv_NC: torch.Tensor,
+        rope_ND: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+    ) -> BatchOperation:
+        """See ComputeBackend."""
+        heads, rank = spec.num_heads, spec.kv_rank
+        self._check_rows(q_NQ, spec.query_width)
+        self._check_rows(kv_NC, spec.kv.width)
+        self._check_rows(rope_ND, spec.rope.dims)
+        self._check(norm, (rank,), torch.float32)
+        row_U = self.empty(rank)
+
+        def run(step: TorchBatch) -> None:
+            n = step.num_rows
+            rope_N1D = rope_ND[:n, None]
+            rotate(q_NQ[:n].view(n, heads, -1)[..., spec.nope_dim :], rope_N1D, spec.rope)
+            rotate(kv_NC[:n, None, rank:], rope_N1D, spec.rope)
+            for latent_U in kv_NC[:n, :rank]:
+                latent_U.copy_(normed(row_U.copy_(latent_U), norm, eps))
+            step.kv[step.blocks, layer, 0, 0, step.places] = kv_NC[:n].to(step.kv.dtype)
+
+        return run
+
+    def latent_attention(
+        self, spec: LatentAttentionSpec, layer: int, q_NQ: torch.Tensor, kv_b: torch.Tensor, out_NO: torch.Tensor
+    ) -> BatchOperation:
+        """See ComputeBackend."""
+        heads, rank, nope = spec.num_heads, spec.kv_rank, spec.nope_dim
+        self._check_rows(q_NQ, spec.query_width)
+        self._check_rows(out_NO, spec.out_width)
+        self._check(kv_b, (heads * (nope + spec.v_dim), rank), *_STORED)
+        q_XY = self.empty(heads, nope + spec.rope.dims)
+        turned_XW = self.empty(heads, spec.kv.width)
+
+        def run(step: TorchBatch) -> None:
+            to_keys, to_values = torch.split(kv_b.float().view(heads, -1, rank), [nope, spec.v_dim], 1)
+            for row, position in enumerate(step.positions):
+                q_XY.copy_(q_NQ[row].view_as(q_XY))
+                turned_XW[:, :rank] = torch.bmm(q_XY[:, None, :nope], to_keys)[:, 0]
+                turned_XW[:, rank:] = q_XY[:, nope:]
+                cached_LW = cached(step, layer, row, position + 1)[0, 0]
+                scores_XL = torch.mm(turned_XW, cached_LW.T) * spec.scale
+                taken_XU = torch.mm(torch.softmax(scores_XL, -1), cached_LW[:, :rank].contiguous())
+                out_NO[row] = torch.bmm(to_values, taken_XU[..., None]).view(-1)
 
         return run
 
     def route(
-        self, x_NH: torch.Tensor, gate_EH: torch.Tensor, moe: MoeSpec, ids_NK: torch.Tensor, weights_NK: torch.Tensor
+        self,
+        x_NH: torch.Tensor,
+        gate_EH: torch.Tensor,
+        bias_E: torch.Tensor | None,
+        moe: MoeSpec,
+        ids_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
     ) -> Operation:
         """See ComputeBackend."""
         hidden, top_k = x_NH.shape[1], moe.top_k
         self._check_rows(x_NH, hidden)
         self._check(gate_EH, (moe.num_experts, hidden), torch.float32)
+        if bias_E is not None:
+            self._check(bias_E, (moe.num_experts,), torch.float32)
         self._check_rows(weights_NK, top_k)
         self._check(ids_NK, (ids_NK.shape[0], top_k), torch.int32)
         row_H = self.empty(hidden)
@@ -236,11 +263,8 @@ class TorchBackend(ComputeBackend):
         def run(n: int) -> None:
             for row, x_H in enumerate(x_NH[:n]):
                 logits_E = torch.mv(gate_EH, row_H.copy_(x_H))
-                p_E = (logits_E - logits_E.max()).exp()
-                best_E, order_E = torch.sort(p_E, descending=True, stable=True)
-                chosen_K = best_E[:top_k]
-                ids_NK[row] = order_E[:top_k]
-                weights_NK[row] = chosen_K / (chosen_K.sum() if moe.norm_topk else p_E.sum())
+                ids_K, weights_NK[row] = routed(logits_E, bias_E, moe)
+                ids_NK[row] = ids_K
 
         return run
 
@@ -263,7 +287,7 @@ class TorchBackend(ComputeBackend):
                     w13, w2 = w13_E[expert].float(), w2_E[expert].float()
                 for _ in range(count):
                     x_H = next(rows)
-                    x_H.copy_(_expert(row_H.copy_(x_H), w13, w2))
+                    x_H.copy_(feed_forward_row(row_H.copy_(x_H), w13, w2))
             self.fence()
             rows_RH[:num_rows].copy_(computed_RH)
 
@@ -273,17 +297,36 @@ class TorchBackend(ComputeBackend):
         self, x_NH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, width: int, out_NH: torch.Tensor
     ) -> Operation:
         """See ComputeBackend."""
-        hidden = x_NH.shape[1]
-        self._check_rows(x_NH, hidden)
-        self._check_rows(out_NH, hidden)
-        self._check(w13, (2 * width, hidden), *_STORED)
-        self._check(w2, (hidden, width), *_STORED)
-        row_H = self.empty(hidden)
+        self._check_feed_forward(x_NH, w13, w2, width, out_NH)
+        row_H = self.empty(x_NH.shape[1])
 
         def run(n: int) -> None:
             wide, narrow = w13.float(), w2.float()
-            for x_H, out_H in _rows(n, x_NH, out_NH):
-                out_H.copy_(_expert(row_H.copy_(x_H), wide, narrow))
+            for x_H, out_H in first_rows(n, x_NH, out_NH):
+                out_H.copy_(feed_forward_row(row_H.copy_(x_H), wide, narrow))
+
+        return run
+
+    def shared_experts(
+        self,
+        x_NH: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        gate_1H: torch.Tensor | None,
+        width: int,
+        out_NH: torch.Tensor,
+    ) -> Operation:
+        """See ComputeBackend."""
+        self._check_feed_forward(x_NH, w13, w2, width, out_NH)
+        if gate_1H is not None:
+            self._check(gate_1H, (1, x_NH.shape[1]), torch.float32)
+        row_H = self.empty(x_NH.shape[1])
+
+        def run(n: int) -> None:
+            wide, narrow = w13.float(), w2.float()
+            for x_H, out_H in first_rows(n, x_NH, out_NH):
+                added_H = feed_forward_row(row_H.copy_(x_H), wide, narrow)
+                out_H += added_H if gate_1H is None else added_H * torch.mv(gate_1H, row_H).sigmoid()
 
         return run
 
@@ -298,16 +341,15 @@ class TorchBackend(ComputeBackend):
         self._check_rows(out_NE, width)
         powers = [1]  # by distance
 
-        def run(step: _TorchBatch) -> None:
-            kv_N21D = kv_NE[: step.num_rows].view(step.num_rows, 2, 1, width // 2)
-            step.kv[step.blocks, layer, :, :, step.places] = kv_N21D
+        def run(step: TorchBatch) -> None:
+            n, planes = step.num_rows, step.kv.shape[2]
+            step.kv[step.blocks, layer, :, :, step.places] = kv_NE[:n].view(n, planes, 1, width // planes)
             while len(powers) <= max(step.positions, default=0):
                 powers.append(powers[-1] * base % modulus)
             for row, position in enumerate(step.positions):
-                factors_L = self._ids(powers[position::-1])
-                for at, cached_1LD in enumerate(_cached(step, layer, row, position + 1)):
-                    mixed_D = (cached_1LD[0].long() * factors_L[:, None]).sum(0) % modulus
-                    out_NE[row, at * width // 2 : (at + 1) * width // 2] = mixed_D
+                factors_L = torch.tensor(powers[position::-1], dtype=torch.int64, device=self.device)
+                mixed = (cached(step, layer, row, position + 1).long() * factors_L[:, None]).sum(2) % modulus
+                out_NE[row] = mixed.view(width)
 
         return run
 
@@ -340,27 +382,19 @@ class TorchBackend(ComputeBackend):
                 f"must be {shape} of {dtypes}, contiguous, on {self.device}"
             )
 
+    def _check_norm(self, weight_H: torch.Tensor, *rows_NH: torch.Tensor) -> None:
+        self._check(weight_H, (rows_NH[0].shape[1],), torch.float32)
+        for tensor_NH in rows_NH:
+            self._check_rows(tensor_NH, rows_NH[0].shape[1])
+
+    def _check_feed_forward(
+        self, x_NH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, width: int, out_NH: torch.Tensor
+    ) -> None:
+        hidden = x_NH.shape[1]
+        self._check_rows(x_NH, hidden)
+        self._check_rows(out_NH, hidden)
+        self._check(w13, (2 * width, hidden), *_STORED)
+        self._check(w2, (hidden, width), *_STORED)
+
     def _check_rows(self, tensor_NX: torch.Tensor, width: int) -> None:
         self._check(tensor_NX, (tensor_NX.shape[0], width), torch.float32)
-
-
-def _rows(n: int, *tensors_NX: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The first n rows of each, side by side."""
-    return zip(*(tensor_NX[:n] for tensor_NX in tensors_NX), strict=True)
-
-
-def _normed(x_H: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-    return x_H * torch.rsqrt(x_H.square().mean() + eps) * weight_H
-
-
-def _expert(x_H: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-    gate_I, up_I = torch.mv(w13, x_H).chunk(2)
-    return torch.mv(w2, silu(gate_I.clone()) * up_I)
-
-
-def _cached(step: _TorchBatch, layer: int, row: int, length: int) -> torch.Tensor:
-    """k and v of the row's sequence at its first `length` positions, [2, G, L, D] in float32."""
-    read_S2GTD = step.kv[step.tables[row], layer]
-    blocks, _, heads, size, dim = read_S2GTD.shape
-    read_2GLD = read_S2GTD.permute(1, 2, 0, 3, 4).reshape(2, heads, blocks * size, dim)
-    return read_2GLD[:, :, :length].float().contiguous()

@@ -303,8 +303,8 @@ class RankMemory:
 
     def _wrap_kv(self) -> torch.Tensor:
         """One strided tensor over all blocks that the range has room for, mapped or not."""
-        spec, block = self.spec, self._geometry
-        shape = (spec.num_layers, 2, spec.attention.num_kv_heads, block.block_size, spec.attention.head_dim)
+        spec, block, kv = self.spec, self._geometry, self.spec.attention.kv
+        shape = (spec.num_layers, kv.planes, kv.heads, block.block_size, kv.width)
         stride, count = block.block_stride, self._kv_range.nbytes // block.block_stride
         return self.device.wrap(
             self._kv_range, 0, (count, *shape), (stride // DTYPE_BYTES[spec.dtype], *_strides(shape)), spec.dtype

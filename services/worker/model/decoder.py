@@ -1,7 +1,10 @@
 """The decoder that all families are: norm, attention, norm, feed-forward, with the residual kept in float32.
 
-Attention and experts are given as classes, so that a family is a choice of parts. Per layer there are ten calls of the
-compute backend and of the exchange that do something on a host.
+Its parts are chosen by the spec, so that a family is a choice of parts. Per layer there are ten calls of the compute
+backend and of the exchange that do something on a host.
+
+Granite multiplies what each part adds to the residual. That costs nothing here: the residual is kept divided by that
+factor, from the embedding on, and a norm, which asks for proportions alone, has its epsilon divided by its square.
 Shape suffixes: N rows of a step, H hidden, M rows whose logits are wanted, V vocabulary.
 """
 
@@ -14,7 +17,7 @@ import torch
 
 from elasticmoe.services.worker.backends.base import ComputeBackend, Operation
 from elasticmoe.services.worker.exchange.base import Exchange
-from elasticmoe.services.worker.model.attention import GroupedQueryAttention
+from elasticmoe.services.worker.model.attention import AttentionLayer, ResidualStream, attention_of
 from elasticmoe.services.worker.model.base import StepTimes
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.moe import DenseFeedForward, RoutedExperts
@@ -23,7 +26,7 @@ from elasticmoe.services.worker.model.weights import RankWeights
 
 class _DecoderLayer(NamedTuple):
     input_norm: Operation
-    attention: GroupedQueryAttention
+    attention: AttentionLayer
     post_norm: Operation
     feed_forward: RoutedExperts | DenseFeedForward
 
@@ -31,15 +34,7 @@ class _DecoderLayer(NamedTuple):
 class Decoder:
     """One model over one rank's memory (see Model). Owns its buffers, sized for `max_tokens` rows."""
 
-    def __init__(
-        self,
-        backend: ComputeBackend,
-        weights: RankWeights,
-        max_tokens: int,
-        *,
-        attention: type[GroupedQueryAttention],
-        experts: type[RoutedExperts],
-    ) -> None:
+    def __init__(self, backend: ComputeBackend, weights: RankWeights, max_tokens: int) -> None:
         spec = weights.spec
         self.backend = backend
         self.times = StepTimes(0, 0, 0)
@@ -50,12 +45,17 @@ class Decoder:
         self._head_VH = weights.base["embed" if spec.tie_embeddings else "head"]
         self._logits_MV = backend.empty(0, spec.vocab)
         self._head = backend.linear(self._x_NH.device, self._head_VH, self._logits_MV)
-        self._buffers = attention.make_buffers(backend, spec, max_tokens)
-        self._embed = backend.embed(weights.base["embed"], self._residual_NH)
-        self._prepare = attention.make_prepare(backend, spec, self._buffers)
-        self._layers = [self._make_layer(layer, attention, experts) for layer in range(spec.num_layers)]
+        self._attention = attention_of(backend, spec, max_tokens)
+        self._norm_eps = spec.norm_eps / spec.residual_factor**2
+        self._embed = backend.embed(
+            weights.base["embed"], spec.embedding_factor / spec.residual_factor, self._residual_NH
+        )
+        self._layers = [self._make_layer(layer) for layer in range(spec.num_layers)]
+        final_norm = weights.base["final_norm"]
+        if spec.logits_factor != 1:
+            final_norm = final_norm * spec.logits_factor
         self._final_norm = backend.final_norm(
-            self._residual_NH, self._delta_NH.device, weights.base["final_norm"], spec.norm_eps, self._x_NH.device
+            self._residual_NH, self._delta_NH.device, final_norm, self._norm_eps, self._x_NH.device
         )
 
     def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Decoder:
         n = batch.num_rows
         step = self.backend.check_batch(batch, self._weights.kv)
         self._embed(step)
-        self._prepare(step)
+        self._attention.prepare(step)
         for input_norm, attention, post_norm, feed_forward in self._layers:
             input_norm(n)
             attention(step, n)
@@ -79,19 +79,17 @@ class Decoder:
         self.times = StepTimes(time.perf_counter_ns() - started, *exchange.take_times())
         return logits_MV
 
-    def _make_layer(
-        self, layer: int, attention: type[GroupedQueryAttention], experts: type[RoutedExperts]
-    ) -> _DecoderLayer:
-        backend, spec, tensors = self.backend, self._weights.spec, self._weights.layers[layer]
+    def _make_layer(self, layer: int) -> _DecoderLayer:
+        backend, spec, tensors, eps = self.backend, self._weights.spec, self._weights.layers[layer], self._norm_eps
         x_NH, residual_NH, delta_NH = self._x_NH, self._residual_NH, self._delta_NH
         before = None if layer == 0 else delta_NH.device  # what the feed-forward before it left to be added
         return _DecoderLayer(
-            backend.rms_norm(residual_NH, before, tensors["input_norm"], spec.norm_eps, x_NH.device),
-            attention(backend, spec, layer, tensors, self._buffers, x_NH.device, residual_NH),
-            backend.rms_norm(residual_NH, None, tensors["post_norm"], spec.norm_eps, x_NH.device),
+            backend.rms_norm(residual_NH, before, tensors["input_norm"], eps, x_NH.device),
+            self._attention.layer(layer, tensors, ResidualStream(x_NH.device, residual_NH), spec.norm_eps),
+            backend.rms_norm(residual_NH, None, tensors["post_norm"], eps, x_NH.device),
             DenseFeedForward(backend, spec, tensors, x_NH, delta_NH)
             if layer in spec.dense_layers
-            else experts(backend, spec, layer, tensors, self._weights.experts[layer], x_NH, delta_NH),
+            else RoutedExperts(backend, spec, layer, tensors, self._weights.experts[layer], x_NH, delta_NH),
         )
 
     def _compute_logits(self, num_logits: int) -> torch.Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 
 from elasticmoe.common.model_spec import ModelSpec
-from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
+from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
 from elasticmoe.services.worker.exchange.base import Exchange
 
 
 class RoutedExperts:
-    """One layer of softmax top-k experts: x is read, the experts' weighted sum is written to `delta`."""
+    """One layer of routed experts and, where the model has them, the shared ones, which each token's owner computes: x
+    is read, the experts' weighted sum is written to `delta`."""
 
     def __init__(
         self,
@@ -31,10 +32,16 @@ class RoutedExperts:
         self._layer = layer
         self._x_NH, self._ids_NK, self._weights_NK = x_NH.host, ids_NK.host, weights_NK.host
         self._delta_NH = delta_NH.host
-        self._route = backend.route(x_NH.device, tensors["gate"], spec.moe, ids_NK.device, weights_NK.device)
+        self._route = backend.route(
+            x_NH.device, tensors["gate"], tensors.get("gate_bias"), spec.moe, ids_NK.device, weights_NK.device
+        )
         self._download = backend.download(x_NH, ids_NK, weights_NK)
         self._compute = backend.experts(experts["w13"], experts["w2"], spec.moe, spec.hidden)
         self._upload = backend.upload(delta_NH)
+        self._add_shared: Operation | None = None
+        if width := spec.moe.shared_width:
+            w13, w2, gate_1H = tensors["shared_w13"], tensors["shared_w2"], tensors.get("shared_gate")
+            self._add_shared = backend.shared_experts(x_NH.device, w13, w2, gate_1H, width, delta_NH.device)
 
     def __call__(self, exchange: Exchange, n: int) -> None:
         """Compute the layer; takes part in the exchange also with no rows."""
@@ -44,6 +51,8 @@ class RoutedExperts:
         self._compute(exchange.rows_RH, exchange.counts_E, num_rows)
         exchange.combine(self._layer, exchange.rows_RH, self._delta_NH, n)
         self._upload(n)
+        if self._add_shared is not None:
+            self._add_shared(n)
 
 
 class DenseFeedForward:

@@ -6,8 +6,8 @@ blocks and sampler as real models. All values are whole numbers below the modulu
 
 The backend keeps and reads the cache; all other arithmetic is numpy's, on the host, whatever the device.
 
-Shape suffixes: N rows of a step, H hidden, D head_dim, E experts, K experts per token, R rows received, M logits,
-V vocabulary.
+Shape suffixes: N rows of a step, H hidden, D numbers of a key or of a value, E experts, K experts per token, R rows
+received, M logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class OracleModel:
 
     def __init__(self, backend: ComputeBackend, weights: RankWeights, max_tokens: int) -> None:
         spec = weights.spec
-        hidden, dim, top_k = spec.hidden, spec.attention.head_dim, spec.moe.top_k
+        hidden, dim, top_k = spec.hidden, spec.attention.kv.elements // 2, spec.moe.top_k
         self.backend = backend
         self.times = StepTimes(0, 0, 0)
         self._weights = weights
         self._spec = spec
         constants = dict(spec.constants)
-        self._modulus = constants["modulus"]
+        self._modulus, self._dim = constants["modulus"], dim
         self._pace = StepPace(**{name: value for name, value in constants.items() if name != "modulus"})
         self._max_tokens = max_tokens
         # Each step reads what is in memory then.
@@ -117,7 +117,7 @@ class OracleModel:
 
     def _attend(self, step: StepBatch, layer: int, x_NH: Ints, positions_N1: Ints) -> Ints:
         """Write k and v, mix what the cache holds up to each row's position into x."""
-        p, dim, n = self._modulus, self._spec.attention.head_dim, len(x_NH)
+        p, dim, n = self._modulus, self._dim, len(x_NH)
         salt_H = self._salt_LH[layer](...).astype(np.int64)
         key_at_D, value_at_D = self._key_at_D, self._value_at_D
         self._kv[:n, :dim] = (x_NH[:, key_at_D] * salt_H[key_at_D] + positions_N1 + 1) % p

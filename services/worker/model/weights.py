@@ -16,9 +16,10 @@ from elasticmoe.common.model_spec import KvGeometry, ModelSpec
 
 @dataclass(slots=True)
 class KvCache:
-    """The KV blocks. `blocks`: [most blocks, layers, 2 (k, v), kv heads, block_size, head_dim] in the model's dtype,
-    contiguous but for the first dimension: block b lies at `base_addr + b * geometry.block_stride` for what computes on
-    it, and at `address + b * geometry.block_stride` of `device`, which copies, reads and writes the bytes of blocks.
+    """The KV blocks. `blocks`: [most blocks, layers, planes, heads, block_size, width] (see KvShape) in the model's
+    dtype, contiguous but for the first dimension: block b lies at `base_addr + b * geometry.block_stride` for what
+    computes on it, and at `address + b * geometry.block_stride` of `device`, which copies, reads and writes the bytes
+    of blocks.
 
     The first `num_blocks` are mapped; touching another is a fault. The number may change between steps, as blocks are
     mapped or unmapped at the end; a batch is checked against it.

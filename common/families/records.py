@@ -1,0 +1,153 @@
+"""The records of a decoder: which tensors lie in them, and what those are called in checkpoints.
+
+Norms, biases and the router's gate are kept in float32: they are small, and the router's choice is sensitive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from elasticmoe.common.model_spec import (
+    AttentionSpec,
+    LatentAttentionSpec,
+    ModelSpec,
+    RecordBuilder,
+    RecordKey,
+    RecordSpec,
+    Source,
+)
+
+EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
+
+
+class Names(NamedTuple):
+    """Where families' checkpoints differ, below a layer's prefix: the router's weights and the bias of its choice, the
+    experts, an expert's three matrices, and all experts' in one; the shared experts and the gate of their output."""
+
+    gate: str = "mlp.gate.weight"
+    gate_bias: str = "mlp.gate.e_score_correction_bias"
+    experts: str = "mlp.experts"
+    w1: str = "gate_proj.weight"
+    w3: str = "up_proj.weight"
+    w2: str = "down_proj.weight"
+    all_w13: str = "mlp.experts.gate_up_proj"
+    all_w2: str = "mlp.experts.down_proj"
+    shared: str = "mlp.shared_experts"
+    shared_gate: str = ""
+
+
+def decoder_base(spec: ModelSpec) -> RecordSpec:
+    """Embedding, final norm and, where it is not the embedding, the head. Of a tied pair either may be stored."""
+    shape = (spec.vocab, spec.hidden)
+    builder = RecordBuilder(RecordKey("base"))
+    tied = ((Source(HEAD, shape),),) if spec.tie_embeddings else ()
+    builder.add("embed", spec.dtype, Source(EMBEDDING, shape), alternatives=tied)
+    builder.add("final_norm", "float32", Source("model.norm.weight", (spec.hidden,)))
+    if not spec.tie_embeddings:
+        builder.add("head", spec.dtype, Source(HEAD, shape))
+    return builder.build()
+
+
+def decoder_layer(names: Names) -> Callable[[ModelSpec, int], RecordSpec]:
+    """The builder of a layer's record."""
+
+    def build(spec: ModelSpec, layer: int) -> RecordSpec:
+        at, hidden = f"model.layers.{layer}.", spec.hidden
+        builder = RecordBuilder(RecordKey("layer", layer))
+        builder.add("input_norm", "float32", Source(at + "input_layernorm.weight", (hidden,)))
+        if isinstance(spec.attention, LatentAttentionSpec):
+            _add_latent(builder, spec, spec.attention, at + "self_attn.")
+        else:
+            _add_grouped(builder, spec, spec.attention, at + "self_attn.")
+        builder.add("post_norm", "float32", Source(at + "post_attention_layernorm.weight", (hidden,)))
+        if layer in spec.dense_layers:
+            _add_feed_forward(builder, spec, "", at + "mlp", spec.dense_width)
+        else:
+            _add_router(builder, spec, names, at)
+        return builder.build()
+
+    return build
+
+
+def decoder_expert(names: Names) -> Callable[[ModelSpec, int, int], RecordSpec]:
+    """The builder of an expert's record. Its matrices are stored each for itself, or all experts' of a layer in one
+    tensor, gate over up, as transformers 5 holds them and writes them with `save_original_format=False`."""
+
+    def build(spec: ModelSpec, layer: int, expert: int) -> RecordSpec:
+        at = f"model.layers.{layer}."
+        one = f"{at}{names.experts}.{expert}."
+        hidden, width, experts = spec.hidden, spec.moe.expert_width, spec.moe.num_experts
+        gate, up = (Source(one + name, (width, hidden)) for name in (names.w1, names.w3))
+        down = Source(one + names.w2, (hidden, width))
+        gate_up = Source(at + names.all_w13, (2 * width, hidden), expert, experts)
+        all_down = Source(at + names.all_w2, (hidden, width), expert, experts)
+        builder = RecordBuilder(RecordKey("expert", layer, expert))
+        builder.add("w13", spec.dtype, gate, up, alternatives=((gate_up,),))
+        builder.add("w2", spec.dtype, down, alternatives=((all_down,),))
+        return builder.build()
+
+    return build
+
+
+def _add_grouped(builder: RecordBuilder, spec: ModelSpec, attention: AttentionSpec, at: str) -> None:
+    hidden, query = spec.hidden, attention.query_width
+    widths = {"q": query, **dict.fromkeys("kv", attention.num_kv_heads * attention.head_dim)}
+    builder.add(
+        "qkv", spec.dtype, *(Source(f"{at}{name}_proj.weight", (width, hidden)) for name, width in widths.items())
+    )
+    if attention.qkv_bias:
+        builder.add(
+            "qkv_bias", "float32", *(Source(f"{at}{name}_proj.bias", (width,)) for name, width in widths.items())
+        )
+    for name in "qk" if attention.qk_norm != "none" else "":
+        width = attention.head_dim if attention.qk_norm == "head" else widths[name]
+        builder.add(f"{name}_norm", "float32", Source(f"{at}{name}_norm.weight", (width,)))
+    _add_out(builder, spec, at, attention.out_width, has_bias=attention.out_bias)
+
+
+def _add_latent(builder: RecordBuilder, spec: ModelSpec, attention: LatentAttentionSpec, at: str) -> None:
+    """kv_b stays as it is stored, a head's rows for keys before those for values: nothing is computed while reading."""
+    hidden, query, rank = spec.hidden, attention.query_width, attention.kv_rank
+
+    def add_lora(name: str, stem: str, width: int) -> None:
+        builder.add(name, spec.dtype, Source(f"{at}{stem}.weight", (width, hidden)))
+        if attention.bias:
+            builder.add(f"{name}_bias", "float32", Source(f"{at}{stem}.bias", (width,)))
+
+    if attention.q_rank:
+        add_lora("q_a", "q_a_proj", attention.q_rank)
+        builder.add("q_a_norm", "float32", Source(at + "q_a_layernorm.weight", (attention.q_rank,)))
+        builder.add("q", spec.dtype, Source(at + "q_b_proj.weight", (query, attention.q_rank)))
+    else:
+        builder.add("q", spec.dtype, Source(at + "q_proj.weight", (query, hidden)))
+    add_lora("kv_a", "kv_a_proj_with_mqa", attention.kv.width)
+    builder.add("kv_a_norm", "float32", Source(at + "kv_a_layernorm.weight", (rank,)))
+    per_head = attention.nope_dim + attention.v_dim
+    builder.add("kv_b", spec.dtype, Source(at + "kv_b_proj.weight", (attention.num_heads * per_head, rank)))
+    _add_out(builder, spec, at, attention.out_width, has_bias=attention.bias)
+
+
+def _add_out(builder: RecordBuilder, spec: ModelSpec, at: str, width: int, *, has_bias: bool) -> None:
+    builder.add("out", spec.dtype, Source(at + "o_proj.weight", (spec.hidden, width)))
+    if has_bias:
+        builder.add("out_bias", "float32", Source(at + "o_proj.bias", (spec.hidden,)))
+
+
+def _add_router(builder: RecordBuilder, spec: ModelSpec, names: Names, at: str) -> None:
+    moe, hidden = spec.moe, spec.hidden
+    builder.add("gate", "float32", Source(at + names.gate, (moe.num_experts, hidden)))
+    if moe.has_bias:
+        builder.add("gate_bias", "float32", Source(at + names.gate_bias, (moe.num_experts,)))
+    if moe.shared_width:
+        _add_feed_forward(builder, spec, "shared_", at + names.shared, moe.shared_width)
+    if moe.shared_gate:
+        builder.add("shared_gate", "float32", Source(at + names.shared_gate, (1, hidden)))
+
+
+def _add_feed_forward(builder: RecordBuilder, spec: ModelSpec, prefix: str, at: str, width: int) -> None:
+    """An ordinary feed-forward, whose matrices are called the same in all families."""
+    gate, up = (Source(f"{at}.{name}_proj.weight", (width, spec.hidden)) for name in ("gate", "up"))
+    builder.add(prefix + "w13", spec.dtype, gate, up)
+    builder.add(prefix + "w2", spec.dtype, Source(f"{at}.down_proj.weight", (spec.hidden, width)))
