@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.action == "list":
         for name, summary in model_names().items():
-            say(f"{name:<18}{summary}")
+            say(f"{name:<22}{summary}")
         return 0
     with make_console() as console:
         try:

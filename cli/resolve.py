@@ -23,12 +23,20 @@ DEFAULT = "demo"  # where nothing names a model
 ALIASES = {"tiny": "tiny-mixtral"}
 NAMES = (
     "tiny-mixtral",
+    "tiny-qwen2-moe",
     "tiny-qwen3-moe",
+    "tiny-olmoe",
+    "tiny-granitemoe",
+    "tiny-glm4-moe",
+    "tiny-glm4-moe-lite",
+    "tiny-deepseek-v2",
+    "tiny-deepseek-v3",
     "oracle",
     "oracle-latent",
     "oracle-paced",
     "qwen3-moe-1b",
     "qwen3-moe-1b-fp8",
+    "deepseek-v2-lite-cut",
     "demo",
 )  # elasticmoe.cli.models knows them, and loads torch
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")

@@ -12,7 +12,7 @@ from elasticmoe.cli.models.make import make_model, model_names
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the model that the command line asks for. Returns the exit status: 0, or 1 with the reason on stderr."""
-    known = "\n".join(f"  {name:<16}{summary}" for name, summary in model_names().items())
+    known = "\n".join(f"  {name:<22}{summary}" for name, summary in model_names().items())
     parser = argparse.ArgumentParser(
         prog="python -m elasticmoe.cli.models",
         description=f"Make a model checkpoint without a hub.\n\nnames:\n{known}",

@@ -7,76 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from elasticmoe.cli.models import byte_tokenizer
+from elasticmoe.cli.models import configs
 from elasticmoe.cli.models.checkpoint import Progress, num_shards_for, parse_dtype, staged_directory
 from elasticmoe.cli.models.fp8 import quantize_files
 from elasticmoe.cli.models.oracle import LATENT_CONFIG, PACED_CONFIG, make_oracle
 from elasticmoe.cli.models.random_weights import random_checkpoint, random_plans
-
-_BYTE_LEVEL: dict[str, Any] = {
-    "vocab_size": byte_tokenizer.VOCAB_SIZE,
-    "bos_token_id": byte_tokenizer.BOS_ID,
-    "eos_token_id": byte_tokenizer.EOS_ID,
-}
-
-# Odd sizes on purpose: nothing is a power of two, so code that assumes one fails here.
-TINY_MIXTRAL: dict[str, Any] = {
-    "architectures": ["MixtralForCausalLM"],
-    "model_type": "mixtral",
-    "hidden_size": 96,
-    "intermediate_size": 88,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "hidden_act": "silu",
-    "num_local_experts": 7,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    **_BYTE_LEVEL,
-}
-
-TINY_QWEN3_MOE: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "hidden_size": 96,
-    "intermediate_size": 200,
-    "moe_intermediate_size": 40,
-    "mlp_only_layers": [],
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 24,
-    "hidden_act": "silu",
-    "norm_topk_prob": True,
-    "num_experts": 11,
-    "num_experts_per_tok": 3,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    **_BYTE_LEVEL,
-}
-
-QWEN3_MOE_1B: dict[str, Any] = TINY_QWEN3_MOE | {
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "moe_intermediate_size": 384,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "max_position_embeddings": 32768,
-    "vocab_size": 32768,
-}
 
 
 class _Maker(Protocol):
@@ -102,8 +37,8 @@ def make_model(
 ) -> Path:
     """Make the model `name` (see `model_names`) in `directory` and return `directory`.
 
-    Blocks: well under a second for the tiny models, up to a minute for the large ones, which write 1.4 to 2.1 GB and
-    hold about 1 GB of memory. Equal (name, seed, dtype) give equal files. `dtype` ("bfloat16" or "float32")
+    Blocks: well under a second for the tiny models, up to some minutes for the large ones, which write 1.4 to 3.5 GB
+    and hold about 1 GB of memory. Equal (name, seed, dtype) give equal files. `dtype` ("bfloat16" or "float32")
     replaces the model's own; `progress(bytes_done, bytes_total)` is called after each tensor. Only `demo` uses the
     network, once: its source is kept in the user's cache folder.
 
@@ -156,8 +91,35 @@ def _demo(directory: Path, *, seed: int, dtype: str, progress: Progress | None) 
 
 
 _MODELS: Mapping[str, _Model] = {
-    "tiny-mixtral": _Model("random Mixtral: 3 layers, 7 experts top-2", "float32", _random(TINY_MIXTRAL)),
-    "tiny-qwen3-moe": _Model("random Qwen3-MoE: 3 layers, 11 experts top-3", "float32", _random(TINY_QWEN3_MOE)),
+    "tiny-mixtral": _Model("random Mixtral: 3 layers, 7 experts top-2", "float32", _random(configs.TINY_MIXTRAL)),
+    "tiny-qwen2-moe": _Model(
+        "random Qwen2-MoE: 3 layers, 9 experts top-3 and a shared one", "float32", _random(configs.TINY_QWEN2_MOE)
+    ),
+    "tiny-qwen3-moe": _Model(
+        "random Qwen3-MoE: 3 layers, 11 experts top-3", "float32", _random(configs.TINY_QWEN3_MOE)
+    ),
+    "tiny-olmoe": _Model("random OLMoE: 3 layers, 11 experts top-3", "float32", _random(configs.TINY_OLMOE)),
+    "tiny-granitemoe": _Model(
+        "random GraniteMoE: 3 layers, 9 experts top-3", "float32", _random(configs.TINY_GRANITEMOE)
+    ),
+    "tiny-glm4-moe": _Model(
+        "random GLM-4-MoE: 3 layers, 15 experts in 3 groups top-4", "float32", _random(configs.TINY_GLM4_MOE)
+    ),
+    "tiny-glm4-moe-lite": _Model(
+        "random GLM-4-MoE-Lite: 3 layers, latent attention, 11 experts top-3",
+        "float32",
+        _random(configs.TINY_GLM4_MOE_LITE),
+    ),
+    "tiny-deepseek-v2": _Model(
+        "random DeepSeek-V2: 3 layers, latent attention, 10 experts in 5 groups top-3",
+        "float32",
+        _random(configs.TINY_DEEPSEEK_V2),
+    ),
+    "tiny-deepseek-v3": _Model(
+        "random DeepSeek-V3: 3 layers, latent attention, 21 experts in 3 groups top-4",
+        "float32",
+        _random(configs.TINY_DEEPSEEK_V3),
+    ),
     "oracle": _Model("integer model whose every token plain arithmetic predicts, for tests", "float32", make_oracle),
     "oracle-latent": _Model(
         "the oracle with a KV cache as of latent attention", "float32", partial(make_oracle, config=LATENT_CONFIG)
@@ -167,9 +129,18 @@ _MODELS: Mapping[str, _Model] = {
         "float32",
         partial(make_oracle, config=PACED_CONFIG),
     ),
-    "qwen3-moe-1b": _Model("random Qwen3-MoE of 1.04 B weights: 64 experts top-8", "bfloat16", _random(QWEN3_MOE_1B)),
+    "qwen3-moe-1b": _Model(
+        "random Qwen3-MoE of 1.04 B weights: 64 experts top-8", "bfloat16", _random(configs.QWEN3_MOE_1B)
+    ),
     "qwen3-moe-1b-fp8": _Model(
-        "the same, quantized to FP8 in blocks, as models are published", "bfloat16", _quantized(_random(QWEN3_MOE_1B))
+        "the same, quantized to FP8 in blocks, as models are published",
+        "bfloat16",
+        _quantized(_random(configs.QWEN3_MOE_1B)),
+    ),
+    "deepseek-v2-lite-cut": _Model(
+        "random DeepSeek-V2 of 1.75 B weights: the widths of DeepSeek-V2-Lite, 6 layers, 32 experts top-6",
+        "bfloat16",
+        _random(configs.DEEPSEEK_V2_LITE_CUT),
     ),
     "demo": _Model("SmolLM2-135M-Instruct as an 8-expert Mixtral of 0.69 B: answers in English", "bfloat16", _demo),
 }

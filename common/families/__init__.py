@@ -16,10 +16,17 @@ import msgspec
 
 from elasticmoe.common.checkpoint_files import read_json
 from elasticmoe.common.families.config import Config, check_type
+from elasticmoe.common.families.deepseek_v2 import DEEPSEEK_V2
+from elasticmoe.common.families.deepseek_v3 import DEEPSEEK_V3
 from elasticmoe.common.families.family import Family
+from elasticmoe.common.families.glm4_moe import GLM4_MOE
+from elasticmoe.common.families.glm4_moe_lite import GLM4_MOE_LITE
+from elasticmoe.common.families.granitemoe import GRANITEMOE
 from elasticmoe.common.families.mixtral import MIXTRAL
+from elasticmoe.common.families.olmoe import OLMOE
 from elasticmoe.common.families.oracle import ORACLE
 from elasticmoe.common.families.quantization import SCALE, unread_quantization_keys, weight_block_of
+from elasticmoe.common.families.qwen2_moe import QWEN2_MOE
 from elasticmoe.common.families.qwen3_moe import QWEN3_MOE
 from elasticmoe.common.families.rope import unread_rope_keys
 from elasticmoe.common.families.shared_keys import check_shared_keys, unread_keys
@@ -40,7 +47,14 @@ __all__ = [
     "unread_names",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (MIXTRAL, QWEN3_MOE, ORACLE)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, GLM4_MOE),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE),
+        ORACLE,
+    )
+}
 _BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES.values()}
 _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES.values()}
 

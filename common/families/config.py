@@ -72,6 +72,10 @@ class Config:
         """A number in [low, high]. Raises CheckpointError."""
         return number(name, self.value(name), low, high)
 
+    def has(self, name: str) -> bool:
+        """Whether the family knows the key, set or not."""
+        return name in self._keys
+
     def flag(self, name: str) -> bool:
         """A boolean."""
         return bool(self.value(name))

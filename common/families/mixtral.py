@@ -7,12 +7,18 @@ import re
 from typing import Any, Final
 
 from elasticmoe.common.families.config import Config, Key
-from elasticmoe.common.families.decoder import NEUTRAL_KEYS, grouped_query, parse_decoder, window_of
+from elasticmoe.common.families.decoder import (
+    AUX_LOSS,
+    NEUTRAL_KEYS,
+    TRAINING,
+    grouped_query,
+    parse_decoder,
+    routed,
+    window_of,
+)
 from elasticmoe.common.families.family import Family
 from elasticmoe.common.families.records import EMBEDDING, HEAD, Names, decoder_base, decoder_expert, decoder_layer
 from elasticmoe.common.families.rope import RopeForm
-from elasticmoe.common.model_spec import MoeSpec
-from elasticmoe.common.protocol.limits import EXPERTS_MAX, HIDDEN_MAX, TOP_K_EXPERTS_MAX
 
 _KEYS: Final[dict[str, Key]] = {
     **NEUTRAL_KEYS,
@@ -33,7 +39,8 @@ _KEYS: Final[dict[str, Key]] = {
     "rope_parameters": Key(dict | None, None),
     "bos_token_id": NEUTRAL_KEYS["bos_token_id"]._replace(default=1),
     "eos_token_id": Key(int | list[int] | None, 2),
-    "router_jitter_noise": Key(float, 0.0, "for training only"),
+    "router_jitter_noise": Key(float, 0.0, TRAINING),
+    "router_aux_loss_coef": AUX_LOSS,
 }
 _NAMES: Final = Names(
     gate="block_sparse_moe.gate.weight",
@@ -47,12 +54,7 @@ _NAMES: Final = Names(
 
 
 def _parse(config: Config) -> dict[str, Any]:
-    moe = MoeSpec(
-        num_experts=config.integer("num_local_experts", 1, EXPERTS_MAX),
-        top_k=config.integer("num_experts_per_tok", 1, TOP_K_EXPERTS_MAX),
-        expert_width=config.integer("intermediate_size", 1, HIDDEN_MAX),
-        norm_topk=True,
-    )
+    moe = routed(config, experts="num_local_experts", width="intermediate_size", norm_topk=True)
     head_dim = config.value("head_dim") or None  # 0, too, means that it follows from the hidden size
     attention = grouped_query(config, RopeForm(theta=1_000_000.0, dims=0), head_dim=head_dim)
     return parse_decoder(config, attention=attention, moe=moe, window=window_of(config))

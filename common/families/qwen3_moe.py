@@ -3,16 +3,30 @@ Keys and defaults: transformers 5, models/qwen3_moe/configuration_qwen3_moe.py."
 
 from __future__ import annotations
 
-import re
 from typing import Any, Final
 
 from elasticmoe.common.families.config import Config, Key
-from elasticmoe.common.families.decoder import NEUTRAL_KEYS, grouped_query, parse_decoder, sparse_steps, window_of
+from elasticmoe.common.families.decoder import (
+    AUX_LOSS,
+    HEAD_DIM,
+    NEUTRAL_KEYS,
+    grouped_query,
+    parse_decoder,
+    routed,
+    sparse_steps,
+    window_of,
+)
 from elasticmoe.common.families.family import Family
-from elasticmoe.common.families.records import EMBEDDING, HEAD, Names, decoder_base, decoder_expert, decoder_layer
+from elasticmoe.common.families.records import (
+    EMBEDDING,
+    EXPERT_NAMES,
+    HEAD,
+    Names,
+    decoder_base,
+    decoder_expert,
+    decoder_layer,
+)
 from elasticmoe.common.families.rope import RopeForm
-from elasticmoe.common.model_spec import MoeSpec
-from elasticmoe.common.protocol.limits import EXPERTS_MAX, HIDDEN_MAX, TOP_K_EXPERTS_MAX
 
 _KEYS: Final[dict[str, Key]] = {
     **NEUTRAL_KEYS,
@@ -37,23 +51,23 @@ _KEYS: Final[dict[str, Key]] = {
     "norm_topk_prob": Key(bool, False),
     "mlp_only_layers": Key(list[int] | None, None),
     "eos_token_id": Key(int | list[int] | None, None),
-    # Not of the config class, which keeps it as it comes: the model's code reads it and cannot do with null.
-    "head_dim": Key(int, None),
+    "router_aux_loss_coef": AUX_LOSS,
+    "head_dim": HEAD_DIM,
 }
 _NAMES: Final = Names()
 
 
 def _parse(config: Config) -> dict[str, Any]:
-    config.must_be("attention_bias", False)
-    moe = MoeSpec(
-        num_experts=config.integer("num_experts", 1, EXPERTS_MAX),
-        top_k=config.integer("num_experts_per_tok", 1, TOP_K_EXPERTS_MAX),
-        expert_width=config.integer("moe_intermediate_size", 1, HIDDEN_MAX),
-        norm_topk=config.flag("norm_topk_prob"),
-    )
+    has_bias = config.flag("attention_bias")
     attention = grouped_query(
-        config, RopeForm(theta=10_000.0, dims=0), head_dim=config.value("head_dim"), qk_norm="head"
+        config,
+        RopeForm(theta=10_000.0, dims=0),
+        head_dim=config.value("head_dim"),
+        qk_norm="head",
+        qkv_bias=has_bias,
+        out_bias=has_bias,
     )
+    moe = routed(config, experts="num_experts", norm_topk=config.flag("norm_topk_prob"))
     window = window_of(config) if config.flag("use_sliding_window") else None
     return parse_decoder(config, attention=attention, moe=moe, window=window, dense_layers=sparse_steps(config))
 
@@ -68,7 +82,7 @@ QWEN3_MOE: Final = Family(
     expert=decoder_expert(_NAMES),
     layer=decoder_layer(_NAMES),
     base=decoder_base,
-    expert_names=re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight"),
+    expert_names=EXPERT_NAMES,
     embedding=EMBEDDING,
     head=HEAD,
 )

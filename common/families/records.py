@@ -5,6 +5,7 @@ Norms, biases and the router's gate are kept in float32: they are small, and the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -20,11 +21,14 @@ from elasticmoe.common.model_spec import (
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
+# Layer and expert of one expert's tensor, by the names that most families have (see Names).
+EXPERT_NAMES: Final = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight")
 
 
 class Names(NamedTuple):
-    """Where families' checkpoints differ, below a layer's prefix: the router's weights and the bias of its choice, the
-    experts, an expert's three matrices, and all experts' in one; the shared experts and the gate of their output."""
+    """Where families' checkpoints differ, below a layer's prefix: the router's weights and the bias of its choice; the
+    experts (empty: they are stored in one tensor only), an expert's three matrices, and all experts' in one; the shared
+    experts and the gate of their output."""
 
     gate: str = "mlp.gate.weight"
     gate_bias: str = "mlp.gate.e_score_correction_bias"
@@ -77,13 +81,15 @@ def decoder_expert(names: Names) -> Callable[[ModelSpec, int, int], RecordSpec]:
 
     def build(spec: ModelSpec, layer: int, expert: int) -> RecordSpec:
         at = f"model.layers.{layer}."
-        one = f"{at}{names.experts}.{expert}."
         hidden, width, experts = spec.hidden, spec.moe.expert_width, spec.moe.num_experts
-        gate, up = (Source(one + name, (width, hidden)) for name in (names.w1, names.w3))
-        down = Source(one + names.w2, (hidden, width))
         gate_up = Source(at + names.all_w13, (2 * width, hidden), expert, experts)
         all_down = Source(at + names.all_w2, (hidden, width), expert, experts)
         builder = RecordBuilder(RecordKey("expert", layer, expert))
+        if not names.experts:
+            return builder.add("w13", spec.dtype, gate_up).add("w2", spec.dtype, all_down).build()
+        one = f"{at}{names.experts}.{expert}."
+        gate, up = (Source(one + name, (width, hidden)) for name in (names.w1, names.w3))
+        down = Source(one + names.w2, (hidden, width))
         builder.add("w13", spec.dtype, gate, up, alternatives=((gate_up,),))
         builder.add("w2", spec.dtype, down, alternatives=((all_down,),))
         return builder.build()

@@ -59,6 +59,10 @@ def rope_of(fields: Mapping[str, Any], form: RopeForm, max_positions: int) -> Ro
     scaling = _SCALINGS[kind](read) if kind in _SCALINGS else None
     if kind == "dynamic":
         read.number("factor", 1e-6, _FACTOR_MAX)  # must be there, and changes nothing up to max_position_embeddings
+        if dims == 2:
+            raise CheckpointError(
+                f"config.json: the rope type 'dynamic' of {name} needs more than 2 elements that rotate"
+            )
     return RopeSpec(
         theta=number("rope_theta", theta, 1e-3, _THETA_MAX),
         dims=dims,
@@ -115,15 +119,13 @@ def _kind_of(name: str, parameters: Mapping[str, Any]) -> str:
 
 
 def _share(fields: Mapping[str, Any], name: str, parameters: Mapping[str, Any], form: RopeForm) -> float:
-    key, beside = f"{name}.partial_rotary_factor", fields.get("partial_rotary_factor", form.share)
-    share = parameters.get("partial_rotary_factor", beside)
-    if share is None:
-        return 1.0
-    if form.share is None:
-        if isinstance(share, bool) or share != 1:
-            refuse_value(key, share, (None, 1))
-        return 1.0
-    return number(key, share, 0.0, 1.0)
+    key = "partial_rotary_factor"
+    share = parameters.get(key, fields.get(key, form.share))
+    if key in parameters:
+        key = f"{name}.{key}"
+    if form.share is None and (isinstance(share, bool) or share not in (None, 1)):
+        refuse_value(key, share, (None, 1))
+    return 1.0 if share is None else number(key, share, 0.0, 1.0)
 
 
 class _Parameters(NamedTuple):

@@ -19,7 +19,6 @@ _ONLY: Final[dict[str, tuple[Any, ...]]] = {
     "attention_chunk_size": (None,),
     "kv_sharing_modes": (None,),
     "per_layer_config": (None, {}),  # other sizes or windows for some layers
-    "partial_rotary_factor": (None, 1),
     "fusion_config": (None, {}),
     "distributed_config": (None,),
     "attribute_map": (None, {}),  # transformers reads keys under other names then
@@ -54,10 +53,14 @@ _SAMPLING: Final = """
     target_lookbehind temperature top_k top_p typical_p
 """  # defaults that old versions wrote here; transformers 5 drops them
 _READ_ELSEWHERE: Final = """
-    rope_parameters rope_scaling rope_theta layer_types quantization_config compression_config auto_map
-"""
+    rope_parameters rope_scaling rope_theta partial_rotary_factor original_max_position_embeddings layer_types
+    quantization_config compression_config auto_map scoring_func topk_method norm_topk_prob moe_layer_freq
+    sliding_window
+"""  # by the code for all families
+# DeepSeek's and GLM's own training and serving code
+_DEEPSEEK: Final = "aux_loss_alpha seq_aux ep_size num_nextn_predict_layers pretraining_tp"
 _NEUTRAL: Final = frozenset(
-    " ".join((_NAMES_AND_VERSIONS, _DTYPES, _PYTHON, _OTHERS, _SAMPLING, _READ_ELSEWHERE)).split()
+    " ".join((_NAMES_AND_VERSIONS, _DTYPES, _PYTHON, _OTHERS, _SAMPLING, _READ_ELSEWHERE, _DEEPSEEK)).split()
 )
 
 

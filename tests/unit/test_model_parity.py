@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from elasticmoe.cli.models import random_checkpoint
-from elasticmoe.cli.models.make import TINY_MIXTRAL, TINY_QWEN3_MOE
+from elasticmoe.cli.models import configs, random_checkpoint
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.factory import BACKENDS
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
@@ -21,10 +20,33 @@ from tests.unit.ranks import Ranks, Stream, generate
 
 transformers = pytest.importorskip("transformers")
 
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+# Each family as `model make` makes it, and with what it has besides.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "mixtral": TINY_MIXTRAL,
-    "qwen3": TINY_QWEN3_MOE | {"mlp_only_layers": [1], "norm_topk_prob": False, "tie_word_embeddings": True},
+    "mixtral": configs.TINY_MIXTRAL,
+    "qwen3": configs.TINY_QWEN3_MOE | {"mlp_only_layers": [1], "norm_topk_prob": False, "tie_word_embeddings": True},
+    "deepseek3": configs.TINY_DEEPSEEK_V3,
+    "qwen2": configs.TINY_QWEN2_MOE,
+    "olmoe": configs.TINY_OLMOE,
+    "granite": configs.TINY_GRANITEMOE,
+    "glm4": configs.TINY_GLM4_MOE,
+    "glm4-lite": configs.TINY_GLM4_MOE_LITE,
+    "deepseek2": configs.TINY_DEEPSEEK_V2,
+    "qwen3-biases-yarn": configs.TINY_QWEN3_MOE | {"attention_bias": True, "rope_scaling": YARN},
+    "qwen2-no-biases": configs.TINY_QWEN2_MOE | {"qkv_bias": False, "norm_topk_prob": True, "rope_scaling": LLAMA3},
+    "olmoe-biases": configs.TINY_OLMOE | {"attention_bias": True, "clip_qkv": None, "norm_topk_prob": True},
+    "granite-biases": configs.TINY_GRANITEMOE | {"attention_bias": True, "tie_word_embeddings": False},
+    "glm4-plain": configs.TINY_GLM4_MOE
+    | {"attention_bias": False, "use_qk_norm": False, "norm_topk_prob": False, "tie_word_embeddings": True}
+    | {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "partial_rotary_factor": 0.75},
+    "deepseek2-greedy": configs.TINY_DEEPSEEK_V2
+    | {"topk_method": "greedy", "q_lora_rank": 28, "attention_bias": True, "tie_word_embeddings": True},
+    "deepseek3-neox": configs.TINY_DEEPSEEK_V3
+    | {"rope_interleave": False, "q_lora_rank": None, "attention_bias": True, "norm_topk_prob": False},
 }
+FEW = ("mixtral", "qwen3", "deepseek3")  # where the family is of no account, but the kind of attention may be
 Backend = Callable[[], ComputeBackend]
 NUM_TOKENS = 8
 BACKENDS_BOUND = 2e-5  # between two backends
