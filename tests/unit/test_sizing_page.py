@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from elasticmoe.cli.models.make import QWEN3_MOE_1B, TINY_MIXTRAL
+from elasticmoe.cli.models.configs import QWEN3_MOE_1B, TINY_MIXTRAL
 from elasticmoe.common.capacity import sizes_of, weights_on
 from elasticmoe.common.config import defaults
 from elasticmoe.common.devices.factory import backend_of
