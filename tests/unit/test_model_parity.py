@@ -54,6 +54,7 @@ BACKENDS_BOUND = 2e-5  # between two backends
 FLOAT32_BOUND = 1e-4  # of logits with a standard deviation of 1
 # Weights and KV are rounded to bfloat16, activations are not: closer to float32 than transformers' own bfloat16 (0.1).
 BFLOAT16_BOUND = 0.06
+BFLOAT16_BOUNDS = {"deepseek3": 0.08}  # which multiplies what its experts give by 2.5
 
 
 class Models:
@@ -230,7 +231,7 @@ def test_bfloat16_within_its_bound(name: str, backend: Backend, tmp_path: Path) 
     random_checkpoint(tmp_path / "model", config, seed=4, dtype="bfloat16")
     streams = make_streams(2, (5, 40))
     logits = generate(Ranks(tmp_path / "model", 2, dtype="bfloat16", backend=backend), streams, NUM_TOKENS)
-    assert compare(reference_of(tmp_path / "model"), streams, logits)[0] < BFLOAT16_BOUND
+    assert compare(reference_of(tmp_path / "model"), streams, logits)[0] < BFLOAT16_BOUNDS.get(name, BFLOAT16_BOUND)
 
 
 def test_bad_batches_are_refused(model: tuple[Path, Any], backend: Backend) -> None:

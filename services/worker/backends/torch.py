@@ -209,7 +209,7 @@ class TorchBackend(ComputeBackend):
         def run(step: TorchBatch) -> None:
             n = step.num_rows
             rope_N1D = rope_ND[:n, None]
-            rotate(q_NQ[:n].view(n, heads, -1)[..., spec.nope_dim :], rope_N1D, spec.rope)
+            rotate(q_NQ[:n].view(n, heads, spec.query_width // heads)[..., spec.nope_dim :], rope_N1D, spec.rope)
             rotate(kv_NC[:n, None, rank:], rope_N1D, spec.rope)
             for latent_U in kv_NC[:n, :rank]:
                 latent_U.copy_(normed(row_U.copy_(latent_U), norm, eps))

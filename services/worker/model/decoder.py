@@ -51,11 +51,12 @@ class Decoder:
             weights.base["embed"], spec.embedding_factor / spec.residual_factor, self._residual_NH
         )
         self._layers = [self._make_layer(layer) for layer in range(spec.num_layers)]
-        final_norm = weights.base["final_norm"]
+        # Kept here: operations look at tensors' memory, and nobody else owns a product.
+        self._final_weight_H = weights.base["final_norm"]
         if spec.logits_factor != 1:
-            final_norm = final_norm * spec.logits_factor
+            self._final_weight_H = self._final_weight_H * spec.logits_factor
         self._final_norm = backend.final_norm(
-            self._residual_NH, self._delta_NH.device, final_norm, self._norm_eps, self._x_NH.device
+            self._residual_NH, self._delta_NH.device, self._final_weight_H, self._norm_eps, self._x_NH.device
         )
 
     def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
