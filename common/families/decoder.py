@@ -228,7 +228,7 @@ def _check_layer_types(config: Config, layers: int, window: int | None) -> None:
 def _check_unread(config: Config, moe: MoeSpec) -> None:
     """Keys by which checkpoints say how they were trained, and which transformers does not read in every family: they
     must say what is computed. A window beside a family that has none cuts transformers' cache, and only that."""
-    said = {
+    said: dict[str, tuple[Any, ...]] = {
         "scoring_func": (None, moe.scoring),
         "topk_method": (None, "noaux_tc") if moe.has_bias else (None, "greedy", "group_limited_greedy"),
         "norm_topk_prob": (None, moe.norm_topk),

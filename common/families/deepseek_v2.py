@@ -1,5 +1,5 @@
 """DeepSeek-V2: latent attention, softmax router, shared experts; the first layers are dense.
-Keys and defaults: transformers 5, models/deepseek_v2/configuration_deepseek_v2.py."""
+Keys and defaults: transformers 5, `DeepseekV2Config`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _parse(config: Config) -> dict[str, Any]:
     config.must_be("mlp_bias", False)
     config.must_be("norm_topk_prob", False, None)  # transformers never divides the weights by their sum
     config.must_be("topk_method", "greedy", "group_limited_greedy")
-    groups = {}
+    groups: dict[str, Any] = {}
     if config.value("topk_method") == "group_limited_greedy":
         groups = {"num_groups": config.integer("n_group", 1, EXPERTS_MAX)}
         groups["top_groups"] = config.integer("topk_group", 1, EXPERTS_MAX)

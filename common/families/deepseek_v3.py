@@ -1,5 +1,5 @@
 """DeepSeek-V3 and R1: latent attention, sigmoid router with a bias for the choice and groups, a shared expert.
-Keys and defaults: transformers 5, models/deepseek_v3/configuration_deepseek_v3.py."""
+Keys and defaults: transformers 5, `DeepseekV3Config`."""
 
 from __future__ import annotations
 

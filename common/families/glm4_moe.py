@@ -1,5 +1,5 @@
 """GLM-4.5 and 4.6: grouped-query attention, half of each head rotates, DeepSeek-V3's router and shared expert.
-Keys and defaults: transformers 5, models/glm4_moe/configuration_glm4_moe.py."""
+Keys and defaults: transformers 5, `Glm4MoeConfig`."""
 
 from __future__ import annotations
 

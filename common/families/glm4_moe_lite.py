@@ -1,5 +1,5 @@
 """GLM-4.7-Flash: DeepSeek-V3's latent attention and router; which layers are dense is a list.
-Keys and defaults: transformers 5, models/glm4_moe_lite/configuration_glm4_moe_lite.py."""
+Keys and defaults: transformers 5, `Glm4MoeLiteConfig`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """GraniteMoE: all layers routed; embeddings, scores, residuals, logits have factors; experts are stored in one tensor.
-Keys and defaults: transformers 5, models/granitemoe/configuration_granitemoe.py."""
+Keys and defaults: transformers 5, `GraniteMoeConfig`."""
 
 from __future__ import annotations
 

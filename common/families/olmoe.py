@@ -1,5 +1,5 @@
 """OLMoE: all layers routed, one norm over all queries and one over all keys of a token, values may be cut.
-Keys and defaults: transformers 5, models/olmoe/configuration_olmoe.py."""
+Keys and defaults: transformers 5, `OlmoeConfig`."""
 
 from __future__ import annotations
 

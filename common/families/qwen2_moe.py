@@ -1,5 +1,5 @@
 """Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B): biases of q, k and v, a shared expert behind a gate.
-Keys and defaults: transformers 5, models/qwen2_moe/configuration_qwen2_moe.py."""
+Keys and defaults: transformers 5, `Qwen2MoeConfig`."""
 
 from __future__ import annotations
 
