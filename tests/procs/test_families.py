@@ -1,0 +1,89 @@
+"""Every family through the whole system: a stream crosses growth, a kill, a shrink and a shortage of KV, and equals the
+undisturbed one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from elasticmoe.cli.models import configs, random_checkpoint
+from elasticmoe.common.families import parse_spec
+from tests.procs.clients import stream_completion
+from tests.procs.deployment import Deployment
+from tests.procs.integrity import check_integrity
+from tests.procs.waiting import wait_until
+
+pytestmark = [pytest.mark.procs, pytest.mark.slow]
+
+BLOCK_SIZE = 16
+KV_TOKENS = 6_144  # of one device
+OUTPUT_TOKENS = 4_000  # so many that they still come when all has happened
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mixtral": configs.TINY_MIXTRAL,
+    "qwen2_moe": configs.TINY_QWEN2_MOE,
+    "qwen3_moe": configs.TINY_QWEN3_MOE,
+    "olmoe": configs.TINY_OLMOE,
+    "granitemoe": configs.TINY_GRANITEMOE,
+    "glm4_moe": configs.TINY_GLM4_MOE,
+    # With latents so wide that a handle of KV holds few tokens.
+    "glm4_moe_lite": configs.TINY_GLM4_MOE_LITE | {"kv_lora_rank": 90},
+    "deepseek_v2": configs.TINY_DEEPSEEK_V2 | {"kv_lora_rank": 90},
+    "deepseek_v3": configs.TINY_DEEPSEEK_V3 | {"kv_lora_rank": 90},
+}
+
+
+def kill_one(deployment: Deployment, rng: random.Random) -> None:
+    """kill -9 of a rank, and wait until another has taken its seat."""
+    victim = rng.choice(list(deployment.rank_pids().values()))
+    os.kill(victim, signal.SIGKILL)
+
+    def is_replaced() -> bool:
+        layout = deployment.admin("/v1/layout")
+        pids = {rank["pid"] for rank in layout["ranks"] if rank["ready"]}
+        return layout["phase"] == "serving" and len(pids) == len(layout["ranks"]) and victim not in pids
+
+    wait_until(is_replaced, "a rank replaced", 30.0)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("name", CONFIGS)
+async def test_a_stream_across_all_that_happens_equals_the_undisturbed_one(name: str, tmp_path: Path) -> None:
+    rng = random.Random(name)
+    model = random_checkpoint(tmp_path / "model", CONFIGS[name], seed=8, dtype="float32", tokenizer=True)
+    kv_bytes = KV_TOKENS // BLOCK_SIZE * parse_spec(CONFIGS[name], "float32").kv_block_bytes(BLOCK_SIZE)
+    settings: dict[str, Any] = {"kv_bytes": kv_bytes * 104 // 100, "max_model_len": 4_096, "standbys": 2}
+    deployment = Deployment(model, replicas=2, devices=3, block_size=BLOCK_SIZE, **settings)
+    prompts = [[rng.randrange(256) for _ in range(40)] for _ in range(2)]
+    begun = asyncio.Event()
+    try:
+        deployment.wait_ready()
+        async with httpx.AsyncClient(base_url=deployment.base_url, timeout=120, trust_env=False) as http:
+
+            async def stream(prompt: list[int]) -> str:
+                result = await stream_completion(http, "model", prompt, OUTPUT_TOKENS, on_chunk=begun.set)
+                assert (result.error, result.finish) == (None, "length")
+                return result.text
+
+            streams = [asyncio.create_task(stream(prompt)) for prompt in prompts]
+            await begun.wait()
+            assert (await asyncio.to_thread(deployment.scale, replicas=3))["phase"] == "done"
+            await asyncio.to_thread(kill_one, deployment, rng)
+            assert (await asyncio.to_thread(deployment.scale, replicas=1))["phase"] == "done"
+            assert not any(task.done() for task in streams), "the streams ended before all had happened"
+            (rank,) = (await asyncio.to_thread(deployment.admin, "/v1/layout"))["ranks"]
+            # Both are on this rank now, which must preempt one before they end: they do not fit together.
+            assert rank["kv_blocks"] * BLOCK_SIZE < 2 * OUTPUT_TOKENS
+            disturbed = await asyncio.gather(*streams)
+            await asyncio.to_thread(check_integrity, deployment)
+            assert (await asyncio.to_thread(deployment.scale, replicas=2))["phase"] == "done"
+            assert await asyncio.gather(*(stream(prompt) for prompt in prompts)) == disturbed
+        assert deployment.stop().count("error") == 0
+    finally:
+        deployment.discard()
