@@ -52,7 +52,7 @@ def kill_one(deployment: Deployment, rng: random.Random) -> None:
     wait_until(is_replaced, "a rank replaced", 30.0)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)  # 20 s on idle cores
 @pytest.mark.parametrize("name", CONFIGS)
 async def test_a_stream_across_all_that_happens_equals_the_undisturbed_one(name: str, tmp_path: Path) -> None:
     rng = random.Random(name)
