@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,13 @@ NUM_TOKENS = 6
 
 
 @pytest.fixture
-def added(monkeypatch: pytest.MonkeyPatch) -> Family:
+def added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Family:
     """The family of the page's Python block, in its place beside the others."""
     (block,) = (block for block in blocks_of(ROOT / "docs/models.md") if block.language == "python")
-    names: dict[str, Any] = {}
-    exec(compile(block.text, "docs/models.md", "exec"), names)
-    (family,) = (value for value in names.values() if isinstance(value, Family))
+    (tmp_path / "family_of_the_page.py").write_text(block.text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "family_of_the_page", raising=False)
+    family: Family = importlib.import_module("family_of_the_page").DOTS1
     monkeypatch.setitem(families.FAMILIES, family.name, family)
     monkeypatch.setitem(families._BY_MODEL_TYPE, family.model_type, family)
     monkeypatch.setitem(families._BY_ARCHITECTURE, family.architecture, family)
