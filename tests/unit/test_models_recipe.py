@@ -43,16 +43,17 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 NUM_TOKENS = 6
+MODULE = "family_of_the_page"
 
 
 @pytest.fixture
 def added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Family:
     """The family of the page's Python block, in its place beside the others."""
     (block,) = (block for block in blocks_of(ROOT / "docs/models.md") if block.language == "python")
-    (tmp_path / "family_of_the_page.py").write_text(block.text)
+    (tmp_path / f"{MODULE}.py").write_text(block.text)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "family_of_the_page", raising=False)
-    family: Family = importlib.import_module("family_of_the_page").DOTS1
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    family: Family = importlib.import_module(MODULE).DOTS1
     monkeypatch.setitem(families.FAMILIES, family.name, family)
     monkeypatch.setitem(families._BY_MODEL_TYPE, family.model_type, family)
     monkeypatch.setitem(families._BY_ARCHITECTURE, family.architecture, family)
