@@ -1,7 +1,9 @@
 # native.convert: as native.kernels one source, compiled once for each instruction set; included after kernels.cmake.
 
 set(ELASTICMOE_CONVERT_OBJECTS)
-foreach(set IN LISTS ELASTICMOE_KERNEL_SETS)
+set(ELASTICMOE_CONVERT_SETS ${ELASTICMOE_KERNEL_SETS})
+list(REMOVE_ITEM ELASTICMOE_CONVERT_SETS amx)  # nothing here multiplies matrices
+foreach(set IN LISTS ELASTICMOE_CONVERT_SETS)
   add_library(convert_${set} OBJECT ${CMAKE_CURRENT_LIST_DIR}/src/convert/isa.cpp)
   target_include_directories(convert_${set} PRIVATE ${CMAKE_CURRENT_LIST_DIR}/src)
   target_compile_definitions(convert_${set} PRIVATE ELASTICMOE_ISA=${set})

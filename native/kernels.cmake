@@ -1,12 +1,14 @@
-# native.kernels: one source, compiled once for each instruction set; dispatch.cpp picks at run time.
+# The kernels of native.kernels: one source, compiled once for each instruction set; dispatch.cpp picks at run time.
 
 set(ELASTICMOE_KERNEL_SETS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  list(APPEND ELASTICMOE_KERNEL_SETS avx2 avx512)
+  list(APPEND ELASTICMOE_KERNEL_SETS avx2 avx512 amx)
 endif()
 set(ELASTICMOE_KERNEL_FLAGS_baseline)
 set(ELASTICMOE_KERNEL_FLAGS_avx2 -mavx2 -mfma)
 set(ELASTICMOE_KERNEL_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mprefer-vector-width=512)
+
+set(ELASTICMOE_KERNEL_FLAGS_amx ${ELASTICMOE_KERNEL_FLAGS_avx512} -mamx-tile -mamx-bf16)
 
 # On x86 processors of 2015 to 2019 a short loop whose jump crosses 32 bytes loses a fifth of its speed (Intel's JCC
 # erratum); the assembler can move it.
@@ -16,6 +18,7 @@ check_cxx_compiler_flag(${ELASTICMOE_JUMPS_FLAG} ELASTICMOE_HAS_JUMPS_FLAG)
 if(ELASTICMOE_HAS_JUMPS_FLAG)
   list(APPEND ELASTICMOE_KERNEL_FLAGS_avx2 ${ELASTICMOE_JUMPS_FLAG})
   list(APPEND ELASTICMOE_KERNEL_FLAGS_avx512 ${ELASTICMOE_JUMPS_FLAG})
+  list(APPEND ELASTICMOE_KERNEL_FLAGS_amx ${ELASTICMOE_JUMPS_FLAG})
 endif()
 
 set(ELASTICMOE_KERNEL_OBJECTS)
@@ -30,9 +33,11 @@ foreach(set IN LISTS ELASTICMOE_KERNEL_SETS)
   list(APPEND ELASTICMOE_KERNEL_OBJECTS $<TARGET_OBJECTS:kernels_${set}>)
 endforeach()
 
-elasticmoe_module(kernels
-  ${CMAKE_CURRENT_LIST_DIR}/src/kernels/bindings.cpp
+# Everything but the bindings, as elasticmoe_native is: tests, sanitizers and benchmarks link it.
+add_library(elasticmoe_kernels STATIC
   ${CMAKE_CURRENT_LIST_DIR}/src/kernels/dispatch.cpp
   ${CMAKE_CURRENT_LIST_DIR}/src/kernels/oracle.cpp
   ${CMAKE_CURRENT_LIST_DIR}/src/kernels/sampling.cpp
   ${ELASTICMOE_KERNEL_OBJECTS})
+target_include_directories(elasticmoe_kernels PUBLIC ${CMAKE_CURRENT_LIST_DIR}/src)
+target_compile_options(elasticmoe_kernels PRIVATE ${ELASTICMOE_WARNINGS})

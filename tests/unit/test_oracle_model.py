@@ -48,6 +48,34 @@ def test_tokens_equal_those_of_plain_python(directory: Path, size: int, backend:
         assert stream.tokens[-COUNT:] == next_tokens(directory, prompts[id(stream)], COUNT)
 
 
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_one_plane_holds_what_two_do(tmp_path: Path, backend: Callable[[], ComputeBackend]) -> None:
+    """The tokens of a cache that is shaped as latent attention's, and that each of its halves counts."""
+    latent = make_model("oracle-latent", tmp_path / "latent", seed=7)
+    ranks = Ranks(latent, 2, backend=backend)
+    assert ranks.weights[0].kv.blocks.shape[2:] == (1, 1, ranks.block_size, 36)
+    streams = make_streams(2, (1, 8, 39))
+    prompts = {id(stream): list(stream.tokens) for row in streams for stream in row}
+    generate(ranks, streams, COUNT)
+    for stream in (stream for row in streams for stream in row):
+        assert stream.tokens[-COUNT:] == next_tokens(latent, prompts[id(stream)], COUNT)
+    stream, kv = streams[0][0], ranks.weights[0].kv
+    for at in (0, 18, 35):  # of the first token of its first block
+        prompt = list(stream.tokens)
+        ctypes.c_float.from_address(kv.base_addr + stream.blocks[0] * kv.geometry.block_stride + 4 * at).value += 1
+        generate(ranks, [[stream], []], COUNT // 2)
+        assert stream.tokens[-COUNT // 2 :] != next_tokens(latent, prompt, COUNT // 2)
+
+
+@pytest.mark.parametrize("planes", [0, 3, 1.0])
+def test_a_cache_of_other_planes_is_refused(planes: object, tmp_path: Path) -> None:
+    directory = make_model("oracle", tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"oracle_kv_planes": planes}))
+    with pytest.raises(CheckpointError, match="oracle_kv_planes"):
+        load_spec(directory, "float32")
+
+
 def test_results_are_waited_for(directory: Path) -> None:
     """On a device that computes only when it is waited for, in memory of its own."""
     streams = make_streams(2, (8, 3))

@@ -194,14 +194,14 @@ bool use_instruction_set(std::string_view name);
 
 // All that are built and can run here, the best first.
 struct Built {
-  const Kernels* sets[3];
+  const Kernels* sets[4];
   int64_t count;
 };
 const Built& built_kernels();
 
 // Memory of the calling thread that lasts until its next call for the same purpose. Aligned to 64 bytes. Throws
 // std::bad_alloc.
-enum class Scratch { kPacked, kWide, kPackedWide, kScores, kSums, kTurned, kCount };
+enum class Scratch { kPacked, kWide, kPackedWide, kScores, kSums, kTurned, kTiles, kCopy, kCount };
 float* scratch(Scratch purpose, int64_t count);
 
 }  // namespace elasticmoe::kernels

@@ -3,6 +3,14 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels/api.h"
 
 namespace elasticmoe::kernels {
@@ -17,16 +25,40 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+namespace amx {
+extern const Kernels kKernels;
+}
 #endif
+
+namespace {
+
+#if defined(__x86_64__)
+// Whether there are tiles of bfloat16, and Linux lets this process use them: their eight kilobytes of state are a
+// process's own only after it has asked. Children have what their parent asked for.
+bool has_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24;  // of EDX
+  constexpr long kRequest = 0x1023, kTileData = 18;           // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (~d & (kBfloat16 | kTile)) != 0) return false;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
 
 const Built& built_kernels() {
   static const Built built = [] {
     Built found{};
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-      found.sets[found.count++] = &avx512::kKernels;
-    }
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("fma");
+    if (has_avx512 && has_tiles()) found.sets[found.count++] = &amx::kKernels;
+    if (has_avx512) found.sets[found.count++] = &avx512::kKernels;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.sets[found.count++] = &avx2::kKernels;
 #endif
     found.sets[found.count++] = &baseline::kKernels;

@@ -6,6 +6,9 @@
 #pragma once
 
 #include "kernels/attention.h"
+#if defined(__AMX_BF16__)
+#include "kernels/latent_tiles.h"
+#endif
 
 namespace elasticmoe::kernels::ELASTICMOE_ISA {
 
@@ -174,7 +177,15 @@ void latent_attention_as(const LatentAttention& a) {
     absorb_keys<T>(a, begin, end, turned);
     for (int64_t row = begin; row < end;) {
       const int64_t part_end = a.parts.row_starts[part + 1], here = part_end < end ? part_end : end;
+#if defined(__AMX_BF16__)
+      if constexpr (T::kParts == 2) {
+        attend_tiles(a, part, row, here, turned + (row - begin) * query);
+      } else {
+        attend_latents<T>(a, part, row, here, turned + (row - begin) * query);
+      }
+#else
       attend_latents<T>(a, part, row, here, turned + (row - begin) * query);
+#endif
       row = here;
       if (row == part_end) ++part;
     }
