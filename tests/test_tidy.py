@@ -38,7 +38,7 @@ SOLE_IMPORTERS = {
         "tests/",
     ),
     "transformers": "tests/",
-    "elasticmoe.native.kernels": "services/worker/backends/host.py",
+    "elasticmoe.native.kernels": ("services/worker/backends/host.py", "services/worker/backends/addresses.py"),
     "elasticmoe.native.bus": (
         "services/worker/exchange/shm",
         "services/worker/hmm/memory.py",
@@ -170,6 +170,8 @@ def imports(module: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             yield node.lineno, node.module
+            if node.module == "elasticmoe.native":  # its modules are imported from it, by their names
+                yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
 @cache

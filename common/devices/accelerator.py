@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from elasticmoe.common.devices.base import Device
-from elasticmoe.common.devices.driver import Driver, Part
+from elasticmoe.common.devices.driver import CopyPart, Driver
 from elasticmoe.common.devices.names import DeviceId
 from elasticmoe.common.devices.rules import PROCESS, SPACES, Completion, Handle, ProcessRules, Range, Space
 from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError
@@ -233,7 +233,7 @@ class AcceleratorDevice(Device):
 
     def _copy_async(self, parts: Sequence[tuple[int, int, int]]) -> Completion:
         where = self._device_at
-        asked = [Part(dst, src, nbytes, where(dst), where(src)) for dst, src, nbytes in parts]
+        asked = [CopyPart(dst, src, nbytes, where(dst), where(src)) for dst, src, nbytes in parts]
         return _Copied(self._driver, self._index, self._driver.copy(self._index, asked))
 
     def _device_at(self, address: int) -> int:

@@ -20,7 +20,7 @@ from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_uint32,
 from typing import Any, ClassVar, Final
 
 from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
-from elasticmoe.common.devices.driver import Driver, Library, Meaning, Part
+from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Meaning
 from elasticmoe.common.devices.rules import Handle, KeyToken, Space, Token
 from elasticmoe.common.protocol.errors import DeviceError
 
@@ -227,7 +227,7 @@ class _AclDriver(Driver):
         self._set(device)
         self.library.call("aclrtMemset", address, nbytes, 0, nbytes)
 
-    def copy(self, device: int, parts: Sequence[Part]) -> int:
+    def copy(self, device: int, parts: Sequence[CopyPart]) -> int:
         self._set(device)
         stream, event = self._streams[device], c_void_p()
         for part in parts:

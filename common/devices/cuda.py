@@ -21,7 +21,7 @@ from ctypes import POINTER, byref, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c
 from typing import Any, ClassVar, Final
 
 from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
-from elasticmoe.common.devices.driver import Driver, Library, Meaning, Part
+from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Meaning
 from elasticmoe.common.devices.rules import FdToken, Handle, Space, Token
 from elasticmoe.common.protocol.errors import DeviceError
 
@@ -213,7 +213,7 @@ class _CudaDriver(Driver):
         self.library.call("cuMemsetD8_v2", address, 0, nbytes)
         self.library.call("cuCtxSynchronize")
 
-    def copy(self, device: int, parts: Sequence[Part]) -> int:
+    def copy(self, device: int, parts: Sequence[CopyPart]) -> int:
         self._set(device)
         stream, event = self._streams[device], c_void_p()
         for dst, src, nbytes, dst_device, src_device in parts:

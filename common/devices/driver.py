@@ -21,7 +21,7 @@ class Meaning(NamedTuple):
     code: str
 
 
-class Part(NamedTuple):
+class CopyPart(NamedTuple):
     """Bytes to be copied, and the devices that both ends are of."""
 
     dst: int
@@ -135,7 +135,7 @@ class Driver(ABC):
         """Fill with zeros; done when it returns."""
 
     @abstractmethod
-    def copy(self, device: int, parts: Sequence[Part]) -> int:
+    def copy(self, device: int, parts: Sequence[CopyPart]) -> int:
         """Begin to copy, to the device or from it; an event."""
 
     @abstractmethod

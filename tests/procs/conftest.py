@@ -11,11 +11,13 @@ from pathlib import Path
 import openai
 import pytest
 
+from elasticmoe.cli.models import random_checkpoint
 from tests.procs.raw_http import Listener, admin_listener, router_listener
 from tests.procs.router_fakes import WAIT_S, FakeRank
 from tests.procs.router_harness import RouterProcess, StartRouter, plain_client, running_router, serving, write_model
 from tests.procs.scaler_harness import ScalerProcess
 from tests.procs.small_disk import mounted
+from tests.unit.specs import TINY_MIXTRAL
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,6 +76,12 @@ def scaler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScalerProcess]:
 def listener(request: pytest.FixtureRequest, router: RouterProcess, scaler: ScalerProcess) -> Listener:
     """Either of both, for raw bytes."""
     return router_listener(router) if request.param == "router" else admin_listener(scaler)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral of a few kilobytes in two files, for an HMM alone."""
+    return random_checkpoint(tmp_path_factory.mktemp("m") / "m", TINY_MIXTRAL, seed=5, dtype="float32", shards=2)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import KeeperConfig
 from elasticmoe.common.families import records
@@ -41,11 +40,6 @@ pytestmark = pytest.mark.procs
 
 PAGE = 4096
 LARGE = TINY_MIXTRAL | {"vocab_size": 400_000, "hidden_size": 256, "num_attention_heads": 4}  # 800 MB in float32
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_checkpoint(tmp_path_factory.mktemp("m") / "m", TINY_MIXTRAL, seed=5, dtype="float32", shards=2)
 
 
 @pytest.fixture

@@ -9,18 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.common.devices import factory
 from tests.devices import standins
 from tests.procs.hmm_harness import ROOT, Deployment, Rank
-from tests.unit.specs import TINY_MIXTRAL
 
 pytestmark = pytest.mark.procs
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_checkpoint(tmp_path_factory.mktemp("m") / "m", TINY_MIXTRAL, seed=5, dtype="float32", shards=2)
 
 
 @pytest.fixture(params=standins.KINDS)

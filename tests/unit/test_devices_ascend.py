@@ -11,7 +11,7 @@ import pytest
 
 from elasticmoe.common.devices.ascend import CALLS, NEWER_CALLS, REFUSALS, AscendDevice, _AclDriver
 from elasticmoe.common.devices.base import ProcessRules
-from elasticmoe.common.devices.driver import Part
+from elasticmoe.common.devices.driver import CopyPart
 from elasticmoe.common.devices.factory import backend_of
 from elasticmoe.common.devices.rules import KeyToken
 from elasticmoe.common.protocol.errors import DeviceError
@@ -95,7 +95,7 @@ def lost_device_stays_lost(pair: Pair) -> None:
     with pytest.raises(DeviceError):
         breaches.unmap_in_flight(pair)
     (src, _), (dst, _) = mapped(pair.owner), mapped(pair.owner)
-    pair.owner.copy(0, [Part(dst, src, PAGE, 0, 0)])
+    pair.owner.copy(0, [CopyPart(dst, src, PAGE, 0, 0)])
 
 
 def exported_once(pair: Pair) -> None:
