@@ -6,9 +6,12 @@ Addresses are names of services: `hmm`, `pool`, `rank-r0t0`. An end belongs to t
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
 
 from elasticmoe.common.protocol.codec import Codec, Message, Received
+from elasticmoe.common.protocol.errors import ProtocolError
+from elasticmoe.common.telemetry import Logger
 
 T = TypeVar("T")
 
@@ -63,6 +66,19 @@ class ClientEnd(Protocol[T]):
 
     def close(self) -> None:
         """Drop what is queued. Idempotent."""
+
+
+def arrived(end: ClientEnd[T], log: Logger, **facts: Any) -> Iterator[Received[T]]:
+    """All that has come, without waiting. What cannot be decoded is logged, with `facts`, and passed over."""
+    while True:
+        try:
+            received = end.receive()
+        except ProtocolError as error:
+            log.warning("bad message", because=error.message, **facts)
+            continue
+        if received is None:
+            return
+        yield received
 
 
 class AsyncClientEnd(Protocol[T]):

@@ -15,12 +15,21 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
 from elasticmoe.common.protocol.codec import Codec, Message, Received, encode
-from elasticmoe.common.protocol.errors import DeadlineExceeded, ProtocolError, Unauthorized, Unavailable
+from elasticmoe.common.protocol.errors import (
+    DeadlineExceeded,
+    ElasticMoEError,
+    ProtocolError,
+    Unauthorized,
+    Unavailable,
+)
 from elasticmoe.common.protocol.limits import FDS_MAX, MESSAGE_BYTES_MAX
+from elasticmoe.common.protocol.replies import refusal
 from elasticmoe.common.transport import PathLock
 
 T = TypeVar("T")
@@ -74,6 +83,11 @@ class Channel(Generic[T]):
         except OSError as error:
             raise Unavailable(f"peer is gone: {error.strerror}") from None
 
+    def refuse(self, error: ElasticMoEError, *, deadline_ms: int) -> None:
+        """Answer Refused, where the peer is still there to be told."""
+        with suppress(ElasticMoEError):
+            self.send(refusal(error), deadline_ms=deadline_ms)
+
     def receive(self, *, deadline_ms: int = 5_000) -> tuple[Received[T], list[int]]:
         """Take one message and its descriptors (now the caller's, close-on-exec).
 
@@ -95,8 +109,7 @@ class Channel(Generic[T]):
                 raise ProtocolError(text, code=DESCRIPTORS_CUT)
             return self._codec.decode(raw), fds
         except BaseException:
-            for fd in fds:
-                os.close(fd)
+            close_all(fds)
             raise
 
     def _read(self, nbytes: int, deadline: float, fds: list[int]) -> bytes:
@@ -170,11 +183,7 @@ class Listener:
             raise Unavailable(f"a connection was closed: {error.strerror}", code="no_descriptors") from None
         if self._spare < 0:
             self._spare = _spare()
-        _, uid = _peer(connection)
-        if uid != os.geteuid():
-            connection.close()
-            raise Unauthorized(f"peer uid {uid} is not {os.geteuid()}", code="wrong_uid")
-        return Channel(connection, identity, codec)
+        return _checked(connection, identity, codec)
 
     def _turn_away(self) -> bool:
         """Close a connection that there is no descriptor for. False where even that cannot be done now."""
@@ -218,11 +227,22 @@ def connect(path: Path, identity: str, codec: Codec[T], *, deadline_ms: int = 5_
     except OSError as error:
         sock.close()
         raise Unavailable(f"{path.stem} is not there: {error.strerror or error}") from None
+    return _checked(sock, identity, codec)
+
+
+def _checked(sock: socket.socket, identity: str, codec: Codec[T]) -> Channel[T]:
+    """The channel over a connected socket. Raises Unauthorized where another user is at the other side."""
     _, uid = _peer(sock)
     if uid != os.geteuid():
         sock.close()
         raise Unauthorized(f"peer uid {uid} is not {os.geteuid()}", code="wrong_uid")
     return Channel(sock, identity, codec)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors."""
+    for fd in fds:
+        os.close(fd)
 
 
 def _spare() -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -47,3 +48,8 @@ class Measure(NamedTuple):
         """A gauge whose values are filled in at each scrape."""
         assert self.kind == "gauge"
         return GaugeMetricFamily(self.name, self.text, labels=self.labels)
+
+
+def measures_in(module: Mapping[str, object]) -> tuple[Measure, ...]:
+    """Those that a module names, in their order there."""
+    return tuple(value for value in module.values() if isinstance(value, Measure))

@@ -347,7 +347,7 @@ class AsyncStore:
         except (redis.RedisError, OSError) as error:
             raise Unavailable(f"store does not answer: {_why(error)}", code="store_unavailable") from None
 
-    async def watch_layout(self) -> AsyncIterator[Layout]:
+    async def watch(self) -> AsyncIterator[Layout]:
         """Each committed layout with an epoch above the last seen one, the present one first.
 
         Never ends by itself: an outage only delays. A store that was wiped or rolled back yields nothing until its

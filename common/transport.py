@@ -11,7 +11,6 @@ so a dead peer costs neither memory nor exit time.
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import os
 import threading
@@ -20,8 +19,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -116,23 +114,20 @@ class Server(Generic[T]):
         self._poller.register(self._socket, POLLIN)
 
     def watch(self, fd: int) -> None:
-        """Let `poll` also return when `fd` is readable."""
+        """See ServerEnd."""
         self._poller.register(fd, POLLIN)
 
     def unwatch(self, fd: int) -> None:
-        """Undo `watch`. Idempotent."""
+        """See ServerEnd."""
         if fd in self._poller:
             self._poller.unregister(fd)
 
     def poll(self, timeout_ms: int) -> set[int]:
-        """Wait until a message or a watched descriptor is ready, at most `timeout_ms`.
-
-        Returns the readable watched descriptors; messages are then taken with `receive`.
-        """
+        """See ServerEnd."""
         return {ready for ready, _ in self._poller.poll(timeout_ms) if isinstance(ready, int)}
 
     def receive(self) -> tuple[bytes, Received[T]] | None:
-        """Take the next valid message without waiting: (peer, message), or None when there is none."""
+        """See ServerEnd."""
         while True:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -155,7 +150,7 @@ class Server(Generic[T]):
         self.send(peer, refusal(error), seq=seq)
 
     def send(self, peer: bytes, body: Message, *, seq: int = 0, epoch: int = 0) -> bool:
-        """Send without waiting. False when the peer is unknown or its queue is full: it is gone or wedged."""
+        """See ServerEnd."""
         raw = encode(body, sender=self.identity, epoch=epoch, seq=seq)
         try:
             self._socket.send_multipart([peer, raw], zmq.NOBLOCK)
@@ -187,12 +182,6 @@ class Server(Generic[T]):
             if self._lock is not None:
                 Path(f"{self._path}.lock").unlink(missing_ok=True)
                 self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
 
 class _Shared:
@@ -246,7 +235,7 @@ class Client(Generic[T]):
         self._socket.connect(f"ipc://{path}")
 
     def fileno(self) -> int:
-        """The socket's edge-triggered descriptor: after it is readable, `receive` until None."""
+        """See ClientEnd."""
         return int(self._socket.getsockopt(zmq.FD))
 
     def send(self, body: Message) -> int:
@@ -269,10 +258,7 @@ class Client(Generic[T]):
         return self._codec.decode(raw)
 
     def call(self, body: Message, *, deadline_ms: int) -> tuple[T, list[Received[T]]]:
-        """Send and wait for the answer: (answer, other messages that came meanwhile).
-
-        Raises DeadlineExceeded, or the refusal as an ElasticMoEError with its code.
-        """
+        """See ClientEnd."""
         seq = self.send(body)
         others: list[Received[T]] = []
         deadline = time.monotonic() + deadline_ms / 1e3
@@ -300,7 +286,6 @@ class AsyncClient(Generic[T]):
 
     def __init__(self, path: Path, identity: str, codec: Codec[T]) -> None:
         self.identity = identity
-        self.epoch = 0
         self.num_bad = 0
         self._codec = codec
         self._seq = 0
@@ -308,12 +293,11 @@ class AsyncClient(Generic[T]):
         self._socket = _async_contexts.take().socket(zmq.DEALER)
         _configure(self._socket, identity)
         self._socket.connect(f"ipc://{path}")
-        self._pending: dict[int, asyncio.Future[T]] = {}
 
     def send(self, body: Message) -> int:
         """Queue a message without waiting; returns its seq. Raises Unavailable when the queue is full."""
         self._seq += 1
-        raw = encode(body, sender=self.identity, epoch=self.epoch, seq=self._seq)
+        raw = encode(body, sender=self.identity, seq=self._seq)
         # The asyncio socket's own send: the descriptor is edge-triggered, and a plain send may consume the edge that
         # announces an incoming message, which this one then looks for. With NOBLOCK the future is always done.
         sent: Any = self._socket.send(raw, zmq.NOBLOCK)
@@ -322,42 +306,13 @@ class AsyncClient(Generic[T]):
         return self._seq
 
     async def receive(self) -> Received[T]:
-        """The next valid message; bad ones are counted and dropped, answers to `call` are handed to it.
-
-        One task at a time may receive.
-        """
+        """The next valid message; bad ones are counted and dropped. One task at a time may receive."""
         while True:
             raw = await self._socket.recv()
             try:
-                received = self._codec.decode(raw)
+                return self._codec.decode(raw)
             except ProtocolError:
                 self.num_bad += 1
-                continue
-            future = self._pending.pop(received.seq, None) if received.seq else None
-            if future is None:
-                return received
-            if not future.done():
-                future.set_result(received.body)
-
-    async def call(self, body: Message, *, deadline_ms: int) -> T:
-        """Send and wait for the answer, while another task receives.
-
-        Raises DeadlineExceeded, or the refusal as an ElasticMoEError with its code.
-        """
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        seq = self.send(body)
-        self._pending[seq] = future
-        try:
-            answer = await asyncio.wait_for(future, deadline_ms / 1e3)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"{self._name} did not answer {type(body).__name__} within {deadline_ms} ms"
-            ) from None
-        finally:
-            self._pending.pop(seq, None)
-        if isinstance(answer, Refused):
-            answer.raise_()
-        return answer
 
     def close(self) -> None:
         """Close the socket; what is queued is dropped. Idempotent."""

@@ -81,7 +81,7 @@ class AcceleratorDevice(Device):
         rules: ProcessRules = PROCESS,
     ) -> None:
         """Raises DeviceError no_driver, no_device; bad_granularity where it is no multiple of the driver's."""
-        super().__init__(name, granularity, budget, rules)
+        super().__init__(name, granularity, budget, rules=rules)
         self._kept = dict(descriptors or {})
         self._index = DeviceId.parse(name).index
         self._driver = self._of_this_process()

@@ -52,10 +52,6 @@ class Device(Handles):
     memory that stays mapped meanwhile. Nothing here blocks for long except where it says so.
     """
 
-    def __init__(self, name: str, granularity: int, budget: int, rules: ProcessRules) -> None:
-        super().__init__(name, granularity, budget, rules)
-        self._ranges: set[Range] = set()
-
     # ---- Ranges and mappings
 
     def reserve(self, nbytes: int) -> Range:

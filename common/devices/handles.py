@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final
 
 from elasticmoe.common.devices.extents import FreeList
-from elasticmoe.common.devices.rules import SPACES, FdToken, Handle, ProcessRules, Space, State, Token
+from elasticmoe.common.devices.rules import PROCESS, SPACES, FdToken, Handle, ProcessRules, Range, Space, State, Token
 from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
 from elasticmoe.common.wording import size
 
@@ -45,8 +45,17 @@ class Handles(ABC):
     kv_handle_bytes_min: int  # small ones are given back in small steps, and each costs what a handle costs
     range_bytes_max: int = sys.maxsize  # of one reserved range
 
-    def __init__(self, name: str, granularity: int, budget: int, rules: ProcessRules) -> None:
-        """Raises DeviceError bad_granularity unless it is a power of two, and the backend's least or more."""
+    def __init__(
+        self,
+        name: str,
+        granularity: int,
+        budget: int = 0,
+        *,
+        descriptors: Mapping[str, int] | None = None,  # noqa: ARG002 - for backends that have any
+        rules: ProcessRules = PROCESS,
+    ) -> None:
+        """`descriptors`: of a predecessor, taken over. Raises DeviceError bad_granularity for a granularity that is no
+        power of two, or less than the backend's least."""
         if granularity < self.granularity_min or granularity & (granularity - 1):
             text = f"granularity {granularity} is not a power of two of at least {self.granularity_min}"
             raise DeviceError(f"{name}: {text}", code="bad_granularity")
@@ -59,7 +68,13 @@ class Handles(ABC):
         self._local: set[Handle] = set()
         self._imports: dict[Handle, Hashable] = {}
         self._places: dict[Space, FreeList] = {space: FreeList(self.reach) for space in SPACES}
+        self._ranges: set[Range] = set()  # of base.py
         self._is_closed = False
+
+    @classmethod
+    @abstractmethod
+    def check(cls, index: int) -> None:
+        """Whether there is a device of that number, and what it needs. Raises DeviceError no_driver, no_device."""
 
     @property
     def window_bytes(self) -> int:

@@ -80,7 +80,7 @@ class HostDevice(Device):
         descriptors: Mapping[str, int] | None = None,
         rules: ProcessRules = PROCESS,
     ) -> None:
-        super().__init__(name, granularity, budget, rules)
+        super().__init__(name, granularity, budget, rules=rules)
         self._files: dict[str, _File] = {space: _File(fd) for space, fd in (descriptors or {}).items()}
         self._imported: dict[Hashable, _Import] = {}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from fastapi import FastAPI
 
 from elasticmoe.common.error_codes import CODES
 from elasticmoe.common.http.errors import type_of
@@ -35,11 +37,25 @@ def refusals(texts: Mapping[str, str], statuses: Iterable[str]) -> dict[str, Any
     return found
 
 
-def secure(document: dict[str, Any], text: str, public: frozenset[str], *, is_needed: bool) -> None:
-    """Say who is let in: `text` describes the bearer token, which is asked for on all paths but `public` ones, unless
-    it is not `is_needed` at all."""
-    scheme = {"type": "http", "scheme": "bearer", "description": text}
-    document["components"]["securitySchemes"] = {BEARER: scheme}
-    for path, operations in document["paths"].items():
-        for operation in operations.values():
-            operation["security"] = [{BEARER: []}] if is_needed and path not in public else []
+def install(
+    app: FastAPI, schemas: Callable[[], dict[str, Any]], token: str, public: frozenset[str], *, is_needed: bool = True
+) -> None:
+    """Let the app's document, made when it is first asked for, have these `schemas`, no refusal that nobody gives, and
+    who is let in: `token` describes the bearer token, which is asked for on all paths but `public` ones, unless it is
+    not `is_needed` at all."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = make()
+            scheme = {"type": "http", "scheme": "bearer", "description": token}
+            document["components"] = {"schemas": schemas(), "securitySchemes": {BEARER: scheme}}
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
+                    if operation["responses"].get("422", {}).get("description") == "Validation Error":
+                        del operation["responses"]["422"]  # the framework's
+                    operation["security"] = [{BEARER: []}] if is_needed and path not in public else []
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import sys
 
-from elasticmoe.common import failpoint
-from elasticmoe.common.config import HmmConfig, load, make_run_dirs
+from elasticmoe.common.config import HmmConfig
+from elasticmoe.common.process import run_service
 from elasticmoe.common.protocol.errors import ElasticMoEError
-from elasticmoe.common.transport import describe
 from elasticmoe.services.hmm.assembly import open_hmm
 
 
-def main() -> int:
-    """Run until SIGTERM or SIGINT; 1, with one line on stderr, when it cannot start."""
+def run(config: HmmConfig) -> None:
+    """Until SIGTERM or SIGINT."""
     try:
-        config = load(HmmConfig)
-        make_run_dirs(config)
-        failpoint.enable(config.failpoint_dir, "hmm")
         hmm = open_hmm(config)
-    except ElasticMoEError as error:
-        print(f"elasticmoe-hmm: {describe(error)}", file=sys.stderr)
-        return 1
     except (OSError, ValueError) as error:  # state that cannot be read
-        print(f"elasticmoe-hmm: cannot_start: {error}", file=sys.stderr)
-        return 1
+        raise ElasticMoEError(str(error), code="start_failed") from None
     try:
         hmm.start()
         hmm.run()
-    except ElasticMoEError as error:
-        print(f"elasticmoe-hmm: {describe(error)}", file=sys.stderr)
-        return 1
     finally:
         hmm.close()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_service("hmm", HmmConfig, run))

@@ -7,7 +7,7 @@ from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.fdchannel import Listener
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.protocol.hmm import CODEC
-from elasticmoe.common.telemetry import setup_logging
+from elasticmoe.common.telemetry import get_logger
 from elasticmoe.common.transport import Sockets, new_identity
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.memory.blocks import BlockCopies
@@ -29,7 +29,7 @@ def open_hmm(config: HmmConfig) -> Hmm:
     except BaseException:
         server.close()
         raise
-    log = setup_logging("hmm", level=config.log_level, as_json=config.log_json)
+    log = get_logger("hmm")
     parking = Parking(config.socket("keeper"), identity, log, SYSTEM_CLOCK)
     holdings = Holdings(config, parking, log)
     background = Background(log)

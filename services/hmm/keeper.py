@@ -14,15 +14,16 @@ import signal
 import sys
 from typing import Final
 
-from elasticmoe.common.config import KeeperConfig, load, make_run_dirs
-from elasticmoe.common.fdchannel import Channel, Listener
+from elasticmoe.common.config import KeeperConfig
+from elasticmoe.common.fdchannel import Channel, Listener, close_all
+from elasticmoe.common.process import run_service
 from elasticmoe.common.protocol.codec import Message
 from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
 from elasticmoe.common.protocol.keeper import TO_KEEPER, Fetch, Forget, Keep, Kept
 from elasticmoe.common.protocol.limits import FDS_MAX
 from elasticmoe.common.protocol.replies import Ack, refusal
-from elasticmoe.common.telemetry import setup_logging
-from elasticmoe.common.transport import describe, new_identity
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.transport import new_identity
 
 FDS_SPARE: Final = 320  # of the open files that are allowed: for channels, and what one message brings
 CHANNELS_MAX: Final = 16
@@ -36,7 +37,7 @@ class Keeper:
         """Raises Conflict when another keeper runs in this run directory."""
         self._identity = new_identity("keeper")
         self._listener = Listener(config.socket("keeper"))
-        self._log = setup_logging("keeper", level=config.log_level, as_json=config.log_json)
+        self._log = get_logger("keeper")
         self._kept: dict[str, int] = {}
         self._kept_max = max(0, open_files_max() - FDS_SPARE)
         self._channels: dict[int, Channel[Keep | Forget | Fetch]] = {}
@@ -87,29 +88,23 @@ class Keeper:
             if isinstance(error, ProtocolError):
                 self._log.warning("bad message", code=error.code, reason=error.message)
                 if error.code == "version_mismatch":  # told, so that the other side can say why it does not start
-                    self._refuse(channel, error)
+                    channel.refuse(error, deadline_ms=_RECEIVE_MS)
             del self._channels[fd]
             channel.close()
 
-    def _refuse(self, channel: Channel[Keep | Forget | Fetch], error: ProtocolError) -> None:
-        try:
-            channel.send(refusal(error), deadline_ms=_RECEIVE_MS)
-        except ElasticMoEError:
-            pass  # the peer is gone: nobody is left to be told
-
     def _handle(self, body: Keep | Forget | Fetch, fds: list[int]) -> tuple[Message, tuple[int, ...]]:
         if len(fds) != (len(body.names) if isinstance(body, Keep) else 0):
-            _close(fds)
+            close_all(fds)
             return refusal(ProtocolError(f"{type(body).__name__} came with {len(fds)} descriptors")), ()
         if isinstance(body, Fetch):
             names = tuple(sorted(name for name in self._kept if name > body.after))[:FDS_MAX]
             return Kept(names), tuple(self._kept[name] for name in names)
         if isinstance(body, Keep) and len(self._kept.keys() | set(body.names)) > self._kept_max:
-            _close(fds)
+            close_all(fds)
             held = f"{len(self._kept)} descriptors are held, and {self._kept_max} can be"
             text = f"{held}: allow more open files (ulimit -n)"
             return refusal(ElasticMoEError(text, code="too_many")), ()
-        _close([self._kept.pop(name) for name in set(body.names) & self._kept.keys()])
+        close_all([self._kept.pop(name) for name in set(body.names) & self._kept.keys()])
         if isinstance(body, Keep):
             for name, fd in zip(body.names, fds, strict=True):
                 if name in self._kept:  # named twice
@@ -122,12 +117,7 @@ class Keeper:
         for channel in self._channels.values():
             channel.close()
         self._listener.close()
-        _close([*self._kept.values(), self._wake_in, self._wake_out])
-
-
-def _close(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+        close_all([*self._kept.values(), self._wake_in, self._wake_out])
 
 
 def open_files_max() -> int:
@@ -139,22 +129,15 @@ def open_files_max() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
-def main() -> int:
-    """Run until SIGTERM or SIGINT; 1 when it cannot start."""
-    try:
-        config = load(KeeperConfig)
-        make_run_dirs(config)
-        keeper = Keeper(config)
-    except ElasticMoEError as error:
-        print(f"elasticmoe-keeper: {describe(error)}", file=sys.stderr)
-        return 1
+def run(config: KeeperConfig) -> None:
+    """Until SIGTERM or SIGINT."""
+    keeper = Keeper(config)
     try:
         keeper.run()
     finally:
         signal.set_wakeup_fd(-1)
         keeper.close()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_service("keeper", KeeperConfig, run))

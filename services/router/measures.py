@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elasticmoe.common.measures import Measure
+from elasticmoe.common.measures import Measure, measures_in
 
 _MODEL = ("model_name",)
 _ENGINE = ("model_name", "engine")
@@ -129,28 +129,4 @@ EPOCH = Measure(
 )
 EXPERTS = Measure("elasticmoe:experts_per_rank", "gauge", "Expert records of a rank's device", ("rank",))
 
-MEASURES: tuple[Measure, ...] = (
-    PROMPT_TOKENS,
-    GENERATION_TOKENS,
-    TTFT,
-    GAP,
-    E2E,
-    PROMPT_SIZE,
-    OUTPUT_SIZE,
-    SUCCESS,
-    FAILED,
-    REFUSED,
-    RESUBMITTED,
-    MOVED,
-    RECOMPUTED,
-    BAD_MESSAGES,
-    RUNNING,
-    WAITING,
-    KV_USAGE,
-    QUEUED,
-    SILENT,
-    KV_BLOCKS,
-    STEP_SHARE,
-    EPOCH,
-    EXPERTS,
-)
+MEASURES = measures_in(globals())

@@ -1,10 +1,14 @@
-"""What the reconciler may ask for: one closed union. Each is idempotent and may be repeated. Pure data."""
+"""What the reconciler may ask for: one closed union. Each is idempotent and may be repeated. Pure data.
+
+What the HMM is told as it is decided is its message (common/protocol/hmm.py).
+"""
 
 from __future__ import annotations
 
 import msgspec
 
 from elasticmoe.common.layout import Layout, RankId, Seat
+from elasticmoe.common.protocol.hmm import AbortLayout, CommitLayout, ReleaseLayout, SetMembership
 from elasticmoe.common.protocol.ids import TransitionId
 from elasticmoe.common.protocol.rank import RankCommand
 from elasticmoe.services.scaler.planning.plan import Leg
@@ -21,13 +25,6 @@ class StartSeat(msgspec.Struct, frozen=True, tag=True):
 
     seat: Seat
     epoch: int
-
-
-class PublishMembers(msgspec.Struct, frozen=True, tag=True):
-    """Let the ranks of these slots step together, or park them."""
-
-    slots: tuple[int, ...]
-    running: bool
 
 
 class AnnounceLayout(msgspec.Struct, frozen=True, tag=True):
@@ -81,26 +78,6 @@ class TellRank(msgspec.Struct, frozen=True, tag=True):
     command: RankCommand
 
 
-class Commit(msgspec.Struct, frozen=True, tag=True):
-    """Let the staged layout come into force."""
-
-    id: TransitionId
-
-
-class Release(msgspec.Struct, frozen=True, tag=True):
-    """Let the HMM give back what only the old layout used. `gone`: slots of lost devices, without a rank."""
-
-    id: TransitionId
-    gone: tuple[int, ...] = ()
-
-
-class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Let the HMM give back what was staged. `gone` as of Release."""
-
-    id: TransitionId
-    gone: tuple[int, ...] = ()
-
-
 class StopSeat(msgspec.Struct, frozen=True, tag=True):
     """End a rank that has no seat, or will have none; at once where its device is lost."""
 
@@ -112,7 +89,7 @@ class StopSeat(msgspec.Struct, frozen=True, tag=True):
 Action = (
     LoadLayout
     | StartSeat
-    | PublishMembers
+    | SetMembership
     | AnnounceLayout
     | EjectRank
     | LeaveOut
@@ -120,9 +97,9 @@ Action = (
     | CancelStuck
     | Stage
     | TellRank
-    | Commit
-    | Release
-    | Abort
+    | CommitLayout
+    | ReleaseLayout
+    | AbortLayout
     | StopSeat
 )
 ActionKey = tuple[type[Action], object, object]
@@ -135,6 +112,6 @@ def key_of(action: Action) -> ActionKey | None:
         return StopSeat, action.rank, action.incarnation
     if isinstance(action, TellRank):
         return TellRank, action.seat, action.command
-    if isinstance(action, Stage | Commit | Release | Abort):
+    if isinstance(action, Stage | CommitLayout | ReleaseLayout | AbortLayout):
         return type(action), action.id, None
     return None

@@ -2,155 +2,123 @@
 
 from __future__ import annotations
 
-from elasticmoe.common.measures import Measure
+from functools import partial
 
-OPERATIONS = Measure(
+from elasticmoe.common.measures import Measure, measures_in
+
+_measure = partial(Measure, source="scaler")
+
+OPERATIONS = _measure(
     "elasticmoe:scale_operations",
     "counter",
     "Operations that ended",
     ("kind", "outcome"),
-    'increase(elasticmoe:scale_operations_total{outcome="aborted"}[15m]) > 0',
-    "An operation was undone: `GET /v1/operations` says why.",
-    "scaler",
+    alert='increase(elasticmoe:scale_operations_total{outcome="aborted"}[15m]) > 0',
+    why="An operation was undone: `GET /v1/operations` says why.",
 )
-PHASES = Measure("elasticmoe:scale_phase_seconds", "histogram", "Time of each phase", ("phase",), source="scaler")
-PAUSES = Measure(
+PHASES = _measure("elasticmoe:scale_phase_seconds", "histogram", "Time of each phase", ("phase",))
+PAUSES = _measure(
     "elasticmoe:scale_pause_seconds",
     "histogram",
     "From a commit until all ranks flipped: an upper bound of a stream's pause",
-    (),
-    "histogram_quantile(0.99, rate(elasticmoe:scale_pause_seconds_bucket[1h])) > 1",
-    "Scaling is felt by clients: steps are long (`max_tokens_per_step`) or the machine is busy.",
-    "scaler",
+    alert="histogram_quantile(0.99, rate(elasticmoe:scale_pause_seconds_bucket[1h])) > 1",
+    why="Scaling is felt by clients: steps are long (`max_tokens_per_step`) or the machine is busy.",
 )
-BYTES_MOVED = Measure("elasticmoe:scale_bytes_moved", "counter", "Bytes copied between devices", source="scaler")
-REFUSED = Measure(
+BYTES_MOVED = _measure("elasticmoe:scale_bytes_moved", "counter", "Bytes copied between devices")
+REFUSED = _measure(
     "elasticmoe:requests_refused",
     "counter",
     "Requests that were answered with an error, by HTTP status",
     ("status",),
-    'rate(elasticmoe:requests_refused_total{status=~"401|403"}[5m]) > 0',
-    "Somebody reaches the admin listener without the token.",
-    "scaler",
+    alert='rate(elasticmoe:requests_refused_total{status=~"401|403"}[5m]) > 0',
+    why="Somebody reaches the admin listener without the token.",
 )
-EPOCH = Measure("elasticmoe:epoch", "gauge", "Epoch of the layout", source="scaler")
-FENCE = Measure(
-    "elasticmoe:fence",
-    "gauge",
-    "Fencing epoch of this scaler",
-    (),
-    "changes(elasticmoe:fence[15m]) > 2",
-    "The scaler restarts again and again, or two take the lease from one another.",
-    "scaler",
-)
-SERVING = Measure(
-    "elasticmoe:serving",
-    "gauge",
-    "1 while all ranks of the layout step",
-    (),
-    "max_over_time(elasticmoe:serving[30s]) == 0",
-    "Nobody is served: wake somebody. `elasticmoe status` says what is missing.",
-    "scaler",
-)
-BUSY = Measure(
-    "elasticmoe:scale_in_progress",
-    "gauge",
-    "1 while an operation is in progress",
-    (),
-    "min_over_time(elasticmoe:scale_in_progress[15m]) == 1",
-    "An operation does not come to its end: `elasticmoe status` says what it waits for.",
-    "scaler",
-)
-EXPERTS = Measure(
-    "elasticmoe:experts_per_rank", "gauge", "Expert records of a rank's device", ("rank",), source="scaler"
-)
-DEVICE_BYTES = Measure("elasticmoe:device_bytes", "gauge", "Device memory", ("device", "state"), source="scaler")
-KV_BLOCKS = Measure(
-    "elasticmoe:kv_blocks",
-    "gauge",
-    "KV blocks of the ranks that tell them",
-    ("state",),
-    'sum(elasticmoe:kv_blocks{state="free"}) / sum(elasticmoe:kv_blocks) < 0.1',
-    "For five minutes: KV is nearly full. Add a replica or raise `kv_bytes`.",
-    "scaler",
-)
-STANDBY = Measure(
-    "elasticmoe:standby_ranks",
-    "gauge",
-    "Processes that wait for a seat",
-    (),
-    "max_over_time(elasticmoe:standby_ranks[2m]) == 0",
-    "The next rank that dies is replaced in seconds instead of milliseconds: see the pool's log.",
-    "scaler",
-)
-REPLICAS = Measure("elasticmoe:replicas", "gauge", "Replicas of the layout in force", source="scaler")
-DESIRED = Measure(
-    "elasticmoe:desired_replicas",
-    "gauge",
-    "Replicas that there should be: what an operation in progress leads to, else what the policy wants, in the mode "
-    "`advise` too",
-    (),
-    "min_over_time((elasticmoe:desired_replicas - elasticmoe:replicas)[10m:]) > 0",
-    "For ten minutes there has been too little: let the policy act, or scale. `elasticmoe policy explain` says why.",
-    "scaler",
-)
-SATURATION = Measure(
-    "elasticmoe:saturation",
-    "gauge",
-    "How near an objective is to being broken, by what limits it; 1: at the objective",
-    ("component",),
-    source="scaler",
-)
-ATTAINMENT = Measure(
-    "elasticmoe:attainment",
-    "gauge",
-    "Share of the requests of the last minutes that kept both objectives; those refused or failed did not",
-    (),
-    source="scaler",
-)
-BURN = Measure(
-    "elasticmoe:error_budget_burn",
-    "gauge",
-    "How many times faster than the objective allows requests miss it; 1: exactly at the objective",
-    (),
-    "avg_over_time(elasticmoe:error_budget_burn[5m]) > 10",
-    "Objectives are missed ten times as often as they may be: `elasticmoe policy explain`.",
-    "scaler",
-)
-BLIND = Measure(
-    "elasticmoe:policy_unknown",
-    "gauge",
-    "Routers and ranks that do not tell of their load",
-    (),
-    "min_over_time(elasticmoe:policy_unknown[1m]) > 0",
-    "Somebody is silent, so the policy takes nothing away, and soon does nothing: `elasticmoe policy show` names them.",
-    "scaler",
-)
-PREDICTED_S = Measure(
-    "elasticmoe:scale_predicted_seconds", "gauge", "What the last operation was to take", source="scaler"
-)
-ACTUAL_S = Measure("elasticmoe:scale_actual_seconds", "gauge", "What it has taken", source="scaler")
-DECISIONS = Measure(
+DECISIONS = _measure(
     "elasticmoe:policy_decisions",
     "counter",
     "Decisions of the policy, each time it decided otherwise than before or gave an order",
     ("reason",),
-    'increase(elasticmoe:policy_decisions_total{reason="cancel_stuck"}[1h]) > 0',
-    "An operation did not come to its commit, and was cancelled: see the events.",
-    "scaler",
+    alert='increase(elasticmoe:policy_decisions_total{reason="cancel_stuck"}[1h]) > 0',
+    why="An operation did not come to its commit, and was cancelled: see the events.",
 )
+EPOCH = _measure("elasticmoe:epoch", "gauge", "Epoch of the layout")
+FENCE = _measure(
+    "elasticmoe:fence",
+    "gauge",
+    "Fencing epoch of this scaler",
+    alert="changes(elasticmoe:fence[15m]) > 2",
+    why="The scaler restarts again and again, or two take the lease from one another.",
+)
+SERVING = _measure(
+    "elasticmoe:serving",
+    "gauge",
+    "1 while all ranks of the layout step",
+    alert="max_over_time(elasticmoe:serving[30s]) == 0",
+    why="Nobody is served: wake somebody. `elasticmoe status` says what is missing.",
+)
+BUSY = _measure(
+    "elasticmoe:scale_in_progress",
+    "gauge",
+    "1 while an operation is in progress",
+    alert="min_over_time(elasticmoe:scale_in_progress[15m]) == 1",
+    why="An operation does not come to its end: `elasticmoe status` says what it waits for.",
+)
+EXPERTS = _measure("elasticmoe:experts_per_rank", "gauge", "Expert records of a rank's device", ("rank",))
+DEVICE_BYTES = _measure("elasticmoe:device_bytes", "gauge", "Device memory", ("device", "state"))
+KV_BLOCKS = _measure(
+    "elasticmoe:kv_blocks",
+    "gauge",
+    "KV blocks of the ranks that tell them",
+    ("state",),
+    alert='sum(elasticmoe:kv_blocks{state="free"}) / sum(elasticmoe:kv_blocks) < 0.1',
+    why="For five minutes: KV is nearly full. Add a replica or raise `kv_bytes`.",
+)
+STANDBY = _measure(
+    "elasticmoe:standby_ranks",
+    "gauge",
+    "Processes that wait for a seat",
+    alert="max_over_time(elasticmoe:standby_ranks[2m]) == 0",
+    why="The next rank that dies is replaced in seconds instead of milliseconds: see the pool's log.",
+)
+REPLICAS = _measure("elasticmoe:replicas", "gauge", "Replicas of the layout in force")
+DESIRED = _measure(
+    "elasticmoe:desired_replicas",
+    "gauge",
+    "Replicas that there should be: what an operation in progress leads to, else what the policy wants, in the mode "
+    "`advise` too",
+    alert="min_over_time((elasticmoe:desired_replicas - elasticmoe:replicas)[10m:]) > 0",
+    why="For ten minutes there has been too little: let the policy act, or scale. `elasticmoe policy explain` "
+    "says why.",
+)
+SATURATION = _measure(
+    "elasticmoe:saturation",
+    "gauge",
+    "How near an objective is to being broken, by what limits it; 1: at the objective",
+    ("component",),
+)
+ATTAINMENT = _measure(
+    "elasticmoe:attainment",
+    "gauge",
+    "Share of the requests of the last minutes that kept both objectives; those refused or failed did not",
+)
+BURN = _measure(
+    "elasticmoe:error_budget_burn",
+    "gauge",
+    "How many times faster than the objective allows requests miss it; 1: exactly at the objective",
+    alert="avg_over_time(elasticmoe:error_budget_burn[5m]) > 10",
+    why="Objectives are missed ten times as often as they may be: `elasticmoe policy explain`.",
+)
+BLIND = _measure(
+    "elasticmoe:policy_unknown",
+    "gauge",
+    "Routers and ranks that do not tell of their load",
+    alert="min_over_time(elasticmoe:policy_unknown[1m]) > 0",
+    why="Somebody is silent, so the policy takes nothing away, and soon does nothing: `elasticmoe policy show` "
+    "names them.",
+)
+PREDICTED_S = _measure("elasticmoe:scale_predicted_seconds", "gauge", "What the last operation was to take")
+ACTUAL_S = _measure("elasticmoe:scale_actual_seconds", "gauge", "What it has taken")
 
-# Counters that live as long as the process, and gauges of the newest snapshot.
-COUNTED: tuple[Measure, ...] = (OPERATIONS, PHASES, PAUSES, BYTES_MOVED, REFUSED, DECISIONS)
+# Gauges of the newest snapshot.
 SEEN: tuple[Measure, ...] = (EPOCH, FENCE, SERVING, BUSY, EXPERTS, DEVICE_BYTES, KV_BLOCKS, STANDBY)
-OF_LOAD: tuple[Measure, ...] = (
-    REPLICAS,
-    DESIRED,
-    SATURATION,
-    ATTAINMENT,
-    BURN,
-    BLIND,
-    PREDICTED_S,
-    ACTUAL_S,
-)
-MEASURES = (*COUNTED, *SEEN, *OF_LOAD)
+MEASURES = measures_in(globals())

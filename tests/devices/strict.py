@@ -117,7 +117,7 @@ class StrictDevice(Device):
         rules: ProcessRules = PROCESS,
     ) -> None:
         assert not descriptors, "no descriptors were named"
-        super().__init__(name, granularity, budget, rules)
+        super().__init__(name, granularity, budget, rules=rules)
         self._folder = folder()
         self._made: dict[Space, int] = defaultdict(int)
         self._fds: dict[tuple[str, Space, int], int] = {}

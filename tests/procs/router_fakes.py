@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ class FakeRank:
             self._sequences.clear()
 
     def _run(self, bound: threading.Event) -> None:
-        with Server(self._path, self.incarnation, rank_messages.CODEC) as server:
+        with closing(Server(self._path, self.incarnation, rank_messages.CODEC)) as server:
             bound.set()
             next_step = status_at = time.monotonic()
             turns = 0

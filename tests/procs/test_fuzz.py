@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_no_message_of_a_rank_ends_or_harms_a_router(tmp_path: Path) -> None:
     router = RouterProcess(run_dir, write_model(tmp_path / "model"), layout_of(0))
     thrown = thrower(random.Random(seed), "router")
     try:
-        with Server(router.sockets / "rank-r0t0.sock", new_identity("rank-r0t0"), rank.CODEC) as server:
+        with closing(Server(router.sockets / "rank-r0t0.sock", new_identity("rank-r0t0"), rank.CODEC)) as server:
 
             def router_of() -> bytes:
                 received = server.receive()

@@ -149,9 +149,9 @@ def test_the_last_report_was_lost(directory: Path, ranks: Ranks) -> None:
     for _ in range(3):
         seat.step()
     plan = seat.engine.plan()
-    seat.engine._ledger = _Keeping(seat.ledger)  # type: ignore[assignment]
+    seat.engine.ledger = _Keeping(seat.ledger)  # type: ignore[assignment]
     seat.engine.commit(plan, seat.engine.compute(plan, 1, DEADLINE_MS))  # neither told nor closed
-    seat.engine._ledger = seat.engine._ledger._ledger  # type: ignore[attr-defined]
+    seat.engine.ledger = seat.engine.ledger._ledger  # type: ignore[attr-defined]
     seat.die()
     assert (seat.finish["a"], seat.tokens["a"]) == ("length", next_tokens(directory, [1, 2, 3], 4))
     assert seat.ledger.rows() == []

@@ -112,7 +112,7 @@ def test_a_kill_while_blocks_move_leaves_rows_that_are_true(ranks: Ranks) -> Non
         assert len(read.blocks) >= -(-read.kv_len // 4)
         return [ctypes.string_at(engine.kv.base_addr + block * stride, size) for block in read.blocks[:full]]
 
-    ledger = engine._ledger
+    ledger = engine.ledger
     truth = {row: bytes_of(row) for row in ledger.rows()}
     looks = []
 
@@ -122,12 +122,12 @@ def test_a_kill_while_blocks_move_leaves_rows_that_are_true(ranks: Ranks) -> Non
             assert got == wanted[: len(got)]
             looks.append(len(got))
 
-    engine._ledger = Watched(ledger, look)  # type: ignore[assignment]
+    engine.ledger = Watched(ledger, look)  # type: ignore[assignment]
     used = sorted(block for s in engine.scheduler.running for block in s.blocks)
     assert used[-1] > len(used) + 4
     assert not engine.resize_kv(len(used), 2)
     assert engine.resize_kv(len(used), 64)
-    engine._ledger = ledger
+    engine.ledger = ledger
     assert len(looks) >= 9
     assert {row: bytes_of(row) for row in ledger.rows()} == truth
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout
 from elasticmoe.common.protocol.errors import DoesNotFit, Unavailable
@@ -84,7 +85,7 @@ class World:
         attachments: Any = SimpleNamespace(by_slot=self.by_slot, update=self._update)
         copies: Any = SimpleNamespace(is_busy=lambda _: False)
         supply = Supply(self.holdings, self.background)
-        self.transitions = Transitions(self.holdings, attachments, self.members, copies, supply, LOG)
+        self.transitions = Transitions(self.holdings, attachments, self.members, copies, supply, LOG, SYSTEM_CLOCK)
         self.supply = supply
         for slot in layout.slots:
             self.attach(slot)

@@ -307,7 +307,7 @@ def test_preempted_sequence_is_handed_over_later(world: World) -> None:
     world.until(lambda: [t.stage for t in a.migration._outgoing.transfers] == ["copying"])
     scheduler = a.engine.scheduler
     sequence = scheduler.running[0]
-    a.engine._ledger.close_row(scheduler._stop(sequence))
+    a.engine.ledger.close_row(scheduler._stop(sequence))
     scheduler.waiting.append(sequence)
     world.turn()
     assert [t.stage for t in a.migration._outgoing.transfers] == ["draining"]

@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ async def test_a_send_does_not_hide_an_incoming_message(tmp_path: Path) -> None:
     answered = threading.Semaphore(0)
 
     def serve() -> None:
-        with Server(tmp_path / "s.sock", "rank:1", rank_messages.CODEC) as server:
+        with closing(Server(tmp_path / "s.sock", "rank:1", rank_messages.CODEC)) as server:
             while not stop.is_set():
                 server.poll(20)
                 while (received := server.receive()) is not None:

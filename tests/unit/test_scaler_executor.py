@@ -16,11 +16,12 @@ from elasticmoe.common.layout import Seat, Served
 from elasticmoe.common.protocol import hmm as to_hmm
 from elasticmoe.common.protocol.codec import Message
 from elasticmoe.common.protocol.errors import DoesNotFit, Fenced, Unavailable
+from elasticmoe.common.protocol.hmm import AbortLayout, CommitLayout, ReleaseLayout
 from elasticmoe.common.protocol.pool import StopRank
 from elasticmoe.common.protocol.rank import RankCommand
 from elasticmoe.common.protocol.scaler import RankExited
 from elasticmoe.common.store import Event, Writer
-from elasticmoe.services.scaler.actions import Abort, Commit, Release, Stage, StartSeat, StopSeat, TellRank
+from elasticmoe.services.scaler.actions import Stage, StartSeat, StopSeat, TellRank
 from elasticmoe.services.scaler.control.executor import Executor
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.metrics import Meters
@@ -136,11 +137,11 @@ class FakeLinks:
             assert (command.bytes_per_s_max == 0) == bool(leg.joining)
             self.world.obey(Stage(command.id, leg, not leg.joining))
         elif isinstance(command, to_hmm.CommitLayout):
-            self.world.obey(Commit(command.id))
+            self.world.obey(CommitLayout(command.id))
         elif isinstance(command, to_hmm.ReleaseLayout):
-            self.world.obey(Release(command.id))
+            self.world.obey(ReleaseLayout(command.id))
         elif isinstance(command, to_hmm.AbortLayout):
-            self.world.obey(Abort(command.id))
+            self.world.obey(AbortLayout(command.id))
 
     def tell_pool(self, command: Message) -> None:
         assert isinstance(command, StopRank)

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_what_the_pool_said_is_asked_for_again_when_it_tells_something_or_is_com
     parts = system_parts(config, NO_STORE)
     events: list[ToScaler] = []
     told = RankExited(RankId(0, 0), 0, "rank:a", 1, "ended")
-    with Server(config.socket(config.pool_name), new_identity("pool"), pool.CODEC) as server:
+    with closing(Server(config.socket(config.pool_name), new_identity("pool"), pool.CODEC)) as server:
         links = Links(config, tiny_mixtral_spec(), parts, events.append)
         host = links.hosts[LOCAL_HOST]
         num_asked = 0

@@ -6,10 +6,11 @@ import msgspec
 
 from elasticmoe.common.config import defaults
 from elasticmoe.common.layout import initial_layout
+from elasticmoe.common.protocol.hmm import SetMembership
 from elasticmoe.common.protocol.ids import TransitionId
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, TransitionStatus
-from elasticmoe.services.scaler.actions import AnnounceLayout, LoadLayout, PublishMembers, StartSeat
+from elasticmoe.services.scaler.actions import AnnounceLayout, LoadLayout, StartSeat
 from elasticmoe.services.scaler.control.members import serve
 from elasticmoe.services.scaler.control.state import State, Status
 from elasticmoe.services.scaler.observation import Observation, Step
@@ -37,7 +38,7 @@ def rank(slot: int, ready: bool) -> PoolRank:
 
 STANDBYS = PoolStatus(2, ())
 START = tuple(StartSeat(seat, LAYOUT.epoch) for seat in LAYOUT.seats)
-PARK, JOIN = (PublishMembers(LAYOUT.slots, is_running) for is_running in (False, True))
+PARK, JOIN = (SetMembership(LAYOUT.slots, is_running) for is_running in (False, True))
 # That of slot 1, by a rebalance, so that no seat is one of the operation's own.
 LOSS = Operation(
     op_id="op",
@@ -170,11 +171,11 @@ def test_bring_up_to_serving_and_recovery_of_a_rank() -> None:
         "nothing is loaded -> LoadLayout | loading: the HMM holds nothing",
         "it is loaded -> StartSeat r0t0, StartSeat r1t0 | attaching: seats r0t0, r1t0 have no rank; 2 standbys",
         "one rank is ready -> nothing | attaching: ranks attach",
-        "both are ready -> PublishMembers (0, 1) running | attaching: all ranks are ready",
+        "both are ready -> SetMembership (0, 1) running | attaching: all ranks are ready",
         "they run -> AnnounceLayout | serving: layout 1 serves",
         "it is announced -> nothing | serving: nothing to do",
         "one has died -> StartSeat r1t0 | degraded: seats r1t0 have no rank; 2 standbys",
-        "it is replaced -> PublishMembers (0, 1) running | degraded: all ranks are ready",
+        "it is replaced -> SetMembership (0, 1) running | degraded: all ranks are ready",
     ]
     assert decisions["nothing is loaded"].actions == (LoadLayout(LAYOUT),)
     assert decisions["they run"].actions == (AnnounceLayout(LAYOUT),)

@@ -5,16 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from elasticmoe.common.protocol.hmm import SetMembership
 from elasticmoe.common.protocol.scaler import PoolStatus
-from elasticmoe.services.scaler.actions import (
-    Action,
-    EjectRank,
-    LeaveOut,
-    PublishMembers,
-    StartSeat,
-    StopSeat,
-    TellRank,
-)
+from elasticmoe.services.scaler.actions import Action, EjectRank, LeaveOut, StartSeat, StopSeat, TellRank
 from elasticmoe.services.scaler.control.reconciler import LEAVE_OUT_S, reconcile
 from elasticmoe.services.scaler.control.state import Orphans, State, Status
 from elasticmoe.services.scaler.control.watchdog import Standing, Watched
@@ -114,8 +107,8 @@ def test_a_commit_that_is_not_flipped_to_is_published_after_a_time() -> None:
     seen = answered(seen, hmm=msgspec.structs.replace(host_of(seen).hmm, members=DOWN.before.slots))
     first = reconcile(state_of(world), seen, 10.0)
     assert (first.state.committed_at, first.reason) == (10.0, "the ranks flip to the new layout")
-    assert PublishMembers not in kinds(first)
-    assert PublishMembers in kinds(reconcile(first.state, seen, 15.1))
+    assert SetMembership not in kinds(first)
+    assert SetMembership in kinds(reconcile(first.state, seen, 15.1))
     world.progress()
     assert reconcile(first.state, world.seen(), 15.1).state.committed_at is None
 

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elasticmoe.common.protocol.hmm import AbortLayout, ReleaseLayout
 from elasticmoe.common.protocol.ids import CommandId, TransitionId
 from elasticmoe.common.protocol.rank import CancelMigration
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.services.scaler.actions import Abort, Release, StopSeat, TellRank
+from elasticmoe.services.scaler.actions import StopSeat, TellRank
 from elasticmoe.services.scaler.control.reconciler import advance
 from elasticmoe.services.scaler.operation.operation import Operation, Request, can_cancel, cancel, outcome, without_lost
 from elasticmoe.services.scaler.operation.orphans import collect_orphans
@@ -229,12 +230,14 @@ def test_a_transition_that_no_journal_knows_is_finished_after_the_commit() -> No
     world.step(operation)
     assert collect_orphans(world.seen(), 0.0, ())[0] == ()  # the ranks flip by themselves
     world.progress()
-    assert collect_orphans(world.seen(), 0.0, ())[0] == (Release(TransitionId("op")),)
+    assert collect_orphans(world.seen(), 0.0, ())[0] == (ReleaseLayout(TransitionId("op")),)
     assert any(isinstance(action, StopSeat) for action in collect_orphans(world.seen(), LEAVE_S + 1, ())[0])
 
 
 @pytest.mark.parametrize("plan", [UP, DOWN])
-@pytest.mark.parametrize(("phase", "does"), [("staged", Abort), ("aborting", Abort), ("releasing", Release)])
+@pytest.mark.parametrize(
+    ("phase", "does"), [("staged", AbortLayout), ("aborting", AbortLayout), ("releasing", ReleaseLayout)]
+)
 def test_an_hmm_is_told_that_nobody_comes_back_to_a_lost_device(plan: Plan, phase: str, does: type) -> None:
     """Found by the simulation: it had restarted, and waited for that rank before the transition could end."""
     world = world_of(plan)
@@ -263,7 +266,7 @@ def test_ranks_that_still_leave_are_taken_back() -> None:
         CancelMigration(CommandId("", 0, 0, "cancel"))
     ]
     assert reason
-    assert not any(isinstance(action, Abort) for action in actions)
+    assert not any(isinstance(action, AbortLayout) for action in actions)
 
 
 # ---- random worlds ---------------------------------------------------------------------------------------------------

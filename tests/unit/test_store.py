@@ -258,7 +258,7 @@ def start_watch(watcher: AsyncStore) -> tuple[asyncio.Queue[tuple[int, tuple[Sea
     seen: asyncio.Queue[tuple[int, tuple[Seat, ...]]] = asyncio.Queue()
 
     async def watch() -> None:
-        async for layout in watcher.watch_layout():
+        async for layout in watcher.watch():
             seen.put_nowait((layout.epoch, layout.seats))
 
     return seen, asyncio.create_task(watch())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import msgpack
@@ -33,7 +34,7 @@ from tests.procs.waiting import wait_until
 
 @pytest.fixture
 def server(tmp_path: Path):  # type: ignore[no-untyped-def]
-    with Server(tmp_path / "pool.sock", new_identity("pool"), pool.CODEC) as server:
+    with closing(Server(tmp_path / "pool.sock", new_identity("pool"), pool.CODEC)) as server:
         yield server
 
 
@@ -109,7 +110,7 @@ def test_peers_of_other_users_are_turned_away(tmp_path: Path, monkeypatch: pytes
     # Only root could become another user; so the servers take another one for themselves, and we are the stranger.
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     listener = fdchannel.Listener(tmp_path / "k.sock")
-    with Server(tmp_path / "x.sock", new_identity("pool"), pool.CODEC) as server:
+    with closing(Server(tmp_path / "x.sock", new_identity("pool"), pool.CODEC)) as server:
         monkeypatch.undo()
         stranger = Client(tmp_path / "x.sock", new_identity("scaler"), scaler.CODEC)
         stranger.send(GetPool())
@@ -145,7 +146,7 @@ def test_send_to_a_peer_that_is_gone_says_so(server, client) -> None:  # type: i
 def test_client_reaches_a_server_that_starts_later(tmp_path: Path) -> None:
     client = Client(tmp_path / "late.sock", new_identity("scaler"), scaler.CODEC)
     seq = client.send(StopRank(RankId(0, 0), "r:1"))
-    with Server(tmp_path / "late.sock", new_identity("pool"), pool.CODEC) as server:
+    with closing(Server(tmp_path / "late.sock", new_identity("pool"), pool.CODEC)) as server:
         received = None
         while received is None:
             server.poll(1_000)
@@ -299,7 +300,7 @@ def test_what_is_pushed_arrives_in_order_and_nothing_waits_for_who_is_away(tmp_p
     pusher = PushClient(path, new_identity("rank-r0t0"))
     assert not any(pusher.push(window(number)) for number in range(1, 4))
     for begin in (10, 20):  # a server, and the one that takes its place
-        with Server(path, new_identity("scaler"), signals.CODEC) as server:
+        with closing(Server(path, new_identity("scaler"), signals.CODEC)) as server:
             wait_until(lambda at=begin: pusher.push(window(at)), "the connection is there", 10.0)
             assert pusher.push(window(begin + 1))
             assert windows_of(server, 2) == [begin, begin + 1]
@@ -315,7 +316,7 @@ def test_who_takes_over_hears_what_is_pushed_though_the_one_before_hangs(tmp_pat
     hanging = Server(path, new_identity("scaler"), signals.CODEC, takes_over=True)
     try:
         wait_until(lambda: pusher.push(window(1)), "the connection is there", 10.0)
-        with Server(path, new_identity("scaler"), signals.CODEC, takes_over=True) as server:
+        with closing(Server(path, new_identity("scaler"), signals.CODEC, takes_over=True)) as server:
             wait_until(lambda: pusher.push(window(2)), "it is the new one that has it", 10.0)
             assert windows_of(server, 1) == [2]
             hanging.close()  # it was woken, and ends
@@ -334,7 +335,7 @@ def test_who_had_found_the_new_one_already_is_heard_after_it_has_looked_at_the_p
     path = tmp_path / "signals.sock"
     pusher = PushClient(path, "router:1")
     for number in range(1, 9):
-        with Server(path, new_identity("scaler"), signals.CODEC, takes_over=True) as server:
+        with closing(Server(path, new_identity("scaler"), signals.CODEC, takes_over=True)) as server:
             wait_until(lambda server=server: server.is_connected(b"router:1"), "the connection came by itself", 10.0)
             pusher.push(window(number))
             threading.Event().wait(0.1)  # as long as a turn of the scaler: both are there when it looks
@@ -352,7 +353,7 @@ def test_who_was_taken_over_in_its_turn_can_tell_and_takes_over_again(tmp_path: 
     server = Server(path, new_identity("scaler"), signals.CODEC, takes_over=True)
     try:
         assert server.has_path()
-        with Server(path, new_identity("scaler"), signals.CODEC, takes_over=True) as old:
+        with closing(Server(path, new_identity("scaler"), signals.CODEC, takes_over=True)) as old:
             assert (server.has_path(), old.has_path()) == (False, True)
         assert not server.has_path()
         server.close()
@@ -368,7 +369,7 @@ def test_who_was_taken_over_in_its_turn_can_tell_and_takes_over_again(tmp_path: 
 def test_who_pushes_is_connected_until_its_process_ends_whether_it_reads_or_not(tmp_path: Path) -> None:
     path = tmp_path / "signals.sock"
     pusher = PushClient(path, "router:1")
-    with Server(path, new_identity("scaler"), signals.CODEC, takes_over=True) as server:
+    with closing(Server(path, new_identity("scaler"), signals.CODEC, takes_over=True)) as server:
         assert not server.is_connected(b"router:1")
         wait_until(lambda: pusher.push(window(1)), "the connection is there", 10.0)
         assert windows_of(server, 1) == [1]
@@ -381,7 +382,7 @@ def test_who_pushes_is_connected_until_its_process_ends_whether_it_reads_or_not(
 def test_who_does_not_take_what_is_pushed_does_not_stop_who_pushes(tmp_path: Path) -> None:
     path = tmp_path / "signals.sock"
     pusher = PushClient(path, new_identity("router"))
-    with Server(path, new_identity("scaler"), signals.CODEC) as server:
+    with closing(Server(path, new_identity("scaler"), signals.CODEC)) as server:
         wait_until(lambda: pusher.push(window(1)), "the connection is there", 10.0)
         assert not all(pusher.push(window(number + 2)) for number in range(100_000)), "the queues are bounded"
         assert windows_of(server, 3) == [1, 2, 3]

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
+from elasticmoe.common.protocol.hmm import AbortLayout, CommitLayout, ReleaseLayout, SetMembership
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.services.scaler.actions import Action, PublishMembers, StopSeat, TellRank
+from elasticmoe.services.scaler.actions import Action, StopSeat, TellRank
 from elasticmoe.services.scaler.control.reconciler import advance
 from elasticmoe.services.scaler.operation.operation import Operation, cancel, without_lost
 from tests.unit.transitions import KINDS, World
@@ -155,12 +156,14 @@ def done(actions: Iterable[Action]) -> str:
 
 
 def _told(action: Action) -> str:
-    if isinstance(action, PublishMembers):
-        return f"PublishMembers {action.slots} {'running' if action.running else 'parked'}"
+    if isinstance(action, SetMembership):
+        return f"SetMembership {action.slots} {'running' if action.running else 'parked'}"
     if not isinstance(action, TellRank):
         what = getattr(action, "seat", None)
         whom = what.rank if what is not None else action.incarnation if isinstance(action, StopSeat) else ""
-        return f"{type(action).__name__} {whom}".strip()
+        name = type(action).__name__
+        is_transition = isinstance(action, CommitLayout | ReleaseLayout | AbortLayout)
+        return f"{name.removesuffix('Layout') if is_transition else name} {whom}".strip()
     targets = getattr(action.command, "targets", ())
     to = "".join(f" {target.num_sequences}>{target.slot}" for target in targets)
     return f"{KINDS[type(action.command)]} {action.seat.rank}{to}"

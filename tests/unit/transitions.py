@@ -9,7 +9,7 @@ import msgspec
 from elasticmoe.common.devices.names import LOCAL_HOST
 from elasticmoe.common.layout import Layout, RankId, Seat
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
-from elasticmoe.common.protocol.hmm import RecordCopy
+from elasticmoe.common.protocol.hmm import AbortLayout, CommitLayout, RecordCopy, ReleaseLayout
 from elasticmoe.common.protocol.ids import CommandId, CommandKind
 from elasticmoe.common.protocol.rank import CancelMigration, DecodeOnly, Drain, MigrateTo, Precopy, RankCommand
 from elasticmoe.common.protocol.replies import Refused
@@ -22,7 +22,7 @@ from elasticmoe.common.protocol.scaler import (
     RankLoad,
     TransitionStatus,
 )
-from elasticmoe.services.scaler.actions import Abort, Action, Commit, Release, Stage, StartSeat, StopSeat, TellRank
+from elasticmoe.services.scaler.actions import Action, Stage, StartSeat, StopSeat, TellRank
 from elasticmoe.services.scaler.cluster import Cluster, HostStatus, in_force
 from elasticmoe.services.scaler.control.reconciler import advance
 from elasticmoe.services.scaler.observation import Observation
@@ -176,7 +176,7 @@ class World:
     # ---- commands
 
     def obey(self, action: Action) -> None:
-        self.log.append(type(action).__name__)
+        self.log.append(type(action).__name__.removesuffix("Layout"))
         status = self.transition
         if isinstance(action, Stage):
             assert status is None or status.phase in ("released", "aborted") or status.id == action.id
@@ -188,7 +188,7 @@ class World:
                 self.transition = TransitionStatus(
                     action.id, self.staged.epoch, "copying", (), 0, total, {"host:0": 60}
                 )
-        elif isinstance(action, Commit):
+        elif isinstance(action, CommitLayout):
             assert self.is_durable, "committed without a record"
             assert status is not None
             assert self.staged is not None
@@ -199,10 +199,10 @@ class World:
                 assert self.running[slot] == 0, "committed while a leaving rank has sequences"
             self.layout = self.staged
             self._phase("committed")
-        elif isinstance(action, Release):
+        elif isinstance(action, ReleaseLayout):
             if status and status.phase == "flipped":
                 self._phase("releasing")
-        elif isinstance(action, Abort):
+        elif isinstance(action, AbortLayout):
             assert status is not None
             new = set(self.staged.slots if self.staged else ()) - set(self.layout.slots)
             if status.phase in ("copying", "staged", "failed", "vacating") and not new & set(self.ranks):

@@ -56,11 +56,6 @@ class DeviceEntry(msgspec.Struct, frozen=True):
         """Bytes of KV handles."""
         return sum(span.nbytes for span in self.kv)
 
-    @property
-    def other_bytes(self) -> int:
-        """Bytes of everything else."""
-        return self.ledger_bytes
-
 
 class Loaded(msgspec.Struct, frozen=True):
     """The model that is in memory, and the command that brought it there. `layout` is the one in force; `memory_id`
@@ -170,7 +165,7 @@ def check_integrity(catalog: Catalog) -> list[str]:
     findings: list[str] = []
     for entry in catalog.devices:
         findings += _check_spans(entry, catalog.granularity)
-        used = entry.weights_bytes + entry.kv_bytes + entry.other_bytes
+        used = entry.weights_bytes + entry.kv_bytes + entry.ledger_bytes
         if used > entry.budget:
             findings.append(f"{entry.device}: {used} bytes exceed the budget of {entry.budget}")
     if catalog.loaded is None:

@@ -16,6 +16,7 @@ from elasticmoe.common.devices.base import Device
 from elasticmoe.common.devices.factory import granularity_of, open_device
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.families.fingerprint import fingerprint
+from elasticmoe.common.fdchannel import close_all
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.machine import available_bytes
@@ -67,8 +68,7 @@ class Holdings:
         try:
             is_adopted = self._adopt(kept)
         finally:
-            for fd in kept.values():  # _adopt takes out what it keeps
-                os.close(fd)
+            close_all(kept.values())  # _adopt takes out what it keeps
         self._parking.forget(kept if is_adopted else names)
         if not is_adopted:
             self._begin()
@@ -147,13 +147,12 @@ class Holdings:
         """
         try:
             self.segment = BusSegment(HostShared.create("bus"))
-            for slot in layout.slots:
-                self.doorbells[slot] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            for seat in layout.seats:
-                self.memories[seat.device].device.prepare()
+            self.open_layout(layout)
         except OSError as error:
+            raise Unavailable(f"no descriptor for the bus: {error.strerror}") from None
+        except Unavailable:
             self.discard()
-            raise Unavailable(f"no descriptors for {len(layout.seats)} seats: {error.strerror}") from None
+            raise
         return self.segment
 
     def commit(self, loaded: Loaded) -> None:
@@ -166,8 +165,7 @@ class Holdings:
         if self.segment is not None:
             self.segment.close()
             self.segment = None
-        for fd in self.doorbells.values():
-            os.close(fd)
+        close_all(self.doorbells.values())
         self.doorbells.clear()
 
     # ---- Another layout's way in and out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import errno
 import os
-import select
 import socket
 import struct
 from collections.abc import Iterable
@@ -15,11 +14,10 @@ from typing import Final, NamedTuple
 import msgspec
 
 from elasticmoe.common.clock import Clock
-from elasticmoe.common.fdchannel import Channel, Listener
+from elasticmoe.common.fdchannel import Channel, Listener, close_all
 from elasticmoe.common.protocol.codec import Message, encode
 from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, ProtocolError, Unavailable
 from elasticmoe.common.protocol.handles import TO_HMM, Applied, Attach, AttachReply, SeatMemory, ToHmm
-from elasticmoe.common.protocol.replies import refusal
 from elasticmoe.common.telemetry import Logger
 from elasticmoe.services.hmm.sessions.handles import Offer, shares
 
@@ -85,7 +83,7 @@ class _Outbox:
                 if self._clock.monotonic() - self._since > _UNSENT_S:
                     raise Unavailable(f"the rank has read nothing for {_UNSENT_S:.0f} s") from None
                 return
-            _close(kept)
+            close_all(kept)
             self._since = self._clock.monotonic()
             self._unsent[0] = _Unsent(data[sent:], (), ())
             if not self._unsent[0].data:
@@ -99,7 +97,7 @@ class _Outbox:
     def close(self) -> None:
         """Drop what is unsent. Idempotent."""
         for one in self._unsent:
-            _close(one.kept)
+            close_all(one.kept)
         self._unsent.clear()
         self._sock.close()
 
@@ -184,13 +182,11 @@ class Attachments:
         return None
 
     def _receive(self, attached: Attached) -> None:
-        poller = select.poll()
-        poller.register(attached.channel.fileno(), select.POLLIN)
         for _ in range(_MESSAGES_PER_TURN):
-            if not poller.poll(0):
+            if not attached.channel.is_readable:
                 return
             received, fds = attached.channel.receive(deadline_ms=_APPLIED_MS)
-            _close(fds)  # nobody asked for them
+            close_all(fds)  # nobody asked for them
             body = received.body
             if not isinstance(body, Applied) or body.revision > attached.sent.revision:
                 raise ProtocolError(f"{type(body).__name__} is not what an attached rank may say now")
@@ -251,7 +247,7 @@ class Attachments:
             channel, _ = self._pending.pop(fd)
             try:
                 received, fds = channel.receive(deadline_ms=_RECEIVE_MS)
-                _close(fds)  # nobody asked for them
+                close_all(fds)  # nobody asked for them
                 if not isinstance(received.body, Attach):
                     raise ProtocolError(f"{type(received.body).__name__} is not how a rank introduces itself")
             except ElasticMoEError as error:
@@ -263,10 +259,7 @@ class Attachments:
 
     def refuse(self, channel: Channel[ToHmm], error: ElasticMoEError) -> None:
         """Answer Refused and end the connection."""
-        try:
-            channel.send(refusal(error), deadline_ms=_RECEIVE_MS)
-        except ElasticMoEError:
-            pass  # the peer is gone: nobody is left to be told
+        channel.refuse(error, deadline_ms=_RECEIVE_MS)
         channel.close()
 
     def check_vacant(self, slot: int) -> None:
@@ -306,12 +299,7 @@ def _duplicates(fds: Iterable[int]) -> tuple[int, ...]:
         for fd in fds:
             made.append(os.dup(fd))
     except OSError as error:
-        _close(made)
+        close_all(made)
         text = f"no descriptors to tell a rank of its memory: {error.strerror}"
         raise Unavailable(text, code="no_descriptors") from None
     return tuple(made)
-
-
-def _close(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
 from elasticmoe.common.clock import Clock
-from elasticmoe.common.fdchannel import Channel, connect
+from elasticmoe.common.fdchannel import Channel, close_all, connect
 from elasticmoe.common.protocol.codec import Message
 from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError, Unavailable
 from elasticmoe.common.protocol.keeper import TO_HMM, Fetch, Forget, Keep, Kept
@@ -57,13 +56,13 @@ class Parking:
                 answer, fds = self._call(Fetch(after=max(kept, default="")), deadline_ms=deadline_ms)
                 names = answer.names if isinstance(answer, Kept) else ()
                 if len(names) != len(fds):
-                    _close(fds)
+                    close_all(fds)
                     raise ProtocolError(f"the keeper sent {len(fds)} descriptors for {len(names)} names")
                 kept.update(zip(names, fds, strict=True))
                 if not names:
                     return kept
         except BaseException:
-            _close(kept.values())
+            close_all(kept.values())
             raise
 
     @property
@@ -102,7 +101,7 @@ class Parking:
         self._channel.send(message, fds, deadline_ms=deadline_ms)
         received, received_fds = self._channel.receive(deadline_ms=deadline_ms)
         if isinstance(received.body, Refused):
-            _close(received_fds)
+            close_all(received_fds)
             raise ElasticMoEError(received.body.message, code=received.body.code)
         return received.body, received_fds
 
@@ -121,7 +120,7 @@ class Parking:
         try:
             self.connect(deadline_ms=_RETRY_MS)
             kept = self.fetch(deadline_ms=_RETRY_MS)
-            _close(kept.values())
+            close_all(kept.values())
             for names in _batches(sorted(set(kept) - set(self._wanted))):
                 self._call(Forget(names), deadline_ms=_RETRY_MS)
             for names in _batches(sorted(self._wanted, key=lambda name: (name == CATALOG, name))):
@@ -144,8 +143,3 @@ def _batches(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
     left = iter(names)
     while some := tuple(islice(left, FDS_MAX)):
         yield some
-
-
-def _close(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from elasticmoe.common.capacity import sizes_of
-from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
+from elasticmoe.common.clock import Clock
 from elasticmoe.common.devices.base import Handle
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.host_shared import HostShared
@@ -49,7 +49,7 @@ class Transitions:
         copies: BlockCopies,
         supply: Supply,
         log: Logger,
-        clock: Clock = SYSTEM_CLOCK,
+        clock: Clock,
     ) -> None:
         self._holdings = holdings
         self._attachments = attachments

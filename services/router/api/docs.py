@@ -7,13 +7,13 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Response
 
+from elasticmoe.common.http import openapi
 from elasticmoe.common.http.errors import ErrorBody
-from elasticmoe.common.http.openapi import json_content, refusals, secure
+from elasticmoe.common.http.openapi import REF, json_content, refusals
 from elasticmoe.services.router.api import schemas, told
 from elasticmoe.services.router.api.examples import EXAMPLES
 from elasticmoe.services.router.api.words import MESSAGE_WORDS, WORDS, UnsupportedMessageWords, UnsupportedWords
 
-_REF = "#/components/schemas/"
 ABOUT = """An OpenAI-compatible API for one model. What is honoured, ignored and refused: `docs/api.md`; framing,
 limits, hosts and origins: `docs/http.md`; error codes: `docs/reference/errors.md`. Scaling has an API of its own, on
 the admin listener."""
@@ -65,7 +65,7 @@ def describe(
 
 def _event_of(chunk: type[msgspec.Struct]) -> dict[str, Any]:
     """An event of a stream. Before OpenAPI 3.2 the schema of an event stream is read as that of each of its events."""
-    parts = [{"$ref": _REF + chunk.__name__}, {"$ref": _REF + "ErrorBody"}]
+    parts = [{"$ref": REF + chunk.__name__}, {"$ref": REF + "ErrorBody"}]
     json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": parts}}
     meaning = "A chunk; an error, where the answer ends early; the end"
     data = {"anyOf": [{"const": "[DONE]"}, json], "description": meaning}
@@ -73,26 +73,16 @@ def _event_of(chunk: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def install(app: FastAPI, public: frozenset[str], *, has_key: bool) -> None:
-    """Let the app's OpenAPI document contain the structs' schemas, and who is let in: with a key, all paths but
-    `public` ones ask for it."""
-    make = app.openapi
+    """Let the app's OpenAPI document contain the structs' schemas. With a key, all paths but `public` ones ask for
+    it."""
 
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = make()
-            all_names = {**vars(schemas), **vars(told)}
-            kinds = [kind for kind in all_names.values() if isinstance(kind, type) and kind not in _BASES]
-            structs = [ErrorBody, *(kind for kind in kinds if issubclass(kind, msgspec.Struct))]
-            _, components = msgspec.json.schema_components(structs, ref_template=_REF + "{name}")
-            document["components"] = {**document.get("components", {}), "schemas": _plain(components)}
-            for path in document["paths"].values():
-                for operation in path.values():
-                    operation["responses"].pop("422", None)  # the framework's; ours is 400
-            secure(document, _KEY, public, is_needed=has_key)
-            app.openapi_schema = document
-        return app.openapi_schema
+    def components() -> dict[str, Any]:
+        kinds = [kind for kind in {**vars(schemas), **vars(told)}.values() if isinstance(kind, type)]
+        structs = [ErrorBody, *(kind for kind in kinds if issubclass(kind, msgspec.Struct) and kind not in _BASES)]
+        _, found = msgspec.json.schema_components(structs, ref_template=REF + "{name}")
+        return {name: _plain(schema) for name, schema in found.items()}
 
-    app.openapi = openapi  # type: ignore[method-assign]
+    openapi.install(app, components, _KEY, public, is_needed=has_key)
 
 
 def _plain(schema: Any) -> Any:

@@ -6,9 +6,9 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
+from elasticmoe.common.http.app import json_response
 from elasticmoe.common.version import version
 from elasticmoe.services.router.api.docs import describe
-from elasticmoe.services.router.api.errors import json_response
 from elasticmoe.services.router.api.gate import front_of
 from elasticmoe.services.router.api.told import Health, Load, Ready, ReplicaLoad, Version
 

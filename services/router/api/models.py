@@ -6,9 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
+from elasticmoe.common.http.app import json_response
 from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.services.router.api.docs import describe
-from elasticmoe.services.router.api.errors import json_response
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.gate import front_of
 from elasticmoe.services.router.api.told import ModelCard, ModelList

@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from elasticmoe.common.http.app import json_response
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.services.router.api.conversation import conversation_of, refuse_without_messages
 from elasticmoe.services.router.api.docs import describe
-from elasticmoe.services.router.api.errors import json_response
 from elasticmoe.services.router.api.gate import client_of, front_of
 from elasticmoe.services.router.api.options import check_ids
 from elasticmoe.services.router.api.parse import body_of

@@ -5,7 +5,6 @@ probabilities) make a product that is not."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from elasticmoe.common.protocol.errors import InvalidRequest, Overloaded
@@ -91,7 +90,7 @@ class Permit:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.ties import end_with_parent
 from elasticmoe.services.router.text import process
 from elasticmoe.services.router.text.codec import TextCodec, load_codec
 from elasticmoe.services.router.text.worker import serve
@@ -87,7 +88,7 @@ class ForkServer:
     def _become_worker(self, parent: int, sock: socket.socket, memory_bytes: int) -> None:
         """Never returns."""
         try:
-            process.die_with(parent)
+            end_with_parent(parent)
             process.be_first_to_go()
             self._control.close()
             self._selector.close()
@@ -116,7 +117,7 @@ class ForkServer:
 
 def main() -> int:
     """The exit status."""
-    process.die_with(os.getppid())
+    end_with_parent(os.getppid())
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the router says when it is the end
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[2]))

@@ -1,26 +1,16 @@
-"""What ties a text process to its parent's life, and what it may use."""
+"""What a text process may use."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
 import resource
-import signal
 import time
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
 _OOM_SCORE_MAX = 1_000  # where memory runs out, the kernel takes this process first
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def die_with(parent: int) -> None:
-    """Be killed when the process `parent`, which started this one, ends: also where it is killed itself."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the kernel was told
-        os._exit(1)
+_libc = ctypes.CDLL(None)
 
 
 def confine(memory_bytes: int) -> None:

@@ -13,18 +13,17 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.exceptions import HTTPException
 
+from elasticmoe.common.http.app import json_response, make_app
 from elasticmoe.common.http.body import Body, Receive
 from elasticmoe.common.http.connection import Rules
 from elasticmoe.common.http.door import Door, Scope, Send, bearer_of, headers_of
-from elasticmoe.common.http.errors import error_response, on_error, on_status
+from elasticmoe.common.http.errors import error_response
 from elasticmoe.common.http.hosts import NoPages
 from elasticmoe.common.http.listener import HttpServer, make_server
-from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, Unauthorized
+from elasticmoe.common.protocol.errors import ConfigError, Unauthorized
 from elasticmoe.common.protocol.limits import NAME_CHARS_MAX
 from elasticmoe.common.sse import escape_separators
-from elasticmoe.common.version import version
 from elasticmoe.services.scaler.api import docs, views
 from elasticmoe.services.scaler.api.contract import check_instance, scale_status
 from elasticmoe.services.scaler.api.docs import describe
@@ -84,22 +83,12 @@ def build_app(
     deadline_s: float,
 ) -> Door:
     """The admin app; `deadline_s`: of operations that name none. Raises ConfigError for an empty token."""
-    app = FastAPI(
-        title="ElasticMoE scaler",
-        description=docs.ABOUT,
-        version=version(),
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
+    app = make_app("ElasticMoE scaler", docs.ABOUT)
     _add_views(app, status_cache, meters)
     _add_orders(app, status_cache, commands, deadline_s)
     add_policy(app, status_cache, commands)
     _add_events(app, events)
     docs.install(app, PUBLIC_PATHS)
-    app.add_exception_handler(ElasticMoEError, on_error)
-    app.add_exception_handler(HTTPException, on_status)
-    app.add_exception_handler(Exception, on_error)
     return Door(AdminGate(app, token), NoPages(), PUBLIC_PATHS, meters.refused)
 
 
@@ -115,43 +104,43 @@ def _add_views(app: FastAPI, status_cache: StatusCache, meters: Meters) -> None:
     @app.get("/health", **describe("Health", docs.PUBLIC))
     async def health() -> Response:
         """Answers as long as the listener lives. Asks for no token."""
-        return _json(views.Health("ok"))
+        return json_response(views.Health("ok"))
 
     @app.get("/ready", **docs.describe_ready())
     async def ready() -> Response:
         """200 while all ranks of the layout step, else 503, with the reason. Asks for no token."""
         snapshot = status_cache.snapshot
-        return _json(ready_view(snapshot), 200 if snapshot.phase == "serving" else 503)
+        return json_response(ready_view(snapshot), 200 if snapshot.phase == "serving" else 503)
 
     @app.get("/v1/layout", **describe("Layout", docs.READING))
     async def layout() -> Response:
         """The layout in force: its ranks with their devices and memory, and where each expert is."""
-        return _json(layout_view(status_cache.snapshot))
+        return json_response(layout_view(status_cache.snapshot))
 
     @app.get("/v1/scale", **describe("ScaleStatus", docs.READING))
     async def size() -> Response:
         """How large the deployment is and will be, and by which operation: the status of orchestrators' contracts."""
-        return _json(scale_status(status_cache.snapshot))
+        return json_response(scale_status(status_cache.snapshot))
 
     @app.get("/v1/devices", **describe("Devices", docs.READING))
     async def devices() -> Response:
         """All devices, used or not, with their memory."""
-        return _json(devices_view(status_cache.snapshot))
+        return json_response(devices_view(status_cache.snapshot))
 
     @app.get("/v1/operations", **describe("Operations", docs.READING))
     async def operations() -> Response:
         """The operation in progress, and the last 100 that have ended."""
-        return _json(operations_view(status_cache.snapshot))
+        return json_response(operations_view(status_cache.snapshot))
 
     @app.get("/v1/operations/{op_id}", **describe("Operation", docs.FINDING))
     async def operation(op_id: OpIdInPath) -> Response:
         """One operation: its phase, what it waits for, and what it has cost."""
-        return _json(find_operation(status_cache.snapshot, op_id))
+        return json_response(find_operation(status_cache.snapshot, op_id))
 
     @app.get("/v1/config", **describe("Config", docs.READING))
     async def config() -> Response:
         """The settings that are in force, without secrets."""
-        return _json(status_cache.snapshot.config)
+        return json_response(status_cache.snapshot.config)
 
     @app.get("/metrics", **describe("text/plain", docs.READING))
     async def metrics() -> Response:
@@ -174,8 +163,8 @@ def _add_orders(app: FastAPI, status_cache: StatusCache, commands: CommandQueue,
             response.headers["location"] = f"/v1/operations/{running.op_id}"
             return response
         if accepted.plan is not None:
-            return _json(plan_view(accepted.plan, accepted.operation))
-        return _json(operation_view(accepted.operation), 202)
+            return json_response(plan_view(accepted.plan, accepted.operation))
+        return json_response(operation_view(accepted.operation), 202)
 
     @app.post(
         "/v1/rebalance", **describe("Operation", docs.ORDERING, body=RebalanceBody, status=202, told="It is accepted")
@@ -183,14 +172,14 @@ def _add_orders(app: FastAPI, status_cache: StatusCache, commands: CommandQueue,
     async def rebalance(request: Request) -> Response:
         """Level the running requests over the replicas. The body may be empty."""
         accepted = await commands.ask(parse_rebalance(await request.body(), deadline_s))
-        return _json(operation_view(accepted.operation), 202)
+        return json_response(operation_view(accepted.operation), 202)
 
     @app.delete(
         "/v1/operations/{op_id}", **describe("Operation", docs.CANCELLING, status=202, told="It is being undone")
     )
     async def cancel(op_id: OpIdInPath) -> Response:
         """Cancel an operation that is not committed yet. Refused with `committed` afterwards."""
-        return _json(operation_view((await commands.ask(CancelOperation(op_id))).operation), 202)
+        return json_response(operation_view((await commands.ask(CancelOperation(op_id))).operation), 202)
 
 
 def _add_events(app: FastAPI, source: EventStream) -> None:
@@ -212,7 +201,3 @@ def _add_events(app: FastAPI, source: EventStream) -> None:
                     yield f"id: {event_id}\nevent: {event.kind}\ndata: ".encode() + data + b"\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")

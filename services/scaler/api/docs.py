@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Response
 
+from elasticmoe.common.http import openapi
 from elasticmoe.common.http.errors import ErrorBody
-from elasticmoe.common.http.openapi import REF, json_content, refusals, secure
+from elasticmoe.common.http.openapi import REF, json_content, refusals
 from elasticmoe.services.scaler.api import views
 from elasticmoe.services.scaler.api.contract import ScaleStatus
 from elasticmoe.services.scaler.api.examples import EXAMPLES
@@ -94,22 +95,11 @@ def describe_ready() -> dict[str, Any]:
 
 
 def install(app: FastAPI, public: frozenset[str]) -> None:
-    """Let the app's OpenAPI document contain the schemas that `describe` names, no refusal that nobody gives, and who
-    is let in: all paths but `public` ones ask for the token."""
-    make = app.openapi
+    """Let the app's OpenAPI document contain the schemas that `describe` names."""
 
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = make()
-            structs = (ScaleBody, RebalanceBody, PolicyBody, ErrorBody, *ANSWERS.values())
-            _, schemas = msgspec.json.schema_components(structs, ref_template=REF + "{name}")
-            document["components"] = {"schemas": {**schemas, "Config": _CONFIG}}
-            for path in document["paths"].values():
-                for operation in path.values():
-                    if operation["responses"].get("422", {}).get("description") == "Validation Error":
-                        del operation["responses"]["422"]  # the framework's
-            secure(document, _TOKEN, public, is_needed=True)
-            app.openapi_schema = document
-        return app.openapi_schema
+    def schemas() -> dict[str, Any]:
+        structs = (ScaleBody, RebalanceBody, PolicyBody, ErrorBody, *ANSWERS.values())
+        _, found = msgspec.json.schema_components(structs, ref_template=REF + "{name}")
+        return {**found, "Config": _CONFIG}
 
-    app.openapi = openapi  # type: ignore[method-assign]
+    openapi.install(app, schemas, _TOKEN, public)

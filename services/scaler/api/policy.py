@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
 from fastapi import FastAPI, Request, Response
 
+from elasticmoe.common.http.app import json_response
 from elasticmoe.services.scaler.api import docs
 from elasticmoe.services.scaler.api.docs import describe
 from elasticmoe.services.scaler.api.policy_views import DecisionsView, PolicyBody, parse_policy, policy_view
@@ -20,19 +18,15 @@ def add_policy(app: FastAPI, status_cache: StatusCache, commands: CommandQueue) 
     @app.get("/v1/policy", **describe("PolicyView", docs.READING))
     async def policy() -> Response:
         """Objectives, bounds and mode; how the deployment stands by them; and the last decision."""
-        return _json(policy_view(status_cache.snapshot))
+        return json_response(policy_view(status_cache.snapshot))
 
     @app.put("/v1/policy", **describe("PolicyView", docs.ORDERING, body=PolicyBody, told="It is in force from now on"))
     async def change(request: Request) -> Response:
         """Let another policy be in force; it outlives restarts. Refused where somebody else has changed it since."""
         await commands.set_policy(parse_policy(await request.body()))
-        return _json(policy_view(status_cache.snapshot))
+        return json_response(policy_view(status_cache.snapshot))
 
     @app.get("/v1/decisions", **describe("DecisionsView", docs.READING))
     async def decisions() -> Response:
         """What the policy has decided, with the figures that each decision rests on; in the mode `advise` too."""
-        return _json(DecisionsView(status_cache.snapshot.decided))
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), 200, media_type="application/json")
+        return json_response(DecisionsView(status_cache.snapshot.decided))

@@ -9,25 +9,20 @@ import msgspec
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.failpoint import failpoint
-from elasticmoe.common.protocol import hmm as to_hmm
 from elasticmoe.common.protocol.errors import ElasticMoEError, Fenced
-from elasticmoe.common.protocol.hmm import SetMembership
+from elasticmoe.common.protocol.hmm import AbortLayout, CommitLayout, ReleaseLayout, SetMembership, StageLayout
 from elasticmoe.common.protocol.pool import StopRank
 from elasticmoe.common.protocol.replies import Refused, refusal
 from elasticmoe.common.protocol.scaler import RankExited, RankLoad
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import (
-    Abort,
     Action,
     ActionKey,
     AnnounceLayout,
     CancelStuck,
-    Commit,
     EjectRank,
     LeaveOut,
     LoadLayout,
-    PublishMembers,
-    Release,
     ScaleTo,
     Stage,
     StartSeat,
@@ -60,14 +55,14 @@ Tell = Callable[..., None]
 
 _PLACES: dict[type[Action], str] = {  # of failpoints
     Stage: "stage",
-    Commit: "send_commit",
-    Release: "send_release",
-    Abort: "send_abort",
+    CommitLayout: "send_commit",
+    ReleaseLayout: "send_release",
+    AbortLayout: "send_abort",
     StartSeat: "start_joiner",
     StopSeat: "stop_rank",
     TellRank: "move",
 }
-_STEADY = (LoadLayout, StartSeat, PublishMembers, AnnounceLayout)
+_STEADY = (LoadLayout, StartSeat, SetMembership, AnnounceLayout)
 
 
 class Executor:
@@ -289,8 +284,8 @@ class Executor:
                 links.load(action.layout)
             case StartSeat():
                 links.start(action.seat, action.epoch)
-            case PublishMembers():
-                links.tell_hmm(SetMembership(action.slots, action.running))
+            case SetMembership() | CommitLayout() | ReleaseLayout() | AbortLayout():
+                links.tell_hmm(action)
             case AnnounceLayout():
                 self._journal.announce(action.layout)
             case EjectRank():
@@ -304,13 +299,7 @@ class Executor:
             case Stage(leg=leg):
                 rate = self._config.copy_bytes_per_s if action.is_throttled else 0
                 kv, kv_after = leg.kv_handles, leg.kv_handles_after
-                links.tell_hmm(to_hmm.StageLayout(action.id, leg.layout, leg.copies, kv, kv_after, rate))
-            case Commit():
-                links.tell_hmm(to_hmm.CommitLayout(action.id))
-            case Release():
-                links.tell_hmm(to_hmm.ReleaseLayout(action.id, action.gone))
-            case Abort():
-                links.tell_hmm(to_hmm.AbortLayout(action.id, action.gone))
+                links.tell_hmm(StageLayout(action.id, leg.layout, leg.copies, kv, kv_after, rate))
             case StopSeat():
                 links.tell_pool(StopRank(action.rank, action.incarnation, 0 if action.is_lost else STOP_GRACE_MS))
             case TellRank():

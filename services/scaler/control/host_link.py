@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from elasticmoe.common.endpoints import ClientEnd
+from elasticmoe.common.endpoints import ClientEnd, arrived
 from elasticmoe.common.protocol.codec import Message
-from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
+from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.hmm import GetHmmStatus
 from elasticmoe.common.protocol.pool import GetPool, StartRank
 from elasticmoe.common.protocol.scaler import CODEC, HmmStatus, PoolStatus, RankExited, ToScaler
@@ -109,14 +109,7 @@ class HostLink:
         """Handle all that has come; True where something of it was told unasked."""
         came = False
         for client in (self._pool, self._hmm):
-            while True:
-                try:
-                    received = client.receive()
-                except ProtocolError as error:
-                    log.warning("bad message", because=error.message)
-                    continue
-                if received is None:
-                    break
+            for received in arrived(client, log):
                 if not received.seq:  # otherwise an answer that came too late
                     self._take(received.body)
                     came = True

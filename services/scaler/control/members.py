@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from elasticmoe.common.layout import Seat
+from elasticmoe.common.protocol.hmm import SetMembership
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.services.scaler.actions import Action, AnnounceLayout, LoadLayout, PublishMembers, StartSeat
+from elasticmoe.services.scaler.actions import Action, AnnounceLayout, LoadLayout, StartSeat
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.state import DeploymentPhase, State, Status
 from elasticmoe.services.scaler.observation import Observation, Step
@@ -55,7 +56,7 @@ def _fill(state: State, seen: Observation) -> Step[Status] | None:
         starts = [StartSeat(seat, layout.epoch) for seat in cluster.startable(empty)]
         return _step(waiting, f"seats {_names(empty)} have no rank; {cluster.standby} standbys", *starts)
     if without and _has_to_park(cluster, without):
-        park = PublishMembers(layout.slots, False)
+        park = SetMembership(layout.slots, False)
         return _step(waiting, f"nobody steps by layout {layout.epoch} for now", park)
     if without:
         return _step(waiting, f"the devices of {_names(without)} are lost; the layout goes on without them")
@@ -71,7 +72,7 @@ def _join(state: State, seen: Observation, now: float) -> Step[Status]:
         if cluster.is_running and state.committed_at is not None and now - state.committed_at < FLIP_SECONDS_MAX:
             # The ranks are about to take the new membership themselves, at a step that they agree on.
             return _step("serving", "the ranks flip to the new layout")
-        return _step(_waiting(state), "all ranks are ready", PublishMembers(layout.slots, True))
+        return _step(_waiting(state), "all ranks are ready", SetMembership(layout.slots, True))
     if seen.announced_epoch != layout.epoch:
         return _step("serving", f"layout {layout.epoch} serves", AnnounceLayout(layout))
     return _step("serving", "nothing to do")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from elasticmoe.common.clock import Clock
-from elasticmoe.common.endpoints import ClientEnd, Transport
+from elasticmoe.common.endpoints import ClientEnd, Transport, arrived
 from elasticmoe.common.layout import RankId, Seat
 from elasticmoe.common.protocol.codec import Message
-from elasticmoe.common.protocol.errors import ProtocolError, Unavailable
+from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.common.protocol.rank import GetRankLoad
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import CODEC, PoolRank, RankLoad, ToScaler
@@ -66,14 +66,7 @@ class Peers:
     def receive(self) -> None:
         """Take all answers that have come."""
         for rank, peer in self._peers.items():
-            while True:
-                try:
-                    received = peer.client.receive()
-                except ProtocolError as error:
-                    log.warning("bad message", rank=rank, because=error.message)
-                    continue
-                if received is None:
-                    break
+            for received in arrived(peer.client, log, rank=rank):
                 if isinstance(received.body, RankLoad):
                     peer.load, peer.loaded_at, peer.is_waiting = received.body, self._clock.monotonic(), False
                 elif isinstance(received.body, Refused):

@@ -6,10 +6,10 @@ All parts see the same observation, in this order. What the first ones ask for i
 | part | acts where | asks for |
 |---|---|---|
 | watchdog | a rank lives and makes no progress | EjectRank |
-| members | always: it says what phase the deployment is in | LoadLayout, StartSeat, PublishMembers, AnnounceLayout |
-| operation | an operation is in progress | Stage, StartSeat, TellRank, Commit, Release, Abort, StopSeat |
+| members | always: it says what phase the deployment is in | LoadLayout, StartSeat, SetMembership, AnnounceLayout |
+| operation | one is in progress | Stage, CommitLayout, ReleaseLayout, AbortLayout, StartSeat, StopSeat, TellRank |
 | lost devices | no operation is, and a device that was lost has a seat | LeaveOut |
-| orphans | no operation is, and ranks or a transition belong to none | Abort, Release, StopSeat, TellRank |
+| orphans | no operation is, and ranks or a transition belong to none | AbortLayout, ReleaseLayout, StopSeat, TellRank |
 | load | once a second: the policy decides | ScaleTo, CancelStuck |
 
 An operation in progress is never interrupted by lost devices or orphans; the policy may cancel one before its commit.

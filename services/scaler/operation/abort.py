@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from elasticmoe.services.scaler.actions import Abort, StopSeat
+from elasticmoe.common.protocol.hmm import AbortLayout
+from elasticmoe.services.scaler.actions import StopSeat
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.migrate import end_ahead, take_back
 from elasticmoe.services.scaler.operation.operation import Operation
@@ -27,7 +28,7 @@ def abort(operation: Operation, seen: Observation) -> Step[Operation]:
         return stay(operation, f"ranks {names(joiners)} end", *stops)
     if transition and transition.phase not in OVER:
         is_told = transition.phase == "aborting" and not operation.lost
-        abort = () if is_told else (Abort(operation.transition_id, gone(operation, seen)),)
+        abort = () if is_told else (AbortLayout(operation.transition_id, gone(operation, seen)),)
         return stay(operation, "the HMM gives the staged layout up", *abort)
     ends, is_ahead = end_ahead(operation, seen.loads)
     back = take_back(operation.command_id("cancel"), leg.leaving, seen)

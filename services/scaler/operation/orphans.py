@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from elasticmoe.common.protocol.hmm import AbortLayout, ReleaseLayout
 from elasticmoe.common.protocol.ids import CommandId
-from elasticmoe.services.scaler.actions import Abort, Action, Release, StopSeat
+from elasticmoe.services.scaler.actions import Action, StopSeat
 from elasticmoe.services.scaler.observation import Observation
 from elasticmoe.services.scaler.operation.migrate import take_back
 from elasticmoe.services.scaler.operation.release import LEAVE_S
@@ -32,9 +33,9 @@ def collect_orphans(seen: Observation, since_s: float, lost: Collection[int]) ->
         return (*strays, *back), "ranks without an operation" if strays or back else ""
     absent = tuple(sorted(slot for slot in lost if slot not in ranks))  # an HMM that restarted may wait for them
     if transition.phase in BEFORE_COMMIT or (transition.phase == "aborting" and absent):
-        return (*strays, Abort(transition.id, absent)), f"transition {transition.id} is in no journal: given up"
+        return (*strays, AbortLayout(transition.id, absent)), f"transition {transition.id} is in no journal: given up"
     # Ranks that left by a committed layout end by themselves once no router needs them.
     late = strays if since_s > LEAVE_S and transition.phase != "committed" else ()
     is_releasable = transition.phase == "flipped" or (transition.phase == "releasing" and absent)
-    release = (Release(transition.id, absent),) if is_releasable else ()
+    release = (ReleaseLayout(transition.id, absent),) if is_releasable else ()
     return (*late, *release), f"transition {transition.id} is in no journal: finished"

@@ -6,9 +6,10 @@ from __future__ import annotations
 import msgspec
 
 from elasticmoe.common.layout import Seat
+from elasticmoe.common.protocol.hmm import AbortLayout, CommitLayout
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import TransitionStatus
-from elasticmoe.services.scaler.actions import Abort, Action, Commit, Stage, StartSeat
+from elasticmoe.services.scaler.actions import Action, Stage, StartSeat
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.cutover import cut_over, flipped
@@ -55,7 +56,7 @@ def prepare(operation: Operation, seen: Observation) -> Step[Operation]:
         return _stage(operation, seen)
     if transition.phase == "failed":
         why = transition.error.message if transition.error else "staging failed"
-        return stay(operation, f"{why}; it is staged again", Abort(transition.id, gone(operation, seen)))
+        return stay(operation, f"{why}; it is staged again", AbortLayout(transition.id, gone(operation, seen)))
     if transition.phase == "aborting":
         return stay(operation, "the HMM gives the staged layout up")
     if transition.phase == "aborted":
@@ -165,7 +166,7 @@ def _make_ready(operation: Operation, seen: Observation, transition: TransitionS
         return stay(operation, _unwritten("commit record", seen), *actions)
     if operation.progress.committed_s is None:
         operation = progressed(operation, committed_s=operation.elapsed_s)
-    return stay(operation, "the layout is committed", *actions, Commit(operation.transition_id))
+    return stay(operation, "the layout is committed", *actions, CommitLayout(operation.transition_id))
 
 
 def _unwritten(what: str, seen: Observation) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from elasticmoe.services.scaler.actions import Release, StopSeat
+from elasticmoe.common.protocol.hmm import ReleaseLayout
+from elasticmoe.services.scaler.actions import StopSeat
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.migrate import keep_leaving
 from elasticmoe.services.scaler.operation.operation import LegProgress, Operation
@@ -29,7 +30,7 @@ def release(operation: Operation, seen: Observation) -> Step[Operation]:
     if transition.phase == "released":
         return _finish_leg(operation, "released") if not left else stay(operation, "ranks end", *actions)
     if transition.phase == "flipped" or operation.lost:
-        actions.append(Release(operation.transition_id, gone(operation, seen)))
+        actions.append(ReleaseLayout(operation.transition_id, gone(operation, seen)))
     ending = f"; ranks {names(left)} end" if left else ""
     return stay(operation, f"the HMM gives back what only the old layout used{ending}", *actions)
 

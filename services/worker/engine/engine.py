@@ -44,7 +44,8 @@ NO_TOKENS: tuple[int, ...] = ()
 
 
 class Engine:
-    """Owns the sequences, blocks and ledger rows of one rank. Only the rank's loop thread calls it."""
+    """Owns the sequences, blocks and ledger rows of one rank. Only the rank's loop thread calls it. `kv`: where its
+    blocks are; `ledger`: its rows."""
 
     def __init__(
         self,
@@ -59,8 +60,8 @@ class Engine:
     ) -> None:
         self._model = model
         self._exchange = exchange
-        self._kv = kv
-        self._ledger = ledger
+        self.kv = kv
+        self.ledger = ledger
         self._block_size = kv.geometry.block_size
         self._prompt_logprobs: dict[int, list[Logprob]] = {}  # by arrival, until the first token is reported
         self.scheduler = Scheduler(
@@ -85,7 +86,7 @@ class Engine:
         """Whether its row and its longest message have room for it. Raises InvalidRequest."""
         nbytes = len(request.prompt) * logprob_bytes(request.sampling.logprobs) if request.prompt_logprobs else 0
         for what, size, limit in (
-            ("request parameters", entry_bytes_max(request, peer), self._ledger.blob_bytes),
+            ("request parameters", entry_bytes_max(request, peer), self.ledger.blob_bytes),
             ("log probabilities of the prompt", nbytes, PROMPT_LOGPROBS_BYTES_MAX),
         ):
             if size > limit:
@@ -143,7 +144,7 @@ class Engine:
         self._prompt_logprobs.pop(sequence.arrival, None)
         row = self.scheduler.remove(sequence)
         if row >= 0:
-            self._ledger.close_row(row)
+            self.ledger.close_row(row)
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
@@ -245,10 +246,10 @@ class Engine:
         sampled = [chunk.sequence for chunk in chunks if chunk.sample]
         commits = [(sequence.row, sequence.kv_len, sequence.tokens[-1]) for sequence in sampled]
         if commits:
-            self._ledger.commit_many(commits)
+            self.ledger.commit_many(commits)
         for chunk in chunks:
             if not chunk.sample:
-                self._ledger.commit(chunk.sequence.row, chunk.sequence.kv_len, NO_TOKENS)
+                self.ledger.commit(chunk.sequence.row, chunk.sequence.kv_len, NO_TOKENS)
 
     def _report(self, sequence: Sequence, logprob: Logprob | None, outcome: Outcome) -> None:
         finish = sequence.finish_reason(self.scheduler.capacity_tokens)
@@ -282,20 +283,20 @@ class Engine:
             blocks.grow(num_blocks)
         elif num_blocks < blocks.num_blocks:
             blocks.shrink(num_blocks)
-        self._kv.num_blocks = max(self._kv.num_blocks, num_blocks)
+        self.kv.num_blocks = max(self.kv.num_blocks, num_blocks)
         held = {block for hold in self.scheduler.holds for block in hold.blocks}
         places: dict[int, int] = {}
         for old in [block for block in blocks.blocks_to_vacate if block not in held][:blocks_per_turn]:
             new = blocks.relocate(old)
             if new is None:
                 break
-            kv_bytes.copy_block(self._kv, old, new)
+            kv_bytes.copy_block(self.kv, old, new)
             places[old] = new
         if places:
             self._follow(places)
         if blocks.blocks_to_vacate:
             return False
-        self._kv.num_blocks = num_blocks
+        self.kv.num_blocks = num_blocks
         return True
 
     def _follow(self, places: dict[int, int]) -> None:
@@ -310,33 +311,23 @@ class Engine:
             sequence.relocations += 1
             first = moved[0]
             if first < sequence.logged:
-                self._ledger.rewind(sequence.row, min(sequence.kv_len, first * self._block_size), first)
-                self._ledger.append_blocks(sequence.row, sequence.blocks[first : sequence.logged])
-                self._ledger.commit(sequence.row, sequence.kv_len, NO_TOKENS)
+                self.ledger.rewind(sequence.row, min(sequence.kv_len, first * self._block_size), first)
+                self.ledger.append_blocks(sequence.row, sequence.blocks[first : sequence.logged])
+                self.ledger.commit(sequence.row, sequence.kv_len, NO_TOKENS)
 
     # ---- to and from other ranks ----------------------------------------------------------------------------------
-
-    @property
-    def kv(self) -> KvCache:
-        """The rank's KV blocks."""
-        return self._kv
-
-    @property
-    def ledger(self) -> Ledger:
-        """The rank's rows."""
-        return self._ledger
 
     def adopt_in_place(self, sequences: list[Sequence]) -> None:
         """Go on with sequences of the seat's last rank, in their rows, with their blocks."""
         self.scheduler.adopt_rows(sequences)
         for sequence in sequences:  # blocks that were for a longer step go
-            self._ledger.rewind(sequence.row, sequence.kv_len, len(sequence.blocks))
+            self.ledger.rewind(sequence.row, sequence.kv_len, len(sequence.blocks))
             sequence.logged = len(sequence.blocks)
         self.trials.note(sequences)
 
     def adopt_without_kv(self, sequence: Sequence) -> None:
         """Let a sequence of the seat's last rank start over."""
-        self._ledger.close_row(sequence.row)
+        self.ledger.close_row(sequence.row)
         self.scheduler.adopt_waiting(sequence)
 
     def hand_over(self, sequence: Sequence, num_copied: int, now: float) -> HandOver:
@@ -354,7 +345,7 @@ class Engine:
             num_sent=sequence.num_sent,
             kv_len=sequence.kv_len,
             num_copied=num_copied,
-            tail=kv_bytes.read_blocks(self._kv, sequence.blocks[num_copied:end]),
+            tail=kv_bytes.read_blocks(self.kv, sequence.blocks[num_copied:end]),
             prompt_logprobs=None if noted is None else tuple(noted),
         )
 
@@ -369,12 +360,12 @@ class Engine:
         if self.scheduler.get(message.router, request_id) is not None:
             raise Conflict(f"request id {request_id} is in use", code="duplicate_request_id")
         self._check_size(message.request, message.router)
-        check_hand_over(self.scheduler, self._kv.geometry, hold, message, sequence)
+        check_hand_over(self.scheduler, self.kv.geometry, hold, message, sequence)
         self.scheduler.adopt(hold, sequence)
         if sequence.kv_len == 0:
             return
         end = self.scheduler.blocks.blocks_for(message.kv_len)
-        kv_bytes.write_blocks(self._kv, sequence.blocks[message.num_copied : end], message.tail)
+        kv_bytes.write_blocks(self.kv, sequence.blocks[message.num_copied : end], message.tail)
         self._planning.open_row(sequence)
         self.scheduler.register(sequence)
         if sequence.wants_prompt_logprobs:
@@ -384,6 +375,6 @@ class Engine:
         """Findings, empty when all is well."""
         findings = self.scheduler.check_integrity()
         rows = sorted(sequence.row for sequence in self.scheduler.sequences() if sequence.row >= 0)
-        if rows != self._ledger.rows():
-            findings.append(f"ledger rows {self._ledger.rows()} are live, sequences hold {rows}")
+        if rows != self.ledger.rows():
+            findings.append(f"ledger rows {self.ledger.rows()} are live, sequences hold {rows}")
         return findings

@@ -5,11 +5,11 @@ Without an HMM the rank serves on with what it has mapped; it introduces itself 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from elasticmoe.common.devices.factory import importer_number
+from elasticmoe.common.fdchannel import close_all
 from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
 from elasticmoe.common.protocol.handles import Applied, Attach, AttachReply, FromHmm, SeatMemory, ShareHandles
@@ -97,8 +97,7 @@ class HmmLink:
         received, fds = channel.receive(deadline_ms=deadline_ms)
         if isinstance(received.body, ShareHandles | SeatMemory):
             return received.body, fds
-        for fd in fds:
-            os.close(fd)
+        close_all(fds)
         raise ProtocolError(f"{type(received.body).__name__} was not asked for")
 
     def look(self, readable: set[int], now: float) -> Iterator[Handed]:
@@ -138,8 +137,7 @@ class HmmLink:
         except ElasticMoEError as error:
             log.debug("no HMM yet", because=error.message)
             return
-        for fd in fds:  # of what this rank has mapped already
-            os.close(fd)
+        close_all(fds)  # of what this rank has mapped already
         if reply.memory_id != self._memory_id:
             raise ElasticMoEError("the HMM has lost the memory that this rank has mapped", code="memory_replaced")
         log.info("introduced to the restarted HMM")
@@ -153,8 +151,7 @@ class HmmLink:
             channel.send(Attach(seat.rank, seat.slot, seat.device, seat.incarnation, is_resuming, importer))
             received, fds = channel.receive(deadline_ms=answer_ms)
             if not isinstance(received.body, AttachReply):
-                for fd in fds:
-                    os.close(fd)
+                close_all(fds)
                 if isinstance(received.body, Refused):
                     received.body.raise_()
                 raise ProtocolError(f"{type(received.body).__name__} does not answer Attach")

@@ -21,8 +21,9 @@ from elasticmoe.common.devices.base import FdToken, Handle, KeyToken, Range
 from elasticmoe.common.devices.factory import open_device
 from elasticmoe.common.devices.rules import Token
 from elasticmoe.common.families import record
+from elasticmoe.common.fdchannel import close_all
 from elasticmoe.common.host_shared import HostShared
-from elasticmoe.common.model_spec import DTYPE_BYTES, RecordKey, RecordSpec, round_up
+from elasticmoe.common.model_spec import DTYPE_BYTES, RecordKey, round_up
 from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
 from elasticmoe.common.protocol.handles import (
     AttachReply,
@@ -257,8 +258,7 @@ class RankMemory:
     def close(self) -> None:
         """Give everything back. Idempotent."""
         self._goal = None
-        for fd in self.doorbells.values():
-            os.close(fd)
+        close_all(self.doorbells.values())
         self.doorbells.clear()
         for shared in self._shared:
             shared.close()
@@ -277,7 +277,7 @@ class RankMemory:
         count = self.spec.num_experts_by_layer[layer]
         if not count:
             return None
-        stride = round_up(self._described(RecordKey("expert", layer, 0)).nbytes, self.device.granularity)
+        stride = round_up(record(self.spec, RecordKey("expert", layer, 0)).nbytes, self.device.granularity)
         return self.device.reserve(count * stride), stride
 
     def _place(self, key: RecordKey, nbytes: int) -> tuple[Range, int]:
@@ -288,9 +288,6 @@ class RankMemory:
         if slots is None or not 0 <= key.expert < self.spec.num_experts_by_layer[key.layer]:
             raise ProtocolError(f"{key} is not a record of this model")
         return slots[0], key.expert * slots[1]
-
-    def _described(self, key: RecordKey) -> RecordSpec:
-        return record(self.spec, key)
 
     # ---- Tensors
 
@@ -311,7 +308,7 @@ class RankMemory:
         )
 
     def _wrap_record(self, key: RecordKey) -> dict[str, torch.Tensor]:
-        described, mapping = self._described(key), self._records.get(key)
+        described, mapping = record(self.spec, key), self._records.get(key)
         if mapping is None or mapping.handle.nbytes < described.nbytes:
             size = mapping.handle.nbytes if mapping is not None else 0
             text = f"of record {key}, {size} bytes were handed over; it has at least {described.nbytes}"
@@ -335,7 +332,7 @@ class RankMemory:
                 (stride // DTYPE_BYTES[tensor.dtype], *_strides(tensor.shape)),
                 tensor.dtype,
             )
-            for tensor in self._described(RecordKey("expert", layer, 0)).tensors
+            for tensor in record(self.spec, RecordKey("expert", layer, 0)).tensors
         }
 
 
@@ -360,6 +357,5 @@ def _token(shared: SharedHandle, fds: list[int]) -> Token:
 
 
 def _close(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+    close_all(fds)
     fds.clear()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from elasticmoe.common.endpoints import ClientEnd
+from elasticmoe.common.endpoints import ClientEnd, arrived
 from elasticmoe.common.protocol.codec import Message
-from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
+from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.peer import ToPeer
 from elasticmoe.common.telemetry import get_logger
 
@@ -48,14 +48,7 @@ class Link(Generic[Subject]):
 
     def answers(self) -> Iterator[tuple[Subject, ToPeer]]:
         """What has come, without waiting."""
-        while True:
-            try:
-                received = self._client.receive()
-            except ProtocolError as error:
-                log.warning("bad answer", because=error.message)
-                continue
-            if received is None:
-                return
+        for received in arrived(self._client, log):
             subject = self._asked.pop(received.seq, None)
             if subject is not None:
                 yield subject, received.body

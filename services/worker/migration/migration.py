@@ -40,7 +40,7 @@ class Migration:
         self._outgoing = Outgoing(
             seat, engine, self._targets, transport, watch=watch, unwatch=unwatch, on_taken=self._note_gone
         )
-        self._incoming = Incoming(seat, engine, self._release)
+        self._incoming = Incoming(seat, engine, self.cancel)
         self._gone: OrderedDict[Key, RankId] = OrderedDict()  # where sequences went, the latest of them
         self._now = 0.0
         self.handed_over = 0
@@ -104,7 +104,14 @@ class Migration:
 
     def cancel(self, router: bytes, request_id: str) -> None:
         """End a request here and wherever it went from here."""
-        self._release(router, request_id)
+        self._engine.cancel(router, request_id)
+        for transfer in list(self._outgoing.transfers):
+            sequence = transfer.sequence
+            if (sequence.peer, sequence.request.request_id) == (router, request_id) and transfer.stage != "draining":
+                self._outgoing.give_up(transfer, self._now)
+        rank = self._gone.pop((router, request_id), None)
+        if rank is not None:
+            self._outgoing.tell(rank, Unreserve(request_id, router), self._now)
 
     def turn(self, now: float, members: int) -> list[tuple[bytes, Message]]:
         """Receive answers; begin, advance and end hand-overs. `members`: bit mask of the slots that step together.
@@ -129,13 +136,3 @@ class Migration:
         self._gone[sequence.peer, sequence.request.request_id] = target.rank
         if len(self._gone) > REMEMBERED_MAX:
             self._gone.popitem(last=False)
-
-    def _release(self, router: bytes, request_id: str) -> None:
-        self._engine.cancel(router, request_id)
-        for transfer in list(self._outgoing.transfers):
-            sequence = transfer.sequence
-            if (sequence.peer, sequence.request.request_id) == (router, request_id) and transfer.stage != "draining":
-                self._outgoing.give_up(transfer, self._now)
-        rank = self._gone.pop((router, request_id), None)
-        if rank is not None:
-            self._outgoing.tell(rank, Unreserve(request_id, router), self._now)

@@ -8,7 +8,7 @@ import signal
 import time
 from contextlib import suppress
 
-from elasticmoe.common.fdchannel import Channel
+from elasticmoe.common.fdchannel import Channel, close_all
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.replies import Refused
@@ -55,8 +55,7 @@ class Child:
         assert self.channel is not None
         try:
             received, fds = self.channel.receive(deadline_ms=_RECEIVE_MS)
-            for fd in fds:
-                os.close(fd)
+            close_all(fds)
             if not isinstance(received.body, Forked):
                 return True
         except ElasticMoEError:

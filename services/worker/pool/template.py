@@ -26,11 +26,10 @@ import time
 from pathlib import Path
 
 from elasticmoe.common.config import PoolConfig, load
-from elasticmoe.common.fdchannel import DESCRIPTORS_CUT, Channel, Listener
+from elasticmoe.common.fdchannel import DESCRIPTORS_CUT, Channel, Listener, close_all
 from elasticmoe.common.protocol import pool as pool_messages
 from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, ProtocolError
 from elasticmoe.common.protocol.pool import ToPool
-from elasticmoe.common.protocol.replies import refusal
 from elasticmoe.common.protocol.standby import TO_TEMPLATE, Fork, Forked
 from elasticmoe.common.ties import end_with_parent
 
@@ -121,12 +120,8 @@ def _receive(channel: Channel[Fork]) -> int | None:
         if error.code == DESCRIPTORS_CUT:
             print(f"no standby can be forked: {error.message}", file=sys.stderr, flush=True)
             return _NOTHING
-        for fd in fds:
-            os.close(fd)
-        try:
-            channel.send(refusal(error), deadline_ms=_RECEIVE_MS)
-        except ElasticMoEError:
-            pass  # the peer is gone: nobody is left to be told
+        close_all(fds)
+        channel.refuse(error, deadline_ms=_RECEIVE_MS)
     except ElasticMoEError:
         pass  # the pool is gone
     return None

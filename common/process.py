@@ -1,0 +1,31 @@
+"""How the process of every service begins and ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from elasticmoe.common import failpoint
+from elasticmoe.common.config import load, make_run_dirs
+from elasticmoe.common.protocol.errors import EXIT_SUPERSEDED, ElasticMoEError, Fenced
+from elasticmoe.common.settings import Common
+from elasticmoe.common.telemetry import setup_logging
+from elasticmoe.common.transport import describe
+
+C = TypeVar("C", bound=Common)
+
+
+def run_service(name: str, kind: type[C], serve: Callable[[C], None]) -> int:
+    """Read the settings, make the run directory, log as `name`, and `serve`; the exit status. An error of ours ends it,
+    with one line on stderr."""
+    try:
+        config = load(kind)
+        make_run_dirs(config)
+        failpoint.enable(config.failpoint_dir, name)
+        setup_logging(name, level=config.log_level, as_json=config.log_json)
+        serve(config)
+    except ElasticMoEError as error:
+        print(f"elasticmoe-{name}: {describe(error)}", file=sys.stderr)
+        return EXIT_SUPERSEDED if error.code == Fenced.code else 1
+    return 0
