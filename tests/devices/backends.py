@@ -11,7 +11,6 @@ import pytest
 
 from elasticmoe.common.devices import factory
 from elasticmoe.common.devices.base import Device, ProcessRules
-from elasticmoe.common.devices.factory import DeviceBackend
 from elasticmoe.common.devices.host import HostDevice
 from tests.devices import standins, strict
 
@@ -39,7 +38,7 @@ def granularity(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyt
 class Process:
     """A process of the machine, as far as devices know: it has rules of its own, and a driver where there is one."""
 
-    def __init__(self, kind: str, backend: DeviceBackend) -> None:
+    def __init__(self, kind: str, backend: type[Device]) -> None:
         self._kind, self._backend, self._rules = kind, backend, ProcessRules()
 
     def open(
