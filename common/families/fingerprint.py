@@ -16,12 +16,17 @@ from elasticmoe.common.model_spec import ModelSpec, RecordKey
 
 # Of what becomes of stored elements on their way: stacking, rounding, dequantizing. To be raised with any of them.
 _TRANSFORMS: Final = 1
+# Of what lies where in a block of KV: the order of layers, planes, heads and tokens, and what was done to keys and
+# values before. Blocks outlive processes, too, and are read by others. To be raised with any of that.
+_KV_LAYOUT: Final = 1
 
 
 def fingerprint(spec: ModelSpec) -> str:
-    """Of the records of `spec`, as this package lays them out and fills them: a digest over the spec, with the format
-    of stored weights, and over each tensor's name, shape, dtype, offset and sources. Takes a millisecond."""
-    digest = hashlib.blake2b(msgspec.msgpack.encode((_TRANSFORMS, spec)), digest_size=16)
+    """Of the records and the KV of `spec`, as this package lays them out and fills them: a digest over the spec, with
+    the format of stored weights and the shape of a token's KV, and over each tensor's name, shape, dtype, offset and
+    sources. Takes a millisecond or two."""
+    versions = (_TRANSFORMS, _KV_LAYOUT)
+    digest = hashlib.blake2b(msgspec.msgpack.encode((versions, spec, spec.attention.kv)), digest_size=16)
     for key in _keys(spec):
         digest.update(msgspec.msgpack.encode(record(spec, key)))
     return digest.hexdigest()

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from elasticmoe.common.capacity import check_layout, size_bus, size_ledger, size_load
 from elasticmoe.common.devices.factory import backend_of
 from elasticmoe.common.families import FAMILIES, records
+from elasticmoe.common.families import fingerprint as fingerprint_module
 from elasticmoe.common.families.fingerprint import fingerprint
 from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout, keys_on
 from elasticmoe.common.model_spec import (
+    AttentionSpec,
+    KvShape,
     ModelSpec,
     RecordKey,
     RecordSpec,
@@ -134,6 +137,16 @@ def test_a_fingerprint_tells_what_the_bytes_of_records_mean(
     before = fingerprint(SPEC)
     assert fingerprint(tiny_qwen3_spec()) == before
     monkeypatch.setitem(FAMILIES, "qwen3_moe", FAMILIES["qwen3_moe"]._replace(layer=changed_layer(**changes)))
+    assert fingerprint(SPEC) != before
+
+
+def test_a_fingerprint_tells_how_kv_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(SPEC)
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint_module, "_KV_LAYOUT", -1)
+        assert fingerprint(SPEC) != before
+    other = property(lambda attention: KvShape(1, attention.num_kv_heads, 2 * attention.head_dim))
+    monkeypatch.setattr(AttentionSpec, "kv", other)  # as many bytes in another order
     assert fingerprint(SPEC) != before
 
 
