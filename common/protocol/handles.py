@@ -105,11 +105,13 @@ class AttachReply(Message, frozen=True):
     """HMM -> rank: yes; what it is handed follows, as ShareHandles and SeatMemory. Weights are shared read-only.
 
     `memory_id` names this memory's creation: a rank that resumes leaves where it is another one than it has mapped.
+    `fingerprint`: of `spec`, by whoever loaded it: a rank that would read records or KV in another way maps nothing.
     A rank that attached anew has applied the first SeatMemory when it says RankReady; it answers Applied too.
     """
 
     memory_id: str
     spec: ModelSpec
+    fingerprint: str
     granularity: int
     kv_geometry: KvGeometry
     kv_bytes_reserved: int

@@ -58,7 +58,9 @@ class Pair:
         self.channel.send(Attach(RankId(0, 0), 0, "host:0", "r0"))
         self.subject.accept(self.subject.fds())
         ((accepted, request),) = wait_until(lambda: self.subject.requests(self.subject.fds()), "the rank asks")
-        reply = AttachReply("m", tiny_mixtral_spec(), 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, SEGMENT, SEGMENT)
+        reply = AttachReply(
+            "m", tiny_mixtral_spec(), "f", 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, SEGMENT, SEGMENT
+        )
         self.fd = os.memfd_create("x")
         os.write(self.fd, b"content")
         self.rank = self.subject.admit(accepted, request, reply, (self.fd,))
@@ -165,7 +167,9 @@ def test_without_descriptors_a_rank_is_let_go_and_comes_again(pair: Pair, left: 
 
 def test_without_descriptors_nobody_is_admitted(pair: Pair) -> None:
     request = Attach(RankId(1, 0), 1, "host:1", "r1")
-    reply = AttachReply("m", tiny_mixtral_spec(), 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, SEGMENT, SEGMENT)
+    reply = AttachReply(
+        "m", tiny_mixtral_spec(), "f", 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, SEGMENT, SEGMENT
+    )
     before = numbers_of(os.getpid())
     for left in (0, 1):
         with left_with(os.getpid(), left), pytest.raises(Unavailable) as caught:

@@ -212,6 +212,7 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
             handles.AttachReply(
                 "memory-1",
                 tiny_mixtral_spec(),
+                "records-1",
                 4096,
                 KvGeometry(16, 4096, 4096, 1, 4096),
                 1 << 20,
@@ -272,7 +273,7 @@ def test_round_trip_and_independent_decoding(receiver: str, message: Message) ->
 
 def test_another_version_is_told_apart_whatever_its_body() -> None:
     raw = msgpack.packb({"version": 1, "epoch": 0, "sender": "x:1", "seq": 1, "body": {"type": "New", "deep": [[]]}})
-    with pytest.raises(ProtocolError, match="version 1 is not 2") as caught:
+    with pytest.raises(ProtocolError, match=f"version 1 is not {PROTOCOL_VERSION}") as caught:
         rank.CODEC.decode(raw)
     assert caught.value.code == "version_mismatch"
 

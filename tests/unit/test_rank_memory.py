@@ -13,6 +13,7 @@ from elasticmoe.common.devices.base import Device, KeyToken
 from elasticmoe.common.devices.factory import open_device
 from elasticmoe.common.devices.rules import Handle, ProcessRules
 from elasticmoe.common.families import record
+from elasticmoe.common.families.fingerprint import fingerprint
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.model_spec import KvGeometry, RecordKey, kv_geometry, round_up
 from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError
@@ -118,7 +119,11 @@ class Owner:
             segments.append(Segment(len(fds) - 1, nbytes))
             shared.close()
         reserved = 64 * self.geometry.handle_bytes
-        return AttachReply("id", SPEC, self.device.granularity, self.geometry, reserved, segments[0], segments[1]), fds
+        granularity, bus_segment, ledger_segment = self.device.granularity, *segments
+        reply = AttachReply(
+            "id", SPEC, fingerprint(SPEC), granularity, self.geometry, reserved, bus_segment, ledger_segment
+        )
+        return reply, fds
 
 
 def number_of(key: RecordKey) -> int:
@@ -274,6 +279,19 @@ def test_a_device_that_cannot_be_opened_leaves_nothing_open(owner: Owner) -> Non
     with pytest.raises(DeviceError) as caught:
         RankMemory(msgspec.structs.replace(reply, granularity=3), fds, "host:1", SLOT, [])
     assert caught.value.code == "bad_granularity"
+    assert fds == []
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_that_another_version_laid_out_is_not_mapped(owner: Owner) -> None:
+    """Nothing else would tell: a field that it has put into the spec and this version does not know is dropped."""
+    before = set(os.listdir("/proc/self/fd"))
+    reply, fds = owner.reply()
+    spec = msgspec.json.decode(msgspec.json.encode(reply.spec))
+    assert msgspec.convert(spec | {"norm_plus_one": True}, type(reply.spec)) == reply.spec
+    with pytest.raises(ProtocolError, match="laid out by a version") as caught:
+        RankMemory(msgspec.structs.replace(reply, fingerprint="another"), fds, "host:1", SLOT, [])
+    assert caught.value.code == "version_mismatch"
     assert fds == []
     assert set(os.listdir("/proc/self/fd")) == before
 

@@ -140,6 +140,7 @@ def attach_reply(memory: DeviceMemory, holdings: Holdings) -> tuple[AttachReply,
     reply = AttachReply(
         memory_id=loaded.memory_id,
         spec=loaded.spec,
+        fingerprint=loaded.records,
         granularity=holdings.granularity,
         kv_geometry=loaded.kv,
         # Address space for all KV that the device could ever hold: experts that leave make room for it.

@@ -21,6 +21,7 @@ from elasticmoe.common.devices.base import FdToken, Handle, KeyToken, Range
 from elasticmoe.common.devices.factory import open_device
 from elasticmoe.common.devices.rules import Token
 from elasticmoe.common.families import record
+from elasticmoe.common.families.fingerprint import fingerprint
 from elasticmoe.common.fdchannel import close_all
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.model_spec import DTYPE_BYTES, RecordKey, round_up
@@ -73,12 +74,13 @@ class RankMemory:
         """Map what `reply` and the messages `handed` say, the last of which is a SeatMemory; all descriptors are closed
         and their lists emptied.
 
-        Raises DeviceError for a hand-over that breaks the device's rules, ProtocolError, ElasticMoEError
-        missing_record; nothing stays mapped or open then.
+        Raises DeviceError for a hand-over that breaks the device's rules, ProtocolError (version_mismatch for memory
+        that means something else to this version), ElasticMoEError missing_record; nothing stays mapped or open then.
         """
         self.memory_id = reply.memory_id
         self.spec = reply.spec
         try:
+            _check_version(reply)
             self.device = open_device(device, reply.granularity)
         except BaseException:
             _close(fds)
@@ -348,6 +350,14 @@ def _fd(fds: list[int], index: int) -> int:
     if not 0 <= index < len(fds):
         raise ProtocolError(f"message names descriptor {index} of {len(fds)}")
     return fds[index]
+
+
+def _check_version(reply: AttachReply) -> None:
+    """Fields of a spec that this version does not know were dropped by now: the fingerprint tells of them, too."""
+    if reply.fingerprint != fingerprint(reply.spec):
+        raise ProtocolError(
+            "the HMM's memory was laid out by a version that lays it out in another way", code="version_mismatch"
+        )
 
 
 def _token(shared: SharedHandle, fds: list[int]) -> Token:
