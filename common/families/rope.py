@@ -51,7 +51,10 @@ def rope_of(fields: Mapping[str, Any], form: RopeForm, max_positions: int) -> Ro
     """
     name, parameters = _chosen(fields)
     kind = _kind_of(name, parameters)
-    theta = parameters.get("rope_theta", fields.get("rope_theta", form.theta))
+    base = parameters.get("rope_theta", fields.get("rope_theta", form.theta))
+    theta = number("rope_theta", base, 1e-3, _THETA_MAX)
+    if kind == "yarn" and theta == 1:  # its bounds are quotients by the logarithm
+        raise CheckpointError(f"config.json: rope_theta must not be 1 with the rope type 'yarn' of {name}")
     dims = int(form.dims * _share(fields, name, parameters, form))
     if dims < 2 or dims % 2:
         raise CheckpointError(f"config.json: {dims} of {form.dims} elements of a head rotate; must be even, at least 2")
@@ -64,7 +67,7 @@ def rope_of(fields: Mapping[str, Any], form: RopeForm, max_positions: int) -> Ro
                 f"config.json: the rope type 'dynamic' of {name} needs more than 2 elements that rotate"
             )
     return RopeSpec(
-        theta=number("rope_theta", theta, 1e-3, _THETA_MAX),
+        theta=theta,
         dims=dims,
         interleaved=form.interleaved,
         scaling=scaling,
