@@ -150,11 +150,12 @@ class _Parameters(NamedTuple):
 
     @property
     def original_positions(self) -> int:
-        """What the model was first trained on. Beside the parameters it goes before what stands in them."""
+        """What the model was first trained on. Beside the parameters it goes before what stands in them. null is
+        nothing that could be computed with, in transformers neither."""
         key = "original_max_position_embeddings"
         if key in self.fields:
             return int(number(key, self.fields[key], 1, _POSITIONS_MAX))
-        return int(self.number(key, 1, _POSITIONS_MAX, default=self.max_positions))
+        return int(number(f"{self.name}.{key}", self.values.get(key, self.max_positions), 1, _POSITIONS_MAX))
 
 
 def _linear(read: _Parameters) -> RopeScaling:

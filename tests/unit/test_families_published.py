@@ -148,6 +148,11 @@ def test_what_they_mean() -> None:
         ("DeepSeek-V3", {"n_group": 64, "topk_group": 1}, "top-k 8 exceeds the 4 experts of 1 groups"),
         ("DeepSeek-V3", {"n_shared_experts": 33}, "n_shared_experts 33 of width 2048 exceed 65536"),
         ("DeepSeek-V3", {"rope_theta": 1}, "rope_theta must not be 1 with the rope type 'yarn' of rope_scaling"),
+        (
+            "DeepSeek-V3",
+            {"rope_scaling": YARN | {"original_max_position_embeddings": None}},
+            r"rope_scaling\.original_max_position_embeddings must be a number",
+        ),
         ("DeepSeek-V3", {"qk_rope_head_dim": 63}, "63 of 63 elements of a head rotate"),
         ("GLM-4.5-Air", {"partial_rotary_factor": 0.01}, "1 of 128 elements of a head rotate"),
         ("GLM-4.5-Air", {"partial_rotary_factor": 1.5}, "partial_rotary_factor must be a number"),
