@@ -27,7 +27,7 @@ NAME_PATTERN: Final = (
     rf"^(?:(?!local/)(?=[a-z0-9.-]{{1,63}}/)({HOST_PATTERN})/)?({BACKEND_PATTERN}):(0|[1-9][0-9]{{0,8}})\Z"
 )
 _NUMBER: Final = "(?:0|[1-9][0-9]{0,2})"
-_ITEM: Final = rf"(?!host:){BACKEND_PATTERN}:{_NUMBER}(?:-{_NUMBER})?"
+_ITEM: Final = rf"(?:npu|cuda):{_NUMBER}(?:-{_NUMBER})?"  # of the backends that the factory knows beside `host`
 COUNT_PATTERN: Final = rf"^(?:host:[1-9][0-9]{{0,2}}|{_ITEM}(?:,{_ITEM}){{0,63}})\Z"
 
 HostId = str

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from elasticmoe.common.devices.driver import Driver, Meaning, Part
+from elasticmoe.common.devices.driver import CopyPart, Driver, Meaning
 from elasticmoe.common.protocol.errors import ElasticMoEError
 
 Rule = dict[str, str]
@@ -131,7 +131,7 @@ def map_over_a_mapping(two: Two) -> None:
 def unmap_in_flight(two: Two) -> None:
     """A copy there has begun, and nobody has waited for it."""
     (src, _), (dst, _) = mapped(two.owner), mapped(two.owner)
-    event = two.owner.copy(0, [Part(dst, src, PAGE, 0, 0)])
+    event = two.owner.copy(0, [CopyPart(dst, src, PAGE, 0, 0)])
     two.owner.unmap(0, dst, PAGE)
     two.owner.wait(0, event)
 
@@ -139,4 +139,4 @@ def unmap_in_flight(two: Two) -> None:
 def copy_from_a_stranger(two: Two) -> None:
     """The source is another device's, and said to be this one's."""
     (src, _), (dst, _) = mapped(two.owner, 1), mapped(two.owner, 0)
-    two.owner.copy(0, [Part(dst, src, PAGE, 0, 0)])
+    two.owner.copy(0, [CopyPart(dst, src, PAGE, 0, 0)])

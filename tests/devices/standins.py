@@ -68,7 +68,7 @@ def library(kind: str, *defines: str) -> Path:
 @contextmanager
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder on tmpfs that is the memory of all stand-in devices of a test, of all its processes."""
-    folder = Path(tempfile.mkdtemp(prefix="standin-", dir="/dev/shm"))
+    folder = Path(tempfile.mkdtemp(prefix=f"standin-{os.getpid()}-", dir="/dev/shm"))
     monkeypatch.setenv("STANDIN_FOLDER", str(folder))
     try:
         yield folder

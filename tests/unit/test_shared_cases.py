@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from elasticmoe.common.families import load_spec
-from elasticmoe.common.protocol.errors import CheckpointError
 from tests.unit.ranks import Ranks, Stream, generate
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +35,8 @@ def test_the_tokens_are_those_of_transformers(name: str, cases: Path) -> None:
     assert [stream.tokens[-NUM_TOKENS:] for stream in streams] == wanted
 
 
-def test_yarn_beside_rope_parameters_is_refused_by_name(cases: Path) -> None:
-    with pytest.raises(CheckpointError, match="rope type 'yarn' of rope_scaling is not supported"):
-        load_spec(cases / "q5-yarn-both", "float32")
+def test_yarn_beside_rope_parameters_takes_their_place(cases: Path) -> None:
+    config = json.loads((cases / "q5-yarn-both/config.json").read_text())
+    rope = load_spec(cases / "q5-yarn-both", "float32").attention.rope
+    assert rope.scaling is not None
+    assert (rope.scaling.kind, rope.scaling.factor) == ("yarn", config["rope_scaling"]["factor"])

@@ -121,7 +121,15 @@ _REFUSED_NAMES = """
 REFUSED: Final = frozenset(f"{name}Tokenizer" for name in _REFUSED_NAMES.split()) | {"BertTokenizerLegacy"}
 
 # What AutoTokenizer has registered for the served families; None: the class that takes tokenizer.json as it is.
-BY_FAMILY: Final[dict[str, str | None]] = {"mixtral": None, "qwen3_moe": "Qwen2Tokenizer"}
+BY_FAMILY: Final[dict[str, str | None]] = {
+    "mixtral": None,
+    "qwen2_moe": "Qwen2Tokenizer",
+    "qwen3_moe": "Qwen2Tokenizer",
+    "olmoe": "GPTNeoXTokenizer",
+    "granitemoe": None,
+    "glm4_moe": None,
+    "glm4_moe_lite": None,
+}
 
 
 def class_of(family: str, settings: Settings, config_class: str | None, tokenizer_json: bytes) -> TokenizerClass | None:
