@@ -45,7 +45,9 @@ def test_a_device_that_is_missing_and_one_that_nothing_computes_on(
 
 
 def test_a_backend_that_nobody_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no backend is called tpu; there are: cuda, host, npu" in told(tmp_path, capsys, "tpu:0-1")
+    text = told(tmp_path, capsys, "tpu:0-1")
+    assert "bad_config: --devices: has to be host:N" in text
+    assert text.endswith('or numbers of accelerators such as npu:0-7 or cuda:0,cuda:2; it is "tpu:0-1"\n')
 
 
 def test_a_setting_that_names_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
