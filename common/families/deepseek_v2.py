@@ -15,16 +15,7 @@ from elasticmoe.common.families.decoder import (
     routed,
     shared_width_of,
 )
-from elasticmoe.common.families.family import Family
-from elasticmoe.common.families.records import (
-    EMBEDDING,
-    EXPERT_NAMES,
-    HEAD,
-    Names,
-    decoder_base,
-    decoder_expert,
-    decoder_layer,
-)
+from elasticmoe.common.families.records import decoder_family
 from elasticmoe.common.families.rope import RopeForm
 from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.common.protocol.limits import EXPERTS_MAX
@@ -67,7 +58,6 @@ _KEYS: Final[dict[str, Key]] = {
     "num_experts_per_tok": Key(int | None, None),
     "moe_intermediate_size": Key(int, 1_407),
 }
-_NAMES: Final = Names()
 
 
 def _parse(config: Config) -> dict[str, Any]:
@@ -94,17 +84,10 @@ def _parse(config: Config) -> dict[str, Any]:
     return parse_decoder(config, attention=attention, moe=moe, dense_layers=leading_dense(config))
 
 
-DEEPSEEK_V2: Final = Family(
-    name="deepseek_v2",
-    model_type="deepseek_v2",
-    architecture="DeepseekV2ForCausalLM",
+DEEPSEEK_V2: Final = decoder_family(
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
     keys=_KEYS,
     spellings={"num_experts": "n_routed_experts"},
     parse=_parse,
-    expert=decoder_expert(_NAMES),
-    layer=decoder_layer(_NAMES),
-    base=decoder_base,
-    expert_names=EXPERT_NAMES,
-    embedding=EMBEDDING,
-    head=HEAD,
 )

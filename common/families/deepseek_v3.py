@@ -15,16 +15,7 @@ from elasticmoe.common.families.decoder import (
     parse_decoder,
     sigmoid_routed,
 )
-from elasticmoe.common.families.family import Family
-from elasticmoe.common.families.records import (
-    EMBEDDING,
-    EXPERT_NAMES,
-    HEAD,
-    Names,
-    decoder_base,
-    decoder_expert,
-    decoder_layer,
-)
+from elasticmoe.common.families.records import decoder_family
 from elasticmoe.common.families.rope import RopeForm
 
 _KEYS: Final[dict[str, Key]] = {
@@ -65,7 +56,6 @@ _KEYS: Final[dict[str, Key]] = {
     "head_dim": Key(int, None),
     "qk_head_dim": Key(int, None, "the sum of its two parts"),
 }
-_NAMES: Final = Names()
 
 
 def _parse(config: Config) -> dict[str, Any]:
@@ -76,17 +66,10 @@ def _parse(config: Config) -> dict[str, Any]:
     )
 
 
-DEEPSEEK_V3: Final = Family(
-    name="deepseek_v3",
-    model_type="deepseek_v3",
-    architecture="DeepseekV3ForCausalLM",
+DEEPSEEK_V3: Final = decoder_family(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
     keys=_KEYS,
     spellings={"num_local_experts": "n_routed_experts", "num_nextn_predict_layers": "num_mtp_layers"},
     parse=_parse,
-    expert=decoder_expert(_NAMES),
-    layer=decoder_layer(_NAMES),
-    base=decoder_base,
-    expert_names=EXPERT_NAMES,
-    embedding=EMBEDDING,
-    head=HEAD,
 )

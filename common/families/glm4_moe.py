@@ -15,16 +15,7 @@ from elasticmoe.common.families.decoder import (
     parse_decoder,
     sigmoid_routed,
 )
-from elasticmoe.common.families.family import Family
-from elasticmoe.common.families.records import (
-    EMBEDDING,
-    EXPERT_NAMES,
-    HEAD,
-    Names,
-    decoder_base,
-    decoder_expert,
-    decoder_layer,
-)
+from elasticmoe.common.families.records import decoder_family
 from elasticmoe.common.families.rope import RopeForm
 
 _KEYS: Final[dict[str, Key]] = {
@@ -55,7 +46,6 @@ _KEYS: Final[dict[str, Key]] = {
     "num_mtp_layers": Key(int, 1, PREDICTORS),
     "head_dim": HEAD_DIM,
 }
-_NAMES: Final = Names()
 
 
 def _parse(config: Config) -> dict[str, Any]:
@@ -69,17 +59,10 @@ def _parse(config: Config) -> dict[str, Any]:
     return parse_decoder(config, attention=attention, moe=sigmoid_routed(config), dense_layers=leading_dense(config))
 
 
-GLM4_MOE: Final = Family(
-    name="glm4_moe",
-    model_type="glm4_moe",
-    architecture="Glm4MoeForCausalLM",
+GLM4_MOE: Final = decoder_family(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
     keys=_KEYS,
     spellings={"num_local_experts": "n_routed_experts", "num_nextn_predict_layers": "num_mtp_layers"},
     parse=_parse,
-    expert=decoder_expert(_NAMES),
-    layer=decoder_layer(_NAMES),
-    base=decoder_base,
-    expert_names=EXPERT_NAMES,
-    embedding=EMBEDDING,
-    head=HEAD,
 )

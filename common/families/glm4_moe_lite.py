@@ -14,16 +14,7 @@ from elasticmoe.common.families.decoder import (
     parse_decoder,
     sigmoid_routed,
 )
-from elasticmoe.common.families.family import Family
-from elasticmoe.common.families.records import (
-    EMBEDDING,
-    EXPERT_NAMES,
-    HEAD,
-    Names,
-    decoder_base,
-    decoder_expert,
-    decoder_layer,
-)
+from elasticmoe.common.families.records import decoder_family
 from elasticmoe.common.families.rope import RopeForm
 from elasticmoe.common.protocol.errors import CheckpointError
 
@@ -63,7 +54,6 @@ _KEYS: Final[dict[str, Key]] = {
     "first_k_dense_replace": Key(int | None, None),
     "qk_head_dim": Key(int, None, "the sum of its two parts"),  # an attribute, which transformers writes
 }
-_NAMES: Final = Names()
 
 
 def _dense_layers(config: Config) -> tuple[int, ...]:
@@ -89,17 +79,10 @@ def _parse(config: Config) -> dict[str, Any]:
     )
 
 
-GLM4_MOE_LITE: Final = Family(
-    name="glm4_moe_lite",
-    model_type="glm4_moe_lite",
-    architecture="Glm4MoeLiteForCausalLM",
+GLM4_MOE_LITE: Final = decoder_family(
+    "glm4_moe_lite",
+    "Glm4MoeLiteForCausalLM",
     keys=_KEYS,
     spellings={"num_local_experts": "n_routed_experts", "head_dim": "qk_rope_head_dim"},
     parse=_parse,
-    expert=decoder_expert(_NAMES),
-    layer=decoder_layer(_NAMES),
-    base=decoder_base,
-    expert_names=EXPERT_NAMES,
-    embedding=EMBEDDING,
-    head=HEAD,
 )

@@ -14,8 +14,7 @@ from elasticmoe.common.families.decoder import (
     parse_decoder,
     routed,
 )
-from elasticmoe.common.families.family import Family
-from elasticmoe.common.families.records import EMBEDDING, HEAD, Names, decoder_base, decoder_expert, decoder_layer
+from elasticmoe.common.families.records import Names, decoder_family
 from elasticmoe.common.families.rope import RopeForm
 
 _KEYS: Final[dict[str, Key]] = {
@@ -76,21 +75,16 @@ def _parse(config: Config) -> dict[str, Any]:
     }
 
 
-GRANITEMOE: Final = Family(
-    name="granitemoe",
-    model_type="granitemoe",
-    architecture="GraniteMoeForCausalLM",
+GRANITEMOE: Final = decoder_family(
+    "granitemoe",
+    "GraniteMoeForCausalLM",
     keys=_KEYS,
-    spellings={},
     parse=_parse,
-    expert=decoder_expert(_NAMES),
-    layer=decoder_layer(_NAMES),
-    base=decoder_base,
+    names=_NAMES,
     renamed={
         "block_sparse_moe.input_linear.weight": _EXPERTS + "gate_up_proj",
         "block_sparse_moe.output_linear.weight": _EXPERTS + "down_proj",
         "block_sparse_moe.router.layer.weight": "block_sparse_moe.router.weight",
     },
-    embedding=EMBEDDING,
-    head=HEAD,
+    expert_names=None,
 )

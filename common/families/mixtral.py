@@ -16,8 +16,7 @@ from elasticmoe.common.families.decoder import (
     routed,
     window_of,
 )
-from elasticmoe.common.families.family import Family
-from elasticmoe.common.families.records import EMBEDDING, HEAD, Names, decoder_base, decoder_expert, decoder_layer
+from elasticmoe.common.families.records import Names, decoder_family
 from elasticmoe.common.families.rope import RopeForm
 
 _KEYS: Final[dict[str, Key]] = {
@@ -60,18 +59,13 @@ def _parse(config: Config) -> dict[str, Any]:
     return parse_decoder(config, attention=attention, moe=moe, window=window_of(config))
 
 
-MIXTRAL: Final = Family(
-    name="mixtral",
-    model_type="mixtral",
-    architecture="MixtralForCausalLM",
+MIXTRAL: Final = decoder_family(
+    "mixtral",
+    "MixtralForCausalLM",
     keys=_KEYS,
     spellings={"num_experts": "num_local_experts"},
     parse=_parse,
-    expert=decoder_expert(_NAMES),
-    layer=decoder_layer(_NAMES),
-    base=decoder_base,
+    names=_NAMES,
     renamed={".block_sparse_moe.": ".mlp."},
     expert_names=re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.w[123]\.weight"),
-    embedding=EMBEDDING,
-    head=HEAD,
 )

@@ -14,16 +14,7 @@ from elasticmoe.common.families.decoder import (
     parse_decoder,
     routed,
 )
-from elasticmoe.common.families.family import Family
-from elasticmoe.common.families.records import (
-    EMBEDDING,
-    EXPERT_NAMES,
-    HEAD,
-    Names,
-    decoder_base,
-    decoder_expert,
-    decoder_layer,
-)
+from elasticmoe.common.families.records import decoder_family
 from elasticmoe.common.families.rope import RopeForm
 from elasticmoe.common.protocol.errors import CheckpointError
 
@@ -50,7 +41,6 @@ _KEYS: Final[dict[str, Key]] = {
     "norm_topk_prob": Key(bool, False),
     "head_dim": HEAD_DIM,
 }
-_NAMES: Final = Names()
 _CLIP_MIN: Final = 1e-6
 
 
@@ -74,17 +64,10 @@ def _parse(config: Config) -> dict[str, Any]:
     return parse_decoder(config, attention=attention, moe=moe)
 
 
-OLMOE: Final = Family(
-    name="olmoe",
-    model_type="olmoe",
-    architecture="OlmoeForCausalLM",
+OLMOE: Final = decoder_family(
+    "olmoe",
+    "OlmoeForCausalLM",
     keys=_KEYS,
     spellings={"num_local_experts": "num_experts"},
     parse=_parse,
-    expert=decoder_expert(_NAMES),
-    layer=decoder_layer(_NAMES),
-    base=decoder_base,
-    expert_names=EXPERT_NAMES,
-    embedding=EMBEDDING,
-    head=HEAD,
 )

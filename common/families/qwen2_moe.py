@@ -16,16 +16,7 @@ from elasticmoe.common.families.decoder import (
     sparse_steps,
     window_of,
 )
-from elasticmoe.common.families.family import Family
-from elasticmoe.common.families.records import (
-    EMBEDDING,
-    EXPERT_NAMES,
-    HEAD,
-    Names,
-    decoder_base,
-    decoder_expert,
-    decoder_layer,
-)
+from elasticmoe.common.families.records import Names, decoder_family
 from elasticmoe.common.families.rope import RopeForm
 from elasticmoe.common.protocol.limits import HIDDEN_MAX
 
@@ -93,17 +84,10 @@ def _parse(config: Config) -> dict[str, Any]:
     )
 
 
-QWEN2_MOE: Final = Family(
-    name="qwen2_moe",
-    model_type="qwen2_moe",
-    architecture="Qwen2MoeForCausalLM",
+QWEN2_MOE: Final = decoder_family(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
     keys=_KEYS,
-    spellings={},
     parse=_parse,
-    expert=decoder_expert(_NAMES),
-    layer=decoder_layer(_NAMES),
-    base=decoder_base,
-    expert_names=EXPERT_NAMES,
-    embedding=EMBEDDING,
-    head=HEAD,
+    names=_NAMES,
 )

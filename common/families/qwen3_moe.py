@@ -16,16 +16,7 @@ from elasticmoe.common.families.decoder import (
     sparse_steps,
     window_of,
 )
-from elasticmoe.common.families.family import Family
-from elasticmoe.common.families.records import (
-    EMBEDDING,
-    EXPERT_NAMES,
-    HEAD,
-    Names,
-    decoder_base,
-    decoder_expert,
-    decoder_layer,
-)
+from elasticmoe.common.families.records import decoder_family
 from elasticmoe.common.families.rope import RopeForm
 
 _KEYS: Final[dict[str, Key]] = {
@@ -54,7 +45,6 @@ _KEYS: Final[dict[str, Key]] = {
     "router_aux_loss_coef": AUX_LOSS,
     "head_dim": HEAD_DIM,
 }
-_NAMES: Final = Names()
 
 
 def _parse(config: Config) -> dict[str, Any]:
@@ -72,17 +62,10 @@ def _parse(config: Config) -> dict[str, Any]:
     return parse_decoder(config, attention=attention, moe=moe, window=window, dense_layers=sparse_steps(config))
 
 
-QWEN3_MOE: Final = Family(
-    name="qwen3_moe",
-    model_type="qwen3_moe",
-    architecture="Qwen3MoeForCausalLM",
+QWEN3_MOE: Final = decoder_family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
     keys=_KEYS,
     spellings={"num_local_experts": "num_experts"},
     parse=_parse,
-    expert=decoder_expert(_NAMES),
-    layer=decoder_layer(_NAMES),
-    base=decoder_base,
-    expert_names=EXPERT_NAMES,
-    embedding=EMBEDDING,
-    head=HEAD,
 )

@@ -6,9 +6,11 @@ Norms, biases and the router's gate are kept in float32: they are small, and the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
 
+from elasticmoe.common.families.config import Config, Key
+from elasticmoe.common.families.family import Family
 from elasticmoe.common.model_spec import (
     AttentionSpec,
     LatentAttentionSpec,
@@ -40,6 +42,39 @@ class Names(NamedTuple):
     all_w2: str = "mlp.experts.down_proj"
     shared: str = "mlp.shared_experts"
     shared_gate: str = ""
+
+
+MOST_NAMES: Final = Names()  # of the families that have nothing of their own
+
+
+def decoder_family(
+    name: str,
+    architecture: str,
+    *,
+    keys: Mapping[str, Key],
+    parse: Callable[[Config], dict[str, Any]],
+    spellings: Mapping[str, str] | None = None,
+    names: Names = Names(),
+    renamed: Mapping[str, str] | None = None,
+    expert_names: re.Pattern[str] | None = EXPERT_NAMES,
+) -> Family:
+    """The family of a decoder, called `name` here and as its model_type, whose tensors are called as `names` says; the
+    rest is as of Family."""
+    return Family(
+        name=name,
+        model_type=name,
+        architecture=architecture,
+        keys=keys,
+        spellings=spellings or {},
+        parse=parse,
+        expert=decoder_expert(names),
+        layer=decoder_layer(names),
+        base=decoder_base,
+        renamed=renamed or {},
+        expert_names=expert_names,
+        embedding=EMBEDDING,
+        head=HEAD,
+    )
 
 
 def decoder_base(spec: ModelSpec) -> RecordSpec:
