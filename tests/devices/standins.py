@@ -67,7 +67,11 @@ def library(kind: str, *defines: str) -> Path:
 
 @contextmanager
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on tmpfs that is the memory of all stand-in devices of a test, of all its processes."""
+    """A folder on tmpfs that is the memory of all stand-in devices of a test, of all its processes. What test runs that
+    were killed have left there is removed."""
+    for left in Path("/dev/shm").glob("standin-*-*"):
+        if not Path("/proc", left.name.split("-")[1]).exists():
+            shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"standin-{os.getpid()}-", dir="/dev/shm"))
     monkeypatch.setenv("STANDIN_FOLDER", str(folder))
     try:
