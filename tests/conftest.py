@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import wait_until
+from tests.shared_memory import shared_memory
 
 # No test depends on the machine's speed: an example may take as long as it takes, and so may drawing one.
 settings.register_profile("elasticmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -137,11 +138,6 @@ def _resources() -> dict[str, set[str]]:
     return {
         "descriptors": descriptors,
         "threads": {f"{thread.name}-{thread.ident}" for thread in threading.enumerate()},
-        "shared memory": {entry.name for entry in Path("/dev/shm").iterdir() if not _is_others_stand_in(entry.name)},
+        "shared memory": shared_memory(),
         "children": children,
     }
-
-
-def _is_others_stand_in(name: str) -> bool:
-    """The memory of stand-in devices (tests/devices/standins.py) that a test of another worker has at this moment."""
-    return name.startswith("standin-") and not name.startswith(f"standin-{os.getpid()}-")

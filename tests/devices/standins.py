@@ -5,7 +5,6 @@ rules and error codes (`rules/`). The devices' code is the product's; only the l
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import itertools
 import os
@@ -25,7 +24,6 @@ from elasticmoe.common.devices.cuda import CudaDevice
 from tests.devices import vendor
 
 SOURCE = Path(__file__).parent / "standin"
-BUILT = vendor.ROOT / "build/standin"
 GRANULARITY = 2 << 20
 KINDS: dict[str, type[AcceleratorDevice]] = {"npu": AscendDevice, "cuda": CudaDevice}
 _HEADERS = {"npu": vendor.ASCEND, "cuda": vendor.CUDA}
@@ -53,11 +51,9 @@ def library(kind: str, *defines: str) -> Path:
     sources = [SOURCE / _SOURCES[kind], SOURCE / "memory.cpp"]
     command = [compiler, *FLAGS, *defines, *(f"-isystem{folder}" for folder in includes), *map(str, sources)]
     state = [*command, *(path.read_text() for path in (*sources, SOURCE / "memory.h"))]
-    built = BUILT / f"{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.so"
-    BUILT.mkdir(parents=True, exist_ok=True)
-    with (BUILT / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not built.exists():
+    name = f"standin/{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.so"
+    with vendor.made_once(name) as (built, is_new):
+        if is_new:
             part = built.with_suffix(".part")
             done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr

@@ -1,19 +1,24 @@
 """The vendors' own declarations, which stand-in drivers are compiled against: fetched from the package registry into
-build/vendor, a wheel taken apart and never installed. Nothing of theirs is in this repository."""
+build/vendor, a wheel taken apart and never installed. Nothing of theirs is in this repository. Who may not write to the
+checkout uses what is there, and has a folder in the home for the rest."""
 
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-FOLDER = ROOT / "build/vendor"
+BUILD = ROOT / "build"
+OWN = Path("~/.cache/elasticmoe-tests")  # the home is another one in some tests
 
 
 class Headers(NamedTuple):
@@ -32,14 +37,29 @@ ASCEND = Headers(
 CUDA = Headers("nvidia-cuda-runtime==13.3.29", "nvidia/cu13/include/cuda.h", ("nvidia/cu13/include",))
 
 
+@contextmanager
+def made_once(path: str) -> Iterator[tuple[Path, bool]]:
+    """What `path` under `build` names, and whether the caller has to make it now: nobody else does meanwhile."""
+    if os.access(BUILD / path, os.R_OK):
+        yield BUILD / path, False
+        return
+    made = (BUILD if _is_writable(BUILD) else OWN.expanduser()) / path
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with made.with_name(f"{made.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield made, not made.exists()
+
+
+def _is_writable(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    return os.access(folder, os.W_OK)
+
+
 def headers(wanted: Headers) -> list[Path]:
     """Folders to include. Skips the test that asks, with the reason, where they cannot be fetched."""
-    name = wanted.requirement.replace("==", "-")
-    folder = FOLDER / name
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with (FOLDER / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
+    with made_once(f"vendor/{wanted.requirement.replace('==', '-')}") as (folder, is_new):
+        if is_new:
             _fetch(wanted, folder)
     return [folder / part for part in wanted.includes]
 

@@ -21,6 +21,7 @@ from elasticmoe.cli.record import DeploymentRecord, read_record
 from elasticmoe.common.config import environment_of
 from tests.history import Report, check_history
 from tests.procs.waiting import processes_of, wait_until
+from tests.shared_memory import shared_memory
 
 ROOT = Path(__file__).parent.parent.parent
 READY_SECONDS_MAX = 120.0
@@ -52,7 +53,7 @@ class Deployment:
         self.run_dir = self._folder / "run"
         self.output_path = self._folder / "output"
         self.report: Report | None = None
-        self._shared_memory = _shared_memory()
+        self._shared_memory = shared_memory()
         fixed = {"history": "true", "replicas": replicas, "devices": f"host:{devices or replicas}", "dtype": dtype}
         fixed |= {"kv_bytes": 16 << 20, "device_bytes": 512 << 20}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELASTICMOE_")}
@@ -232,7 +233,7 @@ class Deployment:
             assert code == 0, f"the launcher ended with code {code}\n{self.explain()}"
             assert not processes_of(self.run_dir), f"left running: {processes_of(self.run_dir)}"
             assert {entry.name for entry in self.run_dir.iterdir()} == {"launcher.lock", "logs"}
-            left = _shared_memory() - self._shared_memory
+            left = shared_memory() - self._shared_memory
             assert not left, f"left in /dev/shm: {left}"
             if is_clean:
                 stopping = self.output().rpartition("stopping router")[2]
@@ -258,10 +259,6 @@ class Deployment:
             self.launcher.wait()
         wait_until(lambda: not processes_of(self.run_dir), "no process left", 30.0)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _shared_memory() -> set[str]:
-    return {entry.name for entry in Path("/dev/shm").iterdir()}
 
 
 def _tail(text: str) -> str:

@@ -21,6 +21,7 @@ import pytest
 from elasticmoe.cli.main import main
 from elasticmoe.cli.record import read_record
 from tests.procs.waiting import processes_of, wait_until
+from tests.shared_memory import FOLDER, shared_memory
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow]
 
@@ -40,8 +41,8 @@ class Place:
     def listing(self) -> set[str]:
         """All that lies in the places that are not a deployment's own."""
         cache = self.home / ".cache" / "elasticmoe"
-        roots = (self.home, self.temporary, Path("/dev/shm"))
-        found = {path for root in roots for path in root.rglob("*") if cache not in (path, *path.parents)}
+        roots = (self.home, self.temporary, *(FOLDER / name for name in shared_memory()))
+        found = {path for root in roots for path in (root, *root.rglob("*")) if cache not in (path, *path.parents)}
         return {str(path) for path in found if path != cache.parent}
 
     def up(self) -> subprocess.Popen[bytes]:
