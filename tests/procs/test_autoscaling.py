@@ -53,6 +53,7 @@ async def grows_to(deployment: Deployment, least: int) -> None:
     await asyncio.to_thread(wait_until, lambda: replicas(deployment) >= least, f"{least} replicas serve", 60.0)
 
 
+@pytest.mark.slow
 async def test_it_grows_under_load_and_shrinks_after_it_and_no_stream_is_wrong(
     deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:

@@ -81,6 +81,7 @@ def accepted_s(operation: dict[str, Any]) -> float:
     return time.time() - operation["accepted_unix"]
 
 
+@pytest.mark.slow
 async def test_jumps_of_an_hour_expire_nothing(
     clock: WallClock, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:

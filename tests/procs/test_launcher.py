@@ -168,6 +168,7 @@ def test_a_crash_loop_of_the_router_ends_the_deployment_visibly(start: Start, ru
     assert processes_of(run_dir) == {}
 
 
+@pytest.mark.slow
 def test_a_crash_loop_of_another_process_ends_nothing_and_is_told(
     start: Start, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

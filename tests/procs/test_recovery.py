@@ -50,6 +50,7 @@ def kill(deployment: Deployment, victims: list[int]) -> None:
         raise AssertionError(f"{error}\n{deployment.explain()}") from None
 
 
+@pytest.mark.slow
 async def test_kills_at_random_moments_lose_nothing(
     deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:
