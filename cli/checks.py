@@ -34,10 +34,10 @@ _DISK_BYTES_MIN = 64 * 1024 * 1024
 
 
 def check_hardware(settings: Settings) -> None:
-    """The devices are there, with their driver, and something computes there. Raises DeviceError no_driver, no_device;
-    ConfigError no_compute."""
-    check_devices(settings.scaler.device_count)
+    """The devices are there, with their driver, and what is to compute there does. Raises DeviceError no_driver,
+    no_device, no_torch; ConfigError no_compute."""
     _ = settings.scaler.compute_backend
+    check_devices(settings.scaler.device_count)
 
 
 def check_ports(settings: Settings) -> None:

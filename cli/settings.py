@@ -184,6 +184,7 @@ def child_environment(settings: Settings) -> dict[str, str]:
     if file:
         environment["ELASTICMOE_CONFIG"] = str(absolute(file, "ELASTICMOE_CONFIG"))
     environment["PYTHONUNBUFFERED"] = "1"
+    environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # a vendor's package is a rank's alone, after the last fork
     environment["TMPDIR"] = str(settings.scaler.run_path / TEMPORARY)
     return environment
 

@@ -8,7 +8,7 @@ shared-memory rows can be addressed by it across epochs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -44,6 +44,9 @@ class Seat(msgspec.Struct, frozen=True):
 
 Compute = Literal["host", "torch"]
 """Names of the compute backends (services/worker/backends)."""
+
+COMPUTES: Final[dict[str, tuple[Compute, ...]]] = {"host": ("host", "torch"), "npu": ("torch",), "cuda": ("torch",)}
+"""What computes on devices, by the backend that these are of; the first is what `auto` means there."""
 
 
 class Served(msgspec.Struct, frozen=True):

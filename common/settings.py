@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from elasticmoe.common.devices.names import COUNT_PATTERN, DeviceCount
-from elasticmoe.common.layout import Compute
+from elasticmoe.common.layout import COMPUTES, Compute
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.protocol.limits import RANKS_MAX, SOCKET_PATH_BYTES_MAX
 
@@ -45,12 +45,10 @@ Devices = Annotated[
     str,
     Meta(pattern=COUNT_PATTERN),
     _is(
-        "The devices that the deployment may use: N slices of this machine, or accelerators by their numbers, on which "
-        "nothing computes yet",
+        "The devices that the deployment may use: N slices of this machine, or accelerators by their numbers",
         form=f"`host:N`, N from 1 to {RANKS_MAX}; `npu:0-7`; `cuda:0,cuda:2`",
     ),
 ]
-COMPUTED: Final = ("host",)  # backends of devices on which a compute backend runs
 PoolName = Annotated[
     str,
     Meta(pattern=r"^[a-z0-9-]{1,32}\Z"),
@@ -134,8 +132,8 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
         str,
         Meta(pattern=r"^(auto|host|torch)\Z"),
         _is(
-            "What computes the steps: `host`, the kernels of this package; `torch`, plain torch operations, a slow "
-            "reference; `auto`: what is best for the devices, on `host:N` the `host` kernels",
+            "What computes the steps: `host`, the kernels of this package, on `host:N` alone; `torch`, plain torch "
+            "operations, a slow reference on any device; `auto`: what is best for the devices",
             form="`auto`, `host`, `torch`",
         ),
     ] = "auto"
@@ -162,12 +160,13 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     @property
     def compute_backend(self) -> Compute:
         """The backend that `compute` means on these devices: the same for all ranks, whose results differ otherwise.
-        Raises ConfigError no_compute where none computes there."""
-        devices = self.device_count
-        if devices.backend not in COMPUTED:
-            text = f"nothing computes on {devices} yet, whose memory alone is there: use host:N"
-            raise ConfigError(text, code="no_compute")
-        return "torch" if self.compute == "torch" else "host"
+        Raises ConfigError no_compute for one that does not compute there."""
+        possible = COMPUTES[self.device_count.backend]
+        for name in possible:
+            if self.compute in ("auto", name):
+                return name
+        text = f"{self.compute} does not compute on {self.devices}: --compute has to be auto or {' or '.join(possible)}"
+        raise ConfigError(text, code="no_compute")
 
 
 class HmmConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -193,6 +192,7 @@ class KeeperConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
 class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A worker pool's."""
 
+    devices: Devices = "host:2"
     pool_name: PoolName = "pool"
     standbys: Annotated[
         int,

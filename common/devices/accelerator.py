@@ -12,14 +12,18 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from elasticmoe.common.devices.base import Device
 from elasticmoe.common.devices.driver import CopyPart, Driver
 from elasticmoe.common.devices.names import DeviceId
 from elasticmoe.common.devices.rules import PROCESS, SPACES, Completion, Handle, ProcessRules, Range, Space
+from elasticmoe.common.devices.torch_devices import check_torch, open_torch, prepare_torch, storage_at
 from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError
 from elasticmoe.native import host
+
+if TYPE_CHECKING:
+    import torch
 
 _STAGED_BYTES = 8 << 20  # of a file that are on their way to a device at once
 
@@ -218,16 +222,22 @@ class AcceleratorDevice(Device):
         if address in memory.places:
             memory.places.remove(address)
 
-    def _torch(self) -> tuple[Any, Any]:
-        """What makes a storage from an address, and this device, as torch has them."""
-        import torch
+    @classmethod
+    def check_torch(cls) -> None:
+        """See Handles."""
+        check_torch(cls.torch_device)
 
-        device = torch.device(self.torch_device.format(index=self._index))
-        return torch._C._construct_storage_from_data_pointer, device
+    @classmethod
+    def prepare_torch(cls) -> None:
+        """See Handles."""
+        prepare_torch(cls.torch_device)
+
+    def open_torch(self) -> torch.device:
+        """See Device."""
+        return open_torch(self.torch_device.format(index=self._index))
 
     def _storage(self, range_: Range, offset: int, nbytes: int) -> Any:
-        construct, device = self._torch()
-        return construct(range_.address(offset), device, nbytes)
+        return storage_at(range_.address(offset), self.open_torch(), nbytes)
 
     # ---- Bytes
 

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 from elasticmoe.common.devices.handles import Handles
 from elasticmoe.common.devices.rules import Completion, FdToken, Handle, KeyToken, ProcessRules, Range, Space, Token
+from elasticmoe.common.devices.torch_devices import open_torch
 
 if TYPE_CHECKING:
     import torch
@@ -143,6 +144,10 @@ class Device(Handles):
             raise self._broken(f"a tensor of {nbytes} bytes at {offset} is not in {where}", code="out_of_range")
         storage = self._storage(range_, offset, nbytes)
         return torch.empty(0, dtype=kind, device=storage.device).set_(storage, 0, shape, strides)
+
+    def open_torch(self) -> torch.device:
+        """Where torch has the tensors of `wrap`, once it can compute there. Raises DeviceError no_torch."""
+        return open_torch("cpu")
 
     # ---- Bytes
 

@@ -35,6 +35,14 @@ class DeviceBackend(Protocol):
         """As Device has it."""
         ...
 
+    def check_torch(self) -> None:
+        """As Device has it."""
+        ...
+
+    def prepare_torch(self) -> None:
+        """As Device has it."""
+        ...
+
     def __call__(
         self,
         name: str,
@@ -71,10 +79,17 @@ def backend_of_device(name: str) -> DeviceBackend:
 
 
 def check_devices(devices: DeviceCount) -> None:
-    """Whether all of them are there, and what they need. Raises DeviceError unknown_backend, no_driver, no_device."""
+    """Whether all of them are there, and what they need. Raises DeviceError unknown_backend, no_driver, no_device,
+    no_torch."""
     backend = backend_of(devices.backend)
     for index in devices.indices:
         backend.check(index)
+    backend.check_torch()
+
+
+def prepare_torch(devices: DeviceCount) -> None:
+    """Import what torch needs to compute on them. Raises DeviceError unknown_backend, no_torch."""
+    backend_of(devices.backend).prepare_torch()
 
 
 def importer_number(name: str) -> int:

@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from elasticmoe.common.devices.extents import FreeList
 from elasticmoe.common.devices.rules import PROCESS, SPACES, FdToken, Handle, ProcessRules, Range, Space, State, Token
+from elasticmoe.common.devices.torch_devices import check_torch, prepare_torch
 from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
 from elasticmoe.common.wording import size
 
@@ -75,6 +76,17 @@ class Handles(ABC):
     @abstractmethod
     def check(cls, index: int) -> None:
         """Whether there is a device of that number, and what it needs. Raises DeviceError no_driver, no_device."""
+
+    @classmethod
+    def check_torch(cls) -> None:
+        """Whether torch knows such devices. Touches none. Raises DeviceError no_torch."""
+        check_torch("cpu")
+
+    @classmethod
+    def prepare_torch(cls) -> None:
+        """Import what torch needs to know them, in a process that is to compute there and forks no more. Raises
+        DeviceError no_torch."""
+        prepare_torch("cpu")
 
     @property
     def window_bytes(self) -> int:

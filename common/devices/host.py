@@ -29,6 +29,7 @@ from elasticmoe.common.devices.rules import (
     Space,
     Token,
 )
+from elasticmoe.common.devices.torch_devices import storage_at
 from elasticmoe.common.machine import check_group
 from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
 from elasticmoe.native import host
@@ -250,9 +251,7 @@ class HostDevice(Device):
             raise DeviceError(f"{self.name}: {nbytes} bytes cannot be unmapped: {error.strerror}") from None
 
     def _storage(self, range_: Range, offset: int, nbytes: int) -> Any:
-        import torch  # here, because the HMM wraps nothing and starts without it
-
-        return torch._C._construct_storage_from_data_pointer(range_.address(offset), torch.device("cpu"), nbytes)
+        return storage_at(range_.address(offset), self.open_torch(), nbytes)
 
     def _copy_async(self, parts: Sequence[tuple[int, int, int]]) -> Completion:
         for dst, src, nbytes in parts:

@@ -10,7 +10,7 @@ START: dict[str, Code] = {
         "`devices` names none, one twice, or devices of two backends", "Name each once, of one backend"
     ),
     "no_compute": Code(
-        "Nothing computes on the devices that are named, yet", "Use `host:N`; hardware.md says what is there"
+        "What `compute` names does not compute on the devices", "Leave `compute` at auto, or use what the text names"
     ),
     "too_many_devices": Code("More devices than a deployment may have", "Use fewer"),
     "tp_unsupported": Code("More devices per replica than are supported", "Leave `tp` at 1"),

@@ -42,7 +42,7 @@ class Deployment:
         model: Path | str,
         *,
         replicas: int = 2,
-        devices: int | None = None,
+        devices: int | str | None = None,
         dtype: str = "float32",
         flags: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
@@ -54,7 +54,7 @@ class Deployment:
         self.output_path = self._folder / "output"
         self.report: Report | None = None
         self._shared_memory = shared_memory()
-        fixed = {"history": "true", "replicas": replicas, "devices": f"host:{devices or replicas}", "dtype": dtype}
+        fixed = {"history": "true", "replicas": replicas, "devices": _named(devices or replicas), "dtype": dtype}
         fixed |= {"kv_bytes": 16 << 20, "device_bytes": 512 << 20}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELASTICMOE_")}
         up = ["up", "--model", str(model), "--run-dir", str(self.run_dir), "--port", "0", "--admin-port", "0"]
@@ -263,3 +263,7 @@ class Deployment:
 
 def _tail(text: str) -> str:
     return "\n".join(text.splitlines()[-_LOG_TAIL_LINES:])
+
+
+def _named(devices: int | str) -> str:
+    return devices if isinstance(devices, str) else f"host:{devices}"

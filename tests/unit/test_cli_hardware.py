@@ -13,9 +13,9 @@ from tests.devices import standins
 pytestmark = pytest.mark.usefixtures("no_settings_of_the_caller")
 
 
-def told(tmp_path: Path, capsys: pytest.CaptureFixture[str], devices: str) -> str:
+def told(tmp_path: Path, capsys: pytest.CaptureFixture[str], devices: str, *flags: str) -> str:
     """By `up`, which fails."""
-    assert main(["up", "--devices", devices, "--run-dir", str(tmp_path / "run")]) == 1
+    assert main(["up", "--devices", devices, "--run-dir", str(tmp_path / "run"), *flags]) == 1
     return capsys.readouterr().err
 
 
@@ -34,14 +34,33 @@ def test_a_driver_that_is_missing(
 
 
 @pytest.mark.parametrize("kind", standins.KINDS)
-def test_a_device_that_is_missing_and_one_that_nothing_computes_on(
+def test_a_device_that_is_missing_and_what_does_not_compute_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setenv("STANDIN_DEVICES", "2")
     with standins.memory(monkeypatch) as folder:
         monkeypatch.setitem(factory._BACKENDS, kind, standins.process(kind, folder))
         assert f"there is no {kind}:2: the driver shows 2 devices" in told(tmp_path, capsys, f"{kind}:0-2")
-        assert f"nothing computes on {kind}:0-1 yet" in told(tmp_path, capsys, f"{kind}:0-1")
+        told_of = told(tmp_path, capsys, f"{kind}:0-1", "--compute", "host")
+        assert f"host does not compute on {kind}:0-1: --compute has to be auto or torch" in told_of
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "hint"),
+    [
+        ("npu", "npu:{index}", "torch knows no npu without the package torch_npu, which is not installed"),
+        ("cuda", "cuda:{index}", "was built without CUDA: install one of the builds for it"),
+    ],
+)
+def test_a_torch_that_does_not_know_the_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str, name: str, hint: str
+) -> None:
+    monkeypatch.setattr("torch.version.cuda", None)
+    with standins.memory(monkeypatch) as folder:
+        driver = standins.process(kind, folder)
+        driver.torch_device = name
+        monkeypatch.setitem(factory._BACKENDS, kind, driver)
+        assert hint in told(tmp_path, capsys, f"{kind}:0-1")
 
 
 def test_a_backend_that_nobody_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,13 +53,15 @@ class ComputeBackend(ABC):
     """
 
     name: str
-    device: torch.device
-    is_synchronous: bool
 
-    def __init__(self, tell_waiting: Callable[[bool], None] | None = None) -> None:
+    def __init__(
+        self, tell_waiting: Callable[[bool], None] | None = None, device: torch.device = torch.device("cpu")
+    ) -> None:
         """`tell_waiting` is called when the rank begins to wait for the device, and when it goes on; not where
-        `is_synchronous`."""
+        `is_synchronous`, as on a CPU."""
         self._tell_waiting = tell_waiting
+        self.device = device
+        self.is_synchronous = device.type == "cpu"
 
     # ---- buffers and the queue
 

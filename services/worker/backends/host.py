@@ -45,11 +45,9 @@ class _HostBatch(NamedTuple):
 
 
 class HostBackend(ComputeBackend):
-    """See ComputeBackend. Everything is computed at once, in the thread that calls."""
+    """See ComputeBackend. Everything is computed at once, in the thread that calls; its device is the CPU."""
 
     name = "host"
-    device = torch.device("cpu")
-    is_synchronous = True
     _seen: tuple[torch.Tensor, int, kernels.KvView] | None = None  # blocks, number of those that are mapped, their view
 
     def _synchronize(self) -> None:

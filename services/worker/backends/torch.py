@@ -33,11 +33,6 @@ class TorchBackend(ComputeBackend):
 
     name = "torch"
 
-    def __init__(self, tell_waiting: Callable[[bool], None] | None = None, device: torch.device | None = None) -> None:
-        super().__init__(tell_waiting)
-        self.device = torch.device("cpu") if device is None else device
-        self.is_synchronous = self.device.type == "cpu"
-
     def _synchronize(self) -> None:
         """See ComputeBackend."""
         torch.accelerator.synchronize(self.device)

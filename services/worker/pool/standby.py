@@ -12,7 +12,8 @@ import signal
 
 from elasticmoe.common import failpoint
 from elasticmoe.common.config import PoolConfig
-from elasticmoe.common.devices.names import DeviceId
+from elasticmoe.common.devices.factory import prepare_torch
+from elasticmoe.common.devices.names import DeviceCount, DeviceId
 from elasticmoe.common.fdchannel import Channel
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
@@ -34,6 +35,10 @@ def standby_main(config: PoolConfig, channel: Channel[ToPool]) -> int:
     import torch
 
     torch.set_num_threads(1)  # more ranks than cores with one OpenMP pool each are ten times slower
+    try:
+        prepare_torch(DeviceCount.parse(config.devices))  # not before the fork: it may touch the accelerator
+    except ElasticMoEError as error:
+        log.warning("torch is not prepared; a rank will say so", because=error.message)
     poller = select.poll()
     poller.register(channel.fileno(), select.POLLIN)
     poller.poll()

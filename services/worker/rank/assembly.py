@@ -50,7 +50,8 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     exchange = ShmExchange(bus, memory.spec.num_experts_by_layer)
     # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
     ledger, max_tokens = memory.ledger, min(seat.max_tokens, bus.max_tokens)
-    model = build_model(open_backend(seat.compute, barrier.tell_waiting), memory.weights, max_tokens)
+    backend = open_backend(seat.compute, barrier.tell_waiting, memory.device.open_torch())
+    model = build_model(backend, memory.weights, max_tokens)
     engine = Engine(
         model,
         exchange,

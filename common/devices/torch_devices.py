@@ -1,0 +1,65 @@
+"""Devices as torch has them: what torch needs to know a kind of device, and storages at addresses.
+
+Nothing imports torch or a vendor's package before it is asked, and only a rank's process asks for a device: who has
+used one must not fork (torch's notes on multiprocessing: "Poison fork in multiprocessing").
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+from elasticmoe.common.protocol.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+_EXTENSIONS: Final = {"npu": "torch_npu"}  # by torch's types of devices: the package without which it knows none
+
+
+def check_torch(name: str) -> None:
+    """Whether this installation's torch knows devices such as `name`. Touches none. Raises DeviceError no_torch."""
+    kind = name.partition(":")[0]
+    extension = _EXTENSIONS.get(kind)
+    if extension is not None and importlib.util.find_spec(extension) is None:
+        text = f"torch knows no {kind} without the package {extension}, which is not installed"
+        raise DeviceError(text, code="no_torch")
+    if kind == "cuda":
+        import torch
+
+        if torch.version.cuda is None:
+            text = f"torch {torch.__version__} was built without CUDA: install one of the builds for it"
+            raise DeviceError(text, code="no_torch")
+
+
+def prepare_torch(name: str) -> None:
+    """Import what torch needs to know devices such as `name`, which takes seconds. Raises DeviceError no_torch."""
+    check_torch(name)
+    extension = _EXTENSIONS.get(name.partition(":")[0])
+    if extension is not None:
+        try:
+            importlib.import_module(extension)
+        except (ImportError, OSError, RuntimeError) as error:  # as where the vendor's libraries are not found
+            raise DeviceError(f"{extension} cannot be imported: {error}", code="no_torch") from None
+
+
+@cache  # each tensor asks
+def open_torch(name: str) -> torch.device:
+    """The device that torch calls `name`, once torch can use it. Raises DeviceError no_torch."""
+    prepare_torch(name)
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch has both, and no class of its own for it
+        first = (str(error).splitlines() or ["it says nothing"])[0]
+        raise DeviceError(f"torch cannot use {name}: {first}", code="no_torch") from None
+
+
+def storage_at(address: int, device: torch.device, nbytes: int) -> Any:
+    """A storage over the device's memory, which it does not own."""
+    extension = _EXTENSIONS.get(device.type)
+    module = importlib.import_module(extension or "torch")
+    return module._C._construct_storage_from_data_pointer(address, device, nbytes)
