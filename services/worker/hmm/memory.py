@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 
@@ -79,8 +80,10 @@ class RankMemory:
         """
         self.memory_id = reply.memory_id
         self.spec = reply.spec
+        self._num_experts = reply.spec.num_experts_by_layer
+        self._described = cache(partial(record, reply.spec))  # each is asked for several times
         try:
-            _check_version(reply)
+            self._check_version(reply)
             self.device = open_device(device, reply.granularity)
         except BaseException:
             _close(fds)
@@ -108,6 +111,13 @@ class RankMemory:
             raise
         finally:
             _close(fds)
+
+    def _check_version(self, reply: AttachReply) -> None:
+        """Fields of a spec that this version does not know were dropped by now: the fingerprint tells of them, too."""
+        if reply.fingerprint != fingerprint(reply.spec, self._described):
+            raise ProtocolError(
+                "the HMM's memory was laid out by a version that lays it out in another way", code="version_mismatch"
+            )
 
     def _open_all(self, reply: AttachReply, fds: list[int]) -> None:
         self._experts = [self._reserve_experts(layer) for layer in range(self.spec.num_layers)]
@@ -276,10 +286,10 @@ class RankMemory:
 
     def _reserve_experts(self, layer: int) -> tuple[Range, int] | None:
         """A slot for every expert of the layer: the range, and the bytes from slot to slot."""
-        count = self.spec.num_experts_by_layer[layer]
+        count = self._num_experts[layer]
         if not count:
             return None
-        stride = round_up(record(self.spec, RecordKey("expert", layer, 0)).nbytes, self.device.granularity)
+        stride = round_up(self._described(RecordKey("expert", layer, 0)).nbytes, self.device.granularity)
         return self.device.reserve(count * stride), stride
 
     def _place(self, key: RecordKey, nbytes: int) -> tuple[Range, int]:
@@ -287,7 +297,7 @@ class RankMemory:
         if key.kind != "expert":
             return self.device.reserve(nbytes), 0
         slots = self._experts[key.layer] if 0 <= key.layer < len(self._experts) else None
-        if slots is None or not 0 <= key.expert < self.spec.num_experts_by_layer[key.layer]:
+        if slots is None or not 0 <= key.expert < self._num_experts[key.layer]:
             raise ProtocolError(f"{key} is not a record of this model")
         return slots[0], key.expert * slots[1]
 
@@ -310,7 +320,7 @@ class RankMemory:
         )
 
     def _wrap_record(self, key: RecordKey) -> dict[str, torch.Tensor]:
-        described, mapping = record(self.spec, key), self._records.get(key)
+        described, mapping = self._described(key), self._records.get(key)
         if mapping is None or mapping.handle.nbytes < described.nbytes:
             size = mapping.handle.nbytes if mapping is not None else 0
             text = f"of record {key}, {size} bytes were handed over; it has at least {described.nbytes}"
@@ -322,7 +332,7 @@ class RankMemory:
 
     def _wrap_experts(self, layer: int) -> dict[str, torch.Tensor]:
         """One strided tensor over all slots of the layer, mapped or not."""
-        slots, count = self._experts[layer], self.spec.num_experts_by_layer[layer]
+        slots, count = self._experts[layer], self._num_experts[layer]
         if slots is None:
             return {}
         range_, stride = slots
@@ -334,7 +344,7 @@ class RankMemory:
                 (stride // DTYPE_BYTES[tensor.dtype], *_strides(tensor.shape)),
                 tensor.dtype,
             )
-            for tensor in record(self.spec, RecordKey("expert", layer, 0)).tensors
+            for tensor in self._described(RecordKey("expert", layer, 0)).tensors
         }
 
 
@@ -350,14 +360,6 @@ def _fd(fds: list[int], index: int) -> int:
     if not 0 <= index < len(fds):
         raise ProtocolError(f"message names descriptor {index} of {len(fds)}")
     return fds[index]
-
-
-def _check_version(reply: AttachReply) -> None:
-    """Fields of a spec that this version does not know were dropped by now: the fingerprint tells of them, too."""
-    if reply.fingerprint != fingerprint(reply.spec):
-        raise ProtocolError(
-            "the HMM's memory was laid out by a version that lays it out in another way", code="version_mismatch"
-        )
 
 
 def _token(shared: SharedHandle, fds: list[int]) -> Token:
