@@ -12,25 +12,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
 
 from elasticmoe.cli.console import size
+from elasticmoe.cli.doctor_device import device_named, examine
 from elasticmoe.cli.embedded_store import is_answering, server_binary
+from elasticmoe.cli.finding import COLORS, Finding
 from elasticmoe.cli.paths import default_run_dir
 from elasticmoe.cli.probes import bind_once
 from elasticmoe.cli.settings import DEFAULTS
-from elasticmoe.cli.terminal import say_json, show
+from elasticmoe.cli.terminal import say, say_json, show
 from elasticmoe.cli.version import version
 from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.machine import available_bytes, usable_cores
 from elasticmoe.common.private import UNSAFE, is_private
-from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError
+from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest
 
 HELP = "check whether this machine can run a deployment"
 
@@ -43,38 +44,57 @@ _MEMORY_WISHED = 4 << 30
 _HUGE_BYTES = 2 << 20
 _MADV_COLLAPSE = 25
 _STORE_SECONDS_MAX = 10.0
-_COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One check's result. `fix` says what to do; empty when `level` is ok."""
-
-    name: str
-    level: Literal["ok", "warn", "fail"]
-    text: str
-    fix: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `doctor`."""
-    parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
+    parser.add_argument(
+        "--json", action="store_true", help="a JSON list, or the report of --device, instead of a table"
+    )
+    parser.add_argument(
+        "--device",
+        metavar="KIND",
+        help="test an accelerator and its memory instead: npu, cuda, or one such as npu:1",
+    )
+    parser.add_argument(
+        "--report", metavar="FILE", help="with --device: where its report goes (default elasticmoe-doctor-KIND.json)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 1 when a check fails, else 0."""
-    findings = [check() for check in CHECKS]
-    if args.json:
-        say_json([asdict(finding) for finding in findings])
+    """Returns 1 when a check fails, else 0. Raises InvalidRequest for a device or file that cannot be."""
+    if args.device is None:
+        if args.report is not None:
+            raise InvalidRequest("--report: it is of an accelerator: give --device, too")
+        findings: Sequence[Finding] = [check() for check in CHECKS]
+        if args.json:
+            say_json([asdict(finding) for finding in findings])
+        else:
+            _show(findings)
     else:
-        table = Table(header_style="bold")
-        for column in ("check", "", "found", "what to do"):
-            table.add_column(column, overflow="fold")
-        for finding in findings:
-            level = Text(finding.level, style=_COLORS[finding.level])
-            table.add_row(finding.name, level, Text(finding.text), Text(finding.fix))
-        show(table)
+        findings = _examine(device_named(args.device), args.report, args.json)
     return 1 if any(finding.level == "fail" for finding in findings) else 0
+
+
+def _examine(device: str, report: str | None, as_json: bool) -> Sequence[Finding]:
+    path = Path(report or f"elasticmoe-doctor-{device.replace(':', '-')}.json")
+    findings, document = examine(device, path)
+    if as_json:
+        say_json(document)
+    else:
+        _show(findings)
+        say(f"report: {path}")
+    return findings
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    table = Table(header_style="bold")
+    for column in ("check", "", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        level = Text(finding.level, style=COLORS[finding.level])
+        table.add_row(finding.name, level, Text(finding.text), Text(finding.fix))
+    show(table)
 
 
 def check_python() -> Finding:

@@ -1,5 +1,6 @@
 // A stand-in for libascendcl.so, compiled against the vendor's own declarations: a call that differs from them does not
 // compile. What it refuses, and by which code, is in ../rules/ascend.toml, with the sources.
+// Longer than other files because a driver is one library with one state.
 #include <acl/acl_rt.h>
 #include <sys/mman.h>
 
@@ -226,6 +227,21 @@ aclError aclrtReserveMemAddress(void** address, size_t size, size_t alignment, v
 aclError aclrtReleaseMemAddress(void* address) {
   ENTER;
   return code_of(state().space.unreserve(reinterpret_cast<uint64_t>(address), 0));
+}
+
+aclError aclrtGetVersion(int32_t* major, int32_t* minor, int32_t* patch) {
+  *major = ACL_MAJOR_VERSION;
+  *minor = ACL_MINOR_VERSION;
+  *patch = ACL_PATCH_VERSION;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtGetMemInfo(aclrtMemAttr attr, size_t* free, size_t* total) {
+  ENTER;
+  if (attr != ACL_HBM_MEM) return ACL_ERROR_RT_PARAM_INVALID;
+  *total = state().pool.nbytes();
+  *free = *total - state().pool.used(static_cast<uint32_t>(current));
+  return ACL_SUCCESS;
 }
 
 aclError aclrtMallocPhysical(aclrtDrvMemHandle* handle, size_t size, const aclrtPhysicalMemProp* prop, uint64_t flags) {

@@ -133,6 +133,18 @@ CUresult cuDeviceGetCount(int* count) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuDriverGetVersion(int* version) {
+  *version = CUDA_VERSION;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuMemGetInfo(size_t* free, size_t* total) {
+  ENTER(true);
+  *total = state().pool.nbytes();
+  *free = *total - state().pool.used(current->device);
+  return CUDA_SUCCESS;
+}
+
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
   ENTER(false);
   if (!is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
