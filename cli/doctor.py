@@ -7,6 +7,7 @@ import importlib
 import mmap
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, Inva
 HELP = "check whether this machine can run a deployment"
 
 _PYTHON_MIN = (3, 11)
-_TORCH = "2.13"
+_TORCH_MIN, _TORCH_BELOW = (2, 12), (2, 14)  # as pyproject.toml has them
 _NATIVE = tuple(f"elasticmoe.native.{name}" for name in ("bus", "convert", "host", "kernels", "ledger"))
 _MAP_COUNT_WISHED = 262_144
 _FILES_WISHED = 8_192
@@ -111,8 +112,10 @@ def check_torch() -> Finding:
         found = str(importlib.import_module("torch").__version__)
     except ImportError as error:
         return Finding("torch", "fail", str(error), "make install")
-    if not found.startswith(f"{_TORCH}."):
-        return Finding("torch", "fail", found, f"install torch=={_TORCH}.*")
+    numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
+    if not _TORCH_MIN <= numbers < _TORCH_BELOW:
+        least, below = (".".join(map(str, bound)) for bound in (_TORCH_MIN, _TORCH_BELOW))
+        return Finding("torch", "fail", found, f"install torch>={least},<{below}")
     return Finding("torch", "ok", found)
 
 

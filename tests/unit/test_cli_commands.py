@@ -418,8 +418,8 @@ def test_a_failed_check_is_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_NATIVE", ("elasticmoe.no_such_module",))
     assert doctor.check_native().level == "fail"
-    monkeypatch.setattr(doctor, "_TORCH", "1.0")
-    assert doctor.check_torch().fix == "install torch==1.0.*"
+    monkeypatch.setattr(doctor, "_TORCH_BELOW", (2, 12))
+    assert doctor.check_torch().fix == "install torch>=2.12,<2.12"
 
     def missing() -> Path:
         raise Unavailable("no server")
