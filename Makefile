@@ -30,7 +30,7 @@ endif
 # Tools of the virtual environment (cmake, ninja, ctest) come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help modules-changed install up down test test-all test-fast test-hostile test-sim soak lint format docs picture native-test bench compose-test clean
+.PHONY: help modules-changed install up down test test-all test-fast test-hostile test-sim accel-standin soak lint format docs picture native-test bench compose-test clean
 
 help:
 	@echo 'install       virtual environment with everything; fast when nothing changed'
@@ -40,6 +40,7 @@ help:
 	@echo 'test-all      the slow ones too: what CI runs'
 	@echo 'test-hostile  what test runs, beside busy loops, with odd descriptors, another umask, as nobody (ARGS="busy user")'
 	@echo 'test-fast     unit tests and the simulation'
+	@echo 'accel-standin whole deployments on stand-ins of NPUs and GPUs (an hour; by hand: tests/devices/with_standins.py)'
 	@echo 'test-sim      the simulation alone: all cores in one thread, 1,100 seeds (one: python -m tests.sim SEED)'
 	@echo 'soak          half an hour of load, random faults and random resizes (ARGS="--seed 7 --minutes 60")'
 	@echo 'lint          ruff, mypy, clang-format, house rules'
@@ -89,6 +90,15 @@ test-fast: install
 
 test-hostile: install
 	$(BIN)/python -m tests.hostile $(ARGS)
+
+# Whole deployments on stand-ins of accelerators' drivers, compiled against the vendors' declarations.
+accel-standin: install
+	$(BIN)/python -m pytest -m 'not soak and not compose or accel' -n 0 $(ARGS) tests/unit/test_devices_*.py \
+	  tests/procs/test_devices_lifetimes.py tests/procs/test_hmm_accelerators.py tests/procs/test_accelerators.py
+	for kind in npu cuda; do \
+	  $(BIN)/python -m pytest -m 'not soak' -n 0 --accelerator $$kind $(ARGS) tests/procs/test_oracle.py \
+	    tests/procs/test_kill_matrix.py tests/procs/test_device_loss.py tests/procs/test_restarts.py; \
+	done
 
 test-sim: install
 	$(BIN)/python -m pytest tests/sim $(ARGS)

@@ -21,12 +21,37 @@ settings.register_profile("elasticmoe", deadline=None, suppress_health_check=[He
 settings.load_profile("elasticmoe")
 
 # Marks of tests that are left out unless asked for, and what runs them. Of several marks of a test the first counts.
-ELSEWHERE = {"soak": "pytest -m soak", "compose": "make compose-test", "slow": "make test-all"}
+ELSEWHERE = {
+    "soak": "pytest -m soak",
+    "compose": "make compose-test",
+    "accel": "make accel-standin",
+    "slow": "make test-all",
+}
 _LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "whole deployments of the tests have stand-ins of these accelerators for devices"
+    parser.addoption("--accelerator", choices=("npu", "cuda"), help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_LEFT_OUT] = Counter()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _accelerator(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where the option asks for accelerators: they are there, and at the end nobody has any of their memory."""
+    kind = request.config.getoption("--accelerator")
+    if kind is None:
+        yield
+        return
+    from tests.devices import standins
+
+    with pytest.MonkeyPatch.context() as monkeypatch, standins.memory(monkeypatch) as folder:
+        standins.install(kind, monkeypatch)
+        yield
+        assert not any(standins.used(kind, folder)), "memory of accelerators that nobody has given back"
 
 
 @pytest.hookimpl(wrapper=True)

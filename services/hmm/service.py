@@ -226,7 +226,7 @@ class Hmm:
 
     def _load_model(self, request: LoadModel) -> None:
         current = self._loading.op_id(self._holdings)
-        if current == request.op_id:
+        if current == request.op_id and self._loading.error is None:
             return
         if self._loading.is_at_work or self._holdings.loaded is not None:
             raise Conflict(f"operation {current} has loaded a model or is about to; this one is {request.op_id}")

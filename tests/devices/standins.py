@@ -24,6 +24,7 @@ from elasticmoe.common.devices.cuda import CudaDevice
 from tests.devices import vendor
 
 SOURCE = Path(__file__).parent / "standin"
+SITE = Path(__file__).parent / "site_standin"
 GRANULARITY = 2 << 20
 KINDS: dict[str, type[AcceleratorDevice]] = {"npu": AscendDevice, "cuda": CudaDevice}
 _HEADERS = {"npu": vendor.ASCEND, "cuda": vendor.CUDA}
@@ -74,6 +75,19 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+def install(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the Python processes that the test starts have devices of the `kind` on stand-ins, in the present memory."""
+    library(kind)  # once: a whole deployment's processes would wait for the compiler
+    monkeypatch.setenv("STANDIN_KIND", kind)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(SITE), str(vendor.ROOT))))
+
+
+def used(kind: str, folder: Path) -> list[int]:
+    """Bytes of each device that somebody has, by the stand-in's own accounting."""
+    library_ = loaded(process(kind, folder))
+    return [library_.standin_used(device) for device in range(4)]
 
 
 _numbers = itertools.count()

@@ -22,15 +22,17 @@ from tests.unit.specs import TINY_MIXTRAL
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "soak: takes many minutes; runs only where -m names it")
+    config.addinivalue_line(
+        "markers", "accel: whole deployments on stand-ins, for minutes; runs only where -m names it"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "soak" in config.option.markexpr:
-        return
-    soak = [item for item in items if item.get_closest_marker("soak")]
-    if soak:
-        config.hook.pytest_deselected(items=soak)
-        items[:] = [item for item in items if item not in soak]
+    for mark in ("soak", "accel"):
+        left = [item for item in items if item.get_closest_marker(mark)]
+        if left and mark not in config.option.markexpr:
+            config.hook.pytest_deselected(items=left)
+            items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,20 @@ def overwrite(deployment: Deployment, device: str) -> int:
     """Fill what a device holds with garbage; the number of bytes."""
     total = 0
     for entry in Path(f"/proc/{deployment.pids['hmm']}/fd").iterdir():
-        if os.readlink(entry).startswith(f"/memfd:{device}."):
+        if _is_memory_of(device, os.readlink(entry)):
             file = os.open(entry, os.O_RDWR)
             try:
                 total += _overwrite_file(file)
             finally:
                 os.close(file)
     return total
+
+
+def _is_memory_of(device: str, file: str) -> bool:
+    """Of the host's devices a file has their name, of a stand-in accelerator its number."""
+    if "STANDIN_FOLDER" in os.environ:
+        return file.startswith(f"{os.environ['STANDIN_FOLDER']}/memory.{device.partition(':')[2]}.")
+    return file.startswith(f"/memfd:{device}.")
 
 
 def _overwrite_file(file: int) -> int:
@@ -65,9 +72,9 @@ async def test_a_lost_device_is_left_out_and_what_it_held_is_read_or_computed_ag
     deployment = deploy("oracle", replicas=3, **SETTINGS)
     async with Load(deployment.base_url, clients=16, seed=5) as load:
         await wait_tokens(load)
-        victim = (await asyncio.to_thread(ranks_of, deployment))["host:1"]
+        victim = (await asyncio.to_thread(ranks_of, deployment))[deployment.device(1)]
         os.kill(victim["pid"], signal.SIGSTOP)  # it computes nothing with what it will find
-        assert await asyncio.to_thread(overwrite, deployment, "host:1") > WEIGHT_BYTES
+        assert await asyncio.to_thread(overwrite, deployment, deployment.device(1)) > WEIGHT_BYTES
         operation = await asyncio.to_thread(deployment.scale, remove=["r1"], lost=True)
         assert (operation["phase"], operation["error"]) == ("done", None), operation
         assert operation["figures"]["bytes_copied"] == operation["planned"]["bytes_copied"] > 0
@@ -75,12 +82,12 @@ async def test_a_lost_device_is_left_out_and_what_it_held_is_read_or_computed_ag
         await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 32, "streams afterwards", 30.0)
         await asyncio.to_thread(check_integrity, deployment)
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
-    assert set(ranks_of(deployment)) == {"host:0", "host:2"}
+    assert set(ranks_of(deployment)) == {deployment.device(0), deployment.device(2)}
 
     status, refused = deployment.admin_call("POST", "/v1/scale", {"replicas": 3})
     assert (status, refused["error"]["code"]) == (422, "too_few_devices")  # unless it is named
-    assert deployment.scale(devices=["host:0", "host:1", "host:2"])["phase"] == "done"
-    assert set(ranks_of(deployment)) == {"host:0", "host:1", "host:2"}
+    assert deployment.scale(devices=[deployment.device(0), deployment.device(1), deployment.device(2)])["phase"] == "done"
+    assert set(ranks_of(deployment)) == {deployment.device(0), deployment.device(1), deployment.device(2)}
     check_integrity(deployment)
     report = deployment.stop()
     assert report.count("error") == 0
@@ -95,7 +102,7 @@ async def test_a_deployment_that_failed_because_ranks_do_not_live_on_a_device_go
         killed: set[int] = set()
 
         def has_failed() -> bool:
-            rank = ranks_of(deployment)["host:1"]
+            rank = ranks_of(deployment)[deployment.device(1)]
             if rank["pid"] and rank["pid"] not in killed:
                 killed.add(rank["pid"])
                 os.kill(rank["pid"], signal.SIGKILL)
@@ -129,8 +136,8 @@ async def test_a_loss_is_not_forgotten_where_the_scaler_dies_before_it_has_begun
         status, growing = deployment.admin_call("POST", "/v1/scale", {"replicas": 4})
         assert status == 202, growing
         await asyncio.to_thread(points.wait_hit, begun)
-        os.kill((await asyncio.to_thread(ranks_of, deployment))["host:1"]["pid"], signal.SIGSTOP)
-        assert await asyncio.to_thread(overwrite, deployment, "host:1") > WEIGHT_BYTES
+        os.kill((await asyncio.to_thread(ranks_of, deployment))[deployment.device(1)]["pid"], signal.SIGSTOP)
+        assert await asyncio.to_thread(overwrite, deployment, deployment.device(1)) > WEIGHT_BYTES
         points.release(begun)
         points.arm(ended, "die")
         order = {"remove": ["r1"], "lost": True}
@@ -140,7 +147,7 @@ async def test_a_loss_is_not_forgotten_where_the_scaler_dies_before_it_has_begun
         def has_been_left_out() -> bool:
             try:
                 found = deployment.admin("/v1/operations")["operations"]
-                return "host:1" not in ranks_of(deployment) and found[0]["outcome"] == "done"
+                return deployment.device(1) not in ranks_of(deployment) and found[0]["outcome"] == "done"
             except httpx.HTTPError:
                 return False
 
@@ -173,9 +180,9 @@ async def test_a_device_that_is_lost_in_the_midst_of_growing_ends_that_and_is_le
         status, growing = deployment.admin_call("POST", "/v1/scale", {"replicas": 4})
         assert status == 202, growing
         await asyncio.to_thread(points.wait_hit, point)
-        victim = (await asyncio.to_thread(ranks_of, deployment))["host:1"]
+        victim = (await asyncio.to_thread(ranks_of, deployment))[deployment.device(1)]
         os.kill(victim["pid"], signal.SIGSTOP)
-        assert await asyncio.to_thread(overwrite, deployment, "host:1") > WEIGHT_BYTES
+        assert await asyncio.to_thread(overwrite, deployment, deployment.device(1)) > WEIGHT_BYTES
         points.release(point)
         lost = await asyncio.to_thread(deployment.scale, remove=["r1"], lost=True)
         assert (lost["phase"], lost["error"]) == ("done", None), lost
@@ -185,5 +192,5 @@ async def test_a_device_that_is_lost_in_the_midst_of_growing_ends_that_and_is_le
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
     _, ended = deployment.admin_call("GET", f"/v1/operations/{growing['op_id']}")
     assert (ended["outcome"], ended["error"]["code"]) == ("aborted", "device_lost")
-    assert "host:1" not in ranks_of(deployment)
+    assert deployment.device(1) not in ranks_of(deployment)
     assert deployment.stop().count("error") == 0

@@ -11,7 +11,7 @@ import pytest
 
 from elasticmoe.common.devices import factory
 from tests.devices import standins
-from tests.procs.hmm_harness import ROOT, Deployment, Rank
+from tests.procs.hmm_harness import Deployment, Rank
 
 pytestmark = pytest.mark.procs
 
@@ -26,8 +26,8 @@ def deployment(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deploymen
     """Its `host:N` are devices of the kind, and this process, which its ranks are in, has a driver of its own. At the
     end nobody has any of their memory."""
     with standins.memory(monkeypatch) as folder:
-        monkeypatch.setenv("STANDIN_KIND", kind)
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT / "tests/devices/site_standin"), str(ROOT))))
+        standins.install(kind, monkeypatch)
+        monkeypatch.setenv("STANDIN_NAME", "host")
         driver = standins.process(kind, folder)
         monkeypatch.setitem(factory._BACKENDS, "host", driver)
         made = Deployment(device_bytes=256 << 20)

@@ -89,3 +89,29 @@ def test_ids_beyond_the_vocabulary_come_no_further(fields: dict[str, Any], outpu
         check_ids(request, output, 300)
     assert caught.value.code == "token_out_of_range"
     check_ids(request, output, 301)
+
+
+def test_a_rank_that_waits_for_others_hears_of_an_hmm_that_has_lost_the_memory() -> None:
+    """Those it waits for have heard it before, and have ended: nobody else could tell it."""
+    rank: Any = Rank.__new__(Rank)
+    plan = SimpleNamespace(num_said=1, is_alone=False)
+    num_meetings = 0
+
+    def meet(*_: object, **__: object) -> None:
+        nonlocal num_meetings
+        num_meetings += 1
+
+    def look(*_: object) -> list[Message]:
+        raise ElasticMoEError("the HMM has lost the memory that this rank has mapped", code="memory_replaced")
+
+    rank._plan, rank._look_at = plan, 0.0
+    rank._lockstep = SimpleNamespace(meet=meet)
+    rank._server = SimpleNamespace(poll=lambda _: set())
+    rank._seat, rank._memory = SimpleNamespace(slot=0), SimpleNamespace(doorbells={0: 7})
+    rank._hmm = SimpleNamespace(look=lambda *_: [])
+    assert rank.turn(1.0) == 0
+    assert (num_meetings, rank._plan) == (1, plan), "nobody has come"
+    rank._hmm = SimpleNamespace(look=look)
+    with pytest.raises(ElasticMoEError) as caught:
+        rank.turn(2.0)
+    assert caught.value.code == "memory_replaced"

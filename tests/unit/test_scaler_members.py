@@ -10,8 +10,8 @@ from elasticmoe.common.protocol.hmm import SetMembership
 from elasticmoe.common.protocol.ids import TransitionId
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, TransitionStatus
-from elasticmoe.services.scaler.actions import AnnounceLayout, LoadLayout, StartSeat
-from elasticmoe.services.scaler.control.members import serve
+from elasticmoe.services.scaler.actions import AnnounceLayout, LoadLayout, StartSeat, StopSeat
+from elasticmoe.services.scaler.control.members import RELOADS_MAX, serve
 from elasticmoe.services.scaler.control.state import State, Status
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.operation import Operation, Request
@@ -82,6 +82,40 @@ def test_a_failed_load_is_reported_with_its_error() -> None:
     error = Refused("bad_checkpoint", "tensor x is missing", False)
     decision = step(hmm=msgspec.structs.replace(EMPTY, phase="failed", error=error))
     assert (decision.state.phase, decision.state.error, decision.actions) == ("failed", error, ())
+
+
+SHORT = msgspec.structs.replace(
+    EMPTY, phase="failed", error=Refused("does_not_fit", "the device's memory is short", False)
+)
+OLD = PoolStatus(2, (rank(0, True), rank(1, True)))
+
+
+def after(before: Step[Status], hmm: HmmStatus = SHORT, pool: PoolStatus | None = STANDBYS) -> Step[Status]:
+    """The turn that follows one."""
+    seen = Observation(cluster=cluster_of(hmm, pool, beginning=LAYOUT), restarts_left=5)
+    return serve(State(status=before.state, ever_served=True, stall_s=9.0), seen, 11.0)
+
+
+def test_what_has_no_room_is_loaded_again_once_ranks_of_lost_memory_have_ended() -> None:
+    ends = step(hmm=SHORT, pool=OLD, ever_served=True)
+    assert ends.actions == tuple(StopSeat(one.rank, one.incarnation, is_lost=True) for one in OLD.ranks)
+    assert ends.state.phase == "loading"
+    blind = after(ends, pool=None)
+    assert (blind.actions, blind.state.phase) == ((), "degraded"), "whether they have ended nobody knows"
+    again = after(blind)
+    assert again.actions == (LoadLayout(LAYOUT),)
+    loading = after(again, msgspec.structs.replace(EMPTY, phase="loading"))
+    assert after(loading).actions == (LoadLayout(LAYOUT),), "a driver may give memory back late"
+    assert after(after(again, READY, OLD)).state.phase == "failed", "another load, which no rank was in the way of"
+
+
+def test_what_has_no_room_without_ranks_has_failed_and_at_last_also_after_them() -> None:
+    assert step(hmm=SHORT).state == Status("failed", "the HMM could not load the model", SHORT.error)
+    turn = step(hmm=SHORT, pool=OLD)
+    for _ in range(RELOADS_MAX):
+        turn = after(turn)
+        assert turn.actions == (LoadLayout(LAYOUT),)
+    assert after(turn).state.phase == "failed"
 
 
 def test_seats_are_filled_only_when_their_device_is_let_go_and_a_standby_is_there() -> None:

@@ -160,13 +160,16 @@ class Rank:
         the rank may sleep at most (`wait`) before its next turn; 0 for none.
 
         Blocks for other ranks only: at a step's barrier, and in its exchange. Where the barrier gives up waiting for
-        them, the next turn goes on waiting, and nothing else.
+        them, the next turn goes on waiting, and does nothing else but hear the HMM: one that has lost the memory has
+        ended those who are waited for, or will.
         """
         plan = self._plan
         if plan is None:
             plan, wait_ms = self._prepare(now)
             if plan is None:
                 return wait_ms
+        elif now >= self._look_at:
+            self._look(self._server.poll(0), now)
         self._step(plan, now)
         return 0
 

@@ -1,0 +1,177 @@
+"""Whole deployments on accelerators by their real names (`npu:0`, `cuda:0`), on stand-ins of their drivers: torch
+computes with its CPU on the memory that they share out. They serve, grow, shrink and recover, and give all back.
+
+`make accel-standin` runs these, those that are marked `accel` too, and other tests of whole deployments on both kinds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from elasticmoe.cli.models import configs, random_checkpoint
+from tests.devices import standins
+from tests.procs.clients import Load, check_load_against_oracle
+from tests.procs.deployment import Deployment
+from tests.procs.greedy import OUTPUT_TOKENS, greedy
+from tests.procs.integrity import check_integrity
+from tests.procs.waiting import wait_until
+
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
+
+SETTINGS: dict[str, Any] = {"kv_bytes": 8 << 20, "max_sequences": 16, "standbys": 1}
+RESIZES = 50
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": configs.TINY_MIXTRAL,
+    "deepseek_v2": configs.TINY_DEEPSEEK_V2,
+    "qwen2_moe": configs.TINY_QWEN2_MOE,
+    "qwen3_moe": configs.TINY_QWEN3_MOE,
+    "olmoe": configs.TINY_OLMOE,
+    "granitemoe": configs.TINY_GRANITEMOE,
+    "glm4_moe": configs.TINY_GLM4_MOE,
+    "glm4_moe_lite": configs.TINY_GLM4_MOE_LITE,
+    "deepseek_v3": configs.TINY_DEEPSEEK_V3,
+}
+IN_CI = [("npu", "deepseek_v2"), ("cuda", "mixtral")]  # of each kind of attention one, on the other accelerator
+
+
+class Accelerators:
+    """Of one kind, in memory of their own. Processes that this test starts have them."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind = kind
+        self._folder = folder
+
+    def used(self) -> list[int]:
+        """Bytes of each that some process holds."""
+        return standins.used(self.kind, self._folder)
+
+
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def accelerators(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerators]:
+    """What is left of their memory at the end is an error."""
+    with standins.memory(monkeypatch) as folder:
+        standins.install(kind, monkeypatch)
+        made = Accelerators(kind, folder)
+        yield made
+        wait_until(lambda: not any(made.used()), f"all memory given back: {made.used()}", 10.0)
+
+
+both = pytest.mark.parametrize("kind", standins.KINDS, indirect=True)
+
+
+async def streams(load: Load, num: int) -> None:
+    """Until so many more have ended."""
+    wanted = len(load.streams) + num
+    await asyncio.to_thread(wait_until, lambda: len(load.streams) >= wanted, f"{num} streams", 60.0)
+
+
+async def restart(deployment: Deployment, name: str) -> None:
+    """kill -9 of a service, and until it is there again and all serve."""
+    old = await asyncio.to_thread(deployment.kill, name)
+    await asyncio.to_thread(deployment.wait_restarted, name, old)
+    await asyncio.to_thread(deployment.wait_serving)
+
+
+@both
+async def test_a_deployment_serves_scales_and_recovers(
+    kind: str, accelerators: Accelerators, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    deployment = deploy("oracle", replicas=1, devices=3, **SETTINGS)
+    assert deployment.record.devices == f"{kind}:0-2"
+    async with Load(deployment.base_url, clients=8, seed=1) as load:
+        assert (await asyncio.to_thread(deployment.scale, replicas=3))["phase"] == "done"
+        assert [nbytes > 0 for nbytes in accelerators.used()] == [True, True, True, False]
+        assert {rank["device"] for rank in deployment.admin("/v1/layout")["ranks"]} == {f"{kind}:{n}" for n in range(3)}
+        await streams(load, 8)
+        before = deployment.rank_pids()
+        deployment.kill("r1t0")
+        await streams(load, 16)
+        for name in ("hmm", "keeper"):
+            await restart(deployment, name)
+            await streams(load, 16)
+        now = deployment.rank_pids()
+        # An NPU's memory is nobody's but its maker's: ranks of a successor are new ones. A GPU's is taken over.
+        assert [now[name] == before[name] for name in ("r0t0", "r2t0")] == [kind == "cuda"] * 2
+        await asyncio.to_thread(check_integrity, deployment)
+        assert (await asyncio.to_thread(deployment.scale, replicas=2))["phase"] == "done"
+        await asyncio.to_thread(check_integrity, deployment)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 500
+    assert deployment.stop(is_clean=kind == "cuda").count("error") == 0
+    assert accelerators.used() == [0] * 4
+
+
+@pytest.mark.parametrize("kind", ["npu"], indirect=True)
+async def test_an_npu_that_has_no_room_for_the_model_twice_is_loaded_anew_by_an_hmms_successor(
+    accelerators: Accelerators,
+    deploy: Callable[..., Deployment],
+    model_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STANDIN_BYTES", str(36 << 20))  # a rank's share takes 26
+    deployment = deploy("oracle", replicas=2, kv_bytes=4 << 20, max_sequences=16, standbys=2)
+    assert all(nbytes > 18 << 20 for nbytes in accelerators.used()[:2])
+    async with Load(deployment.base_url, clients=8, seed=2) as load:
+        await streams(load, 8)
+        await restart(deployment, "hmm")
+        await streams(load, 24)
+        await asyncio.to_thread(check_integrity, deployment)
+    assert "is short" in deployment.log("hmm")
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 200
+    assert deployment.stop(is_clean=False).count("error") == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        pytest.param(kind, family, marks=[] if (kind, family) in IN_CI else [pytest.mark.accel])
+        for family in FAMILIES
+        for kind in standins.KINDS
+    ],
+    indirect=["kind"],
+)
+@pytest.mark.usefixtures("accelerators")
+def test_greedy_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
+    rng = random.Random(family)
+    model = random_checkpoint(tmp_path / family, FAMILIES[family], seed=8, dtype="float32", tokenizer=True)
+    prompts = [[rng.randrange(256) for _ in range(length)] for length in (1, 5, 33, 70)]
+    body = {"model": family, "prompt": prompts, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}
+    deployment = Deployment(model, replicas=2, devices=2, max_tokens_per_step=32, max_model_len=256, **SETTINGS)
+    try:
+        deployment.wait_ready()
+        answer = httpx.post(f"{deployment.base_url}/v1/completions", json=body, timeout=100, trust_env=False)
+        assert answer.status_code == 200, answer.text
+        report = deployment.stop()
+    finally:
+        deployment.discard()
+    assert sorted(request.tokens for request in report.requests.values()) == sorted(greedy(model, prompts))
+
+
+@pytest.mark.accel
+@pytest.mark.usefixtures("accelerators")
+@both
+async def test_random_resizes_are_exact(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path], kind: str
+) -> None:
+    rng = random.Random(kind)
+    deployment = deploy("oracle", replicas=2, devices=4, **{**SETTINGS, "standbys": 2})
+    replicas = 2
+    async with Load(deployment.base_url, clients=8, seed=3) as load:
+        for _ in range(RESIZES):
+            replicas = rng.choice([number for number in (1, 2, 3, 4) if number != replicas])
+            assert (await asyncio.to_thread(deployment.scale, replicas=replicas))["phase"] == "done"
+            await asyncio.to_thread(check_integrity, deployment)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
+    assert deployment.stop().count("error") == 0
