@@ -91,13 +91,15 @@ test-fast: install
 test-hostile: install
 	$(BIN)/python -m tests.hostile $(ARGS)
 
+ON_ACCELERATORS := tests/procs/test_scale.py::test_50_random_resizes_under_32_streams_are_exact \
+  $(addprefix tests/procs/,test_oracle.py test_kill_matrix.py test_device_loss.py test_restarts.py)
+
 # Whole deployments on stand-ins of accelerators' drivers, compiled against the vendors' declarations.
 accel-standin: install
 	$(BIN)/python -m pytest -m 'not soak and not compose or accel' -n 0 $(ARGS) tests/unit/test_devices_*.py \
 	  tests/procs/test_devices_lifetimes.py tests/procs/test_hmm_accelerators.py tests/procs/test_accelerators.py
 	for kind in npu cuda; do \
-	  $(BIN)/python -m pytest -m 'not soak' -n 0 --accelerator $$kind $(ARGS) tests/procs/test_oracle.py \
-	    tests/procs/test_kill_matrix.py tests/procs/test_device_loss.py tests/procs/test_restarts.py; \
+	  $(BIN)/python -m pytest -m 'not soak' -n 0 --accelerator $$kind $(ARGS) $(ON_ACCELERATORS); \
 	done
 
 test-sim: install

@@ -26,7 +26,6 @@ from tests.procs.waiting import wait_until
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SETTINGS: dict[str, Any] = {"kv_bytes": 8 << 20, "max_sequences": 16, "standbys": 1}
-RESIZES = 50
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": configs.TINY_MIXTRAL,
     "deepseek_v2": configs.TINY_DEEPSEEK_V2,
@@ -157,21 +156,3 @@ def test_greedy_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
     finally:
         deployment.discard()
     assert sorted(request.tokens for request in report.requests.values()) == sorted(greedy(model, prompts))
-
-
-@pytest.mark.accel
-@pytest.mark.usefixtures("accelerators")
-@both
-async def test_random_resizes_are_exact(
-    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path], kind: str
-) -> None:
-    rng = random.Random(kind)
-    deployment = deploy("oracle", replicas=2, devices=4, **{**SETTINGS, "standbys": 2})
-    replicas = 2
-    async with Load(deployment.base_url, clients=8, seed=3) as load:
-        for _ in range(RESIZES):
-            replicas = rng.choice([number for number in (1, 2, 3, 4) if number != replicas])
-            assert (await asyncio.to_thread(deployment.scale, replicas=replicas))["phase"] == "done"
-            await asyncio.to_thread(check_integrity, deployment)
-    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
-    assert deployment.stop().count("error") == 0

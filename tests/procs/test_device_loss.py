@@ -86,7 +86,9 @@ async def test_a_lost_device_is_left_out_and_what_it_held_is_read_or_computed_ag
 
     status, refused = deployment.admin_call("POST", "/v1/scale", {"replicas": 3})
     assert (status, refused["error"]["code"]) == (422, "too_few_devices")  # unless it is named
-    assert deployment.scale(devices=[deployment.device(0), deployment.device(1), deployment.device(2)])["phase"] == "done"
+    assert (
+        deployment.scale(devices=[deployment.device(0), deployment.device(1), deployment.device(2)])["phase"] == "done"
+    )
     assert set(ranks_of(deployment)) == {deployment.device(0), deployment.device(1), deployment.device(2)}
     check_integrity(deployment)
     report = deployment.stop()
