@@ -6,7 +6,7 @@ All parts see the same observation, in this order. What the first ones ask for i
 | part | acts where | asks for |
 |---|---|---|
 | watchdog | a rank lives and makes no progress | EjectRank |
-| members | always: it says what phase the deployment is in | LoadLayout, StartSeat, StopSeat, SetMembership, AnnounceLayout |
+| members | always: says the deployment's phase | LoadLayout, StartSeat, StopSeat, SetMembership, AnnounceLayout |
 | operation | one is in progress | Stage, CommitLayout, ReleaseLayout, AbortLayout, StartSeat, StopSeat, TellRank |
 | lost devices | no operation is, and a device that was lost has a seat | LeaveOut |
 | orphans | no operation is, and ranks or a transition belong to none | AbortLayout, ReleaseLayout, StopSeat, TellRank |
