@@ -30,7 +30,7 @@ endif
 # Tools of the virtual environment (cmake, ninja, ctest) come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help modules-changed install up down test test-all test-fast test-hostile test-sim accel-standin soak lint format docs picture native-test bench compose-test clean
+.PHONY: help modules-changed install up down test test-all test-fast test-hostile test-sim accel accel-standin soak lint format docs picture native-test bench compose-test images-test clean
 
 help:
 	@echo 'install       virtual environment with everything; fast when nothing changed'
@@ -42,6 +42,7 @@ help:
 	@echo 'test-fast     unit tests and the simulation'
 	@echo 'accel-standin whole deployments on stand-ins of NPUs and GPUs (an hour; by hand: tests/devices/with_standins.py)'
 	@echo 'test-sim      the simulation alone: all cores in one thread, 1,100 seeds (one: python -m tests.sim SEED)'
+	@echo 'accel         what accelerators here do: memory, parity, the oracle, benchmarks (STANDIN=npu: without one)'
 	@echo 'soak          half an hour of load, random faults and random resizes (ARGS="--seed 7 --minutes 60")'
 	@echo 'lint          ruff, mypy, clang-format, house rules'
 	@echo 'format        rewrite sources as lint wants them'
@@ -50,6 +51,7 @@ help:
 	@echo 'native-test   C++ unit tests, plain and with sanitizers (ARGS="plain asan tsan")'
 	@echo 'bench         steady-state benchmark (ARGS="--models demo")'
 	@echo 'compose-test  compose.yaml for real; needs a container engine'
+	@echo 'images-test   the images for accelerators but for the vendors parts; needs a container engine'
 	@echo 'clean         remove what was built; .venv stays'
 
 install: $(STAMP)
@@ -97,10 +99,17 @@ ON_ACCELERATORS := tests/procs/test_scale.py::test_50_random_resizes_under_32_st
 # Whole deployments on stand-ins of accelerators' drivers, compiled against the vendors' declarations.
 accel-standin: install
 	$(BIN)/python -m pytest -m 'not soak and not compose or accel' -n 0 $(ARGS) tests/unit/test_devices_*.py \
-	  tests/procs/test_devices_lifetimes.py tests/procs/test_hmm_accelerators.py tests/procs/test_accelerators.py
+	  tests/procs/test_devices_lifetimes.py tests/procs/test_hmm_accelerators.py tests/procs/test_accelerators.py \
+	  tests/procs/test_bench_accel.py
 	for kind in npu cuda; do \
 	  $(BIN)/python -m pytest -m 'not soak' -n 0 --accelerator $$kind $(ARGS) $(ON_ACCELERATORS); \
 	done
+
+# Where there is no accelerator it says so in one line, and fails. STANDIN=npu or cuda: on the stand-in of a driver, which
+# proves the runner and measures nothing of a device.
+accel: install
+	$(if $(STANDIN),$(BIN)/python -m tests.devices.with_standins $(STANDIN)) $(BIN)/elasticmoe bench accel \
+	  $(if $(STANDIN),--devices $(STANDIN):0-1 --device-memory 256MiB --output build/accel) $(ARGS)
 
 test-sim: install
 	$(BIN)/python -m pytest tests/sim $(ARGS)
@@ -132,6 +141,9 @@ native-test: install
 
 bench: install
 	$(BIN)/elasticmoe bench serve $(ARGS)
+
+images-test:
+	bash deploy/images_test.sh
 
 compose-test:
 	bash deploy/compose_test.sh

@@ -18,7 +18,7 @@ from typing import Any
 
 from elasticmoe.cli.admin import connect
 from elasticmoe.cli.arguments import whole
-from elasticmoe.cli.bench.deployment import running
+from elasticmoe.cli.bench.deployment import add_devices, first_of, running
 from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
 from elasticmoe.cli.terminal import say
 
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--deployments", type=whole(1), default=3, help="deployments to start per model, one first kill each"
     )
     parser.add_argument("--kills", type=whole(1), default=3, help="kills per deployment")
+    add_devices(parser)
     add_output(parser)
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         attach_ms: list[float] = []
         serving_ms: list[float] = []
         for _ in range(args.deployments):
-            with running(model, args.replicas) as deployment:
+            with running(model, args.replicas, devices=first_of(args.devices, args.replicas)) as deployment:
                 for turn in range(args.kills):
                     attached, served = _kill_and_wait(deployment.run_dir)
                     attach_ms.append(attached)

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from elasticmoe.cli.bench import attach, idle, load, overload, plan, policy, recovery, replicas, scaling, serve, slo
+from elasticmoe.cli.bench import (
+    accel,
+    attach,
+    idle,
+    load,
+    overload,
+    plan,
+    policy,
+    recovery,
+    replicas,
+    scaling,
+    serve,
+    slo,
+)
 from elasticmoe.common.protocol.errors import ElasticMoEError
 
 HELP = "measure this machine: prints a table, writes raw data and a plot"
@@ -24,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("slo", slo, "a trace on real deployments: objectives kept, and devices held for it, beside the paper's means"),
         ("idle", idle, "what waiting costs: context switches, processor time and memory of each process"),
         ("plan", plan, "planning for 384 devices, and its transitions simulated"),
+        ("accel", accel, "accelerators: their memory, parity, the oracle, and attach, scaling and decode there"),
         ("policy", policy, "what a turn of the autoscaling policy costs with 384 devices"),
     ):
         command = benchmarks.add_parser(name, help=text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import shutil
@@ -27,7 +28,7 @@ from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ConfigError
 
-_COMMAND = [sys.executable, "-m", "elasticmoe.cli.main"]
+COMMAND = [sys.executable, "-m", "elasticmoe.cli.main"]
 _TURN_S = 0.02
 _KILL_SECONDS_MAX = 15.0
 
@@ -40,9 +41,27 @@ class Running:
     run_dir: Path
 
 
+def first_of(given: str, num: int) -> str:
+    """The setting that names `num` devices: the first of those `given` to a benchmark, or of the host's where none
+    were. Raises ValueError where there are fewer."""
+    if not given:
+        return str(DeviceCount("host", num))
+    all_ = DeviceCount.parse(given)
+    if all_.count < num:
+        raise ValueError(f"--devices {given}: {num} devices are needed")
+    return str(DeviceCount.of(all_.backend, all_.indices[:num]))
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """The flag that says on what a benchmark's deployments run."""
+    text = "such as npu:0-3: the first of them that are needed (default: of the host's)"
+    parser.add_argument("--devices", default="", metavar="DEVICES", help=text)
+
+
 @contextmanager
-def running(model: str, replicas: int, **settings: Any) -> Iterator[Running]:
-    """`elasticmoe up --detach` … `elasticmoe down`. `settings` are fields of elasticmoe.common.config by name.
+def running(model: str, replicas: int, *, devices: str = "", **settings: Any) -> Iterator[Running]:
+    """`elasticmoe up --detach` … `elasticmoe down`. `devices`: empty for one of the host's per replica. `settings` are
+    fields of elasticmoe.common.config by name.
 
     Raises ValueError when it does not come up.
     """
@@ -53,14 +72,14 @@ def running(model: str, replicas: int, **settings: Any) -> Iterator[Running]:
             "--replicas",
             str(replicas),
             "--devices",
-            str(DeviceCount("host", replicas)),
+            devices or str(DeviceCount("host", replicas)),
             "--port",
             "0",
             "--admin-port",
             "0",
         ]
         up = subprocess.run(
-            [*_COMMAND, "up", "--model", model, "--detach", *where, *size],
+            [*COMMAND, "up", "--model", model, "--detach", *where, *size],
             stdout=subprocess.DEVNULL,
             env=dict(os.environ) | environment_of(settings),
         )
@@ -70,7 +89,7 @@ def running(model: str, replicas: int, **settings: Any) -> Iterator[Running]:
         try:
             yield Running(record.url, run_dir)
         finally:
-            subprocess.run([*_COMMAND, "down", *where], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([*COMMAND, "down", *where], check=True, stdout=subprocess.DEVNULL)
 
 
 class Deployment:
@@ -81,16 +100,16 @@ class Deployment:
     elasticmoe.common.config by name.
     """
 
-    def __init__(self, model: str, replicas: int, devices: int, *, port: int = 0, **settings: Any) -> None:
+    def __init__(self, model: str, replicas: int, devices: str, *, port: int = 0, **settings: Any) -> None:
         self.replicas = replicas
         self._folder = Path(tempfile.mkdtemp(prefix="em-bench-"))  # short: socket paths have a limit
         self.run_dir = self._folder / "run"
         up = ["up", "--model", model, "--run-dir", str(self.run_dir), "--keep-logs"]
-        up += ["--replicas", str(replicas), "--devices", str(DeviceCount("host", devices))]
+        up += ["--replicas", str(replicas), "--devices", devices]
         up += ["--port", str(port), "--admin-port", "0"]
         with open(self._folder / "output", "wb") as output:
             self._launcher = subprocess.Popen(
-                tied_to_us([*_COMMAND, *up]),
+                tied_to_us([*COMMAND, *up]),
                 env=importing_environment() | environment_of(settings),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

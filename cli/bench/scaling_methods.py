@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from elasticmoe.cli.bench.deployment import Deployment
+from elasticmoe.cli.bench.deployment import Deployment, first_of
 from elasticmoe.cli.load.client import Load, Target
 
 POLL_S = 0.1
@@ -29,19 +29,22 @@ _LAG_S = 2.0
 @dataclass
 class Scene:
     """Where a method acts. `settings`: of every deployment, fields of common.config by name; `timeout_s`: of each wait;
-    `sizes`: the numbers of replicas that it changes between. `deployments`: those that exist now."""
+    `sizes`: the numbers of replicas that it changes between. `devices`: given to the benchmark.
+    `deployments`: those that exist now."""
 
     model: str
     sizes: tuple[int, int]
     settings: dict[str, Any]
     timeout_s: float
     kv_bytes: int
+    devices: str = ""
     deployments: list[Deployment] = field(default_factory=list)
     ended: list[Deployment] = field(default_factory=list)
 
     async def deploy(self, replicas: int, devices: int, *, port: int = 0, **settings: Any) -> Deployment:
         """Start one more and wait until it serves. Raises ValueError."""
-        deployment = Deployment(self.model, replicas, devices, port=port, **{**self.settings, **settings})
+        where = first_of(self.devices, devices)
+        deployment = Deployment(self.model, replicas, where, port=port, **{**self.settings, **settings})
         self.deployments.append(deployment)
         return await deployment.ready(self.timeout_s)
 

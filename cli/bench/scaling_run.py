@@ -52,6 +52,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float
     kv_bytes: int
     settings: dict[str, Any]
+    devices: str = ""
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -112,9 +113,8 @@ def make_load(recipe: Recipe, seed: int) -> Load:
 def make_scene(recipe: Recipe, settings: dict[str, Any]) -> Scene:
     """The scene of one run. The router's history is always on, so that it costs every method the same."""
     fixed = {"history": "true", "kv_bytes": recipe.kv_bytes}
-    return Scene(
-        recipe.model, recipe.sizes, {**fixed, **recipe.settings, **settings}, recipe.timeout_s, recipe.kv_bytes
-    )
+    made = {**fixed, **recipe.settings, **settings}
+    return Scene(recipe.model, recipe.sizes, made, recipe.timeout_s, recipe.kv_bytes, recipe.devices)
 
 
 async def capacity_of(recipe: Recipe, seed: int) -> float:

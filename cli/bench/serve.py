@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from elasticmoe.cli.arguments import whole, wholes
-from elasticmoe.cli.bench.deployment import running
+from elasticmoe.cli.bench.deployment import add_devices, first_of, running
 from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
 from elasticmoe.cli.bench.steady import Figures, figures
 from elasticmoe.cli.chat import first_model
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-tokens", type=whole(1), default=128, help="tokens of each answer")
     parser.add_argument("--requests-per-client", type=whole(1), default=2, help="requests of a client in a round")
     parser.add_argument("--rounds", type=whole(1), default=3, help="rounds of each, of which the best is told")
+    add_devices(parser)
     add_output(parser)
 
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     concurrencies: tuple[int, ...] = args.concurrency
     results: dict[int, list[tuple[Figures, Shares]]] = {n: [] for n in concurrencies}
-    with running(model, replicas) as deployment:
+    with running(model, replicas, devices=first_of(args.devices, replicas)) as deployment:
         with http_client(deployment.url, timeout=10) as client:
             shape = Shape(first_model(client), args.prompt_tokens, args.output_tokens)
         asyncio.run(run_clients(deployment.url, shape, 2 * replicas, 2 * replicas, seed=0))

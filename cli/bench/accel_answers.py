@@ -1,0 +1,53 @@
+"""Greedy answers of a deployment, with their logprobs, and how two deployments' differ."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from elasticmoe.cli.chat import first_model
+from elasticmoe.cli.http import client as http_client
+
+_PROMPT_TOKENS = (3, 9, 17, 33, 64, 100)
+_OUTPUT_TOKENS = 12
+_TOKEN_MAX = 200  # ids that every vocabulary has
+_TIMEOUT_S = 120.0
+
+
+class Answer(NamedTuple):
+    """Token by token: the ids as text, and their logprobs."""
+
+    tokens: tuple[str, ...]
+    logprobs: tuple[float, ...]
+
+
+def answers_of(url: str) -> list[Answer]:
+    """To the same prompts each time, one after another, and greedy. Raises ValueError for an answer that is none."""
+    draw = random.Random(16)
+    with http_client(url, timeout=_TIMEOUT_S) as client:
+        model = first_model(client)
+        found = []
+        for num in _PROMPT_TOKENS:
+            prompt = [draw.randrange(3, _TOKEN_MAX) for _ in range(num)]
+            body = {"model": model, "prompt": prompt, "max_tokens": _OUTPUT_TOKENS, "temperature": 0}
+            body |= {"ignore_eos": True, "logprobs": 1, "return_tokens_as_token_ids": True}
+            answer = client.post("/v1/completions", json=body)
+            if answer.status_code != 200:
+                raise ValueError(f"an answer of status {answer.status_code}: {answer.text[:200]}")
+            told: dict[str, Any] = answer.json()["choices"][0]["logprobs"]
+            found.append(Answer(tuple(told["tokens"]), tuple(told["token_logprobs"])))
+    return found
+
+
+def difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> tuple[float, int]:
+    """The largest difference of logprobs, and how many answers have the same tokens. An answer counts up to where its
+    tokens differ: there two were about as likely, so their logprobs agree too; what follows is another text."""
+    most, num_equal = 0.0, 0
+    for mine, other in zip(ours, theirs, strict=True):
+        num_equal += mine.tokens == other.tokens
+        for at, (a, b) in enumerate(zip(mine.logprobs, other.logprobs, strict=True)):
+            most = max(most, abs(a - b))
+            if mine.tokens[at] != other.tokens[at]:
+                break
+    return most, num_equal
