@@ -16,7 +16,6 @@ from elasticmoe.common.capacity import (
     budget_of,
     load_of,
     needs_of,
-    size_ledger,
     size_load,
     sizes_of,
     weights_on,
@@ -28,6 +27,7 @@ from elasticmoe.common.layout import Layout, initial_layout
 from elasticmoe.common.machine import available_bytes
 from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
 from elasticmoe.common.protocol.hmm import LoadModel
+from elasticmoe.common.seat_sizes import size_ledger
 from elasticmoe.common.store import store_of
 
 _DISK_BYTES_MIN = 64 * 1024 * 1024
@@ -87,14 +87,15 @@ def check_memory(settings: Settings, model: Path) -> None:
     try:
         sizes = size_load(load, spec, dict.fromkeys(devices, budget), _granularity(settings))
     except DeviceTooSmall as small:
-        needs = _needs(load, small.weights_bytes, small.ledger_bytes, small.kv_bytes_min)
+        needs = _needs(load, small.weights_bytes, small.ledger_bytes, small.mailbox_bytes, small.kv_bytes_min)
         raise DoesNotFit(f"{needs} {_limit(settings, small, budget, available)}", code="out_of_memory") from None
-    kv_min = needs_of(load, sizes.kv, _granularity(settings)).kv_handles_min * sizes.kv.handle_bytes
+    kv_min = needs_of(load, spec, sizes.kv, _granularity(settings)).kv_handles_min * sizes.kv.handle_bytes
     most = max(sizes.devices.values(), key=lambda device: device.weights_bytes)
-    needed = len(used) * (most.weights_bytes + most.ledger_bytes + kv_min)
+    needed = len(used) * (most.weights_bytes + most.ledger_bytes + most.mailbox_bytes + kv_min)
     if needed > available * AVAILABLE_SHARE:
+        each = _needs(load, most.weights_bytes, most.ledger_bytes, most.mailbox_bytes, kv_min)
         raise DoesNotFit(
-            f"{_needs(load, most.weights_bytes, most.ledger_bytes, kv_min)} {size(needed)} on {len(used)} devices, "
+            f"{each} {size(needed)} on {len(used)} devices, "
             f"more than {_share(available)}; a smaller --max-model-len or --max-sequences takes less",
             code="out_of_memory",
         )
@@ -104,16 +105,20 @@ def _granularity(settings: Settings) -> int:
     return granularity_of(settings.scaler.device_count, settings.hmm.granularity)
 
 
-def _needs(load: LoadModel, weights: int, ledger: int, kv: int) -> str:
+def _needs(load: LoadModel, weights: int, ledger: int, mailbox: int, kv: int) -> str:
+    exchanged = f", {size(mailbox)} of mailbox for {load.max_tokens} tokens" if mailbox else ""
     return (
-        f"{size(weights)} of {load.dtype} weights, {size(ledger)} of ledger for {load.max_sequences} sequences and "
-        f"{size(kv)} of KV for one of {load.max_model_len} tokens take"
+        f"{size(weights)} of {load.dtype} weights, {size(ledger)} of ledger for {load.max_sequences} sequences"
+        f"{exchanged} and {size(kv)} of KV for one of {load.max_model_len} tokens take"
     )
 
 
 def _limit(settings: Settings, small: DeviceTooSmall, budget: int, available: int) -> str:
     """More than what, and what helps."""
-    kv, needed = settings.scaler.kv_bytes, small.weights_bytes + small.ledger_bytes + small.kv_bytes_min
+    kv, needed = (
+        settings.scaler.kv_bytes,
+        small.weights_bytes + small.ledger_bytes + small.mailbox_bytes + small.kv_bytes_min,
+    )
     if small.kv_bytes_min > kv:
         return f"more KV than the {size(kv)} of --kv-memory; raise it, or lower --max-model-len"
     each = f"{size(needed)} per device, more than the {size(budget)}"

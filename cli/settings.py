@@ -127,6 +127,7 @@ def from_flags(args: argparse.Namespace) -> Settings:
         "tp": args.tp,
         "dtype": args.dtype,
         "compute": args.compute,
+        "exchange": args.exchange,
         "host": args.host,
         "port": args.port,
         "admin_port": args.admin_port,

@@ -68,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "host", "torch"),
         help=f"what computes the steps (default {default['compute']})",
     )
+    add(
+        "--exchange",
+        choices=("auto", "shm", "mailbox"),
+        help=f"how ranks exchange tokens (default {default['exchange']})",
+    )
     add("--host", help=f"address of the OpenAI-compatible listener (default {default['host']})")
     add("--api-key-file", metavar="FILE", help="a file with the key that clients have to send as a bearer token")
     add("--no-api-key", action="store_true", help="serve other machines without a key: everybody may use it")

@@ -1,7 +1,8 @@
 """What a model needs on each device, and what fits: the one place that the launcher asks before a start, the HMM when
 it loads and when it stages a layout, and the planner. So they say the same. Pure; all in bytes.
 
-A device holds weights, its rank's ledger, and KV in handles, at least as many as one sequence of full length needs.
+A device holds weights, its rank's ledger, its mailbox where ranks exchange tokens by such, and KV in handles, at least
+as many as one sequence of full length needs.
 While a layout is staged it holds the weights of both layouts, and no more KV than before. KV takes what the footprint
 leaves beside weights, at least what a device had at the load, and never more than the budget leaves.
 """
@@ -24,14 +25,10 @@ from elasticmoe.common.layout import Layout, keys_on
 from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
 from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, NotFound
 from elasticmoe.common.protocol.hmm import LoadModel
-from elasticmoe.common.protocol.limits import RANKS_MAX
+from elasticmoe.common.seat_sizes import BusSizes, LedgerSizes, size_bus, size_ledger, size_mailbox
 from elasticmoe.common.wording import size
-from elasticmoe.native.bus import bus_bytes
-from elasticmoe.native.ledger import ledger_bytes
 
-LEDGER_BLOB_BYTES = 16_384  # a request's id, sampling parameters and router in one ledger row
 AVAILABLE_SHARE = 0.8  # of memory for all devices; the rest is for activations, the processes and everybody else
-_RANKS_MIN = 8  # slots of the bus beyond the layout's, so that a deployment can grow
 _FIRST_SHARE = 8  # a joiner that gets its experts in the next leg starts with this part of its final KV
 
 
@@ -88,20 +85,26 @@ def weights_on(sizes: Sizes, *layouts: Layout) -> dict[str, int]:
 
 
 class Needs(NamedTuple):
-    """What a rank's device needs beside weights: its ledger's bytes, and KV handles of `kv_handle_bytes`, the fewest
-    that one sequence of full length needs."""
+    """What a rank's device needs beside weights: its ledger's bytes, KV handles of `kv_handle_bytes`, the fewest that
+    one sequence of full length needs, and its mailbox's bytes (0: it has none)."""
 
     ledger: int
     kv_handle_bytes: int
     kv_handles_min: int
+    mailbox: int = 0
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of what never changes: ledger and mailbox."""
+        return self.ledger + self.mailbox
 
     def kv_room(self, budget: int, weights: int) -> int:
         """KV handles for which a budget has room; below 0 where it has none for the rest."""
-        return (budget - weights - self.ledger) // self.kv_handle_bytes
+        return (budget - weights - self.fixed) // self.kv_handle_bytes
 
     def total(self, weights: int, kv_handles: int) -> int:
         """Bytes of a device with so many KV handles."""
-        return weights + self.ledger + kv_handles * self.kv_handle_bytes
+        return weights + self.fixed + kv_handles * self.kv_handle_bytes
 
     def check(
         self, when: str, budgets: Mapping[str, int], weights: Mapping[str, int], kv_handles: Mapping[str, int]
@@ -120,55 +123,45 @@ class Needs(NamedTuple):
             else:
                 continue
             raise DoesNotFit(
-                f"{device} {when}: of the budget of {size(budget)}, weights take {size(nbytes)} and the ledger "
-                f"{size(self.ledger)}; {max(0, count)} KV handles of {size(self.kv_handle_bytes)} {what}; more "
+                f"{device} {when}: of the budget of {size(budget)}, weights take {size(nbytes)} and "
+                f"{_fixed(self)}; {max(0, count)} KV handles of {size(self.kv_handle_bytes)} {what}; more "
                 "replicas leave each device fewer experts; a start with more --device-memory has larger budgets"
             )
 
 
+def _fixed(needs: Needs) -> str:
+    """Its parts, with their sizes."""
+    mailbox = f", its mailbox {size(needs.mailbox)}" if needs.mailbox else ""
+    return f"the ledger {size(needs.ledger)}{mailbox}"
+
+
 class DeviceTooSmall(DoesNotFit):
-    """A device's budget holds no `weights_bytes`, `ledger_bytes` and `kv_bytes_min`, the KV of one sequence of full
-    length; or the load allows less KV than that."""
+    """A device's budget holds no `weights_bytes`, `ledger_bytes`, `mailbox_bytes` and `kv_bytes_min`, the KV of one
+    sequence of full length; or the load allows less KV than that."""
 
     def __init__(self, device: str, budget: int, weights_bytes: int, needs: Needs, load: LoadModel) -> None:
-        ledger_bytes, kv_bytes_min = needs.ledger, needs.kv_handles_min * needs.kv_handle_bytes
-        room = max(0, budget - weights_bytes - ledger_bytes)
+        kv_bytes_min = needs.kv_handles_min * needs.kv_handle_bytes
+        room = max(0, budget - weights_bytes - needs.fixed)
         super().__init__(
             f"{device}: the KV of one sequence of {load.max_model_len} tokens needs {size(kv_bytes_min)}; of the "
-            f"budget of {size(budget)}, weights take {size(weights_bytes)} and the ledger {size(ledger_bytes)}, which "
+            f"budget of {size(budget)}, weights take {size(weights_bytes)} and {_fixed(needs)}, which "
             f"leaves {size(room)}, and KV may take {size(load.kv_bytes_max)}: {_way_out(room < kv_bytes_min)}"
         )
         self.weights_bytes = weights_bytes
-        self.ledger_bytes = ledger_bytes
+        self.ledger_bytes = needs.ledger
+        self.mailbox_bytes = needs.mailbox
         self.kv_bytes_min = kv_bytes_min
 
 
 class DeviceSizes(NamedTuple):
-    """What one device gets: its records, the size of its ledger's handle, the number of its KV handles."""
+    """What one device gets: its records, the sizes of its ledger and its mailbox (0: none), the number of its KV
+    handles."""
 
     keys: tuple[RecordKey, ...]
     weights_bytes: int
     ledger_bytes: int
+    mailbox_bytes: int
     num_kv_handles: int
-
-
-class BusSizes(NamedTuple):
-    """Parameters of the bus, and its size in bytes, a multiple of the granularity."""
-
-    max_ranks: int
-    max_tokens: int
-    hidden: int
-    top_k: int
-    nbytes: int
-
-
-class LedgerSizes(NamedTuple):
-    """Parameters of a ledger, and its size in bytes, a multiple of the granularity."""
-
-    num_rows: int
-    max_tokens: int
-    max_blocks: int
-    nbytes: int
 
 
 class LoadSizes(NamedTuple):
@@ -213,6 +206,7 @@ def load_of(config: ScalerConfig, spec: ModelSpec, layout: Layout) -> LoadModel:
         max_tokens=config.max_tokens_per_step,
         max_sequences=config.max_sequences,
         max_model_len=min(config.max_model_len, spec.max_positions),
+        exchange=config.exchange_kind,
     )
 
 
@@ -228,36 +222,15 @@ def size_load(load: LoadModel, spec: ModelSpec, budgets: Mapping[str, int], gran
     handle_bytes_min = max(backend_of_device(seat.device).kv_handle_bytes_min for seat in load.layout.seats)
     geometry = kv_geometry(spec, load.block_size, granularity, handle_bytes_min)
     bus = size_bus(load, spec, len(budgets), granularity)
-    devices = _size_devices(load, sizes_of(spec, granularity), needs_of(load, geometry, granularity), budgets)
+    devices = _size_devices(load, sizes_of(spec, granularity), needs_of(load, spec, geometry, granularity), budgets)
     return LoadSizes(specs, geometry, size_ledger(load, granularity), bus, devices)
 
 
-def size_bus(load: LoadModel, spec: ModelSpec, num_devices: int, granularity: int) -> BusSizes:
-    """A bus for every device that the deployment may grow to. Raises InvalidRequest."""
-    ranks = min(RANKS_MAX, max(_RANKS_MIN, num_devices, *(slot + 1 for slot in load.layout.slots)))
-    try:
-        nbytes = bus_bytes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k)
-    except ValueError as error:
-        raise InvalidRequest(f"no bus of {ranks} ranks with {load.max_tokens} tokens each: {error}") from None
-    return BusSizes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k, round_up(nbytes, granularity))
-
-
-def size_ledger(load: LoadModel, granularity: int) -> LedgerSizes:
-    """One rank's ledger. Raises InvalidRequest."""
-    blocks = -(-load.max_model_len // load.block_size)
-    try:
-        nbytes = ledger_bytes(load.max_sequences, load.max_model_len, blocks, LEDGER_BLOB_BYTES)
-    except ValueError as error:
-        raise InvalidRequest(
-            f"no ledger of {load.max_sequences} rows with {load.max_model_len} tokens and {blocks} blocks each: {error}"
-        ) from None
-    return LedgerSizes(load.max_sequences, load.max_model_len, blocks, round_up(nbytes, granularity))
-
-
-def needs_of(load: LoadModel, geometry: KvGeometry, granularity: int) -> Needs:
+def needs_of(load: LoadModel, spec: ModelSpec, geometry: KvGeometry, granularity: int) -> Needs:
     """What the load's ranks need beside weights. Raises InvalidRequest."""
     handles_min = -(-load.max_model_len // (load.block_size * geometry.blocks_per_handle))
-    return Needs(size_ledger(load, granularity).nbytes, geometry.handle_bytes, handles_min)
+    ledger, mailbox = size_ledger(load, granularity).nbytes, size_mailbox(load, spec, granularity)
+    return Needs(ledger, geometry.handle_bytes, handles_min, mailbox)
 
 
 def _size_devices(load: LoadModel, sizes: Sizes, needs: Needs, budgets: Mapping[str, int]) -> dict[str, DeviceSizes]:
@@ -269,7 +242,9 @@ def _size_devices(load: LoadModel, sizes: Sizes, needs: Needs, budgets: Mapping[
         num_kv = max(0, min(load.kv_bytes_max // needs.kv_handle_bytes, needs.kv_room(budget, nbytes)))
         if num_kv < needs.kv_handles_min:
             raise DeviceTooSmall(seat.device, budget, nbytes, needs, load)
-        result[seat.device] = DeviceSizes(tuple(keys_on(load.layout, seat.slot)), nbytes, needs.ledger, num_kv)
+        result[seat.device] = DeviceSizes(
+            tuple(keys_on(load.layout, seat.slot)), nbytes, needs.ledger, needs.mailbox, num_kv
+        )
     return result
 
 
@@ -293,7 +268,8 @@ def check_layout(layout: Layout, spec: ModelSpec) -> None:
 class MemoryForecast(msgspec.Struct, frozen=True):
     """What bounds a plan, in bytes: each device's budget, the footprint (bytes of weights and KV of one device, which
     KV fills up as weights leave), the ledger of one rank, and KV handles: their size, the fewest that a rank can work
-    with, how many each device of the layout in force has now, and how many a device had at the load."""
+    with, how many each device of the layout in force has now, and how many a device had at the load; the mailbox of one
+    rank."""
 
     budgets: dict[str, int]
     footprint: int
@@ -302,11 +278,12 @@ class MemoryForecast(msgspec.Struct, frozen=True):
     kv_handles_min: int
     kv_handles: dict[str, int]
     kv_handles_load: int = 0
+    mailbox: int = 0
 
     @property
     def needs(self) -> Needs:
         """Of each device."""
-        return Needs(self.ledger, self.kv_handle_bytes, self.kv_handles_min)
+        return Needs(self.ledger, self.kv_handle_bytes, self.kv_handles_min, self.mailbox)
 
 
 def kv_handles_at(sizes: Sizes, memory: MemoryForecast, num_experts: Sequence[int], num_devices: int) -> int:
@@ -347,7 +324,7 @@ class Capacity:
         self._needs = memory.needs
 
     def held(self, layout: Layout, kv_handles: Mapping[str, int]) -> dict[str, int]:
-        """Bytes of weights, KV and ledger by device of `layout`."""
+        """Bytes of weights, KV, ledger and mailbox by device of `layout`."""
         return self._sum(weights_on(self._sizes, layout), kv_handles)
 
     def instants(self, layout: Layout, steps: Sequence[Layout]) -> list[Instants]:

@@ -49,6 +49,10 @@ COMPUTES: Final[dict[str, tuple[Compute, ...]]] = {"host": ("host", "torch"), "n
 """What computes on devices, by the backend that these are of; the first is what `auto` means there."""
 
 
+ExchangeKind = Literal["shm", "mailbox"]
+"""Names of the exchanges between ranks (services/worker/exchange)."""
+
+
 class Served(msgspec.Struct, frozen=True):
     """What a layout is of: the checkpoint's folder, the dtype of its weights, and the backend that computes it: KV that
     one has written is not, bit by bit, what another would have."""

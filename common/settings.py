@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from elasticmoe.common.devices.names import COUNT_PATTERN, DeviceCount
-from elasticmoe.common.layout import COMPUTES, Compute
+from elasticmoe.common.layout import COMPUTES, Compute, ExchangeKind
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.protocol.limits import RANKS_MAX, SOCKET_PATH_BYTES_MAX
 
@@ -137,6 +137,15 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
             form="`auto`, `host`, `torch`",
         ),
     ] = "auto"
+    exchange: Annotated[
+        str,
+        Meta(pattern=r"^(auto|shm|mailbox)\Z"),
+        _is(
+            "How ranks exchange tokens: `shm`, through memory of the host; `mailbox`, from device to device; `auto`: "
+            "what is best for the devices, on `host:N` `shm`",
+            form="`auto`, `shm`, `mailbox`",
+        ),
+    ] = "auto"
     devices: Devices = "host:2"
     replicas: Annotated[int, Meta(ge=1, le=64), _is("Replicas to start with; a running deployment is scaled")] = 2
     tp: Annotated[int, Meta(ge=1, le=64), _is("Devices of one replica; only 1 for now")] = 1
@@ -167,6 +176,13 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 return name
         text = f"{self.compute} does not compute on {self.devices}: --compute has to be auto or {' or '.join(possible)}"
         raise ConfigError(text, code="no_compute")
+
+    @property
+    def exchange_kind(self) -> ExchangeKind:
+        """The exchange that `exchange` means on these devices."""
+        if self.exchange == "auto":
+            return "shm" if self.device_count.backend == "host" else "mailbox"
+        return "mailbox" if self.exchange == "mailbox" else "shm"
 
 
 class HmmConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -200,9 +200,40 @@ class Bus:
         not depend on the layout. A token without experts gets zeros. Raises as ``barrier`` does.
         """
 
+    # The same exchange where rows travel elsewhere: between the memories of devices.
+    def plan(
+        self,
+        routing: Routing,
+        generation: int,
+        ids_addr: int,
+        n: int,
+        fetched_addr: int,
+        answered_addr: int,
+        rows_cap: int,
+        returned_addr: int,
+        counts_addr: int,
+        deadline_ms: float,
+    ) -> list[tuple[int, int, int, int]]:
+        """``dispatch`` with ids alone: meets, and says which rows go where. Own rows must be readable for all before it.
+
+        Returns, of every member by slot, ``(slot, tokens, rows, returned_at)``: the tokens that it brought, how many rows of
+        them are for own experts, and where the answers to those begin among the rows that are returned to it.
+
+        In: ``ids`` as of ``dispatch``. Out, all int64 but the last: ``fetched`` [rows_cap], for each row in the order of
+        ``dispatch`` the token that it is of, counted through the tokens of all members by slot; ``answered`` [rows_cap], the
+        rows in the order in which answers are returned, member by member; ``returned`` [n, top_k], where the answer to each own
+        choice is among the rows that are returned here, -1 where it is unused; ``counts`` int32 [num_experts].
+
+        Raises as ``dispatch`` does.
+        """
+
+    def meet_combined(self, routing: Routing, generation: int, n: int, deadline_ms: float) -> None:
+        """``combine`` without rows: when it returns, all answers to the last ``plan`` have been returned. Own ones must have been
+        before it. Raises as ``combine`` does."""
+
     # Figures.
     def take_wait_ns(self) -> int:
         """Nanoseconds spent waiting for others in barriers since the last call."""
 
     def take_exchange_ns(self) -> int:
-        """Nanoseconds spent in ``step``, ``dispatch`` and ``combine``, waiting included, since the last call."""
+        """Nanoseconds spent in ``step`` and in the calls of the exchange, waiting included, since the last call."""

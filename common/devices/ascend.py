@@ -304,6 +304,11 @@ class AscendDevice(AcceleratorDevice):
         keys = [handle.backing.shared for handle in self._local if handle.backing.shared is not None]
         self._driver.admit(self._index, keys, self._importers)
 
+    def _admit_to(self, handle: Handle, importers: Sequence[int]) -> None:
+        shared = handle.backing.shared
+        assert shared is not None, "it has been exported"
+        self._driver.admit(self._index, [shared], importers)
+
     def _restore(self, nbytes: int, space: Space, place: int, key: int) -> Memory:
         text = f"{space}: ({place}, {nbytes}) cannot be taken over: only who made an NPU's memory can share it"
         raise self._broken(text, code="invalid_extent")

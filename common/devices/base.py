@@ -11,7 +11,7 @@ all of them, so that a test on the host finds what would break on a device. Each
 | range_too_large     | a range is no larger than the backend's largest                                   |
 | mapping_live        | nothing is mapped over a live mapping                                             |
 | mixed_range         | a range holds handles of one origin: made here, a predecessor's, or imported      |
-| other_device        | a range holds handles of its own device only                                      |
+| other_device        | a range holds handles of its own device only: those that it made, or imported     |
 | already_imported    | a handle is imported once per process                                             |
 | export_and_import   | one process exports or imports, never both                                        |
 | not_local           | only local handles are exported and retired                                       |

@@ -232,6 +232,11 @@ class Handles(ABC):
         """The processes that may import from now on, by their `importer_number`; who has imported keeps that. To be
         said once each of them has started, and again when one has started anew. Raises DeviceError."""
 
+    def admit_to(self, handle: Handle, importers: Sequence[int]) -> None:
+        """Let processes of other devices import one exported handle, too. Raises as `admit`; DeviceError not_local."""
+        self._check_local(handle)
+        self._admit_to(handle, importers)
+
     def id_of(self, handle: Handle) -> int:
         """A number that no other local handle of this device has while it lives; its owner's successors give it the
         same one. Only to be compared. Raises DeviceError not_local."""
@@ -286,8 +291,8 @@ class Handles(ABC):
         return 0
 
     def import_(self, token: Token) -> Handle:
-        """Make another process's handle usable here. A token's descriptor stays the caller's and may be closed
-        afterwards.
+        """Make another process's handle usable here: of this device, or of another one of its host whose memory this
+        one reaches; here it is this one's. A token's descriptor stays the caller's and may be closed afterwards.
 
         Raises DeviceError already_imported, export_and_import, not_granular; invalid_token where it names no memory of
         this backend.
@@ -376,6 +381,9 @@ class Handles(ABC):
     def _release(self, handle: Handle) -> None: ...
     @abstractmethod
     def _export(self, handle: Handle) -> Token: ...
+    def _admit_to(self, handle: Handle, importers: Sequence[int]) -> None:  # noqa: B027 - most drivers ask nobody
+        """Of `admit_to`."""
+
     @abstractmethod
     def _identity(self, token: Token) -> Hashable: ...
     @abstractmethod

@@ -10,8 +10,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 from elasticmoe.common.protocol.errors import DeviceError
 
-Space = Literal["weights", "kv"]
-SPACES: Final[tuple[Space, ...]] = ("weights", "kv")
+Space = Literal["weights", "kv", "mailbox"]
+SPACES: Final[tuple[Space, ...]] = ("weights", "kv", "mailbox")
 Origin = Literal["local", "restored", "imported"]
 State = Literal["claimed", "settled", "retired"]
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from elasticmoe.common.layout import RankId
+from elasticmoe.common.layout import ExchangeKind, RankId
 from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey
 from elasticmoe.common.protocol.codec import Codec, Message
 from elasticmoe.common.protocol.limits import NAME_CHARS_MAX
@@ -83,6 +83,13 @@ class Routing(Message, frozen=True, tag=False):
     owners: tuple[tuple[int, ...], ...]
 
 
+class SharedMailbox(Message, frozen=True, tag=False):
+    """The mailbox of the seat in `slot`, on another device or on the rank's own. Its id is one of that device."""
+
+    slot: int
+    handle: SharedHandle
+
+
 class SeatMemory(Message, frozen=True):
     """HMM -> rank: all that a rank has mapped from now on, beside bus and ledger. Whoever has more unmaps it, whoever
     has less maps it. Answered by Applied when that is done, perhaps after many steps.
@@ -91,6 +98,7 @@ class SeatMemory(Message, frozen=True):
     handles in order of their blocks; fewer than before: the blocks
     behind them are vacated first. `routings`: by epoch, of every layout that a generation of the bus may name.
     `doorbells[i]` is the fd index of the eventfd of `slots[i]`: a rank sleeps on its own and rings the others'.
+    `mailboxes`: of those of `slots` that have one, where the exchange needs any.
     """
 
     revision: int
@@ -99,6 +107,7 @@ class SeatMemory(Message, frozen=True):
     routings: tuple[Routing, ...]
     slots: tuple[int, ...]
     doorbells: tuple[int, ...]
+    mailboxes: tuple[SharedMailbox, ...] = ()
 
 
 class AttachReply(Message, frozen=True):
@@ -106,6 +115,7 @@ class AttachReply(Message, frozen=True):
 
     `memory_id` names this memory's creation: a rank that resumes leaves where it is another one than it has mapped.
     `fingerprint`: of `spec`, by whoever loaded it: a rank that would read records or KV in another way maps nothing.
+    `exchange`: by which its ranks exchange tokens.
     A rank that attached anew has applied the first SeatMemory when it says RankReady; it answers Applied too.
     """
 
@@ -117,6 +127,7 @@ class AttachReply(Message, frozen=True):
     kv_bytes_reserved: int
     bus: Segment
     ledger: Segment
+    exchange: ExchangeKind = "shm"
 
 
 class Applied(Message, frozen=True):

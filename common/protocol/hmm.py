@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from elasticmoe.common.layout import Layout
+from elasticmoe.common.layout import ExchangeKind, Layout
 from elasticmoe.common.model_spec import Dtype, RecordKey
 from elasticmoe.common.protocol.codec import Codec, Message
 from elasticmoe.common.protocol.ids import TransitionId
@@ -23,7 +23,8 @@ class LoadModel(Message, frozen=True):
     watched with GetHmmStatus. Idempotent for the same `op_id`.
 
     `kv_bytes_max`: KV memory per device; the device's budget may allow less. `max_tokens`: most tokens of one rank in
-    one step; `max_sequences`: ledger rows per rank.
+    one step; `max_sequences`: ledger rows per rank. `exchange`: by which ranks exchange tokens, for whose life its
+    memory is made.
     """
 
     op_id: OpId
@@ -35,6 +36,7 @@ class LoadModel(Message, frozen=True):
     max_tokens: Annotated[int, Meta(ge=1, le=65_536)]
     max_sequences: Annotated[int, Meta(ge=1, le=65_536)]
     max_model_len: Annotated[int, Meta(ge=2, le=1_048_576)]
+    exchange: ExchangeKind = "shm"
 
 
 class GetHmmStatus(Message, frozen=True):

@@ -35,8 +35,8 @@ class DeviceStatus(msgspec.Struct, frozen=True):
 
 class MemoryFacts(msgspec.Struct, frozen=True):
     """What a planner must know of the devices' memory, in bytes. `footprint`: of weights and KV of one device at the
-    load: what experts leave becomes KV, up to it. `ledger`: of one rank. `kv_handles_min`: KV handles that one sequence
-    of full length needs; `kv_handles_load`: those that a device had at the load."""
+    load: what experts leave becomes KV, up to it. `ledger`, `mailbox` (0: none): of one rank. `kv_handles_min`: KV
+    handles that one sequence of full length needs; `kv_handles_load`: those that a device had at the load."""
 
     granularity: int
     kv: KvGeometry
@@ -44,6 +44,7 @@ class MemoryFacts(msgspec.Struct, frozen=True):
     ledger: int
     kv_handles_min: int
     kv_handles_load: int
+    mailbox: int = 0
 
 
 class TransitionStatus(msgspec.Struct, frozen=True):

@@ -326,7 +326,7 @@ class Hmm:
             assert loaded is not None, "a seat is of a loaded model"
             memory = self._holdings.memories[seat.device]
             memory.device.admit([request.importer])
-            handed = seat_memory(full_view(memory, loaded, transition), memory, self._holdings, 0)
+            handed = seat_memory(full_view(memory, loaded, transition), memory, self._holdings, request.importer)
             attached = self._attachments.admit(channel, request, *attach_reply(memory, self._holdings))
             self._attachments.update(attached, *handed)
         except ElasticMoEError as error:

@@ -73,7 +73,7 @@ def _memory_facts(holdings: Holdings) -> MemoryFacts | None:
     loaded = holdings.loaded
     if loaded is None:
         return None
-    needs = needs_of(loaded.load, loaded.kv, holdings.granularity)
+    needs = needs_of(loaded.load, loaded.spec, loaded.kv, holdings.granularity)
     return MemoryFacts(
         granularity=holdings.granularity,
         kv=loaded.kv,
@@ -81,6 +81,7 @@ def _memory_facts(holdings: Holdings) -> MemoryFacts | None:
         ledger=needs.ledger,
         kv_handles_min=needs.kv_handles_min,
         kv_handles_load=loaded.kv_handles,
+        mailbox=needs.mailbox,
     )
 
 
@@ -98,7 +99,7 @@ def _device_status(name: str, holdings: Holdings, attachments: Attachments, memb
         budget=memory.device.budget,
         weights=used["weights"],
         kv=used["kv"],
-        other=other,
+        other=used["mailbox"] + other,
         free=memory.device.budget - sum(used.values()) - other,
         num_experts=num_experts,
         kv_blocks=num_blocks,

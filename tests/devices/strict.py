@@ -162,7 +162,7 @@ class StrictDevice(Device):
             device, space, offset, nbytes = self._key_file(key).read_text().split()
         except OSError:
             raise self._broken(f"there is no handle of the key {key:x}", code="invalid_token") from None
-        return _Place(device, "weights" if space == "weights" else "kv", int(offset), int(nbytes))
+        return _Place(device, next(one for one in SPACES if one == space), int(offset), int(nbytes))
 
     def _restore(self, nbytes: int, space: Space, place: int, key: int) -> _Place:
         if not self._key_file(key).exists() or self._find(key) != (self.name, space, place, nbytes):
@@ -200,7 +200,7 @@ class StrictDevice(Device):
     def _import(self, token: Token) -> tuple[_Place, bool]:
         assert isinstance(token, KeyToken), "import_ has looked"
         place = self._find(token.key)
-        if (place.device, place.nbytes) != (self.name, token.nbytes):
+        if place.nbytes != token.nbytes:
             raise self._broken(f"{token.key:x} is of {place.nbytes} bytes of {place.device}", code="invalid_token")
         return place, place.space != "weights"
 
@@ -287,4 +287,4 @@ class StrictDevice(Device):
         self._fds.clear()
 
 
-assert set(SPACES) == {"weights", "kv"}, "what _find reads"
+assert set(SPACES) == {"weights", "kv", "mailbox"}, "what _find reads"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from elasticmoe.common.capacity import Sizes, size_ledger, sizes_of
+from elasticmoe.common.capacity import Sizes, sizes_of
 from elasticmoe.common.devices.base import KeyToken
 from elasticmoe.common.families import records
 from elasticmoe.common.layout import Layout, keys_on
@@ -24,6 +24,7 @@ from elasticmoe.common.protocol.codec import Received
 from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.handles import Attach, SeatMemory
 from elasticmoe.common.protocol.hmm import LoadModel
+from elasticmoe.common.seat_sizes import size_ledger
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native.ledger import Ledger, format_ledger
 from elasticmoe.native.ledger import ledger_bytes as native_ledger_bytes

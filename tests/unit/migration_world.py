@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from elasticmoe.common.capacity import LEDGER_BLOB_BYTES
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol import hmm as hmm_messages
 from elasticmoe.common.protocol import rank as rank_messages
@@ -31,6 +30,7 @@ from elasticmoe.common.protocol.rank import (
 )
 from elasticmoe.common.protocol.replies import Ack, Refused, refusal
 from elasticmoe.common.protocol.router import Delta, Failed, Logprob, MayMove, Moved
+from elasticmoe.common.seat_sizes import LEDGER_BLOB_BYTES
 from elasticmoe.common.transport import Server, Sockets
 from elasticmoe.native import host
 from elasticmoe.native.ledger import Ledger, format_ledger, ledger_bytes

@@ -123,8 +123,9 @@ class Ranks:
             kv = KvCache(blocks, num_blocks, geometry, kv_memory.device, kv_memory.address)
             with Checkpoint(directory, self.spec) as checkpoint:
                 self.weights.append(load_weights(checkpoint, self.spec, held, kv))
-            self.models.append(build_model(backend(), self.weights[-1], max_tokens))
-            exchange = ShmExchange(bus, self.spec.num_experts_by_layer)
+            made = backend()
+            self.models.append(build_model(made, self.weights[-1], max_tokens))
+            exchange = ShmExchange(bus, self.spec.num_experts_by_layer, made)
             self.exchanges.append(exchange)
         self._set_routing()
 

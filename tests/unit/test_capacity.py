@@ -87,7 +87,7 @@ def load_says_yes(load: LoadModel, spec: ModelSpec, budget: int) -> bool:
 
 def bytes_needed(spec: ModelSpec, load: LoadModel, *layouts: Layout) -> int:
     """Of the fullest device with the records of all `layouts`, a ledger and the least KV: by hand."""
-    needs = needs_of(load, size_load(load, spec, dict.fromkeys(DEVICES, 1 << 40), PAGE).kv, PAGE)
+    needs = needs_of(load, spec, size_load(load, spec, dict.fromkeys(DEVICES, 1 << 40), PAGE).kv, PAGE)
     sizes = {record.key: round_up(record.nbytes, PAGE) for record in records(spec)}
     held: dict[str, set[object]] = {}
     for layout in layouts:
@@ -101,7 +101,7 @@ def loaded_at(load: LoadModel, spec: ModelSpec, budget: int) -> tuple[Catalog, L
     """The HMM after that load, and what its status tells the scaler."""
     found = size_load(load, spec, dict.fromkeys(DEVICES, budget), PAGE)
     loaded = Loaded(load, spec, found.kv, PAGE, load.layout, "memory", found.footprint, found.kv_handles, "")
-    needs = needs_of(load, found.kv, PAGE)
+    needs = needs_of(load, spec, found.kv, PAGE)
     kv = {name: device.num_kv_handles for name, device in found.devices.items()}
     entries = tuple(DeviceEntry(name, budget, kv=(Span(0, PAGE),) * kv.get(name, 0)) for name in DEVICES)
     forecast = MemoryForecast(

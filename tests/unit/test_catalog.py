@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elasticmoe.common.capacity import check_layout, size_bus, size_ledger, size_load
+from elasticmoe.common.capacity import check_layout, size_load
 from elasticmoe.common.devices.factory import backend_of
 from elasticmoe.common.families import FAMILIES, records
 from elasticmoe.common.families import fingerprint as fingerprint_module
@@ -30,6 +30,7 @@ from elasticmoe.common.model_spec import (
 from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, PayloadTooLarge
 from elasticmoe.common.protocol.hmm import LoadModel, StageLayout
 from elasticmoe.common.protocol.ids import TransitionId
+from elasticmoe.common.seat_sizes import size_bus, size_ledger
 from elasticmoe.common.wording import size as told_size
 from elasticmoe.services.hmm.memory import snapshot as snapshot_module
 from elasticmoe.services.hmm.memory.catalog import (
@@ -101,9 +102,9 @@ def test_other_bytes_are_no_catalog(raw: bytes) -> None:
 
 
 def test_another_version_is_no_catalog() -> None:
-    with pytest.raises(ValueError, match="version 3 is not 5"):
+    with pytest.raises(ValueError, match="version 3 is not 6"):
         decode(encode(msgspec.structs.replace(catalog(), version=3)))
-    with pytest.raises(ValueError, match="version 3 is not 5"):  # whatever that one holds
+    with pytest.raises(ValueError, match="version 3 is not 6"):  # whatever that one holds
         decode(msgspec.msgpack.encode({"version": 3, "transition": {"request": {"op_id": "op/0.0"}}}))
 
 

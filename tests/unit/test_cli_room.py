@@ -11,10 +11,11 @@ from elasticmoe.cli import checks, settings, up
 from elasticmoe.cli.main import main
 from elasticmoe.cli.record import DeploymentRecord, ProcessRecord, write_record
 from elasticmoe.cli.rundir import RunDir
-from elasticmoe.common.capacity import load_of, size_ledger, sizes_of, weights_on
+from elasticmoe.common.capacity import load_of, sizes_of, weights_on
 from elasticmoe.common.families import load_spec
 from elasticmoe.common.layout import initial_layout
 from elasticmoe.common.private import make_private
+from elasticmoe.common.seat_sizes import size_ledger
 from tests.unit import forms
 
 pytestmark = pytest.mark.usefixtures("no_settings_of_the_caller")

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from elasticmoe.common.capacity import BusSizes
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.layout import Layout, initial_layout
+from elasticmoe.common.seat_sizes import BusSizes
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.hmm.memory.memory import BusSegment
 from elasticmoe.services.hmm.sessions.membership import Membership, slots_of_mask

@@ -47,7 +47,9 @@ def test_a_weight_passes_the_files_that_the_page_names_and_none_twice(tiny_mixtr
     try:
         with trace.follow():
             loaded = world.load(tiny_mixtral).run()
-            holdings: Any = SimpleNamespace(loaded=loaded, segment=world.segment, granularity=PAGE, doorbells=bells)
+            holdings: Any = SimpleNamespace(
+                loaded=loaded, segment=world.segment, granularity=PAGE, doorbells=bells, memories=world.memories
+            )
             reply, fds = attach_reply(memory, holdings)
             seat, offer = seat_memory(full_view(memory, loaded, None), memory, holdings, 1)
             handed = [(told, copies(own)) for told, own in (*shares(offer, ()), (seat, offer.fds))]

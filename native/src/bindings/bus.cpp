@@ -143,6 +143,41 @@ class PyBus {
     block(wanted, [&] { return exchange_.combine(routing, wanted, y, out, num_tokens, deadline); });
   }
 
+  using ShareTuple = std::tuple<uint32_t, uint32_t, uint64_t, uint64_t>;
+
+  std::vector<ShareTuple> plan(const Routing& routing, int64_t generation, uint64_t ids_addr, int64_t n,
+                               uint64_t fetched_addr, uint64_t answered_addr, int64_t rows_cap, uint64_t returned_addr,
+                               uint64_t counts_addr, double deadline_ms) {
+    const auto wanted = natural<uint32_t>("generation", generation);
+    const auto num_tokens = checked_tokens(n);
+    const uint64_t num_pairs = uint64_t{num_tokens} * geometry().top_k;
+    const uint64_t cap = natural("rows_cap", rows_cap);
+    const auto* ids = buffer<const int32_t>("ids_addr", ids_addr, num_pairs);
+    const Exchange::Plan out{buffer<int64_t>("fetched_addr", fetched_addr, cap),
+                             buffer<int64_t>("answered_addr", answered_addr, cap), cap,
+                             buffer<int64_t>("returned_addr", returned_addr, num_pairs),
+                             buffer<int32_t>("counts_addr", counts_addr, routing.num_experts())};
+    const int64_t deadline = deadline_from_ms(deadline_ms);
+    const Busy busy(*this);
+    const Stopwatch stopwatch(exchange_ns_);
+    std::vector<Exchange::Share> shares;
+    block(wanted, [&] { return exchange_.plan(routing, wanted, ids, num_tokens, out, deadline, shares); });
+    std::vector<ShareTuple> result;
+    for (const auto& share : shares) {
+      result.emplace_back(share.slot, share.num_tokens, share.num_rows, share.returned_at);
+    }
+    return result;
+  }
+
+  void meet_combined(const Routing& routing, int64_t generation, int64_t n, double deadline_ms) {
+    const auto wanted = natural<uint32_t>("generation", generation);
+    const auto num_tokens = checked_tokens(n);
+    const int64_t deadline = deadline_from_ms(deadline_ms);
+    const Busy busy(*this);
+    const Stopwatch stopwatch(exchange_ns_);
+    block(wanted, [&] { return exchange_.meet_combined(routing, wanted, num_tokens, deadline); });
+  }
+
   int64_t take_exchange_ns() { return exchange_ns_.exchange(0, std::memory_order_relaxed); }
 
  private:
@@ -284,6 +319,9 @@ void bind_bus(nb::module_& module) {
       .def("dispatch", &PyBus::dispatch, "routing"_a, "generation"_a, "x_addr"_a, "ids_addr"_a, "w_addr"_a, "n"_a,
            "rows_addr"_a, "rows_cap"_a, "counts_addr"_a, "deadline_ms"_a)
       .def("combine", &PyBus::combine, "routing"_a, "generation"_a, "y_addr"_a, "out_addr"_a, "n"_a, "deadline_ms"_a)
+      .def("plan", &PyBus::plan, "routing"_a, "generation"_a, "ids_addr"_a, "n"_a, "fetched_addr"_a, "answered_addr"_a,
+           "rows_cap"_a, "returned_addr"_a, "counts_addr"_a, "deadline_ms"_a)
+      .def("meet_combined", &PyBus::meet_combined, "routing"_a, "generation"_a, "n"_a, "deadline_ms"_a)
       .def("take_wait_ns", [](PyBus& bus) { return bus.meeting().take_wait_ns(); })
       .def("take_exchange_ns", &PyBus::take_exchange_ns);
 }

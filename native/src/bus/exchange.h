@@ -17,6 +17,11 @@
 // Rows come back one for each choice, not summed by owner, and are weighted and added at home in the order of the
 // choices: the result then does not depend on which rank owns which expert, so scaling does not change it by a bit.
 // Rows whose owner is the token's own rank never pass through the segment.
+//
+// Where ranks compute on devices with memory of their own, rows travel between those: `plan` and `meet_combined` are the
+// same two barriers with ids and counts alone, and tell each rank which rows to fetch and where to put its answers. The
+// answers of one owner lie together then, so that they are one copy: in the returned rows of s, those of the lowest slot
+// first, each owner's by (token, choice). Everybody works that out from the ids of s, which all have read.
 #pragma once
 
 #include <atomic>
@@ -61,11 +66,36 @@ class Exchange {
     int32_t* counts;
   };
 
+  // What a member has brought to a dispatch: rows of its tokens for own experts, and where in the rows that are returned
+  // to it the answers to those begin.
+  struct Share {
+    uint32_t slot;
+    uint32_t num_tokens;
+    uint64_t num_rows;
+    uint64_t returned_at;
+  };
+  // Of a dispatch whose rows travel elsewhere. All indices are of rows. The tokens of all members lie one after the
+  // other, by slot: `fetched` has for each row for an own expert the token that it is of. `answered` has the rows in the
+  // order in which their answers are returned, member by member. `returned` has for each own choice where its answer is
+  // among the rows that are returned here; -1 where it is unused.
+  struct Plan {
+    int64_t* fetched;
+    int64_t* answered;
+    uint64_t rows_cap;
+    int64_t* returned;
+    int32_t* counts;
+  };
+
   // `interrupted` and `timeout` may be followed by the same call, which goes on.
   Outcome dispatch(const Routing& routing, uint32_t generation, const Tokens& tokens, const Rows& out,
                    int64_t deadline_ns, uint64_t& num_rows);
   Outcome combine(const Routing& routing, uint32_t generation, const float* y, float* out, uint32_t num_tokens,
                   int64_t deadline_ns);
+  // `dispatch` without rows. `shares`: of every member, by slot.
+  Outcome plan(const Routing& routing, uint32_t generation, const int32_t* ids, uint32_t num_tokens, const Plan& out,
+               int64_t deadline_ns, std::vector<Share>& shares);
+  // `combine` without rows: all answers to the last plan have been returned once it is done.
+  Outcome meet_combined(const Routing& routing, uint32_t generation, uint32_t num_tokens, int64_t deadline_ns);
 
  private:
   // A row for one of the own experts: where it came from and where its answer goes.
@@ -75,11 +105,18 @@ class Exchange {
     uint32_t expert;
   };
 
+  Outcome collect(const Routing& routing, uint32_t generation, const Tokens& tokens, uint64_t rows_cap,
+                  int64_t deadline_ns);
+  void finish(const Routing& routing, uint32_t generation, uint32_t num_tokens);
+  Outcome arrive_combined(const Routing& routing, uint32_t generation, uint32_t num_tokens, const float* y);
+  void sort_rows(uint32_t num_experts, int32_t* counts);
+  void share_rows(const Routing& routing, const Tokens& tokens, const Plan& out, std::vector<Share>& shares) const;
+  const int32_t* ids_of(uint32_t source) const;
   void check_ids(const Routing& routing, const Tokens& tokens, uint64_t members) const;
   void publish(const Routing& routing, const Tokens& tokens, uint64_t members);
   bool find_rows(const Routing& routing, const Tokens& tokens);
   bool find_rows_of(const Routing& routing, uint32_t source, const int32_t* ids, uint32_t num_tokens);
-  void gather(const Tokens& tokens, const Rows& out, uint32_t num_experts);
+  void gather(const Tokens& tokens, const Rows& out);
   void return_rows(const float* y);
   void sum_rows(const float* y, float* out) const;
 
@@ -91,6 +128,7 @@ class Exchange {
   // Of the layer between dispatch and combine.
   std::vector<Row> found_;          // by source, then pair
   std::vector<Row> rows_;           // in row order
+  std::vector<uint64_t> places_;    // of what was found: its row
   std::vector<uint64_t> next_row_;  // by expert, while sorting
   std::vector<int32_t> own_ids_;
   std::vector<float> own_weights_;

@@ -94,6 +94,8 @@ class ModelLoad:
         for name, size in sizes.devices.items():
             memory = self._memories[name]
             memory.ledger = make_ledger(name, sizes.ledger)
+            if size.mailbox_bytes:
+                memory.create_mailbox(size.mailbox_bytes)
             for key in size.keys:
                 self._check_abort()
                 memory.create_record(key, records.of(key))

@@ -13,12 +13,13 @@ from elasticmoe.common.layout import Layout, keys_on
 from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey
 from elasticmoe.common.protocol.hmm import LoadModel, StageLayout
 from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.seat_sizes import size_mailbox
 
 Phase = Literal[
     "vacating", "copying", "staged", "committed", "releasing", "released", "aborting", "aborted", "failed"
 ]  # scaler.TransitionStatus has them, and `flipped`, which only the bus knows
 
-VERSION = 5  # of the serialized form
+VERSION = 6  # of the serialized form
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
@@ -37,14 +38,15 @@ class Placed(msgspec.Struct, frozen=True, array_like=True):
 
 
 class DeviceEntry(msgspec.Struct, frozen=True):
-    """One device: its budget in bytes, its weight records, its KV handles in order of their blocks, and the
-    bytes of its rank's ledger (0: none), which is memory of the host."""
+    """One device: its budget in bytes, its weight records, its KV handles in order of their blocks, the bytes of its
+    rank's ledger (0: none), which is memory of the host, and its rank's mailbox, where the exchange needs one."""
 
     device: str
     budget: int
     records: tuple[Placed, ...] = ()
     kv: tuple[Span, ...] = ()
     ledger_bytes: int = 0
+    mailbox: Span | None = None
 
     @property
     def weights_bytes(self) -> int:
@@ -55,6 +57,11 @@ class DeviceEntry(msgspec.Struct, frozen=True):
     def kv_bytes(self) -> int:
         """Bytes of KV handles."""
         return sum(span.nbytes for span in self.kv)
+
+    @property
+    def mailbox_bytes(self) -> int:
+        """Bytes of the mailbox; 0 without one."""
+        return self.mailbox.nbytes if self.mailbox is not None else 0
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -165,7 +172,7 @@ def check_integrity(catalog: Catalog) -> list[str]:
     findings: list[str] = []
     for entry in catalog.devices:
         findings += _check_spans(entry, catalog.granularity)
-        used = entry.weights_bytes + entry.kv_bytes + entry.ledger_bytes
+        used = entry.weights_bytes + entry.kv_bytes + entry.ledger_bytes + entry.mailbox_bytes
         if used > entry.budget:
             findings.append(f"{entry.device}: {used} bytes exceed the budget of {entry.budget}")
     if catalog.loaded is None:
@@ -176,13 +183,14 @@ def check_integrity(catalog: Catalog) -> list[str]:
 
 
 def _is_used(entry: DeviceEntry) -> bool:
-    return bool(entry.records or entry.kv or entry.ledger_bytes)
+    return bool(entry.records or entry.kv or entry.ledger_bytes or entry.mailbox)
 
 
 def _check_spans(entry: DeviceEntry, granularity: int) -> list[str]:
     findings = []
     weights = tuple(placed.span for placed in entry.records)
-    for space, spans in (("weights", weights), ("kv", entry.kv)):
+    mailboxes = (entry.mailbox,) if entry.mailbox is not None else ()
+    for space, spans in (("weights", weights), ("kv", entry.kv), ("mailbox", mailboxes)):
         end = 0
         for span in sorted(spans, key=lambda span: span.offset):
             if span.offset < end:
@@ -223,6 +231,9 @@ def _check_placement(catalog: Catalog, loaded: Loaded) -> list[str]:
             findings.append(f"{entry.device}: KV handles are none, or not of {loaded.kv.handle_bytes} bytes")
         if wanted and not entry.ledger_bytes:
             findings.append(f"{entry.device}: has no ledger")
+        mailbox_bytes = size_mailbox(loaded.load, loaded.spec, catalog.granularity)
+        if entry.mailbox_bytes != mailbox_bytes and (wanted or entry.mailbox):
+            findings.append(f"{entry.device}: its mailbox has {entry.mailbox_bytes} bytes, not {mailbox_bytes}")
     known = {entry.device for entry in catalog.devices}
     absent = {seat.device for layout in allowed for seat in layout.seats} - known
     return findings + [f"{device}: has a seat but is not of this host" for device in sorted(absent)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from elasticmoe.common.capacity import LEDGER_BLOB_BYTES, LedgerSizes
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.seat_sizes import LEDGER_BLOB_BYTES, LedgerSizes
 from elasticmoe.native.ledger import format_ledger
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from elasticmoe.common.capacity import BusSizes
 from elasticmoe.common.devices.base import Device, Handle, Range, Space
 from elasticmoe.common.devices.rules import Origin
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.errors import DeviceError
+from elasticmoe.common.seat_sizes import BusSizes
 from elasticmoe.native.bus import Bus, format_bus
 from elasticmoe.services.hmm.memory.catalog import DeviceEntry, Placed, Span
 
@@ -16,8 +16,8 @@ _Window = tuple[Space, Origin, int]
 
 class DeviceMemory:
     """All handles of one device, mapped here as long as they live, each at its own offset of a window of its space, so
-    that addresses are stable. `records`, `kv` and `ledger` are what the catalog names; the ledger, of the rank on this
-    device, is memory of the host.
+    that addresses are stable. `records`, `kv`, `mailbox` and `ledger` are what the catalog names; the last two are of
+    the rank on this device, the ledger memory of the host.
 
     Belongs to the load's thread during a load, else to the service's loop.
     """
@@ -26,6 +26,7 @@ class DeviceMemory:
         self.device = device
         self.records: dict[RecordKey, Handle] = {}
         self.kv: list[Handle] = []
+        self.mailbox: Handle | None = None
         self.ledger: HostShared | None = None
         self._windows: dict[_Window, Range] = {}
 
@@ -39,6 +40,11 @@ class DeviceMemory:
         """Create and map one more KV handle. Raises DoesNotFit."""
         self.kv.append(self.device.create(nbytes, "kv"))
         self._map(self.kv[-1])
+
+    def create_mailbox(self, nbytes: int) -> None:
+        """Create and map the mailbox of the rank on this device. Raises DoesNotFit."""
+        self.mailbox = self.device.create(nbytes, "mailbox")
+        self._map(self.mailbox)
 
     def claim(self, nbytes: int, space: Space) -> Handle:
         """A mapped handle without pages that the catalog does not name yet (Device.claim). Raises DoesNotFit."""
@@ -71,10 +77,11 @@ class DeviceMemory:
 
     def take_all(self) -> list[Handle | HostShared]:
         """All that the catalog names, which it does no more: it is the caller's, to `release`."""
-        taken: list[Handle | HostShared] = [*self.records.values(), *self.kv, *([self.ledger] if self.ledger else [])]
+        single = [one for one in (self.mailbox, self.ledger) if one is not None]
+        taken: list[Handle | HostShared] = [*self.records.values(), *self.kv, *single]
         self.records.clear()
         self.kv.clear()
-        self.ledger = None
+        self.mailbox = self.ledger = None
         return taken
 
     def release(self, memory: Handle | HostShared) -> None:
@@ -92,7 +99,8 @@ class DeviceMemory:
         records = tuple(Placed(key, _span(handle)) for key, handle in self.records.items())
         kv = tuple(_span(handle) for handle in self.kv)
         ledger_bytes = self.ledger.nbytes if self.ledger else 0
-        return DeviceEntry(self.device.name, self.device.budget, records, kv, ledger_bytes)
+        mailbox = _span(self.mailbox) if self.mailbox is not None else None
+        return DeviceEntry(self.device.name, self.device.budget, records, kv, ledger_bytes, mailbox)
 
     def restore(self, entry: DeviceEntry, ledger: HostShared | None) -> None:
         """Take over what a predecessor created, and give back what it did not record. Raises DeviceError."""
@@ -104,6 +112,9 @@ class DeviceMemory:
         for span in entry.kv:
             self.kv.append(self.device.restore("kv", *_where(span)))
             self._map(self.kv[-1])
+        if entry.mailbox is not None:
+            self.mailbox = self.device.restore("mailbox", *_where(entry.mailbox))
+            self._map(self.mailbox)
         self.device.trim()
 
     def check_integrity(self) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from elasticmoe.common.capacity import LedgerSizes, size_ledger, sizes_of
+from elasticmoe.common.capacity import sizes_of
 from elasticmoe.common.checkpoint import Checkpoint
 from elasticmoe.common.devices.base import Device, Handle
 from elasticmoe.common.failpoint import failpoint
@@ -23,6 +23,7 @@ from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.hmm import RecordCopy
+from elasticmoe.common.seat_sizes import LedgerSizes, size_ledger, size_mailbox
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.loading.reader import Reader
 from elasticmoe.services.hmm.memory.catalog import Loaded, Transition
@@ -39,8 +40,8 @@ Then = Callable[[ElasticMoEError | None], None]
 
 
 class HandlePart(NamedTuple):
-    """A claimed handle of `memory` to be made: KV, which is zeros, or the record of `copy`, which comes from the handle
-    `source` of the device that the copy names, or from the checkpoint where it names none."""
+    """A claimed handle of `memory` to be made: KV or a mailbox, which are zeros, or the record of `copy`, which comes
+    from the handle `source` of the device that the copy names, or from the checkpoint where it names none."""
 
     memory: DeviceMemory
     handle: Handle
@@ -239,18 +240,22 @@ class Supply:
     # ---- In
 
     def claim_stage(self, transition: Transition, loaded: Loaded) -> None:
-        """Claim what `transition` needs beside what is there: ledger and KV of new seats, and the records to be copied.
+        """Claim what `transition` needs beside what is there: ledger, mailbox and KV of new seats, and the records to
+        be copied.
 
         Raises DoesNotFit; `drop_claims` takes back what was claimed by then.
         """
         failpoint("hmm.claim")
         memories, request = self._holdings.memories, transition.request
         ledger = size_ledger(loaded.load, self._holdings.granularity)
+        mailbox_bytes = size_mailbox(loaded.load, loaded.spec, self._holdings.granularity)
         for seat in transition.after.seats:
             if transition.before.seat_on(seat.device) is not None:
                 continue
             memory = memories[seat.device]
             self._claims.append(LedgerPart(memory, claim_ledger(seat.device, ledger), ledger))
+            if mailbox_bytes:
+                self._claims.append(HandlePart(memory, memory.claim(mailbox_bytes, "mailbox")))
             self.claim_kv(memory, request.kv_handles[seat.device], loaded)
         sizes = sizes_of(loaded.spec, self._holdings.granularity)
         for copy in request.copies:
@@ -294,6 +299,8 @@ class Supply:
             part.memory.device.settle(part.handle)
             if part.copy is not None:
                 part.memory.records[part.copy.key] = part.handle
+            elif part.handle.space == "mailbox":
+                part.memory.mailbox = part.handle
             else:
                 part.memory.kv.append(part.handle)
         self._claims.clear()

@@ -104,8 +104,8 @@ class _Outbox:
 
 class Attached:
     """A living rank: its connection, who it is, and its memory as last `sent`, of which `applied` is the revision that
-    it has mapped. `shared`: ids of the handles that it has, or was sent. `version`: of the HMM's view when that was
-    made."""
+    it has mapped. `importer`: as Attach has it. `shared`: ids of the handles that it has, or was sent. `version`: of
+    the HMM's view when that was made."""
 
     def __init__(self, channel: Channel[ToHmm], request: Attach, outbox: _Outbox) -> None:
         self.channel = channel
@@ -113,6 +113,7 @@ class Attached:
         self.slot = request.slot
         self.device = request.device
         self.incarnation = request.incarnation
+        self.importer = request.importer
         self.outbox = outbox
         self.sent = _NOTHING
         self.shared: set[int] = set()

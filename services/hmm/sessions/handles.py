@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Final, NamedTuple
 
-from elasticmoe.common.devices.base import Device, FdToken, Handle
+from elasticmoe.common.devices.base import Device, FdToken, Handle, Token
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.model_spec import RecordKey
@@ -20,6 +20,7 @@ from elasticmoe.common.protocol.handles import (
     SharedFd,
     SharedHandle,
     SharedKey,
+    SharedMailbox,
     ShareHandles,
 )
 from elasticmoe.common.protocol.limits import FDS_MAX
@@ -86,12 +87,13 @@ def wanted_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | N
     return View({key: handle for key, handle in memory.records.items() if key in keys}, kv, routed)
 
 
-def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, revision: int) -> tuple[SeatMemory, Offer]:
-    """The message for `view`, and what it needs."""
+def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, importer: int) -> tuple[SeatMemory, Offer]:
+    """The message for `view`, whose revision is still to be set, and what it needs. The rank, which is the process
+    `importer`, is admitted to the mailboxes. Raises DeviceError."""
     fds, name = _Fds(), memory.device.id_of
     slots = slots_of(view.layouts)
     seat = SeatMemory(
-        revision=revision,
+        revision=0,
         records=tuple(RecordHandle(key, name(handle)) for key, handle in view.records.items()),
         kv=tuple(name(handle) for handle in view.kv),
         routings=tuple(
@@ -100,6 +102,7 @@ def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, revision: 
         ),
         slots=slots,
         doorbells=tuple(fds.add(holdings.doorbells[slot]) for slot in slots),
+        mailboxes=tuple(_mailboxes(view, holdings, importer, fds)),
     )
     handles = {name(handle): handle for handle in (*view.records.values(), *view.kv)}
     return seat, Offer(tuple(fds.all), memory.device, handles)
@@ -115,12 +118,26 @@ def shares(offer: Offer, known: Collection[int]) -> Iterator[tuple[ShareHandles,
         if len(handles) == HANDLES_MAX or len(fds.all) == FDS_MAX:
             yield ShareHandles(tuple(handles)), tuple(fds.all)
             fds, handles = _Fds(), []
-        if isinstance(token, FdToken):
-            handles.append(SharedHandle(name, token.nbytes, SharedFd(fds.add(token.fd), token.offset, token.key)))
-        else:
-            handles.append(SharedHandle(name, token.nbytes, SharedKey(token.key)))
+        handles.append(_shared(name, token, fds))
     if handles:
         yield ShareHandles(tuple(handles)), tuple(fds.all)
+
+
+def _shared(name: int, token: Token, fds: _Fds) -> SharedHandle:
+    if isinstance(token, FdToken):
+        return SharedHandle(name, token.nbytes, SharedFd(fds.add(token.fd), token.offset, token.key))
+    return SharedHandle(name, token.nbytes, SharedKey(token.key))
+
+
+def _mailboxes(view: View, holdings: Holdings, importer: int, fds: _Fds) -> Iterator[SharedMailbox]:
+    """Those of the view's seats that are made. A seat whose memory is still on its way has none yet."""
+    seats = {seat.slot: seat for layout in view.layouts for seat in layout.seats}
+    for slot, seat in sorted(seats.items()):
+        memory = holdings.memories[seat.device]
+        if memory.mailbox is not None:
+            token = memory.device.export(memory.mailbox)
+            memory.device.admit_to(memory.mailbox, (importer,))
+            yield SharedMailbox(slot, _shared(memory.device.id_of(memory.mailbox), token, fds))
 
 
 def _share(fds: _Fds, shared: HostShared) -> Segment:
@@ -149,6 +166,7 @@ def attach_reply(memory: DeviceMemory, holdings: Holdings) -> tuple[AttachReply,
         * loaded.kv.handle_bytes,
         bus=_share(fds, segment.shared),
         ledger=_share(fds, memory.ledger),
+        exchange=loaded.load.exchange,
     )
     return reply, tuple(fds.all)
 

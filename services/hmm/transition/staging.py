@@ -89,7 +89,7 @@ def _check_kv(catalog: Catalog, loaded: Loaded, request: StageLayout) -> None:
 
 def _check_budgets(catalog: Catalog, loaded: Loaded, request: StageLayout) -> None:
     sizes = sizes_of(loaded.spec, catalog.granularity)
-    needs = needs_of(loaded.load, loaded.kv, catalog.granularity)
+    needs = needs_of(loaded.load, loaded.spec, loaded.kv, catalog.granularity)
     budgets = {entry.device: entry.budget for entry in catalog.devices}
     both, after = weights_on(sizes, loaded.layout, request.layout), weights_on(sizes, request.layout)
     needs.check("after the release", budgets, after, request.kv_handles_after)

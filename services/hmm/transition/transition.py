@@ -264,7 +264,7 @@ class Transitions:
             memory = self._holdings.memories[attached.device]
             view = wanted_view(memory, loaded, transition)
             if view is not None:
-                self._attachments.update(attached, *seat_memory(view, memory, self._holdings, 0))
+                self._attachments.update(attached, *seat_memory(view, memory, self._holdings, attached.importer))
             attached.version = self._version
 
     def _vacate(self, transition: Transition, loaded: Loaded) -> bool:
@@ -338,7 +338,7 @@ class Transitions:
             memory = self._holdings.memories[seat.device]
             keys = keys_of((layout,), seat.device)
             extra = [key for key in memory.records if key not in keys]
-            if not extra and (keys or not (memory.kv or memory.ledger)):
+            if not extra and (keys or not (memory.kv or memory.ledger or memory.mailbox)):
                 continue
             is_done = False
             if not self._is_let_go(seat.slot, bool(keys)) or self._is_used(memory):

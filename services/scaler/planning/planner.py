@@ -205,5 +205,6 @@ def planned_from(cluster: Cluster) -> tuple[Layout, MemoryFacts, MemoryForecast]
             device.device: device.kv // facts.kv.handle_bytes for device in cluster.devices if device.device in used
         },
         kv_handles_load=facts.kv_handles_load,
+        mailbox=facts.mailbox,
     )
     return committed, facts, forecast

@@ -4,7 +4,7 @@ An operation is made once, from tensors whose shapes, dtypes and contiguity are 
 number of rows and looks at no tensor again. The maker keeps the tensors alive for as long as it uses the operation.
 
 An operation is queued when it returns, and done in the order of the queue; a backend that computes at once says
-`is_synchronous`. The exchange between ranks reads and writes host memory: what goes there passes through a Mirror.
+`is_synchronous`. What the exchange between ranks takes and gives is a Mirror: some of it passes through host memory.
 
 Every backend holds two rules (ADR 8, ADR 26): a row's result depends, bit by bit, on its own input, its sequence's KV
 and the weights alone, and of equals the lower id comes first. Two backends agree only nearly, so that all ranks of a
@@ -39,8 +39,8 @@ BatchOperation = Callable[[StepBatch], None]
 
 
 class Mirror(NamedTuple):
-    """A buffer of a step that the exchange reads or writes at `host`, and operations at `device`; one and the same
-    tensor where the device computes in host memory."""
+    """A buffer of a step that operations read or write at `device`, and others at `host`, which is in host memory, or
+    in memory that devices share; one and the same tensor where there is no difference."""
 
     device: torch.Tensor
     host: torch.Tensor
@@ -75,8 +75,10 @@ class ComputeBackend(ABC):
         return Mirror(device, device if self.is_synchronous else torch.empty(shape, dtype=dtype))
 
     def download(self, *mirrors: Mirror) -> Operation:
-        """The first N rows of each come to the host; blocks until they, and all that was queued before, are there."""
-        if self.is_synchronous:
+        """The first N rows of each come to its other side; blocks until they, and all that was queued before, are
+        there."""
+        mirrors = tuple(mirror for mirror in mirrors if mirror.host is not mirror.device)
+        if self.is_synchronous and not mirrors:
             return _is_there
 
         def run(n: int) -> None:
@@ -219,8 +221,9 @@ class ComputeBackend(ABC):
     def experts(
         self, w13_E: torch.Tensor, w2_E: torch.Tensor, moe: MoeSpec, hidden: int
     ) -> Callable[[torch.Tensor, torch.Tensor, int], None]:
-        """Called with the exchange's rows [>= R, H] and counts [E], both in host memory, and R: each row becomes its
-        expert's output, in place, and is there when it returns.
+        """Called with the exchange's rows [>= R, H], counts [E] and R: each row becomes its expert's output, in place.
+        The counts are in host memory. So may be the rows: then they are there when it returns; or they lie where the
+        backend computes, and all is queued.
 
         w13 [E, 2 I, H] and w2 [E, H, I] may have gaps between experts; those without rows are not touched: they may be
         unmapped.

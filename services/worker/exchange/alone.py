@@ -6,15 +6,18 @@ from collections.abc import Sequence
 
 import torch
 
+from elasticmoe.services.worker.backends.base import Mirror
 from elasticmoe.services.worker.exchange.base import Exchange, ExchangeTimes
 
 
 class Alone(Exchange):
-    """`held[layer]`: the experts that are mapped; `num_experts`: the most that a layer has. Combines to zeros."""
+    """`held[layer]`: the experts that are mapped; `num_experts`: the most that a layer has; `device`: where the rows of
+    the exchange lie that it stands for. Combines to zeros."""
 
-    def __init__(self, held: Sequence[Sequence[int]], num_experts: int, hidden: int) -> None:
+    def __init__(self, held: Sequence[Sequence[int]], num_experts: int, hidden: int, device: torch.device) -> None:
         self._held = held
-        self.rows_RH = torch.zeros((max((len(experts) for experts in held), default=0), hidden), dtype=torch.float32)
+        num_rows = max((len(experts) for experts in held), default=0)
+        self.rows_RH = torch.zeros((num_rows, hidden), dtype=torch.float32, device=device)
         self.counts_E = torch.zeros(num_experts, dtype=torch.int32)
 
     def set_routing(self, generation: int, owners: Sequence[Sequence[int]]) -> None:
@@ -28,7 +31,7 @@ class Alone(Exchange):
     def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
         """See Exchange. Nothing to prepare."""
 
-    def dispatch(self, layer: int, x_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor, n: int) -> int:
+    def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int) -> int:
         """See Exchange. One row of zeros for each held expert."""
         del x_NH, ids_NK, weights_NK, n
         self.counts_E.zero_()
@@ -36,10 +39,10 @@ class Alone(Exchange):
         self.rows_RH.zero_()
         return len(self._held[layer])
 
-    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: torch.Tensor, n: int) -> None:
+    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int) -> None:
         """See Exchange. Zeros."""
         del layer, y_RH
-        out_NH[:n].zero_()
+        out_NH.device[:n].zero_()
 
     def take_times(self) -> ExchangeTimes:
         """See Exchange. Nobody was waited for."""

@@ -1,5 +1,8 @@
 """Interface of the expert exchange: send tokens to the ranks that hold their experts, bring the results back.
 
+The model's rows lie where its backend computes. By which memory they travel is the exchange's affair: it takes them
+from either side of a Mirror, and waits for what was queued before it tells others that they are there.
+
 Shape suffixes: N own tokens, K experts per token, H hidden, R rows received, E experts of the layer (all that the
 model has).
 """
@@ -11,6 +14,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+from elasticmoe.services.worker.backends.base import Mirror
 
 
 class StepAborted(Exception):
@@ -47,10 +52,10 @@ class Exchange(ABC):
 
     rows_RH: torch.Tensor
     """float32 [>= R, H]: the rows for this rank's experts, sorted by expert, valid from `dispatch` to `combine`. The
-    caller may overwrite them (in place experts)."""
+    caller may overwrite them (in place experts). In host memory, or where the backend computes."""
 
     counts_E: torch.Tensor
-    """int32 [E]: rows of each expert; 0 for experts of other ranks. Valid as `rows_RH`."""
+    """int32 [E], in host memory: rows of each expert; 0 for experts of other ranks. Valid as `rows_RH`."""
 
     @abstractmethod
     def set_routing(self, generation: int, owners: Sequence[Sequence[int]]) -> None:
@@ -73,17 +78,21 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def dispatch(self, layer: int, x_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor, n: int) -> int:
-        """Send the first `n` rows of x (float32) to the owners of their experts; returns R, the rows received.
+    def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int) -> int:
+        """Send the first `n` rows of x (float32), as the backend has queued them, to the owners of their experts;
+        returns R, the rows received.
 
-        `ids`: int32 expert ids, -1 = unused; `weights`: float32. All contiguous; free for reuse after the call.
+        `ids`: int32 expert ids, -1 = unused; `weights`: float32. All contiguous; they stay as they are until `combine`
+        has returned.
         """
 
     @abstractmethod
-    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: torch.Tensor, n: int) -> None:
-        """Return expert outputs (float32, in the order of `rows_RH`) and sum: out[t] = sum over k of weight * y.
+    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int) -> None:
+        """Return expert outputs (float32, in the order and place of `rows_RH`) and sum: out[t] = sum over k of
+        weight * y, where the backend goes on with it.
 
-        The sum runs over k in order whoever owns the experts, so that it does not depend on the layout.
+        The sum runs over k in order whoever owns the experts, so that it does not depend on the layout; each product is
+        rounded before it is added. Exchanges agree in every bit.
         """
 
     @abstractmethod

@@ -1,69 +1,34 @@
-"""The exchange between ranks of one host: the shared-memory bus."""
+"""The exchange through memory of the host: rows travel in the shared-memory bus itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 
-from elasticmoe.common.failpoint import failpoint
-from elasticmoe.native.bus import Bus, BusAborted, BusTimeout, Routing, make_routing
-from elasticmoe.services.worker.exchange.base import Exchange, ExchangeTimes, StepAborted, StepTimedOut
-
-WAIT_MS = 500.0  # a rank that waits for others in a step says that often that it is not the one that is stuck
+from elasticmoe.native.bus import Bus
+from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
+from elasticmoe.services.worker.exchange.bus import BusExchange
 
 
-T = TypeVar("T")
+class ShmExchange(BusExchange):
+    """See BusExchange. Rows are received in host memory; a backend that computes elsewhere has them copied there and
+    back."""
 
+    def __init__(self, bus: Bus, num_experts: Sequence[int], backend: ComputeBackend) -> None:
+        super().__init__(bus, num_experts, backend, torch.device("cpu"))
 
-class ShmExchange(Exchange):
-    """One rank's end of the bus. `num_experts[layer]` is the model's (0: dense); `bus` stays the caller's.
-
-    Others see this rank's progress on the bus, also while it waits for them.
-    """
-
-    def __init__(self, bus: Bus, num_experts: Sequence[int]) -> None:
-        self._bus = bus
-        self._hidden = bus.hidden
-        self._top_k = bus.top_k
-        self._generation = 0
-        self._routings: list[Routing | None] = [None] * len(num_experts)
-        self._num_experts = tuple(num_experts)
-        self._deadline_ms = 0.0
-        self._num_left = 0  # layers that this step has still to exchange
-        self.rows_RH = torch.empty((0, bus.hidden), dtype=torch.float32)
-        self.counts_E = torch.zeros(max(self._num_experts, default=0), dtype=torch.int32)
-        self._counts_addr = self.counts_E.data_ptr()
-
-    def set_routing(self, generation: int, owners: Sequence[Sequence[int]]) -> None:
-        """See Exchange."""
-        if tuple(len(slots) for slots in owners) != self._num_experts:
-            raise ValueError(
-                f"routing of {[len(slots) for slots in owners]} experts, the model has {self._num_experts}"
-            )
-        self._routings = [make_routing(list(slots)) if slots else None for slots in owners]
-        self._generation = generation
-
-    def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
-        """See Exchange. The rows' buffer grows to the largest step seen; its pages become real when they are used."""
-        self._deadline_ms = deadline_ms
-        self._num_left = sum(count > 0 for count in self._num_experts)
-        failpoint("rank.step.begun")
-        capacity = total_tokens * self._top_k
-        if capacity > self.rows_RH.shape[0]:
-            self.rows_RH = torch.empty((capacity, self._hidden), dtype=torch.float32)
-
-    def dispatch(self, layer: int, x_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor, n: int) -> int:
+    def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int) -> int:
         """See Exchange. Raises ValueError for an id without a home."""
         routing = self._routing(layer)
+        self._backend.download(x_NH, ids_NK, weights_NK)(n)
         return self._patiently(
             lambda wait_ms: self._bus.dispatch(
                 routing,
                 self._generation,
-                x_NH.data_ptr(),
-                ids_NK.data_ptr(),
-                weights_NK.data_ptr(),
+                x_NH.host.data_ptr(),
+                ids_NK.host.data_ptr(),
+                weights_NK.host.data_ptr(),
                 n,
                 self.rows_RH.data_ptr(),
                 self.rows_RH.shape[0],
@@ -72,43 +37,9 @@ class ShmExchange(Exchange):
             )
         )
 
-    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: torch.Tensor, n: int) -> None:
+    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int) -> None:
         """See Exchange."""
-        routing = self._routing(layer)
-        self._patiently(
-            lambda wait_ms: self._bus.combine(routing, self._generation, y_RH.data_ptr(), out_NH.data_ptr(), n, wait_ms)
-        )
+        routing, out = self._routing(layer), out_NH.host.data_ptr()
+        self._patiently(lambda wait_ms: self._bus.combine(routing, self._generation, y_RH.data_ptr(), out, n, wait_ms))
         self._num_left -= 1
-
-    @property
-    def is_awaited(self) -> bool:
-        """See Exchange."""
-        return self._num_left > 0 and self._bus.membership()[1].bit_count() > 1
-
-    def _patiently(self, exchange: Callable[[float], T]) -> T:
-        """Make one exchange, counting up the rank's progress before it and while it waits for the others.
-
-        One that times out is repeated: the arrival stands. Raises StepAborted, and StepTimedOut when the step's
-        deadline has passed.
-        """
-        left_ms = self._deadline_ms
-        while True:
-            self._bus.bump_progress()
-            try:
-                return exchange(min(left_ms, WAIT_MS))
-            except BusAborted as aborted:
-                raise StepAborted(aborted.generation) from None
-            except BusTimeout as late:
-                left_ms -= WAIT_MS
-                if left_ms <= 0:
-                    raise StepTimedOut(str(late)) from None
-
-    def take_times(self) -> ExchangeTimes:
-        """See Exchange. Includes the bus's `step` calls since the last call."""
-        return ExchangeTimes(self._bus.take_exchange_ns(), self._bus.take_wait_ns())
-
-    def _routing(self, layer: int) -> Routing:
-        routing = self._routings[layer]
-        if routing is None:
-            raise ValueError(f"layer {layer} has no routing")
-        return routing
+        self._backend.upload(out_NH)(n)

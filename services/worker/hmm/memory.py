@@ -2,7 +2,8 @@
 
 One virtual range for each of the base and layer records; one per MoE layer with a slot for *every* expert of the model
 at `expert * stride`, of which only the held ones are mapped, so that an expert's address never changes; one for the KV
-blocks, reserved for the most that the device could hold. Bus and ledger are memory of the host.
+blocks, reserved for the most that the device could hold; one for the mailbox of each seat of the host, where the
+exchange needs them. Bus and ledger are memory of the host.
 
 A SeatMemory is a goal: what is named and not mapped is mapped, what is mapped and not named is unmapped, all else stays
 untouched. The rank works at it between its steps, a slice at a time, so that serving goes on; experts that come or go
@@ -39,6 +40,7 @@ from elasticmoe.common.protocol.handles import (
 from elasticmoe.native.bus import Bus
 from elasticmoe.native.ledger import Ledger
 from elasticmoe.services.worker.hmm.link import Handed
+from elasticmoe.services.worker.hmm.mailboxes import Mailboxes
 from elasticmoe.services.worker.model.weights import KvCache, RankWeights
 
 SLICE_BYTES = 64 << 20  # mapped or unmapped between two steps: populating it takes some 8 ms
@@ -67,7 +69,8 @@ class RankMemory:
     """A seat's memory in this process. Owned by the rank's thread; `close` unmaps everything, after which no tensor may
     be touched.
 
-    `doorbells`: eventfd of each slot; the rank sleeps on its own. `routings`: owners of the experts, by epoch.
+    `doorbells`: eventfd of each slot; the rank sleeps on its own. `mailboxes`: by slot, of the own seat and all that it
+    may exchange tokens with; empty where `exchange` needs none. `routings`: owners of the experts, by epoch.
     `revision`: of the latest goal that was reached.
     """
 
@@ -82,6 +85,7 @@ class RankMemory:
         self.spec = reply.spec
         self._num_experts = reply.spec.num_experts_by_layer
         self._described = cache(partial(record, reply.spec))  # each is asked for several times
+        self.exchange = reply.exchange
         try:
             self._check_version(reply)
             self.device = open_device(device, reply.granularity)
@@ -126,6 +130,7 @@ class RankMemory:
         bus, ledger = (self._open(segment, fds) for segment in (reply.bus, reply.ledger))
         self.bus = Bus(bus.address, bus.nbytes, self._slot)
         self.ledger = Ledger(ledger.address, ledger.nbytes)
+        self.mailboxes = Mailboxes(self.device, self.bus)
 
     def _set_num_blocks(self, num_blocks: int) -> bool:
         self.kv.num_blocks = num_blocks
@@ -190,6 +195,7 @@ class RankMemory:
             [(key, name) for key, name in wanted.items() if key not in self._records],
         )
         self._take_doorbells(seat, fds)
+        self.mailboxes.follow({shared.slot: _token(shared.handle, fds) for shared in seat.mailboxes})
         self.routings.clear()
         self.routings.update((routing.epoch, routing) for routing in seat.routings)
 

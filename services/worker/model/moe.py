@@ -30,14 +30,11 @@ class RoutedExperts:
         ids_NK = backend.mirror(max_tokens, top_k, dtype=torch.int32)
         weights_NK = backend.mirror(max_tokens, top_k)
         self._layer = layer
-        self._x_NH, self._ids_NK, self._weights_NK = x_NH.host, ids_NK.host, weights_NK.host
-        self._delta_NH = delta_NH.host
+        self._x_NH, self._ids_NK, self._weights_NK, self._delta_NH = x_NH, ids_NK, weights_NK, delta_NH
         self._route = backend.route(
             x_NH.device, tensors["gate"], tensors.get("gate_bias"), spec.moe, ids_NK.device, weights_NK.device
         )
-        self._download = backend.download(x_NH, ids_NK, weights_NK)
         self._compute = backend.experts(experts["w13"], experts["w2"], spec.moe, spec.hidden)
-        self._upload = backend.upload(delta_NH)
         self._add_shared: Operation | None = None
         if width := spec.moe.shared_width:
             w13, w2, gate_1H = tensors["shared_w13"], tensors["shared_w2"], tensors.get("shared_gate")
@@ -46,11 +43,9 @@ class RoutedExperts:
     def __call__(self, exchange: Exchange, n: int) -> None:
         """Compute the layer; takes part in the exchange also with no rows."""
         self._route(n)
-        self._download(n)
         num_rows = exchange.dispatch(self._layer, self._x_NH, self._ids_NK, self._weights_NK, n)
         self._compute(exchange.rows_RH, exchange.counts_E, num_rows)
         exchange.combine(self._layer, exchange.rows_RH, self._delta_NH, n)
-        self._upload(n)
         if self._add_shared is not None:
             self._add_shared(n)
 

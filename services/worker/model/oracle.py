@@ -86,13 +86,17 @@ class OracleModel:
             backend.whole_number_attention(layer, self._modulus, BASE, self._kv_ND.device, self._mixed_ND.device)
             for layer in range(spec.num_layers)
         ]
-        self._x_NH, self._sum_NH = (torch.empty((max_tokens, hidden), dtype=torch.float32) for _ in range(2))
-        self._ids_NK = torch.empty((max_tokens, top_k), dtype=torch.int32)
-        self._ones_NK = torch.ones((max_tokens, top_k), dtype=torch.float32)
-        self._kv, self._mixed, self._x, self._sum = (
-            tensor.numpy() for tensor in (self._kv_ND.host, self._mixed_ND.host, self._x_NH, self._sum_NH)
+        self._x_NH, self._sum_NH = (backend.mirror(max_tokens, hidden) for _ in range(2))
+        self._ids_NK, self._ones_NK = (
+            backend.mirror(max_tokens, top_k, dtype=torch.int32),
+            backend.mirror(max_tokens, top_k),
         )
-        self._ids = self._ids_NK.numpy()
+        self._upload_tokens = [backend.upload(mirror) for mirror in (self._x_NH, self._ids_NK, self._ones_NK)]
+        self._download_sum = backend.download(self._sum_NH)
+        self._kv, self._mixed, self._x, self._sum, self._ids = (
+            mirror.host.numpy() for mirror in (self._kv_ND, self._mixed_ND, self._x_NH, self._sum_NH, self._ids_NK)
+        )
+        self._ones_NK.host.fill_(1.0)
         self._due_ns = 0
 
     def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
@@ -138,18 +142,24 @@ class OracleModel:
         scores_NE = (hash_N1 * self._scale_E + self._shift_E) % p
         self._ids[:n] = np.argsort(-scores_NE, axis=1, kind="stable")[:, :top_k]
         self._x[:n] = x_NH
+        for upload in self._upload_tokens:
+            upload(n)
         num_rows = exchange.dispatch(layer, self._x_NH, self._ids_NK, self._ones_NK, n)
         if num_rows:
             mul_EH, add_EH = self._experts[layer]
             experts_R = np.repeat(np.arange(self._spec.moe.num_experts), exchange.counts_E.numpy())
-            rows_RH = exchange.rows_RH.numpy()[:num_rows]
+            rows = exchange.rows_RH[:num_rows]
+            rows_RH = rows.cpu().numpy()
             # The slots of experts without rows are not touched: they may be unmapped.
             mul_RH, add_RH = mul_EH(experts_R).astype(np.int64), add_EH(experts_R).astype(np.int64)
             rows_RH[:] = (rows_RH.astype(np.int64) * mul_RH + add_RH) % p
+            if rows.device.type != "cpu":
+                rows.copy_(torch.from_numpy(rows_RH))
             self._due_ns += self._pace.rows_ns(num_rows)
         if is_last and (left_ns := self._due_ns - time.perf_counter_ns()) > 0:
             time.sleep(left_ns / 1e9)
         exchange.combine(layer, exchange.rows_RH, self._sum_NH, n)
+        self._download_sum(n)
         summed_NH: Ints = (x_NH + self._sum[:n].astype(np.int64)) % p
         return summed_NH
 

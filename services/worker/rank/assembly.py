@@ -17,7 +17,7 @@ from elasticmoe.common.transport import Sockets
 from elasticmoe.services.worker.backends.factory import open_backend
 from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.exchange.barrier import StepBarrier
-from elasticmoe.services.worker.exchange.shm import ShmExchange
+from elasticmoe.services.worker.exchange.factory import open_exchange
 from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
 from elasticmoe.services.worker.hmm.link import HmmLink
 from elasticmoe.services.worker.hmm.memory import RankMemory
@@ -47,10 +47,10 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     attached = clock.monotonic()
     bus = memory.bus
     barrier = ShmBarrier(bus, memory.doorbells, seat.slot)
-    exchange = ShmExchange(bus, memory.spec.num_experts_by_layer)
     # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
     ledger, max_tokens = memory.ledger, min(seat.max_tokens, bus.max_tokens)
     backend = open_backend(seat.compute, barrier.tell_waiting, memory.device.open_torch())
+    exchange = open_exchange(memory, backend)
     model = build_model(backend, memory.weights, max_tokens)
     engine = Engine(
         model,
@@ -63,7 +63,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     )
     failpoint("rank.warm_up")
     if not _is_awaited(barrier, seat.slot):
-        warm_up(model, memory)
+        warm_up(model, memory, exchange.rows_RH.device)
     parts = RankParts(
         seat=seat,
         clock=clock,

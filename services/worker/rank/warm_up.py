@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from elasticmoe.services.worker.engine.kv_bytes import read_blocks, write_blocks
 from elasticmoe.services.worker.exchange.alone import Alone
 from elasticmoe.services.worker.hmm.memory import RankMemory
@@ -11,15 +13,15 @@ from elasticmoe.services.worker.model.registry import Model
 WARM_UP_TOKENS = 4
 
 
-def warm_up(model: Model, memory: RankMemory) -> None:
+def warm_up(model: Model, memory: RankMemory, device: torch.device) -> None:
     """Compute one step alone, so that the first one with the others finds page tables, buffers and code in place. Who
     is waited for does without it: its first step maps what that step needs.
 
     Every held expert gets a row. Tokens of its own only where no sequence of a predecessor may have its KV in the block
-    that they use, and what was there comes back.
+    that they use, and what was there comes back. `device`: where the exchange has its rows.
     """
     block_size, spec = memory.kv.geometry.block_size, memory.spec
-    alone = Alone(memory.held, max(spec.num_experts_by_layer), spec.hidden)
+    alone = Alone(memory.held, max(spec.num_experts_by_layer), spec.hidden, device)
     if memory.ledger.rows() or not memory.kv.num_blocks:
         model.forward(Batch([], block_size), alone)
         return

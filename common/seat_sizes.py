@@ -1,0 +1,64 @@
+"""Sizes of what ranks have beside weights and KV: the bus, and each seat's ledger and mailbox. Pure; all in bytes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from elasticmoe.common.model_spec import ModelSpec, round_up
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.common.protocol.hmm import LoadModel
+from elasticmoe.common.protocol.limits import RANKS_MAX
+from elasticmoe.native.bus import bus_bytes
+from elasticmoe.native.ledger import ledger_bytes
+
+LEDGER_BLOB_BYTES = 16_384  # a request's id, sampling parameters and router in one ledger row
+_RANKS_MIN = 8  # slots of the bus beyond the layout's, so that a deployment can grow
+
+
+class BusSizes(NamedTuple):
+    """Parameters of the bus, and its size in bytes, a multiple of the granularity."""
+
+    max_ranks: int
+    max_tokens: int
+    hidden: int
+    top_k: int
+    nbytes: int
+
+
+class LedgerSizes(NamedTuple):
+    """Parameters of a ledger, and its size in bytes, a multiple of the granularity."""
+
+    num_rows: int
+    max_tokens: int
+    max_blocks: int
+    nbytes: int
+
+
+def size_bus(load: LoadModel, spec: ModelSpec, num_devices: int, granularity: int) -> BusSizes:
+    """A bus for every device that the deployment may grow to. Raises InvalidRequest."""
+    ranks = min(RANKS_MAX, max(_RANKS_MIN, num_devices, *(slot + 1 for slot in load.layout.slots)))
+    try:
+        nbytes = bus_bytes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k)
+    except ValueError as error:
+        raise InvalidRequest(f"no bus of {ranks} ranks with {load.max_tokens} tokens each: {error}") from None
+    return BusSizes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k, round_up(nbytes, granularity))
+
+
+def size_ledger(load: LoadModel, granularity: int) -> LedgerSizes:
+    """One rank's ledger. Raises InvalidRequest."""
+    blocks = -(-load.max_model_len // load.block_size)
+    try:
+        nbytes = ledger_bytes(load.max_sequences, load.max_model_len, blocks, LEDGER_BLOB_BYTES)
+    except ValueError as error:
+        raise InvalidRequest(
+            f"no ledger of {load.max_sequences} rows with {load.max_model_len} tokens and {blocks} blocks each: {error}"
+        ) from None
+    return LedgerSizes(load.max_sequences, load.max_model_len, blocks, round_up(nbytes, granularity))
+
+
+def size_mailbox(load: LoadModel, spec: ModelSpec, granularity: int) -> int:
+    """Bytes of one seat's mailbox, a multiple of the granularity: float32 rows of its own tokens, and one for each of
+    their choices. 0 where ranks exchange tokens in another way."""
+    if load.exchange != "mailbox":
+        return 0
+    return round_up(load.max_tokens * (1 + spec.moe.top_k) * spec.hidden * 4, granularity)

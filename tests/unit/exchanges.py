@@ -1,0 +1,70 @@
+"""Ranks that exchange tokens by a kind of exchange, in threads of one process, over a real bus."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+
+from elasticmoe.common.layout import ExchangeKind
+from elasticmoe.native.bus import Bus, bus_bytes, format_bus
+from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.exchange.mailbox import Mailbox, MailboxExchange
+from elasticmoe.services.worker.exchange.shm import ShmExchange
+
+KINDS: Final[tuple[ExchangeKind, ...]] = ("shm", "mailbox")
+
+
+class Host:
+    """A bus of `shape` (ranks, tokens, hidden, top_k), and a mailbox for each slot, full of NaN."""
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        num_ranks, max_tokens, hidden, top_k = shape
+        self._nbytes = bus_bytes(*shape)
+        self._memory = mmap.mmap(-1, self._nbytes)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        format_bus(self._address, self._nbytes, *shape)
+        self.observer = Bus(self._address, self._nbytes)
+        self.mailboxes = {
+            slot: Mailbox(*(torch.full((count, hidden), float("nan")) for count in (max_tokens, max_tokens * top_k)))
+            for slot in range(num_ranks)
+        }
+
+    def join(self, slot: int, incarnation: int = 1) -> Bus:
+        """The bus, as the rank in `slot` has it."""
+        bus = Bus(self._address, self._nbytes, slot)
+        bus.join(incarnation)
+        return bus
+
+    def bytes(self) -> bytes:
+        """All that is in the bus."""
+        return self._memory[:]
+
+    def open(self, kind: ExchangeKind, bus: Bus, num_experts: Sequence[int], backend: ComputeBackend) -> Exchange:
+        """A rank's end of an exchange."""
+        if kind == "mailbox":
+            return MailboxExchange(bus, num_experts, backend, self.mailboxes)
+        return ShmExchange(bus, num_experts, backend)
+
+
+def at_once(*works: Callable[[], Any]) -> list[Any]:
+    """What the works return or raise, run at the same time."""
+    results: list[Any] = [None] * len(works)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = works[index]()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
