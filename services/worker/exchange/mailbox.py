@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from elasticmoe.common.failpoint import failpoint
 from elasticmoe.native.bus import Bus
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
 from elasticmoe.services.worker.exchange.base import ExchangeTimes
@@ -107,6 +108,7 @@ class MailboxExchange(BusExchange):
         routing, chosen = self._routing(layer), self._chosen
         if chosen is None:
             raise ValueError("combine without a dispatch before it")
+        failpoint("rank.combine")
         started = time.perf_counter_ns()
         self._answer(y_RH)
         self._moved_ns += time.perf_counter_ns() - started

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from elasticmoe.common.failpoint import failpoint
 from elasticmoe.native.bus import Bus
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
 from elasticmoe.services.worker.exchange.bus import BusExchange
@@ -40,6 +41,7 @@ class ShmExchange(BusExchange):
     def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int) -> None:
         """See Exchange."""
         routing, out = self._routing(layer), out_NH.host.data_ptr()
+        failpoint("rank.combine")
         self._patiently(lambda wait_ms: self._bus.combine(routing, self._generation, y_RH.data_ptr(), out, n, wait_ms))
         self._num_left -= 1
         self._backend.upload(out_NH)(n)

@@ -1,0 +1,61 @@
+"""Deployments whose ranks exchange tokens in other ways than by the bus: exact through growth, shrinking and deaths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.procs.elastic import Elastic, Expected, TolerantLoad, holding, in_thread, start_elastic
+from tests.procs.integrity import check_integrity
+from tests.procs.waiting import wait_until
+
+pytestmark = pytest.mark.procs
+
+
+@pytest.fixture
+def _no_leak() -> None:
+    """`start_elastic` looks for what is left."""
+
+
+def kill_in_an_exchange(elastic: Elastic, rank: str) -> None:
+    """A rank dies between a dispatch and its combine, while the others wait for its answers."""
+    old = elastic.deployment.rank_pids()[rank]
+    elastic.points.arm(f"rank.combine@{rank}", "die")
+    assert elastic.points.wait_hit(f"rank.combine@{rank}") == old
+    wait_until(lambda: elastic.deployment.rank_pids().get(rank) not in (None, old), "another process in the seat", 30.0)
+    elastic.deployment.wait_serving()
+
+
+def mailbox_bytes(elastic: Elastic) -> dict[str, int]:
+    """What each device's part for ledger and mailbox takes."""
+    devices: list[dict[str, Any]] = elastic.deployment.admin("/v1/devices")["devices"]
+    return {device["device"]: device["memory"]["other"] for device in devices}
+
+
+async def test_mailboxes_come_and_go_with_their_seats(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """They are made, mapped by all, counted and given back, whoever dies meanwhile: a rank in mid-exchange, the HMM."""
+    model = model_folder("oracle")
+    with start_elastic(model, tmp_path / "points", replicas=2, exchange="mailbox") as elastic:
+        deployment = elastic.deployment
+        before = await in_thread(holding, elastic)
+        taken = await in_thread(mailbox_bytes, elastic)
+        assert taken["host:0"] == taken["host:1"] > 1 << 20  # a granule for the mailbox, and the ledger
+        assert taken["host:2"] == 0
+        async with TolerantLoad(deployment.base_url, clients=8, seed=3) as load:
+            await in_thread(elastic.resize, replicas=3)
+            await in_thread(kill_in_an_exchange, elastic, "r2t0")
+            await in_thread(check_integrity, deployment)
+            old = await in_thread(deployment.kill, "hmm")
+            await in_thread(deployment.wait_restarted, "hmm", old)
+            await in_thread(deployment.wait_serving)
+            await in_thread(kill_in_an_exchange, elastic, "r0t0")
+            await in_thread(elastic.resize, replicas=1)
+            assert (await in_thread(mailbox_bytes, elastic))["host:2"] == 0
+            await in_thread(check_integrity, deployment)
+            await in_thread(elastic.resize, replicas=2)
+        assert Expected(model).check(load.streams) > 500
+        after = await in_thread(holding, elastic)
+        assert after.memory == before.memory
