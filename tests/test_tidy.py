@@ -40,10 +40,10 @@ SOLE_IMPORTERS = {
     "transformers": "tests/",
     "elasticmoe.native.kernels": ("services/worker/backends/host.py", "services/worker/backends/addresses.py"),
     "elasticmoe.native.bus": (
-        "services/worker/exchange/shm",
-        "services/worker/hmm/memory.py",
+        "services/worker/exchange/",
+        "services/worker/hmm/",
         "services/hmm/",
-        "common/capacity.py",
+        "common/seat_sizes.py",
         "cli/doctor.py",
     ),
     "elasticmoe.native.convert": ("services/hmm/loading/convert.py", "cli/doctor.py"),

@@ -64,7 +64,7 @@ class Device:
     def __init__(self, name: str, budget: int) -> None:
         self.name = name
         self.budget = budget
-        self.used = {"weights": 0, "kv": 0}  # as of the latest snapshot
+        self.used = {"weights": 0, "kv": 0, "mailbox": 0}  # as of the latest snapshot
 
     def admit(self, importers: Sequence[int]) -> None:
         """See elasticmoe.common.devices. Nobody is refused."""
@@ -86,6 +86,8 @@ class Device:
 
 class Memory:
     """One device: real KV bytes and a real ledger, which outlive every process; counted pages. `budget` in bytes."""
+
+    mailbox = None  # ranks exchange no rows here
 
     def __init__(self, name: str, budget: int) -> None:
         self.device = Device(name, budget)
@@ -333,7 +335,7 @@ class Hmm(Actor):
         held = {name: (dict(m.records), list(m.kv), m.ledger) for name, m in self.memories.items()}
         for memory in self.memories.values():
             weights = sum(self._sizes.of(key) for key in memory.records)
-            memory.device.used = {"weights": weights, "kv": len(memory.kv) * PAGE}
+            memory.device.used = {"weights": weights, "kv": len(memory.kv) * PAGE, "mailbox": 0}
         self._snapshot = (self.loaded, self.transition, held, dict(self.doorbells))
         self.on_change()
 

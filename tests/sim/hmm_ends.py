@@ -112,7 +112,7 @@ class Attached:
     def __init__(self, channel: Channel, request: Attach) -> None:
         self.channel = channel
         self.rank, self.slot, self.device = request.rank, request.slot, request.device
-        self.incarnation = request.incarnation
+        self.incarnation, self.importer = request.incarnation, request.importer
         self.sent = SeatMemory(0, (), (), (), (), ())
         self.shared: set[int] = set()
         self.applied = 0

@@ -15,6 +15,7 @@ from elasticmoe.common.layout import ExchangeKind
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
 from elasticmoe.services.worker.backends.torch import TorchBackend
 from elasticmoe.services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
+from tests.procs.waiting import wait_until
 from tests.unit.backends import QueuedBackend
 from tests.unit.exchanges import KINDS, Host, at_once
 
@@ -167,7 +168,7 @@ def test_a_member_that_dies_ends_the_others_step_and_they_go_on_without_it(
 
     def end() -> None:
         is_gone.wait()
-        time.sleep(0.05)
+        wait_until(lambda: min(map(host.observer.progress, (0, 1))) > (stage == "combine"), "the others wait", 20.0)
         host.observer.set_membership(2, 0b111, False)
 
     results = at_once(lambda: ranks[0].run(works[0], 9), lambda: ranks[1].run(works[1], 9), die, end)

@@ -103,7 +103,9 @@ class World:
 
     def attach(self, slot: int) -> None:
         sent = SimpleNamespace(revision=0)
-        self.by_slot[slot] = SimpleNamespace(slot=slot, device=f"host:{slot}", sent=sent, applied=0, version=-1)
+        self.by_slot[slot] = SimpleNamespace(
+            slot=slot, device=f"host:{slot}", importer=0, sent=sent, applied=0, version=-1
+        )
 
     def checksums(self) -> dict[str, int]:
         jobs = self.holdings.checksum_jobs()

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import torch
 
 from elasticmoe.common.families import record
@@ -51,7 +52,8 @@ def test_a_weight_passes_the_files_that_the_page_names_and_none_twice(tiny_mixtr
                 loaded=loaded, segment=world.segment, granularity=PAGE, doorbells=bells, memories=world.memories
             )
             reply, fds = attach_reply(memory, holdings)
-            seat, offer = seat_memory(full_view(memory, loaded, None), memory, holdings, 1)
+            seat, offer = seat_memory(full_view(memory, loaded, None), memory, holdings, 0)
+            seat = msgspec.structs.replace(seat, revision=1)
             handed = [(told, copies(own)) for told, own in (*shares(offer, ()), (seat, offer.fds))]
             mapped = RankMemory(reply, copies(fds), "host:0", 0, handed)
             build_model(HostBackend(), mapped.weights, 16)
