@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.devices import standins
+from tests.procs.deployment import ROOT, Deployment
 from tests.procs.elastic import Elastic, Expected, TolerantLoad, holding, in_thread, start_elastic
+from tests.procs.failpoints import Failpoints
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
@@ -59,3 +63,28 @@ async def test_mailboxes_come_and_go_with_their_seats(model_folder: Callable[[st
         assert Expected(model).check(load.streams) > 500
         after = await in_thread(holding, elastic)
         assert after.memory == before.memory
+
+
+@pytest.mark.parametrize("kind", [pytest.param("cuda"), pytest.param("npu", marks=pytest.mark.slow)])
+async def test_accelerators_exchange_by_mailboxes(
+    kind: str, model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins of their drivers, with torch's CPU for the device: nothing is set but the devices' names."""
+    model, points = model_folder("oracle"), Failpoints(tmp_path / "points")
+    with standins.memory(monkeypatch):
+        paths = os.pathsep.join((str(ROOT / "tests/devices/site_standin"), str(ROOT)))
+        environment = {"STANDIN_KIND": kind, "PYTHONPATH": paths}
+        settings: dict[str, Any] = {"kv_bytes": 8 << 20, "device_bytes": 256 << 20, "failpoint_dir": points.folder}
+        deployment = Deployment(model, replicas=2, devices=f"{kind}:0-2", environment=environment, **settings)
+        elastic = Elastic(deployment.wait_ready(), points)
+        try:
+            async with TolerantLoad(deployment.base_url, clients=4, seed=5) as load:
+                await in_thread(elastic.resize, replicas=3)
+                await in_thread(kill_in_an_exchange, elastic, "r1t0")
+                await in_thread(elastic.resize, replicas=1)
+                await in_thread(check_integrity, deployment)
+            assert Expected(model).check(load.streams) > 100
+            deployment.stop()
+        finally:
+            points.forget()
+            deployment.discard()

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("model")
 
 
-def settings_for(folder: Path, model: dict[str, int], budget: int, num_used: int) -> settings.Settings:
+def settings_for(folder: Path, model: dict[str, int], budget: int, num_used: int, exchange: str) -> settings.Settings:
     """Of `up` for that model. Writes its config.json, which is all that sizes come from."""
     fixed = {
         "architectures": ["MixtralForCausalLM"],
@@ -65,6 +65,7 @@ def settings_for(folder: Path, model: dict[str, int], budget: int, num_used: int
     up.add_arguments(parser)
     flags = ["--model", str(folder), "--run-dir", str(folder / "run"), "--device-memory", f"{budget}B"]
     more = ["--replicas", str(num_used), "--devices", f"host:{len(DEVICES)}", "--max-model-len", "512"]
+    more += ["--exchange", exchange]
     return settings.from_flags(parser.parse_args([*flags, *more]))
 
 
@@ -94,7 +95,8 @@ def bytes_needed(spec: ModelSpec, load: LoadModel, *layouts: Layout) -> int:
         for seat in layout.seats:
             held.setdefault(seat.device, set()).update(keys_on(layout, seat.slot))
     most = max(sum(sizes[key] for key in keys) for keys in held.values())
-    return most + needs.ledger + needs.kv_handles_min * needs.kv_handle_bytes
+    mailbox = load.max_tokens * (1 + spec.moe.top_k) * spec.hidden * 4 if load.exchange == "mailbox" else 0
+    return most + needs.ledger + round_up(mailbox, PAGE) + needs.kv_handles_min * needs.kv_handle_bytes
 
 
 def loaded_at(load: LoadModel, spec: ModelSpec, budget: int) -> tuple[Catalog, Loaded, MemoryForecast]:
@@ -112,6 +114,7 @@ def loaded_at(load: LoadModel, spec: ModelSpec, budget: int) -> tuple[Catalog, L
         needs.kv_handles_min,
         kv,
         found.kv_handles,
+        needs.mailbox,
     )
     return Catalog(granularity=PAGE, devices=entries, loaded=loaded), loaded, forecast
 
@@ -164,6 +167,7 @@ def scattered(layout: Layout, seed: int) -> Layout:
     st.integers(0, 99),
     st.integers(0, 4),
     st.integers(-2, 2),
+    st.sampled_from(["shm", "mailbox"]),
 )
 def test_all_draw_the_same_line(
     folder: Path,
@@ -174,9 +178,10 @@ def test_all_draw_the_same_line(
     seed: int,
     which: int,
     pages: int,
+    exchange: str,
 ) -> None:
     """The budget is the one that an instant needs exactly, or a page or two beside it."""
-    generous = settings_for(folder, model, 1 << 30, num_used)
+    generous = settings_for(folder, model, 1 << 30, num_used, exchange)
     spec = load_spec(folder, generous.scaler.dtype)
     even = initial_layout(spec.num_experts_by_layer, DEVICES[:num_used])
     load = load_of(generous.scaler, spec, scattered(even, seed) if seed else even)
@@ -186,7 +191,7 @@ def test_all_draw_the_same_line(
     for before, leg in zip((roomy.before, *(leg.layout for leg in roomy.legs)), roomy.legs, strict=False):
         instants += [(before, leg.layout), (leg.layout,)]
     budget = bytes_needed(spec, load, *instants[which % len(instants)]) + pages * PAGE
-    is_up = up_says_yes(settings_for(folder, model, budget, num_used), folder)
+    is_up = up_says_yes(settings_for(folder, model, budget, num_used, exchange), folder)
     assert is_up == (budget >= bytes_needed(spec, load, even))
     for layout in (even, load.layout, roomy.after):
         there = msgspec.structs.replace(load, layout=layout)

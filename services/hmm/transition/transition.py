@@ -341,7 +341,9 @@ class Transitions:
             if not extra and (keys or not (memory.kv or memory.ledger or memory.mailbox)):
                 continue
             is_done = False
-            if not self._is_let_go(seat.slot, bool(keys)) or self._is_used(memory):
+            others = self._attachments.by_slot.values() if memory.mailbox and not keys else ()  # have its mailbox, too
+            is_let_go = self._is_let_go(seat.slot, bool(keys)) and all(map(self._is_settled, others))
+            if not is_let_go or self._is_used(memory):
                 continue
             taken = [memory.records.pop(key) for key in extra] if keys else memory.take_all()
             gone += [(memory, one) for one in taken]

@@ -58,9 +58,14 @@ class MailboxExchange(BusExchange):
     def _make_room(self, num_tokens: int, num_rows: int) -> None:
         """See BusExchange."""
         tokens_TH, answers_RH = self._rows(num_tokens), self._rows(num_rows)
-        self._fetched_R, self._answered_R = (torch.empty(num_rows, dtype=torch.int64) for _ in range(2))
+        fetched_R, answered_R = (torch.empty(num_rows, dtype=torch.int64) for _ in range(2))
         super()._make_room(num_tokens, num_rows)
-        self._tokens_TH, self._answers_RH = tokens_TH, answers_RH
+        self._tokens_TH, self._answers_RH, self._fetched_R, self._answered_R = (
+            tokens_TH,
+            answers_RH,
+            fetched_R,
+            answered_R,
+        )
 
     def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int) -> int:
         """See Exchange. Raises ValueError for an id without a home, and for more tokens than the step has."""
