@@ -65,7 +65,8 @@ async def test_mailboxes_come_and_go_with_their_seats(model_folder: Callable[[st
         assert after.memory == before.memory
 
 
-@pytest.mark.parametrize("kind", [pytest.param("cuda"), pytest.param("npu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", standins.KINDS)
 async def test_accelerators_exchange_by_mailboxes(
     kind: str, model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,17 +11,17 @@ import torch
 from elasticmoe.common.checkpoint import Checkpoint
 from elasticmoe.common.devices.factory import backend_of
 from elasticmoe.common.families import load_spec, record, records
-from elasticmoe.common.layout import initial_layout
+from elasticmoe.common.layout import ExchangeKind, initial_layout
 from elasticmoe.common.model_spec import DTYPE_BYTES, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
-from elasticmoe.native.bus import Bus, bus_bytes, format_bus
 from elasticmoe.services.hmm.loading.reader import Reader
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.host import HostBackend
-from elasticmoe.services.worker.exchange.shm import ShmExchange
+from elasticmoe.services.worker.exchange.base import Exchange
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
 from elasticmoe.services.worker.model.registry import Model, build_model
 from elasticmoe.services.worker.model.weights import KvCache, RankWeights
 from tests.device_memory import DeviceMemory
+from tests.unit.exchanges import Host
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEADLINE_MS = 20_000.0
@@ -91,6 +89,7 @@ class Ranks:
         block_size: int = BLOCK_SIZE,
         num_blocks: int = NUM_BLOCKS,
         backend: Callable[[], ComputeBackend] = HostBackend,
+        exchange_kind: ExchangeKind = "shm",
     ) -> None:
         self.spec = load_spec(directory, dtype)
         self.block_size = block_size
@@ -98,19 +97,15 @@ class Ranks:
         geometry = kv_geometry(self.spec, block_size, GRANULARITY, backend_of("host").kv_handle_bytes_min)
         self._kv_memory: list[DeviceMemory] = []
         shape = (size, max_tokens, self.spec.hidden, self.spec.moe.top_k)
-        nbytes = bus_bytes(*shape)
-        self._segment = mmap.mmap(-1, nbytes)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._segment))
-        format_bus(address, nbytes, *shape)
-        self._observer = Bus(address, nbytes)
+        self._host = host = Host(shape)  # whose memory the buses are in
+        self._observer = host.observer
         self._generation = 1
         self._observer.set_membership(1, (1 << size) - 1, True)
         self.models: list[Model] = []
         self.weights: list[RankWeights] = []
-        self.exchanges: list[ShmExchange] = []
+        self.exchanges: list[Exchange] = []
         for slot in range(size):
-            bus = Bus(address, nbytes, slot)
-            bus.join(slot + 1)
+            bus = host.join(slot, slot + 1)
             held = [set(self.layout.experts_on(slot, layer)) for layer in range(self.spec.num_layers)]
             # Full of NaN: what is read must have been written.
             kv_memory = DeviceMemory(num_blocks * geometry.block_stride)
@@ -125,7 +120,7 @@ class Ranks:
                 self.weights.append(load_weights(checkpoint, self.spec, held, kv))
             made = backend()
             self.models.append(build_model(made, self.weights[-1], max_tokens))
-            exchange = ShmExchange(bus, self.spec.num_experts_by_layer, made)
+            exchange = host.open(exchange_kind, bus, self.spec.num_experts_by_layer, made)
             self.exchanges.append(exchange)
         self._set_routing()
 

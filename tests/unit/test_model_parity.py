@@ -16,6 +16,7 @@ from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.factory import BACKENDS
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
 from tests.unit.backends import QueuedBackend
+from tests.unit.exchanges import KINDS
 from tests.unit.ranks import BLOCK_SIZE, NUM_BLOCKS, Ranks, Stream, generate
 
 transformers = pytest.importorskip("transformers")
@@ -207,6 +208,19 @@ def test_placement_and_company_change_no_bit(model: tuple[Path, Any], backend: B
     for tokens, logits in runs[1:]:
         assert tokens == runs[0][0]
         assert torch.equal(logits, runs[0][1])
+
+
+@pytest.mark.parametrize("queues", [False, True])
+def test_rows_that_travel_between_devices_change_no_bit(queues: bool, models: Models) -> None:
+    """Nor does a rank wait for less than its device's end."""
+    runs = []
+    for kind in KINDS:
+        backend = QueuedBackend if queues else BACKENDS["host"]
+        streams = make_streams(3, (33, 9))
+        ranks = Ranks(models["deepseek3"][0], 3, backend=backend, exchange_kind=kind)
+        logits = generate(ranks, streams, 4, lambda _: 11)
+        runs.append(torch.cat([logits[id(stream)] for row in streams for stream in row]))
+    assert torch.equal(runs[0], runs[1])
 
 
 def test_rank_without_tokens_takes_part(model: tuple[Path, Any], backend: Backend) -> None:
