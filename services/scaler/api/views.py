@@ -47,7 +47,7 @@ class Memory(msgspec.Struct, frozen=True):
     budget: Annotated[int, says("All that the deployment may use of the device")]
     weights: Annotated[int, says("Weights")]
     kv: Annotated[int, says("KV blocks, used or not")]
-    other: Annotated[int, says("The rank's ledger, and its part of what is shared")]
+    other: Annotated[int, says("The rank's ledger and mailbox, and its part of what is shared")]
     free: Annotated[int, says("What is left of the budget")]
 
 
