@@ -182,10 +182,10 @@ void Exchange::share_rows(const Routing& routing, const Tokens& tokens, const Pl
   shares.clear();
   for (uint64_t left = meeting_.members(); left != 0; left &= left - 1) {
     const auto source = static_cast<uint32_t>(std::countr_zero(left));
-    const uint32_t num_tokens =
-        source == me ? tokens.num_tokens
-                     : std::min(segment_.mailbox(source).num_tokens.load(std::memory_order_acquire),
-                                segment_.geometry().max_tokens);
+    const uint32_t num_tokens = source == me
+                                    ? tokens.num_tokens
+                                    : std::min(segment_.mailbox(source).num_tokens.load(std::memory_order_acquire),
+                                               segment_.geometry().max_tokens);
     const uint64_t num_pairs = uint64_t{num_tokens} * top_k_;
     const int32_t* ids = ids_of(source);
     uint64_t next[kMaxRanks] = {};  // by owner: first how many rows it answers, then where its next answer goes
@@ -274,8 +274,7 @@ Outcome Exchange::combine(const Routing& routing, uint32_t generation, const flo
   return meeting_.is_current(generation) ? Outcome::done : Outcome::aborted;
 }
 
-Outcome Exchange::meet_combined(const Routing& routing, uint32_t generation, uint32_t num_tokens,
-                                int64_t deadline_ns) {
+Outcome Exchange::meet_combined(const Routing& routing, uint32_t generation, uint32_t num_tokens, int64_t deadline_ns) {
   const Outcome arrived = arrive_combined(routing, generation, num_tokens, nullptr);
   return arrived == Outcome::done ? meeting_.wait(deadline_ns) : arrived;
 }

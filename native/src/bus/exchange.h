@@ -18,10 +18,10 @@
 // choices: the result then does not depend on which rank owns which expert, so scaling does not change it by a bit.
 // Rows whose owner is the token's own rank never pass through the segment.
 //
-// Where ranks compute on devices with memory of their own, rows travel between those: `plan` and `meet_combined` are the
-// same two barriers with ids and counts alone, and tell each rank which rows to fetch and where to put its answers. The
-// answers of one owner lie together then, so that they are one copy: in the returned rows of s, those of the lowest slot
-// first, each owner's by (token, choice). Everybody works that out from the ids of s, which all have read.
+// Where ranks compute on devices with memory of their own, rows travel between those: `plan` and `meet_combined` are
+// the same two barriers with ids and counts alone, and tell each rank which rows to fetch and where to put its answers.
+// The answers of one owner lie together then, so that they are one copy: in the returned rows of s, those of the lowest
+// slot first, each owner's by (token, choice). Everybody works that out from the ids of s, which all have read.
 #pragma once
 
 #include <atomic>
@@ -66,8 +66,8 @@ class Exchange {
     int32_t* counts;
   };
 
-  // What a member has brought to a dispatch: rows of its tokens for own experts, and where in the rows that are returned
-  // to it the answers to those begin.
+  // What a member has brought to a dispatch: rows of its tokens for own experts, and where in the rows that are
+  // returned to it the answers to those begin.
   struct Share {
     uint32_t slot;
     uint32_t num_tokens;
@@ -75,9 +75,9 @@ class Exchange {
     uint64_t returned_at;
   };
   // Of a dispatch whose rows travel elsewhere. All indices are of rows. The tokens of all members lie one after the
-  // other, by slot: `fetched` has for each row for an own expert the token that it is of. `answered` has the rows in the
-  // order in which their answers are returned, member by member. `returned` has for each own choice where its answer is
-  // among the rows that are returned here; -1 where it is unused.
+  // other, by slot: `fetched` has for each row for an own expert the token that it is of. `answered` has the rows in
+  // the order in which their answers are returned, member by member. `returned` has for each own choice where its
+  // answer is among the rows that are returned here; -1 where it is unused.
   struct Plan {
     int64_t* fetched;
     int64_t* answered;
