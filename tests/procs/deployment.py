@@ -217,6 +217,11 @@ class Deployment:
         """The name of its device of that number."""
         return f"{self.record.devices.partition(':')[0]}:{index}"
 
+    @property
+    def takes_over(self) -> bool:
+        """Whether an HMM's successor has the memory of its predecessor, and ranks so outlive it (ADR 32)."""
+        return not self.record.devices.startswith("npu:")
+
     def wait_serving(self, timeout_s: float = 60.0) -> None:
         """Wait until both listeners say that they are ready, as after a restart."""
 

@@ -147,7 +147,8 @@ def test_greedy_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
     model = random_checkpoint(tmp_path / family, FAMILIES[family], seed=8, dtype="float32", tokenizer=True)
     prompts = [[rng.randrange(256) for _ in range(length)] for length in (1, 5, 33, 70)]
     body = {"model": family, "prompt": prompts, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}
-    deployment = Deployment(model, replicas=2, devices=2, max_tokens_per_step=32, max_model_len=256, **SETTINGS)
+    settings = SETTINGS | {"kv_bytes": 64 << 20}  # blocks of odd sizes fill whole pages in large handles only
+    deployment = Deployment(model, replicas=2, devices=2, max_tokens_per_step=32, max_model_len=256, **settings)
     try:
         deployment.wait_ready()
         answer = httpx.post(f"{deployment.base_url}/v1/completions", json=body, timeout=100, trust_env=False)

@@ -312,7 +312,9 @@ async def run_cell(stage: Stage, cell: Cell) -> None:
         op_id, killed, living = await in_thread(hold_and_kill, elastic, cell)
         await in_thread(converge, elastic, cell, op_id, killed)
         after = await in_thread(deployment.rank_pids)
-        assert {name: after[name] for name in living.keys() & after.keys()}.items() <= living.items(), (living, after)
+        if cell.victim != "hmm" or deployment.takes_over:
+            kept = {name: after[name] for name in living.keys() & after.keys()}
+            assert kept.items() <= living.items(), (living, after)
         await in_thread(elastic.points.clear)
         await in_thread(check_integrity, deployment)
     stage.expected.check(load.streams, MAY_FAIL.get(cell.victim, frozenset()))
