@@ -32,21 +32,21 @@ def ranks_of(deployment: Deployment) -> dict[str, dict[str, Any]]:
 def overwrite(deployment: Deployment, device: str) -> int:
     """Fill what a device holds with garbage; the number of bytes."""
     total = 0
-    for entry in Path(f"/proc/{deployment.pids['hmm']}/fd").iterdir():
-        if _is_memory_of(device, os.readlink(entry)):
-            file = os.open(entry, os.O_RDWR)
-            try:
-                total += _overwrite_file(file)
-            finally:
-                os.close(file)
+    for entry in _memory_of(deployment, device):
+        file = os.open(entry, os.O_RDWR)
+        try:
+            total += _overwrite_file(file)
+        finally:
+            os.close(file)
     return total
 
 
-def _is_memory_of(device: str, file: str) -> bool:
-    """Of the host's devices a file has their name, of a stand-in accelerator its number."""
+def _memory_of(deployment: Deployment, device: str) -> list[Path]:
+    """Files: of the host's devices the HMM has them open, of stand-in accelerators they have names."""
     if "STANDIN_FOLDER" in os.environ:
-        return file.startswith(f"{os.environ['STANDIN_FOLDER']}/memory.{device.partition(':')[2]}.")
-    return file.startswith(f"/memfd:{device}.")
+        return list(Path(os.environ["STANDIN_FOLDER"]).glob(f"memory.{device.partition(':')[2]}.*"))
+    files = Path(f"/proc/{deployment.pids['hmm']}/fd").iterdir()
+    return [file for file in files if os.readlink(file).startswith(f"/memfd:{device}.")]
 
 
 def _overwrite_file(file: int) -> int:
