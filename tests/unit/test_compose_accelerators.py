@@ -195,3 +195,10 @@ def test_the_entry_point_finds_the_drivers_libraries_and_becomes_the_command() -
     assert (done.returncode, done.stdout) == (7, f"{driver}:{driver}/driver:{driver}/common:/mine\n")
     assert os.access(ROOT / "deploy/with-cann.sh", os.X_OK), "COPY keeps its mode"
     assert 'ENTRYPOINT ["with-cann"]' in (ROOT / "Dockerfile.npu").read_text()
+
+
+def test_both_images_build_the_wheel_by_the_same_steps() -> None:
+    begin, end = "# ---- The project's wheel", "# ---- The runtime."
+    made = {kind: (ROOT / f"Dockerfile.{kind}").read_text() for kind in KINDS}
+    stages = {kind: text[text.index(begin) : text.index(end)] for kind, text in made.items()}
+    assert stages["npu"].replace("CANN_IMAGE", "PYTHON_IMAGE") == stages["cuda"]
