@@ -42,10 +42,14 @@ class Seat(msgspec.Struct, frozen=True):
         return DeviceId.parse(self.device).host
 
 
-Compute = Literal["host", "torch"]
+Compute = Literal["host", "torch", "triton"]
 """Names of the compute backends (services/worker/backends)."""
 
-COMPUTES: Final[dict[str, tuple[Compute, ...]]] = {"host": ("host", "torch"), "npu": ("torch",), "cuda": ("torch",)}
+COMPUTES: Final[dict[str, tuple[Compute, ...]]] = {
+    "host": ("host", "torch"),
+    "npu": ("torch",),
+    "cuda": ("torch", "triton"),
+}
 """What computes on devices, by the backend that these are of; the first is what `auto` means there."""
 
 

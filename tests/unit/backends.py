@@ -1,14 +1,20 @@
-"""A compute backend that computes as late as an accelerator may."""
+"""The compute backends that tests run on, and one that computes as late as an accelerator may."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from elasticmoe.services.worker.backends.base import Mirror, Operation
+from elasticmoe.common.layout import COMPUTES
+from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
+from elasticmoe.services.worker.backends.factory import open_backend
 from elasticmoe.services.worker.backends.torch import TorchBackend
+
+ON_CPU: dict[str, Callable[..., ComputeBackend]] = {name: partial(open_backend, name) for name in COMPUTES["host"]}
+"""What computes on a CPU, by its name."""
 
 _QUEUED = (
     "embed",

@@ -14,14 +14,15 @@ import torch
 from elasticmoe.common.model_spec import MoeSpec
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends.base import ComputeBackend
-from elasticmoe.services.worker.backends.factory import BACKENDS, open_backend
+from elasticmoe.services.worker.backends.factory import open_backend
+from tests.unit.backends import ON_CPU
 
 ROWS, HIDDEN, WIDTH = 40, 512, 256
 BY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 Compute = Callable[[ComputeBackend, torch.Tensor], torch.Tensor]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=ON_CPU)
 def backend(request: pytest.FixtureRequest) -> ComputeBackend:
     """Each of them."""
     return open_backend(request.param)
@@ -148,7 +149,7 @@ def test_a_rows_bits_do_not_depend_on_its_company(
 @pytest.mark.parametrize("make", MAKERS)
 def test_operations_nearly_agree(make: Callable[[torch.dtype], Compute], dtype: torch.dtype) -> None:
     compute, x_NH = make(dtype), random_of(ROWS, HIDDEN, seed=5)
-    first, *others = (compute(open_backend(name), x_NH) for name in BACKENDS)
+    first, *others = (compute(open_backend(name), x_NH) for name in ON_CPU)
     for other in others:
         assert float((first - other).abs().max()) < 1e-5 * float(first.abs().max())
 
@@ -169,7 +170,7 @@ def test_equals_are_taken_by_their_ids(backend: ComputeBackend) -> None:
 def test_seeded_draws_are_the_same() -> None:
     """Of the same logits, whatever the options, but where a random number falls onto the very edge of a token."""
     rng, num_same, num_all = random.Random(11), 0, 0
-    backends = [open_backend(name) for name in BACKENDS]
+    backends = [open_backend(name) for name in ON_CPU]
     for number in range(600):
         vocab = rng.choice((3, 50, 259, 2_000))
         logits_BV = random_of(1, vocab, seed=number) * rng.choice((0.1, 2.0, 8.0))

@@ -21,10 +21,11 @@ from elasticmoe.common.model_spec import (
     RopeSpec,
 )
 from elasticmoe.services.worker.backends.base import ComputeBackend
-from elasticmoe.services.worker.backends.factory import BACKENDS, open_backend
+from elasticmoe.services.worker.backends.factory import open_backend
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
 from elasticmoe.services.worker.model.weights import KvCache
 from tests.device_memory import DeviceMemory
+from tests.unit.backends import ON_CPU
 from tests.unit.kernel_memory import random
 
 LAYERS, BLOCK_SIZE, NUM_BLOCKS, LAYER = 2, 4, 64, 1
@@ -104,7 +105,7 @@ def kv_b_of(spec: LatentAttentionSpec, dtype: str) -> torch.Tensor:
 
 @BY_DTYPE
 @BY_SPEC
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_bits_do_not_depend_on_chunks_or_company(
     name: str, spec: AttentionSpec | LatentAttentionSpec, dtype: str
 ) -> None:
@@ -125,7 +126,7 @@ def test_bits_do_not_depend_on_chunks_or_company(
 @BY_SPEC
 def test_backends_nearly_agree(spec: AttentionSpec | LatentAttentionSpec, dtype: str) -> None:
     outs, kept = [], []
-    for name in BACKENDS:
+    for name in ON_CPU:
         layer = Layer(name, spec, dtype)
         outs.append(layer.run([(0, 60, list(range(15))), (0, 1, [20])], random(61, layer.width)))
         kept.append(layer.cache.cache.blocks[:15, LAYER].to(torch.float32, copy=True))
@@ -138,7 +139,7 @@ def test_backends_nearly_agree(spec: AttentionSpec | LatentAttentionSpec, dtype:
         assert float((kept[0] - other).abs().max()) <= 2**-7 * float(kept[0].abs().max())
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("planes", [1, 2])
 def test_whole_numbers_of_one_plane_or_two(name: str, planes: int) -> None:
     backend, cache = open_backend(name), Cache(KvShape(planes, 1, 10 // planes), "float32")
@@ -150,7 +151,7 @@ def test_whole_numbers_of_one_plane_or_two(name: str, planes: int) -> None:
     assert out_NE[-1].tolist() == want
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_tensors_of_attention_are_checked_when_an_operation_is_made(name: str) -> None:
     backend = open_backend(name)
     grouped, normed, latent = (SPECS[key] for key in ("grouped", "head norms", "latent"))

@@ -12,10 +12,9 @@ from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus
 from elasticmoe.native.bus import Bus
 from elasticmoe.services.scaler.control.watchdog import ALONE_FACTOR, Watched, pulses_of, watch
-from elasticmoe.services.worker.backends.factory import BACKENDS
 from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
 from elasticmoe.services.worker.model.batch import BatchPart
-from tests.unit.backends import QueuedBackend
+from tests.unit.backends import ON_CPU, QueuedBackend
 from tests.unit.ranks import Ranks
 from tests.unit.transitions import cluster_of
 
@@ -95,8 +94,8 @@ def test_a_rank_that_waits_for_its_device_is_not_asleep(directory: Path, fails: 
     assert world.ejected_after() == pytest.approx(STALL_S, abs=2 * TURN_S)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_backends_that_compute_at_once_never_wait(name: str, directory: Path) -> None:
     told: list[bool] = []
-    Ranks(directory, 1, backend=lambda: BACKENDS[name](told.append)).step(WORK)
+    Ranks(directory, 1, backend=lambda: ON_CPU[name](told.append)).step(WORK)
     assert told == []

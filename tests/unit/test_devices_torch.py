@@ -15,7 +15,7 @@ from elasticmoe.common.devices import torch_devices
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.devices.torch_devices import open_torch, prepare_torch
 from elasticmoe.common.layout import COMPUTES
-from elasticmoe.common.protocol.errors import DeviceError
+from elasticmoe.common.protocol.errors import ConfigError, DeviceError
 from elasticmoe.services.worker.backends.factory import BACKENDS, open_backend
 
 # What a fork must not inherit: torch's own state of a device, and a vendor's package, which may have one.
@@ -94,3 +94,12 @@ def test_a_backend_off_the_cpu_is_waited_for() -> None:
     assert backend.device.type == "meta"
     assert not backend.is_synchronous
     assert backend.mirror(2).host.device.type == "cpu"
+
+
+def test_a_package_of_kernels_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if ".triton_kernels" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ConfigError, match="triton cannot be imported for --compute triton") as caught:
+        open_backend("triton")
+    assert caught.value.code == "no_compute"

@@ -13,9 +13,8 @@ import torch
 
 from elasticmoe.cli.models import configs, random_checkpoint
 from elasticmoe.services.worker.backends.base import ComputeBackend
-from elasticmoe.services.worker.backends.factory import BACKENDS
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
-from tests.unit.backends import QueuedBackend
+from tests.unit.backends import ON_CPU, QueuedBackend
 from tests.unit.exchanges import KINDS
 from tests.unit.ranks import BLOCK_SIZE, NUM_BLOCKS, Ranks, Stream, generate
 
@@ -84,10 +83,10 @@ def model(request: pytest.FixtureRequest, models: Models) -> tuple[Path, Any]:
     return models[request.param]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=ON_CPU)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """What the ranks compute with."""
-    return BACKENDS[request.param]
+    return ON_CPU[request.param]
 
 
 def reference_of(directory: Path) -> Any:
@@ -162,7 +161,7 @@ def test_position_5000(name: str, compute: Literal["host", "torch"], models: Mod
     """Under yarn, whose factor of the scores cannot be seen at position 0, and where part of a head rotates."""
     directory, reference = models[name]
     streams = make_streams(1, (5_000,))
-    ranks = Ranks(directory, 1, backend=BACKENDS[compute], num_blocks=1_300)
+    ranks = Ranks(directory, 1, backend=ON_CPU[compute], num_blocks=1_300)
     logits = generate(ranks, streams, NUM_TOKENS, lambda _: 64)
     worst, is_greedy = compare(reference, streams, logits)
     assert worst < FLOAT32_BOUND
@@ -173,7 +172,7 @@ def test_results_are_waited_for(model: tuple[Path, Any]) -> None:
     """On a device that computes only when it is waited for, in memory of its own."""
     directory, _ = model
     runs = []
-    for backend in (BACKENDS["torch"], QueuedBackend):
+    for backend in (ON_CPU["torch"], QueuedBackend):
         streams = make_streams(2, (9, 4))
         logits = generate(Ranks(directory, 2, backend=backend), streams, 4)
         runs.append([(stream.tokens, logits[id(stream)]) for row in streams for stream in row])
@@ -186,7 +185,7 @@ def test_backends_agree(model: tuple[Path, Any]) -> None:
     """The same greedy tokens, from nearly the same logits."""
     directory, _ = model
     runs = []
-    for backend in BACKENDS.values():
+    for backend in ON_CPU.values():
         streams = make_streams(2, (33, 9))
         logits = generate(Ranks(directory, 2, backend=backend), streams, NUM_TOKENS)
         runs.append([(stream.tokens, logits[id(stream)]) for row in streams for stream in row])
@@ -215,7 +214,7 @@ def test_rows_that_travel_between_devices_change_no_bit(queues: bool, models: Mo
     """Nor does a rank wait for less than its device's end."""
     runs = []
     for kind in KINDS:
-        backend = QueuedBackend if queues else BACKENDS["host"]
+        backend = QueuedBackend if queues else ON_CPU["host"]
         streams = make_streams(3, (33, 9))
         ranks = Ranks(models["deepseek3"][0], 3, backend=backend, exchange_kind=kind)
         logits = generate(ranks, streams, 4, lambda _: 11)

@@ -15,8 +15,8 @@ from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.common import families
 from elasticmoe.common.families import parse_spec, unread_names
 from elasticmoe.common.families.family import Family
-from elasticmoe.services.worker.backends.factory import BACKENDS
 from tests.markdown import ROOT, blocks_of
+from tests.unit.backends import ON_CPU
 from tests.unit.ranks import Ranks, Stream, generate
 
 transformers = pytest.importorskip("transformers")
@@ -69,10 +69,10 @@ def test_the_recipes_family_has_the_keys_and_defaults_of_its_class(added: Family
     assert unread_names(json.loads(transformers.Dots1Config().to_json_string(use_diff=False))) == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_the_recipes_family_computes_what_transformers_computes(added: Family, backend: str, tmp_path: Path) -> None:
     directory = random_checkpoint(tmp_path / "model", TINY, seed=2, dtype="float32")
-    ranks = Ranks(directory, 2, backend=BACKENDS[backend])  # type: ignore[index]
+    ranks = Ranks(directory, 2, backend=ON_CPU[backend])
     assert ranks.spec.family == added.name
     streams = [[Stream(list(range(10, 30)), range(8))], [Stream(list(range(90, 99)), range(8))]]
     logits = generate(ranks, streams, NUM_TOKENS)

@@ -17,11 +17,10 @@ from elasticmoe.cli.models.oracle import ORACLE_CONFIG, PACED_CONFIG
 from elasticmoe.common.families import load_spec
 from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.services.worker.backends.base import ComputeBackend
-from elasticmoe.services.worker.backends.factory import BACKENDS
 from elasticmoe.services.worker.model import oracle
 from elasticmoe.services.worker.model.batch import BatchPart
 from tests.oracle import next_tokens
-from tests.unit.backends import QueuedBackend
+from tests.unit.backends import ON_CPU, QueuedBackend
 from tests.unit.ranks import Ranks, Stream, generate
 
 COUNT = 24
@@ -38,7 +37,7 @@ def make_streams(size: int, lengths: tuple[int, ...]) -> list[list[Stream]]:
     return rows
 
 
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU.values(), ids=ON_CPU)
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_tokens_equal_those_of_plain_python(directory: Path, size: int, backend: Callable[[], ComputeBackend]) -> None:
     streams = make_streams(size, (1, 8, 39))
@@ -48,7 +47,7 @@ def test_tokens_equal_those_of_plain_python(directory: Path, size: int, backend:
         assert stream.tokens[-COUNT:] == next_tokens(directory, prompts[id(stream)], COUNT)
 
 
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU.values(), ids=ON_CPU)
 def test_one_plane_holds_what_two_do(tmp_path: Path, backend: Callable[[], ComputeBackend]) -> None:
     """The tokens of a cache that is shaped as latent attention's, and that each of its halves counts."""
     latent = make_model("oracle-latent", tmp_path / "latent", seed=7)
@@ -166,7 +165,7 @@ def swap_experts(ranks: Ranks, stream: Stream) -> None:
         tensor[[0, 1]] = tensor[[1, 0]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU.values(), ids=ON_CPU)
 @pytest.mark.parametrize(
     "change", [zero_block, swap_blocks, double_block, change_one_value, skip_position, swap_experts]
 )

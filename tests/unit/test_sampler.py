@@ -13,8 +13,9 @@ import torch
 
 from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.services.worker.backends.base import ComputeBackend
-from elasticmoe.services.worker.backends.factory import BACKENDS, open_backend
+from elasticmoe.services.worker.backends.factory import open_backend
 from elasticmoe.services.worker.engine.sampler import Sampled, SamplingState, prompt_logprobs, sample, uniform
+from tests.unit.backends import ON_CPU
 
 VOCAB = 50
 
@@ -22,7 +23,7 @@ VOCAB = 50
 USED: list[ComputeBackend] = []  # the last one
 
 
-@pytest.fixture(autouse=True, scope="module", params=BACKENDS)
+@pytest.fixture(autouse=True, scope="module", params=ON_CPU)
 def backend(request: pytest.FixtureRequest) -> Iterator[ComputeBackend]:
     """Every test runs once with each compute backend."""
     USED.append(open_backend(request.param))

@@ -21,9 +21,10 @@ from elasticmoe.native import kernels
 from elasticmoe.services.router.api.parse import parse
 from elasticmoe.services.router.api.schemas import ChatRequest, CompletionRequest, GenerateRequest
 from elasticmoe.services.worker.backends.base import ComputeBackend
-from elasticmoe.services.worker.backends.factory import BACKENDS, open_backend
+from elasticmoe.services.worker.backends.factory import open_backend
 from elasticmoe.services.worker.engine import sampler
 from elasticmoe.services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
+from tests.unit.backends import ON_CPU
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 TINY = 5e-324  # the least double above 0
@@ -32,7 +33,7 @@ TINY = 5e-324  # the least double above 0
 USED: list[ComputeBackend] = []  # the last one
 
 
-@pytest.fixture(autouse=True, scope="module", params=BACKENDS)
+@pytest.fixture(autouse=True, scope="module", params=ON_CPU)
 def backend(request: pytest.FixtureRequest) -> Iterator[ComputeBackend]:
     """Every test runs once with each compute backend."""
     USED.append(open_backend(request.param))

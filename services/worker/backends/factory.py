@@ -7,16 +7,34 @@ from collections.abc import Callable
 import torch
 
 from elasticmoe.common.layout import Compute
+from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.services.worker.backends.accelerator.backend import AcceleratorBackend
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.host import HostBackend
 from elasticmoe.services.worker.backends.torch import TorchBackend
 
-BACKENDS: dict[Compute, type[HostBackend | TorchBackend]] = {"host": HostBackend, "torch": TorchBackend}
+TellWaiting = Callable[[bool], None] | None
+
+
+def _open_triton(tell_waiting: TellWaiting, device: torch.device) -> ComputeBackend:
+    try:  # here, since Triton is imported where its device is
+        from elasticmoe.services.worker.backends.accelerator.triton_kernels.kernel_set import TritonKernels
+    except ImportError as error:
+        raise ConfigError(f"triton cannot be imported for --compute triton: {error}", code="no_compute") from None
+    return AcceleratorBackend(TritonKernels(device), tell_waiting, device)
+
+
+BACKENDS: dict[Compute, Callable[[TellWaiting, torch.device], ComputeBackend]] = {
+    "host": HostBackend,
+    "torch": TorchBackend,
+    "triton": _open_triton,
+}
 
 
 def open_backend(
-    name: Compute, tell_waiting: Callable[[bool], None] | None = None, device: torch.device = torch.device("cpu")
+    name: Compute, tell_waiting: TellWaiting = None, device: torch.device = torch.device("cpu")
 ) -> ComputeBackend:
     """A backend for one rank. `device`: where its memory's tensors are, as the rank's Device says; which backends
-    compute on which devices says COMPUTES (common/layout.py). `tell_waiting`: see ComputeBackend."""
+    compute on which devices says COMPUTES (common/layout.py). `tell_waiting`: see ComputeBackend. Raises ConfigError
+    no_compute where a package is missing that it needs."""
     return BACKENDS[name](tell_waiting, device)

@@ -18,24 +18,19 @@ import torch
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends import torch_sampling
-from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, check_norms
+from elasticmoe.services.worker.backends.base import BatchOperation, Operation
+from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend
 from elasticmoe.services.worker.backends.torch_batch import TorchBatch, cached, lay_out
 from elasticmoe.services.worker.backends.torch_rows import feed_forward_row, first_rows, normed, rotate, routed
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
 
-_STORED = (torch.float32, torch.bfloat16)
 
-
-class TorchBackend(ComputeBackend):
-    """See ComputeBackend. `device`: any that torch computes on."""
+class TorchBackend(TensorBackend):
+    """See TensorBackend."""
 
     name = "torch"
-
-    def _synchronize(self) -> None:
-        """See ComputeBackend."""
-        torch.accelerator.synchronize(self.device)
 
     def check_batch(self, batch: Batch, cache: KvCache) -> TorchBatch:
         """See ComputeBackend."""
@@ -46,7 +41,7 @@ class TorchBackend(ComputeBackend):
     def embed(self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
         vocab, hidden = table_VH.shape
-        self._check(table_VH, (vocab, hidden), *_STORED)
+        self._check(table_VH, (vocab, hidden), *STORED)
         self._check_rows(out_NH, hidden)
 
         def run(step: TorchBatch) -> None:
@@ -67,13 +62,8 @@ class TorchBackend(ComputeBackend):
         accumulate: bool = False,
     ) -> Operation:
         """See ComputeBackend."""
-        width, depth = w_WH.shape
-        self._check(w_WH, (width, depth), *_STORED)
-        self._check_rows(x_NH, depth)
-        self._check_rows(out_NW, width)
-        if bias_W is not None:
-            self._check(bias_W, (width,), torch.float32)
-        row_H = self.empty(depth)
+        self._check_linear(x_NH, w_WH, out_NW, bias_W)
+        row_H = self.empty(x_NH.shape[1])
 
         def run(n: int) -> None:
             w = w_WH.float()
@@ -143,12 +133,8 @@ class TorchBackend(ComputeBackend):
     ) -> BatchOperation:
         """See ComputeBackend."""
         dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
-        self._check_rows(qkv_NC, (heads + 2 * kv_heads) * dim)
-        self._check_rows(rope_ND, spec.rope.dims)
-        check_norms(spec, norms)
+        self._check_store_kv(spec, qkv_NC, rope_ND, norms)
         widths = (dim, dim) if spec.qk_norm == "head" else (heads * dim, kv_heads * dim)
-        for norm, width in zip(norms or (), widths, strict=False):
-            self._check(norm, (width,), torch.float32)
         buffers = [self.empty(width) for width in widths]
         ends = (0, heads * dim, (heads + kv_heads) * dim)
 
@@ -170,8 +156,7 @@ class TorchBackend(ComputeBackend):
     def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
         dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
-        self._check_rows(qkv_NC, (heads + 2 * kv_heads) * dim)
-        self._check_rows(out_NO, heads * dim)
+        self._check_attention(spec, qkv_NC, out_NO)
         row_GPY = self.empty(kv_heads, heads // kv_heads, dim)
 
         def run(step: TorchBatch) -> None:
@@ -195,10 +180,7 @@ class TorchBackend(ComputeBackend):
     ) -> BatchOperation:
         """See ComputeBackend."""
         heads, rank = spec.num_heads, spec.kv_rank
-        self._check_rows(q_NQ, spec.query_width)
-        self._check_rows(kv_NC, spec.kv.width)
-        self._check_rows(rope_ND, spec.rope.dims)
-        self._check(norm, (rank,), torch.float32)
+        self._check_store_latent(spec, q_NQ, kv_NC, rope_ND, norm)
         row_U = self.empty(rank)
 
         def run(step: TorchBatch) -> None:
@@ -217,9 +199,7 @@ class TorchBackend(ComputeBackend):
     ) -> BatchOperation:
         """See ComputeBackend."""
         heads, rank, nope = spec.num_heads, spec.kv_rank, spec.nope_dim
-        self._check_rows(q_NQ, spec.query_width)
-        self._check_rows(out_NO, spec.out_width)
-        self._check(kv_b, (heads * (nope + spec.v_dim), rank), *_STORED)
+        self._check_latent_attention(spec, q_NQ, kv_b, out_NO)
         q_XY = self.empty(heads, nope + spec.rope.dims)
         turned_XW = self.empty(heads, spec.kv.width)
 
@@ -246,14 +226,8 @@ class TorchBackend(ComputeBackend):
         weights_NK: torch.Tensor,
     ) -> Operation:
         """See ComputeBackend."""
-        hidden, top_k = x_NH.shape[1], moe.top_k
-        self._check_rows(x_NH, hidden)
-        self._check(gate_EH, (moe.num_experts, hidden), torch.float32)
-        if bias_E is not None:
-            self._check(bias_E, (moe.num_experts,), torch.float32)
-        self._check_rows(weights_NK, top_k)
-        self._check(ids_NK, (ids_NK.shape[0], top_k), torch.int32)
-        row_H = self.empty(hidden)
+        self._check_route(x_NH, gate_EH, bias_E, moe, ids_NK, weights_NK)
+        row_H = self.empty(x_NH.shape[1])
 
         def run(n: int) -> None:
             for row, x_H in enumerate(x_NH[:n]):
@@ -267,11 +241,8 @@ class TorchBackend(ComputeBackend):
         self, w13_E: torch.Tensor, w2_E: torch.Tensor, moe: MoeSpec, hidden: int
     ) -> Callable[[torch.Tensor, torch.Tensor, int], None]:
         """See ComputeBackend."""
-        width, num_experts = moe.expert_width, moe.num_experts
-        for tensor_E, shape in ((w13_E, (2 * width, hidden)), (w2_E, (hidden, width))):
-            if tensor_E.shape[0] != num_experts:
-                raise ValueError(f"tensor has slots for {tensor_E.shape[0]} experts; must have {num_experts}")
-            self._check(tensor_E[0], shape, *_STORED)
+        num_experts = moe.num_experts
+        self._check_experts(w13_E, w2_E, moe, hidden)
         row_H = self.empty(hidden)
 
         def run(rows_RH: torch.Tensor, counts_E: torch.Tensor, num_rows: int) -> None:
@@ -366,31 +337,3 @@ class TorchBackend(ComputeBackend):
     def top_tokens(self, row_V: torch.Tensor, count: int) -> list[int]:
         """See ComputeBackend."""
         return torch_sampling.top_tokens(row_V, count)
-
-    # ---- checks
-
-    def _check(self, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
-        """Raises ValueError for another shape, dtype or device, or for gaps. Touches no memory."""
-        is_here = tensor.device.type == self.device.type
-        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not is_here or not tensor.is_contiguous():
-            raise ValueError(
-                f"tensor is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; "
-                f"must be {shape} of {dtypes}, contiguous, on {self.device}"
-            )
-
-    def _check_norm(self, weight_H: torch.Tensor, *rows_NH: torch.Tensor) -> None:
-        self._check(weight_H, (rows_NH[0].shape[1],), torch.float32)
-        for tensor_NH in rows_NH:
-            self._check_rows(tensor_NH, rows_NH[0].shape[1])
-
-    def _check_feed_forward(
-        self, x_NH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, width: int, out_NH: torch.Tensor
-    ) -> None:
-        hidden = x_NH.shape[1]
-        self._check_rows(x_NH, hidden)
-        self._check_rows(out_NH, hidden)
-        self._check(w13, (2 * width, hidden), *_STORED)
-        self._check(w2, (hidden, width), *_STORED)
-
-    def _check_rows(self, tensor_NX: torch.Tensor, width: int) -> None:
-        self._check(tensor_NX, (tensor_NX.shape[0], width), torch.float32)

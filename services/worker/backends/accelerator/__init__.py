@@ -1,0 +1,1 @@
+"""Compute on accelerators: batched operations over a small set of kernels that differ by vendor."""

@@ -1,0 +1,1 @@
+"""Kernels in Triton. Imported only where a step is computed with them: importing them imports triton."""

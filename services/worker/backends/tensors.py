@@ -1,0 +1,121 @@
+"""What backends have in common that compute with torch's tensors: where they compute, and what they take.
+
+Shape suffixes: as in base.py; X any width.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec
+from elasticmoe.services.worker.backends.base import ComputeBackend, check_norms
+
+STORED: Final = (torch.float32, torch.bfloat16)
+
+
+class TensorBackend(ComputeBackend):
+    """See ComputeBackend. `device`: any that torch computes on."""
+
+    def _synchronize(self) -> None:
+        """See ComputeBackend."""
+        torch.accelerator.synchronize(self.device)
+
+    def _check(self, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+        """Raises ValueError for another shape, dtype or device, or for gaps. Touches no memory."""
+        is_here = tensor.device.type == self.device.type
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not is_here or not tensor.is_contiguous():
+            raise ValueError(
+                f"tensor is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; "
+                f"must be {shape} of {dtypes}, contiguous, on {self.device}"
+            )
+
+    def _check_rows(self, tensor_NX: torch.Tensor, width: int) -> None:
+        self._check(tensor_NX, (tensor_NX.shape[0], width), torch.float32)
+
+    def _check_norm(self, weight_H: torch.Tensor, *rows_NH: torch.Tensor) -> None:
+        self._check(weight_H, (rows_NH[0].shape[1],), torch.float32)
+        for tensor_NH in rows_NH:
+            self._check_rows(tensor_NH, rows_NH[0].shape[1])
+
+    def _check_linear(
+        self, x_NH: torch.Tensor, w_WH: torch.Tensor, out_NW: torch.Tensor, bias_W: torch.Tensor | None
+    ) -> None:
+        width, depth = w_WH.shape
+        self._check(w_WH, (width, depth), *STORED)
+        self._check_rows(x_NH, depth)
+        self._check_rows(out_NW, width)
+        if bias_W is not None:
+            self._check(bias_W, (width,), torch.float32)
+
+    def _check_feed_forward(
+        self, x_NH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, width: int, out_NH: torch.Tensor
+    ) -> None:
+        hidden = x_NH.shape[1]
+        self._check_rows(x_NH, hidden)
+        self._check_rows(out_NH, hidden)
+        self._check(w13, (2 * width, hidden), *STORED)
+        self._check(w2, (hidden, width), *STORED)
+
+    def _check_store_kv(
+        self,
+        spec: AttentionSpec,
+        qkv_NC: torch.Tensor,
+        rope_ND: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        self._check_rows(qkv_NC, spec.query_width + spec.kv.elements)
+        self._check_rows(rope_ND, spec.rope.dims)
+        check_norms(spec, norms)
+        heads = (spec.num_heads, spec.num_kv_heads) if spec.qk_norm == "token" else (1, 1)
+        for norm, num_heads in zip(norms or (), heads, strict=False):
+            self._check(norm, (num_heads * spec.head_dim,), torch.float32)
+
+    def _check_attention(self, spec: AttentionSpec, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> None:
+        self._check_rows(qkv_NC, spec.query_width + spec.kv.elements)
+        self._check_rows(out_NO, spec.out_width)
+
+    def _check_store_latent(
+        self,
+        spec: LatentAttentionSpec,
+        q_NQ: torch.Tensor,
+        kv_NC: torch.Tensor,
+        rope_ND: torch.Tensor,
+        norm: torch.Tensor,
+    ) -> None:
+        self._check_rows(q_NQ, spec.query_width)
+        self._check_rows(kv_NC, spec.kv.width)
+        self._check_rows(rope_ND, spec.rope.dims)
+        self._check(norm, (spec.kv_rank,), torch.float32)
+
+    def _check_latent_attention(
+        self, spec: LatentAttentionSpec, q_NQ: torch.Tensor, kv_b: torch.Tensor, out_NO: torch.Tensor
+    ) -> None:
+        self._check_rows(q_NQ, spec.query_width)
+        self._check_rows(out_NO, spec.out_width)
+        self._check(kv_b, (spec.num_heads * (spec.nope_dim + spec.v_dim), spec.kv_rank), *STORED)
+
+    def _check_route(
+        self,
+        x_NH: torch.Tensor,
+        gate_EH: torch.Tensor,
+        bias_E: torch.Tensor | None,
+        moe: MoeSpec,
+        ids_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
+    ) -> None:
+        hidden = x_NH.shape[1]
+        self._check_rows(x_NH, hidden)
+        self._check(gate_EH, (moe.num_experts, hidden), torch.float32)
+        if bias_E is not None:
+            self._check(bias_E, (moe.num_experts,), torch.float32)
+        self._check_rows(weights_NK, moe.top_k)
+        self._check(ids_NK, (ids_NK.shape[0], moe.top_k), torch.int32)
+
+    def _check_experts(self, w13_E: torch.Tensor, w2_E: torch.Tensor, moe: MoeSpec, hidden: int) -> None:
+        width = moe.expert_width
+        for tensor_E, shape in ((w13_E, (2 * width, hidden)), (w2_E, (hidden, width))):
+            if tensor_E.shape[0] != moe.num_experts:
+                raise ValueError(f"tensor has slots for {tensor_E.shape[0]} experts; must have {moe.num_experts}")
+            self._check(tensor_E[0], shape, *STORED)

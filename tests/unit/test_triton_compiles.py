@@ -1,0 +1,80 @@
+"""Triton's compiler takes the kernels for GPUs as they are launched for published models, which needs no GPU. It
+refuses what its interpreter lets pass: names, types of loops, operands that are too small for tensor cores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from elasticmoe.services.worker.backends.accelerator.triton_kernels import attention, products, routing, rows
+from elasticmoe.services.worker.backends.accelerator.triton_kernels.kernel_set import (
+    DEPTH,
+    HEADS,
+    ROWS,
+    SPLIT,
+    TILES,
+    WIDTH,
+)
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # of one block, CUDA C++ programming guide, compute capabilities
+POINTERS = dict.fromkeys(
+    ("x", "delta", "weight", "out", "bias", "row_gate", "q", "sums", "maxima", "totals", "table", "frequencies"),
+    "*fp32",
+)
+POINTERS |= dict.fromkeys(("from_rows", "tiles", "block_ids", "positions", "blocks", "places", "ids"), "*i32")
+POINTERS |= {"logits": "*fp32", "weights": "*fp32", "w": "*bf16", "cache": "*bf16"}
+NUMBERS = dict.fromkeys(("scale", "eps", "amplitude", "scaling"), "fp32")  # the others are whole
+
+_PRODUCT = {"BLOCK_ROWS": ROWS, "BLOCK_WIDTH": WIDTH, "BLOCK_DEPTH": DEPTH}
+_ATTENTION = {"IS_LATENT": False, "SPLIT": SPLIT, "BLOCK_QUERIES": TILES[2].queries // 8, "BLOCK_HEADS": 8}
+_ATTENTION |= {"BLOCK_KEYS": TILES[2].keys, "BLOCK_DIM": 128, "BLOCK_TAIL": 16}
+_LATENT = _ATTENTION | {"IS_LATENT": True, "BLOCK_QUERIES": 1, "BLOCK_HEADS": TILES[1].queries}
+_LATENT |= {"BLOCK_KEYS": TILES[1].keys, "BLOCK_DIM": 512, "BLOCK_TAIL": 64}
+_ROUTE = {"NUM_EXPERTS": 256, "TOP_K": 8, "NORMALIZES": True, "BLOCK_K": 8}
+_GROUPS = {"NUM_GROUPS": 8, "TOP_GROUPS": 4, "BLOCK_GROUPS": 8, "BLOCK_SIZE": 32}
+_NO_GROUPS = {"NUM_GROUPS": 1, "TOP_GROUPS": 1, "BLOCK_GROUPS": 1, "BLOCK_SIZE": 256}
+
+
+def _flags(names: str, *chosen: str) -> dict[str, bool]:
+    return {name: name in chosen for name in names.split()}
+
+
+_PRODUCT_FLAGS = "GROUPED GATED ACCUMULATE HAS_BIAS HAS_ROW_GATE"
+CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "linear": (products.product_kernel, _PRODUCT | _flags(_PRODUCT_FLAGS, "ACCUMULATE", "HAS_BIAS"), 4),
+    "shared": (products.product_kernel, _PRODUCT | _flags(_PRODUCT_FLAGS, "ACCUMULATE", "HAS_ROW_GATE"), 4),
+    "experts": (products.product_kernel, _PRODUCT | _flags(_PRODUCT_FLAGS, "GROUPED", "GATED"), 4),
+    "attention": (attention.attention_kernel, _ATTENTION, TILES[2].warps),
+    "latents": (attention.attention_kernel, _LATENT, TILES[1].warps),
+    "join": (attention.join_kernel, {"SPLIT": SPLIT, "BLOCK_HEADS": HEADS, "BLOCK_DIM": 512}, 4),
+    "softmax": (routing.route_kernel, _ROUTE | _NO_GROUPS | _flags("IS_SOFTMAX HAS_BIAS", "IS_SOFTMAX"), 4),
+    "softmax, bias": (
+        routing.route_kernel,
+        _ROUTE | _GROUPS | _flags("IS_SOFTMAX HAS_BIAS", "IS_SOFTMAX", "HAS_BIAS"),
+        4,
+    ),
+    "sigmoid": (routing.route_kernel, _ROUTE | _GROUPS | _flags("IS_SOFTMAX HAS_BIAS", "HAS_BIAS"), 4),
+    "norm": (rows.norm_kernel, {"BLOCK": 1024} | dict.fromkeys(("HAS_DELTA", "HAS_ROWS", "KEEPS_SUM"), True), 4),
+    "rope table": (rows.rope_table_kernel, {"BLOCK": 64}, 4),
+    "rotate": (rows.rotate_kernel, {"INTERLEAVED": True, "BLOCK_HEADS": HEADS, "BLOCK": 64}, 4),
+    "store": (rows.store_kernel, {"BLOCK_PLANES": 8, "BLOCK": 128}, 4),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_is_compiled(name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, constants, warps = CASES[name]
+    names = [parameter.name for parameter in kernel.params]
+    signature = {each: "constexpr" if each in constants else (POINTERS | NUMBERS).get(each, "i32") for each in names}
+    source = ASTSource(kernel, signature, {(names.index(each),): value for each, value in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    assert compiled.metadata.shared <= SHARED_BYTES[capability]
+    assert "cubin" in compiled.asm
