@@ -20,7 +20,8 @@ class Experts:
         self._transfer = Transfer(w13_E.device)
 
     def compute(self, rows_RH: torch.Tensor, counts_E: torch.Tensor) -> None:
-        """Each row becomes its expert's output, in place, in host memory, once what is queued is done."""
+        """Each row becomes its expert's output, in place, in the device's memory or the host's, once what is queued is
+        done. The step before must be over."""
         if not len(rows_RH):
             return
         device = self._w13_E.device
