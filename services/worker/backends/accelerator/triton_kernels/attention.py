@@ -3,12 +3,41 @@
 The positions of a sequence are cut into splits of SPLIT, from its first position on. A program takes a tile of queries
 over one split, in steps of BLOCK_KEYS positions; then the splits of each query are joined in their order. What a query
 adds up in which order depends on its own position alone: later positions of its tile count exactly nothing (ADR 33).
+
+`tiles` says of each tile its first row, the number of rows, the first one's position, and where in `block_ids` its
+sequence's blocks begin. IS_LATENT: keys are `width` elements, which are the values too, and `tail_width` behind
+them; else `width` elements, and values lie `value_offset` further on. Written are the weighted sums [N, heads,
+splits, width], their greatest scores and the weights' totals [N, heads, splits], from `first_row` on, which is that
+of `first_tile`.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _divided(number: tl.tensor, by: tl.tensor) -> tl.tensor:
+    """How often, and what is left."""
+    return number // by, number % by
+
+
+@triton.jit
+def _numbers_of(tile: tl.tensor) -> tl.tensor:
+    """The four of a tile."""
+    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+
+
+@triton.jit
+def _take(scores: tl.tensor, values: tl.tensor, greatest: tl.tensor, total: tl.tensor, taken: tl.tensor) -> tl.tensor:
+    """The greatest score, the weights' total and their sum of values, after these keys too."""
+    larger = tl.maximum(greatest, tl.max(scores, 1))
+    base = tl.where(larger == float("-inf"), 0.0, larger)  # nothing seen yet
+    weights = tl.exp(scores - base[:, None])
+    factor = tl.exp(greatest - base)
+    taken = tl.dot(weights, values, acc=taken * factor[:, None], input_precision="tf32x3")
+    return larger, total * factor + tl.sum(weights, 1), taken
 
 
 @triton.jit(do_not_specialize=["first_tile", "first_row", "num_splits"])
@@ -28,12 +57,10 @@ def attention_kernel(
     block_stride: tl.tensor,
     head_stride: tl.tensor,
     value_offset: tl.tensor,
-    token_stride: tl.tensor,
     block_size: tl.tensor,
     num_splits: tl.tensor,
     num_heads: tl.tensor,
     heads_per_kv: tl.tensor,
-    head_tiles: tl.tensor,
     width: tl.tensor,
     tail_width: tl.tensor,
     IS_LATENT: tl.constexpr,
@@ -44,18 +71,10 @@ def attention_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
 ) -> None:
-    """What the queries of one tile take from one split. Grid: tiles of queries, kv heads x tiles of heads, splits.
-
-    `tiles` says of each tile its first row, the number of rows, the first one's position, and where in `block_ids` its
-    sequence's blocks begin. IS_LATENT: keys are `width` elements, which are the values too, and `tail_width` behind
-    them; else `width` elements, and values lie `value_offset` further on. Written are the weighted sums [N, heads,
-    splits, width], their greatest scores and the weights' totals [N, heads, splits], from `first_row` on, which is that
-    of `first_tile`.
-    """
+    """What the queries of one tile take from one split. Grid: tiles of queries, kv heads x tiles of heads, splits."""
     tile, split = first_tile + tl.program_id(0), tl.program_id(2)
-    kv_head, head_tile = tl.program_id(1) // head_tiles, tl.program_id(1) % head_tiles
-    tile_row, num_rows = tl.load(tiles + 4 * tile), tl.load(tiles + 4 * tile + 1)
-    first_position, table = tl.load(tiles + 4 * tile + 2), tl.load(tiles + 4 * tile + 3)
+    kv_head, head_tile = _divided(tl.program_id(1), tl.cdiv(heads_per_kv, BLOCK_HEADS))
+    tile_row, num_rows, first_position, table = _numbers_of(tiles + 4 * tile)
     end = first_position + num_rows
     if split * SPLIT >= end:
         return
@@ -70,14 +89,13 @@ def attention_kernel(
         tail = tl.arange(0, BLOCK_TAIL)
         tail_mask = tail < tail_width
         t_QT = tl.load(q_Q[:, None] + width + tail[None, :], mask=is_query[:, None] & tail_mask[None, :], other=0.0)
-    greatest = tl.full((BLOCK_QUERIES * BLOCK_HEADS,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_QUERIES * BLOCK_HEADS,), dtype=tl.float32)
+    greatest, total = tl.full(member.shape, float("-inf"), tl.float32), tl.zeros(member.shape, tl.float32)
     taken = tl.zeros((BLOCK_QUERIES * BLOCK_HEADS, BLOCK_DIM), dtype=tl.float32)
     for first in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, end), BLOCK_KEYS):
         at = first + tl.arange(0, BLOCK_KEYS)
         is_key = at < end
         block = tl.load(block_ids + table + at // block_size, mask=is_key, other=0).to(tl.int64)
-        key = cache + block * block_stride + kv_head * head_stride + (at % block_size) * token_stride
+        key = cache + block * block_stride + kv_head * head_stride + (at % block_size) * (width + tail_width)
         k_mask = is_key[:, None] & (dim < width)[None, :]
         k_KD = tl.load(key[:, None] + dim[None, :], mask=k_mask, other=0.0).to(tl.float32)
         scores = tl.dot(q_QD, tl.trans(k_KD), input_precision="tf32x3")
@@ -89,18 +107,11 @@ def attention_kernel(
         else:
             v_KD = tl.load(key[:, None] + value_offset + dim[None, :], mask=k_mask, other=0.0).to(tl.float32)
         scores = tl.where(at[None, :] <= position[:, None], scores * scale, float("-inf"))
-        larger = tl.maximum(greatest, tl.max(scores, 1))
-        base = tl.where(larger == float("-inf"), 0.0, larger)  # nothing seen yet
-        weights = tl.exp(scores - base[:, None])
-        factor = tl.exp(greatest - base)
-        total = total * factor + tl.sum(weights, 1)
-        taken = tl.dot(weights, v_KD, acc=taken * factor[:, None], input_precision="tf32x3")
-        greatest = larger
+        greatest, total, taken = _take(scores, v_KD, greatest, total, taken)
     at_split = ((row - first_row) * num_heads + head) * num_splits + split
     tl.store(maxima + at_split, greatest, mask=is_query)
     tl.store(totals + at_split, total, mask=is_query)
-    to = sums + at_split[:, None] * width + dim[None, :]
-    tl.store(to, taken, mask=is_query[:, None] & (dim < width)[None, :])
+    tl.store(sums + at_split[:, None] * width + dim[None, :], taken, mask=is_query[:, None] & (dim < width)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_row", "num_splits"])

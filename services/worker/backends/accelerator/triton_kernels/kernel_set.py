@@ -181,10 +181,8 @@ class TritonKernels:
         out: torch.Tensor,
     ) -> None:
         """See Kernels."""
-        if not queries.num_rows:
-            return
         heads, key_width = q_NXY.shape[1:]
-        _, planes, kv_heads, block_size, token_stride = cache.shape
+        _, planes, kv_heads, block_size, _ = cache.shape
         heads_per_kv = heads // kv_heads
         tile = TILES[planes]
         block_heads = min(power_of_two(heads_per_kv), tile.queries)
@@ -212,12 +210,10 @@ class TritonKernels:
                 cache.stride(0),
                 cache.stride(2),
                 cache.stride(1),
-                token_stride,
                 block_size,
                 splits,
                 heads,
                 heads_per_kv,
-                head_tiles,
                 value_width,
                 key_width - value_width,
                 IS_LATENT=planes == 1,
