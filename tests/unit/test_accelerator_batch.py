@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elasticmoe.services.worker.backends.accelerator.batch import Transfer, expert_tiles, query_tiles
+from elasticmoe.services.worker.backends.accelerator.batch import SentFields, expert_tiles, query_tiles
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 
@@ -40,7 +40,7 @@ def test_tiles_of_queries_hold_each_row_once_and_none_of_two_parts(parts: list[t
 
 
 def test_fields_keep_their_addresses_until_one_outgrows_its_place() -> None:
-    transfer = Transfer(torch.device("cpu"))
+    transfer = SentFields(torch.device("cpu"))
     numbers = np.arange(40, dtype=np.int32)
     first = transfer.send({"a": numbers[:5], "b": numbers[:17]})
     addresses = {name: field.data_ptr() for name, field in first.items()}

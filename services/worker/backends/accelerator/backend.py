@@ -17,7 +17,7 @@ import torch
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends import torch_sampling
-from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, Transfer
+from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, SentFields
 from elasticmoe.services.worker.backends.accelerator.experts import Experts
 from elasticmoe.services.worker.backends.accelerator.kernels import Kernels
 from elasticmoe.services.worker.backends.accelerator.whole_numbers import WholeNumbers
@@ -35,7 +35,7 @@ class AcceleratorBackend(TensorBackend):
         super().__init__(tell_waiting, device)
         self.name = kernels.name
         self._kernels: Final = kernels
-        self._transfers: Final = {name: Transfer(device) for name in ("batch", "tiles")}
+        self._transfers: Final = {name: SentFields(device) for name in ("batch", "tiles")}
 
     def mirror(self, *shape: int, dtype: torch.dtype = torch.float32) -> Mirror:
         """See ComputeBackend. The host's side is pinned, so that copies run beside the host."""

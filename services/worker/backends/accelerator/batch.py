@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.int32]
 _SMALLEST: Final = 16  # entries of a field: kernels may count on addresses that are multiples of 16 bytes
 
 
-class Transfer:
+class SentFields:
     """Fields of whole numbers on the host, and their copy on the device, in one buffer each. Each field keeps its
     address until one has outgrown its place; `generation` then counts up."""
 
@@ -60,7 +60,7 @@ class AcceleratorBatch:
     `logit_rows` [M], all parts' `block_ids`. `batch`: as it came; `kv`: the cache's blocks, mapped or not.
     """
 
-    def __init__(self, batch: Batch, cache: KvCache, transfers: Mapping[str, Transfer]) -> None:
+    def __init__(self, batch: Batch, cache: KvCache, transfers: Mapping[str, SentFields]) -> None:
         """The batch over the cache's mapped blocks. Raises ValueError for another block. `transfers`: to fill one after
         the other, by what goes there."""
         size, num_blocks = cache.geometry.block_size, cache.num_blocks

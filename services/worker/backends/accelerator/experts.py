@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from elasticmoe.services.worker.backends.accelerator.batch import Transfer, expert_tiles
+from elasticmoe.services.worker.backends.accelerator.batch import SentFields, expert_tiles
 from elasticmoe.services.worker.backends.accelerator.kernels import Kernels
 
 
@@ -17,7 +17,7 @@ class Experts:
 
     def __init__(self, kernels: Kernels, w13_E: torch.Tensor, w2_E: torch.Tensor) -> None:
         self._kernels, self._w13_E, self._w2_E = kernels, w13_E, w2_E
-        self._transfer = Transfer(w13_E.device)
+        self._transfer = SentFields(w13_E.device)
 
     def compute(self, rows_RH: torch.Tensor, counts_E: torch.Tensor) -> None:
         """Each row becomes its expert's output, in place, in the device's memory or the host's, once what is queued is
