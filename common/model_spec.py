@@ -30,6 +30,11 @@ class RecordKey(msgspec.Struct, frozen=True, order=True, array_like=True):
     def __str__(self) -> str:
         return ".".join([self.kind, *(str(n) for n in (self.layer, self.expert) if n >= 0)])
 
+    def range_offset(self, nbytes: int) -> int:
+        """Where in its range a rank maps the record, which takes `nbytes` there as all of its kind: the experts of a
+        layer share a range, one behind the other by their numbers; every other record has one to itself."""
+        return self.expert * nbytes if self.kind == "expert" else 0
+
 
 class Source(msgspec.Struct, frozen=True):
     """One checkpoint tensor, or one of the equal parts along its first dim, that a tensor of ours is made of.

@@ -200,6 +200,10 @@ class HmmConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(ge=4096, le=1 << 30),
         _is("Page handles are multiples of it, or of the least that the devices have", "bytes"),
     ] = 4096
+    large_pages: Annotated[
+        bool,
+        _is("Put weights and KV of `host` devices into large pages in the background, where the kernel lets it"),
+    ] = True
 
 
 class KeeperConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):

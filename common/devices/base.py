@@ -122,6 +122,23 @@ class Device(Handles):
             self._rules.add_mappings(range_, [(offset, mapping.handle)], mapping.writable)
             raise
 
+    def collapse(self, range_: Range, offset: int, nbytes: int) -> bool:
+        """Put large pages behind a mapped part of the range, both ends at multiples of `large_page_bytes`, for all who
+        map it, now or later, at such an offset. What lies there stays, also while others read and write it. Blocks, for
+        a few milliseconds each 2 MiB; any thread. Whether all of it has them: the kernel may refuse for any reason, and
+        a backend whose pages are never small has nothing to do.
+
+        Raises DeviceError not_granular, not_mapped, out_of_range.
+        """
+        self._check_range(range_)
+        if not self.large_page_bytes:
+            return True
+        if offset % self.large_page_bytes or nbytes % self.large_page_bytes:
+            text = f"[{offset}, {offset + nbytes}) does not end at multiples of {self.large_page_bytes}"
+            raise self._broken(text, code="not_granular")
+        self._rules.check_mapped(range_.address(offset), nbytes)
+        return self._collapse(range_, offset, nbytes)
+
     def wrap(
         self, range_: Range, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str
     ) -> torch.Tensor:
@@ -248,6 +265,9 @@ class Device(Handles):
             raise self._broken(f"[{offset}, {end}) is already mapped", code="mapping_live")
 
     # ---- What a backend does
+
+    def _collapse(self, range_: Range, offset: int, nbytes: int) -> bool:  # noqa: ARG002
+        return True  # asked only where `large_page_bytes` is set
 
     @abstractmethod
     def _reserve(self, nbytes: int) -> tuple[int, Any]: ...

@@ -18,16 +18,20 @@ class FreeList:
         """Free extents as (offset, nbytes), ascending, no two adjacent."""
         return list(zip(self._starts, self._sizes, strict=True))
 
-    def allocate(self, nbytes: int, window: int) -> int | None:
+    def allocate(self, nbytes: int, window: int, phase: tuple[int, int] = (1, 0)) -> int | None:
         """Take the first free part that is large enough and lies in one window, which are `window` bytes each; its
-        offset, or None when there is none."""
+        offset, or None when there is none. `phase`: a divisor, and what the offset leaves when divided by it."""
+        if nbytes > window:
+            return None
+        divisor, rest = phase
         for at, (start, size) in enumerate(zip(self._starts, self._sizes, strict=True)):
-            offset = start
-            if start // window != (start + nbytes - 1) // window:
-                offset = -(-start // window) * window
-            if nbytes <= window and offset + nbytes <= start + size:
-                self._cut(at, offset, nbytes)
-                return offset
+            offset = start + (rest - start) % divisor
+            while offset + nbytes <= start + size:
+                if offset % window + nbytes <= window:
+                    self._cut(at, offset, nbytes)
+                    return offset
+                offset = (offset // window + 1) * window
+                offset += (rest - offset) % divisor
         return None
 
     def take(self, offset: int, nbytes: int) -> None:

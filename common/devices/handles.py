@@ -45,6 +45,7 @@ class Handles(ABC):
     granularity_min: int  # bytes
     kv_handle_bytes_min: int  # small ones are given back in small steps, and each costs what a handle costs
     range_bytes_max: int = sys.maxsize  # of one reserved range
+    large_page_bytes: int = 0  # what `collapse` makes of small pages; 0 where pages are never small
 
     def __init__(
         self,
@@ -106,29 +107,28 @@ class Handles(ABC):
 
     # ---- The owner's side
 
-    def create(self, nbytes: int, space: Space) -> Handle:
-        """Make a settled handle of zeroed memory, for records of the class `space`. Blocks while memory is made.
+    def create(self, nbytes: int, space: Space, at: int = 0) -> Handle:
+        """Make a settled handle of zeroed memory, for records of the class `space`. Blocks while memory is made. `at`:
+        the offset in a range at which its users map it; its place is chosen so that large pages can be there.
 
         Raises DoesNotFit with the figures beyond the budget or where the machine's memory is short; nothing changed
         then. DeviceError not_granular.
         """
-        return self._make(nbytes, space, "settled", self._create)
+        return self._make(nbytes, space, at, "settled", self._create)
 
-    def claim(self, nbytes: int, space: Space) -> Handle:
+    def claim(self, nbytes: int, space: Space, at: int = 0) -> Handle:
         """`create` without its memory, for an owner that makes much of it without a pause: `populate` or `write` makes
-        it, in pieces of the caller's choice, and `settle` says that all is there.
+        it, in pieces of the caller's choice, and `settle` says that all is there. Raises DoesNotFit beyond the budget,
+        DeviceError not_granular."""
+        return self._make(nbytes, space, at, "claimed", self._claim)
 
-        Raises DoesNotFit beyond the budget, DeviceError not_granular.
-        """
-        return self._make(nbytes, space, "claimed", self._claim)
-
-    def _make(self, nbytes: int, space: Space, state: State, make: _Make) -> Handle:
+    def _make(self, nbytes: int, space: Space, at: int, state: State, make: _Make) -> Handle:
         self._check_open()
         self._check_size(nbytes)
         if nbytes > self.free:
             used = sum(self.used.values())
             raise DoesNotFit(f"{self.name}: {size(nbytes)} do not fit: {size(used)} of {size(self.budget)} are in use")
-        place = self._places[space].allocate(nbytes, self.window_bytes)
+        place = self._place(nbytes, space, at)
         if place is None:
             raise DoesNotFit(f"{self.name}: no gap of {nbytes} bytes is left in {self.reach} bytes of places")
         try:
@@ -138,6 +138,12 @@ class Handles(ABC):
             raise
         handle = Handle(self.name, nbytes, "local", space, True, backing, place=place, key=key, state=state)
         return self._own(handle, space)
+
+    def _place(self, nbytes: int, space: Space, at: int) -> int | None:
+        """A large page lies in as many places as addresses: both leave the same when they are divided by its size."""
+        places, large, window = self._places[space], self.large_page_bytes, self.window_bytes
+        found = places.allocate(nbytes, window, (large, at % large)) if 0 < large <= nbytes else None
+        return places.allocate(nbytes, window) if found is None else found
 
     def _own(self, handle: Handle, space: Space) -> Handle:
         self._local.add(handle)

@@ -71,6 +71,7 @@ class HostDevice(Device):
     token_kind = FdToken
     granularity_min = os.sysconf("SC_PAGESIZE")
     kv_handle_bytes_min = 2 << 20
+    large_page_bytes = 2 << 20
 
     def __init__(
         self,
@@ -228,8 +229,9 @@ class HostDevice(Device):
     # ---- Both
 
     def _reserve(self, nbytes: int) -> tuple[int, host.Reservation]:
+        is_large = nbytes >= self.large_page_bytes
         try:
-            reservation = host.Reservation(nbytes, self.granularity)
+            reservation = host.Reservation(nbytes, max(self.granularity, self.large_page_bytes * is_large))
         except OSError as error:
             raise DoesNotFit(f"{self.name}: no address space for {nbytes} bytes: {error.strerror}") from None
         return reservation.base, reservation
@@ -249,6 +251,10 @@ class HostDevice(Device):
             range_.backing.unmap(offset, nbytes)
         except OSError as error:
             raise DeviceError(f"{self.name}: {nbytes} bytes cannot be unmapped: {error.strerror}") from None
+
+    def _collapse(self, range_: Range, offset: int, nbytes: int) -> bool:
+        reservation: host.Reservation = range_.backing
+        return reservation.collapse(offset, nbytes)
 
     def _storage(self, range_: Range, offset: int, nbytes: int) -> Any:
         return storage_at(range_.address(offset), self.open_torch(), nbytes)

@@ -12,6 +12,7 @@ from elasticmoe.common.transport import Sockets, new_identity
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.memory.blocks import BlockCopies
 from elasticmoe.services.hmm.memory.holdings import Holdings
+from elasticmoe.services.hmm.memory.large_pages import LargePages
 from elasticmoe.services.hmm.memory.transfer import Supply
 from elasticmoe.services.hmm.parts import Parts
 from elasticmoe.services.hmm.service import Hmm
@@ -33,6 +34,7 @@ def open_hmm(config: HmmConfig) -> Hmm:
     parking = Parking(config.socket("keeper"), identity, log, SYSTEM_CLOCK)
     holdings = Holdings(config, parking, log)
     background = Background(log)
+    supply = Supply(holdings, background)
     return Hmm(
         Parts(
             devices=config.devices,
@@ -44,7 +46,8 @@ def open_hmm(config: HmmConfig) -> Hmm:
             holdings=holdings,
             background=background,
             copies=BlockCopies(background),
-            supply=Supply(holdings, background),
+            supply=supply,
+            large_pages=LargePages(holdings, supply, background, log, is_wanted=config.large_pages),
             fence=Fence(config.state_dir, "hmm"),
         )
     )

@@ -12,6 +12,7 @@ from elasticmoe.common.telemetry import Logger
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.memory.blocks import BlockCopies
 from elasticmoe.services.hmm.memory.holdings import Holdings
+from elasticmoe.services.hmm.memory.large_pages import LargePages
 from elasticmoe.services.hmm.memory.transfer import Supply
 from elasticmoe.services.hmm.sessions.attachments import Attachments
 from elasticmoe.services.hmm.sessions.parking import Parking
@@ -26,7 +27,7 @@ class Parts(NamedTuple):
     `attachments`: the connections of ranks.
     `parking`: the connection to the keeper.
     `holdings`: the memory, and what it is for.
-    `background`: threads for what takes long; `copies` and `supply` use it.
+    `background`: threads for what takes long; `copies`, `supply` and `large_pages` use it.
     `fence`: refuses commands of superseded scalers.
     """
 
@@ -40,4 +41,5 @@ class Parts(NamedTuple):
     background: Background
     copies: BlockCopies
     supply: Supply
+    large_pages: LargePages
     fence: Fence

@@ -63,6 +63,7 @@ class Hmm:
         self._holdings = parts.holdings
         self._background = parts.background
         self._copies = parts.copies
+        self._large_pages = parts.large_pages
         self._fence = parts.fence
         self._members = Membership(parts.holdings, parts.log)
         self._transitions = Transitions(
@@ -149,6 +150,7 @@ class Hmm:
                 break
             self._on_message(*message)
         self._transitions.advance()
+        self._large_pages.turn(is_loading=self._loading.is_at_work)
 
     def _watch(self) -> None:
         wanted = {self._wake[0], self._background.fileno(), *self._attachments.fds()}

@@ -29,6 +29,7 @@ from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native.ledger import Ledger, format_ledger
 from elasticmoe.native.ledger import ledger_bytes as native_ledger_bytes
 from elasticmoe.services.hmm.memory.catalog import Catalog, DeviceEntry, Loaded, Placed, Span, Transition
+from elasticmoe.services.hmm.memory.large_pages import LargePages
 from elasticmoe.services.hmm.parts import Parts
 from elasticmoe.services.hmm.service import Hmm as HmmService
 from elasticmoe.services.hmm.transition.transition import Transitions
@@ -306,6 +307,7 @@ class Hmm(Actor):
             background=background,  # type: ignore[arg-type]
             copies=Copies(background),
             supply=self.supply,  # type: ignore[arg-type]
+            large_pages=LargePages(self, self.supply, background, get_logger("sim"), is_wanted=False),  # type: ignore[arg-type]
             fence=self.fence,
         )
         self.service = HmmService(parts)

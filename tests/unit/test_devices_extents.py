@@ -76,3 +76,22 @@ def test_no_part_lies_in_two_windows_and_what_is_passed_over_stays_free(sizes: l
         taken += size
         assert offset // window == (offset + size - 1) // window
     assert sum(nbytes for _, nbytes in subject.extents) == PAGES - taken
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), max_size=20),
+    st.integers(9, PAGES),
+    st.sampled_from([1, 2, 4]),
+)
+def test_a_part_has_the_phase_that_was_asked_for_and_is_the_first_such_part(
+    asked: list[tuple[int, int]], window: int, divisor: int
+) -> None:
+    subject = FreeList(PAGES)
+    for size, rest in asked:
+        free = {at for start, nbytes in subject.extents for at in range(start, start + nbytes)}
+        fits = [
+            at
+            for at in range(PAGES - size + 1)
+            if at % divisor == rest % divisor and at % window + size <= window and free.issuperset(range(at, at + size))
+        ]
+        assert subject.allocate(size, window, (divisor, rest % divisor)) == min(fits, default=None)

@@ -280,6 +280,24 @@ def test_only_mapped_memory_is_copied_or_read(world: World) -> None:
     refuses("out_of_range", lambda: world.owner.read_bytes(dst.base - 1, 2))
 
 
+def test_large_pages_are_asked_for_mapped_memory_in_whole_ones(world: World) -> None:
+    large = world.owner.large_page_bytes
+    nbytes = 2 * (large or PAGE)
+    range_ = world.owner.reserve(2 * nbytes)
+    handle = world.owner.create(nbytes, "kv")
+    world.owner.map(range_, 0, handle, True)
+    world.owner.write_bytes(range_.base, bytes(range(256)) * (nbytes // 256))
+    world.owner.collapse(range_, 0, nbytes)  # True or False, as the kernel likes
+    assert world.owner.read_bytes(range_.base, nbytes) == bytes(range(256)) * (nbytes // 256)
+    if large:
+        refuses("not_granular", lambda: world.owner.collapse(range_, 4096, large))
+        refuses("not_granular", lambda: world.owner.collapse(range_, 0, large + 4096))
+        refuses("not_mapped", lambda: world.owner.collapse(range_, large, nbytes))
+        refuses("out_of_range", lambda: world.owner.collapse(range_, nbytes, 2 * nbytes))
+    else:
+        assert world.owner.collapse(range_, 0, nbytes)
+
+
 def test_tokens_that_name_no_memory_are_refused(world: World) -> None:
     token = world.owner.export(world.local())
     bad: list[Token]

@@ -147,7 +147,7 @@ def test_a_successor_has_the_same_memory(world: World) -> None:
     assert {name: device.checksum(address, nbytes) for name, device, address, nbytes in jobs} == before
     for name, memory in successor.memories.items():
         assert [memory.device.id_of(one) for one in memory.kv] == names[name]
-        made = memory.claim(memory.device.granularity, "kv")  # beside what the predecessor made
+        made = memory.claim(memory.device.granularity, "kv", 0)  # beside what the predecessor made
         memory.device.populate(made, 0, made.nbytes)
         memory.device.settle(made)
         memory.device.write_bytes(memory.address(made), b"new")

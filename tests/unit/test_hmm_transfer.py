@@ -78,7 +78,7 @@ def parts_of(memories: dict[str, DeviceMemory], handles: list[Handle]) -> list[H
     return [
         HandlePart(
             memories[name],
-            memories[name].claim(RECORD, "weights"),
+            memories[name].claim(RECORD, "weights", 0),
             RecordCopy(RecordKey("expert", 0, number), "host:0", name),
             (source, handle),
         )
@@ -120,7 +120,7 @@ def test_claimed_handles_are_counted_at_once_and_get_pages_as_they_are_filled(
 def test_two_threads_share_what_one_device_needs(memories: dict[str, DeviceMemory], background: Background) -> None:
     parts = parts_of(memories, sources(memories["host:0"], 5))[:5]
     memory = memories["host:1"]
-    zeros = HandlePart(memory, memory.claim(4 * RECORD, "kv"))
+    zeros = HandlePart(memory, memory.claim(4 * RECORD, "kv", 0))
     peaks = Peaks()
     transfer = Transfer([*parts, zeros], 0, peaks, SPEC, "/nowhere")
     assert transfer.num_threads == 2
@@ -196,7 +196,7 @@ def test_a_machine_without_memory_fails_the_transfer_and_all_is_given_back(
 
 def test_a_claim_beyond_the_budget_is_refused(memories: dict[str, DeviceMemory]) -> None:
     with pytest.raises(DoesNotFit, match="do not fit"):
-        memories["host:0"].claim(65 * RECORD, "kv")
+        memories["host:0"].claim(65 * RECORD, "kv", 0)
     assert memories["host:0"].device.free == 64 * RECORD
 
 

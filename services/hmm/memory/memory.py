@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from elasticmoe.common.devices.base import Device, Handle, Range, Space
 from elasticmoe.common.devices.rules import Origin
 from elasticmoe.common.host_shared import HostShared
@@ -32,13 +34,13 @@ class DeviceMemory:
 
     def create_record(self, key: RecordKey, nbytes: int) -> None:
         """Create and map the handle of a weight record. Raises DoesNotFit."""
-        handle = self.device.create(nbytes, "weights")
+        handle = self.device.create(nbytes, "weights", key.range_offset(nbytes))
         self.records[key] = handle
         self._map(handle)
 
     def create_kv(self, nbytes: int) -> None:
         """Create and map one more KV handle. Raises DoesNotFit."""
-        self.kv.append(self.device.create(nbytes, "kv"))
+        self.kv.append(self.device.create(nbytes, "kv", len(self.kv) * nbytes))
         self._map(self.kv[-1])
 
     def create_mailbox(self, nbytes: int) -> None:
@@ -46,9 +48,9 @@ class DeviceMemory:
         self.mailbox = self.device.create(nbytes, "mailbox")
         self._map(self.mailbox)
 
-    def claim(self, nbytes: int, space: Space) -> Handle:
+    def claim(self, nbytes: int, space: Space, at: int = 0) -> Handle:
         """A mapped handle without pages that the catalog does not name yet (Device.claim). Raises DoesNotFit."""
-        handle = self.device.claim(nbytes, space)
+        handle = self.device.claim(nbytes, space, at)
         self._map(handle)
         return handle
 
@@ -69,6 +71,24 @@ class DeviceMemory:
         """Where a handle is mapped."""
         name, offset = self._window_of(handle)
         return self._windows[name].address(offset)
+
+    def large_parts(self) -> list[tuple[Range, int, int]]:
+        """What could lie in large pages, as (range, offset, bytes): of handles that the catalog names and that lie one
+        behind the other, all but the ends."""
+        large = self.device.large_page_bytes
+        if not large:
+            return []
+        ends: dict[_Window, list[tuple[int, int]]] = {}
+        for handle in (*self.records.values(), *self.kv):
+            name, offset = self._window_of(handle)
+            ends.setdefault(name, []).append((offset, offset + handle.nbytes))
+        parts = []
+        for name, spans in ends.items():
+            for begin, end in _joined(sorted(spans)):
+                first, last = -(-begin // large) * large, end // large * large
+                if first < last:
+                    parts.append((self._windows[name], first, last - first))
+        return parts
 
     def clear(self) -> None:
         """Unmap and release every handle."""
@@ -131,6 +151,17 @@ class DeviceMemory:
             self.ledger.close()
             self.ledger = None
         self.device.close()
+
+
+def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Spans that ascend, those that touch as one."""
+    begin, end = spans[0]
+    for first, last in spans[1:]:
+        if first > end:
+            yield begin, end
+            begin = first
+        end = last
+    yield begin, end
 
 
 def _where(span: Span) -> tuple[int, int, int]:

@@ -261,13 +261,18 @@ class Supply:
         for copy in request.copies:
             memory, holder = memories[copy.target], memories[copy.source] if copy.source else None
             source = (holder, holder.records[copy.key]) if holder is not None else None
-            handle = memory.claim(sizes.of(copy.key), "weights")
+            nbytes = sizes.of(copy.key)
+            handle = memory.claim(nbytes, "weights", copy.key.range_offset(nbytes))
             self._claims.append(HandlePart(memory, handle, copy, source))
 
     def claim_kv(self, memory: DeviceMemory, count: int, loaded: Loaded) -> None:
         """Claim `count` more KV handles. Raises DoesNotFit."""
-        for _ in range(count):
-            self._claims.append(HandlePart(memory, memory.claim(loaded.kv.handle_bytes, "kv")))
+        nbytes = loaded.kv.handle_bytes
+        first = len(memory.kv) + sum(
+            isinstance(part, HandlePart) and part.copy is None and part.memory is memory for part in self._claims
+        )
+        for number in range(first, first + count):
+            self._claims.append(HandlePart(memory, memory.claim(nbytes, "kv", number * nbytes)))
 
     def start(self, bytes_per_s_max: int, loaded: Loaded, then: Then) -> None:
         """Let threads make what is claimed; `then` is called in the loop's thread when all have ended."""

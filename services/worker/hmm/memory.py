@@ -305,7 +305,7 @@ class RankMemory:
         slots = self._experts[key.layer] if 0 <= key.layer < len(self._experts) else None
         if slots is None or not 0 <= key.expert < self._num_experts[key.layer]:
             raise ProtocolError(f"{key} is not a record of this model")
-        return slots[0], key.expert * slots[1]
+        return slots[0], key.range_offset(slots[1])
 
     # ---- Tensors
 

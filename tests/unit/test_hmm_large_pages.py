@@ -1,0 +1,181 @@
+"""Large pages under what is loaded: real memfds of this machine, mapped as a rank maps them, and the HMM's own job."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from elasticmoe.common.devices.base import Device, ProcessRules, Range
+from elasticmoe.common.devices.factory import open_device
+from elasticmoe.common.model_spec import RecordKey
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.hmm.background import Background
+from elasticmoe.services.hmm.memory import large_pages
+from elasticmoe.services.hmm.memory.large_pages import LargePages
+from elasticmoe.services.hmm.memory.memory import DeviceMemory
+
+PAGE = 4096
+LARGE = 2 << 20
+EXPERT = LARGE + 188 * PAGE  # no multiple of a large page
+NUM = 6
+
+
+@pytest.fixture
+def memory() -> Iterator[DeviceMemory]:
+    """What a device holds that was loaded: a layer's record, its experts, KV."""
+    device = open_device("host:0", PAGE, 64 << 20, rules=ProcessRules())
+    made = DeviceMemory(device)
+    made.create_record(RecordKey("layer", 0), 3 * PAGE)
+    for expert in range(NUM):
+        made.create_record(RecordKey("expert", 0, expert), EXPERT)
+    for _ in range(2):
+        made.create_kv(LARGE + PAGE)
+    for number, handle in enumerate((*made.records.values(), *made.kv)):
+        device.write_bytes(made.address(handle), bytes([number + 1]) * handle.nbytes)
+    yield made
+    device.close()
+
+
+@pytest.fixture
+def background() -> Iterator[Background]:
+    made = Background(get_logger("test"))
+    yield made
+    assert made.join(20.0)
+    made.close()
+
+
+def rank_of(memory: DeviceMemory, experts: list[int]) -> tuple[Device, Range]:
+    """A rank that has mapped these experts, each at its place of the layer's range."""
+    rank = open_device("host:0", PAGE, rules=ProcessRules())
+    range_ = rank.reserve(NUM * EXPERT)
+    for expert in experts:
+        key = RecordKey("expert", 0, expert)
+        handle = rank.import_(memory.device.export(memory.records[key]))
+        rank.map(range_, key.range_offset(EXPERT), handle, False)
+    return rank, range_
+
+
+def large_bytes(range_: Range) -> int:
+    """What of a range this process has in large pages."""
+    found = 0
+    for part in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE):
+        named = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", part)
+        if named and range_.base <= int(named[1], 16) < range_.base + range_.nbytes:
+            found += 1024 * int(re.search(r"^ShmemPmdMapped:\s*(\d+) kB", part, re.MULTILINE)[1])  # type: ignore[index]
+    return found
+
+
+def finish(pages: LargePages, background: Background) -> None:
+    """Turn as the HMM's loop does, until nothing is left to do."""
+    poller = select.poll()
+    poller.register(background.fileno(), select.POLLIN)
+    pages.turn(is_loading=False)
+    while pages.is_at_work:
+        assert poller.poll(20_000), "the job never ended"
+        background.finish()
+        pages.turn(is_loading=False)
+
+
+def holdings_of(memory: DeviceMemory) -> Any:
+    return SimpleNamespace(memories={"host:0": memory}, loaded=object(), num_readers=0, transition=None)
+
+
+def large_pages_of(holdings: Any, background: Background, *, is_wanted: bool = True) -> LargePages:
+    supply: Any = SimpleNamespace(is_releasing=False)
+    return LargePages(holdings, supply, background, get_logger("test"), is_wanted=is_wanted)
+
+
+def test_experts_lie_back_to_back_where_their_ranks_map_them(memory: DeviceMemory) -> None:
+    places = [memory.records[RecordKey("expert", 0, expert)].place for expert in range(NUM)]
+    assert places == [places[0] + expert * EXPERT for expert in range(NUM)]
+    assert places[0] % LARGE == 0
+    assert [handle.place for handle in memory.kv] == [0, LARGE + PAGE]
+    # One that comes back, later, with others around it.
+    memory.release(memory.records.pop(RecordKey("expert", 0, 2)))
+    again = memory.claim(EXPERT, "weights", 5 * EXPERT)
+    assert again.place % LARGE == 5 * EXPERT % LARGE
+
+
+def test_a_place_that_large_pages_cannot_have_is_better_than_none() -> None:
+    device = open_device("host:0", PAGE, LARGE + PAGE, rules=ProcessRules())
+    window = device.window_bytes
+    held = [device.create(LARGE, "kv", 0)]  # the first place of that phase
+    assert held[0].place == 0
+    device.release(held.pop())
+    device._places["kv"].take(0, window - LARGE - PAGE)
+    assert device.create(LARGE, "kv", 5 * PAGE).place == window - LARGE - PAGE
+    device.close()
+
+
+def test_a_rank_sees_the_same_bytes_in_large_pages(memory: DeviceMemory, background: Background) -> None:
+    rank, range_ = rank_of(memory, [0, 1, 2, 4])
+    before = rank.read_bytes(range_.base, 3 * EXPERT)
+    holdings = holdings_of(memory)
+    pages = large_pages_of(holdings, background)
+    finish(pages, background)
+    assert holdings.num_readers == 0
+    assert pages.bytes_large + pages.bytes_refused == sum(nbytes for _, _, nbytes in memory.large_parts()) > 0
+    assert rank.read_bytes(range_.base, 3 * EXPERT) == before
+    assert rank.read_bytes(range_.address(4 * EXPERT), EXPERT) == bytes([6]) * EXPERT
+    assert memory.device.check_integrity() == []
+    assert memory.device.pages == sum(memory.device.used.values())
+    got, most = large_bytes(range_), 3 * EXPERT // LARGE * LARGE
+    rank.close()
+    if pages.bytes_refused:
+        pytest.skip(f"the kernel gave {pages.bytes_large} bytes in large pages and refused {pages.bytes_refused}")
+    assert got >= most, f"{got} bytes are in large pages, {most} could be"
+
+
+def test_what_leaves_gives_all_its_pages_back(memory: DeviceMemory, background: Background) -> None:
+    finish(large_pages_of(holdings_of(memory), background), background)
+    for expert in (1, 4):
+        memory.release(memory.records.pop(RecordKey("expert", 0, expert)))
+        assert memory.device.pages == sum(memory.device.used.values())
+    for expert in (0, 2, 3, 5):  # the neighbours, which shared large pages with those
+        handle = memory.records[RecordKey("expert", 0, expert)]
+        assert memory.device.read_bytes(memory.address(handle), EXPERT) == bytes([expert + 2]) * EXPERT
+
+
+def test_nothing_is_begun_while_memory_changes_hands(
+    memory: DeviceMemory, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(large_pages, "PIECE_BYTES", LARGE)
+    holdings = holdings_of(memory)
+    pages = large_pages_of(holdings, background)
+    pages.turn(is_loading=True)
+    assert not pages.is_at_work
+    pages.turn(is_loading=False)
+    assert pages.is_at_work
+    assert holdings.num_readers == 1
+    pages.turn(is_loading=True)  # the piece in work is ended, no other one begins
+    assert background.join(20.0)
+    background.finish()
+    assert not pages.is_at_work
+    assert holdings.num_readers == 0
+    for busy in ("transition", "release"):
+        holdings.transition = SimpleNamespace(is_over=busy != "transition")
+        pages._supply = SimpleNamespace(is_releasing=busy == "release")  # type: ignore[assignment]
+        pages.turn(is_loading=False)
+        assert not pages.is_at_work
+    pages._supply = SimpleNamespace(is_releasing=False)  # type: ignore[assignment]
+    finish(pages, background)  # and all of it afterwards
+    assert pages.bytes_large + pages.bytes_refused == sum(nbytes for _, _, nbytes in memory.large_parts())
+
+
+def test_who_wants_none_gets_none(memory: DeviceMemory, background: Background) -> None:
+    pages = large_pages_of(holdings_of(memory), background, is_wanted=False)
+    pages.turn(is_loading=False)
+    assert not pages.is_at_work
+
+
+def test_the_threads_priority_is_its_own(memory: DeviceMemory, background: Background) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    finish(large_pages_of(holdings_of(memory), background), background)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
