@@ -50,7 +50,5 @@ def test_fields_keep_their_addresses_until_one_outgrows_its_place() -> None:
         assert {name: field.data_ptr() for name, field in sent.items()} == addresses
         assert [len(sent["a"]), len(sent["b"])] == list(sizes)
         assert all(address % 16 == 0 for address in addresses.values())
-    assert transfer.generation == 1
     sent = transfer.send({"a": numbers[:17], "b": numbers})
-    assert transfer.generation == 2
     assert sent["b"].tolist() == numbers.tolist()

@@ -22,14 +22,13 @@ _SMALLEST: Final = 16  # entries of a field: kernels may count on addresses that
 
 class SentFields:
     """Fields of whole numbers on the host, and their copy on the device, in one buffer each. Each field keeps its
-    address until one has outgrown its place; `generation` then counts up."""
+    address until one has outgrown its place."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._room: dict[str, int] = {}
         self._host = torch.empty(0, dtype=torch.int32)
         self._there = torch.empty(0, dtype=torch.int32, device=device)
-        self.generation = 0
 
     def send(self, fields: Mapping[str, Ints]) -> dict[str, torch.Tensor]:
         """The fields on the device, once what is queued is done. Those of the send before it are overwritten: its step
@@ -40,7 +39,6 @@ class SentFields:
             size = sum(self._room.values())
             self._host = torch.empty(size, dtype=torch.int32, pin_memory=self._device.type != "cpu")
             self._there = torch.empty(size, dtype=torch.int32, device=self._device)
-            self.generation += 1
         at, sent = 0, {}
         host = self._host.numpy()
         for name, room in self._room.items():
