@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from contextlib import suppress
 from typing import Final
 
 from elasticmoe.common.devices.base import Device, Range
@@ -69,7 +70,8 @@ class LargePages:
 
     def _start(self, device: Device, range_: Range, offset: int, nbytes: int) -> None:
         def work() -> bool:
-            os.setpriority(os.PRIO_PROCESS, 0, _NICE)  # of this thread alone
+            with suppress(OSError):  # a sandbox may forbid it
+                os.setpriority(os.PRIO_PROCESS, 0, _NICE)  # of this thread alone
             return device.collapse(range_, offset, nbytes)
 
         def over(result: bool | ElasticMoEError) -> None:
