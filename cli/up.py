@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
@@ -41,6 +42,7 @@ from elasticmoe.cli.rundir import RunDir
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.fence import Fence
+from elasticmoe.common.layout import Compute, ExchangeKind
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest
 from elasticmoe.common.store import PASSWORDS, WRITER
@@ -65,12 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("bfloat16", "float32"), help=f"dtype of weights and KV (default {default['dtype']})")
     add(
         "--compute",
-        choices=("auto", "host", "torch"),
+        choices=("auto", *get_args(Compute)),
         help=f"what computes the steps (default {default['compute']})",
     )
     add(
         "--exchange",
-        choices=("auto", "shm", "mailbox"),
+        choices=("auto", *get_args(ExchangeKind)),
         help=f"how ranks exchange tokens (default {default['exchange']})",
     )
     add("--host", help=f"address of the OpenAI-compatible listener (default {default['host']})")

@@ -170,6 +170,12 @@ def environment_of(values: Mapping[str, Any]) -> dict[str, str]:
     return {PREFIX + key.upper(): str(value) for key, value in values.items() if value is not None}
 
 
+def keep_torch_alone() -> None:
+    """Let torch, which this process is about to import, not import a vendor's package by itself: who has touched an
+    accelerator must not fork (ADR 32)."""
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
+
 def defaults() -> dict[str, Any]:
     """The default of every setting that has one, by its name."""
     fields = (field for struct in CONFIGS for field in msgspec.structs.fields(struct))

@@ -24,6 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
+
 from elasticmoe.cli.bench.accel_answers import Answer, answers_of, difference
 from elasticmoe.cli.bench.deployment import COMMAND, first_of, running
 from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
@@ -38,6 +40,10 @@ from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.protocol.errors import ElasticMoEError
 
 _KINDS: Final = ("npu", "cuda")
+_FAILURES: Final = (  # of a step whose deployment, child or answer is not as it should be: the others go on
+    *(ElasticMoEError, httpx.HTTPError, subprocess.SubprocessError),
+    *(ValueError, LookupError, TypeError, OSError),
+)
 _STEP_S: Final = 1800.0  # of a benchmark
 _TOLERANCE: Final = 0.02  # of a logprob in float32, of sums in another order
 _RESIZES: Final = 4
@@ -57,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write raw data; the exit status (1: some step failed). Raises ElasticMoEError where
     there is no accelerator, ValueError for steps and devices that there are not."""
-    accelerators = _Accelerators(args, DeviceCount.parse(args.devices or found()))
+    devices = DeviceCount.parse(args.devices or found())
+    if devices.backend not in _KINDS:
+        raise ValueError(f"--devices {devices} are no accelerators: these are {' and '.join(_KINDS)}")
+    accelerators = _Accelerators(args, devices)
     steps: dict[str, Step] = {
         "contract": accelerators.contract,
         "parity": accelerators.parity,
@@ -75,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
         begun = time.monotonic()
         try:
             is_right, text, raw[name] = steps[name]()
-        except (ElasticMoEError, ValueError, subprocess.SubprocessError) as error:
-            is_right, text, raw[name] = False, str(error), None
+        except _FAILURES as error:
+            is_right, text, raw[name] = False, str(error) or type(error).__name__, None
         row = {"step": name, "result": "ok" if is_right else "failed", "s": round(time.monotonic() - begun, 1)}
         rows.append(row | {"found": text})
     say(table(rows))

@@ -49,8 +49,8 @@ __all__ = ["Completion", "Device", "FdToken", "Handle", "KeyToken", "ProcessRule
 class Device(Handles):
     """One device's memory, as this process uses it: handles (handles.py), ranges, and what is done with the bytes.
 
-    Belongs to one thread at a time, but for reading, writing, copying and checksums, which any thread may do with
-    memory that stays mapped meanwhile. Nothing here blocks for long except where it says so.
+    Belongs to one thread at a time, but for reading, writing, copying, checksums and `collapse`, which any thread may
+    do with memory that stays mapped meanwhile. Nothing here blocks for long except where it says so.
     """
 
     # ---- Ranges and mappings

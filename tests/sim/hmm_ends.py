@@ -175,6 +175,10 @@ class Attachments:
         """See elasticmoe.services.hmm.sessions.attachments."""
         channel.tell(refusal(error))
 
+    def share(self, attached: Attached, tell: Callable[[int], tuple[SeatMemory, Offer]]) -> None:
+        """See elasticmoe.services.hmm.sessions.attachments."""
+        self.update(attached, *tell(0))
+
     def update(self, attached: Attached, seat: SeatMemory, offer: Offer) -> None:
         """See elasticmoe.services.hmm.sessions.attachments."""
         if seat == msgspec.structs.replace(attached.sent, revision=0):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from elasticmoe.cli.bench import accel
@@ -87,7 +88,7 @@ def test_every_step_is_told_whatever_the_others_do(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fails(_: Any) -> Any:
-        raise ValueError("it did not come up")
+        raise httpx.ConnectError("it did not come up")
 
     monkeypatch.setattr(accel._Accelerators, "contract", fails)
     monkeypatch.setattr(accel._Accelerators, "attach", lambda _: (True, "12 ms", {"ms": 12}))
@@ -108,6 +109,8 @@ def test_every_step_is_told_whatever_the_others_do(
     assert "unknown step 'contrakt'; known: contract, parity" in capsys.readouterr().err
     assert main(["bench", "accel", "--devices", "npu:0", "--output", str(tmp_path), "--steps", "oracle"]) == 1
     assert "needs two devices" in capsys.readouterr().out
+    assert main(["bench", "accel", "--devices", "host:2", "--output", str(tmp_path)]) == 1
+    assert "--devices host:2 are no accelerators: these are npu and cuda" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("failed", "result"), [(0, "ok"), (2, "failed")])

@@ -20,7 +20,7 @@ from elasticmoe.common.devices.host import HostDevice
 from elasticmoe.common.fdchannel import Channel, Listener, connect
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
-from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.protocol.errors import DeviceError, Unavailable
 from elasticmoe.common.protocol.handles import (
     TO_RANK,
     Applied,
@@ -144,6 +144,17 @@ def test_the_end_of_a_rank_is_seen_also_while_something_is_unsent(pair: Pair) ->
     pair.channel.close()
     assert wait_until(pair.take, "the end is seen") == [0]
     assert pair.subject.by_slot == {}
+
+
+def test_memory_that_a_driver_does_not_share_ends_the_rank_and_nobody_else(pair: Pair) -> None:
+    def refuse(importer: int) -> tuple[SeatMemory, Offer]:
+        raise DeviceError(f"the process {importer} is gone")
+
+    pair.subject.share(pair.rank, refuse)
+    pair.read_first()
+    with pytest.raises(Unavailable):
+        pair.channel.receive()
+    assert wait_until(pair.take, "the end is seen") == [0]
 
 
 @pytest.mark.parametrize("message", [Applied(1 << 62), Attach(RankId(0, 0), 0, "host:0", "r0")])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from elasticmoe.common.devices.accelerator import AcceleratorDevice
-from elasticmoe.common.devices.base import Completion, Handle
+from elasticmoe.common.devices.base import Completion, Handle, Space
 from elasticmoe.common.devices.factory import open_device
 from elasticmoe.common.devices.rules import ProcessRules
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
@@ -192,6 +192,27 @@ def test_a_machine_without_memory_fails_the_transfer_and_all_is_given_back(
         assert (memory.device.pages, memory.device.free) == (0, memory.device.budget)
         assert memory.device.check_integrity() == []
     assert 0 < sum(supply.peaks.by_device.values()) <= 3 * RECORD
+
+
+def test_kv_is_claimed_where_its_rank_will_map_it(
+    memories: dict[str, DeviceMemory], background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, asked = memories["host:1"], list[int]()
+    claim = memory.claim
+
+    def noted(nbytes: int, space: Space, at: int = 0) -> Handle:
+        asked.append(at)
+        return claim(nbytes, space, at)
+
+    monkeypatch.setattr(memory, "claim", noted)
+    holdings: Any = SimpleNamespace(memories=memories, granularity=4096)
+    loaded: Any = SimpleNamespace(kv=KvGeometry(16, RECORD, RECORD, 1, RECORD))
+    supply = Supply(holdings, background)
+    memory.create_kv(RECORD)
+    supply._claims.append(HandlePart(memory, memory.claim(RECORD, "mailbox")))  # comes first, and is no KV
+    for _ in range(2):
+        supply.claim_kv(memory, 2, loaded)
+    assert asked == [0, *(number * RECORD for number in range(1, 5))]
 
 
 def test_a_claim_beyond_the_budget_is_refused(memories: dict[str, DeviceMemory]) -> None:

@@ -11,7 +11,7 @@ from elasticmoe.common.protocol.ids import TransitionId
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, TransitionStatus
 from elasticmoe.services.scaler.actions import AnnounceLayout, LoadLayout, StartSeat, StopSeat
-from elasticmoe.services.scaler.control.members import RELOADS_MAX, serve
+from elasticmoe.services.scaler.control.members import RELOAD_PAUSE_S, RELOAD_S, serve
 from elasticmoe.services.scaler.control.state import State, Status
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.operation import Operation, Request
@@ -90,10 +90,12 @@ SHORT = msgspec.structs.replace(
 OLD = PoolStatus(2, (rank(0, True), rank(1, True)))
 
 
-def after(before: Step[Status], hmm: HmmStatus = SHORT, pool: PoolStatus | None = STANDBYS) -> Step[Status]:
-    """The turn that follows one."""
+def after(
+    before: Step[Status], hmm: HmmStatus | None = SHORT, pool: PoolStatus | None = STANDBYS, at: float = 11.0
+) -> Step[Status]:
+    """A turn that follows one, at the time `at`."""
     seen = Observation(cluster=cluster_of(hmm, pool, beginning=LAYOUT), restarts_left=5)
-    return serve(State(status=before.state, ever_served=True, stall_s=9.0), seen, 11.0)
+    return serve(State(status=before.state, ever_served=True, stall_s=9.0), seen, at)
 
 
 def test_what_has_no_room_is_loaded_again_once_ranks_of_lost_memory_have_ended() -> None:
@@ -105,17 +107,23 @@ def test_what_has_no_room_is_loaded_again_once_ranks_of_lost_memory_have_ended()
     again = after(blind)
     assert again.actions == (LoadLayout(LAYOUT),)
     loading = after(again, msgspec.structs.replace(EMPTY, phase="loading"))
-    assert after(loading).actions == (LoadLayout(LAYOUT),), "a driver may give memory back late"
+    assert after(loading).actions == (), "what has just failed is not tried again at once"
+    assert after(loading, at=11.0 + RELOAD_PAUSE_S).actions == (LoadLayout(LAYOUT),), "a driver may give it back late"
+    anew = after(after(loading, None), EMPTY)
+    assert anew.actions == (LoadLayout(LAYOUT),), "the HMM died once more"
+    assert after(anew, at=12.0).actions == (LoadLayout(LAYOUT),), "and that was not forgotten"
     assert after(after(again, READY, OLD)).state.phase == "failed", "another load, which no rank was in the way of"
 
 
 def test_what_has_no_room_without_ranks_has_failed_and_at_last_also_after_them() -> None:
     assert step(hmm=SHORT).state == Status("failed", "the HMM could not load the model", SHORT.error)
     turn = step(hmm=SHORT, pool=OLD)
-    for _ in range(RELOADS_MAX):
-        turn = after(turn)
+    at = 10.0
+    while at + RELOAD_PAUSE_S < 10.0 + RELOAD_S:
+        at += RELOAD_PAUSE_S
+        turn = after(turn, at=at)
         assert turn.actions == (LoadLayout(LAYOUT),)
-    assert after(turn).state.phase == "failed"
+    assert after(turn, at=10.0 + RELOAD_S).state.phase == "failed"
 
 
 def test_seats_are_filled_only_when_their_device_is_let_go_and_a_standby_is_there() -> None:

@@ -81,9 +81,17 @@ class LargePages:
                 self.bytes_large += nbytes
             else:
                 self.bytes_refused += nbytes
+            if isinstance(result, ElasticMoEError):  # of ours: the kernel's is False
+                self._log.error("large pages are given up", code=result.code, reason=result.message)
+                self._left.clear()
             if not self._left:
                 self._log.info("large pages", bytes=self.bytes_large, bytes_refused=self.bytes_refused)
 
+        try:
+            self._background.start("large pages", work, over)
+        except RuntimeError as error:  # there is no thread to be had: nothing depends on this one
+            self._log.warning("large pages are given up", reason=str(error))
+            self._left.clear()
+            return
         self.is_at_work = True
         self._holdings.num_readers += 1
-        self._background.start("large pages", work, over)

@@ -268,9 +268,8 @@ class Supply:
     def claim_kv(self, memory: DeviceMemory, count: int, loaded: Loaded) -> None:
         """Claim `count` more KV handles. Raises DoesNotFit."""
         nbytes = loaded.kv.handle_bytes
-        first = len(memory.kv) + sum(
-            isinstance(part, HandlePart) and part.copy is None and part.memory is memory for part in self._claims
-        )
+        claimed = [part.handle for part in self._claims if isinstance(part, HandlePart) and part.memory is memory]
+        first = len(memory.kv) + sum(handle.space == "kv" for handle in claimed)
         for number in range(first, first + count):
             self._claims.append(HandlePart(memory, memory.claim(nbytes, "kv", number * nbytes)))
 

@@ -7,7 +7,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final, NamedTuple
 
@@ -16,7 +16,7 @@ import msgspec
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.fdchannel import Channel, Listener, close_all
 from elasticmoe.common.protocol.codec import Message, encode
-from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, ProtocolError, Unavailable
+from elasticmoe.common.protocol.errors import Conflict, DeviceError, ElasticMoEError, ProtocolError, Unavailable
 from elasticmoe.common.protocol.handles import TO_HMM, Applied, Attach, AttachReply, SeatMemory, ToHmm
 from elasticmoe.common.telemetry import Logger
 from elasticmoe.services.hmm.sessions.handles import Offer, shares
@@ -199,6 +199,17 @@ class Attachments:
         if isinstance(error, ProtocolError):
             self._log.warning("rank breaks the protocol", slot=slot, reason=error.message)
         return attached
+
+    def share(self, attached: Attached, tell: Callable[[int], tuple[SeatMemory, Offer]]) -> None:
+        """`update` with what `tell` says to its importer number. Its DeviceError shows as the rank's end, too: a driver
+        may refuse to share with a process that has just ended, and that must not end this one."""
+        try:
+            seat, offer = tell(attached.importer)
+        except DeviceError as error:
+            self._log.error("memory cannot be shared", slot=attached.slot, code=error.code, reason=error.message)
+            attached.outbox.end()
+            return
+        self.update(attached, seat, offer)
 
     def update(self, attached: Attached, seat: SeatMemory, offer: Offer) -> None:
         """Send a seat's memory, and what of its handles the rank does not have, unless it is what was sent last but for

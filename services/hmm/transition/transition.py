@@ -9,6 +9,7 @@ go, and enters it when it is complete.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -264,7 +265,7 @@ class Transitions:
             memory = self._holdings.memories[attached.device]
             view = wanted_view(memory, loaded, transition)
             if view is not None:
-                self._attachments.update(attached, *seat_memory(view, memory, self._holdings, attached.importer))
+                self._attachments.share(attached, partial(seat_memory, view, memory, self._holdings))
             attached.version = self._version
 
     def _vacate(self, transition: Transition, loaded: Loaded) -> bool:

@@ -18,47 +18,63 @@ from elasticmoe.services.scaler.control.state import DeploymentPhase, State, Sta
 from elasticmoe.services.scaler.observation import Observation, Step
 
 FLIP_SECONDS_MAX = 5.0
-RELOADS_MAX = 20  # turns: a driver may give memory back a while after its process has ended
+RELOAD_S = 60.0  # a driver may give memory back a while after its process has ended
+RELOAD_PAUSE_S = 0.5
 
 
 def serve(state: State, seen: Observation, now: float) -> Step[Status]:
     """The next steps toward the layout in force."""
     cluster, waiting = seen.cluster, _waiting(state)
     if cluster.phase is None:
-        return _step(waiting, "the HMM does not answer")
+        return _step(waiting, "the HMM does not answer", reload=state.status.reload)
     if cluster.phase == "failed":
-        return _make_room(state, cluster) or _step("failed", "the HMM could not load the model", error=cluster.error)
+        return _make_room(state, cluster, now) or _step(
+            "failed", "the HMM could not load the model", error=cluster.error
+        )
     if cluster.phase == "empty" and seen.load_refused is not None:
         return _step("failed", "what an earlier run has left is of other settings", error=seen.load_refused)
     if cluster.phase == "empty":
-        return _step("loading", "the HMM holds nothing", LoadLayout(cluster.in_force.layout))
+        load = LoadLayout(cluster.in_force.layout)
+        return _step("loading", "the HMM holds nothing", load, reload=state.status.reload)
     if cluster.phase == "loading":
-        return _step("loading", "the HMM loads the model", reloads=state.status.reloads)
+        return _step("loading", "the HMM loads the model", reload=state.status.reload)
     if not cluster.pools_answer:
         return _step(waiting, "the worker pool does not answer")
     return _fill(state, seen) or _join(state, seen, now)
 
 
 def _step(
-    phase: DeploymentPhase, reason: str, *actions: Action, error: Refused | None = None, reloads: int = 0
+    phase: DeploymentPhase,
+    reason: str,
+    *actions: Action,
+    error: Refused | None = None,
+    reload: tuple[float, float] = (0.0, 0.0),
 ) -> Step[Status]:
-    return Step(Status(phase, reason, error, reloads), actions, reason)
+    return Step(Status(phase, reason, error, reload), actions, reason)
 
 
-def _make_room(state: State, cluster: Cluster) -> Step[Status] | None:
+def _make_room(state: State, cluster: Cluster, now: float) -> Step[Status] | None:
     """What the HMM had no room to load may fit once the ranks have ended, where these hold memory that a predecessor
     of the HMM has made and nobody can take over (ADR 32). None where that is no help."""
     if cluster.error is None or cluster.error.code != DoesNotFit.code:
         return None
     if not cluster.pools_answer:
-        return _step(_waiting(state), "the worker pool does not answer", reloads=state.status.reloads)
+        return _step(_waiting(state), "the worker pool does not answer", reload=state.status.reload)
     if ranks := cluster.ranks.values():
         stops = [StopSeat(rank.rank, rank.incarnation, is_lost=True) for rank in ranks]
-        return _step("loading", "ranks hold memory that the HMM has lost and the load needs", *stops, reloads=1)
-    if not 0 < state.status.reloads <= RELOADS_MAX:
+        return _step(
+            "loading",
+            "ranks hold memory that the HMM has lost and the load needs",
+            *stops,
+            reload=(now + RELOAD_S, now),
+        )
+    until, at = state.status.reload
+    if now >= until:
         return None
+    if now < at:
+        return _step("loading", "the ranks' memory is not free yet", reload=(until, at))
     load = LoadLayout(cluster.in_force.layout)
-    return _step("loading", "the ranks' memory is free", load, reloads=state.status.reloads + 1)
+    return _step("loading", "the ranks' memory is free", load, reload=(until, now + RELOAD_PAUSE_S))
 
 
 def _fill(state: State, seen: Observation) -> Step[Status] | None:

@@ -16,13 +16,13 @@ DeploymentPhase = Literal["starting", "loading", "attaching", "serving", "degrad
 
 
 class Status(msgspec.Struct, frozen=True):
-    """The deployment's phase, and why. `error` is set in the phase `failed`. `reloads`: turns since ranks were ended to
-    make room for a load."""
+    """The deployment's phase, and why. `error` is set in the phase `failed`. `reload`: since ranks were ended to make
+    room for a load, until when that is tried, and when next; zeros otherwise."""
 
     phase: DeploymentPhase
     reason: str
     error: Refused | None = None
-    reloads: int = 0
+    reload: tuple[float, float] = (0.0, 0.0)
 
 
 class Orphans(msgspec.Struct, frozen=True):

@@ -46,7 +46,7 @@ TAIL_BLOCKS = 8  # full blocks that rather travel with the hand-over than with o
 ROUNDS_MAX = 8  # copies that chase a sequence; what is full after them travels in the tail if it can
 COPY_BYTES_MAX = 256 << 20  # of one CopyBlocks
 AHEAD_TOKENS = 128  # that a sequence may grow by until it is handed over
-LINK_IDLE_S = 60.0
+LINK_IDLE_S = 4.0
 
 Stage = Literal["reserving", "ready", "copying", "handing", "draining"]
 

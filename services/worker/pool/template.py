@@ -25,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-from elasticmoe.common.config import PoolConfig, load
+from elasticmoe.common.config import PoolConfig, keep_torch_alone, load
 from elasticmoe.common.fdchannel import DESCRIPTORS_CUT, Channel, Listener, close_all
 from elasticmoe.common.protocol import pool as pool_messages
 from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, ProtocolError
@@ -55,6 +55,7 @@ def main() -> int:
     except Conflict:  # another one is there
         return 0
     _close_lifeline()
+    keep_torch_alone()
     import elasticmoe.services.worker.rank.assembly  # noqa: F401 - imported for the processes that are forked from here
 
     gc.collect()
