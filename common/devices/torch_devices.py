@@ -42,7 +42,7 @@ def prepare_torch(name: str) -> None:
         try:
             importlib.import_module(extension)
         except (ImportError, OSError, RuntimeError) as error:  # as where the vendor's libraries are not found
-            raise DeviceError(f"{extension} cannot be imported: {error}", code="no_torch") from None
+            raise DeviceError(f"{extension} cannot be imported: {_first_line(error)}", code="no_torch") from None
 
 
 @cache  # each tensor asks
@@ -54,8 +54,11 @@ def open_torch(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch has both, and no class of its own for it
-        first = (str(error).splitlines() or ["it says nothing"])[0]
-        raise DeviceError(f"torch cannot use {name}: {first}", code="no_torch") from None
+        raise DeviceError(f"torch cannot use {name}: {_first_line(error)}", code="no_torch") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["it says nothing"])[0]
 
 
 def storage_at(address: int, device: torch.device, nbytes: int) -> Any:

@@ -20,7 +20,9 @@ def _open_triton(tell_waiting: TellWaiting, device: torch.device) -> ComputeBack
     try:  # here, since Triton is imported where its device is
         from elasticmoe.services.worker.backends.accelerator.triton_kernels.kernel_set import TritonKernels
     except ImportError as error:
-        raise ConfigError(f"triton cannot be imported for --compute triton: {error}", code="no_compute") from None
+        missing = error.name or "a part of it"
+        text = f"--compute triton needs triton, and {missing} cannot be imported: install elasticmoe[cuda]"
+        raise ConfigError(text, code="no_compute") from None
     return AcceleratorBackend(TritonKernels(device), tell_waiting, device)
 
 
