@@ -100,7 +100,7 @@ ON_ACCELERATORS := tests/procs/test_scale.py::test_50_random_resizes_under_32_st
 accel-standin: install
 	$(BIN)/python -m pytest -m 'not soak and not compose or accel' -n 0 $(ARGS) tests/unit/test_devices_*.py \
 	  tests/procs/test_devices_lifetimes.py tests/procs/test_hmm_accelerators.py tests/procs/test_accelerators.py \
-	  tests/procs/test_bench_accel.py
+	  tests/procs/test_bench_accel.py tests/unit/test_triton_kernels.py
 	for kind in npu cuda; do \
 	  $(BIN)/python -m pytest -m 'not soak' -n 0 --accelerator $$kind $(ARGS) $(ON_ACCELERATORS); \
 	done

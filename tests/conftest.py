@@ -57,11 +57,17 @@ def _accelerator(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    """Count what the marks leave out of what was collected; not what `-k` does."""
-    if config.option.keyword:
-        return (yield)
+    """Leave out what runs only where -m names it, and count what the marks leave out of what was collected; not what
+    `-k` does."""
     collected = list(items)
     yield
+    for mark in ("soak", "accel"):
+        left = [item for item in items if item.get_closest_marker(mark)]
+        if left and mark not in config.option.markexpr:
+            config.hook.pytest_deselected(items=left)
+            items[:] = [item for item in items if item not in left]
+    if config.option.keyword:
+        return
     chosen = set(items)
     for item in collected:
         marks = [] if item in chosen else [mark for mark in ELSEWHERE if item.get_closest_marker(mark)]

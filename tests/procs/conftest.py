@@ -20,21 +20,6 @@ from tests.procs.small_disk import mounted
 from tests.unit.specs import TINY_MIXTRAL
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "soak: takes many minutes; runs only where -m names it")
-    config.addinivalue_line(
-        "markers", "accel: whole deployments on stand-ins, for minutes; runs only where -m names it"
-    )
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for mark in ("soak", "accel"):
-        left = [item for item in items if item.get_closest_marker(mark)]
-        if left and mark not in config.option.markexpr:
-            config.hook.pytest_deselected(items=left)
-            items[:] = [item for item in items if item not in left]
-
-
 @pytest.fixture(scope="module")
 def start_router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartRouter]:
     """`start_router(requests_max=4)`: a real router that runs until the module's end, without ranks until a test starts

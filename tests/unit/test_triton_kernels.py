@@ -45,7 +45,7 @@ def test_some_of_each_kind(name: str) -> None:
     run_interpreted(*FEW[name])
 
 
-@pytest.mark.slow
+@pytest.mark.accel
 @pytest.mark.timeout(2_400)
 @pytest.mark.parametrize("name", ALL)
 def test_all(name: str) -> None:
