@@ -52,7 +52,10 @@ def open_torch(name: str) -> torch.device:
     import torch
 
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type != "cpu":  # kernels and pinned memory go by the process's current device
+            torch.accelerator.set_device_index(device)
+        return device
     except (RuntimeError, AssertionError) as error:  # torch has both, and no class of its own for it
         raise DeviceError(f"torch cannot use {name}: {_first_line(error)}", code="no_torch") from None
 
