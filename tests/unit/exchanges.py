@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import torch
 
@@ -50,21 +49,3 @@ class Host:
         if kind == "mailbox":
             return MailboxExchange(bus, num_experts, backend, self.mailboxes)
         return ShmExchange(bus, num_experts, backend)
-
-
-def at_once(*works: Callable[[], Any]) -> list[Any]:
-    """What the works return or raise, run at the same time."""
-    results: list[Any] = [None] * len(works)
-
-    def run(index: int) -> None:
-        try:
-            results[index] = works[index]()
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
+import msgspec
 import pytest
 
 from elasticmoe.cli.main import main
 from elasticmoe.common.devices import factory
+from elasticmoe.common.layout import Compute, ExchangeKind
+from elasticmoe.common.settings import ScalerConfig
 from tests.devices import standins
 
 pytestmark = pytest.mark.usefixtures("no_settings_of_the_caller")
@@ -71,3 +75,18 @@ def test_a_backend_that_nobody_has(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_setting_that_names_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "or numbers of accelerators such as npu:0-7" in told(tmp_path, capsys, "npu:x")
+
+
+@pytest.mark.parametrize(
+    ("flag", "kinds", "devices"),
+    [("compute", Compute, {"triton": "cuda:0"}), ("exchange", ExchangeKind, {"mailbox": "cuda:0"})],
+)
+def test_every_kind_can_be_asked_for_by_flag_and_by_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, kinds: object, devices: dict[str, str]
+) -> None:
+    for name in ("auto", *get_args(kinds)):
+        given = {"run_dir": str(tmp_path), "devices": devices.get(name, "host:1"), flag: name}
+        assert getattr(msgspec.convert(given, ScalerConfig), flag) == name
+        words = ["up", "--model", "oracle", f"--{flag}", name, "--run-dir", str(tmp_path / "run"), "--devices", "npu:0"]
+        assert main(words) == 1  # there is no driver here, or nothing computes so there
+        assert "is none of" not in capsys.readouterr().err

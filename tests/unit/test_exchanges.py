@@ -17,7 +17,8 @@ from elasticmoe.services.worker.backends.torch import TorchBackend
 from elasticmoe.services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
 from tests.procs.waiting import wait_until
 from tests.unit.backends import QueuedBackend
-from tests.unit.exchanges import KINDS, Host, at_once
+from tests.unit.exchanges import KINDS, Host
+from tests.unit.threads import at_once
 
 SHAPE = (4, 6, 33, 3)  # ranks, tokens, hidden, top_k
 RANKS, TOKENS, HIDDEN, TOP_K = SHAPE

@@ -4,12 +4,13 @@ import ctypes
 import mmap
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from elasticmoe.native.bus import MAX_RANKS, Bus, BusAborted, BusDesync, BusTimeout, bus_bytes, format_bus, make_routing
+from tests.unit.threads import at_once
 
 SHAPE = (4, 6, 32, 3)  # ranks, tokens, hidden, top_k
 NUM_EXPERTS = 10
@@ -46,24 +47,6 @@ def segment() -> Iterator[Segment]:
     segment = Segment()
     yield segment
     segment.close()
-
-
-def in_threads(*works: Callable[[], object]) -> list[object]:
-    """Results of all works, run at the same time; an exception is a result too."""
-    results: list[object] = [None] * len(works)
-
-    def run(index: int) -> None:
-        try:
-            results[index] = works[index]()
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def test_geometry_is_read_back(segment):
@@ -156,7 +139,7 @@ def test_members_flip_in_step(segment):
                 hmm.stage_membership(2, 0b101, 2)
         return steps_by_epoch
 
-    first, leaving, joining = in_threads(*(lambda slot=slot: run(slot, 30) for slot in (0, 1, 2)))
+    first, leaving, joining = at_once(*(lambda slot=slot: run(slot, 30) for slot in (0, 1, 2)))
     assert first[1] == leaving[1] >= 30
     assert (first[2], leaving[2], joining) == (30, 0, {1: 0, 2: 30})
 
@@ -189,7 +172,7 @@ def test_steps_tell_everybody_everything(segment):
         return [rank.step(1, slot * 10 + n, n, LONG_MS) for n in range(50)]
 
     expected = [[(slot, slot * 10 + n, n) for slot in slots] for n in range(50)]
-    assert in_threads(*(lambda slot=slot: work(slot) for slot in slots)) == [expected] * 3
+    assert at_once(*(lambda slot=slot: work(slot) for slot in slots)) == [expected] * 3
 
 
 def test_a_step_may_time_out_and_go_on(segment):
@@ -217,7 +200,7 @@ def test_a_new_generation_frees_waiters(segment):
         assert peer.idle_wait(1, LONG_MS)  # the rank waits
         hmm.set_membership(2, 0b11, False)
 
-    error, _ = in_threads(lambda: rank.barrier(1, LONG_MS), publish)
+    error, _ = at_once(lambda: rank.barrier(1, LONG_MS), publish)
     assert isinstance(error, BusAborted)
     assert error.generation == 2
     with pytest.raises(BusAborted, match="generation 2 is over"):
@@ -265,14 +248,14 @@ def test_misuse_is_refused(segment):
 def test_only_one_thread_blocks_at_a_time(segment):
     hmm, rank = segment.open(), segment.join(0)
     hmm.set_membership(1, 0b11, True)
-    results = in_threads(*[lambda: rank.barrier(1, 100)] * 2)
+    results = at_once(*[lambda: rank.barrier(1, 100)] * 2)
     assert {type(result) for result in results} == {ValueError, BusTimeout}
 
 
 def test_different_calls_are_noticed(segment):
     segment.open().set_membership(1, 0b11, True)
     first, second = segment.join(0), segment.join(1)
-    results = in_threads(lambda: first.barrier(1, LONG_MS), lambda: second.step(1, 0, 0, LONG_MS))
+    results = at_once(lambda: first.barrier(1, LONG_MS), lambda: second.step(1, 0, 0, LONG_MS))
     assert [type(result) for result in results] == [BusDesync, BusDesync]
 
 
@@ -280,7 +263,7 @@ def test_idle_ranks_wake_for_work(segment):
     segment.open().set_membership(1, 0b11, True)
     first, second = segment.join(0), segment.join(1)
     assert first.idle_wait(1, 1) is False
-    woken, error = in_threads(lambda: first.idle_wait(1, LONG_MS), lambda: second.barrier(1, 50))
+    woken, error = at_once(lambda: first.idle_wait(1, LONG_MS), lambda: second.barrier(1, 50))
     assert woken is True
     assert isinstance(error, BusTimeout)
     first.barrier(1, 0)
@@ -351,7 +334,7 @@ def test_the_exchange_equals_the_direct_computation(segment, members):
     slots = [slot for slot in range(4) if members >> slot & 1]
     random = np.random.default_rng(members)
     owners = [[slots[i] for i in random.integers(0, len(slots), NUM_EXPERTS)] for _ in range(20)]
-    results = in_threads(*(lambda slot=slot: run_rank(segment, slot, owners, members) for slot in slots))
+    results = at_once(*(lambda slot=slot: run_rank(segment, slot, owners, members) for slot in slots))
     assert all(isinstance(result, float) and result < 1e-4 for result in results), results
 
 
@@ -381,7 +364,7 @@ def test_the_result_does_not_depend_on_the_owners(segment):
         segment.open().set_membership(generation, 0b11, True)
         owners = random.integers(0, 2, NUM_EXPERTS).tolist()
         works = [lambda slot=slot, g=generation, o=owners: run(slot, g, o) for slot in (0, 1)]
-        results.add(in_threads(*works)[0])
+        results.add(at_once(*works)[0])
     assert len(results) == 1
 
 

@@ -28,7 +28,8 @@ class LargePages:
     """Owned by the HMM's loop, which calls `turn`. At most one piece is in work; no other one begins while memory
     changes hands.
 
-    `bytes_large`, `bytes_refused`: of what was there at the last look, collapsed by now, and what the kernel has not.
+    `bytes_large`, `bytes_refused`: of what was there at the last look, in pieces that were collapsed whole by now, and
+    in those of which the kernel has left some small.
     """
 
     def __init__(

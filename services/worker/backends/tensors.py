@@ -10,6 +10,8 @@ from typing import Final
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec
+from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.services.worker.backends import torch_sampling
 from elasticmoe.services.worker.backends.base import ComputeBackend, check_norms
 
 STORED: Final = (torch.float32, torch.bfloat16)
@@ -119,3 +121,21 @@ class TensorBackend(ComputeBackend):
             if tensor_E.shape[0] != moe.num_experts:
                 raise ValueError(f"tensor has slots for {tensor_E.shape[0]} experts; must have {moe.num_experts}")
             self._check(tensor_E[0], shape, *STORED)
+
+    # ---- the choice of tokens
+
+    def greatest(self, logits_BV: torch.Tensor) -> list[int]:
+        """See ComputeBackend."""
+        return torch_sampling.greatest(logits_BV)
+
+    def draw(self, logits_BV: torch.Tensor, row: int, sampling: Sampling, uniform: float) -> int:
+        """See ComputeBackend."""
+        return torch_sampling.draw(logits_BV[row], sampling, uniform)
+
+    def log_total(self, row_V: torch.Tensor) -> float:
+        """See ComputeBackend."""
+        return torch_sampling.log_total(row_V)
+
+    def top_tokens(self, row_V: torch.Tensor, count: int) -> list[int]:
+        """See ComputeBackend."""
+        return torch_sampling.top_tokens(row_V, count)

@@ -16,8 +16,6 @@ from collections.abc import Callable
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
-from elasticmoe.common.protocol.rank import Sampling
-from elasticmoe.services.worker.backends import torch_sampling
 from elasticmoe.services.worker.backends.base import BatchOperation, Operation
 from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend
 from elasticmoe.services.worker.backends.torch_batch import TorchBatch, cached, lay_out
@@ -319,21 +317,3 @@ class TorchBackend(TensorBackend):
                 out_NE[row] = mixed.view(width)
 
         return run
-
-    # ---- the choice of tokens
-
-    def greatest(self, logits_BV: torch.Tensor) -> list[int]:
-        """See ComputeBackend."""
-        return torch_sampling.greatest(logits_BV)
-
-    def draw(self, logits_BV: torch.Tensor, row: int, sampling: Sampling, uniform: float) -> int:
-        """See ComputeBackend."""
-        return torch_sampling.draw(logits_BV[row], sampling, uniform)
-
-    def log_total(self, row_V: torch.Tensor) -> float:
-        """See ComputeBackend."""
-        return torch_sampling.log_total(row_V)
-
-    def top_tokens(self, row_V: torch.Tensor, count: int) -> list[int]:
-        """See ComputeBackend."""
-        return torch_sampling.top_tokens(row_V, count)

@@ -15,8 +15,6 @@ from typing import Final
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
-from elasticmoe.common.protocol.rank import Sampling
-from elasticmoe.services.worker.backends import torch_sampling
 from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, SentFields
 from elasticmoe.services.worker.backends.accelerator.experts import Experts
 from elasticmoe.services.worker.backends.accelerator.kernels import Kernels
@@ -294,21 +292,3 @@ class AcceleratorBackend(TensorBackend):
             mix.run(step, layer, out_NE)
 
         return run
-
-    # ---- the choice of tokens
-
-    def greatest(self, logits_BV: torch.Tensor) -> list[int]:
-        """See ComputeBackend."""
-        return torch_sampling.greatest(logits_BV)
-
-    def draw(self, logits_BV: torch.Tensor, row: int, sampling: Sampling, uniform: float) -> int:
-        """See ComputeBackend."""
-        return torch_sampling.draw(logits_BV[row], sampling, uniform)
-
-    def log_total(self, row_V: torch.Tensor) -> float:
-        """See ComputeBackend."""
-        return torch_sampling.log_total(row_V)
-
-    def top_tokens(self, row_V: torch.Tensor, count: int) -> list[int]:
-        """See ComputeBackend."""
-        return torch_sampling.top_tokens(row_V, count)

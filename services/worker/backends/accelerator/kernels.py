@@ -60,7 +60,7 @@ class Kernels(Protocol):
     def expert_products(
         self, x_RH: torch.Tensor, w_EWH: torch.Tensor, out_RW: torch.Tensor, tiles_T3: torch.Tensor, *, gated: bool
     ) -> None:
-        """out = x · w of each row's expert, or as `gated_product`. Tiles: expert (-1: none), first row, end. Slots that
+        """out = x · w of each row's expert, or as `gated_product`. Tiles: expert, first row, end. Slots that
         no tile names are not touched."""
 
     def norm(

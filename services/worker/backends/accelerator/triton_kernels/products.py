@@ -75,7 +75,7 @@ def product_kernel(
 ) -> None:
     """One tile [BLOCK_ROWS, BLOCK_WIDTH] of out. Grid: tiles of rows, tiles of the width, heads.
 
-    GROUPED: `tiles` says of each tile its expert (-1: there is none), first row and end. GATED: out is silu of the
+    GROUPED: `tiles` says of each tile its expert, first row and end. GATED: out is silu of the
     product times the product with the weights `w_up` elements further on. HAS_ROW_GATE: rows are multiplied by the
     sigmoid of `row_gate` [N].
     """
@@ -84,8 +84,6 @@ def product_kernel(
     if GROUPED:
         expert = tl.load(tiles + 3 * tile)
         first, end = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-        if expert < 0:
-            return  # no weight of any slot may be touched
         w += expert.to(tl.int64) * w_expert
     else:
         first, end = tile * BLOCK_ROWS, num_rows
