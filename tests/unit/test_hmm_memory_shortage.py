@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from elasticmoe.services.hmm.loading.loader import ModelLoad
 from elasticmoe.services.hmm.memory.catalog import keys_of
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.transfer import Supply
+from elasticmoe.services.hmm.sessions.handles import Offer
 from elasticmoe.services.hmm.sessions.membership import Membership
 from elasticmoe.services.hmm.transition.transition import Transitions
 
@@ -82,7 +83,7 @@ class World:
         self.members = Membership(self.holdings, LOG)
         self.by_slot: dict[int, Any] = {}
         self.num_requests = 0
-        attachments: Any = SimpleNamespace(by_slot=self.by_slot, update=self._update)
+        attachments: Any = SimpleNamespace(by_slot=self.by_slot, share=self._share)
         copies: Any = SimpleNamespace(is_busy=lambda _: False)
         supply = Supply(self.holdings, self.background)
         self.transitions = Transitions(self.holdings, attachments, self.members, copies, supply, LOG, SYSTEM_CLOCK)
@@ -97,7 +98,8 @@ class World:
         for name in set(names):
             self.kept.pop(name, None)
 
-    def _update(self, attached: Any, seat: SeatMemory, _: tuple[int, ...]) -> None:
+    def _share(self, attached: Any, tell: Callable[[int], tuple[SeatMemory, Offer]]) -> None:
+        seat, _ = tell(attached.importer)
         attached.applied = seat.revision
         attached.sent = seat
 

@@ -53,6 +53,10 @@ class Link(Generic[Subject]):
             if subject is not None:
                 yield subject, received.body
 
+    def idle_s(self, now: float) -> float:
+        """For how long it has had nothing to do; none while an answer is waited for, which `close` would lose."""
+        return 0.0 if self._asked else now - self.used_at
+
     def close(self) -> None:
         """Drop what is queued and all answers."""
         self._unwatch(self._fd)

@@ -108,7 +108,7 @@ class Outgoing:
             self._check(transfer, now)
         self._begin(now)
         self._receive(now)  # a send may have consumed the edge of an answer's descriptor
-        for name in [n for n, link in self._links.items() if now - link.used_at > LINK_IDLE_S]:
+        for name in [n for n, link in self._links.items() if link.idle_s(now) > LINK_IDLE_S]:
             self._close(name)
         news, self._news = self._news, []
         return news
@@ -249,7 +249,8 @@ class Outgoing:
         it may still be writing to them."""
         log.warning("the HMM does not copy", seconds=COPY_S)
         self._hmm_silent_until = now + COPY_S
-        self._close("hmm")
+        if "hmm" in self._links:  # there is none where it could not be connected to
+            self._close("hmm")
         for transfer in [t for t in self.transfers if t.stage in ("copying", "draining")]:
             self._targets.pause(transfer.sequence, transfer.target.rank, now)
             self._end(transfer)
