@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from elasticmoe.cli.console import size
+from elasticmoe.cli.doctor_process import TestProcess
 from elasticmoe.cli.probes import bind_once
 from elasticmoe.cli.settings import Settings
 from elasticmoe.common.capacity import (
     AVAILABLE_SHARE,
     DeviceTooSmall,
-    budget_of,
+    budgets_of,
     load_of,
     needs_of,
     size_load,
@@ -21,6 +24,7 @@ from elasticmoe.common.capacity import (
     weights_on,
 )
 from elasticmoe.common.checkpoint import Checkpoint
+from elasticmoe.common.devices.driver import MemoryInfo
 from elasticmoe.common.devices.factory import check_devices, granularity_of
 from elasticmoe.common.families import load_spec
 from elasticmoe.common.layout import Layout, initial_layout
@@ -31,6 +35,8 @@ from elasticmoe.common.seat_sizes import size_ledger
 from elasticmoe.common.store import store_of
 
 _DISK_BYTES_MIN = 64 * 1024 * 1024
+_GIVEN_BACK_S = 10.0  # a driver may tidy up after dead processes in its own time
+_POLL_S = 0.2
 
 
 def check_hardware(settings: Settings) -> None:
@@ -80,15 +86,22 @@ def check_memory(settings: Settings, model: Path) -> None:
     the figures, CheckpointError when config.json describes no model that can be served."""
     scaler, available = settings.scaler, available_bytes()
     spec = load_spec(model, scaler.dtype)
-    budget = budget_of(settings.hmm, available, scaler.device_count.count)
+    told = _memory_told(settings)
+    budgets = budgets_of(settings.hmm, available, told)
+    if short := _short(budgets, told):
+        raise DoesNotFit(short, code="out_of_memory")
     devices = scaler.device_count.names()
     used = devices[: scaler.replicas * scaler.tp]
     load = load_of(scaler, spec, initial_layout(spec.num_experts_by_layer, used, tp=scaler.tp))
     try:
-        sizes = size_load(load, spec, dict.fromkeys(devices, budget), _granularity(settings))
+        sizes = size_load(load, spec, budgets, _granularity(settings))
     except DeviceTooSmall as small:
         needs = _needs(load, small.weights_bytes, small.ledger_bytes, small.mailbox_bytes, small.kv_bytes_min)
-        raise DoesNotFit(f"{needs} {_limit(settings, small, budget, available)}", code="out_of_memory") from None
+        of = told.get(small.device)
+        share = _share(available) if of is None else _share(of.total, f"{small.device} has")
+        raise DoesNotFit(f"{needs} {_limit(settings, small, share)}", code="out_of_memory") from None
+    if told:  # the machine's memory is not what these devices have
+        return
     kv_min = needs_of(load, spec, sizes.kv, _granularity(settings)).kv_handles_min * sizes.kv.handle_bytes
     most = max(sizes.devices.values(), key=lambda device: device.weights_bytes)
     needed = len(used) * (most.weights_bytes + most.ledger_bytes + most.mailbox_bytes + kv_min)
@@ -99,6 +112,35 @@ def check_memory(settings: Settings, model: Path) -> None:
             f"more than {_share(available)}; a smaller --max-model-len or --max-sequences takes less",
             code="out_of_memory",
         )
+
+
+def _memory_told(settings: Settings) -> dict[str, MemoryInfo]:
+    """What drivers say of the devices' memory; empty where that is the machine's. A process of its own asks: whoever
+    asks a driver has some of a device's memory until it ends. Waits a while for what others are about to give back.
+    Raises DeviceError, DeadlineExceeded."""
+    devices = settings.scaler.device_count
+    if devices.backend == "host":
+        return {}
+    names = devices.names()
+    with TestProcess(names[0]) as process:
+        deadline = time.monotonic() + _GIVEN_BACK_S
+        while True:
+            told = {name: MemoryInfo(*bytes_) for name, bytes_ in process.ask("memory", names).items()}
+            if not _short(budgets_of(settings.hmm, 0, told), told) or time.monotonic() > deadline:
+                return told
+            time.sleep(_POLL_S)
+
+
+def _short(budgets: Mapping[str, int], told: Mapping[str, MemoryInfo]) -> str:
+    """Which budget is more than what is free, with the figures; empty where none is."""
+    for name, memory in told.items():
+        if budgets[name] > memory.free:
+            return (
+                f"the budget of {name}, {size(budgets[name])}, is more than the {size(memory.free)} that are free "
+                f"of its {size(memory.total)}: end what has the rest, take other --devices, or give less by "
+                "--device-memory"
+            )
+    return ""
 
 
 def _granularity(settings: Settings) -> int:
@@ -113,23 +155,25 @@ def _needs(load: LoadModel, weights: int, ledger: int, mailbox: int, kv: int) ->
     )
 
 
-def _limit(settings: Settings, small: DeviceTooSmall, budget: int, available: int) -> str:
-    """More than what, and what helps."""
+def _limit(settings: Settings, small: DeviceTooSmall, share: str) -> str:
+    """More than what, and what helps. `share`: what a budget is of where nobody gave it."""
     kv, needed = (
         settings.scaler.kv_bytes,
         small.weights_bytes + small.ledger_bytes + small.mailbox_bytes + small.kv_bytes_min,
     )
     if small.kv_bytes_min > kv:
         return f"more KV than the {size(kv)} of --kv-memory; raise it, or lower --max-model-len"
-    each = f"{size(needed)} per device, more than the {size(budget)}"
+    each = f"{size(needed)} per device, more than the {size(small.budget)}"
     if settings.hmm.device_bytes:
         return f"{each} of --device-memory; raise it, or take more --replicas, which share the experts"
-    count = settings.scaler.device_count.count
-    return f"{each} that each of {count} gets of {_share(available)}; take fewer --devices or a smaller --model"
+    devices = settings.scaler.device_count
+    if devices.backend != "host":
+        return f"{each} of {share}; take more --replicas, which share the experts, or a smaller --model"
+    return f"{each} that each of {devices.count} gets of {share}; take fewer --devices or a smaller --model"
 
 
-def _share(available: int) -> str:
-    return f"the {size(available * AVAILABLE_SHARE)} that are {AVAILABLE_SHARE:.0%} of the {size(available)} available"
+def _share(nbytes: int, which: str = "available") -> str:
+    return f"the {size(nbytes * AVAILABLE_SHARE)} that are {AVAILABLE_SHARE:.0%} of the {size(nbytes)} {which}"
 
 
 def num_devices_that_fit(settings: Settings, model: Path) -> int:

@@ -1,5 +1,6 @@
-"""Run by `elasticmoe doctor --device`: one process that uses a device as an HMM or a rank does. It does what is
-asked of it by the socket with the number of its second argument, until that is closed or somebody kills it.
+"""Run by commands that use a device and load no driver, `elasticmoe doctor --device` above all: one process that uses a
+device as an HMM or a rank does. It does what is asked of it by the socket with the number of its second argument, until
+that is closed or somebody kills it.
 
 An order and its answer are one packet each, in JSON, and at most one descriptor beside it.
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 from elasticmoe.cli.doctor_graph import captured, remap_under_graph
 from elasticmoe.common.devices.base import Device, FdToken, Handle, KeyToken, Range, Token
-from elasticmoe.common.devices.factory import granularity_of, importer_number, open_device
+from elasticmoe.common.devices.factory import backend_of, granularity_of, importer_number, memory_of, open_device
 from elasticmoe.common.devices.names import DeviceCount, DeviceId
 from elasticmoe.common.devices.telling import ask_driver
 from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError
@@ -45,10 +46,24 @@ class Tester:
         return self._opened
 
     def open(self) -> Answer:
-        """The granularity, and what the driver says of itself."""
+        """The granularity, and what the driver says of itself and of the device's memory; -1 for bytes of which it
+        says nothing."""
         count = DeviceCount.of(self._kind, [DeviceId.parse(self._name).index])
         self._opened = open_device(self._name, granularity_of(count, 0), _BUDGET)
-        return {"granularity": self._device.granularity} | ask_driver(self._kind)._asdict(), None
+        free, total = self._memory()
+        told = {"granularity": self._device.granularity, "free_bytes": free, "total_bytes": total}
+        return told | ask_driver(self._kind)._asdict(), None
+
+    def _memory(self) -> tuple[int, int]:
+        try:
+            told = backend_of(self._kind).memory(DeviceId.parse(self._name).index)
+        except ElasticMoEError:
+            told = None
+        return told or (-1, -1)
+
+    def memory(self, names: list[str]) -> Answer:
+        """Free bytes and all bytes of each of these devices, by its name."""
+        return memory_of(names), None
 
     def number(self) -> Answer:
         """By what an owner admits this process."""
@@ -56,7 +71,7 @@ class Tester:
 
     def free(self) -> Answer:
         """Bytes of the device that nobody has; -1: the driver does not say."""
-        return ask_driver(self._kind).free_bytes, None
+        return self._memory()[0], None
 
     def calls(self, num: int) -> Answer:
         """Median microseconds of what an owner does with one handle of the least size."""

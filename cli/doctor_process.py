@@ -1,4 +1,4 @@
-"""A process that `elasticmoe doctor --device` has use a device (doctor_child.py), from the side of the doctor."""
+"""A process that a command has use a device (doctor_child.py), from the side of that command."""
 
 from __future__ import annotations
 

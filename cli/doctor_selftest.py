@@ -17,6 +17,7 @@ from typing import Any, Final
 from elasticmoe.cli.console import size
 from elasticmoe.cli.doctor_process import TestProcess
 from elasticmoe.cli.finding import Finding, Level
+from elasticmoe.common.capacity import AVAILABLE_SHARE
 from elasticmoe.common.devices.names import DeviceId
 from elasticmoe.common.protocol.errors import ElasticMoEError
 
@@ -83,10 +84,16 @@ class SelfTest:
         version = told["version"] or "unknown"
         text = f"{told['library']}, version {version}; granularity {size(self._handle_bytes)}"
         figures = {"granularity_bytes": float(self._handle_bytes)}
-        for name in ("free_bytes", "total_bytes"):
-            if told[name] >= 0:
-                figures[name] = float(told[name])
-        return "ok", text, figures
+        free, total = told["free_bytes"], told["total_bytes"]
+        if total < 0:
+            return "ok", f"{text}; the driver does not say how much memory there is", figures
+        budget = int(total * AVAILABLE_SHARE) // self._handle_bytes * self._handle_bytes
+        figures |= {"free_bytes": float(free), "total_bytes": float(total), "budget_bytes": float(budget)}
+        text += f"; {size(free)} of {size(total)} are free"
+        if free < budget:
+            text += f", fewer than the budget of a deployment, {size(budget)}: give --device-memory"
+            return "warn", text, figures
+        return "ok", f"{text}; the budget of a deployment is {size(budget)}, {AVAILABLE_SHARE:.0%} of it", figures
 
     def _calls(self) -> tuple[Level, str, dict[str, float]]:
         took = self._owner.ask("calls", _NUM_CALLS, seconds=_SECONDS)

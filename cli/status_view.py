@@ -215,15 +215,18 @@ def _failing(status: Status) -> RenderableType | None:
 def _devices(devices: dict[str, Any]) -> RenderableType:
     if "error" in devices:
         return Text(f"Devices: {devices['error']}")
+    listed = [(device, device.get("memory") or {}) for device in devices.get("devices", ())]
+    shown = ["budget", "weights", "kv", "other", "free"]
+    if any(memory.get("total") for _, memory in listed):  # an accelerator's own memory, of which the budget is a part
+        shown.insert(0, "total")
     table = _Columns(
         "Devices",
-        ("device", "state", "budget", "weights", "KV", "other", "free"),
-        ("other", "budget", "weights"),
+        ("device", "state", *("KV" if name == "kv" else name for name in shown)),
+        ("other", "total", "budget", "weights"),
         _standbys(devices),
     )
-    for device in devices.get("devices", ()):
-        memory = device.get("memory") or {}
-        figures = (size(memory.get(name, 0)) for name in ("budget", "weights", "kv", "other", "free"))
+    for device, memory in listed:
+        figures = (size(memory.get(name) or 0) for name in shown)
         table.add(str(device.get("device")), str(device.get("state")), *figures)
     return table
 

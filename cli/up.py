@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run-dir", metavar="DIR", help="sockets, secrets, state and logs of this deployment")
     add("--store", metavar="URL", help="a Valkey or Redis server (default: an embedded one)")
     size = settings.parse_size
-    add("--device-memory", type=size, metavar="SIZE", help="budget of each device (default: a share of what is free)")
+    add("--device-memory", type=size, metavar="SIZE", help="budget of each device (default: 80%% of what it has)")
     kv = f"most KV memory of each device (default {default['kv_bytes'] >> 20}MiB)"
     add("--kv-memory", type=size, metavar="SIZE", help=kv)
     length = f"longest sequence in tokens (default {default['max_model_len']})"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from elasticmoe.common.config import HmmConfig, ScalerConfig
+from elasticmoe.common.devices.driver import MemoryInfo
 from elasticmoe.common.devices.factory import backend_of_device, granularity_of
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.families import record, records
@@ -28,7 +29,7 @@ from elasticmoe.common.protocol.hmm import LoadModel
 from elasticmoe.common.seat_sizes import BusSizes, LedgerSizes, size_bus, size_ledger, size_mailbox
 from elasticmoe.common.wording import size
 
-AVAILABLE_SHARE = 0.8  # of memory for all devices; the rest is for activations, the processes and everybody else
+AVAILABLE_SHARE = 0.8  # of the memory of devices; the rest is for activations, the processes and everybody else
 _FIRST_SHARE = 8  # a joiner that gets its experts in the next leg starts with this part of its final KV
 
 
@@ -136,8 +137,8 @@ def _fixed(needs: Needs) -> str:
 
 
 class DeviceTooSmall(DoesNotFit):
-    """A device's budget holds no `weights_bytes`, `ledger_bytes`, `mailbox_bytes` and `kv_bytes_min`, the KV of one
-    sequence of full length; or the load allows less KV than that."""
+    """The `budget` of `device` holds no `weights_bytes`, `ledger_bytes`, `mailbox_bytes` and `kv_bytes_min`, the KV of
+    one sequence of full length; or the load allows less KV than that."""
 
     def __init__(self, device: str, budget: int, weights_bytes: int, needs: Needs, load: LoadModel) -> None:
         kv_bytes_min = needs.kv_handles_min * needs.kv_handle_bytes
@@ -147,6 +148,7 @@ class DeviceTooSmall(DoesNotFit):
             f"budget of {size(budget)}, weights take {size(weights_bytes)} and {_fixed(needs)}, which "
             f"leaves {size(room)}, and KV may take {size(load.kv_bytes_max)}: {_way_out(room < kv_bytes_min)}"
         )
+        self.device, self.budget = device, budget
         self.weights_bytes = weights_bytes
         self.ledger_bytes = needs.ledger
         self.mailbox_bytes = needs.mailbox
@@ -186,12 +188,23 @@ class LoadSizes(NamedTuple):
         return max(device.num_kv_handles for device in self.devices.values())
 
 
-def budget_of(config: HmmConfig, available_bytes: int, num_devices: int) -> int:
-    """Of each device, a multiple of the granularity: what the operator says, else an equal share of most of the memory
-    that is available now."""
-    given = config.device_bytes or int(available_bytes * AVAILABLE_SHARE) // num_devices
-    granularity = granularity_of(DeviceCount.parse(config.devices), config.granularity)
-    return given // granularity * granularity
+def budgets_of(config: HmmConfig, available_bytes: int, memory: Mapping[str, MemoryInfo]) -> dict[str, int]:
+    """Of each device, a multiple of the granularity: what the operator says, else most of what the device has by
+    `memory`, which is what drivers say. Devices of which none says anything share most of the machine's memory that is
+    available now.
+
+    What a device has, and not what is free: an HMM that comes after one that died has the same budgets, also where
+    ranks still hold the memory of that one.
+    """
+    devices = DeviceCount.parse(config.devices)
+    granularity = granularity_of(devices, config.granularity)
+    equal = int(available_bytes * AVAILABLE_SHARE) // devices.count
+
+    def budget(name: str) -> int:
+        share = int(memory[name].total * AVAILABLE_SHARE) if name in memory else equal
+        return (config.device_bytes or share) // granularity * granularity
+
+    return {name: budget(name) for name in devices.names()}
 
 
 def load_of(config: ScalerConfig, spec: ModelSpec, layout: Layout) -> LoadModel:

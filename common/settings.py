@@ -193,7 +193,7 @@ class HmmConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     device_bytes: Annotated[
         int,
         Meta(ge=0, le=_BYTES_MAX),
-        _is("Budget of each device; 0: an equal share of 80 % of the memory that is available at the start", "bytes"),
+        _is("Budget of each device; 0: 80 % of an accelerator's memory, or an equal share of the machine's", "bytes"),
     ] = 0
     granularity: Annotated[
         int,

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from elasticmoe.common.devices.base import Device
-from elasticmoe.common.devices.driver import CopyPart, Driver
+from elasticmoe.common.devices.driver import CopyPart, Driver, MemoryInfo
 from elasticmoe.common.devices.names import DeviceId
 from elasticmoe.common.devices.rules import PROCESS, SPACES, Completion, Handle, ProcessRules, Range, Space
 from elasticmoe.common.devices.torch_devices import check_torch, open_torch, prepare_torch, storage_at
@@ -101,6 +101,13 @@ class AcceleratorDevice(Device):
     def check(cls, index: int) -> None:
         """Whether there is such a device. Raises DeviceError no_driver, no_device."""
         cls._of_this_process().check(index)
+
+    @classmethod
+    def memory(cls, index: int) -> MemoryInfo:
+        """What the driver says, of a device that this process opens for it. Raises DeviceError."""
+        driver = cls._of_this_process()
+        driver.open(index)
+        return driver.memory(index)
 
     @classmethod
     def _of_this_process(cls) -> Driver:

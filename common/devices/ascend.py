@@ -20,13 +20,14 @@ from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_uint32,
 from typing import Any, ClassVar, Final
 
 from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
-from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Meaning
+from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Meaning, MemoryInfo
 from elasticmoe.common.devices.rules import Handle, KeyToken, Space, Token
 from elasticmoe.common.protocol.errors import DeviceError
 
 _REPEATED_INIT: Final = 100002  # another library of this process, such as torch_npu, was first
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # aclrtMemcpyKind
 _DEFAULT_SHARE: Final = 1  # ACL_MEM_SHARE_HANDLE_TYPE_DEFAULT
+_HBM: Final = 1  # aclrtMemAttr: ACL_HBM_MEM, pages of every size
 _COMPLETE: Final = 1  # ACL_EVENT_RECORDED_STATUS_COMPLETE
 
 # acl_base_rt.h, error_codes/rt_error_codes.h
@@ -78,6 +79,7 @@ CALLS: Final[dict[str, tuple[Any, ...]]] = {
     "aclrtSetDevice": (c_int32,),
     "aclrtDeviceGetBareTgid": (POINTER(c_int32),),
     "aclrtMemGetAllocationGranularity": (POINTER(_PhysicalMemory), c_int, POINTER(c_size_t)),
+    "aclrtGetMemInfo": (c_int, POINTER(c_size_t), POINTER(c_size_t)),
     "aclrtReserveMemAddress": (POINTER(c_void_p), c_size_t, c_size_t, c_void_p, c_uint64),
     "aclrtReleaseMemAddress": (c_void_p,),
     "aclrtMallocPhysical": (POINTER(c_void_p), c_size_t, POINTER(_PhysicalMemory), c_uint64),
@@ -145,6 +147,12 @@ class _AclDriver(Driver):
         nbytes = c_size_t()
         self.library.call("aclrtMemGetAllocationGranularity", byref(_of(device)), 0, byref(nbytes))
         return nbytes.value
+
+    def memory(self, device: int) -> MemoryInfo:
+        self._set(device)
+        free, total = c_size_t(), c_size_t()
+        self.library.call("aclrtGetMemInfo", _HBM, byref(free), byref(total))
+        return MemoryInfo(free.value, total.value)
 
     def reserve(self, device: int, nbytes: int) -> int:
         self._set(device)

@@ -36,6 +36,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from elasticmoe.common.devices.driver import MemoryInfo
 from elasticmoe.common.devices.handles import Handles
 from elasticmoe.common.devices.rules import Completion, FdToken, Handle, KeyToken, ProcessRules, Range, Space, Token
 from elasticmoe.common.devices.torch_devices import open_torch
@@ -52,6 +53,12 @@ class Device(Handles):
     Belongs to one thread at a time, but for reading, writing, copying, checksums and `collapse`, which any thread may
     do with memory that stays mapped meanwhile. Nothing here blocks for long except where it says so.
     """
+
+    @classmethod
+    def memory(cls, index: int) -> MemoryInfo | None:  # noqa: ARG003
+        """What the driver says of the memory of device `index`, which this process opens for it; None where a device's
+        memory is the machine's. Raises DeviceError no_driver, no_device."""
+        return None
 
     # ---- Ranges and mappings
 

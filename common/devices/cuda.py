@@ -21,7 +21,7 @@ from ctypes import POINTER, byref, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c
 from typing import Any, ClassVar, Final
 
 from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
-from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Meaning
+from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Meaning, MemoryInfo
 from elasticmoe.common.devices.rules import FdToken, Handle, Space, Token
 from elasticmoe.common.protocol.errors import DeviceError
 
@@ -94,6 +94,7 @@ CALLS: Final[dict[str, tuple[Any, ...]]] = {
     "cuCtxSetCurrent": (c_void_p,),
     "cuCtxSynchronize": (),
     "cuMemGetAllocationGranularity": (POINTER(c_size_t), POINTER(_Allocation), c_int),
+    "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
     "cuMemAddressReserve": (POINTER(c_uint64), c_size_t, c_size_t, c_uint64, c_ulonglong),
     "cuMemAddressFree": (c_uint64, c_size_t),
     "cuMemCreate": (POINTER(c_ulonglong), c_size_t, POINTER(_Allocation), c_ulonglong),
@@ -160,6 +161,12 @@ class _CudaDriver(Driver):
         nbytes = c_size_t()
         self.library.call("cuMemGetAllocationGranularity", byref(nbytes), byref(_of(device)), 0)
         return nbytes.value
+
+    def memory(self, device: int) -> MemoryInfo:
+        self._set(device)
+        free, total = c_size_t(), c_size_t()
+        self.library.call("cuMemGetInfo_v2", byref(free), byref(total))
+        return MemoryInfo(free.value, total.value)
 
     def reserve(self, device: int, nbytes: int) -> int:
         address = c_uint64()

@@ -31,6 +31,13 @@ class CopyPart(NamedTuple):
     src_device: int
 
 
+class MemoryInfo(NamedTuple):
+    """Bytes of a device that nobody has, and all that it has, as its driver says."""
+
+    free: int
+    total: int
+
+
 class Library:
     """A vendor's library. `calls`: the types of each call's arguments; `optional`: those that only newer ones have.
 
@@ -101,6 +108,10 @@ class Driver(ABC):
     @abstractmethod
     def granularity(self, device: int) -> int:
         """Bytes of which sizes and addresses are multiples."""
+
+    @abstractmethod
+    def memory(self, device: int) -> MemoryInfo:
+        """What is free now, and what there is. Of a device that is open."""
 
     @abstractmethod
     def reserve(self, device: int, nbytes: int) -> int:

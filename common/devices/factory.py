@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from elasticmoe.common.devices.ascend import AscendDevice
 from elasticmoe.common.devices.base import Device
 from elasticmoe.common.devices.cuda import CudaDevice
+from elasticmoe.common.devices.driver import MemoryInfo
 from elasticmoe.common.devices.host import HostDevice
 from elasticmoe.common.devices.names import DeviceCount, DeviceId
 from elasticmoe.common.devices.rules import PROCESS, ProcessRules
@@ -32,6 +33,10 @@ class DeviceBackend(Protocol):
         ...
 
     def importer_number(self, index: int) -> int:
+        """As Device has it."""
+        ...
+
+    def memory(self, index: int) -> MemoryInfo | None:
         """As Device has it."""
         ...
 
@@ -96,6 +101,14 @@ def importer_number(name: str) -> int:
     """By what the owner of the device called `name` admits this process. Raises DeviceError."""
     device = DeviceId.parse(name)
     return backend_of(device.backend).importer_number(device.index)
+
+
+def memory_of(names: Iterable[str]) -> dict[str, MemoryInfo]:
+    """What drivers say of the memory of these devices, without those whose memory is the machine's. This process opens
+    each, so it is for one that uses devices. Raises DeviceError."""
+    devices = {name: DeviceId.parse(name) for name in names}
+    told = {name: backend_of(device.backend).memory(device.index) for name, device in devices.items()}
+    return {name: memory for name, memory in told.items() if memory is not None}
 
 
 def granularity_of(devices: DeviceCount, asked: int) -> int:

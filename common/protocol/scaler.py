@@ -17,7 +17,8 @@ from elasticmoe.common.protocol.replies import Ack, Refused
 class DeviceStatus(msgspec.Struct, frozen=True):
     """One device's memory in bytes; `weights + kv + other + free == budget`. `attached`: incarnation of its rank.
     `pages`: real memory behind it, whoever made it. `progress`: what that rank has counted on the bus. `is_waiting`: it
-    says there that it waits for this device, in a call in which it counts nothing."""
+    says there that it waits for this device, in a call in which it counts nothing. `total`: what the device has, as its
+    driver says; 0 where its memory is the machine's."""
 
     device: str
     budget: int
@@ -31,6 +32,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     pages: int = 0
     progress: int = 0
     is_waiting: bool = False
+    total: int = 0
 
 
 class MemoryFacts(msgspec.Struct, frozen=True):

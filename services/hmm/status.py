@@ -107,4 +107,5 @@ def _device_status(name: str, holdings: Holdings, attachments: Attachments, memb
         pages=memory.device.pages,
         progress=members.progress(attached.slot) if attached else 0,
         is_waiting=attached is not None and members.is_waiting_for_device(attached.slot),
+        total=holdings.told[name].total if name in holdings.told else 0,
     )

@@ -56,8 +56,10 @@ class Deployment:
         self._shared_memory = shared_memory()
         fixed = {"history": "true", "replicas": replicas, "devices": _named(devices or replicas), "dtype": dtype}
         fixed |= {"kv_bytes": 16 << 20, "device_bytes": 512 << 20}
-        if "STANDIN_KIND" in os.environ:  # whose handles have 2 MiB at least
-            settings["device_bytes"] = max(settings.get("device_bytes", 0), 256 << 20)
+        if "STANDIN_KIND" in os.environ:  # the driver says what a device has; handles have 2 MiB at least
+            fixed["device_bytes"] = 0
+            if "device_bytes" in settings:
+                settings["device_bytes"] = max(settings["device_bytes"], 256 << 20)
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELASTICMOE_")}
         up = ["up", "--model", str(model), "--run-dir", str(self.run_dir), "--port", "0", "--admin-port", "0"]
         up += ["--keep-logs", "--ready-timeout", str(READY_SECONDS_MAX), *flags]

@@ -79,6 +79,9 @@ def test_the_report_tells_of_the_installation_and_of_the_memory(
     assert by_name["import after that"]["text"] == (
         "it is refused with not_admitted" if kind == "npu" else "it has the memory"
     )
+    opened = by_name["open"]
+    assert (opened["figures"]["total_bytes"], opened["figures"]["budget_bytes"]) == (48 << 20, 38 << 20)
+    assert "48.0 MiB of 48.0 MiB are free; the budget of a deployment is 38.0 MiB, 80% of it" in opened["text"]
     assert "version 1.17.0" in by_name["open"]["text"] or "version 13." in by_name["open"]["text"]
     assert by_name["remap under a captured graph"]["text"].startswith(
         "torch_npu cannot be imported" if kind == "npu" else f"torch {torch.__version__} has no cuda device here"

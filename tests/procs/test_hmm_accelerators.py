@@ -22,7 +22,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def deployment(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
+def deployment(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
     """Its `host:N` are devices of the kind, and this process, which its ranks are in, has a driver of its own. At the
     end nobody has any of their memory."""
     with standins.memory(monkeypatch) as folder:
@@ -30,7 +30,7 @@ def deployment(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deploymen
         monkeypatch.setenv("STANDIN_NAME", "host")
         driver = standins.process(kind, folder)
         monkeypatch.setitem(factory._BACKENDS, "host", driver)
-        made = Deployment(device_bytes=256 << 20)
+        made = Deployment(**getattr(request, "param", {"device_bytes": 256 << 20}))
         try:
             made.start_keeper()
             made.start_hmm()
@@ -38,6 +38,18 @@ def deployment(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deploymen
         finally:
             made.close()
         assert [standins.loaded(driver).standin_used(device) for device in range(4)] == [0] * 4
+
+
+@pytest.mark.parametrize("deployment", [{"device_bytes": 0}], indirect=True)
+def test_budgets_are_of_what_the_driver_says_that_there_is(kind: str, deployment: Deployment, model: Path) -> None:
+    """Also of a successor, where ranks still have memory that it cannot take over."""
+    attached(deployment, model)
+    before = [(device.total, device.budget) for device in deployment.status().devices]
+    assert before == [(1 << 30, 818 << 20)] * 2  # 80 %, in whole pages
+    deployment.kill_hmm()
+    deployment.start_hmm()
+    assert [(device.total, device.budget) for device in deployment.status().devices] == before
+    assert deployment.status().phase == ("empty" if kind == "npu" else "ready")
 
 
 def attached(deployment: Deployment, model: Path) -> tuple[Rank, Rank]:

@@ -15,7 +15,9 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
 from elasticmoe.cli import checks, settings, up
-from elasticmoe.common.capacity import MemoryForecast, load_of, needs_of, size_load, sizes_of
+from elasticmoe.common.capacity import MemoryForecast, budgets_of, load_of, needs_of, size_load, sizes_of
+from elasticmoe.common.config import HmmConfig
+from elasticmoe.common.devices.driver import MemoryInfo
 from elasticmoe.common.families import load_spec, records
 from elasticmoe.common.layout import Layout, initial_layout, keys_on
 from elasticmoe.common.model_spec import ModelSpec, round_up
@@ -67,6 +69,18 @@ def settings_for(folder: Path, model: dict[str, int], budget: int, num_used: int
     more = ["--replicas", str(num_used), "--devices", f"host:{len(DEVICES)}", "--max-model-len", "512"]
     more += ["--exchange", exchange]
     return settings.from_flags(parser.parse_args([*flags, *more]))
+
+
+def test_a_budget_is_a_share_of_what_the_driver_says_or_of_the_machine_or_what_is_given() -> None:
+    def budgets(devices: str, given: int = 0, **told: int) -> list[int]:
+        config = HmmConfig(run_dir="/r", devices=devices, device_bytes=given)
+        memory = {f"cuda:{name[1:]}": MemoryInfo(1, total) for name, total in told.items()}
+        return [nbytes / (1 << 20) for nbytes in budgets_of(config, 100 << 20, memory).values()]
+
+    assert budgets("host:4") == [20, 20, 20, 20]
+    assert budgets("cuda:0,cuda:2", _0=1 << 30, _2=10 << 20) == [818, 8]  # whole pages of 2 MiB, whatever is free
+    assert budgets("cuda:0,cuda:2", 5 << 20, _0=1 << 30, _2=10 << 20) == [4, 4]
+    assert budgets("cuda:0", _0=2 << 20) == [0]
 
 
 def up_says_yes(given: settings.Settings, folder: Path) -> bool:

@@ -205,6 +205,17 @@ def shown(value: dict[str, Any]) -> str:
     return file.getvalue()
 
 
+def test_status_shows_all_memory_of_a_device_beside_its_budget_where_a_driver_tells_it() -> None:
+    def devices(**more: Any) -> str:
+        device = {"device": "cuda:0", "state": "used", "memory": MEMORY | more}
+        return shown(running(layout={"error": "-"}, devices={"devices": [device]}, load={"error": "-"}))
+
+    told = devices(total=5 << 30)
+    assert "5.00 GiB" in told
+    assert "total" in told
+    assert "total" not in devices(total=None)
+
+
 def test_status_shows_processes_devices_ranks_and_load() -> None:
     rank = {
         "replica": 0,

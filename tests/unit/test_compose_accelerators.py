@@ -87,7 +87,7 @@ def test_every_process_is_told_the_same_devices_and_must_be_told_their_memory(ki
     assert len({one["ELASTICMOE_DEVICES"] for one in told.values()}) == 1
     devices = DeviceCount.parse(default_of(told["hmm"]["ELASTICMOE_DEVICES"]))
     assert devices.backend == kind
-    assert all(one["ELASTICMOE_DEVICE_BYTES"].startswith("${ELASTICMOE_DEVICE_BYTES:?") for one in told.values())
+    assert {default_of(one["ELASTICMOE_DEVICE_BYTES"]) for one in told.values()} == {"0"}  # what the driver says
     if kind == "npu":
         nodes = {f"/dev/davinci{number}" for number in devices.indices}
         managers = {"/dev/davinci_manager", "/dev/devmm_svm", "/dev/hisi_hdc"}
@@ -145,10 +145,6 @@ def test_compose_takes_both_files_together(kind: str) -> None:
     assert "/cache" in text
     assert "/run/elasticmoe/sockets" in text
     assert ("davinci7" in text) == (kind == "npu")
-    del settings["ELASTICMOE_DEVICE_BYTES"]
-    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode != 0
-    assert "the bytes of each device that weights and KV may take" in done.stderr
 
 
 # ---- versions --------------------------------------------------------------------------------------------------------

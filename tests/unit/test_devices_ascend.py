@@ -250,6 +250,15 @@ def test_memory_is_zeroed_copied_across_devices_and_given_back(monkeypatch: pyte
         assert [library.standin_used(index) for index in range(2)] == [0, 0]
 
 
+def test_the_driver_says_what_is_free_and_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDIN_BYTES", str(64 * MIB))
+    with standins.memory(monkeypatch) as folder:
+        here, there = standins.process("npu", folder), standins.process("npu", folder)("npu:1", PAGE, 8 * PAGE)
+        there.create(PAGE, "kv")
+        assert [here.memory(index) for index in (0, 1)] == [(64 * MIB, 64 * MIB), (64 * MIB - PAGE, 64 * MIB)]
+        there.close()
+
+
 def test_a_driver_that_is_missing_and_a_device_that_is_not_there_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend_of("npu") is AscendDevice
     missing = standins.device_class("npu", Path("/nowhere/libascendcl.so"))

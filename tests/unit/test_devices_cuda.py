@@ -224,6 +224,15 @@ def _mapped(made: Device, handle: Handle) -> int:
     return range_.base
 
 
+def test_the_driver_says_what_is_free_and_what_there_is(folder: Path) -> None:
+    here, there = standins.process("cuda", folder), device(folder, 1)
+    there.create(PAGE, "kv")
+    assert [here.memory(index) for index in (0, 1)] == [(64 << 20, 64 << 20), ((64 << 20) - PAGE, 64 << 20)]
+    there.close()
+    with pytest.raises(DeviceError, match="no cuda:7: the driver shows 4 devices"):
+        here.memory(7)
+
+
 def test_what_is_missing_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend_of("cuda") is CudaDevice
     missing = standins.device_class("cuda", folder / "libcuda.so.1")

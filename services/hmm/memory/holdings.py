@@ -10,10 +10,11 @@ import os
 from collections.abc import Iterable
 from typing import Final
 
-from elasticmoe.common.capacity import budget_of
+from elasticmoe.common.capacity import budgets_of
 from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.devices.base import Device
-from elasticmoe.common.devices.factory import granularity_of, open_device
+from elasticmoe.common.devices.driver import MemoryInfo
+from elasticmoe.common.devices.factory import granularity_of, memory_of, open_device
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.families.fingerprint import fingerprint
 from elasticmoe.common.fdchannel import close_all
@@ -50,6 +51,7 @@ class Holdings:
         self._snapshot: Snapshot | None = None
         self.granularity = granularity_of(DeviceCount.parse(config.devices), config.granularity)
         self.memories: dict[str, DeviceMemory] = {}
+        self.told: dict[str, MemoryInfo] = {}  # by drivers, at the start, of devices that have any
         self.segment: BusSegment | None = None
         self.doorbells: dict[int, int] = {}
         self.loaded: Loaded | None = None
@@ -61,8 +63,10 @@ class Holdings:
     def start(self) -> None:
         """Adopt what the keeper holds, or begin afresh where it holds nothing valid.
 
-        Raises ConfigError where what it holds does not match the configuration; ElasticMoEError of the keeper channel.
+        Raises ConfigError where what it holds does not match the configuration; DeviceError; ElasticMoEError of the
+        keeper channel.
         """
+        self.told = memory_of(self._names())
         kept = self._parking.fetch()
         names = list(kept)
         try:
@@ -123,13 +127,16 @@ class Holdings:
 
     def _begin(self) -> None:
         names = self._names()
-        budget = budget_of(self._config, available_bytes(), len(names))
-        if not budget:
+        budgets = budgets_of(self._config, available_bytes(), self.told)
+        small = next((name for name, budget in budgets.items() if not budget), None)
+        if small is not None:
+            given = self._config.device_bytes
             raise ConfigError(
-                f"a device of {self._config.device_bytes} bytes is smaller than the granularity of {self.granularity}"
+                f"{small} would have {given or 'too few'} bytes, and the granularity is {self.granularity}: raise "
+                f"device_bytes (--device-memory), or take fewer devices"
             )
         for name in names:
-            device = open_device(name, self.granularity, budget)
+            device = open_device(name, self.granularity, budgets[name])
             device.trim()  # where handles outlive whoever made them, those of a lost catalog are still there
             self.memories[name] = DeviceMemory(device)
         self._snapshot = Snapshot.create()

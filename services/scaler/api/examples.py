@@ -11,7 +11,14 @@ from elasticmoe.services.scaler.policy.demand import Demand
 from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.policy.state import Evidence
 
-_MEMORY = {"budget": 6086742016, "weights": 747360256, "kv": 267386880, "other": 1613824, "free": 5070381056}
+_MEMORY = {
+    "budget": 6086742016,
+    "weights": 747360256,
+    "kv": 267386880,
+    "other": 1613824,
+    "free": 5070381056,
+    "total": None,
+}
 _DEVICE = {
     "experts_in": 60,
     "bytes_in": 159252480,

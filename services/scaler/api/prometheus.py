@@ -24,7 +24,8 @@ def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
             experts.labels(str(seat.rank)).set(snapshot.layout.num_experts_on(seat.slot))
     for device in snapshot.cluster.devices if snapshot.cluster else ():
         for state, nbytes in msgspec.structs.asdict(memory_view(device)).items():
-            memory.labels(device.device, state).set(nbytes)
+            if nbytes is not None:  # no driver tells a total
+                memory.labels(device.device, state).set(nbytes)
     free = sum(left for left, _ in snapshot.blocks.values())
     blocks.labels("free").set(free)
     blocks.labels("used").set(sum(total for _, total in snapshot.blocks.values()) - free)

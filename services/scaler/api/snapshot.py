@@ -222,7 +222,7 @@ def plan_view(plan: Plan, operation: Operation) -> views.Plan:
 
 def memory_view(device: DeviceStatus) -> views.Memory:
     """A device's bytes by class; they add up to its budget."""
-    return views.Memory(device.budget, device.weights, device.kv, device.other, device.free)
+    return views.Memory(device.budget, device.weights, device.kv, device.other, device.free, device.total or None)
 
 
 def _other_seats(snapshot: StatusSnapshot) -> tuple[Any, ...]:

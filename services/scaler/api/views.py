@@ -49,6 +49,7 @@ class Memory(msgspec.Struct, frozen=True):
     kv: Annotated[int, says("KV blocks, used or not")]
     other: Annotated[int, says("The rank's ledger and mailbox, and its part of what is shared")]
     free: Annotated[int, says("What is left of the budget")]
+    total: Annotated[int | None, says("What the device has, as its driver says; null: its memory is the machine's")]
 
 
 class Rank(msgspec.Struct, frozen=True):
