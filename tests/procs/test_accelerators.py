@@ -120,9 +120,9 @@ async def test_an_npu_that_has_no_room_for_the_model_twice_is_loaded_anew_by_an_
     model_folder: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("STANDIN_BYTES", str(44 << 20))  # a rank's share takes 26
+    monkeypatch.setenv("STANDIN_BYTES", str(48 << 20))  # of which budgets are 38; a rank takes 36
     deployment = deploy("oracle", replicas=2, kv_bytes=4 << 20, max_sequences=16, standbys=2)
-    assert all(nbytes > 22 << 20 for nbytes in accelerators.used()[:2])
+    assert all(nbytes > 24 << 20 for nbytes in accelerators.used()[:2])
     async with Load(deployment.base_url, clients=8, seed=2) as load:
         await streams(load, 8)
         await restart(deployment, "hmm")
