@@ -322,6 +322,14 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
             "s",
         ),
     ] = 10.0
+    tool_call_parser: Annotated[
+        str,
+        Meta(pattern=r"^(auto|deepseek|glm|granite|hermes|mistral|qwen_coder)\Z"),
+        _is(
+            "In which form the model writes tool calls; `auto`: as its chat template shows",
+            form="`auto`, `deepseek`, `glm`, `granite`, `hermes`, `mistral`, `qwen_coder`",
+        ),
+    ] = "auto"
     generation_config: Annotated[
         str,
         Meta(pattern="^(auto|none)$"),

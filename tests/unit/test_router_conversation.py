@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -60,6 +61,41 @@ def test_messages() -> None:
     ]
 
 
+TOOL = {"type": "function", "function": {"name": "now", "description": None}}
+NAMED = {"type": "function", "function": {"name": "now"}}
+CALL: dict[str, Any] = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": '{"a": 1}'}}
+NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tools(kind: Any) -> None:
+    parameters = {"type": "object", "properties": {"z": {"type": "string"}, "a": {"enum": [1, None]}}}
+    described = {"type": "function", "function": {"name": "a.b-C_9", "description": "d", "parameters": parameters}}
+    given = conversation(kind, tools=[TOOL, {**described, "more": 1}], tool_choice="auto")
+    assert given.tools == [{"type": "function", "function": {"name": "now", "parameters": NO_PARAMETERS}}, described]
+    assert json.dumps(given.tools[1]) == json.dumps(described)  # templates print them in their order
+    assert given.required == ("tools",)
+    for ignored in ({"tools": [TOOL], "tool_choice": "none"}, {"tools": []}, {"tools": None, "tool_choice": "auto"}):
+        assert conversation(kind, **ignored) == conversation(kind)
+    assert conversation(kind, functions=[{"name": "f"}], function_call="none") == conversation(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_and_their_answers(kind: Any) -> None:
+    said = [
+        {"role": "assistant", "content": None, "tool_calls": [CALL, {"function": CALL["function"]}]},
+        {"role": "tool", "tool_call_id": "c1", "name": "now", "content": [{"type": "text", "text": "noon"}]},
+    ]
+    calls = [CALL, {"type": "function", "function": CALL["function"]}]
+    assert conversation(kind, messages=said).messages == [
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        said[1],
+    ]
+    assert conversation(kind, messages=[{**said[0], "tool_calls": []}]).messages == [
+        {"role": "assistant", "content": ""}
+    ]
+
+
 def deep(levels: int) -> Any:
     value: Any = 1
     for _ in range(levels):
@@ -89,7 +125,22 @@ def deep(levels: int) -> Any:
         ({"documents": [{"a": deep(DEPTH_MAX)}]}, "levels or more", "documents"),
         ({"documents": [{}] * 257}, "at most 256 entries", "documents"),
         ({"documents": ["text"]}, "has to be an object", "documents[0]"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "tool calls", "messages[0]"),
+        ({"messages": [{"role": "function", "name": "f", "content": "x"}]}, "use 'tool'", "messages[0]"),
+        ({"messages": [{"role": "user", "tool_calls": [CALL]}]}, "messages[0] has tool_calls", "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL] * 129}]}, "at most 128 entries", None),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "function", None),
+        ({"tools": [TOOL] * 2}, "tools has 'now' more than once", "tools"),
+        ({"tools": [TOOL] * 129}, "at most 128 entries", "tools"),
+        ({"tools": [{"type": "web_search"}]}, "type", None),
+        ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "1 to 64 of", None),
+        ({"tools": [{**TOOL, "function": {"name": "f", "parameters": {"a": deep(17)}}}]}, "levels or more", "tools"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "supported: none, auto", "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": NAMED}, "supported: none, auto", "tool_choice"),
+        ({"tool_choice": "required"}, "there are no tools", "tool_choice"),
+        ({"tool_choice": NAMED}, "there are no tools", "tool_choice"),
+        ({"tool_choice": "any"}, "tool_choice", None),
+        ({"functions": [{"name": "f"}]}, "pass them as tools", "functions"),
+        ({"function_call": {"name": "f"}}, "there are no functions", "function_call"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "supported: text", None),
     ],
 )

@@ -17,6 +17,7 @@ from elasticmoe.services.router.api.options import Options, options_of
 from elasticmoe.services.router.api.parse import body_of
 from elasticmoe.services.router.api.schemas import ChatRequest
 from elasticmoe.services.router.api.told import ChatCompletion, ChatCompletionChunk
+from elasticmoe.services.router.api.tool_use import tool_use, tools_of
 
 routes = APIRouter()
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -31,11 +32,13 @@ async def chat_completions(request: Request) -> Response:
     options = _options(raw, front)
     context = front.dispatcher.max_model_len()
     conversation = conversation_of(raw)
+    use = tool_use(raw, tools_of(raw), front.tool_parser)
     with counting_refusals(front, options.num_choices):
         prompt = await front.texts.encode_chat(conversation, context, client_of(request))
     front.model.check_embedded(prompt)
-    generation = await start(front, permit_of(request), options, [prompt], kind="chatcmpl")
-    renderer = ChatRenderer(f"chatcmpl-{request_id_of(request, raw.request_id)}", front, options)
+    kept = frozenset[int]() if use is None else front.model.special_ids(use.parser.specials)
+    generation = await start(front, permit_of(request), options, [prompt], kind="chatcmpl", kept=kept)
+    renderer = ChatRenderer(f"chatcmpl-{request_id_of(request, raw.request_id)}", front, options, use)
     keepalive_s = front.config.stream_keepalive_s
     return Answer(generation, renderer, is_stream=options.is_stream, keepalive_s=keepalive_s)
 

@@ -10,9 +10,18 @@ from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.generate import Generation
 from elasticmoe.services.router.api.logprobs import Entries, Teller
 from elasticmoe.services.router.api.options import Options
-from elasticmoe.services.router.api.told import AnswerMessage, ChatLogprobs
+from elasticmoe.services.router.api.told import (
+    AnswerMessage,
+    CallDelta,
+    ChatDelta,
+    ChatLogprobs,
+    ToldCall,
+    ToldFunction,
+)
+from elasticmoe.services.router.api.tool_use import Calls, ToolUse
 from elasticmoe.services.router.api.usage import end_of_event, end_of_events, usage_of
 from elasticmoe.services.router.dispatch.streams import Output, Stream
+from elasticmoe.services.router.tool_parsers.base import CallArguments, CallStart, Text
 
 _encode = msgspec.json.encode
 
@@ -20,7 +29,7 @@ _encode = msgspec.json.encode
 class ChatRenderer:
     """Chat's shapes. The parts of an event that do not change are made once."""
 
-    def __init__(self, answer_id: str, front: Front, options: Options) -> None:
+    def __init__(self, answer_id: str, front: Front, options: Options, use: ToolUse | None = None) -> None:
         self._id = answer_id
         self._model = front.model.name
         self._teller = Teller(front.model.table, options.sampling.logprobs, as_ids=options.as_ids)
@@ -28,6 +37,8 @@ class ChatRenderer:
         self._wants_logprobs = options.sampling.logprobs >= 0
         self._usage = options.usage
         self._end = end_of_events(options.usage)
+        self._use = use
+        self._calls: dict[int, Calls] = {}  # by choice
         self._gathered: dict[int, tuple[list[str], Entries]] = {}
         facts = {"id": answer_id, "object": "chat.completion.chunk", "created": self._created, "model": self._model}
         self._head = b"data: " + _encode(facts)[:-1]
@@ -52,16 +63,46 @@ class ChatRenderer:
         return [self._event(index, generation.streams[index], role, b"null", b"null")]
 
     def events(self, index: int, stream: Stream, output: Output, finish_reason: str | None) -> bytes:
-        """An event with text, one with the finish reason."""
+        """Events with text and calls, one with the finish reason."""
+        deltas = [_encode(delta) for delta in self._deltas(index, output.text, is_last=finish_reason is not None)]
+        if output.tokens and not deltas:
+            deltas = [b'{"content":""}']
+        logprobs = b"null"
+        if self._wants_logprobs and deltas:
+            logprobs = _encode(ChatLogprobs(self._teller.entries(output.tokens)))
         events = b""
-        if output.text or output.tokens:
-            logprobs = b"null"
-            if self._wants_logprobs:
-                logprobs = _encode(ChatLogprobs(self._teller.entries(output.tokens)))
-            events = self._event(index, stream, b'{"content":%b}' % _encode(output.text), logprobs, b"null")
+        for delta in deltas:
+            events += self._event(index, stream, delta, logprobs, b"null")
+            logprobs = b"null"  # they are those of all these tokens, and told once
         if finish_reason is not None:
-            events += self._event(index, stream, b"{}", b"null", _encode(finish_reason))
+            events += self._event(index, stream, b"{}", b"null", _encode(self._reason(index, finish_reason)))
         return events
+
+    def _deltas(self, index: int, text: str, *, is_last: bool) -> list[ChatDelta]:
+        if self._use is None:
+            return [ChatDelta(content=text)] if text else []
+        calls = self._calls_of(index, self._use)
+        deltas = []
+        number = calls.num_calls - 1
+        for part in calls.take(text, is_last=is_last):
+            match part:
+                case Text(said):
+                    deltas.append(ChatDelta(content=said))
+                case CallStart(name):
+                    number += 1
+                    call = CallDelta(number, ToldFunction("", name), calls.new_id(), "function")
+                    deltas.append(ChatDelta(tool_calls=[call]))
+                case CallArguments(said):
+                    deltas.append(ChatDelta(tool_calls=[CallDelta(number, ToldFunction(said))]))
+        return deltas
+
+    def _calls_of(self, index: int, use: ToolUse) -> Calls:
+        if index not in self._calls:
+            self._calls[index] = Calls(use)
+        return self._calls[index]
+
+    def _reason(self, index: int, reason: str) -> str:
+        return reason if self._use is None else self._calls_of(index, self._use).finish_reason(reason)
 
     def usage_event(self, generation: Generation) -> bytes:
         """The event with the usage and no choices."""
@@ -82,8 +123,25 @@ class ChatRenderer:
         for index, stream in enumerate(generation.streams):
             assert stream.ending is not None
             texts, entries = self._gathered[index]
-            message = _encode(AnswerMessage("assistant", "".join(texts)))
+            message = _encode(self._message(index, "".join(texts)))
             pieces.append(b'%b{"index":%d,"message":%b,"logprobs":' % (b"," if index else b"", index, message))
             pieces += entries.json() if self._wants_logprobs else [b"null"]
-            pieces.append(b',"finish_reason":%b}' % _encode(stream.ending.reason))
+            pieces.append(b',"finish_reason":%b}' % _encode(self._reason(index, stream.ending.reason)))
         return [*pieces, b'],"usage":%b}' % _encode(usage_of(generation))]
+
+    def _message(self, index: int, text: str) -> AnswerMessage:
+        if self._use is None:
+            return AnswerMessage("assistant", text)
+        calls, said, told = self._calls_of(index, self._use), "", list[tuple[str, list[str]]]()
+        for part in calls.take(text, is_last=True):
+            match part:
+                case Text(piece):
+                    said += piece
+                case CallStart(name):
+                    told.append((name, []))
+                case CallArguments(piece):
+                    told[-1][1].append(piece)
+        if not told:
+            return AnswerMessage("assistant", said)
+        made = [ToldCall(calls.new_id(), "function", ToldFunction("".join(pieces), name)) for name, pieces in told]
+        return AnswerMessage("assistant", said or None, made)

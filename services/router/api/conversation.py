@@ -8,6 +8,7 @@ from typing import Any
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.services.router.api.options import refuse_words, unsupported
 from elasticmoe.services.router.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
+from elasticmoe.services.router.api.tool_use import calls_of, told_to_model, tools_of
 from elasticmoe.services.router.api.words import MESSAGE_WORDS
 from elasticmoe.services.router.text.jobs import Conversation
 from elasticmoe.services.router.text.template import RESERVED_VARIABLES
@@ -25,12 +26,15 @@ _OF_CONVERSATIONS = (
     "tools",
     "functions",
 )
+_OPTIONAL = ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning")
 INTEGER_MAX = (1 << 63) - 1
 
 
 def conversation_of(raw: ChatRequest | TokenizeRequest) -> Conversation:
     """What the template is given. Raises InvalidRequest for what it cannot be given."""
-    _refuse_tools(raw)
+    tools = told_to_model(tools_of(raw))
+    for index, message in enumerate(raw.messages or ()):
+        refuse_words(message, MESSAGE_WORDS, f"messages[{index}].")
     if isinstance(raw, TokenizeRequest) and raw.chat_template is not None:  # chat refuses the word itself
         raise unsupported("chat_template", "a template comes with the model only")
     opens_final = raw.continue_final_message or False
@@ -46,14 +50,17 @@ def conversation_of(raw: ChatRequest | TokenizeRequest) -> Conversation:
         )
     _check_size(variables, "chat_template_kwargs")
     _check_size(raw.documents, "documents")
+    _check_size(tools, "tools")
     effort = raw.reasoning_effort
+    needed = {"reasoning_effort": effort is not None, "tools": tools is not None}
     return Conversation(
         messages=plain_messages(raw.messages or ()),
         add_generation_prompt=not opens_final and raw.add_generation_prompt is not False,
         continue_final_message=opens_final,
         documents=raw.documents,
+        tools=tools,
         variables=variables if effort is None else {"reasoning_effort": effort, **variables},
-        required=() if effort is None else ("reasoning_effort",),
+        required=tuple(name for name, is_needed in needed.items() if is_needed),
         add_special=bool(raw.add_special_tokens),
     )
 
@@ -65,32 +72,28 @@ def refuse_without_messages(raw: TokenizeRequest) -> None:
             raise InvalidRequest(f"{name} is only allowed with messages", param=name)
 
 
-def _refuse_tools(raw: ChatRequest | TokenizeRequest) -> None:
-    for name, calls, choice_name, choice in (
-        ("tools", raw.tools, "tool_choice", raw.tool_choice),
-        ("functions", raw.functions, "function_call", raw.function_call),
-    ):
-        if calls and choice != "none":
-            raise unsupported(name, f"pass {choice_name} none to have them ignored")
-        if not calls and choice not in (None, "none", "auto"):
-            raise unsupported(choice_name, f"there are no {name}")
-    for index, message in enumerate(raw.messages or ()):
-        refuse_words(message, MESSAGE_WORDS, f"messages[{index}].")
-
-
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """What the template sees: texts only. Raises InvalidRequest for tool calls, images and the like."""
-    plain: list[dict[str, Any]] = []
-    for index, message in enumerate(messages):
-        if message.tool_calls or message.role in ("tool", "function"):
-            raise unsupported(f"messages[{index}]", "tool calls")
-        entry = {"role": "system" if message.role == "developer" else message.role, "content": _content(message, index)}
-        optional = {name: getattr(message, name) for name in ("name", "reasoning_content", "thinking", "reasoning")}
-        plain.append(entry | {name: value for name, value in optional.items() if value is not None})
+    """What the template sees: texts and calls. Raises InvalidRequest for images and the like."""
+    return [_plain(message, index) for index, message in enumerate(messages)]
+
+
+def _plain(message: ChatMessage, index: int) -> dict[str, Any]:
+    if message.role == "function":
+        raise unsupported(f"messages[{index}]", "role 'function'; use 'tool'")
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequest(f"messages[{index}] has tool_calls, and its role is {message.role}", param="messages")
+    role = "system" if message.role == "developer" else message.role
+    optional = {name: getattr(message, name) for name in _OPTIONAL}
+    plain = {"role": role, "content": _content(message, index)}
+    plain |= {name: value for name, value in optional.items() if value is not None}
+    if message.tool_calls:
+        plain["tool_calls"] = calls_of(message)
     return plain
 
 
-def _content(message: ChatMessage, index: int) -> str | list[dict[str, str]]:
+def _content(message: ChatMessage, index: int) -> str | list[dict[str, str]] | None:
+    if message.content is None and message.tool_calls:
+        return None
     if message.content is None or isinstance(message.content, str):
         return message.content or ""
     parts = []

@@ -15,6 +15,8 @@ from elasticmoe.services.router.dispatch.dispatcher import Dispatcher
 from elasticmoe.services.router.metrics import Metrics
 from elasticmoe.services.router.text.texts import Texts, Workers
 from elasticmoe.services.router.text.tokenizer import ServedModel
+from elasticmoe.services.router.tool_parsers.base import ToolParser
+from elasticmoe.services.router.tool_parsers.registry import parser_of
 
 BODIES_MAX = 16  # bodies of the largest size that are in memory at once
 ANSWERS_MAX = 2  # answers of the largest size
@@ -22,7 +24,8 @@ ANSWERS_MAX = 2  # answers of the largest size
 
 @dataclass(slots=True)
 class Front:
-    """The parts of a running router. `defaults`: of requests that do not say how to sample. `is_draining`: no new
+    """The parts of a running router. `defaults`: of requests that do not say how to sample.
+    `tool_parser`: of the form in which the model writes calls, where that is known. `is_draining`: no new
     requests; those that run may end. `api_key` None: open."""
 
     config: RouterConfig
@@ -34,6 +37,7 @@ class Front:
     bodies: ByteBudget
     answers: ByteBudget
     defaults: SamplingDefaults
+    tool_parser: type[ToolParser] | None
     turns: Turns = field(default_factory=Turns)
     api_key: bytes | None = None
     is_draining: bool = False
@@ -64,5 +68,6 @@ def make_front(
         bodies=ByteBudget(BODIES_MAX * config.body_bytes_max),
         answers=ByteBudget(ANSWERS_MAX * config.answer_bytes_max, "answers"),
         defaults=read_defaults(Path(config.model), config.generation_config),
+        tool_parser=parser_of(config.tool_call_parser, model.codec.template_text),
         api_key=api_key,
     )

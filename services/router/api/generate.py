@@ -65,9 +65,10 @@ async def start(
     *,
     kind: str,
     is_echo: bool = False,
+    kept: frozenset[int] = frozenset(),
 ) -> Generation:
     """Submit every choice of every prompt. `kind`: `chatcmpl` or `cmpl`. `is_echo`: the prompts are told too, with
-    their log probabilities where the output's are.
+    their log probabilities where the output's are. `kept`: special tokens that are a part of the text all the same.
 
     Raises InvalidRequest for a prompt that does not fit, Overloaded without permits, Unavailable without replicas; then
     nothing runs.
@@ -103,6 +104,7 @@ async def start(
                     front.model.table,
                     stops=options.stops,
                     skip_special=options.skip_special,
+                    kept=kept,
                     min_tokens=options.min_tokens,
                 )
                 stream = Stream(

@@ -33,6 +33,9 @@ PARTS_MAX = 256
 USER_CHARS_MAX = 512
 MODEL_CHARS_MAX = 256
 TEMPLATE_KWARGS_MAX = 64
+TOOLS_MAX = 128
+TOOL_CALLS_MAX = 128
+ARGUMENTS_CHARS_MAX = 1 << 20
 DOCUMENTS_MAX = 256
 
 if TYPE_CHECKING:  # what they are once `to_integers` has seen them
@@ -86,6 +89,53 @@ class ContentPart(msgspec.Struct, frozen=True):
     text: Annotated[str | None, says("The text")] = None
 
 
+ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}\Z")]
+
+
+class FunctionDefinition(msgspec.Struct, frozen=True):
+    """What the model may call."""
+
+    name: Annotated[ToolName, says("1 to 64 of `a-z A-Z 0-9 _ . -`")]
+    description: Annotated[str | None, says("What it does, for the model")] = None
+    parameters: Annotated[dict[str, Any] | None, says("A JSON schema of its arguments; none: it takes none")] = None
+    strict: Annotated[bool | None, says("Checked, and not used")] = None
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """A tool; there are functions only."""
+
+    type: Annotated[Literal["function"], says("`function`")]
+    function: Annotated[FunctionDefinition, says("The function")]
+
+
+class NamedFunction(msgspec.Struct, frozen=True):
+    """One of the functions."""
+
+    name: Annotated[str, says("Its name")]
+
+
+class NamedTool(msgspec.Struct, frozen=True):
+    """One of the tools, which is to be called."""
+
+    type: Annotated[Literal["function"], says("`function`")]
+    function: Annotated[NamedFunction, says("Which")]
+
+
+class CalledFunction(msgspec.Struct, frozen=True):
+    """What an assistant called."""
+
+    name: Annotated[Annotated[str, Meta(max_length=256)], says("The function's name")]
+    arguments: Annotated[Annotated[str, Meta(max_length=ARGUMENTS_CHARS_MAX)], says("Its arguments, as a JSON text")]
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call that an assistant's message asks for."""
+
+    function: Annotated[CalledFunction, says("What is called")]
+    id: Annotated[Annotated[str, Meta(max_length=256)] | None, says("What the answer to it names")] = None
+    type: Annotated[Literal["function"], says("`function`")] = "function"
+
+
 class ChatMessage(UnsupportedMessageWords, frozen=True, kw_only=True):
     """One message of a conversation. An assistant's reasoning goes by any of its three names."""
 
@@ -95,7 +145,12 @@ class ChatMessage(UnsupportedMessageWords, frozen=True, kw_only=True):
         says("What is said, as a text or in parts"),
     ] = None
     name: Annotated[Annotated[str, Meta(max_length=USER_CHARS_MAX)] | None, says("Who of that role")] = None
-    tool_calls: Annotated[list[msgspec.Raw] | None, says("Refused where it asks for something")] = None
+    tool_calls: Annotated[
+        Annotated[list[ToolCall], Meta(max_length=TOOL_CALLS_MAX)] | None, says("What an assistant called")
+    ] = None
+    tool_call_id: Annotated[
+        Annotated[str, Meta(max_length=256)] | None, says("Of a tool's message: which call it answers")
+    ] = None
     reasoning_content: Annotated[str | None, says("An assistant's reasoning")] = None
     thinking: Annotated[str | None, says("Another name of it")] = None
     reasoning: Annotated[str | None, says("Another name of it")] = None
@@ -161,9 +216,16 @@ class ChatRequest(GenerateRequest, frozen=True, kw_only=True):
     ] = None
     logprobs: Annotated[bool | None, says("Tell log probabilities of the answer")] = None
     top_logprobs: Annotated[NumLogprobs | None, says("And of so many alternatives to each token")] = None
-    tools: Annotated[list[msgspec.Raw] | None, says("Accepted with `tool_choice` none only, and ignored then")] = None
-    tool_choice: Annotated[str | dict[str, msgspec.Raw] | None, says("`none`")] = None
-    functions: Annotated[list[msgspec.Raw] | None, says("The former name of `tools`")] = None
+    tools: Annotated[
+        Annotated[list[Tool], Meta(max_length=TOOLS_MAX)] | None,
+        says("What the model may call"),
+    ] = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | NamedTool | None,
+        says("`auto`: the model decides whether it calls; `none`: tools are ignored; others are refused"),
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, says("Off: an answer's first call is told, and no other")] = None
+    functions: Annotated[list[msgspec.Raw] | None, says("The former name of `tools`: refused but for none")] = None
     function_call: Annotated[str | dict[str, msgspec.Raw] | None, says("The former name of `tool_choice`")] = None
     add_generation_prompt: Annotated[bool | None, says("End the prompt with the beginning of the assistant's turn")] = (
         None
@@ -213,8 +275,8 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: Annotated[str | None, says("Refused: a template comes with the model only")] = None
     documents: Annotated[Documents | None, says("Documents for the chat template")] = None
     reasoning_effort: Annotated[ReasoningEffort | None, says("A variable that the chat template must read")] = None
-    tools: Annotated[list[msgspec.Raw] | None, says("As for chat")] = None
-    tool_choice: Annotated[str | dict[str, msgspec.Raw] | None, says("`none`")] = None
+    tools: Annotated[Annotated[list[Tool], Meta(max_length=TOOLS_MAX)] | None, says("As for chat")] = None
+    tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool | None, says("As for chat")] = None
     functions: Annotated[list[msgspec.Raw] | None, says("The former name of `tools`")] = None
     function_call: Annotated[str | dict[str, msgspec.Raw] | None, says("The former name of `tool_choice`")] = None
     return_token_strs: Annotated[bool | None, says("Answer the tokens as texts, too")] = None

@@ -40,11 +40,27 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     content: Annotated[list[TokenLogprob], says("One entry a token")]
 
 
-class AnswerMessage(msgspec.Struct, frozen=True):
+class ToldFunction(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is called."""
+
+    arguments: Annotated[str, says("Its arguments as a JSON text, as the model writes them")]
+    name: Annotated[str | msgspec.UnsetType, says("The function")] = msgspec.UNSET
+
+
+class ToldCall(msgspec.Struct, frozen=True):
+    """A call that the model asks for."""
+
+    id: Annotated[str, says("What the message with its result names")]
+    type: Annotated[str, says("`function`")]
+    function: Annotated[ToldFunction, says("What is called")]
+
+
+class AnswerMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """The assistant's message."""
 
     role: Annotated[str, says("`assistant`")]
-    content: Annotated[str, says("The text")]
+    content: Annotated[str | None, says("The text; null where there are calls and no text")]
+    tool_calls: Annotated[list[ToldCall] | msgspec.UnsetType, says("Calls, where there are any")] = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -53,7 +69,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     index: Annotated[int, says("Its number")]
     message: Annotated[AnswerMessage, says("What the model says")]
     logprobs: Annotated[ChatLogprobs | None, says("Where they were asked for")]
-    finish_reason: Annotated[str, says("`stop` or `length`")]
+    finish_reason: Annotated[str, says("`stop`, `length` or `tool_calls`")]
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
@@ -67,11 +83,21 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     usage: Annotated[Usage, says("Tokens")]
 
 
+class CallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A piece of a call: the first has its id and name, the following ones continue its arguments."""
+
+    index: Annotated[int, says("The call's number in the message")]
+    function: Annotated[ToldFunction, says("Its name, or the next part of its arguments")]
+    id: Annotated[str | msgspec.UnsetType, says("What the message with its result names")] = msgspec.UNSET
+    type: Annotated[str | msgspec.UnsetType, says("`function`")] = msgspec.UNSET
+
+
 class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a chunk adds to the message: the first its role, the last nothing."""
 
     role: Annotated[str | msgspec.UnsetType, says("`assistant`")] = msgspec.UNSET
     content: Annotated[str | msgspec.UnsetType, says("The next part of the text")] = msgspec.UNSET
+    tool_calls: Annotated[list[CallDelta] | msgspec.UnsetType, says("The next part of a call")] = msgspec.UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -80,7 +106,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     index: Annotated[int, says("Its number")]
     delta: Annotated[ChatDelta, says("What is new")]
     logprobs: Annotated[ChatLogprobs | None, says("Of what is new, where they were asked for")]
-    finish_reason: Annotated[str | None, says("`stop` or `length` in the choice's last chunk")]
+    finish_reason: Annotated[str | None, says("`stop`, `length` or `tool_calls` in the choice's last chunk")]
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True):

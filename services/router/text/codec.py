@@ -83,12 +83,18 @@ class TextCodec:
             add_generation_prompt=conversation.add_generation_prompt,
             continue_final_message=conversation.continue_final_message,
             documents=conversation.documents,
+            tools=conversation.tools,
             variables=conversation.variables,
         )
 
     def inspect(self) -> Inspected:
         """What is wrong with the chat template: what chat requests are told."""
         return self._template if isinstance(self._template, Inspected) else Inspected()
+
+    @property
+    def template_text(self) -> str:
+        """The chat template's source; empty without one."""
+        return self._source.text or ""
 
     @cached_property
     def _template(self) -> ChatTemplate | Inspected:

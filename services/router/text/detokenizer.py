@@ -151,7 +151,8 @@ class _Matcher:
 class TextStream:
     """One generation's text. `has_stopped` once a stop string was found: the rest is not looked at.
 
-    `num_chars`: characters decoded so far, held ones included. Tokens up to `min_tokens` cannot stop.
+    `num_chars`: characters decoded so far, held ones included. Tokens up to `min_tokens` cannot stop. `kept`: special
+    tokens that are not skipped.
     """
 
     __slots__ = (
@@ -168,10 +169,16 @@ class TextStream:
     )
 
     def __init__(
-        self, table: TokenTable, *, stops: Sequence[str] = (), skip_special: bool = True, min_tokens: int = 0
+        self,
+        table: TokenTable,
+        *,
+        stops: Sequence[str] = (),
+        skip_special: bool = True,
+        min_tokens: int = 0,
+        kept: frozenset[int] = frozenset(),
     ) -> None:
         self._table = table
-        self._skip: frozenset[int] = table.special if skip_special else frozenset()
+        self._skip: frozenset[int] = table.special - kept if skip_special else frozenset()
         self._matchers = [_Matcher(stop) for stop in stops]
         self._first_chars = frozenset(stop[0] for stop in stops)
         self._min_tokens = min_tokens

@@ -19,14 +19,20 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool | str = False
     documents: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = {}
     required: tuple[str, ...] = ()
     add_special: bool = False
 
     @property
+    def given(self) -> tuple[Any, ...]:
+        """What clients wrote, of whatever size."""
+        return self.messages, self.documents or [], self.tools or [], self.variables
+
+    @property
     def num_chars(self) -> int:
         """About what rendering and tokenizing it costs, in characters: a message costs what some text does."""
-        return sum(_num_chars(given) for given in (self.messages, self.documents or [], self.variables))
+        return sum(_num_chars(given) for given in self.given)
 
 
 def _num_chars(value: Any) -> int:
@@ -152,7 +158,7 @@ def _value_bytes(value: Any) -> int:
     if isinstance(value, str):
         return _text_bytes(value)
     if isinstance(value, Conversation):
-        return sum(map(_value_bytes, (value.messages, value.documents or [], value.variables)))
+        return sum(map(_value_bytes, value.given))
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 64 + sum(map(_value_bytes, entries))
 

@@ -50,6 +50,7 @@ RESERVED_VARIABLES: Final = frozenset(
 )
 
 _TAG: Final = "CONTINUE_FINAL_MESSAGE_TAG "  # where the final message ends; its space shows whether spaces are kept
+_ABSENT: Final[Mapping[str, Any]] = {"tools": None, "documents": None}
 _PROBES: Final = ("contentprobeone", "contentprobetwo")
 _LEADS: Final[tuple[tuple[Message, ...], ...]] = ((), ({"role": "system", "content": "x"},))
 
@@ -165,29 +166,30 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool | str = False,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text. `continue_final_message`: the final message stays open, or the field of it that is named;
-        `variables`: further ones, none of RESERVED_VARIABLES.
+        `tools`: in OpenAI's shape; `variables`: further ones, none of RESERVED_VARIABLES.
 
         Raises InvalidRequest for messages that the template does not take.
         """
-        chat = [_with_reasoning(self._with_content(message)) for message in messages]
+        chat = [
+            self._with_calls(_with_reasoning(self._with_content(message)), index)
+            for index, message in enumerate(messages)
+        ]
+        more = {**(variables or {}), "tools": tools, "documents": documents}
         if not continue_final_message:
-            return self._render(chat, add_generation_prompt, documents, variables)
+            return self._render(chat, add_generation_prompt, more)
         field = continue_final_message if isinstance(continue_final_message, str) else "content"
         opened, text = self._open(chat, field)
-        rendered = self._render(opened, add_generation_prompt, documents, variables)
+        rendered = self._render(opened, add_generation_prompt, more)
         return _cut(rendered, text)
 
     def _render(
-        self,
-        chat: Sequence[Message],
-        add_generation_prompt: bool,
-        documents: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any] | None,
+        self, chat: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any] = _ABSENT
     ) -> str:
-        known = {**self._constants, **(variables or {}), "messages": chat, "tools": None, "documents": documents}
+        known = {**self._constants, **variables, "messages": chat}
         try:
             return self._template.render(known, add_generation_prompt=add_generation_prompt)
         except _Refused as error:
@@ -222,7 +224,7 @@ class ChatTemplate:
 
     def _try(self, content: Any, lead: Sequence[Message]) -> str:
         try:
-            return self._render([*lead, {"role": "user", "content": content}], True, None, None)
+            return self._render([*lead, {"role": "user", "content": content}], True)
         except InvalidRequest:
             return ""
 
@@ -234,6 +236,53 @@ class ChatTemplate:
         elif isinstance(content, str) and self._needs_parts:
             content = [{"type": "text", "text": content}]
         return {**message, "content": content}
+
+    # ---- calls: arguments as an object or as its JSON ----------------------------------------------------------------
+
+    @cached_property
+    def _takes_arguments_as_text(self) -> bool:
+        """The template prints the arguments of calls as they are. Most take an object and print it as JSON; those of
+        DeepSeek V3 and R1 join texts. It is tried, as for parts."""
+        given = {_PROBES[0]: _PROBES[1]}
+        return not self._try_call(given) and bool(self._try_call(json.dumps(given)))
+
+    @cached_property
+    def _takes_no_content(self) -> bool:
+        """The template takes a message with calls whose content is none, and does not print that word."""
+        given = {_PROBES[0]: _PROBES[1]}
+        arguments = json.dumps(given) if self._takes_arguments_as_text else given
+        text = self._try_call(arguments, content=None)
+        return bool(text) and text.count("None") == self._try_call(arguments).count("None")
+
+    def _try_call(self, arguments: Any, content: str | None = "") -> str:
+        """A conversation with a call; empty where its arguments do not come out, or as Python prints an object."""
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+        call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}}
+        said: list[Message] = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": content, "tool_calls": [call]},
+            {"role": "tool", "content": "x", "tool_call_id": "abcdefghi"},
+        ]
+        for lead in _LEADS:
+            try:
+                text = self._render([*lead, *said], True, {**_ABSENT, "tools": [tool]})
+            except InvalidRequest:
+                continue
+            if all(probe in text for probe in _PROBES) and f"{_PROBES[0]}'" not in text:
+                return text
+        return ""
+
+    def _with_calls(self, message: dict[str, Any], index: int) -> dict[str, Any]:
+        """The message with its calls as the template reads them."""
+        calls = message.get("tool_calls")
+        if not calls:
+            return message
+        if not self._takes_arguments_as_text:
+            calls = [_with_arguments(call, f"messages[{index}]") for call in calls]
+        content = message["content"]
+        if content is None and not self._takes_no_content:
+            content = ""
+        return {**message, "content": content, "tool_calls": calls}
 
     # ---- a final message that stays open -----------------------------------------------------------------------------
 
@@ -253,6 +302,18 @@ class ChatTemplate:
         text = value[-1]["text"]
         parts = [*value[:-1], {**value[-1], "text": text + _TAG}]
         return [*chat[:-1], {**last, field: parts}], text
+
+
+def _with_arguments(call: Mapping[str, Any], where: str) -> dict[str, Any]:
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        text = f"{where}: the arguments of the call of {function['name']!r:.80} are no JSON object, which the chat "
+        raise InvalidRequest(f"{text}template needs", param="messages")
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ tokens beyond the embedding (a padding token, mostly) do not: the prompt that us
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from elasticmoe.common.families import load_spec
@@ -41,6 +41,11 @@ class ServedModel:
         self.eos_ids = _eos_ids(spec.eos_token_ids, backend, spec.vocab)
         self._beyond = _tokens_beyond(backend, spec.vocab)
         self.warnings = tuple(_warnings(backend, self._beyond))
+
+    def special_ids(self, texts: Iterable[str]) -> frozenset[int]:
+        """Those of the special tokens, which are left out of texts, that have one of `texts`."""
+        ids = {self.codec.backend.tokenizer.token_to_id(text) for text in texts}
+        return self.table.special.intersection(ids)
 
     def check_embedded(self, ids: Sequence[int]) -> None:
         """Raises InvalidRequest for a prompt with a token that the model's embedding does not have."""

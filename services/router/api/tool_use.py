@@ -1,0 +1,101 @@
+"""Tools of a request: which of them the model is told, and how what it calls is told back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api.options import unsupported
+from elasticmoe.services.router.api.schemas import ChatRequest, TokenizeRequest, Tool
+from elasticmoe.services.router.tool_parsers.base import CallStart, Part, Schemas, ToolParser
+
+NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
+class ToolUse(NamedTuple):
+    """Of a request whose answer may have calls. `is_single`: only its first one is told."""
+
+    parser: type[ToolParser]
+    schemas: Schemas
+    is_single: bool
+
+
+class Calls:
+    """The calls of one choice, as they come. `finish_reason` is the choice's once it has ended."""
+
+    def __init__(self, use: ToolUse) -> None:
+        self._parser = use.parser(use.schemas)
+        self._is_single = use.is_single
+        self.num_calls = 0
+
+    def take(self, text: str, *, is_last: bool) -> list[Part]:
+        """What of the answer's next piece the client is told."""
+        parts = self._parser.feed(text)
+        if is_last:
+            parts += self._parser.finish()
+        return [part for part in parts if self._is_told(part)]
+
+    def _is_told(self, part: Part) -> bool:
+        self.num_calls += isinstance(part, CallStart)
+        return self.num_calls <= 1 or not self._is_single
+
+    def finish_reason(self, reason: str) -> str:
+        """An answer that ends as it should and has calls ends for them."""
+        return "tool_calls" if self.num_calls and reason == "stop" else reason
+
+    def new_id(self) -> str:
+        """Of a call."""
+        return self._parser.new_call_id()
+
+
+def tools_of(raw: ChatRequest | TokenizeRequest) -> list[Tool]:
+    """Those that the model is told. Raises InvalidRequest for what cannot be asked of it."""
+    tools, choice = raw.tools or [], raw.tool_choice
+    if raw.functions and raw.function_call != "none":
+        raise unsupported("functions", "pass them as tools")
+    if not raw.functions and raw.function_call not in (None, "none", "auto"):
+        raise unsupported("function_call", "there are no functions")
+    if choice == "none":
+        return []
+    if not tools and choice not in (None, "auto"):
+        raise unsupported("tool_choice", "there are no tools")
+    if choice not in (None, "auto"):
+        raise unsupported("tool_choice", "the model's choice of tokens is not constrained; supported: none, auto")
+    names = [tool.function.name for tool in tools]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InvalidRequest(f"tools has {twice!r} more than once", param="tools")
+    return tools
+
+
+def told_to_model(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
+    """As chat templates print them, in OpenAI's shape; None without any, as templates expect."""
+    return [_told(tool) for tool in tools] or None
+
+
+def _told(tool: Tool) -> dict[str, Any]:
+    given = tool.function
+    described = {} if given.description is None else {"description": given.description}
+    parameters = NO_PARAMETERS if given.parameters is None else given.parameters
+    return {"type": "function", "function": {"name": given.name, **described, "parameters": parameters}}
+
+
+def tool_use(raw: ChatRequest, tools: Sequence[Tool], parser: type[ToolParser] | None) -> ToolUse | None:
+    """None for a request without tools. Raises InvalidRequest where nobody knows how the model writes calls."""
+    if not tools:
+        return None
+    if parser is None:
+        raise unsupported("tools", "how the model writes calls is not known; the setting tool_call_parser says it")
+    schemas = {tool.function.name: tool.function.parameters or {} for tool in tools}
+    return ToolUse(parser, schemas, raw.parallel_tool_calls is False)
+
+
+def calls_of(message: Any) -> list[dict[str, Any]]:
+    """An assistant's calls as templates read them; their arguments are still a text."""
+    return [
+        {key: value for key, value in msgspec.to_builtins(call).items() if value is not None}
+        for call in message.tool_calls
+    ]

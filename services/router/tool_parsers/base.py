@@ -1,0 +1,263 @@
+"""What a parser of tool calls takes and gives, and the reading that all forms have in common.
+
+A parser takes text as it comes, in pieces of any size, and gives parts: text for the client, the beginning of a call,
+and pieces of a call's arguments. What it gives depends on the whole text alone, not on how it was cut: whether an
+answer is streamed changes nothing. It holds back as little as it can: what may be the beginning of a marker, and what
+stands before a call's name is known.
+
+Models err. Text that begins like a call and turns out to be none is text, down to its marker. A call whose name is out
+is a call, whatever its arguments become: they are what the model wrote, and the client looks at them anyway.
+"""
+
+from __future__ import annotations
+
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+HELD_CHARS_MAX = 16_384  # before a call's name is known
+
+Schemas = Mapping[str, Mapping[str, Any]]
+"""The JSON schema of each tool's parameters, by the tool's name."""
+
+
+class Text(NamedTuple):
+    """What the client is told as content."""
+
+    text: str
+
+
+class CallStart(NamedTuple):
+    """A call begins; its arguments follow."""
+
+    name: str
+
+
+class CallArguments(NamedTuple):
+    """The next piece of the JSON text of the last call's arguments."""
+
+    text: str
+
+
+Part = Text | CallStart | CallArguments
+Reading = Generator[None, None, None]
+"""Reads from the buffer; yields where it needs more of the answer."""
+
+
+class NoCall(Exception):
+    """What began like a call is none."""
+
+
+class _AtEnd(Exception):
+    """The answer is over where more was needed."""
+
+
+class ToolParser(ABC):
+    """Of one answer. `markers`: what a call, or a run of them, may begin with; the first in the text counts."""
+
+    name: str
+    markers: tuple[str, ...]
+    specials: tuple[str, ...] = ()
+    """Special tokens of the form, which must not be left out of the text: a checkpoint may have them as plain ones."""
+
+    def __init__(self, schemas: Schemas) -> None:
+        self._schemas = schemas
+        self._buffer = ""
+        self._marker = ""  # that the call which is read began with
+        self._is_over = False
+        self._parts: list[Part] = []
+        self._taken: list[str] = []  # of a call, marker included, until its name is out
+        self._num_held = 0
+        self._is_open = False  # a call's name is out and its end is not
+        self._has_called = False
+        self._reading = self._read()
+        next(self._reading)
+
+    def feed(self, text: str) -> list[Part]:
+        """What `text` lets out."""
+        if text:
+            self._buffer += text
+            self._reading.send(None)
+        return self._let_out()
+
+    def finish(self) -> list[Part]:
+        """What is still held, at the end of the answer."""
+        if not self._is_over:
+            self._is_over = True
+            self._reading.send(None)
+        return self._let_out()
+
+    def _let_out(self) -> list[Part]:
+        parts, self._parts = _joined(self._parts), []
+        return parts
+
+    @staticmethod
+    def new_call_id() -> str:
+        """What the answer to a call names it by, in the form that the model's chat template takes."""
+        return f"call_{secrets.token_hex(12)}"
+
+    # ---- the form's own ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _calls(self) -> Reading:
+        """Read what follows the marker, to its end. Raises NoCall for what is no call."""
+
+    # ---- text, calls, text -------------------------------------------------------------------------------------------
+
+    def _read(self) -> Reading:
+        yield
+        while not (self._is_over and not self._buffer):
+            marker = yield from self._text()
+            if marker is None:
+                break
+            self._marker = marker
+            self._taken, self._num_held = [marker], 0
+            try:
+                yield from self._calls()
+                self._taken = []
+            except NoCall:
+                self._give_up()
+            except _AtEnd:
+                if self._has_called:  # what is cut off is the end of a call, or a further one without its name
+                    self._taken, self._buffer = [], ""
+                self._give_up()
+            self._is_open = False
+        while True:
+            yield
+
+    def _text(self) -> Generator[None, None, str | None]:
+        """Text up to a marker, which is taken; None where the answer ends first. Spaces beside calls are no text."""
+        spaces = ""  # whether they stand beside a call is not known yet
+        while True:
+            at, marker = _first(self._buffer, self.markers)
+            keep = at if marker else len(self._buffer) - _partial(self._buffer, self.markers)
+            text = spaces + self._take(keep)
+            spaces = text[len(text.rstrip()) :]
+            self._put(text[: len(text) - len(spaces)])
+            if marker:
+                self._take(len(marker))
+                return marker
+            if self._is_over:
+                rest = self._take(len(self._buffer))
+                self._put("" if self._has_called else spaces + rest)
+                return None
+            yield
+
+    def _put(self, text: str) -> None:
+        """Text for the client; what is only space after a call is left out."""
+        if text and not (self._has_called and not text.strip()):
+            self._parts.append(Text(text))
+
+    def _give_up(self) -> None:
+        """The marker is text, unless a call has come of it, and what follows it is read again."""
+        marker, *taken = self._taken or [""]
+        self._taken = []
+        self._put(marker)
+        self._buffer = "".join(taken) + self._buffer
+
+    def _start(self, name: str) -> None:
+        """A call's name is out."""
+        if not name:
+            raise NoCall
+        self._taken, self._num_held = [], 0
+        self._is_open = self._has_called = True
+        self._parts.append(CallStart(name))
+
+    def _arguments(self, text: str) -> None:
+        if text:
+            self._parts.append(CallArguments(text))
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def _take(self, length: int) -> str:
+        taken, self._buffer = self._buffer[:length], self._buffer[length:]
+        return taken
+
+    def _eat(self, length: int) -> str:
+        """Take what belongs to a call: it is text after all where the call turns out to be none."""
+        taken = self._take(length)
+        if not self._is_open and taken:
+            self._taken.append(taken)
+            self._num_held += length
+            if self._num_held > HELD_CHARS_MAX:
+                raise NoCall
+        return taken
+
+    def _need(self, length: int) -> Reading:
+        """Wait for so many characters."""
+        while len(self._buffer) < length:
+            if self._is_over:
+                raise _AtEnd
+            yield
+
+    def _spaces(self) -> Reading:
+        """Skip spaces, to the next character."""
+        while True:
+            self._eat(len(self._buffer) - len(self._buffer.lstrip()))
+            if self._buffer:
+                return
+            yield from self._need(1)
+
+    def _has(self, literal: str) -> Generator[None, None, bool]:
+        """Take `literal` where it comes next."""
+        while len(self._buffer) < len(literal) and literal.startswith(self._buffer):
+            if self._is_over:
+                raise _AtEnd
+            yield
+        if not self._buffer.startswith(literal):
+            return False
+        self._eat(len(literal))
+        return True
+
+    def _until(
+        self, ends: Sequence[str], put: Callable[[str], None], length_max: int | None = None
+    ) -> Generator[None, None, str]:
+        """What comes before the first of `ends` goes to `put`, piece by piece; that end is taken and returned. Raises
+        NoCall where it is longer than `length_max`."""
+        length = 0
+        while True:
+            at, end = _first(self._buffer, ends)
+            keep = at if end else len(self._buffer) - _partial(self._buffer, ends)
+            length += keep
+            if length_max is not None and length > length_max:
+                raise NoCall
+            put(self._eat(keep))
+            if end:
+                self._eat(len(end))
+                return end
+            if self._is_over:
+                raise _AtEnd
+            yield
+
+
+def _first(text: str, words: Sequence[str]) -> tuple[int, str]:
+    """Where the first of `words` begins, the longest of those that begin there; no word where there is none."""
+    found = [(at, -len(word), word) for word in words if (at := text.find(word)) >= 0]
+    at, _, word = min(found, default=(0, 0, ""))
+    return at, word
+
+
+def _partial(text: str, words: Sequence[str]) -> int:
+    """Characters at the end of `text` that may be the beginning of one of `words`."""
+    longest = 0
+    for word in words:
+        for length in range(min(len(word) - 1, len(text)), longest, -1):
+            if text.endswith(word[:length]):
+                longest = length
+                break
+    return longest
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """Neighbours of a kind as one."""
+    joined: list[Part] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if isinstance(part, Text) and isinstance(last, Text):
+            joined[-1] = Text(last.text + part.text)
+        elif isinstance(part, CallArguments) and isinstance(last, CallArguments):
+            joined[-1] = CallArguments(last.text + part.text)
+        else:
+            joined.append(part)
+    return joined

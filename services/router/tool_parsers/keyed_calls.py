@@ -1,0 +1,178 @@
+"""Calls whose arguments are written key by key and without JSON: the tools' schemas say what a value is."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Final
+
+from elasticmoe.services.router.tool_parsers.base import NoCall, Reading, Schemas, ToolParser
+
+NAME_CHARS_MAX: Final = 256
+PYTHON_CHARS_MAX: Final = 65_536
+_WORDS: Final = {"true": True, "false": False, "null": None, "none": None}  # models write Python's, too
+
+
+class KeyedCalls(ToolParser):
+    """Makes the JSON of arguments from keys and values."""
+
+    def __init__(self, schemas: Schemas) -> None:
+        super().__init__(schemas)
+        self._properties: Mapping[str, Any] = {}
+        self._num_keys = 0
+
+    def _begin(self, name: str) -> None:
+        """A call's name is out."""
+        self._start(name)
+        properties = self._schemas.get(name, {}).get("properties")
+        self._properties = properties if isinstance(properties, dict) else {}
+        self._num_keys = 0
+
+    def _argument(self, key: str, ends: Sequence[str]) -> Generator[None, None, str]:
+        """A value, up to one of `ends`, which is returned. A text goes out as it comes."""
+        self._arguments(f"{', ' if self._num_keys else '{'}{_json(key)}: ")
+        self._num_keys += 1
+        types = types_of(self._properties.get(key))
+        if types == {"string"}:
+            self._arguments('"')
+            end = yield from self._until(ends, lambda text: self._arguments(_json(text)[1:-1]))
+            self._arguments('"')
+            return end
+        pieces: list[str] = []
+        end = yield from self._until(ends, pieces.append)
+        self._arguments(_json(value_of("".join(pieces), types)))
+        return end
+
+    def _end(self) -> None:
+        """The call has all its arguments."""
+        self._arguments("}" if self._num_keys else "{}")
+
+    def _word(self, *ends: str) -> Generator[None, None, tuple[str, str]]:
+        """A name or key up to one of `ends`, and which."""
+        pieces: list[str] = []
+        end = yield from self._until(ends, pieces.append, NAME_CHARS_MAX)
+        return "".join(pieces).strip(), end
+
+
+class GlmParser(KeyedCalls):
+    """`<tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>…</tool_call>`, line ends between. The source of the
+    form: the chat template of zai-org/GLM-4.5."""
+
+    name = "glm"
+    markers = ("<tool_call>",)
+    specials = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+
+    def _calls(self) -> Reading:
+        key, close = "<arg_key>", "</tool_call>"
+        name, end = yield from self._word("\n", key, close)
+        self._begin(name)
+        while end != close:
+            if end != key:
+                yield from self._spaces()
+                _, end = yield from self._word(key, close)
+                continue
+            argument, _ = yield from self._word("</arg_key>")
+            yield from self._until(("<arg_value>",), _ignore)
+            yield from self._argument(argument, ("</arg_value>",))
+            end = ""
+        self._end()
+
+
+class QwenCoderParser(KeyedCalls):
+    """`<tool_call><function=name><parameter=k>v</parameter>…</function></tool_call>`, each on lines of its own. The
+    source of the form: the chat template of Qwen/Qwen3-Coder-30B-A3B-Instruct."""
+
+    name = "qwen_coder"
+    markers = ("<tool_call>", "<function=")  # the model may leave the outer one out
+    specials = ("<tool_call>", "</tool_call>")
+
+    def _calls(self) -> Reading:
+        if self._marker != "<function=":
+            yield from self._until(("<function=",), _only_spaces, NAME_CHARS_MAX)
+        name, _ = yield from self._word(">")
+        self._begin(name)
+        close = "</function>"
+        end = ""
+        while end != close:
+            _, end = yield from self._word("<parameter=", close)
+            if end == close:
+                break
+            argument, _ = yield from self._word(">")
+            yield from self._has("\n")
+            yield from self._argument(argument, ("\n</parameter>", "</parameter>"))
+        self._end()
+        yield from self._spaces()
+        yield from self._has("</tool_call>")
+
+
+def types_of(schema: Any) -> frozenset[str]:
+    """The JSON types that a schema names; none where it does not say."""
+    named = schema.get("type") if isinstance(schema, dict) else None
+    names = named if isinstance(named, list) else [named]
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def value_of(text: str, types: frozenset[str]) -> Any:
+    """What was written, as one of `types`: of any where there are none, and a text where it is nothing else."""
+    word = text.strip()
+    if word.lower() in _WORDS:
+        value: Any = _WORDS[word.lower()]
+    else:
+        value = _read(word, is_python=bool(types & {"object", "array"}))
+        if value is None:
+            return text
+    return value if not types or _type_of(value) & types else text
+
+
+def _read(text: str, *, is_python: bool) -> Any:
+    """A JSON value; None where it is none. `is_python`: or one that Python prints so, as models do whose template
+    prints the arguments of former calls without a filter."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        pass
+    if is_python and len(text) <= PYTHON_CHARS_MAX:
+        try:
+            value = ast.literal_eval(text)
+            json.dumps(value)  # sets and bytes are no JSON
+            return value
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            pass
+    return None
+
+
+def _type_of(value: Any) -> set[str]:
+    match value:
+        case None:
+            return {"null"}
+        case bool():
+            return {"boolean"}
+        case int():
+            return {"integer", "number"}
+        case float():
+            return {"number", "integer"} if value.is_integer() else {"number"}
+        case dict():
+            return {"object"}
+        case list():
+            return {"array"}
+        case _:
+            return {"string"}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _no_constant(name: str) -> None:
+    """NaN and the infinities are no JSON."""
+    raise ValueError(name)
+
+
+def _ignore(_: str) -> None:
+    """What stands between."""
+
+
+def _only_spaces(text: str) -> None:
+    if text.strip():
+        raise NoCall

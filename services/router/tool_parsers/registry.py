@@ -1,0 +1,30 @@
+"""Which form a checkpoint's model writes its calls in: what the operator says, else what its chat template shows."""
+
+from __future__ import annotations
+
+from elasticmoe.services.router.tool_parsers.base import ToolParser
+from elasticmoe.services.router.tool_parsers.deepseek import DeepSeekParser
+from elasticmoe.services.router.tool_parsers.granite import GraniteParser
+from elasticmoe.services.router.tool_parsers.hermes import HermesParser
+from elasticmoe.services.router.tool_parsers.keyed_calls import GlmParser, QwenCoderParser
+from elasticmoe.services.router.tool_parsers.mistral import MistralParser
+
+# The more particular first: several forms share `<tool_call>`.
+PARSERS: tuple[tuple[type[ToolParser], str], ...] = (
+    (DeepSeekParser, "<｜tool▁call▁begin｜>"),
+    (MistralParser, "[TOOL_CALLS]"),
+    (GlmParser, "<arg_key>"),
+    (QwenCoderParser, "<function="),
+    (GraniteParser, "<|tool_call|>"),
+    (HermesParser, "<tool_call>"),
+)
+"""Each with what only its chat templates have."""
+
+NAMES = tuple(sorted(parser.name for parser, _ in PARSERS))
+
+
+def parser_of(name: str, template: str) -> type[ToolParser] | None:
+    """The parser of that name, one of NAMES; `auto`: by the chat template's text, None for a form that is not known."""
+    if name == "auto":
+        return next((parser for parser, sign in PARSERS if sign in template), None)
+    return next(parser for parser, _ in PARSERS if parser.name == name)

@@ -1,0 +1,160 @@
+"""Tools: what the model is told of them, and its calls as OpenAI's own client reads them, streamed and not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.procs.router_fakes import FakeRank, Reply
+from tests.procs.router_harness import (
+    MODEL,
+    RouterProcess,
+    StartRouter,
+    configure,
+    error_of,
+    running_router,
+    serving,
+    write_model,
+)
+
+pytestmark = pytest.mark.procs
+TEMPLATE = (
+    "{% if tools %}T{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}.{% endfor %}"
+)
+HELLO: Any = [{"role": "user", "content": "Hi"}]
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "weather", "description": "Of a city", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
+]
+CALLS = b'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "\xc3\x85"}}\n</tool_call>\n'
+CALLS += b'<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+WANTED = [("weather", '{"city": "Å"}'), ("now", "{}")]
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory, start_router: StartRouter) -> RouterProcess:
+    model = write_model(tmp_path_factory.mktemp("tools") / "model")
+    configure(model / "tokenizer_config.json", chat_template=TEMPLATE)
+    return start_router(model=model)
+
+
+def test_what_the_model_is_told(rank: FakeRank, router: RouterProcess, client: openai.OpenAI) -> None:
+    arguments = '{"city": "Rome"}'
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages: Any = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "dry"},
+    ]
+    client.chat.completions.create(model=MODEL, messages=messages, tools=TOOLS)
+    prompt = bytes(rank.seen.submit().prompt).decode()
+    called = json.dumps({"name": "weather", "arguments": {"city": "Rome"}})
+    assert prompt == f"T{json.dumps(TOOLS)}u:Hi.a:<tool_call>{called}</tool_call>.t:dry."
+    tokenized = router.http.post("/tokenize", json={"messages": messages, "tools": TOOLS}).json()
+    assert bytes(tokenized["tokens"]).decode() == prompt
+    client.chat.completions.create(model=MODEL, messages=HELLO, tools=TOOLS, tool_choice="none")
+    assert bytes(rank.seen.submit().prompt).decode() == "u:Hi."
+
+
+@pytest.mark.parametrize("per_step", [1, 3, 1000])
+@pytest.mark.parametrize("num", [1, 2])
+def test_calls(rank: FakeRank, client: openai.OpenAI, per_step: int, num: int) -> None:
+    rank.answer = Reply(CALLS, per_step=per_step)
+    asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": TOOLS, "n": num}
+    whole = client.chat.completions.create(**asked)
+    assert len(whole.choices) == num
+    ids = set()
+    for choice in whole.choices:
+        calls: list[Any] = list(choice.message.tool_calls or ())
+        assert [(call.function.name, call.function.arguments) for call in calls] == WANTED
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
+        ids |= {call.id for call in calls}
+    assert len(ids) == 2 * num
+    with client.chat.completions.stream(**asked) as stream:  # checks the chunks and puts them together
+        streamed = stream.get_final_completion()
+    for choice in streamed.choices:
+        calls = list(choice.message.tool_calls or ())
+        assert [(call.function.name, call.function.arguments, call.type) for call in calls] == [
+            (*wanted, "function") for wanted in WANTED
+        ]
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
+
+
+def test_only_one_call(rank: FakeRank, client: openai.OpenAI) -> None:
+    rank.answer = Reply(CALLS)
+    asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": TOOLS, "parallel_tool_calls": False}
+    answer = client.chat.completions.create(**asked).choices[0]
+    assert [call.function.name for call in answer.message.tool_calls or ()] == ["weather"]  # type: ignore[union-attr]
+    assert answer.finish_reason == "tool_calls"
+    with client.chat.completions.stream(**asked) as stream:
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or ()
+        assert (call.function.name, call.function.arguments) == WANTED[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "finish", "content", "calls", "reason"),
+    [
+        (b"No tool is needed. ", "stop", "No tool is needed. ", [], "stop"),
+        (b"<tool_call> is a tag.", "stop", "<tool_call> is a tag.", [], "stop"),
+        (CALLS[: CALLS.index(b'": "\xc3')], "length", "Let me see.", [("weather", '{"city')], "length"),
+        (CALLS[12:-12], "stop", None, WANTED, "tool_calls"),
+        (b"<tool_call>{", "length", "<tool_call>{", [], "length"),
+    ],
+)
+def test_what_models_do(
+    rank: FakeRank, client: openai.OpenAI, data: bytes, finish: str, content: str | None, calls: Any, reason: str
+) -> None:
+    rank.answer = Reply(data, finish)
+    asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": TOOLS}
+    answer = client.chat.completions.create(**asked).choices[0]
+    got: list[Any] = list(answer.message.tool_calls or ())
+    assert (answer.message.content, answer.finish_reason) == (content, reason)
+    assert [(call.function.name, call.function.arguments) for call in got] == calls
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == (content or "")
+    pieces = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    texts = ["".join(piece.function.arguments for piece in pieces if piece.index == n) for n in range(len(calls))]  # type: ignore[union-attr,misc]
+    assert texts == [text for _, text in calls]
+    assert chunks[-1].finish_reason == reason
+
+
+def test_without_tools_the_text_stays_as_it_is(rank: FakeRank, client: openai.OpenAI) -> None:
+    rank.answer = Reply(CALLS)
+    for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, **more}
+        assert client.chat.completions.create(**asked).choices[0].message.content == CALLS.decode()
+
+
+def test_log_probabilities_of_all_tokens(rank: FakeRank, client: openai.OpenAI) -> None:
+    rank.answer = Reply(CALLS, per_step=7)
+    asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": TOOLS, "logprobs": True}
+    whole = client.chat.completions.create(**asked).choices[0].logprobs
+    chunks = client.chat.completions.create(**asked, stream=True)
+    told = [chunk.choices[0].logprobs for chunk in chunks]
+    streamed = [entry for logprobs in told if logprobs for entry in logprobs.content or ()]
+    for entries in (whole.content if whole else [], streamed):
+        assert b"".join(bytes(entry.bytes or []) for entry in entries or ()) == CALLS
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages[0].content }}<tool_call>", "the model's chat template does not read it"),
+        ("{{ tools }}{{ messages[0].content }}", "the setting tool_call_parser says it"),
+    ],
+)
+def test_models_that_cannot(tmp_path: Path, template: str, text: str) -> None:
+    model = write_model(tmp_path / "model")
+    configure(model / "tokenizer_config.json", chat_template=template)
+    with running_router(tmp_path, model=model) as router, serving(router):
+        body = {"messages": HELLO, "tools": TOOLS}
+        status, code, message = error_of(router.http.post("/v1/chat/completions", json=body))
+        assert (status, code) == (400, "unsupported")
+        assert text in message

@@ -1,0 +1,235 @@
+"""From texts to calls, in each form, however the text is cut."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from elasticmoe.services.router.tool_parsers.base import HELD_CHARS_MAX, CallArguments, CallStart, Text, ToolParser
+from elasticmoe.services.router.tool_parsers.registry import NAMES, parser_of
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "integer"},
+            "at": {"type": ["object", "null"]},
+            "any": {},
+            "exact": {"type": "boolean"},
+        },
+    }
+}
+CITY = 'Å "x" \\ </b> {[\n'
+ARGUMENTS = {"city": CITY, "days": 3, "at": {"lat": [1, 2.5, {"deep": "}]"}], "no": None}, "any": True}
+JSON_ARGUMENTS = json.dumps(ARGUMENTS)
+DEEP_CALL = "<｜tool▁call▁begin｜>"
+DEEP_SEP = "<｜tool▁sep｜>"
+DEEP_END = "<｜tool▁call▁end｜>"
+
+
+def keyed(arguments: dict[str, Any], key: str, value: str, end: str) -> str:
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
+    return "".join(key.format(k) + value + text + end for k, text in texts.items())
+
+
+def glm(name: str, arguments: dict[str, Any]) -> str:
+    inner = keyed(arguments, "<arg_key>{}</arg_key>", "\n<arg_value>", "</arg_value>\n")
+    return f"<tool_call>{name}\n{inner}</tool_call>"
+
+
+def coder(name: str, arguments: dict[str, Any]) -> str:
+    inner = keyed(arguments, "<parameter={}>", "\n", "\n</parameter>\n")
+    return f"<tool_call>\n<function={name}>\n{inner}</function>\n</tool_call>"
+
+
+def deepseek(calls: list[tuple[str, str]], *, is_fenced: bool) -> str:
+    bodies = [
+        f"{DEEP_CALL}function{DEEP_SEP}{name}\n```json\n{text}\n```{DEEP_END}"
+        if is_fenced
+        else f"{DEEP_CALL}{name}{DEEP_SEP}{text}{DEEP_END}"
+        for name, text in calls
+    ]
+    return "<｜tool▁calls▁begin｜>" + "\n".join(bodies) + "<｜tool▁calls▁end｜>"
+
+
+TWO = [("weather", JSON_ARGUMENTS), ("now", "{}")]
+OBJECTS = [f'{{"name": "{name}", "arguments": {text}}}' for name, text in TWO]
+# Each with two calls: `weather` with ARGUMENTS, `now` with none.
+SAMPLES = {
+    "hermes": "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in OBJECTS),
+    "granite": f"<|tool_call|>[{', '.join(OBJECTS)}]",
+    "mistral": f"[TOOL_CALLS] [{', '.join(OBJECTS)}]",
+    "mistral named": "".join(f"[TOOL_CALLS]{name}[ARGS]{text}" for name, text in TWO),
+    "mistral bare": "".join(f"[TOOL_CALLS]{name}{text}" for name, text in TWO),
+    "mistral ids": "".join(f"[TOOL_CALLS]{name}[CALL_ID]abcdef123[ARGS]{text}" for name, text in TWO),
+    "deepseek": deepseek(TWO, is_fenced=False),
+    "deepseek fenced": deepseek(TWO, is_fenced=True),
+    "glm": glm("weather", ARGUMENTS) + "\n" + glm("now", {}),
+    "qwen_coder": coder("weather", ARGUMENTS) + "\n" + coder("now", {}),
+    "qwen_coder bare": coder("weather", ARGUMENTS).removeprefix("<tool_call>\n") + "\n" + coder("now", {}),
+}
+
+
+def known(name: str) -> ToolParser:
+    parser = parser_of(name, "")
+    assert parser is not None
+    return parser(SCHEMAS)
+
+
+def parsed(sample: str, text: str, cuts: list[int] | None = None) -> tuple[str, list[tuple[str, str]]]:
+    """Content and calls of a text that comes in pieces."""
+    parser, content, calls = known(sample.split()[0]), "", list[tuple[str, str]]()
+    ends = [*(cuts or []), len(text)]
+    pieces = [text[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    for part in [part for piece in pieces for part in parser.feed(piece)] + parser.finish():
+        match part:
+            case Text(piece):
+                content += piece
+            case CallStart(name):
+                calls.append((name, ""))
+            case CallArguments(piece):
+                name, text = calls[-1]
+                calls[-1] = (name, text + piece)
+    return content, calls
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("Let me see: <b> [T\n\n", "\n\nDone.")])
+def test_calls_however_the_text_is_cut(sample: str, before: str, after: str) -> None:
+    text = before + SAMPLES[sample] + after
+    content, calls = parsed(sample, text)
+    assert [name for name, _ in calls] == ["weather", "now"]
+    assert [json.loads(arguments) for _, arguments in calls] == [ARGUMENTS, {}]
+    assert content == before.rstrip() + after
+    rng = random.Random(sample)
+    for _ in range(60):
+        cuts = sorted(rng.sample(range(len(text)), rng.randrange(1, 30)))
+        assert parsed(sample, text, cuts) == (content, calls), cuts
+    assert parsed(sample, text, list(range(len(text)))) == (content, calls)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_an_answer_that_is_cut_off_keeps_what_is_known(sample: str) -> None:
+    """Nothing is said that the whole answer takes back: a part of it gives a beginning of what all of it does."""
+    text = "Hm. " + SAMPLES[sample]
+    content, calls = parsed(sample, text)
+    for length in range(len(text)):
+        some_content, some = parsed(sample, text[:length])
+        assert len(some) <= len(calls)
+        for (name, arguments), (whole_name, whole) in zip(some, calls, strict=False):
+            assert name == whole_name
+            assert whole.startswith(arguments) or arguments == "{}", (length, arguments)
+        if some:
+            assert some_content == content
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_text_comes_as_it_is_and_at_once(name: str) -> None:
+    parser = known(name)
+    assert parser.feed("Hello,") == [Text("Hello,")]
+    assert parser.feed(" world. \n") == [Text(" world.")]
+    assert parser.feed("So") == [Text(" \nSo")]
+    rest = parser.feed(" x < [x] {y} ") + parser.feed("z \n") + parser.finish()
+    assert "".join(part.text for part in rest if isinstance(part, Text)) == " x < [x] {y} z \n"
+
+
+@pytest.mark.parametrize(
+    ("sample", "text"),
+    [
+        ("hermes", "<tool_call> is how models call."),
+        ("hermes", '<tool_call>{"arguments": {}}</tool_call> ?'),
+        ("hermes", '<tool_call>{"name": 5}</tool_call>'),
+        ("hermes", '<tool_call>{name: "f"}</tool_call>'),
+        ("hermes", '<tool_call>{"nam'),
+        ("hermes", "<tool_call>"),
+        ("hermes", "<tool_c"),
+        ("granite", "<|tool_call|>[7]"),
+        ("granite", "<|tool_call|>[]"[:-1]),
+        ("mistral", "[TOOL_CALLS]" + "x" * 300),
+        ("mistral", "[TOOL_CALLS] and so on"),
+        ("deepseek", "<｜tool▁calls▁begin｜>no"),
+        ("deepseek", f"<｜tool▁calls▁begin｜>{DEEP_CALL}{'n' * 300}{DEEP_SEP}"),
+        ("glm", "<tool_call>" + "n" * 300 + "\n</tool_call>"),
+        ("qwen_coder", "<tool_call>no function=x"),
+        ("qwen_coder", "<tool_call><function="),
+    ],
+)
+def test_what_is_no_call_is_text(sample: str, text: str) -> None:
+    assert parsed(sample, text) == (text, [])
+    assert parsed(sample, text, list(range(len(text)))) == (text, [])
+
+
+def test_a_call_is_found_behind_what_is_none() -> None:
+    text = '<tool_call>\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    assert parsed("hermes", text) == ("<tool_call>", [("f", "{}")])
+
+
+def test_members_in_any_order_and_arguments_that_are_a_text() -> None:
+    text = '<tool_call>{"id": [1, "}"], "arguments": {"a": "\\"}"} , "name": "f", "more": -1.5e3}</tool_call>'
+    assert parsed("hermes", text) == ("", [("f", '{"a": "\\"}"}')])
+    assert parsed("hermes", '<tool_call>{"name": "f", "parameters": "{\\"a\\": 1}"}') == ("", [("f", '{"a": 1}')])
+    assert parsed("hermes", '<tool_call>{"name": "f"}') == ("", [("f", "{}")])
+    assert parsed("granite", "<|tool_call|>[]") == ("", [])
+
+
+def test_what_is_held_before_a_name_is_bounded() -> None:
+    text = '<tool_call>{"arguments": "' + "x" * HELD_CHARS_MAX + '", "name": "f"}</tool_call>'
+    assert parsed("hermes", text) == (text, [])
+    long = '<tool_call>{"name": "f", "arguments": "' + "x" * HELD_CHARS_MAX * 2 + '"}</tool_call>'
+    assert parsed("hermes", long) == ("", [("f", "x" * HELD_CHARS_MAX * 2)])
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("days", "3", 3),
+        ("days", "3.0", 3.0),
+        ("days", "three", "three"),
+        ("city", "3", "3"),
+        ("city", "true", "true"),
+        ("exact", "True", True),
+        ("exact", "false", False),
+        ("at", "None", None),
+        ("at", "[1]", "[1]"),
+        ("at", "{'a': True, 'b': [None]}", {"a": True, "b": [None]}),
+        ("at", "{'a': {1, 2}}", "{'a': {1, 2}}"),
+        ("at", "{" * 70_000, "{" * 70_000),
+        ("any", "{'a': True}", "{'a': True}"),
+        ("any", "NaN", "NaN"),
+        ("any", "[1, 2]", [1, 2]),
+        ("any", "[" * 100_000, "[" * 100_000),
+        ("other", "plain", "plain"),
+    ],
+)
+def test_values_by_their_schemas(key: str, text: str, value: object) -> None:
+    call = f"<tool_call>weather\n<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n</tool_call>"
+    ((_, arguments),) = parsed("glm", call)[1]
+    assert json.loads(arguments) == {key: value}
+
+
+def test_a_text_goes_out_as_it_comes() -> None:
+    parser = known("glm")
+    parser.feed("<tool_call>weather\n<arg_key>city</arg_key><arg_value>Be")
+    assert parser.feed('r"lin</arg_') == [CallArguments('r\\"lin')]
+    assert parser.feed("value></tool_call>") == [CallArguments('"}')]
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ '<tool_call>\n{\"name\": ...' }}", "hermes"),
+        ("<tool_call>{{ name }}<arg_key>", "glm"),
+        ("<tool_call>\n<function={{ name }}>", "qwen_coder"),
+        ("{{ '<|tool_call|>' ~ calls }}", "granite"),
+        ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral"),
+        ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "deepseek"),
+        ("{{ messages }}", None),
+    ],
+)
+def test_the_form_of_a_template(template: str, name: str | None) -> None:
+    found = parser_of("auto", template)
+    assert (found.name if found else None) == name
