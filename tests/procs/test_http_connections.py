@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -78,8 +79,12 @@ class Client:
         self._reader, self._writer = reader, writer
 
     @classmethod
-    async def connect(cls, target: Target) -> Client:
-        return cls(*await asyncio.open_connection("127.0.0.1", target.port))
+    async def connect(cls, target: Target, raw: bytes = b"") -> Client:
+        """`raw` is sent at once: a client that is slow between the two is another's test."""
+        sock = socket.create_connection(("127.0.0.1", target.port), timeout=10)
+        sock.sendall(raw)
+        sock.setblocking(False)
+        return cls(*await asyncio.open_connection(sock=sock))
 
     async def ask(self, raw: bytes, *, timeout_s: float = 20.0) -> tuple[int, dict[str, str]]:
         """Status and headers; the body is read. A reset, or an end without an answer, fails the test."""
@@ -103,9 +108,9 @@ class Client:
 
 
 async def ask_once(target: Target, raw: bytes, *, timeout_s: float = 20.0) -> tuple[int, dict[str, str]]:
-    client = await Client.connect(target)
+    client = await Client.connect(target, raw)
     try:
-        return await client.ask(raw, timeout_s=timeout_s)
+        return await client.ask(b"", timeout_s=timeout_s)
     finally:
         await client.close()
 
