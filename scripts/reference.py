@@ -26,6 +26,7 @@ from elasticmoe.services.router import measures as router_measures
 from elasticmoe.services.scaler import measures as scaler_measures
 from elasticmoe.services.scaler.api.event_stream import EVENTS_KEPT
 from elasticmoe.services.scaler.api.events import KINDS
+from scripts import boards
 
 _ROOT = Path(__file__).resolve().parent.parent
 FOLDER = _ROOT / "docs" / "reference"
@@ -56,6 +57,7 @@ def main() -> None:
     for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
     RULES.write_text(rules(), encoding="utf-8")
+    boards.write()
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.boards import QUERIES
 from tests.markdown import ROOT
 from tests.procs.deployment import Deployment
 from tests.procs.proxies import replaced
@@ -21,6 +22,8 @@ from tests.procs.waiting import free_port, wait_until
 
 pytestmark = pytest.mark.procs
 
+# What a deployment that was started and asked once has no samples of: failures, operations, decisions.
+OF_EVENTS = ("failed", "refused", "scale_operations", "scale_phase", "scale_predicted", "scale_actual", "decisions")
 FOLDER = ROOT / "deploy" / "prometheus"
 
 
@@ -45,6 +48,23 @@ def keda_value(ask: Callable[..., Any]) -> float | None:
     (query,) = re.findall(r"^ *query: (.*)$", text, re.MULTILINE)
     found = ask("query", query=query)
     return float(found["result"][0]["value"][1]) if found and found["result"] else None
+
+
+def complete(deployment: Deployment) -> None:
+    """One answer of a few tokens, so that latencies are known."""
+    body = {"prompt": "hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    assert httpx.post(deployment.base_url + "/v1/completions", json=body, trust_env=False).status_code == 200
+
+
+def without_data(ask: Callable[..., Any]) -> list[str]:
+    """Expressions of the boards' panels that Prometheus does not take, or has nothing for although it should."""
+    missing = []
+    for query in QUERIES:
+        expr = replaced(query.expr, ("$instance", ".*")).replace("$__rate_interval", "1m")
+        found = ask("query", query=expr)
+        if found is None or not (found["result"] or any(name in query.expr for name in OF_EVENTS)):
+            missing.append(expr)
+    return missing
 
 
 def test_prometheus_scrapes_both_listeners_and_evaluates_every_rule(
@@ -89,6 +109,8 @@ def test_prometheus_scrapes_both_listeners_and_evaluates_every_rule(
         wait_until(serving, "a metric has its value", 30.0)
         wait_until(rules_are_evaluated, "every rule is evaluated", 30.0)
         wait_until(lambda: keda_value(ask) == 2.0, "KEDA's query tells one more than is wanted", 30.0)
+        complete(deployment)
+        wait_until(lambda: not without_data(ask), f"every panel has data, but for {without_data(ask)}", 30.0)
         firing = [alert["labels"]["alertname"] for alert in ask("alerts")["alerts"]]
         assert firing == [], "a deployment with nothing to do deserves nobody's attention"
     finally:

@@ -20,7 +20,9 @@ from elasticmoe.common.protocol.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
-SERVICES: dict[str, Any] = COMPOSE["services"]
+EVERYTHING: dict[str, Any] = COMPOSE["services"]
+SERVICES = {name: service for name, service in EVERYTHING.items() if "profiles" not in service}  # ours
+WATCHERS = set(EVERYTHING) - set(SERVICES)
 RUN = "/run/elasticmoe"
 # Every mount: volume or host folder, and where. What is not here is not mounted.
 MOUNTS = {
@@ -61,9 +63,9 @@ def test_each_container_mounts_what_it_needs_and_nothing_else() -> None:
     assert named == set(COMPOSE["volumes"])
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", EVERYTHING)
 def test_each_container_has_every_limit_and_no_right(name: str) -> None:
-    service = SERVICES[name]
+    service = EVERYTHING[name]
     assert service["user"] == "10001:10001"
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -71,7 +73,7 @@ def test_each_container_has_every_limit_and_no_right(name: str) -> None:
         value = re.sub(r"^\$\{[A-Z_]+:-(.+)\}$", r"\1", str(service[limit]))
         assert re.fullmatch(r"[0-9.]+[mg]?", value), limit
         assert float(value.rstrip("mg")) > 0
-    assert ("network_mode" in service) == (name not in ("router", "scaler"))
+    assert ("network_mode" in service) == (name not in {"router", "scaler", *WATCHERS})
     assert service["logging"]["options"] == {"max-size": "10m", "max-file": "3"}
     assert not set(service) & {"privileged", "pid", "ipc", "devices", "cap_add", "network", "volumes_from"}
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))

@@ -30,7 +30,8 @@ from elasticmoe.services.scaler.policy.figures import Signals
 from elasticmoe.services.scaler.policy.record import PolicyRecord
 from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.policy.state import Evidence, Reason
-from scripts import reference
+from scripts import boards, reference
+from tests.boards import QUERIES
 from tests.unit.test_scaler_admin import SIZES, snapshot_of
 from tests.unit.transitions import UP, World, operation_of
 
@@ -48,6 +49,33 @@ def test_the_alerts_are_what_the_code_says_and_each_has_a_name_of_its_own() -> N
     assert reference.RULES.read_text() == reference.rules(), "the code has changed: run `make docs`"
     names = [rule["alert"] for rule in json.loads(reference.rules())["groups"][0]["rules"]]
     assert len(set(names)) == len(names) > 10
+
+
+@pytest.mark.parametrize("board", boards.BOARDS, ids=lambda board: board.uid)
+def test_the_boards_are_what_the_code_says(board: boards.Board) -> None:
+    assert (boards.FOLDER / f"{board.uid}.json").read_text() == boards.text_of(board), "run `make docs`"
+    assert len({panel.title for panel in board.panels}) == len(board.panels)
+
+
+def test_every_metric_is_on_a_board_and_every_board_names_only_metrics_that_exist() -> None:
+    known: dict[str, set[str]] = {}
+    for measure in (*router_measures.MEASURES, *scaler_measures.MEASURES):
+        endings = ("_bucket", "_sum", "_count") if measure.kind == "histogram" else ("",)
+        for ending in endings:
+            known.setdefault(measure.exposed + ending, set()).update(measure.labels)
+    shown = set()
+    for query in QUERIES:
+        selectors = re.findall(r"((?:vllm|elasticmoe):\w+)\{([^}]*)\}", query.expr)
+        assert len(selectors) == len(re.findall(r"(?:vllm|elasticmoe):", query.expr)), query
+        for name, labels in selectors:
+            shown.add(name)
+            assert {part.split("=")[0] for part in labels.split(",")} <= known[name] | {"instance"}, query
+        named = {label for name, _ in selectors for label in known[name]}
+        assert set(re.findall(r"{{(\w+)}}", query.legend)) <= named | {"job"}, query
+    left_out = {"elasticmoe:bad_messages_total", "elasticmoe:rank_silent_seconds"}
+    assert {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for name in known} - {
+        name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for name in shown
+    } <= left_out, "faults, which have alerts"
 
 
 def test_every_setting_has_a_meaning_and_every_number_a_bound() -> None:

@@ -1,0 +1,7 @@
+"""What the Grafana boards ask of Prometheus."""
+
+from __future__ import annotations
+
+from scripts.boards import BOARDS, Query
+
+QUERIES: list[Query] = [query for board in BOARDS for panel in board.panels for query in panel.queries]
