@@ -85,7 +85,7 @@ def check_memory(settings: Settings, model: Path) -> None:
     """The model fits into the devices, by the HMM's own arithmetic, and they into the machine. Raises DoesNotFit with
     the figures, CheckpointError when config.json describes no model that can be served."""
     scaler, available = settings.scaler, available_bytes()
-    spec = load_spec(model, scaler.dtype)
+    spec = load_spec(model, scaler.dtype, scaler.tp)
     told = _memory_told(settings)
     budgets = budgets_of(settings.hmm, available, told)
     if short := _short(budgets, told):
@@ -177,13 +177,12 @@ def _share(nbytes: int, which: str = "available") -> str:
 
 
 def num_devices_that_fit(settings: Settings, model: Path) -> int:
-    """How many of the devices to have: as many as there is memory for, each with a budget for the whole model and its
-    KV, so that the deployment can grow and shrink; at least those of the replicas."""
+    """How many of the devices to have: as many as there is memory for, each with a budget for its part of the only
+    replica's weights and its KV, so that the deployment can grow and shrink; at least those of the replicas."""
     scaler, granularity = settings.scaler, _granularity(settings)
-    spec = load_spec(model, scaler.dtype)
-    first = scaler.device_count.names()[0]
-    alone = initial_layout(spec.num_experts_by_layer, [first])
-    weights = weights_on(sizes_of(spec, granularity), alone)[first]
+    spec = load_spec(model, scaler.dtype, scaler.tp)
+    alone = initial_layout(spec.num_experts_by_layer, scaler.device_count.names()[: scaler.tp], tp=scaler.tp)
+    weights = max(weights_on(sizes_of(spec, granularity), alone).values())
     whole = weights + size_ledger(load_of(scaler, spec, alone), granularity).nbytes + scaler.kv_bytes
     room = int(available_bytes() * AVAILABLE_SHARE) // (settings.hmm.device_bytes or whole)
     return max(scaler.replicas * scaler.tp, min(room, scaler.device_count.count))
@@ -192,7 +191,7 @@ def num_devices_that_fit(settings: Settings, model: Path) -> int:
 def check_checkpoint(settings: Settings, model: Path) -> list[str]:
     """The checkpoint has all that the model needs; reads headers only. What there is to remark about it, one line each.
     Raises CheckpointError before anything is started that would find out."""
-    spec = load_spec(model, settings.scaler.dtype)
+    spec = load_spec(model, settings.scaler.dtype, settings.scaler.tp)
     with Checkpoint(model, spec) as checkpoint:
         remarks = checkpoint.remarks()
     asked, served = settings.scaler.max_model_len, spec.max_positions

@@ -22,7 +22,7 @@ from elasticmoe.common.devices.driver import MemoryInfo
 from elasticmoe.common.devices.factory import backend_of_device, granularity_of
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.families import record, records
-from elasticmoe.common.layout import Layout, keys_on
+from elasticmoe.common.layout import Layout, keys_on, level_replicas
 from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
 from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, NotFound
 from elasticmoe.common.protocol.hmm import LoadModel
@@ -35,7 +35,7 @@ _FIRST_SHARE = 8  # a joiner that gets its experts in the next leg starts with t
 
 class Sizes(msgspec.Struct, frozen=True):
     """Bytes of a model's records, rounded up to the granularity: the base record, each layer's record, one expert of
-    each layer (0: a dense layer)."""
+    each layer (0: a dense layer). Of a replica's shards of a record, the largest: all have as much room."""
 
     base: int
     layers: tuple[int, ...]
@@ -43,7 +43,7 @@ class Sizes(msgspec.Struct, frozen=True):
 
     @property
     def common(self) -> int:
-        """Bytes that every device holds: the base record and all layer records."""
+        """Bytes that every device holds: base and layer records, of its rank's tp index."""
         return self.base + sum(self.layers)
 
     def of(self, key: RecordKey) -> int:
@@ -57,12 +57,15 @@ class Sizes(msgspec.Struct, frozen=True):
 def sizes_of(spec: ModelSpec, granularity: int) -> Sizes:
     """The sizes of the records of `spec`, as the HMM makes page handles of them."""
 
-    def nbytes(key: RecordKey) -> int:
-        return round_up(record(spec, key).nbytes, granularity)
+    def nbytes(*keys: RecordKey) -> int:
+        return round_up(max(record(spec, key).nbytes for key in keys), granularity)
 
+    shards = range(spec.tp)
     return Sizes(
-        base=nbytes(RecordKey("base")),
-        layers=tuple(nbytes(RecordKey("layer", layer)) for layer in range(spec.num_layers)),
+        base=nbytes(*(RecordKey("base", shard=shard) for shard in shards)),
+        layers=tuple(
+            nbytes(*(RecordKey("layer", layer, shard=shard) for shard in shards)) for layer in range(spec.num_layers)
+        ),
         experts=tuple(
             nbytes(RecordKey("expert", layer, 0)) if count else 0
             for layer, count in enumerate(spec.num_experts_by_layer)
@@ -224,13 +227,16 @@ def load_of(config: ScalerConfig, spec: ModelSpec, layout: Layout) -> LoadModel:
 
 
 def size_load(load: LoadModel, spec: ModelSpec, budgets: Mapping[str, int], granularity: int) -> LoadSizes:
-    """`budgets`: of every device of the host. Raises DoesNotFit with the figures, InvalidRequest."""
+    """`budgets`: of every device of the host; `spec`: for replicas as the layout's. Raises DoesNotFit with the figures,
+    InvalidRequest."""
     if load.max_model_len > spec.max_positions:
         limit = "sliding_window" if spec.sliding_window == spec.max_positions else "max_position_embeddings"
         raise InvalidRequest(
             f"max_model_len {load.max_model_len} exceeds the model's {limit} of {spec.max_positions} tokens"
         )
     check_layout(load.layout, spec)
+    if spec.tp != load.layout.tp:
+        raise ValueError(f"the spec is for tp {spec.tp}, the layout has tp {load.layout.tp}")
     specs = tuple(records(spec))
     handle_bytes_min = max(backend_of_device(seat.device).kv_handle_bytes_min for seat in load.layout.seats)
     geometry = kv_geometry(spec, load.block_size, granularity, handle_bytes_min)
@@ -247,18 +253,21 @@ def needs_of(load: LoadModel, spec: ModelSpec, geometry: KvGeometry, granularity
 
 
 def _size_devices(load: LoadModel, sizes: Sizes, needs: Needs, budgets: Mapping[str, int]) -> dict[str, DeviceSizes]:
-    """Sizes by device of the layout. KV takes what `load.kv_bytes_max` and the budget allow. Raises DeviceTooSmall."""
+    """By device of the layout. KV takes what its limit and the budgets of a replica allow. Raises DeviceTooSmall."""
     weights = weights_on(sizes, load.layout)
-    result = {}
+    num_kv = {}
     for seat in load.layout.seats:
         budget, nbytes = budgets[seat.device], weights[seat.device]
-        num_kv = max(0, min(load.kv_bytes_max // needs.kv_handle_bytes, needs.kv_room(budget, nbytes)))
-        if num_kv < needs.kv_handles_min:
+        num = max(0, min(load.kv_bytes_max // needs.kv_handle_bytes, needs.kv_room(budget, nbytes)))
+        if num < needs.kv_handles_min:
             raise DeviceTooSmall(seat.device, budget, nbytes, needs, load)
-        result[seat.device] = DeviceSizes(
-            tuple(keys_on(load.layout, seat.slot)), nbytes, needs.ledger, needs.mailbox, num_kv
+        num_kv[seat.device] = num
+    return {
+        seat.device: DeviceSizes(
+            tuple(keys_on(load.layout, seat.slot)), weights[seat.device], needs.ledger, needs.mailbox, count
         )
-    return result
+        for seat, count in zip(load.layout.seats, level_replicas(num_kv, load.layout).values(), strict=True)
+    }
 
 
 def _way_out(is_budget: bool) -> str:
@@ -366,6 +375,7 @@ class Capacity:
                 during[device] = max(0, min(now[device], self._kv(device, weights)))
             else:
                 during[device] = after[device] = min(first.get(device, after[device]), after[device])
+        during, after = level_replicas(during, before, layout), level_replicas(after, layout)
         self._needs.check("after the release", self._memory.budgets, new, after)
         self._needs.check("while both layouts are in memory", self._memory.budgets, both, during)
         start, staged, released = self._sum(old, now), self._sum(both, during), self._sum(new, after)

@@ -47,12 +47,25 @@ class Scales(NamedTuple):
     block: WeightBlock
 
 
+class ColumnRange(NamedTuple):
+    """Of a matrix with rows of `of` elements, those in [begin, end) of each row."""
+
+    begin: int
+    end: int
+    of: int
+
+
 class Piece(NamedTuple):
-    """What one source of a tensor is read from; `scales` are to be multiplied with. `name`: of the stored tensor."""
+    """What one source of a tensor is read from; `scales` are to be multiplied with. `name`: of the stored tensor.
+
+    `first`: elements of the matrix that lie before the part. `columns`: what is taken of the part's rows, where that is
+    not all."""
 
     name: str
     part: Part
     scales: Scales | None = None
+    first: int = 0
+    columns: ColumnRange | None = None
 
 
 class Checkpoint:
@@ -84,13 +97,12 @@ class Checkpoint:
         for source in self._form(tensor):
             stored = self._get(source.name)
             assert stored is not None, "the checkpoint is verified"
-            part = _part(stored, source.shape, source.part)
-            scales = self._scales(source) if part.dtype == FP8 else None
-            pieces.append(Piece(stored.name, part, scales))
+            scales = self._scales(source) if stored.tensor.dtype == FP8 else None
+            pieces.append(_piece(stored, source, scales))
         return pieces
 
     def _scales(self, source: Source) -> Scales:
-        stored, block, (rows, columns) = self._get(source.name + SCALE), self._spec.weight_block, source.shape
+        stored, block, (rows, columns) = self._get(source.name + SCALE), self._spec.weight_block, source.whole
         assert stored is not None, "the checkpoint is verified"
         assert block is not None, "the checkpoint is verified"
         return Scales(stored.name, _part(stored, block.grid(rows, columns), source.part), rows, columns, block)
@@ -158,9 +170,9 @@ class Checkpoint:
         block, where = self._spec.weight_block, f"{stored.file.name}: tensor {stored.name!r:.200}"
         if block is None:
             raise self._error(source.name, f"{where} has the dtype {FP8}, and config.json no quantization_config")
-        if len(source.shape) != 2 or self._get(source.name + SCALE) is None:
+        if len(source.whole) != 2 or self._get(source.name + SCALE) is None:
             raise self._error(source.name, f"{where} has the dtype {FP8} and no {stored.name + SCALE!r:.200}")
-        grid = block.grid(*source.shape)
+        grid = block.grid(*source.whole)
         scale = self._check_stored(source.name + SCALE, (source.parts, *grid) if source.parts else grid)
         if scale.tensor.dtype not in SCALE_DTYPES:
             raise CheckpointError(_wrong_dtype(scale, SCALE_DTYPES))
@@ -224,6 +236,22 @@ def _part(stored: Stored, shape: Sequence[int], number: int) -> Part:
     """The part `number` of a tensor that is a stack of parts of this shape."""
     nbytes = math.prod(shape) * DTYPE_BYTES[stored.tensor.dtype]
     return Part(stored.file, stored.tensor.begin + number * nbytes, nbytes, stored.tensor.dtype)
+
+
+def _piece(stored: Stored, source: Source, scales: Scales | None) -> Piece:
+    """What a source takes: whole rows, of which it may want some columns. Only rows can be read for themselves."""
+    whole = _part(stored, source.whole, source.part)
+    if source.window is None:
+        return Piece(stored.name, whole, scales)
+    width = math.prod(source.whole[1:])
+    first, count = source.window.begin[0] * width, source.shape[0] * width
+    size = DTYPE_BYTES[whole.dtype]
+    part = whole._replace(begin=whole.begin + first * size, nbytes=count * size)
+    columns = None
+    if source.shape[1:] != source.whole[1:]:
+        begin = source.window.begin[1]
+        columns = ColumnRange(begin, begin + source.shape[1], width)
+    return Piece(stored.name, part, scales, first, columns)
 
 
 def _wrong_dtype(stored: Stored, supported: Sequence[str]) -> str:

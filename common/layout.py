@@ -7,7 +7,7 @@ shared-memory rows can be addressed by it across epochs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -92,6 +92,13 @@ class Layout(msgspec.Struct, frozen=True):
         """The seat on `device`, or None when the layout does not use it."""
         return next((seat for seat in self.seats if seat.device == device), None)
 
+    def seat_in(self, slot: int) -> Seat:
+        """The seat in `slot`. Raises KeyError where the layout does not use it."""
+        for seat in self.seats:
+            if seat.slot == slot:
+                return seat
+        raise KeyError(slot)
+
     def experts_on(self, slot: int, layer: int) -> tuple[int, ...]:
         """Experts of `layer` that live on `slot`'s device, ascending."""
         return tuple(expert for expert, slots in enumerate(self.homes[layer]) if slot in slots)
@@ -147,10 +154,12 @@ def lacking(layout: Layout, devices: DeviceCount) -> str:
 
 
 def keys_on(layout: Layout, slot: int) -> Iterator[RecordKey]:
-    """The records that belong on the device of `slot`: base, all layers, and the experts that live there."""
-    yield RecordKey("base")
+    """The records that belong on the device of `slot`: base and all layers, of its rank's tp index, and the experts
+    that live there."""
+    shard = layout.seat_in(slot).rank.tp
+    yield RecordKey("base", shard=shard)
     for layer in range(len(layout.homes)):
-        yield RecordKey("layer", layer)
+        yield RecordKey("layer", layer, shard=shard)
     for layer in range(len(layout.homes)):
         for expert in layout.experts_on(slot, layer):
             yield RecordKey("expert", layer, expert)
@@ -178,3 +187,15 @@ def initial_layout(
     layout = Layout(epoch, tp, seats, homes)
     layout.check(slots_max)
     return layout
+
+
+def level_replicas(kv_handles: Mapping[str, int], *layouts: Layout) -> dict[str, int]:
+    """KV handles by device, where all ranks of a replica have as many as the one that has least: a sequence's block has
+    the same number on each. A device is in the same replica in all `layouts` that use it."""
+    if layouts[0].tp == 1:
+        return dict(kv_handles)
+    replicas = {seat.device: seat.rank.replica for layout in layouts for seat in layout.seats}
+    least: dict[int, int] = {}
+    for device, count in kv_handles.items():
+        least[replicas[device]] = min(least.get(replicas[device], count), count)
+    return {device: least[replicas[device]] for device in kv_handles}

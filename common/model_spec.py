@@ -21,14 +21,19 @@ TENSOR_ALIGN_BYTES = 256  # every tensor starts on its own cache lines, and on w
 
 
 class RecordKey(msgspec.Struct, frozen=True, order=True, array_like=True):
-    """Names a record: `expert` (layer, expert), `layer` (layer, -1), `base` (-1, -1): embeddings, final norm, head."""
+    """Names a record: `expert` (layer, expert), `layer` (layer, -1), `base` (-1, -1): embeddings, final norm, head.
+
+    `shard`: the tp index of the ranks that have it, as of `layer` and `base` each has its part (sharding.py); experts
+    are whole."""
 
     kind: RecordKind
     layer: int = -1
     expert: int = -1
+    shard: int = 0
 
     def __str__(self) -> str:
-        return ".".join([self.kind, *(str(n) for n in (self.layer, self.expert) if n >= 0)])
+        name = ".".join([self.kind, *(str(n) for n in (self.layer, self.expert) if n >= 0)])
+        return f"{name}.t{self.shard}" if self.shard else name
 
     def range_offset(self, nbytes: int) -> int:
         """Where in its range a rank maps the record, which takes `nbytes` there as all of its kind: the experts of a
@@ -36,10 +41,19 @@ class RecordKey(msgspec.Struct, frozen=True, order=True, array_like=True):
         return self.expert * nbytes if self.kind == "expert" else 0
 
 
-class Source(msgspec.Struct, frozen=True):
-    """One checkpoint tensor, or one of the equal parts along its first dim, that a tensor of ours is made of.
+class Window(msgspec.Struct, frozen=True, array_like=True):
+    """What a source takes of a vector or matrix of the shape `whole`: all from the index `begin` on, as far as the
+    source's shape goes."""
 
-    `shape` is that of what is taken. With `parts`, the checkpoint's tensor has the shape (parts, *shape), and the one
+    whole: tuple[int, ...]
+    begin: tuple[int, ...]
+
+
+class Source(msgspec.Struct, frozen=True):
+    """One checkpoint tensor, or one of the equal parts along its first dim, or a window of either, that a tensor of
+    ours is made of.
+
+    `shape` is that of what is taken. With `parts`, the checkpoint's tensor has the shape (parts, *whole), and the one
     numbered `part` is taken; its bytes are contiguous. Sources are stacked along dim 0.
     """
 
@@ -47,11 +61,27 @@ class Source(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     part: int = 0
     parts: int = 0
+    window: Window | None = None
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of what the window is of; without one, of what is taken."""
+        return self.window.whole if self.window is not None else self.shape
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of the whole checkpoint tensor."""
-        return (self.parts, *self.shape) if self.parts else self.shape
+        return (self.parts, *self.whole) if self.parts else self.whole
+
+    def cut(self, axis: int, begin: int, end: int) -> Source:
+        """The same with only the indices [begin, end) of one axis."""
+        first = list(self.window.begin if self.window is not None else (0,) * len(self.shape))
+        shape = list(self.shape)
+        first[axis] += begin
+        shape[axis] = end - begin
+        if tuple(shape) == self.shape:
+            return self
+        return msgspec.structs.replace(self, shape=tuple(shape), window=Window(self.whole, tuple(first)))
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -168,6 +198,12 @@ class AttentionSpec(msgspec.Struct, frozen=True, tag="grouped"):
         """Elements that the output projection takes."""
         return self.query_width
 
+    def of_rank(self, tp: int) -> AttentionSpec:
+        """What each of `tp` ranks computes: its heads, and the kv heads that these read. Where there are fewer of those
+        than ranks, several ranks have the same one."""
+        kv_heads = max(1, self.num_kv_heads // tp)
+        return msgspec.structs.replace(self, num_heads=self.num_heads // tp, num_kv_heads=kv_heads)
+
 
 class LatentAttentionSpec(msgspec.Struct, frozen=True, tag="latent"):
     """Multi-head latent attention (DeepSeek's MLA). `scale`: factor of the scores.
@@ -202,6 +238,10 @@ class LatentAttentionSpec(msgspec.Struct, frozen=True, tag="latent"):
     def out_width(self) -> int:
         """Elements that the output projection takes."""
         return self.num_heads * self.v_dim
+
+    def of_rank(self, tp: int) -> LatentAttentionSpec:
+        """What each of `tp` ranks computes: its heads, over latents that each has whole."""
+        return msgspec.structs.replace(self, num_heads=self.num_heads // tp)
 
 
 class MoeSpec(msgspec.Struct, frozen=True):
@@ -249,6 +289,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     `embedding_factor`, `residual_factor` and `logits_factor` (Granite) multiply the embeddings, what each attention and
     each feed-forward adds to the residual, and the logits.
     `constants`: names and numbers of the family's own, which only its own code reads.
+    `tp`: ranks that a replica's weights and KV are spread over (`sharding.sharded` sets it).
     """
 
     family: str
@@ -271,6 +312,12 @@ class ModelSpec(msgspec.Struct, frozen=True):
     residual_factor: float = 1.0
     logits_factor: float = 1.0
     constants: tuple[tuple[str, int], ...] = ()
+    tp: int = 1
+
+    @property
+    def rank_attention(self) -> AttentionSpec | LatentAttentionSpec:
+        """What one rank computes of the attention, and keeps of its KV."""
+        return self.attention.of_rank(self.tp)
 
     @property
     def num_experts_by_layer(self) -> tuple[int, ...]:
@@ -279,8 +326,9 @@ class ModelSpec(msgspec.Struct, frozen=True):
         return tuple(0 if layer in dense else self.moe.num_experts for layer in range(self.num_layers))
 
     def kv_block_bytes(self, block_size: int) -> int:
-        """Bytes of one KV block: [layers, planes, heads, block_size, width] in the model's dtype, contiguous."""
-        return self.num_layers * self.attention.kv.elements * block_size * DTYPE_BYTES[self.dtype]
+        """Bytes of one KV block of a rank: [layers, planes, heads, block_size, width] in the model's dtype,
+        contiguous."""
+        return self.num_layers * self.rank_attention.kv.elements * block_size * DTYPE_BYTES[self.dtype]
 
 
 class RecordBuilder:

@@ -13,7 +13,9 @@ START: dict[str, Code] = {
         "What `compute` names does not compute on the devices", "Leave `compute` at auto, or use what the text names"
     ),
     "too_many_devices": Code("More devices than a deployment may have", "Use fewer"),
-    "tp_unsupported": Code("More devices per replica than are supported", "Leave `tp` at 1"),
+    "tp_unsupported": Code(
+        "More devices per replica than are supported, or than the model can be split over", "Leave `tp` at 1"
+    ),
     "model_unavailable": Code(
         "The model is no folder here and cannot be downloaded",
         "Download it yourself and give the folder",

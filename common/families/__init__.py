@@ -33,6 +33,7 @@ from elasticmoe.common.families.shared_keys import check_shared_keys, unread_key
 from elasticmoe.common.model_spec import Dtype, ModelSpec, RecordKey, RecordSpec
 from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.common.protocol.limits import CONFIG_JSON_BYTES_MAX, VOCAB_MAX
+from elasticmoe.common.sharding import sharded
 from elasticmoe.common.weights import Weights, are_equal
 
 __all__ = [
@@ -76,14 +77,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     return fields
 
 
-def load_spec(directory: Path, dtype: str) -> ModelSpec:
-    """The ModelSpec of the checkpoint in `directory`, to be served in `dtype`. Raises CheckpointError.
+def load_spec(directory: Path, dtype: str, tp: int = 1) -> ModelSpec:
+    """The ModelSpec of the checkpoint in `directory`, to be served in `dtype` by replicas of `tp` ranks. Raises
+    CheckpointError; InvalidRequest (`tp_unsupported`) where it cannot be split so.
 
     Where config.json ties the head to the embedding, the weights have the last word: a stored head of its own that
     differs from the stored embedding is kept apart. Then, and only then, the weights' headers are read, and of these
     two tensors as much as they have in common; it blocks for that.
     """
-    spec = parse_spec(read_config(directory), dtype)
+    spec = sharded(parse_spec(read_config(directory), dtype), tp)
     family = FAMILIES[spec.family]
     if not (spec.tie_embeddings and family.head):
         return spec
@@ -123,11 +125,12 @@ def unread_names(fields: Mapping[str, Any]) -> list[str]:
 
 
 def records(spec: ModelSpec) -> Iterator[RecordSpec]:
-    """All records of a model: base, then each layer's, then each expert's."""
+    """All records of a model: of each tp index base, then each layer's; then each expert's."""
     family = FAMILIES[spec.family]
-    yield family.base(spec)
-    for layer in range(spec.num_layers):
-        yield family.layer(spec, layer)
+    for index in range(spec.tp):
+        yield family.base(spec, index)
+        for layer in range(spec.num_layers):
+            yield family.layer(spec, layer, index)
     for layer, count in enumerate(spec.num_experts_by_layer):
         for expert in range(count):
             yield family.expert(spec, layer, expert)
@@ -138,7 +141,7 @@ def record(spec: ModelSpec, key: RecordKey) -> RecordSpec:
     family = FAMILIES[spec.family]
     if key.kind == "expert":
         return family.expert(spec, key.layer, key.expert)
-    return family.layer(spec, key.layer) if key.kind == "layer" else family.base(spec)
+    return family.layer(spec, key.layer, key.shard) if key.kind == "layer" else family.base(spec, key.shard)
 
 
 def _family_of(fields: Mapping[str, Any]) -> Family:

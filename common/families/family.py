@@ -15,8 +15,9 @@ class Family(NamedTuple):
 
     `model_type` and `architecture`: its names in config.json. `keys`: all of its config class, by name; `spellings`:
     other name of a key -> the key. `parse` gives the fields of ModelSpec that are the family's own to say. `expert`,
-    `layer` and `base` build the three kinds of records. `renamed`: parts of tensors' names that transformers renames
-    when it loads, old -> new; `expert_names` finds layer and expert in the (new) name of one expert's tensor.
+    `layer` and `base` build the three kinds of records, the last two by the tp index of their rank. `renamed`: parts of
+    tensors' names that transformers renames when it loads, old -> new; `expert_names` finds layer and expert in the
+    (new) name of one expert's tensor.
     `embedding` and `head`: the two tensors that a tied head may make one; empty where the family ties nothing. `dtype`:
     what it is served in, whatever is asked for; None: as asked.
     """
@@ -28,8 +29,8 @@ class Family(NamedTuple):
     spellings: Mapping[str, str]
     parse: Callable[[Config], dict[str, Any]]
     expert: Callable[[ModelSpec, int, int], RecordSpec]
-    layer: Callable[[ModelSpec, int], RecordSpec]
-    base: Callable[[ModelSpec], RecordSpec]
+    layer: Callable[[ModelSpec, int, int], RecordSpec]
+    base: Callable[[ModelSpec, int], RecordSpec]
     renamed: Mapping[str, str] = {}
     expert_names: re.Pattern[str] | None = None
     embedding: str = ""

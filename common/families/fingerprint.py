@@ -29,7 +29,7 @@ def fingerprint(spec: ModelSpec, described: Callable[[RecordKey], RecordSpec] | 
     sources. Takes a millisecond or two, and less where the caller has the records `described` already."""
     described = described or partial(record, spec)
     versions = (_TRANSFORMS, _KV_LAYOUT)
-    digest = hashlib.blake2b(msgspec.msgpack.encode((versions, spec, spec.attention.kv)), digest_size=16)
+    digest = hashlib.blake2b(msgspec.msgpack.encode((versions, spec, spec.rank_attention.kv)), digest_size=16)
     for key in _keys(spec):
         digest.update(msgspec.msgpack.encode(described(key)))
     return digest.hexdigest()
@@ -37,6 +37,8 @@ def fingerprint(spec: ModelSpec, described: Callable[[RecordKey], RecordSpec] | 
 
 def _keys(spec: ModelSpec) -> list[RecordKey]:
     """One expert stands for all of its layer, which differ by their number alone."""
-    layers = range(spec.num_layers)
-    experts = [RecordKey("expert", layer, 0) for layer, count in enumerate(spec.num_experts_by_layer) if count]
-    return [RecordKey("base"), *(RecordKey("layer", layer) for layer in layers), *experts]
+    keys = [RecordKey("expert", layer, 0) for layer, count in enumerate(spec.num_experts_by_layer) if count]
+    for index in range(spec.tp):
+        keys.append(RecordKey("base", shard=index))
+        keys += (RecordKey("layer", layer, shard=index) for layer in range(spec.num_layers))
+    return keys

@@ -89,16 +89,16 @@ def _attention(dim: int, planes: int) -> AttentionSpec | LatentAttentionSpec:
     return LatentAttentionSpec(1, q_rank=0, kv_rank=dim, nope_dim=dim, v_dim=dim, rope=rope, scale=1.0)
 
 
-def _base(spec: ModelSpec) -> RecordSpec:
-    builder = RecordBuilder(RecordKey("base"))
+def _base(spec: ModelSpec, index: int) -> RecordSpec:
+    builder = RecordBuilder(RecordKey("base", shard=index))
     builder.add("embed", "float32", Source("model.embed.weight", (spec.vocab, spec.hidden)))
     builder.add("head", "float32", Source("model.head.salt", (spec.hidden,)))
     return builder.build()
 
 
-def _layer(spec: ModelSpec, layer: int) -> RecordSpec:
+def _layer(spec: ModelSpec, layer: int, index: int) -> RecordSpec:
     salt = Source(f"model.layers.{layer}.attn.salt", (spec.hidden,))
-    return RecordBuilder(RecordKey("layer", layer)).add("salt", "float32", salt).build()
+    return RecordBuilder(RecordKey("layer", layer, shard=index)).add("salt", "float32", salt).build()
 
 
 def _expert(spec: ModelSpec, layer: int, expert: int) -> RecordSpec:

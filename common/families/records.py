@@ -1,6 +1,7 @@
 """The records of a decoder: which tensors lie in them, and what those are called in checkpoints.
 
-Norms, biases and the router's gate are kept in float32: they are small, and the router's choice is sensitive.
+Norms, biases and the router's gate are kept in float32: they are small, and the router's choice is sensitive. Of a
+replica of several ranks each has its shard of base and layers (sharding.py), and experts whole.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from elasticmoe.common.model_spec import (
     RecordSpec,
     Source,
 )
+from elasticmoe.common.sharding import Shard, shard_of
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
@@ -77,34 +79,35 @@ def decoder_family(
     )
 
 
-def decoder_base(spec: ModelSpec) -> RecordSpec:
-    """Embedding, final norm and, where it is not the embedding, the head. Of a tied pair either may be stored."""
-    shape = (spec.vocab, spec.hidden)
-    builder = RecordBuilder(RecordKey("base"))
-    tied = ((Source(HEAD, shape),),) if spec.tie_embeddings else ()
-    builder.add("embed", spec.dtype, Source(EMBEDDING, shape), alternatives=tied)
+def decoder_base(spec: ModelSpec, index: int) -> RecordSpec:
+    """Embedding, final norm and, where it is not the embedding, the head, as the rank of tp index `index` has them. Of
+    a tied pair either may be stored."""
+    shard = shard_of(spec, index)
+    embedding, head = (shard.rows(Source(name, (spec.vocab, spec.hidden))) for name in (EMBEDDING, HEAD))
+    builder = RecordBuilder(RecordKey("base", shard=index))
+    builder.add("embed", spec.dtype, embedding, alternatives=((head,),) if spec.tie_embeddings else ())
     builder.add("final_norm", "float32", Source("model.norm.weight", (spec.hidden,)))
     if not spec.tie_embeddings:
-        builder.add("head", spec.dtype, Source(HEAD, shape))
+        builder.add("head", spec.dtype, head)
     return builder.build()
 
 
-def decoder_layer(names: Names) -> Callable[[ModelSpec, int], RecordSpec]:
-    """The builder of a layer's record."""
+def decoder_layer(names: Names) -> Callable[[ModelSpec, int, int], RecordSpec]:
+    """The builder of a layer's record, as the rank of a tp index has it."""
 
-    def build(spec: ModelSpec, layer: int) -> RecordSpec:
-        at, hidden = f"model.layers.{layer}.", spec.hidden
-        builder = RecordBuilder(RecordKey("layer", layer))
+    def build(spec: ModelSpec, layer: int, index: int) -> RecordSpec:
+        at, hidden, shard = f"model.layers.{layer}.", spec.hidden, shard_of(spec, index)
+        builder = RecordBuilder(RecordKey("layer", layer, shard=index))
         builder.add("input_norm", "float32", Source(at + "input_layernorm.weight", (hidden,)))
         if isinstance(spec.attention, LatentAttentionSpec):
-            _add_latent(builder, spec, spec.attention, at + "self_attn.")
+            _add_latent(builder, spec, spec.attention, at + "self_attn.", shard)
         else:
-            _add_grouped(builder, spec, spec.attention, at + "self_attn.")
+            _add_grouped(builder, spec, spec.attention, at + "self_attn.", shard)
         builder.add("post_norm", "float32", Source(at + "post_attention_layernorm.weight", (hidden,)))
         if layer in spec.dense_layers:
-            _add_feed_forward(builder, spec, "", at + "mlp", spec.dense_width)
+            _add_feed_forward(builder, spec, "", at + "mlp", spec.dense_width, shard)
         else:
-            _add_router(builder, spec, names, at)
+            _add_router(builder, spec, names, at, shard)
         return builder.build()
 
     return build
@@ -132,24 +135,28 @@ def decoder_expert(names: Names) -> Callable[[ModelSpec, int, int], RecordSpec]:
     return build
 
 
-def _add_grouped(builder: RecordBuilder, spec: ModelSpec, attention: AttentionSpec, at: str) -> None:
-    hidden, query = spec.hidden, attention.query_width
-    widths = {"q": query, **dict.fromkeys("kv", attention.num_kv_heads * attention.head_dim)}
-    builder.add(
-        "qkv", spec.dtype, *(Source(f"{at}{name}_proj.weight", (width, hidden)) for name, width in widths.items())
-    )
+def _add_grouped(builder: RecordBuilder, spec: ModelSpec, attention: AttentionSpec, at: str, shard: Shard) -> None:
+    hidden, dim = spec.hidden, attention.head_dim
+    kv_shard = shard.of_kv_heads(attention.num_kv_heads)
+    widths = {"q": attention.query_width, **dict.fromkeys("kv", attention.num_kv_heads * dim)}
+    shards = {"q": shard, **dict.fromkeys("kv", kv_shard)}
+
+    def taken(end: str, *inner: int) -> list[Source]:
+        sources = {name: Source(f"{at}{name}_proj.{end}", (width, *inner)) for name, width in widths.items()}
+        return [shards[name].rows(source, dim) for name, source in sources.items()]
+
+    builder.add("qkv", spec.dtype, *taken("weight", hidden))
     if attention.qkv_bias:
-        builder.add(
-            "qkv_bias", "float32", *(Source(f"{at}{name}_proj.bias", (width,)) for name, width in widths.items())
-        )
+        builder.add("qkv_bias", "float32", *taken("bias"))
     for name in "qk" if attention.qk_norm != "none" else "":
-        width = attention.head_dim if attention.qk_norm == "head" else widths[name]
-        builder.add(f"{name}_norm", "float32", Source(f"{at}{name}_norm.weight", (width,)))
-    _add_out(builder, spec, at, attention.out_width, has_bias=attention.out_bias)
+        norm = Source(f"{at}{name}_norm.weight", (dim if attention.qk_norm == "head" else widths[name],))
+        builder.add(f"{name}_norm", "float32", norm if attention.qk_norm == "head" else shards[name].rows(norm, dim))
+    _add_out(builder, spec, at, dim, attention.num_heads, shard, has_bias=attention.out_bias)
 
 
-def _add_latent(builder: RecordBuilder, spec: ModelSpec, attention: LatentAttentionSpec, at: str) -> None:
-    """kv_b stays as it is stored, a head's rows for keys before those for values: nothing is computed while reading."""
+def _add_latent(builder: RecordBuilder, spec: ModelSpec, attention: LatentAttentionSpec, at: str, shard: Shard) -> None:
+    """kv_b stays as it is stored, a head's rows for keys before those for values: nothing is computed while reading.
+    What leads to the ranks of queries and latents is everybody's, as all heads read these."""
     hidden, query, rank = spec.hidden, attention.query_width, attention.kv_rank
 
     def add_lora(name: str, stem: str, width: int) -> None:
@@ -160,35 +167,41 @@ def _add_latent(builder: RecordBuilder, spec: ModelSpec, attention: LatentAttent
     if attention.q_rank:
         add_lora("q_a", "q_a_proj", attention.q_rank)
         builder.add("q_a_norm", "float32", Source(at + "q_a_layernorm.weight", (attention.q_rank,)))
-        builder.add("q", spec.dtype, Source(at + "q_b_proj.weight", (query, attention.q_rank)))
-    else:
-        builder.add("q", spec.dtype, Source(at + "q_proj.weight", (query, hidden)))
+    q = ("q_b_proj", attention.q_rank) if attention.q_rank else ("q_proj", hidden)
+    per_query = query // attention.num_heads
+    builder.add("q", spec.dtype, shard.rows(Source(f"{at}{q[0]}.weight", (query, q[1])), per_query))
     add_lora("kv_a", "kv_a_proj_with_mqa", attention.kv.width)
     builder.add("kv_a_norm", "float32", Source(at + "kv_a_layernorm.weight", (rank,)))
     per_head = attention.nope_dim + attention.v_dim
-    builder.add("kv_b", spec.dtype, Source(at + "kv_b_proj.weight", (attention.num_heads * per_head, rank)))
-    _add_out(builder, spec, at, attention.out_width, has_bias=attention.bias)
+    kv_b = Source(at + "kv_b_proj.weight", (attention.num_heads * per_head, rank))
+    builder.add("kv_b", spec.dtype, shard.rows(kv_b, per_head))
+    _add_out(builder, spec, at, attention.v_dim, attention.num_heads, shard, has_bias=attention.bias)
 
 
-def _add_out(builder: RecordBuilder, spec: ModelSpec, at: str, width: int, *, has_bias: bool) -> None:
-    builder.add("out", spec.dtype, Source(at + "o_proj.weight", (spec.hidden, width)))
-    if has_bias:
+def _add_out(
+    builder: RecordBuilder, spec: ModelSpec, at: str, dim: int, num_heads: int, shard: Shard, *, has_bias: bool
+) -> None:
+    """The columns of the rank's heads. Their products are added up over the ranks, so that the bias is one rank's."""
+    out = Source(at + "o_proj.weight", (spec.hidden, num_heads * dim))
+    builder.add("out", spec.dtype, shard.columns(out, dim))
+    if has_bias and shard.index == 0:
         builder.add("out_bias", "float32", Source(at + "o_proj.bias", (spec.hidden,)))
 
 
-def _add_router(builder: RecordBuilder, spec: ModelSpec, names: Names, at: str) -> None:
+def _add_router(builder: RecordBuilder, spec: ModelSpec, names: Names, at: str, shard: Shard) -> None:
     moe, hidden = spec.moe, spec.hidden
     builder.add("gate", "float32", Source(at + names.gate, (moe.num_experts, hidden)))
     if moe.has_bias:
         builder.add("gate_bias", "float32", Source(at + names.gate_bias, (moe.num_experts,)))
     if moe.shared_width:
-        _add_feed_forward(builder, spec, "shared_", at + names.shared, moe.shared_width)
+        _add_feed_forward(builder, spec, "shared_", at + names.shared, moe.shared_width, shard)
     if moe.shared_gate:
         builder.add("shared_gate", "float32", Source(at + names.shared_gate, (1, hidden)))
 
 
-def _add_feed_forward(builder: RecordBuilder, spec: ModelSpec, prefix: str, at: str, width: int) -> None:
+def _add_feed_forward(builder: RecordBuilder, spec: ModelSpec, prefix: str, at: str, width: int, shard: Shard) -> None:
     """An ordinary feed-forward, whose matrices are called the same in all families."""
     gate, up = (Source(f"{at}.{name}_proj.weight", (width, spec.hidden)) for name in ("gate", "up"))
-    builder.add(prefix + "w13", spec.dtype, gate, up)
-    builder.add(prefix + "w2", spec.dtype, Source(f"{at}.down_proj.weight", (spec.hidden, width)))
+    builder.add(prefix + "w13", spec.dtype, shard.rows(gate), shard.rows(up))
+    down = Source(f"{at}.down_proj.weight", (spec.hidden, width))
+    builder.add(prefix + "w2", spec.dtype, shard.columns(down))

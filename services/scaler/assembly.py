@@ -17,8 +17,9 @@ from elasticmoe.services.scaler.store.reserve import DiskReserve
 
 
 def open_scaler(config: ScalerConfig) -> Scaler:
-    """Raises CheckpointError for a model that cannot be read, Unavailable where a file of epochs cannot be."""
-    spec = load_spec(Path(config.model), config.dtype)
+    """Raises CheckpointError for a model that cannot be read, InvalidRequest for one that cannot be split over the
+    devices of a replica, Unavailable where a file of epochs cannot be."""
+    spec = load_spec(Path(config.model), config.dtype, config.tp)
     return Scaler(config, spec, system_parts(config, store_of(config, "scaler")))
 
 

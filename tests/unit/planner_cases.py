@@ -78,8 +78,8 @@ def records_of(layout: Layout) -> dict[str, set[RecordKey]]:
     """The records that `layout` wants on each device."""
     return {
         seat.device: {
-            RecordKey("base"),
-            *(RecordKey("layer", layer) for layer in range(len(layout.homes))),
+            RecordKey("base", shard=seat.rank.tp),
+            *(RecordKey("layer", layer, shard=seat.rank.tp) for layer in range(len(layout.homes))),
             *(
                 RecordKey("expert", layer, expert)
                 for layer in range(len(layout.homes))

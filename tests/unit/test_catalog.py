@@ -102,9 +102,9 @@ def test_other_bytes_are_no_catalog(raw: bytes) -> None:
 
 
 def test_another_version_is_no_catalog() -> None:
-    with pytest.raises(ValueError, match="version 3 is not 6"):
+    with pytest.raises(ValueError, match="version 3 is not 7"):
         decode(encode(msgspec.structs.replace(catalog(), version=3)))
-    with pytest.raises(ValueError, match="version 3 is not 6"):  # whatever that one holds
+    with pytest.raises(ValueError, match="version 3 is not 7"):  # whatever that one holds
         decode(msgspec.msgpack.encode({"version": 3, "transition": {"request": {"op_id": "op/0.0"}}}))
 
 
@@ -112,8 +112,8 @@ def changed_layer(**changes: Any) -> Any:
     """The builder of a layer's record, with its first tensor changed."""
     real = FAMILIES["qwen3_moe"].layer
 
-    def build(spec: ModelSpec, layer: int) -> RecordSpec:
-        record = real(spec, layer)
+    def build(spec: ModelSpec, layer: int, index: int) -> RecordSpec:
+        record = real(spec, layer, index)
         first = msgspec.structs.replace(record.tensors[0], **changes)
         return msgspec.structs.replace(record, tensors=(first, *record.tensors[1:]))
 

@@ -94,10 +94,14 @@ def kv_room(memory: MemoryForecast, device: str, weights: int) -> int:
 
 
 def check_kv(plan: Plan, sizes: Sizes, memory: MemoryForecast) -> None:
-    """KV handles by the formula of the footprint, in every leg."""
+    """KV handles by the formula of the footprint, in every leg: on all devices of a replica those of the one with the
+    least room."""
 
-    def room(device: str, weights: int) -> int:
-        return kv_room(memory, device, weights)
+    def partners(device: str, *layouts: Layout) -> set[str]:
+        """The devices of its replica."""
+        seats = {seat for layout in layouts for seat in layout.seats}
+        replica = next(seat.rank.replica for seat in seats if seat.device == device)
+        return {seat.device for seat in seats if seat.rank.replica == replica}
 
     def of(layout: Layout, other: Layout) -> dict[str, int]:
         """Bytes of the union of both layouts by device."""
@@ -116,12 +120,13 @@ def check_kv(plan: Plan, sizes: Sizes, memory: MemoryForecast) -> None:
         for device, handles in leg.kv_handles_after.items():
             assert handles >= KV_MIN
             if device not in early:
-                assert handles == room(device, after[device])
+                assert handles == min(kv_room(memory, each, after[each]) for each in partners(device, leg.layout))
         for device, handles in leg.kv_handles.items():
             if device in joining:
                 assert handles == leg.kv_handles_after[device]
             else:
-                assert handles == min(now[device], room(device, union[device]))
+                replica = partners(device, before, leg.layout)
+                assert handles == min(min(now[each], kv_room(memory, each, union[each])) for each in replica)
             if device in early:
                 final = plan.legs[1].kv_handles_after[device]
                 assert handles == min(max(KV_MIN, final // 8), final)

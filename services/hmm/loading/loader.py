@@ -65,7 +65,7 @@ class ModelLoad:
     def _run(self) -> Loaded:
         load, granularity = self.request, self._granularity
         directory = _existing(load.model_path)
-        spec = load_spec(directory, load.dtype)
+        spec = load_spec(directory, load.dtype, load.layout.tp)
         budgets = {name: memory.device.budget for name, memory in self._memories.items()}
         sizes = size_load(load, spec, budgets, granularity)
         with Checkpoint(directory, spec) as checkpoint:

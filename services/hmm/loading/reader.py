@@ -1,5 +1,7 @@
 """Reading tensors of a verified checkpoint to their places in memory, each byte once: straight, where the stored dtype
-is the served one, else through two small staging buffers, one of which is filled while the other is converted."""
+is the served one, else through two small staging buffers, one of which is filled while the other is converted.
+
+What several ranks of a replica have, or parts of the same rows, is read once and given to each."""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from elasticmoe.common.checkpoint import Checkpoint, Part, Piece
+from elasticmoe.common.checkpoint import Checkpoint, ColumnRange, Part, Piece
 from elasticmoe.common.devices.base import Device
 from elasticmoe.common.model_spec import DTYPE_BYTES, Dtype, RecordSpec
 from elasticmoe.common.protocol.errors import CheckpointError
@@ -28,13 +30,20 @@ _DROP_BYTES: Final = 32 << 20  # read before the file's cached pages are dropped
 _ScalesOf = dict[Part, NDArray[np.float32]]  # by where they are stored
 
 
+class _Taker(NamedTuple):
+    """An address of a device where what is read goes; `columns`: what of its rows, None: all."""
+
+    device: Device
+    address: int
+    columns: ColumnRange | None
+
+
 class _Target(NamedTuple):
-    """A stored tensor, or a part of one, and the address of a device where it goes."""
+    """A stored tensor, or a part of one, and where it goes: to several ranks of a replica, or a part of it to each."""
 
     piece: Piece
     served: Dtype
-    device: Device
-    address: int
+    takers: Sequence[_Taker]
 
     @property
     def part(self) -> Part:
@@ -49,11 +58,18 @@ class _Target(NamedTuple):
     @property
     def is_straight(self) -> bool:
         """Whether its bytes are those that are served."""
-        return (self.part.dtype, self.served) in SAME
+        is_whole = all(taker.columns is None for taker in self.takers)
+        return is_whole and (self.part.dtype, self.served) in SAME
+
+    @property
+    def unit(self) -> int:
+        """Bytes that are read together: an element, or a row of which somebody takes some columns."""
+        size = STORED_BYTES[self.part.dtype]
+        return size * max((taker.columns.of for taker in self.takers if taker.columns is not None), default=1)
 
 
 class _Span(NamedTuple):
-    """Bytes [begin, end) of a file: whole elements of `target`."""
+    """Bytes [begin, end) of a file: whole units of `target`."""
 
     target: _Target
     begin: int
@@ -69,32 +85,37 @@ class Reader:
         self._progress = progress
         self._chunk_bytes = chunk_bytes or _CHUNK_BYTES
         self._staging_bytes = min(self._chunk_bytes, _STAGING_BYTES)
-        self._targets: list[_Target] = []
+        self._takers: dict[tuple[Piece, Dtype], list[_Taker]] = {}  # by what is read, whatever they take of its rows
 
     def add(self, record: RecordSpec, device: Device, address: int) -> None:
         """Let `record` be read to `address`, where `device` has mapped its handle."""
         for tensor in record.tensors:
             at = address + tensor.offset
             for piece in self._checkpoint.pieces(tensor):
-                self._targets.append(_Target(piece, tensor.dtype, device, at))
-                at += piece.part.nbytes // STORED_BYTES[piece.part.dtype] * DTYPE_BYTES[tensor.dtype]
+                read, columns = piece._replace(columns=None), piece.columns
+                self._takers.setdefault((read, tensor.dtype), []).append(_Taker(device, at, columns))
+                count = piece.part.nbytes // STORED_BYTES[piece.part.dtype]
+                if columns is not None:
+                    count = count // columns.of * (columns.end - columns.begin)
+                at += count * DTYPE_BYTES[tensor.dtype]
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of all that was added."""
-        pieces = [target.piece for target in self._targets]
-        return sum(piece.part.nbytes + (piece.scales.part.nbytes if piece.scales else 0) for piece in pieces)
+        """Stored bytes of all that was added, each counted once."""
+        scales = {piece.scales for piece, _ in self._takers if piece.scales is not None}
+        return sum(piece.part.nbytes for piece, _ in self._takers) + sum(one.part.nbytes for one in scales)
 
     def read(self) -> None:
         """Read all that was added, in the files' order. Blocks. Raises CheckpointError, also for a weight or a scale
         that is not finite in FP8, and where a file was changed since it was verified."""
         files = list(self._checkpoint.files)
         order = {file: at for at, file in enumerate(files)}
-        self._targets.sort(key=lambda target: (order[target.part.file], target.part.begin))
+        all_targets = [_Target(piece, served, takers) for (piece, served), takers in self._takers.items()]
+        all_targets.sort(key=lambda target: (order[target.part.file], target.part.begin))
         for file in files:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         with ThreadPoolExecutor(1, "read-ahead") as ahead:
-            for file, targets in groupby(self._targets, key=lambda target: target.part.file):
+            for file, targets in groupby(all_targets, key=lambda target: target.part.file):
                 self._read_file(file, list(targets), ahead)
         for file in files:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -113,7 +134,7 @@ class Reader:
 
     def _read_scales(self, targets: Iterable[_Target]) -> _ScalesOf:
         """All scales of one file's weights, wherever they are stored: a few thousandths of the weights' bytes."""
-        found = [target.piece.scales for target in targets if target.piece.scales is not None]
+        found = {target.piece.scales for target in targets if target.piece.scales is not None}
         values: _ScalesOf = {}
         for scales in sorted(found, key=lambda scales: (scales.part.file.name, scales.part.begin)):
             self._progress(0)
@@ -127,23 +148,27 @@ class Reader:
         """Gives, from time to time, up to where the file was read."""
         for target in targets:
             file, begin, nbytes_all, _ = target.part
+            taker, *others = target.takers
             for done in range(0, nbytes_all, self._chunk_bytes):
                 self._progress(0)
                 nbytes = min(self._chunk_bytes, nbytes_all - done)
                 try:
-                    target.device.read_into(target.address + done, file.fd, begin + done, nbytes)
+                    taker.device.read_into(taker.address + done, file.fd, begin + done, nbytes)
                 except OSError as error:
                     raise _unreadable(file, error) from None
+                for other in others:
+                    other.device.copy(other.address + done, taker.address + done, nbytes)
                 self._count(file, nbytes)
             yield target.end
 
     def _read_converted(
-        self, targets: Iterable[_Target], scales: _ScalesOf, ahead: ThreadPoolExecutor
+        self, targets: Sequence[_Target], scales: _ScalesOf, ahead: ThreadPoolExecutor
     ) -> Iterator[int]:
         """Likewise. The next chunk is read `ahead` while one is converted."""
-        staging = np.empty((2, self._staging_bytes), np.uint8)
+        staging_bytes = max(self._staging_bytes, *(target.unit for target in targets))
+        staging = np.empty((2, staging_bytes), np.uint8)
         reading: list[tuple[list[_Span], NDArray[np.uint8], Future[None]]] = []
-        for number, chunk in enumerate(_chunks(targets, self._staging_bytes)):
+        for number, chunk in enumerate(_chunks(targets, staging_bytes)):
             self._progress(0)
             raw = staging[number % 2, : chunk[-1].end - chunk[0].begin]
             reading.append((chunk, raw, ahead.submit(_read_into, chunk[0].target.part.file, chunk[0].begin, raw)))
@@ -171,12 +196,12 @@ def _chunks(targets: Iterable[_Target], nbytes_max: int) -> Iterator[list[_Span]
     chunk: list[_Span] = []
     room = nbytes_max
     for target in targets:
-        size, at = STORED_BYTES[target.part.dtype], target.part.begin
+        unit, at = target.unit, target.part.begin
         while at < target.end:
-            if chunk and (chunk[-1].end != at or room < size):
+            if chunk and (chunk[-1].end != at or room < unit):
                 yield chunk
                 chunk, room = [], nbytes_max
-            end = min(target.end, at + room // size * size)
+            end = min(target.end, at + room // unit * unit)
             chunk.append(_Span(target, at, end))
             room -= end - at
             at = end
@@ -185,16 +210,36 @@ def _chunks(targets: Iterable[_Target], nbytes_max: int) -> Iterator[list[_Span]
 
 
 def _convert(span: _Span, raw: memoryview, scales: _ScalesOf) -> None:
-    piece, served, device, address = span.target
-    size = STORED_BYTES[piece.part.dtype]
+    piece, served, takers = span.target
+    size, width = STORED_BYTES[piece.part.dtype], DTYPE_BYTES[served]
     first, count = (span.begin - piece.part.begin) // size, len(raw) // size
-    with device.fill(address + first * DTYPE_BYTES[served], count * DTYPE_BYTES[served]) as out:
-        if piece.scales is None:
-            convert(raw, piece.part.dtype, served, out)
-        elif not dequantize(raw, first, piece.scales, scales[piece.scales.part], served, out):
-            raise CheckpointError(
-                f"{piece.part.file.name}: tensor {piece.name!r:.200} has a weight that is not a number"
-            )
+    if len(takers) == 1 and takers[0].columns is None:
+        with takers[0].device.fill(takers[0].address + first * width, count * width) as out:
+            _convert_into(out, piece, first, raw, served, scales)
+        return
+    served_raw = np.frombuffer(raw, np.uint8)
+    if piece.scales is not None or (piece.part.dtype, served) not in SAME:
+        served_raw = np.empty(count * width, np.uint8)
+        _convert_into(served_raw.data, piece, first, raw, served, scales)
+    for taker in takers:
+        _give(taker, first, served_raw, width)
+
+
+def _convert_into(out: memoryview, piece: Piece, first: int, raw: memoryview, served: Dtype, scales: _ScalesOf) -> None:
+    """Convert the elements in `raw`, of which the first is number `first` of the piece's."""
+    if piece.scales is None:
+        convert(raw, piece.part.dtype, served, out)
+    elif not dequantize(raw, piece.first + first, piece.scales, scales[piece.scales.part], served, out):
+        raise CheckpointError(f"{piece.part.file.name}: tensor {piece.name!r:.200} has a weight that is not a number")
+
+
+def _give(taker: _Taker, first: int, raw: NDArray[np.uint8], width: int) -> None:
+    """Bring what the taker wants of served elements of `width` bytes, the first of which is number `first` of the
+    part's, to its place."""
+    begin, end, of = taker.columns or ColumnRange(0, 1, 1)
+    rows = raw.reshape(-1, of * width)[:, begin * width : end * width]
+    with taker.device.fill(taker.address + first // of * rows.shape[1], rows.size) as out:
+        np.frombuffer(out, np.uint8).reshape(rows.shape)[:] = rows
 
 
 def _read_into(file: TensorFile, begin: int, raw: NDArray[np.uint8]) -> None:

@@ -19,7 +19,7 @@ Phase = Literal[
     "vacating", "copying", "staged", "committed", "releasing", "released", "aborting", "aborted", "failed"
 ]  # scaler.TransitionStatus has them, and `flipped`, which only the bus knows
 
-VERSION = 6  # of the serialized form
+VERSION = 7  # of the serialized form
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):

@@ -131,8 +131,6 @@ def _steps(layout: Layout, seating: Seating, sizes: Sizes, lost: set[str]) -> li
 
 def _common(layout: Layout, seating: Seating, sizes: Sizes, experts: list[RecordCopy]) -> list[RecordCopy]:
     """Copies of base and layers to the joining seats, from holders of the same tp index, beside those of `experts`."""
-    records = [(RecordKey("base"), sizes.base)]
-    records += [(RecordKey("layer", layer), nbytes) for layer, nbytes in enumerate(sizes.layers)]
     busy: Counter[str] = Counter()
     for copy in experts:
         busy[copy.source] += sizes.of(copy.key)
@@ -142,6 +140,8 @@ def _common(layout: Layout, seating: Seating, sizes: Sizes, experts: list[Record
         joiners = [seat.device for seat in seating.joining if seat.rank.tp == tp]
         if joiners:
             sources = [seat.device for seat in holders if seat.rank.tp == tp]
+            records = [(RecordKey("base", shard=tp), sizes.base)]
+            records += [(RecordKey("layer", layer, shard=tp), nbytes) for layer, nbytes in enumerate(sizes.layers)]
             copies += spread_common(records, sources, joiners, busy)
     return copies
 

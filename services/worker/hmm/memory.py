@@ -74,9 +74,11 @@ class RankMemory:
     `revision`: of the latest goal that was reached.
     """
 
-    def __init__(self, reply: AttachReply, fds: list[int], device: str, slot: int, handed: Iterable[Handed]) -> None:
+    def __init__(
+        self, reply: AttachReply, fds: list[int], device: str, slot: int, handed: Iterable[Handed], tp_index: int = 0
+    ) -> None:
         """Map what `reply` and the messages `handed` say, the last of which is a SeatMemory; all descriptors are closed
-        and their lists emptied.
+        and their lists emptied. `tp_index`: whose shards of base and layers they are.
 
         Raises DeviceError for a hand-over that breaks the device's rules, ProtocolError (version_mismatch for memory
         that means something else to this version), ElasticMoEError missing_record; nothing stays mapped or open then.
@@ -95,6 +97,7 @@ class RankMemory:
         self.doorbells: dict[int, int] = {}
         self.routings: dict[int, Routing] = {}
         self._slot = slot
+        self._shard = tp_index
         self._records: dict[RecordKey, _Mapping] = {}
         self._kv: list[_Mapping] = []
         self._geometry = reply.kv_geometry
@@ -311,14 +314,14 @@ class RankMemory:
 
     def _wrap(self) -> RankWeights:
         spec = self.spec
-        base = self._wrap_record(RecordKey("base"))
-        layers = [self._wrap_record(RecordKey("layer", layer)) for layer in range(spec.num_layers)]
+        base = self._wrap_record(RecordKey("base", shard=self._shard))
+        layers = [self._wrap_record(RecordKey("layer", layer, shard=self._shard)) for layer in range(spec.num_layers)]
         experts = [self._wrap_experts(layer) for layer in range(spec.num_layers)]
         return RankWeights(spec, base, layers, experts, self.kv)
 
     def _wrap_kv(self) -> torch.Tensor:
         """One strided tensor over all blocks that the range has room for, mapped or not."""
-        spec, block, kv = self.spec, self._geometry, self.spec.attention.kv
+        spec, block, kv = self.spec, self._geometry, self.spec.rank_attention.kv
         shape = (spec.num_layers, kv.planes, kv.heads, block.block_size, kv.width)
         stride, count = block.block_stride, self._kv_range.nbytes // block.block_stride
         return self.device.wrap(

@@ -43,7 +43,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     fence = Fence(config.state_dir, f"rank-{seat.slot}")
     failpoint("rank.attach")
     reply, fds = hmm.attach()
-    memory = RankMemory(reply, fds, seat.device, seat.slot, hmm.handed())
+    memory = RankMemory(reply, fds, seat.device, seat.slot, hmm.handed(), seat.rank.tp)
     attached = clock.monotonic()
     bus = memory.bus
     barrier = ShmBarrier(bus, memory.doorbells, seat.slot)
