@@ -42,12 +42,12 @@ class Seat(msgspec.Struct, frozen=True):
         return DeviceId.parse(self.device).host
 
 
-Compute = Literal["host", "torch", "triton"]
+Compute = Literal["host", "torch", "triton", "torch_npu"]
 """Names of the compute backends (services/worker/backends)."""
 
 COMPUTES: Final[dict[str, tuple[Compute, ...]]] = {
     "host": ("host", "torch"),
-    "npu": ("torch",),
+    "npu": ("torch", "torch_npu"),
     "cuda": ("torch", "triton"),
 }
 """What computes on devices, by the backend that these are of; the first is what `auto` means there."""

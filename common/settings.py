@@ -130,12 +130,12 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = "bfloat16"
     compute: Annotated[
         str,
-        Meta(pattern=r"^(auto|host|torch|triton)\Z"),
+        Meta(pattern=r"^(auto|host|torch|triton|torch_npu)\Z"),
         _is(
             "What computes the steps: `host`, the kernels of this package, on `host:N` alone; `torch`, plain torch "
-            "operations, a slow reference on any device; `triton`, kernels for `cuda`; `auto`: what is best for the "
-            "devices",
-            form="`auto`, `host`, `torch`, `triton`",
+            "operations, a slow reference on any device; `triton`, kernels for `cuda`; `torch_npu`, the vendor's "
+            "operators for `npu`; `auto`: what is proven on the devices",
+            form="`auto`, `host`, `torch`, `triton`, `torch_npu`",
         ),
     ] = "auto"
     exchange: Annotated[

@@ -22,17 +22,24 @@ OWN = Path("~/.cache/elasticmoe-tests")  # the home is another one in some tests
 
 
 class Headers(NamedTuple):
-    """Where a vendor's declarations come from: `requirement`, of which the members under `prefix` are taken."""
+    """Where a vendor's declarations come from: `requirement`, of which the members under `prefix` are taken into a
+    folder of `name`."""
 
     requirement: str
     prefix: str
     includes: tuple[str, ...]
+    name: str = ""
 
 
 ASCEND = Headers(
     "torch-npu==2.13.0",
     "torch_npu/include/third_party/acl/inc/",
     ("torch_npu/include/third_party/acl/inc", "torch_npu/include/third_party/acl/inc/acl"),
+)
+OPERATORS_FILE = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
+OPERATORS = tuple(
+    Headers(f"torch-npu=={version}", OPERATORS_FILE, (OPERATORS_FILE,), "-operators")
+    for version in ("2.13.0", "2.12.0.post2")
 )
 CUDA = Headers("nvidia-cuda-runtime==13.3.29", "nvidia/cu13/include/cuda.h", ("nvidia/cu13/include",))
 
@@ -57,15 +64,15 @@ def _is_writable(folder: Path) -> bool:
 
 
 def headers(wanted: Headers) -> list[Path]:
-    """Folders to include. Skips the test that asks, with the reason, where they cannot be fetched."""
-    with made_once(f"vendor/{wanted.requirement.replace('==', '-')}") as (folder, is_new):
+    """Folders to include, or files to read. Skips the test that asks, with the reason, where they cannot be fetched."""
+    with made_once(f"vendor/{wanted.requirement.replace('==', '-')}{wanted.name}") as (folder, is_new):
         if is_new:
             _fetch(wanted, folder)
     return [folder / part for part in wanted.includes]
 
 
 def _fetch(wanted: Headers, folder: Path) -> None:
-    download = folder.with_suffix(".download")
+    download = folder.with_name(f"{folder.name}.download")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(download), wanted.requirement]
     try:
@@ -76,7 +83,7 @@ def _fetch(wanted: Headers, folder: Path) -> None:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         pytest.skip(f"the declarations of {wanted.requirement} cannot be fetched: {last}")
     (wheel,) = download.glob("*.whl")
-    part = folder.with_suffix(".part")
+    part = folder.with_name(f"{folder.name}.part")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(part, [name for name in archive.namelist() if name.startswith(wanted.prefix)])
     wheel.unlink()

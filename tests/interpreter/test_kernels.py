@@ -10,7 +10,7 @@ import torch
 
 from elasticmoe.common.devices.factory import open_device
 from elasticmoe.common.devices.rules import ProcessRules
-from elasticmoe.common.model_spec import MoeSpec
+from elasticmoe.common.model_spec import AttentionSpec, MoeSpec, RopeSpec
 from elasticmoe.services.worker.backends.accelerator.triton_kernels import kernel_set
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.kernel_set import AttentionTile
 from elasticmoe.services.worker.backends.factory import open_backend
@@ -52,6 +52,23 @@ def test_slots_of_absent_experts_are_not_touched() -> None:
 def _feed_forward(x_RH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
     gate_RI, up_RI = (x_RH @ w13.T).chunk(2, 1)
     return (torch.nn.functional.silu(gate_RI) * up_RI) @ w2.T
+
+
+def test_splits_in_which_all_scores_are_minus_infinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them, before one that has others: they count nothing, and the row is what the later keys make of it."""
+    monkeypatch.setattr(kernel_set, "SPLIT", 16)
+    monkeypatch.setattr(kernel_set, "TILES", {planes: AttentionTile(16, 16, 4) for planes in (1, 2)})
+    spec = AttentionSpec(2, 1, 16, RopeSpec(1e4, 2), 1.0)
+    x_NW = random(41, 64)
+    x_NW[:, :32] = 1e20  # queries
+    x_NW[:, 34:48] = 0.0  # keys, but for the two elements that rotate
+    x_NW[:32, 47] = -1e20
+    x_NW[:, 32:34] = 0.0
+    kept, want = (
+        Layer(backend, spec, "float32").run([(0, 41, list(range(11)))], x_NW) for backend in ("triton", "host")
+    )
+    assert torch.isfinite(kept[32:]).all()
+    torch.testing.assert_close(kept[32:], want[32:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["grouped", "latent, odd"])

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elasticmoe.services.worker.backends.accelerator.batch import SentFields, expert_tiles, query_tiles
+from elasticmoe.services.worker.backends.accelerator.batch import SentFields
+from elasticmoe.services.worker.backends.accelerator.triton_kernels.tiles import expert_tiles, query_tiles
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 

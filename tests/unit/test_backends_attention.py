@@ -142,7 +142,10 @@ def test_backends_nearly_agree(spec: AttentionSpec | LatentAttentionSpec, dtype:
 @pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("planes", [1, 2])
 def test_whole_numbers_of_one_plane_or_two(name: str, planes: int) -> None:
-    backend, cache = open_backend(name), Cache(KvShape(planes, 1, 10 // planes), "float32")
+    check_whole_numbers(open_backend(name), Cache(KvShape(planes, 1, 10 // planes), "float32"))
+
+
+def check_whole_numbers(backend: ComputeBackend, cache: Cache) -> None:
     kv_NE = torch.randint(0, 65_521, (6, 10), generator=torch.Generator().manual_seed(1)).float()
     out_NE = backend.empty(6, 10)
     step = backend.check_batch(Batch([BatchPart([0] * 6, 0, [3, 5], 0)], BLOCK_SIZE), cache.cache)

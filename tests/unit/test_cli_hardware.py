@@ -79,7 +79,10 @@ def test_a_setting_that_names_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     ("flag", "kinds", "devices"),
-    [("compute", Compute, {"triton": "cuda:0"}), ("exchange", ExchangeKind, {"mailbox": "cuda:0"})],
+    [
+        ("compute", Compute, {"triton": "cuda:0", "torch_npu": "npu:0"}),
+        ("exchange", ExchangeKind, {"mailbox": "cuda:0"}),
+    ],
 )
 def test_every_kind_can_be_asked_for_by_flag_and_by_setting(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, kinds: object, devices: dict[str, str]

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
+from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec, MoeSpec, RopeSpec
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
@@ -116,6 +116,10 @@ class ComputeBackend(ABC):
         """Block until all that was queued is done. Not called where `is_synchronous`."""
 
     # ---- a step
+
+    def check_model(self, spec: ModelSpec, block_size: int) -> None:  # noqa: B027 - most compute every model
+        """Raises ConfigError no_compute for a model, or blocks of KV of `block_size` tokens, that it does not compute.
+        Asked before operations are made."""
 
     @abstractmethod
     def check_batch(self, batch: Batch, cache: KvCache) -> StepBatch:

@@ -36,6 +36,7 @@ class Decoder:
 
     def __init__(self, backend: ComputeBackend, weights: RankWeights, max_tokens: int) -> None:
         spec = weights.spec
+        backend.check_model(spec, weights.kv.geometry.block_size)
         self.backend = backend
         self.times = StepTimes(0, 0, 0)
         self._weights = weights

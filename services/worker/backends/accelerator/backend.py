@@ -4,7 +4,7 @@ Activations are float32, weights and KV as they are stored. Nothing waits but wh
 allocates its buffers when it is made, looks at host memory alone, and is queued. What has no kernel here is exact in
 any order (rows copied, numbers cut, whole numbers added).
 
-Shape suffixes: as in base.py; X heads, Y elements of a head, U elements of a latent, L positions, T tiles.
+Shape suffixes: as in base.py; X heads, Y elements of a head, U elements of a latent, P planes x heads of the cache.
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ from typing import Final
 
 import torch
 
-from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
+from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec, MoeSpec, RopeSpec
 from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, SentFields
 from elasticmoe.services.worker.backends.accelerator.experts import Experts
-from elasticmoe.services.worker.backends.accelerator.kernels import Kernels
+from elasticmoe.services.worker.backends.accelerator.kernels import (
+    Kernels,
+    Norm,
+    PagedAttention,
+    Product,
+    RopeTable,
+    Rotation,
+    Route,
+)
 from elasticmoe.services.worker.backends.accelerator.whole_numbers import WholeNumbers
 from elasticmoe.services.worker.backends.base import BatchOperation, Mirror, Operation
 from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend
@@ -33,7 +41,11 @@ class AcceleratorBackend(TensorBackend):
         super().__init__(tell_waiting, device)
         self.name = kernels.name
         self._kernels: Final = kernels
-        self._transfers: Final = {name: SentFields(device) for name in ("batch", "tiles")}
+        self._transfers: Final = {name: SentFields(device) for name in ("batch", "attention", "stored", "read")}
+
+    def check_model(self, spec: ModelSpec, block_size: int) -> None:
+        """See ComputeBackend."""
+        self._kernels.check_model(spec, block_size)
 
     def mirror(self, *shape: int, dtype: torch.dtype = torch.float32) -> Mirror:
         """See ComputeBackend. The host's side is pinned, so that copies run beside the host."""
@@ -72,11 +84,22 @@ class AcceleratorBackend(TensorBackend):
     ) -> Operation:
         """See ComputeBackend."""
         self._check_linear(x_NH, w_WH, out_NW, bias_W)
+        return self._product(x_NH, w_WH, out_NW, bias=bias_W, accumulate=accumulate)
 
-        def run(n: int) -> None:
-            self._kernels.product(x_NH, w_WH, out_NW, n, bias_W=bias_W, accumulate=accumulate)
-
-        return run
+    def _product(
+        self,
+        x_NH: torch.Tensor,
+        w_WH: torch.Tensor,
+        out_NW: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        row_gate: torch.Tensor | None = None,
+        is_gated: bool = False,
+        accumulate: bool = False,
+    ) -> Operation:
+        """Of one head."""
+        product = Product(x_NH[:, None], w_WH[None], out_NW[:, None], bias, row_gate, is_gated, accumulate)
+        return lambda n: self._kernels.product(product, n)
 
     def rms_norm(
         self,
@@ -88,35 +111,23 @@ class AcceleratorBackend(TensorBackend):
     ) -> Operation:
         """See ComputeBackend."""
         self._check_norm(weight_H, x_NH, out_NH, *([] if delta_NH is None else [delta_NH]))
-        x_N1H, out_N1H = x_NH[:, None], out_NH[:, None]
         delta_N1H = None if delta_NH is None else delta_NH[:, None]
-
-        def run(n: int) -> None:
-            self._kernels.norm(x_N1H, delta_N1H, weight_H, eps, out_N1H, n, keeps_sum=delta_N1H is not None)
-
-        return run
+        norm = Norm(x_NH[:, None], delta_N1H, weight_H, eps, out_NH[:, None], keeps_sum=delta_NH is not None)
+        return lambda n: self._kernels.norm(norm, n)
 
     def final_norm(
         self, x_NH: torch.Tensor, delta_NH: torch.Tensor, weight_H: torch.Tensor, eps: float, out_MH: torch.Tensor
     ) -> BatchOperation:
         """See ComputeBackend."""
         self._check_norm(weight_H, x_NH, delta_NH, out_MH)
-        x_N1H, delta_N1H, out_M1H = x_NH[:, None], delta_NH[:, None], out_MH[:, None]
-
-        def run(step: AcceleratorBatch) -> None:
-            self._kernels.norm(x_N1H, delta_N1H, weight_H, eps, out_M1H, step.num_logits, rows_N=step.logit_rows)
-
-        return run
+        norm = Norm(x_NH[:, None], delta_NH[:, None], weight_H, eps, out_MH[:, None])
+        return lambda step: self._kernels.norm(norm, step.num_logits, step.logit_rows)
 
     def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
-        frequencies = inverse_frequencies(rope).to(self.device)
         self._check_rows(out_ND, rope.dims)
-
-        def run(step: AcceleratorBatch) -> None:
-            self._kernels.rope_table(step.positions, frequencies, rope.amplitude, out_ND, step.num_rows)
-
-        return run
+        table = RopeTable(inverse_frequencies(rope).to(self.device), rope.amplitude, out_ND)
+        return lambda step: self._kernels.rope_table(table, step)
 
     def store_kv(
         self,
@@ -131,32 +142,38 @@ class AcceleratorBackend(TensorBackend):
         self._check_store_kv(spec, qkv_NC, rope_ND, norms)
         dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
         qkv_NXY = qkv_NC.view(-1, heads + 2 * kv_heads, dim)
-        turned_NXD = qkv_NXY[:, : heads + kv_heads, : spec.rope.dims]
+        rotation = self._rotation(qkv_NXY[:, : heads + kv_heads, : spec.rope.dims], rope_ND, spec.rope)
         parts = qkv_NC[:, : heads * dim], qkv_NC[:, heads * dim : (heads + kv_heads) * dim]
-        normed = [part.view(len(part), -1, len(norm)) for part, norm in zip(parts, norms or (), strict=False)]
+        normed = [
+            self._norm_in_place(part.view(len(part), -1, len(norm)), norm, eps)
+            for part, norm in zip(parts, norms or (), strict=False)
+        ]
+        kv_NPY = qkv_NXY[:, heads:]
 
         def run(step: AcceleratorBatch) -> None:
             n = step.num_rows
-            for part_NXY, norm in zip(normed, norms or (), strict=True):
-                self._kernels.norm(part_NXY, None, norm, eps, part_NXY, n)
+            for norm in normed:
+                self._kernels.norm(norm, n)
             if spec.clip:
                 qkv_NC[:n].clamp_(-spec.clip, spec.clip)
-            self._kernels.rotate(turned_NXD, rope_ND, n, interleaved=spec.rope.interleaved)
-            self._kernels.store(qkv_NXY[:, heads:], step.kv[:, layer], step.blocks, step.places, n)
+            self._kernels.rotate(rotation, n)
+            self._kernels.store(kv_NPY, layer, step)
 
         return run
+
+    def _norm_in_place(self, x_NXY: torch.Tensor, weight_Y: torch.Tensor, eps: float) -> Norm:
+        return Norm(x_NXY, None, weight_Y, eps, x_NXY)
+
+    def _rotation(self, turned_NXD: torch.Tensor, rope_ND: torch.Tensor, rope: RopeSpec) -> Rotation:
+        return Rotation(turned_NXD, rope_ND, rope.amplitude, rope.interleaved)
 
     def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOperation:
         """See ComputeBackend."""
         self._check_attention(spec, qkv_NC, out_NO)
         dim, heads = spec.head_dim, spec.num_heads
-        each = self._kernels.queries_per_tile(heads // spec.num_kv_heads, spec.kv.planes)
         q_NXY, out_NXY = qkv_NC[:, : heads * dim].view(-1, heads, dim), out_NO.view(-1, heads, dim)
-
-        def run(step: AcceleratorBatch) -> None:
-            self._kernels.attend(q_NXY, step.kv[:, layer], dim, spec.scale, step.queries(each), out_NXY)
-
-        return run
+        attention = PagedAttention(q_NXY, layer, dim, spec.scale, out_NXY)
+        return lambda step: self._kernels.attend(attention, step)
 
     def store_latent(
         self,
@@ -171,14 +188,14 @@ class AcceleratorBackend(TensorBackend):
         """See ComputeBackend."""
         self._check_store_latent(spec, q_NQ, kv_NC, rope_ND, norm)
         turned = q_NQ.view(len(q_NQ), spec.num_heads, -1)[..., spec.nope_dim :], kv_NC[:, None, spec.kv_rank :]
-        kv_N1C, latent_N1U = kv_NC[:, None], kv_NC[:, None, : spec.kv_rank]
+        rotations = [self._rotation(turned_NXD, rope_ND, spec.rope) for turned_NXD in turned]
+        kv_N1C, normed = kv_NC[:, None], self._norm_in_place(kv_NC[:, None, : spec.kv_rank], norm, eps)
 
         def run(step: AcceleratorBatch) -> None:
-            n = step.num_rows
-            for turned_NXD in turned:
-                self._kernels.rotate(turned_NXD, rope_ND, n, interleaved=spec.rope.interleaved)
-            self._kernels.norm(latent_N1U, None, norm, eps, latent_N1U, n)
-            self._kernels.store(kv_N1C, step.kv[:, layer], step.blocks, step.places, n)
+            for rotation in rotations:
+                self._kernels.rotate(rotation, step.num_rows)
+            self._kernels.norm(normed, step.num_rows)
+            self._kernels.store(kv_N1C, layer, step)
 
         return run
 
@@ -188,19 +205,20 @@ class AcceleratorBackend(TensorBackend):
         """See ComputeBackend."""
         self._check_latent_attention(spec, q_NQ, kv_b, out_NO)
         heads, rank, nope = spec.num_heads, spec.kv_rank, spec.nope_dim
-        each = self._kernels.queries_per_tile(heads, spec.kv.planes)
         q_NXY, out_NXY = q_NQ.view(len(q_NQ), heads, -1), out_NO.view(-1, heads, spec.v_dim)
         turned_NXW = self.empty(len(q_NQ), heads, spec.kv.width)
         taken_NXU = self.empty(len(q_NQ), heads, rank)
-        to_keys_XUY = kv_b.view(heads, -1, rank)[:, :nope].transpose(1, 2)
-        to_values_XYU = kv_b.view(heads, -1, rank)[:, nope:]
+        kv_b_XYU = kv_b.view(heads, -1, rank)
+        to_keys = Product(q_NXY[..., :nope], kv_b_XYU[:, :nope].transpose(1, 2), turned_NXW[..., :rank])
+        to_values = Product(taken_NXU, kv_b_XYU[:, nope:], out_NXY)
+        attention = PagedAttention(turned_NXW, layer, rank, spec.scale, taken_NXU)
 
         def run(step: AcceleratorBatch) -> None:
             n = step.num_rows
-            self._kernels.head_products(q_NXY[..., :nope], to_keys_XUY, turned_NXW[..., :rank], n)
+            self._kernels.product(to_keys, n)
             turned_NXW[:n, :, rank:] = q_NXY[:n, :, nope:]
-            self._kernels.attend(turned_NXW, step.kv[:, layer], rank, spec.scale, step.queries(each), taken_NXU)
-            self._kernels.head_products(taken_NXU, to_values_XYU, out_NXY, n)
+            self._kernels.attend(attention, step)
+            self._kernels.product(to_values, n)
 
         return run
 
@@ -216,10 +234,11 @@ class AcceleratorBackend(TensorBackend):
         """See ComputeBackend."""
         self._check_route(x_NH, gate_EH, bias_E, moe, ids_NK, weights_NK)
         logits_NE = self.empty(len(x_NH), moe.num_experts)
+        product, route = self._product(x_NH, gate_EH, logits_NE), Route(logits_NE, bias_E, moe, ids_NK, weights_NK)
 
         def run(n: int) -> None:
-            self._kernels.product(x_NH, gate_EH, logits_NE, n)
-            self._kernels.route(logits_NE, bias_E, moe, ids_NK, weights_NK, n)
+            product(n)
+            self._kernels.route(route, n)
 
         return run
 
@@ -243,12 +262,8 @@ class AcceleratorBackend(TensorBackend):
         """See ComputeBackend."""
         self._check_feed_forward(x_NH, w13, w2, width, out_NH)
         middle_NI = self.empty(len(x_NH), width)
-
-        def run(n: int) -> None:
-            self._kernels.gated_product(x_NH, w13, middle_NI, n)
-            self._kernels.product(middle_NI, w2, out_NH, n)
-
-        return run
+        products = self._product(x_NH, w13, middle_NI, is_gated=True), self._product(middle_NI, w2, out_NH)
+        return _one_after_another(*products)
 
     def shared_experts(
         self,
@@ -265,14 +280,12 @@ class AcceleratorBackend(TensorBackend):
             self._check(gate_1H, (1, x_NH.shape[1]), torch.float32)
         middle_NI = self.empty(len(x_NH), width)
         gate_N1 = None if gate_1H is None else self.empty(len(x_NH), 1)
-
-        def run(n: int) -> None:
-            if gate_1H is not None and gate_N1 is not None:
-                self._kernels.product(x_NH, gate_1H, gate_N1, n)
-            self._kernels.gated_product(x_NH, w13, middle_NI, n)
-            self._kernels.product(middle_NI, w2, out_NH, n, row_gate_N=gate_N1, accumulate=True)
-
-        return run
+        gates = [] if gate_1H is None or gate_N1 is None else [self._product(x_NH, gate_1H, gate_N1)]
+        return _one_after_another(
+            *gates,
+            self._product(x_NH, w13, middle_NI, is_gated=True),
+            self._product(middle_NI, w2, out_NH, row_gate=gate_N1, accumulate=True),
+        )
 
     # ---- other models'
 
@@ -286,9 +299,16 @@ class AcceleratorBackend(TensorBackend):
         mix = WholeNumbers(modulus, base, self.device)
 
         def run(step: AcceleratorBatch) -> None:
-            n, planes = step.num_rows, step.kv.shape[2]
-            kv_NPW = kv_NE.view(-1, planes, width // planes)
-            self._kernels.store(kv_NPW, step.kv[:, layer], step.blocks, step.places, n)
+            planes = step.kv.shape[2]
+            self._kernels.store(kv_NE.view(-1, planes, width // planes), layer, step)
             mix.run(step, layer, out_NE)
 
         return run
+
+
+def _one_after_another(*operations: Operation) -> Operation:
+    def run(n: int) -> None:
+        for operation in operations:
+            operation(n)
+
+    return run

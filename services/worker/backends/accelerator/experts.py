@@ -1,6 +1,6 @@
 """Products of a step's rows with the experts that this rank holds, by the experts' slots.
 
-Shape suffixes: E experts, R rows for the own experts, H hidden, I expert width, T tiles.
+Shape suffixes: E experts, R rows for the own experts, H hidden, I expert width.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from elasticmoe.services.worker.backends.accelerator.batch import SentFields, expert_tiles
-from elasticmoe.services.worker.backends.accelerator.kernels import Kernels
+from elasticmoe.services.worker.backends.accelerator.batch import SentFields
+from elasticmoe.services.worker.backends.accelerator.kernels import Kernels, RowGroups
 
 
 class Experts:
@@ -25,11 +25,11 @@ class Experts:
         if not len(rows_RH):
             return
         device = self._w13_E.device
-        tiles = expert_tiles(counts_E.numpy().astype(np.int32), self._kernels.rows_per_tile)
-        tiles_T3 = self._transfer.send({"tiles": tiles.reshape(-1)})["tiles"].view(-1, 3)
+        counts = counts_E.numpy().astype(np.int32)
+        groups = RowGroups(counts, self._transfer.send(self._kernels.group_fields(counts)))
         x_RH = rows_RH.to(device, non_blocking=True)
         middle_RI = torch.empty(len(rows_RH), self._w2_E.shape[2], device=device)
         out_RH = torch.empty_like(x_RH)
-        self._kernels.expert_products(x_RH, self._w13_E, middle_RI, tiles_T3, gated=True)
-        self._kernels.expert_products(middle_RI, self._w2_E, out_RH, tiles_T3, gated=False)
+        self._kernels.expert_products(x_RH, self._w13_E, middle_RI, groups, is_gated=True)
+        self._kernels.expert_products(middle_RI, self._w2_E, out_RH, groups, is_gated=False)
         rows_RH.copy_(out_RH, non_blocking=True)

@@ -1,115 +1,128 @@
 """The kernels that differ by vendor, as the accelerator backend asks for them.
 
-All are queued and none waits. N is the number of rows to compute; tensors may have more. A row's result depends on that
-row, its KV and the weights alone, bit by bit (ADR 33).
+What a kernel reads and writes is a record, made once with the operation; a step adds the number of rows, or its batch.
+All is queued and nothing waits. N is the number of rows to compute; tensors may have more. What a vendor's kernels
+promise of a row's bits, its own module says (ADR 33, ADR 37).
 
-Shape suffixes: as in base.py; X heads, Y elements of a head, P planes x heads of the cache, T tiles.
+Shape suffixes: as in base.py; X heads, Y elements of a head, P planes x heads of the cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 
-from elasticmoe.common.model_spec import MoeSpec
+from elasticmoe.common.model_spec import ModelSpec, MoeSpec
+from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, Ints
 
 
-class Queries(NamedTuple):
-    """What attention reads of a step: `tiles` int32 [T, 4] first row, rows, first position and where the sequence's
-    blocks begin in `block_ids`; `positions` int32 [N]; `longest`: tokens of the longest sequence; `first_rows`: the
-    tiles' first rows, and N, for the host."""
+class Product(NamedTuple):
+    """out [N, X, W] (+)= (x [N, X, H] · w [X, W, H] + bias [W]) for each head by itself, of each row times the sigmoid
+    of its gate [N, 1], where there is one. `w` may have any strides. `is_gated`: out = silu(x · w1) * (x · w3), the
+    halves of w, which has 2 W columns then."""
 
-    tiles: torch.Tensor
-    block_ids: torch.Tensor
-    positions: torch.Tensor
-    num_rows: int
-    longest: int
-    first_rows: list[int]
+    x: torch.Tensor
+    w: torch.Tensor
+    out: torch.Tensor
+    bias: torch.Tensor | None = None
+    row_gate: torch.Tensor | None = None
+    is_gated: bool = False
+    accumulate: bool = False
+
+
+class Norm(NamedTuple):
+    """out = x / rms(x) * weight over the last dimension of [N, X, Y], x + delta for x where there is one, which x
+    becomes where `keeps_sum`."""
+
+    x: torch.Tensor
+    delta: torch.Tensor | None
+    weight: torch.Tensor
+    eps: float
+    out: torch.Tensor
+    keeps_sum: bool = False
+
+
+class RopeTable(NamedTuple):
+    """out [N, D] = what `Rotation` needs of each row's position: cosines and sines of its frequencies' angles."""
+
+    frequencies: torch.Tensor
+    amplitude: float
+    out: torch.Tensor
+
+
+class Rotation(NamedTuple):
+    """Rotate pairs of x [N, X, D] in place by a table of RopeTable, whose `amplitude` is this one."""
+
+    x: torch.Tensor
+    table: torch.Tensor
+    amplitude: float
+    is_interleaved: bool
+
+
+class PagedAttention(NamedTuple):
+    """out [N, X, value_width] = causal attention of the queries [N, X, Y] to the cache of `layer`. Keys are in plane 0;
+    values in plane 1, or the first `value_width` elements of the keys where there is one plane."""
+
+    q: torch.Tensor
+    layer: int
+    value_width: int
+    scale: float
+    out: torch.Tensor
+
+
+class Route(NamedTuple):
+    """See ComputeBackend.route; from logits [N, E]."""
+
+    logits: torch.Tensor
+    bias: torch.Tensor | None
+    moe: MoeSpec
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+class RowGroups(NamedTuple):
+    """Rows [R, H] sorted by expert: on the host how many each has, on the device what `group_fields` made of that."""
+
+    counts: Ints
+    sent: Mapping[str, torch.Tensor]
 
 
 class Kernels(Protocol):
     """One vendor's."""
 
     name: str
-    rows_per_tile: int
-    """Of a group of rows that meet the same expert's weights."""
 
-    def queries_per_tile(self, heads_per_kv: int, planes: int) -> int:
-        """How many positions of a sequence one tile of attention holds, for a cache of so many planes."""
+    def check_model(self, spec: ModelSpec, block_size: int) -> None:
+        """Raises ConfigError no_compute for a model that these kernels do not compute."""
 
-    def product(
-        self,
-        x_NH: torch.Tensor,
-        w_WH: torch.Tensor,
-        out_NW: torch.Tensor,
-        n: int,
-        *,
-        bias_W: torch.Tensor | None = None,
-        row_gate_N: torch.Tensor | None = None,
-        accumulate: bool = False,
-    ) -> None:
-        """out (+)= (x · w + bias), of each row times the sigmoid of its gate, where there is one."""
+    def product(self, product: Product, n: int) -> None:
+        """See Product."""
 
-    def gated_product(self, x_NH: torch.Tensor, w13: torch.Tensor, out_NI: torch.Tensor, n: int) -> None:
-        """out = silu(x · w1) * (x · w3), the halves of w13."""
-
-    def head_products(self, x_NXY: torch.Tensor, w_XWY: torch.Tensor, out_NXW: torch.Tensor, n: int) -> None:
-        """out = x · w for each head by itself; `w` of any strides."""
+    def group_fields(self, counts: Ints) -> Mapping[str, Ints]:
+        """What `expert_products` needs on the device of how many rows each expert has."""
 
     def expert_products(
-        self, x_RH: torch.Tensor, w_EWH: torch.Tensor, out_RW: torch.Tensor, tiles_T3: torch.Tensor, *, gated: bool
+        self, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, groups: RowGroups, *, is_gated: bool
     ) -> None:
-        """out = x · w of each row's expert, or as `gated_product`. Tiles: expert, first row, end. Slots that
-        no tile names are not touched."""
+        """out [R, W] = x [R, H] · w [E, W, H] of each row's expert, or as a gated Product. Slots without rows are not
+        touched."""
 
-    def norm(
-        self,
-        x_NXY: torch.Tensor,
-        delta_NXY: torch.Tensor | None,
-        weight_Y: torch.Tensor,
-        eps: float,
-        out_NXY: torch.Tensor,
-        n: int,
-        *,
-        rows_N: torch.Tensor | None = None,
-        keeps_sum: bool = False,
-    ) -> None:
-        """out = x / rms(x) * weight over the last dimension, x + delta for x where there is one, which x becomes where
-        `keeps_sum`. Row `i` is of row `rows[i]` of x."""
+    def norm(self, norm: Norm, n: int, rows: torch.Tensor | None = None) -> None:
+        """See Norm. With `rows` [N], int32: row `i` of out is of row `rows[i]` of x."""
 
-    def rope_table(
-        self, positions_N: torch.Tensor, frequencies: torch.Tensor, amplitude: float, out_ND: torch.Tensor, n: int
-    ) -> None:
-        """out = cosines, then sines of each row's position."""
+    def rope_table(self, table: RopeTable, step: AcceleratorBatch) -> None:
+        """See RopeTable."""
 
-    def rotate(self, x_NXD: torch.Tensor, table_ND: torch.Tensor, n: int, *, interleaved: bool) -> None:
-        """Rotate pairs in place."""
+    def rotate(self, rotation: Rotation, n: int) -> None:
+        """See Rotation."""
 
-    def store(
-        self, x_NPW: torch.Tensor, cache: torch.Tensor, blocks_N: torch.Tensor, places_N: torch.Tensor, n: int
-    ) -> None:
-        """Write each row to its place in its block of `cache` [blocks, planes, heads, block_size, width]."""
+    def store(self, x: torch.Tensor, layer: int, step: AcceleratorBatch) -> None:
+        """Write each row of x [N, P, W] to its place in its block of the cache."""
 
-    def attend(
-        self,
-        q_NXY: torch.Tensor,
-        cache: torch.Tensor,
-        value_width: int,
-        scale: float,
-        queries: Queries,
-        out: torch.Tensor,
-    ) -> None:
-        """out [N, X, value_width] = causal attention of the queries to the cache. Keys are in plane 0; values in plane
-        1, or the first `value_width` elements of the keys where there is one plane."""
+    def attend(self, attention: PagedAttention, step: AcceleratorBatch) -> None:
+        """See PagedAttention."""
 
-    def route(
-        self,
-        logits_NE: torch.Tensor,
-        bias_E: torch.Tensor | None,
-        moe: MoeSpec,
-        ids_NK: torch.Tensor,
-        weights_NK: torch.Tensor,
-        n: int,
-    ) -> None:
-        """See ComputeBackend.route; from logits."""
+    def route(self, route: Route, n: int) -> None:
+        """See Route."""

@@ -30,10 +30,17 @@ def _numbers_of(tile: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _base_of(greatest: tl.tensor) -> tl.tensor:
+    """What exponents are counted from: not minus infinity, which nothing seen yet has, and scores that overflow: its
+    difference to itself is NaN."""
+    return tl.where(greatest == float("-inf"), 0.0, greatest)
+
+
+@triton.jit
 def _take(scores: tl.tensor, values: tl.tensor, greatest: tl.tensor, total: tl.tensor, taken: tl.tensor) -> tl.tensor:
     """The greatest score, the weights' total and their sum of values, after these keys too."""
     larger = tl.maximum(greatest, tl.max(scores, 1))
-    base = tl.where(larger == float("-inf"), 0.0, larger)  # nothing seen yet
+    base = _base_of(larger)
     weights = tl.exp(scores - base[:, None])
     factor = tl.exp(greatest - base)
     taken = tl.dot(weights, values, acc=taken * factor[:, None], input_precision="tf32x3")
@@ -145,7 +152,8 @@ def join_kernel(
     for split in range(1, tl.load(positions + row) // SPLIT + 1):
         next_greatest = tl.load(maxima + at + split, mask=is_head, other=0.0)
         larger = tl.maximum(greatest, next_greatest)
-        factor, next_factor = tl.exp(greatest - larger), tl.exp(next_greatest - larger)
+        base = _base_of(larger)
+        factor, next_factor = tl.exp(greatest - base), tl.exp(next_greatest - base)
         total = total * factor + tl.load(totals + at + split, mask=is_head, other=0.0) * next_factor
         next_taken = tl.load(sums + (at + split)[:, None] * width + dim[None, :], mask=mask, other=0.0)
         taken = taken * factor[:, None] + next_taken * next_factor[:, None]

@@ -1,16 +1,28 @@
-"""The kernels in Triton, launched over tensors (see Kernels).
+"""The kernels in Triton, launched over tensors (see Kernels): a row's result depends, bit by bit, on that row, its KV
+and the weights alone (ADR 33).
 
 Tiles are constants: a number that would be chosen by how many rows there are would change rows' last bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import torch
 
-from elasticmoe.common.model_spec import MoeSpec
-from elasticmoe.services.worker.backends.accelerator.kernels import Queries
+from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, Ints, SentFields
+from elasticmoe.services.worker.backends.accelerator.kernels import (
+    Kernels,
+    Norm,
+    PagedAttention,
+    Product,
+    RopeTable,
+    Rotation,
+    Route,
+    RowGroups,
+)
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.attention import attention_kernel, join_kernel
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.products import product_kernel
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.routing import route_kernel
@@ -20,6 +32,7 @@ from elasticmoe.services.worker.backends.accelerator.triton_kernels.rows import 
     rotate_kernel,
     store_kernel,
 )
+from elasticmoe.services.worker.backends.accelerator.triton_kernels.tiles import expert_tiles, query_tiles
 
 ROWS: Final = 16
 WIDTH: Final = 64
@@ -52,161 +65,125 @@ def blocks_of(total: int, block: int) -> int:
     return -(-total // block)
 
 
-class TritonKernels:
+class TritonKernels(Kernels):
     """See Kernels. Owns the memory that attention keeps its splits in."""
 
     name = "triton"
-    rows_per_tile = ROWS
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.empty(0, dtype=torch.float32, device=device)
 
-    def queries_per_tile(self, heads_per_kv: int, planes: int) -> int:
-        """See Kernels."""
-        return TILES[planes].queries // min(power_of_two(heads_per_kv), TILES[planes].queries)
+    def check_model(self, spec: ModelSpec, block_size: int) -> None:
+        """See Kernels. All are computed."""
 
-    def product(
-        self,
-        x_NH: torch.Tensor,
-        w_WH: torch.Tensor,
-        out_NW: torch.Tensor,
-        n: int,
-        *,
-        bias_W: torch.Tensor | None = None,
-        row_gate_N: torch.Tensor | None = None,
-        accumulate: bool = False,
-    ) -> None:
+    def product(self, product: Product, n: int) -> None:
         """See Kernels."""
-        _launch_product(
-            x_NH[:, None], w_WH[None], out_NW[:, None], n, bias=bias_W, row_gate=row_gate_N, accumulate=accumulate
-        )
+        _launch_product(product, n)
 
-    def gated_product(self, x_NH: torch.Tensor, w13: torch.Tensor, out_NI: torch.Tensor, n: int) -> None:
+    def group_fields(self, counts: Ints) -> Mapping[str, Ints]:
         """See Kernels."""
-        _launch_product(x_NH[:, None], w13[None], out_NI[:, None], n, gated=True)
-
-    def head_products(self, x_NXY: torch.Tensor, w_XWY: torch.Tensor, out_NXW: torch.Tensor, n: int) -> None:
-        """See Kernels."""
-        _launch_product(x_NXY, w_XWY, out_NXW, n)
+        return {"tiles": expert_tiles(counts, ROWS).reshape(-1)}
 
     def expert_products(
-        self, x_RH: torch.Tensor, w_EWH: torch.Tensor, out_RW: torch.Tensor, tiles_T3: torch.Tensor, *, gated: bool
+        self, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, groups: RowGroups, *, is_gated: bool
     ) -> None:
         """See Kernels."""
-        _launch_product(x_RH[:, None], w_EWH, out_RW[:, None], 0, tiles=tiles_T3, gated=gated)
+        product = Product(x[:, None], w, out[:, None], is_gated=is_gated)
+        _launch_product(product, len(x), groups.sent["tiles"].view(-1, 3))
 
-    def norm(
-        self,
-        x_NXY: torch.Tensor,
-        delta_NXY: torch.Tensor | None,
-        weight_Y: torch.Tensor,
-        eps: float,
-        out_NXY: torch.Tensor,
-        n: int,
-        *,
-        rows_N: torch.Tensor | None = None,
-        keeps_sum: bool = False,
-    ) -> None:
+    def norm(self, norm: Norm, n: int, rows: torch.Tensor | None = None) -> None:
         """See Kernels."""
         if not n:
             return
-        _, groups, width = x_NXY.shape
+        x = norm.x
+        _, groups, width = x.shape
         norm_kernel[(n, groups)](
-            x_NXY,
-            x_NXY if delta_NXY is None else delta_NXY,
-            weight_Y,
-            out_NXY,
-            x_NXY if rows_N is None else rows_N,
-            eps,
+            x,
+            x if norm.delta is None else norm.delta,
+            norm.weight,
+            norm.out,
+            x if rows is None else rows,
+            norm.eps,
             width,
-            *x_NXY.stride()[:2],
-            *out_NXY.stride()[:2],
-            HAS_DELTA=delta_NXY is not None,
-            HAS_ROWS=rows_N is not None,
-            KEEPS_SUM=keeps_sum,
+            *x.stride()[:2],
+            *norm.out.stride()[:2],
+            HAS_DELTA=norm.delta is not None,
+            HAS_ROWS=rows is not None,
+            KEEPS_SUM=norm.keeps_sum,
             BLOCK=min(power_of_two(width), BLOCK_MAX),
         )
 
-    def rope_table(
-        self, positions_N: torch.Tensor, frequencies: torch.Tensor, amplitude: float, out_ND: torch.Tensor, n: int
-    ) -> None:
+    def rope_table(self, table: RopeTable, step: AcceleratorBatch) -> None:
         """See Kernels."""
-        if n:
-            half = len(frequencies)
-            rope_table_kernel[(n,)](positions_N, frequencies, out_ND, half, amplitude, BLOCK=power_of_two(half))
+        if step.num_rows:
+            half = len(table.frequencies)
+            rope_table_kernel[(step.num_rows,)](
+                step.positions, table.frequencies, table.out, half, table.amplitude, BLOCK=power_of_two(half)
+            )
 
-    def rotate(self, x_NXD: torch.Tensor, table_ND: torch.Tensor, n: int, *, interleaved: bool) -> None:
+    def rotate(self, rotation: Rotation, n: int) -> None:
         """See Kernels."""
-        _, heads, dims = x_NXD.shape
+        _, heads, dims = rotation.x.shape
         if n:
             block_heads = min(power_of_two(heads), HEADS)
             rotate_kernel[(n, blocks_of(heads, block_heads))](
-                x_NXD,
-                table_ND,
+                rotation.x,
+                rotation.table,
                 dims // 2,
                 heads,
-                *x_NXD.stride()[:2],
-                INTERLEAVED=interleaved,
+                *rotation.x.stride()[:2],
+                INTERLEAVED=rotation.is_interleaved,
                 BLOCK_HEADS=block_heads,
                 BLOCK=power_of_two(dims // 2),
             )
 
-    def store(
-        self, x_NPW: torch.Tensor, cache: torch.Tensor, blocks_N: torch.Tensor, places_N: torch.Tensor, n: int
-    ) -> None:
+    def store(self, x: torch.Tensor, layer: int, step: AcceleratorBatch) -> None:
         """See Kernels."""
-        _, planes, width = x_NPW.shape
-        if n:
-            store_kernel[(n,)](
-                x_NPW,
+        _, planes, width = x.shape
+        cache = step.kv[:, layer]
+        if step.num_rows:
+            store_kernel[(step.num_rows,)](
+                x,
                 cache,
-                blocks_N,
-                places_N,
+                step.blocks,
+                step.places,
                 planes,
                 width,
-                x_NPW.stride(0),
+                x.stride(0),
                 cache.stride(0),
                 cache.stride(2),
                 BLOCK_PLANES=power_of_two(planes),
                 BLOCK=min(power_of_two(width), BLOCK_MAX),
             )
 
-    def attend(
-        self,
-        q_NXY: torch.Tensor,
-        cache: torch.Tensor,
-        value_width: int,
-        scale: float,
-        queries: Queries,
-        out: torch.Tensor,
-    ) -> None:
+    def attend(self, attention: PagedAttention, step: AcceleratorBatch) -> None:
         """See Kernels."""
-        heads, key_width = q_NXY.shape[1:]
-        _, planes, kv_heads, block_size, _ = cache.shape
-        heads_per_kv = heads // kv_heads
-        tile = TILES[planes]
+        cache, heads, value_width = step.kv[:, attention.layer], attention.q.shape[1], attention.value_width
+        _, planes, kv_heads, block_size, key_width = cache.shape
+        heads_per_kv, tile = heads // kv_heads, TILES[planes]
         block_heads = min(power_of_two(heads_per_kv), tile.queries)
         head_tiles = blocks_of(heads_per_kv, block_heads)
-        splits = blocks_of(queries.longest, SPLIT)
+        tiles, first_rows = _tiles_of(step, tile.queries // block_heads)
+        splits = blocks_of(int(step.kv_lens.max(initial=0)), SPLIT)
         block_dim, join_heads = max(SMALLEST, power_of_two(value_width)), min(power_of_two(heads), HEADS)
         # Many long sequences at once would need more memory than there is.
         tiles_max = max(1, SUMS_MAX // (tile.queries // block_heads * heads * splits * value_width))
-        for first in range(0, len(queries.first_rows) - 1, tiles_max):
-            last = min(first + tiles_max, len(queries.first_rows) - 1)
-            row, end = queries.first_rows[first], queries.first_rows[last]
+        for first in range(0, len(first_rows) - 1, tiles_max):
+            last = min(first + tiles_max, len(first_rows) - 1)
+            row, end = first_rows[first], first_rows[last]
             sums, maxima, totals = self._split_memory(end - row, heads * splits, value_width)
             attention_kernel[(last - first, kv_heads * head_tiles, splits)](
-                q_NXY,
+                attention.q,
                 cache,
-                queries.tiles,
-                queries.block_ids,
+                tiles,
+                step.block_ids,
                 sums,
                 maxima,
                 totals,
-                scale,
+                attention.scale,
                 first,
                 row,
-                *q_NXY.stride()[:2],
+                *attention.q.stride()[:2],
                 cache.stride(0),
                 cache.stride(2),
                 cache.stride(1),
@@ -229,41 +206,34 @@ class TritonKernels:
                 sums,
                 maxima,
                 totals,
-                queries.positions,
-                out,
+                step.positions,
+                attention.out,
                 row,
                 splits,
                 heads,
                 value_width,
-                *out.stride()[:2],
+                *attention.out.stride()[:2],
                 SPLIT=SPLIT,
                 BLOCK_HEADS=join_heads,
                 BLOCK_DIM=block_dim,
             )
 
-    def route(
-        self,
-        logits_NE: torch.Tensor,
-        bias_E: torch.Tensor | None,
-        moe: MoeSpec,
-        ids_NK: torch.Tensor,
-        weights_NK: torch.Tensor,
-        n: int,
-    ) -> None:
+    def route(self, route: Route, n: int) -> None:
         """See Kernels."""
+        moe = route.moe
         if n:
             route_kernel[(n,)](
-                logits_NE,
-                logits_NE if bias_E is None else bias_E,
-                ids_NK,
-                weights_NK,
+                route.logits,
+                route.logits if route.bias is None else route.bias,
+                route.ids,
+                route.weights,
                 moe.scaling,
                 NUM_EXPERTS=moe.num_experts,
                 NUM_GROUPS=moe.num_groups,
                 TOP_GROUPS=moe.top_groups,
                 TOP_K=moe.top_k,
                 IS_SOFTMAX=moe.scoring == "softmax",
-                HAS_BIAS=bias_E is not None,
+                HAS_BIAS=route.bias is not None,
                 NORMALIZES=moe.norm_topk,
                 BLOCK_GROUPS=power_of_two(moe.num_groups),
                 BLOCK_SIZE=power_of_two(moe.num_experts // moe.num_groups),
@@ -281,45 +251,45 @@ class TritonKernels:
         return sums, maxima, totals
 
 
-def _launch_product(
-    x_NXH: torch.Tensor,
-    w_XWH: torch.Tensor,
-    out_NXW: torch.Tensor,
-    n: int,
-    *,
-    bias: torch.Tensor | None = None,
-    row_gate: torch.Tensor | None = None,
-    tiles: torch.Tensor | None = None,
-    gated: bool = False,
-    accumulate: bool = False,
-) -> None:
-    """Of each head by itself; with `tiles`, the first dimension of w is the experts'."""
-    width, depth = out_NXW.shape[2], x_NXH.shape[2]
+def _tiles_of(step: AcceleratorBatch, each: int) -> tuple[torch.Tensor, list[int]]:
+    """The rows in tiles of up to `each` positions of a sequence; on the host the tiles' first rows, and N."""
+
+    def make(fields: SentFields) -> tuple[torch.Tensor, list[int]]:
+        tiles_T4 = query_tiles(step.row_starts, step.firsts, step.block_starts, each)
+        return fields.send({"tiles": tiles_T4.reshape(-1)})["tiles"], [*tiles_T4[:, 0].tolist(), step.num_rows]
+
+    return step.once("attention", each, make)
+
+
+def _launch_product(product: Product, n: int, tiles: torch.Tensor | None = None) -> None:
+    """With `tiles`, the first dimension of w is the experts'."""
+    x, w, out = product.x, product.w, product.out
+    width, depth = out.shape[2], x.shape[2]
     num_tiles = blocks_of(n, ROWS) if tiles is None else len(tiles)
     if not num_tiles:
         return
-    of_expert, of_head = (0, w_XWH.stride(0)) if tiles is None else (w_XWH.stride(0), 0)
-    product_kernel[(num_tiles, blocks_of(width, WIDTH), out_NXW.shape[1])](
-        x_NXH,
-        w_XWH,
-        x_NXH if bias is None else bias,
-        x_NXH if row_gate is None else row_gate,
-        out_NXW,
-        x_NXH if tiles is None else tiles,
+    of_expert, of_head = (0, w.stride(0)) if tiles is None else (w.stride(0), 0)
+    product_kernel[(num_tiles, blocks_of(width, WIDTH), out.shape[1])](
+        x,
+        w,
+        x if product.bias is None else product.bias,
+        x if product.row_gate is None else product.row_gate,
+        out,
+        x if tiles is None else tiles,
         n,
         width,
         depth,
-        *x_NXH.stride()[:2],
+        *x.stride()[:2],
         of_expert,
         of_head,
-        *w_XWH.stride()[1:],
-        width * w_XWH.stride(1),
-        *out_NXW.stride()[:2],
+        *w.stride()[1:],
+        width * w.stride(1),
+        *out.stride()[:2],
         GROUPED=tiles is not None,
-        GATED=gated,
-        ACCUMULATE=accumulate,
-        HAS_BIAS=bias is not None,
-        HAS_ROW_GATE=row_gate is not None,
+        GATED=product.is_gated,
+        ACCUMULATE=product.accumulate,
+        HAS_BIAS=product.bias is not None,
+        HAS_ROW_GATE=product.row_gate is not None,
         BLOCK_ROWS=ROWS,
         BLOCK_WIDTH=WIDTH,
         BLOCK_DEPTH=DEPTH,
