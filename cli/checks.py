@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from elasticmoe.common.capacity import (
 from elasticmoe.common.checkpoint import Checkpoint
 from elasticmoe.common.devices.driver import MemoryInfo
 from elasticmoe.common.devices.factory import check_devices, granularity_of
+from elasticmoe.common.devices.names import hardware_of
 from elasticmoe.common.families import load_spec
 from elasticmoe.common.layout import Layout, initial_layout
 from elasticmoe.common.machine import available_bytes
@@ -133,11 +135,15 @@ def _memory_told(settings: Settings) -> dict[str, MemoryInfo]:
 
 def _short(budgets: Mapping[str, int], told: Mapping[str, MemoryInfo]) -> str:
     """Which budget is more than what is free, with the figures; empty where none is."""
+    wanted: Counter[str] = Counter()
     for name, memory in told.items():
-        if budgets[name] > memory.free:
+        hardware = hardware_of(name)
+        wanted[hardware] += budgets[name]
+        if wanted[hardware] > memory.free:
+            what = "the budget" if name == hardware else "all budgets"
             return (
-                f"the budget of {name}, {size(budgets[name])}, is more than the {size(memory.free)} that are free "
-                f"of its {size(memory.total)}: end what has the rest, take other --devices, or give less by "
+                f"{what} of {hardware}, {size(wanted[hardware])}, would be more than the {size(memory.free)} that are "
+                f"free of its {size(memory.total)}: end what has the rest, take other --devices, or give less by "
                 "--device-memory"
             )
     return ""

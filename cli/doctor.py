@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         metavar="KIND",
-        help="test an accelerator and its memory instead: npu, cuda, or one such as npu:1",
+        help="test an accelerator and its memory instead: npu, cuda, or one such as npu:1 or npu:1/4",
     )
     parser.add_argument(
         "--report", metavar="FILE", help="with --device: where its report goes (default elasticmoe-doctor-KIND.json)"
@@ -73,13 +73,13 @@ def run(args: argparse.Namespace) -> int:
         else:
             _show(findings)
     else:
-        findings = _examine(device_named(args.device), args.report, args.json)
+        findings = _examine(*device_named(args.device), args.report, args.json)
     return 1 if any(finding.level == "fail" for finding in findings) else 0
 
 
-def _examine(device: str, report: str | None, as_json: bool) -> Sequence[Finding]:
+def _examine(device: str, parts: int, report: str | None, as_json: bool) -> Sequence[Finding]:
     path = Path(report or f"elasticmoe-doctor-{device.replace(':', '-')}.json")
-    findings, document = examine(device, path)
+    findings, document = examine(device, parts, path)
     if as_json:
         say_json(document)
     else:

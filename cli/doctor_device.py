@@ -16,31 +16,35 @@ from elasticmoe.cli.doctor_facts import VENDORS, facts
 from elasticmoe.cli.doctor_selftest import SelfTest
 from elasticmoe.cli.finding import Finding
 from elasticmoe.cli.version import version
-from elasticmoe.common.devices.names import DeviceId
+from elasticmoe.common.devices.names import LOCAL_HOST, DeviceCount, DeviceId
 from elasticmoe.common.machine import available_bytes, usable_cores
 from elasticmoe.common.protocol.errors import InvalidRequest
 
 _FORMAT = 1
 
 
-def device_named(text: str) -> str:
-    """`npu`, `cuda` or one device of these, such as `cuda:1`, as the device's name. Raises InvalidRequest."""
+def device_named(text: str) -> tuple[str, int]:
+    """`npu`, `cuda`, or one device of these, such as `cuda:1`: the device's name, and into how many it is to be divided
+    (`cuda:1/4`). Raises InvalidRequest."""
     try:
-        device = DeviceId.parse(text if ":" in text else f"{text}:0")
+        found = DeviceCount.parse(text if ":" in text else f"{text}:0")
     except ValueError:
-        device = None
-    if device is None or device.backend not in VENDORS or str(device) != f"{device.backend}:{device.index}":
+        found = None
+    if found is None or found.backend not in VENDORS or len(found.indices) != 1:
         known = " or ".join(sorted(VENDORS))
-        raise InvalidRequest(f"--device: has to be {known}, or one of them such as npu:1; it is {text!r:.80}")
-    return str(device)
+        text = f"--device: has to be {known}, or one of them such as npu:1 or npu:1/4; it is {text!r:.80}"
+        raise InvalidRequest(text)
+    return str(DeviceId(LOCAL_HOST, found.backend, found.indices[0])), found.count
 
 
-def examine(name: str, path: Path) -> tuple[list[Finding], dict[str, Any]]:
-    """All findings of a device, and the report, which is in the file `path` then. Takes seconds to minutes. Raises
-    InvalidRequest where the file cannot be written, before anything is done."""
+def examine(name: str, parts: int, path: Path) -> tuple[list[Finding], dict[str, Any]]:
+    """All findings of a device, and the report, which is in the file `path` then. `parts`: into how many a deployment
+    is to divide it. Takes seconds to minutes. Raises InvalidRequest where the file cannot be written, before anything
+    is done."""
     _write(path, b"")
-    found = facts(DeviceId.parse(name).backend, os.environ)
-    tested = SelfTest(name).run()
+    device = DeviceId.parse(name)
+    found = facts(device.backend, os.environ)
+    tested = SelfTest(name, parts).run()
     report = {
         "format": _FORMAT,
         "device": name,

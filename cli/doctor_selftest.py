@@ -34,8 +34,10 @@ class SelfTest:
     """See the module's text. Each step's finding is in the list that `run` returns; what a failed step was needed for
     is not run."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, parts: int = 1) -> None:
+        """`parts`: the devices that a deployment is to divide it into, of which the budgets are told."""
         self._device, self._kind = device, DeviceId.parse(device).backend
+        self._parts = parts
         self._admits = self._kind == "npu"  # the owner names who may import
         self._processes = ExitStack()
         self._tokens: list[tuple[dict[str, int], int | None]] = []
@@ -87,13 +89,14 @@ class SelfTest:
         free, total = told["free_bytes"], told["total_bytes"]
         if total < 0:
             return "ok", f"{text}; the driver does not say how much memory there is", figures
-        budget = int(total * AVAILABLE_SHARE) // self._handle_bytes * self._handle_bytes
+        budget = int(total * AVAILABLE_SHARE) // self._parts // self._handle_bytes * self._handle_bytes
         figures |= {"free_bytes": float(free), "total_bytes": float(total), "budget_bytes": float(budget)}
         text += f"; {size(free)} of {size(total)} are free"
-        if free < budget:
-            text += f", fewer than the budget of a deployment, {size(budget)}: give --device-memory"
-            return "warn", text, figures
-        return "ok", f"{text}; the budget of a deployment is {size(budget)}, {AVAILABLE_SHARE:.0%} of it", figures
+        each = f"; the budget of {'it' if self._parts == 1 else f'each of {self._parts} parts'} is {size(budget)}"
+        text += f"{each}, {AVAILABLE_SHARE:.0%} of {'it' if self._parts == 1 else 'all'}"
+        if free < budget * self._parts:
+            return "warn", f"{text}, and so much is not free: give --device-memory", figures
+        return "ok", text, figures
 
     def _calls(self) -> tuple[Level, str, dict[str, float]]:
         took = self._owner.ask("calls", _NUM_CALLS, seconds=_SECONDS)

@@ -20,7 +20,7 @@ import msgspec
 from elasticmoe.common.config import HmmConfig, ScalerConfig
 from elasticmoe.common.devices.driver import MemoryInfo
 from elasticmoe.common.devices.factory import backend_of_device, granularity_of
-from elasticmoe.common.devices.names import DeviceCount
+from elasticmoe.common.devices.names import DeviceCount, hardware_of
 from elasticmoe.common.families import record, records
 from elasticmoe.common.layout import Layout, keys_on, level_replicas
 from elasticmoe.common.model_spec import KvGeometry, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
@@ -193,21 +193,23 @@ class LoadSizes(NamedTuple):
 
 def budgets_of(config: HmmConfig, available_bytes: int, memory: Mapping[str, MemoryInfo]) -> dict[str, int]:
     """Of each device, a multiple of the granularity: what the operator says, else most of what the device has by
-    `memory`, which is what drivers say. Devices of which none says anything share most of the machine's memory that is
-    available now.
+    `memory`, which is what drivers say; an equal share of that for each of the devices that an accelerator is divided
+    into. Devices of which no driver says anything share most of the machine's memory that is available now.
 
     What a device has, and not what is free: an HMM that comes after one that died has the same budgets, also where
     ranks still hold the memory of that one.
     """
     devices = DeviceCount.parse(config.devices)
     granularity = granularity_of(devices, config.granularity)
-    equal = int(available_bytes * AVAILABLE_SHARE) // devices.count
+    names = devices.names()
+    equal = int(available_bytes * AVAILABLE_SHARE) // len(names)
+    parts = Counter(map(hardware_of, names))
 
     def budget(name: str) -> int:
-        share = int(memory[name].total * AVAILABLE_SHARE) if name in memory else equal
+        share = int(memory[name].total * AVAILABLE_SHARE) // parts[hardware_of(name)] if name in memory else equal
         return (config.device_bytes or share) // granularity * granularity
 
-    return {name: budget(name) for name in devices.names()}
+    return {name: budget(name) for name in names}
 
 
 def load_of(config: ScalerConfig, spec: ModelSpec, layout: Layout) -> LoadModel:

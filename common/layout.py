@@ -145,9 +145,9 @@ def lacking(layout: Layout, devices: DeviceCount) -> str:
     foreign = [device for device in used if (device.host, device.backend) != (LOCAL_HOST, devices.backend)]
     if foreign:
         return f"its replicas use {foreign[0]}, and this deployment has only this machine's {devices}"
-    needed = DeviceCount.of(devices.backend, (device.index for device in used))
-    if set(needed.indices) <= set(devices.indices):
+    if {seat.device for seat in layout.seats} <= set(devices.names()):
         return ""
+    needed = DeviceCount.with_all(used)
     where = f"the first {needed.count} devices" if not needed.numbers else str(needed)
     asked = f"--devices (ELASTICMOE_DEVICES) has to be {needed} or more"
     return f"its replicas lie on {where}, so {asked}; it is {devices} now"

@@ -46,7 +46,7 @@ Devices = Annotated[
     Meta(pattern=COUNT_PATTERN),
     _is(
         "The devices that the deployment may use: N slices of this machine, or accelerators by their numbers",
-        form=f"`host:N`, N from 1 to {RANKS_MAX}; `npu:0-7`; `cuda:0,cuda:2`",
+        form=f"`host:N`, N from 1 to {RANKS_MAX}; `npu:0-7`; `cuda:0,cuda:2`; `cuda:0/4`, four on one GPU",
     ),
 ]
 PoolName = Annotated[

@@ -43,7 +43,7 @@ _COMPARED = {">=": "of at least", "<=": "of at most", ">": "above", "<": "below"
 # What regular expressions of ours mean, where it does not follow from their form.
 _PATTERNS = {
     COUNT_PATTERN: f"has to be host:N, N being a number of devices from 1 to {RANKS_MAX}, or numbers of accelerators "
-    "such as npu:0-7 or cuda:0,cuda:2",
+    "such as npu:0-7, cuda:0,cuda:2 or cuda:0/4",
     r"^[^\x00-\x1f\x7f-\x9f]*\Z": "has to be a text without control characters",
     r"^[\x21-\x7e ]{0,4096}$": "has to be at most 4096 visible ASCII characters and spaces",
 }

@@ -49,7 +49,7 @@ def first_of(given: str, num: int) -> str:
     all_ = DeviceCount.parse(given)
     if all_.count < num:
         raise ValueError(f"--devices {given}: {num} devices are needed")
-    return str(DeviceCount.of(all_.backend, all_.indices[:num]))
+    return str(all_.first(num))
 
 
 def add_devices(parser: argparse.ArgumentParser) -> None:

@@ -30,12 +30,12 @@ from elasticmoe.services.scaler.control.admission import (
     CommandQueue,
     Order,
     SetPolicy,
-    lost_devices,
 )
 from elasticmoe.services.scaler.control.autoscaler import Autoscaler
 from elasticmoe.services.scaler.control.autoscaling import remembered
 from elasticmoe.services.scaler.control.executor import ENDED_MAX, Executor
 from elasticmoe.services.scaler.control.links import Links
+from elasticmoe.services.scaler.control.losses import lost_devices
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.observation import Observation

@@ -113,6 +113,44 @@ async def test_a_deployment_serves_scales_and_recovers(
     assert accelerators.used() == [0] * 4
 
 
+def resized(deployment: Deployment, **body: Any) -> None:
+    operation = deployment.scale(**body)
+    assert operation["phase"] == "done", operation
+
+
+@both
+async def test_devices_on_one_accelerator_serve_beside_others_and_are_lost_with_it(
+    kind: str, accelerators: Accelerators, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    deployment = deploy("oracle", replicas=2, devices=f"{kind}:0/3,{kind}:1", **SETTINGS)
+    parts, whole = [f"{kind}:0.{part}" for part in range(3)], f"{kind}:1"
+
+    def ranks() -> dict[str, str]:
+        return {f"r{rank['replica']}": rank["device"] for rank in deployment.admin("/v1/layout")["ranks"]}
+
+    budgets = {one["device"]: one["memory"]["budget"] >> 20 for one in deployment.admin("/v1/devices")["devices"]}
+    assert budgets == dict.fromkeys(parts, 272) | {whole: 818}
+    assert ranks() == {"r0": parts[0], "r1": whole}
+    async with Load(deployment.base_url, clients=8, seed=3) as load:
+        await streams(load, 8)
+        await asyncio.to_thread(resized, deployment, replicas=3)
+        assert ranks() == {"r0": parts[0], "r1": whole, "r2": parts[1]}
+        assert [nbytes > 0 for nbytes in accelerators.used()] == [True, True, False, False]
+        await streams(load, 16)
+        await asyncio.to_thread(resized, deployment, remove=[2], lost=True)
+        assert ranks() == {"r1": whole}, "what else is on it is lost, too"
+        await streams(load, 8)
+        status, refused = await asyncio.to_thread(deployment.admin_call, "POST", "/v1/scale", {"replicas": 2})
+        assert (status, refused["error"]["code"]) == (422, "too_few_devices"), refused
+        await asyncio.to_thread(resized, deployment, devices=[whole, parts[2]])
+        await streams(load, 8)
+        await asyncio.to_thread(resized, deployment, replicas=3)  # it is back, and so are its other parts
+        await asyncio.to_thread(check_integrity, deployment)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 300
+    assert deployment.stop().count("error") == 0
+    assert accelerators.used() == [0] * 4
+
+
 @pytest.mark.parametrize("kind", ["npu"], indirect=True)
 async def test_an_npu_that_has_no_room_for_the_model_twice_is_loaded_anew_by_an_hmms_successor(
     accelerators: Accelerators,

@@ -59,7 +59,7 @@ def test_the_report_tells_of_the_installation_and_of_the_memory(
 ) -> None:
     monkeypatch.setenv("A_PASSWORD", "do-not-tell")
     path = tmp_path / "report.json"
-    assert main(["doctor", "--device", kind, "--json", "--report", str(path)]) == 0
+    assert main(["doctor", "--device", f"{kind}:0/4", "--json", "--report", str(path)]) == 0
     report = json.loads(path.read_text())
     assert json.loads(capsys.readouterr().out) == report
     assert (report["format"], report["device"]) == (1, f"{kind}:0")
@@ -80,8 +80,8 @@ def test_the_report_tells_of_the_installation_and_of_the_memory(
         "it is refused with not_admitted" if kind == "npu" else "it has the memory"
     )
     opened = by_name["open"]
-    assert (opened["figures"]["total_bytes"], opened["figures"]["budget_bytes"]) == (48 << 20, 38 << 20)
-    assert "48.0 MiB of 48.0 MiB are free; the budget of a deployment is 38.0 MiB, 80% of it" in opened["text"]
+    assert (opened["figures"]["total_bytes"], opened["figures"]["budget_bytes"]) == (48 << 20, 8 << 20)
+    assert "48.0 MiB of 48.0 MiB are free; the budget of each of 4 parts is 8.00 MiB, 80% of all" in opened["text"]
     assert "version 1.17.0" in by_name["open"]["text"] or "version 13." in by_name["open"]["text"]
     assert by_name["remap under a captured graph"]["text"].startswith(
         "torch_npu cannot be imported" if kind == "npu" else f"torch {torch.__version__} has no cuda device here"

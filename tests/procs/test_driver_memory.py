@@ -33,7 +33,8 @@ def resolved(kind: str, model: Path, *argv: str) -> settings.Settings:
     parser = argparse.ArgumentParser()
     up.add_arguments(parser)
     flags = ["--model", str(model), "--run-dir", str(model.parent / "run"), "--devices", f"{kind}:0-1"]
-    return settings.from_flags(parser.parse_args([*flags, "--max-model-len", "256", *argv]))
+    flags += ["--max-model-len", "256", "--max-sequences", "16"]
+    return settings.from_flags(parser.parse_args([*flags, *argv]))
 
 
 def test_a_model_fits_into_its_share_of_what_the_driver_says(
@@ -49,13 +50,28 @@ def test_a_model_fits_into_its_share_of_what_the_driver_says(
         checks.check_memory(resolved(kind, model, "--device-memory", "4MiB"), model)
 
 
+def test_devices_that_one_is_divided_into_share_what_it_has(
+    kind: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STANDIN_BYTES", str(128 * MIB))
+    parts = ("--devices", f"{kind}:1/4")
+    checks.check_memory(resolved(kind, model, *parts), model)
+    checks.check_memory(resolved(kind, model, *parts, "--device-memory", "32MiB"), model)
+    text = rf"all budgets of {kind}:1, 136 MiB, would be more than the 128 MiB that are free of its 128 MiB"
+    monkeypatch.setattr(checks, "_GIVEN_BACK_S", 0.0)
+    with pytest.raises(DoesNotFit, match=text):
+        checks.check_memory(resolved(kind, model, *parts, "--device-memory", "34MiB"), model)
+
+
 def test_what_others_have_is_told_once_it_is_not_given_back(
     kind: str, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     other = standins.process(kind, Path(tmp_path))(f"{kind}:1", 2 * MIB, 64 * MIB, rules=ProcessRules())
     other.create(32 * MIB, "kv")
     monkeypatch.setattr(checks, "_GIVEN_BACK_S", 0.3)
-    text = rf"the budget of {kind}:1, 50\.0 MiB, is more than the 32\.0 MiB that are free of its 64\.0 MiB: end what"
+    text = (
+        rf"the budget of {kind}:1, 50\.0 MiB, would be more than the 32\.0 MiB that are free of its 64\.0 MiB: end what"
+    )
     with pytest.raises(DoesNotFit, match=text) as refused:
         checks.check_memory(resolved(kind, model), model)
     assert refused.value.code == "out_of_memory"

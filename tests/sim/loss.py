@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from elasticmoe.services.scaler.control.admission import lost_devices
+from elasticmoe.services.scaler.control.losses import lost_devices
 from elasticmoe.services.scaler.planning.plan import Target
 
 if TYPE_CHECKING:

@@ -83,6 +83,17 @@ def test_a_budget_is_a_share_of_what_the_driver_says_or_of_the_machine_or_what_i
     assert budgets("cuda:0", _0=2 << 20) == [0]
 
 
+def test_devices_that_one_is_divided_into_have_budgets_of_its_memory_or_what_is_given() -> None:
+    memory = {name: MemoryInfo(1, 1 << 30) for name in ("cuda:0.0", "cuda:0.1", "cuda:0.2", "cuda:1")}
+
+    def budgets(given: int) -> dict[str, int]:
+        config = HmmConfig(run_dir="/r", devices="cuda:0/3,cuda:1", device_bytes=given)
+        return {name: nbytes >> 20 for name, nbytes in budgets_of(config, 0, memory).items()}
+
+    assert budgets(0) == {"cuda:0.0": 272, "cuda:1": 818, "cuda:0.1": 272, "cuda:0.2": 272}
+    assert set(budgets(8 << 20).values()) == {8}
+
+
 def up_says_yes(given: settings.Settings, folder: Path) -> bool:
     try:
         checks.check_memory(given, folder)

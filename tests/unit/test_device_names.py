@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elasticmoe.common.config import HmmConfig, load
-from elasticmoe.common.devices.names import HOST_PATTERN, LOCAL_HOST, DeviceCount, DeviceId, DeviceName
+from elasticmoe.common.devices.names import (
+    HOST_PATTERN,
+    LOCAL_HOST,
+    DeviceCount,
+    DeviceId,
+    DeviceName,
+    hardware_of,
+)
 from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout, lacking
 from elasticmoe.common.protocol.errors import ConfigError
 
@@ -20,10 +27,11 @@ HOSTS = st.from_regex(HOST_PATTERN, fullmatch=True).filter(lambda host: len(host
 BACKENDS = st.from_regex("[a-z][a-z0-9_-]{0,31}", fullmatch=True)
 
 
-@given(HOSTS, BACKENDS, st.integers(0, 999_999_999))
-def test_what_is_written_is_read_back(host: str, backend: str, index: int) -> None:
-    device = DeviceId(host, backend, index)
+@given(HOSTS, BACKENDS, st.integers(0, 999_999_999), st.integers(-1, 99))
+def test_what_is_written_is_read_back(host: str, backend: str, index: int, part: int) -> None:
+    device = DeviceId(host, backend, index, part)
     assert DeviceId.parse(str(device)) == device
+    assert hardware_of(str(device)) == str(device.whole) == str(DeviceId(host, backend, index))
 
 
 @given(st.text(max_size=20) | st.from_regex(r"\A[a-z/:0-9.-]{1,12}\Z"))
@@ -50,6 +58,7 @@ def test_a_host_is_not_taken_for_a_backend() -> None:
     "name",
     [
         *("", "host", "host:", ":0", "host:01", "host:-1", "host:٣", "host:0\n"),
+        *("cuda:0.", "cuda:0.01", "cuda:0.100", "cuda:0.1.2", "cuda:0.-1", "cuda:.1", "cuda:0/1"),
         *("/host:0", "a/b/host:0", "Node/host:0"),
         *("local/host:0", "a..b/host:0", "a.-b/host:0", "-a/host:0", "a-/host:0", "a./host:0", "x" * 64 + "/host:0"),
     ],
@@ -80,7 +89,18 @@ def test_a_count_names_the_devices_of_a_host() -> None:
             "a/cuda:0",
             "host:0-3",
         ),
-        *("npu:0 ,npu:1", "cuda:0/4", "NPU:0", "host:2,cuda:0", "," * 9),
+        *("npu:0 ,npu:1", "NPU:0", "host:2,cuda:0", "," * 9),
+        *(
+            "cuda:0/1",
+            "cuda:0/0",
+            "cuda:0/02",
+            "cuda:0/100",
+            "cuda:0/",
+            "cuda:/4",
+            "cuda:0/2/2",
+            "host:4/2",
+            "cuda:0.1",
+        ),
     ):
         with pytest.raises(ValueError, match="names no devices"):
             DeviceCount.parse(setting)
@@ -104,8 +124,45 @@ def test_accelerators_are_named_by_their_numbers(setting: str, written: str, num
 
 
 @pytest.mark.parametrize(
+    ("setting", "written", "names"),
+    [
+        ("cuda:0/4", "cuda:0/4", "cuda:0.0 cuda:0.1 cuda:0.2 cuda:0.3"),
+        ("npu:1/2,npu:0/2", "npu:0-1/2", "npu:0.0 npu:1.0 npu:0.1 npu:1.1"),  # the first few use all of the hardware
+        ("cuda:0-1,cuda:2/2,cuda:3/2,cuda:5/3", "cuda:0-1,cuda:2-3/2,cuda:5/3", None),
+        ("cuda:3,cuda:2/2", "cuda:2/2,cuda:3", "cuda:2.0 cuda:3 cuda:2.1"),
+    ],
+)
+def test_an_accelerator_is_divided_into_several_devices(setting: str, written: str, names: str | None) -> None:
+    devices = DeviceCount.parse(setting)
+    assert (str(devices), DeviceCount.parse(written)) == (written, devices)
+    assert devices.count == len(devices.names())
+    assert {DeviceId.parse(name).index for name in devices.names()} == set(devices.indices)
+    assert names is None or devices.names() == tuple(names.split())
+    assert devices.names("b")[0].startswith(f"b/{devices.backend}:")
+
+
+@given(
+    st.dictionaries(st.integers(0, 999), st.sampled_from([1, 1, 2, 3, 64]), min_size=1, max_size=12), st.integers(1, 80)
+)
+def test_divided_devices_that_are_written_are_read_back(parts_of: dict[int, int], num: int) -> None:
+    text = ",".join(f"npu:{index}" + (f"/{parts}" if parts > 1 else "") for index, parts in parts_of.items())
+    devices = DeviceCount.parse(text)
+    assert DeviceCount.parse(str(devices)) == devices
+    assert devices.count == sum(parts_of.values()) == len(set(devices.names()))
+    first = devices.first(num)
+    assert min(num, devices.count) <= first.count
+    assert set(first.names()) <= set(devices.names())
+    assert DeviceCount.with_all(map(DeviceId.parse, devices.names())) == devices
+
+
+@pytest.mark.parametrize(
     ("setting", "why"),
-    [("cuda:0,npu:1", "two backends"), ("npu:0-3,npu:3", "twice"), ("npu:7-0", "7-0, whose end comes before")],
+    [
+        ("cuda:0,npu:1", "two backends"),
+        ("npu:0-3,npu:3", "twice"),
+        ("cuda:0/2,cuda:0", "twice"),
+        ("npu:7-0", "7-0, whose end comes before"),
+    ],
 )
 def test_a_setting_that_contradicts_itself_is_refused(setting: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
@@ -137,6 +194,12 @@ def test_a_layout_of_other_devices_is_not_gone_on_with() -> None:
     assert "use cuda:1, and" in lacking(of("host:0", "cuda:1"), two)
     some = DeviceCount.parse("npu:2-3")
     assert lacking(of("npu:2", "npu:3"), some) == ""
+    divided = DeviceCount.parse("cuda:0/4")
+    assert lacking(of("cuda:0.0", "cuda:0.3"), divided) == ""
+    assert "lie on cuda:0/2, so --devices (ELASTICMOE_DEVICES) has to be cuda:0/2 or more; it is cuda:0 now" in lacking(
+        of("cuda:0.0", "cuda:0.1"), DeviceCount.parse("cuda:0")
+    )
+    assert "has to be cuda:0 or more; it is cuda:0/4 now" in lacking(of("cuda:0"), divided)
     assert "lie on npu:2,npu:5, so --devices (ELASTICMOE_DEVICES) has to be npu:2,npu:5" in lacking(
         of("npu:2", "npu:5"), some
     )

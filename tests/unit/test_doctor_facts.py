@@ -128,8 +128,12 @@ def test_torch_and_torch_npu_have_to_be_a_pair(torch_version: str, npu_version: 
 
 
 def test_devices_and_files_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert [device_named(text) for text in ("npu", "cuda:3")] == ["npu:0", "cuda:3"]
-    for text in ("host", "host:0", "tpu", "npu:x", "npu:", "node-a/npu:0", "npu:0-7", "", "a/b"):
+    assert [device_named(text) for text in ("npu", "cuda:3", "cuda:1/4")] == [
+        ("npu:0", 1),
+        ("cuda:3", 1),
+        ("cuda:1", 4),
+    ]
+    for text in ("host", "host:0", "tpu", "npu:x", "npu:", "node-a/npu:0", "npu:0-7", "", "a/b", "npu:0.1", "host:4"):
         with pytest.raises(InvalidRequest, match="has to be cuda or npu, or one of them"):
             device_named(text)
     assert main(["doctor", "--report", str(tmp_path / "r.json")]) == 1

@@ -11,13 +11,15 @@ import pytest
 from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError
 from elasticmoe.common.transport import new_identity
 from elasticmoe.services.scaler.actions import LeaveOut
 from elasticmoe.services.scaler.api.requests import parse_scale
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control import admission
-from elasticmoe.services.scaler.control.admission import Order, accept, lost_devices
+from elasticmoe.services.scaler.control.admission import Order, UnprocessableTarget, accept, with_neighbours
+from elasticmoe.services.scaler.control.losses import lost_devices, lost_with
 from elasticmoe.services.scaler.control.reconciler import reconcile
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.observation import Observation
@@ -130,6 +132,51 @@ def test_lost_devices_are_known_however_many_operations_have_been_forgotten() ->
     late = msgspec.structs.replace(back, lost_meanwhile=("host:1",))
     assert lost_devices(None, [late]) == {"host:1"}, "also where the operation had come to its end by then"
     assert lost_devices(None, []) == set()
+
+
+def divided(layout: Layout, *devices: str) -> Layout:
+    """The layout on other devices."""
+    seats = zip(layout.seats, devices, strict=True)
+    return msgspec.structs.replace(
+        layout, seats=tuple(msgspec.structs.replace(seat, device=device) for seat, device in seats)
+    )
+
+
+def test_replicas_on_the_same_hardware_are_lost_together() -> None:
+    layout = divided(DOWN.before, "cuda:0.0", "cuda:1", "cuda:0.3")  # of replicas 0, 1, 2
+    assert [lost_with(replicas, layout) for replicas in ((0,), (1,), (2,), (0, 2))] == [(2,), (), (0,), ()]
+
+    def taken(body: bytes, among: Layout = layout) -> tuple[int, ...] | None:
+        order = parse_scale(body, 9.0)
+        found = with_neighbours(order, among)
+        assert found.request == order.request, "as it was said: a repetition is known by it"
+        assert found.target is not None
+        return found.target.remove
+
+    assert taken(b'{"remove": ["r2"], "lost": true}') == (2, 0)
+    assert taken(b'{"remove": ["r1"], "lost": true}') == (1,)
+    assert taken(b'{"remove": ["r2"]}') == (2,), "who leaves loses nothing"
+    assert taken(b'{"remove": ["r2"], "lost": true}', DOWN.before) == (2,)
+    with pytest.raises(UnprocessableTarget, match="r1, r2 would be lost, too: devices on the same hardware") as refused:
+        taken(b'{"remove": ["r0"], "lost": true}', divided(DOWN.before, "cuda:0.0", "cuda:0.1", "cuda:0.2"))
+    assert refused.value.code == "last_replica"
+
+
+def test_a_device_is_lost_with_all_that_it_is_divided_into_and_comes_back_with_them() -> None:
+    layout = divided(DOWN.before, "cuda:0.0", "cuda:1", "cuda:0.3")
+    lost = msgspec.structs.replace(operation_of(DOWN), phase="aborted", lost_meanwhile=("cuda:0.3",))
+    assert lost_devices(None, [lost]) == {"cuda:0"}
+    assert State(last=lost, stall_s=9.0).lost_slots(layout) == {layout.seats[0].slot, layout.seats[2].slot}
+    running = msgspec.structs.replace(operation_of(None), lost_meanwhile=("cuda:0.1",))
+    assert State(operation=running, stall_s=9.0).lost_slots(layout) == {layout.seats[0].slot, layout.seats[2].slot}
+    plan = msgspec.structs.replace(DOWN, before=layout)
+    plan = msgspec.structs.replace(plan, legs=(msgspec.structs.replace(DOWN.legs[0], layout=layout, leaving=()),))
+    leg = msgspec.structs.replace(operation_of(plan), lost_meanwhile=("cuda:0.1",))
+    assert {seat.device for seat in leg.lost} == {"cuda:0.0", "cuda:0.3"}
+    changes = {name: DeviceChange(0, 0, 0, 0, 4, 0) for name in ("cuda:0.2", "cuda:1")}
+    planned = msgspec.structs.replace(planned_of(UP, SIZES), devices=changes)
+    back = accept(parse_scale(b'{"devices": ["cuda:0.2"]}', 9.0), "op", UP, planned, 0.0, {"cuda:0", "cuda:3"})
+    assert lost_devices(None, [back]) == {"cuda:3"}
 
 
 class Executor:

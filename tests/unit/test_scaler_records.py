@@ -12,7 +12,7 @@ from elasticmoe.common.layout import Served
 from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.common.protocol.ids import TransitionId
 from elasticmoe.common.store import Store, Writer
-from elasticmoe.services.scaler.control.admission import lost_devices
+from elasticmoe.services.scaler.control.losses import lost_devices
 from elasticmoe.services.scaler.operation.operation import Accounting, Figures, LegProgress, Operation, PhaseTime
 from elasticmoe.services.scaler.store.records import OPERATIONS
 from tests.unit.test_scaler_resume import recall_of

@@ -14,6 +14,7 @@ import msgspec
 from elasticmoe.common.capacity import sizes_of
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.devices.names import hardware_of
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import (
@@ -30,6 +31,7 @@ from elasticmoe.services.scaler.actions import LeaveOut
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.audit_log import PlanMade, digest
 from elasticmoe.services.scaler.control.executor import Executor, Tell
+from elasticmoe.services.scaler.control.losses import lost_devices, lost_with, replicas_of
 from elasticmoe.services.scaler.operation.operation import (
     Accounting,
     Figures,
@@ -143,6 +145,7 @@ class Admission:
     def take(self, order: Order | CancelOperation, cluster: Cluster, *, ever_served: bool) -> Accepted:
         """Carry an order out, with what the hosts said last. Raises its refusal, or Later."""
         executor = self._executor
+        order = with_neighbours(order, cluster.in_force.committed) if isinstance(order, Order) else order
         if isinstance(order, CancelOperation):
             operation = cancelled(order.op_id, executor.operation, executor.ended, is_durable=executor.is_durable)
             if operation is not executor.operation:
@@ -218,7 +221,7 @@ class Admission:
         devices = {seat.device for seat in layout.seats if seat.rank.replica in remove}
         if devices and devices <= set(current.lost_meanwhile):
             raise Later(running)
-        if current.request.is_lost and remove <= set(current.request.remove or ()):
+        if current.request.is_lost and remove <= replicas_of(current.lost):
             return  # it does that already
         self._plan(order, "", order.target, cluster)  # raises: an order that cannot be carried out ends no other
         missing = {seat.rank.replica for seat in current.lost if seat in layout.seats} - remove
@@ -234,9 +237,9 @@ class Admission:
         Unavailable."""
         layout, facts, memory = planned_from(cluster)
         sizes = sizes_of(self._spec, facts.granularity)
-        lost = self._lost()
-        unusable = lost - set(target.devices or ())  # new replicas take a lost device only where the order names it
-        devices = tuple(device.device for device in cluster.devices if device.device not in unusable)
+        lost, named = self._lost(), target.devices or ()  # new replicas take a lost device where the order names it
+        known = (device.device for device in cluster.devices)
+        devices = tuple(name for name in known if name in named or hardware_of(name) not in lost)
         rates = Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s))
         given = (layout, target, sizes, memory, devices, rates)
         try:
@@ -312,15 +315,20 @@ def cancelled(op_id: str, current: Operation | None, ended: Sequence[Operation],
     raise NotFound(f"no operation {op_id}", code="unknown_operation")
 
 
-def lost_devices(current: Operation | None, ended: Sequence[Operation]) -> set[str]:
-    """Devices that have been lost and to which no replica has come since. Each operation keeps what was lost before it,
-    so the newest one tells, however many have been forgotten."""
-    newest = current or (ended[0] if ended else None)
-    if newest is None:
-        return set()
-    changes = newest.planned.devices if newest.planned is not None and newest.phase != "aborted" else {}
-    taken = {device for device, change in changes.items() if change.kv_handles_after}
-    return (set(newest.lost_before) - taken) | newest.lost_devices
+def with_neighbours(order: Order, layout: Layout | None) -> Order:
+    """An order to leave out lost devices, with the replicas whose devices are lost with them; other orders as they are.
+    Raises UnprocessableTarget `last_replica` where no replica would be left of that."""
+    target = order.target
+    if layout is None or target is None or not target.is_lost or target.remove is None:
+        return order
+    added = lost_with(target.remove, layout)
+    if not added:
+        return order
+    if replicas_of(layout.seats) <= {*target.remove, *added}:
+        names = ", ".join(f"r{replica}" for replica in added)
+        text = f"{names} would be lost, too: devices on the same hardware. At least 1 replica must stay, 0 would"
+        raise UnprocessableTarget(text, code="last_replica")
+    return msgspec.structs.replace(order, target=msgspec.structs.replace(target, remove=(*target.remove, *added)))
 
 
 class CommandQueue:

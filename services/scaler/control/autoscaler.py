@@ -20,6 +20,7 @@ from elasticmoe.common.capacity import sizes_of
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.described import says
+from elasticmoe.common.devices.names import hardware_of
 from elasticmoe.common.endpoints import ServerEnd
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import ElasticMoEError
@@ -143,7 +144,7 @@ class Autoscaler:
             steps=self._models.known,
             sizes=sizes_of(self._spec, facts.granularity),
             memory=memory,
-            devices=tuple(device.device for device in cluster.devices if device.device not in lost),
+            devices=tuple(one.device for one in cluster.devices if hardware_of(one.device) not in lost),
             rates=Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s)),
             kv_handle_tokens=facts.kv.blocks_per_handle * self._config.block_size,
             step_tokens_max=self._config.max_tokens_per_step,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
 
-from elasticmoe.common.layout import Layout
+from elasticmoe.common.devices.names import hardware_of
+from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.services.scaler.control.autoscaling import Autoscaling
 from elasticmoe.services.scaler.control.watchdog import Watched
@@ -68,7 +70,12 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         out or is about to: no rank is seated there."""
         seats = committed.seats if committed is not None else ()
         if self.operation is not None:  # a rebalance, which has no legs, knows the device and not its seat
-            meanwhile = {seat.slot for seat in seats if seat.device in self.operation.lost_meanwhile}
-            return frozenset(meanwhile | {seat.slot for seat in self.operation.lost})
-        lost = self.last.lost_devices if self.last is not None else set()
-        return frozenset(seat.slot for seat in seats if seat.device in lost)
+            meanwhile = _on(seats, self.operation.lost_meanwhile)
+            return meanwhile | {seat.slot for seat in self.operation.lost}
+        return _on(seats, self.last.lost_devices if self.last is not None else ())
+
+
+def _on(seats: Iterable[Seat], devices: Iterable[str]) -> frozenset[int]:
+    """Slots of the seats on the hardware that these devices are of: it is lost as a whole."""
+    lost = set(map(hardware_of, devices))
+    return frozenset(seat.slot for seat in seats if hardware_of(seat.device) in lost)

@@ -14,6 +14,7 @@ import msgspec
 
 from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.described import says
+from elasticmoe.common.devices.names import hardware_of
 from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.protocol.ids import CommandId, CommandKind, TransitionId
 from elasticmoe.common.protocol.replies import Refused
@@ -197,7 +198,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if not self.lost_meanwhile:
             return gone
         seats = {*self.layout_before().seats, *self.current_leg().layout.seats}
-        found = {*gone, *(seat for seat in seats if seat.device in self.lost_meanwhile)}
+        lost = set(map(hardware_of, self.lost_meanwhile))
+        found = {*gone, *(seat for seat in seats if hardware_of(seat.device) in lost)}
         return tuple(sorted(found, key=lambda seat: seat.rank))
 
     @property
