@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from elasticmoe.common.capacity import Sizes, sizes_of
 from elasticmoe.common.devices.base import KeyToken
+from elasticmoe.common.devices.driver import MemoryInfo
 from elasticmoe.common.families import records
 from elasticmoe.common.layout import Layout, keys_on
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
@@ -252,6 +253,7 @@ class Hmm(Actor):
         super().__init__(world.sim, "hmm")
         self.world = world
         self.memories = {name: Memory(name, budget) for name in devices}
+        self.told: dict[str, MemoryInfo] = {}  # no driver is there
         self.granularity = PAGE
         self.num_readers = 0
         self.failure_rate = 0.0
