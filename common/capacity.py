@@ -192,13 +192,9 @@ class LoadSizes(NamedTuple):
 
 
 def budgets_of(config: HmmConfig, available_bytes: int, memory: Mapping[str, MemoryInfo]) -> dict[str, int]:
-    """Of each device, a multiple of the granularity: what the operator says, else most of what the device has by
-    `memory`, which is what drivers say; an equal share of that for each of the devices that an accelerator is divided
-    into. Devices of which no driver says anything share most of the machine's memory that is available now.
-
-    What a device has, and not what is free: an HMM that comes after one that died has the same budgets, also where
-    ranks still hold the memory of that one.
-    """
+    """Of each device, a multiple of the granularity: what the operator says, else most of what it has by `memory`, as
+    its driver says, which parts of an accelerator share equally; without a driver a share of the machine's memory that
+    is available. What a device has, not what is free: an HMM's successor has the same budgets, whatever ranks hold."""
     devices = DeviceCount.parse(config.devices)
     granularity = granularity_of(devices, config.granularity)
     names = devices.names()
