@@ -22,6 +22,7 @@ class BusSizes(NamedTuple):
     max_tokens: int
     hidden: int
     top_k: int
+    half_elements: int
     nbytes: int
 
 
@@ -37,11 +38,18 @@ class LedgerSizes(NamedTuple):
 def size_bus(load: LoadModel, spec: ModelSpec, num_devices: int, granularity: int) -> BusSizes:
     """A bus for every device that the deployment may grow to. Raises InvalidRequest."""
     ranks = min(RANKS_MAX, max(_RANKS_MIN, num_devices, *(slot + 1 for slot in load.layout.slots)))
+    half = half_elements_of(spec, load.max_tokens)
     try:
-        nbytes = bus_bytes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k)
+        nbytes = bus_bytes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k, half)
     except ValueError as error:
         raise InvalidRequest(f"no bus of {ranks} ranks with {load.max_tokens} tokens each: {error}") from None
-    return BusSizes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k, round_up(nbytes, granularity))
+    return BusSizes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k, half, round_up(nbytes, granularity))
+
+
+def half_elements_of(spec: ModelSpec, max_tokens: int) -> int:
+    """float32 elements that a rank may bring to one collective of its replica: twice a step's rows, those that it has
+    and those that are added up, or its part of one row of logits. 0 where replicas are single ranks."""
+    return 0 if spec.tp == 1 else max(2 * max_tokens * spec.hidden, -(-spec.vocab // spec.tp))
 
 
 def size_ledger(load: LoadModel, granularity: int) -> LedgerSizes:

@@ -8,6 +8,8 @@ everybody's. Experts are not cut: they are spread over the ranks of all replicas
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from elasticmoe.common.model_spec import AttentionSpec, ModelSpec, Source
@@ -45,6 +47,10 @@ class Shard(msgspec.Struct, frozen=True):
     def of_kv_heads(self, count: int) -> Shard:
         """The share of `count` kv heads: those that its heads read, one where there are fewer than ranks."""
         return self if count >= self.of else Shard(self.index * count // self.of, count)
+
+
+WHOLE: Final = Shard(0, 1)
+"""The share of a rank that is a replica by itself."""
 
 
 def sharded(spec: ModelSpec, tp: int) -> ModelSpec:

@@ -8,6 +8,10 @@ next membership generation.
 **Lockstep.** Members of a running generation make the same blocking calls (``barrier``, ``step``, ``dispatch``,
 ``combine``) in the same order. Each of them meets at one barrier (``step``, ``dispatch``, ``combine``: exactly one each).
 
+**Replicas.** Ranks of one replica (``set_replica``) meet apart from the others, too: ``reduce`` and ``gather`` are theirs
+alone, in the same order on each of them, any number of them between two meetings of all. They begin, end and are aborted with
+the same generations. A leader's ``write_plan`` comes before its arrival at a ``step``, the others' ``read_plan`` after it.
+
 **Alone.** A rank that is no member yet warms up on a private bus: any zeroed, aligned memory formatted with ``max_ranks=1``.
 
 **Replacing and removing.** A generation is the unit of recovery: whoever is replaced, or fails in mid-step, starts again at
@@ -44,11 +48,24 @@ class BusTimeout(TimeoutError):
 class BusDesync(RuntimeError):
     """Members made different calls at one barrier, or published nonsense: an error in the program, not a failure to recover from."""
 
-def bus_bytes(max_ranks: int, max_tokens: int, hidden: int, top_k: int) -> int:
-    """Size of a segment. Most of it is exchange area that takes real memory only once touched: for each rank
-    ``max_tokens × (1 + top_k) × hidden × 4`` bytes. ``ValueError`` where a parameter or the size is out of range."""
+def bus_bytes(
+    max_ranks: int, max_tokens: int, hidden: int, top_k: int, half_elements: int = 0, plan_bytes: int = 0
+) -> int:
+    """Size of a segment. Most of it is area that takes real memory only once touched: for each rank
+    ``max_tokens × (1 + top_k) × hidden × 4`` bytes of the exchange, and where replicas have several ranks
+    ``2 × half_elements × 4`` for what it brings to their collectives and ``plan_bytes`` for the longest plan of a leader.
+    ``ValueError`` where a parameter or the size is out of range."""
 
-def format_bus(addr: int, nbytes: int, max_ranks: int, max_tokens: int, hidden: int, top_k: int) -> None:
+def format_bus(
+    addr: int,
+    nbytes: int,
+    max_ranks: int,
+    max_tokens: int,
+    hidden: int,
+    top_k: int,
+    half_elements: int = 0,
+    plan_bytes: int = 0,
+) -> None:
     """Write the header into a segment of zeros (HMM only, before anyone opens it). ``addr`` is a multiple of 64."""
 
 class Routing:
@@ -90,6 +107,14 @@ class Bus:
     @property
     def top_k(self) -> int:
         """Expert choices of one token."""
+
+    @property
+    def half_elements(self) -> int:
+        """The most float32 elements that a rank brings to one collective of its replica."""
+
+    @property
+    def plan_bytes(self) -> int:
+        """The longest plan."""
 
     # Membership: written by the HMM alone, but for `flip`.
     def set_membership(self, generation: int, members: int, running: bool, epoch: int = 0) -> None:
@@ -230,6 +255,37 @@ class Bus:
     def meet_combined(self, routing: Routing, generation: int, n: int, deadline_ms: float) -> None:
         """``combine`` without rows: when it returns, all answers to the last ``plan`` have been returned. Own ones must have been
         before it. Raises as ``combine`` does."""
+
+    # Between the ranks of one replica. `deadline_ms` and what is raised: as of `barrier`.
+    def set_replica(self, slots: Sequence[int]) -> None:
+        """The slots of the own replica's ranks, in their order (by tp index), the own one among them. Between two
+        collectives only; the same on all of them. ``ValueError`` for a slot that is there twice or out of range."""
+
+    def reduce(
+        self, generation: int, x_addr: int, rows_addr: int, out_addr: int, n: int, width: int, deadline_ms: float
+    ) -> None:
+        """``out`` = rows that each of the replica's ranks has, plus what all of them bring, added in their order.
+
+        In: ``x`` float32 [n, width], what this rank brings; 0 where nobody brings any. ``rows`` float32 [n, width], of which
+        rank t of N has those from n·t // N to n·(t + 1) // N; 0 where nobody has any. Out: ``out`` float32 [n, width], the same
+        on all; it may be one of them. A row's sum begins with ``rows``.
+
+        ``ValueError`` for more than ``half_elements`` elements of both together, or where a rank of the replica is no member;
+        ``BusDesync`` where ranks say another ``n`` or ``width``.
+        """
+
+    def gather(self, generation: int, x_addr: int, out_addr: int, n: int, total: int, deadline_ms: float) -> None:
+        """``out`` = ``x`` of all ranks of the replica, side by side. In: ``x`` float32 [n, own columns], those from
+        total·t // N to total·(t + 1) // N. Out: ``out`` float32 [n, total]; 0 where only others want it. Raises as
+        ``reduce``; the largest share of the columns counts for ``half_elements``."""
+
+    def write_plan(self, plan: bytes) -> None:
+        """Put what the replica's other ranks are to read after the next ``step``. ``ValueError`` for more than
+        ``plan_bytes``."""
+
+    def read_plan(self, generation: int) -> bytes:
+        """What the replica's first rank has put before the last ``step``, if something is computed in that one: until its
+        first collective. ``BusAborted`` where the generation is over."""
 
     # Figures.
     def take_wait_ns(self) -> int:

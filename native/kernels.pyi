@@ -95,9 +95,19 @@ def rms_norm(
     (in range: not checked); out has ``num_rows`` rows and x stays."""
 
 def embed(
-    ids_addr: int, num_rows: int, table_addr: int, dtype: int, vocab: int, hidden: int, factor: float, out_addr: int
+    ids_addr: int,
+    num_rows: int,
+    table_addr: int,
+    dtype: int,
+    vocab: int,
+    hidden: int,
+    factor: float,
+    out_addr: int,
+    first: int = 0,
+    num_held: int = -1,
 ) -> None:
-    """``out[n] = table[ids[n]] × factor``. ids int32 [N]; ``ValueError`` for one that is not below ``vocab``."""
+    """``out[n] = table[ids[n] - first] × factor``. ids int32 [N]; ``ValueError`` for one that is not below ``vocab``. The table
+    has ``num_held`` tokens, -1: all from ``first`` on; other tokens' rows are zeros."""
 
 def rope_table(parts: Parts, inv_freq_addr: int, dims: int, amplitude: float, out_addr: int) -> None:
     """Cosines and sines of each row's position × inv_freq, times ``amplitude``: out [N, 2, dims/2]. inv_freq float32 [dims/2]."""

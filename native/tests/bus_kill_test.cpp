@@ -206,7 +206,7 @@ TEST(a_kill_at_any_instruction_of_an_arrival_blocks_nobody) {
     std::jthread waiter([&] {
       outcome = finish([&] { return survivor.meet(generation, Kind::barrier, 0, now_ns() + 15 * kSecond); });
     });
-    while (segment.slot(0).arrived >> 32 != generation) std::this_thread::yield();
+    while (segment.slot(0).lane(Lane::members).arrived >> 32 != generation) std::this_thread::yield();
     uint64_t done = 0;
     while (done < goal && victim.step()) ++done;
     victim.kill_now();

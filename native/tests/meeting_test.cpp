@@ -176,7 +176,7 @@ TEST(a_new_generation_aborts_waiters_and_resets_counts) {
       outcome = meet(first, generation, in_ms(60'000));
       aborted_at = now_ns();
     });
-    while (hmm.segment().slot(0).arrived.load() >> 32 != generation) std::this_thread::yield();
+    while (hmm.segment().slot(0).lane(Lane::members).arrived.load() >> 32 != generation) std::this_thread::yield();
     const int64_t published_at = now_ns();
     hmm.set_membership(generation + 1, 0b11, false);
     waiter.join();
@@ -228,7 +228,7 @@ TEST(counts_may_wrap) {
   Meeting rank = bus.open(0);
   rank.join(1);
   CHECK(meet(rank, 1, 0) == Outcome::done);
-  CHECK((rank.segment().slot(0).arrived.load() & 0xFFFFFFFF) == 1);
+  CHECK((rank.segment().slot(0).lane(Lane::members).arrived.load() & 0xFFFFFFFF) == 1);
 }
 
 TEST(idlers_wake_for_a_peer) {

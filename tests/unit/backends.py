@@ -29,6 +29,9 @@ _QUEUED = (
     "route",
     "feed_forward",
     "shared_experts",
+    "clear",
+    "square",
+    "scale_by_squares",
     "whole_number_attention",
 )
 

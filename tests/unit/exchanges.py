@@ -22,12 +22,12 @@ KINDS: Final[tuple[ExchangeKind, ...]] = ("shm", "mailbox")
 class Host:
     """A bus of `shape` (ranks, tokens, hidden, top_k), and a mailbox for each slot, full of NaN."""
 
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], half_elements: int = 0) -> None:
         num_ranks, max_tokens, hidden, top_k = shape
-        self._nbytes = bus_bytes(*shape)
+        self._nbytes = bus_bytes(*shape, half_elements)
         self._memory = mmap.mmap(-1, self._nbytes)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        format_bus(self._address, self._nbytes, *shape)
+        format_bus(self._address, self._nbytes, *shape, half_elements)
         self.observer = Bus(self._address, self._nbytes)
         self.mailboxes = {
             slot: Mailbox(*(torch.full((count, hidden), float("nan")) for count in (max_tokens, max_tokens * top_k)))
@@ -44,8 +44,15 @@ class Host:
         """All that is in the bus."""
         return self._memory[:]
 
-    def open(self, kind: ExchangeKind, bus: Bus, num_experts: Sequence[int], backend: ComputeBackend) -> Exchange:
-        """A rank's end of an exchange."""
+    def open(
+        self,
+        kind: ExchangeKind,
+        bus: Bus,
+        num_experts: Sequence[int],
+        backend: ComputeBackend,
+        replica: Sequence[int] = (),
+    ) -> Exchange:
+        """A rank's end of an exchange; `replica`: slots of its replica where that has several ranks."""
         if kind == "mailbox":
-            return MailboxExchange(bus, num_experts, backend, self.mailboxes)
-        return ShmExchange(bus, num_experts, backend)
+            return MailboxExchange(bus, num_experts, backend, self.mailboxes, replica)
+        return ShmExchange(bus, num_experts, backend, replica)

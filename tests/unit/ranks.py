@@ -13,6 +13,8 @@ from elasticmoe.common.devices.factory import backend_of
 from elasticmoe.common.families import load_spec, record, records
 from elasticmoe.common.layout import ExchangeKind, initial_layout
 from elasticmoe.common.model_spec import DTYPE_BYTES, ModelSpec, RecordKey, RecordSpec, kv_geometry, round_up
+from elasticmoe.common.seat_sizes import half_elements_of
+from elasticmoe.common.sharding import shard_of
 from elasticmoe.services.hmm.loading.reader import Reader
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.host import HostBackend
@@ -61,23 +63,27 @@ def load_experts(checkpoint: Checkpoint, spec: ModelSpec, layer: int, held: set[
     return slots
 
 
-def load_weights(checkpoint: Checkpoint, spec: ModelSpec, held: Sequence[set[int]], kv: KvCache) -> RankWeights:
-    """A rank's weights in plain memory."""
+def load_weights(
+    checkpoint: Checkpoint, spec: ModelSpec, held: Sequence[set[int]], kv: KvCache, index: int = 0
+) -> RankWeights:
+    """The weights of a rank with that tp index, in plain memory."""
     by_key = {described.key: described for described in records(spec)}
     return RankWeights(
         spec,
-        read_record(checkpoint, by_key[RecordKey("base")]),
-        [read_record(checkpoint, by_key[RecordKey("layer", layer)]) for layer in range(spec.num_layers)],
+        read_record(checkpoint, by_key[RecordKey("base", shard=index)]),
+        [read_record(checkpoint, by_key[RecordKey("layer", layer, shard=index)]) for layer in range(spec.num_layers)],
         [
             load_experts(checkpoint, spec, layer, held[layer]) if count else {}
             for layer, count in enumerate(spec.num_experts_by_layer)
         ],
         kv,
+        shard_of(spec, index),
     )
 
 
 class Ranks:
-    """`size` ranks of one model. Each has all non-expert weights, its share of the experts and its own KV cache."""
+    """`size` replicas of one model, of `tp` ranks each. A rank has its shard of all non-expert weights, its share of
+    the experts and its own KV cache."""
 
     def __init__(
         self,
@@ -90,14 +96,18 @@ class Ranks:
         num_blocks: int = NUM_BLOCKS,
         backend: Callable[[], ComputeBackend] = HostBackend,
         exchange_kind: ExchangeKind = "shm",
+        tp: int = 1,
+        half_elements: int = 0,
     ) -> None:
-        self.spec = load_spec(directory, dtype)
+        """`half_elements`: of the bus; 0: as many as a deployment has."""
+        self.spec = load_spec(directory, dtype, tp)
         self.block_size = block_size
-        self.layout = initial_layout(self.spec.num_experts_by_layer, [f"device{i}" for i in range(size)])
+        self._tp, size = tp, size * tp
+        self.layout = initial_layout(self.spec.num_experts_by_layer, [f"device{i}" for i in range(size)], tp=tp)
         geometry = kv_geometry(self.spec, block_size, GRANULARITY, backend_of("host").kv_handle_bytes_min)
         self._kv_memory: list[DeviceMemory] = []
         shape = (size, max_tokens, self.spec.hidden, self.spec.moe.top_k)
-        self._host = host = Host(shape)  # whose memory the buses are in
+        self._host = host = Host(shape, half_elements or half_elements_of(self.spec, max_tokens))
         self._observer = host.observer
         self._generation = 1
         self._observer.set_membership(1, (1 << size) - 1, True)
@@ -111,16 +121,17 @@ class Ranks:
             kv_memory = DeviceMemory(num_blocks * geometry.block_stride)
             kv_memory.device.write_bytes(kv_memory.address, b"\xff" * (num_blocks * geometry.block_stride))
             self._kv_memory.append(kv_memory)
-            shape, stride = self.spec.attention.kv, geometry.block_stride // DTYPE_BYTES[self.spec.dtype]
+            shape, stride = self.spec.rank_attention.kv, geometry.block_stride // DTYPE_BYTES[self.spec.dtype]
             inside = (self.spec.num_layers, shape.planes, shape.heads, block_size, shape.width)
             inner = torch.empty(inside, device="meta").stride()
             blocks = kv_memory.device.wrap(kv_memory.range, 0, (num_blocks, *inside), (stride, *inner), self.spec.dtype)
             kv = KvCache(blocks, num_blocks, geometry, kv_memory.device, kv_memory.address)
             with Checkpoint(directory, self.spec) as checkpoint:
-                self.weights.append(load_weights(checkpoint, self.spec, held, kv))
+                self.weights.append(load_weights(checkpoint, self.spec, held, kv, slot % tp))
             made = backend()
             self.models.append(build_model(made, self.weights[-1], max_tokens))
-            exchange = host.open(exchange_kind, bus, self.spec.num_experts_by_layer, made)
+            replica = range(slot - slot % tp, slot - slot % tp + tp) if tp > 1 else ()
+            exchange = host.open(exchange_kind, bus, self.spec.num_experts_by_layer, made, replica)
             self.exchanges.append(exchange)
         self._set_routing()
 
@@ -129,15 +140,17 @@ class Ranks:
             owners = [self.layout.owners(layer) for layer in range(self.spec.num_layers)]
             exchange.set_routing(self._generation, owners)
 
-    def new_generation(self) -> None:
-        """Start afresh after a step was given up."""
+    def new_generation(self, *, routing: bool = True) -> None:
+        """Start afresh after a step was given up; without `routing`, only end the one that is."""
         self._generation += 1
         self._observer.set_membership(self._generation, (1 << len(self.models)) - 1, True)
-        self._set_routing()
+        if routing:
+            self._set_routing()
 
     def step(self, work: Sequence[Sequence[BatchPart]]) -> list[torch.Tensor]:
-        """Logits of each rank's parts, all ranks in lockstep."""
+        """Logits of each replica's parts, all ranks in lockstep."""
         total = sum(len(part.token_ids) for parts in work for part in parts)
+        work = [parts for parts in work for _ in range(self._tp)]
         results: list[torch.Tensor | BaseException] = [RuntimeError("never ran")] * len(work)
 
         def run(rank: int) -> None:
@@ -156,7 +169,9 @@ class Ranks:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-        return [result for result in results if isinstance(result, torch.Tensor)]
+        logits = [result for result in results if isinstance(result, torch.Tensor)]
+        assert all(len(rows) == 0 for rank, rows in enumerate(logits) if rank % self._tp)
+        return logits[:: self._tp]
 
 
 class Stream:
@@ -175,7 +190,7 @@ class Stream:
 def generate(
     ranks: Ranks, streams: Sequence[Sequence[Stream]], num_tokens: int, chunk: Callable[[int], int] = lambda _: 7
 ) -> dict[int, torch.Tensor]:
-    """Run all streams (by rank) greedily until each has `num_tokens` new tokens; logits of every row, by id(stream).
+    """Run all streams (by replica) greedily until each has `num_tokens` new tokens; logits of every row, by id(stream).
 
     `chunk(step)` is how many prompt tokens a stream may compute in a step.
     """

@@ -111,6 +111,19 @@ def test_embed(dtype: torch.dtype) -> None:
         kernels.embed(ids.buffer_info()[0], 3, table.data_ptr(), DTYPES[dtype], 11, 30, 1.0, out.data_ptr())
 
 
+@BY_DTYPE
+def test_embed_of_a_part_of_the_vocabulary(dtype: torch.dtype) -> None:
+    """Tokens that the table does not have are zeros."""
+    table, out = random(11, 30).to(dtype), torch.full((4, 30), float("nan"))
+    ids, part = array("i", [10, 0, 4, 5]), table[5:9].contiguous()
+    place = (ids.buffer_info()[0], 4, part.data_ptr(), DTYPES[dtype], 11, 30, 1.0, out.data_ptr())
+    kernels.embed(*place, 5, 4)
+    assert torch.equal(out, torch.stack([torch.zeros(30)] * 3 + [table[5].float()]))
+    for first, held in ((-1, 4), (8, 4), (12, -1)):
+        with pytest.raises(ValueError, match=r"first|vocabulary|num_held"):
+            kernels.embed(*place, first, held)
+
+
 def run_attention(
     cache: Paged, chunks: Sequence[tuple[int, int, list[int]]], qkv: torch.Tensor, q_heads: int, layer: int = 1
 ) -> torch.Tensor:

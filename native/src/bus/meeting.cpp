@@ -58,7 +58,7 @@ bool every_member(uint64_t members, Test test) {
 
 }  // namespace
 
-Meeting::Meeting(const Segment& segment, int slot) : segment_(segment), slot_(slot) {
+Meeting::Meeting(const Segment& segment, int slot, Lane lane) : segment_(segment), slot_(slot), lane_(lane) {
   require(slot >= -1 && slot < static_cast<int>(segment.geometry().max_ranks),
           "slot must be -1 or below the bus's max_ranks");
 }
@@ -66,6 +66,12 @@ Meeting::Meeting(const Segment& segment, int slot) : segment_(segment), slot_(sl
 uint32_t Meeting::slot() const {
   require(slot_ >= 0, "an observer has no slot");
   return static_cast<uint32_t>(slot_);
+}
+
+void Meeting::set_replica(uint64_t slots) {
+  require((slots >> slot() & 1) != 0, "the own slot is not one of the replica's");
+  require(!met_.is_pending, "a call that timed out must be ended first");
+  replica_ = slots;
 }
 
 void Meeting::check_publication(uint64_t generation, uint64_t members, uint64_t current) const {
@@ -163,6 +169,10 @@ void Meeting::join(uint64_t incarnation) {
   require(incarnation != 0, "incarnation must not be zero");
   segment_.slot(slot()).is_waiting_for_device.store(0, std::memory_order_relaxed);  // a predecessor may have died so
   segment_.slot(slot()).incarnation.store(incarnation, std::memory_order_seq_cst);
+  follow(incarnation);
+}
+
+void Meeting::follow(uint64_t incarnation) {
   incarnation_.store(incarnation, std::memory_order_relaxed);
   last_arrived_ = 0;
   met_ = {};
@@ -195,17 +205,18 @@ Outcome Meeting::check_current(uint32_t generation) const {
   const MembershipView view = membership();
   if (view.generation != generation) return Outcome::aborted;
   require(view.has(slot()), "the own slot is not a member of this generation");
-  const Slot& mine = segment_.slot(slot());
-  if (mine.incarnation.load(std::memory_order_seq_cst) != own) return Outcome::aborted;
+  require(lane_ == Lane::members || (replica_ != 0 && (replica_ & ~view.members) == 0),
+          "not all ranks of the replica are members of this generation");
+  if (segment_.slot(slot()).incarnation.load(std::memory_order_seq_cst) != own) return Outcome::aborted;
   // Another incarnation has arrived here already: its count is not ours to continue.
-  const uint64_t word = mine.arrived.load(std::memory_order_seq_cst);
+  const uint64_t word = arrivals(slot()).arrived.load(std::memory_order_seq_cst);
   const bool is_first = generation_of(word) < generation;
   return is_first || word == last_arrived_ ? Outcome::done : Outcome::aborted;
 }
 
 Outcome Meeting::arrive(uint32_t generation, Kind kind, uint64_t payload) {
   if (const Outcome outcome = check_current(generation); outcome != Outcome::done) return outcome;
-  Slot& mine = segment_.slot(slot());
+  Arrivals& mine = arrivals(slot());
   uint64_t before = mine.arrived.load(std::memory_order_seq_cst);
   const uint32_t count = generation_of(before) == generation ? count_of(before) + 1 : 1;
   Publication& publication = mine.published[count & 1];
@@ -215,7 +226,7 @@ Outcome Meeting::arrive(uint32_t generation, Kind kind, uint64_t payload) {
   const uint64_t after = pack(generation, count);
   if (!mine.arrived.compare_exchange_strong(before, after, std::memory_order_seq_cst)) return Outcome::aborted;
   last_arrived_ = after;
-  met_ = {generation, count, kind, payload, membership().members, true};
+  met_ = {generation, count, kind, payload, lane_ == Lane::members ? membership().members : replica_, true};
   if (all_arrived()) {
     wake(segment_.wakeup().num_sleepers.load(std::memory_order_seq_cst) |
          segment_.wakeup().num_idlers.load(std::memory_order_seq_cst));
@@ -225,22 +236,28 @@ Outcome Meeting::arrive(uint32_t generation, Kind kind, uint64_t payload) {
   return Outcome::done;
 }
 
+uint32_t Meeting::next_count(uint32_t generation) const {
+  const uint64_t word = arrivals(slot()).arrived.load(std::memory_order_seq_cst);
+  return generation_of(word) == generation ? count_of(word) + 1 : 1;
+}
+
 bool Meeting::all_arrived() const {
   return every_member(met_.members, [&](uint32_t member) {
-    const uint64_t word = segment_.slot(member).arrived.load(std::memory_order_seq_cst);
+    const uint64_t word = arrivals(member).arrived.load(std::memory_order_seq_cst);
     return generation_of(word) == met_.generation && has_reached(count_of(word), met_.count);
   });
 }
 
 bool Meeting::do_all_agree() const {
-  const bool is_payload_common = met_.kind == Kind::dispatch || met_.kind == Kind::combine;
+  const bool is_payload_common = met_.kind != Kind::step && met_.kind != Kind::barrier;
   return every_member(met_.members, [&](uint32_t member) {
-    const Publication& publication = segment_.slot(member).published[met_.count & 1];
+    const Publication& publication = arrivals(member).published[met_.count & 1];
     return publication.kind.load(std::memory_order_acquire) == static_cast<uint32_t>(met_.kind) &&
            (!is_payload_common || publication.payload.load(std::memory_order_acquire) == met_.payload);
   });
 }
 
+// `members`: all who may want a core meanwhile.
 int64_t Meeting::spin_ns(uint64_t members) const {
   const int configured = spin_us.load(std::memory_order_relaxed);
   if (configured >= 0) return static_cast<int64_t>(configured) * 1000;
@@ -271,7 +288,7 @@ Outcome Meeting::wait(int64_t deadline_ns) {
 // Spins, then sleeps once for kSliceNs or until the deadline.
 Outcome Meeting::wait_slice(int64_t deadline_ns) {
   const int64_t start = now_ns();
-  const int64_t spin_end = std::min(start + spin_ns(met_.members), deadline_ns);
+  const int64_t spin_end = std::min(start + spin_ns(membership().members), deadline_ns);
   while (now_ns() < spin_end) {
     for (int turn = 0; turn < 16; ++turn) {
       if (all_arrived()) return Outcome::done;
@@ -309,7 +326,7 @@ Outcome Meeting::step(uint32_t generation, uint32_t num_tokens, uint32_t flags, 
   if (outcome != Outcome::done) return outcome;
   entries.clear();
   for_each_member(met_.members, [&](uint32_t member) {
-    const Publication& publication = segment_.slot(member).published[met_.count & 1];
+    const Publication& publication = arrivals(member).published[met_.count & 1];
     const uint64_t payload = publication.payload.load(std::memory_order_acquire);
     entries.push_back({member, static_cast<uint32_t>(payload >> 32), static_cast<uint32_t>(payload)});
   });
@@ -320,7 +337,7 @@ Outcome Meeting::step(uint32_t generation, uint32_t num_tokens, uint32_t flags, 
 
 bool Meeting::is_peer_ahead(const MembershipView& view, uint32_t own_count) const {
   return !every_member(view.members, [&](uint32_t member) {
-    const uint64_t word = segment_.slot(member).arrived.load(std::memory_order_seq_cst);
+    const uint64_t word = arrivals(member).arrived.load(std::memory_order_seq_cst);
     return generation_of(word) != view.generation || has_reached(own_count, count_of(word));
   });
 }
@@ -333,7 +350,7 @@ Outcome Meeting::idle_wait(uint32_t generation, int64_t deadline_ns) {
   for (;;) {
     const uint32_t seen = wakeup.word.load(std::memory_order_seq_cst);
     if (const Outcome outcome = check_current(generation); outcome != Outcome::done) return outcome;
-    const uint64_t word = segment_.slot(slot()).arrived.load(std::memory_order_seq_cst);
+    const uint64_t word = arrivals(slot()).arrived.load(std::memory_order_seq_cst);
     const uint32_t own_count = generation_of(word) == generation ? count_of(word) : 0;
     wakeup.num_idlers.fetch_add(1, std::memory_order_seq_cst);
     const bool is_wanted = is_peer_ahead(membership(), own_count);

@@ -37,17 +37,21 @@ struct StepEntry {
 // called again; `interrupted` comes at least every kSliceNs so that the caller can handle signals.
 enum class Outcome { done, aborted, timeout, interrupted, desync };
 
-enum class Kind : uint32_t { none, barrier, step, dispatch, combine };
+enum class Kind : uint32_t { none, barrier, step, dispatch, combine, reduce, gather };
 
 inline constexpr int64_t kSliceNs = 100'000'000;
 
 // One participant's view of membership and meetings. Blocking operations are for one thread at a time, the rest for
-// any.
+// any. Those of the replica's lane are between the ranks that `set_replica` names, who all name the same ones; all else
+// is common to both lanes: membership, generations, incarnations and their ends.
 class Meeting {
  public:
   static constexpr int kSpinAuto = -1;
 
-  Meeting(const Segment& segment, int slot);
+  Meeting(const Segment& segment, int slot, Lane lane = Lane::members);
+
+  // The ranks of the own replica, a bit mask of slots: who meets in the replica's lane from now on.
+  void set_replica(uint64_t slots);
 
   // Membership, published by the HMM alone.
   void set_membership(uint64_t generation, uint64_t members, bool is_running, uint64_t epoch = 0);
@@ -60,9 +64,11 @@ class Meeting {
   bool flip(uint32_t generation);
 
   void join(uint64_t incarnation);
+  // To meet in this lane, too, as the incarnation that has joined by another one's Meeting.
+  void follow(uint64_t incarnation);
   void leave();
 
-  // Meets the others; `payload` goes to all of them, and must be the same from all for dispatch and combine (else
+  // Meets the others; `payload` goes to all of them, and must be the same from all but for steps and barriers (else
   // `desync`). Blocks until the deadline at most, in slices.
   Outcome meet(uint32_t generation, Kind kind, uint64_t payload, int64_t deadline_ns);
   // Meets, and gives what every member said, by slot.
@@ -75,6 +81,11 @@ class Meeting {
   // Whether this rank takes part in the generation now: asked before it writes what others read.
   Outcome check_current(uint32_t generation) const;
   Outcome arrive(uint32_t generation, Kind kind, uint64_t payload);
+  // The number that the next arrival will have: what is written before it may go where its parity says, as publications
+  // do.
+  uint32_t next_count(uint32_t generation) const;
+  // That of the meeting that was arrived at last.
+  uint32_t count() const { return met_.count; }
   Outcome wait(int64_t deadline_ns);
   // The members of the meeting. Whoever acts on what it read from others' areas first asks `is_current`: members of a
   // later generation may already have begun to overwrite.
@@ -110,8 +121,12 @@ class Meeting {
   void wake_all();
   Outcome wait_slice(int64_t deadline_ns);
 
+  Arrivals& arrivals(uint32_t slot) const { return segment_.slot(slot).lane(lane_); }
+
   Segment segment_;
   int slot_;
+  Lane lane_;
+  uint64_t replica_ = 0;
   std::atomic<uint64_t> incarnation_{0};
   uint64_t last_arrived_ = 0;
   Current met_;

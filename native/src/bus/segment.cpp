@@ -12,7 +12,7 @@ constexpr uint64_t kAreaAlignment = 4096;
 
 struct Offsets {
   uint64_t membership, wakeup, slots, areas, area_stride;
-  uint64_t ids, x, returned;  // within a rank's area
+  uint64_t ids, x, returned, halves, plan;  // within a rank's area
   uint64_t nbytes;
 };
 
@@ -21,6 +21,8 @@ void check_geometry(const Geometry& geometry) {
   require_range("max_tokens", geometry.max_tokens, 1, 1U << 20);
   require_range("hidden", geometry.hidden, 1, 1U << 20);
   require_range("top_k", geometry.top_k, 1, kMaxTopK);
+  require_range("half_elements", geometry.half_elements, 0, 1U << 30);
+  require_range("plan_bytes", geometry.plan_bytes, 0, 1U << 30);
 }
 
 Offsets derive_offsets(const Geometry& geometry) {
@@ -35,7 +37,10 @@ Offsets derive_offsets(const Geometry& geometry) {
   offsets.ids = sizeof(Mailbox);
   offsets.x = align_up(checked_add(offsets.ids, checked_mul(pairs, sizeof(int32_t))), kLine);
   offsets.returned = align_up(checked_add(offsets.x, checked_mul(geometry.max_tokens, row_bytes)), kLine);
-  const uint64_t area_end = checked_add(offsets.returned, checked_mul(pairs, row_bytes));
+  offsets.halves = align_up(checked_add(offsets.returned, checked_mul(pairs, row_bytes)), kLine);
+  const uint64_t halves_bytes = checked_mul(uint64_t{2} * geometry.half_elements, sizeof(float));
+  offsets.plan = align_up(checked_add(offsets.halves, halves_bytes), kLine);
+  const uint64_t area_end = checked_add(offsets.plan, geometry.plan_bytes);
   offsets.area_stride = align_up(area_end, kAreaAlignment);
   offsets.nbytes = checked_add(offsets.areas, checked_mul(offsets.area_stride, geometry.max_ranks));
   require(offsets.nbytes <= static_cast<uint64_t>(INT64_MAX), "the bus would take 2**63 bytes or more");
@@ -89,6 +94,8 @@ Segment::Segment(uint64_t addr, uint64_t nbytes) {
   ids_offset_ = offsets.ids;
   x_offset_ = offsets.x;
   returned_offset_ = offsets.returned;
+  halves_offset_ = offsets.halves;
+  plan_offset_ = offsets.plan;
 }
 
 }  // namespace elasticmoe::bus

@@ -1,6 +1,7 @@
 // Layout of the bus segment, and its checked opening.
 //
-//   Header | Membership | Wakeup | Slot[max_ranks] | for each rank, page-aligned: Mailbox, ids, x, returned rows
+//   Header | Membership | Wakeup | Slot[max_ranks] | for each rank, page-aligned: Mailbox, ids, x, returned rows, its
+//   two halves and its plan, where replicas have several ranks
 //
 // Whatever several processes touch is a lock-free atomic in a cache line of its writer, except for the bulk arrays of
 // the exchange, which barriers order (exchange.h).
@@ -15,7 +16,7 @@ namespace elasticmoe::bus {
 inline constexpr uint32_t kMaxRanks = 64;
 inline constexpr uint32_t kMaxTopK = 256;
 inline constexpr uint64_t kMagic = 0x31535542454F4D45;  // "EMOEBUS1"
-inline constexpr uint32_t kVersion = 3;
+inline constexpr uint32_t kVersion = 4;
 inline constexpr size_t kLine = 64;
 inline constexpr uint32_t kNumEntries = 4;
 
@@ -24,6 +25,8 @@ struct Geometry {
   uint32_t max_tokens;
   uint32_t hidden;
   uint32_t top_k;
+  uint32_t half_elements = 0;  // floats of a rank in one collective of its replica; 0 where replicas are single ranks
+  uint32_t plan_bytes = 0;     // the longest plan of a leader
 
   bool operator==(const Geometry&) const = default;
 };
@@ -75,23 +78,34 @@ struct Publication {
   std::atomic<uint32_t> kind;
 };
 
-struct Slot {
-  // `arrived` is generation << 32 | count of the meetings that the rank arrived at in that generation.
-  alignas(kLine) std::atomic<uint64_t> arrived;
+// Meetings of all members, and those of the ranks of one replica, are counted apart: each has its own order.
+enum class Lane : uint32_t { members, replica };
+inline constexpr uint32_t kNumLanes = 2;
+
+// `arrived` is generation << 32 | count of the meetings that the rank arrived at in that generation.
+struct alignas(kLine) Arrivals {
+  std::atomic<uint64_t> arrived;
   Publication published[2];
+};
+
+struct Slot {
+  Arrivals lanes[kNumLanes];
   alignas(kLine) std::atomic<uint64_t> incarnation;
   std::atomic<uint64_t> progress;
   std::atomic<uint64_t> num_steps;
   std::atomic<uint32_t> is_waiting_for_device;
+
+  Arrivals& lane(Lane which) { return lanes[static_cast<uint32_t>(which)]; }
 };
 
 struct alignas(kLine) Mailbox {
   std::atomic<uint32_t> num_tokens;
+  std::atomic<uint32_t> plan_nbytes;
 };
 
 static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
 static_assert(sizeof(Header) == kLine && sizeof(Membership) == 2 * kLine && sizeof(Wakeup) == kLine);
-static_assert(sizeof(Slot) == 2 * kLine && alignof(Slot) == kLine && sizeof(Mailbox) == kLine);
+static_assert(sizeof(Slot) == (1 + kNumLanes) * kLine && alignof(Slot) == kLine && sizeof(Mailbox) == kLine);
 
 uint64_t bus_bytes(const Geometry& geometry);
 void format_bus(uint64_t addr, uint64_t nbytes, const Geometry& geometry);
@@ -114,6 +128,12 @@ class Segment {
   // float32 [max_tokens, top_k, hidden] what the owners of the rank's experts answer, one row for each choice of a
   // token.
   float* returned(uint32_t rank) const { return reinterpret_cast<float*>(area(rank) + returned_offset_); }
+  // float32 [half_elements]: what the rank brings to a collective of its replica; two of them, used in turns.
+  float* half(uint32_t rank, uint32_t which) const {
+    return reinterpret_cast<float*>(area(rank) + halves_offset_) + size_t{which} * geometry_.half_elements;
+  }
+  // [plan_bytes]: the step plan of a leader.
+  std::byte* plan(uint32_t rank) const { return area(rank) + plan_offset_; }
 
  private:
   std::byte* area(uint32_t rank) const { return areas_ + area_stride_ * rank; }
@@ -127,6 +147,8 @@ class Segment {
   uint64_t ids_offset_;
   uint64_t x_offset_;
   uint64_t returned_offset_;
+  uint64_t halves_offset_;
+  uint64_t plan_offset_;
 };
 
 }  // namespace elasticmoe::bus

@@ -42,10 +42,13 @@ struct Parts {
   int64_t first_position(int64_t part) const { return kv_lens[part] - (row_starts[part + 1] - row_starts[part]); }
 };
 
+// The table has the tokens from `first` on, `num_held` of them; the rows of others are zeros.
 struct Embed {
   const int32_t* ids;
   int64_t num_rows;
   const void* table;
+  int64_t first;
+  int64_t num_held;
   Dtype dtype;
   int64_t hidden;
   float factor;

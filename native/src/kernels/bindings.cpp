@@ -156,19 +156,20 @@ void rms_norm(int64_t x, int64_t delta, int64_t rows, int64_t num_rows, int64_t 
 }
 
 void embed(int64_t ids, int64_t num_rows, int64_t table, int64_t dtype_code, int64_t vocab, int64_t hidden,
-           double factor, int64_t out) {
+           double factor, int64_t out, int64_t first, int64_t num_held) {
   const Dtype dtype = dtype_of(dtype_code);
-  number("num_rows", num_rows, 0);
   number("vocab", vocab, 1);
-  number("hidden", hidden, 1);
-  const int32_t* tokens = memory<const int32_t>("ids", ids, num_rows);
+  if (num_held < 0) num_held = vocab - number("first", first, 0);
+  require(number("num_held", num_held, 0) <= vocab - number("first", first, 0), "the table ends beyond the vocabulary");
+  const int32_t* tokens = memory<const int32_t>("ids", ids, number("num_rows", num_rows, 0));
   for (int64_t i = 0; i < num_rows; ++i) {
     if (tokens[i] < 0 || tokens[i] >= vocab) {
       invalid("token " + std::to_string(tokens[i]) + " is not below the vocabulary's " + std::to_string(vocab));
     }
   }
-  kernels().embed({tokens, num_rows, stored("table", table, vocab * hidden, dtype), dtype, hidden,
-                   static_cast<float>(factor), memory<float>("out", out, num_rows * hidden)});
+  kernels().embed({tokens, num_rows, stored("table", table, elements({num_held, number("hidden", hidden, 1)}), dtype),
+                   first, num_held, dtype, hidden, static_cast<float>(factor),
+                   memory<float>("out", out, num_rows * hidden)});
 }
 
 void make_rope(const CheckedParts& parts, int64_t inv_freq, int64_t dims, double amplitude, int64_t out) {
@@ -360,7 +361,8 @@ NB_MODULE(kernels, m) {
   m.def("rms_norm", &rms_norm, released(), nb::arg("x_addr"), nb::arg("delta_addr"), nb::arg("rows_addr"),
         nb::arg("num_rows"), nb::arg("hidden"), nb::arg("weight_addr"), nb::arg("eps"), nb::arg("out_addr"));
   m.def("embed", &embed, released(), nb::arg("ids_addr"), nb::arg("num_rows"), nb::arg("table_addr"), nb::arg("dtype"),
-        nb::arg("vocab"), nb::arg("hidden"), nb::arg("factor"), nb::arg("out_addr"));
+        nb::arg("vocab"), nb::arg("hidden"), nb::arg("factor"), nb::arg("out_addr"), nb::arg("first") = 0,
+        nb::arg("num_held") = -1);
   m.def("rope_table", &make_rope, released(), nb::arg("parts"), nb::arg("inv_freq_addr"), nb::arg("dims"),
         nb::arg("amplitude"), nb::arg("out_addr"));
   m.def("store_kv", &store, released(), nb::arg("parts"), nb::arg("layer"), nb::arg("qkv_addr"), nb::arg("q_heads"),

@@ -134,8 +134,14 @@ inline void exponentials(const float* x, int64_t count, float peak, float factor
 template <typename T>
 void embed_as(const Embed& a) {
   for (int64_t row = 0; row < a.num_rows; ++row) {
-    const typename T::Element* from = static_cast<const typename T::Element*>(a.table) + a.ids[row] * a.hidden;
-    for (int64_t i = 0; i < a.hidden; ++i) a.out[row * a.hidden + i] = T::widen(from[i]) * a.factor;
+    float* out = a.out + row * a.hidden;
+    const int64_t at = a.ids[row] - a.first;
+    if (at < 0 || at >= a.num_held) {
+      std::fill(out, out + a.hidden, 0.0F);
+      continue;
+    }
+    const typename T::Element* from = static_cast<const typename T::Element*>(a.table) + at * a.hidden;
+    for (int64_t i = 0; i < a.hidden; ++i) out[i] = T::widen(from[i]) * a.factor;
   }
 }
 

@@ -183,7 +183,8 @@ class BusSegment:
     def format(self, sizes: BusSizes) -> None:
         """Give an empty segment its size and header, and open it. Raises DoesNotFit."""
         self.shared.resize(sizes.nbytes)
-        format_bus(self.shared.address, sizes.nbytes, sizes.max_ranks, sizes.max_tokens, sizes.hidden, sizes.top_k)
+        shape = (sizes.max_ranks, sizes.max_tokens, sizes.hidden, sizes.top_k, sizes.half_elements)
+        format_bus(self.shared.address, sizes.nbytes, *shape)
         self.bus = Bus(self.shared.address, sizes.nbytes)
 
     @classmethod

@@ -129,9 +129,12 @@ class ComputeBackend(ABC):
     # ---- operations of a decoder
 
     @abstractmethod
-    def embed(self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor) -> BatchOperation:
-        """out = the rows of the table that the batch's tokens name, times `factor`. Raises ValueError for a token
-        beyond the table."""
+    def embed(
+        self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor, *, first: int = 0, vocab: int = 0
+    ) -> BatchOperation:
+        """out = the rows of the table that the batch's tokens name, times `factor`. The table has the tokens from
+        `first` on of a vocabulary of `vocab` (0: it ends with the table); others' rows are zeros. Raises ValueError for
+        a token beyond the vocabulary."""
 
     @abstractmethod
     def linear(
@@ -250,6 +253,36 @@ class ComputeBackend(ABC):
         out_NH: torch.Tensor,
     ) -> Operation:
         """out += w2 · (silu(gate) * up), as of `feed_forward`, times sigmoid(x · gate_1H) where there is that gate."""
+
+    # ---- what is computed only where a replica has several ranks
+
+    def clear(self, out_NH: torch.Tensor) -> Operation:
+        """out = 0."""
+
+        def run(n: int) -> None:
+            out_NH[:n].zero_()
+
+        return run
+
+    def square(self, x_NC: torch.Tensor, out_NC: torch.Tensor) -> Operation:
+        """out = each element of x, squared."""
+
+        def run(n: int) -> None:
+            torch.mul(x_NC[:n], x_NC[:n], out=out_NC[:n])
+
+        return run
+
+    def scale_by_squares(
+        self, x_NW: torch.Tensor, squares_N: torch.Tensor, count: int, weight_W: torch.Tensor, eps: float
+    ) -> Operation:
+        """x = x / sqrt(squares / count + eps) * weight, in place: the RMS norm of rows of which x is a part, by the sum
+        of the squares of their `count` elements. Neither x nor squares need be contiguous."""
+
+        def run(n: int) -> None:
+            x_NW[:n] *= 1 / torch.sqrt(squares_N[:n, None] / count + eps)
+            x_NW[:n] *= weight_W
+
+        return run
 
     # ---- operations of other models
 

@@ -79,14 +79,16 @@ class HostBackend(ComputeBackend):
 
     # ---- a decoder's
 
-    def embed(self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor) -> BatchOperation:
+    def embed(
+        self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor, *, first: int = 0, vocab: int = 0
+    ) -> BatchOperation:
         """See ComputeBackend."""
-        vocab, hidden = table_VH.shape
-        table, code = stored(table_VH, vocab, hidden)
-        out = activations(out_NH, hidden)
+        held, hidden = table_VH.shape
+        table, code = stored(table_VH, held, hidden)
+        out, end = activations(out_NH, hidden), vocab or first + held
 
         def run(step: _HostBatch) -> None:
-            kernels.embed(step.token_ids_addr, step.num_rows, table, code, vocab, hidden, factor, out)
+            kernels.embed(step.token_ids_addr, step.num_rows, table, code, end, hidden, factor, out, first, held)
 
         return run
 

@@ -139,3 +139,14 @@ class TensorBackend(ComputeBackend):
     def top_tokens(self, row_V: torch.Tensor, count: int) -> list[int]:
         """See ComputeBackend."""
         return torch_sampling.top_tokens(row_V, count)
+
+
+def looked_up(table_VH: torch.Tensor, token_ids_N: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """The tokens' rows of a table that has those from `first` on of the `end` that there are: zeros for others."""
+    held = table_VH.shape[0]
+    if held == end:
+        return table_VH.index_select(0, token_ids_N)
+    at_N = token_ids_N - first
+    is_held_N = (at_N >= 0) & (at_N < held)
+    rows_NH = table_VH.index_select(0, at_N.clamp(0, held - 1))
+    return torch.where(is_held_N[:, None], rows_NH, 0)

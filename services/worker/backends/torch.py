@@ -17,7 +17,7 @@ import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
 from elasticmoe.services.worker.backends.base import BatchOperation, Operation
-from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend
+from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend, looked_up
 from elasticmoe.services.worker.backends.torch_batch import TorchBatch, cached, lay_out
 from elasticmoe.services.worker.backends.torch_rows import feed_forward_row, first_rows, normed, rotate, routed
 from elasticmoe.services.worker.model.batch import Batch
@@ -36,17 +36,19 @@ class TorchBackend(TensorBackend):
 
     # ---- a decoder's
 
-    def embed(self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor) -> BatchOperation:
+    def embed(
+        self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor, *, first: int = 0, vocab: int = 0
+    ) -> BatchOperation:
         """See ComputeBackend."""
-        vocab, hidden = table_VH.shape
-        self._check(table_VH, (vocab, hidden), *STORED)
-        self._check_rows(out_NH, hidden)
+        self._check(table_VH, (table_VH.shape[0], out_NH.shape[1]), *STORED)
+        self._check_rows(out_NH, out_NH.shape[1])
+        end = vocab or first + table_VH.shape[0]
 
         def run(step: TorchBatch) -> None:
             for token in step.token_ids.tolist():
-                if not 0 <= token < vocab:
-                    raise ValueError(f"token {token} is not below the vocabulary's {vocab}")
-            out_NH[: step.num_rows] = table_VH[step.token_ids].float() * factor
+                if not 0 <= token < end:
+                    raise ValueError(f"token {token} is not below the vocabulary's {end}")
+            out_NH[: step.num_rows] = looked_up(table_VH, step.token_ids, first, end).float() * factor
 
         return run
 

@@ -31,18 +31,29 @@ class Alone(Exchange):
     def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
         """See Exchange. Nothing to prepare."""
 
-    def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int) -> int:
+    def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int, *, first: int = 0) -> int:
         """See Exchange. One row of zeros for each held expert."""
-        del x_NH, ids_NK, weights_NK, n
+        del x_NH, ids_NK, weights_NK, n, first
         self.counts_E.zero_()
         self.counts_E[list(self._held[layer])] = 1
         self.rows_RH.zero_()
         return len(self._held[layer])
 
-    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int) -> None:
+    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int, *, first: int = 0) -> None:
         """See Exchange. Zeros."""
         del layer, y_RH
-        out_NH.device[:n].zero_()
+        out_NH.device[first : first + n].zero_()
+
+    def reduce(self, x_NW: Mirror | None, rows_NW: Mirror | None, out_NW: Mirror, n: int) -> None:
+        """See Exchange. Zeros."""
+        del x_NW, rows_NW
+        out_NW.device[:n].zero_()
+
+    def gather(self, x_MW: Mirror, out_MV: Mirror | None, n: int, total: int) -> None:
+        """See Exchange. Zeros."""
+        del x_MW, total
+        if out_MV is not None:
+            out_MV.device[:n].zero_()
 
     def take_times(self) -> ExchangeTimes:
         """See Exchange. Nobody was waited for."""

@@ -1,10 +1,11 @@
-"""Interface of the expert exchange: send tokens to the ranks that hold their experts, bring the results back.
+"""Interface of the expert exchange: send tokens to the ranks that hold their experts, bring the results back; and of
+what the ranks of one replica do together.
 
 The model's rows lie where its backend computes. By which memory they travel is the exchange's affair: it takes them
 from either side of a Mirror, and waits for what was queued before it tells others that they are there.
 
 Shape suffixes: N own tokens, K experts per token, H hidden, R rows received, E experts of the layer (all that the
-model has).
+model has), W any width, M rows whose logits are wanted, V vocabulary.
 """
 
 from __future__ import annotations
@@ -78,22 +79,36 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int) -> int:
-        """Send the first `n` rows of x (float32), as the backend has queued them, to the owners of their experts;
-        returns R, the rows received.
+    def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int, *, first: int = 0) -> int:
+        """Send `n` rows of x (float32) from number `first` on, as the backend has queued them, to the owners of their
+        experts; returns R, the rows received.
 
         `ids`: int32 expert ids, -1 = unused; `weights`: float32. All contiguous; they stay as they are until `combine`
         has returned.
         """
 
     @abstractmethod
-    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int) -> None:
+    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int, *, first: int = 0) -> None:
         """Return expert outputs (float32, in the order and place of `rows_RH`) and sum: out[t] = sum over k of
-        weight * y, where the backend goes on with it.
+        weight * y, where the backend goes on with it; of the same rows as `dispatch`.
 
         The sum runs over k in order whoever owns the experts, so that it does not depend on the layout; each product is
         rounded before it is added. Exchanges agree in every bit.
         """
+
+    @abstractmethod
+    def reduce(self, x_NW: Mirror | None, rows_NW: Mirror | None, out_NW: Mirror, n: int) -> None:
+        """Among the ranks of the own replica: out = the rows that each of them has, plus what all of them bring.
+
+        `rows_NW`: rank t of T has those from n t / T to n (t + 1) / T; None: nobody has any. `x_NW` is what is brought;
+        None: nobody brings some. A row's sum begins with what a rank has, and goes on by tp index: all ranks get the
+        same bits. `out_NW` may be one of the others.
+        """
+
+    @abstractmethod
+    def gather(self, x_MW: Mirror, out_MV: Mirror | None, n: int, total: int) -> None:
+        """Among the ranks of the own replica, once at a step's end: out = x of all of them side by side, `total`
+        columns, of which rank t of T has those from total t / T to total (t + 1) / T. None: others want it."""
 
     @abstractmethod
     def take_times(self) -> ExchangeTimes:

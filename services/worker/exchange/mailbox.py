@@ -20,7 +20,7 @@ from elasticmoe.common.failpoint import failpoint
 from elasticmoe.native.bus import Bus
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
 from elasticmoe.services.worker.exchange.base import ExchangeTimes
-from elasticmoe.services.worker.exchange.bus import BusExchange
+from elasticmoe.services.worker.exchange.bus import BusExchange, rows_from
 
 
 class Mailbox(NamedTuple):
@@ -44,9 +44,14 @@ class MailboxExchange(BusExchange):
     the caller's, and may come and go between steps. Rows are received where the backend computes."""
 
     def __init__(
-        self, bus: Bus, num_experts: Sequence[int], backend: ComputeBackend, mailboxes: Mapping[int, Mailbox]
+        self,
+        bus: Bus,
+        num_experts: Sequence[int],
+        backend: ComputeBackend,
+        mailboxes: Mapping[int, Mailbox],
+        replica: Sequence[int] = (),
     ) -> None:
-        super().__init__(bus, num_experts, backend, backend.device)
+        super().__init__(bus, num_experts, backend, backend.device, replica)
         self._mailboxes = mailboxes
         self._moved_ns = 0
         self._tokens_TH = self._answers_RH = self.rows_RH
@@ -67,9 +72,10 @@ class MailboxExchange(BusExchange):
             answered_R,
         )
 
-    def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int) -> int:
+    def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int, *, first: int = 0) -> int:
         """See Exchange. Raises ValueError for an id without a home, and for more tokens than the step has."""
         routing = self._routing(layer)
+        x_NH, ids_NK, weights_NK = (rows_from(mirror, first) for mirror in (x_NH, ids_NK, weights_NK))
         own_NH = self._mailboxes[self._bus.slot].x_NH
         self._backend.download(Mirror(x_NH.device, own_NH), ids_NK)(n)
         shares = self._patiently(
@@ -108,7 +114,7 @@ class MailboxExchange(BusExchange):
         torch.index_select(self._tokens_TH, 0, fetched_R, out=self.rows_RH[:num_rows])
         return num_rows
 
-    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int) -> None:
+    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int, *, first: int = 0) -> None:
         """See Exchange. Raises ValueError without a dispatch before it."""
         routing, chosen = self._routing(layer), self._chosen
         if chosen is None:
@@ -121,7 +127,7 @@ class MailboxExchange(BusExchange):
         self._patiently(lambda wait_ms: self._bus.meet_combined(routing, self._generation, n, wait_ms))
         started = time.perf_counter_ns()
         self._chosen = None
-        self._sum(*chosen, out_NH.device, n)
+        self._sum(*chosen, out_NH.device[first:], n)
         self._moved_ns += time.perf_counter_ns() - started
         self._num_left -= 1
 

@@ -9,19 +9,22 @@ import torch
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.native.bus import Bus
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
-from elasticmoe.services.worker.exchange.bus import BusExchange
+from elasticmoe.services.worker.exchange.bus import BusExchange, rows_from
 
 
 class ShmExchange(BusExchange):
     """See BusExchange. Rows are received in host memory; a backend that computes elsewhere has them copied there and
     back."""
 
-    def __init__(self, bus: Bus, num_experts: Sequence[int], backend: ComputeBackend) -> None:
-        super().__init__(bus, num_experts, backend, torch.device("cpu"))
+    def __init__(
+        self, bus: Bus, num_experts: Sequence[int], backend: ComputeBackend, replica: Sequence[int] = ()
+    ) -> None:
+        super().__init__(bus, num_experts, backend, torch.device("cpu"), replica)
 
-    def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int) -> int:
+    def dispatch(self, layer: int, x_NH: Mirror, ids_NK: Mirror, weights_NK: Mirror, n: int, *, first: int = 0) -> int:
         """See Exchange. Raises ValueError for an id without a home."""
         routing = self._routing(layer)
+        x_NH, ids_NK, weights_NK = (rows_from(mirror, first) for mirror in (x_NH, ids_NK, weights_NK))
         self._backend.download(x_NH, ids_NK, weights_NK)(n)
         return self._patiently(
             lambda wait_ms: self._bus.dispatch(
@@ -38,8 +41,9 @@ class ShmExchange(BusExchange):
             )
         )
 
-    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int) -> None:
+    def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int, *, first: int = 0) -> None:
         """See Exchange."""
+        out_NH = rows_from(out_NH, first)
         routing, out = self._routing(layer), out_NH.host.data_ptr()
         failpoint("rank.combine")
         self._patiently(lambda wait_ms: self._bus.combine(routing, self._generation, y_RH.data_ptr(), out, n, wait_ms))

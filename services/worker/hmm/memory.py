@@ -37,6 +37,7 @@ from elasticmoe.common.protocol.handles import (
     SharedKey,
     ShareHandles,
 )
+from elasticmoe.common.sharding import shard_of
 from elasticmoe.native.bus import Bus
 from elasticmoe.native.ledger import Ledger
 from elasticmoe.services.worker.hmm.link import Handed
@@ -317,7 +318,7 @@ class RankMemory:
         base = self._wrap_record(RecordKey("base", shard=self._shard))
         layers = [self._wrap_record(RecordKey("layer", layer, shard=self._shard)) for layer in range(spec.num_layers)]
         experts = [self._wrap_experts(layer) for layer in range(spec.num_layers)]
-        return RankWeights(spec, base, layers, experts, self.kv)
+        return RankWeights(spec, base, layers, experts, self.kv, shard_of(spec, self._shard))
 
     def _wrap_kv(self) -> torch.Tensor:
         """One strided tensor over all blocks that the range has room for, mapped or not."""

@@ -7,20 +7,34 @@ rotate, O width of what attention gives, A rank of the queries' projection.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import msgspec
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec
-from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, StepBatch
+from elasticmoe.services.worker.backends.base import (
+    BatchOperation,
+    ComputeBackend,
+    Mirror,
+    Operation,
+    StepBatch,
+)
+from elasticmoe.services.worker.exchange.base import Exchange
+
+ReplicaOperation = Callable[[int, Exchange], None]
+"""Called with the number of rows, and the exchange with the other ranks of the replica."""
 
 
 class ResidualStream(NamedTuple):
     """What a layer reads and writes, float32 with room for a step's rows: the normed `x_NH`, and the residual, to which
-    the layer's output is added."""
+    the layer's output is added. Where a replica has several ranks it goes to `partial_NH` instead, added up over them,
+    and is left to the next norm."""
 
     x_NH: torch.Tensor
     residual_NH: torch.Tensor
+    partial_NH: Mirror | None = None
 
 
 class Attention(Protocol):
@@ -36,41 +50,49 @@ class Attention(Protocol):
 class AttentionLayer(Protocol):
     """One layer: x is read, its attention is added to the residual."""
 
-    def __call__(self, step: StepBatch, n: int) -> None:
-        """Compute the layer for the step's `n` rows."""
+    def __call__(self, step: StepBatch, n: int, exchange: Exchange) -> None:
+        """Compute the layer for the step's `n` rows. The exchange is for the other ranks of the replica."""
 
 
 def attention_of(backend: ComputeBackend, spec: ModelSpec, max_tokens: int) -> Attention:
-    """The attention of `spec`, with buffers for steps of at most `max_tokens` rows."""
-    if isinstance(spec.attention, LatentAttentionSpec):
-        return LatentAttention(backend, spec.attention, max_tokens)
-    return GroupedQueryAttention(backend, spec.attention, max_tokens)
+    """A rank's part of the attention of `spec`, with buffers for steps of at most `max_tokens` rows."""
+    attention = spec.rank_attention
+    if isinstance(attention, LatentAttentionSpec):
+        return LatentAttention(backend, attention, max_tokens)
+    return GroupedQueryAttention(backend, attention, max_tokens, spec.tp)
 
 
 class GroupedQueryAttention:
     """See Attention. Owns the buffers of all its layers."""
 
-    def __init__(self, backend: ComputeBackend, spec: AttentionSpec, max_tokens: int) -> None:
+    def __init__(self, backend: ComputeBackend, spec: AttentionSpec, max_tokens: int, tp: int = 1) -> None:
         self._backend, self._spec = backend, spec
+        self._replica_norm: ReplicaNorm | None = None
         self._qkv_NC = backend.empty(max_tokens, spec.query_width + 2 * spec.num_kv_heads * spec.head_dim)
         self._out_NO = backend.empty(max_tokens, spec.out_width)
         self._rope_ND = backend.empty(max_tokens, spec.rope.dims)
         self.prepare = backend.rope_table(spec.rope, self._rope_ND)
+        if tp > 1 and spec.qk_norm == "token":
+            self._replica_norm = ReplicaNorm(backend, spec, self._qkv_NC, tp)
+            self._spec = msgspec.structs.replace(spec, qk_norm="none")
 
     def layer(self, layer: int, tensors: dict[str, torch.Tensor], stream: ResidualStream, eps: float) -> AttentionLayer:
         """See Attention."""
         backend, spec, qkv_NC = self._backend, self._spec, self._qkv_NC
         norms = None if spec.qk_norm == "none" else (tensors["q_norm"], tensors["k_norm"])
+        normalize = self._replica_norm.layer(tensors, eps) if self._replica_norm is not None else None
         project = backend.linear(stream.x_NH, tensors["qkv"], qkv_NC, bias_W=tensors.get("qkv_bias"))
         store = backend.store_kv(spec, layer, qkv_NC, self._rope_ND, norms, eps)
         attend = backend.attention(spec, layer, qkv_NC, self._out_NO)
         output = _output(backend, self._out_NO, tensors, stream)
 
-        def run(step: StepBatch, n: int) -> None:
+        def run(step: StepBatch, n: int, exchange: Exchange) -> None:
             project(n)
+            if normalize is not None:
+                normalize(n, exchange)
             store(step)
             attend(step)
-            output(n)
+            output(n, exchange)
 
         return run
 
@@ -99,13 +121,13 @@ class LatentAttention:
         attend = backend.latent_attention(spec, layer, self._q_NQ, tensors["kv_b"], self._out_NO)
         output = _output(backend, self._out_NO, tensors, stream)
 
-        def run(step: StepBatch, n: int) -> None:
+        def run(step: StepBatch, n: int, exchange: Exchange) -> None:
             for operation in queries:
                 operation(n)
             compress(n)
             store(step)
             attend(step)
-            output(n)
+            output(n, exchange)
 
         return run
 
@@ -120,7 +142,55 @@ class LatentAttention:
         )
 
 
+class ReplicaNorm:
+    """The norm of queries and keys over all heads of a token, of which a rank has some: the ranks add up the squares.
+
+    A kv head that several ranks have is counted by each: it is then so in `counts`, too."""
+
+    def __init__(self, backend: ComputeBackend, spec: AttentionSpec, qkv_NC: torch.Tensor, tp: int) -> None:
+        query, key = spec.query_width, spec.num_kv_heads * spec.head_dim
+        self._backend, self._qkv_NC = backend, qkv_NC
+        self._parts = ((0, query), (query, query + key))
+        self._counts = (query * tp, key * tp)
+        self._squares_NC = backend.empty(*qkv_NC.shape)
+        self._sums_N2 = backend.mirror(qkv_NC.shape[0], 2)
+        chosen_2C = torch.zeros(2, qkv_NC.shape[1])
+        for row, (begin, end) in zip(chosen_2C, self._parts, strict=True):
+            row[begin:end] = 1
+        self._chosen_2C = chosen_2C.to(backend.device)
+        self._square = backend.square(qkv_NC, self._squares_NC)
+        self._add_up = backend.linear(self._squares_NC, self._chosen_2C, self._sums_N2.device)
+
+    def layer(self, tensors: dict[str, torch.Tensor], eps: float) -> ReplicaOperation:
+        """One layer's, with its weights: in place, of the rows in qkv."""
+        sums_N2 = self._sums_N2.device
+        scale = [
+            self._backend.scale_by_squares(self._qkv_NC[:, begin:end], sums_N2[:, at], count, tensors[name], eps)
+            for at, (name, (begin, end), count) in enumerate(
+                zip(("q_norm", "k_norm"), self._parts, self._counts, strict=True)
+            )
+        ]
+
+        def run(n: int, exchange: Exchange) -> None:
+            self._square(n)
+            self._add_up(n)
+            exchange.reduce(self._sums_N2, None, self._sums_N2, n)
+            for operation in scale:
+                operation(n)
+
+        return run
+
+
 def _output(
     backend: ComputeBackend, out_NO: torch.Tensor, tensors: dict[str, torch.Tensor], stream: ResidualStream
-) -> Operation:
-    return backend.linear(out_NO, tensors["out"], stream.residual_NH, bias_W=tensors.get("out_bias"), accumulate=True)
+) -> ReplicaOperation:
+    partial_NH, bias = stream.partial_NH, tensors.get("out_bias")
+    target_NH = stream.residual_NH if partial_NH is None else partial_NH.device
+    project = backend.linear(out_NO, tensors["out"], target_NH, bias_W=bias, accumulate=partial_NH is None)
+
+    def run(n: int, exchange: Exchange) -> None:
+        project(n)
+        if partial_NH is not None:
+            exchange.reduce(partial_NH, None, partial_NH, n)
+
+    return run

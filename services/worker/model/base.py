@@ -33,7 +33,8 @@ class Model(Protocol):
 
     def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
         """Compute one step: write its KV, return the wanted logits, float32 [batch.num_logits, vocab], where the
-        backend computes. Nothing of it is in flight then.
+        backend computes. Nothing of it is in flight then. All ranks of a replica compute the same batch; the first one
+        gets the logits, and the others none, [0, vocab].
 
         The caller has begun the exchange's step. The logits belong to the model and are valid until the next call; the
         caller may change them. Raises ValueError for a batch beyond the model's limits or with a bad token or block id;

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from elasticmoe.services.worker.backends.base import ComputeBackend, Operation
+from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
 from elasticmoe.services.worker.exchange.base import Exchange
 from elasticmoe.services.worker.model.attention import AttentionLayer, ResidualStream, attention_of
 from elasticmoe.services.worker.model.base import StepTimes
@@ -41,15 +41,23 @@ class Decoder:
         self.times = StepTimes(0, 0, 0)
         self._weights = weights
         self._max_tokens = max_tokens
-        self._residual_NH = backend.empty(max_tokens, spec.hidden)
+        self._shard = weights.shard
+        self._is_part = weights.shard.of > 1  # of a replica of several ranks
+        self._residual_NH = self._buffer(max_tokens, spec.hidden)
         self._x_NH, self._delta_NH = (backend.mirror(max_tokens, spec.hidden) for _ in range(2))
+        self._partial_NH = backend.mirror(max_tokens, spec.hidden) if self._is_part else None  # of an attention
         self._head_VH = weights.base["embed" if spec.tie_embeddings else "head"]
-        self._logits_MV = backend.empty(0, spec.vocab)
-        self._head = backend.linear(self._x_NH.device, self._head_VH, self._logits_MV)
+        self._logits_MV = self._buffer(0, self._head_VH.shape[0])
+        self._gathered_MV = self._buffer(0, spec.vocab)  # by the leader of a replica
+        self._head = backend.linear(self._x_NH.device, self._head_VH, self._logits_MV.device)
         self._attention = attention_of(backend, spec, max_tokens)
         self._norm_eps = spec.norm_eps / spec.residual_factor**2
         self._embed = backend.embed(
-            weights.base["embed"], spec.embedding_factor / spec.residual_factor, self._residual_NH
+            weights.base["embed"],
+            spec.embedding_factor / spec.residual_factor,
+            self._residual_NH.device,
+            first=self._shard.span(spec.vocab)[0],
+            vocab=spec.vocab,
         )
         self._layers = [self._make_layer(layer) for layer in range(spec.num_layers)]
         # Kept here: operations look at tensors' memory, and nobody else owns a product.
@@ -57,7 +65,7 @@ class Decoder:
         if spec.logits_factor != 1:
             self._final_weight_H = self._final_weight_H * spec.logits_factor
         self._final_norm = backend.final_norm(
-            self._residual_NH, self._delta_NH.device, self._final_weight_H, self._norm_eps, self._x_NH.device
+            self._residual_NH.device, self._delta_NH.device, self._final_weight_H, self._norm_eps, self._x_NH.device
         )
 
     def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
@@ -69,38 +77,62 @@ class Decoder:
         n = batch.num_rows
         step = self.backend.check_batch(batch, self._weights.kv)
         self._embed(step)
+        if self._is_part:
+            exchange.reduce(self._residual_NH, None, self._residual_NH, n)
         self._attention.prepare(step)
         for input_norm, attention, post_norm, feed_forward in self._layers:
             input_norm(n)
-            attention(step, n)
+            attention(step, n, exchange)
             post_norm(n)
             feed_forward(exchange, n)
         self._final_norm(step)
         logits_MV = self._compute_logits(batch.num_logits)
+        if self._is_part:
+            logits_MV = self._gather_logits(exchange, batch.num_logits)
         self.backend.fence()
         self.times = StepTimes(time.perf_counter_ns() - started, *exchange.take_times())
         return logits_MV
 
     def _make_layer(self, layer: int) -> _DecoderLayer:
         backend, spec, tensors, eps = self.backend, self._weights.spec, self._weights.layers[layer], self._norm_eps
-        x_NH, residual_NH, delta_NH = self._x_NH, self._residual_NH, self._delta_NH
+        x_NH, residual_NH, delta_NH = self._x_NH, self._residual_NH.device, self._delta_NH
+        stream = ResidualStream(x_NH.device, residual_NH, self._partial_NH)
+        attended = None if self._partial_NH is None else self._partial_NH.device  # what is left to be added likewise
         before = None if layer == 0 else delta_NH.device  # what the feed-forward before it left to be added
         return _DecoderLayer(
             backend.rms_norm(residual_NH, before, tensors["input_norm"], eps, x_NH.device),
-            self._attention.layer(layer, tensors, ResidualStream(x_NH.device, residual_NH), spec.norm_eps),
-            backend.rms_norm(residual_NH, None, tensors["post_norm"], eps, x_NH.device),
-            DenseFeedForward(backend, spec, tensors, x_NH, delta_NH)
+            self._attention.layer(layer, tensors, stream, spec.norm_eps),
+            backend.rms_norm(residual_NH, attended, tensors["post_norm"], eps, x_NH.device),
+            DenseFeedForward(backend, spec, tensors, x_NH, delta_NH, self._shard)
             if layer in spec.dense_layers
-            else RoutedExperts(backend, spec, layer, tensors, self._weights.experts[layer], x_NH, delta_NH),
+            else RoutedExperts(
+                backend, spec, layer, tensors, self._weights.experts[layer], x_NH, delta_NH, self._shard
+            ),
         )
 
     def _compute_logits(self, num_logits: int) -> torch.Tensor:
-        if num_logits > self._logits_MV.shape[0]:
+        if num_logits > self._logits_MV.host.shape[0]:
             # Grows to the largest number seen: few rows while decoding, a whole chunk's for prompt log probabilities.
-            larger_MV = self.backend.empty(num_logits, self._logits_MV.shape[1])
-            self._head = self.backend.linear(self._x_NH.device, self._head_VH, larger_MV)
+            larger_MV = self._buffer(num_logits, self._head_VH.shape[0])
+            self._head = self.backend.linear(self._x_NH.device, self._head_VH, larger_MV.device)
             self._logits_MV = larger_MV  # last: where there is no memory for it, the step is repeated
-        logits_MV = self._logits_MV[:num_logits]
+        logits_MV = self._logits_MV.device[:num_logits]
         if num_logits:
             self._head(num_logits)
         return logits_MV
+
+    def _gather_logits(self, exchange: Exchange, num_logits: int) -> torch.Tensor:
+        """The columns of all ranks of the replica, at its leader."""
+        vocab = self._weights.spec.vocab
+        is_leader = self._shard.index == 0
+        if is_leader and num_logits > self._gathered_MV.host.shape[0]:
+            self._gathered_MV = self._buffer(num_logits, vocab)
+        exchange.gather(self._logits_MV, self._gathered_MV if is_leader else None, num_logits, vocab)
+        return self._gathered_MV.device[: num_logits if is_leader else 0]
+
+    def _buffer(self, num_rows: int, width: int) -> Mirror:
+        """What ranks of a replica send each other; a rank alone needs it nowhere but on its device."""
+        if self._is_part:
+            return self.backend.mirror(num_rows, width)
+        device = self.backend.empty(num_rows, width)
+        return Mirror(device, device)

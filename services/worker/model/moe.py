@@ -8,13 +8,16 @@ from __future__ import annotations
 import torch
 
 from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.common.sharding import Shard
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
 from elasticmoe.services.worker.exchange.base import Exchange
 
 
 class RoutedExperts:
     """One layer of routed experts and, where the model has them, the shared ones, which each token's owner computes: x
-    is read, the experts' weighted sum is written to `delta`."""
+    is read, the experts' weighted sum is written to `delta`.
+
+    Of a replica's ranks each dispatches a part of the rows, and computes its part of the shared experts for all."""
 
     def __init__(
         self,
@@ -25,23 +28,32 @@ class RoutedExperts:
         experts: dict[str, torch.Tensor],
         x_NH: Mirror,
         delta_NH: Mirror,
+        shard: Shard,
     ) -> None:
         max_tokens, top_k = x_NH.host.shape[0], spec.moe.top_k
         ids_NK = backend.mirror(max_tokens, top_k, dtype=torch.int32)
         weights_NK = backend.mirror(max_tokens, top_k)
-        self._layer = layer
+        self._layer, self._shard = layer, shard
         self._x_NH, self._ids_NK, self._weights_NK, self._delta_NH = x_NH, ids_NK, weights_NK, delta_NH
         self._route = backend.route(
             x_NH.device, tensors["gate"], tensors.get("gate_bias"), spec.moe, ids_NK.device, weights_NK.device
         )
         self._compute = backend.experts(experts["w13"], experts["w2"], spec.moe, spec.hidden)
         self._add_shared: Operation | None = None
-        if width := spec.moe.shared_width:
+        self._partial_NH: Mirror | None = None
+        if spec.moe.shared_width:
             w13, w2, gate_1H = tensors["shared_w13"], tensors["shared_w2"], tensors.get("shared_gate")
-            self._add_shared = backend.shared_experts(x_NH.device, w13, w2, gate_1H, width, delta_NH.device)
+            width, out_NH = shard.size(spec.moe.shared_width), delta_NH
+            if shard.of > 1:
+                out_NH = self._partial_NH = backend.mirror(max_tokens, spec.hidden)
+                self._clear = backend.clear(out_NH.device)
+            self._add_shared = backend.shared_experts(x_NH.device, w13, w2, gate_1H, width, out_NH.device)
 
     def __call__(self, exchange: Exchange, n: int) -> None:
         """Compute the layer; takes part in the exchange also with no rows."""
+        if self._shard.of > 1:
+            self._compute_part(exchange, n)
+            return
         self._route(n)
         num_rows = exchange.dispatch(self._layer, self._x_NH, self._ids_NK, self._weights_NK, n)
         self._compute(exchange.rows_RH, exchange.counts_E, num_rows)
@@ -49,9 +61,21 @@ class RoutedExperts:
         if self._add_shared is not None:
             self._add_shared(n)
 
+    def _compute_part(self, exchange: Exchange, n: int) -> None:
+        """The same, with the other ranks of the replica."""
+        first, end = self._shard.span(n)
+        self._route(n)
+        num_rows = exchange.dispatch(self._layer, self._x_NH, self._ids_NK, self._weights_NK, end - first, first=first)
+        self._compute(exchange.rows_RH, exchange.counts_E, num_rows)
+        if self._add_shared is not None:  # before others are waited for
+            self._clear(n)
+            self._add_shared(n)
+        exchange.combine(self._layer, exchange.rows_RH, self._delta_NH, end - first, first=first)
+        exchange.reduce(self._partial_NH, self._delta_NH, self._delta_NH, n)
+
 
 class DenseFeedForward:
-    """One layer without experts: x is read, the result is written to `delta`."""
+    """One layer without experts: x is read, the result is written to `delta`, added up over a replica's ranks."""
 
     def __init__(
         self,
@@ -60,12 +84,14 @@ class DenseFeedForward:
         tensors: dict[str, torch.Tensor],
         x_NH: Mirror,
         delta_NH: Mirror,
+        shard: Shard,
     ) -> None:
-        self._compute = backend.feed_forward(
-            x_NH.device, tensors["w13"], tensors["w2"], spec.dense_width, delta_NH.device
-        )
+        self._delta_NH, self._is_part = delta_NH, shard.of > 1
+        width = shard.size(spec.dense_width)
+        self._compute = backend.feed_forward(x_NH.device, tensors["w13"], tensors["w2"], width, delta_NH.device)
 
     def __call__(self, exchange: Exchange, n: int) -> None:
-        """Compute the layer; nothing is exchanged."""
-        del exchange
+        """Compute the layer; nothing is exchanged but with the other ranks of the replica."""
         self._compute(n)
+        if self._is_part:
+            exchange.reduce(self._delta_NH, None, self._delta_NH, n)

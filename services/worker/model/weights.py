@@ -12,6 +12,7 @@ import torch
 
 from elasticmoe.common.devices.base import Device
 from elasticmoe.common.model_spec import KvGeometry, ModelSpec
+from elasticmoe.common.sharding import WHOLE, Shard
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class KvCache:
 class RankWeights:
     """Tensors by the names of `common/families`.
 
+    `shard`: which of a replica's shards of base and layers these are.
     `base`: of the base record. `layers[layer]`: of the layer's record. `experts[layer][name]`: one strided tensor
     [E, *shape] over the layer's reserved range, `stride(0)` elements from slot to slot; the slots of experts that this
     rank does not hold are not mapped, and touching one is a fault. Dense layers have no entries. The mappings must stay
@@ -52,3 +54,4 @@ class RankWeights:
     layers: list[dict[str, torch.Tensor]]
     experts: list[dict[str, torch.Tensor]]
     kv: KvCache
+    shard: Shard = WHOLE

@@ -28,7 +28,7 @@ from elasticmoe.services.worker.backends.accelerator.kernels import (
 )
 from elasticmoe.services.worker.backends.accelerator.whole_numbers import WholeNumbers
 from elasticmoe.services.worker.backends.base import BatchOperation, Mirror, Operation
-from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend
+from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend, looked_up
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
@@ -58,18 +58,21 @@ class AcceleratorBackend(TensorBackend):
 
     # ---- a decoder's
 
-    def embed(self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor) -> BatchOperation:
+    def embed(
+        self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor, *, first: int = 0, vocab: int = 0
+    ) -> BatchOperation:
         """See ComputeBackend."""
-        vocab, hidden = table_VH.shape
-        self._check(table_VH, (vocab, hidden), *STORED)
-        self._check_rows(out_NH, hidden)
+        self._check(table_VH, (table_VH.shape[0], out_NH.shape[1]), *STORED)
+        self._check_rows(out_NH, out_NH.shape[1])
+        end = vocab or first + table_VH.shape[0]
 
         def run(step: AcceleratorBatch) -> None:
             tokens = step.batch.token_ids
             for token in (min(tokens, default=0), max(tokens, default=0)):
-                if not 0 <= token < vocab:
-                    raise ValueError(f"token {token} is not below the vocabulary's {vocab}")
-            torch.mul(table_VH.index_select(0, step.token_ids).float(), factor, out=out_NH[: step.num_rows])
+                if not 0 <= token < end:
+                    raise ValueError(f"token {token} is not below the vocabulary's {end}")
+            rows_NH = looked_up(table_VH, step.token_ids, first, end)
+            torch.mul(rows_NH.float(), factor, out=out_NH[: step.num_rows])
 
         return run
 
