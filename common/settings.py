@@ -330,6 +330,15 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
             form="`auto`, `deepseek`, `glm`, `granite`, `hermes`, `mistral`, `qwen_coder`",
         ),
     ] = "auto"
+    reasoning_parser: Annotated[
+        str,
+        Meta(pattern=r"^(auto|none|think|mistral)\Z"),
+        _is(
+            "By which marks thinking is told apart from the answer: `think`, `<think>`; `mistral`, `[THINK]`; `auto`: "
+            "as the chat template shows; `none`: it is a part of the answer",
+            form="`auto`, `none`, `think`, `mistral`",
+        ),
+    ] = "auto"
     generation_config: Annotated[
         str,
         Meta(pattern="^(auto|none)$"),

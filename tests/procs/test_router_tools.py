@@ -143,6 +143,49 @@ def test_log_probabilities_of_all_tokens(rank: FakeRank, client: openai.OpenAI) 
         assert b"".join(bytes(entry.bytes or []) for entry in entries or ()) == CALLS
 
 
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory, start_router: StartRouter) -> RouterProcess:
+    """A router whose model thinks: by its template the answer begins inside, unless it is told not to think."""
+    model = write_model(tmp_path_factory.mktemp("thinker") / "model")
+    template = (
+        TEMPLATE
+        + "{% if enable_thinking is false %}<think></think>{% elif add_generation_prompt %}<think>\n{% endif %}"
+    )
+    configure(model / "tokenizer_config.json", chat_template=template)
+    return start_router(model=model)
+
+
+@pytest.mark.parametrize("per_step", [1, 1000])
+@pytest.mark.parametrize(
+    ("asked", "data", "thought", "said", "num_calls"),
+    [
+        ({}, b"Hm.\n</think>\n\nYes.", "Hm.", "Yes.", 0),
+        ({"tools": TOOLS}, b"Hm <tool_call>.\n</think>\n\n" + CALLS, "Hm <tool_call>.", "Let me see.", 2),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, b"Yes.", None, "Yes.", 0),
+        ({"include_reasoning": False}, b"Hm.\n</think>\n\nYes.", None, "Yes.", 0),
+        ({"separate_reasoning": False}, b"Hm.\n</think>\n\nYes.", None, "Hm.\n</think>\n\nYes.", 0),
+        ({}, b"Hm. Hm.", "Hm. Hm.", "", 0),
+    ],
+)
+def test_reasoning(
+    thinker: RouterProcess, per_step: int, asked: Any, data: bytes, thought: str | None, said: str, num_calls: int
+) -> None:
+    body = {"messages": HELLO, **asked}
+    with serving(thinker) as rank:
+        rank.answer = Reply(data, per_step=per_step)
+        choice = thinker.http.post("/v1/chat/completions", json=body).json()["choices"][0]
+        message = choice["message"]
+        assert (message.get("reasoning_content"), message["content"]) == (thought, said)
+        assert len(message.get("tool_calls", [])) == num_calls
+        assert choice["finish_reason"] == ("tool_calls" if num_calls else "stop")
+        lines = thinker.http.post("/v1/chat/completions", json={**body, "stream": True}).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == (thought or "")
+    assert "".join(delta.get("content", "") for delta in deltas) == said
+    assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+
+
 @pytest.mark.parametrize(
     ("template", "text"),
     [

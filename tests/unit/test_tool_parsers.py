@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from elasticmoe.services.router.tool_parsers.base import HELD_CHARS_MAX, CallArguments, CallStart, Text, ToolParser
-from elasticmoe.services.router.tool_parsers.registry import NAMES, parser_of
+from elasticmoe.services.router.answer_parsers.forms import NAMES, parser_of
+from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Text
+from elasticmoe.services.router.answer_parsers.tools import HELD_CHARS_MAX, ToolParser
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "weather": {

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.services.router.api.answer import Answer
+from elasticmoe.services.router.api.answer_reader import AnswerForm
 from elasticmoe.services.router.api.chat_renderer import ChatRenderer
 from elasticmoe.services.router.api.conversation import conversation_of
 from elasticmoe.services.router.api.docs import describe
@@ -17,7 +18,9 @@ from elasticmoe.services.router.api.options import Options, options_of
 from elasticmoe.services.router.api.parse import body_of
 from elasticmoe.services.router.api.schemas import ChatRequest
 from elasticmoe.services.router.api.told import ChatCompletion, ChatCompletionChunk
-from elasticmoe.services.router.api.tool_use import tool_use, tools_of
+from elasticmoe.services.router.api.tool_use import ToolUse, tool_use, tools_of
+from elasticmoe.services.router.text.jobs import Conversation
+from elasticmoe.services.router.text.template import REASONING_FIELDS
 
 routes = APIRouter()
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -32,15 +35,28 @@ async def chat_completions(request: Request) -> Response:
     options = _options(raw, front)
     context = front.dispatcher.max_model_len()
     conversation = conversation_of(raw)
-    use = tool_use(raw, tools_of(raw), front.tool_parser)
+    tools = tool_use(raw, tools_of(raw), front.tool_parser)
     with counting_refusals(front, options.num_choices):
-        prompt = await front.texts.encode_chat(conversation, context, client_of(request))
+        prompt, tail = await front.texts.encode_chat(conversation, context, client_of(request))
     front.model.check_embedded(prompt)
-    kept = frozenset[int]() if use is None else front.model.special_ids(use.parser.specials)
+    form = _form(raw, front, tools, conversation, tail)
+    kept = front.model.special_ids(form.specials) if form else frozenset[int]()
     generation = await start(front, permit_of(request), options, [prompt], kind="chatcmpl", kept=kept)
-    renderer = ChatRenderer(f"chatcmpl-{request_id_of(request, raw.request_id)}", front, options, use)
+    renderer = ChatRenderer(f"chatcmpl-{request_id_of(request, raw.request_id)}", front, options, form)
     keepalive_s = front.config.stream_keepalive_s
     return Answer(generation, renderer, is_stream=options.is_stream, keepalive_s=keepalive_s)
+
+
+def _form(
+    raw: ChatRequest, front: Front, tools: ToolUse | None, conversation: Conversation, tail: str
+) -> AnswerForm | None:
+    """None where the answer is nothing but text. `tail`: the prompt's last characters."""
+    marks = front.reasoning if raw.separate_reasoning is not False else None
+    if tools is None and marks is None:
+        return None
+    continued = conversation.continue_final_message
+    is_inside = marks is not None and (tail.rstrip().endswith(marks.open) or continued in REASONING_FIELDS)
+    return AnswerForm(tools, marks, is_inside, raw.include_reasoning is not False)
 
 
 def _options(raw: ChatRequest, front: Front) -> Options:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 
 import msgspec
+from msgspec import UNSET
 
+from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Reasoning, Text
+from elasticmoe.services.router.api.answer_reader import AnswerForm, AnswerReader
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.generate import Generation
 from elasticmoe.services.router.api.logprobs import Entries, Teller
@@ -18,10 +21,8 @@ from elasticmoe.services.router.api.told import (
     ToldCall,
     ToldFunction,
 )
-from elasticmoe.services.router.api.tool_use import Calls, ToolUse
 from elasticmoe.services.router.api.usage import end_of_event, end_of_events, usage_of
 from elasticmoe.services.router.dispatch.streams import Output, Stream
-from elasticmoe.services.router.tool_parsers.base import CallArguments, CallStart, Text
 
 _encode = msgspec.json.encode
 
@@ -29,7 +30,7 @@ _encode = msgspec.json.encode
 class ChatRenderer:
     """Chat's shapes. The parts of an event that do not change are made once."""
 
-    def __init__(self, answer_id: str, front: Front, options: Options, use: ToolUse | None = None) -> None:
+    def __init__(self, answer_id: str, front: Front, options: Options, form: AnswerForm | None = None) -> None:
         self._id = answer_id
         self._model = front.model.name
         self._teller = Teller(front.model.table, options.sampling.logprobs, as_ids=options.as_ids)
@@ -37,8 +38,8 @@ class ChatRenderer:
         self._wants_logprobs = options.sampling.logprobs >= 0
         self._usage = options.usage
         self._end = end_of_events(options.usage)
-        self._use = use
-        self._calls: dict[int, Calls] = {}  # by choice
+        self._form = form
+        self._readers: dict[int, AnswerReader] = {}  # by choice
         self._gathered: dict[int, tuple[list[str], Entries]] = {}
         facts = {"id": answer_id, "object": "chat.completion.chunk", "created": self._created, "model": self._model}
         self._head = b"data: " + _encode(facts)[:-1]
@@ -79,30 +80,32 @@ class ChatRenderer:
         return events
 
     def _deltas(self, index: int, text: str, *, is_last: bool) -> list[ChatDelta]:
-        if self._use is None:
+        if self._form is None:
             return [ChatDelta(content=text)] if text else []
-        calls = self._calls_of(index, self._use)
+        reader = self._reader_of(index, self._form)
         deltas = []
-        number = calls.num_calls - 1
-        for part in calls.take(text, is_last=is_last):
+        number = reader.num_calls - 1
+        for part in reader.take(text, is_last=is_last):
             match part:
                 case Text(said):
                     deltas.append(ChatDelta(content=said))
+                case Reasoning(thought):
+                    deltas.append(ChatDelta(reasoning_content=thought))
                 case CallStart(name):
                     number += 1
-                    call = CallDelta(number, ToldFunction("", name), calls.new_id(), "function")
+                    call = CallDelta(number, ToldFunction("", name), reader.new_call_id(), "function")
                     deltas.append(ChatDelta(tool_calls=[call]))
                 case CallArguments(said):
                     deltas.append(ChatDelta(tool_calls=[CallDelta(number, ToldFunction(said))]))
         return deltas
 
-    def _calls_of(self, index: int, use: ToolUse) -> Calls:
-        if index not in self._calls:
-            self._calls[index] = Calls(use)
-        return self._calls[index]
+    def _reader_of(self, index: int, form: AnswerForm) -> AnswerReader:
+        if index not in self._readers:
+            self._readers[index] = AnswerReader(form)
+        return self._readers[index]
 
     def _reason(self, index: int, reason: str) -> str:
-        return reason if self._use is None else self._calls_of(index, self._use).finish_reason(reason)
+        return reason if self._form is None else self._reader_of(index, self._form).finish_reason(reason)
 
     def usage_event(self, generation: Generation) -> bytes:
         """The event with the usage and no choices."""
@@ -130,18 +133,19 @@ class ChatRenderer:
         return [*pieces, b'],"usage":%b}' % _encode(usage_of(generation))]
 
     def _message(self, index: int, text: str) -> AnswerMessage:
-        if self._use is None:
+        if self._form is None:
             return AnswerMessage("assistant", text)
-        calls, said, told = self._calls_of(index, self._use), "", list[tuple[str, list[str]]]()
-        for part in calls.take(text, is_last=True):
+        reader = self._reader_of(index, self._form)
+        said, thought, calls = "", "", list[tuple[str, list[str]]]()
+        for part in reader.take(text, is_last=True):
             match part:
                 case Text(piece):
                     said += piece
+                case Reasoning(piece):
+                    thought += piece
                 case CallStart(name):
-                    told.append((name, []))
+                    calls.append((name, []))
                 case CallArguments(piece):
-                    told[-1][1].append(piece)
-        if not told:
-            return AnswerMessage("assistant", said)
-        made = [ToldCall(calls.new_id(), "function", ToldFunction("".join(pieces), name)) for name, pieces in told]
-        return AnswerMessage("assistant", said or None, made)
+                    calls[-1][1].append(piece)
+        told = [ToldCall(reader.new_call_id(), "function", ToldFunction("".join(a), name)) for name, a in calls]
+        return AnswerMessage("assistant", said if said or not told else None, told or UNSET, thought or UNSET)

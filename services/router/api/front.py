@@ -8,6 +8,9 @@ from pathlib import Path
 
 from elasticmoe.common.config import RouterConfig
 from elasticmoe.common.protocol.errors import NotFound
+from elasticmoe.services.router.answer_parsers.forms import parser_of
+from elasticmoe.services.router.answer_parsers.reasoning import Marks, marks_of
+from elasticmoe.services.router.answer_parsers.tools import ToolParser
 from elasticmoe.services.router.api.sampling_defaults import SamplingDefaults, read_defaults
 from elasticmoe.services.router.api.turns import Turns
 from elasticmoe.services.router.dispatch.admission import ByteBudget, Permits
@@ -15,8 +18,6 @@ from elasticmoe.services.router.dispatch.dispatcher import Dispatcher
 from elasticmoe.services.router.metrics import Metrics
 from elasticmoe.services.router.text.texts import Texts, Workers
 from elasticmoe.services.router.text.tokenizer import ServedModel
-from elasticmoe.services.router.tool_parsers.base import ToolParser
-from elasticmoe.services.router.tool_parsers.registry import parser_of
 
 BODIES_MAX = 16  # bodies of the largest size that are in memory at once
 ANSWERS_MAX = 2  # answers of the largest size
@@ -24,9 +25,9 @@ ANSWERS_MAX = 2  # answers of the largest size
 
 @dataclass(slots=True)
 class Front:
-    """The parts of a running router. `defaults`: of requests that do not say how to sample.
-    `tool_parser`: of the form in which the model writes calls, where that is known. `is_draining`: no new
-    requests; those that run may end. `api_key` None: open."""
+    """The parts of a running router. `defaults`: of requests that do not say how to sample. `tool_parser`: of the form
+    in which the model writes calls, where that is known; `reasoning`: the marks around what it thinks, where it does.
+    `is_draining`: no new requests; those that run may end. `api_key` None: open."""
 
     config: RouterConfig
     model: ServedModel
@@ -38,6 +39,7 @@ class Front:
     answers: ByteBudget
     defaults: SamplingDefaults
     tool_parser: type[ToolParser] | None
+    reasoning: Marks | None
     turns: Turns = field(default_factory=Turns)
     api_key: bytes | None = None
     is_draining: bool = False
@@ -69,5 +71,6 @@ def make_front(
         answers=ByteBudget(ANSWERS_MAX * config.answer_bytes_max, "answers"),
         defaults=read_defaults(Path(config.model), config.generation_config),
         tool_parser=parser_of(config.tool_call_parser, model.codec.template_text),
+        reasoning=marks_of(config.reasoning_parser, model.codec.template_text),
         api_key=api_key,
     )

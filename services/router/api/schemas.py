@@ -225,6 +225,8 @@ class ChatRequest(GenerateRequest, frozen=True, kw_only=True):
         says("`auto`: the model decides whether it calls; `none`: tools are ignored; others are refused"),
     ] = None
     parallel_tool_calls: Annotated[bool | None, says("Off: an answer's first call is told, and no other")] = None
+    include_reasoning: Annotated[bool | None, says("Off: what the model thinks is not told")] = None
+    separate_reasoning: Annotated[bool | None, says("Off: what it thinks is a part of the text")] = None
     functions: Annotated[list[msgspec.Raw] | None, says("The former name of `tools`: refused but for none")] = None
     function_call: Annotated[str | dict[str, msgspec.Raw] | None, says("The former name of `tool_choice`")] = None
     add_generation_prompt: Annotated[bool | None, says("End the prompt with the beginning of the assistant's turn")] = (

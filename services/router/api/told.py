@@ -61,6 +61,7 @@ class AnswerMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     role: Annotated[str, says("`assistant`")]
     content: Annotated[str | None, says("The text; null where there are calls and no text")]
     tool_calls: Annotated[list[ToldCall] | msgspec.UnsetType, says("Calls, where there are any")] = msgspec.UNSET
+    reasoning_content: Annotated[str | msgspec.UnsetType, says("What the model thought, where it did")] = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -98,6 +99,7 @@ class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     role: Annotated[str | msgspec.UnsetType, says("`assistant`")] = msgspec.UNSET
     content: Annotated[str | msgspec.UnsetType, says("The next part of the text")] = msgspec.UNSET
     tool_calls: Annotated[list[CallDelta] | msgspec.UnsetType, says("The next part of a call")] = msgspec.UNSET
+    reasoning_content: Annotated[str | msgspec.UnsetType, says("The next part of what it thinks")] = msgspec.UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):

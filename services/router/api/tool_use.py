@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.answer_parsers.tools import Schemas, ToolParser
 from elasticmoe.services.router.api.options import unsupported
 from elasticmoe.services.router.api.schemas import ChatRequest, TokenizeRequest, Tool
-from elasticmoe.services.router.tool_parsers.base import CallStart, Part, Schemas, ToolParser
 
 NO_PARAMETERS = {"type": "object", "properties": {}}
 
@@ -21,34 +21,6 @@ class ToolUse(NamedTuple):
     parser: type[ToolParser]
     schemas: Schemas
     is_single: bool
-
-
-class Calls:
-    """The calls of one choice, as they come. `finish_reason` is the choice's once it has ended."""
-
-    def __init__(self, use: ToolUse) -> None:
-        self._parser = use.parser(use.schemas)
-        self._is_single = use.is_single
-        self.num_calls = 0
-
-    def take(self, text: str, *, is_last: bool) -> list[Part]:
-        """What of the answer's next piece the client is told."""
-        parts = self._parser.feed(text)
-        if is_last:
-            parts += self._parser.finish()
-        return [part for part in parts if self._is_told(part)]
-
-    def _is_told(self, part: Part) -> bool:
-        self.num_calls += isinstance(part, CallStart)
-        return self.num_calls <= 1 or not self._is_single
-
-    def finish_reason(self, reason: str) -> str:
-        """An answer that ends as it should and has calls ends for them."""
-        return "tool_calls" if self.num_calls and reason == "stop" else reason
-
-    def new_id(self) -> str:
-        """Of a call."""
-        return self._parser.new_call_id()
 
 
 def tools_of(raw: ChatRequest | TokenizeRequest) -> list[Tool]:

@@ -71,8 +71,8 @@ WORDS: dict[str, Word] = {
     "thinking_budget": Word("the model's thinking has no budget of its own", (-1,)),
     "reasoning": Word("use reasoning_effort, or chat_template_kwargs"),
     "thinking_token_budget": Word("the model's thinking has no budget of its own", (-1,)),
-    "include_reasoning": Word("thinking is not told apart from the answer", (True,)),
-    "separate_reasoning": Word("thinking is not told apart from the answer", (False,)),
+    "include_reasoning": Word("in completions thinking is a part of the answer", (True,)),
+    "separate_reasoning": Word("in completions thinking is a part of the answer", (False,)),
     "verbosity": Word("say it in a message", ("medium",)),
     # What the prompt is made of.
     "chat_template": Word(_TEMPLATE),

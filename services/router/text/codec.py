@@ -19,6 +19,7 @@ from elasticmoe.services.router.text.bounds import measure
 from elasticmoe.services.router.text.detokenizer import TokenTable
 from elasticmoe.services.router.text.files import TemplateSource, read_tokenizer_files
 from elasticmoe.services.router.text.jobs import (
+    TAIL_CHARS,
     Chat,
     Conversation,
     Decode,
@@ -115,7 +116,9 @@ class TextCodec:
             case Encode(texts, add_special, context):
                 return Encoded([self._encode_within(text, add_special, context) for text in texts])
             case Chat(conversation, context):
-                return Encoded([self._encode_within(self.render(conversation), conversation.add_special, context)])
+                text = self.render(conversation)
+                packed = self._encode_within(text, conversation.add_special, context)
+                return Encoded([packed], text[-TAIL_CHARS:])
             case Tokenize():
                 return TokenizedBody(self._tokenize(job))
             case Decode(packed, skip_special):

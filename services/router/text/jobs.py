@@ -6,9 +6,11 @@ Token ids travel packed, four bytes each, in the machine's order: both ends are 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+
+TAIL_CHARS: Final = 32
 
 
 class Conversation(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,9 +83,10 @@ class Inspect(msgspec.Struct, frozen=True, tag=True):
 
 
 class Encoded(msgspec.Struct, frozen=True, tag=True):
-    """Packed tokens of each text."""
+    """Packed tokens of each text. `tail`: a conversation's last TAIL_CHARS, which show in what the answer begins."""
 
     packed: list[bytes]
+    tail: str = ""
 
 
 class TokenizedBody(msgspec.Struct, frozen=True, tag=True):

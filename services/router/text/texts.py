@@ -50,13 +50,13 @@ class Texts:
         assert isinstance(reply, jobs.Encoded)
         return [array.array("I", packed).tolist() for packed in reply.packed]
 
-    async def encode_chat(self, conversation: Conversation, context: int, client: str) -> list[int]:
-        """A conversation's tokens. Raises InvalidRequest."""
+    async def encode_chat(self, conversation: Conversation, context: int, client: str) -> tuple[list[int], str]:
+        """A conversation's tokens, and the last characters of its text. Raises InvalidRequest."""
         job = jobs.Chat(conversation, context)
         with self._giving_back(job):
             reply = await self._run(job, client)
         assert isinstance(reply, jobs.Encoded)
-        return array.array("I", reply.packed[0]).tolist()
+        return array.array("I", reply.packed[0]).tolist(), reply.tail
 
     async def tokenize(self, job: jobs.Tokenize, client: str) -> bytes:
         """The body of an answer to /tokenize. Raises InvalidRequest."""

@@ -14,7 +14,9 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Text
 
 HELD_CHARS_MAX = 16_384  # before a call's name is known
 
@@ -22,25 +24,7 @@ Schemas = Mapping[str, Mapping[str, Any]]
 """The JSON schema of each tool's parameters, by the tool's name."""
 
 
-class Text(NamedTuple):
-    """What the client is told as content."""
-
-    text: str
-
-
-class CallStart(NamedTuple):
-    """A call begins; its arguments follow."""
-
-    name: str
-
-
-class CallArguments(NamedTuple):
-    """The next piece of the JSON text of the last call's arguments."""
-
-    text: str
-
-
-Part = Text | CallStart | CallArguments
+ToolPart = Text | CallStart | CallArguments
 Reading = Generator[None, None, None]
 """Reads from the buffer; yields where it needs more of the answer."""
 
@@ -66,7 +50,7 @@ class ToolParser(ABC):
         self._buffer = ""
         self._marker = ""  # that the call which is read began with
         self._is_over = False
-        self._parts: list[Part] = []
+        self._parts: list[ToolPart] = []
         self._taken: list[str] = []  # of a call, marker included, until its name is out
         self._num_held = 0
         self._is_open = False  # a call's name is out and its end is not
@@ -74,21 +58,21 @@ class ToolParser(ABC):
         self._reading = self._read()
         next(self._reading)
 
-    def feed(self, text: str) -> list[Part]:
+    def feed(self, text: str) -> list[ToolPart]:
         """What `text` lets out."""
         if text:
             self._buffer += text
             self._reading.send(None)
         return self._let_out()
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[ToolPart]:
         """What is still held, at the end of the answer."""
         if not self._is_over:
             self._is_over = True
             self._reading.send(None)
         return self._let_out()
 
-    def _let_out(self) -> list[Part]:
+    def _let_out(self) -> list[ToolPart]:
         parts, self._parts = _joined(self._parts), []
         return parts
 
@@ -249,9 +233,9 @@ def _partial(text: str, words: Sequence[str]) -> int:
     return longest
 
 
-def _joined(parts: list[Part]) -> list[Part]:
+def _joined(parts: list[ToolPart]) -> list[ToolPart]:
     """Neighbours of a kind as one."""
-    joined: list[Part] = []
+    joined: list[ToolPart] = []
     for part in parts:
         last = joined[-1] if joined else None
         if isinstance(part, Text) and isinstance(last, Text):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from elasticmoe.services.router.tool_parsers.base import Reading
-from elasticmoe.services.router.tool_parsers.json_calls import JsonCalls
+from elasticmoe.services.router.answer_parsers.json_calls import JsonCalls
+from elasticmoe.services.router.answer_parsers.tools import Reading
 
 _END = "</tool_call>"
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Generator
 
-from elasticmoe.services.router.tool_parsers.base import NoCall, Reading, ToolParser
+from elasticmoe.services.router.answer_parsers.tools import NoCall, Reading, ToolParser
 
 ARGUMENTS = ("arguments", "parameters")
 _STOPS = re.compile(r'["{}\[\]]')

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from elasticmoe.services.router.tool_parsers.base import ToolParser
-from elasticmoe.services.router.tool_parsers.deepseek import DeepSeekParser
-from elasticmoe.services.router.tool_parsers.granite import GraniteParser
-from elasticmoe.services.router.tool_parsers.hermes import HermesParser
-from elasticmoe.services.router.tool_parsers.keyed_calls import GlmParser, QwenCoderParser
-from elasticmoe.services.router.tool_parsers.mistral import MistralParser
+from elasticmoe.services.router.answer_parsers.deepseek import DeepSeekParser
+from elasticmoe.services.router.answer_parsers.granite import GraniteParser
+from elasticmoe.services.router.answer_parsers.hermes import HermesParser
+from elasticmoe.services.router.answer_parsers.keyed_calls import GlmParser, QwenCoderParser
+from elasticmoe.services.router.answer_parsers.mistral import MistralParser
+from elasticmoe.services.router.answer_parsers.tools import ToolParser
 
 # The more particular first: several forms share `<tool_call>`.
 PARSERS: tuple[tuple[type[ToolParser], str], ...] = (

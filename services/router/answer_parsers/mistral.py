@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 import string
 
-from elasticmoe.services.router.tool_parsers.base import NoCall, Reading
-from elasticmoe.services.router.tool_parsers.json_calls import JsonCalls
+from elasticmoe.services.router.answer_parsers.json_calls import JsonCalls
+from elasticmoe.services.router.answer_parsers.tools import NoCall, Reading
 
 NAME_CHARS_MAX = 256
 _ID_CHARS = string.ascii_letters + string.digits

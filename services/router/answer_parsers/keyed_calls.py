@@ -7,7 +7,7 @@ import json
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Final
 
-from elasticmoe.services.router.tool_parsers.base import NoCall, Reading, Schemas, ToolParser
+from elasticmoe.services.router.answer_parsers.tools import NoCall, Reading, Schemas, ToolParser
 
 NAME_CHARS_MAX: Final = 256
 PYTHON_CHARS_MAX: Final = 65_536

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elasticmoe.services.router.tool_parsers.base import NoCall, Reading, ToolParser
+from elasticmoe.services.router.answer_parsers.tools import NoCall, Reading, ToolParser
 
 NAME_CHARS_MAX = 256
 _CALLS, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"

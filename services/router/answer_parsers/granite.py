@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elasticmoe.services.router.tool_parsers.json_calls import JsonCalls
+from elasticmoe.services.router.answer_parsers.json_calls import JsonCalls
 
 
 class GraniteParser(JsonCalls):

@@ -1,0 +1,96 @@
+"""What a model thinks before it answers, told apart from the answer: `<think>…</think>`, at the answer's beginning.
+
+A chat template may have written the opening mark already, as the prompt's end; then the answer begins inside. Line ends
+around the marks belong to neither side.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from elasticmoe.services.router.answer_parsers.parts import Reasoning, Text
+
+
+class Marks(NamedTuple):
+    """Around the thinking."""
+
+    open: str
+    close: str
+
+
+FORMS = {"think": Marks("<think>", "</think>"), "mistral": Marks("[THINK]", "[/THINK]")}
+
+
+def marks_of(name: str, template: str) -> Marks | None:
+    """Those of FORMS of that name; `auto`: by the chat template's text, None where it has none; `none`: None."""
+    if name == "auto":
+        return next((marks for marks in FORMS.values() if marks.close in template), None)
+    return FORMS.get(name)
+
+
+class ReasoningParser:
+    """Of one answer. `is_inside`: the prompt ended with the opening mark."""
+
+    def __init__(self, marks: Marks, *, is_inside: bool) -> None:
+        self._marks = marks
+        self._held = ""
+        self._spaces = ""  # at the end of what is thought: whether more follows is not known
+        self._is_inside = is_inside
+        self._is_at_start = not is_inside  # nothing but spaces so far
+        self._is_after_mark = is_inside  # spaces that follow are left out
+
+    def feed(self, text: str) -> list[Reasoning | Text]:
+        """What `text` lets out."""
+        return self._read(text, is_last=False)
+
+    def finish(self) -> list[Reasoning | Text]:
+        """What is still held, at the end of the answer."""
+        return self._read("", is_last=True)
+
+    def _read(self, text: str, *, is_last: bool) -> list[Reasoning | Text]:
+        self._held += text
+        parts: list[Reasoning | Text] = []
+        if self._is_at_start and not self._begin(is_last=is_last):
+            return parts
+        if self._is_inside:
+            at = self._held.find(self._marks.close)
+            end = at if at >= 0 else len(self._held) - (0 if is_last else _partial(self._held, self._marks.close))
+            self._think(self._held[:end], parts)
+            self._held = self._held[end:]
+            if at < 0:
+                return parts
+            self._held = self._held[len(self._marks.close) :]
+            self._spaces, self._is_inside, self._is_after_mark = "", False, True
+        said, self._held = self._held, ""
+        if self._is_after_mark:
+            said = said.lstrip()
+        if said:
+            self._is_after_mark = False
+            parts.append(Text(said))
+        return parts
+
+    def _begin(self, *, is_last: bool) -> bool:
+        """Whether it is known if the answer begins with thinking."""
+        begun = self._held.lstrip()
+        if begun.startswith(self._marks.open):
+            self._held = begun[len(self._marks.open) :]
+            self._is_inside = self._is_after_mark = True
+        elif not is_last and self._marks.open.startswith(begun):
+            return False
+        self._is_at_start = False
+        return True
+
+    def _think(self, text: str, parts: list[Reasoning | Text]) -> None:
+        if self._is_after_mark:
+            text = text.lstrip()
+        text = self._spaces + text
+        kept = text.rstrip()
+        self._spaces = text[len(kept) :]
+        if kept:
+            self._is_after_mark = False
+            parts.append(Reasoning(kept))
+
+
+def _partial(text: str, mark: str) -> int:
+    """Characters at the end of `text` that may be the beginning of `mark`."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)

@@ -1,0 +1,66 @@
+"""How an answer's text is read: what of it is thinking, what are calls, and what the client is told of them."""
+
+from __future__ import annotations
+
+import secrets
+from typing import NamedTuple
+
+from elasticmoe.services.router.answer_parsers.parts import CallStart, Part, Reasoning, Text
+from elasticmoe.services.router.answer_parsers.reasoning import Marks, ReasoningParser
+from elasticmoe.services.router.api.tool_use import ToolUse
+
+
+class AnswerForm(NamedTuple):
+    """Of one request's answers. `tools`: those that may be called; `marks`: around what is thought, where it is told
+    apart; `is_inside`: the prompt ends with the opening one; `tells_reasoning`: the client wants to read it."""
+
+    tools: ToolUse | None = None
+    marks: Marks | None = None
+    is_inside: bool = False
+    tells_reasoning: bool = True
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """Special tokens that are a part of the form."""
+        return (*(self.tools.parser.specials if self.tools else ()), *(self.marks or ()))
+
+
+class AnswerReader:
+    """Of one choice, whose text comes in pieces."""
+
+    def __init__(self, form: AnswerForm) -> None:
+        self._form = form
+        self._reasoning = ReasoningParser(form.marks, is_inside=form.is_inside) if form.marks else None
+        self._tools = form.tools.parser(form.tools.schemas) if form.tools else None
+        self.num_calls = 0
+
+    def take(self, text: str, *, is_last: bool) -> list[Part]:
+        """What of the answer's next piece the client is told."""
+        parts: list[Part] = []
+        for part in self._thoughts_and_text(text, is_last=is_last):
+            if isinstance(part, Text) and self._tools is not None:
+                parts += self._tools.feed(part.text)
+            else:
+                parts.append(part)
+        if is_last and self._tools is not None:
+            parts += self._tools.finish()
+        return [part for part in parts if self._is_told(part)]
+
+    def _thoughts_and_text(self, text: str, *, is_last: bool) -> list[Reasoning | Text]:
+        if self._reasoning is None:
+            return [Text(text)] if text else []
+        return self._reasoning.feed(text) + (self._reasoning.finish() if is_last else [])
+
+    def _is_told(self, part: Part) -> bool:
+        if isinstance(part, Reasoning):
+            return self._form.tells_reasoning
+        self.num_calls += isinstance(part, CallStart)
+        return self.num_calls <= 1 or self._form.tools is None or not self._form.tools.is_single
+
+    def finish_reason(self, reason: str) -> str:
+        """An answer that ends as it should and has calls ends for them."""
+        return "tool_calls" if self.num_calls and reason == "stop" else reason
+
+    def new_call_id(self) -> str:
+        """In the form that the model's chat template takes."""
+        return self._tools.new_call_id() if self._tools is not None else secrets.token_hex(12)
