@@ -155,7 +155,7 @@ BAD_CHAT = [
     ({"messages": []}, "invalid_request"),
     ({"messages": [{"role": "king", "content": "x"}]}, "invalid_request"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "unsupported"),
-    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "unsupported"),
+    ({"messages": [{"role": "function", "content": "x", "name": "f"}]}, "unsupported"),
     ({"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported"),
     ({"messages": HELLO, "top_logprobs": 3}, "invalid_request"),
     ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "invalid_request"),

@@ -129,7 +129,7 @@ def deep(levels: int) -> Any:
         ({"messages": [{"role": "user", "tool_calls": [CALL]}]}, "messages[0] has tool_calls", "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [CALL] * 129}]}, "at most 128 entries", None),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "function", None),
-        ({"tools": [TOOL] * 2}, "tools has 'now' more than once", "tools"),
+        ({"tools": [TOOL] * 2}, "tools has 'now' twice", "tools"),
         ({"tools": [TOOL] * 129}, "at most 128 entries", "tools"),
         ({"tools": [{"type": "web_search"}]}, "type", None),
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "1 to 64 of", None),

@@ -66,7 +66,7 @@ def test_these_are_all_of_them() -> None:
         "top_logprobs",
     }
     lists = {name for kind, name in FIELDS if takes(kind, name, [2])}
-    assert lists == {"prompt", "stop_token_ids", "tokens"} | {"tools", "functions"}
+    assert lists == {"prompt", "stop_token_ids", "tokens", "functions"}
 
 
 def test_floats_stay_floats_where_they_are_meant() -> None:

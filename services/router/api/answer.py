@@ -21,7 +21,6 @@ from elasticmoe.common.http.door import Scope, Send
 from elasticmoe.common.http.errors import error_response
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.sse import escape_separators
-from elasticmoe.services.router.api.errors import error_event
 from elasticmoe.services.router.api.generate import Generation
 from elasticmoe.services.router.api.logprobs import PIECE_TOKENS
 from elasticmoe.services.router.api.pieces import CHUNK_BYTES, send_json, send_pieces
@@ -30,12 +29,11 @@ from elasticmoe.services.router.dispatch.streams import Ending, Output, Stream
 HEAD_S = 0.5
 TICK_S = 0.001  # a timer may come early by so much
 SLOW_READER_S = 60.0  # after the deadline of the last stream: for a client that reads slowly
-DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"  # clients of server-sent events skip lines that begin with a colon
 
 
 class Renderer(Protocol):
-    """What differs between chat and completions. Nothing that it does in one go takes long."""
+    """What differs between the endpoints. Nothing that it does in one go takes long."""
 
     def is_ready(self, generation: Generation, index: int) -> bool:
         """Whether all is there that stands before a choice's first text."""
@@ -46,8 +44,11 @@ class Renderer(Protocol):
     def events(self, index: int, stream: Stream, output: Output, finish_reason: str | None) -> bytes:
         """Events for new output, and for the end where there is one."""
 
-    def usage_event(self, generation: Generation) -> bytes:
-        """The last event before [DONE], where the client asked for it; else nothing."""
+    def ending(self, generation: Generation) -> bytes:
+        """The last events of a stream, once all choices have ended."""
+
+    def failing(self, error: ElasticMoEError) -> bytes:
+        """The last events of a stream that has begun and fails."""
 
     async def gather(self, generation: Generation, index: int, output: Output) -> None:
         """Without streaming: take a choice's new output for `body`. Called when it `is_ready`."""
@@ -185,10 +186,10 @@ class Answer(Response):
             if error is not None:
                 if not has_begun:
                     return error
-                events += [error_event(error), DONE]
+                events.append(self._renderer.failing(error))
                 running.clear()
             elif not running:
-                events += [self._renderer.usage_event(generation), DONE]
+                events.append(self._renderer.ending(generation))
             data = escape_separators(b"".join(events))
             if silence.is_due and has_begun and not data:
                 data = COMMENT

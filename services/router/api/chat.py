@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from elasticmoe.common.protocol.errors import InvalidRequest
-from elasticmoe.services.router.api.answer import Answer
+from elasticmoe.services.router.api.answer import Answer, Renderer
 from elasticmoe.services.router.api.answer_reader import AnswerForm
 from elasticmoe.services.router.api.chat_renderer import ChatRenderer
 from elasticmoe.services.router.api.conversation import conversation_of
 from elasticmoe.services.router.api.docs import describe
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.gate import client_of, front_of, permit_of, request_id_of
-from elasticmoe.services.router.api.generate import counting_refusals, start
+from elasticmoe.services.router.api.generate import Generation, counting_refusals, start
 from elasticmoe.services.router.api.options import Options, options_of
 from elasticmoe.services.router.api.parse import body_of
 from elasticmoe.services.router.api.schemas import ChatRequest
@@ -31,6 +33,23 @@ async def chat_completions(request: Request) -> Response:
     """Continue a conversation, as one answer or (`stream`) token by token."""
     front = front_of(request)
     raw = await body_of(request, _decoder)
+    chat = await start_chat(request, raw, kind="chatcmpl")
+    answer_id = f"chatcmpl-{request_id_of(request, raw.request_id)}"
+    renderer = ChatRenderer(answer_id, front, chat.options, chat.form)
+    return answer_of(front, chat, renderer)
+
+
+class StartedChat(NamedTuple):
+    """One that runs: its generation, how it was asked for, and how its text is read (None: it is nothing but text)."""
+
+    generation: Generation
+    options: Options
+    form: AnswerForm | None
+
+
+async def start_chat(request: Request, raw: ChatRequest, *, kind: str) -> StartedChat:
+    """Submit it. `kind`: what its choices are called by. Raises what `start` raises, InvalidRequest and NotFound."""
+    front = front_of(request)
     front.check_model(raw.model)
     options = _options(raw, front)
     context = front.dispatcher.max_model_len()
@@ -41,10 +60,13 @@ async def chat_completions(request: Request) -> Response:
     front.model.check_embedded(prompt)
     form = _form(raw, front, tools, conversation, tail)
     kept = front.model.special_ids(form.specials) if form else frozenset[int]()
-    generation = await start(front, permit_of(request), options, [prompt], kind="chatcmpl", kept=kept)
-    renderer = ChatRenderer(f"chatcmpl-{request_id_of(request, raw.request_id)}", front, options, form)
+    return StartedChat(await start(front, permit_of(request), options, [prompt], kind=kind, kept=kept), options, form)
+
+
+def answer_of(front: Front, chat: StartedChat, renderer: Renderer) -> Answer:
+    """Its answer, streamed or not."""
     keepalive_s = front.config.stream_keepalive_s
-    return Answer(generation, renderer, is_stream=options.is_stream, keepalive_s=keepalive_s)
+    return Answer(chat.generation, renderer, is_stream=chat.options.is_stream, keepalive_s=keepalive_s)
 
 
 def _form(

@@ -7,8 +7,10 @@ import time
 import msgspec
 from msgspec import UNSET
 
+from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Reasoning, Text
 from elasticmoe.services.router.api.answer_reader import AnswerForm, AnswerReader
+from elasticmoe.services.router.api.errors import DONE, failing
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.generate import Generation
 from elasticmoe.services.router.api.logprobs import Entries, Teller
@@ -107,11 +109,15 @@ class ChatRenderer:
     def _reason(self, index: int, reason: str) -> str:
         return reason if self._form is None else self._reader_of(index, self._form).finish_reason(reason)
 
-    def usage_event(self, generation: Generation) -> bytes:
-        """The event with the usage and no choices."""
+    def ending(self, generation: Generation) -> bytes:
+        """The event with the usage and no choices, where it was asked for."""
         if not self._usage.at_end:
-            return b""
-        return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, _encode(usage_of(generation)))
+            return DONE
+        return b'%b,"choices":[],"usage":%b}\n\n%b' % (self._head, _encode(usage_of(generation)), DONE)
+
+    def failing(self, error: ElasticMoEError) -> bytes:
+        """What went wrong."""
+        return failing(error)
 
     async def gather(self, _generation: Generation, index: int, output: Output) -> None:
         """Keep the text, and the log probabilities as JSON."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.services.router.api.errors import DONE, failing
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.generate import Generation
 from elasticmoe.services.router.api.logprobs import Columns, Teller
@@ -94,11 +96,15 @@ class CompletionRenderer:
             self._end or end_of_event(stream),
         )
 
-    def usage_event(self, generation: Generation) -> bytes:
-        """The event with the usage and no choices."""
+    def ending(self, generation: Generation) -> bytes:
+        """The event with the usage and no choices, where it was asked for."""
         if not self._usage.at_end:
-            return b""
-        return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, _encode(usage_of(generation)))
+            return DONE
+        return b'%b,"choices":[],"usage":%b}\n\n%b' % (self._head, _encode(usage_of(generation)), DONE)
+
+    def failing(self, error: ElasticMoEError) -> bytes:
+        """What went wrong."""
+        return failing(error)
 
     async def gather(self, generation: Generation, index: int, output: Output) -> None:
         """Keep the text, and the log probabilities as JSON."""

@@ -39,6 +39,37 @@ EXAMPLES: dict[str, Any] = {
         ],
         "usage": _USAGE,
     },
+    "ModelResponse": {
+        "id": "resp_2f6d0c1ab0a84b0a",
+        "object": "response",
+        "created_at": 1795668292,
+        "model": "demo",
+        "status": "completed",
+        "output": [
+            {
+                "id": "msg_77aa01",
+                "type": "message",
+                "status": "completed",
+                "role": "assistant",
+                "content": [
+                    {
+                        "type": "output_text",
+                        "text": "The capital of France is Paris.",
+                        "annotations": [],
+                        "logprobs": [],
+                    }
+                ],
+            }
+        ],
+        "usage": {
+            "input_tokens": 38,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": 8,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": 46,
+        },
+    },
+    "ResponsesRequest": {"input": "What is the capital of France?", "max_output_tokens": 64},
     "CompletionRequest": {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0},
     "Completion": {
         "id": "cmpl-4ca788374d40976767b7099d",

@@ -21,7 +21,7 @@ from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.dispatch.admission import Permit
 
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
-GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 WORK_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize"}
 
 _SCOPE_PERMIT = "elasticmoe.permit"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -91,6 +91,31 @@ class CallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     function: Annotated[ToldFunction, says("Its name, or the next part of its arguments")]
     id: Annotated[str | msgspec.UnsetType, says("What the message with its result names")] = msgspec.UNSET
     type: Annotated[str | msgspec.UnsetType, says("`function`")] = msgspec.UNSET
+
+
+class ResponsesUsage(msgspec.Struct, frozen=True):
+    """Tokens of a response. The details are OpenAI's; here they are always 0."""
+
+    input_tokens: Annotated[int, says("Of the conversation")]
+    input_tokens_details: Annotated[dict[str, int], says("`cached_tokens`")]
+    output_tokens: Annotated[int, says("Generated")]
+    output_tokens_details: Annotated[dict[str, int], says("`reasoning_tokens`")]
+    total_tokens: Annotated[int, says("Both")]
+
+
+class ModelResponse(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Answer of /v1/responses. A stream's events have OpenAI's names and shapes; the last one has this."""
+
+    id: Annotated[str, says("The id of the request")]
+    object: Annotated[str, says("`response`")]
+    created_at: Annotated[int, says("When, in seconds since 1970")]
+    model: Annotated[str, says("The served model")]
+    status: Annotated[str, says("`completed`; `incomplete` where the answer was cut off")]
+    output: Annotated[
+        list[dict[str, Any]], says("Items in their order: `reasoning`, `message`, `function_call`, in OpenAI's shapes")
+    ]
+    usage: Annotated[ResponsesUsage | None, says("Tokens")]
+    incomplete_details: Annotated[dict[str, str] | None, says("Why it was cut off")] = None
 
 
 class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -39,7 +39,7 @@ def tools_of(raw: ChatRequest | TokenizeRequest) -> list[Tool]:
     names = [tool.function.name for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InvalidRequest(f"tools has {twice!r} more than once", param="tools")
+        raise InvalidRequest(f"tools has {twice!r} twice", param="tools")
     return tools
 
 

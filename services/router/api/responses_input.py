@@ -1,0 +1,139 @@
+"""A request to /v1/responses as the chat request that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api.options import unsupported
+from elasticmoe.services.router.api.responses_schemas import ChosenTool, Content, InputItem, ResponsesRequest
+from elasticmoe.services.router.api.schemas import (
+    CalledFunction,
+    ChatMessage,
+    ChatRequest,
+    ContentPart,
+    FunctionDefinition,
+    NamedFunction,
+    NamedTool,
+    StreamOptions,
+    Tool,
+    ToolCall,
+)
+
+T = TypeVar("T")
+
+_TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+_NOT_KEPT = "no answer and no conversation is kept: send the conversation whole"
+
+
+def chat_of(raw: ResponsesRequest) -> ChatRequest:
+    """The chat that is asked for. Raises InvalidRequest for what this server cannot do."""
+    _refuse(raw)
+    choice = raw.tool_choice
+    return ChatRequest(
+        messages=[*_instructions(raw), *messages_of(raw.input)],
+        model=raw.model,
+        max_completion_tokens=raw.max_output_tokens,
+        temperature=raw.temperature,
+        top_p=raw.top_p,
+        stream=raw.stream,
+        stream_options=StreamOptions(include_usage=True) if raw.stream else None,
+        tools=[
+            Tool("function", FunctionDefinition(tool.name, tool.description, tool.parameters, tool.strict))
+            for tool in raw.tools or ()
+        ],
+        tool_choice=NamedTool("function", NamedFunction(choice.name)) if isinstance(choice, ChosenTool) else choice,
+        parallel_tool_calls=raw.parallel_tool_calls,
+        reasoning_effort=raw.reasoning.effort if raw.reasoning else None,
+        request_id=raw.request_id,
+    )
+
+
+def _refuse(raw: ResponsesRequest) -> None:
+    for name, is_asked, why in (
+        ("previous_response_id", raw.previous_response_id is not None, _NOT_KEPT),
+        ("conversation", raw.conversation is not None, _NOT_KEPT),
+        ("background", raw.background, _NOT_KEPT),
+        ("prompt", raw.prompt is not None, "no prompts are kept"),
+        ("truncation", raw.truncation == "auto", "send what is to be read"),
+        ("top_logprobs", bool(raw.top_logprobs), "use /v1/chat/completions"),
+        ("max_tool_calls", raw.max_tool_calls is not None, "the server runs no tools"),
+    ):
+        if is_asked:
+            raise unsupported(name, why)
+    kind = raw.text.format.type if raw.text and raw.text.format else "text"
+    if kind != "text":
+        raise unsupported("text.format", f"type {kind[:40]!r}; supported: text")
+
+
+def _instructions(raw: ResponsesRequest) -> list[ChatMessage]:
+    return [ChatMessage(role="system", content=raw.instructions)] if raw.instructions else []
+
+
+def messages_of(given: str | Sequence[InputItem]) -> list[ChatMessage]:
+    """Items as messages: what an assistant thought, said and called in a row is one."""
+    if isinstance(given, str):
+        return [ChatMessage(role="user", content=given)]
+    turns: list[_Turn | ChatMessage] = []
+    for index, item in enumerate(given):
+        where = f"input[{index}]"
+        if item.type == "function_call_output":
+            content, call_id = _content(item.output, f"{where}.output"), _needed(item.call_id, where, "call_id")
+            turns.append(ChatMessage(role="tool", tool_call_id=call_id, content=content))
+        elif item.type == "message" and item.role != "assistant":
+            content = _content(item.content, f"{where}.content")
+            turns.append(ChatMessage(role=_needed(item.role, where, "role"), content=content))
+        else:
+            last = turns[-1] if turns else None
+            if not isinstance(last, _Turn) or (item.type == "message" and last.content is not None):
+                last = _Turn()
+                turns.append(last)
+            last.add(item, where)
+    return [turn.message() if isinstance(turn, _Turn) else turn for turn in turns]
+
+
+class _Turn:
+    """An assistant's, as its items come."""
+
+    def __init__(self) -> None:
+        self.content: str | list[ContentPart] | None = None
+        self._reasoning = ""
+        self._calls: list[ToolCall] = []
+
+    def add(self, item: InputItem, where: str) -> None:
+        """One more item of the turn."""
+        if item.type == "message":
+            self.content = _content(item.content, f"{where}.content")
+        elif item.type == "reasoning":
+            thought = _content(item.content, f"{where}.content") if item.content is not None else ""
+            self._reasoning += thought if isinstance(thought, str) else "\n".join(part.text or "" for part in thought)
+        else:
+            function = CalledFunction(_needed(item.name, where, "name"), item.arguments or "{}")
+            self._calls.append(ToolCall(function, _needed(item.call_id, where, "call_id")))
+
+    def message(self) -> ChatMessage:
+        """All of it."""
+        return ChatMessage(
+            role="assistant",
+            content=self.content,
+            tool_calls=self._calls or None,
+            reasoning_content=self._reasoning or None,
+        )
+
+
+def _needed(value: T | None, where: str, name: str) -> T:
+    if value is None:
+        raise InvalidRequest(f"{where} has no {name}", param=f"{where}.{name}")
+    return value
+
+
+def _content(content: Content | None, where: str) -> str | list[ContentPart]:
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = []
+    for number, part in enumerate(content):
+        if part.type not in _TEXTS or part.text is None:
+            raise unsupported(f"{where}[{number}]", f"type {part.type[:40]!r}; supported: texts")
+        parts.append(ContentPart("text", part.text))
+    return parts

@@ -1,0 +1,197 @@
+"""What the answer to POST /v1/responses looks like: items, and events as each grows.
+
+Source of the shapes: OpenAI's API reference, "Responses" and "Streaming events". One choice; nothing is kept.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+import msgspec
+
+from elasticmoe.common.http.errors import detail_of
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Part, Reasoning, Text
+from elasticmoe.services.router.api.answer_reader import AnswerForm, AnswerReader
+from elasticmoe.services.router.api.front import Front
+from elasticmoe.services.router.api.generate import Generation
+from elasticmoe.services.router.api.options import Options
+from elasticmoe.services.router.api.responses_schemas import ResponsesRequest
+from elasticmoe.services.router.dispatch.streams import Output, Stream
+
+_encode = msgspec.json.encode
+Item = dict[str, Any]
+
+
+class ResponsesRenderer:
+    """Of one request. `_items`: the output so far; the last one grows while `_is_open`."""
+
+    def __init__(
+        self, answer_id: str, front: Front, raw: ResponsesRequest, options: Options, form: AnswerForm | None
+    ) -> None:
+        self._raw = raw
+        self._options = options
+        self._reader = AnswerReader(form or AnswerForm())
+        self._facts = {"id": answer_id, "object": "response", "created_at": int(time.time()), "model": front.model.name}
+        self._number = 0  # of the next event
+        self._items: list[Item] = []
+        self._is_open = False
+
+    # ---- the stream's events -----------------------------------------------------------------------------------------
+
+    def is_ready(self, _generation: Generation, _index: int) -> bool:
+        """Nothing has to be waited for."""
+        return True
+
+    async def opening(self, generation: Generation, _index: int) -> list[bytes]:
+        """The response before it has any output."""
+        response = self._response(generation, "in_progress")
+        return [
+            self._event("response.created", response=response),
+            self._event("response.in_progress", response=response),
+        ]
+
+    def events(self, _index: int, _stream: Stream, output: Output, finish_reason: str | None) -> bytes:
+        """What has grown, and the last item's end."""
+        events = b"".join(
+            self._take(part) for part in self._reader.take(output.text, is_last=finish_reason is not None)
+        )
+        return events + self._close() if finish_reason is not None else events
+
+    def ending(self, generation: Generation) -> bytes:
+        """The whole response."""
+        status = self._status(generation)
+        return self._event(f"response.{status}", response=self._response(generation, status))
+
+    def failing(self, error: ElasticMoEError) -> bytes:
+        """What went wrong, after which nothing comes."""
+        detail = detail_of(error)
+        return self._event("error", code=detail.code, message=detail.message, param=detail.param)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._number += 1
+        body = _encode({"type": kind, "sequence_number": self._number - 1, **fields})
+        return b"event: %b\ndata: %b\n\n" % (kind.encode(), body)
+
+    # ---- items -------------------------------------------------------------------------------------------------------
+
+    def _take(self, part: Part) -> bytes:
+        """Let the output grow by a part."""
+        match part:
+            case Text(text):
+                events = self._continue("message", lambda: {"role": "assistant", "content": []})
+                if not self._items[-1]["content"]:
+                    self._items[-1]["content"].append(
+                        {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+                    )
+                    events += self._of_part("response.content_part.added", part=self._items[-1]["content"][0])
+                self._items[-1]["content"][0]["text"] += text
+                return events + self._of_part("response.output_text.delta", delta=text, logprobs=[])
+            case Reasoning(text):
+                events = self._continue("reasoning", lambda: {"summary": [], "content": []})
+                if not self._items[-1]["content"]:
+                    self._items[-1]["content"].append({"type": "reasoning_text", "text": ""})
+                    events += self._of_part("response.content_part.added", part=self._items[-1]["content"][0])
+                self._items[-1]["content"][0]["text"] += text
+                return events + self._of_part("response.reasoning_text.delta", delta=text)
+            case CallStart(name):
+                call_id = self._reader.new_call_id()
+                return self._close() + self._open("function_call", {"call_id": call_id, "name": name, "arguments": ""})
+            case CallArguments(text):
+                self._items[-1]["arguments"] += text
+                return self._of_item("response.function_call_arguments.delta", delta=text)
+
+    def _continue(self, kind: str, make: Any) -> bytes:
+        """Go on with an item of that kind, or begin one."""
+        if self._is_open and self._items[-1]["type"] == kind:
+            return b""
+        return self._close() + self._open(kind, make())
+
+    def _open(self, kind: str, fields: Item) -> bytes:
+        prefix = {"message": "msg", "function_call": "fc", "reasoning": "rs"}[kind]
+        item = {"id": f"{prefix}_{secrets.token_hex(12)}", "type": kind, "status": "in_progress", **fields}
+        self._items.append(item)
+        self._is_open = True
+        return self._event("response.output_item.added", output_index=len(self._items) - 1, item=item)
+
+    def _close(self) -> bytes:
+        """The last item has ended."""
+        if not self._is_open:
+            return b""
+        self._is_open = False
+        item = self._items[-1]
+        item["status"] = "completed"
+        events = b""
+        if item["type"] == "function_call":
+            done = {"name": item["name"], "arguments": item["arguments"]}
+            events += self._of_item("response.function_call_arguments.done", **done)
+        else:
+            part = item["content"][0]
+            if item["type"] == "message":
+                events += self._of_part("response.output_text.done", text=part["text"], logprobs=[])
+            else:
+                events += self._of_part("response.reasoning_text.done", text=part["text"])
+            events += self._of_part("response.content_part.done", part=part)
+        return events + self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
+
+    def _of_item(self, kind: str, **fields: Any) -> bytes:
+        return self._event(kind, item_id=self._items[-1]["id"], output_index=len(self._items) - 1, **fields)
+
+    def _of_part(self, kind: str, **fields: Any) -> bytes:
+        return self._of_item(kind, content_index=0, **fields)
+
+    # ---- the whole ---------------------------------------------------------------------------------------------------
+
+    async def gather(self, _generation: Generation, _index: int, output: Output) -> None:
+        """Let the items grow."""
+        for part in self._reader.take(output.text, is_last=False):
+            self._take(part)
+
+    def body(self, generation: Generation) -> list[bytes]:
+        """A response object."""
+        for part in self._reader.take("", is_last=True):
+            self._take(part)
+        self._close()
+        return [_encode(self._response(generation, self._status(generation)))]
+
+    def _status(self, generation: Generation) -> str:
+        ending = generation.streams[0].ending
+        return "incomplete" if ending is not None and ending.reason == "length" else "completed"
+
+    def _response(self, generation: Generation, status: str) -> dict[str, Any]:
+        raw, sampling = self._raw, self._options.sampling
+        is_over = status != "in_progress"
+        if status == "incomplete" and self._items:
+            self._items[-1]["status"] = "incomplete"
+        num_in, num_out = generation.prompt_tokens, generation.completion_tokens
+        usage = {
+            "input_tokens": num_in,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": num_out,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": num_in + num_out,
+        }
+        return {
+            **self._facts,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": raw.instructions,
+            "max_output_tokens": raw.max_output_tokens,
+            "metadata": raw.metadata or {},
+            "output": self._items if is_over else [],
+            "parallel_tool_calls": raw.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": raw.reasoning.effort if raw.reasoning else None, "summary": None},
+            "store": False,
+            "temperature": sampling.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "auto" if raw.tool_choice is None else raw.tool_choice,
+            "tools": raw.tools or [],
+            "top_p": sampling.top_p,
+            "truncation": "disabled",
+            "usage": usage if is_over else None,
+            "user": raw.user,
+        }
