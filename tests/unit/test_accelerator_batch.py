@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from elasticmoe.services.worker.backends.accelerator.batch import SentFields
+from elasticmoe.services.worker.backends.accelerator.experts import ExpertRooms, Experts
+from elasticmoe.services.worker.backends.accelerator.kernels import Kernels, RowGroups
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.tiles import expert_tiles, query_tiles
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=30)
@@ -38,6 +42,63 @@ def test_tiles_of_queries_hold_each_row_once_and_none_of_two_parts(parts: list[t
     ]
     assert got == want
     assert all(1 <= count <= each for _, count, _, _ in tiles)
+
+
+class Copying:
+    """Kernels whose products copy what fits, and which note where they read and write."""
+
+    def __init__(self) -> None:
+        self.addresses: list[int] = []
+
+    def group_fields(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        return {"counts": counts}
+
+    def expert_products(
+        self, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, groups: RowGroups, **_: bool
+    ) -> None:
+        self.addresses += [x.data_ptr(), out.data_ptr(), groups.sent["counts"].data_ptr()]
+        width = min(x.shape[1], out.shape[1])
+        out[:, :width].copy_(x[:, :width])
+
+
+def test_experts_use_the_same_memory_in_each_step() -> None:
+    """However many rows come, and of all layers: nothing is allocated once there is room for the largest step."""
+    kernels, rooms = Copying(), ExpertRooms(torch.device("cpu"))
+    w13_E, w2_E = torch.zeros(3, 10, 4), torch.zeros(3, 4, 5)
+    layers = [Experts(cast(Kernels, kernels), w13_E, w2_E, rooms) for _ in range(2)]
+    rows_RH = torch.arange(32.0).view(8, 4)
+    seen, num_made = [], []
+    for counts in ([1, 0, 2], [0, 8, 0], [0, 0, 0], [3, 1, 1]):
+        kernels.addresses, counts_E = [], torch.tensor(counts, dtype=torch.int32)
+        with Allocations() as made:
+            for layer in layers:
+                layer.compute(rows_RH, counts_E, sum(counts))
+        num_made.append(made.count)
+        seen.append(kernels.addresses)
+    assert seen[2] == []
+    assert seen[0] == seen[1] == seen[3]
+    assert num_made[0] > 0
+    assert num_made[1:] == [0, 0, 0]
+    first, second = seen[0][:6], seen[0][6:]
+    assert first[:2] + first[3:5] == second[:2] + second[3:5], "layers share rooms"
+    assert first[0] == first[4] == rows_RH.data_ptr(), "what lies on the device is computed in place"
+    assert rows_RH.tolist() == torch.arange(32.0).view(8, 4).tolist()
+
+
+class Allocations(TorchDispatchMode):
+    """Counts tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        owned = [one for one in (args if isinstance(args, tuple) else ()) if isinstance(one, torch.Tensor)]
+        if isinstance(out, torch.Tensor):
+            storages = {one.untyped_storage().data_ptr() for one in owned}
+            self.count += out.untyped_storage().data_ptr() not in storages
+        return out
 
 
 def test_fields_keep_their_addresses_until_one_outgrows_its_place() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec, MoeSpec, RopeSpec
 from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, SentFields
-from elasticmoe.services.worker.backends.accelerator.experts import Experts
+from elasticmoe.services.worker.backends.accelerator.experts import ExpertRooms, Experts
 from elasticmoe.services.worker.backends.accelerator.kernels import (
     Kernels,
     Norm,
@@ -41,6 +41,7 @@ class AcceleratorBackend(TensorBackend):
         super().__init__(tell_waiting, device)
         self.name = kernels.name
         self._kernels: Final = kernels
+        self._rooms: Final = ExpertRooms(device)
         self._transfers: Final = {name: SentFields(device) for name in ("batch", "attention", "stored", "read")}
 
     def check_model(self, spec: ModelSpec, block_size: int) -> None:
@@ -250,10 +251,10 @@ class AcceleratorBackend(TensorBackend):
     ) -> Callable[[torch.Tensor, torch.Tensor, int], None]:
         """See ComputeBackend."""
         self._check_experts(w13_E, w2_E, moe, hidden)
-        experts = Experts(self._kernels, w13_E, w2_E)
+        experts = Experts(self._kernels, w13_E, w2_E, self._rooms)
 
         def run(rows_RH: torch.Tensor, counts_E: torch.Tensor, num_rows: int) -> None:
-            experts.compute(rows_RH[:num_rows], counts_E[: moe.num_experts])
+            experts.compute(rows_RH, counts_E[: moe.num_experts], num_rows)
             if rows_RH.device != self.device:
                 self.fence()
 
