@@ -9,12 +9,23 @@ from typing import Any
 import torch
 
 from elasticmoe.common.layout import COMPUTES
+from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
+from elasticmoe.services.worker.backends.choice import TokenChoice
 from elasticmoe.services.worker.backends.factory import open_backend
 from elasticmoe.services.worker.backends.torch import TorchBackend
 
 ON_CPU: dict[str, Callable[..., ComputeBackend]] = {name: partial(open_backend, name) for name in COMPUTES["host"]}
 """What computes on a CPU, by its name."""
+
+
+def draw(backend: ComputeBackend, row_V: torch.Tensor, sampling: Sampling, uniform: float) -> int:
+    """The token that a number falls on. Raises what its choice raises."""
+    (chosen,) = backend.choose(row_V[None].clone(), [TokenChoice(sampling, uniform, None, -1)])
+    if chosen.error is not None:
+        raise chosen.error
+    return chosen.token
+
 
 _QUEUED = (
     "embed",

@@ -14,8 +14,9 @@ import torch
 from elasticmoe.common.model_spec import MoeSpec
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.choice import TokenChoice
 from elasticmoe.services.worker.backends.factory import open_backend
-from tests.unit.backends import ON_CPU
+from tests.unit.backends import ON_CPU, draw
 
 ROWS, HIDDEN, WIDTH = 40, 512, 256
 BY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -163,8 +164,12 @@ def test_equals_are_taken_by_their_ids(backend: ComputeBackend) -> None:
         assert len(set(ids_NK[0].tolist())) == 3
         if not x.isnan().any():
             assert ids_NK[0].tolist() == [0, 1, 2]
-    assert backend.greatest(torch.tensor([[1.0, 3.0, 3.0], [float("nan"), 1.0, 2.0], [0.0, -0.0, 0.0]])) == [1, -1, 0]
-    assert backend.top_tokens(torch.tensor([1.0, 3.0, 3.0, 2.0]), 3) == [1, 2, 3]
+    logits_BV = torch.tensor([[1.0, 3.0, 3.0], [float("nan"), 1.0, 2.0], [0.0, -0.0, 0.0]])
+    greatest = TokenChoice(Sampling(seed=1), None, None, -1)
+    assert [chosen.token for chosen in backend.choose(logits_BV, [greatest] * 3)] == [1, -1, 0]
+    (judged,) = backend.judge(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), [0], 3)
+    assert judged.top == [(1, 3.0), (2, 3.0), (3, 2.0)]
+    assert judged.token == 1.0
 
 
 def test_seeded_draws_are_the_same() -> None:
@@ -184,7 +189,7 @@ def test_seeded_draws_are_the_same() -> None:
             min_p=rng.choice((0.0, 0.0, 0.05, 1.0)),
         )
         uniform = rng.random()
-        tokens = {backend.draw(logits_BV, 0, sampling, uniform) for backend in backends}
+        tokens = {draw(backend, logits_BV[0], sampling, uniform) for backend in backends}
         num_same += len(tokens) == 1
         num_all += 1
     assert num_same >= num_all - 1

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.services.worker.backends import torch_sampling
 from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.choice import NEVER, Edits, Numbers, TokenChoice
 from elasticmoe.services.worker.backends.factory import open_backend
 from elasticmoe.services.worker.engine.sampler import Sampled, SamplingState, prompt_logprobs, sample, uniform
-from tests.unit.backends import ON_CPU
+from tests.unit.backends import ON_CPU, QueuedBackend
+from tests.unit.backends import draw as drawn
 
 VOCAB = 50
+EDITS = Edits([(7, 1.0)], 1.1, [1, 2], [(3, 0.5)], [4])
 
 
 USED: list[ComputeBackend] = []  # the last one
@@ -136,8 +141,8 @@ def test_top_p_over_a_flat_large_vocabulary() -> None:
     with the slow backend."""
     row, half = torch.zeros(5000), Sampling(seed=1, top_p=0.5)
     for token in (0, 1, 1249, 1250, 2498, 2499):
-        assert USED[-1].draw(row[None], 0, half, (token + 0.5) / 2500) == token
-    assert USED[-1].draw(row[None], 0, half, math.nextafter(1.0, 0.0)) == 2499
+        assert drawn(USED[-1], row, half, (token + 0.5) / 2500) == token
+    assert drawn(USED[-1], row, half, math.nextafter(1.0, 0.0)) == 2499
     count = 4000 if USED[-1].name == "host" else 400
     tokens = draws(row, count, top_p=0.5)
     expected = 2500 * (1 - math.exp(-count / 2500))  # different ones
@@ -163,6 +168,51 @@ def test_bias_bans_and_penalties() -> None:
     # Presence and frequency count output only, repetition counts the prompt too.
     assert draw(row, tokens=[best, best, 3], temperature=0.0, frequency_penalty=2.0) == best
     assert draw(row, tokens=[best, best, 3], temperature=0.0, repetition_penalty=10.0) != best
+
+
+def test_a_steps_choices_are_waited_for_once() -> None:
+    """Whatever is asked for: greedy, drawn, cut, changed and judged rows, and one that is not finite; on a device the
+    numbers travel once each way. Nothing in between looks at a value: there is none."""
+    states = [
+        *(state(range(n + 2), seed=n, temperature=1.3, top_p=0.9, top_k=n, logprobs=n) for n in range(4)),
+        state(temperature=0.0),
+        state(temperature=0.0, logprobs=2, logit_bias=((7, 100.0),), presence_penalty=1.0, repetition_penalty=1.1),
+        state([1, 2, 3], stop_token_ids=(3,), min_tokens=5),
+        state(logprobs=1),
+    ]
+    logits = torch.stack([logits_of(n) for n in range(len(states))])
+    logits[-1, 4] = float("inf")
+    backend = QueuedBackend()
+    sampled = sample(backend, logits.clone(), states)
+    assert backend.num_fences == 1
+    plain = sample(open_backend("torch"), logits.clone(), states)
+    assert (sampled.tokens, sampled.logprobs) == (plain.tokens, plain.logprobs)
+    assert set(sampled.errors) == {len(states) - 1}
+    asked = [TokenChoice(Sampling(seed=1, top_k=3), 0.5, EDITS, 2), TokenChoice(Sampling(seed=1), None, None, -1)]
+    sent: list[int] = []
+
+    def send(fields: Mapping[str, Numbers]) -> dict[str, torch.Tensor]:
+        sent.append(len(fields))
+        return {name: torch.empty(len(values), dtype=torch.float64, device="meta") for name, values in fields.items()}
+
+    def fetch(values: torch.Tensor) -> Numbers:
+        assert values.device.type == "meta"
+        return np.zeros(len(values))
+
+    chosen = torch_sampling.choose(torch.empty(2, VOCAB, device="meta"), asked, send, fetch)
+    assert len(sent) == 1
+    assert [len(one.judged.top) if one.judged else None for one in chosen] == [2, None]
+
+
+def test_places_of_edits_are_of_their_own_row() -> None:
+    """Ids beyond the vocabulary are ignored: they would be the next row's."""
+    edits = Edits([(VOCAB, 5.0), (-1, 5.0), (3, 1.0), (3, 1.0)], 2.0, [VOCAB + 1, 4], [(VOCAB + 2, 1.0)], [VOCAB, 5])
+    greedy = TokenChoice(Sampling(seed=1), None, None, -1)
+    logits = torch.ones(3, VOCAB)
+    USED[-1].choose(logits, [greedy, greedy._replace(edits=edits), greedy])
+    want = torch.ones(3, VOCAB)
+    want[1, 3:6] = torch.tensor([3.0, 0.5, NEVER])
+    assert torch.equal(logits, want)
 
 
 def test_repetition_penalty_works_on_both_signs() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -21,10 +21,10 @@ from elasticmoe.native import kernels
 from elasticmoe.services.router.api.parse import parse
 from elasticmoe.services.router.api.schemas import ChatRequest, CompletionRequest, GenerateRequest
 from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.choice import NEVER, Chosen, Judged, TokenChoice
 from elasticmoe.services.worker.backends.factory import open_backend
-from elasticmoe.services.worker.engine import sampler
 from elasticmoe.services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
-from tests.unit.backends import ON_CPU
+from tests.unit.backends import ON_CPU, draw
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 TINY = 5e-324  # the least double above 0
@@ -111,7 +111,7 @@ def test_any_logits_and_options_give_a_token_or_one_error(case: tuple[list[float
         return
     if 1 in first.errors:  # only where nothing that may come is greater than what may not
         assert banned
-        assert min(row) < sampler.NEVER
+        assert min(row) < NEVER
         return
     assert first.errors == {}
     assert 0 <= first.tokens[1] < vocab
@@ -137,7 +137,8 @@ def test_kernels_stay_within_the_row(kernels_of: str) -> None:
         logits, options = torch.tensor([row], dtype=torch.float32), state.request.sampling
         for temperature in (1e-6, max(1e-6, options.temperature), 1e6):
             for uniform in (0.0, 1.0 - 2.0**-53):
-                token = USED[-1].draw(logits, 0, msgspec.structs.replace(options, temperature=temperature), uniform)
+                sampling = msgspec.structs.replace(options, temperature=temperature)
+                token = draw(USED[-1], logits[0], sampling, uniform)
                 is_finite = all(math.isfinite(value) for value in row)
                 assert 0 <= token < len(row) if is_finite else token == -1
 
@@ -160,7 +161,7 @@ def test_the_draw_refuses_what_it_cannot_compute(options: tuple[float, int, floa
     temperature, top_k, top_p, min_p, uniform = options
     sampling = Sampling(seed=1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     with pytest.raises(ValueError, match=r"must|top_k"):
-        USED[-1].draw(torch.zeros(1, 8), 0, sampling, uniform)
+        draw(USED[-1], torch.zeros(8), sampling, uniform)
 
 
 def test_a_penalty_that_overflows_does_not_end_the_row() -> None:
@@ -190,13 +191,16 @@ def test_what_may_not_come_does_not_come_by_a_penalty() -> None:
 
 
 def test_a_row_whose_choice_raises_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(logits: torch.Tensor, row: int, sampling: Sampling, uniform: float) -> int:
-        if sampling.top_k == 7:
-            raise IndexError("index 9 of 5 at 0x7f00")
-        return choose(logits, row, sampling, uniform)
+    def broken(logits: torch.Tensor, choices: Sequence[TokenChoice]) -> list[Chosen]:
+        error = IndexError("index 9 of 5 at 0x7f00")
+        chosen = choose(logits, choices)
+        return [
+            Chosen(-1, None, error) if choice.sampling.top_k == 7 else one
+            for choice, one in zip(choices, chosen, strict=True)
+        ]
 
-    choose = USED[-1].draw
-    monkeypatch.setattr(USED[-1], "draw", broken)
+    choose = USED[-1].choose
+    monkeypatch.setattr(USED[-1], "choose", broken)
     states = [SamplingState(Submit("r", (0,), 9, Sampling(seed=1, top_k=top_k)), [0]) for top_k in (3, 7, 3)]
     sampled = sample(USED[-1], torch.zeros(3, 5), states)
     assert set(sampled.errors) == {1}
@@ -208,18 +212,24 @@ def test_a_row_whose_choice_raises_fails_alone(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("token", [-1, 5, 2**40])
 def test_a_choice_outside_the_vocabulary_is_none(monkeypatch: pytest.MonkeyPatch, token: int) -> None:
-    monkeypatch.setattr(USED[-1], "draw", lambda *_: token)
+    judged = Judged(0.0, 0.0, [])
+    monkeypatch.setattr(USED[-1], "choose", lambda *_: [Chosen(token, judged)])
     sampled = sample(
         USED[-1], torch.zeros(1, 5), [SamplingState(Submit("r", (0,), 9, Sampling(seed=1, logprobs=2)), [0])]
     )
     assert (sampled.tokens, sampled.logprobs, sampled.errors[0].code) == ([-1], [None], "bad_logits")
 
 
-def test_want_of_memory_is_not_a_rows_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    def starved(*_: object) -> int:
-        raise MemoryError
+def test_what_a_row_cannot_be_drawn_by_is_its_own_error() -> None:
+    """Bounds are checked before; where they are not, the others have their tokens all the same."""
+    good, bad = (TokenChoice(Sampling(seed=1, top_p=top_p), 0.5, None, 1) for top_p in (1.0, math.nan))
+    first, second, third = USED[-1].choose(torch.zeros(3, 5), [good, bad, good])
+    assert isinstance(second.error, ValueError)
+    assert (first.token, first.error) == (third.token, third.error) == (2, None)
 
-    monkeypatch.setattr(USED[-1], "draw", starved)
+
+def test_want_of_memory_is_not_a_rows_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(USED[-1], "choose", lambda *_: [Chosen(-1, None, MemoryError())])
     with pytest.raises(MemoryError):
         sample(USED[-1], torch.zeros(1, 5), [SamplingState(Submit("r", (0,), 9, Sampling(seed=1)), [0])])
 

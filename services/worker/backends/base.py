@@ -18,13 +18,13 @@ width, R rows for the own experts, V vocabulary, M rows whose logits are wanted,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec, MoeSpec, RopeSpec
-from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.services.worker.backends.choice import Chosen, Judged, TokenChoice
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
 
@@ -299,26 +299,20 @@ class ComputeBackend(ABC):
     # ---- the choice of tokens, from rows of float32 logits
 
     @abstractmethod
-    def greatest(self, logits_BV: torch.Tensor) -> list[int]:
-        """Index of each row's greatest, the first of equals; -1 for a row that is not finite."""
+    def choose(self, logits_BV: torch.Tensor, choices: Sequence[TokenChoice]) -> list[Chosen]:
+        """One token for each row, which its edits have changed then in place; -1 for a row that is not finite. Blocks
+        until they are there.
 
-    @abstractmethod
-    def draw(self, logits_BV: torch.Tensor, row: int, sampling: Sampling, uniform: float) -> int:
-        """The token of one row that `uniform`, in [0, 1), falls on, in the order of ids; -1 where a logit is not
-        finite.
-
-        Of softmax(logits / temperature): tokens with at least min_p times the greatest probability; of these the top_k
-        greatest (0: all); of these the fewest that make up top_p of them (1: all), one at least. Raises ValueError for
-        a temperature outside 1e-6 to 1e6, for shares and numbers outside their ranges and for NaN.
+        The greatest, the first of equals; or the one that `uniform` falls on, in the order of ids, of softmax(logits /
+        temperature): tokens with at least min_p times the greatest probability; of these the top_k greatest (0: all);
+        of these the fewest that make up top_p of them (1: all), one at least. ValueError is a row's error for a
+        temperature outside 1e-6 to 1e6, for shares and numbers outside their ranges and for NaN. What is judged are
+        the logits as they came.
         """
 
     @abstractmethod
-    def log_total(self, row_V: torch.Tensor) -> float:
-        """log of the sum of e^logit; NaN if a logit is not finite."""
-
-    @abstractmethod
-    def top_tokens(self, row_V: torch.Tensor, count: int) -> list[int]:
-        """The `count` greatest, best first; of equals the lower id first."""
+    def judge(self, logits_NV: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[Judged]:
+        """Each row's token and `num_top` best. Blocks until they are there."""
 
 
 def _is_there(n: int) -> None:

@@ -7,13 +7,12 @@ Shape suffixes: as in base.py.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
-from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.native import kernels
 from elasticmoe.services.worker.backends.addresses import (
     CODES,
@@ -25,12 +24,12 @@ from elasticmoe.services.worker.backends.addresses import (
     stored_pair,
 )
 from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, check_norms
+from elasticmoe.services.worker.backends.choice import Chosen, Judged, TokenChoice, apply_edits, edit_fields
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
 
 _SCORING = {"softmax": kernels.SOFTMAX, "sigmoid": kernels.SIGMOID}
-_FLOAT_BYTES = 4
 
 
 class _HostBatch(NamedTuple):
@@ -322,22 +321,39 @@ class HostBackend(ComputeBackend):
 
     # ---- the choice of tokens
 
-    def greatest(self, logits_BV: torch.Tensor) -> list[int]:
-        """See ComputeBackend."""
-        return kernels.greatest(logits_BV.data_ptr(), *logits_BV.shape)
-
-    def draw(self, logits_BV: torch.Tensor, row: int, sampling: Sampling, uniform: float) -> int:
-        """See ComputeBackend."""
+    def choose(self, logits_BV: torch.Tensor, choices: Sequence[TokenChoice]) -> list[Chosen]:
+        """See ComputeBackend. Row by row."""
         vocab = logits_BV.shape[1]
-        address = logits_BV.data_ptr() + row * vocab * _FLOAT_BYTES
-        return kernels.draw(
-            address, vocab, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, uniform
-        )
+        tokens = kernels.greatest(logits_BV.data_ptr(), *logits_BV.shape)
+        judged_V = [logits_BV[row].clone() if choice.num_top >= 0 else None for row, choice in enumerate(choices)]
+        fields = {name: torch.from_numpy(values) for name, values in edit_fields(choices, vocab).items()}
+        apply_edits(logits_BV, fields)
+        chosen = []
+        for row, (token, choice, raw_V) in enumerate(zip(tokens, choices, judged_V, strict=True)):
+            try:
+                if token >= 0 and (choice.uniform is not None or choice.edits is not None):
+                    token = _choose(logits_BV[row], choice)
+                judged = None if raw_V is None or token < 0 else _judge(raw_V, token, choice.num_top)
+                chosen.append(Chosen(token, judged))
+            except Exception as error:
+                chosen.append(Chosen(-1, None, error))
+        return chosen
 
-    def log_total(self, row_V: torch.Tensor) -> float:
+    def judge(self, logits_NV: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[Judged]:
         """See ComputeBackend."""
-        return kernels.log_total(row_V.data_ptr(), row_V.shape[0])
+        return [_judge(row_V, token, num_top) for row_V, token in zip(logits_NV, tokens, strict=True)]
 
-    def top_tokens(self, row_V: torch.Tensor, count: int) -> list[int]:
-        """See ComputeBackend."""
-        return kernels.top_tokens(row_V.data_ptr(), row_V.shape[0], count)
+
+def _choose(row_V: torch.Tensor, choice: TokenChoice) -> int:
+    """The token of a finite row. Raises ValueError for what none can be drawn by."""
+    if choice.uniform is None:
+        return kernels.greatest(row_V.data_ptr(), 1, len(row_V))[0]
+    by = choice.sampling
+    return kernels.draw(row_V.data_ptr(), len(row_V), by.temperature, by.top_k, by.top_p, by.min_p, choice.uniform)
+
+
+def _judge(row_V: torch.Tensor, token: int, num_top: int) -> Judged:
+    address, vocab = row_V.data_ptr(), len(row_V)
+    best = kernels.top_tokens(address, vocab, num_top)
+    own, *others = row_V[[token, *best]].tolist()
+    return Judged(kernels.log_total(address, vocab), own, list(zip(best, others, strict=True)))

@@ -5,20 +5,29 @@ Shape suffixes: as in base.py; X any width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+import numpy as np
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec
-from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends import torch_sampling
 from elasticmoe.services.worker.backends.base import ComputeBackend, check_norms
+from elasticmoe.services.worker.backends.choice import Chosen, Judged, Numbers, TokenChoice
 
 STORED: Final = (torch.float32, torch.bfloat16)
 
 
 class TensorBackend(ComputeBackend):
     """See ComputeBackend. `device`: any that torch computes on."""
+
+    def __init__(
+        self, tell_waiting: Callable[[bool], None] | None = None, device: torch.device = torch.device("cpu")
+    ) -> None:
+        """See ComputeBackend."""
+        super().__init__(tell_waiting, device)
+        self._host_numbers = torch.empty(0, dtype=torch.float64)
 
     def _synchronize(self) -> None:
         """See ComputeBackend."""
@@ -124,21 +133,33 @@ class TensorBackend(ComputeBackend):
 
     # ---- the choice of tokens
 
-    def greatest(self, logits_BV: torch.Tensor) -> list[int]:
-        """See ComputeBackend."""
-        return torch_sampling.greatest(logits_BV)
+    def choose(self, logits_BV: torch.Tensor, choices: Sequence[TokenChoice]) -> list[Chosen]:
+        """See ComputeBackend. One transfer each way, and one wait, whatever the number of rows is."""
+        return torch_sampling.choose(logits_BV, choices, self._send_numbers, self._fetch_numbers)
 
-    def draw(self, logits_BV: torch.Tensor, row: int, sampling: Sampling, uniform: float) -> int:
-        """See ComputeBackend."""
-        return torch_sampling.draw(logits_BV[row], sampling, uniform)
+    def judge(self, logits_NV: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[Judged]:
+        """See ComputeBackend. One transfer each way, and one wait."""
+        return torch_sampling.judge(logits_NV, tokens, num_top, self._send_numbers, self._fetch_numbers)
 
-    def log_total(self, row_V: torch.Tensor) -> float:
-        """See ComputeBackend."""
-        return torch_sampling.log_total(row_V)
+    def _send_numbers(self, fields: Mapping[str, Numbers]) -> dict[str, torch.Tensor]:
+        """Copies on the device, once what is queued is done. Each send is followed by a fetch before the next one."""
+        lengths = [len(values) for values in fields.values()]
+        host = self._numbers(sum(lengths))
+        np.concatenate(list(fields.values()), out=host.numpy())
+        return dict(zip(fields, torch.split(host.to(self.device, non_blocking=True), lengths), strict=True))
 
-    def top_tokens(self, row_V: torch.Tensor, count: int) -> list[int]:
-        """See ComputeBackend."""
-        return torch_sampling.top_tokens(row_V, count)
+    def _fetch_numbers(self, values: torch.Tensor) -> Numbers:
+        """Blocks until they are there."""
+        host = self._numbers(len(values)).copy_(values, non_blocking=True)
+        self.fence()
+        return host.numpy().copy()
+
+    def _numbers(self, count: int) -> torch.Tensor:
+        """Of the host's, which transfers need not stage. Each call's are the same memory: the device takes and gives in
+        its order."""
+        if count > len(self._host_numbers):
+            self._host_numbers = torch.empty(count, dtype=torch.float64, pin_memory=self.device.type != "cpu")
+        return self._host_numbers[:count]
 
 
 def looked_up(table_VH: torch.Tensor, token_ids_N: torch.Tensor, first: int, end: int) -> torch.Tensor:

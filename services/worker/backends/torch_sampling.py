@@ -1,75 +1,182 @@
-"""The choice of tokens of the torch backend, with the native kernels' rules (native/src/kernels/sampling.cpp).
+"""The choice of tokens of backends that compute with tensors, with the native kernels' rules
+(native/src/kernels/sampling.cpp): all rows at once, where the logits lie, and one transfer each way.
 
-A row is copied before it is summed or exponentiated, so that its place among others changes no bit. Shape suffixes: as
-in base.py.
+A row's place among others changes no bit: exponentials are of rows that are padded to whole vectors, and sums run along
+a row from its first token to its last. Shape suffixes: B sequences, V vocabulary, D rows that are drawn, J rows that
+are judged, L a padded row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
 import torch
+from torch.nn.functional import pad
 
-from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.services.worker.backends.choice import (
+    Chosen,
+    Judged,
+    Numbers,
+    TokenChoice,
+    apply_edits,
+    check_draw,
+    edit_fields,
+)
 
-_TEMPERATURES = (1e-6, 1e6)
+_VECTOR: Final = 64  # elements: rows begin at multiples
+_JUDGED: Final = 16  # rows at once: sorting takes several times their memory
+
+_DRAWN: Final = ("inverse_temperature", "min_p", "top_k", "top_p", "uniform")  # of Draws
+
+Send = Callable[[Mapping[str, Numbers]], dict[str, torch.Tensor]]
+Fetch = Callable[[torch.Tensor], Numbers]
 
 
-def greatest(logits_BV: torch.Tensor) -> list[int]:
-    """See ComputeBackend."""
+class Draws(NamedTuple):
+    """How rows are drawn, [D, 1] each. `top_k`: V where all may come; `is_cut`: whether any row's is not all."""
+
+    inverse_temperature: torch.Tensor
+    min_p: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    uniform: torch.Tensor
+    is_cut: bool
+
+
+def choose(logits_BV: torch.Tensor, choices: Sequence[TokenChoice], send: Send, fetch: Fetch) -> list[Chosen]:
+    """See ComputeBackend. `send` brings numbers to the logits, `fetch` brings them back: each is called once."""
     vocab = logits_BV.shape[1]
-    finite_B = torch.isfinite(logits_BV).all(1)
-    ids_V = torch.arange(vocab, device=logits_BV.device)
-    # argmax may take any of equals.
-    best_B = torch.where(logits_BV == logits_BV.amax(1, keepdim=True), ids_V, vocab).amin(1)
-    return torch.where(finite_B, best_B, -1).tolist()
+    errors = [_error_of(choice) for choice in choices]
+    drawn = [row for row, choice in enumerate(choices) if choice.uniform is not None and errors[row] is None]
+    judged = [row for row, choice in enumerate(choices) if choice.num_top >= 0]
+    sent = send(
+        _draw_fields([choices[row] for row in drawn], vocab)
+        | {"drawn": np.array(drawn, dtype=np.float64), "judged": np.array(judged, dtype=np.float64)}
+        | edit_fields(choices, vocab)
+    )
+    is_finite_B = torch.isfinite(logits_BV).all(1)
+    raw_JV = logits_BV.index_select(0, sent["judged"].long())
+    apply_edits(logits_BV, sent)
+    tokens_B = _first_greatest(logits_BV)
+    if drawn:
+        rows = sent["drawn"].long()
+        is_cut = any(_is_cut(choices[row]) for row in drawn)
+        draws = Draws(**{name: sent[name][:, None] for name in _DRAWN}, is_cut=is_cut)
+        tokens_B.index_copy_(0, rows, draw_rows(logits_BV.index_select(0, rows), draws))
+    parts = [torch.where(is_finite_B, tokens_B, -1).double()]
+    count = min(vocab, max((choices[row].num_top for row in judged), default=0))
+    if judged:
+        parts += _judge(raw_JV, tokens_B.index_select(0, sent["judged"].long()), count)
+    values = fetch(torch.cat(parts))
+    told = dict(zip(judged, _told(values[len(choices) :], len(judged), count), strict=True))
+    return [
+        Chosen(int(values[row]), _shortened(told.get(row), choice.num_top), errors[row])
+        for row, choice in enumerate(choices)
+    ]
 
 
-def draw(row_V: torch.Tensor, sampling: Sampling, uniform: float) -> int:
+def judge(logits_NV: torch.Tensor, tokens: Sequence[int], num_top: int, send: Send, fetch: Fetch) -> list[Judged]:
     """See ComputeBackend."""
-    low, high = _TEMPERATURES
-    if not low <= sampling.temperature <= high or sampling.top_k < 0:
-        raise ValueError(f"temperature {sampling.temperature} must be {low:g} to {high:g}, top_k at least 0")
-    if not (0 <= sampling.top_p <= 1 and 0 <= sampling.min_p <= 1 and 0 <= uniform < 1):
-        raise ValueError(f"top_p {sampling.top_p}, min_p {sampling.min_p}, uniform {uniform} must be 0 to 1")
-    row_V = row_V.clone()
-    if not bool(torch.isfinite(row_V).all()):
-        return -1
-    weights_V = _exponentials(row_V, 1.0 / sampling.temperature)
-    weights_V[weights_V < sampling.min_p] = 0.0
-    if 0 < sampling.top_k < len(weights_V) or sampling.top_p < 1:
-        weights_V = _greatest_only(weights_V, sampling.top_k or len(weights_V), sampling.top_p)
-    ends_V = weights_V.double().cumsum(0)
-    token = int(torch.searchsorted(ends_V, uniform * ends_V[-1], right=True))
-    has_share = weights_V.nonzero()[:, 0]
-    return min(token, int(has_share[-1]))  # rounding may carry it past the end
+    count = min(num_top, logits_NV.shape[1])
+    tokens_N = send({"tokens": np.array(tokens, dtype=np.float64)})["tokens"].long()
+    return _told(fetch(torch.cat(_judge(logits_NV, tokens_N, count))), len(tokens), count)
 
 
-def log_total(row_V: torch.Tensor) -> float:
-    """See ComputeBackend."""
-    row_V = row_V.clone()
-    if not bool(torch.isfinite(row_V).all()):
-        return float("nan")
-    return float(row_V.max().double() + _exponentials(row_V, 1.0).double().sum().log())
+def draw_rows(logits_DV: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """int64 [D]: see TokenChoice. Of rows that are not finite any number."""
+    weights_DL = _exponentials(logits_DV, draws.inverse_temperature.float())
+    weights_DL = torch.where(weights_DL < draws.min_p.float(), 0.0, weights_DL)
+    if draws.is_cut:
+        weights_DL = _greatest_only(weights_DL, draws.top_k, draws.top_p)
+    ends_DL = weights_DL.double().cumsum(1)
+    tokens_D = (ends_DL <= draws.uniform * ends_DL[:, -1:]).sum(1)
+    ids_L = torch.arange(weights_DL.shape[1], device=weights_DL.device)
+    last_D = torch.where(weights_DL > 0, ids_L, 0).amax(1)  # rounding may carry it past the end
+    return torch.minimum(tokens_D, last_D)
 
 
-def top_tokens(row_V: torch.Tensor, count: int) -> list[int]:
-    """See ComputeBackend."""
-    order_V = torch.sort(row_V, descending=True, stable=True).indices
-    return order_V[:count].tolist()
-
-
-def _exponentials(row_V: torch.Tensor, factor: float) -> torch.Tensor:
-    """Weights relative to the greatest logit's, which has 1."""
-    shifted_V = (row_V - row_V.max()) * factor
-    return torch.where(shifted_V < -87.0, 0.0, shifted_V.exp())
-
-
-def _greatest_only(weights_V: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+def _greatest_only(weights_DL: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """The `top_k` greatest, and of these the fewest that make up `top_p` of them, one at least; others become 0. Of
     equals the lower ids stay."""
-    sorted_V, order_V = torch.sort(weights_V, descending=True, stable=True)
-    sorted_V[top_k:] = 0.0
-    if top_p < 1:
-        sums_V = sorted_V.double().cumsum(0)
-        num_kept = int(torch.searchsorted(sums_V, top_p * sums_V[-1])) + 1
-        sorted_V[num_kept:] = 0.0
-    return torch.zeros_like(weights_V).scatter_(0, order_V, sorted_V)
+    sorted_DL, order_DL = torch.sort(weights_DL, dim=1, descending=True, stable=True)
+    at_L = torch.arange(weights_DL.shape[1], device=weights_DL.device)
+    sorted_DL = torch.where(at_L < top_k, sorted_DL, 0.0)
+    sums_DL = sorted_DL.double().cumsum(1)
+    kept_D1 = (sums_DL < top_p * sums_DL[:, -1:]).sum(1, keepdim=True) + 1
+    sorted_DL = torch.where((at_L < kept_D1) | (top_p >= 1), sorted_DL, 0.0)
+    return torch.zeros_like(weights_DL).scatter_(1, order_DL, sorted_DL)
+
+
+def _exponentials(logits_DV: torch.Tensor, factor_D1: torch.Tensor) -> torch.Tensor:
+    """Weights relative to the greatest logit's, which has 1."""
+    logits_DL = pad(logits_DV, (0, -logits_DV.shape[1] % _VECTOR), value=-torch.inf)
+    shifted_DL = (logits_DL - logits_DL.amax(1, keepdim=True)) * factor_D1
+    return torch.where(shifted_DL < -87.0, 0.0, shifted_DL.exp())
+
+
+def _first_greatest(logits_BV: torch.Tensor) -> torch.Tensor:
+    """int64 [B]. argmax may take any of equals."""
+    ids_V = torch.arange(logits_BV.shape[1], device=logits_BV.device)
+    is_greatest_BV = logits_BV == logits_BV.amax(1, keepdim=True)
+    return torch.where(is_greatest_BV, ids_V, logits_BV.shape[1] - 1).amin(1)
+
+
+def _judge(raw_JV: torch.Tensor, tokens_J: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Log totals and the tokens' logits [J], then ids and logits of the best [J x count], as numbers of one kind."""
+    parts = zip(torch.split(raw_JV, _JUDGED), torch.split(tokens_J, _JUDGED), strict=True)
+    some = [_judge_some(raw, tokens, count) for raw, tokens in parts]
+    return [torch.cat(parts) for parts in zip(*some, strict=True)]
+
+
+def _judge_some(raw_JV: torch.Tensor, tokens_J: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    ones_J1 = torch.ones((len(raw_JV), 1), device=raw_JV.device)
+    totals_J = _exponentials(raw_JV, ones_J1).double().cumsum(1)[:, -1].log() + raw_JV.amax(1).double()
+    totals_J = torch.where(torch.isfinite(raw_JV).all(1), totals_J, torch.nan)
+    own_J = raw_JV.gather(1, tokens_J[:, None])[:, 0]
+    best_JV = torch.sort(raw_JV, dim=1, descending=True, stable=True)
+    ids, logits = (part[:, :count].reshape(-1).double() for part in (best_JV.indices, best_JV.values))
+    return totals_J, own_J.double(), ids, logits
+
+
+def _told(values: Numbers, num_rows: int, count: int) -> list[Judged]:
+    """What `_judge` has made, on the host."""
+    totals, own, ids, logits = np.split(values, np.cumsum([num_rows, num_rows, num_rows * count]))
+    return [
+        Judged(total, token, [(int(best), logit) for best, logit in zip(best_ids, best_logits, strict=True)])
+        for total, token, best_ids, best_logits in zip(
+            totals.tolist(),
+            own.tolist(),
+            ids.reshape(num_rows, count).tolist(),
+            logits.reshape(num_rows, count).tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _shortened(judged: Judged | None, num_top: int) -> Judged | None:
+    return None if judged is None else judged._replace(top=judged.top[:num_top])
+
+
+def _error_of(choice: TokenChoice) -> Exception | None:
+    if choice.uniform is None:
+        return None
+    try:
+        check_draw(choice.sampling, choice.uniform)
+    except ValueError as error:
+        return error
+    return None
+
+
+def _is_cut(choice: TokenChoice) -> bool:
+    return choice.sampling.top_k > 0 or choice.sampling.top_p < 1
+
+
+def _draw_fields(choices: Sequence[TokenChoice], vocab: int) -> dict[str, Numbers]:
+    """What Draws are made of."""
+    columns = [
+        (1.0 / c.sampling.temperature, c.sampling.min_p, c.sampling.top_k or vocab, c.sampling.top_p, c.uniform or 0.0)
+        for c in choices
+    ]
+    return dict(zip(_DRAWN, np.array(columns, dtype=np.float64).reshape(-1, len(_DRAWN)).T, strict=True))

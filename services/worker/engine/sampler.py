@@ -21,14 +21,13 @@ import torch
 
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.limits import LOGPROB_MIN
-from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.common.protocol.rank import Submit
 from elasticmoe.common.protocol.router import Logprob
 from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.choice import Chosen, Edits, Judged, TokenChoice
 from elasticmoe.services.worker.engine.failure import failure_of
 
 GREEDY_BELOW = 1e-5  # temperatures that float32 logits would overflow under choose the greatest logit
-LARGEST = 3e38  # of a logit that was changed, either sign
-NEVER = -3.4e38  # the logit of a token that may not come: finite, as all logits must be, and less than any that may
 
 _MASK = (1 << 64) - 1
 
@@ -69,44 +68,35 @@ def sample(backend: ComputeBackend, logits_BV: torch.Tensor, states: Seq[Samplin
     if len(states) != logits_BV.shape[0]:
         raise ValueError(f"{logits_BV.shape[0]} rows of logits for {len(states)} sequences")
     _check(logits_BV)
-    tokens = backend.greatest(logits_BV)
-    logprobs: list[Logprob | None] = [None] * len(states)
-    errors: dict[int, ElasticMoEError] = {row: BadLogits() for row, token in enumerate(tokens) if token < 0}
-    for row, state in enumerate(states):
-        if row in errors:
-            continue
-        sampling = state.request.sampling
-        is_changed = _changes_logits(state)
-        if sampling.temperature < GREEDY_BELOW and sampling.logprobs < 0 and not is_changed:
-            continue
+    vocab = logits_BV.shape[1]
+    chosen = backend.choose(logits_BV, [_choice_of(state) for state in states])
+    sampled = Sampled([one.token for one in chosen], [None] * len(states), {})
+    for row, (state, one) in enumerate(zip(states, chosen, strict=True)):
         try:
-            tokens[row], logprobs[row] = _choose(backend, logits_BV, state, row, is_changed=is_changed)
+            sampled.logprobs[row] = _accept(one, state, vocab)
         except Exception as error:
-            errors[row] = failure_of(error, state.request.request_id, "choosing the request's next token")
-            tokens[row] = -1
-    return Sampled(tokens, logprobs, errors)
+            sampled.errors[row] = failure_of(error, state.request.request_id, "choosing the request's next token")
+            sampled.tokens[row] = -1
+    return sampled
 
 
-def _choose(
-    backend: ComputeBackend, logits_BV: torch.Tensor, state: SamplingState, row: int, *, is_changed: bool
-) -> tuple[int, Logprob | None]:
-    """A token of a row of finite logits, with its log probability where it is asked for. Raises BadLogits."""
-    sampling, vocab = state.request.sampling, logits_BV.shape[1]
-    if not is_changed and sampling.logprobs < 0:
-        return _draw(backend, logits_BV, row, sampling, len(state.tokens)), None
-    row_V = logits_BV[row]
-    raw_V = row_V.clone() if is_changed and sampling.logprobs >= 0 else row_V
-    if is_changed:
-        _change_logits(row_V, state)
-    if sampling.temperature < GREEDY_BELOW:
-        token = backend.greatest(logits_BV[row : row + 1])[0]
-    else:
-        token = _draw(backend, logits_BV, row, sampling, len(state.tokens))
-    if not 0 <= token < vocab:
+def _choice_of(state: SamplingState) -> TokenChoice:
+    sampling = state.request.sampling
+    draws = not sampling.temperature < GREEDY_BELOW  # also where it is NaN, which is refused
+    number = uniform(sampling.seed, len(state.tokens)) if draws else None
+    return TokenChoice(sampling, number, _edits_of(state) if _changes_logits(state) else None, sampling.logprobs)
+
+
+def _accept(chosen: Chosen, state: SamplingState, vocab: int) -> Logprob | None:
+    """The token's log probability, where it is asked for. Raises BadLogits for a token that may not be, and what the
+    choice raised."""
+    if chosen.error is not None:
+        raise chosen.error
+    if not 0 <= chosen.token < vocab:
         raise BadLogits
-    if _is_banned_now(state) and token in state.request.stop_token_ids:
+    if _is_banned_now(state) and chosen.token in state.request.stop_token_ids:
         raise BadLogits("the model's output leaves no token that may come yet")
-    return token, _logprob(backend, raw_V, token, sampling.logprobs) if sampling.logprobs >= 0 else None
+    return None if chosen.judged is None else _logprob(chosen.judged)
 
 
 def prompt_logprobs(
@@ -117,7 +107,9 @@ def prompt_logprobs(
     Raises BadLogits for a row that is not finite.
     """
     _check(logits_NV)
-    return [_logprob(backend, row_V, token, num_top) for row_V, token in zip(logits_NV, token_ids, strict=True)]
+    if not len(token_ids):
+        return []
+    return [_logprob(judged) for judged in backend.judge(logits_NV, token_ids, num_top)]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -140,14 +132,6 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _draw(backend: ComputeBackend, logits_BV: torch.Tensor, row: int, sampling: Sampling, position: int) -> int:
-    """A token by its probability. Raises BadLogits where no token has one."""
-    token = backend.draw(logits_BV, row, sampling, uniform(sampling.seed, position))
-    if not 0 <= token < logits_BV.shape[1]:
-        raise BadLogits
-    return token
-
-
 def _is_banned_now(state: SamplingState) -> bool:
     """Whether the tokens that end the sequence may not come yet."""
     request = state.request
@@ -165,38 +149,28 @@ def _changes_logits(state: SamplingState) -> bool:
     )
 
 
-def _change_logits(row_V: torch.Tensor, state: SamplingState) -> None:
-    """Apply bias, penalties and bans in place. Token ids beyond the vocabulary are ignored."""
-    sampling, vocab = state.request.sampling, row_V.shape[0]
-    biases = [(token, bias) for token, bias in sampling.logit_bias if token < vocab]
-    if biases:
-        ids = torch.tensor([token for token, _ in biases], device=row_V.device)
-        values = torch.tensor([bias for _, bias in biases], dtype=torch.float32, device=row_V.device)
-        row_V.index_add_(0, ids, values)
-        row_V[ids] = row_V[ids].clamp_(-LARGEST, LARGEST)
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(state.tokens)), device=row_V.device)
-        values = row_V[seen]
-        factor = sampling.repetition_penalty
-        row_V[seen] = torch.where(values > 0, values / factor, values * factor).clamp_(-LARGEST, LARGEST)
+def _edits_of(state: SamplingState) -> Edits:
+    """Penalties count output only, repetition counts the prompt too."""
+    request, sampling = state.request, state.request.sampling
+    penalties: list[tuple[int, float]] = []
     if sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0:
-        counts = Counter(state.tokens[len(state.request.prompt) :])
-        if counts:
-            ids = torch.tensor(list(counts), device=row_V.device)
-            times = torch.tensor(list(counts.values()), dtype=torch.float32, device=row_V.device)
-            penalties = times * sampling.frequency_penalty + sampling.presence_penalty
-            row_V[ids] = (row_V[ids] - penalties).clamp_(-LARGEST, LARGEST)
-    if _is_banned_now(state):
-        row_V[[token for token in state.request.stop_token_ids if token < vocab]] = NEVER
+        counts = Counter(state.tokens[len(request.prompt) :])
+        penalties = [
+            (token, times * sampling.frequency_penalty + sampling.presence_penalty) for token, times in counts.items()
+        ]
+    seen = sorted(set(state.tokens)) if sampling.repetition_penalty != 1.0 else ()
+    banned = request.stop_token_ids if _is_banned_now(state) else ()
+    return Edits(sampling.logit_bias, sampling.repetition_penalty, seen, penalties, banned)
 
 
-def _logprob(backend: ComputeBackend, row_V: torch.Tensor, token: int, num_top: int) -> Logprob:
-    total = backend.log_total(row_V)
-    if math.isnan(total):
+def _logprob(judged: Judged) -> Logprob:
+    if math.isnan(judged.log_total):
         raise BadLogits
-    top = backend.top_tokens(row_V, num_top)
-    own, *others = (min(0.0, max(LOGPROB_MIN, value - total)) for value in row_V[[token, *top]].tolist())
-    return Logprob(own, tuple(zip(top, others, strict=True)))
+
+    def told(logit: float) -> float:
+        return min(0.0, max(LOGPROB_MIN, logit - judged.log_total))
+
+    return Logprob(told(judged.token), tuple((token, told(logit)) for token, logit in judged.top))
 
 
 def _check(logits: torch.Tensor) -> None:
