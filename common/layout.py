@@ -53,7 +53,7 @@ COMPUTES: Final[dict[str, tuple[Compute, ...]]] = {
 """What computes on devices, by the backend that these are of; the first is what `auto` means there."""
 
 
-ExchangeKind = Literal["shm", "mailbox"]
+ExchangeKind = Literal["shm", "mailbox", "torch_dist"]
 """Names of the exchanges between ranks (services/worker/exchange)."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import msgspec
 from msgspec import Meta
@@ -140,11 +140,12 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = "auto"
     exchange: Annotated[
         str,
-        Meta(pattern=r"^(auto|shm|mailbox)\Z"),
+        Meta(pattern=r"^(auto|shm|mailbox|torch_dist)\Z"),
         _is(
-            "How ranks exchange tokens: `shm`, through memory of the host; `mailbox`, from device to device; `auto`: "
-            "what is best for the devices, on `host:N` `shm`",
-            form="`auto`, `shm`, `mailbox`",
+            "How ranks exchange tokens: `shm`, through memory of the host; `mailbox`, from device to device; "
+            "`torch_dist`, by torch.distributed, for comparison; `auto`: what is best for the devices, on `host:N` "
+            "`shm`",
+            form="`auto`, `shm`, `mailbox`, `torch_dist`",
         ),
     ] = "auto"
     devices: Devices = "host:2"
@@ -183,7 +184,7 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """The exchange that `exchange` means on these devices."""
         if self.exchange == "auto":
             return "shm" if self.device_count.backend == "host" else "mailbox"
-        return "mailbox" if self.exchange == "mailbox" else "shm"
+        return next(kind for kind in get_args(ExchangeKind) if kind == self.exchange)
 
 
 class HmmConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.devices import standins
@@ -63,6 +64,32 @@ async def test_mailboxes_come_and_go_with_their_seats(model_folder: Callable[[st
         assert Expected(model).check(load.streams) > 500
         after = await in_thread(holding, elastic)
         assert after.memory == before.memory
+
+
+@pytest.mark.slow
+async def test_groups_of_torch_distributed_follow_the_layouts(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Exact through growth, shrinking and deaths in mid-exchange, and nobody listens but on loopback."""
+    model = model_folder("oracle")
+    with start_elastic(model, tmp_path / "points", replicas=2, exchange="torch_dist") as elastic:
+        deployment = elastic.deployment
+        async with TolerantLoad(deployment.base_url, clients=8, seed=3) as load:
+            await in_thread(elastic.resize, replicas=4)
+            listening = [
+                place.laddr.ip
+                for pid in (await in_thread(deployment.rank_pids)).values()
+                for place in psutil.Process(pid).net_connections("inet")
+                if place.status == psutil.CONN_LISTEN
+            ]
+            assert set(listening) == {"127.0.0.1"}
+            await in_thread(kill_in_an_exchange, elastic, "r2t0")
+            await in_thread(check_integrity, deployment)
+            await in_thread(elastic.resize, replicas=1)
+            await in_thread(elastic.resize, replicas=3)
+            await in_thread(kill_in_an_exchange, elastic, "r0t0")
+            await in_thread(check_integrity, deployment)
+        assert Expected(model).check(load.streams) > 300
 
 
 @pytest.mark.slow

@@ -249,6 +249,14 @@ class Exchange:
         self.owners: Sequence[Sequence[int]] = ()
         self.is_awaited = False  # by others, in a step that fails here
 
+    def prepare(self, generation: int) -> bool:
+        """See Exchange. There is nothing to prepare."""
+        del generation
+        return True
+
+    def close(self) -> None:
+        """See Exchange."""
+
     def set_routing(self, generation: int, owners: Sequence[Sequence[int]]) -> None:
         """See elasticmoe.services.worker.exchange."""
         self.generation, self.owners = generation, owners

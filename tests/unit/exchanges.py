@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import torch
@@ -13,10 +16,12 @@ from elasticmoe.common.layout import ExchangeKind
 from elasticmoe.native.bus import Bus, bus_bytes, format_bus
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.exchange.groups import BY_DEVICE, Groups
 from elasticmoe.services.worker.exchange.mailbox import Mailbox, MailboxExchange
 from elasticmoe.services.worker.exchange.shm import ShmExchange
+from elasticmoe.services.worker.exchange.torch_dist import TorchDistExchange
 
-KINDS: Final[tuple[ExchangeKind, ...]] = ("shm", "mailbox")
+KINDS: Final[tuple[ExchangeKind, ...]] = ("shm", "mailbox", "torch_dist")
 
 
 class Host:
@@ -25,6 +30,10 @@ class Host:
     def __init__(self, shape: tuple[int, int, int, int], half_elements: int = 0) -> None:
         num_ranks, max_tokens, hidden, top_k = shape
         self._nbytes = bus_bytes(*shape, half_elements)
+        self._temporary = TemporaryDirectory()
+        self._folder = Path(self._temporary.name)
+        self._groups: list[Groups] = []
+        weakref.finalize(self, _close, self._groups, self._temporary)
         self._memory = mmap.mmap(-1, self._nbytes)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         format_bus(self._address, self._nbytes, *shape, half_elements)
@@ -55,4 +64,15 @@ class Host:
         """A rank's end of an exchange; `replica`: slots of its replica where that has several ranks."""
         if kind == "mailbox":
             return MailboxExchange(bus, num_experts, backend, self.mailboxes, replica)
+        if kind == "torch_dist":
+            groups = Groups(self._folder / "rendezvous", "memory", bus.slot, BY_DEVICE["cpu"])
+            self._groups.append(groups)
+            return TorchDistExchange(bus, num_experts, backend, groups, replica)
         return ShmExchange(bus, num_experts, backend, replica)
+
+
+def _close(groups: list[Groups], folder: TemporaryDirectory[str]) -> None:
+    """Nobody uses them any more."""
+    for each in groups:
+        each.close()
+    folder.cleanup()

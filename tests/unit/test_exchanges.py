@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from elasticmoe.common.layout import ExchangeKind
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
 from elasticmoe.services.worker.backends.torch import TorchBackend
 from elasticmoe.services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
+from elasticmoe.services.worker.exchange.groups import Groups
 from tests.procs.waiting import wait_until
 from tests.unit.backends import QueuedBackend
 from tests.unit.exchanges import KINDS, Host
@@ -219,6 +221,82 @@ def test_more_rows_than_the_step_has_room_for_are_refused(host: Host, kind: Exch
     rank.exchange.begin_step(2, LONG_MS)
     with pytest.raises(ValueError, match="rows_cap"):
         rank.dispatch(work, 0)
+
+
+def test_groups_are_made_before_a_flip_and_given_up_after_it(host: Host) -> None:
+    """By members and by who comes in, beside steps of the generation before; and not by who leaves."""
+    ranks = [Rank(host, "torch_dist", slot) for slot in (0, 1, 2)]
+    groups: list[Groups] = [rank.exchange._groups for rank in ranks]  # type: ignore[attr-defined]
+    host.observer.set_membership(1, 0b011, True)
+    for rank in ranks[:2]:
+        rank.route(1, [0, 1])
+    works = [Work(slot, 3) for slot in (0, 1)]
+    check(works, step(ranks[:2], works))
+    host.observer.stage_membership(2, 0b110, 2)
+    assert ranks[0].exchange.prepare(2), "who leaves has nothing to prepare"
+    assert not ranks[0].exchange.prepare(3), "nobody has staged that"
+    assert not ranks[1].exchange.prepare(2), "the third has not come"
+    check(works, step(ranks[:2], works))
+    wait_until(lambda: all([rank.exchange.prepare(2) for rank in ranks[1:]]), "both have come", 20.0)
+    before = groups[1].get(1)
+    assert ranks[1].bus.flip(2)
+    for rank in ranks:
+        rank.route(2, [1, 2])
+    assert before is not groups[1].get(2) is not None
+    for left in groups:
+        assert list(left._made) in ([2], [])
+    works = [Work(slot, 4) for slot in (1, 2)]
+    check(works, step(ranks[1:], works))
+    for rank in ranks:
+        rank.exchange.close()
+        rank.exchange.close()
+
+
+def test_a_group_that_breaks_is_waited_for_no_longer_than_its_generation(host: Host) -> None:
+    """As where a peer's process dies: its connections are gone at once, the bus says so later."""
+    ranks, works = [Rank(host, "torch_dist", slot) for slot in (0, 1)], [Work(slot, 3) for slot in (0, 1)]
+    host.observer.set_membership(1, 0b11, True)
+    for rank in ranks:
+        rank.route(1, [0, 1])
+    check(works, step(ranks, works))
+
+    def die() -> None:
+        ranks[1].exchange.begin_step(6, LONG_MS)
+        ranks[1].dispatch(works[1], 0)
+        ranks[1].exchange.close()
+        wait_until(lambda: host.observer.progress(0) > 6, "the other waits", 20.0)
+        host.observer.set_membership(2, 0b11, False)
+
+    results = at_once(lambda: ranks[0].run(works[0], 6), die)
+    assert isinstance(results[0], StepAborted)
+    assert results[0].generation == 2
+    host.observer.set_membership(3, 0b11, True)
+    for rank in ranks:
+        rank.route(3, [0, 1])
+    check(works, step(ranks, works))
+
+
+def test_a_group_whose_members_do_not_come_is_waited_for_until_the_steps_deadline(host: Host) -> None:
+    rank, other = Rank(host, "torch_dist", 0), Rank(host, "shm", 1)
+    host.observer.set_membership(1, 0b11, True)
+    rank.route(1, [0, 1])
+    other.route(1, [0, 1])
+    work = Work(1, 2)
+
+    def meet_only() -> None:
+        other.exchange.begin_step(4, LONG_MS)
+        with suppress(StepAborted):
+            other.dispatch(work, 0)
+
+    def run() -> None:
+        try:
+            rank.run(work, 4, deadline_ms=600.0)
+        finally:
+            host.observer.set_membership(2, 0b11, False)
+
+    results = at_once(run, meet_only)
+    assert isinstance(results[0], StepTimedOut)
+    rank.exchange.close()
 
 
 def test_mailboxes_are_all_that_rows_pass_through(host: Host) -> None:

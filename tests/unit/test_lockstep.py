@@ -35,12 +35,19 @@ class Member:
         self.aborts = 0
         self.stopping = False
         self.routed: list[int] = []
+        self.asked: list[int] = []
+        self.is_prepared = True
         self.routings = {epoch: Routing(epoch, ((0,),)) for epoch in epochs}
         self.barrier = ShmBarrier(self.bus, doorbells, slot)
-        exchange = SimpleNamespace(set_routing=lambda *args: self.routed.append(args[0]))
+        exchange = SimpleNamespace(set_routing=lambda *args: self.routed.append(args[0]), prepare=self.prepare)
         self.lockstep = Lockstep(self.barrier, cast(Exchange, exchange), self.routings, slot, SYSTEM_CLOCK)
         self.num_tokens = 1
         self.thread = threading.Thread(target=self.run)
+
+    def prepare(self, generation: int) -> bool:
+        """See Exchange."""
+        self.asked.append(generation)
+        return self.is_prepared
 
     def run(self) -> None:
         while not self.stopping:
@@ -112,6 +119,23 @@ def harness() -> Iterator[Harness]:
     made = Harness()
     yield made
     made.close()
+
+
+def test_nobody_flips_before_all_are_prepared(harness: Harness) -> None:
+    """Who comes in is asked, too, before it is a member."""
+    members, joiner = [harness.add(0, 1, 2), harness.add(1, 1, 2)], harness.add(2, 1, 2)
+    members[1].is_prepared = False
+    harness.hmm.set_membership(1, 0b011, True, 1)
+    for member in (*members, joiner):
+        member.thread.start()
+    harness.hmm.stage_membership(2, 0b111, 2)
+    harness.wait(lambda: all(2 in member.asked for member in (*members, joiner)), "all are asked")
+    num_steps = len(members[0].steps)
+    harness.wait(lambda: len(members[0].steps) > num_steps + 50, "steps go on meanwhile")
+    assert harness.hmm.membership()[0] == 1
+    members[1].is_prepared = True
+    harness.wait(lambda: len(joiner.steps) > 10, "steps of epoch 2")
+    assert harness.hmm.membership()[0] == 2
 
 
 def test_two_members_take_in_a_third_and_let_one_go_without_losing_a_step(harness: Harness) -> None:

@@ -219,7 +219,7 @@ def test_rows_that_travel_between_devices_change_no_bit(queues: bool, models: Mo
         ranks = Ranks(models["deepseek3"][0], 3, backend=backend, exchange_kind=kind)
         logits = generate(ranks, streams, 4, lambda _: 11)
         runs.append(torch.cat([logits[id(stream)] for row in streams for stream in row]))
-    assert torch.equal(runs[0], runs[1])
+    assert all(torch.equal(runs[0], run) for run in runs[1:])
 
 
 def test_rank_without_tokens_takes_part(model: tuple[Path, Any], backend: Backend) -> None:

@@ -66,6 +66,14 @@ class Exchange(ABC):
         Raises ValueError where the numbers of experts are not the model's.
         """
 
+    def prepare(self, generation: int) -> bool:  # noqa: ARG002 - most have nothing to prepare
+        """Get ready for a staged generation; whether this rank is. Asked again until it is: ranks flip once all are.
+        Never blocks."""
+        return True
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Give up what is not the caller's. Idempotent."""
+
     @property
     @abstractmethod
     def is_awaited(self) -> bool:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.exchange.groups import BY_DEVICE, Groups
 from elasticmoe.services.worker.exchange.mailbox import MailboxExchange
 from elasticmoe.services.worker.exchange.shm import ShmExchange
+from elasticmoe.services.worker.exchange.torch_dist import TorchDistExchange
 from elasticmoe.services.worker.hmm.memory import RankMemory
 
 
-def open_exchange(memory: RankMemory, backend: ComputeBackend) -> Exchange:
-    """This rank's end of the exchange that the memory was made for: all ranks have the same one."""
+def open_exchange(memory: RankMemory, backend: ComputeBackend, rendezvous: Path) -> Exchange:
+    """This rank's end of the exchange that the memory was made for: all ranks have the same one. `rendezvous`: a file
+    by which ranks of the deployment find one another, where the exchange needs one."""
     bus, num_experts = memory.bus, memory.spec.num_experts_by_layer
     if memory.exchange == "mailbox":
         return MailboxExchange(bus, num_experts, backend, memory.mailboxes)
+    if memory.exchange == "torch_dist":
+        groups = Groups(rendezvous, memory.memory_id, bus.slot, BY_DEVICE[backend.device.type])
+        return TorchDistExchange(bus, num_experts, backend, groups)
     return ShmExchange(bus, num_experts, backend)

@@ -50,7 +50,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
     ledger, max_tokens = memory.ledger, min(seat.max_tokens, bus.max_tokens)
     backend = open_backend(seat.compute, barrier.tell_waiting, memory.device.open_torch())
-    exchange = open_exchange(memory, backend)
+    exchange = open_exchange(memory, backend, config.state_dir / "torch_dist")
     model = build_model(backend, memory.weights, max_tokens)
     engine = Engine(
         model,

@@ -79,6 +79,7 @@ class Lockstep:
         the others' processes may be new ones since."""
         generation, members, running, epoch = self._barrier.membership()
         if generation == self._generation:
+            self._staged()  # who is no member yet gets ready beside the others
             return False
         routing = self._routings.get(epoch)
         if running and members >> self._slot & 1 and routing is None:
@@ -121,7 +122,8 @@ class Lockstep:
     def _staged(self) -> int:
         """The generation that this rank is ready to flip to; 0 for none."""
         generation, epoch = self._barrier.staged()
-        return generation if generation and epoch in self._routings else 0
+        is_ready = generation and epoch in self._routings and self._exchange.prepare(generation)
+        return generation if is_ready else 0
 
     def meet(self, num_tokens: int, *, is_alone: bool = False) -> int | None:
         """Arrive at the step's barrier with `num_tokens` and wait for the others; the tokens of all ranks together, to

@@ -77,6 +77,7 @@ class Rank:
         self._fence = parts.fence
         self._memory = parts.memory
         self._barrier = parts.barrier
+        self._exchange = parts.exchange
         self._engine = parts.engine
         self._revision = parts.revision
         seat = parts.seat
@@ -105,6 +106,7 @@ class Rank:
 
     def __exit__(self, *_: object) -> None:
         self._barrier.leave()
+        self._exchange.close()
         self._migration.close()
         self._windows.close()
         self._hmm.close()
