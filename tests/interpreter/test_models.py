@@ -31,3 +31,14 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
     got = generate(ranks, alone, NUM_TOKENS, lambda _: 9)
     assert alone[0][0].tokens == together[0][0].tokens
     assert torch.equal(got[id(alone[0][0])], logits[id(together[0][0])])
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek3"])
+def test_two_ranks_of_a_replica_compute_what_one_does(name: str, tmp_path: Path) -> None:
+    """Norms over all heads of a token, shared experts, and parts of embedding and head: what only replicas compute."""
+    directory = random_checkpoint(tmp_path / "model", CONFIGS[name], seed=3, dtype="float32")
+    streams = make_streams(1, (5, 1), num_tokens=NUM_TOKENS)
+    logits = generate(Ranks(directory, 1, backend=partial(open_backend, "triton"), tp=2), streams, NUM_TOKENS)
+    worst, is_greedy = compare(reference_of(directory), streams, logits, NUM_TOKENS)
+    assert worst < FLOAT32_BOUND
+    assert is_greedy

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 OPERATIONS, ATTENTION = "tests/unit/test_backends.py", "tests/unit/test_backends_attention.py"
 MODELS, ORACLE = "tests/unit/test_model_parity.py", "tests/unit/test_oracle_model.py"
+REPLICAS = "tests/unit/test_tensor_parallel.py"
 # The interpreter is slow: each operation once, and each kind of attention.
 _COMPANY = "triton and company and bfloat16 and (linear or experts and not shared or rms_norm or make2)"
 _CHUNKS = "triton and (grouped-bfloat16 or odd-float32 or whole or checked)"
@@ -25,6 +26,7 @@ ALL = {
     "operations": (OPERATIONS, "-k", "triton or agree or draws"),
     "attention": (ATTENTION, "-k", "triton or agree"),
     "models": (MODELS, "-m", "not slow", "-k", "triton or agree"),
+    "replicas": (REPLICAS, "-k", "triton"),
     "oracle": (ORACLE, "-k", "triton"),
     "sampling": ("tests/unit/test_sampler.py", "tests/unit/test_sampling_extremes.py", "-k", "triton"),
 }
