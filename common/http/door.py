@@ -26,7 +26,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Fields that decide something, and of which there may be one only.
-_SINGLE = frozenset({b"authorization", b"content-type", b"content-length", b"host", b"origin"})
+_SINGLE = frozenset({b"authorization", b"x-api-key", b"content-type", b"content-length", b"host", b"origin"})
 _ASKED_METHOD, _ASKED_HEADERS = b"access-control-request-method", b"access-control-request-headers"
 _READ = _SINGLE | {b"content-encoding", _ASKED_METHOD, _ASKED_HEADERS}
 _SCOPE_HEADERS = "elasticmoe.headers"

@@ -80,7 +80,7 @@ def test_examples_are_answered(serving_router: App, serving_admin: App) -> None:
             answer = asyncio.run(call(app, method, path, json.dumps(example).encode(), given))
             assert answer.status_code in (200, 202), f"{name}: {answer.text}"
             num_tried += 1
-    assert num_tried == 8
+    assert num_tried == 10
 
 
 def test_examples_of_answers_are_such_answers() -> None:

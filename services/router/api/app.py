@@ -5,7 +5,7 @@ from __future__ import annotations
 from elasticmoe.common.http.app import make_app
 from elasticmoe.common.http.door import Door
 from elasticmoe.common.http.hosts import HostPolicy, split
-from elasticmoe.services.router.api import chat, completions, docs, health, metrics, models, responses, tokens
+from elasticmoe.services.router.api import chat, completions, docs, health, messages, metrics, models, responses, tokens
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.gate import PUBLIC_PATHS, Gate
 
@@ -15,7 +15,7 @@ def build_app(front: Front) -> Door:
     the origins that a setting names. Raises ConfigError for an origin that is none."""
     app = make_app("ElasticMoE router", docs.ABOUT)
     app.state.front = front
-    for family in (chat, completions, responses, models, tokens, health, metrics):
+    for family in (chat, completions, responses, messages, models, tokens, health, metrics):
         app.include_router(family.routes)
     docs.install(app, PUBLIC_PATHS, has_key=front.api_key is not None)
     config, is_open = front.config, front.api_key is None

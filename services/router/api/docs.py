@@ -10,7 +10,7 @@ from fastapi import FastAPI, Response
 from elasticmoe.common.http import openapi
 from elasticmoe.common.http.errors import ErrorBody
 from elasticmoe.common.http.openapi import REF, json_content, refusals
-from elasticmoe.services.router.api import responses_schemas, schemas, told
+from elasticmoe.services.router.api import messages_schemas, responses_schemas, schemas, told
 from elasticmoe.services.router.api.examples import EXAMPLES
 from elasticmoe.services.router.api.words import MESSAGE_WORDS, WORDS, UnsupportedMessageWords, UnsupportedWords
 
@@ -79,7 +79,7 @@ def install(app: FastAPI, public: frozenset[str], *, has_key: bool) -> None:
     def components() -> dict[str, Any]:
         kinds = [
             kind
-            for kind in {**vars(schemas), **vars(responses_schemas), **vars(told)}.values()
+            for kind in {**vars(schemas), **vars(responses_schemas), **vars(messages_schemas), **vars(told)}.values()
             if isinstance(kind, type)
         ]
         structs = [ErrorBody, *(kind for kind in kinds if issubclass(kind, msgspec.Struct) and kind not in _BASES)]

@@ -21,8 +21,8 @@ from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.dispatch.admission import Permit
 
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
-GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
-WORK_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize"}
+GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+WORK_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize", "/v1/messages/count_tokens"}
 
 _SCOPE_PERMIT = "elasticmoe.permit"
 
@@ -69,7 +69,8 @@ class Gate:
 
 
 def _authorize(key: bytes, scope: Scope) -> None:
-    if not hmac.compare_digest(bearer_of(scope), key):
+    given = bearer_of(scope) or headers_of(scope).get(b"x-api-key", b"")  # by which Anthropic's clients send it
+    if not hmac.compare_digest(given, key):
         raise Unauthorized("the API key is missing or wrong: send it as Authorization: Bearer <key>")
 
 

@@ -99,6 +99,11 @@ class Stream:
         return len(self.tokens)
 
     @property
+    def stop_text(self) -> str | None:
+        """The stop string that ended it."""
+        return self._text.stopped_by
+
+    @property
     def has_ended(self) -> bool:
         """Nothing more will come."""
         return self.ending is not None

@@ -166,6 +166,7 @@ class TextStream:
         "_table",
         "has_stopped",
         "num_chars",
+        "stopped_by",
     )
 
     def __init__(
@@ -186,6 +187,7 @@ class TextStream:
         self._partial = b""  # the beginning of a character
         self._held = ""  # perhaps the beginning of a stop string
         self.has_stopped = False
+        self.stopped_by: str | None = None  # the longest stop string that ends where it stopped
         self.num_chars = 0
 
     def feed(self, token_id: int) -> str:
@@ -216,11 +218,12 @@ class TextStream:
             return text
         whole = self._held + text
         for position, char in enumerate(text, start=len(self._held) + 1):
-            ended = [len(matcher.word) for matcher in self._matchers if matcher.advance(char)]
+            ended = [matcher.word for matcher in self._matchers if matcher.advance(char)]
             if ended:
                 self.has_stopped = True
+                self.stopped_by = max(ended, key=len)
                 self._held = ""
-                return whole[: position - max(ended)]
+                return whole[: position - len(self.stopped_by)]
         keep = max(matcher.length for matcher in self._matchers)
         self._held = whole[len(whole) - keep :]
         return whole[: len(whole) - keep]

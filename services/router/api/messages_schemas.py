@@ -1,0 +1,138 @@
+"""What clients may send to /v1/messages, and what they are told: the common part of Anthropic's interface.
+
+Source: Anthropic's API reference, "Messages".
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from elasticmoe.common.described import says
+from elasticmoe.common.protocol.limits import STOP_STRINGS_MAX
+from elasticmoe.common.protocol.rank import Share, Temperature
+from elasticmoe.services.router.api.schemas import (
+    MESSAGES_MAX,
+    MODEL_CHARS_MAX,
+    PARTS_MAX,
+    TOOLS_MAX,
+    OutputTokens,
+    StopString,
+    ToolName,
+    TopK,
+)
+
+_Id = Annotated[str, Meta(max_length=256)]
+
+
+class ResultBlock(msgspec.Struct, frozen=True):
+    """A part of what a tool gave; texts only."""
+
+    type: Annotated[Annotated[str, Meta(max_length=64)], says("`text`; others are refused")]
+    text: Annotated[str | None, says("The text")] = None
+
+
+class Block(msgspec.Struct, frozen=True, kw_only=True):
+    """A block of a message's content."""
+
+    type: Annotated[
+        Annotated[str, Meta(max_length=64)], says("`text`, `tool_use`, `tool_result`, `thinking`; others are refused")
+    ]
+    text: Annotated[str | None, says("Of a text")] = None
+    thinking: Annotated[str | None, says("Of thinking")] = None
+    id: Annotated[_Id | None, says("Of a call: what its result names")] = None
+    name: Annotated[Annotated[str, Meta(max_length=256)] | None, says("Of a call: the tool")] = None
+    input: Annotated[dict[str, Any] | None, says("Of a call: its arguments")] = None
+    tool_use_id: Annotated[_Id | None, says("Of a result: whose")] = None
+    content: Annotated[
+        str | Annotated[list[ResultBlock], Meta(max_length=PARTS_MAX)] | None, says("Of a result: what the tool gave")
+    ] = None
+
+
+class InputMessage(msgspec.Struct, frozen=True):
+    """One message of a conversation."""
+
+    role: Annotated[Literal["user", "assistant"], says("Who says it")]
+    content: Annotated[str | Annotated[list[Block], Meta(max_length=PARTS_MAX)], says("A text, or blocks")]
+
+
+class MessagesTool(msgspec.Struct, frozen=True):
+    """What the model may call."""
+
+    name: Annotated[ToolName, says("1 to 64 of `a-z A-Z 0-9 _ . -`")]
+    input_schema: Annotated[dict[str, Any], says("A JSON schema of its arguments")]
+    description: Annotated[str | None, says("What it does, for the model")] = None
+    type: Annotated[Literal["custom"] | None, says("`custom`; tools that the server runs are refused")] = None
+
+
+class MessagesToolChoice(msgspec.Struct, frozen=True):
+    """Whether tools are called."""
+
+    type: Annotated[Literal["auto", "none", "any", "tool"], says("`auto` or `none`; others are refused")]
+    name: Annotated[str | None, says("Of `tool`: which")] = None
+    disable_parallel_tool_use: Annotated[bool | None, says("On: only the first call is told")] = None
+
+
+class Thinking(msgspec.Struct, frozen=True):
+    """Whether the model thinks before it answers, where its chat template asks `enable_thinking`."""
+
+    type: Annotated[Literal["enabled", "disabled", "adaptive"], says("`adaptive`: as the template has it")]
+    budget_tokens: Annotated[int | None, says("Not used: thinking counts as the answer's tokens")] = None
+
+
+class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /v1/messages/count_tokens."""
+
+    messages: Annotated[
+        Annotated[list[InputMessage], Meta(min_length=1, max_length=MESSAGES_MAX)], says("The conversation so far")
+    ]
+    model: Annotated[Annotated[str, Meta(max_length=MODEL_CHARS_MAX)] | None, says("The served model")] = None
+    system: Annotated[
+        str | Annotated[list[ResultBlock], Meta(max_length=PARTS_MAX)] | None, says("What the model shall be")
+    ] = None
+    tools: Annotated[Annotated[list[MessagesTool], Meta(max_length=TOOLS_MAX)] | None, says("What may be called")] = (
+        None
+    )
+    tool_choice: Annotated[MessagesToolChoice | None, says("Whether tools are called")] = None
+    thinking: Annotated[Thinking | None, says("Whether it thinks before it answers")] = None
+
+
+class MessagesRequest(CountRequest, frozen=True, kw_only=True):
+    """POST /v1/messages."""
+
+    max_tokens: Annotated[OutputTokens, says("Longest answer in tokens, thinking included")]
+    stop_sequences: Annotated[
+        Annotated[list[StopString], Meta(max_length=STOP_STRINGS_MAX)] | None, says("Texts at which the answer ends")
+    ] = None
+    stream: Annotated[bool | None, says("Send events as they come")] = None
+    temperature: Annotated[Temperature | None, says("As for chat")] = None
+    top_p: Annotated[Share | None, says("As for chat")] = None
+    top_k: Annotated[TopK | None, says("As for chat")] = None
+
+
+class MessagesUsage(msgspec.Struct, frozen=True):
+    """Tokens."""
+
+    input_tokens: Annotated[int, says("Of the conversation")]
+    output_tokens: Annotated[int, says("Generated, thinking included")]
+
+
+class MessageAnswer(msgspec.Struct, frozen=True):
+    """Answer of /v1/messages. A stream's events have Anthropic's names and shapes."""
+
+    id: Annotated[str, says("The id of the request")]
+    type: Annotated[str, says("`message`")]
+    role: Annotated[str, says("`assistant`")]
+    content: Annotated[list[dict[str, Any]], says("Blocks: `thinking`, `text`, `tool_use`")]
+    model: Annotated[str, says("The served model")]
+    stop_reason: Annotated[str | None, says("`end_turn`, `max_tokens`, `stop_sequence` or `tool_use`")]
+    stop_sequence: Annotated[str | None, says("The text that ended it")]
+    usage: Annotated[MessagesUsage, says("Tokens")]
+
+
+class CountedTokens(msgspec.Struct, frozen=True):
+    """Answer of /v1/messages/count_tokens."""
+
+    input_tokens: Annotated[int, says("Of the conversation")]
