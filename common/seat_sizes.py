@@ -48,8 +48,10 @@ def size_bus(load: LoadModel, spec: ModelSpec, num_devices: int, granularity: in
 
 def half_elements_of(spec: ModelSpec, max_tokens: int) -> int:
     """float32 elements that a rank may bring to one collective of its replica: twice a step's rows, those that it has
-    and those that are added up, or its part of one row of logits. 0 where replicas are single ranks."""
-    return 0 if spec.tp == 1 else max(2 * max_tokens * spec.hidden, -(-spec.vocab // spec.tp))
+    and those that are added up, or what it reads of the KV of a step's tokens, or its part of one row of logits. 0
+    where replicas are single ranks."""
+    width = max(2 * spec.hidden, spec.attention.kv.elements)
+    return 0 if spec.tp == 1 else max(max_tokens * width, -(-spec.vocab // spec.tp))
 
 
 def size_ledger(load: LoadModel, granularity: int) -> LedgerSizes:

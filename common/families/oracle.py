@@ -81,12 +81,12 @@ def _parse(config: Config) -> dict[str, Any]:
 
 
 def _attention(dim: int, planes: int) -> AttentionSpec | LatentAttentionSpec:
-    """What the cache looks like is all that counts: 2 x `dim` numbers, as keys and values or side by side as a latent
-    and a shared key."""
+    """What the cache looks like is what counts: 2 x `dim` numbers, as keys and values or side by side as a latent and a
+    shared key. Each of the `dim` numbers that are read from it stands for a head: ranks of a replica share them."""
     rope = RopeSpec(10_000.0, dim)
     if planes == 2:
-        return AttentionSpec(1, 1, dim, rope, scale=1.0)
-    return LatentAttentionSpec(1, q_rank=0, kv_rank=dim, nope_dim=dim, v_dim=dim, rope=rope, scale=1.0)
+        return AttentionSpec(dim, 1, dim, rope, scale=1.0)
+    return LatentAttentionSpec(dim, q_rank=0, kv_rank=dim, nope_dim=dim, v_dim=dim, rope=rope, scale=1.0)
 
 
 def _base(spec: ModelSpec, index: int) -> RecordSpec:

@@ -66,6 +66,40 @@ def test_one_plane_holds_what_two_do(tmp_path: Path, backend: Callable[[], Compu
         assert stream.tokens[-COUNT // 2 :] != next_tokens(latent, prompt, COUNT // 2)
 
 
+@pytest.mark.parametrize("backend", [*ON_CPU.values(), QueuedBackend], ids=[*ON_CPU, "queued"])
+@pytest.mark.parametrize(
+    ("name", "size", "tp"),
+    [("oracle", 1, 2), ("oracle", 2, 2), ("oracle", 1, 4), ("oracle-latent", 1, 2), ("oracle-latent", 2, 3)],
+)
+def test_replicas_of_several_ranks_give_the_same_tokens(
+    name: str, size: int, tp: int, tmp_path: Path, backend: Callable[[], ComputeBackend]
+) -> None:
+    model = make_model(name, tmp_path / "model", seed=7)
+    streams = make_streams(size, (1, 8, 39))
+    prompts = {id(stream): list(stream.tokens) for row in streams for stream in row}
+    generate(Ranks(model, size, backend=backend, tp=tp), streams, COUNT)
+    for stream in (stream for row in streams for stream in row):
+        assert stream.tokens[-COUNT:] == next_tokens(model, prompts[id(stream)], COUNT)
+
+
+@pytest.mark.parametrize("name", ["oracle", "oracle-latent"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_cache_of_each_rank_of_a_replica_counts(name: str, rank: int, tmp_path: Path) -> None:
+    """Each gives half of a token's keys and values: one that is off is noticed, whosever it is."""
+    model = make_model(name, tmp_path / "model", seed=7)
+    ranks = Ranks(model, 1, tp=2)
+    kv = ranks.weights[rank].kv
+    dim = ranks.spec.attention.kv.elements // 2
+    first, end = ranks.weights[rank].shard.span(dim)
+    stream = make_streams(1, (8,))[0][0]
+    generate(ranks, [[stream]], COUNT)
+    for at in (first, end - 1):
+        prompt = list(stream.tokens)
+        ctypes.c_float.from_address(kv.base_addr + stream.blocks[0] * kv.geometry.block_stride + 4 * at).value += 1
+        generate(ranks, [[stream]], COUNT // 2)
+        assert stream.tokens[-COUNT // 2 :] != next_tokens(model, prompt, COUNT // 2)
+
+
 @pytest.mark.parametrize("planes", [0, 3, 1.0])
 def test_a_cache_of_other_planes_is_refused(planes: object, tmp_path: Path) -> None:
     directory = make_model("oracle", tmp_path / "model")

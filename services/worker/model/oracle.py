@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from elasticmoe.services.worker.backends.base import ComputeBackend, StepBatch
+from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, StepBatch
 from elasticmoe.services.worker.exchange.base import Exchange
 from elasticmoe.services.worker.model.base import StepTimes
 from elasticmoe.services.worker.model.batch import Batch
@@ -65,7 +65,7 @@ class OracleModel:
         self.backend = backend
         self.times = StepTimes(0, 0, 0)
         self._weights = weights
-        self._spec = spec
+        self._spec, self._shard = spec, weights.shard
         constants = dict(spec.constants)
         self._modulus, self._dim = constants["modulus"], dim
         self._pace = StepPace(**{name: value for name, value in constants.items() if name != "modulus"})
@@ -93,6 +93,7 @@ class OracleModel:
         )
         self._upload_tokens = [backend.upload(mirror) for mirror in (self._x_NH, self._ids_NK, self._ones_NK)]
         self._download_sum = backend.download(self._sum_NH)
+        self._mixed_at_host = Mirror(self._mixed_ND.host, self._mixed_ND.host)
         self._kv, self._mixed, self._x, self._sum, self._ids = (
             mirror.host.numpy() for mirror in (self._kv_ND, self._mixed_ND, self._x_NH, self._sum_NH, self._ids_NK)
         )
@@ -113,14 +114,15 @@ class OracleModel:
         self._due_ns = started + self._pace.own_ns(batch)
         x_NH = self._embed_VH(token_ids).astype(np.int64)
         for layer in range(self._spec.num_layers):
-            x_NH = self._attend(step, layer, x_NH, positions_N1)
+            x_NH = self._attend(step, layer, x_NH, positions_N1, exchange)
             x_NH = self._route_and_compute(layer, x_NH, exchange, is_last=layer + 1 == self._spec.num_layers)
-        logits_MV = self._logits(x_NH[np.array(batch.logit_rows, dtype=np.int64)])
+        logits_MV = self._logits(x_NH[np.array(batch.logit_rows, dtype=np.int64)], exchange)
         self.times = StepTimes(time.perf_counter_ns() - started, *exchange.take_times())
         return logits_MV
 
-    def _attend(self, step: StepBatch, layer: int, x_NH: Ints, positions_N1: Ints) -> Ints:
-        """Write k and v, mix what the cache holds up to each row's position into x."""
+    def _attend(self, step: StepBatch, layer: int, x_NH: Ints, positions_N1: Ints, exchange: Exchange) -> Ints:
+        """Write k and v, mix what the cache holds up to each row's position into x. Ranks of a replica have all of the
+        cache; of what is read from it each gives its part of the numbers, so that the cache of each counts."""
         p, dim, n = self._modulus, self._dim, len(x_NH)
         salt_H = self._salt_LH[layer](...).astype(np.int64)
         key_at_D, value_at_D = self._key_at_D, self._value_at_D
@@ -129,6 +131,11 @@ class OracleModel:
         self._upload(n)
         self._mix[layer](step)
         self._download(n)
+        if self._shard.of > 1:
+            first, end = self._shard.span(dim)
+            for begin in (0, dim):
+                self._mixed[:n, begin : begin + first] = self._mixed[:n, begin + end : begin + dim] = 0
+            exchange.reduce(self._mixed_at_host, None, self._mixed_at_host, n)
         mixed_ND = self._mixed[:n].astype(np.int64)
         keys_NH, values_NH = mixed_ND[:, self._dim_of_H], mixed_ND[:, dim + self._dim_of_H]
         mixed_NH: Ints = (x_NH + keys_NH + values_NH * salt_H) % p
@@ -144,7 +151,8 @@ class OracleModel:
         self._x[:n] = x_NH
         for upload in self._upload_tokens:
             upload(n)
-        num_rows = exchange.dispatch(layer, self._x_NH, self._ids_NK, self._ones_NK, n)
+        first, end = self._shard.span(n)
+        num_rows = exchange.dispatch(layer, self._x_NH, self._ids_NK, self._ones_NK, end - first, first=first)
         if num_rows:
             mul_EH, add_EH = self._experts[layer]
             experts_R = np.repeat(np.arange(self._spec.moe.num_experts), exchange.counts_E.numpy())
@@ -158,19 +166,33 @@ class OracleModel:
             self._due_ns += self._pace.rows_ns(num_rows)
         if is_last and (left_ns := self._due_ns - time.perf_counter_ns()) > 0:
             time.sleep(left_ns / 1e9)
-        exchange.combine(layer, exchange.rows_RH, self._sum_NH, n)
+        exchange.combine(layer, exchange.rows_RH, self._sum_NH, end - first, first=first)
+        if self._shard.of > 1:
+            exchange.reduce(None, self._sum_NH, self._sum_NH, n)
         self._download_sum(n)
         summed_NH: Ints = (x_NH + self._sum[:n].astype(np.int64)) % p
         return summed_NH
 
-    def _logits(self, x_MH: Ints) -> torch.Tensor:
+    def _logits(self, x_MH: Ints, exchange: Exchange) -> torch.Tensor:
         vocab = self._spec.vocab
         hash_M = x_MH @ self._head_H(...).astype(np.int64) % self._modulus
         has_printable = vocab >= FIRST_PRINTABLE + NUM_PRINTABLE
         tokens_M = FIRST_PRINTABLE + hash_M % NUM_PRINTABLE if has_printable else hash_M % vocab
         logits_MV = torch.zeros((len(x_MH), vocab), dtype=torch.float32)
         logits_MV.numpy()[np.arange(len(x_MH)), tokens_M] = CHOSEN_LOGIT
+        if self._shard.of > 1:
+            logits_MV = self._gathered(logits_MV, exchange)
         return logits_MV.to(self.backend.device)
+
+    def _gathered(self, logits_MV: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+        """Each rank's part of the columns, at the leader of the replica; nothing at others."""
+        num_logits, vocab = logits_MV.shape
+        begin, end = self._shard.span(vocab)
+        part_MW = logits_MV[:, begin:end].contiguous()
+        whole_MV = torch.empty(num_logits if self._shard.index == 0 else 0, vocab)
+        out_MV = Mirror(whole_MV, whole_MV) if self._shard.index == 0 else None
+        exchange.gather(Mirror(part_MW, part_MW), out_MV, num_logits, vocab)
+        return whole_MV
 
 
 def _reader(backend: ComputeBackend, tensor: torch.Tensor) -> Reader:
