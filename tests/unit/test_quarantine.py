@@ -118,14 +118,14 @@ class Poison:
         self._patch.setattr(Engine, name, struck)
 
     def in_choice(self) -> None:
-        choose = sampler._choose
+        choice_of = sampler._choice_of
 
-        def struck(logits: Any, state: Any, *args: Any, **named: Any) -> Any:
+        def struck(state: Any) -> Any:
             if state.request.request_id.startswith(POISON) and len(state.tokens) > self._position:
                 self.strike()
-            return choose(logits, state, *args, **named)
+            return choice_of(state)
 
-        self._patch.setattr(sampler, "_choose", struck)
+        self._patch.setattr(sampler, "_choice_of", struck)
 
     def in_telling(self) -> None:
         member: Any = self._crew.members[0]

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.limits import LOGPROB_MIN
-from elasticmoe.common.protocol.rank import Submit
+from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.common.protocol.router import Logprob
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.choice import Chosen, Edits, Judged, TokenChoice
@@ -30,6 +31,9 @@ from elasticmoe.services.worker.engine.failure import failure_of
 GREEDY_BELOW = 1e-5  # temperatures that float32 logits would overflow under choose the greatest logit
 
 _MASK = (1 << 64) - 1
+_GREATEST: Final = TokenChoice(Sampling(seed=0), None, None, -1)
+
+T = TypeVar("T")
 
 
 class BadLogits(ElasticMoEError):
@@ -68,16 +72,23 @@ def sample(backend: ComputeBackend, logits_BV: torch.Tensor, states: Seq[Samplin
     if len(states) != logits_BV.shape[0]:
         raise ValueError(f"{logits_BV.shape[0]} rows of logits for {len(states)} sequences")
     _check(logits_BV)
-    vocab = logits_BV.shape[1]
-    chosen = backend.choose(logits_BV, [_choice_of(state) for state in states])
-    sampled = Sampled([one.token for one in chosen], [None] * len(states), {})
-    for row, (state, one) in enumerate(zip(states, chosen, strict=True)):
+    errors: dict[int, ElasticMoEError] = {}
+
+    def alone(row: int, part: Callable[[], T], otherwise: T) -> T:
+        """A row's own part. Its failure is the row's."""
         try:
-            sampled.logprobs[row] = _accept(one, state, vocab)
+            return part()
         except Exception as error:
-            sampled.errors[row] = failure_of(error, state.request.request_id, "choosing the request's next token")
-            sampled.tokens[row] = -1
-    return sampled
+            errors[row] = failure_of(error, states[row].request.request_id, "choosing the request's next token")
+            return otherwise
+
+    choices = [alone(row, partial(_choice_of, state), _GREATEST) for row, state in enumerate(states)]
+    chosen = backend.choose(logits_BV, choices)
+    logprobs = [
+        None if row in errors else alone(row, partial(_accept, one, states[row], logits_BV.shape[1]), None)
+        for row, one in enumerate(chosen)
+    ]
+    return Sampled([-1 if row in errors else one.token for row, one in enumerate(chosen)], logprobs, errors)
 
 
 def _choice_of(state: SamplingState) -> TokenChoice:
