@@ -70,7 +70,7 @@ def test_a_torch_that_does_not_know_the_device(
 def test_a_backend_that_nobody_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = told(tmp_path, capsys, "tpu:0-1")
     assert "bad_config: --devices: has to be host:N" in text
-    assert text.endswith('or numbers of accelerators such as npu:0-7 or cuda:0,cuda:2; it is "tpu:0-1"\n')
+    assert text.endswith('or numbers of accelerators such as npu:0-7, cuda:0,cuda:2 or cuda:0/4; it is "tpu:0-1"\n')
 
 
 def test_a_setting_that_names_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
