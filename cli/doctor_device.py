@@ -43,7 +43,7 @@ def examine(name: str, parts: int, path: Path) -> tuple[list[Finding], dict[str,
     is done."""
     _write(path, b"")
     device = DeviceId.parse(name)
-    found = facts(device.backend, os.environ)
+    found = facts(device.backend, device.index, os.environ)
     tested = SelfTest(name, parts).run()
     report = {
         "format": _FORMAT,

@@ -26,7 +26,8 @@ _SHM_WISHED: Final = 1 << 30
 class Vendor(NamedTuple):
     """What to look for. `versions`: for a name, files and the pattern whose group is the version; `nodes`: that must be
     there, and a pattern of one per device; `smi`: the vendor's tool, with arguments, and what to take of its output;
-    `packages`: distributions, beside torch."""
+    `packages`: distributions, beside torch; `visible`: the variable that says which devices a driver shows, in their
+    order."""
 
     versions: dict[str, tuple[tuple[str, ...], str]]
     nodes: tuple[str, ...]
@@ -34,6 +35,7 @@ class Vendor(NamedTuple):
     smi: tuple[str, ...]
     smi_pattern: str
     packages: tuple[str, ...]
+    visible: str
     variables: tuple[str, ...]
 
 
@@ -54,9 +56,10 @@ VENDORS: Final[dict[str, Vendor]] = {
         },
         ("davinci_manager", "devmm_svm", "hisi_hdc"),
         r"davinci[0-9]+",
-        ("npu-smi", "info", "-t", "board", "-i", "0"),
+        ("npu-smi", "info", "-t", "board", "-i", "{index}"),
         r"(?m)^\s*((?:Software|Firmware) Version|Product Name|Model)\s*:\s*(\S.*?)\s*$",
         ("torch-npu", "triton-ascend"),
+        "ASCEND_RT_VISIBLE_DEVICES",
         ("ASCEND_RT_VISIBLE_DEVICES", "ASCEND_VISIBLE_DEVICES", "ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"),
     ),
     "cuda": Vendor(
@@ -66,9 +69,15 @@ VENDORS: Final[dict[str, Vendor]] = {
         },
         ("nvidiactl", "nvidia-uvm"),
         r"nvidia[0-9]+",
-        ("nvidia-smi", "--query-gpu=name,driver_version,vbios_version,memory.total,mig.mode.current", "--format=csv"),
+        (
+            "nvidia-smi",
+            "--id={index}",
+            "--query-gpu=name,driver_version,vbios_version,memory.total,mig.mode.current",
+            "--format=csv",
+        ),
         r"(?m)^(.+)$",
         ("triton",),
+        "CUDA_VISIBLE_DEVICES",
         ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
     ),
 }
@@ -76,11 +85,12 @@ _OPTIONAL: Final = frozenset({"toolkit", "triton", "triton-ascend"})  # what the
 _EVERYWHERE: Final = ("LD_LIBRARY_PATH",)
 
 
-def facts(kind: str, environment: Mapping[str, str], root: Path = Path("/")) -> list[Finding]:
-    """All of a device kind's. `root`: of the machine's file system."""
+def facts(kind: str, index: int, environment: Mapping[str, str], root: Path = Path("/")) -> list[Finding]:
+    """All of a device kind's, and of the device `index` what the vendor's tool says. `root`: of the machine's file
+    system."""
     vendor = VENDORS[kind]
     found = [_version(name, files, pattern, root) for name, (files, pattern) in vendor.versions.items()]
-    found += [_smi(vendor), *(_package(name) for name in ("torch", *vendor.packages))]
+    found += [_smi(vendor, index, environment), *(_package(name) for name in ("torch", *vendor.packages))]
     if kind == "npu":
         found.append(check_pair(_installed("torch"), _installed("torch-npu")))
     found.append(_nodes(vendor, root))
@@ -103,13 +113,20 @@ def _version(name: str, files: tuple[str, ...], pattern: str, root: Path) -> Fin
     return Finding(name, "unknown", f"no file says it, such as /{files[0]}")
 
 
-def _smi(vendor: Vendor) -> Finding:
+def _smi(vendor: Vendor, index: int, environment: Mapping[str, str]) -> Finding:
+    """The tool numbers the machine's devices, the driver those that a variable lets it see."""
     name = vendor.smi[0]
+    seen = environment.get(vendor.visible)
+    if seen is not None:
+        numbers = [one.strip() for one in seen.split(",")]
+        if index >= len(numbers) or not numbers[index].isdecimal():
+            return Finding(name, "unknown", f"{vendor.visible}={seen[:_TEXT_CHARS_MAX]} does not say its number there")
+        index = int(numbers[index])
     if shutil.which(name) is None:
         return Finding(name, "unknown", "the tool is not there")
     try:
         done = subprocess.run(
-            vendor.smi,
+            [word.format(index=index) for word in vendor.smi],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

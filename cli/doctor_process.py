@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 from elasticmoe.cli.children import tied_to_us
 from elasticmoe.cli.doctor_child import PACKET_BYTES_MAX
-from elasticmoe.common.protocol.errors import DeadlineExceeded, DeviceError
+from elasticmoe.common.protocol.errors import DeadlineExceeded, DeviceError, Unavailable
 
 _START_S = 120.0  # the first answer comes after the imports, on a busy machine too
 _END_S = 5.0  # until a process that fails has said so
@@ -26,26 +27,32 @@ class TestProcess:
     """One of them. Owns the process, which is killed at the end of the `with` block."""
 
     def __init__(self, device: str) -> None:
-        """Raises OSError where it cannot be started."""
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process is
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        """Raises Unavailable `no_process` where it cannot be started; nothing stays open then."""
         argv = [sys.executable, "-P", "-m", "elasticmoe.cli.doctor_child", device, str(_HANDED)]
-        with theirs:
-            self._process = subprocess.Popen(
-                tied_to_us(argv, [theirs.fileno()]),
-                stdin=subprocess.DEVNULL,
-                stdout=self._said,
-                stderr=self._said,
-                pass_fds=[theirs.fileno()],
-            )
+        with ExitStack() as opened:
+            try:
+                self._said = opened.enter_context(tempfile.TemporaryFile())
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                self._socket = opened.enter_context(ours)
+                with theirs:
+                    self._process = subprocess.Popen(
+                        tied_to_us(argv, [theirs.fileno()]),
+                        stdin=subprocess.DEVNULL,
+                        stdout=self._said,
+                        stderr=self._said,
+                        pass_fds=[theirs.fileno()],
+                    )
+            except OSError as error:  # no descriptors, no room for a file, no memory, too many processes
+                text = f"no process can be started to use {device}: {error.strerror}"
+                raise Unavailable(text, code="no_process") from None
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> TestProcess:
         return self
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.kill()
-        self._socket.close()
-        self._said.close()
+        self._opened.close()
 
     def ask(self, order: str, *args: Any, fd: int | None = None, seconds: float = _START_S) -> Any:
         """The answer to an order. Raises DeviceError with the code that it gave, driver_failed where it has ended;

@@ -63,6 +63,13 @@ class Channel(Generic[T]):
         poller.register(self._sock, select.POLLIN)
         return bool(poller.poll(0))
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the peer has closed it, or died; what it had sent before may still be there."""
+        poller = select.poll()
+        poller.register(self._sock, select.POLLHUP)
+        return bool(poller.poll(0))
+
     def peer_pid(self) -> int:
         """Process id of the other side: of who connected here, or listens there; 0 for one of another namespace."""
         return _peer(self._sock)[0]

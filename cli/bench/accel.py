@@ -129,7 +129,7 @@ class _Accelerators:
 
     def installed(self) -> list[Finding]:
         """Versions, nodes and limits."""
-        return facts(self.devices.backend, os.environ)
+        return facts(self.devices.backend, self.devices.indices[0], os.environ)
 
     def contract(self) -> tuple[bool, str, Any]:
         """See the module's text."""

@@ -12,6 +12,9 @@ DEVICES: dict[str, Code] = {
     "unknown_backend": Code("A device is of a kind that no backend has", "Use one of those that the text names"),
     "no_driver": Code("The library of a device's driver cannot be loaded", "Install it, as the text says"),
     "no_device": Code("The driver has no such device", "Name one that it shows, or make it visible"),
+    "no_process": Code(
+        "A process that is to use a device cannot be started", "See the text: limits of the machine or of this user"
+    ),
     "no_torch": Code("Torch cannot use the device", "Install the package or the build of torch that the text names"),
     "driver_failed": Code(
         "A device or its driver has failed", "See the text, and the driver's log; replace the device"

@@ -36,6 +36,7 @@ from elasticmoe.services.scaler.control.autoscaling import remembered
 from elasticmoe.services.scaler.control.executor import ENDED_MAX, Executor
 from elasticmoe.services.scaler.control.links import Links
 from elasticmoe.services.scaler.control.losses import lost_devices
+from elasticmoe.services.scaler.control.members import begun
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.observation import Observation
@@ -187,7 +188,8 @@ class Scaler:
         newest = [] if recalled.operation is None else [recalled.operation]
         now, now_unix = self._clock.monotonic(), self._clock.time()
         known = remembered([*newest, *recalled.ended], recalled.policy.config, now, now_unix)
-        self._executor.state = msgspec.structs.replace(self._executor.state, autoscaling=known)
+        status = begun(now, is_resumed=recalled.beginning.is_resumed)
+        self._executor.state = msgspec.structs.replace(self._executor.state, status=status, autoscaling=known)
         if recalled.policy_damage:
             self._tell("policy_unreadable", recalled.policy_damage, mode=recalled.policy.config.mode)
         known_policy = None if recalled.policy_damage else recalled.policy

@@ -7,7 +7,10 @@ computes with its CPU on the memory that they share out. They serve, grow, shrin
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,11 @@ import httpx
 import pytest
 
 from elasticmoe.cli.models import configs, random_checkpoint
+from elasticmoe.services.worker.rank.lockstep import STEP_MS_MAX
 from tests.devices import standins
 from tests.procs.clients import Load, check_load_against_oracle
 from tests.procs.deployment import Deployment
+from tests.procs.failpoints import Failpoints
 from tests.procs.greedy import OUTPUT_TOKENS, greedy
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
@@ -70,6 +75,18 @@ def accelerators(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Acceler
 both = pytest.mark.parametrize("kind", standins.KINDS, indirect=True)
 
 
+def ends_of_ranks(deployment: Deployment) -> str:
+    """What was said of ranks' ends, and of memory that was dropped."""
+    words = ("rank_exited", "rank exit", "eject", "ends", "memory_replaced", "dropped", "keeper", "detached", "refused")
+    lines = [
+        f"{name}: {line}"
+        for name in ("scaler", "hmm", "pool")
+        for line in deployment.log(name).splitlines()
+        if any(word in line for word in words)
+    ]
+    return "\n".join(lines)
+
+
 async def streams(load: Load, num: int) -> None:
     """Until so many more have ended."""
     wanted = len(load.streams) + num
@@ -104,7 +121,8 @@ async def test_a_deployment_serves_scales_and_recovers(
             await streams(load, 16)
         now = deployment.rank_pids()
         # An NPU's memory is nobody's but its maker's: ranks of a successor are new ones. A GPU's is taken over.
-        assert [now[name] == before[name] for name in ("r0t0", "r2t0")] == [kind == "cuda"] * 2
+        stayed = [now[name] == before[name] for name in ("r0t0", "r2t0")]
+        assert stayed == [kind == "cuda"] * 2, ends_of_ranks(deployment)
         await asyncio.to_thread(check_integrity, deployment)
         assert (await asyncio.to_thread(deployment.scale, replicas=2))["phase"] == "done"
         await asyncio.to_thread(check_integrity, deployment)
@@ -149,6 +167,35 @@ async def test_devices_on_one_accelerator_serve_beside_others_and_are_lost_with_
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 300
     assert deployment.stop().count("error") == 0
     assert accelerators.used() == [0] * 4
+
+
+@pytest.mark.usefixtures("accelerators")
+@pytest.mark.parametrize("kind", ["npu"], indirect=True)
+async def test_a_rank_that_dies_with_the_hmm_in_the_midst_of_a_step_is_waited_for_no_longer_than_a_load(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Nobody ends the generation of the bus, which has gone with the HMM: who waits in the step hears of that."""
+    points = Failpoints(tmp_path)
+    deployment = deploy("oracle", replicas=3, failpoint_dir=tmp_path, **SETTINGS)
+    async with Load(deployment.base_url, clients=8, seed=4) as load:
+        await streams(load, 8)
+        before = deployment.rank_pids()
+        points.arm("rank.combine@r1t0")
+        held = await asyncio.to_thread(points.wait_hit, "rank.combine@r1t0")
+        await asyncio.sleep(1.0)  # the others wait for it, in the exchange of that layer
+        old = deployment.kill("hmm")
+        os.kill(held, signal.SIGKILL)
+        begun = time.monotonic()
+        points.forget()
+        await asyncio.to_thread(deployment.wait_restarted, "hmm", old)
+        await asyncio.to_thread(
+            wait_until, lambda: not set(deployment.rank_pids().values()) & set(before.values()), "other ranks", 60.0
+        )
+        assert time.monotonic() - begun < STEP_MS_MAX / 2e3, ends_of_ranks(deployment)
+        await streams(load, 16)
+        await asyncio.to_thread(check_integrity, deployment)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 200
+    assert deployment.stop(is_clean=False).count("error") == 0
 
 
 @pytest.mark.parametrize("kind", ["npu"], indirect=True)

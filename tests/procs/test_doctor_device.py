@@ -3,8 +3,11 @@ or does not answer, and that nothing is left behind."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +120,33 @@ def test_a_driver_that_is_not_there(
     assert "install CANN" in tested[0]["text"]
     assert levels(tested) == dict.fromkeys(CHAIN, "not run") | {"open": "fail"}
     assert psutil.Process().children() == []
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_NOFILE", "RLIMIT_NPROC"])
+def test_a_process_that_cannot_be_started_is_told(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole self-test the first step fails, and nothing stays open."""
+    before = psutil.Process().num_fds()
+    if limit == "RLIMIT_NOFILE":
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 1, hard))
+        try:
+            found = SelfTest("npu:0").run()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    else:  # root has no limit of processes
+
+        def fork(*_: object, **__: object) -> None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+        monkeypatch.setattr(subprocess, "Popen", fork)
+        found = SelfTest("npu:0").run()
+    text = "Too many open files" if limit == "RLIMIT_NOFILE" else "Resource temporarily unavailable"
+    assert (found[0].level, found[0].text) == (
+        "fail",
+        f"no_process: no process can be started to use npu:0: {text}",
+    )
+    assert {finding.level for finding in found[1:]} == {"not run"}
+    assert psutil.Process().num_fds() == before
 
 
 def test_a_driver_that_does_not_answer_costs_its_process(kind: str) -> None:

@@ -76,6 +76,7 @@ RANK = ["rank.apply@r1t0", "rank.applied@r1t0", "rank.flip.before", "rank.flip.a
 JOINER = ["rank.attach@r2t0", "rank.warm_up@r2t0", "rank.ready@r2t0"]
 HAND_OVER = ["rank.hand_over", "rank.take.before", "rank.take.after"]
 
+OF_KV = ("hmm.kv_grown", "hmm.vacate")
 AFTER_FLIP = ("scaler.leg1.migrate", "scaler.leg1.release", "scaler.send_release", "scaler.done")
 AFTER_FLIP += ("hmm.releas", "hmm.give_back", "hmm.kv_grown")
 POINTS = {
@@ -141,17 +142,25 @@ class Stage:
         self._open = ExitStack()
         self._elastic: Elastic | None = None
         self._kills: list[tuple[str, float]] = []
+        self._killed: set[str] = set()  # of this deployment
 
-    def get(self, victim: str) -> Elastic:
-        """A deployment in which `victim` may be killed once more."""
+    def get(self, victim: str, point: str) -> Elastic:
+        """A deployment in which `victim` may be killed once more, and that passes by `point`.
+
+        KV grows where experts leave, up to what a device had at the load. An HMM that nobody takes the memory over
+        from is followed by one that loads anew: where that was with three replicas, KV has nowhere to grow to.
+        """
         recent = [name for name, at in self._kills if time.monotonic() - at < KILLS_WINDOW_S]
-        if self._elastic is None or recent.count(victim) >= KILLS_MAX:
+        is_loaded_anew = self._elastic is not None and not self._elastic.deployment.takes_over and "hmm" in self._killed
+        is_spent = recent.count(victim) >= KILLS_MAX or (is_loaded_anew and point.startswith(OF_KV))
+        if self._elastic is None or is_spent:
             self.close()
             settings = {"rank_restarts_window_s": 0.1}
             self._elastic = self._open.enter_context(start_elastic(self._model, self._folder, replicas=2, **settings))
         return self._elastic
 
     def note_kill(self, victim: str) -> None:
+        self._killed.add(victim)
         if victim in SERVICES:
             self._kills.append((victim, time.monotonic()))
 
@@ -163,6 +172,7 @@ class Stage:
         """What a failed cell leaves is of no use."""
         elastic, self._elastic, self._open = self._elastic, None, ExitStack()
         self._kills.clear()
+        self._killed.clear()
         if elastic is not None:
             elastic.points.forget()  # who is held there could not end
             elastic.deployment.discard()
@@ -170,6 +180,7 @@ class Stage:
     def close(self) -> None:
         self._elastic = None
         self._kills.clear()
+        self._killed.clear()
         self._open.close()
 
 
@@ -302,7 +313,7 @@ def converge(elastic: Elastic, cell: Cell, op_id: str, killed: int) -> None:
 
 
 async def run_cell(stage: Stage, cell: Cell) -> None:
-    elastic = await in_thread(stage.get, cell.victim)
+    elastic = await in_thread(stage.get, cell.victim, cell.point)
     deployment: Deployment = elastic.deployment
     before, _ = LAYOUTS[cell.kind]
     if await in_thread(elastic.replicas) != before:

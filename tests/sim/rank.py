@@ -261,6 +261,9 @@ class Exchange:
         """See elasticmoe.services.worker.exchange."""
         self.generation, self.owners = generation, owners
 
+    def listen(self, hear: Callable[[], None]) -> None:
+        """See elasticmoe.services.worker.exchange: here nobody waits in the midst of a step."""
+
 
 class RankProcess(Actor):
     """One seat's process. `rank`: the product's, once it is attached and built."""

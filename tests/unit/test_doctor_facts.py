@@ -44,7 +44,7 @@ FILES = {
 
 
 def found(kind: str, root: Path, environment: dict[str, str] | None = None) -> dict[str, Finding]:
-    return {finding.name: finding for finding in facts(kind, environment or {}, root)}
+    return {finding.name: finding for finding in facts(kind, 0, environment or {}, root)}
 
 
 @pytest.mark.parametrize("kind", VENDORS)
@@ -111,6 +111,30 @@ def test_the_vendors_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scrip
     tool = found("npu", tmp_path)["npu-smi"]
     assert (tool.level, tool.text.startswith(text)) == (level, True), tool
     assert "0123" not in tool.text  # serial numbers are nobody's affair
+
+
+@pytest.mark.parametrize("kind", VENDORS)
+@pytest.mark.parametrize(
+    ("index", "visible", "asked"), [(3, None, "3"), (1, "6, 4", "4"), (2, "6,4", None), (0, "GPU-8f2c", None)]
+)
+def test_the_vendors_tool_is_asked_for_the_device_in_question(
+    kind: str, index: int, visible: str | None, asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its number in the machine, where a variable hides others."""
+    tool = tmp_path / VENDORS[kind].smi[0]
+    tool.write_text('#!/bin/sh\necho " Model : $*"\n')
+    tool.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    variable = VENDORS[kind].visible
+    (finding,) = (
+        one
+        for one in facts(kind, index, {} if visible is None else {variable: visible}, tmp_path)
+        if one.name == tool.name
+    )
+    if asked is None:
+        assert (finding.level, f"{variable}={visible} does not say" in finding.text) == ("unknown", True), finding
+    else:
+        assert f"-i {asked}" in finding.text or f"--id={asked} " in finding.text, finding
 
 
 @pytest.mark.parametrize(

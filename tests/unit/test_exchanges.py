@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from elasticmoe.common.layout import ExchangeKind
+from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
 from elasticmoe.services.worker.backends.torch import TorchBackend
 from elasticmoe.services.worker.exchange.base import Exchange, StepAborted, StepTimedOut
@@ -194,6 +195,23 @@ def test_a_peer_that_stays_away_is_waited_for_until_the_steps_deadline(host: Hos
         rank.run(Work(1, 2), 2, deadline_ms=600.0)
     assert 0.5 < time.monotonic() - started < 10.0
     assert host.observer.progress(0) >= 2, "others see that it is not the one that is stuck"
+
+
+def test_who_waits_for_a_peer_hears_what_may_end_the_wait(host: Host, kind: ExchangeKind) -> None:
+    rank, _ = Rank(host, kind, 0), Rank(host, kind, 1)
+    host.observer.set_membership(1, 0b11, True)
+    rank.route(1, [0, 1])
+    heard: list[float] = []
+
+    def hear() -> None:
+        heard.append(time.monotonic())
+        if len(heard) == 2:
+            raise ElasticMoEError("the memory is nobody's", code="memory_replaced")
+
+    rank.exchange.listen(hear)
+    with pytest.raises(ElasticMoEError, match="nobody's"):
+        rank.run(Work(1, 2), 2, deadline_ms=LONG_MS)
+    assert len(heard) == 2
 
 
 def test_what_nobody_owns_is_refused_before_others_wait(host: Host, kind: ExchangeKind) -> None:

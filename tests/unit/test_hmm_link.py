@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from elasticmoe.common.layout import RankId
+from elasticmoe.common.model_spec import KvGeometry
 from elasticmoe.common.protocol.codec import Message, Received
-from elasticmoe.common.protocol.errors import ProtocolError, Unavailable
-from elasticmoe.common.protocol.handles import Applied, SeatMemory, ShareHandles
+from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError, Unavailable
+from elasticmoe.common.protocol.handles import Applied, AttachReply, SeatMemory, Segment, ShareHandles
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.replies import Ack
-from elasticmoe.services.worker.hmm.link import MESSAGES_PER_LOOK, HmmLink
+from elasticmoe.services.worker.hmm.link import MESSAGES_PER_LOOK, RESUME_S, HmmLink
+from tests.unit.specs import tiny_mixtral_spec
 
 SEAT = StartRank(RankId(0, 0), 0, "host:0", "r0", 1, 16, 4, 160)
 SHARE, GOAL = ShareHandles(()), SeatMemory(1, (), (), (), (), ())
@@ -32,6 +34,10 @@ class Channel:
     @property
     def is_readable(self) -> bool:
         return bool(self.came) or self.is_cut
+
+    @property
+    def has_ended(self) -> bool:
+        return self.is_cut
 
     def fileno(self) -> int:
         return FD
@@ -61,6 +67,12 @@ def link(channel: Channel) -> HmmLink:
     return made
 
 
+def reply(memory_id: str) -> AttachReply:
+    segment = Segment(0, 4096)
+    kv = KvGeometry(16, 4096, 4096, 1, 4096)
+    return AttachReply(memory_id, tiny_mixtral_spec(), "f", 4096, kv, 4096, segment, segment)
+
+
 def look(link: HmmLink) -> list[Message]:
     return [message for message, _ in link.look({FD}, 0.0)]
 
@@ -83,6 +95,39 @@ def test_what_came_before_the_end_is_taken_and_then_the_link_is_cut(link: HmmLin
     assert look(link) == [SHARE]
     assert channel.is_closed
     assert not link.is_connected
+
+
+def test_within_a_step_only_the_end_is_heard_and_another_memory_ends_the_rank(
+    link: HmmLink, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elasticmoe.services.worker.hmm.link.importer_number", lambda _: 0)
+    link._memory_id = "before"
+    channel.came.append(GOAL)
+    link.hear(0.0)
+    assert (list(channel.came), link.is_connected) == ([GOAL], True), "its memory does not change within a step"
+    channel.is_cut = True
+    connects: list[int] = []
+
+    def connect(deadline_ms: int) -> Channel:
+        connects.append(deadline_ms)
+        if len(connects) == 1:
+            raise Unavailable("hmm is not there")
+        return channel
+
+    link._connect = connect
+    link.hear(1.0)
+    assert (channel.is_closed, link.is_connected, len(connects)) == (True, False, 1)
+    link.hear(1.0 + RESUME_S / 2)
+    assert len(connects) == 1, "not at every look"
+    channel.came.clear()
+    channel.came.append(reply("other"))
+    with pytest.raises(ElasticMoEError, match="has lost the memory") as ended:
+        link.hear(1.0 + RESUME_S)
+    assert ended.value.code == "memory_replaced"
+    channel.came.append(reply("before"))
+    link.close()
+    link.hear(9.0)
+    assert link.is_connected
 
 
 def test_the_first_goal_ends_what_is_handed_over(link: HmmLink, channel: Channel) -> None:

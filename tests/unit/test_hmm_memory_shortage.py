@@ -15,7 +15,7 @@ import pytest
 
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import HmmConfig
-from elasticmoe.common.layout import Layout, RankId, Seat, initial_layout
+from elasticmoe.common.layout import ExchangeKind, Layout, RankId, Seat, initial_layout
 from elasticmoe.common.protocol.errors import DoesNotFit, Unavailable
 from elasticmoe.common.protocol.handles import SeatMemory
 from elasticmoe.common.protocol.hmm import LoadModel, RecordCopy, StageLayout
@@ -68,7 +68,9 @@ class Memory:
 class World:
     """An HMM without sockets that has a model loaded on two of three devices. Ranks map at once what they are sent."""
 
-    def __init__(self, model: Path, folder: Path, *, device_bytes: int = BUDGET) -> None:
+    def __init__(
+        self, model: Path, folder: Path, *, device_bytes: int = BUDGET, exchange: ExchangeKind = "shm"
+    ) -> None:
         self.machine = Memory()
         self.kept: dict[str, int] = {}  # what a keeper would hold
         self.config = HmmConfig(run_dir=str(folder), devices="host:3", device_bytes=device_bytes)
@@ -76,7 +78,7 @@ class World:
         self.holdings = Holdings(self.config, parking, LOG)
         self.holdings.start()
         layout = initial_layout((5, 5), ["host:0", "host:1"])
-        request = LoadModel("load", str(model), "float32", layout, 16, 3 << 21, 64, 4, 64)
+        request = LoadModel("load", str(model), "float32", layout, 16, 3 << 21, 64, 4, 64, exchange)
         load = ModelLoad(request, self.holdings.memories, self.holdings.prepare(layout), self.holdings.granularity)
         self.holdings.commit(load.run())
         self.background = Background(LOG)
@@ -250,6 +252,33 @@ def test_any_failing_allocation_of_a_transition_leaves_a_whole_layout(
     assert {len(memory.kv) for memory in world.holdings.memories.values() if memory.kv} == set(world.kv.values())
     if slots != (0,):  # there nothing comes, so nothing can fail to: only KV is made, after the flip
         assert ends[0] == "aborted"
+
+
+def test_a_leavers_mailbox_stays_while_a_rank_that_may_have_it_is_between_two_connections(
+    tiny_mixtral: Path, tmp_path: Path
+) -> None:
+    world = World(tiny_mixtral, tmp_path, exchange="mailbox")
+    try:
+        assert try_transition(world, (0, 1, 2)) == "released"
+        request = world.request(0, 1)
+        world.transitions.stage(request)
+        world.turn_to("staged")
+        world.transitions.commit(request.id)
+        world.flip()
+        world.turn_to("flipped")
+        for slot in (1, 2):  # the one resumes, the other has left
+            del world.by_slot[slot]
+            world.transitions.on_detach(slot)
+        world.transitions.release(request.id)
+        for _ in range(20):
+            world.turn_to("releasing")
+        assert world.holdings.memories["host:2"].mailbox is not None
+        world.attach(1)
+        world.transitions.on_attach(1)
+        world.turn_to("released")
+        assert world.holdings.memories["host:2"].mailbox is None
+    finally:
+        world.close()
 
 
 def test_kv_that_cannot_be_made_again_is_told_and_made_by_the_next_transition(world: World) -> None:

@@ -11,7 +11,7 @@ from elasticmoe.common.protocol.ids import TransitionId
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, TransitionStatus
 from elasticmoe.services.scaler.actions import AnnounceLayout, LoadLayout, StartSeat, StopSeat
-from elasticmoe.services.scaler.control.members import RELOAD_PAUSE_S, RELOAD_S, serve
+from elasticmoe.services.scaler.control.members import RELOAD_PAUSE_S, RELOAD_S, begun, serve
 from elasticmoe.services.scaler.control.state import State, Status
 from elasticmoe.services.scaler.observation import Observation, Step
 from elasticmoe.services.scaler.operation.operation import Operation, Request
@@ -96,6 +96,18 @@ def after(
     """A turn that follows one, at the time `at`."""
     seen = Observation(cluster=cluster_of(hmm, pool, beginning=LAYOUT), restarts_left=5)
     return serve(State(status=before.state, ever_served=True, stall_s=9.0), seen, at)
+
+
+def test_a_scaler_that_begins_in_the_midst_of_a_load_anew_goes_on_with_it() -> None:
+    """Its predecessor has ended the ranks; one that begins with nothing is told at once that there is no room."""
+    fresh = after(Step(begun(10.0, is_resumed=False)), at=11.0)
+    assert (fresh.state.phase, fresh.actions) == ("failed", ())
+    away = after(Step(begun(10.0, is_resumed=True)), hmm=None)
+    again = after(away)
+    assert (again.state.phase, again.actions) == ("loading", (LoadLayout(LAYOUT),))
+    late = after(again, at=10.0 + RELOAD_S)
+    assert (late.state.phase, late.state.error, late.actions) == ("failed", SHORT.error, ())
+    assert after(late, at=99.0) == after(late, at=98.0) == late, "it is not begun again"
 
 
 def test_what_has_no_room_is_loaded_again_once_ranks_of_lost_memory_have_ended() -> None:

@@ -335,16 +335,16 @@ class Transitions:
         """Whether no device holds what it need not hold by `layout`."""
         is_done = True
         gone: list[tuple[DeviceMemory, Handle | HostShared]] = []
-        for seat in sorted({*transition.before.seats, *transition.after.seats}, key=_slot_of):
+        seats = sorted({*transition.before.seats, *transition.after.seats}, key=_slot_of)
+        for seat in seats:
             memory = self._holdings.memories[seat.device]
             keys = keys_of((layout,), seat.device)
             extra = [key for key in memory.records if key not in keys]
             if not extra and (keys or not (memory.kv or memory.ledger or memory.mailbox)):
                 continue
             is_done = False
-            others = self._attachments.by_slot.values() if memory.mailbox and not keys else ()  # have its mailbox, too
-            is_let_go = self._is_let_go(seat.slot, bool(keys)) and all(map(self._is_settled, others))
-            if not is_let_go or self._is_used(memory):
+            holders = seats if memory.mailbox and not keys else (seat,)  # all map it, also between two connections
+            if not all(self._is_let_go(one.slot, one in layout.seats) for one in holders) or self._is_used(memory):
                 continue
             taken = [memory.records.pop(key) for key in extra] if keys else memory.take_all()
             gone += [(memory, one) for one in taken]

@@ -22,15 +22,20 @@ RELOAD_S = 60.0  # a driver may give memory back a while after its process has e
 RELOAD_PAUSE_S = 0.5
 
 
+def begun(now: float, *, is_resumed: bool) -> Status:
+    """The first status of a scaler. One that goes on with a layout may come after one that has ended ranks for a load
+    (`_make_room`), of which nothing else tells: so it has as long for the load."""
+    return Status("starting", "", reload=(now + RELOAD_S, now) if is_resumed else (0.0, 0.0))
+
+
 def serve(state: State, seen: Observation, now: float) -> Step[Status]:
     """The next steps toward the layout in force."""
     cluster, waiting = seen.cluster, _waiting(state)
     if cluster.phase is None:
         return _step(waiting, "the HMM does not answer", reload=state.status.reload)
     if cluster.phase == "failed":
-        return _make_room(state, cluster, now) or _step(
-            "failed", "the HMM could not load the model", error=cluster.error
-        )
+        text = "the HMM could not load the model"
+        return _make_room(state, cluster, now) or _step("failed", text, error=cluster.error, reload=state.status.reload)
     if cluster.phase == "empty" and seen.load_refused is not None:
         return _step("failed", "what an earlier run has left is of other settings", error=seen.load_refused)
     if cluster.phase == "empty":

@@ -19,7 +19,7 @@ DeploymentPhase = Literal["starting", "loading", "attaching", "serving", "degrad
 
 class Status(msgspec.Struct, frozen=True):
     """The deployment's phase, and why. `error` is set in the phase `failed`. `reload`: since ranks were ended to make
-    room for a load, until when that is tried, and when next; zeros otherwise."""
+    room for a load, or may have been before this scaler began, until when that is tried, and when next; else zeros."""
 
     phase: DeploymentPhase
     reason: str

@@ -11,7 +11,7 @@ model has), W any width, M rows whose logits are wanted, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,6 +73,10 @@ class Exchange(ABC):
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Give up what is not the caller's. Idempotent."""
+
+    def listen(self, hear: Callable[[], None]) -> None:  # noqa: B027 - one that waits for nobody has no use for it
+        """Call `hear` now and then while a step waits for other ranks; what it raises ends the step. Before the first
+        step."""
 
     @property
     @abstractmethod

@@ -48,6 +48,7 @@ class BusExchange(Exchange):
         self._num_experts = tuple(num_experts)
         self._deadline_ms = 0.0
         self._num_left = 0  # layers that this step has still to exchange, and the replica's end of it
+        self._hear: Callable[[], None] = lambda: None
         self.rows_RH = self._rows(0)
         self.counts_E = torch.zeros(max(self._num_experts, default=0), dtype=torch.int32)
         self._counts_addr = self.counts_E.data_ptr()
@@ -63,6 +64,10 @@ class BusExchange(Exchange):
             )
         self._routings = [make_routing(list(slots)) if slots else None for slots in owners]
         self._generation = generation
+
+    def listen(self, hear: Callable[[], None]) -> None:
+        """See Exchange."""
+        self._hear = hear
 
     def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
         """See Exchange. Buffers grow to the largest step seen; their pages become real when they are used."""
@@ -87,8 +92,8 @@ class BusExchange(Exchange):
     def _patiently(self, exchange: Callable[[float], T]) -> T:
         """Make one exchange, counting up the rank's progress before it and while it waits for the others.
 
-        One that times out is repeated: the arrival stands. Raises StepAborted, and StepTimedOut when the step's
-        deadline has passed.
+        One that times out is repeated: the arrival stands. Raises StepAborted, StepTimedOut when the step's deadline
+        has passed, and what `listen` was given raises.
         """
         left_ms = self._deadline_ms
         while True:
@@ -101,6 +106,7 @@ class BusExchange(Exchange):
                 left_ms -= WAIT_MS
                 if left_ms <= 0:
                     raise StepTimedOut(str(late)) from None
+                self._hear()
 
     def reduce(self, x_NW: Mirror | None, rows_NW: Mirror | None, out_NW: Mirror, n: int) -> None:
         """See Exchange. Through memory of the host, wherever the backend computes."""

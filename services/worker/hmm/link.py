@@ -38,6 +38,10 @@ class HmmConnection(Protocol):
     def is_readable(self) -> bool:
         """Whether it is now."""
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the peer has ended it, be there messages left or not."""
+
     def send(self, body: Message, *, deadline_ms: int = ...) -> None:
         """Raises Unavailable when the peer is gone."""
 
@@ -117,9 +121,15 @@ class HmmLink:
             except ElasticMoEError as error:
                 log.warning("the HMM is gone; serving goes on", because=error.message)
                 self.close()
-        if self._channel is None and now >= self._resume_at:
-            self._resume_at = now + RESUME_S
-            self._resume()
+        self._try_resume(now)
+
+    def hear(self, now: float) -> None:
+        """Within a step that waits for others: whether an HMM is there that will end it where they have ended. Takes no
+        message. Raises as `look`."""
+        if self._channel is not None and self._channel.has_ended:
+            log.warning("the HMM is gone in the midst of a step")
+            self.close()
+        self._try_resume(now)
 
     def applied(self, revision: int) -> None:
         """Tell the HMM what has been reached. Where it is away, the next one asks again."""
@@ -131,7 +141,10 @@ class HmmLink:
             log.warning("the HMM is gone; serving goes on", because=error.message)
             self.close()
 
-    def _resume(self) -> None:
+    def _try_resume(self, now: float) -> None:
+        if self._channel is not None or now < self._resume_at:
+            return
+        self._resume_at = now + RESUME_S
         try:
             reply, fds = self._introduce(is_resuming=True)
         except ElasticMoEError as error:

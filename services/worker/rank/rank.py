@@ -85,6 +85,7 @@ class Rank:
         self._tell_ready = tell_ready
         self._lockstep = Lockstep(parts.barrier, parts.exchange, parts.memory.routings, seat.slot, parts.clock)
         self._reports = Reports(parts.server.send, self._drop_peer)
+        parts.exchange.listen(lambda: parts.hmm.hear(parts.clock.monotonic()))
         self._steps = Steps(parts.engine, parts.exchange, self._lockstep, parts.hmm, self._reports.report)
         self._migration = Migration(
             seat, parts.engine, parts.transport, watch=parts.server.watch, unwatch=parts.server.unwatch
