@@ -151,6 +151,7 @@ class TorchDistExchange(PlannedExchange):
             now = time.monotonic()
             if now - told_at > WAIT_MS / 1e3:
                 self._bus.bump_progress()
+                self._hear()
                 told_at = now
             self._look_around(now, "the other ranks do not answer")
             time.sleep(LOOK_S)
@@ -168,6 +169,7 @@ class TorchDistExchange(PlannedExchange):
         while True:
             self._look_around(time.monotonic(), text)
             self._bus.bump_progress()
+            self._hear()
             time.sleep(0.01)
 
 
