@@ -99,6 +99,11 @@ class Layout(msgspec.Struct, frozen=True):
                 return seat
         raise KeyError(slot)
 
+    def replica_of(self, seat: Seat) -> tuple[int, ...]:
+        """Slots of the ranks of its replica, by their tp index."""
+        seats = (each for each in self.seats if each.rank.replica == seat.rank.replica)
+        return tuple(each.slot for each in sorted(seats, key=lambda each: each.rank))
+
     def experts_on(self, slot: int, layer: int) -> tuple[int, ...]:
         """Experts of `layer` that live on `slot`'s device, ascending."""
         return tuple(expert for expert, slots in enumerate(self.homes[layer]) if slot in slots)

@@ -98,7 +98,8 @@ class SeatMemory(Message, frozen=True):
     handles in order of their blocks; fewer than before: the blocks
     behind them are vacated first. `routings`: by epoch, of every layout that a generation of the bus may name.
     `doorbells[i]` is the fd index of the eventfd of `slots[i]`: a rank sleeps on its own and rings the others'.
-    `mailboxes`: of those of `slots` that have one, where the exchange needs any.
+    `mailboxes`: of those of `slots` that have one, where the exchange needs any. `replica`: slots of the ranks of the
+    seat's replica, by tp index; they are the same for as long as the seat is there.
     """
 
     revision: int
@@ -108,6 +109,7 @@ class SeatMemory(Message, frozen=True):
     slots: tuple[int, ...]
     doorbells: tuple[int, ...]
     mailboxes: tuple[SharedMailbox, ...] = ()
+    replica: tuple[int, ...] = ()
 
 
 class AttachReply(Message, frozen=True):

@@ -83,3 +83,17 @@ def test_a_simulation_may_have_more_slots_than_a_bus() -> None:
     layout.check(slots_max=384)
     with pytest.raises(ValueError, match="below 64"):
         layout.check()
+
+
+def test_a_replica_has_slots_by_tp_index() -> None:
+    layout = initial_layout([4], [f"host:{i}" for i in range(4)], tp=2)
+    moved = msgspec.structs.replace(layout, seats=tuple(reversed(layout.seats)))
+    for each in (layout, moved):
+        assert [each.replica_of(seat) for seat in sorted(each.seats, key=lambda seat: seat.slot)] == [
+            (0, 1),
+            (0, 1),
+            (2, 3),
+            (2, 3),
+        ]
+    with pytest.raises(KeyError):
+        layout.seat_in(4)

@@ -103,6 +103,7 @@ def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, importer: 
         slots=slots,
         doorbells=tuple(fds.add(holdings.doorbells[slot]) for slot in slots),
         mailboxes=tuple(_mailboxes(view, holdings, importer, fds)),
+        replica=_replica_on(memory.device.name, view.layouts),
     )
     handles = {name(handle): handle for handle in (*view.records.values(), *view.kv)}
     return seat, Offer(tuple(fds.all), memory.device, handles)
@@ -127,6 +128,12 @@ def _shared(name: int, token: Token, fds: _Fds) -> SharedHandle:
     if isinstance(token, FdToken):
         return SharedHandle(name, token.nbytes, SharedFd(fds.add(token.fd), token.offset, token.key))
     return SharedHandle(name, token.nbytes, SharedKey(token.key))
+
+
+def _replica_on(device: str, layouts: tuple[Layout, ...]) -> tuple[int, ...]:
+    """Of the device's seat, which is the same in all layouts that have it."""
+    seats = ((layout, layout.seat_on(device)) for layout in layouts)
+    return next((layout.replica_of(seat) for layout, seat in seats if seat is not None), ())
 
 
 def _mailboxes(view: View, holdings: Holdings, importer: int, fds: _Fds) -> Iterator[SharedMailbox]:

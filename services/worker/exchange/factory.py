@@ -17,9 +17,10 @@ def open_exchange(memory: RankMemory, backend: ComputeBackend, rendezvous: Path)
     """This rank's end of the exchange that the memory was made for: all ranks have the same one. `rendezvous`: a file
     by which ranks of the deployment find one another, where the exchange needs one."""
     bus, num_experts = memory.bus, memory.spec.num_experts_by_layer
+    replica = memory.replica if memory.spec.tp > 1 else ()
     if memory.exchange == "mailbox":
-        return MailboxExchange(bus, num_experts, backend, memory.mailboxes)
+        return MailboxExchange(bus, num_experts, backend, memory.mailboxes, replica)
     if memory.exchange == "torch_dist":
         groups = Groups(rendezvous, memory.memory_id, bus.slot, BY_DEVICE[backend.device.type])
-        return TorchDistExchange(bus, num_experts, backend, groups)
-    return ShmExchange(bus, num_experts, backend)
+        return TorchDistExchange(bus, num_experts, backend, groups, replica)
+    return ShmExchange(bus, num_experts, backend, replica)

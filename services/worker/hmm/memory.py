@@ -72,7 +72,7 @@ class RankMemory:
 
     `doorbells`: eventfd of each slot; the rank sleeps on its own. `mailboxes`: by slot, of the own seat and all that it
     may exchange tokens with; empty where `exchange` needs none. `routings`: owners of the experts, by epoch.
-    `revision`: of the latest goal that was reached.
+    `replica`: slots of the ranks of its replica, by tp index. `revision`: of the latest goal that was reached.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class RankMemory:
             raise
         self.doorbells: dict[int, int] = {}
         self.routings: dict[int, Routing] = {}
+        self.replica: tuple[int, ...] = ()
         self._slot = slot
         self._shard = tp_index
         self._records: dict[RecordKey, _Mapping] = {}
@@ -198,6 +199,7 @@ class RankMemory:
             [key for key in self._records if key not in wanted],
             [(key, name) for key, name in wanted.items() if key not in self._records],
         )
+        self.replica = seat.replica
         self._take_doorbells(seat, fds)
         self.mailboxes.follow({shared.slot: _token(shared.handle, fds) for shared in seat.mailboxes})
         self.routings.clear()
