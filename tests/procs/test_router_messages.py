@@ -107,7 +107,7 @@ def test_what_the_model_is_told(rank: FakeRank, router: RouterProcess, claude: a
     ]
     asked: Any = {"model": MODEL, "messages": conversation, "system": "Be brief.", "tools": TOOLS}
     claude.messages.create(
-        **asked, max_tokens=5, tool_choice={"type": "none"}, temperature=0.5, extra_body={"top_k": 3}
+        **asked, max_tokens=5, tool_choice={"type": "none"}, extra_body={"top_k": 3, "temperature": 0.5}
     )
     submit = rank.seen.submit()
     expected = f"s:|Be brief..u:|Hi.a:hm|See.<tool_call>{CALLED}</tool_call>.t:|dry.u:|And?."
