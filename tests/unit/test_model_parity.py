@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from elasticmoe.cli.models import configs, random_checkpoint
+from elasticmoe.common.layout import ExchangeKind
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
 from tests.unit.backends import ON_CPU, QueuedBackend
@@ -220,6 +221,21 @@ def test_rows_that_travel_between_devices_change_no_bit(queues: bool, models: Mo
         logits = generate(ranks, streams, 4, lambda _: 11)
         runs.append(torch.cat([logits[id(stream)] for row in streams for stream in row]))
     assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("shm", 1), ("mailbox", 2), ("torch_dist", 2)])
+def test_a_step_waits_for_its_device_where_its_exchange_has_to_and_once_at_its_end(
+    kind: ExchangeKind, waits: int, models: Models
+) -> None:
+    """Before ids and rows are announced, before answers are, and for the logits."""
+    ranks = Ranks(models["deepseek3"][0], 2, backend=QueuedBackend, exchange_kind=kind)
+    num_layers = sum(count > 0 for count in ranks.spec.num_experts_by_layer)
+    backends: list[Any] = [model.backend for model in ranks.models]
+    for row in ([9, 3], [1, 1]):
+        before = [backend.num_fences for backend in backends]
+        streams = make_streams(2, tuple(row))
+        ranks.step([[stream.part(len(stream.tokens), 1) for stream in of_rank] for of_rank in streams])
+        assert [backend.num_fences for backend in backends] == [count + waits * num_layers + 1 for count in before]
 
 
 def test_rank_without_tokens_takes_part(model: tuple[Path, Any], backend: Backend) -> None:
