@@ -99,10 +99,10 @@ class Poison:
         exchange: Any = self._crew.ranks.exchanges[by]
         combine = exchange.combine
 
-        def struck(*args: Any) -> Any:
+        def struck(*args: Any, **named: Any) -> Any:
             if exchange._num_left == 1:
                 self._strike_if_computed(of)
-            return combine(*args)
+            return combine(*args, **named)
 
         self._patch.setattr(exchange, "combine", struck)
 
@@ -417,12 +417,12 @@ def test_another_ranks_want_of_memory_is_nobodys_fault(
     exchange: Any = all_ranks[2].exchanges[1]
     dispatch, num_calls = exchange.dispatch, 0
 
-    def starved(*args: Any) -> Any:
+    def starved(*args: Any, **named: Any) -> Any:
         nonlocal num_calls
         num_calls += 1
         if 20 <= num_calls < 27:
             raise MemoryError
-        return dispatch(*args)
+        return dispatch(*args, **named)
 
     monkeypatch.setattr(exchange, "dispatch", starved)
     wanted = fill(crew, directory, poison=None)
