@@ -32,6 +32,7 @@ ALLOWED = {
     ("services/router/api/chat_renderer.py", "time.time"): "`created` of an answer",
     ("services/router/api/completion_renderer.py", "time.time"): "`created` of an answer",
     ("services/router/text/template.py", "datetime.now"): "`strftime_now` of chat templates",
+    ("services/router/api/responses_renderer.py", "time.time"): "`created_at` of an answer",
     ("services/router/api/front.py", "time.time"): "`created` of the model, shown",
 }
 

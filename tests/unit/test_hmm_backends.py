@@ -79,10 +79,10 @@ def started(world: World, kept: dict[str, int], held: dict[str, int]) -> Holding
     return successor
 
 
-def reversed_layer(spec: ModelSpec, layer: int) -> RecordSpec:
+def reversed_layer(spec: ModelSpec, layer: int, index: int) -> RecordSpec:
     """A layer's record as another version might lay it out: as large, in the other order."""
-    builder = RecordBuilder(RecordKey("layer", layer))
-    for tensor in reversed(LAYER(spec, layer).tensors):
+    builder = RecordBuilder(RecordKey("layer", layer, shard=index))
+    for tensor in reversed(LAYER(spec, layer, index).tensors):
         builder.add(tensor.name, tensor.dtype, *tensor.sources, alternatives=tensor.alternatives)
     return builder.build()
 
@@ -94,7 +94,7 @@ def test_a_successor_that_lays_records_out_in_another_way_loads_them_anew(
     before, kept = world.holdings.loaded, {name: os.dup(fd) for name, fd in world.kept.items()}
     assert before is not None
     if change == "a record":
-        other, mine = reversed_layer(before.spec, 0), LAYER(before.spec, 0)
+        other, mine = reversed_layer(before.spec, 0, 0), LAYER(before.spec, 0, 0)
         assert other.nbytes == mine.nbytes  # so that nothing but the fingerprint tells
         family = FAMILIES["mixtral"]._replace(layer=reversed_layer)
         monkeypatch.setitem(FAMILIES, "mixtral", family)
