@@ -18,7 +18,7 @@ from elasticmoe.common.config import KeeperConfig
 from elasticmoe.common.fdchannel import Channel, Listener, close_all
 from elasticmoe.common.process import run_service
 from elasticmoe.common.protocol.codec import Message
-from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
+from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError, Unavailable
 from elasticmoe.common.protocol.keeper import TO_KEEPER, Fetch, Forget, Keep, Kept
 from elasticmoe.common.protocol.limits import FDS_MAX
 from elasticmoe.common.protocol.replies import Ack, refusal
@@ -82,8 +82,11 @@ class Keeper:
         channel = self._channels[fd]
         try:
             received, fds = channel.receive(deadline_ms=_RECEIVE_MS)
+            if isinstance(received.body, Fetch):
+                self._catch_up(fd)
             answer, answer_fds = self._handle(received.body, fds)
-            channel.send(answer, answer_fds, deadline_ms=_RECEIVE_MS)
+            with contextlib.suppress(Unavailable):  # it has died: what it had sent before is taken all the same
+                channel.send(answer, answer_fds, deadline_ms=_RECEIVE_MS)
         except ElasticMoEError as error:
             if isinstance(error, ProtocolError):
                 self._log.warning("bad message", code=error.code, reason=error.message)
@@ -91,6 +94,12 @@ class Keeper:
                     channel.refuse(error, deadline_ms=_RECEIVE_MS)
             del self._channels[fd]
             channel.close()
+
+    def _catch_up(self, asking: int) -> None:
+        """Take what others have sent: who asks for everything may come after one that has just died."""
+        for fd in [one for one in self._channels if one != asking]:
+            while fd in self._channels and self._channels[fd].is_readable:
+                self._serve(fd)
 
     def _handle(self, body: Keep | Forget | Fetch, fds: list[int]) -> tuple[Message, tuple[int, ...]]:
         if len(fds) != (len(body.names) if isinstance(body, Keep) else 0):

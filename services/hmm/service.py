@@ -139,7 +139,7 @@ class Hmm:
         for attached in self._attachments.take(ready):
             self._on_death(attached)
         if self._parking.fileno() in ready:
-            self._parking.lose("it closed the connection")
+            self._parking.hear()
         self._parking.retry()
         for channel, request in self._attachments.requests(ready):
             self._on_attach(channel, request)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -579,6 +581,63 @@ def test_the_keeper_holds_thousands_and_says_where_its_limit_is(keeper: Deployme
             os.close(one)
         parking.forget(names[1:])
         assert [os.close(one) or name for name, one in parking.fetch().items()] == ["n0000"]
+    parking.close()
+    os.close(fd)
+
+
+def test_what_a_keeper_was_sent_it_has_however_late_it_comes_to_it(keeper: Deployment) -> None:
+    """It stands still while an HMM parks in several messages and dies, which waits for it once. The successor hears of
+    all, and of nothing that was forgotten."""
+    assert keeper.keeper is not None
+    fd = os.memfd_create("x")
+    first, second = (
+        Parking(keeper.config.socket("keeper"), f"hmm:{n}", get_logger("test"), SYSTEM_CLOCK) for n in "12"
+    )
+    first.connect()
+    first.keep({"a": fd, "b": fd})
+    keeper.keeper.send_signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        for name in "cdefg":
+            first.keep({name: fd})
+        first.forget("a")
+        assert first.is_connected
+        assert time.monotonic() - started < 6.0, "it has waited for one answer, not for each"
+        first.close()
+    finally:
+        keeper.keeper.send_signal(signal.SIGCONT)
+    second.connect()
+    kept = second.fetch()
+    assert sorted(kept) == ["b", "c", "d", "e", "f", "g"]
+    for one in (*kept.values(), fd):
+        os.close(one)
+    second.close()
+
+
+def test_late_answers_of_a_keeper_are_taken_when_they_come(keeper: Deployment) -> None:
+    assert keeper.keeper is not None
+    fd = os.memfd_create("x")
+    parking = Parking(keeper.config.socket("keeper"), "hmm:1", get_logger("test"), SYSTEM_CLOCK)
+    parking.connect()
+    keeper.keeper.send_signal(signal.SIGSTOP)
+    parking.keep({"a": fd})
+    parking.keep({"b": fd})
+    keeper.keeper.send_signal(signal.SIGCONT)
+
+    def heard() -> bool:
+        parking.hear()
+        return parking._num_unanswered == 0
+
+    wait_until(heard, "both answers")
+    assert parking.is_connected
+    keeper.keeper.kill()
+    keeper.keeper.wait(10)
+
+    def is_lost() -> bool:
+        parking.hear()
+        return not parking.is_connected
+
+    wait_until(is_lost, "its end is heard")
     parking.close()
     os.close(fd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -20,11 +21,16 @@ CATALOG: Final = "catalog"  # parked last: where it is, everything that it names
 _CALL_MS: Final = 2_000
 _RETRY_MS: Final = 250  # a keeper that does not answer must not stop the HMM's loop for longer
 _RETRY_EVERY_S: Final = 1.0
+_UNANSWERED_MAX: Final = 256
 
 
 class Parking:
     """Keeps the keeper up to date. `keep` and `forget` never fail: while the keeper is away they are remembered, and
-    `retry` parks everything again once it is back. Belongs to the service's loop."""
+    `retry` parks everything again once it is back. Belongs to the service's loop.
+
+    A keeper that does not answer in time is not away: it has what it was sent, descriptors too, and takes it before it
+    tells anybody what it holds. Its answers are taken when they come (`hear`).
+    """
 
     def __init__(self, path: Path, identity: str, log: Logger, clock: Clock) -> None:
         self._clock = clock
@@ -34,6 +40,7 @@ class Parking:
         self._channel: Channel[Kept | Ack | Refused] | None = None
         self._wanted: dict[str, int] = {}
         self._retry_at = 0.0
+        self._num_unanswered = 0  # of what this connection's keeper was sent
 
     @property
     def is_connected(self) -> bool:
@@ -41,12 +48,13 @@ class Parking:
         return self._channel is not None
 
     def fileno(self) -> int:
-        """The channel's descriptor, readable when the keeper has gone; -1 while it is away."""
+        """The channel's descriptor, readable when there is something to `hear`; -1 while the keeper is away."""
         return self._channel.fileno() if self._channel else -1
 
     def connect(self, *, deadline_ms: int = _CALL_MS) -> None:
         """Connect. Raises Unavailable."""
         self._channel = connect(self._path, self._identity, TO_HMM, deadline_ms=deadline_ms)
+        self._num_unanswered = 0
 
     def fetch(self, *, deadline_ms: int = _CALL_MS) -> dict[str, int]:
         """All descriptors that the keeper holds, by name; now the caller's. Raises ElasticMoEError."""
@@ -89,9 +97,36 @@ class Parking:
         if self._channel is None:
             return
         try:
-            self._call(message, fds)
+            is_behind = self._num_unanswered > 0
+            self._channel.send(message, fds, deadline_ms=_CALL_MS)
+            self._num_unanswered += 1
+            self._take_answers(self._channel, 0 if is_behind else _CALL_MS)
         except ElasticMoEError as error:
             self.lose(error.message)
+
+    def hear(self) -> None:
+        """Take what has come: late answers, or the keeper's end. Does not wait."""
+        if self._channel is None:
+            return
+        try:
+            self._take_answers(self._channel, 0)
+            if self._num_unanswered == 0 and self._channel.is_readable:
+                self.lose("it closed the connection")
+        except ElasticMoEError as error:
+            self.lose(error.message)
+
+    def _take_answers(self, channel: Channel[Kept | Ack | Refused], wait_ms: int) -> None:
+        """Those that have come; waits so long for one where none has. Raises ElasticMoEError."""
+        poller = select.poll()
+        poller.register(channel.fileno(), select.POLLIN)
+        while self._num_unanswered and poller.poll(wait_ms):
+            received, fds = channel.receive(deadline_ms=_RETRY_MS)
+            close_all(fds)
+            self._num_unanswered -= 1
+            if isinstance(received.body, Refused):
+                raise ElasticMoEError(received.body.message, code=received.body.code)
+        if self._num_unanswered > _UNANSWERED_MAX:
+            raise Unavailable(f"it has not answered {self._num_unanswered} messages")
 
     def _call(
         self, message: Message, fds: tuple[int, ...] = (), *, deadline_ms: int = _CALL_MS
@@ -111,6 +146,7 @@ class Parking:
             self._log.warning("keeper lost", reason=reason)
             self._channel.close()
             self._channel = None
+            self._num_unanswered = 0
 
     def retry(self) -> bool:
         """Where the keeper is away: try, now and then, to reach it and park everything. True when that worked now."""
