@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elasticmoe.cli.models import make_model
 from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.services.worker.backends.base import Mirror
 from elasticmoe.services.worker.engine import engine as engine_module
 from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.engine.outcome import Outcome
@@ -179,7 +180,7 @@ def test_a_request_that_never_finds_room_ends_alone(ranks: Ranks, monkeypatch: p
     rank = Rank(make_engine(ranks))
     model: Any = ranks.models[0]
     if hasattr(model, "_logits_MV"):
-        model._logits_MV = model._logits_MV[:0]  # as before any step
+        model._logits_MV = Mirror(*(side[:0] for side in model._logits_MV))  # as before any step
     rank.submit()
     vocab = ranks.spec.vocab
     with failing(rank.engine, monkeypatch, lambda _, shape: len(shape) == 2 and shape[0] > 4 and shape[1] == vocab):
@@ -255,13 +256,13 @@ def test_others_are_let_go_and_nobody_loses_a_token(
     owner = engine_module if where == "sample" else first.engine._exchange
     real = getattr(owner, where)
 
-    def fail_thrice(*args: Any) -> Any:
+    def fail_thrice(*args: Any, **options: Any) -> Any:
         nonlocal num_calls
         if threading.current_thread() is not threading.main_thread():
             num_calls += 1
             if num_calls in (2, 9, 14):
                 raise MemoryError
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(owner, where, fail_thrice)
     pair.run()
@@ -282,7 +283,7 @@ def test_without_an_hmm_the_rank_ends_rather_than_let_others_wait(
     rank = Rank(make_engine(ranks))
     rank.submit()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(ranks.exchanges[0], "dispatch", fail)
