@@ -76,10 +76,17 @@ class JsonCalls(ToolParser):
             self._arguments("{}")
 
     def _argument_value(self, put: Callable[[str], None]) -> Reading:
-        if self._buffer.startswith('"'):
-            put((yield from self._text_value()))
-        else:
+        """As it is written; a text that holds them, decoded where it can be."""
+        if not self._buffer.startswith('"'):
             yield from self._value(put)
+            return
+        pieces: list[str] = []
+        yield from self._quoted(pieces.append)
+        text = "".join(pieces)
+        try:
+            put(_decoded(text))
+        except ValueError:
+            put(text)
 
     # ---- values ------------------------------------------------------------------------------------------------------
 
@@ -90,7 +97,7 @@ class JsonCalls(ToolParser):
             raise NoCall
         yield from self._quoted(pieces.append)
         try:
-            return str(json.loads("".join(pieces), strict=False))
+            return _decoded("".join(pieces))
         except ValueError:
             raise NoCall from None
 
@@ -137,6 +144,13 @@ class JsonCalls(ToolParser):
             else:
                 yield from self._need(stop.end() + 1)
                 put(self._eat(stop.end() + 1))
+
+
+def _decoded(text: str) -> str:
+    """A JSON text's value. Raises ValueError for none, and for one that is no Unicode: halves of surrogate pairs."""
+    value = str(json.loads(text, strict=False))
+    value.encode()
+    return value
 
 
 def _ignore(_: str) -> None:

@@ -89,7 +89,9 @@ class QwenCoderParser(KeyedCalls):
 
     def _calls(self) -> Reading:
         if self._marker != "<function=":
-            yield from self._until(("<function=",), _only_spaces, NAME_CHARS_MAX)
+            yield from self._spaces()
+            if not (yield from self._has("<function=")):
+                raise NoCall
         name, _ = yield from self._word(">")
         self._begin(name)
         close = "</function>"
@@ -129,13 +131,15 @@ def _read(text: str, *, is_python: bool) -> Any:
     """A JSON value; None where it is none. `is_python`: or one that Python prints so, as models do whose template
     prints the arguments of former calls without a filter."""
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant)
+        json.dumps(value, allow_nan=False)  # what is too large for a float was read as infinite
+        return value
     except (ValueError, RecursionError):
         pass
     if is_python and len(text) <= PYTHON_CHARS_MAX:
         try:
             value = ast.literal_eval(text)
-            json.dumps(value)  # sets and bytes are no JSON
+            json.dumps(value, allow_nan=False)  # sets, bytes and infinities are no JSON
             return value
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             pass
@@ -161,7 +165,12 @@ def _type_of(value: Any) -> set[str]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # halves of surrogate pairs, which JSON can only escape
+        return json.dumps(value)
+    return text
 
 
 def _no_constant(name: str) -> None:
@@ -171,8 +180,3 @@ def _no_constant(name: str) -> None:
 
 def _ignore(_: str) -> None:
     """What stands between."""
-
-
-def _only_spaces(text: str) -> None:
-    if text.strip():
-        raise NoCall

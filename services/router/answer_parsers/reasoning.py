@@ -34,7 +34,8 @@ class ReasoningParser:
     def __init__(self, marks: Marks, *, is_inside: bool) -> None:
         self._marks = marks
         self._held = ""
-        self._spaces = ""  # at the end of what is thought: whether more follows is not known
+        self._lead: list[str] = []  # spaces at the answer's beginning: whether the opening mark follows is not known
+        self._spaces: list[str] = []  # at the end of what is thought: whether more follows is not known
         self._is_inside = is_inside
         self._is_at_start = not is_inside  # nothing but spaces so far
         self._is_after_mark = is_inside  # spaces that follow are left out
@@ -60,7 +61,7 @@ class ReasoningParser:
             if at < 0:
                 return parts
             self._held = self._held[len(self._marks.close) :]
-            self._spaces, self._is_inside, self._is_after_mark = "", False, True
+            self._spaces, self._is_inside, self._is_after_mark = [], False, True
         said, self._held = self._held, ""
         if self._is_after_mark:
             said = said.lstrip()
@@ -72,23 +73,28 @@ class ReasoningParser:
     def _begin(self, *, is_last: bool) -> bool:
         """Whether it is known if the answer begins with thinking."""
         begun = self._held.lstrip()
+        self._lead.append(self._held[: len(self._held) - len(begun)])
+        self._held = begun
         if begun.startswith(self._marks.open):
             self._held = begun[len(self._marks.open) :]
             self._is_inside = self._is_after_mark = True
         elif not is_last and self._marks.open.startswith(begun):
             return False
+        else:
+            self._held = "".join(self._lead) + begun
+        self._lead = []
         self._is_at_start = False
         return True
 
     def _think(self, text: str, parts: list[Reasoning | Text]) -> None:
         if self._is_after_mark:
             text = text.lstrip()
-        text = self._spaces + text
         kept = text.rstrip()
-        self._spaces = text[len(kept) :]
         if kept:
             self._is_after_mark = False
-            parts.append(Reasoning(kept))
+            parts.append(Reasoning("".join(self._spaces) + kept))
+            self._spaces = []
+        self._spaces.append(text[len(kept) :])
 
 
 def _partial(text: str, mark: str) -> int:

@@ -19,6 +19,8 @@ from typing import Any
 from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Text
 
 HELD_CHARS_MAX = 16_384  # before a call's name is known
+READ_AGAIN_CHARS_MAX = 65_536  # of an answer: markers in what is no call are looked for, and only so often
+PIECE_CHARS = 1_024  # read in one go: each step cuts what it has read off the buffer
 
 Schemas = Mapping[str, Mapping[str, Any]]
 """The JSON schema of each tool's parameters, by the tool's name."""
@@ -53,15 +55,18 @@ class ToolParser(ABC):
         self._parts: list[ToolPart] = []
         self._taken: list[str] = []  # of a call, marker included, until its name is out
         self._num_held = 0
+        self._num_read_again = 0
+        self._before = ""  # spaces before the marker: no text where a call follows
         self._is_open = False  # a call's name is out and its end is not
         self._has_called = False
+        self._is_after_call = False  # nothing but spaces since the last call
         self._reading = self._read()
         next(self._reading)
 
     def feed(self, text: str) -> list[ToolPart]:
         """What `text` lets out."""
-        if text:
-            self._buffer += text
+        for begin in range(0, len(text), PIECE_CHARS):
+            self._buffer += text[begin : begin + PIECE_CHARS]
             self._reading.send(None)
         return self._let_out()
 
@@ -103,8 +108,8 @@ class ToolParser(ABC):
             except NoCall:
                 self._give_up()
             except _AtEnd:
-                if self._has_called:  # what is cut off is the end of a call, or a further one without its name
-                    self._taken, self._buffer = [], ""
+                if self._is_after_call:  # what is cut off is the end of a call, or a further one without its name
+                    self._taken, self._before, self._buffer = [], "", ""
                 self._give_up()
             self._is_open = False
         while True:
@@ -112,40 +117,50 @@ class ToolParser(ABC):
 
     def _text(self) -> Generator[None, None, str | None]:
         """Text up to a marker, which is taken; None where the answer ends first. Spaces beside calls are no text."""
-        spaces = ""  # whether they stand beside a call is not known yet
+        spaces: list[str] = []  # whether they stand beside a call is not known yet
         while True:
             at, marker = _first(self._buffer, self.markers)
             keep = at if marker else len(self._buffer) - _partial(self._buffer, self.markers)
-            text = spaces + self._take(keep)
-            spaces = text[len(text.rstrip()) :]
-            self._put(text[: len(text) - len(spaces)])
+            text = self._take(keep)
+            said = text.rstrip()
+            if said:
+                self._put("".join(spaces) + said)
+                spaces.clear()
+            spaces.append(text[len(said) :])
             if marker:
                 self._take(len(marker))
+                self._before = "".join(spaces)
                 return marker
             if self._is_over:
                 rest = self._take(len(self._buffer))
-                self._put("" if self._has_called else spaces + rest)
+                self._put("" if self._is_after_call else "".join(spaces) + rest)
                 return None
             yield
 
     def _put(self, text: str) -> None:
         """Text for the client; what is only space after a call is left out."""
         if text and not (self._has_called and not text.strip()):
+            self._is_after_call = False
             self._parts.append(Text(text))
 
     def _give_up(self) -> None:
-        """The marker is text, unless a call has come of it, and what follows it is read again."""
+        """The marker is text, unless a call has come of it, and what follows it is read again, while it is not much:
+        an answer of markers alone would be read for ever."""
         marker, *taken = self._taken or [""]
-        self._taken = []
-        self._put(marker)
+        before, self._before, self._taken = self._before, "", []
+        self._num_read_again += self._num_held
+        if self._num_read_again > READ_AGAIN_CHARS_MAX:
+            self._put(before + marker + "".join(taken))
+            return
+        self._put(before + marker)
         self._buffer = "".join(taken) + self._buffer
 
     def _start(self, name: str) -> None:
         """A call's name is out."""
         if not name:
             raise NoCall
-        self._taken, self._num_held = [], 0
-        self._is_open = self._has_called = True
+        self._taken, self._num_held, self._before = [], 0, ""
+        self._is_open = self._has_called = self._is_after_call = True
         self._parts.append(CallStart(name))
 
     def _arguments(self, text: str) -> None:
@@ -159,13 +174,15 @@ class ToolParser(ABC):
         return taken
 
     def _eat(self, length: int) -> str:
-        """Take what belongs to a call: it is text after all where the call turns out to be none."""
-        taken = self._take(length)
-        if not self._is_open and taken:
-            self._taken.append(taken)
-            self._num_held += length
-            if self._num_held > HELD_CHARS_MAX:
-                raise NoCall
+        """Take what belongs to a call: it is text after all where the call turns out to be none. How much of it was
+        taken until then does not depend on how the text was cut."""
+        if self._is_open:
+            return self._take(length)
+        taken = self._take(min(length, HELD_CHARS_MAX - self._num_held))
+        self._taken.append(taken)
+        self._num_held += len(taken)
+        if len(taken) < length:
+            raise NoCall
         return taken
 
     def _need(self, length: int) -> Reading:
@@ -205,6 +222,7 @@ class ToolParser(ABC):
             keep = at if end else len(self._buffer) - _partial(self._buffer, ends)
             length += keep
             if length_max is not None and length > length_max:
+                self._eat(keep - (length - length_max))
                 raise NoCall
             put(self._eat(keep))
             if end:

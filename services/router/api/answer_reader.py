@@ -54,6 +54,8 @@ class AnswerReader:
     def _is_told(self, part: Part) -> bool:
         if isinstance(part, Reasoning):
             return self._form.tells_reasoning
+        if isinstance(part, Text):
+            return True
         self.num_calls += isinstance(part, CallStart)
         return self.num_calls <= 1 or self._form.tools is None or not self._form.tools.is_single
 

@@ -133,12 +133,19 @@ class MessagesRenderer:
         return ("tool_use" if self._reader.num_calls else "end_turn"), None
 
 
-def _object_of(text: str) -> Made:
+def _object_of(text: str) -> msgspec.Raw | Made:
+    """As the model wrote it: numbers of any size and escapes stay what they are."""
+    text = text.strip() or "{}"
     try:
-        made = json.loads(text or "{}")
+        made = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         made = None
-    return made if isinstance(made, dict) else {"INVALID_JSON": text}
+    return msgspec.Raw(text.encode()) if isinstance(made, dict) else {"INVALID_JSON": text}
+
+
+def _no_constant(name: str) -> None:
+    """NaN and the infinities are no JSON."""
+    raise ValueError(name)
 
 
 def _event(kind: str, **fields: Any) -> bytes:
