@@ -51,7 +51,7 @@ class ContextLengthExceeded(InvalidRequest):
         self, limit: int, num_prompt: int, num_output: int = 0, *, what: str = "prompt", param: str | None = None
     ) -> None:
         """`limit`: tokens of the context. `num_output`: as asked for; 0 where it was not said. `what`: the prompt's
-        name, `prompt` or `messages`."""
+        name, `prompt`, `messages` or `input`."""
         if num_output:
             asked = (
                 f"you requested {num_prompt + num_output} tokens ({num_prompt} in the {what}, {num_output} in the "

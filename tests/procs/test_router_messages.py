@@ -80,6 +80,24 @@ def test_streamed_and_whole_are_the_same(
         assert "".join(texts) == (said if reason == "stop_sequence" else said.rstrip())
 
 
+@pytest.mark.parametrize("number", ["123456789012345678901234567890", "1e999", "0.10", '"\\ud800"'])
+def test_arguments_stay_as_the_model_wrote_them(rank: FakeRank, router: RouterProcess, number: str) -> None:
+    rank.answer = Reply(b'<tool_call>{"name": "weather", "arguments": {"a": %b}}</tool_call>' % number.encode())
+    answer = router.http.post("/v1/messages", json={"messages": HELLO, "tools": TOOLS, "max_tokens": 300})
+    assert answer.status_code == 200
+    assert f'"input":{{"a": {number}}}' in answer.text
+
+
+@pytest.mark.parametrize("content", ["The answer is", [{"type": "text", "text": "The answer is"}]])
+def test_a_final_message_of_the_assistant_is_continued(
+    rank: FakeRank, claude: anthropic.Anthropic, content: Any
+) -> None:
+    begun: Any = [*HELLO, {"role": "assistant", "content": content}]
+    claude.messages.create(model=MODEL, messages=begun, max_tokens=5)
+    assert bytes(rank.seen.submit().prompt).decode() == "u:|Hi.a:|The answer is"
+    assert claude.messages.count_tokens(model=MODEL, messages=begun).input_tokens == len("u:|Hi.a:|The answer is")
+
+
 def test_arguments_that_are_no_object(rank: FakeRank, claude: anthropic.Anthropic) -> None:
     rank.answer = Reply(b'<tool_call>{"name": "weather", "arguments": [1]}</tool_call>')
     answer: Any = claude.messages.create(model=MODEL, messages=HELLO, tools=TOOLS, max_tokens=300)
@@ -138,6 +156,11 @@ def test_only_one_call(rank: FakeRank, claude: anthropic.Anthropic) -> None:
         ({"max_tokens": 0}, "invalid_request", "max_tokens"),
         ({"messages": []}, "invalid_request", "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "invalid_request", "role"),
+        (
+            {"messages": [*HELLO, {"role": "user", "content": []}]},
+            "invalid_request",
+            "messages[1].content has no blocks",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "unsupported", "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "thinking"}]}]}, "unsupported", "of role user"),
         (

@@ -54,6 +54,7 @@ def test_streamed_and_whole_are_the_same(
     whole: Any = client.responses.create(**asked)
     *_, last = client.responses.create(**asked, stream=True)
     streamed: Any = last.response
+    assert [item.status for item in whole.output] == [item.status for item in streamed.output]
     if finish == "stop":  # its helper knows no other end, and puts the events together
         with client.responses.stream(**asked) as stream:
             assert stream.get_final_response().output_text == whole.output_text
@@ -93,6 +94,20 @@ def test_events_in_their_order(rank: FakeRank, router: RouterProcess) -> None:
     items = {body["output_index"]: body["item"] for body in bodies if body["type"] == "response.output_item.done"}
     assert [items[index] for index in range(3)] == bodies[-1]["response"]["output"]
     assert {item["status"] for item in items.values()} == {"completed"}
+
+
+def test_an_item_that_is_cut_off_says_so_when_it_ends(rank: FakeRank, client: openai.OpenAI) -> None:
+    rank.answer = Reply(THOUGHT + b"So", "length", per_step=1)
+    events: Any = list(client.responses.create(model=MODEL, input="Hi", stream=True))
+    done = [event.item.status for event in events if event.type == "response.output_item.done"]
+    assert done == [item.status for item in events[-1].response.output] == ["completed", "incomplete"]
+
+
+def test_what_is_too_long_is_told_by_the_names_of_this_endpoint(router: RouterProcess) -> None:
+    body = {"input": "Hi", "max_output_tokens": 1_000_000}
+    error = router.http.post("/v1/responses", json=body).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_output_tokens")
+    assert "in the input" in error["message"]
 
 
 def test_what_the_model_is_told(rank: FakeRank, client: openai.OpenAI) -> None:

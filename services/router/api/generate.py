@@ -18,6 +18,7 @@ from elasticmoe.services.router.dispatch.streams import Ending, Stream
 from elasticmoe.services.router.text.detokenizer import TextStream
 
 PIECE_TOKENS = 65_536  # of prompts that are submitted in one go
+_NAMES = {"cmpl": ("prompt", "max_tokens"), "resp": ("input", "max_output_tokens")}  # as its requests have them
 
 
 class Generation:
@@ -67,15 +68,16 @@ async def start(
     is_echo: bool = False,
     kept: frozenset[int] = frozenset(),
 ) -> Generation:
-    """Submit every choice of every prompt. `kind`: `chatcmpl` or `cmpl`. `is_echo`: the prompts are told too, with
-    their log probabilities where the output's are. `kept`: special tokens that are a part of the text all the same.
+    """Submit every choice of every prompt. `kind`: `chatcmpl`, `cmpl`, `resp` or `msg`. `is_echo`: the prompts
+    are told too, with their log probabilities where the output's are. `kept`: special tokens that are a part of the
+    text all the same.
 
     Raises InvalidRequest for a prompt that does not fit, Overloaded without permits, Unavailable without replicas; then
     nothing runs.
     """
     limit = front.dispatcher.max_model_len()
-    what = "messages" if kind == "chatcmpl" else "prompt"
-    max_tokens = [_max_tokens(len(prompt), options, limit, what) for prompt in prompts]
+    what, most_name = _NAMES.get(kind, ("messages", "max_tokens"))
+    max_tokens = [_max_tokens(len(prompt), options, limit, what, most_name) for prompt in prompts]
     prompt_logprobs = is_echo and options.sampling.logprobs >= 0
     _admit(front, permit, options, prompts, max_tokens, is_echo=is_echo)
     now = time.monotonic()
@@ -160,15 +162,16 @@ def _admit(
         raise
 
 
-def _max_tokens(num_prompt: int, options: Options, limit: int, what: str) -> int:
-    """Tokens that may be generated after a prompt. Raises InvalidRequest when prompt and output do not fit: a rank has
-    to have room for one token, also where none is asked for."""
+def _max_tokens(num_prompt: int, options: Options, limit: int, what: str, most_name: str) -> int:
+    """Tokens that may be generated after a prompt, which the request calls `what`, and their bound `most_name`. Raises
+    InvalidRequest when prompt and output do not fit: a rank has to have room for one token, also where none is asked
+    for."""
     limit = min(limit, PROMPT_TOKENS_MAX)
     if num_prompt == 0:
-        raise InvalidRequest("the prompt has no tokens", param="prompt")
+        raise InvalidRequest("the prompt has no tokens", param=what)
     asked = options.max_tokens
     if num_prompt + (asked or 1) > limit:
-        param = "max_tokens" if asked and num_prompt < limit else what
+        param = most_name if asked and num_prompt < limit else what
         raise ContextLengthExceeded(limit, num_prompt, asked or 0, what=what, param=param)
     if asked is not None:
         return asked

@@ -42,8 +42,11 @@ def chat_of(raw: CountRequest) -> ChatRequest:
             "top_k": raw.top_k,
         }
     thinks = raw.thinking is not None and raw.thinking.type != "adaptive"
+    messages = [*_system(raw), *(told for n, given in enumerate(raw.messages) for told in _messages(given, n))]
+    last = messages[-1]
     return ChatRequest(
-        messages=[*_system(raw), *(told for n, given in enumerate(raw.messages) for told in _messages(given, n))],
+        messages=messages,
+        continue_final_message=last.role == "assistant" and bool(last.content) and not last.tool_calls,
         model=raw.model,
         tools=[Tool("function", FunctionDefinition(t.name, t.description, t.input_schema)) for t in raw.tools or ()],
         tool_choice=_choice(raw.tool_choice),
@@ -92,6 +95,8 @@ def _messages(given: InputMessage, number: int) -> list[ChatMessage]:
             case _:
                 raise unsupported(at, f"type {block.type[:40]!r} of role {given.role}; supported: text and tools")
     if given.role == "user":
+        if not given.content:
+            raise InvalidRequest(f"{where} has no blocks", param=where)
         return [*results, *([ChatMessage(role="user", content=parts)] if parts else [])]
     return [
         ChatMessage(

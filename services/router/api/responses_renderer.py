@@ -58,7 +58,7 @@ class ResponsesRenderer:
         events = b"".join(
             self._take(part) for part in self._reader.take(output.text, is_last=finish_reason is not None)
         )
-        return events + self._close() if finish_reason is not None else events
+        return events + self._close(is_cut=finish_reason == "length") if finish_reason is not None else events
 
     def ending(self, generation: Generation) -> bytes:
         """The whole response."""
@@ -116,13 +116,13 @@ class ResponsesRenderer:
         self._is_open = True
         return self._event("response.output_item.added", output_index=len(self._items) - 1, item=item)
 
-    def _close(self) -> bytes:
-        """The last item has ended."""
+    def _close(self, *, is_cut: bool = False) -> bytes:
+        """The last item has ended; `is_cut`: because the answer may be no longer."""
         if not self._is_open:
             return b""
         self._is_open = False
         item = self._items[-1]
-        item["status"] = "completed"
+        item["status"] = "incomplete" if is_cut else "completed"
         events = b""
         if item["type"] == "function_call":
             done = {"name": item["name"], "arguments": item["arguments"]}
@@ -153,8 +153,9 @@ class ResponsesRenderer:
         """A response object."""
         for part in self._reader.take("", is_last=True):
             self._take(part)
-        self._close()
-        return [_encode(self._response(generation, self._status(generation)))]
+        status = self._status(generation)
+        self._close(is_cut=status == "incomplete")
+        return [_encode(self._response(generation, status))]
 
     def _status(self, generation: Generation) -> str:
         ending = generation.streams[0].ending
@@ -163,8 +164,6 @@ class ResponsesRenderer:
     def _response(self, generation: Generation, status: str) -> dict[str, Any]:
         raw, sampling = self._raw, self._options.sampling
         is_over = status != "in_progress"
-        if status == "incomplete" and self._items:
-            self._items[-1]["status"] = "incomplete"
         num_in, num_out = generation.prompt_tokens, generation.completion_tokens
         usage = {
             "input_tokens": num_in,
