@@ -21,7 +21,7 @@ PARSERS = {name: found for name in NAMES if (found := parser_of(name, "")) is no
 EXTRAS = ["<function=", "</function>", "<parameter=", "</parameter>", "s>", "f>", "o</arg_key>", "f\n", "```json\n"]
 JSON = ['{"name": "f", "arguments": {}}', '{"name": "f', '"arguments": ', '{"', *'":,}[]\\', "\\u"]
 PLAIN = [" ", "\n", "  \n ", "a", "b c", "<", "[", "é", "function", "null", "1e999", "\n```"]
-SECONDS = 2.0  # for what takes tenths of one, and minutes where the work grows with the square
+SECONDS = 8.0  # for what takes one at most, and minutes where the work grows with the square
 
 
 def pieces_of(name: str) -> st.SearchStrategy[list[str]]:
