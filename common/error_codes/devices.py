@@ -13,7 +13,9 @@ DEVICES: dict[str, Code] = {
     "no_driver": Code("The library of a device's driver cannot be loaded", "Install it, as the text says"),
     "no_device": Code("The driver has no such device", "Name one that it shows, or make it visible"),
     "no_process": Code(
-        "A process that is to use a device cannot be started", "See the text: limits of the machine or of this user"
+        "A process that is to use a device cannot be started",
+        "See the text: limits of the machine or of this user",
+        is_retryable=True,
     ),
     "no_torch": Code("Torch cannot use the device", "Install the package or the build of torch that the text names"),
     "driver_failed": Code(

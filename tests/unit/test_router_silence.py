@@ -14,6 +14,7 @@ from elasticmoe.cli.models.byte_tokenizer import build_byte_tokenizer
 from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.common.protocol.router import Delta
 from elasticmoe.services.router.api.answer import COMMENT, HEAD_S, Answer
+from elasticmoe.services.router.api.errors import DONE
 from elasticmoe.services.router.dispatch.streams import Output, Stream
 from elasticmoe.services.router.text.detokenizer import TextStream, TokenTable
 
@@ -56,8 +57,8 @@ class Plain:
     def events(self, _: int, __: Stream, output: Output, ___: str | None) -> bytes:
         return output.text.encode()
 
-    def usage_event(self, _: object) -> bytes:
-        return b""
+    def ending(self, _: object) -> bytes:
+        return DONE
 
 
 async def hear(pauses: list[float]) -> list[tuple[bytes, float]]:

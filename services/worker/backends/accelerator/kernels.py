@@ -2,7 +2,7 @@
 
 What a kernel reads and writes is a record, made once with the operation; a step adds the number of rows, or its batch.
 All is queued and nothing waits. N is the number of rows to compute; tensors may have more. What a vendor's kernels
-promise of a row's bits, its own module says (ADR 33, ADR 37).
+promise of a row's bits, its own module says (ADR 33, ADR 38).
 
 Shape suffixes: as in base.py; X heads, Y elements of a head, P planes x heads of the cache.
 """

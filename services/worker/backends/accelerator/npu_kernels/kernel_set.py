@@ -2,7 +2,7 @@
 
 Products are of the weights' dtype: activations are rounded to it, and so are the products, which torch and the vendor
 add up in float32. No page of the vendor's promises that a row among others has the bits of the row alone, so these
-kernels do not (ADR 37).
+kernels do not (ADR 38).
 
 The router is torch's: of equals `npu_moe_gating_top_k` takes which it likes, and what it makes of NaN nobody says,
 where ids have to be distinct.
