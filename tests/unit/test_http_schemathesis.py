@@ -126,6 +126,25 @@ STREAMED: dict[str, dict[str, Any]] = {
 }
 
 
+NAMED: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"input": "a", "max_output_tokens": 3},
+    "/v1/messages": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("path", NAMED)
+def test_named_events_are_what_the_document_says(serving_router: App, path: str) -> None:
+    operation = schemathesis.openapi.from_asgi("/openapi.json", serving_router)[path]["POST"]
+    case = operation.Case(body={"stream": True, **NAMED[path]}, media_type="application/json")
+    answer = case.call()
+    assert answer.status_code == 200, answer.content
+    case.validate_response(answer, checks=CHECKS[:3])
+    false = case.call()
+    false.content = false.content.replace(b'"type":', b'"kind":')
+    with pytest.raises(FailureGroup):
+        case.validate_response(false, checks=CHECKS[:3])
+
+
 @pytest.mark.parametrize("path", STREAMED)
 @pytest.mark.parametrize("options", [None, {"include_usage": True}, {"continuous_usage_stats": True}])
 def test_the_events_of_a_stream_are_what_the_document_says(serving_router: App, path: str, options: Any) -> None:

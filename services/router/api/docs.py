@@ -40,17 +40,21 @@ def describe(
     answer: type[msgspec.Struct] | None,
     *,
     chunk: type[msgspec.Struct] | None = None,
+    event: type[msgspec.Struct] | None = None,
     names_model: bool = False,
     unready: type[msgspec.Struct] | None = None,
 ) -> Any:
     """Keyword arguments of a route: how its body and its answers look. `answer` None: plain text. `names_model`: its
-    path does, and may name none. `chunk`: what the events of a streamed answer hold. `unready`: the body of its 503,
+    path does, and may name none. `chunk`: what the events of a streamed answer hold; or `event`: what they have in
+    common where they have names. `unready`: the body of its 503,
     where that is no error's."""
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     if answer is not None:
         content = json_content(answer.__name__, EXAMPLES[answer.__name__])
     if chunk is not None:
         content["text/event-stream"] = {"schema": _event_of(chunk)}
+    if event is not None:
+        content["text/event-stream"] = {"schema": _named_event_of(event)}
     short = ("400", "401", "403", "404", "503") if names_model else ("400", "401", "403", "503")
     responses: dict[str, Any] = {"200": {"description": "The answer", "content": content}}
     responses |= refusals(_ERRORS, _ERRORS if body is not None else short)
@@ -70,6 +74,12 @@ def _event_of(chunk: type[msgspec.Struct]) -> dict[str, Any]:
     meaning = "A chunk; an error, where the answer ends early; the end"
     data = {"anyOf": [{"const": "[DONE]"}, json], "description": meaning}
     return {"type": "object", "required": ["data"], "properties": {"data": data}}
+
+
+def _named_event_of(event: type[msgspec.Struct]) -> dict[str, Any]:
+    """An event that has a name, which is the `type` of what it holds, too."""
+    json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"$ref": REF + event.__name__}}
+    return {"type": "object", "required": ["event", "data"], "properties": {"event": {"type": "string"}, "data": json}}
 
 
 def install(app: FastAPI, public: frozenset[str], *, has_key: bool) -> None:

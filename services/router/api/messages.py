@@ -11,7 +11,13 @@ from elasticmoe.services.router.api.docs import describe
 from elasticmoe.services.router.api.gate import client_of, front_of, request_id_of
 from elasticmoe.services.router.api.messages_input import chat_of
 from elasticmoe.services.router.api.messages_renderer import MessagesRenderer
-from elasticmoe.services.router.api.messages_schemas import CountedTokens, CountRequest, MessageAnswer, MessagesRequest
+from elasticmoe.services.router.api.messages_schemas import (
+    CountedTokens,
+    CountRequest,
+    MessageAnswer,
+    MessagesEvent,
+    MessagesRequest,
+)
 from elasticmoe.services.router.api.parse import body_of
 from elasticmoe.services.router.api.pieces import JsonPieces
 
@@ -20,7 +26,7 @@ _decoder = msgspec.json.Decoder(MessagesRequest)
 _count_decoder = msgspec.json.Decoder(CountRequest)
 
 
-@routes.post("/v1/messages", **describe(MessagesRequest, MessageAnswer))
+@routes.post("/v1/messages", **describe(MessagesRequest, MessageAnswer, event=MessagesEvent))
 async def messages(request: Request) -> Response:
     """Continue a conversation, as one message or (`stream`) event by event."""
     front = front_of(request)

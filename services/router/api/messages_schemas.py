@@ -132,6 +132,12 @@ class MessageAnswer(msgspec.Struct, frozen=True):
     usage: Annotated[MessagesUsage, says("Tokens")]
 
 
+class MessagesEvent(msgspec.Struct, frozen=True):
+    """What all events of a streamed message have; the rest has Anthropic's names and shapes, by the type."""
+
+    type: Annotated[str, says("Which: `content_block_delta`, `message_stop`, `error` and others")]
+
+
 class CountedTokens(msgspec.Struct, frozen=True):
     """Answer of /v1/messages/count_tokens."""
 

@@ -13,13 +13,13 @@ from elasticmoe.services.router.api.parse import body_of
 from elasticmoe.services.router.api.responses_input import chat_of
 from elasticmoe.services.router.api.responses_renderer import ResponsesRenderer
 from elasticmoe.services.router.api.responses_schemas import ResponsesRequest
-from elasticmoe.services.router.api.told import ModelResponse
+from elasticmoe.services.router.api.told import ModelResponse, ResponsesEvent
 
 routes = APIRouter()
 _decoder = msgspec.json.Decoder(ResponsesRequest)
 
 
-@routes.post("/v1/responses", **describe(ResponsesRequest, ModelResponse))
+@routes.post("/v1/responses", **describe(ResponsesRequest, ModelResponse, event=ResponsesEvent))
 async def responses(request: Request) -> Response:
     """Continue a conversation, as one response or (`stream`) event by event. Nothing is kept."""
     front = front_of(request)

@@ -103,6 +103,13 @@ class ResponsesUsage(msgspec.Struct, frozen=True):
     total_tokens: Annotated[int, says("Both")]
 
 
+class ResponsesEvent(msgspec.Struct, frozen=True):
+    """What all events of a streamed response have; the rest has OpenAI's names and shapes, by the type."""
+
+    type: Annotated[str, says("Which: `response.output_text.delta`, `response.completed`, `error` and others")]
+    sequence_number: Annotated[int, says("Of the event, from 0")]
+
+
 class ModelResponse(msgspec.Struct, frozen=True, omit_defaults=True):
     """Answer of /v1/responses. A stream's events have OpenAI's names and shapes; the last one has this."""
 
