@@ -78,7 +78,7 @@ def patch() -> None:
 
     before(Engine, "compute", "", note)
     before(ShmExchange, "dispatch", "exchange", lambda *_: now)
-    before(sampler, "_choose", "choice", lambda _backend, _logits, state, *_: [_Sampled(state)])
+    before(sampler, "_choice_of", "choice", lambda state: [_Sampled(state)])
     before(Engine, "_commit_ledger", "commit", lambda _engine, chunks: [chunk.sequence for chunk in chunks])
     before(Engine, "_report", "report", lambda _engine, sequence, *_: [sequence])
     before(Draft, "add", "plan", lambda _draft, sequence, *_: [sequence])
