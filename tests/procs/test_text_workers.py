@@ -79,7 +79,7 @@ def server_and_workers() -> tuple[psutil.Process, list[psutil.Process]]:
 
 
 async def chat(texts: Texts, content: str, client: str = "") -> str:
-    ids = await texts.encode_chat(Conversation(messages=[{"role": "user", "content": content}]), CONTEXT, client)
+    ids, _ = await texts.encode_chat(Conversation(messages=[{"role": "user", "content": content}]), CONTEXT, client)
     return bytes(ids).decode()
 
 
