@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -40,6 +41,7 @@ from elasticmoe.common.protocol.handles import (
     ShareHandles,
 )
 from elasticmoe.common.protocol.hmm import CheckIntegrity, GetHmmStatus, LoadModel, SetMembership
+from elasticmoe.common.protocol.keeper import TO_HMM
 from elasticmoe.common.protocol.replies import Ack, Refused
 from elasticmoe.common.protocol.scaler import HmmStatus, Integrity
 from elasticmoe.common.transport import Client, new_identity
@@ -364,3 +366,24 @@ def hollow_checkpoint(directory: Path, config: dict[str, Any], stored: str = "F3
         file.write(struct.pack("<Q", len(raw)) + raw)
         file.truncate(8 + len(raw) + at)
     return directory
+
+
+def keeper_channel(deployment: Deployment):  # type: ignore[no-untyped-def]
+    return connect(deployment.config.socket("keeper"), new_identity("hmm"), TO_HMM)
+
+
+def kept_bytes(deployment: Deployment) -> int:
+    """Real memory behind everything that the keeper holds."""
+    assert deployment.keeper is not None
+    total = 0
+    for fd in Path(f"/proc/{deployment.keeper.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if "memfd:" in os.readlink(fd):
+                total += fd.stat().st_blocks * 512
+    return total
+
+
+def peak_bytes(pid: int) -> int:
+    """Peak resident memory of a process."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
