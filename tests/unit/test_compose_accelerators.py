@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -18,6 +17,7 @@ from packaging.version import Version
 
 from elasticmoe.cli import doctor
 from elasticmoe.common.devices.names import DeviceCount
+from tests.composing import compose_command
 
 ROOT = Path(__file__).parent.parent.parent
 KINDS = ("npu", "cuda")
@@ -119,20 +119,12 @@ def test_the_image_has_the_folders_and_the_user_of_the_one_without_accelerators(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compose_takes_both_files_together(kind: str) -> None:
-    command = ["docker", "compose"]
-    if (
-        shutil.which("docker") is None
-        or subprocess.run([*command, "version"], capture_output=True, check=False).returncode
-    ):
-        command = ["docker-compose"]
-    if shutil.which(command[0]) is None:
-        pytest.skip("there is neither docker compose nor docker-compose")
     settings = {
         "PATH": os.environ["PATH"],
         "ELASTICMOE_MODEL_DIR": "/models/some",
         "ELASTICMOE_DEVICE_BYTES": "1000000",
     }
-    command += ["--file", "compose.yaml", "--file", f"compose.{kind}.yaml", "config"]
+    command = [*compose_command(), "--file", "compose.yaml", "--file", f"compose.{kind}.yaml", "config"]
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     merged = yaml.safe_load(done.stdout)["services"]

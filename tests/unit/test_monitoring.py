@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+
+from tests.composing import compose_command
 
 ROOT = Path(__file__).parents[2]
 GRAFANA = ROOT / "deploy" / "grafana"
@@ -46,16 +46,8 @@ def test_grafana_finds_its_source_and_its_boards() -> None:
 
 
 def test_compose_takes_the_profile() -> None:
-    command = ["docker", "compose"]
-    if (
-        shutil.which("docker") is None
-        or subprocess.run([*command, "version"], capture_output=True, check=False).returncode
-    ):
-        command = ["docker-compose"]
-    if shutil.which(command[0]) is None:
-        pytest.skip("there is neither docker compose nor docker-compose")
     settings = {"PATH": os.environ["PATH"], "ELASTICMOE_MODEL_DIR": "/models/some"}
-    command += ["--file", "compose.yaml", "--profile", "monitoring", "config"]
+    command = [*compose_command(), "--file", "compose.yaml", "--profile", "monitoring", "config"]
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     services = yaml.safe_load(done.stdout)["services"]
