@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import NamedTuple
 
 from elasticmoe.services.router.answer_parsers.parts import CallStart, Part, Reasoning, Text
 from elasticmoe.services.router.answer_parsers.reasoning import Marks, ReasoningParser
 from elasticmoe.services.router.api.tool_use import ToolUse
+from elasticmoe.services.router.api.turns import Turns
+
+PIECE_CHARS = 2_048  # that are read in one go: 20 ms of the worst that a model can write
 
 
 class AnswerForm(NamedTuple):
@@ -46,6 +48,15 @@ class AnswerReader:
             parts += self._tools.finish()
         return [part for part in parts if self._is_told(part)]
 
+    async def take_all(self, text: str, turns: Turns) -> list[Part]:
+        """What of a long text the client is told, read in pieces, between which others have their turn."""
+        parts: list[Part] = []
+        for start in range(0, len(text), PIECE_CHARS):
+            if start:
+                await turns.wait()
+            parts += self.take(text[start : start + PIECE_CHARS], is_last=False)
+        return parts
+
     def _thoughts_and_text(self, text: str, *, is_last: bool) -> list[Reasoning | Text]:
         if self._reasoning is None:
             return [Text(text)] if text else []
@@ -65,4 +76,5 @@ class AnswerReader:
 
     def new_call_id(self) -> str:
         """In the form that the model's chat template takes."""
-        return self._tools.new_call_id() if self._tools is not None else secrets.token_hex(12)
+        assert self._tools is not None, "without tools there are no calls"
+        return self._tools.new_call_id()

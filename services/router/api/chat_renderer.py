@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import msgspec
 from msgspec import UNSET
 
 from elasticmoe.common.protocol.errors import ElasticMoEError
-from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Reasoning, Text
+from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Part, Reasoning, Text
 from elasticmoe.services.router.api.answer_reader import AnswerForm, AnswerReader
 from elasticmoe.services.router.api.errors import DONE, failing
 from elasticmoe.services.router.api.front import Front
@@ -42,7 +43,7 @@ class ChatRenderer:
         self._end = end_of_events(options.usage)
         self._form = form
         self._readers: dict[int, AnswerReader] = {}  # by choice
-        self._gathered: dict[int, tuple[list[str], Entries]] = {}
+        self._gathered: dict[int, tuple[_Message, Entries]] = {}
         facts = {"id": answer_id, "object": "chat.completion.chunk", "created": self._created, "model": self._model}
         self._head = b"data: " + _encode(facts)[:-1]
 
@@ -119,11 +120,14 @@ class ChatRenderer:
         """What went wrong."""
         return failing(error)
 
-    async def gather(self, _generation: Generation, index: int, output: Output) -> None:
-        """Keep the text, and the log probabilities as JSON."""
-        texts, entries = self._gathered.setdefault(index, ([], Entries(self._teller)))
-        texts.append(output.text)
+    async def gather(self, generation: Generation, index: int, output: Output) -> None:
+        """Keep the parts of the text, and the log probabilities as JSON."""
+        message, entries = self._gathered.setdefault(index, (_Message(), Entries(self._teller)))
         entries.add(output.tokens)
+        if self._form is None:
+            message.texts.append(output.text)
+        else:
+            message.take(await self._reader_of(index, self._form).take_all(output.text, generation.turns))
 
     def body(self, generation: Generation) -> list[bytes]:
         """A chat.completion object."""
@@ -131,27 +135,40 @@ class ChatRenderer:
         pieces = [_encode(facts)[:-1], b',"choices":[']
         for index, stream in enumerate(generation.streams):
             assert stream.ending is not None
-            texts, entries = self._gathered[index]
-            message = _encode(self._message(index, "".join(texts)))
+            made, entries = self._gathered[index]
+            message = _encode(self._message(index, made))
             pieces.append(b'%b{"index":%d,"message":%b,"logprobs":' % (b"," if index else b"", index, message))
             pieces += entries.json() if self._wants_logprobs else [b"null"]
             pieces.append(b',"finish_reason":%b}' % _encode(self._reason(index, stream.ending.reason)))
         return [*pieces, b'],"usage":%b}' % _encode(usage_of(generation))]
 
-    def _message(self, index: int, text: str) -> AnswerMessage:
+    def _message(self, index: int, made: _Message) -> AnswerMessage:
         if self._form is None:
-            return AnswerMessage("assistant", text)
+            return AnswerMessage("assistant", "".join(made.texts))
         reader = self._reader_of(index, self._form)
-        said, thought, calls = "", "", list[tuple[str, list[str]]]()
-        for part in reader.take(text, is_last=True):
-            match part:
-                case Text(piece):
-                    said += piece
-                case Reasoning(piece):
-                    thought += piece
-                case CallStart(name):
-                    calls.append((name, []))
-                case CallArguments(piece):
-                    calls[-1][1].append(piece)
-        told = [ToldCall(reader.new_call_id(), "function", ToldFunction("".join(a), name)) for name, a in calls]
+        made.take(reader.take("", is_last=True))
+        said, thought = "".join(made.texts), "".join(made.thoughts)
+        told = [ToldCall(reader.new_call_id(), "function", ToldFunction("".join(a), name)) for name, a in made.calls]
         return AnswerMessage("assistant", said if said or not told else None, told or UNSET, thought or UNSET)
+
+
+class _Message:
+    """What was gathered of one choice. `calls`: names, and the pieces of their arguments."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.thoughts: list[str] = []
+        self.calls: list[tuple[str, list[str]]] = []
+
+    def take(self, parts: Sequence[Part]) -> None:
+        """Let it grow."""
+        for part in parts:
+            match part:
+                case Text(text):
+                    self.texts.append(text)
+                case Reasoning(text):
+                    self.thoughts.append(text)
+                case CallStart(name):
+                    self.calls.append((name, []))
+                case CallArguments(text):
+                    self.calls[-1][1].append(text)

@@ -25,14 +25,15 @@ Made = dict[str, Any]
 
 
 class MessagesRenderer:
-    """Of one request. `_blocks`: the content so far; the last one grows while `_is_open`. A call's `input` is the text
-    of its arguments until it ends."""
+    """Of one request. `_blocks`: the content so far; while `_is_open` the last one's text, or arguments, are in
+    `_pieces`."""
 
     def __init__(self, answer_id: str, front: Front, form: AnswerForm | None) -> None:
         self._id = answer_id
         self._model = front.model.name
         self._reader = AnswerReader(form or AnswerForm())
         self._blocks: list[Made] = []
+        self._pieces: list[str] = []
         self._is_open = False
 
     # ---- the stream's events -----------------------------------------------------------------------------------------
@@ -71,22 +72,22 @@ class MessagesRenderer:
         """Let the content grow by a part."""
         match part:
             case Text(text):
-                return self._grow("text", "text", {"type": "text", "text": ""}, text)
+                return self._grow("text", {"type": "text", "text": ""}, text)
             case Reasoning(text):
-                return self._grow("thinking", "thinking", {"type": "thinking", "thinking": "", "signature": ""}, text)
+                return self._grow("thinking", {"type": "thinking", "thinking": "", "signature": ""}, text)
             case CallStart(name):
                 block = {"type": "tool_use", "id": self._reader.new_call_id(), "name": name, "input": ""}
                 return self._close() + self._open(block, {**block, "input": {}})
             case CallArguments(text):
-                self._blocks[-1]["input"] += text
+                self._pieces.append(text)
                 return self._delta({"type": "input_json_delta", "partial_json": text})
 
-    def _grow(self, kind: str, field: str, empty: Made, text: str) -> bytes:
+    def _grow(self, kind: str, empty: Made, text: str) -> bytes:
         events = b""
         if not (self._is_open and self._blocks[-1]["type"] == kind):
             events = self._close() + self._open(empty, dict(empty))
-        self._blocks[-1][field] += text
-        return events + self._delta({"type": f"{kind}_delta", field: text})
+        self._pieces.append(text)
+        return events + self._delta({"type": f"{kind}_delta", kind: text})
 
     def _open(self, block: Made, told: Made) -> bytes:
         self._blocks.append(block)
@@ -101,16 +102,19 @@ class MessagesRenderer:
         if not self._is_open:
             return b""
         self._is_open = False
-        block = self._blocks[-1]
+        text, block = "".join(self._pieces), self._blocks[-1]
+        self._pieces.clear()
         if block["type"] == "tool_use":
-            block["input"] = _object_of(block["input"])
+            block["input"] = _object_of(text)
+        else:
+            block[block["type"]] = text  # the field is called as the type
         return _event("content_block_stop", index=len(self._blocks) - 1)
 
     # ---- the whole ---------------------------------------------------------------------------------------------------
 
-    async def gather(self, _generation: Generation, _index: int, output: Output) -> None:
+    async def gather(self, generation: Generation, _index: int, output: Output) -> None:
         """Let the blocks grow."""
-        for part in self._reader.take(output.text, is_last=False):
+        for part in await self._reader.take_all(output.text, generation.turns):
             self._take(part)
 
     def body(self, generation: Generation) -> list[bytes]:

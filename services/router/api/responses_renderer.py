@@ -24,9 +24,13 @@ from elasticmoe.services.router.dispatch.streams import Output, Stream
 _encode = msgspec.json.encode
 Item = dict[str, Any]
 
+_BEGINNINGS: dict[str, Item] = {"message": {"role": "assistant"}, "reasoning": {"summary": []}}
+_PARTS: dict[str, Item] = {"message": {"annotations": [], "logprobs": []}, "reasoning": {}}
+
 
 class ResponsesRenderer:
-    """Of one request. `_items`: the output so far; the last one grows while `_is_open`."""
+    """Of one request. `_items`: the output so far; while `_is_open` the last one's text, or arguments, are in
+    `_pieces`."""
 
     def __init__(
         self, answer_id: str, front: Front, raw: ResponsesRequest, options: Options, form: AnswerForm | None
@@ -37,6 +41,7 @@ class ResponsesRenderer:
         self._facts = {"id": answer_id, "object": "response", "created_at": int(time.time()), "model": front.model.name}
         self._number = 0  # of the next event
         self._items: list[Item] = []
+        self._pieces: list[str] = []
         self._is_open = False
 
     # ---- the stream's events -----------------------------------------------------------------------------------------
@@ -81,33 +86,27 @@ class ResponsesRenderer:
         """Let the output grow by a part."""
         match part:
             case Text(text):
-                events = self._continue("message", lambda: {"role": "assistant", "content": []})
-                if not self._items[-1]["content"]:
-                    self._items[-1]["content"].append(
-                        {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-                    )
-                    events += self._of_part("response.content_part.added", part=self._items[-1]["content"][0])
-                self._items[-1]["content"][0]["text"] += text
-                return events + self._of_part("response.output_text.delta", delta=text, logprobs=[])
+                return self._grow("message", "output_text", text, logprobs=[])
             case Reasoning(text):
-                events = self._continue("reasoning", lambda: {"summary": [], "content": []})
-                if not self._items[-1]["content"]:
-                    self._items[-1]["content"].append({"type": "reasoning_text", "text": ""})
-                    events += self._of_part("response.content_part.added", part=self._items[-1]["content"][0])
-                self._items[-1]["content"][0]["text"] += text
-                return events + self._of_part("response.reasoning_text.delta", delta=text)
+                return self._grow("reasoning", "reasoning_text", text)
             case CallStart(name):
                 call_id = self._reader.new_call_id()
                 return self._close() + self._open("function_call", {"call_id": call_id, "name": name, "arguments": ""})
             case CallArguments(text):
-                self._items[-1]["arguments"] += text
+                self._pieces.append(text)
                 return self._of_item("response.function_call_arguments.delta", delta=text)
 
-    def _continue(self, kind: str, make: Any) -> bytes:
-        """Go on with an item of that kind, or begin one."""
-        if self._is_open and self._items[-1]["type"] == kind:
-            return b""
-        return self._close() + self._open(kind, make())
+    def _grow(self, kind: str, part_kind: str, text: str, **told: Any) -> bytes:
+        """Let the one part of an item of that kind grow, which begins where the last item is another. `told`: beside
+        the text, in each event."""
+        events = b""
+        if not (self._is_open and self._items[-1]["type"] == kind):
+            events = self._close() + self._open(kind, {**_BEGINNINGS[kind], "content": []})
+            part = {"type": part_kind, "text": "", **_PARTS[kind]}
+            self._items[-1]["content"].append(part)
+            events += self._of_part("response.content_part.added", part=part)
+        self._pieces.append(text)
+        return events + self._of_part(f"response.{part_kind}.delta", delta=text, **told)
 
     def _open(self, kind: str, fields: Item) -> bytes:
         prefix = {"message": "msg", "function_call": "fc", "reasoning": "rs"}[kind]
@@ -121,18 +120,17 @@ class ResponsesRenderer:
         if not self._is_open:
             return b""
         self._is_open = False
-        item = self._items[-1]
+        text, item = "".join(self._pieces), self._items[-1]
+        self._pieces.clear()
         item["status"] = "incomplete" if is_cut else "completed"
-        events = b""
         if item["type"] == "function_call":
-            done = {"name": item["name"], "arguments": item["arguments"]}
-            events += self._of_item("response.function_call_arguments.done", **done)
+            item["arguments"] = text
+            events = self._of_item("response.function_call_arguments.done", name=item["name"], arguments=text)
         else:
             part = item["content"][0]
-            if item["type"] == "message":
-                events += self._of_part("response.output_text.done", text=part["text"], logprobs=[])
-            else:
-                events += self._of_part("response.reasoning_text.done", text=part["text"])
+            part["text"] = text
+            told: Item = {"logprobs": []} if item["type"] == "message" else {}
+            events = self._of_part(f"response.{part['type']}.done", text=text, **told)
             events += self._of_part("response.content_part.done", part=part)
         return events + self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
 
@@ -144,9 +142,9 @@ class ResponsesRenderer:
 
     # ---- the whole ---------------------------------------------------------------------------------------------------
 
-    async def gather(self, _generation: Generation, _index: int, output: Output) -> None:
+    async def gather(self, generation: Generation, _index: int, output: Output) -> None:
         """Let the items grow."""
-        for part in self._reader.take(output.text, is_last=False):
+        for part in await self._reader.take_all(output.text, generation.turns):
             self._take(part)
 
     def body(self, generation: Generation) -> list[bytes]:
