@@ -125,7 +125,9 @@ class Session:
                 self.messages.pop()
 
     def _stream(self) -> Iterator[str]:
-        body = {"model": self.model, "messages": self.messages, "stream": True, **self._options}
+        # What the model thinks is shown as it comes, like the rest: whoever waits wants to see why.
+        fixed = {"stream": True, "separate_reasoning": False}
+        body = {"model": self.model, "messages": self.messages, **fixed, **self._options}
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:

@@ -94,6 +94,7 @@ def test_an_answer_streams_and_the_conversation_grows() -> None:
 
     talk = session(handler, "be brief")
     assert list(talk.answer("Hi")) == ["Hel", "lo"]
+    assert bodies[0]["separate_reasoning"] is False, "thinking is shown"
     assert list(talk.answer("Again")) == ["Hel", "lo"]
     assert bodies[1]["messages"] == [
         {"role": "system", "content": "be brief"},

@@ -131,9 +131,10 @@ class Holdings:
         small = next((name for name, budget in budgets.items() if not budget), None)
         if small is not None:
             given = self._config.device_bytes
+            has = f"{given} bytes" if given else f"less than {self.granularity} bytes"
             raise ConfigError(
-                f"{small} would have {given or 'too few'} bytes, and the granularity is {self.granularity}: raise "
-                f"device_bytes (--device-memory), or take fewer devices"
+                f"{small} would have {has}, and the granularity is {self.granularity}: raise device_bytes "
+                f"(--device-memory), or take fewer devices"
             )
         for name in names:
             device = open_device(name, self.granularity, budgets[name])
