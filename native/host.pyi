@@ -65,10 +65,11 @@ def write_from(fd: int, file_offset: int, addr: int, nbytes: int) -> None:
     them first. Blocks. Raises as ``allocate``; some of it may have been written then.
     """
 
-def punch_hole(fd: int, offset: int, nbytes: int) -> None:
+def punch_hole(fd: int, offset: int, nbytes: int) -> bool:
     """Give back the pages of a part of the file, which then reads as zeros; the file's size stays. Blocks.
 
-    Mappings of the part stay valid; touching them allocates again.
+    False where some pages are still there: the kernel cannot split a large page while somebody touches the rest of it.
+    A later call may succeed. Mappings of the part stay valid; touching them allocates again. Moves the file's position.
     """
 
 def copy(dst_addr: int, src_addr: int, nbytes: int) -> None:

@@ -71,6 +71,7 @@ class Handles(ABC):
         self._imports: dict[Handle, Hashable] = {}
         self._places: dict[Space, FreeList] = {space: FreeList(self.reach) for space in SPACES}
         self._ranges: set[Range] = set()  # of base.py
+        self.has_leftovers = False  # of released handles: the kernel could not let it go then; `trim` tries again
         self._is_closed = False
 
     @classmethod
@@ -91,8 +92,7 @@ class Handles(ABC):
 
     @property
     def window_bytes(self) -> int:
-        """Handles of one space lie in windows of this size, none across two: each can be a range of its own, with the
-        handles at their places."""
+        """Handles of one space lie in windows of this size, none across two: each can be a range of its own."""
         return min(self.reach, self.range_bytes_max)
 
     @property
@@ -117,9 +117,8 @@ class Handles(ABC):
         return self._make(nbytes, space, at, "settled", self._create)
 
     def claim(self, nbytes: int, space: Space, at: int = 0) -> Handle:
-        """`create` without its memory, for an owner that makes much of it without a pause: `populate` or `write` makes
-        it, in pieces of the caller's choice, and `settle` says that all is there. Raises DoesNotFit beyond the budget,
-        DeviceError not_granular."""
+        """`create` without its memory, which `populate` or `write` makes in pieces of the caller's choice; `settle`
+        says that all is there. Raises DoesNotFit beyond the budget, DeviceError not_granular."""
         return self._make(nbytes, space, at, "claimed", self._claim)
 
     def _make(self, nbytes: int, space: Space, at: int, state: State, make: _Make) -> Handle:
@@ -263,7 +262,8 @@ class Handles(ABC):
         Raises OSError."""
 
     def trim(self) -> None:
-        """Give back memory that no handle owns: what a predecessor made and did not record."""
+        """Give back memory that no handle owns: what a predecessor made and did not record, and leftovers."""
+        self.has_leftovers = False
         for space, places in self._places.items():
             self._trim(space, places.extents)
 

@@ -166,7 +166,11 @@ class HostDevice(Device):
         if handle.origin == "imported":
             self._drop_file(extent.file)
         else:
-            host.punch_hole(extent.fd, extent.offset, handle.nbytes)
+            self._punch(extent.fd, extent.offset, handle.nbytes)
+
+    def _punch(self, fd: int, offset: int, nbytes: int) -> None:
+        if not host.punch_hole(fd, offset, nbytes):
+            self.has_leftovers = True
 
     def _export(self, handle: Handle) -> FdToken:
         assert handle.space is not None, "only local handles are exported"
@@ -184,7 +188,7 @@ class HostDevice(Device):
         nbytes_max = os.fstat(fd).st_size
         for offset, nbytes in free:
             if offset < nbytes_max:
-                host.punch_hole(fd, offset, min(nbytes, nbytes_max - offset))
+                self._punch(fd, offset, min(nbytes, nbytes_max - offset))
 
     # ---- User's side
 

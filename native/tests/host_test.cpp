@@ -142,7 +142,7 @@ TEST(allocation_takes_and_gives_back_pages) {
   CHECK(resident_bytes(file.addr(), file.nbytes()) == 4 * kPage);
   CHECK(resident_bytes(file.addr() + kPage + 10, 100) == 100);
   CHECK(resident_bytes(file.addr() + kPage - 10, 100) == 90);
-  punch_hole(file.fd(), kPage, kPage);
+  CHECK(punch_hole(file.fd(), kPage, kPage));
   CHECK(allocated_bytes(file.fd()) == 3 * kPage);
   CHECK(file.as<char>()[kPage] == 0 && file.as<char>()[2 * kPage] == 7);
   CHECK_THROWS(std::invalid_argument, allocate(file.fd(), 0, 0));

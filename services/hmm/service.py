@@ -63,6 +63,7 @@ class Hmm:
         self._holdings = parts.holdings
         self._background = parts.background
         self._copies = parts.copies
+        self._supply = parts.supply
         self._large_pages = parts.large_pages
         self._fence = parts.fence
         self._members = Membership(parts.holdings, parts.log)
@@ -150,6 +151,8 @@ class Hmm:
                 break
             self._on_message(*message)
         self._transitions.advance()
+        if not self._loading.is_at_work:
+            self._supply.give_back_leftovers()
         self._large_pages.turn(is_loading=self._loading.is_at_work)
 
     def _watch(self) -> None:

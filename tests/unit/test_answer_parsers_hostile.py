@@ -59,6 +59,24 @@ def test_parts_depend_on_the_text_alone(name: str, data: st.DataObject) -> None:
         assert "".join(part.text for part in whole if isinstance(part, Text)) == text  # those have an empty list
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "parts"),
+    [
+        # Space after the only call of an array that is never closed, and what follows it.
+        (
+            "hermes",
+            '<tool_call>[{"name": "f", "arguments": {}} </tool_call>',
+            [CallStart("f"), CallArguments("{}"), Text(" </tool_call>")],
+        ),
+        # The answer ends in the middle of an escape.
+        ("mistral", '[TOOL_CALLS]f{"a": "b\\', [CallStart("f"), CallArguments('{"a": "b')]),
+    ],
+)
+def test_what_once_depended_on_the_cut(name: str, text: str, parts: list[Part]) -> None:
+    assert read(PARSERS[name](SCHEMAS), [text]) == parts
+    assert read(PARSERS[name](SCHEMAS), list(text)) == parts
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("is_inside", [False, True])
 @settings(max_examples=200)

@@ -20,6 +20,7 @@ from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.memory import large_pages
 from elasticmoe.services.hmm.memory.large_pages import LargePages
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
+from elasticmoe.services.hmm.memory.transfer import Supply
 
 PAGE = 4096
 LARGE = 2 << 20
@@ -141,6 +142,32 @@ def test_what_leaves_gives_all_its_pages_back(memory: DeviceMemory, background: 
     for expert in (0, 2, 3, 5):  # the neighbours, which shared large pages with those
         handle = memory.records[RecordKey("expert", 0, expert)]
         assert memory.device.read_bytes(memory.address(handle), EXPERT) == bytes([expert + 2]) * EXPERT
+
+
+def test_what_the_kernel_cannot_let_go_is_given_back_later(memory: DeviceMemory, background: Background) -> None:
+    """A large page of which somebody holds the other half: it is not split, so the released half stays there."""
+    finish(large_pages_of(holdings_of(memory), background), background)
+    device, kept = memory.device, memory.records[RecordKey("expert", 0, 1)]
+    pipe = os.pipe()
+    try:  # the pipe holds the page itself, not a copy
+        os.splice(device.descriptors()["weights"], pipe[1], PAGE, offset_src=kept.place + kept.nbytes - PAGE)
+        memory.release(memory.records.pop(RecordKey("expert", 0, 2)))
+        used = sum(device.used.values())
+        if device.pages == used:
+            pytest.skip("the kernel gave no large page across two records")
+        assert device.has_leftovers
+        supply = Supply(holdings_of(memory), background)
+        supply.give_back_leftovers()
+        assert device.has_leftovers
+        assert device.pages > used
+    finally:
+        os.close(pipe[0])
+        os.close(pipe[1])
+    supply.give_back_leftovers()
+    assert not device.has_leftovers
+    assert device.pages == used
+    assert device.read_bytes(memory.address(kept), EXPERT) == bytes([3]) * EXPERT
+    assert device.check_integrity() == []
 
 
 def test_nothing_is_begun_while_memory_changes_hands(

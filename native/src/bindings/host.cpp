@@ -75,7 +75,10 @@ void bind_pages(nb::module_& module) {
   module.def(
       "punch_hole",
       [](int64_t fd, int64_t offset, int64_t nbytes) {
-        without_gil([&] { punch_hole(descriptor(fd), natural("offset", offset), natural("nbytes", nbytes)); });
+        bool is_gone = false;
+        without_gil(
+            [&] { is_gone = punch_hole(descriptor(fd), natural("offset", offset), natural("nbytes", nbytes)); });
+        return is_gone;
       },
       "fd"_a, "offset"_a, "nbytes"_a);
   module.def(

@@ -64,13 +64,16 @@ void allocate(int fd, uint64_t offset, uint64_t nbytes) {
   if (fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(nbytes)) != 0) throw_errno(errno, "fallocate");
 }
 
-void punch_hole(int fd, uint64_t offset, uint64_t nbytes) {
+bool punch_hole(int fd, uint64_t offset, uint64_t nbytes) {
   require_file_part(fd, offset, nbytes);
   require(nbytes > 0, "nbytes must be greater than zero");
   if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
                 static_cast<off_t>(nbytes)) != 0) {
     throw_errno(errno, "fallocate punch hole");
   }
+  const off_t data = lseek(fd, static_cast<off_t>(offset), SEEK_DATA);
+  if (data < 0 && errno != ENXIO) throw_errno(errno, "lseek");
+  return data < 0 || static_cast<uint64_t>(data) >= offset + nbytes;
 }
 
 void write_from(int fd, uint64_t file_offset, uint64_t addr, uint64_t nbytes) {

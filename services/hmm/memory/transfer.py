@@ -336,6 +336,12 @@ class Supply:
         self._num_releasing += 1
         self._background.start("release", lambda: reclaim(handles), over)
 
+    def give_back_leftovers(self) -> None:
+        """Try again where the kernel has kept something of what was released. Quick; no load may be at work."""
+        for memory in self._holdings.memories.values():
+            if memory.device.has_leftovers:
+                memory.device.trim()
+
 
 def reclaim(parts: Sequence[tuple[Device, Handle]]) -> None:
     """Give back the pages of handles that nobody uses any more, in pieces. Blocks; releasing them is quick then."""

@@ -142,8 +142,9 @@ class JsonCalls(ToolParser):
                 put(self._eat(stop.end()))
                 return
             else:
-                yield from self._need(stop.end() + 1)
-                put(self._eat(stop.end() + 1))
+                put(self._eat(stop.start()))
+                yield from self._need(2)
+                put(self._eat(2))
 
 
 def _decoded(text: str) -> str:

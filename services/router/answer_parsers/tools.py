@@ -53,7 +53,8 @@ class ToolParser(ABC):
         self._marker = ""  # that the call which is read began with
         self._is_over = False
         self._parts: list[ToolPart] = []
-        self._taken: list[str] = []  # of a call, marker included, until its name is out
+        self._opening = ""  # the marker, until a call's name is out
+        self._taken: list[str] = []  # of what follows it, while no name is out
         self._num_held = 0
         self._num_read_again = 0
         self._before = ""  # spaces before the marker: no text where a call follows
@@ -100,8 +101,8 @@ class ToolParser(ABC):
             marker = yield from self._text()
             if marker is None:
                 break
-            self._marker = marker
-            self._taken, self._num_held = [marker], 0
+            self._marker = self._opening = marker
+            self._taken, self._num_held = [], 0
             try:
                 yield from self._calls()
                 self._taken = []
@@ -109,7 +110,8 @@ class ToolParser(ABC):
                 self._give_up()
             except _AtEnd:
                 if self._is_after_call:  # what is cut off is the end of a call, or a further one without its name
-                    self._taken, self._before, self._buffer = [], "", ""
+                    self._opening, self._before, self._buffer = "", "", ""
+                    self._taken = []
                 self._give_up()
             self._is_open = False
         while True:
@@ -146,20 +148,20 @@ class ToolParser(ABC):
     def _give_up(self) -> None:
         """The marker is text, unless a call has come of it, and what follows it is read again, while it is not much:
         an answer of markers alone would be read for ever."""
-        marker, *taken = self._taken or [""]
-        before, self._before, self._taken = self._before, "", []
+        text, taken = self._before + self._opening, "".join(self._taken)
+        self._before, self._opening, self._taken = "", "", []
         self._num_read_again += self._num_held
         if self._num_read_again > READ_AGAIN_CHARS_MAX:
-            self._put(before + marker + "".join(taken))
+            self._put(text + taken)
             return
-        self._put(before + marker)
-        self._buffer = "".join(taken) + self._buffer
+        self._put(text)
+        self._buffer = taken + self._buffer
 
     def _start(self, name: str) -> None:
         """A call's name is out."""
         if not name:
             raise NoCall
-        self._taken, self._num_held, self._before = [], 0, ""
+        self._opening, self._taken, self._num_held, self._before = "", [], 0, ""
         self._is_open = self._has_called = self._is_after_call = True
         self._parts.append(CallStart(name))
 
