@@ -15,7 +15,7 @@ T = TypeVar("T")
 _TURN_S = 0.01
 
 
-def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 10.0) -> T:
+def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 30.0) -> T:
     """The first true value of `condition`. Fails the test, naming `what`, when there is none in time."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):

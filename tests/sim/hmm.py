@@ -161,6 +161,9 @@ class Supply:
     def begin(self, peaks: Any = None) -> None:
         """See elasticmoe.services.hmm.memory.transfer."""
 
+    def give_back_leftovers(self) -> None:
+        """See elasticmoe.services.hmm.memory.transfer. A kernel that can split its pages leaves none."""
+
     def _claim(self, memory: Memory, space: str, key: Any, nbytes: int) -> None:
         if self._hmm.bytes_of(memory) + nbytes > memory.device.budget:
             raise DoesNotFit(f"{memory.device.name}: no room for {nbytes} bytes")
