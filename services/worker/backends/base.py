@@ -32,7 +32,8 @@ Operation = Callable[[int], None]
 """Called with the number of rows N; writes the output that it is bound to."""
 
 StepBatch = Any
-"""What the same backend's `check_batch` made of a step's batch: nobody else looks into it."""
+"""What the same backend's `check_batch` made of a step's batch. Others look at its `num_rows` alone: how many rows are
+computed, which are the batch's and perhaps some behind them that are nobody's."""
 
 BatchOperation = Callable[[StepBatch], None]
 """Called with the step's batch; writes the output that it is bound to."""
@@ -125,6 +126,12 @@ class ComputeBackend(ABC):
     def check_batch(self, batch: Batch, cache: KvCache) -> StepBatch:
         """The batch over the blocks that are mapped now, for the operations of this step; cache and mapping stay as
         they are meanwhile. Raises ValueError for a block beyond the mapped ones."""
+
+    def section(self, run: BatchOperation, rows_max: int) -> BatchOperation:  # noqa: ARG002 - most keep nothing
+        """What `run` does of a step, of at most `rows_max` rows: it calls this backend's operations alone and looks at
+        nothing but the step's batch, so that a backend may keep what it queued and queue that again for a step of the
+        same form. An operation that looks at host memory (`embed`) is called outside."""
+        return run
 
     # ---- operations of a decoder
 

@@ -7,24 +7,14 @@ rotate, O width of what attention gives, A rank of the queries' projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import msgspec
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec
-from elasticmoe.services.worker.backends.base import (
-    BatchOperation,
-    ComputeBackend,
-    Mirror,
-    Operation,
-    StepBatch,
-)
-from elasticmoe.services.worker.exchange.base import Exchange
-
-ReplicaOperation = Callable[[int, Exchange], None]
-"""Called with the number of rows, and the exchange with the other ranks of the replica."""
+from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Mirror, Operation
+from elasticmoe.services.worker.model.program import Program
 
 
 class ResidualStream(NamedTuple):
@@ -43,15 +33,11 @@ class Attention(Protocol):
     prepare: BatchOperation
     """What is computed once for all layers of a step."""
 
-    def layer(self, layer: int, tensors: dict[str, torch.Tensor], stream: ResidualStream, eps: float) -> AttentionLayer:
-        """One layer, over its record's tensors."""
-
-
-class AttentionLayer(Protocol):
-    """One layer: x is read, its attention is added to the residual."""
-
-    def __call__(self, step: StepBatch, n: int, exchange: Exchange) -> None:
-        """Compute the layer for the step's `n` rows. The exchange is for the other ranks of the replica."""
+    def write(
+        self, program: Program, layer: int, tensors: dict[str, torch.Tensor], stream: ResidualStream, eps: float
+    ) -> None:
+        """One layer, over its record's tensors: x is read, its attention is added to the residual. Where a replica has
+        several ranks, they meet in it."""
 
 
 def attention_of(backend: ComputeBackend, spec: ModelSpec, max_tokens: int) -> Attention:
@@ -76,25 +62,20 @@ class GroupedQueryAttention:
             self._replica_norm = ReplicaNorm(backend, spec, self._qkv_NC, tp)
             self._spec = msgspec.structs.replace(spec, qk_norm="none")
 
-    def layer(self, layer: int, tensors: dict[str, torch.Tensor], stream: ResidualStream, eps: float) -> AttentionLayer:
+    def write(
+        self, program: Program, layer: int, tensors: dict[str, torch.Tensor], stream: ResidualStream, eps: float
+    ) -> None:
         """See Attention."""
         backend, spec, qkv_NC = self._backend, self._spec, self._qkv_NC
         norms = None if spec.qk_norm == "none" else (tensors["q_norm"], tensors["k_norm"])
-        normalize = self._replica_norm.layer(tensors, eps) if self._replica_norm is not None else None
-        project = backend.linear(stream.x_NH, tensors["qkv"], qkv_NC, bias_W=tensors.get("qkv_bias"))
-        store = backend.store_kv(spec, layer, qkv_NC, self._rope_ND, norms, eps)
-        attend = backend.attention(spec, layer, qkv_NC, self._out_NO)
-        output = _output(backend, self._out_NO, tensors, stream)
-
-        def run(step: StepBatch, n: int, exchange: Exchange) -> None:
-            project(n)
-            if normalize is not None:
-                normalize(n, exchange)
-            store(step)
-            attend(step)
-            output(n, exchange)
-
-        return run
+        program.compute(backend.linear(stream.x_NH, tensors["qkv"], qkv_NC, bias_W=tensors.get("qkv_bias")))
+        if self._replica_norm is not None:
+            self._replica_norm.write(program, tensors, eps)
+        program.compute_batch(
+            backend.store_kv(spec, layer, qkv_NC, self._rope_ND, norms, eps),
+            backend.attention(spec, layer, qkv_NC, self._out_NO),
+        )
+        _write_output(program, backend, self._out_NO, tensors, stream)
 
 
 class LatentAttention:
@@ -109,27 +90,23 @@ class LatentAttention:
         self._rope_ND = backend.empty(max_tokens, spec.rope.dims)
         self.prepare = backend.rope_table(spec.rope, self._rope_ND)
 
-    def layer(self, layer: int, tensors: dict[str, torch.Tensor], stream: ResidualStream, eps: float) -> AttentionLayer:
+    def write(
+        self, program: Program, layer: int, tensors: dict[str, torch.Tensor], stream: ResidualStream, eps: float
+    ) -> None:
         """See Attention. The norms of the two ranks have an epsilon of their own, whatever the model's is."""
         del eps
         backend, spec = self._backend, self._spec
-        queries = self._queries(tensors, stream)
-        compress = backend.linear(stream.x_NH, tensors["kv_a"], self._kv_NC, bias_W=tensors.get("kv_a_bias"))
-        store = backend.store_latent(
-            spec, layer, self._q_NQ, self._kv_NC, self._rope_ND, tensors["kv_a_norm"], spec.norm_eps
+        program.compute(
+            *self._queries(tensors, stream),
+            backend.linear(stream.x_NH, tensors["kv_a"], self._kv_NC, bias_W=tensors.get("kv_a_bias")),
         )
-        attend = backend.latent_attention(spec, layer, self._q_NQ, tensors["kv_b"], self._out_NO)
-        output = _output(backend, self._out_NO, tensors, stream)
-
-        def run(step: StepBatch, n: int, exchange: Exchange) -> None:
-            for operation in queries:
-                operation(n)
-            compress(n)
-            store(step)
-            attend(step)
-            output(n, exchange)
-
-        return run
+        program.compute_batch(
+            backend.store_latent(
+                spec, layer, self._q_NQ, self._kv_NC, self._rope_ND, tensors["kv_a_norm"], spec.norm_eps
+            ),
+            backend.latent_attention(spec, layer, self._q_NQ, tensors["kv_b"], self._out_NO),
+        )
+        _write_output(program, backend, self._out_NO, tensors, stream)
 
     def _queries(self, tensors: dict[str, torch.Tensor], stream: ResidualStream) -> tuple[Operation, ...]:
         backend, spec = self._backend, self._spec
@@ -161,36 +138,27 @@ class ReplicaNorm:
         self._square = backend.square(qkv_NC, self._squares_NC)
         self._add_up = backend.linear(self._squares_NC, self._chosen_2C, self._sums_N2.device)
 
-    def layer(self, tensors: dict[str, torch.Tensor], eps: float) -> ReplicaOperation:
+    def write(self, program: Program, tensors: dict[str, torch.Tensor], eps: float) -> None:
         """One layer's, with its weights: in place, of the rows in qkv."""
-        sums_N2 = self._sums_N2.device
-        scale = [
-            self._backend.scale_by_squares(self._qkv_NC[:, begin:end], sums_N2[:, at], count, tensors[name], eps)
-            for at, (name, (begin, end), count) in enumerate(
-                zip(("q_norm", "k_norm"), self._parts, self._counts, strict=True)
-            )
-        ]
-
-        def run(n: int, exchange: Exchange) -> None:
-            self._square(n)
-            self._add_up(n)
-            exchange.reduce(self._sums_N2, None, self._sums_N2, n)
-            for operation in scale:
-                operation(n)
-
-        return run
+        sums_N2 = self._sums_N2
+        program.compute(self._square, self._add_up)
+        program.meet(lambda exchange, n: exchange.reduce(sums_N2, None, sums_N2, n))
+        for at, (name, (begin, end), count) in enumerate(
+            zip(("q_norm", "k_norm"), self._parts, self._counts, strict=True)
+        ):
+            x_NW, squares_N = self._qkv_NC[:, begin:end], sums_N2.device[:, at]
+            program.compute(self._backend.scale_by_squares(x_NW, squares_N, count, tensors[name], eps))
 
 
-def _output(
-    backend: ComputeBackend, out_NO: torch.Tensor, tensors: dict[str, torch.Tensor], stream: ResidualStream
-) -> ReplicaOperation:
+def _write_output(
+    program: Program,
+    backend: ComputeBackend,
+    out_NO: torch.Tensor,
+    tensors: dict[str, torch.Tensor],
+    stream: ResidualStream,
+) -> None:
     partial_NH, bias = stream.partial_NH, tensors.get("out_bias")
     target_NH = stream.residual_NH if partial_NH is None else partial_NH.device
-    project = backend.linear(out_NO, tensors["out"], target_NH, bias_W=bias, accumulate=partial_NH is None)
-
-    def run(n: int, exchange: Exchange) -> None:
-        project(n)
-        if partial_NH is not None:
-            exchange.reduce(partial_NH, None, partial_NH, n)
-
-    return run
+    program.compute(backend.linear(out_NO, tensors["out"], target_NH, bias_W=bias, accumulate=partial_NH is None))
+    if partial_NH is not None:
+        program.meet(lambda exchange, n: exchange.reduce(partial_NH, None, partial_NH, n))

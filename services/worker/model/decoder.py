@@ -1,7 +1,7 @@
 """The decoder that all families are: norm, attention, norm, feed-forward, with the residual kept in float32.
 
-Its parts are chosen by the spec, so that a family is a choice of parts. Per layer there are ten calls of the compute
-backend and of the exchange that do something on a host.
+Its parts are chosen by the spec, so that a family is a choice of parts. They write the model's program (program.py)
+when it is built. Per layer there are ten calls of the compute backend and of the exchange that do something on a host.
 
 Granite multiplies what each part adds to the residual. That costs nothing here: the residual is kept divided by that
 factor, from the embedding on, and a norm, which asks for proportions alone, has its epsilon divided by its square.
@@ -11,24 +11,17 @@ Shape suffixes: N rows of a step, H hidden, M rows whose logits are wanted, V vo
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
 import torch
 
-from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
+from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
 from elasticmoe.services.worker.exchange.base import Exchange
-from elasticmoe.services.worker.model.attention import AttentionLayer, ResidualStream, attention_of
+from elasticmoe.services.worker.model.attention import ResidualStream, attention_of
 from elasticmoe.services.worker.model.base import StepTimes
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.moe import DenseFeedForward, RoutedExperts
+from elasticmoe.services.worker.model.program import Program
 from elasticmoe.services.worker.model.weights import RankWeights
-
-
-class _DecoderLayer(NamedTuple):
-    input_norm: Operation
-    attention: AttentionLayer
-    post_norm: Operation
-    feed_forward: RoutedExperts | DenseFeedForward
 
 
 class Decoder:
@@ -50,7 +43,6 @@ class Decoder:
         self._logits_MV = self._buffer(0, self._head_VH.shape[0])
         self._gathered_MV = self._buffer(0, spec.vocab)  # by the leader of a replica
         self._head = backend.linear(self._x_NH.device, self._head_VH, self._logits_MV.device)
-        self._attention = attention_of(backend, spec, max_tokens)
         self._norm_eps = spec.norm_eps / spec.residual_factor**2
         self._embed = backend.embed(
             weights.base["embed"],
@@ -59,14 +51,13 @@ class Decoder:
             first=self._shard.span(spec.vocab)[0],
             vocab=spec.vocab,
         )
-        self._layers = [self._make_layer(layer) for layer in range(spec.num_layers)]
         # Kept here: operations look at tensors' memory, and nobody else owns a product.
         self._final_weight_H = weights.base["final_norm"]
         if spec.logits_factor != 1:
             self._final_weight_H = self._final_weight_H * spec.logits_factor
-        self._final_norm = backend.final_norm(
-            self._residual_NH.device, self._delta_NH.device, self._final_weight_H, self._norm_eps, self._x_NH.device
-        )
+        self._attention = attention_of(backend, spec, max_tokens)
+        self._program = Program(backend, max_tokens)
+        self._write(self._program)
 
     def forward(self, batch: Batch, exchange: Exchange) -> torch.Tensor:
         """See Model."""
@@ -77,15 +68,7 @@ class Decoder:
         n = batch.num_rows
         step = self.backend.check_batch(batch, self._weights.kv)
         self._embed(step)
-        if self._is_part:
-            exchange.reduce(self._residual_NH, None, self._residual_NH, n)
-        self._attention.prepare(step)
-        for input_norm, attention, post_norm, feed_forward in self._layers:
-            input_norm(n)
-            attention(step, n, exchange)
-            post_norm(n)
-            feed_forward(exchange, n)
-        self._final_norm(step)
+        self._program.run(step, exchange, n)
         logits_MV = self._compute_logits(batch.num_logits)
         if self._is_part:
             logits_MV = self._gather_logits(exchange, batch.num_logits)
@@ -93,22 +76,34 @@ class Decoder:
         self.times = StepTimes(time.perf_counter_ns() - started, *exchange.take_times())
         return logits_MV
 
-    def _make_layer(self, layer: int) -> _DecoderLayer:
+    def _write(self, program: Program) -> None:
+        """From the embedding to the norm before the head."""
+        backend, spec = self.backend, self._weights.spec
+        residual_NH, delta_NH = self._residual_NH, self._delta_NH.device
+        if self._is_part:
+            program.meet(lambda exchange, n: exchange.reduce(residual_NH, None, residual_NH, n))
+        program.compute_batch(self._attention.prepare)
+        for layer in range(spec.num_layers):
+            self._write_layer(program, layer)
+        program.compute_batch(
+            backend.final_norm(residual_NH.device, delta_NH, self._final_weight_H, self._norm_eps, self._x_NH.device)
+        )
+        program.end()
+
+    def _write_layer(self, program: Program, layer: int) -> None:
         backend, spec, tensors, eps = self.backend, self._weights.spec, self._weights.layers[layer], self._norm_eps
         x_NH, residual_NH, delta_NH = self._x_NH, self._residual_NH.device, self._delta_NH
         stream = ResidualStream(x_NH.device, residual_NH, self._partial_NH)
         attended = None if self._partial_NH is None else self._partial_NH.device  # what is left to be added likewise
         before = None if layer == 0 else delta_NH.device  # what the feed-forward before it left to be added
-        return _DecoderLayer(
-            backend.rms_norm(residual_NH, before, tensors["input_norm"], eps, x_NH.device),
-            self._attention.layer(layer, tensors, stream, spec.norm_eps),
-            backend.rms_norm(residual_NH, attended, tensors["post_norm"], eps, x_NH.device),
-            DenseFeedForward(backend, spec, tensors, x_NH, delta_NH, self._shard)
-            if layer in spec.dense_layers
-            else RoutedExperts(
-                backend, spec, layer, tensors, self._weights.experts[layer], x_NH, delta_NH, self._shard
-            ),
-        )
+        program.compute(backend.rms_norm(residual_NH, before, tensors["input_norm"], eps, x_NH.device))
+        self._attention.write(program, layer, tensors, stream, spec.norm_eps)
+        program.compute(backend.rms_norm(residual_NH, attended, tensors["post_norm"], eps, x_NH.device))
+        if layer in spec.dense_layers:
+            DenseFeedForward(backend, spec, tensors, x_NH, delta_NH, self._shard).write(program)
+            return
+        experts = self._weights.experts[layer]
+        RoutedExperts(backend, spec, layer, tensors, experts, x_NH, delta_NH, self._shard).write(program)
 
     def _compute_logits(self, num_logits: int) -> torch.Tensor:
         if num_logits > self._logits_MV.host.shape[0]:

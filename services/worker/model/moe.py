@@ -1,4 +1,5 @@
-"""Feed-forward parts of the decoder: routed experts, and the ordinary kind for dense layers.
+"""Feed-forward parts of the decoder: routed experts, and the ordinary kind for dense layers. Each is made once and
+writes itself into the model's program.
 
 Shape suffixes: N own rows, H hidden, E experts, K experts per token, R rows received for own experts.
 """
@@ -11,6 +12,7 @@ from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.sharding import Shard
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
 from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.model.program import Program
 
 
 class RoutedExperts:
@@ -49,29 +51,39 @@ class RoutedExperts:
                 self._clear = backend.clear(out_NH.device)
             self._add_shared = backend.shared_experts(x_NH.device, w13, w2, gate_1H, width, out_NH.device)
 
-    def __call__(self, exchange: Exchange, n: int) -> None:
-        """Compute the layer; takes part in the exchange also with no rows."""
+    def write(self, program: Program) -> None:
+        """The layer; ranks meet in it also with no rows."""
+        program.compute(self._route)
         if self._shard.of > 1:
-            self._compute_part(exchange, n)
+            self._write_part(program)
             return
-        self._route(n)
-        num_rows = exchange.dispatch(self._layer, self._x_NH, self._ids_NK, self._weights_NK, n)
-        self._compute(exchange.rows_RH, exchange.counts_E, num_rows)
-        exchange.combine(self._layer, exchange.rows_RH, self._delta_NH, n)
-        if self._add_shared is not None:
-            self._add_shared(n)
 
-    def _compute_part(self, exchange: Exchange, n: int) -> None:
+        def meet(exchange: Exchange, n: int) -> None:
+            num_rows = exchange.dispatch(self._layer, self._x_NH, self._ids_NK, self._weights_NK, n)
+            self._compute(exchange.rows_RH, exchange.counts_E, num_rows)
+            exchange.combine(self._layer, exchange.rows_RH, self._delta_NH, n)
+
+        program.meet(meet)
+        if self._add_shared is not None:
+            program.compute(self._add_shared)
+
+    def _write_part(self, program: Program) -> None:
         """The same, with the other ranks of the replica."""
-        first, end = self._shard.span(n)
-        self._route(n)
-        num_rows = exchange.dispatch(self._layer, self._x_NH, self._ids_NK, self._weights_NK, end - first, first=first)
-        self._compute(exchange.rows_RH, exchange.counts_E, num_rows)
+
+        def dispatch(exchange: Exchange, n: int) -> None:
+            first, end = self._shard.span(n)
+            of_rows = self._x_NH, self._ids_NK, self._weights_NK, end - first
+            self._compute(exchange.rows_RH, exchange.counts_E, exchange.dispatch(self._layer, *of_rows, first=first))
+
+        def combine(exchange: Exchange, n: int) -> None:
+            first, end = self._shard.span(n)
+            exchange.combine(self._layer, exchange.rows_RH, self._delta_NH, end - first, first=first)
+            exchange.reduce(self._partial_NH, self._delta_NH, self._delta_NH, n)
+
+        program.meet(dispatch)
         if self._add_shared is not None:  # before others are waited for
-            self._clear(n)
-            self._add_shared(n)
-        exchange.combine(self._layer, exchange.rows_RH, self._delta_NH, end - first, first=first)
-        exchange.reduce(self._partial_NH, self._delta_NH, self._delta_NH, n)
+            program.compute(self._clear, self._add_shared)
+        program.meet(combine)
 
 
 class DenseFeedForward:
@@ -90,8 +102,9 @@ class DenseFeedForward:
         width = shard.size(spec.dense_width)
         self._compute = backend.feed_forward(x_NH.device, tensors["w13"], tensors["w2"], width, delta_NH.device)
 
-    def __call__(self, exchange: Exchange, n: int) -> None:
-        """Compute the layer; nothing is exchanged but with the other ranks of the replica."""
-        self._compute(n)
+    def write(self, program: Program) -> None:
+        """The layer; nothing is exchanged but with the other ranks of the replica."""
+        program.compute(self._compute)
         if self._is_part:
-            exchange.reduce(self._delta_NH, None, self._delta_NH, n)
+            delta_NH = self._delta_NH
+            program.meet(lambda exchange, n: exchange.reduce(delta_NH, None, delta_NH, n))
