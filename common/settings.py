@@ -225,6 +225,10 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
         bool,
         _is("Let the rank of device `host:i` run on core i only (modulo their number), as on a slice of the machine"),
     ] = False
+    captured_graphs: Annotated[
+        bool,
+        _is("Let ranks queue a decode step's sections as captured graphs, where `compute` can (`triton`)"),
+    ] = True
 
 
 class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

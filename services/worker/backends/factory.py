@@ -9,6 +9,7 @@ import torch
 from elasticmoe.common.layout import Compute
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.services.worker.backends.accelerator.backend import AcceleratorBackend
+from elasticmoe.services.worker.backends.accelerator.graphs import TorchRecorder
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.kernel_set import NpuKernels
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.host import HostBackend
@@ -17,32 +18,34 @@ from elasticmoe.services.worker.backends.torch import TorchBackend
 TellWaiting = Callable[[bool], None] | None
 
 
-def _open_triton(tell_waiting: TellWaiting, device: torch.device) -> ComputeBackend:
+def _open_triton(tell_waiting: TellWaiting, device: torch.device, graphs: bool) -> ComputeBackend:
     try:  # here, since Triton is imported where its device is
         from elasticmoe.services.worker.backends.accelerator.triton_kernels.kernel_set import TritonKernels
     except ImportError as error:
         missing = error.name or "a part of it"
         text = f"--compute triton needs triton, and {missing} cannot be imported: install elasticmoe[cuda]"
         raise ConfigError(text, code="no_compute") from None
-    return AcceleratorBackend(TritonKernels(device), tell_waiting, device)
+    recorder = TorchRecorder(device) if graphs and device.type == "cuda" else None
+    return AcceleratorBackend(TritonKernels(device), tell_waiting, device, recorder)
 
 
-def _open_torch_npu(tell_waiting: TellWaiting, device: torch.device) -> ComputeBackend:
-    return AcceleratorBackend(NpuKernels(device), tell_waiting, device)
-
-
-BACKENDS: dict[Compute, Callable[[TellWaiting, torch.device], ComputeBackend]] = {
-    "host": HostBackend,
-    "torch": TorchBackend,
+BACKENDS: dict[Compute, Callable[[TellWaiting, torch.device, bool], ComputeBackend]] = {
+    "host": lambda tell_waiting, device, _: HostBackend(tell_waiting, device),
+    "torch": lambda tell_waiting, device, _: TorchBackend(tell_waiting, device),
     "triton": _open_triton,
-    "torch_npu": _open_torch_npu,
+    "torch_npu": lambda tell_waiting, device, _: AcceleratorBackend(NpuKernels(device), tell_waiting, device),
 }
 
 
 def open_backend(
-    name: Compute, tell_waiting: TellWaiting = None, device: torch.device = torch.device("cpu")
+    name: Compute,
+    tell_waiting: TellWaiting = None,
+    device: torch.device = torch.device("cpu"),
+    *,
+    graphs: bool = True,
 ) -> ComputeBackend:
     """A backend for one rank. `device`: where its memory's tensors are, as the rank's Device says; which backends
-    compute on which devices says COMPUTES (common/layout.py). `tell_waiting`: see ComputeBackend. Raises ConfigError
-    no_compute where a package, or an operator of one, is missing that it needs."""
-    return BACKENDS[name](tell_waiting, device)
+    compute on which devices says COMPUTES (common/layout.py). `tell_waiting`: see ComputeBackend. `graphs`: steps may
+    be captured, where that can be done. Raises ConfigError no_compute where a package, or an operator of one, is
+    missing that it needs."""
+    return BACKENDS[name](tell_waiting, device, graphs)

@@ -49,7 +49,8 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     barrier = ShmBarrier(bus, memory.doorbells, seat.slot)
     # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
     ledger, max_tokens = memory.ledger, min(seat.max_tokens, bus.max_tokens)
-    backend = open_backend(seat.compute, barrier.tell_waiting, memory.device.open_torch())
+    torch_device = memory.device.open_torch()
+    backend = open_backend(seat.compute, barrier.tell_waiting, torch_device, graphs=config.captured_graphs)
     exchange = open_exchange(memory, backend, config.state_dir / "torch_dist")
     model = build_model(backend, memory.weights, max_tokens)
     engine = Engine(

@@ -17,6 +17,7 @@ import torch
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec, MoeSpec, RopeSpec
 from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, SentFields
 from elasticmoe.services.worker.backends.accelerator.experts import ExpertRooms, Experts
+from elasticmoe.services.worker.backends.accelerator.graphs import Graphs, Recorder
 from elasticmoe.services.worker.backends.accelerator.kernels import (
     Kernels,
     Norm,
@@ -35,14 +36,25 @@ from elasticmoe.services.worker.model.weights import KvCache
 
 
 class AcceleratorBackend(TensorBackend):
-    """See ComputeBackend. `kernels`: of the device's vendor."""
+    """See ComputeBackend. `kernels`: of the device's vendor. `recorder`: of what they queue, for kernels that can be
+    captured."""
 
-    def __init__(self, kernels: Kernels, tell_waiting: Callable[[bool], None] | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        tell_waiting: Callable[[bool], None] | None,
+        device: torch.device,
+        recorder: Recorder | None = None,
+    ) -> None:
         super().__init__(tell_waiting, device)
         self.name = kernels.name
         self._kernels: Final = kernels
         self._rooms: Final = ExpertRooms(device)
         self._transfers: Final = {name: SentFields(device) for name in ("batch", "attention", "stored", "read")}
+        self.graphs: Final = Graphs(recorder, self._count_moves)
+
+    def _count_moves(self) -> int:
+        return self._kernels.num_moves + sum(fields.num_moves for fields in self._transfers.values())
 
     def check_model(self, spec: ModelSpec, block_size: int) -> None:
         """See ComputeBackend."""
@@ -55,7 +67,14 @@ class AcceleratorBackend(TensorBackend):
 
     def check_batch(self, batch: Batch, cache: KvCache) -> AcceleratorBatch:
         """See ComputeBackend."""
-        return AcceleratorBatch(batch, cache, self._transfers)
+        step = AcceleratorBatch(batch, cache, self._transfers, self.graphs.form_of(batch))
+        if step.form:
+            self._kernels.prepare(step)
+        return step
+
+    def section(self, run: BatchOperation, rows_max: int) -> BatchOperation:
+        """See ComputeBackend."""
+        return self.graphs.section(run, rows_max)
 
     # ---- a decoder's
 

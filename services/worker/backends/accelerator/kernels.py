@@ -93,9 +93,14 @@ class Kernels(Protocol):
     """One vendor's."""
 
     name: str
+    num_moves: int
+    """How often memory of these kernels has moved that they read or write."""
 
     def check_model(self, spec: ModelSpec, block_size: int) -> None:
         """Raises ConfigError no_compute for a model that these kernels do not compute."""
+
+    def prepare(self, step: AcceleratorBatch) -> None:
+        """Send what the kernels need of a step that has a form, beside its batch: what is captured sends nothing."""
 
     def product(self, product: Product, n: int) -> None:
         """See Product."""
@@ -119,7 +124,7 @@ class Kernels(Protocol):
         """See Rotation."""
 
     def store(self, x: torch.Tensor, layer: int, step: AcceleratorBatch) -> None:
-        """Write each row of x [N, P, W] to its place in its block of the cache."""
+        """Write each row of x [N, P, W] to its place in its block of the cache; rows of block -1 nowhere."""
 
     def attend(self, attention: PagedAttention, step: AcceleratorBatch) -> None:
         """See PagedAttention."""

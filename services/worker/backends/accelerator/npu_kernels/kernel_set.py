@@ -69,6 +69,7 @@ class NpuKernels(Kernels):
         """Raises ConfigError no_compute where torch_npu is missing, or is one without an operator."""
         check_operators()
         self._attention = FusedAttention(device)
+        self.num_moves = 0
 
     def check_model(self, spec: ModelSpec, block_size: int) -> None:
         """See Kernels. The limits are those of npu_fused_infer_attention_score."""
@@ -76,6 +77,9 @@ class NpuKernels(Kernels):
             if is_wrong:
                 text = f"--compute torch_npu does not compute {what}: use --compute torch"
                 raise ConfigError(text, code="no_compute")
+
+    def prepare(self, step: AcceleratorBatch) -> None:
+        """See Kernels. No step has a form: fused attention takes lengths from the host, which a graph would keep."""
 
     def product(self, product: Product, n: int) -> None:
         """See Kernels."""

@@ -139,17 +139,20 @@ def join_kernel(
     BLOCK_DIM: tl.constexpr,
 ) -> None:
     """out [N, heads, width] = what each query from `first_row` on has taken from its splits, joined in their order.
-    Grid: rows, tiles of heads."""
+    Nothing for position -1. Grid: rows, tiles of heads."""
     row, dim = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_DIM)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     is_head = head < num_heads
     mask = is_head[:, None] & (dim < width)[None, :]
     at = (row * num_heads + head) * num_splits
     row += first_row
+    position = tl.load(positions + row)
+    if position < 0:
+        return
     greatest = tl.load(maxima + at, mask=is_head, other=0.0)
     total = tl.load(totals + at, mask=is_head, other=1.0)
     taken = tl.load(sums + at[:, None] * width + dim[None, :], mask=mask, other=0.0)
-    for split in range(1, tl.load(positions + row) // SPLIT + 1):
+    for split in range(1, position // SPLIT + 1):
         next_greatest = tl.load(maxima + at + split, mask=is_head, other=0.0)
         larger = tl.maximum(greatest, next_greatest)
         base = _base_of(larger)

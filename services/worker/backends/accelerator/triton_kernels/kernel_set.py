@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 
 from elasticmoe.common.model_spec import ModelSpec
@@ -72,9 +73,14 @@ class TritonKernels(Kernels):
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.empty(0, dtype=torch.float32, device=device)
+        self.num_moves = 0
 
     def check_model(self, spec: ModelSpec, block_size: int) -> None:
         """See Kernels. All are computed."""
+
+    def prepare(self, step: AcceleratorBatch) -> None:
+        """See Kernels. Each row of a form is a tile."""
+        _tiles_of(step, 1)
 
     def product(self, product: Product, n: int) -> None:
         """See Kernels."""
@@ -163,8 +169,8 @@ class TritonKernels(Kernels):
         heads_per_kv, tile = heads // kv_heads, TILES[planes]
         block_heads = min(power_of_two(heads_per_kv), tile.queries)
         head_tiles = blocks_of(heads_per_kv, block_heads)
-        tiles, first_rows = _tiles_of(step, tile.queries // block_heads)
-        splits = blocks_of(int(step.kv_lens.max(initial=0)), SPLIT)
+        tiles, first_rows = _tiles_of(step, 1 if step.form else tile.queries // block_heads)
+        splits = blocks_of(step.positions_max, SPLIT)
         block_dim, join_heads = max(SMALLEST, power_of_two(value_width)), min(power_of_two(heads), HEADS)
         # Many long sequences at once would need more memory than there is.
         tiles_max = max(1, SUMS_MAX // (tile.queries // block_heads * heads * splits * value_width))
@@ -245,6 +251,7 @@ class TritonKernels(Kernels):
         count = rows * parts
         if len(self._sums) < count * (width + 2):
             self._sums = torch.empty(count * (width + 2), dtype=torch.float32, device=self._sums.device)
+            self.num_moves += 1
         sums, maxima, totals, _ = self._sums.split_with_sizes(
             [count * width, count, count, len(self._sums) - count * (width + 2)]
         )
@@ -252,10 +259,14 @@ class TritonKernels(Kernels):
 
 
 def _tiles_of(step: AcceleratorBatch, each: int) -> tuple[torch.Tensor, list[int]]:
-    """The rows in tiles of up to `each` positions of a sequence; on the host the tiles' first rows, and N."""
+    """The rows in tiles of up to `each` positions of a sequence, those of padding without a row; on the host the tiles'
+    first rows, and N."""
 
     def make(fields: SentFields) -> tuple[torch.Tensor, list[int]]:
         tiles_T4 = query_tiles(step.row_starts, step.firsts, step.block_starts, each)
+        if step.form:
+            tiles_T4 = np.pad(tiles_T4, ((0, step.num_rows - len(tiles_T4)), (0, 0)))
+            tiles_T4[:, 0] = np.arange(step.num_rows)
         return fields.send({"tiles": tiles_T4.reshape(-1)})["tiles"], [*tiles_T4[:, 0].tolist(), step.num_rows]
 
     return step.once("attention", each, make)

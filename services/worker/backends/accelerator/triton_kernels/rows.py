@@ -118,10 +118,12 @@ def store_kernel(
     BLOCK_PLANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write `width` elements of each row and (plane, head) to the row's place in its block. Grid: rows; `cache` points
-    to the layer in the first block, `plane_stride` leads from one (plane, head) to the next."""
+    """Write `width` elements of each row and (plane, head) to the row's place in its block; nothing for block -1. Grid:
+    rows; `cache` points to the layer in the first block, `plane_stride` leads from one (plane, head) to the next."""
     row = tl.program_id(0)
     block, place = tl.load(blocks + row).to(tl.int64), tl.load(places + row)
+    if block < 0:
+        return
     plane = tl.arange(0, BLOCK_PLANES)[:, None]
     x += row.to(tl.int64) * x_row + plane * width
     cache += block * block_stride + plane * plane_stride + place * width
