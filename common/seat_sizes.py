@@ -12,6 +12,7 @@ from elasticmoe.native.bus import bus_bytes
 from elasticmoe.native.ledger import ledger_bytes
 
 LEDGER_BLOB_BYTES = 16_384  # a request's id, sampling parameters and router in one ledger row
+MOVES_MAX = 8  # KV blocks that a leader moves in one step
 _RANKS_MIN = 8  # slots of the bus beyond the layout's, so that a deployment can grow
 
 
@@ -23,6 +24,7 @@ class BusSizes(NamedTuple):
     hidden: int
     top_k: int
     half_elements: int
+    plan_bytes: int
     nbytes: int
 
 
@@ -38,12 +40,12 @@ class LedgerSizes(NamedTuple):
 def size_bus(load: LoadModel, spec: ModelSpec, num_devices: int, granularity: int) -> BusSizes:
     """A bus for every device that the deployment may grow to. Raises InvalidRequest."""
     ranks = min(RANKS_MAX, max(_RANKS_MIN, num_devices, *(slot + 1 for slot in load.layout.slots)))
-    half = half_elements_of(spec, load.max_tokens)
+    half, plan = half_elements_of(spec, load.max_tokens), plan_bytes_of(load)
     try:
-        nbytes = bus_bytes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k, half)
+        nbytes = bus_bytes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k, half, plan)
     except ValueError as error:
         raise InvalidRequest(f"no bus of {ranks} ranks with {load.max_tokens} tokens each: {error}") from None
-    return BusSizes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k, half, round_up(nbytes, granularity))
+    return BusSizes(ranks, load.max_tokens, spec.hidden, spec.moe.top_k, half, plan, round_up(nbytes, granularity))
 
 
 def half_elements_of(spec: ModelSpec, max_tokens: int) -> int:
@@ -52,6 +54,17 @@ def half_elements_of(spec: ModelSpec, max_tokens: int) -> int:
     where replicas are single ranks."""
     width = max(2 * spec.hidden, spec.attention.kv.elements)
     return 0 if spec.tp == 1 else max(max_tokens * width, -(-spec.vocab // spec.tp))
+
+
+def plan_bytes_of(load: LoadModel) -> int:
+    """The longest plan that a leader may write for its replica (worker/model/batch.py): a part for each of its
+    sequences, with as many blocks as a sequence may have, and MOVES_MAX moves of blocks. 0 where replicas are single
+    ranks."""
+    parts = min(load.max_sequences, load.max_tokens)
+    blocks = parts * -(-load.max_model_len // load.block_size)
+    num_counts, num_ends = 5, 2
+    numbers = num_counts + num_ends + 2 * load.max_tokens + 3 * parts + blocks + 2 * MOVES_MAX
+    return 0 if load.layout.tp == 1 else 4 * numbers  # int32
 
 
 def size_ledger(load: LoadModel, granularity: int) -> LedgerSizes:

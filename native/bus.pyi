@@ -171,6 +171,14 @@ class Bus:
     def is_waiting_for_device(self, slot: int) -> bool:
         """What the rank of a slot has said last."""
 
+    def set_kv_blocks(self, num_blocks: int) -> None:
+        """Say in the own slot how many KV blocks this rank has for its replica: the first rank of it, how many are in use;
+        another one, how many it has mapped. What was said outlives the incarnation, as KV does. All ranks see what is said
+        here and asked by ``kv_blocks`` in one and the same order."""
+
+    def kv_blocks(self, slot: int) -> int:
+        """What the rank of a slot has said last; 0 before it has said anything."""
+
     # Meeting. `deadline_ms` is from now, ≥ 0; the own slot must be joined and a member (ValueError).
     def barrier(self, generation: int, deadline_ms: float) -> None:
         """Block until every member has arrived as often as this rank in this generation.

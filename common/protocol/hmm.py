@@ -113,7 +113,8 @@ class AbortLayout(Message, frozen=True):
 class CopyBlocks(Message, frozen=True):
     """Rank -> HMM: copy KV blocks of my device (`source`) to blocks that another rank keeps for me (`target`), as
     (source block, target block). Answered by Ack when the copy is complete, or Refused: `stale_incarnation` when one of
-    the two ranks is not the one attached to its slot. Not fenced by an epoch: the incarnations fence it."""
+    the two ranks is not the one attached to its slot. Not fenced by an epoch: the incarnations fence it. Between
+    replicas of several ranks their first ones are named, and the others' blocks of the same numbers are copied too."""
 
     source_slot: Slot
     source_incarnation: Incarnation

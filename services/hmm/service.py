@@ -34,10 +34,10 @@ from elasticmoe.common.protocol.replies import Ack, Refused, refusal
 from elasticmoe.common.protocol.scaler import Integrity
 from elasticmoe.services.hmm.loading.loader import ModelLoad
 from elasticmoe.services.hmm.memory.blocks import check_ranks
-from elasticmoe.services.hmm.memory.catalog import Loaded
+from elasticmoe.services.hmm.memory.catalog import Loaded, layouts
 from elasticmoe.services.hmm.parts import Parts
 from elasticmoe.services.hmm.sessions.attachments import Attached
-from elasticmoe.services.hmm.sessions.handles import attach_reply, full_view, seat_for, seat_memory
+from elasticmoe.services.hmm.sessions.handles import attach_reply, full_view, replica_devices, seat_for, seat_memory
 from elasticmoe.services.hmm.sessions.membership import Membership, slots_of_mask
 from elasticmoe.services.hmm.status import Loading, hmm_status
 from elasticmoe.services.hmm.transition.transition import Transitions
@@ -286,8 +286,13 @@ class Hmm:
         def answer(error: ElasticMoEError | None) -> None:
             self._server.send(peer, Ack() if error is None else refusal(error), seq=seq)
 
-        memories = self._holdings.memories[source.device], self._holdings.memories[target.device]
-        self._copies.start(request, memories, loaded.kv, answer)
+        known = layouts(loaded, self._holdings.transition)[1]
+        here, there = (replica_devices(rank.device, known) for rank in (source, target))
+        if len(here) != len(there):
+            raise NotFound(f"the replica of slot {request.source_slot} is not in a layout any more")
+        memories = self._holdings.memories
+        pairs = [(memories[one], memories[other]) for one, other in zip(here, there, strict=True)]
+        self._copies.start(request, pairs, loaded.kv, answer)
 
     def _check_integrity(self, peer: bytes, seq: int, request: CheckIntegrity) -> Message | None:
         if self._loading.is_at_work:

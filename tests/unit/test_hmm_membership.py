@@ -25,7 +25,7 @@ class World:
 
     def __init__(self) -> None:
         self.segment = BusSegment(HostShared.create("bus"))
-        self.segment.format(BusSizes(8, 4, 8, 2, 0, 1 << 20))
+        self.segment.format(BusSizes(8, 4, 8, 2, 0, 0, 1 << 20))
         self.num_rings = 0
         self.holdings: Any = SimpleNamespace(
             segment=self.segment, loaded=SimpleNamespace(layout=BEFORE), ring=self._ring

@@ -242,7 +242,7 @@ def test_blocks_go_where_the_geometry_says(memories: dict[str, DeviceMemory], ba
     source, target = with_kv(memories)
     source.device.write_bytes(source.address(source.kv[1]) + STRIDE, b"x" * 1000)
     copies, ended = BlockCopies(background), []
-    copies.start(request((5, 2)), (source, target), GEOMETRY, ended.append)
+    copies.start(request((5, 2)), [(source, target)], GEOMETRY, ended.append)
     assert copies.is_busy("host:0")
     assert copies.is_busy("host:1")
     finish(background, lambda: bool(ended))
@@ -251,7 +251,7 @@ def test_blocks_go_where_the_geometry_says(memories: dict[str, DeviceMemory], ba
     assert target.device.read_bytes(target.address(target.kv[0]) + 2 * STRIDE, 1024) == b"x" * 1000 + bytes(24)
     for pair in ((8, 0), (0, 8)):
         with pytest.raises(InvalidRequest, match="block 8 is not one of the 8"):
-            copies.start(request(pair), (source, target), GEOMETRY, ended.append)
+            copies.start(request(pair), [(source, target)], GEOMETRY, ended.append)
 
 
 def test_a_copy_ends_with_either_rank_and_the_slot_is_free_only_then(
@@ -276,11 +276,11 @@ def test_a_copy_ends_with_either_rank_and_the_slot_is_free_only_then(
     monkeypatch.setattr(blocks_module, "WAITING_MAX", 1)
     copies = BlockCopies(background)
     ended: list[ElasticMoEError | None] = []
-    copies.start(request((0, 0), (1, 1), (2, 2)), (source, target), GEOMETRY, ended.append)
+    copies.start(request((0, 0), (1, 1), (2, 2)), [(source, target)], GEOMETRY, ended.append)
     assert began.acquire(timeout=10.0)
-    copies.start(request((3, 3)), (source, target), GEOMETRY, ended.append)  # waits
+    copies.start(request((3, 3)), [(source, target)], GEOMETRY, ended.append)  # waits
     with pytest.raises(Overloaded):
-        copies.start(request((3, 3)), (source, target), GEOMETRY, ended.append)
+        copies.start(request((3, 3)), [(source, target)], GEOMETRY, ended.append)
     assert copies.wait_stopped(1, 0.0)  # nobody has stopped it
     copies.stop(1)
     assert [error and error.code for error in ended] == ["stale_incarnation"]  # the one that waited

@@ -80,6 +80,16 @@ void bind_bus(nb::module_& module) {
             return bus.slot(slot).is_waiting_for_device.load(std::memory_order_relaxed) != 0;
           },
           "slot"_a)
+      .def(
+          "set_kv_blocks",
+          [](PyBus& bus, int64_t num_blocks) {
+            bus.slot(bus.meeting().slot())
+                .kv_blocks.store(natural<uint32_t>("num_blocks", num_blocks), std::memory_order_seq_cst);
+          },
+          "num_blocks"_a)
+      .def(
+          "kv_blocks", [](PyBus& bus, int64_t slot) { return bus.slot(slot).kv_blocks.load(std::memory_order_seq_cst); },
+          "slot"_a)
       .def("barrier", &PyBus::barrier, "generation"_a, "deadline_ms"_a)
       .def("step", &PyBus::step, "generation"_a, "num_tokens"_a, "flags"_a, "deadline_ms"_a)
       .def("idle_wait", &PyBus::idle_wait, "generation"_a, "deadline_ms"_a)

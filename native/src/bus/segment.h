@@ -16,7 +16,7 @@ namespace elasticmoe::bus {
 inline constexpr uint32_t kMaxRanks = 64;
 inline constexpr uint32_t kMaxTopK = 256;
 inline constexpr uint64_t kMagic = 0x31535542454F4D45;  // "EMOEBUS1"
-inline constexpr uint32_t kVersion = 4;
+inline constexpr uint32_t kVersion = 5;
 inline constexpr size_t kLine = 64;
 inline constexpr uint32_t kNumEntries = 4;
 
@@ -94,6 +94,7 @@ struct Slot {
   std::atomic<uint64_t> progress;
   std::atomic<uint64_t> num_steps;
   std::atomic<uint32_t> is_waiting_for_device;
+  std::atomic<uint32_t> kv_blocks;  // see Bus.set_kv_blocks; outlives the incarnation, as KV does
 
   Arrivals& lane(Lane which) { return lanes[static_cast<uint32_t>(which)]; }
 };

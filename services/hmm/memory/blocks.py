@@ -1,4 +1,7 @@
-"""Copies of KV blocks between devices, for sequences that move: in threads, fenced by the two ranks' incarnations."""
+"""Copies of KV blocks between devices, for sequences that move: in threads, fenced by the two ranks' incarnations.
+
+Where replicas have several ranks, a block is copied from each of them to the one of the same tp index.
+"""
 
 from __future__ import annotations
 
@@ -24,32 +27,32 @@ Answer = Callable[[ElasticMoEError | None], None]
 
 
 class _Job:
-    """One CopyBlocks: what `target` copies, as parts of (destination, source, bytes), and how it ends."""
+    """One CopyBlocks: what each target copies, as parts of (destination, source, bytes), and how it ends. `devices`:
+    all that are read or written."""
 
     def __init__(
         self,
         request: CopyBlocks,
-        source: Device,
-        target: Device,
-        parts: Sequence[tuple[int, int, int]],
+        devices: frozenset[str],
+        parts: Sequence[tuple[Device, Sequence[tuple[int, int, int]]]],
         answer: Answer,
     ) -> None:
         self.slots = (request.source_slot, request.target_slot)
-        self.devices = (source.name, target.name)
+        self.devices = devices
         self.answer = answer
-        self._target = target
         self._parts = parts
         self.stopped = threading.Event()
         self.ended = threading.Event()
 
     def run(self) -> None:
         """Copy some blocks at a time. Raises Conflict when it was stopped."""
-        count = max(1, COPY_BYTES // self._parts[0][2]) if self._parts else 1
         try:
-            for done in range(0, len(self._parts), count):
-                if self.stopped.is_set():
-                    raise _stale("one of the two ranks ended while blocks were copied")
-                self._target.copy_async(self._parts[done : done + count]).wait()
+            for target, parts in self._parts:
+                count = max(1, COPY_BYTES // parts[0][2]) if parts else 1
+                for done in range(0, len(parts), count):
+                    if self.stopped.is_set():
+                        raise _stale("one of the two ranks ended while blocks were copied")
+                    target.copy_async(parts[done : done + count]).wait()
         finally:
             self.ended.set()
 
@@ -65,20 +68,29 @@ class BlockCopies:
     def start(
         self,
         request: CopyBlocks,
-        memories: tuple[DeviceMemory, DeviceMemory],
+        memories: Sequence[tuple[DeviceMemory, DeviceMemory]],
         geometry: KvGeometry,
         answer: Answer,
     ) -> None:
         """Begin what `check_ranks` has let pass; `answer` is called when it is over, with None where all was copied.
+        `memories`: those of source and target, by tp index.
 
         Raises InvalidRequest for blocks that are not there, Overloaded.
         """
         if len(self._waiting) >= WAITING_MAX:
             raise Overloaded(f"{WAITING_MAX} copies of blocks wait, the limit")
-        sources = [_address(memories[0], geometry, source) for source, _ in request.pairs]
-        targets = [_address(memories[1], geometry, target) for _, target in request.pairs]
-        parts = [(dst, src, geometry.block_bytes) for dst, src in zip(targets, sources, strict=True)]
-        self._waiting.append(_Job(request, memories[0].device, memories[1].device, parts, answer))
+        parts = [
+            (
+                target.device,
+                [
+                    (_address(target, geometry, there), _address(source, geometry, here), geometry.block_bytes)
+                    for here, there in request.pairs
+                ],
+            )
+            for source, target in memories
+        ]
+        devices = frozenset(memory.device.name for pair in memories for memory in pair)
+        self._waiting.append(_Job(request, devices, parts, answer))
         self._fill()
 
     def _fill(self) -> None:

@@ -183,7 +183,7 @@ class BusSegment:
     def format(self, sizes: BusSizes) -> None:
         """Give an empty segment its size and header, and open it. Raises DoesNotFit."""
         self.shared.resize(sizes.nbytes)
-        shape = (sizes.max_ranks, sizes.max_tokens, sizes.hidden, sizes.top_k, sizes.half_elements)
+        shape = (sizes.max_ranks, sizes.max_tokens, sizes.hidden, sizes.top_k, sizes.half_elements, sizes.plan_bytes)
         format_bus(self.shared.address, sizes.nbytes, *shape)
         self.bus = Bus(self.shared.address, sizes.nbytes)
 

@@ -130,6 +130,15 @@ def _shared(name: int, token: Token, fds: _Fds) -> SharedHandle:
     return SharedHandle(name, token.nbytes, SharedKey(token.key))
 
 
+def replica_devices(device: str, layouts: tuple[Layout, ...]) -> tuple[str, ...]:
+    """Devices of the ranks of the replica that has one on `device`, by their tp index; that alone where no layout has
+    it any more."""
+    layout = next((layout for layout in layouts if layout.seat_on(device) is not None), None)
+    if layout is None:
+        return (device,)
+    return tuple(layout.seat_in(slot).device for slot in _replica_on(device, layouts))
+
+
 def _replica_on(device: str, layouts: tuple[Layout, ...]) -> tuple[int, ...]:
     """Of the device's seat, which is the same in all layouts that have it."""
     seats = ((layout, layout.seat_on(device)) for layout in layouts)

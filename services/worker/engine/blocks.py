@@ -160,17 +160,21 @@ class BlockManager:
         All owners of `old` own the new block instead, and the prefix cache names it. The caller copies the content and
         changes the owners' tables before it does anything else.
         """
-        if old < self.num_blocks or self._owners[old] == 0:
-            raise AssertionError(f"block {old} of {self.num_blocks} is not to be vacated")
         if not self.can_allocate(1):
             return None
         new = self.allocate(1)[0]
+        self.replace(old, new)
+        return new
+
+    def replace(self, old: int, new: int) -> None:
+        """`relocate` to a block that was allocated for it: nobody owns it but for this."""
+        if old < self.num_blocks or self._owners[old] == 0:
+            raise AssertionError(f"block {old} of {self.num_blocks} is not to be vacated")
         self._owners[new], self._owners[old] = self._owners[old], 0
         entry = self._entry_of.pop(old, None)
         if entry is not None:
             self._entry_of[new] = entry
             self._block_of[entry[1]] = new
-        return new
 
     def check_integrity(self, owned: Seq[Seq[int]]) -> list[str]:
         """Findings, empty when all is well; `owned` are the block tables of all sequences."""

@@ -22,11 +22,13 @@ from elasticmoe.common.protocol.errors import (
 from elasticmoe.common.protocol.limits import PROMPT_LOGPROBS_BYTES_MAX
 from elasticmoe.common.protocol.rank import HandOver, Submit
 from elasticmoe.common.protocol.router import Delta, Failed, Logprob, logprob_bytes
+from elasticmoe.common.seat_sizes import MOVES_MAX
 from elasticmoe.native.ledger import Ledger
 from elasticmoe.services.worker.engine import kv_bytes
 from elasticmoe.services.worker.engine.blocks import BlockManager
 from elasticmoe.services.worker.engine.failure import failure_of, plan_error
 from elasticmoe.services.worker.engine.hand_over import check_hand_over
+from elasticmoe.services.worker.engine.kv_room import KvRoom
 from elasticmoe.services.worker.engine.outcome import Choice, Outcome, StepCost
 from elasticmoe.services.worker.engine.plan import Chunk, PlanFailed, StepPlan
 from elasticmoe.services.worker.engine.planning import Planning
@@ -36,6 +38,7 @@ from elasticmoe.services.worker.engine.scheduler import Scheduler
 from elasticmoe.services.worker.engine.sequence import BlockHold, Sequence
 from elasticmoe.services.worker.engine.trials import Trials
 from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
 from elasticmoe.services.worker.model.registry import Model
 from elasticmoe.services.worker.model.weights import KvCache
@@ -45,7 +48,8 @@ NO_TOKENS: tuple[int, ...] = ()
 
 class Engine:
     """Owns the sequences, blocks and ledger rows of one rank. Only the rank's loop thread calls it. `kv`: where its
-    blocks are; `ledger`: its rows."""
+    blocks are; `ledger`: its rows; `board`: leads to the other ranks of its replica, where there are any: they compute
+    what this one plans."""
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class Engine:
         max_tokens: int,
         max_sequences: int,
         max_model_len: int,
+        board: ReplicaBoard | None = None,
     ) -> None:
         self._model = model
         self._exchange = exchange
@@ -64,14 +69,17 @@ class Engine:
         self.ledger = ledger
         self._block_size = kv.geometry.block_size
         self._prompt_logprobs: dict[int, list[Logprob]] = {}  # by arrival, until the first token is reported
+        self._board = board
+        num_blocks = kv.num_blocks if board is None else min(kv.num_blocks, board.blocks_of_followers)
         self.scheduler = Scheduler(
-            BlockManager(kv.num_blocks, kv.geometry.block_size),
+            BlockManager(num_blocks, kv.geometry.block_size),
             max_tokens=max_tokens,
             max_sequences=max_sequences,
             max_model_len=max_model_len,
             max_waiting=4 * max_sequences,
         )
         self._planning = Planning(self.scheduler, ledger)
+        self._room = KvRoom(self.scheduler, ledger, kv, board)
         self.trials = Trials(self.scheduler, ledger)
         self.cost = StepCost(0, 0, 0)
 
@@ -150,7 +158,17 @@ class Engine:
 
     def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> StepPlan:
         """See Planning. Raises PlanFailed, after which `settle_plan` is due, and MemoryError."""
-        return self._planning.plan(decode_only=decode_only, num_clean=num_clean)
+        if self._board is None:
+            return self._planning.plan(decode_only=decode_only, num_clean=num_clean)
+        self._room.adapt()
+        plan = self._planning.plan(decode_only=decode_only, num_clean=num_clean)
+        return plan if plan.is_alone else plan._replace(moves=self._room.plan_moves())
+
+    def announce(self, plan: StepPlan) -> None:
+        """Let the other ranks of the replica, where there are any, know what `compute` will be called with. Once for
+        each plan, before this rank says that it has come to the step."""
+        if self._board is not None:
+            self._board.write(ReplicaPlan(plan.moves, self._batch(plan)))
 
     def settle_plan(self, failed: PlanFailed) -> list[tuple[bytes, Failed]]:
         """Live on after a plan that failed: who it failed of ends. Raises what it failed of where the books do not add
@@ -168,13 +186,18 @@ class Engine:
         position, and the work may be planned again.
         """
         self._exchange.begin_step(total_tokens, deadline_ms)
-        batch = Batch([self._part(chunk) for chunk in plan.chunks], self._block_size)
-        logits = self._model.forward(batch, self._exchange)
+        for old, new in plan.moves:
+            kv_bytes.copy_block(self.kv, old, new)
+        logits = self._model.forward(self._batch(plan), self._exchange)
         times = self._model.times
         self.cost = StepCost(times.total_ns - times.exchange_ns, times.exchange_ns - times.wait_ns, times.wait_ns)
         return self._choose(plan.chunks, logits)
 
-    def _part(self, chunk: Chunk) -> BatchPart:
+    def _batch(self, plan: StepPlan) -> Batch:
+        places = dict(plan.moves)
+        return Batch([self._part(chunk, places) for chunk in plan.chunks], self._block_size)
+
+    def _part(self, chunk: Chunk, places: dict[int, int]) -> BatchPart:
         sequence, start, count, is_last = chunk
         if sequence.wants_prompt_logprobs:
             num_logits = count
@@ -182,7 +205,8 @@ class Engine:
             num_logits = 1 if is_last else 0
         tokens = sequence.tokens
         ids = tokens[start:] if start + count == len(tokens) else tokens[start : start + count]
-        return BatchPart(ids, start, sequence.blocks, num_logits)
+        blocks = [places.get(block, block) for block in sequence.blocks] if places else sequence.blocks
+        return BatchPart(ids, start, blocks, num_logits)
 
     def _choose(self, chunks: list[Chunk], logits: torch.Tensor) -> list[Choice]:
         choices = [Choice() for _ in chunks]
@@ -213,6 +237,8 @@ class Engine:
     def commit(self, plan: StepPlan, choices: list[Choice]) -> Outcome:
         """Make what `compute` returned count: in memory, in the ledger, and in what is to be told. Whatever this raises
         can only be mended by the seat's next rank."""
+        if plan.moves:
+            self._room.settle_moves()
         done = [(chunk, choice) for chunk, choice in zip(plan.chunks, choices, strict=True) if choice.error is None]
         chunks = [chunk for chunk, _ in done]
         self.scheduler.commit(chunks, [choice.token for _, choice in done if choice.token is not None])
@@ -271,51 +297,16 @@ class Engine:
 
     # ---- another number of KV blocks ------------------------------------------------------------------------------
 
-    def resize_kv(self, num_blocks: int, blocks_per_turn: int = 8) -> bool:
-        """Bring the rank to `num_blocks` KV blocks; called once between two steps until it returns True.
-
-        More blocks must be mapped before the first call; fewer may be unmapped once it has returned True. Sequences go
-        on meanwhile: at most `blocks_per_turn` of their blocks are moved in one call, as lower ones become free. What
-        is kept for other ranks' sequences is not moved, since the HMM may be writing there; it ends by itself.
-        """
-        blocks = self.scheduler.blocks
-        if num_blocks > blocks.num_blocks:
-            blocks.grow(num_blocks)
-        elif num_blocks < blocks.num_blocks:
-            blocks.shrink(num_blocks)
-        self.kv.num_blocks = max(self.kv.num_blocks, num_blocks)
-        held = {block for hold in self.scheduler.holds for block in hold.blocks}
-        places: dict[int, int] = {}
-        for old in [block for block in blocks.blocks_to_vacate if block not in held][:blocks_per_turn]:
-            new = blocks.relocate(old)
-            if new is None:
-                break
-            kv_bytes.copy_block(self.kv, old, new)
-            places[old] = new
-        if places:
-            self._follow(places)
-        if blocks.blocks_to_vacate:
-            return False
-        self.kv.num_blocks = num_blocks
-        return True
-
-    def _follow(self, places: dict[int, int]) -> None:
-        """Let the sequences name the blocks' new places. The old ones keep their bytes at least until all have: a kill
-        in between leaves rows that end before the first moved block, at worst."""
-        for sequence in self.scheduler.sequences():
-            moved = [index for index, block in enumerate(sequence.blocks) if block in places]
-            for index in moved:
-                sequence.blocks[index] = places[sequence.blocks[index]]
-            if not moved:
-                continue
-            sequence.relocations += 1
-            first = moved[0]
-            if first < sequence.logged:
-                self.ledger.rewind(sequence.row, min(sequence.kv_len, first * self._block_size), first)
-                self.ledger.append_blocks(sequence.row, sequence.blocks[first : sequence.logged])
-                self.ledger.commit(sequence.row, sequence.kv_len, NO_TOKENS)
+    def resize_kv(self, num_blocks: int, blocks_per_turn: int = MOVES_MAX) -> bool:
+        """See KvRoom.resize."""
+        return self._room.resize(num_blocks, blocks_per_turn)
 
     # ---- to and from other ranks ----------------------------------------------------------------------------------
+
+    @property
+    def has_followers(self) -> bool:
+        """Whether other ranks have parts of this replica's KV, which this one can neither read nor write."""
+        return self._board is not None
 
     def adopt_in_place(self, sequences: list[Sequence]) -> None:
         """Go on with sequences of the seat's last rank, in their rows, with their blocks."""
@@ -373,7 +364,7 @@ class Engine:
 
     def check_integrity(self) -> list[str]:
         """Findings, empty when all is well."""
-        findings = self.scheduler.check_integrity()
+        findings = self.scheduler.check_integrity(self._room.places)
         rows = sorted(sequence.row for sequence in self.scheduler.sequences() if sequence.row >= 0)
         if rows != self.ledger.rows():
             findings.append(f"ledger rows {self.ledger.rows()} are live, sequences hold {rows}")

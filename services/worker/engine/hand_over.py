@@ -14,7 +14,6 @@ def check_hand_over(
 ) -> None:
     """Whether `message` fits to the place that `hold` keeps and makes `sequence`. Raises InvalidRequest for figures
     that do not fit together."""
-    size = geometry.block_size
     num_tail = max(0, scheduler.blocks.blocks_for(message.kv_len) - message.num_copied)
     num_noted = len(message.prompt_logprobs or ())
     for is_wrong, what in (
@@ -25,7 +24,7 @@ def check_hand_over(
         (sequence.kv_len >= len(sequence.tokens), f"KV of {sequence.kv_len} tokens"),
         (sequence.kv_len > 0 and hold.row < 0, "KV without a row"),
         (not hold.num_cached <= message.num_copied <= len(hold.blocks), f"{message.num_copied} blocks copied"),
-        (message.num_copied * size > sequence.kv_len, f"{message.num_copied} blocks copied"),
+        (message.num_copied > scheduler.blocks.blocks_for(sequence.kv_len), f"{message.num_copied} blocks copied"),
         (len(message.tail) != num_tail * geometry.block_bytes, f"a tail of {len(message.tail)} bytes"),
         (
             sequence.wants_prompt_logprobs and num_noted != sequence.kv_len,

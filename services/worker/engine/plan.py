@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from elasticmoe.services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.exchange.board import Moves
 
 
 class Chunk(NamedTuple):
@@ -21,7 +22,8 @@ class StepPlan(NamedTuple):
     their blocks and wait again. Admissions and preemptions stand even if the step is given up. `is_decode_only`:
     prompts were left out. `is_alone`: of one suspect, to be computed only if no rank brings anything else; without any
     chunks where it is another rank's.
-    `leaves_suspects`: some were left out, so that the step must be computed even if nobody has work for it."""
+    `leaves_suspects`: some were left out, so that the step must be computed even if nobody has work for it. `moves`: of
+    KV blocks, likewise; only where a replica has several ranks."""
 
     chunks: list[Chunk]
     admitted: list[Sequence]
@@ -29,6 +31,7 @@ class StepPlan(NamedTuple):
     is_decode_only: bool = False
     is_alone: bool = False
     leaves_suspects: bool = False
+    moves: Moves = ()
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +46,7 @@ class StepPlan(NamedTuple):
     @property
     def num_said(self) -> int:
         """Tokens that this rank says it brings: more than none where the step must be computed."""
-        return max(self.num_tokens, int(self.leaves_suspects))
+        return max(self.num_tokens, int(self.leaves_suspects or bool(self.moves)))
 
 
 class PlanFailed(Exception):

@@ -11,6 +11,7 @@ their way to another rank, keep what they had and are not planned; a hold keeps 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Sequence as Seq
 
 from elasticmoe.common.protocol.errors import ContextLengthExceeded, DoesNotFit, InvalidRequest, Overloaded
 from elasticmoe.common.protocol.rank import Submit
@@ -344,9 +345,9 @@ class Scheduler:
         if full > sequence.cached:
             sequence.cached = self.blocks.register(sequence.blocks, sequence.tokens, sequence.cached, full)
 
-    def check_integrity(self) -> list[str]:
-        """Findings, empty when all is well."""
-        tables = [s.blocks for s in self._by_id.values()] + [hold.blocks for hold in self.holds]
+    def check_integrity(self, places: Seq[int] = ()) -> list[str]:
+        """Findings, empty when all is well. `places`: blocks that were allocated for ones that are to move."""
+        tables = [s.blocks for s in self._by_id.values()] + [hold.blocks for hold in self.holds] + [places]
         findings = self.blocks.check_integrity(tables)
         listed = [*self.running, *self.waiting, *self.detached]
         if len(listed) != len(self._by_id):

@@ -3,6 +3,7 @@
 reserving  the target was asked for a place; the sequence runs on here
 ready      the next thing can be done: copy what is full, or hand over, once the target steps with the others
 copying    the HMM copies full blocks, which nobody writes any more; the sequence runs on here
+           (the last ones once it is detached, where a replica has several ranks: those cannot travel in a message)
 handing    the sequence is detached and with the target, which may go on with it
 draining   given up, but the HMM may still be writing to the target's place
 
@@ -133,14 +134,17 @@ class Outgoing:
     def give_up(self, transfer: SequenceTransfer, now: float) -> None:
         """The sequence, if it lives, goes on here. The target is told once nobody writes to its place any more."""
         sequence = transfer.sequence
+        self._restore(sequence)
         if transfer.stage == "copying":
             transfer.stage = "draining"
             return
-        if transfer.stage == "handing" and self._is_live(sequence):
-            self._engine.scheduler.restore(sequence)
         self._end(transfer)
         if transfer.is_known:
             self.tell(transfer.target.rank, Unreserve(sequence.request.request_id, sequence.peer), now)
+
+    def _restore(self, sequence: Sequence) -> None:
+        if self._is_live(sequence) and sequence in self._engine.scheduler.detached:
+            self._engine.scheduler.restore(sequence)
 
     def ask_again(self) -> None:
         """Hand over again what is in doubt, without waiting for the answer any longer."""
@@ -253,6 +257,7 @@ class Outgoing:
             self._close("hmm")
         for transfer in [t for t in self.transfers if t.stage in ("copying", "draining")]:
             self._targets.pause(transfer.sequence, transfer.target.rank, now)
+            self._restore(transfer.sequence)
             self._end(transfer)
 
     def _take_answer(self, transfer: SequenceTransfer, answer: ToPeer, now: float) -> None:
@@ -273,6 +278,8 @@ class Outgoing:
                 transfer.num_copied = transfer.copying_to
             transfer.rounds += 1
             transfer.stage = "ready"
+            if transfer.sequence in self._engine.scheduler.detached:
+                self._end_last_copy(transfer, now)
         elif stage == "draining" and isinstance(answer, Ack):
             transfer.stage = "ready"
             self.give_up(transfer, now)
@@ -287,14 +294,15 @@ class Outgoing:
         assert place is not None
         full = sequence.kv_len // kv.geometry.block_size
         num_tail = self._engine.scheduler.blocks.blocks_for(sequence.kv_len) - transfer.num_copied
-        must_copy = num_tail * kv.geometry.block_bytes > TAIL_BYTES_MAX
+        tail_bytes_max = COPY_BYTES_MAX if self._engine.has_followers else TAIL_BYTES_MAX
+        must_copy = num_tail * kv.geometry.block_bytes > tail_bytes_max
         may_copy = full - transfer.num_copied > TAIL_BLOCKS and transfer.rounds < ROUNDS_MAX
         room = min(full, len(place.blocks))
         if sequence.kv_len and not place.blocks:  # it has begun to run meanwhile
             self._reserve(transfer, now)
         elif not (must_copy or may_copy) or full <= transfer.num_copied:
             if self._members >> transfer.target.slot & 1:
-                self._hand_over(transfer, now)
+                self._copy_last(transfer, place, now) if self._engine.has_followers else self._hand_over(transfer, now)
             elif now - transfer.reserved_at > FRESH_S:
                 self._reserve(transfer, now)  # a place is kept for those who are heard of
         elif room <= transfer.num_copied or now - transfer.reserved_at > FRESH_S:
@@ -316,6 +324,25 @@ class Outgoing:
         seat = self._seat
         message = CopyBlocks(seat.slot, seat.incarnation, place.slot, place.incarnation, pairs)
         self._ask(transfer, "hmm", message, now)
+
+    def _copy_last(self, transfer: SequenceTransfer, place: Reserved, now: float) -> None:
+        """All that the target has not got yet, while nobody writes any of it; then the hand-over."""
+        sequence, end = transfer.sequence, self._engine.scheduler.blocks.blocks_for(transfer.sequence.kv_len)
+        if end <= transfer.num_copied:
+            self._hand_over(transfer, now)
+        elif end > len(place.blocks) or now - transfer.reserved_at > FRESH_S:
+            self._reserve(transfer, now)
+        elif now < self._hmm_silent_until or sequence.deadline <= now:
+            self._targets.pause(sequence, transfer.target.rank, now)
+            self.give_up(transfer, now)
+        else:
+            self._engine.scheduler.detach(sequence)
+            self._copy(transfer, place, end, now)
+
+    def _end_last_copy(self, transfer: SequenceTransfer, now: float) -> None:
+        self._restore(transfer.sequence)
+        if transfer.num_copied == transfer.copying_to:  # else blocks have moved meanwhile
+            self._hand_over(transfer, now)
 
     def _hand_over(self, transfer: SequenceTransfer, now: float) -> None:
         sequence = transfer.sequence

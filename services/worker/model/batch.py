@@ -37,6 +37,8 @@ class Batch:
 
     Raises ValueError for a part without tokens, with too few blocks, or with more logits than tokens. Token ids and
     block ids are checked by the compute backend.
+
+    `encode` and `decode` are for the ranks of one replica, which all compute the batch of their leader.
     """
 
     __slots__ = (
@@ -76,3 +78,36 @@ class Batch:
         self.block_starts = block_starts
         self.blocks = blocks
         self.logit_rows = logit_rows
+
+    def encode(self) -> bytes:
+        """All of it: N, S, M and the number of block ids, then the arrays."""
+        counts = array("i", [self.num_rows, self.num_parts, self.num_logits, len(self.blocks)])
+        return b"".join(
+            part.tobytes()
+            for part in (
+                counts,
+                self.token_ids,
+                self.row_starts,
+                self.kv_lens,
+                self.block_starts,
+                self.blocks,
+                self.logit_rows,
+            )
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> Batch:
+        """Undo `encode`. Raises ValueError where there are more or fewer numbers than the first ones say."""
+        numbers = array("i", data)
+        num_rows, num_parts, num_logits, num_blocks = numbers[:4]
+        sizes = (num_rows, num_parts + 1, num_parts, num_parts + 1, num_blocks, num_logits)
+        if min(sizes) < 0 or 4 + sum(sizes) != len(numbers):
+            raise ValueError(f"a batch of {len(numbers)} numbers, which says that it has {4 + sum(sizes)}")
+        arrays, at = [], 4
+        for size in sizes:
+            arrays.append(numbers[at : at + size])
+            at += size
+        batch = cls([], 1)
+        batch.num_rows, batch.num_parts, batch.num_logits = num_rows, num_parts, num_logits
+        (batch.token_ids, batch.row_starts, batch.kv_lens, batch.block_starts, batch.blocks, batch.logit_rows) = arrays
+        return batch

@@ -17,17 +17,21 @@ from elasticmoe.common.transport import Sockets
 from elasticmoe.services.worker.backends.factory import open_backend
 from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.exchange.barrier import StepBarrier
+from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.exchange.board import ReplicaBoard
 from elasticmoe.services.worker.exchange.factory import open_exchange
 from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
 from elasticmoe.services.worker.hmm.link import HmmLink
 from elasticmoe.services.worker.hmm.memory import RankMemory
-from elasticmoe.services.worker.model.registry import build_model
-from elasticmoe.services.worker.rank.parts import RankParts
+from elasticmoe.services.worker.model.registry import Model, build_model
+from elasticmoe.services.worker.rank.follower import Follower
+from elasticmoe.services.worker.rank.loop import SeatLoop
+from elasticmoe.services.worker.rank.parts import FollowerParts, RankParts
 from elasticmoe.services.worker.rank.rank import Rank
 from elasticmoe.services.worker.rank.warm_up import warm_up
 
 
-def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankReady], None]) -> Rank:
+def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankReady], None]) -> SeatLoop:
     """Attach and build. Raises the HMM's refusal, Unavailable, or DeviceError; the process ends then. `tell_ready` is
     called once, when the rank has begun to serve."""
     clock, transport = SYSTEM_CLOCK, Sockets(config.socket)
@@ -45,26 +49,24 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     reply, fds = hmm.attach()
     memory = RankMemory(reply, fds, seat.device, seat.slot, hmm.handed(), seat.rank.tp)
     attached = clock.monotonic()
-    bus = memory.bus
-    barrier = ShmBarrier(bus, memory.doorbells, seat.slot)
+    barrier = ShmBarrier(memory.bus, memory.doorbells, seat.slot)
     # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
-    ledger, max_tokens = memory.ledger, min(seat.max_tokens, bus.max_tokens)
+    max_tokens = min(seat.max_tokens, memory.bus.max_tokens)
     torch_device = memory.device.open_torch()
     backend = open_backend(seat.compute, barrier.tell_waiting, torch_device, graphs=config.captured_graphs)
     exchange = open_exchange(memory, backend, config.state_dir / "torch_dist")
+    board = ReplicaBoard(memory.bus, memory.replica) if memory.spec.tp > 1 else None
     model = build_model(backend, memory.weights, max_tokens)
-    engine = Engine(
-        model,
-        exchange,
-        memory.weights.kv,
-        ledger,
-        max_tokens=max_tokens,
-        max_sequences=min(seat.max_sequences, ledger.num_rows),
-        max_model_len=min(seat.max_model_len, ledger.max_tokens),
-    )
+    engine = _engine(seat, memory, model, exchange, board, max_tokens) if seat.rank.tp == 0 else None
     failpoint("rank.warm_up")
     if not _is_awaited(barrier, seat.slot):
         warm_up(model, memory, exchange.rows_RH.device)
+    attach_ms, build_ms = (attached - started) * 1e3, (clock.monotonic() - attached) * 1e3
+    if engine is None:
+        assert board is not None, "a replica of several ranks"
+        kv, revision = memory.kv, memory.revision
+        shared = (seat, clock, server, hmm, fence, memory, revision, barrier, exchange)
+        return Follower(FollowerParts(*shared, board, model, kv, attach_ms, build_ms), tell_ready)
     parts = RankParts(
         seat=seat,
         clock=clock,
@@ -77,10 +79,26 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
         barrier=barrier,
         exchange=exchange,
         engine=engine,
-        attach_ms=(attached - started) * 1e3,
-        build_ms=(clock.monotonic() - attached) * 1e3,
+        attach_ms=attach_ms,
+        build_ms=build_ms,
     )
     return Rank(parts, tell_ready)
+
+
+def _engine(
+    seat: StartRank, memory: RankMemory, model: Model, exchange: Exchange, board: ReplicaBoard | None, max_tokens: int
+) -> Engine:
+    ledger = memory.ledger
+    return Engine(
+        model,
+        exchange,
+        memory.weights.kv,
+        ledger,
+        max_tokens=max_tokens,
+        max_sequences=min(seat.max_sequences, ledger.num_rows),
+        max_model_len=min(seat.max_model_len, ledger.max_tokens),
+        board=board,
+    )
 
 
 def _is_awaited(barrier: StepBarrier, slot: int) -> bool:

@@ -40,10 +40,11 @@ class Lockstep:
     """Owned by the rank's thread. `barrier` and `exchange` stay the rank's, and `routings`: owners of the experts by
     epoch, as the HMM has told them so far.
 
-    `is_member`: takes part in the present generation; `has_come_in`: for the first time. `is_awake`: steps
+    `generation`: the present one. `is_member`: takes part in it; `has_come_in`: for the first time. `is_awake`: steps
     with the others, also without work of its own. `members`: bit mask of the slots that take part in the present
-    generation. `epoch`: of the layout whose routing is in use; 0 before the first generation. `has_turn`: this rank's
-    tokens count in the step that was met for last.
+    generation. `epoch`: of the layout whose routing is in use; 0 before the first generation. `has_turn`: the tokens
+    that this rank's replica brought count in the step that was met for last. `leader`: the slot that says how many, if
+    it is not the own one.
     """
 
     def __init__(
@@ -53,13 +54,15 @@ class Lockstep:
         routings: Mapping[int, Routing],
         slot: int,
         clock: Clock,
+        leader: int | None = None,
     ) -> None:
         self._barrier = barrier
         self._exchange = exchange
         self._routings = routings
         self._slot = slot
+        self._leader = slot if leader is None else leader
         self._clock = clock
-        self._generation = 0
+        self.generation = 0
         self._num_urgent = 0  # of the next steps
         self._has_run = False  # as a member
         self._num_staged = 0  # steps of this generation while another one was staged
@@ -78,14 +81,14 @@ class Lockstep:
         """Follow to the present generation, also as one who is no member. Whether it is a new one that runs:
         the others' processes may be new ones since."""
         generation, members, running, epoch = self._barrier.membership()
-        if generation == self._generation:
+        if generation == self.generation:
             self._staged()  # who is no member yet gets ready beside the others
             return False
         routing = self._routings.get(epoch)
         if running and members >> self._slot & 1 and routing is None:
             return False  # the HMM's message with it has not been read yet
         is_larger = bool(members & ~self.members)
-        self._generation, self.members = generation, members
+        self.generation, self.members = generation, members
         self._num_clean = 0
         self.is_member = running and bool(members >> self._slot & 1)
         self.has_come_in = self.is_member and not self._has_run
@@ -104,7 +107,7 @@ class Lockstep:
         if self.is_awake or self._staged():
             return True
         try:
-            return self._barrier.is_awaited(self._generation)
+            return self._barrier.is_awaited(self.generation)
         except StepAborted:
             return False
 
@@ -142,7 +145,7 @@ class Lockstep:
         else:
             wait_ms = MEET_MS
         try:
-            said = self._barrier.arrive(self._generation, num_tokens | (ALONE if is_alone else 0), flags, wait_ms)
+            said = self._barrier.arrive(self.generation, num_tokens | (ALONE if is_alone else 0), flags, wait_ms)
         except StepTimedOut:
             if self._clock.monotonic() > self._deadline:
                 raise
@@ -160,7 +163,7 @@ class Lockstep:
             self._flip(staged)
             return 0
         alone = next(((slot, tokens ^ ALONE) for slot, tokens, _ in said if tokens & ALONE), None)
-        self._is_everybodys, self.has_turn = alone is None, alone is None or alone[0] == self._slot
+        self._is_everybodys, self.has_turn = alone is None, alone is None or alone[0] == self._leader
         total = sum(tokens for _, tokens, _ in said) if alone is None else alone[1]
         self.is_awake = total > 0
         if not total:

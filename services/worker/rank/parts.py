@@ -16,7 +16,10 @@ from elasticmoe.native.ledger import Ledger
 from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.exchange.barrier import StepBarrier
 from elasticmoe.services.worker.exchange.base import Exchange
+from elasticmoe.services.worker.exchange.board import ReplicaBoard
 from elasticmoe.services.worker.hmm.link import HmmLink
+from elasticmoe.services.worker.model.registry import Model
+from elasticmoe.services.worker.model.weights import KvCache
 
 
 class Mapped(Protocol):
@@ -78,5 +81,27 @@ class RankParts(NamedTuple):
     barrier: StepBarrier
     exchange: Exchange
     engine: Engine
+    attach_ms: float
+    build_ms: float
+
+
+class FollowerParts(NamedTuple):
+    """A follower's, as RankParts are a leader's, but with what computes instead of an engine.
+
+    `board`: leads to the leader, whose plans `model` computes in the blocks of `kv`.
+    """
+
+    seat: StartRank
+    clock: Clock
+    server: ServerEnd[ToRank]
+    hmm: HmmLink
+    fence: Fence
+    memory: Mapped
+    revision: int
+    barrier: StepBarrier
+    exchange: Exchange
+    board: ReplicaBoard
+    model: Model
+    kv: KvCache
     attach_ms: float
     build_ms: float

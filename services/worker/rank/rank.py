@@ -7,10 +7,7 @@ What a rank is made of: parts.py; who makes it of that: assembly.py, and the sim
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
-from types import FrameType
-from typing import Self
 
 import msgspec
 
@@ -43,7 +40,8 @@ from elasticmoe.services.worker.engine.plan import StepPlan
 from elasticmoe.services.worker.exchange.base import StepAborted
 from elasticmoe.services.worker.migration import Migration
 from elasticmoe.services.worker.rank.intake import check_ids
-from elasticmoe.services.worker.rank.lockstep import STEP_MS_MAX, Lockstep
+from elasticmoe.services.worker.rank.lockstep import STEP_MS_MAX
+from elasticmoe.services.worker.rank.loop import BUSY_MS, IDLE_MS, SeatLoop
 from elasticmoe.services.worker.rank.parts import RankParts
 from elasticmoe.services.worker.rank.reports import Reports
 from elasticmoe.services.worker.rank.shares import Shares
@@ -53,100 +51,43 @@ from elasticmoe.services.worker.rank.windows import RankWindows
 
 log = get_logger("rank")
 
-IDLE_MS = 500  # the longest sleep, and so the slowest beat of an idle rank's status
-BUSY_MS = 5  # the longest sleep of a rank that does not step and has something else to do
 STATUS_S = 0.1  # at most this often
 SAME_STATUS_S = 0.9  # what has not changed is told this often: routers ask who is silent for longer
-LOOK_S = 0.01  # how often a stepping rank looks at its descriptors
 
 
-class Rank:
-    """One seat's process. A context manager: leaving it unmaps the memory and closes the sockets. Owned by the thread
-    that made it; only `stop` may come from elsewhere. `is_stopping`: it was told to stop, or has left, and takes no
-    further turn.
-
-    `run` is `start`, then `turn` and `wait` in turns, then `finish`; what drives it otherwise does the same.
-    """
+class Rank(SeatLoop):
+    """See SeatLoop. It has a replica's requests, and leads its other ranks, if there are any: they compute what it
+    plans (follower.py)."""
 
     def __init__(self, parts: RankParts, tell_ready: Callable[[RankReady], None]) -> None:
-        """`tell_ready` is called once, in `start`."""
-        self._seat = parts.seat
-        self._clock = parts.clock
-        self._server = parts.server
-        self._hmm = parts.hmm
-        self._fence = parts.fence
-        self._memory = parts.memory
-        self._barrier = parts.barrier
-        self._exchange = parts.exchange
+        """See SeatLoop."""
+        super().__init__(parts, tell_ready)
         self._engine = parts.engine
-        self._revision = parts.revision
-        seat = parts.seat
-        self._ready = RankReady(seat.rank, seat.slot, seat.incarnation, parts.attach_ms, parts.build_ms)
-        self._tell_ready = tell_ready
-        self._lockstep = Lockstep(parts.barrier, parts.exchange, parts.memory.routings, seat.slot, parts.clock)
         self._reports = Reports(parts.server.send, self._drop_peer)
-        parts.exchange.listen(lambda: parts.hmm.hear(parts.clock.monotonic()))
         self._steps = Steps(parts.engine, parts.exchange, self._lockstep, parts.hmm, self._reports.report)
         self._migration = Migration(
-            seat, parts.engine, parts.transport, watch=parts.server.watch, unwatch=parts.server.unwatch
+            parts.seat, parts.engine, parts.transport, watch=parts.server.watch, unwatch=parts.server.unwatch
         )
         self._shares = Shares(parts.clock)
-        push = parts.transport.connect_push("signals", seat.incarnation)
-        self._windows = RankWindows(seat, parts.engine.scheduler, push)
+        push = parts.transport.connect_push("signals", parts.seat.incarnation)
+        self._windows = RankWindows(parts.seat, parts.engine.scheduler, push)
         self._welcome = Welcome()
         self._plan: StepPlan | None = None  # with which it has arrived at a barrier where not all are yet
         self._watchers: set[bytes] = set()
         self._progress = 0
         self._last_status: RankStatus | None = None
         self._status_at = 0.0
-        self._look_at = 0.0
-        self.is_stopping = False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._barrier.leave()
-        self._exchange.close()
+    def _close(self) -> None:
         self._migration.close()
         self._windows.close()
-        self._hmm.close()
-        self._server.close()
-        self._memory.close()
-
-    def stop(self, *_: int | FrameType | None) -> None:
-        """Signal handler: only records."""
-        self.is_stopping = True
-
-    def run(self) -> None:
-        """Serve until SIGTERM, or until it has left. Raises StepTimedOut when a peer stays away too long,
-        ElasticMoEError `memory_replaced`."""
-        signal.signal(signal.SIGTERM, self.stop)
-        monotonic = self._clock.monotonic
-        self.start(monotonic())
-        while not self.is_stopping:
-            wait_ms = self.turn(monotonic())
-            if wait_ms:
-                self.wait(wait_ms)
-        self.finish()
-
-    def start(self, now: float) -> None:
-        """Go on with what the seat's last rank has left, and be there for all others."""
-        self._adopt(now)
-        self._barrier.join(int(self._seat.incarnation.rpartition(":")[2], 16))
-        self._server.watch(self._memory.doorbells[self._seat.slot])
-        ready = self._ready
-        failpoint("rank.ready")
-        self._tell_ready(ready)
-        self._hmm.applied(self._revision)
-        log.info("attached", device=self._seat.device, attach_ms=ready.attach_ms, build_ms=ready.build_ms)
 
     def finish(self) -> None:
         """Tell routers of what ends with this rank."""
         error = Unavailable("the rank is shutting down", code="shutting_down")
         self._reports.report(Outcome({}, self._engine.fail_all(error)))
 
-    def _adopt(self, now: float) -> None:
+    def _take_over(self, now: float) -> None:
         """Go on with the sequences of the seat's last rank. Their routers are still to connect to this one."""
         num_rows = len(self._memory.ledger.rows())
         outcome = adopt_rows(self._engine, self._memory.spec.vocab)
@@ -159,13 +100,7 @@ class Rank:
     # ---- one turn -------------------------------------------------------------------------------------------------
 
     def turn(self, now: float) -> int:
-        """Do what there is to do: messages, memory, sequences on their way, and one step. Returns how many milliseconds
-        the rank may sleep at most (`wait`) before its next turn; 0 for none.
-
-        Blocks for other ranks only: at a step's barrier, and in its exchange. Where the barrier gives up waiting for
-        them, the next turn goes on waiting, and does nothing else but hear the HMM: one that has lost the memory has
-        ended those who are waited for, or will.
-        """
+        """See SeatLoop. Sequences on their way to other ranks, too."""
         plan = self._plan
         if plan is None:
             plan, wait_ms = self._prepare(now)
@@ -175,10 +110,6 @@ class Rank:
             self._look(self._server.poll(0), now)
         self._step(plan, now)
         return 0
-
-    def wait(self, wait_ms: int) -> None:
-        """Sleep until a message comes, or something else to look at, at most so long; and look at it."""
-        self._look(self._server.poll(wait_ms), self._clock.monotonic())
 
     def _prepare(self, now: float) -> tuple[StepPlan | None, int]:
         """All that comes before a step: what to bring to it, or how long to wait at most until there is one."""
@@ -204,6 +135,7 @@ class Rank:
         if lockstep.is_member:
             plan = self._steps.plan(decode_only=lockstep.is_urgent, num_clean=lockstep.num_clean)
             if plan.num_said or lockstep.shall_meet():
+                self._engine.announce(plan)
                 self._shares.arrive()
                 return plan, 0
         self._windows.turn(now, lockstep.epoch)
@@ -230,12 +162,8 @@ class Rank:
         self._windows.turn(now, self._lockstep.epoch)
         self._send_status(now)
 
-    def _change_memory(self) -> None:
-        """A slice of what the HMM asked for."""
-        if self._memory.is_changing and (revision := self._memory.advance(self._engine.resize_kv)):
-            log.info("memory changed", revision=revision)
-            failpoint("rank.applied")
-            self._hmm.applied(revision)
+    def _resize_kv(self, num_blocks: int) -> bool:
+        return self._engine.resize_kv(num_blocks)
 
     def _leave_if_unneeded(self) -> None:
         """A rank that leaves ends once the others step without it, its sequences have gone, and no router sends it
@@ -247,16 +175,6 @@ class Rank:
         ):
             log.info("left")
             self.is_stopping = True
-
-    # ---- descriptors ----------------------------------------------------------------------------------------------
-
-    def _look(self, readable: set[int], now: float) -> None:
-        self._look_at = now + LOOK_S
-        if self._memory.doorbells[self._seat.slot] in readable:
-            self._barrier.hear()
-        for handed in self._hmm.look(readable, now):
-            failpoint("rank.apply")
-            self._memory.take(*handed)
 
     # ---- messages -------------------------------------------------------------------------------------------------
 

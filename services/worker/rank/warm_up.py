@@ -18,11 +18,11 @@ def warm_up(model: Model, memory: RankMemory, device: torch.device) -> None:
     is waited for does without it: its first step maps what that step needs.
 
     Every held expert gets a row. Tokens of its own only where no sequence of a predecessor may have its KV in the block
-    that they use, and what was there comes back. `device`: where the exchange has its rows.
+    that they use, and what was there comes back: a follower cannot tell. `device`: where the exchange has its rows.
     """
     block_size, spec = memory.kv.geometry.block_size, memory.spec
     alone = Alone(memory.held, max(spec.num_experts_by_layer), spec.hidden, device)
-    if memory.ledger.rows() or not memory.kv.num_blocks:
+    if memory.ledger.rows() or not memory.kv.num_blocks or memory.weights.shard.index:
         model.forward(Batch([], block_size), alone)
         return
     before = read_blocks(memory.kv, [0])
