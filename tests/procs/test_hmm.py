@@ -150,7 +150,7 @@ def test_loading_again_is_acknowledged_or_refused(deployment: Deployment, model:
         ({"layout": msgspec.structs.replace(initial_layout((5, 5), ["host:0"]), epoch=0)}, "invalid_request"),
         ({"layout": msgspec.structs.replace(initial_layout((5, 5), ["host:0"]), tp=1 << 62)}, "invalid_request"),
         ({"layout": Layout(1, 1, (), ())}, "invalid_request"),
-        ({"layout": initial_layout((5, 5), ["host:0", "host:1"], tp=2)}, "tp_unsupported"),
+        ({"layout": initial_layout((5, 5), [f"host:{number}" for number in range(9)], tp=9)}, "tp_unsupported"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_at_once(

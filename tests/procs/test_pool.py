@@ -187,8 +187,8 @@ def test_an_unknown_rank_and_one_beyond_tp_are_refused(pool: Pool) -> None:
     with pytest.raises(ElasticMoEError, match="no rank") as caught:
         pool.client.call(StopRank(RankId(0, 0), "rank:unknown"), deadline_ms=CALL_MS)
     assert caught.value.code == "unknown_rank"
-    second = msgspec.structs.replace(seat(), rank=RankId(0, 1))  # of a replica with tp 2
-    with pytest.raises(ElasticMoEError, match="exceeds the limit of tp 1") as caught:
+    second = msgspec.structs.replace(seat(), rank=RankId(0, 8))  # of a replica with tp 9
+    with pytest.raises(ElasticMoEError, match="exceeds the limit of tp 8") as caught:
         pool.client.call(second, deadline_ms=CALL_MS)
     assert caught.value.code == "tp_unsupported"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,39 @@ import pytest
 
 from tests.procs.clients import Load, check_load_against_oracle
 from tests.procs.deployment import Deployment
+from tests.procs.gaps import TimedLoad
 from tests.procs.greedy import OUTPUT_TOKENS, greedy
 from tests.procs.integrity import check_integrity
+from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
 
-ORACLE: dict[str, Any] = {"tp": 2, "max_sequences": 16, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 4}
+STEP_TOKENS = 128
+ORACLE: dict[str, Any] = {
+    "tp": 2,
+    "max_sequences": 16,
+    "kv_bytes": 4 << 20,
+    "device_bytes": 64 << 20,
+    "max_tokens_per_step": STEP_TOKENS,
+    "standbys": 3,
+    "rank_restarts_max": 1_000,
+}
+
+
+def lose(deployment: Deployment, names: list[str], number: signal.Signals) -> None:
+    """Kill ranks, or stop them, and wait until others have taken their seats, and all step."""
+    before = deployment.rank_pids()
+    victims = {deployment.kill(name, number) for name in names}
+
+    def are_replaced() -> bool:
+        now = deployment.rank_pids()
+        is_serving = deployment.admin("/v1/layout")["phase"] == "serving"
+        return is_serving and now.keys() == before.keys() and victims.isdisjoint(now.values())
+
+    try:
+        wait_until(are_replaced, f"{names} replaced", 40.0)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{deployment.explain()}") from None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -47,5 +75,25 @@ async def test_it_scales_under_load_and_streams_are_exact(
         for replicas in (2, 3, 1):
             assert (await asyncio.to_thread(deployment.scale, replicas=replicas))["phase"] == "done"
             await asyncio.to_thread(check_integrity, deployment)
+    assert deployment.metric("elasticmoe:recomputed_tokens_total") == 0
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 200
+    assert deployment.stop().count("error") == 0
+
+
+@pytest.mark.timeout(180)
+async def test_ranks_that_die_or_stop_cost_no_token(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    """A follower, a leader, one of each, a whole replica; and a follower that lives and does nothing."""
+    deployment = deploy("oracle", replicas=2, devices=4, **ORACLE)
+    async with TimedLoad(deployment.base_url, clients=8, seed=4) as load:
+        await load.wait_streams(4)
+        for names in (["r0t1"], ["r1t0"], ["r0t0", "r1t1"], ["r0t0", "r0t1"]):
+            await asyncio.to_thread(lose, deployment, names, signal.SIGKILL)
+            await load.wait_streams(4)
+            await asyncio.to_thread(check_integrity, deployment)
+        await asyncio.to_thread(lose, deployment, ["r1t1"], signal.SIGSTOP)
+        await load.wait_streams(4)
+    assert deployment.metric("elasticmoe:recomputed_tokens_total") <= 7 * STEP_TOKENS
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 200
     assert deployment.stop().count("error") == 0

@@ -124,7 +124,7 @@ def test_a_file_that_is_no_toml_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("kind", "values", "code"),
     [
-        (ScalerConfig, {"tp": "2"}, "tp_unsupported"),
+        (ScalerConfig, {"tp": "9"}, "tp_unsupported"),
         (ScalerConfig, {"tp": "64"}, "tp_unsupported"),
         (ScalerConfig, {"devices": "host:65"}, "too_many_devices"),
         (HmmConfig, {"devices": "host:999"}, "too_many_devices"),

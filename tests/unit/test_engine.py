@@ -122,12 +122,12 @@ def test_a_kill_while_blocks_move_leaves_rows_that_are_true(ranks: Ranks) -> Non
             assert got == wanted[: len(got)]
             looks.append(len(got))
 
-    engine.ledger = Watched(ledger, look)  # type: ignore[assignment]
+    engine._room._ledger = Watched(ledger, look)  # type: ignore[assignment]
     used = sorted(block for s in engine.scheduler.running for block in s.blocks)
     assert used[-1] > len(used) + 4
     assert not engine.resize_kv(len(used), 2)
     assert engine.resize_kv(len(used), 64)
-    engine.ledger = ledger
+    engine._room._ledger = ledger
     assert len(looks) >= 9
     assert {row: bytes_of(row) for row in ledger.rows()} == truth
 
