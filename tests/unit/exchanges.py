@@ -27,16 +27,16 @@ KINDS: Final[tuple[ExchangeKind, ...]] = ("shm", "mailbox", "torch_dist")
 class Host:
     """A bus of `shape` (ranks, tokens, hidden, top_k), and a mailbox for each slot, full of NaN."""
 
-    def __init__(self, shape: tuple[int, int, int, int], half_elements: int = 0) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], half_elements: int = 0, plan_bytes: int = 0) -> None:
         num_ranks, max_tokens, hidden, top_k = shape
-        self._nbytes = bus_bytes(*shape, half_elements)
+        self._nbytes = bus_bytes(*shape, half_elements, plan_bytes)
         self._temporary = TemporaryDirectory()
         self._folder = Path(self._temporary.name)
         self._groups: list[Groups] = []
         weakref.finalize(self, _close, self._groups, self._temporary)
         self._memory = mmap.mmap(-1, self._nbytes)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        format_bus(self._address, self._nbytes, *shape, half_elements)
+        format_bus(self._address, self._nbytes, *shape, half_elements, plan_bytes)
         self.observer = Bus(self._address, self._nbytes)
         self.mailboxes = {
             slot: Mailbox(*(torch.full((count, hidden), float("nan")) for count in (max_tokens, max_tokens * top_k)))

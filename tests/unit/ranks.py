@@ -30,6 +30,7 @@ DEADLINE_MS = 20_000.0
 GRANULARITY = 4096
 NUM_BLOCKS = 64
 BLOCK_SIZE = 4
+PLAN_BYTES = 1 << 16
 
 
 def read_record(checkpoint: Checkpoint, described: RecordSpec) -> dict[str, torch.Tensor]:
@@ -107,7 +108,8 @@ class Ranks:
         geometry = kv_geometry(self.spec, block_size, GRANULARITY, backend_of("host").kv_handle_bytes_min)
         self._kv_memory: list[DeviceMemory] = []
         shape = (size, max_tokens, self.spec.hidden, self.spec.moe.top_k)
-        self._host = host = Host(shape, half_elements or half_elements_of(self.spec, max_tokens))
+        half = half_elements or half_elements_of(self.spec, max_tokens)
+        self._host = host = Host(shape, half, PLAN_BYTES if tp > 1 else 0)
         self._observer = host.observer
         self._generation = 1
         self._observer.set_membership(1, (1 << size) - 1, True)

@@ -1,0 +1,264 @@
+"""The loops of leaders and followers: what one plans the others compute, whatever happens in between."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.ids import CommandId
+from elasticmoe.common.protocol.rank import (
+    CancelMigration,
+    Drain,
+    GetRankIntegrity,
+    GetRankLoad,
+    MoveTarget,
+    Sampling,
+    Submit,
+    Unreserve,
+)
+from elasticmoe.common.protocol.scaler import Integrity
+from elasticmoe.services.worker.exchange.base import StepAborted
+from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
+from elasticmoe.services.worker.model.batch import Batch, BatchPart
+from elasticmoe.services.worker.rank.follower import FAILED_MAX, Follower
+from tests.oracle import next_tokens
+from tests.procs.greedy import OUTPUT_TOKENS, greedy
+from tests.unit.exchanges import Host
+from tests.unit.ranks import NUM_BLOCKS
+from tests.unit.replicas import Replicas
+from tests.unit.test_model_parity import CONFIGS
+
+LONG = 90
+
+
+def submit_some(replicas: Replicas, count: int, max_tokens: int, seed: int = 1) -> dict[str, list[int]]:
+    """Requests for all replicas in turns: their prompts."""
+    rng = random.Random(seed)
+    prompts = {f"r{n}": [rng.randrange(256) for _ in range(rng.choice((1, 9, 33)))] for n in range(count)}
+    num_replicas = len(replicas.loops) // 2
+    for number, (name, prompt) in enumerate(prompts.items()):
+        replicas.submit(number % num_replicas, name, prompt, max_tokens)
+    return prompts
+
+
+def check_exact(replicas: Replicas, directory: Path, prompts: dict[str, list[int]], max_tokens: int) -> None:
+    """What the router has heard, and what the ranks say of themselves."""
+    for name, prompt in prompts.items():
+        assert replicas.finish[name] == "length"
+        assert replicas.tokens[name] == next_tokens(directory, prompt, max_tokens)
+    for slot in range(len(replicas.loops)):
+        answer = replicas.ask(slot, GetRankIntegrity())
+        assert isinstance(answer, Integrity)
+        assert answer.findings == ()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("name", "size"), [("mixtral", 2), ("olmoe", 1), ("deepseek3", 1)])
+def test_greedy_tokens_are_those_of_transformers(name: str, size: int, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    directory = random_checkpoint(tmp_path / name, CONFIGS[name], seed=3, dtype="float32")
+    with Replicas(directory, tmp_path, size) as replicas:
+        prompts = submit_some(replicas, 4, OUTPUT_TOKENS)
+        replicas.wait_finished()
+    assert replicas.tokens == dict(zip(prompts, greedy(directory, list(prompts.values())), strict=True))
+
+
+def test_blocks_move_on_all_ranks_and_all_follow_the_one_that_has_least(directory: Path, tmp_path: Path) -> None:
+    """To and fro, with the ranks of a replica asked in any order, while sequences go on."""
+    rng = random.Random(5)
+    with Replicas(directory, tmp_path, 1) as replicas:
+        prompts = submit_some(replicas, 4, LONG)
+        kvs = [weights.kv for weights in replicas.ranks.weights]
+        blocks = replicas.engine(0).scheduler.blocks
+        for num_blocks in (60, NUM_BLOCKS, 58, 64, 59, NUM_BLOCKS):
+            for at in rng.sample(range(2), 2):
+                replicas.memories[at].goal = num_blocks
+            done = lambda wanted=num_blocks: [kv.num_blocks for kv in kvs] == [wanted] * 2  # noqa: E731
+            replicas.wait(lambda done=done: done() or replicas.finish, "KV of another size")
+        replicas.wait_finished()
+        replicas.wait(lambda: blocks.num_blocks == NUM_BLOCKS, "all of the KV in use")
+        check_exact(replicas, directory, prompts, LONG)
+
+
+def test_sequences_are_moved_to_other_blocks_and_not_computed_again(directory: Path, tmp_path: Path) -> None:
+    with Replicas(directory, tmp_path, 1) as replicas:
+        prompts = {"goes": [1] * 33, "stays": [2] * 33}
+        for name, prompt in prompts.items():
+            replicas.submit(0, name, prompt, LONG)
+        scheduler = replicas.engine(0).scheduler
+        moved: list[int] = []
+        relocated = scheduler.blocks.replace
+
+        def replace(old: int, new: int) -> None:
+            moved.append(old)
+            relocated(old, new)
+
+        scheduler.blocks.replace = replace  # type: ignore[method-assign]
+        replicas.wait(lambda: scheduler.blocks.num_free < 16, "sequences of some length")
+        replicas.cancel(0, "goes")
+        for memory in replicas.memories:
+            memory.goal = 40
+        replicas.wait(lambda: not any(memory.goal for memory in replicas.memories), "less KV")
+        replicas.wait_finished()
+        assert scheduler.recomputed == 0
+        check_exact(replicas, directory, {"stays": prompts["stays"]}, LONG)
+    assert len(moved) >= 3
+    assert min(moved) >= 40
+
+
+def fail_some(model: Any, numbers: set[int], error: Callable[[], BaseException]) -> None:
+    """Let a model raise in the forward passes with these numbers, in the midst of a layer's exchange."""
+    real, count = model.forward, [0]
+
+    def forward(batch: Batch, exchange: Any) -> Any:
+        count[0] += 1
+        if count[0] in numbers:
+            raise error()
+        return real(batch, exchange)
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError])
+def test_a_step_that_fails_on_a_follower_is_repeated_by_all(
+    directory: Path, tmp_path: Path, error: type[Exception]
+) -> None:
+    with Replicas(directory, tmp_path, 2) as replicas:
+        fail_some(replicas.ranks.models[1], {3, 11, 12}, lambda: error("no"))
+        prompts = submit_some(replicas, 4, 24)
+        replicas.wait_finished()
+        check_exact(replicas, directory, prompts, 24)
+        assert replicas.num_ended == 3
+
+
+def test_a_follower_that_fails_again_and_again_ends(directory: Path, tmp_path: Path) -> None:
+    with Replicas(directory, tmp_path, 1) as replicas:
+        follower = replicas.loops[1]
+        assert isinstance(follower, Follower)
+        fail_some(replicas.ranks.models[1], set(range(1, 100)), lambda: ValueError("broken"))
+        replicas.submit(0, "r", [1, 2, 3], 4)
+        replicas._threads[1].join(60)
+        assert [str(end) for end in replicas.ends] == ["broken"]
+        assert follower._num_failed == FAILED_MAX + 1 or "r" in replicas.failed
+
+
+def test_a_follower_has_no_requests_and_leaves_with_its_replica(directory: Path, tmp_path: Path) -> None:
+    command, targets = CommandId("op", 1, 1, "drain"), (MoveTarget(RankId(0, 1), 1),)
+    with Replicas(directory, tmp_path, 2) as replicas:
+        load = replicas.ask(3, GetRankLoad())
+        assert (load.rank, load.running, load.waiting, load.is_leaving) == (RankId(1, 1), 0, 0, False)
+        assert load.blocks_total == NUM_BLOCKS
+        with pytest.raises(ElasticMoEError, match="r1t1 has no requests"):
+            replicas.ask(3, Unreserve("r", b"router:1"))
+        client = replicas._sockets.connect("rank-r1t1", "router:1", replicas_codec())
+        client.send(Submit("r", (1, 2), 3, Sampling(seed=1)))
+        answer = client.receive(20_000)
+        client.close()
+        assert answer is not None
+        assert "has no requests" in answer.body.message
+        replicas.ask(3, Drain(command, targets))
+        assert replicas.ask(3, GetRankLoad()).is_leaving
+        replicas.ask(3, CancelMigration(command))
+        assert not replicas.ask(3, GetRankLoad()).is_leaving
+        replicas.ask(3, Drain(command, targets))
+        ranks = replicas.ranks
+        ranks._observer.set_membership(ranks._generation + 1, 0b0011, True)  # a layout without its replica
+        replicas.wait(lambda: replicas.loops[3].is_stopping, "the follower to leave")
+        assert not replicas.loops[2].is_stopping, "a leader is told itself"
+
+
+def replicas_codec() -> Any:
+    from elasticmoe.common.protocol import router
+
+    return router.CODEC
+
+
+# ---- what is on the bus -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def boards() -> tuple[Host, ReplicaBoard, ReplicaBoard]:
+    """Of a leader and a follower."""
+    host = Host((2, 4, 8, 1), 8, 400)
+    host.observer.set_membership(1, 0b11, True)
+    buses = [host.join(slot) for slot in range(2)]
+    for bus in buses:
+        bus.set_replica((0, 1))
+    first, second = (ReplicaBoard(bus, (0, 1)) for bus in buses)
+    return host, first, second
+
+
+def test_a_plan_is_what_was_written_or_none(boards: tuple[Host, ReplicaBoard, ReplicaBoard]) -> None:
+    host, leader, follower = boards
+    parts = [BatchPart([5, 6, 7], 3, [9, 8], 2), BatchPart([1], 0, [4], 0)]
+    for plan in (ReplicaPlan((), Batch([], 4)), ReplicaPlan(((7, 1), (6, 2)), Batch(parts, 4))):
+        leader.write(plan)
+        moves, batch = follower.read(1)
+        assert moves == plan.moves
+        for name in Batch.__slots__:
+            assert getattr(batch, name) == getattr(plan.batch, name)
+    with pytest.raises(ValueError, match="the bus has room for 400"):
+        leader.write(ReplicaPlan((), Batch([BatchPart([1] * 100, 0, list(range(25)), 0)], 4)))
+    for wrong in (b"", b"\1\0\0\0", leader_bytes(plan)[:-4], leader_bytes(plan) + b"\0\0\0\0"):
+        leader._bus.write_plan(wrong)
+        with pytest.raises(ValueError, match=r"a plan of|a batch of"):
+            follower.read(1)
+    host.observer.set_membership(2, 0b11, True)
+    with pytest.raises(StepAborted):
+        follower.read(1)
+
+
+def leader_bytes(plan: ReplicaPlan) -> bytes:
+    """A plan without moves, as it is on the bus."""
+    return bytes(4) + plan.batch.encode()
+
+
+def test_of_words_that_cross_one_is_taken_back(boards: tuple[Host, ReplicaBoard, ReplicaBoard]) -> None:
+    """Whatever the two do at the same time, the leader never gives out what the follower has not mapped."""
+    _, leader, follower = boards
+    follower.tell_blocks(10)
+    leader.tell_blocks(5)
+    in_use, mapped, is_over = 5, 10, threading.Event()
+    lock, wrong = threading.Lock(), []
+
+    def look() -> None:
+        with lock:
+            if in_use > mapped:
+                wrong.append((in_use, mapped))
+
+    def lead() -> None:
+        nonlocal in_use
+        while not is_over.is_set():
+            leader.tell_blocks(10)
+            if leader.blocks_of_followers < 10:
+                leader.tell_blocks(5)
+                continue
+            in_use = 10
+            look()
+            in_use = 5
+            leader.tell_blocks(5)
+
+    thread = threading.Thread(target=lead)
+    thread.start()
+    for _ in range(20_000):
+        if follower.blocks_of_leader > 5:
+            continue
+        follower.tell_blocks(5)
+        if follower.blocks_of_leader > 5:
+            follower.tell_blocks(10)
+            continue
+        mapped = 5
+        look()
+        mapped = 10
+        follower.tell_blocks(10)
+    is_over.set()
+    thread.join()
+    assert wrong == []
