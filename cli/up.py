@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     devices = "the devices that the deployment may use (default: room for twice the replicas, where memory allows)"
     add("--devices", metavar="host:N", help=devices)
     add("--replicas", type=whole(), metavar="N", help=f"replicas to start with (default {default['replicas']})")
-    add("--tp", type=whole(), metavar="N", help="devices per replica (only 1 for now)")
+    add("--tp", type=whole(), metavar="N", help="devices per replica, at most 8: tensor parallelism within each")
     add("--dtype", choices=("bfloat16", "float32"), help=f"dtype of weights and KV (default {default['dtype']})")
     add(
         "--compute",

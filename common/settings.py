@@ -150,7 +150,7 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = "auto"
     devices: Devices = "host:2"
     replicas: Annotated[int, Meta(ge=1, le=64), _is("Replicas to start with; a running deployment is scaled")] = 2
-    tp: Annotated[int, Meta(ge=1, le=64), _is("Devices of one replica; only 1 for now")] = 1
+    tp: Annotated[int, Meta(ge=1, le=64), _is("Devices of one replica, at most 8: tensor parallelism")] = 1
     block_size: Annotated[int, Meta(ge=1, le=1024), _is("Tokens of one KV block", "tokens")] = 16
     kv_bytes: Annotated[Bytes, _is("Most KV memory of one device", "bytes")] = 256 * 1024 * 1024
     max_model_len: Annotated[

@@ -14,7 +14,8 @@ START: dict[str, Code] = {
     ),
     "too_many_devices": Code("More devices than a deployment may have", "Use fewer"),
     "tp_unsupported": Code(
-        "More devices per replica than are supported, or than the model can be split over", "Leave `tp` at 1"
+        "More devices per replica than are supported, or than the model can be split over",
+        "See the text; 1 suits every model",
     ),
     "model_unavailable": Code(
         "The model is no folder here and cannot be downloaded",

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {"max_sequences": 48, "kv_bytes": 4 << 20, "device_by
 
 
 def replicas_of(deployment: Deployment) -> list[int]:
-    return [rank["replica"] for rank in deployment.admin("/v1/layout")["ranks"]]
+    return sorted({rank["replica"] for rank in deployment.admin("/v1/layout")["ranks"]})
 
 
 def draw_target(rng: random.Random, present: list[int]) -> dict[str, Any]:
@@ -48,11 +48,11 @@ def check_figures(operation: dict[str, Any]) -> None:
         assert figures["peak_bytes"].get(device, 0) <= change["peak_bytes"], (device, operation)
 
 
-async def resize_under_load(deployment: Deployment, folder: Path, clients: int) -> int:
-    """50 times, at random, with everything checked that can be. Returns the number of tokens that were compared."""
+async def resize_under_load(deployment: Deployment, folder: Path, clients: int, resizes: int = RESIZES) -> int:
+    """At random, with everything checked that can be. Returns the number of tokens that were compared."""
     rng = random.Random(20251002)
     async with Load(deployment.base_url, clients=clients, seed=1) as load:
-        for _ in range(RESIZES):
+        for _ in range(resizes):
             target = draw_target(rng, await asyncio.to_thread(replicas_of, deployment))
             operation = await asyncio.to_thread(deployment.scale, **target)
             check_figures(operation)
@@ -81,6 +81,16 @@ async def test_50_random_resizes_of_a_cache_of_latents_are_exact(
     """One plane of an odd width in place of keys and values; fewer streams, as the resizes are what it is about."""
     deployment = deploy("oracle-latent", replicas=2, devices=DEVICES, **SETTINGS)
     assert await resize_under_load(deployment, model_folder("oracle-latent"), clients=8) > 2_000
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("resizes", [6, pytest.param(RESIZES, marks=pytest.mark.soak)])
+async def test_random_resizes_of_replicas_of_two_ranks_are_exact(
+    resizes: int, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    """Up to six of them; all KV moves, from each rank to the one of the same tp index."""
+    deployment = deploy("oracle", replicas=2, devices=2 * DEVICES, tp=2, **SETTINGS)
+    assert await resize_under_load(deployment, model_folder("oracle"), clients=8, resizes=resizes) > 20 * resizes
 
 
 @pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-qwen3-moe"])

@@ -1,6 +1,6 @@
 """Replicas of several ranks without processes: the product's loops of leaders and followers over a real bus and real
-sockets, a thread each, and a router. What is played: memory, which is there from the beginning and whose KV the HMM asks
-to be resized, and the HMM, which ends the generation where a connection ends."""
+sockets, a thread each, and a router. What is played: memory, which is there from the beginning and whose KV is asked to
+be resized, and the HMM, which ends the generation where a connection ends."""
 
 from __future__ import annotations
 

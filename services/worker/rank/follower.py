@@ -204,7 +204,7 @@ class Follower(SeatLoop):
         return findings
 
     def _load(self) -> RankLoad:
-        """It has no sequences; its KV is as full as the leader's."""
+        """It has no sequences; which of its blocks are free, the leader knows."""
         return RankLoad(
             rank=self._seat.rank,
             incarnation=self._seat.incarnation,
