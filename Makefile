@@ -30,7 +30,7 @@ endif
 # Tools of the virtual environment (cmake, ninja, ctest) come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help modules-changed install up down test test-all test-fast test-hostile test-sim accel accel-standin soak lint format docs picture native-test bench compose-test images-test clean
+.PHONY: help modules-changed install up down test test-all test-fast test-hostile test-sim accel accel-standin soak lint format docs picture screenshots native-test bench compose-test images-test clean
 
 help:
 	@echo 'install       virtual environment with everything; fast when nothing changed'
@@ -48,6 +48,7 @@ help:
 	@echo 'format        rewrite sources as lint wants them'
 	@echo 'docs          write docs/reference from the code'
 	@echo 'picture       record docs/picture.svg from a deployment of the demo model'
+	@echo 'screenshots   pictures of the web page: a running deployment with load, in docs/page (needs chromium and chromedriver)'
 	@echo 'native-test   C++ unit tests, plain and with sanitizers (ARGS="plain asan tsan")'
 	@echo 'bench         steady-state benchmark (ARGS="--models demo")'
 	@echo 'compose-test  compose.yaml for real; needs a container engine'
@@ -135,6 +136,9 @@ docs: install
 picture: install
 	$(PIP) install --quiet 'pyte>=0.8,<1'
 	$(BIN)/python -m scripts.picture
+
+screenshots: install
+	$(BIN)/python -m scripts.screenshots
 
 native-test: install
 	bash native/run_tests.sh $(ARGS)

@@ -24,6 +24,9 @@ class Console(Protocol):
     def line(self, text: str) -> None:
         """Print one line, above the bar if there is one."""
 
+    def private_line(self, text: str, otherwise: str) -> None:
+        """Print `text`, which has a secret in it, for eyes alone: where the output may be kept, `otherwise`."""
+
     def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
         """Show `phase`; with `total` > 0 as a share of bytes."""
 
@@ -66,6 +69,10 @@ class TerminalConsole(_Closing):
             self._terminal.print(clean_lines(text))
         except OSError:
             pass  # the terminal is gone, which may not stop a deployment
+
+    def private_line(self, text: str, otherwise: str) -> None:  # noqa: ARG002
+        """A terminal is for eyes."""
+        self.line(text)
 
     def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
         """Draw the bar; one without a total pulses."""
@@ -119,6 +126,10 @@ class PlainConsole(_Closing):
         except OSError:
             pass  # the reader is gone or the disk is full; neither may stop a deployment
 
+    def private_line(self, text: str, otherwise: str) -> None:  # noqa: ARG002
+        """Files and pipes are kept."""
+        self.line(otherwise)
+
     def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
         """Print the phase when it is new, and its share when it grew by a quarter."""
         step = done * 100 // total // _PLAIN_STEP_PERCENT if total else 0
@@ -163,6 +174,11 @@ class PipeConsole(_Closing):
         """One line for both."""
         self._log.line(text)
         self._send(line=text)
+
+    def private_line(self, text: str, otherwise: str) -> None:
+        """The log gets `otherwise`; the parent decides by what it writes to."""
+        self._log.line(otherwise)
+        self._send(private=text, otherwise=otherwise)
 
     def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
         """Progress for both."""

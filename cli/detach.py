@@ -76,6 +76,8 @@ def _wait(launcher: subprocess.Popen[bytes]) -> None:
 def _relay(entry: dict[str, object], console: Console) -> None:
     if "line" in entry:
         console.line(str(entry["line"]))
+    elif "private" in entry:
+        console.private_line(str(entry["private"]), str(entry["otherwise"]))
     else:
         done, total = entry.get("done"), entry.get("total")
         console.progress(str(entry["phase"]), *(value if isinstance(value, int) else 0 for value in (done, total)))

@@ -356,7 +356,10 @@ def _own_record() -> ProcessRecord:
 def _announce(resolved: settings.Settings, console: Console, replicas: int) -> None:
     name = resolved.router.served_name
     console.line(f"{name} is served at   {resolved.url}/v1")
-    console.line(f"admin listener      {resolved.admin_url}  (token in {resolved.scaler.secret('admin.token')})")
+    token = resolved.scaler.secret("admin.token")
+    console.line(f"admin listener      {resolved.admin_url}  (token in {token})")
+    page = f"web page            {resolved.admin_url}/"
+    console.private_line(f"{page}#token={read_secret(token)}", f"{page}  (asks for the token)")
     console.line(f"run directory       {resolved.scaler.run_path}")
     console.line(f"devices             {_room(resolved.scaler, replicas)}")
     if resolved.router.api_key_file:

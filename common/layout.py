@@ -7,6 +7,8 @@ shared-memory rows can be addressed by it across epochs.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Final, Literal
 
@@ -111,6 +113,11 @@ class Layout(msgspec.Struct, frozen=True):
     def num_experts_on(self, slot: int) -> int:
         """Expert records on `slot`'s device over all layers."""
         return sum(len(self.experts_on(slot, layer)) for layer in range(len(self.homes)))
+
+    def num_experts(self) -> Counter[int]:
+        """By slot, expert records on its device over all layers; of all slots in one pass."""
+        homes = itertools.chain.from_iterable(self.homes)
+        return Counter(itertools.chain.from_iterable(homes))
 
     def owners(self, layer: int) -> tuple[int, ...]:
         """Routing table of `layer`: for each expert the slot that computes it."""

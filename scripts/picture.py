@@ -25,8 +25,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import pyte
+
+from scripts.running import command, load
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "picture.svg"
 COLUMNS, ROWS = 92, 42
@@ -60,12 +61,6 @@ def main() -> None:
     print(f"{TARGET}: {TARGET.stat().st_size // 1024} KiB")
 
 
-def command(*words: str) -> str:
-    """Run a command of ours; what it prints."""
-    words = (sys.executable, "-m", "elasticmoe.cli.main", *words)
-    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
-
-
 def record() -> list[Frame]:
     """The screens of `status --watch` before, while and after a replica comes in."""
     url = json.loads(command("status", "--json"))["deployment"]["url"]
@@ -93,17 +88,6 @@ def record() -> list[Frame]:
         os.waitpid(pid, 0)
         for client in clients:
             client.join()
-
-
-def load(url: str, stop: threading.Event) -> None:
-    """A client that streams answers one after the other."""
-    body = {"prompt": "Once upon a time", "max_tokens": 200, "stream": True, "ignore_eos": True}
-    with httpx.Client(trust_env=False, timeout=60) as client:
-        while not stop.is_set():
-            with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
-                for _ in answer.iter_lines():
-                    if stop.is_set():
-                        return
 
 
 def watch(fd: int, screen: pyte.Screen, stream: pyte.ByteStream, is_over: Any) -> list[Frame]:

@@ -33,10 +33,14 @@ CLIENTS: dict[str, Code] = {
     "invalid_api_key": Code("The API key is missing or wrong", "Send `Authorization: Bearer KEY`", (401,)),
     "forbidden": Code("Whoever asks may not", "See the text", (403,)),
     "host_refused": Code(
-        "There is no API key, and `Host` is no name of this router", "Set `allowed_hosts`, or a key: http.md", (403,)
+        "`Host` is no name of this listener, and there is no API key, or what is asked for is the scaler's web page",
+        "The router: set `allowed_hosts`, or a key; the page: use localhost or the listener's address: http.md",
+        (403,),
     ),
     "origin_refused": Code(
-        "The request comes from a page of an origin that is not known", "Set `cors_origins`: http.md", (403,)
+        "The request comes from a page of an origin that is not known",
+        "The router: set `cors_origins`; the scaler answers its own page alone: http.md",
+        (403,),
     ),
     "not_found": Code("There is no such path or thing", "Look at /openapi.json", (404,)),
     "model_not_found": Code("No such model", "`GET /v1/models`, or `elasticmoe model list`", (404,)),

@@ -47,6 +47,11 @@ def bearer_of(scope: Scope) -> bytes:
     return token.strip() if scheme.lower() == b"bearer" else b""
 
 
+def local_of(scope: Scope) -> str:
+    """The address that the connection came to; empty where there is none."""
+    return str((scope.get("server") or ("",))[0])
+
+
 class Door:
     """The outermost ASGI application. `app` may raise ElasticMoEError and ClientLeft. `probes`: paths that any host may
     ask for, because what checks health or collects metrics names a listener in its own way. `refused`: called with the
@@ -70,9 +75,9 @@ class Door:
             if origin is not None and self._policy.allows(origin):
                 sender.origin = origin
             if scope["path"] not in self._probes:
-                self._policy.check_host(headers.get(b"host"), str((scope.get("server") or ("",))[0]))
+                self._policy.check_host(headers.get(b"host"), local_of(scope))
             if origin is not None:
-                self._policy.check_origin(origin, headers.get(b"host"))
+                self._policy.check_origin(origin, headers.get(b"host"), local_of(scope))
             _check_encoding(headers)
             if sender.origin is not None and scope["method"] == "OPTIONS" and _ASKED_METHOD in headers:
                 await _preflight(headers)(scope, receive, sender)

@@ -30,25 +30,39 @@ class Policy(Protocol):
     def check_host(self, host: bytes | None, local: str) -> None:
         """Raises Forbidden for a host that is not known. `local`: the address that the connection came to."""
 
-    def check_origin(self, origin: bytes, host: bytes | None) -> None:
-        """Raises Forbidden for a page that may not ask."""
+    def check_origin(self, origin: bytes, host: bytes | None, local: str) -> None:
+        """Raises Forbidden for a page that may not ask. `local`: as in `check_host`."""
 
     def allows(self, origin: bytes) -> bool:
         """Whether pages of `origin` may read the answers."""
 
 
-class NoPages:
-    """No browser may ask, by whatever name; who may is decided by a credential. A Policy."""
+class OwnPages:
+    """Of a listener that asks for a credential by whatever name it is reached, and has pages of its own: no other page
+    may ask. A page that a browser has by a name that is not ours is none of ours, though it would name itself so.
+    `bound`: the host that it was told to listen on. A Policy."""
+
+    def __init__(self, bound: str) -> None:
+        self._known = HostPolicy(bound, (), (), is_open=True)
 
     def check_host(self, host: bytes | None, local: str) -> None:
         """Any host."""
 
-    def check_origin(self, origin: bytes, host: bytes | None) -> None:  # noqa: ARG002
-        """No origin."""
-        raise Forbidden("requests from browsers are refused", code="origin_refused")
+    def check_origin(self, origin: bytes, host: bytes | None, local: str) -> None:
+        """That of the listener's own pages."""
+        if not self._known.is_own(origin, host) or not self._known.knows(host or b"", local):
+            text = origin.decode("latin-1")[:_SHOWN_CHARS_MAX]
+            raise Forbidden(f"pages of {text!r} may not ask, only those of this listener", code="origin_refused")
+
+    def check_page(self, host: bytes | None, local: str) -> None:
+        """Raises Forbidden where a page would be given out by a name that its own requests are refused under."""
+        if host is None or not self._known.knows(host, local):
+            name = _without_port((host or b"").decode("latin-1"))
+            text = f"no pages by the name {name[:_SHOWN_CHARS_MAX]!r}: use localhost, or an address of this listener"
+            raise Forbidden(text, code="host_refused")
 
     def allows(self, origin: bytes) -> bool:  # noqa: ARG002
-        """No origin."""
+        """Answers are for no other origin."""
         return False
 
 
@@ -63,7 +77,7 @@ class HostPolicy:
         self._suffixes = tuple(name[1:] for name in self._names if name.startswith("*."))
         self._origins = frozenset(origins)
         self._is_open = is_open
-        self._is_known = lru_cache(HOSTS_KEPT)(self._knows)  # addresses are dear to parse, and clients repeat theirs
+        self.knows = lru_cache(HOSTS_KEPT)(self._knows)  # addresses are dear to parse, and clients repeat theirs
         for origin in self._origins - {ANY, "null"}:
             scheme, separator, rest = origin.partition("://")
             if not scheme or not separator or not rest or "/" in rest:
@@ -71,7 +85,7 @@ class HostPolicy:
 
     def check_host(self, host: bytes | None, local: str) -> None:
         """A request without a Host field is no browser's, and there is nothing to check."""
-        if not self._is_open or host is None or self._is_known(host, local):
+        if not self._is_open or host is None or self.knows(host, local):
             return
         name = _without_port(host.decode("latin-1"))
         raise Forbidden(
@@ -84,15 +98,18 @@ class HostPolicy:
         is_named = name in self._names or name.endswith(self._suffixes) or ANY in self._names
         return is_named or _is_loopback(name) or name == _plain(local)
 
-    def check_origin(self, origin: bytes, host: bytes | None) -> None:
+    def check_origin(self, origin: bytes, host: bytes | None, local: str) -> None:  # noqa: ARG002
         """Pages of the listener's own origin may ask, and those of allowed ones."""
-        if not self._is_open or self.allows(origin):
-            return
-        own = (host or b"").lower()
-        if own and origin.lower() in (b"http://" + own, b"https://" + own):
+        if not self._is_open or self.allows(origin) or self.is_own(origin, host):
             return
         text = origin.decode("latin-1")[:_SHOWN_CHARS_MAX]
         raise Forbidden(f"pages of {text!r} may not ask: add it to cors_origins", code="origin_refused")
+
+    @staticmethod
+    def is_own(origin: bytes, host: bytes | None) -> bool:
+        """Whether it is a page's that came from the listener by this name."""
+        own = (host or b"").lower()
+        return bool(own) and origin.lower() in (b"http://" + own, b"https://" + own)
 
     def allows(self, origin: bytes) -> bool:
         """By the setting."""

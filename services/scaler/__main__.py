@@ -22,7 +22,14 @@ def run(config: ScalerConfig) -> None:
     token = read_secret(config.secret("admin.token"))
     scaler = open_scaler(config)
     app = build_app(
-        scaler.status_cache, scaler.commands, scaler.events, scaler.meters, token, config.operation_deadline_s
+        scaler.status_cache,
+        scaler.commands,
+        scaler.events,
+        scaler.series,
+        scaler.meters,
+        token,
+        config.operation_deadline_s,
+        config.admin_host,
     )
     sock = inherited("admin") or bind(config.admin_host, config.admin_port)
     local = inherited("admin.sock")  # the same for this user's own commands, in the run directory

@@ -19,6 +19,7 @@ from elasticmoe.common.store import Event, Writer
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import LeaveOut
 from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.cluster import Cluster, in_force
 from elasticmoe.services.scaler.control.admission import (
@@ -59,8 +60,8 @@ BACKOFF_S_MAX = 5.0
 
 
 class Scaler:
-    """Owns the layout. Everything in it belongs to the loop's thread; `status_cache`, `commands`, `events` and
-    `meters` are shared with the admin listener.
+    """Owns the layout. Everything in it belongs to the loop's thread; `status_cache`, `commands`, `events`,
+    `series` and `meters` are shared with the admin listener.
 
     `run` lets threads take the turns of lease and journal, and is `turn` and `wait` in turns until a signal, then
     `close`. What drives it otherwise does the same, and takes the turns of lease and journal as well.
@@ -77,6 +78,7 @@ class Scaler:
         self.meters = Meters()
         self.commands = CommandQueue(parts.poller.wake, parts.clock)
         self.events = EventStream()
+        self.series = Series(parts.identity)
         self._recall = Recall(config, spec, parts.store, parts.epochs, parts.new_identity)
         self.journal = Journal(
             parts.store.another("scaler-journal"),
@@ -289,7 +291,7 @@ class Scaler:
             self.status_cache.snapshot.config,
             self._executor.operation,
             tuple(self._executor.ended),
-            self._executor.blocks_of(cluster),
+            self._executor.loads_of(cluster),
             self.status_cache.snapshot.resumed,
             self.status_cache.snapshot.instance,
             self._policy,
@@ -297,7 +299,9 @@ class Scaler:
             self._autoscaler.signals,
             self._autoscaler.saturation,
             self._autoscaler.decision,
+            self._autoscaler.throughput,
         )
+        self.series.note(self.status_cache.snapshot, self._clock.monotonic(), self._clock.time())
 
     def _tell(self, kind: str, reason: str, /, **facts: str) -> None:
         """Journal an event, and show it to those who listen."""

@@ -14,6 +14,7 @@ from elasticmoe.cli import policy
 from elasticmoe.cli.arguments import WrongUsage
 from elasticmoe.services.scaler.api.examples import EXAMPLES
 from elasticmoe.services.scaler.policy.state import Reason
+from elasticmoe.services.scaler.policy.words import REASONS
 
 
 class Listener:
@@ -118,4 +119,4 @@ def test_a_change_of_nothing_or_to_what_cannot_be_is_a_wrong_command(listener: L
 
 
 def test_every_reason_is_said_in_words() -> None:
-    assert set(policy._REASONS) == {reason.value for reason in Reason}
+    assert set(REASONS) == {reason.value for reason in Reason}

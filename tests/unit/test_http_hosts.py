@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from elasticmoe.common.http.framing import is_authority
-from elasticmoe.common.http.hosts import HostPolicy, NoPages, split
+from elasticmoe.common.http.hosts import HostPolicy, OwnPages, split
 from elasticmoe.common.protocol.errors import ConfigError, Forbidden
 
 
@@ -77,7 +77,7 @@ def test_without_a_host_there_is_no_browser() -> None:
 
 def may_ask(origin: str, host: str = "localhost:8000", **settings: Any) -> bool:
     try:
-        policy(**settings).check_origin(origin.encode(), host.encode())
+        policy(**settings).check_origin(origin.encode(), host.encode(), "127.0.0.1")
     except Forbidden as refused:
         return refused.code != "origin_refused"
     return True
@@ -125,8 +125,34 @@ def test_an_origin_that_no_page_has_stops_the_start(origin: str) -> None:
         policy(origins=origin)
 
 
-def test_no_page_may_ask_an_operator_s_listener() -> None:
-    NoPages().check_host(b"anything", "127.0.0.1")
-    assert not NoPages().allows(b"http://localhost")
+OPERATORS = OwnPages("127.0.0.1")
+
+
+def test_an_operator_s_listener_is_reached_by_any_name_and_answers_no_other_origin() -> None:
+    OPERATORS.check_host(b"anything", "127.0.0.1")
+    assert not OPERATORS.allows(b"http://localhost")
+
+
+@pytest.mark.parametrize("host", ["localhost:8100", "127.0.0.1:8100", "[::1]:8100", "page.localhost:8100", "10.0.0.7"])
+def test_its_own_pages_may_ask_it_by_the_names_that_they_are_given_out_by(host: str) -> None:
+    local = "10.0.0.7"
+    OPERATORS.check_page(host.encode(), local)
+    for origin in (f"http://{host}", f"https://{host}"):
+        OPERATORS.check_origin(origin.encode(), host.encode(), local)
+    for origin in ("http://localhost", "http://localhost:8101", "null", "", "http://evil.example", f"{host}"):
+        with pytest.raises(Forbidden) as refused:
+            OPERATORS.check_origin(origin.encode(), host.encode(), local)
+        assert refused.value.code == "origin_refused"
+
+
+@pytest.mark.parametrize("host", ["evil.example:8100", "10.0.0.8:8100", "", "localhost.evil.example"])
+def test_a_page_by_a_name_of_others_is_none_of_its_own(host: str) -> None:
+    """DNS rebinding: the name leads here, and what the browser has by it names itself so."""
+    with pytest.raises(Forbidden) as refused:
+        OPERATORS.check_origin(f"http://{host}".encode(), host.encode(), "127.0.0.1")
+    assert refused.value.code == "origin_refused"
+    with pytest.raises(Forbidden) as refused:
+        OPERATORS.check_page(host.encode(), "127.0.0.1")
+    assert refused.value.code == "host_refused"
     with pytest.raises(Forbidden):
-        NoPages().check_origin(b"http://localhost:8100", b"localhost:8100")
+        OPERATORS.check_page(None, "127.0.0.1")

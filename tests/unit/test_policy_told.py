@@ -65,6 +65,7 @@ def test_sums_of_ranks_are_of_what_each_has_told_last(seed: int) -> None:
             told = tuple(StepSample(rng.uniform(0.01, 0.1), 1, 1, 1, 50) for _ in range(rng.randint(0, 3)))
             used = rng.randint(0, 100)
             facts = dict(running=rng.randint(0, 9), queued_prefill_tokens=rng.randint(0, 99), kv_used=used)
+            facts |= dict(generated=rng.randint(0, 50), uncached_tokens=rng.randint(0, 50), cached_tokens=3)
             window = world.rank_window(
                 turn + 1, now, rank=rank, incarnation=name, kv_total=100, num_steps=3, steps=told, **facts
             )
@@ -76,6 +77,8 @@ def test_sums_of_ranks_are_of_what_each_has_told_last(seed: int) -> None:
         assert ranks.queued == sum(one.queued_prefill_tokens for one in mine)
         assert ranks.running == sum(one.running for one in mine)
         assert ranks.kv_used == sum(one.kv_used for one in mine)
+        assert ranks.generated_per_s == pytest.approx(sum(one.generated / one.span_s for one in mine))
+        assert ranks.prompt_per_s == pytest.approx(sum((one.uncached_tokens + 3) / one.span_s for one in mine))
         assert max(ranks.kv_shares, default=0.0) == max((one.kv_used / 100 for one in mine), default=0.0)
         means = [0.0]
         for name in (name for name in expected.values() if name in steps):

@@ -14,6 +14,7 @@ import pytest
 
 from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.clock import SYSTEM_CLOCK
+from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.errors import (
     Conflict,
     DeadlineExceeded,
@@ -23,11 +24,13 @@ from elasticmoe.common.protocol.errors import (
     Overloaded,
 )
 from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.protocol.scaler import RankLoad
 from elasticmoe.common.store import Event
 from elasticmoe.services.scaler.api import admin
 from elasticmoe.services.scaler.api.admin import build_app
 from elasticmoe.services.scaler.api.event_stream import LISTENERS_MAX, EventStream
 from elasticmoe.services.scaler.api.requests import parse_rebalance, parse_scale
+from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.control import admission
 from elasticmoe.services.scaler.control.admission import (
@@ -57,6 +60,10 @@ def snapshot_of(world: World, **changes: Any) -> StatusSnapshot:
     base = StatusSnapshot("serving", "nothing to do", None, world.layout, seen.cluster, 3, {"model": "/m"})
     policy = PolicyRecord(1, PolicyConfig(), PolicyConfig())
     return msgspec.structs.replace(base, **{"policy": policy, **changes})
+
+
+def load_of(free: int, total: int) -> RankLoad:
+    return RankLoad(RankId(0, 0), "r", 1, 0, 0, 0, 0, free, total, False, None, 1, 1)
 
 
 class Loop:
@@ -90,13 +97,19 @@ class Listener:
         self.answer: Accepted | ElasticMoEError = Accepted(operation_of(None))
         self.loop = Loop(self._handle)
         self.status_cache, self.events, self.meters = StatusCache(snapshot), EventStream(), Meters()
-        self.app = build_app(self.status_cache, self.loop.commands, self.events, self.meters, "secret", 600.0)
+        self.series = Series("scaler:1")
+        self.app = build_app(
+            self.status_cache, self.loop.commands, self.events, self.series, self.meters, "secret", 600.0, "scaler"
+        )
 
     def _handle(self, order: Any) -> Answer:
         self.orders.append(order)
         if isinstance(self.answer, ElasticMoEError):
             raise self.answer
         return PolicyRecord(2, order.config, order.config) if isinstance(order, SetPolicy) else self.answer
+
+    def close(self) -> None:
+        self.loop.close()
 
     async def call(self, method: str, path: str, body: Any = None, raw: bytes | None = None) -> httpx.Response:
         transport = httpx.ASGITransport(app=self.app)  # type: ignore[arg-type]
@@ -111,7 +124,7 @@ class Listener:
 def listener() -> Iterator[Listener]:
     listener = Listener(snapshot_of(World(UP.before)))
     yield listener
-    listener.loop.close()
+    listener.close()
 
 
 # ---- bodies ----------------------------------------------------------------------------------------------------------
@@ -309,7 +322,7 @@ async def test_layout_and_devices_tell_who_joins_and_who_leaves(
 ) -> None:
     world = World(plan.before)
     operation = world.run_to(operation_of(plan), "prepare")
-    listener.status_cache.snapshot = snapshot_of(world, operation=operation, blocks={0: (3, 9)})
+    listener.status_cache.snapshot = snapshot_of(world, operation=operation, loads={0: load_of(3, 9)})
     devices = (await listener.call("GET", "/v1/devices")).json()["devices"]
     assert (devices[slot]["state"], devices[0]["state"], devices[3]["state"]) == (state, "used", "free")
     layout = (await listener.call("GET", "/v1/layout")).json()
@@ -322,7 +335,7 @@ async def test_metrics_never_reset(listener: Listener) -> None:
     done = world.run(operation_of(DOWN))
     listener.meters.operation(done, "done")
     listener.meters.phase("prepare", 0.2)
-    listener.status_cache.snapshot = snapshot_of(world, blocks={0: (3, 9), 2: (4, 9)})
+    listener.status_cache.snapshot = snapshot_of(world, loads={0: load_of(3, 9), 2: load_of(4, 9)})
     text = (await listener.call("GET", "/metrics")).text
     for line in (
         'elasticmoe:scale_operations_total{kind="scale_down",outcome="done"} 1.0',
@@ -337,7 +350,7 @@ async def test_metrics_never_reset(listener: Listener) -> None:
         assert line in text, line
 
 
-async def test_everything_asks_for_the_token_and_browsers_are_refused(listener: Listener) -> None:
+async def test_everything_asks_for_the_token_and_pages_of_others_are_refused(listener: Listener) -> None:
     transport = httpx.ASGITransport(app=listener.app)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=transport, base_url="http://scaler") as client:
         for method, path in (("POST", "/v1/scale"), ("GET", "/v1/events"), ("DELETE", "/v1/operations/x")):

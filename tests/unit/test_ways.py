@@ -25,6 +25,7 @@ from elasticmoe.services.hmm.status import Loading, hmm_status
 from elasticmoe.services.hmm.transition.transition import Transitions
 from elasticmoe.services.scaler.api.admin import build_app
 from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.admission import Admission, CommandQueue
@@ -92,7 +93,9 @@ class Deployment:
     async def order(self, body: dict[str, object]) -> httpx.Response:
         """By HTTP; the loop is this one."""
         board = StatusCache(StatusSnapshot("serving", "", None, None, None, 0, {}))
-        app: Any = build_app(board, self.commands, EventStream(), self.meters, "secret", 600.0)
+        app: Any = build_app(
+            board, self.commands, EventStream(), Series("s"), self.meters, "secret", 600.0, "localhost"
+        )
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://scaler") as client:
             headers = {"Authorization": "Bearer secret"}
             asked = asyncio.create_task(client.post("/v1/scale", json=body, headers=headers))

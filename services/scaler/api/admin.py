@@ -1,4 +1,5 @@
-"""The operator's REST surface, on a listener of its own. Everything but /health and /ready asks for the token.
+"""The operator's REST surface, on a listener of its own. Everything but /health, /ready and the web page's files asks
+for the token.
 
 The app reads one immutable snapshot that the scaler's loop replaces, and hands orders to the loop through the command
 queue; it never touches the loop's sockets or the store.
@@ -19,7 +20,7 @@ from elasticmoe.common.http.body import Body, Receive
 from elasticmoe.common.http.connection import Rules
 from elasticmoe.common.http.door import Door, Scope, Send, bearer_of, headers_of
 from elasticmoe.common.http.errors import error_response
-from elasticmoe.common.http.hosts import NoPages
+from elasticmoe.common.http.hosts import OwnPages
 from elasticmoe.common.http.listener import HttpServer, make_server
 from elasticmoe.common.protocol.errors import ConfigError, Unauthorized
 from elasticmoe.common.protocol.limits import NAME_CHARS_MAX
@@ -28,9 +29,12 @@ from elasticmoe.services.scaler.api import docs, views
 from elasticmoe.services.scaler.api.contract import check_instance, scale_status
 from elasticmoe.services.scaler.api.docs import describe
 from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.page import PAGES, add_page
 from elasticmoe.services.scaler.api.policy import add_policy
 from elasticmoe.services.scaler.api.prometheus import render_metrics
+from elasticmoe.services.scaler.api.query import LIMIT, limit_of
 from elasticmoe.services.scaler.api.requests import RebalanceBody, ScaleBody, parse_rebalance, parse_scale
+from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import (
     StatusCache,
     devices_view,
@@ -41,6 +45,7 @@ from elasticmoe.services.scaler.api.snapshot import (
     plan_view,
     ready_view,
 )
+from elasticmoe.services.scaler.api.watching import add_watching
 from elasticmoe.services.scaler.control.admission import CancelOperation, CommandQueue, Running
 from elasticmoe.services.scaler.metrics import Meters
 
@@ -48,7 +53,8 @@ BODY_BYTES_MAX = 1024 * 1024
 BODY_S_MAX = 10.0
 HEARTBEAT_S = 10.0
 CONNECTIONS_MAX = 128
-PUBLIC_PATHS = frozenset({"/health", "/ready"})
+PROBES = frozenset({"/health", "/ready"})
+PUBLIC_PATHS = PROBES | PAGES.keys()
 OpIdInPath = Annotated[str, Path(description="The operation's `op_id`")]
 
 
@@ -78,23 +84,29 @@ def build_app(
     status_cache: StatusCache,
     commands: CommandQueue,
     events: EventStream,
+    series: Series,
     meters: Meters,
     token: str,
     deadline_s: float,
+    host: str,
 ) -> Door:
-    """The admin app; `deadline_s`: of operations that name none. Raises ConfigError for an empty token."""
+    """The admin app; `deadline_s`: of operations that name none; `host`: that it listens on. Raises
+    ConfigError for an empty token."""
     app = make_app("ElasticMoE scaler", docs.ABOUT)
     _add_views(app, status_cache, meters)
     _add_orders(app, status_cache, commands, deadline_s)
     add_policy(app, status_cache, commands)
+    add_watching(app, status_cache, series)
     _add_events(app, events)
+    hosts = OwnPages(host)
+    add_page(app, hosts)
     docs.install(app, PUBLIC_PATHS)
-    return Door(AdminGate(app, token), NoPages(), PUBLIC_PATHS, meters.refused)
+    return Door(AdminGate(app, token), hosts, PROBES, meters.refused)
 
 
 def serve(app: Door, meters: Meters, keep_alive_s: float) -> HttpServer:
     """The admin listener's server, for a bound socket and a thread of its own."""
-    rules = Rules(CONNECTIONS_MAX, BODY_BYTES_MAX, PUBLIC_PATHS | {"/metrics"}, meters.refused)
+    rules = Rules(CONNECTIONS_MAX, BODY_BYTES_MAX, PROBES | {"/metrics"}, meters.refused)
     return make_server(app, rules, keep_alive_s=keep_alive_s, stop_s=2)
 
 
@@ -127,10 +139,10 @@ def _add_views(app: FastAPI, status_cache: StatusCache, meters: Meters) -> None:
         """All devices, used or not, with their memory."""
         return json_response(devices_view(status_cache.snapshot))
 
-    @app.get("/v1/operations", **describe("Operations", docs.READING))
-    async def operations() -> Response:
+    @app.get("/v1/operations", **describe("Operations", docs.READING, query=LIMIT))
+    async def operations(request: Request) -> Response:
         """The operation in progress, and the last 100 that have ended."""
-        return json_response(operations_view(status_cache.snapshot))
+        return json_response(operations_view(status_cache.snapshot, limit_of(request)))
 
     @app.get("/v1/operations/{op_id}", **describe("Operation", docs.FINDING))
     async def operation(op_id: OpIdInPath) -> Response:

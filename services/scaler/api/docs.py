@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -24,7 +25,7 @@ _TOKEN = """The text of `RUN_DIR/secrets/admin.token`, as `Authorization: Bearer
 _TEXTS = {
     "400": "The request breaks a stated bound",
     "401": "The token is missing or wrong",
-    "403": "Requests from browsers are refused",
+    "403": "The request comes from a page that is not this listener's",
     "404": "There is no such operation",
     "408": "The body did not come in time",
     "409": "The state does not allow it now, or this scaler is superseded",
@@ -51,6 +52,8 @@ ANSWERS = {
         views.Operation,
         views.Operations,
         views.Plan,
+        views.Now,
+        views.SeriesView,
         ScaleStatus,
         PolicyView,
         DecisionsView,
@@ -69,15 +72,22 @@ def describe(
     body: type[msgspec.Struct] | None = None,
     status: int = 200,
     told: str = "The answer",
+    query: Mapping[str, tuple[str, Any]] = {},
 ) -> dict[str, Any]:
     """Keyword arguments of a route. `answer`: one of the document's schemas, or a media type. `codes`: of refusals.
-    `told`: what the answer is."""
+    `told`: what the answer is. `query`: by its name, what a parameter means, and a value."""
     content: dict[str, Any] = {answer: {"schema": {"type": "string"}}}
     if answer in ANSWERS or answer == "Config":
         content = json_content(answer, EXAMPLES[answer])
     responses: dict[str, Any] = {str(status): {"description": told, "content": content}}
     responses |= refusals(_TEXTS, codes)
     extra: dict[str, Any] = {"responses": responses}
+    if query:
+        extra["parameters"] = [
+            {"name": name, "in": "query", "required": False, "description": meaning}
+            | {"schema": {"type": "string"}, "example": example}
+            for name, (meaning, example) in query.items()
+        ]
     if body is ScaleBody:  # accepted, or with `dry_run` only planned
         responses["200"] = {"description": "The plan of a dry run", "content": json_content("Plan", EXAMPLES["Plan"])}
     if body is not None:

@@ -8,6 +8,7 @@ from elasticmoe.common.http.app import json_response
 from elasticmoe.services.scaler.api import docs
 from elasticmoe.services.scaler.api.docs import describe
 from elasticmoe.services.scaler.api.policy_views import DecisionsView, PolicyBody, parse_policy, policy_view
+from elasticmoe.services.scaler.api.query import LIMIT, limit_of
 from elasticmoe.services.scaler.api.snapshot import StatusCache
 from elasticmoe.services.scaler.control.admission import CommandQueue
 
@@ -26,7 +27,7 @@ def add_policy(app: FastAPI, status_cache: StatusCache, commands: CommandQueue) 
         await commands.set_policy(parse_policy(await request.body()))
         return json_response(policy_view(status_cache.snapshot))
 
-    @app.get("/v1/decisions", **describe("DecisionsView", docs.READING))
-    async def decisions() -> Response:
+    @app.get("/v1/decisions", **describe("DecisionsView", docs.READING, query=LIMIT))
+    async def decisions(request: Request) -> Response:
         """What the policy has decided, with the figures that each decision rests on; in the mode `advise` too."""
-        return json_response(DecisionsView(status_cache.snapshot.decided))
+        return json_response(DecisionsView(status_cache.snapshot.decided[: limit_of(request)]))

@@ -20,15 +20,16 @@ def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
     busy.set(snapshot.operation is not None)
     if snapshot.layout:
         epoch.set(snapshot.layout.epoch)
+        counts = snapshot.layout.num_experts()
         for seat in snapshot.layout.seats:
-            experts.labels(str(seat.rank)).set(snapshot.layout.num_experts_on(seat.slot))
+            experts.labels(str(seat.rank)).set(counts[seat.slot])
     for device in snapshot.cluster.devices if snapshot.cluster else ():
         for state, nbytes in msgspec.structs.asdict(memory_view(device)).items():
             if nbytes is not None:  # no driver tells a total
                 memory.labels(device.device, state).set(nbytes)
-    free = sum(left for left, _ in snapshot.blocks.values())
+    free = sum(load.blocks_free for load in snapshot.loads.values())
     blocks.labels("free").set(free)
-    blocks.labels("used").set(sum(total for _, total in snapshot.blocks.values()) - free)
+    blocks.labels("used").set(sum(load.blocks_total for load in snapshot.loads.values()) - free)
     standby.set(snapshot.cluster.standby if snapshot.cluster else 0)
     _add_load(registry, snapshot)
     return generate_latest(registry) + generate_latest(meters.registry)

@@ -7,27 +7,28 @@ from typing import Any
 
 import msgspec
 
-from elasticmoe.common.layout import Layout
+from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.protocol.errors import NotFound, Unavailable, Unready
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.common.protocol.scaler import DeviceStatus
+from elasticmoe.common.protocol.scaler import DeviceStatus, RankLoad
 from elasticmoe.services.scaler.api import views
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.autoscaler import Decided
 from elasticmoe.services.scaler.control.state import DeploymentPhase
 from elasticmoe.services.scaler.operation.operation import Operation, outcome
 from elasticmoe.services.scaler.planning.plan import Plan
-from elasticmoe.services.scaler.policy.figures import Signals
+from elasticmoe.services.scaler.policy.figures import Signals, Throughput
 from elasticmoe.services.scaler.policy.record import PolicyRecord
 from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.store.resume import Resumed
 
 
 class StatusSnapshot(msgspec.Struct, frozen=True):
-    """`config` is the resolved configuration without secrets; `ended`: the last operations, newest first; `blocks`:
-    (free, all) KV blocks by slot of the ranks that told them lately; `resumed`: what was gone on with at the start;
+    """`config` is the resolved configuration without secrets; `ended`: the last operations, newest first; `loads`:
+    by slot, of the ranks that told theirs lately; `resumed`: what was gone on with at the start;
     `instance`: names the deployment, empty before the journal has been read, as `policy` is None; `decision`: the last
-    one by it; `decided`: those that were told, newest first; `signals`, `saturation`: the load as it was seen last."""
+    one by it; `decided`: those that were told, newest first; `signals`, `saturation`, `throughput`: the load as it was
+    seen last."""
 
     phase: DeploymentPhase
     reason: str
@@ -38,7 +39,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True):
     config: dict[str, Any]
     operation: Operation | None = None
     ended: tuple[Operation, ...] = ()
-    blocks: Mapping[int, tuple[int, int]] = {}
+    loads: Mapping[int, RankLoad] = {}
     resumed: Resumed | None = None
     instance: str = ""
     policy: PolicyRecord | None = None
@@ -46,6 +47,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True):
     signals: Signals | None = None
     saturation: Saturation | None = None
     decision: Decided | None = None
+    throughput: Throughput | None = None
 
 
 class StatusCache:
@@ -91,12 +93,11 @@ def layout_view(snapshot: StatusSnapshot) -> views.Layout:
     cluster = snapshot.cluster
     by_device = {status.device: status for status in cluster.devices} if cluster is not None else {}
     processes = cluster.ranks if cluster is not None else {}
-    states = _seat_states(snapshot)
-    ranks = []
-    seats = [*layout.seats, *(seat for seat in _other_seats(snapshot) if seat.slot not in layout.slots)]
-    for seat in seats:
+    states = seat_states(snapshot)
+    ranks, counts = [], layout.num_experts()
+    for seat in seats_shown(snapshot):
         device, rank = by_device.get(seat.device), processes.get(seat.slot)
-        blocks = snapshot.blocks.get(seat.slot)
+        load = snapshot.loads.get(seat.slot)
         ranks.append(
             views.Rank(
                 replica=seat.rank.replica,
@@ -108,9 +109,9 @@ def layout_view(snapshot: StatusSnapshot) -> views.Layout:
                 pid=rank.pid if rank else None,
                 ready=bool(rank and rank.ready),
                 attach_ms=rank.attach_ms if rank else None,
-                experts=layout.num_experts_on(seat.slot),
+                experts=counts[seat.slot],
                 kv_blocks=device.kv_blocks if device else 0,
-                kv_blocks_free=blocks[0] if blocks else None,
+                kv_blocks_free=load.blocks_free if load else None,
                 memory=memory_view(device) if device else None,
             )
         )
@@ -132,7 +133,7 @@ def devices_view(snapshot: StatusSnapshot) -> views.Devices:
     cluster = snapshot.cluster
     if cluster is None or cluster.phase is None:
         raise Unavailable("the HMM does not answer")
-    states = _seat_states(snapshot)
+    states = seat_states(snapshot)
     return views.Devices(
         standby_processes=cluster.standby,
         devices=[
@@ -182,10 +183,11 @@ def operation_view(operation: Operation, cluster: Cluster | None = None) -> view
     )
 
 
-def operations_view(snapshot: StatusSnapshot) -> views.Operations:
-    """GET /v1/operations: the one in progress first, then the last that ended, newest first."""
+def operations_view(snapshot: StatusSnapshot, limit: int) -> views.Operations:
+    """GET /v1/operations: the one in progress first, then the last that ended, newest first; `limit` of them."""
     current = [snapshot.operation] if snapshot.operation else []
-    return views.Operations([operation_view(operation, snapshot.cluster) for operation in (*current, *snapshot.ended)])
+    shown = (*current, *snapshot.ended)[:limit]
+    return views.Operations([operation_view(operation, snapshot.cluster) for operation in shown])
 
 
 def find_operation(snapshot: StatusSnapshot, op_id: str) -> views.Operation:
@@ -225,7 +227,14 @@ def memory_view(device: DeviceStatus) -> views.Memory:
     return views.Memory(device.budget, device.weights, device.kv, device.other, device.free, device.total or None)
 
 
-def _other_seats(snapshot: StatusSnapshot) -> tuple[Any, ...]:
+def seats_shown(snapshot: StatusSnapshot) -> list[Seat]:
+    """Those of the layout, and of the operation's present leg those that join or leave."""
+    seats = list(snapshot.layout.seats) if snapshot.layout is not None else []
+    slots = {seat.slot for seat in seats}
+    return [*seats, *(seat for seat in _other_seats(snapshot) if seat.slot not in slots)]
+
+
+def _other_seats(snapshot: StatusSnapshot) -> tuple[Seat, ...]:
     """Seats of the operation's present leg that join or leave."""
     operation = snapshot.operation
     if operation is None or operation.plan is None or not operation.num_legs:
@@ -234,7 +243,7 @@ def _other_seats(snapshot: StatusSnapshot) -> tuple[Any, ...]:
     return (*leg.joining, *leg.leaving)
 
 
-def _seat_states(snapshot: StatusSnapshot) -> dict[str, views.DeviceState]:
+def seat_states(snapshot: StatusSnapshot) -> dict[str, views.DeviceState]:
     """used, joining, leaving by device; devices without an entry are free."""
     used = set(snapshot.layout.slots) if snapshot.layout else set()
     seats = snapshot.layout.seats if snapshot.layout else ()

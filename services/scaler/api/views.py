@@ -161,3 +161,91 @@ class Plan(msgspec.Struct, frozen=True):
     kind: Annotated[Kind, says("What it does; `none`: the deployment is what is asked for")]
     planned: Annotated[Planned | None, says("The plan in short")]
     legs: Annotated[list[Leg], says("Its steps, in order")]
+
+
+Column = list[float | None]
+
+
+class SeriesColumns(msgspec.Struct, frozen=True):
+    """One place in each list for each row; null: not known, or nothing happened that could tell it."""
+
+    at: Annotated[list[int], says("Seconds since 1970")]
+    serving: Annotated[Column, says("1 while all ranks of the layout step")]
+    replicas: Annotated[Column, says("Replicas of the layout in force")]
+    target: Annotated[Column, says("Replicas that there should be")]
+    running: Annotated[Column, says("Sequences of all ranks")]
+    queued: Annotated[Column, says("Requests without a first token")]
+    requests_per_s: Annotated[Column, says("Asked for: admitted, and refused")]
+    refused_per_s: Annotated[Column, says("Refused for want of room")]
+    generated_per_s: Annotated[Column, says("Tokens that came out, of all replicas")]
+    prompt_per_s: Annotated[Column, says("Tokens of prompts that went in, of all replicas")]
+    ttft_s: Annotated[Column, says("The objective's quantile of the time to the first token")]
+    itl_s: Annotated[Column, says("Mean time between tokens")]
+    step_s: Annotated[Column, says("Mean step of the slowest rank")]
+    attainment: Annotated[Column, says("Share of the requests of late that kept both objectives")]
+    kv_share: Annotated[Column, says("Used share of the fullest rank's KV")]
+    ttft_saturation: Annotated[Column, says("Time to the first token, over its objective")]
+    itl_saturation: Annotated[Column, says("Time between tokens, over its objective")]
+    backlog_saturation: Annotated[Column, says("What waits, over what the objective leaves for waiting")]
+    queue_age_saturation: Annotated[Column, says("How long the oldest request has waited, over half the objective")]
+    kv_saturation: Annotated[Column, says("Used share of the fullest rank's KV, over the most")]
+
+
+class SeriesView(msgspec.Struct, frozen=True):
+    """Figures over time. Numbers have four digits."""
+
+    cursor: Annotated[str, says("`since` of the next call, for the rows that come", "scaler:105c73cc0c704e27.1.812")]
+    step_s: Annotated[int, says("Seconds from row to row; of more than one, rows are means")]
+    is_whole: Annotated[bool, says("Nothing is known of `since`: the rows are the oldest that are kept")]
+    is_more: Annotated[bool, says("There are further rows already: call again")]
+    columns: Annotated[SeriesColumns, says("The rows, oldest first")]
+
+
+class NowDevice(msgspec.Struct, frozen=True, array_like=True):
+    """A device with its memory in bytes, as a list."""
+
+    device: Annotated[str, says("Its name", "host:0")]
+    state: Annotated[DeviceState, says("Whether the layout uses it")]
+    slot: Annotated[int | None, says("Place on the bus of the rank on it")]
+    rank: Annotated[str | None, says("Name of that rank", "r1t0")]
+    is_ready: Annotated[bool, says("That rank's process can step")]
+    experts: Annotated[int, says("Expert records on it")]
+    budget: Annotated[int, says("All that the deployment may use")]
+    weights: Annotated[int, says("Weights")]
+    kv: Annotated[int, says("KV blocks, used or not")]
+    other: Annotated[int, says("The rank's own")]
+    free: Annotated[int, says("What is left of the budget")]
+
+
+class NowRank(msgspec.Struct, frozen=True, array_like=True):
+    """A rank's load, as a list."""
+
+    slot: Annotated[int, says("Its place on the bus")]
+    blocks_total: Annotated[int, says("KV blocks")]
+    blocks_free: Annotated[int, says("Of them, free ones")]
+    running: Annotated[int, says("Sequences that it steps")]
+    waiting: Annotated[int, says("Sequences that wait for a place")]
+    moving: Annotated[int, says("Sequences on their way to another rank")]
+
+
+class Now(msgspec.Struct, frozen=True, kw_only=True):
+    """How the deployment is, for who looks again and again: of devices and ranks, those that have changed since."""
+
+    cursor: Annotated[str, says("`since` of the next call", "scaler:105c73cc0c704e27.40")]
+    is_whole: Annotated[bool, says("Nothing is known of `since`: all devices and ranks are told")]
+    phase: Annotated[DeploymentPhase, says("As of /ready")]
+    reason: Annotated[str, says("Why it is in this phase")]
+    error: Annotated[Refused | None, says("Why it has failed; null unless it has")]
+    instance: Annotated[str, says("Names the deployment")]
+    fence: Annotated[int, says("This scaler's fencing epoch: another one after each of its restarts")]
+    epoch: Annotated[int | None, says("Of the layout in force; null before the first")]
+    replicas: Annotated[int, says("Replicas that serve")]
+    target: Annotated[int, says("Replicas that there should be")]
+    tp: Annotated[int, says("Ranks of a replica")]
+    operation: Annotated[str | None, says("`op_id` of the operation in progress")]
+    hmm_answers: Annotated[bool, says("Whether the HMM answers")]
+    pool_answers: Annotated[bool, says("Whether the worker pool answers")]
+    standby_processes: Annotated[int, says("Processes that wait for a seat")]
+    num_devices: Annotated[int, says("Devices, changed or not")]
+    devices: Annotated[list[NowDevice], says("Those that have changed")]
+    ranks: Annotated[list[NowRank], says("Those whose load has changed, of the ranks that told theirs lately")]

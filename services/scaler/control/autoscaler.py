@@ -34,7 +34,7 @@ from elasticmoe.services.scaler.operation.operation import Request
 from elasticmoe.services.scaler.planning.plan import Rates, Target
 from elasticmoe.services.scaler.planning.planner import planned_from
 from elasticmoe.services.scaler.policy.config import PolicyConfig
-from elasticmoe.services.scaler.policy.figures import Signals
+from elasticmoe.services.scaler.policy.figures import Signals, Throughput
 from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.policy.signals import Intake
 from elasticmoe.services.scaler.policy.state import Decision, Evidence, Reason
@@ -106,6 +106,7 @@ class Autoscaler:
         self._order: ScaleTo | None = None  # given, and neither accepted nor refused yet
         self._refused: str | None = None
         self.signals: Signals | None = None  # as of the policy's last turn
+        self.throughput: Throughput | None = None  # the same
         self.saturation: Saturation | None = None  # the same
         self.decision: Decided | None = None  # the last one
         self.decided: deque[Decided] = deque(maxlen=DECISIONS_MAX)  # those that were told, newest first
@@ -137,7 +138,7 @@ class Autoscaler:
             self._intake.take(window, arrived_at)
         self._early.clear()
         self._models.learn(layout.dp, self._intake.take_steps())
-        self.signals = self._intake.signals(now)
+        self.signals, self.throughput = self._intake.signals(now), self._intake.throughput(now)
         return Load(
             config=self.policy,
             signals=self.signals,

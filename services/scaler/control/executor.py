@@ -211,12 +211,12 @@ class Executor:
         """Whether the store holds the present state of the operation in progress."""
         return self.operation is None or self._journal.is_durable(self.operation)
 
-    def blocks_of(self, cluster: Cluster) -> dict[int, tuple[int, int]]:
-        """(free, all) KV blocks by slot, of ranks that told their load lately. Of a replica its first one tells."""
+    def loads_of(self, cluster: Cluster) -> dict[int, RankLoad]:
+        """By slot, of ranks that told their load lately. Of a replica its first one tells."""
         loads, layout = self._links.peers.loads(cluster.ranks, FRESH_IDLE_S), cluster.in_force.layout
         leaders = {seat.slot: layout.replica_of(seat)[0] for seat in layout.seats}
         told = {slot: loads.get(leaders.get(slot, slot)) for slot in loads}
-        return {slot: (load.blocks_free, load.blocks_total) for slot, load in told.items() if load is not None}
+        return {slot: load for slot, load in told.items() if load is not None}
 
     def _changed(self, before: Operation, after: Operation) -> None:
         """Journal a new state before its commands are sent."""

@@ -23,6 +23,14 @@ Known = float | Unknown
 Figure = float | Missing | Unknown
 
 
+class Throughput(msgspec.Struct, frozen=True):
+    """Tokens per second of all replicas, by the newest window of each: those that came out, and those of the prompts
+    that went in, served by the prefix cache or not. Nothing is decided by it."""
+
+    generated_per_s: Known
+    prompt_per_s: Known
+
+
 class Signals(msgspec.Struct, frozen=True, kw_only=True):
     """The load of a deployment at `at_s`.
 

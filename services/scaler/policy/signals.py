@@ -17,7 +17,7 @@ from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, Signal, StepSample
 from elasticmoe.common.sketch import Counts, share_within, total, value
 from elasticmoe.services.scaler.policy.config import PolicyConfig
-from elasticmoe.services.scaler.policy.figures import MISSING, UNKNOWN, Figure, Known, Signals
+from elasticmoe.services.scaler.policy.figures import MISSING, UNKNOWN, Figure, Known, Signals, Throughput
 from elasticmoe.services.scaler.policy.step_model import LEARNED_MAX
 from elasticmoe.services.scaler.policy.told import Latencies, RanksTold, RouterTold
 
@@ -162,6 +162,12 @@ class Intake:
             kv_share_most=_known(is_ranks_known, max(ranks.kv_shares, default=0.0)),
             attainment=self._attainment(now - self._config.attainment_over_s),
         )
+
+    def throughput(self, now: float) -> Throughput:
+        """What the replicas do at `now`; as `signals`."""
+        ranks = self._ranks
+        is_known = len(ranks) > 0 and not ranks.silent(now - self._config.unknown_after_s)
+        return Throughput(_known(is_known, ranks.generated_per_s), _known(is_known, ranks.prompt_per_s))
 
     def _silent(self, now: float) -> dict[str | RankId, float]:
         """Those not heard of for too long, or never, each with the time since when."""

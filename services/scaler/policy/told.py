@@ -108,9 +108,10 @@ class RouterTold(_Heard):
 
 class _Rank(_Heard):
     """One rank's incarnation, expected since `begun_s`. `at`: its place in the columns of RanksTold, -1 before it has
-    one; `row`: queued prefill tokens, sequences and KV tokens; `steps`: (end of a window, seconds of so many steps)."""
+    one; `row`: queued prefill tokens, sequences and KV tokens; `rates`: tokens that came out and went in, per second;
+    `steps`: (end of a window, seconds of so many steps)."""
 
-    __slots__ = ("at", "begun_s", "rank", "row", "steps")
+    __slots__ = ("at", "begun_s", "rank", "rates", "row", "steps")
 
     def __init__(self, rank: RankId, now: float) -> None:
         super().__init__()
@@ -118,6 +119,7 @@ class _Rank(_Heard):
         self.begun_s = now
         self.at = -1
         self.row = (0, 0, 0)
+        self.rates = (0.0, 0.0)
         self.steps: deque[tuple[float, float, int]] = deque(maxlen=STEP_WINDOWS)
 
     def step_s(self, since: float) -> float:
@@ -153,6 +155,16 @@ class RanksTold:
     def __len__(self) -> int:
         return len(self._ranks)
 
+    @property
+    def generated_per_s(self) -> float:
+        """New tokens of all replicas, by the newest window of each."""
+        return sum(rank.rates[0] for rank in self._ranks)
+
+    @property
+    def prompt_per_s(self) -> float:
+        """Prompt tokens, the same."""
+        return sum(rank.rates[1] for rank in self._ranks)
+
     def expect(self, ranks: Mapping[RankId, str], now: float) -> None:
         """Hear these incarnations from now on. Of those that were heard before, what they told is kept."""
         expected = list(ranks.items())
@@ -186,6 +198,9 @@ class RanksTold:
         self._newest_s[at] = ended
         queued, running, used = rank.row
         rank.row = (window.queued_prefill_tokens, window.running, window.kv_used)
+        if window.rank.tp == 0:  # all ranks of a replica compute the same tokens
+            prompt = window.uncached_tokens + window.cached_tokens
+            rank.rates = (window.generated / window.span_s, prompt / window.span_s)
         self.queued += window.queued_prefill_tokens - queued
         self.running += window.running - running
         self.kv_used += window.kv_used - used

@@ -1,0 +1,124 @@
+"""What `GET /v1/now` answers: the deployment at a glance, and of devices and ranks only what has changed since the
+asker's last call. The listener's thread only: without somebody who looks it costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+from elasticmoe.services.scaler.api import views
+from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, seat_states, seats_shown, wanted_replicas
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class _Changes(Generic[K, V]):
+    """Rows by their keys, each with the version in which it became what it is."""
+
+    def __init__(self) -> None:
+        self._rows: dict[K, tuple[int, V]] = {}
+
+    def put(self, rows: dict[K, V], version: int) -> bool:
+        """These are the rows of `version`. Whether one has gone, which no change tells."""
+        before = self._rows
+        self._rows = {
+            key: old if (old := before.get(key)) is not None and old[1] == row else (version, row)
+            for key, row in rows.items()
+        }
+        return not before.keys() <= rows.keys()
+
+    def after(self, version: int) -> list[V]:
+        """Rows that have changed after it."""
+        return [row for changed, row in self._rows.values() if changed > version]
+
+
+class Board:
+    """`origin`: names this process; places of another one mean nothing here."""
+
+    def __init__(self, origin: str) -> None:
+        self._origin = origin
+        self._snapshot: StatusSnapshot | None = None
+        self._version = 0
+        self._whole_since = 0  # a place before that is answered with everything
+        self._devices: _Changes[str, views.NowDevice] = _Changes()
+        self._ranks: _Changes[int, views.NowRank] = _Changes()
+
+    def read(self, snapshot: StatusSnapshot, since: str) -> views.Now:
+        """What has changed after the place `since`."""
+        if snapshot is not self._snapshot:
+            self._take(snapshot)
+        known = self._version_of(since)
+        cluster, layout = snapshot.cluster, snapshot.layout
+        is_whole = known is None or known < self._whole_since
+        after = 0 if known is None or is_whole else known
+        hosts = list(cluster.hosts.values()) if cluster is not None else []
+        return views.Now(
+            cursor=f"{self._origin}.{self._version}",
+            is_whole=is_whole,
+            phase=snapshot.phase,
+            reason=snapshot.reason,
+            error=snapshot.error,
+            instance=snapshot.instance,
+            fence=snapshot.fence,
+            epoch=layout.epoch if layout is not None else None,
+            replicas=layout.dp if layout is not None else 0,
+            target=wanted_replicas(snapshot, layout) if layout is not None else 0,
+            tp=layout.tp if layout is not None else 1,
+            operation=snapshot.operation.op_id if snapshot.operation is not None else None,
+            hmm_answers=bool(hosts) and all(host.hmm is not None for host in hosts),
+            pool_answers=bool(hosts) and all(host.pool is not None for host in hosts),
+            standby_processes=cluster.standby if cluster is not None else 0,
+            num_devices=len(cluster.devices) if cluster is not None else 0,
+            devices=self._devices.after(after),
+            ranks=self._ranks.after(after),
+        )
+
+    def _take(self, snapshot: StatusSnapshot) -> None:
+        self._snapshot = snapshot
+        self._version += 1
+        is_one_gone = self._devices.put(_devices_of(snapshot), self._version)
+        is_one_gone |= self._ranks.put(_ranks_of(snapshot), self._version)
+        if is_one_gone:
+            self._whole_since = self._version
+
+    def _version_of(self, since: str) -> int | None:
+        origin, _, place = since.rpartition(".")
+        if origin != self._origin or not place.isascii() or not place.isdigit() or len(place) > 18:
+            return None
+        return min(int(place), self._version)
+
+
+def _devices_of(snapshot: StatusSnapshot) -> dict[str, views.NowDevice]:
+    cluster, layout = snapshot.cluster, snapshot.layout
+    if cluster is None:
+        return {}
+    states, ranks = seat_states(snapshot), cluster.ranks
+    seats = {seat.device: seat for seat in seats_shown(snapshot)}
+    counts = layout.num_experts() if layout is not None else {}
+    rows = {}
+    for device in cluster.devices:
+        seat = seats.get(device.device)
+        process = ranks.get(seat.slot) if seat is not None else None
+        rows[device.device] = views.NowDevice(
+            device=device.device,
+            state=states.get(device.device, "free"),
+            slot=seat.slot if seat is not None else None,
+            rank=str(seat.rank) if seat is not None else None,
+            is_ready=process is not None and process.ready,
+            experts=counts.get(seat.slot, 0) if seat is not None else 0,
+            budget=device.budget,
+            weights=device.weights,
+            kv=device.kv,
+            other=device.other,
+            free=device.free,
+        )
+    return rows
+
+
+def _ranks_of(snapshot: StatusSnapshot) -> dict[int, views.NowRank]:
+    return {
+        slot: views.NowRank(slot, load.blocks_total, load.blocks_free, load.running, load.waiting, load.moving)
+        for slot, load in snapshot.loads.items()
+    }

@@ -1,0 +1,33 @@
+"""Routes for who looks again and again, such as the web page: small answers, of what has changed since the last one."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+
+from elasticmoe.common.http.app import json_response
+from elasticmoe.services.scaler.api import docs
+from elasticmoe.services.scaler.api.docs import describe
+from elasticmoe.services.scaler.api.now import Board
+from elasticmoe.services.scaler.api.query import query_of
+from elasticmoe.services.scaler.api.series import STEPS_S, Series, step_of
+from elasticmoe.services.scaler.api.snapshot import StatusCache
+
+_SINCE = ("`cursor` of an earlier answer: only what has come since is told", "scaler:105c73cc0c704e27.40")
+_STEP_S = (f"Seconds from row to row: {' or '.join(map(str, STEPS_S))}", "1")
+
+
+def add_watching(app: FastAPI, status_cache: StatusCache, series: Series) -> None:
+    """Add them to the app."""
+    board = Board(series.origin)
+
+    @app.get("/v1/now", **describe("Now", docs.READING, query={"since": _SINCE}))
+    async def now(request: Request) -> Response:
+        """How the deployment is; with `since`, of devices and ranks only those that have changed."""
+        return json_response(board.read(status_cache.snapshot, query_of(request, "since").get("since", "")))
+
+    @app.get("/v1/series", **describe("SeriesView", docs.READING, query={"since": _SINCE, "step_s": _STEP_S}))
+    async def figures(request: Request) -> Response:
+        """Figures over time: each second for a quarter of an hour, or means of 15 seconds for a day. At most 1,000 rows
+        at once; with `since`, only later ones."""
+        query = query_of(request, "since", "step_s")
+        return json_response(series.read(step_of(query.get("step_s", "1")), query.get("since", "")))

@@ -1,0 +1,79 @@
+/** Elements. Whatever comes from elsewhere becomes text, never markup. */
+
+/**
+ * An element: `h("p", { class: "hint", onclick: act }, "text", child)`. Attributes that are false, null or undefined
+ * are left out; `style` is an object; what begins with `on` is listened to.
+ */
+export function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === false || value === null || value === undefined) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "style") for (const [key, text] of Object.entries(value)) element.style.setProperty(key, text);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
+  return element;
+}
+
+/** Set an element's text, where it is another one: a reader of screens hears nothing twice. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/** Put `children` in the place of what is in `element`. */
+export function fill(element, ...children) {
+  element.replaceChildren(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
+}
+
+/** A figure: its words, and for programs the API's number as it came. */
+export function figure(name, value, words) {
+  return h("span", { class: "figure", "data-figure": name, "data-value": value ?? "" }, words);
+}
+
+/** A state in words, with a shape and a colour beside them. `tone`: ok, busy, warn, bad or calm. */
+export function badge(tone, words) {
+  return h("span", { class: `badge ${tone}` }, words);
+}
+
+/** A table with a head. `rows`: lists of cells; a cell is text or an element. */
+export function table(caption, head, rows) {
+  return h(
+    "div",
+    { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+    h(
+      "table",
+      {},
+      h("caption", {}, caption),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          head.map((name) => h("th", { scope: "col" }, name)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map((row) =>
+          h(
+            "tr",
+            {},
+            row.map((cell) => h("td", {}, cell)),
+          ),
+        ),
+      ),
+    ),
+  );
+}
+
+/** A panel with a heading. */
+export function panel(title, ...children) {
+  return h("section", { class: "panel" }, h("h2", {}, title), ...children);
+}

@@ -1,0 +1,151 @@
+/** Health: who answers, which processes there are, what has failed lately, and what the present state means. */
+
+import { badge, fill, h, panel, table } from "../dom.js";
+import { clock, number, plural, seconds, UNKNOWN } from "../format.js";
+
+const MEANINGS = {
+  starting: ["busy", "The scaler reads what there is. Whoever serves goes on serving."],
+  loading: ["busy", "The HMM reads the checkpoint. Nothing is served before it is there."],
+  attaching: ["busy", "Ranks map their memory. Nothing is served before all of them step."],
+  serving: ["ok", "All ranks of the layout step."],
+  degraded: [
+    "warn",
+    "Not all ranks step. Each layer needs all experts, so steps wait until a standby has taken the seat that is " +
+      "empty; streams go on then, and no request is lost.",
+  ],
+  failed: ["bad", "Nothing is served, and it does not mend by itself: the reason says what to do."],
+};
+const FAULTS = [
+  "rank_exited",
+  "rank_ejected",
+  "rank_ended",
+  "operation_late",
+  "loss_refused",
+  "policy_refused",
+  "policy_unreadable",
+  "orphans_found",
+];
+const HOUR_S = 3_600;
+
+function build() {
+  const lead = h("div", { class: "lead" });
+  const parts = h("div", {});
+  const ranks = h("div", {});
+  const faults = h("div", {});
+  const drawn = {};
+
+  /** Draw a part where what it shows is not what it showed: who reads or selects something in it is not disturbed. */
+  function draw(name, element, facts, make) {
+    const text = JSON.stringify(facts);
+    if (drawn[name] === text) return;
+    drawn[name] = text;
+    fill(element, make());
+  }
+
+  function update({ now, policy, layout, events, isPastTold, connection }) {
+    const [tone, meaning] = MEANINGS[now.phase] ?? ["calm", ""];
+    draw("lead", lead, [now.phase, now.reason, now.error], () => [
+      h("p", {}, badge(tone, now.phase), ` ${now.reason}`),
+      h("p", {}, meaning),
+      now.error === null ? null : h("p", { class: "refused" }, `${now.error.code}: ${now.error.message}`),
+    ]);
+    const silent = policy?.load?.silent ?? null;
+    draw(
+      "parts",
+      parts,
+      [now, silent, connection.state].map((part) =>
+        part?.cursor ? { ...part, cursor: "", devices: 0, ranks: 0 } : part,
+      ),
+      () => table("Who answers", ["part", "state", "what that means"], rows(now, silent, connection)),
+    );
+    draw("ranks", ranks, layout?.ranks, () => rankTable(layout));
+    const found = events.filter(({ event }) => FAULTS.includes(event.kind));
+    draw("faults", faults, [found.map(({ id }) => id), isPastTold], () => faultList(found, isPastTold));
+  }
+
+  return {
+    element: h(
+      "div",
+      {},
+      panel("The deployment", lead),
+      panel("Parts", parts),
+      panel("Ranks", ranks),
+      panel("Faults and restarts", faults),
+    ),
+    update,
+  };
+}
+
+function rows(now, silent, connection) {
+  const answers = (is) => (is ? badge("ok", "answers") : badge("bad", "silent"));
+  const quiet =
+    silent === null
+      ? badge("calm", "not known")
+      : silent.length
+        ? badge("warn", `silent: ${silent.join(", ")}`)
+        : badge("ok", "all are heard");
+  return [
+    [
+      "scaler",
+      connection.state === "live" ? badge("ok", "answers") : badge("bad", connection.state),
+      `fencing epoch ${now.fence}: it grows with each restart. While none runs, serving goes on and nothing is scaled`,
+    ],
+    ["HMM", answers(now.hmm_answers), "owns weights and KV; while it is silent ranks serve on, and nothing is scaled"],
+    [
+      "worker pool",
+      answers(now.pool_answers),
+      "starts and watches ranks; while it is silent ranks serve on, and none is replaced",
+    ],
+    [
+      "standbys",
+      badge(now.standby_processes > 0 ? "ok" : "warn", number(now.standby_processes)),
+      "processes that wait for a seat: without one a rank that dies is replaced in seconds instead of milliseconds",
+    ],
+    [
+      "load reports",
+      quiet,
+      "routers and ranks tell their load once a second; while one is silent the policy takes nothing away",
+    ],
+  ];
+}
+
+function rankTable(layout) {
+  if (layout === null) return h("p", {}, "No layout is known yet.");
+  return table(
+    `${plural(layout.ranks.length, "rank")}, epoch ${layout.epoch}`,
+    ["rank", "device", "state", "process", "pid", "attached in", "experts"],
+    layout.ranks.map((rank) => [
+      `r${rank.replica}t${rank.tp}`,
+      rank.device,
+      rank.ready ? badge("ok", rank.state) : badge("warn", "not ready"),
+      rank.incarnation ?? UNKNOWN,
+      rank.pid === null ? UNKNOWN : String(rank.pid),
+      rank.attach_ms === null ? UNKNOWN : seconds(rank.attach_ms / 1000),
+      number(rank.experts),
+    ]),
+  );
+}
+
+function faultList(found, isPastTold) {
+  if (!isPastTold) return h("p", {}, "Loading…");
+  if (found.length === 0) return h("p", {}, "None since this scaler began.");
+  const since = Date.now() / 1000 - HOUR_S;
+  const recent = found.filter(({ event }) => event.time_unix > since).length;
+  return [
+    h("p", {}, `${plural(recent, "fault")} in the last hour, ${found.length} since this scaler began.`),
+    table(
+      "Newest first",
+      ["when", "what", "who", "why"],
+      found
+        .slice(0, 50)
+        .map(({ id, event }) => [
+          h("a", { href: `#/events/${id}` }, clock(event.time_unix)),
+          event.kind.replaceAll("_", " "),
+          event.facts.rank ?? event.facts.op_id ?? "",
+          event.reason,
+        ]),
+    ),
+  ];
+}
+
+export const health = { title: "Health", needs: ["policy", "layout", "events"], build };

@@ -1,0 +1,190 @@
+/** Transition: what an order would do, the order itself, how it goes, and what it has cost. */
+
+import { fill, h, panel, setText } from "../dom.js";
+import { operationView, planView } from "../operation.js";
+import { Tiles } from "../tiles.js";
+
+const CANCELLED_BEFORE = ["plan", "prepare"];
+
+function build({ store, feed, ask }) {
+  const replicas = h("input", { id: "replicas", type: "number", min: 1, max: 64, inputmode: "numeric" });
+  const devices = h("input", { id: "devices", placeholder: "host:0 host:2", autocomplete: "off" });
+  const remove = h("input", { id: "remove", placeholder: "r1 r3", autocomplete: "off" });
+  const lost = h("input", { id: "lost", type: "checkbox" });
+  const reason = h("input", { id: "reason", maxlength: 500, autocomplete: "off" });
+  const kinds = { replicas, devices, remove };
+  const radios = Object.fromEntries(
+    Object.keys(kinds).map((kind) => [
+      kind,
+      h("input", {
+        type: "radio",
+        name: "kind",
+        value: kind,
+        id: `kind-${kind}`,
+        checked: kind === "replicas",
+        onchange: choose,
+      }),
+    ]),
+  );
+  const said = h("p", { class: "refused", role: "alert" });
+  const preview = h("div", { class: "preview", "aria-live": "polite" });
+  const order = h(
+    "form",
+    { class: "order", onsubmit: look },
+    h(
+      "fieldset",
+      {},
+      h("legend", {}, "Order"),
+      option("replicas", "So many replicas", replicas),
+      option("devices", "Exactly these devices", devices),
+      option(
+        "remove",
+        "Without these replicas",
+        remove,
+        h("label", { class: "inline" }, lost, " their devices have lost their memory"),
+      ),
+      h("label", { for: "reason" }, "Reason (kept with the operation)"),
+      reason,
+    ),
+    h(
+      "div",
+      { class: "buttons" },
+      h("button", { class: "main", id: "preview" }, "Preview"),
+      h("button", { type: "button", id: "rebalance", onclick: rebalance }, "Level requests"),
+    ),
+  );
+  const present = h("div", {});
+  const cancel = h(
+    "button",
+    { type: "button", class: "danger", id: "cancel", hidden: true, onclick: undo },
+    "Cancel: back to the old layout",
+  );
+  const tiles = new Tiles();
+  const touched = panel("Devices that change", tiles.element);
+  const title = h("h2", {}, "Operation");
+  let drawn = "";
+  let isFilled = false;
+
+  function option(kind, words, ...fields) {
+    return h(
+      "div",
+      { class: "option" },
+      radios[kind],
+      h("label", { for: `kind-${kind}` }, words),
+      h("label", { class: "hidden", for: kind }, words),
+      fields,
+    );
+  }
+
+  function choose() {
+    for (const [kind, field] of Object.entries(kinds)) field.disabled = !radios[kind].checked;
+    lost.disabled = !radios.remove.checked;
+    fill(preview);
+    setText(said, "");
+  }
+
+  function target() {
+    const kind = Object.keys(kinds).find((name) => radios[name].checked);
+    if (kind === "replicas") return { replicas: Number(replicas.value) };
+    const names = kinds[kind].value.split(/[\s,]+/).filter(Boolean);
+    return kind === "remove" ? { remove: names, lost: lost.checked } : { devices: names };
+  }
+
+  /** Do it, and say what was refused where it was. */
+  async function attempt(act) {
+    setText(said, "");
+    try {
+      return await act();
+    } catch (refusal) {
+      if (refusal.status === undefined) throw refusal;
+      setText(said, `${refusal.message} (${refusal.code})`);
+      return null;
+    }
+  }
+
+  async function look(event) {
+    event.preventDefault();
+    const wanted = target();
+    const answer = await attempt(() => ask("POST", "/v1/scale", { ...wanted, dry_run: true }));
+    if (answer === null) {
+      fill(preview);
+      return;
+    }
+    const plan = answer.value;
+    const go =
+      plan.kind === "none"
+        ? null
+        : h(
+            "button",
+            { type: "button", class: "main", id: "scale", onclick: () => scale(wanted) },
+            wanted.lost ? "Leave the lost devices out" : "Do it",
+          );
+    fill(preview, h("h3", {}, "This is what it would do"), planView(plan), go);
+  }
+
+  async function scale(wanted) {
+    const answer = await attempt(() => ask("POST", "/v1/scale", { ...wanted, reason: reason.value }));
+    if (answer !== null) begun(answer.value);
+  }
+
+  async function rebalance() {
+    const answer = await attempt(() => ask("POST", "/v1/rebalance", { reason: reason.value }));
+    if (answer !== null) begun(answer.value);
+  }
+
+  function begun(operation) {
+    fill(preview);
+    store.update({ operation });
+    feed.nudge("operations");
+  }
+
+  async function undo() {
+    const { operation } = store.state;
+    if (operation === null) return;
+    const answer = await attempt(() => ask("DELETE", `/v1/operations/${operation.op_id}`));
+    if (answer !== null) begun(answer.value);
+  }
+
+  function update(state) {
+    if (!isFilled) {
+      isFilled = true;
+      replicas.value = state.now.target;
+    }
+    const operation = state.operation ?? state.operations?.operations[0] ?? null;
+    setText(title, state.operation === null ? "Last operation" : "Operation in progress");
+    const facts = JSON.stringify(operation);
+    if (facts !== drawn) {
+      drawn = facts;
+      fill(present, operation === null ? h("p", {}, "There was none yet.") : operationView(operation));
+    }
+    cancel.hidden =
+      state.operation === null || !CANCELLED_BEFORE.includes(state.operation.phase) || state.operation.leg > 1;
+    const changing = new Set(
+      state.operation === null
+        ? []
+        : Object.entries(state.operation.planned?.devices ?? {})
+            .filter(([, change]) => change.bytes_in > 0 || change.experts_before !== change.experts_after)
+            .map(([name]) => name),
+    );
+    const shown = [...state.devices.values()].filter(
+      (device) =>
+        changing.has(device.name) ||
+        ["joining", "leaving"].includes(device.state) ||
+        state.ranks.get(device.slot)?.moving,
+    );
+    touched.hidden = shown.length === 0;
+    tiles.update(shown, state.ranks);
+  }
+
+  choose();
+  const element = h(
+    "div",
+    { class: "two" },
+    panel("Scale", order, said, preview),
+    h("section", { class: "panel" }, title, cancel, present),
+    touched,
+  );
+  return { element, update, destroy: () => tiles.destroy() };
+}
+
+export const transition = { title: "Transition", needs: ["operations"], build };

@@ -1,0 +1,37 @@
+"""What each reason of a decision says to a person; names as the API has them. Pure data."""
+
+from __future__ import annotations
+
+REASONS: dict[str, str] = {
+    "grow_saturated": "an objective would soon be broken, so it should grow",
+    "grow_demand": "more comes than this size can do, so it should grow",
+    "grow_panic": "an objective is broken, so it should grow",
+    "grow_forecast": "the load grows, and would not fit soon",
+    "grow_backlog_blind": "requests wait, and not everybody can be heard: it should grow by one",
+    "grow_bound": "there are fewer replicas than the policy's least",
+    "supersede_shrink": "an objective is broken while it shrinks: the shrink gives way",
+    "shrink_idle": "fewer replicas would do as well",
+    "shrink_bound": "there are more replicas than the policy's most",
+    "cancel_stuck": "an operation does not come to its commit, and is cancelled",
+    "repeat_order": "an order found no answer, and is given again, as the same",
+    "off": "nothing is decided",
+    "steady": "the present size is right",
+    "at_max": "more would be needed, and there are no more devices, or the bound forbids it",
+    "at_min": "it has the fewest replicas that are allowed",
+    "unknown": "somebody who has a share in the load is silent, so nothing is taken away",
+    "blind": "somebody has been silent for long: nothing is done until all are heard again",
+    "operation_in_progress": "an operation is in progress",
+    "awaiting_answer": "the last order has not been answered yet",
+    "recovering": "what is lost is being replaced; that goes first",
+    "after_loss": "a device was lost lately: for a while it may only grow",
+    "advice_stands": "more was advised lately, and that stands for as long as a growth would be held",
+    "after_refusal": "the last order was refused; a while passes before the next",
+    "too_many_operations": "there were too many operations lately",
+    "holding": "the last change is too recent for a shrink",
+    "smaller_would_saturate": "with one replica fewer an objective would be broken",
+    "smaller_would_be_late": "bursts of the last minutes would have come too late with fewer",
+    "smaller_has_no_room": "with one replica fewer the KV would not fit",
+    "forecast_floor": "with one replica fewer it would be too small soon",
+    "not_worth_its_price": "a shrink would cost more than it saves",
+    "no_plan": "the planner refuses the smaller size",
+}

@@ -1,0 +1,185 @@
+"""The admin listener as it is, before a deployment of hundreds of devices that is made up: `python -m
+tests.procs.page_stage 384` serves it for who wants to look."""
+
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from elasticmoe.common.clock import SYSTEM_CLOCK
+from elasticmoe.common.devices.names import LOCAL_HOST
+from elasticmoe.common.http.listener import bind
+from elasticmoe.common.layout import Layout, RankId, Seat
+from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, RankLoad
+from elasticmoe.common.store import Event
+from elasticmoe.services.scaler.api.admin import build_app, serve
+from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.series import Series
+from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
+from elasticmoe.services.scaler.cluster import Cluster, HostStatus, in_force
+from elasticmoe.services.scaler.control.admission import CommandQueue
+from elasticmoe.services.scaler.control.autoscaler import Decided
+from elasticmoe.services.scaler.metrics import Meters
+from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.figures import Signals, Throughput
+from elasticmoe.services.scaler.policy.record import PolicyRecord
+from elasticmoe.services.scaler.policy.saturation import Saturation
+from elasticmoe.services.scaler.policy.state import Evidence, Reason
+
+GIB = 1 << 30
+LAYERS, EXPERTS, BLOCKS = 24, 128, 4_000
+TURN_S = 0.25
+
+
+class Stage:
+    """Serves until `close`. Every rank's load is another one in each turn."""
+
+    def __init__(self, num_devices: int, token: str, port: int = 0) -> None:
+        self._num = num_devices
+        self._random = random.Random(1)
+        used = max(1, num_devices - num_devices // 8)
+        seats = tuple(Seat(RankId(slot, 0), slot, f"host:{slot}") for slot in range(used))
+        homes = tuple(tuple((expert * used // EXPERTS,) for expert in range(EXPERTS)) for _ in range(LAYERS))
+        self._layout = Layout(3, 1, seats, homes)
+        self._running = [self._random.randint(0, 24) for _ in seats]
+        self.series, self.events, self.commands = (
+            Series("stage"),
+            EventStream(),
+            CommandQueue(lambda: None, SYSTEM_CLOCK),
+        )
+        self.status_cache = StatusCache(self._snapshot(0))
+        self._remember()
+        self._listener = bind("127.0.0.1", port)
+        self.port = self._listener.getsockname()[1]
+        meters = Meters()
+        app = build_app(self.status_cache, self.commands, self.events, self.series, meters, token, 600.0, "127.0.0.1")
+        self._server = serve(app, meters, 75.0)
+        self._ended = threading.Event()
+        sockets = {"sockets": [self._listener]}
+        self._threads = [threading.Thread(target=self._server.run, kwargs=sockets), threading.Thread(target=self._run)]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End both threads."""
+        self._ended.set()
+        self._server.stop()
+        for thread in self._threads:
+            thread.join(10)
+        self._listener.close()
+
+    def _run(self) -> None:
+        turn = 0
+        while not self._ended.wait(TURN_S):
+            turn += 1
+            self.status_cache.snapshot = self._snapshot(turn)
+            self.series.note(self.status_cache.snapshot, time.monotonic(), time.time())
+
+    def _remember(self) -> None:
+        """A quarter of an hour that has passed, and what happened in it."""
+        now = time.monotonic()
+        for second in range(900):
+            snapshot = self._snapshot(4 * (second - 900), now - 900 + second)
+            self.series.note(snapshot, now - 900 + second, time.time() - 900 + second)
+        for n, seat in enumerate(self._layout.seats[:6]):
+            facts = {"rank": str(seat.rank), "exit_code": "-9"}
+            self.events.publish(Event("rank_exited", "killed by SIGKILL", 3, "stage", time.time() - 500 + n, facts))
+
+    def _snapshot(self, turn: int, now: float | None = None) -> StatusSnapshot:
+        for slot in range(len(self._running)):
+            self._running[slot] = min(32, max(0, self._running[slot] + self._random.randint(-2, 2)))
+        wave = 0.5 + 0.4 * math.sin(turn / 300)
+        devices = tuple(self._device(number) for number in range(self._num))
+        hmm = HmmStatus("ready", 1, 1, None, devices, 1, self._layout.slots, True, layout=self._layout)
+        ranks = tuple(
+            PoolRank(seat.rank, seat.slot, seat.device, f"rank-{seat.rank}:0", 1000 + seat.slot, True, 31.0)
+            for seat in self._layout.seats
+        )
+        hosts = {LOCAL_HOST: HostStatus(hmm, PoolStatus(2, ranks))}
+        total, width = sum(self._running), len(ranks)
+        signals = Signals(
+            at_s=time.monotonic() if now is None else now,
+            admitted_per_s=width * wave,
+            refused_per_s=0.0 if wave < 0.85 else wave,
+            queued=int(20 * wave),
+            running=float(total),
+            ttft_s=0.4 + 2.0 * wave**3,
+            itl_s=0.03 + 0.03 * wave,
+            step_s=0.03,
+            kv_share_most=0.3 + 0.5 * wave,
+            attainment=1 - 0.05 * wave**2,
+        )
+        return StatusSnapshot(
+            phase="serving",
+            reason="nothing to do",
+            error=None,
+            layout=self._layout,
+            cluster=Cluster(hosts, in_force(hosts, None, self._layout)),
+            fence=1,
+            config={},
+            loads={seat.slot: self._load(seat, wave) for seat in self._layout.seats},
+            instance="i-stage",
+            policy=PolicyRecord(1, PolicyConfig(), PolicyConfig()),
+            decided=(_decided(2, Reason.GROW_FORECAST, width + 1), _decided(1, Reason.STEADY, None)),
+            signals=signals,
+            saturation=Saturation(
+                ttft=signals.ttft_s / 2, itl=signals.itl_s * 10, backlog=wave / 2, queue_age=0.1, kv=wave
+            ),
+            decision=_decided(2, Reason.GROW_FORECAST, width + 1),
+            throughput=Throughput(total * 21.0, width * wave * 540),
+        )
+
+    def _device(self, number: int) -> DeviceStatus:
+        is_used = number < len(self._layout.seats)
+        weights, kv = (18 * GIB + (number % 5) * GIB, 9 * GIB) if is_used else (0, 0)
+        other = GIB // 2 if is_used else 0
+        return DeviceStatus(
+            f"host:{number}", 48 * GIB, weights, kv, other, 48 * GIB - weights - kv - other, 8, BLOCKS, None
+        )
+
+    def _load(self, seat: Seat, wave: float) -> RankLoad:
+        running = self._running[seat.slot]
+        free = max(0, BLOCKS - int(running * 90 * wave) - 200)
+        return RankLoad(seat.rank, "r", running, running // 9, 0, 0, 0, free, BLOCKS, False, None, 1, 3)
+
+
+def _decided(at: int, reason: Reason, target: int | None) -> Decided:
+    evidence = Evidence(raw=Saturation(ttft=0.4, itl=0.3, kv=0.7), smoothed=0.6, threshold=0.81)
+    return Decided(
+        time_unix=time.time() - 100 + at,
+        mode="advise",
+        reason=reason,
+        replicas=336,
+        target=target,
+        op_id=None,
+        supersedes=None,
+        acts=False,
+        evidence=evidence,
+    )
+
+
+@contextmanager
+def staged(num_devices: int) -> Iterator[str]:
+    """The same in a process of its own; its address."""
+    argv = [sys.executable, "-m", "tests.procs.page_stage", str(num_devices)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().partition("/#")[0]
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait(30)
+
+
+if __name__ == "__main__":
+    stage = Stage(int(sys.argv[1]), "stage", int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    print(f"http://127.0.0.1:{stage.port}/#token=stage", flush=True)
+    sys.stdin.readline()
+    stage.close()

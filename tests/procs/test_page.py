@@ -1,0 +1,269 @@
+"""The web page in a real browser, before a real deployment: what it shows is what the API tells, what it orders is
+done, and it outlives what happens to the scaler. One deployment for all views."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from scripts.browser import Browser, why_not
+from tests.procs.clients import Load, check_load_against_oracle
+from tests.procs.deployment import Deployment
+from tests.procs.page import Page, without
+from tests.procs.page_stage import staged
+from tests.procs.waiting import wait_until
+
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
+
+VIEWS = ("now", "transition", "decisions", "events", "health")
+SEEN = """const at = document.activeElement;
+return at === document.body || getComputedStyle(at).outlineStyle !== "none";"""
+DEVICES = 4
+SETTINGS: dict[str, Any] = {"max_sequences": 16, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}
+
+
+@pytest.fixture(scope="module")
+def deployment(model_folder: Any) -> Iterator[Deployment]:
+    deployment = Deployment(model_folder("oracle"), replicas=2, devices=DEVICES, **SETTINGS).wait_ready()
+    try:
+        yield deployment
+        deployment.stop()
+    finally:
+        deployment.discard()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(deployment: Deployment, browser: Browser) -> Iterator[Page]:
+    page = Page(browser, deployment.admin_url, deployment.token)
+    browser.complaints()
+    browser.forget_requests()
+    page.open(forget=True)
+    yield page
+    page.check_quiet()
+
+
+def test_the_token_is_asked_for_once_and_stays_in_the_tab(page: Page) -> None:
+    browser = page.browser
+    assert browser.driver.current_url == f"{page.url}/#/now"  # what brought the token is gone
+    browser.run("sessionStorage.clear()")
+    browser.open(page.url)
+    page.type("#token", "wrong")
+    page.choose("form button")
+    browser.wait(lambda: "not the deployment's" in page.said("#token-refused"), "a wrong token is refused")
+    assert browser.run("return sessionStorage.length") == 0
+    page.type("#token", page.token)
+    page.choose("form button")
+    page.wait_live()
+    browser.open(f"{page.url}/#/health")  # in the same tab
+    page.wait_live()
+    assert page.said("nav [aria-current]") == "Health"
+    assert not any(page.token in url for url in browser.requested() if "#token=" not in url)
+    assert browser.run("return document.cookie") == ""
+
+
+def test_what_now_shows_is_what_the_api_tells(page: Page, deployment: Deployment) -> None:
+    devices = deployment.admin("/v1/devices")["devices"]
+    expected = {one["device"]: {k: v for k, v in one["memory"].items() if k != "total"} for one in devices}
+    page.browser.wait(lambda: page.tiles() == expected, "tiles are the API's devices")
+    states = {one["device"]: one["state"] for one in devices}
+    shown = page.browser.run("return [...document.querySelectorAll('.tile')].map(({ dataset }) => ({ ...dataset }))")
+    assert {tile["device"]: tile["state"] for tile in shown} == states
+
+    def is_a_row() -> bool:
+        """The page is up to some seconds behind; what it shows is one of the last rows."""
+        figures = page.figures()
+        columns = deployment.admin("/v1/series")["columns"]
+        last = range(max(0, len(columns["at"]) - 20), len(columns["at"]))
+        return any(without(columns, row) == figures for row in last)
+
+    page.browser.wait(is_a_row, "the figures are the series'")
+    page.type("#device-filter", "r1t0")
+    page.browser.wait(lambda: [*page.tiles()] == ["host:1"], "the filter leaves one tile")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 380])
+def test_every_view_can_be_read_by_everybody(page: Page, theme: str, width: int) -> None:
+    browser = page.browser
+    browser.theme(theme)
+    browser.size(width, 900)
+    try:
+        for view in VIEWS:
+            page.show(view)
+            browser.wait(lambda: "Loading" not in browser.text(), "it is drawn")
+            assert page.violations() == [], view
+            assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), view
+    finally:
+        browser.size(1280, 900)
+        browser.theme("light")
+
+
+def test_the_keyboard_reaches_everything(page: Page) -> None:
+    """From the top, Tab comes to each link, button and field in turn, and what has the focus can be seen."""
+    reached = set()
+    wanted = page.browser.run("return document.querySelectorAll('a, button, input').length")
+    for _ in range(wanted + 2):
+        page.browser.driver.switch_to.active_element.send_keys("\ue004")
+        reached.add(page.browser.run("return document.activeElement.outerHTML"))
+        assert page.browser.run(SEEN), page.browser.run("return document.activeElement.outerHTML")
+    texts = " ".join(reached)
+    for part in (
+        "Skip to the view",
+        *(f"#/{view}" for view in VIEWS),
+        "Theme",
+        "Forget token",
+        "24 h",
+        "device-filter",
+    ):
+        assert part in texts, part
+
+
+async def test_a_scale_up_is_previewed_ordered_and_shown_under_load(
+    page: Page, deployment: Deployment, model_folder: Any
+) -> None:
+    async with Load(deployment.base_url, clients=4, seed=1) as load:
+        await asyncio.to_thread(_scale_up, page, deployment)
+        await asyncio.to_thread(page.show, "now")
+        await asyncio.to_thread(
+            page.browser.wait, lambda: (page.figures()["generated_per_s"] or 0) > 0, "tokens are shown"
+        )
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 0
+
+
+def _scale_up(page: Page, deployment: Deployment) -> None:
+    page.show("transition")
+    page.browser.wait(
+        lambda: page.browser.one("#replicas").get_attribute("value") == "2", "it begins with what there is"
+    )
+    page.type("#replicas", "900")
+    page.choose("#preview")
+    page.browser.wait(
+        lambda: "Value must be" in page.browser.one("#replicas").get_attribute("validationMessage") or "", ""
+    )
+    page.type("#replicas", "3")
+    page.choose("#preview")
+    page.browser.one("#scale")
+    status, plan = deployment.admin_call("POST", "/v1/scale", {"replicas": 3, "dry_run": True})
+    assert status == 200
+    for name in ("bytes_copied", "seconds", "pause_ms", "peak_bytes", "bytes_after"):
+        shown = page.browser.one(f".plan [data-figure={name}]").get_attribute("data-value")
+        assert float(shown or "nan") == pytest.approx(plan["planned"][name], rel=0.5 if name in ("seconds",) else 1e-9)
+    assert deployment.admin("/v1/operations")["operations"] == []  # nothing has begun
+    page.choose("#scale")
+    done = page.browser.wait(lambda: page.browser.all(".operation[data-phase=done]"), "it is done")[0]
+    (operation,) = deployment.admin("/v1/operations")["operations"]
+    assert done.get_attribute("data-operation") == operation["op_id"]
+    measured = {row[0]: row[1:] for row in page.rows(".operation")}
+    assert measured["bytes copied"][0] == measured["bytes copied"][1] != "–"
+    assert measured["sequences moved"][1] == str(operation["figures"]["sequences_moved"])
+    page.browser.wait(lambda: "3 replicas" in page.said("#size"), "the head shows the size")
+
+
+def test_what_the_api_refuses_is_said(page: Page) -> None:
+    page.show("transition")
+    page.choose("#kind-remove")
+    page.type("#remove", "r17")
+    page.choose("#preview")
+    page.browser.wait(lambda: "unknown_replica" in page.said("main [role=alert]"), "the refusal is shown")
+
+
+def test_objectives_are_checked_and_set(page: Page, deployment: Deployment) -> None:
+    page.show("decisions")
+    page.browser.wait(lambda: page.browser.one("#ttft_s").get_attribute("value"), "the form is filled")
+    for name, text in (("ttft_s", "-1"), ("attainment", "2"), ("replicas_min", "1.5")):
+        before = page.browser.one(f"#{name}").get_attribute("value") or ""
+        page.type(f"#{name}", text)
+        page.browser.wait(lambda name=name: page.said(f"#{name}-error"), "it is said what is wrong")
+        page.choose("#save-policy")
+        page.type(f"#{name}", before)
+    version = deployment.admin("/v1/policy")["version"]
+    page.type("#ttft_s", "1.5")
+    page.choose("#mode-act")
+    page.type("#replicas_max", "3")
+    page.type("#replicas_min", "3")
+    page.choose("#save-policy")
+    page.browser.wait(lambda: "In force" in page.browser.text(), "it is in force")
+    policy = deployment.admin("/v1/policy")
+    assert policy["version"] == version + 1  # none of those that were wrong
+    assert (policy["policy"]["ttft_s"], policy["policy"]["mode"], policy["policy"]["replicas_min"]) == (1.5, "act", 3)
+
+    def are_shown() -> bool:
+        told = [one["reason"] for one in deployment.admin("/v1/decisions?limit=40")["decisions"]]
+        shown = [one.get_attribute("data-reason") for one in page.browser.all(".timeline li[data-reason]")]
+        return told == shown
+
+    page.browser.wait(are_shown, "the decisions are the API's")
+    page.choose("#mode-advise")
+    page.choose("#save-policy")
+    wait_until(lambda: deployment.admin("/v1/policy")["policy"]["mode"] == "advise", "it only advises again")
+
+
+def test_events_and_operations_have_addresses(page: Page, deployment: Deployment) -> None:
+    (operation, *_) = deployment.admin("/v1/operations")["operations"]
+    page.browser.open(f"{page.url}/#/events/{operation['op_id']}")
+    page.browser.one(f".operation[data-operation='{operation['op_id']}']")
+    page.browser.wait(lambda: page.browser.all(".events li[data-kind=operation_ended]"), "events are shown")
+    page.choose("#event-kind option[value=operation_phase]")
+    page.browser.wait(
+        lambda: {li.get_attribute("data-kind") for li in page.browser.all(".events li")} == {"operation_phase"},
+        "one kind is left",
+    )
+    link = page.browser.all(".events li .when")[0].get_attribute("href") or ""
+    page.browser.open(link)
+    wanted = page.browser.one(".events li.wanted")
+    assert wanted.get_attribute("id") == "event-" + link.rpartition("/")[2]
+
+
+def test_a_scaler_that_is_killed_leaves_a_stale_page_that_goes_on(page: Page, deployment: Deployment) -> None:
+    page.show("health")
+    fence = deployment.admin("/v1/layout")["fence"]
+    page.browser.wait(lambda: f"fencing epoch {fence}:" in page.browser.text(), "the scaler's epoch is shown")
+    os.kill(deployment.pids["scaler"], signal.SIGSTOP)  # killed at once, the next one may be too quick to be missed
+    page.browser.wait(lambda: "Stale" in page.said("#stale"), "the page says that it is stale")
+    assert "All ranks of the layout step" in page.browser.text()  # what was there stays
+    killed = deployment.kill("scaler")
+    deployment.wait_restarted("scaler", killed)
+    page.wait_live()
+    assert page.said("#stale") == ""
+    page.browser.wait(lambda: f"fencing epoch {fence + 1}:" in page.browser.text(), "the next one's epoch is shown")
+    page.show("now")
+    page.browser.wait(lambda: page.figures().get("replicas") == 3, "rows come again, from the beginning")
+
+
+def test_a_rank_that_dies_is_shown_as_a_fault(page: Page, deployment: Deployment) -> None:
+    page.show("health")
+    pids = {str(rank["pid"]) for rank in deployment.admin("/v1/layout")["ranks"]}
+    page.browser.wait(lambda: pids <= {cell for row in page.rows("main") for cell in row}, "pids are the API's")
+    os.kill(deployment.rank_pids()["r1t0"], signal.SIGKILL)
+    page.browser.wait(
+        lambda: any(row[1:3] == ["rank exited", "r1t0"] for row in page.rows("main")), "the fault is shown, and whose"
+    )
+    deployment.wait_serving()
+    page.browser.wait(lambda: page.said("#phase") == "serving", "all is well again")
+
+
+def test_hundreds_of_devices_are_as_light_as_a_few(browser: Browser) -> None:
+    with staged(384) as url:
+        browser.forget_requests()
+        page = Page(browser, url, "stage")
+        page.open(forget=True)
+        browser.wait(lambda: "384 devices: 336 used, 48 free" in browser.text(), "all are counted")
+        assert 8 <= len(page.tiles()) <= 100
+        browser.run("scrollTo(0, document.body.scrollHeight)")
+        browser.wait(lambda: "host:383" in page.tiles(), "the last one is shown")
+        assert "host:0" not in page.tiles()
+        page.type("#device-filter", "host:200")
+        browser.wait(lambda: [*page.tiles()] == ["host:200"], "one is left")
+        assert page.violations() == []
+        page.check_quiet()
