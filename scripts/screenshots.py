@@ -1,4 +1,4 @@
-"""docs/page: pictures of the web page. `make screenshots` takes them, from a deployment that serves clients and grows."""
+"""docs/page: pictures of the web page. `make screenshots` takes them, of a deployment that serves and grows."""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.codec import Codec, Message
 from elasticmoe.common.protocol.limits import (
     EPOCH_MAX,
+    EXPERTS_MAX,
+    LAYERS_MAX,
     MONOTONIC_SECONDS_MAX,
     NAME_CHARS_MAX,
     STEP_SAMPLES_MAX,
@@ -33,6 +35,7 @@ Moment = Annotated[float, Meta(ge=0.0, le=MONOTONIC_SECONDS_MAX)]
 Span = Annotated[float, Meta(gt=0.0, le=WINDOW_SECONDS_MAX)]
 Num = Annotated[int, Meta(ge=0, le=WINDOW_COUNT_MAX)]
 NumTokens = Annotated[int, Meta(ge=0, le=WINDOW_TOKENS_MAX)]
+ExpertPlace = Annotated[int, Meta(ge=0, lt=LAYERS_MAX * EXPERTS_MAX)]
 
 
 class RouterWindow(Message, frozen=True, kw_only=True):
@@ -119,6 +122,8 @@ class RankWindow(Message, frozen=True, kw_only=True):
         the prefix cache served
     generated: new tokens
     num_steps: of the window; `steps` tells some of them
+    expert_rows: now and then, of `expert_steps` sampled steps since they were told last: rows that came for its own
+        experts, by layer × the most experts of a layer + expert; experts without any are left out
     """
 
     rank: RankId
@@ -137,6 +142,8 @@ class RankWindow(Message, frozen=True, kw_only=True):
     generated: NumTokens = 0
     num_steps: Num = 0
     steps: Annotated[tuple[StepSample, ...], Meta(max_length=STEP_SAMPLES_MAX)] = ()
+    expert_steps: Num = 0
+    expert_rows: Annotated[tuple[tuple[ExpertPlace, Num], ...], Meta(max_length=LAYERS_MAX * EXPERTS_MAX)] = ()
 
     def __post_init__(self) -> None:
         """Raises ValueError where figures contradict one another."""
@@ -144,6 +151,9 @@ class RankWindow(Message, frozen=True, kw_only=True):
             raise ValueError(f"KV of {self.kv_used} tokens is used, of {self.kv_total}")
         if len(self.steps) > self.num_steps:
             raise ValueError(f"{len(self.steps)} steps are told, of {self.num_steps}")
+        if self.expert_rows and not self.expert_steps:
+            raise ValueError("rows of experts are told, of no step")
+        check_ascending("expert_rows", (place for place, _ in self.expert_rows))
         if self.rank.replica < 0 or self.rank.tp < 0:
             raise ValueError(f"no rank is {self.rank}")
 

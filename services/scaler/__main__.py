@@ -26,6 +26,7 @@ def run(config: ScalerConfig) -> None:
         scaler.commands,
         scaler.events,
         scaler.series,
+        scaler.experts,
         scaler.meters,
         token,
         config.operation_deadline_s,

@@ -19,6 +19,7 @@ from elasticmoe.common.store import Event, Writer
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import LeaveOut
 from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.experts import ExpertLoads
 from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.cluster import Cluster, in_force
@@ -61,7 +62,7 @@ BACKOFF_S_MAX = 5.0
 
 class Scaler:
     """Owns the layout. Everything in it belongs to the loop's thread; `status_cache`, `commands`, `events`,
-    `series` and `meters` are shared with the admin listener.
+    `series`, `experts` and `meters` are shared with the admin listener.
 
     `run` lets threads take the turns of lease and journal, and is `turn` and `wait` in turns until a signal, then
     `close`. What drives it otherwise does the same, and takes the turns of lease and journal as well.
@@ -78,7 +79,7 @@ class Scaler:
         self.meters = Meters()
         self.commands = CommandQueue(parts.poller.wake, parts.clock)
         self.events = EventStream()
-        self.series = Series(parts.identity)
+        self.series, self.experts = Series(parts.identity), ExpertLoads()
         self._recall = Recall(config, spec, parts.store, parts.epochs, parts.new_identity)
         self.journal = Journal(
             parts.store.another("scaler-journal"),
@@ -102,6 +103,7 @@ class Scaler:
             self._take,
             self._tell,
             self.meters.decision,
+            self.experts.take,
             parts.clock,
         )
         self._executor.scale, self._executor.cancel = self._autoscaler.scale, self._autoscaler.cancel

@@ -17,9 +17,11 @@ from elasticmoe.common.devices.names import LOCAL_HOST
 from elasticmoe.common.http.listener import bind
 from elasticmoe.common.layout import Layout, RankId, Seat
 from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, RankLoad
+from elasticmoe.common.protocol.signals import RankWindow
 from elasticmoe.common.store import Event
 from elasticmoe.services.scaler.api.admin import build_app, serve
 from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.experts import ExpertLoads
 from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.cluster import Cluster, HostStatus, in_force
@@ -53,12 +55,15 @@ class Stage:
             EventStream(),
             CommandQueue(lambda: None, SYSTEM_CLOCK),
         )
+        self.experts = ExpertLoads()
         self.status_cache = StatusCache(self._snapshot(0))
         self._remember()
         self._listener = bind("127.0.0.1", port)
         self.port = self._listener.getsockname()[1]
         meters = Meters()
-        app = build_app(self.status_cache, self.commands, self.events, self.series, meters, token, 600.0, "127.0.0.1")
+        app = build_app(
+            self.status_cache, self.commands, self.events, self.series, self.experts, meters, token, 600.0, "127.0.0.1"
+        )
         self._server = serve(app, meters, 75.0)
         self._ended = threading.Event()
         sockets = {"sockets": [self._listener]}
@@ -79,7 +84,32 @@ class Stage:
         while not self._ended.wait(TURN_S):
             turn += 1
             self.status_cache.snapshot = self._snapshot(turn)
+            if turn % 20 == 1:
+                self._route(turn)
             self.series.note(self.status_cache.snapshot, time.monotonic(), time.time())
+
+    def _route(self, turn: int) -> None:
+        """What each rank tells of its experts: some are asked for much more often than others."""
+        for seat in self._layout.seats:
+            places = [
+                layer * EXPERTS + expert
+                for layer, experts in enumerate(self._layout.homes)
+                for expert, slots in enumerate(experts)
+                if seat.slot in slots
+            ]
+            rows = tuple((place, int(self._random.paretovariate(1.6) * 20)) for place in places)
+            window = RankWindow(
+                rank=seat.rank,
+                incarnation=f"rank-{seat.rank}:0",
+                number=turn,
+                epoch=3,
+                ended_s=turn * TURN_S,
+                span_s=5.0,
+                num_steps=50,
+                expert_steps=6,
+                expert_rows=rows,
+            )
+            self.experts.take(window)
 
     def _remember(self) -> None:
         """A quarter of an hour that has passed, and what happened in it."""

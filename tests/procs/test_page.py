@@ -20,7 +20,7 @@ from tests.procs.waiting import wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 
-VIEWS = ("now", "transition", "decisions", "events", "health")
+VIEWS = ("now", "experts", "transition", "decisions", "events", "health")
 SEEN = """const at = document.activeElement;
 return at === document.body || getComputedStyle(at).outlineStyle !== "none";"""
 DEVICES = 4
@@ -139,6 +139,27 @@ async def test_a_scale_up_is_previewed_ordered_and_shown_under_load(
             page.browser.wait, lambda: (page.figures()["generated_per_s"] or 0) > 0, "tokens are shown"
         )
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 0
+
+
+def test_experts_are_where_the_layout_has_them_and_as_hot_as_the_api_tells(page: Page, deployment: Deployment) -> None:
+    """After the load: what was routed stays as it was told last."""
+    page.show("experts")
+    told = deployment.admin("/v1/experts")
+    assert told["sampled_steps"] > 0
+    assert sum(sum(layer) for layer in told["load"]) == pytest.approx(1_000 * sum(map(len, told["owners"])), rel=0.01)
+    layout = deployment.admin("/v1/layout")
+    assert told["owners"] == [[slots[0] for slots in layer] for layer in layout["experts"]]
+
+    def are_told() -> bool:
+        ranks = deployment.admin("/v1/experts")["ranks"]
+        expected = [[one["rank"], one["device"], str(one["experts"]), f"{one['imbalance']:.2f}"] for one in ranks]
+        shown = [[*row[:3], row[4].partition(",")[0]] for row in page.rows("main") if len(row) == 5]
+        return shown == expected
+
+    page.browser.wait(are_told, "the ranks' imbalance is the API's")
+    before = page.said("#expert-said")
+    page.browser.one("canvas.map").send_keys("\ue014")  # to the right, by the keyboard
+    page.browser.wait(lambda: page.said("#expert-said") != before, "another expert is told of")
 
 
 def _scale_up(page: Page, deployment: Deployment) -> None:

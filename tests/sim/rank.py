@@ -18,6 +18,7 @@ from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, Prot
 from elasticmoe.common.protocol.handles import Applied, Attach, Routing, SeatMemory, ShareHandles
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.services.worker.exchange.base import StepTimedOut
+from elasticmoe.services.worker.exchange.expert_rows import ExpertRows
 from elasticmoe.services.worker.hmm.link import HmmLink
 from elasticmoe.services.worker.rank.parts import RankParts
 from elasticmoe.services.worker.rank.rank import Rank
@@ -253,6 +254,10 @@ class Exchange:
         """See Exchange. There is nothing to prepare."""
         del generation
         return True
+
+    def take_expert_rows(self) -> ExpertRows:
+        """See Exchange. Nothing is exchanged here."""
+        return ExpertRows(0, ())
 
     def close(self) -> None:
         """See Exchange."""

@@ -76,7 +76,8 @@ class Bench:
         config = ScalerConfig(run_dir="/nowhere")
         self.num_served = 0
         parts = (config, tiny_mixtral_spec(), self.serve, PolicyConfig(**{"mode": "act", **policy}))
-        self.scaler = Autoscaler(*parts, self.take, self.tell, self.counted.append, self.clock)  # type: ignore[arg-type]
+        self.heard: list[RankWindow] = []
+        self.scaler = Autoscaler(*parts, self.take, self.tell, self.counted.append, self.heard.append, self.clock)  # type: ignore[arg-type]
         self.world = World(UP.before)
         host = host_of(self.world.seen())
         assert host.hmm is not None

@@ -26,6 +26,7 @@ from elasticmoe.services.router.metrics import Metrics
 from elasticmoe.services.router.text.tokenizer import ServedModel
 from elasticmoe.services.scaler.api.admin import build_app as build_admin
 from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.experts import ExpertLoads
 from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.control.admission import CommandQueue
@@ -129,6 +130,7 @@ def admin() -> App:
         commands,
         EventStream(),
         Series("s"),
+        ExpertLoads(),
         Meters(),
         "t",
         60.0,

@@ -13,6 +13,7 @@ from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.common.protocol.signals import RankWindow
 from elasticmoe.services.worker.engine.blocks import BlockManager
 from elasticmoe.services.worker.engine.scheduler import Scheduler
+from elasticmoe.services.worker.exchange.expert_rows import ExpertRows
 from elasticmoe.services.worker.rank.windows import IDLE_SPAN_S, SPAN_S, RankWindows
 from tests.unit.windows import Pushed
 
@@ -26,7 +27,8 @@ class Bench:
             BlockManager(num_blocks, 4), max_tokens=64, max_sequences=8, max_model_len=128, max_waiting=8
         )
         self.pushed = Pushed()
-        self.windows = RankWindows(SEAT, self.scheduler, self.pushed)
+        self.expert_rows = ExpertRows(0, ())
+        self.windows = RankWindows(SEAT, self.scheduler, self.pushed, lambda: self.expert_rows)
         self.now = 50.0
         self.epoch = 3
         self.windows.turn(self.now, self.epoch)

@@ -29,6 +29,7 @@ from elasticmoe.common.store import Event
 from elasticmoe.services.scaler.api import admin
 from elasticmoe.services.scaler.api.admin import build_app
 from elasticmoe.services.scaler.api.event_stream import LISTENERS_MAX, EventStream
+from elasticmoe.services.scaler.api.experts import ExpertLoads
 from elasticmoe.services.scaler.api.requests import parse_rebalance, parse_scale
 from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
@@ -97,9 +98,17 @@ class Listener:
         self.answer: Accepted | ElasticMoEError = Accepted(operation_of(None))
         self.loop = Loop(self._handle)
         self.status_cache, self.events, self.meters = StatusCache(snapshot), EventStream(), Meters()
-        self.series = Series("scaler:1")
+        self.series, self.experts = Series("scaler:1"), ExpertLoads()
         self.app = build_app(
-            self.status_cache, self.loop.commands, self.events, self.series, self.meters, "secret", 600.0, "scaler"
+            self.status_cache,
+            self.loop.commands,
+            self.events,
+            self.series,
+            self.experts,
+            self.meters,
+            "secret",
+            600.0,
+            "scaler",
         )
 
     def _handle(self, order: Any) -> Answer:

@@ -25,6 +25,7 @@ from elasticmoe.services.hmm.status import Loading, hmm_status
 from elasticmoe.services.hmm.transition.transition import Transitions
 from elasticmoe.services.scaler.api.admin import build_app
 from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.experts import ExpertLoads
 from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.cluster import Cluster
@@ -94,7 +95,7 @@ class Deployment:
         """By HTTP; the loop is this one."""
         board = StatusCache(StatusSnapshot("serving", "", None, None, None, 0, {}))
         app: Any = build_app(
-            board, self.commands, EventStream(), Series("s"), self.meters, "secret", 600.0, "localhost"
+            board, self.commands, EventStream(), Series("s"), ExpertLoads(), self.meters, "secret", 600.0, "localhost"
         )
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://scaler") as client:
             headers = {"Authorization": "Bearer secret"}

@@ -29,6 +29,7 @@ from elasticmoe.services.scaler.api import docs, views
 from elasticmoe.services.scaler.api.contract import check_instance, scale_status
 from elasticmoe.services.scaler.api.docs import describe
 from elasticmoe.services.scaler.api.event_stream import EventStream
+from elasticmoe.services.scaler.api.experts import ExpertLoads
 from elasticmoe.services.scaler.api.page import PAGES, add_page
 from elasticmoe.services.scaler.api.policy import add_policy
 from elasticmoe.services.scaler.api.prometheus import render_metrics
@@ -85,6 +86,7 @@ def build_app(
     commands: CommandQueue,
     events: EventStream,
     series: Series,
+    experts: ExpertLoads,
     meters: Meters,
     token: str,
     deadline_s: float,
@@ -96,7 +98,7 @@ def build_app(
     _add_views(app, status_cache, meters)
     _add_orders(app, status_cache, commands, deadline_s)
     add_policy(app, status_cache, commands)
-    add_watching(app, status_cache, series)
+    add_watching(app, status_cache, series, experts)
     _add_events(app, events)
     hosts = OwnPages(host)
     add_page(app, hosts)

@@ -54,6 +54,7 @@ ANSWERS = {
         views.Plan,
         views.Now,
         views.SeriesView,
+        views.ExpertsView,
         ScaleStatus,
         PolicyView,
         DecisionsView,

@@ -219,6 +219,15 @@ EXAMPLES: dict[str, Any] = {
             "kv_saturation": [0.84, 0.87],
         },
     },
+    "ExpertsView": {
+        "epoch": 1,
+        "sampled_steps": 412.5,
+        "owners": [[0, 1], [0, 1]],
+        "load": [[1200, 800], [1000, 1000]],
+        "ranks": [
+            {"rank": "r0t0", "slot": 0, "device": "host:0", "experts": 2, "rows_per_step": 31.5, "imbalance": 1.05}
+        ],
+    },
     "ScaleStatus": {
         "instance_id": "i-9f2c61d04b7e",
         "operation_id": "grow-monday",

@@ -45,6 +45,7 @@ _FILES = (
     "tiles.js",
     "operation.js",
     "views/now.js",
+    "views/experts.js",
     "views/transition.js",
     "views/decisions.js",
     "views/events.js",

@@ -249,3 +249,33 @@ class Now(msgspec.Struct, frozen=True, kw_only=True):
     num_devices: Annotated[int, says("Devices, changed or not")]
     devices: Annotated[list[NowDevice], says("Those that have changed")]
     ranks: Annotated[list[NowRank], says("Those whose load has changed, of the ranks that told theirs lately")]
+
+
+class ExpertsOfRank(msgspec.Struct, frozen=True):
+    """What is routed to the experts of one rank."""
+
+    rank: Annotated[str, says("Its name", "r1t0")]
+    slot: Annotated[int, says("Its place on the bus")]
+    device: Annotated[str, says("Its device", "host:1")]
+    experts: Annotated[int, says("Expert records on its device")]
+    rows_per_step: Annotated[
+        float | None, says("Rows that it computes in a step, over all layers; null: not told lately")
+    ]
+    imbalance: Annotated[float | None, says("The same over the mean of all ranks; 1: as much as others")]
+
+
+class ExpertsView(msgspec.Struct, frozen=True):
+    """Where each expert lives, and how often it was routed to in the last minutes, by sampled steps."""
+
+    epoch: Annotated[int, says("Of the layout")]
+    sampled_steps: Annotated[float, says("Steps that this rests on; old ones count less")]
+    owners: Annotated[
+        list[list[int]], says("`owners[layer][expert]`: the slot that computes it; dense layers are empty")
+    ]
+    load: Annotated[
+        list[list[int]],
+        says(
+            "`load[layer][expert]`: rows that came for it, in thousandths of the layer's mean; empty: nothing is known"
+        ),
+    ]
+    ranks: Annotated[list[ExpertsOfRank], says("The ranks of the layout")]

@@ -7,6 +7,7 @@ from fastapi import FastAPI, Request, Response
 from elasticmoe.common.http.app import json_response
 from elasticmoe.services.scaler.api import docs
 from elasticmoe.services.scaler.api.docs import describe
+from elasticmoe.services.scaler.api.experts import ExpertLoads
 from elasticmoe.services.scaler.api.now import Board
 from elasticmoe.services.scaler.api.query import query_of
 from elasticmoe.services.scaler.api.series import STEPS_S, Series, step_of
@@ -16,7 +17,7 @@ _SINCE = ("`cursor` of an earlier answer: only what has come since is told", "sc
 _STEP_S = (f"Seconds from row to row: {' or '.join(map(str, STEPS_S))}", "1")
 
 
-def add_watching(app: FastAPI, status_cache: StatusCache, series: Series) -> None:
+def add_watching(app: FastAPI, status_cache: StatusCache, series: Series, experts: ExpertLoads) -> None:
     """Add them to the app."""
     board = Board(series.origin)
 
@@ -31,3 +32,8 @@ def add_watching(app: FastAPI, status_cache: StatusCache, series: Series) -> Non
         at once; with `since`, only later ones."""
         query = query_of(request, "since", "step_s")
         return json_response(series.read(step_of(query.get("step_s", "1")), query.get("since", "")))
+
+    @app.get("/v1/experts", **describe("ExpertsView", docs.READING))
+    async def loads() -> Response:
+        """Where each expert lives, and how often it was routed to lately; how evenly that falls on the ranks."""
+        return json_response(experts.read(status_cache.snapshot))

@@ -24,7 +24,7 @@ from elasticmoe.common.devices.names import hardware_of
 from elasticmoe.common.endpoints import ServerEnd
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import ElasticMoEError
-from elasticmoe.common.protocol.signals import RouterWindow, Signal
+from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, Signal
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
 from elasticmoe.services.scaler.cluster import Cluster
@@ -72,7 +72,7 @@ class Decided(msgspec.Struct, frozen=True, kw_only=True):
 class Autoscaler:
     """`serve` opens the end at which windows arrive, and takes it from a scaler that was superseded; anew where that
     one took it back before it knew. `take` carries an order out as the admin surface's are, or raises its refusal.
-    `count` counts a decision by its reason."""
+    `count` counts a decision by its reason; `hear_experts` gets each rank's window."""
 
     def __init__(
         self,
@@ -83,6 +83,7 @@ class Autoscaler:
         take: Callable[[Order | CancelOperation], object],
         tell: Tell,
         count: Callable[[str], None],
+        hear_experts: Callable[[RankWindow], None],
         clock: Clock,
     ) -> None:
         self._config = config
@@ -93,6 +94,7 @@ class Autoscaler:
         self._take = take
         self._tell = tell
         self._count = count
+        self._hear_experts = hear_experts
         self._clock = clock
         self.policy = policy
         self._intake = Intake(policy)
@@ -168,6 +170,8 @@ class Autoscaler:
             window = received[1].body
             if not self._intake.take(window, now):
                 self._early.append((window, now))
+            if isinstance(window, RankWindow):
+                self._hear_experts(window)
             is_known = isinstance(window, RouterWindow) and window.router in self._routers
             if isinstance(window, RouterWindow) and (is_known or len(self._routers) < ROUTERS_MAX):
                 self._routers[window.router] = now

@@ -8,7 +8,7 @@ const LINES = ["--line-1", "--line-2", "--line-3", "--line-4", "--line-5"];
 const all = new Set();
 
 /** A colour of the style sheet as it is in the present theme: a canvas does not know its names. */
-function colour(name) {
+export function colour(name) {
   const probe = h("i", { hidden: true, style: { color: `var(${name})` } });
   document.body.append(probe);
   const { color } = getComputedStyle(probe);

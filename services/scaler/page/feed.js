@@ -25,6 +25,7 @@ const RESOURCES = {
   policy: { path: () => "/v1/policy", key: () => "", everyMs: 3_000 },
   decisions: { path: () => "/v1/decisions?limit=40", key: (state) => state.policy?.decision?.time_unix },
   operations: { path: () => "/v1/operations?limit=20", key: (state) => `${state.now.operation} ${state.now.epoch}` },
+  experts: { path: () => "/v1/experts", key: (state) => state.now.epoch, everyMs: 10_000 },
   layout: { path: () => "/v1/layout", key: layoutKey },
 };
 

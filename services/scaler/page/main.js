@@ -9,11 +9,12 @@ import { dropToken, keepToken, takeTokenFromAddress, theme, token, useTheme } fr
 import { createStore } from "./store.js";
 import { decisions } from "./views/decisions.js";
 import { events } from "./views/events.js";
+import { experts } from "./views/experts.js";
 import { health } from "./views/health.js";
 import { now } from "./views/now.js";
 import { transition } from "./views/transition.js";
 
-const VIEWS = { now, transition, decisions, events, health };
+const VIEWS = { now, experts, transition, decisions, events, health };
 const PHASES = { serving: "ok", starting: "busy", loading: "busy", attaching: "busy", degraded: "warn", failed: "bad" };
 const THEMES = ["auto", "light", "dark"];
 

@@ -4,7 +4,7 @@
  * connection: { state: "connecting" | "live" | "stale" | "refused", since, why }
  * now: GET /v1/now without its rows; devices: Map by name; ranks: Map by slot
  * series: by step, { at, columns }; step: that is shown
- * policy, decisions, operations, operation, layout: as the API answers them; null before
+ * policy, decisions, operations, operation, layout, experts: as the API answers them; null before
  * events: [{ id, event }], newest first; isPastTold: those that there were have come; eventsRefused: why none come
  * words: of reasons and events
  */
@@ -21,6 +21,7 @@ export function createStore() {
     operations: null,
     operation: null,
     layout: null,
+    experts: null,
     events: [],
     isPastTold: false,
     eventsRefused: "",

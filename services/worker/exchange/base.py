@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from elasticmoe.services.worker.backends.base import Mirror
+from elasticmoe.services.worker.exchange.expert_rows import ExpertRows
 
 
 class StepAborted(Exception):
@@ -70,6 +71,10 @@ class Exchange(ABC):
         """Get ready for a staged generation; whether this rank is. Asked again until it is: ranks flip once all are.
         Never blocks."""
         return True
+
+    def take_expert_rows(self) -> ExpertRows:
+        """Rows that came for own experts in sampled steps, since the last call; of none where there are no steps."""
+        return ExpertRows(0, ())
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Give up what is not the caller's. Idempotent."""

@@ -12,6 +12,7 @@ from elasticmoe.common.failpoint import failpoint
 from elasticmoe.native.bus import Bus, BusAborted, BusTimeout, Routing, make_routing
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
 from elasticmoe.services.worker.exchange.base import Exchange, ExchangeTimes, StepAborted, StepTimedOut
+from elasticmoe.services.worker.exchange.expert_rows import ExpertRowCounter, ExpertRows
 
 _FLOAT_BYTES = 4
 WAIT_MS = 500.0  # a rank that waits for others in a step says that often that it is not the one that is stuck
@@ -49,6 +50,7 @@ class BusExchange(Exchange):
         self._deadline_ms = 0.0
         self._num_left = 0  # layers that this step has still to exchange, and the replica's end of it
         self._hear: Callable[[], None] = lambda: None
+        self._expert_rows = ExpertRowCounter(num_experts)
         self.rows_RH = self._rows(0)
         self.counts_E = torch.zeros(max(self._num_experts, default=0), dtype=torch.int32)
         self._counts_addr = self.counts_E.data_ptr()
@@ -72,6 +74,7 @@ class BusExchange(Exchange):
     def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
         """See Exchange. Buffers grow to the largest step seen; their pages become real when they are used."""
         self._deadline_ms = deadline_ms
+        self._expert_rows.begin_step()
         self._num_left = sum(count > 0 for count in self._num_experts) + (self._num_replica > 0)
         failpoint("rank.step.begun")
         capacity = total_tokens * self._top_k
@@ -127,6 +130,10 @@ class BusExchange(Exchange):
         if out_MV is not None:
             self._backend.upload(out_MV)(n)
         self._num_left -= 1
+
+    def take_expert_rows(self) -> ExpertRows:
+        """See Exchange."""
+        return self._expert_rows.take()
 
     def take_times(self) -> ExchangeTimes:
         """See Exchange. Includes the bus's `step` calls since the last call."""

@@ -75,6 +75,7 @@ class PlannedExchange(BusExchange):
                 wait_ms,
             )
         )
+        self._expert_rows.count(layer, self.counts_E)
         started = time.perf_counter_ns()
         self._shares, self._chosen = [Share(*share) for share in shares], (ids_NK, weights_NK)
         total, room = sum(share.num_tokens for share in self._shares), self._tokens_TH.shape[0]

@@ -26,7 +26,7 @@ class ShmExchange(BusExchange):
         routing = self._routing(layer)
         x_NH, ids_NK, weights_NK = (rows_from(mirror, first) for mirror in (x_NH, ids_NK, weights_NK))
         self._backend.download(x_NH, ids_NK, weights_NK)(n)
-        return self._patiently(
+        num_rows = self._patiently(
             lambda wait_ms: self._bus.dispatch(
                 routing,
                 self._generation,
@@ -40,6 +40,8 @@ class ShmExchange(BusExchange):
                 wait_ms,
             )
         )
+        self._expert_rows.count(layer, self.counts_E)
+        return num_rows
 
     def combine(self, layer: int, y_RH: torch.Tensor, out_NH: Mirror, n: int, *, first: int = 0) -> None:
         """See Exchange."""

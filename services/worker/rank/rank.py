@@ -70,7 +70,7 @@ class Rank(SeatLoop):
         )
         self._shares = Shares(parts.clock)
         push = parts.transport.connect_push("signals", parts.seat.incarnation)
-        self._windows = RankWindows(parts.seat, parts.engine.scheduler, push)
+        self._windows = RankWindows(parts.seat, parts.engine.scheduler, push, parts.exchange.take_expert_rows)
         self._welcome = Welcome()
         self._plan: StepPlan | None = None  # with which it has arrived at a barrier where not all are yet
         self._watchers: set[bytes] = set()

@@ -5,24 +5,32 @@ Costs a step next to nothing: two additions, and for a few steps of each window 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from elasticmoe.common.endpoints import PushEnd
 from elasticmoe.common.protocol.limits import STEP_SAMPLES_MAX, WINDOW_SECONDS_MAX
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.signals import RankWindow, StepSample
 from elasticmoe.services.worker.engine.plan import StepPlan
 from elasticmoe.services.worker.engine.scheduler import Scheduler
+from elasticmoe.services.worker.exchange.expert_rows import ExpertRows
 
 SPAN_S = 1.0  # of a window in which something happened
 IDLE_SPAN_S = 2.0  # of others: they say that the rank lives and has nothing to do
+EXPERTS_EVERY_S = 5.0  # a window tells how often experts were routed to, too
 
 
 class RankWindows:
-    """Owned by the rank's thread. `scheduler` is read when a window ends."""
+    """Owned by the rank's thread. `scheduler` is read when a window ends; `take_expert_rows`: the exchange's."""
 
-    def __init__(self, seat: StartRank, scheduler: Scheduler, end: PushEnd) -> None:
+    def __init__(
+        self, seat: StartRank, scheduler: Scheduler, end: PushEnd, take_expert_rows: Callable[[], ExpertRows]
+    ) -> None:
         self._seat = seat
         self._scheduler = scheduler
         self._end = end
+        self._take_expert_rows = take_expert_rows
+        self._experts_at = 0.0  # when they were told last
         self._number = 0
         self._began_at: float | None = None
         self._epoch = 0
@@ -80,6 +88,9 @@ class RankWindows:
         self._number += 1
         scheduler = self._scheduler
         blocks = scheduler.blocks
+        experts = ExpertRows(0, ())
+        if now - self._experts_at >= EXPERTS_EVERY_S:
+            self._experts_at, experts = now, self._take_expert_rows()
         return RankWindow(
             rank=self._seat.rank,
             incarnation=self._seat.incarnation,
@@ -97,6 +108,8 @@ class RankWindows:
             generated=self._num_tokens,
             num_steps=self._num_steps,
             steps=tuple(self._samples),
+            expert_steps=experts.num_steps,
+            expert_rows=experts.rows,
         )
 
     def close(self) -> None:
