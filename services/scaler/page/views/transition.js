@@ -148,7 +148,7 @@ function build({ store, feed, ask }) {
   function update(state) {
     if (!isFilled) {
       isFilled = true;
-      replicas.value = state.now.target;
+      replicas.value = state.now.replicas;
     }
     const operation = state.operation ?? state.operations?.operations[0] ?? null;
     setText(title, state.operation === null ? "Last operation" : "Operation in progress");
