@@ -138,7 +138,7 @@ picture: install
 	$(BIN)/python -m scripts.picture
 
 screenshots: install
-	$(BIN)/python -m scripts.screenshots
+	$(BIN)/python -m scripts.screenshots $(ARGS)
 
 native-test: install
 	bash native/run_tests.sh $(ARGS)

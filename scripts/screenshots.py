@@ -18,8 +18,8 @@ WIDTH, HEIGHT = 1280, 800
 # File, view, and what of its text shows that it has come.
 PICTURES = (
     ("now", "now", "Devices"),
+    ("experts", "experts", "sampled steps"),
     ("transition", "transition", "Planned beside measured"),
-    ("events", "events", "operation phase"),
 )
 
 
@@ -66,7 +66,7 @@ def record(folder: Path, seconds: float) -> None:
 def take(browser: Browser, page: str, theme: str) -> None:
     """The pictures of one theme; in the dark one that of the first view."""
     browser.theme(theme)
-    browser.size(WIDTH, HEIGHT, 1.5)
+    browser.size(WIDTH, HEIGHT)
     browser.open(page)
     for file, view, text in PICTURES if theme == "light" else PICTURES[:1]:
         browser.one(f"nav a[data-view={view}]").click()

@@ -16,6 +16,9 @@ export function colour(name) {
   return color;
 }
 
+/** Times of the axis, with seconds where its steps are shorter than a minute. */
+const times = (_, at, __, ___, step) => at.map((time) => clock(time).slice(-8, step < 60 ? undefined : -3));
+
 /** Draw all anew: the theme is another one. */
 export function redraw() {
   for (const chart of all) chart.rebuild();
@@ -104,7 +107,7 @@ export class Chart {
         y: { range: (_, __, most) => [0, Math.max(most ?? 0, this.#objective ?? 0, this.#spec.least) * 1.08] },
       },
       axes: [
-        { ...axis, size: 20, space: 70, values: (_, times) => times.map((time) => clock(time).slice(-8, -3)) },
+        { ...axis, size: 20, space: 70, values: times },
         { ...axis, size: 52, space: 26, values: (_, values) => values.map((value) => this.#spec.format(value)) },
       ],
       series: [{}, ...series, ...(this.#objective === null ? [] : [objective])],
