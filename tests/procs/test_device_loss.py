@@ -95,6 +95,30 @@ async def test_a_lost_device_is_left_out_and_what_it_held_is_read_or_computed_ag
     assert report.count("error") == 0
 
 
+async def test_a_lost_device_takes_the_others_of_its_replica_along(
+    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    """Of two; the one that is left has nothing that is read again."""
+    deployment = deploy("oracle", replicas=2, devices=4, tp=2, **SETTINGS)
+    devices = [deployment.device(number) for number in range(4)]
+    async with Load(deployment.base_url, clients=8, seed=5) as load:
+        await wait_tokens(load)
+        victim = (await asyncio.to_thread(ranks_of, deployment))[devices[1]]
+        os.kill(victim["pid"], signal.SIGSTOP)  # a follower, which computes nothing with what it will find
+        assert await asyncio.to_thread(overwrite, deployment, devices[1]) > WEIGHT_BYTES
+        operation = await asyncio.to_thread(deployment.scale, remove=["r0"], lost=True)
+        assert (operation["phase"], operation["error"]) == ("done", None), operation
+        after = len(load.streams)
+        await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 16, "streams afterwards", 30.0)
+        await asyncio.to_thread(check_integrity, deployment)
+        assert set(await asyncio.to_thread(ranks_of, deployment)) == set(devices[2:])
+        assert (await asyncio.to_thread(deployment.scale, devices=devices))["phase"] == "done"
+        await asyncio.to_thread(check_integrity, deployment)
+    assert set(ranks_of(deployment)) == set(devices)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 500
+    assert deployment.stop().count("error") == 0
+
+
 async def test_a_deployment_that_failed_because_ranks_do_not_live_on_a_device_goes_on_without_it(
     deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:

@@ -49,10 +49,11 @@ seed_of = load_poison().seed_of
 
 
 @contextmanager
-def poisoned(folder: Path, model: Path, replicas: int) -> Iterator[tuple[Deployment, Failpoints]]:
+def poisoned(folder: Path, model: Path, replicas: int, **settings: Any) -> Iterator[tuple[Deployment, Failpoints]]:
     points = Failpoints(folder)
     environment = {"PYTHONPATH": str(FOLDER), load_poison().STRIKES: str(folder / "strikes")}
-    deployment = Deployment(model, replicas=replicas, environment=environment, failpoint_dir=folder, **SETTINGS)
+    settings = SETTINGS | settings
+    deployment = Deployment(model, replicas=replicas, environment=environment, failpoint_dir=folder, **settings)
     deployment.wait_ready()
     try:
         yield deployment, points
@@ -151,6 +152,15 @@ async def test_it_ends_alone_on_two_ranks(
     died, longest = await try_one(two[0], model_folder("oracle"), seed, 2)
     print(f"{stage} {action} at {position}: {died} deaths, longest pause {longest:.2f} s")
     assert died == deaths
+
+
+async def test_it_ends_alone_where_replicas_have_two_ranks(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
+    """The first one of a replica fails of it, and its follower waits for it in vain."""
+    cases = [("exchange", "raises", LATER, 0), ("exchange", "is killed", 0, 1 + GUILTY_FAILURES)]
+    with poisoned(tmp_path, model_folder("oracle"), 2, tp=2, devices=4) as (deployment, _):
+        for stage, action, position, deaths in cases:
+            seed = seed_of(stage, action, position)
+            assert (await try_one(deployment, model_folder("oracle"), seed, 4))[0] == deaths, action
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,18 @@ def refusal(deployment: Deployment) -> str:
     return deployment.output().splitlines()[-1]
 
 
+def test_replicas_of_two_ranks_go_on_as_such(up: Up) -> None:
+    first = up(replicas=1, tp=2).wait_ready()
+    first.scale(replicas=2)
+    epoch, fence, _ = seen(first)
+    first.cut_off()
+    assert "--tp was 2, and is 1 now" in refusal(up(replicas=2, tp=1))
+    second = up(replicas=1, tp=2).wait_ready()
+    assert seen(second) == (epoch, fence + 1, 2)
+    assert set(second.rank_pids()) == {"r0t0", "r0t1", "r1t0", "r1t1"}
+    second.stop()
+
+
 def test_what_was_committed_goes_on_and_only_fresh_drops_it(up: Up) -> None:
     first = up(replicas=2).wait_ready()
     assert "resum" not in said(first)
