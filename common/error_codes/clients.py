@@ -25,9 +25,28 @@ CLIENTS: dict[str, Code] = {
     "token_without_embedding": Code(
         "The prompt has a token that the model has no embedding for", "Take the special token out of the text", (400,)
     ),
+    "invalid_grammar": Code(
+        "What the answer has to look like cannot be read, or nothing looks so", "Correct what the text names", (400,)
+    ),
+    "unsupported_schema": Code(
+        "A schema, pattern or grammar asks for what is not supported; the text names it",
+        "Leave it out: tools-and-schemas.md",
+        (400,),
+    ),
+    "grammar_too_large": Code(
+        "A schema, pattern or grammar exceeds a limit of its size", "Shorten it: tools-and-schemas.md", (400,)
+    ),
+    "grammar_too_complex": Code(
+        "A schema, pattern or grammar takes more than its share of time or memory", "Simplify it", (400,)
+    ),
+    "grammar_failed": Code(
+        "What the answer has to look like could not be followed any further, within its limits",
+        "Simplify the schema, pattern or grammar",
+        (400,),
+    ),
     "parameters_too_large": Code(
         "Sampling parameters take more room than a rank keeps for a request",
-        "Use fewer `logit_bias` entries or stop words",
+        "Use fewer `logit_bias` entries, or a shorter schema",
         (400,),
     ),
     "invalid_api_key": Code("The API key is missing or wrong", "Send `Authorization: Bearer KEY`", (401,)),

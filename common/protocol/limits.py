@@ -1,6 +1,6 @@
 """Every bound of the system in one place. A limit has a unit in its name or in the comment beside it."""
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 # Messages
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
@@ -41,6 +41,15 @@ REPETITION_PENALTY_MIN = 0.01
 REPETITION_PENALTY_MAX = 10.0
 OUTPUT_PENALTY_MAX = 2.0  # of presence and frequency, either sign
 TOKEN_BIAS_MAX = 100.0  # either sign
+
+# Grammars of the output
+GRAMMAR_BYTES_MAX = 131_072  # of its text
+GRAMMAR_PACKED_BYTES_MAX = 12_288  # of the text compressed, as messages and ledger rows hold it
+GRAMMAR_SYMBOLS_MAX = 100_000  # that its rules are made of
+GRAMMAR_ITEMS_MAX = 50_000  # ways to read one token that are looked at: about 3 ms
+GRAMMAR_STATES_MAX = 25_000  # of its texts' automaton, 1 to 2 KB each
+VOCABULARY_BYTES_MAX = 48 * 1024 * 1024  # of all tokens' bytes
+VOCABULARY_PIECE_BYTES = 256 * 1024  # that travel in one message
 
 # Checkpoints
 SAFETENSORS_HEADER_BYTES_MAX = 8 * 1024 * 1024

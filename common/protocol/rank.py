@@ -12,6 +12,7 @@ from elasticmoe.common.protocol.codec import Codec, Message
 from elasticmoe.common.protocol.ids import CommandId
 from elasticmoe.common.protocol.limits import (
     DECODE_ONLY_STEPS_MAX,
+    GRAMMAR_PACKED_BYTES_MAX,
     LOGIT_BIAS_MAX,
     LOGPROBS_MAX,
     MOVE_TARGETS_MAX,
@@ -26,6 +27,8 @@ from elasticmoe.common.protocol.limits import (
     TEMPERATURE_MAX,
     TOKEN_BIAS_MAX,
     VOCAB_MAX,
+    VOCABULARY_BYTES_MAX,
+    VOCABULARY_PIECE_BYTES,
 )
 from elasticmoe.common.protocol.router import Logprob, Suspicion
 
@@ -38,6 +41,18 @@ Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 OutputPenalty = Annotated[float, Meta(ge=-OUTPUT_PENALTY_MAX, le=OUTPUT_PENALTY_MAX)]
 RepetitionPenalty = Annotated[float, Meta(ge=REPETITION_PENALTY_MIN, le=REPETITION_PENALTY_MAX)]
 TokenBias = Annotated[float, Meta(ge=-TOKEN_BIAS_MAX, le=TOKEN_BIAS_MAX)]
+
+
+VocabularyHash = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What the output has to keep to, from its first token on. `packed`: its text, compressed (common/grammar_text.py),
+    which the router has tried. `vocabulary`: the hash of the vocabulary that it speaks of; a rank that does not have
+    that asks for it (router.WantVocabulary), and the request waits meanwhile."""
+
+    packed: Annotated[bytes, Meta(min_length=1, max_length=GRAMMAR_PACKED_BYTES_MAX)]
+    vocabulary: VocabularyHash
 
 
 class Sampling(Message, frozen=True, tag=False):
@@ -56,6 +71,7 @@ class Sampling(Message, frozen=True, tag=False):
     repetition_penalty: RepetitionPenalty = 1.0
     logit_bias: Annotated[tuple[tuple[TokenId, TokenBias], ...], Meta(max_length=LOGIT_BIAS_MAX)] = ()
     logprobs: Annotated[int, Meta(ge=-1, le=LOGPROBS_MAX)] = -1
+    grammar: Grammar | None = None
 
 
 class Submit(Message, frozen=True):
@@ -85,6 +101,16 @@ class Cancel(Message, frozen=True):
     """The client left or the router has enough: free everything of this request. No answer; unknown ids are ignored."""
 
     request_id: RequestId
+
+
+class VocabularyPiece(Message, frozen=True):
+    """Answers router.WantVocabulary: bytes from `offset` on of the `nbytes` that an encoded vocabulary has
+    (common/grammar_text.py). All pieces come, one after the other."""
+
+    digest: VocabularyHash
+    offset: Annotated[int, Meta(ge=0, lt=VOCABULARY_BYTES_MAX)]
+    nbytes: Annotated[int, Meta(ge=1, le=VOCABULARY_BYTES_MAX)]
+    data: Annotated[bytes, Meta(min_length=1, max_length=VOCABULARY_PIECE_BYTES)]
 
 
 class Watch(Message, frozen=True):
@@ -196,6 +222,16 @@ class GetRankIntegrity(Message, frozen=True):
 
 
 ToRank = (
-    Submit | Cancel | Watch | Unwatch | GetRankIntegrity | GetRankLoad | RankCommand | Reserve | Unreserve | HandOver
+    Submit
+    | Cancel
+    | VocabularyPiece
+    | Watch
+    | Unwatch
+    | GetRankIntegrity
+    | GetRankLoad
+    | RankCommand
+    | Reserve
+    | Unreserve
+    | HandOver
 )
 CODEC: Codec[ToRank] = Codec(ToRank)

@@ -70,6 +70,13 @@ class Suspected(Message, frozen=True):
     suspicion: Suspicion
 
 
+class WantVocabulary(Message, frozen=True):
+    """The rank works on a request with a grammar and does not have the vocabulary of that hash: answered by
+    rank.VocabularyPiece. It asks again until it has all of it."""
+
+    digest: str
+
+
 class Moved(Message, frozen=True):
     """Another rank goes on with the request: cancel it there from now on. Its tokens may come before this message.
     `incarnation`: the process that took it, as far as is known; a later one may not have it."""
@@ -112,5 +119,5 @@ class RankStatus(Message, frozen=True):
     recomputed: int = 0
 
 
-ToRouter = Tokens | Failed | Suspected | Moved | MayMove | RankStatus | Ack | Refused
+ToRouter = Tokens | Failed | Suspected | WantVocabulary | Moved | MayMove | RankStatus | Ack | Refused
 CODEC: Codec[ToRouter] = Codec(ToRouter)

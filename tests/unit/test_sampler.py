@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from elasticmoe.common.protocol.limits import LOGPROB_MIN
 from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.services.worker.backends import torch_sampling
 from elasticmoe.services.worker.backends.base import ComputeBackend
@@ -213,6 +214,54 @@ def test_places_of_edits_are_of_their_own_row() -> None:
     want = torch.ones(3, VOCAB)
     want[1, 3:6] = torch.tensor([3.0, 0.5, NEVER])
     assert torch.equal(logits, want)
+
+
+def bits(allowed: Sequence[int], vocab: int = VOCAB) -> bytearray:
+    """A mask of these tokens."""
+    return bytearray(np.packbits([token in allowed for token in range(vocab)], bitorder="little").tobytes())
+
+
+def test_a_mask_leaves_what_is_allowed() -> None:
+    """As sampling from a model that knows no other tokens, whatever the edits would have; others' rows are as ever."""
+    for vocab in (VOCAB, 64, 65):
+        row = logits_of(3, vocab)
+        allowed = sorted({1, 7, 8, 31, 32, 33, vocab - 1} - {vocab})
+        few = torch.full_like(row, NEVER)
+        few[allowed] = row[allowed]
+        for options in (
+            {"temperature": 0.0},
+            {"temperature": 1.5, "top_p": 0.8},
+            {"top_k": 2, "min_p": 0.1},
+            {"repetition_penalty": 3.0, "presence_penalty": 1.0, "logit_bias": ((2, 100.0), (7, -100.0))},
+        ):
+            states = [state(range(n + 2), seed=n, **options) for n in range(20)]
+            masked = [each._replace(allowed=bits(allowed, vocab)) for each in states]
+            got = sample(USED[-1], row.repeat(20, 1), masked)
+            assert got.tokens == sample(USED[-1], few.repeat(20, 1), states).tokens
+            assert set(got.tokens) <= set(allowed)
+            mixed = [masked[n] if n % 3 else states[n] for n in range(20)]
+            plain = sample(USED[-1], row.repeat(20, 1), states).tokens
+            want = [got.tokens[n] if n % 3 else plain[n] for n in range(20)]
+            assert sample(USED[-1], row.repeat(20, 1), mixed).tokens == want
+
+
+def test_what_is_told_of_a_masked_row_is_of_what_is_allowed() -> None:
+    row = logits_of()
+    asked = state(logprobs=4, temperature=0.0, logit_bias=((9, 5.0),))._replace(allowed=bits([4, 9, 40]))
+    (told,) = sample(USED[-1], row[None].clone(), [asked]).logprobs
+    assert told is not None
+    want = torch.log_softmax(row[[4, 9, 40]], 0).tolist()
+    assert dict(told.top[:3]) == pytest.approx(dict(zip((4, 9, 40), want, strict=True)), abs=1e-5)
+    assert told.top[3][1] == LOGPROB_MIN
+
+
+def test_a_row_of_which_nothing_may_come_fails_alone() -> None:
+    """The grammar leaves only what ends the answer, and that may not come yet."""
+    row = logits_of()
+    barred = state([1, 2, 3], stop_token_ids=(3,), min_tokens=5)._replace(allowed=bits([3]))
+    got = sample(USED[-1], row.repeat(3, 1), [state(), barred, state()._replace(allowed=bits([]))])
+    assert got.tokens[0] == sample(USED[-1], row[None].clone(), [state()]).tokens[0]
+    assert {number: error.code for number, error in got.errors.items()} == {1: "bad_logits", 2: "bad_logits"}
 
 
 def test_repetition_penalty_works_on_both_signs() -> None:

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.answer_parsers.reasoning import Marks
 from elasticmoe.services.router.api.answer import Answer, Renderer
 from elasticmoe.services.router.api.answer_reader import AnswerForm
 from elasticmoe.services.router.api.chat_renderer import ChatRenderer
@@ -15,12 +16,13 @@ from elasticmoe.services.router.api.conversation import conversation_of
 from elasticmoe.services.router.api.docs import describe
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.gate import client_of, front_of, permit_of, request_id_of
-from elasticmoe.services.router.api.generate import Generation, counting_refusals, start
+from elasticmoe.services.router.api.generate import Generation, counting_refusals, start, with_grammar
 from elasticmoe.services.router.api.options import Options, options_of
 from elasticmoe.services.router.api.parse import body_of
 from elasticmoe.services.router.api.schemas import ChatRequest
 from elasticmoe.services.router.api.told import ChatCompletion, ChatCompletionChunk
 from elasticmoe.services.router.api.tool_use import ToolUse, tool_use, tools_of
+from elasticmoe.services.router.grammar.structure import Thought
 from elasticmoe.services.router.text.jobs import Conversation
 from elasticmoe.services.router.text.template import REASONING_FIELDS
 
@@ -55,10 +57,12 @@ async def start_chat(request: Request, raw: ChatRequest, *, kind: str) -> Starte
     context = front.dispatcher.max_model_len()
     conversation = conversation_of(raw)
     tools = tool_use(raw, tools_of(raw), front.tool_parser)
+    client = client_of(request)
     with counting_refusals(front, options.num_choices):
-        prompt, tail = await front.texts.encode_chat(conversation, context, client_of(request))
+        prompt, tail = await front.texts.encode_chat(conversation, context, client)
+        form = _form(raw, front, tools, conversation, tail)
+        options = await with_grammar(front, options, _thought(front, conversation, tail), client)
     front.model.check_embedded(prompt)
-    form = _form(raw, front, tools, conversation, tail)
     kept = front.model.special_ids(form.specials) if form else frozenset[int]()
     return StartedChat(await start(front, permit_of(request), options, [prompt], kind=kind, kept=kept), options, form)
 
@@ -76,9 +80,25 @@ def _form(
     marks = front.reasoning if raw.separate_reasoning is not False else None
     if tools is None and marks is None:
         return None
-    continued = conversation.continue_final_message
-    is_inside = marks is not None and (tail.rstrip().endswith(marks.open) or continued in REASONING_FIELDS)
-    return AnswerForm(tools, marks, is_inside, raw.include_reasoning is not False)
+    return AnswerForm(tools, marks, _is_inside(marks, conversation, tail), raw.include_reasoning is not False)
+
+
+def _is_inside(marks: Marks | None, conversation: Conversation, tail: str) -> bool:
+    """Whether the answer begins with thinking whose opening mark the prompt has."""
+    if marks is None:
+        return False
+    return tail.rstrip().endswith(marks.open) or conversation.continue_final_message in REASONING_FIELDS
+
+
+def _thought(front: Front, conversation: Conversation, tail: str) -> Thought | None:
+    """What the model thinks before an answer that has to look like something, where it may."""
+    marks = front.reasoning
+    if marks is None or tail.rstrip().endswith(marks.close):
+        return None
+    is_inside = _is_inside(marks, conversation, tail)
+    if conversation.continue_final_message and not is_inside:
+        return None
+    return Thought(marks.open, marks.close, is_inside)
 
 
 def _options(raw: ChatRequest, front: Front) -> Options:

@@ -11,7 +11,7 @@ from elasticmoe.services.router.api.completion_renderer import CompletionRendere
 from elasticmoe.services.router.api.docs import describe
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.gate import client_of, front_of, permit_of, request_id_of
-from elasticmoe.services.router.api.generate import counting_refusals, start
+from elasticmoe.services.router.api.generate import counting_refusals, start, with_grammar
 from elasticmoe.services.router.api.options import Options, check_ids, options_of, unsupported
 from elasticmoe.services.router.api.parse import body_of
 from elasticmoe.services.router.api.schemas import BATCH_MAX, CompletionRequest
@@ -32,6 +32,8 @@ async def completions(request: Request) -> Response:
     options = _options(raw, front)
     client = client_of(request)
     prompts = await _encode_prompts(front, raw, front.dispatcher.max_model_len(), client)
+    with counting_refusals(front, len(prompts.ids) * options.num_choices):
+        options = await with_grammar(front, options, None, client)
     generation = await start(front, permit_of(request), options, prompts.ids, kind="cmpl", is_echo=bool(raw.echo))
     renderer = CompletionRenderer(
         f"cmpl-{request_id_of(request, raw.request_id)}", front, options, client, prompts if raw.echo else None

@@ -15,6 +15,7 @@ from elasticmoe.services.router.api.sampling_defaults import SamplingDefaults, r
 from elasticmoe.services.router.api.turns import Turns
 from elasticmoe.services.router.dispatch.admission import ByteBudget, Permits
 from elasticmoe.services.router.dispatch.dispatcher import Dispatcher
+from elasticmoe.services.router.grammar.structures import Structures
 from elasticmoe.services.router.metrics import Metrics
 from elasticmoe.services.router.text.texts import Texts, Workers
 from elasticmoe.services.router.text.tokenizer import ServedModel
@@ -32,6 +33,7 @@ class Front:
     config: RouterConfig
     model: ServedModel
     texts: Texts
+    structures: Structures
     dispatcher: Dispatcher
     metrics: Metrics
     permits: Permits
@@ -60,10 +62,12 @@ def make_front(
     api_key: bytes | None,
 ) -> Front:
     """The bundle with its limits taken from `config`, and the model's defaults. Raises CheckpointError."""
+    texts = Texts(model.codec, workers)
     return Front(
         config=config,
         model=model,
-        texts=Texts(model.codec, workers),
+        texts=texts,
+        structures=Structures(model, texts, dispatcher.vocabulary),
         dispatcher=dispatcher,
         metrics=metrics,
         permits=Permits(config.requests_max),

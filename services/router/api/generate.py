@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import msgspec
+
 from elasticmoe.common.protocol.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX
 from elasticmoe.common.protocol.rank import Submit
@@ -15,6 +17,7 @@ from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.options import Options
 from elasticmoe.services.router.dispatch.admission import Permit, check_price, price
 from elasticmoe.services.router.dispatch.streams import Ending, Stream
+from elasticmoe.services.router.grammar.structure import Thought
 from elasticmoe.services.router.text.detokenizer import TextStream
 
 PIECE_TOKENS = 65_536  # of prompts that are submitted in one go
@@ -125,6 +128,15 @@ async def start(
         generation.close()
         raise
     return generation
+
+
+async def with_grammar(front: Front, options: Options, thought: Thought | None, client: str) -> Options:
+    """The options with the grammar that what is asked for makes. `thought`: what comes before the answer. Raises
+    InvalidRequest, Overloaded, Unavailable."""
+    if options.structure is None:
+        return options
+    grammar = await front.structures.compile(options.structure, thought, client)
+    return options._replace(sampling=msgspec.structs.replace(options.sampling, grammar=grammar))
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.router.api.sampling_defaults import OPENAI, SamplingDefaults
 from elasticmoe.services.router.api.schemas import GenerateRequest, StreamOptions
 from elasticmoe.services.router.api.words import WORDS, Word, asked_for
+from elasticmoe.services.router.grammar.asked import structure_of
+from elasticmoe.services.router.grammar.structure import Structure
 from elasticmoe.services.router.text.tokenizer import ServedModel
 
 SEED_MASK = (1 << 63) - 1
@@ -28,7 +30,7 @@ class UsageChunks(NamedTuple):
 class Options(NamedTuple):
     """How to generate. `max_tokens` None: not said; then up to `default_tokens`, or what the context has room for.
     `stop_token_ids` include the model's own ends of sequence, unless they are to be ignored. `as_ids`: tokens are named
-    by their ids. `usage`: which chunks of a stream tell it."""
+    by their ids. `usage`: which chunks of a stream tell it. `structure`: what the answer has to look like."""
 
     sampling: Sampling
     num_choices: int
@@ -42,6 +44,7 @@ class Options(NamedTuple):
     is_stream: bool
     as_ids: bool
     usage: UsageChunks
+    structure: Structure | None = None
 
     def sampling_of(self, choice: int) -> Sampling:
         """Each choice has a seed of its own, derived from the request's."""
@@ -65,8 +68,6 @@ def options_of(
     """Check what depends on other fields or on the model. `max_tokens` as it was asked for, `default_tokens` where it
     was not. Raises InvalidRequest."""
     refuse_words(raw, WORDS)
-    if raw.response_format is not None and raw.response_format.type != "text":
-        raise unsupported("response_format", f"type {raw.response_format.type[:40]!r}; supported: text")
     if raw.priority and not allow_priority:
         raise unsupported("priority", f"got {raw.priority}, and the setting allow_priority is off")
     if raw.stream_options is not None and not raw.stream:
@@ -98,6 +99,7 @@ def options_of(
         is_stream=bool(raw.stream),
         as_ids=bool(raw.return_tokens_as_token_ids),
         usage=_usage(raw.stream_options),
+        structure=structure_of(raw),
     )
 
 

@@ -14,8 +14,10 @@ from elasticmoe.services.router.api.schemas import (
     ChatRequest,
     ContentPart,
     FunctionDefinition,
+    JsonSchemaFormat,
     NamedFunction,
     NamedTool,
+    ResponseFormat,
     StreamOptions,
     Tool,
     ToolCall,
@@ -45,6 +47,7 @@ def chat_of(raw: ResponsesRequest) -> ChatRequest:
         ],
         tool_choice=NamedTool("function", NamedFunction(choice.name)) if isinstance(choice, ChosenTool) else choice,
         parallel_tool_calls=raw.parallel_tool_calls,
+        response_format=_format(raw),
         reasoning_effort=raw.reasoning.effort if raw.reasoning else None,
         request_id=raw.request_id,
     )
@@ -62,9 +65,16 @@ def _refuse(raw: ResponsesRequest) -> None:
     ):
         if is_asked:
             raise unsupported(name, why)
-    kind = raw.text.format.type if raw.text and raw.text.format else "text"
-    if kind != "text":
-        raise unsupported("text.format", f"type {kind[:40]!r}; supported: text")
+
+
+def _format(raw: ResponsesRequest) -> ResponseFormat | None:
+    """What the text is, in chat's words."""
+    given = raw.text.format if raw.text else None
+    if given is None:
+        return None
+    if given.type not in ("text", "json_object", "json_schema"):
+        raise unsupported("text.format", f"type {given.type[:40]!r}; supported: text, json_object, json_schema")
+    return ResponseFormat(given.type, JsonSchemaFormat(given.name, given.schema))
 
 
 def _instructions(raw: ResponsesRequest) -> list[ChatMessage]:

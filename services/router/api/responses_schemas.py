@@ -76,13 +76,17 @@ class ChosenTool(msgspec.Struct, frozen=True):
 class TextFormat(msgspec.Struct, frozen=True):
     """What the text is."""
 
-    type: Annotated[Annotated[str, Meta(max_length=64)], says("`text`; others are refused")] = "text"
+    type: Annotated[Annotated[str, Meta(max_length=64)], says("`text`, `json_object` or `json_schema`")] = "text"
+    name: Annotated[Annotated[str, Meta(max_length=64)] | None, says("Not used")] = None
+    schema: Annotated[dict[str, Any] | None, says("Of `json_schema`: the schema; none: any JSON object")] = None
+    description: Annotated[str | None, says("Not used")] = None
+    strict: Annotated[bool | None, says("Not used: every schema is kept to")] = None
 
 
 class TextOptions(msgspec.Struct, frozen=True):
     """Of the answer's text."""
 
-    format: Annotated[TextFormat | None, says("`text` only")] = None
+    format: Annotated[TextFormat | None, says("Text, or JSON")] = None
 
 
 class ReasoningOptions(msgspec.Struct, frozen=True):

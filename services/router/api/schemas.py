@@ -25,6 +25,7 @@ from elasticmoe.common.protocol.limits import (
 from elasticmoe.common.protocol.rank import OutputPenalty, RepetitionPenalty, Share, Temperature, TokenBias, TokenId
 from elasticmoe.services.router.api.whole import whole
 from elasticmoe.services.router.api.words import UnsupportedMessageWords, UnsupportedWords
+from elasticmoe.services.router.grammar.structure import CHOICES_MAX as CHOICES_MAX_OF_STRUCTURE
 
 CHOICES_MAX = 128
 BATCH_MAX = 64
@@ -76,10 +77,39 @@ class StreamOptions(msgspec.Struct, frozen=True):
     continuous_usage_stats: Annotated[bool | None, says("Every chunk has the usage so far")] = None
 
 
-class ResponseFormat(msgspec.Struct, frozen=True):
-    """Only `text` is supported; `json_object` and `json_schema` are refused."""
+class JsonSchemaFormat(msgspec.Struct, frozen=True):
+    """A schema that the answer satisfies."""
 
-    type: Annotated[Annotated[str, Meta(max_length=64)], says("`text`; `json_object` and `json_schema` are refused")]
+    name: Annotated[Annotated[str, Meta(max_length=64)] | None, says("Not used")] = None
+    schema: Annotated[dict[str, Any] | None, says("The JSON schema; none: any JSON object")] = None
+    description: Annotated[str | None, says("Not used")] = None
+    strict: Annotated[bool | None, says("Not used: every schema is kept to")] = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True):
+    """What the answer is."""
+
+    type: Annotated[Annotated[str, Meta(max_length=64)], says("`text`, `json_object` or `json_schema`")]
+    json_schema: Annotated[JsonSchemaFormat | None, says("Of `json_schema`")] = None
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
+    """What the answer has to look like, in vLLM's words; one of them."""
+
+    json: Annotated[dict[str, Any] | str | None, says("A JSON schema, or its text")] = None
+    regex: Annotated[str | None, says("A regular expression that the whole answer matches")] = None
+    choice: Annotated[
+        Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=CHOICES_MAX_OF_STRUCTURE)]
+        | None,
+        says("One of these texts"),
+    ] = None
+    grammar: Annotated[str | None, says("A grammar in llguidance's Lark, or in GBNF")] = None
+    json_object: Annotated[bool | None, says("Any JSON object")] = None
+    structural_tag: Annotated[Any, says("Refused")] = None
+    disable_any_whitespace: Annotated[bool | None, says("Refused where true")] = None
+    disable_additional_properties: Annotated[bool | None, says("Refused where true: say it in the schema")] = None
+    whitespace_pattern: Annotated[str | None, says("Refused")] = None
+    disable_fallback: Annotated[bool | None, says("Not used: there is one backend")] = None
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -181,7 +211,10 @@ class GenerateRequest(UnsupportedWords, frozen=True, kw_only=True):
         Annotated[dict[TokenId, TokenBias], Meta(max_length=LOGIT_BIAS_MAX)] | None,
         says("Added to the scores of tokens, by their ids"),
     ] = None
-    response_format: Annotated[ResponseFormat | None, says("`text` only")] = None
+    response_format: Annotated[ResponseFormat | None, says("What the answer is: any text, or JSON")] = None
+    structured_outputs: Annotated[
+        StructuredOutputs | None, says("What the answer has to look like; excludes `response_format` but for text")
+    ] = None
     user: Annotated[Annotated[str, Meta(max_length=USER_CHARS_MAX)] | None, says("Checked, and not used")] = None
     top_k: Annotated[TopK | None, says("Only so many of the most probable tokens; 0 or -1: all")] = None
     min_p: Annotated[

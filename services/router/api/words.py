@@ -26,7 +26,7 @@ class Word(NamedTuple):
     is_asking: bool = False
 
 
-_UNCONSTRAINED = "the model's choice of tokens is not constrained"
+_STRUCTURED = "use response_format or structured_outputs"
 _SAMPLER = "there is no such sampler"
 _OTHER_SHAPE = "the answer has no place for it"
 _TEXT_ONLY = "the model reads and writes text only"
@@ -34,21 +34,20 @@ _TRANSFER = "there is no transfer of caches between deployments"
 _TEMPLATE = "a template comes with the model only"
 
 WORDS: dict[str, Word] = {
-    # Constrained answers: vLLM, SGLang, TGI, llama.cpp. `response_format` is a field.
-    "structured_outputs": Word(_UNCONSTRAINED),
-    "guided_json": Word(_UNCONSTRAINED),
-    "guided_regex": Word(_UNCONSTRAINED),
-    "guided_choice": Word(_UNCONSTRAINED),
-    "guided_grammar": Word(_UNCONSTRAINED),
-    "guided_json_object": Word(_UNCONSTRAINED, (False,)),
-    "structural_tag": Word(_UNCONSTRAINED),
-    "json_schema": Word(_UNCONSTRAINED),
-    "response_schema": Word(_UNCONSTRAINED),
-    "json_mode": Word(_UNCONSTRAINED, (False,)),
-    "format": Word(_UNCONSTRAINED),
-    "regex": Word(_UNCONSTRAINED),
-    "ebnf": Word(_UNCONSTRAINED),
-    "grammar": Word(_UNCONSTRAINED),
+    # Structured answers by other names: older vLLM, SGLang, TGI, llama.cpp.
+    "guided_json": Word(_STRUCTURED),
+    "guided_regex": Word(_STRUCTURED),
+    "guided_choice": Word(_STRUCTURED),
+    "guided_grammar": Word(_STRUCTURED),
+    "guided_json_object": Word(_STRUCTURED, (False,)),
+    "structural_tag": Word(_STRUCTURED),
+    "json_schema": Word(_STRUCTURED),
+    "response_schema": Word(_STRUCTURED),
+    "json_mode": Word(_STRUCTURED, (False,)),
+    "format": Word(_STRUCTURED),
+    "regex": Word(_STRUCTURED),
+    "ebnf": Word(_STRUCTURED),
+    "grammar": Word(_STRUCTURED),
     "allowed_token_ids": Word("use logit_bias"),
     "bad_words": Word("use logit_bias"),
     "logits_processors": Word("no code of a request is run"),

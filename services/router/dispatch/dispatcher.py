@@ -34,6 +34,7 @@ from elasticmoe.services.router.dispatch.inbox import Inbox
 from elasticmoe.services.router.dispatch.links import RankLink, Spawn, spawn_task
 from elasticmoe.services.router.dispatch.pace import TICK_S, Pace
 from elasticmoe.services.router.dispatch.streams import Ending, Stream
+from elasticmoe.services.router.dispatch.vocabulary import KnownVocabulary
 from elasticmoe.services.router.dispatch.windows import RouterWindows
 from elasticmoe.services.router.history import History
 from elasticmoe.services.router.metrics import Metrics
@@ -66,6 +67,7 @@ class Dispatcher:
         self.layout: Layout | None = None
         self.links: dict[RankId, RankLink] = {}
         self.streams: dict[str, Stream] = {}
+        self.vocabulary = KnownVocabulary()
         self._transport = transport
         self._metrics = metrics
         self._history = history

@@ -16,7 +16,17 @@ from elasticmoe.common.protocol.codec import Received
 from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError, RequestFailed
 from elasticmoe.common.protocol.rank import Cancel
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.common.protocol.router import Delta, Failed, MayMove, Moved, RankStatus, Suspected, Tokens, ToRouter
+from elasticmoe.common.protocol.router import (
+    Delta,
+    Failed,
+    MayMove,
+    Moved,
+    RankStatus,
+    Suspected,
+    Tokens,
+    ToRouter,
+    WantVocabulary,
+)
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.router.dispatch.links import RankLink
 from elasticmoe.services.router.history import History
@@ -73,6 +83,9 @@ class Inbox:
         elif isinstance(body, Suspected):
             if body.request_id in link.streams:
                 link.streams[body.request_id].suspicion = body.suspicion
+        elif isinstance(body, WantVocabulary):
+            for piece in self._dispatcher.vocabulary.pieces(body.digest):
+                self._dispatcher.say(link, piece)
         elif isinstance(body, Moved):
             self._on_moved(link, body, now)
         elif isinstance(body, MayMove):

@@ -9,10 +9,12 @@ import array
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from elasticmoe.common.families import load_spec, read_config
+from elasticmoe.common.grammar_text import Vocabulary, encode_vocabulary
 from elasticmoe.common.protocol.errors import CheckpointError, InvalidRequest
 from elasticmoe.services.router.text.backend import TokenizerBackend, build, errors_as
 from elasticmoe.services.router.text.bounds import measure
@@ -21,6 +23,8 @@ from elasticmoe.services.router.text.files import TemplateSource, read_tokenizer
 from elasticmoe.services.router.text.jobs import (
     TAIL_CHARS,
     Chat,
+    Compile,
+    Compiled,
     Conversation,
     Decode,
     Decoded,
@@ -30,14 +34,20 @@ from elasticmoe.services.router.text.jobs import (
     Inspected,
     Job,
     Reply,
+    Spell,
+    Spelled,
     Tokenize,
     TokenizedBody,
 )
 from elasticmoe.services.router.text.template import ChatTemplate
 
+if TYPE_CHECKING:
+    from elasticmoe.services.router.grammar.compiler import GrammarCompiler
+
 
 class TextCodec:
-    """One checkpoint's tokenizer and chat template. Immutable; the template is compiled when it is first needed.
+    """One checkpoint's tokenizer and chat template. Immutable; the template is compiled when it is first needed, and so
+    is what reads grammars.
 
     `digest`: of the files that it was made of.
     """
@@ -48,6 +58,7 @@ class TextCodec:
         self.bound = measure(backend.tokenizer)
         self._tokenizer = backend.tokenizer
         self._source = source
+        self._made_compiler: GrammarCompiler | None = None
 
     @cached_property
     def table(self) -> TokenTable:
@@ -123,8 +134,27 @@ class TextCodec:
                 return TokenizedBody(self._tokenize(job))
             case Decode(packed, skip_special):
                 return Decoded(self.decode(array.array("I", packed), skip_special=skip_special))
+            case Compile(structure, thought, size):
+                return Compiled(self._compiler(size).compile(structure, thought))
+            case Spell(size, eos):
+                return Spelled(self._spell(size, eos))
             case Inspect():
                 return self.inspect()
+
+    def _compiler(self, size: int) -> GrammarCompiler:
+        """Made with the first grammar: only a worker that is asked for one loads the library."""
+        if self._made_compiler is None:
+            from elasticmoe.services.router.grammar.compiler import GrammarCompiler
+
+            special = {token_id: self.table.bytes_of(token_id) for token_id in self.table.special if token_id < size}
+            self._made_compiler = GrammarCompiler(special, size)
+        return self._made_compiler
+
+    def _spell(self, size: int, eos: Sequence[int]) -> bytes:
+        """Blocks for about 0.3 s for 150,000 tokens."""
+        tokens = [self.table.bytes_of(token_id) for token_id in range(size)]
+        special = sorted(token_id for token_id in self.table.special if token_id < size)
+        return encode_vocabulary(Vocabulary(tokens, special, list(eos)))
 
     def check_length(self, text: str, context: int) -> None:
         """Raises InvalidRequest for a text that cannot fit into `context` tokens, without tokenizing it."""

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import msgspec
 
+from elasticmoe.services.router.grammar.structure import Structure, Thought
+
 TAIL_CHARS: Final = 32
 
 
@@ -78,6 +80,22 @@ class Decode(msgspec.Struct, frozen=True, tag=True):
     skip_special: bool
 
 
+class Compile(msgspec.Struct, frozen=True, tag=True):
+    """What an answer has to look like to a grammar that has been tried, for a model of `size` tokens. Answered by
+    Compiled."""
+
+    structure: Structure
+    thought: Thought | None
+    size: int
+
+
+class Spell(msgspec.Struct, frozen=True, tag=True):
+    """The bytes of all tokens of a model that has `size`, and ends its answers by `eos`. Answered by Spelled."""
+
+    size: int
+    eos: tuple[int, ...]
+
+
 class Inspect(msgspec.Struct, frozen=True, tag=True):
     """Look at the chat template. Answered by Inspected."""
 
@@ -101,6 +119,18 @@ class Decoded(msgspec.Struct, frozen=True, tag=True):
     text: str
 
 
+class Compiled(msgspec.Struct, frozen=True, tag=True):
+    """A grammar, packed for ranks."""
+
+    packed: bytes
+
+
+class Spelled(msgspec.Struct, frozen=True, tag=True):
+    """A vocabulary, encoded for ranks."""
+
+    data: bytes
+
+
 class Inspected(msgspec.Struct, frozen=True, tag=True):
     """Why no chat template can be used, and the error's code; empty where one can."""
 
@@ -116,15 +146,15 @@ class JobRefused(msgspec.Struct, frozen=True, tag=True):
     param: str | None
 
 
-Job = Encode | Chat | Tokenize | Decode | Inspect
-Reply = Encoded | TokenizedBody | Decoded | Inspected
+Job = Encode | Chat | Tokenize | Decode | Compile | Spell | Inspect
+Reply = Encoded | TokenizedBody | Decoded | Compiled | Spelled | Inspected
 JOBS: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
 REPLIES: msgspec.msgpack.Decoder[Reply | JobRefused] = msgspec.msgpack.Decoder(Reply | JobRefused)
 
 
 def context_of(job: Job) -> int:
     """Tokens that the job may make, and so what it may need."""
-    return 0 if isinstance(job, Decode | Inspect) else job.context
+    return job.context if isinstance(job, Encode | Chat | Tokenize) else 0
 
 
 def num_chars(job: Job) -> int:
@@ -138,7 +168,9 @@ def num_chars(job: Job) -> int:
             return len(job.text) if job.conversation is None else job.conversation.num_chars
         case Decode():
             return len(job.packed) // 4
-        case Inspect():
+        case Compile():
+            return len(job.structure.text)
+        case Spell() | Inspect():
             return 0
 
 
@@ -153,7 +185,9 @@ def num_bytes(job: Job) -> int:
             return _text_bytes(job.text) if job.conversation is None else _value_bytes(job.conversation)
         case Decode():
             return 16 * len(job.packed)
-        case Inspect():
+        case Compile():
+            return _text_bytes(job.structure.text)
+        case Spell() | Inspect():
             return 0
 
 

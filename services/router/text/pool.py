@@ -1,6 +1,6 @@
 """The worker processes that render and tokenize what must not hold up the router: bounded, fair, and stoppable.
 
-A Python thread in a template cannot be stopped, nor can the tokenizer; a process can. Jobs go to one of three lanes
+A Python thread in a template cannot be stopped, nor can the tokenizer; a process can. Jobs go to one of four lanes
 with workers of their own, so that many large ones do not delay small ones, and a slow template delays chats only. In
 each lane clients take turns.
 """
@@ -59,12 +59,15 @@ class Limits(NamedTuple):
 LANES: Final = {
     "chat": Limits(2, 5.0, 128 * MIB),
     "text": Limits(1, 5.0, 128 * MIB),
+    "grammar": Limits(1, 5.0, 256 * MIB),
     "large": Limits(1, 30.0, 256 * MIB, 30e-6, 640),
 }
 
 
 def lane_of(job: Job) -> str:
-    """Where a job waits: large ones of all kinds together."""
+    """Where a job waits: large texts of all kinds together."""
+    if isinstance(job, jobs.Compile | jobs.Spell):
+        return "grammar"
     if jobs.num_chars(job) > SMALL_CHARS_MAX:
         return "large"
     is_chat = isinstance(job, jobs.Chat | jobs.Inspect) or (isinstance(job, jobs.Tokenize) and job.conversation)
@@ -147,6 +150,8 @@ class TextWorkers:
             async with lane.turns.turn(client):
                 limits = lane.limits.for_context(jobs.context_of(job))
                 reply = await self._run(lane, msgspec.msgpack.encode(job), *limits)
+                if isinstance(reply, JobRefused) and reply.code == "prompt_too_expensive" and name == "grammar":
+                    reply = worker.grammar_too_complex(job, *limits)
         finally:
             self._held_bytes -= num_bytes
         if isinstance(reply, JobRefused):

@@ -72,6 +72,18 @@ class Texts:
         assert isinstance(reply, jobs.Decoded)
         return reply.text
 
+    async def compile(self, job: jobs.Compile, client: str) -> bytes:
+        """A grammar, packed for ranks. Raises InvalidRequest."""
+        reply = await self._workers.run(job, client)
+        assert isinstance(reply, jobs.Compiled)
+        return reply.packed
+
+    async def spell(self, job: jobs.Spell) -> bytes:
+        """The model's vocabulary, encoded for ranks."""
+        reply = await self._workers.run(job, "")
+        assert isinstance(reply, jobs.Spelled)
+        return reply.data
+
     async def inspect(self) -> jobs.Inspected:
         """Why the chat template cannot be used, if it cannot."""
         reply = await self._workers.run(jobs.Inspect(), "")

@@ -65,6 +65,13 @@ def too_slow(seconds_max: float) -> jobs.JobRefused:
     return jobs.JobRefused(text, "prompt_too_expensive", None)
 
 
+def grammar_too_complex(job: jobs.Job, seconds: int, memory_bytes: int) -> jobs.JobRefused:
+    """The refusal of a structure whose worker was stopped."""
+    param = job.structure.param if isinstance(job, jobs.Compile) else None
+    text = f"{param} takes more than the limits of {seconds} s of CPU and {memory_bytes >> 20} MiB of memory to be read"
+    return jobs.JobRefused(text, "grammar_too_complex", param)
+
+
 def _read(sock: socket.socket, nbytes: int) -> bytearray | None:
     """Exactly `nbytes`; None at the end."""
     data = bytearray(nbytes)

@@ -307,14 +307,14 @@ class ComputeBackend(ABC):
 
     @abstractmethod
     def choose(self, logits_BV: torch.Tensor, choices: Sequence[TokenChoice]) -> list[Chosen]:
-        """One token for each row, which its edits have changed then in place; -1 for a row that is not finite. Blocks
-        until they are there.
+        """One token for each row, which its mask and its edits have changed then in place; -1 for a row that is not
+        finite. Blocks until they are there.
 
         The greatest, the first of equals; or the one that `uniform` falls on, in the order of ids, of softmax(logits /
         temperature): tokens with at least min_p times the greatest probability; of these the top_k greatest (0: all);
         of these the fewest that make up top_p of them (1: all), one at least. ValueError is a row's error for a
         temperature outside 1e-6 to 1e6, for shares and numbers outside their ranges and for NaN. What is judged are
-        the logits as they came.
+        the logits as they came, of the tokens that are allowed.
         """
 
     @abstractmethod

@@ -20,6 +20,8 @@ NEVER: Final = -3.4e38  # the logit of a token that may not come: finite, as all
 TEMPERATURES: Final = (1e-6, 1e6)
 
 Numbers = npt.NDArray[np.float64]
+Bits = bytearray
+"""One bit for each token id, the lowest of a byte first."""
 
 
 class Edits(NamedTuple):
@@ -36,17 +38,20 @@ class Edits(NamedTuple):
 
 class TokenChoice(NamedTuple):
     """Of one row. `uniform`: in [0, 1), what the draw falls on; None: the greatest is taken. `num_top`: how many of the
-    best are told of beside the chosen one; -1: no log probabilities."""
+    best are told of beside the chosen one; -1: no log probabilities. `allowed`: others may not come, whatever the edits
+    are; None: all may."""
 
     sampling: Sampling
     uniform: float | None
     edits: Edits | None
     num_top: int
+    allowed: Bits | None = None
 
 
 class Judged(NamedTuple):
-    """Logits of a row as the model gave them: of its token, and ids and logits of the best, best first, of equals the
-    lower id; `log_total`: log of the sum of e^logit, NaN where a logit is not finite."""
+    """Logits of a row as the model gave them, NEVER where a token is not allowed: of its token, and ids and logits of
+    the best, best first, of equals the lower id; `log_total`: log of the sum of e^logit, NaN where a logit is not
+    finite."""
 
     log_total: float
     token: float
@@ -90,6 +95,35 @@ def edit_fields(choices: Sequence[TokenChoice], vocab: int) -> dict[str, Numbers
                 numbers[number] += [value for _, value in inside]
     fields = {name: np.array(values, dtype=np.float64) for name, values in {**places, **numbers}.items()}
     return {name: values for name, values in fields.items() if len(values)}
+
+
+def mask_fields(choices: Sequence[TokenChoice], vocab: int) -> dict[str, Numbers]:
+    """Rows of which not all tokens are allowed, and 32 tokens of one in each number; nothing where there are none."""
+    rows = [row for row, choice in enumerate(choices) if choice.allowed is not None]
+    if not rows:
+        return {}
+    bits_RN = np.zeros((len(rows), 4 * -(-vocab // 32)), dtype=np.uint8)
+    for bits_N, row in zip(bits_RN, rows, strict=True):
+        bits_N[: -(-vocab // 8)] = np.frombuffer(choices[row].allowed or b"", dtype=np.uint8)
+    words = bits_RN.view("<u4").astype(np.float64).reshape(-1)
+    return {"masked": np.array(rows, dtype=np.float64), "words": words}
+
+
+def apply_masks(logits_BV: torch.Tensor, fields: Mapping[str, torch.Tensor]) -> None:
+    """Change logits in place by what `mask_fields` has made, where they lie."""
+    if "masked" not in fields:
+        return
+    rows, vocab = fields["masked"].long(), logits_BV.shape[1]
+    words_RW = fields["words"].long().view(len(rows), -1)
+    places = torch.arange(32, device=words_RW.device)
+    allowed_RV = ((words_RW[:, :, None] >> places) & 1).bool().view(len(rows), -1)[:, :vocab]
+    logits_BV.index_copy_(0, rows, torch.where(allowed_RV, logits_BV.index_select(0, rows), NEVER))
+
+
+def mask_row(logits_V: torch.Tensor, allowed: Bits) -> None:
+    """The same for one row in the memory of the host, in less time."""
+    barred = np.unpackbits(np.frombuffer(allowed, dtype=np.uint8), count=len(logits_V), bitorder="little") == 0
+    logits_V.masked_fill_(torch.from_numpy(barred), NEVER)
 
 
 def apply_edits(logits_BV: torch.Tensor, fields: Mapping[str, torch.Tensor]) -> None:

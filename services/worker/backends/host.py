@@ -24,7 +24,7 @@ from elasticmoe.services.worker.backends.addresses import (
     stored_pair,
 )
 from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, check_norms
-from elasticmoe.services.worker.backends.choice import Chosen, Judged, TokenChoice, apply_edits, edit_fields
+from elasticmoe.services.worker.backends.choice import Chosen, Judged, TokenChoice, apply_edits, edit_fields, mask_row
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
@@ -325,13 +325,17 @@ class HostBackend(ComputeBackend):
         """See ComputeBackend. Row by row."""
         vocab = logits_BV.shape[1]
         tokens = kernels.greatest(logits_BV.data_ptr(), *logits_BV.shape)
+        for row, choice in enumerate(choices):
+            if choice.allowed is not None:
+                mask_row(logits_BV[row], choice.allowed)
         judged_V = [logits_BV[row].clone() if choice.num_top >= 0 else None for row, choice in enumerate(choices)]
         fields = {name: torch.from_numpy(values) for name, values in edit_fields(choices, vocab).items()}
         apply_edits(logits_BV, fields)
         chosen = []
         for row, (token, choice, raw_V) in enumerate(zip(tokens, choices, judged_V, strict=True)):
             try:
-                if token >= 0 and (choice.uniform is not None or choice.edits is not None):
+                is_as_it_was = choice.uniform is None and choice.edits is None and choice.allowed is None
+                if token >= 0 and not is_as_it_was:
                     token = _choose(logits_BV[row], choice)
                 judged = None if raw_V is None or token < 0 else _judge(raw_V, token, choice.num_top)
                 chosen.append(Chosen(token, judged))

@@ -21,8 +21,10 @@ from elasticmoe.services.worker.backends.choice import (
     Numbers,
     TokenChoice,
     apply_edits,
+    apply_masks,
     check_draw,
     edit_fields,
+    mask_fields,
 )
 
 _VECTOR: Final = 64  # elements: rows begin at multiples
@@ -54,9 +56,11 @@ def choose(logits_BV: torch.Tensor, choices: Sequence[TokenChoice], send: Send, 
     sent = send(
         _draw_fields([choices[row] for row in drawn], vocab)
         | {"drawn": np.array(drawn, dtype=np.float64), "judged": np.array(judged, dtype=np.float64)}
+        | mask_fields(choices, vocab)
         | edit_fields(choices, vocab)
     )
     is_finite_B = torch.isfinite(logits_BV).all(1)
+    apply_masks(logits_BV, sent)
     raw_JV = logits_BV.index_select(0, sent["judged"].long())
     apply_edits(logits_BV, sent)
     tokens_B = _first_greatest(logits_BV)

@@ -39,6 +39,7 @@ from elasticmoe.services.worker.engine.sequence import BlockHold, Sequence
 from elasticmoe.services.worker.engine.trials import Trials
 from elasticmoe.services.worker.exchange.base import Exchange
 from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
+from elasticmoe.services.worker.grammar.grammars import Grammars
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
 from elasticmoe.services.worker.model.registry import Model
 from elasticmoe.services.worker.model.weights import KvCache
@@ -81,6 +82,7 @@ class Engine:
         self._planning = Planning(self.scheduler, ledger)
         self._room = KvRoom(self.scheduler, ledger, kv, board)
         self.trials = Trials(self.scheduler, ledger)
+        self.grammars = Grammars()
         self.cost = StepCost(0, 0, 0)
 
     # ---- requests -------------------------------------------------------------------------------------------------
@@ -154,6 +156,14 @@ class Engine:
         if row >= 0:
             self.ledger.close_row(row)
 
+    def prepare_grammars(self) -> list[tuple[bytes, Failed]]:
+        """Let those run whose grammar is ready by now. Returns those that end of theirs."""
+        scheduler = self.scheduler
+        prepared = self.grammars.prepare([s for s in scheduler.unready if s not in scheduler.detached])
+        for sequence in prepared.ready:
+            scheduler.unready.remove(sequence)
+        return [self.fail(sequence, error) for sequence, error in prepared.failed]
+
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     def plan(self, *, decode_only: bool = False, num_clean: int = 0) -> StepPlan:
@@ -222,12 +232,18 @@ class Engine:
             if chunk.sample and choices[index].error is None:
                 rows.append(at - 1)
                 sampling.append(index)
+        if self.scheduler.guided:
+            for index in list(sampling):
+                choices[index] = self.grammars.choice_before(chunks[index].sequence)
+                if not choices[index].counts:
+                    del rows[sampling.index(index)]
+                    sampling.remove(index)
         if not rows:
             return choices
         if len(rows) < logits.shape[0]:
             logits = logits[rows]
         sequences = [chunks[index].sequence for index in sampling]
-        states = [SamplingState(sequence.request, sequence.tokens) for sequence in sequences]
+        states = [SamplingState(s.request, s.tokens, s.allowed) for s in sequences]
         sampled = sample(self._model.backend, logits, states)
         for row, index in enumerate(sampling):
             error = sampled.errors.get(row)
@@ -239,20 +255,24 @@ class Engine:
         can only be mended by the seat's next rank."""
         if plan.moves:
             self._room.settle_moves()
-        done = [(chunk, choice) for chunk, choice in zip(plan.chunks, choices, strict=True) if choice.error is None]
+        done = [(chunk, choice) for chunk, choice in zip(plan.chunks, choices, strict=True) if choice.counts]
         chunks = [chunk for chunk, _ in done]
         self.scheduler.commit(chunks, [choice.token for _, choice in done if choice.token is not None])
         self._commit_ledger(chunks)
         outcome = Outcome({}, [])
         for chunk, choice in zip(plan.chunks, choices, strict=True):
             error = choice.error
-            if chunk.sample and error is None:
+            if choice.is_late:
+                self.scheduler.unready.append(chunk.sequence)
+            elif chunk.sample and error is None:
                 try:
-                    self._report(chunk.sequence, choice.logprob, outcome)
+                    self._report(chunk.sequence, choice, outcome)
                 except Exception as problem:
                     error = failure_of(problem, chunk.sequence.request.request_id, "reporting the request's token")
             if error is not None:
                 outcome.failures.append(self.fail(chunk.sequence, error))
+        if self.scheduler.guided:
+            self.grammars.advance([c.sequence for c in chunks if c.sample and c.sequence.row >= 0])
         return outcome
 
     def _note_prompt(self, chunk: Chunk, logits: torch.Tensor) -> Choice:
@@ -277,16 +297,16 @@ class Engine:
             if not chunk.sample:
                 self.ledger.commit(chunk.sequence.row, chunk.sequence.kv_len, NO_TOKENS)
 
-    def _report(self, sequence: Sequence, logprob: Logprob | None, outcome: Outcome) -> None:
-        finish = sequence.finish_reason(self.scheduler.capacity_tokens)
-        token = sequence.tokens[-1]
+    def _report(self, sequence: Sequence, choice: Choice, outcome: Outcome) -> None:
+        finish = "stop" if choice.is_over else sequence.finish_reason(self.scheduler.capacity_tokens)
+        token, logprob = sequence.tokens[-1], choice.logprob
         is_stop = finish == "stop"
         delta = Delta(
             sequence.request.request_id,
             sequence.num_sent,
             NO_TOKENS if is_stop else (token,),
             finish,
-            token if is_stop else None,
+            token if is_stop and not choice.is_over else None,
             None if logprob is None or is_stop else (logprob,),
             tuple(self._prompt_logprobs.pop(sequence.arrival)) if sequence.arrival in self._prompt_logprobs else None,
         )

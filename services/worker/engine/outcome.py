@@ -10,11 +10,19 @@ from elasticmoe.common.protocol.router import Delta, Failed, Logprob, Suspected
 
 
 class Choice(NamedTuple):
-    """What a step made of one chunk: its next token, where it had one to choose, or its end."""
+    """What a step made of one chunk: its next token, where it had one to choose, or its end. `is_over`: its grammar has
+    it end, without a token. `is_late`: what may follow is not known yet; the chunk does not count."""
 
     token: int | None = None
     logprob: Logprob | None = None
     error: ElasticMoEError | None = None
+    is_over: bool = False
+    is_late: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether the sequence goes on behind the chunk."""
+        return self.error is None and not self.is_over and not self.is_late
 
 
 class Outcome(NamedTuple):

@@ -1,7 +1,8 @@
 """From logits to tokens. Counter-based: the same (seed, position, logits) always choose the same token.
 
-Order of what changes a row: bias, penalties, tokens that may not come yet, temperature, min-p, top-k, top-p. Reported
-log probabilities are those of the logits as the model gave them.
+Order of what changes a row: the grammar's mask, bias, penalties, tokens that may not come yet, temperature, min-p,
+top-k, top-p. Reported log probabilities are those of the logits as the model gave them, among the tokens that the
+grammar allows, as vLLM's are.
 
 Whatever the logits and the options, a row gets a token of its vocabulary or an error of its own. A changed logit is
 brought back to a finite number after the last change, and what was chosen is looked at once more.
@@ -25,7 +26,7 @@ from elasticmoe.common.protocol.limits import LOGPROB_MIN
 from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.common.protocol.router import Logprob
 from elasticmoe.services.worker.backends.base import ComputeBackend
-from elasticmoe.services.worker.backends.choice import Chosen, Edits, Judged, TokenChoice
+from elasticmoe.services.worker.backends.choice import Bits, Chosen, Edits, Judged, TokenChoice
 from elasticmoe.services.worker.engine.failure import failure_of
 
 GREEDY_BELOW = 1e-5  # temperatures that float32 logits would overflow under choose the greatest logit
@@ -48,11 +49,13 @@ class BadLogits(ElasticMoEError):
 class SamplingState(NamedTuple):
     """What the choice of a sequence's next token depends on beside the logits.
 
-    `tokens`: prompt, then output so far. Their number is the position that the random number is drawn for.
+    `tokens`: prompt, then output so far. Their number is the position that the random number is drawn for. `allowed`:
+    what its grammar allows; None without one.
     """
 
     request: Submit
     tokens: Seq[int]
+    allowed: Bits | None = None
 
 
 class Sampled(NamedTuple):
@@ -95,7 +98,8 @@ def _choice_of(state: SamplingState) -> TokenChoice:
     sampling = state.request.sampling
     draws = not sampling.temperature < GREEDY_BELOW  # also where it is NaN, which is refused
     number = uniform(sampling.seed, len(state.tokens)) if draws else None
-    return TokenChoice(sampling, number, _edits_of(state) if _changes_logits(state) else None, sampling.logprobs)
+    edits = _edits_of(state) if _changes_logits(state) else None
+    return TokenChoice(sampling, number, edits, sampling.logprobs, state.allowed)
 
 
 def _accept(chosen: Chosen, state: SamplingState, vocab: int) -> Logprob | None:
@@ -105,7 +109,8 @@ def _accept(chosen: Chosen, state: SamplingState, vocab: int) -> Logprob | None:
         raise chosen.error
     if not 0 <= chosen.token < vocab:
         raise BadLogits
-    if _is_banned_now(state) and chosen.token in state.request.stop_token_ids:
+    is_allowed = state.allowed is None or state.allowed[chosen.token >> 3] >> (chosen.token & 7) & 1
+    if not is_allowed or (_is_banned_now(state) and chosen.token in state.request.stop_token_ids):
         raise BadLogits("the model's output leaves no token that may come yet")
     return None if chosen.judged is None else _logprob(chosen.judged)
 

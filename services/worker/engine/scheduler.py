@@ -4,6 +4,8 @@ Continuous batching with chunked prefill: running sequences decode one token eac
 budget goes to prompts, oldest first, in chunks. A plan changes nothing but block ownership, so a step that is given up
 (its exchange was aborted) is simply planned again; `commit` makes it count.
 
+Sequences whose grammar is not ready are left out of steps, and so are suspects (trial.py).
+
 Invariant: running sequences hold blocks for `kv_len` plus what is planned; waiting ones hold nothing. Detached ones, on
 their way to another rank, keep what they had and are not planned; a hold keeps a place for one that comes.
 """
@@ -37,6 +39,8 @@ class Scheduler:
         self.detached: list[Sequence] = []
         self.holds: list[BlockHold] = []
         self.struck: list[Sequence] = []  # in steps that failed since their last one that was completed
+        self.guided: list[Sequence] = []  # with a grammar
+        self.unready: list[Sequence] = []  # of these, those that what may follow is not known of
         self._by_id: dict[tuple[bytes, str], Sequence] = {}
         self.recomputed = 0  # tokens whose KV was written before and lost
         self.tokens_uncached = 0  # of those that began to run, tokens to be computed
@@ -71,8 +75,9 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> int:
         """Forget a sequence, finished or not, and release its blocks. Returns the row it had, or -1."""
         del self._by_id[sequence.peer, sequence.request.request_id]
-        if sequence in self.struck:
-            self.struck.remove(sequence)
+        for listed in (self.struck, self.guided, self.unready):
+            if listed and sequence in listed:
+                listed.remove(sequence)
         if sequence.row < 0:
             (self.detached if sequence in self.detached else self.waiting).remove(sequence)
             return -1
@@ -112,6 +117,8 @@ class Scheduler:
 
     def _plan(self, draft: Draft, *, decode_only: bool, num_clean: int) -> StepPlan:
         suspects = [s for s in self.struck if s.is_suspect and s not in self.detached] if self.struck else []
+        if self.unready:
+            suspects = [s for s in suspects if s not in self.unready]
         if not decode_only:
             # Who is about to be found guilty or innocent comes first.
             for suspect in sorted(suspects, key=lambda s: (-s.trial.failures_alone, s.order)):
@@ -120,18 +127,19 @@ class Scheduler:
                     self._draft_alone(draft, suspect)
                 if draft.chunks:
                     return draft.finish(is_alone=True)
-        self._draft_running(draft, suspects, decode_only=decode_only)
+        left_out = suspects + self.unready if self.unready else suspects
+        self._draft_running(draft, left_out, decode_only=decode_only)
         if not decode_only:
-            self._draft_waiting(draft, suspects)
+            self._draft_waiting(draft, left_out)
         draft.subject = None
         return draft.finish(is_decode_only=decode_only, leaves_suspects=bool(suspects))
 
-    def _draft_running(self, draft: Draft, suspects: list[Sequence], *, decode_only: bool) -> None:
+    def _draft_running(self, draft: Draft, left_out: list[Sequence], *, decode_only: bool) -> None:
         index = 0
         while index < len(self.running) and draft.budget > 0:
             sequence = draft.subject = self.running[index]
             missing = len(sequence.tokens) - sequence.kv_len
-            if (decode_only and missing > 1) or (suspects and sequence in suspects):
+            if (decode_only and missing > 1) or (left_out and sequence in left_out):
                 index += 1
                 continue
             # A prompt leaves one token for each sequence behind it, so that a long one stops nobody's decoding.
@@ -150,11 +158,11 @@ class Scheduler:
         draft.add(sequence, count)
         return True
 
-    def _draft_waiting(self, draft: Draft, suspects: list[Sequence]) -> None:
+    def _draft_waiting(self, draft: Draft, left_out: list[Sequence]) -> None:
         index = 0
         while index < len(self.waiting) and draft.budget > 0 and self._free_rows and not draft.freed_rows:
             sequence = draft.subject = self.waiting[index]
-            if suspects and sequence in suspects:
+            if left_out and sequence in left_out:
                 index += 1
                 continue
             if not self._admit(sequence, draft.budget):
@@ -314,8 +322,7 @@ class Scheduler:
             self._adoptions -= 1
             sequence.arrival = self._adoptions
             insort(self.running, sequence, key=lambda s: s.order)
-        self._by_id[sequence.peer, sequence.request.request_id] = sequence
-        self.note_trial(sequence, sequence.trial)
+        self._note_new(sequence)
 
     def adopt_rows(self, sequences: list[Sequence]) -> None:
         """Let sequences of this seat's last rank, oldest first, run in the rows and blocks that they have. Only before
@@ -335,9 +342,15 @@ class Scheduler:
     def _enter(self, sequence: Sequence, queue: list[Sequence]) -> None:
         self._arrivals += 1
         sequence.arrival = self._arrivals
+        self._note_new(sequence)
+        insort(queue, sequence, key=lambda s: s.order)
+
+    def _note_new(self, sequence: Sequence) -> None:
         self._by_id[sequence.peer, sequence.request.request_id] = sequence
         self.note_trial(sequence, sequence.trial)
-        insort(queue, sequence, key=lambda s: s.order)
+        if sequence.request.sampling.grammar is not None:
+            self.guided.append(sequence)
+            self.unready.append(sequence)
 
     def register(self, sequence: Sequence) -> None:
         """Enter its full blocks in the prefix cache."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from elasticmoe.common.protocol.rank import Submit
 from elasticmoe.services.worker.engine.trial import trial_of
+
+if TYPE_CHECKING:
+    from elasticmoe.common.grammar import Bits
+    from elasticmoe.services.worker.grammar.guide import Guide
 
 HEAD_START_S = 60.0
 
@@ -24,6 +30,7 @@ class Sequence:
     `blocks`: KV block ids by position. `row`: its ledger row while it runs, -1 while it waits.
     `num_sent`: output tokens that were reported to the router. `stops` counts how often it lost its KV, `relocations`
     how often blocks of it were moved. `trial`: what is known of its steps that failed (the scheduler's to change).
+    `guide`: where its output stands in its grammar; None without one, and until one is made.
     `request` is without `output`, which `tokens` has, and without `suspicion`, which `trial` has.
     """
 
@@ -32,6 +39,7 @@ class Sequence:
         "blocks",
         "cached",
         "deadline",
+        "guide",
         "kv_len",
         "kv_len_max",
         "logged",
@@ -63,6 +71,7 @@ class Sequence:
         self.num_sent = len(request.output)
         self.stops = 0
         self.relocations = 0
+        self.guide: Guide | None = None
 
     @property
     def num_prompt(self) -> int:
@@ -73,6 +82,11 @@ class Sequence:
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def allowed(self) -> Bits | None:
+        """The tokens that its grammar lets come next; None without one."""
+        return None if self.guide is None else self.guide.allowed
 
     @property
     def is_suspect(self) -> bool:

@@ -27,6 +27,7 @@ from elasticmoe.common.protocol.rank import (
     ToRank,
     Unreserve,
     Unwatch,
+    VocabularyPiece,
     Watch,
 )
 from elasticmoe.common.protocol.replies import Ack, refusal
@@ -132,6 +133,8 @@ class Rank(SeatLoop):
         for router, message in self._migration.turn(now, lockstep.members):
             self._reports.tell(router, message)
         self._reports.report(self._engine.end_overlong())
+        if self._engine.scheduler.unready:
+            self._prepare_grammars(now)
         if lockstep.is_member:
             plan = self._steps.plan(decode_only=lockstep.is_urgent, num_clean=lockstep.num_clean)
             if plan.num_said or lockstep.shall_meet():
@@ -142,7 +145,13 @@ class Rank(SeatLoop):
         self._send_status(now)
         self._leave_if_unneeded()
         is_busy = self._memory.is_changing or self._migration.has_work or self._reports.is_waiting
-        return None, BUSY_MS if is_busy else IDLE_MS
+        return None, BUSY_MS if is_busy or self._engine.scheduler.unready else IDLE_MS
+
+    def _prepare_grammars(self, now: float) -> None:
+        """Let those run whose grammar is ready, and ask for vocabularies that are missing."""
+        self._reports.report(Outcome({}, self._engine.prepare_grammars()))
+        for router, question in self._engine.grammars.questions(self._engine.scheduler.unready, now):
+            self._reports.tell(router, question)
 
     def _step(self, plan: StepPlan, now: float) -> None:
         """Meet the others with `plan`, and compute what all have brought."""
@@ -187,6 +196,8 @@ class Rank(SeatLoop):
             elif isinstance(body, Cancel):
                 self._migration.cancel(peer, body.request_id)
                 self._engine.cancel(peer, body.request_id)
+            elif isinstance(body, VocabularyPiece):
+                self._engine.grammars.take(body, self._memory.spec.vocab)
             elif isinstance(body, Watch):
                 self._watchers.add(peer)
                 self._last_status = None

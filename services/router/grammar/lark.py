@@ -1,0 +1,78 @@
+"""From what an answer has to look like to a grammar in llguidance's Lark."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from llguidance import regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+
+from elasticmoe.common.grammar import FREE_SPELLING
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.grammar.schema import DEPTH_MAX, OPTIONS, read_schema
+from elasticmoe.services.router.grammar.structure import Structure, Thought, too_large
+
+Mark = Callable[[str], str]
+"""A mark of the model's as Lark has it: a special token, or its text."""
+
+
+def grammar_of(structure: Structure, thought: Thought | None, mark: Mark) -> str:
+    """The grammar. Raises InvalidRequest."""
+    if structure.kind == "grammar":
+        return _with_thought(_own(structure), thought, mark)
+    return _with_thought(f"start: {_rule(structure)}\n", thought, mark)
+
+
+def literal(text: str) -> str:
+    """A text as Lark has it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def json_rule(schema: dict[str, Any]) -> str:
+    """JSON of that schema."""
+    return "%json " + json.dumps({**schema, "x-guidance": OPTIONS}, ensure_ascii=False)
+
+
+def _rule(structure: Structure) -> str:
+    match structure.kind:
+        case "json":
+            return json_rule(read_schema(structure.text, structure.param))
+        case "regex":
+            return f"/{regex_to_lark(structure.text, 'dws')}/"
+        case _:
+            return " | ".join(literal(choice) for choice in msgspec.json.decode(structure.text, type=list[str]))
+
+
+def _own(structure: Structure) -> str:
+    """A client's grammar. What is nested too deep is refused before anybody reads it, by all brackets that it has."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[(\[{}\])]", structure.text):
+        depth += 1 if bracket in "([{" else -1
+        deepest = max(deepest, depth)
+    if deepest > DEPTH_MAX:
+        text = f"{structure.param} has brackets of {deepest} levels; the limit is {DEPTH_MAX}"
+        raise too_large(text, structure.param)
+    try:
+        return str(any_to_lark(structure.text))
+    except Exception as error:  # the library has errors of many kinds for it
+        text = f"{structure.param} is neither Lark nor GBNF: {' '.join(str(error).split())[:200]}"
+        raise InvalidRequest(text, code="invalid_grammar", param=structure.param) from None
+
+
+def _with_thought(lark: str, thought: Thought | None, mark: Mark) -> str:
+    """A grammar that has its way from the end of the thinking on."""
+    if thought is None:
+        return FREE_SPELLING + lark
+    closing = mark(thought.close)
+    if closing.startswith("<["):
+        inside = f"thinking: /(?s:.*)/ {closing}\n"
+    else:
+        inside = f"thinking[lazy]: /(?s:.*){regex_to_lark(re.escape(thought.close), '')}/\n"
+    begin = "thinking" if thought.is_inside else f"({mark(thought.open)} thinking)?"
+    outer = f"{FREE_SPELLING}start: {begin} SPACES @answer\n{inside}SPACES: /[ \\t\\r\\n]{{0,8}}/\n"
+    grammars = [{"lark_grammar": outer}, {"name": "answer", "lark_grammar": FREE_SPELLING + lark}]
+    return json.dumps({"grammars": grammars}, ensure_ascii=False)

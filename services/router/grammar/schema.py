@@ -1,0 +1,94 @@
+"""A JSON schema, looked at before the library is: its size, and keywords that would not be heeded. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.grammar.structure import too_large
+
+DEPTH_MAX: Final = 64
+# Keywords of any draft that llguidance does not read. It refuses those of the draft that a schema names; others it
+# would pass over.
+UNSUPPORTED: Final = frozenset(
+    {
+        "$dynamicRef",
+        "$recursiveRef",
+        "contains",
+        "dependencies",
+        "dependentRequired",
+        "dependentSchemas",
+        "disallow",
+        "divisibleBy",
+        "else",
+        "extends",
+        "if",
+        "maxContains",
+        "minContains",
+        "not",
+        "propertyNames",
+        "then",
+        "unevaluatedItems",
+        "unevaluatedProperties",
+        "uniqueItems",
+        "x-guidance",
+    }
+)
+_ONE: Final = ("additionalItems", "additionalProperties", "items")
+_LISTS: Final = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
+_TABLES: Final = ("$defs", "definitions", "patternProperties", "properties")
+# Between values, as the library's default has it, but for an end: models that find none go on for ever.
+OPTIONS: Final = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+
+
+def read_schema(text: str, param: str) -> Any:
+    """The schema, without what says nothing. Raises InvalidRequest for what is none, and for a keyword that would not
+    be heeded, by its name."""
+    try:
+        schema = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"{param} is not valid JSON: {error}", code="invalid_grammar", param=param) from None
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        text = f"{param} is not a JSON schema: it has to be an object"
+        raise InvalidRequest(text, code="invalid_grammar", param=param)
+    check_depth(schema, param)
+    for where, part in _schemas(schema, ""):
+        if part.get("uniqueItems") is False:
+            del part["uniqueItems"]
+        refused = sorted(UNSUPPORTED.intersection(part))
+        if refused:
+            text = f"{param} has the keyword {refused[0]!r}{f' at {where}' if where else ''}, which is not supported"
+            raise InvalidRequest(text, code="unsupported_schema", param=param)
+    return schema
+
+
+def check_depth(value: Any, param: str) -> None:
+    """Raises InvalidRequest for more than DEPTH_MAX levels. Does not recurse."""
+    level, depth = [value], 0
+    while level:
+        if depth > DEPTH_MAX:
+            raise too_large(f"{param} has {depth} levels or more; the limit is {DEPTH_MAX}", param)
+        inner: list[Any] = []
+        for entry in level:
+            inner += entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ()
+        level, depth = inner, depth + 1
+
+
+def _schemas(schema: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The schema and all those in it, with their paths."""
+    yield where, schema
+    inner = [(f"{where}/{key}", schema.get(key)) for key in _ONE]
+    for key in _LISTS:
+        given = schema.get(key)
+        inner += [(f"{where}/{key}/{n}", one) for n, one in enumerate(given)] if isinstance(given, list) else []
+    for key in _TABLES:
+        given = schema.get(key)
+        inner += [(f"{where}/{key}/{name}", one) for name, one in given.items()] if isinstance(given, dict) else []
+    for path, one in inner:
+        if isinstance(one, dict):
+            yield from _schemas(one, path)

@@ -1,0 +1,49 @@
+"""What an answer has to look like, as a request asks for it. Pure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.common.protocol.limits import GRAMMAR_BYTES_MAX
+
+CHOICES_MAX = 1_024
+
+Kind = Literal["json", "regex", "choice", "grammar"]
+
+
+class Structure(msgspec.Struct, frozen=True):
+    """`text`: a JSON schema, a regular expression, a JSON list of texts, or a grammar in Lark or GBNF. `param`: the
+    request's word for it."""
+
+    kind: Kind
+    text: str
+    param: str
+
+
+class Thought(msgspec.Struct, frozen=True):
+    """What comes before the answer: thinking between two marks. `is_inside`: the first one has been written; else there
+    may be none of it."""
+
+    open: str
+    close: str
+    is_inside: bool
+
+
+def structure(kind: Kind, text: str, param: str) -> Structure:
+    """Raises InvalidRequest for one that is too large to be looked at."""
+    check_size(text, param)
+    return Structure(kind, text, param)
+
+
+def check_size(text: str, param: str) -> None:
+    """Raises InvalidRequest for more than a grammar may have."""
+    if (size := len(text.encode())) > GRAMMAR_BYTES_MAX:
+        raise too_large(f"{param} has {size} bytes; the limit is {GRAMMAR_BYTES_MAX}", param)
+
+
+def too_large(text: str, param: str) -> InvalidRequest:
+    """The refusal of what exceeds a bound."""
+    return InvalidRequest(text, code="grammar_too_large", param=param)

@@ -1,0 +1,197 @@
+"""Answers that have to look like something, through the whole system: they do, streamed and not, whatever happens to
+the ranks meanwhile; and what cannot be asked is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import jsonschema
+import openai
+import pytest
+
+from tests.procs.deployment import Deployment
+from tests.procs.waiting import wait_until
+
+pytestmark = pytest.mark.procs
+
+MODEL = "tiny-qwen3-moe"
+HELLO: Any = [{"role": "user", "content": "Tell me of somebody."}]
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "likes": {"type": "array", "items": {"enum": ["tea", "coffee", "rain"]}, "minItems": 1, "maxItems": 3},
+        "home": {"anyOf": [{"$ref": "#/$defs/place"}, {"type": "null"}]},
+    },
+    "required": ["name", "age", "likes", "home"],
+    "additionalProperties": False,
+    "$defs": {
+        "place": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "pattern": "^[A-Z][a-z]{2,8}$"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        }
+    },
+}
+FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "somebody", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.fixture(scope="module")
+def deployment(model_folder: Callable[[str], Any]) -> Iterator[Deployment]:
+    deployed = Deployment(model_folder(MODEL), replicas=2, devices=3, standbys=2, max_model_len=512).wait_ready()
+    try:
+        yield deployed
+        deployed.stop()
+    finally:
+        deployed.discard()
+
+
+@pytest.fixture
+def client(deployment: Deployment) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{deployment.base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def said(completion: Any) -> str:
+    choice = completion.choices[0]
+    assert choice.finish_reason == "stop", completion
+    return str(choice.message.content)
+
+
+def test_json_of_a_schema_streamed_and_not(client: openai.OpenAI) -> None:
+    for seed in range(3):
+        asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "seed": seed, "response_format": FORMAT}
+        whole = said(client.chat.completions.create(**asked))
+        jsonschema.validate(json.loads(whole), SCHEMA)
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole
+        assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_json_of_a_schema_by_the_newer_interface(client: openai.OpenAI) -> None:
+    form: Any = {"format": {"type": "json_schema", "name": "somebody", "schema": SCHEMA, "strict": True}}
+    response = client.responses.create(model=MODEL, input="Tell me of somebody.", text=form)
+    jsonschema.validate(json.loads(response.output_text), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        ({"regex": r"(ab|cd){2,5}-\d{3}"}, r"(ab|cd){2,5}-\d{3}"),
+        ({"choice": ["yes", "no", "perhaps"]}, "yes|no|perhaps"),
+        ({"grammar": 'start: word ("," word)~3\nword: /[a-f]{2}/'}, "[a-f]{2}(,[a-f]{2}){3}"),
+        ({"grammar": 'root ::= "x" digit digit\ndigit ::= [0-9]'}, r"x\d\d"),
+        ({"json": json.dumps({"enum": [1, 22, 333]})}, "1|22|333"),
+    ],
+)
+def test_other_structures_are_kept_to(client: openai.OpenAI, asked: Any, pattern: str) -> None:
+    body: Any = {"structured_outputs": asked}
+    chat = client.chat.completions.create(model=MODEL, messages=HELLO, n=3, max_tokens=200, extra_body=body)
+    assert all(re.fullmatch(pattern, choice.message.content or "") for choice in chat.choices), chat
+    plain = client.completions.create(model=MODEL, prompt=["a", "b"], max_tokens=200, temperature=0, extra_body=body)
+    assert all(re.fullmatch(pattern, choice.text) for choice in plain.choices), plain
+
+
+def test_beside_other_options(client: openai.OpenAI) -> None:
+    """The end of the grammar is the answer's end, whatever else is asked; before it nothing else ends it."""
+
+    def text(**more: Any) -> str:
+        body = {"structured_outputs": {"regex": "a{3}b{0,2}"}, **more}
+        asked = client.completions.create(model=MODEL, prompt="x", max_tokens=20, extra_body=body)
+        assert asked.choices[0].finish_reason == "stop"
+        return asked.choices[0].text
+
+    assert re.fullmatch("a{3}b{0,2}", text(temperature=0))
+    assert text(ignore_eos=True) == "aaabb"
+    assert text(min_tokens=5) == "aaabb"
+    assert text(min_tokens=19) == "aaabb"
+    assert text(logit_bias={ord("b"): -100.0, ord("z"): 100.0}, temperature=0) == "aaa"
+    assert text(stop="b", logit_bias={ord("b"): 100.0}) == "aaa"
+    assert text(repetition_penalty=10.0, presence_penalty=2.0).startswith("aaa")
+
+
+def test_log_probabilities_are_those_of_what_is_allowed(client: openai.OpenAI) -> None:
+    body: Any = {"structured_outputs": {"regex": "[ab][cd]"}}
+    chat = client.chat.completions.create(
+        model=MODEL, messages=HELLO, logprobs=True, top_logprobs=3, extra_body=body, temperature=1.0
+    )
+    content = chat.choices[0].logprobs
+    assert content is not None
+    assert content.content is not None
+    for entry, allowed in zip(content.content, ("ab", "cd"), strict=True):
+        told = {top.token: top.logprob for top in entry.top_logprobs}
+        assert set(allowed) < set(told)
+        assert sum(2.718281828 ** told[char] for char in allowed) == pytest.approx(1.0, abs=1e-3)
+        assert [told[token] for token in told if token not in allowed] == [-9999.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "unsupported", "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "invalid_request", "response_format"),
+        ({"structured_outputs": {}}, "invalid_request", "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "invalid_request", "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "unsupported", "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"regex": "(a"}}, "invalid_grammar", "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a(?=b)"}}, "unsupported_schema", "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a" * 200_000}}, "grammar_too_large", "structured_outputs.regex"),
+        ({"structured_outputs": {"grammar": "start: nobody"}}, "invalid_grammar", "structured_outputs.grammar"),
+        ({"structured_outputs": {"json": '{"not": {}}'}}, "unsupported_schema", "structured_outputs.json"),
+        ({"structured_outputs": {"json": '{"type": "integer", "minimum": 2, "maximum": 1}'}}, "invalid_grammar", None),
+        ({"structured_outputs": {"regex": "a"}, "response_format": FORMAT}, "invalid_request", "structured_outputs"),
+        ({"guided_json": {}, "guided_regex": "a"}, "unsupported", "guided_regex"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(deployment: Deployment, body: Any, code: str, param: str | None) -> None:
+    answer = httpx.post(
+        f"{deployment.base_url}/v1/completions",
+        json={"model": MODEL, "prompt": "x", "max_tokens": 5, **body},
+        timeout=60,
+        trust_env=False,
+    )
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, code), error
+    assert param is None or error["param"] == param
+
+
+async def test_streams_are_the_same_through_a_kill_and_a_resize(deployment: Deployment) -> None:
+    """Every rank begins anew with nothing but the tokens: the one that is seated, and the one that comes in."""
+    chunks = [0]
+
+    async def stream(http: httpx.AsyncClient, seed: int) -> str:
+        body = {"model": MODEL, "prompt": f"{seed}", "seed": seed, "stream": True, "max_tokens": 400}
+        body |= {"structured_outputs": {"regex": "([a-z]{3}, ){60}[a-z]{3}"}, "temperature": 1.0}
+        text = ""
+        async with http.stream("POST", "/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    chunks[0] += 1
+                    event = json.loads(line[6:])
+                    assert "error" not in event, event
+                    text += event["choices"][0]["text"]
+        return text
+
+    def kill_one() -> None:
+        victim = deployment.kill("r0t0", signal.SIGKILL)
+        wait_until(lambda: deployment.rank_pids().get("r0t0", victim) != victim, "the rank is replaced", 60.0)
+
+    async with httpx.AsyncClient(base_url=deployment.base_url, timeout=300, trust_env=False) as http:
+        wanted = await asyncio.gather(*(stream(http, seed) for seed in range(4)))
+        assert all(re.fullmatch("([a-z]{3}, ){60}[a-z]{3}", text) for text in wanted)
+        chunks[0] = 0
+        running = [asyncio.create_task(stream(http, seed)) for seed in range(4)]
+        while chunks[0] < 20:
+            await asyncio.sleep(0.01)
+        resize = asyncio.create_task(asyncio.to_thread(deployment.scale, replicas=3))
+        await asyncio.to_thread(kill_one)
+        assert (await resize)["phase"] in ("done", "aborted")
+        assert await asyncio.gather(*running) == wanted
