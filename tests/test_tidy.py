@@ -25,7 +25,7 @@ SOURCE = ("common", "services", "cli", "native")
 # Modules that may be imported by one module (or package) of the project only.
 SOLE_IMPORTERS = {
     "zmq": "common/transport.py",
-    "llguidance": ("common/grammar.py", "services/router/grammar/lark.py"),
+    "llguidance": ("common/grammar.py", "services/router/grammar/calls.py", "services/router/grammar/lark.py"),
     "redis": "common/store.py",
     "uvicorn": "common/http/",
     "httptools": ("common/http/", "cli/load/stream.py"),  # of listeners, and of the client of load

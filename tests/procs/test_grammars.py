@@ -6,16 +6,20 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import anthropic
 import httpx
 import jsonschema
 import openai
 import pytest
 
 from tests.procs.deployment import Deployment
+from tests.procs.router_harness import configure
 from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
@@ -44,9 +48,28 @@ SCHEMA: dict[str, Any] = {
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "somebody", "schema": SCHEMA, "strict": True}}
 
 
+TEMPLATE = (
+    "{% if tools %}T{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}.{% endfor %}"
+    "{# <tool_call> #}"
+)
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "minLength": 1, "maxLength": 8},
+        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+NAMES = {"weather": WEATHER, "now": {"type": "object", "properties": {}, "additionalProperties": False}}
+
+
 @pytest.fixture(scope="module")
-def deployment(model_folder: Callable[[str], Any]) -> Iterator[Deployment]:
-    deployed = Deployment(model_folder(MODEL), replicas=2, devices=3, standbys=2, max_model_len=512).wait_ready()
+def deployment(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("grammars") / MODEL
+    shutil.copytree(model_folder(MODEL), folder)
+    configure(folder / "tokenizer_config.json", chat_template=TEMPLATE)
+    deployed = Deployment(folder, replicas=2, devices=3, standbys=2, max_model_len=1_024).wait_ready()
     try:
         yield deployed
         deployed.stop()
@@ -131,6 +154,51 @@ def test_log_probabilities_are_those_of_what_is_allowed(client: openai.OpenAI) -
         assert set(allowed) < set(told)
         assert sum(2.718281828 ** told[char] for char in allowed) == pytest.approx(1.0, abs=1e-3)
         assert [told[token] for token in told if token not in allowed] == [-9999.0]
+
+
+def openai_tools() -> Any:
+    return [{"type": "function", "function": {"name": name, "parameters": given}} for name, given in NAMES.items()]
+
+
+def check_calls(calls: list[tuple[str, Any]], *, named: str | None = None) -> None:
+    assert calls
+    for name, arguments in calls:
+        assert named in (None, name)
+        jsonschema.validate(arguments, NAMES[name])
+
+
+@pytest.mark.parametrize("named", [None, "weather"])
+def test_tools_that_have_to_be_called(client: openai.OpenAI, named: str | None) -> None:
+    choice: Any = "required" if named is None else {"type": "function", "function": {"name": named}}
+    for seed in range(3):
+        asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": openai_tools(), "tool_choice": choice}
+        asked |= {"seed": seed, "parallel_tool_calls": False, "max_tokens": 400}
+        answer = client.chat.completions.create(**asked).choices[0]
+        calls = [(call.function.name, call.function.arguments) for call in answer.message.tool_calls or ()]
+        assert (answer.finish_reason, answer.message.content, len(calls)) == ("tool_calls", None, 1)
+        check_calls([(name, json.loads(arguments)) for name, arguments in calls], named=named)
+        name, arguments = "", ""
+        for chunk in client.chat.completions.create(**asked, stream=True):
+            for call in chunk.choices[0].delta.tool_calls or () if chunk.choices else ():
+                name += call.function.name or ""
+                arguments += call.function.arguments or ""
+        assert [(name, arguments)] == calls
+
+
+def test_tools_that_have_to_be_called_by_other_interfaces(deployment: Deployment, client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "name": name, "parameters": given} for name, given in NAMES.items()]
+    response = client.responses.create(model=MODEL, input="Hi", tools=tools, tool_choice="required")
+    items = [(item.name, json.loads(item.arguments)) for item in response.output if item.type == "function_call"]
+    check_calls(items)
+    given: Any = [{"name": name, "input_schema": schema} for name, schema in NAMES.items()]
+    with anthropic.Anthropic(base_url=deployment.base_url, api_key="none", max_retries=0) as claude:
+        for choice in ({"type": "any"}, {"type": "tool", "name": "now"}):
+            message = claude.messages.create(
+                model=MODEL, max_tokens=400, messages=HELLO, tools=given, tool_choice=cast(Any, choice)
+            )
+            blocks = [(block.name, block.input) for block in message.content if block.type == "tool_use"]
+            check_calls(blocks, named=choice.get("name"))
+            assert message.stop_reason == "tool_use"
 
 
 @pytest.mark.parametrize(

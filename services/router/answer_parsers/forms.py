@@ -7,6 +7,7 @@ from elasticmoe.services.router.answer_parsers.granite import GraniteParser
 from elasticmoe.services.router.answer_parsers.hermes import HermesParser
 from elasticmoe.services.router.answer_parsers.keyed_calls import GlmParser, QwenCoderParser
 from elasticmoe.services.router.answer_parsers.mistral import MistralParser
+from elasticmoe.services.router.answer_parsers.reasoning import FORMS
 from elasticmoe.services.router.answer_parsers.tools import ToolParser
 
 # The more particular first: several forms share `<tool_call>`.
@@ -19,6 +20,11 @@ PARSERS: tuple[tuple[type[ToolParser], str], ...] = (
     (HermesParser, "<tool_call>"),
 )
 """Each with what only its chat templates have."""
+
+MARKS = frozenset(mark for parser, _ in PARSERS for mark in parser.specials) | frozenset(
+    mark for marks in FORMS.values() for mark in marks
+)
+"""What structures answers, in all forms: a text that an answer quotes has no token of that name."""
 
 NAMES = tuple(sorted(parser.name for parser, _ in PARSERS))
 

@@ -57,6 +57,8 @@ async def start_chat(request: Request, raw: ChatRequest, *, kind: str) -> Starte
     context = front.dispatcher.max_model_len()
     conversation = conversation_of(raw)
     tools = tool_use(raw, tools_of(raw), front.tool_parser)
+    if tools is not None and tools.forced is not None:  # there is no text that could have another form
+        options = options._replace(structure=tools.forced)
     client = client_of(request)
     with counting_refusals(front, options.num_choices):
         prompt, tail = await front.texts.encode_chat(conversation, context, client)

@@ -70,7 +70,7 @@ class MessagesTool(msgspec.Struct, frozen=True):
 class MessagesToolChoice(msgspec.Struct, frozen=True):
     """Whether tools are called."""
 
-    type: Annotated[Literal["auto", "none", "any", "tool"], says("`auto` or `none`; others are refused")]
+    type: Annotated[Literal["auto", "none", "any", "tool"], says("`any`: some tool is called; `tool`: the named one")]
     name: Annotated[str | None, says("Of `tool`: which")] = None
     disable_parallel_tool_use: Annotated[bool | None, says("On: only the first call is told")] = None
 

@@ -111,9 +111,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
     tools: Annotated[Annotated[list[FunctionTool], Meta(max_length=TOOLS_MAX)] | None, says("What may be called")] = (
         None
     )
-    tool_choice: Annotated[
-        Literal["none", "auto", "required"] | ChosenTool | None, says("`auto` or `none`; others are refused")
-    ] = None
+    tool_choice: Annotated[Literal["none", "auto", "required"] | ChosenTool | None, says("As for chat")] = None
     parallel_tool_calls: Annotated[bool | None, says("Off: only the first call is told")] = None
     text: Annotated[TextOptions | None, says("What the text is")] = None
     reasoning: Annotated[ReasoningOptions | None, says("How the model thinks")] = None

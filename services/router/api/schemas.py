@@ -128,7 +128,7 @@ class FunctionDefinition(msgspec.Struct, frozen=True):
     name: Annotated[ToolName, says("1 to 64 of `a-z A-Z 0-9 _ . -`")]
     description: Annotated[str | None, says("What it does, for the model")] = None
     parameters: Annotated[dict[str, Any] | None, says("A JSON schema of its arguments; none: it takes none")] = None
-    strict: Annotated[bool | None, says("Checked, and not used")] = None
+    strict: Annotated[bool | None, says("Not used: calls that are `required` keep to the schema anyway")] = None
 
 
 class Tool(msgspec.Struct, frozen=True):
@@ -255,7 +255,7 @@ class ChatRequest(GenerateRequest, frozen=True, kw_only=True):
     ] = None
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | NamedTool | None,
-        says("`auto`: the model decides whether it calls; `none`: tools are ignored; others are refused"),
+        says("`auto`: the model decides; `none`: tools are ignored; `required`, or one tool: it calls"),
     ] = None
     parallel_tool_calls: Annotated[bool | None, says("Off: an answer's first call is told, and no other")] = None
     include_reasoning: Annotated[bool | None, says("Off: what the model thinks is not told")] = None

@@ -10,17 +10,20 @@ import msgspec
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.services.router.answer_parsers.tools import Schemas, ToolParser
 from elasticmoe.services.router.api.options import unsupported
-from elasticmoe.services.router.api.schemas import ChatRequest, TokenizeRequest, Tool
+from elasticmoe.services.router.api.schemas import ChatRequest, NamedTool, TokenizeRequest, Tool
+from elasticmoe.services.router.grammar.structure import ForcedCalls, ForcedTool, Structure, structure
 
 NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
 class ToolUse(NamedTuple):
-    """Of a request whose answer may have calls. `is_single`: only its first one is told."""
+    """Of a request whose answer may have calls. `is_single`: only its first one is told. `forced`: the answer is calls
+    and nothing else."""
 
     parser: type[ToolParser]
     schemas: Schemas
     is_single: bool
+    forced: Structure | None = None
 
 
 def tools_of(raw: ChatRequest | TokenizeRequest) -> list[Tool]:
@@ -34,9 +37,9 @@ def tools_of(raw: ChatRequest | TokenizeRequest) -> list[Tool]:
         return []
     if not tools and choice not in (None, "auto"):
         raise unsupported("tool_choice", "there are no tools")
-    if choice not in (None, "auto"):
-        raise unsupported("tool_choice", "the model's choice of tokens is not constrained; supported: none, auto")
     names = [tool.function.name for tool in tools]
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise InvalidRequest(f"tool_choice names {choice.function.name[:80]!r}, which is no tool", param="tool_choice")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InvalidRequest(f"tools has {twice!r} twice", param="tools")
@@ -62,7 +65,18 @@ def tool_use(raw: ChatRequest, tools: Sequence[Tool], parser: type[ToolParser] |
     if parser is None:
         raise unsupported("tools", "how the model writes calls is not known; the setting tool_call_parser says it")
     schemas = {tool.function.name: tool.function.parameters or {} for tool in tools}
-    return ToolUse(parser, schemas, raw.parallel_tool_calls is False)
+    choice = raw.tool_choice
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    is_single = raw.parallel_tool_calls is False or named is not None
+    forced = _forced(parser.name, tools, named, is_single=is_single) if named or choice == "required" else None
+    return ToolUse(parser, schemas, is_single, forced)
+
+
+def _forced(form: str, tools: Sequence[Tool], named: str | None, *, is_single: bool) -> Structure:
+    """An answer of calls of these tools, or of the named one."""
+    given = [tool.function for tool in tools if named in (None, tool.function.name)]
+    calls = ForcedCalls(form, [ForcedTool(one.name, one.parameters) for one in given], is_single)
+    return structure("calls", msgspec.json.encode(calls).decode(), "tools")
 
 
 def calls_of(message: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from elasticmoe.common.grammar import GrammarError, GrammarMatcher, GrammarToken
 from elasticmoe.common.grammar_text import pack_grammar
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.common.protocol.limits import GRAMMAR_PACKED_BYTES_MAX
-from elasticmoe.services.router.grammar.lark import grammar_of, literal
+from elasticmoe.services.router.grammar.calls import literal
+from elasticmoe.services.router.grammar.lark import grammar_of
 from elasticmoe.services.router.grammar.structure import Structure, Thought, check_size, too_large
 
 _UNSUPPORTED: Final = re.compile(r"Unimplemented keys|Unknown format|not supported|unsupported", re.IGNORECASE)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from typing import Any
 
 import msgspec
 from llguidance import regex_to_lark
@@ -13,28 +11,18 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from elasticmoe.common.grammar import FREE_SPELLING
 from elasticmoe.common.protocol.errors import InvalidRequest
-from elasticmoe.services.router.grammar.schema import DEPTH_MAX, OPTIONS, read_schema
+from elasticmoe.services.router.grammar.calls import Mark, json_rule, lark_of_calls, literal
+from elasticmoe.services.router.grammar.schema import DEPTH_MAX, read_schema
 from elasticmoe.services.router.grammar.structure import Structure, Thought, too_large
-
-Mark = Callable[[str], str]
-"""A mark of the model's as Lark has it: a special token, or its text."""
 
 
 def grammar_of(structure: Structure, thought: Thought | None, mark: Mark) -> str:
     """The grammar. Raises InvalidRequest."""
     if structure.kind == "grammar":
         return _with_thought(_own(structure), thought, mark)
+    if structure.kind == "calls":
+        return _with_thought(lark_of_calls(structure, mark), thought, mark)
     return _with_thought(f"start: {_rule(structure)}\n", thought, mark)
-
-
-def literal(text: str) -> str:
-    """A text as Lark has it."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def json_rule(schema: dict[str, Any]) -> str:
-    """JSON of that schema."""
-    return "%json " + json.dumps({**schema, "x-guidance": OPTIONS}, ensure_ascii=False)
 
 
 def _rule(structure: Structure) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -11,16 +11,31 @@ from elasticmoe.common.protocol.limits import GRAMMAR_BYTES_MAX
 
 CHOICES_MAX = 1_024
 
-Kind = Literal["json", "regex", "choice", "grammar"]
+Kind = Literal["json", "regex", "choice", "grammar", "calls"]
 
 
 class Structure(msgspec.Struct, frozen=True):
-    """`text`: a JSON schema, a regular expression, a JSON list of texts, or a grammar in Lark or GBNF. `param`: the
-    request's word for it."""
+    """`text`: a JSON schema, a regular expression, a JSON list of texts, a grammar in Lark or GBNF, or ForcedCalls as
+    JSON. `param`: the request's word for it."""
 
     kind: Kind
     text: str
     param: str
+
+
+class ForcedTool(msgspec.Struct, frozen=True):
+    """One that may be called. `parameters`: the JSON schema of its arguments; None: it takes none."""
+
+    name: str
+    parameters: dict[str, Any] | None = None
+
+
+class ForcedCalls(msgspec.Struct, frozen=True):
+    """An answer of calls alone, in one of the forms of answer_parsers/forms.py. `is_single`: of one."""
+
+    form: str
+    tools: list[ForcedTool]
+    is_single: bool
 
 
 class Thought(msgspec.Struct, frozen=True):

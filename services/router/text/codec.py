@@ -16,6 +16,7 @@ import msgspec
 from elasticmoe.common.families import load_spec, read_config
 from elasticmoe.common.grammar_text import Vocabulary, encode_vocabulary
 from elasticmoe.common.protocol.errors import CheckpointError, InvalidRequest
+from elasticmoe.services.router.answer_parsers.forms import MARKS
 from elasticmoe.services.router.text.backend import TokenizerBackend, build, errors_as
 from elasticmoe.services.router.text.bounds import measure
 from elasticmoe.services.router.text.detokenizer import TokenTable
@@ -146,15 +147,19 @@ class TextCodec:
         if self._made_compiler is None:
             from elasticmoe.services.router.grammar.compiler import GrammarCompiler
 
-            special = {token_id: self.table.bytes_of(token_id) for token_id in self.table.special if token_id < size}
+            special = {token_id: self.table.bytes_of(token_id) for token_id in self._unspelled(size)}
             self._made_compiler = GrammarCompiler(special, size)
         return self._made_compiler
+
+    def _unspelled(self, size: int) -> list[int]:
+        """Tokens that no text of a grammar is made of: special ones, and marks that a tokenizer has as plain ones."""
+        marks = {self._tokenizer.token_to_id(mark) for mark in MARKS}
+        return sorted(i for i in self.table.special.union(marks) if i is not None and i < size)
 
     def _spell(self, size: int, eos: Sequence[int]) -> bytes:
         """Blocks for about 0.3 s for 150,000 tokens."""
         tokens = [self.table.bytes_of(token_id) for token_id in range(size)]
-        special = sorted(token_id for token_id in self.table.special if token_id < size)
-        return encode_vocabulary(Vocabulary(tokens, special, list(eos)))
+        return encode_vocabulary(Vocabulary(tokens, self._unspelled(size), list(eos)))
 
     def check_length(self, text: str, context: int) -> None:
         """Raises InvalidRequest for a text that cannot fit into `context` tokens, without tokenizing it."""

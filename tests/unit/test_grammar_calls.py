@@ -1,0 +1,136 @@
+"""Calls that a grammar makes the model write: whatever it writes, the form's parser reads what was asked for."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import jsonschema
+import msgspec
+import pytest
+
+from elasticmoe.common.grammar import GrammarError, GrammarMatcher, GrammarTokens
+from elasticmoe.common.grammar_text import unpack_grammar
+from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.answer_parsers.forms import MARKS, NAMES, parser_of
+from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart
+from elasticmoe.services.router.grammar.compiler import GrammarCompiler
+from elasticmoe.services.router.grammar.structure import ForcedCalls, ForcedTool, Structure, Thought
+
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "minLength": 1, "maxLength": 9},
+        "unit": {"type": "string", "enum": ["C", "F"]},
+        "code": {"type": "string", "pattern": "^[A-Z]{2}[0-9]$"},
+        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+        "at": {"anyOf": [{"$ref": "#/$defs/place"}, {"type": "null"}]},
+        "exact": {"type": "boolean"},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+    "$defs": {
+        "place": {
+            "type": "object",
+            "properties": {"lat": {"type": "integer", "minimum": -9, "maximum": 9}},
+            "required": ["lat"],
+            "additionalProperties": False,
+        }
+    },
+}
+TOOLS = [ForcedTool("weather", WEATHER), ForcedTool("now"), ForcedTool("a.b-c", {"type": "object", "properties": {}})]
+SCHEMAS = {"weather": WEATHER, "now": {}, "a.b-c": {}}
+PLAIN = [*(bytes([byte]) for byte in range(256)), b"</", b"</par", b'"}', b'": "']
+WORDS = [*PLAIN, *(mark.encode() for mark in sorted(MARKS))]
+
+
+def tokens_of(*, has_marks: bool) -> tuple[GrammarCompiler, GrammarTokens]:
+    """A vocabulary in which the forms' marks are tokens, or have to be spelled."""
+    words = WORDS if has_marks else PLAIN
+    special = dict(enumerate(words[len(PLAIN) :], len(PLAIN)))
+    return GrammarCompiler(special, len(words)), GrammarTokens(words, special)
+
+
+def forced(form: str, *tools: ForcedTool, is_single: bool = False) -> Structure:
+    text = msgspec.json.encode(ForcedCalls(form, list(tools), is_single)).decode()
+    return Structure("calls", text, "tool_choice")
+
+
+def written(tokens: GrammarTokens, grammar: str, rng: random.Random) -> str:
+    matcher, raw = GrammarMatcher(tokens, grammar), b""
+    for _ in range(3_000):
+        state = matcher.state()
+        assert state.error is None, state.error
+        if state.is_over or (state.is_accepting and rng.random() < 0.7):
+            return raw.decode()
+        allowed = [n for n in range(tokens.size) if state.allowed[n >> 3] >> (n & 7) & 1]
+        token = rng.choice([n for n in allowed if WORDS[n] not in b" \n\t\r"] or allowed)
+        matcher.consume([token])
+        raw += WORDS[token]
+    raise AssertionError(f"no end: {raw[:300]!r}")
+
+
+def read(form: str, text: str) -> list[tuple[str, Any]]:
+    """The calls, and nothing else."""
+    kind = parser_of(form, "")
+    assert kind is not None
+    parser = kind(SCHEMAS)
+    calls: list[tuple[str, str]] = []
+    for part in [*parser.feed(text), *parser.finish()]:
+        if isinstance(part, CallStart):
+            calls.append((part.name, ""))
+        else:
+            assert isinstance(part, CallArguments), (part, text)
+            calls[-1] = (calls[-1][0], calls[-1][1] + part.text)
+    return [(name, json.loads(arguments)) for name, arguments in calls]
+
+
+@pytest.mark.parametrize("has_marks", [False, True])
+@pytest.mark.parametrize("form", NAMES)
+def test_what_is_written_are_calls_as_asked(form: str, has_marks: bool) -> None:
+    compiler, tokens = tokens_of(has_marks=has_marks)
+    several = unpack_grammar(compiler.compile(forced(form, *TOOLS), None))
+    named = unpack_grammar(compiler.compile(forced(form, TOOLS[0], is_single=True), None))
+    numbers, names = set(), set()
+    for seed in range(8):
+        calls = read(form, written(tokens, several, random.Random(seed)))
+        numbers.add(len(calls))
+        for name, arguments in calls:
+            names.add(name)
+            jsonschema.validate(arguments, SCHEMAS[name] or {"maxProperties": 0 if name == "now" else 99})
+        ((name, arguments),) = read(form, written(tokens, named, random.Random(seed)))
+        assert name == "weather"
+        jsonschema.validate(arguments, WEATHER)
+    assert len(numbers) > 1
+    assert len(names) > 1
+
+
+def test_calls_come_behind_the_thinking() -> None:
+    compiler, tokens = tokens_of(has_marks=False)
+    thought = Thought("<think>", "</think>", True)
+    matcher = GrammarMatcher(tokens, unpack_grammar(compiler.compile(forced("hermes", TOOLS[1]), thought)))
+    matcher.consume(list(b"Now? <tool_call> is how.</think>\n\n<tool_call>\n"))
+    assert not matcher.state().is_accepting
+    matcher.consume(list(b'{"name": "now", "arguments": {}}\n</tool_call>'))
+    assert matcher.state().is_accepting
+    with pytest.raises(GrammarError):
+        matcher.consume(list(b"Done."))
+
+
+@pytest.mark.parametrize(
+    ("form", "schema", "named"),
+    [
+        ("hermes", {"not": {}}, "not"),
+        ("glm", {"properties": {"a": {"type": "string", "format": "date"}}}, "format"),
+        ("glm", {"properties": {"a": {"type": "string", "pattern": "x"}}}, "pattern"),
+        ("qwen_coder", {"minProperties": 1}, "minProperties"),
+        ("qwen_coder", {"properties": {"a": {"uniqueItems": True}}}, "uniqueItems"),
+    ],
+)
+def test_what_a_form_cannot_keep_to_is_refused(form: str, schema: Any, named: str) -> None:
+    compiler, _ = tokens_of(has_marks=True)
+    with pytest.raises(InvalidRequest) as caught:
+        compiler.compile(forced(form, ForcedTool("f", schema)), None)
+    assert caught.value.code == "unsupported_schema"
+    assert named in caught.value.message
