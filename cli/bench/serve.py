@@ -1,7 +1,8 @@
 """`elasticmoe bench serve`: steady state. Tokens per second, TTFT and TPOT at several concurrencies.
 
 For each model and number of replicas a deployment is started, warmed up, measured and stopped; rounds are interleaved
-over the concurrencies, because shared machines drift, and the best round of each is reported beside the median.
+over the concurrencies, because shared machines drift, and the best round of each is reported beside the median. With
+`--structured` each is measured once more with answers that have to be JSON of a schema, in turn with the others.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ from elasticmoe.common.transport import Client, new_identity
 Shares = tuple[float, float]  # of a step: overhead, and waiting for a slower rank
 
 STATUS_MS = 5_000
+_PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "likes": {"enum": ["tea", "coffee"]}},
+    "required": ["name", "age", "likes"],
+    "additionalProperties": False,
+}
+ENDLESS = {"type": "array", "items": _PERSON, "minItems": 10_000}  # so that answers are as long as asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-tokens", type=whole(1), default=128, help="tokens of each answer")
     parser.add_argument("--requests-per-client", type=whole(1), default=2, help="requests of a client in a round")
     parser.add_argument("--rounds", type=whole(1), default=3, help="rounds of each, of which the best is told")
+    parser.add_argument("--structured", action="store_true", help="answers in JSON of a schema, too")
     add_devices(parser)
     add_output(parser)
 
@@ -64,18 +73,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    concurrencies: tuple[int, ...] = args.concurrency
-    results: dict[int, list[tuple[Figures, Shares]]] = {n: [] for n in concurrencies}
+    kinds = [(n, is_json) for n in args.concurrency for is_json in ([False, True] if args.structured else [False])]
+    results: dict[tuple[int, bool], list[tuple[Figures, Shares]]] = {kind: [] for kind in kinds}
     with running(model, replicas, devices=first_of(args.devices, replicas)) as deployment:
         with http_client(deployment.url, timeout=10) as client:
             shape = Shape(first_model(client), args.prompt_tokens, args.output_tokens)
-        asyncio.run(run_clients(deployment.url, shape, 2 * replicas, 2 * replicas, seed=0))
+        shapes = {False: shape, True: msgspec.structs.replace(shape, structured_outputs={"json": ENDLESS})}
+        for is_json in {is_json for _, is_json in kinds}:
+            asyncio.run(run_clients(deployment.url, shapes[is_json], 2 * replicas, 2 * replicas, seed=0))
         for turn in range(args.rounds):
-            for n in concurrencies:
+            for n, is_json in kinds:
                 num = max(n * args.requests_per_client, 2)
-                samples = asyncio.run(run_clients(deployment.url, shape, n, num, seed=1 + turn * 100 + n))
-                results[n].append((figures(samples, n), _shares(deployment.run_dir, replicas)))
-    return [_summary(model, replicas, rounds) for rounds in results.values()]
+                samples = asyncio.run(run_clients(deployment.url, shapes[is_json], n, num, seed=1 + turn * 100 + n))
+                results[n, is_json].append((figures(samples, n), _shares(deployment.run_dir, replicas)))
+    return [_summary(model, replicas, rounds, is_json=is_json) for (_, is_json), rounds in results.items()]
 
 
 def _shares(run_dir: Path, replicas: int) -> Shares:
@@ -95,13 +106,16 @@ def _shares(run_dir: Path, replicas: int) -> Shares:
     return max(overhead for overhead, _ in shares), max(waiting for _, waiting in shares)
 
 
-def _summary(model: str, replicas: int, rounds: list[tuple[Figures, Shares]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _summary(
+    model: str, replicas: int, rounds: list[tuple[Figures, Shares]], *, is_json: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
     found = [item for item, _ in rounds]
     best = max(found, key=lambda item: item.tokens_per_s)
     row = {
         "model": Path(model).name,
         "replicas": replicas,
         "concurrency": best.concurrency,
+        "answers": "JSON" if is_json else "any",
         "tokens/s best": best.tokens_per_s,
         "tokens/s median": statistics.median(item.tokens_per_s for item in found),
         "TTFT p50 ms": best.ttft_p50_ms,
@@ -111,7 +125,8 @@ def _summary(model: str, replicas: int, rounds: list[tuple[Figures, Shares]]) ->
         "waiting %": min(waiting for _, (_, waiting) in rounds) * 100,
         "failed": sum(item.failed for item in found),
     }
-    raw = {"model": Path(model).name, "replicas": replicas, "rounds": [msgspec.to_builtins(item) for item in rounds]}
+    facts = {"model": Path(model).name, "replicas": replicas, "answers": row["answers"]}
+    raw = {**facts, "rounds": [msgspec.to_builtins(item) for item in rounds]}
     return row, raw
 
 
@@ -125,13 +140,13 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key in sorted({(row["model"], row["replicas"]) for row in rows}):
-        mine = [row for row in rows if (row["model"], row["replicas"]) == key]
+    for key in sorted({(row["model"], row["replicas"], row["answers"]) for row in rows}):
+        mine = [row for row in rows if (row["model"], row["replicas"], row["answers"]) == key]
         axes.plot(
             [r["concurrency"] for r in mine],
             [r["tokens/s best"] for r in mine],
             "o-",
-            label=f"{key[0]}, replicas: {key[1]}",
+            label=f"{key[0]}, replicas: {key[1]}, answers: {key[2]}",
         )
     axes.set(xlabel="concurrent requests", ylabel="tokens per second", xscale="log", ylim=(0, None))
     axes.legend()

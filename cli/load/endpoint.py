@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -15,13 +16,15 @@ _PATH = "/v1/completions"
 
 class Shape(msgspec.Struct, frozen=True):
     """What every request looks like. Outputs are as long as asked for, whatever token ends them. `is_counted`: ask for
-    log probabilities, with which every token is an event even where it makes no text (the half of a character)."""
+    log probabilities, with which every token is an event even where it makes no text (the half of a character).
+    `structured_outputs`: what the answers have to look like, in vLLM's words; None: like anything."""
 
     model: str
     prompt_tokens: int
     output_tokens: int
     temperature: float = 0.0
     is_counted: bool = False
+    structured_outputs: dict[str, Any] | None = None
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -54,6 +57,8 @@ def body_of(shape: Shape, prompt: Sequence[int]) -> bytes:
     }
     if shape.is_counted:
         fields["logprobs"] = 0
+    if shape.structured_outputs is not None:
+        fields["structured_outputs"] = shape.structured_outputs
     return msgspec.json.encode(fields)
 
 

@@ -115,7 +115,7 @@ BAD = [
     (b'{"prompt":"x","priority":-1}', "unsupported", "priority"),
     (b'{"prompt":"x","priority":1000}', "unsupported", "priority"),
     (b'{"prompt":"x","priority":-1001}', "invalid_request", "priority"),
-    (b'{"prompt":"x","response_format":{"type":"json_object"}}', "unsupported", "response_format"),
+    (b'{"prompt":"x","response_format":{"type":"ebnf"}}', "unsupported", "response_format"),
     (b'{"prompt":"x","stream_options":{"include_usage":true}}', "invalid_request", "stream_options"),
     (b'{"prompt":"x","min_tokens":5,"max_tokens":4}', "invalid_request", "min_tokens"),
     (b'{"prompt":"x","request_id":"a b"}', "invalid_request", "request_id"),
@@ -159,7 +159,7 @@ BAD_CHAT = [
     ({"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported"),
     ({"messages": HELLO, "top_logprobs": 3}, "invalid_request"),
     ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "invalid_request"),
-    ({"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {}}}, "unsupported"),
+    ({"messages": HELLO, "response_format": {"type": "ebnf"}}, "unsupported"),
 ]
 
 

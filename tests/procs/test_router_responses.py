@@ -154,7 +154,6 @@ def test_the_whole_of_a_turn_goes_back_as_it_came(rank: FakeRank, client: openai
         ({"truncation": "auto"}, "unsupported", "send what is to be read"),
         ({"top_logprobs": 3}, "unsupported", "/v1/chat/completions"),
         ({"max_tool_calls": 3}, "unsupported", "runs no tools"),
-        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}, "unsupported", "supported: text"),
         ({"tools": [{"type": "web_search"}]}, "invalid_request", "type"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "nobody"}}, "invalid_request", "is no tool"),
         ({"text": {"format": {"type": "grammar"}}}, "unsupported", "json_schema"),
