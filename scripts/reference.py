@@ -1,5 +1,5 @@
-"""docs/reference, and the alerts of deploy/prometheus: files that are made from the code. `make docs` writes them; a
-unit test compares them.
+"""docs/reference, and files of deploy: alerts, boards, the chart's schema. All are made from the code; `make docs`
+writes them, and unit tests compare them.
 
 Each text stands beside what it describes: settings in common/settings.py, metrics in the `measures.py` of router and
 scaler, errors in common/error_codes, events in services/scaler/api/events.py, flags where the parsers are made.
@@ -26,7 +26,7 @@ from elasticmoe.services.router import measures as router_measures
 from elasticmoe.services.scaler import measures as scaler_measures
 from elasticmoe.services.scaler.api.event_stream import EVENTS_KEPT
 from elasticmoe.services.scaler.api.events import KINDS
-from scripts import boards
+from scripts import boards, chart
 
 _ROOT = Path(__file__).resolve().parent.parent
 FOLDER = _ROOT / "docs" / "reference"
@@ -58,6 +58,7 @@ def main() -> None:
         (FOLDER / name).write_text(text, encoding="utf-8")
     RULES.write_text(rules(), encoding="utf-8")
     boards.write()
+    chart.write()
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -1,0 +1,249 @@
+"""deploy/helm: Helm's own engine lints and renders the chart, Kubernetes' schemas are asked, and the pod has what
+compose.yaml gives each container. None of it has run on a cluster."""
+
+from __future__ import annotations
+
+import re
+import stat
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from elasticmoe.cli import container
+from elasticmoe.common.http.keys import read_key
+from elasticmoe.common.private import read_secret
+from scripts import chart
+from tests.unit.test_compose import MOUNTS, SERVICES
+
+helm = pytest.importorskip("helm_python", reason="Helm's engine has no wheel for this machine")
+kubernetes_validate = pytest.importorskip("kubernetes_validate")
+
+MODEL = {"model": {"volume": {"persistentVolumeClaim": {"claimName": "models"}}}}
+FULL: dict[str, Any] = MODEL | {
+    "settings": {"devices": "host:4", "replicas": 2, "rank_stall_s": 2.5, "log_json": True, "kv_bytes": 1 << 36},
+    "apiKey": {"existingSecret": "keys"},
+    "adminToken": {"existingSecret": "mine", "key": "token"},
+    "allowedHosts": ["llm.example.com"],
+    "adminService": {"enabled": True},
+    "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "networkPolicy": {"adminFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}]},
+    "resourceClaims": [{"name": "gpus", "resourceClaimTemplateName": "two-gpus"}],
+    "persistence": {"enabled": False},
+    "podAnnotations": {"a": "b"},
+    "podLabels": {"team": "x"},
+    "nodeSelector": {"disk": "fast"},
+    "tolerations": [{"key": "gpu", "operator": "Exists"}],
+    "imagePullSecrets": [{"name": "registry"}],
+    "priorityClassName": "high",
+    "runtimeClassName": "nvidia",
+}
+OUTSIDE_STORE = MODEL | {"settings": {"store_url": "rediss://valkey.example.com"}}
+VERSIONS = ("1.30", "1.34", "1.37")
+
+
+@cache
+def loaded() -> Any:
+    return helm.Chart.load(chart.CHART)
+
+
+def rendered(values: dict[str, Any], name: str = "demo") -> list[dict[str, Any]]:
+    """Every resource. Raises HelmError."""
+    loaded().validate_schema(values)
+    files = loaded().render(values, name=name, namespace="serving")
+    documents = [yaml.safe_load_all(text) for path, text in files.items() if not path.endswith("NOTES.txt")]
+    return [one for found in documents for one in found if one]
+
+
+def of_kind(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    (found,) = [one for one in rendered(values) if one["kind"] == kind]
+    return found
+
+
+def pod(values: dict[str, Any]) -> dict[str, Any]:
+    return dict(of_kind("StatefulSet", values)["spec"]["template"]["spec"])
+
+
+def containers(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {one["name"]: one for one in pod(values)["containers"]}
+
+
+def test_the_chart_passes_helms_linter() -> None:
+    report = helm.lint(chart.CHART, MODEL, strict=True)
+    assert report["errors"] == []
+    assert [one for one in report["messages"] if one["severity"] > 1] == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("values", [MODEL, FULL, OUTSIDE_STORE], ids=["least", "full", "store elsewhere"])
+def test_kubernetes_takes_what_it_makes(values: dict[str, Any], version: str) -> None:
+    resources = rendered(values)
+    for one in resources:
+        if one["apiVersion"] == "monitoring.coreos.com/v1":
+            continue  # of Prometheus' operator
+        if "claims" in str(one) and version == "1.30":
+            continue  # dynamic resource allocation had another form then
+        kubernetes_validate.validate(one, version, strict=True)
+    kinds = {"StatefulSet", "Service", "PodDisruptionBudget", "NetworkPolicy"}
+    extra = {"ServiceMonitor"} if values is FULL else {"Secret"}
+    assert {one["kind"] for one in resources} == kinds | extra
+    assert len({(one["kind"], one["metadata"]["name"]) for one in resources}) == len(resources)
+
+
+def test_the_schema_is_that_of_the_settings() -> None:
+    assert chart.SCHEMA.read_text() == chart.schema(), "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": {"replica": 2}}, "replica"),
+        ({"settings": {"replicas": 0}}, "replicas"),
+        ({"settings": {"port": 9000}}, "port"),
+        ({"settings": {"log_json": "yes"}}, "log_json"),
+        ({"drainSeconds": -1}, "drainSeconds"),
+    ],
+)
+def test_a_value_that_is_wrong_is_refused_by_its_name(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(helm.HelmError, match=said):
+        rendered(MODEL | changes)
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(helm.HelmError, match=r"model\.volume: say where the checkpoint is"):
+        rendered({})
+    with pytest.raises(helm.HelmError, match=r"needs adminService\.enabled"):
+        rendered(MODEL | {"serviceMonitor": {"enabled": True}})
+
+
+def test_each_container_mounts_what_compose_gives_it() -> None:
+    parts = {
+        "sockets": ("run", "sockets"),
+        "store": ("state", "store"),
+        **{f"state-{name}": ("state", name) for name in ("hmm", "worker", "scaler")},
+        **{f"secrets-{name}": ("state", f"secrets/{name}") for name in ("store", "scaler", "router")},
+        "model": ("model", None),
+    }
+    found = containers(MODEL)
+    assert set(found) == set(SERVICES) - {"init"}
+    for name, one in found.items():
+        mounts = {(mount["name"], mount.get("subPath"), mount["mountPath"]) for mount in one["volumeMounts"]}
+        wanted = {(*parts[source], target) for source, target in MOUNTS[name]}
+        assert mounts == wanted | {("run", f"tmp/{name}", "/tmp")}, name
+        read_only = {mount["mountPath"] for mount in one["volumeMounts"] if mount.get("readOnly")}
+        assert read_only == {target for source, target in MOUNTS[name] if source in READ_ONLY}, name
+        assert one["command"] == SERVICES[name]["command"]
+        assert set(one["resources"]) == {"requests", "limits"}
+        assert "memory" in one["resources"]["limits"]
+
+
+READ_ONLY = {"secrets-scaler", "secrets-router", "model"}
+
+
+def test_no_container_has_a_right() -> None:
+    for values in (MODEL, FULL):
+        spec = pod(values)
+        assert not spec["automountServiceAccountToken"]
+        assert not spec["enableServiceLinks"]
+        assert spec["securityContext"]["runAsNonRoot"]
+        assert not {"hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"} & set(spec)
+        for one in (*spec["initContainers"], *spec["containers"]):
+            context = one["securityContext"]
+            assert context == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+
+
+def test_settings_reach_all_processes_as_they_are_written() -> None:
+    for one in containers(FULL).values():
+        env = {entry["name"]: entry["value"] for entry in one["env"]}
+        assert env["ELASTICMOE_DEVICES"] == "host:4"
+        assert env["ELASTICMOE_RANK_STALL_S"] == "2.5"
+        assert env["ELASTICMOE_LOG_JSON"] == "true"
+        assert env["ELASTICMOE_KV_BYTES"] == str(1 << 36)  # not 6.87e+10
+        assert len(env) == len(one["env"])
+    env = {entry["name"]: entry["value"] for entry in containers(FULL)["router"]["env"]}
+    assert env["ELASTICMOE_ALLOWED_HOSTS"].split(",") == [
+        "localhost",
+        *(f"demo-elasticmoe{rest}" for rest in ("", ".serving", ".serving.svc", ".serving.svc.cluster.local")),
+        "llm.example.com",
+    ]
+    assert env["ELASTICMOE_API_KEY_FILE"] == "/keys/api-key"
+
+
+def test_a_store_elsewhere_leaves_the_own_one_out_and_may_be_reached() -> None:
+    assert set(containers(OUTSIDE_STORE)) == set(containers(MODEL)) - {"store"}
+    assert of_kind("NetworkPolicy", OUTSIDE_STORE)["spec"]["policyTypes"] == ["Ingress"]
+    assert of_kind("NetworkPolicy", MODEL)["spec"]["egress"] == []
+
+
+def test_both_that_touch_devices_share_their_claims() -> None:
+    found = containers(FULL)
+    claims = {name: one["resources"].get("claims") for name, one in found.items()}
+    assert claims["hmm"] == claims["worker"] == [{"name": "gpus"}]
+    assert not any(claim for name, claim in claims.items() if name not in ("hmm", "worker"))
+
+
+def test_the_others_outlive_the_router() -> None:
+    spec = pod(MODEL | {"drainSeconds": 90})
+    waits = {one["name"]: int(one["lifecycle"]["preStop"]["exec"]["command"][1]) for one in spec["containers"]}
+    assert waits.pop("router") == 5
+    assert set(waits.values()) == {95}
+    assert spec["terminationGracePeriodSeconds"] > 95
+
+
+@pytest.mark.parametrize("release", ["elasticmoe", "x" * 53, "my-elasticmoe-two"])
+def test_names_fit_whatever_the_release_is_called(release: str) -> None:
+    for one in rendered(FULL, release):
+        assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", one["metadata"]["name"])
+        assert len(one["metadata"]["name"]) <= 63 - len("-0")
+
+
+def test_a_token_that_helm_makes_is_long_and_another_each_time() -> None:
+    tokens = [of_kind("Secret", MODEL)["data"]["admin-token"] for _ in range(2)]
+    assert tokens[0] != tokens[1]
+    assert len(tokens[0]) >= 64
+
+
+def test_folders_of_a_pods_volumes_are_private_and_hold_the_secrets(tmp_path: Path) -> None:
+    """The two init containers over volumes as a cluster makes them: for the group to write to, and set-group-id; the
+    Secret is a link. Twice, as for a pod that comes back to its state."""
+    folders, init = pod(MODEL)["initContainers"]
+    assert init["command"][:4] == ["python", "-m", "elasticmoe.cli.container", "init"]
+    secret = tmp_path / "admin"
+    (secret / "..data").mkdir(parents=True)
+    (secret / "..data" / "token").write_text("t" * 48)
+    (secret / "token").symlink_to("..data/token")
+    volumes = tmp_path / "volumes"
+    for name in ("state", "run"):
+        (volumes / name).mkdir(parents=True)
+        (volumes / name).chmod(0o2777)
+    *command, _, _ = folders["command"]
+    mounted = tmp_path / "mounted"  # as a mount by itself, with nothing of the volume's on the way to it
+    mounted.mkdir(mode=0o700)
+    for _ in range(2):
+        subprocess.run([*command, volumes, secret / "token"], check=True, timeout=30, umask=0o022)
+        made = [path for path in volumes.rglob("*") if path.is_dir() and path.parent != volumes]
+        assert {stat.S_IMODE(path.stat().st_mode) & 0o777 for path in made} == {0o700}
+        secrets = (volumes / "state" / "secrets").rename(mounted / "secrets")
+        container.init(secrets)
+        for name, has in container.SECRETS_OF.items():
+            assert {path.name for path in (secrets / name).iterdir()} == set(has)
+        assert read_secret(secrets / "scaler" / "admin.token") == "t" * 48
+        secrets.rename(volumes / "state" / "secrets")
+    mounts = [mount for one in containers(MODEL).values() for mount in one["volumeMounts"]]
+    paths = {mount["subPath"] for mount in mounts if "subPath" in mount}
+    held = {str(path.relative_to(volumes / part)) for part in ("state", "run") for path in (volumes / part).rglob("*")}
+    assert paths <= held
+
+
+def test_a_key_of_a_secret_is_read_through_its_link(tmp_path: Path) -> None:
+    (tmp_path / "..data").mkdir()
+    (tmp_path / "..data" / "api-key").write_text("sesame")
+    (tmp_path / "api-key").symlink_to("..data/api-key")
+    assert read_key(str(tmp_path / "api-key")) == b"sesame"
