@@ -57,15 +57,15 @@ class Elastic:
     def replicas(self) -> list[int]:
         """Replica numbers of the layout in force."""
         layout = self.deployment.admin("/v1/layout")
-        return sorted(rank["replica"] for rank in layout["ranks"] if rank["state"] == "used")
+        return sorted({rank["replica"] for rank in layout["ranks"] if rank["state"] == "used"})
 
 
 @contextmanager
 def start_elastic(model: Path, folder: Path, *, replicas: int, **settings: Any) -> Iterator[Elastic]:
     """A deployment with failpoints in `folder`; stopped, with all its checks, at the end."""
     points = Failpoints(folder)
-    fixed = {**SETTINGS, "failpoint_dir": folder, **settings}
-    deployment = Deployment(model, replicas=replicas, devices=DEVICES, **fixed).wait_ready()
+    fixed = {**SETTINGS, "devices": DEVICES, "failpoint_dir": folder, **settings}
+    deployment = Deployment(model, replicas=replicas, **fixed).wait_ready()
     try:
         yield Elastic(deployment, points)
         deployment.stop()

@@ -29,7 +29,16 @@ import httpx
 import pytest
 
 from tests.procs.deployment import Deployment
-from tests.procs.elastic import STANDBYS, Elastic, Expected, TolerantLoad, event_descriptors, in_thread, start_elastic
+from tests.procs.elastic import (
+    DEVICES,
+    STANDBYS,
+    Elastic,
+    Expected,
+    TolerantLoad,
+    event_descriptors,
+    in_thread,
+    start_elastic,
+)
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
@@ -77,6 +86,18 @@ JOINER = ["rank.attach@r2t0", "rank.warm_up@r2t0", "rank.ready@r2t0"]
 HAND_OVER = ["rank.hand_over", "rank.take.before", "rank.take.after"]
 
 OF_KV = ("hmm.kv_grown", "hmm.vacate")
+OF_TWO = {  # points at which ranks of replicas of two are killed
+    "up": {
+        "r1t1": ["hmm.copying.before", "rank.apply@r1t1", "rank.applied@r1t1", "rank.flip.before", "rank.flip.after"],
+        "r2t1": ["rank.attach@r2t1", "rank.warm_up@r2t1", "rank.ready@r2t1", "rank.take.before"],
+        "r0t1": ["rank.hand_over", "hmm.kv_grown.before/2", "hmm.releasing.before/2"],
+    },
+    "down": {
+        "r1t1": ["hmm.vacate", "rank.applied@r1t1", "hmm.committed.after"],
+        "r1t0": ["hmm.vacate", "rank.take.after"],
+        "r2t1": ["rank.hand_over", "rank.flip.before"],
+    },
+}
 AFTER_FLIP = ("scaler.leg1.migrate", "scaler.leg1.release", "scaler.send_release", "scaler.done")
 AFTER_FLIP += ("hmm.releas", "hmm.give_back", "hmm.kv_grown")
 POINTS = {
@@ -133,9 +154,10 @@ def chosen_cells() -> list[Cell]:
 
 
 class Stage:
-    """The deployment that cells share, until one breaks it or its launcher would give it up."""
+    """The deployment that cells share, until one breaks it or its launcher would give it up. `settings`: its own."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, **settings: Any) -> None:
+        self._settings = {"rank_restarts_window_s": 0.1, **settings}
         self.expected = Expected(model)
         self._model = model
         self._folder = folder
@@ -155,8 +177,8 @@ class Stage:
         is_spent = recent.count(victim) >= KILLS_MAX or (is_loaded_anew and point.startswith(OF_KV))
         if self._elastic is None or is_spent:
             self.close()
-            settings = {"rank_restarts_window_s": 0.1}
-            self._elastic = self._open.enter_context(start_elastic(self._model, self._folder, replicas=2, **settings))
+            started = start_elastic(self._model, self._folder, replicas=2, **self._settings)
+            self._elastic = self._open.enter_context(started)
         return self._elastic
 
     def note_kill(self, victim: str) -> None:
@@ -192,6 +214,14 @@ def _no_leak() -> None:
 @pytest.fixture(scope="module")
 def stage(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     stage = Stage(model_folder("oracle"), tmp_path_factory.mktemp("points"))
+    yield stage
+    stage.close()
+
+
+@pytest.fixture(scope="module")
+def stage_of_two(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """With replicas of two ranks."""
+    stage = Stage(model_folder("oracle"), tmp_path_factory.mktemp("points"), tp=2, devices=2 * DEVICES)
     yield stage
     stage.close()
 
@@ -281,7 +311,7 @@ def unsettled(elastic: Elastic, cell: Cell, op_id: str, killed: int) -> str:
         return f"{cell.victim} is not seen to be dead"
     if layout["phase"] != "serving" or layout["operation"] or not all(rank["ready"] for rank in ranks):
         return f"layout: {layout['phase']}: {layout['reason']}"
-    replicas = sorted(rank["replica"] for rank in ranks)
+    replicas = sorted({rank["replica"] for rank in ranks})
     before, after = LAYOUTS[cell.kind]
     assert replicas in (before, after), f"between the layouts: {replicas}"
     if status == 200:
@@ -366,6 +396,20 @@ async def test_killed_at_each_point(stage: Stage, cell: Cell) -> None:
 )
 async def test_the_pool_is_killed_while_a_rank_comes_or_goes(stage: Stage, cell: Cell) -> None:
     await check_cell(stage, cell)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell(kind, point, victim)
+        for kind, victims in OF_TWO.items()
+        for victim, points in victims.items()
+        for point in points
+    ],
+    ids=str,
+)
+async def test_a_rank_of_two_is_killed(stage_of_two: Stage, cell: Cell) -> None:
+    await check_cell(stage_of_two, cell)
 
 
 @pytest.mark.soak

@@ -14,6 +14,8 @@ from typing import Any, Self
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.protocol import rank as rank_messages
 from elasticmoe.common.protocol import router as router_messages
+from elasticmoe.common.protocol import scaler as scaler_messages
+from elasticmoe.common.protocol.codec import Codec
 from elasticmoe.common.protocol.handles import Routing
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.rank import Cancel, Sampling, Submit
@@ -211,11 +213,9 @@ class Replicas:
         del self.tokens[name]
         self._router[replica].send(Cancel(name))
 
-    def ask(self, slot: int, message: Any) -> Any:
-        """What a rank answers, as others than routers ask it."""
-        from elasticmoe.common.protocol import scaler
-
-        client = self._sockets.connect(f"rank-{self.ranks.layout.seats[slot].rank}", "scaler:1", scaler.CODEC)
+    def ask(self, slot: int, message: Any, codec: Codec[Any] = scaler_messages.CODEC) -> Any:
+        """What a rank answers, as the scaler asks it, or another rank."""
+        client = self._sockets.connect(f"rank-{self.ranks.layout.seats[slot].rank}", "scaler:1", codec)
         try:
             return client.call(message, deadline_ms=20_000)[0]
         finally:

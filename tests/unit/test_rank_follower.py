@@ -12,6 +12,7 @@ import pytest
 
 from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.common.layout import RankId
+from elasticmoe.common.protocol import peer, router
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.ids import CommandId
 from elasticmoe.common.protocol.rank import (
@@ -20,6 +21,7 @@ from elasticmoe.common.protocol.rank import (
     GetRankIntegrity,
     GetRankLoad,
     MoveTarget,
+    Reserve,
     Sampling,
     Submit,
     Unreserve,
@@ -158,7 +160,7 @@ def test_a_follower_has_no_requests_and_leaves_with_its_replica(directory: Path,
         assert load.blocks_total == NUM_BLOCKS
         with pytest.raises(ElasticMoEError, match="r1t1 has no requests"):
             replicas.ask(3, Unreserve("r", b"router:1"))
-        client = replicas._sockets.connect("rank-r1t1", "router:1", replicas_codec())
+        client = replicas._sockets.connect("rank-r1t1", "router:1", router.CODEC)
         client.send(Submit("r", (1, 2), 3, Sampling(seed=1)))
         answer = client.receive(20_000)
         client.close()
@@ -175,10 +177,18 @@ def test_a_follower_has_no_requests_and_leaves_with_its_replica(directory: Path,
         assert not replicas.loops[2].is_stopping, "a leader is told itself"
 
 
-def replicas_codec() -> Any:
-    from elasticmoe.common.protocol import router
-
-    return router.CODEC
+def test_no_place_is_kept_while_a_follower_may_be_in_a_step_that_was_given_up(directory: Path, tmp_path: Path) -> None:
+    """What is free at the leader it may still write to, and the HMM would, too."""
+    place = Reserve("r", b"router:1", tuple(range(20)), 6)
+    with Replicas(directory, tmp_path, 1) as replicas:
+        replicas.submit(0, "first", [1, 2, 3], 4)
+        replicas.wait_finished()
+        replicas.loops[0]._lockstep.is_settled = False  # as its `abort` leaves it
+        with pytest.raises(ElasticMoEError, match="have not met since a step was given up"):
+            replicas.ask(0, place)
+        replicas.submit(0, "second", [1, 2, 3], 4)
+        replicas.wait_finished()
+        assert len(replicas.ask(0, place, peer.CODEC).blocks) == 6
 
 
 # ---- what is on the bus ---------------------------------------------------------------------------------------------

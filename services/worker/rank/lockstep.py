@@ -44,7 +44,8 @@ class Lockstep:
     with the others, also without work of its own. `members`: bit mask of the slots that take part in the present
     generation. `epoch`: of the layout whose routing is in use; 0 before the first generation. `has_turn`: the tokens
     that this rank's replica brought count in the step that was met for last. `leader`: the slot that says how many, if
-    it is not the own one.
+    it is not the own one. `is_settled`: all have met since a step was given up, so that nobody is in the midst of that
+    any more.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Lockstep:
         self.has_come_in = False
         self.is_awake = False
         self.has_turn = True
+        self.is_settled = True
 
     def sync(self) -> bool:
         """Follow to the present generation, also as one who is no member. Whether it is a new one that runs:
@@ -157,6 +159,7 @@ class Lockstep:
             self._flags = None
             raise
         self._flags = None
+        self.is_settled = True
         self._num_urgent = max(0, self._num_urgent - 1)
         staged = said[0][2]
         if staged and all(flag == staged for _, _, flag in said):
@@ -194,3 +197,4 @@ class Lockstep:
     def abort(self) -> None:
         """The generation is over: wait for the next."""
         self.is_member = False
+        self.is_settled = False

@@ -217,6 +217,9 @@ class Rank(SeatLoop):
                 self._fence.heed(message.epoch)
                 return self._load()
             if isinstance(body, Reserve):
+                if self._engine.has_followers and not self._lockstep.is_settled:
+                    # A follower that is slow to give it up may still write to blocks that are free here.
+                    raise Unavailable("the ranks of this replica have not met since a step was given up")
                 return self._migration.reserve(sender, body)
             if isinstance(body, HandOver):
                 check_ids(body.request, body.output, self._memory.spec.vocab)
