@@ -71,8 +71,11 @@ class TerminalConsole(_Closing):
             pass  # the terminal is gone, which may not stop a deployment
 
     def private_line(self, text: str, otherwise: str) -> None:  # noqa: ARG002
-        """A terminal is for eyes."""
-        self.line(text)
+        """A terminal is for eyes. In one line, however narrow it is: it is there to be copied."""
+        try:
+            self._terminal.print(clean_lines(text), soft_wrap=True)
+        except OSError:
+            pass  # as above
 
     def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
         """Draw the bar; one without a total pulses."""

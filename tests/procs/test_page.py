@@ -72,6 +72,12 @@ def test_the_token_is_asked_for_once_and_stays_in_the_tab(page: Page) -> None:
     assert browser.run("return document.cookie") == ""
 
 
+def test_the_launcher_prints_the_page_s_address_and_the_token_on_terminals_only(deployment: Deployment) -> None:
+    assert f"web page            {deployment.admin_url}/  (asks for the token)" in deployment.output()
+    kept = [deployment.output(), *(path.read_text(errors="replace") for path in deployment.run_dir.glob("logs/*"))]
+    assert not any(deployment.token in text for text in kept)
+
+
 def test_what_now_shows_is_what_the_api_tells(page: Page, deployment: Deployment) -> None:
     devices = deployment.admin("/v1/devices")["devices"]
     expected = {one["device"]: {k: v for k, v in one["memory"].items() if k != "total"} for one in devices}

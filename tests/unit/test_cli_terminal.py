@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from elasticmoe.cli import chat, events, terminal
 from elasticmoe.cli.admin import Admin
-from elasticmoe.cli.console import PlainConsole, TerminalConsole
+from elasticmoe.cli.console import PipeConsole, PlainConsole, TerminalConsole
 from elasticmoe.cli.main import main
 from elasticmoe.cli.sse import ServerEvent
 from elasticmoe.common.protocol.errors import ElasticMoEError
@@ -75,6 +76,27 @@ def test_tables_bars_and_lines_are_cleaned(monkeypatch: pytest.MonkeyPatch, caps
     assert "\x1b]0;" not in file.getvalue()
     assert "\u202e" not in file.getvalue()
     assert ":smile: [/b]" in file.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_secret_is_shown_on_a_terminal_and_kept_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    shown, kept, log = Terminal(), io.StringIO(), io.StringIO()
+    address = "http://127.0.0.1:8100/#token=" + 64 * "a"  # longer than a line, and to be copied as one
+    TerminalConsole(shown).private_line(address, "without")
+    PlainConsole(kept).private_line(address, "without")
+    assert (shown.getvalue(), kept.getvalue()) == (f"{address}\n", "without\n")
+    reader, writer = os.pipe()
+    PipeConsole(writer, log).private_line(address, "without")
+    entry = json.loads(os.read(reader, 4_096))
+    os.close(reader)
+    os.close(writer)
+    assert log.getvalue() == "without\n"
+    assert entry == {"private": address, "otherwise": "without"}  # for the parent, which knows what it writes to
 
 
 def test_errors_and_events_are_cleaned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

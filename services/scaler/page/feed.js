@@ -11,6 +11,7 @@ const BYTES_PER_S = 2_500;
 const BURST_BYTES = 150_000;
 const HEAD_BYTES = 400; // of each answer, beside its body
 const PAUSE_MS = 1_000;
+const BUSY_PAUSE_MS = 300; // while an operation is in progress
 const RETRY_MS = 1_500;
 const STALE_MS = 3_000; // without an answer: who waits for a scaler that restarts is not refused
 const LISTEN_AGAIN_MS = 3_000;
@@ -86,7 +87,8 @@ export class Feed {
     try {
       await this.#look();
       this.#connection("live", "");
-      pauseMs = Math.max(PAUSE_MS, (-this.#refilled() / BYTES_PER_S) * 1_000);
+      const least = this.#store.state.now.operation === null ? PAUSE_MS : BUSY_PAUSE_MS;
+      pauseMs = Math.max(least, (-this.#refilled() / BYTES_PER_S) * 1_000);
     } catch (refusal) {
       if (refusal.status === undefined) throw refusal;
       this.#connection(refusal.status === 401 ? "refused" : "stale", refusal.message);
