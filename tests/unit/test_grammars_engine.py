@@ -330,6 +330,21 @@ def test_a_grammar_that_cannot_be_followed_ends_its_request_alone(
     assert {name: seat.tokens[name] for name in "012"} == {name: calm[name] for name in "012"}
 
 
+@pytest.mark.parametrize("part", ["_open", "_advance"])
+def test_a_grammar_without_memory_ends_its_request_alone(
+    seat: Seat, directory: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(grammars.Grammars if part == "_open" else grammars, part, fail)
+    seat.add("guided", WORDS)
+    seat.add("free", None, b"free", temperature=0.0, stop_token_ids=(), max_tokens=20)
+    seat.run()
+    assert (seat.failed["guided"].code, seat.failed["guided"].retryable) == ("out_of_memory", True)
+    assert seat.tokens["free"] == next_tokens(directory, list(b"free"), 20)
+
+
 def test_grammars_fit_into_the_ledger(seat: Seat) -> None:
     seat.add("r", "|".join(f"{n * 7919 % 10007:05d}" for n in range(1_500)))
     seat.run()

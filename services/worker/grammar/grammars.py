@@ -17,10 +17,10 @@ from concurrent.futures import TimeoutError as TimedOut
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from elasticmoe.common.grammar_text import unpack_grammar
-from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.rank import VocabularyPiece
 from elasticmoe.common.protocol.router import WantVocabulary
-from elasticmoe.services.worker.engine.failure import failure_of
+from elasticmoe.services.worker.engine.failure import OUT_OF_MEMORY, failure_of, is_shortage
 from elasticmoe.services.worker.engine.outcome import Choice
 from elasticmoe.services.worker.engine.sequence import Sequence
 from elasticmoe.services.worker.grammar.guide import Guide
@@ -60,8 +60,7 @@ class Grammars:
                 if self._is_ready(sequence):
                     prepared.ready.append(sequence)
             except Exception as error:
-                doing = "reading the request's grammar"
-                prepared.failed.append((sequence, failure_of(error, sequence.request.request_id, doing)))
+                prepared.failed.append((sequence, _failure(error, sequence, "reading the request's grammar")))
         return prepared
 
     def _is_ready(self, sequence: Sequence) -> bool:
@@ -130,8 +129,7 @@ class Grammars:
         except TimedOut:
             return Choice(is_late=True)
         except Exception as error:
-            doing = "following the request's grammar"
-            return Choice(error=failure_of(error, sequence.request.request_id, doing))
+            return Choice(error=_failure(error, sequence, "following the request's grammar"))
         return Choice(is_over=state is not None and state.is_over)
 
     def _state_of(self, sequence: Sequence) -> GrammarState:
@@ -147,6 +145,13 @@ class Grammars:
         if state.error is not None:
             raise state.error
         return state
+
+
+def _failure(error: Exception, sequence: Sequence, doing: str) -> ElasticMoEError:
+    """The end of a sequence of which that raised. Where its grammar found no memory, no step would have found more."""
+    if is_shortage(error):
+        return Unavailable(f"the rank has no memory for {doing}", code=OUT_OF_MEMORY)
+    return failure_of(error, sequence.request.request_id, doing)
 
 
 def _advance(batch: list[tuple[Guide, int | None]]) -> None:
