@@ -11,14 +11,14 @@ from elasticmoe.cli.embedded_store import store_spec
 from elasticmoe.cli.listeners import ADMIN, ADMIN_LOCAL, ROUTER
 from elasticmoe.cli.settings import Settings
 
-_ROUTER_GRACE_S = 40.0  # it lets running requests end for up to 30 s
+_ROUTER_GRACE_S = 10.0  # beyond what its requests may take
 _GRACE_S = 15.0
 
 
 def process_specs(settings: Settings) -> list[ChildSpec]:
     """All children of `settings`, as this process starts them. Writes the embedded store's configuration. Raises
     ElasticMoEError."""
-    scaler = settings.scaler
+    scaler, drained_s = settings.scaler, settings.router.drain_seconds + _ROUTER_GRACE_S
     specs = [] if scaler.store_url else [store_spec(scaler)]
     return [
         *specs,
@@ -27,7 +27,7 @@ def process_specs(settings: Settings) -> list[ChildSpec]:
         _service("pool", "elasticmoe.services.worker", "--launcher", str(os.getpid()), is_outlived=True),
         _service("scaler", "elasticmoe.services.scaler", sockets=(ADMIN, ADMIN_LOCAL)),
         # The only one without which nobody is served: ranks serve on without the others (promise P6).
-        _service("router", "elasticmoe.services.router", grace_s=_ROUTER_GRACE_S, sockets=(ROUTER,), is_vital=True),
+        _service("router", "elasticmoe.services.router", grace_s=drained_s, sockets=(ROUTER,), is_vital=True),
     ]
 
 

@@ -307,6 +307,9 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
         8 * 1024 * 1024
     )
     body_seconds_max: Annotated[float, Meta(gt=0, le=3_600), _is("A body has to have arrived by then", "s")] = 30.0
+    drain_seconds: Annotated[
+        float, Meta(ge=0, le=3_600), _is("What runs at SIGTERM may end within that; then it is cut off", "s")
+    ] = 30.0
     request_seconds_max: Annotated[
         float, Meta(gt=0, le=86_400), _is("A request that is not answered by then is ended", "s")
     ] = 600.0

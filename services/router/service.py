@@ -1,6 +1,7 @@
 """The router process: wires the parts together, follows the layout, and stops cleanly.
 
-SIGTERM: not ready and no new requests, then what runs may end within DRAIN_S, then exit 0. A second one ends at once.
+SIGTERM: not ready and no new requests, then what runs may end within `drain_seconds`, then exit 0. A second one ends at
+once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from elasticmoe.services.router.text.tokenizer import ServedModel
 
 log = get_logger("router")
 
-DRAIN_S = 30.0
 LAYOUT_RETRY_S = 0.5
 FIRST_REPLICA_S = 2.0
 FIRST_REPLICA_POLL_S = 0.02
@@ -114,8 +114,8 @@ class RouterService:
     async def _drain(self) -> None:
         self.front.is_draining = True
         running = self.front.permits.num_held
-        log.info("draining", running=running, deadline_s=DRAIN_S)
-        deadline = time.monotonic() + DRAIN_S
+        log.info("draining", running=running, deadline_s=self._config.drain_seconds)
+        deadline = time.monotonic() + self._config.drain_seconds
         while self.front.permits.num_held and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         log.info("drained", ended=running - self.front.permits.num_held, cut_off=self.front.permits.num_held)

@@ -114,3 +114,13 @@ def test_fields_keep_their_addresses_until_one_outgrows_its_place() -> None:
         assert all(address % 16 == 0 for address in addresses.values())
     sent = transfer.send({"a": numbers[:17], "b": numbers})
     assert sent["b"].tolist() == numbers.tolist()
+
+
+def test_a_first_step_without_rows_has_its_fields_too() -> None:
+    """A rank that has no sequence takes part in the others' steps."""
+    transfer = SentFields(torch.device("cpu"))
+    empty = np.zeros(0, dtype=np.int32)
+    sent = transfer.send({"a": empty, "b": empty})
+    assert {name: field.tolist() for name, field in sent.items()} == {"a": [], "b": []}
+    addresses = transfer.send({"a": np.ones(3, dtype=np.int32), "b": empty})
+    assert addresses["a"].tolist() == [1, 1, 1]

@@ -41,7 +41,7 @@ FULL: dict[str, Any] = MODEL | {
     "priorityClassName": "high",
     "runtimeClassName": "nvidia",
 }
-OUTSIDE_STORE = MODEL | {"settings": {"store_url": "rediss://valkey.example.com"}}
+OUTSIDE_STORE = MODEL | {"store": {"existingSecret": "valkey"}}
 VERSIONS = ("1.30", "1.34", "1.37")
 
 
@@ -104,7 +104,13 @@ def test_the_schema_is_that_of_the_settings() -> None:
         ({"settings": {"replicas": 0}}, "replicas"),
         ({"settings": {"port": 9000}}, "port"),
         ({"settings": {"log_json": "yes"}}, "log_json"),
+        ({"settings": {"log_level": "loud"}}, "log_level"),
+        ({"settings": {"devices": "gpu"}}, "devices"),
+        ({"settings": {"store_url": "redis://:secret@valkey"}}, "store_url"),
         ({"drainSeconds": -1}, "drainSeconds"),
+        ({"apiKey": {"existingsecret": "keys"}}, "existingsecret"),
+        ({"netwrokPolicy": {"enabled": False}}, "netwrokPolicy"),
+        ({"image": {"tag": 20241127}}, "tag"),
     ],
 )
 def test_a_value_that_is_wrong_is_refused_by_its_name(changes: dict[str, Any], said: str) -> None:
@@ -117,6 +123,8 @@ def test_what_is_missing_is_said() -> None:
         rendered({})
     with pytest.raises(helm.HelmError, match=r"needs adminService\.enabled"):
         rendered(MODEL | {"serviceMonitor": {"enabled": True}})
+    with pytest.raises(helm.HelmError, match=r"needs networkPolicy\.adminFrom"):
+        rendered(MODEL | {"adminService": {"enabled": True}})
 
 
 def test_each_container_mounts_what_compose_gives_it() -> None:
@@ -132,7 +140,8 @@ def test_each_container_mounts_what_compose_gives_it() -> None:
     for name, one in found.items():
         mounts = {(mount["name"], mount.get("subPath"), mount["mountPath"]) for mount in one["volumeMounts"]}
         wanted = {(*parts[source], target) for source, target in MOUNTS[name]}
-        assert mounts == wanted | {("run", f"tmp/{name}", "/tmp")}, name
+        logs = {("run", "logs", "/run/elasticmoe/logs")} if name == "router" else set()  # the setting `history`
+        assert mounts == wanted | logs | {("run", f"tmp/{name}", "/tmp")}, name
         read_only = {mount["mountPath"] for mount in one["volumeMounts"] if mount.get("readOnly")}
         assert read_only == {target for source, target in MOUNTS[name] if source in READ_ONLY}, name
         assert one["command"] == SERVICES[name]["command"]
@@ -162,6 +171,7 @@ def test_no_container_has_a_right() -> None:
 def test_settings_reach_all_processes_as_they_are_written() -> None:
     for one in containers(FULL).values():
         env = {entry["name"]: entry["value"] for entry in one["env"]}
+        assert env["ELASTICMOE_DEPLOYMENT"] == "serving.demo"  # two releases may have one store
         assert env["ELASTICMOE_DEVICES"] == "host:4"
         assert env["ELASTICMOE_RANK_STALL_S"] == "2.5"
         assert env["ELASTICMOE_LOG_JSON"] == "true"
@@ -178,6 +188,9 @@ def test_settings_reach_all_processes_as_they_are_written() -> None:
 
 def test_a_store_elsewhere_leaves_the_own_one_out_and_may_be_reached() -> None:
     assert set(containers(OUTSIDE_STORE)) == set(containers(MODEL)) - {"store"}
+    for name, one in containers(OUTSIDE_STORE).items():
+        told = [entry["valueFrom"]["secretKeyRef"] for entry in one["env"] if "valueFrom" in entry]
+        assert told == ([{"name": "valkey", "key": "url"}] if name in ("scaler", "router") else []), name
     assert of_kind("NetworkPolicy", OUTSIDE_STORE)["spec"]["policyTypes"] == ["Ingress"]
     assert of_kind("NetworkPolicy", MODEL)["spec"]["egress"] == []
 
@@ -192,9 +205,40 @@ def test_both_that_touch_devices_share_their_claims() -> None:
 def test_the_others_outlive_the_router() -> None:
     spec = pod(MODEL | {"drainSeconds": 90})
     waits = {one["name"]: int(one["lifecycle"]["preStop"]["exec"]["command"][1]) for one in spec["containers"]}
+    router = {entry["name"]: entry["value"] for entry in containers(MODEL | {"drainSeconds": 90})["router"]["env"]}
+    assert router["ELASTICMOE_DRAIN_SECONDS"] == "90"
     assert waits.pop("router") == 5
     assert set(waits.values()) == {95}
-    assert spec["terminationGracePeriodSeconds"] > 95
+    assert spec["terminationGracePeriodSeconds"] > 95 + 15  # what a process needs after its SIGTERM
+
+
+def test_who_holds_the_weights_is_not_ended_by_a_check_that_finds_no_time() -> None:
+    for name, one in containers(FULL).items():
+        assert ("livenessProbe" in one) == (name in ("scaler", "router"))
+        assert one.get("livenessProbe", {}).get("terminationGracePeriodSeconds", 10) < 30
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"image": {"tag": "1.10"}},
+        {"model": {"volume": {"emptyDir": {}}, "subPath": "007"}},
+        {"priorityClassName": "1", "runtimeClassName": "true"},
+        {"adminToken": {"key": "1"}, "apiKey": {"existingSecret": "2", "key": "3"}},
+        {"persistence": {"size": "10", "storageClassName": "no"}},
+        {"settings": {"served_name": 'a "model": {x}', "deployment": "1.0"}},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_texts_stay_texts(values: dict[str, Any]) -> None:
+    for one in rendered(MODEL | values, "123"):
+        kubernetes_validate.validate(one, VERSIONS[0], strict=True)
+    assert all(isinstance(entry["value"], str) for entry in containers(MODEL | values)["router"]["env"])
+
+
+def test_an_image_may_be_named_by_its_digest() -> None:
+    image = {"repository": "registry/elasticmoe", "digest": "sha256:" + "0" * 64}
+    assert containers(MODEL | {"image": image})["hmm"]["image"] == f"registry/elasticmoe@{image['digest']}"
 
 
 @pytest.mark.parametrize("release", ["elasticmoe", "x" * 53, "my-elasticmoe-two"])
@@ -226,7 +270,7 @@ def test_folders_of_a_pods_volumes_are_private_and_hold_the_secrets(tmp_path: Pa
     *command, _, _ = folders["command"]
     mounted = tmp_path / "mounted"  # as a mount by itself, with nothing of the volume's on the way to it
     mounted.mkdir(mode=0o700)
-    for _ in range(2):
+    for turn in range(2):
         subprocess.run([*command, volumes, secret / "token"], check=True, timeout=30, umask=0o022)
         made = [path for path in volumes.rglob("*") if path.is_dir() and path.parent != volumes]
         assert {stat.S_IMODE(path.stat().st_mode) & 0o777 for path in made} == {0o700}
@@ -236,6 +280,9 @@ def test_folders_of_a_pods_volumes_are_private_and_hold_the_secrets(tmp_path: Pa
             assert {path.name for path in (secrets / name).iterdir()} == set(has)
         assert read_secret(secrets / "scaler" / "admin.token") == "t" * 48
         secrets.rename(volumes / "state" / "secrets")
+        if not turn:  # as a volume that was restored elsewhere comes back
+            for path in (volumes / "state").rglob("*"):
+                path.chmod(path.stat().st_mode | stat.S_IRWXG)
     mounts = [mount for one in containers(MODEL).values() for mount in one["volumeMounts"]]
     paths = {mount["subPath"] for mount in mounts if "subPath" in mount}
     held = {str(path.relative_to(volumes / part)) for part in ("state", "run") for path in (volumes / part).rglob("*")}

@@ -7,14 +7,14 @@
 {{- end -}}
 
 {{- define "elasticmoe.selector" -}}
-app.kubernetes.io/name: {{ .Chart.Name }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ .Chart.Name | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "elasticmoe.labels" -}}
 {{ include "elasticmoe.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | quote }}
 {{- end -}}
 
@@ -24,7 +24,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | quote }}
 
 {{/* What every container is and may not. */}}
 {{- define "elasticmoe.container" -}}
-image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+image: "{{ .Values.image.repository }}{{ if .Values.image.digest }}@{{ .Values.image.digest }}{{ else }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}"
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext:
   allowPrivilegeEscalation: false
@@ -35,6 +35,9 @@ securityContext:
 {{/* The settings of every process. A name that no process knows stops its start. */}}
 {{- define "elasticmoe.settings" -}}
 - {name: ELASTICMOE_MODEL, value: /models/model}
+{{- if not (hasKey .Values.settings "deployment") }}
+- {name: ELASTICMOE_DEPLOYMENT, value: {{ printf "%s.%s" .Release.Namespace .Release.Name | trunc 64 | quote }}}
+{{- end }}
 {{- range $name, $value := .Values.settings }}
 - name: ELASTICMOE_{{ upper $name }}
   value: {{ if kindIs "float64" $value }}{{ if eq $value (floor $value) }}{{ printf "%.0f" $value | quote }}{{ else }}{{ $value | toString | quote }}{{ end }}{{ else }}{{ $value | toString | quote }}{{ end }}
@@ -58,22 +61,26 @@ securityContext:
   mountPath: /models/model
   readOnly: true
   {{- with .Values.model.subPath }}
-  subPath: {{ . }}
+  subPath: {{ . | quote }}
   {{- end }}
 {{- end -}}
 
-{{/* A process answers: `elasticmoe.cli.container check NAME`. */}}
-{{- define "elasticmoe.checks" -}}
+{{/* Where layouts are kept, for the two that ask there: an address with a password stays in its Secret. */}}
+{{- define "elasticmoe.store" -}}
+{{- with .Values.store.existingSecret -}}
+- name: ELASTICMOE_STORE_URL
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: {{ $.Values.store.key | quote }}}}
+{{- end -}}
+{{- end -}}
+
+{{/* A process answers: `elasticmoe.cli.container check NAME`. Whoever ends is started again, so none is asked later: a check
+that finds no processor time would end who holds the weights. */}}
+{{- define "elasticmoe.starts" -}}
 startupProbe:
   exec: {command: [python, -m, elasticmoe.cli.container, check, {{ . }}]}
   periodSeconds: 5
-  timeoutSeconds: 5
-  failureThreshold: 60
-livenessProbe:
-  exec: {command: [python, -m, elasticmoe.cli.container, check, {{ . }}]}
-  periodSeconds: 30
   timeoutSeconds: 10
-  failureThreshold: 4
+  failureThreshold: 60
 {{- end -}}
 
 {{/* Lives on while the router ends running requests. */}}

@@ -41,7 +41,7 @@ class SentFields:
     def send(self, fields: Mapping[str, Ints]) -> dict[str, torch.Tensor]:
         """The fields on the device, once what is queued is done. Those of the send before it are overwritten: its step
         must be over."""
-        if any(len(values) > self._room.get(name, 0) for name, values in fields.items()):
+        if any(len(values) > self._room.get(name, -1) for name, values in fields.items()):
             for name, values in fields.items():
                 self._room[name] = max(self._room.get(name, 0), _SMALLEST, 1 << max(0, len(values) - 1).bit_length())
             self.num_moves += 1

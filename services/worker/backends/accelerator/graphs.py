@@ -22,6 +22,7 @@ from elasticmoe.services.worker.model.batch import Batch
 
 ROWS_MAX: Final = 64  # of a form: larger steps compute for longer than they take to be queued
 POSITIONS_MIN: Final = 2_048  # of the smallest form; others have 4, 16, ... times as many
+FORMS_MAX: Final = 12  # of which graphs are kept, those that came last: a graph takes memory beside what is budgeted
 CAPTURES_PER_STEP: Final = 4  # sections: capturing takes a millisecond or so, and the ranks wait for each other
 
 log = get_logger("graphs")
@@ -121,10 +122,11 @@ class _Section:
             self._run(step)
             self._forget_if_moved()  # by this run
             self._kept[form] = None
+            if len(self._kept) > FORMS_MAX:
+                del self._kept[next(iter(self._kept))]
             return
-        replay = self._kept[form]
-        if replay is None:
-            replay = self._kept[form] = self._graphs.record(lambda: self._run(step))
+        replay = self._kept.pop(form) or self._graphs.record(lambda: self._run(step))
+        self._kept[form] = replay  # the last one that came
         if replay is None:
             self._run(step)
             return

@@ -169,11 +169,12 @@ class TritonKernels(Kernels):
         heads_per_kv, tile = heads // kv_heads, TILES[planes]
         block_heads = min(power_of_two(heads_per_kv), tile.queries)
         head_tiles = blocks_of(heads_per_kv, block_heads)
-        tiles, first_rows = _tiles_of(step, 1 if step.form else tile.queries // block_heads)
+        rows_max = 1 if step.form else tile.queries // block_heads  # of a tile
+        tiles, first_rows = _tiles_of(step, rows_max)
         splits = blocks_of(step.positions_max, SPLIT)
         block_dim, join_heads = max(SMALLEST, power_of_two(value_width)), min(power_of_two(heads), HEADS)
         # Many long sequences at once would need more memory than there is.
-        tiles_max = max(1, SUMS_MAX // (tile.queries // block_heads * heads * splits * value_width))
+        tiles_max = max(1, SUMS_MAX // (rows_max * heads * splits * value_width))
         for first in range(0, len(first_rows) - 1, tiles_max):
             last = min(first + tiles_max, len(first_rows) - 1)
             row, end = first_rows[first], first_rows[last]

@@ -1,0 +1,83 @@
+"""Which steps are brought to a form, and what is kept of them. What is captured: tests/interpreter/test_graphs.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from elasticmoe.services.worker.backends.accelerator import graphs
+from elasticmoe.services.worker.backends.accelerator.batch import Form
+from elasticmoe.services.worker.backends.accelerator.graphs import Graphs
+from elasticmoe.services.worker.model.batch import Batch, BatchPart
+
+
+class Counter:
+    """A recorder that counts what it is asked for."""
+
+    def __init__(self) -> None:
+        self.num_records = self.num_replays = 0
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.num_records += 1
+
+        def replay() -> None:
+            self.num_replays += 1
+
+        return replay
+
+
+def batch(*kv_lens: int, num_logits: int = 1, count: int = 1) -> Batch:
+    parts = [BatchPart([1] * count, kv_len - count, range(-(-kv_len // 16)), num_logits) for kv_len in kv_lens]
+    return Batch(parts, 16)
+
+
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        (batch(5), Form(1, 2_048)),
+        (batch(5, 6, 7), Form(4, 2_048)),
+        (batch(2_048, 1), Form(2, 2_048)),
+        (batch(2_049), Form(1, 8_192)),
+        (batch(100_000), Form(1, 131_072)),
+        (batch(*[3] * 33), Form(48, 2_048)),  # no more rows than there is room for
+        (batch(*[3] * 49), None),
+        (batch(), None),
+        (batch(5, num_logits=0), None),  # not the last part of a prompt
+        (batch(5, count=2), None),
+    ],
+    ids=str,
+)
+def test_a_step_that_only_decodes_has_a_form(given: Batch, form: Form | None) -> None:
+    made = Graphs(Counter(), lambda: 0)
+    made.section(lambda _: None, 48)
+    made.section(lambda _: None, 64)
+    assert made.form_of(given) == form
+    without = Graphs(None, lambda: 0)
+    without.section(lambda _: None, 48)
+    assert without.form_of(given) is None
+    assert Graphs(Counter(), lambda: 0).form_of(given) is None  # a model without sections
+
+
+def test_graphs_of_the_forms_that_came_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "FORMS_MAX", 2)
+    recorder, runs = Counter(), []
+    made = Graphs(recorder, lambda: 0)
+    section = made.section(runs.append, 64)
+
+    def step(rows: int) -> None:
+        made.form_of(batch(5))  # a step begins
+        given: Any = SimpleNamespace(form=Form(rows, 2_048))
+        section(given)
+
+    for rows in (1, 1, 2, 2, 1):
+        step(rows)
+    assert (len(runs), recorder.num_records, recorder.num_replays) == (2, 2, 3)
+    step(4)  # in place of 2
+    step(1)
+    assert (len(runs), recorder.num_records, recorder.num_replays) == (3, 2, 4)
+    step(2)  # as if it had never come
+    step(2)
+    assert (len(runs), recorder.num_records, recorder.num_replays) == (4, 3, 5)
