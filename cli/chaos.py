@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="MODEL", help="a model as `up` takes it (oracle; with --act: oracle-paced)")
     add("--replicas", type=whole(1), metavar="N", help="replicas to start with (3; with --act: 1)")
     add("--devices", default="host:5", metavar="host:N", help="devices to use (host:5)")
+    add("--tp", type=whole(1), default=1, metavar="N", help="devices per replica (1)")
     add("--clients", type=whole(1), metavar="N", help="requests under way at once (16; with --act: 32, in bursts)")
     add("--fault-every", type=number(), metavar="S", help="mean time between faults in seconds (30; with --act: 20)")
     mode = parser.add_mutually_exclusive_group()
@@ -72,8 +73,10 @@ def run(args: argparse.Namespace) -> int:
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
     _complete(args)
     is_count = args.devices.startswith("host:") and re.match(COUNT_PATTERN, args.devices)
-    if not is_count or (count := DeviceCount.parse(args.devices).count) < args.replicas:
-        raise ConfigError(f"devices {args.devices!r}: give host:N with N at least --replicas, {args.replicas}")
+    needed = args.replicas * args.tp
+    if not is_count or (count := DeviceCount.parse(args.devices).count) < needed:
+        text = f"devices {args.devices!r}: give host:N with N at least {needed}, --replicas of --tp devices each"
+        raise ConfigError(text)
     say(f"seed {seed}: {args.minutes:g} min on {args.devices}, {args.clients} clients")
     try:
         seen, tally, _ = asyncio.run(_run(args, seed, count))
@@ -106,9 +109,10 @@ async def _run(
     def tell(text: str) -> None:
         say(f"{time.monotonic() - begun:7.1f} s  {text}")
 
-    settings: dict[str, Any] = {"standbys": 3}
+    settings: dict[str, Any] = {"standbys": 3, "tp": args.tp}
+    replicas_max = devices // args.tp
     if args.act:
-        settings |= {"policy": "act", "itl_s": ITL_S, "replicas_max": devices}
+        settings |= {"policy": "act", "itl_s": ITL_S, "replicas_max": replicas_max}
     if args.model in ("oracle", MODEL):  # integers, which only float32 holds exactly; and a few MiB in all
         settings |= {"dtype": "float32", "kv_bytes": 16 << 20, "device_bytes": 256 << 20}
     deployment = Deployment(args.model, args.replicas, first_of("", devices), **settings)
@@ -118,10 +122,10 @@ async def _run(
         await clients.learn()
         seconds = args.minutes * 60.0
         faults = draw_faults(seed, seconds, args.fault_every, only_kills=args.act)
-        resizes = [] if args.act else draw_resizes(seed, seconds, devices)
+        resizes = [] if args.act else draw_resizes(seed, seconds, replicas_max)
         acting = None
         if args.act:
-            acting = Acting(deployment, clients, draw_bursts(seed, seconds, args.clients), devices, tell)
+            acting = Acting(deployment, clients, draw_bursts(seed, seconds, args.clients), replicas_max, tell)
             await acting.begin()
         tell(f"serves; {len(faults)} faults and {len(resizes)} resizes follow")
         hostile = abused(deployment, clients.model, seed) if is_abused else contextlib.nullcontext(Abuse())

@@ -68,7 +68,7 @@ def draw_faults(seed: int, seconds: float, every_s: float, *, only_kills: bool =
         faults.append(fault)
 
 
-def draw_resizes(seed: int, seconds: float, devices: int) -> list[Resize]:
+def draw_resizes(seed: int, seconds: float, replicas_max: int) -> list[Resize]:
     """Resizes for a run of `seconds`, one each 20 to 60 s."""
     rng = random.Random(f"{seed}/resizes")
     resizes: list[Resize] = []
@@ -76,7 +76,7 @@ def draw_resizes(seed: int, seconds: float, devices: int) -> list[Resize]:
     while True:
         pause_s = rng.uniform(20.0, 60.0)
         at += pause_s
-        resize = Resize(pause_s, rng.randint(1, devices), rng.random())
+        resize = Resize(pause_s, rng.randint(1, replicas_max), rng.random())
         if at > seconds:
             return resizes
         resizes.append(resize)

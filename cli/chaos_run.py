@@ -172,10 +172,11 @@ class Run:
     async def _lose(self, fault: Fault) -> None:
         """Stop a rank, and say that its device is lost, whatever operation is in progress; then take it again."""
         ranks = await self._ranks()
-        if len(ranks) < 2:
+        if len({rank["replica"] for rank in ranks}) < 2:
             self._tell(f"{fault}: there is no other replica just now")
             return
         rank = ranks[int(fault.choice * len(ranks))]
+        lost = {entry["device"] for entry in ranks if entry["replica"] == rank["replica"]}
         begun = time.monotonic()
         self._tell(f"{fault} ({rank['device']}, r{rank['replica']})")
         try:
@@ -191,8 +192,8 @@ class Run:
         await self._note(fault, rank["device"], begun, time.monotonic())
         async with self._resizing:
             devices = {entry["device"] for entry in await self._ranks()}
-            if rank["device"] not in devices:
-                await self._carry_out({"devices": sorted({*devices, rank["device"]})})
+            if not lost & devices:
+                await self._carry_out({"devices": sorted(lost | devices)})
 
     async def _victim(self, fault: Fault) -> tuple[str, int | None]:
         if fault.target != "rank":
@@ -235,7 +236,7 @@ class Run:
                 await self._scale(body)
 
     async def _present(self) -> list[int]:
-        return sorted(rank["replica"] for rank in await self._ranks())
+        return sorted({rank["replica"] for rank in await self._ranks()})
 
     async def _ranks(self) -> list[dict[str, Any]]:
         while True:

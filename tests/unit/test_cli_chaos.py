@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import random
 from collections import Counter
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from elasticmoe.cli.chaos import Verdict, judge, judge_abuse
+from elasticmoe.cli.chaos import Verdict, add_arguments, judge, judge_abuse, run
 from elasticmoe.cli.chaos_abuse import Abuse
 from elasticmoe.cli.chaos_act import Acted, draw_bursts
 from elasticmoe.cli.chaos_attacks import ATTACKS, CLOSED, Target
@@ -17,11 +18,20 @@ from elasticmoe.cli.chaos_faults import DEVICE, KILL, LOSE, STOP, TARGETS, Fault
 from elasticmoe.cli.chaos_load import BROKEN, HUNG, Tally
 from elasticmoe.cli.chaos_run import Seen
 from elasticmoe.cli.chaos_state import FDS_MORE_MAX, Holdings
+from elasticmoe.common.protocol.errors import ConfigError
 
 
 def test_a_seed_gives_the_same_run() -> None:
     assert draw_faults(7, 1_800, 30) == draw_faults(7, 1_800, 30) != draw_faults(8, 1_800, 30)
     assert draw_resizes(7, 1_800, 5) == draw_resizes(7, 1_800, 5) != draw_resizes(8, 1_800, 5)
+
+
+def test_devices_are_for_whole_replicas() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["--replicas", "2", "--tp", "2", "--devices", "host:3"])
+    with pytest.raises(ConfigError, match="N at least 4, --replicas of --tp devices each"):
+        run(args)
 
 
 def test_half_an_hour_has_every_kind_of_fault_about_every_30_seconds() -> None:
