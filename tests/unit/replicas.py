@@ -115,7 +115,7 @@ class Replicas:
         fence: Any = SimpleNamespace(check=lambda *_: None, heed=lambda _: None)
         barrier, exchange = ShmBarrier(bus, memory.doorbells, slot), ranks.exchanges[slot]
         board = ReplicaBoard(bus, replica)
-        shared: Any = (seat, SYSTEM_CLOCK, server, hmm, fence, memory, 1, barrier, exchange)
+        shared: Any = (seat, SYSTEM_CLOCK, self._sockets, server, hmm, fence, memory, 1, barrier, exchange)
         if seat_of.rank.tp:
             return Follower(FollowerParts(*shared, board, ranks.models[slot], kv, 0.0, 0.0), lambda _: None)
         engine = Engine(

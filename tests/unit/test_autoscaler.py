@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from elasticmoe.common.config import ScalerConfig
-from elasticmoe.common.layout import RankId
+from elasticmoe.common.layout import RankId, Seat
 from elasticmoe.common.model_spec import KvGeometry
 from elasticmoe.common.protocol.codec import Received
 from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError, NotFound, Unavailable
@@ -105,12 +105,12 @@ class Bench:
         known = {"epoch": self.world.layout.epoch, "ended_s": now, "span_s": 1.0, "admitted": 2, "prompt_tokens": 60}
         self.push(RouterWindow(router=name, number=number, **{**known, **facts}))  # type: ignore[arg-type]
 
-    def rank(self, slot: int, **facts: Any) -> None:
+    def rank(self, slot: int, tp: int = 0, **facts: Any) -> None:
         incarnation = self.world.ranks[slot]
         number = self.numbers[incarnation] = self.numbers.get(incarnation, 0) + 1
         now = self.clock.monotonic()
         known = {"epoch": self.world.layout.epoch, "ended_s": now, "span_s": 1.0, "kv_total": 1_000, "kv_used": 100}
-        rank = RankId(slot, 0)
+        rank = RankId(slot - tp, tp)
         self.push(RankWindow(rank=rank, incarnation=incarnation, number=number, **{**known, **facts}))  # type: ignore[arg-type]
 
     def resize(self, replicas: int) -> None:
@@ -206,6 +206,22 @@ def test_a_rank_that_tells_nothing_leaves_its_share_unknown() -> None:
     assert load.signals.kv_used == UNKNOWN
     assert load.signals.silent == ("r1t0",)
     assert load.signals.admitted_per_s == 2.0
+
+
+def test_of_a_replica_of_several_ranks_the_leader_alone_tells() -> None:
+    bench = Bench()
+    layout = bench.world.layout
+    seats = tuple(Seat(RankId(0, tp), seat.slot, seat.device) for tp, seat in enumerate(layout.seats))
+    bench.hmm = msgspec.structs.replace(bench.hmm, layout=msgspec.structs.replace(layout, tp=2, seats=seats))
+    for _ in range(8):
+        load = bench.tick("router:1", ranks=(0,))
+    assert (load.signals.kv_used, load.signals.silent) == (100.0, ())
+    for _ in range(8):
+        bench.rank(1, 1, kv_total=0, kv_used=0, expert_steps=3, expert_rows=((0, 4),))
+        load = bench.tick("router:1", ranks=())
+    assert (load.signals.kv_used, load.signals.silent) == (UNKNOWN, ("r0t0",))
+    assert [window.expert_rows for window in bench.heard[-8:]] == [((0, 4),)] * 8, "of experts all ranks tell"
+    assert not bench.scaler._early
 
 
 def test_latencies_of_another_size_do_not_speak_for_this_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -14,10 +15,11 @@ from elasticmoe.common.protocol.signals import CODEC, RankWindow
 from elasticmoe.services.scaler.api.experts import HALF_LIFE_S, RANKS_KEPT, ExpertLoads
 from elasticmoe.services.scaler.api.snapshot import StatusSnapshot
 from elasticmoe.services.worker.exchange.expert_rows import SAMPLED_EVERY, ExpertRowCounter, ExpertRows
-from elasticmoe.services.worker.rank.windows import EXPERTS_EVERY_S
-from tests.unit.test_rank_windows import Bench
+from elasticmoe.services.worker.rank.windows import EXPERTS_EVERY_S, FollowerWindows
+from tests.unit.test_rank_windows import SEAT, Bench
 from tests.unit.test_scaler_admin import snapshot_of
 from tests.unit.transitions import UP, World
+from tests.unit.windows import Pushed
 
 
 def counts(*rows: int) -> torch.Tensor:
@@ -53,6 +55,20 @@ def test_a_window_now_and_then_tells_them() -> None:
         told.append(window.expert_rows)
     assert 1 <= sum(rows == ((3, 9), (5, 1)) for rows in told) <= 3
     assert set(told) == {(), ((3, 9), (5, 1))}
+
+
+def test_a_follower_tells_of_its_experts_and_of_nothing_else() -> None:
+    pushed, rows = Pushed(), [ExpertRows(4, ((3, 9), (5, 1))), ExpertRows(0, ()), ExpertRows(2, ())]
+    windows = FollowerWindows(msgspec.structs.replace(SEAT, rank=RankId(1, 1)), pushed, lambda: rows.pop(0), 50.0)
+    for second in range(round(3 * EXPERTS_EVERY_S) + 1):
+        windows.turn(50.0 + second, 7)
+    first, second_ = pushed.windows
+    assert isinstance(first, RankWindow)
+    assert isinstance(second_, RankWindow)
+    assert (first.rank, first.number, first.epoch, first.span_s) == (RankId(1, 1), 1, 7, EXPERTS_EVERY_S)
+    assert (first.expert_steps, first.expert_rows) == (4, ((3, 9), (5, 1)))
+    assert (second_.number, second_.expert_steps, second_.ended_s) == (2, 2, 50.0 + 3 * EXPERTS_EVERY_S)
+    assert rows == []
 
 
 @pytest.mark.parametrize(

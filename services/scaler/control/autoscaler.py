@@ -2,9 +2,10 @@
 has told something new, about once a second, its decisions are told, and its orders go to admission like an operator's.
 The loop's thread.
 
-Who is expected to tell of its load: every rank of the layout in force, by the pool's word, and each router that has
-been heard. A router that is silent leaves its share unknown for as long as its connection lasts: it hangs. One whose
-process has ended is forgotten after FORGET_S, once another one speaks, which has taken its place.
+Who is expected to tell of its load: the leader of each replica of the layout in force, by the pool's word, and each
+router that has been heard; followers have no load of their own. A router that is silent leaves its share unknown for as
+long as its connection lasts: it hangs. One whose process has ended is forgotten after FORGET_S, once another one
+speaks, which has taken its place.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ class Autoscaler:
         layout, facts, memory = planned_from(cluster)
         self._turned_at, self._has_news = now, False
         living = {slot: rank for slot, rank in cluster.ranks.items() if rank.ready}
-        ranks = {seat.rank: living[seat.slot].incarnation if seat.slot in living else "" for seat in layout.seats}
+        leaders = [seat for seat in layout.seats if seat.rank.tp == 0]
+        ranks = {seat.rank: living[seat.slot].incarnation if seat.slot in living else "" for seat in leaders}
         self._intake.expect(self._expected_routers(now), ranks, layout.epoch, now)
         for window, arrived_at in self._early:
             self._intake.take(window, arrived_at)
@@ -168,10 +170,12 @@ class Autoscaler:
             if received is None:
                 return
             window = received[1].body
-            if not self._intake.take(window, now):
-                self._early.append((window, now))
             if isinstance(window, RankWindow):
                 self._hear_experts(window)
+                if window.rank.tp:  # a follower: it tells of nothing else
+                    continue
+            if not self._intake.take(window, now):
+                self._early.append((window, now))
             is_known = isinstance(window, RouterWindow) and window.router in self._routers
             if isinstance(window, RouterWindow) and (is_known or len(self._routers) < ROUTERS_MAX):
                 self._routers[window.router] = now

@@ -65,7 +65,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     if engine is None:
         assert board is not None, "a replica of several ranks"
         kv, revision = memory.kv, memory.revision
-        shared = (seat, clock, server, hmm, fence, memory, revision, barrier, exchange)
+        shared = (seat, clock, transport, server, hmm, fence, memory, revision, barrier, exchange)
         return Follower(FollowerParts(*shared, board, model, kv, attach_ms, build_ms), tell_ready)
     parts = RankParts(
         seat=seat,

@@ -37,6 +37,7 @@ from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.rank.lockstep import STEP_MS_MAX
 from elasticmoe.services.worker.rank.loop import BUSY_MS, IDLE_MS, SeatLoop
 from elasticmoe.services.worker.rank.parts import FollowerParts
+from elasticmoe.services.worker.rank.windows import FollowerWindows
 
 log = get_logger("rank")
 
@@ -52,13 +53,16 @@ class Follower(SeatLoop):
         self._board = parts.board
         self._model = parts.model
         self._kv = parts.kv
+        push = parts.transport.connect_push("signals", parts.seat.incarnation)
+        now = parts.clock.monotonic()
+        self._windows = FollowerWindows(parts.seat, push, parts.exchange.take_expert_rows, now)
         self._has_arrived = False  # at a barrier where not all are yet
         self._num_failed = 0  # steps in a row
         self._command: CommandId | None = None
         self._is_leaving = False
 
     def _close(self) -> None:
-        pass  # it has nothing of its own
+        self._windows.close()
 
     def finish(self) -> None:
         """See SeatLoop. Nothing does."""
@@ -71,6 +75,7 @@ class Follower(SeatLoop):
 
     def turn(self, now: float) -> int:
         """See SeatLoop."""
+        self._windows.turn(now, self._lockstep.epoch)
         if self._has_arrived:
             if now >= self._look_at:
                 self._look(self._server.poll(0), now)

@@ -93,6 +93,7 @@ class FollowerParts(NamedTuple):
 
     seat: StartRank
     clock: Clock
+    transport: Transport
     server: ServerEnd[ToRank]
     hmm: HmmLink
     fence: Fence

@@ -1,4 +1,5 @@
 """What a rank tells the scaler of its load: a window about once a second, pushed, and lost where the scaler is away.
+A follower tells now and then of its experts, which are its own, and leaves all else to its leader.
 
 Costs a step next to nothing: two additions, and for a few steps of each window the sums over their sequences.
 """
@@ -110,6 +111,44 @@ class RankWindows:
             steps=tuple(self._samples),
             expert_steps=experts.num_steps,
             expert_rows=experts.rows,
+        )
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        self._end.close()
+
+
+class FollowerWindows:
+    """Owned by the follower's thread. `take_expert_rows`: the exchange's."""
+
+    def __init__(self, seat: StartRank, end: PushEnd, take_expert_rows: Callable[[], ExpertRows], now: float) -> None:
+        self._seat = seat
+        self._end = end
+        self._take_expert_rows = take_expert_rows
+        self._told_at = now
+        self._number = 0
+
+    def turn(self, now: float, epoch: int) -> None:
+        """Push how often experts were routed to since the last time, if it is due and there were steps. `epoch`: of the
+        layout by which the rank steps."""
+        span_s = now - self._told_at
+        if span_s < EXPERTS_EVERY_S:
+            return
+        self._told_at, experts = now, self._take_expert_rows()
+        if not experts.num_steps:
+            return
+        self._number += 1
+        self._end.push(
+            RankWindow(
+                rank=self._seat.rank,
+                incarnation=self._seat.incarnation,
+                number=self._number,
+                epoch=epoch,
+                ended_s=now,
+                span_s=min(span_s, WINDOW_SECONDS_MAX),
+                expert_steps=experts.num_steps,
+                expert_rows=experts.rows,
+            )
         )
 
     def close(self) -> None:
