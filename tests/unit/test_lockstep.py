@@ -259,6 +259,26 @@ def test_only_who_is_a_member_for_the_first_time_has_come_in(harness: Harness) -
     assert other.lockstep.has_come_in
 
 
+def test_a_members_successor_does_not_know_that_nobody_is_in_its_last_step_until_all_have_met(harness: Harness) -> None:
+    """One that joins has no step behind it that anybody may be in."""
+    harness.hmm.set_membership(1, 0b011, True, 1)
+    one = harness.add(0, 1)
+    harness.hmm.set_membership(2, 0b011, False, 1)  # it dies
+    heir, other, joiner = harness.add(0, 1), harness.add(1, 1), harness.add(2, 1)
+    assert joiner.lockstep.is_settled
+    harness.hmm.set_membership(3, 0b011, True, 1)
+    for member in (heir, other):
+        member.lockstep.sync()
+        assert not member.lockstep.is_settled
+    met = threading.Thread(target=other.meet, args=(1,))
+    met.start()
+    heir.meet(1)
+    met.join(DEADLINE_S)
+    assert heir.lockstep.is_settled
+    assert other.lockstep.is_settled
+    assert one.lockstep.generation == 0
+
+
 def test_who_first_sees_a_generation_that_does_not_run_comes_in_with_the_next(harness: Harness) -> None:
     member = harness.add(0, 1)
     harness.hmm.set_membership(1, 0b01, False, 1)
