@@ -66,18 +66,20 @@ class Memory:
 
 
 class World:
-    """An HMM without sockets that has a model loaded on two of three devices. Ranks map at once what they are sent."""
+    """An HMM without sockets that has a model loaded on all devices but one, as two replicas. Ranks map at once what they
+    are sent."""
 
     def __init__(
-        self, model: Path, folder: Path, *, device_bytes: int = BUDGET, exchange: ExchangeKind = "shm"
+        self, model: Path, folder: Path, *, device_bytes: int = BUDGET, exchange: ExchangeKind = "shm", tp: int = 1
     ) -> None:
+        self.tp = tp
         self.machine = Memory()
         self.kept: dict[str, int] = {}  # what a keeper would hold
-        self.config = HmmConfig(run_dir=str(folder), devices="host:3", device_bytes=device_bytes)
+        self.config = HmmConfig(run_dir=str(folder), devices=f"host:{2 * tp + 1}", device_bytes=device_bytes)
         parking: Any = SimpleNamespace(fetch=dict, keep=self.kept.update, forget=self._forget, names=self.kept.keys())
         self.holdings = Holdings(self.config, parking, LOG)
         self.holdings.start()
-        layout = initial_layout((5, 5), ["host:0", "host:1"])
+        layout = initial_layout((5, 5), [f"host:{slot}" for slot in range(2 * tp)], tp=tp)
         request = LoadModel("load", str(model), "float32", layout, 16, 3 << 21, 64, 4, 64, exchange)
         load = ModelLoad(request, self.holdings.memories, self.holdings.prepare(layout), self.holdings.granularity)
         self.holdings.commit(load.run())
@@ -125,8 +127,8 @@ class World:
         self.num_requests += 1
         before = self.layout
         homes = tuple(tuple((slots[(expert + layer) % len(slots)],) for expert in range(5)) for layer in range(2))
-        seats = tuple(Seat(RankId(slot, 0), slot, f"host:{slot}") for slot in slots)
-        layout = Layout(before.epoch + 1, 1, seats, homes)
+        seats = tuple(Seat(RankId(*divmod(slot, self.tp)), slot, f"host:{slot}") for slot in slots)
+        layout = Layout(before.epoch + 1, self.tp, seats, homes)
         old = {seat.device for seat in before.seats}
         devices = old | {seat.device for seat in seats}
         fewer = {name: max(1, len(self.holdings.memories[name].kv) - 1) for name in devices}
@@ -277,6 +279,31 @@ def test_a_leavers_mailbox_stays_while_a_rank_that_may_have_it_is_between_two_co
         world.transitions.on_attach(1)
         world.turn_to("released")
         assert world.holdings.memories["host:2"].mailbox is None
+    finally:
+        world.close()
+
+
+def test_a_leaving_followers_kv_stays_as_long_as_its_leader_may_have_it_copied(
+    tiny_mixtral: Path, tmp_path: Path
+) -> None:
+    world = World(tiny_mixtral, tmp_path, tp=2)
+    try:
+        request = world.request(0, 1)
+        world.transitions.stage(request)
+        world.turn_to("staged")
+        world.transitions.commit(request.id)
+        world.flip()
+        world.turn_to("flipped")
+        del world.by_slot[3]  # it has no sequences, and has left
+        world.transitions.on_detach(3)
+        world.transitions.release(request.id)
+        for _ in range(20):
+            world.turn_to("releasing")
+        assert all(world.holdings.memories[f"host:{slot}"].kv for slot in (2, 3))
+        del world.by_slot[2]
+        world.transitions.on_detach(2)
+        world.turn_to("released")
+        assert not any(world.holdings.memories[f"host:{slot}"].kv for slot in (2, 3))
     finally:
         world.close()
 

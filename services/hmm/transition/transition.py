@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Final
 
 import msgspec
@@ -19,7 +20,7 @@ from elasticmoe.common.clock import Clock
 from elasticmoe.common.devices.base import Handle
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.host_shared import HostShared
-from elasticmoe.common.layout import Layout, Seat
+from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound
 from elasticmoe.common.protocol.hmm import StageLayout
 from elasticmoe.common.protocol.ids import TransitionId
@@ -335,7 +336,7 @@ class Transitions:
         """Whether no device holds what it need not hold by `layout`."""
         is_done = True
         gone: list[tuple[DeviceMemory, Handle | HostShared]] = []
-        seats = sorted({*transition.before.seats, *transition.after.seats}, key=_slot_of)
+        seats = sorted({*transition.before.seats, *transition.after.seats}, key=attrgetter("slot"))
         for seat in seats:
             memory = self._holdings.memories[seat.device]
             keys = keys_of((layout,), seat.device)
@@ -343,7 +344,9 @@ class Transitions:
             if not extra and (keys or not (memory.kv or memory.ledger or memory.mailbox)):
                 continue
             is_done = False
-            holders = seats if memory.mailbox and not keys else (seat,)  # all map it, also between two connections
+            # All map a mailbox, also between two connections. A leader has KV copied from all ranks of its replica.
+            others = seats if memory.mailbox else [one for one in seats if one.rank.replica == seat.rank.replica]
+            holders = (seat,) if keys else others
             if not all(self._is_let_go(one.slot, one in layout.seats) for one in holders) or self._is_used(memory):
                 continue
             taken = [memory.records.pop(key) for key in extra] if keys else memory.take_all()
@@ -394,7 +397,3 @@ class Transitions:
         failpoint("hmm.kv_grown.before")
         self._changed()
         failpoint("hmm.kv_grown.after")
-
-
-def _slot_of(seat: Seat) -> int:
-    return seat.slot
