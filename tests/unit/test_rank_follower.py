@@ -152,6 +152,23 @@ def test_a_follower_that_fails_again_and_again_ends(directory: Path, tmp_path: P
         assert follower._num_failed == FAILED_MAX + 1 or "r" in replicas.failed
 
 
+def test_a_request_whose_part_in_a_plan_cannot_be_told_ends_alone(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bus has no room for it: the leader lives on, and the others' tokens are as ever."""
+    monkeypatch.setattr("tests.unit.ranks.PLAN_BYTES", 220)  # two small ones take 172, the large one 260
+    with Replicas(directory, tmp_path, 1) as replicas:
+        prompts = {name: [at, at + 1, at + 2] * 3 for at, name in enumerate(("one", "other"))}
+        for name, prompt in prompts.items():
+            replicas.submit(0, name, prompt, 12)
+        replicas.submit(0, "large", [5] * 150, 4)
+        replicas.wait_finished()
+        assert list(replicas.failed) == ["large"]
+        assert "while it computed this request alone" in replicas.failed["large"].message
+        check_exact(replicas, directory, prompts, 12)
+        assert replicas.num_ended == 0, "nobody has to meet for that"
+
+
 def test_a_follower_has_no_requests_and_leaves_with_its_replica(directory: Path, tmp_path: Path) -> None:
     command, targets = CommandId("op", 1, 1, "drain"), (MoveTarget(RankId(0, 1), 1),)
     with Replicas(directory, tmp_path, 2) as replicas:

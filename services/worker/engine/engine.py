@@ -174,11 +174,14 @@ class Engine:
         plan = self._planning.plan(decode_only=decode_only, num_clean=num_clean)
         return plan if plan.is_alone else plan._replace(moves=self._room.plan_moves())
 
-    def announce(self, plan: StepPlan) -> None:
-        """Let the other ranks of the replica, where there are any, know what `compute` will be called with. Once for
-        each plan, before this rank says that it has come to the step."""
-        if self._board is not None:
-            self._board.write(ReplicaPlan(plan.moves, self._batch(plan)))
+    def announce(self, plan: StepPlan) -> StepPlan:
+        """Let the other ranks of the replica, where there are any, know of the plan, before this rank says that it has
+        come to the step. Returns what `compute` is to be called with. What it raises has changed nothing."""
+        if self._board is None:
+            return plan
+        batch = self._batch(plan)
+        self._board.write(ReplicaPlan(plan.moves, batch))
+        return plan._replace(batch=batch)
 
     def settle_plan(self, failed: PlanFailed) -> list[tuple[bytes, Failed]]:
         """Live on after a plan that failed: who it failed of ends. Raises what it failed of where the books do not add
@@ -198,7 +201,8 @@ class Engine:
         self._exchange.begin_step(total_tokens, deadline_ms)
         for old, new in plan.moves:
             kv_bytes.copy_block(self.kv, old, new)
-        logits = self._model.forward(self._batch(plan), self._exchange)
+        batch = plan.batch if plan.batch is not None else self._batch(plan)
+        logits = self._model.forward(batch, self._exchange)
         times = self._model.times
         self.cost = StepCost(times.total_ns - times.exchange_ns, times.exchange_ns - times.wait_ns, times.wait_ns)
         return self._choose(plan.chunks, logits)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from elasticmoe.services.worker.engine.sequence import Sequence
 from elasticmoe.services.worker.exchange.board import Moves
+from elasticmoe.services.worker.model.batch import Batch
 
 
 class Chunk(NamedTuple):
@@ -23,7 +24,7 @@ class StepPlan(NamedTuple):
     prompts were left out. `is_alone`: of one suspect, to be computed only if no rank brings anything else; without any
     chunks where it is another rank's.
     `leaves_suspects`: some were left out, so that the step must be computed even if nobody has work for it. `moves`: of
-    KV blocks, likewise; only where a replica has several ranks."""
+    KV blocks, likewise; only where a replica has several ranks. `batch`: what is computed, where other ranks have been told of it."""
 
     chunks: list[Chunk]
     admitted: list[Sequence]
@@ -32,6 +33,7 @@ class StepPlan(NamedTuple):
     is_alone: bool = False
     leaves_suspects: bool = False
     moves: Moves = ()
+    batch: Batch | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -138,9 +138,10 @@ class Rank(SeatLoop):
         if lockstep.is_member:
             plan = self._steps.plan(decode_only=lockstep.is_urgent, num_clean=lockstep.num_clean)
             if plan.num_said or lockstep.shall_meet():
-                self._engine.announce(plan)
-                self._shares.arrive()
-                return plan, 0
+                announced = self._steps.announce(plan)
+                if announced is not None:
+                    self._shares.arrive()
+                return announced, 0
         self._windows.turn(now, lockstep.epoch)
         self._send_status(now)
         self._leave_if_unneeded()

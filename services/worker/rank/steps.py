@@ -69,6 +69,16 @@ class Steps:
             self._num_unplanned = 0
             return plan
 
+    def announce(self, plan: StepPlan) -> StepPlan | None:
+        """See Engine. None where it failed: that is a step that failed, but nobody waits for a part in it, and this rank
+        plans anew. Raises what went wrong where this process cannot go on."""
+        try:
+            return self._engine.announce(plan)
+        except Exception as error:
+            self._engine.trials.begin(plan)
+            self._live_on(plan, error, is_awaited=False)
+            return None
+
     def run(self, plan: StepPlan, total_tokens: int, deadline_ms: float) -> None:
         """Compute, commit and tell. `total_tokens`: of all ranks together. Raises StepTimedOut, and what went wrong
         where this process cannot go on."""
@@ -85,7 +95,7 @@ class Steps:
             self._fail(plan, is_aborted=True)
             return
         except Exception as error:
-            self._live_on(plan, error)
+            self._live_on(plan, error, is_awaited=self._exchange.is_awaited)
             return
         self._num_failed = 0
         # A step that left something out says nothing of one that was given up: it would be tried again for ever.
@@ -95,9 +105,8 @@ class Steps:
         self._engine.trials.end(plan)
         self._lockstep.note_done()
 
-    def _live_on(self, plan: StepPlan, error: Exception) -> None:
+    def _live_on(self, plan: StepPlan, error: Exception, *, is_awaited: bool) -> None:
         """A step raised an error. Raises it again where this process must end of it."""
-        is_awaited = self._exchange.is_awaited
         if is_awaited and not self._hmm.is_connected:
             raise error  # nobody can stop the others but this process's end
         if is_shortage(error):
