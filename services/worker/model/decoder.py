@@ -38,7 +38,7 @@ class Decoder:
         self._is_part = weights.shard.of > 1  # of a replica of several ranks
         self._residual_NH = self._buffer(max_tokens, spec.hidden)
         self._x_NH, self._delta_NH = (backend.mirror(max_tokens, spec.hidden) for _ in range(2))
-        self._partial_NH = backend.mirror(max_tokens, spec.hidden) if self._is_part else None  # of an attention
+        self._partial_NH = backend.mirror(max_tokens, spec.hidden) if self._is_part else None  # to be added up
         self._head_VH = weights.base["embed" if spec.tie_embeddings else "head"]
         self._logits_MV = self._buffer(0, self._head_VH.shape[0])
         self._gathered_MV = self._buffer(0, spec.vocab)  # by the leader of a replica
@@ -102,8 +102,8 @@ class Decoder:
         if layer in spec.dense_layers:
             DenseFeedForward(backend, spec, tensors, x_NH, delta_NH, self._shard).write(program)
             return
-        experts = self._weights.experts[layer]
-        RoutedExperts(backend, spec, layer, tensors, experts, x_NH, delta_NH, self._shard).write(program)
+        parts = x_NH, delta_NH, self._shard, self._partial_NH  # post_norm has added what attention left in the last
+        RoutedExperts(backend, spec, layer, tensors, self._weights.experts[layer], *parts).write(program)
 
     def _compute_logits(self, num_logits: int) -> torch.Tensor:
         if num_logits > self._logits_MV.host.shape[0]:

@@ -31,7 +31,10 @@ class RoutedExperts:
         x_NH: Mirror,
         delta_NH: Mirror,
         shard: Shard,
+        partial_NH: Mirror | None = None,
     ) -> None:
+        """`partial_NH`: room for this rank's part of the shared experts, where the replica has several ranks; free
+        between two layers."""
         max_tokens, top_k = x_NH.host.shape[0], spec.moe.top_k
         ids_NK = backend.mirror(max_tokens, top_k, dtype=torch.int32)
         weights_NK = backend.mirror(max_tokens, top_k)
@@ -47,7 +50,8 @@ class RoutedExperts:
             w13, w2, gate_1H = tensors["shared_w13"], tensors["shared_w2"], tensors.get("shared_gate")
             width, out_NH = shard.size(spec.moe.shared_width), delta_NH
             if shard.of > 1:
-                out_NH = self._partial_NH = backend.mirror(max_tokens, spec.hidden)
+                assert partial_NH is not None, "a part is added to others"
+                out_NH = self._partial_NH = partial_NH
                 self._clear = backend.clear(out_NH.device)
             self._add_shared = backend.shared_experts(x_NH.device, w13, w2, gate_1H, width, out_NH.device)
 
