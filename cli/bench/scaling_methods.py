@@ -292,8 +292,8 @@ def rank_names(layout: dict[str, Any]) -> set[str]:
 
 
 def kv_blocks(layout: dict[str, Any]) -> int:
-    """KV blocks of all ranks in an answer of /v1/layout."""
-    return sum(int(rank["kv_blocks"]) for rank in layout["ranks"])
+    """KV blocks of all replicas in an answer of /v1/layout: those of their leaders."""
+    return sum(int(rank["kv_blocks"]) for rank in layout["ranks"] if rank["tp"] == 0)
 
 
 async def capacity_of(deployments: Iterable[Deployment]) -> int:

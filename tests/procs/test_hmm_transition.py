@@ -286,11 +286,13 @@ def test_what_cannot_be_is_refused_and_changes_nothing(world: World) -> None:
     moved = (Seat(RankId(0, 0), 0, "host:0"), Seat(RankId(1, 0), 2, "host:1"), Seat(RankId(2, 0), 1, "host:2"))
     foreign = (*good.layout.seats[:2], Seat(RankId(2, 0), 2, "host:9"))
     high = (*good.layout.seats[:2], Seat(RankId(2, 0), 63, "host:2"))
+    split = tuple(Seat(RankId(0, tp), seat.slot, seat.device) for tp, seat in enumerate(good.layout.seats))
     homes = tuple(tuple((0,) for _ in range(5)) for _ in range(2))
     cases: list[tuple[dict[str, Any], str]] = [
         (layout(epoch=1), "wrong_epoch"),
         (layout(epoch=3), "wrong_epoch"),
         (layout(tp=3), "invalid_request"),
+        (layout(tp=3, seats=split), "tp_unsupported"),
         (layout(seats=moved), "invalid_request"),
         (layout(seats=foreign), "not_found"),
         (layout(seats=high, homes=homes), "invalid_request"),

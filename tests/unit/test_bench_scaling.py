@@ -219,7 +219,8 @@ def test_the_first_token_of_a_new_rank_by_acceptance_or_move() -> None:
 def test_layouts_and_metrics_are_read_by_name() -> None:
     layout = {"ranks": [{"replica": 0, "tp": 0, "kv_blocks": 5}, {"replica": 2, "tp": 0, "kv_blocks": 7}]}
     assert rank_names(layout) == {"r0t0", "r2t0"}
-    assert kv_blocks(layout) == 12
+    layout["ranks"].append({"replica": 2, "tp": 1, "kv_blocks": 7})
+    assert kv_blocks(layout) == 12, "of a replica's blocks each rank has a part"
     text = '# TYPE x_total counter\nx:requests_resubmitted_total{model_name="m"} 2.0\nx:other_total 5.0\n'
     assert counters(text, "resubmitted") == 2
 

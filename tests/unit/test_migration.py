@@ -13,6 +13,7 @@ from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.peer import Reserved, Taken
 from elasticmoe.common.protocol.rank import HandOver, Reserve, Sampling, Submit, Unreserve
 from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.services.worker.engine.engine import Engine
 from tests.unit.migration_world import ROUTER, Node, World
 from tests.unit.ranks import Ranks
 
@@ -53,6 +54,33 @@ def test_moves_in_decode_with_its_kv(world: World) -> None:
     assert a.ids == set()
     assert not a.migration.has_work
     world.finish()
+
+
+def test_where_other_ranks_have_parts_of_the_blocks_all_are_copied_before_the_hand_over(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that are more than one copy takes."""
+    monkeypatch.setattr(Engine, "has_followers", property(lambda _: True))
+    monkeypatch.setattr("elasticmoe.services.worker.migration.outgoing.BLOCKS_PER_COPY_MAX", 3)
+    a, b, _ = world.nodes
+    request = world.submit(a, "r", prompt(1, 50), 80)
+    world.until(lambda: running(a, "r", 20))
+    a.move_to((b, 1))
+    world.until(lambda: request.node is b)
+    assert [message.tail for message in b.seen if isinstance(message, HandOver)] == [b""]
+    world.finish()
+
+
+def test_what_comes_in_the_message_is_refused_where_other_ranks_have_parts_of_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "has_followers", property(lambda _: True))
+    node, tokens = world.nodes[0], list(range(11))
+    reserve(node, tokens, 4)
+    with pytest.raises(ElasticMoEError, match="2 blocks not copied on all ranks"):
+        node.migration.take("x:1", hand_over(node, tokens, 10, 1, 2), 0.0)
+    assert node.engine.check_integrity() == []
+    assert node.migration.take("x:1", hand_over(node, tokens, 10, 3, 0), 0.0) == Taken("r")
 
 
 def test_moves_in_the_midst_of_a_prompt(world: World) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.clock import SYSTEM_CLOCK
-from elasticmoe.common.layout import RankId
+from elasticmoe.common.layout import RankId, Seat
 from elasticmoe.common.protocol.errors import (
     Conflict,
     DeadlineExceeded,
@@ -63,8 +63,8 @@ def snapshot_of(world: World, **changes: Any) -> StatusSnapshot:
     return msgspec.structs.replace(base, **{"policy": policy, **changes})
 
 
-def load_of(free: int, total: int) -> RankLoad:
-    return RankLoad(RankId(0, 0), "r", 1, 0, 0, 0, 0, free, total, False, None, 1, 1)
+def load_of(free: int, total: int, tp: int = 0) -> RankLoad:
+    return RankLoad(RankId(0, tp), "r", 1, 0, 0, 0, 0, free, total, False, None, 1, 1)
 
 
 class Loop:
@@ -337,6 +337,20 @@ async def test_layout_and_devices_tell_who_joins_and_who_leaves(
     layout = (await listener.call("GET", "/v1/layout")).json()
     assert [rank["state"] for rank in layout["ranks"] if rank["slot"] == slot] == [state]
     assert layout["ranks"][0]["kv_blocks_free"] == 3
+
+
+async def test_which_blocks_are_free_the_leader_knows(listener: Listener) -> None:
+    world = World(UP.before)
+    seats = tuple(Seat(RankId(0, tp), seat.slot, seat.device) for tp, seat in enumerate(world.layout.seats))
+    layout = msgspec.structs.replace(world.layout, tp=2, seats=seats)
+    loads = {0: load_of(3, 9), 1: load_of(0, 9, tp=1)}
+    listener.status_cache.snapshot = snapshot_of(world, layout=layout, loads=loads)
+    ranks = (await listener.call("GET", "/v1/layout")).json()["ranks"]
+    assert [rank["kv_blocks_free"] for rank in ranks] == [3, None]
+    text = (await listener.call("GET", "/metrics")).text
+    for line in ('elasticmoe:kv_blocks{state="free"} 3.0', 'elasticmoe:kv_blocks{state="used"} 6.0'):
+        assert line in text
+    assert [rank[1:3] for rank in (await listener.call("GET", "/v1/now")).json()["ranks"]] == [[9, 3], [9, 3]]
 
 
 async def test_metrics_never_reset(listener: Listener) -> None:

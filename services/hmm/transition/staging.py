@@ -31,7 +31,8 @@ def _check_seats(catalog: Catalog, loaded: Loaded, layout: Layout, max_ranks: in
     except ValueError as error:
         raise InvalidRequest(f"layout: {error}") from None
     if layout.tp != before.tp:
-        raise InvalidRequest(f"layout has tp={layout.tp}; the deployment has tp={before.tp}")
+        text = f"layout has tp={layout.tp}; the deployment has tp={before.tp}"
+        raise InvalidRequest(text, code="tp_unsupported")
     check_layout(layout, loaded.spec)
     if max(layout.slots) >= max_ranks:
         raise InvalidRequest(f"slot {max(layout.slots)} is not one of the bus's {max_ranks}")

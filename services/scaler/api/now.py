@@ -118,7 +118,12 @@ def _devices_of(snapshot: StatusSnapshot) -> dict[str, views.NowDevice]:
 
 
 def _ranks_of(snapshot: StatusSnapshot) -> dict[int, views.NowRank]:
+    loads = snapshot.loads
+    # A block has one number on all ranks of a replica: which are free, its leader knows.
+    free = {load.rank.replica: load.blocks_free for load in loads.values() if load.rank.tp == 0}
     return {
-        slot: views.NowRank(slot, load.blocks_total, load.blocks_free, load.running, load.waiting, load.moving)
-        for slot, load in snapshot.loads.items()
+        slot: views.NowRank(
+            slot, load.blocks_total, free.get(load.rank.replica, 0), load.running, load.waiting, load.moving
+        )
+        for slot, load in loads.items()
     }

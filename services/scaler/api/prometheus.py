@@ -27,9 +27,10 @@ def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
         for state, nbytes in msgspec.structs.asdict(memory_view(device)).items():
             if nbytes is not None:  # no driver tells a total
                 memory.labels(device.device, state).set(nbytes)
-    free = sum(load.blocks_free for load in snapshot.loads.values())
+    leaders = [load for load in snapshot.loads.values() if load.rank.tp == 0]  # of a block, the others have parts
+    free = sum(load.blocks_free for load in leaders)
     blocks.labels("free").set(free)
-    blocks.labels("used").set(sum(load.blocks_total for load in snapshot.loads.values()) - free)
+    blocks.labels("used").set(sum(load.blocks_total for load in leaders) - free)
     standby.set(snapshot.cluster.standby if snapshot.cluster else 0)
     _add_load(registry, snapshot)
     return generate_latest(registry) + generate_latest(meters.registry)

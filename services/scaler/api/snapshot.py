@@ -111,7 +111,7 @@ def layout_view(snapshot: StatusSnapshot) -> views.Layout:
                 attach_ms=rank.attach_ms if rank else None,
                 experts=counts[seat.slot],
                 kv_blocks=device.kv_blocks if device else 0,
-                kv_blocks_free=load.blocks_free if load else None,
+                kv_blocks_free=load.blocks_free if load and seat.rank.tp == 0 else None,
                 memory=memory_view(device) if device else None,
             )
         )

@@ -66,7 +66,9 @@ class Rank(msgspec.Struct, frozen=True):
     attach_ms: Annotated[float | None, says("What mapping its memory took")]
     experts: Annotated[int, says("Expert records on its device")]
     kv_blocks: Annotated[int, says("KV blocks of its device")]
-    kv_blocks_free: Annotated[int | None, says("Those that are free; null where the rank has not told lately")]
+    kv_blocks_free: Annotated[
+        int | None, says("Those that are free; null where the rank has not told lately, and where another leads")
+    ]
     memory: Annotated[Memory | None, says("Its device's bytes; null while the HMM does not answer")]
 
 

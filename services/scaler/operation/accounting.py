@@ -28,7 +28,8 @@ def count(operation: Operation, cluster: Cluster, loads: Mapping[int, RankLoad],
     )
     bytes_prior, bytes_of = accounting.bytes_prior, accounting.bytes_of
     if cluster.phase is not None:
-        blocks = sum(device.kv_blocks for device in cluster.devices)
+        # Of a block all ranks of a replica have a part, and they have as many.
+        blocks = sum(device.kv_blocks for device in cluster.devices) // cluster.in_force.layout.tp
         before = blocks if figures.kv_blocks_before is None else figures.kv_blocks_before
         figures = msgspec.structs.replace(figures, kv_blocks_before=before, kv_blocks_after=blocks)
     transition = cluster.transition

@@ -375,7 +375,7 @@ class Engine:
         if self.scheduler.get(message.router, request_id) is not None:
             raise Conflict(f"request id {request_id} is in use", code="duplicate_request_id")
         self._check_size(message.request, message.router)
-        check_hand_over(self.scheduler, self.kv.geometry, hold, message, sequence)
+        check_hand_over(self.scheduler, self.kv.geometry, hold, message, sequence, has_followers=self.has_followers)
         self.scheduler.adopt(hold, sequence)
         if sequence.kv_len == 0:
             return

@@ -10,10 +10,16 @@ from elasticmoe.services.worker.engine.sequence import BlockHold, Sequence
 
 
 def check_hand_over(
-    scheduler: Scheduler, geometry: KvGeometry, hold: BlockHold, message: HandOver, sequence: Sequence
+    scheduler: Scheduler,
+    geometry: KvGeometry,
+    hold: BlockHold,
+    message: HandOver,
+    sequence: Sequence,
+    *,
+    has_followers: bool,
 ) -> None:
-    """Whether `message` fits to the place that `hold` keeps and makes `sequence`. Raises InvalidRequest for figures
-    that do not fit together."""
+    """Whether `message` fits to the place that `hold` keeps and makes `sequence`; `has_followers`: its blocks have parts
+    on other ranks, too. Raises InvalidRequest for figures that do not fit together."""
     num_tail = max(0, scheduler.blocks.blocks_for(message.kv_len) - message.num_copied)
     num_noted = len(message.prompt_logprobs or ())
     for is_wrong, what in (
@@ -25,6 +31,7 @@ def check_hand_over(
         (sequence.kv_len > 0 and hold.row < 0, "KV without a row"),
         (not hold.num_cached <= message.num_copied <= len(hold.blocks), f"{message.num_copied} blocks copied"),
         (message.num_copied > scheduler.blocks.blocks_for(sequence.kv_len), f"{message.num_copied} blocks copied"),
+        (has_followers and num_tail > 0, f"{num_tail} blocks not copied on all ranks"),
         (len(message.tail) != num_tail * geometry.block_bytes, f"a tail of {len(message.tail)} bytes"),
         (
             sequence.wants_prompt_logprobs and num_noted != sequence.kv_len,

@@ -341,7 +341,8 @@ class Outgoing:
 
     def _end_last_copy(self, transfer: SequenceTransfer, now: float) -> None:
         self._restore(transfer.sequence)
-        if transfer.num_copied == transfer.copying_to:  # else blocks have moved meanwhile
+        end = self._engine.scheduler.blocks.blocks_for(transfer.sequence.kv_len)
+        if transfer.num_copied >= end:  # else blocks have moved meanwhile, or it was more than one copy
             self._hand_over(transfer, now)
 
     def _hand_over(self, transfer: SequenceTransfer, now: float) -> None:
