@@ -66,8 +66,8 @@ class Memory:
 
 
 class World:
-    """An HMM without sockets that has a model loaded on all devices but one, as two replicas. Ranks map at once what they
-    are sent."""
+    """An HMM without sockets that has a model loaded on all devices but one, as two replicas. Ranks map at once what
+    they are sent."""
 
     def __init__(
         self, model: Path, folder: Path, *, device_bytes: int = BUDGET, exchange: ExchangeKind = "shm", tp: int = 1

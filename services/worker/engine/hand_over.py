@@ -18,8 +18,8 @@ def check_hand_over(
     *,
     has_followers: bool,
 ) -> None:
-    """Whether `message` fits to the place that `hold` keeps and makes `sequence`; `has_followers`: its blocks have parts
-    on other ranks, too. Raises InvalidRequest for figures that do not fit together."""
+    """Whether `message` fits to the place that `hold` keeps and makes `sequence`; `has_followers`: its blocks have
+    parts on other ranks, too. Raises InvalidRequest for figures that do not fit together."""
     num_tail = max(0, scheduler.blocks.blocks_for(message.kv_len) - message.num_copied)
     num_noted = len(message.prompt_logprobs or ())
     for is_wrong, what in (

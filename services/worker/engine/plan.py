@@ -24,7 +24,8 @@ class StepPlan(NamedTuple):
     prompts were left out. `is_alone`: of one suspect, to be computed only if no rank brings anything else; without any
     chunks where it is another rank's.
     `leaves_suspects`: some were left out, so that the step must be computed even if nobody has work for it. `moves`: of
-    KV blocks, likewise; only where a replica has several ranks. `batch`: what is computed, where other ranks have been told of it."""
+    KV blocks, likewise; only where a replica has several ranks. `batch`: what is computed, where other ranks have been
+    told of it."""
 
     chunks: list[Chunk]
     admitted: list[Sequence]

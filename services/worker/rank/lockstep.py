@@ -44,8 +44,8 @@ class Lockstep:
     with the others, also without work of its own. `members`: bit mask of the slots that take part in the present
     generation. `epoch`: of the layout whose routing is in use; 0 before the first generation. `has_turn`: the tokens
     that this rank's replica brought count in the step that was met for last. `leader`: the slot that says how many, if
-    it is not the own one. `is_settled`: all have met since a step was given up, by this rank or by its seat's last one, so
-    that nobody is in the midst of that any more.
+    it is not the own one. `is_settled`: all have met since a step was given up, by this rank or by its seat's last
+    one, so that nobody is in the midst of that any more.
     """
 
     def __init__(

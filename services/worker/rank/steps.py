@@ -70,8 +70,8 @@ class Steps:
             return plan
 
     def announce(self, plan: StepPlan) -> StepPlan | None:
-        """See Engine. None where it failed: that is a step that failed, but nobody waits for a part in it, and this rank
-        plans anew. Raises what went wrong where this process cannot go on."""
+        """See Engine. None where it failed: that is a step that failed, but nobody waits for a part in it, and this
+        rank plans anew. Raises what went wrong where this process cannot go on."""
         try:
             return self._engine.announce(plan)
         except Exception as error:
