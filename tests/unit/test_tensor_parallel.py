@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from elasticmoe.cli.models import random_checkpoint
-from elasticmoe.services.worker.backends.base import ComputeBackend
+from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
+from elasticmoe.services.worker.backends.host import HostBackend
 from elasticmoe.services.worker.model.batch import BatchPart
 from tests.unit.backends import ON_CPU, QueuedBackend
 from tests.unit.exchanges import KINDS
@@ -160,6 +161,23 @@ def test_a_step_that_was_given_up_is_repeated(checkpoints: Checkpoints, backend:
     ranks.new_generation()
     for rows, want in zip(ranks.step(work), fresh.step(work), strict=True):
         assert torch.equal(rows, want)
+
+
+def test_what_layers_pass_on_has_the_same_room_for_all_of_them(checkpoints: Checkpoints) -> None:
+    """Also parts of shared experts: a buffer in each layer would be in no budget."""
+    made: list[tuple[int, ...]] = []
+
+    class Counting(HostBackend):
+        def mirror(self, *shape: int, dtype: torch.dtype = torch.float32) -> Mirror:
+            made.append(shape)
+            return super().mirror(*shape, dtype=dtype)
+
+    directory, _ = checkpoints["deepseek3"]
+    ranks = Ranks(directory, 1, tp=2, max_tokens=48, backend=Counting)
+    assert ranks.spec.moe.shared_width > 0
+    assert sum(count > 0 for count in ranks.spec.num_experts_by_layer) > 1
+    rows = (48, ranks.spec.hidden)
+    assert made.count(rows) == 2 * 4, "a rank's residual, x, delta and part"
 
 
 def test_bad_batches_are_refused_by_all(checkpoints: Checkpoints) -> None:
