@@ -12,7 +12,7 @@ import pytest
 
 from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.common.layout import RankId
-from elasticmoe.common.protocol import peer, router
+from elasticmoe.common.protocol import peer, router, signals
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.ids import CommandId
 from elasticmoe.common.protocol.rank import (
@@ -27,6 +27,7 @@ from elasticmoe.common.protocol.rank import (
     Unreserve,
 )
 from elasticmoe.common.protocol.scaler import Integrity
+from elasticmoe.common.protocol.signals import RankWindow
 from elasticmoe.services.worker.exchange.base import StepAborted
 from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
@@ -192,6 +193,31 @@ def test_a_follower_has_no_requests_and_leaves_with_its_replica(directory: Path,
         ranks._observer.set_membership(ranks._generation + 1, 0b0011, True)  # a layout without its replica
         replicas.wait(lambda: replicas.loops[3].is_stopping, "the follower to leave")
         assert not replicas.loops[2].is_stopping, "a leader is told itself"
+
+
+def test_a_follower_tells_how_often_its_own_experts_were_routed_to(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elasticmoe.services.worker.rank.windows.EXPERTS_EVERY_S", 0.05)
+    heard: list[RankWindow] = []
+    with Replicas(directory, tmp_path, 1) as replicas:
+        layout = replicas.ranks.layout
+        scaler = replicas._sockets.serve("signals", "scaler:1", signals.CODEC)
+
+        def has_heard() -> bool:
+            while (received := scaler.receive()) is not None:
+                if isinstance(window := received[1].body, RankWindow) and window.rank.tp:
+                    heard.append(window)
+            return any(window.expert_rows for window in heard)
+
+        replicas.submit(0, "r", [1, 2, 3], LONG)
+        replicas.wait(has_heard, "the follower's window")
+        scaler.close()
+    width = max(len(homes) for homes in layout.homes)
+    for place in (place for window in heard for place, _ in window.expert_rows):
+        layer, expert = divmod(place, width)
+        assert layout.owners(layer)[expert] == 1
+    assert {window.incarnation for window in heard} == {f"rank-r0t1:{2:016x}"}
 
 
 def test_no_place_is_kept_while_a_follower_may_be_in_a_step_that_was_given_up(directory: Path, tmp_path: Path) -> None:
