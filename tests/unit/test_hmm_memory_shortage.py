@@ -22,6 +22,7 @@ from elasticmoe.common.protocol.hmm import LoadModel, RecordCopy, StageLayout
 from elasticmoe.common.protocol.ids import TransitionId
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native import host
+from elasticmoe.native.bus import Bus
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.loading.loader import ModelLoad
 from elasticmoe.services.hmm.memory.catalog import keys_of
@@ -279,6 +280,23 @@ def test_a_leavers_mailbox_stays_while_a_rank_that_may_have_it_is_between_two_co
         world.transitions.on_attach(1)
         world.turn_to("released")
         assert world.holdings.memories["host:2"].mailbox is None
+    finally:
+        world.close()
+
+
+def test_who_comes_to_a_slot_is_not_taken_for_who_left_it(tiny_mixtral: Path, tmp_path: Path) -> None:
+    """Its leader would give out as many KV blocks as the last one there had."""
+    world = World(tiny_mixtral, tmp_path, tp=2)
+    try:
+        segment = world.holdings.segment
+        assert segment is not None
+        assert segment.bus is not None
+        for slot in range(4):
+            Bus(segment.shared.address, segment.shared.nbytes, slot).set_kv_blocks(7)
+        assert try_transition(world, (0, 1)) == "released"
+        world.transitions.stage(world.request(0, 1, 2, 3))
+        assert [segment.bus.kv_blocks(slot) for slot in range(4)] == [7, 7, 0, 0]
+        world.turn_to("staged")
     finally:
         world.close()
 

@@ -179,7 +179,7 @@ class Holdings:
     # ---- Another layout's way in and out
 
     def open_layout(self, layout: Layout) -> None:
-        """Make the descriptors that `layout` needs beside those that are there.
+        """Make the descriptors that `layout` needs beside those that are there, and clear its new slots.
 
         Raises Unavailable at the limit of open files; nothing stays made then.
         """
@@ -187,6 +187,8 @@ class Holdings:
         try:
             for slot in slots:
                 self.doorbells[slot] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                if self.segment is not None:
+                    self.segment.clear(slot)
             for seat in layout.seats:
                 self.memories[seat.device].device.prepare()
         except OSError as error:

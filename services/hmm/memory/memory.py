@@ -198,6 +198,11 @@ class BusSegment:
             raise DeviceError(f"the bus of {nbytes} bytes cannot be opened: {error}", code="invalid_extent") from None
         return segment
 
+    def clear(self, slot: int) -> None:
+        """Forget what the ranks of an earlier replica have said in a slot of their KV. While no seat is there."""
+        if self.bus is not None:
+            Bus(self.shared.address, self.shared.nbytes, slot).set_kv_blocks(0)
+
     def close(self) -> None:
         """Unmap and close. Idempotent."""
         self.bus = None
