@@ -15,6 +15,7 @@ from elasticmoe.common.grammar_text import unpack_grammar
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.services.router.answer_parsers.forms import MARKS, NAMES, parser_of
 from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart
+from elasticmoe.services.router.api.tool_use import ToolUse, may_call
 from elasticmoe.services.router.grammar.compiler import GrammarCompiler
 from elasticmoe.services.router.grammar.structure import ForcedCalls, ForcedTool, Structure, Thought
 
@@ -134,3 +135,68 @@ def test_what_a_form_cannot_keep_to_is_refused(form: str, schema: Any, named: st
         compiler.compile(forced(form, ForcedTool("f", schema)), None)
     assert caught.value.code == "unsupported_schema"
     assert named in caught.value.message
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_arguments_are_an_object(form: str) -> None:
+    """Also where the parameters do not say so; no other type is asked for."""
+    compiler, tokens = tokens_of(has_marks=True)
+    rng = random.Random(3)
+    schema = {"properties": {"a": {"type": "integer", "maximum": 9, "minimum": 0}}, "additionalProperties": False}
+    for _ in range(5):
+        grammar = unpack_grammar(compiler.compile(forced(form, ForcedTool("f", schema), is_single=True), None))
+        ((_, arguments),) = read(form, written(tokens, grammar, rng))
+        assert isinstance(arguments, dict)
+    with pytest.raises(InvalidRequest, match="arguments are an object") as caught:
+        compiler.compile(forced(form, ForcedTool("f", {"type": "string"})), None)
+    assert caught.value.code == "unsupported_schema"
+
+
+@pytest.mark.parametrize("form", NAMES)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"properties": [1]},
+        {"properties": {"a": {"type": "string", "pattern": 5}}},
+        {"properties": {"a": {}}, "required": 5},
+        {"properties": {"a": {"type": "string", "enum": 5}}},
+        {"properties": {"a": {"type": "string", "minLength": "x"}}},
+    ],
+)
+def test_what_is_no_schema_is_refused_as_such(form: str, wrong: dict[str, Any]) -> None:
+    compiler, _ = tokens_of(has_marks=True)
+    with pytest.raises(InvalidRequest) as caught:
+        compiler.compile(forced(form, ForcedTool("f", {"type": "object", **wrong})), None)
+    assert caught.value.code == "invalid_grammar", caught.value.message
+
+
+@pytest.mark.parametrize("form", ["glm", "qwen_coder"])
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"properties": {"a": {}}, "required": ["b"]}, "'b'"),
+        ({"properties": {"a>": {}}}, "'a>'"),
+        ({"properties": {" a": {}}}, "' a'"),
+        ({"properties": {"a": {"type": "string", "enum": ["x", "yy"], "maxLength": 1}}}, "'maxLength'"),
+        ({"properties": {"a": {"type": ["string"], "format": "date"}}}, "'format'"),
+        ({"properties": {"a": {"type": "string", "pattern": "^x\\$"}}}, "needs ^ and $"),
+    ],
+)
+def test_what_calls_by_key_cannot_keep_to_is_refused_by_name(form: str, given: dict[str, Any], named: str) -> None:
+    compiler, _ = tokens_of(has_marks=True)
+    with pytest.raises(InvalidRequest) as caught:
+        compiler.compile(forced(form, ForcedTool("f", {"type": "object", **given})), None)
+    assert caught.value.code == "unsupported_schema"
+    assert named in caught.value.message
+
+
+def test_an_answer_of_another_form_calls_nothing() -> None:
+    """A text of a form may spell a call."""
+    parser = parser_of("hermes", "")
+    assert parser is not None
+    calls, other = forced("hermes", ForcedTool("now")), Structure("json", "{}", "response_format")
+    free, bound = ToolUse(parser, SCHEMAS, False), ToolUse(parser, SCHEMAS, False, calls)
+    assert may_call(free, None) is free
+    assert may_call(bound, calls) is bound
+    assert may_call(free, other) is None
+    assert may_call(None, other) is None

@@ -72,6 +72,11 @@ def tool_use(raw: ChatRequest, tools: Sequence[Tool], parser: type[ToolParser] |
     return ToolUse(parser, schemas, is_single, forced)
 
 
+def may_call(tools: ToolUse | None, asked: Structure | None) -> ToolUse | None:
+    """What an answer is read for: no calls where it has a structure that is not theirs, whose texts may spell one."""
+    return tools if tools is None or asked is None or asked == tools.forced else None
+
+
 def _forced(form: str, tools: Sequence[Tool], named: str | None, *, is_single: bool) -> Structure:
     """An answer of calls of these tools, or of the named one."""
     given = [tool.function for tool in tools if named in (None, tool.function.name)]

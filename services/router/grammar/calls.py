@@ -4,6 +4,7 @@ differ, all their ways are allowed: the model takes its own."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ import msgspec
 from llguidance import regex_to_lark
 
 from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.answer_parsers.keyed_calls import NAME_CHARS_MAX, types_of
 from elasticmoe.services.router.grammar.schema import OPTIONS, read_schema
 from elasticmoe.services.router.grammar.structure import ForcedCalls, ForcedTool, Structure
 
@@ -19,6 +21,7 @@ Mark = Callable[[str], str]
 
 _NOTHING: Final = {"type": "object", "additionalProperties": False}
 _SEPARATOR: Final = '", "'
+_KEYED: Final = frozenset({"glm", "qwen_coder"})
 _LINE: Final = '"\\n"?'
 # Keywords of parameters that calls key by key keep to, or that say nothing.
 _OF_KEYS: Final = frozenset(
@@ -47,6 +50,17 @@ def literal(text: str) -> str:
 def json_rule(schema: dict[str, Any]) -> str:
     """JSON of that schema."""
     return "%json " + json.dumps({**schema, "x-guidance": OPTIONS}, ensure_ascii=False)
+
+
+def calls_in_json(structure: Structure) -> Structure | None:
+    """The same calls in a form of JSON, where theirs is none."""
+    if structure.kind != "calls":
+        return None
+    asked = msgspec.json.decode(structure.text, type=ForcedCalls)
+    if asked.form not in _KEYED:
+        return None
+    text = msgspec.json.encode(msgspec.structs.replace(asked, form="hermes")).decode()
+    return msgspec.structs.replace(structure, text=text)
 
 
 def lark_of_calls(structure: Structure, mark: Mark) -> str:
@@ -83,7 +97,13 @@ class _Form:
         if tool.parameters is None:
             return _NOTHING
         text = msgspec.json.encode(tool.parameters).decode()
-        return dict(read_schema(text, f"{param}: parameters of {tool.name}"))
+        where = f"{param}: parameters of {tool.name}"
+        schema = read_schema(text, where)
+        types = schema.get("type", "object")
+        if "object" not in (types if isinstance(types, list) else [types]):
+            text = f"{where} have the type {json.dumps(types)[:80]}; arguments are an object"
+            raise InvalidRequest(text, code="unsupported_schema", param=param)
+        return {**schema, "type": "object"}
 
     def _rule(self, name: str, body: str) -> str:
         """A rule of that name, or a text's where it is in capitals."""
@@ -172,12 +192,17 @@ class _Form:
         """All that a schema's properties say, in their order."""
         unread = sorted(set(schema) - _OF_KEYS)
         if unread:
-            text = f"{self._param}: calls of this model cannot keep to the keyword {unread[0]!r} of parameters"
-            raise InvalidRequest(text, code="unsupported_schema", param=self._param)
+            raise self._refusal(f"cannot keep to the keyword {unread[0]!r} of parameters")
         shared: dict[str, Any] = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
         required = schema.get("required") or ()
+        properties = schema.get("properties") or {}
+        for name in required:
+            if name not in properties:
+                raise self._refusal(f"have no place for the required {name[:80]!r}, which is none of the properties")
         written = []
-        for name, given in (schema.get("properties") or {}).items():
+        for name, given in properties.items():
+            if name != name.strip() or set(name) & set("<>\n") or len(name) > NAME_CHARS_MAX:
+                raise self._refusal(f"cannot write the property's name {name[:80]!r}")
             one = {**shared, **given} if isinstance(given, dict) else shared
             rule = self._rule(f"argument_{len(self._rules)}", argument(name, one))
             written.append(rule if name in required else f"{rule}?")
@@ -185,19 +210,29 @@ class _Form:
 
     def _value(self, schema: dict[str, Any], end: str) -> str:
         """A text as it is, up to the mark `end`; of other types JSON."""
-        if schema.get("type") != "string":
+        if types_of(schema) != {"string"}:
             return json_rule(schema)
-        texts = [schema["const"]] if "const" in schema else schema.get("enum")
-        if texts is not None:
-            return "(" + " | ".join(literal(text) for text in texts if isinstance(text, str)) + ")"
-        unread = sorted(set(schema) - _TEXT_WORDS - {"minLength", "maxLength", "pattern", "$defs", "definitions"})
+        named = next((word for word in ("const", "enum") if word in schema), None)
+        kept = {named} if named else {"minLength", "maxLength", "pattern"}
+        unread = sorted(set(schema) - _TEXT_WORDS - {"$defs", "definitions"} - kept)
+        if unread:
+            beside = f" beside {named!r}" if named else ""
+            raise self._refusal(f"cannot keep to the keyword {unread[0]!r} of a text{beside}")
+        if named:
+            texts = schema["enum"] if named == "enum" else [schema["const"]]
+            found = [text for text in texts if isinstance(text, str) and end not in text]
+            if not found:
+                raise self._refusal(f"can write none of the texts of {named!r}")
+            return "(" + " | ".join(map(literal, found)) + ")"
         pattern = schema.get("pattern", "^$")
-        if unread or not (pattern.startswith("^") and pattern.endswith("$")):
-            what = f"the keyword {unread[0]!r}" if unread else f"the pattern {pattern[:80]!r}, which needs ^ and $,"
-            text = f"{self._param}: calls of this model cannot keep to {what} of a text"
-            raise InvalidRequest(text, code="unsupported_schema", param=self._param)
+        if re.fullmatch(r"\^(?:.*[^\\])?(?:\\\\)*\$", pattern, re.DOTALL) is None:
+            raise self._refusal(f"cannot keep to the pattern {pattern[:80]!r}, which needs ^ and $, of a text")
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
         allowed = f"/(?s:.{{{least},{most}}})/ & ~/(?s:.*){regex_to_lark(end.replace('/', '[/]'), '')}(?s:.*)/"
         if "pattern" in schema:
             allowed += f" & /{regex_to_lark(pattern[1:-1], 'dw')}/"
         return self._rule(f"TEXT_{len(self._rules)}", allowed)
+
+    def _refusal(self, text: str) -> InvalidRequest:
+        text = f"{self._param}: calls of this model {text}"
+        return InvalidRequest(text, code="unsupported_schema", param=self._param)

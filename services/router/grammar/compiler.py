@@ -13,7 +13,7 @@ from elasticmoe.common.grammar import GrammarError, GrammarMatcher, GrammarToken
 from elasticmoe.common.grammar_text import pack_grammar
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.common.protocol.limits import GRAMMAR_PACKED_BYTES_MAX
-from elasticmoe.services.router.grammar.calls import literal
+from elasticmoe.services.router.grammar.calls import calls_in_json, literal
 from elasticmoe.services.router.grammar.lark import grammar_of
 from elasticmoe.services.router.grammar.structure import Structure, Thought, check_size, too_large
 
@@ -32,19 +32,32 @@ class GrammarCompiler:
     def compile(self, structure: Structure, thought: Thought | None) -> bytes:
         """The grammar's text, packed. Raises InvalidRequest with what is wrong with it."""
         param = structure.param
-        text = grammar_of(structure, thought, self._mark)
+        try:
+            plain = calls_in_json(structure)
+            if plain is not None:  # what is no schema is told by the library, which reads all of it there
+                self._try(grammar_of(plain, None, self._mark), param)
+            text = grammar_of(structure, thought, self._mark)
+        except (InvalidRequest, MemoryError):
+            raise
+        except Exception as error:  # of the libraries that turn patterns to rules
+            text = f"{param} cannot be read: {' '.join(str(error).split())[:200]}"
+            raise InvalidRequest(text, code="invalid_grammar", param=param) from None
         check_size(text, param)
         packed = pack_grammar(text)
         if len(packed) > GRAMMAR_PACKED_BYTES_MAX:
             limit = f"the limit is {GRAMMAR_PACKED_BYTES_MAX}"
             raise too_large(f"{param} makes a grammar of {len(packed)} bytes, compressed; {limit}", param)
+        self._try(text, param)
+        return packed
+
+    def _try(self, text: str, param: str) -> None:
+        """Raises InvalidRequest for a grammar that cannot be read."""
         try:
             state = GrammarMatcher(self._tokens, text).state()
         except GrammarError as error:
             raise _refusal(error, param) from None
         if state.error is not None:
             raise _refusal(state.error, param)
-        return packed
 
     def _mark(self, text: str) -> str:
         token_id = self._ids.get(text)

@@ -30,9 +30,16 @@ def _rule(structure: Structure) -> str:
         case "json":
             return json_rule(read_schema(structure.text, structure.param))
         case "regex":
+            if _ends_in_escape(structure.text):
+                text = f"{structure.param} ends in a backslash that escapes nothing"
+                raise InvalidRequest(text, code="invalid_grammar", param=structure.param)
             return f"/{regex_to_lark(structure.text, 'dws')}/"
         case _:
             return " | ".join(literal(choice) for choice in msgspec.json.decode(structure.text, type=list[str]))
+
+
+def _ends_in_escape(pattern: str) -> bool:
+    return (len(pattern) - len(pattern.rstrip("\\"))) % 2 == 1
 
 
 def _own(structure: Structure) -> str:
@@ -56,11 +63,12 @@ def _with_thought(lark: str, thought: Thought | None, mark: Mark) -> str:
     if thought is None:
         return FREE_SPELLING + lark
     closing = mark(thought.close)
-    if closing.startswith("<["):
-        inside = f"thinking: /(?s:.*)/ {closing}\n"
+    spelled = regex_to_lark(re.escape(thought.close), "")
+    if closing.startswith("<["):  # spelled with other tokens it ends the thinking for the answer's reader
+        inside = f"thinking: THOUGHT {closing}\nTHOUGHT: /(?s:.*)/ & ~/(?s:.*){spelled}(?s:.*)/\n"
     else:
-        inside = f"thinking[lazy]: /(?s:.*){regex_to_lark(re.escape(thought.close), '')}/\n"
-    begin = "thinking" if thought.is_inside else f"({mark(thought.open)} thinking)?"
-    outer = f"{FREE_SPELLING}start: {begin} SPACES @answer\n{inside}SPACES: /[ \\t\\r\\n]{{0,8}}/\n"
+        inside = f"thinking[lazy]: /(?s:.*){spelled}/\n"
+    begin = "thinking SPACES" if thought.is_inside else f"({mark(thought.open)} thinking SPACES)?"
+    outer = f"{FREE_SPELLING}start: {begin} @answer\n{inside}SPACES: /[ \\t\\r\\n]{{0,8}}/\n"
     grammars = [{"lark_grammar": outer}, {"name": "answer", "lark_grammar": FREE_SPELLING + lark}]
     return json.dumps({"grammars": grammars}, ensure_ascii=False)

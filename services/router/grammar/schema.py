@@ -40,6 +40,9 @@ UNSUPPORTED: Final = frozenset(
 _ONE: Final = ("additionalItems", "additionalProperties", "items")
 _LISTS: Final = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 _TABLES: Final = ("$defs", "definitions", "patternProperties", "properties")
+# Keywords whose numbers the library reads as floats of 64 bits: it would write other integers.
+_OF_NUMBERS: Final = ("const", "enum", "exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multipleOf")
+_EXACT_MAX: Final = 2**53
 # Between values, as the library's default has it, but for an end: models that find none go on for ever.
 OPTIONS: Final = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
 
@@ -64,7 +67,20 @@ def read_schema(text: str, param: str) -> Any:
         if refused:
             text = f"{param} has the keyword {refused[0]!r}{f' at {where}' if where else ''}, which is not supported"
             raise InvalidRequest(text, code="unsupported_schema", param=param)
+        for keyword in _OF_NUMBERS:
+            _check_numbers(part.get(keyword), keyword, param)
     return schema
+
+
+def _check_numbers(value: Any, keyword: str, param: str) -> None:
+    """Raises InvalidRequest for integers that a float may not have."""
+    entries = [value]
+    for entry in entries:
+        if isinstance(entry, dict | list):
+            entries += entry.values() if isinstance(entry, dict) else entry
+        elif isinstance(entry, int | float) and abs(entry) > _EXACT_MAX and entry % 1 == 0:
+            text = f"{param} has {entry} in {keyword!r}; integers beyond {_EXACT_MAX} are not supported"
+            raise InvalidRequest(text, code="unsupported_schema", param=param)
 
 
 def check_depth(value: Any, param: str) -> None:

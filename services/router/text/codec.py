@@ -159,7 +159,8 @@ class TextCodec:
     def _spell(self, size: int, eos: Sequence[int]) -> bytes:
         """Blocks for about 0.3 s for 150,000 tokens."""
         tokens = [self.table.bytes_of(token_id) for token_id in range(size)]
-        return encode_vocabulary(Vocabulary(tokens, self._unspelled(size), list(eos)))
+        special = sorted({*self._unspelled(size), *eos})  # a model may end with what its tokenizer has as a plain token
+        return encode_vocabulary(Vocabulary(tokens, special, list(eos)))
 
     def check_length(self, text: str, context: int) -> None:
         """Raises InvalidRequest for a text that cannot fit into `context` tokens, without tokenizing it."""
