@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.limits import GRAMMAR_ITEMS_MAX, GRAMMAR_STATES_MAX, GRAMMAR_SYMBOLS_MAX
@@ -110,58 +110,28 @@ class GrammarMatcher:
             raise self._error()
         self.num_tokens += len(token_ids)
 
+    def advance(self, token_id: int) -> GrammarState:
+        """The output goes on with one token: what may follow then, without the interpreter's lock. Where it may not,
+        the state says so."""
+        self.num_tokens += 1
+        self._inner.consume_token(token_id)
+        return self.state()
+
     def state(self) -> GrammarState:
-        """What may follow."""
-        return states_of([self])[0]
+        """What may follow, without the interpreter's lock."""
+        tokens, inner = self.tokens, self._inner
+        words = (ctypes.c_uint32 * tokens.num_words)()
+        inner.unsafe_compute_mask_ptr(ctypes.addressof(words), 4 * tokens.num_words)
+        allowed = bytearray(memoryview(words).cast("B"))
+        allowed[tokens.size >> 3] &= 0xFF ^ 1 << (tokens.size & 7)
+        del allowed[-(-tokens.size // 8) :]
+        if inner.is_error():
+            return GrammarState(self.num_tokens, allowed, False, False, self._error())
+        is_over = allowed.count(0) == len(allowed)
+        return GrammarState(self.num_tokens, allowed, inner.is_accepting(), is_over)
 
     def _error(self) -> GrammarError:
         return GrammarError(said(self._inner.get_error()))
-
-
-def advance(steps: Sequence[tuple[GrammarMatcher, int]]) -> None:
-    """Let each matcher's output go on with one token, without the interpreter's lock. Who may not tells it by its next
-    state."""
-    for matcher, _ in steps:
-        matcher.num_tokens += 1
-    if len(steps) == 1:
-        (matcher, token), *_ = steps
-        matcher._inner.consume_token(token)
-    else:
-        _executor().consume_token_par([(matcher._inner, token) for matcher, token in steps])
-
-
-def states_of(matchers: Sequence[GrammarMatcher]) -> list[GrammarState]:
-    """What may follow on each, one after the other, without the interpreter's lock. All are of one vocabulary."""
-    tokens = matchers[0].tokens
-    width = 4 * tokens.num_words
-    words = (ctypes.c_uint32 * (tokens.num_words * len(matchers)))()
-    if len(matchers) == 1:
-        matchers[0]._inner.unsafe_compute_mask_ptr(ctypes.addressof(words), width)
-    else:
-        rows = [(matcher._inner, row) for row, matcher in enumerate(matchers)]
-        _executor().unsafe_compute_mask_ptr(rows, ctypes.addressof(words), width, len(matchers))
-    raw = memoryview(words).cast("B")
-    return [_state_of(matcher, bytearray(raw[row * width : (row + 1) * width])) for row, matcher in enumerate(matchers)]
-
-
-def _state_of(matcher: GrammarMatcher, allowed: Bits) -> GrammarState:
-    inner, tokens = matcher._inner, matcher.tokens
-    allowed[tokens.size >> 3] &= 0xFF ^ 1 << (tokens.size & 7)
-    del allowed[-(-tokens.size // 8) :]
-    if inner.is_error():
-        return GrammarState(matcher.num_tokens, allowed, False, False, matcher._error())
-    is_over = allowed.count(0) == len(allowed)
-    return GrammarState(matcher.num_tokens, allowed, inner.is_accepting(), is_over)
-
-
-_EXECUTOR: list[LLExecutor] = []
-
-
-def _executor() -> LLExecutor:
-    """One for the process, with one thread: ranks share few cores. Made when it is first needed: a fork has none."""
-    if not _EXECUTOR:
-        _EXECUTOR.append(LLExecutor(1))
-    return _EXECUTOR[0]
 
 
 def said(text: str) -> str:

@@ -17,8 +17,6 @@ from elasticmoe.common.grammar import (
     GrammarError,
     GrammarMatcher,
     GrammarTokens,
-    advance,
-    states_of,
 )
 from elasticmoe.common.grammar_text import (
     Vocabulary,
@@ -83,18 +81,17 @@ def test_special_tokens_come_by_name_only() -> None:
     assert END not in ids(by_text.state(), len(WORDS))
 
 
-def test_many_advance_at_once_as_each_alone() -> None:
+def test_copies_advance_on_their_own() -> None:
     grammar = FREE_SPELLING + "start: /(ab|ba){3}/"
     made = GrammarMatcher(TOKENS, grammar)
-    together = [made.copy() for _ in range(3)]
+    copies = [made.copy() for _ in range(3)]
     alone = [GrammarMatcher(TOKENS, grammar) for _ in range(3)]
     for tokens in ((0, 1, 2), (1, 0, 4)):
-        advance(list(zip(together, tokens, strict=True)))
+        states = [copy.advance(token) for copy, token in zip(copies, tokens, strict=True)]
         for matcher, token in zip(alone, tokens, strict=True):
             matcher.consume([token])
-        assert states_of(together) == [matcher.state() for matcher in alone]
-    advance(list(zip(together, (6, 6, 6), strict=True)))  # no token that may come
-    assert [state.error is not None for state in states_of(together)] == [True] * 3
+        assert states == [matcher.state() for matcher in alone]
+    assert all(copy.advance(6).error is not None for copy in copies)  # no token that may come
 
 
 UNREADABLE = ["start: /(/", "start: nobody", "start: start", "", "{}", 'start: %json {"not": {}}']
@@ -201,6 +198,10 @@ def test_an_answer_begins_behind_the_thinking(is_special: bool) -> None:
     assert ends(begun, "so ", 257, "\n3") is None
     assert ends(fresh, 256, "so", 257, "2") is True
     assert ends(fresh, "2") is True
+    assert ends(fresh, "\n2") is None  # spaces belong to the thinking
+    if is_special:  # the reader would end the thinking there
+        assert ends(begun, "so </think") is False
+        assert ends(begun, "so </think>") is None
     assert ends(fresh, "so", 257, "2") is None
     assert ends(None, "2") is True
     assert ends(None, "\n2") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as TimedOut
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from elasticmoe.services.router.text.detokenizer import TokenTable
 from elasticmoe.services.worker.engine.adoption import adopt_rows
 from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.engine.outcome import Outcome
-from elasticmoe.services.worker.grammar import grammars, vocabularies
+from elasticmoe.services.worker.grammar import grammars, guide, vocabularies
 from tests.oracle import next_tokens
 from tests.procs.waiting import wait_until
 from tests.unit.migration_world import MAX_MODEL_LEN, MAX_SEQUENCES, make_engine, run_step
@@ -349,3 +350,100 @@ def test_grammars_fit_into_the_ledger(seat: Seat) -> None:
     seat.add("r", "|".join(f"{n * 7919 % 10007:05d}" for n in range(1_500)))
     seat.run()
     assert len(seat.text("r")) == 5
+
+
+def test_a_step_waits_once_for_all_that_are_late(seat: Seat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that each wait moves: all waits of a step together are no longer than one may be."""
+    now, waits = 0.0, []
+
+    class Late(Future[None]):
+        def result(self, timeout: float | None = None) -> None:
+            nonlocal now
+            assert timeout is not None
+            waits.append(timeout)
+            now += timeout
+            raise TimedOut
+
+    for name in "abc":
+        seat.add(name, WORDS)
+        seat.run_until(name, 1)
+    sequences = [s for s in seat.engine.scheduler.sequences() if s.guide is not None]
+    assert len(sequences) == 3
+    monkeypatch.setattr(grammars.time, "monotonic", lambda: now)
+    pending = [sequence.guide.pending for sequence in sequences if sequence.guide]
+    for sequence in sequences:
+        assert sequence.guide is not None
+        sequence.guide.pending = Late()
+    assert [choice.is_late for choice in seat.engine.grammars.choices_before(sequences)] == [True] * 3
+    assert waits == [grammars.LATE_S, 0.0, 0.0]
+    for sequence, future in zip(sequences, pending, strict=True):
+        assert sequence.guide is not None
+        sequence.guide.pending = future
+    monkeypatch.undo()
+    seat.run()
+
+
+def test_nobody_waits_for_a_grammar_that_was_slow(
+    seat: Seat, calm: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its masks come from a thread of its own: others end before it goes on, with the same tokens."""
+    seat.add("hostile", WORDS)
+    seat.run_until("hostile", 2)
+    (hostile,) = seat.engine.scheduler.sequences()
+    assert hostile.guide is not None
+    hostile.guide.slowest_s = 2 * grammars.SLOW_S
+    slow = Held()
+    monkeypatch.setattr(seat.engine.grammars, "_slow_stepper", slow)
+    wait_until(lambda: bool(seat.turn() and slow.jobs), "a slow mask", 60.0)
+    for name in "01":
+        seat.add(name, WORDS, seed=int(name))
+    opened = seat.engine.grammars._stepper
+    monkeypatch.setattr(seat.engine.grammars, "_slow_stepper", opened)  # of those that begin
+    wait_until(lambda: not seat.compute() and {"0", "1"} <= set(seat.finish), "the others to end", 60.0)
+    assert "hostile" not in seat.finish
+    assert [seat.tokens[name] for name in "01"] == [calm[name] for name in "01"]
+    slow.work()
+    seat.run()
+    assert seat.finish["hostile"] == "stop"
+
+
+def test_a_grammar_may_take_so_much_time_and_no_more(seat: Seat, monkeypatch: pytest.MonkeyPatch) -> None:
+    seat.add("hostile", WORDS)
+    seat.run_until("hostile", 2)
+    (hostile,) = seat.engine.scheduler.sequences()
+    assert hostile.guide is not None
+    hostile.guide.spent_s = guide.TIME_S + 60 * guide.TOKEN_TIME_S
+    seat.run()
+    assert seat.failed["hostile"].code == "grammar_failed"
+    assert "the limit is 2.0" in seat.failed["hostile"].message
+
+
+def test_a_vocabulary_that_could_not_be_read_is_asked_for_again(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("once")
+
+    seat = Seat(ranks)
+    with monkeypatch.context() as broken:
+        broken.setattr(vocabularies, "ReadVocabulary", fail)
+        seat.add("first", "abc")
+        seat.run()
+    assert "first" in seat.failed
+    seat.now += 2 * vocabularies.ASK_S
+    seat.add("second", "abc")
+    seat.run()
+    assert seat.text("second") == "abc"
+
+
+def test_what_has_not_begun_for_a_sequence_that_ends_is_given_up(seat: Seat, monkeypatch: pytest.MonkeyPatch) -> None:
+    seat.add("warm", "abc")
+    seat.run()
+    opener = Held()
+    monkeypatch.setattr(seat.engine.grammars, "_opener", opener)
+    seat.add("ended", "abcd")
+    seat.turn()
+    (sequence,) = seat.engine.scheduler.sequences()
+    assert sequence.guide is not None
+    opening = sequence.guide.opening
+    assert opening is not None
+    seat.engine.cancel(PEER, "ended")
+    assert opening.cancelled()

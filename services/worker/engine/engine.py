@@ -152,6 +152,7 @@ class Engine:
     def forget(self, sequence: Sequence) -> None:
         """Free everything of a live sequence."""
         self._prompt_logprobs.pop(sequence.arrival, None)
+        self.grammars.forget(sequence)
         row = self.scheduler.remove(sequence)
         if row >= 0:
             self.ledger.close_row(row)
@@ -237,9 +238,10 @@ class Engine:
                 rows.append(at - 1)
                 sampling.append(index)
         if self.scheduler.guided:
-            for index in list(sampling):
-                choices[index] = self.grammars.choice_before(chunks[index].sequence)
-                if not choices[index].counts:
+            before = self.grammars.choices_before([chunks[index].sequence for index in sampling])
+            for index, choice in zip(list(sampling), before, strict=True):
+                choices[index] = choice
+                if not choice.counts:
                     del rows[sampling.index(index)]
                     sampling.remove(index)
         if not rows:

@@ -1,18 +1,20 @@
 """The grammars of one rank's sequences.
 
-A matcher is made in one thread and advanced in another, each step's all together, while the rank computes the next
-step: what may follow is asked for only when that step's tokens are chosen. A sequence whose matcher is not ready is
-left out of steps; one whose matcher is late in a step has its part of it computed once more. So nobody waits for
-another's grammar, but for LATE_S.
+A matcher is made in one thread and advanced in another while the rank computes the next step: what may follow is asked
+for only when that step's tokens are chosen. A sequence whose matcher is not ready is left out of steps; one whose
+matcher is late in a step has its part of it computed once more. A step waits for LATE_S at most, for all of them. Whose
+matcher took more than SLOW_S once is advanced in a third thread from then on, and no step waits for it. So others'
+grammars delay a sequence by that one time.
 
 Threads touch a sequence's guide only: its matcher, and what may follow on it, while a future of theirs is not done.
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TimedOut
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -30,7 +32,11 @@ if TYPE_CHECKING:
     from elasticmoe.common.grammar import GrammarMatcher, GrammarState
 
 LATE_S: Final = 0.05  # that a step waits at most for what may follow
+SLOW_S: Final = 0.01  # of CPU, that what may follow on a token takes where others wait behind it
 KEPT_MAX: Final = 32  # grammars that are not read again for the next request with the same one
+
+
+_Work = tuple[Guide, int | None]
 
 
 class Prepared(NamedTuple):
@@ -47,6 +53,7 @@ class Grammars:
     def __init__(self) -> None:
         self._opener = ThreadPoolExecutor(1, "grammars")
         self._stepper = ThreadPoolExecutor(1, "masks")
+        self._slow_stepper = ThreadPoolExecutor(1, "slow-masks")
         self._vocabularies = Vocabularies(self._opener)
         self._kept: OrderedDict[tuple[str, bytes], GrammarMatcher] = OrderedDict()  # the opener's
 
@@ -77,7 +84,7 @@ class Grammars:
         if guide.opening is not None:
             if guide.opening.done():
                 guide.matcher, guide.opening = guide.opening.result(), None
-                guide.pending = self._stepper.submit(_advance, [(guide, None)])
+                self._step(self._slow_stepper, [(guide, None)])  # the first one takes the longest
             return False
         return guide.pending is None or guide.pending.done()
 
@@ -110,40 +117,59 @@ class Grammars:
 
     def advance(self, sequences: Iterable[Sequence]) -> None:
         """These have one token more. What may follow on it is found out while the next step is computed."""
-        batch: list[tuple[Guide, int | None]] = []
+        quick: list[_Work] = []
+        slow: list[_Work] = []
         for sequence in sequences:
             guide = sequence.guide
             if guide is not None and guide.matcher is not None:
                 guide.num_tokens += 1
-                batch.append((guide, sequence.tokens[-1]))
-        if batch:
-            pending = self._stepper.submit(_advance, batch)
-            for guide, _ in batch:
-                guide.pending = pending
+                (slow if guide.slowest_s > SLOW_S else quick).append((guide, sequence.tokens[-1]))
+        quick.sort(key=lambda work: work[0].slowest_s)
+        self._step(self._stepper, quick)
+        for work in slow:
+            self._step(self._slow_stepper, [work])
 
-    def choice_before(self, sequence: Sequence) -> Choice:
-        """What its grammar makes of a sequence's part of a step before a token is chosen: nothing, or that there is
+    @staticmethod
+    def _step(stepper: Executor, batch: list[_Work]) -> None:
+        """Have these advanced, one after the other; each is done as soon as it is."""
+        for guide, _ in batch:
+            guide.pending = Future()
+        if batch:
+            stepper.submit(_advance_all, [(guide, token, guide.pending) for guide, token in batch])
+
+    def forget(self, sequence: Sequence) -> None:
+        """It has ended here: what has not begun for it need not."""
+        if sequence.guide is not None:
+            sequence.guide.close()
+
+    def choices_before(self, sequences: Iterable[Sequence]) -> list[Choice]:
+        """What their grammars make of sequences' parts of a step before tokens are chosen: nothing, or that there is
         none to choose. Blocks for LATE_S at most."""
+        deadline = time.monotonic() + LATE_S
+        return [self._choice_before(sequence, deadline) for sequence in sequences]
+
+    def _choice_before(self, sequence: Sequence, deadline: float) -> Choice:
         try:
-            state = self._state_of(sequence) if sequence.guide is not None else None
+            state = self._state_of(sequence, deadline) if sequence.guide is not None else None
         except TimedOut:
             return Choice(is_late=True)
         except Exception as error:
             return Choice(error=_failure(error, sequence, "following the request's grammar"))
         return Choice(is_over=state is not None and state.is_over)
 
-    def _state_of(self, sequence: Sequence) -> GrammarState:
+    def _state_of(self, sequence: Sequence, deadline: float) -> GrammarState:
         """What may follow on its tokens. Raises TimedOut, and what went wrong."""
         guide = sequence.guide
         assert guide is not None
         assert guide.num_tokens == sequence.num_output, "a matcher is not where its output is"
         if guide.pending is not None:
-            guide.pending.result(LATE_S)
+            guide.pending.result(0.0 if guide.slowest_s > SLOW_S else max(0.0, deadline - time.monotonic()))
             guide.pending = None
         state = guide.state
         assert state is not None
         if state.error is not None:
             raise state.error
+        guide.check_time()
         return state
 
 
@@ -154,13 +180,21 @@ def _failure(error: Exception, sequence: Sequence, doing: str) -> ElasticMoEErro
     return failure_of(error, sequence.request.request_id, doing)
 
 
-def _advance(batch: list[tuple[Guide, int | None]]) -> None:
-    """In the stepper: a token more for each, or none."""
-    from elasticmoe.common.grammar import advance, states_of
+def _advance_all(batch: list[tuple[Guide, int | None, Future[None]]]) -> None:
+    """In a stepper: a token more for each, or none."""
+    for guide, token, pending in batch:
+        if pending.set_running_or_notify_cancel():
+            try:
+                _advance(guide, token)
+            except BaseException as error:
+                pending.set_exception(error)
+            else:
+                pending.set_result(None)
 
-    steps = [(guide.matcher, token) for guide, token in batch if guide.matcher is not None and token is not None]
-    if steps:
-        advance(steps)
-    matchers = [guide.matcher for guide, _ in batch if guide.matcher is not None]
-    for (guide, _), state in zip(batch, states_of(matchers), strict=True):
-        guide.take(state)
+
+def _advance(guide: Guide, token: int | None) -> None:
+    matcher = guide.matcher
+    assert matcher is not None
+    begun = time.thread_time()
+    state = matcher.state() if token is None else matcher.advance(token)
+    guide.take(state, time.thread_time() - begun, is_first=token is None)

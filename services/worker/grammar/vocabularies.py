@@ -7,7 +7,6 @@ from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING
 
 from elasticmoe.common.grammar_text import decode_vocabulary
-from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.rank import VocabularyPiece
 from elasticmoe.common.protocol.router import WantVocabulary
 from elasticmoe.common.telemetry import get_logger
@@ -62,8 +61,8 @@ class Vocabularies:
         self._arriving: dict[str, _Arriving] = {}
 
     def get(self, digest: str) -> ReadVocabulary | None:
-        """None while it is not there: it is asked for from now on. Raises ElasticMoEError where it cannot be used; the
-        next call asks for it once more."""
+        """None while it is not there: it is asked for from now on. Raises what reading it raised; the next call asks
+        for it once more."""
         found = self._known.get(digest)
         if found is None:
             self._arriving.setdefault(digest, _Arriving())
@@ -71,7 +70,7 @@ class Vocabularies:
             return None
         try:
             return found.result()
-        except ElasticMoEError:
+        except Exception:
             del self._known[digest]
             raise
 
