@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TimedOut
@@ -369,7 +370,7 @@ def test_a_step_waits_once_for_all_that_are_late(seat: Seat, monkeypatch: pytest
         seat.run_until(name, 1)
     sequences = [s for s in seat.engine.scheduler.sequences() if s.guide is not None]
     assert len(sequences) == 3
-    monkeypatch.setattr(grammars.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     pending = [sequence.guide.pending for sequence in sequences if sequence.guide]
     for sequence in sequences:
         assert sequence.guide is not None

@@ -132,10 +132,13 @@ class Grammars:
     @staticmethod
     def _step(stepper: Executor, batch: list[_Work]) -> None:
         """Have these advanced, one after the other; each is done as soon as it is."""
-        for guide, _ in batch:
-            guide.pending = Future()
-        if batch:
-            stepper.submit(_advance_all, [(guide, token, guide.pending) for guide, token in batch])
+        jobs: list[tuple[Guide, int | None, Future[None]]] = []
+        for guide, token in batch:
+            pending: Future[None] = Future()
+            guide.pending = pending
+            jobs.append((guide, token, pending))
+        if jobs:
+            stepper.submit(_advance_all, jobs)
 
     def forget(self, sequence: Sequence) -> None:
         """It has ended here: what has not begun for it need not."""
