@@ -200,3 +200,27 @@ def test_an_answer_of_another_form_calls_nothing() -> None:
     assert may_call(bound, calls) is bound
     assert may_call(free, other) is None
     assert may_call(None, other) is None
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_a_mark_in_an_argument_does_not_end_it(form: str) -> None:
+    """JSON may spell the marks of all forms in its texts; what is read is what the grammar let come."""
+    for mark in [*sorted(MARKS), "</parameter>", 'a\\"</parameter>']:
+        said = {"o": {"a": [f"x{mark}y", 'z"\\']}, "n": 1}
+        schema = {
+            "type": "object",
+            "properties": {"o": {"type": "object", "enum": [said["o"]]}, "n": {"type": "integer", "enum": [1]}},
+            "required": ["o", "n"],
+            "additionalProperties": False,
+        }
+        compiler, tokens = tokens_of(has_marks=True)
+        structure = forced(form, ForcedTool("f", schema), is_single=True)
+        grammar = unpack_grammar(compiler.compile(structure, None))
+        assert read(form, written(tokens, grammar, random.Random(1))) == [("f", said)]
+
+
+def test_a_mark_in_an_argument_of_deepseeks_does_not_end_it() -> None:
+    begin, separator, end = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+    arguments = {"a": f'x{end}"\\{end}', "b": 1}
+    call = f"{begin}f{separator}{json.dumps(arguments, ensure_ascii=False)}{end}"
+    assert read("deepseek", f"<｜tool▁calls▁begin｜>{call}{call}<｜tool▁calls▁end｜>") == [("f", arguments)] * 2

@@ -35,7 +35,7 @@ class DeepSeekParser(ToolParser):
         if name != "function":
             self._start(name)
             yield from self._spaces()
-            yield from self._until((_CALL_END,), self._arguments)
+            yield from self._until_whole((_CALL_END,), self._arguments)
             return
         words.clear()
         yield from self._until(("\n",), words.append, NAME_CHARS_MAX)
@@ -45,4 +45,4 @@ class DeepSeekParser(ToolParser):
             yield from self._until((_FENCE_END,), self._arguments)
             yield from self._until((_CALL_END,), lambda _: None)
         else:
-            yield from self._until((_CALL_END,), self._arguments)
+            yield from self._until_whole((_CALL_END,), self._arguments)

@@ -40,7 +40,7 @@ class KeyedCalls(ToolParser):
             self._arguments('"')
             return end
         pieces: list[str] = []
-        end = yield from self._until(ends, pieces.append)
+        end = yield from self._until_whole(ends, pieces.append)
         self._arguments(_json(value_of("".join(pieces), types)))
         return end
 

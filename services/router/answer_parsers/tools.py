@@ -11,6 +11,7 @@ is a call, whatever its arguments become: they are what the model wrote, and the
 
 from __future__ import annotations
 
+import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,6 +22,8 @@ from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallS
 HELD_CHARS_MAX = 16_384  # before a call's name is known
 READ_AGAIN_CHARS_MAX = 65_536  # of an answer: markers in what is no call are looked for, and only so often
 PIECE_CHARS = 1_024  # read in one go: each step cuts what it has read off the buffer
+
+_QUOTE = re.compile(r'["\\]')
 
 Schemas = Mapping[str, Mapping[str, Any]]
 """The JSON schema of each tool's parameters, by the tool's name."""
@@ -233,6 +236,46 @@ class ToolParser(ABC):
             if self._is_over:
                 raise _AtEnd
             yield
+
+    def _until_whole(self, ends: Sequence[str], put: Callable[[str], None]) -> Generator[None, None, str]:
+        """As `_until`; but where JSON is read, an end that stands in one of its texts is a part of it. JSON has no line
+        end there: what begins with one always ends it."""
+        quotes = _Quotes()
+
+        def note(text: str) -> None:
+            quotes.read(text)
+            put(text)
+
+        while True:
+            end = yield from self._until(ends, note)
+            if not quotes.is_open or end.startswith("\n"):
+                return end
+            note(end)
+
+
+class _Quotes:
+    """Whether what was read ends within a text of JSON. What does not begin as JSON has none."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._is_json: bool | None = None
+        self._is_escaped = False
+
+    def read(self, text: str) -> None:
+        """What comes next."""
+        if self._is_json is None:
+            text = text.lstrip()
+            self._is_json = text[0] in '{["' if text else None
+        if not text or not self._is_json:
+            return
+        at, self._is_escaped = int(self._is_escaped), False
+        while found := _QUOTE.search(text, at):
+            at = found.end()
+            if found.group() == '"':
+                self.is_open = not self.is_open
+            elif self.is_open:
+                self._is_escaped = at == len(text)
+                at += 1
 
 
 def _first(text: str, words: Sequence[str]) -> tuple[int, str]:
