@@ -14,6 +14,7 @@ import pytest
 from scripts.browser import Browser, why_not
 from tests.procs.clients import Load, check_load_against_oracle
 from tests.procs.deployment import Deployment
+from tests.procs.failpoints import Failpoints
 from tests.procs.page import Page, without
 from tests.procs.page_stage import staged
 from tests.procs.waiting import wait_until
@@ -28,12 +29,19 @@ SETTINGS: dict[str, Any] = {"max_sequences": 16, "kv_bytes": 4 << 20, "device_by
 
 
 @pytest.fixture(scope="module")
-def deployment(model_folder: Any) -> Iterator[Deployment]:
-    deployment = Deployment(model_folder("oracle"), replicas=2, devices=DEVICES, **SETTINGS).wait_ready()
+def points(tmp_path_factory: pytest.TempPathFactory) -> Failpoints:
+    return Failpoints(tmp_path_factory.mktemp("failpoints"))
+
+
+@pytest.fixture(scope="module")
+def deployment(model_folder: Any, points: Failpoints) -> Iterator[Deployment]:
+    fixed = {**SETTINGS, "failpoint_dir": points.folder}
+    deployment = Deployment(model_folder("oracle"), replicas=2, devices=DEVICES, **fixed).wait_ready()
     try:
         yield deployment
         deployment.stop()
     finally:
+        points.forget()
         deployment.discard()
 
 
@@ -188,13 +196,36 @@ def _scale_up(page: Page, deployment: Deployment) -> None:
         assert float(shown or "nan") == pytest.approx(plan["planned"][name], rel=0.5 if name in ("seconds",) else 1e-9)
     assert deployment.admin("/v1/operations")["operations"] == []  # nothing has begun
     page.choose("#scale")
-    done = page.browser.wait(lambda: page.browser.all(".operation[data-phase=done]"), "it is done")[0]
+    page.browser.wait(lambda: page.browser.all(".operation[data-phase=done]"), "it is done")
     (operation,) = deployment.admin("/v1/operations")["operations"]
-    assert done.get_attribute("data-operation") == operation["op_id"]
-    measured = {row[0]: row[1:] for row in page.rows(".operation")}
-    assert measured["bytes copied"][0] == measured["bytes copied"][1] != "–"
-    assert measured["sequences moved"][1] == str(operation["figures"]["sequences_moved"])
+
+    def is_measured() -> bool:
+        told = {row[0]: row[1:] for row in page.rows(f".operation[data-operation='{operation['op_id']}']")}
+        copied, moved = told["bytes copied"], told["sequences moved"][1]
+        return copied[0] == copied[1] != "–" and moved == str(operation["figures"]["sequences_moved"])
+
+    page.browser.wait(is_measured, "planned stands beside measured")
     page.browser.wait(lambda: "3 replicas" in page.said("#size"), "the head shows the size")
+
+
+def test_an_operation_is_cancelled_from_the_page(page: Page, deployment: Deployment, points: Failpoints) -> None:
+    before = deployment.admin("/v1/layout")["epoch"]
+    page.show("transition")
+    points.arm("rank.attach")  # the rank that joins waits there
+    page.choose("#kind-replicas")
+    page.type("#replicas", "4")
+    page.choose("#preview")
+    page.choose("#scale")
+    points.wait_hit("rank.attach")
+    page.browser.wait(lambda: page.browser.all(".operation[data-phase=prepare]"), "it is in progress")
+    page.browser.wait(lambda: "joins" in page.said(".tile[data-device='host:3'][data-state=joining]"), "who joins")
+    page.choose("#cancel")
+    page.browser.wait(lambda: page.browser.all(".operation[data-phase=aborted]"), "it is undone")
+    points.clear()
+    page.browser.wait(lambda: "cancelled" in page.said(".operation"), "and says why")
+    assert deployment.admin("/v1/operations?limit=1")["operations"][0]["outcome"] == "cancelled"
+    assert deployment.admin("/v1/layout")["epoch"] == before
+    assert not any(button.is_displayed() for button in page.browser.all("#cancel"))
 
 
 def test_what_the_api_refuses_is_said(page: Page) -> None:
