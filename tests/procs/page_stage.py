@@ -103,7 +103,7 @@ class Stage:
                 incarnation=f"rank-{seat.rank}:0",
                 number=turn,
                 epoch=3,
-                ended_s=turn * TURN_S,
+                ended_s=time.monotonic(),
                 span_s=5.0,
                 num_steps=50,
                 expert_steps=6,

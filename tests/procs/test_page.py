@@ -7,10 +7,13 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
+import httpx
 import pytest
 
+from elasticmoe.services.scaler.api.event_stream import LISTENERS_MAX
 from scripts.browser import Browser, why_not
 from tests.procs.clients import Load, check_load_against_oracle
 from tests.procs.deployment import Deployment
@@ -123,8 +126,11 @@ def test_every_view_can_be_read_by_everybody(page: Page, theme: str, width: int)
         browser.theme("light")
 
 
-def test_the_keyboard_reaches_everything(page: Page) -> None:
+@pytest.mark.parametrize(("view", "own"), [("now", ("24 h", "device-filter")), ("events", ("event-filter", "when"))])
+def test_the_keyboard_reaches_everything(page: Page, view: str, own: tuple[str, ...]) -> None:
     """From the top, Tab comes to each link, button and field in turn, and what has the focus can be seen."""
+    page.show(view)
+    page.browser.wait(lambda: "Loading" not in page.browser.text(), "it is drawn")
     reached = set()
     wanted = page.browser.run("return document.querySelectorAll('a, button, input').length")
     for _ in range(wanted + 2):
@@ -137,8 +143,7 @@ def test_the_keyboard_reaches_everything(page: Page) -> None:
         *(f"#/{view}" for view in VIEWS),
         "Theme",
         "Forget token",
-        "24 h",
-        "device-filter",
+        *own,
     ):
         assert part in texts, part
 
@@ -186,9 +191,11 @@ def _scale_up(page: Page, deployment: Deployment) -> None:
     page.browser.wait(
         lambda: "Value must be" in page.browser.one("#replicas").get_attribute("validationMessage") or "", ""
     )
-    page.type("#replicas", "3")
-    page.choose("#preview")
-    page.browser.one("#scale")
+    for count in ("4", "3"):
+        page.type("#replicas", count)
+        assert page.browser.all("#scale") == []  # what was previewed is not what stands there
+        page.choose("#preview")
+        page.browser.one("#scale")
     status, plan = deployment.admin_call("POST", "/v1/scale", {"replicas": 3, "dry_run": True})
     assert status == 200
     for name in ("bytes_copied", "seconds", "pause_ms", "peak_bytes", "bytes_after"):
@@ -281,6 +288,41 @@ def test_events_and_operations_have_addresses(page: Page, deployment: Deployment
     page.browser.open(link)
     wanted = page.browser.one(".events li.wanted")
     assert wanted.get_attribute("id") == "event-" + link.rpartition("/")[2]
+    page.browser.run("document.querySelector('main table a').focus(); window.kept = document.activeElement")
+    page.browser.forget_requests()
+    page.browser.wait(lambda: sum("/v1/now" in url for url in page.browser.requested()) >= 3, "it is updated")
+    assert page.browser.run("return document.activeElement === window.kept")
+
+
+@pytest.mark.parametrize(
+    ("place", "view", "text"),
+    [
+        ("constructor", "Now", "Devices"),
+        ("events/%", "Events", "not kept any more"),
+        ("events/none", "Events", "not kept any more"),
+    ],
+)
+def test_an_address_that_names_nothing_leads_somewhere(page: Page, place: str, view: str, text: str) -> None:
+    page.browser.open(f"{page.url}/#/{place}")
+    page.browser.wait(lambda: text in page.browser.text(), text)
+    assert page.said("nav [aria-current]") == view
+
+
+def test_views_without_events_leave_listeners_to_others(page: Page, deployment: Deployment) -> None:
+    page.show("events")
+    page.browser.wait(lambda: page.browser.all(".events li"), "events are shown")
+    page.show("now")
+    headers = {"authorization": f"Bearer {deployment.token}"}
+
+    def do_all_fit() -> bool:
+        with ExitStack() as opened:
+            streams = [
+                opened.enter_context(httpx.stream("GET", f"{deployment.admin_url}/v1/events", headers=headers))
+                for _ in range(LISTENERS_MAX)
+            ]
+            return {stream.status_code for stream in streams} == {200}
+
+    wait_until(do_all_fit, "as many listen as may")
 
 
 def test_a_scaler_that_is_killed_leaves_a_stale_page_that_goes_on(page: Page, deployment: Deployment) -> None:
@@ -303,12 +345,19 @@ def test_a_rank_that_dies_is_shown_as_a_fault(page: Page, deployment: Deployment
     page.show("health")
     pids = {str(rank["pid"]) for rank in deployment.admin("/v1/layout")["ranks"]}
     page.browser.wait(lambda: pids <= {cell for row in page.rows("main") for cell in row}, "pids are the API's")
-    os.kill(deployment.rank_pids()["r1t0"], signal.SIGKILL)
+    killed = deployment.rank_pids()["r1t0"]
+    os.kill(killed, signal.SIGKILL)
     page.browser.wait(
         lambda: any(row[1:3] == ["rank exited", "r1t0"] for row in page.rows("main")), "the fault is shown, and whose"
     )
     deployment.wait_serving()
     page.browser.wait(lambda: page.said("#phase") == "serving", "all is well again")
+
+    def are_the_living_shown() -> bool:
+        cells = {cell for row in page.rows("main") for cell in row}
+        return str(deployment.rank_pids()["r1t0"]) in cells and str(killed) not in cells
+
+    page.browser.wait(are_the_living_shown, "the seat has another process")
 
 
 def test_hundreds_of_devices_are_as_light_as_a_few(browser: Browser) -> None:

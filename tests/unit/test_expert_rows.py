@@ -87,11 +87,11 @@ def window(slot: int = 0, ended_s: float = 1.0, **facts: Any) -> RankWindow:
 def test_what_ranks_tell_is_added_up_by_expert_and_by_rank() -> None:
     """One layer of four experts; r0 has 0 and 2, r1 has 1 and 3."""
     loads, snapshot = ExpertLoads(), snapshot_of(World(UP.before))
-    assert loads.read(snapshot).load == [[]]
+    assert loads.read(snapshot, 1.0).load == [[]]
     loads.take(window(0, expert_steps=10, expert_rows=((0, 60), (2, 20))))
     loads.take(window(1, expert_steps=20, expert_rows=((1, 80), (3, 80))))
     loads.take(window(1))  # tells nothing of them
-    view = loads.read(snapshot)
+    view = loads.read(snapshot, 1.0)
     assert view.owners == [[0, 1, 0, 1]]
     assert view.load == [[1500, 1000, 500, 1000]]  # 6, 4, 2 and 4 rows in a step
     assert [(rank.rank, rank.rows_per_step, rank.imbalance) for rank in view.ranks] == [
@@ -99,20 +99,40 @@ def test_what_ranks_tell_is_added_up_by_expert_and_by_rank() -> None:
         ("r1t0", 8.0, 1.0),
     ]
     loads.take(window(0, expert_steps=10, expert_rows=((0, 240),)))
-    assert [rank.imbalance for rank in loads.read(snapshot).ranks] == [1.333, 0.667]
+    assert [rank.imbalance for rank in loads.read(snapshot, 1.0).ranks] == [1.333, 0.667]
 
 
 def test_what_was_told_long_ago_counts_less_and_who_has_gone_counts_nothing() -> None:
     loads, snapshot = ExpertLoads(), snapshot_of(World(UP.before))
     loads.take(window(0, 10.0, expert_steps=8, expert_rows=((0, 80),)))
     loads.take(window(0, 10.0 + HALF_LIFE_S, expert_steps=4, expert_rows=((2, 40),)))
-    assert loads.read(snapshot).load == [[2000, 0, 2000, 0]]
-    assert loads.read(snapshot).sampled_steps == 8.0
+    assert loads.read(snapshot, 10.0 + HALF_LIFE_S).load == [[2000, 0, 2000, 0]]
+    assert loads.read(snapshot, 10.0 + HALF_LIFE_S).sampled_steps == 8.0
     for n in range(2 * RANKS_KEPT):
         loads.take(window(0, incarnation=f"gone-{n}", expert_steps=1, expert_rows=((1, 9),)))
-    assert loads.read(snapshot).load == [[]]  # none of those that live
+    assert loads.read(snapshot, 10.0 + HALF_LIFE_S).load == [[]]  # none of those that live
+
+
+def test_what_nobody_adds_to_fades_by_the_clock() -> None:
+    loads, snapshot = ExpertLoads(), snapshot_of(World(UP.before))
+    loads.take(window(0, 10.0, expert_steps=8, expert_rows=((0, 80),)))
+    assert loads.read(snapshot, 10.0 + HALF_LIFE_S).sampled_steps == 4.0
+    assert loads.read(snapshot, 10.0 + HALF_LIFE_S).ranks[0].rows_per_step == 10.0
+    gone = loads.read(snapshot, 10.0 + 5 * HALF_LIFE_S)
+    assert (gone.sampled_steps, gone.load, gone.ranks[0].rows_per_step) == (0.0, [[]], None)
+
+
+def test_only_experts_that_a_rank_still_has_count() -> None:
+    """r0 gave 2 of its experts away: what it told of them is neither its load nor theirs."""
+    loads = ExpertLoads()
+    snapshot = snapshot_of(World(UP.before))
+    loads.take(window(0, expert_steps=10, expert_rows=((0, 60), (1, 60), (3, 60), (99, 5))))
+    loads.take(window(1, expert_steps=10, expert_rows=((1, 30), (3, 30))))
+    view = loads.read(snapshot, 1.0)
+    assert view.load == [[2000, 1000, 0, 1000]]
+    assert [(rank.rows_per_step, rank.imbalance) for rank in view.ranks] == [(6.0, 1.0), (6.0, 1.0)]
 
 
 def test_nothing_is_known_before_the_first_layout() -> None:
     with pytest.raises(Unready):
-        ExpertLoads().read(StatusSnapshot("starting", "", None, None, None, 0, {}))
+        ExpertLoads().read(StatusSnapshot("starting", "", None, None, None, 0, {}), 0.0)

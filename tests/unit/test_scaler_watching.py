@@ -132,7 +132,8 @@ def test_who_does_not_know_what_has_gone_is_told_everything() -> None:
     assert gone.is_whole
     assert [row.slot for row in gone.ranks] == [0]
     silent = board.read(StatusSnapshot("starting", "", None, None, None, 0, {}), gone.cursor)
-    assert (silent.is_whole, silent.devices, silent.hmm_answers, silent.epoch) == (True, [], False, None)
+    assert (silent.is_whole, silent.devices, silent.hmm_answers, silent.epoch) == (True, [], None, None)
+    assert (silent.pool_answers, silent.replicas, silent.num_devices) == (None, None, None)
 
 
 @pytest.mark.parametrize("place", ["", "c.1", "b.x", "b.-1", "b." + "9" * 30])

@@ -53,7 +53,7 @@ class Board:
         cluster, layout = snapshot.cluster, snapshot.layout
         is_whole = known is None or known < self._whole_since
         after = 0 if known is None or is_whole else known
-        hosts = list(cluster.hosts.values()) if cluster is not None else []
+        hosts = list(cluster.hosts.values()) if cluster is not None else None
         return views.Now(
             cursor=f"{self._origin}.{self._version}",
             is_whole=is_whole,
@@ -63,14 +63,14 @@ class Board:
             instance=snapshot.instance,
             fence=snapshot.fence,
             epoch=layout.epoch if layout is not None else None,
-            replicas=layout.dp if layout is not None else 0,
-            target=wanted_replicas(snapshot, layout) if layout is not None else 0,
+            replicas=layout.dp if layout is not None else None,
+            target=wanted_replicas(snapshot, layout) if layout is not None else None,
             tp=layout.tp if layout is not None else 1,
             operation=snapshot.operation.op_id if snapshot.operation is not None else None,
-            hmm_answers=bool(hosts) and all(host.hmm is not None for host in hosts),
-            pool_answers=bool(hosts) and all(host.pool is not None for host in hosts),
-            standby_processes=cluster.standby if cluster is not None else 0,
-            num_devices=len(cluster.devices) if cluster is not None else 0,
+            hmm_answers=all(host.hmm is not None for host in hosts) if hosts else None,
+            pool_answers=all(host.pool is not None for host in hosts) if hosts else None,
+            standby_processes=cluster.standby if cluster is not None else None,
+            num_devices=len(cluster.devices) if cluster is not None else None,
             devices=self._devices.after(after),
             ranks=self._ranks.after(after),
         )

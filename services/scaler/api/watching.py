@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request, Response
 
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.http.app import json_response
 from elasticmoe.services.scaler.api import docs
 from elasticmoe.services.scaler.api.docs import describe
@@ -36,4 +37,4 @@ def add_watching(app: FastAPI, status_cache: StatusCache, series: Series, expert
     @app.get("/v1/experts", **describe("ExpertsView", docs.READING))
     async def loads() -> Response:
         """Where each expert lives, and how often it was routed to lately; how evenly that falls on the ranks."""
-        return json_response(experts.read(status_cache.snapshot))
+        return json_response(experts.read(status_cache.snapshot, SYSTEM_CLOCK.monotonic()))

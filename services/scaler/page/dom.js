@@ -30,6 +30,52 @@ export function fill(element, ...children) {
   );
 }
 
+/**
+ * Make what is in `element` like `children`, with the elements that are there where they are alike: who reads, selects
+ * or has the focus in it is not disturbed. For what is not listened to.
+ */
+export function patch(element, ...children) {
+  const made = h("div", {}, ...children);
+  patchChildren(element, made);
+}
+
+function patchChildren(element, made) {
+  const wanted = [...made.childNodes];
+  while (element.childNodes.length > wanted.length) element.lastChild.remove();
+  wanted.forEach((node, n) => {
+    const old = element.childNodes[n];
+    if (old === undefined) element.append(node);
+    else if (old.nodeName !== node.nodeName) old.replaceWith(node);
+    else if (node.nodeType === Node.TEXT_NODE) {
+      if (old.data !== node.data) old.data = node.data;
+    } else {
+      for (const { name } of [...old.attributes]) if (!node.hasAttribute(name)) old.removeAttribute(name);
+      for (const { name, value } of node.attributes)
+        if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+      patchChildren(old, node);
+    }
+  });
+}
+
+/**
+ * Have in `element` one child for each of `facts`, in their order; `keyOf` names one, and whose name is there already
+ * stays as it is. `known`: a Map of the children by name, which the caller keeps.
+ */
+export function fillByKey(element, known, facts, keyOf, make) {
+  const names = facts.map(keyOf);
+  const wanted = new Set(names);
+  for (const [name, child] of [...known]) {
+    if (wanted.has(name)) continue;
+    child.remove();
+    known.delete(name);
+  }
+  facts.forEach((fact, n) => {
+    if (!known.has(names[n])) known.set(names[n], make(fact));
+    const child = known.get(names[n]);
+    if (element.children[n] !== child) element.insertBefore(child, element.children[n] ?? null);
+  });
+}
+
 /** A figure: its words, and for programs the API's number as it came. */
 export function figure(name, value, words) {
   return h("span", { class: "figure", "data-figure": name, "data-value": value ?? "" }, words);

@@ -1,6 +1,6 @@
 /**
- * Brings what the page shows from the scaler into the store. One request after the other, and no more bytes than a
- * budget of BYTES_PER_S allows after a first burst: however large the deployment, a viewer costs the same.
+ * Brings what the page shows from the scaler into the store. One request after the other. What is looked at again and
+ * again has a budget of bytes, and so has each larger resource, which thus holds up nothing but itself.
  *
  * When nobody answers, what is there stays and is marked as stale, until somebody does.
  */
@@ -9,6 +9,8 @@ import { get, listen } from "./api.js";
 
 const BYTES_PER_S = 2_500;
 const BURST_BYTES = 150_000;
+const LOOK_PAUSE_MS = 5_000; // for bytes, at most: what is looked at is no older
+const RESOURCE_PAUSE_MS = 60_000; // the same of a larger resource
 const HEAD_BYTES = 400; // of each answer, beside its body
 const PAUSE_MS = 1_000;
 const BUSY_PAUSE_MS = 300; // while an operation is in progress
@@ -20,27 +22,69 @@ const ROWS_KEPT = { 1: 900, 15: 5_760 };
 
 /**
  * What views may need beside /v1/now and /v1/series: where it is, and `key`: it is asked for again when that has
- * changed, or `everyMs` have passed.
+ * changed, or `everyMs` have passed. For what it has cost it waits `pauseMs` at most.
  */
 const RESOURCES = {
-  policy: { path: () => "/v1/policy", key: () => "", everyMs: 3_000 },
+  policy: { path: () => "/v1/policy", key: () => "", everyMs: 2_000 },
+  operation: {
+    path: (state) => `/v1/operations/${state.now.operation}`,
+    key: (state) => state.now.operation,
+    everyMs: 0,
+    pauseMs: LOOK_PAUSE_MS,
+  },
+  last: { path: () => "/v1/operations?limit=1", key: operationsKey, pauseMs: LOOK_PAUSE_MS },
   decisions: { path: () => "/v1/decisions?limit=40", key: (state) => state.policy?.decision?.time_unix },
-  operations: { path: () => "/v1/operations?limit=20", key: (state) => `${state.now.operation} ${state.now.epoch}` },
+  operations: { path: () => "/v1/operations?limit=20", key: operationsKey },
   experts: { path: () => "/v1/experts", key: (state) => state.now.epoch, everyMs: 10_000 },
   layout: { path: () => "/v1/layout", key: layoutKey },
 };
 
-function layoutKey({ now, devices }) {
+function operationsKey({ now }) {
+  return `${now.operation} ${now.epoch}`;
+}
+
+/** A standby may take a seat between two looks: then the event tells, or the layout, with a rank that is not ready. */
+function layoutKey({ now, devices, events, layout }) {
   const seats = [...devices.values()].map((device) => `${device.rank}${device.isReady}`).join();
-  return [now.epoch, now.operation, now.phase, now.fence, seats].join();
+  const fault = events.find(({ event }) => event.kind.startsWith("rank_"))?.id;
+  const unsettled = layout?.ranks.every((rank) => rank.ready) ? "" : now.cursor;
+  return [now.epoch, now.operation, now.phase, now.fence, seats, fault, unsettled].join();
+}
+
+/** Bytes that may be read: BYTES_PER_S, after a first burst. */
+class Budget {
+  #left = BURST_BYTES;
+  #at = Date.now();
+  #least;
+
+  /** `pauseMs`: longer than that nothing is paused for; what has cost more is forgiven. */
+  constructor(pauseMs) {
+    this.#least = (-pauseMs / 1_000) * BYTES_PER_S;
+  }
+
+  charge(bytes) {
+    this.#left = Math.max(this.#least, this.#refilled() - bytes);
+  }
+
+  /** For how long nothing may be read. */
+  get pauseMs() {
+    return Math.max(0, (-this.#refilled() / BYTES_PER_S) * 1_000);
+  }
+
+  #refilled() {
+    const now = Date.now();
+    this.#left = Math.min(BURST_BYTES, this.#left + ((now - this.#at) / 1_000) * BYTES_PER_S);
+    this.#at = now;
+    return this.#left;
+  }
 }
 
 export class Feed {
   #store;
   #needs = () => [];
   #asked = {}; // by resource, its key and when it was asked for
-  #left = BURST_BYTES; // bytes that may be read now
-  #leftAt = Date.now();
+  #budget = new Budget(LOOK_PAUSE_MS); // of what each turn asks for
+  #budgets = {}; // by resource
   #timer = 0;
   #isAsking = false;
   #isWanted = false; // somebody has nudged since the last turn began
@@ -66,8 +110,7 @@ export class Feed {
   stop() {
     this.#isStopped = true;
     clearTimeout(this.#timer);
-    this.#listening?.abort();
-    this.#listening = null;
+    this.#unlisten();
   }
 
   /** Look now: the view is another one, or something was ordered. `name`: of a resource that is out of date. */
@@ -80,6 +123,7 @@ export class Feed {
   }
 
   async #turn() {
+    if (document.hidden) this.#unlisten();
     if (document.hidden || this.#isStopped) return;
     this.#isAsking = true;
     let pauseMs = PAUSE_MS;
@@ -88,10 +132,12 @@ export class Feed {
       await this.#look();
       this.#connection("live", "");
       const least = this.#store.state.now.operation === null ? PAUSE_MS : BUSY_PAUSE_MS;
-      pauseMs = Math.max(least, (-this.#refilled() / BYTES_PER_S) * 1_000);
+      pauseMs = Math.max(least, this.#budget.pauseMs);
     } catch (refusal) {
-      if (refusal.status === undefined) throw refusal;
-      this.#connection(refusal.status === 401 ? "refused" : "stale", refusal.message);
+      const isRefusal = refusal.status !== undefined;
+      if (!isRefusal) console.error(refusal);
+      const why = isRefusal ? refusal.message : `this page has an error, reload it (${refusal.message})`;
+      this.#connection(refusal.status === 401 ? "refused" : "stale", why);
       pauseMs = RETRY_MS;
       if (refusal.status === 401) this.stop();
     } finally {
@@ -100,25 +146,17 @@ export class Feed {
     }
   }
 
-  #refilled() {
-    const now = Date.now();
-    this.#left = Math.min(BURST_BYTES, this.#left + ((now - this.#leftAt) / 1_000) * BYTES_PER_S);
-    this.#leftAt = now;
-    return this.#left;
-  }
-
   #connection(state, why) {
     const before = this.#store.state.connection;
     const since = before.state === state ? before.since : Date.now();
     this.#store.update({ connection: { state, why, since, seen: state === "live" ? Date.now() : before.seen } });
   }
 
-  async #get(path) {
+  async #get(path, budget = this.#budget) {
     const late = setTimeout(() => this.#connection("stale", "the scaler does not answer"), STALE_MS);
     try {
       const { value, bytes } = await get(path);
-      this.#refilled();
-      this.#left -= bytes + HEAD_BYTES;
+      budget.charge(bytes + HEAD_BYTES);
       return value;
     } finally {
       clearTimeout(late);
@@ -129,13 +167,18 @@ export class Feed {
     const { state, update } = this.#store;
     if (Object.keys(state.words.reasons).length === 0) update({ words: await this.#get("/page/words.json") });
     update(merged(this.#store.state, await this.#get(withSince("/v1/now?", state.now?.cursor))));
+    this.#isOf("now");
     await this.#series();
-    const { now } = this.#store.state;
-    if (now.operation !== null) await this.#try("operation", `/v1/operations/${now.operation}`);
-    for (const name of this.#needs()) {
-      if (name === "events") this.#listen();
-      else await this.#refresh(name);
-    }
+    if (this.#store.state.now.operation !== null) await this.#refresh("operation");
+    const needs = this.#needs();
+    if (needs.includes("events")) this.#listen();
+    else this.#unlisten();
+    for (const name of needs) if (name !== "events") await this.#refresh(name);
+  }
+
+  /** What is shown of `name` is right now, and from now on gets older if it `ages`. */
+  #isOf(name, ages = true) {
+    this.#store.update({ asOf: { ...this.#store.state.asOf, [name]: ages ? Date.now() : Infinity } });
   }
 
   async #series() {
@@ -151,21 +194,23 @@ export class Feed {
   }
 
   async #refresh(name) {
-    const { path, key, everyMs = Infinity } = RESOURCES[name];
+    const { path, key, everyMs = Infinity, pauseMs = RESOURCE_PAUSE_MS } = RESOURCES[name];
     const wanted = key(this.#store.state);
     const asked = this.#asked[name];
+    const ages = everyMs !== Infinity; // else it is right for as long as its key is
     if (asked !== undefined && asked.key === wanted && Date.now() - asked.at < everyMs) return;
-    if (await this.#try(name, path())) this.#asked[name] = { key: wanted, at: Date.now() };
-  }
-
-  /** One part may be missing while others are there, such as a layout that has not been made yet. */
-  async #try(name, path) {
+    const budget = (this.#budgets[name] ??= new Budget(pauseMs));
+    if (asked !== undefined && budget.pauseMs > 0) {
+      if (this.#store.state.asOf[name] === Infinity) this.#isOf(name); // no longer
+      return;
+    }
     try {
-      this.#store.update({ [name]: await this.#get(path) });
-      return true;
+      this.#store.update({ [name]: await this.#get(path(this.#store.state), budget) });
+      this.#asked[name] = { key: wanted, at: Date.now() };
+      this.#isOf(name, ages);
     } catch (refusal) {
+      // One part may be missing while others are there, such as a layout that has not been made yet.
       if (refusal.status !== 503 && refusal.status !== 404) throw refusal;
-      return false;
     }
   }
 
@@ -189,6 +234,12 @@ export class Feed {
     }, LISTEN_AGAIN_MS);
   }
 
+  /** End the stream of events: a listener is one of few, and a connection one of a browser's six. */
+  #unlisten() {
+    this.#listening?.abort();
+    this.#listening = null;
+  }
+
   #told() {
     if (!this.#store.state.isPastTold || this.#store.state.eventsRefused) {
       this.#store.update({ isPastTold: true, eventsRefused: "" });
@@ -201,6 +252,8 @@ const withSince = (path, cursor) =>
 
 /** What of the store another answer of /v1/now changes. */
 function merged(state, now) {
+  // A scaler that has just begun has not looked yet: what was shown stays, and the next answer is to tell everything.
+  if (now.num_devices === null && state.now !== null) return { now: { ...now, cursor: undefined } };
   const devices = now.is_whole ? new Map() : new Map(state.devices);
   const ranks = now.is_whole ? new Map() : new Map(state.ranks);
   for (const row of now.devices) devices.set(row[0], deviceOf(row));

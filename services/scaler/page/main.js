@@ -2,10 +2,10 @@
 
 import { ask } from "./api.js";
 import { redraw } from "./charts.js";
-import { badge, fill, h, setText } from "./dom.js";
+import { badge, fill, h, patch, setText } from "./dom.js";
 import { Feed } from "./feed.js";
 import { clock, plural } from "./format.js";
-import { dropToken, keepToken, takeTokenFromAddress, theme, token, useTheme } from "./session.js";
+import { decoded, dropToken, keepToken, takeTokenFromAddress, theme, token, useTheme } from "./session.js";
 import { createStore } from "./store.js";
 import { decisions } from "./views/decisions.js";
 import { events } from "./views/events.js";
@@ -16,6 +16,7 @@ import { transition } from "./views/transition.js";
 
 const VIEWS = { now, experts, transition, decisions, events, health };
 const PHASES = { serving: "ok", starting: "busy", loading: "busy", attaching: "busy", degraded: "warn", failed: "bad" };
+const OLD_MS = 3_000; // what is shown and older than that is said to be
 const THEMES = ["auto", "light", "dark"];
 
 const store = createStore();
@@ -30,6 +31,7 @@ const parts = {
   size: h("span", { id: "size" }),
   policy: h("span", { id: "mode" }),
   live: h("span", { id: "live", role: "status" }),
+  asOf: h("span", { id: "as-of", class: "count" }),
 };
 const links = Object.entries(VIEWS).map(([name, view]) => h("a", { href: `#/${name}`, "data-view": name }, view.title));
 const themeButton = h("button", { class: "quiet", onclick: nextTheme });
@@ -38,7 +40,7 @@ function buildHead() {
   const leave = h("button", { class: "quiet", onclick: () => signOut("") }, "Forget token");
   fill(
     document.getElementById("head"),
-    h("div", { class: "title" }, h("h1", {}, "ElasticMoE"), parts.phase, parts.size, parts.live),
+    h("div", { class: "title" }, h("h1", {}, "ElasticMoE"), parts.phase, parts.size, parts.live, parts.asOf),
     h("nav", { "aria-label": "Views" }, links),
     h("div", { class: "tools" }, themeButton, leave),
   );
@@ -52,17 +54,16 @@ function nextTheme() {
 
 function updateHead({ now: seen, connection }) {
   if (seen !== null) {
-    fill(parts.phase, badge(PHASES[seen.phase] ?? "calm", seen.phase));
+    patch(parts.phase, badge(PHASES[seen.phase] ?? "calm", seen.phase));
     const wanted = seen.target === seen.replicas ? "" : ` → ${seen.target} wanted`;
-    setText(parts.size, `${plural(seen.replicas, "replica")}${wanted}, epoch ${seen.epoch ?? "–"}`);
+    const size = `${plural(seen.replicas, "replica")}${wanted}, epoch ${seen.epoch ?? "–"}`;
+    setText(parts.size, seen.replicas === null ? "size not known" : size);
     document.title = `${seen.phase} · ElasticMoE`;
   }
   const isLive = connection.state === "live";
   document.body.classList.toggle("stale", connection.state === "stale");
-  fill(
-    parts.live,
-    badge(isLive ? "ok" : connection.state === "stale" ? "bad" : "busy", isLive ? "live" : connection.state),
-  );
+  if (parts.live.textContent !== connection.state)
+    fill(parts.live, badge(isLive ? "ok" : connection.state === "stale" ? "bad" : "busy", connection.state));
   const stale = document.getElementById("stale");
   stale.hidden = connection.state !== "stale";
   const since = connection.seen ? `What is shown is of ${clock(connection.seen / 1000)}. ` : "";
@@ -73,12 +74,20 @@ function updateHead({ now: seen, connection }) {
     );
 }
 
+/** Say of what time it is what the view shows, where that is some time ago. */
+function tellAge({ asOf, connection }) {
+  const names = ["now", ...(VIEWS[shown.name]?.needs ?? [])];
+  const old = names.filter((name) => Date.now() - (asOf[name] ?? Infinity) > OLD_MS);
+  const said = old.map((name) => `${name === "now" ? "" : `${name} `}as of ${clock(asOf[name] / 1000)}`);
+  setText(parts.asOf, connection.state === "live" ? said.join(", ") : "");
+}
+
 // ---- views ----------------------------------------------------------------------------------------------------------
 
 /** `#/events/12-7` names a view and what in it. */
 function addressed() {
   const [, name, ...rest] = location.hash.split("/");
-  return { name: name in VIEWS ? name : "now", rest: decodeURIComponent(rest.join("/")) };
+  return { name: Object.hasOwn(VIEWS, name) ? name : "now", rest: decoded(rest.join("/")) };
 }
 
 function show() {
@@ -154,9 +163,11 @@ store.subscribe((state) => {
     return;
   }
   updateHead(state);
+  tellAge(state);
   if (state.now !== null) shown.view?.update(state);
 });
 
+setInterval(() => tellAge(store.state), 1_000);
 takeTokenFromAddress();
 useTheme(theme());
 setText(themeButton, `Theme: ${theme()}`);

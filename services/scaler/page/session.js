@@ -3,12 +3,22 @@
 const TOKEN = "elasticmoe.token";
 const THEME = "elasticmoe.theme";
 
-/** Take the token out of the address's fragment, where `elasticmoe up` puts it; no server and no history sees it. */
+/** Take the token out of the address's fragment, where `elasticmoe up` puts it: browsers send that to nobody. The
+ * address without it takes its place at once. */
 export function takeTokenFromAddress() {
   const found = /^#token=([!-~]+)$/.exec(location.hash);
   if (found === null) return;
-  sessionStorage.setItem(TOKEN, decodeURIComponent(found[1]));
+  sessionStorage.setItem(TOKEN, decoded(found[1]));
   history.replaceState(null, "", `${location.pathname}#/now`);
+}
+
+/** What stands in an address, with its escapes read; as it stands where they are none. */
+export function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 export const token = () => sessionStorage.getItem(TOKEN) ?? "";

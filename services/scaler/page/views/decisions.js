@@ -1,6 +1,6 @@
 /** Decisions: what the policy has decided and why, and the form for its objectives. */
 
-import { badge, fill, h, panel, setText } from "../dom.js";
+import { badge, fillByKey, h, panel, patch, setText } from "../dom.js";
 import { clock, number, plural, ratio } from "../format.js";
 
 const FIELDS = [
@@ -70,7 +70,9 @@ function build({ store, feed, ask }) {
     done,
   );
   const lead = h("p", { class: "lead" });
+  const none = h("p", {}, "Nothing has been decided yet.");
   const list = h("ol", { class: "timeline", "aria-label": "Decisions, newest first" });
+  const entries = new Map();
   let drawn = null;
 
   function refill(view) {
@@ -124,7 +126,7 @@ function build({ store, feed, ask }) {
       refill(policy);
     if (policy !== null) {
       const wanted = policy.target === policy.replicas ? "" : `, ${policy.target} wanted`;
-      fill(
+      patch(
         lead,
         badge(policy.policy.mode === "act" ? "ok" : "calm", policy.policy.mode),
         ` ${plural(policy.replicas, "replica")}${wanted}, policy version ${policy.version}`,
@@ -133,16 +135,18 @@ function build({ store, feed, ask }) {
     if (state.decisions !== drawn && state.decisions !== null) {
       drawn = state.decisions;
       const { decisions } = drawn;
-      fill(
+      fillByKey(
         list,
-        decisions.length === 0
-          ? h("li", {}, "Nothing has been decided yet.")
-          : decisions.map((decision) => entry(decision, state.words.reasons)),
+        entries,
+        decisions,
+        (decision) => JSON.stringify(decision),
+        (decision) => entry(decision, state.words.reasons),
       );
+      none.hidden = decisions.length > 0;
     }
   }
 
-  const element = h("div", { class: "two" }, panel("Policy", lead, form), panel("Decisions", list));
+  const element = h("div", { class: "two" }, panel("Policy", lead, form), panel("Decisions", none, list));
   return { element, update };
 }
 

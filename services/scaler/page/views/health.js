@@ -1,6 +1,6 @@
 /** Health: who answers, which processes there are, what has failed lately, and what the present state means. */
 
-import { badge, fill, h, panel, table } from "../dom.js";
+import { badge, h, panel, patch, table } from "../dom.js";
 import { clock, number, plural, seconds, UNKNOWN } from "../format.js";
 
 const MEANINGS = {
@@ -39,7 +39,7 @@ function build() {
     const text = JSON.stringify(facts);
     if (drawn[name] === text) return;
     drawn[name] = text;
-    fill(element, make());
+    patch(element, make());
   }
 
   function update({ now, policy, layout, events, isPastTold, connection }) {
@@ -60,7 +60,9 @@ function build() {
     );
     draw("ranks", ranks, layout?.ranks, () => rankTable(layout));
     const found = events.filter(({ event }) => FAULTS.includes(event.kind));
-    draw("faults", faults, [found.map(({ id }) => id), isPastTold], () => faultList(found, isPastTold));
+    draw("faults", faults, [found.map(({ id }) => id), isPastTold, now.fence], () =>
+      faultList(found, isPastTold, now.fence),
+    );
   }
 
   return {
@@ -77,7 +79,8 @@ function build() {
 }
 
 function rows(now, silent, connection) {
-  const answers = (is) => (is ? badge("ok", "answers") : badge("bad", "silent"));
+  const answers = (is) =>
+    is === null ? badge("calm", "not known") : is ? badge("ok", "answers") : badge("bad", "silent");
   const quiet =
     silent === null
       ? badge("calm", "not known")
@@ -98,7 +101,9 @@ function rows(now, silent, connection) {
     ],
     [
       "standbys",
-      badge(now.standby_processes > 0 ? "ok" : "warn", number(now.standby_processes)),
+      now.standby_processes === null
+        ? badge("calm", "not known")
+        : badge(now.standby_processes > 0 ? "ok" : "warn", number(now.standby_processes)),
       "processes that wait for a seat: without one a rank that dies is replaced in seconds instead of milliseconds",
     ],
     [
@@ -126,13 +131,15 @@ function rankTable(layout) {
   );
 }
 
-function faultList(found, isPastTold) {
+/** `fence`: the scaler's, with which the names of its events begin; there may be some of earlier ones. */
+function faultList(found, isPastTold, fence) {
   if (!isPastTold) return h("p", {}, "Loading…");
+  const own = found.filter(({ id }) => id.startsWith(`${fence}-`)).length;
   if (found.length === 0) return h("p", {}, "None since this scaler began.");
   const since = Date.now() / 1000 - HOUR_S;
   const recent = found.filter(({ event }) => event.time_unix > since).length;
   return [
-    h("p", {}, `${plural(recent, "fault")} in the last hour, ${found.length} since this scaler began.`),
+    h("p", {}, `${plural(recent, "fault")} in the last hour, ${own} since this scaler began.`),
     table(
       "Newest first",
       ["when", "what", "who", "why"],

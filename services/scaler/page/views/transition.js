@@ -1,6 +1,6 @@
 /** Transition: what an order would do, the order itself, how it goes, and what it has cost. */
 
-import { fill, h, panel, setText } from "../dom.js";
+import { fill, h, panel, patch, setText } from "../dom.js";
 import { operationView, planView } from "../operation.js";
 import { Tiles } from "../tiles.js";
 
@@ -30,7 +30,7 @@ function build({ store, feed, ask }) {
   const preview = h("div", { class: "preview", "aria-live": "polite" });
   const order = h(
     "form",
-    { class: "order", onsubmit: look },
+    { class: "order", onsubmit: look, oninput: edited },
     h(
       "fieldset",
       {},
@@ -62,8 +62,8 @@ function build({ store, feed, ask }) {
   const tiles = new Tiles();
   const touched = panel("Devices that change", tiles.element);
   const title = h("h2", {}, "Operation");
-  let drawn = "";
   let isFilled = false;
+  let looked = null; // the order that is previewed
 
   function option(kind, words, ...fields) {
     return h(
@@ -79,6 +79,17 @@ function build({ store, feed, ask }) {
   function choose() {
     for (const [kind, field] of Object.entries(kinds)) field.disabled = !radios[kind].checked;
     lost.disabled = !radios.remove.checked;
+    forget();
+  }
+
+  /** What was previewed is not what stands in the form any more. */
+  function edited(event) {
+    isFilled = true;
+    if (event.target !== reason) forget();
+  }
+
+  function forget() {
+    looked = null;
     fill(preview);
     setText(said, "");
   }
@@ -105,7 +116,9 @@ function build({ store, feed, ask }) {
   async function look(event) {
     event.preventDefault();
     const wanted = target();
+    looked = wanted;
     const answer = await attempt(() => ask("POST", "/v1/scale", { ...wanted, dry_run: true }));
+    if (looked !== wanted) return;
     if (answer === null) {
       fill(preview);
       return;
@@ -133,9 +146,9 @@ function build({ store, feed, ask }) {
   }
 
   function begun(operation) {
-    fill(preview);
+    forget();
     store.update({ operation });
-    feed.nudge("operations");
+    feed.nudge("last");
   }
 
   async function undo() {
@@ -146,17 +159,13 @@ function build({ store, feed, ask }) {
   }
 
   function update(state) {
-    if (!isFilled) {
+    if (!isFilled && state.now.replicas !== null) {
       isFilled = true;
       replicas.value = state.now.replicas;
     }
-    const operation = state.operation ?? state.operations?.operations[0] ?? null;
+    const operation = state.operation ?? state.last?.operations[0] ?? null;
     setText(title, state.operation === null ? "Last operation" : "Operation in progress");
-    const facts = JSON.stringify(operation);
-    if (facts !== drawn) {
-      drawn = facts;
-      fill(present, operation === null ? h("p", {}, "There was none yet.") : operationView(operation));
-    }
+    patch(present, operation === null ? h("p", {}, "There was none yet.") : operationView(operation));
     cancel.hidden =
       state.operation === null || !CANCELLED_BEFORE.includes(state.operation.phase) || state.operation.leg > 1;
     const changing = new Set(
@@ -187,4 +196,4 @@ function build({ store, feed, ask }) {
   return { element, update, destroy: () => tiles.destroy() };
 }
 
-export const transition = { title: "Transition", needs: ["operations"], build };
+export const transition = { title: "Transition", needs: ["last"], build };
