@@ -75,8 +75,8 @@ function updateHead({ now: seen, connection }) {
 }
 
 /** Say of what time it is what the view shows, where that is some time ago. */
-function tellAge({ asOf, connection }) {
-  const names = ["now", ...(VIEWS[shown.name]?.needs ?? [])];
+function tellAge({ asOf, connection, operation }) {
+  const names = ["now", ...(operation === null ? [] : ["operation"]), ...(VIEWS[shown.name]?.needs ?? [])];
   const old = names.filter((name) => Date.now() - (asOf[name] ?? Infinity) > OLD_MS);
   const said = old.map((name) => `${name === "now" ? "" : `${name} `}as of ${clock(asOf[name] / 1000)}`);
   setText(parts.asOf, connection.state === "live" ? said.join(", ") : "");

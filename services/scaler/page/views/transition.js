@@ -84,7 +84,7 @@ function build({ store, feed, ask }) {
 
   /** What was previewed is not what stands in the form any more. */
   function edited(event) {
-    isFilled = true;
+    if (event.target === replicas) isFilled = true;
     if (event.target !== reason) forget();
   }
 
