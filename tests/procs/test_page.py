@@ -314,7 +314,7 @@ def test_views_without_events_leave_listeners_to_others(page: Page, deployment: 
     page.show("now")
     headers = {"authorization": f"Bearer {deployment.token}"}
 
-    streams = []
+    streams: list[httpx.Response] = []
 
     def do_all_fit() -> bool:
         """One more listens, if the scaler has noticed that those before have gone: when it sends its next heartbeat."""

@@ -5,6 +5,7 @@ The scaler's loop adds what comes, the admin listener adds it up when somebody a
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 
@@ -29,7 +30,7 @@ class _Told:
 
     def faded(self, now: float) -> float:
         """The share of it that is left."""
-        return 0.5 ** (max(0.0, now - self.at_s) / HALF_LIFE_S)
+        return math.exp2(-max(0.0, now - self.at_s) / HALF_LIFE_S)
 
     def add(self, window: RankWindow) -> None:
         fade = self.faded(window.ended_s) if self.steps else 0.0
