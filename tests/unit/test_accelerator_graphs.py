@@ -48,7 +48,7 @@ def batch(*kv_lens: int, num_logits: int = 1, count: int = 1) -> Batch:
         (batch(5, num_logits=0), None),  # not the last part of a prompt
         (batch(5, count=2), None),
     ],
-    ids=str,
+    ids=["one", "padded", "full", "longer", "long", "no room", "too many", "empty", "prompt's part", "two tokens"],
 )
 def test_a_step_that_only_decodes_has_a_form(given: Batch, form: Form | None) -> None:
     made = Graphs(Counter(), lambda: 0)
