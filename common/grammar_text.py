@@ -60,8 +60,10 @@ def unpack_grammar(packed: bytes) -> str:
     unpacking = zlib.decompressobj()
     try:
         raw = unpacking.decompress(packed, GRAMMAR_BYTES_MAX + 1)
-        if len(raw) > GRAMMAR_BYTES_MAX or not unpacking.eof:
-            raise ProtocolError(f"a grammar is cut off, or has more than {GRAMMAR_BYTES_MAX} bytes")
+        if len(raw) > GRAMMAR_BYTES_MAX:
+            raise ProtocolError(f"a grammar of {len(packed)} bytes unpacks to more than {GRAMMAR_BYTES_MAX} bytes")
+        if not unpacking.eof:
+            raise ProtocolError(f"a grammar of {len(packed)} bytes is cut off")
         return raw.decode()
     except (zlib.error, UnicodeDecodeError):
         raise ProtocolError(f"a grammar of {len(packed)} bytes cannot be read") from None

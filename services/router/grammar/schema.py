@@ -52,8 +52,11 @@ def read_schema(text: str, param: str) -> Any:
     be heeded, by its name."""
     try:
         schema = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"{param} is not valid JSON: {error}", code="invalid_grammar", param=param) from None
+    except RecursionError:
+        said = f"{param} is nested too deeply"
+        raise InvalidRequest(said, code="invalid_grammar", param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise InvalidRequest(f"{param} is not valid JSON", code="invalid_grammar", param=param) from None
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
