@@ -448,3 +448,21 @@ def test_what_has_not_begun_for_a_sequence_that_ends_is_given_up(seat: Seat, mon
     assert opening is not None
     seat.engine.cancel(PEER, "ended")
     assert opening.cancelled()
+
+
+def test_grammars_are_kept_by_the_size_of_their_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of many rules takes thousands of bytes for each of its own."""
+    texts = [FREE_SPELLING + f"start: /{word}/" for word in ("aaa", "bbb", "ccc")]
+    monkeypatch.setattr(grammars, "KEPT_BYTES_MAX", 2 * len(texts[0]))
+    made: list[str] = []
+    monkeypatch.setattr(grammars, "unpack_grammar", lambda packed: made.append(texts[packed[0]]) or made[-1])
+    vocabulary = vocabularies.ReadVocabulary(DATA, DIGEST, VOCAB_SIZE)
+    rank = grammars.Grammars()
+    for number in (0, 1, 0, 2, 0, 1):  # 2 takes the place of 1, which came last before 0
+        rank._open(vocabulary, DIGEST, bytes([number]), list(b"a" if number == 0 else b"b" if number == 1 else b"c"))
+    assert made == [texts[0], texts[1], texts[2], texts[1]]
+    monkeypatch.setattr(grammars, "KEPT_BYTES_MAX", 1)
+    for _ in range(2):
+        rank._open(vocabulary, DIGEST, b"\2", [])  # too large to be kept
+    assert made[4:] == [texts[2], texts[2]]
+    assert not rank._kept

@@ -198,9 +198,8 @@ class RanksTold:
         self._newest_s[at] = ended
         queued, running, used = rank.row
         rank.row = (window.queued_prefill_tokens, window.running, window.kv_used)
-        if window.rank.tp == 0:  # all ranks of a replica compute the same tokens
-            prompt = window.uncached_tokens + window.cached_tokens
-            rank.rates = (window.generated / window.span_s, prompt / window.span_s)
+        prompt = window.uncached_tokens + window.cached_tokens
+        rank.rates = (window.generated / window.span_s, prompt / window.span_s)
         self.queued += window.queued_prefill_tokens - queued
         self.running += window.running - running
         self.kv_used += window.kv_used - used

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 LATE_S: Final = 0.05  # that a step waits at most for what may follow
 SLOW_S: Final = 0.01  # of CPU, that what may follow on a token takes where others wait behind it
 KEPT_MAX: Final = 32  # grammars that are not read again for the next request with the same one
+KEPT_BYTES_MAX: Final = 64 << 10  # of their texts; one of 12 KiB with many ranges of numbers took 31 MiB
 
 
 _Work = tuple[Guide, int | None]
@@ -46,6 +47,13 @@ class Prepared(NamedTuple):
     failed: list[tuple[Sequence, ElasticMoEError]]
 
 
+class _Kept(NamedTuple):
+    """A matcher that no sequence advances, and the size of its grammar's text."""
+
+    matcher: GrammarMatcher
+    nbytes: int
+
+
 class Grammars:
     """Owned by the engine; only the rank's loop thread calls it. Until the first grammar there is no thread, and the
     library is not loaded."""
@@ -55,7 +63,7 @@ class Grammars:
         self._stepper = ThreadPoolExecutor(1, "masks")
         self._slow_stepper = ThreadPoolExecutor(1, "slow-masks")
         self._vocabularies = Vocabularies(self._opener)
-        self._kept: OrderedDict[tuple[str, bytes], GrammarMatcher] = OrderedDict()  # the opener's
+        self._kept: OrderedDict[tuple[str, bytes], _Kept] = OrderedDict()  # the opener's
 
     # ---- before a sequence runs
 
@@ -93,13 +101,14 @@ class Grammars:
         from elasticmoe.common.grammar import GrammarMatcher
 
         key = digest, packed
-        kept = self._kept.get(key)
+        kept = self._kept.pop(key, None)
         if kept is None:
-            kept = self._kept[key] = GrammarMatcher(vocabulary.tokens, unpack_grammar(packed))
-        self._kept.move_to_end(key)
-        if len(self._kept) > KEPT_MAX:
+            text = unpack_grammar(packed)
+            kept = _Kept(GrammarMatcher(vocabulary.tokens, text), len(text.encode()))
+        self._kept[key] = kept  # the last one that came
+        while len(self._kept) > KEPT_MAX or sum(one.nbytes for one in self._kept.values()) > KEPT_BYTES_MAX:
             self._kept.popitem(last=False)
-        matcher = kept.copy()
+        matcher = kept.matcher.copy()
         matcher.consume(output)
         return matcher
 
