@@ -20,7 +20,7 @@ from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.services.worker.exchange.base import StepTimedOut
 from elasticmoe.services.worker.exchange.expert_rows import ExpertRows
 from elasticmoe.services.worker.hmm.link import HmmLink
-from elasticmoe.services.worker.rank.parts import RankParts
+from elasticmoe.services.worker.rank.parts import SeatParts
 from elasticmoe.services.worker.rank.rank import Rank
 from tests.sim.barrier import SimBarrier
 from tests.sim.engine import SimEngine
@@ -339,7 +339,7 @@ class RankProcess(Actor):
         self.mapping = Mapping(device, link.handed())
         self.engine = SimEngine(device, self.mapping.num_kv, self._take_part)
         simulated: Any = self  # what stands for a transport, a server, an exchange
-        parts = RankParts(
+        parts = SeatParts(
             seat=self.seat,
             clock=self.sim.clock,
             transport=simulated,
@@ -350,11 +350,10 @@ class RankProcess(Actor):
             revision=self.mapping.revision,
             barrier=self.barrier,
             exchange=simulated.exchange,
-            engine=self.engine,
             attach_ms=1.0,
             build_ms=1.0,
         )
-        self.rank = Rank(parts, self.world.pool.notify)
+        self.rank = Rank(parts, self.engine, self.world.pool.notify)
 
     def _start(self) -> None:
         if self.seat.device in self.world.hmm.gone:

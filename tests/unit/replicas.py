@@ -26,7 +26,7 @@ from elasticmoe.services.worker.exchange.board import ReplicaBoard
 from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
 from elasticmoe.services.worker.rank.follower import Follower
 from elasticmoe.services.worker.rank.loop import SeatLoop
-from elasticmoe.services.worker.rank.parts import FollowerParts, RankParts
+from elasticmoe.services.worker.rank.parts import SeatParts
 from elasticmoe.services.worker.rank.rank import Rank
 from tests.procs.waiting import wait_until
 from tests.unit.migration_world import MAX_MODEL_LEN, MAX_SEQUENCES, make_ledger
@@ -115,21 +115,8 @@ class Replicas:
         fence: Any = SimpleNamespace(check=lambda *_: None, heed=lambda _: None)
         barrier, exchange = ShmBarrier(bus, memory.doorbells, slot), ranks.exchanges[slot]
         board = ReplicaBoard(bus, replica)
-        shared: Any = (seat, SYSTEM_CLOCK, self._sockets, server, hmm, fence, memory, 1, barrier, exchange)
-        if seat_of.rank.tp:
-            return Follower(FollowerParts(*shared, board, ranks.models[slot], kv, 0.0, 0.0), lambda _: None)
-        engine = Engine(
-            ranks.models[slot],
-            exchange,
-            kv,
-            memory.ledger,
-            max_tokens=16,
-            max_sequences=MAX_SEQUENCES,
-            max_model_len=MAX_MODEL_LEN,
-            board=board,
-        )
         played: Any = memory
-        parts = RankParts(
+        parts = SeatParts(
             seat=seat,
             clock=SYSTEM_CLOCK,
             transport=self._sockets,
@@ -140,11 +127,22 @@ class Replicas:
             revision=1,
             barrier=barrier,
             exchange=exchange,
-            engine=engine,
             attach_ms=0.0,
             build_ms=0.0,
         )
-        return Rank(parts, lambda _: None)
+        if seat_of.rank.tp:
+            return Follower(parts, board, ranks.models[slot], kv, lambda _: None)
+        engine = Engine(
+            ranks.models[slot],
+            exchange,
+            kv,
+            memory.ledger,
+            max_tokens=16,
+            max_sequences=MAX_SEQUENCES,
+            max_model_len=MAX_MODEL_LEN,
+            board=board,
+        )
+        return Rank(parts, engine, lambda _: None)
 
     def engine(self, replica: int) -> Engine:
         """A leader's. Its own thread's while the loops run."""

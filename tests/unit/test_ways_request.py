@@ -46,7 +46,7 @@ from elasticmoe.services.worker.engine.sampler import sample
 from elasticmoe.services.worker.engine.scheduler import Scheduler
 from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
 from elasticmoe.services.worker.model.oracle import OracleModel
-from elasticmoe.services.worker.rank.parts import RankParts
+from elasticmoe.services.worker.rank.parts import SeatParts
 from elasticmoe.services.worker.rank.rank import Rank
 from elasticmoe.services.worker.rank.reports import Reports
 from tests.procs.router_fakes import layout_of
@@ -142,7 +142,7 @@ def rank(ranks: Ranks) -> Iterator[tuple[Rank, Wire]]:
         close=lambda: None,
     )
     hmm: Any = SimpleNamespace(applied=lambda _: None, look=lambda *_: (), close=lambda: None, is_connected=True)
-    parts = RankParts(
+    parts = SeatParts(
         seat=SEAT,
         clock=SYSTEM_CLOCK,
         transport=wire.transport(),
@@ -153,11 +153,10 @@ def rank(ranks: Ranks) -> Iterator[tuple[Rank, Wire]]:
         revision=1,
         barrier=ShmBarrier(bus, memory.doorbells, 0),
         exchange=ranks.exchanges[0],
-        engine=engine,
         attach_ms=0.0,
         build_ms=0.0,
     )
-    with Rank(parts, lambda _: None) as rank:
+    with Rank(parts, engine, lambda _: None) as rank:
         rank.start(SYSTEM_CLOCK.monotonic())
         yield rank, wire
     os.close(bell)

@@ -26,7 +26,7 @@ from elasticmoe.services.worker.hmm.memory import RankMemory
 from elasticmoe.services.worker.model.registry import Model, build_model
 from elasticmoe.services.worker.rank.follower import Follower
 from elasticmoe.services.worker.rank.loop import SeatLoop
-from elasticmoe.services.worker.rank.parts import FollowerParts, RankParts
+from elasticmoe.services.worker.rank.parts import SeatParts
 from elasticmoe.services.worker.rank.rank import Rank
 from elasticmoe.services.worker.rank.warm_up import warm_up
 
@@ -61,13 +61,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     failpoint("rank.warm_up")
     if not _is_awaited(barrier, seat.slot):
         warm_up(model, memory, exchange.rows_RH.device)
-    attach_ms, build_ms = (attached - started) * 1e3, (clock.monotonic() - attached) * 1e3
-    if engine is None:
-        assert board is not None, "a replica of several ranks"
-        kv, revision = memory.kv, memory.revision
-        shared = (seat, clock, transport, server, hmm, fence, memory, revision, barrier, exchange)
-        return Follower(FollowerParts(*shared, board, model, kv, attach_ms, build_ms), tell_ready)
-    parts = RankParts(
+    parts = SeatParts(
         seat=seat,
         clock=clock,
         transport=transport,
@@ -78,11 +72,13 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
         revision=memory.revision,
         barrier=barrier,
         exchange=exchange,
-        engine=engine,
-        attach_ms=attach_ms,
-        build_ms=build_ms,
+        attach_ms=(attached - started) * 1e3,
+        build_ms=(clock.monotonic() - attached) * 1e3,
     )
-    return Rank(parts, tell_ready)
+    if engine is not None:
+        return Rank(parts, engine, tell_ready)
+    assert board is not None, "a replica of several ranks"
+    return Follower(parts, board, model, memory.kv, tell_ready)
 
 
 def _engine(

@@ -32,11 +32,13 @@ from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.worker.engine import kv_bytes
 from elasticmoe.services.worker.engine.failure import failure_of
 from elasticmoe.services.worker.exchange.base import StepAborted, StepTimedOut
-from elasticmoe.services.worker.exchange.board import ReplicaPlan
+from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
 from elasticmoe.services.worker.model.batch import Batch
+from elasticmoe.services.worker.model.registry import Model
+from elasticmoe.services.worker.model.weights import KvCache
 from elasticmoe.services.worker.rank.lockstep import STEP_MS_MAX
 from elasticmoe.services.worker.rank.loop import BUSY_MS, IDLE_MS, SeatLoop
-from elasticmoe.services.worker.rank.parts import FollowerParts
+from elasticmoe.services.worker.rank.parts import SeatParts
 from elasticmoe.services.worker.rank.windows import FollowerWindows
 
 log = get_logger("rank")
@@ -47,12 +49,19 @@ FAILED_MAX: Final = 8  # steps in a row that raised here: it is this process tha
 class Follower(SeatLoop):
     """See SeatLoop."""
 
-    def __init__(self, parts: FollowerParts, tell_ready: Callable[[RankReady], None]) -> None:
-        """See SeatLoop."""
-        super().__init__(parts, tell_ready, parts.board.leader)
-        self._board = parts.board
-        self._model = parts.model
-        self._kv = parts.kv
+    def __init__(
+        self,
+        parts: SeatParts,
+        board: ReplicaBoard,
+        model: Model,
+        kv: KvCache,
+        tell_ready: Callable[[RankReady], None],
+    ) -> None:
+        """See SeatLoop. `board` leads to the leader, whose plans `model` computes in the blocks of `kv`."""
+        super().__init__(parts, tell_ready, board.leader)
+        self._board = board
+        self._model = model
+        self._kv = kv
         push = parts.transport.connect_push("signals", parts.seat.incarnation)
         now = parts.clock.monotonic()
         self._windows = FollowerWindows(parts.seat, push, parts.exchange.take_expert_rows, now)

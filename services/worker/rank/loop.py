@@ -12,7 +12,7 @@ from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.protocol.scaler import RankReady
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.worker.rank.lockstep import Lockstep
-from elasticmoe.services.worker.rank.parts import FollowerParts, RankParts
+from elasticmoe.services.worker.rank.parts import SeatParts
 
 log = get_logger("rank")
 
@@ -29,9 +29,7 @@ class SeatLoop(ABC):
     `run` is `start`, then `turn` and `wait` in turns, then `finish`; what drives it otherwise does the same.
     """
 
-    def __init__(
-        self, parts: RankParts | FollowerParts, tell_ready: Callable[[RankReady], None], leader: int | None = None
-    ) -> None:
+    def __init__(self, parts: SeatParts, tell_ready: Callable[[RankReady], None], leader: int | None = None) -> None:
         """`tell_ready` is called once, in `start`. `leader`: the slot that leads the replica, if it is not this one."""
         self._seat = seat = parts.seat
         self._clock = parts.clock

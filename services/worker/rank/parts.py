@@ -1,4 +1,4 @@
-"""What a rank is made of: interfaces of what has more than one kind, and all of it together."""
+"""What a rank is made of: interfaces of what has more than one kind, and what all ranks have."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ from elasticmoe.common.protocol.handles import Routing, SeatMemory, ShareHandles
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.rank import ToRank
 from elasticmoe.native.ledger import Ledger
-from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.exchange.barrier import StepBarrier
 from elasticmoe.services.worker.exchange.base import Exchange
-from elasticmoe.services.worker.exchange.board import ReplicaBoard
 from elasticmoe.services.worker.hmm.link import HmmLink
-from elasticmoe.services.worker.model.registry import Model
-from elasticmoe.services.worker.model.weights import KvCache
 
 
 class Mapped(Protocol):
@@ -55,8 +51,8 @@ class Mapped(Protocol):
         """Give everything back. Idempotent."""
 
 
-class RankParts(NamedTuple):
-    """A rank's, and its thread's, from then on.
+class SeatParts(NamedTuple):
+    """What every rank has, whether it leads or follows; its thread's from then on.
 
     `seat`: who it is.
     `clock`: what it waits and measures by.
@@ -66,7 +62,6 @@ class RankParts(NamedTuple):
     `fence`: refuses commands of superseded scalers.
     `memory`: what is mapped; `revision`: of the SeatMemory that it was made by.
     `barrier`, `exchange`: its ends of what all ranks share.
-    `engine`: what computes.
     `attach_ms`, `build_ms`: how long it took until all of this was there.
     """
 
@@ -80,29 +75,5 @@ class RankParts(NamedTuple):
     revision: int
     barrier: StepBarrier
     exchange: Exchange
-    engine: Engine
-    attach_ms: float
-    build_ms: float
-
-
-class FollowerParts(NamedTuple):
-    """A follower's, as RankParts are a leader's, but with what computes instead of an engine.
-
-    `board`: leads to the leader, whose plans `model` computes in the blocks of `kv`.
-    """
-
-    seat: StartRank
-    clock: Clock
-    transport: Transport
-    server: ServerEnd[ToRank]
-    hmm: HmmLink
-    fence: Fence
-    memory: Mapped
-    revision: int
-    barrier: StepBarrier
-    exchange: Exchange
-    board: ReplicaBoard
-    model: Model
-    kv: KvCache
     attach_ms: float
     build_ms: float

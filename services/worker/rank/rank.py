@@ -35,6 +35,7 @@ from elasticmoe.common.protocol.router import Delta, Failed, RankStatus, Tokens
 from elasticmoe.common.protocol.scaler import Integrity, RankLoad, RankReady
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.worker.engine.adoption import adopt_rows
+from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.engine.failure import failure_of
 from elasticmoe.services.worker.engine.outcome import Outcome
 from elasticmoe.services.worker.engine.plan import StepPlan
@@ -43,7 +44,7 @@ from elasticmoe.services.worker.migration import Migration
 from elasticmoe.services.worker.rank.intake import check_ids
 from elasticmoe.services.worker.rank.lockstep import STEP_MS_MAX
 from elasticmoe.services.worker.rank.loop import BUSY_MS, IDLE_MS, SeatLoop
-from elasticmoe.services.worker.rank.parts import RankParts
+from elasticmoe.services.worker.rank.parts import SeatParts
 from elasticmoe.services.worker.rank.reports import Reports
 from elasticmoe.services.worker.rank.shares import Shares
 from elasticmoe.services.worker.rank.steps import Steps
@@ -60,18 +61,18 @@ class Rank(SeatLoop):
     """See SeatLoop. It has a replica's requests, and leads its other ranks, if there are any: they compute what it
     plans (follower.py)."""
 
-    def __init__(self, parts: RankParts, tell_ready: Callable[[RankReady], None]) -> None:
-        """See SeatLoop."""
+    def __init__(self, parts: SeatParts, engine: Engine, tell_ready: Callable[[RankReady], None]) -> None:
+        """See SeatLoop. `engine`: what computes."""
         super().__init__(parts, tell_ready)
-        self._engine = parts.engine
+        self._engine = engine
         self._reports = Reports(parts.server.send, self._drop_peer)
-        self._steps = Steps(parts.engine, parts.exchange, self._lockstep, parts.hmm, self._reports.report)
+        self._steps = Steps(engine, parts.exchange, self._lockstep, parts.hmm, self._reports.report)
         self._migration = Migration(
-            parts.seat, parts.engine, parts.transport, watch=parts.server.watch, unwatch=parts.server.unwatch
+            parts.seat, engine, parts.transport, watch=parts.server.watch, unwatch=parts.server.unwatch
         )
         self._shares = Shares(parts.clock)
         push = parts.transport.connect_push("signals", parts.seat.incarnation)
-        self._windows = RankWindows(parts.seat, parts.engine.scheduler, push, parts.exchange.take_expert_rows)
+        self._windows = RankWindows(parts.seat, engine.scheduler, push, parts.exchange.take_expert_rows)
         self._welcome = Welcome()
         self._plan: StepPlan | None = None  # with which it has arrived at a barrier where not all are yet
         self._watchers: set[bytes] = set()
