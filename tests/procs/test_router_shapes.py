@@ -238,7 +238,6 @@ def test_the_context_error_has_the_words_that_clients_look_for(rank: FakeRank, c
 def test_what_is_not_supported_is_refused_by_name(rank: FakeRank, client: openai.OpenAI) -> None:
     for word, value in (
         ("guided_choice", ["yes", "no"]),
-        ("structured_outputs", {"choice": ["yes", "no"]}),
         ("functions", [{"name": "f"}]),
         ("reasoning_effort", "high"),
     ):
