@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ ELSEWHERE = {
     "slow": "make test-all",
 }
 _LEFT_OUT = pytest.StashKey[Counter[str]]()
+_HAS_FAILED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -117,10 +118,21 @@ def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_checkpoint(tmp_path_factory.mktemp("m") / "m", TINY_MIXTRAL, seed=5, dtype="float32")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let fixtures know whether their test failed."""
+    report = yield
+    if report.failed:
+        item.stash[_HAS_FAILED] = True
+    return report
+
+
 @pytest.fixture
-def deploy(model_folder: Callable[[str], Path]) -> Iterator[Callable[..., Deployment]]:
+def deploy(
+    model_folder: Callable[[str], Path], request: pytest.FixtureRequest
+) -> Iterator[Callable[..., Deployment]]:
     """`deploy("oracle", replicas=3, kv_bytes=1 << 20)`: a deployment that serves. The test calls its `stop`; one that
-    it leaves running is stopped here, with the same checks."""
+    it leaves running is stopped here, with the same checks. Where the test failed the ends of all logs are shown."""
     deployments: list[Deployment] = []
 
     def start(model: str = "oracle", **settings: object) -> Deployment:
@@ -128,6 +140,9 @@ def deploy(model_folder: Callable[[str], Path]) -> Iterator[Callable[..., Deploy
         return deployments[-1].wait_ready()
 
     yield start
+    if request.node.stash.get(_HAS_FAILED, False):
+        for deployment in deployments:
+            print(deployment.explain())
     running = [deployment for deployment in deployments if deployment.launcher.poll() is None]
     try:
         for deployment in running:

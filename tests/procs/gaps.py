@@ -13,12 +13,12 @@ _PAUSE_S = 0.05  # of a client after a refusal or a broken connection
 
 
 class TimedLoad(Load):
-    """As Load; `broken` are requests whose connection ended before its time. Streams with an error are in `streams`."""
-
-    broken = 0
+    """As Load; `broken` says of each request whose connection ended before its time how it did. Streams with an error
+    are in `streams`."""
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)  # type: ignore[arg-type]
+        self.broken: list[str] = []
         self._gaps: list[tuple[float, float]] = []  # when it ended, how long it was
         self._last: dict[int, float] = {}  # of requests that have begun to stream: their last chunk
         self._next_id = 0
@@ -33,12 +33,15 @@ class TimedLoad(Load):
             prompt, max_tokens = self._rng.choice(self._prompts), self._rng.randint(*self._lengths)
             self._next_id += 1
             number = self._next_id
+            began = time.monotonic()
             try:
                 stream = await stream_completion(
                     self._http, self._model, prompt, max_tokens, on_chunk=lambda number=number: self._note(number)
                 )
-            except httpx.HTTPError:
-                self.broken += 1
+            except httpx.HTTPError as error:
+                now = time.monotonic()
+                silent = f", {now - self._last[number]:.2f} s after a chunk" if number in self._last else ""
+                self.broken.append(f"{error!r} after {now - began:.2f} s{silent}")
                 await asyncio.sleep(_PAUSE_S)
                 continue
             finally:

@@ -104,7 +104,7 @@ async def _beside_streams(scene: Scene, model: Path) -> None:
             await asyncio.to_thread(stage, scene)
             print(f"{stage.__name__}: {time.monotonic() - begun:.1f} s")
             await load.wait_streams(8)
-    assert load.broken == 0
+    assert load.broken == []
     check_load_against_oracle(load.streams, model)
 
 

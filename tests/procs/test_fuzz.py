@@ -187,7 +187,7 @@ async def test_no_control_message_ends_or_harms_a_service(deploy: Deploy, model_
         await load.wait_streams(3)
     assert (deployment.pids, deployment.rank_pids()) == (pids, ranks), "somebody was restarted"
     assert set(processes_of(deployment.run_dir)) == processes, "the template forks for its pool only"
-    assert (load.broken, load.errors) == (0, {})
+    assert (load.broken, load.errors) == ([], {})
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 200
     assert isinstance(ask(deployment, "hmm", GetHmmStatus()), HmmStatus)
     assert isinstance(ask(deployment, "pool", GetPool()), PoolStatus)
