@@ -128,9 +128,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture
-def deploy(
-    model_folder: Callable[[str], Path], request: pytest.FixtureRequest
-) -> Iterator[Callable[..., Deployment]]:
+def deploy(model_folder: Callable[[str], Path], request: pytest.FixtureRequest) -> Iterator[Callable[..., Deployment]]:
     """`deploy("oracle", replicas=3, kv_bytes=1 << 20)`: a deployment that serves. The test calls its `stop`; one that
     it leaves running is stopped here, with the same checks. Where the test failed the ends of all logs are shown."""
     deployments: list[Deployment] = []
