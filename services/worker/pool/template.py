@@ -56,10 +56,12 @@ def main() -> int:
         return 0
     _close_lifeline()
     keep_torch_alone()
+    gc.disable()  # next to nothing of what is imported is garbage, and looking for it takes a tenth of the time
     import elasticmoe.services.worker.rank.assembly  # noqa: F401 - imported for the processes that are forked from here
 
     gc.collect()
     gc.freeze()
+    gc.enable()
     fd = _serve(listener)
     return _be_standby(config, fd, guardian)
 
