@@ -97,6 +97,8 @@ export class Feed {
     this.#store = store;
     this.#needs = needs;
     document.addEventListener("visibilitychange", () => this.nudge());
+    // A browser that keeps a page for its "back" button stops its timers and leaves its connections open.
+    addEventListener("pagehide", () => this.#unlisten());
   }
 
   /** Begin, also again, with another token. */
