@@ -29,6 +29,7 @@ INTERNAL: dict[str, Code] = {
     "bad_ledger_row": Code("A row of the ledger cannot be read; its request is submitted anew", _NOTHING),
     "token_out_of_range": Code("A token that the model does not have", "Report it with the router's log"),
     "not_attached": Code("A seat has no attached rank yet", _NOTHING, is_retryable=True),
+    "stale_copy": Code("A copy of KV that was asked for before has ended", _NOTHING),
     "stale_incarnation": Code("The seat has another process by now", _NOTHING),
     "copying": Code("Blocks of the seat are still copied", _NOTHING, is_retryable=True),
     "loading": Code("Memory is being filled", "Ask again when the load is over"),

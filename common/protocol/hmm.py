@@ -114,12 +114,16 @@ class CopyBlocks(Message, frozen=True):
     """Rank -> HMM: copy KV blocks of my device (`source`) to blocks that another rank keeps for me (`target`), as
     (source block, target block). Answered by Ack when the copy is complete, or Refused: `stale_incarnation` when one of
     the two ranks is not the one attached to its slot. Not fenced by an epoch: the incarnations fence it. Between
-    replicas of several ranks their first ones are named, and the others' blocks of the same numbers are copied too."""
+    replicas of several ranks their first ones are named, and the others' blocks of the same numbers are copied too.
+
+    `number` counts a rank's copies from 1. One whose number has come before is not done again: the target may write to
+    these blocks by then. Copies from one rank to another are done one after the other."""
 
     source_slot: Slot
     source_incarnation: Incarnation
     target_slot: Slot
     target_incarnation: Incarnation
+    number: Annotated[int, Meta(ge=1)]
     pairs: Annotated[
         tuple[tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]], ...], Meta(max_length=BLOCKS_PER_COPY_MAX)
     ]

@@ -6,6 +6,7 @@ Longer than other files because all of it shares one set of fixtures: a model on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -652,9 +653,13 @@ def test_a_rank_of_a_seat_that_left_may_resume_but_nobody_may_take_it(world: Wor
 # ---- Blocks
 
 
+NUMBERS = itertools.count(1)
+
+
 def copy_request(world: World, source: int, target: int, pairs: tuple[tuple[int, int], ...]) -> CopyBlocks:
     ranks = world.ranks
-    return CopyBlocks(source, ranks[source].request.incarnation, target, ranks[target].request.incarnation, pairs)
+    by, to = ranks[source].request.incarnation, ranks[target].request.incarnation
+    return CopyBlocks(source, by, target, to, next(NUMBERS), pairs)
 
 
 def test_blocks_are_copied_between_devices(world: World) -> None:

@@ -1,7 +1,9 @@
-"""`python -m tests.sim SEED` replays one seed verbosely; `python -m tests.sim FIRST LAST` runs many in short."""
+"""`python -m tests.sim SEED` replays one seed verbosely; `python -m tests.sim FIRST LAST` runs many in short. Before
+them `--tp 2`: with replicas of two ranks."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections import Counter
@@ -12,11 +14,16 @@ from tests.sim.world import simulated
 
 def main() -> int:
     """The exit status: 1 where a promise is broken."""
-    first, last = int(sys.argv[1]), int(sys.argv[-1])
+    parser = argparse.ArgumentParser(prog="python -m tests.sim")
+    parser.add_argument("--tp", type=int, choices=(1, 2), default=1)
+    parser.add_argument("first", type=int)
+    parser.add_argument("last", type=int, nargs="?")
+    args = parser.parse_args()
+    first, last = args.first, args.first if args.last is None else args.last
     failed, figures, began = 0, Counter[str](), time.process_time()
     with simulated():
         for seed in range(first, last + 1):
-            result = run_seed(seed, verbose=first == last)
+            result = run_seed(seed, tp=args.tp, verbose=first == last)
             figures.update(result.figures)
             if result.error:
                 failed += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
+from elasticmoe.native.bus import BusAborted
 from elasticmoe.services.worker.exchange.barrier import Arrival, BarrierMembership, StepBarrier
 from elasticmoe.services.worker.exchange.base import StepAborted, StepTimedOut
 
@@ -13,12 +14,14 @@ if TYPE_CHECKING:
 
 
 class Meeting(NamedTuple):
-    """One that all have come to. `fates`: what becomes of the step for each member, once it is drawn."""
+    """One that all have come to. `fates`: what becomes of the step for each member, once it is drawn. `plans`: what the
+    leaders have written, by slot: none writes again before its followers have read that."""
 
     generation: int
     said: list[Arrival]
     members: dict[int, RankProcess]
     fates: dict[int, str]
+    plans: dict[int, bytes]
 
 
 class Bus:
@@ -30,6 +33,8 @@ class Bus:
         self.max_ranks = 8
         self.num_flips = 0
         self.counts: defaultdict[int, int] = defaultdict(int)  # of progress, by slot
+        self.blocks: defaultdict[int, int] = defaultdict(int)  # of KV, by slot
+        self.plans: dict[int, bytes] = {}
         self._here: dict[int, tuple[Arrival, RankProcess]] = {}
         self._unread: dict[int, Meeting] = {}
 
@@ -101,12 +106,48 @@ class Bus:
         processes = {slot: process for slot, (_, process) in sorted(self._here.items())}
         if any(process.is_paused or not process.is_alive for process in processes.values()):
             raise StepTimedOut("one has come, and does not go on")
-        met = Meeting(generation, [said for _, (said, _) in sorted(self._here.items())], processes, {})
+        met = Meeting(
+            generation, [said for _, (said, _) in sorted(self._here.items())], processes, {}, dict(self.plans)
+        )
         self._here = {}
         self._unread = {other: met for other in processes if other != slot}
         for other in self._unread:
             processes[other].go_on()
         return met
+
+
+class BoardEnd:
+    """One rank's end of what the ranks of a replica tell each other there: what ReplicaBoard needs of a bus."""
+
+    def __init__(self, bus: Bus, process: RankProcess) -> None:
+        self._bus = bus
+        self._process = process
+
+    def write_plan(self, plan: bytes) -> None:
+        """See elasticmoe.native.bus."""
+        self._bus.plans[self._process.seat.slot] = plan
+
+    def read_plan(self, generation: int) -> bytes:
+        """See elasticmoe.native.bus. Only with a leader."""
+        if generation != self._bus.now[0] or not self._bus.now[2]:
+            raise bus_aborted(self._bus.now[0])
+        leader = self._process.board.leader
+        return self._process.barrier.last.plans[leader]
+
+    def set_kv_blocks(self, num_blocks: int) -> None:
+        """See elasticmoe.native.bus."""
+        self._bus.blocks[self._process.seat.slot] = num_blocks
+
+    def kv_blocks(self, slot: int) -> int:
+        """See elasticmoe.native.bus."""
+        return self._bus.blocks[slot]
+
+
+def bus_aborted(generation: int) -> BusAborted:
+    """As the bus raises it."""
+    aborted = BusAborted(generation)
+    aborted.generation = generation
+    return aborted
 
 
 class SimBarrier(StepBarrier):
@@ -115,7 +156,7 @@ class SimBarrier(StepBarrier):
     def __init__(self, bus: Bus, process: RankProcess) -> None:
         self._bus = bus
         self._process = process
-        self.last = Meeting(0, [], {}, {})
+        self.last = Meeting(0, [], {}, {}, {})
 
     def join(self, incarnation: int) -> None:
         """See StepBarrier. Who is in a slot is looked after by the world."""

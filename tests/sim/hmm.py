@@ -22,10 +22,11 @@ from elasticmoe.common.families import records
 from elasticmoe.common.layout import Layout, keys_on
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
 from elasticmoe.common.protocol.codec import Received
-from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit, ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.handles import Attach, SeatMemory
 from elasticmoe.common.protocol.hmm import LoadModel
 from elasticmoe.common.seat_sizes import size_ledger
+from elasticmoe.common.sharding import sharded
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native.ledger import Ledger, format_ledger
 from elasticmoe.native.ledger import ledger_bytes as native_ledger_bytes
@@ -46,19 +47,24 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 SPEC = tiny_mixtral_spec(num_local_experts=4, num_hidden_layers=2)
+SPECS = {1: SPEC, 2: sharded(SPEC, 2)}
+"""By the ranks of a replica."""
 BLOCK_SIZE, BLOCKS_PER_HANDLE = 4, 4
 GEOMETRY = KvGeometry(BLOCK_SIZE, 4 * BLOCK_SIZE, 4 * BLOCK_SIZE, BLOCKS_PER_HANDLE, PAGE)
 MAX_TOKENS, MAX_SEQUENCES, MAX_MODEL_LEN = 16, 4, 48
 BLOCKS_MAX = 4096
 CHANNEL_S = 0.003
-RECORD_IDS = {record.key: 1_000_000 + number for number, record in enumerate(records(SPEC))}
-
+RECORD_IDS = {
+    key: 1_000_000 + number
+    for number, key in enumerate(dict.fromkeys(record.key for spec in SPECS.values() for record in records(spec)))
+}
 
 SEGMENT = SimpleNamespace(fd=0, nbytes=PAGE)  # stands for the bus in messages
 
 
 class Device:
-    """A device's name and budget in bytes. A KV handle is its own id; those of records are above."""
+    """A device's name and budget in bytes. A KV handle is its own id; those of records are above. `is_lost`: whether
+    the memory at an address is."""
 
     range_bytes_max = 1 << 40
     pages = 0  # not simulated
@@ -66,6 +72,7 @@ class Device:
     def __init__(self, name: str, budget: int) -> None:
         self.name = name
         self.budget = budget
+        self.is_lost: Callable[[int], bool] = lambda _address: False
         self.used = {"weights": 0, "kv": 0, "mailbox": 0}  # as of the latest snapshot
 
     def admit(self, importers: Sequence[int]) -> None:
@@ -74,6 +81,8 @@ class Device:
     def copy_async(self, parts: Sequence[tuple[int, int, int]]) -> SimpleNamespace:
         """See elasticmoe.common.devices. Done at once."""
         for target, source, nbytes in parts:
+            if self.is_lost(target) or self.is_lost(source):
+                raise DeviceError("a device is gone")
             ctypes.memmove(target, source, nbytes)
         return SimpleNamespace(wait=lambda: None)
 
@@ -172,7 +181,7 @@ class Supply:
 
     def claim_stage(self, transition: Transition, loaded: Loaded) -> None:
         """See elasticmoe.services.hmm.memory.transfer."""
-        memories, sizes = self._hmm.memories, sizes_of(SPEC, PAGE)
+        memories, sizes = self._hmm.memories, sizes_of(loaded.spec, PAGE)
         for seat in transition.after.seats:
             if transition.before.seat_on(seat.device) is None:
                 memory = memories[seat.device]
@@ -261,11 +270,14 @@ class Hmm(Actor):
         self.num_readers = 0
         self.failure_rate = 0.0
         self.gone: set[str] = set()  # devices whose memory is lost
+        for memory in self.memories.values():
+            memory.device.is_lost = self._is_lost
         self.ledger_bytes = size_ledger(load, PAGE).nbytes
         self.ledger = SimpleNamespace(fd=0, nbytes=self.ledger_bytes)  # stands for one in messages
         self.bus = Bus()
         self.segment = SimpleNamespace(bus=self.bus, shared=SEGMENT)
-        self._sizes: Sizes = sizes_of(SPEC, PAGE)
+        self.spec = SPECS[load.layout.tp]
+        self._sizes: Sizes = sizes_of(self.spec, PAGE)
         self.on_change: Callable[[], None] = lambda: None
         self.expect: Callable[[bool, str], None] = lambda _is_true, _text: None
         self.loaded: Loaded | None = None
@@ -285,11 +297,11 @@ class Hmm(Actor):
             memory.records = {key: key for key in keys_on(load.layout, seat.slot)}
             memory.ledger = self.ledger
             memory.kv = [memory.new_kv() for _ in range(load.kv_bytes_max // PAGE)]
-        self.loaded = Loaded(load, SPEC, GEOMETRY, PAGE, load.layout, "memory", 0, load.kv_bytes_max // PAGE, "")
+        self.loaded = Loaded(load, self.spec, GEOMETRY, PAGE, load.layout, "memory", 0, load.kv_bytes_max // PAGE, "")
         for memory in self.memories.values():
             footprint = max(footprint, sum(self._sizes.of(key) for key in memory.records) + len(memory.kv) * PAGE)
         self.loaded = Loaded(
-            load, SPEC, GEOMETRY, PAGE, load.layout, "memory", footprint, load.kv_bytes_max // PAGE, ""
+            load, self.spec, GEOMETRY, PAGE, load.layout, "memory", footprint, load.kv_bytes_max // PAGE, ""
         )
         self.doorbells = dict.fromkeys(load.layout.slots, 0)
 
@@ -345,6 +357,10 @@ class Hmm(Actor):
             memory.device.used = {"weights": weights, "kv": len(memory.kv) * PAGE, "mailbox": 0}
         self._snapshot = (self.loaded, self.transition, held, dict(self.doorbells))
         self.on_change()
+
+    def _is_lost(self, address: int) -> bool:
+        lost = (self.memories[name].buffer for name in self.gone)
+        return any(0 <= address - ctypes.addressof(buffer) < len(buffer) for buffer in lost)
 
     def catalog(self) -> Catalog:
         """As the product's, with made-up places."""

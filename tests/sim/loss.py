@@ -40,8 +40,10 @@ class Losses:
     def _lose(self) -> None:
         world, hmm = self._world, self._world.hmm
         assert hmm.loaded is not None
-        healthy = sorted({seat.device for seat in hmm.loaded.layout.seats} - self.gone)
-        if len(healthy) < 2 or world.is_healed:
+        seats = hmm.loaded.layout.seats
+        healthy = sorted({seat.device for seat in seats} - self.gone)
+        replicas = {seat.rank.replica for seat in seats}
+        if len(replicas - {seat.rank.replica for seat in seats if seat.device in self.gone}) < 2 or world.is_healed:
             return
         device = self._rng.choice(healthy)
         world.sim.note(f"device {device} is lost")

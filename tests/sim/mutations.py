@@ -11,6 +11,7 @@ import msgspec
 
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.store import Writer
+from elasticmoe.services.hmm.memory.blocks import BlockCopies
 from elasticmoe.services.hmm.memory.catalog import Transition
 from elasticmoe.services.hmm.transition.transition import Transitions
 from elasticmoe.services.router.dispatch.streams import Stream
@@ -26,13 +27,14 @@ from elasticmoe.services.worker.engine import rows
 from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.engine.sequence import Sequence
 from elasticmoe.services.worker.engine.trial import INNOCENT, Trial
+from elasticmoe.services.worker.rank.follower import Follower
 from tests.sim.pool import Pool
 from tests.sim.store import Store
 
 
 class Mutation(NamedTuple):
     """`place` in an object is `instead` meanwhile, and so are those of `also`; one of `found` is part of what the
-    simulation then says. `is_of_policy`: seeds in which the policy acts can show it."""
+    simulation then says. `is_of_policy`: seeds in which the policy acts can show it. `tp`: ranks of a replica."""
 
     where: Any
     place: str
@@ -40,6 +42,7 @@ class Mutation(NamedTuple):
     found: tuple[str, ...]
     also: tuple[tuple[Any, str, Any], ...] = ()
     is_of_policy: bool = False
+    tp: int = 1
 
 
 def _double(self: Stream, delta: Any) -> tuple[int, ...]:
@@ -84,6 +87,13 @@ def _twice(decision: Decision) -> tuple[ScaleTo, ...]:
     """Each order under another name once more."""
     orders = _advised(decision) if decision.acts else ()
     return (*orders, *(msgspec.structs.replace(order, op_id=f"{order.op_id}-again") for order in orders))
+
+
+def _unmap(self: Follower, num_blocks: int) -> bool:
+    """Whatever the leader gives out."""
+    self._kv.num_blocks = num_blocks
+    self._board.tell_blocks(num_blocks)
+    return True
 
 
 MUTATIONS: dict[str, Mutation] = {
@@ -160,6 +170,12 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "an answered order is awaited for ever": Mutation(
         recommend, "_answered", lambda _, state: state, ("after the last request",), is_of_policy=True
+    ),
+    "KV is copied as often as that is asked for": Mutation(
+        BlockCopies, "_is_joined", lambda *_: False, ("tokens", "has other KV"), tp=2
+    ),
+    "a follower unmaps blocks that its leader gives out": Mutation(
+        Follower, "_resize_kv", _unmap, ("has not mapped", " is to move; "), tp=2
     ),
     "a hand-over loses the end of the KV": Mutation(Engine, "hand_over", _without_tail(Engine.hand_over), ("tokens",)),
 }

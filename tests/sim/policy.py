@@ -16,6 +16,7 @@ from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.signals import RankWindow, Signal
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
 from elasticmoe.services.scaler.control.admission import SetPolicy
+from elasticmoe.services.scaler.control.losses import lost_devices
 from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.record import PolicyRecord, policy_of
@@ -214,7 +215,8 @@ class Policies:
         since = self._world.sim.now - config.unknown_after_s - SLACK_S
         layout = _layout(scaler)
         ranks = {slot: rank.seat.incarnation for slot, rank in self._world.pool.ranks.items()}
-        for sender in ("router", *(ranks[slot] for slot in layout.slots if slot in ranks)):
+        leaders = (seat.slot for seat in layout.seats if seat.rank.tp == 0)
+        for sender in ("router", *(ranks[slot] for slot in leaders if slot in ranks)):
             is_heard = self._heard.get((scaler, sender), -1.0) > since
             self._world.expect(is_heard, f"{text}, and {sender} is silent")
 
@@ -274,8 +276,9 @@ class Policies:
         is_quick = config.hold_s == self._quick.hold_s
         if decision.reason not in FINAL if is_quick else decision.reason in PASSING:
             return text
-        usable = len(world.hmm.memories) - len(world.losses.gone)
-        least = min(config.replicas_min, usable)
+        known = lost_devices(world.store.data.get("operation"), world.store.data.get("ended", []))
+        usable = len(world.hmm.memories) - len(world.losses.gone | known)  # with a device goes its replica
+        least = min(config.replicas_min, usable // world.tp)
         world.expect(
             least <= width <= max(least, config.replicas_max), f"{text}, out of {least} to {config.replicas_max}"
         )

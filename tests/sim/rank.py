@@ -13,19 +13,22 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from elasticmoe.common.endpoints import PushEnd
+from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, ProtocolError, Unavailable
 from elasticmoe.common.protocol.handles import Applied, Attach, Routing, SeatMemory, ShareHandles
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.services.worker.exchange.base import StepTimedOut
+from elasticmoe.services.worker.exchange.board import ReplicaBoard
 from elasticmoe.services.worker.exchange.expert_rows import ExpertRows
 from elasticmoe.services.worker.hmm.link import HmmLink
+from elasticmoe.services.worker.rank.follower import Follower
 from elasticmoe.services.worker.rank.parts import SeatParts
 from elasticmoe.services.worker.rank.rank import Rank
-from tests.sim.barrier import SimBarrier
-from tests.sim.engine import SimEngine
+from tests.sim.barrier import BoardEnd, SimBarrier
+from tests.sim.engine import SimEngine, SimModel, kv_of
 from tests.sim.heap import Actor, Push
-from tests.sim.hmm import BLOCKS_PER_HANDLE, CHANNEL_S, SPEC, Memory, held_by, named_by
+from tests.sim.hmm import BLOCKS_PER_HANDLE, CHANNEL_S, Memory, held_by, named_by
 from tests.sim.store import NotingFence
 
 if TYPE_CHECKING:
@@ -186,8 +189,11 @@ class Channel:
 class Mapping:
     """What a rank has mapped of its device: `held`, the handles of records and KV."""
 
-    def __init__(self, device: Memory, handed: Iterable[tuple[ShareHandles | SeatMemory, list[int]]]) -> None:
-        self.spec = SPEC
+    def __init__(
+        self, spec: ModelSpec, device: Memory, handed: Iterable[tuple[ShareHandles | SeatMemory, list[int]]]
+    ) -> None:
+        self.spec = spec
+        self.replica: tuple[int, ...] = ()
         self.ledger = device.rows
         self.routings: dict[int, Routing] = {}
         self.doorbells: dict[int, int] = {}
@@ -221,6 +227,7 @@ class Mapping:
             raise DeviceError("a KV handle cannot move while it is mapped", code="record_moved")
         self._goal, self._shared = seat, named_by(seat)
         self.doorbells = {slot: DOORBELL_FD + slot for slot in seat.slots}
+        self.replica = seat.replica
         self.routings.clear()
         self.routings.update((routing.epoch, routing) for routing in seat.routings)
 
@@ -250,6 +257,9 @@ class Exchange:
         self.owners: Sequence[Sequence[int]] = ()
         self.is_awaited = False  # by others, in a step that fails here
 
+    def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
+        """See Exchange. Nothing is exchanged here."""
+
     def prepare(self, generation: int) -> bool:
         """See Exchange. There is nothing to prepare."""
         del generation
@@ -271,7 +281,8 @@ class Exchange:
 
 
 class RankProcess(Actor):
-    """One seat's process. `rank`: the product's, once it is attached and built."""
+    """One seat's process. `rank`: the product's, once it is attached and built: a Rank with `engine`, or a Follower
+    with `model`, where `board` leads to its replica's other ranks."""
 
     def __init__(self, world: World, seat: StartRank) -> None:
         super().__init__(world.sim, seat.incarnation)
@@ -285,13 +296,20 @@ class RankProcess(Actor):
         self.exchange = Exchange()
         self.mapping: Mapping | None = None
         self.engine: SimEngine
-        self.rank: Rank
+        self.model: SimModel
+        self.board: ReplicaBoard
+        self.rank: Rank | Follower
         self.is_ready = self.has_rung = False
         self._num_channels = 0
         self._turn_number = 0
         self._sleeps = ""  # where: at the barrier, in poll
         world.seat(self)
         self.after(0.02 + 0.1 * world.sim.rng.random(), self._boot)
+
+    @property
+    def leads(self) -> bool:
+        """It has its replica's requests."""
+        return self.seat.rank.tp == 0
 
     @property
     def held(self) -> set[Any]:
@@ -336,8 +354,10 @@ class RankProcess(Actor):
 
     def _build(self, link: HmmLink) -> None:
         device = self.world.hmm.memories[self.seat.device]
-        self.mapping = Mapping(device, link.handed())
-        self.engine = SimEngine(device, self.mapping.num_kv, self._take_part)
+        self.mapping = Mapping(self.world.hmm.spec, device, link.handed())
+        bus: Any = BoardEnd(self.world.hmm.bus, self)
+        if self.mapping.spec.tp > 1:
+            self.board = ReplicaBoard(bus, self.mapping.replica)
         simulated: Any = self  # what stands for a transport, a server, an exchange
         parts = SeatParts(
             seat=self.seat,
@@ -353,7 +373,15 @@ class RankProcess(Actor):
             attach_ms=1.0,
             build_ms=1.0,
         )
-        self.rank = Rank(parts, self.engine, self.world.pool.notify)
+        if self.leads:
+            board = self.board if self.mapping.spec.tp > 1 else None
+            self.engine = SimEngine(device, self.mapping.num_kv, self._take_part, board)
+            self.rank = Rank(parts, self.engine, self.world.pool.notify)
+        else:
+            kv = kv_of(device, self.mapping.num_kv)
+            model: Any = SimModel(kv, device.values, self._follow)
+            self.model = model
+            self.rank = Follower(parts, self.board, model, kv, self.world.pool.notify)
 
     def _start(self) -> None:
         if self.seat.device in self.world.hmm.gone:
@@ -363,7 +391,7 @@ class RankProcess(Actor):
         self.sim.actors[self.address] = self
         self.sim.actors[self.seat.incarnation] = self
         self.rank.start(self.sim.now)
-        num = len(self.engine.scheduler.sequences())
+        num = len(self.engine.scheduler.sequences()) if self.leads else 0
         self.sim.note(f"{self.name}: ready in slot {self.seat.slot}, {num} sequences adopted")
         self._again(0.0)
 
@@ -378,8 +406,8 @@ class RankProcess(Actor):
     def _turn(self, number: int) -> None:
         if number != self._turn_number:
             return
-        rank, engine = self.rank, self.engine
-        num_steps = engine.num_steps
+        rank, computes = self.rank, self.engine if self.leads else self.model
+        num_steps = computes.num_steps
         if rank.is_stopping:
             self._finish()
             return
@@ -395,9 +423,9 @@ class RankProcess(Actor):
             return
         if rank.is_stopping:
             self._finish()
-        elif engine.num_steps > num_steps:
+        elif computes.num_steps > num_steps:
             self._again(STEP_S)
-        elif rank._plan is not None:
+        elif rank._has_arrived if isinstance(rank, Follower) else rank._plan is not None:
             self._again(MEET_S, "at the barrier")
         elif wait_ms:
             self._again(max(wait_ms / 1e3, BEAT_S), "in poll")
@@ -436,6 +464,21 @@ class RankProcess(Actor):
         fate = self.world.fate_of(self)
         if fate is not None:
             self.exchange.is_awaited = len(self.barrier.last.members) > 1
+            raise fate
+
+    def _follow(self, write: Callable[[], None]) -> None:
+        """The same of a follower. What its leader has completed, it has taken part in up to the last collective: its KV
+        is written then, whatever becomes of it afterwards. Of a step that was given up it may be in the midst for a
+        while, and take no turn."""
+        self.exchange.is_awaited = False
+        fate = self.world.fate_of(self)
+        self.world.num_followed += 1
+        if self.world.is_completed(self.barrier.last, self.board.leader):
+            write()
+        elif self.sim.rng.random() < 0.5:
+            self.after(self.sim.rng.random() * STEP_S, write)
+        if fate is not None:
+            self.exchange.is_awaited = True
             raise fate
 
     def receive(self, sender: str, message: Received[Any]) -> None:

@@ -19,7 +19,7 @@ from elasticmoe.services.scaler.parts import ScalerParts
 from elasticmoe.services.scaler.planning.plan import Target
 from elasticmoe.services.scaler.service import Scaler as ScalerService
 from tests.sim.heap import Actor, Crashed
-from tests.sim.hmm import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, SPEC
+from tests.sim.hmm import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS
 from tests.sim.store import DiskFence, StoreReserve
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Scaler(Actor):
             epochs=DiskFence(world.disk, "layout"),
             reserve=StoreReserve(world.store, self.name),
         )
-        self.service = ScalerService(world.policies.settings, SPEC, parts)
+        self.service = ScalerService(world.policies.settings, world.hmm.spec, parts)
         world.policies.watch(self)
         world.sim.actors[self.name] = self
         self.after(0.01, self._turn)

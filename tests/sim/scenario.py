@@ -11,7 +11,7 @@ from elasticmoe.services.scaler.control.replay import DECISIONS, replay
 from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.planning.plan import Target
 from tests.sim.heap import Faults, Violation
-from tests.sim.world import DEVICES, World
+from tests.sim.world import World
 
 START_S_MAX = 20.0
 HEAL_S_MAX = 240.0
@@ -28,9 +28,9 @@ class Result(NamedTuple):
     figures: dict[str, int]
 
 
-def run_seed(seed: int, *, verbose: bool = False) -> Result:
-    """Run one seed. Only within `simulated()`."""
-    world = World(seed, verbose=verbose)
+def run_seed(seed: int, *, tp: int = 1, verbose: bool = False) -> Result:
+    """Run one seed, with replicas of `tp` ranks. Only within `simulated()`."""
+    world = World(seed, tp=tp, verbose=verbose)
     error = ""
     try:
         _play(world)
@@ -51,6 +51,7 @@ def _figures(world: World) -> dict[str, int]:
         "events": world.sim.num_events,
         "flips": world.hmm.bus.num_flips,
         "urgent": world.num_urgent,
+        "followed": world.num_followed,
         "requests": len(ends),
         "finished": sum(kind == "finish" for kind, _ in ends),
         "moved": world.router.history.report.num_moves,
@@ -243,7 +244,8 @@ def _draw_orders(world: World, span_s: float, *, is_plain: bool) -> None:
         if draw < 0.2:
             target = Target(remove=(rng.randint(0, 2),))
         elif draw < 0.4:
-            target = Target(devices=tuple(sorted(rng.sample(DEVICES, rng.randint(1, 4)))))
+            count = world.tp * rng.randint(1, len(world.devices) // world.tp)
+            target = Target(devices=tuple(sorted(rng.sample(world.devices, count))))
         elif draw < 0.5:
             target = None
         _at(world, span_s * 0.7, lambda target=target, number=number: _order(world, f"op{number}", target))

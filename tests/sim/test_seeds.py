@@ -17,7 +17,7 @@ from tests.sim.world import World as Simulated
 from tests.sim.world import simulated
 from tests.unit.transitions import UP, World, answered, host_of
 
-BATCH, NUM_BATCHES = 50, 21
+BATCH, NUM_BATCHES, NUM_BATCHES_OF_TWO = 50, 21, 4
 MUTATION_SEEDS_MAX = 800
 
 
@@ -27,17 +27,23 @@ def _simulated() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("first", range(1, NUM_BATCHES * BATCH + 1, BATCH))
-def test_all_promises_hold(first: int) -> None:
+def run_batch(first: int, tp: int) -> Counter[str]:
+    """BATCH seeds from `first`. Fails the test with what does not hold. What has happened in them."""
     figures = Counter[str]()
     for seed in range(first, first + BATCH):
-        result = run_seed(seed)
+        result = run_seed(seed, tp=tp)
         figures.update(result.figures)
         if result.error:
             log = "\n".join(result.log)
             pytest.fail(
-                f"seed {seed}: {result.error}\npython -m tests.sim {seed}\nits last events:\n{log}", pytrace=False
+                f"seed {seed}: {result.error}\npython -m tests.sim --tp {tp} {seed}\nits last events:\n{log}",
+                pytrace=False,
             )
+    return figures
+
+
+@pytest.mark.parametrize("first", range(1, NUM_BATCHES * BATCH + 1, BATCH))
+def test_all_promises_hold(first: int) -> None:
     # A batch in which nothing happened proves nothing.
     floors = {
         "flips": 10,
@@ -54,13 +60,34 @@ def test_all_promises_hold(first: int) -> None:
         "acts": 4,
         "ordered": 5,
     }
+    check_figures(run_batch(first, 1), floors)
+
+
+@pytest.mark.parametrize("first", range(1, NUM_BATCHES_OF_TWO * BATCH + 1, BATCH))
+def test_all_promises_hold_with_replicas_of_two_ranks(first: int) -> None:
+    floors = {
+        "flips": 10,
+        "followed": 3_000,
+        "requests": 100,
+        "finished": 80,
+        "moved": 3,
+        "resubmitted": 3,
+        "devices_lost": 4,
+        "convicted": 1,
+        "ordered": 5,
+    }
+    check_figures(run_batch(first, 2), floors)
+
+
+def check_figures(figures: Counter[str], floors: dict[str, int]) -> None:
+    """Enough has happened."""
     for name, at_least in floors.items():
         assert figures[name] >= at_least, f"{name}: {figures[name]} in {BATCH} seeds"
 
 
 def test_a_seed_gives_the_same_run_again() -> None:
-    for seed in (3, 7, 11):
-        assert run_seed(seed) == run_seed(seed)
+    for seed, tp in ((3, 1), (7, 1), (11, 1), (12, 2)):
+        assert run_seed(seed, tp=tp) == run_seed(seed, tp=tp)
 
 
 _LONG = {"a scaler knows nothing of the operations that its predecessor's policy ordered"}  # found in a late seed
@@ -74,7 +101,7 @@ def test_a_mistake_is_found(name: str) -> None:
         for seed in range(1, MUTATION_SEEDS_MAX + 1):
             if MUTATIONS[name].is_of_policy and not acts(seed):
                 continue
-            error = run_seed(seed).error
+            error = run_seed(seed, tp=MUTATIONS[name].tp).error
             if any(text in error for text in MUTATIONS[name].found):
                 return
     pytest.fail(f"not found in {MUTATION_SEEDS_MAX} seeds: {name}")

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
+
 from elasticmoe.common.layout import Layout, initial_layout
 from elasticmoe.common.protocol.hmm import LoadModel
 from elasticmoe.services.hmm.memory.catalog import Transition, check_integrity, keys_of
 from elasticmoe.services.scaler.planning.plan import Target
 from elasticmoe.services.worker.engine.plan import StepPlan
 from elasticmoe.services.worker.exchange.base import StepAborted
+from elasticmoe.services.worker.rank.follower import Follower
 from elasticmoe.services.worker.rank.lockstep import ALONE
 from tests.sim.barrier import Meeting
 from tests.sim.heap import Sim, Violation
-from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm
+from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPECS, Hmm
 from tests.sim.loss import Losses
 from tests.sim.poison import Poisons
 from tests.sim.policy import Policies
@@ -28,15 +31,18 @@ from tests.sim.router import Router
 from tests.sim.scaler import CONFIG, Scaler
 from tests.sim.store import Store
 
-DEVICES = tuple(f"host:{i}" for i in range(4))
+REPLICAS_MAX = 4
 
 
 class World:
-    """Everything of one seed. `orders`: what operators ask for, until a scaler takes it."""
+    """Everything of one seed, with replicas of `tp` ranks. `orders`: what operators ask for; a scaler takes them."""
 
-    def __init__(self, seed: int, *, verbose: bool = False) -> None:
+    def __init__(self, seed: int, *, tp: int = 1, verbose: bool = False) -> None:
         self.sim = Sim(seed, verbose=verbose)
         rng = self.sim.rng
+        self.tp = tp
+        self.devices = tuple(f"host:{i}" for i in range(REPLICAS_MAX * tp))
+        self.num_followed = 0  # parts of steps that ranks computed for their leaders
         self.disk: dict[str, int] = {}
         self.orders: deque[tuple[str, Target | str | None]] = deque()
         self.deadline_s = 600.0
@@ -49,22 +55,25 @@ class World:
         self._fences: dict[str, int] = {}
         self._needs: dict[int, dict[int, frozenset[Any]]] = {}
         self.store = Store(self.sim)
-        layout = initial_layout(SPEC.num_experts_by_layer, DEVICES[: rng.choice((1, 2, 2, 3))])
+        devices = self.devices[: tp * rng.choice((1, 2, 2, 3))]
+        layout = initial_layout(SPECS[tp].num_experts_by_layer, devices, tp=tp)
         kv_bytes = rng.choice((4, 6, 8)) * PAGE
         load = LoadModel(
             "load-1", "/m", "float32", layout, BLOCK_SIZE, kv_bytes, MAX_TOKENS, MAX_SEQUENCES, MAX_MODEL_LEN
         )
         self.ranks: dict[str, RankProcess] = {}  # that live, whoever knows of them
-        self.hmm = Hmm(self, DEVICES, rng.choice((330, 360, 420)) << 10, load)
+        self.hmm = Hmm(self, self.devices, rng.choice((330, 360, 420)) << 10, load)
         self.hmm.expect = self.expect
         self.losses = Losses(self)
         self.poisons = Poisons(self, seed)
-        self.policies = Policies(self, seed, CONFIG)
+        self.policies = Policies(
+            self, seed, msgspec.structs.replace(CONFIG, devices=f"host:{len(self.devices)}", tp=tp)
+        )
         self.hmm.gone = self.losses.gone
         self._was: tuple[Layout, Transition | None] = (layout, None)
         self._state: Any = None
         self.hmm.on_change = self._check_hmm
-        self.pool = Pool(self, 3)
+        self.pool = Pool(self, 3 * tp)
         self.scalers: list[Scaler] = []
         self.start_scaler()
         self.router = Router(self)
@@ -94,12 +103,19 @@ class World:
             return Poisoned()
         return StepAborted(self.hmm.bus.now[0]) if kind == "aborted" else None
 
+    @staticmethod
+    def is_completed(met: Meeting, slot: int) -> bool:
+        """Whether the rank there completes the step."""
+        return met.fates[slot] == "completed"
+
     def _draw_fates(self, met: Meeting) -> dict[int, str]:
         rng, here = self.sim.rng, list(met.members.values())
         self._check_homes(here)
+        self._check_replicas(here)
         alone = next((said.slot for said in met.said if said.num_tokens & ALONE), None)
         nothing = StepPlan([], [], [], is_alone=True)
-        plans = [one.engine.last_plan if alone in (None, one.seat.slot) else nothing for one in here]
+        has_turn = [one.leads and alone in (None, one.seat.slot) for one in here]
+        plans = [one.engine.last_plan if turn else nothing for one, turn in zip(here, has_turn, strict=True)]
         struck = self.poisons.strikes(plans)
         if struck is not None:
             return {one.seat.slot: struck[1] if n == struck[0] else "aborted" for n, one in enumerate(here)}
@@ -142,6 +158,23 @@ class World:
             held = {(key.kind, key.layer, key.expert) for key in rank.held if not isinstance(key, int)}
             missing = self._needs[epoch].get(rank.seat.slot, frozenset()) - held
             self.expect(not missing, f"{rank.name} computes by epoch {epoch} without {missing}")
+
+    def _check_replicas(self, ranks: list[RankProcess]) -> None:
+        """What a leader has committed is in the KV of all ranks of its replica."""
+        for leader in ranks if self.tp > 1 else ():
+            if not leader.leads:
+                continue
+            mine = self.hmm.memories[leader.seat.device].values
+            replica = [one for one in ranks if one.seat.rank.replica == leader.seat.rank.replica]
+            self.expect(len(replica) == self.tp, f"{len(replica)} ranks of {leader.name}'s replica have met")
+            for sequence in leader.engine.scheduler.sequences():
+                for start in range(0, sequence.kv_len, BLOCK_SIZE):
+                    first = sequence.blocks[start // BLOCK_SIZE] * BLOCK_SIZE
+                    span = slice(first, first + min(BLOCK_SIZE, sequence.kv_len - start))
+                    for one in replica:
+                        theirs = self.hmm.memories[one.seat.device].values
+                        text = f"{one.name} has other KV than {leader.name} of {sequence.request.request_id}"
+                        self.expect(mine[span] == theirs[span], f"{text} from position {start}")
 
     def _check_hmm(self) -> None:
         """The HMM's state after every change of it."""
@@ -221,7 +254,16 @@ class World:
                 return f"{rank.name} is not there yet"
             if rank.rank._lockstep.epoch != layout.epoch:
                 return f"{rank.name} computes by another layout"
-            scheduler, memory = rank.engine.scheduler, self.hmm.memories[rank.seat.device]
+            memory = self.hmm.memories[rank.seat.device]
+            if {*memory.records, *memory.kv} != rank.held:
+                return f"{rank.name} has something else mapped than the HMM says"
+            self.expect(rank.seat.slot == slot, "a rank is in another slot")
+            if isinstance(rank.rank, Follower):
+                self.expect(not rank.rank._check_integrity(), f"{rank.name}: {rank.rank._check_integrity()}")
+                if rank.rank._kv.num_blocks != 4 * len(memory.kv):
+                    return f"{rank.name}: {rank.rank._kv.num_blocks} blocks, {len(memory.kv)} handles"
+                continue
+            scheduler = rank.engine.scheduler
             migration = rank.rank._migration
             self.expect(not rank.engine.check_integrity(), f"{rank.name}: {rank.engine.check_integrity()}")
             if scheduler.sequences() or scheduler.holds or migration.num_moving:
@@ -231,9 +273,6 @@ class World:
             blocks = scheduler.blocks
             if blocks.num_free != blocks.num_blocks or blocks.num_blocks != 4 * len(memory.kv):
                 return f"{rank.name}: {blocks.num_free} of {blocks.num_blocks} blocks free"
-            if {*memory.records, *memory.kv} != rank.held:
-                return f"{rank.name} has something else mapped than the HMM says"
-            self.expect(rank.seat.slot == slot, "a rank is in another slot")
         return ""
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from elasticmoe.common.devices.accelerator import AcceleratorDevice
@@ -16,7 +18,14 @@ from elasticmoe.common.devices.base import Completion, Handle, Space
 from elasticmoe.common.devices.factory import open_device
 from elasticmoe.common.devices.rules import ProcessRules
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
-from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError, InvalidRequest, Overloaded, Unavailable
+from elasticmoe.common.protocol.errors import (
+    Conflict,
+    DoesNotFit,
+    ElasticMoEError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from elasticmoe.common.protocol.hmm import CopyBlocks, RecordCopy
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native import host
@@ -227,8 +236,11 @@ STRIDE = KV_HANDLE // 4
 GEOMETRY = KvGeometry(16, 1000, STRIDE, 4, KV_HANDLE)
 
 
-def request(*pairs: tuple[int, int], target: int = 1) -> CopyBlocks:
-    return CopyBlocks(0, "a", target, "b", pairs)
+NUMBERS = itertools.count(1)
+
+
+def request(*pairs: tuple[int, int], source: int = 0, target: int = 1) -> CopyBlocks:
+    return CopyBlocks(source, "a", target, "b", next(NUMBERS), pairs)
 
 
 def with_kv(memories: dict[str, DeviceMemory]) -> tuple[DeviceMemory, DeviceMemory]:
@@ -291,6 +303,55 @@ def test_a_copy_ends_with_either_rank_and_the_slot_is_free_only_then(
     finish(background, lambda: len(ended) == 2)
     assert ended[1] is not None
     assert (ended[1].code, num_copied) == ("stale_incarnation", 1)
+
+
+def test_copies_between_two_ranks_are_done_once_and_in_their_order(
+    memories: dict[str, DeviceMemory], background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target writes to the last blocks once the sequence is its own: nothing that was asked for before may come."""
+    source, target = with_kv(memories)
+    go_on, asked = threading.Event(), []
+
+    class Slow(Completion):
+        def is_done(self) -> bool:
+            return go_on.is_set()
+
+        def wait(self) -> None:
+            assert go_on.wait(10.0)
+
+    def copy(parts: Sequence[tuple[int, int, int]]) -> Completion:
+        asked.append(len(parts))
+        return Slow()
+
+    monkeypatch.setattr(target.device, "_copy_async", copy)
+    copies, pair = BlockCopies(background), [(source, target)]
+    ended: list[str] = []
+
+    def start(name: str, what: CopyBlocks) -> None:
+        copies.start(
+            what, pair, GEOMETRY, lambda error: ended.append(name if error is None else f"{name} {error.code}")
+        )
+
+    first, second = request((0, 0)), request((0, 0), (1, 1))
+    start("first", first)
+    start("second", second)  # waits for the first one
+    start("other", request((0, 0), (1, 1), (2, 2), source=2))  # is of other ranks
+    start("first again", first)
+    start("second again", second)
+    finish(background, lambda: len(asked) == 2)
+    assert sorted(asked) == [1, 3]
+    go_on.set()
+    finish(background, lambda: len(ended) == 5)
+    assert asked[2:] == [2]
+    assert [name for name in ended if name != "other"] == ["first", "first again", "second", "second again"]
+    for late in (first, second):
+        with pytest.raises(Conflict) as caught:
+            start("late", late)
+        assert caught.value.code == "stale_copy"
+    copies.stop(0)  # another rank takes the slot, and counts anew
+    start("next", msgspec.structs.replace(first, source_incarnation="c"))
+    finish(background, lambda: len(ended) == 6)
+    assert asked[-1] == 1
 
 
 def test_both_ranks_must_be_the_named_ones() -> None:

@@ -1,6 +1,9 @@
 """Copies of KV blocks between devices, for sequences that move: in threads, fenced by the two ranks' incarnations.
 
 Where replicas have several ranks, a block is copied from each of them to the one of the same tp index.
+
+A copy that ends late would overwrite what the target has written since it took the sequence over. So copies from one
+slot to another run one after the other, as they were asked for, and none is done twice: each has a number.
 """
 
 from __future__ import annotations
@@ -38,11 +41,17 @@ class _Job:
         answer: Answer,
     ) -> None:
         self.slots = (request.source_slot, request.target_slot)
+        self.name = (request.source_incarnation, request.number)
         self.devices = devices
-        self.answer = answer
+        self.answers = [answer]
         self._parts = parts
         self.stopped = threading.Event()
         self.ended = threading.Event()
+
+    def answer(self, error: ElasticMoEError | None) -> None:
+        """Tell all who asked for it."""
+        for answer in self.answers:
+            answer(error)
 
     def run(self) -> None:
         """Copy some blocks at a time. Raises Conflict when it was stopped."""
@@ -64,6 +73,7 @@ class BlockCopies:
         self._background = background
         self._running: list[_Job] = []
         self._waiting: deque[_Job] = deque()
+        self._newest: dict[int, tuple[str, int]] = {}  # by source slot: its rank's incarnation, and its highest number
 
     def start(
         self,
@@ -75,8 +85,11 @@ class BlockCopies:
         """Begin what `check_ranks` has let pass; `answer` is called when it is over, with None where all was copied.
         `memories`: those of source and target, by tp index.
 
-        Raises InvalidRequest for blocks that are not there, Overloaded.
+        Raises InvalidRequest for blocks that are not there, Overloaded; Conflict `stale_copy` for one that was asked
+        for before and has ended.
         """
+        if self._is_joined(request, answer):
+            return
         if len(self._waiting) >= WAITING_MAX:
             raise Overloaded(f"{WAITING_MAX} copies of blocks wait, the limit")
         parts = [
@@ -90,12 +103,32 @@ class BlockCopies:
             for source, target in memories
         ]
         devices = frozenset(memory.device.name for pair in memories for memory in pair)
+        self._newest[request.source_slot] = (request.source_incarnation, request.number)
         self._waiting.append(_Job(request, devices, parts, answer))
         self._fill()
 
+    def _is_joined(self, request: CopyBlocks, answer: Answer) -> bool:
+        """Whether the same copy is on its way; it is answered then as the first one is. Raises Conflict where it has
+        ended."""
+        incarnation, number = self._newest.get(request.source_slot, ("", 0))
+        if incarnation != request.source_incarnation or request.number > number:
+            return False
+        name = (request.source_incarnation, request.number)
+        for job in (*self._running, *self._waiting):
+            if job.name == name:
+                job.answers.append(answer)
+                return True
+        raise Conflict(
+            f"copy {request.number} of {incarnation} has ended, and {number} was the last", code="stale_copy"
+        )
+
     def _fill(self) -> None:
-        while self._waiting and len(self._running) < RUNNING_MAX:
-            job = self._waiting.popleft()
+        while len(self._running) < RUNNING_MAX:
+            busy = {job.slots for job in self._running}
+            job = next((job for job in self._waiting if job.slots not in busy), None)
+            if job is None:
+                return
+            self._waiting.remove(job)
             self._running.append(job)
             self._begin(job)
 
@@ -113,6 +146,7 @@ class BlockCopies:
 
     def stop(self, slot: int) -> None:
         """The rank of `slot` is gone: no copy from or to it may go on."""
+        self._newest.pop(slot, None)
         for job in self._running:
             if slot in job.slots:
                 job.stopped.set()

@@ -97,6 +97,7 @@ class Outgoing:
         self._on_taken = on_taken
         self._links: dict[str, Link[SequenceTransfer]] = {}
         self._hmm_silent_until = 0.0
+        self._num_copies = 0  # that the HMM was asked for
         self._members = 0
         self._news: list[tuple[bytes, Message]] = []
         self.transfers: list[SequenceTransfer] = []
@@ -322,7 +323,8 @@ class Outgoing:
         transfer.relocations = transfer.sequence.relocations
         transfer.stage = "copying"
         seat = self._seat
-        message = CopyBlocks(seat.slot, seat.incarnation, place.slot, place.incarnation, pairs)
+        self._num_copies += 1
+        message = CopyBlocks(seat.slot, seat.incarnation, place.slot, place.incarnation, self._num_copies, pairs)
         self._ask(transfer, "hmm", message, now)
 
     def _copy_last(self, transfer: SequenceTransfer, place: Reserved, now: float) -> None:
