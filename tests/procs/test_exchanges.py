@@ -40,6 +40,7 @@ def mailbox_bytes(elastic: Elastic) -> dict[str, int]:
     return {device["device"]: device["memory"]["other"] for device in devices}
 
 
+@pytest.mark.slow
 async def test_mailboxes_come_and_go_with_their_seats(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """They are made, mapped by all, counted and given back, whoever dies meanwhile: a rank in mid-exchange, the HMM."""
     model = model_folder("oracle")

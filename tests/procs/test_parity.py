@@ -22,7 +22,11 @@ pytestmark = pytest.mark.procs
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     ("name", "replicas", "compute"),
-    [("tiny-mixtral", 3, "auto"), ("tiny-qwen3-moe", 4, "auto"), ("tiny-qwen3-moe", 2, "torch")],
+    [
+        pytest.param("tiny-mixtral", 3, "auto", marks=pytest.mark.slow),
+        ("tiny-qwen3-moe", 4, "auto"),
+        pytest.param("tiny-qwen3-moe", 2, "torch", marks=pytest.mark.slow),
+    ],
 )
 def test_greedy_tokens_equal_transformers(
     name: str, replicas: int, compute: str, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]

@@ -50,7 +50,9 @@ def lose(deployment: Deployment, names: list[str], number: signal.Signals) -> No
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize(("name", "tp", "replicas"), [("tiny-mixtral", 2, 2), ("tiny-olmoe", 2, 1)])
+@pytest.mark.parametrize(
+    ("name", "tp", "replicas"), [("tiny-mixtral", 2, 2), pytest.param("tiny-olmoe", 2, 1, marks=pytest.mark.slow)]
+)
 def test_greedy_tokens_equal_transformers(
     name: str, tp: int, replicas: int, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:
@@ -81,6 +83,7 @@ async def test_it_scales_under_load_and_streams_are_exact(
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.slow
 async def test_ranks_that_die_or_stop_cost_no_token(
     deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:

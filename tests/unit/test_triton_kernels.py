@@ -43,7 +43,9 @@ def run_interpreted(*arguments: str) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    "name", ["operations", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kernels", "attention"))]
+)
 def test_some_of_each_kind(name: str) -> None:
     run_interpreted(*FEW[name])
 
