@@ -34,7 +34,8 @@ from tests.sim.store import Store
 
 class Mutation(NamedTuple):
     """`place` in an object is `instead` meanwhile, and so are those of `also`; one of `found` is part of what the
-    simulation then says. `is_of_policy`: seeds in which the policy acts can show it. `tp`: ranks of a replica."""
+    simulation then says. `is_of_policy`: seeds in which the policy acts can show it. `tp`: ranks of a replica.
+    `first`: the seed that the search begins at, where it is known that those before show nothing."""
 
     where: Any
     place: str
@@ -43,6 +44,7 @@ class Mutation(NamedTuple):
     also: tuple[tuple[Any, str, Any], ...] = ()
     is_of_policy: bool = False
     tp: int = 1
+    first: int = 1
 
 
 def _double(self: Stream, delta: Any) -> tuple[int, ...]:
@@ -172,7 +174,7 @@ MUTATIONS: dict[str, Mutation] = {
         recommend, "_answered", lambda _, state: state, ("after the last request",), is_of_policy=True
     ),
     "KV is copied as often as that is asked for": Mutation(
-        BlockCopies, "_is_joined", lambda *_: False, ("tokens", "has other KV"), tp=2
+        BlockCopies, "_is_joined", lambda *_: False, ("tokens", "has other KV"), tp=2, first=350
     ),
     "a follower unmaps blocks that its leader gives out": Mutation(
         Follower, "_resize_kv", _unmap, ("has not mapped", " is to move; "), tp=2

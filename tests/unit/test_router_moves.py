@@ -56,9 +56,10 @@ async def test_a_stream_that_moves_to_a_rank_whose_predecessor_was_known(bench: 
         assert stream.num_submits == 2
         return
     if ended == "it is silent":
-        bench.now += LOST_S
+        bench.pass_time(LOST_S - EMPTY_S - 1.2)
         bench.status(0, running=1)
-        bench.pass_time(0.0)
+        assert stream.num_submits == 1
+        bench.pass_time(0.2)
         assert stream.num_submits == 2
         return
     bench.status(1, sender="rank-r1t0:joined")
@@ -304,7 +305,9 @@ async def test_nothing_follows_unwatch_without_another_watch(bench: Bench) -> No
     bench.pass_time(4.0)
     bench.moved(1, stream, 0)
     assert bench.said(0)[-1] == "Watch"
-    bench.pass_time(LOST_S - 1.0)
-    assert (reason(stream), bench.replicas()) == ("running", [0, 1])
-    bench.pass_time(1.5)
+    bench.pass_time(GONE_S - 0.1)
+    assert (stream.num_submits, bench.replicas()) == (1, [0, 1])
+    bench.pass_time(0.2)
+    assert (stream.num_submits, stream.rank) == (2, RankId(1, 0))
+    bench.pass_time(LOST_S)
     assert reason(stream) != "running"

@@ -33,7 +33,7 @@ class LoadedBench(Bench):
     def window(self, seconds: float = SPAN_S) -> RouterWindow:
         """The one window that so much time brings."""
         before = len(self.pushed.windows)
-        self.pass_time(seconds)
+        self.stand_still(seconds)
         (found,) = self.pushed.windows[before:]
         assert isinstance(found, RouterWindow)
         return found

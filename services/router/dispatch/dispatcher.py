@@ -17,6 +17,7 @@ tells whose it is; a stream that waits for its first one is at worst submitted a
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import suppress
 
 from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
@@ -29,6 +30,7 @@ from elasticmoe.common.protocol.rank import Cancel
 from elasticmoe.common.protocol.router import CODEC
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.common.transport import new_identity
+from elasticmoe.services.router.dispatch.absence import Absence
 from elasticmoe.services.router.dispatch.balancer import LOST_S, Candidate, decide
 from elasticmoe.services.router.dispatch.inbox import Inbox
 from elasticmoe.services.router.dispatch.links import RankLink, Spawn, spawn_task
@@ -76,6 +78,7 @@ class Dispatcher:
         self._spawn = spawn
         self._turn = 0
         self._pace = Pace()
+        self._turned_at = math.inf  # no turn yet
         self.windows = RouterWindows(identity, lambda: transport.connect_push("signals", identity))
         self._inbox = Inbox(self, metrics, history, clock)
         metrics.watch(self.links, lambda: self.layout)
@@ -125,6 +128,7 @@ class Dispatcher:
 
     def candidates(self, now: float) -> list[Candidate]:
         """All replicas that have reported and belong to the layout."""
+        self._notice_absence(now)
         found = (link.candidate(now) for link in self.links.values())
         return [candidate for candidate in found if candidate is not None]
 
@@ -252,6 +256,8 @@ class Dispatcher:
 
     def turn(self, now: float) -> None:
         """What time brings: questions to silent ranks, losses, deadlines. Called as the pace has it."""
+        self._notice_absence(now)
+        self._turned_at = now
         for rank, link in list(self.links.items()):
             link.watch(now)
             self._check_link(link, now)
@@ -266,6 +272,19 @@ class Dispatcher:
                 self.lose(stream, stream.rank, now)
         self._history.flush()
         self.windows.turn(now, self.layout.epoch if self.layout is not None else 0, self.streams.values())
+
+    def _notice_absence(self, now: float) -> None:
+        """Nobody was silent while this router did not listen. Deadlines of requests are promises to clients: they
+        stay."""
+        absence = Absence(self._turned_at + TICK_S, now)
+        if not absence.counts:
+            return
+        self._turned_at = now
+        log.warning("the router stood still", seconds=round(absence.seconds, 2))
+        for link in self.links.values():
+            link.excuse(absence)
+        for stream in self.streams.values():
+            stream.excuse(absence)
 
     def _check_link(self, link: RankLink, now: float) -> None:
         if not link.streams:

@@ -17,6 +17,7 @@ from elasticmoe.common.protocol.errors import ProtocolError, Unavailable
 from elasticmoe.common.protocol.rank import Unwatch, Watch
 from elasticmoe.common.protocol.router import RankStatus, Tokens, ToRouter
 from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.router.dispatch.absence import Absence
 from elasticmoe.services.router.dispatch.balancer import LOST_S, Candidate
 from elasticmoe.services.router.dispatch.streams import Stream
 
@@ -177,6 +178,14 @@ class RankLink:
                 self.heard_at, self.status = now, None
         except Unavailable as error:
             log.debug("rank does not take messages", rank=self.rank, error=error.message)
+
+    def excuse(self, absence: Absence) -> None:
+        """What it did not say while the router did not listen is no silence."""
+        self.heard_at = absence.moved(self.heard_at)
+        self.changed_at = absence.moved(self.changed_at)
+        self._progress_at = absence.moved(self._progress_at)
+        if self.gone_at is not None:
+            self.gone_at = absence.moved(self.gone_at)
 
     def silent_s(self, now: float) -> float:
         """Seconds since the last message; since the link's beginning when there was none."""

@@ -18,6 +18,7 @@ from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError
 from elasticmoe.common.protocol.limits import VOCAB_MAX
 from elasticmoe.common.protocol.rank import Submit
 from elasticmoe.common.protocol.router import Delta, Logprob, Suspicion
+from elasticmoe.services.router.dispatch.absence import Absence
 from elasticmoe.services.router.text.detokenizer import TextStream
 
 FINISH_REASONS = ("stop", "length")
@@ -121,6 +122,12 @@ class Stream:
     def was(self, request_id: str) -> bool:
         """Whether it was submitted under that id, which `restart` has changed since."""
         return self.num_submits > 1 and self.name in (request_id, request_id.rpartition("~")[0])
+
+    def excuse(self, absence: Absence) -> None:
+        """Nothing of it is late by the time in which the router did not listen."""
+        self.moved_at = absence.moved(self.moved_at)
+        if self.gap_since is not None:
+            self.gap_since = absence.moved(self.gap_since)
 
     def restart(self, request_id: str, now: float) -> None:
         """Go on with a submit under another id, from the tokens that have come. Text and log probabilities stay, and so
