@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from elasticmoe.cli.arguments import number, whole
-from elasticmoe.cli.bench.deployment import Deployment, first_of
+from elasticmoe.cli.bench.deployment import Deployment, first_of, settings_of
 from elasticmoe.cli.chaos_abuse import GAP_FACTOR_MAX, GIVEN_BACK_MIB, HEALTH_S_MAX, WATCHED, Abuse, abused
 from elasticmoe.cli.chaos_act import ITL_S, MODEL, Acted, Acting, draw_bursts
 from elasticmoe.cli.chaos_faults import KILL, NOT_NEEDED, draw_faults, draw_resizes
@@ -113,8 +113,7 @@ async def _run(
     replicas_max = devices // args.tp
     if args.act:
         settings |= {"policy": "act", "itl_s": ITL_S, "replicas_max": replicas_max}
-    if args.model in ("oracle", MODEL):  # integers, which only float32 holds exactly; and a few MiB in all
-        settings |= {"dtype": "float32", "kv_bytes": 16 << 20, "device_bytes": 256 << 20}
+    settings |= settings_of(args.model)
     deployment = Deployment(args.model, args.replicas, first_of("", devices), **settings)
     try:
         await deployment.ready(_READY_S_MAX)

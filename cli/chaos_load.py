@@ -76,9 +76,22 @@ class Tally:
 
 
 class Clients:
-    """`count` clients, each with one request under way. Call `learn` before faults begin, then `run` until `stop`."""
+    """`count` clients, each with one request under way. Call `learn` before faults begin, then `run` until `stop`.
 
-    def __init__(self, url: str, model: str, count: int, seed: int) -> None:
+    `output_tokens`: the least and the most that a request asks for. `is_counted`: a pause is one between two tokens,
+    also where a token makes no text."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        count: int,
+        seed: int,
+        *,
+        num_prompts: int = PROMPTS,
+        output_tokens: tuple[int, int] = OUTPUT_TOKENS,
+        is_counted: bool = False,
+    ) -> None:
         rng = random.Random(f"{seed}/load")
         self.tally = Tally()
         self.model = model
@@ -86,20 +99,24 @@ class Clients:
         self._rng = rng
         self._endpoint = endpoint_of(url)
         self._prompts = [
-            (random_prompt(rng, rng.choice(PROMPT_TOKENS)), rng.randint(*OUTPUT_TOKENS)) for _ in range(PROMPTS)
+            (random_prompt(rng, rng.choice(PROMPT_TOKENS)), rng.randint(*output_tokens)) for _ in range(num_prompts)
         ]
+        self._is_counted = is_counted
         self._texts: list[str] = []
         self._stopping = False
         self._let = count
 
-    async def learn(self) -> None:
-        """Take each prompt's text from a deployment at rest. Raises ValueError where it fails."""
-        for first in range(0, PROMPTS, LEARN_AT_ONCE):
-            numbers = range(first, min(PROMPTS, first + LEARN_AT_ONCE))
-            for text, error in await asyncio.gather(*(self._request(number, Tally()) for number in numbers)):
+    async def learn(self, at_once: int = LEARN_AT_ONCE) -> Tally:
+        """Take each prompt's text from a deployment at rest, `at_once` at a time; what was seen meanwhile. Raises
+        ValueError where it fails."""
+        tally = Tally()
+        for first in range(0, len(self._prompts), at_once):
+            numbers = range(first, min(len(self._prompts), first + at_once))
+            for text, error in await asyncio.gather(*(self._request(number, tally) for number in numbers)):
                 if error:
                     raise ValueError(f"the undisturbed run failed: {error}")
                 self._texts.append(text)
+        return tally
 
     async def run(self) -> None:
         """Requests without end; returns when `stop` was called and all that were under way have ended."""
@@ -132,7 +149,8 @@ class Clients:
     async def _request(self, number: int, tally: Tally) -> tuple[str, str]:
         """Stream one completion; its text, and the code of the error that ended it, empty for none."""
         prompt, max_tokens = self._prompts[number]
-        request = self._endpoint.request(Shape(self.model, len(prompt), max_tokens), prompt)
+        shape = Shape(self.model, len(prompt), max_tokens, is_counted=self._is_counted)
+        request = self._endpoint.request(shape, prompt)
         stream, sample, parts = tally.begin(), Sample(), list[str]()
 
         def on_text(now: float, text: str) -> None:

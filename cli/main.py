@@ -16,6 +16,7 @@ from elasticmoe.common.transport import describe
 
 # Each module has HELP, add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
+    "tour": "elasticmoe.cli.tour.command",
     "up": "elasticmoe.cli.up",
     "down": "elasticmoe.cli.down",
     "status": "elasticmoe.cli.status",

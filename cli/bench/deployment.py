@@ -52,6 +52,14 @@ def first_of(given: str, num: int) -> str:
     return str(all_.first(num))
 
 
+def settings_of(model: str) -> dict[str, Any]:
+    """The settings, by name, that a named model cannot do without: the oracle's integers, which only float32 holds
+    exactly, and a few MiB in all."""
+    if not model.startswith("oracle"):
+        return {}
+    return {"dtype": "float32", "kv_bytes": 16 << 20, "device_bytes": 256 << 20}
+
+
 def add_devices(parser: argparse.ArgumentParser) -> None:
     """The flag that says on what a benchmark's deployments run."""
     text = "such as npu:0-3: the first of them that are needed (default: of the host's)"

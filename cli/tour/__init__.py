@@ -1,0 +1,1 @@
+"""`elasticmoe tour`: a deployment comes up, grows, loses a rank and shrinks under load, told with the figures."""
