@@ -268,12 +268,6 @@ class AcceleratorDevice(Device):
             host.read_into(fd, file_offset + at, ctypes.addressof(buffer), num)
             self._driver.to_device(self._index, address + at, ctypes.addressof(buffer), num)
 
-    @contextmanager
-    def _fill(self, address: int, nbytes: int) -> Iterator[memoryview]:
-        buffer = (ctypes.c_char * nbytes)()
-        yield memoryview(buffer).cast("B")
-        self._driver.to_device(self._index, address, ctypes.addressof(buffer), nbytes)
-
     def _fetch(self, address: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
         buffer = (ctypes.c_char * nbytes)()
         self._driver.to_host(self._index, ctypes.addressof(buffer), address, nbytes)
@@ -281,6 +275,11 @@ class AcceleratorDevice(Device):
 
     def _read_bytes(self, address: int, nbytes: int) -> bytes:
         return bytes(self._fetch(address, nbytes))
+
+    def _write_bytes(self, address: int, data: memoryview) -> None:
+        kind = ctypes.c_char * len(data)
+        buffer = kind.from_buffer_copy(data) if data.readonly else kind.from_buffer(data)
+        self._driver.to_device(self._index, address, ctypes.addressof(buffer), len(data))
 
     def _checksum(self, address: int, nbytes: int) -> int:
         buffer = self._fetch(address, nbytes)

@@ -32,8 +32,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from elasticmoe.common.devices.driver import MemoryInfo
@@ -203,15 +202,6 @@ class Device(Handles):
         self._rules.check_mapped(address, nbytes, writable=True)
         self._read_into(address, fd, file_offset, nbytes)
 
-    @contextmanager
-    def fill(self, address: int, nbytes: int) -> Iterator[memoryview]:
-        """A buffer of this process to be filled whole: its bytes are at `address` once the block has ended. Where the
-        CPU can write there, it is that memory itself. Raises DeviceError out_of_range, not_mapped, read_only."""
-        self._check_open()
-        self._rules.check_mapped(address, nbytes, writable=True)
-        with self._fill(address, nbytes) as buffer:
-            yield buffer
-
     def read_bytes(self, address: int, nbytes: int) -> bytes:
         """A copy of what is at `address`. Raises DeviceError out_of_range, not_mapped."""
         self._check_open()
@@ -219,9 +209,11 @@ class Device(Handles):
         return self._read_bytes(address, nbytes)
 
     def write_bytes(self, address: int, data: bytes | memoryview) -> None:
-        """Put `data`, whose items are bytes, at `address`. Raises DeviceError out_of_range, not_mapped, read_only."""
-        with self.fill(address, len(data)) as buffer:
-            buffer[:] = data
+        """Put `data`, whose items are bytes, at `address`. Blocks. Raises DeviceError out_of_range, not_mapped,
+        read_only; DoesNotFit where that memory was not made yet and there is none."""
+        self._check_open()
+        self._rules.check_mapped(address, len(data), writable=True)
+        self._write_bytes(address, memoryview(data))
 
     def checksum(self, address: int, nbytes: int) -> int:
         """XXH64 with seed 0 of what is at `address`. Blocks. Raises DeviceError out_of_range, not_mapped."""
@@ -291,9 +283,9 @@ class Device(Handles):
     @abstractmethod
     def _read_into(self, address: int, fd: int, file_offset: int, nbytes: int) -> None: ...
     @abstractmethod
-    def _fill(self, address: int, nbytes: int) -> AbstractContextManager[memoryview]: ...
-    @abstractmethod
     def _read_bytes(self, address: int, nbytes: int) -> bytes: ...
+    @abstractmethod
+    def _write_bytes(self, address: int, data: memoryview) -> None: ...
     @abstractmethod
     def _checksum(self, address: int, nbytes: int) -> int: ...
     @abstractmethod

@@ -12,8 +12,7 @@ import ctypes
 import fcntl
 import os
 import stat
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from elasticmoe.common.devices.base import Device
@@ -33,6 +32,11 @@ from elasticmoe.common.devices.torch_devices import storage_at
 from elasticmoe.common.machine import check_group
 from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
 from elasticmoe.native import host
+
+# Memory that nobody has touched is written through its file from here on: mapping its pages first, one by one, would
+# take twice as long. What was touched costs the same either way.
+_THROUGH_FILE_BYTES = 256 << 10
+_STAGED_BYTES = 1 << 20  # of a file, on their way to memory; they stay in the processor's cache
 
 
 class Extent(NamedTuple):
@@ -269,11 +273,32 @@ class HostDevice(Device):
         return DONE
 
     def _read_into(self, address: int, fd: int, file_offset: int, nbytes: int) -> None:
-        host.read_into(fd, file_offset, address, nbytes)
+        if nbytes < _THROUGH_FILE_BYTES:
+            host.read_into(fd, file_offset, address, nbytes)
+            return
+        buffer = (ctypes.c_char * min(nbytes, _STAGED_BYTES))()
+        for done in range(0, nbytes, len(buffer)):
+            num = min(len(buffer), nbytes - done)
+            host.read_into(fd, file_offset + done, ctypes.addressof(buffer), num)
+            self._write_to_files(address + done, memoryview(buffer).cast("B")[:num])
 
-    @contextmanager
-    def _fill(self, address: int, nbytes: int) -> Iterator[memoryview]:
-        yield memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+    def _write_bytes(self, address: int, data: memoryview) -> None:
+        if len(data) >= _THROUGH_FILE_BYTES:
+            self._write_to_files(address, data)
+        else:
+            memoryview((ctypes.c_char * len(data)).from_address(address)).cast("B")[:] = data
+
+    def _write_to_files(self, address: int, data: memoryview) -> None:
+        for handle, offset, nbytes in self._rules.parts(address, len(data)):
+            extent: Extent = handle.backing
+            part, data = data[:nbytes], data[nbytes:]
+            at = extent.offset + offset
+            while part:
+                try:
+                    num = os.pwrite(extent.fd, part, at)
+                except OSError as error:
+                    raise self._no_memory(len(part), error) from None
+                part, at = part[num:], at + num
 
     def _read_bytes(self, address: int, nbytes: int) -> bytes:
         return ctypes.string_at(address, nbytes)

@@ -226,6 +226,23 @@ class ProcessRules:
             range_ = self._ranges[self._bases[at]] if at >= 0 else None
             return range_.device if range_ is not None and address < range_.base + range_.nbytes else None
 
+    def parts(self, address: int, nbytes: int) -> list[tuple[Handle, int, int]]:
+        """What is mapped there, all of it: each handle's part, as its offset in the handle and its bytes. Raises
+        DeviceError as `check_mapped`."""
+        self.check_mapped(address, nbytes)
+        with self._lock:
+            range_ = self._ranges[self._bases[bisect_right(self._bases, address) - 1]]
+            offset, found = address - range_.base, []
+            at = bisect_right(range_.starts, offset) - 1
+            for start in range_.starts[at:]:
+                if start >= address - range_.base + nbytes:
+                    break
+                handle = range_.mappings[start].handle
+                end = min(start + handle.nbytes, address - range_.base + nbytes)
+                found.append((handle, offset - start, end - offset))
+                offset = end
+            return found
+
     def check_mapped(self, address: int, nbytes: int, *, writable: bool = False) -> None:
         """Raise DeviceError out_of_range, not_mapped or read_only unless all of it is mapped memory of one range."""
         with self._lock:

@@ -20,8 +20,7 @@ import secrets
 import tempfile
 from bisect import bisect_right, insort
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -266,16 +265,13 @@ class StrictDevice(Device):
         _check_idle(address, nbytes)
         host.read_into(fd, file_offset, _reach(address), nbytes)
 
-    @contextmanager
-    def _fill(self, address: int, nbytes: int) -> Iterator[memoryview]:
-        _check_idle(address, nbytes)
-        buffer = bytearray(nbytes)
-        yield memoryview(buffer)
-        ctypes.memmove(_reach(address), bytes(buffer), nbytes)
-
     def _read_bytes(self, address: int, nbytes: int) -> bytes:
         _check_idle(address, nbytes)
         return ctypes.string_at(_reach(address), nbytes)
+
+    def _write_bytes(self, address: int, data: memoryview) -> None:
+        _check_idle(address, len(data))
+        ctypes.memmove(_reach(address), bytes(data), len(data))
 
     def _checksum(self, address: int, nbytes: int) -> int:
         _check_idle(address, nbytes)

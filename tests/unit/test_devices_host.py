@@ -88,6 +88,24 @@ def test_any_failing_allocation_is_a_refusal_that_leaks_nothing(
     assert owner.check_integrity() == []
 
 
+def test_want_of_memory_for_many_bytes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = HostDevice("host:0", PAGE, 256 * PAGE, rules=ProcessRules())
+    range_ = owner.reserve(256 * PAGE)
+    owner.map(range_, 0, owner.create(256 * PAGE, "weights"), True)
+    real, calls = os.pwrite, iter(range(100))
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        if next(calls):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data[:PAGE], offset)  # the kernel may write less than it was asked for
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(DoesNotFit, match=f"the machine has no memory for {255 * PAGE} bytes"):
+        owner.write_bytes(range_.base, b"x" * 256 * PAGE)
+    assert owner.read_bytes(range_.base, PAGE + 1) == b"x" * PAGE + b"\0"
+    owner.close()
+
+
 def test_fragmented_offsets_do_not_refuse_what_the_budget_allows(owner: HostDevice) -> None:
     singles = [owner.create(PAGE, "weights") for _ in range(16)]
     for handle in singles[::2]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -405,6 +406,31 @@ def test_every_access_to_bytes_is_checked(world: World, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Input/output"):
         owner.read_into(range_.base, fd, 8, 8)
     os.close(fd)
+
+
+@pytest.mark.parametrize("begin", [0, 3 * PAGE // 2 + 5])
+def test_many_bytes_go_to_their_handles(world: World, tmp_path: Path, begin: int) -> None:
+    """A host writes many through files: the second handle lies before the first one there, and reaches over it here.
+    Another process sees them, and writes likewise."""
+    owner, user = world.owner, world.user
+    earlier, last, first = (world.local() for _ in range(3))
+    range_, seen = owner.reserve(4 * PAGE), user.reserve(4 * PAGE)
+    owner.map_many(range_, [(0, first), (PAGE, earlier), (2 * PAGE, last)], True)
+    for at, handle in enumerate((first, earlier, last)):
+        user.map(seen, at * PAGE, user.import_(owner.export(handle)), True)
+    data = random.Random(1).randbytes(3 * PAGE - begin - 3)
+    whole = bytes(begin) + data + bytes(3)
+    owner.write_bytes(range_.address(begin), data)
+    assert user.read_bytes(seen.base, 3 * PAGE) == whole
+    user.write_bytes(seen.address(begin), memoryview(bytearray(data[::-1])))
+    assert owner.read_bytes(range_.base, 3 * PAGE) == bytes(begin) + data[::-1] + bytes(3)
+    (tmp_path / "file").write_bytes(b"xyz" + data)
+    with open(tmp_path / "file", "rb") as file:
+        owner.read_into(range_.address(begin), file.fileno(), 3, len(data))
+        assert user.read_bytes(seen.base, 3 * PAGE) == whole
+        with pytest.raises(OSError, match="Input/output"):
+            owner.read_into(range_.address(begin), file.fileno(), 4, len(data))
+    assert earlier.place < first.place
 
 
 def test_what_is_mapped_read_only_is_not_written(world: World, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from elasticmoe.common.model_spec import RecordKey, RecordSpec
 from elasticmoe.common.protocol.errors import CheckpointError, Unavailable
 from elasticmoe.common.protocol.hmm import LoadModel
 from elasticmoe.common.telemetry import get_logger
+from elasticmoe.services.hmm.loading.read_ahead import read_ahead
 from elasticmoe.services.hmm.loading.reader import Reader
 from elasticmoe.services.hmm.memory.catalog import Loaded
 from elasticmoe.services.hmm.memory.ledgers import make_ledger
@@ -72,7 +73,8 @@ class ModelLoad:
             if remarks := checkpoint.remarks():
                 log.warning("checkpoint: " + "; ".join(remarks))
             failpoint("hmm.load")
-            self._create(sizes, sizes_of(spec, granularity))
+            with read_ahead(checkpoint.files):
+                self._create(sizes, sizes_of(spec, granularity))
             self._read(checkpoint, sizes.records)
             self.bytes_read = checkpoint.bytes_read
         self._replicate(sizes.records)

@@ -1,5 +1,5 @@
 """Reading tensors of a verified checkpoint to their places in memory, each byte once: straight, where the stored dtype
-is the served one, else through two small staging buffers, one of which is filled while the other is converted.
+is the served one, else through small staging buffers: one is filled while another is converted into a third.
 
 What several ranks of a replica have, or parts of the same rows, is read once and given to each."""
 
@@ -167,23 +167,32 @@ class Reader:
         """Likewise. The next chunk is read `ahead` while one is converted."""
         staging_bytes = max(self._staging_bytes, *(target.unit for target in targets))
         staging = np.empty((2, staging_bytes), np.uint8)
+        widening = max(DTYPE_BYTES[target.served] / STORED_BYTES[target.part.dtype] for target in targets)
+        out = np.empty(int(staging_bytes * max(1, widening)), np.uint8)
         reading: list[tuple[list[_Span], NDArray[np.uint8], Future[None]]] = []
         for number, chunk in enumerate(_chunks(targets, staging_bytes)):
             self._progress(0)
             raw = staging[number % 2, : chunk[-1].end - chunk[0].begin]
             reading.append((chunk, raw, ahead.submit(_read_into, chunk[0].target.part.file, chunk[0].begin, raw)))
             if len(reading) == 2:
-                yield self._convert(*reading.pop(0), scales)
+                yield self._convert(*reading.pop(0), scales, out)
         for last in reading:
-            yield self._convert(*last, scales)
+            yield self._convert(*last, scales, out)
 
-    def _convert(self, chunk: Sequence[_Span], raw: NDArray[np.uint8], reading: Future[None], scales: _ScalesOf) -> int:
-        """Wait for a chunk and convert it. Gives where it ends in the file."""
+    def _convert(
+        self,
+        chunk: Sequence[_Span],
+        raw: NDArray[np.uint8],
+        reading: Future[None],
+        scales: _ScalesOf,
+        out: NDArray[np.uint8],
+    ) -> int:
+        """Wait for a chunk, and convert it by way of `out`. Gives where it ends in the file."""
         reading.result()
         begin, end = chunk[0].begin, chunk[-1].end
         self._count(chunk[0].target.part.file, end - begin)
         for span in chunk:
-            _convert(span, raw.data[span.begin - begin : span.end - begin], scales)
+            _convert(span, raw.data[span.begin - begin : span.end - begin], scales, out)
         return end
 
     def _count(self, file: TensorFile, nbytes: int) -> None:
@@ -209,17 +218,14 @@ def _chunks(targets: Iterable[_Target], nbytes_max: int) -> Iterator[list[_Span]
         yield chunk
 
 
-def _convert(span: _Span, raw: memoryview, scales: _ScalesOf) -> None:
+def _convert(span: _Span, raw: memoryview, scales: _ScalesOf, out: NDArray[np.uint8]) -> None:
+    """Bring the elements in `raw` to their takers; `out` is room for them as they are served."""
     piece, served, takers = span.target
     size, width = STORED_BYTES[piece.part.dtype], DTYPE_BYTES[served]
     first, count = (span.begin - piece.part.begin) // size, len(raw) // size
-    if len(takers) == 1 and takers[0].columns is None:
-        with takers[0].device.fill(takers[0].address + first * width, count * width) as out:
-            _convert_into(out, piece, first, raw, served, scales)
-        return
     served_raw = np.frombuffer(raw, np.uint8)
     if piece.scales is not None or (piece.part.dtype, served) not in SAME:
-        served_raw = np.empty(count * width, np.uint8)
+        served_raw = out[: count * width]
         _convert_into(served_raw.data, piece, first, raw, served, scales)
     for taker in takers:
         _give(taker, first, served_raw, width)
@@ -238,8 +244,8 @@ def _give(taker: _Taker, first: int, raw: NDArray[np.uint8], width: int) -> None
     part's, to its place."""
     begin, end, of = taker.columns or ColumnRange(0, 1, 1)
     rows = raw.reshape(-1, of * width)[:, begin * width : end * width]
-    with taker.device.fill(taker.address + first // of * rows.shape[1], rows.size) as out:
-        np.frombuffer(out, np.uint8).reshape(rows.shape)[:] = rows
+    address = taker.address + first // of * rows.shape[1]
+    taker.device.write_bytes(address, np.ascontiguousarray(rows).reshape(-1).data)
 
 
 def _read_into(file: TensorFile, begin: int, raw: NDArray[np.uint8]) -> None:
