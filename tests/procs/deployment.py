@@ -182,8 +182,8 @@ class Deployment:
         return path.read_text(errors="replace") if path.is_file() else ""
 
     def output(self) -> str:
-        """What the launcher printed so far."""
-        return self.output_path.read_text(errors="replace")
+        """What the launcher printed so far; nothing once its folder is gone."""
+        return self.output_path.read_text(errors="replace") if self.output_path.is_file() else ""
 
     def history(self, *, is_running: bool = True) -> Report:
         """The router's history so far, checked."""

@@ -51,7 +51,12 @@ def lose(deployment: Deployment, names: list[str], number: signal.Signals) -> No
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("name", "tp", "replicas"), [("tiny-mixtral", 2, 2), pytest.param("tiny-olmoe", 2, 1, marks=pytest.mark.slow)]
+    ("name", "tp", "replicas"),
+    [
+        ("tiny-mixtral", 2, 2),
+        pytest.param("tiny-olmoe", 2, 1, marks=pytest.mark.slow),
+        pytest.param("tiny-deepseek-v2", 4, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_greedy_tokens_equal_transformers(
     name: str, tp: int, replicas: int, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
@@ -79,6 +84,25 @@ async def test_it_scales_under_load_and_streams_are_exact(
             await asyncio.to_thread(check_integrity, deployment)
     assert deployment.metric("elasticmoe:recomputed_tokens_total") == 0
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 200
+    assert deployment.stop().count("error") == 0
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [4, 8])
+async def test_wide_replicas_scale_and_survive(
+    tp: int, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    deployment = deploy("oracle", replicas=1, devices=2 * tp, **ORACLE | {"tp": tp, "standbys": tp})
+    async with TimedLoad(deployment.base_url, clients=4, seed=9) as load:
+        assert (await asyncio.to_thread(deployment.scale, replicas=2))["phase"] == "done"
+        assert deployment.metric("elasticmoe:recomputed_tokens_total") == 0
+        await asyncio.to_thread(lose, deployment, [f"r1t{tp - 1}"], signal.SIGKILL)
+        await load.wait_streams(4)
+        await asyncio.to_thread(check_integrity, deployment)
+        assert (await asyncio.to_thread(deployment.scale, replicas=1))["phase"] == "done"
+        await asyncio.to_thread(check_integrity, deployment)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 50
     assert deployment.stop().count("error") == 0
 
 
