@@ -105,6 +105,26 @@ def test_json_of_a_schema_by_the_newer_interface(client: openai.OpenAI) -> None:
     jsonschema.validate(json.loads(response.output_text), SCHEMA)
 
 
+def test_json_of_a_schema_as_anthropics_client_asks(deployment: Deployment) -> None:
+    form: Any = {"type": "json_schema", "schema": SCHEMA}
+    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 900, "messages": HELLO}
+    with anthropic.Anthropic(base_url=deployment.base_url, api_key="none", max_retries=0) as claude:
+        config: Any = {"format": form, "effort": "low"}
+        whole = claude.messages.create(**asked, output_config=config)
+        former = claude.messages.create(**asked, extra_body={"output_format": form})
+        with claude.messages.stream(**asked, output_config=config) as stream:
+            streamed = stream.get_final_message()
+        for message in (whole, former, streamed):
+            (block,) = message.content
+            jsonschema.validate(json.loads(cast(Any, block).text), SCHEMA)
+        with pytest.raises(anthropic.BadRequestError, match="exclude one another"):
+            claude.messages.create(**asked, output_config=config, extra_body={"output_format": form})
+        xml = form | {"type": "xml"}
+        for name, body in (("output_format", xml), ("output_config", {"format": xml})):
+            with pytest.raises(anthropic.BadRequestError, match=f"{name}.* is not supported: type 'xml'"):
+                claude.messages.create(**asked, extra_body={name: body})
+
+
 @pytest.mark.parametrize(
     ("asked", "pattern"),
     [

@@ -22,15 +22,17 @@ from elasticmoe.services.router.api.schemas import (
     ChatRequest,
     ContentPart,
     FunctionDefinition,
+    JsonSchemaFormat,
     NamedFunction,
     NamedTool,
+    ResponseFormat,
     Tool,
     ToolCall,
 )
 
 
 def chat_of(raw: CountRequest) -> ChatRequest:
-    """The chat that is asked for. Raises InvalidRequest for blocks that are no text."""
+    """The chat that is asked for. Raises InvalidRequest for blocks that are no text, and forms that are no JSON."""
     sampling = {}
     if isinstance(raw, MessagesRequest):
         sampling = {
@@ -40,6 +42,7 @@ def chat_of(raw: CountRequest) -> ChatRequest:
             "temperature": raw.temperature,
             "top_p": raw.top_p,
             "top_k": raw.top_k,
+            "response_format": _format(raw),
         }
     thinks = raw.thinking is not None and raw.thinking.type != "adaptive"
     messages = [*_system(raw), *(told for n, given in enumerate(raw.messages) for told in _messages(given, n))]
@@ -54,6 +57,19 @@ def chat_of(raw: CountRequest) -> ChatRequest:
         chat_template_kwargs={"enable_thinking": raw.thinking.type == "enabled"} if raw.thinking and thinks else None,
         **sampling,  # type: ignore[arg-type]
     )
+
+
+def _format(raw: MessagesRequest) -> ResponseFormat | None:
+    """What the text is, in chat's words."""
+    config = raw.output_config.format if raw.output_config else None
+    if config is not None and raw.output_format is not None:
+        raise InvalidRequest("output_config.format and output_format exclude one another", param="output_format")
+    given, param = (config, "output_config.format") if config is not None else (raw.output_format, "output_format")
+    if given is None:
+        return None
+    if given.type != "json_schema":
+        raise unsupported(param, f"type {given.type[:40]!r}; supported: json_schema")
+    return ResponseFormat(given.type, JsonSchemaFormat(schema=given.schema))
 
 
 def _choice(choice: MessagesToolChoice | None) -> Literal["none", "auto", "required"] | NamedTool | None:

@@ -82,6 +82,20 @@ class Thinking(msgspec.Struct, frozen=True):
     budget_tokens: Annotated[int | None, says("Not used: thinking counts as the answer's tokens")] = None
 
 
+class OutputFormat(msgspec.Struct, frozen=True):
+    """What the answer's text is."""
+
+    type: Annotated[Annotated[str, Meta(max_length=64)], says("`json_schema`; others are refused")]
+    schema: Annotated[dict[str, Any], says("The JSON schema that it satisfies")]
+
+
+class OutputConfig(msgspec.Struct, frozen=True):
+    """Of the answer."""
+
+    format: Annotated[OutputFormat | None, says("What its text is; none: any text")] = None
+    effort: Annotated[Any, says("Not used")] = None
+
+
 class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
     """POST /v1/messages/count_tokens."""
 
@@ -110,6 +124,8 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
     temperature: Annotated[Temperature | None, says("As for chat")] = None
     top_p: Annotated[Share | None, says("As for chat")] = None
     top_k: Annotated[TopK | None, says("As for chat")] = None
+    output_config: Annotated[OutputConfig | None, says("What the answer has to look like")] = None
+    output_format: Annotated[OutputFormat | None, says("The former name of `output_config.format`")] = None
 
 
 class MessagesUsage(msgspec.Struct, frozen=True):
