@@ -36,6 +36,7 @@ PROGRAMS = frozenset(
 )
 
 _MADE = ("build", "dist")
+_INSTALLED = "node_modules"
 _FENCE = re.compile(r"^(\s*)(`{3,}|~{3,})\s*([\w+-]*)\s*$")
 _MARK = re.compile(r"^\s*<!--\s*not run:\s*(.+?)\s*-->\s*$")
 _NEAR_MARK = re.compile(r"<!--\s*not[ -]?run", re.IGNORECASE)
@@ -73,7 +74,8 @@ class Block:
 def pages() -> list[Path]:
     """All of the repository, however new they are; not those of what was installed or built."""
     folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in _MADE]
-    return sorted([*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))])
+    found = (page for folder in folders for page in folder.rglob("*.md") if _INSTALLED not in page.parts)
+    return sorted([*ROOT.glob("*.md"), *found])
 
 
 def blocks_of(page: Path) -> list[Block]:

@@ -1,0 +1,116 @@
+"""The examples, each against a deployment as somebody would run it: a chat, a tool that has to be called, an answer of
+a form, and errors as the client's own exceptions. A client that is not installed is skipped, with the reason; Node's is
+installed from the lock file, which needs npm's registry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from tests.procs.deployment import ROOT, Deployment
+from tests.procs.router_harness import configure
+
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
+
+EXAMPLES = ROOT / "examples"
+MODEL = "tiny-qwen3-moe"
+TEMPLATE = (
+    "{% if tools %}T{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}.{% endfor %}"
+    "{# <tool_call> #}"
+)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+SAID = ("chat", "chat streamed", "tool", "tool streamed", "schema", "refused", "not found")
+# By package: the program, and what errors say of a parameter out of its bounds and of a model that is not served.
+PYTHON = {
+    "openai": ("openai_client.py", "invalid_request top_p", "model_not_found"),
+    "anthropic": ("anthropic_client.py", "invalid_request max_tokens", "model_not_found"),
+    "langchain_openai": ("langchain_client.py", "invalid_request top_p", "model_not_found"),
+    "litellm": ("litellm_client.py", "400 True", "404"),
+}
+NODE = "openai_client.mjs"
+CLIENT_SECONDS_MAX = 120.0
+
+
+@pytest.fixture(scope="module")
+def deployment(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("clients") / MODEL
+    shutil.copytree(model_folder(MODEL), folder)
+    configure(folder / "tokenizer_config.json", chat_template=TEMPLATE)
+    deployed = Deployment(folder, replicas=1, max_model_len=1_024).wait_ready()
+    try:
+        yield deployed
+        deployed.stop()
+    finally:
+        deployed.discard()
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the example for Node with what it needs."""
+    for program in ("node", "npm"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    folder = tmp_path_factory.mktemp("node")
+    shutil.copytree(EXAMPLES / "node", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_modules"))
+    npm = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries", "1"]
+    done = subprocess.run(npm, cwd=folder, capture_output=True, text=True, timeout=CLIENT_SECONDS_MAX)
+    if done.returncode and any(code in done.stderr for code in ("ENOTFOUND", "ECONNREFUSED", "EAI_AGAIN", "ETIMEDOUT")):
+        pytest.skip(f"npm's registry is not reached: {done.stderr.strip().splitlines()[0]}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def said_by(*argv: str | Path) -> dict[str, str]:
+    """What a client prints, by the words that a line begins with."""
+    done = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CLIENT_SECONDS_MAX, cwd="/"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    begins = [max((words for words in SAID if line.startswith(f"{words} ")), key=len, default="") for line in lines]
+    assert begins == list(SAID), done.stdout
+    return {words: line[len(words) + 1 :] for words, line in zip(begins, lines, strict=True)}
+
+
+def check(said: dict[str, str], refused: str, not_found: str) -> None:
+    assert json.loads(said["chat"]), "a text"
+    assert said["chat streamed"] == said["chat"]
+    for words in ("tool", "tool streamed"):
+        name, _, arguments = said[words].partition(" ")
+        assert name == "weather"
+        jsonschema.validate(json.loads(arguments), SCHEMA)
+    jsonschema.validate(json.loads(said["schema"]), SCHEMA)
+    assert (said["refused"], said["not found"]) == (refused, not_found)
+
+
+@pytest.mark.parametrize("package", PYTHON)
+def test_an_example_in_python(package: str, deployment: Deployment) -> None:
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    program, *errors = PYTHON[package]
+    check(said_by(sys.executable, EXAMPLES / program, deployment.base_url), *errors)
+
+
+def test_the_example_in_node(node: Path, deployment: Deployment) -> None:
+    check(said_by("node", node / NODE, deployment.base_url, MODEL), *PYTHON["openai"][1:])
+
+
+def test_every_example_is_run() -> None:
+    files = {path.name for kind in ("*.py", "*.mjs") for path in [*EXAMPLES.glob(kind), *EXAMPLES.glob(f"node/{kind}")]}
+    assert files == {program for program, *_ in PYTHON.values()} | {NODE}
