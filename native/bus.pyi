@@ -179,6 +179,12 @@ class Bus:
     def kv_blocks(self, slot: int) -> int:
         """What the rank of a slot has said last; 0 before it has said anything."""
 
+    def tell_shortage(self, generation: int) -> None:
+        """Say in the own slot that this rank ends a generation because it found no memory for a step: before it ends it."""
+
+    def shortage(self, slot: int) -> int:
+        """The last generation of which the rank of a slot has said so; 0 before there is one."""
+
     # Meeting. `deadline_ms` is from now, ≥ 0; the own slot must be joined and a member (ValueError).
     def barrier(self, generation: int, deadline_ms: float) -> None:
         """Block until every member has arrived as often as this rank in this generation.

@@ -199,6 +199,13 @@ class SimBarrier(StepBarrier):
     def tell_waiting(self, is_waiting: bool) -> None:
         """See StepBarrier. Nothing is computed on a device."""
 
+    def tell_shortage(self, generation: int) -> None:
+        """See StepBarrier. Memory is never short for a step."""
+
+    def had_shortage(self, slot: int, generation: int) -> bool:
+        """See StepBarrier."""
+        return False
+
     def ring(self) -> None:
         """See StepBarrier."""
         self._process.world.ring(self._process)

@@ -35,6 +35,8 @@ class PlayedLockstep:
         self.has_turn = True
         self.is_everybodys = True
         self.num_aborts = 0
+        self.num_shortages = 0
+        self.short: set[int] = set()
         self._num_clean = 0
 
     @property
@@ -49,6 +51,14 @@ class PlayedLockstep:
     def note_failed(self) -> None:
         """See Lockstep."""
         self._num_clean = 0
+
+    def tell_shortage(self) -> None:
+        """See Lockstep."""
+        self.num_shortages += 1
+
+    def short_ranks(self) -> set[int]:
+        """See Lockstep."""
+        return self.short
 
     def abort(self) -> None:
         """See Lockstep."""

@@ -90,6 +90,16 @@ void bind_bus(nb::module_& module) {
       .def(
           "kv_blocks",
           [](PyBus& bus, int64_t slot) { return bus.slot(slot).kv_blocks.load(std::memory_order_seq_cst); }, "slot"_a)
+      .def(
+          "tell_shortage",
+          [](PyBus& bus, int64_t generation) {
+            bus.slot(bus.meeting().slot())
+                .shortage.store(natural<uint64_t>("generation", generation), std::memory_order_seq_cst);
+          },
+          "generation"_a)
+      .def(
+          "shortage", [](PyBus& bus, int64_t slot) { return bus.slot(slot).shortage.load(std::memory_order_seq_cst); },
+          "slot"_a)
       .def("barrier", &PyBus::barrier, "generation"_a, "deadline_ms"_a)
       .def("step", &PyBus::step, "generation"_a, "num_tokens"_a, "flags"_a, "deadline_ms"_a)
       .def("idle_wait", &PyBus::idle_wait, "generation"_a, "deadline_ms"_a)

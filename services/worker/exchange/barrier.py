@@ -73,6 +73,14 @@ class StepBarrier(ABC):
         not."""
 
     @abstractmethod
+    def tell_shortage(self, generation: int) -> None:
+        """Let others see that this rank is about to end `generation` because it found no memory for a step."""
+
+    @abstractmethod
+    def had_shortage(self, slot: int, generation: int) -> bool:
+        """Whether the rank in `slot` has said so. Never blocks."""
+
+    @abstractmethod
     def ring(self) -> None:
         """Wake the other ranks."""
 

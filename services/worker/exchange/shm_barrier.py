@@ -63,6 +63,14 @@ class ShmBarrier(StepBarrier):
         """See StepBarrier."""
         self._bus.set_waiting_for_device(is_waiting)
 
+    def tell_shortage(self, generation: int) -> None:
+        """See StepBarrier."""
+        self._bus.tell_shortage(generation)
+
+    def had_shortage(self, slot: int, generation: int) -> bool:
+        """See StepBarrier."""
+        return self._bus.shortage(slot) == generation
+
     def ring(self) -> None:
         """See StepBarrier."""
         for slot, fd in self._doorbells.items():

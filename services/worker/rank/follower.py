@@ -30,7 +30,7 @@ from elasticmoe.common.protocol.router import Failed
 from elasticmoe.common.protocol.scaler import Integrity, RankLoad, RankReady
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.worker.engine import kv_bytes
-from elasticmoe.services.worker.engine.failure import failure_of
+from elasticmoe.services.worker.engine.failure import failure_of, is_shortage
 from elasticmoe.services.worker.exchange.base import StepAborted, StepTimedOut
 from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
 from elasticmoe.services.worker.model.batch import Batch
@@ -145,12 +145,14 @@ class Follower(SeatLoop):
         return plan
 
     def _live_on(self, error: Exception) -> None:
-        """A step raised an error: it is lost for all, and the leader plans it again (steps.py). Raises the error again
-        where this process must end of it."""
+        """A step raised an error: it is lost for all, and the leader plans it again (steps.py), a smaller one where
+        memory was lacked. Raises the error again where this process must end of it."""
         self._num_failed += 1
         log.exception("a step failed", in_a_row=self._num_failed, others_wait=self._exchange.is_awaited)
         if not self._exchange.is_awaited or not self._hmm.is_connected or self._num_failed > FAILED_MAX:
             raise error  # nobody can stop the others but this process's end
+        if is_shortage(error):
+            self._lockstep.tell_shortage()
         self._lockstep.abort()
         self._hmm.close()
 

@@ -195,6 +195,15 @@ class Lockstep:
         """It is not."""
         self._num_clean = 0
 
+    def tell_shortage(self) -> None:
+        """This rank is about to end the generation because it found no memory for a step."""
+        self._barrier.tell_shortage(self.generation)
+
+    def short_ranks(self) -> set[int]:
+        """Slots of the members that ended the present generation so."""
+        slots = (slot for slot in range(self.members.bit_length()) if self.members >> slot & 1)
+        return {slot for slot in slots if self._barrier.had_shortage(slot, self.generation)}
+
     def abort(self) -> None:
         """The generation is over: wait for the next."""
         self.is_member = False

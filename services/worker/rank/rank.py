@@ -66,7 +66,8 @@ class Rank(SeatLoop):
         super().__init__(parts, tell_ready)
         self._engine = engine
         self._reports = Reports(parts.server.send, self._drop_peer)
-        self._steps = Steps(engine, parts.exchange, self._lockstep, parts.hmm, self._reports.report)
+        followers = parts.memory.replica[1:]
+        self._steps = Steps(engine, parts.exchange, self._lockstep, parts.hmm, self._reports.report, followers)
         self._migration = Migration(
             parts.seat, engine, parts.transport, watch=parts.server.watch, unwatch=parts.server.unwatch
         )

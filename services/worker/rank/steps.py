@@ -4,7 +4,8 @@ again, by this process where it can; a step that is never repeated costs nobody 
 A step may find no memory: then it is given up, and if that does not help, planned without the request that needs most.
 It may raise what cannot be laid at one request's door, or be discarded because another rank failed in it: then all that
 were in it are tried (engine/trial.py). Where the process cannot go on, it ends, and the marks that it leaves in the
-ledger tell the seat's next one as much.
+ledger tell the seat's next one as much. Where another rank says on the bus that it lacked memory, nobody is tried; if
+it is one of the own replica, this step was too large for it.
 
 A rank that fails in the midst of an exchange must not let the others wait for it. Only the HMM can end a generation of
 the bus, and it does when a rank's connection ends: so the rank ends it, steps no more in that generation, and
@@ -13,7 +14,7 @@ introduces itself again (hmm/link.py), as after the HMM's own restart. The other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from elasticmoe.common.protocol.errors import Unavailable
@@ -35,16 +36,24 @@ FAILED_MAX: Final = 8  # steps in a row that raised, also those without suspects
 
 class Steps:
     """Computes steps for the rank. Owned by its thread; all that it is made of stays the rank's. `tell` is called with
-    what is to be told to routers. `num_discarded`: tokens of steps that other ranks' failures ended."""
+    what is to be told to routers; `followers`: slots of the replica's other ranks. `num_discarded`: tokens of steps
+    that other ranks' failures ended."""
 
     def __init__(
-        self, engine: Engine, exchange: Exchange, lockstep: Lockstep, hmm: HmmLink, tell: Callable[[Outcome], None]
+        self,
+        engine: Engine,
+        exchange: Exchange,
+        lockstep: Lockstep,
+        hmm: HmmLink,
+        tell: Callable[[Outcome], None],
+        followers: Sequence[int] = (),
     ) -> None:
         self._engine = engine
         self._exchange = exchange
         self._lockstep = lockstep
         self._hmm = hmm
         self._tell = tell
+        self._followers = frozenset(followers)
         self._num_given_up = 0  # in a row, but for steps that left prompts out
         self._num_failed = 0  # in a row
         self._num_unplanned = 0  # in a row, for reasons that are nobody's
@@ -92,7 +101,10 @@ class Steps:
         except StepAborted as aborted:
             log.info("step discarded", generation=aborted.generation)
             self.num_discarded += plan.num_tokens
-            self._fail(plan, is_aborted=True)
+            if short := self._lockstep.short_ranks():
+                self._discard(plan, short)
+            else:
+                self._fail(plan, is_aborted=True)
             return
         except Exception as error:
             self._live_on(plan, error, is_awaited=self._exchange.is_awaited)
@@ -143,8 +155,24 @@ class Steps:
         if self._num_given_up > GIVEN_UP_MAX and not plan.chunks:
             raise error
         if is_awaited:
+            self._lockstep.tell_shortage()
             self._lockstep.abort()
             self._hmm.close()
+        self._withdraw(plan)
+
+    def _discard(self, plan: StepPlan, short: set[int]) -> None:
+        """Other ranks found no memory for the step."""
+        log.warning("other ranks found no memory for a step", slots=sorted(short), tokens=plan.num_tokens)
+        self._lockstep.abort()
+        if short & self._followers:
+            self._num_given_up += 1
+            self._withdraw(plan)
+        else:
+            self._lockstep.note_failed()
+            self._engine.trials.drop(plan)
+
+    def _withdraw(self, plan: StepPlan) -> None:
+        """The step is planned again: without the request that needs most, if that has not helped before."""
         self._lockstep.note_failed()
         self._engine.trials.drop(plan)
         if self._num_given_up > 1 and plan.chunks:
