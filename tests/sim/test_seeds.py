@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -42,7 +43,13 @@ def run_batch(first: int, tp: int) -> Counter[str]:
     return figures
 
 
-@pytest.mark.parametrize("first", range(1, NUM_BATCHES * BATCH + 1, BATCH))
+def batches(num: int, num_quick: int) -> list[Any]:
+    """The first seeds of that many batches; from `num_quick` on they are slow tests."""
+    firsts = range(1, num * BATCH + 1, BATCH)
+    return [pytest.param(first, marks=pytest.mark.slow if at >= num_quick else ()) for at, first in enumerate(firsts)]
+
+
+@pytest.mark.parametrize("first", batches(NUM_BATCHES, 8))
 def test_all_promises_hold(first: int) -> None:
     # A batch in which nothing happened proves nothing.
     floors = {
@@ -63,7 +70,7 @@ def test_all_promises_hold(first: int) -> None:
     check_figures(run_batch(first, 1), floors)
 
 
-@pytest.mark.parametrize("first", range(1, NUM_BATCHES_OF_TWO * BATCH + 1, BATCH))
+@pytest.mark.parametrize("first", batches(NUM_BATCHES_OF_TWO, 2))
 def test_all_promises_hold_with_replicas_of_two_ranks(first: int) -> None:
     floors = {
         "flips": 10,
