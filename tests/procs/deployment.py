@@ -34,7 +34,8 @@ class Deployment:
 
     `settings` are fields of common.config by name (`kv_bytes=1 << 20`); `flags` are further flags of `up`. The history
     is on. The launcher is a child of the test, in the foreground, so that its end is seen at once. `folder`: of a
-    deployment that was cut off, to go on in its run directory; else one of its own.
+    deployment that was cut off, to go on in its run directory; else one of its own. `program`: another version's
+    `elasticmoe`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Deployment:
         flags: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
+        program: Path | None = None,
         **settings: Any,
     ) -> None:
         self._folder = folder or Path(tempfile.mkdtemp(prefix="em-"))  # short: socket paths have a limit
@@ -65,7 +67,7 @@ class Deployment:
         up += ["--keep-logs", "--ready-timeout", str(READY_SECONDS_MAX), *flags]
         with open(self.output_path, "wb") as output:
             self.launcher = subprocess.Popen(
-                [sys.executable, "-m", "elasticmoe.cli.main", *up],
+                [*([sys.executable, "-m", "elasticmoe.cli.main"] if program is None else [program]), *up],
                 cwd=ROOT,
                 env=inherited | environment_of({**fixed, **settings}) | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
