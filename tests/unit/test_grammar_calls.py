@@ -170,6 +170,22 @@ def test_what_is_no_schema_is_refused_as_such(form: str, wrong: dict[str, Any]) 
     assert caught.value.code == "invalid_grammar", caught.value.message
 
 
+@pytest.mark.parametrize(("form", "end"), [("glm", "</arg_value>"), ("qwen_coder", "</parameter>")])
+@pytest.mark.parametrize("has_marks", [False, True])
+def test_a_text_of_an_enum_that_holds_the_end_mark_is_never_chosen(form: str, end: str, has_marks: bool) -> None:
+    compiler, tokens = tokens_of(has_marks=has_marks)
+
+    def asked(*texts: str) -> Structure:
+        schema = {"properties": {"a": {"type": "string", "enum": texts}}, "required": ["a"]}
+        return forced(form, ForcedTool("f", schema), is_single=True)
+
+    grammar = unpack_grammar(compiler.compile(asked(f"x{end}y", "x<", end[:-1], "z\n"), None))
+    told = {read(form, written(tokens, grammar, random.Random(seed)))[0][1]["a"] for seed in range(24)}
+    assert told == {"x<", end[:-1], "z\n"}
+    with pytest.raises(InvalidRequest, match="can write none of the texts of 'enum'"):
+        compiler.compile(asked(f"x{end}y", end), None)
+
+
 @pytest.mark.parametrize("form", ["glm", "qwen_coder"])
 @pytest.mark.parametrize(
     ("given", "named"),
