@@ -74,6 +74,8 @@ COMMANDS = [
     ["bench", "overload", "--factors", "a,b"],
     ["bench", "recovery", "--faults", "moon"],
     ["chaos", "--devices", "gpu:1"],
+    ["tour", "--model", "no such"],
+    ["tour", "--timeout", "0"],
 ]
 
 
