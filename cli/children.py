@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -124,7 +125,18 @@ class Child:
         except OSError:
             return ""
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return clean(last[:_LOG_LINE_CHARS_MAX])
+        return clean(_said(last)[:_LOG_LINE_CHARS_MAX])
+
+
+def _said(line: str) -> str:
+    """A line of a log in JSON as a line of text."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(entry, dict) or "message" not in entry:
+        return line
+    return ": ".join(str(entry[key]) for key in ("code", "message") if key in entry)
 
 
 def tied_to_us(argv: Sequence[str], fds: Sequence[int] = ()) -> list[str]:

@@ -12,6 +12,7 @@ from typing import IO, Protocol, Self
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from elasticmoe.cli.terminal import clean, clean_lines, table_console
+from elasticmoe.common.telemetry import json_line
 from elasticmoe.common.wording import size as size
 
 _PLAIN_STEP_PERCENT = 25
@@ -142,6 +143,17 @@ class PlainConsole(_Closing):
         self.line(f"{phase}: {size(done)} of {size(total)}" if total else f"{phase}…")
 
 
+class JsonConsole(PlainConsole):
+    """The same as one JSON object a line, as services log."""
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        try:
+            print(json_line("info", "launcher", "launcher", clean_lines(text).strip()), file=self._file, flush=True)
+        except OSError:
+            pass  # as above
+
+
 class PipeConsole(_Closing):
     """For a detached launcher: everything goes to its log, and as JSON lines to the waiting parent until `finish`.
 
@@ -152,8 +164,12 @@ class PipeConsole(_Closing):
         """Owns `report_fd`, a pipe's writing end, until `finish`."""
         os.set_blocking(report_fd, False)
         self._fd = report_fd
-        self._log = PlainConsole(log)
+        self._log: Console = PlainConsole(log)
         self._sent = ""
+
+    def log_to(self, log: Console) -> None:
+        """Let the log have another form."""
+        self._log = log
 
     def _send(self, wait_s: float = 0.0, **entry: object) -> None:
         text = json.dumps(entry) + "\n"
@@ -194,7 +210,9 @@ class PipeConsole(_Closing):
         self._close()
 
 
-def make_console(file: IO[str] | None = None) -> Console:
-    """A bar when `file` (default stdout) is a terminal, plain lines otherwise."""
+def make_console(file: IO[str] | None = None, log_format: str = "text") -> Console:
+    """A bar when `file` (default stdout) is a terminal, lines of `log_format` otherwise."""
     file = file or sys.stdout
-    return TerminalConsole(file) if file.isatty() else PlainConsole(file)
+    if file.isatty():
+        return TerminalConsole(file)
+    return JsonConsole(file) if log_format == "json" else PlainConsole(file)

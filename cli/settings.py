@@ -136,6 +136,7 @@ def from_flags(args: argparse.Namespace) -> Settings:
         "max_model_len": args.max_model_len,
         "max_sequences": args.max_sequences,
         "generation_config": args.generation_config,
+        "log_format": args.log_format,
         "api_key_file": args.api_key_file,
         "policy": args.policy,
         "ttft_s": args.ttft,

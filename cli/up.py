@@ -101,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="defaults of sampling: the checkpoint's generation_config.json, or none of it (default auto)",
     )
     settings.add_policy_flags(parser)
+    add("--log-format", choices=("text", "json"), help=f"form of all logs (default {default['log_format']})")
     seconds = settings.parse_seconds
     add("--ready-timeout", type=seconds, default=600.0, metavar="S", help="give up when it is not ready by then (600)")
     add(
@@ -117,10 +118,10 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 after a clean end (`--detach`: when it is ready), 1 when it failed. Raises ElasticMoEError."""
     if args.report_fd is not None:
         return _run_detached(args)
-    with make_console() as console:
-        if args.model == "":
-            raise InvalidRequest("--model is empty: leave it out for the demo, or name one of `elasticmoe model list`")
-        resolved = settings.from_flags(args)
+    if args.model == "":
+        raise InvalidRequest("--model is empty: leave it out for the demo, or name one of `elasticmoe model list`")
+    resolved = settings.from_flags(args)
+    with make_console(log_format=resolved.scaler.log_format) as console:
         run_dir = RunDir(settings.require_run_dir(resolved))  # first: a deployment that runs here has its ports
         try:
             checks.check_hardware(resolved)
@@ -143,6 +144,7 @@ def _run_detached(args: argparse.Namespace) -> int:
     console = PipeConsole(args.report_fd, sys.stdout)
     try:
         resolved = settings.from_flags(args)
+        console.log_to(make_console(log_format=resolved.scaler.log_format))
         status = _serve(args, resolved, RunDir(settings.require_run_dir(resolved)), console)
         console.finish("stopped: it was asked to stop before it was ready")
         return status

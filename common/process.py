@@ -10,7 +10,7 @@ from elasticmoe.common import failpoint
 from elasticmoe.common.config import load, make_run_dirs
 from elasticmoe.common.protocol.errors import EXIT_SUPERSEDED, ElasticMoEError, Fenced
 from elasticmoe.common.settings import Common
-from elasticmoe.common.telemetry import setup_logging
+from elasticmoe.common.telemetry import Logger, setup_logging
 from elasticmoe.common.transport import describe
 
 C = TypeVar("C", bound=Common)
@@ -18,14 +18,18 @@ C = TypeVar("C", bound=Common)
 
 def run_service(name: str, kind: type[C], serve: Callable[[C], None]) -> int:
     """Read the settings, make the run directory, log as `name`, and `serve`; the exit status. An error of ours ends it,
-    with one line on stderr."""
+    with one line on stderr, in the form of the logs where they are set up."""
+    log: Logger | None = None
     try:
         config = load(kind)
         make_run_dirs(config)
         failpoint.enable(config.failpoint_dir, name)
-        setup_logging(name, level=config.log_level, as_json=config.log_json)
+        log = setup_logging(name, level=config.log_level, log_format=config.log_format)
         serve(config)
     except ElasticMoEError as error:
-        print(f"elasticmoe-{name}: {describe(error)}", file=sys.stderr)
+        if log is not None and config.log_format == "json":
+            log.error(error.message, code=error.code)
+        else:
+            print(f"elasticmoe-{name}: {describe(error)}", file=sys.stderr)
         return EXIT_SUPERSEDED if error.code == Fenced.code else 1
     return 0

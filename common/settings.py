@@ -78,7 +78,11 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(pattern=r"^(debug|info|warning|error)\Z"),
         _is("The least level of what is logged", form="`debug`, `info`, `warning`, `error`"),
     ] = "info"
-    log_json: Annotated[bool, _is("Log one JSON object a line instead of text")] = False
+    log_format: Annotated[
+        str,
+        Meta(pattern=r"^(text|json)\Z"),
+        _is("Logs for people, or one JSON object a line", form="`text`, `json`"),
+    ] = "text"
     log_bytes_max: Annotated[
         int,
         Meta(ge=64 * 1024, le=1 << 40),

@@ -90,7 +90,7 @@ class Door:
         except ClientLeft:
             pass
         except Exception:
-            log.exception("unexpected error", request=ids.of(scope))
+            log.exception("unexpected error")
             if not sender.has_begun:
                 await sender.fail(ElasticMoEError("unexpected error"), scope, receive)
 
@@ -139,7 +139,7 @@ class _Sender:
         if not self.has_begun:
             await error_response(error)(scope, receive, self)
         else:
-            log.warning("answer broken off", request=ids.of(scope), status=status_of(error), code=error.code)
+            log.warning("answer broken off", status=status_of(error), code=error.code)
 
 
 def _collect(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:

@@ -9,6 +9,9 @@ from msgspec import Meta
 
 from elasticmoe.common.protocol.limits import NAME_CHARS_MAX
 
+# W3C's header of that name, version 00: trace, span, flags. Empty where nothing is traced.
+TRACEPARENT_PATTERN = r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?\Z"
+
 Count = Annotated[int, Meta(ge=0)]
 CommandKind = Literal["decode_only", "precopy", "migrate", "drain", "cancel"]
 
@@ -39,3 +42,8 @@ class CommandId(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     attempt: Count
     kind: CommandKind
     round: Count = 0
+
+
+def trace_id_of(traceparent: str) -> str:
+    """The trace that a `traceparent` names, 32 hexadecimal digits."""
+    return traceparent[3:35]

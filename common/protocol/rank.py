@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.codec import Codec, Message
-from elasticmoe.common.protocol.ids import CommandId
+from elasticmoe.common.protocol.ids import TRACEPARENT_PATTERN, CommandId, trace_id_of
 from elasticmoe.common.protocol.limits import (
     DECODE_ONLY_STEPS_MAX,
     GRAMMAR_PACKED_BYTES_MAX,
@@ -74,6 +74,14 @@ class Sampling(Message, frozen=True, tag=False):
     grammar: Grammar | None = None
 
 
+class Origin(msgspec.Struct, frozen=True, array_like=True):
+    """Whose request it is that a rank works on, for its logs. `request_id`: by which the client knows it, its
+    x-request-id. `traceparent`: of the span that waits for it; empty where it is not traced."""
+
+    request_id: RequestId
+    traceparent: Annotated[str, Meta(pattern=TRACEPARENT_PATTERN)] = ""
+
+
 class Submit(Message, frozen=True):
     """Generate. Answered by a stream of router.Tokens with one finish, or one router.Failed.
 
@@ -95,6 +103,16 @@ class Submit(Message, frozen=True):
     prompt_logprobs: bool = False
     output: Annotated[tuple[TokenId, ...], Meta(max_length=PROMPT_TOKENS_MAX)] = ()
     suspicion: Suspicion | None = None
+    origin: Origin | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What logs call it by, in every process."""
+        origin = self.origin
+        if origin is None:
+            return {"stream": self.request_id}
+        names = {"request_id": origin.request_id, "stream": self.request_id}
+        return names | {"trace_id": trace_id_of(origin.traceparent)} if origin.traceparent else names
 
 
 class Cancel(Message, frozen=True):

@@ -189,10 +189,10 @@ class Hmm:
         try:
             answer = self._answer(peer, message)
         except ElasticMoEError as error:
-            self._log.warning("refused", message=type(message.body).__name__, code=error.code, reason=error.message)
+            self._log.warning("refused", kind=type(message.body).__name__, code=error.code, reason=error.message)
             answer = refusal(error)
         except Exception as error:  # one message must not end the loop
-            self._log.exception("message failed", message=type(message.body).__name__)
+            self._log.exception("message failed", kind=type(message.body).__name__)
             answer = Refused("internal_error", f"{type(message.body).__name__} failed with {type(error).__name__}")
         if answer is not None:
             self._server.send(peer, answer, seq=message.seq)
@@ -248,7 +248,7 @@ class Hmm:
         load = ModelLoad(request, self._holdings.memories, segment, self._holdings.granularity)
         self._loading = Loading(load, is_at_work=True)
         started = self._clock.monotonic()
-        self._log.info("load starts", op_id=request.op_id, seats=len(request.layout.seats))
+        self._log.info("load starts", operation_id=request.op_id, seats=len(request.layout.seats))
         self._background.start("load", load.run, lambda result: self._on_loaded(load, result, started))
 
     def _on_loaded(self, load: ModelLoad, result: Loaded | ElasticMoEError, started: float) -> None:
@@ -256,11 +256,11 @@ class Hmm:
         if isinstance(result, ElasticMoEError):
             self._holdings.discard()
             self._loading = Loading(load, error=refusal(result))
-            self._log.error("load failed", op_id=op_id, code=result.code, reason=result.message)
+            self._log.error("load failed", operation_id=op_id, code=result.code, reason=result.message)
             return
         self._holdings.commit(result)
         self._loading = Loading(load)
-        self._log.info("load done", op_id=op_id, seconds=seconds, bytes_read=load.bytes_done)
+        self._log.info("load done", operation_id=op_id, seconds=seconds, bytes_read=load.bytes_done)
 
     def _set_membership(self, request: SetMembership) -> None:
         loaded = self._holdings.loaded

@@ -23,7 +23,7 @@ SETTINGS = {
     "KV_BYTES": ["0", "-5", "4GiB", str(1 << 60)],
     "MAX_MODEL_LEN": ["1", "x"],
     "LOG_LEVEL": ["loud"],
-    "LOG_JSON": ["perhaps"],
+    "LOG_FORMAT": ["perhaps"],
     "DEPLOYMENT": ["", "a b", "x" * 65],
     "SERVED_NAME": ["a\x1bb", "x" * 257],
     "GENERATION_CONFIG": ["always"],

@@ -74,10 +74,10 @@ def test_run_dir_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_childs_environment_gives_back_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in environment_of({"replicas": 3, "devices": "host:4", "log_json": True, "model": None}).items():
+    for key, value in environment_of({"replicas": 3, "devices": "host:4", "log_format": "json", "model": None}).items():
         monkeypatch.setenv(key, value)
     config = load(ScalerConfig)
-    assert (config.replicas, config.device_count.count, config.log_json, config.model) == (3, 4, True, "")
+    assert (config.replicas, config.device_count.count, config.log_format, config.model) == (3, 4, "json", "")
 
 
 def test_every_service_starts_with_defaults_alone() -> None:

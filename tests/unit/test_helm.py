@@ -24,7 +24,7 @@ kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
 MODEL = {"model": {"volume": {"persistentVolumeClaim": {"claimName": "models"}}}}
 FULL: dict[str, Any] = MODEL | {
-    "settings": {"devices": "host:4", "replicas": 2, "rank_stall_s": 2.5, "log_json": True, "kv_bytes": 1 << 36},
+    "settings": {"devices": "host:4", "replicas": 2, "rank_stall_s": 2.5, "pin_cores": True, "kv_bytes": 1 << 36},
     "apiKey": {"existingSecret": "keys"},
     "adminToken": {"existingSecret": "mine", "key": "token"},
     "allowedHosts": ["llm.example.com"],
@@ -103,7 +103,7 @@ def test_the_schema_is_that_of_the_settings() -> None:
         ({"settings": {"replica": 2}}, "replica"),
         ({"settings": {"replicas": 0}}, "replicas"),
         ({"settings": {"port": 9000}}, "port"),
-        ({"settings": {"log_json": "yes"}}, "log_json"),
+        ({"settings": {"pin_cores": "yes"}}, "pin_cores"),
         ({"settings": {"log_level": "loud"}}, "log_level"),
         ({"settings": {"devices": "gpu"}}, "devices"),
         ({"settings": {"store_url": "redis://:secret@valkey"}}, "store_url"),
@@ -174,7 +174,7 @@ def test_settings_reach_all_processes_as_they_are_written() -> None:
         assert env["ELASTICMOE_DEPLOYMENT"] == "serving.demo"  # two releases may have one store
         assert env["ELASTICMOE_DEVICES"] == "host:4"
         assert env["ELASTICMOE_RANK_STALL_S"] == "2.5"
-        assert env["ELASTICMOE_LOG_JSON"] == "true"
+        assert env["ELASTICMOE_PIN_CORES"] == "true"
         assert env["ELASTICMOE_KV_BYTES"] == str(1 << 36)  # not 6.87e+10
         assert len(env) == len(one["env"])
     env = {entry["name"]: entry["value"] for entry in containers(FULL)["router"]["env"]}

@@ -103,6 +103,11 @@ class Transition(msgspec.Struct, frozen=True):
         """Where it leads."""
         return self.request.layout
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What logs call it by."""
+        return {"operation_id": self.request.id.op, "attempt": str(self.request.id)}
+
 
 class Catalog(msgspec.Struct, frozen=True, kw_only=True):
     """All devices of the host. `loaded` is None while no model is complete in memory."""

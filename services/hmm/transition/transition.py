@@ -200,7 +200,7 @@ class Transitions:
         is_flipped = transition.phase == "committed" and self._members.has_flipped(transition.after)
         if is_flipped and not self._is_flip_logged:
             self._is_flip_logged = True
-            self._log.info("transition", op_id=str(transition.request.id), phase="flipped")
+            self._log.info("transition", **transition.names, phase="flipped")
         return is_flipped
 
     def _prepared(self) -> tuple[int, ...]:
@@ -246,7 +246,7 @@ class Transitions:
         failpoint(f"hmm.{phase}.after")
         self._log.info(
             "transition",
-            op_id=str(transition.request.id),
+            **transition.names,
             layout_epoch=transition.after.epoch,
             phase=phase,
             **({"code": error.code, "reason": error.message} if error else {}),

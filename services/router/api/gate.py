@@ -17,6 +17,7 @@ from elasticmoe.common.http import ids
 from elasticmoe.common.http.body import Body, Receive
 from elasticmoe.common.http.door import Scope, Send, bearer_of, headers_of
 from elasticmoe.common.protocol.errors import InvalidRequest, Overloaded, Unauthorized, Unavailable
+from elasticmoe.common.protocol.rank import Origin
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.dispatch.admission import Permit
 
@@ -93,6 +94,11 @@ def permit_of(request: Request) -> Permit:
 def client_of(request: Request) -> str:
     """Whom a request is counted to where clients take turns: the peer's address."""
     return request.client.host if request.client is not None else ""
+
+
+def origin_of(request: Request, given: str | None) -> Origin:
+    """What ranks are told of where it comes from. `given`: the id that its body names."""
+    return Origin(request_id_of(request, given))
 
 
 def request_id_of(request: Request, given: str | None) -> str:

@@ -12,7 +12,7 @@ import msgspec
 
 from elasticmoe.common.protocol.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX
-from elasticmoe.common.protocol.rank import Submit
+from elasticmoe.common.protocol.rank import Origin, Submit
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.options import Options
 from elasticmoe.services.router.dispatch.admission import Permit, check_price, price
@@ -64,6 +64,7 @@ class Generation:
 async def start(
     front: Front,
     permit: Permit,
+    origin: Origin,
     options: Options,
     prompts: Sequence[Sequence[int]],
     *,
@@ -104,6 +105,7 @@ async def start(
                     deadline_s=front.config.request_seconds_max,
                     priority=options.priority,
                     prompt_logprobs=prompt_logprobs and choice == 0,  # of all choices they are the same
+                    origin=origin,
                 )
                 text = TextStream(
                     front.model.table,

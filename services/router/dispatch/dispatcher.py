@@ -174,7 +174,7 @@ class Dispatcher:
         self.streams[stream.submit.request_id] = stream
         self._pace.hurry()
         link.attach(stream)
-        log.debug("submitted", request=stream.submit.request_id, rank=rank, reason=reason)
+        log.debug("submitted", rank=rank, reason=reason, **stream.submit.names)
         return link
 
     def cancel(self, stream: Stream) -> None:
@@ -238,7 +238,7 @@ class Dispatcher:
             return
         self._metrics.resubmitted.inc()
         self._history.resubmitted(stream.name, str(link.rank))
-        log.warning("submitted anew", request=stream.name, rank=link.rank, reason=error.code)
+        log.warning("submitted anew", rank=link.rank, reason=error.code, **stream.submit.names)
 
     def move(self, stream: Stream, link: RankLink, now: float, incarnation: str = "") -> None:
         """The stream is another rank's from now on: `link`'s, in `incarnation`, or its present one if it was heard."""
@@ -250,7 +250,7 @@ class Dispatcher:
         link.attach(stream)
         self._metrics.moved.inc()
         self._history.moved(stream.name, str(link.rank))
-        log.debug("moved", request=stream.name, rank=link.rank)
+        log.debug("moved", rank=link.rank, **stream.submit.names)
 
     # ---- time --------------------------------------------------------------------------------------------------------
 

@@ -118,12 +118,12 @@ class Inbox:
         try:
             ids = stream.accept(delta, now)
         except ProtocolError as error:
-            log.error("rank sent nonsense", rank=link.rank, request=stream.name, error=error.message)
+            log.error("rank sent nonsense", rank=link.rank, error=error.message, **stream.submit.names)
             self._metrics.bad_messages.inc()
             self._dispatcher.fail(stream, ElasticMoEError("the engine sent an invalid answer"))
             return
         except Exception:  # a bug here must not cost the step's other requests their tokens
-            log.exception("tokens could not be taken", rank=link.rank, request=stream.name)
+            log.exception("tokens could not be taken", rank=link.rank, **stream.submit.names)
             self._dispatcher.fail(stream, ElasticMoEError("tokens could not be taken"))
             return
         if ids:

@@ -257,10 +257,11 @@ class Autoscaler:
             if running.op_id == action.supersedes:
                 return
             # What somebody else has begun leads to another size than the one that was decided by.
-            log.info("the policy's order is dropped", op_id=action.op_id, because=running.message)
+            log.info("the policy's order is dropped", operation_id=action.op_id, because=running.message)
         except ElasticMoEError as error:
             self._refused = action.op_id
-            log.warning("the policy's order is refused", op_id=action.op_id, code=error.code, because=error.message)
+            facts = {"operation_id": action.op_id, "code": error.code, "because": error.message}
+            log.warning("the policy's order is refused", **facts)
             self._tell("policy_refused", error.message, op_id=action.op_id, code=error.code)
         self._order = None
 
@@ -273,7 +274,7 @@ class Autoscaler:
         except Later:
             return
         except ElasticMoEError as error:
-            log.info("not cancelled", op_id=self._cancel, because=error.message)
+            log.info("not cancelled", operation_id=self._cancel, because=error.message)
         self._cancel = ""
 
     def close(self) -> None:

@@ -114,7 +114,7 @@ class Executor:
         operation = msgspec.structs.replace(operation, clock=None)
         self._set(operation=operation)
         self._journal.adopt(operation)
-        log.info("operation resumed", op_id=operation.op_id, phase=operation.phase, leg=operation.leg + 1)
+        log.info("operation resumed", operation_id=operation.op_id, phase=operation.phase, leg=operation.leg + 1)
         self._tell("operation_resumed", operation.why, op_id=operation.op_id, phase=operation.phase)
 
     def begin(self, operation: Operation, made: PlanMade | None = None) -> None:
@@ -185,7 +185,7 @@ class Executor:
 
     def _note(self, before: Operation, after: Operation) -> None:
         if after.is_late and not before.is_late:
-            log.warning("operation is past its deadline", op_id=before.op_id, phase=before.phase)
+            log.warning("operation is past its deadline", operation_id=before.op_id, phase=before.phase)
             self._tell("operation_late", after.why, op_id=before.op_id, phase=before.phase)
         if after.mark != before.mark:
             self._changed(before, after)
@@ -228,7 +228,14 @@ class Executor:
             "before": before.phase,
             "before_s": f"{before.phase_s:.3f}",
         }
-        log.info(f"operation: {after.phase}", because=after.why, **facts)
+        log.info(
+            f"operation: {after.phase}",
+            because=after.why,
+            operation_id=after.op_id,
+            leg=after.leg + 1,
+            before=before.phase,
+            before_s=round(before.phase_s, 3),
+        )
         self._tell("operation_phase", after.why, **facts)
         if after.phase != before.phase:
             self._meters.phase(before.phase, before.phase_s)

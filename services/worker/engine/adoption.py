@@ -39,7 +39,7 @@ def adopt_rows(engine: Engine, vocab: int) -> Outcome:
     for sequence in _read(engine, vocab):
         request_id, trial = sequence.request.request_id, sequence.trial
         if trial.is_guilty:
-            log.error("request ended ranks, and is ended", request_id=request_id, failures=trial.failures)
+            log.error("request ended ranks, and is ended", failures=trial.failures, **sequence.request.names)
             engine.ledger.close_row(sequence.row)
             error = guilty_error()
             failed = Failed(request_id, error.code, error.message, error.retryable)

@@ -274,7 +274,7 @@ class Engine:
                 try:
                     self._report(chunk.sequence, choice, outcome)
                 except Exception as problem:
-                    error = failure_of(problem, chunk.sequence.request.request_id, "reporting the request's token")
+                    error = failure_of(problem, "reporting the request's token", **chunk.sequence.request.names)
             if error is not None:
                 outcome.failures.append(self.fail(chunk.sequence, error))
         if self.scheduler.guided:
@@ -291,7 +291,7 @@ class Engine:
             num_top = max(0, sequence.request.sampling.logprobs)
             noted += prompt_logprobs(self._model.backend, logits[: len(ids)], ids, num_top)
         except Exception as error:
-            return Choice(error=failure_of(error, sequence.request.request_id, "judging the prompt's tokens"))
+            return Choice(error=failure_of(error, "judging the prompt's tokens", **sequence.request.names))
         return Choice()
 
     def _commit_ledger(self, chunks: list[Chunk]) -> None:

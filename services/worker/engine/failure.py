@@ -20,14 +20,15 @@ def is_shortage(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _TEXTS)
 
 
-def failure_of(error: Exception, request_id: str, doing: str) -> ElasticMoEError:
+def failure_of(error: Exception, doing: str, **names: str) -> ElasticMoEError:
     """The end of the one request whose own part of a step raised `error`. Re-raises want of memory: that is the whole
-    step's, and the step is repeated. An error that was not written for clients is logged, and told as RequestFailed."""
+    step's, and the step is repeated. An error that was not written for clients is logged with the
+    request's `names`, and told as RequestFailed."""
     if is_shortage(error):
         raise error
     if isinstance(error, ElasticMoEError):
         return error
-    log.exception("request failed", request_id=request_id, doing=doing)
+    log.exception("request failed", doing=doing, **names)
     return RequestFailed(f"the engine failed while {doing}; other requests are not affected")
 
 

@@ -82,7 +82,7 @@ def sample(backend: ComputeBackend, logits_BV: torch.Tensor, states: Seq[Samplin
         try:
             return part()
         except Exception as error:
-            errors[row] = failure_of(error, states[row].request.request_id, "choosing the request's next token")
+            errors[row] = failure_of(error, "choosing the request's next token", **states[row].request.names)
             return otherwise
 
     choices = [alone(row, partial(_choice_of, state), _GREATEST) for row, state in enumerate(states)]

@@ -189,7 +189,7 @@ def _failure(error: Exception, sequence: Sequence, doing: str) -> ElasticMoEErro
     """The end of a sequence of which that raised. Where its grammar found no memory, no step would have found more."""
     if is_shortage(error):
         return Unavailable(f"the rank has no memory for {doing}", code=OUT_OF_MEMORY)
-    return failure_of(error, sequence.request.request_id, doing)
+    return failure_of(error, doing, **sequence.request.names)
 
 
 def _advance_all(batch: list[tuple[Guide, int | None, Future[None]]]) -> None:

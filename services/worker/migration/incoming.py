@@ -113,6 +113,6 @@ class Incoming:
             if reservation.heard_at is None:
                 reservation.heard_at = now
             elif now - reservation.heard_at > RESERVATION_S:
-                log.warning("reservation expired", sender=name[0], request_id=name[1][1])
+                log.warning("reservation expired", sender=name[0], stream=name[1][1])
                 self._engine.scheduler.release_hold(reservation.hold)
                 del self._reservations[name]

@@ -39,7 +39,7 @@ class Link(Generic[Subject]):
         try:
             self._client.send(message)
         except ElasticMoEError as error:
-            log.warning("message dropped", message=type(message).__name__, because=error.message)
+            log.warning("message dropped", kind=type(message).__name__, because=error.message)
         self.used_at = now
 
     def drop(self, subject: Subject) -> None:

@@ -186,7 +186,7 @@ class Outgoing:
             self._link(name).ask(question, transfer, now)
             transfer.is_known = True
         except ElasticMoEError as error:
-            log.warning("cannot be sent", to=name, message=type(question).__name__, because=error.message)
+            log.warning("cannot be sent", to=name, kind=type(question).__name__, because=error.message)
 
     # ---- one transfer ---------------------------------------------------------------------------------------------
 
@@ -233,7 +233,7 @@ class Outgoing:
         elif transfer.stage == "ready":
             self._advance(transfer, now)
         elif transfer.stage == "reserving" and now - transfer.asked_at > ANSWER_S:
-            log.warning("no answer", rank=str(transfer.target.rank), request_id=transfer.sequence.request.request_id)
+            log.warning("no answer", rank=str(transfer.target.rank), **transfer.sequence.request.names)
             self._targets.pause_all(transfer.target.rank, now)
             self.give_up(transfer, now)
         elif transfer.stage == "copying" and now - transfer.asked_at > COPY_S:
@@ -245,7 +245,12 @@ class Outgoing:
         if transfer.attempts < HAND_OVER_ATTEMPTS:
             self._send_hand_over(transfer, now)
             return
-        log.warning("sequence taken back", rank=str(transfer.target.rank), attempts=transfer.attempts)
+        log.warning(
+            "sequence taken back",
+            rank=str(transfer.target.rank),
+            attempts=transfer.attempts,
+            **transfer.sequence.request.names,
+        )
         self._targets.pause_all(transfer.target.rank, now)
         self.give_up(transfer, now)
 

@@ -50,7 +50,7 @@ def standby_main(config: PoolConfig, channel: Channel[ToPool]) -> int:
     assert isinstance(message, StartRank)
     name = f"rank-{message.rank}"
     failpoint.enable(config.failpoint_dir, str(message.rank))
-    setup_logging(name, level=config.log_level, as_json=config.log_json)
+    setup_logging(name, level=config.log_level, log_format=config.log_format)
     hold: SeatLock | None = None
     try:
         hold = SeatLock(path_of(config.state_dir, config.pool_name), message)

@@ -206,10 +206,10 @@ class Follower(SeatLoop):
             self._command, self._is_leaving = body.id, isinstance(body, Drain) and bool(body.targets)
             return Ack()
         except ElasticMoEError as error:
-            log.debug("refused", message=type(body).__name__, code=error.code, because=error.message)
+            log.debug("refused", kind=type(body).__name__, code=error.code, because=error.message)
             return refusal(error)
         except Exception as error:
-            return refusal(failure_of(error, type(body).__name__, "taking a message"))
+            return refusal(failure_of(error, "taking a message", kind=type(body).__name__))
 
     def _check_integrity(self) -> list[str]:
         """Findings, empty when all is well."""

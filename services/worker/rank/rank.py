@@ -241,10 +241,10 @@ class Rank(SeatLoop):
             self._last_status = None  # routers shall know at once that it leaves
             return Ack()
         except ElasticMoEError as error:
-            log.debug("refused", message=type(body).__name__, code=error.code, because=error.message)
+            log.debug("refused", kind=type(body).__name__, code=error.code, because=error.message)
             return refusal(error)
         except Exception as error:
-            return refusal(failure_of(error, type(body).__name__, "taking a message"))
+            return refusal(failure_of(error, "taking a message", kind=type(body).__name__))
 
     def _load(self) -> RankLoad:
         scheduler, migration = self._engine.scheduler, self._migration
@@ -272,7 +272,7 @@ class Rank(SeatLoop):
                 return
             self._engine.add(request, peer, now)
         except Exception as problem:
-            error = failure_of(problem, request.request_id, "taking the request")
+            error = failure_of(problem, "taking the request", **request.names)
             self._server.send(peer, Failed(request.request_id, error.code, error.message, error.retryable))
 
     def _drop_peer(self, peer: bytes) -> None:

@@ -67,7 +67,7 @@ class Steps:
                 plan = self._engine.plan(decode_only=decode_only, num_clean=num_clean)
             except PlanFailed as failed:
                 ended = self._engine.settle_plan(failed)
-                log.exception("a plan failed", requests=[one.request_id for _, one in ended])
+                log.exception("a plan failed", streams=[one.request_id for _, one in ended])
                 self._tell(Outcome({}, ended))
                 if ended:
                     continue  # one request fewer
@@ -139,7 +139,7 @@ class Steps:
         self._lockstep.note_failed()
         guilty = self._engine.trials.fail(plan)
         for sequence in guilty:
-            log.error("request made steps fail, and is ended", request_id=sequence.request.request_id)
+            log.error("request made steps fail, and is ended", **sequence.request.names)
         self._tell(Outcome({}, [self._engine.fail(sequence, guilty_error()) for sequence in guilty]))
 
     def _give_up(self, plan: StepPlan, error: Exception, *, is_awaited: bool) -> None:
