@@ -9,7 +9,8 @@ FROM ${PYTHON_IMAGE} AS requirements
 WORKDIR /requirements
 COPY pyproject.toml ./
 RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
-    print(*p["project"]["dependencies"], sep="\n", file=open("runtime.txt", "w")); \
+    print(*p["project"]["dependencies"], *p["project"]["optional-dependencies"]["otel"], sep="\n", \
+          file=open("runtime.txt", "w")); \
     print(*p["build-system"]["requires"], sep="\n", file=open("build.txt", "w"))'
 
 # ---- The runtime's environment but for the project itself.

@@ -69,7 +69,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(NATIVE) $(MODULES_CHANGED)
 	@echo '[3/4] cmake and ninja'
 	@$(PIP_INSTALL) 'cmake>=3.25' ninja
 	@echo '[4/4] the other packages; compiles the native modules, which takes about a minute the first time'
-	@$(PIP_INSTALL) --editable '.[test,lint,bench]'
+	@$(PIP_INSTALL) --editable '.[test,lint,bench,otel]'
 	@echo 'installed in .venv'
 	@echo '$(MODULES_NOW)' > $(MODULES)
 	@touch $@

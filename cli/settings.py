@@ -137,6 +137,7 @@ def from_flags(args: argparse.Namespace) -> Settings:
         "max_sequences": args.max_sequences,
         "generation_config": args.generation_config,
         "log_format": args.log_format,
+        "otlp_endpoint": args.otlp_endpoint,
         "api_key_file": args.api_key_file,
         "policy": args.policy,
         "ttft_s": args.ttft,

@@ -46,6 +46,7 @@ from elasticmoe.common.layout import Compute, ExchangeKind
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest
 from elasticmoe.common.store import PASSWORDS, WRITER
+from elasticmoe.common.tracing.opening import check_tracing
 from elasticmoe.common.transport import describe
 
 HELP = "start a deployment on this machine"
@@ -102,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     settings.add_policy_flags(parser)
     add("--log-format", choices=("text", "json"), help=f"form of all logs (default {default['log_format']})")
+    add("--otlp-endpoint", metavar="URL", help="a collector of OpenTelemetry, for traces (default: there are none)")
     seconds = settings.parse_seconds
     add("--ready-timeout", type=seconds, default=600.0, metavar="S", help="give up when it is not ready by then (600)")
     add(
@@ -124,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
     with make_console(log_format=resolved.scaler.log_format) as console:
         run_dir = RunDir(settings.require_run_dir(resolved))  # first: a deployment that runs here has its ports
         try:
+            check_tracing(resolved.router.otlp_endpoint)
             checks.check_hardware(resolved)
             checks.check_ports(resolved)
             check_api_key(resolved, may_lack=args.no_api_key)

@@ -54,6 +54,11 @@ PoolName = Annotated[
     Meta(pattern=r"^[a-z0-9-]{1,32}\Z"),
     _is("The worker pool's name; pools of one deployment differ in it", form="1 to 32 of `a-z 0-9 -`"),
 ]
+OtlpEndpoint = Annotated[
+    str,
+    Meta(pattern=r"^(https?://[^\s/?#@]+(/[^\s?#]*)?)?\Z"),
+    _is("A collector for traces, before `/v1/traces`; empty: there are none", form="`http://…` or `https://…`"),
+]
 KeepAlive = Annotated[
     float,
     Meta(gt=0, le=3_600),
@@ -291,6 +296,7 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
     ] = 0.99
     replicas_min: Annotated[int, Meta(ge=1, le=64), _is("The fewest replicas that the policy asks for")] = 1
     replicas_max: Annotated[int, Meta(ge=1, le=64), _is("The most replicas that the policy asks for")] = 64
+    otlp_endpoint: OtlpEndpoint = ""
     keep_alive_seconds: KeepAlive = 75.0
 
 
@@ -378,6 +384,10 @@ class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True
     allow_priority: Annotated[
         bool, _is("Let requests name a priority; else all are served in the order in which they come")
     ] = False
+    otlp_endpoint: OtlpEndpoint = ""
+    trace_ratio: Annotated[
+        float, Meta(ge=0, le=1), _is("The share of requests that are traced, of those whose callers say nothing of it")
+    ] = 1.0
     history: Annotated[bool, _is("Record every request in `logs/history-router.jsonl`")] = False
     history_bytes_max: Annotated[
         int, Meta(ge=64 * 1024, le=1 << 40), _is("Most of one such file, of which two are kept", "bytes")

@@ -27,6 +27,11 @@ def log_about(**names: str) -> None:
     _about.set(names)
 
 
+def log_also(**names: str) -> None:
+    """As `log_about`, beside what there is."""
+    _about.set({**(_about.get() or {}), **names})
+
+
 class Logger:
     """A named logger whose facts are keywords: `log.info("rank ready", rank="r0t0", attach_ms=12.5)`."""
 

@@ -27,6 +27,7 @@ SOLE_IMPORTERS = {
     "zmq": "common/transport.py",
     "llguidance": ("common/grammar.py", "services/router/grammar/calls.py", "services/router/grammar/lark.py"),
     "redis": "common/store.py",
+    "opentelemetry": ("common/tracing/spans.py", "tests/"),
     "uvicorn": "common/http/",
     "httptools": ("common/http/", "cli/load/stream.py"),  # of listeners, and of the client of load
     "torch": (

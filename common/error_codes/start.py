@@ -9,6 +9,10 @@ START: dict[str, Code] = {
     "bad_devices": Code(
         "`devices` names none, one twice, or devices of two backends", "Name each once, of one backend"
     ),
+    "no_opentelemetry": Code(
+        "Traces are asked for, and OpenTelemetry is not installed",
+        "`pip install 'elasticmoe[otel]'`, or leave `otlp_endpoint` empty",
+    ),
     "no_compute": Code(
         "What `compute` names does not compute on the devices", "Leave `compute` at auto, or use what the text names"
     ),

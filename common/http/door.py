@@ -28,7 +28,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # Fields that decide something, and of which there may be one only.
 _SINGLE = frozenset({b"authorization", b"x-api-key", b"content-type", b"content-length", b"host", b"origin"})
 _ASKED_METHOD, _ASKED_HEADERS = b"access-control-request-method", b"access-control-request-headers"
-_READ = _SINGLE | {b"content-encoding", _ASKED_METHOD, _ASKED_HEADERS}
+_READ = _SINGLE | {b"content-encoding", b"traceparent", b"tracestate", _ASKED_METHOD, _ASKED_HEADERS}
 _SCOPE_HEADERS = "elasticmoe.headers"
 _CORS_METHODS = b"GET, HEAD, POST"
 _CORS_EXPOSED = b"x-request-id, retry-after"

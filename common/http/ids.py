@@ -8,7 +8,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from elasticmoe.common.protocol.limits import REQUEST_ID_CHARS_MAX
-from elasticmoe.common.telemetry import log_about
+from elasticmoe.common.telemetry import log_about, log_also
 
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"
 assert REQUEST_ID_CHARS_MAX == 128, "REQUEST_ID_PATTERN states the limit"
@@ -43,5 +43,5 @@ def take_from_body(scope: MutableMapping[str, Any], given: str | None) -> str:
     """The id in force once the body is known, which may name one where the header does not: `given`, by the pattern."""
     if given is not None and not scope[_SCOPE_IS_GIVEN]:
         scope[_SCOPE_ID] = given
-        log_about(request_id=given)
+        log_also(request_id=given)
     return of(scope)

@@ -90,6 +90,7 @@ class Submit(Message, frozen=True):
     `priority`: lower runs first, until those behind it have waited long enough; equal ones in order of arrival.
     `output`: what another rank, which was lost, has generated so far: it is computed like the prompt, counts as
     generated, and is not reported again. `suspicion`: what router.Suspected told of it.
+    Where `origin` is traced, the rank tells its times (router.RankTimes).
     """
 
     request_id: RequestId

@@ -70,6 +70,18 @@ class Suspected(Message, frozen=True):
     suspicion: Suspicion
 
 
+class RankTimes(Message, frozen=True):
+    """Of a request whose origin is traced, before the first Tokens since it got a place in steps: it waited for that,
+    then its prompt, and what output it had, was computed, but for `num_cached` tokens whose KV was there. `num_stops`:
+    how often its KV has been taken from it here, so that it waited and was computed again."""
+
+    request_id: str
+    waited_s: float
+    computed_s: float
+    num_cached: int
+    num_stops: int
+
+
 class WantVocabulary(Message, frozen=True):
     """The rank works on a request with a grammar and does not have the vocabulary of that hash: answered by
     rank.VocabularyPiece. It asks again until it has all of it."""
@@ -119,5 +131,5 @@ class RankStatus(Message, frozen=True):
     recomputed: int = 0
 
 
-ToRouter = Tokens | Failed | Suspected | WantVocabulary | Moved | MayMove | RankStatus | Ack | Refused
+ToRouter = Tokens | Failed | Suspected | RankTimes | WantVocabulary | Moved | MayMove | RankStatus | Ack | Refused
 CODEC: Codec[ToRouter] = Codec(ToRouter)

@@ -82,6 +82,14 @@ BAD_MESSAGES = Measure(
     "increase(elasticmoe:bad_messages_total[15m]) > 0",
     "Processes of different versions, or a fault: report it with the router's log.",
 )
+SPANS_LOST = Measure(
+    "elasticmoe:spans_lost",
+    "counter",
+    "Spans of traces that the collector did not take",
+    _MODEL,
+    "increase(elasticmoe:spans_lost_total[15m]) > 0",
+    "Traces have holes: see the router's log, and `otlp_endpoint`. Requests are served all the same.",
+)
 RUNNING = Measure("vllm:num_requests_running", "gauge", "Requests that compute", _ENGINE, source="ranks")
 WAITING = Measure(
     "vllm:num_requests_waiting",

@@ -46,6 +46,7 @@ class Metrics:
         self.resubmitted = self._counter(measures.RESUBMITTED)
         self.moved = self._counter(measures.MOVED)
         self.recomputed = self._counter(measures.RECOMPUTED)
+        self.spans_lost = self._counter(measures.SPANS_LOST)
         self.bad_messages = self._counter(measures.BAD_MESSAGES)
 
     def _counter(self, measure: Measure) -> Counter:

@@ -23,6 +23,7 @@ from elasticmoe.common.layout import Layout, RankId
 from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError
 from elasticmoe.common.protocol.limits import RANKS_MAX
 from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.tracing.opening import open_spans
 from elasticmoe.common.transport import Sockets
 from elasticmoe.services.router.api.app import build_app
 from elasticmoe.services.router.api.front import Front, make_front
@@ -67,7 +68,10 @@ class RouterService:
         metrics = Metrics(model.name)
         self.dispatcher = Dispatcher(Sockets(config.socket), metrics, self._history, identity)
         self._workers = TextWorkers(model.directory, model.codec.digest)
-        self.front: Front = make_front(config, model, self._workers, self.dispatcher, metrics, key)
+        self._spans = open_spans(
+            config.otlp_endpoint, "router", config.deployment, metrics.spans_lost.inc, ratio=config.trace_ratio
+        )
+        self.front: Front = make_front(config, model, self._workers, self.dispatcher, metrics, key, self._spans)
         self._server = _make_server(self.front)
         self._stopping = asyncio.Event()
 
@@ -131,6 +135,8 @@ class RouterService:
         await asyncio.gather(*essential, return_exceptions=True)
         await self._source.close()
         self._history.close()
+        if self._spans is not None:
+            self._spans.close()
 
     async def _warn_of_template(self) -> None:
         """Say once why chats are refused, where they are. It also makes the workers ready before the first chat."""

@@ -139,7 +139,7 @@ def test_the_store_is_configured_with_both_passwords(tmp_path: Path) -> None:
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED = {Requirement(line).name: Requirement(line) for line in PROJECT["dependencies"]}
 # Imported where the user has them; what needs them says so.
-OPTIONAL = {"huggingface_hub", "matplotlib", "triton"}
+OPTIONAL = {"huggingface_hub", "matplotlib", "opentelemetry", "triton"}
 NAMES = {"zmq": "pyzmq", "prometheus_client": "prometheus-client", "msgspec": "msgspec"}
 
 

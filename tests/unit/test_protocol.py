@@ -77,6 +77,7 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
         (
             rank.Submit("r1", (1, 2, 3), 5, SAMPLING, (0,), 1, 30.0, -3, True),
             rank.Submit("r2", (1,), 5, rank.Sampling(seed=1, grammar=rank.Grammar(b"packed", "0" * 64))),
+            rank.Submit("r3", (1,), 5, SAMPLING, origin=rank.Origin("mine", f"00-{'ab' * 16}-{'cd' * 8}-01")),
             rank.Cancel("r1"),
             rank.VocabularyPiece("0" * 64, 0, 2, b"ab"),
             rank.Watch(),
@@ -106,6 +107,7 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
         router.CODEC,
         (
             router.Suspected("r1", router.Suspicion(3, 2, 9)),
+            router.RankTimes("r1", 0.5, 0.25, 16, 1),
             router.WantVocabulary("0" * 64),
             router.Tokens((Delta("r1", 0, (5,), "stop", 2, (Logprob(-0.5, ((5, -0.5),)),), None),)),
             router.Failed("r1", "queue_full", "64 requests wait; the limit is 64", True),

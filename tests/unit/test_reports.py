@@ -5,12 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.protocol.codec import Message, encode
 from elasticmoe.common.protocol.errors import PayloadTooLarge
 from elasticmoe.common.protocol.limits import MESSAGE_BYTES_MAX
 from elasticmoe.common.protocol.router import Delta, Logprob, Tokens, logprob_bytes
 from elasticmoe.services.worker.rank import reports
 from elasticmoe.services.worker.rank.reports import GRACE_S, MESSAGES_MAX, TRY_S, Reports, tokens_of
+from elasticmoe.services.worker.rank.request_times import RequestTimes
 
 A, B = b"router:a", b"router:b"
 
@@ -30,7 +32,7 @@ class Wire:
 
 
 def reports_to(wire: Wire) -> Reports:
-    return Reports(wire.send, wire.dropped.append)
+    return Reports(wire.send, wire.dropped.append, RequestTimes(SYSTEM_CLOCK))
 
 
 def said(number: int) -> Tokens:
@@ -92,7 +94,11 @@ def test_what_is_kept_is_bounded() -> None:
 
 def test_one_that_fails_half_way_is_gone() -> None:
     wire = Wire()
-    reports = Reports(lambda router, message: wire.send(router, message) and len(wire.got) < 2, wire.dropped.append)
+    reports = Reports(
+        lambda router, message: wire.send(router, message) and len(wire.got) < 2,
+        wire.dropped.append,
+        RequestTimes(SYSTEM_CLOCK),
+    )
     reports.expect([A], 0.0)
     for number in range(3):
         reports.tell(A, said(number))

@@ -15,7 +15,7 @@ from elasticmoe.services.router.api.chat_renderer import ChatRenderer
 from elasticmoe.services.router.api.conversation import conversation_of
 from elasticmoe.services.router.api.docs import describe
 from elasticmoe.services.router.api.front import Front
-from elasticmoe.services.router.api.gate import client_of, front_of, origin_of, permit_of, request_id_of
+from elasticmoe.services.router.api.gate import caller_of, client_of, front_of, permit_of, request_id_of
 from elasticmoe.services.router.api.generate import Generation, counting_refusals, start, with_grammar
 from elasticmoe.services.router.api.options import Options, options_of
 from elasticmoe.services.router.api.parse import body_of
@@ -66,8 +66,8 @@ async def start_chat(request: Request, raw: ChatRequest, *, kind: str) -> Starte
         options = await with_grammar(front, options, _thought(front, conversation, tail), client)
     front.model.check_embedded(prompt)
     kept = front.model.special_ids(form.specials) if form else frozenset[int]()
-    origin = origin_of(request, raw.request_id)
-    generation = await start(front, permit_of(request), origin, options, [prompt], kind=kind, kept=kept)
+    caller = caller_of(request, raw.request_id)
+    generation = await start(front, permit_of(request), caller, options, [prompt], kind=kind, kept=kept)
     return StartedChat(generation, options, form)
 
 

@@ -10,7 +10,7 @@ from elasticmoe.services.router.api.answer import Answer
 from elasticmoe.services.router.api.completion_renderer import CompletionRenderer, Prompts
 from elasticmoe.services.router.api.docs import describe
 from elasticmoe.services.router.api.front import Front
-from elasticmoe.services.router.api.gate import client_of, front_of, origin_of, permit_of
+from elasticmoe.services.router.api.gate import caller_of, client_of, front_of, permit_of
 from elasticmoe.services.router.api.generate import counting_refusals, start, with_grammar
 from elasticmoe.services.router.api.options import Options, check_ids, options_of, unsupported
 from elasticmoe.services.router.api.parse import body_of
@@ -34,9 +34,9 @@ async def completions(request: Request) -> Response:
     prompts = await _encode_prompts(front, raw, front.dispatcher.max_model_len(), client)
     with counting_refusals(front, len(prompts.ids) * options.num_choices):
         options = await with_grammar(front, options, None, client)
-    origin, is_echo = origin_of(request, raw.request_id), bool(raw.echo)
-    generation = await start(front, permit_of(request), origin, options, prompts.ids, kind="cmpl", is_echo=is_echo)
-    answer_id = f"cmpl-{origin.request_id}"
+    caller, is_echo = caller_of(request, raw.request_id), bool(raw.echo)
+    generation = await start(front, permit_of(request), caller, options, prompts.ids, kind="cmpl", is_echo=is_echo)
+    answer_id = f"cmpl-{caller.request_id}"
     renderer = CompletionRenderer(answer_id, front, options, client, prompts if is_echo else None)
     keepalive_s = front.config.stream_keepalive_s
     return Answer(generation, renderer, is_stream=options.is_stream, keepalive_s=keepalive_s)

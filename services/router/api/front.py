@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elasticmoe.common.config import RouterConfig
 from elasticmoe.common.protocol.errors import NotFound
@@ -20,6 +21,9 @@ from elasticmoe.services.router.metrics import Metrics
 from elasticmoe.services.router.text.texts import Texts, Workers
 from elasticmoe.services.router.text.tokenizer import ServedModel
 
+if TYPE_CHECKING:
+    from elasticmoe.common.tracing.spans import Spans
+
 BODIES_MAX = 16  # bodies of the largest size that are in memory at once
 ANSWERS_MAX = 2  # answers of the largest size
 
@@ -28,7 +32,8 @@ ANSWERS_MAX = 2  # answers of the largest size
 class Front:
     """The parts of a running router. `defaults`: of requests that do not say how to sample. `tool_parser`: of the form
     in which the model writes calls, where that is known; `reasoning`: the marks around what it thinks, where it does.
-    `is_draining`: no new requests; those that run may end. `api_key` None: open."""
+    `spans`: writes those of requests, where they are traced. `is_draining`: no new requests; those that run may end.
+    `api_key` None: open."""
 
     config: RouterConfig
     model: ServedModel
@@ -44,6 +49,7 @@ class Front:
     reasoning: Marks | None
     turns: Turns = field(default_factory=Turns)
     api_key: bytes | None = None
+    spans: Spans | None = None
     is_draining: bool = False
     started_unix: int = field(default_factory=lambda: int(time.time()))
 
@@ -60,6 +66,7 @@ def make_front(
     dispatcher: Dispatcher,
     metrics: Metrics,
     api_key: bytes | None,
+    spans: Spans | None = None,
 ) -> Front:
     """The bundle with its limits taken from `config`, and the model's defaults. Raises CheckpointError."""
     texts = Texts(model.codec, workers)
@@ -77,4 +84,5 @@ def make_front(
         tool_parser=parser_of(config.tool_call_parser, model.codec.template_text),
         reasoning=marks_of(config.reasoning_parser, model.codec.template_text),
         api_key=api_key,
+        spans=spans,
     )

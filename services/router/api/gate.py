@@ -17,8 +17,8 @@ from elasticmoe.common.http import ids
 from elasticmoe.common.http.body import Body, Receive
 from elasticmoe.common.http.door import Scope, Send, bearer_of, headers_of
 from elasticmoe.common.protocol.errors import InvalidRequest, Overloaded, Unauthorized, Unavailable
-from elasticmoe.common.protocol.rank import Origin
 from elasticmoe.services.router.api.front import Front
+from elasticmoe.services.router.api.request_trace import Caller, begin_trace
 from elasticmoe.services.router.dispatch.admission import Permit
 
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
@@ -26,6 +26,7 @@ GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/re
 WORK_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize", "/v1/messages/count_tokens"}
 
 _SCOPE_PERMIT = "elasticmoe.permit"
+_SCOPE_TRACE = "elasticmoe.trace"
 
 
 class Gate:
@@ -46,12 +47,24 @@ class Gate:
             raise
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        front, path, headers = self._front, scope["path"], headers_of(scope)
+        front, path = self._front, scope["path"]
         if front.api_key is not None and path not in PUBLIC_PATHS:
             _authorize(front.api_key, scope)
         if scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
             await self._app(scope, receive, send)
             return
+        trace = None
+        if front.spans is not None and path in GENERATION_PATHS and scope["method"] == "POST":
+            trace = begin_trace(front.spans, scope, front.model.name)
+        if trace is None:
+            await self._work(scope, receive, send)
+            return
+        scope[_SCOPE_TRACE] = trace
+        with trace:
+            await self._work(scope, receive, trace.watching(send))
+
+    async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
+        front, path, headers = self._front, scope["path"], headers_of(scope)
         does_work = path in WORK_PATHS and scope["method"] == "POST"
         if does_work:
             if front.is_draining:
@@ -96,9 +109,9 @@ def client_of(request: Request) -> str:
     return request.client.host if request.client is not None else ""
 
 
-def origin_of(request: Request, given: str | None) -> Origin:
-    """What ranks are told of where it comes from. `given`: the id that its body names."""
-    return Origin(request_id_of(request, given))
+def caller_of(request: Request, given: str | None) -> Caller:
+    """Whose request it is. `given`: the id that its body names."""
+    return Caller(request_id_of(request, given), request.scope.get(_SCOPE_TRACE))
 
 
 def request_id_of(request: Request, given: str | None) -> str:

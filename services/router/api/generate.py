@@ -12,9 +12,10 @@ import msgspec
 
 from elasticmoe.common.protocol.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX
-from elasticmoe.common.protocol.rank import Origin, Submit
+from elasticmoe.common.protocol.rank import Submit
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.options import Options
+from elasticmoe.services.router.api.request_trace import Caller
 from elasticmoe.services.router.dispatch.admission import Permit, check_price, price
 from elasticmoe.services.router.dispatch.streams import Ending, Stream
 from elasticmoe.services.router.grammar.structure import Thought
@@ -64,7 +65,7 @@ class Generation:
 async def start(
     front: Front,
     permit: Permit,
-    origin: Origin,
+    caller: Caller,
     options: Options,
     prompts: Sequence[Sequence[int]],
     *,
@@ -84,6 +85,7 @@ async def start(
     max_tokens = [_max_tokens(len(prompt), options, limit, what, most_name) for prompt in prompts]
     prompt_logprobs = is_echo and options.sampling.logprobs >= 0
     _admit(front, permit, options, prompts, max_tokens, is_echo=is_echo)
+    caller.tokenized(prompts)
     now = time.monotonic()
     name = f"{kind}-{secrets.token_hex(12)}"
     generation = Generation(front, prompts, options.num_choices)
@@ -105,18 +107,13 @@ async def start(
                     deadline_s=front.config.request_seconds_max,
                     priority=options.priority,
                     prompt_logprobs=prompt_logprobs and choice == 0,  # of all choices they are the same
-                    origin=origin,
+                    origin=caller.origin,
                 )
-                text = TextStream(
-                    front.model.table,
-                    stops=options.stops,
-                    skip_special=options.skip_special,
-                    kept=kept,
-                    min_tokens=options.min_tokens,
-                )
+                text, is_prompt_only = _text_stream(front, options, kept), options.max_tokens == 0
                 stream = Stream(
-                    submit.request_id, submit, text, generation.wake, now=now, is_prompt_only=options.max_tokens == 0
+                    submit.request_id, submit, text, generation.wake, now=now, is_prompt_only=is_prompt_only
                 )
+                stream.trail = caller.trail()
                 stream.on_end = lambda ended: permit.end_one(front.answers, ended.num_tokens)
                 if stream.is_prompt_only and not submit.prompt_logprobs:
                     stream.end(Ending("finish", "length"))  # there is nothing to compute
@@ -130,6 +127,16 @@ async def start(
         generation.close()
         raise
     return generation
+
+
+def _text_stream(front: Front, options: Options, kept: frozenset[int]) -> TextStream:
+    return TextStream(
+        front.model.table,
+        stops=options.stops,
+        skip_special=options.skip_special,
+        kept=kept,
+        min_tokens=options.min_tokens,
+    )
 
 
 async def with_grammar(front: Front, options: Options, thought: Thought | None, client: str) -> Options:

@@ -194,7 +194,10 @@ class Dispatcher:
         assert ending is not None
         retryable = ending.error is not None and ending.error.retryable
         self._history.terminal(stream.name, ending.kind, ending.reason, retryable=retryable, tokens=stream.num_tokens)
-        self._metrics.ended(stream, self._clock.monotonic())
+        now = self._clock.monotonic()
+        if stream.trail is not None:
+            stream.trail.write(stream, now)
+        self._metrics.ended(stream, now)
         self.windows.ended(stream)
 
     def _release(self, stream: Stream, *, tell_rank: bool) -> None:
@@ -236,6 +239,8 @@ class Dispatcher:
         except (Unavailable, MemoryError):  # it is in no table now: nobody would come back to it
             self.fail(stream, error)
             return
+        if stream.trail is not None:
+            stream.trail.resubmitted(stream, link.rank, error.code, now)
         self._metrics.resubmitted.inc()
         self._history.resubmitted(stream.name, str(link.rank))
         log.warning("submitted anew", rank=link.rank, reason=error.code, **stream.submit.names)
@@ -245,6 +250,8 @@ class Dispatcher:
         old = self.links.get(stream.rank) if stream.rank else None
         if old is not None:
             old.detach(stream)
+        if stream.trail is not None:
+            stream.trail.moved(stream, link.rank, now)
         stream.rank, stream.sender, stream.moved_at = link.rank, incarnation or link.sender, now
         stream.seq = 0  # it counts messages of the old link
         link.attach(stream)

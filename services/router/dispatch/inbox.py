@@ -22,6 +22,7 @@ from elasticmoe.common.protocol.router import (
     MayMove,
     Moved,
     RankStatus,
+    RankTimes,
     Suspected,
     Tokens,
     ToRouter,
@@ -83,6 +84,10 @@ class Inbox:
         elif isinstance(body, Suspected):
             if body.request_id in link.streams:
                 link.streams[body.request_id].suspicion = body.suspicion
+        elif isinstance(body, RankTimes):
+            stream = link.streams.get(body.request_id)
+            if stream is not None and stream.trail is not None:
+                stream.trail.timed(body, link.rank, now)
         elif isinstance(body, WantVocabulary):
             for piece in self._dispatcher.vocabulary.pieces(body.digest):
                 self._dispatcher.say(link, piece)
@@ -111,6 +116,8 @@ class Inbox:
             stream.sender = link.sender  # its present incarnation has taken it over
         elif delta.index + len(delta.ids) > stream.reach:
             self._dispatcher.move(stream, link, now)
+        if stream.trail is not None and stream.rank == link.rank:
+            stream.trail.heard(stream, now)
         if stream.rank == link.rank and stream.lacks(delta):
             self._dispatcher.lose(stream, link.rank, now)
             return
@@ -127,6 +134,8 @@ class Inbox:
             self._dispatcher.fail(stream, ElasticMoEError("tokens could not be taken"))
             return
         if ids:
+            if stream.trail is not None:
+                stream.trail.went_on(now)
             stream.last_at, stream.num_losses = now, 0
             if first_at is None:
                 stream.first_at = now

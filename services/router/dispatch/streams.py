@@ -19,6 +19,7 @@ from elasticmoe.common.protocol.limits import VOCAB_MAX
 from elasticmoe.common.protocol.rank import Submit
 from elasticmoe.common.protocol.router import Delta, Logprob, Suspicion
 from elasticmoe.services.router.dispatch.absence import Absence
+from elasticmoe.services.router.dispatch.trail import Trail
 from elasticmoe.services.router.text.detokenizer import TextStream
 
 FINISH_REASONS = ("stop", "length")
@@ -71,6 +72,7 @@ class Stream:
         self.submit = submit
         self.wake = wake
         self.is_prompt_only = is_prompt_only
+        self.trail: Trail | None = None  # of a request that is traced
         self.on_end: Callable[[Stream], None] | None = None  # called once, when it ends
         self.ending: Ending | None = None
         self.tokens: list[int] = []  # that count: up to the one that completed a stop string

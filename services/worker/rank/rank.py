@@ -46,6 +46,7 @@ from elasticmoe.services.worker.rank.lockstep import STEP_MS_MAX
 from elasticmoe.services.worker.rank.loop import BUSY_MS, IDLE_MS, SeatLoop
 from elasticmoe.services.worker.rank.parts import SeatParts
 from elasticmoe.services.worker.rank.reports import Reports
+from elasticmoe.services.worker.rank.request_times import RequestTimes
 from elasticmoe.services.worker.rank.shares import Shares
 from elasticmoe.services.worker.rank.steps import Steps
 from elasticmoe.services.worker.rank.welcome import Welcome
@@ -65,7 +66,8 @@ class Rank(SeatLoop):
         """See SeatLoop. `engine`: what computes."""
         super().__init__(parts, tell_ready)
         self._engine = engine
-        self._reports = Reports(parts.server.send, self._drop_peer)
+        self._times = RequestTimes(parts.clock)
+        self._reports = Reports(parts.server.send, self._drop_peer, self._times)
         followers = parts.memory.replica[1:]
         self._steps = Steps(engine, parts.exchange, self._lockstep, parts.hmm, self._reports.report, followers)
         self._migration = Migration(
@@ -139,6 +141,8 @@ class Rank(SeatLoop):
             self._prepare_grammars(now)
         if lockstep.is_member:
             plan = self._steps.plan(decode_only=lockstep.is_urgent, num_clean=lockstep.num_clean)
+            if plan.admitted:
+                self._times.admitted(plan.admitted, now)
             if plan.num_said or lockstep.shall_meet():
                 announced = self._steps.announce(plan)
                 if announced is not None:
@@ -199,6 +203,7 @@ class Rank(SeatLoop):
             elif isinstance(body, Cancel):
                 self._migration.cancel(peer, body.request_id)
                 self._engine.cancel(peer, body.request_id)
+                self._times.forget(peer, body.request_id)
             elif isinstance(body, VocabularyPiece):
                 self._engine.grammars.take(body, self._memory.spec.vocab)
             elif isinstance(body, Watch):
@@ -271,6 +276,7 @@ class Rank(SeatLoop):
                 self._reports.tell(peer, Tokens((Delta(request.request_id, len(request.output), (), "length"),)))
                 return
             self._engine.add(request, peer, now)
+            self._times.arrived(request, peer, now)
         except Exception as problem:
             error = failure_of(problem, "taking the request", **request.names)
             self._server.send(peer, Failed(request.request_id, error.code, error.message, error.retryable))

@@ -12,6 +12,7 @@ from elasticmoe.common.protocol.codec import Message
 from elasticmoe.common.protocol.limits import LOGPROBS_MAX, MESSAGE_BYTES_MAX, REQUEST_ID_CHARS_MAX
 from elasticmoe.common.protocol.router import Delta, Tokens, logprob_bytes
 from elasticmoe.services.worker.engine.outcome import Outcome
+from elasticmoe.services.worker.rank.request_times import RequestTimes
 
 GRACE_S = 10.0
 MESSAGES_MAX = 4096  # kept for one router: a step has one
@@ -23,12 +24,16 @@ _DELTA_BYTES = 4 * REQUEST_ID_CHARS_MAX + 64  # without ids and log probabilitie
 
 class Reports:
     """Owned by the rank's thread. `send(router, message)` is the transport's: False when the router is not connected.
-    `drop` is called with a router that is gone: nothing that it asked for matters any more.
+    `drop` is called with a router that is gone: nothing that it asked for matters any more. `times`: the rank's, told
+    before the tokens that they lead to.
 
     Nothing blocks. The order of messages to one router is kept.
     """
 
-    def __init__(self, send: Callable[[bytes, Message], bool], drop: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, send: Callable[[bytes, Message], bool], drop: Callable[[bytes], None], times: RequestTimes
+    ) -> None:
+        self._times = times
         self._send = send
         self._drop = drop
         self._kept: dict[bytes, list[Message]] = {}
@@ -50,6 +55,9 @@ class Reports:
         """Tell all that came of a step."""
         for router, suspected in outcome.suspected:
             self.tell(router, suspected)
+        if self._times.has_begun:
+            for router, times in self._times.tell(outcome):
+                self.tell(router, times)
         for router, deltas in outcome.deltas.items():
             for message in tokens_of(deltas):
                 self.tell(router, message)

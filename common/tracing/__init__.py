@@ -1,0 +1,1 @@
+"""Traces: spans of requests and operations, for a collector that speaks OTLP."""

@@ -1,0 +1,240 @@
+"""Spans of OpenTelemetry: how they are written and sent. The one module that imports it.
+
+A span is written when it is over, with the times that its owner has measured, so that nothing is held open meanwhile;
+until then it is an OpenSpan, which others can be written within. Nobody waits for the collector: a thread sends what
+was written, in batches, and what finds no room on the way to it, or is not taken, is counted and gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Final
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    StatusCode,
+    TraceFlags,
+    get_current_span,
+    set_span_in_context,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.trace.span import TraceState
+
+from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.version import version
+
+log = get_logger("traces")
+
+QUEUED_MAX: Final = 4_096  # spans on their way, a few MB
+BATCH_MAX: Final = 64  # small: while a batch is encoded, nothing else runs in this process
+EVERY_S: Final = 1.0
+EXPORT_S: Final = 5.0  # of one batch, with what is tried again
+CLOSE_S: Final = 2.0
+
+Attributes = Mapping[str, str | bool | int | float | Sequence[str]]
+
+
+class OpenSpan:
+    """A span that has begun, and is written when it is over. `outside`: what it is within itself."""
+
+    def __init__(self, trace_id: int, span_id: int, outside: Context, state: TraceState | None = None) -> None:
+        self.trace_number = trace_id
+        self.span_number = span_id
+        self.outside = outside
+        self._state = state
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
+        return f"{self.trace_number:032x}"
+
+    @property
+    def traceparent(self) -> str:
+        """How W3C's trace context names it."""
+        return f"00-{self.trace_id}-{self.span_number:016x}-01"
+
+    @cached_property
+    def inside(self) -> Context:
+        """For spans within it."""
+        flags = TraceFlags(TraceFlags.SAMPLED)
+        place = SpanContext(self.trace_number, self.span_number, False, flags, self._state)
+        return set_span_in_context(NonRecordingSpan(place), Context())
+
+
+class Spans:
+    """Writes the spans of one process. For one thread."""
+
+    def __init__(
+        self, endpoint: str, service: str, deployment: str, lost: Callable[[int], None], *, ratio: float = 1.0
+    ) -> None:
+        """See `open_spans`."""
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # it would say of each batch what is told once
+        facts = {
+            "service.namespace": "elasticmoe",
+            "service.name": f"elasticmoe-{service}",
+            "service.version": version(),
+            "elasticmoe.deployment": deployment,
+        }
+        self._ids = _Ids()
+        self._sampler = ParentBased(TraceIdRatioBased(ratio))
+        self._provider = TracerProvider(
+            sampler=self._sampler, resource=Resource.create(facts), shutdown_on_exit=False, id_generator=self._ids
+        )
+        exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces", timeout=EXPORT_S)
+        self._provider.add_span_processor(_Processor(_Exporter(exporter, endpoint, lost)))
+        self._tracer = self._provider.get_tracer("elasticmoe", version())
+        self._propagator = TraceContextTextMapPropagator()
+
+    def begin(self, carrier: Mapping[str, str]) -> OpenSpan | None:
+        """The first span here of a trace: its caller's, as far as `carrier` has a `traceparent` (and a `tracestate`)
+        that is one, else a new one. None where the caller does not record it, or `ratio` leaves it out."""
+        outside = self._propagator.extract(carrier, Context())
+        caller = get_current_span(outside).get_span_context()
+        trace_id = caller.trace_id if caller.is_valid else self._ids.generate_trace_id()
+        if not self._sampler.should_sample(outside, trace_id, "").decision.is_sampled():
+            return None
+        return OpenSpan(
+            trace_id, self._ids.generate_span_id(), outside, caller.trace_state if caller.is_valid else None
+        )
+
+    def named(self, name: str) -> OpenSpan:
+        """The first span of a trace whose ids follow from `name`: whoever goes on with the work goes on with them."""
+        digest = hashlib.sha256(name.encode()).digest()
+        return OpenSpan(int.from_bytes(digest[:16]), int.from_bytes(digest[16:24]), Context())
+
+    def write(
+        self,
+        within: OpenSpan,
+        name: str,
+        began_unix: float,
+        ended_unix: float,
+        attributes: Attributes,
+        *,
+        error: str = "",
+        events: Iterable[tuple[str, float]] = (),
+    ) -> OpenSpan:
+        """A span that is over. `error`: why it did not end well; `events`: names and times."""
+        span = OpenSpan(within.trace_number, self._ids.generate_span_id(), within.inside)
+        self.end(span, name, began_unix, ended_unix, attributes, error=error, events=events)
+        return span
+
+    def end(
+        self,
+        span: OpenSpan,
+        name: str,
+        began_unix: float,
+        ended_unix: float,
+        attributes: Attributes,
+        *,
+        error: str = "",
+        events: Iterable[tuple[str, float]] = (),
+        is_server: bool = False,
+    ) -> None:
+        """Write `span`. Never waits. `is_server`: it answers somebody's request."""
+        kind = SpanKind.SERVER if is_server else SpanKind.INTERNAL
+        self._ids.take(span.trace_number, span.span_number)
+        written = self._tracer.start_span(name, span.outside, kind, attributes, start_time=_ns(began_unix))
+        for event, at_unix in events:
+            written.add_event(event, timestamp=_ns(at_unix))
+        if error:
+            written.set_status(StatusCode.ERROR, error)
+        written.end(_ns(max(began_unix, ended_unix)))
+
+    def close(self) -> None:
+        """Send what was written, for CLOSE_S at most."""
+        closing = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
+
+
+def _ns(at_unix: float) -> int:
+    return int(at_unix * 1e9)
+
+
+class _Ids(RandomIdGenerator):
+    """Draws ids, but for the span that is to be written next, which has its own."""
+
+    def __init__(self) -> None:
+        self._trace_id = self._span_id = 0
+
+    def take(self, trace_id: int, span_id: int) -> None:
+        """The next ones are these."""
+        self._trace_id, self._span_id = trace_id, span_id
+
+    def generate_trace_id(self) -> int:
+        """Of a span without a parent."""
+        given, self._trace_id = self._trace_id, 0
+        return given or super().generate_trace_id()
+
+    def generate_span_id(self) -> int:
+        """Of any span."""
+        given, self._span_id, self._trace_id = self._span_id, 0, 0
+        return given or super().generate_span_id()
+
+
+class _Exporter(SpanExporter):
+    """Sends batches by `inner`, and counts. In the processor's thread, but for `has_room`."""
+
+    def __init__(self, inner: SpanExporter, endpoint: str, lost: Callable[[int], None]) -> None:
+        self._inner = inner
+        self._endpoint = endpoint
+        self._is_failing = False
+        self._num_in = 0  # changed by who writes spans alone
+        self._num_out = 0  # by the processor's thread alone
+        self.lost = lost
+
+    def has_room(self) -> bool:
+        """Whether one more may come, and then it is counted in."""
+        if self._num_in - self._num_out >= QUEUED_MAX:
+            self.lost(1)
+            return False
+        self._num_in += 1
+        return True
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Try for EXPORT_S. Says once that nobody takes them, and once that somebody does again."""
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._inner.export(spans)
+        finally:
+            self._num_out += len(spans)
+            is_failing = result is not SpanExportResult.SUCCESS
+            if is_failing:
+                self.lost(len(spans))
+            if is_failing != self._is_failing:
+                self._is_failing = is_failing
+                say = log.warning if is_failing else log.info
+                say("traces are not taken" if is_failing else "traces are taken again", endpoint=self._endpoint)
+        return result
+
+    def shutdown(self) -> None:
+        """Send no more."""
+        self._inner.shutdown()
+
+
+class _Processor(BatchSpanProcessor):
+    """The SDK's, in front of which it is known what was dropped."""
+
+    def __init__(self, exporter: _Exporter) -> None:
+        super().__init__(
+            exporter, max_queue_size=QUEUED_MAX, schedule_delay_millis=EVERY_S * 1e3, max_export_batch_size=BATCH_MAX
+        )
+        self._counting = exporter
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Send it soon, or drop it. Never waits."""
+        if self._counting.has_room():
+            super().on_end(span)
