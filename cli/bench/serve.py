@@ -2,23 +2,28 @@
 
 For each model and number of replicas a deployment is started, warmed up, measured and stopped; rounds are interleaved
 over the concurrencies, because shared machines drift, and the best round of each is reported beside the median. With
-`--structured` each is measured once more with answers that have to be JSON of a schema, in turn with the others.
+`--structured` each is measured once more with answers that have to be JSON of a schema, with `--traces` once more with
+requests that are traced, in turn with the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from elasticmoe.cli.arguments import whole, wholes
 from elasticmoe.cli.bench.deployment import add_devices, first_of, running
 from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
+from elasticmoe.cli.bench.sink import TRACEPARENT, sink
 from elasticmoe.cli.bench.steady import Figures, figures
 from elasticmoe.cli.chat import first_model
 from elasticmoe.cli.http import client as http_client
@@ -32,6 +37,7 @@ from elasticmoe.common.transport import Client, new_identity
 Shares = tuple[float, float]  # of a step: overhead, and waiting for a slower rank
 
 STATUS_MS = 5_000
+_SERIES = ("model", "replicas", "answers", "traced")
 _PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "likes": {"enum": ["tea", "coffee"]}},
@@ -51,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests-per-client", type=whole(1), default=2, help="requests of a client in a round")
     parser.add_argument("--rounds", type=whole(1), default=3, help="rounds of each, of which the best is told")
     parser.add_argument("--structured", action="store_true", help="answers in JSON of a schema, too")
+    parser.add_argument("--traces", action="store_true", help="requests that are traced, too: needs the extra otel")
     add_devices(parser)
     add_output(parser)
 
@@ -72,21 +79,50 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(row["failed"] for row in rows) else 0
 
 
+class Kind(NamedTuple):
+    """What is measured of one deployment."""
+
+    concurrency: int
+    is_json: bool
+    is_traced: bool
+
+    @property
+    def traceparent(self) -> str:
+        """Of its requests. Others are not traced: nobody asks for it."""
+        return TRACEPARENT if self.is_traced else ""
+
+
+def _kinds(args: argparse.Namespace) -> list[Kind]:
+    forms, traces = [False, True][: 1 + args.structured], [False, True][: 1 + args.traces]
+    return [Kind(*of) for of in itertools.product(args.concurrency, forms, traces)]
+
+
+@contextmanager
+def _tracing(is_on: bool) -> Iterator[dict[str, Any]]:
+    """Settings of a deployment that traces the requests whose callers want it."""
+    if not is_on:
+        yield {}
+        return
+    with sink() as url:
+        yield {"otlp_endpoint": url, "trace_ratio": 0.0}
+
+
 def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    kinds = [(n, is_json) for n in args.concurrency for is_json in ([False, True] if args.structured else [False])]
-    results: dict[tuple[int, bool], list[tuple[Figures, Shares]]] = {kind: [] for kind in kinds}
-    with running(model, replicas, devices=first_of(args.devices, replicas)) as deployment:
+    kinds, devices = _kinds(args), first_of(args.devices, replicas)
+    results: dict[Kind, list[tuple[Figures, Shares]]] = {kind: [] for kind in kinds}
+    with _tracing(args.traces) as settings, running(model, replicas, devices=devices, **settings) as deployment:
         with http_client(deployment.url, timeout=10) as client:
             shape = Shape(first_model(client), args.prompt_tokens, args.output_tokens)
         shapes = {False: shape, True: msgspec.structs.replace(shape, structured_outputs={"json": ENDLESS})}
-        for is_json in {is_json for _, is_json in kinds}:
+        for is_json in {kind.is_json for kind in kinds}:
             asyncio.run(run_clients(deployment.url, shapes[is_json], 2 * replicas, 2 * replicas, seed=0))
         for turn in range(args.rounds):
-            for n, is_json in kinds:
-                num = max(n * args.requests_per_client, 2)
-                samples = asyncio.run(run_clients(deployment.url, shapes[is_json], n, num, seed=1 + turn * 100 + n))
-                results[n, is_json].append((figures(samples, n), _shares(deployment.run_dir, replicas)))
-    return [_summary(model, replicas, rounds, is_json=is_json) for (_, is_json), rounds in results.items()]
+            for kind in kinds if turn % 2 == 0 else reversed(kinds):  # nobody is always the first, or behind another
+                n = kind.concurrency
+                num, seed = max(n * args.requests_per_client, 2), 1 + turn * 1_000 + kinds.index(kind)
+                work = run_clients(deployment.url, shapes[kind.is_json], n, num, seed, traceparent=kind.traceparent)
+                results[kind].append((figures(asyncio.run(work), n), _shares(deployment.run_dir, replicas)))
+    return [_summary(model, replicas, rounds, kind) for kind, rounds in results.items()]
 
 
 def _shares(run_dir: Path, replicas: int) -> Shares:
@@ -107,7 +143,7 @@ def _shares(run_dir: Path, replicas: int) -> Shares:
 
 
 def _summary(
-    model: str, replicas: int, rounds: list[tuple[Figures, Shares]], *, is_json: bool
+    model: str, replicas: int, rounds: list[tuple[Figures, Shares]], kind: Kind
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     found = [item for item, _ in rounds]
     best = max(found, key=lambda item: item.tokens_per_s)
@@ -115,7 +151,8 @@ def _summary(
         "model": Path(model).name,
         "replicas": replicas,
         "concurrency": best.concurrency,
-        "answers": "JSON" if is_json else "any",
+        "answers": "JSON" if kind.is_json else "any",
+        "traced": "yes" if kind.is_traced else "no",
         "tokens/s best": best.tokens_per_s,
         "tokens/s median": statistics.median(item.tokens_per_s for item in found),
         "TTFT p50 ms": best.ttft_p50_ms,
@@ -125,7 +162,7 @@ def _summary(
         "waiting %": min(waiting for _, (_, waiting) in rounds) * 100,
         "failed": sum(item.failed for item in found),
     }
-    facts = {"model": Path(model).name, "replicas": replicas, "answers": row["answers"]}
+    facts = {"model": Path(model).name, "replicas": replicas, "answers": row["answers"], "traced": row["traced"]}
     raw = {**facts, "rounds": [msgspec.to_builtins(item) for item in rounds]}
     return row, raw
 
@@ -140,13 +177,13 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key in sorted({(row["model"], row["replicas"], row["answers"]) for row in rows}):
-        mine = [row for row in rows if (row["model"], row["replicas"], row["answers"]) == key]
+    for key in sorted({tuple(row[name] for name in _SERIES) for row in rows}):
+        mine = [row for row in rows if tuple(row[name] for name in _SERIES) == key]
         axes.plot(
             [r["concurrency"] for r in mine],
             [r["tokens/s best"] for r in mine],
             "o-",
-            label=f"{key[0]}, replicas: {key[1]}, answers: {key[2]}",
+            label=f"{key[0]}, replicas: {key[1]}, answers: {key[2]}, traced: {key[3]}",
         )
     axes.set(xlabel="concurrent requests", ylabel="tokens per second", xscale="log", ylim=(0, None))
     axes.legend()

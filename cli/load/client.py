@@ -29,10 +29,13 @@ class Target(msgspec.Struct, frozen=True):
     url: str
 
 
-async def run_clients(url: str, shape: Shape, concurrency: int, num_requests: int, seed: int) -> list[Sample]:
+async def run_clients(
+    url: str, shape: Shape, concurrency: int, num_requests: int, seed: int, *, traceparent: str = ""
+) -> list[Sample]:
     """`num_requests` requests by `concurrency` clients, each of which sends its next when its last has ended; samples
-    in order of their ends. Raises OSError when the server takes no connection."""
-    rng, endpoint = random.Random(seed), endpoint_of(url)
+    in order of their ends. `traceparent`: of all of them, where they are to be traced. Raises OSError when the server
+    takes no connection."""
+    rng, endpoint = random.Random(seed), endpoint_of(url, traceparent=traceparent)
     requests = [endpoint.request(shape, random_prompt(rng, shape.prompt_tokens)) for _ in range(num_requests)]
     samples: list[Sample] = []
 

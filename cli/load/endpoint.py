@@ -62,13 +62,15 @@ def body_of(shape: Shape, prompt: Sequence[int]) -> bytes:
     return msgspec.json.encode(fields)
 
 
-def endpoint_of(url: str, *, api_key: str = "", ca_file: str | None = None) -> Endpoint:
-    """The server at `url`, without `/v1`. Raises ConfigError for a URL or certificates that are none."""
+def endpoint_of(url: str, *, api_key: str = "", ca_file: str | None = None, traceparent: str = "") -> Endpoint:
+    """The server at `url`, without `/v1`. `traceparent`: a header of every request. Raises ConfigError for a URL or
+    certificates that are none."""
     check_url(url)
     parts = urlsplit(url)
     lines = [f"POST {parts.path.rstrip('/')}{_PATH} HTTP/1.1", f"Host: {parts.netloc.rpartition('@')[2]}"]
     lines += ["Content-Type: application/json", "Connection: close"]
     lines += [f"Authorization: Bearer {api_key}"] if api_key else []
+    lines += [f"traceparent: {traceparent}"] if traceparent else []
     tls = verification(url, ca_file)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     head = "\r\n".join([*lines, ""]).encode()

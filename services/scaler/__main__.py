@@ -11,6 +11,7 @@ from elasticmoe.common.inherited import inherited
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.process import run_service
 from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.tracing.opening import open_spans
 from elasticmoe.services.scaler.api.admin import build_app, serve
 from elasticmoe.services.scaler.assembly import open_scaler
 
@@ -39,9 +40,13 @@ def run(config: ScalerConfig) -> None:
     listener = threading.Thread(target=server.run, kwargs={"sockets": sockets}, name="admin", daemon=True)
     listener.start()
     log.info("admin listener", host=config.admin_host, port=sock.getsockname()[1])
+    spans = open_spans(config.otlp_endpoint, "scaler", config.deployment, scaler.meters.spans_lost)
+    scaler.trace(spans)
     scaler.run()
     server.stop()
     listener.join(5.0)
+    if spans is not None:
+        spans.close()
 
 
 if __name__ == "__main__":

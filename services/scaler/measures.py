@@ -41,6 +41,13 @@ DECISIONS = _measure(
     alert='increase(elasticmoe:policy_decisions_total{reason="cancel_stuck"}[1h]) > 0',
     why="An operation did not come to its commit, and was cancelled: see the events.",
 )
+SPANS_LOST = _measure(
+    "elasticmoe:spans_lost",
+    "counter",
+    "Spans of traces that the collector did not take",
+    alert="increase(elasticmoe:spans_lost_total[15m]) > 0",
+    why="Traces of operations have holes: see the scaler's log, and `otlp_endpoint`.",
+)
 EPOCH = _measure("elasticmoe:epoch", "gauge", "Epoch of the layout")
 FENCE = _measure(
     "elasticmoe:fence",

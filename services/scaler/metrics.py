@@ -21,7 +21,12 @@ class Meters:
         self._pauses = measures.PAUSES.histogram(self.registry, _PAUSE_BUCKETS)
         self._bytes = measures.BYTES_MOVED.counter(self.registry)
         self._refused = measures.REFUSED.counter(self.registry)
+        self._spans_lost = measures.SPANS_LOST.counter(self.registry)
         self._decisions = measures.DECISIONS.counter(self.registry)
+
+    def spans_lost(self, num: int) -> None:
+        """The collector of traces did not take so many spans."""
+        self._spans_lost.inc(num)
 
     def refused(self, status: int) -> None:
         """An error was answered."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import deque
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -39,6 +40,7 @@ from elasticmoe.services.scaler.control.executor import ENDED_MAX, Executor
 from elasticmoe.services.scaler.control.links import Links
 from elasticmoe.services.scaler.control.losses import lost_devices
 from elasticmoe.services.scaler.control.members import begun
+from elasticmoe.services.scaler.control.operation_spans import OperationSpans
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.observation import Observation
@@ -48,6 +50,9 @@ from elasticmoe.services.scaler.store.journal import Journal
 from elasticmoe.services.scaler.store.lease import Lease
 from elasticmoe.services.scaler.store.recall import Recall
 from elasticmoe.services.scaler.store.resume import Beginning
+
+if TYPE_CHECKING:
+    from elasticmoe.common.tracing.spans import Spans
 
 log = get_logger("scaler")
 
@@ -123,6 +128,10 @@ class Scaler:
     def stop(self, *_: int | FrameType | None) -> None:
         """Signal handler: only records."""
         self._stopping = True
+
+    def trace(self, spans: Spans | None) -> None:
+        """Let operations be written as `spans`, where there are any."""
+        self._executor.spans = OperationSpans(spans, self._clock) if spans is not None else None
 
     def run(self) -> None:
         """Serve until a signal comes. Raises Fenced when another scaler has taken over."""

@@ -51,6 +51,10 @@ class Collector:
         """The span of a request, with which its trace is complete: it is written last."""
         return self.wait_for(lambda span: span.facts.get("elasticmoe.request_id") == request_id, request_id)
 
+    def operation(self, op_id: str) -> Span:
+        """The span of an operation, with which its trace is complete."""
+        return self.wait_for(lambda span: span.facts.get("elasticmoe.operation_id") == op_id, op_id)
+
     def within(self, root: Span) -> dict[str, list[Span]]:
         """All spans of the trace that are below `root`, by their names. Fails for one that is not, or has times outside
         of its parent's."""

@@ -74,7 +74,9 @@ def check_plain(collector: Collector) -> None:
 
 async def check_moved(deployment: Deployment, collector: Collector) -> str:
     """A request whose replica leaves moves. The operation that it does so for."""
-    assert (await asyncio.to_thread(deployment.scale, replicas=2))["phase"] == "done"
+    grown = await asyncio.to_thread(deployment.scale, replicas=2)
+    assert grown["phase"] == "done"
+    check_operation(collector, grown)
     task = await begin(deployment, "moved")
     submitted = next(line for line in logged(logs_of(deployment) / "router.log") if line.get("request_id") == "moved")
     replica = int(submitted["rank"][1])
@@ -86,6 +88,18 @@ async def check_moved(deployment: Deployment, collector: Collector) -> str:
     assert spans["move"][0].facts["elasticmoe.from"] == submitted["rank"]
     assert spans["generate"][0].facts["gen_ai.usage.output_tokens"] == TOKENS
     return op_id
+
+
+def check_operation(collector: Collector, grown: dict[str, Any]) -> None:
+    """It has a trace with its phases, as long as it says that they took, and its copies."""
+    root = collector.operation(grown["op_id"])
+    assert (root.name, root.service, root.error) == ("operation scale_up", "elasticmoe-scaler", "")
+    spans = collector.within(root)
+    for timing in grown["timings"]:
+        lengths = [(span.ended - span.began) / 1e9 for span in spans[timing["phase"]]]
+        assert any(abs(length - timing["seconds"]) < 0.001 for length in lengths), (timing, lengths)
+    assert sum(span.facts["elasticmoe.bytes"] for span in spans["hmm copy"]) == grown["figures"]["bytes_copied"] > 0
+    assert spans["hmm map"]
 
 
 async def check_recovered(deployment: Deployment, collector: Collector) -> None:

@@ -4,47 +4,20 @@ extra is asked for in one line where it is missing."""
 from __future__ import annotations
 
 import importlib.util
-import threading
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
 from elasticmoe.common.protocol.errors import ConfigError
-from elasticmoe.common.tracing import spans as tracing
 from elasticmoe.common.tracing.opening import open_spans
 from elasticmoe.common.tracing.spans import QUEUED_MAX, Spans
+from tests.unit.span_sink import Sink
 
 TRACE, CALLER = "ab" * 16, "cd" * 8
 
 
-class Sink:
-    """Takes spans in the place of the exporter; holds them up until `go` is set."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        self.go = threading.Event()
-        self.fails = False
-
-    def __call__(self, **_: object) -> Sink:
-        return self
-
-    def export(self, batch: Sequence[Any]) -> Any:
-        self.go.wait()
-        if self.fails:
-            raise OSError("no collector")
-        self.spans += batch
-        return tracing.SpanExportResult.SUCCESS
-
-    def shutdown(self) -> None:
-        self.go.set()
-
-
 @pytest.fixture
 def sink(monkeypatch: pytest.MonkeyPatch) -> Sink:
-    sink = Sink()
-    monkeypatch.setattr(tracing, "OTLPSpanExporter", sink)
-    return sink
+    return Sink(monkeypatch)
 
 
 def opened(ratio: float = 1.0) -> tuple[Spans, list[int]]:

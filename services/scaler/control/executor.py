@@ -33,6 +33,7 @@ from elasticmoe.services.scaler.actions import (
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.audit_log import Advice, PlanMade, is_notable, turn_taken
 from elasticmoe.services.scaler.control.links import Links
+from elasticmoe.services.scaler.control.operation_spans import OperationSpans
 from elasticmoe.services.scaler.control.reconciler import reconcile
 from elasticmoe.services.scaler.control.state import State
 from elasticmoe.services.scaler.metrics import Meters
@@ -92,6 +93,7 @@ class Executor:
         self.leave_out: Callable[[LeaveOut], None] = lambda _: None
         self.scale: Callable[[ScaleTo], None] = lambda _: None
         self.cancel: Callable[[CancelStuck], None] = lambda _: None
+        self.spans: OperationSpans | None = None  # where operations are traced
         self.ended: list[Operation] = []
         self._exits: dict[int, str] = {}
         self._refused: Refused | None = None
@@ -177,6 +179,8 @@ class Executor:
             log.warning(step.state.orphans.reason)
             self._tell("orphans_found", step.state.orphans.reason)
         if before.operation is not None and step.state.operation is not None:
+            if self.spans is not None:
+                self.spans.look(before.operation, seen.cluster.transition)
             self._note(before.operation, step.state.operation)
         return step.actions
 
@@ -237,6 +241,8 @@ class Executor:
             before_s=round(before.phase_s, 3),
         )
         self._tell("operation_phase", after.why, **facts)
+        if self.spans is not None:
+            self.spans.changed(before, after)
         if after.phase != before.phase:
             self._meters.phase(before.phase, before.phase_s)
         if not after.is_finished:
