@@ -1,8 +1,11 @@
 """Spans of OpenTelemetry: how they are written and sent. The one module that imports it.
 
 A span is written when it is over, with the times that its owner has measured, so that nothing is held open meanwhile;
-until then it is an OpenSpan, which others can be written within. Nobody waits for the collector: a thread sends what
-was written, in batches, and what finds no room on the way to it, or is not taken, is counted and gone.
+until then it is an OpenSpan, which others can be written within. So it is made as the SDK's processor takes it, and not
+by the SDK's tracer, whose spans are made to be open for a while, and cost several times as much.
+
+Nobody waits for the collector: a thread sends what was written, in batches, and what finds no room on the way to it, or
+is not taken, is counted and gone.
 """
 
 from __future__ import annotations
@@ -11,27 +14,18 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import (
-    NonRecordingSpan,
-    SpanContext,
-    SpanKind,
-    StatusCode,
-    TraceFlags,
-    get_current_span,
-    set_span_in_context,
-)
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from opentelemetry.trace.span import TraceState
 
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.common.version import version
@@ -44,34 +38,27 @@ EVERY_S: Final = 1.0
 EXPORT_S: Final = 5.0  # of one batch, with what is tried again
 CLOSE_S: Final = 2.0
 
+_SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
+_UNSET: Final = Status()
+
 Attributes = Mapping[str, str | bool | int | float | Sequence[str]]
 
 
-class OpenSpan:
-    """A span that has begun, and is written when it is over. `outside`: what it is within itself."""
+class OpenSpan(NamedTuple):
+    """A span that has begun, and is written when it is over. `parent`: what it is within itself."""
 
-    def __init__(self, trace_id: int, span_id: int, outside: Context, state: TraceState | None = None) -> None:
-        self.trace_number = trace_id
-        self.span_number = span_id
-        self.outside = outside
-        self._state = state
+    place: SpanContext
+    parent: SpanContext | None
 
     @property
     def trace_id(self) -> str:
         """32 hexadecimal digits."""
-        return f"{self.trace_number:032x}"
+        return f"{self.place.trace_id:032x}"
 
     @property
     def traceparent(self) -> str:
         """How W3C's trace context names it."""
-        return f"00-{self.trace_id}-{self.span_number:016x}-01"
-
-    @cached_property
-    def inside(self) -> Context:
-        """For spans within it."""
-        flags = TraceFlags(TraceFlags.SAMPLED)
-        place = SpanContext(self.trace_number, self.span_number, False, flags, self._state)
-        return set_span_in_context(NonRecordingSpan(place), Context())
+        return f"00-{self.trace_id}-{self.place.span_id:016x}-01"
 
 
 class Spans:
@@ -88,15 +75,13 @@ class Spans:
             "service.version": version(),
             "elasticmoe.deployment": deployment,
         }
-        self._ids = _Ids()
+        self._resource = Resource.create(facts)
+        self._scope = InstrumentationScope("elasticmoe", version())
+        self._ids = RandomIdGenerator()
         self._sampler = ParentBased(TraceIdRatioBased(ratio))
-        self._provider = TracerProvider(
-            sampler=self._sampler, resource=Resource.create(facts), shutdown_on_exit=False, id_generator=self._ids
-        )
-        exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces", timeout=EXPORT_S)
-        self._provider.add_span_processor(_Processor(_Exporter(exporter, endpoint, lost)))
-        self._tracer = self._provider.get_tracer("elasticmoe", version())
         self._propagator = TraceContextTextMapPropagator()
+        exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces", timeout=EXPORT_S)
+        self._processor = _Processor(_Exporter(exporter, endpoint, lost))
 
     def begin(self, carrier: Mapping[str, str]) -> OpenSpan | None:
         """The first span here of a trace: its caller's, as far as `carrier` has a `traceparent` (and a `tracestate`)
@@ -106,14 +91,13 @@ class Spans:
         trace_id = caller.trace_id if caller.is_valid else self._ids.generate_trace_id()
         if not self._sampler.should_sample(outside, trace_id, "").decision.is_sampled():
             return None
-        return OpenSpan(
-            trace_id, self._ids.generate_span_id(), outside, caller.trace_state if caller.is_valid else None
-        )
+        parent = caller if caller.is_valid else None
+        return OpenSpan(_place(trace_id, self._ids.generate_span_id(), parent), parent)
 
     def named(self, name: str) -> OpenSpan:
         """The first span of a trace whose ids follow from `name`: whoever goes on with the work goes on with them."""
         digest = hashlib.sha256(name.encode()).digest()
-        return OpenSpan(int.from_bytes(digest[:16]), int.from_bytes(digest[16:24]), Context())
+        return OpenSpan(_place(int.from_bytes(digest[:16]), int.from_bytes(digest[16:24])), None)
 
     def write(
         self,
@@ -127,7 +111,8 @@ class Spans:
         events: Iterable[tuple[str, float]] = (),
     ) -> OpenSpan:
         """A span that is over. `error`: why it did not end well; `events`: names and times."""
-        span = OpenSpan(within.trace_number, self._ids.generate_span_id(), within.inside)
+        place = _place(within.place.trace_id, self._ids.generate_span_id(), within.place)
+        span = OpenSpan(place, within.place)
         self.end(span, name, began_unix, ended_unix, attributes, error=error, events=events)
         return span
 
@@ -144,18 +129,25 @@ class Spans:
         is_server: bool = False,
     ) -> None:
         """Write `span`. Never waits. `is_server`: it answers somebody's request."""
-        kind = SpanKind.SERVER if is_server else SpanKind.INTERNAL
-        self._ids.take(span.trace_number, span.span_number)
-        written = self._tracer.start_span(name, span.outside, kind, attributes, start_time=_ns(began_unix))
-        for event, at_unix in events:
-            written.add_event(event, timestamp=_ns(at_unix))
-        if error:
-            written.set_status(StatusCode.ERROR, error)
-        written.end(_ns(max(began_unix, ended_unix)))
+        self._processor.on_end(
+            ReadableSpan(
+                name=name,
+                context=span.place,
+                parent=span.parent,
+                resource=self._resource,
+                attributes=attributes,
+                events=[Event(event, timestamp=_ns(at_unix)) for event, at_unix in events],
+                kind=SpanKind.SERVER if is_server else SpanKind.INTERNAL,
+                status=Status(StatusCode.ERROR, error) if error else _UNSET,
+                start_time=_ns(began_unix),
+                end_time=_ns(max(began_unix, ended_unix)),
+                instrumentation_scope=self._scope,
+            )
+        )
 
     def close(self) -> None:
         """Send what was written, for CLOSE_S at most."""
-        closing = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        closing = threading.Thread(target=self._processor.shutdown, name="traces", daemon=True)
         closing.start()
         closing.join(CLOSE_S)
 
@@ -164,25 +156,9 @@ def _ns(at_unix: float) -> int:
     return int(at_unix * 1e9)
 
 
-class _Ids(RandomIdGenerator):
-    """Draws ids, but for the span that is to be written next, which has its own."""
-
-    def __init__(self) -> None:
-        self._trace_id = self._span_id = 0
-
-    def take(self, trace_id: int, span_id: int) -> None:
-        """The next ones are these."""
-        self._trace_id, self._span_id = trace_id, span_id
-
-    def generate_trace_id(self) -> int:
-        """Of a span without a parent."""
-        given, self._trace_id = self._trace_id, 0
-        return given or super().generate_trace_id()
-
-    def generate_span_id(self) -> int:
-        """Of any span."""
-        given, self._span_id, self._trace_id = self._span_id, 0, 0
-        return given or super().generate_span_id()
+def _place(trace_id: int, span_id: int, parent: SpanContext | None = None) -> SpanContext:
+    """Of a span of ours, in its parent's trace state."""
+    return SpanContext(trace_id, span_id, False, _SAMPLED, parent.trace_state if parent is not None else None)
 
 
 class _Exporter(SpanExporter):
