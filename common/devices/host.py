@@ -9,6 +9,7 @@ reach far beyond the budget, and fragmentation cannot refuse what the budget all
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import stat
@@ -297,7 +298,9 @@ class HostDevice(Device):
                 try:
                     num = os.pwrite(extent.fd, part, at)
                 except OSError as error:
-                    raise self._no_memory(len(part), error) from None
+                    if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                        raise self._no_memory(len(part), error) from None
+                    raise DeviceError(f"{self.name}: {len(part)} bytes cannot be written: {error.strerror}") from None
                 part, at = part[num:], at + num
 
     def _read_bytes(self, address: int, nbytes: int) -> bytes:

@@ -117,13 +117,16 @@ class CopyBlocks(Message, frozen=True):
     replicas of several ranks their first ones are named, and the others' blocks of the same numbers are copied too.
 
     `number` counts a rank's copies from 1. One whose number has come before is not done again: the target may write to
-    these blocks by then. Copies from one rank to another are done one after the other."""
+    these blocks by then. Copies from one rank to another are done one after the other. `until`: seconds of the host's
+    monotonic clock after which the rank waits no more, and the target may give the blocks to others: nothing is copied
+    then. Refused as `stale_copy` where one of the two forbids it."""
 
     source_slot: Slot
     source_incarnation: Incarnation
     target_slot: Slot
     target_incarnation: Incarnation
     number: Annotated[int, Meta(ge=1)]
+    until: Annotated[float, Meta(ge=0)]
     pairs: Annotated[
         tuple[tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]], ...], Meta(max_length=BLOCKS_PER_COPY_MAX)
     ]

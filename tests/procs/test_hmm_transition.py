@@ -7,6 +7,7 @@ Longer than other files because all of it shares one set of fixtures: a model on
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -659,7 +660,7 @@ NUMBERS = itertools.count(1)
 def copy_request(world: World, source: int, target: int, pairs: tuple[tuple[int, int], ...]) -> CopyBlocks:
     ranks = world.ranks
     by, to = ranks[source].request.incarnation, ranks[target].request.incarnation
-    return CopyBlocks(source, by, target, to, next(NUMBERS), pairs)
+    return CopyBlocks(source, by, target, to, next(NUMBERS), time.monotonic() + 30.0, pairs)
 
 
 def test_blocks_are_copied_between_devices(world: World) -> None:

@@ -322,7 +322,7 @@ class Hmm(Actor):
             parking=Parking(),  # type: ignore[arg-type]
             holdings=self,  # type: ignore[arg-type]
             background=background,  # type: ignore[arg-type]
-            copies=Copies(background),
+            copies=Copies(background, self.sim.clock),
             supply=self.supply,  # type: ignore[arg-type]
             large_pages=LargePages(self, self.supply, background, get_logger("sim"), is_wanted=False),  # type: ignore[arg-type]
             fence=self.fence,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from elasticmoe.common.clock import Clock
 from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError
 from elasticmoe.common.protocol.handles import Attach, SeatMemory
@@ -96,8 +97,8 @@ class Background:
 class Copies(BlockCopies):
     """The product's copies: while the loop waits for threads, they end."""
 
-    def __init__(self, background: Any) -> None:
-        super().__init__(background)
+    def __init__(self, background: Any, clock: Clock) -> None:
+        super().__init__(background, clock)
         self._threads: Background = background
 
     def wait_stopped(self, slot: int, timeout_s: float) -> bool:

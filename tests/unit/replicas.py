@@ -39,10 +39,9 @@ SECONDS_MAX = 60.0
 class PlayedMemory:
     """See Mapped: all KV is mapped; how much of it is to be used is the goal."""
 
-    def __init__(self, ranks: Ranks, doorbells: dict[int, int], replica: Sequence[int]) -> None:
+    def __init__(self, ranks: Ranks, doorbells: dict[int, int]) -> None:
         self.spec = ranks.spec
         self.ledger, self._kept = make_ledger()
-        self.replica = replica
         self.routings = {0: Routing(0, tuple(tuple(ranks.layout.owners(at)) for at in range(ranks.spec.num_layers)))}
         self.doorbells = doorbells
         self.goal = 0
@@ -107,7 +106,7 @@ class Replicas:
     def _open(self, slot: int) -> SeatLoop:
         ranks, seat_of = self.ranks, self.ranks.layout.seats[slot]
         bus, replica = ranks.exchanges[slot]._bus, ranks.layout.replica_of(seat_of)  # type: ignore[attr-defined]
-        memory, kv = PlayedMemory(ranks, self._doorbells, replica), ranks.weights[slot].kv
+        memory, kv = PlayedMemory(ranks, self._doorbells), ranks.weights[slot].kv
         self.memories.append(memory)
         name = f"rank-{seat_of.rank}"
         seat = StartRank(seat_of.rank, slot, seat_of.device, f"{name}:{slot + 1:016x}", 1, 16, MAX_SEQUENCES, 160)

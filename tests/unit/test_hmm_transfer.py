@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from elasticmoe.services.hmm.memory import blocks as blocks_module
 from elasticmoe.services.hmm.memory.blocks import BlockCopies, check_ranks
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
 from elasticmoe.services.hmm.memory.transfer import HandlePart, Peaks, Supply, Transfer
+from tests.clocks import PlayedClock
 from tests.devices.backends import granularity
 from tests.unit.specs import tiny_mixtral_spec
 
@@ -239,8 +241,8 @@ GEOMETRY = KvGeometry(16, 1000, STRIDE, 4, KV_HANDLE)
 NUMBERS = itertools.count(1)
 
 
-def request(*pairs: tuple[int, int], source: int = 0, target: int = 1) -> CopyBlocks:
-    return CopyBlocks(source, "a", target, "b", next(NUMBERS), pairs)
+def request(*pairs: tuple[int, int], source: int = 0, target: int = 1, until: float = math.inf) -> CopyBlocks:
+    return CopyBlocks(source, "a", target, "b", next(NUMBERS), until, pairs)
 
 
 def with_kv(memories: dict[str, DeviceMemory]) -> tuple[DeviceMemory, DeviceMemory]:
@@ -348,10 +350,54 @@ def test_copies_between_two_ranks_are_done_once_and_in_their_order(
         with pytest.raises(Conflict) as caught:
             start("late", late)
         assert caught.value.code == "stale_copy"
-    copies.stop(0)  # another rank takes the slot, and counts anew
+    copies.stop(0)  # the rank's connection has ended, and it comes again
+    with pytest.raises(Conflict):
+        start("late", second)  # or another rank takes the slot, and counts anew
     start("next", msgspec.structs.replace(first, source_incarnation="c"))
     finish(background, lambda: len(ended) == 6)
     assert asked[-1] == 1
+
+
+def test_no_copy_begins_or_goes_on_after_its_time(
+    memories: dict[str, DeviceMemory], background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target may have given the place to another sequence by then. A copy waits for as long as it may, also where
+    one before it is stuck, and holds up none after it."""
+    source, target = with_kv(memories)
+    now, go_on, num_asked = [100.0], threading.Event(), 0
+
+    class Slow(Completion):
+        def is_done(self) -> bool:
+            return go_on.is_set()
+
+        def wait(self) -> None:
+            assert go_on.wait(10.0)
+
+    def copy(_: Sequence[tuple[int, int, int]]) -> Completion:
+        nonlocal num_asked
+        num_asked += 1
+        return Slow()
+
+    monkeypatch.setattr(target.device, "_copy_async", copy)
+    monkeypatch.setattr(blocks_module, "COPY_BYTES", 1)  # one block at a time
+    copies, pair = BlockCopies(background, PlayedClock(lambda: now[0])), [(source, target)]
+    ended: list[str] = []
+
+    def start(name: str, what: CopyBlocks) -> None:
+        copies.start(
+            what, pair, GEOMETRY, lambda error: ended.append(name if error is None else f"{name} {error.code}")
+        )
+
+    end = now[0] + 10.0
+    start("running", request((0, 0), (1, 1), until=end))
+    start("waiting", request((2, 2), until=end))
+    start("later", request((3, 3), until=end + 10.0))
+    finish(background, lambda: num_asked == 1)
+    now[0] += 10.5
+    go_on.set()
+    finish(background, lambda: len(ended) == 3)
+    assert ended == ["running stale_copy", "waiting stale_copy", "later"]
+    assert num_asked == 2
 
 
 def test_both_ranks_must_be_the_named_ones() -> None:

@@ -61,7 +61,7 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
             hmm.CommitLayout(TRANSITION),
             hmm.ReleaseLayout(TRANSITION),
             hmm.AbortLayout(TRANSITION),
-            hmm.CopyBlocks(0, NAME, 1, "other", 7, ((3, 4), (0, 1))),
+            hmm.CopyBlocks(0, NAME, 1, "other", 7, 12.5, ((3, 4), (0, 1))),
         ),
     ),
     "pool": (

@@ -12,7 +12,7 @@ from typing import Final
 from elasticmoe.common.safetensors import TensorFile
 
 _AHEAD_BYTES: Final = 512 << 20  # at most: what is read waits in the page cache
-_ASKED_BYTES: Final = 1 << 20  # at once; the kernel takes no more than its devices do
+_ASKED_BYTES: Final = 128 << 10  # at once: of more the kernel takes what the disk reads ahead, often as little as this
 
 
 @contextmanager

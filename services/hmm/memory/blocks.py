@@ -3,7 +3,8 @@
 Where replicas have several ranks, a block is copied from each of them to the one of the same tp index.
 
 A copy that ends late would overwrite what the target has written since it took the sequence over. So copies from one
-slot to another run one after the other, as they were asked for, and none is done twice: each has a number.
+slot to another run one after the other, as they were asked for, and none is done twice: each has a number. And none
+begins or goes on after the time until which the target keeps its blocks free.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from elasticmoe.common.clock import SYSTEM_CLOCK, Clock
 from elasticmoe.common.devices.base import Device
 from elasticmoe.common.model_spec import KvGeometry
 from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, Overloaded
@@ -31,7 +33,7 @@ Answer = Callable[[ElasticMoEError | None], None]
 
 class _Job:
     """One CopyBlocks: what each target copies, as parts of (destination, source, bytes), and how it ends. `devices`:
-    all that are read or written."""
+    all that are read or written; `monotonic`: the clock that `until` is of."""
 
     def __init__(
         self,
@@ -39,12 +41,15 @@ class _Job:
         devices: frozenset[str],
         parts: Sequence[tuple[Device, Sequence[tuple[int, int, int]]]],
         answer: Answer,
+        monotonic: Callable[[], float],
     ) -> None:
         self.slots = (request.source_slot, request.target_slot)
         self.name = (request.source_incarnation, request.number)
         self.devices = devices
         self.answers = [answer]
         self._parts = parts
+        self._until = request.until
+        self._monotonic = monotonic
         self.stopped = threading.Event()
         self.ended = threading.Event()
 
@@ -54,13 +59,15 @@ class _Job:
             answer(error)
 
     def run(self) -> None:
-        """Copy some blocks at a time. Raises Conflict when it was stopped."""
+        """Copy some blocks at a time. Raises Conflict when it was stopped, or is too late."""
         try:
             for target, parts in self._parts:
                 count = max(1, COPY_BYTES // parts[0][2]) if parts else 1
                 for done in range(0, len(parts), count):
                     if self.stopped.is_set():
                         raise _stale("one of the two ranks ended while blocks were copied")
+                    if (late_s := self._monotonic() - self._until) > 0:
+                        raise Conflict(f"the copy is {late_s:.1f} s too late", code="stale_copy")
                     target.copy_async(parts[done : done + count]).wait()
         finally:
             self.ended.set()
@@ -69,8 +76,9 @@ class _Job:
 class BlockCopies:
     """All copies of KV blocks that run or wait. Belongs to the service's loop."""
 
-    def __init__(self, background: Background) -> None:
+    def __init__(self, background: Background, clock: Clock = SYSTEM_CLOCK) -> None:
         self._background = background
+        self._clock = clock
         self._running: list[_Job] = []
         self._waiting: deque[_Job] = deque()
         self._newest: dict[int, tuple[str, int]] = {}  # by source slot: its rank's incarnation, and its highest number
@@ -86,7 +94,7 @@ class BlockCopies:
         `memories`: those of source and target, by tp index.
 
         Raises InvalidRequest for blocks that are not there, Overloaded; Conflict `stale_copy` for one that was asked
-        for before and has ended.
+        for before and is over, as one after it is.
         """
         if self._is_joined(request, answer):
             return
@@ -104,7 +112,7 @@ class BlockCopies:
         ]
         devices = frozenset(memory.device.name for pair in memories for memory in pair)
         self._newest[request.source_slot] = (request.source_incarnation, request.number)
-        self._waiting.append(_Job(request, devices, parts, answer))
+        self._waiting.append(_Job(request, devices, parts, answer, self._clock.monotonic))
         self._fill()
 
     def _is_joined(self, request: CopyBlocks, answer: Answer) -> bool:
@@ -118,9 +126,7 @@ class BlockCopies:
             if job.name == name:
                 job.answers.append(answer)
                 return True
-        raise Conflict(
-            f"copy {request.number} of {incarnation} has ended, and {number} was the last", code="stale_copy"
-        )
+        raise Conflict(f"copy {request.number} of {incarnation} is over: {number} came since", code="stale_copy")
 
     def _fill(self) -> None:
         while len(self._running) < RUNNING_MAX:
@@ -146,7 +152,6 @@ class BlockCopies:
 
     def stop(self, slot: int) -> None:
         """The rank of `slot` is gone: no copy from or to it may go on."""
-        self._newest.pop(slot, None)
         for job in self._running:
             if slot in job.slots:
                 job.stopped.set()

@@ -9,33 +9,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elasticmoe.services.router.dispatch.pace import TICK_S
-
-ABSENT_S = 1.0  # between two turns: no busy loop takes as long
+ABSENT_S = 1.0  # between two turns: more of a pause does not count
 
 
 @dataclass(frozen=True, slots=True)
 class Absence:
-    """Between two turns. `since`: when the later one was due, `now`: when it came; seconds of the monotonic clock."""
+    """What was too long between two turns, the earlier one at `turned` and the later one at `now`; seconds of the
+    monotonic clock. A pause counts for ABSENT_S, however late all turns are: else a router that is always late would
+    never find a dead rank."""
 
-    since: float
+    turned: float
     now: float
 
     @property
     def seconds(self) -> float:
-        """How long it was."""
-        return self.now - self.since
-
-    @property
-    def counts(self) -> bool:
-        """It is longer than a busy router needs."""
-        return self.seconds > ABSENT_S
+        """How long it was; 0 or less: there was none."""
+        return self.now - self.turned - ABSENT_S
 
     def moved(self, at: float) -> float:
         """When to say that something happened at `at`, so that its age leaves the absence out.
 
-        What happened since the earlier turn, TICK_S before `since`, is pressed into TICK_S: so the order of any two
-        moments stays.
+        What happened since the earlier turn is pressed into ABSENT_S: so the order of any two moments stays.
         """
         age_s = self.now - at
-        return self.now - max(age_s - self.seconds, age_s * TICK_S / (self.seconds + TICK_S))
+        return self.now - max(age_s - self.seconds, age_s * ABSENT_S / (self.seconds + ABSENT_S))

@@ -79,6 +79,8 @@ class Dispatcher:
         self._turn = 0
         self._pace = Pace()
         self._turned_at = math.inf  # no turn yet
+        self._is_back = False  # from an absence, since the last turn
+        self._has_waited = False  # with what it judges, for one turn
         self.windows = RouterWindows(identity, lambda: transport.connect_push("signals", identity))
         self._inbox = Inbox(self, metrics, history, clock)
         metrics.watch(self.links, lambda: self.layout)
@@ -265,9 +267,13 @@ class Dispatcher:
         """What time brings: questions to silent ranks, losses, deadlines. Called as the pace has it."""
         self._notice_absence(now)
         self._turned_at = now
+        # What ranks have said meanwhile is read before they are judged; but who is always late has to judge sometimes.
+        self._has_waited = self._is_back and not self._has_waited
+        self._is_back = False
         for rank, link in list(self.links.items()):
             link.watch(now)
-            self._check_link(link, now)
+            if not self._has_waited:
+                self._check_link(link, now)
             self._metrics.bad_messages.inc(link.take_bad())
             if not link.streams and link.dismissed_at is not None and now - link.dismissed_at > LEAVE_S:
                 self._close_link(rank)
@@ -275,7 +281,7 @@ class Dispatcher:
             if now >= stream.deadline:
                 limit = stream.deadline - stream.accepted_at
                 self.fail(stream, DeadlineExceeded(f"the request did not end within {limit:.0f} s"))
-            elif stream.gap_since is not None and now - stream.gap_since > GAP_S:
+            elif not self._has_waited and stream.gap_since is not None and now - stream.gap_since > GAP_S:
                 self.lose(stream, stream.rank, now)
         self._history.flush()
         self.windows.turn(now, self.layout.epoch if self.layout is not None else 0, self.streams.values())
@@ -283,15 +289,15 @@ class Dispatcher:
     def _notice_absence(self, now: float) -> None:
         """Nobody was silent while this router did not listen. Deadlines of requests are promises to clients: they
         stay."""
-        absence = Absence(self._turned_at + TICK_S, now)
-        if not absence.counts:
+        absence = Absence(self._turned_at, now)
+        if absence.seconds <= 0:
             return
-        self._turned_at = now
-        log.warning("the router stood still", seconds=round(absence.seconds, 2))
+        self._turned_at, self._is_back = now, True
         for link in self.links.values():
             link.excuse(absence)
         for stream in self.streams.values():
             stream.excuse(absence)
+        log.warning("the router stood still", seconds=round(absence.seconds, 2))
 
     def _check_link(self, link: RankLink, now: float) -> None:
         if not link.streams:

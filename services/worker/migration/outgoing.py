@@ -329,7 +329,9 @@ class Outgoing:
         transfer.stage = "copying"
         seat = self._seat
         self._num_copies += 1
-        message = CopyBlocks(seat.slot, seat.incarnation, place.slot, place.incarnation, self._num_copies, pairs)
+        message = CopyBlocks(
+            seat.slot, seat.incarnation, place.slot, place.incarnation, self._num_copies, now + COPY_S, pairs
+        )
         self._ask(transfer, "hmm", message, now)
 
     def _copy_last(self, transfer: SequenceTransfer, place: Reserved, now: float) -> None:

@@ -149,10 +149,10 @@ class Follower(SeatLoop):
         memory was lacked. Raises the error again where this process must end of it."""
         self._num_failed += 1
         log.exception("a step failed", in_a_row=self._num_failed, others_wait=self._exchange.is_awaited)
+        if is_shortage(error):
+            self._lockstep.tell_shortage()  # before this process's end, too
         if not self._exchange.is_awaited or not self._hmm.is_connected or self._num_failed > FAILED_MAX:
             raise error  # nobody can stop the others but this process's end
-        if is_shortage(error):
-            self._lockstep.tell_shortage()
         self._lockstep.abort()
         self._hmm.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from elasticmoe.common.clock import Clock
@@ -36,10 +36,6 @@ class Mapped(Protocol):
     @property
     def doorbells(self) -> Mapping[int, int]:
         """Descriptors by slot: the rank sleeps on its own."""
-
-    @property
-    def replica(self) -> Sequence[int]:
-        """Slots of the ranks of its replica, by tp index."""
 
     @property
     def is_changing(self) -> bool:

@@ -68,8 +68,7 @@ class Rank(SeatLoop):
         self._engine = engine
         self._times = RequestTimes(parts.clock)
         self._reports = Reports(parts.server.send, self._drop_peer, self._times)
-        followers = parts.memory.replica[1:]
-        self._steps = Steps(engine, parts.exchange, self._lockstep, parts.hmm, self._reports.report, followers)
+        self._steps = Steps(engine, parts.exchange, self._lockstep, parts.hmm, self._reports.report)
         self._migration = Migration(
             parts.seat, engine, parts.transport, watch=parts.server.watch, unwatch=parts.server.unwatch
         )

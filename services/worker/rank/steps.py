@@ -4,8 +4,8 @@ again, by this process where it can; a step that is never repeated costs nobody 
 A step may find no memory: then it is given up, and if that does not help, planned without the request that needs most.
 It may raise what cannot be laid at one request's door, or be discarded because another rank failed in it: then all that
 were in it are tried (engine/trial.py). Where the process cannot go on, it ends, and the marks that it leaves in the
-ledger tell the seat's next one as much. Where another rank says on the bus that it lacked memory, nobody is tried; if
-it is one of the own replica, this step was too large for it.
+ledger tell the seat's next one as much. Where another rank says on the bus that it lacked memory, nobody is tried: the
+step was too large.
 
 A rank that fails in the midst of an exchange must not let the others wait for it. Only the HMM can end a generation of
 the bus, and it does when a rank's connection ends: so the rank ends it, steps no more in that generation, and
@@ -14,7 +14,7 @@ introduces itself again (hmm/link.py), as after the HMM's own restart. The other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 from elasticmoe.common.protocol.errors import Unavailable
@@ -30,32 +30,25 @@ from elasticmoe.services.worker.rank.lockstep import Lockstep
 
 log = get_logger("rank")
 
-GIVEN_UP_MAX: Final = 8  # steps in a row without a request of one's own to do without: others' tokens find no room here
+GIVEN_UP_MAX: Final = 8  # steps in a row that found no memory, to which others have brought most tokens
 FAILED_MAX: Final = 8  # steps in a row that raised, also those without suspects: it is this process that is broken
 
 
 class Steps:
     """Computes steps for the rank. Owned by its thread; all that it is made of stays the rank's. `tell` is called with
-    what is to be told to routers; `followers`: slots of the replica's other ranks. `num_discarded`: tokens of steps
-    that other ranks' failures ended."""
+    what is to be told to routers. `num_discarded`: tokens of steps that other ranks' failures ended."""
 
     def __init__(
-        self,
-        engine: Engine,
-        exchange: Exchange,
-        lockstep: Lockstep,
-        hmm: HmmLink,
-        tell: Callable[[Outcome], None],
-        followers: Sequence[int] = (),
+        self, engine: Engine, exchange: Exchange, lockstep: Lockstep, hmm: HmmLink, tell: Callable[[Outcome], None]
     ) -> None:
         self._engine = engine
         self._exchange = exchange
         self._lockstep = lockstep
         self._hmm = hmm
         self._tell = tell
-        self._followers = frozenset(followers)
         self._num_given_up = 0  # in a row, but for steps that left prompts out
         self._num_failed = 0  # in a row
+        self._num_short = 0  # in a row that others found no memory for, likewise
         self._num_unplanned = 0  # in a row, for reasons that are nobody's
         self.num_discarded = 0
 
@@ -85,7 +78,7 @@ class Steps:
             return self._engine.announce(plan)
         except Exception as error:
             self._engine.trials.begin(plan)
-            self._live_on(plan, error, is_awaited=False)
+            self._live_on(plan, plan.num_tokens, error, is_awaited=False)
             return None
 
     def run(self, plan: StepPlan, total_tokens: int, deadline_ms: float) -> None:
@@ -102,28 +95,28 @@ class Steps:
             log.info("step discarded", generation=aborted.generation)
             self.num_discarded += plan.num_tokens
             if short := self._lockstep.short_ranks():
-                self._discard(plan, short)
+                self._discard(plan, total_tokens, short)
             else:
                 self._fail(plan, is_aborted=True)
             return
         except Exception as error:
-            self._live_on(plan, error, is_awaited=self._exchange.is_awaited)
+            self._live_on(plan, total_tokens, error, is_awaited=self._exchange.is_awaited)
             return
         self._num_failed = 0
         # A step that left something out says nothing of one that was given up: it would be tried again for ever.
         if plan.is_whole:
-            self._num_given_up = 0
+            self._num_given_up = self._num_short = 0
         self._tell(self._engine.commit(plan, choices))
         self._engine.trials.end(plan)
         self._lockstep.note_done()
 
-    def _live_on(self, plan: StepPlan, error: Exception, *, is_awaited: bool) -> None:
+    def _live_on(self, plan: StepPlan, total_tokens: int, error: Exception, *, is_awaited: bool) -> None:
         """A step raised an error. Raises it again where this process must end of it."""
+        if is_shortage(error):
+            self._give_up(plan, total_tokens, error, is_awaited=is_awaited)
+            return
         if is_awaited and not self._hmm.is_connected:
             raise error  # nobody can stop the others but this process's end
-        if is_shortage(error):
-            self._give_up(plan, error, is_awaited=is_awaited)
-            return
         self._num_failed += 1
         log.exception("a step failed", tokens=plan.num_tokens, in_a_row=self._num_failed, others_wait=is_awaited)
         if self._num_failed > FAILED_MAX:
@@ -142,7 +135,7 @@ class Steps:
             log.error("request made steps fail, and is ended", **sequence.request.names)
         self._tell(Outcome({}, [self._engine.fail(sequence, guilty_error()) for sequence in guilty]))
 
-    def _give_up(self, plan: StepPlan, error: Exception, *, is_awaited: bool) -> None:
+    def _give_up(self, plan: StepPlan, total_tokens: int, error: Exception, *, is_awaited: bool) -> None:
         """A step found no memory."""
         self._num_given_up += 1
         log.error(
@@ -152,34 +145,38 @@ class Steps:
             in_a_row=self._num_given_up,
             others_wait=is_awaited,
         )
-        if self._num_given_up > GIVEN_UP_MAX and not plan.chunks:
-            raise error
+        is_over = self._num_given_up > GIVEN_UP_MAX and not plan.chunks
+        if is_awaited or is_over:
+            self._lockstep.tell_shortage()  # also of what this process ends of: others are not to be tried for it
+        if is_over or (is_awaited and not self._hmm.is_connected):
+            raise error  # nobody can stop the others but this process's end
         if is_awaited:
-            self._lockstep.tell_shortage()
             self._lockstep.abort()
             self._hmm.close()
-        self._withdraw(plan)
+        self._withdraw(plan, self._num_given_up > _patience(plan, total_tokens))
 
-    def _discard(self, plan: StepPlan, short: set[int]) -> None:
+    def _discard(self, plan: StepPlan, total_tokens: int, short: set[int]) -> None:
         """Other ranks found no memory for the step."""
         log.warning("other ranks found no memory for a step", slots=sorted(short), tokens=plan.num_tokens)
         self._lockstep.abort()
-        if short & self._followers:
-            self._num_given_up += 1
-            self._withdraw(plan)
-        else:
-            self._lockstep.note_failed()
-            self._engine.trials.drop(plan)
+        self._num_short += bool(plan.chunks)
+        self._withdraw(plan, self._num_short > _patience(plan, total_tokens))
 
-    def _withdraw(self, plan: StepPlan) -> None:
-        """The step is planned again: without the request that needs most, if that has not helped before."""
+    def _withdraw(self, plan: StepPlan, is_smaller: bool) -> None:
+        """The step is planned again: a smaller one without the request that needs most."""
         self._lockstep.note_failed()
         self._engine.trials.drop(plan)
-        if self._num_given_up > 1 and plan.chunks:
-            text = "the rank has no memory to compute this request's next step"
+        if is_smaller and plan.chunks:
+            text = "there is no memory to compute this request's next step"
             largest = max(plan.chunks, key=_size)
             failure = self._engine.fail(largest.sequence, Unavailable(text, code=OUT_OF_MEMORY))
             self._tell(Outcome({}, [failure]))
+
+
+def _patience(plan: StepPlan, total_tokens: int) -> int:
+    """How many steps in a row may find no memory before this rank leaves something out. Whoever brought more than half
+    of the tokens made the step too large, on whichever rank; others wait until that has not helped."""
+    return 1 if 2 * plan.num_tokens > total_tokens else GIVEN_UP_MAX
 
 
 def _size(chunk: Chunk) -> tuple[int, int, int]:
