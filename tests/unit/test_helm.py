@@ -195,6 +195,13 @@ def test_a_store_elsewhere_leaves_the_own_one_out_and_may_be_reached() -> None:
     assert of_kind("NetworkPolicy", MODEL)["spec"]["egress"] == []
 
 
+def test_a_collector_of_traces_may_be_reached() -> None:
+    traced = MODEL | {"settings": {"otlp_endpoint": "http://collector.monitoring:4318"}}
+    assert of_kind("NetworkPolicy", traced)["spec"]["policyTypes"] == ["Ingress"]
+    env = {entry["name"]: entry.get("value") for entry in containers(traced)["router"]["env"]}
+    assert env["ELASTICMOE_OTLP_ENDPOINT"] == "http://collector.monitoring:4318"
+
+
 def test_both_that_touch_devices_share_their_claims() -> None:
     found = containers(FULL)
     claims = {name: one["resources"].get("claims") for name, one in found.items()}
