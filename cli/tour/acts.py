@@ -122,7 +122,7 @@ class Tour:
         """Another load, and what the policy makes of it."""
         before, known = await self._recomputed(), {one["op_id"] for one in await self._operations()}
         clients.let(streams)
-        changed_unix = time.time()
+        changed = time.monotonic()
         word = "grow" if size > 1 else "shrink"
 
         async def ordered() -> dict[str, Any] | None:
@@ -145,7 +145,7 @@ class Tour:
             replicas_before=1 + REPLICAS_MAX - size,
             replicas_after=size,
             reason=REASONS.get(reason, reason),
-            ordered_s=max(0.0, operation["accepted_unix"] - changed_unix),
+            ordered_s=seen - changed,
             took_s=operation["elapsed_s"] if figures["capacity_s"] is None else figures["capacity_s"],
             gap_ms=gap_s * 1e3,
             recomputed=await self._recomputed() - before,

@@ -28,5 +28,9 @@ COMMANDS: dict[str, Code] = {
         "A journal has no decision of the policy to make again",
         "Let the policy decide for a while; records of another release are read by that one",
     ),
+    "tour_failed": Code(
+        "Something that `elasticmoe tour` shows did not happen, or a stream was lost or wrong",
+        "See the text; on a busy machine try again, with a longer `--timeout`",
+    ),
     "chaos_failed": Code("A promise did not hold under `elasticmoe chaos`", "Report it with its seed"),
 }
