@@ -16,7 +16,6 @@ from elasticmoe.common.transport import describe
 
 # Each module has HELP, add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
-    "tour": "elasticmoe.cli.tour.command",
     "up": "elasticmoe.cli.up",
     "down": "elasticmoe.cli.down",
     "status": "elasticmoe.cli.status",
@@ -29,6 +28,7 @@ COMMANDS = {
     "load": "elasticmoe.cli.load.command",
     "doctor": "elasticmoe.cli.doctor",
     "model": "elasticmoe.cli.model",
+    "tour": "elasticmoe.cli.tour.command",
     "bench": "elasticmoe.cli.bench.command",
     "chaos": "elasticmoe.cli.chaos",
     "completion": "elasticmoe.cli.completion",

@@ -45,6 +45,8 @@ _PATTERNS = {
     COUNT_PATTERN: f"has to be host:N, N being a number of devices from 1 to {RANKS_MAX}, or numbers of accelerators "
     "such as npu:0-7, cuda:0,cuda:2 or cuda:0/4",
     r"^[^\x00-\x1f\x7f-\x9f]*\Z": "has to be a text without control characters",
+    r"^(https?://[^\s/?#@]+(/[^\s?#]*)?)?\Z": "has to be empty, or http:// or https:// with a host, perhaps a "
+    "port and a path",
     r"^[\x21-\x7e ]{0,4096}$": "has to be at most 4096 visible ASCII characters and spaces",
 }
 _CHARS_MAX = 40

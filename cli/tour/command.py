@@ -16,6 +16,7 @@ from elasticmoe.cli.resolve import DEFAULT, resolve_model
 from elasticmoe.cli.terminal import say_json
 from elasticmoe.cli.tour.acts import REPLICAS_MAX, Tour
 from elasticmoe.cli.tour.figures import TourFigures
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ElasticMoEError
 
@@ -91,7 +92,7 @@ async def _tour(args: argparse.Namespace, console: Console) -> TourFigures:
             console.private_line(private, f"Watch it in a browser: {page} (token in {token})")
 
     tell(f"A deployment of {args.model} is started in a folder of its own.")
-    deployment = Deployment(args.model, 1, f"host:{REPLICAS_MAX}", **settings_of(args.model))
+    deployment = Deployment(args.model, 1, str(DeviceCount("host", REPLICAS_MAX)), **settings_of(args.model))
     try:
         figures = await Tour(deployment, args.seed, args.timeout, tell).run(introduce)
         await deployment.stop(_STOP_S_MAX)
