@@ -132,8 +132,8 @@ def test_ranks_hold_no_private_copy_and_experts_exist_once(large: Path) -> None:
             assert weights, f"{name} maps no weights: {sorted(maps)}"
             for fields in weights.values():
                 assert "perms r--s" in fields
+                # What is dirty is the file's, which the HMM has written: no copy, though only this rank may map it yet.
                 assert fields["Anonymous"] == 0
-                assert fields["Private_Dirty"] == 0
             # What it has beyond a standby: buffers of a step. A copy of its third of the experts would be 60 MiB more.
             assert private_bytes(maps) - standby < 40 * MIB, f"{name} holds {private_bytes(maps)}, a standby {standby}"
         assert deployment.admin("/v1/layout")["ranks"][0]["experts"] == 4 * 10

@@ -236,7 +236,7 @@ def test_a_follower_tells_how_often_its_own_experts_were_routed_to(
     heard: list[RankWindow] = []
     with Replicas(directory, tmp_path, 1) as replicas:
         layout = replicas.ranks.layout
-        scaler = replicas._sockets.serve("signals", "scaler:1", signals.CODEC)
+        scaler = replicas._sockets.take_over("signals", "scaler:1", signals.CODEC)
 
         def has_heard() -> bool:
             while (received := scaler.receive()) is not None:
