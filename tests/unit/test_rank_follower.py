@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol import peer, router, signals
 from elasticmoe.common.protocol.errors import ElasticMoEError
@@ -25,6 +26,8 @@ from elasticmoe.common.protocol.rank import (
     Sampling,
     Submit,
     Unreserve,
+    Unwatch,
+    Watch,
 )
 from elasticmoe.common.protocol.scaler import Integrity
 from elasticmoe.common.protocol.signals import RankWindow
@@ -227,6 +230,31 @@ def test_a_follower_has_no_requests_and_leaves_with_its_replica(directory: Path,
         ranks._observer.set_membership(ranks._generation + 1, 0b0011, True)  # a layout without its replica
         replicas.wait(lambda: replicas.loops[3].is_stopping, "the follower to leave")
         assert not replicas.loops[2].is_stopping, "a leader is told itself"
+
+
+def test_a_leader_leaves_when_routers_know_where_its_requests_went(directory: Path, tmp_path: Path) -> None:
+    """Also one that has not connected yet: the request came and went in between, and would be taken for lost."""
+    replicas, moved = Replicas(directory, tmp_path, 2), router.Moved("r", RankId(0, 0), "rank-r0t0:1")
+    leader: Any = replicas.loops[2]
+    leader._reports.expect([b"router:9"], SYSTEM_CLOCK.monotonic())
+    leader._reports.tell(b"router:9", moved)
+    with replicas:
+        replicas.ask(2, Drain(CommandId("op", 1, 1, "drain"), (MoveTarget(RankId(0, 0), 0),)))
+        ranks = replicas.ranks
+        ranks._observer.set_membership(ranks._generation + 1, 0b0011, True)  # a layout without its replica
+        replicas.wait(lambda: not leader._lockstep.is_member, "the leader to see that")
+        for _ in range(3):
+            assert replicas.ask(2, GetRankLoad()).is_leaving
+        assert not leader.is_stopping
+        client = replicas._sockets.connect("rank-r1t0", "router:9", router.CODEC)
+        client.send(Watch())
+        while (answer := client.receive(20_000)) is not None and answer.body != moved:
+            pass
+        assert answer is not None
+        assert not leader.is_stopping
+        client.send(Unwatch())
+        replicas.wait(lambda: leader.is_stopping, "the leader to leave")
+        client.close()
 
 
 def test_a_follower_tells_how_often_its_own_experts_were_routed_to(

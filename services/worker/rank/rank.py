@@ -181,12 +181,13 @@ class Rank(SeatLoop):
         return self._engine.resize_kv(num_blocks)
 
     def _leave_if_unneeded(self) -> None:
-        """A rank that leaves ends once the others step without it, its sequences have gone, and no router sends it
-        any more."""
+        """A rank that leaves ends once the others step without it, its sequences have gone, no router sends it any
+        more, and each has been told where to: one may still be on its way here, to a sequence that came and went."""
         if (
             self._migration.is_leaving
             and not self._lockstep.is_member
             and not (self._engine.scheduler.sequences() or self._migration.num_moving or self._watchers)
+            and not self._reports.has_unsent
         ):
             log.info("left")
             self.is_stopping = True

@@ -45,6 +45,11 @@ class Reports:
         """Whether a router is still to come: `turn` should be called within some milliseconds."""
         return bool(self._kept)
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something was said that no router has got yet."""
+        return any(self._kept.values())
+
     def expect(self, routers: Iterable[bytes], now: float) -> None:
         """Keep what is said to these until they are connected."""
         for router in routers:
