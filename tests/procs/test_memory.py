@@ -74,6 +74,11 @@ def smaps(pid: int) -> dict[str, dict[str, int]]:
     return found
 
 
+def weight_lines(pid: int) -> list[str]:
+    """Lines of /proc/PID/maps: parts of files that hold weights."""
+    return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "weights" in line]
+
+
 def private_bytes(maps: dict[str, dict[str, int]]) -> int:
     """Memory that belongs to no file: the process's own, and what it shares with the process it was forked from."""
     return sum(fields.get("Anonymous", 0) for fields in maps.values())
@@ -125,6 +130,8 @@ def test_ranks_hold_no_private_copy_and_experts_exist_once(large: Path) -> None:
             if "weights" in name
         )
         assert real == stored
+        files = memory_files(deployment.pids["hmm"])
+        inodes = {os.stat(path).st_ino for name, path in files.items() if "weights" in name}
         standby = min(private_bytes(smaps(pid)) for pid in standby_pids(deployment))
         for name, pid in deployment.rank_pids().items():
             maps = smaps(pid)
@@ -132,8 +139,9 @@ def test_ranks_hold_no_private_copy_and_experts_exist_once(large: Path) -> None:
             assert weights, f"{name} maps no weights: {sorted(maps)}"
             for fields in weights.values():
                 assert "perms r--s" in fields
-                # What is dirty is the file's, which the HMM has written: no copy, though only this rank may map it yet.
                 assert fields["Anonymous"] == 0
+            # Its pages are those of the HMM's own files: what is dirty there the HMM has written.
+            assert {int(line.split()[4]) for line in weight_lines(pid)} <= inodes
             # What it has beyond a standby: buffers of a step. A copy of its third of the experts would be 60 MiB more.
             assert private_bytes(maps) - standby < 40 * MIB, f"{name} holds {private_bytes(maps)}, a standby {standby}"
         assert deployment.admin("/v1/layout")["ranks"][0]["experts"] == 4 * 10

@@ -176,7 +176,7 @@ def test_a_step_too_large_for_a_rank_is_planned_without_what_is_largest(
         assert (replicas.failed["large"].code, replicas.failed["large"].retryable) == ("out_of_memory", True)
         check_exact(replicas, directory, prompts, 24)
         assert struck == []
-        assert 2 <= replicas.num_ended <= 12
+        assert 2 <= replicas.num_ended <= 12  # a few steps lie between; it is not tried again and again
 
 
 def test_a_follower_that_fails_again_and_again_ends(directory: Path, tmp_path: Path) -> None:
