@@ -5,8 +5,9 @@ connects a DEALER. Sockets belong to the thread that made them. Nothing here blo
 
 Facts that shaped it: a second binder of an ipc path steals it silently, so a lock file is taken first; a ROUTER drops
 messages to unknown peers unless ROUTER_MANDATORY is set; two peers with one identity lose messages, so identities are
-`name:uuid`, one per incarnation, and a client that is opened again gets a number; queues are bounded and LINGER is 0,
-so a dead peer costs neither memory nor exit time.
+`name:uuid`, one per incarnation; without ROUTER_HANDOVER a ROUTER that has not noticed the end of a connection ignores
+the next one with its identity, for ever; queues are bounded and LINGER is 0, so a dead peer costs neither memory nor
+exit time.
 """
 
 from __future__ import annotations
@@ -104,9 +105,9 @@ class Server(Generic[T]):
         self._socket = self._context.socket(zmq.ROUTER)
         _configure(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # Routers open links to ranks that left and came back, and a PushClient comes again, under the same identity.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())  # peers of other users are turned away
-        if takes_over:  # a PushClient comes again under its identity, maybe before its first connection is seen to end
-            self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.bind(f"ipc://{path}")
         os.chmod(path, 0o600)
         self._bound = _bound_at(path)
@@ -227,7 +228,7 @@ class Client(Generic[T]):
         self._codec = codec
         self._seq = 0
         self._socket = _contexts.take().socket(zmq.DEALER)
-        # A server that has not noticed the end of a connection ignores a second one with its identity, for ever.
+        # Answers to one that was closed are none to the next, whose questions have the same numbers.
         number = self._opened[path, identity]
         self._opened[path, identity] += 1
         _configure(self._socket, f"{identity}.{number}" if number else identity)

@@ -7,14 +7,17 @@ import socket
 import threading
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
+import zmq
 
 from elasticmoe.common import fdchannel, transport
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.layout import RankId
-from elasticmoe.common.protocol import keeper, pool, rank, scaler, signals
+from elasticmoe.common.protocol import keeper, pool, rank, router, scaler, signals
+from elasticmoe.common.protocol.codec import encode
 from elasticmoe.common.protocol.errors import (
     Conflict,
     DeadlineExceeded,
@@ -260,6 +263,46 @@ def test_a_client_that_is_opened_again_at_once_is_answered(server, tmp_path: Pat
         assert client.call(GetPool(), deadline_ms=5_000)[0] == PoolStatus(2, ())
         thread.join()
         client.close()
+
+
+def test_who_is_known_by_one_identity_is_heard_and_answered_by_its_latest_connection(tmp_path: Path) -> None:
+    """A router's link to a rank that left and comes back: the rank was busy when the former one was closed."""
+    with closing(Server(tmp_path / "rank.sock", new_identity("rank"), rank.CODEC)) as server, zmq.Context() as context:
+        for _ in range(20):
+            former, latest = (dealer(context, "router:1") for _ in range(2))
+            former.connect(f"ipc://{tmp_path}/rank.sock")
+            former.send(encode(rank.Watch(), sender="router:1"))
+            assert hear(server) == (b"router:1", rank.Watch())
+            former.close()
+            connected = latest.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            latest.connect(f"ipc://{tmp_path}/rank.sock")
+            latest.send(encode(rank.Cancel("latest"), sender="router:1"))
+            assert connected.poll(5_000)  # the server finds its coming and the other's end at once
+            latest.disable_monitor()
+            connected.close()
+            assert hear(server) == (b"router:1", rank.Cancel("latest"))
+            assert server.send(b"router:1", Ack())
+            assert latest.poll(5_000) and router.CODEC.decode(latest.recv()).body == Ack()
+            latest.close()
+            while server.is_connected(b"router:1"):
+                server.poll(10)
+                server.receive()
+
+
+def hear(server: Any) -> tuple[bytes, Any] | None:
+    """Who says what next; None where nothing comes."""
+    for _ in range(100):
+        server.poll(50)
+        if (received := server.receive()) is not None:
+            return received[0], received[1].body
+    return None
+
+
+def dealer(context: Any, identity: str) -> Any:
+    made = context.socket(zmq.DEALER)
+    made.setsockopt(zmq.IDENTITY, identity.encode())
+    made.setsockopt(zmq.LINGER, 0)
+    return made
 
 
 def test_clients_share_the_thread_that_moves_their_messages(server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
