@@ -13,8 +13,9 @@ from elasticmoe.cli.bench.deployment import Deployment
 from elasticmoe.cli.chaos_load import Clients
 
 MODEL = "oracle-paced"  # what a step takes does not hang on how busy this machine's cores are
-# A device of the paced model decodes some 16 streams in 40 ms; as many as the usual clients break this on one.
-ITL_S = 0.03
+# A step of the paced model takes some 12 ms, and 30 ms with as many streams as the usual clients have: they break this
+# on one device.
+ITL_S = 0.02
 # The policy's defaults wait for minutes. A run of minutes is to see it grow and shrink many times.
 PACE: dict[str, Any] = {
     "hold_s": 4.0,

@@ -92,7 +92,7 @@ async def test_it_grows_under_load_and_shrinks_after_it_and_no_stream_is_wrong(
 
 @pytest.mark.slow
 def test_chaos_lets_the_policy_decide_under_bursts_while_processes_are_killed() -> None:
-    flags = ("--minutes", "0.3", "--fault-every", "6", "--clients", "24", "--devices", "host:3", "--seed", "2")
+    flags = ("--minutes", "0.3", "--fault-every", "6", "--clients", "24", "--devices", "host:3", "--seed", "4")
     command = [sys.executable, "-m", "elasticmoe.cli.main", "chaos", "--act", *flags]
     ran = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=dict(os.environ) | {"COLUMNS": "200"}

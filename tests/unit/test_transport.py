@@ -282,7 +282,8 @@ def test_who_is_known_by_one_identity_is_heard_and_answered_by_its_latest_connec
             connected.close()
             assert hear(server) == (b"router:1", rank.Cancel("latest"))
             assert server.send(b"router:1", Ack())
-            assert latest.poll(5_000) and router.CODEC.decode(latest.recv()).body == Ack()
+            assert latest.poll(5_000)
+            assert router.CODEC.decode(latest.recv()).body == Ack()
             latest.close()
             while server.is_connected(b"router:1"):
                 server.poll(10)
