@@ -12,11 +12,11 @@ import httpx
 
 from elasticmoe.cli.arguments import WrongUsage, whole
 from elasticmoe.cli.http import local_client, why
-from elasticmoe.cli.record import living_record
 from elasticmoe.cli.sse import ServerEvent, events_of
 from elasticmoe.common.private import is_private, read_secret
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.limits import RANKS_MAX
+from elasticmoe.common.record import living_record
 
 _TIMEOUT_S = 20.0
 _SILENCE_S_MAX = 60.0  # the event stream has heartbeats

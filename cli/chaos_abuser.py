@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from elasticmoe.cli.chaos_attacks import ATTACKS, Attack, Target
-from elasticmoe.cli.record import read_record
 from elasticmoe.cli.terminal import say
 from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.record import read_record
 
 AT_ONCE = 3  # attacks under way; many more would be overload, which is another question
 PAUSE_S = 0.05

@@ -14,12 +14,12 @@ from elasticmoe.cli.arguments import number, refuse_beside, whole
 from elasticmoe.cli.http import check_url, speaks_tls, speaks_tls_text, tls_trouble, why
 from elasticmoe.cli.http import client as http_client
 from elasticmoe.cli.paths import home_dir, run_dir_of
-from elasticmoe.cli.record import living_record
 from elasticmoe.cli.settings import DEFAULTS
 from elasticmoe.cli.sse import ServerEvent, events_of
 from elasticmoe.cli.terminal import OUTPUT_FAILED, say, say_answer, typed
 from elasticmoe.common.http.keys import read_key
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.record import living_record
 
 HELP = "chat with a deployment"
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elasticmoe.cli.record import ProcessRecord, start_ticks
 from elasticmoe.cli.terminal import clean
+from elasticmoe.common.record import ProcessRecord, start_ticks
 
 _LOG_TAIL_BYTES = 16 * 1024
 _LOG_LINE_CHARS_MAX = 400

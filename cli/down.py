@@ -9,11 +9,11 @@ import signal
 from pathlib import Path
 
 from elasticmoe.cli.paths import run_dir_of
-from elasticmoe.cli.record import DAMAGED, ProcessRecord, living_record
 from elasticmoe.cli.rundir import RunDir, is_left_over
 from elasticmoe.cli.settings import parse_seconds
 from elasticmoe.cli.terminal import say
 from elasticmoe.common.protocol.errors import ConfigError, Conflict, DeadlineExceeded, ElasticMoEError
+from elasticmoe.common.record import DAMAGED, ProcessRecord, living_record
 
 HELP = "stop a deployment"
 

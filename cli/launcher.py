@@ -23,9 +23,9 @@ from elasticmoe.cli.console import Console
 from elasticmoe.cli.logs import LOOK_S, Logs
 from elasticmoe.cli.orphans import Orphans
 from elasticmoe.cli.probes import Progress
-from elasticmoe.cli.record import DownRecord, ProcessRecord
 from elasticmoe.cli.supervisor import ChildState, Exit, Fatal, Limits, decide, describe_exit
 from elasticmoe.common.protocol.errors import DeadlineExceeded, ElasticMoEError
+from elasticmoe.common.record import DownRecord, ProcessRecord
 from elasticmoe.common.ties import take_in_orphans
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import parse_qs, urlsplit
 
-from elasticmoe.cli.record import STATE_FORMAT, DeploymentRecord
 from elasticmoe.cli.settings import Settings
 from elasticmoe.common.layout import Layout, lacking
 from elasticmoe.common.protocol.errors import Conflict
+from elasticmoe.common.record import STATE_FORMAT, DeploymentRecord
 
 CODE = "state_differs"
 

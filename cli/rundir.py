@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 
 from elasticmoe.cli.paths import parent_name
-from elasticmoe.cli.record import FILE_NAME
 from elasticmoe.cli.settings import TEMPORARY
 from elasticmoe.common.config import Common, make_run_dirs
 from elasticmoe.common.private import is_private, make_private, read_private
 from elasticmoe.common.protocol.errors import ConfigError, Conflict
+from elasticmoe.common.record import FILE_NAME
 from elasticmoe.common.store import PASSWORDS
 
 ADMIN_TOKEN = "admin.token"

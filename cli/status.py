@@ -14,12 +14,12 @@ from elasticmoe.cli.admin import Admin, connect
 from elasticmoe.cli.http import client as http_client
 from elasticmoe.cli.http import why
 from elasticmoe.cli.paths import run_dir_of
-from elasticmoe.cli.record import living_record
 from elasticmoe.cli.rundir import last_failure
 from elasticmoe.cli.status_view import render
 from elasticmoe.cli.terminal import say_json, show
 from elasticmoe.cli.watch import watch
 from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.record import living_record
 
 HELP = "show a deployment's processes, devices and ranks"
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from elasticmoe.cli.console import size
-from elasticmoe.cli.record import DeploymentRecord
 from elasticmoe.cli.scale import phase_text
+from elasticmoe.common.record import DeploymentRecord
 from elasticmoe.common.wording import counted
 
 _PHASES = ("prepare", "commit", "migrate", "release")

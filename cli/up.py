@@ -26,7 +26,15 @@ from elasticmoe.cli.listeners import ADMIN, ROUTER, Listeners
 from elasticmoe.cli.logs import Logs
 from elasticmoe.cli.probes import Probe
 from elasticmoe.cli.processes import process_specs
-from elasticmoe.cli.record import (
+from elasticmoe.cli.resolve import resolve_model
+from elasticmoe.cli.rundir import RunDir
+from elasticmoe.common.config import ScalerConfig
+from elasticmoe.common.devices.names import DeviceCount
+from elasticmoe.common.fence import Fence
+from elasticmoe.common.layout import Compute, ExchangeKind
+from elasticmoe.common.private import read_secret
+from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest
+from elasticmoe.common.record import (
     DAMAGED,
     STATE_FORMAT,
     DeploymentRecord,
@@ -36,15 +44,7 @@ from elasticmoe.cli.record import (
     start_ticks,
     write_record,
 )
-from elasticmoe.cli.record import FILE_NAME as RECORD
-from elasticmoe.cli.resolve import resolve_model
-from elasticmoe.cli.rundir import RunDir
-from elasticmoe.common.config import ScalerConfig
-from elasticmoe.common.devices.names import DeviceCount
-from elasticmoe.common.fence import Fence
-from elasticmoe.common.layout import Compute, ExchangeKind
-from elasticmoe.common.private import read_secret
-from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest
+from elasticmoe.common.record import FILE_NAME as RECORD
 from elasticmoe.common.store import PASSWORDS, WRITER
 from elasticmoe.common.tracing.opening import check_tracing
 from elasticmoe.common.transport import describe

@@ -21,12 +21,12 @@ import msgspec
 
 from elasticmoe.cli.bench.http import ask
 from elasticmoe.cli.children import tied_to_us
-from elasticmoe.cli.record import DeploymentRecord, read_record
 from elasticmoe.cli.settings import importing_environment
 from elasticmoe.common.config import environment_of
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.common.record import DeploymentRecord, read_record
 
 COMMAND = [sys.executable, "-m", "elasticmoe.cli.main"]
 _TURN_S = 0.02

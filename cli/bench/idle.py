@@ -19,9 +19,9 @@ from elasticmoe.cli.admin import connect
 from elasticmoe.cli.arguments import whole
 from elasticmoe.cli.bench.deployment import running
 from elasticmoe.cli.bench.report import provenance, table, write_raw
-from elasticmoe.cli.record import read_record
 from elasticmoe.cli.settings import parse_seconds
 from elasticmoe.cli.terminal import say
+from elasticmoe.common.record import read_record
 
 SETTLE_S = 10.0  # after the start: what was begun then has ended
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")

@@ -32,6 +32,7 @@ def run(config: ScalerConfig) -> None:
         token,
         config.operation_deadline_s,
         config.admin_host,
+        config.run_path,
     )
     sock = inherited("admin") or bind(config.admin_host, config.admin_port)
     local = inherited("admin.sock")  # the same for this user's own commands, in the run directory

@@ -17,8 +17,8 @@ from typing import Any
 
 import httpx
 
-from elasticmoe.cli.record import DeploymentRecord, read_record
 from elasticmoe.common.config import environment_of
+from elasticmoe.common.record import DeploymentRecord, read_record
 from tests.history import Report, check_history
 from tests.procs.waiting import processes_of, wait_until
 from tests.shared_memory import shared_memory

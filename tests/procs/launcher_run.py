@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import IO
 
-from elasticmoe.cli.record import DeploymentRecord, read_record
 from elasticmoe.common.config import environment_of
+from elasticmoe.common.record import DeploymentRecord, read_record
 from tests.procs.waiting import processes_of, wait_until
 
 ROOT = Path(__file__).parent.parent.parent

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.devices.names import LOCAL_HOST
@@ -62,7 +63,16 @@ class Stage:
         self.port = self._listener.getsockname()[1]
         meters = Meters()
         app = build_app(
-            self.status_cache, self.commands, self.events, self.series, self.experts, meters, token, 600.0, "127.0.0.1"
+            self.status_cache,
+            self.commands,
+            self.events,
+            self.series,
+            self.experts,
+            meters,
+            token,
+            600.0,
+            "127.0.0.1",
+            Path("/nonexistent"),
         )
         self._server = serve(app, meters, 75.0)
         self._ended = threading.Event()

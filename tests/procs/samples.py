@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from elasticmoe.cli.record import start_ticks
+from elasticmoe.common.record import start_ticks
 from elasticmoe.common.store import EVENTS_MAX, LAYOUTS_MAX, OPERATIONS_MAX
 from elasticmoe.services.router.dispatch.dispatcher import LEAVE_S
 from tests.procs.clients import Load, stream_completion

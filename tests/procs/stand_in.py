@@ -157,7 +157,7 @@ def tidy_up(*_: object) -> None:
 
 def loop(code: int) -> int:
     """Live until the deployment serves, then end with `code`."""
-    from elasticmoe.cli.record import read_record
+    from elasticmoe.common.record import read_record
 
     run_dir = Path(os.environ["ELASTICMOE_RUN_DIR"])
     while (record := read_record(run_dir)) is None or record.state == "starting":

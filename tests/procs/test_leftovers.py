@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from elasticmoe.cli.main import main
-from elasticmoe.cli.record import read_record
+from elasticmoe.common.record import read_record
 from tests.procs.waiting import processes_of, wait_until
 from tests.shared_memory import FOLDER, shared_memory
 

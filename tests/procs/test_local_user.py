@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from elasticmoe.cli.main import main
-from elasticmoe.cli.record import read_record, start_ticks
 from elasticmoe.common.private import is_private, read_private
 from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.common.record import read_record, start_ticks
 from tests.procs.another_user import unused_uid
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import wait_until

@@ -344,6 +344,16 @@ def test_a_scaler_that_is_killed_leaves_a_stale_page_that_goes_on(page: Page, de
     page.wait_live()
     assert page.said("#stale") == ""
     page.browser.wait(lambda: f"fencing epoch {fence + 1}:" in page.browser.text(), "the next one's epoch is shown")
+
+    def is_its_restart_shown() -> bool:
+        """What the launcher keeps running is what the API tells, with the new process."""
+        told = deployment.admin("/v1/processes")["processes"]
+        expected = [[one["name"], one["state"], str(one["pid"]), str(one["restarts"])] for one in told]
+        shown = [row[:4] for row in page.rows("main")]
+        (scaler,) = [row for row in expected if row[0] == "scaler"]
+        return int(scaler[3]) >= 1 and all(row in shown for row in expected)
+
+    page.browser.wait(is_its_restart_shown, "its restart is shown")
     page.show("now")
     page.browser.wait(lambda: page.figures().get("replicas") == replicas, "rows come again, from the beginning")
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from elasticmoe.cli.record import read_record
+from elasticmoe.common.record import read_record
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import processes_of, wait_until
 

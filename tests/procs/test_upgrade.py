@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from elasticmoe.cli.record import STATE_FORMAT, read_record
+from elasticmoe.common.record import STATE_FORMAT, read_record
 from tests.procs.clients import check_load_against_oracle, closed_loop
 from tests.procs.recorded import RELEASES, REPLICAS_WANTED, deploy, settled, unpack
 from tests.procs.waiting import wait_until

@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from elasticmoe.cli.record import read_record
 from elasticmoe.cli.resolve import models_recipe
+from elasticmoe.common.record import read_record
 from tests.markdown import Block
 from tests.procs.waiting import free_port, wait_until
 

@@ -18,8 +18,8 @@ from elasticmoe.cli import chat, doctor, status
 from elasticmoe.cli.console import PipeConsole, PlainConsole, TerminalConsole, make_console
 from elasticmoe.cli.main import COMMANDS, main
 from elasticmoe.cli.probes import Probe, Progress
-from elasticmoe.cli.record import DeploymentRecord, ProcessRecord, start_ticks, write_record
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.record import DeploymentRecord, ProcessRecord, start_ticks, write_record
 from tests.procs.waiting import free_port
 
 

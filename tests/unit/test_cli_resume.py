@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 from elasticmoe.cli import checks, settings
-from elasticmoe.cli.record import STATE_FORMAT, DeploymentRecord, ProcessRecord
 from elasticmoe.cli.resume import Resumed, check_devices, check_resumable, differences, explain, store_name
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.errors import Conflict, Unavailable
+from elasticmoe.common.record import STATE_FORMAT, DeploymentRecord, ProcessRecord
 from tests.unit.transitions import layout_of
 
 pytestmark = pytest.mark.usefixtures("no_settings_of_the_caller")

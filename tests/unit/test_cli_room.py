@@ -9,12 +9,12 @@ import pytest
 
 from elasticmoe.cli import checks, settings, up
 from elasticmoe.cli.main import main
-from elasticmoe.cli.record import DeploymentRecord, ProcessRecord, write_record
 from elasticmoe.cli.rundir import RunDir
 from elasticmoe.common.capacity import load_of, sizes_of, weights_on
 from elasticmoe.common.families import load_spec
 from elasticmoe.common.layout import initial_layout
 from elasticmoe.common.private import make_private
+from elasticmoe.common.record import DeploymentRecord, ProcessRecord, write_record
 from elasticmoe.common.seat_sizes import size_ledger
 from tests.unit import forms
 

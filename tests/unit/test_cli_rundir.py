@@ -10,13 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from elasticmoe.cli import record
 from elasticmoe.cli.down import terminate
 from elasticmoe.cli.main import main
-from elasticmoe.cli.record import DeploymentRecord, ProcessRecord, living_record, read_record, start_ticks, write_record
 from elasticmoe.cli.rundir import RunDir, ensure_secret
+from elasticmoe.common import record
 from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.protocol.errors import ConfigError, Conflict
+from elasticmoe.common.record import (
+    DeploymentRecord,
+    ProcessRecord,
+    living_record,
+    read_record,
+    start_ticks,
+    write_record,
+)
 
 
 @pytest.fixture

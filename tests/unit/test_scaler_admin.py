@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -93,7 +94,7 @@ class Loop:
 class Listener:
     """The app with everything behind it."""
 
-    def __init__(self, snapshot: StatusSnapshot) -> None:
+    def __init__(self, snapshot: StatusSnapshot, run_dir: Path = Path("/nonexistent")) -> None:
         self.orders: list[Any] = []
         self.answer: Accepted | ElasticMoEError = Accepted(operation_of(None))
         self.loop = Loop(self._handle)
@@ -109,6 +110,7 @@ class Listener:
             "secret",
             600.0,
             "scaler",
+            run_dir,
         )
 
     def _handle(self, order: Any) -> Answer:

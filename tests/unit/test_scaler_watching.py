@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,6 +13,7 @@ import pytest
 
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.scaler import RankLoad
+from elasticmoe.common.record import FILE_NAME, DeploymentRecord, DownRecord, ProcessRecord, start_ticks, write_record
 from elasticmoe.services.scaler.api import views
 from elasticmoe.services.scaler.api.now import Board
 from elasticmoe.services.scaler.api.series import ROWS_MAX, STEPS_S, Series, row_of
@@ -151,6 +154,13 @@ def test_it_tells_who_joins_and_leaves_as_the_layout_does(plan: Any, slot: int, 
     assert now.devices[slot].rank == f"r{slot}t0"
 
 
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    made = tmp_path / "run"
+    made.mkdir(mode=0o700)
+    return made
+
+
 # ---- the routes ------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +179,61 @@ async def test_both_are_read_in_small_answers(listener: Listener) -> None:
     now = (await listener.call("GET", "/v1/now")).json()
     assert (now["replicas"], now["num_devices"], len(now["devices"])) == (2, 4, 4)
     assert (await listener.call("GET", f"/v1/now?since={now['cursor']}")).json()["devices"] == []
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def record_of(launcher_pid: int) -> DeploymentRecord:
+    def process(name: str, pid: int, restarts: int) -> ProcessRecord:
+        return ProcessRecord(name, pid, start_ticks(pid) or 1, restarts)
+
+    return DeploymentRecord(
+        state="serving",
+        launcher=process("launcher", launcher_pid, 0),
+        processes=(process("hmm", os.getpid(), 3), ProcessRecord("pool", os.getpid(), 1, 0)),
+        model="demo",
+        served_name="demo",
+        dtype="float32",
+        devices="host:1",
+        url="http://127.0.0.1:8000",
+        admin_url="http://127.0.0.1:8100",
+        port=8000,
+        admin_port=8100,
+        started_at=0.0,
+        down=(DownRecord("router", 1, "it ended", 7.5), DownRecord("scaler", 9, "it ended again", 8.5, True)),
+    )
+
+
+async def test_what_the_launcher_keeps_running_is_told(run_dir: Path) -> None:
+    write_record(run_dir, record_of(os.getpid()))
+    with closing(Listener(seen(), run_dir)) as listener:
+        told = (await listener.call("GET", "/v1/processes")).json()
+    rows = [
+        (one["name"], one["state"], one["restarts"], one["reason"], one["starts_unix"]) for one in told["processes"]
+    ]
+    assert told["is_known"]
+    assert rows == [
+        ("launcher", "running", 0, None, None),
+        ("hmm", "running", 3, None, None),
+        ("pool", "ended", 0, None, None),  # that id is another process's
+        ("router", "restarting", 1, "it ended", 7.5),
+        ("scaler", "failing", 9, "it ended again", 8.5),
+    ]
+
+
+@pytest.mark.parametrize("written", ["nothing", "of a launcher that has ended", "damaged"])
+async def test_where_no_launcher_runs_it_says_so(run_dir: Path, written: str) -> None:
+    if written == "damaged":
+        (run_dir / FILE_NAME).write_text("{")
+    elif written != "nothing":
+        write_record(
+            run_dir, msgspec.structs.replace(record_of(os.getpid()), launcher=ProcessRecord("launcher", os.getpid(), 1))
+        )
+    with closing(Listener(seen(), run_dir)) as listener:
+        told = (await listener.call("GET", "/v1/processes")).json()
+    assert (told["is_known"], told["processes"]) == (False, [])
+    assert ("damaged" if written == "damaged" else "no launcher runs here") in told["reason"]
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,16 @@ class Deployment:
         """By HTTP; the loop is this one."""
         board = StatusCache(StatusSnapshot("serving", "", None, None, None, 0, {}))
         app: Any = build_app(
-            board, self.commands, EventStream(), Series("s"), ExpertLoads(), self.meters, "secret", 600.0, "localhost"
+            board,
+            self.commands,
+            EventStream(),
+            Series("s"),
+            ExpertLoads(),
+            self.meters,
+            "secret",
+            600.0,
+            "localhost",
+            Path("/nonexistent"),
         )
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://scaler") as client:
             headers = {"Authorization": "Bearer secret"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import AsyncIterator
+from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 import msgspec
@@ -91,14 +92,15 @@ def build_app(
     token: str,
     deadline_s: float,
     host: str,
+    run_dir: FilePath,
 ) -> Door:
-    """The admin app; `deadline_s`: of operations that name none; `host`: that it listens on. Raises
-    ConfigError for an empty token."""
+    """The admin app; `deadline_s`: of operations that name none; `host`: that it listens on; `run_dir`: of the
+    deployment. Raises ConfigError for an empty token."""
     app = make_app("ElasticMoE scaler", docs.ABOUT)
     _add_views(app, status_cache, meters)
     _add_orders(app, status_cache, commands, deadline_s)
     add_policy(app, status_cache, commands)
-    add_watching(app, status_cache, series, experts)
+    add_watching(app, status_cache, series, experts, run_dir)
     _add_events(app, events)
     hosts = OwnPages(host)
     add_page(app, hosts)

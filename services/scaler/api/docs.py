@@ -55,6 +55,7 @@ ANSWERS = {
         views.Now,
         views.SeriesView,
         views.ExpertsView,
+        views.Processes,
         ScaleStatus,
         PolicyView,
         DecisionsView,

@@ -228,6 +228,21 @@ EXAMPLES: dict[str, Any] = {
             {"rank": "r0t0", "slot": 0, "device": "host:0", "experts": 2, "rows_per_step": 31.5, "imbalance": 1.05}
         ],
     },
+    "Processes": {
+        "is_known": True,
+        "reason": "",
+        "processes": [
+            {"name": "hmm", "state": "running", "pid": 4711, "restarts": 0, "reason": None, "starts_unix": None},
+            {
+                "name": "router",
+                "state": "restarting",
+                "pid": None,
+                "restarts": 1,
+                "reason": "router ended with signal SIGKILL; it logged nothing",
+                "starts_unix": 1790000000.5,
+            },
+        ],
+    },
     "ScaleStatus": {
         "instance_id": "i-9f2c61d04b7e",
         "operation_id": "grow-monday",

@@ -253,6 +253,28 @@ class Now(msgspec.Struct, frozen=True, kw_only=True):
     ranks: Annotated[list[NowRank], says("Those whose load has changed, of the ranks that told theirs lately")]
 
 
+class Process(msgspec.Struct, frozen=True, kw_only=True):
+    """A process of the deployment. Ranks and standbys are the worker pool's: /v1/layout tells of them."""
+
+    name: Annotated[str, says("What it is", "router")]
+    state: Annotated[
+        Literal["running", "ended", "restarting", "failing"],
+        says("`ended`: a moment ago; `restarting`: it is started again soon; `failing`: it does not stay up"),
+    ]
+    pid: Annotated[int | None, says("Its process id, in the launcher's namespace; null where it does not run")]
+    restarts: Annotated[int, says("How often it was started again since the deployment began")]
+    reason: Annotated[str | None, says("How it ended last; null where it runs")]
+    starts_unix: Annotated[float | None, says("When it is started again; null where it runs")]
+
+
+class Processes(msgspec.Struct, frozen=True, kw_only=True):
+    """What the launcher keeps running."""
+
+    is_known: Annotated[bool, says("A launcher runs here and has written down what it started")]
+    reason: Annotated[str, says("Why nothing is known; empty where something is")]
+    processes: Annotated[list[Process], says("Running ones first")]
+
+
 class ExpertsOfRank(msgspec.Struct, frozen=True):
     """What is routed to the experts of one rank."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastapi import FastAPI, Request, Response
 
 from elasticmoe.common.clock import SYSTEM_CLOCK
@@ -10,6 +12,7 @@ from elasticmoe.services.scaler.api import docs
 from elasticmoe.services.scaler.api.docs import describe
 from elasticmoe.services.scaler.api.experts import ExpertLoads
 from elasticmoe.services.scaler.api.now import Board
+from elasticmoe.services.scaler.api.processes import processes_view
 from elasticmoe.services.scaler.api.query import query_of
 from elasticmoe.services.scaler.api.series import STEPS_S, Series, step_of
 from elasticmoe.services.scaler.api.snapshot import StatusCache
@@ -18,8 +21,8 @@ _SINCE = ("`cursor` of an earlier answer: only what has come since is told", "sc
 _STEP_S = (f"Seconds from row to row: {' or '.join(map(str, STEPS_S))}", "1")
 
 
-def add_watching(app: FastAPI, status_cache: StatusCache, series: Series, experts: ExpertLoads) -> None:
-    """Add them to the app."""
+def add_watching(app: FastAPI, status_cache: StatusCache, series: Series, experts: ExpertLoads, run_dir: Path) -> None:
+    """Add them to the app. `run_dir`: of the deployment."""
     board = Board(series.origin)
 
     @app.get("/v1/now", **describe("Now", docs.READING, query={"since": _SINCE}))
@@ -38,3 +41,8 @@ def add_watching(app: FastAPI, status_cache: StatusCache, series: Series, expert
     async def loads() -> Response:
         """Where each expert lives, and how often it was routed to lately; how evenly that falls on the ranks."""
         return json_response(experts.read(status_cache.snapshot, SYSTEM_CLOCK.monotonic()))
+
+    @app.get("/v1/processes", **describe("Processes", docs.READING))
+    async def processes() -> Response:
+        """The processes that the launcher keeps running, and how often it has started each of them again."""
+        return json_response(processes_view(run_dir))

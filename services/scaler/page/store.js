@@ -4,8 +4,8 @@
  * connection: { state: "connecting" | "live" | "stale" | "refused", since, why }
  * now: GET /v1/now without its rows; devices: Map by name; ranks: Map by slot
  * series: by step, { at, columns }; step: that is shown
- * policy, decisions, operations, operation, layout, experts: as the API answers them; null before; last: `operations`
- *   with the newest one only
+ * policy, decisions, operations, operation, layout, experts, processes: as the API answers them; null before;
+ *   last: `operations` with the newest one only
  * asOf: by name, of `now` and of those, when it was right, in ms; Infinity: it still is
  * events: [{ id, event }], newest first; isPastTold: those that there were have come; eventsRefused: why none come
  * words: of reasons and events
@@ -26,6 +26,7 @@ export function createStore() {
     asOf: {},
     layout: null,
     experts: null,
+    processes: null,
     events: [],
     isPastTold: false,
     eventsRefused: "",

@@ -30,6 +30,7 @@ const HOUR_S = 3_600;
 function build() {
   const lead = h("div", { class: "lead" });
   const parts = h("div", {});
+  const processes = h("div", {});
   const ranks = h("div", {});
   const faults = h("div", {});
   const drawn = {};
@@ -42,7 +43,7 @@ function build() {
     patch(element, make());
   }
 
-  function update({ now, policy, layout, events, isPastTold, connection }) {
+  function update({ now, policy, layout, processes: launched, events, isPastTold, connection }) {
     const [tone, meaning] = MEANINGS[now.phase] ?? ["calm", ""];
     draw("lead", lead, [now.phase, now.reason, now.error], () => [
       h("p", {}, badge(tone, now.phase), ` ${now.reason}`),
@@ -58,6 +59,7 @@ function build() {
       ),
       () => table("Who answers", ["part", "state", "what that means"], rows(now, silent, connection)),
     );
+    draw("processes", processes, launched, () => processList(launched));
     draw("ranks", ranks, layout?.ranks, () => rankTable(layout));
     const found = events.filter(({ event }) => FAULTS.includes(event.kind));
     draw("faults", faults, [found.map(({ id }) => id), isPastTold, now.fence], () =>
@@ -71,6 +73,7 @@ function build() {
       {},
       panel("The deployment", lead),
       panel("Parts", parts),
+      panel("Processes", processes),
       panel("Ranks", ranks),
       panel("Faults and restarts", faults),
     ),
@@ -114,6 +117,24 @@ function rows(now, silent, connection) {
   ];
 }
 
+const TONES = { running: "ok", ended: "warn", restarting: "warn", failing: "bad" };
+
+function processList(launched) {
+  if (launched === null) return h("p", {}, "Loading…");
+  if (!launched.is_known) return h("p", {}, `Not known: ${launched.reason}.`);
+  return table(
+    "What the launcher keeps running",
+    ["process", "state", "pid", "restarts", "why"],
+    launched.processes.map((process) => [
+      process.name,
+      badge(TONES[process.state], process.state),
+      process.pid === null ? UNKNOWN : String(process.pid),
+      number(process.restarts),
+      process.reason === null ? "" : `${process.reason}; it starts again at ${clock(process.starts_unix)}`,
+    ]),
+  );
+}
+
 function rankTable(layout) {
   if (layout === null) return h("p", {}, "No layout is known yet.");
   return table(
@@ -155,4 +176,4 @@ function faultList(found, isPastTold, fence) {
   ];
 }
 
-export const health = { title: "Health", needs: ["policy", "layout", "events"], build };
+export const health = { title: "Health", needs: ["policy", "layout", "events", "processes"], build };
