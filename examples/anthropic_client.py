@@ -1,12 +1,14 @@
 """Anthropic's client for Python: pip install anthropic; python anthropic_client.py [URL [MODEL]]"""
 
 import json
+import os
 import sys
 
 import anthropic
 
+key = os.environ.get("ANTHROPIC_API_KEY", "none")  # of `up --api-key-file`, where there is one
 url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
-client = anthropic.Anthropic(base_url=url, api_key="none")  # the key of `up --api-key-file`, where there is one
+client = anthropic.Anthropic(base_url=url, api_key=key)
 model = sys.argv[2] if len(sys.argv) > 2 else client.models.list().data[0].id
 
 messages = [{"role": "user", "content": "What is the weather in Rome?"}]

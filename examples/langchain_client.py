@@ -1,13 +1,15 @@
 """LangChain: pip install langchain-openai; python langchain_client.py [URL [MODEL]]"""
 
 import json
+import os
 import sys
 
 import openai
 from langchain_openai import ChatOpenAI
 
+key = os.environ.get("OPENAI_API_KEY", "none")  # of `up --api-key-file`, where there is one
 url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
-where = {"base_url": f"{url}/v1", "api_key": "none"}  # the key of `up --api-key-file`, where there is one
+where = {"base_url": f"{url}/v1", "api_key": key}
 model = sys.argv[2] if len(sys.argv) > 2 else openai.OpenAI(**where).models.list().data[0].id
 
 question = "What is the weather in Rome?"

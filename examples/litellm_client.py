@@ -10,7 +10,7 @@ import openai
 
 litellm.suppress_debug_info = True  # hints that it prints beside every error
 url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
-key = "none"  # the key of `up --api-key-file`, where there is one
+key = os.environ.get("OPENAI_API_KEY", "none")  # of `up --api-key-file`, where there is one
 model = sys.argv[2] if len(sys.argv) > 2 else openai.OpenAI(base_url=f"{url}/v1", api_key=key).models.list().data[0].id
 
 messages = [{"role": "user", "content": "What is the weather in Rome?"}]

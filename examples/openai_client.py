@@ -1,12 +1,14 @@
 """OpenAI's client for Python: pip install openai; python openai_client.py [URL [MODEL]]"""
 
 import json
+import os
 import sys
 
 import openai
 
+key = os.environ.get("OPENAI_API_KEY", "none")  # of `up --api-key-file`, where there is one
 url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
-client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")  # the key of `up --api-key-file`, where there is one
+client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
 model = sys.argv[2] if len(sys.argv) > 2 else client.models.list().data[0].id
 
 messages = [{"role": "user", "content": "What is the weather in Rome?"}]

@@ -3,7 +3,8 @@
 import OpenAI from "openai";
 
 const url = process.argv[2] ?? "http://127.0.0.1:8000";
-const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "none" }); // the key of `up --api-key-file`, where there is one
+const apiKey = process.env.OPENAI_API_KEY ?? "none"; // of `up --api-key-file`, where there is one
+const client = new OpenAI({ baseURL: `${url}/v1`, apiKey });
 const model = process.argv[3] ?? (await client.models.list()).data[0].id;
 
 const asked = { model, messages: [{ role: "user", content: "What is the weather in Rome?" }], seed: 1, max_tokens: 32 };

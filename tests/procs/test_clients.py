@@ -5,6 +5,7 @@ installed from the lock file, which needs npm's registry."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,7 @@ PYTHON = {
     "litellm": ("litellm_client.py", "400 True", "404"),
 }
 NODE = "openai_client.mjs"
+KEY = "a-key-of-32-characters-for-tests"
 CLIENT_SECONDS_MAX = 120.0
 
 
@@ -52,7 +54,10 @@ def deployment(model_folder: Callable[[str], Path], tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("clients") / MODEL
     shutil.copytree(model_folder(MODEL), folder)
     configure(folder / "tokenizer_config.json", chat_template=TEMPLATE)
-    deployed = Deployment(folder, replicas=1, max_model_len=1_024).wait_ready()
+    key = folder.parent / "key"
+    key.write_text(KEY)
+    key.chmod(0o600)
+    deployed = Deployment(folder, replicas=1, max_model_len=1_024, api_key_file=key).wait_ready()
     try:
         yield deployed
         deployed.stop()
@@ -76,11 +81,22 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run(*argv: str | Path, key: str = KEY) -> subprocess.CompletedProcess[str]:
+    """Run an example, whose client takes the key from where it always does."""
+    return subprocess.run(
+        argv,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=CLIENT_SECONDS_MAX,
+        cwd="/",
+        env=dict(os.environ) | {"OPENAI_API_KEY": key, "ANTHROPIC_API_KEY": key},
+    )
+
+
 def said_by(*argv: str | Path) -> dict[str, str]:
     """What a client prints, by the words that a line begins with."""
-    done = subprocess.run(
-        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CLIENT_SECONDS_MAX, cwd="/"
-    )
+    done = run(*argv)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     begins = [max((words for words in SAID if line.startswith(f"{words} ")), key=len, default="") for line in lines]
@@ -109,6 +125,26 @@ def test_an_example_in_python(package: str, deployment: Deployment) -> None:
 
 def test_the_example_in_node(node: Path, deployment: Deployment) -> None:
     check(said_by("node", node / NODE, deployment.base_url, MODEL), *PYTHON["openai"][1:])
+
+
+def check_refused(done: subprocess.CompletedProcess[str]) -> None:
+    """It ends with the client's own error of a wrong key, which tells the router's words."""
+    assert done.returncode != 0
+    assert done.stdout == ""
+    for said in ("AuthenticationError", "401", "API key is missing or wrong"):
+        assert said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("package", PYTHON)
+def test_a_wrong_key_is_an_error_of_the_client_in_python(package: str, deployment: Deployment) -> None:
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    program = EXAMPLES / PYTHON[package][0]
+    check_refused(run(sys.executable, program, deployment.base_url, MODEL, key="another-key-of-32-characters-or-so"))
+
+
+def test_a_wrong_key_is_an_error_of_the_client_in_node(node: Path, deployment: Deployment) -> None:
+    check_refused(run("node", node / NODE, deployment.base_url, MODEL, key="another-key-of-32-characters-or-so"))
 
 
 def test_every_example_is_run() -> None:
