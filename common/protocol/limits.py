@@ -51,6 +51,10 @@ GRAMMAR_STATES_MAX = 25_000  # of its texts' automaton, 1 to 2 KB each
 VOCABULARY_BYTES_MAX = 48 * 1024 * 1024  # of all tokens' bytes
 VOCABULARY_PIECE_BYTES = 256 * 1024  # that travel in one message
 
+# Traces, by W3C
+TRACEPARENT_CHARS_MAX = 128  # of version 00 it has 55; later ones may have more
+TRACESTATE_CHARS_MAX = 512
+
 # Checkpoints
 SAFETENSORS_HEADER_BYTES_MAX = 8 * 1024 * 1024
 SAFETENSORS_TENSORS_MAX = 100_000

@@ -86,18 +86,22 @@ class Spans:
     def begin(self, carrier: Mapping[str, str]) -> OpenSpan | None:
         """The first span here of a trace: its caller's, as far as `carrier` has a `traceparent` (and a `tracestate`)
         that is one, else a new one. None where the caller does not record it, or `ratio` leaves it out."""
+        return self._first(carrier, self._ids.generate_trace_id(), self._ids.generate_span_id())
+
+    def named(self, name: str, carrier: Mapping[str, str]) -> OpenSpan | None:
+        """Like `begin`, but its ids follow from `name`, as far as they are not the caller's: whoever goes on with the
+        work goes on with them."""
+        digest = hashlib.sha256(name.encode()).digest()
+        return self._first(carrier, int.from_bytes(digest[:16]), int.from_bytes(digest[16:24]))
+
+    def _first(self, carrier: Mapping[str, str], trace_id: int, span_id: int) -> OpenSpan | None:
         outside = self._propagator.extract(carrier, Context())
         caller = get_current_span(outside).get_span_context()
-        trace_id = caller.trace_id if caller.is_valid else self._ids.generate_trace_id()
+        parent = caller if caller.is_valid else None
+        trace_id = parent.trace_id if parent is not None else trace_id
         if not self._sampler.should_sample(outside, trace_id, "").decision.is_sampled():
             return None
-        parent = caller if caller.is_valid else None
-        return OpenSpan(_place(trace_id, self._ids.generate_span_id(), parent), parent)
-
-    def named(self, name: str) -> OpenSpan:
-        """The first span of a trace whose ids follow from `name`: whoever goes on with the work goes on with them."""
-        digest = hashlib.sha256(name.encode()).digest()
-        return OpenSpan(_place(int.from_bytes(digest[:16]), int.from_bytes(digest[16:24])), None)
+        return OpenSpan(_place(trace_id, span_id, parent), parent)
 
     def write(
         self,

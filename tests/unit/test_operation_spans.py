@@ -14,7 +14,14 @@ from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import TransitionStatus
 from elasticmoe.common.tracing.spans import Spans
 from elasticmoe.services.scaler.control.operation_spans import OperationSpans
-from elasticmoe.services.scaler.operation.operation import Accounting, Operation, OperationPhase, PhaseTime
+from elasticmoe.services.scaler.operation.operation import (
+    NO_CALLER,
+    Accounting,
+    CallerTrace,
+    Operation,
+    OperationPhase,
+    PhaseTime,
+)
 from tests.clocks import PlayedClock
 from tests.unit.span_sink import Sink
 from tests.unit.transitions import UP, operation_of
@@ -57,6 +64,10 @@ class Story:
         self._writer.look(self.operation, status)
         self._writer.look(self.operation, status)  # as in most turns: nothing is new
 
+    def written(self) -> list[Any]:
+        """What has come so far."""
+        return self._sink.spans
+
     def spans(self) -> dict[str, Any]:
         """By name, with what all have to keep."""
         self.close()
@@ -64,7 +75,7 @@ class Story:
         assert len(found) == len(self._sink.spans)
         root = next(span for span in found.values() if span.name.startswith("operation "))
         others = [span for span in found.values() if span is not root]
-        assert root.parent is None
+        assert (root.parent is None) == (self.operation.caller == NO_CALLER)
         assert {span.parent.span_id for span in others} == {root.context.span_id}
         assert all(root.start_time <= span.start_time <= span.end_time <= root.end_time for span in others)
         return found
@@ -144,3 +155,23 @@ def test_another_scaler_goes_on_with_the_trace(story: Story) -> None:
     story.to("commit")
     story.to("done")
     assert story.spans().keys() == {"plan", "prepare", "commit", "operation scale_up"}
+
+
+@pytest.mark.parametrize("does_record", [True, False])
+def test_it_is_within_the_trace_of_whoever_ordered_it(story: Story, does_record: bool) -> None:
+    parent = f"00-{'ab' * 16}-{'cd' * 8}-0{int(does_record)}"
+    story.operation = msgspec.structs.replace(story.operation, caller=CallerTrace(parent))
+    story.to("prepare")
+    story.hmm("copying", 0.1)
+    story.hmm("staged", 0.4, bytes_done=70)
+    story.close()
+    story.restart()
+    story.to("done")
+    if not does_record:
+        story.close()
+        assert story.written() == []
+        return
+    found = story.spans()
+    assert found.keys() == {"plan", "prepare", "hmm copy", "operation scale_up"}
+    assert {f"{span.context.trace_id:032x}" for span in found.values()} == {"ab" * 16}
+    assert f"{found['operation scale_up'].parent.span_id:016x}" == "cd" * 8

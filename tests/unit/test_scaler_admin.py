@@ -48,7 +48,7 @@ from elasticmoe.services.scaler.control.admission import (
     repeated,
 )
 from elasticmoe.services.scaler.metrics import Meters
-from elasticmoe.services.scaler.operation.operation import Request, planned_of
+from elasticmoe.services.scaler.operation.operation import NO_CALLER, CallerTrace, Request, planned_of
 from elasticmoe.services.scaler.planning.plan import Target
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.record import PolicyRecord
@@ -89,6 +89,9 @@ class Loop:
         self._ended = True
         self._woken.set()
         self._thread.join(5)
+
+
+PARENT = f"00-{'ab' * 16}-{'cd' * 8}-01"
 
 
 class Listener:
@@ -189,6 +192,31 @@ def test_bodies_become_orders() -> None:
     with pytest.raises(InvalidRequest, match="there is no remove"):
         parse_scale(b'{"replicas": 3, "lost": true}', 600.0)
     assert parse_rebalance(b"", 9.0) == Order("", Request(deadline_s=9.0), None)
+
+
+@pytest.mark.parametrize(
+    ("headers", "caller"),
+    [
+        ([], NO_CALLER),
+        ([("traceparent", PARENT)], CallerTrace(PARENT)),
+        ([("traceparent", PARENT), ("tracestate", "a=1"), ("tracestate", "b=2")], CallerTrace(PARENT, "a=1,b=2")),
+        ([("tracestate", "a=1")], NO_CALLER),
+        ([("traceparent", PARENT), ("tracestate", "a=" + "x" * 511)], CallerTrace(PARENT)),
+        ([("traceparent", PARENT), ("traceparent", PARENT)], NO_CALLER),
+        ([("traceparent", "0" * 129)], NO_CALLER),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/scale", "/v1/rebalance"])
+async def test_an_order_brings_its_caller_s_trace(
+    listener: Listener, path: str, headers: list[tuple[str, str]], caller: CallerTrace
+) -> None:
+    transport = httpx.ASGITransport(app=listener.app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://scaler") as client:
+        sent = [("authorization", "Bearer secret"), *headers]
+        body = b'{"replicas": 3}' if path == "/v1/scale" else b""
+        answer = await client.post(path, content=body, headers=sent)
+    assert answer.status_code == 202
+    assert [order.caller for order in listener.orders] == [caller]
 
 
 async def test_a_body_without_end_is_refused(listener: Listener) -> None:

@@ -59,7 +59,7 @@ RELEASE_BEFORE: dict[str, Any] = {
 
 def of_the_release_before(operation: Operation) -> dict[str, Any]:
     record: dict[str, Any] = msgspec.to_builtins(operation)
-    del record["form"]
+    del record["form"], record["caller"]
     parts = [record.pop(name) for name in ("progress", "accounting")]
     counted = parts[1]["bytes_of"]
     parts[1]["bytes_of"] = [str(TransitionId(*counted[0])), counted[1]] if counted else ["", 0]

@@ -4,12 +4,13 @@ extra is asked for in one line where it is missing."""
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 
 import pytest
 
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.tracing.opening import open_spans
-from elasticmoe.common.tracing.spans import QUEUED_MAX, Spans
+from elasticmoe.common.tracing.spans import QUEUED_MAX, OpenSpan, Spans
 from tests.unit.span_sink import Sink
 
 TRACE, CALLER = "ab" * 16, "cd" * 8
@@ -65,9 +66,10 @@ def test_the_caller_decides_and_else_the_ratio(sink: Sink) -> None:
 def test_whoever_goes_on_with_an_operation_goes_on_with_its_trace(sink: Sink) -> None:
     first, _ = opened()
     second, _ = opened()
-    assert first.named("op-1").traceparent == second.named("op-1").traceparent != first.named("op-2").traceparent
-    first.write(first.named("op-1"), "prepare", 1.0, 2.0, {})
-    second.end(second.named("op-1"), "scale_up", 1.0, 3.0, {})
+    roots = [named(first, "op-1"), named(second, "op-1")]
+    assert roots[0].traceparent == roots[1].traceparent != named(first, "op-2").traceparent
+    first.write(roots[0], "prepare", 1.0, 2.0, {})
+    second.end(roots[1], "scale_up", 1.0, 3.0, {})
     sink.go.set()
     first.close()
     second.close()
@@ -77,9 +79,30 @@ def test_whoever_goes_on_with_an_operation_goes_on_with_its_trace(sink: Sink) ->
     assert operation.parent is None
 
 
+def test_what_is_named_is_within_its_caller_s_trace(sink: Sink) -> None:
+    spans, _ = opened()
+    asked = {"traceparent": f"00-{TRACE}-{CALLER}-01", "tracestate": "vendor=1"}
+    within, again, alone = named(spans, "op-1", asked), named(spans, "op-1", asked), named(spans, "op-1")
+    assert within == again
+    assert (within.trace_id, within.place.span_id) == (TRACE, alone.place.span_id)
+    assert within.parent is not None
+    assert f"{within.parent.span_id:016x}" == CALLER
+    assert within.place.trace_state.get("vendor") == "1"
+    assert named(spans, "op-1", {"traceparent": "00-nonsense-01"}) == alone
+    assert spans.named("op-1", {"traceparent": f"00-{TRACE}-{CALLER}-00"}) is None
+    sink.go.set()
+    spans.close()
+
+
+def named(spans: Spans, name: str, carrier: Mapping[str, str] | None = None) -> OpenSpan:
+    span = spans.named(name, carrier or {})
+    assert span is not None
+    return span
+
+
 def test_what_finds_no_room_is_counted_and_nobody_waits(sink: Sink) -> None:
     spans, lost = opened()
-    root = spans.named("root")
+    root = named(spans, "root")
     for _ in range(QUEUED_MAX + 10):
         spans.write(root, "child", 1.0, 2.0, {})
     assert sum(lost) == 10
@@ -93,7 +116,7 @@ def test_what_is_not_taken_is_counted(sink: Sink) -> None:
     sink.fails = True
     sink.go.set()
     for _ in range(100):
-        spans.write(spans.named("root"), "child", 1.0, 2.0, {})
+        spans.write(named(spans, "root"), "child", 1.0, 2.0, {})
     spans.close()
     assert sum(lost) == 100
 

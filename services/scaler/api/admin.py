@@ -35,7 +35,13 @@ from elasticmoe.services.scaler.api.page import PAGES, add_page
 from elasticmoe.services.scaler.api.policy import add_policy
 from elasticmoe.services.scaler.api.prometheus import render_metrics
 from elasticmoe.services.scaler.api.query import LIMIT, limit_of
-from elasticmoe.services.scaler.api.requests import RebalanceBody, ScaleBody, parse_rebalance, parse_scale
+from elasticmoe.services.scaler.api.requests import (
+    RebalanceBody,
+    ScaleBody,
+    caller_of,
+    parse_rebalance,
+    parse_scale,
+)
 from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import (
     StatusCache,
@@ -169,7 +175,7 @@ def _add_orders(app: FastAPI, status_cache: StatusCache, commands: CommandQueue,
     async def scale(request: Request) -> Response:
         """Grow or shrink while it serves: `replicas`, `devices` or `remove`. One operation at a time; with an `op_id` a
         repetition starts no second one. With `dry_run` only the plan is made."""
-        order = parse_scale(await request.body(), deadline_s)
+        order = parse_scale(await request.body(), deadline_s, caller_of(request.headers))
         if order.instance:
             check_instance(order.instance, status_cache.snapshot)
         try:
@@ -187,7 +193,7 @@ def _add_orders(app: FastAPI, status_cache: StatusCache, commands: CommandQueue,
     )
     async def rebalance(request: Request) -> Response:
         """Level the running requests over the replicas. The body may be empty."""
-        accepted = await commands.ask(parse_rebalance(await request.body(), deadline_s))
+        accepted = await commands.ask(parse_rebalance(await request.body(), deadline_s, caller_of(request.headers)))
         return json_response(operation_view(accepted.operation), 202)
 
     @app.delete(

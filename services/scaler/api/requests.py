@@ -7,15 +7,22 @@ from typing import Annotated
 
 import msgspec
 from msgspec import Meta
+from starlette.datastructures import Headers
 
 from elasticmoe.common.described import says
 from elasticmoe.common.http.decode import decode
 from elasticmoe.common.protocol.errors import (
     InvalidRequest,
 )
-from elasticmoe.common.protocol.limits import DEVICES_MAX, NAME_CHARS_MAX, RANKS_MAX
+from elasticmoe.common.protocol.limits import (
+    DEVICES_MAX,
+    NAME_CHARS_MAX,
+    RANKS_MAX,
+    TRACEPARENT_CHARS_MAX,
+    TRACESTATE_CHARS_MAX,
+)
 from elasticmoe.services.scaler.control.admission import Order
-from elasticmoe.services.scaler.operation.operation import Request
+from elasticmoe.services.scaler.operation.operation import NO_CALLER, CallerTrace, Request
 from elasticmoe.services.scaler.planning.plan import Target
 
 OpId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
@@ -83,7 +90,15 @@ _scale = msgspec.json.Decoder(ScaleBody, strict=True)
 _rebalance = msgspec.json.Decoder(RebalanceBody, strict=True)
 
 
-def parse_scale(raw: bytes, deadline_s: float) -> Order:
+def caller_of(headers: Headers) -> CallerTrace:
+    """The trace of whoever sends them. What W3C does not let pass is none."""
+    parents, states = headers.getlist("traceparent"), ",".join(headers.getlist("tracestate"))
+    if len(parents) != 1 or len(parents[0]) > TRACEPARENT_CHARS_MAX:
+        return NO_CALLER
+    return CallerTrace(parents[0], states if len(states) <= TRACESTATE_CHARS_MAX else "")
+
+
+def parse_scale(raw: bytes, deadline_s: float, caller: CallerTrace = NO_CALLER) -> Order:
     """The order in the body of POST /v1/scale; `deadline_s` where it names none. Raises InvalidRequest."""
     body = decode(_scale, raw)
     given = [name for name in ("replicas", "devices", "remove") if getattr(body, name) is not None]
@@ -99,13 +114,15 @@ def parse_scale(raw: bytes, deadline_s: float) -> Order:
         raise InvalidRequest(text, code="invalid_request")
     request = Request(body.replicas, devices, remove, body.reason, body.deadline_s or deadline_s, body.lost)
     target = Target(body.replicas, devices, remove, body.lost)
-    return Order(body.op_id or body.operation_id or "", request, target, body.dry_run, body.expected_instance_id or "")
+    op_id, instance = body.op_id or body.operation_id or "", body.expected_instance_id or ""
+    return Order(op_id, request, target, body.dry_run, instance, caller)
 
 
-def parse_rebalance(raw: bytes, deadline_s: float) -> Order:
+def parse_rebalance(raw: bytes, deadline_s: float, caller: CallerTrace = NO_CALLER) -> Order:
     """The order in the body of POST /v1/rebalance. Raises InvalidRequest."""
     body = decode(_rebalance, raw or b"{}")
-    return Order(body.op_id or "", Request(reason=body.reason, deadline_s=body.deadline_s or deadline_s), None)
+    request = Request(reason=body.reason, deadline_s=body.deadline_s or deadline_s)
+    return Order(body.op_id or "", request, None, caller=caller)
 
 
 def _replica(name: int | str) -> int:

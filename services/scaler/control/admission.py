@@ -33,7 +33,9 @@ from elasticmoe.services.scaler.control.audit_log import PlanMade, digest
 from elasticmoe.services.scaler.control.executor import Executor, Tell
 from elasticmoe.services.scaler.control.losses import lost_devices, lost_with, replicas_of
 from elasticmoe.services.scaler.operation.operation import (
+    NO_CALLER,
     Accounting,
+    CallerTrace,
     Figures,
     Kind,
     Operation,
@@ -65,6 +67,7 @@ class Order(msgspec.Struct, frozen=True):
     target: Target | None
     is_dry_run: bool = False
     instance: str = ""
+    caller: CallerTrace = NO_CALLER
 
 
 class CancelOperation(msgspec.Struct, frozen=True):
@@ -295,6 +298,7 @@ def accept(
         deadline_s=order.request.deadline_s,
         num_legs=len(plan.legs) if plan else 0,
         lost_before=tuple(sorted(lost_before)),
+        caller=order.caller,
         accounting=Accounting(figures=figures),
     )
 

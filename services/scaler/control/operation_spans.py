@@ -1,7 +1,7 @@
 """An operation as a trace: a span of the whole, one for each phase, and one for each thing that the HMM does for it.
 
-All of it is seen anyhow, turn by turn; spans are written when it is over. Ids follow from the operation's id, so a
-scaler that goes on with what another has begun goes on with its trace.
+All of it is seen anyhow, turn by turn; spans are written when it is over. Ids follow from the operation's id, and from
+the trace of whoever ordered it, so a scaler that goes on with what another has begun goes on with its trace.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class OperationSpans:
     def changed(self, before: Operation, after: Operation) -> None:
         """The operation has gone on. What it is over with is written."""
         now, root = self._clock.time(), self._root(after)
+        if root is None:
+            return
         if after.phase != before.phase:
             facts = {"elasticmoe.leg": before.leg + 1, "elasticmoe.attempt": before.progress.attempt + 1}
             error = after.error.code if after.error is not None and after.phase in ("abort", "aborted") else ""
@@ -50,8 +52,9 @@ class OperationSpans:
         if after.is_finished:
             self._write_whole(after, root, now)
 
-    def _root(self, operation: Operation) -> OpenSpan:
-        return self._spans.named(f"operation {operation.op_id}")
+    def _root(self, operation: Operation) -> OpenSpan | None:
+        """None where whoever ordered it does not record."""
+        return self._spans.named(f"operation {operation.op_id}", operation.caller.carrier)
 
     def _write_whole(self, operation: Operation, root: OpenSpan, now: float) -> None:
         planned, figures = operation.planned, operation.accounting.figures
@@ -103,7 +106,9 @@ class OperationSpans:
         if phase == "copying":
             facts |= {"elasticmoe.bytes": transition.bytes_done, "elasticmoe.copies": _copies(operation)}
         error = transition.error.code if transition.error is not None and transition.phase == "failed" else ""
-        self._spans.write(self._root(operation), _WORK[phase], since, now, facts, error=error)
+        root = self._root(operation)
+        if root is not None:
+            self._spans.write(root, _WORK[phase], since, now, facts, error=error)
 
 
 def _copies(operation: Operation) -> tuple[str, ...]:

@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.described import says
 from elasticmoe.common.devices.names import hardware_of
 from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.protocol.ids import CommandId, CommandKind, TransitionId
+from elasticmoe.common.protocol.limits import TRACEPARENT_CHARS_MAX, TRACESTATE_CHARS_MAX
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.services.scaler.planning.plan import Leg, Plan
 from elasticmoe.services.scaler.planning.rebalance import SequenceMove
@@ -142,12 +144,27 @@ class Accounting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     figures: Figures = Figures()
 
 
+class CallerTrace(msgspec.Struct, frozen=True):
+    """The trace of whoever ordered an operation: W3C's headers, empty where there were none."""
+
+    traceparent: Annotated[str, Meta(max_length=TRACEPARENT_CHARS_MAX)] = ""
+    tracestate: Annotated[str, Meta(max_length=TRACESTATE_CHARS_MAX)] = ""
+
+    @property
+    def carrier(self) -> dict[str, str]:
+        """As headers."""
+        return {"traceparent": self.traceparent, "tracestate": self.tracestate} if self.traceparent else {}
+
+
+NO_CALLER = CallerTrace()
+
+
 class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One operation. Changed only by the reconciler's `advance`, and by a cancel.
 
     form: of its record; store/records.py reads the one before as well
-    accepted_unix, deadline_s, planned, num_legs, lost_before: as of its acceptance; `lost_before` names the devices
-        that had been lost
+    accepted_unix, deadline_s, planned, num_legs, lost_before, caller: as of its acceptance; `lost_before` names the
+        devices that had been lost
     plan: None for a rebalance, and when it is over
     leg, phase, why: where it stands
     clock: the monotonic reading that the two sums were counted to; None after a restart
@@ -167,6 +184,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     planned: Planned | None = None
     num_legs: int = 0
     lost_before: tuple[str, ...] = ()
+    caller: CallerTrace = NO_CALLER
     leg: int = 0
     phase: OperationPhase = "plan"
     why: str = "accepted"
