@@ -7,17 +7,25 @@ import asyncio
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
+import redis
 
-from elasticmoe.common.record import STATE_FORMAT, read_record
+from elasticmoe.cli.resume import store_name
+from elasticmoe.common.record import STATE_FORMAT, read_record, write_record
 from tests.procs.clients import check_load_against_oracle, closed_loop
+from tests.procs.deployment import Deployment
 from tests.procs.recorded import RELEASES, REPLICAS_WANTED, deploy, settled, unpack
 from tests.procs.waiting import wait_until
+from tests.unit.stores import Server
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
 
+OWN, SHARED = "default", "recorded"  # names of a deployment in a store of its own, and in one that may have others
 RECORDINGS = sorted(RELEASES.glob("*.tar.gz"))
 
 
@@ -28,17 +36,52 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(made, ignore_errors=True)
 
 
+@contextmanager
+def own_store(folder: Path) -> Iterator[dict[str, Any]]:
+    """The embedded one, as it was."""
+    assert (folder / "run/store").is_dir()
+    yield {}
+
+
+@contextmanager
+def other_store(folder: Path) -> Iterator[dict[str, Any]]:
+    """What the embedded store of a recording has written down, in a server that the deployment does not start: the
+    settings that name it."""
+    server = Server(folder, folder / "run/store")
+    try:
+        left = read_record(folder / "run")
+        assert left is not None
+        write_record(folder / "run", msgspec.structs.replace(left, store=store_name(server.url)))
+        with redis.Redis.from_url(server.url, decode_responses=True) as client:
+            keys = list(client.scan_iter(f"elasticmoe:{OWN}:*"))
+            assert keys
+            for key in keys:
+                client.rename(key, key.replace(f":{OWN}:", f":{SHARED}:", 1))
+        yield {"store_url": server.url, "deployment": SHARED}
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("store", [own_store, other_store], ids=["embedded", "external"])
 @pytest.mark.parametrize("recording", RECORDINGS, ids=lambda path: path.name.removesuffix(".tar.gz"))
 def test_what_another_version_has_left_goes_on(
-    recording: Path, folder: Path, model_folder: Callable[[str], Path]
+    recording: Path,
+    store: Callable[[Path], AbstractContextManager[dict[str, Any]]],
+    folder: Path,
+    model_folder: Callable[[str], Path],
 ) -> None:
     model = settled(model_folder("oracle"), folder)
     told = unpack(recording, folder / "run", model)
     left = read_record(folder / "run")
     assert left is not None
     assert left.state_format == STATE_FORMAT, "else `up` refuses it: tests/procs/test_launcher.py"
-    deployment = deploy(model, folder).wait_ready()
+    with store(folder) as settings:
+        check_it_goes_on(deploy(model, folder, **settings), model, told)
+
+
+def check_it_goes_on(deployment: Deployment, model: Path, told: dict[str, Any]) -> None:
     try:
+        deployment.wait_ready()
         wait_until(lambda: "is served at" in deployment.output(), "`up` says where it serves")
         output = deployment.output()
         assert f"resuming the deployment that was cut off in {deployment.run_dir}" in output
