@@ -68,6 +68,9 @@ def test_parts_depend_on_the_text_alone(name: str, data: st.DataObject) -> None:
             '<tool_call>[{"name": "f", "arguments": {}} </tool_call>',
             [CallStart("f"), CallArguments("{}"), Text(" </tool_call>")],
         ),
+        # An array without a call, which is none.
+        ("hermes", "<tool_call>[]<tool_call>", [Text("<tool_call>[]<tool_call>")]),
+        ("hermes", "a <tool_call>[ ]</tool_call>", [Text("a <tool_call>[ ]</tool_call>")]),
         # The answer ends in the middle of an escape.
         ("mistral", '[TOOL_CALLS]f{"a": "b\\', [CallStart("f"), CallArguments('{"a": "b')]),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from elasticmoe.common.layout import RankId
@@ -28,16 +28,37 @@ WIDTHS = st.integers(1, 8)
 FEW = settings(max_examples=25)
 
 
+def num_turns(plant: world.Plant) -> int:
+    """Changes of the other direction than the one before."""
+    changes = [after - before for before, after in pairwise(plant.sizes) if after != before]
+    return sum((one > 0) != (other > 0) for one, other in pairwise(changes))
+
+
 @FEW
+@example(1.625, 1, 1.25)  # that much work shows little at two replicas, where a step's own time is most of it
 @given(RATES, WIDTHS, st.floats(0.8, 1.25))
 def test_a_constant_load_never_flaps(rate: float, width: int, scale: float) -> None:
     """Wherever it begins, it goes one way and stays, though the model be wrong by a quarter."""
     plant = world.Plant(width, scale=scale)
     plant.run(1_500, rate)
-    changes = [after - before for before, after in pairwise(plant.sizes) if after != before]
-    turns = sum((one > 0) != (other > 0) for one, other in pairwise(changes))
-    assert turns <= 1, changes
+    assert num_turns(plant) <= 1, plant.sizes
     assert len(set(plant.sizes[-300:])) == 1
+
+
+def test_what_no_measurement_shows_before_is_tried_once_an_hour_and_then_more_seldom() -> None:
+    class Treacherous(world.Plant):
+        """One replica does much less than two let expect."""
+
+        def load(self, requests_per_s: float) -> Any:
+            self.scale = 1.5 if self.width == 1 else 1.0
+            return super().load(requests_per_s)
+
+    plant = Treacherous(2)
+    plant.run(8 * 3_600, 1.5)
+    shrinks = [second for second, (one, other) in enumerate(pairwise(plant.sizes)) if other < one]
+    assert len(shrinks) == 4, shrinks
+    apart = [round((later - earlier) / 3_600) for earlier, later in pairwise(shrinks)]
+    assert apart == [1, 2, 4]
 
 
 @FEW

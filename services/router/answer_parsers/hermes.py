@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elasticmoe.services.router.answer_parsers.json_calls import JsonCalls
-from elasticmoe.services.router.answer_parsers.tools import Reading
+from elasticmoe.services.router.answer_parsers.tools import NoCall, Reading
 
 _END = "</tool_call>"
 
@@ -17,5 +17,7 @@ class HermesParser(JsonCalls):
 
     def _calls(self) -> Reading:
         yield from super()._calls()
+        if self._opening:  # an array of none
+            raise NoCall
         yield from self._spaces()
         yield from self._has(_END)  # a model that leaves it out has called all the same

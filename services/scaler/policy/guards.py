@@ -12,7 +12,7 @@ from elasticmoe.services.scaler.policy.demand import Demand
 from elasticmoe.services.scaler.policy.facts import Prices, WidthFacts, Widths
 from elasticmoe.services.scaler.policy.price import cost, is_worth
 from elasticmoe.services.scaler.policy.recent import Abilities
-from elasticmoe.services.scaler.policy.saturation import Saturation, capacity, predicted
+from elasticmoe.services.scaler.policy.saturation import ROUNDS, Saturation, capacity, predicted
 from elasticmoe.services.scaler.policy.state import PolicyState, Reason
 
 TRY_AGAIN = 0.9  # of the load that a width was too small for
@@ -67,7 +67,7 @@ def judge(
     is_asked = peak.requests_per_s > 0.0
     if (is_asked and after.worst >= limit) or repredicted(state, facts, peak, share, config) >= limit:
         return Verdict(Reason.WOULD_SATURATE, after)
-    if change.target <= _too_small(state, widths, demand, config):
+    if change.target <= _too_small(state, widths, demand, config, now):
         return Verdict(Reason.WOULD_SATURATE, after)
     if state.recent.kv_tokens(now - max(config.down_over_s, state.hold_s or config.hold_s)) > room(facts, config):
         return Verdict(Reason.KV_WOULD_NOT_FIT, after)
@@ -84,18 +84,17 @@ def judge(
     return Verdict(Reason.SHRINK_IDLE, after)
 
 
-def _too_small(state: PolicyState, widths: Widths, demand: Demand, config: PolicyConfig) -> int:
+def _too_small(state: PolicyState, widths: Widths, demand: Demand, config: PolicyConfig, now: float) -> int:
     """The greatest width that a flap has shown to be too small for this load; 0 for none."""
-    if state.too_small is None or demand.requests_per_s == 0.0:
+    shown = state.too_small
+    if shown is None or now - shown.at_s > shown.for_s or demand.requests_per_s == 0.0:
         return 0
-    small, failed_at = state.too_small
-    if (
-        failed_at is None
-    ):  # before a restart: the model said that it would do, and nobody knows any more how wrong it was
-        again = UNSEEN_AGAIN * capacity(widths(small), demand, config)
+    if shown.requests_per_s is None:
+        # Before a restart: the model said that it would do, and nobody knows any more how wrong it was.
+        again = UNSEEN_AGAIN * capacity(widths(shown.width), demand, config)
     else:
-        again = TRY_AGAIN * failed_at
-    return small if demand.requests_per_s >= again or again == math.inf else 0
+        again = TRY_AGAIN * shown.requests_per_s
+    return shown.width if demand.requests_per_s >= again or again == math.inf else 0
 
 
 def priced(
@@ -117,12 +116,16 @@ def priced(
 
 
 def mistaken(state: PolicyState, facts: WidthFacts, demand: Demand, config: PolicyConfig) -> float:
-    """How many times the work that the model knows of is being done, 1 at the least: what is measured at the present
-    width over what was predicted for it."""
-    expected = predicted(facts, demand, config).worst
-    if state.usual is None or expected <= 0.0:
+    """How many times the work that the model knows of is being done, 1 at the least: with so much it would predict for
+    the present width what is measured."""
+    if state.usual is None or not 0.0 < predicted(facts, demand, config).worst < state.usual:
         return 1.0
-    return min(config.saturation_max, max(1.0, state.usual / expected))
+    least, most = 1.0, config.saturation_max
+    for _ in range(ROUNDS):
+        times = (least + most) / 2
+        is_less = predicted(facts, demand.times(times), config).worst < state.usual
+        least, most = (times, most) if is_less else (least, times)
+    return most
 
 
 def room(facts: WidthFacts, config: PolicyConfig) -> float:

@@ -15,8 +15,9 @@ import msgspec
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.facts import DeploymentFacts
 from elasticmoe.services.scaler.policy.recent import Excess
-from elasticmoe.services.scaler.policy.state import PolicyState, ScaleOrder
+from elasticmoe.services.scaler.policy.state import PolicyState, ScaleOrder, TooSmall
 
+SHOWN_S, SHOWN_S_MAX = 3_600.0, 86_400.0  # for which a flap counts against the width: no more than one an hour
 _ID = re.compile(r"policy-([0-9]{1,9})-[0-9]+\.[0-9]{3}")
 _replace = msgspec.structs.replace
 
@@ -51,8 +52,16 @@ def resized(config: PolicyConfig, state: PolicyState, width: int, target: int, n
         if dwell <= config.flap_s:
             hold = min(config.hold_max_s, 2 * (state.hold_s or config.hold_s))
             level = state.recent.level(now - config.down_over_s) if state.recent.entries else None
-            state = _replace(state, flap_s=now, hold_s=hold, too_small=(width, level))
+            state = _replace(state, flap_s=now, hold_s=hold, too_small=_shown(state.too_small, width, level, now))
     return _replace(state, grown_s=now)
+
+
+def _shown(before: TooSmall | None, width: int, level: float | None, now: float) -> TooSmall:
+    """What a flap back from `width` shows. One more, soon after the width was tried again, counts for twice as long: a
+    load that stays as it is costs fewer and fewer trials."""
+    is_again = before is not None and before.width == width and now - before.at_s <= 2 * before.for_s
+    for_s = min(SHOWN_S_MAX, 2 * before.for_s) if before is not None and is_again else SHOWN_S
+    return TooSmall(width, level, now, for_s)
 
 
 def followed(config: PolicyConfig, state: PolicyState, deployment: DeploymentFacts, now: float) -> PolicyState:
@@ -73,7 +82,7 @@ def forgetting(config: PolicyConfig, state: PolicyState, now: float) -> PolicySt
     """Without what lies too far behind to count."""
     state = _replace(state, sent_s=tuple(at for at in state.sent_s if at > now - config.operations_over_s))
     if state.flap_s is not None and now - state.flap_s > max(config.hold_max_s, state.hold_s or 0.0):
-        return _replace(state, flap_s=None, hold_s=None, too_small=None)
+        return _replace(state, flap_s=None, hold_s=None)
     return state
 
 

@@ -67,6 +67,16 @@ class AdvisedSize(msgspec.Struct, frozen=True):
     at_s: float
 
 
+class TooSmall(msgspec.Struct, frozen=True):
+    """What a flap has shown at `at_s`: `width` was too small for `requests_per_s` (None where that was not seen). It
+    counts for `for_s`."""
+
+    width: int
+    requests_per_s: float | None
+    at_s: float
+    for_s: float
+
+
 class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     """All that outlives a turn.
 
@@ -81,8 +91,7 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     sent_s: of the orders in `operations_over_s`
     grown_s, shrunk_s: when the last growth and the last shrink were ordered, or, by others, made
     hold_s: before the next shrink, None: as configured
-    flap_s: when the last flap was; `too_small`: the width that it showed to be too small, and for how many requests
-        per second, None where that was not seen
+    flap_s: when the last flap was, while it counts for `hold_s`; `too_small`: what it has shown
     cancelled: the operation that was told to give way last
     refused_until_s: no order before
     dwell_s: mean time from a shrink to the growth after it, None before the first
@@ -106,7 +115,7 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     shrunk_s: float | None = None
     hold_s: float | None = None
     flap_s: float | None = None
-    too_small: tuple[int, float | None] | None = None
+    too_small: TooSmall | None = None
     cancelled: str | None = None
     refused_until_s: float | None = None
     dwell_s: float | None = None
