@@ -1,7 +1,9 @@
 """A byte-level tokenizer for models without a trained one: token id 0..255 is that byte, then four special tokens.
 
 Any text round-trips, and a test can read token ids as bytes. A larger vocabulary is filled up with words that encoding
-never produces but that decode to something printable, so that whatever a random model samples can be shown.
+never produces but that decode to something printable, so that whatever a random model samples can be shown. Where there
+are three of them, the last one is the two before in one: by that there is a merge, which never applies, because no
+merge makes its parts of bytes. llama.cpp's converter refuses a list of merges that is empty.
 """
 
 from pathlib import Path
@@ -15,6 +17,7 @@ BOS, EOS, USER, ASSISTANT = "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = (BOS, EOS, USER, ASSISTANT)
 BOS_ID, EOS_ID = NUM_BYTES, NUM_BYTES + 1
 VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS)
+MERGED_FILLERS_MIN = 3
 
 CHAT_TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}"
@@ -36,8 +39,12 @@ def build_byte_tokenizer(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
         raise ValueError(f"the byte-level tokenizer can fill a vocabulary of at most {limit}, got {vocab_size}")
     vocab = {char: byte for byte, char in enumerate(_byte_chars())}
     vocab |= {token: NUM_BYTES + index for index, token in enumerate(SPECIAL_TOKENS)}
-    vocab |= {_filler(index): VOCAB_SIZE + index for index in range(vocab_size - VOCAB_SIZE)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    fillers = [_filler(index) for index in range(vocab_size - VOCAB_SIZE)]
+    merges = [(fillers[-3], fillers[-2])] if len(fillers) >= MERGED_FILLERS_MIN else []
+    for left, right in merges:
+        fillers[-1] = left + right
+    vocab |= {filler: VOCAB_SIZE + index for index, filler in enumerate(fillers)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])

@@ -284,6 +284,24 @@ def test_a_filled_up_vocabulary_decodes_every_id_to_a_distinct_printable_word() 
     assert tokenizer.encode(words[0]).ids == list(words[0].encode())
 
 
+@pytest.mark.parametrize(("vocab_size", "num_merges"), [(260, 0), (262, 0), (263, 1), (32_768, 1)])
+def test_there_is_a_merge_which_never_applies(vocab_size: int, num_merges: int, tmp_path: Path) -> None:
+    """llama.cpp's converter refuses a list of merges that is empty."""
+    byte_tokenizer.write_byte_tokenizer(tmp_path, vocab_size=vocab_size)
+    merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+    assert len(merges) == num_merges
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    words = [tokenizer.decode([token]) for token in range(vocab_size)]
+    assert len(set(words[byte_tokenizer.VOCAB_SIZE :])) == vocab_size - byte_tokenizer.VOCAB_SIZE
+    assert len(gguf.SpecialVocab(tmp_path, load_merges=True).merges) == num_merges  # as the converter reads them
+    if num_merges:
+        assert words[-1] == words[-3] + words[-2]
+        assert words[-1].isprintable()
+        for text in (words[-1], words[-1] * 3, words[-3] + words[-1]):
+            assert tokenizer.encode(text).ids == list(text.encode())
+
+
+
 @pytest.mark.parametrize("vocab_size", [259, 10**6])
 def test_a_vocabulary_out_of_bounds_is_refused(vocab_size: int) -> None:
     with pytest.raises(ValueError, match=str(vocab_size)):
