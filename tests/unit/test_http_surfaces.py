@@ -135,6 +135,7 @@ def admin() -> App:
         "t",
         60.0,
         "localhost",
+        Path("/nonexistent"),
     )
 
 

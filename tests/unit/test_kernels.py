@@ -37,12 +37,22 @@ def test_best_set_is_first_and_unknown_ones_are_refused() -> None:
 @pytest.mark.parametrize(("width", "depth"), [(1, 1), (5, 7), (64, 96), (33, 100), (130, 257), (260, 1024)])
 def test_linear(dtype: torch.dtype, width: int, depth: int) -> None:
     w_WH = random(width, depth, seed=1).to(dtype)
-    for rows in (0, 1, 2, 3, 5, 6, 7, 13, 40):
+    for rows in (0, 1, 2, 3, 5, 6, 7, 8, 9, 13, 16, 17, 40):
         x_NH = random(rows, depth)
         want = exact(x_NH, w_WH)
         if rows:
             assert_close(linear(x_NH, w_WH), want)
             assert_close(linear(x_NH, w_WH, torch.ones(rows, width)), want + 1)
+
+
+@BY_DTYPE
+@pytest.mark.parametrize(("width", "depth"), [(1, 7), (70, 96), (200, 500)])
+def test_company_does_not_change_a_bit_of_a_product(dtype: torch.dtype, width: int, depth: int) -> None:
+    """Whatever tile its rows and the columns fall into."""
+    w_WH, x_NH = random(width, depth, seed=1).to(dtype), random(40, depth)
+    alone = torch.cat([linear(x_NH[row : row + 1], w_WH) for row in range(40)])
+    for rows in (2, 6, 7, 8, 9, 12, 15, 16, 17, 25, 40):
+        assert torch.equal(linear(x_NH[:rows], w_WH), alone[:rows]), rows
 
 
 @BY_DTYPE

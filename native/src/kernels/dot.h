@@ -8,16 +8,30 @@
 
 namespace elasticmoe::kernels::ELASTICMOE_ISA {
 
-// Registers: kTileRows × kTileCols running sums, kTileCols weights, one x.
+// Registers: kTileRows × kTileCols running sums, kTileCols weights, one x. A block of a product may have more rows
+// where there are 32 registers: its tiles have fewer columns, and each weight is widened once for all of its rows.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-inline constexpr int64_t kTileRows = 3;
+inline constexpr int64_t kTileRows = 3, kBlockRows = 3;
+#elif defined(__AVX512F__)
+inline constexpr int64_t kTileRows = 6, kBlockRows = 8;
 #else
-inline constexpr int64_t kTileRows = 6;
+inline constexpr int64_t kTileRows = 6, kBlockRows = 6;
 #endif
 inline constexpr int64_t kTileCols = 4;
 inline constexpr int64_t kLineBytes = 64;
 
-// What to fetch while a tile is computed: `lines` cache lines from `from` for each kStep of k.
+// Columns of a tile with so many rows.
+constexpr int64_t tile_cols(int64_t num_rows) {
+  return num_rows == 1 ? 2 * kTileCols : num_rows <= kTileRows ? kTileCols : kTileCols - 1;
+}
+
+// Of a panel: whole tiles of any number of rows.
+inline constexpr int64_t kPanelCols = kBlockRows > kTileRows ? 6 * kTileCols : 2 * kTileCols;
+// So far before it is needed weights are fetched: memory may take longer than one tile.
+inline constexpr int64_t kTilesAhead = 2;
+
+// What to fetch into the second-level cache while a tile is computed: `lines` cache lines from `from` for each kStep of
+// k. The first level has no room for it beside the rows and the tile's own weights.
 struct Ahead {
   const char* from = nullptr;
   int64_t lines = 0;
@@ -42,18 +56,19 @@ inline void accumulate_all(F32 (&sums)[kRows][kCols], const float* x, const type
   if constexpr (T::kParts == 2) accumulate<T, 1>(sums, x, w, w_stride);
 }
 
-template <int64_t kQuad>
+// The first kCount sums of a quad.
+template <int64_t kQuad, int64_t kCount>
 inline void store_quad(F32 sums, float* out, bool add) {
   F32x4 result = quad<kQuad>(sums);
   if (add) {
-    F32x4 before;
-    std::memcpy(&before, out, sizeof before);
+    F32x4 before = {};
+    std::memcpy(&before, out, kCount * sizeof(float));
     result += before;
   }
-  std::memcpy(out, &result, sizeof result);
+  std::memcpy(out, &result, kCount * sizeof(float));
 }
 
-// Sum up the vectors of a tile: kQuads rows and four columns at a time.
+// Sum up the vectors of a tile: kQuads rows and up to four columns at a time.
 template <int64_t kRows, int64_t kCols>
 inline void store_sums(const F32 (&sums)[kRows][kCols], float* out, int64_t out_stride, bool add) {
   if constexpr (kCols == 1) {
@@ -66,23 +81,26 @@ inline void store_sums(const F32 (&sums)[kRows][kCols], float* out, int64_t out_
     for (int64_t first = 0; first < kRows; first += kQuads) {
 #pragma GCC unroll 2
       for (int64_t n = 0; n < kCols; n += 4) {
+        constexpr int64_t kCount = kCols < 4 ? kCols : 4;
         F32 folded[4];
 #pragma GCC unroll 4
         for (int64_t i = 0; i < 4; ++i) {
           F32 rows[kQuads];
 #pragma GCC unroll 4
-          for (int64_t q = 0; q < kQuads; ++q) rows[q] = sums[first + q < kRows ? first + q : kRows - 1][n + i];
+          for (int64_t q = 0; q < kQuads; ++q) {
+            rows[q] = sums[first + q < kRows ? first + q : kRows - 1][i < kCount ? n + i : n];
+          }
           folded[i] = fold(rows);
         }
         const F32 results = sum_quads(folded[0], folded[1], folded[2], folded[3]);
         float* to = out + first * out_stride + n;
-        store_quad<0>(results, to, add);
+        store_quad<0, kCount>(results, to, add);
         if constexpr (kQuads > 1) {
-          if (first + 1 < kRows) store_quad<1>(results, to + out_stride, add);
+          if (first + 1 < kRows) store_quad<1, kCount>(results, to + out_stride, add);
         }
         if constexpr (kQuads > 2) {
-          if (first + 2 < kRows) store_quad<2>(results, to + 2 * out_stride, add);
-          if (first + 3 < kRows) store_quad<3>(results, to + 3 * out_stride, add);
+          if (first + 2 < kRows) store_quad<2, kCount>(results, to + 2 * out_stride, add);
+          if (first + 3 < kRows) store_quad<3, kCount>(results, to + 3 * out_stride, add);
         }
       }
     }
@@ -97,7 +115,7 @@ void dot_tile(const float* x, const typename T::Element* w, int64_t w_stride, in
   F32 sums[kRows][kCols] = {};
   int64_t k = 0;
   for (; k + T::kStep <= depth; k += T::kStep) {
-    for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + line * kLineBytes, 0, 3);
+    for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + line * kLineBytes, 0, 2);
     ahead.from += ahead.lines * kLineBytes;
     accumulate_all<T>(sums, x + k * kRows, w + k, w_stride);
   }
@@ -111,11 +129,11 @@ void dot_tile(const float* x, const typename T::Element* w, int64_t w_stride, in
   store_sums(sums, out, out_stride, add);
 }
 
-// `num_rows` <= kTileRows rows against `num_cols` weights.
+// kRows <= kBlockRows rows against `num_cols` weights.
 template <typename T, int64_t kRows>
 void dot_rows(const float* x, const typename T::Element* w, int64_t w_stride, int64_t num_cols, int64_t depth,
               float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes) {
-  constexpr int64_t kCols = kRows == 1 ? 2 * kTileCols : kTileCols;
+  constexpr int64_t kCols = tile_cols(kRows);
   int64_t n = 0;
   for (; n + kCols <= num_cols; n += kCols) {
     dot_tile<T, kRows, kCols>(x, w + n * w_stride, w_stride, depth, out + n, out_stride, add, ahead);
@@ -131,7 +149,7 @@ void dot_block(int64_t num_rows, const float* x, const typename T::Element* w, i
                int64_t depth, float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes) {
 #define ELASTICMOE_ROWS(rows)                                                                            \
   case rows:                                                                                             \
-    if constexpr (rows <= kTileRows) {                                                                   \
+    if constexpr (rows <= kBlockRows) {                                                                  \
       dot_rows<T, rows>(x, w, w_stride, num_cols, depth, out, out_stride, add, ahead, ahead_tile_bytes); \
     }                                                                                                    \
     break
@@ -142,6 +160,8 @@ void dot_block(int64_t num_rows, const float* x, const typename T::Element* w, i
     ELASTICMOE_ROWS(4);
     ELASTICMOE_ROWS(5);
     ELASTICMOE_ROWS(6);
+    ELASTICMOE_ROWS(7);
+    ELASTICMOE_ROWS(8);
   }
 #undef ELASTICMOE_ROWS
 }
@@ -154,30 +174,32 @@ inline int64_t panel_bytes(int64_t num_blocks) {
   return bytes < kLeast ? kLeast : bytes > kMost ? kMost : bytes;
 }
 
-// The rows are computed in blocks of nearly equal size.
+// The rows are computed in blocks of nearly equal size, of kMost rows at the most.
+template <int64_t kMost>
 inline int64_t num_row_blocks(int64_t num_rows) {
-  return (num_rows + kTileRows - 1) / kTileRows;
+  return (num_rows + kMost - 1) / kMost;
 }
+template <int64_t kMost>
 inline int64_t block_end(int64_t num_rows, int64_t block) {
-  return num_rows * (block + 1) / num_row_blocks(num_rows);
+  return num_rows * (block + 1) / num_row_blocks<kMost>(num_rows);
 }
 
-// Pack rows for `product`: block after block. `row_at(i)` is the address of row i. `to` has room for num_rows ×
+// Pack rows for blocks of kMost: block after block. `row_at(i)` is the address of row i. `to` has room for num_rows ×
 // padded<T>(depth).
-template <typename T, typename RowAt>
+template <typename T, int64_t kMost = kBlockRows, typename RowAt>
 void pack_rows(RowAt row_at, int64_t num_rows, int64_t depth, float* to) {
   int64_t row = 0;
   for (int64_t block = 0; row < num_rows; ++block) {
-    const int64_t begin = row, end = block_end(num_rows, block);
+    const int64_t begin = row, end = block_end<kMost>(num_rows, block);
     for (; row < end; ++row) {
       pack<T>(row_at(row), depth, to + begin * padded<T>(depth) + (row - begin) * kLanes, (end - begin) * kLanes);
     }
   }
 }
 
-template <typename T>
+template <typename T, int64_t kMost = kBlockRows>
 void pack_rows(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, float* to) {
-  pack_rows<T>([=](int64_t row) { return x + row * x_stride; }, num_rows, depth, to);
+  pack_rows<T, kMost>([=](int64_t row) { return x + row * x_stride; }, num_rows, depth, to);
 }
 
 // out[m, n] (+)= x[m] · w[n] for x from `pack_rows` and contiguous w.
@@ -186,31 +208,27 @@ void product(const float* x, int64_t num_rows, const typename T::Element* w, int
              float* out, int64_t out_stride, bool add) {
   if (num_rows == 0) return;
   const int64_t x_stride = padded<T>(depth);
-  const int64_t num_blocks = num_row_blocks(num_rows);
+  const int64_t num_blocks = num_row_blocks<kBlockRows>(num_rows);
   const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(typename T::Element));
-  const bool single = num_blocks == 1;
-  int64_t panel = num_cols;
-  if (!single) {
-    panel = panel_bytes(num_blocks) / row_bytes / (2 * kTileCols) * (2 * kTileCols);
-    if (panel < 2 * kTileCols) panel = 2 * kTileCols;
+  if (num_blocks == 1) {  // each tile fetches what is kTilesAhead tiles after it
+    const int64_t cols = tile_cols(num_rows);
+    const Ahead ahead{reinterpret_cast<const char*>(w + kTilesAhead * cols * depth), cols};
+    dot_block<T>(num_rows, x, w, depth, num_cols, depth, out, out_stride, add, ahead, cols * row_bytes);
+    return;
   }
-  // Each tile fetches its share of the panel (or tile) after this one.
-  const int64_t tile_cols = single && num_rows == 1 ? 2 * kTileCols : kTileCols;
-  const int64_t lines = single ? tile_cols : (kTileCols + num_blocks - 1) / num_blocks;
-  const int64_t ahead_tile_bytes = single ? tile_cols * row_bytes : kTileCols * row_bytes * lines / kTileCols;
+  int64_t panel = panel_bytes(num_blocks) / row_bytes / kPanelCols * kPanelCols;
+  if (panel < kPanelCols) panel = kPanelCols;
+  const int64_t lines = (kTileCols + num_blocks - 1) / num_blocks;
   for (int64_t n = 0; n < num_cols; n += panel) {
     const int64_t cols = num_cols - n < panel ? num_cols - n : panel;
-    const char* next = reinterpret_cast<const char*>(w + (n + (single ? tile_cols : panel)) * depth);
-    int64_t row = 0;
+    const char* next = reinterpret_cast<const char*>(w + (n + panel) * depth);
+    int64_t row = 0, fetched = 0;  // bytes of the next panel: each tile fetches its share
     for (int64_t block = 0; block < num_blocks; ++block) {
-      const int64_t end = block_end(num_rows, block);
-      Ahead ahead{next, lines};
-      if (!single) {
-        const int64_t begin_bytes = block * (panel / kTileCols) * ahead_tile_bytes;
-        ahead = begin_bytes < panel * row_bytes ? Ahead{next + begin_bytes, lines} : Ahead{};
-      }
+      const int64_t end = block_end<kBlockRows>(num_rows, block);
+      const Ahead ahead = fetched < panel * row_bytes ? Ahead{next + fetched, lines} : Ahead{};
       dot_block<T>(end - row, x + row * x_stride, w + n * depth, depth, cols, depth, out + row * out_stride + n,
-                   out_stride, add, ahead, ahead_tile_bytes);
+                   out_stride, add, ahead, lines * row_bytes);
+      fetched += cols / tile_cols(end - row) * lines * row_bytes;
       row = end;
     }
   }
