@@ -215,8 +215,8 @@ def test_a_real_group_counts(real_group: Path) -> None:
         "import json, os, sys; from pathlib import Path; Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))"
     )
     code += "; from elasticmoe.cli import doctor; from elasticmoe.common import machine"
-    code += "; rooms = [machine.group_room()]; available = machine.available_bytes(); rooms.append(machine.group_room())"
-    code += "; print(json.dumps([available, rooms, doctor.check_memory().text]))"
+    code += "; before, available, after = machine.group_room(), machine.available_bytes(), machine.group_room()"
+    code += "; print(json.dumps([available, [before, after], doctor.check_memory().text]))"
     done = subprocess.run([sys.executable, "-c", code, str(real_group)], capture_output=True, text=True, check=False)
     if "cgroup.procs" in done.stderr or "PermissionError" in done.stderr:
         pytest.skip(f"no process can be moved to a control group here: {done.stderr.splitlines()[-1]}")
