@@ -15,39 +15,15 @@
 #include <string>
 #include <vector>
 
+#include "bench.h"
 #include "kernels/api.h"
 
+using namespace elasticmoe::bench;
 using namespace elasticmoe::kernels;
 
 namespace {
 
 constexpr int64_t kBlockSize = 16;
-constexpr int64_t kVector = 16;  // floats: compiled for the machine that it runs on
-using Vector = float __attribute__((vector_size(kVector * 4)));
-
-// Of this thread on a processor.
-double seconds_of(const std::function<void()>& work) {
-  const auto now = [] {
-    timespec time;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-  };
-  const double start = now();
-  work();
-  return now() - start;
-}
-
-// bfloat16 numbers between 0.5 and 1 of either sign: of no use but to be read.
-std::vector<uint16_t> make_numbers(int64_t count) {
-  std::mt19937 random(1);
-  std::vector<uint16_t> numbers(static_cast<size_t>(count));
-  for (uint16_t& number : numbers) {
-    const uint32_t bits = random();
-    number = static_cast<uint16_t>(0x3f00u | (bits & 0x7fu) | (bits & 0x8000u));
-  }
-  return numbers;
-}
-
 // Steps of one row for each of their sequences, which have `context` tokens on blocks that lie anywhere.
 struct Steps {
   std::vector<uint16_t> memory;
@@ -109,34 +85,6 @@ struct Steps {
     return total;
   }
 };
-
-double fma_gflops() {
-  constexpr int64_t kChains = 12, kRounds = 200'000;
-  static volatile float factor = 0.999f;
-  [[maybe_unused]] static volatile float kept;
-  const double seconds = seconds_of([] {
-    Vector sums[kChains] = {};
-    const Vector x = factor - Vector{}, y = 0.5f - Vector{};
-    for (int64_t round = 0; round < kRounds; ++round) {
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kChains; ++i) {
-        sums[i] = sums[i] * x + y;
-        asm volatile("" : "+v"(sums[i]));
-      }
-    }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kChains; ++i) kept = sums[i][0];
-  });
-  return 2.0 * kChains * kVector * kRounds / seconds * 1e-9;
-}
-
-std::vector<float> make_floats(int64_t count) {
-  std::mt19937 random(3);
-  std::normal_distribution<float> normal;
-  std::vector<float> floats(static_cast<size_t>(count));
-  for (float& value : floats) value = normal(random);
-  return floats;
-}
 
 struct Figure {
   std::string name;

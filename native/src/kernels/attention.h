@@ -162,13 +162,13 @@ template <typename T>
 void score_keys(const QueryTile& tile, const HeadCache<T>& head, int64_t first, int64_t count, int64_t last) {
   const int64_t dim = head.cache.width, size = head.cache.block_size;
   const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(typename T::Element));
-  const int64_t num_row_tiles = num_row_blocks<kTileRows>(tile.num_rows);
+  const int64_t num_row_tiles = num_row_blocks(tile.num_rows);
   for (int64_t at = 0; at < count; at += size) {
     const int64_t keys = count - at < size ? count - at : size;
     const int64_t index = first + at / size;
     Ahead ahead{reinterpret_cast<const char*>(head.keys(index < last ? index + 1 : last)), kTileCols};
     for (int64_t block = 0, row = 0; block < num_row_tiles; ++block) {
-      const int64_t end = block_end<kTileRows>(tile.num_rows, block);
+      const int64_t end = block_end(tile.num_rows, block);
       dot_block<T>(end - row, tile.packed + row * padded<T>(dim), head.keys(index), dim, keys, dim,
                    tile.scores + row * tile.stride + at, tile.stride, false, ahead, kTileCols * row_bytes);
       row = end;
@@ -181,13 +181,13 @@ void score_keys(const QueryTile& tile, const HeadCache<T>& head, int64_t first, 
 template <typename T>
 void add_values_of(const QueryTile& tile, const HeadCache<T>& head, int64_t first, int64_t count, int64_t last) {
   const int64_t dim = head.cache.width, size = head.cache.block_size;
-  const int64_t num_row_tiles = num_row_blocks<kTileRows>(tile.num_rows);
+  const int64_t num_row_tiles = num_row_blocks(tile.num_rows);
   for (int64_t at = 0; at < count; at += size) {
     const int64_t keys = count - at < size ? count - at : size;
     const int64_t index = first + at / size;
     const char* ahead = reinterpret_cast<const char*>(head.values(index < last ? index + 1 : last));
     for (int64_t block = 0, row = 0; block < num_row_tiles; ++block) {
-      const int64_t end = block_end<kTileRows>(tile.num_rows, block);
+      const int64_t end = block_end(tile.num_rows, block);
       add_value_block<T>(end - row, tile.scores + row * tile.stride + at, tile.stride, head.values(index), keys, dim,
                          tile.sums + row * tile.sums_stride, tile.sums_stride, ahead);
       row = end;
@@ -257,7 +257,7 @@ void attention_as(const Attention& a) {
           return (row + i / per_query) * row_width + (h * per_query + i % per_query) * dim;
         };
         reset(tile, count * per_query, first_position + row - begin);
-        pack_rows<T, kTileRows>([&](int64_t i) { return a.qkv + offset(i); }, tile.num_rows, dim, tile.packed);
+        pack_rows<T>([&](int64_t i) { return a.qkv + offset(i); }, tile.num_rows, dim, tile.packed);
         attend<T>(tile, head, tile.first_position + count, a.scale,
                   [&](int64_t first, int64_t keys, int64_t last) { add_values_of<T>(tile, head, first, keys, last); });
         for (int64_t i = 0; i < tile.num_rows; ++i) {

@@ -8,25 +8,22 @@
 
 namespace elasticmoe::kernels::ELASTICMOE_ISA {
 
-// Registers: kTileRows × kTileCols running sums, kTileCols weights, one x. A block of a product may have more rows
-// where there are 32 registers: its tiles have fewer columns, and each weight is widened once for all of its rows.
+// Registers: kTileRows × kTileCols running sums, kTileCols weights, one x. (Eight rows and three columns, which need as
+// many and widen each weight once for more rows, are a quarter slower: the rows do not fit into the first-level cache.)
 #if defined(__AVX2__) && !defined(__AVX512F__)
-inline constexpr int64_t kTileRows = 3, kBlockRows = 3;
-#elif defined(__AVX512F__)
-inline constexpr int64_t kTileRows = 6, kBlockRows = 8;
+inline constexpr int64_t kTileRows = 3;
 #else
-inline constexpr int64_t kTileRows = 6, kBlockRows = 6;
+inline constexpr int64_t kTileRows = 6;
 #endif
 inline constexpr int64_t kTileCols = 4;
 inline constexpr int64_t kLineBytes = 64;
 
 // Columns of a tile with so many rows.
 constexpr int64_t tile_cols(int64_t num_rows) {
-  return num_rows == 1 ? 2 * kTileCols : num_rows <= kTileRows ? kTileCols : kTileCols - 1;
+  return num_rows == 1 ? 2 * kTileCols : kTileCols;
 }
 
-// Of a panel: whole tiles of any number of rows.
-inline constexpr int64_t kPanelCols = kBlockRows > kTileRows ? 6 * kTileCols : 2 * kTileCols;
+inline constexpr int64_t kPanelCols = 2 * kTileCols;  // or a multiple: whole tiles of any number of rows
 // So far before it is needed weights are fetched: memory may take longer than one tile.
 inline constexpr int64_t kTilesAhead = 2;
 
@@ -56,19 +53,18 @@ inline void accumulate_all(F32 (&sums)[kRows][kCols], const float* x, const type
   if constexpr (T::kParts == 2) accumulate<T, 1>(sums, x, w, w_stride);
 }
 
-// The first kCount sums of a quad.
-template <int64_t kQuad, int64_t kCount>
+template <int64_t kQuad>
 inline void store_quad(F32 sums, float* out, bool add) {
   F32x4 result = quad<kQuad>(sums);
   if (add) {
-    F32x4 before = {};
-    std::memcpy(&before, out, kCount * sizeof(float));
+    F32x4 before;
+    std::memcpy(&before, out, sizeof before);
     result += before;
   }
-  std::memcpy(out, &result, kCount * sizeof(float));
+  std::memcpy(out, &result, sizeof result);
 }
 
-// Sum up the vectors of a tile: kQuads rows and up to four columns at a time.
+// Sum up the vectors of a tile: kQuads rows and four columns at a time.
 template <int64_t kRows, int64_t kCols>
 inline void store_sums(const F32 (&sums)[kRows][kCols], float* out, int64_t out_stride, bool add) {
   if constexpr (kCols == 1) {
@@ -81,26 +77,23 @@ inline void store_sums(const F32 (&sums)[kRows][kCols], float* out, int64_t out_
     for (int64_t first = 0; first < kRows; first += kQuads) {
 #pragma GCC unroll 2
       for (int64_t n = 0; n < kCols; n += 4) {
-        constexpr int64_t kCount = kCols < 4 ? kCols : 4;
         F32 folded[4];
 #pragma GCC unroll 4
         for (int64_t i = 0; i < 4; ++i) {
           F32 rows[kQuads];
 #pragma GCC unroll 4
-          for (int64_t q = 0; q < kQuads; ++q) {
-            rows[q] = sums[first + q < kRows ? first + q : kRows - 1][i < kCount ? n + i : n];
-          }
+          for (int64_t q = 0; q < kQuads; ++q) rows[q] = sums[first + q < kRows ? first + q : kRows - 1][n + i];
           folded[i] = fold(rows);
         }
         const F32 results = sum_quads(folded[0], folded[1], folded[2], folded[3]);
         float* to = out + first * out_stride + n;
-        store_quad<0, kCount>(results, to, add);
+        store_quad<0>(results, to, add);
         if constexpr (kQuads > 1) {
-          if (first + 1 < kRows) store_quad<1, kCount>(results, to + out_stride, add);
+          if (first + 1 < kRows) store_quad<1>(results, to + out_stride, add);
         }
         if constexpr (kQuads > 2) {
-          if (first + 2 < kRows) store_quad<2, kCount>(results, to + 2 * out_stride, add);
-          if (first + 3 < kRows) store_quad<3, kCount>(results, to + 3 * out_stride, add);
+          if (first + 2 < kRows) store_quad<2>(results, to + 2 * out_stride, add);
+          if (first + 3 < kRows) store_quad<3>(results, to + 3 * out_stride, add);
         }
       }
     }
@@ -129,7 +122,7 @@ void dot_tile(const float* x, const typename T::Element* w, int64_t w_stride, in
   store_sums(sums, out, out_stride, add);
 }
 
-// kRows <= kBlockRows rows against `num_cols` weights.
+// kRows <= kTileRows rows against `num_cols` weights.
 template <typename T, int64_t kRows>
 void dot_rows(const float* x, const typename T::Element* w, int64_t w_stride, int64_t num_cols, int64_t depth,
               float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes) {
@@ -149,7 +142,7 @@ void dot_block(int64_t num_rows, const float* x, const typename T::Element* w, i
                int64_t depth, float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes) {
 #define ELASTICMOE_ROWS(rows)                                                                            \
   case rows:                                                                                             \
-    if constexpr (rows <= kBlockRows) {                                                                  \
+    if constexpr (rows <= kTileRows) {                                                                   \
       dot_rows<T, rows>(x, w, w_stride, num_cols, depth, out, out_stride, add, ahead, ahead_tile_bytes); \
     }                                                                                                    \
     break
@@ -160,8 +153,6 @@ void dot_block(int64_t num_rows, const float* x, const typename T::Element* w, i
     ELASTICMOE_ROWS(4);
     ELASTICMOE_ROWS(5);
     ELASTICMOE_ROWS(6);
-    ELASTICMOE_ROWS(7);
-    ELASTICMOE_ROWS(8);
   }
 #undef ELASTICMOE_ROWS
 }
@@ -174,32 +165,30 @@ inline int64_t panel_bytes(int64_t num_blocks) {
   return bytes < kLeast ? kLeast : bytes > kMost ? kMost : bytes;
 }
 
-// The rows are computed in blocks of nearly equal size, of kMost rows at the most.
-template <int64_t kMost>
+// The rows are computed in blocks of nearly equal size.
 inline int64_t num_row_blocks(int64_t num_rows) {
-  return (num_rows + kMost - 1) / kMost;
+  return (num_rows + kTileRows - 1) / kTileRows;
 }
-template <int64_t kMost>
 inline int64_t block_end(int64_t num_rows, int64_t block) {
-  return num_rows * (block + 1) / num_row_blocks<kMost>(num_rows);
+  return num_rows * (block + 1) / num_row_blocks(num_rows);
 }
 
-// Pack rows for blocks of kMost: block after block. `row_at(i)` is the address of row i. `to` has room for num_rows ×
+// Pack rows for `product`: block after block. `row_at(i)` is the address of row i. `to` has room for num_rows ×
 // padded<T>(depth).
-template <typename T, int64_t kMost = kBlockRows, typename RowAt>
+template <typename T, typename RowAt>
 void pack_rows(RowAt row_at, int64_t num_rows, int64_t depth, float* to) {
   int64_t row = 0;
   for (int64_t block = 0; row < num_rows; ++block) {
-    const int64_t begin = row, end = block_end<kMost>(num_rows, block);
+    const int64_t begin = row, end = block_end(num_rows, block);
     for (; row < end; ++row) {
       pack<T>(row_at(row), depth, to + begin * padded<T>(depth) + (row - begin) * kLanes, (end - begin) * kLanes);
     }
   }
 }
 
-template <typename T, int64_t kMost = kBlockRows>
+template <typename T>
 void pack_rows(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, float* to) {
-  pack_rows<T, kMost>([=](int64_t row) { return x + row * x_stride; }, num_rows, depth, to);
+  pack_rows<T>([=](int64_t row) { return x + row * x_stride; }, num_rows, depth, to);
 }
 
 // out[m, n] (+)= x[m] · w[n] for x from `pack_rows` and contiguous w.
@@ -208,7 +197,7 @@ void product(const float* x, int64_t num_rows, const typename T::Element* w, int
              float* out, int64_t out_stride, bool add) {
   if (num_rows == 0) return;
   const int64_t x_stride = padded<T>(depth);
-  const int64_t num_blocks = num_row_blocks<kBlockRows>(num_rows);
+  const int64_t num_blocks = num_row_blocks(num_rows);
   const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(typename T::Element));
   if (num_blocks == 1) {  // each tile fetches what is kTilesAhead tiles after it
     const int64_t cols = tile_cols(num_rows);
@@ -224,7 +213,7 @@ void product(const float* x, int64_t num_rows, const typename T::Element* w, int
     const char* next = reinterpret_cast<const char*>(w + (n + panel) * depth);
     int64_t row = 0, fetched = 0;  // bytes of the next panel: each tile fetches its share
     for (int64_t block = 0; block < num_blocks; ++block) {
-      const int64_t end = block_end<kBlockRows>(num_rows, block);
+      const int64_t end = block_end(num_rows, block);
       const Ahead ahead = fetched < panel * row_bytes ? Ahead{next + fetched, lines} : Ahead{};
       dot_block<T>(end - row, x + row * x_stride, w + n * depth, depth, cols, depth, out + row * out_stride + n,
                    out_stride, add, ahead, lines * row_bytes);

@@ -86,7 +86,7 @@ void add_latents_of(const QueryTile& tile, const HeadCache<T>& head, int64_t ran
     const int64_t left = rank - column;
     const int64_t step = left >= kSteps * T::kStep ? kSteps * T::kStep : T::kStep;
     for (int64_t block = 0, row = 0; row < tile.num_rows; ++block) {
-      const int64_t end = block_end<kTileRows>(tile.num_rows, block);
+      const int64_t end = block_end(tile.num_rows, block);
       const float* p = tile.scores + row * tile.stride;
       float* sums = tile.sums + row * tile.sums_stride + column;
       if (step > T::kStep) {
@@ -116,7 +116,7 @@ void absorb_keys(const LatentAttention& a, int64_t begin, int64_t end, float* to
     const Element* w = static_cast<const Element*>(a.kv_b) + head * head_rows * a.rank;
     const Element* next = head + 1 < a.q_heads ? w + head_rows * a.rank : w;
     for (int64_t block = 0, row = 0; row < num_rows; ++block) {
-      const int64_t block_last = block_end<kTileRows>(num_rows, block);
+      const int64_t block_last = block_end(num_rows, block);
       std::memset(sums, 0, static_cast<size_t>((block_last - row) * stride) * sizeof(float));
       add_value_block<T>(block_last - row, a.q + ((begin + row) * a.q_heads + head) * q_dim, a.q_heads * q_dim, w,
                          a.nope_dim, a.rank, sums, stride, reinterpret_cast<const char*>(next));
@@ -157,7 +157,7 @@ void attend_latents(const LatentAttention& a, int64_t part, int64_t begin, int64
     const int64_t count = end - begin - row < together ? end - begin - row : together;
     float* of_tile = queries + row * a.q_heads * width;
     reset(tile, count * a.q_heads, first_position + row);
-    pack_rows<T, kTileRows>(of_tile, width, tile.num_rows, width, tile.packed);
+    pack_rows<T>(of_tile, width, tile.num_rows, width, tile.packed);
     attend<T>(tile, head, tile.first_position + count, a.scale, [&](int64_t first, int64_t keys, int64_t /*last*/) {
       add_latents_of<T>(tile, head, a.rank, first, keys);
     });

@@ -1,0 +1,113 @@
+// What products with weights take, beside what bounds them: the bandwidth of one thread that only reads the same
+// weights, and the peak of fused multiply-adds in float32. A dense layer and experts as of qwen3-moe-1b, in bfloat16.
+// Usage: products_bench [rounds]. Weights are never those of the call before, and of all calls the best one counts:
+// what else runs on the machine falls out.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "bench.h"
+#include "kernels/api.h"
+
+using namespace elasticmoe::bench;
+using namespace elasticmoe::kernels;
+
+namespace {
+
+constexpr int64_t kHidden = 1024, kColumns = 3072, kExperts = 64, kTopK = 8, kWidth = 384;
+constexpr int64_t kDense = kHidden * kColumns, kExpert = 3 * kHidden * kWidth;  // elements
+constexpr int64_t kSets = 3;                                                    // of experts' weights
+
+struct Figure {
+  std::string name;
+  double gigabytes, gflop;
+  std::function<void(int64_t)> run;  // with the weights of that number
+  double best = INFINITY;
+};
+
+// How many rows each expert gets of so many tokens.
+std::vector<int32_t> route(int64_t tokens, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<int32_t> counts(kExperts), experts(kExperts);
+  std::iota(experts.begin(), experts.end(), 0);
+  for (int64_t token = 0; token < tokens; ++token) {
+    std::shuffle(experts.begin(), experts.end(), random);
+    for (int64_t i = 0; i < kTopK; ++i) ++counts[static_cast<size_t>(experts[static_cast<size_t>(i)])];
+  }
+  return counts;
+}
+
+float read(const uint16_t* from, int64_t count) {
+  using Vector = float __attribute__((vector_size(kVector * 4)));
+  Vector sums[8] = {};
+  for (int64_t at = 0; at + 256 <= count; at += 256) {
+    __builtin_prefetch(from + at + 4096);
+    for (int64_t line = 0; line < 8; ++line) {
+      Vector v;
+      std::memcpy(&v, from + at + line * 32, sizeof v);
+      sums[line] += v;
+    }
+  }
+  float total = 0;
+  for (const Vector& sum : sums) total += sum[0];
+  return total;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t rounds = argc > 1 ? std::atoll(argv[1]) : 40;
+  const int64_t num_dense = kSets * kExperts * kExpert / kDense;
+  const std::vector<uint16_t> weights = make_numbers(kSets * kExperts * kExpert);
+  const std::vector<uint16_t> dense = make_numbers(num_dense * kDense);
+  const std::vector<float> x = make_floats(128 * kTopK * kHidden);
+  std::vector<float> out(static_cast<size_t>(128 * kTopK * kColumns));
+  const auto dense_at = [&](int64_t i) { return dense.data() + i % num_dense * kDense; };
+  volatile float kept = 0;
+  std::vector<Figure> figures;
+  figures.push_back({"read", kDense * 2e-9, 0, [&](int64_t i) { kept = read(dense_at(i), kDense); }});
+  for (int64_t n = 0; n < built_kernels().count; ++n) {
+    const Kernels* set = built_kernels().sets[n];
+    for (const int64_t rows : {1, 2, 4, 6, 8, 12, 16, 32}) {
+      const std::string name = std::string(set->name) + " dense, " + std::to_string(rows) + " rows";
+      figures.push_back({name, kDense * 2e-9, static_cast<double>(2 * rows * kDense) * 1e-9, [&, set, rows](int64_t i) {
+                           set->linear({x.data(), rows, dense_at(i), Dtype::kBfloat16, kColumns, kHidden, out.data(),
+                                        false, nullptr});
+                         }});
+    }
+    for (const int64_t tokens : {1, 8, 32, 128}) {
+      const std::string name = std::string(set->name) + " experts, " + std::to_string(tokens) + " tokens";
+      const std::vector<int32_t> counts = route(tokens, static_cast<uint32_t>(tokens));
+      const auto hit =
+          static_cast<double>(std::count_if(counts.begin(), counts.end(), [](int32_t c) { return c > 0; }));
+      const double gflop = static_cast<double>(2 * tokens * kTopK * kExpert) * 1e-9;
+      figures.push_back(
+          {name, hit * kExpert * 2e-9, gflop, [&, set, counts](int64_t i) {
+             const char* base = reinterpret_cast<const char*>(weights.data() + i % kSets * kExperts * kExpert);
+             set->experts({x.data(), counts.data(), kExperts, base, kExpert * 2, base + 2 * kHidden * kWidth * 2,
+                           kExpert * 2, Dtype::kBfloat16, kHidden, kWidth, nullptr, out.data(), false});
+           }});
+    }
+  }
+  double peak = 0;
+  int64_t call = 0;
+  for (int64_t round = 0; round < rounds; ++round) {
+    peak = std::max(peak, fma_gflops());
+    for (Figure& figure : figures) figure.best = std::min(figure.best, seconds_of([&] { figure.run(call++); }));
+  }
+  std::printf("bfloat16 weights, one thread; reading %.1f GB/s, multiply-adds of float32 %.0f GFLOP/s\n",
+              figures[0].gigabytes / figures[0].best, peak);
+  const double bandwidth = figures[0].gigabytes / figures[0].best;
+  for (const Figure& figure : figures) {
+    const double speed = figure.gigabytes / figure.best, gflops = figure.gflop / figure.best;
+    std::printf("%-30s %8.0f us  %5.1f GB/s (%3.0f %% of reading)  %5.0f GFLOP/s (%3.0f %%)\n", figure.name.c_str(),
+                figure.best * 1e6, speed, 100 * speed / bandwidth, gflops, 100 * gflops / peak);
+  }
+  return 0;
+}
