@@ -27,7 +27,7 @@ void add_values(const float* p, int64_t p_stride, const typename T::Element* v, 
     for (int64_t i = 0; i < kVectors; ++i) acc[m][i] = load(sums + m * sums_stride + i * kLanes);
   }
   for (int64_t j = 0; j < count; ++j, v += v_stride) {
-    for (int64_t line = 0; line < kSteps; ++line) __builtin_prefetch(ahead + line * kLineBytes, 0, 3);
+    for (int64_t line = 0; line < kSteps; ++line) __builtin_prefetch(ahead + line * kLineBytes, 0, 2);
     ahead += v_stride * static_cast<int64_t>(sizeof *v);
     F32 values[kVectors];
 #pragma GCC unroll 8
