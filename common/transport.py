@@ -34,6 +34,9 @@ T = TypeVar("T")
 POLLIN = zmq.POLLIN
 
 _HIGH_WATER = 10_000  # messages queued to one peer; more means that the peer is gone or wedged
+_NAMELESS = (
+    b"\0"  # begins what ZeroMQ calls peers without a name: here, what is left of a connection that was taken over
+)
 _PUSH_HIGH_WATER = 16  # of what may be lost: old news serve nobody
 _OPTIONS: dict[int, int] = {
     zmq.LINGER: 0,
@@ -89,6 +92,8 @@ class Server(Generic[T]):
     """A bound ROUTER socket that receives one closed union of messages.
 
     Bad messages are counted in `num_bad` and answered with Refused where the envelope can be read; they never raise.
+    Of two connections with one identity the later one is heard; what was not read of the former one is lost, as what
+    is queued at its end is anyhow.
     One that `takes_over` binds the path though another process has bound it, which then hears no more of who follows
     the path (PushClient).
     """
@@ -134,7 +139,7 @@ class Server(Generic[T]):
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return None
-            if len(frames) != 2:
+            if len(frames) != 2 or frames[0].startswith(_NAMELESS):
                 self.num_bad += 1
                 continue
             try:

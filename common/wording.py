@@ -155,7 +155,9 @@ def shown(value: Any) -> str:
     if value in ("", [], (), {}):
         return "empty"
     if isinstance(value, str):
-        return json.dumps(value) if len(value) <= _CHARS_MAX else f"a text of {len(value)} characters"
+        text = json.dumps(value)  # in which a character may take twelve
+        is_short = len(value) <= _CHARS_MAX and len(text) <= 2 * _CHARS_MAX
+        return text if is_short else f"a text of {counted(len(value), 'character')}"
     if isinstance(value, list | tuple):
         return f"a list of {counted(len(value), 'entry', 'entries')}"
     if isinstance(value, dict):

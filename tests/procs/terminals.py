@@ -45,7 +45,7 @@ class Terminal:
         self.resize(columns, rows)
         self.mode = termios.tcgetattr(self._theirs)
         self.output = ""
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # ^C drops what the terminal has not sent yet
         environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", _SHELL, *argv],

@@ -67,7 +67,7 @@ def check_plain(collector: Collector) -> None:
     (queue,), (prefill,), (decode,), (generate,) = (spans[name] for name in ("queue", "prefill", "decode", "generate"))
     assert generate.began <= queue.began + 1_000_000
     assert queue.ended == prefill.began
-    assert abs(prefill.ended - decode.began) < 5_000_000
+    assert prefill.ended == decode.began
     assert prefill.facts["elasticmoe.cached_tokens"] == 0
     assert generate.facts["gen_ai.usage.output_tokens"] == 8
 

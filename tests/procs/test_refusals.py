@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,8 +26,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = Path("/tmp") / f"em-refusal-{tmp_path_factory.getbasetemp().name}"
+def run_dir() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="em-"))  # short: socket paths have a limit
     yield folder / "run"
     shutil.rmtree(folder, ignore_errors=True)
 

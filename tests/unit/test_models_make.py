@@ -301,7 +301,6 @@ def test_there_is_a_merge_which_never_applies(vocab_size: int, num_merges: int, 
             assert tokenizer.encode(text).ids == list(text.encode())
 
 
-
 @pytest.mark.parametrize("vocab_size", [259, 10**6])
 def test_a_vocabulary_out_of_bounds_is_refused(vocab_size: int) -> None:
     with pytest.raises(ValueError, match=str(vocab_size)):

@@ -104,8 +104,7 @@ def test_what_others_change_is_held_and_teaches_as_its_own_changes_do(mode: str)
     plant.width, plant.changed_s, plant.last_op = 3, plant.now, "theirs-2"
     plant.run(2, 2.5)
     assert plant.state.hold_s == 2 * world.CONFIG.hold_s
-    assert plant.state.too_small is not None
-    assert plant.state.too_small.width == 2
+    assert [shown.width for shown in plant.state.too_small] == [2]
     assert {one.reason for one in plant.run(230, 0.0)} == {Reason.HOLDING}
     assert Reason.SHRINK_IDLE in {one.reason for one in plant.run(20, 0.0)}
 
@@ -132,8 +131,7 @@ def test_a_lost_device_is_no_shrink_that_somebody_wished(lost_s: float | None) -
 def test_what_a_flap_showed_before_a_restart_holds_for_about_that_load_only(share: float, is_tried: bool) -> None:
     """For how much the smaller size was too small is not known again; for how much it is said to do is."""
     known = remembering(world.CONFIG, [PastOrder(1, 850.0, 3, 2), PastOrder(2, 900.0, 2, 3)])
-    assert known.too_small is not None
-    assert (known.too_small.width, known.too_small.requests_per_s) == (2, None)
+    assert [(shown.width, shown.requests_per_s) for shown in known.too_small] == [(2, None)]
     plant = world.Plant(3)
     plant.state = known
     rate = share * capacity(world.widths(2), world.demand(1.0), world.CONFIG)

@@ -45,22 +45,6 @@ def test_a_constant_load_never_flaps(rate: float, width: int, scale: float) -> N
     assert len(set(plant.sizes[-300:])) == 1
 
 
-def test_what_no_measurement_shows_before_is_tried_once_an_hour_and_then_more_seldom() -> None:
-    class Treacherous(world.Plant):
-        """One replica does much less than two let expect."""
-
-        def load(self, requests_per_s: float) -> Any:
-            self.scale = 1.5 if self.width == 1 else 1.0
-            return super().load(requests_per_s)
-
-    plant = Treacherous(2)
-    plant.run(8 * 3_600, 1.5)
-    shrinks = [second for second, (one, other) in enumerate(pairwise(plant.sizes)) if other < one]
-    assert len(shrinks) == 4, shrinks
-    apart = [round((later - earlier) / 3_600) for earlier, later in pairwise(shrinks)]
-    assert apart == [1, 2, 4]
-
-
 @FEW
 @given(WIDTHS, RATES, st.lists(RATES, min_size=1, max_size=30))
 def test_unknown_never_shrinks(width: int, before: float, rates: list[float]) -> None:

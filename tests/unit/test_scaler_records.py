@@ -12,8 +12,17 @@ from elasticmoe.common.layout import Served
 from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.common.protocol.ids import TransitionId
 from elasticmoe.common.store import Store, Writer
+from elasticmoe.services.scaler.api.requests import parse_scale
+from elasticmoe.services.scaler.control.admission import accept
 from elasticmoe.services.scaler.control.losses import lost_devices
-from elasticmoe.services.scaler.operation.operation import Accounting, Figures, LegProgress, Operation, PhaseTime
+from elasticmoe.services.scaler.operation.operation import (
+    Accounting,
+    CallerTrace,
+    Figures,
+    LegProgress,
+    Operation,
+    PhaseTime,
+)
 from elasticmoe.services.scaler.store.records import OPERATIONS
 from tests.unit.test_scaler_resume import recall_of
 from tests.unit.transitions import DOWN, UP, World, layout_of, operation_of
@@ -102,6 +111,14 @@ def test_an_operation_of_the_release_before_is_gone_on_with(store: Store, plan: 
     assert (done.phase, world.layout) == ("done", plan.after)
     store.end_operation(BY, msgspec.structs.replace(done, plan=None))
     assert store.ended_operations(OPERATIONS) == [msgspec.structs.replace(done, plan=None)]
+
+
+def test_an_operation_keeps_the_trace_of_whoever_ordered_it(store: Store) -> None:
+    caller = CallerTrace(f"00-{'ab' * 16}-{'cd' * 8}-01", "a=1")
+    operation = accept(parse_scale(b'{"replicas": 3}', 9.0, caller), "op", UP, None, 0.0, ())
+    assert operation.caller == caller
+    store.put_operation(BY, operation)
+    assert store.get_operation(OPERATIONS) == operation
 
 
 def test_devices_that_were_lost_before_the_upgrade_stay_lost(store: Store) -> None:

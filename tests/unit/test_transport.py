@@ -273,6 +273,7 @@ def test_who_is_known_by_one_identity_is_heard_and_answered_by_its_latest_connec
             former.connect(f"ipc://{tmp_path}/rank.sock")
             former.send(encode(rank.Watch(), sender="router:1"))
             assert hear(server) == (b"router:1", rank.Watch())
+            former.send(encode(rank.Cancel("former"), sender="router:1"))  # unread, and so maybe lost
             former.close()
             connected = latest.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
             latest.connect(f"ipc://{tmp_path}/rank.sock")
@@ -280,7 +281,10 @@ def test_who_is_known_by_one_identity_is_heard_and_answered_by_its_latest_connec
             assert connected.poll(5_000)  # the server finds its coming and the other's end at once
             latest.disable_monitor()
             connected.close()
-            assert hear(server) == (b"router:1", rank.Cancel("latest"))
+            heard = hear(server)
+            if heard == (b"router:1", rank.Cancel("former")):
+                heard = hear(server)
+            assert heard == (b"router:1", rank.Cancel("latest")), "under its name, and nothing under another one"
             assert server.send(b"router:1", Ack())
             assert latest.poll(5_000)
             assert router.CODEC.decode(latest.recv()).body == Ack()

@@ -39,6 +39,7 @@ class Trail:
         self._pause: tuple[str, float, Attributes] | None = None
         self._speaker: tuple[RankId | None, str] | None = None
         self._num_moves = self._num_recoveries = 0
+        self._computing: tuple[float, Attributes] | None = None  # since when, until the next token
 
     def timed(self, times: RankTimes, rank: RankId, now: float) -> None:
         """The rank has told what came before the tokens that follow."""
@@ -47,7 +48,7 @@ class Trail:
         if not times.num_stops:
             self._add(_Part("queue", computed_at - times.waited_s, computed_at, where))
         facts = {"elasticmoe.cached_tokens": times.num_cached, "elasticmoe.preemptions": times.num_stops}
-        self._add(_Part("prefill", computed_at, now, {**where, **facts}))
+        self._computing = computed_at, {**where, **facts}
 
     def moved(self, stream: Stream, to: RankId, now: float) -> None:
         """Another rank goes on with it; its tokens pause until that one's first."""
@@ -76,6 +77,10 @@ class Trail:
 
     def went_on(self, now: float) -> None:
         """New tokens have come."""
+        if self._computing is not None:
+            began, facts = self._computing
+            self._computing = None
+            self._add(_Part("prefill", began, now, facts))
         if self._pause is not None:
             name, began, facts = self._pause
             self._pause = None

@@ -262,7 +262,9 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
         says("`ended`: a moment ago; `restarting`: it is started again soon; `failing`: it does not stay up"),
     ]
     pid: Annotated[int | None, says("Its process id, in the launcher's namespace; null where it does not run")]
-    restarts: Annotated[int, says("How often it was started again since the deployment began")]
+    restarts: Annotated[
+        int, says("How often it was started again since this launcher began, with the start that is due")
+    ]
     reason: Annotated[str | None, says("How it ended last; null where it runs")]
     starts_unix: Annotated[float | None, says("When it is started again; null where it runs")]
 

@@ -37,7 +37,7 @@ const RESOURCES = {
   operations: { path: () => "/v1/operations?limit=20", key: operationsKey },
   experts: { path: () => "/v1/experts", key: (state) => state.now.epoch, everyMs: 10_000 },
   layout: { path: () => "/v1/layout", key: layoutKey },
-  processes: { path: () => "/v1/processes", key: (state) => state.now.fence, everyMs: 5_000 },
+  processes: { path: () => "/v1/processes", key: (state) => state.now.fence, everyMs: 2_000 },
 };
 
 function operationsKey({ now }) {

@@ -10,12 +10,13 @@ import msgspec
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.demand import Demand
 from elasticmoe.services.scaler.policy.facts import Prices, WidthFacts, Widths
+from elasticmoe.services.scaler.policy.orders import TRY_AGAIN
 from elasticmoe.services.scaler.policy.price import cost, is_worth
 from elasticmoe.services.scaler.policy.recent import Abilities
 from elasticmoe.services.scaler.policy.saturation import ROUNDS, Saturation, capacity, predicted
-from elasticmoe.services.scaler.policy.state import PolicyState, Reason
+from elasticmoe.services.scaler.policy.state import PolicyState, Reason, TooSmall
 
-TRY_AGAIN = 0.9  # of the load that a width was too small for
+MISTAKEN_MAX = 1.5  # times: latency that is always there, as from rank to router, is no work, and looks like much of it
 UNSEEN_AGAIN = 0.5  # of what it is said to do, where that load was not seen
 GROWING = 1.05  # over the horizon; less is noise
 DWELL_S = 300.0  # expected before the first growth after a shrink was seen
@@ -86,15 +87,19 @@ def judge(
 
 def _too_small(state: PolicyState, widths: Widths, demand: Demand, config: PolicyConfig, now: float) -> int:
     """The greatest width that a flap has shown to be too small for this load; 0 for none."""
-    shown = state.too_small
-    if shown is None or now - shown.at_s > shown.for_s or demand.requests_per_s == 0.0:
+    if demand.requests_per_s == 0.0:
         return 0
-    if shown.requests_per_s is None:
+
+    def forbids(shown: TooSmall) -> bool:
+        if now - shown.at_s > shown.for_s or (shown.ttft_s, shown.itl_s) != (config.ttft_s, config.itl_s):
+            return False
+        if shown.requests_per_s is not None:
+            return demand.requests_per_s >= TRY_AGAIN * shown.requests_per_s
         # Before a restart: the model said that it would do, and nobody knows any more how wrong it was.
         again = UNSEEN_AGAIN * capacity(widths(shown.width), demand, config)
-    else:
-        again = TRY_AGAIN * shown.requests_per_s
-    return shown.width if demand.requests_per_s >= again or again == math.inf else 0
+        return demand.requests_per_s >= again or again == math.inf
+
+    return max((shown.width for shown in state.too_small if forbids(shown)), default=0)
 
 
 def priced(
@@ -120,7 +125,7 @@ def mistaken(state: PolicyState, facts: WidthFacts, demand: Demand, config: Poli
     the present width what is measured."""
     if state.usual is None or not 0.0 < predicted(facts, demand, config).worst < state.usual:
         return 1.0
-    least, most = 1.0, config.saturation_max
+    least, most = 1.0, MISTAKEN_MAX
     for _ in range(ROUNDS):
         times = (least + most) / 2
         is_less = predicted(facts, demand.times(times), config).worst < state.usual

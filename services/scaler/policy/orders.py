@@ -17,6 +17,8 @@ from elasticmoe.services.scaler.policy.facts import DeploymentFacts
 from elasticmoe.services.scaler.policy.recent import Excess
 from elasticmoe.services.scaler.policy.state import PolicyState, ScaleOrder, TooSmall
 
+TRY_AGAIN = 0.9  # of the load that a width was too small for
+BURST = 2.0  # times the load that there is in the mean
 SHOWN_S, SHOWN_S_MAX = 3_600.0, 86_400.0  # for which a flap counts against the width: no more than one an hour
 _ID = re.compile(r"policy-([0-9]{1,9})-[0-9]+\.[0-9]{3}")
 _replace = msgspec.structs.replace
@@ -51,17 +53,30 @@ def resized(config: PolicyConfig, state: PolicyState, width: int, target: int, n
         state = _replace(state, dwell_s=dwell if state.dwell_s is None else 0.5 * (state.dwell_s + dwell))
         if dwell <= config.flap_s:
             hold = min(config.hold_max_s, 2 * (state.hold_s or config.hold_s))
-            level = state.recent.level(now - config.down_over_s) if state.recent.entries else None
-            state = _replace(state, flap_s=now, hold_s=hold, too_small=_shown(state.too_small, width, level, now))
+            state = _replace(state, flap_s=now, hold_s=hold, too_small=_shown(config, state, width, now))
     return _replace(state, grown_s=now)
 
 
-def _shown(before: TooSmall | None, width: int, level: float | None, now: float) -> TooSmall:
-    """What a flap back from `width` shows. One more, soon after the width was tried again, counts for twice as long: a
-    load that stays as it is costs fewer and fewer trials."""
-    is_again = before is not None and before.width == width and now - before.at_s <= 2 * before.for_s
-    for_s = min(SHOWN_S_MAX, 2 * before.for_s) if before is not None and is_again else SHOWN_S
-    return TooSmall(width, level, now, for_s)
+def _shown(config: PolicyConfig, state: PolicyState, width: int, now: float) -> tuple[TooSmall, ...]:
+    """What flaps have shown, with the one back from `width`. The same once more counts for twice as long: a load that
+    stays as it is costs fewer and fewer trials. A burst shows nothing of the load that it came upon."""
+    objectives = config.ttft_s, config.itl_s
+    others = tuple(shown for shown in state.too_small if shown.width != width)
+    before = next((shown for shown in state.too_small if shown.width == width), None)
+    if not state.recent.entries:
+        return (*others, TooSmall(width, None, now, config.hold_max_s, *objectives))
+    level = state.recent.level(now - config.down_over_s)
+    if state.recent.entries[-1].requests_per_s > BURST * level:
+        return state.too_small
+    if before is None or before.requests_per_s is None or (before.ttft_s, before.itl_s) != objectives:
+        return (*others, TooSmall(width, level, now, SHOWN_S, *objectives))
+    counts = now - before.at_s <= before.for_s
+    is_alike = TRY_AGAIN * before.requests_per_s <= level <= before.requests_per_s / TRY_AGAIN
+    if counts and level > before.requests_per_s and not is_alike:
+        return state.too_small  # it was known already
+    for_s = min(SHOWN_S_MAX, 2 * before.for_s) if is_alike else SHOWN_S
+    least = min(level, before.requests_per_s) if counts or is_alike else level
+    return (*others, TooSmall(width, least, now, for_s, *objectives))
 
 
 def followed(config: PolicyConfig, state: PolicyState, deployment: DeploymentFacts, now: float) -> PolicyState:
@@ -81,6 +96,9 @@ def followed(config: PolicyConfig, state: PolicyState, deployment: DeploymentFac
 def forgetting(config: PolicyConfig, state: PolicyState, now: float) -> PolicyState:
     """Without what lies too far behind to count."""
     state = _replace(state, sent_s=tuple(at for at in state.sent_s if at > now - config.operations_over_s))
+    if any(now - shown.at_s > 2 * shown.for_s for shown in state.too_small):
+        kept = tuple(shown for shown in state.too_small if now - shown.at_s <= 2 * shown.for_s)
+        state = _replace(state, too_small=kept)
     if state.flap_s is not None and now - state.flap_s > max(config.hold_max_s, state.hold_s or 0.0):
         return _replace(state, flap_s=None, hold_s=None)
     return state

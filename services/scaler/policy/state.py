@@ -68,13 +68,15 @@ class AdvisedSize(msgspec.Struct, frozen=True):
 
 
 class TooSmall(msgspec.Struct, frozen=True):
-    """What a flap has shown at `at_s`: `width` was too small for `requests_per_s` (None where that was not seen). It
-    counts for `for_s`."""
+    """What a flap has shown at `at_s`: `width` was too small for `requests_per_s` (None where that was not seen) and
+    these objectives. It counts for `for_s`."""
 
     width: int
     requests_per_s: float | None
     at_s: float
     for_s: float
+    ttft_s: float
+    itl_s: float
 
 
 class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +93,8 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     sent_s: of the orders in `operations_over_s`
     grown_s, shrunk_s: when the last growth and the last shrink were ordered, or, by others, made
     hold_s: before the next shrink, None: as configured
-    flap_s: when the last flap was, while it counts for `hold_s`; `too_small`: what it has shown
+    flap_s: when the last flap was, while it counts for `hold_s`; `too_small`: what flaps have shown, one
+        for each width
     cancelled: the operation that was told to give way last
     refused_until_s: no order before
     dwell_s: mean time from a shrink to the growth after it, None before the first
@@ -115,7 +118,7 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     shrunk_s: float | None = None
     hold_s: float | None = None
     flap_s: float | None = None
-    too_small: TooSmall | None = None
+    too_small: tuple[TooSmall, ...] = ()
     cancelled: str | None = None
     refused_until_s: float | None = None
     dwell_s: float | None = None
