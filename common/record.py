@@ -1,4 +1,5 @@
-"""`deployment.json` in the run directory: what runs, written by the launcher, read by the other commands."""
+"""`deployment.json` in the run directory: what runs, written by the launcher, read by the other commands and by
+the scaler."""
 
 from __future__ import annotations
 

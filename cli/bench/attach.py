@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from elasticmoe.cli.admin import connect
-from elasticmoe.cli.arguments import whole
+from elasticmoe.cli.arguments import number, whole
 from elasticmoe.cli.bench.deployment import add_devices, first_of, running
 from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
 from elasticmoe.cli.terminal import say
@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--deployments", type=whole(1), default=3, help="deployments to start per model, one first kill each"
     )
     parser.add_argument("--kills", type=whole(1), default=3, help="kills per deployment")
+    parser.add_argument(
+        "--rest-s",
+        type=number(0.0, 600.0),
+        default=0.0,
+        metavar="S",
+        help="before the first kill: in the first seconds the HMM makes large pages, and takes a core for that (0)",
+    )
     add_devices(parser)
     add_output(parser)
 
@@ -46,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         serving_ms: list[float] = []
         for _ in range(args.deployments):
             with running(model, args.replicas, devices=first_of(args.devices, args.replicas)) as deployment:
+                time.sleep(args.rest_s)
                 for turn in range(args.kills):
                     attached, served = _kill_and_wait(deployment.run_dir)
                     attach_ms.append(attached)

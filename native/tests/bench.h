@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <ctime>
 #include <functional>
 #include <random>
@@ -11,6 +12,22 @@ namespace elasticmoe::bench {
 
 inline constexpr int64_t kVector = 16;  // floats: compiled for the machine that it runs on
 using Vector = float __attribute__((vector_size(kVector * 4)));
+
+// Reads `nbytes`, each once, as fast as one thread can; returns something that depends on all.
+inline float read_all(const char* from, int64_t nbytes) {
+  Vector sums[8] = {};
+  for (int64_t at = 0; at + 512 <= nbytes; at += 512) {
+    __builtin_prefetch(from + at + 4096);
+    for (int64_t line = 0; line < 8; ++line) {
+      Vector v;
+      std::memcpy(&v, from + at + line * 64, sizeof v);
+      sums[line] += v;
+    }
+  }
+  float total = 0;
+  for (const Vector& sum : sums) total += sum[0];
+  return total;
+}
 
 // Of this thread on a processor.
 inline double seconds_of(const std::function<void()>& work) {

@@ -65,23 +65,11 @@ struct Steps {
 
   // Reads all blocks of a step, and `weights`; returns something that depends on all.
   float read(int64_t number, const std::vector<uint16_t>& weights) const {
-    Vector sums[8] = {};
-    const auto add = [&](const char* from, int64_t nbytes) {
-      for (int64_t at = 0; at + 512 <= nbytes; at += 512) {
-        __builtin_prefetch(from + at + 4096);
-        for (int64_t line = 0; line < 8; ++line) {
-          Vector v;
-          std::memcpy(&v, from + at + line * 64, sizeof v);
-          sums[line] += v;
-        }
-      }
-    };
+    float total = read_all(reinterpret_cast<const char*>(weights.data()), static_cast<int64_t>(weights.size()) * 2);
     for (int64_t i = 0; i < blocks_of_step; ++i) {
-      add(cache.base + blocks[static_cast<size_t>(number * blocks_of_step + i)] * cache.stride, cache.stride);
+      const int64_t block = blocks[static_cast<size_t>(number * blocks_of_step + i)];
+      total += read_all(cache.base + block * cache.stride, cache.stride);
     }
-    add(reinterpret_cast<const char*>(weights.data()), static_cast<int64_t>(weights.size()) * 2);
-    float total = 0;
-    for (const Vector& sum : sums) total += sum[0];
     return total;
   }
 };

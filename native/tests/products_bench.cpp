@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <numeric>
 #include <random>
 #include <string>
@@ -43,22 +42,6 @@ std::vector<int32_t> route(int64_t tokens, uint32_t seed) {
   return counts;
 }
 
-float read(const uint16_t* from, int64_t count) {
-  using Vector = float __attribute__((vector_size(kVector * 4)));
-  Vector sums[8] = {};
-  for (int64_t at = 0; at + 256 <= count; at += 256) {
-    __builtin_prefetch(from + at + 4096);
-    for (int64_t line = 0; line < 8; ++line) {
-      Vector v;
-      std::memcpy(&v, from + at + line * 32, sizeof v);
-      sums[line] += v;
-    }
-  }
-  float total = 0;
-  for (const Vector& sum : sums) total += sum[0];
-  return total;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -71,7 +54,8 @@ int main(int argc, char** argv) {
   const auto dense_at = [&](int64_t i) { return dense.data() + i % num_dense * kDense; };
   volatile float kept = 0;
   std::vector<Figure> figures;
-  figures.push_back({"read", kDense * 2e-9, 0, [&](int64_t i) { kept = read(dense_at(i), kDense); }});
+  figures.push_back({"read", kDense * 2e-9, 0,
+                     [&](int64_t i) { kept = read_all(reinterpret_cast<const char*>(dense_at(i)), kDense * 2); }});
   for (int64_t n = 0; n < built_kernels().count; ++n) {
     const Kernels* set = built_kernels().sets[n];
     for (const int64_t rows : {1, 2, 4, 6, 8, 12, 16, 32}) {

@@ -19,8 +19,9 @@ from elasticmoe.cli.console import PipeConsole, PlainConsole, TerminalConsole, m
 from elasticmoe.cli.main import COMMANDS, main
 from elasticmoe.cli.probes import Probe, Progress
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
-from elasticmoe.common.record import DeploymentRecord, ProcessRecord, start_ticks, write_record
+from elasticmoe.common.record import ProcessRecord, start_ticks, write_record
 from tests.procs.waiting import free_port
+from tests.unit.deployment_records import record_of
 
 
 def test_a_wrong_command_line_is_two(capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,20 +180,7 @@ MEMORY = {"budget": 4 << 30, "weights": 1 << 30, "kv": 1 << 20, "other": 4096, "
 
 
 def running(**parts: Any) -> dict[str, Any]:
-    record = DeploymentRecord(
-        state="serving",
-        launcher=ProcessRecord("launcher", 1, 1),
-        processes=(ProcessRecord("hmm", 2, 2, 3),),
-        model="/m",
-        served_name="m",
-        dtype="float32",
-        devices="host:2",
-        url="http://127.0.0.1:1",
-        admin_url="http://127.0.0.1:2",
-        port=1,
-        admin_port=2,
-        started_at=0.0,
-    )
+    record = record_of(processes=(ProcessRecord("hmm", 2, 2, 3),))
     import msgspec
 
     deployment = msgspec.to_builtins(record)
@@ -270,20 +258,9 @@ def test_status_of_a_living_launcher_survives_dead_listeners(
     me = ProcessRecord("launcher", os.getpid(), start_ticks(os.getpid()) or 0)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    record = DeploymentRecord(
-        state="starting",
-        launcher=me,
-        processes=(ProcessRecord("hmm", me.pid, me.start_ticks - 1),),
-        model="/m",
-        served_name="m",
-        dtype="float32",
-        devices="host:2",
-        url=url,
-        admin_url=url,
-        port=port,
-        admin_port=port,
-        started_at=0.0,
-    )
+    processes = (ProcessRecord("hmm", me.pid, me.start_ticks - 1),)
+    ports = {"url": url, "admin_url": url, "port": port, "admin_port": port}
+    record = record_of(state="starting", launcher=me, processes=processes, **ports)
     write_record(tmp_path, record)
     assert main(["status", "--run-dir", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

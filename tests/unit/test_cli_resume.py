@@ -11,26 +11,13 @@ from elasticmoe.cli import checks, settings
 from elasticmoe.cli.resume import Resumed, check_devices, check_resumable, differences, explain, store_name
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.errors import Conflict, Unavailable
-from elasticmoe.common.record import STATE_FORMAT, DeploymentRecord, ProcessRecord
+from elasticmoe.common.record import STATE_FORMAT
+from tests.unit.deployment_records import record_of
 from tests.unit.transitions import layout_of
 
 pytestmark = pytest.mark.usefixtures("no_settings_of_the_caller")
 
-RECORD = DeploymentRecord(
-    state="serving",
-    launcher=ProcessRecord("launcher", 1, 0),
-    processes=(),
-    model="/m",
-    served_name="m",
-    dtype="float32",
-    devices="host:2",
-    url="http://127.0.0.1:1",
-    admin_url="http://127.0.0.1:2",
-    port=1,
-    admin_port=2,
-    started_at=0.0,
-    state_format=STATE_FORMAT,
-)
+RECORD = record_of()
 
 
 def resolved(tmp_path: Path, **values: object) -> settings.Settings:

@@ -14,9 +14,10 @@ from elasticmoe.common.capacity import load_of, sizes_of, weights_on
 from elasticmoe.common.families import load_spec
 from elasticmoe.common.layout import initial_layout
 from elasticmoe.common.private import make_private
-from elasticmoe.common.record import DeploymentRecord, ProcessRecord, write_record
+from elasticmoe.common.record import write_record
 from elasticmoe.common.seat_sizes import size_ledger
 from tests.unit import forms
+from tests.unit.deployment_records import record_of
 
 pytestmark = pytest.mark.usefixtures("no_settings_of_the_caller")
 
@@ -80,20 +81,7 @@ def test_each_device_has_room_for_the_whole_model(tmp_path: Path, model: Path, m
 def test_a_deployment_that_was_cut_off_gets_no_fewer_devices(tmp_path: Path, model: Path) -> None:
     found = resolved(tmp_path).replace(model=str(model))
     make_private(tmp_path / "run")
-    record = DeploymentRecord(
-        state="serving",
-        launcher=ProcessRecord("launcher", 1, 1),
-        processes=(),
-        model=str(model),
-        served_name="m",
-        dtype="bfloat16",
-        devices="host:9",
-        url="http://127.0.0.1:1",
-        admin_url="http://127.0.0.1:2",
-        port=1,
-        admin_port=2,
-        started_at=0.0,
-    )
+    record = record_of(model=str(model), dtype="bfloat16", devices="host:9")
     write_record(tmp_path / "run", record)
     assert up._devices(found, model) == "host:9"
     assert up._devices(resolved(tmp_path, "--replicas", "8").replace(model=str(model)), model) == "host:16"

@@ -24,6 +24,7 @@ from elasticmoe.common.record import (
     start_ticks,
     write_record,
 )
+from tests.unit.deployment_records import record_of
 
 
 @pytest.fixture
@@ -162,20 +163,7 @@ def test_a_damaged_record_is_cleared_by_down_unless_its_launcher_lives(
 
 
 def entry(launcher: ProcessRecord) -> DeploymentRecord:
-    return DeploymentRecord(
-        state="serving",
-        launcher=launcher,
-        processes=(),
-        model="/m",
-        served_name="m",
-        dtype="float32",
-        devices="host:2",
-        url="http://127.0.0.1:1",
-        admin_url="http://127.0.0.1:2",
-        port=1,
-        admin_port=2,
-        started_at=0.0,
-    )
+    return record_of(launcher=launcher, state_format=0)
 
 
 def test_the_record_survives_a_round_trip_and_is_private(path: Path) -> None:

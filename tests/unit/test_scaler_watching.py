@@ -22,6 +22,7 @@ from elasticmoe.services.scaler.control.autoscaler import Decided
 from elasticmoe.services.scaler.policy.figures import MISSING, UNKNOWN, Signals, Throughput
 from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.policy.state import Evidence, Reason
+from tests.unit.deployment_records import record_of
 from tests.unit.test_scaler_admin import Listener, snapshot_of
 from tests.unit.transitions import DOWN, UP, World, operation_of
 
@@ -184,29 +185,21 @@ async def test_both_are_read_in_small_answers(listener: Listener) -> None:
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def record_of(launcher_pid: int) -> DeploymentRecord:
-    def process(name: str, pid: int, restarts: int) -> ProcessRecord:
+def launched(pid: int) -> DeploymentRecord:
+    """By a launcher with that process id."""
+
+    def process(name: str, restarts: int) -> ProcessRecord:
         return ProcessRecord(name, pid, start_ticks(pid) or 1, restarts)
 
-    return DeploymentRecord(
-        state="serving",
-        launcher=process("launcher", launcher_pid, 0),
-        processes=(process("hmm", os.getpid(), 3), ProcessRecord("pool", os.getpid(), 1, 0)),
-        model="demo",
-        served_name="demo",
-        dtype="float32",
-        devices="host:1",
-        url="http://127.0.0.1:8000",
-        admin_url="http://127.0.0.1:8100",
-        port=8000,
-        admin_port=8100,
-        started_at=0.0,
+    return record_of(
+        launcher=process("launcher", 0),
+        processes=(process("hmm", 3), ProcessRecord("pool", pid, 1, 0)),
         down=(DownRecord("router", 1, "it ended", 7.5), DownRecord("scaler", 9, "it ended again", 8.5, True)),
     )
 
 
 async def test_what_the_launcher_keeps_running_is_told(run_dir: Path) -> None:
-    write_record(run_dir, record_of(os.getpid()))
+    write_record(run_dir, launched(os.getpid()))
     with closing(Listener(seen(), run_dir)) as listener:
         told = (await listener.call("GET", "/v1/processes")).json()
     rows = [
@@ -228,7 +221,7 @@ async def test_where_no_launcher_runs_it_says_so(run_dir: Path, written: str) ->
         (run_dir / FILE_NAME).write_text("{")
     elif written != "nothing":
         write_record(
-            run_dir, msgspec.structs.replace(record_of(os.getpid()), launcher=ProcessRecord("launcher", os.getpid(), 1))
+            run_dir, msgspec.structs.replace(launched(os.getpid()), launcher=ProcessRecord("launcher", os.getpid(), 1))
         )
     with closing(Listener(seen(), run_dir)) as listener:
         told = (await listener.call("GET", "/v1/processes")).json()

@@ -23,15 +23,7 @@ def processes_view(run_dir: Path) -> views.Processes:
 
 
 def _running(record: DeploymentRecord) -> list[views.Process]:
-    launcher = views.Process(
-        name="launcher",
-        state="running",
-        pid=record.launcher.pid,
-        restarts=record.launcher.restarts,
-        reason=None,
-        starts_unix=None,
-    )
-    children = [
+    return [
         views.Process(
             name=process.name,
             state="running" if process.is_alive() else "ended",
@@ -40,9 +32,8 @@ def _running(record: DeploymentRecord) -> list[views.Process]:
             reason=None,
             starts_unix=None,
         )
-        for process in record.processes
+        for process in (record.launcher, *record.processes)
     ]
-    return [launcher, *children]
 
 
 def _down(record: DeploymentRecord) -> list[views.Process]:
