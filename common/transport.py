@@ -34,9 +34,7 @@ T = TypeVar("T")
 POLLIN = zmq.POLLIN
 
 _HIGH_WATER = 10_000  # messages queued to one peer; more means that the peer is gone or wedged
-_NAMELESS = (
-    b"\0"  # begins what ZeroMQ calls peers without a name: here, what is left of a connection that was taken over
-)
+_NAMELESS = b"\0"  # begins ZeroMQ's names of peers without one: here, of a connection that was taken over
 _PUSH_HIGH_WATER = 16  # of what may be lost: old news serve nobody
 _OPTIONS: dict[int, int] = {
     zmq.LINGER: 0,

@@ -1,4 +1,4 @@
-"""The demo model, made from a miniature of its source: a wheel with a GGUF file, the same kinds of tensors, metadata."""
+"""The demo model, from a miniature of its source: a wheel with a GGUF file, the same kinds of tensors and metadata."""
 
 import json
 import subprocess
