@@ -265,9 +265,12 @@ def test_logs_have_a_bound_and_keep_the_last_full_one(start: Start, run_dir: Pat
 def test_no_orphan_survives_the_launchers_own_sigkill(start: Start, run_dir: Path) -> None:
     run = start({**ALL, "odd": "stubborn"})
     run.read(SERVING)
-    before = processes_of(run_dir)
-    assert len(before) >= len(ALL) + 2  # the pool's child among them
-    odd_child = next(pid for pid, command in before.items() if "signal.signal(15, 1)" in command)
+
+    def odd_children() -> list[int]:
+        return [pid for pid, command in processes_of(run_dir).items() if "signal.signal(15, 1)" in command]
+
+    (odd_child,) = wait_until(odd_children, "its child, for which nobody has waited")
+    assert len(processes_of(run_dir)) >= len(ALL) + 2  # the pool's child among them
     run.process.kill()
     run.process.wait()
     # Whoever holds no pipe of its parent and ignores SIGTERM is not ours to promise; our services have such pipes.

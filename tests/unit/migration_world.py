@@ -277,7 +277,9 @@ class World:
         self.hmm_turn()
         for node in self.nodes:
             node.turn()
-            if node.is_alive and not node.engine.scheduler.running:
+            # Messages travel in real time: a sequence is not to end while what moves it is on its way.
+            is_moving = bool(node.migration._outgoing.transfers)
+            if node.is_alive and (is_moving or not node.engine.scheduler.running):
                 node.server.poll(1)
 
     def until(self, is_reached: Callable[[], bool]) -> None:

@@ -122,9 +122,11 @@ def test_leaving_rank_takes_nothing(world: World) -> None:
     b.move_to((c, 0), is_leaving=True)
     world.submit(a, "r", prompt(1, 20), 60)
     world.until(lambda: running(a, "r"))
+    a.is_stepping = False  # the sequence has not ended before it is asked for twice
     a.move_to((b, 1))
     world.until(lambda: b.seen_of(Reserve) >= 2)
     assert a.ids == {"r"}
+    a.is_stepping = True
     b.move_to()
     assert not b.migration.is_leaving
     world.finish()
