@@ -42,3 +42,13 @@ def test_two_ranks_of_a_replica_compute_what_one_does(name: str, tmp_path: Path)
     worst, is_greedy = compare(reference_of(directory), streams, logits, NUM_TOKENS)
     assert worst < FLOAT32_BOUND
     assert is_greedy
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek3"])
+def test_a_rank_without_tokens_takes_part(name: str, tmp_path: Path) -> None:
+    """It has no position to attend to, and computes rows for its experts."""
+    directory = random_checkpoint(tmp_path / "model", CONFIGS[name], seed=3, dtype="float32")
+    streams = make_streams(2, (5,), num_tokens=1)
+    del streams[1][:]
+    logits = generate(Ranks(directory, 2, backend=partial(open_backend, "triton")), streams, 1)
+    assert compare(reference_of(directory), streams, logits, 1)[0] < FLOAT32_BOUND

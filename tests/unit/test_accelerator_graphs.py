@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from elasticmoe.services.worker.backends.accelerator import graphs
 from elasticmoe.services.worker.backends.accelerator.batch import Form
-from elasticmoe.services.worker.backends.accelerator.graphs import Graphs
+from elasticmoe.services.worker.backends.accelerator.graphs import Graphs, TorchRecorder
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
 
 
@@ -27,6 +29,42 @@ class Counter:
             self.num_replays += 1
 
         return replay
+
+
+class CudaModule:
+    """What TorchRecorder uses of `torch.cuda`. `num_graphs`: that there are."""
+
+    def __init__(self) -> None:
+        self.num_graphs = 0
+
+        class CUDAGraph:
+            def __init__(graph) -> None:
+                self.num_graphs += 1
+
+            def __del__(graph) -> None:
+                self.num_graphs -= 1
+
+            def capture_begin(graph, pool: object, capture_error_mode: str) -> None:
+                """As torch: a pool is given up with its last graph, and to ask for it again is a failed assertion."""
+                assert self.num_graphs > 1 or not self.was_used, "use_count > 0"
+                self.was_used = True
+
+            def capture_end(graph) -> None:
+                pass
+
+            def replay(graph) -> None:
+                pass
+
+        self.CUDAGraph, self.was_used = CUDAGraph, False
+
+    def graph_pool_handle(self) -> object:
+        return object()
+
+    def Stream(self, _: object) -> object:
+        return object()
+
+    def stream(self, _: object) -> nullcontext[None]:
+        return nullcontext()
 
 
 def batch(*kv_lens: int, num_logits: int = 1, count: int = 1) -> Batch:
@@ -81,3 +119,14 @@ def test_graphs_of_the_forms_that_came_last_are_kept(monkeypatch: pytest.MonkeyP
     step(2)  # as if it had never come
     step(2)
     assert (len(runs), recorder.num_records, recorder.num_replays) == (4, 3, 5)
+
+
+def test_the_pool_outlives_the_graphs_that_were_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when what sections read has moved, and everything is captured anew."""
+    module = CudaModule()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    recorder = TorchRecorder(torch.device("meta"))
+    kept = [recorder.record(lambda: None) for _ in range(3)]
+    kept.clear()
+    kept.append(recorder.record(lambda: None))
+    assert module.num_graphs == 1

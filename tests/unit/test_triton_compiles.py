@@ -6,12 +6,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from elasticmoe.services.worker.backends.accelerator.triton_kernels import attention, products, routing, rows
+from elasticmoe.services.worker.backends.accelerator.kernels import RowGroups
+from elasticmoe.services.worker.backends.accelerator.triton_kernels import (
+    attention,
+    kernel_set,
+    products,
+    routing,
+    rows,
+)
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.kernel_set import (
     DEPTH,
     HEADS,
@@ -19,6 +29,7 @@ from elasticmoe.services.worker.backends.accelerator.triton_kernels.kernel_set i
     SPLIT,
     TILES,
     WIDTH,
+    TritonKernels,
 )
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # of one block, CUDA C++ programming guide, compute capabilities
@@ -30,7 +41,7 @@ POINTERS |= dict.fromkeys(("from_rows", "tiles", "block_ids", "positions", "bloc
 POINTERS |= {"logits": "*fp32", "weights": "*fp32", "w": "*bf16", "cache": "*bf16"}
 NUMBERS = dict.fromkeys(("scale", "eps", "amplitude", "scaling"), "fp32")  # the others are whole
 
-_PRODUCT = {"BLOCK_ROWS": ROWS, "BLOCK_WIDTH": WIDTH, "BLOCK_DEPTH": DEPTH}
+_PRODUCT = {"STORED": tl.bfloat16, "BLOCK_ROWS": ROWS, "BLOCK_WIDTH": WIDTH, "BLOCK_DEPTH": DEPTH}
 _ATTENTION = {"IS_LATENT": False, "SPLIT": SPLIT, "BLOCK_QUERIES": TILES[2].queries // 8, "BLOCK_HEADS": 8}
 _ATTENTION |= {"BLOCK_KEYS": TILES[2].keys, "BLOCK_DIM": 128, "BLOCK_TAIL": 16}
 _LATENT = _ATTENTION | {"IS_LATENT": True, "BLOCK_QUERIES": 1, "BLOCK_HEADS": TILES[1].queries}
@@ -73,8 +84,28 @@ def test_a_kernel_is_compiled(name: str, capability: int, tmp_path: Path, monkey
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, constants, warps = CASES[name]
     names = [parameter.name for parameter in kernel.params]
-    signature = {each: "constexpr" if each in constants else (POINTERS | NUMBERS).get(each, "i32") for each in names}
+    types = POINTERS | NUMBERS | ({"w": "i64"} if constants.get("GROUPED") else {})  # the address of slots
+    signature = {each: "constexpr" if each in constants else types.get(each, "i32") for each in names}
     source = ASTSource(kernel, signature, {(names.index(each),): value for each, value in constants.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     assert compiled.metadata.shared <= SHARED_BYTES[capability]
     assert "cubin" in compiled.asm
+
+
+def test_a_launch_looks_up_no_memory_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton asks the driver where each tensor lies that a kernel is given, and there may be nothing in the first
+    slot: one that a rank does not hold."""
+    given: list[Any] = []
+
+    class Kernel:
+        def __getitem__(self, _: object) -> Any:
+            return lambda *args, **options: given.extend([*args, *options.values()])
+
+    monkeypatch.setattr(kernel_set, "product_kernel", Kernel())
+    x_RH, w_EWH, out_RW = torch.zeros(4, 8), torch.zeros(3, 16, 8, dtype=torch.bfloat16), torch.zeros(4, 16)
+    counts_E = np.array([0, 4, 0], dtype=np.int32)
+    kernels = TritonKernels(torch.device("cpu"))
+    sent = {name: torch.from_numpy(values) for name, values in kernels.group_fields(counts_E).items()}
+    kernels.expert_products(x_RH, w_EWH, out_RW, RowGroups(counts_E, sent), is_gated=False)
+    assert w_EWH.data_ptr() in [one for one in given if isinstance(one, int)]
+    assert all(one.data_ptr() != w_EWH.data_ptr() for one in given if isinstance(one, torch.Tensor))

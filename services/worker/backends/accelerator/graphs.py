@@ -11,7 +11,7 @@ Experts are not captured: how many rows each has is known in mid-step only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -42,6 +42,7 @@ class TorchRecorder:
     def __init__(self, device: torch.device) -> None:
         self._module = torch.get_device_module(device)
         self._pool = self._module.graph_pool_handle()
+        self._last: Any = None  # torch gives up a pool of which there is no graph any more
         self._stream = self._module.Stream(device)  # nothing is recorded on the default one
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -53,6 +54,7 @@ class TorchRecorder:
                 run()
             finally:
                 graph.capture_end()
+        self._last = graph
         replay: Callable[[], None] = graph.replay
         return replay
 

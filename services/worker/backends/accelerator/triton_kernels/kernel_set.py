@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import torch
+import triton.language as tl
 
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, Ints, SentFields
@@ -53,6 +54,7 @@ class AttentionTile(NamedTuple):
     warps: int
 
 
+TYPES: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 TILES: Final = {1: AttentionTile(16, 16, 8), 2: AttentionTile(32, 32, 4)}  # by the planes of the cache
 
 
@@ -164,6 +166,8 @@ class TritonKernels(Kernels):
 
     def attend(self, attention: PagedAttention, step: AcceleratorBatch) -> None:
         """See Kernels."""
+        if not step.num_rows:
+            return
         cache, heads, value_width = step.kv[:, attention.layer], attention.q.shape[1], attention.value_width
         _, planes, kv_heads, block_size, key_width = cache.shape
         heads_per_kv, tile = heads // kv_heads, TILES[planes]
@@ -283,7 +287,7 @@ def _launch_product(product: Product, n: int, tiles: torch.Tensor | None = None)
     of_expert, of_head = (0, w.stride(0)) if tiles is None else (w.stride(0), 0)
     product_kernel[(num_tiles, blocks_of(width, WIDTH), out.shape[1])](
         x,
-        w,
+        w if tiles is None else w.data_ptr(),
         x if product.bias is None else product.bias,
         x if product.row_gate is None else product.row_gate,
         out,
@@ -298,6 +302,7 @@ def _launch_product(product: Product, n: int, tiles: torch.Tensor | None = None)
         width * w.stride(1),
         *out.stride()[:2],
         GROUPED=tiles is not None,
+        STORED=TYPES[w.dtype],
         GATED=product.is_gated,
         ACCUMULATE=product.accumulate,
         HAS_BIAS=product.bias is not None,

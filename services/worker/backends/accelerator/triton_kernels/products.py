@@ -65,6 +65,7 @@ def product_kernel(
     out_row: tl.tensor,
     out_head: tl.tensor,
     GROUPED: tl.constexpr,
+    STORED: tl.constexpr,
     GATED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -75,7 +76,9 @@ def product_kernel(
 ) -> None:
     """One tile [BLOCK_ROWS, BLOCK_WIDTH] of out. Grid: tiles of rows, tiles of the width, heads.
 
-    GROUPED: `tiles` says of each tile its expert, first row and end. GATED: out is silu of the
+    GROUPED: `tiles` says of each tile its expert, first row and end, and `w` is the address of the first slot, of
+    numbers of the type STORED: Triton looks up where a tensor lies before it launches, and there may be no memory in
+    that slot. GATED: out is silu of the
     product times the product with the weights `w_up` elements further on. HAS_ROW_GATE: rows are multiplied by the
     sigmoid of `row_gate` [N].
     """
@@ -84,7 +87,7 @@ def product_kernel(
     if GROUPED:
         expert = tl.load(tiles + 3 * tile)
         first, end = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-        w += expert.to(tl.int64) * w_expert
+        w = w.to(tl.pointer_type(STORED)) + expert.to(tl.int64) * w_expert
     else:
         first, end = tile * BLOCK_ROWS, num_rows
     rows = first + tl.arange(0, BLOCK_ROWS)
