@@ -49,6 +49,7 @@ REFUSALS: Final[dict[int, Meaning]] = {
     803: Meaning("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "no_driver"),
     999: Meaning("CUDA_ERROR_UNKNOWN", "driver_failed"),
 }
+_UNKNOWN: Final = 999
 
 
 class _CudaLocation(ctypes.Structure):
@@ -211,8 +212,12 @@ class _CudaDriver(Driver):
 
     def import_(self, fd: int) -> int:
         """A handle of the memory that a descriptor is of, which stays the caller's."""
-        handle = c_ulonglong()
-        self.library.call("cuMemImportFromShareableHandle", byref(handle), c_void_p(fd), _DESCRIPTOR)
+        handle, call = c_ulonglong(), "cuMemImportFromShareableHandle"
+        if answer := self.library.ask(call, byref(handle), c_void_p(fd), _DESCRIPTOR):
+            if answer == _UNKNOWN:  # seen of all other descriptors: nothing is wrong with the device
+                text = f"the descriptor is of no memory: {call} answers {answer}, {REFUSALS[answer].name}"
+                raise DeviceError(text, code="driver_refused")
+            self.library.refuse(call, answer)
         return handle.value
 
     def zero(self, device: int, address: int, nbytes: int) -> None:

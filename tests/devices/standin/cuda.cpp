@@ -225,6 +225,7 @@ CUresult cuMemMap(CUdeviceptr address, size_t size, size_t offset, CUmemGenericA
   ENTER(false);
   auto* physical = reinterpret_cast<Physical*>(handle);
   if (flags || !state().handles.count(physical)) return CUDA_ERROR_INVALID_VALUE;
+  if (offset || size > physical->nbytes) return CUDA_ERROR_NOT_SUPPORTED;
   return code_of(state().space.map(address, size, offset, physical, PROT_NONE, false));
 }
 
@@ -262,7 +263,7 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, vo
   ENTER(false);
   if (type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) return CUDA_ERROR_INVALID_VALUE;
   Physical* physical = state().pool.adopt(static_cast<int>(reinterpret_cast<intptr_t>(shareable)));
-  if (!physical) return CUDA_ERROR_INVALID_VALUE;
+  if (!physical) return CUDA_ERROR_UNKNOWN;
   physical->is_exported = true;
   state().handles.insert(physical);
   *handle = reinterpret_cast<uint64_t>(physical);
@@ -282,11 +283,13 @@ CUresult cuMemsetD8(CUdeviceptr address, unsigned char value, size_t count) {
 
 CUresult cuMemcpyHtoD(CUdeviceptr dst, const void* src, size_t count) {
   ENTER(true);
+  if (!state().space.can_touch(dst, count, true)) return CUDA_ERROR_INVALID_VALUE;
   return copy_now(dst, reinterpret_cast<uint64_t>(src), count, false, true);
 }
 
 CUresult cuMemcpyDtoH(void* dst, CUdeviceptr src, size_t count) {
   ENTER(true);
+  if (!state().space.can_touch(src, count, false)) return CUDA_ERROR_INVALID_VALUE;
   return copy_now(reinterpret_cast<uint64_t>(dst), src, count, true, false);
 }
 
