@@ -30,7 +30,7 @@ endif
 # Tools of the virtual environment (cmake, ninja, ctest) come first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help modules-changed install up down test test-all test-fast test-hostile test-sim accel accel-standin soak lint format docs picture screenshots native-test bench compose-test images-test clean
+.PHONY: help modules-changed install up down test test-all test-fast test-hostile test-sim accel accel-test accel-standin soak lint format docs picture screenshots native-test bench compose-test images-test clean
 
 help:
 	@echo 'install       virtual environment with everything; fast when nothing changed'
@@ -42,6 +42,7 @@ help:
 	@echo 'test-fast     unit tests and the simulation'
 	@echo 'accel-standin whole deployments on stand-ins of NPUs and GPUs (an hour; by hand: tests/devices/with_standins.py)'
 	@echo 'test-sim      the simulation alone: all cores in one thread, 1,100 seeds (one: python -m tests.sim SEED)'
+	@echo 'accel-test    the tests of backends, devices and deployments on a GPU that is there'
 	@echo 'accel         what accelerators here do: memory, parity, the oracle, benchmarks (STANDIN=npu: without one)'
 	@echo 'soak          half an hour of load, random faults and random resizes (ARGS="--seed 7 --minutes 60")'
 	@echo 'lint          ruff, mypy, clang-format, house rules'
@@ -111,6 +112,17 @@ accel-standin: install
 accel: install
 	$(if $(STANDIN),$(BIN)/python -m tests.devices.with_standins $(STANDIN)) $(BIN)/elasticmoe bench accel \
 	  $(if $(STANDIN),--devices $(STANDIN):0-1 --device-memory 256MiB --output build/accel) $(ARGS)
+
+# On the first GPU of this machine, with a build of torch for it: compute backends, the contract of devices and whole
+# deployments, by the tests that all of them have to pass.
+accel-test: install
+	$(BIN)/python -m pytest -p tests.hardware.plugin -n 4 -k 'not host' $(ARGS) tests/unit/test_devices_rules.py \
+	  tests/unit/test_backends.py tests/unit/test_backends_attention.py tests/unit/test_sampler.py \
+	  tests/unit/test_sampling_extremes.py tests/unit/test_model_parity.py tests/unit/test_oracle_model.py \
+	  tests/unit/test_tensor_parallel.py
+	$(BIN)/python -m pytest --hardware triton -n 4 $(ARGS) tests/procs/test_oracle.py tests/procs/test_kill_matrix.py \
+	  tests/procs/test_scale.py::test_50_random_resizes_under_32_streams_are_exact
+	$(BIN)/python -m tests.hardware.rules
 
 test-sim: install
 	$(BIN)/python -m pytest tests/sim $(ARGS)

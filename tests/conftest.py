@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.procs.deployment import Deployment
+from tests.procs.deployment import HARDWARE, Deployment
 from tests.procs.waiting import wait_until
 from tests.shared_memory import shared_memory
 
@@ -34,6 +34,8 @@ _HAS_FAILED = pytest.StashKey[bool]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "whole deployments of the tests have stand-ins of these accelerators for devices"
     parser.addoption("--accelerator", choices=("npu", "cuda"), help=text)
+    text = "whole deployments of the tests have the first GPU of this machine for devices, with what computes so"
+    parser.addoption("--hardware", choices=("torch", "triton"), help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,6 +56,23 @@ def _accelerator(request: pytest.FixtureRequest) -> Iterator[None]:
         monkeypatch.setenv("STANDIN_DEVICES", "8")  # some tests grow beyond the usual four
         yield
         assert not any(standins.used(kind, folder)), "memory of accelerators that nobody has given back"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hardware(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where the option asks for the GPU: it is there, and at the end as much of it is free as before."""
+    compute = request.config.getoption("--hardware")
+    if compute is None:
+        yield
+        return
+    from tests.hardware.memory import used_bytes
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv(HARDWARE, compute)
+        before = used_bytes()
+        yield
+        if "PYTEST_XDIST_WORKER" not in os.environ:  # others' deployments have memory, too
+            wait_until(lambda: used_bytes() <= before, "memory of the GPU is given back", 20.0)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -37,6 +37,7 @@ from elasticmoe.cli.settings import importing_environment, parse_size
 from elasticmoe.cli.terminal import say
 from elasticmoe.common.config import environment_of
 from elasticmoe.common.devices.names import DeviceCount
+from elasticmoe.common.layout import COMPUTES
 from elasticmoe.common.protocol.errors import ElasticMoEError
 
 _KINDS: Final = ("npu", "cuda")
@@ -53,9 +54,10 @@ Step = Callable[[], tuple[bool, str, Any]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench accel`."""
     add = parser.add_argument
-    add("--devices", default="", help="such as npu:0-1 or cuda:0,cuda:2 (default: the first two that a driver shows)")
+    add("--devices", default="", help="such as npu:0-1 or cuda:0/2 (default: the first two, or both halves of one)")
     add("--model", default="tiny-mixtral", help="name or path")
     add("--device-memory", type=parse_size, default=1 << 30, metavar="SIZE", help="budget of each device")
+    add("--compute", choices=sorted({one for kind in _KINDS for one in COMPUTES[kind]}), help="what computes there")
     add("--steps", default="all", help="comma-separated, of contract, parity, oracle, attach, scaling, decode")
     add_output(parser)
 
@@ -97,14 +99,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def found() -> str:
-    """The setting of the first two devices of a driver of this machine, or its only one. Raises ElasticMoEError, whose
-    text has each driver's reason."""
+    """The setting of the first two devices of a driver of this machine, or of both halves of its only one. Raises
+    ElasticMoEError, whose text has each driver's reason."""
     reasons = []
     for kind in _KINDS:
         if reason := _missing(f"{kind}:0"):
             reasons.append(reason)
         else:
-            return f"{kind}:0" if _missing(f"{kind}:1") else f"{kind}:0,{kind}:1"
+            return f"{kind}:0/2" if _missing(f"{kind}:1") else f"{kind}:0,{kind}:1"
     raise ElasticMoEError(f"there is no accelerator: {'; '.join(reasons)}", code="nothing_measured")
 
 
@@ -124,7 +126,9 @@ class _Accelerators:
     def __init__(self, args: argparse.Namespace, devices: DeviceCount) -> None:
         self.devices = devices
         self._model: str = args.model
-        self._settings = {"device_bytes": args.device_memory}
+        self._settings: dict[str, Any] = {"device_bytes": args.device_memory}
+        if args.compute:
+            self._settings["compute"] = args.compute
         self._answers: list[Answer] = []
 
     def installed(self) -> list[Finding]:
@@ -156,7 +160,7 @@ class _Accelerators:
         with running(self._model, 2, devices=first_of(str(self.devices), 2), **self._settings) as deployment:
             before, wrong = answers_of(deployment.url), 0
             for turn in range(_RESIZES):
-                where = ["--replicas", str(1 + turn % 2), "--run-dir", str(deployment.run_dir)]
+                where = ["--replicas", str(1 + turn % 2), "--wait", "--run-dir", str(deployment.run_dir)]
                 subprocess.run([*COMMAND, "scale", *where], check=True, timeout=_STEP_S, stdout=subprocess.DEVNULL)
                 wrong += sum(a != b for a, b in zip(before, answers_of(deployment.url), strict=True))
         text = f"{wrong} of {_RESIZES * len(before)} answers changed in {_RESIZES} resizes"

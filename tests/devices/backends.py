@@ -11,12 +11,14 @@ import pytest
 
 from elasticmoe.common.devices import factory
 from elasticmoe.common.devices.base import Device, ProcessRules
+from elasticmoe.common.devices.cuda import CudaDevice
 from elasticmoe.common.devices.host import HostDevice
 from tests.devices import standins, strict
 
 KINDS = ("host", "strict")
 ALL_KINDS = (*KINDS, *standins.KINDS)
-"""Those that the contract of devices is tested on: the product's and the tests' own, and accelerators on stand-ins."""
+"""Those that the contract of devices is tested on: the product's and the tests' own, and accelerators on stand-ins; on
+a machine with a GPU, `hardware` (tests/hardware)."""
 
 
 @pytest.fixture(params=(*KINDS, "cuda"))
@@ -45,7 +47,7 @@ class Process:
         self, index: int, granularity: int, budget: int = 0, descriptors: Mapping[str, int] | None = None
     ) -> Device:
         """A device of the machine, in this process."""
-        name = f"{self._kind}:{index}"
+        name = f"cuda:0.{index}" if self._kind == "hardware" else f"{self._kind}:{index}"
         return self._backend(name, granularity, budget, descriptors=descriptors, rules=self._rules)
 
 
@@ -56,13 +58,14 @@ class Machine:
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind: Final = kind
         self._folder = folder
-        self.is_whole = kind in standins.KINDS
+        self.is_whole = kind in (*standins.KINDS, "hardware")
         self.takes_over = kind != "npu"
-        self.narrows = kind not in standins.KINDS
+        self.narrows = not self.is_whole
 
     def process(self) -> Process:
         """One more process."""
         backends: dict[str, Callable[[], Any]] = {"host": lambda: HostDevice, "strict": lambda: strict.StrictDevice}
+        backends["hardware"] = lambda: CudaDevice  # whose owner and user may be one process
         make = backends.get(self.kind) or (lambda: standins.process(self.kind, self._folder))
         return Process(self.kind, make())
 

@@ -26,6 +26,7 @@ from tests.shared_memory import shared_memory
 ROOT = Path(__file__).parent.parent.parent
 READY_SECONDS_MAX = 120.0
 STOP_SECONDS_MAX = 60.0
+HARDWARE = "TESTS_ON_HARDWARE"  # what computes where deployments of the tests have a GPU that is there, else not set
 _LOG_TAIL_LINES = 30
 
 
@@ -58,8 +59,10 @@ class Deployment:
         self._shared_memory = shared_memory()
         fixed = {"history": "true", "replicas": replicas, "devices": _named(devices or replicas), "dtype": dtype}
         fixed |= {"kv_bytes": 16 << 20, "device_bytes": 512 << 20}
-        if "STANDIN_KIND" in os.environ:  # the driver says what a device has; handles have 2 MiB at least
-            fixed["device_bytes"] = 0
+        if HARDWARE in os.environ:
+            fixed["compute"] = os.environ[HARDWARE]
+        if "STANDIN_KIND" in os.environ or HARDWARE in os.environ:
+            fixed["device_bytes"] = 0  # the driver says what a device has; handles have 2 MiB at least
             if "device_bytes" in settings:
                 settings["device_bytes"] = max(settings["device_bytes"], 256 << 20)
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ELASTICMOE_")}
@@ -281,8 +284,10 @@ def _tail(text: str) -> str:
 
 
 def _named(devices: int | str) -> str:
-    """The setting for so many devices: of this machine, or stand-in accelerators where the test runs on them."""
+    """The setting for so many devices: of this machine, or accelerators where the test runs on them."""
     kind = os.environ.get("STANDIN_KIND")
     if isinstance(devices, str):
         return devices
+    if HARDWARE in os.environ:
+        return "cuda:0" if devices == 1 else f"cuda:0/{devices}"
     return f"host:{devices}" if kind is None else f"{kind}:0-{devices - 1}"

@@ -50,7 +50,8 @@ async def test_small_kv_preempts_and_stays_exact(
 ) -> None:
     # One handle of KV is 512 blocks, 8,192 tokens: the 32 streams want about twice as much, and preempt one another.
     # Accelerators have no fewer than two.
-    kv_bytes = (4 if request.config.getoption("--accelerator") else 2) << 20
+    on_accelerators = any(map(request.config.getoption, ("--accelerator", "--hardware")))
+    kv_bytes = (4 if on_accelerators else 2) << 20
     deployment = deploy("oracle", replicas=1, kv_bytes=kv_bytes, max_model_len=1024, device_bytes=64 << 20)
     streams = await closed_loop(
         deployment.base_url, clients=32, requests=48, seed=5, prompt_tokens=(300, 500, 700), leavers=0.1

@@ -16,6 +16,7 @@ from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.choice import TokenChoice
 from elasticmoe.services.worker.backends.factory import open_backend
+from tests.hardware.mirrored import MirroredBackend
 from tests.unit.backends import ON_CPU, draw
 
 ROWS, HIDDEN, WIDTH = 40, 512, 256
@@ -153,6 +154,14 @@ def test_operations_nearly_agree(make: Callable[[torch.dtype], Compute], dtype: 
     first, *others = (compute(open_backend(name), x_NH) for name in ON_CPU)
     for other in others:
         assert float((first - other).abs().max()) < 1e-5 * float(first.abs().max())
+
+
+@pytest.mark.parametrize("make", [linear_with_bias, experts, rms_norm])
+def test_a_mirrored_backend_computes_what_its_own_does(make: Callable[[torch.dtype], Compute]) -> None:
+    """Which runs these tests on other devices (tests/hardware)."""
+    compute, x_NH = make(torch.bfloat16), random_of(3, HIDDEN)
+    mirrored = MirroredBackend(open_backend("torch"))
+    assert torch.equal(compute(mirrored, x_NH), compute(open_backend("torch"), x_NH))
 
 
 def test_equals_are_taken_by_their_ids(backend: ComputeBackend) -> None:

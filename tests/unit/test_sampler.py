@@ -18,6 +18,7 @@ from elasticmoe.services.worker.backends import torch_sampling
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.choice import NEVER, Edits, Numbers, TokenChoice
 from elasticmoe.services.worker.backends.factory import open_backend
+from elasticmoe.services.worker.backends.torch import TorchBackend
 from elasticmoe.services.worker.engine.sampler import Sampled, SamplingState, prompt_logprobs, sample, uniform
 from tests.unit.backends import ON_CPU, QueuedBackend
 from tests.unit.backends import draw as drawn
@@ -186,7 +187,7 @@ def test_a_steps_choices_are_waited_for_once() -> None:
     backend = QueuedBackend()
     sampled = sample(backend, logits.clone(), states)
     assert backend.num_fences == 1
-    plain = sample(open_backend("torch"), logits.clone(), states)
+    plain = sample(TorchBackend(), logits.clone(), states)
     assert (sampled.tokens, sampled.logprobs) == (plain.tokens, plain.logprobs)
     assert set(sampled.errors) == {len(states) - 1}
     asked = [TokenChoice(Sampling(seed=1, top_k=3), 0.5, EDITS, 2), TokenChoice(Sampling(seed=1), None, None, -1)]

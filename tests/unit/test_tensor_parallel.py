@@ -11,6 +11,7 @@ import torch
 from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
 from elasticmoe.services.worker.backends.host import HostBackend
+from elasticmoe.services.worker.backends.torch import TorchBackend
 from elasticmoe.services.worker.model.batch import BatchPart
 from tests.unit.backends import ON_CPU, QueuedBackend
 from tests.unit.exchanges import KINDS
@@ -127,7 +128,7 @@ def test_results_are_waited_for_whatever_the_exchange(name: str, checkpoints: Ch
     def run(kind: Any, made: Backend) -> torch.Tensor:
         return run_once(directory, 2, 11, True, backend=made, exchange_kind=kind, tp=2)[1]
 
-    want = run("shm", ON_CPU["torch"])
+    want = run("shm", TorchBackend)
     for kind in KINDS:
         assert torch.equal(run(kind, QueuedBackend), want)
 
