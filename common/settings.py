@@ -2,13 +2,15 @@
 
 A service's struct has the settings that it reads. What several of them read under one name is one type here, so that it
 means the same everywhere. `docs/reference/configuration.md` is made from these. How values come in: common/config.py.
+
+Longer than others, since each setting stands once and in one place.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Final, get_args
 
 import msgspec
 from msgspec import Meta
@@ -19,6 +21,7 @@ from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.protocol.limits import RANKS_MAX, SOCKET_PATH_BYTES_MAX
 
 _BYTES_MAX = 1 << 50
+_HOST_COPY_BYTES_PER_S: Final = 200 * 1024 * 1024
 
 
 def _is(text: str, unit: str = "", form: str = "") -> Meta:
@@ -259,12 +262,13 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
     )
     copy_bytes_per_s: Annotated[
         int,
-        Meta(ge=0, le=_BYTES_MAX),
+        Meta(ge=-1, le=_BYTES_MAX),
         _is(
-            "Rate of experts that move between replicas that serve, all copies of one host together; 0: no limit",
+            "Rate of experts that move between replicas that serve, all copies of one host together; 0: no limit; -1: "
+            "200 MiB/s between `host` devices, whose cores make the copies, none between accelerators",
             "bytes/s",
         ),
-    ] = 200 * 1024 * 1024
+    ] = -1
     operation_deadline_s: Annotated[
         float, Meta(gt=0, le=86_400), _is("A scale operation that is not committed by then is undone", "s")
     ] = 600.0
@@ -298,6 +302,13 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
     replicas_max: Annotated[int, Meta(ge=1, le=64), _is("The most replicas that the policy asks for")] = 64
     otlp_endpoint: OtlpEndpoint = ""
     keep_alive_seconds: KeepAlive = 75.0
+
+    @property
+    def copy_limit(self) -> int:
+        """What `copy_bytes_per_s` means on these devices; 0: no limit."""
+        if self.copy_bytes_per_s >= 0:
+            return self.copy_bytes_per_s
+        return _HOST_COPY_BYTES_PER_S if self.device_count.backend == "host" else 0
 
 
 class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -39,7 +39,7 @@ from tests.oracle import next_tokens
 from tests.procs.greedy import OUTPUT_TOKENS, greedy
 from tests.unit.exchanges import Host
 from tests.unit.ranks import NUM_BLOCKS
-from tests.unit.replicas import Replicas
+from tests.unit.replicas import SECONDS_MAX, Replicas
 from tests.unit.test_model_parity import CONFIGS
 
 LONG = 90
@@ -108,10 +108,22 @@ def test_sequences_are_moved_to_other_blocks_and_not_computed_again(directory: P
             relocated(old, new)
 
         scheduler.blocks.replace = replace  # type: ignore[method-assign]
-        replicas.wait(lambda: scheduler.blocks.num_free < 16, "sequences of some length")
+        model, are_long, may_go_on = replicas.ranks.models[0], threading.Event(), threading.Event()
+        compute = model.forward
+
+        def forward(batch: Batch, exchange: Any) -> Any:
+            """The sequences are to be there still when there is less room for them."""
+            if scheduler.blocks.num_free < 16:
+                are_long.set()
+                assert may_go_on.wait(SECONDS_MAX)
+            return compute(batch, exchange)
+
+        model.forward = forward  # type: ignore[method-assign]
+        assert are_long.wait(SECONDS_MAX)
         replicas.cancel(0, "goes")
         for memory in replicas.memories:
             memory.goal = 40
+        may_go_on.set()
         replicas.wait(lambda: not any(memory.goal for memory in replicas.memories), "less KV")
         replicas.wait_finished()
         assert scheduler.recomputed == 0

@@ -243,7 +243,7 @@ class Admission:
         lost, named = self._lost(), target.devices or ()  # new replicas take a lost device where the order names it
         known = (device.device for device in cluster.devices)
         devices = tuple(name for name in known if name in named or hardware_of(name) not in lost)
-        rates = Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s))
+        rates = Rates(copy_bytes_per_s=float(self._config.copy_limit))
         given = (layout, target, sizes, memory, devices, rates)
         try:
             plan = plan_way(*given)

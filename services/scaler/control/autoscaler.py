@@ -150,7 +150,7 @@ class Autoscaler:
             sizes=sizes_of(self._spec, facts.granularity),
             memory=memory,
             devices=tuple(one.device for one in cluster.devices if hardware_of(one.device) not in lost),
-            rates=Rates(copy_bytes_per_s=float(self._config.copy_bytes_per_s)),
+            rates=Rates(copy_bytes_per_s=float(self._config.copy_limit)),
             kv_handle_tokens=facts.kv.blocks_per_handle * self._config.block_size,
             step_tokens_max=self._config.max_tokens_per_step,
             refused=self._refused,

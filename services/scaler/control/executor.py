@@ -312,7 +312,7 @@ class Executor:
             case CancelStuck():
                 self.cancel(action)
             case Stage(leg=leg):
-                rate = self._config.copy_bytes_per_s if action.is_throttled else 0
+                rate = self._config.copy_limit if action.is_throttled else 0
                 kv, kv_after = leg.kv_handles, leg.kv_handles_after
                 links.tell_hmm(StageLayout(action.id, leg.layout, leg.copies, kv, kv_after, rate))
             case StopSeat():
